@@ -1,0 +1,93 @@
+"""Typed recipe sections: what every stage's configuration is built from."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from core.errors import UserError
+
+
+S = TypeVar("S", bound="Section")
+
+
+class Section(BaseModel):
+    """A section of the recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def key(default: Any, doc: str, *, unit: str | None = None, **constraints: Any) -> Any:
+    """One key of a section: its default (`...` for a required one), what it is, and its unit.
+
+    `constraints` are pydantic's (`ge=0`, `gt=0`, `le=1`, ...). docs/recipe.md is generated from these.
+    """
+    extra = {"unit": unit} if unit else None
+    if isinstance(default, (list, dict)):
+        return Field(default_factory=lambda: default.copy(), description=doc, json_schema_extra=extra, **constraints)
+    return Field(default, description=doc, json_schema_extra=extra, **constraints)
+
+
+def unit_of(field: FieldInfo) -> str | None:
+    """The unit given to `key`, or None."""
+    extra = field.json_schema_extra
+    return str(extra["unit"]) if isinstance(extra, dict) and "unit" in extra else None
+
+
+def parse_section(section: type[S], values: dict[str, Any], where: str) -> S:
+    """Build `section` from plain values. Raises `UserError` with one sentence for the first thing that is wrong."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_sentence(section, error)}") from None
+
+
+def _sentence(section: type[Section], error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key `{path}`{_nearest(section, first['loc'])}{more}."
+    if first["type"] == "missing":
+        return f"`{path}` is missing; set it{more}."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"`{path}` = {first['input']!r}: {message}{more}." if path else f"{message}{more}."
+
+
+def _nearest(section: type[Section], location: tuple[int | str, ...]) -> str:
+    """`; did you mean ...?` for the known key that is most like the unknown one."""
+    known = known_keys(section)
+    wanted = ".".join(str(part) for part in location if isinstance(part, str))
+    siblings = [name for name in known if name.rpartition(".")[0] == wanted.rpartition(".")[0]]
+    close = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.5) or difflib.get_close_matches(
+        wanted.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1, cutoff=0.6
+    )
+    if close:
+        full = next(name for name in known if name == close[0] or name.rpartition(".")[2] == close[0])
+        return f"; the nearest known key is `{full}`"
+    return f"; known keys there: {', '.join(name.rpartition('.')[2] for name in siblings)}" if siblings else ""
+
+
+def known_keys(section: type[Section], prefix: str = "") -> list[str]:
+    """Every key of a section and of the sections within it, dotted."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        for inner in inner_sections(field):
+            keys.extend(known_keys(inner, prefix + name + "."))
+    return keys
+
+
+def inner_sections(field: FieldInfo) -> list[type[Section]]:
+    """The sections that a field's annotation holds: itself, in a list, in a mapping, or as an option."""
+    found: list[type[Section]] = []
+    pending: list[Any] = [field.annotation]
+    while pending:
+        annotation = pending.pop()
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            found.append(annotation)
+        pending.extend(getattr(annotation, "__args__", ()))
+    return found

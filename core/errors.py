@@ -1,0 +1,10 @@
+"""The one exception that is meant for people."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend. The text is one sentence: what, where, what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

@@ -1,0 +1,18 @@
+"""The recipe's `tracking` section."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from core.config import Section, key
+
+
+class TrackingConfig(Section):
+    """Weights & Biases: which carrier, and under which names."""
+
+    carrier: Literal["auto", "online", "offline", "none"] = key(
+        "auto", "auto: online with a key and a reachable server, else offline; none: only the local log"
+    )
+    project: str = key("cpt-merge", "W&B project")
+    entity: str | None = key(None, "W&B team or user; your default one if not set")
+    tags: list[str] = key([], "W&B tags of every run of the pipeline")
