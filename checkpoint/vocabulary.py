@@ -82,8 +82,11 @@ def read_token_ids(directory: Path) -> dict[str, int]:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist; save the tokenizer with transformers' save_pretrained there.")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}); copy or download it again.") from None
     if isinstance(vocabulary, list):
         raise UserError(f"{path} holds a {content['model']['type']} vocabulary; only BPE is supported.")
     return {**vocabulary, **{token["content"]: token["id"] for token in content["added_tokens"]}}

@@ -24,7 +24,14 @@ from core.errors import UserError
 
 STAGE_FILE = "stage.json"
 RECORDED_PACKAGES = (
-    "cpt-merge torch transformers accelerate datasets tokenizers sentencepiece safetensors numpy wandb".split()
+    "cpt-merge",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "sentencepiece",
+    "wandb",
 )
 
 

@@ -10,7 +10,6 @@ from pydantic.fields import FieldInfo
 
 from core.errors import UserError
 
-
 S = TypeVar("S", bound="Section")
 
 
@@ -25,7 +24,7 @@ def key(default: Any, doc: str, *, unit: str | None = None, **constraints: Any) 
 
     `constraints` are pydantic's (`ge=0`, `gt=0`, `le=1`, ...). docs/recipe.md is generated from these.
     """
-    extra = {"unit": unit} if unit else None
+    extra: Any = {"unit": unit} if unit else None
     if isinstance(default, (list, dict)):
         return Field(default_factory=lambda: default.copy(), description=doc, json_schema_extra=extra, **constraints)
     return Field(default, description=doc, json_schema_extra=extra, **constraints)

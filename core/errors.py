@@ -8,3 +8,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
+    """Work was stopped on request, its state is saved, and the same command continues it. Exit code 75."""

@@ -30,7 +30,7 @@ class Meter:
     def __init__(self, label: str, total: float | None, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0.0
-        self._note = ""
+        self.note = ""  # shown beside the rate: a loss, a file name
         self._start = self._last_line = time.monotonic()
         self._shown = find_world().is_main
         self._bar = _bar() if self._shown and sys.stderr.isatty() else None
@@ -47,12 +47,11 @@ class Meter:
         elif self._shown and kind is None:
             self._line()
 
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        """`amount` more units are done; `note` (a loss, a file name) is shown beside the rate."""
+    def advance(self, amount: float = 1) -> None:
+        """`amount` more units are done."""
         self.done += amount
-        self._note = note or self._note
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, rate=self._rate(), note=self._note)
+            self._bar.update(self._task, completed=self.done, rate=self._rate(), note=self.note)
         elif self._shown and time.monotonic() - self._last_line >= LOG_INTERVAL:
             self._line()
 
@@ -69,7 +68,7 @@ class Meter:
             parts.append(f"{elapsed * (self.total - self.done) / self.done:.0f} s left")
         else:
             parts.append(f"{elapsed:.1f} s")
-        console.print("  ".join([*parts, *([self._note] if self._note else [])]), markup=False)
+        console.print("  ".join([*parts, *([self.note] if self.note else [])]), markup=False)
 
 
 def _bar() -> Progress:

@@ -7,6 +7,7 @@ agree on it without a file that lists it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ class Source(Section):
     field: str = key("text", "the column that holds a document's text")
     subset: str | None = key(None, "configuration name of a hub dataset")
     split: str = key("train", "split of a hub dataset")
+    limit: int | None = key(None, "use only this many documents, from the start", unit="documents", gt=0)
     weight: float = key(1.0, "share of the training tokens, relative to the other sources", gt=0)
 
     @field_validator("language")
@@ -74,7 +76,7 @@ class Corpus(Section):
 
         Raises `UserError` for a missing file, a missing column, or text that is not UTF-8.
         """
-        for text in read_source(source):
+        for text in itertools.islice(read_source(source), source.limit):
             if self.normalization != "none":
                 text = unicodedata.normalize(self.normalization, text)
             if text.strip() and self.is_heldout(text) == (split == "heldout"):
@@ -117,7 +119,9 @@ def read_source(source: Source) -> Iterator[str]:
 
     files = source_files(source)
     if not files:
-        yield from _column(datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True), source)
+        yield from _column(
+            datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True), source
+        )
         return
     for file in files:
         kind = _format_of(file)

@@ -15,12 +15,11 @@ from core.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`. `local_*` count within the node."""
+    """One process among `size`. `local_rank` counts within the node."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    local_size: int = 1
     launcher: str = "alone"  # alone | torchrun | slurm
 
     @property
@@ -32,28 +31,23 @@ class World:
 def find_world(environment: Mapping[str, str] = os.environ) -> World:
     """The process world that the environment describes. Raises `UserError` if it is half described."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
-        return _checked(environment, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return _checked(environment, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        return _checked(environment, "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", None)
+        return _checked(environment, "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     return World()
 
 
-def _checked(
-    environment: Mapping[str, str], launcher: str, rank: str, size: str, local_rank: str, local_size: str | None
-) -> World:
-    names = [rank, size, local_rank, *([local_size] if local_size else [])]
-    values: list[int] = []
-    for name in names:
+def _checked(environment: Mapping[str, str], launcher: str, rank: str, size: str, local_rank: str) -> World:
+    def number(name: str) -> int:
         text = environment.get(name, "")
         if not text.isdigit():
             raise UserError(
                 f"the environment names a {launcher} process but {name} is {text!r}; "
                 "start with accelerate launch, torchrun or srun, or unset RANK and WORLD_SIZE."
             )
-        values.append(int(text))
-    if local_size is None:  # SLURM_STEP_TASKS_PER_NODE is like "2(x3),1"; the local size is not needed on Slurm
-        values.append(0)
-    world = World(*values, launcher=launcher)
+        return int(text)
+
+    world = World(number(rank), number(size), number(local_rank), launcher)
     if world.rank >= world.size:
         raise UserError(f"{rank}={world.rank} does not fit {size}={world.size}; the launcher's variables contradict.")
     return world

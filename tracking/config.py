@@ -11,7 +11,9 @@ class TrackingConfig(Section):
     """Weights & Biases: which carrier, and under which names."""
 
     carrier: Literal["auto", "online", "offline", "none"] = key(
-        "auto", "auto: online with a key and a reachable server, else offline; none: only the local log"
+        "auto",
+        "auto: online with a key and a reachable server, else offline; online: as auto, but no key is an error; "
+        "none: only the local log",
     )
     project: str = key("cpt-merge", "W&B project")
     entity: str | None = key(None, "W&B team or user; your default one if not set")

@@ -1,0 +1,34 @@
+# The commands of the README. Each sets up what it needs: a virtual environment in .venv with pinned versions.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-all check docs clean
+
+demo: $(VENV)/demo.done  ## the whole method in miniature, on real text
+	$(BIN)/python -m recipes.demo.prepare --out runs/demo-inputs
+	$(BIN)/cpt-merge run recipes/demo.yaml
+
+test: $(VENV)/dev.done  ## the tests
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/dev.done $(VENV)/demo.done  ## the slow ones too
+	$(BIN)/python -m pytest -m "not slurm"
+
+check: $(VENV)/dev.done  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/dev.done  ## docs that are generated from the code
+	$(BIN)/python -m launcher.reference > docs/recipe.md
+
+$(VENV)/%.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

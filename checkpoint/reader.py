@@ -1,0 +1,201 @@
+"""Read a Hugging Face checkpoint lazily: headers first, then any rows of any tensor, without torch or a model.
+
+The format: a file is 8 bytes (length n, little endian), n bytes of JSON `{name: {dtype, shape, data_offsets}}`, data.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import FileIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoint.dtypes import STORED, Array, Float32, widen
+from core.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+UNFINISHED_FILE = "unfinished"  # lies in a directory for as long as a writer fills it
+
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes at `offset` of `file`, row after row."""
+
+    name: str
+    dtype: str  # as in the header: BF16, F32, ...
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def row_size(self) -> int:
+        """Number of elements in one row of dimension 0 (a scalar is one row)."""
+        return math.prod(self.shape[1:])
+
+
+@dataclass
+class Checkpoint:
+    """The safetensors of a directory. Reading is safe from several threads."""
+
+    directory: Path
+    tensors: dict[str, TensorInfo]
+    _files: dict[str, FileIO] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @staticmethod
+    def open(directory: Path) -> Checkpoint:
+        """Read and check the headers. Raises `UserError` naming the file that is missing or damaged."""
+        directory = Path(directory)
+        if (directory / UNFINISHED_FILE).exists():
+            raise UserError(f"{directory} was never finished; run the command that writes it again.")
+        if (directory / SINGLE_FILE).is_file():
+            return Checkpoint(directory, read_header(directory / SINGLE_FILE))
+        if (directory / INDEX_FILE).is_file():
+            return Checkpoint(directory, _read_indexed(directory))
+        raise UserError(_nothing_there(directory))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json. Raises `UserError` if it is missing or no JSON."""
+        return read_json(self.directory / "config.json")
+
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor lies. Raises `UserError` if there is none of that name."""
+        if name not in self.tensors:
+            raise UserError(f"{self.directory} holds no tensor {name}; use a checkpoint of the same architecture.")
+        return self.tensors[name]
+
+    def read_flat(self, name: str, start: int, stop: int) -> Array:
+        """Elements [start, stop) in storage order, as stored (bfloat16 as uint16), in a new array."""
+        info = self.info(name)
+        if not 0 <= start <= stop <= info.size:
+            raise IndexError(f"{name} has {info.size} elements, asked for [{start}, {stop})")
+        values = np.empty(stop - start, STORED[info.dtype])
+        view = values.view(np.uint8).data
+        offset, file = info.offset + start * values.itemsize, self._file(info.file)
+        while view:
+            count = os.preadv(file.fileno(), [view], offset)
+            if count == 0:
+                raise UserError(f"{self.directory / info.file} ends within {name}; copy or download it again.")
+            view, offset = view[count:], offset + count
+        return values
+
+    def read(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Array:
+        """Rows [start_row, stop_row) of dimension 0 as stored, shape (rows, ...). A scalar has one row, shape ()."""
+        info = self.info(name)
+        if not info.shape:
+            return self.read_flat(name, 0, 1).reshape(())
+        stop_row = info.shape[0] if stop_row is None else stop_row
+        flat = self.read_flat(name, start_row * info.row_size, stop_row * info.row_size)
+        return flat.reshape(stop_row - start_row, *info.shape[1:])
+
+    def read_float32(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Float32:
+        """`read`, widened to float32. Raises `UserError` for types that are no plain floats."""
+        return widen(self.read(name, start_row, stop_row), self.info(name).dtype)
+
+    def gather_float32(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """The given rows of a matrix in the given order, float32, shape (len(rows), ...); neighbours are read at once."""
+        info = self.info(name)
+        gathered = np.empty((len(rows), *info.shape[1:]), np.float32)
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        for start, stop in pairwise([0, *breaks.tolist(), len(rows)]):
+            if stop > start:
+                gathered[start:stop] = self.read_float32(name, int(rows[start]), int(rows[stop - 1]) + 1)
+        return gathered
+
+    def _file(self, name: str) -> FileIO:
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = FileIO(self.directory / name)
+            return self._files[name]
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, in storage order. Raises `UserError` if the file is damaged."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        infos = [_tensor_info(path.name, name, entry, 8 + length, size) for name, entry in header.items()]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}); copy or download it again.") from None
+    return {info.name: info for info in sorted(infos, key=lambda info: info.offset)}
+
+
+def _tensor_info(file: str, name: str, entry: dict[str, Any], data: int, size: int) -> TensorInfo:
+    """One entry of a header whose data starts at byte `data` of a file of `size` bytes. Raises `ValueError`."""
+    (start, stop), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+    if dtype not in STORED:
+        raise ValueError(f"{name} has the unknown type {dtype}")
+    if any(not isinstance(length, int) or length < 0 for length in shape):
+        raise ValueError(f"{name} has the shape {shape}")
+    if stop - start != math.prod(shape) * STORED[dtype].itemsize:
+        raise ValueError(f"{name} has {stop - start} bytes, which {dtype} {shape} does not fill")
+    if not 0 <= start <= stop or data + stop > size:
+        raise ValueError(f"{name} lies in bytes {data + start} to {data + stop} of {size}")
+    return TensorInfo(name, dtype, shape, file, data + start, stop - start)
+
+
+def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
+    index = directory / INDEX_FILE
+    try:
+        weight_map = dict(read_json(index)["weight_map"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{index} has no weight_map; copy or download it again.") from None
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for file in sorted(set(weight_map.values())):
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index} names {file!r}, which is no file of its own folder; do not use this checkpoint.")
+        if not (directory / file).is_file():
+            raise UserError(f"{directory / file} is missing, {INDEX_FILE} names it; copy or download it.")
+        headers[file] = read_header(directory / file)
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise UserError(f"{directory / file} holds no {name}, though {INDEX_FILE} says so; download it again.")
+    return {name: headers[file][name] for name, file in weight_map.items()}
+
+
+def _nothing_there(directory: Path) -> str:
+    if any(directory.glob("pytorch_model*.bin")):
+        return f"{directory} holds .bin weights only; load it with transformers and save_pretrained it as safetensors."
+    if not directory.is_dir():
+        return f"{directory} does not exist; give the directory of a checkpoint."
+    return f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give the directory of a checkpoint."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `UserError` if the file is missing or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give the whole directory of a Hugging Face model.") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy or download it again.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object; copy or download it again.")
+    return value

@@ -1,0 +1,95 @@
+"""What a tokenizer's files say about its tokens, read without transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from checkpoint.reader import read_json
+from checkpoint.vocabulary import read_token_ids
+
+SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokens of a directory: string -> id, those that were added as whole tokens, roles, chat template."""
+
+    directory: Path
+    ids: dict[str, int]
+    added: frozenset[str]
+
+    @staticmethod
+    def read(directory: Path) -> TokenizerFiles | None:
+        """None where the directory holds no tokenizer.json. Raises `UserError` if it is damaged."""
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            return None
+        ids = read_token_ids(directory)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return TokenizerFiles(directory, ids, frozenset(token["content"] for token in content["added_tokens"]))
+
+    @cached_property
+    def tokens(self) -> dict[int, str]:
+        """Id -> token string."""
+        return {number: token for token, number in self.ids.items()}
+
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        """Role (`bos_token`, ...) -> token string, for the roles that are filled."""
+        values = {**_read_if_there(self.directory / "special_tokens_map.json"), **self._config}
+        found = {role: token_text(values.get(role)) for role in SPECIAL_ROLES}
+        return {role: token for role, token in found.items() if token is not None}
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The (default) chat template, from its own file or from tokenizer_config.json."""
+        path = self.directory / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        template = self._config.get("chat_template")
+        if isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default", next(iter(named.values()), None))
+        return template if isinstance(template, str) else None
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return _read_if_there(self.directory / "tokenizer_config.json")
+
+    def format_tokens(self) -> set[str]:
+        """The added tokens that the chat format is made of: those in the template, literally or by role, and stop tokens."""
+        template = self.chat_template or ""
+        literal = {token for token in self.added if token in template}
+        by_role = {token for role, token in self.roles.items() if re.search(rf"\b{role}\b", template)}
+        stops = {self.tokens[number] for number in read_stop_ids(self.directory) if number in self.tokens}
+        return (literal | by_role | stops) & self.added
+
+
+def token_text(value: Any) -> str | None:
+    """A token in a tokenizer's configuration: a string, an object with `content`, or nothing."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def read_stop_ids(directory: Path) -> list[int]:
+    """The ids that end a reply, as generation_config.json says, or else config.json."""
+    for file in ("generation_config.json", "config.json"):
+        ids = _read_if_there(directory / file).get("eos_token_id")
+        if ids is not None:
+            return [int(number) for number in (ids if isinstance(ids, list) else [ids])]
+    return []
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

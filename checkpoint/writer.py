@@ -1,0 +1,246 @@
+"""Write a checkpoint in place: the layout is computed first, then any number of processes write rows at their offsets.
+
+All writing happens in `<out>.tmp`, which takes the name `out` at the end, after a proof that every element was written
+exactly once. The order of calls:
+
+    one process     writer.prepare()      the directory, every header, the room on disk
+    every process   writer.write(...)     any rows, in any order, from any thread
+    every process   writer.close()        its data is on disk, and so is the list of what it wrote
+    one process     writer.publish()      proof, index, fsync, rename
+
+Between these lines the processes must wait for one another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint.dtypes import STORED, Array
+from checkpoint.reader import INDEX_FILE, SINGLE_FILE, UNFINISHED_FILE, TensorInfo
+from core.artifact import write_json, write_text
+from core.errors import UserError
+
+SHARD_BYTES = 5_000_000_000
+
+_JOURNALS = "written-*.json"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written. `dtype` as in a safetensors header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its elements take."""
+        return math.prod(self.shape) * STORED[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every tensor will lie. Equal for equal tensors, whatever their order, so that all processes agree on it."""
+
+    tensors: dict[str, TensorInfo]
+    headers: dict[str, bytes]  # file -> its first bytes
+    indexed: bool
+
+    @staticmethod
+    def by_size(specs: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES) -> Layout:
+        """Files of at most `shard_bytes` (a larger tensor has one to itself), named as transformers names them."""
+        shards: list[list[TensorSpec]] = [[]]
+        for spec in sorted(specs, key=lambda spec: natural(spec.name)):
+            if shards[-1] and sum(other.nbytes for other in shards[-1]) + spec.nbytes > shard_bytes:
+                shards.append([])
+            shards[-1].append(spec)
+        if len(shards) == 1:
+            return Layout.of_files({SINGLE_FILE: shards[0]})
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        return Layout.of_files(dict(zip(names, shards, strict=True)))
+
+    @staticmethod
+    def of_files(files: Mapping[str, Iterable[TensorSpec]]) -> Layout:
+        """Given files with given tensors."""
+        tensors: dict[str, TensorInfo] = {}
+        headers: dict[str, bytes] = {}
+        for file, specs in files.items():
+            headers[file], infos = _lay_out(file, specs)
+            tensors.update({info.name: info for info in infos})
+        return Layout(tensors, headers, indexed=list(files) != [SINGLE_FILE])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def file_size(self, file: str) -> int:
+        """Bytes of one file."""
+        data = sum(info.nbytes for info in self.tensors.values() if info.file == file)
+        return len(self.headers[file]) + data
+
+
+def _lay_out(file: str, specs: Iterable[TensorSpec]) -> tuple[bytes, list[TensorInfo]]:
+    """The header of a file, and its tensors in storage order.
+
+    Wide types come first, so that every element is aligned; the header is padded to a multiple of 8 bytes, as
+    safetensors does it.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    ordered = sorted(specs, key=lambda spec: (-STORED[spec.dtype].itemsize, natural(spec.name)))
+    offset, starts = 0, []
+    for spec in ordered:
+        starts.append(offset)
+        offset += spec.nbytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [starts[-1], offset]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    infos = [
+        TensorInfo(spec.name, spec.dtype, spec.shape, file, len(header) + start, spec.nbytes)
+        for spec, start in zip(ordered, starts, strict=True)
+    ]
+    return header, infos
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key of tensor names that puts `layers.2` before `layers.10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+class CheckpointWriter:
+    """Writes one checkpoint, as one of several processes (`rank` tells them apart)."""
+
+    def __init__(self, out: Path, layout: Layout, rank: int = 0) -> None:
+        self.out, self.layout, self.rank = out, layout, rank
+        self.directory = out.with_name(out.name + ".tmp")  # other files of the checkpoint may be put here
+        self._handles: dict[str, int] = {}
+        self._written: dict[str, dict[int, int]] = defaultdict(dict)  # tensor -> {stop: start}, in elements
+        self._lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Make the directory, every file at its full size. Raises `UserError` if `out` is in use or the disk full."""
+        check_free(self.out)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+        _check_room(self.directory, sum(self.layout.file_size(file) for file in self.layout.headers))
+        (self.directory / UNFINISHED_FILE).touch()
+        for file, header in self.layout.headers.items():
+            with open(self.directory / file, "wb") as handle:
+                handle.write(header)
+                handle.flush()
+                os.posix_fallocate(handle.fileno(), 0, self.layout.file_size(file))
+
+    def write(self, name: str, start_row: int, rows: Array) -> None:
+        """Write rows of dimension 0 from `start_row` on, in the type they are stored in."""
+        self.write_flat(name, start_row * self.layout.tensors[name].row_size, rows)
+
+    def write_flat(self, name: str, start: int, values: Array) -> None:
+        """Write elements from `start` on, in storage order and in the type they are stored in."""
+        info = self.layout.tensors[name]
+        if values.dtype != STORED[info.dtype] or start < 0 or start + values.size > info.size:
+            raise ValueError(f"{values.size} {values.dtype} at {start} do not fit {info}")
+        view = values.reshape(-1).view(np.uint8).data
+        offset, handle = info.offset + start * values.itemsize, self._handle(info.file)
+        while view:
+            count = os.pwrite(handle, view, offset)
+            view, offset = view[count:], offset + count
+        self._note(name, start, start + values.size)
+
+    def close(self) -> None:
+        """Make what was written durable, then say what it was in `written-<rank>.json`. Frees the file handles."""
+        for handle in self._handles.values():
+            os.fsync(handle)
+            os.close(handle)
+        self._handles.clear()
+        parts = {name: sorted((start, stop) for stop, start in ends.items()) for name, ends in self._written.items()}
+        write_json(self.directory / f"written-{self.rank:05d}.json", parts)
+
+    def publish(self) -> None:
+        """Prove that nothing is missing, write the index, and let the directory take its name."""
+        journals = sorted(self.directory.glob(_JOURNALS))
+        _prove_whole(self.layout, [json.loads(journal.read_text()) for journal in journals])
+        for journal in journals:
+            journal.unlink()
+        if self.layout.indexed:
+            weight_map = {name: self.layout.tensors[name].file for name in sorted(self.layout.tensors, key=natural)}
+            index = {"metadata": {"total_size": self.layout.nbytes}, "weight_map": weight_map}
+            write_text(self.directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+        (self.directory / UNFINISHED_FILE).unlink()
+        publish_directory(self.directory, self.out)
+
+    def abandon(self) -> None:
+        """Remove what was written so far."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _handle(self, file: str) -> int:
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(self.directory / file, os.O_WRONLY)
+            return self._handles[file]
+
+    def _note(self, name: str, start: int, stop: int) -> None:
+        """Remember [start, stop), joined to the part that ends where it starts."""
+        with self._lock:
+            ends = self._written[name]
+            ends[stop] = ends.pop(start, start)
+
+
+def check_free(out: Path) -> None:
+    """Raise `UserError` unless `out` is missing or an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; choose another output directory or remove it.")
+
+
+def publish_directory(beside: Path, out: Path) -> None:
+    """Let the finished directory `beside` take the name `out` (missing or empty), durably."""
+    for path in [*beside.iterdir(), beside]:
+        _fsync(path)
+    os.replace(beside, out)
+    _fsync(out.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_room(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"{directory.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f} GB; free some."
+        )
+
+
+def _prove_whole(layout: Layout, journals: list[dict[str, list[list[int]]]]) -> None:
+    """Raise `UserError` naming the first tensor that was not written exactly once."""
+    for name, info in layout.tensors.items():
+        reached = 0
+        for start, stop in sorted(tuple(part) for journal in journals for part in journal.get(name, [])):
+            if stop > start and start != reached:
+                what = "twice" if start < reached else "never"
+                raise UserError(
+                    f"elements {min(start, reached)} to {max(start, reached)} of {name} were written {what}."
+                )
+            reached = max(reached, stop)
+        if reached != info.size:
+            raise UserError(f"elements {reached} to {info.size} of {name} were never written; the output is not kept.")

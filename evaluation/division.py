@@ -1,0 +1,77 @@
+"""Work divided over processes so that the results do not depend on how many there are.
+
+What is divided is whole batches, formed before: a batch is computed by one process, with the same padding, whichever
+process that is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from core.errors import UserError
+from core.progress import Meter
+from core.world import World, find_world
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+PATIENCE = timedelta(days=1)  # the ranks meet only when the slowest is done
+
+
+@dataclass(frozen=True)
+class Division:
+    """This process among those that share the work."""
+
+    world: World
+    group: Any = None  # a gloo group; None for one process
+
+    def map(self, label: str, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`work(item)` of every item, in the order of the items, on every process. Each is computed by one process."""
+        mine = range(self.world.rank, len(items), self.world.size)
+        done: dict[int, Result] = {}
+        with Meter(label, len(mine), "batches") as meter:
+            for place in mine:
+                done[place] = work(items[place])
+                meter.advance()
+        if self.world.size > 1:
+            parts: list[Any] = [None] * self.world.size
+            dist.all_gather_object(parts, done, group=self.group)
+            done = {place: result for part in parts for place, result in part.items()}
+        return [done[place] for place in range(len(items))]
+
+
+@contextmanager
+def divided_work() -> Iterator[Division]:
+    """Join the other processes of this job; one process alone needs no group."""
+    world = find_world()
+    if world.size == 1:
+        yield Division(world)
+        return
+    joined = dist.is_initialized()
+    if joined:
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    else:
+        if not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+            raise UserError(
+                "MASTER_ADDR and MASTER_PORT are not both set; start by slurm/cpt_merge.sh, torchrun or accelerate."
+            )
+        dist.init_process_group("gloo", rank=world.rank, world_size=world.size, timeout=PATIENCE)
+        group = dist.group.WORLD
+    try:
+        yield Division(world, group)
+    finally:
+        if not joined:
+            dist.destroy_process_group()
+
+
+def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of items of like length, `size` to a batch. The longest come first: what does not fit fails at once."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    return [order[start : start + size] for start in range(0, len(order), size)]

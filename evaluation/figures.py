@@ -1,0 +1,82 @@
+"""Figures of an evaluation, as PNG. Languages are named by their tags: a machine may have no Chinese or Korean font."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib.figure import Figure
+
+from evaluation.results import BITS, Scores, languages_with
+
+# Okabe and Ito (2008), told apart by the colour-blind; one colour per model, the same in every figure
+COLOURS = ("#8c8c8c", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
+PANELS = {
+    "chat": "chat: all of the three",
+    "stopped": "stops by itself",
+    "in_language": "in the prompt's language",
+    "keeps_format": "keeps the format",
+}
+
+
+def draw_bits_per_byte(scores: Scores, path: Path) -> Path:
+    """Bars of bits per byte by language and model, with their intervals."""
+    languages = languages_with(scores, BITS)
+    width = max(5.0, 1.2 + 0.55 * len(scores) * len(languages))
+    figure = Figure(figsize=(width, 3.8), layout="constrained")
+    axes = figure.subplots()
+    _bars(axes, scores, BITS, languages, "{:.2f}")
+    axes.set_ylabel("bits per byte (lower is better)")
+    axes.set_title("Held-out text", loc="left", fontweight="bold")
+    return _save(figure, axes, path)
+
+
+def draw_facets(scores: Scores, path: Path) -> Path:
+    """Shares of the replies, one panel per facet."""
+    languages = languages_with(scores, "chat")
+    width = max(3.4, 0.9 + 0.4 * len(scores) * len(languages))
+    figure = Figure(figsize=(2 * width, 6.4), layout="constrained")
+    panels = figure.subplots(2, 2, sharey=True).flat
+    for axes, (facet, title) in zip(panels, PANELS.items(), strict=True):
+        _bars(axes, scores, facet, languages, "{:.0%}")
+        axes.set_ylim(0, 1.12)
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        axes.set_title(title, loc="left", fontweight="bold")
+    figure.supylabel("share of replies", fontsize=10)
+    return _save(figure, axes, path)
+
+
+def _bars(axes: Any, scores: Scores, figure: str, languages: list[str], label: str) -> None:
+    """Groups of bars, a group per language and a bar per model; the interval as a thin line, the value above it."""
+    width = 0.84 / len(scores)
+    for number, (model, found) in enumerate(scores.items()):
+        shown = [(place, found[language][figure]) for place, language in enumerate(languages)]
+        places = [place + (number - (len(scores) - 1) / 2) * width for place, _ in shown]
+        values = [estimate.value for _, estimate in shown]
+        below = [max(estimate.value - estimate.low, 0) for _, estimate in shown]
+        above = [max(estimate.high - estimate.value, 0) for _, estimate in shown]
+        axes.bar(places, values, width * 0.92, label=model, color=COLOURS[number % len(COLOURS)])
+        axes.errorbar(places, values, [below, above], fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2)
+        for x, value, rise in zip(places, values, above, strict=True):
+            axes.annotate(
+                label.format(value), (x, value + rise), (0, 2), textcoords="offset points",
+                ha="center", va="bottom", fontsize=7.5, color="#222222",
+            )  # fmt: skip
+    axes.set_xticks(range(len(languages)), languages)
+    axes.margins(y=0.12)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _save(figure: Figure, axes: Any, path: Path) -> Path:
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+    figure.savefig(path, dpi=150, facecolor="white")
+    return path

@@ -1,0 +1,68 @@
+"""The models under evaluation: found, checked, and loaded one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from core.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model with its own tokenizer."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self.model.device)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text alone, without bos or eos."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def check_models(models: Mapping[str, Path], context: int) -> None:
+    """Raise `UserError` for a directory without a model, and for a model with fewer positions than `context`."""
+    for name, directory in models.items():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"model {name}: {directory} holds no config.json; give the directory of a finished model.")
+        positions = getattr(AutoConfig.from_pretrained(directory), "max_position_embeddings", context)
+        if positions < context:
+            raise UserError(f"evaluation.context = {context} but model {name} has {positions} positions; lower it.")
+
+
+def load_model(name: str, directory: Path, local_rank: int) -> LoadedModel:
+    """Load a model for inference: bfloat16 on a GPU, float32 on the CPU, whatever type it is stored in."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+    return LoadedModel(name, model, load_tokenizer(directory))
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer that lies beside a model. Raises `UserError` if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{directory} holds no tokenizer that transformers can read ({reason}).") from None
+
+
+def end_tokens(directory: Path, tokenizer: Any) -> list[str]:
+    """The tokens that end a reply: those of `generation_config.json`, and the tokenizer's eos."""
+    ids: list[int | None] = [tokenizer.eos_token_id]
+    if (directory / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(directory).eos_token_id
+        ids += eos if isinstance(eos, list) else [eos]
+    return list(dict.fromkeys(tokenizer.convert_ids_to_tokens(id_) for id_ in ids if id_ is not None))

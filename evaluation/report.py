@@ -1,0 +1,159 @@
+"""What an evaluation leaves: results.json, samples.jsonl, figures, tables on the terminal, the tracker's rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.panel import Panel
+from rich.table import Table
+
+from core.artifact import write_json, write_text
+from core.languages import find_language
+from core.progress import console
+from evaluation.config import EvaluationConfig
+from evaluation.figures import draw_bits_per_byte, draw_facets
+from evaluation.intervals import Estimate
+from evaluation.results import BITS, FACETS, ModelResult, Scores, languages_with
+from tracking import Cell, Tracker
+
+HEADINGS = {
+    BITS: "bits/byte", "chat": "chat", "stopped": "stopped", "in_language": "in language", "keeps_format": "format",
+    "repetition": "repetition",
+}  # fmt: skip
+SHOWN_CHARACTERS = 400  # of a sample's reply on the terminal
+
+
+def report(
+    config: EvaluationConfig,
+    models: Mapping[str, Path],
+    results: Sequence[ModelResult],
+    scores: Scores,
+    out: Path,
+    tracker: Tracker,
+) -> None:
+    """Write and show everything."""
+    write_results(out / "results.json", config, models, results, scores)
+    write_text(
+        out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sample_rows(results))
+    )
+    figures = {"bits_per_byte": draw_bits_per_byte(scores, out / "bits_per_byte.png")}
+    if any(result.samples for result in results):
+        figures["replies"] = draw_facets(scores, out / "replies.png")
+    track(results, scores, figures, tracker)
+    show_scores(scores)
+    show_samples(results, config.samples_shown)
+
+
+def flat(scores: Scores) -> dict[str, float]:
+    """`model/language/figure` -> value, four digits behind the point."""
+    return {
+        f"{model}/{language}/{figure}": round(estimate.value, 4) for model, language, figure, estimate in each(scores)
+    }
+
+
+def each(scores: Scores) -> Iterator[tuple[str, str, str, Estimate]]:
+    """(model, language, figure, estimate) of every score."""
+    for model, languages in scores.items():
+        for language, figures in languages.items():
+            for figure, estimate in figures.items():
+                yield model, language, figure, estimate
+
+
+def write_results(
+    path: Path, config: EvaluationConfig, models: Mapping[str, Path], results: Sequence[ModelResult], scores: Scores
+) -> None:
+    """Every figure with its interval and n, what it rests on, and the settings that made it."""
+    content: dict[str, object] = {"config": config.model_dump(), "models": {}}
+    content["models"] = {
+        result.name: {
+            "directory": str(models[result.name]),
+            "generated_tokens_per_second": round(result.tokens_per_second, 2),
+            "text": {
+                language: {
+                    "documents": len(documents),
+                    "bytes": sum(document.bytes for document in documents),
+                    "tokens": sum(document.tokens for document in documents),
+                }
+                for language, documents in result.documents.items()
+            },
+            "scores": {
+                language: {figure: asdict(estimate) for figure, estimate in figures.items()}
+                for language, figures in scores[result.name].items()
+            },
+        }
+        for result in results
+    }
+    write_json(path, content)
+
+
+def sample_rows(results: Sequence[ModelResult]) -> Iterator[dict[str, object]]:
+    """One row per model and prompt."""
+    for result in results:
+        for sample in result.samples:
+            facets = asdict(sample.facets)
+            yield {
+                "model": result.name,
+                "language": sample.prompt.language,
+                "messages": sample.prompt.messages,
+                "reply": sample.reply.text,
+                "tokens": sample.reply.tokens,
+                "chat": sample.facets.chat,
+                **{name: round(value, 4) if isinstance(value, float) else value for name, value in facets.items()},
+            }
+
+
+def track(results: Sequence[ModelResult], scores: Scores, figures: Mapping[str, Path], tracker: Tracker) -> None:
+    """Send the figures, the tables and the images."""
+    metrics = {f"eval/{name}": value for name, value in flat(scores).items()}
+    speeds = {f"eval/{result.name}/tokens_per_second": result.tokens_per_second for result in results if result.samples}
+    tracker.log({**metrics, **speeds})
+    tracker.summary(metrics)
+    columns = ["model", "language", "figure", "value", "low", "high", "n"]
+    score_rows: list[list[Cell]] = [[*names, e.value, e.low, e.high, e.n] for *names, e in each(scores)]
+    tracker.table("eval/scores", columns, score_rows)
+    columns = ["language", "prompt", "model", "reply", "tokens", *FACETS]
+    rows: list[list[Cell]] = [
+        [sample.prompt.language, sample.prompt.messages[-1]["content"], result.name, sample.reply.text,
+         sample.reply.tokens, *sample.facets.values().values()]
+        for result in results for sample in result.samples
+    ]  # fmt: skip
+    if rows:
+        tracker.table("eval/samples", columns, rows)
+    for name, path in figures.items():
+        tracker.image(f"eval/{name}", path)
+
+
+def show_scores(scores: Scores) -> None:
+    """One table per language: models down, figures across."""
+    for language in dict.fromkeys(language for model in scores.values() for language in model):
+        figures = [figure for figure in HEADINGS if language in languages_with(scores, figure)]
+        counts = {figure: next(model[language][figure].n for model in scores.values()) for figure in figures}
+        bits, replies = counts.get(BITS, 0), counts.get("chat", 0)
+        title = f"{find_language(language).name}: {bits} documents, {replies} replies; value [95 % interval]"
+        table = Table("model", title=title, title_justify="left")
+        for figure in figures:
+            table.add_column(HEADINGS[figure], justify="right")
+        for model, languages in scores.items():
+            table.add_row(model, *(str(languages[language][figure]) for figure in figures))
+        console.print(table)
+
+
+def show_samples(results: Sequence[ModelResult], shown: int) -> None:
+    """The first prompts of each language with every model's reply."""
+    samples = results[0].samples if results else []
+    for language in dict.fromkeys(sample.prompt.language for sample in samples):
+        places = [place for place, sample in enumerate(samples) if sample.prompt.language == language][:shown]
+        for place in places:
+            table = Table.grid(padding=(0, 2))
+            table.add_column(style="bold", no_wrap=True)
+            table.add_column(overflow="fold")
+            for result in results:
+                reply = result.samples[place].reply
+                end = "" if reply.stopped else " …"
+                # repr keeps line ends and control characters of a broken model off the terminal
+                table.add_row(result.name, repr(reply.text[:SHOWN_CHARACTERS])[1:-1] + end)
+            question = samples[place].prompt.messages[-1]["content"]
+            console.print(Panel(table, title=f"{language}: {question}", title_align="left"), markup=False)

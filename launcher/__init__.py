@@ -1,0 +1,1 @@
+"""The recipe, the pipeline of stages and the command line."""

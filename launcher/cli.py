@@ -1,0 +1,162 @@
+"""The command line: `cpt-merge COMMAND`, and `python -m STAGE`, which is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from core.errors import Interrupted, UserError
+from core.progress import console
+from core.world import find_world
+
+USAGE_ERROR, INTERRUPTED = 2, 75
+
+app = typer.Typer(
+    name="cpt-merge", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="From an English base model, its chat sibling and text in a new language to a chat model in that language.",
+)  # fmt: skip
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="overrides")]
+
+
+class RecipeCommand(TyperCommand):
+    """A command that takes a recipe: its help lists every key."""
+
+    def format_epilog(self, context: Any, formatter: Any) -> None:
+        """The keys of the recipe, after the options."""
+        from launcher.recipe import Recipe
+        from launcher.reference import as_text
+
+        formatter.write(f"\nEvery key of a recipe, and of an override:\n{as_text(Recipe)}\n")
+
+
+@app.command(cls=RecipeCommand)
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """All stages; finished ones are skipped, a cut-short one continues."""
+    from launcher.pipeline import run_pipeline
+    from launcher.recipe import load_recipe
+    from launcher.report import report as write_report
+
+    loaded = load_recipe(recipe, overrides or [])
+    run_pipeline(loaded, recipe, overrides or [])
+    write_report(loaded.directory)
+
+
+def _stage(name: str, recipe: Path, overrides: list[str] | None) -> None:
+    from launcher.pipeline import run_stage
+    from launcher.recipe import load_recipe
+    from launcher.stages import Run, find_stage
+
+    loaded = load_recipe(recipe, overrides or [])
+    run_stage(Run(loaded), find_stage(name), recipe, overrides or [])
+
+
+@app.command(cls=RecipeCommand)
+def tokenizer(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Extend the base's tokenizer with pieces of the new languages."""
+    _stage("tokenizer", recipe, overrides)
+
+
+@app.command(cls=RecipeCommand)
+def embeddings(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Resize the base's embedding and head, and initialise the new rows."""
+    _stage("embeddings", recipe, overrides)
+
+
+@app.command(cls=RecipeCommand)
+def data(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Tokenise the text into the token store."""
+    _stage("data", recipe, overrides)
+
+
+@app.command(cls=RecipeCommand)
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Continual pretraining, with the post-training hook that adds the chat vector."""
+    _stage("train", recipe, overrides)
+
+
+@app.command(cls=RecipeCommand)
+def merge(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Add the chat vector to the trained checkpoint, from files."""
+    _stage("merge", recipe, overrides)
+
+
+@app.command(cls=RecipeCommand)
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Evaluate base, chat, CPT and merged model."""
+    _stage("evaluate", recipe, overrides)
+
+
+@app.command(cls=RecipeCommand)
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """What would be done: stages, sizes, memory per rank, tokens per step. No model is loaded."""
+    from launcher.plan import show_plan
+    from launcher.recipe import load_recipe
+
+    show_plan(load_recipe(recipe, overrides or []))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, what is missing, and the command that mends it."""
+    from launcher.doctor import show_doctor
+
+    raise typer.Exit(0 if show_doctor() else 1)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo, or its recipe")],
+    overrides: Overrides = None,
+) -> None:
+    """Tables and figures of a finished or running run: on the terminal, and as one HTML page in its folder."""
+    from launcher.recipe import load_recipe
+    from launcher.report import report as write_report
+
+    write_report(load_recipe(run, overrides or []).directory if run.suffix in (".yaml", ".yml") else run)
+
+
+def stage_main(command: str) -> int:
+    """The entry point of `python -m STAGE ...`: `cpt-merge COMMAND ...` with the same arguments."""
+    return main([command, *sys.argv[1:]])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Exit code 0, 2 for what the user can mend, 75 for stopped early with everything saved."""
+    try:
+        app(args=arguments)
+    except UserError as error:
+        _print_once(str(error))
+        return USAGE_ERROR
+    except Interrupted as stop:
+        _print_once(str(stop))
+        # torchrun takes any other code for a crash of the group
+        return INTERRUPTED if find_world().launcher == "alone" else 0
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+def _print_once(sentence: str) -> None:
+    """Print to stderr; of the processes of one launcher that all say the same, one prints."""
+    if not sentence:
+        return
+    if find_world().launcher != "alone":
+        name = hashlib.sha256(f"{os.getppid()}{sentence}".encode()).hexdigest()[:16]
+        try:
+            os.close(os.open(Path(tempfile.gettempdir()) / f"cpt-merge-said-{name}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+    console.print(f"cpt-merge: {sentence}", markup=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,128 @@
+"""`cpt-merge doctor`: what this machine has, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from core.errors import UserError
+from core.world import find_world
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and how to mend it (empty: nothing to mend)."""
+
+    subject: str
+    found: str
+    mend: str = ""
+    fatal: bool = False
+
+
+def show_doctor() -> bool:
+    """Print the findings. True if a run can start here."""
+    findings = [finding for check in CHECKS for finding in check()]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for finding in findings:
+        mark = "[red]missing[/]" if finding.fatal else "[yellow]note[/]" if finding.mend else "[green]ok[/]"
+        table.add_row(mark, finding.subject, finding.found + (f"\n  {finding.mend}" if finding.mend else ""))
+    Console(soft_wrap=True).print(table)
+    return not any(finding.fatal for finding in findings)
+
+
+def _packages() -> Iterator[Finding]:
+    try:
+        needed = [Requirement(text) for text in requires("cpt-merge") or []]
+    except PackageNotFoundError:
+        yield Finding("cpt-merge", "not installed in this Python", "pip install -c constraints.txt -e .", fatal=True)
+        return
+    wrong = []
+    for requirement in needed:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} {found} is not {requirement.specifier}")
+    if wrong:
+        yield Finding("packages", "; ".join(wrong), "pip install -c constraints.txt -e .", fatal=True)
+    else:
+        shown = ("torch", "transformers", "accelerate", "datasets", "wandb")
+        yield Finding("packages", ", ".join(f"{name} {version(name)}" for name in shown))
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            yield Finding(f"GPU {number}", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
+        nccl = dist.is_nccl_available()
+        yield Finding(
+            "backend", "nccl and gloo" if nccl else "gloo only", "" if nccl else "install a CUDA build of torch"
+        )
+    else:
+        built = torch.version.cuda
+        found = f"none that torch sees ({'CUDA ' + built + ' build' if built else 'CPU build'} of torch)"
+        driver = shutil.which("nvidia-smi")
+        yield Finding("GPU", found, "the driver is here: install a CUDA build of torch" if driver and not built else "")
+        yield Finding("backend", "gloo on CPU: right for the demo and the tests, slow for real models")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    yield Finding("CPU", f"{os.cpu_count()} cores, {memory:.0f} GB memory")
+
+
+def _processes() -> Iterator[Finding]:
+    try:
+        world = find_world()
+        yield Finding("process", f"rank {world.rank} of {world.size}, started by {world.launcher}")
+    except UserError as error:
+        yield Finding("process", "the launcher's variables are half set", str(error), fatal=True)
+
+
+def _slurm() -> Iterator[Finding]:
+    if not shutil.which("sbatch"):
+        yield Finding("Slurm", "not here (only needed for sbatch slurm/cpt_merge.sh)")
+        return
+    try:
+        nodes = subprocess.run(
+            ["sinfo", "-h", "-o", "%P %D %t"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except subprocess.TimeoutExpired:
+        yield Finding("Slurm", "sinfo does not answer within 10 s", "ask the cluster's administrators")
+        return
+    if nodes.returncode:
+        yield Finding("Slurm", nodes.stderr.strip()[:120], "log in to a node where sinfo works")
+    else:
+        yield Finding("Slurm", "; ".join(nodes.stdout.split("\n")[:6]).strip("; "))
+
+
+def _tracking() -> Iterator[Finding]:
+    from tracking.wandb_carrier import find_key
+
+    if find_key():
+        yield Finding("W&B", "a key is there: runs are logged online when the server can be reached")
+    else:
+        yield Finding("W&B", "no key: runs are logged offline, to be sent later by `wandb sync`", "wandb login")
+
+
+def _disk() -> Iterator[Finding]:
+    usage = shutil.disk_usage(".")
+    free = usage.free / 1e9
+    mend = "" if free > 5 else "free some: a 7B model in bf16 takes 14 GB, a checkpoint of its training 81 GB"
+    yield Finding("disk here", f"{free:,.0f} GB free", mend)
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_packages, _devices, _processes, _slurm, _tracking, _disk)

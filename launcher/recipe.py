@@ -1,0 +1,127 @@
+"""The recipe: one YAML file, each section owned by the stage that it configures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import field_validator, model_validator
+
+from core.config import Section, key, parse_section
+from core.errors import UserError
+from core.sources import Corpus
+from evaluation import EvaluationConfig
+from merge import EmbeddingsConfig, MergeConfig
+from tokenizer_ext import TokenizerConfig
+from tracking import TrackingConfig
+from training import DataConfig, TrainingConfig
+
+
+class Models(Section):
+    """The pair that the chat vector comes from."""
+
+    base: str = key(..., "the base model: a directory or a hub id")
+    chat: str = key(..., "its chat sibling, trained from the very same base: a directory or a hub id")
+
+
+class LaunchConfig(Section):
+    """How training and evaluation are started on one machine. On Slurm, srun decides instead."""
+
+    processes: int | None = key(None, "processes on this machine; all its GPUs (or 1 without) if not set", gt=0)
+    accelerate_config: str = key(
+        "recipes/accelerate/fsdp2.yaml", "accelerate's configuration file: it decides the backend"
+    )
+
+
+class Recipe(Section):
+    """Everything that a run is made of. Relative paths are relative to the directory the command is called in."""
+
+    name: str = key(..., "name of the run: its folder under `runs`, its group in W&B")
+    runs: str = key("runs", "folder that holds the runs")
+    models: Models = key(..., "the pair")
+    corpus: Corpus = key(..., "the text")
+    tokenizer: TokenizerConfig = key(..., "tokenizer extension")
+    embeddings: EmbeddingsConfig = key(EmbeddingsConfig(), "initialisation of the new rows")
+    data: DataConfig = key(DataConfig(), "token store")
+    training: TrainingConfig = key(..., "continual pretraining")
+    merge: MergeConfig = key(MergeConfig(), "the chat vector")
+    evaluation: EvaluationConfig = key(EvaluationConfig(), "evaluation")
+    tracking: TrackingConfig = key(TrackingConfig(), "Weights & Biases")
+    launch: LaunchConfig = key(LaunchConfig(), "processes")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError("a run's name is one folder name, such as llama2-7b-ko")
+        return name
+
+    @model_validator(mode="after")
+    def _new_languages_have_text(self) -> Recipe:
+        missing = set(self.tokenizer.new_pieces) - set(self.corpus.languages())
+        if missing:
+            raise ValueError(
+                f"tokenizer.new_pieces names {', '.join(sorted(missing))} but corpus.sources has no such text"
+            )
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs).expanduser() / self.name
+
+
+def load_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """Read a recipe and apply `section.key=value` overrides. Raises `UserError` with one sentence."""
+    values = read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    return parse_section(Recipe, values, str(path) if not overrides else f"{path} with its overrides")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises `UserError` if it is missing, is not UTF-8 or is no mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist; the ones that come along are in recipes/.") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is not UTF-8 (byte {error.start}); convert it.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} is no mapping of sections; see docs/recipe.md.")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key. Numbers in the path are places in a list: `corpus.sources.0.weight=2`."""
+    path, separator, text = override.partition("=")
+    parts = path.split(".")
+    if not separator or not all(parts):
+        raise UserError(f"override {override!r} is not of the form section.key=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"the value in override {override!r} is not YAML; quote it.") from None
+    here: Any = values
+    for part in parts[:-1]:
+        if isinstance(here, list):
+            here = here[_place(here, part, override)]
+        else:
+            if not isinstance(here.get(part), (dict, list)):
+                here[part] = {}
+            here = here[part]
+    if isinstance(here, list):
+        here[_place(here, parts[-1], override)] = value
+    else:
+        here[parts[-1]] = value
+
+
+def _place(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise UserError(f"override {override!r}: {part!r} is no place in a list of {len(items)}.")
+    return int(part)

@@ -1,0 +1,95 @@
+"""Every key of the recipe with unit, default and meaning: for `--help` and docs/recipe.md, generated from the types."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from core.config import Section, inner_sections, unit_of
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """One key of the recipe."""
+
+    path: str
+    type: str
+    default: str
+    unit: str
+    text: str
+
+
+def recipe_keys(section: type[Section], prefix: str = "") -> Iterator[KeyInfo]:
+    """The keys of a section and of the sections within it, depth first. A list's items are written `[]`."""
+    for name, field in section.model_fields.items():
+        path = prefix + name
+        inner = inner_sections(field)
+        yield KeyInfo(
+            path,
+            _type_name(field.annotation),
+            _default(field, bool(inner)),
+            unit_of(field) or "",
+            field.description or "",
+        )
+        many = typing.get_origin(field.annotation) is list
+        for nested in inner:
+            yield from recipe_keys(nested, path + ("[]." if many else "."))
+
+
+def _default(field: FieldInfo, has_sections: bool) -> str:
+    if field.is_required():
+        return "required"
+    if has_sections:
+        return ""
+    value = field.get_default(call_default_factory=True)
+    return "not set" if value is None or value is PydanticUndefined else str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " or ".join(str(value) for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(value) for value in arguments if value is not type(None))
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"{_type_name(arguments[0])} -> {_type_name(arguments[1])}"
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(
+        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
+    )
+
+
+def as_text(section: type[Section]) -> str:
+    """The keys for a terminal, one a line."""
+    lines = []
+    for item in recipe_keys(section):
+        detail = ", ".join(
+            part for part in (item.type, item.unit, f"default {item.default}" if item.default else "") if part
+        )
+        lines.append(f"  {item.path}\n      {item.text} ({detail})")
+    return "\n".join(lines)
+
+
+def as_markdown(section: type[Section]) -> str:
+    """The keys as Markdown, a table for each top-level section."""
+    groups: dict[str, list[KeyInfo]] = {}
+    for item in recipe_keys(section):
+        groups.setdefault(item.path.partition(".")[0].removesuffix("[]"), []).append(item)
+    parts = []
+    for name, items in groups.items():
+        rows = [f"| `{i.path}` | {i.type} | {i.default} | {i.unit} | {i.text.replace('|', '/')} |" for i in items]
+        parts.append(
+            "\n".join([f"## {name}\n", "| key | type | default | unit | meaning |", "|---|---|---|---|---|", *rows])
+        )
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,198 @@
+"""The stages of the pipeline, in order: what each reads, what it is configured by, and the call that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from core.artifact import fingerprint, read_record
+from core.errors import UserError
+from core.models import model_directory
+from core.sources import source_files
+from launcher.recipe import Recipe
+from tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe and where its artifacts are."""
+
+    recipe: Recipe
+
+    @cached_property
+    def base(self) -> Path:
+        """The base model's directory."""
+        return model_directory(self.recipe.models.base)
+
+    @cached_property
+    def chat(self) -> Path:
+        """The chat model's directory."""
+        return model_directory(self.recipe.models.chat)
+
+    def folder(self, stage: str) -> Path:
+        """A stage's folder: its artifact, its log, and `stage.json` once it is finished."""
+        return self.recipe.directory / stage
+
+    @property
+    def tokenizer(self) -> Path:
+        """The extended tokenizer with its vocabulary map."""
+        return self.folder("tokenizer") / "tokenizer"
+
+    @property
+    def resized(self) -> Path:
+        """The base model with rows for the new vocabulary."""
+        return self.folder("embeddings") / "model"
+
+    @property
+    def store(self) -> Path:
+        """The token store."""
+        return self.folder("data") / "store"
+
+    @property
+    def cpt(self) -> Path:
+        """The continually pretrained model."""
+        return self.folder("training") / "cpt"
+
+    @property
+    def merged(self) -> Path:
+        """The chat model in the new language."""
+        return self.folder("merge") / "chat"
+
+    def finished(self, stage: str) -> str:
+        """The fingerprint of a finished stage. Raises `UserError` if it is not finished."""
+        record = read_record(self.folder(stage))
+        if record is None:
+            command = COMMANDS[stage]
+            raise UserError(f"{self.folder(stage)} is not finished; run `cpt-merge {command} RECIPE` (or `run`) first.")
+        return f"stage:{record.key}"
+
+    def corpus_inputs(self) -> dict[str, str]:
+        """The fingerprints of all text."""
+        inputs = {}
+        for source in self.recipe.corpus.sources:
+            files = source_files(source)
+            inputs[f"text {source.path}"] = " ".join(fingerprint(file) for file in files) or f"hub:{source.path}"
+        return inputs
+
+    def pair_inputs(self) -> dict[str, str]:
+        """The fingerprints of base and chat."""
+        return {"base": fingerprint(self.base), "chat": fingerprint(self.chat)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. `config` and `inputs` decide whether it has to run; `run` fills its folder and returns its results."""
+
+    name: str
+    config: Callable[[Recipe], Mapping[str, Any]]
+    inputs: Callable[[Run], dict[str, str]]
+    run: Callable[[Run, str, Tracker], dict[str, Any]]  # (run, stage key, tracker)
+    distributed: bool = False  # runs in all processes
+    resumable: bool = False  # its folder is kept when it is cut short
+
+
+def _tokenizer(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
+    from tokenizer_ext.run import run as run_stage
+
+    run.tokenizer.mkdir(parents=True)
+    recipe = run.recipe
+    return run_stage(recipe.tokenizer, run.base, run.chat, recipe.corpus, run.tokenizer, tracker)
+
+
+def _embeddings(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
+    from merge.embeddings import run as run_stage
+
+    run.resized.mkdir(parents=True)
+    return run_stage(run.recipe.embeddings, run.base, run.tokenizer, run.resized, tracker)
+
+
+def _data(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
+    from training.data import run as run_stage
+
+    return run_stage(run.recipe.data, run.recipe.corpus, run.tokenizer, run.store, tracker)
+
+
+def _training(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
+    from launcher.hook import post_training_hook
+    from training.run import TrainingInputs
+    from training.run import run as run_stage
+
+    inputs = TrainingInputs(run.resized, run.tokenizer, run.store, key)
+    return run_stage(run.recipe.training, inputs, run.folder("training"), tracker, post_training_hook(run, key))
+
+
+def _merge(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
+    from merge.run import run as run_stage
+
+    return run_stage(run.recipe.merge, run.cpt, run.base, run.chat, run.tokenizer, run.merged, tracker)
+
+
+def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
+    from evaluation.run import run as run_stage
+
+    models = {"base": run.base, "chat": run.chat, "cpt": run.cpt, "merged": run.merged}
+    out = run.folder("evaluation")
+    return run_stage(run.recipe.evaluation, models, run.recipe.corpus, run.chat, out, tracker)
+
+
+def _prompts(recipe: Recipe) -> dict[str, str]:
+    return {"prompts": fingerprint(recipe.evaluation.prompts)} if recipe.evaluation.prompts else {}
+
+
+STAGES = [
+    Stage(
+        "tokenizer",
+        lambda r: {"tokenizer": r.tokenizer.model_dump(), "corpus": r.corpus.model_dump()},
+        lambda run: {**run.pair_inputs(), **run.corpus_inputs()},
+        _tokenizer,
+    ),
+    Stage(
+        "embeddings",
+        lambda r: r.embeddings.model_dump(),
+        lambda run: {"base": fingerprint(run.base), "tokenizer": run.finished("tokenizer")},
+        _embeddings,
+    ),
+    Stage(
+        "data",
+        lambda r: {"data": r.data.model_dump(), "corpus": r.corpus.model_dump()},
+        lambda run: {"tokenizer": run.finished("tokenizer"), **run.corpus_inputs()},
+        _data,
+    ),
+    Stage(
+        "training",
+        lambda r: r.training.model_dump(exclude={"post_train_merge"}),
+        lambda run: {"model": run.finished("embeddings"), "data": run.finished("data")},
+        _training,
+        distributed=True,
+        resumable=True,
+    ),
+    Stage(
+        "merge",
+        lambda r: r.merge.model_dump(),
+        lambda run: {"cpt": run.finished("training"), "tokenizer": run.finished("tokenizer"), **run.pair_inputs()},
+        _merge,
+    ),
+    Stage(
+        "evaluation",
+        lambda r: {"evaluation": r.evaluation.model_dump(), "corpus": r.corpus.model_dump()},
+        lambda run: {
+            "cpt": run.finished("training"), "merged": run.finished("merge"),
+            **run.pair_inputs(), **_prompts(run.recipe), **run.corpus_inputs(),
+        },
+        _evaluation,
+        distributed=True,
+    ),
+]  # fmt: skip
+
+COMMANDS = {
+    "tokenizer": "tokenizer", "embeddings": "embeddings", "data": "data", "training": "train", "merge": "merge",
+    "evaluation": "evaluate",
+}  # fmt: skip
+
+
+def find_stage(name: str) -> Stage:
+    """A stage by its name or by its command."""
+    return next(stage for stage in STAGES if name in (stage.name, COMMANDS[stage.name]))

@@ -1,0 +1,48 @@
+"""Starting a stage in several processes on this machine: `accelerate launch`, called from here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from core.errors import UserError
+from core.progress import say
+from launcher.recipe import Recipe, read_yaml
+
+
+def local_processes(recipe: Recipe) -> int:
+    """How many processes a distributed stage gets on this machine. Raises `UserError` for more than fit."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    places, kind = (gpus, "GPUs") if gpus else (os.cpu_count() or 1, "CPU cores")
+    wanted = recipe.launch.processes or (gpus or 1)
+    if wanted > places:
+        raise UserError(f"launch.processes = {wanted} but this machine has {places} {kind}; lower it.")
+    return wanted
+
+
+def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: list[str], processes: int) -> None:
+    """`accelerate launch --config_file ... -m MODULE RECIPE`, and wait. Raises `UserError` with the failing rank."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    config_file = Path(recipe.launch.accelerate_config)
+    read_yaml(config_file)
+    module = {"train": "training", "evaluate": "evaluation"}[command]
+    arguments = ["--config_file", str(config_file), "--num_processes", str(processes), "-m", module, str(recipe_path)]
+    say(f"accelerate launch {' '.join([*arguments, *overrides])}")
+    # Time for all ranks to save after a signal, before torchrun kills them
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the sentence below says it
+    try:
+        launch_command(launch_command_parser().parse_args([*arguments, *overrides]))
+    except ChildFailedError as failure:
+        rank, first = failure.get_first_failure()
+        if first.exitcode == 2:
+            raise UserError("") from None  # the process itself said why
+        raise UserError(
+            f"{command}: rank {rank} ended with code {first.exitcode}; its output above says why; "
+            "the same command continues from the last checkpoint."
+        ) from None

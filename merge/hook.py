@@ -1,0 +1,170 @@
+"""The carrier in memory: the trained shards become two checkpoints, CPT and CPT + chat vector, written by all ranks.
+
+Each rank takes its own rows, in the type they were trained in (fp32 masters: one rounding), reads only the same rows of base
+and chat, and writes only them. Nothing is gathered. The arithmetic is the file carrier's, on the CPU: it waits for the
+disk anyway, and so the bytes are equal. Both functions are collective: every rank calls them, also one that
+holds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
+from checkpoint.reader import Checkpoint
+from checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec
+from core.errors import UserError
+from merge import finish, statistics
+from merge.config import Dtype, MergeConfig
+from merge.engine import copy_unmerged
+from merge.plan import plan
+from merge.rules import model_tensors
+from merge.slices import CHUNK, SliceMerger, rounded
+from merge.statistics import Statistics, Sums
+from tracking.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """Rows [start_row, start_row + len(values)) of a trained tensor of the given global shape; may be empty.
+
+    A tensor that several ranks hold is passed by one of them. A tied head is not passed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start_row: int
+    values: torch.Tensor
+
+    @property
+    def start(self) -> int:
+        """The first element, counted in the whole tensor."""
+        return self.start_row * (self.values[:1].numel() if len(self.shape) and len(self.values) else 1)
+
+    def read(self, first: int, last: int) -> Float32:
+        """Elements [first, last) of the whole tensor, in float32 on the CPU."""
+        part = self.values.detach().reshape(-1)[first - self.start : last - self.start]
+        values: Float32 = part.to("cpu", torch.float32).numpy()
+        return values
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that call the hook. `Ranks()` is one alone."""
+
+    rank: int = 0
+    barrier: Callable[[], None] = lambda: None
+
+
+def export_shards(
+    shards: Iterable[LocalShard],
+    like: Path,
+    tokenizer: Path,
+    out: Path,
+    ranks: Ranks,
+    dtype: Dtype | None = None,
+    shard_size: int = SHARD_BYTES,
+) -> None:
+    """Write the trained model as a Hugging Face checkpoint.
+
+    `like` is the checkpoint that training started from: names, shapes, types (unless `dtype` is given) and configuration
+    are its own. Raises `UserError` if a shard does not fit it, or if a row comes twice or not at all.
+    """
+    source = Checkpoint.open(like)
+    specs = [
+        TensorSpec(name, TORCH_NAMES[dtype] if dtype and info.dtype in FLOATS else info.dtype, info.shape)
+        for name, info in model_tensors(source).items()
+    ]
+    writer = CheckpointWriter(out, Layout.by_size(specs, shard_size), ranks.rank)
+
+    def write(shard: LocalShard) -> None:
+        for first in range(shard.start, shard.start + shard.values.numel(), CHUNK):
+            last = min(first + CHUNK, shard.start + shard.values.numel())
+            stored = rounded(shard.read(first, last), writer.layout.tensors[shard.name].dtype, shard.name)
+            writer.write_flat(shard.name, first, stored)
+
+    def complete() -> None:
+        finish.write_cpt_files(source, writer.layout, tokenizer, writer.directory)
+
+    _write_together(shards, source, writer, ranks, write, complete)
+
+
+def merge_shards(
+    shards: Iterable[LocalShard],
+    config: MergeConfig,
+    like: Path,
+    base: Path,
+    chat: Path,
+    tokenizer: Path,
+    out: Path,
+    tracker: Tracker,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Add the chat vector to the trained shards and write the chat model.
+
+    `base` is the original base with its own tokenizer, `like` the resized one that training started from. Returns the
+    results on rank 0 and nothing on the others. Raises `UserError` as `merge.plan.plan` and `export_shards` do.
+    """
+    the_plan = plan(config, like, base, chat, tokenizer)
+    writer = CheckpointWriter(out, the_plan.layout(), ranks.rank)
+    merger, sums = SliceMerger(the_plan, writer), Statistics()
+    tensors = {tensor.name: tensor for tensor in the_plan.tensors}
+    results: dict[str, Any] = {}
+
+    def write(shard: LocalShard) -> None:
+        stop = shard.start + shard.values.numel()
+        sums.setdefault(shard.name, Sums())
+        sums[shard.name] += merger.merge(tensors[shard.name], shard.start, stop, shard.read)
+
+    def leave_statistics() -> None:
+        statistics.save(sums, writer.directory, ranks.rank)
+
+    def complete() -> None:
+        results.update(finish.finish(the_plan, statistics.collect(writer.directory), writer.directory, {}))
+
+    _write_together(shards, the_plan.cpt, writer, ranks, write, complete, leave_statistics)
+    if ranks.rank == 0:
+        finish.log(results, out, tracker)
+    return results
+
+
+def _write_together(
+    shards: Iterable[LocalShard],
+    like: Checkpoint,
+    writer: CheckpointWriter,
+    ranks: Ranks,
+    write: Callable[[LocalShard], None],
+    complete: Callable[[], None],
+    leave: Callable[[], None] = lambda: None,
+) -> None:
+    """The order of a common checkpoint: rank 0 prepares, all write, rank 0 completes and publishes."""
+    if ranks.rank == 0:
+        writer.prepare()
+    ranks.barrier()
+    for shard in shards:
+        _check(shard, writer.layout, like)
+        write(shard)
+    if ranks.rank == 0:  # masks and the like, which nobody trains
+        copy_unmerged(like, writer, [name for name, info in writer.layout.tensors.items() if info.dtype not in FLOATS])
+    writer.close()
+    leave()
+    ranks.barrier()
+    if ranks.rank == 0:
+        complete()
+        writer.publish()
+    ranks.barrier()
+
+
+def _check(shard: LocalShard, layout: Layout, like: Checkpoint) -> None:
+    info = layout.tensors.get(shard.name)
+    if info is None or info.shape != tuple(shard.shape):
+        found = f"shape {info.shape}" if info else "no such tensor"
+        raise UserError(
+            f"the trained {shard.name} has shape {tuple(shard.shape)}, {like.directory} has {found}; "
+            "export with the checkpoint that training started from."
+        )

@@ -1,0 +1,40 @@
+"""The chat vector, in float32 and in one written order: the one place of the formula.
+
+    d = chat - base        the vector
+    p = ratio * d
+    s = cpt + p            rounded once afterwards, to the output's type
+
+Huang et al., Chat Vector: A Simple Approach to Equip LLMs with Instruction Following and Model Alignment in New
+Languages, ACL 2024 (https://aclanthology.org/2024.acl-long.590).
+
+Each line is one operation on whole arrays, so that no compiler fuses the product into the sum (a fused multiply-add
+rounds once where this rounds twice, and changes about 0.01 % of the bfloat16 results). Written with operators only, for
+numpy arrays and torch tensors of float32 alike, with the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, Self, TypeVar
+
+
+class Floats(Protocol):
+    """float32 elements: a numpy array or a torch tensor."""
+
+    def __sub__(self, other: Self, /) -> Self: ...
+    def __mul__(self, other: float, /) -> Self: ...
+    def __iadd__(self, other: Self, /) -> Self: ...
+
+
+F = TypeVar("F", bound=Floats)
+
+
+def vector(chat: F, base: F) -> F:
+    """d = chat - base."""
+    return chat - base
+
+
+def add(cpt: F, d: F, ratio: float) -> F:
+    """s = cpt + (ratio * d). `ratio` is rounded to float32 first."""
+    s = d * ratio
+    s += cpt
+    return s

@@ -1,0 +1,1 @@
+"""Recipes: one YAML per real use, and the preparation of the demo's own inputs."""

@@ -1,0 +1,48 @@
+"""Generation: batches equal one by one; what ends a reply; the model's own sampling settings do not enter."""
+
+from core.world import World
+from evaluation.chat_template import read_chat_template, render, template_for
+from evaluation.config import EvaluationConfig
+from evaluation.division import Division, batches_by_length
+from evaluation.generate import generate
+from evaluation.models import load_model
+from tests.evaluation.conftest import TEXTS
+
+ALONE = Division(World())
+PROMPTS = [text for texts in TEXTS.values() for text in texts]
+
+
+def ask(loaded, directory, **settings):
+    template = template_for(loaded, directory, read_chat_template(directory))
+    texts = [render(loaded.tokenizer, template.template, [{"role": "user", "content": text}]) for text in PROMPTS]
+    return generate(loaded, texts, template.end_tokens, EvaluationConfig(max_new_tokens=24, **settings), ALONE).replies
+
+
+def test_batched_equals_one_by_one(models_of_two_vocabularies):
+    directory = models_of_two_vocabularies["chat"]
+    loaded = load_model("chat", directory, 0)
+    batched = ask(loaded, directory, batch_size=5)
+    assert batched == ask(loaded, directory, batch_size=1)
+    assert batched == ask(loaded, directory, batch_size=5), "the sampling in generation_config.json must not enter"
+    assert len({reply.text for reply in batched}) > 1
+
+
+def test_sampling_is_a_function_of_the_seed(models_of_two_vocabularies):
+    directory = models_of_two_vocabularies["chat"]
+    loaded = load_model("chat", directory, 0)
+    first, again, other = (ask(loaded, directory, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_reply_that_ends_and_one_that_does_not(uniform_model):
+    loaded = load_model("uniform", uniform_model, 0)
+    endless = ask(loaded, uniform_model)  # the argmax of equal logits is token 0, bos
+    assert {(reply.stopped, reply.tokens) for reply in endless} == {(False, 24)}
+    loaded.tokenizer.eos_token = "<s>"
+    assert {(reply.stopped, reply.tokens, reply.text) for reply in ask(loaded, uniform_model)} == {(True, 1, "")}
+
+
+def test_batches_hold_everything_once_and_the_longest_first():
+    lengths = [3, 9, 1, 7, 7]
+    assert batches_by_length(lengths, 2) == [[1, 3], [4, 0], [2]]
+    assert batches_by_length([], 2) == []

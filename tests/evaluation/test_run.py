@@ -1,0 +1,128 @@
+"""The whole stage: what it writes and returns, the same for any number of processes; and bad input."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from core.errors import UserError
+from core.sources import Corpus
+from evaluation.config import EvaluationConfig
+from evaluation.intervals import mean, ratio
+from evaluation.prompts import heldout_documents, read_prompts
+from evaluation.run import run
+from tests.distributed import run_ranks
+from tracking import TrackingConfig, read_log, start_tracker
+from tracking.tracker import SilentTracker
+
+SETTINGS = {"max_new_tokens": 8, "context": 32, "documents": 6, "batch_size": 2, "max_prompts": 2}
+
+
+def test_what_it_writes_and_returns(models_of_two_vocabularies, corpus, prompts_file, tmp_path, capsys):
+    config = EvaluationConfig(prompts=str(prompts_file), **SETTINGS)
+    tracker = start_tracker(TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id")
+    chat = models_of_two_vocabularies["chat"]
+    returned = run(config, models_of_two_vocabularies, corpus, chat, tmp_path, tracker)
+    tracker.finish()
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    scores = results["models"]["chat"]["scores"]["ko"]
+    assert scores["bits_per_byte"]["n"] == 6
+    assert scores["chat"]["n"] == 2
+    assert scores["bits_per_byte"]["low"] <= scores["bits_per_byte"]["value"] <= scores["bits_per_byte"]["high"]
+    assert returned["chat/ko/bits_per_byte"] == round(scores["bits_per_byte"]["value"], 4)
+    assert len(returned) == 2 * 3 * 6
+
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 3 * 2
+    assert {"model", "language", "messages", "reply", "stopped", "in_language", "keeps_format", "chat"} <= samples[0].keys()
+
+    log = read_log(tmp_path / "log")
+    assert log.rows[0]["eval/base/zh_tw/bits_per_byte"] == returned["base/zh_tw/bits_per_byte"]
+    assert len(log.tables["eval/samples"].rows) == 12
+    assert set(log.images) == {"eval/bits_per_byte", "eval/replies"}
+    shown = capsys.readouterr().err
+    assert "Korean: 6 documents, 2 replies" in shown
+    assert "base: has no chat template" in shown
+
+
+def evaluate(settings, models, corpus, out):
+    run(EvaluationConfig(**settings), models, Corpus.model_validate(corpus), models["chat"], out, SilentTracker())
+
+
+def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
+    settings = {**SETTINGS, "prompts": str(prompts_file)}
+    for size in (1, 2):
+        (tmp_path / str(size)).mkdir()
+        run_ranks(evaluate, size, settings, models_of_two_vocabularies, corpus.model_dump(), tmp_path / str(size))
+    assert (tmp_path / "1/samples.jsonl").read_text() == (tmp_path / "2/samples.jsonl").read_text()
+    one, two = (json.loads((tmp_path / size / "results.json").read_text())["models"] for size in "12")
+    for results in (one, two):
+        for model in results.values():
+            assert model.pop("generated_tokens_per_second") > 0
+    assert one == two
+
+
+def test_without_prompts_only_bits_per_byte(models_of_two_vocabularies, corpus, tmp_path):
+    base = {"base": models_of_two_vocabularies["base"]}
+    config = EvaluationConfig(context=32, documents=2)
+    returned = run(config, base, corpus, tmp_path / "no-chat-model-needed", tmp_path, SilentTracker())
+    assert sorted(returned) == ["base/en/bits_per_byte", "base/ko/bits_per_byte", "base/zh_tw/bits_per_byte"]
+
+
+def test_bootstrap_agrees_with_theory_and_is_seeded():
+    values = (np.random.default_rng(0).random(400) < 0.3).astype(float)
+    found = mean(list(values), seed=1)
+    error = math.sqrt(found.value * (1 - found.value) / 400)
+    assert found.value == pytest.approx(values.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert mean(list(values), seed=1) == found != mean(list(values), seed=2)
+    assert ratio([2.0, 6.0], [1.0, 3.0], seed=0).value == 2.0
+
+
+def test_the_heldout_budget_is_kept(corpus):
+    documents = heldout_documents(EvaluationConfig(max_bytes=100), corpus)["zh_tw"]
+    assert 98 <= len("".join(documents).encode()) <= 100
+
+
+USER = {"role": "user", "content": "hi"}
+BAD_PROMPTS = [
+    ({"messages": [USER]}, 'line 1: a prompt needs the fields "language" and "messages"'),
+    ([], 'needs the fields "language" and "messages"'),
+    ({"language": "xx", "messages": [USER]}, "language 'xx' is not known"),
+    ({"language": "ko", "messages": "hi"}, 'each of "messages"'),
+    ({"language": "ko", "messages": [{"role": "robot", "content": "hi"}]}, 'each of "messages"'),
+    ({"language": "ko", "messages": [USER, {"role": "assistant", "content": "hi"}]}, "the last message is not the user's"),
+]
+
+
+@pytest.mark.parametrize(("row", "sentence"), BAD_PROMPTS)
+def test_bad_prompts(tmp_path, row, sentence):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=sentence):
+        read_prompts(EvaluationConfig(prompts=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(None, "does not exist"), (b"{", "is not JSON"), (b"\xff\xfe", "not UTF-8"), (b"\n", "no prompts")]
+)
+def test_bad_prompts_file(tmp_path, content, sentence):
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read_prompts(EvaluationConfig(prompts=str(path)))
+
+
+def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
+    config = EvaluationConfig(prompts=str(prompts_file), context=32)
+    base = models_of_two_vocabularies["base"]
+    for models, template_from, settings, sentence in [
+        ({"cpt": tmp_path / "none"}, base, {}, "model cpt: .*none holds no config.json"),
+        ({"base": base}, base, {}, "has no chat template"),
+        ({"base": base}, base, {"context": 512}, "evaluation.context = 512 but model base has 256 positions"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            run(config.model_copy(update=settings), models, corpus, template_from, tmp_path, SilentTracker())

@@ -1,0 +1,93 @@
+"""Recipes: every one that comes along is valid, and what is wrong with one is said in one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from core.errors import UserError
+from launcher.recipe import Recipe, load_recipe
+from launcher.reference import recipe_keys
+
+ROOT = Path(__file__).parents[2]
+
+MINIMAL: dict[str, Any] = {
+    "name": "test",
+    "models": {"base": "a", "chat": "b"},
+    "corpus": {"sources": [{"path": "x.txt", "language": "ko"}, {"path": "y.txt", "language": "en"}]},
+    "tokenizer": {"new_pieces": {"ko": 100}},
+    "training": {"tokens": 1000},
+}
+
+
+def write(folder: Path, values: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
+    assert load_recipe(path, []).name == path.stem
+
+
+def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
+    overrides = [
+        "training.tokens=5_000",
+        "corpus.sources.1.weight=0.5",
+        "training.optimizer.clip=2",
+        "tracking.tags=[a, b]",
+    ]
+    recipe = load_recipe(write(tmp_path, MINIMAL), overrides)
+    assert recipe.training.tokens == 5000
+    assert recipe.corpus.sources[1].weight == 0.5
+    assert recipe.training.optimizer.clip == 2
+    assert recipe.tracking.tags == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.token=5", "unknown key `training.token`; the nearest known key is `training.tokens`"),
+        ("training.optimiser.clip=1", "nearest known key is `training.optimizer`"),
+        ("traning.tokens=5", "nearest known key is `training`"),
+        ("training.tokens=many", "`training.tokens` = 'many'"),
+        ("training.tokens=-1", "`training.tokens` = -1"),
+        ("training.schedule.shape=step", "`training.schedule.shape`"),
+        ("corpus.sources.7.weight=1", "'7' is no place in a list of 2"),
+        ("corpus.sources.0.language=kr", "language 'kr' is not known"),
+        ("tokenizer.new_pieces.zh_tw=10", "tokenizer.new_pieces names zh_tw but corpus.sources has no such text"),
+        ("name=a/b", "one folder name"),
+        ("training.tokens", "not of the form section.key=value"),
+        ("training.tokens=[", "is not YAML"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(write(tmp_path, MINIMAL), [override])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("a: [", "is not YAML"), ("- a", "no mapping of sections"), ("name: x", "`models` is missing")],
+)
+def test_a_file_that_is_no_recipe_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_recipe(write(tmp_path, content), [])
+
+
+def test_a_missing_or_misencoded_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml", [])
+    (tmp_path / "recipe.yaml").write_bytes("name: 한국어".encode("euc-kr"))
+    with pytest.raises(UserError, match="is not UTF-8"):
+        load_recipe(tmp_path / "recipe.yaml", [])
+
+
+def test_every_key_has_a_meaning() -> None:
+    keys = list(recipe_keys(Recipe))
+    assert len(keys) > 60
+    assert [item.path for item in keys if not item.text] == []

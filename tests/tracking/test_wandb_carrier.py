@@ -1,0 +1,144 @@
+"""Weights & Biases offline: what was logged is in its log, also after a kill; nothing is doubled; no key is written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from core.errors import UserError
+from tracking import TrackingConfig, read_log, start_tracker
+
+OFFLINE = TrackingConfig(carrier="offline", tags=["test"])
+KEY = "local" + "5ec4e7" * 7  # the form of a key; not one
+
+
+def start(directory, config=OFFLINE, run_id="demo-training-1"):
+    return start_tracker(config, "training", "demo", "demo-abc", directory, {"training": {"seed": 7}}, run_id)
+
+
+def records(directory: Path) -> list[dict]:
+    """Every record of every offline run under a tracker's directory, in order of their start."""
+    found = []
+    for run in sorted((directory / "wandb").glob("offline-run-*")):
+        command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(run)]
+        shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LANG": "C.UTF-8"})
+        found += [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
+    return found
+
+
+def history(directory: Path, metric: str) -> list[tuple[int, float]]:
+    items = [record["history"]["item"] for record in records(directory) if record["type"] == "history"]
+    return [(item["train/step"], item[metric]) for item in items if metric in item]
+
+
+def test_rows_in_the_wandb_log_equal_what_was_logged(tmp_path, capfd):
+    tracker = start(tmp_path)
+    for step in (5, 10, 15):
+        tracker.log({"train/loss": step / 4, "train/tokens": step * 64}, step=step)
+    tracker.table("samples", ["prompt", "reply"], [["你好", "안녕"]])
+    tracker.alert("finished", "all is well")
+    tracker.summary({"loss": 3.75})
+    tracker.finish()
+
+    assert history(tmp_path, "train/loss") == read_log(tmp_path).series("train/loss") == [(5, 1.25), (10, 2.5), (15, 3.75)]
+    run = next(record["run"] for record in records(tmp_path) if record["type"] == "run")
+    assert (run["run_id"], run["run_group"], run["job_type"]) == ("demo-training-1", "demo-abc", "training")
+    assert run["config"]["update"]["training"] == {"seed": 7}
+    metrics = [record["metric"] for record in records(tmp_path) if record["type"] == "metric"]
+    assert {"glob_name": "*", "step_metric": "train/step"}.items() <= metrics[-1].items()
+    assert any(record["type"] == "alert" for record in records(tmp_path))
+    printed = capfd.readouterr().err
+    assert f"wandb sync {next((tmp_path / 'wandb').glob('offline-run-*'))}" in printed
+    assert len(printed.splitlines()) == 3, printed
+
+
+LOGGING = """
+import sys, time
+from pathlib import Path
+from tracking import TrackingConfig, start_tracker
+tracker = start_tracker(TrackingConfig(carrier="offline"), "training", "demo", "g", Path(sys.argv[1]), {}, "killed")
+for step in range(100000):
+    tracker.log({"train/loss": float(step)}, step=step)
+    print(step, flush=True)
+    time.sleep(0.05)
+"""
+
+
+def test_sigkill_costs_wandb_at_most_its_last_seconds_and_the_local_log_nothing(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", LOGGING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    started = time.monotonic()
+    done = -1
+    while time.monotonic() - started < 5:
+        done = int(process.stdout.readline())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [step for step, _ in read_log(tmp_path).series("train/loss")][: done + 1] == list(range(done + 1))
+    kept = [step for step, _ in history(tmp_path, "train/loss")]
+    assert kept == list(range(len(kept)))
+    assert done - kept[-1] <= 2.0 / 0.05, "two seconds of rows: one of the flush, one of a busy machine"
+
+
+def test_steps_done_again_are_in_neither_log_twice(tmp_path):
+    first = start(tmp_path)
+    first.log({"valid/ko/bits_per_byte": 4.0}, step=0)
+    for step in (10, 20, 30):
+        first.log({"train/loss": float(step)}, step=step)
+    first.finish(failed=True)
+    second = start(tmp_path)
+    second.resume_from(20)
+    for step in (30, 40):
+        second.log({"train/loss": float(step)}, step=step)
+        second.log({"valid/ko/bits_per_byte": 3.0}, step=step)  # at 30 this row is new: the kill came before it
+    second.finish()
+    expected = [(step, float(step)) for step in (10, 20, 30, 40)]
+    assert read_log(tmp_path).series("train/loss") == history(tmp_path, "train/loss") == expected
+    bits = [(0, 4.0), (30, 3.0), (40, 3.0)]
+    assert read_log(tmp_path).series("valid/ko/bits_per_byte") == history(tmp_path, "valid/ko/bits_per_byte") == bits
+
+
+def test_no_key_in_any_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    tracker = start(tmp_path)
+    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.table("samples", ["prompt"], [["hello"]])
+    tracker.finish()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+
+
+def test_auto_without_a_key_is_offline_and_says_so(tmp_path, capfd):
+    tracker = start(tmp_path, TrackingConfig())
+    tracker.finish()
+    assert tracker.record()["carrier"] == "offline"
+    assert "W&B: offline (no API key)" in capfd.readouterr().err
+
+
+def test_auto_with_a_dead_server_is_offline_and_says_so(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    tracker = start(tmp_path, TrackingConfig())
+    tracker.finish()
+    assert tracker.record()["carrier"] == "offline"
+    assert "http://127.0.0.1:9 does not answer" in capfd.readouterr().err
+
+
+def test_a_server_that_answers_nonsense_is_no_reason_to_stop(tmp_path, capfd, monkeypatch, deaf_server):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", deaf_server)
+    tracker = start(tmp_path, TrackingConfig(carrier="online"))
+    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.finish()
+    assert tracker.record()["carrier"] == "offline"
+    assert history(tmp_path, "train/loss") == [(1, 1.0)]
+    assert "W&B: offline (" in capfd.readouterr().err
+
+
+def test_online_without_a_key_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="wandb login"):
+        start(tmp_path, TrackingConfig(carrier="online"))

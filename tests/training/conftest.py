@@ -1,0 +1,100 @@
+"""A tiny model, its tokenizer and a token store, made once per session."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from core.sources import Corpus, Source
+from training.store import write_store
+
+CONFIG: dict[str, Any] = {
+    "sequence_length": 32, "batch_rows": 8, "micro_batch_rows": 2, "tokens": 32 * 8 * 12, "precision": "fp32",
+    "log_every": 1, "evaluate_every": 6, "evaluate_rows": 6, "checkpoint_every": 4, "loss_chunk": 20,
+    # Adam's first steps are the signs of the gradients; a large epsilon keeps rounding noise from flipping them
+    "optimizer": {"learning_rate": 0.01, "clip": 0.5, "epsilon": 1e-4},
+}  # fmt: skip
+
+WORDS = {
+    "ko": "나는 너를 우리 집에 가서 밥을 먹고 잠을 잔다 그리고 다시".split(),
+    "en": "we go home and eat rice then sleep".split(),
+}
+
+
+def write_text(path: Path, language: str, documents: int) -> Path:
+    generator = random.Random(language)
+    lines = [" ".join(generator.choices(WORDS[language], k=generator.randint(3, 60))) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("text")
+    sources = [
+        Source(path=str(write_text(folder / f"{language}.jsonl", language, 400)), language=language, weight=weight)
+        for language, weight in (("ko", 0.8), ("en", 0.2))
+    ]
+    return Corpus(sources=sources, heldout=0.1)
+
+
+def make_model(folder: Path, corpus: Corpus, tied: bool) -> Path:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    texts = [text for source in corpus.sources for text in corpus.documents(source, "train")]
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=301, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), corpus, tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> Path:
+    return make_model(tmp_path_factory.mktemp("tied"), corpus, tied=True)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus, model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    write_store(corpus, model, folder, batch_documents=50)
+    return folder
+
+
+class Recorder:
+    """A tracker that keeps the rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def resume_from(self, step: int) -> None: ...
+
+    def table(self, *arguments: object) -> None: ...
+
+    def image(self, *arguments: object) -> None: ...
+
+    def summary(self, *arguments: object) -> None: ...
+
+    def alert(self, *arguments: object) -> None: ...
+
+    def finish(self, failed: bool = False) -> None: ...

@@ -1,0 +1,196 @@
+"""What is read from the base's directory, and from the chat model's: tokenizer files, rows, the tokens of their own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from tokenizer_ext.byte_level import ByteLevelBpe
+from tokenizer_ext.family import Family
+from tokenizer_ext.fast import AddedToken, Content, added_tokens_of, build, ids_of, merges_of
+from tokenizer_ext.sentencepiece_bpe import (
+    MODEL_FILE,
+    NORMAL,
+    Proto,
+    SentencePieceBpe,
+    fast_content,
+    merges_by_score,
+    read_proto,
+)
+
+FAST_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A tokenizer and the number of rows that its model's matrices have."""
+
+    directory: Path
+    rows: int  # of the embedding matrix; may be more than the tokenizer has ids
+    content: Content  # tokenizer.json, or what it would be where there is only tokenizer.model
+    proto: Proto | None  # tokenizer.model, of SentencePiece bases
+    settings: dict[str, Any]  # tokenizer_config.json
+    family: Family
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Token -> id, added tokens included."""
+        return ids_of(self.content)
+
+
+def read_base(directory: Path) -> Base:
+    """Read a base. Raises `UserError` for one that cannot be extended, or whose files contradict each other."""
+    content, proto = read_tokenizer(directory)
+    settings = read_json(directory / SETTINGS_FILE) if (directory / SETTINGS_FILE).is_file() else {}
+    content = {**content, "post_processor": _post_processor(content, settings)}
+    rows = _read_rows(directory)
+    beyond = [token for token, id_ in ids_of(content).items() if id_ >= rows]
+    if beyond:
+        raise UserError(
+            f"{directory}: the tokenizer has {', '.join(map(repr, beyond[:5]))} at ids beyond the {rows} rows of "
+            "config.json's vocab_size; take the tokenizer that belongs to these weights."
+        )
+    return Base(directory, rows, content, proto, settings, _family(directory, content, proto))
+
+
+def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
+    """The tokens that the chat model's tokenizer has and the base's has not, with the chat model's ids.
+
+    Raises `UserError` if they are more than added tokens: then the chat model was not tuned from this base.
+    """
+    content, _ = read_tokenizer(directory)
+    known = base.ids
+    added = {token.content: token for token in added_tokens_of(content)}
+    own = {token: id_ for token, id_ in ids_of(content).items() if token not in known}
+    pieces = [token for token in own if token not in added]
+    if pieces:
+        raise UserError(
+            f"the chat tokenizer in {directory} has {len(pieces)} pieces that the base's has not "
+            f"({', '.join(map(repr, pieces[:5]))}); take the base that the chat model was tuned from."
+        )
+    return sorted((added[token] for token in own), key=lambda token: token.id)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `UserError` for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; download the model again.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); download it again.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; download it again.")
+    return value
+
+
+def _read_rows(directory: Path) -> int:
+    config = read_json(directory / "config.json")
+    rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    if not isinstance(rows, int) or rows < 1:
+        raise UserError(f"{directory / 'config.json'} has no vocab_size; give the directory of a Hugging Face model.")
+    return rows
+
+
+def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
+    """`tokenizer.json` and `tokenizer.model`, either made from the other where only one is there."""
+    fast, model = directory / FAST_FILE, directory / MODEL_FILE
+    if not fast.is_file() and not model.is_file():
+        raise UserError(f"{directory} holds neither {FAST_FILE} nor {MODEL_FILE}; download the model's tokenizer.")
+    proto = read_proto(model) if model.is_file() else None
+    if not fast.is_file():
+        return _with_added_tokens(fast_content(proto, model), directory), proto
+    content = read_json(fast)
+    kind = content.get("model", {}).get("type")
+    if kind != "BPE":
+        raise UserError(f"{fast} is a {kind} tokenizer; only BPE can be extended, so choose a base with one.")
+    if proto is not None:
+        _check_agreement(directory, content, proto)
+    return content, proto
+
+
+def _with_added_tokens(content: Content, directory: Path) -> Content:
+    """`content` with the added tokens that `tokenizer_config.json` lists, where there is no `tokenizer.json`."""
+    path = directory / SETTINGS_FILE
+    listed = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
+    known = ids_of(content)
+    tokens = [AddedToken(int(id_), **token) for id_, token in listed.items() if token["content"] not in known]
+    return {**content, "added_tokens": [*content["added_tokens"], *map(asdict, tokens)]}
+
+
+def _check_agreement(directory: Path, content: Content, proto: Proto) -> None:
+    """The two files have the same pieces at the same ids, and merge them in the order of their scores."""
+    wrong = f"{directory}: {MODEL_FILE} and {FAST_FILE} disagree"
+    ids = ids_of(content)
+    for id_, piece in enumerate(proto.pieces):
+        if ids.get(piece.piece) != id_:
+            raise UserError(f"{wrong} on {piece.piece!r} (id {id_} and {ids.get(piece.piece)}); remove the wrong one.")
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
+    products = [left + right for left, right in merges_of(content) if left + right in scores]
+    missing = {left + right for left, right in merges_by_score(proto)} - set(products)
+    early = [after for before, after in pairwise(products) if scores[before] < scores[after]]
+    if missing or early:
+        raise UserError(f"{wrong} on the merges of {[*sorted(missing), *early][0]!r}; remove the wrong one.")
+
+
+def _family(directory: Path, content: Content, proto: Proto | None) -> Family:
+    if content["model"].get("byte_fallback"):
+        return SentencePieceBpe(content, proto)
+    if proto is None and _has_byte_level(content.get("pre_tokenizer")):
+        return ByteLevelBpe(content)
+    raise UserError(
+        f"{directory} holds a BPE tokenizer that is neither byte-level nor has byte fallback; choose a base that is."
+    )
+
+
+def _has_byte_level(part: dict[str, Any] | None) -> bool:
+    if part is None:
+        return False
+    return part["type"] == "ByteLevel" or any(map(_has_byte_level, part.get("pretokenizers", ())))
+
+
+def _post_processor(content: Content, settings: dict[str, Any]) -> Any:
+    """The post-processor that adds what `add_bos_token` and `add_eos_token` ask for.
+
+    `PreTrainedTokenizerFast` reads these two from tokenizer_config.json in transformers 5 but not in 4; a
+    post-processor in tokenizer.json is read alike by both.
+    """
+    roles = [role for role in ("bos", "eos") if settings.get(f"add_{role}_token") is not None]
+    if not roles:
+        return content.get("post_processor")
+    tokens = {role: token_text(settings.get(f"{role}_token")) for role in roles if settings[f"add_{role}_token"]}
+    wanted = {role: token for role, token in tokens.items() if token is not None}
+    ids = ids_of(content)
+    if build(content).encode("").ids == [ids[token] for token in wanted.values()]:
+        return content.get("post_processor")
+    return _template(wanted, ids)
+
+
+def _template(wanted: dict[str, str], ids: dict[str, int]) -> dict[str, Any]:
+    """TemplateProcessing that sets the wanted tokens (`bos`, `eos` -> token) around a text."""
+
+    def around(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        def special(name: str) -> list[dict[str, Any]]:
+            return [{"SpecialToken": {"id": wanted[name], "type_id": type_id}}] if name in wanted else []
+
+        return [*special("bos"), {"Sequence": {"id": sequence, "type_id": type_id}}, *special("eos")]
+
+    described = {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in wanted.values()}
+    single = around("A", 0)
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single + around("B", 1),
+        "special_tokens": described,
+    }
+
+
+def token_text(value: Any) -> str | None:
+    """The text of a special token in a tokenizer_config.json: a string, or an object with `content`."""
+    text = value["content"] if isinstance(value, dict) else value
+    return None if text is None else str(text)

@@ -1,0 +1,115 @@
+"""Byte-level BPE (GPT-2, LLaMA-3, Qwen, SmolLM): the model reads UTF-8 bytes, each written as one printable letter."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+from tokenizer_ext.fast import Content, build, merges_of
+from tokenizer_ext.scripts import ScriptRuns
+
+
+def byte_letters() -> dict[int, str]:
+    """Byte -> the letter that stands for it: printable bytes stand for themselves (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}
+
+
+LETTERS = byte_letters()
+BYTES = {letter: byte for byte, letter in LETTERS.items()}
+SPACE = LETTERS[0x20]
+_UNDECODED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is part of no character
+
+
+def to_bytes(piece: str) -> bytes:
+    """The bytes that a piece stands for. Raises `KeyError` where it is not in the byte alphabet (a special token)."""
+    return bytes(BYTES[letter] for letter in piece)
+
+
+class ByteLevelBpe:
+    """A base whose pre-tokenizer maps bytes to letters."""
+
+    name = "byte-level BPE"
+    space = SPACE
+
+    def __init__(self, content: Content) -> None:
+        self._content = content
+        self._tokenizer = build(content)
+
+    def words(self, text: str, runs: ScriptRuns) -> Iterator[str]:
+        """The tokenizer's own pre-tokens that hold a character of the script."""
+        letters = runs.language.letters
+        if not letters.search(text):
+            return
+        normalizer = self._tokenizer.normalizer
+        normal = normalizer.normalize_str(text) if normalizer else text
+        for word, (start, end) in self._tokenizer.pre_tokenizer.pre_tokenize_str(normal):
+            if letters.search(normal, start, end):
+                yield word
+
+    def admits(self, runs: ScriptRuns, max_length: int) -> Callable[[str], bool]:
+        """Whole characters of the script, or the beginning of one; never the end of one before another."""
+
+        space = SPACE if runs.with_space else ""
+
+        @cache
+        def admitted(piece: str) -> bool:
+            spelt = to_bytes(piece.removeprefix(space))
+            try:
+                text = spelt.decode()
+            except UnicodeDecodeError:
+                return begins_only(spelt, runs)
+            return 0 < len(text) <= max_length and all(map(runs.language.letters.match, text))
+
+        return admitted
+
+    def needed_characters(
+        self, words: Mapping[str, int], coverage: float, vocabulary: Collection[str]
+    ) -> dict[str, int]:
+        """None: bytes spell every character."""
+        return {}
+
+    def settled(self) -> int:
+        """All of the base's merges."""
+        return len(merges_of(self._content))
+
+    def readable(self, piece: str) -> str:
+        """The text of the bytes; special tokens as they are."""
+        try:
+            spelt = to_bytes(piece)
+        except KeyError:
+            return piece
+        return _UNDECODED.sub(lambda found: f"<{ord(found[0]) - 0xDC00:02X}>", spelt.decode("utf-8", "surrogateescape"))
+
+    def write_model(self, content: Content, pieces: dict[str, int], rows: int, out: Path) -> None:
+        """Nothing: `tokenizer.json` is all there is."""
+
+
+def begins_only(spelt: bytes, runs: ScriptRuns) -> bool:
+    """Whether every assigned character whose UTF-8 begins with these bytes is of the script.
+
+    A beginning that other scripts share (`E3 80` of Han's 々 and of CJK punctuation) would change their text.
+    """
+    lead = spelt[0]
+    length = 2 if 0xC2 <= lead < 0xE0 else 3 if 0xE0 <= lead < 0xF0 else 4 if 0xF0 <= lead < 0xF5 else 0
+    missing = length - len(spelt)
+    if missing <= 0:
+        return False
+    characters = [spelt + rest for rest in _continuations(missing)]
+    decoded = "".join(character.decode("utf-8", "ignore") for character in characters)
+    assigned = [character for character in decoded if _is_assigned(character)]
+    return bool(assigned) and all(map(runs.language.letters.match, assigned))
+
+
+def _continuations(count: int) -> list[bytes]:
+    if count == 0:
+        return [b""]
+    return [bytes([byte]) + rest for byte in range(0x80, 0xC0) for rest in _continuations(count - 1)]
+
+
+def _is_assigned(character: str) -> bool:
+    return unicodedata.category(character) not in ("Cn", "Cs", "Co")

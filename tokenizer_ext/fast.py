@@ -1,0 +1,114 @@
+"""`tokenizer.json`: read the parts of a BPE tokenizer and extend them, without moving anything that is there."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+Content = dict[str, Any]  # of a tokenizer.json
+Merge = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is cut out of the text before the model sees it: an entry of `added_tokens`."""
+
+    id: int
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = True
+
+
+def build(content: Content) -> Tokenizer:
+    """The tokenizer that a `tokenizer.json` describes."""
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def build_model(content: Content) -> Tokenizer:
+    """Only the merges: no normalizer (so no dummy prefix), no pre-tokenizer, no added tokens, no `ignore_merges`."""
+    bare: Content = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None}
+    return build({**content, **bare, "model": {**content["model"], "ignore_merges": False}})
+
+
+def merges_of(content: Content) -> list[Merge]:
+    """The merges in order, from either way of writing them (`"a b"` before tokenizers 0.20, `["a", "b"]` since)."""
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"])
+    return [(left, right) for left, right in pairs]
+
+
+def added_tokens_of(content: Content) -> list[AddedToken]:
+    """The added tokens, by id."""
+    return sorted((AddedToken(**token) for token in content["added_tokens"]), key=lambda token: token.id)
+
+
+def ids_of(content: Content) -> dict[str, int]:
+    """Token -> id, added tokens included."""
+    return {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+
+
+def splits(piece: str, vocabulary: Collection[str]) -> Iterator[Merge]:
+    """Every way to spell `piece` as two pieces."""
+    for cut in range(1, len(piece)):
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary:
+            yield piece[:cut], piece[cut:]
+
+
+def extend_model(content: Content, pieces: Mapping[str, int], settled: int) -> Content:
+    """`content` with new pieces (piece -> id, the first merged first).
+
+    Their merges are all of their splits, after the first `settled` old merges: with all splits, merging by rank is
+    merging by concatenated string, as SentencePiece does. Old merges keep their order. An old piece gains the splits
+    that a new piece takes part in, beside its old ones; these cannot touch text without new pieces.
+    """
+    vocabulary = {**content["model"]["vocab"], **pieces}
+    old = merges_of(content)
+    joined = _joined_by_new(old, vocabulary, pieces)
+    merges: list[Merge] = []
+    for index, merge in enumerate(old):
+        if index == settled:
+            merges.extend(_merges_of_new(pieces, vocabulary))
+        merges.append(merge)
+        merges.extend(joined.get(index, ()))
+    if settled == len(old):
+        merges.extend(_merges_of_new(pieces, vocabulary))
+    model = {**content["model"], "vocab": vocabulary, "merges": [list(merge) for merge in merges]}
+    return {**content, "model": model}
+
+
+def _merges_of_new(pieces: Mapping[str, int], vocabulary: Mapping[str, int]) -> Iterator[Merge]:
+    for piece in pieces:
+        yield from sorted(splits(piece, vocabulary), key=lambda merge: (vocabulary[merge[0]], vocabulary[merge[1]]))
+
+
+def _joined_by_new(
+    old: Sequence[Merge], vocabulary: Mapping[str, int], pieces: Mapping[str, int]
+) -> dict[int, list[Merge]]:
+    """Index of an old piece's last merge -> the piece's splits of which a half is new."""
+    last = {left + right: index for index, (left, right) in enumerate(old)}
+    found: dict[int, list[Merge]] = defaultdict(list)
+    for piece, index in last.items():
+        for left, right in splits(piece, vocabulary):
+            if left in pieces or right in pieces:
+                found[index].append((left, right))
+    return found
+
+
+def add_tokens(content: Content, tokens: Sequence[AddedToken]) -> Content:
+    """`content` with more added tokens, and every added token in the model's vocabulary as well.
+
+    Without the latter `tokenizers` gives added tokens their ids anew, counted from the size of the vocabulary, and a
+    larger vocabulary moves all of them (256 of LLaMA-3's 256).
+    """
+    added = [*added_tokens_of(content), *tokens]
+    vocabulary = {**content["model"]["vocab"], **{token.content: token.id for token in added}}
+    by_id = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    tokens_by_id = [asdict(token) for token in sorted(added, key=lambda token: token.id)]
+    return {**content, "added_tokens": tokens_by_id, "model": {**content["model"], "vocab": by_id}}

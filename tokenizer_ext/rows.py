@@ -1,0 +1,73 @@
+"""Which row of the extended matrix belongs to which token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+
+from checkpoint.vocabulary import ChatToken, NewPiece, VocabularyMap
+from tokenizer_ext.base import Base
+from tokenizer_ext.fast import AddedToken, build_model
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Every row from the base's last on, and names for the base's rows that had none."""
+
+    rows: int
+    pieces: dict[str, int]  # new piece -> id, the first merged first
+    added: list[AddedToken]  # the chat model's tokens and reserved ones, by id
+    chat: list[ChatToken]
+    padding: list[int]
+
+
+def lay_out(base: Base, chat_tokens: Sequence[AddedToken], pieces: Sequence[str], multiple: int) -> Layout:
+    """Give every token its row.
+
+    The base's rows stay as they are, those without a token included: they get reserved names, as `tokenizers` gives a
+    token that is added later the id that equals the number of tokens, so a hole would let it collide. A token of the
+    chat model keeps its id unless the base uses it. New pieces take the free rows beyond the base's. The number of
+    rows is rounded up to `multiple`, and what is left is reserved.
+    """
+    used = set(base.ids.values())
+    kept = [token for token in chat_tokens if token.id not in used]
+    displaced = [token for token in chat_tokens if token.id in used]
+    taken = {token.id for token in kept}
+    free = (id_ for id_ in count(base.rows) if id_ not in taken)
+    ids = dict(zip(pieces, free, strict=False))
+    placed = {token.id: token for token in kept}
+    moved = {token.content: next(free) for token in displaced}
+    placed |= {moved[token.content]: replace(token, id=moved[token.content]) for token in displaced}
+    end = max([base.rows - 1, *ids.values(), *placed]) + 1
+    rows = -(-end // multiple) * multiple
+    unnamed = [id_ for id_ in range(rows) if id_ not in used and id_ not in placed]
+    unnamed = sorted(set(unnamed) - set(ids.values()))
+    names = _reserved_names({*base.ids, *ids, *(token.content for token in chat_tokens)})
+    reserved = [AddedToken(id_, next(names)) for id_ in unnamed]
+    chat = [
+        ChatToken(moved.get(token.content, token.id), token.content, token.id)
+        for token in chat_tokens
+        if moved.get(token.content, token.id) >= base.rows
+    ]
+    added = sorted([*placed.values(), *reserved], key=lambda token: token.id)
+    return Layout(rows, ids, added, chat, [id_ for id_ in unnamed if id_ >= base.rows])
+
+
+def _reserved_names(existing: set[str]) -> Iterator[str]:
+    return (name for name in map("<|reserved_{}|>".format, count()) if name not in existing)
+
+
+def map_rows(base: Base, layout: Layout) -> VocabularyMap:
+    """The map that the embedding rows and the merge read.
+
+    A piece's constituents come from the base's merges alone. The whole tokenizer would put the dummy prefix `▁` among
+    them, which is no part of the piece.
+    """
+    spelling = build_model(base.content)
+    constituents = spelling.encode_batch(list(layout.pieces), add_special_tokens=False)
+    new = [
+        NewPiece(id_, piece, encoding.ids)
+        for (piece, id_), encoding in zip(layout.pieces.items(), constituents, strict=True)
+    ]
+    return VocabularyMap(base.rows, layout.rows, new, layout.chat, layout.padding)

@@ -1,0 +1,63 @@
+"""The stage: learn, extend, write, read back, prove, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.progress import say, timed
+from core.sources import Corpus
+from tokenizer_ext.base import read_base, read_chat_tokens
+from tokenizer_ext.config import TokenizerConfig
+from tokenizer_ext.grow import learn_languages
+from tokenizer_ext.report import Report, make_report, publish
+from tokenizer_ext.rows import Layout, lay_out
+from tokenizer_ext.samples import take_samples
+from tokenizer_ext.verify import prove, read_case
+from tokenizer_ext.write import write_tokenizer
+
+if TYPE_CHECKING:
+    from tracking import Tracker
+
+
+def run(
+    config: TokenizerConfig, base: Path, chat: Path | None, corpus: Corpus, out: Path, tracker: Tracker
+) -> dict[str, Any]:
+    """Extend the tokenizer in `base` with pieces learnt from `corpus` and write it into the empty directory `out`.
+
+    Tokens that only the tokenizer in `chat` has keep their ids. Returns numbers for a summary. Raises `UserError` for
+    input that cannot be used, and if a guarantee does not hold on what was written.
+    """
+    start = read_base(base)
+    chat_tokens = read_chat_tokens(chat, start) if chat else []
+    say(f"tokenizer of {base}: {start.family.name}, {len(start.ids):,} tokens, {start.rows:,} rows")
+    learned = learn_languages(start, corpus, config)
+    pieces = [piece for language in learned for piece in language.pieces]
+    layout = lay_out(start, chat_tokens, pieces, config.pad_to_multiple)
+    write_tokenizer(start, layout, out)
+    with timed("proving the tokenizer that was written"):
+        samples = take_samples(corpus, list(config.new_pieces), [start.family.readable(piece) for piece in pieces])
+        case = read_case(start, out, chat, samples)
+        proofs = prove(case)
+    report = make_report(case, learned, config.new_pieces, proofs)
+    publish(report, out, tracker)
+    results = summarize(start.rows, layout, report)
+    tracker.summary({f"tokenizer/{name}": value for name, value in results.items()})
+    return results
+
+
+def summarize(base_rows: int, layout: Layout, report: Report) -> dict[str, Any]:
+    """The numbers that are worth reading without opening the artifact."""
+    results: dict[str, Any] = {
+        "base_rows": base_rows,
+        "rows": layout.rows,
+        "new_pieces": len(layout.pieces),
+        "chat_tokens": len(layout.chat),
+        "padding_rows": len(layout.padding),
+    }
+    for one in report.fertility:
+        before, after = one.tokens_per_character
+        results[f"{one.language}/tokens_per_character_before"] = round(before, 4)
+        results[f"{one.language}/tokens_per_character"] = round(after, 4)
+        results[f"{one.language}/changed_documents"] = round(one.changed, 4)
+    return results

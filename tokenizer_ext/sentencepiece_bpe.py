@@ -1,0 +1,199 @@
+"""SentencePiece BPE with byte fallback (LLaMA-2, Mistral, TinyLlama): `tokenizer.model`, and its `tokenizer.json`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from tokenizer_ext.fast import AddedToken, Content, added_tokens_of, merges_of, splits
+from tokenizer_ext.scripts import ScriptRuns
+
+MODEL_FILE = "tokenizer.model"
+SPACE = "▁"
+BPE_MODEL = 2  # TrainerSpec.ModelType
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
+EXACT = 2.0**24  # up to here float32 holds every integer; LLaMA-2's whitespace runs have -1e9, far beyond
+
+Proto = Any  # sentencepiece.ModelProto; protobuf generates the class when it is imported
+
+
+class SentencePieceBpe:
+    """A base whose `tokenizer.json` has byte fallback; `proto` is its `tokenizer.model`, if there is one."""
+
+    name = "SentencePiece BPE"
+    space = SPACE
+
+    def __init__(self, content: Content, proto: Proto | None) -> None:
+        self._content = content
+        self._proto = proto
+
+    def words(self, text: str, runs: ScriptRuns) -> Iterator[str]:
+        """Runs of the script, each with the space before it where the script's words have one.
+
+        A document begins with a space, as the dummy prefix makes it.
+        """
+        yield from runs.pattern.findall(SPACE + text.replace(" ", SPACE))
+
+    def admits(self, runs: ScriptRuns, max_length: int) -> Callable[[str], bool]:
+        """Any part of a run that is short enough."""
+        space = SPACE if runs.with_space else ""
+        return lambda piece: len(piece.removeprefix(space)) <= max_length
+
+    def needed_characters(
+        self, words: Mapping[str, int], coverage: float, vocabulary: Collection[str]
+    ) -> dict[str, int]:
+        """The most frequent characters that make up `coverage` of the text, less those in the vocabulary.
+
+        Every character of a piece has to be a piece: SentencePiece merges characters that are none, `tokenizers` has
+        turned them into bytes by then.
+        """
+        counts: Counter[str] = Counter()
+        for word, count in words.items():
+            for character in word:
+                counts[character] += count
+        needed: dict[str, int] = {}
+        covered, total = 0, counts.total()
+        for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+            if covered >= coverage * total:
+                break
+            covered += count
+            if character not in vocabulary:
+                needed[character] = count
+        return needed
+
+    def settled(self) -> int:
+        """All merges but those of whitespace runs at the end, which LLaMA-2 scores far below every word."""
+        merges = merges_of(self._content)
+        while merges and not "".join(merges[-1]).strip(SPACE):
+            merges.pop()
+        return len(merges)
+
+    def readable(self, piece: str) -> str:
+        """`▁` as a space, `<0xE4>` as `<E4>`."""
+        if piece.startswith("<0x") and piece.endswith(">"):
+            return f"<{piece[3:-1]}>"
+        return piece.replace(SPACE, " ")
+
+    def write_model(self, content: Content, pieces: dict[str, int], rows: int, out: Path) -> None:
+        """Write `tokenizer.model` where the base has one."""
+        if self._proto is not None:
+            (out / MODEL_FILE).write_bytes(extend_proto(self._proto, content, pieces, rows).SerializeToString())
+
+
+def read_proto(path: Path) -> Proto:
+    """Parse a `tokenizer.model`. Raises `UserError` for one that is damaged or is not BPE with byte fallback."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    try:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    except DecodeError:
+        raise UserError(f"{path} is not a SentencePiece model, or is damaged; download it again.") from None
+    if not proto.pieces:
+        raise UserError(f"{path} holds no pieces; download it again.")
+    if proto.trainer_spec.model_type != BPE_MODEL:
+        kind = proto.trainer_spec.DESCRIPTOR.enum_types_by_name["ModelType"].values_by_number
+        name = kind[proto.trainer_spec.model_type].name
+        raise UserError(f"{path} is a {name} model; only BPE can be extended, so choose a base with a BPE tokenizer.")
+    if not any(piece.type == BYTE for piece in proto.pieces):
+        raise UserError(f"{path} has no byte fallback, so it cannot spell every text; choose a base that has it.")
+    return proto
+
+
+def extend_proto(proto: Proto, content: Content, pieces: dict[str, int], rows: int) -> Proto:
+    """A copy of `proto` with a piece for every id below `rows`, named as in `content`; old pieces are not touched.
+
+    Scores of new pieces are whole numbers below the lowest score of an old merge, one each: old merges finish first,
+    and no two are equal in float32. Added tokens are CONTROL pieces, or USER_DEFINED where they are not special.
+    """
+    extended = type(proto)()
+    extended.CopyFrom(proto)
+    score = _lowest_score(proto)
+    if score - len(pieces) < -EXACT:
+        raise UserError(
+            f"the scores of {MODEL_FILE} go down to {score:g}; {len(pieces)} more are not exact in float32."
+        )
+    scores = {id_: score - number for number, id_ in enumerate(pieces.values(), start=1)}
+    names = {id_: token for token, id_ in content["model"]["vocab"].items()}
+    special = {token.id: token.special for token in added_tokens_of(content)}
+    for id_ in range(len(proto.pieces), rows):
+        piece = extended.pieces.add()
+        piece.piece = names[id_]
+        piece.score = scores.get(id_, 0.0)
+        piece.type = NORMAL if id_ in scores else CONTROL if special[id_] else USER_DEFINED
+    extended.trainer_spec.vocab_size = rows
+    return extended
+
+
+def _lowest_score(proto: Proto) -> float:
+    """The lowest score of a merge, rounded down. Scores beyond exact integers are those of whitespace runs."""
+    scores = [piece.score for piece in proto.pieces if piece.type == NORMAL]
+    return float(math.floor(min(score for score in scores if score > -EXACT)))
+
+
+def fast_content(proto: Proto, path: Path) -> Content:
+    """The `tokenizer.json` of a base that has only `tokenizer.model`.
+
+    The pipeline of the original LLaMA conversion: the normalizer alone prepends and replaces, with no pre-tokenizer.
+    (The `LlamaTokenizer` of transformers 5 uses Metaspace instead, which loses one leading space.)
+    """
+    spec = proto.normalizer_spec
+    if spec.precompiled_charsmap or spec.remove_extra_whitespaces or not spec.escape_whitespaces:
+        raise UserError(
+            f"{path} normalizes text ({spec.name}), which has no exact counterpart in tokenizer.json; "
+            "put the base's own tokenizer.json beside it."
+        )
+    vocabulary = {piece.piece: id_ for id_, piece in enumerate(proto.pieces)}
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if spec.add_dummy_prefix else []
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    restore = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spec.add_dummy_prefix else []
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [vars(token) for token in _added_tokens(proto)],
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, replace]},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [restore, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": proto.trainer_spec.unk_piece,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": [list(merge) for merge in merges_by_score(proto)],
+        },
+    }
+
+
+def _added_tokens(proto: Proto) -> list[AddedToken]:
+    kinds = (UNKNOWN, CONTROL, USER_DEFINED)
+    return [
+        AddedToken(id_, piece.piece, special=piece.type != USER_DEFINED)
+        for id_, piece in enumerate(proto.pieces)
+        if piece.type in kinds
+    ]
+
+
+def merges_by_score(proto: Proto) -> list[tuple[str, str]]:
+    """All splits of all pieces, by descending score of the piece, then by the ids of the halves."""
+    ids = {piece.piece: id_ for id_, piece in enumerate(proto.pieces) if piece.type == NORMAL}
+    merges = [
+        (-proto.pieces[id_].score, ids[left], ids[right], left, right)
+        for piece, id_ in ids.items()
+        for left, right in splits(piece, ids)
+    ]
+    return [(left, right) for *_, left, right in sorted(merges)]

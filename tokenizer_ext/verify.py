@@ -1,0 +1,278 @@
+"""The guarantees of an extended tokenizer, proven on the files that were written.
+
+Every law is one function of a `Case`, all that was read back from disk. It counts what it checked and lists what
+broke it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from checkpoint.vocabulary import VocabularyMap
+from core.errors import UserError
+from tokenizer_ext.base import FAST_FILE, SETTINGS_FILE, Base, read_json, read_tokenizer
+from tokenizer_ext.fast import Content, added_tokens_of, build, build_model, ids_of, merges_of
+from tokenizer_ext.samples import Samples
+from tokenizer_ext.sentencepiece_bpe import Proto
+from tokenizer_ext.write import TEMPLATE_FILE
+
+CONVERSATION = [
+    {"role": "user", "content": "Hello! What is 2 + 2?"},
+    {"role": "assistant", "content": "It is 4."},
+    {"role": "user", "content": "Thank you."},
+]
+SHOWN = 5  # examples in a message
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How a law fared: how many things were checked, and a line for each that broke it."""
+
+    law: str
+    checked: int
+    failures: list[str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An extended tokenizer as it lies on disk, and what it is held against."""
+
+    base: Base
+    directory: Path
+    content: Content
+    proto: Proto | None
+    map: VocabularyMap
+    chat: Path | None
+    samples: Samples
+
+    @cached_property
+    def before(self) -> Tokenizer:
+        """The base's tokenizer."""
+        return build(self.base.content)
+
+    @cached_property
+    def after(self) -> Tokenizer:
+        """The extended tokenizer."""
+        return Tokenizer.from_file(str(self.directory / FAST_FILE))
+
+
+def read_case(base: Base, directory: Path, chat: Path | None, samples: Samples) -> Case:
+    """Read an extended tokenizer back from its directory."""
+    content, proto = read_tokenizer(directory)
+    return Case(base, directory, content, proto, VocabularyMap.load(directory), chat, samples)
+
+
+def prove(case: Case) -> list[Proof]:
+    """Check every law. Raises `UserError` that names the tokens or texts of the first one that is broken."""
+    proofs: list[Proof] = []
+    for law in LAWS:
+        proof = law(case)
+        if proof.failures:
+            shown = "; ".join(proof.failures[:SHOWN])
+            raise UserError(
+                f"the extended tokenizer breaks the law that {proof.law}: {len(proof.failures)} times in "
+                f"{proof.checked} checks ({shown}); nothing is kept, so choose another base or report this."
+            )
+        proofs.append(proof)
+    return proofs
+
+
+def old_ids_stay(case: Case) -> Proof:
+    """Every token of the base has its id, and every old merge its place among the old merges."""
+    ids = ids_of(case.content)
+    old = case.base.ids
+    failures = [
+        f"{token!r} moved from {id_} to {ids.get(token)}" for token, id_ in old.items() if ids.get(token) != id_
+    ]
+    new_merges = iter(merges_of(case.content))
+    old_merges = merges_of(case.base.content)
+    lost = next((merge for merge in old_merges if merge not in new_merges), None)
+    if lost:
+        failures.append(f"the merge {lost} is missing or out of order")
+    return Proof("old tokens keep their ids and merges", len(old) + len(old_merges), failures)
+
+
+def old_pieces_stay(case: Case) -> Proof:
+    """The old pieces of `tokenizer.model` are equal byte for byte, and so is its normalizer."""
+    law = "old pieces of tokenizer.model are untouched"
+    old, new = case.base.proto, case.proto
+    if old is None:
+        return Proof(law, 0, [])
+    if new is None:
+        return Proof(law, len(old.pieces), ["tokenizer.model is missing"])
+    failures = [
+        f"piece {id_} {before.piece!r} changed"
+        for id_, (before, after) in enumerate(zip(old.pieces, new.pieces, strict=False))
+        if before.SerializeToString() != after.SerializeToString()
+    ]
+    if len(new.pieces) != case.map.rows:
+        failures.append(f"tokenizer.model has {len(new.pieces)} pieces for {case.map.rows} rows")
+    if old.normalizer_spec != new.normalizer_spec:
+        failures.append("the normalizer changed")
+    return Proof(law, len(old.pieces), failures)
+
+
+def rows_are_named(case: Case) -> Proof:
+    """Every row has a token and every token a row: ids are 0 .. rows - 1, without a hole."""
+    ids = sorted(ids_of(case.content).values())
+    names = {id_: token for token, id_ in ids_of(case.content).items()}
+    failures = [f"row {row} has no token" for row in range(case.map.rows) if row not in names]
+    failures += [f"{names[id_]!r} has id {id_} of {case.map.rows} rows" for id_ in ids if id_ >= case.map.rows]
+    failures += [f"id {id_} has two tokens" for id_, after in pairwise(ids) if id_ == after]
+    named = [(piece.id, piece.piece) for piece in case.map.new] + [(token.id, token.token) for token in case.map.chat]
+    failures += [f"row {id_} is {names.get(id_)!r}, not {token!r}" for id_, token in named if names.get(id_) != token]
+    return Proof("every row has exactly one token", case.map.rows, failures)
+
+
+def new_pieces_are_reachable(case: Case) -> Proof:
+    """A new piece, encoded alone and without a dummy prefix, is itself.
+
+    That is enough: text around it can only take characters from its edges, so what is not reached alone never is.
+    """
+    pieces = [piece.piece for piece in case.map.new]
+    expected = [[piece.id] for piece in case.map.new]
+    found = _encode(build_model(case.content), pieces)
+    failures = _differences(pieces, expected, found)
+    if case.proto is not None:
+        bare = type(case.proto)()
+        bare.CopyFrom(case.proto)
+        bare.normalizer_spec.add_dummy_prefix = False
+        failures += _differences(pieces, expected, _sentencepiece(bare).encode(pieces))
+    return Proof("every new piece can be produced", len(pieces), failures)
+
+
+def text_round_trips(case: Case) -> Proof:
+    """Decoding gives the text back, or what the base gives back (it turns a literal `▁` into a space, or to NFC)."""
+    texts = case.samples.everything
+    decoded = case.after.decode_batch(_encode(case.after, texts), skip_special_tokens=False)
+    inexact = [(text, result) for text, result in zip(texts, decoded, strict=True) if text != result]
+    changed = [text for text, _ in inexact]
+    by_base = case.before.decode_batch(_encode(case.before, changed), skip_special_tokens=False)
+    failures = [
+        f"{_short(text)} became {_short(result)}"
+        for (text, result), expected in zip(inexact, by_base, strict=True)
+        if result != expected
+    ]
+    return Proof("text comes back when it is decoded", len(texts), failures)
+
+
+def plain_text_is_unchanged(case: Case) -> Proof:
+    """Text without a character of the learnt scripts has the same ids as before: English, code, all else."""
+    texts = case.samples.plain
+    failures = _differences(texts, _encode(case.before, texts), _encode(case.after, texts))
+    return Proof("text without the new scripts is tokenized as before", len(texts), failures)
+
+
+def sentencepiece_agrees(case: Case) -> Proof:
+    """`tokenizer.model` under SentencePiece and `tokenizer.json` under tokenizers give the same ids.
+
+    Texts with an added token in them are left out: SentencePiece does not look for those by design.
+    """
+    law = "SentencePiece and the fast tokenizer agree"
+    if case.proto is None:
+        return Proof(law, 0, [])
+    added = [token.content for token in added_tokens_of(case.content)]
+    texts = [text for text in case.samples.everything if not any(token in text for token in added)]
+    expected = _sentencepiece(case.proto).encode(texts)
+    return Proof(law, len(texts), _differences(texts, expected, _encode(case.after, texts)))
+
+
+def special_tokens_stay(case: Case) -> Proof:
+    """Special tokens, and a conversation in the base's and in the chat model's template, keep their ids."""
+    tokens = [token.content for token in added_tokens_of(case.base.content)]
+    texts = [*tokens, *(f"Hello{token}world" for token in tokens)]
+    failures = _differences(texts, _encode(case.before, texts), _encode(case.after, texts))
+    checked = len(texts)
+    for directory in (case.base.directory, case.chat):
+        template = _chat_template(directory) if directory else None
+        if directory and template:
+            text = _render(case.directory, template, directory)
+            content, _ = read_tokenizer(directory)
+            names = {id_: token for token, id_ in ids_of(content).items()}
+            ids = ids_of(case.content)
+            expected = [ids.get(names[id_], -1) for id_ in _encode(build(content), [text])[0]]
+            failures += _differences([text], [expected], _encode(case.after, [text]))
+            checked += 1
+    return Proof("special tokens and chat templates keep their ids", checked, failures)
+
+
+def transformers_agrees(case: Case) -> Proof:
+    """`AutoTokenizer` reads the directory as what `tokenizer.json` says, special tokens around the text included."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(case.directory)
+    texts = case.samples.everything[:: max(1, len(case.samples.everything) // 2000)]
+    expected = [encoding.ids for encoding in case.after.encode_batch_fast(texts)]
+    failures = _differences(texts, expected, loaded(texts)["input_ids"])
+    if len(loaded) != case.map.rows:
+        failures.append(f"transformers counts {len(loaded)} tokens for {case.map.rows} rows")
+    return Proof("transformers reads the tokenizer as it was written", len(texts), failures)
+
+
+LAWS: tuple[Callable[[Case], Proof], ...] = (
+    old_ids_stay,
+    old_pieces_stay,
+    rows_are_named,
+    new_pieces_are_reachable,
+    plain_text_is_unchanged,
+    text_round_trips,
+    sentencepiece_agrees,
+    special_tokens_stay,
+    transformers_agrees,
+)
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def _sentencepiece(proto: Proto) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
+def _differences(texts: Iterable[str], expected: Iterable[list[int]], found: Iterable[list[int]]) -> list[str]:
+    return [
+        f"{_short(text)} is {_short(after)}, not {_short(before)}"
+        for text, before, after in zip(texts, expected, found, strict=True)
+        if before != after
+    ]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The default chat template of a model, from either of the places where it may be."""
+    if (directory / TEMPLATE_FILE).is_file():
+        return (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
+    path = directory / SETTINGS_FILE
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
+
+
+def _render(tokenizer: Path, template: str, owner: Path) -> str:
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    try:
+        rendered = loaded.apply_chat_template(
+            CONVERSATION, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template in {owner} cannot be rendered: {error}") from None
+    return str(rendered)

@@ -1,0 +1,54 @@
+"""AdamW in groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from training.config import OptimizerConfig, ScheduleConfig
+from training.model import CausalLM, named_local_parameters
+
+
+def build_optimizer(module: CausalLM, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over two kinds of groups: matrices decay, norms and biases do not; embedding and head have their own rate.
+
+    Every group keeps its peak rate under `peak`.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    embedding_rate = config.embedding_learning_rate or config.learning_rate
+    for name, parameter in named_local_parameters(module):
+        rate = embedding_rate if _is_vocabulary(name) else config.learning_rate
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "lr": rate, "peak": rate, "weight_decay": decay}
+            for (rate, decay), members in groups.items()
+        ],
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight"))
+
+
+def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
+    """The learning rate of `step` (0 .. steps - 1) as a factor of its peak."""
+    warmup = round(schedule.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    start = steps - round(schedule.decay * steps) if schedule.shape == "wsd" else warmup
+    progress = max(0.0, (step - start) / max(1, steps - 1 - start))
+    if schedule.shape == "cosine":
+        return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2
+    return schedule.final + (1 - schedule.final) * (1 - progress)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group's learning rate becomes `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor

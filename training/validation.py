@@ -1,0 +1,78 @@
+"""Held-out loss and bits per byte per language, during training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from training.config import TrainingConfig
+from training.model import CausalLM
+from training.packing import PackedDocuments, stack
+from training.parallel import Parallel
+from training.store import Store
+
+
+@dataclass(frozen=True)
+class HeldoutRows:
+    """The first rows of one language's held-out documents."""
+
+    language: str
+    sources: list[tuple[PackedDocuments, int]]  # (rows, how many of them)
+
+    @property
+    def bytes(self) -> float:
+        """UTF-8 bytes of the text in these rows; of a document that is cut, the share of its tokens within."""
+        return sum(_bytes_within(packed, packed.length * rows + 1) for packed, rows in self.sources)
+
+
+def heldout_rows(store: Store, config: TrainingConfig) -> list[HeldoutRows]:
+    """For each language up to `evaluate_rows` rows, divided over its sources in order."""
+    found: dict[str, list[tuple[PackedDocuments, int]]] = {}
+    for source in store.info.sources:
+        packed = PackedDocuments(store.documents(source, "heldout"), config.sequence_length)
+        already = sum(rows for _, rows in found.get(source.language, []))
+        rows = min(packed.rows, config.evaluate_rows - already)
+        if rows > 0:
+            found.setdefault(source.language, []).append((packed, rows))
+    return [HeldoutRows(language, sources) for language, sources in found.items()]
+
+
+def _bytes_within(packed: PackedDocuments, tokens: int) -> float:
+    starts, sizes = packed.documents.starts, packed.documents.bytes
+    whole = int(np.searchsorted(starts, tokens, side="right")) - 1
+    total = float(sizes[:whole].sum())
+    if whole < len(sizes):
+        total += float(sizes[whole]) * (tokens - starts[whole]) / (starts[whole + 1] - starts[whole])
+    return total
+
+
+@torch.no_grad()
+def validate(module: CausalLM, heldout: list[HeldoutRows], micro_batch: int, parallel: Parallel) -> dict[str, float]:
+    """`valid/<language>/loss` (nats per token) and `.../bits_per_byte`, the rows divided over the processes.
+
+    bits per byte = sum of -log2 p(token) / UTF-8 bytes of the text: comparable across tokenizers (law 10).
+    """
+    module.eval()
+    metrics: dict[str, float] = {}
+    for rows in heldout:
+        nats, targets = _sum_of_losses(module, rows, micro_batch, parallel)
+        metrics[f"valid/{rows.language}/loss"] = nats / targets
+        metrics[f"valid/{rows.language}/bits_per_byte"] = nats / math.log(2) / rows.bytes
+    module.train()
+    return metrics
+
+
+def _sum_of_losses(module: CausalLM, rows: HeldoutRows, micro_batch: int, parallel: Parallel) -> tuple[float, int]:
+    places = [(packed, row) for packed, count in rows.sources for row in range(count)]
+    mine = places[parallel.world.rank :: parallel.world.size]
+    batches = -(-len(places) // (parallel.world.size * micro_batch))  # the same on all: FSDP gathers in step
+    nats = torch.zeros((), dtype=torch.float64)
+    for number in range(batches):
+        chosen = mine[number * micro_batch : (number + 1) * micro_batch]
+        batch = stack([packed.read(row) for packed, row in chosen or places[:1]])
+        loss = module(batch.to(parallel.device))
+        nats += loss.double().cpu() * bool(chosen)
+    return parallel.total(float(nats)), sum(packed.targets(row) for packed, row in places)
