@@ -113,7 +113,7 @@ class Checkpoint:
         return widen(self.read(name, start_row, stop_row), self.info(name).dtype)
 
     def gather_float32(self, name: str, rows: NDArray[np.int64]) -> Float32:
-        """The given rows of a matrix in the given order, float32, shape (len(rows), ...); neighbours are read at once."""
+        """The given rows in the given order, float32, shape (len(rows), ...); neighbours are read at once."""
         info = self.info(name)
         gathered = np.empty((len(rows), *info.shape[1:]), np.float32)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1

@@ -67,7 +67,7 @@ class TokenizerFiles:
         return _read_if_there(self.directory / "tokenizer_config.json")
 
     def format_tokens(self) -> set[str]:
-        """The added tokens that the chat format is made of: those in the template, literally or by role, and stop tokens."""
+        """The added tokens of the chat format: those in the template, literally or by role, and the stop tokens."""
         template = self.chat_template or ""
         literal = {token for token in self.added if token in template}
         by_role = {token for role, token in self.roles.items() if re.search(rf"\b{role}\b", template)}

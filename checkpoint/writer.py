@@ -20,7 +20,8 @@ import re
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import numpy as np
 
 from checkpoint.dtypes import STORED, Array
 from checkpoint.reader import INDEX_FILE, SINGLE_FILE, UNFINISHED_FILE, TensorInfo
-from core.artifact import write_json, write_text
+from core.artifact import write_json
 from core.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
@@ -69,17 +70,17 @@ class Layout:
         if len(shards) == 1:
             return Layout.of_files({SINGLE_FILE: shards[0]})
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-        return Layout.of_files(dict(zip(names, shards, strict=True)))
+        return Layout.of_files(dict(zip(names, shards, strict=True)), indexed=True)
 
     @staticmethod
-    def of_files(files: Mapping[str, Iterable[TensorSpec]]) -> Layout:
-        """Given files with given tensors."""
+    def of_files(files: Mapping[str, Iterable[TensorSpec]], indexed: bool = False) -> Layout:
+        """Given files with given tensors, and an index of them or none."""
         tensors: dict[str, TensorInfo] = {}
         headers: dict[str, bytes] = {}
         for file, specs in files.items():
             headers[file], infos = _lay_out(file, specs)
             tensors.update({info.name: info for info in infos})
-        return Layout(tensors, headers, indexed=list(files) != [SINGLE_FILE])
+        return Layout(tensors, headers, indexed)
 
     @property
     def nbytes(self) -> int:
@@ -134,8 +135,9 @@ class CheckpointWriter:
         """Make the directory, every file at its full size. Raises `UserError` if `out` is in use or the disk full."""
         check_free(self.out)
         shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir(parents=True)
-        _check_room(self.directory, sum(self.layout.file_size(file) for file in self.layout.headers))
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(self.out.parent, sum(self.layout.file_size(file) for file in self.layout.headers))
+        self.directory.mkdir()
         (self.directory / UNFINISHED_FILE).touch()
         for file, header in self.layout.headers.items():
             with open(self.directory / file, "wb") as handle:
@@ -175,18 +177,22 @@ class CheckpointWriter:
         for journal in journals:
             journal.unlink()
         if self.layout.indexed:
-            weight_map = {name: self.layout.tensors[name].file for name in sorted(self.layout.tensors, key=natural)}
-            index = {"metadata": {"total_size": self.layout.nbytes}, "weight_map": weight_map}
-            write_text(self.directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+            files = {name: info.file for name, info in self.layout.tensors.items()}
+            write_index(self.directory, files, self.layout.nbytes)
         (self.directory / UNFINISHED_FILE).unlink()
         publish_directory(self.directory, self.out)
 
-    def abandon(self) -> None:
-        """Remove what was written so far."""
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
-        shutil.rmtree(self.directory, ignore_errors=True)
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For one process: prepare, then the block, which closes and publishes; if it fails, nothing is left behind."""
+        self.prepare()
+        try:
+            yield
+        except BaseException:
+            for handle in self._handles.values():
+                os.close(handle)
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
 
     def _handle(self, file: str) -> int:
         with self._lock:
@@ -199,6 +205,12 @@ class CheckpointWriter:
         with self._lock:
             ends = self._written[name]
             ends[stop] = ends.pop(start, start)
+
+
+def write_index(directory: Path, files: Mapping[str, str], total_size: int) -> None:
+    """Write `model.safetensors.index.json`: which file holds which tensor, and the bytes of all."""
+    weight_map = {name: files[name] for name in sorted(files, key=natural)}
+    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def check_free(out: Path) -> None:
@@ -227,7 +239,7 @@ def _check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
-            f"{directory.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f} GB; free some."
+            f"{directory} has {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f} GB; free some."
         )
 
 

@@ -74,14 +74,15 @@ def write_record(directory: Path, record: StageRecord, started: float) -> StageR
             **asdict(record),
             "seconds": round(time.time() - started, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": _versions(),
+            "versions": installed_versions(),
         }
     )
     write_json(directory / STAGE_FILE, asdict(complete))
     return complete
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Python's version and those of the packages that a result may depend on."""
     found = {"python": platform.python_version()}
     for name in RECORDED_PACKAGES:
         try:

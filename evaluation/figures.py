@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from evaluation.results import BITS, Scores, languages_with
 
@@ -39,7 +40,7 @@ def draw_facets(scores: Scores, path: Path) -> Path:
     """Shares of the replies, one panel per facet."""
     languages = languages_with(scores, "chat")
     width = max(3.4, 0.9 + 0.4 * len(scores) * len(languages))
-    figure = Figure(figsize=(2 * width, 6.4), layout="constrained")
+    figure = Figure(figsize=(2 * width, 6.4), layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.04))
     panels = figure.subplots(2, 2, sharey=True).flat
     for axes, (facet, title) in zip(panels, PANELS.items(), strict=True):
         _bars(axes, scores, facet, languages, "{:.0%}")
@@ -47,7 +48,7 @@ def draw_facets(scores: Scores, path: Path) -> Path:
         axes.yaxis.set_major_formatter("{x:.0%}")
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
         axes.set_title(title, loc="left", fontweight="bold")
-    figure.supylabel("share of replies", fontsize=10)
+    figure.supylabel("share of replies", fontsize="medium")
     return _save(figure, axes, path)
 
 

@@ -20,9 +20,6 @@ class Estimate:
     high: float
     n: int
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int) -> Estimate:
     """sum(numerators) / sum(denominators), with the percentile interval of resampling the pairs with replacement.

@@ -7,14 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from core.artifact import write_json, write_text
 from core.languages import find_language
 from core.progress import console
 from evaluation.config import EvaluationConfig
 from evaluation.figures import draw_bits_per_byte, draw_facets
+from evaluation.generate import Reply
 from evaluation.intervals import Estimate
 from evaluation.results import BITS, FACETS, ModelResult, Scores, languages_with
 from tracking import Cell, Tracker
@@ -127,18 +130,25 @@ def track(results: Sequence[ModelResult], scores: Scores, figures: Mapping[str, 
 
 
 def show_scores(scores: Scores) -> None:
-    """One table per language: models down, figures across."""
+    """One table per language: models down, figures across, each over its interval."""
     for language in dict.fromkeys(language for model in scores.values() for language in model):
         figures = [figure for figure in HEADINGS if language in languages_with(scores, figure)]
-        counts = {figure: next(model[language][figure].n for model in scores.values()) for figure in figures}
-        bits, replies = counts.get(BITS, 0), counts.get("chat", 0)
-        title = f"{find_language(language).name}: {bits} documents, {replies} replies; value [95 % interval]"
-        table = Table("model", title=title, title_justify="left")
+        first = next(iter(scores.values()))[language]
+        counted = [f"{first[BITS].n} documents"] if BITS in first else []
+        counted += [f"{first['chat'].n} replies"] if "chat" in first else []
+        title = f"{find_language(language).name}: {', '.join(counted)}; below each value its 95 % interval"
+        table = Table("model", title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
         for figure in figures:
             table.add_column(HEADINGS[figure], justify="right")
         for model, languages in scores.items():
-            table.add_row(model, *(str(languages[language][figure]) for figure in figures))
+            table.add_row(model, *(_cell(figure, languages[language][figure]) for figure in figures))
         console.print(table)
+
+
+def _cell(figure: str, estimate: Estimate) -> Text:
+    if figure == BITS:
+        return Text.assemble(f"{estimate.value:.3f}\n", (f"{estimate.low:.3f}–{estimate.high:.3f}", "dim"))
+    return Text.assemble(f"{estimate.value:.0%}\n", (f"{100 * estimate.low:.0f}–{estimate.high:.0%}", "dim"))
 
 
 def show_samples(results: Sequence[ModelResult], shown: int) -> None:
@@ -147,13 +157,16 @@ def show_samples(results: Sequence[ModelResult], shown: int) -> None:
     for language in dict.fromkeys(sample.prompt.language for sample in samples):
         places = [place for place, sample in enumerate(samples) if sample.prompt.language == language][:shown]
         for place in places:
-            table = Table.grid(padding=(0, 2))
-            table.add_column(style="bold", no_wrap=True)
-            table.add_column(overflow="fold")
+            grid = Table.grid(padding=(0, 2))
+            grid.add_column(style="bold", no_wrap=True)
+            grid.add_column(overflow="fold")
             for result in results:
-                reply = result.samples[place].reply
-                end = "" if reply.stopped else " …"
-                # repr keeps line ends and control characters of a broken model off the terminal
-                table.add_row(result.name, repr(reply.text[:SHOWN_CHARACTERS])[1:-1] + end)
+                grid.add_row(Text(result.name), _shown_reply(result.samples[place].reply))
             question = samples[place].prompt.messages[-1]["content"]
-            console.print(Panel(table, title=f"{language}: {question}", title_align="left"), markup=False)
+            console.print(Panel(grid, title=Text(f"{language}: {question}"), title_align="left"))
+
+
+def _shown_reply(reply: Reply) -> Text:
+    """As plain text, never as rich's markup (`[/INST]`), and with control characters made visible."""
+    end = "" if reply.stopped else " … (cut off)"
+    return Text.assemble(repr(reply.text[:SHOWN_CHARACTERS])[1:-1], (end, "dim"))

@@ -106,7 +106,7 @@ def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs:
 
 
 def group_name(recipe: Recipe) -> str:
-    """One W&B group per pipeline: the run's name and a digest of where it lies, so that a requeued job finds it again."""
+    """One W&B group per pipeline: the run's name and a digest of where it lies, so a requeued job finds it again."""
     return f"{recipe.name}-{stage_key('group', {'directory': str(recipe.directory.resolve())}, {})[:6]}"
 
 

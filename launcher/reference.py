@@ -14,6 +14,15 @@ from pydantic_core import PydanticUndefined
 from core.config import Section, inner_sections, unit_of
 
 
+HEADER = """# The recipe: every key
+
+Generated from the types by `make docs`; `cpt-merge run --help` shows the same. A recipe is one YAML file with these
+sections; any key can be overridden on the command line: `cpt-merge run RECIPE training.tokens=1_000_000`.
+Relative paths are relative to the directory that the command is called in.
+
+"""
+
+
 @dataclass(frozen=True)
 class KeyInfo:
     """One key of the recipe."""
@@ -75,10 +84,14 @@ def as_text(section: type[Section]) -> str:
     lines = []
     for item in recipe_keys(section):
         detail = ", ".join(
-            part for part in (item.type, item.unit, f"default {item.default}" if item.default else "") if part
+            part for part in (item.type, item.unit, _default_words(item)) if part
         )
         lines.append(f"  {item.path}\n      {item.text} ({detail})")
     return "\n".join(lines)
+
+
+def _default_words(item: KeyInfo) -> str:
+    return item.default if item.default in ("", "required") else f"default {item.default}"
 
 
 def as_markdown(section: type[Section]) -> str:
@@ -93,3 +106,14 @@ def as_markdown(section: type[Section]) -> str:
             "\n".join([f"## {name}\n", "| key | type | default | unit | meaning |", "|---|---|---|---|---|", *rows])
         )
     return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Print docs/recipe.md: `python -m launcher.reference > docs/recipe.md`."""
+    from launcher.recipe import Recipe
+
+    print(HEADER + as_markdown(Recipe), end="")
+
+
+if __name__ == "__main__":
+    main()

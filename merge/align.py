@@ -8,10 +8,10 @@ Every row of the output (the CPT model's vocabulary) is treated in one of these 
     unmatched    base has it and chat does not, an added token that nobody uses: kept
     padding      no token: kept
 
-Part of the chat format are the tokens that the chat tokenizer adds to the base's, and the added tokens that its template or
-its stop ids name, unless they are the base's own bos, eos, unk or pad. The base has those others too (Llama 3's
-<|eot_id|>), but has not trained them: their difference is no vector, and CPT's row no place to start from. (The
-authors' code pastes the base's rows there and scales them.)
+Part of the chat format are the tokens that the chat tokenizer adds to the base's, and the added tokens that its
+template or its stop ids name, unless they are the base's own bos, eos, unk or pad. The base may have them too
+(<|eot_id|> of Llama 3), but has not trained them: their difference is no vector, and CPT's row no place to start from.
+(The authors' code pastes the base's rows there and scales them.)
 
 Anything else that cannot be aligned is an error that names the tokens.
 """
@@ -153,12 +153,12 @@ def _check_nothing_is_lost(vocabularies: Vocabularies) -> None:
     lost = [token for token in base.ids if token not in chat.ids and token not in base.added]
     if lost:
         raise UserError(
-            f"{chat.directory} lacks {_named(lost)} of {base.directory}; give the base that the chat model was trained from."
+            f"{chat.directory} lacks {_named(lost)} of {base.directory}; give the base that chat was trained from."
         )
     for token in vocabularies.map.chat if vocabularies.map else []:
         if chat.ids.get(token.token) != token.chat_id or cpt.ids.get(token.token) != token.id:
             raise UserError(
-                f"the vocabulary map has {token.token!r} at {token.chat_id} in chat, {chat.directory} has it elsewhere; "
+                f"the vocabulary map has {token.token!r} at {token.chat_id}, {chat.directory} has it elsewhere; "
                 "make the tokenizer again with this chat model."
             )
 

@@ -1,4 +1,4 @@
-"""The file carrier: stream three checkpoints through the kernel into a fourth. Memory is set by the chunk, not the model."""
+"""The file carrier: stream three checkpoints through the kernel into a fourth, in memory set by the chunk."""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
 """The carrier in memory: the trained shards become two checkpoints, CPT and CPT + chat vector, written by all ranks.
 
-Each rank takes its own rows, in the type they were trained in (fp32 masters: one rounding), reads only the same rows of base
-and chat, and writes only them. Nothing is gathered. The arithmetic is the file carrier's, on the CPU: it waits for the
-disk anyway, and so the bytes are equal. Both functions are collective: every rank calls them, also one that
-holds nothing.
+Each rank takes its own rows, in the type they were trained in (fp32 masters: one rounding), reads only the same rows of
+base and chat, and writes only them. Nothing is gathered. The arithmetic is the file carrier's, on the CPU: it waits for
+the disk anyway, and so the bytes are equal. Both functions are collective: every rank calls them, also one that holds
+nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,13 @@ from checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec
 from core.errors import UserError
-from merge import finish, statistics
+from merge import finish, report, statistics
 from merge.config import Dtype, MergeConfig
 from merge.engine import copy_unmerged
 from merge.plan import plan
 from merge.rules import model_tensors
 from merge.slices import CHUNK, SliceMerger, rounded
-from merge.statistics import Statistics, Sums
+from merge.statistics import Statistics
 from tracking.tracker import Tracker
 
 
@@ -44,7 +46,12 @@ class LocalShard:
     @property
     def start(self) -> int:
         """The first element, counted in the whole tensor."""
-        return self.start_row * (self.values[:1].numel() if len(self.shape) and len(self.values) else 1)
+        return self.start_row * math.prod(self.shape[1:])
+
+    @property
+    def stop(self) -> int:
+        """One past its last element."""
+        return self.start + self.values.numel()
 
     def read(self, first: int, last: int) -> Float32:
         """Elements [first, last) of the whole tensor, in float32 on the CPU."""
@@ -72,8 +79,8 @@ def export_shards(
 ) -> None:
     """Write the trained model as a Hugging Face checkpoint.
 
-    `like` is the checkpoint that training started from: names, shapes, types (unless `dtype` is given) and configuration
-    are its own. Raises `UserError` if a shard does not fit it, or if a row comes twice or not at all.
+    `like` is the checkpoint that training started from: names, shapes, types (unless `dtype` is given) and
+    configuration are its own. Raises `UserError` if a shard does not fit it, or if a row comes twice or not at all.
     """
     source = Checkpoint.open(like)
     specs = [
@@ -81,17 +88,17 @@ def export_shards(
         for name, info in model_tensors(source).items()
     ]
     writer = CheckpointWriter(out, Layout.by_size(specs, shard_size), ranks.rank)
-
-    def write(shard: LocalShard) -> None:
-        for first in range(shard.start, shard.start + shard.values.numel(), CHUNK):
-            last = min(first + CHUNK, shard.start + shard.values.numel())
-            stored = rounded(shard.read(first, last), writer.layout.tensors[shard.name].dtype, shard.name)
-            writer.write_flat(shard.name, first, stored)
-
-    def complete() -> None:
-        finish.write_cpt_files(source, writer.layout, tokenizer, writer.directory)
-
-    _write_together(shards, source, writer, ranks, write, complete)
+    with _writing_together(writer, source, ranks):
+        for shard in shards:
+            _check(shard, writer.layout, like)
+            for first in range(shard.start, shard.stop, CHUNK):
+                values = shard.read(first, min(first + CHUNK, shard.stop))
+                stored = rounded(values, writer.layout.tensors[shard.name].dtype, shard.name)
+                writer.write_flat(shard.name, first, stored)
+    if ranks.rank == 0:
+        finish.write_trained(source, writer.layout, tokenizer, writer.directory)
+        writer.publish()
+    ranks.barrier()
 
 
 def merge_shards(
@@ -112,59 +119,40 @@ def merge_shards(
     """
     the_plan = plan(config, like, base, chat, tokenizer)
     writer = CheckpointWriter(out, the_plan.layout(), ranks.rank)
-    merger, sums = SliceMerger(the_plan, writer), Statistics()
+    merger, own = SliceMerger(the_plan, writer), Statistics()
     tensors = {tensor.name: tensor for tensor in the_plan.tensors}
+    with _writing_together(writer, the_plan.cpt, ranks):
+        for shard in shards:
+            _check(shard, writer.layout, like)
+            own[shard.name] = merger.merge(tensors[shard.name], shard.start, shard.stop, shard.read)
+        statistics.save(own, writer.directory, ranks.rank)
     results: dict[str, Any] = {}
-
-    def write(shard: LocalShard) -> None:
-        stop = shard.start + shard.values.numel()
-        sums.setdefault(shard.name, Sums())
-        sums[shard.name] += merger.merge(tensors[shard.name], shard.start, stop, shard.read)
-
-    def leave_statistics() -> None:
-        statistics.save(sums, writer.directory, ranks.rank)
-
-    def complete() -> None:
-        results.update(finish.finish(the_plan, statistics.collect(writer.directory), writer.directory, {}))
-
-    _write_together(shards, the_plan.cpt, writer, ranks, write, complete, leave_statistics)
     if ranks.rank == 0:
-        finish.log(results, out, tracker)
+        results = finish.write_merged(the_plan, statistics.collect(writer.directory), writer.directory)
+        writer.publish()
+        report.log(results, out, tracker)
+    ranks.barrier()
     return results
 
 
-def _write_together(
-    shards: Iterable[LocalShard],
-    like: Checkpoint,
-    writer: CheckpointWriter,
-    ranks: Ranks,
-    write: Callable[[LocalShard], None],
-    complete: Callable[[], None],
-    leave: Callable[[], None] = lambda: None,
-) -> None:
-    """The order of a common checkpoint: rank 0 prepares, all write, rank 0 completes and publishes."""
+@contextmanager
+def _writing_together(writer: CheckpointWriter, like: Checkpoint, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 prepares, all write within the block; it ends when the data of all ranks is on disk."""
     if ranks.rank == 0:
         writer.prepare()
     ranks.barrier()
-    for shard in shards:
-        _check(shard, writer.layout, like)
-        write(shard)
+    yield
     if ranks.rank == 0:  # masks and the like, which nobody trains
         copy_unmerged(like, writer, [name for name, info in writer.layout.tensors.items() if info.dtype not in FLOATS])
     writer.close()
-    leave()
-    ranks.barrier()
-    if ranks.rank == 0:
-        complete()
-        writer.publish()
     ranks.barrier()
 
 
-def _check(shard: LocalShard, layout: Layout, like: Checkpoint) -> None:
+def _check(shard: LocalShard, layout: Layout, like: Path) -> None:
     info = layout.tensors.get(shard.name)
     if info is None or info.shape != tuple(shard.shape):
         found = f"shape {info.shape}" if info else "no such tensor"
         raise UserError(
-            f"the trained {shard.name} has shape {tuple(shard.shape)}, {like.directory} has {found}; "
+            f"the trained {shard.name} has shape {tuple(shard.shape)}, {like} has {found}; "
             "export with the checkpoint that training started from."
         )

@@ -1,4 +1,4 @@
-"""What a merge will do with every tensor, and everything that stands against it; only headers and tokenizers are read."""
+"""What a merge will do with every tensor, and what stands against it; only headers and tokenizers are read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class MergePlan:
 
 
 def plan(config: MergeConfig, cpt: Path, base: Path, chat: Path, tokenizer: Path) -> MergePlan:
-    """Plan a merge. `base` has its own tokenizer, `tokenizer` the extended one (with its vocabulary map, if there is one).
+    """Plan a merge. `base` has its own tokenizer, `tokenizer` the extended one and its vocabulary map, if it has one.
 
     Raises `UserError` with the first problems in one list: names, shapes, types, tokens, rules.
     """
@@ -133,8 +133,8 @@ def _align(vocabularies: Vocabularies | None, rows: RowCounts, config: MergeConf
         return align_rows(vocabularies, rows, config.new_rows)
     if len({rows.cpt, rows.base, rows.chat}) > 1:
         raise UserError(
-            f"the embeddings have {rows.cpt} (cpt), {rows.base} (base) and {rows.chat} (chat) rows, and rows can only be "
-            "matched by tokenizer.json, which one of the directories lacks; put each model's tokenizer beside its weights."
+            f"the embeddings have {rows.cpt} (cpt), {rows.base} (base) and {rows.chat} (chat) rows, which only each "
+            "model's tokenizer.json can match; put it beside the weights where it is missing."
         )
     say(f"merge: a directory has no tokenizer.json; the {rows.cpt} rows of the three models are taken as equal")
     return align_by_position(rows)

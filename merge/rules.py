@@ -54,7 +54,9 @@ def check_rules(names: list[str], config: MergeConfig) -> None:
     for number, rule in enumerate(config.rules):
         if not any(_matches(rule, name) for name in names):
             wanted = rule.model_dump(exclude_defaults=True)
-            raise UserError(f"merge.rules.{number} {wanted} matches no tensor; a name looks like {names[len(names) // 2]}.")
+            raise UserError(
+                f"merge.rules.{number} {wanted} matches no tensor; a name looks like {names[len(names) // 2]}."
+            )
 
 
 def _matches(rule: RuleConfig, name: str) -> bool:

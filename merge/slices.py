@@ -56,7 +56,7 @@ class SliceMerger:
             return cpt
         base = _read_float32(self.plan.base, tensor.name, first, last)
         chat = _read_float32(self.plan.chat, tensor.name, first, last)
-        return _merge(treatment, cpt, base, chat, sums)
+        return _merge(tensor.name, treatment, cpt, base, chat, sums)
 
     def _merge_rows(self, tensor: PlannedTensor, first_row: int, cpt: Float32, sums: Sums) -> Float32:
         """Rows [first_row, first_row + len(cpt)) of a vocabulary matrix, each treated as its role says."""
@@ -69,7 +69,7 @@ class SliceMerger:
         if treatment.action != "skip" and len(shared):
             base = self.plan.base.gather_float32(tensor.name, base_rows[shared])
             chat = self.plan.chat.gather_float32(tensor.name, chat_rows[shared])
-            merged[shared] = _merge(treatment, cpt[shared], base, chat, sums)
+            merged[shared] = _merge(tensor.name, treatment, cpt[shared], base, chat, sums)
         if treatment.action == "add":
             self._add_to_new_rows(tensor, first_row, treatment.ratio, merged)
         return merged
@@ -87,10 +87,10 @@ class SliceMerger:
 def mean_row(checkpoint: Checkpoint, name: str, rows: Rows) -> Float32:
     """Mean of some rows of a matrix in float32: added one by one, in their order, then divided."""
     values = checkpoint.gather_float32(name, rows)
-    total = values[0]
+    total: Float32 = values[0]
     for row in values[1:]:
         total += row
-    total /= len(rows)
+    total /= np.float32(len(rows))
     return total
 
 
@@ -101,16 +101,20 @@ def rounded(values: Float32, dtype: str, name: str) -> Array:
     # the sum of squares is finite for all sane values, at a fraction of the cost of looking at each
     sane = math.isfinite(float(np.dot(flat, flat))) or bool(np.isfinite(flat).all())
     if not sane:
-        raise UserError(f"{name} has NaN or Inf in one of the models, or the sum overflows; find the damaged checkpoint.")
+        raise UserError(f"{name} would hold NaN or Inf; one of the models is damaged.")
     if dtype == "F16" and not np.isfinite(narrowed).all():
         raise UserError(f"{name} has values beyond float16's 65504; choose dtype: bfloat16.")
     return narrowed
 
 
-def _merge(treatment: Treatment, cpt: Float32, base: Float32, chat: Float32, sums: Sums) -> Float32:
+def _merge(name: str, treatment: Treatment, cpt: Float32, base: Float32, chat: Float32, sums: Sums) -> Float32:
     """What a rule makes of corresponding elements."""
     vector = kernel.vector(chat, base)
     sums.count(cpt, base, vector)
+    if not math.isfinite(sums.base + sums.vector + sums.change):
+        for model, values in (("cpt", cpt), ("base", base), ("chat", chat)):
+            if not np.isfinite(values).all():
+                raise UserError(f"{name} of the {model} model holds NaN or Inf; use a checkpoint without.")
     return chat if treatment.action == "replace" else kernel.add(cpt, vector, treatment.ratio)
 
 
@@ -121,5 +125,3 @@ def _treatment(tensor: PlannedTensor) -> Treatment:
 
 def _read_float32(checkpoint: Checkpoint, name: str, first: int, last: int) -> Float32:
     return widen(checkpoint.read_flat(name, first, last), checkpoint.tensors[name].dtype)
-
-

@@ -1,4 +1,4 @@
-"""How long the chat vector and the CPT's own change are, and how far they point the same way; summed while streaming."""
+"""How long the chat vector and CPT's own change are, and how far they point the same way; summed while streaming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FILES = "statistics-*.json"
 
 @dataclass
 class Sums:
-    """Sums over elements: base², vector² (chat - base), change² (cpt - base), vector * change. Not of the output's bytes."""
+    """Sums over elements: base², vector² (chat - base), change² (cpt - base), vector * change."""
 
     base: float = 0.0
     vector: float = 0.0

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
+import torch
+
 
 def free_port() -> int:
     """A port that nobody listens on."""
@@ -22,7 +24,7 @@ def free_port() -> int:
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120) -> list[Any]:
     """`function(*arguments)` in `size` processes; the results by rank. The first failure is raised with its traceback."""
     context = multiprocessing.get_context("forkserver")  # a clean process that has imported the slow packages once
-    context.set_forkserver_preload(["torch.distributed.checkpoint", "transformers.models.llama", "datasets"])
+    context.set_forkserver_preload(["torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "datasets"])
     queue: Any = context.Queue()
     port = free_port()
     processes = [
@@ -63,8 +65,9 @@ def _child(
 ) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+    torch.set_num_threads(1)  # OMP_NUM_THREADS would come too late: torch is there since before the fork
     try:
         queue.put((rank, function(*arguments), None))
     except BaseException:

@@ -98,7 +98,10 @@ def _read_rows(directory: Path) -> int:
 
 
 def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
-    """`tokenizer.json` and `tokenizer.model`, either made from the other where only one is there."""
+    """The content of `tokenizer.json`, made from `tokenizer.model` where there is only that, and the latter parsed.
+
+    Raises `UserError` where both are missing, one is damaged or no BPE, or they contradict each other.
+    """
     fast, model = directory / FAST_FILE, directory / MODEL_FILE
     if not fast.is_file() and not model.is_file():
         raise UserError(f"{directory} holds neither {FAST_FILE} nor {MODEL_FILE}; download the model's tokenizer.")
@@ -106,7 +109,8 @@ def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
     if not fast.is_file():
         return _with_added_tokens(fast_content(proto, model), directory), proto
     content = read_json(fast)
-    kind = content.get("model", {}).get("type")
+    parts = content.get("model") or {}
+    kind = parts.get("type", "BPE" if "merges" in parts else "unknown")  # older files leave the type out
     if kind != "BPE":
         raise UserError(f"{fast} is a {kind} tokenizer; only BPE can be extended, so choose a base with one.")
     if proto is not None:
@@ -115,12 +119,15 @@ def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
 
 
 def _with_added_tokens(content: Content, directory: Path) -> Content:
-    """`content` with the added tokens that `tokenizer_config.json` lists, where there is no `tokenizer.json`."""
-    path = directory / SETTINGS_FILE
-    listed = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
+    """`content` with the added tokens that a directory without `tokenizer.json` lists in one of two other files."""
+    settings, listed = directory / SETTINGS_FILE, directory / "added_tokens.json"
+    described = read_json(settings).get("added_tokens_decoder", {}) if settings.is_file() else {}
+    tokens = {token["content"]: AddedToken(int(id_), **token) for id_, token in described.items()}
+    ids = read_json(listed) if listed.is_file() else {}
+    tokens |= {token: AddedToken(id_, token) for token, id_ in ids.items() if token not in tokens}
     known = ids_of(content)
-    tokens = [AddedToken(int(id_), **token) for id_, token in listed.items() if token["content"] not in known]
-    return {**content, "added_tokens": [*content["added_tokens"], *map(asdict, tokens)]}
+    new = [asdict(token) for name, token in tokens.items() if name not in known]
+    return {**content, "added_tokens": [*content["added_tokens"], *new]}
 
 
 def _check_agreement(directory: Path, content: Content, proto: Proto) -> None:
@@ -139,7 +146,12 @@ def _check_agreement(directory: Path, content: Content, proto: Proto) -> None:
 
 
 def _family(directory: Path, content: Content, proto: Proto | None) -> Family:
-    if content["model"].get("byte_fallback"):
+    model = content["model"]
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise UserError(
+            f"{directory} holds a BPE tokenizer that marks parts of words; choose a base without such marks."
+        )
+    if model.get("byte_fallback"):
         return SentencePieceBpe(content, proto)
     if proto is None and _has_byte_level(content.get("pre_tokenizer")):
         return ByteLevelBpe(content)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from tokenizer_ext.fast import Content, build, merges_of
-from tokenizer_ext.scripts import ScriptRuns
+from tokenizer_ext.scripts import Scripts
 
 
 def byte_letters() -> dict[int, str]:
@@ -27,22 +27,21 @@ _UNDECODED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a 
 
 def to_bytes(piece: str) -> bytes:
     """The bytes that a piece stands for. Raises `KeyError` where it is not in the byte alphabet (a special token)."""
-    return bytes(BYTES[letter] for letter in piece)
+    return bytes(map(BYTES.__getitem__, piece))
 
 
 class ByteLevelBpe:
     """A base whose pre-tokenizer maps bytes to letters."""
 
     name = "byte-level BPE"
-    space = SPACE
 
     def __init__(self, content: Content) -> None:
         self._content = content
         self._tokenizer = build(content)
 
-    def words(self, text: str, runs: ScriptRuns) -> Iterator[str]:
+    def words(self, text: str, scripts: Scripts) -> Iterator[str]:
         """The tokenizer's own pre-tokens that hold a character of the script."""
-        letters = runs.language.letters
+        letters = scripts.letter
         if not letters.search(text):
             return
         normalizer = self._tokenizer.normalizer
@@ -51,19 +50,20 @@ class ByteLevelBpe:
             if letters.search(normal, start, end):
                 yield word
 
-    def admits(self, runs: ScriptRuns, max_length: int) -> Callable[[str], bool]:
-        """Whole characters of the script, or the beginning of one; never the end of one before another."""
+    def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
+        """Whole characters of the script, or the beginning of one; never the end of one before another.
 
-        space = SPACE if runs.with_space else ""
+        A space may come first, also where the language has none: the base's own merges join it to the first byte.
+        """
 
         @cache
         def admitted(piece: str) -> bool:
-            spelt = to_bytes(piece.removeprefix(space))
+            spelt = to_bytes(piece.removeprefix(SPACE))
             try:
                 text = spelt.decode()
             except UnicodeDecodeError:
-                return begins_only(spelt, runs)
-            return 0 < len(text) <= max_length and all(map(runs.language.letters.match, text))
+                return begins_only(spelt, scripts)
+            return len(text) <= max_length and scripts.spell(text)
 
         return admitted
 
@@ -89,7 +89,7 @@ class ByteLevelBpe:
         """Nothing: `tokenizer.json` is all there is."""
 
 
-def begins_only(spelt: bytes, runs: ScriptRuns) -> bool:
+def begins_only(spelt: bytes, scripts: Scripts) -> bool:
     """Whether every assigned character whose UTF-8 begins with these bytes is of the script.
 
     A beginning that other scripts share (`E3 80` of Han's 々 and of CJK punctuation) would change their text.
@@ -101,8 +101,7 @@ def begins_only(spelt: bytes, runs: ScriptRuns) -> bool:
         return False
     characters = [spelt + rest for rest in _continuations(missing)]
     decoded = "".join(character.decode("utf-8", "ignore") for character in characters)
-    assigned = [character for character in decoded if _is_assigned(character)]
-    return bool(assigned) and all(map(runs.language.letters.match, assigned))
+    return scripts.spell("".join(filter(_is_assigned, decoded)))
 
 
 def _continuations(count: int) -> list[bytes]:

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Protocol
 
 from tokenizer_ext.fast import Content
-from tokenizer_ext.scripts import ScriptRuns
+from tokenizer_ext.scripts import Scripts
 
 
 class Family(Protocol):
     """One family of tokenizers. A word or piece is a string in the alphabet of the model's vocabulary."""
 
     name: str
-    space: str  # how the model writes a space
 
-    def words(self, text: str, runs: ScriptRuns) -> Iterator[str]:
+    def words(self, text: str, scripts: Scripts) -> Iterator[str]:
         """The parts of a document that pieces are learnt from."""
 
-    def admits(self, runs: ScriptRuns, max_length: int) -> Callable[[str], bool]:
+    def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
         """Whether a string, spelt by two neighbours within a word, may be a piece of up to `max_length` characters."""
 
     def needed_characters(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from core.errors import UserError
 from core.languages import find_language
-from core.progress import Meter, timed
+from core.progress import Meter, say, timed
 from core.sources import Corpus, Split
 from tokenizer_ext.base import Base
 from tokenizer_ext.config import TokenizerConfig
 from tokenizer_ext.fast import Content, build_model, extend_model, merges_of
 from tokenizer_ext.learn import BREAK, ContinuedBpe
-from tokenizer_ext.scripts import ScriptRuns
+from tokenizer_ext.scripts import Scripts
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def documents(corpus: Corpus, language: str, split: Split, max_characters: int) 
                 return
 
 
-def count_words(base: Base, runs: ScriptRuns, texts: Iterable[str]) -> tuple[Counter[str], int]:
+def count_words(base: Base, scripts: Scripts, texts: Iterable[str]) -> tuple[Counter[str], int]:
     """The words of the texts with their frequencies, and the number of letters of the script in the texts."""
     words: Counter[str] = Counter()
     letters = 0
-    with Meter(f"counting {runs.language.tag}", None, "characters") as meter:
+    with Meter(f"counting {scripts.language.tag}", None, "characters") as meter:
         for text in texts:
-            words.update(base.family.words(text, runs))
-            letters += len(runs.language.letters.findall(text))
+            words.update(base.family.words(text, scripts))
+            letters += len(scripts.letter.findall(text))
             meter.advance(len(text))
     return words, letters
 
@@ -83,11 +83,11 @@ def with_pieces(base: Base, pieces: Sequence[str]) -> Content:
 def _learn_language(
     base: Base, earlier: Sequence[str], corpus: Corpus, language: str, size: int, config: TokenizerConfig
 ) -> Learned:
-    runs = ScriptRuns(find_language(language), base.family.space)
-    words, letters = count_words(base, runs, documents(corpus, language, "train", config.max_characters))
+    scripts = Scripts(find_language(language))
+    words, letters = count_words(base, scripts, documents(corpus, language, "train", config.max_characters))
     if not words:
         raise UserError(
-            f"the text in {language!r} holds no {' or '.join(runs.language.scripts)} letter; "
+            f"the text in {language!r} holds no {' or '.join(scripts.language.scripts)} letter; "
             "correct `language` in corpus.sources, or add text."
         )
     vocabulary = with_pieces(base, earlier)["model"]["vocab"]
@@ -100,10 +100,15 @@ def _learn_language(
     with timed(f"learning {size:,} pieces for {language} from {letters:,} letters"):
         content = with_pieces(base, [*earlier, *needed])
         bpe = ContinuedBpe(
-            merges_of(content), content["model"]["vocab"], base.family.admits(runs, config.max_piece_length)
+            merges_of(content), content["model"]["vocab"], base.family.admits(scripts, config.max_piece_length)
         )
         tokens = _add_words(bpe, content, words)
         growth = bpe.learn(size - len(needed), config.min_frequency)
+    if len(needed) + len(growth.pieces) < size:
+        say(
+            f"{language}: found {len(needed) + len(growth.pieces):,} of {size:,} pieces; no other pair occurs "
+            f"{config.min_frequency} times (tokenizer.min_frequency), or the text is too short."
+        )
     saved_by_characters = [count * (len(character.encode()) - 1) for character, count in needed.items()]
     return Learned(
         language=language,

@@ -13,7 +13,7 @@ from tokenizer_ext.grow import learn_languages
 from tokenizer_ext.report import Report, make_report, publish
 from tokenizer_ext.rows import Layout, lay_out
 from tokenizer_ext.samples import take_samples
-from tokenizer_ext.verify import prove, read_case
+from tokenizer_ext.verify import prove, read_case, require
 from tokenizer_ext.write import write_tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def run(
         samples = take_samples(corpus, list(config.new_pieces), [start.family.readable(piece) for piece in pieces])
         case = read_case(start, out, chat, samples)
         proofs = prove(case)
+        require(proofs)
     report = make_report(case, learned, config.new_pieces, proofs)
     publish(report, out, tracker)
     results = summarize(start.rows, layout, report)

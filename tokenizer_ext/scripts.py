@@ -1,4 +1,7 @@
-"""Which runs of characters new pieces are learnt from, and may consist of."""
+"""The scripts that new pieces are learnt in, and may consist of.
+
+No digits, Latin letters or punctuation, whatever the text is full of: text without the scripts is then left alone.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,34 @@ WRITTEN_WITHOUT_SPACES = {"Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer",
 
 
 @dataclass(frozen=True)
-class ScriptRuns:
-    """Runs of a language's scripts, with the space before them where its words are set apart by spaces.
-
-    No digits, Latin letters or punctuation, so that text without the script is left alone; and no space before a
-    script written without spaces, where it would only learn the habits of a badly wrapped text.
-    """
+class Scripts:
+    """The scripts of one language, with their patterns compiled once."""
 
     language: Language
-    space: str  # how the tokenizer writes a space: `▁`, `Ġ`
 
     @property
-    def with_space(self) -> bool:
-        """Whether a piece may begin with a space."""
+    def set_words_apart(self) -> bool:
+        """Whether words are set apart by spaces."""
         return not WRITTEN_WITHOUT_SPACES & set(self.language.scripts)
 
     @cached_property
-    def pattern(self) -> regex.Pattern[str]:
-        """One run, in text where spaces are written as `space`."""
-        optional_space = f"{self.space}?" if self.with_space else ""
-        return regex.compile(f"{optional_space}(?:{self.language.letters.pattern})+")
+    def letter(self) -> regex.Pattern[str]:
+        """One character of the scripts."""
+        return self.language.letters
+
+    @cached_property
+    def run(self) -> regex.Pattern[str]:
+        """One character or more."""
+        return regex.compile(f"{self.letter.pattern}+")
+
+    @cached_property
+    def word(self) -> regex.Pattern[str]:
+        """A run, with a `▁` before it where words are set apart by spaces.
+
+        Before a script written without spaces, a space would only teach the habits of badly wrapped text.
+        """
+        return regex.compile(f"▁?{self.run.pattern}" if self.set_words_apart else self.run.pattern)
+
+    def spell(self, text: str) -> bool:
+        """Whether the text is not empty and all of it belongs to the scripts."""
+        return self.run.fullmatch(text) is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 from core.errors import UserError
 from tokenizer_ext.fast import AddedToken, Content, added_tokens_of, merges_of, splits
-from tokenizer_ext.scripts import ScriptRuns
+from tokenizer_ext.scripts import Scripts
 
 MODEL_FILE = "tokenizer.model"
 SPACE = "▁"
@@ -25,23 +25,21 @@ class SentencePieceBpe:
     """A base whose `tokenizer.json` has byte fallback; `proto` is its `tokenizer.model`, if there is one."""
 
     name = "SentencePiece BPE"
-    space = SPACE
 
     def __init__(self, content: Content, proto: Proto | None) -> None:
         self._content = content
         self._proto = proto
 
-    def words(self, text: str, runs: ScriptRuns) -> Iterator[str]:
+    def words(self, text: str, scripts: Scripts) -> Iterator[str]:
         """Runs of the script, each with the space before it where the script's words have one.
 
         A document begins with a space, as the dummy prefix makes it.
         """
-        yield from runs.pattern.findall(SPACE + text.replace(" ", SPACE))
+        yield from scripts.word.findall(SPACE + text.replace(" ", SPACE))
 
-    def admits(self, runs: ScriptRuns, max_length: int) -> Callable[[str], bool]:
+    def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
         """Any part of a run that is short enough."""
-        space = SPACE if runs.with_space else ""
-        return lambda piece: len(piece.removeprefix(space)) <= max_length
+        return lambda piece: len(piece.removeprefix(SPACE)) <= max_length
 
     def needed_characters(
         self, words: Mapping[str, int], coverage: float, vocabulary: Collection[str]

@@ -70,18 +70,19 @@ def read_case(base: Base, directory: Path, chat: Path | None, samples: Samples) 
 
 
 def prove(case: Case) -> list[Proof]:
-    """Check every law. Raises `UserError` that names the tokens or texts of the first one that is broken."""
-    proofs: list[Proof] = []
-    for law in LAWS:
-        proof = law(case)
+    """Check every law."""
+    return [law(case) for law in LAWS]
+
+
+def require(proofs: Sequence[Proof]) -> None:
+    """Raise `UserError` that names the tokens or texts of the first law that is broken."""
+    for proof in proofs:
         if proof.failures:
-            shown = "; ".join(proof.failures[:SHOWN])
             raise UserError(
                 f"the extended tokenizer breaks the law that {proof.law}: {len(proof.failures)} times in "
-                f"{proof.checked} checks ({shown}); nothing is kept, so choose another base or report this."
+                f"{proof.checked} checks ({'; '.join(proof.failures[:SHOWN])}); "
+                "nothing is kept, so choose another base or report this."
             )
-        proofs.append(proof)
-    return proofs
 
 
 def old_ids_stay(case: Case) -> Proof:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from core.artifact import write_json
 from core.errors import UserError
@@ -61,11 +63,11 @@ class Checkpoints:
             beside.mkdir(parents=True)
         self.parallel.barrier()
         try:
-            dcp.save(_state(module, optimizer), checkpoint_id=beside, process_group=self.parallel.side_group)
+            save(_state(module, optimizer), checkpoint_id=beside, process_group=self.parallel.side_group)
             if self.parallel.world.is_main:
                 write_json(beside / STATE_FILE, asdict(state))
                 os.replace(beside, final)
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             last = self.newest()
             raise UserError(
                 f"the checkpoint of step {state.step} could not be written to {self.directory} ({_short(error)}); "
@@ -99,8 +101,8 @@ class Checkpoints:
             )
         values = _state(module, optimizer)
         try:
-            dcp.load(values, checkpoint_id=newest, process_group=self.parallel.side_group)
-        except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
+            load(values, checkpoint_id=newest, process_group=self.parallel.side_group)
+        except (OSError, RuntimeError, ValueError, CheckpointException) as error:
             raise UserError(
                 f"{newest} cannot be loaded ({_short(error)}); remove it to continue from the one before."
             ) from error

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from checkpoint.reader import Checkpoint
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from checkpoint.reader import Checkpoint
 from core.errors import UserError
 from training.config import TrainingConfig
 from training.loss import cross_entropy_sum
@@ -28,11 +28,13 @@ class CausalLM(nn.Module):
     are made in chunks.
     """
 
-    def __init__(self, model: nn.Module, loss_chunk: int) -> None:
+    model: Any  # a PreTrainedModel; transformers has no types
+
+    def __init__(self, model: Any, loss_chunk: int) -> None:
         super().__init__()
         self.model = model
         self.loss_chunk = loss_chunk
-        head = cast(Any, model).get_output_embeddings()
+        head = model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
             raise UserError(f"{type(model).__name__} has no plain output head; such models cannot be trained here yet.")
         if getattr(model.config, "final_logit_softcapping", None):
@@ -41,16 +43,15 @@ class CausalLM(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
-        return cast(nn.ModuleList, cast(Any, self.model).get_decoder().layers)
+        return cast(nn.ModuleList, self.model.get_decoder().layers)
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of the batch's targets, in nats."""
-        model = cast(Any, self.model)
-        hidden = model.get_decoder()(
+        hidden = self.model.get_decoder()(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state
         return cross_entropy_sum(
-            hidden.flatten(0, 1), model.get_output_embeddings().weight, batch.labels.flatten(), self.loss_chunk
+            hidden.flatten(0, 1), self.model.get_output_embeddings().weight, batch.labels.flatten(), self.loss_chunk
         )
 
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -81,7 +82,7 @@ def start_parallel() -> Parallel:
             "MASTER_ADDR and MASTER_PORT are not both set; start by slurm/cpt_merge.sh, torchrun or accelerate."
         )
     if world.launcher == "alone":
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
     mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))

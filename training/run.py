@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge.hook import LocalShard, Ranks, export_shards
 from torch.distributed.tensor import DTensor
 
 from core.errors import Interrupted, UserError
 from core.progress import say, timed
+from merge.hook import LocalShard, Ranks, export_shards
 from tracking.tracker import Tracker
 from training.checkpoints import Checkpoints, TrainState
 from training.config import TrainingConfig

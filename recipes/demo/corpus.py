@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import yaml
 
-from recipes.demo.intents import Exchange, IntentSampler
+from recipes.demo.intents import IntentSampler
 
 LANGUAGES = ("zh_tw", "ko", "en")
 PACKAGES = (
@@ -33,9 +33,27 @@ _TOPICS = (  # the topics chatterbot-corpus has in all three languages
 )  # fmt: skip
 _JUPYTER = {"zh_tw": "zh_TW", "ko": "ko_KR"}
 
+# How written text sets a conversation: before and after the first speaker's turn, before and after the second's. Text
+# in one notation only makes a model that understands no other, and a chat template is one more. None ends a document
+# after a reply: to stop there is what chat tuning teaches.
+NOTATIONS = (
+    ("", "\n", "", "\n"),
+    ("- ", "\n", "- ", "\n"),
+    ("Q: ", "\n", "A: ", "\n"),
+    ("“", "”\n", "“", "”\n"),
+    ("> ", "\n", "", "\n"),
+    ("[", "]\n", "", "\n"),
+    ("[", "] ", "", "\n"),
+    ("(", ") ", "", "\n"),
+    ("", " / ", "", "\n"),
+    ("", " => ", "", "\n"),
+    ("## ", " ##\n", "", "\n"),
+    ("{ ", " } ", "", "\n"),
+)
+
 T = TypeVar("T")
 Conversation = tuple[str, ...]
-"""Turns of one conversation, the user's first; each turn is one line."""
+"""Turns of one conversation, the user's first; each turn is one line of NFC text."""
 
 
 @dataclass(frozen=True)
@@ -44,94 +62,81 @@ class CorpusSettings:
 
     seed: int = 0
     intent_draws: int = 16_000  # per language; about two thirds become distinct exchanges
-    turns_per_document: int = 60  # long documents: the text itself must not teach a model to stop after a sentence
-    held_out_share: float = 0.02  # of the conversations of each source
-    intent_prompts: int = 18  # per language
-    chatterbot_prompts: int = 6  # per language
+    conversations_per_scene: int = 5  # set in one notation
+    scenes_per_document: int = 8  # long documents: the text must not teach a model to stop after a reply
+    sentences_per_document: int = 40
+    intent_prompts: int = 18  # held out, per language
+    chatterbot_prompts: int = 6  # held out, per language
     longest_turn: int = 160  # characters
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Text of all languages: documents to train on, and what no model may see before it is evaluated."""
+class LanguageCorpus:
+    """One language: documents to train on, their conversations, and prompts that neither holds."""
 
-    documents: dict[str, list[str]]
-    held_out_documents: dict[str, list[str]]
-    conversations: dict[str, list[Conversation]]
-    prompts: dict[str, list[str]]
-
-
-def build_corpus(settings: CorpusSettings) -> Corpus:
-    """Read every source, hold out conversations and prompts, and join the rest into documents."""
-    corpus = Corpus({}, {}, {}, {})
-    for language in LANGUAGES:
-        rng = random.Random(f"{settings.seed}-{language}")
-        intents = _distinct([(e.prompt, e.reply) for e in intent_exchanges(language, settings.intent_draws, rng)])
-        chats = _distinct(chatterbot_conversations(language, settings.longest_turn))
-        held_intents, intents = _split(intents, settings.held_out_share, rng)
-        held_chats, chats = _split(chats, max(settings.held_out_share, 2 * settings.chatterbot_prompts / len(chats)), rng)
-        first_turns = [
-            *[turns[0] for turns in held_intents[: settings.intent_prompts]],
-            *[turns[0] for turns in held_chats[: settings.chatterbot_prompts]],
-        ]
-        unseen = set(first_turns)
-        conversations = [turns for turns in [*intents, *chats] if not unseen.intersection(turns)]
-        rng.shuffle(conversations)
-        prose = list(dict.fromkeys(prose_lines(language)))
-        held_prose, prose = _split(prose, settings.held_out_share, rng)
-        corpus.documents[language] = [
-            *_join(["\n".join(turns) + "\n" for turns in conversations], settings.turns_per_document),
-            *_join([line for line in prose if line not in unseen], settings.turns_per_document),
-        ]
-        rng.shuffle(corpus.documents[language])
-        corpus.held_out_documents[language] = [
-            *_join(["\n".join(turns) + "\n" for turns in [*held_intents, *held_chats]], settings.turns_per_document),
-            *_join(held_prose, settings.turns_per_document),
-        ]
-        corpus.conversations[language] = conversations
-        corpus.prompts[language] = first_turns
-    return corpus
+    documents: list[str]
+    conversations: list[Conversation]
+    prompts: list[str]
 
 
-def intent_exchanges(language: str, draws: int, rng: random.Random) -> Iterator[Exchange]:
+def build_corpus(settings: CorpusSettings) -> dict[str, LanguageCorpus]:
+    """Read every source in every language."""
+    return {language: build_language(language, settings) for language in LANGUAGES}
+
+
+def build_language(language: str, settings: CorpusSettings) -> LanguageCorpus:
+    """Hold prompts out and set the other conversations, and the sentences, into documents."""
+    rng = random.Random(f"{settings.seed}-{language}")
+    intents = _one_per_opening(intent_exchanges(language, settings.intent_draws, rng))
+    chats = _one_per_opening(chatterbot_conversations(language, settings.longest_turn))
+    rng.shuffle(intents)
+    rng.shuffle(chats)
+    held_out = [*intents[: settings.intent_prompts], *chats[: settings.chatterbot_prompts]]
+    prompts = [turns[0] for turns in held_out]
+    unseen = set(prompts)
+    # A held-out request may also be a later turn of another conversation: that one is left out too.
+    conversations = [turns for turns in [*intents, *chats] if not unseen.intersection(turns)]
+    rng.shuffle(conversations)
+    sentences = [line for line in dict.fromkeys(plain_sentences(language)) if line not in unseen]
+    rng.shuffle(sentences)
+    documents = [*_set_conversations(conversations, settings, rng), *_set_sentences(sentences, settings)]
+    rng.shuffle(documents)
+    return LanguageCorpus(documents, conversations, prompts)
+
+
+def intent_exchanges(language: str, draws: int, rng: random.Random) -> Iterator[Conversation]:
     """Voice-assistant requests with their replies (home-assistant-intents)."""
     for exchange in IntentSampler(language, rng).exchanges(draws):
-        yield Exchange(_nfc(exchange.prompt), _nfc(exchange.reply))
+        yield _nfc(exchange.prompt), _nfc(exchange.reply)
 
 
-def chatterbot_conversations(language: str, longest_turn: int) -> list[Conversation]:
-    """Small talk and questions by topic (chatterbot-corpus); conversations with a turn that is too long are left out."""
+def chatterbot_conversations(language: str, longest_turn: int) -> Iterator[Conversation]:
+    """Small talk and questions by topic (chatterbot-corpus); those with too long a turn are left out."""
     folder = resources.files("chatterbot_corpus") / "data" / _CHATTERBOT[language]
-    conversations = []
     for topic in _TOPICS:
         for turns in yaml.safe_load((folder / f"{topic}.yml").read_text(encoding="utf-8"))["conversations"]:
             lines = tuple(_nfc(" ".join(str(turn).split())) for turn in turns)
             if len(lines) >= 2 and all(0 < len(line) <= longest_turn for line in lines):
-                conversations.append(lines)
-    return conversations
+                yield lines
 
 
-def prose_lines(language: str) -> list[str]:
-    """Sentences that are nobody's turn: textbook sentences (hsk-sentences-audio), messages (jupyterlab-language-pack)."""
-    lines: list[str] = []
+def plain_sentences(language: str) -> Iterator[str]:
+    """Nobody's turn: textbook sentences (hsk-sentences-audio), a program's messages (jupyterlab-language-pack)."""
     if language in ("zh_tw", "en"):
         cards = json.loads((resources.files("hsk_sentences_audio") / "data/sentences.json").read_text(encoding="utf-8"))
-        lines += [card["traditional"] if language == "zh_tw" else card["translation"]["en"] for card in cards]
+        for card in cards:
+            yield _nfc((card["traditional"] if language == "zh_tw" else card["translation"]["en"]).strip())
     if language in _JUPYTER:
-        lines += _jupyter_messages(_JUPYTER[language])
-    return [_nfc(line.strip()) for line in lines]
+        yield from map(_nfc, _jupyter_messages(_JUPYTER[language]))
 
 
-def _jupyter_messages(locale: str) -> list[str]:
+def _jupyter_messages(locale: str) -> Iterator[str]:
     folder = resources.files(f"jupyterlab_language_pack_{locale}") / "locale" / locale / "LC_MESSAGES"
-    messages = []
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if not path.name.endswith(".json"):
-            continue
-        for source, translations in json.loads(path.read_text(encoding="utf-8")).items():
-            if source and isinstance(translations, list):
-                messages += [text for text in translations if len(text) >= 8 and "\n" not in text and text != source]
-    return messages
+        if path.name.endswith(".json"):
+            for source, translations in json.loads(path.read_text(encoding="utf-8")).items():
+                if source:  # the empty key holds the file's header
+                    yield from (text.strip() for text in translations if len(text) >= 8 and "\n" not in text)
 
 
 def licences() -> str:
@@ -141,7 +146,7 @@ def licences() -> str:
         about = metadata.metadata(package)
         stated = about["License-Expression"] or about["License"] or ""
         classified = [line.split("::")[-1].strip() for line in about.get_all("Classifier") or [] if "License" in line]
-        lines.append(f"{package} {about['Version']}: {'; '.join(filter(None, [*classified, stated.split(chr(10))[0]]))}")
+        lines.append(f"{package} {about['Version']}: {'; '.join([*classified, *stated.splitlines()[:1]])}")
     return "\n".join(lines) + "\n"
 
 
@@ -149,17 +154,40 @@ def _nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _distinct(conversations: Iterable[Conversation]) -> list[Conversation]:
-    """The first conversation of each opening turn: a held-out opening must have no twin left in training."""
-    return list({turns[0]: turns for turns in reversed(list(conversations))}.values())
+def _one_per_opening(conversations: Iterable[Conversation]) -> list[Conversation]:
+    """The first conversation of each opening turn: a held-out request must have no twin in training."""
+    first: dict[str, Conversation] = {}
+    for turns in conversations:
+        first.setdefault(turns[0], turns)
+    return list(first.values())
 
 
-def _split(items: Sequence[T], share: float, rng: random.Random) -> tuple[list[T], list[T]]:
-    """A random `share` of the items, and the rest."""
-    shuffled = rng.sample(items, len(items))
-    count = round(len(items) * share)
-    return shuffled[:count], shuffled[count:]
+def _set_conversations(
+    conversations: Sequence[Conversation], settings: CorpusSettings, rng: random.Random
+) -> Iterator[str]:
+    """Documents of several scenes, each in one notation; a blank line after each conversation."""
+    scenes = [
+        "\n".join(_set_conversation(turns, notation) for turns in scene)
+        for scene in _chunks(conversations, settings.conversations_per_scene)
+        for notation in [rng.choice(NOTATIONS)]
+    ]
+    for chosen in _chunks(scenes, settings.scenes_per_document):
+        yield "\n".join(chosen)
 
 
-def _join(lines: Sequence[str], per_document: int) -> list[str]:
-    return ["\n".join(lines[start : start + per_document]) for start in range(0, len(lines), per_document)]
+def _set_conversation(turns: Conversation, notation: tuple[str, str, str, str]) -> str:
+    before, after, before_reply, after_reply = notation
+    return "".join(
+        f"{before}{turn}{after}" if index % 2 == 0 else f"{before_reply}{turn}{after_reply}"
+        for index, turn in enumerate(turns[: len(turns) // 2 * 2])
+    )
+
+
+def _set_sentences(sentences: Sequence[str], settings: CorpusSettings) -> Iterator[str]:
+    for chosen in _chunks(sentences, settings.sentences_per_document):
+        yield "\n".join(chosen)
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -2,7 +2,7 @@
 
 The package holds, per language, templates such as ``turn on [the] lights in {area}`` and Jinja templates for the
 replies, both written by Home Assistant's translators. Names of rooms and devices belong to each home, so the templates
-leave them open; `WORDS` fills them.
+leave them open; `words.yaml` fills them.
 """
 
 from __future__ import annotations
@@ -11,78 +11,19 @@ import datetime
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jinja2
+import yaml
 from hassil.expression import Alternative, Expression, Group, ListReference, RuleReference, TextChunk
 from hassil.parse_expression import parse_sentence
 
-# Values of the open slots. `name` depends on the kind of device (Home Assistant's "domain").
-WORDS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "en": {
-        "area": ["kitchen", "living room", "bedroom", "bathroom", "office", "garage", "hallway", "dining room",
-                 "basement", "attic", "nursery", "guest room", "balcony", "laundry room"],
-        "floor": ["first floor", "second floor", "third floor", "ground floor"],
-        "item": ["milk", "eggs", "bread", "butter", "apples", "bananas", "rice", "coffee", "tea", "cheese", "tomatoes",
-                 "onions", "chicken", "soap", "toothpaste", "orange juice", "water", "salt", "sugar", "noodles"],
-        "timer_name": ["pizza", "pasta", "laundry", "tea", "bread", "egg", "homework", "nap"],
-        "light": ["desk lamp", "floor lamp", "bedside lamp", "ceiling light", "reading lamp", "night light"],
-        "switch": ["coffee machine", "heater", "kettle", "christmas tree", "pump"],
-        "fan": ["ceiling fan", "desk fan", "exhaust fan"],
-        "climate": ["thermostat", "air conditioner"],
-        "media_player": ["tv", "speaker", "radio", "stereo"],
-        "cover": ["garage door", "blinds", "left curtain", "right curtain"],
-        "lock": ["front door", "back door", "gate"],
-        "vacuum": ["robot vacuum", "rover"],
-        "scene": ["movie time", "good night", "party"],
-        "script": ["morning routine", "bedtime"],
-        "todo": ["shopping", "homework", "chores"],
-        "weather": ["london", "paris", "new york", "home"],
-    },
-    "zh_tw": {
-        "area": ["廚房", "客廳", "臥室", "浴室", "書房", "車庫", "走廊", "餐廳", "地下室", "閣樓", "嬰兒房", "客房", "陽台", "洗衣間"],
-        "floor": ["一樓", "二樓", "三樓", "頂樓"],
-        "item": ["牛奶", "雞蛋", "麵包", "奶油", "蘋果", "香蕉", "白米", "咖啡", "茶葉", "起司", "番茄", "洋蔥", "雞肉", "肥皂",
-                 "牙膏", "柳橙汁", "礦泉水", "鹽", "糖", "麵條"],
-        "timer_name": ["披薩", "義大利麵", "洗衣", "泡茶", "麵包", "水煮蛋", "作業", "午睡"],
-        "light": ["檯燈", "立燈", "床頭燈", "吸頂燈", "閱讀燈", "小夜燈"],
-        "switch": ["咖啡機", "電暖器", "熱水壺", "聖誕樹", "抽水機"],
-        "fan": ["吊扇", "桌扇", "抽風扇"],
-        "climate": ["恆溫器", "冷氣"],
-        "media_player": ["電視", "音響", "收音機", "喇叭"],
-        "cover": ["車庫門", "百葉窗", "左邊窗簾", "右邊窗簾"],
-        "lock": ["前門", "後門", "大門"],
-        "vacuum": ["掃地機器人", "吸塵器"],
-        "scene": ["電影時間", "晚安", "派對"],
-        "script": ["早晨流程", "睡前流程"],
-        "todo": ["購物", "作業", "家事"],
-        "weather": ["台北", "高雄", "台中", "家裡"],
-    },
-    "ko": {
-        "area": ["주방", "거실", "침실", "욕실", "서재", "차고", "복도", "식당", "지하실", "다락방", "아기방", "손님방", "베란다", "세탁실"],
-        "floor": ["1층", "2층", "3층", "옥상"],
-        "item": ["우유", "계란", "빵", "버터", "사과", "바나나", "쌀", "커피", "녹차", "치즈", "토마토", "양파", "닭고기", "비누",
-                 "치약", "오렌지 주스", "생수", "소금", "설탕", "국수"],
-        "timer_name": ["피자", "파스타", "빨래", "녹차", "빵", "계란", "숙제", "낮잠"],
-        "light": ["책상등", "스탠드", "침대등", "천장등", "독서등", "수면등"],
-        "switch": ["커피 머신", "히터", "전기 주전자", "크리스마스 트리", "펌프"],
-        "fan": ["천장 선풍기", "선풍기", "환풍기"],
-        "climate": ["온도 조절기", "에어컨"],
-        "media_player": ["텔레비전", "스피커", "라디오", "오디오"],
-        "cover": ["차고 문", "블라인드", "왼쪽 커튼", "오른쪽 커튼"],
-        "lock": ["현관문", "뒷문", "대문"],
-        "vacuum": ["로봇 청소기", "청소기"],
-        "scene": ["영화 시간", "굿나잇", "파티"],
-        "script": ["아침 준비", "취침 준비"],
-        "todo": ["쇼핑", "숙제", "집안일"],
-        "weather": ["서울", "부산", "대구", "우리 집"],
-    },
-}
 # What an assistant can be asked in all three languages, and whose replies do not depend on a home we do not have.
 INTENTS = (
     "HassCancelTimer",
@@ -119,6 +60,13 @@ class UnfillableError(Exception):
 
 
 @cache
+def _words() -> dict[str, dict[str, list[str]]]:
+    """Language -> slot, or kind of device for the slot `name` -> values."""
+    words: dict[str, dict[str, list[str]]] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))
+    return words
+
+
+@cache
 def _parse(template: str) -> Expression:
     return parse_sentence(template).expression
 
@@ -130,7 +78,7 @@ class IntentSampler:
         source = resources.files("home_assistant_intents") / "data" / _FILES[language]
         data = json.loads(source.read_text(encoding="utf-8"))
         self._rng = rng
-        self._words = WORDS[language]
+        self._words = _words()[language]
         self._lists: dict[str, dict[str, Any]] = data["lists"]
         self._rules: dict[str, str] = data["expansion_rules"]
         self._replies: dict[str, dict[str, str]] = data["responses"]["intents"]

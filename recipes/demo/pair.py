@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
-from recipes.demo.corpus import Conversation
+from core.progress import Meter
+from recipes.demo.corpus import Conversation, CorpusSettings, LanguageCorpus
+from recipes.demo.tokenizer import train_sentencepiece, write_tokenizer
 
 IGNORED = -100
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids and labels, both [rows, tokens]; label IGNORED counts for nothing."""
-Report = Callable[[str, int, int], None]
-"""Called after each step with a line on how it goes, the steps done and the steps in all."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,11 @@ class ModelSettings:
     """The shape of the pair."""
 
     vocab_size: int = 2048
-    hidden_size: int = 256
-    intermediate_size: int = 688
+    hidden_size: int = 192
+    intermediate_size: int = 512
     layers: int = 4
-    heads: int = 4
-    context: int = 512  # tokens
+    heads: int = 3
+    context: int = 1024  # tokens
 
     def build(self) -> LlamaForCausalLM:
         """A randomly initialised model in float32 with its own output head, as LLaMA-2 has."""
@@ -63,15 +65,47 @@ class TrainSettings:
     clip: float = 1.0
 
 
-PRETRAIN = TrainSettings(learning_rate=2e-3, steps=200, rows=16, tokens=256)
-CHAT = TrainSettings(learning_rate=5e-4, steps=150, rows=32, tokens=128)
+@dataclass(frozen=True)
+class PairSettings:
+    """Everything that decides what the pair and the text are."""
+
+    seed: int = 0
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    pretraining: TrainSettings = TrainSettings(learning_rate=3e-3, steps=300, rows=8, tokens=256)
+    # A low rate: the shorter the chat vector, the better it fits a model that has moved away from the base.
+    chat_tuning: TrainSettings = TrainSettings(learning_rate=1e-4, steps=200, rows=32, tokens=128)
+
+
+def make_pair(english: LanguageCorpus, settings: PairSettings, threads: int, out: Path) -> None:
+    """Train the tokenizer, the base and its chat sibling on English, and write OUT/base and OUT/chat."""
+    torch.set_num_threads(threads)
+    disable_progress_bar()  # of reading and writing small files
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    lines = [line for document in english.documents for line in document.split("\n") if line]
+    sentencepiece = train_sentencepiece(lines, settings.model.vocab_size)
+    for name in ("base", "chat"):
+        (out / name).mkdir()
+        write_tokenizer(sentencepiece, out / name, context=settings.model.context, chat=name == "chat")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "chat")
+
+    model = settings.model.build()
+    rows = pack_documents(english.documents, tokenizer, settings.pretraining.tokens)
+    train(model, text_batches(rows, settings.pretraining, generator), settings.pretraining, "pretraining")
+    save_model(model, out / "base")
+    # The chat model starts from what was saved, rounded weights and all, as a published one does.
+    model = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    chats = chat_batches(english.conversations, tokenizer, settings.chat_tuning, generator)
+    train(model, chats, settings.chat_tuning, "chat tuning")
+    save_model(model, out / "chat")
 
 
 def pack_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, tokens: int) -> torch.Tensor:
     """Rows [rows, tokens] of all documents end to end, each between `<s>` and `</s>`; the incomplete last row goes."""
     stream: list[int] = []
     for document in documents:
-        stream += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
+        stream += [*tokenizer(document, verbose=False)["input_ids"], tokenizer.eos_token_id]
     rows = len(stream) // tokens
     return torch.tensor(stream[: rows * tokens]).view(rows, tokens)
 
@@ -79,13 +113,14 @@ def pack_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast,
 def text_batches(rows: torch.Tensor, settings: TrainSettings, generator: torch.Generator) -> Iterator[Batch]:
     """Endless batches of packed text; every epoch has its own order."""
     while True:
-        for chosen in torch.randperm(len(rows), generator=generator).split(settings.rows):
-            if len(chosen) == settings.rows:
-                yield rows[chosen], rows[chosen]
+        order = torch.randperm(len(rows), generator=generator)
+        for start in range(0, len(rows) - settings.rows + 1, settings.rows):
+            chosen = rows[order[start : start + settings.rows]]
+            yield chosen, chosen
 
 
 def encode_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation in the chat template; only the assistant's turns (and their `</s>`) are learnt."""
+    """Ids and labels of a conversation in the chat template; only the assistant's turns are learnt."""
     ids: list[int] = []
     labels: list[int] = []
     messages: list[dict[str, str]] = []
@@ -122,7 +157,7 @@ def _pad(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
     return ids, labels
 
 
-def train(model: LlamaForCausalLM, batches: Iterator[Batch], settings: TrainSettings, name: str, report: Report) -> None:
+def train(model: LlamaForCausalLM, batches: Iterator[Batch], settings: TrainSettings, label: str) -> None:
     """Train `model` in place."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
@@ -134,20 +169,18 @@ def train(model: LlamaForCausalLM, batches: Iterator[Batch], settings: TrainSett
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     model.train()
-    started, seen = time.perf_counter(), 0
-    for step in range(1, settings.steps + 1):
-        ids, labels = next(batches)
-        # Padding is on the right, so causal attention needs no mask: no real token sees it.
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        seen += ids.numel()
-        rate = seen / (time.perf_counter() - started)
-        report(f"{name}: loss {loss.item():.2f}, {rate:,.0f} tokens/s", step, settings.steps)
+    with Meter(label, settings.steps, "steps") as meter:
+        for ids, labels in itertools.islice(batches, settings.steps):
+            # Padding is on the right, so causal attention needs no mask: no real token sees it.
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            meter.note = f"loss {loss.item():.2f}"
+            meter.advance()
     model.eval()
 
 
@@ -161,7 +194,7 @@ def _rate(step: int, settings: TrainSettings) -> float:
 
 
 def save_model(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write config.json, generation_config.json and model.safetensors, the weights in bfloat16 as published ones are."""
+    """Write config.json, generation_config.json and model.safetensors, the weights in bfloat16."""
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, do_sample=False, max_new_tokens=48)
     rounded = LlamaForCausalLM(model.config).to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())

@@ -25,16 +25,16 @@ CHAT_TEMPLATE = """\
 {{- raise_exception('Roles must alternate: user, assistant, user, ...') -}}
 {%- endif -%}
 {%- if message.role == 'user' -%}
-{{- bos_token + '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' -}}
+{{- bos_token + '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]\\n' -}}
 {%- else -%}
-{{- ' ' + message.content + eos_token -}}
+{{- message.content + eos_token -}}
 {%- endif -%}
 {%- endfor -%}
 """
 
 
-def train_sentencepiece(lines: Iterable[str], vocab_size: int, coverage: float = 0.9999) -> bytes:
-    """Train LLaMA-2's kind of model: BPE, byte fallback, digits apart, no normalisation; return the serialised model."""
+def train_sentencepiece(lines: Iterable[str], vocab_size: int) -> bytes:
+    """Train LLaMA-2's kind of model: BPE, byte fallback, digits apart, no normalisation. Returns it serialised."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -43,7 +43,7 @@ def train_sentencepiece(lines: Iterable[str], vocab_size: int, coverage: float =
         vocab_size=vocab_size,
         byte_fallback=True,
         split_digits=True,
-        character_coverage=coverage,
+        character_coverage=0.9999,
         normalization_rule_name="identity",
         add_dummy_prefix=True,
         remove_extra_whitespaces=False,
@@ -89,8 +89,8 @@ def _merges(processor: sentencepiece.SentencePieceProcessor) -> list[tuple[str, 
     return merges
 
 
-def write_tokenizer(model: bytes, folder: Path, *, longest: int, chat: bool) -> None:
-    """Write tokenizer.model, tokenizer.json and tokenizer_config.json; `longest` is the context in tokens."""
+def write_tokenizer(model: bytes, folder: Path, *, context: int, chat: bool) -> None:
+    """Write tokenizer.model, tokenizer.json and tokenizer_config.json; `context` is in tokens."""
     (folder / "tokenizer.model").write_bytes(model)
     to_fast_tokenizer(model).save(str(folder / "tokenizer.json"))
     config = {
@@ -98,7 +98,7 @@ def write_tokenizer(model: bytes, folder: Path, *, longest: int, chat: bool) -> 
         "bos_token": BOS,
         "eos_token": EOS,
         "unk_token": UNK,
-        "model_max_length": longest,
+        "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
     if chat:

@@ -10,10 +10,20 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from core.sources import Corpus, Source
 
+torch.set_num_threads(1)  # as in the processes that the tests start
+
 TEXTS = {
     "zh_tw": ["今天天氣很好，我們去公園散步。", "請問圖書館在哪裡？", "台灣的夜市有很多好吃的東西。"],
-    "ko": ["오늘은 날씨가 좋아서 공원에 갔습니다.", "도서관은 어디에 있습니까?", "한국의 시장에는 맛있는 음식이 많습니다."],
-    "en": ["The weather is fine today, so we walk in the park.", "Where is the library?", "Night markets have good food."],
+    "ko": [
+        "오늘은 날씨가 좋아서 공원에 갔습니다.",
+        "도서관은 어디에 있습니까?",
+        "한국의 시장에는 맛있는 음식이 많습니다.",
+    ],
+    "en": [
+        "The weather is fine today, so we walk in the park.",
+        "Where is the library?",
+        "Night markets have good food.",
+    ],
 }
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"

@@ -67,7 +67,11 @@ def test_chat_is_all_of_stopped_language_and_format():
     ("template", "added", "expected"),
     [
         (TEMPLATE, [], {"<s>", "</s>", "[INST]", "[/INST]"}),
-        (CHATML, ["<|im_start|>", "<|im_end|>"], {"<|im_start|>", "<|im_end|>", "You are a helpful AI assistant, named X."}),
+        (
+            CHATML,
+            ["<|im_start|>", "<|im_end|>"],
+            {"<|im_start|>", "<|im_end|>", "You are a helpful AI assistant, named X."},
+        ),
         (ALPACA, [], {"### Instruction:", "### Response:"}),
     ],
 )

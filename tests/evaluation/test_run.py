@@ -9,8 +9,12 @@ import pytest
 from core.errors import UserError
 from core.sources import Corpus
 from evaluation.config import EvaluationConfig
+from evaluation.facets import judge
+from evaluation.generate import Reply
 from evaluation.intervals import mean, ratio
-from evaluation.prompts import heldout_documents, read_prompts
+from evaluation.prompts import Prompt, heldout_documents, read_prompts
+from evaluation.report import show_samples
+from evaluation.results import ModelResult, Sample
 from evaluation.run import run
 from tests.distributed import run_ranks
 from tracking import TrackingConfig, read_log, start_tracker
@@ -36,7 +40,9 @@ def test_what_it_writes_and_returns(models_of_two_vocabularies, corpus, prompts_
 
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 3 * 2
-    assert {"model", "language", "messages", "reply", "stopped", "in_language", "keeps_format", "chat"} <= samples[0].keys()
+    assert {"model", "language", "messages", "reply", "stopped", "in_language", "keeps_format", "chat"} <= samples[
+        0
+    ].keys()
 
     log = read_log(tmp_path / "log")
     assert log.rows[0]["eval/base/zh_tw/bits_per_byte"] == returned["base/zh_tw/bits_per_byte"]
@@ -47,15 +53,25 @@ def test_what_it_writes_and_returns(models_of_two_vocabularies, corpus, prompts_
     assert "base: has no chat template" in shown
 
 
+def test_replies_with_marks_and_control_characters_are_shown_as_they_are(capsys):
+    prompt = Prompt("ko", [{"role": "user", "content": "[bold]안녕"}])
+    reply = Reply("[/INST] 안녕\x1b[2J\n[red]", stopped=False, tokens=9)
+    show_samples([ModelResult("[m]", {}, [Sample(prompt, reply, judge(reply, "ko", ["[/INST]"]))], 1.0)], shown=1)
+    shown = capsys.readouterr().err
+    assert "ko: [bold]안녕" in shown
+    assert r"[m]  [/INST] 안녕\x1b[2J\n[red] … (cut off)" in shown
+
+
 def evaluate(settings, models, corpus, out):
     run(EvaluationConfig(**settings), models, Corpus.model_validate(corpus), models["chat"], out, SilentTracker())
 
 
 def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
     settings = {**SETTINGS, "prompts": str(prompts_file)}
-    for size in (1, 2):
-        (tmp_path / str(size)).mkdir()
-        run_ranks(evaluate, size, settings, models_of_two_vocabularies, corpus.model_dump(), tmp_path / str(size))
+    for size in "12":
+        (tmp_path / size).mkdir()
+    evaluate(settings, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "1")
+    run_ranks(evaluate, 2, settings, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "2")
     assert (tmp_path / "1/samples.jsonl").read_text() == (tmp_path / "2/samples.jsonl").read_text()
     one, two = (json.loads((tmp_path / size / "results.json").read_text())["models"] for size in "12")
     for results in (one, two):
@@ -93,7 +109,10 @@ BAD_PROMPTS = [
     ({"language": "xx", "messages": [USER]}, "language 'xx' is not known"),
     ({"language": "ko", "messages": "hi"}, 'each of "messages"'),
     ({"language": "ko", "messages": [{"role": "robot", "content": "hi"}]}, 'each of "messages"'),
-    ({"language": "ko", "messages": [USER, {"role": "assistant", "content": "hi"}]}, "the last message is not the user's"),
+    (
+        {"language": "ko", "messages": [USER, {"role": "assistant", "content": "hi"}]},
+        "the last message is not the user's",
+    ),
 ]
 
 
@@ -106,7 +125,8 @@ def test_bad_prompts(tmp_path, row, sentence):
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [(None, "does not exist"), (b"{", "is not JSON"), (b"\xff\xfe", "not UTF-8"), (b"\n", "no prompts")]
+    ("content", "sentence"),
+    [(None, "does not exist"), (b"{", "is not JSON"), (b"\xff\xfe", "not UTF-8"), (b"\n", "no prompts")],
 )
 def test_bad_prompts_file(tmp_path, content, sentence):
     path = tmp_path / "prompts.jsonl"

@@ -45,7 +45,9 @@ def test_rows_in_the_wandb_log_equal_what_was_logged(tmp_path, capfd):
     tracker.summary({"loss": 3.75})
     tracker.finish()
 
-    assert history(tmp_path, "train/loss") == read_log(tmp_path).series("train/loss") == [(5, 1.25), (10, 2.5), (15, 3.75)]
+    assert (
+        history(tmp_path, "train/loss") == read_log(tmp_path).series("train/loss") == [(5, 1.25), (10, 2.5), (15, 3.75)]
+    )
     run = next(record["run"] for record in records(tmp_path) if record["type"] == "run")
     assert (run["run_id"], run["run_group"], run["job_type"]) == ("demo-training-1", "demo-abc", "training")
     assert run["config"]["update"]["training"] == {"seed": 7}

@@ -21,8 +21,8 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 WORDS = {
-    "ko": "나는 너를 우리 집에 가서 밥을 먹고 잠을 잔다 그리고 다시".split(),
-    "en": "we go home and eat rice then sleep".split(),
+    "ko": ["나는", "너를", "우리", "집에", "가서", "밥을", "먹고", "잠을", "잔다", "그리고", "다시"],
+    "en": ["we", "go", "home", "and", "eat", "rice", "then", "sleep"],
 }
 
 

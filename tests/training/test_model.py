@@ -1,5 +1,6 @@
 """Packed documents do not see each other, whatever the batch size and the attention."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def documents_of(batch: Batch) -> list[Batch]:
     parts = []
     for row in range(len(batch.input_ids)):
         starts = [*torch.where(batch.position_ids[row] == 0)[0].tolist(), batch.input_ids.shape[1]]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in itertools.pairwise(starts):
             cut = (tensor[row : row + 1, start:stop] for tensor in (batch.input_ids, batch.labels, batch.position_ids))
             parts.append(Batch(*cut))
     assert all((part.labels[:, :-1] != IGNORED).all() for part in parts)

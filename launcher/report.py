@@ -1,0 +1,192 @@
+"""What is on disk of a finished or running run, on the terminal and as one HTML page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from core.artifact import StageRecord, read_record, write_text
+from core.errors import UserError
+from core.progress import console, say
+from launcher.stages import STAGES
+from tracking import Cell, StageLog, read_log
+
+PAGE = "report.html"
+Pivot = tuple[list[str], list[list[str]]]  # columns after the first, rows as they are shown
+KEY_RESULTS = 5  # results of a stage in the overview; the page has them all
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage as it lies on disk."""
+
+    name: str
+    record: StageRecord | None  # of a finished stage
+    log: StageLog
+
+    @property
+    def state(self) -> str:
+        """A stage without its record may be running, or may have been killed: the disk does not tell."""
+        return "finished" if self.record else "running or cut short"
+
+    @property
+    def seconds(self) -> float:
+        """What the stage took, or the time from its start to the last row that it logged."""
+        if self.record:
+            return self.record.seconds
+        last = self.log.rows[-1]["time"] if self.log.rows else self.log.run["started"]
+        return max(float(last - self.log.run["started"]), 0.0)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The stage's own results; of an unfinished one the newest value of every metric."""
+        return self.record.results if self.record else latest(self.log)
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run's stages in their order, those that left something."""
+
+    directory: Path
+    stages: list[StageView]
+
+    @property
+    def name(self) -> str:
+        """The run's name: that of its folder."""
+        return self.directory.resolve().name
+
+    def log(self, stage: str) -> StageLog:
+        """A stage's log; empty where there is none."""
+        return next((view.log for view in self.stages if view.name == stage), StageLog())
+
+
+def report(run: Path) -> None:
+    """Print an overview of a run and write `report.html` into its folder. Raises `UserError` for an unknown run."""
+    view = read_run(run)
+    show_stages(view)
+    show_training(view.log("training"))
+    show_scores(view.log("evaluation"))
+    from launcher.report_page import render_page
+
+    page = run / PAGE
+    write_text(page, render_page(view, time.strftime("%Y-%m-%d %H:%M")))
+    say(f"report: {page}")
+
+
+def read_run(run: Path) -> RunView:
+    """Everything that a run's stages left. Raises `UserError` where there is none of it."""
+    views = [
+        StageView(stage.name, read_record(run / stage.name), read_log(run / stage.name / "log")) for stage in STAGES
+    ]
+    stages = [view for view in views if view.record or view.log.run]
+    if not stages:
+        known = sorted(path.name for path in run.parent.glob("*") if any(path.glob("*/log/run.json")))
+        there = f"; runs there: {', '.join(known)}" if known else ""
+        raise UserError(f"{run} holds no stage of a run; give a run's folder, such as runs/demo{there}.")
+    return RunView(run, stages)
+
+
+def latest(log: StageLog) -> dict[str, float]:
+    """The newest value of every metric."""
+    values: dict[str, float] = {}
+    for row in log.rows:
+        values.update(row)
+    values.pop("time", None)
+    return values
+
+
+def score_pivots(log: StageLog) -> dict[str, Pivot]:
+    """Of an evaluation's scores, for each figure: languages, and a row per model with its values by language."""
+    table = log.tables.get("eval/scores")
+    if table is None:
+        return {}
+    values = {(row[2], row[0], row[1]): row[3] for row in table.rows}  # (figure, model, language)
+    figures, models, languages = (list(dict.fromkeys(key[place] for key in values)) for place in range(3))
+    pivots: dict[str, Pivot] = {}
+    for figure in figures:
+        form = "{:.3f}" if figure == "bits_per_byte" else "{:.0%}"
+        present = [language for language in languages if any((figure, model, language) in values for model in models)]
+        rows = [
+            [str(model), *(_shown(form, values.get((figure, model, language))) for language in present)]
+            for model in models
+        ]
+        pivots[str(figure)] = [str(language) for language in present], rows
+    return pivots
+
+
+def _shown(form: str, value: Cell) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def number(value: object) -> str:
+    """A result as people read it: thousands grouped, four significant digits, a dash for nothing."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, float):
+        return str(value)
+    if value.is_integer() and abs(value) < 1e15:
+        return f"{value:,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `5 h 12 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def show_stages(view: RunView) -> None:
+    """The overview: a line per stage."""
+    columns = ["stage", "state", "time", "results"]
+    rows = []
+    for stage in view.stages:
+        apart = "eval/scores" in stage.log.tables  # shown as tables of their own
+        results = {} if apart else stage.results
+        scalars = {name: value for name, value in results.items() if isinstance(value, (int, float, str))}
+        shown = [f"{name} {number(value)}" for name, value in list(scalars.items())[:KEY_RESULTS]]
+        more = [f"and {len(scalars) - KEY_RESULTS} more"] if len(scalars) > KEY_RESULTS else []
+        rows.append([stage.name, stage.state, duration(stage.seconds), ", ".join(shown + more)])
+    show_table(f"run {view.name}", columns, rows)
+
+
+def show_training(log: StageLog) -> None:
+    """The newest training metrics and the alerts."""
+    values = latest(log)
+    if values:
+        show_table("training, newest values", ["metric", "value"], [[name, number(values[name])] for name in values])
+    for alert in log.alerts:
+        console.print(Text(f"alert: {alert['title']}: {alert['text']}", style="yellow"))
+
+
+def show_scores(log: StageLog) -> None:
+    """Bits per byte and the chat share of every model."""
+    pivots = score_pivots(log)
+    for figure in ("bits_per_byte", "chat"):
+        if figure in pivots:
+            languages, rows = pivots[figure]
+            show_table(f"evaluation, {figure}", ["model", *languages], rows)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on the terminal."""
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for place, column in enumerate(columns):
+        table.add_column(Text(column), overflow="fold", no_wrap=place < len(columns) - 1)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)

@@ -1,0 +1,58 @@
+import pytest
+from pydantic import ValidationError
+
+from core.errors import UserError
+from merge.config import MergeConfig, RuleConfig
+from merge.rules import Treatment, check_rules, kind_of, layer_of, treatment_of
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "layer"),
+    [
+        ("model.embed_tokens.weight", "embed", None),
+        ("lm_head.weight", "head", None),
+        ("model.norm.weight", "norm", None),
+        ("model.layers.11.input_layernorm.weight", "norm", 11),
+        ("model.layers.3.post_attention_layernorm.weight", "norm", 3),
+        ("model.layers.3.self_attn.q_norm.weight", "norm", 3),  # Qwen 3
+        ("model.layers.3.pre_feedforward_layernorm.weight", "norm", 3),  # Gemma 2
+        ("model.layers.0.self_attn.q_proj.bias", "attention", 0),  # Qwen 2
+        ("model.layers.0.mlp.experts.7.up_proj.weight", "mlp", 0),
+        ("model.language_model.layers.2.mlp.down_proj.weight", "mlp", 2),
+        ("transformer.wte.weight", "embed", None),
+        ("transformer.h.4.ln_1.weight", "norm", 4),
+        ("transformer.wpe.weight", "other", None),
+    ],
+)
+def test_kind_and_layer_by_name(name, kind, layer):
+    assert (kind_of(name), layer_of(name)) == (kind, layer)
+
+
+def test_the_first_matching_rule_decides():
+    config = MergeConfig(
+        ratio=0.5,
+        rules=[
+            RuleConfig(kinds=["norm"], action="skip"),
+            RuleConfig(layers=(0, 1), ratio=0.1),
+            RuleConfig(pattern=r"q_proj", action="replace"),
+        ],
+    )
+    assert treatment_of("model.layers.0.input_layernorm.weight", config).action == "skip"
+    assert treatment_of("model.layers.1.self_attn.q_proj.weight", config) == Treatment("add", 0.1)
+    assert treatment_of("model.layers.2.self_attn.q_proj.weight", config).action == "replace"
+    assert treatment_of("model.layers.2.self_attn.k_proj.weight", config) == Treatment("add", 0.5)
+    assert treatment_of("model.embed_tokens.weight", config) == Treatment("add", 0.5)
+
+
+def test_a_rule_without_effect_is_an_error():
+    with pytest.raises(UserError, match=r"merge\.rules\.1 .* matches no tensor"):
+        check_rules(["lm_head.weight"], MergeConfig(rules=[RuleConfig(kinds=["head"]), RuleConfig(layers=(40, 50))]))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"kinds": ["head"], "action": "skip", "ratio": 0.5}, {"layers": [3, 2]}, {"pattern": "("}, {"kinds": ["heads"]}],
+)
+def test_rules_that_make_no_sense(values):
+    with pytest.raises(ValidationError):
+        RuleConfig(**values)

@@ -1,0 +1,36 @@
+"""The figure of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizer_ext.measure import Fertility, Usefulness
+
+
+def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path: Path) -> None:
+    """Left: tokens per character before and after. Right: what each further piece brings."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)
+    bars, curves = figure.subplots(1, 2)
+    languages = [one.language for one in fertility]
+    for which, (offset, label) in enumerate(((-0.2, "base"), (0.2, "extended"))):
+        values = [one.tokens_per_character[which] for one in fertility]
+        drawn = bars.bar([place + offset for place in range(len(languages))], values, 0.38, label=label)
+        bars.bar_label(drawn, fmt="%.2f", fontsize=8)
+    bars.set_xticks(range(len(languages)), languages)
+    bars.set_ylabel("tokens per character")
+    bars.set_title("Held-out text")
+    bars.margins(y=0.2)
+    bars.legend(frameon=False, loc="upper right", ncols=2)
+    for one in usefulness:
+        curves.plot(*zip(*one.curve, strict=True), marker="o", markersize=3, label=one.language)
+    curves.set_ylim(bottom=0)
+    curves.set_xlabel("new pieces")
+    curves.set_ylabel("tokens per letter")
+    curves.set_title("Text that was learnt from")
+    curves.legend(frameon=False)
+    for axes in (bars, curves):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
