@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.reader import read_json
-from checkpoint.vocabulary import read_token_ids
+from checkpoint.vocabulary import has_tokenizer, read_tokens
 
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -30,13 +29,11 @@ class TokenizerFiles:
 
     @staticmethod
     def read(directory: Path) -> TokenizerFiles | None:
-        """None where the directory holds no tokenizer.json. Raises `UserError` if it is damaged."""
-        path = directory / "tokenizer.json"
-        if not path.is_file():
+        """None where the directory holds no tokenizer. Raises `UserError` if it is damaged."""
+        if not has_tokenizer(directory):
             return None
-        ids = read_token_ids(directory)
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return TokenizerFiles(directory, ids, frozenset(token["content"] for token in content["added_tokens"]))
+        tokens = read_tokens(directory)
+        return TokenizerFiles(directory, tokens.ids, tokens.added)
 
     @cached_property
     def tokens(self) -> dict[int, str]:

@@ -74,19 +74,64 @@ class VocabularyMap:
             raise UserError(f"{path} cannot be read ({error}); make the tokenizer again.") from None
 
 
-def read_token_ids(directory: Path) -> dict[str, int]:
-    """Token string -> id of the `tokenizer.json` in a directory, added tokens included, without transformers.
+@dataclass(frozen=True)
+class TokenIds:
+    """Token string -> id, and which of the tokens stand outside the vocabulary proper (specials, added tokens)."""
 
-    Raises `UserError` where there is no `tokenizer.json`.
+    ids: dict[str, int]
+    added: frozenset[str]
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """True if the directory holds a tokenizer whose tokens can be read."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def read_tokens(directory: Path) -> TokenIds:
+    """The tokens of a directory's `tokenizer.json`, or of `tokenizer.model` where there is only that.
+
+    Raises `UserError` where there is neither, or a damaged one.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"{path} does not exist; save the tokenizer with transformers' save_pretrained there.")
+        return _read_sentencepiece(directory)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = content["model"]["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}); copy or download it again.") from None
+        vocabulary, added = content["model"]["vocab"], content["added_tokens"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is no tokenizer.json ({error}); save the tokenizer again.") from None
     if isinstance(vocabulary, list):
         raise UserError(f"{path} holds a {content['model']['type']} vocabulary; only BPE is supported.")
-    return {**vocabulary, **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    ids = {**vocabulary, **{token["content"]: token["id"] for token in added}}
+    return TokenIds(ids, frozenset(token["content"] for token in added))
+
+
+def read_token_ids(directory: Path) -> dict[str, int]:
+    """Token string -> id of a directory's tokenizer, added tokens included. Raises as `read_tokens` does."""
+    return read_tokens(directory).ids
+
+
+def _read_sentencepiece(directory: Path) -> TokenIds:
+    import sentencepiece
+
+    path = directory / "tokenizer.model"
+    if not path.is_file():
+        raise UserError(f"{directory} holds no tokenizer.json or tokenizer.model; put the tokenizer there.")
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise UserError(f"{path} is no SentencePiece model; put the right file there.") from None
+    ids = {model.id_to_piece(number): number for number in range(model.vocab_size())}
+    control = {piece for piece, number in ids.items() if model.is_control(number) or model.is_unknown(number)}
+    beyond = _listed_added_tokens(directory)
+    return TokenIds({**ids, **beyond}, frozenset(control | beyond.keys()))
+
+
+def _listed_added_tokens(directory: Path) -> dict[str, int]:
+    """What a directory without `tokenizer.json` lists beside its `tokenizer.model`."""
+    older, config = directory / "added_tokens.json", directory / "tokenizer_config.json"
+    found: dict[str, int] = json.loads(older.read_text(encoding="utf-8")) if older.is_file() else {}
+    if config.is_file():
+        listed = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        found |= {token["content"]: int(number) for number, token in listed.items()}
+    return found

@@ -25,16 +25,19 @@ def say(message: str) -> None:
 
 
 class Meter:
-    """Counts work done against a total (None: unknown) and shows it. Use as a context manager."""
+    """Counts work done against a total (None: unknown) and shows it. Use as a context manager.
 
-    def __init__(self, label: str, total: float | None, unit: str) -> None:
+    `done` is what an earlier attempt has done already: it counts as progress, but not towards the rate.
+    """
+
+    def __init__(self, label: str, total: float | None, unit: str, done: float = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0.0
+        self.done = self._done_before = done
         self.note = ""  # shown beside the rate: a loss, a file name
         self._start = self._last_line = time.monotonic()
         self._shown = find_world().is_main
         self._bar = _bar() if self._shown and sys.stderr.isatty() else None
-        self._task = self._bar.add_task(label, total=total, rate="", note="") if self._bar else None
+        self._task = self._bar.add_task(label, total=total, completed=done, rate="", note="") if self._bar else None
 
     def __enter__(self) -> Meter:
         if self._bar:
@@ -56,16 +59,19 @@ class Meter:
             self._line()
 
     def _rate(self) -> str:
-        rate = self.done / max(time.monotonic() - self._start, 1e-9)
+        rate = self._rate_value()
         return f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
+
+    def _rate_value(self) -> float:
+        return (self.done - self._done_before) / max(time.monotonic() - self._start, 1e-9)
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._start
         parts = [f"{self.label}: {self.done:,.0f}" + (f"/{self.total:,.0f}" if self.total else "") + f" {self.unit}"]
         parts.append(self._rate())
-        if self.total and 0 < self.done < self.total:
-            parts.append(f"{elapsed * (self.total - self.done) / self.done:.0f} s left")
+        if self.total and self.done < self.total and self._rate_value():
+            parts.append(f"{(self.total - self.done) / self._rate_value():.0f} s left")
         else:
             parts.append(f"{elapsed:.1f} s")
         console.print("  ".join([*parts, *([self.note] if self.note else [])]), markup=False)

@@ -17,6 +17,7 @@ from core.errors import UserError
 from core.progress import console, say
 from launcher.stages import STAGES
 from tracking import Cell, StageLog, read_log
+from tracking.local import STEP
 
 PAGE = "report.html"
 Pivot = tuple[list[str], list[list[str]]]  # columns after the first, rows as they are shown
@@ -46,8 +47,11 @@ class StageView:
 
     @property
     def results(self) -> dict[str, Any]:
-        """The stage's own results; of an unfinished one the newest value of every metric."""
-        return self.record.results if self.record else latest(self.log)
+        """The stage's own results; how far it is, of an unfinished one."""
+        if self.record:
+            return self.record.results
+        steps = [row[STEP] for row in self.log.rows if STEP in row]
+        return {"step": steps[-1]} if steps else {}
 
 
 @dataclass(frozen=True)

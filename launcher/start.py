@@ -26,6 +26,7 @@ def local_processes(recipe: Recipe) -> int:
 def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: list[str], processes: int) -> None:
     """`accelerate launch --config_file ... -m MODULE RECIPE`, and wait. Raises `UserError` with the failing rank."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     config_file = Path(recipe.launch.accelerate_config)
@@ -38,6 +39,8 @@ def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the sentence below says it
     try:
         launch_command(launch_command_parser().parse_args([*arguments, *overrides]))
+    except SignalException:
+        return  # torchrun has passed the signal on and waited until the processes had saved and ended
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
         if first.exitcode == 2:

@@ -119,7 +119,7 @@ def _listed(values: Mapping[str, object]) -> str:
 
 
 def _read_vocabularies(tokenizer: Path, base: Path, chat: Path) -> Vocabularies | None:
-    """None where one of the directories holds no tokenizer.json: then rows can only meet by position."""
+    """None where one of the directories holds no tokenizer: then rows can only meet by position."""
     files = [TokenizerFiles.read(directory) for directory in (tokenizer, base, chat)]
     extended, of_base, of_chat = files
     if extended is None or of_base is None or of_chat is None:
@@ -134,9 +134,9 @@ def _align(vocabularies: Vocabularies | None, rows: RowCounts, config: MergeConf
     if len({rows.cpt, rows.base, rows.chat}) > 1:
         raise UserError(
             f"the embeddings have {rows.cpt} (cpt), {rows.base} (base) and {rows.chat} (chat) rows, which only each "
-            "model's tokenizer.json can match; put it beside the weights where it is missing."
+            "model's tokenizer can match; put it beside the weights where it is missing."
         )
-    say(f"merge: a directory has no tokenizer.json; the {rows.cpt} rows of the three models are taken as equal")
+    say(f"merge: a directory has no tokenizer; the {rows.cpt} rows of the three models are taken as equal")
     return align_by_position(rows)
 
 

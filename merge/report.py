@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.artifact import write_json
 from core.progress import say
@@ -13,6 +13,9 @@ from merge import ancestry
 from merge.plan import MergePlan
 from merge.statistics import Statistics, Sums, by_kind, by_layer, total
 from tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 REPORT_FILE = "merge_report.json"
 FIGURE_FILE = "merge_norms.png"
@@ -80,36 +83,50 @@ def warn(warnings: list[str]) -> None:
 
 
 def _shares(sums: Sums) -> dict[str, float]:
-    """Six digits: beyond them the sums depend on how the work was divided."""
+    """Rounded: the last digits depend on how the work was divided."""
     values = {
         "vector": sums.vector_share, "change": sums.change_share, "cosine": sums.cosine, "contained": sums.contained,
     }  # fmt: skip
-    return {name: float(f"{value:.6g}") for name, value in values.items()}
+    return {name: round(value, 6) for name, value in values.items()}
 
 
 def draw(layers: Mapping[str, Sums], path: Path) -> None:
-    """Lengths of vector and CPT change relative to the base, and their cosine, by layer."""
+    """Lengths of vector and CPT change relative to the base, and their cosine: layers as a line, the rest beside it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, MaxNLocator
 
-    names, sums = list(layers), list(layers.values())
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     lengths, cosine = figure.subplots(1, 2)
-    lengths.plot([part.vector_share for part in sums], "o-", ms=4, label="chat vector: |chat - base| / |base|")
-    lengths.plot([part.change_share for part in sums], "s-", ms=4, label="CPT change: |cpt - base| / |base|")
-    lengths.set(title="Length of the changes", ylabel="share of the base's norm")
-    lengths.set_ylim(bottom=0)
-    lengths.legend(frameon=False, fontsize=8)
+    vector, change = "chat vector, |chat - base| / |base|", "CPT's change, |cpt - base| / |base|"
+    _draw_parts(lengths, {name: sums.vector_share for name, sums in layers.items()}, "C0", vector)
+    _draw_parts(lengths, {name: sums.change_share for name, sums in layers.items()}, "C1", change)
+    lengths.set_title("Length of the two changes", fontsize=10)
+    lengths.set_ylim(0, 1.25 * lengths.get_ylim()[1])  # room for the legend
+    lengths.legend(frameon=False, fontsize=8, loc="upper center", ncols=1)
+    cosines = {name: sums.cosine for name, sums in layers.items()}
+    largest = max([0.2, *(abs(value) for value in cosines.values())])
     cosine.axhline(0, color="0.7", lw=0.8)
-    cosine.plot([part.cosine for part in sums], "o-", ms=4, color="C2")
-    cosine.set(title="Cosine of chat vector and CPT change", ylim=(-1, 1))
-    for axes in (lengths, cosine):
-        places = MaxNLocator(nbins=12, integer=True).tick_values(0, max(len(names) - 1, 1))
-        shown = sorted({0, len(names) - 1, *(int(place) for place in places if 0 < place < len(names) - 1)})
-        axes.xaxis.set_major_locator(FixedLocator(shown))
-        axes.set_xticklabels([names[place] for place in shown], rotation=45, fontsize=8)
-        axes.set_xlabel("layer")
-        axes.spines[["top", "right"]].set_visible(False)
+    _draw_parts(cosine, cosines, "C2", "")
+    cosine.set_title("Cosine between them", fontsize=10)
+    cosine.set_ylim(-1.1 * largest, 1.1 * largest)
     figure.savefig(path, dpi=150)
+
+
+def _draw_parts(axes: Axes, values: Mapping[str, float], color: str, label: str) -> None:
+    """One value for each layer and for what lies outside them (embed before, norm and head after)."""
+    layers = [name for name in values if name.isdigit()]
+    gap = max(1.0, len(layers) / 8)
+    places = {name: float(number) for number, name in enumerate(layers)}
+    outside = [name for name in values if name not in places]
+    after = [name for name in outside if name != "embed"]
+    places |= {"embed": -gap} if "embed" in outside else {}
+    places |= {name: len(layers) - 1 + gap * (number + 1) for number, name in enumerate(after)}
+    axes.plot(
+        [places[name] for name in layers], [values[name] for name in layers], "o-", ms=3, color=color, label=label
+    )
+    axes.plot([places[name] for name in outside], [values[name] for name in outside], "D", ms=5, color=color)
+    shown = [*outside, *layers[:: max(len(layers) // 8, 1)]]
+    axes.set_xticks([places[name] for name in shown], shown, fontsize=8)
+    axes.set_xlabel("layer")
+    axes.spines[["top", "right"]].set_visible(False)

@@ -81,7 +81,6 @@ class LocalLog:
         follow it belong to what will be done again.
         """
         rows = _read_lines(self.directory / "metrics.jsonl")
-        keep = len(rows)
         if step is None:
             keep = 0
             for name in ("tables", "images"):

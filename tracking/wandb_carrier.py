@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+# read at import; else a start that fails makes wandb's own telemetry print its retries
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+
 import wandb
 from wandb.sdk.lib.wbauth import read_netrc_auth
 
@@ -29,9 +32,11 @@ FINISH_TIMEOUT = 120.0  # seconds to upload what is left when the stage ends
 
 Mode = Literal["online", "offline"]
 
+_open_runs: set[str] = set()  # ids; the merge's run is open within training's
+
 
 def start_wandb(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCarrier | None:
-    """Open the stage's W&B run under `directory`, and say in one line which way. None if WANDB_MODE is disabled.
+    """Open the stage's W&B run under `directory`, and say in one line which way. None: only the local log.
 
     Raises `UserError` if `carrier: online` finds no key. A server that does not answer never stops a stage:
     the run is then offline.
@@ -46,8 +51,11 @@ def start_wandb(config: TrackingConfig, run: RunIdentity, directory: Path) -> Wa
         try:
             carrier = WandbCarrier(_init(config, run, directory, mode), directory, mode)
         except wandb.Error as error:
-            wandb.teardown()  # frees the run id
             mode, reason = "offline", str(error).splitlines()[0]
+            if _open_runs:
+                say(f"W&B: {run.stage} has only its local log ({reason})")
+                return None
+            wandb.teardown()  # frees the run id, and would end the other runs
         else:
             say(f"W&B: online, {carrier.run.url}")
             return carrier
@@ -108,6 +116,7 @@ def _init(config: TrackingConfig, run: RunIdentity, directory: Path, mode: Mode)
         resume="allow",
         settings=wandb.Settings(
             silent=True,
+            reinit="create_new",  # the merge logs to a run of its own while training's is still open
             init_timeout=INIT_TIMEOUT,
             finish_timeout=FINISH_TIMEOUT,
             finish_timeout_raises=True,
@@ -126,6 +135,7 @@ class WandbCarrier:
         self.mode: str = mode
         self._directory = directory
         self._has_steps = False
+        _open_runs.add(run.id)
 
     def log(self, row: Mapping[str, float]) -> None:
         """One row of history."""
@@ -155,6 +165,7 @@ class WandbCarrier:
 
     def finish(self, failed: bool) -> None:
         """Close the run, and say how to upload what was not uploaded."""
+        _open_runs.discard(self.run.id)
         try:
             self.run.finish(exit_code=int(failed))
         except TimeoutError:

@@ -48,8 +48,7 @@ class Trainer:
     def train(self, state: TrainState, stop: StopRequest) -> TrainState:
         """Train from `state` to the end of the budget, or until asked to stop. A checkpoint is saved in either case."""
         config, throughput = self.config, Throughput(self.config, self.parallel)
-        with Meter("train", config.steps, "steps") as meter:
-            meter.advance(state.step)
+        with Meter("train", config.steps, "steps", done=state.step) as meter:
             if state.step == 0:
                 self._validate(state)
             while state.step < config.steps and not stop.agreed():

@@ -8,7 +8,7 @@ pieces, `<|im_start|>` elsewhere, padding to a multiple of 16.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint.vocabulary import ChatToken, NewPiece, VocabularyMap
+from merge import report
 
 HIDDEN, LAYERS, MIDDLE = 32, 2, 48
 LETTERS = [chr(ord("a") + number) for number in range(26)]
@@ -30,6 +31,9 @@ BASE_ROWS, CHAT_ROWS, CPT_ROWS = 38, 40, 48
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|eot|>{% endfor %}{{ eos_token if false }}"
 
 Weights = dict[str, torch.Tensor]
+
+
+DRAW = report.draw
 
 
 class RecordingTracker:
@@ -86,9 +90,8 @@ def write_tokenizer(directory: Path, model: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     ids = {token: number for number, token in enumerate(pieces_of(model)) if not token.startswith("pad")}
     added = [token for token in ids if token.startswith("<")]
-    ordinary = {token: number for token, number in ids.items() if not token.startswith("<|")}
     merges = [*MERGES, *(NEW_MERGES if model == "cpt" else [])]
-    merges = [merge for merge in merges if all(part in ordinary for part in [*merge.split(), merge.replace(" ", "")])]
+    merges = [merge for merge in merges if all(part in ids for part in [*merge.split(), merge.replace(" ", "")])]
     content = {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
         "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
@@ -98,9 +101,14 @@ def write_tokenizer(directory: Path, model: str) -> None:
         ],
         "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": ordinary, "merges": [merge.split() for merge in merges]},
+                  "vocab": ids, "merges": [merge.split() for merge in merges]},
     }  # fmt: skip
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     if model == "chat":
         config |= {"eos_token": "<|eot|>", "chat_template": TEMPLATE}
     (directory / "tokenizer.json").write_text(json.dumps(content))
@@ -158,7 +166,6 @@ def save_weights(weights: Weights, directory: Path, files: int = 1) -> None:
 
 def make_family(root: Path, tied: bool = False, files: int = 1) -> Family:
     base = draw(shapes(BASE_ROWS, tied), 0.2, 0)
-    vector = draw(shapes(CHAT_ROWS, tied), 0.02, 1)
     chat = draw(shapes(CHAT_ROWS, tied), 0.02, 1)
     cpt = draw(shapes(CPT_ROWS, tied), 0.04, 2)
     for name, values in base.items():
@@ -190,6 +197,13 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> Family:
 @pytest.fixture
 def untied(tmp_path: Path) -> Family:
     return make_family(tmp_path / "models")
+
+
+@pytest.fixture(autouse=True)
+def real_draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Tests do without the figure; those that want it put this in its place again."""
+    monkeypatch.setattr(report, "draw", lambda layers, path: path.touch())
+    return DRAW
 
 
 @pytest.fixture

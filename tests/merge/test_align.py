@@ -46,7 +46,7 @@ def test_a_shuffled_vocabulary_still_meets_by_token(untied):
             token["id"] = content["model"]["vocab"].get(token["content"], token["id"])
 
     edit_tokenizer(untied.chat, shuffle)
-    alignment = align_rows(vocabularies(untied), ROWS, "keep")
+    alignment = align_rows(vocabularies(untied, with_map=False), ROWS, "keep")
     chat = TokenizerFiles.read(untied.chat)
     for row in np.flatnonzero(alignment.role == Role.SHARED).tolist():
         assert chat.tokens[int(alignment.chat[row])] == pieces_of("cpt")[row]

@@ -51,7 +51,13 @@ def test_a_rule_without_effect_is_an_error():
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"kinds": ["head"], "action": "skip", "ratio": 0.5}, {"layers": [3, 2]}, {"pattern": "("}, {"kinds": ["heads"]}],
+    [
+        {},
+        {"kinds": ["head"], "action": "skip", "ratio": 0.5},
+        {"layers": [3, 2]},
+        {"pattern": "("},
+        {"kinds": ["heads"]},
+    ],
 )
 def test_rules_that_make_no_sense(values):
     with pytest.raises(ValidationError):

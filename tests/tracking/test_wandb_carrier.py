@@ -138,7 +138,34 @@ def test_a_server_that_answers_nonsense_is_no_reason_to_stop(tmp_path, capfd, mo
     tracker.finish()
     assert tracker.record()["carrier"] == "offline"
     assert history(tmp_path, "train/loss") == [(1, 1.0)]
-    assert "W&B: offline (" in capfd.readouterr().err
+    printed = capfd.readouterr().err.splitlines()
+    assert len(printed) == 3, printed
+    assert printed[0].startswith("W&B: offline (")
+
+
+def test_a_second_run_that_cannot_be_opened_leaves_the_first_alone(tmp_path, monkeypatch, deaf_server):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", deaf_server)
+    first = start(tmp_path / "training")
+    second = start(tmp_path / "merge", TrackingConfig(carrier="online"), run_id="demo-merge-1")
+    assert second.record()["carrier"] == "none"
+    second.log({"merge/norm": 1.0})
+    second.finish()
+    first.log({"train/loss": 1.0}, step=1)
+    first.finish()
+    assert history(tmp_path / "training", "train/loss") == [(1, 1.0)]
+    assert read_log(tmp_path / "merge").rows[0]["merge/norm"] == 1.0
+
+
+def test_two_runs_may_be_open_at_once(tmp_path):
+    outer, inner = start(tmp_path / "training"), start(tmp_path / "merge", run_id="demo-merge-1")
+    outer.log({"train/loss": 1.0}, step=1)
+    inner.log({"train/loss": 5.0}, step=7)
+    inner.finish()
+    outer.log({"train/loss": 2.0}, step=2)
+    outer.finish()
+    assert history(tmp_path / "training", "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert history(tmp_path / "merge", "train/loss") == [(7, 5.0)]
 
 
 def test_online_without_a_key_is_an_error(tmp_path):

@@ -1,0 +1,125 @@
+"""The whole pipeline by the command line, in real processes, on a tiny pair."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launcher.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def cpt_merge(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_path: Path, recipe: Recipe) -> Path:
+    """The folder of a finished run."""
+    done = cpt_merge("run", recipe_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return recipe.directory
+
+
+def test_a_chat_model_comes_out(finished: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / "merge" / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "merge" / "chat")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "가나 天地 go"}], return_dict=True, return_tensors="pt")
+    reply = model.generate(**ids, max_new_tokens=4, do_sample=False)
+    assert reply.shape[1] > ids["input_ids"].shape[1]
+    results = json.loads((finished / "evaluation" / "results.json").read_text())
+    assert results
+
+
+def test_every_stage_says_what_it_was_made_of(finished: Path) -> None:
+    for stage in ("tokenizer", "embeddings", "data", "training", "merge", "evaluation"):
+        record = json.loads((finished / stage / "stage.json").read_text())
+        assert record["stage"] == stage
+        assert record["inputs"]
+        assert record["versions"]["torch"]
+    assert (finished / "report.html").is_file()
+
+
+def test_a_second_run_does_nothing(finished: Path, recipe_path: Path) -> None:
+    stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    done = cpt_merge("run", recipe_path)
+    assert done.returncode == 0
+    assert done.stderr.count("finished already") == 6
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == stamps
+
+
+def test_a_changed_setting_runs_again_what_depends_on_it(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "runs" / "tiny")
+    done = cpt_merge("run", recipe_path, f"runs={tmp_path / 'runs'}", "merge.ratio=0.5")
+    assert done.returncode == 0, done.stderr
+    skipped = [line.split(":")[0] for line in done.stderr.splitlines() if "finished already" in line]
+    assert skipped == ["tokenizer", "embeddings", "data", "training"]
+
+
+def test_training_with_other_settings_moves_the_old_work_aside(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(finished, run)
+    override = "training.optimizer.learning_rate=0.002"
+    done = cpt_merge("train", recipe_path, f"runs={tmp_path / 'runs'}", override)
+    assert done.returncode == 0, done.stderr
+    assert (run / "training.old-1" / "cpt" / "model.safetensors").is_file()
+    assert "is now" in done.stderr
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns("training", "merge"))
+    command = [f"runs={tmp_path / 'runs'}", "training.tokens=1_000_000", "training.checkpoint_every=1000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher.cli", "train", str(recipe_path), *command],
+        stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    log = tmp_path / "runs" / "tiny" / "training" / "log" / "metrics.jsonl"
+    deadline = time.time() + 90
+    while not (log.is_file() and "train/loss" in log.read_text()):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 75, errors
+    assert "the same command continues" in errors
+    saved = [path.parent.name for path in (tmp_path / "runs").rglob("train_state.json")]
+    assert len(saved) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["models.base=/nowhere"], "model /nowhere does not exist"),
+        (["launch.processes=1000"], "launch.processes = 1000 but this machine has"),
+        (["training.token=1"], "nearest known key is `training.tokens`"),
+        (["corpus.sources.0.path=/nowhere.jsonl"], "text source /nowhere.jsonl does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    recipe_path: Path, tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    if "processes" in arguments[0]:
+        pytest.importorskip("torch")
+    done = cpt_merge("run", recipe_path, f"runs={tmp_path}", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_and_doctor_and_report(finished: Path, recipe_path: Path) -> None:
+    planned = cpt_merge("plan", recipe_path)
+    assert planned.returncode == 0, planned.stderr
+    assert "6 steps of 256 tokens" in planned.stdout
+    assert cpt_merge("doctor").returncode in (0, 1)
+    reported = cpt_merge("report", finished)
+    assert reported.returncode == 0, reported.stderr

@@ -1,0 +1,144 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import BASE_ROWS, CPT_ROWS, NEW, make_family, save_weights
+from safetensors.torch import load_file
+from test_merge_run import load
+
+from checkpoint.reader import Checkpoint
+from checkpoint.vocabulary import NewPiece, VocabularyMap
+from core.errors import UserError
+from merge import EmbeddingsConfig
+from merge.embeddings import run
+from merge.initialisers import INITIALISERS, OldRows
+
+MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def resize(family, out, tracker, **config):
+    return run(EmbeddingsConfig(**config), family.base, family.tokenizer, out, tracker)
+
+
+def pieces(family):
+    return [piece.id for piece in family.vocabulary.new]
+
+
+@pytest.mark.parametrize("method", list(INITIALISERS))
+def test_old_rows_are_the_base_s_bit_for_bit(family, tmp_path, tracker, method):
+    """Law 1."""
+    resize(family, tmp_path / "out", tracker, input=method, head=method)
+    weights = load(tmp_path / "out")
+    assert set(weights) == set(family.weights["base"])
+    for name, values in family.weights["base"].items():
+        assert torch.equal(weights[name][: len(values)].view(torch.int16), values.view(torch.int16)), name
+        assert len(weights[name]) == (CPT_ROWS if name in MATRICES else len(values))
+        assert torch.isfinite(weights[name]).all()
+
+
+def test_constituents_have_the_direction_of_their_mean_and_the_norm_of_the_old_rows(untied, tmp_path, tracker):
+    resize(untied, tmp_path / "out", tracker)
+    for name in MATRICES:
+        base, weights = untied.weights["base"][name].float(), load(tmp_path / "out")[name].float()
+        norm = base.norm(dim=1).mean()
+        for piece in untied.vocabulary.new:
+            expected = base[piece.constituents].mean(0)
+            assert torch.cosine_similarity(weights[piece.id], expected, dim=0) > 0.999
+            assert weights[piece.id].norm() == pytest.approx(float(norm), rel=0.02)
+
+
+def test_rows_that_would_be_equal_come_apart(untied, tmp_path, tracker):
+    assert sorted(NEW["ed"]) == sorted(NEW["de"])
+    resize(untied, tmp_path / "out", tracker)
+    rows = load(tmp_path / "out")["model.embed_tokens.weight"][pieces(untied)]
+    assert len({tuple(row.tolist()) for row in rows}) == len(rows)
+
+
+def test_chat_tokens_and_padding_start_from_the_mean(untied, tmp_path, tracker):
+    resize(untied, tmp_path / "out", tracker)
+    weights = load(tmp_path / "out")
+    for name in MATRICES:
+        mean = untied.weights["base"][name].double().mean(0).float().bfloat16()
+        for row in [43, *untied.vocabulary.padding]:
+            assert torch.equal(weights[name][row], mean)
+
+
+def test_the_same_seed_gives_the_same_bytes(untied, tmp_path, tracker):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        resize(untied, tmp_path / out, tracker, input="gaussian", head="random", seed=seed)
+    a, b, c = ((tmp_path / out / "model.safetensors").read_bytes() for out in "abc")
+    assert a == b != c
+
+
+def test_input_and_head_have_their_own_methods(untied, tmp_path, tracker):
+    resize(untied, tmp_path / "out", tracker, input="mean", head="random")
+    weights = load(tmp_path / "out")
+    assert len({tuple(row.tolist()) for row in weights[MATRICES[0]][pieces(untied)]}) == 1
+    assert len({tuple(row.tolist()) for row in weights[MATRICES[1]][pieces(untied)]}) == len(NEW)
+
+
+def test_the_moments_of_what_is_drawn(tmp_path):
+    torch.manual_seed(0)
+    mix = torch.randn(4, 4)
+    save_weights({"x": torch.randn(500, 4) @ mix + torch.tensor([1.0, 2, 3, 4])}, tmp_path)
+    old = OldRows(Checkpoint.open(tmp_path), "x")
+    rows = load(tmp_path)["x"].numpy().astype("f8")
+    many = [NewPiece(number, "", [0]) for number in range(20_000)]
+    drawn = np.concatenate(list(INITIALISERS["gaussian"](many, old, np.random.default_rng(0))))
+    np.testing.assert_allclose(old.mean, rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(drawn.mean(0), rows.mean(0), atol=0.1)
+    np.testing.assert_allclose(np.cov(drawn.T), np.cov(rows.T), atol=0.4)
+    drawn = np.concatenate(list(INITIALISERS["random"](many, old, np.random.default_rng(0))))
+    np.testing.assert_allclose(drawn.mean(0), 0, atol=0.1)
+    assert np.sqrt((drawn**2).sum(1).mean()) == pytest.approx(old.mean_norm, rel=0.02)
+
+
+def test_only_files_that_hold_the_matrices_are_written(tmp_path, tracker):
+    family = make_family(tmp_path / "models", files=8)
+    resize(family, tmp_path / "out", tracker)
+    inodes = {path.name: path.stat().st_ino for path in family.base.glob("*.safetensors")}
+    new = {path.name for path in (tmp_path / "out").glob("*.safetensors") if path.stat().st_ino != inodes[path.name]}
+    weight_map = json.loads((family.base / "model.safetensors.index.json").read_text())["weight_map"]
+    assert new == {weight_map[name] for name in MATRICES}
+    assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"] == weight_map
+    assert Checkpoint.open(tmp_path / "out").info("lm_head.weight").shape == (CPT_ROWS, 32)
+
+
+def test_links_of_the_hub_s_cache_are_followed(tmp_path, tracker):
+    family = make_family(tmp_path / "models", files=3)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for file in list(family.base.glob("*.safetensors")):
+        os.replace(file, blobs / file.name)
+        file.symlink_to(blobs / file.name)
+    resize(family, tmp_path / "out", tracker)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_tied_head_that_is_stored_is_left_out(tmp_path, tracker):
+    family = make_family(tmp_path / "models", tied=True)
+    stored = {**family.weights["base"], "lm_head.weight": family.weights["base"]["model.embed_tokens.weight"].clone()}
+    save_weights(stored, family.base)
+    resize(family, tmp_path / "out", tracker)
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_the_result_loads_and_goes_on(untied, tmp_path, tracker):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    results = resize(untied, tmp_path / "out", tracker)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("the ing all", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(model(ids).logits).all()
+    assert model.config.vocab_size == CPT_ROWS == results["rows"]
+    assert VocabularyMap.load(tmp_path / "out") == untied.vocabulary
+    assert ("summary", {f"embeddings/{name}": value for name, value in results.items()}) in tracker.calls
+
+
+def test_a_map_for_another_base_is_refused(untied, tmp_path, tracker):
+    VocabularyMap(BASE_ROWS - 1, BASE_ROWS - 1, [], [], []).save(untied.tokenizer)
+    with pytest.raises(UserError, match=r"has 38 rows .* 37"):
+        resize(untied, tmp_path / "out", tracker)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,343 @@
+"""The merge as a stage, from files to files."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPT_ROWS, NEW, draw, make_family, pieces_of, save_weights, write_config
+from safetensors.torch import load_file
+
+from checkpoint.reader import Checkpoint
+from checkpoint.writer import CheckpointWriter
+from core.errors import UserError
+from merge import MergeConfig, engine, slices
+from merge.config import RuleConfig
+from merge.plan import describe, plan
+from merge.run import run
+
+EOT, IM_START = pieces_of("cpt").index("<|eot|>"), pieces_of("cpt").index("<|im_start|>")
+
+
+def merge(family, out, tracker, **config):
+    return run(MergeConfig(**config), family.cpt, family.base, family.chat, family.tokenizer, out, tracker)
+
+
+def load(directory):
+    return {name: v for file in directory.glob("*.safetensors") for name, v in load_file(file).items()}
+
+
+def digest(directory):
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.index.json")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def formula(weights, name, ratio):
+    """The paper's formula in torch: float32, then one rounding."""
+    cpt, base, chat = (weights[model][name].float() for model in ("cpt", "base", "chat"))
+    return (cpt + (chat - base) * ratio).bfloat16()
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.7, -0.5])
+def test_every_tensor_follows_the_formula(family, tmp_path, tracker, ratio):
+    merge(family, tmp_path / "out", tracker, ratio=ratio)
+    merged = load(tmp_path / "out")
+    assert set(merged) == set(family.weights["cpt"])
+    for name, values in merged.items():
+        if "embed" not in name and "head" not in name:
+            assert torch.equal(values, formula(family.weights, name, ratio)), name
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.7, 0.0])
+def test_rows_of_the_vocabulary_meet_by_token(family, tmp_path, tracker, ratio):
+    """Laws 2 and 3 for the embedding and the head."""
+    merge(family, tmp_path / "out", tracker, ratio=ratio)
+    for name in ("model.embed_tokens.weight", *([] if family.tied else ["lm_head.weight"])):
+        merged = load(tmp_path / "out")[name]
+        weights = {model: family.weights[model][name] for model in ("cpt", "base", "chat")}
+        assert len(merged) == CPT_ROWS
+        chat_rows = {token: row for row, token in enumerate(pieces_of("chat"))}
+        for row, token in enumerate(pieces_of("cpt")):
+            if token in ("<|eot|>", "<|im_start|>"):  # the chat model's own, at full strength
+                expected = weights["chat"][chat_rows[token]]
+            elif token in NEW or token.startswith("pad"):
+                expected = weights["cpt"][row]
+            else:
+                rows = {"cpt": row, "base": row, "chat": chat_rows[token]}
+                cpt, base, chat = (weights[model][rows[model]].float() for model in ("cpt", "base", "chat"))
+                expected = (cpt + (chat - base) * ratio).bfloat16()
+            assert torch.equal(merged[row], expected), token
+        assert torch.equal(merged[len(pieces_of("cpt")) :], weights["cpt"][len(pieces_of("cpt")) :])  # padding
+
+
+def test_new_rows_can_follow_their_constituents(untied, tmp_path, tracker):
+    merge(untied, tmp_path / "out", tracker, ratio=0.5, new_rows="constituents")
+    name = "lm_head.weight"
+    cpt, base, chat = (untied.weights[model][name].float() for model in ("cpt", "base", "chat"))
+    for piece in untied.vocabulary.new:
+        vector = chat[piece.constituents].mean(0) - base[piece.constituents].mean(0)
+        expected = cpt[piece.id] + 0.5 * vector
+        torch.testing.assert_close(load(tmp_path / "out")[name][piece.id].float(), expected, rtol=0.01, atol=1e-3)
+
+
+def test_rules(untied, tmp_path, tracker):
+    rules = [
+        RuleConfig(kinds=["norm", "embed"], action="skip"),
+        RuleConfig(pattern="v_proj", action="replace"),
+        RuleConfig(layers=(1, 1), ratio=0.25),
+    ]
+    merge(untied, tmp_path / "out", tracker, rules=rules)
+    merged, weights = load(tmp_path / "out"), untied.weights
+    layer = "model.layers.{}.self_attn.{}_proj.weight"
+    assert torch.equal(merged["model.norm.weight"], weights["cpt"]["model.norm.weight"])
+    assert torch.equal(merged[layer.format(1, "v")], weights["chat"][layer.format(1, "v")])
+    assert torch.equal(merged[layer.format(1, "q")], formula(weights, layer.format(1, "q"), 0.25))
+    assert torch.equal(merged[layer.format(0, "q")], formula(weights, layer.format(0, "q"), 1.0))
+    embed = merged["model.embed_tokens.weight"]
+    unchanged = [row for row in range(CPT_ROWS) if row not in (EOT, IM_START)]
+    assert torch.equal(embed[unchanged], weights["cpt"]["model.embed_tokens.weight"][unchanged])
+    assert torch.equal(embed[IM_START], weights["chat"]["model.embed_tokens.weight"][38])  # also under skip
+
+
+def test_bytes_do_not_depend_on_threads_or_chunks(untied, tmp_path, tracker, monkeypatch):
+    """Law 3."""
+    merge(untied, tmp_path / "one", tracker, ratio=0.7, new_rows="constituents")
+    for number, (chunk, block, threads) in enumerate([(64, 1000, 4), (7, 333, 3), (1 << 17, 32, 1)]):
+        monkeypatch.setattr(slices, "CHUNK", chunk)
+        monkeypatch.setattr(engine, "BLOCK", block)
+        monkeypatch.setattr(engine, "MAX_THREADS", threads)
+        merge(untied, tmp_path / f"other{number}", tracker, ratio=0.7, new_rows="constituents")
+        assert digest(tmp_path / f"other{number}") == digest(tmp_path / "one")
+
+
+def test_sharded_inputs_and_outputs(tmp_path, tracker):
+    single, several = make_family(tmp_path / "a"), make_family(tmp_path / "b", files=3)
+    merge(single, tmp_path / "one", tracker)
+    merge(several, tmp_path / "many", tracker, shard_size=10e3 / 1e9)
+    one, many = load(tmp_path / "one"), load(tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("model-0000?-of-0000?.safetensors"))) > 3
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_output_types(untied, tmp_path, tracker, dtype):
+    merge(untied, tmp_path / "out", tracker, dtype=dtype)
+    name = "model.layers.0.mlp.up_proj.weight"
+    cpt, base, chat = (untied.weights[model][name].float() for model in ("cpt", "base", "chat"))
+    assert torch.equal(load(tmp_path / "out")[name], (cpt + (chat - base)).to(getattr(torch, dtype)))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_the_base_s_type_decides_where_none_is_given(untied, tmp_path, tracker):
+    save_weights({name: v.float() for name, v in untied.weights["cpt"].items()}, untied.cpt)
+    save_weights({name: v.half() for name, v in untied.weights["chat"].items()}, untied.chat)
+    merge(untied, tmp_path / "out", tracker)
+    assert {values.dtype for values in load(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_masks_are_copied(untied, tmp_path, tracker):
+    for model in ("cpt", "base", "chat"):
+        save_weights({**untied.weights[model], "model.mask": torch.tensor([1, 2, 3])}, untied.root / model)
+    merge(untied, tmp_path / "out", tracker)
+    assert load(tmp_path / "out")["model.mask"].tolist() == [1, 2, 3]
+
+
+def test_the_result_is_a_chat_model(family, tmp_path, tracker):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merge(family, tmp_path / "out", tracker)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == family.tied
+    merged = load(tmp_path / "out")["model.embed_tokens.weight"]
+    assert torch.equal(model.get_input_embeddings().weight, merged)
+    assert sorted(model.generation_config.eos_token_id) == [2, EOT]
+    assert model.generation_config.temperature == 0.6
+    assert tokenizer.eos_token == "<|eot|>"
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "the ing"}], return_dict=False)
+    assert ids == [IM_START, *tokenizer("the ing")["input_ids"], EOT]
+    assert tokenizer.convert_tokens_to_ids("ing") == 38
+
+
+def test_report_card_figure_and_tracker(untied, tmp_path, tracker, real_draw, monkeypatch):
+    monkeypatch.setattr("merge.report.draw", real_draw)
+    (untied.base / "README.md").write_text("---\nlicense: llama3\nlicense_name: x\n---\ntext")
+    (untied.chat / "README.md").write_text("---\nlicense: llama3\n---\n")
+    write_config(untied.chat, 40, False, rope_theta=5e5)
+    results = merge(untied, tmp_path / "out", tracker, ratio=0.7)
+    assert results["rows"] == {"padding": 6, "shared": 35, "new": 5, "chat": 2, "unmatched": 0}
+    json.dumps(results)
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    base, chat = (untied.weights[model]["model.layers.1.mlp.up_proj.weight"].float() for model in ("base", "chat"))
+    entry = report["tensors"]["model.layers.1.mlp.up_proj.weight"]
+    assert entry["vector"] == pytest.approx(float((chat - base).norm() / base.norm()), rel=1e-4)
+    assert any("rope_theta is 10000.0 in cpt" in line for line in report["config_differences"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: llama3" in card
+    assert "cpt + 0.7 * (chat - base)" in card
+    assert (tmp_path / "out" / "merge_norms.png").read_bytes().startswith(b"\x89PNG")
+    assert {name for name, _ in tracker.calls} == {"merge/layers", "merge/norms", "summary"}
+    assert [row["part"] for row in dict(tracker.calls)["merge/layers"]] == ["embed", "0", "1", "norm", "head"]
+
+
+def test_without_tokenizers_equal_rows_are_taken_as_equal(tmp_path, tracker, capsys):
+    family = make_family(tmp_path / "models")
+    for model in ("base", "chat", "cpt"):
+        weights = {name: values[:CPT_ROWS] for name, values in family.weights["cpt"].items()}
+        save_weights(weights, family.root / model)
+        write_config(family.root / model, CPT_ROWS, False)
+        (family.root / model / "tokenizer.json").unlink()
+    (family.tokenizer / "tokenizer.json").unlink()
+    results = merge(family, tmp_path / "out", tracker)
+    assert results["rows"]["shared"] == CPT_ROWS
+    assert "taken as equal" in capsys.readouterr().err
+
+
+# --- ancestry ---
+
+
+def test_a_cpt_model_that_holds_the_vector_already_is_warned_about(untied, tmp_path, tracker, capsys):
+    chat, change = untied.weights["chat"], draw({n: tuple(v.shape) for n, v in untied.weights["base"].items()}, 0.01, 9)
+    cpt = {name: values.clone() for name, values in untied.weights["cpt"].items()}
+    for name in cpt:
+        if "layers" in name:
+            cpt[name] = (chat[name].float() + change[name]).bfloat16()
+    save_weights(cpt, untied.cpt)
+    results = merge(untied, tmp_path / "out", tracker)
+    assert any("would get the vector twice" in warning for warning in results["warnings"])
+    assert "WARNING" in capsys.readouterr().err
+    assert any(name == "alert" for name, _ in tracker.calls)
+
+
+def test_a_base_of_another_family_is_warned_about(untied, tmp_path, tracker):
+    stranger = draw({name: tuple(v.shape) for name, v in untied.weights["base"].items()}, 0.2, 77)
+    save_weights({name: values.bfloat16() for name, values in stranger.items()}, untied.base)
+    warnings = merge(untied, tmp_path / "out", tracker)["warnings"]
+    assert any("not chat's ancestor" in warning for warning in warnings)
+
+
+def test_chat_that_equals_base_is_warned_about(untied, tmp_path, tracker):
+    weights = {name: values.clone() for name, values in untied.weights["chat"].items()}
+    for name, values in untied.weights["base"].items():
+        weights[name][: len(values)] = values
+    save_weights(weights, untied.chat)
+    assert any("no vector" in warning for warning in merge(untied, tmp_path / "out", tracker)["warnings"])
+
+
+# --- what is refused ---
+
+
+def refused(family, tmp_path, tracker, *words, **config):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError) as caught:
+        merge(family, tmp_path / "out", tracker, **config)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == before  # nothing half-written is left
+
+
+def test_all_problems_come_in_one_list(untied, tmp_path, tracker):
+    weights = dict(untied.weights["chat"])
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 4)
+    weights["model.extra.weight"] = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_weights(weights, untied.chat)
+    write_config(untied.chat, 40, False, model_type="mistral")
+    refused(untied, tmp_path, tracker, "mistral in chat", "layers.1.mlp.up_proj.weight is missing in chat",
+            "model.extra.weight is missing in cpt and base", "(3, 4) in chat")  # fmt: skip
+
+
+def test_a_tied_and_an_untied_model_do_not_fit(untied, tmp_path, tracker):
+    write_config(untied.base, 38, True)
+    refused(untied, tmp_path, tracker, "tied head", "True in base")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("model", ["cpt", "base", "chat"])
+def test_nan_and_inf_are_named_with_their_tensor(untied, tmp_path, tracker, model, bad):
+    weights = {name: values.clone() for name, values in untied.weights[model].items()}
+    weights["model.layers.1.mlp.up_proj.weight"][5, 7] = bad
+    save_weights(weights, untied.root / model)
+    refused(untied, tmp_path, tracker, f"model.layers.1.mlp.up_proj.weight of the {model} model")
+
+
+def test_nan_in_a_kept_row_is_named(untied, tmp_path, tracker):
+    weights = {name: values.clone() for name, values in untied.weights["cpt"].items()}
+    weights["lm_head.weight"][39, 0] = float("nan")
+    save_weights(weights, untied.cpt)
+    refused(untied, tmp_path, tracker, "lm_head.weight")
+
+
+def test_an_overflow_of_float16_is_named(untied, tmp_path, tracker):
+    weights = {name: values.clone() for name, values in untied.weights["cpt"].items()}
+    weights["model.norm.weight"][0] = 1e6
+    save_weights(weights, untied.cpt)
+    refused(untied, tmp_path, tracker, "model.norm.weight", "float16", dtype="float16")
+
+
+def test_an_eight_bit_type_is_refused(untied, tmp_path, tracker):
+    weights = dict(untied.weights["cpt"])
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_weights(weights, untied.cpt)
+    refused(untied, tmp_path, tracker, "model.norm.weight", "F8_E4M3")
+
+
+def test_rows_without_tokenizer_must_be_equally_many(untied, tmp_path, tracker):
+    (untied.chat / "tokenizer.json").unlink()
+    refused(untied, tmp_path, tracker, "48 (cpt), 38 (base) and 40 (chat)", "tokenizer")
+
+
+def test_a_directory_in_use_is_refused(untied, tmp_path, tracker):
+    with pytest.raises(UserError, match="not empty"):
+        run(MergeConfig(), untied.cpt, untied.base, untied.chat, untied.tokenizer, untied.chat, tracker)
+    assert Checkpoint.open(untied.chat)
+
+
+def test_a_rule_that_matches_nothing_is_refused(untied, tmp_path, tracker):
+    refused(untied, tmp_path, tracker, "merge.rules.0", rules=[RuleConfig(pattern="q_porj", ratio=0.5)])
+
+
+# --- what it costs ---
+
+
+def test_memory_does_not_grow_with_the_model(untied, tmp_path, monkeypatch):
+    """Law 8."""
+    monkeypatch.setattr(engine, "MAX_THREADS", 1)
+    peaks = []
+    for rows in (2_000, 8_000, 32_000):
+        for model in ("cpt", "base", "chat"):
+            wide = {"model.layers.0.mlp.wide.weight": torch.full((rows, 64), 0.5).bfloat16()}
+            save_weights({**untied.weights[model], **wide}, untied.root / model)
+        the_plan = plan(MergeConfig(), untied.cpt, untied.base, untied.chat, untied.tokenizer)
+        writer = CheckpointWriter(tmp_path / "out", the_plan.layout())
+        writer.prepare()
+        tracemalloc.start()
+        engine.merge_files(the_plan, writer)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.1 * peaks[1]
+    assert peaks[2] < 8e6
+
+
+def test_the_file_merge_needs_no_torch():
+    code = (
+        "import sys, merge, merge.run, merge.plan, merge.embeddings\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib', 'tokenizers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_plan_reads_no_weights(untied, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "read_flat", lambda *arguments: pytest.fail("weights were read"))
+    config = MergeConfig(ratio=0.7, rules=[RuleConfig(kinds=["norm"], action="skip")])
+    the_plan = plan(config, untied.cpt, untied.base, untied.chat, untied.tokenizer)
+    rows = describe(the_plan)
+    assert ("skip", "norm", "BF16", "5", "160") in rows
+    assert ("add 0.7 x vector", "embed", "BF16", "1", f"{CPT_ROWS * 32:,}") in rows
+    assert int(np.sum(the_plan.rows.role >= 0)) == CPT_ROWS

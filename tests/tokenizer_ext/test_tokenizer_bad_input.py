@@ -1,0 +1,138 @@
+"""What the user did wrong is one sentence that says what to do."""
+
+import json
+
+import pytest
+from small_tokenizers import CONFIG, RecordingTracker, byte_level_content, train_sentencepiece, write_base
+
+from core.config import parse_section
+from core.errors import UserError
+from core.sources import Corpus, Source
+from tokenizer_ext import TokenizerConfig, run
+from tokenizer_ext.base import read_base, read_chat_tokens
+from tokenizer_ext.grow import documents
+
+
+def source(folder, text: str, language: str = "zh_tw") -> Corpus:
+    path = folder / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    return Corpus(sources=[Source(path=str(path), language=language)])
+
+
+def stage(base, corpus, folder, **sizes: int) -> None:
+    run(TokenizerConfig(new_pieces=sizes, min_frequency=1), base, None, corpus, folder, RecordingTracker())
+
+
+def test_a_language_without_text(sp_base, tmp_path) -> None:
+    with pytest.raises(UserError, match="no text in 'ko'"):
+        stage(sp_base, source(tmp_path, "中文\n" * 9), tmp_path, ko=10)
+
+
+def test_text_without_the_script(sp_base, tmp_path) -> None:
+    with pytest.raises(UserError, match="holds no Han letter"):
+        stage(sp_base, source(tmp_path, "".join(f"only English {i}\n" for i in range(99))), tmp_path, zh_tw=10)
+
+
+def test_fewer_pieces_than_missing_characters(sp_base, corpus, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"new_pieces.zh_tw = 3 is too small: the text has \d+ characters"):
+        stage(sp_base, corpus, tmp_path, zh_tw=3)
+
+
+def test_fewer_pairs_than_asked_for_is_said(sp_base, tmp_path, capsys) -> None:
+    stage(sp_base, source(tmp_path, "".join(f"中文字{i}\n" for i in range(99))), tmp_path, zh_tw=50)
+    assert "of 50 pieces" in capsys.readouterr().err
+
+
+def test_a_lone_surrogate(tmp_path) -> None:
+    class Broken(Corpus):
+        def documents(self, source, split):
+            yield from ["fine", "not \ud800 fine"]
+
+    corpus = Broken(sources=[Source(path="x.txt", language="zh_tw")])
+    with pytest.raises(UserError, match=r"x.txt: train document 2 holds a lone surrogate"):
+        list(documents(corpus, "zh_tw", "train", 1000))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"new_pieces": {"xx": 5}}, "language 'xx' is not known"),
+        ({"new_pieces": {"ko": 0}}, "ask for at least 1"),
+        ({"new_pieces": {}}, "new_pieces"),
+        ({}, "`new_pieces` is missing"),
+        ({"new_pieces": {"ko": 5}, "min_frequenzy": 2}, "min_frequency"),
+    ],
+)
+def test_a_bad_recipe(values, message) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_section(TokenizerConfig, values, "tokenizer")
+
+
+def test_missing_files(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        read_base(write_base(tmp_path, 10))
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level_content()))
+    with pytest.raises(UserError, match=r"config.json does not exist"):
+        read_base(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [b"no protobuf", b"", b"\x0a\xff\xff\xff"])
+def test_a_damaged_model(damaged, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer.model"):
+        read_base(write_base(tmp_path, 10, proto=damaged))
+
+
+def test_a_damaged_json(tmp_path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_base(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordPiece"])
+def test_another_kind_of_fast_tokenizer(kind, tmp_path) -> None:
+    content = {**byte_level_content(), "model": {"type": kind, "vocab": {}}}
+    with pytest.raises(UserError, match=f"is a {kind} tokenizer; only BPE"):
+        read_base(write_base(tmp_path, 10, content=content))
+
+
+def test_a_unigram_model(tmp_path) -> None:
+    with pytest.raises(UserError, match="is a UNIGRAM model; only BPE"):
+        read_base(write_base(tmp_path, 600, proto=train_sentencepiece("unigram")))
+
+
+def test_a_model_without_byte_fallback(tmp_path) -> None:
+    with pytest.raises(UserError, match="has no byte fallback"):
+        read_base(write_base(tmp_path, 600, proto=train_sentencepiece(byte_fallback=False)))
+
+
+def test_a_model_that_normalizes(tmp_path) -> None:
+    with pytest.raises(UserError, match="normalizes text"):
+        read_base(write_base(tmp_path, 600, proto=train_sentencepiece(normalization_rule_name="nmt_nfkc")))
+
+
+def test_files_of_two_different_tokenizers(sp_base, sp_model, tmp_path) -> None:
+    content = json.loads(json.dumps(read_base(sp_base).content))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    with pytest.raises(UserError, match=r"tokenizer.model and tokenizer.json disagree on '[ab]'"):
+        read_base(write_base(tmp_path, len(vocabulary), content=content, proto=sp_model))
+
+
+def test_a_tokenizer_with_more_ids_than_rows(bl_base, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"'<\|im_end\|>' at ids beyond"):
+        read_base(write_base(tmp_path, len(read_base(bl_base).ids) - 1, content=read_base(bl_base).content))
+
+
+def test_a_chat_model_of_another_base(sp_base, bl_base) -> None:
+    with pytest.raises(UserError, match="take the base that the chat model was tuned from"):
+        read_chat_tokens(bl_base, read_base(sp_base))
+
+
+def test_a_chat_template_that_cannot_be_rendered(bl_base, corpus, tmp_path) -> None:
+    base = read_base(bl_base)
+    template = "{{ raise_exception('never') }}"
+    chat = write_base(tmp_path / "chat", base.rows, content=base.content, chat_template=template)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="cannot be rendered: never"):
+        run(CONFIG, bl_base, chat, corpus, tmp_path / "out", RecordingTracker())

@@ -1,0 +1,108 @@
+"""The stage from end to end, and what it leaves behind."""
+
+import json
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+
+from checkpoint.vocabulary import VocabularyMap, read_token_ids
+from tokenizer_ext.base import read_base
+from tokenizer_ext.verify import prove
+
+
+def test_all_laws_hold_on_what_was_written(extended) -> None:
+    proofs = prove(extended.case)
+    assert [proof.law for proof in proofs if proof.failures] == []
+    assert all(proof.checked for proof in proofs if "SentencePiece" not in proof.law and "model" not in proof.law)
+
+
+def test_the_map_describes_every_row(extended) -> None:
+    found = VocabularyMap.load(extended.out)
+    base = read_base(extended.base)
+    ids = read_token_ids(extended.out)
+    assert found.base_rows == base.rows
+    assert found.rows % 64 == 0
+    assert found.rows == extended.results["rows"]
+    assert sorted(ids.values()) == list(range(found.rows))
+    assert all(ids[piece.piece] == piece.id for piece in found.new)
+    reserved = {id_ for token, id_ in ids.items() if token.startswith("<|reserved_")}
+    assert set(found.padding) <= reserved
+
+
+def test_new_pieces_are_of_the_scripts_only(extended) -> None:
+    family = read_base(extended.base).family
+    texts = [family.readable(piece.piece) for piece in VocabularyMap.load(extended.out).new]
+    letters = {character for text in texts if "<" not in text for character in text}
+    assert letters
+    assert not any(character.isascii() and character != " " for character in letters)
+
+
+def test_constituents_spell_the_piece_without_a_dummy_prefix(extended) -> None:
+    base = read_base(extended.base)
+    names = {id_: token for token, id_ in base.ids.items()}
+    for piece in VocabularyMap.load(extended.out).new:
+        spelt = "".join(names[id_] for id_ in piece.constituents)
+        if "<0x" in spelt:
+            as_bytes = b"".join(
+                bytes([int(name[3:5], 16)]) if (name := names[id_]).startswith("<0x") else name.encode()
+                for id_ in piece.constituents
+            )
+            spelt = as_bytes.decode()
+        assert spelt == piece.piece
+
+
+def test_tokens_of_the_chat_model_keep_their_ids(sp) -> None:
+    base = read_base(sp.base)
+    ids = read_token_ids(sp.out)
+    expected = {"<pad>": base.rows, "<|im_start|>": base.rows + 1, "<|im_end|>": base.rows + 5}
+    assert {token.token: token.id for token in VocabularyMap.load(sp.out).chat} == expected
+    assert {token: ids[token] for token in expected} == expected
+    proto = SentencePieceProcessor(model_file=str(sp.out / "tokenizer.model"))
+    assert {token: proto.piece_to_id(token) for token in expected} == expected
+
+
+def test_fertility_falls_where_pieces_were_learnt_and_stays_in_english(extended) -> None:
+    results = extended.results
+    for language in ("zh_tw", "ko"):
+        before, after = results[f"{language}/tokens_per_character_before"], results[f"{language}/tokens_per_character"]
+        assert after < before / 2
+    assert results["en/tokens_per_character_before"] == results["en/tokens_per_character"]
+    assert results["en/changed_documents"] == 0
+
+
+def test_the_beginning_of_text_is_kept(sp) -> None:
+    ids = Tokenizer.from_file(str(sp.out / "tokenizer.json")).encode("hello").ids
+    assert ids[0] == read_token_ids(sp.out)["<s>"]
+
+
+def test_settings_name_the_one_class_that_both_transformers_read_exactly(extended) -> None:
+    settings = json.loads((extended.out / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["clean_up_tokenization_spaces"] is False
+    assert "add_bos_token" not in settings
+    original = json.loads((extended.base / "tokenizer_config.json").read_text())
+    assert settings.get("chat_template") == original.get("chat_template")
+    assert json.loads((extended.out / "special_tokens_map.json").read_text())["eos_token"] == original["eos_token"]
+
+
+def test_the_report_is_written_and_tracked(extended) -> None:
+    report = json.loads((extended.out / "report.json").read_text())
+    assert {one["language"] for one in report["fertility"]} == {"zh_tw", "ko", "en"}
+    for one in report["usefulness"]:
+        heights = [height for _, height in one["curve"]]
+        assert heights == sorted(heights, reverse=True)
+        assert 0.1 < one["used_in_training"] <= 1
+    assert report["examples"]
+    names = {"tokenizer/fertility", "tokenizer/pieces", "tokenizer/examples", "tokenizer/proofs"}
+    assert set(extended.tracker.tables) == names
+    assert extended.tracker.images["tokenizer/report"].read_bytes().startswith(b"\x89PNG")
+    assert extended.tracker.values["tokenizer/rows"] == extended.results["rows"]
+
+
+@pytest.mark.parametrize(
+    "text", ["  two  spaces", "\tx", "中文字 abc", "한국어 🙂", "e\u0301", "\x00\x07", "x" * 20_000, "學" * 5_000]
+)
+def test_text_comes_back(extended, text) -> None:
+    tokenizer = Tokenizer.from_file(str(extended.out / "tokenizer.json"))
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
