@@ -37,7 +37,9 @@ class Meter:
         self._start = self._last_line = time.monotonic()
         self._shown = find_world().is_main
         self._bar = _bar() if self._shown and sys.stderr.isatty() else None
-        self._task = self._bar.add_task(label, total=total, completed=done, rate="", note="") if self._bar else None
+        self._task = (
+            self._bar.add_task(label, total=total, completed=int(done), rate="", note="") if self._bar else None
+        )
 
     def __enter__(self) -> Meter:
         if self._bar:

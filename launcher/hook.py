@@ -22,7 +22,7 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
         return None
 
     def merge(shards: list[LocalShard], parallel: Parallel) -> None:
-        from launcher.pipeline import open_tracker, prepare_folder, tracking_identity
+        from launcher.pipeline import open_tracker, prepare_folder
 
         stage, started, main = find_stage("merge"), time.time(), parallel.world.is_main
         config = dict(stage.config(run.recipe))
@@ -37,8 +37,7 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
             shards, run.recipe.merge, run.resized, run.base, run.chat, run.tokenizer, run.merged, tracker, ranks
         )
         if main:
-            identity = tracking_identity(run.recipe, stage.name, key)
-            record = StageRecord(stage.name, key, config, inputs, results=results, tracking=identity)
+            record = StageRecord(stage.name, key, config, inputs, results=results, tracking=tracker.record())
             record = write_record(run.folder("merge"), record, started)
             say(f"merge: finished in {record.seconds:.1f} s -> {run.merged}")
         tracker.finish()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -68,8 +71,7 @@ def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: di
         tracker.finish(failed=True)
         raise
     if main:
-        identity = tracking_identity(run.recipe, stage.name, key)
-        record = StageRecord(stage.name, key, config, inputs, results=results, tracking=identity)
+        record = StageRecord(stage.name, key, config, inputs, results=results, tracking=tracker.record())
         record = write_record(folder, record, started)
         say(f"{stage.name}: finished in {record.seconds:.1f} s -> {folder}")
     tracker.finish()
@@ -99,25 +101,30 @@ def prepare_folder(folder: Path, stage: Stage, key: str) -> None:
 def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs: dict[str, str]) -> Tracker:
     """The stage's log: local under the stage's folder, and W&B as the recipe says."""
     recipe = run.recipe
-    settings = {"recipe": recipe.model_dump(mode="json"), "stage_config": config, "inputs": inputs}
-    log = run.folder(stage) / "log"
-    identity = run_id(recipe, stage, key)
-    return start_tracker(recipe.tracking, stage, f"{recipe.name}-{stage}", group_name(recipe), log, settings, identity)
+    settings = {
+        "recipe": recipe.model_dump(mode="json"), "stage_config": config, "inputs": inputs, "key": key,
+        "origin": origin(),
+    }  # fmt: skip
+    group = group_name(recipe)
+    run_id = f"{group}-{stage}-{key[:8]}"  # the same after every resume
+    return start_tracker(
+        recipe.tracking, stage, f"{recipe.name}-{stage}", group, run.folder(stage) / "log", settings, run_id
+    )
+
+
+def origin() -> dict[str, str]:
+    """Where a result comes from: code, command, Slurm job."""
+    here = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    slurm = {name.lower(): os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if name in os.environ}
+    return {"commit": found.stdout.strip() or "not in git", "command": shlex.join(sys.argv), **slurm}
 
 
 def group_name(recipe: Recipe) -> str:
     """One W&B group per pipeline: the run's name and a digest of where it lies, so a requeued job finds it again."""
     return f"{recipe.name}-{stage_key('group', {'directory': str(recipe.directory.resolve())}, {})[:6]}"
-
-
-def run_id(recipe: Recipe, stage: str, key: str) -> str:
-    """The W&B run id of a stage: the same after every resume."""
-    return f"{group_name(recipe)}-{stage}-{key[:8]}"
-
-
-def tracking_identity(recipe: Recipe, stage: str, key: str) -> dict[str, str]:
-    """What `stage.json` says about W&B."""
-    return {"project": recipe.tracking.project, "group": group_name(recipe), "id": run_id(recipe, stage, key)}
 
 
 def _disk_error(error: OSError, stage: str, folder: Path) -> Exception:

@@ -13,7 +13,6 @@ from pydantic_core import PydanticUndefined
 
 from core.config import Section, inner_sections, unit_of
 
-
 HEADER = """# The recipe: every key
 
 Generated from the types by `make docs`; `cpt-merge run --help` shows the same. A recipe is one YAML file with these
@@ -83,9 +82,7 @@ def as_text(section: type[Section]) -> str:
     """The keys for a terminal, one a line."""
     lines = []
     for item in recipe_keys(section):
-        detail = ", ".join(
-            part for part in (item.type, item.unit, _default_words(item)) if part
-        )
+        detail = ", ".join(part for part in (item.type, item.unit, _default_words(item)) if part)
         lines.append(f"  {item.path}\n      {item.text} ({detail})")
     return "\n".join(lines)
 

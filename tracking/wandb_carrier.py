@@ -60,7 +60,7 @@ def start_wandb(config: TrackingConfig, run: RunIdentity, directory: Path) -> Wa
             say(f"W&B: online, {carrier.run.url}")
             return carrier
     carrier = WandbCarrier(_init(config, run, directory, mode), directory, mode)
-    say(f"W&B: offline ({reason}), in {carrier.run.settings.sync_dir}")
+    say(f"W&B: offline ({reason})")
     return carrier
 
 
@@ -173,8 +173,12 @@ class WandbCarrier:
             say(f"  wandb sync {shlex.quote(self.run.settings.sync_dir)}")
         offline = [path for path in sorted((self._directory / "wandb").glob("offline-run-*")) if not _is_synced(path)]
         if offline:
-            say("W&B: this stage was logged offline; to upload it:")
-            say(f"  wandb sync {shlex.join(map(str, offline))}")
+            say(f"W&B: logged offline; upload it with: wandb sync {shlex.join(_shown(path) for path in offline)}")
+
+
+def _shown(path: Path) -> str:
+    """The path as the user would type it from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _is_synced(directory: Path) -> bool:

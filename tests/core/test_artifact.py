@@ -14,9 +14,8 @@ def test_a_new_directory_takes_the_place_of_the_old_one_only_when_it_is_whole(tm
     target = tmp_path / "out"
     with new_directory(target) as beside:
         (beside / "a").write_text("1")
-    with pytest.raises(IsADirectoryError), new_directory(target) as beside:
-        (beside / "a").mkdir()
-        (beside / "a").write_text("2")
+    with pytest.raises(FileNotFoundError), new_directory(target) as beside:
+        (beside / "missing" / "a").write_text("2")
     assert (target / "a").read_text() == "1"
     assert os.listdir(tmp_path) == ["out"]
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.recipe import Recipe, load_recipe
 
-SYLLABLES = {"en": "we go home and eat rice then sleep well again".split(" "), "ko": list("가나다라마바사아자차카타파하"),
+SYLLABLES = {"en": ["we", "go", "home", "and", "eat", "rice", "then", "sleep", "well", "again"], "ko": list("가나다라마바사아자차카타파하"),
              "zh_tw": list("天地玄黃宇宙洪荒日月盈昃辰宿列張")}  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -79,7 +79,9 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
         rows = [json.dumps({"text": text}, ensure_ascii=False) for text in sentences(language, 400)]
         path.write_text("\n".join(rows), encoding="utf-8")
         sources.append({"path": str(path), "language": language, "weight": weight})
-    prompts = [{"language": s["language"], "messages": [{"role": "user", "content": "가나 天地 go home"}]} for s in sources]
+    prompts = [
+        {"language": s["language"], "messages": [{"role": "user", "content": "가나 天地 go home"}]} for s in sources
+    ]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
     values = {
         "name": "tiny",

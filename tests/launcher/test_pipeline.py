@@ -32,7 +32,9 @@ def finished(recipe_path: Path, recipe: Recipe) -> Path:
 def test_a_chat_model_comes_out(finished: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "merge" / "chat")
     tokenizer = AutoTokenizer.from_pretrained(finished / "merge" / "chat")
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "가나 天地 go"}], return_dict=True, return_tensors="pt")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "가나 天地 go"}], return_dict=True, return_tensors="pt"
+    )
     reply = model.generate(**ids, max_new_tokens=4, do_sample=False)
     assert reply.shape[1] > ids["input_ids"].shape[1]
     results = json.loads((finished / "evaluation" / "results.json").read_text())
