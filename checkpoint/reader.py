@@ -113,13 +113,14 @@ class Checkpoint:
         return widen(self.read(name, start_row, stop_row), self.info(name).dtype)
 
     def gather_float32(self, name: str, rows: NDArray[np.int64]) -> Float32:
-        """The given rows in the given order, float32, shape (len(rows), ...); neighbours are read at once."""
+        """The given rows in the given order, float32, shape (len(rows), row size); neighbours are read at once."""
         info = self.info(name)
-        gathered = np.empty((len(rows), *info.shape[1:]), np.float32)
+        gathered = np.empty((len(rows), info.row_size), np.float32)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         for start, stop in pairwise([0, *breaks.tolist(), len(rows)]):
             if stop > start:
-                gathered[start:stop] = self.read_float32(name, int(rows[start]), int(rows[stop - 1]) + 1)
+                values = self.read_float32(name, int(rows[start]), int(rows[stop - 1]) + 1)
+                gathered[start:stop] = values.reshape(stop - start, -1)
         return gathered
 
     def _file(self, name: str) -> FileIO:

@@ -66,7 +66,7 @@ class TokenizerFiles:
     def format_tokens(self) -> set[str]:
         """The added tokens of the chat format: those in the template, literally or by role, and the stop tokens."""
         template = self.chat_template or ""
-        literal = {token for token in self.added if token in template}
+        literal = {token for token in self.added if token in template and not token.isspace()}
         by_role = {token for role, token in self.roles.items() if re.search(rf"\b{role}\b", template)}
         stops = {self.tokens[number] for number in read_stop_ids(self.directory) if number in self.tokens}
         return (literal | by_role | stops) & self.added

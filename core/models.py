@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import UserError
 from core.progress import say
 
 NEEDED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md", "*.txt"]
+
+
+def is_local(name: str) -> bool:
+    """True for the name of a directory, there or not; False for what can only be a hub id (org/model)."""
+    return Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
 def model_directory(name: str) -> Path:
@@ -20,14 +27,22 @@ def model_directory(name: str) -> Path:
         if not (path / "config.json").is_file():
             raise UserError(f"{path} holds no config.json; give the directory of a Hugging Face model.")
         return path
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if is_local(name):
         raise UserError(f"model {name} does not exist; correct `models` (a directory, or a hub id like org/model).")
     from huggingface_hub import snapshot_download
+
+    say(f"model {name}: looking it up on the hub")
+    with hub_errors(name):
+        return Path(snapshot_download(name, allow_patterns=NEEDED_FILES))
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """What the hub answers instead of the model, in one sentence."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        say(f"model {name}: looking it up on the hub")
-        return Path(snapshot_download(name, allow_patterns=NEEDED_FILES))
+        yield
     except RepositoryNotFoundError:
         raise UserError(f"model {name} is neither a local directory nor on the hub; correct `models`.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

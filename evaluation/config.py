@@ -18,7 +18,9 @@ class EvaluationConfig(Section):
     repetition_penalty: float = key(1.0, "1: none; applies to greedy decoding too", gt=0)
     documents: int = key(200, "held-out documents per language for bits per byte", unit="documents", gt=0)
     max_bytes: int = key(200_000, "held-out text per language for bits per byte", unit="bytes of UTF-8", gt=0)
-    context: int = key(1024, "window that bits per byte are measured in, and its stride", unit="tokens", ge=2)
+    context: int = key(
+        1024, "window and stride of bits per byte; at most the positions of every model", unit="tokens", ge=2
+    )
     batch_size: int = key(16, "prompts, or windows of text, that one process takes through the model at once", gt=0)
     samples_shown: int = key(2, "prompts per language whose replies are printed", unit="prompts", ge=0)
     seed: int = key(0, "seed of the bootstrap intervals and of sampling")

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from core.errors import UserError
+from core.progress import say
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,20 @@ class LoadedModel:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 
-def check_models(models: Mapping[str, Path], context: int) -> None:
-    """Raise `UserError` for a directory without a model, and for a model with fewer positions than `context`."""
+def shared_context(models: Mapping[str, Path], wanted: int) -> int:
+    """The window that every model can take: `wanted`, or the fewest positions of any model, which is then said.
+
+    Raises `UserError` for a directory without a model.
+    """
+    context = wanted
     for name, directory in models.items():
         if not (directory / "config.json").is_file():
             raise UserError(f"model {name}: {directory} holds no config.json; give the directory of a finished model.")
         positions = getattr(AutoConfig.from_pretrained(directory), "max_position_embeddings", context)
         if positions < context:
-            raise UserError(f"evaluation.context = {context} but model {name} has {positions} positions; lower it.")
+            say(f"evaluation.context = {wanted}, but {name} has {positions} positions: {positions} for all models")
+            context = positions
+    return context
 
 
 def load_model(name: str, directory: Path, local_rank: int) -> LoadedModel:

@@ -14,7 +14,7 @@ from evaluation.config import EvaluationConfig
 from evaluation.division import Division, divided_work
 from evaluation.facets import judge
 from evaluation.generate import generate
-from evaluation.models import LoadedModel, check_models, load_model
+from evaluation.models import LoadedModel, load_model, shared_context
 from evaluation.prompts import Prompt, heldout_documents, read_prompts
 from evaluation.report import flat, report
 from evaluation.results import ModelResult, Sample, score
@@ -35,7 +35,7 @@ def run(
     together; the results do not depend on how many. Writes results.json, samples.jsonl and figures (rank 0), and
     returns the figures by `model/language/figure` (every rank).
     """
-    check_models(models, config.context)
+    config = config.model_copy(update={"context": shared_context(models, config.context)})
     prompts = read_prompts(config)
     documents = heldout_documents(config, corpus)
     chat = read_chat_template(chat_template_from) if prompts else None

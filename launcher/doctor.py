@@ -34,7 +34,7 @@ def show_doctor() -> bool:
     for finding in findings:
         mark = "[red]missing[/]" if finding.fatal else "[yellow]note[/]" if finding.mend else "[green]ok[/]"
         table.add_row(mark, finding.subject, finding.found + (f"\n  {finding.mend}" if finding.mend else ""))
-    Console(soft_wrap=True).print(table)
+    Console().print(table)
     return not any(finding.fatal for finding in findings)
 
 

@@ -8,6 +8,7 @@ from core.artifact import StageRecord, stage_key, write_record
 from core.progress import say
 from launcher.stages import Run, find_stage
 from merge.hook import LocalShard, Ranks, merge_shards
+from merge.plan import plan
 from training.parallel import Parallel
 from training.run import Hook
 
@@ -20,6 +21,8 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
     """
     if not run.recipe.training.post_train_merge:
         return None
+    # what would refuse the merge is found now, not after days of training
+    plan(run.recipe.merge, run.resized, run.base, run.chat, run.tokenizer)
 
     def merge(shards: list[LocalShard], parallel: Parallel) -> None:
         from launcher.pipeline import open_tracker, prepare_folder

@@ -18,15 +18,29 @@ from core.world import find_world
 from launcher.recipe import Recipe
 from launcher.stages import COMMANDS, STAGES, Run, Stage
 from launcher.start import local_processes, start_processes
+from merge.plan import open_fitting
 from tracking import Tracker, start_tracker
 
 BEGUN_FILE = "begun.json"
 
 
 def run_pipeline(recipe: Recipe, recipe_path: Path, overrides: list[str]) -> None:
-    """All stages in order."""
+    """All stages in order. What would stop a late stage is looked for before the first one."""
+    check_before(recipe)
     for stage in STAGES:
         run_stage(Run(recipe), stage, recipe_path, overrides)
+
+
+def check_before(recipe: Recipe) -> None:
+    """Raises `UserError` for a pair that does not fit, text or prompts that are not there, too many processes."""
+    run = Run(recipe)
+    open_fitting({"base": run.base, "chat": run.chat})
+    run.corpus_inputs()
+    prompts = recipe.evaluation.prompts
+    if prompts and not Path(prompts).is_file():
+        raise UserError(f"evaluation.prompts = {prompts} does not exist; correct it or leave it out.")
+    if recipe.launch.processes:
+        local_processes(recipe)
 
 
 def run_stage(run: Run, stage: Stage, recipe_path: Path, overrides: list[str]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from checkpoint.reader import Checkpoint
 from rich.console import Console
 from rich.table import Table
 
+from checkpoint.reader import Checkpoint
 from core.artifact import read_record
 from core.errors import UserError
+from core.models import hub_errors, is_local, model_directory
 from core.sources import source_files
 from launcher.recipe import Recipe
 from launcher.stages import STAGES, Run
@@ -78,34 +81,30 @@ def estimate_memory(shape: ModelShape, config: TrainingConfig, processes: int) -
     )
 
 
-def read_shape(run: Run) -> ModelShape:
-    """The base model's shape, from its configuration and the headers of its files."""
-    checkpoint = Checkpoint.open(run.base)
-    config = _text_config(checkpoint.config)
-    width = int(config["hidden_size"])
-    heads = [
-        info
-        for info in checkpoint.tensors.values()
-        if len(info.shape) == 2 and info.shape == (config["vocab_size"], width)
-    ]
-    parameters = sum(_size(info.shape) for info in checkpoint.tensors.values())
+def read_shape(recipe: Recipe) -> ModelShape:
+    """The base model's shape, from its configuration and the headers of its files; of a hub model too."""
+    name = recipe.models.base
+    if is_local(name):
+        checkpoint = Checkpoint.open(model_directory(name))
+        config, parameters = checkpoint.config, sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    else:
+        config, parameters = _read_from_hub(name)
+    for wanted in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if wanted not in config:
+            raise UserError(f"config.json of {name} has no {wanted}; only decoder language models can be planned.")
+    matrices = 1 if config.get("tie_word_embeddings") else 2
     return ModelShape(
-        parameters, int(config["vocab_size"]), width, int(config["num_hidden_layers"]), max(len(heads), 1)
+        parameters, int(config["vocab_size"]), int(config["hidden_size"]), int(config["num_hidden_layers"]), matrices
     )
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if name not in config:
-            raise UserError(f"the base model's config.json has no {name}; only decoder language models can be planned.")
-    return config
+def _read_from_hub(name: str) -> tuple[dict[str, Any], int]:
+    """(config.json, number of parameters) of a hub model."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
-
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
+    with hub_errors(name):
+        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        return config, sum(get_safetensors_metadata(name).parameter_count.values())
 
 
 def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
@@ -117,13 +116,13 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
 def show_plan(recipe: Recipe) -> None:
     """Print the plan."""
     run, config = Run(recipe), recipe.training
-    base = read_shape(run)
+    base = read_shape(recipe)
     shape = base.resized(extended_rows(recipe, base))
     processes = recipe.launch.processes or 1
     memory = estimate_memory(shape, config, processes)
     micro = -(-config.batch_rows // (processes * config.micro_batch_rows))
     parts = ", ".join(f"{name} {value / GB:,.2f}" for name, value in vars(memory).items())
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False)
     console.print(f"[bold]{recipe.name}[/]: {recipe.models.base} -> {run.merged}")
     _print_stages(console, run)
     _print_text(console, recipe)

@@ -32,8 +32,11 @@ def write_trained(source: Checkpoint, layout: Layout, tokenizer: Path, directory
     copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], directory)
 
 
-def write_merged(plan: MergePlan, statistics: Statistics, directory: Path) -> dict[str, Any]:
-    """Complete the chat model in `directory` and return the results, which merge_report.json holds in full."""
+def write_merged(plan: MergePlan, statistics: Statistics, directory: Path, cpt: str = "cpt") -> dict[str, Any]:
+    """Complete the chat model in `directory` and return the results, which merge_report.json holds in full.
+
+    `cpt` says what the plan's CPT directory is to the result.
+    """
     stops = stop_ids(plan)
     write_json(directory / "config.json", {**model_config(plan.cpt, plan.layout()), **_ids(plan, "config.json", stops)})
     write_json(directory / GENERATION_FILE, generation_config(plan, stops))
@@ -41,7 +44,7 @@ def write_merged(plan: MergePlan, statistics: Statistics, directory: Path) -> di
     differences = config_differences({"cpt": plan.cpt, "base": plan.base, "chat": plan.chat})
     for difference in differences:
         say(f"merge: {difference}; the output has cpt's")
-    inputs = {"cpt": plan.cpt.directory, "base": plan.base.directory, "chat": plan.chat.directory}
+    inputs = {cpt: plan.cpt.directory, "base": plan.base.directory, "chat": plan.chat.directory}
     origin = {
         "inputs": {name: {"name": path.name, "fingerprint": fingerprint(path)} for name, path in inputs.items()},
         "versions": installed_versions(),
@@ -204,4 +207,5 @@ def _front_matter(directory: Path) -> dict[str, Any]:
         fields = yaml.safe_load(text[4 : text.index("\n---", 4)])
     except yaml.YAMLError:
         return {}
-    return {name: fields[name] for name in ("license", "license_name", "license_link") if name in fields}
+    known = ("license", "license_name", "license_link")
+    return {name: fields[name] for name in known if name in fields} if isinstance(fields, dict) else {}

@@ -27,7 +27,7 @@ from merge.engine import copy_unmerged
 from merge.plan import plan
 from merge.rules import model_tensors
 from merge.slices import CHUNK, SliceMerger, rounded
-from merge.statistics import Statistics
+from merge.statistics import Statistics, Sums
 from tracking.tracker import Tracker
 
 
@@ -124,12 +124,16 @@ def merge_shards(
     with _writing_together(writer, the_plan.cpt, ranks):
         for shard in shards:
             _check(shard, writer.layout, like)
-            own[shard.name] = merger.merge(tensors[shard.name], shard.start, shard.stop, shard.read)
+            sums = merger.merge(tensors[shard.name], shard.start, shard.stop, shard.read)
+            own.setdefault(shard.name, Sums())
+            own[shard.name] += sums
         statistics.save(own, writer.directory, ranks.rank)
     results: dict[str, Any] = {}
     if ranks.rank == 0:
-        results = finish.write_merged(the_plan, statistics.collect(writer.directory), writer.directory)
+        collected = statistics.collect(writer.directory)
+        results = finish.write_merged(the_plan, collected, writer.directory, cpt="start of CPT")
         writer.publish()
+        report.warn(results["warnings"])
         report.log(results, out, tracker)
     ranks.barrier()
     return results

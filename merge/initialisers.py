@@ -29,7 +29,7 @@ class OldRows:
 
     def gather(self, rows: Sequence[int]) -> Float32:
         """Some rows, shape (len(rows), width)."""
-        return self._base.gather_float32(self._name, np.array(rows, dtype=np.int64)).reshape(-1, self.width)
+        return self._base.gather_float32(self._name, np.array(rows, dtype=np.int64))
 
     def batches(self) -> Iterator[Float32]:
         """All rows."""

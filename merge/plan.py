@@ -58,18 +58,29 @@ def plan(config: MergeConfig, cpt: Path, base: Path, chat: Path, tokenizer: Path
 
     Raises `UserError` with the first problems in one list: names, shapes, types, tokens, rules.
     """
-    models = {"cpt": Checkpoint.open(cpt), "base": Checkpoint.open(base), "chat": Checkpoint.open(chat)}
+    models = open_fitting({"cpt": cpt, "base": base, "chat": chat})
     tensors = {label: model_tensors(model) for label, model in models.items()}
-    problems = [*_architecture_problems(models), *_name_problems(tensors), *_shape_problems(tensors)]
-    if problems:
-        more = f" (and {len(problems) - _SHOWN_PROBLEMS} more)" if len(problems) > _SHOWN_PROBLEMS else ""
-        raise UserError(f"{cpt}, {base} and {chat} do not fit together: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}.")
     names = sorted(tensors["cpt"], key=natural)
     check_rules(names, config)
     vocabularies = _read_vocabularies(tokenizer, base, chat)
     rows = _align(vocabularies, RowCounts(*(vocabulary_rows(model) for model in models.values())), config)
     planned = [_planned(tensors["cpt"][name], tensors["base"][name], config) for name in names]
     return MergePlan(config, models["cpt"], models["base"], models["chat"], tokenizer, vocabularies, rows, planned)
+
+
+def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
+    """Open checkpoints that are to be computed with, tensor by tensor.
+
+    Raises `UserError` with the first problems in one list: architectures, names, shapes, types.
+    """
+    models = {label: Checkpoint.open(directory) for label, directory in directories.items()}
+    tensors = {label: model_tensors(model) for label, model in models.items()}
+    problems = [*_architecture_problems(models), *_name_problems(tensors), *_shape_problems(tensors)]
+    if problems:
+        more = f" (and {len(problems) - _SHOWN_PROBLEMS} more)" if len(problems) > _SHOWN_PROBLEMS else ""
+        places = " and ".join(f"{directory} ({label})" for label, directory in directories.items())
+        raise UserError(f"{places} do not fit together: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}.")
+    return models
 
 
 def _planned(cpt: TensorInfo, base: TensorInfo, config: MergeConfig) -> PlannedTensor:

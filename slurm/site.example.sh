@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Copy to slurm/site.sh and keep what your site needs. It is sourced on the first node, before anything else.
 
 # module load cuda/12.8 gcc/13

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from checkpoint.reader import read_json
+from checkpoint.tokenizer import token_text
 from core.errors import UserError
 from tokenizer_ext.byte_level import ByteLevelBpe
 from tokenizer_ext.family import Family
@@ -20,10 +21,12 @@ from tokenizer_ext.sentencepiece_bpe import (
     fast_content,
     merges_by_score,
     read_proto,
+    role_tokens,
 )
 
 FAST_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Base:
 def read_base(directory: Path) -> Base:
     """Read a base. Raises `UserError` for one that cannot be extended, or whose files contradict each other."""
     content, proto = read_tokenizer(directory)
-    settings = read_json(directory / SETTINGS_FILE) if (directory / SETTINGS_FILE).is_file() else {}
+    settings = _read_settings(directory, content, proto)
     content = {**content, "post_processor": _post_processor(content, settings)}
     rows = _read_rows(directory)
     beyond = [token for token, id_ in ids_of(content).items() if id_ >= rows]
@@ -76,25 +79,30 @@ def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
     return sorted((added[token] for token in own), key=lambda token: token.id)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; download the model again.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; download it again.")
-    return value
-
-
 def _read_rows(directory: Path) -> int:
     config = read_json(directory / "config.json")
     rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     if not isinstance(rows, int) or rows < 1:
         raise UserError(f"{directory / 'config.json'} has no vocab_size; give the directory of a Hugging Face model.")
     return rows
+
+
+def _read_settings(directory: Path, content: Content, proto: Proto | None) -> dict[str, Any]:
+    """`tokenizer_config.json`, with what `tokenizer.model` says where it is silent.
+
+    Where there is only the latter, a text begins with `<s>` unless told otherwise, as transformers' LlamaTokenizer does.
+    """
+    path = directory / SETTINGS_FILE
+    settings = role_tokens(proto) if proto is not None else {}
+    if not (directory / FAST_FILE).is_file():
+        settings["add_bos_token"] = True
+    settings |= read_json(path) if path.is_file() else {}
+    ids = ids_of(content)
+    for role in (f"{name}_token" for name in ROLES):
+        token = token_text(settings.get(role))
+        if token is not None and token not in ids:
+            raise UserError(f"{path} names the {role} {token!r}, which the tokenizer does not have; correct it there.")
+    return settings
 
 
 def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
@@ -200,9 +208,3 @@ def _template(wanted: dict[str, str], ids: dict[str, int]) -> dict[str, Any]:
         "pair": single + around("B", 1),
         "special_tokens": described,
     }
-
-
-def token_text(value: Any) -> str | None:
-    """The text of a special token in a tokenizer_config.json: a string, or an object with `content`."""
-    text = value["content"] if isinstance(value, dict) else value
-    return None if text is None else str(text)

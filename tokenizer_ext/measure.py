@@ -15,7 +15,7 @@ from tokenizer_ext.verify import Case
 
 CURVE_POINTS = 12
 EXAMPLES = 3  # per language
-EXAMPLE_LENGTHS = range(10, 41)  # characters
+EXAMPLE_LENGTHS = range(8, 25)  # characters
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def tables(report: Report) -> list[tuple[str, list[str], list[list[Any]]]]:
     ]
     examples = [[one.language, one.before, one.after] for one in report.examples]
     proofs = [[one.law, one.checked, len(one.failures)] for one in report.proofs]
-    ratios = ["tokens/char", "tokens/char after", "bytes/token", "bytes/token after", "share changed"]
+    ratios = ["tok/char", "tok/char after", "bytes/tok", "bytes/tok after", "changed"]
     shares = ["used in training text", "used in held-out text"]
     return [
         ("fertility", ["language", "documents", *ratios], fertility),
@@ -95,7 +95,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
     for number, column in enumerate(columns):
         numeric = bool(rows) and isinstance(rows[0][number], int | float)
-        table.add_column(column, overflow="fold", justify="right" if numeric else "left")
+        table.add_column(Text(column), overflow="fold", justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     console.print(table)

@@ -30,28 +30,26 @@ def lay_out(base: Base, chat_tokens: Sequence[AddedToken], pieces: Sequence[str]
     chat model keeps its id unless the base uses it. New pieces take the free rows beyond the base's. The number of
     rows is rounded up to `multiple`, and what is left is reserved.
     """
-    used = set(base.ids.values())
-    kept = [token for token in chat_tokens if token.id not in used]
-    displaced = [token for token in chat_tokens if token.id in used]
-    taken = {token.id for token in kept}
+    taken = set(base.ids.values())
+    kept = [token for token in chat_tokens if token.id not in taken]
+    displaced = [token for token in chat_tokens if token.id in taken]
+    taken |= {token.id for token in kept}
     free = (id_ for id_ in count(base.rows) if id_ not in taken)
     ids = dict(zip(pieces, free, strict=False))
-    placed = {token.id: token for token in kept}
-    moved = {token.content: next(free) for token in displaced}
-    placed |= {moved[token.content]: replace(token, id=moved[token.content]) for token in displaced}
-    end = max([base.rows - 1, *ids.values(), *placed]) + 1
-    rows = -(-end // multiple) * multiple
-    unnamed = [id_ for id_ in range(rows) if id_ not in used and id_ not in placed]
-    unnamed = sorted(set(unnamed) - set(ids.values()))
-    names = _reserved_names({*base.ids, *ids, *(token.content for token in chat_tokens)})
+    placed = kept + [replace(token, id=next(free)) for token in displaced]
+    taken |= {*ids.values(), *(token.id for token in placed)}
+    rows = -(-max(base.rows, *(id_ + 1 for id_ in taken)) // multiple) * multiple
+    unnamed = [id_ for id_ in range(rows) if id_ not in taken]
+    names = _reserved_names({*base.ids, *ids, *(token.content for token in placed)})
     reserved = [AddedToken(id_, next(names)) for id_ in unnamed]
-    chat = [
-        ChatToken(moved.get(token.content, token.id), token.content, token.id)
-        for token in chat_tokens
-        if moved.get(token.content, token.id) >= base.rows
-    ]
-    added = sorted([*placed.values(), *reserved], key=lambda token: token.id)
-    return Layout(rows, ids, added, chat, [id_ for id_ in unnamed if id_ >= base.rows])
+    chat_ids = {token.content: token.id for token in chat_tokens}
+    return Layout(
+        rows=rows,
+        pieces=ids,
+        added=sorted([*placed, *reserved], key=lambda token: token.id),
+        chat=[ChatToken(token.id, token.content, chat_ids[token.content]) for token in placed if token.id >= base.rows],
+        padding=[id_ for id_ in unnamed if id_ >= base.rows],
+    )
 
 
 def _reserved_names(existing: set[str]) -> Iterator[str]:

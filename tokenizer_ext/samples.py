@@ -22,6 +22,7 @@ CODE = [
     '#include <stdio.h>\nint main(void) { printf("%d\\n", 42); return 0; }',
     "https://example.org/a?b=c&d=%20e#f  user@example.org",
     "$ git log --oneline -n 10 | awk '{print $1}'",
+    "\n".join(" " * width + "x" for width in range(40)),
     "  two spaces,   three,\ta tab,\n\n\ntwo empty lines   ",
     "Größe, café, naïve, Übermut, smörgåsbord, ½ × 3.14 ≈ 1.57",
     "Привет, мир! Γειά σου Κόσμε! שלום עולם مرحبا بالعالم नमस्ते สวัสดี",
@@ -54,8 +55,9 @@ def take_samples(corpus: Corpus, learned: Sequence[str], pieces: Sequence[str]) 
     """Samples for a tokenizer that has learnt the languages `learned`; `pieces` are new ones, as text."""
     heldout = {tag: list(documents(corpus, tag, "heldout", HELDOUT_CHARACTERS)) for tag in corpus.languages()}
     scripts = tuple(dict.fromkeys(script for tag in learned for script in find_language(tag).scripts))
-    plain = [line for texts in heldout.values() for text in texts for line in _plain_parts(text, scripts)]
-    return Samples(heldout, plain + CODE, mixed_texts(pieces, MIXED_TEXTS))
+    texts = [text for documents_ in heldout.values() for text in documents_] + CODE
+    plain = [part for text in texts for part in _plain_parts(text, scripts)]
+    return Samples(heldout, plain, mixed_texts(pieces, MIXED_TEXTS))
 
 
 def _plain_parts(text: str, scripts: tuple[str, ...]) -> list[str]:

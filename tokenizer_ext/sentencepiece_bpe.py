@@ -29,6 +29,8 @@ class SentencePieceBpe:
     def __init__(self, content: Content, proto: Proto | None) -> None:
         self._content = content
         self._proto = proto
+        pieces = [] if proto is None else proto.pieces
+        self._lowest = {piece.piece for piece in pieces if piece.type == NORMAL and piece.score < -EXACT}
 
     def words(self, text: str, scripts: Scripts) -> Iterator[str]:
         """Runs of the script, each with the space before it where the script's words have one.
@@ -64,11 +66,15 @@ class SentencePieceBpe:
         return needed
 
     def settled(self) -> int:
-        """All merges but those of whitespace runs at the end, which LLaMA-2 scores far below every word."""
+        """All merges but those at the end that make whitespace runs which LLaMA-2 scores far below every word."""
         merges = merges_of(self._content)
-        while merges and not "".join(merges[-1]).strip(SPACE):
+        while merges and self._ranks_last("".join(merges[-1])):
             merges.pop()
         return len(merges)
+
+    def _ranks_last(self, piece: str) -> bool:
+        """Whether the score is beyond those of words; without `tokenizer.model`, whether it is a whitespace run."""
+        return piece in self._lowest if self._proto is not None else not piece.strip(SPACE)
 
     def readable(self, piece: str) -> str:
         """`▁` as a space, `<0xE4>` as `<E4>`."""
@@ -130,7 +136,7 @@ def extend_proto(proto: Proto, content: Content, pieces: dict[str, int], rows: i
 def _lowest_score(proto: Proto) -> float:
     """The lowest score of a merge, rounded down. Scores beyond exact integers are those of whitespace runs."""
     scores = [piece.score for piece in proto.pieces if piece.type == NORMAL]
-    return float(math.floor(min(score for score in scores if score > -EXACT)))
+    return float(math.floor(min(score for score in scores if score >= -EXACT)))
 
 
 def fast_content(proto: Proto, path: Path) -> Content:
@@ -177,6 +183,17 @@ def fast_content(proto: Proto, path: Path) -> Content:
     }
 
 
+def role_tokens(proto: Proto) -> dict[str, Any]:
+    """`bos_token`, `eos_token` and `unk_token`, as `tokenizer_config.json` names them."""
+    spec = proto.trainer_spec
+    tokens = {
+        "bos_token": (spec.bos_id, spec.bos_piece),
+        "eos_token": (spec.eos_id, spec.eos_piece),
+        "unk_token": (spec.unk_id, spec.unk_piece),
+    }
+    return {role: piece for role, (id_, piece) in tokens.items() if id_ >= 0}
+
+
 def _added_tokens(proto: Proto) -> list[AddedToken]:
     kinds = (UNKNOWN, CONTROL, USER_DEFINED)
     return [
@@ -187,10 +204,14 @@ def _added_tokens(proto: Proto) -> list[AddedToken]:
 
 
 def merges_by_score(proto: Proto) -> list[tuple[str, str]]:
-    """All splits of all pieces, by descending score of the piece, then by the ids of the halves."""
+    """All splits of all pieces, by descending score of the piece, then by the ids of the halves.
+
+    Pieces of equal score (LLaMA-2's whitespace runs) come longest first: SentencePiece merges the leftmost of equals,
+    so that a run grows from its left end, and by rank it only does so if growing comes before starting another.
+    """
     ids = {piece.piece: id_ for id_, piece in enumerate(proto.pieces) if piece.type == NORMAL}
     merges = [
-        (-proto.pieces[id_].score, ids[left], ids[right], left, right)
+        (-proto.pieces[id_].score, -len(piece), ids[left], ids[right], left, right)
         for piece, id_ in ids.items()
         for left, right in splits(piece, ids)
     ]

@@ -6,6 +6,7 @@ broke it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +16,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from checkpoint.tokenizer import TokenizerFiles
 from checkpoint.vocabulary import VocabularyMap
 from core.errors import UserError
-from tokenizer_ext.base import FAST_FILE, SETTINGS_FILE, Base, read_json, read_tokenizer
+from tokenizer_ext.base import FAST_FILE, Base, read_tokenizer
 from tokenizer_ext.fast import Content, added_tokens_of, build, build_model, ids_of, merges_of
 from tokenizer_ext.samples import Samples
 from tokenizer_ext.sentencepiece_bpe import Proto
-from tokenizer_ext.write import TEMPLATE_FILE
 
 CONVERSATION = [
     {"role": "user", "content": "Hello! What is 2 + 2?"},
@@ -191,14 +192,13 @@ def special_tokens_stay(case: Case) -> Proof:
     texts = [*tokens, *(f"Hello{token}world" for token in tokens)]
     failures = _differences(texts, _encode(case.before, texts), _encode(case.after, texts))
     checked = len(texts)
-    for directory in (case.base.directory, case.chat):
-        template = _chat_template(directory) if directory else None
-        if directory and template:
-            text = _render(case.directory, template, directory)
+    for directory in filter(None, (case.base.directory, case.chat)):
+        files = TokenizerFiles.read(directory)
+        if files and files.chat_template:
+            text = _render(case.directory, files.chat_template, directory)
             content, _ = read_tokenizer(directory)
-            names = {id_: token for token, id_ in ids_of(content).items()}
             ids = ids_of(case.content)
-            expected = [ids.get(names[id_], -1) for id_ in _encode(build(content), [text])[0]]
+            expected = [ids.get(files.tokens[id_], -1) for id_ in _encode(build(content), [text])[0]]
             failures += _differences([text], [expected], _encode(case.after, [text]))
             checked += 1
     return Proof("special tokens and chat templates keep their ids", checked, failures)
@@ -208,7 +208,7 @@ def transformers_agrees(case: Case) -> Proof:
     """`AutoTokenizer` reads the directory as what `tokenizer.json` says, special tokens around the text included."""
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(case.directory)
+    loaded = AutoTokenizer.from_pretrained(case.directory, model_max_length=sys.maxsize)  # no warning about long texts
     texts = case.samples.everything[:: max(1, len(case.samples.everything) // 2000)]
     expected = [encoding.ids for encoding in case.after.encode_batch_fast(texts)]
     failures = _differences(texts, expected, loaded(texts)["input_ids"])
@@ -252,17 +252,6 @@ def _differences(texts: Iterable[str], expected: Iterable[list[int]], found: Ite
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _chat_template(directory: Path) -> str | None:
-    """The default chat template of a model, from either of the places where it may be."""
-    if (directory / TEMPLATE_FILE).is_file():
-        return (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-    path = directory / SETTINGS_FILE
-    template = read_json(path).get("chat_template") if path.is_file() else None
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
 
 
 def _render(tokenizer: Path, template: str, owner: Path) -> str:

@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from checkpoint.reader import read_json
 from core.artifact import write_json, write_text
-from tokenizer_ext.base import FAST_FILE, SETTINGS_FILE, Base, read_json
+from tokenizer_ext.base import FAST_FILE, ROLES, SETTINGS_FILE, Base
 from tokenizer_ext.fast import add_tokens, extend_model
 from tokenizer_ext.rows import Layout, map_rows
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
-ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 # What PreTrainedTokenizerFast must not read: tokenizer.json already says it, or it belongs to another class.
 DROPPED_SETTINGS = {
@@ -44,12 +44,6 @@ def extended_settings(base: Base) -> dict[str, Any]:
     loses one leading space. Cleaning up spaces, which 4.57 does unless told not to, would break the round trip.
     """
     kept = {name: value for name, value in base.settings.items() if name not in DROPPED_SETTINGS}
-    if base.proto is not None:
-        spec = base.proto.trainer_spec
-        roles = {"bos": (spec.bos_id, spec.bos_piece), "eos": (spec.eos_id, spec.eos_piece), "unk": (0, spec.unk_piece)}
-        for role, (id_, piece) in roles.items():
-            if id_ >= 0:
-                kept.setdefault(f"{role}_token", piece)
     return {"clean_up_tokenization_spaces": False, **kept, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 

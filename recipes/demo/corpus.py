@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata, resources
 from typing import TypeVar
 
+import regex
 import yaml
 
 from recipes.demo.intents import IntentSampler
@@ -31,6 +32,7 @@ _TOPICS = (  # the topics chatterbot-corpus has in all three languages
     "ai", "botprofile", "conversations", "emotion", "food", "gossip", "greetings", "history", "humor", "literature",
     "money", "movies", "politics", "psychology", "science", "sports", "trivia",
 )  # fmt: skip
+_CODE = regex.compile(r"[\n%{}<>`\"\\]")  # placeholders and markup
 _JUPYTER = {"zh_tw": "zh_TW", "ko": "ko_KR"}
 
 # How written text sets a conversation: before and after the first speaker's turn, before and after the second's. Text
@@ -39,16 +41,9 @@ _JUPYTER = {"zh_tw": "zh_TW", "ko": "ko_KR"}
 NOTATIONS = (
     ("", "\n", "", "\n"),
     ("- ", "\n", "- ", "\n"),
-    ("Q: ", "\n", "A: ", "\n"),
     ("“", "”\n", "“", "”\n"),
     ("> ", "\n", "", "\n"),
     ("[", "]\n", "", "\n"),
-    ("[", "] ", "", "\n"),
-    ("(", ") ", "", "\n"),
-    ("", " / ", "", "\n"),
-    ("", " => ", "", "\n"),
-    ("## ", " ##\n", "", "\n"),
-    ("{ ", " } ", "", "\n"),
 )
 
 T = TypeVar("T")
@@ -136,7 +131,7 @@ def _jupyter_messages(locale: str) -> Iterator[str]:
         if path.name.endswith(".json"):
             for source, translations in json.loads(path.read_text(encoding="utf-8")).items():
                 if source:  # the empty key holds the file's header
-                    yield from (text.strip() for text in translations if len(text) >= 8 and "\n" not in text)
+                    yield from (text.strip() for text in translations if len(text) >= 8 and not _CODE.search(text))
 
 
 def licences() -> str:

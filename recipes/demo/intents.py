@@ -43,6 +43,7 @@ INTENTS = (
     "HassUnpauseTimer",
     "HassVacuumCleanArea",
 )
+COMMON_WORDINGS = 3  # of the alternatives at each place; the templates list the common ones first
 _FILES = {"en": "en.json", "zh_tw": "zh-TW.json", "ko": "ko.json"}
 _LIST_TO_WORDS = {"shopping_list_item": "item", "todo_list_item": "item"}
 
@@ -116,7 +117,7 @@ class IntentSampler:
         if isinstance(node, TextChunk):
             return node.original_text
         if isinstance(node, Alternative):
-            return self._expand(self._rng.choice(node.items), slots, domain)
+            return self._expand(self._rng.choice(node.items[:COMMON_WORDINGS]), slots, domain)
         if isinstance(node, Group):
             return "".join(self._expand(item, slots, domain) for item in node.items)
         if isinstance(node, RuleReference):

@@ -8,7 +8,8 @@ from core.errors import UserError
 
 @pytest.fixture
 def directory(tmp_path):
-    added = [{"id": 2, "content": "<|end|>"}, {"id": 3, "content": "<s>"}, {"id": 4, "content": "<|unused|>"}]
+    tokens = {"<|end|>": 2, "<s>": 3, "<|unused|>": 4, "\n\n": 5}  # Gemma adds runs of newlines
+    added = [{"id": number, "content": token} for token, number in tokens.items()]
     content = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "added_tokens": added}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     return tmp_path
@@ -23,7 +24,7 @@ def configure(directory, **config):
 
 def test_ids_and_roles(directory):
     tokenizer = configure(directory, bos_token={"content": "<s>"}, eos_token="<|end|>", pad_token=None)
-    assert tokenizer.ids == {"a": 0, "b": 1, "<|end|>": 2, "<s>": 3, "<|unused|>": 4}
+    assert tokenizer.ids == {"a": 0, "b": 1, "<|end|>": 2, "<s>": 3, "<|unused|>": 4, "\n\n": 5}
     assert tokenizer.tokens[3] == "<s>"
     assert tokenizer.roles == {"bos_token": "<s>", "eos_token": "<|end|>"}
 
@@ -39,7 +40,7 @@ def test_the_template_comes_from_its_own_file_or_the_configuration(directory):
 
 def test_format_tokens_are_those_of_the_template_and_the_stop_ids(directory):
     assert configure(directory).format_tokens() == set()
-    assert configure(directory, chat_template="{{ m }}<|end|> a").format_tokens() == {"<|end|>"}
+    assert configure(directory, chat_template="{{ m }}<|end|>\n\n a").format_tokens() == {"<|end|>"}
     assert configure(directory, chat_template="{{ bos_token }}", bos_token="<s>").format_tokens() == {"<s>"}
     (directory / "generation_config.json").write_text('{"eos_token_id": [2, 99]}')
     assert configure(directory).format_tokens() == {"<|end|>"}

@@ -12,6 +12,7 @@ from evaluation.config import EvaluationConfig
 from evaluation.facets import judge
 from evaluation.generate import Reply
 from evaluation.intervals import mean, ratio
+from evaluation.models import shared_context
 from evaluation.prompts import Prompt, heldout_documents, read_prompts
 from evaluation.report import show_samples
 from evaluation.results import ModelResult, Sample
@@ -142,7 +143,12 @@ def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
     for models, template_from, settings, sentence in [
         ({"cpt": tmp_path / "none"}, base, {}, "model cpt: .*none holds no config.json"),
         ({"base": base}, base, {}, "has no chat template"),
-        ({"base": base}, base, {"context": 512}, "evaluation.context = 512 but model base has 256 positions"),
     ]:
         with pytest.raises(UserError, match=sentence):
             run(config.model_copy(update=settings), models, corpus, template_from, tmp_path, SilentTracker())
+
+
+def test_the_window_is_one_that_every_model_can_take(models_of_two_vocabularies, capsys):
+    assert shared_context(models_of_two_vocabularies, 128) == 128
+    assert shared_context(models_of_two_vocabularies, 512) == 256
+    assert "has 256 positions" in capsys.readouterr().err

@@ -177,7 +177,8 @@ def make_family(root: Path, tied: bool = False, files: int = 1) -> Family:
         save_weights(weights, root / model, files)
         write_config(root / model, len(weights["model.embed_tokens.weight"]), tied)
     write_tokenizer(root / "tokenizer", "cpt")
-    (root / "chat" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 35], "temperature": 0.6}))
+    generation = {"eos_token_id": [2, 35], "pad_token_id": 38, "do_sample": True, "temperature": 0.6}
+    (root / "chat" / "generation_config.json").write_text(json.dumps(generation))
     ids = {token: number for number, token in enumerate(pieces_of("cpt"))}
     vocabulary = VocabularyMap(
         BASE_ROWS, CPT_ROWS,

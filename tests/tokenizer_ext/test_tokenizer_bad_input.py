@@ -85,7 +85,7 @@ def test_a_damaged_model(damaged, tmp_path) -> None:
 
 def test_a_damaged_json(tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_base(tmp_path)
 
 
@@ -122,6 +122,12 @@ def test_files_of_two_different_tokenizers(sp_base, sp_model, tmp_path) -> None:
 def test_a_tokenizer_with_more_ids_than_rows(bl_base, tmp_path) -> None:
     with pytest.raises(UserError, match=r"'<\|im_end\|>' at ids beyond"):
         read_base(write_base(tmp_path, len(read_base(bl_base).ids) - 1, content=read_base(bl_base).content))
+
+
+def test_a_role_for_a_token_that_is_not_there(bl_base, tmp_path) -> None:
+    base = read_base(bl_base)
+    with pytest.raises(UserError, match=r"names the pad_token '<pad>', which the tokenizer does not have"):
+        read_base(write_base(tmp_path, base.rows, content=base.content, pad_token="<pad>"))
 
 
 def test_a_chat_model_of_another_base(sp_base, bl_base) -> None:

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from core.languages import find_language
 from tokenizer_ext import run
-from tokenizer_ext.base import read_base
+from tokenizer_ext.base import read_base, read_chat_tokens
 from tokenizer_ext.byte_level import LETTERS, ByteLevelBpe, begins_only
-from tokenizer_ext.fast import build, ids_of, merges_of
+from tokenizer_ext.fast import AddedToken, build, ids_of, merges_of
 from tokenizer_ext.scripts import Scripts
 from tokenizer_ext.sentencepiece_bpe import NORMAL, SentencePieceBpe, extend_proto, fast_content, read_proto
 from tokenizer_ext.verify import Case
@@ -79,12 +79,23 @@ def test_scores_of_new_pieces_are_distinct_and_below_all_old_merges(sp) -> None:
     assert proto.trainer_spec.vocab_size == len(proto.pieces) == sp.case.map.rows
 
 
-def test_new_merges_come_before_those_of_whitespace_runs_that_score_lowest(sp_model) -> None:
-    """LLaMA-2 has whitespace runs at -1e9. New scores lie above them, so new merges have to come first."""
+@pytest.fixture(scope="session")
+def proto_with_low_whitespace(sp_model):
+    """As in LLaMA-2, runs of `▁` have the score -1e9, far below all else; as in Mistral, some lengths are missing."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(sp_model)
     for piece in proto.pieces:
         if not piece.piece.strip("▁"):
             piece.score = -1e9
+    known = {piece.piece for piece in proto.pieces}
+    for length in (16, 2, 4, 8, 3, 6, 7, 5, 9, 12, 13, 14, 10):
+        if "▁" * length not in known:
+            proto.pieces.add(piece="▁" * length, score=-1e9, type=NORMAL)
+    return proto
+
+
+def test_new_merges_come_before_those_of_whitespace_runs(proto_with_low_whitespace) -> None:
+    """New scores lie above -1e9, so the new merges have to come before."""
+    proto = proto_with_low_whitespace
     content = fast_content(proto, "here")
     family = SentencePieceBpe(content, proto)
     merges = merges_of(content)
@@ -97,12 +108,33 @@ def test_new_merges_come_before_those_of_whitespace_runs_that_score_lowest(sp_mo
     assert -1e9 < extended.pieces[start].score < lowest
 
 
+def test_a_whitespace_run_with_an_ordinary_score_is_an_ordinary_merge(sp_model) -> None:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sp_model)
+    proto.pieces.add(piece="▁" * 3, score=-5000.0, type=NORMAL)
+    content = fast_content(proto, "here")
+    assert merges_of(content)[-1] == ("▁▁", "▁") or merges_of(content)[-1] == ("▁", "▁▁")
+    assert SentencePieceBpe(content, proto).settled() == len(merges_of(content))
+
+
+def test_pieces_of_equal_score_merge_as_in_sentencepiece(proto_with_low_whitespace) -> None:
+    fast = build(fast_content(proto_with_low_whitespace, "here"))
+    sentencepiece = SentencePieceProcessor(model_proto=proto_with_low_whitespace.SerializeToString())
+    texts = [f"{' ' * width}{word}" for width in range(120) for word in ("", "the", "中文")]
+    assert [fast.encode(text, add_special_tokens=False).ids for text in texts] == sentencepiece.encode(texts)
+
+
 def test_a_fast_tokenizer_made_from_the_model_alone_equals_it(sp_base) -> None:
     base = read_base(sp_base)
     sentencepiece = SentencePieceProcessor(model_file=str(sp_base / "tokenizer.model"))
     fast = build(base.content)
     for text in ["the water", " The  river", "中文的人 한", "\n\t x\n", "", "é🙂"]:
         assert fast.encode(text, add_special_tokens=False).ids == sentencepiece.encode(text)
+
+
+def test_the_model_alone_begins_a_text_as_llama_does(sp_model, sp_base, tmp_path) -> None:
+    alone = read_base(write_base(tmp_path, read_base(sp_base).rows, proto=sp_model))
+    assert build(alone.content).encode("the").tokens[0] == "<s>"
+    assert alone.settings == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
 
 
 def test_both_files_side_by_side_give_the_same_as_the_model_alone(sp, sp_base, sp_model, corpus, tmp_path) -> None:
@@ -113,6 +145,25 @@ def test_both_files_side_by_side_give_the_same_as_the_model_alone(sp, sp_base, s
     run(CONFIG, base, sp.chat, corpus, tmp_path / "out", RecordingTracker())
     for name in ("tokenizer.json", "tokenizer.model", "vocabulary_map.json"):
         assert (tmp_path / "out" / name).read_bytes() == (sp.out / name).read_bytes()
+
+
+def test_a_base_with_the_fast_file_only(sp, sp_base, corpus, tmp_path) -> None:
+    content = read_base(sp_base).content
+    base = write_base(tmp_path / "base", sp.case.map.base_rows, content=content, bos_token="<s>", eos_token="</s>")
+    (tmp_path / "out").mkdir()
+    run(CONFIG, base, sp.chat, corpus, tmp_path / "out", RecordingTracker())
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (sp.out / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_of_a_chat_model_without_the_fast_file(file, sp_base, sp_model, tmp_path) -> None:
+    base = read_base(sp_base)
+    chat = write_base(tmp_path, base.rows + 1, proto=sp_model)
+    described = {"added_tokens_decoder": {str(base.rows): {"content": "<pad>", "special": True}}}
+    listed = {"<pad>": base.rows} if file == "added_tokens.json" else described
+    (chat / file).write_text(json.dumps(listed))
+    assert read_chat_tokens(chat, base) == [AddedToken(base.rows, "<pad>")]
 
 
 def test_special_tokens_of_a_byte_level_base_stay_where_they_were(bl) -> None:
@@ -155,10 +206,15 @@ def test_a_byte_level_piece_is_whole_characters_or_the_beginning_of_one() -> Non
     assert not admits(spell("한 ".encode()))
 
 
-def test_ignore_merges_is_kept_but_not_relied_on(bl, corpus, tmp_path) -> None:
-    """LLaMA-3 looks a whole word up before it merges; every new piece is reached by merges all the same."""
+def test_a_tokenizer_like_llama_3(bl, corpus, tmp_path) -> None:
+    """It cuts by its own pattern, and looks a whole word up before it merges; every new piece is reached by merges."""
     content = byte_level_content()
     content["model"]["ignore_merges"] = True
+    content["normalizer"] = {"type": "NFC"}  # as Qwen's
+    pattern = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, to_bytes]}
     base = write_base(tmp_path / "base", bl.case.map.base_rows, content=content)
     (tmp_path / "out").mkdir()
     run(CONFIG, base, None, corpus, tmp_path / "out", RecordingTracker())

@@ -1,0 +1,51 @@
+import pytest
+from conftest import write_config
+
+from checkpoint.reader import Checkpoint
+from merge import MergeConfig, finish
+from merge.plan import plan
+
+
+def differences(family, **chat):
+    write_config(family.chat, 40, False, **chat)
+    models = {model: Checkpoint.open(family.root / model) for model in ("cpt", "base", "chat")}
+    return finish.config_differences(models)
+
+
+def test_both_ways_of_writing_rope_are_one(untied):
+    assert differences(untied) == []
+    new = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    assert differences(untied, rope_theta=None, **new) == []
+    scaled = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}}
+    assert "rope_scaling" in differences(untied, rope_theta=None, **scaled)[0]
+
+
+def test_every_difference_is_named(untied):
+    found = differences(untied, max_position_embeddings=4096, rms_norm_eps=1e-6)
+    assert len(found) == 2
+    assert "max_position_embeddings is 128 in cpt, 128 in base, 4096 in chat" in found
+
+
+@pytest.mark.parametrize(
+    ("base", "chat", "line"),
+    [("mit", "mit", "license: mit"), ("mit", "llama3", "license: other"), (None, None, "library_name")],
+)
+def test_licences_are_carried(untied, base, chat, line):
+    for model, licence in (("base", base), ("chat", chat)):
+        text = f"---\nlicense: {licence}\n---\n" if licence else "no front matter"
+        (untied.root / model / "README.md").write_text(text)
+    the_plan = plan(MergeConfig(), untied.cpt, untied.base, untied.chat, untied.tokenizer)
+    card = finish.model_card(the_plan, {"inputs": {}, "versions": {}}, {"rows": {}})
+    assert line in card
+
+
+def test_an_id_without_a_token_is_left_out(untied, capsys):
+    (untied.chat / "generation_config.json").write_text('{"eos_token_id": [2, 39]}')
+    the_plan = plan(MergeConfig(), untied.cpt, untied.base, untied.chat, untied.tokenizer)
+    assert finish.stop_ids(the_plan) == [2, 35]
+    assert "39, which has no token" in capsys.readouterr().err
+
+
+def test_a_text_config_is_resized_too():
+    config = {"vocab_size": 4, "text_config": {"vocab_size": 4, "a": 1}}
+    assert finish.resize_config(config, 8) == {"vocab_size": 8, "text_config": {"vocab_size": 8, "a": 1}}
