@@ -18,6 +18,7 @@ from pydantic import field_validator
 from core.config import Section, key
 from core.errors import UserError
 from core.languages import find_language
+from core.progress import say
 
 Split = Literal["train", "heldout"]
 HASH_RANGE = 1_000_000
@@ -124,6 +125,9 @@ def read_source(source: Source) -> Iterator[str]:
         )
         return
     for file in files:
+        if file.stat().st_size == 0:
+            say(f"text file {file} is empty")
+            continue
         kind = _format_of(file)
         if kind is None:
             raise UserError(f"{file}: the ending is none of {', '.join(_FORMATS)} (also compressed); convert it.")
@@ -136,7 +140,7 @@ def read_source(source: Source) -> Iterator[str]:
             cause = _root_cause(error)
             if isinstance(cause, UnicodeDecodeError):
                 raise UserError(f"{file} is not UTF-8 (byte {cause.start}: {cause.reason}); convert it.") from None
-            raise UserError(f"{file} cannot be read as {kind}: {cause}") from error
+            raise UserError(f"{file} cannot be read as {kind}: {str(cause) or type(cause).__name__}.") from error
 
 
 def _column(rows: Any, source: Source) -> Iterator[str]:

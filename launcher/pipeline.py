@@ -62,7 +62,10 @@ def run_stage(run: Run, stage: Stage, recipe_path: Path, overrides: list[str]) -
         if record is None or record.key != key:
             raise Interrupted(f"{stage.name} was stopped before its end; the same command continues it.")
         return
-    execute(run, stage, key, config, inputs)
+    try:
+        execute(run, stage, key, config, inputs)
+    except OSError as error:
+        raise _disk_error(error, stage.name, run.folder(stage.name)) from error
 
 
 def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
@@ -78,9 +81,6 @@ def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: di
     except Interrupted:
         tracker.finish()
         raise
-    except OSError as error:
-        tracker.finish(failed=True)
-        raise _disk_error(error, stage.name, folder) from error
     except BaseException:
         tracker.finish(failed=True)
         raise

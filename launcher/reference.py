@@ -95,7 +95,8 @@ def as_markdown(section: type[Section]) -> str:
     """The keys as Markdown, a table for each top-level section."""
     groups: dict[str, list[KeyInfo]] = {}
     for item in recipe_keys(section):
-        groups.setdefault(item.path.partition(".")[0].removesuffix("[]"), []).append(item)
+        name = item.path.partition(".")[0]
+        groups.setdefault(name if inner_sections(section.model_fields[name]) else "the run", []).append(item)
     parts = []
     for name, items in groups.items():
         rows = [f"| `{i.path}` | {i.type} | {i.default} | {i.unit} | {i.text.replace('|', '/')} |" for i in items]

@@ -90,7 +90,7 @@ def _read_rows(directory: Path) -> int:
 def _read_settings(directory: Path, content: Content, proto: Proto | None) -> dict[str, Any]:
     """`tokenizer_config.json`, with what `tokenizer.model` says where it is silent.
 
-    Where there is only the latter, a text begins with `<s>` unless told otherwise, as transformers' LlamaTokenizer does.
+    Where there is only the latter, a text begins with `<s>` unless told otherwise, as LlamaTokenizer has it.
     """
     path = directory / SETTINGS_FILE
     settings = role_tokens(proto) if proto is not None else {}

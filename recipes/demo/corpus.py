@@ -109,7 +109,8 @@ def chatterbot_conversations(language: str, longest_turn: int) -> Iterator[Conve
     """Small talk and questions by topic (chatterbot-corpus); those with too long a turn are left out."""
     folder = resources.files("chatterbot_corpus") / "data" / _CHATTERBOT[language]
     for topic in _TOPICS:
-        for turns in yaml.safe_load((folder / f"{topic}.yml").read_text(encoding="utf-8"))["conversations"]:
+        text = (folder / f"{topic}.yml").read_text(encoding="utf-8")
+        for turns in yaml.load(text, Loader=yaml.CSafeLoader)["conversations"]:
             lines = tuple(_nfc(" ".join(str(turn).split())) for turn in turns)
             if len(lines) >= 2 and all(0 < len(line) <= longest_turn for line in lines):
                 yield lines

@@ -72,7 +72,7 @@ class PairSettings:
     seed: int = 0
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    pretraining: TrainSettings = TrainSettings(learning_rate=3e-3, steps=300, rows=8, tokens=256)
+    pretraining: TrainSettings = TrainSettings(learning_rate=2e-3, steps=600, rows=8, tokens=128)
     # A low rate: the shorter the chat vector, the better it fits a model that has moved away from the base.
     chat_tuning: TrainSettings = TrainSettings(learning_rate=1e-4, steps=200, rows=32, tokens=128)
 

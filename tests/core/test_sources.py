@@ -82,3 +82,10 @@ def test_a_missing_file_and_a_missing_column_are_named(tmp_path: Path) -> None:
 def test_an_unknown_language_is_refused() -> None:
     with pytest.raises(ValueError, match="language 'zh-TW' is not known"):
         Source(path="x.txt", language="zh-TW")
+
+
+def test_an_empty_file_is_said_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").touch()
+    jsonl(tmp_path / "b.jsonl", ["x"])
+    assert list(read_source(Source(path=str(tmp_path), language="en"))) == ["x"]
+    assert "a.jsonl is empty" in capsys.readouterr().err

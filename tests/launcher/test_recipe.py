@@ -8,7 +8,7 @@ import yaml
 
 from core.errors import UserError
 from launcher.recipe import Recipe, load_recipe
-from launcher.reference import recipe_keys
+from launcher.reference import HEADER, as_markdown, recipe_keys
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,3 +91,8 @@ def test_every_key_has_a_meaning() -> None:
     keys = list(recipe_keys(Recipe))
     assert len(keys) > 60
     assert [item.path for item in keys if not item.text] == []
+
+
+def test_the_reference_is_up_to_date() -> None:
+    """docs/recipe.md is what `make docs` writes."""
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == HEADER + as_markdown(Recipe)
