@@ -239,7 +239,7 @@ def _check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
-            f"{directory} has {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f} GB; free some."
+            f"{directory} has {free / 1e6:,.1f} MB free, the checkpoint needs {needed / 1e6:,.1f} MB; free some."
         )
 
 

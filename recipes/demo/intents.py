@@ -44,6 +44,7 @@ INTENTS = (
     "HassVacuumCleanArea",
 )
 COMMON_WORDINGS = 3  # of the alternatives at each place; the templates list the common ones first
+ROUND_NUMBERS = (1, 2, 3, 5, 10, 15, 20, 30, 40, 50, 60, 80, 90, 100)  # what people say of minutes and per cent
 _FILES = {"en": "en.json", "zh_tw": "zh-TW.json", "ko": "ko.json"}
 _LIST_TO_WORDS = {"shopping_list_item": "item", "todo_list_item": "item"}
 
@@ -137,8 +138,9 @@ class IntentSampler:
         if "range" in spec:
             start, stop = spec["range"]["from"], spec["range"]["to"]
             if list_name == "temperature":
-                start, stop = 16, 30  # what people set at home; the full range is 0 to 100
-            return str(self._rng.randrange(start, stop + 1, spec["range"].get("step", 1)))
+                return str(self._rng.randint(16, 30))  # what people set at home; the full range is 0 to 100
+            numbers = [number for number in ROUND_NUMBERS if start <= number <= stop]
+            return str(self._rng.choice(numbers or range(start, stop + 1, spec["range"].get("step", 1))))
         if "values" in spec:
             value = self._rng.choice(spec["values"])
             return _tidy(self._expand(_parse(value["in"] if isinstance(value, dict) else value), {}, domain))
