@@ -16,6 +16,7 @@ from tokenizer_ext.verify import Case
 CURVE_POINTS = 12
 EXAMPLES = 3  # per language
 EXAMPLE_LENGTHS = range(8, 25)  # characters
+EXAMPLE_TOKENS = 12  # shown of one example; text that only bytes can spell has many
 
 
 @dataclass(frozen=True)
@@ -107,4 +108,5 @@ def split_examples(case: Case, language: str) -> list[Example]:
 
 def _split(base: Base, tokenizer: Tokenizer, text: str) -> str:
     tokens = tokenizer.encode(text, add_special_tokens=False).tokens
-    return "|".join(base.family.readable(token) for token in tokens)
+    shown = "|".join(base.family.readable(token) for token in tokens[:EXAMPLE_TOKENS])
+    return shown if len(tokens) <= EXAMPLE_TOKENS else f"{shown}|… ({len(tokens)} tokens)"
