@@ -12,7 +12,7 @@ from core.languages import find_language, script_pattern
 from core.sources import Corpus
 from tokenizer_ext.grow import documents
 
-HELDOUT_CHARACTERS = 1_000_000  # per language
+HELDOUT_CHARACTERS = 300_000  # per language
 MIXED_TEXTS = 5_000
 
 CODE = [

@@ -35,16 +35,22 @@ _TOPICS = (  # the topics chatterbot-corpus has in all three languages
 _CODE = regex.compile(r"[\n%{}<>`\"\\]")  # placeholders and markup
 _JUPYTER = {"zh_tw": "zh_TW", "ko": "ko_KR"}
 
-# How written text sets a conversation: before and after the first speaker's turn, before and after the second's. Text
-# in one notation only makes a model that understands no other, and a chat template is one more. None ends a document
-# after a reply: to stop there is what chat tuning teaches.
-NOTATIONS = (
+# How written text sets a conversation: before and after the first speaker's turn, before and after the second's. A
+# model that has met one notation only understands no other, and a chat template is one more; published base models have
+# met them all, forum quotes ([QUOTE] ... [/QUOTE]) among them. The template's own mark, [INST], is not among the tags.
+# None ends a document after a reply: to stop there is what chat tuning teaches.
+_PLAIN_NOTATIONS = (
     ("", "\n", "", "\n"),
     ("- ", "\n", "- ", "\n"),
     ("“", "”\n", "“", "”\n"),
     ("> ", "\n", "", "\n"),
     ("[", "]\n", "", "\n"),
 )
+_FORUM_TAGS = (
+    "B", "I", "U", "S", "QUOTE", "CODE", "SIZE", "COLOR", "LIST", "CENTER", "LEFT", "RIGHT", "INDENT", "SPOILER", "URL",
+    "HIGHLIGHT", "EMAIL", "IMG", "TABLE", "TD", "TR", "POST", "THREAD", "ATTACH", "FONT", "PHP", "HTML", "USER", "SUB",
+)  # fmt: skip
+_FORUM_NOTATIONS = tuple((f"[{tag}] ", f" [/{tag}]\n", "", "\n") for tag in _FORUM_TAGS)
 
 T = TypeVar("T")
 Conversation = tuple[str, ...]
@@ -165,7 +171,7 @@ def _set_conversations(
     scenes = [
         "\n".join(_set_conversation(turns, notation) for turns in scene)
         for scene in _chunks(conversations, settings.conversations_per_scene)
-        for notation in [rng.choice(NOTATIONS)]
+        for notation in [rng.choice(rng.choice((_PLAIN_NOTATIONS, _FORUM_NOTATIONS)))]
     ]
     for chosen in _chunks(scenes, settings.scenes_per_document):
         yield "\n".join(chosen)
