@@ -5,11 +5,13 @@ from __future__ import annotations
 from checkpoint.dtypes import widen
 from merge import kernel
 from merge.plan import MergePlan
+from merge.rules import kind_of
 from merge.statistics import Statistics, Sums, total
 
 SAMPLE = 1 << 16  # elements of each tensor, from its middle
 
 UNRELATED = 1.0  # |model - base| / |base|; about 1.4 for models that have nothing in common, below 0.3 for siblings
+BODY = ("attention", "mlp", "other")
 CONTAINED = 0.5  # times the vector; about 1 if CPT started from the chat model, about 0 if it started from base
 
 
@@ -31,10 +33,14 @@ def sample(plan: MergePlan) -> Statistics:
 
 
 def warnings(statistics: Statistics) -> list[str]:
-    """One sentence for each thing that is probably wrong with the choice of models."""
-    sums = total(statistics.values())
+    """One sentence for each thing that is probably wrong with the choice of models.
+
+    Only the matrices of the layers count: any training moves the vocabulary's rows and the norms in like ways, so these lie
+    along the vector even in a model that never saw it.
+    """
+    sums = total(sums for name, sums in statistics.items() if kind_of(name) in BODY)
     found = []
-    if sums.vector == 0:
+    if total(statistics.values()).vector == 0:
         found.append("chat equals base: there is no vector to add; check the two models.")
     if sums.vector_share > UNRELATED:
         found.append(f"|chat - base| is {sums.vector_share:.2f} of |base|: base is probably not chat's ancestor.")

@@ -227,6 +227,18 @@ def test_a_cpt_model_that_holds_the_vector_already_is_warned_about(untied, tmp_p
     assert any(name == "alert" for name, _ in tracker.calls)
 
 
+def test_a_cpt_model_whose_vocabulary_and_norms_moved_along_the_vector_is_not(untied, tmp_path, tracker):
+    weights = untied.weights
+    cpt = {name: values.clone() for name, values in weights["cpt"].items()}
+    for name in cpt:
+        if "layers" not in name or "norm" in name:
+            rows = len(weights["base"][name])
+            vector = weights["chat"][name][:rows].float() - weights["base"][name].float()
+            cpt[name][:rows] = (weights["base"][name].float() + 2 * vector).bfloat16()
+    save_weights(cpt, untied.cpt)
+    assert merge(untied, tmp_path / "out", tracker)["warnings"] == []
+
+
 def test_a_base_of_another_family_is_warned_about(untied, tmp_path, tracker):
     stranger = draw({name: tuple(v.shape) for name, v in untied.weights["base"].items()}, 0.2, 77)
     save_weights({name: values.bfloat16() for name, values in stranger.items()}, untied.base)
