@@ -7,27 +7,27 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 
 .PHONY: demo test test-all check docs clean
 
-demo: $(VENV)/demo.done  ## the whole method in miniature, on real text
+demo: $(VENV)/done  ## the whole method in miniature, on real text
 	$(BIN)/python -m recipes.demo.prepare --out runs/demo-inputs
 	$(BIN)/cpt-merge run recipes/demo.yaml
 
-test: $(VENV)/dev.done  ## the tests
+test: $(VENV)/done  ## the tests
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/dev.done $(VENV)/demo.done  ## the slow ones too
+test-all: $(VENV)/done  ## the slow ones too
 	$(BIN)/python -m pytest -m "not slurm"
 
-check: $(VENV)/dev.done  ## lint, format, types
+check: $(VENV)/done  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/dev.done  ## docs that are generated from the code
+docs: $(VENV)/done  ## docs that are generated from the code
 	$(BIN)/python -m launcher.reference > docs/recipe.md
 
-$(VENV)/%.done: pyproject.toml constraints.txt
+$(VENV)/done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable ".[$*]"
+	$(INSTALL) --editable ".[demo,dev]"
 	touch $@
 
 clean:

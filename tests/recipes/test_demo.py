@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -21,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from recipes.demo import pair, prepare
 from recipes.demo.corpus import (
     LANGUAGES,
-    NOTATIONS,
     CorpusSettings,
     LanguageCorpus,
     build_corpus,
@@ -73,13 +73,24 @@ def test_no_training_text_holds_a_held_out_prompt(corpus):
         shown = {turn for turns in text.conversations for turn in turns}
         for document in text.documents:
             for line in document.split("\n"):
-                shown.add(line)
-                shown.update(
-                    line.removeprefix(before).removesuffix(after.strip())
-                    for notation in NOTATIONS
-                    for before, after in [notation[:2], notation[2:]]
-                )
+                shown.update({line, bare(line)})
         assert not shown.intersection(text.prompts)
+
+
+def bare(line: str) -> str:
+    """A turn without what its notation puts around it."""
+    return re.sub(r"^(- |“|> |\[[A-Z]+\] |\[)|(”| \[/[A-Z]+\]|\])$", "", line)
+
+
+def test_bare_undoes_every_notation(corpus):
+    lines = {line for document in corpus["ko"].documents for line in document.split("\n")}
+    turns = {turn for turns in corpus["ko"].conversations for turn in turns}
+    marked = [line for line in lines if line not in turns]
+    assert len([line for line in marked if bare(line) in turns]) > 0.5 * len(turns)
+
+
+def test_no_text_holds_the_chat_template(corpus):
+    assert not any("INST]" in document for text in corpus.values() for document in text.documents)
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another():
