@@ -22,5 +22,5 @@ class EvaluationConfig(Section):
         1024, "window and stride of bits per byte; at most the positions of every model", unit="tokens", ge=2
     )
     batch_size: int = key(16, "prompts, or windows of text, that one process takes through the model at once", gt=0)
-    samples_shown: int = key(2, "prompts per language whose replies are printed", unit="prompts", ge=0)
+    samples_shown: int = key(2, "prompts per language whose replies are printed, evenly spread", unit="prompts", ge=0)
     seed: int = key(0, "seed of the bootstrap intervals and of sampling")

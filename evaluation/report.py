@@ -152,11 +152,11 @@ def _cell(figure: str, estimate: Estimate) -> Text:
 
 
 def show_samples(results: Sequence[ModelResult], shown: int) -> None:
-    """The first prompts of each language with every model's reply."""
+    """Prompts of each language, evenly spread over the file, with every model's reply."""
     samples = results[0].samples if results else []
     for language in dict.fromkeys(sample.prompt.language for sample in samples):
-        places = [place for place, sample in enumerate(samples) if sample.prompt.language == language][:shown]
-        for place in places:
+        places = [place for place, sample in enumerate(samples) if sample.prompt.language == language]
+        for place in (places[number * len(places) // shown] for number in range(min(shown, len(places)))):
             grid = Table.grid(padding=(0, 2))
             grid.add_column(style="bold", no_wrap=True)
             grid.add_column(overflow="fold")

@@ -35,8 +35,8 @@ def sample(plan: MergePlan) -> Statistics:
 def warnings(statistics: Statistics) -> list[str]:
     """One sentence for each thing that is probably wrong with the choice of models.
 
-    Only the matrices of the layers count: any training moves the vocabulary's rows and the norms in like ways, so these lie
-    along the vector even in a model that never saw it.
+    Only the matrices of the layers count: any training moves the vocabulary's rows and the norms in like ways, so these
+    lie along the vector even in a model that never saw it.
     """
     sums = total(sums for name, sums in statistics.items() if kind_of(name) in BODY)
     found = []
