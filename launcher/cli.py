@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as stop:
         _print_once(str(stop))
         # torchrun takes any other code for a crash of the group
-        return INTERRUPTED if find_world().launcher == "alone" else 0
+        return 0 if find_world().launcher == "torchrun" else INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     return 0
