@@ -128,7 +128,7 @@ def test_an_output_in_use_is_refused(tmp_path):
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path):
     huge = Layout.by_size([TensorSpec("weight", "F32", (2**50,))])
-    with pytest.raises(UserError, match="GB free"):
+    with pytest.raises(UserError, match="MB free"):
         CheckpointWriter(tmp_path / "out", huge).prepare()
 
 

@@ -2,11 +2,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import BASE_ROWS, CHAT_ROWS, CPT_ROWS, NEW, pieces_of, write_tokenizer
 
 from checkpoint.tokenizer import TokenizerFiles
 from core.errors import UserError
 from merge.align import Role, RowCounts, Vocabularies, align_by_position, align_rows
+from tests.merge.conftest import BASE_ROWS, CHAT_ROWS, CPT_ROWS, NEW, pieces_of, write_tokenizer
 
 ROWS = RowCounts(CPT_ROWS, BASE_ROWS, CHAT_ROWS)
 

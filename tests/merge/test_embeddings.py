@@ -4,9 +4,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import BASE_ROWS, CPT_ROWS, NEW, make_family, save_weights
 from safetensors.torch import load_file
-from test_merge_run import load
 
 from checkpoint.reader import Checkpoint
 from checkpoint.vocabulary import NewPiece, VocabularyMap
@@ -14,6 +12,8 @@ from core.errors import UserError
 from merge import EmbeddingsConfig
 from merge.embeddings import run
 from merge.initialisers import INITIALISERS, OldRows
+from tests.merge.conftest import BASE_ROWS, CPT_ROWS, NEW, make_family, save_weights
+from tests.merge.test_merge_run import load
 
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 

@@ -1,9 +1,9 @@
 import pytest
-from conftest import write_config
 
 from checkpoint.reader import Checkpoint
 from merge import MergeConfig, finish
 from merge.plan import plan
+from tests.merge.conftest import write_config
 
 
 def differences(family, **chat):

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPT_ROWS, RecordingTracker, make_family
 from safetensors.torch import load_file
-from test_merge_run import digest, load, merge
 
 from checkpoint.reader import Checkpoint
 from core.errors import UserError
@@ -18,6 +16,8 @@ from merge import EmbeddingsConfig, MergeConfig
 from merge.embeddings import run as resize
 from merge.hook import LocalShard, Ranks, export_shards, merge_shards
 from tests.distributed import run_ranks
+from tests.merge.conftest import CPT_ROWS, RecordingTracker, make_family
+from tests.merge.test_merge_run import digest, load, merge
 
 
 def masters(family, seed=None):

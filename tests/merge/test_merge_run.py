@@ -9,7 +9,6 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import CPT_ROWS, NEW, draw, make_family, pieces_of, save_weights, write_config
 from safetensors.torch import load_file
 
 from checkpoint.reader import Checkpoint
@@ -19,6 +18,7 @@ from merge import MergeConfig, engine, slices
 from merge.config import RuleConfig
 from merge.plan import describe, plan
 from merge.run import run
+from tests.merge.conftest import CPT_ROWS, NEW, draw, make_family, pieces_of, save_weights, write_config
 
 EOT, IM_START = pieces_of("cpt").index("<|eot|>"), pieces_of("cpt").index("<|im_start|>")
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from small_tokenizers import (
+
+from core.sources import Corpus
+from tests.tokenizer_ext.small_tokenizers import (
     CHAT_TEMPLATE,
     CONFIG,
     RecordingTracker,
@@ -17,8 +19,6 @@ from small_tokenizers import (
     write_base,
     write_corpus,
 )
-
-from core.sources import Corpus
 from tokenizer_ext import run
 from tokenizer_ext.base import read_base
 from tokenizer_ext.fast import AddedToken, add_tokens

@@ -3,11 +3,17 @@
 import json
 
 import pytest
-from small_tokenizers import CONFIG, RecordingTracker, byte_level_content, train_sentencepiece, write_base
 
 from core.config import parse_section
 from core.errors import UserError
 from core.sources import Corpus, Source
+from tests.tokenizer_ext.small_tokenizers import (
+    CONFIG,
+    RecordingTracker,
+    byte_level_content,
+    train_sentencepiece,
+    write_base,
+)
 from tokenizer_ext import TokenizerConfig, run
 from tokenizer_ext.base import read_base, read_chat_tokens
 from tokenizer_ext.grow import documents

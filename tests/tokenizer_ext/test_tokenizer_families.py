@@ -8,10 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from small_tokenizers import CHINESE, CONFIG, KOREAN, RecordingTracker, byte_level_content, write_base
 from tokenizers import Tokenizer
 
 from core.languages import find_language
+from tests.tokenizer_ext.small_tokenizers import (
+    CHINESE,
+    CONFIG,
+    KOREAN,
+    RecordingTracker,
+    byte_level_content,
+    write_base,
+)
 from tokenizer_ext import run
 from tokenizer_ext.base import read_base, read_chat_tokens
 from tokenizer_ext.byte_level import LETTERS, ByteLevelBpe, begins_only

@@ -7,9 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from small_tokenizers import ENGLISH
 
 from core.errors import UserError
+from tests.tokenizer_ext.small_tokenizers import ENGLISH
 from tokenizer_ext import verify
 from tokenizer_ext.fast import AddedToken, add_tokens
 from tokenizer_ext.verify import Case, prove, require

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from small_tokenizers import CONFIG, RecordingTracker, write_base
 
 from checkpoint.vocabulary import VocabularyMap
+from tests.tokenizer_ext.small_tokenizers import CONFIG, RecordingTracker, write_base
 from tokenizer_ext import run
 
 
