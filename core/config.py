@@ -16,7 +16,7 @@ S = TypeVar("S", bound="Section")
 class Section(BaseModel):
     """A section of the recipe: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def key(default: Any, doc: str, *, unit: str | None = None, **constraints: Any) -> Any:
@@ -52,7 +52,7 @@ def _sentence(section: type[Section], error: ValidationError) -> str:
         return f"unknown key `{path}`{_nearest(section, first['loc'])}{more}."
     if first["type"] == "missing":
         return f"`{path}` is missing; set it{more}."
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
     return f"`{path}` = {first['input']!r}: {message}{more}." if path else f"{message}{more}."
 
 

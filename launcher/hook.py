@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 from core.artifact import StageRecord, stage_key, write_record
 from core.progress import say
@@ -25,20 +26,20 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
     plan(run.recipe.merge, run.resized, run.base, run.chat, run.tokenizer)
 
     def merge(shards: list[LocalShard], parallel: Parallel) -> None:
-        from launcher.pipeline import open_tracker, prepare_folder
+        from launcher.pipeline import open_tracker, replacing
 
         stage, started, main = find_stage("merge"), time.time(), parallel.world.is_main
         config = dict(stage.config(run.recipe))
         inputs = {"cpt": f"stage:{training_key}", "tokenizer": run.finished("tokenizer"), **run.pair_inputs()}
         key = stage_key(stage.name, config, inputs)
-        if main:
-            prepare_folder(run.folder("merge"), stage, key)
         say("── merge (post-training hook) ──")
-        tracker = open_tracker(run, stage.name, key, config, inputs)
-        ranks = Ranks(parallel.world.rank, parallel.barrier)
-        results = merge_shards(
-            shards, run.recipe.merge, run.resized, run.base, run.chat, run.tokenizer, run.merged, tracker, ranks
-        )
+        with replacing(run.folder("merge"), stage, key) if main else nullcontext():
+            parallel.barrier()
+            tracker = open_tracker(run, stage.name, key, config, inputs)
+            ranks = Ranks(parallel.world.rank, parallel.barrier)
+            results = merge_shards(
+                shards, run.recipe.merge, run.resized, run.base, run.chat, run.tokenizer, run.merged, tracker, ranks
+            )
         if main:
             record = StageRecord(stage.name, key, config, inputs, results=results, tracking=tracker.record())
             record = write_record(run.folder("merge"), record, started)

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import itertools
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from core.artifact import STAGE_FILE, StageRecord, read_record, stage_key, write_json, write_record
 from core.errors import Interrupted, UserError
 from core.progress import say
 from core.world import find_world
 from launcher.recipe import Recipe
-from launcher.stages import COMMANDS, STAGES, Run, Stage
-from launcher.start import local_processes, start_processes
+from launcher.stages import COMMANDS, STAGES, Run, Stage, identify
+from launcher.start import accelerate_config, local_processes, start_processes
 from merge.plan import open_fitting
 from tracking import Tracker, start_tracker
 
 BEGUN_FILE = "begun.json"
+LOCK_VARIABLE = "CPT_MERGE_LOCK"  # set for the processes that a locked run starts
+_held: list[IO[str]] = []  # locks last as long as their files are open
 
 
 def run_pipeline(recipe: Recipe, recipe_path: Path, overrides: list[str]) -> None:
@@ -39,8 +47,13 @@ def check_before(recipe: Recipe) -> None:
     prompts = recipe.evaluation.prompts
     if prompts and not Path(prompts).is_file():
         raise UserError(f"evaluation.prompts = {prompts} does not exist; correct it or leave it out.")
-    if recipe.launch.processes:
-        local_processes(recipe)
+    processes = local_processes(recipe) if recipe.launch.processes else 1
+    if recipe.training.batch_rows % processes:
+        raise UserError(
+            f"training.batch_rows = {recipe.training.batch_rows} does not divide over {processes} processes "
+            "(launch.processes); set a multiple."
+        )
+    accelerate_config(recipe)
 
 
 def run_stage(run: Run, stage: Stage, recipe_path: Path, overrides: list[str]) -> None:
@@ -48,11 +61,13 @@ def run_stage(run: Run, stage: Stage, recipe_path: Path, overrides: list[str]) -
 
     Raises `Interrupted` if it was asked to stop before its end.
     """
-    config = dict(stage.config(run.recipe))
-    inputs = stage.inputs(run)
-    key = stage_key(stage.name, config, inputs)
+    try:
+        hold_lock(run)
+    except OSError as error:
+        raise _file_error(error, stage.name, run.recipe.directory) from error
+    key, config, inputs = identify(run, stage)
     record = read_record(run.folder(stage.name))
-    if record and record.key == key:
+    if record and record.key == key and stage.artifact(run).exists():
         say(f"{stage.name}: finished already ({record.finished}); skipped")
         return
     processes = local_processes(run.recipe) if stage.distributed else 1
@@ -65,25 +80,24 @@ def run_stage(run: Run, stage: Stage, recipe_path: Path, overrides: list[str]) -
     try:
         execute(run, stage, key, config, inputs)
     except OSError as error:
-        raise _disk_error(error, stage.name, run.folder(stage.name)) from error
+        raise _file_error(error, stage.name, run.folder(stage.name)) from error
 
 
 def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
     """Run a stage in this process (and its siblings, which do the same) and mark it as finished."""
     folder, main = run.folder(stage.name), find_world().is_main
-    if main:
-        prepare_folder(folder, stage, key)
     say(f"── {stage.name} ──")
     started = time.time()
-    tracker = open_tracker(run, stage.name, key, config, inputs)
-    try:
-        results = stage.run(run, key, tracker)
-    except Interrupted:
-        tracker.finish()
-        raise
-    except BaseException:
-        tracker.finish(failed=True)
-        raise
+    with replacing(folder, stage, key) if main else nullcontext():
+        tracker = open_tracker(run, stage.name, key, config, inputs)
+        try:
+            results = stage.run(run, key, tracker)
+        except Interrupted:
+            tracker.finish()
+            raise
+        except BaseException:
+            tracker.finish(failed=True)
+            raise
     if main:
         record = StageRecord(stage.name, key, config, inputs, results=results, tracking=tracker.record())
         record = write_record(folder, record, started)
@@ -91,23 +105,44 @@ def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: di
     tracker.finish()
 
 
-def prepare_folder(folder: Path, stage: Stage, key: str) -> None:
-    """Make the folder ready: keep what a cut-short stage left if it can continue, otherwise begin afresh.
+@contextmanager
+def replacing(folder: Path, stage: Stage, key: str) -> Iterator[None]:
+    """A folder for the stage's new result. What was there before comes back if the stage fails.
 
-    A resumable stage's folder holds days of work, so one made with other settings is moved aside, never removed.
+    A resumable stage's folder is kept while its key is the same, so that it continues; it holds days of work, so one
+    made with other settings is moved aside for good, never removed.
     """
+    if stage.resumable:
+        _keep_or_move_aside(folder, stage, key)
+        (folder / STAGE_FILE).unlink(missing_ok=True)
+        yield
+        return
+    before = folder.with_name(folder.name + ".before")
+    if before.exists():  # of an attempt that was killed: the result before it is the one to keep
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        os.replace(folder, before)
+    try:
+        folder.mkdir(parents=True)
+        write_json(folder / BEGUN_FILE, {"key": key})
+        yield
+    except BaseException:
+        if (before / STAGE_FILE).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(before, folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _keep_or_move_aside(folder: Path, stage: Stage, key: str) -> None:
     begun = folder / BEGUN_FILE
-    (folder / STAGE_FILE).unlink(missing_ok=True)
-    if stage.resumable and begun.is_file():
-        if key in begun.read_text():
-            return
-        aside = next(
-            path for n in range(1, 10_000) if not (path := folder.with_name(f"{folder.name}.old-{n}")).exists()
-        )
+    if begun.is_file() and key in begun.read_text():
+        return
+    if folder.exists():
+        names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
         os.replace(folder, aside)
         say(f"{stage.name}: settings or inputs changed; what there was is now {aside}")
-    elif folder.exists():
-        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     write_json(begun, {"key": key})
 
@@ -141,11 +176,34 @@ def group_name(recipe: Recipe) -> str:
     return f"{recipe.name}-{stage_key('group', {'directory': str(recipe.directory.resolve())}, {})[:6]}"
 
 
-def _disk_error(error: OSError, stage: str, folder: Path) -> Exception:
-    if error.errno not in (28, 122):  # no space left, quota exceeded
-        return error
+def _file_error(error: OSError, stage: str, folder: Path) -> UserError:
     kept = [other.name for other in STAGES if read_record(folder.parent / other.name)]
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = "no space left" if full else (error.strerror or str(error) or type(error).__name__)
     return UserError(
-        f"{stage}: no space left while writing to {error.filename or folder}; free some and run the same command again "
+        f"{stage}: {reason}: {error.filename or folder}; mend that and run the same command again "
         f"(finished and kept: {', '.join(kept) or 'nothing yet'})."
     )
+
+
+def hold_lock(run: Run) -> None:
+    """Keep others out of the run's folder until this process ends. Raises `UserError` if another one is in it.
+
+    The processes that this one starts are let in by the environment.
+    """
+    if LOCK_VARIABLE in os.environ or not find_world().is_main:
+        return
+    run.recipe.directory.mkdir(parents=True, exist_ok=True)
+    path = run.recipe.directory / ".lock"
+    lock = open(path, "a+")  # noqa: SIM115 - held until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        raise UserError(f"{path.parent} is in use by {holder}; wait for it, or give this run another name.") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    _held.append(lock)
+    os.environ[LOCK_VARIABLE] = str(path)

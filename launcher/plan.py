@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoint.reader import Checkpoint
-from core.artifact import read_record
 from core.errors import UserError
 from core.models import hub_errors, is_local, model_directory
 from core.sources import source_files
 from launcher.recipe import Recipe
-from launcher.stages import STAGES, Run
+from launcher.stages import STAGES, Run, is_finished
+from launcher.start import local_processes
 from training.config import TrainingConfig
 
 GB = 1e9
@@ -118,7 +118,7 @@ def show_plan(recipe: Recipe) -> None:
     run, config = Run(recipe), recipe.training
     base = read_shape(recipe)
     shape = base.resized(extended_rows(recipe, base))
-    processes = recipe.launch.processes or 1
+    processes = local_processes(recipe)
     memory = estimate_memory(shape, config, processes)
     micro = -(-config.batch_rows // (processes * config.micro_batch_rows))
     parts = ", ".join(f"{name} {value / GB:,.2f}" for name, value in vars(memory).items())
@@ -149,8 +149,8 @@ def _disk(shape: ModelShape, config: TrainingConfig) -> str:
 def _print_stages(console: Console, run: Run) -> None:
     words = []
     for stage in STAGES:
-        record = read_record(run.folder(stage.name))
-        words.append(f"{stage.name} [green]done[/]" if record else f"{stage.name} [yellow]to do[/]")
+        done = is_finished(run, stage)
+        words.append(f"{stage.name} [green]done[/]" if done else f"{stage.name} [yellow]to do[/]")
     console.print("stages: " + ", ".join(words))
 
 

@@ -29,8 +29,8 @@ class LaunchConfig(Section):
     """How training and evaluation are started on one machine. On Slurm, srun decides instead."""
 
     processes: int | None = key(None, "processes on this machine; all its GPUs (or 1 without) if not set", gt=0)
-    accelerate_config: str = key(
-        "recipes/accelerate/fsdp2.yaml", "accelerate's configuration file: it decides the backend"
+    accelerate_config: str | None = key(
+        None, "accelerate's configuration file, which decides the backend; recipes/accelerate/fsdp2.yaml if not set"
     )
 
 

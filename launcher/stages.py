@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from core.artifact import fingerprint, read_record
+from core.artifact import fingerprint, read_record, stage_key
 from core.errors import UserError
 from core.models import model_directory
 from core.sources import source_files
@@ -90,6 +90,7 @@ class Stage:
     config: Callable[[Recipe], Mapping[str, Any]]
     inputs: Callable[[Run], dict[str, str]]
     run: Callable[[Run, str, Tracker], dict[str, Any]]  # (run, stage key, tracker)
+    artifact: Callable[[Run], Path]  # what it leaves; a stage whose artifact is gone is not finished
     distributed: bool = False  # runs in all processes
     resumable: bool = False  # its folder is kept when it is cut short
 
@@ -148,24 +149,28 @@ STAGES = [
         lambda r: {"tokenizer": r.tokenizer.model_dump(), "corpus": r.corpus.model_dump()},
         lambda run: {**run.pair_inputs(), **run.corpus_inputs()},
         _tokenizer,
+        lambda run: run.tokenizer / "vocabulary_map.json",
     ),
     Stage(
         "embeddings",
         lambda r: r.embeddings.model_dump(),
         lambda run: {"base": fingerprint(run.base), "tokenizer": run.finished("tokenizer")},
         _embeddings,
+        lambda run: run.resized / "config.json",
     ),
     Stage(
         "data",
         lambda r: {"data": r.data.model_dump(), "corpus": r.corpus.model_dump()},
         lambda run: {"tokenizer": run.finished("tokenizer"), **run.corpus_inputs()},
         _data,
+        lambda run: run.store / "store.json",
     ),
     Stage(
         "training",
         lambda r: r.training.model_dump(exclude={"post_train_merge"}),
         lambda run: {"model": run.finished("embeddings"), "data": run.finished("data")},
         _training,
+        lambda run: run.cpt / "config.json",
         distributed=True,
         resumable=True,
     ),
@@ -174,6 +179,7 @@ STAGES = [
         lambda r: r.merge.model_dump(),
         lambda run: {"cpt": run.finished("training"), "tokenizer": run.finished("tokenizer"), **run.pair_inputs()},
         _merge,
+        lambda run: run.merged / "config.json",
     ),
     Stage(
         "evaluation",
@@ -183,6 +189,7 @@ STAGES = [
             **run.pair_inputs(), **_prompts(run.recipe), **run.corpus_inputs(),
         },
         _evaluation,
+        lambda run: run.folder("evaluation") / "results.json",
         distributed=True,
     ),
 ]  # fmt: skip
@@ -196,3 +203,21 @@ COMMANDS = {
 def find_stage(name: str) -> Stage:
     """A stage by its name or by its command."""
     return next(stage for stage in STAGES if name in (stage.name, COMMANDS[stage.name]))
+
+
+def identify(run: Run, stage: Stage) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """(key, configuration, inputs) of a stage. Raises `UserError` if a stage that it needs is not finished."""
+    config, inputs = dict(stage.config(run.recipe)), stage.inputs(run)
+    return stage_key(stage.name, config, inputs), config, inputs
+
+
+def is_finished(run: Run, stage: Stage) -> bool:
+    """Whether the stage's result is there and is that of the recipe as it stands, with all before it finished alike."""
+    needed = [other for other in STAGES[: STAGES.index(stage)] if read_record(run.folder(other.name)) is not None]
+    try:
+        key, _, _ = identify(run, stage)
+    except UserError:
+        return False
+    record = read_record(run.folder(stage.name))
+    here = record is not None and record.key == key and stage.artifact(run).exists()
+    return here and all(is_finished(run, other) for other in needed)

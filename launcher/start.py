@@ -10,6 +10,8 @@ from core.errors import UserError
 from core.progress import say
 from launcher.recipe import Recipe, read_yaml
 
+FSDP2_CONFIG = Path(__file__).parents[1] / "recipes" / "accelerate" / "fsdp2.yaml"
+
 
 def local_processes(recipe: Recipe) -> int:
     """How many processes a distributed stage gets on this machine. Raises `UserError` for more than fit."""
@@ -23,14 +25,24 @@ def local_processes(recipe: Recipe) -> int:
     return wanted
 
 
+def accelerate_config(recipe: Recipe) -> Path:
+    """The accelerate configuration file. Raises `UserError` if it is not there, or is none."""
+    name = recipe.launch.accelerate_config
+    path = Path(name).expanduser() if name else FSDP2_CONFIG
+    if not path.is_file():
+        raise UserError(f"launch.accelerate_config = {path} does not exist; leave it out, or write one.")
+    if "distributed_type" not in read_yaml(path):
+        raise UserError(f"launch.accelerate_config = {path} has no distributed_type; see {FSDP2_CONFIG}.")
+    return path
+
+
 def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: list[str], processes: int) -> None:
     """`accelerate launch --config_file ... -m MODULE RECIPE`, and wait. Raises `UserError` with the failing rank."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    config_file = Path(recipe.launch.accelerate_config)
-    read_yaml(config_file)
+    config_file = accelerate_config(recipe)
     module = {"train": "training", "evaluate": "evaluation"}[command]
     arguments = ["--config_file", str(config_file), "--num_processes", str(processes), "-m", module, str(recipe_path)]
     say(f"accelerate launch {' '.join([*arguments, *overrides])}")

@@ -94,7 +94,10 @@ class Checkpoints:
         newest = self.newest()
         if newest is None:
             return None
-        state = TrainState(**json.loads((newest / STATE_FILE).read_text()))
+        try:
+            state = TrainState(**json.loads((newest / STATE_FILE).read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{newest / STATE_FILE} cannot be read ({error}); remove {newest}.") from None
         if state.key != key:
             raise UserError(
                 f"{newest} is of another configuration; remove {self.directory} or give the run a new name."

@@ -60,12 +60,24 @@ class Trainer:
                 if state.step % config.evaluate_every == 0 or state.step == config.steps:
                     self._validate(state)
                     throughput.restart()
-                if state.step % config.checkpoint_every == 0:
+                if state.step % config.checkpoint_every == 0 and not state.skipped:
                     self.checkpoints.save(self.module, self.optimizer, state)
                     throughput.restart()
                 meter.advance(1)
+        self._check_finite(state)
         self.checkpoints.save(self.module, self.optimizer, state)
         return state
+
+    def _check_finite(self, state: TrainState) -> None:
+        """Raises `UserError` if the weights are not finite: neither a checkpoint nor a model is made of them."""
+        local = (parameter.to_local() for parameter in self.module.parameters() if isinstance(parameter, DTensor))
+        if self.parallel.any(not all(bool(tensor.isfinite().all()) for tensor in local)) or state.skipped:
+            self.tracker.alert("training diverged", f"the weights are not finite after step {state.step}")
+            newest = self.checkpoints.newest()
+            raise UserError(
+                f"training diverged before step {state.step} (weights or gradients are not finite); the last good "
+                f"checkpoint is {newest or 'none'}; lower training.optimizer.learning_rate or look at the data."
+            )
 
     def step(self, step: int) -> StepResult:
         """One optimizer step over `batch_rows` rows of the run, this process taking its share of them."""

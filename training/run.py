@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from checkpoint.reader import Checkpoint
 from core.errors import Interrupted, UserError
 from core.progress import say, timed
 from merge.hook import LocalShard, Ranks, export_shards
@@ -69,7 +70,7 @@ def train(
     config: TrainingConfig, inputs: TrainingInputs, out: Path, tracker: Tracker, parallel: Parallel
 ) -> tuple[CausalLM, TrainState]:
     """Build, load or resume, and train to the end of the budget."""
-    _check_fit(config, parallel)
+    _check_fit(config, inputs.model, parallel)
     store = Store.open(inputs.store)
     store.check_tokenizer(inputs.tokenizer)
     rows = TrainingRows(store, config.sequence_length, config.seed)
@@ -89,7 +90,12 @@ def train(
     return module, state
 
 
-def _check_fit(config: TrainingConfig, parallel: Parallel) -> None:
+def _check_fit(config: TrainingConfig, model: Path, parallel: Parallel) -> None:
+    positions = Checkpoint.open(model).config.get("max_position_embeddings", config.sequence_length)
+    if config.sequence_length > positions:
+        raise UserError(
+            f"training.sequence_length = {config.sequence_length} but the model has {positions} positions; lower it."
+        )
     if config.batch_rows % parallel.world.size:
         raise UserError(
             f"training.batch_rows = {config.batch_rows} does not divide over {parallel.world.size} processes; "

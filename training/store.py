@@ -29,6 +29,7 @@ from core.progress import Meter
 from core.sources import Corpus, Source, Split
 
 STORE_FILE = "store.json"
+MAKE_AGAIN = "remove the stage's folder (runs/NAME/data) and run `cpt-merge data RECIPE` again."
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
@@ -91,11 +92,15 @@ class Documents:
 
     def __init__(self, folder: Path, dtype: str) -> None:
         path = folder / "tokens.bin"
-        self.starts = cast("npt.NDArray[np.int64]", np.load(folder / "starts.npy", mmap_mode="r"))
-        self.bytes = cast("npt.NDArray[np.int64]", np.load(folder / "bytes.npy", mmap_mode="r"))
+        try:
+            self.starts = cast("npt.NDArray[np.int64]", np.load(folder / "starts.npy", mmap_mode="r"))
+            self.bytes = cast("npt.NDArray[np.int64]", np.load(folder / "bytes.npy", mmap_mode="r"))
+            size = path.stat().st_size
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"the token store in {folder} is damaged ({error}); {MAKE_AGAIN}") from None
         expected = int(self.starts[-1]) * np.dtype(dtype).itemsize
-        if path.stat().st_size != expected:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, not {expected}; run `cpt-merge data` again.")
+        if size != expected:
+            raise UserError(f"{path} has {size} bytes, not {expected}; {MAKE_AGAIN}")
         empty = expected == 0
         self.tokens: npt.NDArray[Any] = np.zeros(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
 
@@ -116,14 +121,12 @@ class Store:
         path = directory / STORE_FILE
         if not path.is_file():
             raise UserError(f"{path} does not exist; run `cpt-merge data RECIPE` first.")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        sources = [
-            SourceInfo(
-                **{**source, "train": SplitCounts(**source["train"]), "heldout": SplitCounts(**source["heldout"])}
-            )
-            for source in values.pop("sources")
-        ]
-        return Store(directory, StoreInfo(**values, sources=sources))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            sources = [_source_info(source) for source in values.pop("sources")]
+            return Store(directory, StoreInfo(**values, sources=sources))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({error}); {MAKE_AGAIN}") from None
 
     def documents(self, source: SourceInfo, split: Split) -> Documents:
         """The documents of one split of a source."""
@@ -136,6 +139,11 @@ class Store:
                 f"the token store {self.directory} was made with another tokenizer than {tokenizer}; "
                 "run `cpt-merge data RECIPE` again."
             )
+
+
+def _source_info(values: dict[str, Any]) -> SourceInfo:
+    splits: dict[str, Any] = {split: SplitCounts(**values[split]) for split in SPLITS}
+    return SourceInfo(**(values | splits))
 
 
 def write_store(corpus: Corpus, tokenizer_directory: Path, out: Path, batch_documents: int) -> StoreInfo:

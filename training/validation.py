@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from core.progress import say
 from training.config import TrainingConfig
 from training.model import CausalLM
 from training.packing import PackedDocuments, stack
@@ -35,6 +36,8 @@ def heldout_rows(store: Store, config: TrainingConfig) -> list[HeldoutRows]:
         packed = PackedDocuments(store.documents(source, "heldout"), config.sequence_length)
         already = sum(rows for _, rows in found.get(source.language, []))
         rows = min(packed.rows, config.evaluate_rows - already)
+        if packed.rows == 0:
+            say(f"{source.name}: the held-out text fills no row of {config.sequence_length}; raise corpus.heldout")
         if rows > 0:
             found.setdefault(source.language, []).append((packed, rows))
     return [HeldoutRows(language, sources) for language, sources in found.items()]

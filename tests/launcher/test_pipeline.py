@@ -1,5 +1,6 @@
 """The whole pipeline by the command line, in real processes, on a tiny pair."""
 
+import fcntl
 import json
 import shutil
 import signal
@@ -98,11 +99,63 @@ def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, recipe_path
     assert len(saved) == 1
 
 
+def test_a_stage_that_fails_leaves_the_result_before_it(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(finished, run)
+    before = (run / "merge" / "stage.json").read_bytes()
+    (run / "training" / "cpt" / "model.safetensors").write_bytes(b"damaged")
+    done = cpt_merge("merge", recipe_path, f"runs={tmp_path / 'runs'}", "merge.ratio=0.5")
+    assert done.returncode == 2, done.stderr
+    assert (run / "merge" / "stage.json").read_bytes() == before
+    assert (run / "merge" / "chat" / "model.safetensors").is_file()
+
+
+def test_a_stage_whose_artifact_is_gone_runs_again(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "merge" / "chat")
+    done = cpt_merge("merge", recipe_path, f"runs={tmp_path / 'runs'}")
+    assert done.returncode == 0, done.stderr
+    assert (run / "merge" / "chat" / "model.safetensors").is_file()
+
+
+def test_training_that_diverges_makes_no_model(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("training", "merge"))
+    huge = ["training.optimizer.learning_rate=1e30", "training.optimizer.clip=1e30", "training.checkpoint_every=100"]
+    done = cpt_merge("train", recipe_path, f"runs={tmp_path / 'runs'}", *huge, "launch.processes=1")
+    assert done.returncode == 2, done.stderr
+    assert "diverged" in done.stderr or "non-finite" in done.stderr
+    assert not (run / "training" / "cpt").exists()
+    assert not (run / "training" / "stage.json").exists()
+
+
+def test_a_run_that_is_in_use_is_left_alone(finished: Path, recipe_path: Path) -> None:
+    with open(finished / ".lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write("process 1 on a node")
+        lock.flush()
+        done = cpt_merge("run", recipe_path)
+    assert done.returncode == 2
+    assert "is in use by process 1 on a node" in done.stderr
+
+
+def test_plan_says_what_a_changed_setting_makes_to_do(finished: Path, recipe_path: Path) -> None:
+    planned = cpt_merge("plan", recipe_path, "merge.ratio=0.5").stdout
+    words = " ".join(planned.split())
+    assert "training done" in words
+    assert "merge to do, evaluation to do" in words
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["models.base=/nowhere"], "model /nowhere does not exist"),
         (["launch.processes=1000"], "launch.processes = 1000 but this machine has"),
+        (["training.batch_rows=7"], "training.batch_rows = 7 does not divide over 2 processes"),
+        (["launch.accelerate_config=/nowhere.yaml"], "launch.accelerate_config = /nowhere.yaml does not exist"),
+        (["merge.ratio=.nan"], "`merge.ratio`"),
         (["training.token=1"], "nearest known key is `training.tokens`"),
         (["corpus.sources.0.path=/nowhere.jsonl"], "text source /nowhere.jsonl does not exist"),
     ],
@@ -110,8 +163,6 @@ def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, recipe_path
 def test_bad_input_is_one_sentence_and_exit_code_2(
     recipe_path: Path, tmp_path: Path, arguments: list[str], sentence: str
 ) -> None:
-    if "processes" in arguments[0]:
-        pytest.importorskip("torch")
     done = cpt_merge("run", recipe_path, f"runs={tmp_path}", *arguments)
     assert done.returncode == 2, done.stderr
     assert sentence in done.stderr
