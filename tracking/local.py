@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from core.artifact import write_json, write_text
+from core.errors import UserError
 
 STEP = "train/step"  # the x axis of everything that is logged with a step
 Cell = str | int | float | bool | None
@@ -142,7 +143,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _parse(path, path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -150,4 +151,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     # a line without its end was cut off by a kill
     whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.split("\n") if line]
+    return [_parse(path, line) for line in whole.split("\n") if line]
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"the log {path} is damaged ({error}); mend or remove the file.") from None
+    return values

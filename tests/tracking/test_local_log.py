@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from core.errors import UserError
 from tracking import TrackingConfig, read_log, start_tracker
 
 LOCAL = TrackingConfig(carrier="none")
@@ -88,3 +89,9 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     tracker.finish()
     assert tracker.record() == {}
     assert not (tmp_path / "log").exists()
+
+
+def test_a_damaged_log_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"train/loss": 1.0}\n{"train/lo\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        read_log(tmp_path)
