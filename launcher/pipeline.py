@@ -118,9 +118,10 @@ def replacing(folder: Path, stage: Stage, key: str) -> Iterator[None]:
         yield
         return
     before = folder.with_name(folder.name + ".before")
-    if before.exists():  # of an attempt that was killed: the result before it is the one to keep
-        shutil.rmtree(folder, ignore_errors=True)
+    if before.exists() and not (folder / STAGE_FILE).is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed: what was before it is to be kept
     elif folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
         os.replace(folder, before)
     try:
         folder.mkdir(parents=True)
@@ -163,12 +164,14 @@ def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs:
 
 def origin() -> dict[str, str]:
     """Where a result comes from: code, command, Slurm job."""
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ).stdout.strip()
     slurm = {name.lower(): os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if name in os.environ}
-    return {"commit": found.stdout.strip() or "not in git", "command": shlex.join(sys.argv), **slurm}
+    return {"commit": commit or "not known", "command": shlex.join(sys.argv), **slurm}
 
 
 def group_name(recipe: Recipe) -> str:
