@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import regex
 
@@ -34,18 +35,50 @@ LANGUAGES = {
         Language("en", "English", ("Latin",)),
     )
 }
+SCRIPTS_OF_CODE = {  # ISO 15924 codes of more than one Unicode script, or of one that is known here by its name
+    "Hani": ("Han",), "Hans": ("Han",), "Hant": ("Han",), "Jpan": ("Han", "Hiragana", "Katakana"),
+    "Hang": ("Hangul",), "Kore": ("Hangul",), "Hira": ("Hiragana",), "Kana": ("Katakana",), "Latn": ("Latin",),
+    "Laoo": ("Lao",), "Khmr": ("Khmer",), "Mymr": ("Myanmar",), "Tibt": ("Tibetan",),
+}  # fmt: skip
+_TAG_WITH_SCRIPT = regex.compile("[a-z]{2,3}[_-]([A-Z][a-z]{3})")
 
 
 def find_language(tag: str) -> Language:
-    """The language of a tag. Raises `UserError` for a tag that is not known."""
-    if tag not in LANGUAGES:
-        raise UserError(f"language {tag!r} is not known; the known ones are {', '.join(LANGUAGES)}.")
-    return LANGUAGES[tag]
+    """The language of a tag: a known one, or any code with the script it is written in (`th_Thai`, `hin_Deva`).
+
+    The script is an ISO 15924 code, as in FLORES and BCP 47. Raises `UserError` for a tag that is neither.
+    """
+    if tag in LANGUAGES:
+        return LANGUAGES[tag]
+    found = _TAG_WITH_SCRIPT.fullmatch(tag)
+    scripts = SCRIPTS_OF_CODE.get(found[1], (found[1],)) if found else ()
+    if not all(map(_is_script, scripts)) or not scripts:
+        raise UserError(
+            f"language {tag!r} is not known; the known ones are {', '.join(LANGUAGES)}, and any other language's code "
+            "with its script's, such as th_Thai."
+        )
+    return Language(tag, tag, scripts)
 
 
+def _is_script(name: str) -> bool:
+    try:
+        regex.compile(rf"\p{{Script={name}}}")
+    except regex.error:
+        return False
+    return True
+
+
+@cache
 def script_pattern(scripts: tuple[str, ...]) -> regex.Pattern[str]:
-    """A pattern for one character of any of the Unicode scripts."""
-    return regex.compile("[" + "".join(rf"\p{{Script={script}}}" for script in scripts) + "]")
+    """A pattern for one character of any of the Unicode scripts.
+
+    To a script belong the letters and marks that it shares with few others (Script_Extensions: `ー` of the two Kana,
+    Arabic's vowel signs), but not the modifiers and accents of all Europe, nor any punctuation.
+    """
+    shared = r"[[\p{Script_Extensions=%s}&&[\p{L}\p{M}]]--[\u02B0-\u036F]]"
+    return regex.compile(
+        "[" + "".join(rf"\p{{Script={script}}}{shared % script}" for script in scripts) + "]", regex.V1
+    )
 
 
 def script_share(text: str, scripts: tuple[str, ...]) -> float:

@@ -33,7 +33,9 @@ class Source(Section):
     """One source of text in one language."""
 
     path: str = key(..., "a file, a directory, a glob, or a dataset's hub id")
-    language: str = key(..., "language tag: zh_tw, zh_cn, zh_hk, ko, ja, en")
+    language: str = key(
+        ..., "language tag: zh_tw, zh_cn, zh_hk, ko, ja, en, or any code with its script's, such as th_Thai"
+    )
     field: str = key("text", "the column that holds a document's text")
     subset: str | None = key(None, "configuration name of a hub dataset")
     split: str = key("train", "split of a hub dataset")

@@ -60,9 +60,30 @@ def _stage(name: str, recipe: Path, overrides: list[str] | None) -> None:
 
 
 @app.command(cls=RecipeCommand)
-def tokenizer(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Extend the base's tokenizer with pieces of the new languages."""
-    _stage("tokenizer", recipe, overrides)
+def tokenizer(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")] = None,
+    overrides: Overrides = None,
+    check: Annotated[Path | None, typer.Option(metavar="DIR", help="prove an extended tokenizer instead")] = None,
+    against: Annotated[Path | None, typer.Option(metavar="BASE", help="--check: the base's directory")] = None,
+    chat: Annotated[Path | None, typer.Option(metavar="DIR", help="--check: the chat model's directory")] = None,
+    text: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="--check: text to read as well")] = None,
+    language: Annotated[list[str] | None, typer.Option(metavar="TAG", help="--check: what it was extended for")] = None,
+) -> None:
+    """Extend the base's tokenizer with pieces of the new languages, or check one that is there.
+
+    With --check, the exit code is 1 if the tokenizer breaks a law.
+    """
+    if check is None and recipe is not None:
+        if against or chat or text or language:
+            raise UserError("--against, --chat, --text and --language belong to --check DIR; leave them out.")
+        _stage("tokenizer", recipe, overrides)
+        return
+    if check is None or against is None or recipe is not None:
+        raise UserError("give a RECIPE, or `--check DIR --against BASE` without one.")
+    from tokenizer_ext.check import check as check_tokenizer
+
+    checked = check_tokenizer(check, against, chat, text or [], language or [])
+    raise typer.Exit(0 if checked.whole else 1)
 
 
 @app.command(cls=RecipeCommand)

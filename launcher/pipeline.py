@@ -40,13 +40,16 @@ def run_pipeline(recipe: Recipe, recipe_path: Path, overrides: list[str]) -> Non
 
 
 def check_before(recipe: Recipe) -> None:
-    """Raises `UserError` for a pair that does not fit, text or prompts that are not there, too many processes."""
+    """Raises `UserError` for a pair that does not fit, missing text, lists or prompts, too many processes."""
     run = Run(recipe)
     open_fitting({"base": run.base, "chat": run.chat})
     run.corpus_inputs()
     prompts = recipe.evaluation.prompts
     if prompts and not Path(prompts).is_file():
         raise UserError(f"evaluation.prompts = {prompts} does not exist; correct it or leave it out.")
+    for language, path in recipe.tokenizer.pieces_from.items():
+        if not path.is_file():
+            raise UserError(f"tokenizer.pieces_from.{language} = {path} does not exist; correct it or leave it out.")
     processes = local_processes(recipe) if recipe.launch.processes else 1
     if recipe.training.batch_rows % processes:
         raise UserError(

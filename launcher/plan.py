@@ -18,6 +18,7 @@ from core.sources import source_files
 from launcher.recipe import Recipe
 from launcher.stages import STAGES, Run, is_finished
 from launcher.start import local_processes
+from tokenizer_ext.given import count_entries
 from training.config import TrainingConfig
 
 GB = 1e9
@@ -108,9 +109,14 @@ def _read_from_hub(name: str) -> tuple[dict[str, Any], int]:
 
 
 def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
-    """Rows after the extension: at most this many, since a piece that two languages share is added once."""
-    multiple = recipe.tokenizer.pad_to_multiple
-    return -(-(shape.vocabulary + sum(recipe.tokenizer.new_pieces.values())) // multiple) * multiple
+    """Rows after the extension: at most this many, since a piece that two languages share is added once.
+
+    Lists without a size count with their entries; the steps towards those are found when they are read.
+    """
+    config = recipe.tokenizer
+    lists = [path for language, path in config.pieces_from.items() if language not in config.new_pieces]
+    pieces = sum(config.new_pieces.values()) + sum(map(count_entries, lists))
+    return -(-(shape.vocabulary + pieces) // config.pad_to_multiple) * config.pad_to_multiple
 
 
 def show_plan(recipe: Recipe) -> None:

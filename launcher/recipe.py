@@ -59,10 +59,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _new_languages_have_text(self) -> Recipe:
-        missing = set(self.tokenizer.new_pieces) - set(self.corpus.languages())
+        missing = set(self.tokenizer.languages()) - set(self.corpus.languages())
         if missing:
             raise ValueError(
-                f"tokenizer.new_pieces names {', '.join(sorted(missing))} but corpus.sources has no such text"
+                f"`tokenizer` is to extend by {', '.join(sorted(missing))} but corpus.sources has no such text"
             )
         return self
 

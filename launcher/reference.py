@@ -73,9 +73,9 @@ def _type_name(annotation: Any) -> str:
         return _type_name(arguments[0])
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(
-        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
-    )
+    name = getattr(annotation, "__name__", str(annotation))
+    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Path": "path"}
+    return names.get(name, name)
 
 
 def as_text(section: type[Section]) -> str:

@@ -139,6 +139,10 @@ def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     return run_stage(run.recipe.evaluation, models, run.recipe.corpus, run.chat, out, tracker)
 
 
+def _lists(recipe: Recipe) -> dict[str, str]:
+    return {f"list {path}": fingerprint(path) for path in recipe.tokenizer.pieces_from.values()}
+
+
 def _prompts(recipe: Recipe) -> dict[str, str]:
     return {"prompts": fingerprint(recipe.evaluation.prompts)} if recipe.evaluation.prompts else {}
 
@@ -147,7 +151,7 @@ STAGES = [
     Stage(
         "tokenizer",
         lambda r: {"tokenizer": r.tokenizer.model_dump(), "corpus": r.corpus.model_dump()},
-        lambda run: {**run.pair_inputs(), **run.corpus_inputs()},
+        lambda run: {**run.pair_inputs(), **run.corpus_inputs(), **_lists(run.recipe)},
         _tokenizer,
         lambda run: run.tokenizer / "vocabulary_map.json",
     ),

@@ -46,12 +46,20 @@ class Base:
         return ids_of(self.content)
 
 
-def read_base(directory: Path) -> Base:
-    """Read a base. Raises `UserError` for one that cannot be extended, or whose files contradict each other."""
+def read_base(directory: Path, rows: int | None = None) -> Base:
+    """Read a base, with the rows of its config.json if they are not given.
+
+    Raises `UserError` for one that cannot be extended, or whose files contradict each other.
+    """
     content, proto = read_tokenizer(directory)
+    contradictions = disagreements(content, proto)
+    if contradictions:
+        raise UserError(
+            f"{directory}: {MODEL_FILE} and {FAST_FILE} disagree on {contradictions[0]}; remove the wrong one."
+        )
     settings = _read_settings(directory, content, proto)
     content = {**content, "post_processor": _post_processor(content, settings)}
-    rows = _read_rows(directory)
+    rows = _read_rows(directory) if rows is None else rows
     beyond = [token for token, id_ in ids_of(content).items() if id_ >= rows]
     if beyond:
         raise UserError(
@@ -108,7 +116,7 @@ def _read_settings(directory: Path, content: Content, proto: Proto | None) -> di
 def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
     """The content of `tokenizer.json`, made from `tokenizer.model` where there is only that, and the latter parsed.
 
-    Raises `UserError` where both are missing, one is damaged or no BPE, or they contradict each other.
+    Raises `UserError` where both are missing, or one is damaged or no BPE.
     """
     fast, model = directory / FAST_FILE, directory / MODEL_FILE
     if not fast.is_file() and not model.is_file():
@@ -121,8 +129,6 @@ def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
     kind = parts.get("type", "BPE" if "merges" in parts else "unknown")  # older files leave the type out
     if kind != "BPE":
         raise UserError(f"{fast} is a {kind} tokenizer; only BPE can be extended, so choose a base with one.")
-    if proto is not None:
-        _check_agreement(directory, content, proto)
     return content, proto
 
 
@@ -138,19 +144,23 @@ def _with_added_tokens(content: Content, directory: Path) -> Content:
     return {**content, "added_tokens": [*content["added_tokens"], *new]}
 
 
-def _check_agreement(directory: Path, content: Content, proto: Proto) -> None:
-    """The two files have the same pieces at the same ids, and merge them in the order of their scores."""
-    wrong = f"{directory}: {MODEL_FILE} and {FAST_FILE} disagree"
+def disagreements(content: Content, proto: Proto | None) -> list[str]:
+    """Where `tokenizer.json` has other ids or merges than `tokenizer.model`, or not in the order of its scores."""
+    if proto is None:
+        return []
     ids = ids_of(content)
-    for id_, piece in enumerate(proto.pieces):
-        if ids.get(piece.piece) != id_:
-            raise UserError(f"{wrong} on {piece.piece!r} (id {id_} and {ids.get(piece.piece)}); remove the wrong one.")
+    moved = [
+        f"{piece.piece!r} (id {id_} and {ids.get(piece.piece)})"
+        for id_, piece in enumerate(proto.pieces)
+        if ids.get(piece.piece) != id_
+    ]
+    if moved:
+        return moved
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     products = [left + right for left, right in merges_of(content) if left + right in scores]
     missing = {left + right for left, right in merges_by_score(proto)} - set(products)
     early = [after for before, after in pairwise(products) if scores[before] < scores[after]]
-    if missing or early:
-        raise UserError(f"{wrong} on the merges of {[*sorted(missing), *early][0]!r}; remove the wrong one.")
+    return [f"the merges of {piece!r}" for piece in [*sorted(missing), *early]]
 
 
 def _family(directory: Path, content: Content, proto: Proto | None) -> Family:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
+
+from tokenizer_ext.family import Splitter
 from tokenizer_ext.fast import Content, build, merges_of
 from tokenizer_ext.scripts import Scripts
+from tokenizer_ext.words import Words
 
 
 def byte_letters() -> dict[int, str]:
@@ -30,6 +36,24 @@ def to_bytes(piece: str) -> bytes:
     return bytes(map(BYTES.__getitem__, piece))
 
 
+@dataclass(frozen=True)
+class PreTokens:
+    """The pre-tokens of a text that hold a character of the scripts, in the byte alphabet."""
+
+    normalizer: Normalizer | None
+    pre_tokenizer: PreTokenizer
+    scripts: Scripts
+
+    def __call__(self, text: str) -> list[str]:
+        """All of one document."""
+        letters = self.scripts.letter
+        if not letters.search(text):
+            return []
+        normal = self.normalizer.normalize_str(text) if self.normalizer else text
+        pre_tokens = self.pre_tokenizer.pre_tokenize_str(normal)
+        return [word for word, (start, end) in pre_tokens if letters.search(normal, start, end)]
+
+
 class ByteLevelBpe:
     """A base whose pre-tokenizer maps bytes to letters."""
 
@@ -39,16 +63,9 @@ class ByteLevelBpe:
         self._content = content
         self._tokenizer = build(content)
 
-    def words(self, text: str, scripts: Scripts) -> Iterator[str]:
+    def splitter(self, scripts: Scripts) -> Splitter:
         """The tokenizer's own pre-tokens that hold a character of the script."""
-        letters = scripts.letter
-        if not letters.search(text):
-            return
-        normalizer = self._tokenizer.normalizer
-        normal = normalizer.normalize_str(text) if normalizer else text
-        for word, (start, end) in self._tokenizer.pre_tokenizer.pre_tokenize_str(normal):
-            if letters.search(normal, start, end):
-                yield word
+        return PreTokens(self._tokenizer.normalizer, self._tokenizer.pre_tokenizer, scripts)
 
     def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
         """Whole characters of the script, or the beginning of one; never the end of one before another.
@@ -67,15 +84,25 @@ class ByteLevelBpe:
 
         return admitted
 
-    def needed_characters(
-        self, words: Mapping[str, int], coverage: float, vocabulary: Collection[str]
-    ) -> dict[str, int]:
+    def needed_characters(self, words: Words, coverage: float, vocabulary: Collection[str]) -> dict[str, int]:
         """None: bytes spell every character."""
         return {}
+
+    def spells(self, piece: str) -> bool:
+        """Always: every piece is made of bytes."""
+        return True
 
     def settled(self) -> int:
         """All of the base's merges."""
         return len(merges_of(self._content))
+
+    def written(self, text: str) -> str:
+        """A letter for each byte."""
+        return "".join(map(LETTERS.__getitem__, text.encode()))
+
+    def spelt(self, piece: str) -> bytes:
+        """A byte for each letter; the UTF-8 of a special token."""
+        return bytes(BYTES[letter] for letter in piece) if set(piece) <= BYTES.keys() else piece.encode()
 
     def readable(self, piece: str) -> str:
         """The text of the bytes; special tokens as they are."""

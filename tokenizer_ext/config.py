@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import field_validator
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import field_validator, model_validator
 
 from core.config import Section, key
 from core.errors import UserError
@@ -13,10 +16,14 @@ class TokenizerConfig(Section):
     """Learn new pieces from the text and extend the base's tokenizer with them."""
 
     new_pieces: dict[str, int] = key(
-        ..., "language -> how many pieces to add for it; learnt in this order, a piece is added once", min_length=1
+        {}, "language -> how many pieces to add for it; learnt in this order, a piece is added once"
     )
+    pieces_from: dict[str, Path] = key(
+        {}, "language -> a word list (one a line) or a SentencePiece model; its entries come first, and where "
+        "`new_pieces` says no more, nothing is learnt",
+    )  # fmt: skip
     min_frequency: int = key(5, "how often two neighbours must meet in the text to become a piece", ge=1)
-    max_piece_length: int = key(8, "longest new piece", unit="characters", ge=1)
+    max_piece_length: int = key(8, "longest new piece that is learnt", unit="characters", ge=1, le=50)
     character_coverage: float = key(
         0.9998, "share of the text's characters that get a piece of their own (SentencePiece bases)", gt=0, le=1
     )
@@ -25,14 +32,35 @@ class TokenizerConfig(Section):
         100_000_000, "text that is counted for each language, from its start", unit="characters", gt=0
     )
 
+    def languages(self) -> list[str]:
+        """The languages that get pieces, in the order in which they are made."""
+        return list(dict.fromkeys([*self.new_pieces, *self.pieces_from]))
+
     @field_validator("new_pieces")
     @classmethod
-    def _known(cls, sizes: dict[str, int]) -> dict[str, int]:
+    def _sizes(cls, sizes: dict[str, int]) -> dict[str, int]:
+        _check_known(sizes)
         for tag, size in sizes.items():
-            try:
-                find_language(tag)
-            except UserError as error:
-                raise ValueError(str(error)) from None
             if size < 1:
                 raise ValueError(f"{tag} asks for {size} pieces; ask for at least 1, or leave the language out")
         return sizes
+
+    @field_validator("pieces_from")
+    @classmethod
+    def _lists(cls, lists: dict[str, Path]) -> dict[str, Path]:
+        _check_known(lists)
+        return lists
+
+    @model_validator(mode="after")
+    def _some_language(self) -> TokenizerConfig:
+        if not self.languages():
+            raise ValueError("no language gets new pieces; set `new_pieces`, such as {ko: 8000}, or `pieces_from`")
+        return self
+
+
+def _check_known(tags: Iterable[str]) -> None:
+    for tag in tags:
+        try:
+            find_language(tag)
+        except UserError as error:
+            raise ValueError(str(error)) from None

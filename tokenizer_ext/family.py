@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
 from tokenizer_ext.fast import Content
 from tokenizer_ext.scripts import Scripts
+from tokenizer_ext.words import Words
+
+Splitter = Callable[[str], list[str]]  # a document's words, in the alphabet of the vocabulary; can be sent to a process
 
 
 class Family(Protocol):
@@ -15,19 +18,26 @@ class Family(Protocol):
 
     name: str
 
-    def words(self, text: str, scripts: Scripts) -> Iterator[str]:
-        """The parts of a document that pieces are learnt from."""
+    def splitter(self, scripts: Scripts) -> Splitter:
+        """Finds the parts of a document that pieces are learnt from."""
 
     def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
         """Whether a string, spelt by two neighbours within a word, may be a piece of up to `max_length` characters."""
 
-    def needed_characters(
-        self, words: Mapping[str, int], coverage: float, vocabulary: Collection[str]
-    ) -> dict[str, int]:
+    def needed_characters(self, words: Words, coverage: float, vocabulary: Collection[str]) -> dict[str, int]:
         """The characters that must become pieces before pairs are counted, and how often each occurs."""
+
+    def spells(self, piece: str) -> bool:
+        """Whether a piece stands for itself within a word, and not for one byte of a character that is no piece."""
 
     def settled(self) -> int:
         """How many of the base's merges come before those of new pieces."""
+
+    def written(self, text: str) -> str:
+        """Text in the alphabet of the vocabulary."""
+
+    def spelt(self, piece: str) -> bytes:
+        """The bytes that a piece stands for."""
 
     def readable(self, piece: str) -> str:
         """A piece as text; bytes that are no whole character as `<E4><B8>`."""

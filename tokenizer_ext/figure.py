@@ -25,11 +25,12 @@ def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path:
     bars.margins(y=0.2)
     bars.legend(frameon=False, loc="upper right", ncols=2)
     for one in usefulness:
-        curves.plot(*zip(*one.curve, strict=True), marker="o", markersize=3, label=one.language)
+        sizes, gained = [size for size, _ in one.curve], [value for _, value in one.curve]
+        curves.plot(sizes, gained, marker="o", markersize=3, label=one.language)
     curves.set_ylim(bottom=0)
     curves.set_xlabel("new pieces")
-    curves.set_ylabel("tokens per letter")
-    curves.set_title("Text that was learnt from")
+    curves.set_ylabel("tokens per character")
+    curves.set_title("What each further piece brings")
     curves.legend(frameon=False)
     for axes in (bars, curves):
         axes.spines[["top", "right"]].set_visible(False)

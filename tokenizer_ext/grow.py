@@ -1,20 +1,32 @@
-"""The new pieces of one language: count its words, characters first, then continued byte-pair encoding."""
+"""The new pieces of one language: characters first, then a given list, then what is learnt from the text."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from tokenizers.pre_tokenizers import Split
 
 from core.errors import UserError
 from core.languages import find_language
-from core.progress import Meter, say, timed
-from core.sources import Corpus, Split
+from core.progress import say, timed
+from core.sources import Corpus
+from core.sources import Split as Half
 from tokenizer_ext.base import Base
 from tokenizer_ext.config import TokenizerConfig
-from tokenizer_ext.fast import Content, build_model, extend_model, merges_of
-from tokenizer_ext.learn import BREAK, ContinuedBpe
+from tokenizer_ext.count import count_words
+from tokenizer_ext.fast import Content, Merge, build_model, extend_model, merges_of
+from tokenizer_ext.given import Replayed, read_given, replay
+from tokenizer_ext.learn import ContinuedBpe, Growth, Vocabulary
 from tokenizer_ext.scripts import Scripts
+from tokenizer_ext.symbols import BREAK, WordArrays
+from tokenizer_ext.words import SEPARATOR, Words
+
+BLOCKS_AT_ONCE = 32  # of words that are split
+Pieces = dict[str, Merge | None]  # piece -> the two that it is merged from, None for a single character
 
 
 @dataclass(frozen=True)
@@ -22,24 +34,24 @@ class Learned:
     """What one language adds."""
 
     language: str
-    pieces: list[str]  # the first merged first; the single characters that coverage asks for lead
-    characters: int  # how many of them those are
-    letters: int  # characters of the language's scripts in the text that was counted
-    tokens_before: int  # of the counted words
-    saved: list[int]  # tokens of the counted words that each piece saves
-    used: int  # pieces that the counted words are still spelt with in the end
+    pieces: Pieces  # the first merged first
+    characters: int  # single characters for coverage; they lead
+    given: int  # pieces from a list and steps towards them; they come next
+    pruned: int  # pieces that were learnt and dropped again
+    usage: Counter[str]  # token -> how often the counted words are spelt with it in the end
 
 
 def learn_languages(base: Base, corpus: Corpus, config: TokenizerConfig) -> list[Learned]:
     """Learn every language in turn, each upon what the ones before it have added."""
+    lists = {tag: read_given(path, Scripts(find_language(tag))) for tag, path in config.pieces_from.items()}
     learned: list[Learned] = []
-    for language, size in config.new_pieces.items():
-        pieces = [piece for earlier in learned for piece in earlier.pieces]
-        learned.append(_learn_language(base, pieces, corpus, language, size, config))
+    for language in config.languages():
+        earlier = [piece for one in learned for piece in one.pieces]
+        learned.append(_learn_language(base, earlier, corpus, language, lists.get(language, []), config))
     return learned
 
 
-def documents(corpus: Corpus, language: str, split: Split, max_characters: int) -> Iterator[str]:
+def documents(corpus: Corpus, language: str, split: Half, max_characters: int) -> Iterator[str]:
     """Documents in one language, from the start of each source in turn, until `max_characters` have been given.
 
     Raises `UserError` for a document that is no Unicode text.
@@ -60,18 +72,6 @@ def documents(corpus: Corpus, language: str, split: Split, max_characters: int) 
                 return
 
 
-def count_words(base: Base, scripts: Scripts, texts: Iterable[str]) -> tuple[Counter[str], int]:
-    """The words of the texts with their frequencies, and the number of letters of the script in the texts."""
-    words: Counter[str] = Counter()
-    letters = 0
-    with Meter(f"counting {scripts.language.tag}", None, "characters") as meter:
-        for text in texts:
-            words.update(base.family.words(text, scripts))
-            letters += len(scripts.letter.findall(text))
-            meter.advance(len(text))
-    return words, letters
-
-
 def with_pieces(base: Base, pieces: Sequence[str]) -> Content:
     """The base's `tokenizer.json` with pieces added at ids that serve for learning only."""
     first = max(base.ids.values()) + 1
@@ -81,58 +81,130 @@ def with_pieces(base: Base, pieces: Sequence[str]) -> Content:
 
 
 def _learn_language(
-    base: Base, earlier: Sequence[str], corpus: Corpus, language: str, size: int, config: TokenizerConfig
+    base: Base, earlier: Sequence[str], corpus: Corpus, language: str, entries: Sequence[str], config: TokenizerConfig
 ) -> Learned:
     scripts = Scripts(find_language(language))
-    words, letters = count_words(base, scripts, documents(corpus, language, "train", config.max_characters))
-    if not words:
+    texts = documents(corpus, language, "train", config.max_characters)
+    words = count_words(texts, base.family.splitter(scripts), f"counting {language}")
+    if not words.blocks:
         raise UserError(
             f"the text in {language!r} holds no {' or '.join(scripts.language.scripts)} letter; "
             "correct `language` in corpus.sources, or add text."
         )
-    vocabulary = with_pieces(base, earlier)["model"]["vocab"]
+    characters = _characters(base, earlier, words, language, config)
+    given = _given(base, [*earlier, *characters], scripts, entries, config, len(characters)) if entries else {}
+    pieces: Pieces = {**characters, **given}
+    size = config.new_pieces.get(language, len(pieces))
+    pruned: set[str] = set()
+    while True:
+        with timed(f"learning {size - len(pieces):,} pieces for {language} from {words.total():,} words"):
+            growth = _continue(base, [*earlier, *pieces], words, scripts, size - len(pieces), config, pruned)
+        idle = idle_leaves(growth, config.min_frequency)
+        pieces |= {piece: halves for piece, halves in growth.pieces.items() if piece not in idle}
+        pruned |= idle
+        if not idle:
+            break
+        say(f"{language}: {len(idle):,} pieces are used less than {config.min_frequency} times and left out again")
+    if len(pieces) < size:
+        say(
+            f"{language}: found {len(pieces):,} of {size:,} pieces; no other pair occurs {config.min_frequency} times "
+            "(tokenizer.min_frequency), or the text is too short."
+        )
+    return Learned(language, pieces, len(characters), len(given), len(pruned), Counter(growth.usage))
+
+
+def _characters(base: Base, earlier: Sequence[str], words: Words, language: str, config: TokenizerConfig) -> Pieces:
+    vocabulary = {*base.content["model"]["vocab"], *earlier}
     needed = base.family.needed_characters(words, config.character_coverage, vocabulary)
-    if len(needed) > size:
+    size = config.new_pieces.get(language)
+    if size is not None and len(needed) > size:
         raise UserError(
             f"tokenizer.new_pieces.{language} = {size} is too small: the text has {len(needed)} characters that the "
             "base lacks; raise it, or lower tokenizer.character_coverage."
         )
-    with timed(f"learning {size:,} pieces for {language} from {letters:,} letters"):
-        content = with_pieces(base, [*earlier, *needed])
-        bpe = ContinuedBpe(
-            merges_of(content), content["model"]["vocab"], base.family.admits(scripts, config.max_piece_length)
-        )
-        tokens = _add_words(bpe, content, words)
-        growth = bpe.learn(size - len(needed), config.min_frequency)
-    if len(needed) + len(growth.pieces) < size:
-        say(
-            f"{language}: found {len(needed) + len(growth.pieces):,} of {size:,} pieces; no other pair occurs "
-            f"{config.min_frequency} times (tokenizer.min_frequency), or the text is too short."
-        )
-    saved_by_characters = [count * (len(character.encode()) - 1) for character, count in needed.items()]
-    return Learned(
-        language=language,
-        pieces=[*needed, *growth.pieces],
-        characters=len(needed),
-        letters=letters,
-        tokens_before=tokens + sum(saved_by_characters),
-        saved=saved_by_characters + growth.saved,
-        used=len(needed) + growth.used,
-    )
+    return dict.fromkeys(needed)
 
 
-def _add_words(bpe: ContinuedBpe, content: Content, words: Counter[str]) -> int:
-    """Give `bpe` the words as the tokenizer of `content` splits them. Returns the number of tokens in the text.
+def _given(
+    base: Base,
+    known: Sequence[str],
+    scripts: Scripts,
+    entries: Sequence[str],
+    config: TokenizerConfig,
+    characters: int,
+) -> Pieces:
+    """The pieces that the language's list makes, as many as there is room for."""
+    language = scripts.language.tag
+    content = with_pieces(base, known)
+    admits = base.family.admits(scripts, max(map(len, entries)))
+    room = config.new_pieces[language] - characters if language in config.new_pieces else sys.maxsize
+    written = [base.family.written(entry) for entry in entries]
+    made = replay(written, room, merges_of(content), content["model"]["vocab"].keys(), admits)
+    _say_given(base, language, made, len(entries))
+    return made.pieces
+
+
+def _say_given(base: Base, language: str, made: Replayed, entries: int) -> None:
+    taken = len(made.pieces) - made.steps
+    say(f"{language}: {taken:,} of {entries:,} entries are new pieces, with {made.steps:,} steps towards them")
+    if made.unreachable:
+        shown = ", ".join(base.family.readable(entry) for entry in made.unreachable[:3])
+        say(f"{language}: no merges of whole characters lead to {len(made.unreachable):,} entries ({shown}); left out")
+    if made.left:
+        say(f"{language}: no room for {made.left:,} entries; raise tokenizer.new_pieces.{language} to take them")
+
+
+def _continue(
+    base: Base,
+    known: Sequence[str],
+    words: Words,
+    scripts: Scripts,
+    size: int,
+    config: TokenizerConfig,
+    barred: Collection[str],
+) -> Growth:
+    """Go on from the base and `known` pieces: `size` more, none of them `barred`, and how all words are spelt then."""
+    content = with_pieces(base, known)
+    vocabulary = read_vocabulary(content, scripts, base)
+    arrays = _split_words(content, [base.family.spells(name) for name in vocabulary.names], words)
+    admits = base.family.admits(scripts, config.max_piece_length)
+    allowed = (lambda text: text not in barred and admits(text)) if barred else admits
+    return ContinuedBpe(vocabulary, arrays, allowed, config.min_frequency).learn(size)
+
+
+def read_vocabulary(content: Content, scripts: Scripts, base: Base) -> Vocabulary:
+    """What learning goes on from. Pieces without a letter of the scripts do not matter among the dormant ones."""
+    ids = content["model"]["vocab"]
+    names = [""] * (max(ids.values()) + 1)
+    for piece, id_ in ids.items():
+        names[id_] = piece
+    merges = merges_of(content)
+    made = {left + right for left, right in merges}
+    possible = [piece for piece in made if scripts.letter.search(base.family.readable(piece))]
+    spelt = build_model(content).encode_batch_fast(possible, add_special_tokens=False)
+    dormant = {piece: one.ids for piece, one in zip(possible, spelt, strict=True) if len(one.ids) > 1}
+    return Vocabulary(names, merges, dormant)
+
+
+def _split_words(content: Content, spells: Sequence[bool], words: Words) -> WordArrays:
+    """The words as the tokenizer of `content` splits them.
 
     Bytes of a character without a piece are a break: a piece may only contain characters that are pieces.
     """
     tokenizer = build_model(content)
-    names = {id_: piece for piece, id_ in content["model"]["vocab"].items()}
-    texts = list(words)
-    tokens = 0
-    for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
-        symbols = [names[id_] for id_ in encoding.ids]
-        tokens += len(symbols) * words[text]
-        if len(symbols) > 1:
-            bpe.add((symbol if symbol in text else BREAK for symbol in symbols), words[text])
-    return tokens
+    tokenizer.pre_tokenizer = Split(SEPARATOR, "removed")
+    kept = np.where(spells, np.arange(len(spells)), BREAK).astype(np.int32)
+    arrays = WordArrays()
+    for start in range(0, len(words.blocks), BLOCKS_AT_ONCE):
+        texts, frequencies = zip(*words.blocks[start : start + BLOCKS_AT_ONCE], strict=True)
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)  # encode_batch_fast gives no word_ids
+        lengths = [np.bincount(np.array(encoding.word_ids, np.int64)) for encoding in encodings]
+        ids = np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
+        arrays.add(kept[ids], np.concatenate(lengths), np.concatenate(frequencies))
+    return arrays
+
+
+def idle_leaves(growth: Growth, min_frequency: int) -> set[str]:
+    """The learnt pieces that the text hardly uses in the end, and that no other learnt piece is made of."""
+    parts = {half for halves in growth.pieces.values() for half in halves}
+    return {piece for piece in growth.pieces if growth.usage.get(piece, 0) < min_frequency and piece not in parts}

@@ -1,167 +1,225 @@
 """Continued byte-pair encoding: go on merging where a tokenizer's own merges end.
 
-The plain algorithm (Sennrich et al., 2016) with one change: a pair is known by the string it spells, not by its two
-halves, because that is how SentencePiece merges (bpe_model.cc): any two neighbours whose concatenation is a piece.
-So every way of splitting a new piece in two counts towards it, and later becomes a merge.
+The plain algorithm (Sennrich et al., 2016): again and again the most frequent pair of neighbours becomes a piece.
 
-A piece that is found here is reachable: it was spelt, within some word, by merges that all lie inside it, and the same
-merges happen in the same order when it is encoded alone.
+What lies within a string is merged in the same order wherever the string stands, as long as no merge reaches across its
+ends. Three things follow:
+
+- Two neighbours that spell a string are the same two everywhere. So pairs can be counted by their halves, although
+  SentencePiece merges any two neighbours whose concatenation is a piece (bpe_model.cc).
+- A piece that is found here is reachable: encoded alone, it is spelt by the same merges.
+- All occurrences of a pair come about in one step, and after that they only become fewer. A pair that is rare then is
+  never counted, and no piece reaches across a pair that is rare at the start.
+
+There is one exception: pieces of the tokenizer that its own merges do not lead to (`dormant`; LLaMA-3 has 588). Merges
+of new pieces may lead to them, and as they are older, they are then merged at once.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-BREAK = ""  # stands between words, and wherever no piece may reach across
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenizer_ext.fast import Merge
+from tokenizer_ext.symbols import Ints, Places, Symbols, WordArrays, pair_keys, split_key, sum_by_key
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as far as it is: what learning goes on from."""
+
+    names: Sequence[str]  # id -> piece, "" where there is none
+    merges: Sequence[Merge]
+    dormant: Mapping[str, Sequence[int]]  # pieces that the merges do not lead to -> the ids that spell them
 
 
 @dataclass(frozen=True)
 class Growth:
     """The pieces that were found, the first merged first, and what they do to the counted words."""
 
-    pieces: list[str]
-    saved: list[int]  # tokens that each piece saves, in the order of `pieces`
-    used: int  # pieces that are still seen when all merging is done; the others are only steps on the way
+    pieces: dict[str, Merge]  # piece -> the two that it is merged from
+    usage: dict[str, int]  # token -> how often it stands in the text when all merging is done
 
 
 class ContinuedBpe:
-    """Words as one flat list of symbols, doubly linked so that a merge costs the same wherever it happens.
+    """Learns pieces beyond a vocabulary's own.
 
-    `merges` and `vocabulary` are the tokenizer's so far; `admits` says whether a string may become a piece.
+    `words` are as the tokenizer splits them now, and are used up. `admits` says whether a string may become a piece.
+    A candidate must occur `min_frequency` times.
     """
 
     def __init__(
-        self, merges: Sequence[tuple[str, str]], vocabulary: Iterable[str], admits: Callable[[str], bool]
+        self, vocabulary: Vocabulary, words: WordArrays, admits: Callable[[str], bool], min_frequency: int
     ) -> None:
-        self._rank = dict.fromkeys(vocabulary, len(merges))  # piece -> its place in the order of merging
-        self._rank.update((left + right, rank) for rank, (left, right) in reversed(list(enumerate(merges))))
-        self._merges = set(merges)
+        self._names = list(vocabulary.names)
+        self._ids = {name: id_ for id_, name in enumerate(self._names)}
+        self._first_new = len(self._names)
+        self._dormant = vocabulary.dormant
+        self._rank = (
+            {left + right: rank for rank, (left, right) in enumerate(vocabulary.merges)} if self._dormant else {}
+        )
+        self._merges = set(vocabulary.merges) if self._dormant else set()
         self._admits = admits
-        self._new: set[str] = set()
-        self._symbols: list[str] = [BREAK]  # a symbol that was merged into its left neighbour is BREAK as well
-        self._weights: list[int] = [0]  # how often the word of each symbol occurs
-        self._next: list[int] = []
-        self._previous: list[int] = []
-        self._count: dict[str, int] = {}  # candidate -> how often it is spelt by two neighbours
-        self._places: dict[str, list[int]] = {}  # candidate -> where its left half was at some time
-        self._grown: set[str] = set()  # candidates whose count has risen since they were last put on the heap
-        self._saved = 0
+        self._min_frequency = min_frequency
+        self._counts: dict[int, int] = {}  # pair that may become a piece -> how often it occurs
+        self._heap: list[tuple[int, str, int]] = []  # (-count, string, pair); counts may have fallen since
+        self._symbols = Symbols(words)
 
-    def add(self, symbols: Iterable[str], weight: int) -> None:
-        """A word as the tokenizer splits it now, and how often it occurs. BREAK may stand among the symbols."""
-        self._symbols.extend(symbols)
-        self._symbols.append(BREAK)
-        self._weights.extend([weight] * (len(self._symbols) - len(self._weights)))
-
-    def learn(self, size: int, min_frequency: int) -> Growth:
-        """Up to `size` pieces; fewer where no candidate occurs `min_frequency` times."""
+    def learn(self, size: int) -> Growth:
+        """Up to `size` pieces; fewer where no candidate is left."""
         self._count_pairs()
-        pieces: list[str] = []
-        saved: list[int] = []
-        heap: list[tuple[int, str]] = []
-        while len(pieces) < size:
-            self._push_grown(heap, min_frequency)
-            piece = self._pop_best(heap, min_frequency)
-            if piece is None:
-                break
-            pieces.append(piece)
-            saved.append(self._merge_everywhere(piece))
-        return Growth(pieces, saved, len(self._new.intersection(self._symbols)))
+        pieces: dict[str, Merge] = {}
+        while len(pieces) < size and (pair := self._pop_best()) is not None:
+            left, right = (self._names[id_] for id_ in split_key(pair))
+            pieces[left + right] = left, right
+            self._merge_everywhere(pair)
+        usage = self._symbols.usage(len(self._names))
+        return Growth(pieces, {self._names[id_]: int(usage[id_]) for id_ in np.flatnonzero(usage).tolist()})
 
     def _count_pairs(self) -> None:
-        last = len(self._symbols) - 1
-        self._next = [*range(1, last + 1), last]
-        self._previous = [0, *range(last)]
-        for place in range(last):
-            if self._symbols[place] and self._symbols[place + 1]:
-                self._gain(place)
+        """Count all pairs, and part the words where a rare one stands, but for those within dormant pieces."""
+        keys, counts = self._symbols.count_pairs()
+        inside = [left << 32 | right for ids in self._dormant.values() for left, right in pairwise(ids)]
+        kept = (counts >= self._min_frequency) | np.isin(keys, np.array(inside, np.int64))
+        self._symbols.keep_together(keys[kept])
+        self._symbols.index(len(self._names))
+        self._gain(keys[kept], counts[kept])
 
-    def _push_grown(self, heap: list[tuple[int, str]], min_frequency: int) -> None:
-        for text in self._grown:
-            count = self._count.get(text, 0)
-            if count >= min_frequency:
-                heapq.heappush(heap, (-count, text))
-        self._grown.clear()
-
-    def _pop_best(self, heap: list[tuple[int, str]], min_frequency: int) -> str | None:
+    def _pop_best(self) -> int | None:
         """The most frequent candidate, the first in code point order among equals. Counts that fell are put back."""
-        while heap:
-            negative, text = heapq.heappop(heap)
-            count = self._count.get(text, 0)
+        while self._heap:
+            negative, text, pair = heapq.heappop(self._heap)
+            count = self._counts.get(pair, 0)
             if count == -negative:
-                return text
-            if min_frequency <= count < -negative:
-                heapq.heappush(heap, (-count, text))
+                return pair
+            if count >= self._min_frequency:
+                heapq.heappush(self._heap, (-count, text, pair))
         return None
 
-    def _merge_everywhere(self, piece: str) -> int:
-        """Make `piece` a piece. Returns how many tokens that saves."""
-        saved = self._saved
-        places = sorted(self._places.pop(piece))
-        del self._count[piece]
-        self._rank[piece] = len(self._merges) + len(self._new) + 1
-        self._new.add(piece)
-        symbols, following = self._symbols, self._next
-        for place in places:
-            left, right = symbols[place], symbols[following[place]]
-            if left and right and left + right == piece and self._merge(place):
-                self._settle(place)
-        return self._saved - saved
+    def _merge_everywhere(self, pair: int) -> None:
+        """Make a piece of the pair."""
+        left, right = split_key(pair)
+        piece = len(self._names)
+        self._names.append(self._names[left] + self._names[right])
+        self._ids[self._names[piece]] = piece
+        del self._counts[pair]
+        places = self._symbols.places(left, right)
+        if self._dormant:
+            places = self._merge_where_it_goes_on(places, piece)
+        self._merge_at_once(_without_overlaps(places, self._symbols.following(places)), piece)
 
-    def _merge(self, place: int) -> bool:
-        """Merge a symbol with its right neighbour. True if the result, with a neighbour, spells an existing piece."""
+    def _merge_at_once(self, places: Places, piece: int) -> None:
+        """Merge each symbol at `places` with the one behind it."""
         symbols = self._symbols
-        gone = self._next[place]
-        before, after = self._previous[place], self._next[gone]
-        weight = self._weights[place]
-        if symbols[before]:
-            self._lose(symbols[before] + symbols[place], weight)
-        if symbols[after]:
-            self._lose(symbols[gone] + symbols[after], weight)
-        symbols[place] += symbols[gone]
-        symbols[gone] = BREAK
-        self._next[place] = after
-        self._previous[after] = place
-        self._saved += weight
-        met = symbols[before] != BREAK and self._gain(before)
-        return (symbols[after] != BREAK and self._gain(place)) or met
+        gone = symbols.following(places)
+        before, after = symbols.preceding(places), symbols.following(gone)
+        first = np.ones(len(places), bool)  # the others stand right behind a merged pair, which counts that border
+        first[1:] = places[1:] != after[:-1]
+        weights = symbols.weight[places]
+        both = np.concatenate([weights[first], weights])
+        self._lose(*self._pairs_at([before[first], gone], [places[first], after], both))
+        symbols.merge(places, piece)
+        self._gain(*self._pairs_at([before[first], places], [places[first], after], both))
 
-    def _gain(self, place: int) -> bool:
-        """Count the pair that begins at `place`. True if it spells an existing piece."""
-        text = self._symbols[place] + self._symbols[self._next[place]]
-        count = self._count.get(text)
-        if count is not None:
-            self._count[text] = count + self._weights[place]
-            self._places[text].append(place)
-        elif text in self._rank:
-            return True
-        elif self._admits(text):
-            self._count[text] = self._weights[place]
-            self._places[text] = [place]
-        else:
-            return False
-        self._grown.add(text)
-        return False
+    def _pairs_at(
+        self, left: Sequence[Places], right: Sequence[Places], weights: Ints
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(pairs, how often) of the symbols at `left` and `right`, BREAKs left out."""
+        left_, right_ = (self._symbols.symbol[np.concatenate(places)] for places in (left, right))
+        within = (left_ >= 0) & (right_ >= 0)
+        return sum_by_key(pair_keys(left_[within], right_[within]), weights[within])
 
-    def _lose(self, text: str, weight: int) -> None:
-        count = self._count.get(text)
-        if count is not None:
-            self._count[text] = count - weight
+    def _lose(self, pairs: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """Count pairs down; those that were rare are not counted."""
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            if pair in self._counts:
+                self._counts[pair] -= count
+
+    def _gain(self, pairs: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """Count pairs up, and make candidates of those that are frequent enough and admitted."""
+        least = 1 if self._dormant else self._min_frequency  # merging in turn brings a pair's occurrences in parts
+        frequent = counts >= least
+        for pair, count in zip(pairs[frequent].tolist(), counts[frequent].tolist(), strict=True):
+            left, right = split_key(pair)
+            text = self._names[left] + self._names[right]
+            if text not in self._ids and self._admits(text):
+                self._counts[pair] = total = self._counts.get(pair, 0) + count
+                if total >= self._min_frequency:
+                    heapq.heappush(self._heap, (-total, text, pair))
+
+    def _merge_where_it_goes_on(self, places: Places, piece: int) -> Places:
+        """Merge in the words where the new piece and a neighbour spell a dormant piece. Returns the other places.
+
+        There each merge may take a symbol that the next would need.
+        """
+        symbols, names = self._symbols, self._names
+        after = symbols.following(symbols.following(places))
+        left, right = symbols.symbol[symbols.preceding(places)], symbols.symbol[after]
+        goes_on = np.isin(left, [id_ for id_ in _distinct(left) if names[id_] + names[piece] in self._dormant])
+        goes_on |= np.isin(right, [id_ for id_ in _distinct(right) if names[piece] + names[id_] in self._dormant])
+        if names[piece] * 2 in self._dormant:
+            goes_on[1:] |= places[1:] == after[:-1]
+        while goes_on.any():
+            start, end = symbols.word_bounds(int(places[goes_on][0]))
+            inside = slice(*np.searchsorted(places, (start, end)))
+            self._merge_in_turn(places[inside].tolist(), piece)
+            places, goes_on = np.delete(places, inside), np.delete(goes_on, inside)
+        return places
+
+    def _merge_in_turn(self, places: list[int], piece: int) -> None:
+        """Merge from left to right, as a tokenizer does, and let each result merge on before the next is merged."""
+        for place in places:
+            if self._text_at(place) == self._names[piece]:
+                self._merge_at_once(np.array([place]), piece)
+                self._settle(place)
 
     def _settle(self, place: int) -> None:
-        """Let a fresh symbol merge on into existing pieces: their merges come before all that is yet to be learnt."""
+        """Let a fresh symbol merge on into older pieces."""
         while True:
-            joining = [left for left in (self._previous[place], place) if self._joins(left)]
+            around = (int(self._symbols.preceding(np.array(place))), place)
+            joining = [left for left in around if self._joins(left)]
             if not joining:
                 return
-            place = min(joining, key=lambda left: self._rank[self._symbols[left] + self._symbols[self._next[left]]])
-            self._merge(place)
+            place = min(joining, key=lambda left: self._rank[self._text_at(left)])
+            self._merge_at_once(np.array([place]), self._ids[self._text_at(place)])
 
     def _joins(self, place: int) -> bool:
         """Whether the tokenizer merges the pair at `place`: its own merge, or one that a new piece takes part in."""
-        left, right = self._symbols[place], self._symbols[self._next[place]]
-        if not left or not right or left + right not in self._rank:
-            return False
-        return bool(self._new & {left, right, left + right}) or (left, right) in self._merges
+        left, right = self._pair_at(place)
+        text = self._text_at(place)
+        new = max(left, right) >= self._first_new
+        return (new and text in self._dormant) or (self._names[left], self._names[right]) in self._merges
+
+    def _pair_at(self, place: int) -> tuple[int, int]:
+        symbol = self._symbols.symbol
+        return int(symbol[place]), int(symbol[self._symbols.following(np.array(place))])
+
+    def _text_at(self, place: int) -> str:
+        """What the pair at `place` spells; "" where a word begins or ends, or nothing begins any more."""
+        left, right = self._pair_at(place)
+        return self._names[left] + self._names[right] if min(left, right) >= 0 else ""
+
+
+def _distinct(symbols: Ints) -> list[int]:
+    found: list[int] = np.unique(symbols[symbols >= 0]).tolist()
+    return found
+
+
+def _without_overlaps(places: Places, behind: Places) -> Places:
+    """Of pairs that share a symbol (`aaa`), every second from the left, as merging in turn leaves them.
+
+    `behind` is where the right halves begin.
+    """
+    shared = np.zeros(len(places), bool)
+    shared[1:] = behind[:-1] == places[1:]
+    if not shared.any():
+        return places
+    numbers = np.arange(len(places))
+    chain_start = np.maximum.accumulate(np.where(shared, 0, numbers))
+    first_of_two: Places = places[(numbers - chain_start) % 2 == 0]
+    return first_of_two

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from tokenizers import Tokenizer
 
 from core.languages import find_language
 from tokenizer_ext.base import Base
-from tokenizer_ext.grow import Learned
+from tokenizer_ext.grow import Learned, Pieces
 from tokenizer_ext.verify import Case
 
-CURVE_POINTS = 12
+CURVE_POINTS = 16
 EXAMPLES = 3  # per language
 EXAMPLE_LENGTHS = range(8, 25)  # characters
 EXAMPLE_TOKENS = 12  # shown of one example; text that only bytes can spell has many
@@ -21,7 +21,7 @@ EXAMPLE_TOKENS = 12  # shown of one example; text that only bytes can spell has 
 
 @dataclass(frozen=True)
 class Fertility:
-    """One language's held-out text. Pairs are (with the base, with the extended tokenizer)."""
+    """One language's texts. Pairs are (with the base, with the extended tokenizer)."""
 
     language: str
     documents: int
@@ -29,7 +29,7 @@ class Fertility:
     tokens_per_character: tuple[float, float]
     bytes_per_token: tuple[float, float]
     changed: float  # share of the documents whose tokens differ
-    ids: frozenset[int]  # that the extended tokenizer uses
+    tokens: Counter[str]  # how often the extended tokenizer uses each token
 
 
 @dataclass(frozen=True)
@@ -40,32 +40,32 @@ class Usefulness:
     asked: int
     found: int
     characters: int  # single characters among them, there for coverage
+    given: int  # from a list, with the steps towards them
+    pruned: int  # learnt and left out again
     used_in_training: float  # share of the pieces that the counted text is spelt with in the end
     used_in_heldout: float  # share of the pieces that any held-out text is spelt with
-    curve: list[tuple[int, float]]  # number of pieces, tokens per letter of the counted text
+    curve: list[tuple[int, float]]  # number of pieces, tokens per character of the language's held-out text
 
 
 @dataclass(frozen=True)
 class Example:
-    """A held-out text as the two tokenizers split it."""
+    """A text as the two tokenizers split it."""
 
     language: str
     before: str
     after: str
 
 
-def measure_fertility(case: Case, language: str) -> Fertility | None:
-    """Both tokenizers on a language's held-out documents; None where there are none."""
-    texts = case.samples.heldout[language]
-    if not texts:
-        return None
+def measure_fertility(case: Case, language: str, texts: Sequence[str]) -> Fertility:
+    """Both tokenizers on some texts, at least one."""
     before, after = (
-        [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         for tokenizer in (case.before, case.after)
     )
     tokens = sum(map(len, before)), sum(map(len, after))
     characters = sum(map(len, texts))
     size = sum(len(text.encode()) for text in texts)
+    names = {id_: token for token, id_ in case.content["model"]["vocab"].items()}
     return Fertility(
         language=language,
         documents=len(texts),
@@ -73,32 +73,55 @@ def measure_fertility(case: Case, language: str) -> Fertility | None:
         tokens_per_character=(tokens[0] / characters, tokens[1] / characters),
         bytes_per_token=(size / tokens[0], size / tokens[1]),
         changed=sum(old != new for old, new in zip(before, after, strict=True)) / len(texts),
-        ids=frozenset(id_ for ids in after for id_ in ids),
+        tokens=Counter(names.get(id_, "") for ids in after for id_ in ids),
     )
 
 
-def measure_usefulness(case: Case, learned: Learned, asked: int, fertility: Sequence[Fertility]) -> Usefulness:
+def measure_usefulness(case: Case, learned: Learned, asked: int, fertility: Mapping[str, Fertility]) -> Usefulness:
     """How the pieces of one language are used, and what each further one saves."""
-    number = len(learned.pieces)
-    ids = {piece.piece: piece.id for piece in case.map.new}
-    seen = frozenset[int]().union(*(one.ids for one in fertility))
-    remaining = [learned.tokens_before - saved for saved in accumulate(learned.saved, initial=0)]
-    points = sorted({round(number * step / CURVE_POINTS) for step in range(CURVE_POINTS + 1)})
+    number = max(len(learned.pieces), 1)
+    seen = set[str]().union(*(one.tokens for one in fertility.values()))
+    own = fertility.get(learned.language)
     return Usefulness(
         language=learned.language,
         asked=asked,
-        found=number,
+        found=len(learned.pieces),
         characters=learned.characters,
-        used_in_training=learned.used / max(number, 1),
-        used_in_heldout=sum(ids[piece] in seen for piece in learned.pieces) / max(number, 1),
-        curve=[(point, remaining[point] / learned.letters) for point in points],
+        given=learned.given,
+        pruned=learned.pruned,
+        used_in_training=len(learned.pieces.keys() & learned.usage.keys()) / number,
+        used_in_heldout=len(learned.pieces.keys() & seen) / number,
+        curve=gain_curve(learned.pieces, own) if own else [],
     )
 
 
-def split_examples(case: Case, language: str) -> list[Example]:
-    """A few lines of the held-out text, split by both tokenizers."""
+def gain_curve(pieces: Pieces, text: Fertility) -> list[tuple[int, float]]:
+    """(number of pieces, tokens per character) for the first so many of `pieces`, from none to all.
+
+    What is merged last can be taken apart again: with fewer pieces a text is split as with all, but that each of the
+    later pieces is the two that it is merged from, and so on. A single character is its bytes.
+    """
+    points = sorted({round(len(pieces) * step / CURVE_POINTS) for step in range(CURVE_POINTS + 1)})
+    rank = {piece: number for number, piece in enumerate(pieces)}
+    tokens = text.tokens.total()
+    return [(size, (tokens + _more_tokens(pieces, rank, text.tokens, size)) / text.characters) for size in points]
+
+
+def _more_tokens(pieces: Pieces, rank: Mapping[str, int], counts: Counter[str], size: int) -> int:
+    """How many more tokens there are with only the first `size` pieces."""
+    length: dict[str, int] = {}
+    for piece, halves in pieces.items():  # halves come before what is merged from them
+        if rank[piece] < size:
+            length[piece] = 1
+        else:
+            length[piece] = sum(length.get(half, 1) for half in halves) if halves else len(piece.encode())
+    return sum((length[piece] - 1) * counts[piece] for piece in pieces)
+
+
+def split_examples(case: Case, language: str, texts: Sequence[str]) -> list[Example]:
+    """A few lines of the texts, split by both tokenizers."""
+    starts = [line[: EXAMPLE_LENGTHS[-1]] for text in texts for line in text.splitlines()]
     letter = find_language(language).letters
-    starts = (line[: EXAMPLE_LENGTHS[-1]] for text in case.samples.heldout[language] for line in text.splitlines())
     fitting = [start for start in starts if len(start) in EXAMPLE_LENGTHS and letter.search(start)]
     chosen = fitting[:: max(1, len(fitting) // EXAMPLES)][:EXAMPLES]
     return [

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from core.artifact import write_json
-from core.progress import console
+from core.progress import console, say
 from tokenizer_ext.figure import draw
 from tokenizer_ext.grow import Learned
 from tokenizer_ext.measure import (
@@ -36,54 +36,87 @@ FIGURE_FILE = "report.png"
 class Report:
     """Everything that is shown."""
 
-    fertility: list[Fertility]
+    fertility: list[Fertility]  # of the corpus' languages
+    drift: list[Fertility]  # of languages that got no pieces, but may share a script with one that did
     usefulness: list[Usefulness]
     examples: list[Example]
     proofs: list[Proof]
 
 
 def make_report(case: Case, learned: Sequence[Learned], asked: Mapping[str, int], proofs: list[Proof]) -> Report:
-    """Measure on the held-out documents and on what was counted while learning."""
-    measured = [measure_fertility(case, language) for language in case.samples.heldout]
-    fertility = [one for one in measured if one is not None]
-    usefulness = [measure_usefulness(case, one, asked[one.language], fertility) for one in learned]
-    examples = [example for one in learned for example in split_examples(case, one.language)]
-    return Report(fertility, usefulness, examples, proofs)
+    """Measure on the held-out documents, and on a few sentences of other languages."""
+    samples = case.samples
+    measured = {name: measure_fertility(case, name, texts) for name, texts in samples.texts.items() if texts}
+    languages = [one.language for one in learned]
+    drift = [one for name, one in measured.items() if name not in languages]
+    drift += [measure_fertility(case, f"{name} (sentences)", texts) for name, texts in samples.sentences.items()]
+    usefulness = [measure_usefulness(case, one, asked.get(one.language, len(one.pieces)), measured) for one in learned]
+    for one in usefulness:
+        if not one.curve:
+            say(f"{one.language}: no document is held out, so there is no gain curve; raise corpus.heldout for one")
+    examples = [example for name in languages for example in split_examples(case, name, samples.texts[name])]
+    return Report(list(measured.values()), drift, usefulness, examples, proofs)
 
 
-def publish(report: Report, out: Path, tracker: Tracker) -> None:
+def publish(report: Report, out: Path, tracker: Tracker | None) -> None:
     """Write `report.json` and `report.png`, print the tables, and hand everything to the tracker."""
     content = asdict(report)
-    for one in content["fertility"]:
-        del one["ids"]
+    for one in (*content["fertility"], *content["drift"]):
+        del one["tokens"]
     write_json(out / REPORT_FILE, content)
     draw(report.fertility, report.usefulness, out / FIGURE_FILE)
     for name, columns, rows in tables(report):
         show(name, columns, rows)
-        tracker.table(f"tokenizer/{name}", columns, rows)
-    tracker.image("tokenizer/report", out / FIGURE_FILE)
+        if tracker:
+            tracker.table(f"tokenizer/{name}", columns, rows)
+    if tracker:
+        tracker.table("tokenizer/gain curve", ["language", "new pieces", "tok/char"], curve_rows(report))
+        tracker.image("tokenizer/report", out / FIGURE_FILE)
 
 
-def tables(report: Report) -> list[tuple[str, list[str], list[list[Any]]]]:
-    """Name, columns and rows of every table."""
-    fertility = [
-        [one.language, one.documents, *map(_round, (*one.tokens_per_character, *one.bytes_per_token, one.changed))]
-        for one in report.fertility
-    ]
+Rows = list[list[Any]]
+
+
+def tables(report: Report) -> list[tuple[str, list[str], Rows]]:
+    """Name, columns and rows of every table that is printed."""
     pieces = [
-        [one.language, one.asked, one.found, one.characters, *map(_round, (one.used_in_training, one.used_in_heldout))]
+        [
+            one.language, one.asked, one.found, one.characters, one.given, one.pruned,
+            _round(one.used_in_training), _round(one.used_in_heldout),
+        ]
         for one in report.usefulness
-    ]
+    ]  # fmt: skip
     examples = [[one.language, one.before, one.after] for one in report.examples]
-    proofs = [[one.law, one.checked, len(one.failures)] for one in report.proofs]
-    ratios = ["tok/char", "tok/char after", "bytes/tok", "bytes/tok after", "changed"]
-    shares = ["used in training text", "used in held-out text"]
+    counts = ["asked for", "found", "characters", "from list", "pruned"]
     return [
-        ("fertility", ["language", "documents", *ratios], fertility),
-        ("pieces", ["language", "asked for", "found", "characters", *shares], pieces),
+        ("fertility", FERTILITY_COLUMNS, fertility_rows(report.fertility)),
+        ("pieces", ["language", *counts, "used in training text", "used in held-out text"], pieces),
+        ("drift", FERTILITY_COLUMNS, fertility_rows(report.drift)),
         ("examples", ["language", "before", "after"], examples),
-        ("proofs", ["law", "checked", "broken"], proofs),
+        ("proofs", PROOF_COLUMNS, proof_rows(report.proofs)),
     ]
+
+
+FERTILITY_COLUMNS = ["language", "documents", "tok/char", "tok/char after", "bytes/tok", "bytes/tok after", "changed"]
+PROOF_COLUMNS = ["law", "checked", "broken"]
+
+
+def fertility_rows(fertility: Sequence[Fertility]) -> Rows:
+    """A row for each language."""
+    return [
+        [one.language, one.documents, *map(_round, (*one.tokens_per_character, *one.bytes_per_token, one.changed))]
+        for one in fertility
+    ]
+
+
+def proof_rows(proofs: Sequence[Proof]) -> Rows:
+    """A row for each law."""
+    return [[proof.law, proof.checked, len(proof.failures)] for proof in proofs]
+
+
+def curve_rows(report: Report) -> Rows:
+    """The points of all gain curves."""
+    return [[one.language, size, _round(value)] for one in report.usefulness for size, value in one.curve]
 
 
 def _round(value: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.errors import UserError
 from core.progress import say, timed
 from core.sources import Corpus
 from tokenizer_ext.base import read_base, read_chat_tokens
@@ -12,7 +13,7 @@ from tokenizer_ext.config import TokenizerConfig
 from tokenizer_ext.grow import learn_languages
 from tokenizer_ext.report import Report, make_report, publish
 from tokenizer_ext.rows import Layout, lay_out
-from tokenizer_ext.samples import take_samples
+from tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
 from tokenizer_ext.verify import prove, read_case, require
 from tokenizer_ext.write import write_tokenizer
 
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: TokenizerConfig, base: Path, chat: Path | None, corpus: Corpus, out: Path, tracker: Tracker
+    config: TokenizerConfig, base: Path, chat: Path | None, corpus: Corpus, out: Path, tracker: Tracker | None = None
 ) -> dict[str, Any]:
     """Extend the tokenizer in `base` with pieces learnt from `corpus` and write it into the empty directory `out`.
 
     Tokens that only the tokenizer in `chat` has keep their ids. Returns numbers for a summary. Raises `UserError` for
     input that cannot be used, and if a guarantee does not hold on what was written.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise UserError(f"{out} is not empty; remove what is there, or give another directory.")
     start = read_base(base)
     chat_tokens = read_chat_tokens(chat, start) if chat else []
     say(f"tokenizer of {base}: {start.family.name}, {len(start.ids):,} tokens, {start.rows:,} rows")
@@ -36,14 +40,16 @@ def run(
     layout = lay_out(start, chat_tokens, pieces, config.pad_to_multiple)
     write_tokenizer(start, layout, out)
     with timed("proving the tokenizer that was written"):
-        samples = take_samples(corpus, list(config.new_pieces), [start.family.readable(piece) for piece in pieces])
+        readable = [start.family.readable(piece) for piece in pieces]
+        samples = take_samples(heldout_texts(corpus), scripts_of(config.languages()), readable)
         case = read_case(start, out, chat, samples)
         proofs = prove(case)
         require(proofs)
     report = make_report(case, learned, config.new_pieces, proofs)
     publish(report, out, tracker)
     results = summarize(start.rows, layout, report)
-    tracker.summary({f"tokenizer/{name}": value for name, value in results.items()})
+    if tracker:
+        tracker.summary({f"tokenizer/{name}": value for name, value in results.items()})
     return results
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -11,9 +11,10 @@ import regex
 from core.languages import find_language, script_pattern
 from core.sources import Corpus
 from tokenizer_ext.grow import documents
+from tokenizer_ext.sentences import SENTENCES
 
 HELDOUT_CHARACTERS = 300_000  # per language
-MIXED_TEXTS = 5_000
+MIXED_TEXTS = 20_000
 
 CODE = [
     "def f(x: int) -> int:\n    return x ** 2  # square\n",
@@ -39,25 +40,36 @@ FRAGMENTS = [
 
 @dataclass(frozen=True)
 class Samples:
-    """Held-out documents by language, text without the scripts that were learnt, and random mixtures of everything."""
+    """What is proven and measured on."""
 
-    heldout: dict[str, list[str]]
-    plain: list[str]
-    mixed: list[str]
+    texts: dict[str, list[str]]  # by language, or by whatever name they came under: held-out documents
+    sentences: dict[str, list[str]]  # of languages that `texts` has not
+    plain: list[str]  # what of all this holds no letter of the scripts that were learnt
+    mixed: list[str]  # random mixtures of new pieces and everything else
 
     @property
     def everything(self) -> list[str]:
         """All of them, the documents first."""
-        return [*(text for texts in self.heldout.values() for text in texts), *self.plain, *self.mixed]
+        named = [*self.texts.values(), *self.sentences.values()]
+        return [*(text for texts in named for text in texts), *self.plain, *self.mixed]
 
 
-def take_samples(corpus: Corpus, learned: Sequence[str], pieces: Sequence[str]) -> Samples:
-    """Samples for a tokenizer that has learnt the languages `learned`; `pieces` are new ones, as text."""
-    heldout = {tag: list(documents(corpus, tag, "heldout", HELDOUT_CHARACTERS)) for tag in corpus.languages()}
-    scripts = tuple(dict.fromkeys(script for tag in learned for script in find_language(tag).scripts))
-    texts = [text for documents_ in heldout.values() for text in documents_] + CODE
-    plain = [part for text in texts for part in _plain_parts(text, scripts)]
-    return Samples(heldout, plain, mixed_texts(pieces, MIXED_TEXTS))
+def take_samples(texts: dict[str, list[str]], scripts: tuple[str, ...], pieces: Sequence[str]) -> Samples:
+    """Samples for a tokenizer that has learnt pieces of `scripts`; `pieces` are new ones, as text."""
+    sentences = {language: lines for language, lines in SENTENCES.items() if language not in texts}
+    named = [*texts.values(), *sentences.values()]
+    plain = [part for text in [*(text for one in named for text in one), *CODE] for part in _plain_parts(text, scripts)]
+    return Samples(texts, sentences, plain, mixed_texts(pieces, MIXED_TEXTS))
+
+
+def heldout_texts(corpus: Corpus) -> dict[str, list[str]]:
+    """Held-out documents of every language of the corpus."""
+    return {tag: list(documents(corpus, tag, "heldout", HELDOUT_CHARACTERS)) for tag in corpus.languages()}
+
+
+def scripts_of(languages: Iterable[str]) -> tuple[str, ...]:
+    """The scripts that the languages are written in."""
+    return tuple(dict.fromkeys(script for tag in languages for script in find_language(tag).scripts))
 
 
 def _plain_parts(text: str, scripts: tuple[str, ...]) -> list[str]:

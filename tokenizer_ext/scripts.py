@@ -34,7 +34,7 @@ class Scripts:
     @cached_property
     def run(self) -> regex.Pattern[str]:
         """One character or more."""
-        return regex.compile(f"{self.letter.pattern}+")
+        return regex.compile(f"{self.letter.pattern}+", regex.V1)
 
     @cached_property
     def word(self) -> regex.Pattern[str]:
@@ -42,7 +42,7 @@ class Scripts:
 
         Before a script written without spaces, a space would only teach the habits of badly wrapped text.
         """
-        return regex.compile(f"▁?{self.run.pattern}" if self.set_words_apart else self.run.pattern)
+        return regex.compile(f"▁?{self.run.pattern}" if self.set_words_apart else self.run.pattern, regex.V1)
 
     def spell(self, text: str) -> bool:
         """Whether the text is not empty and all of it belongs to the scripts."""

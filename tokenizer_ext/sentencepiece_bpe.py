@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from tokenizer_ext.family import Splitter
 from tokenizer_ext.fast import AddedToken, Content, added_tokens_of, merges_of, splits
 from tokenizer_ext.scripts import Scripts
+from tokenizer_ext.words import Words
 
 MODEL_FILE = "tokenizer.model"
 SPACE = "▁"
@@ -18,7 +21,24 @@ BPE_MODEL = 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
 EXACT = 2.0**24  # up to here float32 holds every integer; LLaMA-2's whitespace runs have -1e9, far beyond
 
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+
 Proto = Any  # sentencepiece.ModelProto; protobuf generates the class when it is imported
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of the scripts in a text, each with the space before it where the script's words have one.
+
+    A document begins with a space, as the dummy prefix makes it.
+    """
+
+    scripts: Scripts
+
+    def __call__(self, text: str) -> list[str]:
+        """All of one document."""
+        runs: list[str] = self.scripts.word.findall(SPACE + text.replace(" ", SPACE))
+        return runs
 
 
 class SentencePieceBpe:
@@ -32,29 +52,21 @@ class SentencePieceBpe:
         pieces = [] if proto is None else proto.pieces
         self._lowest = {piece.piece for piece in pieces if piece.type == NORMAL and piece.score < -EXACT}
 
-    def words(self, text: str, scripts: Scripts) -> Iterator[str]:
-        """Runs of the script, each with the space before it where the script's words have one.
-
-        A document begins with a space, as the dummy prefix makes it.
-        """
-        yield from scripts.word.findall(SPACE + text.replace(" ", SPACE))
+    def splitter(self, scripts: Scripts) -> Splitter:
+        """Runs of the script."""
+        return Runs(scripts)
 
     def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
         """Any part of a run that is short enough."""
         return lambda piece: len(piece.removeprefix(SPACE)) <= max_length
 
-    def needed_characters(
-        self, words: Mapping[str, int], coverage: float, vocabulary: Collection[str]
-    ) -> dict[str, int]:
+    def needed_characters(self, words: Words, coverage: float, vocabulary: Collection[str]) -> dict[str, int]:
         """The most frequent characters that make up `coverage` of the text, less those in the vocabulary.
 
         Every character of a piece has to be a piece: SentencePiece merges characters that are none, `tokenizers` has
         turned them into bytes by then.
         """
-        counts: Counter[str] = Counter()
-        for word, count in words.items():
-            for character in word:
-                counts[character] += count
+        counts = words.characters()
         needed: dict[str, int] = {}
         covered, total = 0, counts.total()
         for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -64,6 +76,10 @@ class SentencePieceBpe:
             if character not in vocabulary:
                 needed[character] = count
         return needed
+
+    def spells(self, piece: str) -> bool:
+        """Whether it is no byte."""
+        return not _BYTE.fullmatch(piece)
 
     def settled(self) -> int:
         """All merges but those at the end that make whitespace runs which LLaMA-2 scores far below every word."""
@@ -76,11 +92,19 @@ class SentencePieceBpe:
         """Whether the score is beyond those of words; without `tokenizer.model`, whether it is a whitespace run."""
         return piece in self._lowest if self._proto is not None else not piece.strip(SPACE)
 
+    def written(self, text: str) -> str:
+        """A space as `▁`."""
+        return text.replace(" ", SPACE)
+
+    def spelt(self, piece: str) -> bytes:
+        """Its UTF-8, or the byte that it stands for."""
+        byte = _BYTE.fullmatch(piece)
+        return bytes.fromhex(byte[1]) if byte else piece.encode()
+
     def readable(self, piece: str) -> str:
         """`▁` as a space, `<0xE4>` as `<E4>`."""
-        if piece.startswith("<0x") and piece.endswith(">"):
-            return f"<{piece[3:-1]}>"
-        return piece.replace(SPACE, " ")
+        byte = _BYTE.fullmatch(piece)
+        return f"<{byte[1]}>" if byte else piece.replace(SPACE, " ")
 
     def write_model(self, content: Content, pieces: dict[str, int], rows: int, out: Path) -> None:
         """Write `tokenizer.model` where the base has one."""
@@ -88,17 +112,25 @@ class SentencePieceBpe:
             (out / MODEL_FILE).write_bytes(extend_proto(self._proto, content, pieces, rows).SerializeToString())
 
 
-def read_proto(path: Path) -> Proto:
-    """Parse a `tokenizer.model`. Raises `UserError` for one that is damaged or is not BPE with byte fallback."""
+def parse_proto(path: Path) -> Proto:
+    """Parse a SentencePiece model of any kind. Raises `UserError` for one that is missing or damaged."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     try:
         proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); correct the path.") from None
     except DecodeError:
         raise UserError(f"{path} is not a SentencePiece model, or is damaged; download it again.") from None
     if not proto.pieces:
         raise UserError(f"{path} holds no pieces; download it again.")
+    return proto
+
+
+def read_proto(path: Path) -> Proto:
+    """Parse a base's `tokenizer.model`. Raises `UserError` if it is damaged or is not BPE with byte fallback."""
+    proto = parse_proto(path)
     if proto.trainer_spec.model_type != BPE_MODEL:
         kind = proto.trainer_spec.DESCRIPTOR.enum_types_by_name["ModelType"].values_by_number
         name = kind[proto.trainer_spec.model_type].name

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from checkpoint.tokenizer import TokenizerFiles
 from checkpoint.vocabulary import VocabularyMap
 from core.errors import UserError
-from tokenizer_ext.base import FAST_FILE, Base, read_tokenizer
+from tokenizer_ext.base import FAST_FILE, Base, disagreements, read_tokenizer
 from tokenizer_ext.fast import Content, added_tokens_of, build, build_model, ids_of, merges_of
 from tokenizer_ext.samples import Samples
 from tokenizer_ext.sentencepiece_bpe import Proto
@@ -49,7 +49,8 @@ class Case:
     directory: Path
     content: Content
     proto: Proto | None
-    map: VocabularyMap
+    pieces: dict[str, int]  # the model's pieces that the base has not
+    map: VocabularyMap | None  # None for a tokenizer that was made by others
     chat: Path | None
     samples: Samples
 
@@ -61,13 +62,15 @@ class Case:
     @cached_property
     def after(self) -> Tokenizer:
         """The extended tokenizer."""
-        return Tokenizer.from_file(str(self.directory / FAST_FILE))
+        fast = self.directory / FAST_FILE
+        return Tokenizer.from_file(str(fast)) if fast.is_file() else build(self.content)
 
 
 def read_case(base: Base, directory: Path, chat: Path | None, samples: Samples) -> Case:
     """Read an extended tokenizer back from its directory."""
     content, proto = read_tokenizer(directory)
-    return Case(base, directory, content, proto, VocabularyMap.load(directory), chat, samples)
+    map_ = VocabularyMap.load(directory)
+    return Case(base, directory, content, proto, {piece.piece: piece.id for piece in map_.new}, map_, chat, samples)
 
 
 def prove(case: Case) -> list[Proof]:
@@ -114,7 +117,9 @@ def old_pieces_stay(case: Case) -> Proof:
         for id_, (before, after) in enumerate(zip(old.pieces, new.pieces, strict=False))
         if before.SerializeToString() != after.SerializeToString()
     ]
-    if len(new.pieces) != case.map.rows:
+    if len(new.pieces) < len(old.pieces):
+        failures.append(f"tokenizer.model has {len(new.pieces)} pieces, and had {len(old.pieces)}")
+    if case.map and len(new.pieces) != case.map.rows:
         failures.append(f"tokenizer.model has {len(new.pieces)} pieces for {case.map.rows} rows")
     if old.normalizer_spec != new.normalizer_spec:
         failures.append("the normalizer changed")
@@ -123,14 +128,52 @@ def old_pieces_stay(case: Case) -> Proof:
 
 def rows_are_named(case: Case) -> Proof:
     """Every row has a token and every token a row: ids are 0 .. rows - 1, without a hole."""
-    ids = sorted(ids_of(case.content).values())
-    names = {id_: token for token, id_ in ids_of(case.content).items()}
-    failures = [f"row {row} has no token" for row in range(case.map.rows) if row not in names]
-    failures += [f"{names[id_]!r} has id {id_} of {case.map.rows} rows" for id_ in ids if id_ >= case.map.rows]
+    tokens = ids_of(case.content)
+    ids = sorted(tokens.values())
+    names = {id_: token for token, id_ in tokens.items()}
+    rows = case.map.rows if case.map else ids[-1] + 1
+    failures = [f"row {row} has no token" for row in range(rows) if row not in names]
+    failures += [f"{names[id_]!r} has id {id_} of {rows} rows" for id_ in ids if id_ >= rows]
     failures += [f"id {id_} has two tokens" for id_, after in pairwise(ids) if id_ == after]
-    named = [(piece.id, piece.piece) for piece in case.map.new] + [(token.id, token.token) for token in case.map.chat]
-    failures += [f"row {id_} is {names.get(id_)!r}, not {token!r}" for id_, token in named if names.get(id_) != token]
-    return Proof("every row has exactly one token", case.map.rows, failures)
+    if case.map:
+        named = [*case.pieces.items(), *((token.token, token.id) for token in case.map.chat)]
+        failures += [
+            f"row {id_} is {names.get(id_)!r}, not {token!r}" for token, id_ in named if names.get(id_) != token
+        ]
+    return Proof("every row has exactly one token", rows, failures)
+
+
+def constituents_spell_their_piece(case: Case) -> Proof:
+    """The base tokens that the vocabulary map gives for a new piece have the bytes of the piece, and no others."""
+    names = {id_: token for token, id_ in case.base.ids.items()}
+    spelt, new = case.base.family.spelt, case.map.new if case.map else []
+    failures = [
+        f"{piece.piece!r} is not {[names.get(id_) for id_ in piece.constituents]}"
+        for piece in new
+        if b"".join(spelt(names.get(id_, "")) for id_ in piece.constituents) != spelt(piece.piece)
+    ]
+    return Proof("a new piece's constituents spell it", len(new), failures)
+
+
+def files_agree(case: Case) -> Proof:
+    """`tokenizer.json` has the pieces of `tokenizer.model` at the same ids, and merges by its scores."""
+    checked = len(case.proto.pieces) if case.proto is not None else 0
+    return Proof(
+        "tokenizer.model and tokenizer.json have equal ids and merges", checked, disagreements(case.content, case.proto)
+    )
+
+
+def no_word_is_an_added_token(case: Case) -> Proof:
+    """New vocabulary is in the model. Added tokens cut the text before any merge, and are cut out of longer words."""
+    added = [token for token in added_tokens_of(case.content) if token.content not in case.base.ids]
+    words = [token.content for token in added if not token.special and _has_letters_only(token.content)]
+    return Proof(
+        "new words are pieces of the model, not added tokens", len(added) + len(case.pieces), list(map(repr, words))
+    )
+
+
+def _has_letters_only(token: str) -> bool:
+    return all(character.isalpha() for character in token.strip(" ▁"))
 
 
 def new_pieces_are_reachable(case: Case) -> Proof:
@@ -138,8 +181,8 @@ def new_pieces_are_reachable(case: Case) -> Proof:
 
     That is enough: text around it can only take characters from its edges, so what is not reached alone never is.
     """
-    pieces = [piece.piece for piece in case.map.new]
-    expected = [[piece.id] for piece in case.map.new]
+    pieces = list(case.pieces)
+    expected = [[id_] for id_ in case.pieces.values()]
     found = _encode(build_model(case.content), pieces)
     failures = _differences(pieces, expected, found)
     if case.proto is not None:
@@ -210,9 +253,10 @@ def transformers_agrees(case: Case) -> Proof:
 
     loaded = AutoTokenizer.from_pretrained(case.directory, model_max_length=sys.maxsize)  # no warning about long texts
     texts = case.samples.everything[:: max(1, len(case.samples.everything) // 2000)]
-    expected = [encoding.ids for encoding in case.after.encode_batch_fast(texts)]
-    failures = _differences(texts, expected, loaded(texts)["input_ids"])
-    if len(loaded) != case.map.rows:
+    special = case.map is not None  # which special tokens others put around a text is not known here
+    expected = [encoding.ids for encoding in case.after.encode_batch_fast(texts, add_special_tokens=special)]
+    failures = _differences(texts, expected, loaded(texts, add_special_tokens=special)["input_ids"])
+    if case.map and len(loaded) != case.map.rows:
         failures.append(f"transformers counts {len(loaded)} tokens for {case.map.rows} rows")
     return Proof("transformers reads the tokenizer as it was written", len(texts), failures)
 
@@ -220,7 +264,10 @@ def transformers_agrees(case: Case) -> Proof:
 LAWS: tuple[Callable[[Case], Proof], ...] = (
     old_ids_stay,
     old_pieces_stay,
+    files_agree,
     rows_are_named,
+    constituents_spell_their_piece,
+    no_word_is_an_added_token,
     new_pieces_are_reachable,
     plain_text_is_unchanged,
     text_round_trips,

@@ -57,7 +57,7 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ("training.schedule.shape=step", "`training.schedule.shape`"),
         ("corpus.sources.7.weight=1", "'7' is no place in a list of 2"),
         ("corpus.sources.0.language=kr", "language 'kr' is not known"),
-        ("tokenizer.new_pieces.zh_tw=10", "tokenizer.new_pieces names zh_tw but corpus.sources has no such text"),
+        ("tokenizer.new_pieces.zh_tw=10", "`tokenizer` is to extend by zh_tw but corpus.sources has no such text"),
         ("name=a/b", "one folder name"),
         ("training.tokens", "not of the form section.key=value"),
         ("training.tokens=[", "is not YAML"),

@@ -22,7 +22,7 @@ from tests.tokenizer_ext.small_tokenizers import (
 from tokenizer_ext import run
 from tokenizer_ext.base import read_base
 from tokenizer_ext.fast import AddedToken, add_tokens
-from tokenizer_ext.samples import take_samples
+from tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
 from tokenizer_ext.sentencepiece_bpe import fast_content, read_proto
 from tokenizer_ext.verify import Case, read_case
 
@@ -87,7 +87,7 @@ def extend(base: Path, chat: Path, corpus: Corpus, out: Path) -> Extended:
     tracker = RecordingTracker()
     results = run(CONFIG, base, chat, corpus, out, tracker)
     start = read_base(base)
-    samples = take_samples(corpus, list(CONFIG.new_pieces), ["學生", "질문", " 질문"])
+    samples = take_samples(heldout_texts(corpus), scripts_of(CONFIG.new_pieces), ["學生", "질문", " 질문"])
     case = read_case(start, out, chat, replace(samples, mixed=samples.mixed[:300]))
     return Extended(base, chat, out, results, tracker, case)
 

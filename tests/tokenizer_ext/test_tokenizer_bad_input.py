@@ -26,7 +26,7 @@ def source(folder, text: str, language: str = "zh_tw") -> Corpus:
 
 
 def stage(base, corpus, folder, **sizes: int) -> None:
-    run(TokenizerConfig(new_pieces=sizes, min_frequency=1), base, None, corpus, folder, RecordingTracker())
+    run(TokenizerConfig(new_pieces=sizes, min_frequency=1), base, None, corpus, folder / "out", RecordingTracker())
 
 
 def test_a_language_without_text(sp_base, tmp_path) -> None:
@@ -64,8 +64,8 @@ def test_a_lone_surrogate(tmp_path) -> None:
     [
         ({"new_pieces": {"xx": 5}}, "language 'xx' is not known"),
         ({"new_pieces": {"ko": 0}}, "ask for at least 1"),
-        ({"new_pieces": {}}, "new_pieces"),
-        ({}, "`new_pieces` is missing"),
+        ({"new_pieces": {}}, "no language gets new pieces"),
+        ({}, "no language gets new pieces; set `new_pieces`"),
         ({"new_pieces": {"ko": 5}, "min_frequenzy": 2}, "min_frequency"),
     ],
 )

@@ -94,8 +94,9 @@ def test_the_report_is_written_and_tracked(extended) -> None:
         assert heights == sorted(heights, reverse=True)
         assert 0.1 < one["used_in_training"] <= 1
     assert report["examples"]
-    names = {"tokenizer/fertility", "tokenizer/pieces", "tokenizer/examples", "tokenizer/proofs"}
-    assert set(extended.tracker.tables) == names
+    assert {one["language"] for one in report["drift"]} == {"en", "zh_cn (sentences)", "ja (sentences)"}
+    names = ("fertility", "pieces", "drift", "gain curve", "examples", "proofs")
+    assert set(extended.tracker.tables) == {f"tokenizer/{name}" for name in names}
     assert extended.tracker.images["tokenizer/report"].read_bytes().startswith(b"\x89PNG")
     assert extended.tracker.values["tokenizer/rows"] == extended.results["rows"]
 

@@ -1,0 +1,114 @@
+"""Counting in several processes, pruning, and what each further piece brings."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from core.languages import find_language
+from tests.tokenizer_ext.small_tokenizers import CONFIG
+from tokenizer_ext import count
+from tokenizer_ext.base import read_base
+from tokenizer_ext.count import count_words
+from tokenizer_ext.fast import build, build_model, extend_model
+from tokenizer_ext.grow import documents, idle_leaves, learn_languages
+from tokenizer_ext.learn import Growth
+from tokenizer_ext.measure import gain_curve, measure_fertility
+from tokenizer_ext.scripts import Scripts
+from tokenizer_ext.words import Words
+
+
+def as_counter(words: Words) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for text, frequencies in words.blocks:
+        found.update(dict(zip(text.split("\n"), frequencies.tolist(), strict=True)))
+    return found
+
+
+@pytest.fixture
+def splitter(extended, request):
+    return read_base(extended.base).family.splitter(Scripts(find_language("ko")))
+
+
+def test_several_processes_count_what_one_counts(splitter, monkeypatch) -> None:
+    texts = [f"우리는 오늘 {'공원에 ' * (number % 7)}갔습니다\n도서관은 {number}" for number in range(3_000)]
+    alone = count_words(texts, splitter, "alone")
+    monkeypatch.setattr(count, "BLOCK", 2_000)
+    monkeypatch.setattr(count, "BLOCKS_ALONE", 1)
+    together = count_words(iter(texts), splitter, "together")
+    assert as_counter(alone) == as_counter(together) == Counter(word for text in texts for word in splitter(text))
+
+
+def test_words_hold_their_frequencies_and_characters() -> None:
+    counts = Counter({"ab": 3, "b": 2, "cab": 1})
+    words = Words.of(Counter(counts))
+    assert as_counter(words) == counts
+    assert words.total() == 6
+    assert words.characters() == {"a": 4, "b": 6, "c": 1}
+
+
+def test_a_leaf_that_the_text_hardly_uses_is_found() -> None:
+    growth = Growth({"ab": ("a", "b"), "abc": ("ab", "c"), "cd": ("c", "d")}, {"abc": 9, "cd": 2, "ab": 1})
+    assert idle_leaves(growth, 3) == {"cd"}
+    assert idle_leaves(growth, 10) == {"abc", "cd"}
+
+
+def test_idle_leaves_are_dropped_and_their_places_filled(sp_base, corpus, monkeypatch) -> None:
+    """A piece that was taken for idle is not learnt again, and another takes its place."""
+    from tokenizer_ext import grow
+
+    base = read_base(sp_base)
+    before = learn_languages(base, corpus, CONFIG)[0]
+    leaf = next(
+        iter(idle_leaves(Growth({p: h for p, h in before.pieces.items() if h}, dict.fromkeys(before.pieces, 0)), 1))
+    )
+    real = idle_leaves
+    monkeypatch.setattr(
+        grow, "idle_leaves", lambda growth, least: ({leaf} & growth.pieces.keys()) | real(growth, least)
+    )
+    after = learn_languages(base, corpus, CONFIG)[0]
+    assert after.pruned == 1
+    assert leaf not in after.pieces
+    assert len(after.pieces) == len(before.pieces)
+    assert set(before.pieces) - {leaf} <= set(after.pieces)
+
+
+def test_the_gain_curve_is_what_fewer_pieces_would_give(extended, corpus) -> None:
+    """At every point: the text split by a tokenizer with only the first so many pieces."""
+    base = read_base(extended.base)
+    learned = learn_languages(base, corpus, replace_languages(["ko"]))[0]
+    case = extended.case
+    texts = case.samples.texts["ko"]
+    pieces = {piece: case.content["model"]["vocab"][piece] for piece in learned.pieces}
+    whole = replace(case, content=extend_model(base.content, pieces, base.family.settled()))
+    whole.__dict__["after"] = build(whole.content)
+    text = measure_fertility(whole, "ko", texts)
+    curve = gain_curve(learned.pieces, text)
+    assert len(curve) > 10
+    assert curve[-1][1] == pytest.approx(text.tokens_per_character[1])
+    for size, value in curve:
+        fewer = build(extend_model(base.content, dict(list(pieces.items())[:size]), base.family.settled()))
+        tokens = sum(len(encoding.ids) for encoding in fewer.encode_batch_fast(texts, add_special_tokens=False))
+        assert value == pytest.approx(tokens / text.characters)
+
+
+def replace_languages(languages: list[str]):
+    return CONFIG.model_copy(update={"new_pieces": {tag: CONFIG.new_pieces[tag] for tag in languages}})
+
+
+def test_usage_counts_the_words_as_the_tokenizer_splits_them(extended, corpus) -> None:
+    base = read_base(extended.base)
+    learned = learn_languages(base, corpus, replace_languages(["zh_tw"]))[0]
+    words = as_counter(
+        count_words(
+            documents(corpus, "zh_tw", "train", 10**9), base.family.splitter(Scripts(find_language("zh_tw"))), ""
+        )
+    )
+    start = max(base.ids.values()) + 1
+    pieces = {piece: start + number for number, piece in enumerate(learned.pieces)}
+    tokenizer = build_model(extend_model(base.content, pieces, base.family.settled()))
+    usage: Counter[str] = Counter()
+    for word, frequency in words.items():
+        usage.update({token: n * frequency for token, n in Counter(tokenizer.encode(word).tokens).items()})
+    assert sum(usage[piece] for piece in pieces) > 0
+    assert {piece: usage[piece] for piece in pieces} == {piece: learned.usage[piece] for piece in pieces}

@@ -1,0 +1,100 @@
+"""The proofs on anybody's extended tokenizer, held against its base."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint.vocabulary import MAP_FILE
+from core.languages import LANGUAGES, script_pattern
+from core.progress import say, timed
+from core.sources import Source, read_source
+from tokenizer_ext.base import read_base, read_tokenizer
+from tokenizer_ext.fast import added_tokens_of
+from tokenizer_ext.measure import Fertility, measure_fertility
+from tokenizer_ext.report import FERTILITY_COLUMNS, PROOF_COLUMNS, fertility_rows, proof_rows, show
+from tokenizer_ext.samples import HELDOUT_CHARACTERS, scripts_of, take_samples
+from tokenizer_ext.verify import SHOWN, Case, Proof, prove, read_case
+
+TARGET_SHARE = 0.01  # of the new tokens with letters of a script, for it to be one that they were made for
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found."""
+
+    proofs: list[Proof]
+    fertility: list[Fertility]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every law holds."""
+        return not any(proof.failures for proof in self.proofs)
+
+
+def check(
+    directory: Path, base: Path, chat: Path | None = None, texts: Sequence[Path] = (), languages: Sequence[str] = ()
+) -> Checked:
+    """Prove what can be proven of the tokenizer in `directory`, and print it.
+
+    `texts` are files to read beside some built-in sentences; `languages` are those it was extended for, by default all
+    whose scripts (Latin apart) its new tokens are in. Raises `UserError` for files that cannot be read at all.
+    """
+    start = read_base(base, None if (base / "config.json").is_file() else sys.maxsize)
+    content, proto = read_tokenizer(directory)
+    added = [token.content for token in added_tokens_of(content) if token.content not in start.ids]
+    others = {*start.ids, *added}
+    pieces = {piece: id_ for piece, id_ in content["model"]["vocab"].items() if piece not in others}
+    words = [*added, *map(start.family.readable, pieces)]
+    scripts = scripts_of(languages) if languages else guess_scripts(words)
+    say(
+        f"{directory}: {len(pieces):,} new pieces and {len(added):,} new added tokens, "
+        f"for {', '.join(scripts) or 'no script that is known here'}"
+    )
+    read = {path.stem: _read(path) for path in texts}
+    samples = take_samples(read, scripts, words)
+    if (directory / MAP_FILE).is_file():
+        case = read_case(start, directory, chat, samples)
+    else:
+        case = Case(start, directory, content, proto, pieces, None, chat, samples)
+    with timed("checking"):
+        proofs = prove(case)
+    fertility = [measure_fertility(case, name, some) for name, some in read.items() if some]
+    fertility += [measure_fertility(case, f"{name} (sentences)", some) for name, some in samples.sentences.items()]
+    _show(Checked(proofs, fertility))
+    return Checked(proofs, fertility)
+
+
+def guess_scripts(words: Sequence[str]) -> tuple[str, ...]:
+    """The scripts of the known languages, Latin apart, that at least one in a hundred of the words has letters of."""
+    known = dict.fromkeys(script for language in LANGUAGES.values() for script in language.scripts if script != "Latin")
+    return tuple(
+        script
+        for script in known
+        if sum(script_pattern((script,)).search(word) is not None for word in words) > TARGET_SHARE * len(words)
+    )
+
+
+def _read(path: Path) -> list[str]:
+    texts: list[str] = []
+    left = HELDOUT_CHARACTERS
+    for text in read_source(Source(path=str(path), language="en")):
+        texts.append(text)
+        left -= len(text)
+        if left <= 0:
+            break
+    return [text for text in texts if text]
+
+
+def _show(checked: Checked) -> None:
+    show("fertility", FERTILITY_COLUMNS, fertility_rows(checked.fertility))
+    show("proofs", PROOF_COLUMNS, proof_rows(checked.proofs))
+    for proof in checked.proofs:
+        if proof.failures:
+            more = len(proof.failures) - SHOWN
+            say(f"broken: {proof.law}")
+            for line in [*proof.failures[:SHOWN], *([f"... and {more:,} more"] if more > 0 else [])]:
+                say(f"  {line}")
+    say("every law holds" if checked.whole else "not every law holds")

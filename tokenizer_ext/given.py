@@ -1,0 +1,155 @@
+"""Pieces that somebody else chose: a word list, or the pieces of a SentencePiece model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from core.errors import UserError
+from core.progress import say
+from tokenizer_ext.fast import Merge
+from tokenizer_ext.scripts import Scripts
+from tokenizer_ext.sentencepiece_bpe import NORMAL, SPACE, parse_proto
+
+SHOWN = 3  # entries in a message
+
+
+def read_given(path: Path, scripts: Scripts) -> list[str]:
+    """The entries of a list, the most important first, without those that hold other characters than the scripts'.
+
+    A `.model` file is read as a SentencePiece model, by descending score. Anything else is a list of one word a line,
+    what follows a tab left out; a space at a line's start belongs to the word. Where words are not set apart by spaces,
+    a space before an entry is dropped. Raises `UserError` if nothing is left.
+    """
+    entries = _entries(path)
+    if not scripts.set_words_apart:
+        entries = [entry.removeprefix(" ") for entry in entries]
+    fitting = [entry for entry in entries if scripts.spell(entry.removeprefix(" "))]
+    others = [entry for entry in entries if entry and not scripts.spell(entry.removeprefix(" "))]
+    wanted = " or ".join(scripts.language.scripts)
+    if not fitting:
+        raise UserError(f"{path} has no entry of {wanted} letters alone; correct tokenizer.pieces_from.")
+    if others:
+        shown = ", ".join(map(repr, others[:SHOWN]))
+        say(f"{path}: {len(others):,} of {len(entries):,} entries are not of {wanted} alone and left out ({shown})")
+    return list(dict.fromkeys(fitting))
+
+
+def count_entries(path: Path) -> int:
+    """How many entries a list has, fitting or not."""
+    return len(list(filter(None, _entries(path))))
+
+
+def _entries(path: Path) -> list[str]:
+    return _model_pieces(path) if path.suffix == ".model" else _lines(path)
+
+
+def _model_pieces(path: Path) -> list[str]:
+    proto = parse_proto(path)
+    pieces = [piece for piece in proto.pieces if piece.type == NORMAL]
+    return [piece.piece.replace(SPACE, " ") for piece in sorted(pieces, key=lambda piece: -piece.score)]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); correct tokenizer.pieces_from.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it.") from None
+    return [line.partition("\t")[0].rstrip() for line in text.splitlines()]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The pieces that a list makes."""
+
+    pieces: dict[str, Merge | None]  # piece -> the two that it is merged from, None for a letter; in order
+    steps: int  # pieces that are not on the list, but on the way to one that is
+    unreachable: list[str]  # entries that no admitted merges lead to
+    left: int  # entries for which there was no room
+
+
+class Speller:
+    """Splits a word as the tokenizer does: the merge of lowest rank first, the leftmost among equals."""
+
+    def __init__(self, merges: Sequence[Merge]) -> None:
+        self._rank = {merge: rank for rank, merge in reversed(list(enumerate(merges)))}
+        self._old = {left + right: rank for rank, (left, right) in enumerate(merges)}
+        self._new: dict[str, int] = {}
+
+    def add(self, piece: str) -> None:
+        """Every way to spell `piece` in two is a merge from now on, after all others."""
+        self._new[piece] = len(self._rank) + len(self._new)
+
+    def forget(self, piece: str) -> None:
+        """Undo the last `add`."""
+        del self._new[piece]
+
+    def split(self, word: str) -> list[str]:
+        """The word's symbols."""
+        symbols = list(word)
+        while len(symbols) > 1:
+            ranked = [(self._rank_of(*pair), place) for place, pair in enumerate(pairwise(symbols))]
+            possible = [(rank, place) for rank, place in ranked if rank is not None]
+            if not possible:
+                break
+            _, place = min(possible)
+            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+        return symbols
+
+    def _rank_of(self, left: str, right: str) -> int | None:
+        text = left + right
+        if text in self._new:
+            return self._new[text]
+        if left in self._new or right in self._new:
+            return self._old.get(text)
+        return self._rank.get((left, right))
+
+
+def replay(
+    entries: Sequence[str], size: int, merges: Sequence[Merge], known: Collection[str], admits: Callable[[str], bool]
+) -> Replayed:
+    """Make pieces of entries (in the alphabet of the vocabulary), in their order, `size` pieces at most.
+
+    What is added later merges later, so an entry that is whole stays whole.
+    """
+    speller = Speller(merges)
+    wanted = frozenset(entries)
+    pieces: dict[str, Merge | None] = {}
+    unreachable: list[str] = []
+    missing = [entry for entry in dict.fromkeys(entries) if entry not in known]
+    left = 0
+    for done, entry in enumerate(missing):
+        letters = [letter for letter in dict.fromkeys(entry) if letter not in known and letter not in pieces]
+        steps = _make_whole(speller, entry, lambda text: text not in known and admits(text), wanted)
+        if steps is None:
+            unreachable.append(entry)
+        elif len(pieces) + len(letters) + len(steps) > size:
+            left = len([other for other in missing[done:] if other not in pieces])
+            break
+        else:
+            pieces |= {**dict.fromkeys(letters), **steps}
+    return Replayed(pieces, len(pieces.keys() - wanted), unreachable, left)
+
+
+def _make_whole(
+    speller: Speller, entry: str, admits: Callable[[str], bool], wanted: Collection[str]
+) -> dict[str, Merge] | None:
+    """The pieces to add so that `entry` becomes one symbol, or None where they would have to be what is not admitted.
+
+    Neighbours are merged that spell another entry, or else the shortest string, from the left.
+    """
+    steps: dict[str, Merge] = {}
+    while len(symbols := speller.split(entry)) > 1:
+        pairs = [pair for pair in pairwise(symbols) if admits("".join(pair))]
+        if not pairs:
+            for piece in reversed(steps):
+                speller.forget(piece)
+            return None
+        pair = min(pairs, key=lambda pair: ("".join(pair) not in wanted, len("".join(pair))))
+        speller.add("".join(pair))
+        steps["".join(pair)] = pair
+    return steps
