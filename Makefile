@@ -28,6 +28,7 @@ docs: $(VENV)/done  ## docs that are generated from the code
 $(VENV)/done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable ".[demo,dev]"
+	$(INSTALL) --no-deps mistral-common dashscope  # for their tokenizer files; they are not imported
 	touch $@
 
 clean:

@@ -69,6 +69,7 @@ def write_tekken(folder: Path) -> None:
     tokens = [AddedToken(id_, f"<SPECIAL_{id_}>") for id_ in range(special)]
     content = byte_level(ranks, settings["pattern"], tokens)
     content["model"]["ignore_merges"] = True
+    content["model"]["vocab"] |= {token.content: token.id for token in tokens}
     _write(folder, size, content=content)
 
 

@@ -60,6 +60,13 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     settings = _read_settings(directory, content, proto)
     content = {**content, "post_processor": _post_processor(content, settings)}
     rows = _read_rows(directory) if rows is None else rows
+    loaded = build(content)
+    moved = [token for token in added_tokens_of(content) if loaded.token_to_id(token.content) != token.id]
+    if moved:
+        raise UserError(
+            f"{directory / FAST_FILE} lists {moved[0].content!r} at id {moved[0].id}, but it is read as id "
+            f"{loaded.token_to_id(moved[0].content)}; add it to the model's vocab at its id."
+        )
     beyond = [token for token, id_ in ids_of(content).items() if id_ >= rows]
     if beyond:
         raise UserError(

@@ -44,10 +44,10 @@ def check(
     """
     start = read_base(base, None if (base / "config.json").is_file() else sys.maxsize)
     content, proto = read_tokenizer(directory)
-    added = [token.content for token in added_tokens_of(content) if token.content not in start.ids]
-    others = {*start.ids, *added}
+    added = [token for token in added_tokens_of(content) if token.content not in start.ids]
+    others = {*start.ids, *(token.content for token in added)}
     pieces = {piece: id_ for piece, id_ in content["model"]["vocab"].items() if piece not in others}
-    words = [*added, *map(start.family.readable, pieces)]
+    words = [token.content for token in added if not token.special] + list(map(start.family.readable, pieces))
     scripts = scripts_of(languages) if languages else guess_scripts(words)
     say(
         f"{directory}: {len(pieces):,} new pieces and {len(added):,} new added tokens, "

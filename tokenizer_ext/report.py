@@ -97,7 +97,7 @@ def tables(report: Report) -> list[tuple[str, list[str], Rows]]:
     ]
 
 
-FERTILITY_COLUMNS = ["language", "documents", "tok/char", "tok/char after", "bytes/tok", "bytes/tok after", "changed"]
+FERTILITY_COLUMNS = ["language", "texts", "tok/char base", "tok/char new", "bytes/tok base", "bytes/tok new", "changed"]
 PROOF_COLUMNS = ["law", "checked", "broken"]
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,17 @@ class Case:
     map: VocabularyMap | None  # None for a tokenizer that was made by others
     chat: Path | None
     samples: Samples
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Id -> token, of the extended tokenizer."""
+        return {id_: token for token, id_ in ids_of(self.content).items()}
+
+    def name_of(self, id_: int | None) -> str:
+        """A token for a message: how it reads, and its id."""
+        if id_ is None:
+            return "nothing"
+        return f"{self.base.family.readable(self.names[id_])!r} ({id_})" if id_ in self.names else f"id {id_}"
 
     @cached_property
     def before(self) -> Tokenizer:
@@ -130,7 +141,7 @@ def rows_are_named(case: Case) -> Proof:
     """Every row has a token and every token a row: ids are 0 .. rows - 1, without a hole."""
     tokens = ids_of(case.content)
     ids = sorted(tokens.values())
-    names = {id_: token for token, id_ in tokens.items()}
+    names = case.names
     rows = case.map.rows if case.map else ids[-1] + 1
     failures = [f"row {row} has no token" for row in range(rows) if row not in names]
     failures += [f"{names[id_]!r} has id {id_} of {rows} rows" for id_ in ids if id_ >= rows]
@@ -163,6 +174,17 @@ def files_agree(case: Case) -> Proof:
     )
 
 
+def merges_alone_give_the_same(case: Case) -> Proof:
+    """Looking up whole words (`ignore_merges`), where the base does not, changes no ids."""
+    law = "looking up whole words gives what merging gives"
+    model = case.content["model"]
+    if not model.get("ignore_merges") or case.base.content["model"].get("ignore_merges"):
+        return Proof(law, 0, [])
+    merging = build({**case.content, "model": {**model, "ignore_merges": False}})
+    texts = case.samples.everything
+    return Proof(law, len(texts), _differences(case, texts, _encode(merging, texts), _encode(case.after, texts)))
+
+
 def no_word_is_an_added_token(case: Case) -> Proof:
     """New vocabulary is in the model. Added tokens cut the text before any merge, and are cut out of longer words."""
     added = [token for token in added_tokens_of(case.content) if token.content not in case.base.ids]
@@ -184,12 +206,12 @@ def new_pieces_are_reachable(case: Case) -> Proof:
     pieces = list(case.pieces)
     expected = [[id_] for id_ in case.pieces.values()]
     found = _encode(build_model(case.content), pieces)
-    failures = _differences(pieces, expected, found)
+    failures = _differences(case, pieces, expected, found)
     if case.proto is not None:
         bare = type(case.proto)()
         bare.CopyFrom(case.proto)
         bare.normalizer_spec.add_dummy_prefix = False
-        failures += _differences(pieces, expected, _sentencepiece(bare).encode(pieces))
+        failures += _differences(case, pieces, expected, _sentencepiece(bare).encode(pieces))
     return Proof("every new piece can be produced", len(pieces), failures)
 
 
@@ -211,7 +233,7 @@ def text_round_trips(case: Case) -> Proof:
 def plain_text_is_unchanged(case: Case) -> Proof:
     """Text without a character of the learnt scripts has the same ids as before: English, code, all else."""
     texts = case.samples.plain
-    failures = _differences(texts, _encode(case.before, texts), _encode(case.after, texts))
+    failures = _differences(case, texts, _encode(case.before, texts), _encode(case.after, texts))
     return Proof("text without the new scripts is tokenized as before", len(texts), failures)
 
 
@@ -226,14 +248,14 @@ def sentencepiece_agrees(case: Case) -> Proof:
     added = [token.content for token in added_tokens_of(case.content)]
     texts = [text for text in case.samples.everything if not any(token in text for token in added)]
     expected = _sentencepiece(case.proto).encode(texts)
-    return Proof(law, len(texts), _differences(texts, expected, _encode(case.after, texts)))
+    return Proof(law, len(texts), _differences(case, texts, expected, _encode(case.after, texts)))
 
 
 def special_tokens_stay(case: Case) -> Proof:
     """Special tokens, and a conversation in the base's and in the chat model's template, keep their ids."""
     tokens = [token.content for token in added_tokens_of(case.base.content)]
     texts = [*tokens, *(f"Hello{token}world" for token in tokens)]
-    failures = _differences(texts, _encode(case.before, texts), _encode(case.after, texts))
+    failures = _differences(case, texts, _encode(case.before, texts), _encode(case.after, texts))
     checked = len(texts)
     for directory in filter(None, (case.base.directory, case.chat)):
         files = TokenizerFiles.read(directory)
@@ -242,7 +264,7 @@ def special_tokens_stay(case: Case) -> Proof:
             content, _ = read_tokenizer(directory)
             ids = ids_of(case.content)
             expected = [ids.get(files.tokens[id_], -1) for id_ in _encode(build(content), [text])[0]]
-            failures += _differences([text], [expected], _encode(case.after, [text]))
+            failures += _differences(case, [text], [expected], _encode(case.after, [text]))
             checked += 1
     return Proof("special tokens and chat templates keep their ids", checked, failures)
 
@@ -255,7 +277,7 @@ def transformers_agrees(case: Case) -> Proof:
     texts = case.samples.everything[:: max(1, len(case.samples.everything) // 2000)]
     special = case.map is not None  # which special tokens others put around a text is not known here
     expected = [encoding.ids for encoding in case.after.encode_batch_fast(texts, add_special_tokens=special)]
-    failures = _differences(texts, expected, loaded(texts, add_special_tokens=special)["input_ids"])
+    failures = _differences(case, texts, expected, loaded(texts, add_special_tokens=special)["input_ids"])
     if case.map and len(loaded) != case.map.rows:
         failures.append(f"transformers counts {len(loaded)} tokens for {case.map.rows} rows")
     return Proof("transformers reads the tokenizer as it was written", len(texts), failures)
@@ -268,6 +290,7 @@ LAWS: tuple[Callable[[Case], Proof], ...] = (
     rows_are_named,
     constituents_spell_their_piece,
     no_word_is_an_added_token,
+    merges_alone_give_the_same,
     new_pieces_are_reachable,
     plain_text_is_unchanged,
     text_round_trips,
@@ -288,12 +311,20 @@ def _sentencepiece(proto: Proto) -> Any:
     return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
-def _differences(texts: Iterable[str], expected: Iterable[list[int]], found: Iterable[list[int]]) -> list[str]:
+def _differences(
+    case: Case, texts: Iterable[str], expected: Iterable[Sequence[int]], found: Iterable[Sequence[int]]
+) -> list[str]:
     return [
-        f"{_short(text)} is {_short(after)}, not {_short(before)}"
+        f"{_short(text)} {_first_difference(case, before, after)}"
         for text, before, after in zip(texts, expected, found, strict=True)
         if before != after
     ]
+
+
+def _first_difference(case: Case, expected: Sequence[int], found: Sequence[int]) -> str:
+    pairs = zip_longest(expected, found, fillvalue=None)
+    place, (before, after) = next((place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])
+    return f"has {case.name_of(after)} as token {place}, not {case.name_of(before)}"
 
 
 def _short(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from checkpoint.reader import read_json
 from core.artifact import write_json, write_text
 from tokenizer_ext.base import FAST_FILE, ROLES, SETTINGS_FILE, Base
-from tokenizer_ext.fast import add_tokens, extend_model
+from tokenizer_ext.fast import add_tokens, extend_model, look_up_whole_words
 from tokenizer_ext.rows import Layout, map_rows
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -26,7 +26,7 @@ DROPPED_SETTINGS = {
 def write_tokenizer(base: Base, layout: Layout, out: Path) -> None:
     """Write the tokenizer's files and `vocabulary_map.json` into `out`."""
     content = extend_model(base.content, layout.pieces, base.family.settled())
-    content = add_tokens(content, layout.added)
+    content = look_up_whole_words(add_tokens(content, layout.added))
     write_text(out / FAST_FILE, json.dumps(content, ensure_ascii=False, indent=1))
     base.family.write_model(content, layout.pieces, layout.rows, out)
     settings = extended_settings(base)

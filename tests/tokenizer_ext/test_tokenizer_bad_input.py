@@ -136,6 +136,14 @@ def test_a_role_for_a_token_that_is_not_there(bl_base, tmp_path) -> None:
         read_base(write_base(tmp_path, base.rows, content=base.content, pad_token="<pad>"))
 
 
+def test_a_special_token_that_would_be_read_at_another_id(bl_base, tmp_path) -> None:
+    """Special tokens in front that are not in the vocabulary: `tokenizers` puts them behind it without a word."""
+    content = json.loads(json.dumps(read_base(bl_base).content))
+    content["added_tokens"][0]["id"] = 3
+    with pytest.raises(UserError, match=r"lists '<\|endoftext\|>' at id 3, but it is read as id \d+; add it"):
+        read_base(write_base(tmp_path, read_base(bl_base).rows, content=content))
+
+
 def test_a_chat_model_of_another_base(sp_base, bl_base) -> None:
     with pytest.raises(UserError, match="take the base that the chat model was tuned from"):
         read_chat_tokens(bl_base, read_base(sp_base))

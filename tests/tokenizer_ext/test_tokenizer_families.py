@@ -22,7 +22,7 @@ from tests.tokenizer_ext.small_tokenizers import (
 from tokenizer_ext import run
 from tokenizer_ext.base import read_base, read_chat_tokens
 from tokenizer_ext.byte_level import LETTERS, ByteLevelBpe, begins_only
-from tokenizer_ext.fast import AddedToken, build, ids_of, merges_of
+from tokenizer_ext.fast import AddedToken, build, ids_of, look_up_whole_words, merges_of
 from tokenizer_ext.scripts import Scripts
 from tokenizer_ext.sentencepiece_bpe import NORMAL, SentencePieceBpe, extend_proto, fast_content, read_proto
 from tokenizer_ext.verify import Case
@@ -180,6 +180,18 @@ def test_special_tokens_of_a_byte_level_base_stay_where_they_were(bl) -> None:
         assert token not in bl.case.base.content["model"]["vocab"]
         assert after.token_to_id(token) == before[token]
         assert after.encode(f"a{token}b").ids == bl.case.before.encode(f"a{token}b").ids
+
+
+def test_whole_words_are_looked_up_where_that_changes_nothing(bl, sp) -> None:
+    assert bl.case.content["model"]["ignore_merges"] is True
+    assert not sp.case.content["model"].get("ignore_merges")  # there the whole text is one word
+
+
+def test_whole_words_are_not_looked_up_where_a_piece_is_no_merge(bl) -> None:
+    content = json.loads(json.dumps(bl.case.base.content))
+    assert look_up_whole_words(content)["model"]["ignore_merges"] is True
+    content["model"]["vocab"]["riverwater"] = len(content["model"]["vocab"])
+    assert not look_up_whole_words(content)["model"].get("ignore_merges")
 
 
 def test_a_token_added_later_gets_a_row_of_its_own(extended) -> None:

@@ -54,6 +54,21 @@ def test_add_tokens_is_no_extension(extended, tmp_path) -> None:
         require([verify.new_pieces_are_reachable(case)])
 
 
+def test_a_word_that_is_looked_up_but_not_merged_is_found(bl, tmp_path) -> None:
+    def change(content: dict) -> None:
+        content["model"]["vocab"]["water"] = content["model"]["vocab"].pop("<|reserved_0|>")
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|reserved_0|>"]
+
+    assert "merges_alone_give_the_same" in broken(rewritten(bl.case, tmp_path, change))
+
+
+def test_wrong_constituents_are_found(extended) -> None:
+    first, *others = extended.case.map.new
+    wrong = replace(first, constituents=first.constituents[:-1])
+    case = replace(extended.case, map=replace(extended.case.map, new=[wrong, *others]))
+    assert len(verify.constituents_spell_their_piece(case).failures) == 1
+
+
 def test_a_moved_id_is_found(extended, tmp_path) -> None:
     def change(content: dict) -> None:
         vocabulary = content["model"]["vocab"]

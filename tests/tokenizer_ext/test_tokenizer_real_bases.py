@@ -1,30 +1,142 @@
-"""Tokenizers of real models, from installed packages: LLaMA-2's kind with 32,000 pieces."""
+"""Tokenizers of real models (tests/real_tokenizers.py): LLaMA-2's kind with 32,000 pieces, Qwen's with 151,643 ranks."""
 
-import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
 
 from checkpoint.vocabulary import VocabularyMap
-from tests.tokenizer_ext.small_tokenizers import CONFIG, RecordingTracker, write_base
+from core.languages import script_pattern
+from tests.real_tokenizers import BASES, QWEN_ROWS
+from tests.tokenizer_ext.small_tokenizers import CHINESE, CONFIG, KOREAN, RecordingTracker
 from tokenizer_ext import run
+from tokenizer_ext.base import read_base
+from tokenizer_ext.fast import build
+
+SCRIPTS = script_pattern(("Han", "Hangul"))
 
 
-def mistral_model() -> bytes:
-    """`tokenizer.model.v1` of Mistral (Apache-2.0), without importing the package, which needs others."""
-    spec = importlib.util.find_spec("mistral_common")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("mistral-common is not installed (pip install --no-deps mistral-common)")
-    return (Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1").read_bytes()
+@dataclass(frozen=True)
+class Real:
+    """A real base, extended."""
+
+    out: Path
+    before: Tokenizer
+    after: Tokenizer
+    processor: SentencePieceProcessor | None
 
 
-@pytest.mark.slow
-def test_mistral_keeps_every_law(corpus, tmp_path) -> None:
-    """The stage proves its laws itself: whitespace runs at -1e9, 256 bytes, Han and Hangul pieces of its own."""
-    base = write_base(tmp_path / "base", 32_000, proto=mistral_model(), add_bos_token=True, bos_token="<s>")
-    (tmp_path / "out").mkdir()
-    run(CONFIG, base, None, corpus, tmp_path / "out", RecordingTracker())
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert all(proof["checked"] and not proof["failures"] for proof in report["proofs"])
-    assert VocabularyMap.load(tmp_path / "out").base_rows == 32_000
+@pytest.fixture(scope="session")
+def extended_real(corpus, tmp_path_factory):
+    """Name -> the base of that name, extended once in the session. The stage proves its laws itself."""
+    made: dict[str, Real] = {}
+
+    def extend(name: str) -> Real:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            BASES[name](folder / "base")
+            run(CONFIG, folder / "base", None, corpus, folder / "out", RecordingTracker())
+            model = folder / "out" / "tokenizer.model"
+            processor = SentencePieceProcessor(model_file=str(model)) if model.is_file() else None
+            after = Tokenizer.from_file(str(folder / "out" / "tokenizer.json"))
+            made[name] = Real(folder / "out", build(read_base(folder / "base").content), after, processor)
+        return made[name]
+
+    return extend
+
+
+SLOW_TO_BUILD = ["mistral_v3", "tekken"]
+NAMES = ["mistral", "qwen", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_BUILD)]
+
+
+@pytest.fixture(params=NAMES)
+def real(request, extended_real) -> Real:
+    return extended_real(request.param)
+
+
+def test_a_real_base_keeps_every_law(real) -> None:
+    report = json.loads((real.out / "report.json").read_text())
+    assert all(not proof["failures"] for proof in report["proofs"])
+    checked = {proof["law"]: proof["checked"] for proof in report["proofs"]}
+    assert checked["every new piece can be produced"] >= 100
+    assert checked["text comes back when it is decoded"] > 20_000
+    if real.processor:
+        assert checked["SentencePiece and the fast tokenizer agree"] > 20_000
+    assert VocabularyMap.load(real.out).rows % 64 == 0
+
+
+def test_rows_without_a_token_are_not_given_away(extended_real) -> None:
+    """Qwen's matrix has 290 rows more than its tokenizer has ids; new pieces begin behind them."""
+    real = extended_real("qwen")
+    map_ = VocabularyMap.load(real.out)
+    assert map_.base_rows == QWEN_ROWS
+    assert min(piece.id for piece in map_.new) == QWEN_ROWS
+    assert real.after.token_to_id("<|im_end|>") == real.before.token_to_id("<|im_end|>") == 151_645
+
+
+ANYTHING = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]),
+        st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF),
+        st.characters(min_codepoint=0xAC00, max_codepoint=0xD7A3),
+        st.characters(min_codepoint=0x1100, max_codepoint=0x11FF),  # jamo: Hangul taken apart (NFD)
+        st.characters(min_codepoint=0x20000, max_codepoint=0x2FA1F),
+        st.characters(categories=["Mn", "Cc", "Zs", "Cf"]),
+        st.sampled_from(list("  \n\r\t▁ĠĊ的人中學生한국어ㅋ哈々〇aeE.,，。「」🙂👩‍👧🏳️‍🌈\u200d\ufeff\x00")),
+    ),
+    max_size=60,
+)
+MIXED = st.lists(st.one_of(ANYTHING, st.sampled_from([*CHINESE, *KOREAN, " the", "water", "=\n"])), max_size=8).map(
+    "".join
+)
+
+
+@settings(max_examples=1_000, deadline=None)
+@given(text=MIXED)
+def test_sentencepiece_and_the_fast_tokenizer_agree(extended_real, text) -> None:
+    real = extended_real("mistral")
+    ids = real.after.encode(text, add_special_tokens=False).ids
+    assert real.processor.encode(text) == ids
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen"])
+@settings(max_examples=500, deadline=None)
+@given(text=MIXED)
+def test_text_comes_back_as_with_the_base(extended_real, name, text) -> None:
+    """Exactly, but for what the base itself changes: a literal `▁` there, NFC here."""
+    real = extended_real(name)
+    expected = real.before.normalizer.normalize_str(text) if name == "qwen" else text.replace("▁", " ")
+    ids = real.after.encode(text, add_special_tokens=False).ids
+    assert real.after.decode(ids, skip_special_tokens=False) == expected
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen"])
+@settings(max_examples=500, deadline=None)
+@given(text=MIXED)
+def test_text_without_the_scripts_is_tokenized_as_before(extended_real, name, text) -> None:
+    real = extended_real(name)
+    normal = real.before.normalizer.normalize_str(text) if name == "qwen" else text  # NFC puts jamo together
+    plain = SCRIPTS.sub("", normal)
+    assert real.after.encode(plain).ids == real.before.encode(plain).ids
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen"])
+@pytest.mark.parametrize("unit", ["學", "한국어 ", "water ", "學生a", "哈", " ", "\n", "🙂"])
+def test_very_long_lines(extended_real, name, unit) -> None:
+    real = extended_real(name)
+    text = unit * 20_000
+    ids = real.after.encode(text, add_special_tokens=False).ids
+    assert real.after.decode(ids, skip_special_tokens=False) == text
+    if real.processor:
+        assert real.processor.encode(text) == ids
+
+
+def test_a_lone_surrogate_is_refused_and_nothing_else_happens(extended_real) -> None:
+    for name in ("mistral", "qwen"):
+        with pytest.raises((TypeError, UnicodeEncodeError)):
+            extended_real(name).after.encode("\ud800")

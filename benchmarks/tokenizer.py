@@ -1,0 +1,189 @@
+"""Tokenizer extension, measured.
+
+    python -m benchmarks.tokenizer corpora DIR     real text: time, fertility, the laws over all lines, encoding speed
+    python -m benchmarks.tokenizer growth DIR      time and memory of learning, from 10 MB to 1 GB
+
+DIR holds `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt`, a document a line. Bases are real tokenizers from packages
+(tests/real_tokenizers.py). Results are printed and written to DIR/tokenizer-*.json.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import typer
+from tokenizers import Tokenizer
+
+from benchmarks.text import write_like
+from core.sources import Corpus, Source
+from tests.real_tokenizers import BASES
+from tokenizer_ext import TokenizerConfig, grow
+from tokenizer_ext.base import read_base
+from tokenizer_ext.rows import lay_out
+from tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
+from tokenizer_ext.verify import LAWS, read_case
+from tokenizer_ext.write import write_tokenizer
+
+NEW_PIECES = {"zh_tw": 8_000, "ko": 8_000}
+HELDOUT = 0.1  # every tenth line, by hash
+ROUNDS = 7  # of encoding; the base and the extended tokenizer take turns
+MEGABYTES = (10, 100, 1_000)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def corpus_of(folder: Path, languages: tuple[str, ...]) -> Corpus:
+    """The corpus in a folder."""
+    sources = [Source(path=str(folder / f"{language}.txt"), language=language) for language in languages]
+    return Corpus(sources=sources, heldout=HELDOUT)
+
+
+@app.command()
+def corpora(folder: Path, bases: str = "mistral,qwen") -> None:
+    """Extend real bases by 8,000 pieces of Traditional Chinese and 8,000 of Korean, and measure the result."""
+    import datasets  # noqa: F401 - imported before the clock starts
+
+    results = {}
+    for name in bases.split(","):
+        with tempfile.TemporaryDirectory() as temporary:
+            results[name] = _measure(name, corpus_of(folder, ("zh_tw", "ko", "en")), Path(temporary))
+        print(name, json.dumps(results[name], indent=2))
+    (folder / "tokenizer-corpora.json").write_text(json.dumps(results, indent=2))
+
+
+def _measure(name: str, corpus: Corpus, folder: Path) -> dict[str, Any]:
+    BASES[name](folder / "base")
+    base = read_base(folder / "base")
+    config = TokenizerConfig(new_pieces=NEW_PIECES)
+    start = time.perf_counter()
+    learned = grow.learn_languages(base, corpus, config)
+    seconds = time.perf_counter() - start
+    pieces = [piece for one in learned for piece in one.pieces]
+    (folder / "out").mkdir()
+    write_tokenizer(base, lay_out(base, [], pieces, config.pad_to_multiple), folder / "out")
+    every_line = {
+        language: [*corpus.documents(source, "train"), *corpus.documents(source, "heldout")]
+        for language in corpus.languages()
+        for source in corpus.of_language(language)
+    }
+    readable = [base.family.readable(piece) for piece in pieces]
+    case = read_case(base, folder / "out", None, take_samples(every_line, scripts_of(NEW_PIECES), readable))
+    proofs = [law(case) for law in LAWS]
+    heldout = heldout_texts(corpus)
+    fertility = {language: _fertility(case.before, case.after, texts) for language, texts in heldout.items()}
+    return {
+        "learning_seconds": round(seconds, 1),
+        "laws": {proof.law: [proof.checked, len(proof.failures)] for proof in proofs},
+        "tokens_per_character": fertility,
+        "english_lines_changed": sum(
+            before.ids != after.ids
+            for before, after in zip(
+                *(t.encode_batch_fast(every_line["en"]) for t in (case.before, case.after)), strict=True
+            )
+        ),
+        "speed": {language: _speed(case.before, case.after, texts) for language, texts in heldout.items()},
+    }
+
+
+def _changed(before: Tokenizer, after: Tokenizer, texts: list[str]) -> int:
+    pairs = zip(before.encode_batch_fast(texts), after.encode_batch_fast(texts), strict=True)
+    return sum(one.ids != other.ids for one, other in pairs)
+
+
+def _fertility(before: Tokenizer, after: Tokenizer, texts: list[str]) -> list[float]:
+    characters = sum(map(len, texts))
+    tokenizers = (before, after)
+    return [
+        round(sum(len(e.ids) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)) / characters, 4)
+        for tokenizer in tokenizers
+    ]
+
+
+def _speed(before: Tokenizer, after: Tokenizer, texts: list[str]) -> dict[str, float]:
+    """Characters per second of both, one text at a time in one thread, and their ratio (median over rounds)."""
+    characters = sum(map(len, texts))
+    rates: list[tuple[float, float]] = []
+    for _ in range(ROUNDS):
+        seconds = []
+        for tokenizer in (before, after):
+            start = time.perf_counter()
+            for text in texts:
+                tokenizer.encode(text, add_special_tokens=False)
+            seconds.append(time.perf_counter() - start)
+        rates.append((characters / seconds[0], characters / seconds[1]))
+    return {
+        "base": round(median(rate for rate, _ in rates)),
+        "extended": round(median(rate for _, rate in rates)),
+        "ratio": round(median(after / before for before, after in rates), 3),
+    }
+
+
+@app.command()
+def growth(folder: Path, base: str = "mistral", language: str = "zh_cn", pieces: int = 16_000) -> None:
+    """Learn from text like the given one, of 10 MB, 100 MB and 1 GB, each in a process of its own."""
+    results = []
+    for megabytes in MEGABYTES:
+        with tempfile.TemporaryDirectory() as temporary:
+            text = Path(temporary) / f"{language}.txt"
+            write_like(folder / f"{language}.txt", megabytes * 10**6, text)
+            command = [sys.executable, "-m", "benchmarks.tokenizer", "learn", str(text), base, language, str(pieces)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results.append({"megabytes": megabytes, **json.loads(done.stdout)})
+        print(json.dumps(results[-1]), flush=True)
+    (folder / "tokenizer-growth.json").write_text(json.dumps(results, indent=2))
+
+
+@app.command(hidden=True)
+def learn(text: Path, base: str, language: str, pieces: int) -> None:
+    """One size of `growth`: memory is this process's, beyond what it had with a small text."""
+    import datasets  # noqa: F401 - imported before the clock starts
+
+    with tempfile.TemporaryDirectory() as temporary:
+        BASES[base](Path(temporary))
+        start = read_base(Path(temporary))
+    small = text.with_name("small.txt")
+    with open(text, encoding="utf-8") as lines:
+        small.write_text("".join(line for line, _ in zip(lines, range(2_000), strict=False)), encoding="utf-8")
+    config = TokenizerConfig(new_pieces={language: pieces}, max_characters=10**10)
+    _learn_timed(start, small, language, config)
+    warm = _peak()
+    seconds, counted = _learn_timed(start, text, language, config)
+    measured = {"seconds": seconds, "memory_mb": round(_peak() - warm), **counted}
+    measured["memory_per_counter"] = round(measured["memory_mb"] / counted["counter_mb"], 2)
+    print(json.dumps(measured))
+
+
+def _learn_timed(start: Any, text: Path, language: str, config: TokenizerConfig) -> tuple[float, dict[str, Any]]:
+    """(seconds, what the Counter of distinct words took: their number, and megabytes by `sys.getsizeof`)."""
+    from tokenizer_ext import words
+
+    counted: dict[str, Any] = {}
+    take_over = words.Words.of
+
+    def measured(counts: Any) -> words.Words:
+        size = sys.getsizeof(counts) + sum(map(sys.getsizeof, counts))
+        counted.update(words=len(counts), counter_mb=round(size / 1e6))
+        return take_over(counts)
+
+    words.Words.of = measured  # type: ignore[method-assign,assignment]
+    begun = time.perf_counter()
+    grow.learn_languages(start, Corpus(sources=[Source(path=str(text), language=language)], heldout=0.001), config)
+    words.Words.of = take_over  # type: ignore[method-assign]
+    return round(time.perf_counter() - begun, 1), counted
+
+
+def _peak() -> float:
+    """Megabytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,108 @@
+"""`cpt-merge tokenizer --check`: the proofs on tokenizers that others made."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from sentencepiece import sentencepiece_model_pb2
+from transformers import AutoTokenizer
+
+from core.errors import UserError
+from launcher.cli import main
+from tokenizer_ext.check import check, guess_scripts
+from tokenizer_ext.verify import Proof
+
+WORDS = ["學生", "圖書館", "老師的", "질문", "대답은"]
+
+
+def broken(proofs: list[Proof]) -> set[str]:
+    return {proof.law for proof in proofs if proof.failures}
+
+
+@pytest.fixture
+def text(corpus) -> Path:
+    return Path(next(source.path for source in corpus.sources if source.language == "zh_tw"))
+
+
+def test_our_own_keeps_every_law(extended, text) -> None:
+    checked = check(extended.out, extended.base, extended.chat, [text])
+    assert checked.whole
+    assert checked.fertility[0].tokens_per_character[1] < checked.fertility[0].tokens_per_character[0] / 2
+
+
+def test_without_the_vocabulary_map_as_well(extended, tmp_path) -> None:
+    out = shutil.copytree(extended.out, tmp_path / "out")
+    (out / "vocabulary_map.json").unlink()
+    assert check(out, extended.base).whole
+
+
+def test_add_tokens_is_found_out(extended, tmp_path, capsys) -> None:
+    """The common mistake, by transformers itself: words as added tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(extended.base)
+    tokenizer.add_tokens(WORDS)
+    tokenizer.save_pretrained(tmp_path / "naive")
+    laws = broken(check(tmp_path / "naive", extended.base).proofs)
+    assert "new words are pieces of the model, not added tokens" in laws
+    assert "broken: new words are pieces" in capsys.readouterr().err
+
+
+def test_a_unigram_model_appended_with_score_0_is_found_out(sp_base, tmp_path) -> None:
+    """As the published extensions of LLaMA-2 are made: pieces that no merges lead to, and English is changed."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString((sp_base / "tokenizer.model").read_bytes())
+    known = {piece.piece for piece in proto.pieces}
+    for word in [*WORDS, "▁wat", "er▁"]:
+        for piece in (word, *word) if word not in known else ():
+            if piece not in known:
+                known.add(piece)
+                proto.pieces.add(piece=piece, score=0.0)
+    folder = tmp_path / "appended"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}))
+    laws = broken(check(folder, sp_base).proofs)
+    assert {"every new piece can be produced", "text without the new scripts is tokenized as before"} <= laws
+
+
+def test_another_base_is_found_out(sp, bl_base) -> None:
+    assert "old tokens keep their ids and merges" in broken(check(sp.out, bl_base).proofs)
+
+
+def test_two_files_that_disagree_are_a_broken_law(sp, tmp_path) -> None:
+    out = shutil.copytree(sp.out, tmp_path / "out")
+    proto = sentencepiece_model_pb2.ModelProto.FromString((out / "tokenizer.model").read_bytes())
+    new = [piece.id for piece in sp.case.map.new]
+    proto.pieces[new[-1]].piece, proto.pieces[new[-2]].piece = proto.pieces[new[-2]].piece, proto.pieces[new[-1]].piece
+    (out / "tokenizer.model").write_bytes(proto.SerializeToString())
+    laws = broken(check(out, sp.base).proofs)
+    assert "tokenizer.model and tokenizer.json have equal ids and merges" in laws
+
+
+def test_the_scripts_are_guessed_from_the_new_tokens() -> None:
+    assert guess_scripts(["學生", "ab", "<|x|>"]) == ("Han",)
+    assert guess_scripts(["질문", "ひ", "カ"]) == ("Hangul", "Hiragana", "Katakana")
+    assert guess_scripts(["abc", *["x"] * 99]) == ()
+
+
+def test_exit_codes(sp, tmp_path, capsys) -> None:
+    arguments = ["tokenizer", "--check", str(sp.out), "--against", str(sp.base)]
+    assert main(arguments) == 0
+    tokenizer = AutoTokenizer.from_pretrained(sp.base)
+    tokenizer.add_tokens(WORDS)
+    tokenizer.save_pretrained(tmp_path)
+    assert main(["tokenizer", "--check", str(tmp_path), "--against", str(sp.base)]) == 1
+    assert main(["tokenizer", "--check", str(tmp_path / "nothing"), "--against", str(sp.base)]) == 2
+    assert "holds neither tokenizer.json nor tokenizer.model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--check", "x"], ["r.yaml", "--check", "x", "--against", "y"], ["r.yaml", "--against", "y"]]
+)
+def test_half_a_command_is_one_sentence(arguments, capsys) -> None:
+    assert main(["tokenizer", *arguments]) == 2
+    assert "--check" in capsys.readouterr().err
+
+
+def test_a_text_that_is_not_there(sp) -> None:
+    with pytest.raises(UserError, match=r"does not exist; correct corpus.sources"):
+        check(sp.out, sp.base, texts=[Path("nowhere.txt")])
