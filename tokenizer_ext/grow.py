@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import Split
 
 from core.errors import UserError
@@ -165,33 +166,43 @@ def _continue(
 ) -> Growth:
     """Go on from the base and `known` pieces: `size` more, none of them `barred`, and how all words are spelt then."""
     content = with_pieces(base, known)
-    vocabulary = read_vocabulary(content, scripts, base)
-    arrays = _split_words(content, [base.family.spells(name) for name in vocabulary.names], words)
+    tokenizer = build_model(content)
+    vocabulary = read_vocabulary(content, tokenizer, scripts, base)
+    arrays = _split_words(tokenizer, [base.family.spells(name) for name in vocabulary.names], words)
     admits = base.family.admits(scripts, config.max_piece_length)
     allowed = (lambda text: text not in barred and admits(text)) if barred else admits
     return ContinuedBpe(vocabulary, arrays, allowed, config.min_frequency).learn(size)
 
 
-def read_vocabulary(content: Content, scripts: Scripts, base: Base) -> Vocabulary:
-    """What learning goes on from. Pieces without a letter of the scripts do not matter among the dormant ones."""
+def read_vocabulary(content: Content, tokenizer: Tokenizer, scripts: Scripts, base: Base) -> Vocabulary:
+    """What learning goes on from. `tokenizer` has the merges of `content` alone.
+
+    Only dormant pieces that can stand in a word matter: with a letter of the scripts, or a part of a character.
+    """
     ids = content["model"]["vocab"]
     names = [""] * (max(ids.values()) + 1)
     for piece, id_ in ids.items():
         names[id_] = piece
     merges = merges_of(content)
     made = {left + right for left, right in merges}
-    possible = [piece for piece in made if scripts.letter.search(base.family.readable(piece))]
-    spelt = build_model(content).encode_batch_fast(possible, add_special_tokens=False)
+    possible = [piece for piece in made if _may_stand_in_a_word(base.family.spelt(piece), scripts)]
+    spelt = tokenizer.encode_batch_fast(possible, add_special_tokens=False)
     dormant = {piece: one.ids for piece, one in zip(possible, spelt, strict=True) if len(one.ids) > 1}
     return Vocabulary(names, merges, dormant)
 
 
-def _split_words(content: Content, spells: Sequence[bool], words: Words) -> WordArrays:
-    """The words as the tokenizer of `content` splits them.
+def _may_stand_in_a_word(spelt: bytes, scripts: Scripts) -> bool:
+    try:
+        return scripts.letter.search(spelt.decode()) is not None
+    except UnicodeDecodeError:
+        return True
+
+
+def _split_words(tokenizer: Tokenizer, spells: Sequence[bool], words: Words) -> WordArrays:
+    """The words as the tokenizer, which has only merges, splits them.
 
     Bytes of a character without a piece are a break: a piece may only contain characters that are pieces.
     """
-    tokenizer = build_model(content)
     tokenizer.pre_tokenizer = Split(SEPARATOR, "removed")
     kept = np.where(spells, np.arange(len(spells)), BREAK).astype(np.int32)
     arrays = WordArrays()
