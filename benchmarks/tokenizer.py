@@ -2,6 +2,7 @@
 
     python -m benchmarks.tokenizer corpora DIR     real text: time, fertility, the laws over all lines, encoding speed
     python -m benchmarks.tokenizer growth DIR      time and memory of learning, from 10 MB to 1 GB
+    python -m benchmarks.tokenizer others DIR      the laws on two other ways to extend Mistral's tokenizer
 
 DIR holds `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt`, a document a line. Bases are real tokenizers from packages
 (tests/real_tokenizers.py). Results are printed and written to DIR/tokenizer-*.json.
@@ -9,6 +10,7 @@ DIR holds `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt`, a document a line. Ba
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import subprocess
@@ -19,7 +21,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import sentencepiece
 import typer
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from benchmarks.text import write_like
@@ -29,6 +33,7 @@ from tokenizer_ext import TokenizerConfig, grow
 from tokenizer_ext.base import read_base
 from tokenizer_ext.rows import lay_out
 from tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
+from tokenizer_ext.sentencepiece_bpe import NORMAL
 from tokenizer_ext.verify import LAWS, read_case
 from tokenizer_ext.write import write_tokenizer
 
@@ -141,6 +146,53 @@ def growth(folder: Path, base: str = "mistral", language: str = "zh_cn", pieces:
     (folder / "tokenizer-growth.json").write_text(json.dumps(results, indent=2))
 
 
+@app.command()
+def others(folder: Path) -> None:
+    """Words as added tokens, and a Unigram model appended with score 0 (as published ones are), under our laws."""
+    from tokenizer_ext.check import check
+
+    text = folder / "zh_tw.txt"
+    made = {"add_tokens": _with_added_tokens, "appended unigram": _with_appended_unigram}
+    results = {}
+    for name, make in made.items():
+        with tempfile.TemporaryDirectory() as temporary:
+            base, out = Path(temporary) / "base", Path(temporary) / "out"
+            BASES["mistral"](base)
+            out.mkdir()
+            make(base, text, out)
+            checked = check(out, base, None, [text, folder / "en.txt"], ["zh_tw"])
+            results[name] = {proof.law: [proof.checked, len(proof.failures)] for proof in checked.proofs}
+    print(json.dumps(results, indent=2))
+    (folder / "tokenizer-others.json").write_text(json.dumps(results, indent=2))
+
+
+def _unigram_pieces(text: Path) -> list[str]:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_writer=model, model_type="unigram", vocab_size=8_000, minloglevel=2
+    )
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    return [piece.piece for piece in proto.pieces if piece.type == NORMAL]
+
+
+def _with_added_tokens(base: Path, text: Path, out: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([piece.replace("▁", " ") for piece in _unigram_pieces(text)])
+    tokenizer.save_pretrained(out)
+
+
+def _with_appended_unigram(base: Path, text: Path, out: Path) -> None:
+    proto = sentencepiece_model_pb2.ModelProto.FromString((base / "tokenizer.model").read_bytes())
+    known = {piece.piece for piece in proto.pieces}
+    for piece in _unigram_pieces(text):
+        if piece not in known:
+            proto.pieces.add(piece=piece, score=0.0)
+    (out / "tokenizer.model").write_bytes(proto.SerializeToString())
+    (out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}))
+
+
 @app.command(hidden=True)
 def learn(text: Path, base: str, language: str, pieces: int) -> None:
     """One size of `growth`: memory is this process's, beyond what it had with a small text."""
@@ -173,7 +225,7 @@ def _learn_timed(start: Any, text: Path, language: str, config: TokenizerConfig)
         counted.update(words=len(counts), counter_mb=round(size / 1e6))
         return take_over(counts)
 
-    words.Words.of = measured  # type: ignore[method-assign,assignment]
+    words.Words.of = measured  # type: ignore[method-assign]
     begun = time.perf_counter()
     grow.learn_languages(start, Corpus(sources=[Source(path=str(text), language=language)], heldout=0.001), config)
     words.Words.of = take_over  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tokenizer_ext.byte_level import LETTERS
-from tokenizer_ext.fast import AddedToken
+from tokenizer_ext.fast import AddedToken, Content
 
 QWEN_ROWS = 151_936  # of Qwen's published matrices; the tokenizer has fewer ids
 CHATML = (
@@ -78,7 +78,7 @@ BASES: Mapping[str, Callable[[Path], None]] = {
 }  # fmt: skip
 
 
-def byte_level(ranks: Mapping[bytes, int], pattern: str, specials: list[AddedToken]) -> dict:
+def byte_level(ranks: Mapping[bytes, int], pattern: str, specials: list[AddedToken]) -> Content:
     """The `tokenizer.json` of a tiktoken vocabulary. tiktoken merges whatever two neighbours spell a token."""
     names = {token: "".join(LETTERS[byte] for byte in token) for token in ranks}
     merges = [
@@ -110,7 +110,7 @@ def byte_level(ranks: Mapping[bytes, int], pattern: str, specials: list[AddedTok
 
 
 def _write(
-    folder: Path, rows: int, *, content: dict | None = None, proto: bytes | None = None, **settings: object
+    folder: Path, rows: int, *, content: Content | None = None, proto: bytes | None = None, **settings: object
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"vocab_size": rows, "model_type": "llama"}))

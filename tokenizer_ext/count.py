@@ -6,9 +6,11 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from itertools import islice
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from multiprocessing import get_context
 
+from core.errors import UserError
 from core.progress import Meter
 from tokenizer_ext.family import Splitter
 from tokenizer_ext.words import Words
@@ -56,19 +58,20 @@ def _count_elsewhere(blocks: Iterator[list[str]], splitter: Splitter) -> Iterato
     processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
     waiting: deque[tuple[int, Future[dict[str, int]]]] = deque()
     context = get_context("spawn")  # a forked child would inherit the locks of other threads
-    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(splitter,)) as pool:
-        for block in _prepend(first, blocks):
-            waiting.append((sum(map(len, block)), pool.submit(_count_block, block)))
-            if len(waiting) > 2 * processes:
-                size, counts = waiting.popleft()
+    try:
+        with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(splitter,)) as pool:
+            for block in chain([first], blocks):
+                waiting.append((sum(map(len, block)), pool.submit(_count_block, block)))
+                if len(waiting) > 2 * processes:
+                    size, counts = waiting.popleft()
+                    yield size, counts.result()
+            for size, counts in waiting:
                 yield size, counts.result()
-        for size, counts in waiting:
-            yield size, counts.result()
-
-
-def _prepend(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
-    yield first
-    yield from rest
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that counts words was ended from outside, most likely for lack of memory; give the job more, "
+            "lower tokenizer.max_characters, or see that a script that calls tokenizer_ext has a __main__ guard."
+        ) from None
 
 
 def _start(splitter: Splitter) -> None:

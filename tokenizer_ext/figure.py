@@ -26,11 +26,14 @@ def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path:
     bars.legend(frameon=False, loc="upper right", ncols=2)
     for one in usefulness:
         sizes, gained = [size for size, _ in one.curve], [value for _, value in one.curve]
-        curves.plot(sizes, gained, marker="o", markersize=3, label=one.language)
+        (line,) = curves.plot(sizes, gained, marker="o", markersize=3, label=one.language)
+        if one.curve and one.characters:
+            height = dict(one.curve)[one.characters]
+            curves.plot(one.characters, height, "o", markersize=9, fillstyle="none", color=line.get_color())
     curves.set_ylim(bottom=0)
     curves.set_xlabel("new pieces")
     curves.set_ylabel("tokens per character")
-    curves.set_title("What each further piece brings")
+    curves.set_title("What each further piece brings (ring: single characters end)")
     curves.legend(frameon=False)
     for axes in (bars, curves):
         axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Split
 
 from core.errors import UserError
 from core.languages import find_language
-from core.progress import say, timed
+from core.progress import Meter, say
 from core.sources import Corpus
 from core.sources import Split as Half
 from tokenizer_ext.base import Base
@@ -98,8 +98,7 @@ def _learn_language(
     size = config.new_pieces.get(language, len(pieces))
     pruned: set[str] = set()
     while True:
-        with timed(f"learning {size - len(pieces):,} pieces for {language} from {words.total():,} words"):
-            growth = _continue(base, [*earlier, *pieces], words, scripts, size - len(pieces), config, pruned)
+        growth = _continue(base, [*earlier, *pieces], words, scripts, size - len(pieces), config, pruned)
         idle = idle_leaves(growth, config.min_frequency)
         pieces |= {piece: halves for piece, halves in growth.pieces.items() if piece not in idle}
         pruned |= idle
@@ -168,10 +167,12 @@ def _continue(
     content = with_pieces(base, known)
     tokenizer = build_model(content)
     vocabulary = read_vocabulary(content, tokenizer, scripts, base)
-    arrays = _split_words(tokenizer, [base.family.spells(name) for name in vocabulary.names], words)
+    language = scripts.language.tag
+    spells = [base.family.spells(name) for name in vocabulary.names]
+    arrays = _split_words(tokenizer, spells, words, f"splitting {language}")
     admits = base.family.admits(scripts, config.max_piece_length)
     allowed = (lambda text: text not in barred and admits(text)) if barred else admits
-    return ContinuedBpe(vocabulary, arrays, allowed, config.min_frequency).learn(size)
+    return ContinuedBpe(vocabulary, arrays, allowed, config.min_frequency).learn(size, f"learning {language}")
 
 
 def read_vocabulary(content: Content, tokenizer: Tokenizer, scripts: Scripts, base: Base) -> Vocabulary:
@@ -198,7 +199,7 @@ def _may_stand_in_a_word(spelt: bytes, scripts: Scripts) -> bool:
         return True
 
 
-def _split_words(tokenizer: Tokenizer, spells: Sequence[bool], words: Words) -> WordArrays:
+def _split_words(tokenizer: Tokenizer, spells: Sequence[bool], words: Words, label: str) -> WordArrays:
     """The words as the tokenizer, which has only merges, splits them.
 
     Bytes of a character without a piece are a break: a piece may only contain characters that are pieces.
@@ -206,12 +207,14 @@ def _split_words(tokenizer: Tokenizer, spells: Sequence[bool], words: Words) -> 
     tokenizer.pre_tokenizer = Split(SEPARATOR, "removed")
     kept = np.where(spells, np.arange(len(spells)), BREAK).astype(np.int32)
     arrays = WordArrays()
-    for start in range(0, len(words.blocks), BLOCKS_AT_ONCE):
-        texts, frequencies = zip(*words.blocks[start : start + BLOCKS_AT_ONCE], strict=True)
-        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)  # encode_batch_fast gives no word_ids
-        lengths = [np.bincount(np.array(encoding.word_ids, np.int64)) for encoding in encodings]
-        ids = np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
-        arrays.add(kept[ids], np.concatenate(lengths), np.concatenate(frequencies))
+    with Meter(label, words.distinct(), "words") as meter:
+        for start in range(0, len(words.blocks), BLOCKS_AT_ONCE):
+            texts, frequencies = zip(*words.blocks[start : start + BLOCKS_AT_ONCE], strict=True)
+            encodings = tokenizer.encode_batch(texts, add_special_tokens=False)  # encode_batch_fast gives no word_ids
+            lengths = np.concatenate([np.bincount(np.array(one.word_ids, np.int64)) for one in encodings])
+            ids = np.concatenate([np.array(one.ids, np.int32) for one in encodings])
+            arrays.add(kept[ids], lengths, np.concatenate(frequencies))
+            meter.advance(len(lengths))
     return arrays
 
 

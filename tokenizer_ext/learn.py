@@ -25,6 +25,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from core.progress import Meter, timed
 from tokenizer_ext.fast import Merge
 from tokenizer_ext.symbols import Ints, Places, Symbols, WordArrays, pair_keys, split_key, sum_by_key
 
@@ -60,24 +61,26 @@ class ContinuedBpe:
         self._ids = {name: id_ for id_, name in enumerate(self._names)}
         self._first_new = len(self._names)
         self._dormant = vocabulary.dormant
-        self._rank = (
-            {left + right: rank for rank, (left, right) in enumerate(vocabulary.merges)} if self._dormant else {}
-        )
-        self._merges = set(vocabulary.merges) if self._dormant else set()
+        merges = vocabulary.merges if self._dormant else ()  # only then they are needed
+        self._rank = {left + right: rank for rank, (left, right) in enumerate(merges)}
+        self._merges = set(merges)
         self._admits = admits
         self._min_frequency = min_frequency
         self._counts: dict[int, int] = {}  # pair that may become a piece -> how often it occurs
         self._heap: list[tuple[int, str, int]] = []  # (-count, string, pair); counts may have fallen since
         self._symbols = Symbols(words)
 
-    def learn(self, size: int) -> Growth:
-        """Up to `size` pieces; fewer where no candidate is left."""
-        self._count_pairs()
+    def learn(self, size: int, label: str = "learning") -> Growth:
+        """Up to `size` pieces; fewer where no candidate is left. Progress is shown as `label`."""
         pieces: dict[str, Merge] = {}
-        while len(pieces) < size and (pair := self._pop_best()) is not None:
-            left, right = (self._names[id_] for id_ in split_key(pair))
-            pieces[left + right] = left, right
-            self._merge_everywhere(pair)
+        with timed(f"{label}: counting pairs"):
+            self._count_pairs()
+        with Meter(label, size, "pieces") as meter:
+            while len(pieces) < size and (pair := self._pop_best()) is not None:
+                left, right = (self._names[id_] for id_ in split_key(pair))
+                pieces[left + right] = left, right
+                self._merge_everywhere(pair)
+                meter.advance()
         usage = self._symbols.usage(len(self._names))
         return Growth(pieces, {self._names[id_]: int(usage[id_]) for id_ in np.flatnonzero(usage).tolist()})
 

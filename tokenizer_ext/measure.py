@@ -91,17 +91,19 @@ def measure_usefulness(case: Case, learned: Learned, asked: int, fertility: Mapp
         pruned=learned.pruned,
         used_in_training=len(learned.pieces.keys() & learned.usage.keys()) / number,
         used_in_heldout=len(learned.pieces.keys() & seen) / number,
-        curve=gain_curve(learned.pieces, own) if own else [],
+        curve=gain_curve(learned.pieces, own, learned.characters) if own else [],
     )
 
 
-def gain_curve(pieces: Pieces, text: Fertility) -> list[tuple[int, float]]:
+def gain_curve(pieces: Pieces, text: Fertility, characters: int) -> list[tuple[int, float]]:
     """(number of pieces, tokens per character) for the first so many of `pieces`, from none to all.
+
+    One of the points is at the `characters` that lead.
 
     What is merged last can be taken apart again: with fewer pieces a text is split as with all, but that each of the
     later pieces is the two that it is merged from, and so on. A single character is its bytes.
     """
-    points = sorted({round(len(pieces) * step / CURVE_POINTS) for step in range(CURVE_POINTS + 1)})
+    points = sorted({characters, *(round(len(pieces) * step / CURVE_POINTS) for step in range(CURVE_POINTS + 1))})
     rank = {piece: number for number, piece in enumerate(pieces)}
     tokens = text.tokens.total()
     return [(size, (tokens + _more_tokens(pieces, rank, text.tokens, size)) / text.characters) for size in points]

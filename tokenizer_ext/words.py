@@ -29,9 +29,9 @@ class Words:
             )
         return Words(blocks)
 
-    def total(self) -> int:
-        """The number of words in the text."""
-        return sum(int(frequencies.sum(dtype=np.int64)) for _, frequencies in self.blocks)
+    def distinct(self) -> int:
+        """How many different words there are."""
+        return sum(len(frequencies) for _, frequencies in self.blocks)
 
     def characters(self) -> Counter[str]:
         """How often each character occurs in the text's words."""
