@@ -33,7 +33,9 @@ def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path:
     curves.set_ylim(bottom=0)
     curves.set_xlabel("new pieces")
     curves.set_ylabel("tokens per character")
-    curves.set_title("What each further piece brings (ring: single characters end)")
+    curves.set_title("What each further piece brings")
+    if any(one.characters for one in usefulness):
+        curves.plot([], [], "o", markersize=9, fillstyle="none", color="gray", label="end of single characters")
     curves.legend(frameon=False)
     for axes in (bars, curves):
         axes.spines[["top", "right"]].set_visible(False)

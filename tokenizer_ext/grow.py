@@ -26,7 +26,7 @@ from tokenizer_ext.scripts import Scripts
 from tokenizer_ext.symbols import BREAK, WordArrays
 from tokenizer_ext.words import SEPARATOR, Words
 
-BLOCKS_AT_ONCE = 32  # of words that are split
+BLOCKS_AT_ONCE = 8  # of words that are split
 Pieces = dict[str, Merge | None]  # piece -> the two that it is merged from, None for a single character
 
 

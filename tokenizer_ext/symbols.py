@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BREAK, INSIDE = -1, -2
-BLOCK = 1 << 20  # slots that are counted or sorted at once
+BLOCK = 1 << 18  # slots that are counted or sorted at once
 
 Ints = NDArray[np.integer]
 Places = NDArray[np.int64]

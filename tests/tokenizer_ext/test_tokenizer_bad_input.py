@@ -29,6 +29,13 @@ def stage(base, corpus, folder, **sizes: int) -> None:
     run(TokenizerConfig(new_pieces=sizes, min_frequency=1), base, None, corpus, folder / "out", RecordingTracker())
 
 
+def test_a_directory_that_holds_something_is_left_alone(sp_base, corpus, tmp_path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty; remove what is there"):
+        run(CONFIG, sp_base, None, corpus, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_a_language_without_text(sp_base, tmp_path) -> None:
     with pytest.raises(UserError, match="no text in 'ko'"):
         stage(sp_base, source(tmp_path, "中文\n" * 9), tmp_path, ko=10)

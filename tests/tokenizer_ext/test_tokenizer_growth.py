@@ -1,10 +1,13 @@
 """Counting in several processes, pruning, and what each further piece brings."""
 
+import os
+import signal
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
+from core.errors import UserError
 from core.languages import find_language
 from tests.tokenizer_ext.small_tokenizers import CONFIG
 from tokenizer_ext import count
@@ -37,6 +40,24 @@ def test_several_processes_count_what_one_counts(splitter, monkeypatch) -> None:
     monkeypatch.setattr(count, "BLOCKS_ALONE", 1)
     together = count_words(iter(texts), splitter, "together")
     assert as_counter(alone) == as_counter(together) == Counter(word for text in texts for word in splitter(text))
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A splitter whose process is killed, as by a lack of memory."""
+
+    parent: int
+
+    def __call__(self, text: str) -> list[str]:
+        if os.getpid() != self.parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [text]
+
+
+def test_a_counting_process_that_is_killed_is_one_sentence(monkeypatch) -> None:
+    monkeypatch.setattr(count, "BLOCK", 2)
+    with pytest.raises(UserError, match="most likely for lack of memory"):
+        count_words(["abc"] * 20, Killed(os.getpid()), "killed")
 
 
 def test_words_hold_their_frequencies_and_characters() -> None:
