@@ -1,10 +1,10 @@
-"""The new pieces of one language: characters first, then a given list, then what is learnt from the text."""
+"""The new pieces of one language after the other: characters first, then a given list, then what the text teaches."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,10 @@ from core.errors import UserError
 from core.languages import find_language
 from core.progress import Meter, say
 from core.sources import Corpus
-from core.sources import Split as Half
 from tokenizer_ext.base import Base
 from tokenizer_ext.config import TokenizerConfig
 from tokenizer_ext.count import count_words
+from tokenizer_ext.documents import documents
 from tokenizer_ext.fast import Content, Merge, build_model, extend_model, merges_of
 from tokenizer_ext.given import Replayed, read_given, replay
 from tokenizer_ext.learn import ContinuedBpe, Growth, Vocabulary
@@ -27,6 +27,7 @@ from tokenizer_ext.symbols import BREAK, WordArrays
 from tokenizer_ext.words import SEPARATOR, Words
 
 BLOCKS_AT_ONCE = 8  # of words that are split
+SHOWN = 3  # examples in a message
 Pieces = dict[str, Merge | None]  # piece -> the two that it is merged from, None for a single character
 
 
@@ -44,159 +45,134 @@ class Learned:
 
 def learn_languages(base: Base, corpus: Corpus, config: TokenizerConfig) -> list[Learned]:
     """Learn every language in turn, each upon what the ones before it have added."""
-    lists = {tag: read_given(path, Scripts(find_language(tag))) for tag, path in config.pieces_from.items()}
+    scripts = {language: Scripts(find_language(language)) for language in config.languages()}
+    lists = {language: read_given(path, scripts[language]) for language, path in config.pieces_from.items()}
     learned: list[Learned] = []
-    for language in config.languages():
+    for language in scripts:
         earlier = [piece for one in learned for piece in one.pieces]
-        learned.append(_learn_language(base, earlier, corpus, language, lists.get(language, []), config))
+        grower = Grower(base, earlier, scripts[language], config)
+        texts = documents(corpus, language, "train", config.max_characters)
+        words = count_words(texts, base.family.splitter(scripts[language]), f"counting {language}")
+        learned.append(grower.grow(words, lists.get(language, [])))
     return learned
 
 
-def documents(corpus: Corpus, language: str, split: Half, max_characters: int) -> Iterator[str]:
-    """Documents in one language, from the start of each source in turn, until `max_characters` have been given.
+@dataclass(frozen=True)
+class Grower:
+    """Finds the pieces of one language, beyond the base's and those that `earlier` languages have added."""
 
-    Raises `UserError` for a document that is no Unicode text.
-    """
-    left = max_characters
-    for source in corpus.of_language(language):
-        for number, text in enumerate(corpus.documents(source, split), start=1):
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise UserError(
-                    f"{source.path}: {split} document {number} holds a lone surrogate, so it is no Unicode text; "
-                    "repair or remove it."
-                ) from None
-            yield text
-            left -= len(text)
-            if left <= 0:
-                return
+    base: Base
+    earlier: Sequence[str]
+    scripts: Scripts
+    config: TokenizerConfig
+
+    @property
+    def language(self) -> str:
+        """The language's tag."""
+        return self.scripts.language.tag
+
+    @property
+    def size(self) -> int | None:
+        """How many pieces are asked for; None for all that a list makes."""
+        return self.config.new_pieces.get(self.language)
+
+    def grow(self, words: Words, entries: Sequence[str]) -> Learned:
+        """The pieces that the counted words need, that the list `entries` makes, and that are learnt."""
+        characters = self._characters(words)
+        given = self._given(entries, characters) if entries else {}
+        pieces: Pieces = {**characters, **given}
+        size = len(pieces) if self.size is None else self.size
+        pruned: set[str] = set()
+        while True:
+            growth = self._learn(words, pieces, size - len(pieces), barred=pruned)
+            idle = idle_leaves(growth, self.config.min_frequency)
+            pieces |= {piece: halves for piece, halves in growth.pieces.items() if piece not in idle}
+            pruned |= idle
+            if not idle:
+                break
+            say(f"{self.language}: {len(idle):,} pieces are hardly used in the end (tokenizer.min_frequency); left out")
+        if len(pieces) < size:
+            say(
+                f"{self.language}: found {len(pieces):,} of {size:,} pieces; no other pair occurs "
+                f"{self.config.min_frequency} times (tokenizer.min_frequency), or the text is too short."
+            )
+        return Learned(self.language, pieces, len(characters), len(given), len(pruned), Counter(growth.usage))
+
+    def _characters(self, words: Words) -> Pieces:
+        """The characters that must be pieces before anything is merged."""
+        if not words.blocks:
+            raise UserError(
+                f"the text in {self.language!r} holds no {' or '.join(self.scripts.language.scripts)} letter; "
+                "correct `language` in corpus.sources, or add text."
+            )
+        vocabulary = {*self.base.content["model"]["vocab"], *self.earlier}
+        needed = self.base.family.needed_characters(words, self.config.character_coverage, vocabulary)
+        if self.size is not None and len(needed) > self.size:
+            raise UserError(
+                f"tokenizer.new_pieces.{self.language} = {self.size} is too small: the text has {len(needed)} "
+                "characters that the base lacks; raise it, or lower tokenizer.character_coverage."
+            )
+        return dict.fromkeys(needed)
+
+    def _given(self, entries: Sequence[str], characters: Pieces) -> Pieces:
+        """The pieces that the list makes, as many as there is room for."""
+        content = with_pieces(self.base, [*self.earlier, *characters])
+        admits = self.base.family.admits(self.scripts, max(map(len, entries)))
+        room = sys.maxsize if self.size is None else self.size - len(characters)
+        written = [self.base.family.written(entry) for entry in entries]
+        made = replay(written, room, merges_of(content), content["model"]["vocab"].keys(), admits)
+        self._say_given(made, len(entries))
+        return made.pieces
+
+    def _say_given(self, made: Replayed, entries: int) -> None:
+        taken = len(made.pieces) - made.steps
+        say(f"{self.language}: {taken:,} of {entries:,} entries are new pieces, with {made.steps:,} steps towards them")
+        if made.unreachable:
+            shown = ", ".join(map(self.base.family.readable, made.unreachable[:SHOWN]))
+            say(f"{self.language}: no whole characters lead to {len(made.unreachable):,} entries ({shown}); left out")
+        if made.left:
+            say(f"{self.language}: no room for {made.left:,} entries; raise tokenizer.new_pieces.{self.language}")
+
+    def _learn(self, words: Words, pieces: Pieces, size: int, barred: Collection[str]) -> Growth:
+        """`size` pieces more, none of them `barred`, and how the words are spelt with all of them."""
+        content = with_pieces(self.base, [*self.earlier, *pieces])
+        tokenizer = build_model(content)
+        vocabulary = self._vocabulary(content, tokenizer)
+        spells = [self.base.family.spells(name) for name in vocabulary.names]
+        arrays = _split_words(tokenizer, spells, words, f"splitting {self.language}")
+        admits = self.base.family.admits(self.scripts, self.config.max_piece_length)
+        allowed = (lambda text: text not in barred and admits(text)) if barred else admits
+        bpe = ContinuedBpe(vocabulary, arrays, allowed, self.config.min_frequency)
+        return bpe.learn(size, f"learning {self.language}")
+
+    def _vocabulary(self, content: Content, tokenizer: Tokenizer) -> Vocabulary:
+        """What learning goes on from. `tokenizer` has the merges of `content` alone.
+
+        Only dormant pieces that can stand in a word matter: with a letter of the scripts, or a part of a character.
+        """
+        ids = content["model"]["vocab"]
+        names = [""] * (max(ids.values()) + 1)
+        for piece, id_ in ids.items():
+            names[id_] = piece
+        merges = merges_of(content)
+        made = {left + right for left, right in merges}
+        possible = [piece for piece in made if self._may_stand_in_a_word(piece)]
+        spelt = tokenizer.encode_batch_fast(possible, add_special_tokens=False)
+        dormant = {piece: one.ids for piece, one in zip(possible, spelt, strict=True) if len(one.ids) > 1}
+        return Vocabulary(names, merges, dormant)
+
+    def _may_stand_in_a_word(self, piece: str) -> bool:
+        try:
+            return self.scripts.letter.search(self.base.family.spelt(piece).decode()) is not None
+        except UnicodeDecodeError:
+            return True
 
 
 def with_pieces(base: Base, pieces: Sequence[str]) -> Content:
     """The base's `tokenizer.json` with pieces added at ids that serve for learning only."""
     first = max(base.ids.values()) + 1
-    return extend_model(
-        base.content, dict(zip(pieces, range(first, first + len(pieces)), strict=True)), base.family.settled()
-    )
-
-
-def _learn_language(
-    base: Base, earlier: Sequence[str], corpus: Corpus, language: str, entries: Sequence[str], config: TokenizerConfig
-) -> Learned:
-    scripts = Scripts(find_language(language))
-    texts = documents(corpus, language, "train", config.max_characters)
-    words = count_words(texts, base.family.splitter(scripts), f"counting {language}")
-    if not words.blocks:
-        raise UserError(
-            f"the text in {language!r} holds no {' or '.join(scripts.language.scripts)} letter; "
-            "correct `language` in corpus.sources, or add text."
-        )
-    characters = _characters(base, earlier, words, language, config)
-    given = _given(base, [*earlier, *characters], scripts, entries, config, len(characters)) if entries else {}
-    pieces: Pieces = {**characters, **given}
-    size = config.new_pieces.get(language, len(pieces))
-    pruned: set[str] = set()
-    while True:
-        growth = _continue(base, [*earlier, *pieces], words, scripts, size - len(pieces), config, pruned)
-        idle = idle_leaves(growth, config.min_frequency)
-        pieces |= {piece: halves for piece, halves in growth.pieces.items() if piece not in idle}
-        pruned |= idle
-        if not idle:
-            break
-        say(f"{language}: {len(idle):,} pieces are used less than {config.min_frequency} times and left out again")
-    if len(pieces) < size:
-        say(
-            f"{language}: found {len(pieces):,} of {size:,} pieces; no other pair occurs {config.min_frequency} times "
-            "(tokenizer.min_frequency), or the text is too short."
-        )
-    return Learned(language, pieces, len(characters), len(given), len(pruned), Counter(growth.usage))
-
-
-def _characters(base: Base, earlier: Sequence[str], words: Words, language: str, config: TokenizerConfig) -> Pieces:
-    vocabulary = {*base.content["model"]["vocab"], *earlier}
-    needed = base.family.needed_characters(words, config.character_coverage, vocabulary)
-    size = config.new_pieces.get(language)
-    if size is not None and len(needed) > size:
-        raise UserError(
-            f"tokenizer.new_pieces.{language} = {size} is too small: the text has {len(needed)} characters that the "
-            "base lacks; raise it, or lower tokenizer.character_coverage."
-        )
-    return dict.fromkeys(needed)
-
-
-def _given(
-    base: Base,
-    known: Sequence[str],
-    scripts: Scripts,
-    entries: Sequence[str],
-    config: TokenizerConfig,
-    characters: int,
-) -> Pieces:
-    """The pieces that the language's list makes, as many as there is room for."""
-    language = scripts.language.tag
-    content = with_pieces(base, known)
-    admits = base.family.admits(scripts, max(map(len, entries)))
-    room = config.new_pieces[language] - characters if language in config.new_pieces else sys.maxsize
-    written = [base.family.written(entry) for entry in entries]
-    made = replay(written, room, merges_of(content), content["model"]["vocab"].keys(), admits)
-    _say_given(base, language, made, len(entries))
-    return made.pieces
-
-
-def _say_given(base: Base, language: str, made: Replayed, entries: int) -> None:
-    taken = len(made.pieces) - made.steps
-    say(f"{language}: {taken:,} of {entries:,} entries are new pieces, with {made.steps:,} steps towards them")
-    if made.unreachable:
-        shown = ", ".join(base.family.readable(entry) for entry in made.unreachable[:3])
-        say(f"{language}: no merges of whole characters lead to {len(made.unreachable):,} entries ({shown}); left out")
-    if made.left:
-        say(f"{language}: no room for {made.left:,} entries; raise tokenizer.new_pieces.{language} to take them")
-
-
-def _continue(
-    base: Base,
-    known: Sequence[str],
-    words: Words,
-    scripts: Scripts,
-    size: int,
-    config: TokenizerConfig,
-    barred: Collection[str],
-) -> Growth:
-    """Go on from the base and `known` pieces: `size` more, none of them `barred`, and how all words are spelt then."""
-    content = with_pieces(base, known)
-    tokenizer = build_model(content)
-    vocabulary = read_vocabulary(content, tokenizer, scripts, base)
-    language = scripts.language.tag
-    spells = [base.family.spells(name) for name in vocabulary.names]
-    arrays = _split_words(tokenizer, spells, words, f"splitting {language}")
-    admits = base.family.admits(scripts, config.max_piece_length)
-    allowed = (lambda text: text not in barred and admits(text)) if barred else admits
-    return ContinuedBpe(vocabulary, arrays, allowed, config.min_frequency).learn(size, f"learning {language}")
-
-
-def read_vocabulary(content: Content, tokenizer: Tokenizer, scripts: Scripts, base: Base) -> Vocabulary:
-    """What learning goes on from. `tokenizer` has the merges of `content` alone.
-
-    Only dormant pieces that can stand in a word matter: with a letter of the scripts, or a part of a character.
-    """
-    ids = content["model"]["vocab"]
-    names = [""] * (max(ids.values()) + 1)
-    for piece, id_ in ids.items():
-        names[id_] = piece
-    merges = merges_of(content)
-    made = {left + right for left, right in merges}
-    possible = [piece for piece in made if _may_stand_in_a_word(base.family.spelt(piece), scripts)]
-    spelt = tokenizer.encode_batch_fast(possible, add_special_tokens=False)
-    dormant = {piece: one.ids for piece, one in zip(possible, spelt, strict=True) if len(one.ids) > 1}
-    return Vocabulary(names, merges, dormant)
-
-
-def _may_stand_in_a_word(spelt: bytes, scripts: Scripts) -> bool:
-    try:
-        return scripts.letter.search(spelt.decode()) is not None
-    except UnicodeDecodeError:
-        return True
+    ids = {piece: first + number for number, piece in enumerate(pieces)}
+    return extend_model(base.content, ids, base.family.settled())
 
 
 def _split_words(tokenizer: Tokenizer, spells: Sequence[bool], words: Words, label: str) -> WordArrays:

@@ -10,7 +10,7 @@ import regex
 
 from core.languages import find_language, script_pattern
 from core.sources import Corpus
-from tokenizer_ext.grow import documents
+from tokenizer_ext.documents import documents
 from tokenizer_ext.sentences import SENTENCES
 
 HELDOUT_CHARACTERS = 300_000  # per language

@@ -16,7 +16,7 @@ from tests.tokenizer_ext.small_tokenizers import (
 )
 from tokenizer_ext import TokenizerConfig, run
 from tokenizer_ext.base import read_base, read_chat_tokens
-from tokenizer_ext.grow import documents
+from tokenizer_ext.documents import documents
 
 
 def source(folder, text: str, language: str = "zh_tw") -> Corpus:

@@ -13,8 +13,9 @@ from tests.tokenizer_ext.small_tokenizers import CONFIG
 from tokenizer_ext import count
 from tokenizer_ext.base import read_base
 from tokenizer_ext.count import count_words
+from tokenizer_ext.documents import documents
 from tokenizer_ext.fast import build, build_model, extend_model
-from tokenizer_ext.grow import documents, idle_leaves, learn_languages
+from tokenizer_ext.grow import idle_leaves, learn_languages
 from tokenizer_ext.learn import Growth
 from tokenizer_ext.measure import gain_curve, measure_fertility
 from tokenizer_ext.scripts import Scripts
