@@ -187,15 +187,12 @@ def merges_alone_give_the_same(case: Case) -> Proof:
 
 def no_word_is_an_added_token(case: Case) -> Proof:
     """New vocabulary is in the model. Added tokens cut the text before any merge, and are cut out of longer words."""
-    added = [token for token in added_tokens_of(case.content) if token.content not in case.base.ids]
-    words = [token.content for token in added if not token.special and _has_letters_only(token.content)]
-    return Proof(
-        "new words are pieces of the model, not added tokens", len(added) + len(case.pieces), list(map(repr, words))
-    )
-
-
-def _has_letters_only(token: str) -> bool:
-    return all(character.isalpha() for character in token.strip(" ▁"))
+    chat = TokenizerFiles.read(case.chat) if case.chat else None
+    known = {**case.base.ids, **(chat.ids if chat else {})}
+    added = [token for token in added_tokens_of(case.content) if token.content not in known]
+    words = [token.content for token in added if not token.special and token.content.strip(" ▁").isalpha()]
+    law = "new words are pieces of the model, not added tokens"
+    return Proof(law, len(added) + len(case.pieces), list(map(repr, words)))
 
 
 def new_pieces_are_reachable(case: Case) -> Proof:
