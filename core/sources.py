@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,11 @@ def read_source(source: Source) -> Iterator[str]:
             cause = _root_cause(error)
             if isinstance(cause, UnicodeDecodeError):
                 raise UserError(f"{file} is not UTF-8 (byte {cause.start}: {cause.reason}); convert it.") from None
+            line = _line_with_lone_surrogate(file) if kind == "json" and file.suffix not in _COMPRESSIONS else None
+            if line:
+                raise UserError(
+                    f"{file}: line {line} holds a lone surrogate, so it is no Unicode text; repair it."
+                ) from None
             raise UserError(f"{file} cannot be read as {kind}: {str(cause) or type(cause).__name__}.") from error
 
 
@@ -157,6 +163,19 @@ def _column(rows: Any, source: Source) -> Iterator[str]:
             yield text
         elif text is not None:
             raise UserError(f"{source.path}: column {source.field!r} of row {number + 1} is no text; set `field`.")
+
+
+def _line_with_lone_surrogate(file: Path) -> int | None:
+    """The first line of a JSON-lines file that is good JSON of bad Unicode, for which readers have odd messages."""
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.dumps(json.loads(line), ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                return number
+            except ValueError:
+                return None
+    return None
 
 
 def _format_of(file: Path) -> str | None:

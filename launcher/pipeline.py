@@ -48,7 +48,7 @@ def check_before(recipe: Recipe) -> None:
     if prompts and not Path(prompts).is_file():
         raise UserError(f"evaluation.prompts = {prompts} does not exist; correct it or leave it out.")
     for language, path in recipe.tokenizer.pieces_from.items():
-        if not path.is_file():
+        if not Path(path).is_file():
             raise UserError(f"tokenizer.pieces_from.{language} = {path} does not exist; correct it or leave it out.")
     processes = local_processes(recipe) if recipe.launch.processes else 1
     if recipe.training.batch_rows % processes:

@@ -114,7 +114,7 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
     Lists without a size count with their entries; the steps towards those are found when they are read.
     """
     config = recipe.tokenizer
-    lists = [path for language, path in config.pieces_from.items() if language not in config.new_pieces]
+    lists = [Path(path) for language, path in config.pieces_from.items() if language not in config.new_pieces]
     pieces = sum(config.new_pieces.values()) + sum(map(count_entries, lists))
     return -(-(shape.vocabulary + pieces) // config.pad_to_multiple) * config.pad_to_multiple
 

@@ -74,7 +74,7 @@ def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
     name = getattr(annotation, "__name__", str(annotation))
-    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Path": "path"}
+    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
     return names.get(name, name)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from pydantic import field_validator, model_validator
 
@@ -18,8 +17,8 @@ class TokenizerConfig(Section):
     new_pieces: dict[str, int] = key(
         {}, "language -> how many pieces to add for it; learnt in this order, a piece is added once"
     )
-    pieces_from: dict[str, Path] = key(
-        {}, "language -> a word list (one a line) or a SentencePiece model; its entries come first, and where "
+    pieces_from: dict[str, str] = key(
+        {}, "language -> file: a word list (one a line) or a SentencePiece model; its entries come first, and where "
         "`new_pieces` says no more, nothing is learnt",
     )  # fmt: skip
     min_frequency: int = key(5, "how often two neighbours must meet in the text to become a piece", ge=1)
@@ -47,7 +46,7 @@ class TokenizerConfig(Section):
 
     @field_validator("pieces_from")
     @classmethod
-    def _lists(cls, lists: dict[str, Path]) -> dict[str, Path]:
+    def _lists(cls, lists: dict[str, str]) -> dict[str, str]:
         _check_known(lists)
         return lists
 

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -46,7 +47,7 @@ class Learned:
 def learn_languages(base: Base, corpus: Corpus, config: TokenizerConfig) -> list[Learned]:
     """Learn every language in turn, each upon what the ones before it have added."""
     scripts = {language: Scripts(find_language(language)) for language in config.languages()}
-    lists = {language: read_given(path, scripts[language]) for language, path in config.pieces_from.items()}
+    lists = {language: read_given(Path(path), scripts[language]) for language, path in config.pieces_from.items()}
     learned: list[Learned] = []
     for language in scripts:
         earlier = [piece for one in learned for piece in one.pieces]

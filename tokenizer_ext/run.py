@@ -38,6 +38,10 @@ def run(
     learned = learn_languages(start, corpus, config)
     pieces = [piece for language in learned for piece in language.pieces]
     layout = lay_out(start, chat_tokens, pieces, config.pad_to_multiple)
+    say(
+        f"{layout.rows:,} rows: {start.rows:,} of the base, {len(layout.pieces):,} new pieces, "
+        f"{len(layout.chat):,} tokens of the chat model alone, {len(layout.padding):,} reserved"
+    )
     write_tokenizer(start, layout, out)
     with timed("proving the tokenizer that was written"):
         readable = [start.family.readable(piece) for piece in pieces]

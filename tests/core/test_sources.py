@@ -89,3 +89,11 @@ def test_an_empty_file_is_said_and_passed_over(tmp_path: Path, capsys: pytest.Ca
     jsonl(tmp_path / "b.jsonl", ["x"])
     assert list(read_source(Source(path=str(tmp_path), language="en"))) == ["x"]
     assert "a.jsonl is empty" in capsys.readouterr().err
+
+
+def test_a_lone_surrogate_in_json_is_named_by_its_line(tmp_path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "not \\ud800 fine"}\n{"text": "\\ud83d\\ude42 fine"}\n')
+    source = Source(path=str(path), language="en")
+    with pytest.raises(UserError, match="line 2 holds a lone surrogate"):
+        list(read_source(source))

@@ -176,3 +176,22 @@ def test_plan_and_doctor_and_report(finished: Path, recipe_path: Path) -> None:
     assert cpt_merge("doctor").returncode in (0, 1)
     reported = cpt_merge("report", finished)
     assert reported.returncode == 0, reported.stderr
+
+
+def test_a_list_of_pieces_is_an_input_of_the_tokenizer_stage(recipe_path: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """A changed list runs the stage again; a list that is gone loses nothing."""
+    words = tmp_path / "words.txt"
+    words.write_text("가나\n", encoding="utf-8")
+    command = ("tokenizer", recipe_path, "name=listed", f"tokenizer.pieces_from={{ko: {words}}}")
+    first = cpt_merge(*command)
+    assert first.returncode == 0, first.stderr
+    assert "finished already" in cpt_merge(*command).stderr
+    words.write_text("가나다\n", encoding="utf-8")
+    again = cpt_merge(*command)
+    assert again.returncode == 0
+    assert "entries are new pieces" in again.stderr
+    words.unlink()
+    gone = cpt_merge(*command)
+    assert gone.returncode == 2
+    assert "cannot be read" in gone.stderr
+    assert (recipe.directory.parent / "listed" / "tokenizer" / "stage.json").is_file()

@@ -41,7 +41,7 @@ def base(request) -> Path:
 def test_all_words_of_a_list_become_pieces(base, corpus, tmp_path) -> None:
     """Nothing is learnt where only a list is given; the proofs of the stage hold for what it makes."""
     words = ["圖書館", "哪裡", "繁體", "電腦系統", "哈哈哈哈"]
-    config = TokenizerConfig(pieces_from={"zh_tw": write_list(tmp_path, words)}, character_coverage=0.001)
+    config = TokenizerConfig(pieces_from={"zh_tw": str(write_list(tmp_path, words))}, character_coverage=0.001)
     run(config, base, None, corpus, tmp_path / "out", RecordingTracker())
     made = new_pieces(tmp_path / "out", base)
     assert set(words) <= set(made)
@@ -51,7 +51,7 @@ def test_all_words_of_a_list_become_pieces(base, corpus, tmp_path) -> None:
 def test_learning_fills_up_what_a_list_leaves(base, corpus, tmp_path) -> None:
     words = [" 질문과", "대답은"]
     config = TokenizerConfig(
-        new_pieces={"ko": 150}, pieces_from={"ko": write_list(tmp_path, words)}, min_frequency=2
+        new_pieces={"ko": 150}, pieces_from={"ko": str(write_list(tmp_path, words))}, min_frequency=2
     )  # fmt: skip
     run(config, base, None, corpus, tmp_path / "out", RecordingTracker())
     made = new_pieces(tmp_path / "out", base)
@@ -64,7 +64,7 @@ def test_learning_fills_up_what_a_list_leaves(base, corpus, tmp_path) -> None:
 def test_a_list_that_is_longer_than_the_room_is_taken_from_its_start(sp_base, corpus, tmp_path, capsys) -> None:
     words = sorted({word for word in CHINESE if len(word) == 2})
     config = TokenizerConfig(
-        new_pieces={"zh_tw": 12}, pieces_from={"zh_tw": write_list(tmp_path, words)}, character_coverage=0.01
+        new_pieces={"zh_tw": 12}, pieces_from={"zh_tw": str(write_list(tmp_path, words))}, character_coverage=0.01
     )
     run(config, sp_base, None, corpus, tmp_path / "out", RecordingTracker())
     made = new_pieces(tmp_path / "out", sp_base)
@@ -85,7 +85,7 @@ def test_a_sentencepiece_model_of_any_kind_gives_its_pieces(sp_base, corpus, tmp
     model.write_bytes(stream.getvalue())
     entries = read_given(model, HAN)
     assert len(entries) > 20
-    config = TokenizerConfig(pieces_from={"zh_tw": model}, character_coverage=0.01)
+    config = TokenizerConfig(pieces_from={"zh_tw": str(model)}, character_coverage=0.01)
     run(config, sp_base, None, corpus, tmp_path / "out", RecordingTracker())
     known = read_base(sp_base).ids
     assert set(entries) <= {*new_pieces(tmp_path / "out", sp_base), *known}
