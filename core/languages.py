@@ -70,15 +70,15 @@ def _is_script(name: str) -> bool:
 
 @cache
 def script_pattern(scripts: tuple[str, ...]) -> regex.Pattern[str]:
-    """A pattern for one character of any of the Unicode scripts.
+    """A pattern for one letter or mark of any of the Unicode scripts; it matches nothing where there is none.
 
-    To a script belong the letters and marks that it shares with few others (Script_Extensions: `ー` of the two Kana,
-    Arabic's vowel signs), but not the modifiers and accents of all Europe, nor any punctuation.
+    To a script belong also those that it shares with few others (Script_Extensions: `ー` of the two Kana, Arabic's
+    vowel signs), but not the modifiers and accents of all Europe, nor any digits or punctuation.
     """
+    own = r"[\p{Script=%s}&&[\p{L}\p{M}\p{Nl}]]"  # Nl: 〇
     shared = r"[[\p{Script_Extensions=%s}&&[\p{L}\p{M}]]--[\u02B0-\u036F]]"
-    return regex.compile(
-        "[" + "".join(rf"\p{{Script={script}}}{shared % script}" for script in scripts) + "]", regex.V1
-    )
+    parts = [own % script + shared % script for script in scripts]
+    return regex.compile(f"[{''.join(parts)}]" if parts else "(?!)", regex.V1)
 
 
 def script_share(text: str, scripts: tuple[str, ...]) -> float:

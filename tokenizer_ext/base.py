@@ -131,7 +131,7 @@ def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
     proto = read_proto(model) if model.is_file() else None
     if not fast.is_file():
         return _with_added_tokens(fast_content(proto, model), directory), proto
-    content = read_json(fast)
+    content = {**read_json(fast), "truncation": None, "padding": None}  # settings of a use, not of the vocabulary
     parts = content.get("model") or {}
     kind = parts.get("type", "BPE" if "merges" in parts else "unknown")  # older files leave the type out
     if kind != "BPE":

@@ -88,6 +88,12 @@ class ByteLevelBpe:
         """None: bytes spell every character."""
         return {}
 
+    def is_one_word(self, text: str) -> bool:
+        """Whether it is normal and one pre-token."""
+        normalizer = self._tokenizer.normalizer
+        normal = normalizer.normalize_str(text) if normalizer else text
+        return normal == text and len(self._tokenizer.pre_tokenizer.pre_tokenize_str(text)) == 1
+
     def spells(self, piece: str) -> bool:
         """Always: every piece is made of bytes."""
         return True

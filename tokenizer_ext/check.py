@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.vocabulary import MAP_FILE
+from core.errors import UserError
 from core.languages import LANGUAGES, script_pattern
 from core.progress import say, timed
 from core.sources import Source, read_source
@@ -39,8 +40,9 @@ def check(
 ) -> Checked:
     """Prove what can be proven of the tokenizer in `directory`, and print it.
 
-    `texts` are files to read beside some built-in sentences; `languages` are those it was extended for, by default all
-    whose scripts (Latin apart) its new tokens are in. Raises `UserError` for files that cannot be read at all.
+    `texts` are files to read beside some built-in sentences; `languages` are those it was extended for, by default
+    those of core/languages.py whose scripts (Latin apart) its new tokens are in. Raises `UserError` for files that
+    cannot be read at all.
     """
     start = read_base(base, None if (base / "config.json").is_file() else sys.maxsize)
     content, proto = read_tokenizer(directory)
@@ -53,7 +55,7 @@ def check(
         f"{directory}: {len(pieces):,} new pieces and {len(added):,} new added tokens, "
         f"for {', '.join(scripts) or 'no script that is known here'}"
     )
-    read = {path.stem: _read(path) for path in texts}
+    read = {path.stem: _read(path) for path in _checked(texts)}
     samples = take_samples(read, scripts, words)
     if (directory / MAP_FILE).is_file():
         case = read_case(start, directory, chat, samples)
@@ -75,6 +77,16 @@ def guess_scripts(words: Sequence[str]) -> tuple[str, ...]:
         for script in known
         if sum(script_pattern((script,)).search(word) is not None for word in words) > TARGET_SHARE * len(words)
     )
+
+
+def _checked(paths: Sequence[Path]) -> Sequence[Path]:
+    """The paths, if all are there and have names of their own."""
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--text {path} does not exist; correct the path.")
+    if len({path.stem for path in paths}) < len(paths):
+        raise UserError("two --text files have the same name, by which the tables call them; rename one.")
+    return paths
 
 
 def _read(path: Path) -> list[str]:

@@ -28,7 +28,7 @@ class TokenizerConfig(Section):
     )
     pad_to_multiple: int = key(64, "the number of rows is rounded up to a multiple of this", unit="rows", ge=1)
     max_characters: int = key(
-        100_000_000, "text that is counted for each language, from its start", unit="characters", gt=0
+        100_000_000, "text counted for each language, from its start", unit="characters", gt=0, lt=2**31
     )
 
     def languages(self) -> list[str]:

@@ -27,6 +27,9 @@ class Family(Protocol):
     def needed_characters(self, words: Words, coverage: float, vocabulary: Collection[str]) -> dict[str, int]:
         """The characters that must become pieces before pairs are counted, and how often each occurs."""
 
+    def is_one_word(self, text: str) -> bool:
+        """Whether merges ever see the text as it is, in one piece."""
+
     def spells(self, piece: str) -> bool:
         """Whether a piece stands for itself within a word, and not for one byte of a character that is no piece."""
 

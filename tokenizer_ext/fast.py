@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,40 +64,20 @@ def extend_model(content: Content, pieces: Mapping[str, int], settled: int) -> C
     """`content` with new pieces (piece -> id, the first merged first).
 
     Their merges are all of their splits, after the first `settled` old merges: with all splits, merging by rank is
-    merging by concatenated string, as SentencePiece does. Old merges keep their order. An old piece gains the splits
-    that a new piece takes part in, beside its old ones; these cannot touch text without new pieces.
+    merging by concatenated string, as SentencePiece does. Old merges are as they were.
     """
     vocabulary = {**content["model"]["vocab"], **pieces}
-    old = merges_of(content)
-    joined = _joined_by_new(old, vocabulary, pieces)
-    merges: list[Merge] = []
-    for index, merge in enumerate(old):
-        if index == settled:
-            merges.extend(_merges_of_new(pieces, vocabulary))
-        merges.append(merge)
-        merges.extend(joined.get(index, ()))
-    if settled == len(old):
-        merges.extend(_merges_of_new(pieces, vocabulary))
-    model = {**content["model"], "vocab": vocabulary, "merges": [list(merge) for merge in merges]}
-    return {**content, "model": model}
+    old = [list(merge) for merge in merges_of(content)]
+    new = [list(merge) for merge in _merges_of_new(pieces, vocabulary)]
+    return {
+        **content,
+        "model": {**content["model"], "vocab": vocabulary, "merges": old[:settled] + new + old[settled:]},
+    }
 
 
 def _merges_of_new(pieces: Mapping[str, int], vocabulary: Mapping[str, int]) -> Iterator[Merge]:
     for piece in pieces:
         yield from sorted(splits(piece, vocabulary), key=lambda merge: (vocabulary[merge[0]], vocabulary[merge[1]]))
-
-
-def _joined_by_new(
-    old: Sequence[Merge], vocabulary: Mapping[str, int], pieces: Mapping[str, int]
-) -> dict[int, list[Merge]]:
-    """Index of an old piece's last merge -> the piece's splits of which a half is new."""
-    last = {left + right: index for index, (left, right) in enumerate(old)}
-    found: dict[int, list[Merge]] = defaultdict(list)
-    for piece, index in last.items():
-        for left, right in splits(piece, vocabulary):
-            if left in pieces or right in pieces:
-                found[index].append((left, right))
-    return found
 
 
 def add_tokens(content: Content, tokens: Sequence[AddedToken]) -> Content:

@@ -77,7 +77,6 @@ class Speller:
 
     def __init__(self, merges: Sequence[Merge]) -> None:
         self._rank = {merge: rank for rank, merge in reversed(list(enumerate(merges)))}
-        self._old = {left + right: rank for rank, (left, right) in enumerate(merges)}
         self._new: dict[str, int] = {}
 
     def add(self, piece: str) -> None:
@@ -101,12 +100,7 @@ class Speller:
         return symbols
 
     def _rank_of(self, left: str, right: str) -> int | None:
-        text = left + right
-        if text in self._new:
-            return self._new[text]
-        if left in self._new or right in self._new:
-            return self._old.get(text)
-        return self._rank.get((left, right))
+        return self._new.get(left + right, self._rank.get((left, right)))
 
 
 def replay(

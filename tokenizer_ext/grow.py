@@ -20,9 +20,9 @@ from tokenizer_ext.base import Base
 from tokenizer_ext.config import TokenizerConfig
 from tokenizer_ext.count import count_words
 from tokenizer_ext.documents import documents
-from tokenizer_ext.fast import Content, Merge, build_model, extend_model, merges_of
+from tokenizer_ext.fast import Content, Merge, added_tokens_of, build_model, extend_model, merges_of
 from tokenizer_ext.given import Replayed, read_given, replay
-from tokenizer_ext.learn import ContinuedBpe, Growth, Vocabulary
+from tokenizer_ext.learn import ContinuedBpe, Growth
 from tokenizer_ext.scripts import Scripts
 from tokenizer_ext.symbols import BREAK, WordArrays
 from tokenizer_ext.words import SEPARATOR, Words
@@ -117,6 +117,13 @@ class Grower:
 
     def _given(self, entries: Sequence[str], characters: Pieces) -> Pieces:
         """The pieces that the list makes, as many as there is room for."""
+        apart = [entry for entry in entries if not self.base.family.is_one_word(entry)]
+        if apart:
+            shown = ", ".join(apart[:SHOWN])
+            say(f"{self.language}: the base's tokenizer cuts or changes {len(apart):,} entries ({shown}); left out")
+        entries = [entry for entry in entries if self.base.family.is_one_word(entry)]
+        if not entries:
+            return {}
         content = with_pieces(self.base, [*self.earlier, *characters])
         admits = self.base.family.admits(self.scripts, max(map(len, entries)))
         room = sys.maxsize if self.size is None else self.size - len(characters)
@@ -138,35 +145,17 @@ class Grower:
         """`size` pieces more, none of them `barred`, and how the words are spelt with all of them."""
         content = with_pieces(self.base, [*self.earlier, *pieces])
         tokenizer = build_model(content)
-        vocabulary = self._vocabulary(content, tokenizer)
-        spells = [self.base.family.spells(name) for name in vocabulary.names]
+        vocabulary = content["model"]["vocab"]
+        names = [""] * (max(vocabulary.values()) + 1)
+        for piece, id_ in vocabulary.items():
+            names[id_] = piece
+        spells = [self.base.family.spells(name) for name in names]
         arrays = _split_words(tokenizer, spells, words, f"splitting {self.language}")
         admits = self.base.family.admits(self.scripts, self.config.max_piece_length)
-        allowed = (lambda text: text not in barred and admits(text)) if barred else admits
-        bpe = ContinuedBpe(vocabulary, arrays, allowed, self.config.min_frequency)
+        taken = {*barred, *(token.content for token in added_tokens_of(self.base.content))}
+        allowed = lambda text: text not in taken and admits(text)  # noqa: E731
+        bpe = ContinuedBpe(names, arrays, allowed, self.config.min_frequency)
         return bpe.learn(size, f"learning {self.language}")
-
-    def _vocabulary(self, content: Content, tokenizer: Tokenizer) -> Vocabulary:
-        """What learning goes on from. `tokenizer` has the merges of `content` alone.
-
-        Only dormant pieces that can stand in a word matter: with a letter of the scripts, or a part of a character.
-        """
-        ids = content["model"]["vocab"]
-        names = [""] * (max(ids.values()) + 1)
-        for piece, id_ in ids.items():
-            names[id_] = piece
-        merges = merges_of(content)
-        made = {left + right for left, right in merges}
-        possible = [piece for piece in made if self._may_stand_in_a_word(piece)]
-        spelt = tokenizer.encode_batch_fast(possible, add_special_tokens=False)
-        dormant = {piece: one.ids for piece, one in zip(possible, spelt, strict=True) if len(one.ids) > 1}
-        return Vocabulary(names, merges, dormant)
-
-    def _may_stand_in_a_word(self, piece: str) -> bool:
-        try:
-            return self.scripts.letter.search(self.base.family.spelt(piece).decode()) is not None
-        except UnicodeDecodeError:
-            return True
 
 
 def with_pieces(base: Base, pieces: Sequence[str]) -> Content:

@@ -11,16 +11,14 @@ ends. Three things follow:
 - All occurrences of a pair come about in one step, and after that they only become fewer. A pair that is rare then is
   never counted, and no piece reaches across a pair that is rare at the start.
 
-There is one exception: pieces of the tokenizer that its own merges do not lead to (`dormant`; LLaMA-3 has 588). Merges
-of new pieces may lead to them, and as they are older, they are then merged at once.
+The tokenizer's own pieces that its merges do not lead to (LLaMA-3 has 588) stay so: their strings are no candidates.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +26,6 @@ from numpy.typing import NDArray
 from core.progress import Meter, timed
 from tokenizer_ext.fast import Merge
 from tokenizer_ext.symbols import Ints, Places, Symbols, WordArrays, pair_keys, split_key, sum_by_key
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer as far as it is: what learning goes on from."""
-
-    names: Sequence[str]  # id -> piece, "" where there is none
-    merges: Sequence[Merge]
-    dormant: Mapping[str, Sequence[int]]  # pieces that the merges do not lead to -> the ids that spell them
 
 
 @dataclass(frozen=True)
@@ -50,20 +39,16 @@ class Growth:
 class ContinuedBpe:
     """Learns pieces beyond a vocabulary's own.
 
-    `words` are as the tokenizer splits them now, and are used up. `admits` says whether a string may become a piece.
+    `names[id]` is a piece of it, "" where there is none. `words` are as its tokenizer splits them now, and are used up.
+    `admits` says whether a string may become a piece.
     A candidate must occur `min_frequency` times.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, words: WordArrays, admits: Callable[[str], bool], min_frequency: int
+        self, names: Sequence[str], words: WordArrays, admits: Callable[[str], bool], min_frequency: int
     ) -> None:
-        self._names = list(vocabulary.names)
+        self._names = list(names)
         self._ids = {name: id_ for id_, name in enumerate(self._names)}
-        self._first_new = len(self._names)
-        self._dormant = vocabulary.dormant
-        merges = vocabulary.merges if self._dormant else ()  # only then they are needed
-        self._rank = {left + right: rank for rank, (left, right) in enumerate(merges)}
-        self._merges = set(merges)
         self._admits = admits
         self._min_frequency = min_frequency
         self._counts: dict[int, int] = {}  # pair that may become a piece -> how often it occurs
@@ -85,10 +70,9 @@ class ContinuedBpe:
         return Growth(pieces, {self._names[id_]: int(usage[id_]) for id_ in np.flatnonzero(usage).tolist()})
 
     def _count_pairs(self) -> None:
-        """Count all pairs, and part the words where a rare one stands, but for those within dormant pieces."""
+        """Count all pairs, and part the words where a rare one stands."""
         keys, counts = self._symbols.count_pairs()
-        inside = [left << 32 | right for ids in self._dormant.values() for left, right in pairwise(ids)]
-        kept = (counts >= self._min_frequency) | np.isin(keys, np.array(inside, np.int64))
+        kept = counts >= self._min_frequency
         self._symbols.keep_together(keys[kept])
         self._symbols.index(len(self._names))
         self._gain(keys[kept], counts[kept])
@@ -112,8 +96,6 @@ class ContinuedBpe:
         self._ids[self._names[piece]] = piece
         del self._counts[pair]
         places = self._symbols.places(left, right)
-        if self._dormant:
-            places = self._merge_where_it_goes_on(places, piece)
         self._merge_at_once(_without_overlaps(places, self._symbols.following(places)), piece)
 
     def _merge_at_once(self, places: Places, piece: int) -> None:
@@ -144,73 +126,14 @@ class ContinuedBpe:
                 self._counts[pair] -= count
 
     def _gain(self, pairs: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """Count pairs up, and make candidates of those that are frequent enough and admitted."""
-        least = 1 if self._dormant else self._min_frequency  # merging in turn brings a pair's occurrences in parts
-        frequent = counts >= least
+        """Make candidates of pairs that are frequent enough and admitted."""
+        frequent = counts >= self._min_frequency
         for pair, count in zip(pairs[frequent].tolist(), counts[frequent].tolist(), strict=True):
             left, right = split_key(pair)
             text = self._names[left] + self._names[right]
             if text not in self._ids and self._admits(text):
-                self._counts[pair] = total = self._counts.get(pair, 0) + count
-                if total >= self._min_frequency:
-                    heapq.heappush(self._heap, (-total, text, pair))
-
-    def _merge_where_it_goes_on(self, places: Places, piece: int) -> Places:
-        """Merge in the words where the new piece and a neighbour spell a dormant piece. Returns the other places.
-
-        There each merge may take a symbol that the next would need.
-        """
-        symbols, names = self._symbols, self._names
-        after = symbols.following(symbols.following(places))
-        left, right = symbols.symbol[symbols.preceding(places)], symbols.symbol[after]
-        goes_on = np.isin(left, [id_ for id_ in _distinct(left) if names[id_] + names[piece] in self._dormant])
-        goes_on |= np.isin(right, [id_ for id_ in _distinct(right) if names[piece] + names[id_] in self._dormant])
-        if names[piece] * 2 in self._dormant:
-            goes_on[1:] |= places[1:] == after[:-1]
-        while goes_on.any():
-            start, end = symbols.word_bounds(int(places[goes_on][0]))
-            inside = slice(*np.searchsorted(places, (start, end)))
-            self._merge_in_turn(places[inside].tolist(), piece)
-            places, goes_on = np.delete(places, inside), np.delete(goes_on, inside)
-        return places
-
-    def _merge_in_turn(self, places: list[int], piece: int) -> None:
-        """Merge from left to right, as a tokenizer does, and let each result merge on before the next is merged."""
-        for place in places:
-            if self._text_at(place) == self._names[piece]:
-                self._merge_at_once(np.array([place]), piece)
-                self._settle(place)
-
-    def _settle(self, place: int) -> None:
-        """Let a fresh symbol merge on into older pieces."""
-        while True:
-            around = (int(self._symbols.preceding(np.array(place))), place)
-            joining = [left for left in around if self._joins(left)]
-            if not joining:
-                return
-            place = min(joining, key=lambda left: self._rank[self._text_at(left)])
-            self._merge_at_once(np.array([place]), self._ids[self._text_at(place)])
-
-    def _joins(self, place: int) -> bool:
-        """Whether the tokenizer merges the pair at `place`: its own merge, or one that a new piece takes part in."""
-        left, right = self._pair_at(place)
-        text = self._text_at(place)
-        new = max(left, right) >= self._first_new
-        return (new and text in self._dormant) or (self._names[left], self._names[right]) in self._merges
-
-    def _pair_at(self, place: int) -> tuple[int, int]:
-        symbol = self._symbols.symbol
-        return int(symbol[place]), int(symbol[self._symbols.following(np.array(place))])
-
-    def _text_at(self, place: int) -> str:
-        """What the pair at `place` spells; "" where a word begins or ends, or nothing begins any more."""
-        left, right = self._pair_at(place)
-        return self._names[left] + self._names[right] if min(left, right) >= 0 else ""
-
-
-def _distinct(symbols: Ints) -> list[int]:
-    found: list[int] = np.unique(symbols[symbols >= 0]).tolist()
-    return found
+                self._counts[pair] = count
+                heapq.heappush(self._heap, (-count, text, pair))
 
 
 def _without_overlaps(places: Places, behind: Places) -> Places:

@@ -77,8 +77,10 @@ def measure_fertility(case: Case, language: str, texts: Sequence[str]) -> Fertil
     )
 
 
-def measure_usefulness(case: Case, learned: Learned, asked: int, fertility: Mapping[str, Fertility]) -> Usefulness:
-    """How the pieces of one language are used, and what each further one saves."""
+def measure_usefulness(
+    case: Case, learned: Learned, later: Pieces, asked: int, fertility: Mapping[str, Fertility]
+) -> Usefulness:
+    """How the pieces of one language are used, and what each further one saves before there are `later` ones."""
     number = max(len(learned.pieces), 1)
     seen = set[str]().union(*(one.tokens for one in fertility.values()))
     own = fertility.get(learned.language)
@@ -91,29 +93,29 @@ def measure_usefulness(case: Case, learned: Learned, asked: int, fertility: Mapp
         pruned=learned.pruned,
         used_in_training=len(learned.pieces.keys() & learned.usage.keys()) / number,
         used_in_heldout=len(learned.pieces.keys() & seen) / number,
-        curve=gain_curve(learned.pieces, own, learned.characters) if own else [],
+        curve=gain_curve(learned.pieces, later, own, learned.characters) if own else [],
     )
 
 
-def gain_curve(pieces: Pieces, text: Fertility, characters: int) -> list[tuple[int, float]]:
+def gain_curve(pieces: Pieces, later: Pieces, text: Fertility, characters: int) -> list[tuple[int, float]]:
     """(number of pieces, tokens per character) for the first so many of `pieces`, from none to all.
 
-    One of the points is at the `characters` that lead.
+    One of the points is at the `characters` that lead. The pieces that `later` languages have added do not count.
 
     What is merged last can be taken apart again: with fewer pieces a text is split as with all, but that each of the
     later pieces is the two that it is merged from, and so on. A single character is its bytes.
     """
     points = sorted({characters, *(round(len(pieces) * step / CURVE_POINTS) for step in range(CURVE_POINTS + 1))})
-    rank = {piece: number for number, piece in enumerate(pieces)}
+    every = {**pieces, **later}
     tokens = text.tokens.total()
-    return [(size, (tokens + _more_tokens(pieces, rank, text.tokens, size)) / text.characters) for size in points]
+    return [(size, (tokens + _more_tokens(every, text.tokens, size)) / text.characters) for size in points]
 
 
-def _more_tokens(pieces: Pieces, rank: Mapping[str, int], counts: Counter[str], size: int) -> int:
+def _more_tokens(pieces: Pieces, counts: Counter[str], size: int) -> int:
     """How many more tokens there are with only the first `size` pieces."""
     length: dict[str, int] = {}
-    for piece, halves in pieces.items():  # halves come before what is merged from them
-        if rank[piece] < size:
+    for rank, (piece, halves) in enumerate(pieces.items()):  # halves come before what is merged from them
+        if rank < size:
             length[piece] = 1
         else:
             length[piece] = sum(length.get(half, 1) for half in halves) if halves else len(piece.encode())

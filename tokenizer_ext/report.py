@@ -50,10 +50,14 @@ def make_report(case: Case, learned: Sequence[Learned], asked: Mapping[str, int]
     languages = [one.language for one in learned]
     drift = [one for name, one in measured.items() if name not in languages]
     drift += [measure_fertility(case, f"{name} (sentences)", texts) for name, texts in samples.sentences.items()]
-    usefulness = [measure_usefulness(case, one, asked.get(one.language, len(one.pieces)), measured) for one in learned]
-    for one in usefulness:
-        if not one.curve:
-            say(f"{one.language}: no document is held out, so there is no gain curve; raise corpus.heldout for one")
+    usefulness = []
+    for number, one in enumerate(learned):
+        later = {piece: halves for other in learned[number + 1 :] for piece, halves in other.pieces.items()}
+        sized = asked.get(one.language, len(one.pieces))
+        usefulness.append(measure_usefulness(case, one, later, sized, measured))
+    for useful in usefulness:
+        if not useful.curve:
+            say(f"{useful.language}: no document is held out, so there is no gain curve; raise corpus.heldout for one")
     examples = [example for name in languages for example in split_examples(case, name, samples.texts[name])]
     return Report(list(measured.values()), drift, usefulness, examples, proofs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.artifact import new_directory
 from core.errors import UserError
 from core.progress import say, timed
 from core.sources import Corpus
@@ -27,7 +28,7 @@ def run(
     """Extend the tokenizer in `base` with pieces learnt from `corpus` and write it into the empty directory `out`.
 
     Tokens that only the tokenizer in `chat` has keep their ids. Returns numbers for a summary. Raises `UserError` for
-    input that cannot be used, and if a guarantee does not hold on what was written.
+    input that cannot be used, and if a guarantee does not hold on what was written; `out` then stays empty.
     """
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
@@ -42,13 +43,13 @@ def run(
         f"{layout.rows:,} rows: {start.rows:,} of the base, {len(layout.pieces):,} new pieces, "
         f"{len(layout.chat):,} tokens of the chat model alone, {len(layout.padding):,} reserved"
     )
-    write_tokenizer(start, layout, out)
-    with timed("proving the tokenizer that was written"):
-        readable = [start.family.readable(piece) for piece in pieces]
-        samples = take_samples(heldout_texts(corpus), scripts_of(config.languages()), readable)
-        case = read_case(start, out, chat, samples)
-        proofs = prove(case)
+    readable = [start.family.readable(piece) for piece in pieces]
+    samples = take_samples(heldout_texts(corpus), scripts_of(config.languages()), readable)
+    with new_directory(out) as folder, timed("proving the tokenizer that was written"):
+        write_tokenizer(start, layout, folder)
+        proofs = prove(read_case(start, folder, chat, samples))
         require(proofs)
+    case = read_case(start, out, chat, samples)
     report = make_report(case, learned, config.new_pieces, proofs)
     publish(report, out, tracker)
     results = summarize(start.rows, layout, report)

@@ -46,6 +46,7 @@ class Samples:
     sentences: dict[str, list[str]]  # of languages that `texts` has not
     plain: list[str]  # what of all this holds no letter of the scripts that were learnt
     mixed: list[str]  # random mixtures of new pieces and everything else
+    scripts: tuple[str, ...]  # that were learnt
 
     @property
     def everything(self) -> list[str]:
@@ -56,10 +57,10 @@ class Samples:
 
 def take_samples(texts: dict[str, list[str]], scripts: tuple[str, ...], pieces: Sequence[str]) -> Samples:
     """Samples for a tokenizer that has learnt pieces of `scripts`; `pieces` are new ones, as text."""
-    sentences = {language: lines for language, lines in SENTENCES.items() if language not in texts}
+    sentences = {language: lines for language, lines in SENTENCES.items() if not texts.get(language)}
     named = [*texts.values(), *sentences.values()]
     plain = [part for text in [*(text for one in named for text in one), *CODE] for part in _plain_parts(text, scripts)]
-    return Samples(texts, sentences, plain, mixed_texts(pieces, MIXED_TEXTS))
+    return Samples(texts, sentences, plain, mixed_texts(pieces, MIXED_TEXTS), scripts)
 
 
 def heldout_texts(corpus: Corpus) -> dict[str, list[str]]:

@@ -77,6 +77,10 @@ class SentencePieceBpe:
                 needed[character] = count
         return needed
 
+    def is_one_word(self, text: str) -> bool:
+        """Always: nothing is cut, and only spaces are changed."""
+        return True
+
     def spells(self, piece: str) -> bool:
         """Whether it is no byte."""
         return not _BYTE.fullmatch(piece)

@@ -6,7 +6,8 @@
 
 A slot holds the symbol that begins there, BREAK between words, or INSIDE within a longer symbol. `span` is a symbol's
 length in slots; it stands at the symbol's first and at its last slot, so that both neighbours are found at once.
-14 bytes a slot, 4 of them the places of each symbol.
+13 bytes a slot, 4 of them the places of each symbol. A span is one byte: pieces of at most 255 slots, which
+`max_piece_length` keeps to (50 characters of 4 bytes and a space).
 """
 
 from __future__ import annotations
@@ -168,15 +169,6 @@ class Symbols:
         if symbol == len(self._places):
             self._places.append(np.zeros(0, self._places[0].dtype))
         self._places[symbol] = np.concatenate([self._places[symbol], places.astype(self._places[0].dtype)])
-
-    def word_bounds(self, place: int) -> tuple[int, int]:
-        """The first slot of the word around a place, and the slot of the BREAK behind it."""
-        start = end = place
-        while self.symbol[start - 1] != BREAK:
-            start -= 1
-        while self.symbol[end] != BREAK:
-            end += 1
-        return start, end
 
     def usage(self, count: int) -> NDArray[np.int64]:
         """How often each of the symbols `0 .. count - 1` stands in the text now."""

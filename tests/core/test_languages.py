@@ -28,6 +28,7 @@ def test_an_unknown_tag_is_refused(tag) -> None:
         ("ar_Arab", "عَـ", "، ؟a1"),
         ("hi_Deva", "नमस्ते", "। a"),
         ("ru_Cyrl", "Пй", "\u0301aé"),
+        ("th_Thai", "สวัสดี", "๕๏"),
     ],
 )
 def test_letters_and_marks_belong_to_a_script_and_punctuation_does_not(tag, inside, outside) -> None:

@@ -156,6 +156,40 @@ def test_a_chat_model_of_another_base(sp_base, bl_base) -> None:
         read_chat_tokens(bl_base, read_base(sp_base))
 
 
+def test_a_broken_law_leaves_the_directory_empty(sp_base, corpus, tmp_path, monkeypatch) -> None:
+    from tokenizer_ext import verify
+
+    broken = verify.Proof("nothing is broken", 1, ["'x'"])
+    monkeypatch.setattr(verify, "LAWS", (lambda case: broken,))
+    with pytest.raises(UserError, match="breaks the law that nothing is broken"):
+        run(CONFIG, sp_base, None, corpus, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_truncation_and_padding_of_a_base_are_not_of_the_vocabulary(bl_base, corpus, tmp_path) -> None:
+    """Saved fine-tunes often carry them."""
+    content = json.loads(json.dumps(read_base(bl_base).content))
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }  # fmt: skip
+    base = write_base(tmp_path / "base", read_base(bl_base).rows, content=content)
+    run(CONFIG, base, None, corpus, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["truncation"] is None
+
+
+def test_a_chat_template_in_the_new_language(bl_base, corpus, tmp_path) -> None:
+    """Its text is split anew; its special tokens keep their ids."""
+    base = read_base(bl_base)
+    template = (
+        "<|im_start|>system\n學生和老師的問題<|im_end|>{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    chat = write_base(tmp_path / "chat", base.rows, content=base.content, chat_template=template)
+    run(CONFIG, bl_base, chat, corpus, tmp_path / "out")
+
+
 def test_a_chat_template_that_cannot_be_rendered(bl_base, corpus, tmp_path) -> None:
     base = read_base(bl_base)
     template = "{{ raise_exception('never') }}"

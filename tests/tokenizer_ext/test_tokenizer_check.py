@@ -84,6 +84,23 @@ def test_the_scripts_are_guessed_from_the_new_tokens() -> None:
     assert guess_scripts(["abc", *["x"] * 99]) == ()
 
 
+def test_words_with_marks_are_words(sp_base, tmp_path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(sp_base)
+    tokenizer.add_tokens(["नमस्ते", "สวัสดี"])
+    tokenizer.save_pretrained(tmp_path)
+    checked = check(tmp_path, sp_base)  # of no script that is guessed
+    assert "new words are pieces of the model, not added tokens" in broken(checked.proofs)
+
+
+def test_two_texts_of_one_name(sp, tmp_path) -> None:
+    (tmp_path / "a").mkdir()
+    paths = [tmp_path / "x.txt", tmp_path / "a" / "x.txt"]
+    for path in paths:
+        path.write_text("x\n")
+    with pytest.raises(UserError, match="have the same name"):
+        check(sp.out, sp.base, texts=paths)
+
+
 def test_exit_codes(sp, tmp_path, capsys) -> None:
     arguments = ["tokenizer", "--check", str(sp.out), "--against", str(sp.base)]
     assert main(arguments) == 0
@@ -104,5 +121,5 @@ def test_half_a_command_is_one_sentence(arguments, capsys) -> None:
 
 
 def test_a_text_that_is_not_there(sp) -> None:
-    with pytest.raises(UserError, match=r"does not exist; correct corpus.sources"):
+    with pytest.raises(UserError, match=r"--text nowhere.txt does not exist"):
         check(sp.out, sp.base, texts=[Path("nowhere.txt")])

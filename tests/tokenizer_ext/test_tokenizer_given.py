@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from checkpoint.vocabulary import VocabularyMap
 from core.errors import UserError
 from core.languages import find_language
-from tests.tokenizer_ext.small_tokenizers import CHINESE, RecordingTracker, train_sentencepiece
+from tests.tokenizer_ext.small_tokenizers import CHINESE, RecordingTracker, train_sentencepiece, write_base
 from tokenizer_ext import TokenizerConfig, run
 from tokenizer_ext.base import read_base
 from tokenizer_ext.fast import build_model, extend_model, merges_of
@@ -122,6 +122,23 @@ def test_a_list_that_is_not_there(tmp_path) -> None:
     for name in ("words.txt", "words.model"):
         with pytest.raises(UserError, match="cannot be read"):
             read_given(tmp_path / name, HAN)
+
+
+def test_an_entry_that_the_base_cuts_or_changes_is_left_out(bl_base, corpus, tmp_path, capsys) -> None:
+    """LLaMA-3's pattern cuts at 〇, which is a number to Unicode, and at marks; NFC puts jamo together."""
+    content = json.loads(json.dumps(read_base(bl_base).content))
+    content["normalizer"] = {"type": "NFC"}
+    split = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\P{L}"}, "behavior": "Isolated", "invert": False}
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, letters]}
+    base = write_base(tmp_path / "base", read_base(bl_base).rows, content=content)
+    words = ["圖書館", "二〇二三年"]
+    config = TokenizerConfig(pieces_from={"zh_tw": str(write_list(tmp_path, words))})
+    run(config, base, None, corpus, tmp_path / "out", RecordingTracker())
+    made = new_pieces(tmp_path / "out", base)
+    assert "圖書館" in made
+    assert "二〇二三年" not in made
+    assert "cuts or changes 1 entries (二〇二三年)" in capsys.readouterr().err
 
 
 def test_a_bad_model(tmp_path) -> None:

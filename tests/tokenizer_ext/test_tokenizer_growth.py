@@ -1,5 +1,6 @@
 """Counting in several processes, pruning, and what each further piece brings."""
 
+import json
 import os
 import signal
 from collections import Counter
@@ -10,7 +11,7 @@ import pytest
 from core.errors import UserError
 from core.languages import find_language
 from tests.tokenizer_ext.small_tokenizers import CONFIG
-from tokenizer_ext import count
+from tokenizer_ext import count, run
 from tokenizer_ext.base import read_base
 from tokenizer_ext.count import count_words
 from tokenizer_ext.documents import documents
@@ -105,13 +106,28 @@ def test_the_gain_curve_is_what_fewer_pieces_would_give(extended, corpus) -> Non
     whole = replace(case, content=extend_model(base.content, pieces, base.family.settled()))
     whole.__dict__["after"] = build(whole.content)
     text = measure_fertility(whole, "ko", texts)
-    curve = gain_curve(learned.pieces, text, learned.characters)
+    curve = gain_curve(learned.pieces, {}, text, learned.characters)
     assert len(curve) > 10
     assert curve[-1][1] == pytest.approx(text.tokens_per_character[1])
     for size, value in curve:
         fewer = build(extend_model(base.content, dict(list(pieces.items())[:size]), base.family.settled()))
         tokens = sum(len(encoding.ids) for encoding in fewer.encode_batch_fast(texts, add_special_tokens=False))
         assert value == pytest.approx(tokens / text.characters)
+
+
+def test_the_gain_curve_of_a_language_does_not_count_later_pieces(sp_base, corpus, tmp_path) -> None:
+    """Simplified Chinese, learnt after Traditional from the same text here, shares its script and builds on its pieces."""
+    sources = [
+        *corpus.sources,
+        next(s for s in corpus.sources if s.language == "zh_tw").model_copy(update={"language": "zh_cn"}),
+    ]
+    both = corpus.model_copy(update={"sources": sources})
+    sizes = {"zh_tw": 80, "zh_cn": 60}
+    curves = []
+    for name, new_pieces in (("one", {"zh_tw": 80}), ("both", sizes)):
+        run(CONFIG.model_copy(update={"new_pieces": new_pieces}), sp_base, None, both, tmp_path / name)
+        curves.append(json.loads((tmp_path / name / "report.json").read_text())["usefulness"][0]["curve"])
+    assert curves[0] == curves[1]
 
 
 def replace_languages(languages: list[str]):
