@@ -1,1 +1,1 @@
-"""Measurements that README and docs quote; each prints the command that repeats it."""
+"""Measurements that README and docs quote, with the commands that repeat them."""
