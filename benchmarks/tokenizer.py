@@ -88,12 +88,7 @@ def _measure(name: str, corpus: Corpus, folder: Path) -> dict[str, Any]:
         "learning_seconds": round(seconds, 1),
         "laws": {proof.law: [proof.checked, len(proof.failures)] for proof in proofs},
         "tokens_per_character": fertility,
-        "english_lines_changed": sum(
-            before.ids != after.ids
-            for before, after in zip(
-                *(t.encode_batch_fast(every_line["en"]) for t in (case.before, case.after)), strict=True
-            )
-        ),
+        "english_lines_changed": _changed(case.before, case.after, every_line["en"]),
         "speed": {language: _speed(case.before, case.after, texts) for language, texts in heldout.items()},
     }
 
