@@ -10,7 +10,7 @@ from typing import Any
 from checkpoint.reader import read_json
 from checkpoint.tokenizer import token_text
 from core.errors import UserError
-from tokenizer_ext.byte_level import ByteLevelBpe
+from tokenizer_ext.byte_level import LETTERS, ByteLevelBpe
 from tokenizer_ext.family import Family
 from tokenizer_ext.fast import AddedToken, Content, added_tokens_of, build, ids_of, merges_of
 from tokenizer_ext.sentencepiece_bpe import (
@@ -26,6 +26,7 @@ from tokenizer_ext.sentencepiece_bpe import (
 
 FAST_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -179,6 +180,14 @@ def _family(directory: Path, content: Content, proto: Proto | None) -> Family:
     if model.get("byte_fallback"):
         return SentencePieceBpe(content, proto)
     if proto is None and _has_byte_level(content.get("pre_tokenizer")):
+        missing = [
+            byte for byte, letter in LETTERS.items() if byte not in NEVER_IN_UTF8 and letter not in model["vocab"]
+        ]
+        if missing:
+            raise UserError(
+                f"{directory} holds a byte-level tokenizer without {len(missing)} of the bytes of UTF-8, so it cannot "
+                "spell every text; choose a base that has them all."
+            )
         return ByteLevelBpe(content)
     raise UserError(
         f"{directory} holds a BPE tokenizer that is neither byte-level nor has byte fallback; choose a base that is."

@@ -16,6 +16,7 @@ from tests.tokenizer_ext.small_tokenizers import (
 )
 from tokenizer_ext import TokenizerConfig, run
 from tokenizer_ext.base import read_base, read_chat_tokens
+from tokenizer_ext.byte_level import LETTERS
 from tokenizer_ext.documents import documents
 
 
@@ -117,6 +118,15 @@ def test_a_unigram_model(tmp_path) -> None:
 def test_a_model_without_byte_fallback(tmp_path) -> None:
     with pytest.raises(UserError, match="has no byte fallback"):
         read_base(write_base(tmp_path, 600, proto=train_sentencepiece(byte_fallback=False)))
+
+
+def test_a_byte_level_base_that_lacks_bytes(bl_base, tmp_path) -> None:
+    """As a tokenizer that was trained on English alone without its whole alphabet."""
+    content = json.loads(json.dumps(read_base(bl_base).content))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["unused"] = vocabulary.pop(LETTERS[0xE4])
+    with pytest.raises(UserError, match="without 1 of the bytes of UTF-8"):
+        read_base(write_base(tmp_path, read_base(bl_base).rows, content=content))
 
 
 def test_a_model_that_normalizes(tmp_path) -> None:
