@@ -198,6 +198,8 @@ def test_a_chat_template_in_the_new_language(bl_base, corpus, tmp_path) -> None:
     )
     chat = write_base(tmp_path / "chat", base.rows, content=base.content, chat_template=template)
     run(CONFIG, bl_base, chat, corpus, tmp_path / "out")
+    proofs = json.loads((tmp_path / "out" / "report.json").read_text())["proofs"]
+    assert [proof["failures"] for proof in proofs if "chat templates" in proof["law"]] == [[]]
 
 
 def test_a_chat_template_that_cannot_be_rendered(bl_base, corpus, tmp_path) -> None:
