@@ -40,6 +40,40 @@ SCRIPTS_OF_CODE = {  # ISO 15924 codes of more than one Unicode script, or of on
     "Hang": ("Hangul",), "Kore": ("Hangul",), "Hira": ("Hiragana",), "Kana": ("Katakana",), "Latn": ("Latin",),
     "Laoo": ("Lao",), "Khmr": ("Khmer",), "Mymr": ("Myanmar",), "Tibt": ("Tibetan",),
 }  # fmt: skip
+SCRIPTS = (
+    "Han",
+    "Hangul",
+    "Hiragana",
+    "Katakana",
+    "Bopomofo",
+    "Arabic",
+    "Armenian",
+    "Bengali",
+    "Cyrillic",
+    "Devanagari",
+    "Ethiopic",
+    "Georgian",
+    "Greek",
+    "Gujarati",
+    "Gurmukhi",
+    "Hebrew",
+    "Kannada",
+    "Khmer",
+    "Lao",
+    "Latin",
+    "Malayalam",
+    "Mongolian",
+    "Myanmar",
+    "Oriya",
+    "Sinhala",
+    "Syriac",
+    "Tamil",
+    "Telugu",
+    "Thaana",
+    "Thai",
+    "Tibetan",
+)  # in wide use today
+_NO_SCRIPT = {"Zyyy", "Zinh", "Zzzz"}  # codes for what belongs to all scripts or to none
 _TAG_WITH_SCRIPT = regex.compile("[a-z]{2,3}[_-]([A-Z][a-z]{3})")
 
 
@@ -61,6 +95,8 @@ def find_language(tag: str) -> Language:
 
 
 def _is_script(name: str) -> bool:
+    if name in _NO_SCRIPT:
+        return False
     try:
         regex.compile(rf"\p{{Script={name}}}")
     except regex.error:

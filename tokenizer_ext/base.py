@@ -68,6 +68,7 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
             f"{directory / FAST_FILE} lists {moved[0].content!r} at id {moved[0].id}, but it is read as id "
             f"{loaded.token_to_id(moved[0].content)}; add it to the model's vocab at its id."
         )
+    _check_distinct(directory, content)
     beyond = [token for token, id_ in ids_of(content).items() if id_ >= rows]
     if beyond:
         raise UserError(
@@ -83,6 +84,7 @@ def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
     Raises `UserError` if they are more than added tokens: then the chat model was not tuned from this base.
     """
     content, _ = read_tokenizer(directory)
+    _check_distinct(directory, content)
     known = base.ids
     added = {token.content: token for token in added_tokens_of(content)}
     own = {token: id_ for token, id_ in ids_of(content).items() if token not in known}
@@ -93,6 +95,30 @@ def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
             f"({', '.join(map(repr, pieces[:5]))}); take the base that the chat model was tuned from."
         )
     return sorted((added[token] for token in own), key=lambda token: token.id)
+
+
+def _check_shape(fast: Path, content: Content) -> None:
+    """Raises `UserError` for a `tokenizer.json` that lacks what every one has, or that `tokenizers` refuses."""
+    model = content["model"]
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise UserError(f"{fast} has no vocab or no merges in its model; download it again.")
+    if not isinstance(content.get("added_tokens"), list):
+        raise UserError(f"{fast} has no list of added_tokens; download it again.")
+    try:
+        build(content)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UserError(f"{fast} is damaged ({error}); download it again.") from None
+
+
+def _check_distinct(directory: Path, content: Content) -> None:
+    """Raises `UserError` where two tokens have one id: they would share a row."""
+    names: dict[int, str] = {}
+    for token, id_ in ids_of(content).items():
+        if id_ in names:
+            raise UserError(
+                f"{directory}: the tokens {names[id_]!r} and {token!r} have the same id {id_}; correct one."
+            )
+        names[id_] = token
 
 
 def _read_rows(directory: Path) -> int:
@@ -137,6 +163,7 @@ def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
     kind = parts.get("type", "BPE" if "merges" in parts else "unknown")  # older files leave the type out
     if kind != "BPE":
         raise UserError(f"{fast} is a {kind} tokenizer; only BPE can be extended, so choose a base with one.")
+    _check_shape(fast, content)
     return content, proto
 
 

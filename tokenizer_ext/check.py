@@ -9,7 +9,7 @@ from pathlib import Path
 
 from checkpoint.vocabulary import MAP_FILE
 from core.errors import UserError
-from core.languages import LANGUAGES, script_pattern
+from core.languages import SCRIPTS, script_pattern
 from core.progress import say, timed
 from core.sources import Source, read_source
 from tokenizer_ext.base import read_base, read_tokenizer
@@ -41,9 +41,11 @@ def check(
     """Prove what can be proven of the tokenizer in `directory`, and print it.
 
     `texts` are files to read beside some built-in sentences; `languages` are those it was extended for, by default
-    those of core/languages.py whose scripts (Latin apart) its new tokens are in. Raises `UserError` for files that
+    all whose scripts (in wide use, Latin apart) its new tokens are in. Raises `UserError` for files that
     cannot be read at all.
     """
+    if chat and not chat.is_dir():
+        raise UserError(f"--chat {chat} is no directory; give the chat model's, or leave it out.")
     start = read_base(base, None if (base / "config.json").is_file() else sys.maxsize)
     content, proto = read_tokenizer(directory)
     added = [token for token in added_tokens_of(content) if token.content not in start.ids]
@@ -70,12 +72,12 @@ def check(
 
 
 def guess_scripts(words: Sequence[str]) -> tuple[str, ...]:
-    """The scripts of the known languages, Latin apart, that at least one in a hundred of the words has letters of."""
-    known = dict.fromkeys(script for language in LANGUAGES.values() for script in language.scripts if script != "Latin")
+    """The scripts in wide use, Latin apart, that more than one in a hundred of the words has letters of."""
     return tuple(
         script
-        for script in known
-        if sum(script_pattern((script,)).search(word) is not None for word in words) > TARGET_SHARE * len(words)
+        for script in SCRIPTS
+        if script != "Latin"
+        and sum(script_pattern((script,)).search(word) is not None for word in words) > TARGET_SHARE * len(words)
     )
 
 

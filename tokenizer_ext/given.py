@@ -14,6 +14,7 @@ from tokenizer_ext.scripts import Scripts
 from tokenizer_ext.sentencepiece_bpe import NORMAL, SPACE, parse_proto
 
 SHOWN = 3  # entries in a message
+LONGEST = 50  # characters of an entry; SentencePiece refuses pieces of some hundred
 
 
 def read_given(path: Path, scripts: Scripts) -> list[str]:
@@ -26,6 +27,10 @@ def read_given(path: Path, scripts: Scripts) -> list[str]:
     entries = _entries(path)
     if not scripts.set_words_apart:
         entries = [entry.removeprefix(" ") for entry in entries]
+    long = [entry for entry in entries if len(entry) > LONGEST]
+    if long:
+        say(f"{path}: {len(long):,} entries are longer than {LONGEST} characters and left out")
+    entries = [entry for entry in entries if len(entry) <= LONGEST]
     fitting = [entry for entry in entries if scripts.spell(entry.removeprefix(" "))]
     others = [entry for entry in entries if entry and not scripts.spell(entry.removeprefix(" "))]
     wanted = " or ".join(scripts.language.scripts)

@@ -92,6 +92,12 @@ class Grower:
             if not idle:
                 break
             say(f"{self.language}: {len(idle):,} pieces are hardly used in the end (tokenizer.min_frequency); left out")
+        if size and not pieces:
+            raise UserError(
+                f"the text in {self.language!r} gives not one new piece: it has hardly any "
+                f"{' or '.join(self.scripts.language.scripts)} letters; correct `language` in corpus.sources, "
+                "add text, or lower tokenizer.min_frequency."
+            )
         if len(pieces) < size:
             say(
                 f"{self.language}: found {len(pieces):,} of {size:,} pieces; no other pair occurs "

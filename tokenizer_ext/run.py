@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from core.progress import say, timed
 from core.sources import Corpus
 from tokenizer_ext.base import read_base, read_chat_tokens
 from tokenizer_ext.config import TokenizerConfig
+from tokenizer_ext.fast import AddedToken
 from tokenizer_ext.grow import learn_languages
 from tokenizer_ext.report import Report, make_report, publish
 from tokenizer_ext.rows import Layout, lay_out
@@ -43,6 +45,7 @@ def run(
         f"{layout.rows:,} rows: {start.rows:,} of the base, {len(layout.pieces):,} new pieces, "
         f"{len(layout.chat):,} tokens of the chat model alone, {len(layout.padding):,} reserved"
     )
+    _say_moved(chat_tokens, layout)
     readable = [start.family.readable(piece) for piece in pieces]
     samples = take_samples(heldout_texts(corpus), scripts_of(config.languages()), readable)
     with new_directory(out) as folder, timed("proving the tokenizer that was written"):
@@ -56,6 +59,14 @@ def run(
     if tracker:
         tracker.summary({f"tokenizer/{name}": value for name, value in results.items()})
     return results
+
+
+def _say_moved(chat_tokens: Sequence[AddedToken], layout: Layout) -> None:
+    """The chat model's tokens whose ids the base uses for others."""
+    ids = {token.content: token.id for token in layout.added}
+    for token in chat_tokens:
+        if ids[token.content] != token.id:
+            say(f"{token.content!r} of the chat model moves from id {token.id}, the base's, to {ids[token.content]}")
 
 
 def summarize(base_rows: int, layout: Layout, report: Report) -> dict[str, Any]:

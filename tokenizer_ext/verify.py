@@ -17,7 +17,7 @@ from typing import Any
 import regex
 from tokenizers import Tokenizer
 
-from checkpoint.tokenizer import TokenizerFiles
+from checkpoint.tokenizer import SPECIAL_ROLES, TokenizerFiles, token_text
 from checkpoint.vocabulary import VocabularyMap
 from core.errors import UserError
 from core.languages import script_pattern
@@ -151,6 +151,11 @@ def rows_are_named(case: Case) -> Proof:
     failures += [f"id {id_} has two tokens" for id_, after in pairwise(ids) if id_ == after]
     if case.map:
         named = [*case.pieces.items(), *((token.token, token.id) for token in case.map.chat)]
+        added = {token.content for token in added_tokens_of(case.content)}
+        outside = {*case.base.ids, *added, *case.pieces}
+        failures += [f"{token!r} is a piece that the map does not list" for token in tokens if token not in outside]
+        unnamed = [row for row in case.map.padding if names.get(row) not in added]
+        failures += [f"row {row} is padding to the map, but {names.get(row)!r} is a piece" for row in unnamed]
         failures += [
             f"row {id_} is {names.get(id_)!r}, not {token!r}" for token, id_ in named if names.get(id_) != token
         ]
@@ -198,6 +203,40 @@ def no_word_is_an_added_token(case: Case) -> Proof:
     return Proof(law, len(added) + len(case.pieces), list(map(repr, words)))
 
 
+def new_pieces_are_of_the_scripts(case: Case) -> Proof:
+    """A new piece holds a letter of the learnt scripts, or is a part of a character; others would change other text."""
+    letters = script_pattern(case.samples.scripts)
+    failures = []
+    for piece in case.pieces:
+        try:
+            text = case.base.family.spelt(piece).decode()
+        except UnicodeDecodeError:
+            continue
+        if not letters.search(text):
+            failures.append(repr(case.base.family.readable(piece)))
+    return Proof("every new piece holds a letter of the new scripts", len(case.pieces), failures)
+
+
+def roles_stay(case: Case) -> Proof:
+    """Which tokens begin and end a text, and which token has which role (bos, eos, unk, pad), is as in the base."""
+    law = "roles of special tokens are the base's"
+    if not (case.directory / FAST_FILE).is_file():
+        return Proof(law, 0, [])  # LlamaTokenizer's code decides it, not the files
+    texts = ["", "Hello world."]
+    before, after = (
+        [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)] for tokenizer in (case.before, case.after)
+    )
+    failures = _differences(case, texts, before, after)
+    files = TokenizerFiles.read(case.directory)
+    roles = files.roles if files else {}
+    wanted = {role: token_text(case.base.settings.get(role)) for role in SPECIAL_ROLES}
+    failures += [
+        f"the {role} is {roles.get(role)!r}, not {token!r}" for role, token in wanted.items()
+        if token is not None and roles.get(role) != token
+    ]  # fmt: skip
+    return Proof(law, len(texts) + len(wanted), failures)
+
+
 def new_pieces_are_reachable(case: Case) -> Proof:
     """A new piece, encoded alone and without a dummy prefix, is itself.
 
@@ -216,7 +255,10 @@ def new_pieces_are_reachable(case: Case) -> Proof:
         bare = type(case.proto)()
         bare.CopyFrom(case.proto)
         bare.normalizer_spec.add_dummy_prefix = False
-        failures += _differences(case, pieces, expected, _sentencepiece(bare).encode(pieces))
+        try:
+            failures += _differences(case, pieces, expected, _sentencepiece(bare).encode(pieces))
+        except RuntimeError as error:
+            failures.append(f"SentencePiece refuses tokenizer.model ({error})")
     return Proof("every new piece can be produced", len(pieces), failures)
 
 
@@ -255,7 +297,10 @@ def sentencepiece_agrees(case: Case) -> Proof:
     both = zip(everything, _encode(case.after, everything), strict=True)
     fast = [(text, ids) for text, ids in both if added.isdisjoint(ids)]
     texts = [text for text, _ in fast]
-    expected = _sentencepiece(case.proto).encode(texts)
+    try:
+        expected = _sentencepiece(case.proto).encode(texts)
+    except RuntimeError as error:
+        return Proof(law, len(texts), [f"SentencePiece refuses tokenizer.model ({error})"])
     return Proof(law, len(texts), _differences(case, texts, expected, [ids for _, ids in fast]))
 
 
@@ -303,11 +348,13 @@ LAWS: tuple[Callable[[Case], Proof], ...] = (
     constituents_spell_their_piece,
     no_word_is_an_added_token,
     merges_alone_give_the_same,
+    new_pieces_are_of_the_scripts,
     new_pieces_are_reachable,
     plain_text_is_unchanged,
     text_round_trips,
     sentencepiece_agrees,
     special_tokens_stay,
+    roles_stay,
     transformers_agrees,
 )
 

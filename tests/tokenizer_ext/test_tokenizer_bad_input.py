@@ -161,6 +161,36 @@ def test_a_special_token_that_would_be_read_at_another_id(bl_base, tmp_path) -> 
         read_base(write_base(tmp_path, read_base(bl_base).rows, content=content))
 
 
+def test_text_that_gives_no_piece_at_all(sp_base, tmp_path) -> None:
+    """Korean by mistake, with a few Han letters in it."""
+    corpus = source(tmp_path, "".join(f"中 질문과 대답 {i}\n" for i in range(9)))
+    with pytest.raises(UserError, match="gives not one new piece: it has hardly any Han letters"):
+        run(TokenizerConfig(new_pieces={"zh_tw": 10}), sp_base, None, corpus, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].pop("vocab"), "no vocab or no merges"),
+        (lambda c: c.update(added_tokens=None), "no list of added_tokens"),
+        (lambda c: c["model"]["merges"].append(["q", "zzqq"]), "is damaged"),
+    ],
+)
+def test_a_json_of_the_wrong_shape(bl_base, tmp_path, change, message) -> None:
+    content = json.loads((bl_base / "tokenizer.json").read_text())
+    change(content)
+    with pytest.raises(UserError, match=message):
+        read_base(write_base(tmp_path, 600, content=content))
+
+
+def test_two_tokens_of_one_id(bl_base, tmp_path) -> None:
+    base = read_base(bl_base)
+    content = json.loads(json.dumps(base.content))
+    content["model"]["vocab"]["a"] = content["model"]["vocab"]["b"]
+    with pytest.raises(UserError, match="'a' and 'b' have the same id"):
+        read_base(write_base(tmp_path, base.rows, content=content))
+
+
 def test_a_chat_model_of_another_base(sp_base, bl_base) -> None:
     with pytest.raises(UserError, match="take the base that the chat model was tuned from"):
         read_chat_tokens(bl_base, read_base(sp_base))

@@ -84,11 +84,70 @@ def test_the_scripts_are_guessed_from_the_new_tokens() -> None:
     assert guess_scripts(["abc", *["x"] * 99]) == ()
 
 
+def replace_reserved(out: Path, piece: str, splits: list[list[str]]) -> int:
+    """Make a piece of a reserved row, consistently in both files."""
+    content = json.loads((out / "tokenizer.json").read_text())
+    token = next(token for token in content["added_tokens"] if token["content"].startswith("<|reserved"))
+    content["added_tokens"].remove(token)
+    vocabulary = content["model"]["vocab"]
+    vocabulary[piece] = vocabulary.pop(token["content"])
+    content["model"]["merges"] += splits
+    (out / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+    if (out / "tokenizer.model").is_file():
+        proto = sentencepiece_model_pb2.ModelProto.FromString((out / "tokenizer.model").read_bytes())
+        proto.pieces[token["id"]].piece, proto.pieces[token["id"]].type = piece, 1
+        proto.pieces[token["id"]].score = min(p.score for p in proto.pieces if p.type == 1 and p.score > -1e8) - 1
+        (out / "tokenizer.model").write_bytes(proto.SerializeToString())
+    return token["id"]
+
+
+@pytest.mark.parametrize("with_map", [True, False])
+def test_an_english_piece_is_found_whatever_the_samples_hold(extended, tmp_path, with_map) -> None:
+    out = shutil.copytree(extended.out, tmp_path / "out")
+    replace_reserved(out, "qjxz", [["q", "jxz"]] if "jxz" in extended.case.content["model"]["vocab"] else [])
+    if not with_map:
+        (out / "vocabulary_map.json").unlink()
+    laws = broken(check(out, extended.base, extended.chat).proofs)
+    assert (
+        "every row has exactly one token" if with_map else "every new piece holds a letter of the new scripts"
+    ) in laws
+
+
+def test_other_roles_and_a_lost_beginning_are_found(sp, tmp_path) -> None:
+    law = "roles of special tokens are the base's"
+    out = shutil.copytree(sp.out, tmp_path / "roles")
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    (out / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<s>"}))
+    assert law in broken(check(out, sp.base, sp.chat).proofs)
+    out = shutil.copytree(sp.out, tmp_path / "bos")
+    content = json.loads((out / "tokenizer.json").read_text())
+    (out / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+    assert law in broken(check(out, sp.base, sp.chat).proofs)
+
+
+def test_a_model_that_sentencepiece_refuses_is_a_broken_law(sp, tmp_path) -> None:
+    out = shutil.copytree(sp.out, tmp_path / "out")
+    proto = sentencepiece_model_pb2.ModelProto.FromString((out / "tokenizer.model").read_bytes())
+    next(piece for piece in proto.pieces if piece.type == 6).type = 1
+    (out / "tokenizer.model").write_bytes(proto.SerializeToString())
+    laws = broken(check(out, sp.base, sp.chat).proofs)
+    assert {"SentencePiece and the fast tokenizer agree", "old pieces of tokenizer.model are untouched"} <= laws
+
+
+def test_a_chat_directory_that_is_not_there(sp) -> None:
+    with pytest.raises(UserError, match="--chat nowhere is no directory"):
+        check(sp.out, sp.base, Path("nowhere"))
+
+
+def test_scripts_beyond_the_known_languages_are_guessed() -> None:
+    assert guess_scripts(["สวัสดี", "مرحبا", "नमस्ते", "ок"]) == ("Arabic", "Cyrillic", "Devanagari", "Thai")
+
+
 def test_words_with_marks_are_words(sp_base, tmp_path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(sp_base)
     tokenizer.add_tokens(["नमस्ते", "สวัสดี"])
     tokenizer.save_pretrained(tmp_path)
-    checked = check(tmp_path, sp_base)  # of no script that is guessed
+    checked = check(tmp_path, sp_base)
     assert "new words are pieces of the model, not added tokens" in broken(checked.proofs)
 
 
