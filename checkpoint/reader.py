@@ -10,6 +10,7 @@ import json
 import math
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import FileIO
@@ -54,7 +55,7 @@ class TensorInfo:
 
 @dataclass
 class Checkpoint:
-    """The safetensors of a directory. Reading is safe from several threads."""
+    """The weights of a directory, safetensors or .bin. Reading is safe from several threads."""
 
     directory: Path
     tensors: dict[str, TensorInfo]
@@ -70,7 +71,14 @@ class Checkpoint:
         if (directory / SINGLE_FILE).is_file():
             return Checkpoint(directory, read_header(directory / SINGLE_FILE))
         if (directory / INDEX_FILE).is_file():
-            return Checkpoint(directory, _read_indexed(directory))
+            return Checkpoint(directory, _read_indexed(directory / INDEX_FILE))
+        pickled, pickled_index = directory / "pytorch_model.bin", directory / "pytorch_model.bin.index.json"
+        if pickled.is_file() or pickled_index.is_file():
+            from checkpoint.pickled import PickledCheckpoint, read_pickled  # here, as it imports this module
+
+            whole = pickled.is_file()
+            tensors = read_pickled(pickled) if whole else _read_indexed(pickled_index, read_pickled)
+            return PickledCheckpoint(directory, tensors)
         raise UserError(_nothing_there(directory))
 
     @cached_property
@@ -162,8 +170,8 @@ def _tensor_info(file: str, name: str, entry: dict[str, Any], data: int, size: i
     return TensorInfo(name, dtype, shape, file, data + start, stop - start)
 
 
-def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
-    index = directory / INDEX_FILE
+def _read_indexed(index: Path, read: Callable[[Path], dict[str, TensorInfo]] = read_header) -> dict[str, TensorInfo]:
+    directory = index.parent
     try:
         weight_map = dict(read_json(index)["weight_map"])
     except (KeyError, TypeError, ValueError):
@@ -173,17 +181,17 @@ def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(f"{index} names {file!r}, which is no file of its own folder; do not use this checkpoint.")
         if not (directory / file).is_file():
-            raise UserError(f"{directory / file} is missing, {INDEX_FILE} names it; copy or download it.")
-        headers[file] = read_header(directory / file)
+            raise UserError(f"{directory / file} is missing, {index.name} names it; copy or download it.")
+        headers[file] = read(directory / file)
     for name, file in weight_map.items():
         if name not in headers[file]:
-            raise UserError(f"{directory / file} holds no {name}, though {INDEX_FILE} says so; download it again.")
+            raise UserError(f"{directory / file} holds no {name}, though {index.name} says so; download it again.")
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def _nothing_there(directory: Path) -> str:
     if any(directory.glob("pytorch_model*.bin")):
-        return f"{directory} holds .bin weights only; load it with transformers and save_pretrained it as safetensors."
+        return f"{directory} holds .bin weights without pytorch_model.bin.index.json; copy or download it again."
     if not directory.is_dir():
         return f"{directory} does not exist; give the directory of a checkpoint."
     return f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give the directory of a checkpoint."

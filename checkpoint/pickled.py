@@ -1,0 +1,161 @@
+"""Weights in `pytorch_model.bin`: where each tensor lies in the file, so that it is read as safetensors are.
+
+torch.save writes a zip archive: a pickle that describes the tensors, and an uncompressed record for each storage. torch
+reads the pickle (`weights_only=True`: tensors, and nothing that could run code) and maps the file. The mapping tells
+where the storages lie, and is closed again: the elements are read from the file, not from the mapping, whose pages
+would stay in memory once they were read. torch is imported by `read_pickled` only.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from checkpoint.dtypes import STORED, TORCH_NAMES, Array
+from checkpoint.reader import Checkpoint, TensorInfo
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+TYPES = {
+    **TORCH_NAMES, "float64": "F64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "bool": "BOOL",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+}  # fmt: skip
+"""torch's name of a type -> in a safetensors header."""
+
+_ZIP_START = b"PK\x03\x04"
+_DAMAGED = (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError)  # of zipfile, and our own
+
+
+@dataclass(frozen=True)
+class StridedInfo(TensorInfo):
+    """A tensor whose elements do not lie one after the other: a transposed one, a part of another, a repeated one."""
+
+    strides: tuple[int, ...]  # bytes from an element to the next, per dimension
+
+
+class PickledCheckpoint(Checkpoint):
+    """The .bin files of a directory. Reading is safe from several threads."""
+
+    def read_flat(self, name: str, start: int, stop: int) -> Array:
+        """Elements [start, stop) in the order of the indices, as stored (bfloat16 as uint16), in a new array."""
+        info = self.info(name)
+        if not isinstance(info, StridedInfo):
+            return super().read_flat(name, start, stop)
+        if not 0 <= start <= stop <= info.size:
+            raise IndexError(f"{name} has {info.size} elements, asked for [{start}, {stop})")
+        mapped = np.memmap(self.directory / info.file, mode="r")
+        elements: Array = np.ndarray(info.shape, STORED[info.dtype], mapped, info.offset, info.strides)
+        return elements.flat[start:stop]
+
+
+def read_pickled(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one .bin file. Raises `UserError` if it is damaged or holds anything else than tensors."""
+    try:
+        _check_archive(path)
+        entries, size = _load(path), path.stat().st_size
+        start = _mapping_start(entries.values())
+        return {name: _locate(path.name, name, tensor, start, size) for name, tensor in entries.items()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except _DAMAGED as error:
+        raise UserError(
+            f"{path} is no whole file of tensors ({_first_line(error)}); copy or download it again."
+        ) from None
+
+
+def _check_archive(path: Path) -> None:
+    """Raises `UserError` for what torch cannot map, others of `_DAMAGED` for what it would misread."""
+    with open(path, "rb") as file:
+        if file.read(len(_ZIP_START)) != _ZIP_START:
+            raise UserError(
+                f"{path} is no zip archive, as torch.save has written since torch 1.6; load it with transformers and "
+                "save_pretrained it as safetensors if it is older, else copy or download it again."
+            )
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its record {record.filename} is compressed")
+            if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
+                raise ValueError("it was written on a big-endian machine")
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors, mapped. Raises `UserError` for what is more than tensors, `ValueError` for a broken pickle."""
+    import torch
+
+    try:
+        entries = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{path} asks for {asked[1] if asked else 'more'} beside tensors, and loading that could run code; "
+            "do not load it, get the model as safetensors."
+        ) from None
+    except OSError:
+        raise
+    except Exception as error:  # the pickle is a stranger's programme: what a broken one raises can be anything
+        raise ValueError(_first_line(error)) from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"it holds a {type(entries).__name__}, not tensors by name")
+    for name, value in entries.items():
+        if not isinstance(name, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise UserError(
+                f"{path} holds {name!r}, which is of the type {type(value).__name__} and no tensor with a name; "
+                "load it with transformers and save_pretrained it as safetensors."
+            )
+        if _type_name(value) not in TYPES:
+            raise UserError(
+                f"{path} holds {name} as {_type_name(value)}, which this program does not read; convert it to bfloat16."
+            )
+    return entries
+
+
+def _type_name(tensor: torch.Tensor) -> str:
+    """torch's name of the type; with more words, and so in no table, for what is no plain array in memory."""
+    layout, dtype = str(tensor.layout), str(tensor.dtype).removeprefix("torch.")
+    if layout != "torch.strided":
+        return f"{layout.removeprefix('torch.')} {dtype}"
+    if tensor.device.type != "cpu":
+        return f"{tensor.device.type} {dtype} without values"
+    return f"negated {dtype}" if tensor.is_neg() else dtype
+
+
+def _mapping_start(tensors: Iterable[torch.Tensor]) -> int:
+    """The address of byte 0 of the file that was mapped for these tensors; 0 if they are all empty."""
+    address = next((tensor.data_ptr() for tensor in tensors if tensor.numel()), None)
+    if address is None:
+        return 0
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        span, _, offset, _, inode = line.split(maxsplit=5)[:5]
+        start, stop = (int(bound, 16) for bound in span.split("-"))
+        if start <= address < stop and inode != "0":
+            return start - int(offset, 16)
+    raise ValueError("its tensors do not lie in it")
+
+
+def _locate(file: str, name: str, tensor: torch.Tensor, start: int, size: int) -> TensorInfo:
+    """Where a tensor lies in a file of `size` bytes, mapped at `start`. Raises `ValueError` if it does not."""
+    dtype, shape, itemsize = TYPES[_type_name(tensor)], tuple(tensor.shape), tensor.element_size()
+    if tensor.numel() == 0:
+        return TensorInfo(name, dtype, shape, file, 0, 0)
+    offset, strides = tensor.data_ptr() - start, tuple(stride * itemsize for stride in tensor.stride())
+    extent = itemsize + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    if not 0 <= offset <= size - extent:
+        raise ValueError(f"{name} does not lie in it")
+    if tensor.is_contiguous():
+        return TensorInfo(name, dtype, shape, file, offset, extent)
+    return StridedInfo(name, dtype, shape, file, offset, tensor.numel() * itemsize, strides)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160].rstrip(".")
