@@ -38,17 +38,20 @@ def widen(stored: Array, dtype: str) -> Float32:
     return stored.astype(np.float32)
 
 
-def narrow(values: Float32, dtype: str) -> Array:
-    """float32 rounded to the nearest element of one of `FLOATS`, ties to even. NaN stays NaN, overflow becomes Inf."""
+def narrow(values: Float32, dtype: str, finite: bool = False) -> Array:
+    """float32 rounded to the nearest element of one of `FLOATS`, ties to even. NaN stays NaN, overflow becomes Inf.
+
+    `finite` is the caller's word that there is no NaN, and saves looking for one.
+    """
     if dtype == "BF16":
-        return _to_bfloat16(values)
+        return _to_bfloat16(values, finite)
     if dtype not in FLOATS:
         raise UserError(f"float32 cannot be stored as {dtype}; choose bfloat16, float16 or float32.")
     with np.errstate(over="ignore"):
         return values.astype(STORED[dtype])
 
 
-def _to_bfloat16(values: Float32) -> NDArray[np.uint16]:
+def _to_bfloat16(values: Float32, finite: bool) -> NDArray[np.uint16]:
     """The upper half of the bits, after adding just under half of the lower half's range, or half of it if odd.
 
     The sum carries into the exponent where it should, up to Inf. It must not touch a NaN, whose set bits may all
@@ -61,7 +64,6 @@ def _to_bfloat16(values: Float32) -> NDArray[np.uint16]:
     rounded += bits
     rounded >>= 16
     narrowed = rounded.astype(np.uint16)
-    nan = np.isnan(values)
-    if nan.any():
-        narrowed[nan] = 0x7FC0
+    if not finite:
+        narrowed[np.isnan(values)] = 0x7FC0
     return narrowed

@@ -63,16 +63,20 @@ class Checkpoint:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @staticmethod
-    def open(directory: Path) -> Checkpoint:
-        """Read and check the headers. Raises `UserError` naming the file that is missing or damaged."""
+    def open(directory: Path, stem: str = "model") -> Checkpoint:
+        """Read and check the headers of the files whose names begin with `stem`.
+
+        Raises `UserError` naming the file that is missing or damaged.
+        """
         directory = Path(directory)
         if (directory / UNFINISHED_FILE).exists():
             raise UserError(f"{directory} was never finished; run the command that writes it again.")
-        if (directory / SINGLE_FILE).is_file():
-            return Checkpoint(directory, read_header(directory / SINGLE_FILE))
-        if (directory / INDEX_FILE).is_file():
-            return Checkpoint(directory, _read_indexed(directory / INDEX_FILE))
-        pickled, pickled_index = directory / "pytorch_model.bin", directory / "pytorch_model.bin.index.json"
+        single, index = directory / f"{stem}.safetensors", directory / index_file(stem)
+        if single.is_file():
+            return Checkpoint(directory, read_header(single))
+        if index.is_file():
+            return Checkpoint(directory, _read_indexed(index))
+        pickled, pickled_index = directory / f"pytorch_{stem}.bin", directory / f"pytorch_{stem}.bin.index.json"
         if pickled.is_file() or pickled_index.is_file():
             from checkpoint.pickled import PickledCheckpoint, read_pickled  # here, as it imports this module
 
@@ -107,6 +111,18 @@ class Checkpoint:
             view, offset = view[count:], offset + count
         return values
 
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """Tell the system that elements [start, stop) will soon be read, so that a slow disk fetches them meanwhile."""
+        info = self.info(name)
+        itemsize = STORED[info.dtype].itemsize
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(
+                self._file(info.file).fileno(),
+                info.offset + start * itemsize,
+                (stop - start) * itemsize,
+                os.POSIX_FADV_WILLNEED,
+            )
+
     def read(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Array:
         """Rows [start_row, stop_row) of dimension 0 as stored, shape (rows, ...). A scalar has one row, shape ()."""
         info = self.info(name)
@@ -136,6 +152,11 @@ class Checkpoint:
             if name not in self._files:
                 self._files[name] = FileIO(self.directory / name)
             return self._files[name]
+
+
+def index_file(stem: str) -> str:
+    """The index of weights in several files `<stem>-00001-of-0000N.safetensors`."""
+    return f"{stem}.safetensors.index.json"
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint.dtypes import STORED, Array
-from checkpoint.reader import INDEX_FILE, SINGLE_FILE, UNFINISHED_FILE, TensorInfo
+from checkpoint.reader import UNFINISHED_FILE, TensorInfo, index_file
 from core.artifact import write_json
 from core.errors import UserError
 
@@ -57,10 +57,10 @@ class Layout:
 
     tensors: dict[str, TensorInfo]
     headers: dict[str, bytes]  # file -> its first bytes
-    indexed: bool
+    index: str | None  # the file that says which tensor lies where
 
     @staticmethod
-    def by_size(specs: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES) -> Layout:
+    def by_size(specs: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES, stem: str = "model") -> Layout:
         """Files of at most `shard_bytes` (a larger tensor has one to itself), named as transformers names them."""
         shards: list[list[TensorSpec]] = [[]]
         for spec in sorted(specs, key=lambda spec: natural(spec.name)):
@@ -68,19 +68,19 @@ class Layout:
                 shards.append([])
             shards[-1].append(spec)
         if len(shards) == 1:
-            return Layout.of_files({SINGLE_FILE: shards[0]})
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-        return Layout.of_files(dict(zip(names, shards, strict=True)), indexed=True)
+            return Layout.of_files({f"{stem}.safetensors": shards[0]})
+        names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        return Layout.of_files(dict(zip(names, shards, strict=True)), index=index_file(stem))
 
     @staticmethod
-    def of_files(files: Mapping[str, Iterable[TensorSpec]], indexed: bool = False) -> Layout:
-        """Given files with given tensors, and an index of them or none."""
+    def of_files(files: Mapping[str, Iterable[TensorSpec]], index: str | None = None) -> Layout:
+        """Given files with given tensors, and the name of their index or none."""
         tensors: dict[str, TensorInfo] = {}
         headers: dict[str, bytes] = {}
         for file, specs in files.items():
             headers[file], infos = _lay_out(file, specs)
             tensors.update({info.name: info for info in infos})
-        return Layout(tensors, headers, indexed)
+        return Layout(tensors, headers, index)
 
     @property
     def nbytes(self) -> int:
@@ -121,22 +121,16 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-class CheckpointWriter:
-    """Writes one checkpoint, as one of several processes (`rank` tells them apart)."""
+class CheckpointFiles:
+    """The files of a checkpoint that is being written: any part of any tensor, from any thread or process."""
 
-    def __init__(self, out: Path, layout: Layout, rank: int = 0) -> None:
-        self.out, self.layout, self.rank = out, layout, rank
-        self.directory = out.with_name(out.name + ".tmp")  # other files of the checkpoint may be put here
+    def __init__(self, directory: Path, layout: Layout) -> None:
+        self.directory, self.layout = directory, layout
         self._handles: dict[str, int] = {}
-        self._written: dict[str, dict[int, int]] = defaultdict(dict)  # tensor -> {stop: start}, in elements
         self._lock = threading.Lock()
 
-    def prepare(self) -> None:
-        """Make the directory, every file at its full size. Raises `UserError` if `out` is in use or the disk full."""
-        check_free(self.out)
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(self.out.parent, sum(self.layout.file_size(file) for file in self.layout.headers))
+    def create(self) -> None:
+        """Make the directory, its marker, and every file at its full size, with its header."""
         self.directory.mkdir()
         (self.directory / UNFINISHED_FILE).touch()
         for file, header in self.layout.headers.items():
@@ -159,14 +153,64 @@ class CheckpointWriter:
         while view:
             count = os.pwrite(handle, view, offset)
             view, offset = view[count:], offset + count
-        self._note(name, start, start + values.size)
+
+    def sync(self) -> None:
+        """Make what was written so far durable. Others may write meanwhile."""
+        with self._lock:
+            handles = list(self._handles.values())
+        for handle in handles:
+            os.fdatasync(handle)
+
+    def release(self) -> None:
+        """Close the files."""
+        with self._lock:
+            for handle in self._handles.values():
+                os.close(handle)
+            self._handles.clear()
+
+    def finish(self, out: Path) -> None:
+        """Write the index, remove the marker, make everything durable, and let the directory take the name `out`."""
+        if self.layout.index:
+            files = {name: info.file for name, info in self.layout.tensors.items()}
+            write_index(self.directory / self.layout.index, files, self.layout.nbytes)
+        (self.directory / UNFINISHED_FILE).unlink()
+        publish_directory(self.directory, out)
+
+    def _handle(self, file: str) -> int:
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(self.directory / file, os.O_WRONLY)
+            return self._handles[file]
+
+
+class CheckpointWriter(CheckpointFiles):
+    """Writes one checkpoint, as one of several processes (`rank` tells them apart), and proves it whole."""
+
+    def __init__(self, out: Path, layout: Layout, rank: int = 0) -> None:
+        super().__init__(beside(out), layout)  # other files of the checkpoint may be put into this directory
+        self.out, self.rank = out, rank
+        self._written: dict[str, dict[int, int]] = defaultdict(dict)  # tensor -> {stop: start}, in elements
+        self._notes = threading.Lock()
+
+    def prepare(self) -> None:
+        """Make the directory, every file at its full size. Raises `UserError` if `out` is in use or the disk full."""
+        check_free(self.out)
+        remove_unfinished(self.directory)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        check_room(self.out.parent, self.layout)
+        self.create()
+
+    def write_flat(self, name: str, start: int, values: Array) -> None:
+        """Write elements from `start` on, in storage order and in the type they are stored in."""
+        super().write_flat(name, start, values)
+        with self._notes:  # [start, stop), joined to the part that ends where it starts
+            ends = self._written[name]
+            ends[start + values.size] = ends.pop(start, start)
 
     def close(self) -> None:
         """Make what was written durable, then say what it was in `written-<rank>.json`. Frees the file handles."""
-        for handle in self._handles.values():
-            os.fsync(handle)
-            os.close(handle)
-        self._handles.clear()
+        self.sync()
+        self.release()
         parts = {name: sorted((start, stop) for stop, start in ends.items()) for name, ends in self._written.items()}
         write_json(self.directory / f"written-{self.rank:05d}.json", parts)
 
@@ -176,11 +220,7 @@ class CheckpointWriter:
         _prove_whole(self.layout, [json.loads(journal.read_text()) for journal in journals])
         for journal in journals:
             journal.unlink()
-        if self.layout.indexed:
-            files = {name: info.file for name, info in self.layout.tensors.items()}
-            write_index(self.directory, files, self.layout.nbytes)
-        (self.directory / UNFINISHED_FILE).unlink()
-        publish_directory(self.directory, self.out)
+        self.finish(self.out)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -189,28 +229,29 @@ class CheckpointWriter:
         try:
             yield
         except BaseException:
-            for handle in self._handles.values():
-                os.close(handle)
+            self.release()
             shutil.rmtree(self.directory, ignore_errors=True)
             raise
 
-    def _handle(self, file: str) -> int:
-        with self._lock:
-            if file not in self._handles:
-                self._handles[file] = os.open(self.directory / file, os.O_WRONLY)
-            return self._handles[file]
 
-    def _note(self, name: str, start: int, stop: int) -> None:
-        """Remember [start, stop), joined to the part that ends where it starts."""
-        with self._lock:
-            ends = self._written[name]
-            ends[stop] = ends.pop(start, start)
+def beside(out: Path) -> Path:
+    """Where `out` is made before it takes its name."""
+    return out.with_name(out.name + ".tmp")
 
 
-def write_index(directory: Path, files: Mapping[str, str], total_size: int) -> None:
-    """Write `model.safetensors.index.json`: which file holds which tensor, and the bytes of all."""
+def remove_unfinished(directory: Path) -> None:
+    """Remove what a killed process left. Raises `UserError` where that is something else."""
+    if not directory.exists():
+        return
+    if not (directory / UNFINISHED_FILE).is_file() and any(directory.iterdir()):
+        raise UserError(f"{directory} is in the way and was not left by an unfinished run; move it.")
+    shutil.rmtree(directory)
+
+
+def write_index(path: Path, files: Mapping[str, str], total_size: int) -> None:
+    """Write a `model.safetensors.index.json`: which file holds which tensor, and the bytes of all."""
     weight_map = {name: files[name] for name in sorted(files, key=natural)}
-    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    write_json(path, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def check_free(out: Path) -> None:
@@ -219,11 +260,11 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out} exists and is not empty; choose another output directory or remove it.")
 
 
-def publish_directory(beside: Path, out: Path) -> None:
-    """Let the finished directory `beside` take the name `out` (missing or empty), durably."""
-    for path in [*beside.iterdir(), beside]:
+def publish_directory(finished: Path, out: Path) -> None:
+    """Let the directory `finished` take the name `out` (missing or empty), durably."""
+    for path in [*finished.iterdir(), finished]:
         _fsync(path)
-    os.replace(beside, out)
+    os.replace(finished, out)
     _fsync(out.parent)
 
 
@@ -235,8 +276,11 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _check_room(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
+def check_room(directory: Path, layout: Layout) -> None:
+    """Raise `UserError` if the disk has no room for the layout's files. `directory` or a parent of it is there."""
+    while not directory.exists():
+        directory = directory.parent
+    needed, free = sum(layout.file_size(file) for file in layout.headers), shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
             f"{directory} has {free / 1e6:,.1f} MB free, the checkpoint needs {needed / 1e6:,.1f} MB; free some."

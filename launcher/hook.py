@@ -7,8 +7,8 @@ from typing import Any
 
 from core.artifact import stage_key
 from launcher.stages import Run, find_stage
-from merge.hook import LocalShard, Ranks, merge_shards
-from merge.plan import plan
+from merge.hook import LocalShard, Ranks, merge_shards, plan_for_shards
+from merge.plan import MergeInputs
 from tracking import Tracker
 from training.parallel import Parallel
 from training.run import Hook
@@ -23,16 +23,15 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
     if not run.recipe.training.post_train_merge:
         return None
     # what would refuse the merge is found now, not after days of training
-    plan(run.recipe.merge, run.resized, run.base, run.chat, run.tokenizer)
+    inputs = MergeInputs(run.resized, run.base, run.chat, run.tokenizer)
+    plan_for_shards(run.recipe.merge, inputs)
 
     def merge(shards: list[LocalShard], parallel: Parallel) -> None:
         from launcher.pipeline import execute
 
         def merge_in_memory(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
             ranks = Ranks(parallel.world.rank, parallel.barrier)
-            return merge_shards(
-                shards, run.recipe.merge, run.resized, run.base, run.chat, run.tokenizer, run.merged, tracker, ranks
-            )
+            return merge_shards(shards, run.recipe.merge, inputs, run.merged, tracker, ranks)
 
         stage = replace(find_stage("merge"), run=merge_in_memory)
         config = dict(stage.config(run.recipe))

@@ -126,9 +126,11 @@ def _training(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 
 
 def _merge(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
+    from merge.plan import MergeInputs
     from merge.run import run as run_stage
 
-    return run_stage(run.recipe.merge, run.cpt, run.base, run.chat, run.tokenizer, run.merged, tracker)
+    inputs = MergeInputs(run.cpt, run.base, run.chat, run.tokenizer)
+    return run_stage(run.recipe.merge, inputs, run.merged, tracker)
 
 
 def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:

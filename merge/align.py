@@ -1,17 +1,18 @@
 """Which row of base and chat belongs to which row of the output: rows meet by token string, never by position (law 2).
 
-Every row of the output (the CPT model's vocabulary) is treated in one of these ways:
+For each vector, every row of the output is treated in one of these ways:
 
-    shared       the token is in all three: the tensor's rule applies
+    shared       the token is in CPT, base and chat: the tensor's rule applies
     new          only CPT has it: kept as trained, or given the mean vector of its constituents (`new_rows`)
     chat         part of the chat format: taken from the chat model, whatever rule and ratio
     unmatched    base has it and chat does not, an added token that nobody uses: kept
-    padding      no token: kept
+    padding      no token: kept; rows beyond CPT's hold the mean of CPT's rows
 
 Part of the chat format are the tokens that the chat tokenizer adds to the base's, and the added tokens that its
 template or its stop ids name, unless they are the base's own bos, eos, unk or pad. The base may have them too
 (<|eot_id|> of Llama 3), but has not trained them: their difference is no vector, and CPT's row no place to start from.
-(The authors' code pastes the base's rows there and scales them.)
+(The authors' code pastes the base's rows there and scales them.) The format is that of the first vector's chat model:
+a further vector leaves these rows as they are.
 
 Anything else that cannot be aligned is an error that names the tokens.
 """
@@ -21,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +31,8 @@ from numpy.typing import NDArray
 from checkpoint.tokenizer import TokenizerFiles
 from checkpoint.vocabulary import VocabularyMap
 from core.errors import UserError
+from core.progress import say
+from merge.tokens import OutputTokens
 
 Rows = NDArray[np.int64]
 
@@ -43,27 +48,33 @@ class Role(IntEnum):
 
 
 @dataclass(frozen=True)
-class RowCounts:
-    """Rows of the three embedding matrices."""
+class RowPairs:
+    """Rows that belong together: `base[i]` and `chat[i]` are one token's."""
 
-    cpt: int
-    base: int
-    chat: int
+    base: Rows
+    chat: Rows
 
 
 @dataclass(frozen=True)
 class RowAlignment:
     """For every output row its role and its rows in base and chat (-1: none).
 
-    `constituents` holds, for those new rows that get a vector, the rows whose mean it is: (base rows, chat rows).
+    `constituents` holds, for those new rows that get a vector, the rows whose mean vector it is.
     """
 
     role: NDArray[np.uint8]
     base: Rows
     chat: Rows
-    constituents: dict[int, tuple[Rows, Rows]] = field(default_factory=dict)
+    constituents: dict[int, RowPairs] = field(default_factory=dict)
     chat_tokens: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+
+    @cached_property
+    def has_vector(self) -> NDArray[np.bool_]:
+        """Which rows the vector has a part in."""
+        found: NDArray[np.bool_] = self.role == Role.SHARED
+        found[list(self.constituents)] = True
+        return found
 
     @property
     def rows(self) -> int:
@@ -75,62 +86,50 @@ class RowAlignment:
         return {role.name.lower(): int((self.role == role).sum()) for role in Role}
 
 
-@dataclass(frozen=True)
-class Vocabularies:
-    """The three tokenizers, and the map that made the extended one (None where it was made elsewhere)."""
-
-    cpt: TokenizerFiles
-    base: TokenizerFiles
-    chat: TokenizerFiles
-    map: VocabularyMap | None = None
-
-
-def align_by_position(rows: RowCounts) -> RowAlignment:
+def align_by_position(rows: int) -> RowAlignment:
     """All rows shared, as they lie: for models without tokenizers and with equally many rows."""
-    everything = np.arange(rows.cpt)
-    return RowAlignment(np.full(rows.cpt, Role.SHARED, np.uint8), everything, everything)
+    everything = np.arange(rows)
+    return RowAlignment(np.full(rows, Role.SHARED, np.uint8), everything, everything)
 
 
-def align_rows(vocabularies: Vocabularies, rows: RowCounts, new_rows: str) -> RowAlignment:
-    """Align by token string. Raises `UserError` naming what cannot be aligned."""
-    cpt, base, chat = vocabularies.cpt, vocabularies.base, vocabularies.chat
-    _check_ids(cpt, rows.cpt)
-    _check_ids(base, rows.base)
-    _check_ids(chat, rows.chat)
-    _check_nothing_is_lost(vocabularies)
+def align_rows(
+    output: OutputTokens, base: TokenizerFiles, chat: TokenizerFiles, map: VocabularyMap | None, first: bool = True
+) -> RowAlignment:
+    """Align one vector by token string. `first` says that its chat model's format is the output's."""
     alignment = RowAlignment(
-        np.full(rows.cpt, Role.PADDING, np.uint8), np.full(rows.cpt, -1), np.full(rows.cpt, -1)
+        np.full(output.rows, Role.PADDING, np.uint8), np.full(output.rows, -1), np.full(output.rows, -1)
     )  # fmt: skip
-    chat_format = _chat_format(vocabularies)
-    for token, row in cpt.ids.items():
+    format_tokens = chat_format(base, chat)
+    if first and map:
+        format_tokens |= {token.token for token in map.chat}
+    for token, row in output.ids.items():
         alignment.base[row] = base.ids.get(token, -1)
         alignment.chat[row] = chat.ids.get(token, -1)
-        alignment.role[row] = _role(token, chat_format, base, chat)
-    alignment.chat_tokens.extend(sorted(chat_format, key=lambda token: cpt.ids[token]))
-    alignment.unmatched.extend(cpt.tokens[row] for row in np.flatnonzero(alignment.role == Role.UNMATCHED).tolist())
-    if new_rows == "constituents":
-        alignment.constituents.update(_constituents(vocabularies, alignment))
+        alignment.role[row] = _role(token, format_tokens, base, chat, first)
+    if first:
+        alignment.chat_tokens.extend(sorted(format_tokens, key=lambda token: output.ids[token]))
+    unmatched = np.flatnonzero(alignment.role == Role.UNMATCHED).tolist()
+    alignment.unmatched.extend(output.tokens[row] for row in unmatched)
     return alignment
 
 
-def _role(token: str, chat_format: set[str], base: TokenizerFiles, chat: TokenizerFiles) -> Role:
-    if token in chat_format:
-        return Role.CHAT
+def _role(token: str, format_tokens: set[str], base: TokenizerFiles, chat: TokenizerFiles, first: bool) -> Role:
+    if token in format_tokens:
+        return Role.CHAT if first else Role.UNMATCHED
     if token not in base.ids:
         return Role.NEW
     return Role.SHARED if token in chat.ids else Role.UNMATCHED
 
 
-def _chat_format(vocabularies: Vocabularies) -> set[str]:
+def chat_format(base: TokenizerFiles, chat: TokenizerFiles) -> set[str]:
     """The tokens whose rows come from the chat model."""
-    base, chat = vocabularies.base, vocabularies.chat
     beyond_base = {token for token in chat.added if token not in base.ids}
-    of_the_map = {token.token for token in vocabularies.map.chat} if vocabularies.map else set()
     untrained = {token for token in chat.format_tokens() if token not in base.roles.values()}
-    return beyond_base | of_the_map | untrained
+    return beyond_base | untrained
 
 
-def _check_ids(tokenizer: TokenizerFiles, rows: int) -> None:
+def check_rows(tokenizer: TokenizerFiles, rows: int) -> None:
+    """Raise `UserError` for a tokenizer with ids beyond its model's rows."""
     beyond = [token for token, number in tokenizer.ids.items() if number >= rows]
     if beyond:
         raise UserError(
@@ -139,45 +138,60 @@ def _check_ids(tokenizer: TokenizerFiles, rows: int) -> None:
         )
 
 
-def _check_nothing_is_lost(vocabularies: Vocabularies) -> None:
-    cpt, base, chat = vocabularies.cpt, vocabularies.base, vocabularies.chat
-    lost = [token for token in base.ids if token not in cpt.ids]
+def check_nothing_is_lost(
+    cpt: Path, output: OutputTokens, base: TokenizerFiles, chat: TokenizerFiles, first: bool = True
+) -> None:
+    """Raise `UserError` naming tokens of one model that have no counterpart. `cpt` is where CPT's tokenizer lies.
+
+    The special tokens of a further vector's models are not needed: the format is the first's. They are said.
+    """
+    gone = set(output.changes.renamed.values())
+    lost = [token for token in base.ids if token not in output.ids and token not in gone]
+    if not first:
+        lost = _without_added(lost, base)
     if lost:
-        raise UserError(f"{cpt.directory} lacks {_named(lost)} of the base; extend the base's own tokenizer.")
-    lost = [token for token in chat.ids if token not in cpt.ids]
+        raise UserError(f"{cpt} lacks {_named(lost)} of {base.directory}; extend the base's own tokenizer.")
+    lost = [token for token in chat.ids if token not in output.ids]
+    if not first:
+        lost = _without_added(lost, chat)
     if lost:
         raise UserError(
-            f"{cpt.directory} lacks {_named(lost)} of {chat.directory}; "
-            "make the tokenizer again with this chat model in the recipe."
+            f"{cpt} lacks {_named(lost)} of {chat.directory}; make the tokenizer again with this chat model."
         )
     lost = [token for token in base.ids if token not in chat.ids and token not in base.added]
     if lost:
         raise UserError(
             f"{chat.directory} lacks {_named(lost)} of {base.directory}; give the base that chat was trained from."
         )
-    for token in vocabularies.map.chat if vocabularies.map else []:
-        if chat.ids.get(token.token) != token.chat_id or cpt.ids.get(token.token) != token.id:
+
+
+def _without_added(tokens: list[str], tokenizer: TokenizerFiles) -> list[str]:
+    special = [token for token in tokens if token in tokenizer.added]
+    if special:
+        say(f"merge: {_named(special)} of {tokenizer.directory} are not in the output, whose format is another's")
+    return [token for token in tokens if token not in tokenizer.added]
+
+
+def check_map(map: VocabularyMap | None, output: OutputTokens, chat: TokenizerFiles) -> None:
+    """Raise `UserError` if the map of the extended tokenizer was made with another chat model."""
+    for token in map.chat if map else []:
+        if chat.ids.get(token.token) != token.chat_id or output.ids.get(token.token) != token.id:
             raise UserError(
                 f"the vocabulary map has {token.token!r} at {token.chat_id}, {chat.directory} has it elsewhere; "
                 "make the tokenizer again with this chat model."
             )
 
 
-def _constituents(vocabularies: Vocabularies, alignment: RowAlignment) -> dict[int, tuple[Rows, Rows]]:
-    """New row -> the rows of its constituents in base and chat."""
-    if vocabularies.map is None:
-        raise UserError(
-            f"{vocabularies.cpt.directory} holds no vocabulary map, which merge.new_rows: constituents needs; "
-            "set new_rows: keep."
-        )
-    found: dict[int, tuple[Rows, Rows]] = {}
-    for piece in vocabularies.map.new:
-        base_rows = np.array(piece.constituents, dtype=np.int64)
-        tokens = [vocabularies.base.tokens[row] for row in piece.constituents]
-        chat_rows = np.array([vocabularies.chat.ids.get(token, -1) for token in tokens], dtype=np.int64)
-        if alignment.role[piece.id] == Role.NEW and len(base_rows) and (chat_rows >= 0).all():
-            found[piece.id] = (base_rows, chat_rows)
-    return found
+def add_constituents(
+    alignment: RowAlignment, map: VocabularyMap, output: OutputTokens, base: TokenizerFiles, chat: TokenizerFiles
+) -> None:
+    """Find for each new row the rows of its constituents in base and chat. Old ids are the base's (law 1)."""
+    for piece in map.new:
+        tokens = [output.tokens[row] for row in piece.constituents]
+        pairs = [(base.ids.get(token, -1), chat.ids.get(token, -1)) for token in tokens]
+        if alignment.role[piece.id] == Role.NEW and pairs and min(min(pair) for pair in pairs) >= 0:
+            rows = np.array(pairs, dtype=np.int64)
+            alignment.constituents[piece.id] = RowPairs(rows[:, 0], rows[:, 1])
 
 
 def _named(tokens: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from checkpoint.dtypes import widen
-from merge import kernel
 from merge.plan import MergePlan
 from merge.rules import kind_of
 from merge.statistics import Statistics, Sums, total
@@ -15,28 +14,35 @@ BODY = ("attention", "mlp", "other")
 CONTAINED = 0.5  # times the vector; about 1 if CPT started from the chat model, about 0 if it started from base
 
 
-def sample(plan: MergePlan) -> Statistics:
-    """Statistics of a small part of every tensor, read in a moment."""
-    statistics: Statistics = {}
+def sample(plan: MergePlan) -> list[Statistics]:
+    """Statistics of a small part of every tensor, for each vector, read in a moment."""
+    statistics: list[Statistics] = [{} for _ in plan.vectors]
     for tensor in plan.tensors:
         if tensor.by_token or tensor.treatment is None:
             continue
         size = plan.cpt.tensors[tensor.name].size
         start = max((size - SAMPLE) // 2, 0)
-        cpt, base, chat = (
-            widen(model.read_flat(tensor.name, start, min(start + SAMPLE, size)), model.tensors[tensor.name].dtype)
-            for model in (plan.cpt, plan.base, plan.chat)
-        )
-        statistics[tensor.name] = Sums()
-        statistics[tensor.name].count(cpt, base, kernel.vector(chat, base))
+        stop = min(start + SAMPLE, size)
+        cpt = widen(plan.cpt.read_flat(tensor.name, start, stop), plan.cpt.tensors[tensor.name].dtype)
+        for vector, of_vector in zip(plan.vectors, statistics, strict=True):
+            difference = vector.source.elements(tensor.name, start, stop)
+            of_vector[tensor.name] = Sums()
+            of_vector[tensor.name].count(cpt, difference.base, difference.values)
     return statistics
 
 
-def warnings(statistics: Statistics) -> list[str]:
-    """One sentence for each thing that is probably wrong with the choice of models.
+def warnings(plan: MergePlan, statistics: list[Statistics]) -> list[str]:
+    """One sentence for each thing that is probably wrong with the choice of models."""
+    found = []
+    for vector, of_vector in zip(plan.vectors, statistics, strict=True):
+        prefix = "" if vector is plan.chat else f"{vector.label}: "
+        found += [prefix + warning for warning in _warnings(of_vector)] if of_vector else []
+    return found
 
-    Only the matrices of the layers count: any training moves the vocabulary's rows and the norms in like ways, so these
-    lie along the vector even in a model that never saw it.
+
+def _warnings(statistics: Statistics) -> list[str]:
+    """Of one vector. Only the matrices of the layers count: any training moves the vocabulary's rows and the norms in
+    like ways, so these lie along the vector even in a model that never saw it.
     """
     sums = total(sums for name, sums in statistics.items() if kind_of(name) in BODY)
     found = []

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, field_validator, model_validator
 
 from core.config import Section, key
+from merge.expressions import evaluate
 
 Method = Literal["constituents", "mean", "gaussian", "random"]
 Kind = Literal["attention", "mlp", "norm", "embed", "head", "other"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+Combination = Literal["add", "ties", "dare", "dare_ties"]
+
+
+def _evaluates(ratio: float | str) -> float | str:
+    for layers in (1, 40):
+        for layer in (0, layers - 1):
+            evaluate(ratio, layer, layers)
+    return ratio
+
+
+Ratio = Annotated[float | str, AfterValidator(_evaluates)]
+"""A number, or an expression of the layer (`merge/expressions.py`)."""
 
 
 class EmbeddingsConfig(Section):
@@ -35,7 +48,8 @@ class RuleConfig(Section):
     action: Literal["add", "skip", "replace"] = key(
         "add", "add: add ratio times the vector; skip: keep the CPT tensor; replace: take the chat model's"
     )
-    ratio: float | None = key(None, "ratio for `add`; the section's if not set")
+    ratio: Ratio | None = key(None, "ratio for `add`, a number or an expression; the section's if not set")
+    gate: bool | None = key(None, "as the section's `gate`, for these tensors")
 
     @field_validator("pattern")
     @classmethod
@@ -50,24 +64,66 @@ class RuleConfig(Section):
     def _makes_sense(self) -> RuleConfig:
         if self.pattern is None and not self.kinds and self.layers is None:
             raise ValueError("a rule without pattern, kinds or layers; set the section's ratio instead")
-        if self.ratio is not None and self.action != "add":
-            raise ValueError(f"a ratio has no meaning for {self.action}; leave it out")
+        if self.action != "add" and not (self.ratio is None and self.gate is None):
+            raise ValueError(f"a ratio or a gate has no meaning for {self.action}; leave it out")
         if self.layers is not None and not 0 <= self.layers[0] <= self.layers[1]:
             raise ValueError("layers are [first, last] with 0 <= first <= last")
+        return self
+
+
+class VectorConfig(Section):
+    """One more vector that is added: `chat - base` of another pair, or one that `merge --extract` wrote."""
+
+    chat: str | None = key(None, "the pair's chat model: a directory or a hub id")
+    base: str | None = key(None, "the pair's base model")
+    vector: str | None = key(None, "a vector's directory, instead of the pair")
+    ratio: Ratio = key(1.0, "how much of it is added; negative to take away (forgetting)")
+    rules: list[RuleConfig] = key([], "exceptions for this vector alone; `add` with another ratio, or `skip`")
+
+    @model_validator(mode="after")
+    def _is_one_source(self) -> VectorConfig:
+        if self.vector is None and (self.chat is None or self.base is None):
+            raise ValueError("a vector is a pair, `chat` and `base`, or a directory, `vector`")
+        if self.vector is not None and self.chat is not None:
+            raise ValueError("a vector is a pair or a directory, not both; leave out `chat` or `vector`")
+        if any(rule.action == "replace" or rule.gate is not None for rule in self.rules):
+            raise ValueError("rules of a further vector may add or skip; replace and gate belong to merge.rules")
         return self
 
 
 class MergeConfig(Section):
     """The chat vector: `merged = cpt + ratio * (chat - base)`."""
 
-    ratio: float = key(1.0, "how much of the chat vector is added; lower it if replies drift into English")
+    ratio: Ratio = key(
+        1.0,
+        "how much of the chat vector is added; lower it if replies drift into English. A number, or an expression of "
+        "the layer: `ramp(0.3, 1)`, `1 - 0.5 * depth`, `max(0.2, 1 - layer / 40)`",
+    )
     rules: list[RuleConfig] = key([], "exceptions; the first that matches a tensor decides")
+    gate: bool = key(False, "lower the vector, element by element, where CPT moved most")
+    vectors: list[VectorConfig] = key([], "further vectors, added to the same model")
+    method: Combination = key(
+        "add",
+        "how vectors are thinned and joined; add: as they are; ties: the largest `density` of each, signs elected; "
+        "dare: a random `density` of each, enlarged to the same mean; dare_ties: both",
+    )
+    density: float | None = key(None, "share of each vector's elements that ties and dare keep", gt=0, le=1)
+    seed: int = key(0, "seed of what dare draws", ge=0)
     new_rows: Literal["keep", "constituents"] = key(
         "keep",
         "rows of new pieces; keep: as trained; constituents: add the mean vector of their constituents' rows",
     )
+    token_map: dict[str, str] = key(
+        {}, "token of the chat model -> token of CPT that becomes it: the row is taken from chat, the id stays"
+    )
     dtype: Dtype | None = key(None, "type of the output's tensors; the base's, tensor by tensor, if not set")
     shard_size: float = key(5.0, "largest size of one file of the output", unit="GB", gt=0)
+
+    @model_validator(mode="after")
+    def _density_goes_with_the_method(self) -> MergeConfig:
+        if (self.density is None) != (self.method == "add"):
+            raise ValueError(f"set a density together with ties or dare, and only then (method is {self.method})")
+        return self
 
     @property
     def shard_bytes(self) -> int:

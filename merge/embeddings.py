@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint.dtypes import Float32, narrow
-from checkpoint.reader import SINGLE_FILE, Checkpoint, TensorInfo
+from checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
 from checkpoint.tokenizer import TOKENIZER_FILES
 from checkpoint.vocabulary import MAP_FILE, VocabularyMap
 from checkpoint.writer import CheckpointWriter, Layout, TensorSpec, write_index
@@ -58,7 +58,7 @@ def run(config: EmbeddingsConfig, base: Path, tokenizer: Path, out: Path, tracke
         linked = _link_others(source, kept, changed, writer.directory)
         if linked or changed != [SINGLE_FILE]:
             total = sum(layout.tensors.get(name, info).nbytes for name, info in kept.items())
-            write_index(writer.directory, {name: info.file for name, info in kept.items()}, total)
+            write_index(writer.directory / INDEX_FILE, {name: info.file for name, info in kept.items()}, total)
         write_json(writer.directory / "config.json", resize_config(source.config, vocabulary.rows))
         copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], writer.directory)
         copy_files([base / GENERATION_FILE], writer.directory)

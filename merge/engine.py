@@ -1,21 +1,26 @@
-"""The file carrier: stream three checkpoints through the kernel into a fourth, in memory set by the chunk."""
+"""The file carrier: stream checkpoints through the kernel into a new one, in memory set by the chunk.
+
+The output is divided into blocks, the blocks over the processes, and each process's over its threads. The bytes depend
+on none of that.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from checkpoint.dtypes import Float32, widen
 from checkpoint.reader import Checkpoint
-from checkpoint.writer import CheckpointWriter
+from checkpoint.writer import CheckpointFiles
 from core.progress import Meter
-from merge.plan import MergePlan, PlannedTensor
-from merge.slices import SliceMerger
+from merge.plan import MergePlan, PlannedTensor, elements
+from merge.ranges import TensorRange, as_json, joined, needs_gate, needs_thresholds, thresholds
+from merge.slices import ReadCpt, SliceMerger
 from merge.statistics import Statistics, Sums
+from merge.work import BlockSums, Work
 
-BLOCK = 1 << 24  # elements; what one thread does at a time
+BLOCK = 1 << 22  # elements; what one thread does at a time
 MAX_THREADS = 4  # more only wait for the disk
 
 
@@ -23,52 +28,108 @@ MAX_THREADS = 4  # more only wait for the disk
 class Block:
     """Elements [start, stop) of a tensor: whole rows where rows matter."""
 
+    number: int
     tensor: PlannedTensor
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output."""
+        return (self.stop - self.start) * self.tensor.spec.nbytes // max(elements(self.tensor), 1)
 
-def blocks(plan: MergePlan) -> Iterator[Block]:
-    """All elements of all tensors, in storage order."""
-    tensors = plan.layout().tensors
+
+def divide(plan: MergePlan) -> list[Block]:
+    """All elements of all tensors, in the order in which they are stored."""
+    found: list[Block] = []
     for tensor in plan.tensors:
-        info = tensors[tensor.name]
-        step = max(BLOCK // max(info.row_size, 1), 1) * info.row_size if tensor.by_token else BLOCK
-        for start in range(0, info.size, step):
-            yield Block(tensor, start, min(start + step, info.size))
+        size = elements(tensor)
+        width = size // max(tensor.spec.shape[0], 1) if tensor.by_token and tensor.spec.shape else 1
+        step = max(BLOCK // max(width, 1), 1) * max(width, 1)
+        for start in range(0, size, step):
+            found.append(Block(len(found), tensor, start, min(start + step, size)))
+    return found
 
 
-def merge_files(plan: MergePlan, writer: CheckpointWriter) -> Statistics:
-    """Merge everything into a prepared writer. The bytes do not depend on the number of threads."""
-    merger, statistics = SliceMerger(plan, writer), Statistics()
-    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-    pool = ThreadPoolExecutor(threads)
-    megabytes = sum(tensor.spec.nbytes for tensor in plan.tensors) / 1e6
-    try:
-        with Meter("merge", megabytes, "MB") as meter:
-            for block, sums in pool.map(lambda block: (block, _run(merger, block)), blocks(plan)):
-                statistics.setdefault(block.tensor.name, Sums())
-                statistics[block.tensor.name] += sums
-                share = (block.stop - block.start) / max(writer.layout.tensors[block.tensor.name].size, 1)
-                meter.advance(share * block.tensor.spec.nbytes / 1e6)
-    finally:
-        pool.shutdown(cancel_futures=True)
+def merge_files(plan: MergePlan, work: Work) -> list[Statistics]:
+    """Merge what is not merged yet. Returns every vector's statistics on the first process, nothing on the others."""
+    blocks, world = divide(plan), work.world
+    done = work.finished_blocks()
+    own = [block for block in blocks if block.number % world.size == world.rank]
+    merger = SliceMerger(plan, work.files, _find_ranges(plan, work))
+    megabytes = sum(block.nbytes for block in own) / 1e6
+    before = sum(block.nbytes for block in own if block.number in done) / 1e6
+    pending = [block for block in own if block.number not in done]
+    with _pool() as pool, Meter("merge", megabytes, "MB", before) as meter:
+        try:
+            for block, sums in pool.map(lambda block: (block, _run(merger, block)), pending):
+                work.note(block.number, sums, block.nbytes)
+                meter.advance(block.nbytes / 1e6)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    work.sync()
+    if not world.is_main:
+        return []
+    work.wait(lambda: len(work.finished_blocks()) == len(blocks), "the other processes")
+    return _summed(plan, blocks, work.finished_blocks())
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))))
+
+
+def _summed(plan: MergePlan, blocks: list[Block], sums: dict[int, BlockSums]) -> list[Statistics]:
+    """Added in the order of the blocks, so that the division of the work does not show."""
+    statistics: list[Statistics] = [{} for _ in plan.vectors]
+    for block in blocks:
+        for of_vector, of_block in zip(statistics, sums[block.number], strict=True):
+            of_vector.setdefault(block.tensor.name, Sums())
+            of_vector[block.tensor.name] += of_block
     return statistics
 
 
-def _run(merger: SliceMerger, block: Block) -> Sums:
-    cpt, name = merger.plan.cpt, block.tensor.name
-    if block.tensor.treatment is None:
-        merger.writer.write_flat(name, block.start, cpt.read_flat(name, block.start, block.stop))
-        return Sums()
+def _find_ranges(plan: MergePlan, work: Work) -> dict[str, TensorRange]:
+    """What TIES and the gate must know of whole tensors: each process looks at some, all get everything."""
+    tensors = [tensor for tensor in plan.tensors if needs_thresholds(plan, tensor) or needs_gate(tensor)]
+    if not tensors:
+        return {}
+    own = [tensor for number, tensor in enumerate(tensors) if number % work.world.size == work.world.rank]
+    merger, found = SliceMerger(plan, work.files, {}), dict[str, TensorRange]()
 
-    def read_cpt(first: int, last: int) -> Float32:
+    def look(tensor: PlannedTensor) -> TensorRange:
+        of_tensor = TensorRange(thresholds(plan, tensor))
+        if needs_gate(tensor):
+            read = cpt_reader(plan.cpt, tensor.name)
+            of_tensor.low, of_tensor.high = merger.gate_range(tensor, 0, elements(tensor), read)
+        return of_tensor
+
+    with _pool() as pool, Meter("merge: looking at whole tensors", len(own), "tensors") as meter:
+        for tensor, of_tensor in zip(own, pool.map(look, own), strict=True):
+            found[tensor.name] = of_tensor
+            meter.advance()
+    work.tell("ranges", as_json(found))
+    return joined(work.hear("ranges"))
+
+
+def cpt_reader(cpt: Checkpoint, name: str) -> ReadCpt:
+    """Elements [first, last) of a tensor of CPT in float32."""
+
+    def read(first: int, last: int) -> Float32:
         return widen(cpt.read_flat(name, first, last), cpt.tensors[name].dtype)
 
-    return merger.merge(block.tensor, block.start, block.stop, read_cpt)
+    return read
 
 
-def copy_unmerged(checkpoint: Checkpoint, writer: CheckpointWriter, names: list[str]) -> None:
+def _run(merger: SliceMerger, block: Block) -> BlockSums:
+    plan, name = merger.plan, block.tensor.name
+    if block.tensor.treatment is None:
+        merger.files.write_flat(name, block.start, plan.cpt.read_flat(name, block.start, block.stop))
+        return [Sums() for _ in plan.vectors]
+    return merger.merge(block.tensor, block.start, block.stop, cpt_reader(plan.cpt, name))
+
+
+def copy_unmerged(checkpoint: Checkpoint, files: CheckpointFiles, names: list[str]) -> None:
     """Copy tensors as they are."""
     for name in names:
-        writer.write_flat(name, 0, checkpoint.read_flat(name, 0, checkpoint.info(name).size))
+        files.write_flat(name, 0, checkpoint.read_flat(name, 0, checkpoint.info(name).size))

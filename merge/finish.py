@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from checkpoint import token_changes
 from checkpoint.dtypes import FLOATS, TORCH_NAMES
 from checkpoint.reader import Checkpoint, read_json
 from checkpoint.tokenizer import TOKENIZER_FILES, TokenizerFiles, read_stop_ids
@@ -18,8 +17,10 @@ from checkpoint.writer import Layout
 from core.artifact import fingerprint, installed_versions, write_json, write_text
 from core.progress import say
 from merge import report
+from merge.card import model_card
 from merge.plan import MergePlan
 from merge.statistics import Statistics
+from merge.vectors import Extracted, read_description
 
 CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
 GENERATION_FILE = "generation_config.json"
@@ -32,28 +33,44 @@ def write_trained(source: Checkpoint, layout: Layout, tokenizer: Path, directory
     copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], directory)
 
 
-def write_merged(plan: MergePlan, statistics: Statistics, directory: Path, cpt: str = "cpt") -> dict[str, Any]:
+def write_merged(
+    plan: MergePlan, statistics: list[Statistics], directory: Path, digest: str, cpt: str = "cpt"
+) -> dict[str, Any]:
     """Complete the chat model in `directory` and return the results, which merge_report.json holds in full.
 
-    `cpt` says what the plan's CPT directory is to the result.
+    `digest` is the merge's, `cpt` says what the plan's CPT directory is to the result.
     """
     stops = stop_ids(plan)
-    write_json(directory / "config.json", {**model_config(plan.cpt, plan.layout()), **_ids(plan, "config.json", stops)})
+    config = model_config(plan.cpt, plan.layout())
+    if plan.tokens and plan.tokens.rows != plan.cpt_rows:
+        config = resize_config(config, plan.tokens.rows)
+    write_json(directory / "config.json", {**config, **_ids(plan, "config.json", stops)})
     write_json(directory / GENERATION_FILE, generation_config(plan, stops))
     write_tokenizer(plan, directory)
-    differences = config_differences({"cpt": plan.cpt, "base": plan.base, "chat": plan.chat})
+    differences = config_differences(plan)
     for difference in differences:
         say(f"merge: {difference}; the output has cpt's")
-    inputs = {cpt: plan.cpt.directory, "base": plan.base.directory, "chat": plan.chat.directory}
+    inputs = {cpt if label == "cpt" else label: model.directory for label, model in plan.models().items()}
     origin = {
+        "digest": digest,
         "inputs": {name: {"name": path.name, "fingerprint": fingerprint(path)} for name, path in inputs.items()},
         "versions": installed_versions(),
         "config_differences": differences,
         "stop_ids": stops,
     }
+    _add_known_norms(plan, statistics)
     results = report.write(plan, statistics, origin, directory)
     write_text(directory / "README.md", model_card(plan, origin, results))
     return results
+
+
+def _add_known_norms(plan: MergePlan, statistics: list[Statistics]) -> None:
+    """An extracted vector says how long its base was, so that its own length can be told in proportion."""
+    for vector, of_vector in zip(plan.vectors, statistics, strict=True):
+        if isinstance(vector.source, Extracted) and vector.source.base is None:
+            squares = read_description(vector.source.stored.directory)["base_squares"]
+            for name, sums in of_vector.items():
+                sums.base = float(squares.get(name, 0.0))
 
 
 def model_config(source: Checkpoint, layout: Layout) -> dict[str, Any]:
@@ -75,38 +92,44 @@ def resize_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
 
 def stop_ids(plan: MergePlan) -> list[int]:
     """Every id that ends a reply, in the output's vocabulary: chat's first, then base's."""
-    chat = [*read_stop_ids(plan.chat.directory), *_role_ids(plan, "eos_token")]
-    base = read_stop_ids(plan.base.directory)
-    if plan.vocabularies is None:
+    chat = [*read_stop_ids(plan.chat.source.chat_directory), *_role_ids(plan, "eos_token")]
+    base = read_stop_ids(plan.chat.source.base_directory)
+    tokenizers = plan.chat.tokenizers
+    if tokenizers is None:
         return list(dict.fromkeys([*chat, *base]))
-    mapped = [*_mapped(chat, plan.vocabularies.chat, plan), *_mapped(base, plan.vocabularies.base, plan)]
+    mapped = [*_mapped(chat, tokenizers.chat, plan), *_mapped(base, tokenizers.base, plan)]
     return list(dict.fromkeys(mapped))
 
 
 def _role_ids(plan: MergePlan, role: str) -> list[int]:
-    if plan.vocabularies is None or role not in plan.vocabularies.chat.roles:
+    tokenizers = plan.chat.tokenizers
+    if tokenizers is None or role not in tokenizers.chat.roles:
         return []
-    return [plan.vocabularies.chat.ids[plan.vocabularies.chat.roles[role]]]
+    return [tokenizers.chat.ids[tokenizers.chat.roles[role]]]
 
 
 def _mapped(ids: list[int], source: TokenizerFiles, plan: MergePlan) -> list[int]:
     """Ids of one tokenizer as ids of the output's, by token string; one that has no token is said and left out."""
-    assert plan.vocabularies is not None
+    assert plan.tokens is not None
+    found = []
     for number in ids:
-        if number not in source.tokens:
-            say(f"merge: {source.directory} names the id {number}, which has no token; it is left out")
-    return [plan.vocabularies.cpt.ids[source.tokens[number]] for number in ids if number in source.tokens]
+        token = source.tokens.get(number)
+        if token in plan.tokens.ids:
+            found.append(plan.tokens.ids[token])
+        else:
+            say(f"merge: {source.directory} names the id {number}, which has no token in the output; it is left out")
+    return found
 
 
 def _ids(plan: MergePlan, file: str, stops: list[int]) -> dict[str, Any]:
     """The special ids of chat's configuration file, in the output's vocabulary."""
-    path = plan.chat.directory / file
+    path = plan.chat.source.chat_directory / file
     config = read_json(path) if path.is_file() else {}
     values: dict[str, Any] = {}
     for name in ("bos_token_id", "pad_token_id"):
         if isinstance(config.get(name), int):
             ids = [config[name]]
-            ids = ids if plan.vocabularies is None else _mapped(ids, plan.vocabularies.chat, plan)
+            ids = ids if plan.chat.tokenizers is None else _mapped(ids, plan.chat.tokenizers.chat, plan)
             if ids:
                 values[name] = ids[0]
     if stops:
@@ -116,17 +139,18 @@ def _ids(plan: MergePlan, file: str, stops: list[int]) -> dict[str, Any]:
 
 def generation_config(plan: MergePlan, stops: list[int]) -> dict[str, Any]:
     """How to sample, from the chat model (else from CPT), with all stop ids."""
-    sources = [model.directory / GENERATION_FILE for model in (plan.chat, plan.cpt)]
+    sources = [directory / GENERATION_FILE for directory in (plan.chat.source.chat_directory, plan.cpt.directory)]
     settings = next((read_json(path) for path in sources if path.is_file()), {})
     return {**settings, **_ids(plan, GENERATION_FILE, stops)}
 
 
 def write_tokenizer(plan: MergePlan, directory: Path) -> None:
-    """The extended tokenizer, with the chat model's template and its bos, eos and pad tokens."""
+    """The extended tokenizer, with the chat model's template, its special tokens, and its bos, eos and pad."""
     copy_files([plan.tokenizer / name for name in TOKENIZER_FILES], directory)
-    if plan.vocabularies is None:
+    if plan.chat.tokenizers is None or plan.tokens is None:
         return
-    chat = plan.vocabularies.chat
+    chat = plan.chat.tokenizers.chat
+    token_changes.apply(plan.tokens.changes, directory, chat.directory)
     roles = {role: token for role, token in chat.roles.items() if role in CARRIED_ROLES}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (directory / name).is_file():
@@ -147,18 +171,25 @@ def copy_files(paths: list[Path], directory: Path) -> None:
             shutil.copyfile(path, directory / path.name)
 
 
-COMPARED_FIELDS = (
-    "rope_theta", "rope_scaling", "max_position_embeddings", "sliding_window", "use_sliding_window", "layer_types",
-    "rms_norm_eps", "hidden_act", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
-)  # fmt: skip
+EXPECTED_TO_DIFFER = {
+    "_name_or_path", "architectures", "vocab_size", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "model_type", "_attn_implementation_autoset",
+}  # fmt: skip
+"""Fields of config.json that say nothing about how the weights compute, or that the merge sets or checks itself."""
+
+SAID_BY_ABSENCE = {"rope_theta", "rope_scaling", "sliding_window"}
+"""Fields that mean something where they are missing; of the others, only configurations that have them are compared."""
 
 
-def config_differences(models: Mapping[str, Checkpoint]) -> list[str]:
-    """`field is a in cpt, b in chat` for every field of rope, context and activations in which the models differ."""
-    configs = {label: _normal(model.config) for label, model in models.items()}
+def config_differences(plan: MergePlan) -> list[str]:
+    """`field is a in cpt, b in chat` for every field of config.json in which the models differ."""
+    source = plan.chat.source
+    paths = {"cpt": plan.cpt.directory, "base": source.base_directory, "chat": source.chat_directory}
+    configs = {label: _normal(read_json(path / "config.json")) for label, path in paths.items()}
     found = []
-    for name in COMPARED_FIELDS:
-        values = {label: config.get(name) for label, config in configs.items()}
+    for name in sorted(set().union(*configs.values()) - EXPECTED_TO_DIFFER):
+        stated = {label: config for label, config in configs.items() if name in config or name in SAID_BY_ABSENCE}
+        values = {label: config.get(name) for label, config in stated.items()}
         if len({str(value) for value in values.values()}) > 1:
             found.append(f"{name} is " + ", ".join(f"{value} in {label}" for label, value in values.items()))
     return found
@@ -166,46 +197,10 @@ def config_differences(models: Mapping[str, Checkpoint]) -> list[str]:
 
 def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     """transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`: the earlier form."""
-    rope = dict(config.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta"))
+    flat = {**config, **config.get("text_config", {})}
+    rope = dict(flat.pop("rope_parameters", None) or {})
+    theta = rope.pop("rope_theta", flat.get("rope_theta"))
     if rope.get("rope_type") == "default":
         rope = {}
-    return {**config, "rope_theta": theta, "rope_scaling": rope or config.get("rope_scaling")}
-
-
-def model_card(plan: MergePlan, origin: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """README.md: what was merged, how, from what, and under which licences."""
-    licences = {label: _front_matter(model.directory) for label, model in (("base", plan.base), ("chat", plan.chat))}
-    named = {str(fields["license"]) for fields in licences.values() if "license" in fields}
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "chat-vector"]}
-    if named:
-        front["license"] = named.pop() if len(named) == 1 else "other"
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", "# Chat model by chat vector", ""]
-    lines += [f"`merged = cpt + {plan.config.ratio:g} * (chat - base)`, made with cpt-merge.", ""]
-    lines += ["| model | name | fingerprint | licence |", "|---|---|---|---|"]
-    for label, entry in origin["inputs"].items():
-        licence = ", ".join(f"{name}: {value}" for name, value in licences.get(label, {}).items()) or "not stated"
-        lines.append(f"| {label} | {entry['name']} | {entry['fingerprint']} | {licence} |")
-    lines += [
-        "",
-        "Rows of the vocabulary: " + ", ".join(f"{n} {role}" for role, n in results["rows"].items()) + ".",
-        "",
-    ]
-    if plan.config.rules:
-        lines += ["Rules: " + "; ".join(str(rule.model_dump(exclude_defaults=True)) for rule in plan.config.rules), ""]
-    lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in origin["versions"].items()) + ".", ""]
-    return "\n".join([*lines, "![Norms and cosines by layer](merge_norms.png)", ""])
-
-
-def _front_matter(directory: Path) -> dict[str, Any]:
-    """The licence fields at the head of a model's README.md."""
-    path = directory / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return {}
-    try:
-        fields = yaml.safe_load(text[4 : text.index("\n---", 4)])
-    except yaml.YAMLError:
-        return {}
-    known = ("license", "license_name", "license_link")
-    return {name: fields[name] for name in known if name in fields} if isinstance(fields, dict) else {}
+    scaling = rope or flat.get("rope_scaling")
+    return {**flat, "rope_theta": theta, "rope_scaling": scaling}

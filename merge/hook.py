@@ -8,8 +8,9 @@ nothing.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ import torch
 from checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec
+from core.artifact import write_json
 from core.errors import UserError
 from merge import finish, report, statistics
 from merge.config import Dtype, MergeConfig
 from merge.engine import copy_unmerged
-from merge.plan import plan
+from merge.plan import MergeInputs, MergePlan, plan
+from merge.ranges import TensorRange, as_json, joined, needs_gate, needs_thresholds, thresholds
 from merge.rules import model_tensors
 from merge.slices import CHUNK, SliceMerger, rounded
 from merge.statistics import Statistics, Sums
@@ -102,41 +105,77 @@ def export_shards(
 
 
 def merge_shards(
-    shards: Iterable[LocalShard],
+    shards: Sequence[LocalShard],
     config: MergeConfig,
-    like: Path,
-    base: Path,
-    chat: Path,
-    tokenizer: Path,
+    inputs: MergeInputs,
     out: Path,
     tracker: Tracker,
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Add the chat vector to the trained shards and write the chat model.
 
-    `base` is the original base with its own tokenizer, `like` the resized one that training started from. Returns the
-    results on rank 0 and nothing on the others. Raises `UserError` as `merge.plan.plan` and `export_shards` do.
+    `inputs.cpt` is the resized base that training started from, `inputs.base` the original one with its own tokenizer.
+    Returns the results on rank 0 and nothing on the others. Raises `UserError` as `merge.plan.plan` and
+    `export_shards` do.
     """
-    the_plan = plan(config, like, base, chat, tokenizer)
+    the_plan = plan_for_shards(config, inputs)
     writer = CheckpointWriter(out, the_plan.layout(), ranks.rank)
-    merger, own = SliceMerger(the_plan, writer), Statistics()
     tensors = {tensor.name: tensor for tensor in the_plan.tensors}
+    own: list[Statistics] = [{} for _ in the_plan.vectors]
     with _writing_together(writer, the_plan.cpt, ranks):
         for shard in shards:
-            _check(shard, writer.layout, like)
+            _check(shard, writer.layout, inputs.cpt)
+        merger = SliceMerger(the_plan, writer, _find_ranges(the_plan, shards, writer, ranks))
+        for shard in shards:
             sums = merger.merge(tensors[shard.name], shard.start, shard.stop, shard.read)
-            own.setdefault(shard.name, Sums())
-            own[shard.name] += sums
+            for of_vector, of_shard in zip(own, sums, strict=True):
+                of_vector.setdefault(shard.name, Sums())
+                of_vector[shard.name] += of_shard
         statistics.save(own, writer.directory, ranks.rank)
     results: dict[str, Any] = {}
     if ranks.rank == 0:
-        collected = statistics.collect(writer.directory)
-        results = finish.write_merged(the_plan, collected, writer.directory, cpt="start of CPT")
+        collected = statistics.collect(writer.directory, len(the_plan.vectors))
+        results = finish.write_merged(the_plan, collected, writer.directory, "hook", cpt="start of CPT")
         writer.publish()
         report.warn(results["warnings"])
         report.log(results, out, tracker)
     ranks.barrier()
     return results
+
+
+def plan_for_shards(config: MergeConfig, inputs: MergeInputs) -> MergePlan:
+    """The plan of a merge in memory. Raises `UserError` also where the output would need rows that were not trained."""
+    the_plan = plan(config, inputs)
+    if the_plan.tokens and the_plan.tokens.rows > the_plan.cpt_rows:
+        raise UserError(
+            f"{inputs.tokenizer} lacks tokens of {the_plan.chat.source.chat_directory} and has no row left for them; "
+            "make the tokenizer with this chat model, or merge from files after training."
+        )
+    return the_plan
+
+
+def _find_ranges(
+    the_plan: MergePlan, shards: Sequence[LocalShard], writer: CheckpointWriter, ranks: Ranks
+) -> dict[str, TensorRange]:
+    """What TIES and the gate must know of whole tensors. Every rank computes all thresholds, which the files decide;
+    of the gate's range each knows its own part, and the parts are exchanged.
+    """
+    tensors = [tensor for tensor in the_plan.tensors if needs_thresholds(the_plan, tensor) or needs_gate(tensor)]
+    if not tensors:
+        return {}
+    found = {tensor.name: TensorRange(thresholds(the_plan, tensor)) for tensor in tensors}
+    merger, by_name = SliceMerger(the_plan, writer, {}), {tensor.name: tensor for tensor in tensors}
+    for shard in shards:
+        if shard.name in by_name and needs_gate(by_name[shard.name]):
+            low, high = merger.gate_range(by_name[shard.name], shard.start, shard.stop, shard.read)
+            here = found[shard.name]
+            here.low, here.high = min(here.low, low), max(here.high, high)
+    write_json(writer.directory / f"ranges-{ranks.rank:05d}.json", as_json(found))
+    ranks.barrier()
+    whole = joined(json.loads(path.read_text()) for path in sorted(writer.directory.glob("ranges-*.json")))
+    ranks.barrier()
+    (writer.directory / f"ranges-{ranks.rank:05d}.json").unlink()
+    return whole
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,68 @@ from checkpoint.dtypes import FLOATS, TORCH_NAMES
 from checkpoint.reader import Checkpoint, TensorInfo
 from checkpoint.tokenizer import TokenizerFiles
 from checkpoint.vocabulary import MAP_FILE, VocabularyMap
-from checkpoint.writer import Layout, TensorSpec, natural
+from checkpoint.writer import Layout, TensorSpec, beside, check_free, check_room, natural
 from core.errors import UserError
+from core.models import model_directory
 from core.progress import say
-from merge.align import RowAlignment, RowCounts, Vocabularies, align_by_position, align_rows
-from merge.config import MergeConfig
-from merge.rules import Treatment, check_rules, is_tied, kind_of, model_tensors, treatment_of, vocabulary_rows
+from merge.align import (
+    RowAlignment,
+    add_constituents,
+    align_by_position,
+    align_rows,
+    check_map,
+    check_nothing_is_lost,
+    check_rows,
+)
+from merge.config import MergeConfig, VectorConfig
+from merge.rules import Treatment, check_rules, count_layers, is_tied, kind_of, model_tensors, treatment_of
+from merge.rules import vocabulary_rows as count_rows
+from merge.tokens import OutputTokens, output_tokens
+from merge.vectors import Extracted, Pair, Vector, read_description
 
 _SHOWN_PROBLEMS = 5
+
+
+class RefusedError(UserError):
+    """Everything that stands against a merge, as one sentence and as a list."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        shown = "; ".join(problem.rstrip(".") for problem in problems[:_SHOWN_PROBLEMS])
+        more = len(problems) - _SHOWN_PROBLEMS
+        super().__init__(f"{shown} (and {more} more)." if more > 0 else f"{shown}.")
+
+
+@dataclass(frozen=True)
+class MergeInputs:
+    """The directories of a merge. The first vector is the pair `base` and `chat`, or `vector` (then without `chat`).
+
+    `tokenizer` holds CPT's tokenizer and its vocabulary map, if it has one.
+    """
+
+    cpt: Path
+    base: Path | None
+    chat: Path | None
+    tokenizer: Path
+    vector: Path | None = None
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """A vector's two tokenizers."""
+
+    base: TokenizerFiles
+    chat: TokenizerFiles
+
+
+@dataclass(frozen=True)
+class PlannedVector:
+    """A vector, and how its rows meet the output's. `tokenizers` is None where rows meet by position."""
+
+    label: str
+    source: Vector
+    rows: RowAlignment
+    tokenizers: Tokenizers | None
 
 
 @dataclass(frozen=True)
@@ -41,54 +96,130 @@ class MergePlan:
 
     config: MergeConfig
     cpt: Checkpoint
-    base: Checkpoint
-    chat: Checkpoint
+    vectors: list[PlannedVector]
     tokenizer: Path
-    vocabularies: Vocabularies | None
-    rows: RowAlignment
+    tokens: OutputTokens | None  # None where rows meet by position
     tensors: list[PlannedTensor]
+
+    @property
+    def chat(self) -> PlannedVector:
+        """The first vector: its chat model's format becomes the output's."""
+        return self.vectors[0]
+
+    @property
+    def cpt_rows(self) -> int:
+        """Rows of CPT's matrices; the output's may be more."""
+        return count_rows(self.cpt)
+
+    def models(self) -> dict[str, Checkpoint]:
+        """Every checkpoint that is read."""
+        found = {"cpt": self.cpt}
+        for number, vector in enumerate(self.vectors):
+            suffix = "" if number == 0 else f" of vector {number + 1}"
+            found |= {label + suffix: model for label, model in vector.source.models.items()}
+        return found
 
     def layout(self) -> Layout:
         """The files of the output."""
         return Layout.by_size([tensor.spec for tensor in self.tensors], self.config.shard_bytes)
 
 
-def plan(config: MergeConfig, cpt: Path, base: Path, chat: Path, tokenizer: Path) -> MergePlan:
-    """Plan a merge. `base` has its own tokenizer, `tokenizer` the extended one and its vocabulary map, if it has one.
+def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> MergePlan:
+    """Plan a merge, into `out` where that is given.
 
-    Raises `UserError` with the first problems in one list: names, shapes, types, tokens, rules.
+    Raises `RefusedError` with everything that stands against it: names, shapes, types, tokens, rules, output, disk.
     """
-    models = open_fitting({"cpt": cpt, "base": base, "chat": chat})
-    tensors = {label: model_tensors(model) for label, model in models.items()}
+    cpt, sources = _open(config, inputs)
+    models = {"cpt": cpt}
+    for number, source in enumerate(sources):
+        suffix = "" if number == 0 else f" of vector {number + 1}"
+        models |= {label + suffix: model for label, model in source.models.items()}
+    tensors = {label: _used_tensors(model) for label, model in models.items()}
     names = sorted(tensors["cpt"], key=natural)
-    check_rules(names, config)
-    vocabularies = _read_vocabularies(tokenizer, base, chat)
-    rows = _align(vocabularies, RowCounts(*(vocabulary_rows(model) for model in models.values())), config)
-    planned = [_planned(tensors["cpt"][name], tensors["base"][name], config) for name in names]
-    return MergePlan(config, models["cpt"], models["base"], models["chat"], tokenizer, vocabularies, rows, planned)
+    problems = fit_problems(models, tensors) + _lacking_problems(config, sources)
+    with _collected(problems):
+        check_rules(names, config)
+    tokens: OutputTokens | None = None
+    vectors: list[PlannedVector] = []
+    with _collected(problems):
+        tokens, vectors = _align(config, cpt, inputs.tokenizer, sources)
+    if problems:
+        raise RefusedError(problems)
+    rows, layers = tokens.rows if tokens else count_rows(cpt), count_layers(names)
+    planned = [_planned(tensors["cpt"][name], sources[0], rows, config, layers) for name in names]
+    the_plan = MergePlan(config, cpt, vectors, inputs.tokenizer, tokens, planned)
+    _check_output(the_plan, out)
+    return the_plan
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+
+
+def _open(config: MergeConfig, inputs: MergeInputs) -> tuple[Checkpoint, list[Vector]]:
+    """All checkpoints. Raises `RefusedError` naming each that cannot be opened."""
+    problems: list[str] = []
+    cpt, sources = None, list[Vector]()
+    with _collected(problems):
+        cpt = Checkpoint.open(inputs.cpt)
+        _ = cpt.config
+    with _collected(problems):
+        sources.append(_open_vector(inputs.vector, inputs.base, inputs.chat))
+    for vector in config.vectors:
+        with _collected(problems):
+            sources.append(_open_vector(*_directories(vector)))
+    if problems or cpt is None:
+        raise RefusedError(problems)
+    return cpt, sources
+
+
+def _directories(vector: VectorConfig) -> tuple[Path | None, Path | None, Path | None]:
+    vector_directory = Path(vector.vector).expanduser() if vector.vector else None
+    base = model_directory(vector.base) if vector.base else None
+    return vector_directory, base, model_directory(vector.chat) if vector.chat else None
+
+
+def _open_vector(vector: Path | None, base: Path | None, chat: Path | None) -> Vector:
+    if vector is not None:
+        return Extracted.open(vector, base)
+    if base is None or chat is None:
+        raise UserError("a chat vector needs both a base and a chat model, or a vector's directory; give them.")
+    pair = Pair(Checkpoint.open(base), Checkpoint.open(chat))
+    _ = pair.base.config, pair.chat.config
+    return pair
+
+
+def _used_tensors(model: Checkpoint) -> dict[str, TensorInfo]:
+    found = model_tensors(model)
+    unused = [name for name in model.tensors if name.endswith("rotary_emb.inv_freq")]
+    if unused:
+        say(f"merge: {model.directory} stores {len(unused)} rotary tables, which loaders compute anew; left out")
+    return found
 
 
 def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
     """Open checkpoints that are to be computed with, tensor by tensor.
 
-    Raises `UserError` with the first problems in one list: architectures, names, shapes, types.
+    Raises `RefusedError` with all problems: architectures, names, shapes, types.
     """
     models = {label: Checkpoint.open(directory) for label, directory in directories.items()}
-    tensors = {label: model_tensors(model) for label, model in models.items()}
-    problems = [*_architecture_problems(models), *_name_problems(tensors), *_shape_problems(tensors)]
+    problems = fit_problems(models, {label: model_tensors(model) for label, model in models.items()})
     if problems:
-        more = f" (and {len(problems) - _SHOWN_PROBLEMS} more)" if len(problems) > _SHOWN_PROBLEMS else ""
-        places = " and ".join(f"{directory} ({label})" for label, directory in directories.items())
-        raise UserError(f"{places} do not fit together: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}.")
+        raise RefusedError(problems)
     return models
 
 
-def _planned(cpt: TensorInfo, base: TensorInfo, config: MergeConfig) -> PlannedTensor:
-    by_token = kind_of(cpt.name) in ("embed", "head")
-    if cpt.dtype not in FLOATS:
-        return PlannedTensor(TensorSpec(cpt.name, cpt.dtype, cpt.shape), None, by_token)
-    dtype = TORCH_NAMES[config.dtype] if config.dtype else base.dtype
-    return PlannedTensor(TensorSpec(cpt.name, dtype, cpt.shape), treatment_of(cpt.name, config), by_token)
+def fit_problems(models: Mapping[str, Checkpoint], tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+    """Why tensors of these models cannot be computed with one another."""
+    problems = [*_architecture_problems(models), *_name_problems(tensors), *_shape_problems(tensors)]
+    if problems:
+        places = " and ".join(f"{model.directory} ({label})" for label, model in models.items())
+        problems[0] = f"{places} do not fit together: {problems[0]}"
+    return problems
 
 
 def _architecture_problems(models: Mapping[str, Checkpoint]) -> list[str]:
@@ -116,7 +247,7 @@ def _shape_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str
     problems = []
     for name in sorted(set.intersection(*(set(of_model) for of_model in tensors.values())), key=natural):
         infos = {label: of_model[name] for label, of_model in tensors.items()}
-        by_token = kind_of(name) in ("embed", "head")
+        by_token = is_by_token(name)
         if len({info.shape[1:] if by_token else info.shape for info in infos.values()}) > 1:
             problems.append(f"{name} has shapes " + _listed({label: info.shape for label, info in infos.items()}))
         floats = {info.dtype in FLOATS for info in infos.values()}
@@ -129,37 +260,142 @@ def _listed(values: Mapping[str, object]) -> str:
     return ", ".join(f"{value} in {label}" for label, value in values.items())
 
 
-def _read_vocabularies(tokenizer: Path, base: Path, chat: Path) -> Vocabularies | None:
-    """None where one of the directories holds no tokenizer: then rows can only meet by position."""
-    files = [TokenizerFiles.read(directory) for directory in (tokenizer, base, chat)]
-    extended, of_base, of_chat = files
-    if extended is None or of_base is None or of_chat is None:
-        return None
-    has_map = (tokenizer / MAP_FILE).is_file()
-    return Vocabularies(extended, of_base, of_chat, VocabularyMap.load(tokenizer) if has_map else None)
-
-
-def _align(vocabularies: Vocabularies | None, rows: RowCounts, config: MergeConfig) -> RowAlignment:
-    if vocabularies is not None:
-        return align_rows(vocabularies, rows, config.new_rows)
-    if len({rows.cpt, rows.base, rows.chat}) > 1:
-        raise UserError(
-            f"the embeddings have {rows.cpt} (cpt), {rows.base} (base) and {rows.chat} (chat) rows, which only each "
-            "model's tokenizer can match; put it beside the weights where it is missing."
+def _lacking_problems(config: MergeConfig, sources: list[Vector]) -> list[str]:
+    """What an extracted vector cannot do, since it holds neither base nor chat."""
+    first = sources[0]
+    if not isinstance(first, Extracted):
+        return []
+    problems = []
+    if any(rule.action == "replace" for rule in config.rules):
+        problems.append(
+            f"a rule replaces by the chat model, which {first.stored.directory} does not hold; use the pair"
         )
-    say(f"merge: a directory has no tokenizer; the {rows.cpt} rows of the three models are taken as equal")
-    return align_by_position(rows)
+    if first.base is None and (config.gate or any(rule.gate for rule in config.rules)):
+        problems.append("the gate compares CPT with the base; give the base beside the vector")
+    return problems
 
 
-def describe(merge_plan: MergePlan) -> list[tuple[str, str, str, str, str]]:
-    """The plan as rows of a table: rule, kind, output type, tensors, elements."""
-    groups: Counter[tuple[str, str, str]] = Counter()
-    elements: Counter[tuple[str, str, str]] = Counter()
-    layout = merge_plan.layout()
-    for tensor in merge_plan.tensors:
-        rule = tensor.treatment
-        action = "copy" if rule is None else f"add {rule.ratio:g} x vector" if rule.action == "add" else rule.action
-        group = (action, kind_of(tensor.name), tensor.spec.dtype)
-        groups[group] += 1
-        elements[group] += layout.tensors[tensor.name].size
-    return [(*group, f"{groups[group]:,}", f"{elements[group]:,}") for group in groups]
+def _align(
+    config: MergeConfig, cpt: Checkpoint, tokenizer: Path, sources: list[Vector]
+) -> tuple[OutputTokens | None, list[PlannedVector]]:
+    """The output's tokens, and each vector with its rows aligned to them."""
+    extended = TokenizerFiles.read(tokenizer)
+    tokenizers = [_tokenizers(source) for source in sources]
+    of_chat = tokenizers[0]
+    if extended is None or of_chat is None or any(pair is None for pair in tokenizers):
+        return None, _by_position(cpt, sources)
+    has_map = (tokenizer / MAP_FILE).is_file()
+    map = VocabularyMap.load(tokenizer) if has_map else None
+    check_rows(extended, count_rows(cpt))
+    tokens = output_tokens(extended, of_chat.base, of_chat.chat, count_rows(cpt), config.token_map)
+    check_map(map, tokens, of_chat.chat)
+    if config.new_rows == "constituents" and map is None:
+        raise UserError(
+            f"{tokenizer} holds no vocabulary map, which merge.new_rows: constituents needs; set new_rows: keep."
+        )
+    vectors = []
+    for number, (source, pair) in enumerate(zip(sources, tokenizers, strict=True)):
+        assert pair is not None
+        _check_tokenizers(source, pair)
+        check_nothing_is_lost(extended.directory, tokens, pair.base, pair.chat, number == 0)
+        rows = align_rows(tokens, pair.base, pair.chat, map, number == 0)
+        if config.new_rows == "constituents" and map is not None:
+            add_constituents(rows, map, tokens, pair.base, pair.chat)
+        vectors.append(PlannedVector(_label(number), source, rows, pair))
+    return tokens, vectors
+
+
+def _label(number: int) -> str:
+    return "chat vector" if number == 0 else f"vector {number + 1}"
+
+
+def _tokenizers(source: Vector) -> Tokenizers | None:
+    base, chat = TokenizerFiles.read(source.base_directory), TokenizerFiles.read(source.chat_directory)
+    return Tokenizers(base, chat) if base and chat else None
+
+
+def _check_tokenizers(source: Vector, tokenizers: Tokenizers) -> None:
+    rows = {label: count_rows(model) for label, model in source.models.items()}
+    if "base" in rows:
+        check_rows(tokenizers.base, rows["base"])
+    check_rows(tokenizers.chat, rows["chat"] if "chat" in rows else rows["vector"])
+
+
+def _by_position(cpt: Checkpoint, sources: list[Vector]) -> list[PlannedVector]:
+    """Raises `UserError` where the numbers of rows differ."""
+    rows = {"cpt": count_rows(cpt)}
+    for source in sources:
+        rows |= {label: count_rows(model) for label, model in source.models.items()}
+    if len(set(rows.values())) > 1:
+        *others, last = (f"{count} ({label})" for label, count in rows.items())
+        raise UserError(
+            f"the embeddings have {', '.join(others)} and {last} rows, which only each model's tokenizer can match; "
+            "put it beside the weights where it is missing."
+        )
+    say(f"merge: a directory has no tokenizer; the {rows['cpt']} rows of the models are taken as equal")
+    aligned = align_by_position(rows["cpt"])
+    return [PlannedVector(_label(number), source, aligned, None) for number, source in enumerate(sources)]
+
+
+def is_by_token(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return kind_of(name) in ("embed", "head")
+
+
+def _planned(cpt: TensorInfo, source: Vector, rows: int, config: MergeConfig, layers: int) -> PlannedTensor:
+    by_token = is_by_token(cpt.name)
+    shape = (rows, *cpt.shape[1:]) if by_token else cpt.shape
+    if cpt.dtype not in FLOATS:
+        return PlannedTensor(TensorSpec(cpt.name, cpt.dtype, cpt.shape), None, by_token)
+    dtype = TORCH_NAMES[config.dtype] if config.dtype else _base_type(source, cpt.name)
+    return PlannedTensor(TensorSpec(cpt.name, dtype, shape), treatment_of(cpt.name, config, layers), by_token)
+
+
+def _base_type(source: Vector, name: str) -> str:
+    if isinstance(source, Extracted):
+        return str(read_description(source.stored.directory)["base_types"][name])
+    return source.models["base"].tensors[name].dtype
+
+
+def _check_output(the_plan: MergePlan, out: Path | None) -> None:
+    if out is None:
+        return
+    problems: list[str] = []
+    inputs = {model.directory.resolve(): label for label, model in the_plan.models().items()}
+    with _collected(problems):
+        if out.resolve() in inputs:
+            raise UserError(f"the output {out} is the {inputs[out.resolve()]} model itself; choose another directory.")
+        check_free(out)
+    if not beside(out).exists():  # an unfinished merge has taken its room already
+        with _collected(problems):
+            check_room(out, the_plan.layout())
+    if problems:
+        raise RefusedError(problems)
+
+
+def describe_rule(the_plan: MergePlan, tensor: PlannedTensor) -> str:
+    """`+ 0.7 vector`, `keep`, `chat's`, `copy`."""
+    rule = tensor.treatment
+    if rule is None:
+        return "copy"
+    if rule.action != "add":
+        return {"skip": "keep", "replace": "chat's"}[rule.action]
+    method = "" if the_plan.config.method == "add" else f"{the_plan.config.method} {the_plan.config.density:g}: "
+    terms = " ".join(
+        f"{ratio:+.4g} {vector.label}" for ratio, vector in zip(rule.ratios, the_plan.vectors, strict=True)
+    )
+    return method + terms + (" gated" if rule.gate else "")
+
+
+def bytes_read(the_plan: MergePlan, tensor: PlannedTensor) -> int:
+    """Bytes of the tensor in all inputs that its rule needs."""
+    needed = [the_plan.cpt.tensors[tensor.name]]
+    if tensor.treatment and tensor.treatment.action != "skip":
+        for vector in the_plan.vectors:
+            needed += [model.tensors[tensor.name] for model in vector.source.models.values()]
+    return sum(info.nbytes for info in needed)
+
+
+def elements(tensor: PlannedTensor) -> int:
+    """Number of elements of the output's tensor."""
+    return math.prod(tensor.spec.shape)

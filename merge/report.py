@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from core.artifact import write_json
 from core.progress import say
 from merge import ancestry
-from merge.plan import MergePlan
+from merge.plan import MergePlan, describe_rule
 from merge.statistics import Statistics, Sums, by_kind, by_layer, total
 from tracking.tracker import Tracker
 
@@ -20,41 +21,60 @@ if TYPE_CHECKING:
 REPORT_FILE = "merge_report.json"
 FIGURE_FILE = "merge_norms.png"
 
+SHARES = ("vector", "change", "cosine", "contained")
 COLUMNS = ("part", "vector / base", "cpt change / base", "cosine", "vector already in cpt")
 
 
-def write(plan: MergePlan, statistics: Statistics, origin: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+def write(plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Write merge_report.json and the figure. Returns its short form: what a summary shows."""
-    rows = plan.rows
+    rows, of_chat = plan.chat.rows, statistics[0]
     results = {
         "ratio": plan.config.ratio,
         "rows": rows.counts(),
         "chat_tokens": rows.chat_tokens,
-        "overall": _shares(total(statistics.values())),
-        "warnings": ancestry.warnings(statistics) if statistics else [],
+        "overall": _shares(total(of_chat.values())),
+        "warnings": ancestry.warnings(plan, statistics),
     }
-    layers = by_layer(statistics)
+    layers = {vector.label: by_layer(part) for vector, part in zip(plan.vectors, statistics, strict=True)}
     tensors = {
         tensor.name: {
-            "treatment": asdict(tensor.treatment) if tensor.treatment else "copied",
+            "rule": describe_rule(plan, tensor),
             "dtype": tensor.spec.dtype,
             "shape": tensor.spec.shape,
-            **_shares(statistics.get(tensor.name, Sums())),
+            **_shares(of_chat.get(tensor.name, Sums())),
         }
         for tensor in plan.tensors
     }
+    of_vectors = {
+        vector.label: {
+            "overall": _shares(total(part.values())),
+            "layers": {name: _shares(sums) for name, sums in layers[vector.label].items()},
+            "kinds": {name: _shares(sums) for name, sums in by_kind(part).items()},
+        }
+        for vector, part in zip(plan.vectors, statistics, strict=True)
+    }
+    appended = plan.tokens.changes if plan.tokens else None
     full = {
         **results,
         **origin,
         "config": plan.config.model_dump(),
+        "token_changes": asdict(appended) if appended else {},
         "unmatched_tokens": rows.unmatched,
-        "layers": {name: _shares(sums) for name, sums in layers.items()},
-        "kinds": {name: _shares(sums) for name, sums in by_kind(statistics).items()},
+        "vectors": of_vectors,
         "tensors": tensors,
     }
     write_json(directory / REPORT_FILE, full)
     draw(layers, directory / FIGURE_FILE)
-    return {**results, "layers": full["layers"]}
+    return {**results, "layers": of_vectors[plan.chat.label]["layers"]}
+
+
+def digest_of(directory: Path) -> str | None:
+    """The digest of the merge that made a model, None where there is none (yet)."""
+    try:
+        found = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8")).get("digest")
+    except (OSError, ValueError):
+        return None
+    return str(found)
 
 
 def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
@@ -64,11 +84,9 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
         f"merge: rows {counts}" + (f"; from chat: {' '.join(results['chat_tokens'])}" if results["chat_tokens"] else "")
     )
     overall = results["overall"]
-    say(
-        f"merge: |chat - base| is {overall['vector']:.4f} of |base|, |cpt - base| {overall['change']:.4f}, "
-        f"cosine {overall['cosine']:.3f}"
-    )
-    rows = [[part, *shares.values()] for part, shares in results["layers"].items()]
+    change = f", |cpt - base| {overall['change']:.4f}, cosine {overall['cosine']:.3f}" if "change" in overall else ""
+    say(f"merge: |chat - base| is {overall['vector']:.4f} of |base|{change}")
+    rows = [[part, *(shares.get(name) for name in SHARES)] for part, shares in results["layers"].items()]
     tracker.table("merge/layers", COLUMNS, rows)
     tracker.image("merge/norms", out / FIGURE_FILE)
     tracker.summary({f"merge/{name}": results[name] for name in ("ratio", "rows", "overall")})
@@ -83,33 +101,45 @@ def warn(warnings: list[str]) -> None:
 
 
 def _shares(sums: Sums) -> dict[str, float]:
-    """Rounded: the last digits depend on how the work was divided."""
-    values = {
-        "vector": sums.vector_share, "change": sums.change_share, "cosine": sums.cosine, "contained": sums.contained,
-    }  # fmt: skip
+    """Rounded, for people. What compares with the base is left out where the base was not there."""
+    compared = sums.change > 0 or sums.vector == 0
+    values = {"vector": sums.vector_share}
+    if compared:
+        values |= {"change": sums.change_share, "cosine": sums.cosine, "contained": sums.contained}
     return {name: round(value, 6) for name, value in values.items()}
 
 
-def draw(layers: Mapping[str, Sums], path: Path) -> None:
-    """Lengths of vector and CPT change relative to the base, and their cosine: layers as a line, the rest beside it."""
+def draw(layers: Mapping[str, Mapping[str, Sums]], path: Path) -> None:
+    """Lengths of vectors and CPT change relative to the base, and their cosine: layers as a line, the rest beside it.
+
+    `layers`: vector -> part of the model -> sums.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     lengths, cosine = figure.subplots(1, 2)
-    vector, change = "chat vector, |chat - base| / |base|", "CPT's change, |cpt - base| / |base|"
-    _draw_parts(lengths, {name: sums.vector_share for name, sums in layers.items()}, "C0", vector)
-    _draw_parts(lengths, {name: sums.change_share for name, sums in layers.items()}, "C1", change)
-    lengths.set_title("Length of the two changes", fontsize=10)
-    lengths.set_ylim(0, 1.25 * lengths.get_ylim()[1])  # room for the legend
+    colors = {label: "C0" if number == 0 else f"C{number + 2}" for number, label in enumerate(layers)}
+    for label, parts in layers.items():
+        shares = {name: sums.vector_share for name, sums in parts.items()}
+        _draw_parts(lengths, shares, colors[label], f"{label}, |chat - base| / |base|")
+    first = next(iter(layers.values()))
+    if any(sums.change for sums in first.values()):
+        change = "CPT's change, |cpt - base| / |base|"
+        _draw_parts(lengths, {name: sums.change_share for name, sums in first.items()}, "C1", change)
+    lengths.set_title("Length of the changes", fontsize=10)
+    lengths.set_ylim(0, (1.25 + 0.08 * len(layers)) * lengths.get_ylim()[1])  # room for the legend
     lengths.legend(frameon=False, fontsize=8, loc="upper center", ncols=1)
-    cosines = {name: sums.cosine for name, sums in layers.items()}
-    largest = max([0.2, *(abs(value) for value in cosines.values())])
     cosine.axhline(0, color="0.7", lw=0.8)
-    _draw_parts(cosine, cosines, "C2", "")
-    cosine.set_title("Cosine between them", fontsize=10)
+    largest = max([0.2, *(abs(sums.cosine) for parts in layers.values() for sums in parts.values())])
+    for label, parts in layers.items():
+        color = "C2" if len(layers) == 1 else colors[label]
+        _draw_parts(cosine, {name: sums.cosine for name, sums in parts.items()}, color, label)
+    cosine.set_title("Cosine between vector and CPT's change", fontsize=10)
     cosine.set_ylim(-1.1 * largest, 1.1 * largest)
+    if len(layers) > 1:
+        cosine.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from checkpoint.reader import Checkpoint, TensorInfo
 from core.errors import UserError
-from merge.config import Kind, MergeConfig, RuleConfig
+from merge.config import Kind, MergeConfig, Ratio, RuleConfig
+from merge.expressions import evaluate
 
 Action = Literal["add", "skip", "replace"]
 
@@ -24,10 +26,11 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done with one tensor."""
+    """What is done with one tensor. `ratios` has one for each vector; they mean something for `add` only."""
 
     action: Action
-    ratio: float  # for `add`
+    ratios: tuple[float, ...]
+    gate: bool = False
 
 
 def kind_of(name: str) -> Kind:
@@ -41,22 +44,47 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def treatment_of(name: str, config: MergeConfig) -> Treatment:
-    """The first matching rule's, or the section's ratio."""
-    for rule in config.rules:
-        if _matches(rule, name):
-            return Treatment(rule.action, config.ratio if rule.ratio is None else rule.ratio)
-    return Treatment("add", config.ratio)
+def treatment_of(name: str, config: MergeConfig, layers: int) -> Treatment:
+    """What the first matching rules say, or else the sections. `layers` is the model's number of them."""
+    rule = _first(config.rules, name)
+    action = rule.action if rule else "add"
+    gate = config.gate if rule is None or rule.gate is None else rule.gate
+    ratios = [_ratio(rule, config.ratio, name, layers)]
+    for number, vector in enumerate(config.vectors):
+        where = f"merge.vectors.{number}"
+        ratios.append(_ratio(_first(vector.rules, name), vector.ratio, name, layers, where))
+    return Treatment(action, tuple(ratios), gate and action == "add")
+
+
+def _ratio(rule: RuleConfig | None, ratio: Ratio, name: str, layers: int, where: str = "merge") -> float:
+    """Of one vector. `skip` of a further vector leaves that one out."""
+    if rule is not None and rule.action != "add":
+        return 0.0
+    wanted = ratio if rule is None or rule.ratio is None else rule.ratio
+    place = layer_of(name)
+    if place is None:
+        place = 0 if kind_of(name) == "embed" else max(layers - 1, 0)
+    try:
+        return evaluate(wanted, place, layers)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; correct the ratio.") from None
 
 
 def check_rules(names: list[str], config: MergeConfig) -> None:
     """Raise `UserError` for a rule that matches nothing: it would be silently without effect."""
-    for number, rule in enumerate(config.rules):
-        if not any(_matches(rule, name) for name in names):
-            wanted = rule.model_dump(exclude_defaults=True)
-            raise UserError(
-                f"merge.rules.{number} {wanted} matches no tensor; a name looks like {names[len(names) // 2]}."
-            )
+    places = {"merge.rules": config.rules}
+    places |= {f"merge.vectors.{number}.rules": vector.rules for number, vector in enumerate(config.vectors)}
+    for place, rules in places.items():
+        for number, rule in enumerate(rules):
+            if not any(_matches(rule, name) for name in names):
+                wanted = rule.model_dump(exclude_defaults=True)
+                raise UserError(
+                    f"{place}.{number} {wanted} matches no tensor; a name looks like {names[len(names) // 2]}."
+                )
+
+
+def _first(rules: list[RuleConfig], name: str) -> RuleConfig | None:
+    return next((rule for rule in rules if _matches(rule, name)), None)
 
 
 def _matches(rule: RuleConfig, name: str) -> bool:
@@ -68,6 +96,11 @@ def _matches(rule: RuleConfig, name: str) -> bool:
     )
 
 
+def count_layers(names: Iterable[str]) -> int:
+    """How many decoder layers the tensors belong to."""
+    return max((layer + 1 for name in names if (layer := layer_of(name)) is not None), default=0)
+
+
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the model's head is its embedding; without a word about it in config.json, if no head is stored."""
     tied = checkpoint.config.get("tie_word_embeddings")
@@ -75,9 +108,15 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
 
 def model_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The tensors that a loader uses: a head that is stored although it is tied is left out."""
+    """The tensors that a loader uses: without a head that is stored although it is tied, and without the rotary
+    frequencies that old conversions of LLaMA store, which loaders compute anew.
+    """
     tied = is_tied(checkpoint)
-    return {name: info for name, info in checkpoint.tensors.items() if not (tied and kind_of(name) == "head")}
+    return {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if not (tied and kind_of(name) == "head") and not name.endswith("rotary_emb.inv_freq")
+    }
 
 
 def vocabulary_rows(checkpoint: Checkpoint) -> int:

@@ -2,32 +2,66 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint.writer import CheckpointWriter
+from core.artifact import fingerprint
+from core.errors import Interrupted, UserError
+from core.world import World, find_world
 from merge import ancestry, finish, report
 from merge.config import MergeConfig
 from merge.engine import merge_files
-from merge.plan import plan
+from merge.plan import MergeInputs, MergePlan, plan
+from merge.tokens import say_changes
+from merge.work import Work
 from tracking.tracker import Tracker
 
+_ORDER = "1"  # changes with the order of the arithmetic or the blocks: an older unfinished merge is of no use then
 
-def run(
-    config: MergeConfig, cpt: Path, base: Path, chat: Path, tokenizer: Path, out: Path, tracker: Tracker
-) -> dict[str, Any]:
+
+def run(config: MergeConfig, inputs: MergeInputs, out: Path, tracker: Tracker) -> dict[str, Any]:
     """Write `cpt + ratio * (chat - base)` to `out` and return the numbers that are worth a summary.
 
-    `base` and `chat` are the original pair with their own tokenizers, `tokenizer` holds the extended one (and its
-    vocabulary map), `out` is missing or empty. Raises `UserError` for models that do not fit together.
+    Called by one process, or by all of a launcher's, which divide the work; the results are the first one's. `out` is
+    missing or empty; what a killed run left beside it is continued. Raises `RefusedError` for what does not fit.
     """
-    the_plan = plan(config, cpt, base, chat, tokenizer)
-    report.warn(ancestry.warnings(ancestry.sample(the_plan)))
-    writer = CheckpointWriter(out, the_plan.layout())
-    with writer.alone():
-        statistics = merge_files(the_plan, writer)
-        writer.close()
-        results = finish.write_merged(the_plan, statistics, writer.directory)
-        writer.publish()
+    world = find_world()
+    the_plan = plan(config, inputs, out if world.is_main else None)
+    if world.is_main:
+        if the_plan.tokens:
+            say_changes(the_plan.tokens, the_plan.cpt_rows)
+        report.warn(ancestry.warnings(the_plan, ancestry.sample(the_plan)))
+    work = Work(out, the_plan.layout(), digest(the_plan), world)
+    work.open()
+    try:
+        return _merge(the_plan, work, out, tracker, world)
+    except KeyboardInterrupt:
+        work.close()
+        raise Interrupted(f"the merge was stopped; the same command continues it (from {work.directory}).") from None
+    except UserError:
+        work.discard() if world.is_main else work.close()
+        raise
+
+
+def _merge(the_plan: MergePlan, work: Work, out: Path, tracker: Tracker, world: World) -> dict[str, Any]:
+    statistics = merge_files(the_plan, work)
+    if not world.is_main:
+        work.close()
+        work.wait(lambda: report.digest_of(out) == work.digest, "the first process to finish")
+        return {}
+    results = finish.write_merged(the_plan, statistics, work.directory, work.digest)
+    work.publish()
     report.log(results, out, tracker)
     return results
+
+
+def digest(the_plan: MergePlan) -> str:
+    """What tells this merge from others: rules, inputs, layout."""
+    models = {label: fingerprint(model.directory) for label, model in the_plan.models().items()}
+    headers = [header.hex() for header in the_plan.layout().headers.values()]
+    text = json.dumps(
+        [_ORDER, the_plan.config.model_dump(), models, fingerprint(the_plan.tokenizer), headers], sort_keys=True
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

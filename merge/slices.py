@@ -1,25 +1,30 @@
 """Merge any slice of any tensor: what the file carrier and the carrier in memory share, so that their bytes are equal.
 
-Both give float32 values of the CPT model; the slice's rows of base and chat are read here, by token for the matrices of
+Both give float32 values of the CPT model; the slice's part of each vector is read here, by token for the matrices of
 the vocabulary. Everything is computed in chunks that stay in a core's cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
-from checkpoint.dtypes import Array, Float32, narrow, widen
-from checkpoint.reader import Checkpoint
-from checkpoint.writer import CheckpointWriter
+from checkpoint.dtypes import Array, Float32, narrow
+from checkpoint.writer import CheckpointFiles
 from core.errors import UserError
-from merge import kernel
-from merge.align import Role, Rows
-from merge.plan import MergePlan, PlannedTensor
+from merge import gate
+from merge.align import Role, RowPairs
+from merge.combine import Place, combine, gate_factor
+from merge.initialisers import OldRows
+from merge.plan import MergePlan, PlannedTensor, PlannedVector
+from merge.ranges import TensorRange
 from merge.rules import Treatment
 from merge.statistics import Sums
+from merge.vectors import Difference, Extracted, mean_rows
 
 CHUNK = 1 << 17  # elements; in float32 half a megabyte
 
@@ -27,62 +32,158 @@ ReadCpt = Callable[[int, int], Float32]
 
 
 class SliceMerger:
-    """Merges slices into a writer. Safe to use from several threads."""
+    """Merges slices into a checkpoint's files. Safe to use from several threads.
 
-    def __init__(self, plan: MergePlan, writer: CheckpointWriter) -> None:
-        self.plan, self.writer = plan, writer
+    `ranges` has those tensors of which something must be known as a whole.
+    """
+
+    def __init__(self, plan: MergePlan, files: CheckpointFiles, ranges: dict[str, TensorRange]) -> None:
+        self.plan, self.files, self.ranges = plan, files, ranges
+        self._mean_row = cache(lambda name: OldRows(plan.cpt, name).mean)
         keep_freed_memory()
 
-    def merge(self, tensor: PlannedTensor, start: int, stop: int, read_cpt: ReadCpt) -> Sums:
+    def merge(self, tensor: PlannedTensor, start: int, stop: int, read_cpt: ReadCpt) -> list[Sums]:
         """Merge elements [start, stop) and write them; `read_cpt(a, b)` gives CPT's elements [a, b) in float32.
 
-        A slice of a vocabulary matrix holds whole rows. Raises `UserError` for NaN or Inf.
+        A slice of a vocabulary matrix holds whole rows. Returns the sums for each vector. Raises `UserError` for NaN
+        or Inf.
         """
-        sums = Sums()
-        row = self.writer.layout.tensors[tensor.name].row_size
-        step = max(CHUNK // row, 1) * row if tensor.by_token else CHUNK
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            cpt = read_cpt(first, last)
-            if tensor.by_token:
-                merged = self._merge_rows(tensor, first // row, cpt.reshape(-1, row), sums).reshape(-1)
-            else:
-                merged = self._merge_flat(tensor, first, last, cpt, sums)
-            self.writer.write_flat(tensor.name, first, rounded(merged, tensor.spec.dtype, tensor.name))
+        sums = [Sums() for _ in self.plan.vectors]
+        for first, last in self._chunks(tensor, start, stop):
+            cpt = self._read_cpt(tensor, first, last, read_cpt)
+            merged = self._merge_chunk(tensor, first, cpt, sums)
+            self.files.write_flat(tensor.name, first, rounded(merged, tensor.spec.dtype, tensor.name))
         return sums
 
-    def _merge_flat(self, tensor: PlannedTensor, first: int, last: int, cpt: Float32, sums: Sums) -> Float32:
-        treatment = _treatment(tensor)
+    def gate_range(self, tensor: PlannedTensor, start: int, stop: int, read_cpt: ReadCpt) -> tuple[float, float]:
+        """The least and the greatest |cpt - base| of elements [start, stop); (inf, -inf) where there is no base."""
+        low, high, vector = math.inf, -math.inf, self.plan.chat
+        for first, last in self._chunks(tensor, start, stop):
+            cpt = self._read_cpt(tensor, first, last, read_cpt)
+            if tensor.by_token:
+                here = slice(first // self._width(tensor), last // self._width(tensor))
+                shared = vector.rows.role[here] == Role.SHARED
+                cpt, difference = cpt.reshape(len(shared), -1)[shared], self._rows(tensor, vector, here, shared)
+            else:
+                difference = vector.source.elements(tensor.name, first, last)
+            if cpt.size and difference.base is not None:
+                change = gate.moved(cpt, difference.base)
+                low, high = min(low, float(change.min())), max(high, float(change.max()))
+        return low, high
+
+    def _chunks(self, tensor: PlannedTensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        width = self._width(tensor)
+        step = max(CHUNK // width, 1) * width if tensor.by_token else CHUNK
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
+
+    def _width(self, tensor: PlannedTensor) -> int:
+        return math.prod(tensor.spec.shape[1:])
+
+    def _read_cpt(self, tensor: PlannedTensor, first: int, last: int, read_cpt: ReadCpt) -> Float32:
+        """CPT's elements; rows that CPT does not have hold the mean of its rows."""
+        known = self.plan.cpt.tensors[tensor.name].size
+        if last <= known:
+            return read_cpt(first, last)
+        missing = (last - max(first, known)) // self._width(tensor)
+        parts = [read_cpt(first, known)] if first < known else []
+        values: Float32 = np.concatenate([*parts, np.tile(self._mean_row(tensor.name), missing)])
+        return values
+
+    def _merge_chunk(self, tensor: PlannedTensor, first: int, cpt: Float32, sums: list[Sums]) -> Float32:
+        if tensor.by_token:
+            return self._merge_rows(tensor, first, cpt.reshape(-1, self._width(tensor)), sums).reshape(-1)
+        treatment, name = _treatment(tensor), tensor.name
         if treatment.action == "skip":
             return cpt
-        base = _read_float32(self.plan.base, tensor.name, first, last)
-        chat = _read_float32(self.plan.chat, tensor.name, first, last)
-        return _merge(tensor.name, treatment, cpt, base, chat, sums)
+        last = first + cpt.size
+        differences = [vector.source.elements(name, first, last) for vector in self.plan.vectors]
+        for vector, difference, of_vector in zip(self.plan.vectors, differences, sums, strict=True):
+            of_vector.count(cpt, difference.base, difference.values)
+            _check_finite(name, of_vector, vector, cpt, difference)
+        if treatment.action == "replace":
+            return self.plan.chat.source.chat_elements(name, first, last)
+        whole, base = self.ranges.get(name), differences[0].base
+        factor = gate_factor(cpt, base, whole) if treatment.gate and whole and base is not None else None
+        place = Place(name, first, cpt.size)
+        return combine(self.plan.config, treatment, place, cpt, [d.values for d in differences], factor, whole)
 
-    def _merge_rows(self, tensor: PlannedTensor, first_row: int, cpt: Float32, sums: Sums) -> Float32:
-        """Rows [first_row, first_row + len(cpt)) of a vocabulary matrix, each treated as its role says."""
-        rows, treatment, merged = self.plan.rows, _treatment(tensor), cpt.copy()
-        part = slice(first_row, first_row + len(cpt))
-        role, base_rows, chat_rows = rows.role[part], rows.base[part], rows.chat[part]
-        transplanted = np.flatnonzero(role == Role.CHAT)
-        merged[transplanted] = self.plan.chat.gather_float32(tensor.name, chat_rows[transplanted])
-        shared = np.flatnonzero(role == Role.SHARED)
-        if treatment.action != "skip" and len(shared):
-            base = self.plan.base.gather_float32(tensor.name, base_rows[shared])
-            chat = self.plan.chat.gather_float32(tensor.name, chat_rows[shared])
-            merged[shared] = _merge(tensor.name, treatment, cpt[shared], base, chat, sums)
-        if treatment.action == "add":
-            self._add_to_new_rows(tensor, first_row, treatment.ratio, merged)
+    def _merge_rows(self, tensor: PlannedTensor, first: int, cpt: Float32, sums: list[Sums]) -> Float32:
+        """Rows of a vocabulary matrix, from the one that begins with element `first`, each as its role says."""
+        treatment, name = _treatment(tensor), tensor.name
+        here = slice(first // cpt.shape[1], first // cpt.shape[1] + len(cpt))
+        main = self.plan.chat
+        transplanted = main.rows.role[here] == Role.CHAT
+        moved = self._moved_rows(treatment, here) & ~transplanted
+        if moved.all():
+            return self._combine_rows(tensor, treatment, first, cpt, here, moved, sums)
+        merged = cpt.copy()
+        if moved.any():
+            merged[moved] = self._combine_rows(tensor, treatment, first, cpt[moved], here, moved, sums)
+        if transplanted.any():
+            merged[transplanted] = main.source.chat_rows(name, main.rows.chat[here][transplanted])
         return merged
 
-    def _add_to_new_rows(self, tensor: PlannedTensor, first_row: int, ratio: float, merged: Float32) -> None:
-        """Add the mean vector of their constituents to the new rows that are to get one, in place."""
-        for row in range(first_row, first_row + len(merged)):
-            if row in self.plan.rows.constituents:
-                base_rows, chat_rows = self.plan.rows.constituents[row]
-                base = mean_row(self.plan.base, tensor.name, base_rows)
-                chat = mean_row(self.plan.chat, tensor.name, chat_rows)
-                merged[row - first_row] = kernel.add(merged[row - first_row], kernel.vector(chat, base), ratio)
+    def _moved_rows(self, treatment: Treatment, here: slice) -> NDArray[np.bool_]:
+        """Which of some rows get something from a vector."""
+        if treatment.action == "skip":
+            return np.zeros(here.stop - here.start, np.bool_)
+        if treatment.action == "replace":
+            shared: NDArray[np.bool_] = self.plan.chat.rows.role[here] == Role.SHARED
+            return shared
+        moved = self.plan.chat.rows.has_vector[here].copy()
+        for vector in self.plan.vectors[1:]:
+            moved |= vector.rows.has_vector[here]
+        return moved
+
+    def _combine_rows(
+        self,
+        tensor: PlannedTensor,
+        treatment: Treatment,
+        first: int,
+        cpt: Float32,
+        here: slice,
+        moved: NDArray[np.bool_],
+        sums: list[Sums],
+    ) -> Float32:
+        """The moved ones of some rows; `cpt` holds these alone."""
+        name, vectors, whole = tensor.name, self.plan.vectors, self.ranges.get(tensor.name)
+        differences = [self._rows(tensor, vector, here, moved) for vector in vectors]
+        for vector, difference, of_vector in zip(vectors, differences, sums, strict=True):
+            shared = vector.rows.role[here][moved] == Role.SHARED
+            rows = slice(None) if shared.all() else shared  # without a copy in the common case
+            base = None if difference.base is None else difference.base[rows]
+            of_vector.count(cpt[rows], base, difference.values[rows])
+            _check_finite(name, of_vector, vector, cpt, difference)
+        if treatment.action == "replace":
+            return self.plan.chat.source.chat_rows(name, self.plan.chat.rows.chat[here][moved])
+        factor = None
+        if treatment.gate and whole is not None and differences[0].base is not None:
+            factor = gate_factor(cpt, differences[0].base, whole)
+            factor[vectors[0].rows.role[here][moved] != Role.SHARED] = 1  # rows that the base does not have
+        place = Place(name, first, len(moved) * cpt.shape[1], moved)
+        return combine(self.plan.config, treatment, place, cpt, [d.values for d in differences], factor, whole)
+
+    def _rows(self, tensor: PlannedTensor, vector: PlannedVector, here: slice, moved: NDArray[np.bool_]) -> Difference:
+        """A vector's part in the moved ones of some rows: 0 where it has none, the mean of its constituents' if new."""
+        alignment, name = vector.rows, tensor.name
+        shared = alignment.role[here][moved] == Role.SHARED
+        pairs = RowPairs(alignment.base[here][moved][shared], alignment.chat[here][moved][shared])
+        found = vector.source.rows(name, pairs)
+        if shared.all():
+            return found
+        values = np.zeros((len(shared), found.values.shape[1]), np.float32)
+        values[shared] = found.values
+        numbers = np.flatnonzero(moved) + here.start
+        new = [place for place in np.flatnonzero(~shared).tolist() if numbers[place] in alignment.constituents]
+        if new:
+            groups = [alignment.constituents[int(numbers[place])] for place in new]
+            values[new] = mean_rows(vector.source, name, groups)
+        if found.base is None:
+            return Difference(values, None)
+        base = np.zeros_like(values)
+        base[shared] = found.base
+        return Difference(values, base)
 
 
 def keep_freed_memory() -> None:
@@ -94,44 +195,32 @@ def keep_freed_memory() -> None:
     np.empty(31 << 20, np.uint8)
 
 
-def mean_row(checkpoint: Checkpoint, name: str, rows: Rows) -> Float32:
-    """Mean of some rows of a matrix in float32: added one by one, in their order, then divided."""
-    values = checkpoint.gather_float32(name, rows)
-    total: Float32 = values[0]
-    for row in values[1:]:
-        total += row
-    total /= np.float32(len(rows))
-    return total
-
-
 def rounded(values: Float32, dtype: str, name: str) -> Array:
     """The one rounding. Raises `UserError` where the result is not finite."""
     flat = values.reshape(-1)
-    narrowed = narrow(flat, dtype)
     # the sum of squares is finite for all sane values, at a fraction of the cost of looking at each
-    sane = math.isfinite(float(np.dot(flat, flat))) or bool(np.isfinite(flat).all())
-    if not sane:
+    sane = math.isfinite(float(np.dot(flat, flat)))
+    if not (sane or np.isfinite(flat).all()):
         raise UserError(f"{name} would hold NaN or Inf; one of the models is damaged.")
+    narrowed = narrow(flat, dtype, finite=True)
     if dtype == "F16" and not np.isfinite(narrowed).all():
         raise UserError(f"{name} has values beyond float16's 65504; choose dtype: bfloat16.")
+    if not sane and dtype == "BF16" and bool(((narrowed & 0x7FFF) == 0x7F80).any()):
+        raise UserError(f"{name} has values beyond bfloat16's 3.39e38; one of the models is damaged.")
     return narrowed
 
 
-def _merge(name: str, treatment: Treatment, cpt: Float32, base: Float32, chat: Float32, sums: Sums) -> Float32:
-    """What a rule makes of corresponding elements."""
-    vector = kernel.vector(chat, base)
-    sums.count(cpt, base, vector)
-    if not math.isfinite(sums.base + sums.vector + sums.change):
-        for model, values in (("cpt", cpt), ("base", base), ("chat", chat)):
-            if not np.isfinite(values).all():
-                raise UserError(f"{name} of the {model} model holds NaN or Inf; use a checkpoint without.")
-    return chat if treatment.action == "replace" else kernel.add(cpt, vector, treatment.ratio)
+def _check_finite(name: str, sums: Sums, vector: PlannedVector, cpt: Float32, difference: Difference) -> None:
+    """Raise `UserError` naming the model that holds NaN or Inf."""
+    if sums.finite:
+        return
+    of_vector = "vector" if isinstance(vector.source, Extracted) else "chat model"
+    parts = {"cpt model": cpt, "base model": difference.base, of_vector: difference.values}
+    for label, values in parts.items():
+        if values is not None and not np.isfinite(values).all():
+            raise UserError(f"{name} of the {label} holds NaN or Inf; use a checkpoint without.")
 
 
 def _treatment(tensor: PlannedTensor) -> Treatment:
     assert tensor.treatment is not None, f"{tensor.name} is copied, not merged"
     return tensor.treatment
-
-
-def _read_float32(checkpoint: Checkpoint, name: str, first: int, last: int) -> Float32:
-    return widen(checkpoint.read_flat(name, first, last), checkpoint.tensors[name].dtype)

@@ -26,13 +26,21 @@ class Sums:
     change: float = 0.0
     dot: float = 0.0
 
-    def count(self, cpt: Float32, base: Float32, vector: Float32) -> None:
-        """Add the sums of one chunk."""
-        b, v, c = base.reshape(-1), vector.reshape(-1), (cpt - base).reshape(-1)
-        self.base += float(np.dot(b, b))
+    def count(self, cpt: Float32, base: Float32 | None, vector: Float32) -> None:
+        """Add the sums of one chunk. Without the base, only the vector's."""
+        v = vector.reshape(-1)
         self.vector += float(np.dot(v, v))
+        if base is None:
+            return
+        b, c = base.reshape(-1), (cpt - base).reshape(-1)
+        self.base += float(np.dot(b, b))
         self.change += float(np.dot(c, c))
         self.dot += float(np.dot(v, c))
+
+    @property
+    def finite(self) -> bool:
+        """False where one of the elements was NaN or Inf (or beyond any sane size)."""
+        return math.isfinite(self.base + self.vector + self.change)
 
     def __iadd__(self, other: Sums) -> Sums:
         self.base += other.base
@@ -62,7 +70,7 @@ class Sums:
         return self.dot / self.vector if self.vector else 0.0
 
 
-Statistics = dict[str, Sums]  # tensor -> sums
+Statistics = dict[str, Sums]  # tensor -> sums, of one vector
 
 
 def total(parts: Iterable[Sums]) -> Sums:
@@ -92,17 +100,19 @@ def _group(name: str) -> str:
     return kind_of(name) if layer is None else str(layer)
 
 
-def save(statistics: Statistics, directory: Path, rank: int) -> None:
-    """Leave one process's part for `collect`."""
-    write_json(directory / f"statistics-{rank:05d}.json", {name: asdict(sums) for name, sums in statistics.items()})
+def save(statistics: list[Statistics], directory: Path, rank: int) -> None:
+    """Leave one process's part for `collect`: the statistics of every vector."""
+    values = [{name: asdict(sums) for name, sums in of_vector.items()} for of_vector in statistics]
+    write_json(directory / f"statistics-{rank:05d}.json", values)
 
 
-def collect(directory: Path) -> Statistics:
+def collect(directory: Path, vectors: int) -> list[Statistics]:
     """The sum of what all processes saved; removes their files."""
-    statistics: Statistics = {}
+    statistics: list[Statistics] = [{} for _ in range(vectors)]
     for file in sorted(directory.glob(_FILES)):
-        for name, values in json.loads(file.read_text()).items():
-            statistics.setdefault(name, Sums())
-            statistics[name] += Sums(**values)
+        for of_vector, values in zip(statistics, json.loads(file.read_text()), strict=True):
+            for name, sums in values.items():
+                of_vector.setdefault(name, Sums())
+                of_vector[name] += Sums(**sums)
         file.unlink()
     return statistics

@@ -5,15 +5,32 @@ import pytest
 
 from checkpoint.tokenizer import TokenizerFiles
 from core.errors import UserError
-from merge.align import Role, RowCounts, Vocabularies, align_by_position, align_rows
+from merge.align import (
+    Role,
+    add_constituents,
+    align_by_position,
+    align_rows,
+    check_map,
+    check_nothing_is_lost,
+    check_rows,
+)
+from merge.tokens import output_tokens
 from tests.merge.conftest import BASE_ROWS, CHAT_ROWS, CPT_ROWS, NEW, pieces_of, write_tokenizer
 
-ROWS = RowCounts(CPT_ROWS, BASE_ROWS, CHAT_ROWS)
 
-
-def vocabularies(family, with_map=True):
-    files = [TokenizerFiles.read(path) for path in (family.tokenizer, family.base, family.chat)]
-    return Vocabularies(*files, family.vocabulary if with_map else None)
+def align(family, rows=CPT_ROWS, new_rows="keep", with_map=True, token_map=None):
+    """As `merge.plan` does it."""
+    cpt, base, chat = (TokenizerFiles.read(path) for path in (family.tokenizer, family.base, family.chat))
+    map = family.vocabulary if with_map else None
+    for tokenizer, count in ((cpt, rows), (base, BASE_ROWS), (chat, CHAT_ROWS)):
+        check_rows(tokenizer, count)
+    tokens = output_tokens(cpt, base, chat, rows, token_map or {})
+    check_map(map, tokens, chat)
+    check_nothing_is_lost(family.tokenizer, tokens, base, chat)
+    alignment = align_rows(tokens, base, chat, map)
+    if new_rows == "constituents":
+        add_constituents(alignment, map, tokens, base, chat)
+    return alignment
 
 
 def edit_tokenizer(directory, change):
@@ -24,7 +41,7 @@ def edit_tokenizer(directory, change):
 
 def test_rows_meet_by_token(untied):
     """Law 2: chat's id 38 is <|im_start|>, CPT's id 38 is a new piece; neither gets the other's row."""
-    alignment = align_rows(vocabularies(untied), ROWS, "keep")
+    alignment = align(untied)
     cpt, chat = pieces_of("cpt"), pieces_of("chat")
     assert chat[38] == "<|im_start|>"
     assert alignment.role[38] == Role.NEW
@@ -46,7 +63,7 @@ def test_a_shuffled_vocabulary_still_meets_by_token(untied):
             token["id"] = content["model"]["vocab"].get(token["content"], token["id"])
 
     edit_tokenizer(untied.chat, shuffle)
-    alignment = align_rows(vocabularies(untied, with_map=False), ROWS, "keep")
+    alignment = align(untied, with_map=False)
     chat = TokenizerFiles.read(untied.chat)
     for row in np.flatnonzero(alignment.role == Role.SHARED).tolist():
         assert chat.tokens[int(alignment.chat[row])] == pieces_of("cpt")[row]
@@ -56,24 +73,22 @@ def test_the_base_s_own_specials_follow_the_rule_although_the_template_names_the
     edit = json.loads((untied.chat / "tokenizer_config.json").read_text())
     edit["chat_template"] = "<s>{{ m }}</s>"
     (untied.chat / "tokenizer_config.json").write_text(json.dumps(edit))
-    alignment = align_rows(vocabularies(untied), ROWS, "keep")
+    alignment = align(untied)
     assert alignment.role[1] == alignment.role[2] == Role.SHARED
     assert alignment.chat_tokens == ["<|eot|>", "<|im_start|>"]  # eot: chat's eos in generation_config
 
 
 def test_without_a_map_the_tokens_are_enough(untied):
-    with_map = align_rows(vocabularies(untied), ROWS, "keep")
-    without = align_rows(vocabularies(untied, with_map=False), ROWS, "keep")
+    with_map = align(untied)
+    without = align(untied, with_map=False)
     assert (with_map.role == without.role).all()
     assert (with_map.chat == without.chat).all()
-    with pytest.raises(UserError, match="new_rows: keep"):
-        align_rows(vocabularies(untied, with_map=False), ROWS, "constituents")
 
 
 def test_constituents_are_found_in_chat_by_token(untied):
-    alignment = align_rows(vocabularies(untied), ROWS, "constituents")
-    base_rows, chat_rows = alignment.constituents[38]
-    assert base_rows.tolist() == NEW["ing"] == chat_rows.tolist()
+    alignment = align(untied, new_rows="constituents")
+    pairs = alignment.constituents[38]
+    assert pairs.base.tolist() == NEW["ing"] == pairs.chat.tolist()
     assert set(alignment.constituents) == {38, 39, 40, 41, 42}
 
 
@@ -89,14 +104,14 @@ def test_an_added_token_that_chat_renamed_keeps_cpt_s_row(untied):
         )
     edit_tokenizer(untied.chat, rename)
     edit_tokenizer(untied.tokenizer, lambda content: content["added_tokens"].append({"id": 46, "content": "<|tool|>"}))
-    alignment = align_rows(vocabularies(untied, with_map=False), ROWS, "keep")
+    alignment = align(untied, with_map=False)
     assert alignment.unmatched == ["<|spare|>"]
     assert alignment.role[46] == Role.CHAT
 
 
-def refused(family, *words, rows=ROWS):
+def refused(family, *words, **more):
     with pytest.raises(UserError) as caught:
-        align_rows(vocabularies(family), rows, "keep")
+        align(family, **more)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -110,18 +125,13 @@ def test_a_piece_that_chat_lacks_is_named(untied):
     refused(untied, "'the'", str(untied.chat))
 
 
-def test_a_chat_token_that_cpt_lacks_is_named(untied):
-    edit_tokenizer(untied.chat, lambda content: content["added_tokens"].append({"id": 39, "content": "<|tool|>"}))
-    refused(untied, "'<|tool|>'", "make the tokenizer again")
-
-
 def test_a_map_of_another_chat_model_is_refused(untied):
     edit_tokenizer(untied.chat, lambda content: content["added_tokens"][-1].update(id=39))
     refused(untied, "<|im_start|>", "make the tokenizer again")
 
 
 def test_a_token_beyond_the_matrix_is_named(untied):
-    refused(untied, "'<|im_start|>'", "38", rows=RowCounts(CPT_ROWS, BASE_ROWS, 38))
+    refused(untied, "'<|im_start|>'", "40", rows=40)
 
 
 def test_the_fixture_s_base_is_the_cpt_tokenizer_s_beginning(tmp_path):
@@ -130,6 +140,6 @@ def test_the_fixture_s_base_is_the_cpt_tokenizer_s_beginning(tmp_path):
 
 
 def test_by_position_all_rows_are_shared():
-    alignment = align_by_position(RowCounts(5, 5, 5))
+    alignment = align_by_position(5)
     assert alignment.counts()["shared"] == 5
     assert alignment.base.tolist() == alignment.chat.tolist() == [0, 1, 2, 3, 4]

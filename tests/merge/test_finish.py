@@ -1,15 +1,15 @@
 import pytest
 
-from checkpoint.reader import Checkpoint
 from merge import MergeConfig, finish
+from merge.card import model_card
 from merge.plan import plan
 from tests.merge.conftest import write_config
+from tests.merge.test_merge_run import inputs_of
 
 
 def differences(family, **chat):
     write_config(family.chat, 40, False, **chat)
-    models = {model: Checkpoint.open(family.root / model) for model in ("cpt", "base", "chat")}
-    return finish.config_differences(models)
+    return finish.config_differences(plan(MergeConfig(), inputs_of(family)))
 
 
 def test_both_ways_of_writing_rope_are_one(untied):
@@ -34,14 +34,14 @@ def test_licences_are_carried(untied, base, chat, line):
     for model, licence in (("base", base), ("chat", chat)):
         text = f"---\nlicense: {licence}\n---\n" if licence else "no front matter"
         (untied.root / model / "README.md").write_text(text)
-    the_plan = plan(MergeConfig(), untied.cpt, untied.base, untied.chat, untied.tokenizer)
-    card = finish.model_card(the_plan, {"inputs": {}, "versions": {}}, {"rows": {}})
+    the_plan = plan(MergeConfig(), inputs_of(untied))
+    card = model_card(the_plan, {"inputs": {}, "versions": {}}, {"rows": {}})
     assert line in card
 
 
 def test_an_id_without_a_token_is_left_out(untied, capsys):
     (untied.chat / "generation_config.json").write_text('{"eos_token_id": [2, 39]}')
-    the_plan = plan(MergeConfig(), untied.cpt, untied.base, untied.chat, untied.tokenizer)
+    the_plan = plan(MergeConfig(), inputs_of(untied))
     assert finish.stop_ids(the_plan) == [2, 35]
     assert "39, which has no token" in capsys.readouterr().err
 

@@ -15,6 +15,7 @@ from core.errors import UserError
 from merge import EmbeddingsConfig, MergeConfig
 from merge.embeddings import run as resize
 from merge.hook import LocalShard, Ranks, export_shards, merge_shards
+from merge.plan import MergeInputs
 from tests.distributed import run_ranks
 from tests.merge.conftest import CPT_ROWS, RecordingTracker, make_family
 from tests.merge.test_merge_run import digest, load, merge
@@ -58,7 +59,8 @@ def export(family, shards, ranks, out, **more):
 
 def merge_in_memory(family, config, shards, ranks, out):
     like, tracker = resized(family), RecordingTracker()
-    return merge_shards(shards, config, like, family.base, family.chat, family.tokenizer, out, tracker, ranks)
+    inputs = MergeInputs(like, family.base, family.chat, family.tokenizer)
+    return merge_shards(shards, config, inputs, out, tracker, ranks)
 
 
 def on_ranks(size, work):

@@ -37,11 +37,11 @@ def test_the_first_matching_rule_decides():
             RuleConfig(pattern=r"q_proj", action="replace"),
         ],
     )
-    assert treatment_of("model.layers.0.input_layernorm.weight", config).action == "skip"
-    assert treatment_of("model.layers.1.self_attn.q_proj.weight", config) == Treatment("add", 0.1)
-    assert treatment_of("model.layers.2.self_attn.q_proj.weight", config).action == "replace"
-    assert treatment_of("model.layers.2.self_attn.k_proj.weight", config) == Treatment("add", 0.5)
-    assert treatment_of("model.embed_tokens.weight", config) == Treatment("add", 0.5)
+    assert treatment_of("model.layers.0.input_layernorm.weight", config, 4).action == "skip"
+    assert treatment_of("model.layers.1.self_attn.q_proj.weight", config, 4) == Treatment("add", (0.1,))
+    assert treatment_of("model.layers.2.self_attn.q_proj.weight", config, 4).action == "replace"
+    assert treatment_of("model.layers.2.self_attn.k_proj.weight", config, 4) == Treatment("add", (0.5,))
+    assert treatment_of("model.embed_tokens.weight", config, 4) == Treatment("add", (0.5,))
 
 
 def test_a_rule_without_effect_is_an_error():

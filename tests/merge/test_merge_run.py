@@ -12,19 +12,25 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint.reader import Checkpoint
-from checkpoint.writer import CheckpointWriter
 from core.errors import UserError
+from core.world import World
 from merge import MergeConfig, engine, slices
 from merge.config import RuleConfig
-from merge.plan import describe, plan
+from merge.plan import MergeInputs, describe_rule, plan
+from merge.run import digest as digest_of_plan
 from merge.run import run
+from merge.work import Work
 from tests.merge.conftest import CPT_ROWS, NEW, draw, make_family, pieces_of, save_weights, write_config
 
 EOT, IM_START = pieces_of("cpt").index("<|eot|>"), pieces_of("cpt").index("<|im_start|>")
 
 
+def inputs_of(family):
+    return MergeInputs(family.cpt, family.base, family.chat, family.tokenizer)
+
+
 def merge(family, out, tracker, **config):
-    return run(MergeConfig(**config), family.cpt, family.base, family.chat, family.tokenizer, out, tracker)
+    return run(MergeConfig(**config), inputs_of(family), out, tracker)
 
 
 def load(directory):
@@ -318,9 +324,11 @@ def test_rows_without_tokenizer_must_be_equally_many(untied, tmp_path, tracker):
 
 
 def test_a_directory_in_use_is_refused(untied, tmp_path, tracker):
-    with pytest.raises(UserError, match="not empty"):
-        run(MergeConfig(), untied.cpt, untied.base, untied.chat, untied.tokenizer, untied.chat, tracker)
+    with pytest.raises(UserError, match="is the chat model itself"):
+        run(MergeConfig(), inputs_of(untied), untied.chat, tracker)
     assert Checkpoint.open(untied.chat)
+    with pytest.raises(UserError, match="not empty"):
+        run(MergeConfig(), inputs_of(untied), untied.tokenizer, tracker)
 
 
 def test_a_rule_that_matches_nothing_is_refused(untied, tmp_path, tracker):
@@ -339,13 +347,14 @@ def test_memory_does_not_grow_with_the_model(untied, tmp_path, monkeypatch):
         for model in ("cpt", "base", "chat"):
             wide = {"model.layers.0.mlp.wide.weight": torch.full((rows, 64), 0.5).bfloat16()}
             save_weights({**untied.weights[model], **wide}, untied.root / model)
-        the_plan = plan(MergeConfig(), untied.cpt, untied.base, untied.chat, untied.tokenizer)
-        writer = CheckpointWriter(tmp_path / "out", the_plan.layout())
-        writer.prepare()
+        the_plan = plan(MergeConfig(), inputs_of(untied))
+        work = Work(tmp_path / f"out{rows}", the_plan.layout(), digest_of_plan(the_plan), World())
+        work.open()
         tracemalloc.start()
-        engine.merge_files(the_plan, writer)
+        engine.merge_files(the_plan, work)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
+        work.discard()
     assert peaks[2] < 1.1 * peaks[1]
     assert peaks[2] < 8e6
 
@@ -362,8 +371,8 @@ def test_the_file_merge_needs_no_torch():
 def test_the_plan_reads_no_weights(untied, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read_flat", lambda *arguments: pytest.fail("weights were read"))
     config = MergeConfig(ratio=0.7, rules=[RuleConfig(kinds=["norm"], action="skip")])
-    the_plan = plan(config, untied.cpt, untied.base, untied.chat, untied.tokenizer)
-    rows = describe(the_plan)
-    assert ("skip", "norm", "BF16", "5", "160") in rows
-    assert ("add 0.7 x vector", "embed", "BF16", "1", f"{CPT_ROWS * 32:,}") in rows
-    assert int(np.sum(the_plan.rows.role >= 0)) == CPT_ROWS
+    the_plan = plan(config, inputs_of(untied))
+    rules = {tensor.name: describe_rule(the_plan, tensor) for tensor in the_plan.tensors}
+    assert rules["model.norm.weight"] == "keep"
+    assert rules["model.embed_tokens.weight"] == "+0.7 chat vector"
+    assert int(np.sum(the_plan.chat.rows.role >= 0)) == CPT_ROWS

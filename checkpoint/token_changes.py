@@ -1,0 +1,112 @@
+"""Give a tokenizer whole tokens that it lacks: appended after all others, or in the place of reserved ones.
+
+For the special tokens of a chat format only. Vocabulary is never added like this (`tokenizer_ext` extends the model).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.reader import read_json
+from checkpoint.vocabulary import read_tokens
+from core.artifact import write_json, write_text
+from core.errors import UserError
+
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+@dataclass(frozen=True)
+class TokenChanges:
+    """`appended`: token -> its new id. `renamed`: token -> the reserved token whose id it takes."""
+
+    appended: dict[str, int] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.appended or self.renamed)
+
+
+def apply(changes: TokenChanges, directory: Path, origin: Path) -> None:
+    """Change the tokenizer's files in `directory`; how the tokens behave (strip, special) is as in `origin`'s.
+
+    Raises `UserError` if the tokenizer, read back, has one of them elsewhere.
+    """
+    if not changes:
+        return
+    behaviour = _behaviour(origin)
+    new = {token: {**_PLAIN, **behaviour.get(token, {})} for token in [*changes.appended, *changes.renamed]}
+    if (directory / "tokenizer.json").is_file():
+        _change_fast(changes, new, directory / "tokenizer.json")
+    else:
+        listed = directory / "added_tokens.json"
+        known = read_json(listed) if listed.is_file() else {}
+        write_json(listed, {**_renamed_keys(known, changes), **changes.appended})
+    _change_settings(changes, new, directory / "tokenizer_config.json")
+    _prove(changes, directory)
+
+
+def _behaviour(origin: Path) -> dict[str, dict[str, Any]]:
+    """Token -> how it is matched, as a tokenizer.json says."""
+    path = origin / "tokenizer.json"
+    tokens = read_json(path).get("added_tokens", []) if path.is_file() else []
+    return {token["content"]: {name: token[name] for name in _PLAIN if name in token} for token in tokens}
+
+
+def _change_fast(changes: TokenChanges, new: Mapping[str, dict[str, Any]], path: Path) -> None:
+    content = read_json(path)
+    becomes = {reserved: token for token, reserved in changes.renamed.items()}
+    tokens = [
+        {"id": entry["id"], "content": becomes[entry["content"]], **new[becomes[entry["content"]]]}
+        if entry["content"] in becomes
+        else entry
+        for entry in content["added_tokens"]
+    ]
+    tokens += [{"id": number, "content": token, **new[token]} for token, number in changes.appended.items()]
+    content["added_tokens"] = sorted(tokens, key=lambda entry: int(entry["id"]))
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, dict):  # added tokens that are not in it get their ids by counting, past any hole
+        added = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+        content["model"]["vocab"] = {**_renamed_keys(vocabulary, changes), **added}
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1))
+
+
+def _renamed_keys(values: Mapping[str, Any], changes: TokenChanges) -> dict[str, Any]:
+    becomes = {reserved: token for token, reserved in changes.renamed.items()}
+    return {becomes.get(token, token): number for token, number in values.items()}
+
+
+def _change_settings(changes: TokenChanges, new: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """`added_tokens_decoder`, where the settings have one, or where there is no tokenizer.json to say it."""
+    settings = read_json(path) if path.is_file() else {}
+    if "added_tokens_decoder" not in settings and (path.parent / "tokenizer.json").is_file():
+        return
+    decoder = dict(settings.get("added_tokens_decoder", {}))
+    becomes = {reserved: token for token, reserved in changes.renamed.items()}
+    for number, entry in decoder.items():
+        if entry["content"] in becomes:
+            token = becomes[entry["content"]]
+            decoder[number] = {"content": token, **new[token]}
+    decoder |= {str(number): {"content": token, **new[token]} for token, number in changes.appended.items()}
+    write_json(path, {**settings, "added_tokens_decoder": decoder})
+
+
+def _prove(changes: TokenChanges, directory: Path) -> None:
+    """By the tokenizers library where it reads the files, since it gives ids of its own to what it finds odd."""
+    if (directory / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        found = {token: tokenizer.token_to_id(token) for token in [*changes.appended, *changes.renamed]}
+    else:
+        found = dict(read_tokens(directory).ids)
+    wrong = [token for token, number in changes.appended.items() if found.get(token) != number]
+    wrong += [token for token in changes.renamed if found.get(token) is None]
+    if wrong:
+        raise UserError(
+            f"{directory} cannot hold {', '.join(map(repr, wrong))} where the rows of the merged model would be; "
+            "extend the tokenizer with `cpt-merge tokenizer RECIPE`, which adds the chat model's tokens."
+        )

@@ -1,0 +1,183 @@
+"""Where a chat vector's numbers come from: a pair of models, or a directory that `merge --extract` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from checkpoint.dtypes import Array, Float32, widen
+from checkpoint.reader import Checkpoint, TensorInfo, read_json
+from core.errors import UserError
+from merge import kernel
+from merge.align import RowPairs, Rows
+from merge.rules import model_tensors
+
+STEM = "vector"  # of the weight files' names: no loader takes them for a model
+VECTOR_FILE = "vector.json"
+BASE_FOLDER = "base"  # in a vector's directory: tokenizer and configuration of the base
+
+
+@dataclass(frozen=True)
+class Difference:
+    """d = chat - base of some elements, and base itself where it is known."""
+
+    values: Float32
+    base: Float32 | None
+
+
+class Vector(Protocol):
+    """A chat vector, read in parts."""
+
+    @property
+    def chat_directory(self) -> Path:
+        """Configuration and tokenizer of the chat model."""
+
+    @property
+    def base_directory(self) -> Path:
+        """Configuration and tokenizer of the base."""
+
+    @property
+    def models(self) -> Mapping[str, Checkpoint]:
+        """The checkpoints that are read, by what they are called in messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Of the vector; the matrices of the vocabulary have chat's rows."""
+
+    def elements(self, name: str, start: int, stop: int) -> Difference:
+        """Elements [start, stop) in storage order."""
+
+    def rows(self, name: str, rows: RowPairs) -> Difference:
+        """Rows of a matrix, shape (rows, width)."""
+
+    def chat_rows(self, name: str, rows: Rows) -> Float32:
+        """Rows of the chat model itself, for the tokens of its format."""
+
+    def chat_elements(self, name: str, start: int, stop: int) -> Float32:
+        """Elements of the chat model itself."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`chat - base` of two checkpoints."""
+
+    base: Checkpoint
+    chat: Checkpoint
+
+    @property
+    def chat_directory(self) -> Path:
+        """The chat model's."""
+        return self.chat.directory
+
+    @property
+    def base_directory(self) -> Path:
+        """The base's."""
+        return self.base.directory
+
+    @property
+    def models(self) -> Mapping[str, Checkpoint]:
+        """Both."""
+        return {"base": self.base, "chat": self.chat}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The chat model's."""
+        return model_tensors(self.chat)
+
+    def elements(self, name: str, start: int, stop: int) -> Difference:
+        """Elements [start, stop) in storage order."""
+        base = _float32(self.base, name, start, stop)
+        return Difference(kernel.vector(_float32(self.chat, name, start, stop), base), base)
+
+    def rows(self, name: str, rows: RowPairs) -> Difference:
+        """Rows of a matrix, shape (rows, width)."""
+        base = self.base.gather_float32(name, rows.base)
+        return Difference(kernel.vector(self.chat.gather_float32(name, rows.chat), base), base)
+
+    def chat_rows(self, name: str, rows: Rows) -> Float32:
+        """Rows of the chat model."""
+        return self.chat.gather_float32(name, rows)
+
+    def chat_elements(self, name: str, start: int, stop: int) -> Float32:
+        """Elements of the chat model."""
+        return _float32(self.chat, name, start, stop)
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A vector that was written before. `base` is optional: only what compares with it needs it."""
+
+    stored: Checkpoint
+    base: Checkpoint | None
+
+    @staticmethod
+    def open(directory: Path, base: Path | None) -> Extracted:
+        """Raises `UserError` where there is no vector."""
+        read_description(directory)
+        return Extracted(Checkpoint.open(directory, STEM), Checkpoint.open(base) if base else None)
+
+    @property
+    def chat_directory(self) -> Path:
+        """The vector's directory holds the chat model's files."""
+        return self.stored.directory
+
+    @property
+    def base_directory(self) -> Path:
+        """A folder in it holds the base's."""
+        return self.stored.directory / BASE_FOLDER
+
+    @property
+    def models(self) -> Mapping[str, Checkpoint]:
+        """The vector, and the base where it was given."""
+        return {"vector": self.stored, **({"base": self.base} if self.base else {})}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The stored ones."""
+        return self.stored.tensors
+
+    def elements(self, name: str, start: int, stop: int) -> Difference:
+        """Elements [start, stop) in storage order."""
+        base = _float32(self.base, name, start, stop) if self.base else None
+        return Difference(_float32(self.stored, name, start, stop), base)
+
+    def rows(self, name: str, rows: RowPairs) -> Difference:
+        """Rows of a matrix, shape (rows, width)."""
+        base = self.base.gather_float32(name, rows.base) if self.base else None
+        return Difference(self.stored.gather_float32(name, rows.chat), base)
+
+    def chat_rows(self, name: str, rows: Rows) -> Float32:
+        """Rows of the format's tokens, which the vector holds as they are in the chat model."""
+        return self.stored.gather_float32(name, rows)
+
+    def chat_elements(self, name: str, start: int, stop: int) -> Float32:
+        """An extracted vector does not hold the chat model; the plan refuses what would need it."""
+        raise NotImplementedError(name)
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The content of vector.json. Raises `UserError` where there is none."""
+    if not (directory / VECTOR_FILE).is_file():
+        raise UserError(f"{directory} holds no {VECTOR_FILE}; make a vector with `cpt-merge merge --extract`.")
+    return read_json(directory / VECTOR_FILE)
+
+
+def mean_rows(vector: Vector, name: str, groups: list[RowPairs]) -> Float32:
+    """For each group of rows the mean of their vectors, shape (groups, width): added in their order, then divided."""
+    means = np.empty((len(groups), vector.tensors[name].row_size), np.float32)
+    for number, group in enumerate(groups):
+        values = vector.rows(name, group).values
+        total = values[0]
+        for row in values[1:]:
+            total += row
+        means[number] = total / np.float32(len(values))
+    return means
+
+
+def _float32(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Float32:
+    stored: Array = checkpoint.read_flat(name, start, stop)
+    return widen(stored, checkpoint.tensors[name].dtype)
