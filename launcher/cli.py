@@ -145,6 +145,23 @@ def report(
     write_report(load_recipe(run, overrides or []).directory if run.suffix in (".yaml", ".yml") else run)
 
 
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="the directory of a chat model, or its hub id")],
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="the system message")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="the longest reply")] = 1024,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0: the likeliest token  [default: as the model's generation_config]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="for the same replies again")] = None,
+) -> None:
+    """Talk to a model, on the GPU if there is one. Each line of stdin is a turn, so it can be piped too."""
+    from launcher.chat import ChatSettings
+    from launcher.chat import chat as talk
+
+    talk(model, ChatSettings(system, max_new_tokens, temperature, seed))
+
+
 def stage_main(command: str) -> int:
     """The entry point of `python -m STAGE ...`: `cpt-merge COMMAND ...` with the same arguments."""
     return main([command, *sys.argv[1:]])

@@ -23,15 +23,15 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
     if not run.recipe.training.post_train_merge:
         return None
     # what would refuse the merge is found now, not after days of training
-    inputs = MergeInputs(run.resized, run.base, run.chat, run.tokenizer)
-    plan_for_shards(run.recipe.merge, inputs)
+    models = MergeInputs(run.resized, run.base, run.chat, run.tokenizer)
+    plan_for_shards(run.recipe.merge, models)
 
     def merge(shards: list[LocalShard], parallel: Parallel) -> None:
         from launcher.pipeline import execute
 
         def merge_in_memory(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
             ranks = Ranks(parallel.world.rank, parallel.barrier)
-            return merge_shards(shards, run.recipe.merge, inputs, run.merged, tracker, ranks)
+            return merge_shards(shards, run.recipe.merge, models, run.merged, tracker, ranks)
 
         stage = replace(find_stage("merge"), run=merge_in_memory)
         config = dict(stage.config(run.recipe))

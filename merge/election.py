@@ -26,5 +26,5 @@ def elected_mean(scaled: Sequence[Float32]) -> Float32:
         agrees = values * side > 0
         summed += np.where(agrees, values, np.float32(0))
         count += agrees
-    mean: Float32 = summed / np.maximum(count, np.float32(1))
-    return mean
+    summed /= np.maximum(count, np.float32(1))
+    return summed
