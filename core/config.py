@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -68,6 +69,39 @@ def _nearest(section: type[Section], location: tuple[int | str, ...]) -> str:
         full = next(name for name in known if name == close[0] or name.rpartition(".")[2] == close[0])
         return f"; the nearest known key is `{full}`"
     return f"; known keys there: {', '.join(name.rpartition('.')[2] for name in siblings)}" if siblings else ""
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key. Numbers in the path are places in a list: `corpus.sources.0.weight=2`.
+
+    Raises `UserError` for what is no `key=value`.
+    """
+    path, separator, text = override.partition("=")
+    parts = path.split(".")
+    if not separator or not all(parts):
+        raise UserError(f"override {override!r} is not of the form section.key=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"the value in override {override!r} is not YAML; quote it.") from None
+    here: Any = values
+    for part in parts[:-1]:
+        if isinstance(here, list):
+            here = here[_place(here, part, override)]
+        else:
+            if not isinstance(here.get(part), (dict, list)):
+                here[part] = {}
+            here = here[part]
+    if isinstance(here, list):
+        here[_place(here, parts[-1], override)] = value
+    else:
+        here[parts[-1]] = value
+
+
+def _place(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise UserError(f"override {override!r}: {part!r} is no place in a list of {len(items)}.")
+    return int(part)
 
 
 def known_keys(section: type[Section], prefix: str = "") -> list[str]:

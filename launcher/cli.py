@@ -105,9 +105,27 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command(cls=RecipeCommand)
-def merge(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Add the chat vector to the trained checkpoint, from files."""
-    _stage("merge", recipe, overrides)
+def merge(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[plan] [RECIPE] [key=value ...]")] = None,
+    cpt: Annotated[str | None, typer.Option(metavar="DIR", help="without a recipe: the trained model")] = None,
+    base: Annotated[str | None, typer.Option(metavar="DIR", help="the pair's base")] = None,
+    chat: Annotated[str | None, typer.Option(metavar="DIR", help="the pair's chat model")] = None,
+    ratio: Annotated[str | None, typer.Option(help="how much of the vector, 1.0 if not set")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="the merged model; missing or empty")] = None,
+    vector: Annotated[Path | None, typer.Option(metavar="DIR", help="an extracted vector instead of the pair")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="CPT's tokenizer, if not in --cpt")] = None,
+    extract: Annotated[bool, typer.Option("--extract", help="write chat - base itself to --out")] = False,
+) -> None:
+    """Add the chat vector to a trained checkpoint, from files.
+
+    With a RECIPE this is its merge stage. Without one: --cpt, --base, --chat (or --vector) and --out; settings are the
+    keys of the recipe's `merge` section, as key=value. With `plan` first nothing is written: every tensor is listed
+    with its rule and bytes, or all that stands against the merge.
+    """
+    from launcher.merge import Request
+    from launcher.merge import merge as run_merge
+
+    run_merge(Request(words or [], cpt, base, chat, vector, tokenizer, ratio, out, extract))
 
 
 @app.command(cls=RecipeCommand)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from core.artifact import stage_key
-from launcher.stages import Run, find_stage
+from launcher.stages import Run, find_stage, merge_inputs
 from merge.hook import LocalShard, Ranks, merge_shards, plan_for_shards
 from merge.plan import MergeInputs
 from tracking import Tracker
@@ -35,7 +35,7 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
 
         stage = replace(find_stage("merge"), run=merge_in_memory)
         config = dict(stage.config(run.recipe))
-        inputs = {"cpt": f"stage:{training_key}", "tokenizer": run.finished("tokenizer"), **run.pair_inputs()}
+        inputs = merge_inputs(run, f"stage:{training_key}")
         execute(run, stage, stage_key(stage.name, config, inputs), config, inputs)
 
     return merge

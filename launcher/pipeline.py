@@ -112,24 +112,25 @@ def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: di
 def replacing(folder: Path, stage: Stage, key: str) -> Iterator[None]:
     """A folder for the stage's new result. What was there before comes back if the stage fails.
 
-    A resumable stage's folder is kept while its key is the same, so that it continues; it holds days of work, so one
-    made with other settings is moved aside for good, never removed.
+    A resumable stage's folder is kept while its key is the same, so that it continues. A precious one holds days of
+    work: one that was made with other settings is moved aside for good, never removed.
     """
-    if stage.resumable:
-        _keep_or_move_aside(folder, stage, key)
-        (folder / STAGE_FILE).unlink(missing_ok=True)
-        yield
-        return
     before = folder.with_name(folder.name + ".before")
-    if before.exists() and not (folder / STAGE_FILE).is_file():
+    if stage.resumable and _was_begun(folder, key):
+        (folder / STAGE_FILE).unlink(missing_ok=True)
+    elif stage.precious:
+        _move_aside(folder, stage)
+    elif before.exists() and not (folder / STAGE_FILE).is_file():
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed: what was before it is to be kept
     elif folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         os.replace(folder, before)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / BEGUN_FILE, {"key": key})
         yield
+    except Interrupted:
+        raise  # it will be continued
     except BaseException:
         if (before / STAGE_FILE).is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -138,17 +139,17 @@ def replacing(folder: Path, stage: Stage, key: str) -> Iterator[None]:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _keep_or_move_aside(folder: Path, stage: Stage, key: str) -> None:
+def _was_begun(folder: Path, key: str) -> bool:
     begun = folder / BEGUN_FILE
-    if begun.is_file() and key in begun.read_text():
-        return
+    return begun.is_file() and key in begun.read_text()
+
+
+def _move_aside(folder: Path, stage: Stage) -> None:
     if folder.exists():
         names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
         aside = next(path for path in names if not path.exists())
         os.replace(folder, aside)
         say(f"{stage.name}: settings or inputs changed; what there was is now {aside}")
-    folder.mkdir(parents=True)
-    write_json(begun, {"key": key})
 
 
 def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs: dict[str, str]) -> Tracker:

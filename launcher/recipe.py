@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import field_validator, model_validator
 
-from core.config import Section, key, parse_section
+from core.config import Section, apply_override, key, parse_section
 from core.errors import UserError
 from core.sources import Corpus
 from evaluation import EvaluationConfig
@@ -76,7 +76,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """Read a recipe and apply `section.key=value` overrides. Raises `UserError` with one sentence."""
     values = read_yaml(path)
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     return parse_section(Recipe, values, str(path) if not overrides else f"{path} with its overrides")
 
 
@@ -95,33 +95,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} is no mapping of sections; see docs/recipe.md.")
     return values
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one dotted key. Numbers in the path are places in a list: `corpus.sources.0.weight=2`."""
-    path, separator, text = override.partition("=")
-    parts = path.split(".")
-    if not separator or not all(parts):
-        raise UserError(f"override {override!r} is not of the form section.key=value.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"the value in override {override!r} is not YAML; quote it.") from None
-    here: Any = values
-    for part in parts[:-1]:
-        if isinstance(here, list):
-            here = here[_place(here, part, override)]
-        else:
-            if not isinstance(here.get(part), (dict, list)):
-                here[part] = {}
-            here = here[part]
-    if isinstance(here, list):
-        here[_place(here, parts[-1], override)] = value
-    else:
-        here[parts[-1]] = value
-
-
-def _place(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise UserError(f"override {override!r}: {part!r} is no place in a list of {len(items)}.")
-    return int(part)

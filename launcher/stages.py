@@ -92,7 +92,8 @@ class Stage:
     run: Callable[[Run, str, Tracker], dict[str, Any]]  # (run, stage key, tracker)
     artifact: Callable[[Run], Path]  # what it leaves; a stage whose artifact is gone is not finished
     distributed: bool = False  # runs in all processes
-    resumable: bool = False  # its folder is kept when it is cut short
+    resumable: bool = False  # its folder is kept when it is cut short, and it continues there
+    precious: bool = False  # its folder is moved aside, never removed, when its settings change
 
 
 def _tokenizer(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
@@ -141,6 +142,17 @@ def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     return run_stage(run.recipe.evaluation, models, run.recipe.corpus, run.chat, out, tracker)
 
 
+def merge_inputs(run: Run, cpt: str) -> dict[str, str]:
+    """The fingerprints of all that the merge reads; `cpt` is the trained model's."""
+    vectors = {
+        f"vector {number + 1} {name}": fingerprint(model_directory(path) if name != "vector" else path)
+        for number, vector in enumerate(run.recipe.merge.vectors, start=1)
+        for name, path in (("base", vector.base), ("chat", vector.chat), ("vector", vector.vector))
+        if path is not None
+    }
+    return {"cpt": cpt, "tokenizer": run.finished("tokenizer"), **run.pair_inputs(), **vectors}
+
+
 def _lists(recipe: Recipe) -> dict[str, str]:
     return {f"list {path}": fingerprint(path) for path in recipe.tokenizer.pieces_from.values()}
 
@@ -179,13 +191,15 @@ STAGES = [
         lambda run: run.cpt / "config.json",
         distributed=True,
         resumable=True,
+        precious=True,
     ),
     Stage(
         "merge",
         lambda r: r.merge.model_dump(),
-        lambda run: {"cpt": run.finished("training"), "tokenizer": run.finished("tokenizer"), **run.pair_inputs()},
+        lambda run: merge_inputs(run, run.finished("training")),
         _merge,
         lambda run: run.merged / "config.json",
+        resumable=True,
     ),
     Stage(
         "evaluation",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, field_validator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
 from core.config import Section, key
 from merge.expressions import evaluate
@@ -16,14 +16,17 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Combination = Literal["add", "ties", "dare", "dare_ties"]
 
 
-def _evaluates(ratio: float | str) -> float | str:
+def _evaluates(ratio: Any) -> float | str:
+    """Checked before pydantic tries one type after the other, which would give two messages."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float, str)):
+        raise ValueError("neither a number nor an expression of the layer, such as `ramp(0.3, 1)`")
     for layers in (1, 40):
         for layer in (0, layers - 1):
             evaluate(ratio, layer, layers)
     return ratio
 
 
-Ratio = Annotated[float | str, AfterValidator(_evaluates)]
+Ratio = Annotated[float | str, BeforeValidator(_evaluates)]
 """A number, or an expression of the layer (`merge/expressions.py`)."""
 
 

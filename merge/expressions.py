@@ -27,7 +27,7 @@ _NAMES = ("layer", "layers", "depth")
 def evaluate(ratio: float | str, layer: int, layers: int) -> float:
     """The ratio in a layer. Raises `ValueError` with a sentence for what is no such expression."""
     if not isinstance(ratio, str):
-        return float(ratio)
+        return _finite(float(ratio), ratio, layer, layers)
     names = {"layer": float(layer), "layers": float(layers), "depth": layer / max(layers - 1, 1)}
     try:
         value = _value(ast.parse(ratio.strip(), mode="eval").body, names)
@@ -37,8 +37,12 @@ def evaluate(ratio: float | str, layer: int, layers: int) -> float:
         raise ValueError(f"{ratio!r} divides by zero in layer {layer} of {layers}") from None
     except (TypeError, RecursionError, MemoryError):
         raise ValueError(f"{ratio!r} cannot be evaluated; see docs/merge.md for what an expression may hold") from None
+    return _finite(value, ratio, layer, layers)
+
+
+def _finite(value: float, ratio: float | str, layer: int, layers: int) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"{ratio!r} is {value} in layer {layer} of {layers}")
+        raise ValueError(f"{ratio!r} is {value} in layer {layer} of {layers}, no finite number")
     return value
 
 

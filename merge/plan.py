@@ -125,7 +125,7 @@ class MergePlan:
 
 
 def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> MergePlan:
-    """Plan a merge, into `out` where that is given.
+    """Plan a merge; with `out`, the output is looked at as well.
 
     Raises `RefusedError` with everything that stands against it: names, shapes, types, tokens, rules, output, disk.
     """
@@ -143,12 +143,15 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     vectors: list[PlannedVector] = []
     with _collected(problems):
         tokens, vectors = _align(config, cpt, inputs.tokenizer, sources)
+    if out is not None:
+        problems += _output_problems(models, out)
     if problems:
         raise RefusedError(problems)
     rows, layers = tokens.rows if tokens else count_rows(cpt), count_layers(names)
     planned = [_planned(tensors["cpt"][name], sources[0], rows, config, layers) for name in names]
     the_plan = MergePlan(config, cpt, vectors, inputs.tokenizer, tokens, planned)
-    _check_output(the_plan, out)
+    if out is not None:
+        check_output(the_plan, out)
     return the_plan
 
 
@@ -357,20 +360,24 @@ def _base_type(source: Vector, name: str) -> str:
     return source.models["base"].tensors[name].dtype
 
 
-def _check_output(the_plan: MergePlan, out: Path | None) -> None:
-    if out is None:
-        return
-    problems: list[str] = []
-    inputs = {model.directory.resolve(): label for label, model in the_plan.models().items()}
-    with _collected(problems):
-        if out.resolve() in inputs:
-            raise UserError(f"the output {out} is the {inputs[out.resolve()]} model itself; choose another directory.")
-        check_free(out)
+def check_output(the_plan: MergePlan, out: Path) -> None:
+    """Raise `RefusedError` for an output that is in use, or an input, or a disk without room for it."""
+    problems = _output_problems(the_plan.models(), out)
     if not beside(out).exists():  # an unfinished merge has taken its room already
         with _collected(problems):
             check_room(out, the_plan.layout())
     if problems:
         raise RefusedError(problems)
+
+
+def _output_problems(models: Mapping[str, Checkpoint], out: Path) -> list[str]:
+    inputs = {model.directory.resolve(): label for label, model in models.items()}
+    if out.resolve() in inputs:
+        return [f"the output {out} is the {inputs[out.resolve()]} model itself; choose another directory"]
+    problems: list[str] = []
+    with _collected(problems):
+        check_free(out)
+    return problems
 
 
 def describe_rule(the_plan: MergePlan, tensor: PlannedTensor) -> str:

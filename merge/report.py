@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REPORT_FILE = "merge_report.json"
+SHORT_FORM = ("ratio", "rows", "chat_tokens", "overall", "warnings")
 FIGURE_FILE = "merge_norms.png"
 
 SHARES = ("vector", "change", "cosine", "contained")
@@ -68,13 +69,16 @@ def write(plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, An
     return {**results, "layers": of_vectors[plan.chat.label]["layers"]}
 
 
-def digest_of(directory: Path) -> str | None:
-    """The digest of the merge that made a model, None where there is none (yet)."""
+def read_finished(directory: Path, digest: str) -> dict[str, Any] | None:
+    """The short form of a finished merge's results; None if `directory` does not hold the merge with this digest."""
     try:
-        found = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8")).get("digest")
+        full = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return str(found)
+    if full.get("digest") != digest:
+        return None
+    first = next(iter(full["vectors"].values()))
+    return {**{name: full[name] for name in SHORT_FORM}, "layers": first["layers"]}
 
 
 def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:

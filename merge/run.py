@@ -9,11 +9,12 @@ from typing import Any
 
 from core.artifact import fingerprint
 from core.errors import Interrupted, UserError
+from core.progress import say
 from core.world import World, find_world
 from merge import ancestry, finish, report
 from merge.config import MergeConfig
 from merge.engine import merge_files
-from merge.plan import MergeInputs, MergePlan, plan
+from merge.plan import MergeInputs, MergePlan, check_output, plan
 from merge.tokens import say_changes
 from merge.work import Work
 from tracking.tracker import Tracker
@@ -28,8 +29,13 @@ def run(config: MergeConfig, inputs: MergeInputs, out: Path, tracker: Tracker) -
     missing or empty; what a killed run left beside it is continued. Raises `RefusedError` for what does not fit.
     """
     world = find_world()
-    the_plan = plan(config, inputs, out if world.is_main else None)
+    the_plan = plan(config, inputs)
+    finished = report.read_finished(out, digest(the_plan))
+    if finished is not None:
+        say(f"merge: {out} holds the result of this very merge already")
+        return finished if world.is_main else {}
     if world.is_main:
+        check_output(the_plan, out)
         if the_plan.tokens:
             say_changes(the_plan.tokens, the_plan.cpt_rows)
         report.warn(ancestry.warnings(the_plan, ancestry.sample(the_plan)))
@@ -49,7 +55,7 @@ def _merge(the_plan: MergePlan, work: Work, out: Path, tracker: Tracker, world: 
     statistics = merge_files(the_plan, work)
     if not world.is_main:
         work.close()
-        work.wait(lambda: report.digest_of(out) == work.digest, "the first process to finish")
+        work.wait(lambda: report.read_finished(out, work.digest) is not None, "the first process to finish")
         return {}
     results = finish.write_merged(the_plan, statistics, work.directory, work.digest)
     work.publish()

@@ -25,11 +25,12 @@ def keep_largest(d: Float32, threshold: float) -> Float32:
 
 
 def magnitude_threshold(parts: Callable[[], Iterable[Float32]], density: float) -> float:
-    """The magnitude that round(density * n) elements reach: exact, in two passes, without holding the elements.
+    """The magnitude that the largest int(density * n) elements, at least one, reach.
 
-    `parts` reads them anew at each call. Non-negative floats are ordered as their bits, so the first pass counts by the
-    upper half of the bits and the second one, within the half in question, by the lower. With equal magnitudes at the
-    threshold a few more elements reach it: which of them to drop would depend on the order.
+    Exact, in two passes, without holding the elements. `parts` reads them anew at each call. Non-negative floats are
+    ordered as their bits, so the first pass counts by the upper half of the bits and the second one, within the half
+    in question, by the lower. With equal magnitudes at the threshold a few more elements reach it: which of them to
+    drop would depend on the order.
     """
     upper = np.zeros(1 << 16, np.int64)
     for part in parts():

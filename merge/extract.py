@@ -1,0 +1,158 @@
+"""Write a chat vector as a directory of its own, to keep, to share, and to add to other models.
+
+    vector.safetensors    chat - base, with the chat model's names and rows (or several files and an index); rows of
+                          the chat format's tokens hold the chat model's rows themselves
+    vector.json           what it is made of, and what a merge must know of the base
+    config.json, ...      the chat model's configuration, tokenizer and template
+    base/                 the base's configuration and tokenizer, by which rows are aligned
+
+In float32 (the default) a merge with it gives the same bytes as one with the pair.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
+from checkpoint.reader import Checkpoint
+from checkpoint.tokenizer import TOKENIZER_FILES, TokenizerFiles
+from checkpoint.writer import CheckpointWriter, Layout, TensorSpec, natural
+from core.artifact import fingerprint, installed_versions, write_json, write_text
+from core.errors import UserError
+from core.progress import Meter, say
+from merge.align import RowPairs, chat_format
+from merge.card import LICENCE_FIELDS, front_matter
+from merge.config import Dtype
+from merge.engine import MAX_THREADS
+from merge.finish import GENERATION_FILE, copy_files
+from merge.plan import is_by_token, open_fitting
+from merge.rules import model_tensors, vocabulary_rows
+from merge.slices import keep_freed_memory, rounded
+from merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair
+
+BLOCK = 1 << 19  # elements
+
+
+def extract(base: Path, chat: Path, out: Path, dtype: Dtype = "float32", shard_bytes: int = 5_000_000_000) -> None:
+    """Write `chat - base` to `out` (missing or empty). Raises `UserError` for a pair that does not fit."""
+    models = open_fitting({"base": base, "chat": chat})
+    pair = Pair(models["base"], models["chat"])
+    rows = _chat_rows(pair)
+    names = sorted((name for name, info in pair.tensors.items() if info.dtype in FLOATS), key=natural)
+    specs = [TensorSpec(name, TORCH_NAMES[dtype], pair.tensors[name].shape) for name in names]
+    specs += [TensorSpec(name, info.dtype, info.shape) for name, info in pair.tensors.items() if name not in names]
+    writer = CheckpointWriter(out, Layout.by_size(specs, shard_bytes, STEM))
+    keep_freed_memory()
+    squares = dict.fromkeys(names, 0.0)
+    with writer.alone(), ThreadPoolExecutor(MAX_THREADS) as pool, Meter("extract", len(specs), "tensors") as meter:
+        for spec, square in zip(specs, pool.map(lambda spec: _extract(pair, spec, rows, writer), specs), strict=True):
+            squares[spec.name] = square
+            meter.advance()
+        writer.close()
+        _describe(pair, squares, dtype, writer.directory)
+        writer.publish()
+    say(f"merge: the chat vector is in {out}; add it with --vector {out}")
+
+
+def _chat_rows(pair: Pair) -> dict[str, Any]:
+    """For each row of chat: its row in base (-1: none), and whether it is of the chat format."""
+    base, chat = TokenizerFiles.read(pair.base.directory), TokenizerFiles.read(pair.chat.directory)
+    count = vocabulary_rows(pair.chat)
+    if base is None or chat is None:
+        if vocabulary_rows(pair.base) != count:
+            raise UserError(
+                f"base and chat have {vocabulary_rows(pair.base)} and {count} rows, which only their tokenizers can "
+                "match; put them beside the weights."
+            )
+        say(f"merge: a directory has no tokenizer; the {count} rows of the two models are taken as equal")
+        return {"base": np.arange(count), "format": np.zeros(count, np.bool_)}
+    lost = [token for token in chat.ids if token not in base.ids and token not in chat.added]
+    if lost:
+        raise UserError(
+            f"{pair.base.directory} lacks {len(lost)} tokens of chat, {lost[0]!r} among them; give its base."
+        )
+    rows, of_format = np.full(count, -1, np.int64), np.zeros(count, np.bool_)
+    for token, row in chat.ids.items():
+        rows[row] = base.ids.get(token, -1)
+    of_format[[chat.ids[token] for token in chat_format(base, chat) if token in chat.ids]] = True
+    return {"base": rows, "format": of_format}
+
+
+def _extract(pair: Pair, spec: TensorSpec, rows: dict[str, Any], writer: CheckpointWriter) -> float:
+    """Write one tensor. Returns the sum of the base's squares."""
+    info, square = pair.tensors[spec.name], 0.0
+    if info.dtype not in FLOATS:
+        writer.write_flat(spec.name, 0, pair.chat.read_flat(spec.name, 0, info.size))
+        return square
+    by_token = is_by_token(spec.name)
+    step = max(BLOCK // info.row_size, 1) * info.row_size if by_token else BLOCK
+    for start in range(0, info.size, step):
+        stop = min(start + step, info.size)
+        if by_token:
+            values, base = _vocabulary_rows(pair, spec.name, start // info.row_size, stop // info.row_size, rows)
+        else:
+            difference = pair.elements(spec.name, start, stop)
+            assert difference.base is not None
+            values, base = difference.values, difference.base
+        square += float(np.dot(base.reshape(-1), base.reshape(-1)))
+        writer.write_flat(spec.name, start, rounded(values, spec.dtype, spec.name))
+    return square
+
+
+def _vocabulary_rows(pair: Pair, name: str, first: int, last: int, rows: dict[str, Any]) -> tuple[Float32, Float32]:
+    """Chat's rows [first, last): the difference where base has the token, the row itself where it is of the format."""
+    here = np.arange(first, last)
+    base_rows, of_format = rows["base"][first:last], rows["format"][first:last]
+    shared = (base_rows >= 0) & ~of_format
+    difference = pair.rows(name, RowPairs(base_rows[shared], here[shared]))
+    assert difference.base is not None
+    values = np.zeros((last - first, difference.values.shape[1]), np.float32)
+    values[shared] = difference.values
+    values[of_format] = pair.chat_rows(name, here[of_format])
+    return values.reshape(-1), difference.base
+
+
+def _describe(pair: Pair, squares: dict[str, float], dtype: Dtype, directory: Path) -> None:
+    models = {"base": pair.base, "chat": pair.chat}
+    write_json(
+        directory / VECTOR_FILE,
+        {
+            "vector": "chat - base",
+            "dtype": dtype,
+            "models": {
+                label: {"name": model.directory.name, "fingerprint": fingerprint(model.directory)}
+                for label, model in models.items()
+            },
+            "versions": installed_versions(),
+            "base_types": {name: info.dtype for name, info in model_tensors(pair.base).items()},
+            "base_squares": squares,
+        },
+    )
+    _copy_model_files(pair.chat, directory)
+    (directory / BASE_FOLDER).mkdir()
+    _copy_model_files(pair.base, directory / BASE_FOLDER)
+    write_text(directory / "README.md", _card(pair, dtype))
+
+
+def _copy_model_files(model: Checkpoint, directory: Path) -> None:
+    names = ("config.json", GENERATION_FILE, *TOKENIZER_FILES)
+    copy_files([model.directory / name for name in names], directory)
+
+
+def _card(pair: Pair, dtype: Dtype) -> str:
+    licences = [front_matter(model.directory) for model in (pair.base, pair.chat)]
+    front = {name: fields[name] for name in LICENCE_FIELDS for fields in licences if name in fields}
+    names = f"`{pair.chat.directory.name} - {pair.base.directory.name}`"
+    lines = ["---", yaml.safe_dump({"tags": ["chat-vector"], **front}, sort_keys=False).strip(), "---", ""]
+    lines += [
+        "# Chat vector",
+        "",
+        f"{names}, in {dtype}, made with cpt-merge. No model: loaders refuse it. Add it to one",
+        "",
+    ]
+    return "\n".join([*lines, "    cpt-merge merge --cpt CPT --vector THIS --ratio 1.0 --out OUT", ""])
