@@ -11,7 +11,7 @@ from typing import Any
 from core.artifact import fingerprint, read_record, stage_key
 from core.errors import UserError
 from core.models import model_directory
-from core.sources import source_files
+from core.sources import Corpus, source_files
 from launcher.recipe import Recipe
 from tracking import Tracker
 
@@ -108,7 +108,8 @@ def _embeddings(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     from merge.embeddings import run as run_stage
 
     run.resized.mkdir(parents=True)
-    return run_stage(run.recipe.embeddings, run.base, run.tokenizer, run.resized, tracker)
+    recipe = run.recipe
+    return run_stage(recipe.embeddings, run.base, run.tokenizer, _new_text(recipe), run.resized, tracker)
 
 
 def _data(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
@@ -153,6 +154,12 @@ def merge_inputs(run: Run, cpt: str) -> dict[str, str]:
     return {"cpt": cpt, "tokenizer": run.finished("tokenizer"), **run.pair_inputs(), **vectors}
 
 
+def _new_text(recipe: Recipe) -> Corpus:
+    """The text in the languages that the tokenizer is extended by."""
+    new = [source for source in recipe.corpus.sources if source.language in recipe.tokenizer.languages()]
+    return recipe.corpus.model_copy(update={"sources": new})
+
+
 def _lists(recipe: Recipe) -> dict[str, str]:
     return {f"list {path}": fingerprint(path) for path in recipe.tokenizer.pieces_from.values()}
 
@@ -171,8 +178,14 @@ STAGES = [
     ),
     Stage(
         "embeddings",
-        lambda r: r.embeddings.model_dump(),
-        lambda run: {"base": fingerprint(run.base), "tokenizer": run.finished("tokenizer")},
+        lambda r: {
+            "embeddings": r.embeddings.model_dump(),
+            **({"corpus": _new_text(r).model_dump()} if r.embeddings.needs_text else {}),
+        },
+        lambda run: {
+            "base": fingerprint(run.base), "tokenizer": run.finished("tokenizer"),
+            **(run.corpus_inputs() if run.recipe.embeddings.needs_text else {}),
+        },
         _embeddings,
         lambda run: run.resized / "config.json",
     ),

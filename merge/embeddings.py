@@ -20,20 +20,25 @@ from checkpoint.vocabulary import MAP_FILE, VocabularyMap
 from checkpoint.writer import CheckpointWriter, Layout, TensorSpec, write_index
 from core.artifact import write_json
 from core.errors import UserError
-from core.progress import Meter, say
+from core.progress import Meter, say, timed
+from core.sources import Corpus
 from merge.config import EmbeddingsConfig
 from merge.finish import GENERATION_FILE, copy_files, resize_config
-from merge.initialisers import INITIALISERS, OldRows
+from merge.focus import MINIMUM, TokenSpace, train_space
+from merge.initialisers import INITIALISERS, OldRows, Task
 from merge.rules import kind_of, model_tensors
 from tracking.tracker import Tracker
 
 _BLOCK = 1 << 22  # elements copied at a time
 
 
-def run(config: EmbeddingsConfig, base: Path, tokenizer: Path, out: Path, tracker: Tracker) -> dict[str, Any]:
+def run(
+    config: EmbeddingsConfig, base: Path, tokenizer: Path, corpus: Corpus, out: Path, tracker: Tracker
+) -> dict[str, Any]:
     """Write the base with rows for the extended vocabulary to `out` (missing or empty) and return row counts and norms.
 
-    Raises `UserError` if the vocabulary map was made for another base.
+    `corpus` is the text in the new languages; it is read if a method needs it. Raises `UserError` if the vocabulary
+    map was made for another base.
     """
     source, vocabulary = Checkpoint.open(base), VocabularyMap.load(tokenizer)
     kept = model_tensors(source)
@@ -46,13 +51,14 @@ def run(config: EmbeddingsConfig, base: Path, tokenizer: Path, out: Path, tracke
             for file in changed
         }
     )
+    space = _space(config, tokenizer, corpus, vocabulary) if config.needs_text else None
     writer = CheckpointWriter(out, layout)
     results = _counts(vocabulary)
     with writer.alone(), Meter("embeddings", layout.nbytes / 1e6, "MB") as meter:
         for name, info in layout.tensors.items():
             _copy(source, name, writer)
             if name in matrices:
-                results[f"{kind_of(name)}_norms"] = _append(config, source, name, vocabulary, writer)
+                results[f"{kind_of(name)}_norms"] = _append(config, source, name, vocabulary, space, writer)
             meter.advance(info.nbytes / 1e6)
         writer.close()
         linked = _link_others(source, kept, changed, writer.directory)
@@ -97,8 +103,26 @@ def _copy(source: Checkpoint, name: str, writer: CheckpointWriter) -> None:
         writer.write_flat(name, start, source.read_flat(name, start, min(start + _BLOCK, size)))
 
 
+def _space(config: EmbeddingsConfig, tokenizer: Path, corpus: Corpus, vocabulary: VocabularyMap) -> TokenSpace:
+    """The space of the text's tokens. Says how many new pieces are not in it."""
+    with timed("embeddings: the new text's tokens"):
+        space = train_space(corpus, tokenizer, vocabulary.rows, config.focus_characters, config.seed)
+    anchors = int(space.known[: vocabulary.base_rows].sum())
+    unknown = sum(not space.known[piece.id] for piece in vocabulary.new) if anchors else len(vocabulary.new)
+    say(
+        f"embeddings: {anchors:,} old tokens of the new text are anchors; {unknown:,} of {len(vocabulary.new):,} new "
+        f"pieces occur in it less than {MINIMUM} times, or have no anchor, and start from their constituents"
+    )
+    return space
+
+
 def _append(
-    config: EmbeddingsConfig, source: Checkpoint, name: str, vocabulary: VocabularyMap, writer: CheckpointWriter
+    config: EmbeddingsConfig,
+    source: Checkpoint,
+    name: str,
+    vocabulary: VocabularyMap,
+    space: TokenSpace | None,
+    writer: CheckpointWriter,
 ) -> dict[str, float]:
     """Write the rows beyond the base's. Returns the mean norm of the old rows and of the new pieces' rows."""
     info, old = source.tensors[name], OldRows(source, name)
@@ -110,7 +134,7 @@ def _append(
         writer.write(name, row, narrow(values, info.dtype))
 
     number, norms = 0, 0.0
-    for rows in INITIALISERS[method](vocabulary.new, old, random):
+    for rows in INITIALISERS[method](Task(vocabulary.new, old, random, space)):
         for row in rows:
             write(vocabulary.new[number].id, row)
             number, norms = number + 1, norms + float(np.linalg.norm(row))

@@ -6,6 +6,7 @@ They yield the rows of the pieces, in order, in batches of float32, so that memo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +16,7 @@ from checkpoint.dtypes import Float32
 from checkpoint.reader import Checkpoint
 from checkpoint.vocabulary import NewPiece
 from merge.config import Method
+from merge.focus import TokenSpace
 
 BATCH = 1024  # rows
 NOISE = 0.01  # of a row's own size: just more than bfloat16's rounding, so that equal rows come apart
@@ -62,61 +64,111 @@ class OldRows:
         return root
 
 
-Initialiser = Callable[[Sequence[NewPiece], OldRows, np.random.Generator], Iterator[Float32]]
+@dataclass(frozen=True)
+class Task:
+    """What is to be initialised, and all that it may be made from."""
+
+    pieces: Sequence[NewPiece]
+    old: OldRows
+    random: np.random.Generator
+    space: TokenSpace | None = None  # of the new text; there for `focus`
 
 
-def constituents(pieces: Sequence[NewPiece], old: OldRows, random: np.random.Generator) -> Iterator[Float32]:
+Initialiser = Callable[[Task], Iterator[Float32]]
+
+
+def constituents(task: Task) -> Iterator[Float32]:
     """The mean of the rows that spelt the piece before, at the old rows' mean norm.
 
     A mean is shorter than what it is made of, hence the norm. Where two rows would be equal (the same constituents
     in another order, or a single one), the later one gets a little noise.
     """
+    old = task.old
     seen: set[tuple[int, ...]] = {(row,) for row in range(old.rows)}
-    for piece in pieces:
+    for piece in task.pieces:
         made_of = tuple(sorted(piece.constituents))
         row = old.gather(piece.constituents).mean(axis=0) if made_of else old.mean.copy()
         norm = float(np.linalg.norm(row))
         if norm > 0:
             row *= old.mean_norm / norm
         if made_of in seen:
-            row += _isotropic(1, old, random)[0] * NOISE
+            row += _isotropic(1, task)[0] * NOISE
         seen.add(made_of)
         yield row[None]
 
 
-def mean(pieces: Sequence[NewPiece], old: OldRows, random: np.random.Generator) -> Iterator[Float32]:
+def focus(task: Task) -> Iterator[Float32]:
+    """The mean of old rows, weighted by how alike their tokens are to the piece in the new text (`merge/focus.py`).
+
+    The old tokens of that text are the anchors. A mean of rows keeps what they have in common, so its norm is left as
+    it is. Pieces that the text has too rarely start from their constituents.
+    """
+    known, anchors = _space(task).known, _anchors(task)
+    rest = [piece for piece in task.pieces if not known[piece.id] or not len(anchors)]
+    others = constituents(replace(task, pieces=rest))
+    for start in range(0, len(task.pieces), BATCH):
+        batch = task.pieces[start : start + BATCH]
+        alike = [len(anchors) > 0 and bool(known[piece.id]) for piece in batch]
+        rows = np.empty((len(batch), task.old.width), np.float32)
+        rows[alike] = _weighted_means(task, [piece.id for piece, yes in zip(batch, alike, strict=True) if yes], anchors)
+        for place in np.flatnonzero(np.logical_not(alike)):
+            rows[place] = next(others)
+        yield rows
+
+
+def _weighted_means(task: Task, tokens: Sequence[int], anchors: NDArray[np.int64]) -> Float32:
+    """Shape (tokens, width). Only anchors that any of the tokens needs are read."""
+    weights = _space(task).weights(np.array(tokens, np.int64), anchors)
+    used = np.flatnonzero(weights.any(axis=0))
+    means: Float32 = weights[:, used] @ task.old.gather(anchors[used].tolist())
+    return means
+
+
+def _anchors(task: Task) -> NDArray[np.int64]:
+    """The old tokens of the new text."""
+    return np.flatnonzero(_space(task).known[: task.old.rows])
+
+
+def _space(task: Task) -> TokenSpace:
+    if task.space is None:
+        raise ValueError("focus needs the space of the new text's tokens")
+    return task.space
+
+
+def mean(task: Task) -> Iterator[Float32]:
     """The mean of all old rows, for all alike."""
-    for count in _batch_sizes(pieces):
-        yield np.tile(old.mean, (count, 1))
+    for count in _batch_sizes(task.pieces):
+        yield np.tile(task.old.mean, (count, 1))
 
 
-def gaussian(pieces: Sequence[NewPiece], old: OldRows, random: np.random.Generator) -> Iterator[Float32]:
+def gaussian(task: Task) -> Iterator[Float32]:
     """Drawn from the normal distribution with the old rows' mean and covariance.
 
     John Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021.
     """
-    for count in _batch_sizes(pieces):
-        drawn = random.standard_normal((count, old.width)) @ old.covariance_root.T
-        yield (old.mean + drawn).astype(np.float32)
+    for count in _batch_sizes(task.pieces):
+        drawn = task.random.standard_normal((count, task.old.width)) @ task.old.covariance_root.T
+        yield (task.old.mean + drawn).astype(np.float32)
 
 
-def isotropic(pieces: Sequence[NewPiece], old: OldRows, random: np.random.Generator) -> Iterator[Float32]:
+def isotropic(task: Task) -> Iterator[Float32]:
     """Drawn around zero, every direction alike, with about the old rows' mean norm."""
-    for count in _batch_sizes(pieces):
-        yield _isotropic(count, old, random)
+    for count in _batch_sizes(task.pieces):
+        yield _isotropic(count, task)
 
 
 INITIALISERS: dict[Method, Initialiser] = {
     "constituents": constituents,
+    "focus": focus,
     "mean": mean,
     "gaussian": gaussian,
     "random": isotropic,
 }
 
 
-def _isotropic(count: int, old: OldRows, random: np.random.Generator) -> Float32:
-    drawn: Float32 = random.standard_normal((count, old.width)).astype(np.float32)
-    drawn *= np.float32(old.mean_norm / np.sqrt(old.width))
+def _isotropic(count: int, task: Task) -> Float32:
+    drawn: Float32 = task.random.standard_normal((count, task.old.width)).astype(np.float32)
+    drawn *= np.float32(task.old.mean_norm / np.sqrt(task.old.width))
     return drawn
 
 

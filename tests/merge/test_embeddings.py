@@ -9,17 +9,25 @@ from safetensors.torch import load_file
 from checkpoint.reader import Checkpoint
 from checkpoint.vocabulary import NewPiece, VocabularyMap
 from core.errors import UserError
+from core.sources import Corpus, Source
 from merge import EmbeddingsConfig
 from merge.embeddings import run
-from merge.initialisers import INITIALISERS, OldRows
+from merge.initialisers import INITIALISERS, OldRows, Task
 from tests.merge.conftest import BASE_ROWS, CPT_ROWS, NEW, make_family, save_weights
 from tests.merge.test_merge_run import load
 
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
+SENTENCES = ["the ing and all in the ing", "and all ed in the de", "an all ing ed the de and", "in an ing ed the all"]
+UNSEEN = "ly"  # the only new piece that is not in them
+
+
 def resize(family, out, tracker, **config):
-    return run(EmbeddingsConfig(**config), family.base, family.tokenizer, out, tracker)
+    text = family.root / "text.txt"
+    text.write_text("\n".join(SENTENCES * 10))
+    corpus = Corpus(sources=[Source(path=str(text), language="en")])
+    return run(EmbeddingsConfig(**config), family.base, family.tokenizer, corpus, out, tracker)
 
 
 def pieces(family):
@@ -86,11 +94,11 @@ def test_the_moments_of_what_is_drawn(tmp_path):
     old = OldRows(Checkpoint.open(tmp_path), "x")
     rows = load(tmp_path)["x"].numpy().astype("f8")
     many = [NewPiece(number, "", [0]) for number in range(20_000)]
-    drawn = np.concatenate(list(INITIALISERS["gaussian"](many, old, np.random.default_rng(0))))
+    drawn = np.concatenate(list(INITIALISERS["gaussian"](Task(many, old, np.random.default_rng(0)))))
     np.testing.assert_allclose(old.mean, rows.mean(0), rtol=1e-5)
     np.testing.assert_allclose(drawn.mean(0), rows.mean(0), atol=0.1)
     np.testing.assert_allclose(np.cov(drawn.T), np.cov(rows.T), atol=0.4)
-    drawn = np.concatenate(list(INITIALISERS["random"](many, old, np.random.default_rng(0))))
+    drawn = np.concatenate(list(INITIALISERS["random"](Task(many, old, np.random.default_rng(0)))))
     np.testing.assert_allclose(drawn.mean(0), 0, atol=0.1)
     assert np.sqrt((drawn**2).sum(1).mean()) == pytest.approx(old.mean_norm, rel=0.02)
 
