@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from checkpoint.token_changes import TokenChanges
 from core.config import apply_override, parse_section
 from core.errors import UserError
 from core.models import model_directory
@@ -158,9 +159,8 @@ def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> Non
         raise UserError("nothing would be merged; mend what is listed above.") from None
     for row in _table(the_plan):
         console.print(escape(row))
-    if the_plan.tokens:
-        for line in describe(the_plan.tokens, the_plan.cpt_rows):
-            console.print(escape(line))
+    for line in describe(the_plan.changes or TokenChanges(), the_plan.cpt_rows, the_plan.rows):
+        console.print(escape(line))
     for vector in the_plan.vectors:
         counts = ", ".join(f"{count:,} {role}" for role, count in vector.rows.counts().items() if count)
         console.print(f"rows of the {vector.label}: {counts}")

@@ -99,29 +99,29 @@ def align_rows(
     alignment = RowAlignment(
         np.full(output.rows, Role.PADDING, np.uint8), np.full(output.rows, -1), np.full(output.rows, -1)
     )  # fmt: skip
-    format_tokens = chat_format(base, chat)
+    of_format = format_tokens(base, chat)
     if first and map:
-        format_tokens |= {token.token for token in map.chat}
+        of_format |= {token.token for token in map.chat}
     for token, row in output.ids.items():
         alignment.base[row] = base.ids.get(token, -1)
         alignment.chat[row] = chat.ids.get(token, -1)
-        alignment.role[row] = _role(token, format_tokens, base, chat, first)
+        alignment.role[row] = _role(token, of_format, base, chat, first)
     if first:
-        alignment.chat_tokens.extend(sorted(format_tokens, key=lambda token: output.ids[token]))
+        alignment.chat_tokens.extend(sorted(of_format, key=lambda token: output.ids[token]))
     unmatched = np.flatnonzero(alignment.role == Role.UNMATCHED).tolist()
     alignment.unmatched.extend(output.tokens[row] for row in unmatched)
     return alignment
 
 
-def _role(token: str, format_tokens: set[str], base: TokenizerFiles, chat: TokenizerFiles, first: bool) -> Role:
-    if token in format_tokens:
+def _role(token: str, of_format: set[str], base: TokenizerFiles, chat: TokenizerFiles, first: bool) -> Role:
+    if token in of_format:
         return Role.CHAT if first else Role.UNMATCHED
     if token not in base.ids:
         return Role.NEW
     return Role.SHARED if token in chat.ids else Role.UNMATCHED
 
 
-def chat_format(base: TokenizerFiles, chat: TokenizerFiles) -> set[str]:
+def format_tokens(base: TokenizerFiles, chat: TokenizerFiles) -> set[str]:
     """The tokens whose rows come from the chat model."""
     beyond_base = {token for token in chat.added if token not in base.ids}
     untrained = {token for token in chat.format_tokens() if token not in base.roles.values()}

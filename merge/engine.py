@@ -68,8 +68,9 @@ def merge_files(plan: MergePlan, work: Work) -> list[Statistics]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    work.sync()
+    work.start_sync()
     if not world.is_main:
+        work.finish_sync()
         return []
     work.wait(lambda: len(work.finished_blocks()) == len(blocks), "the other processes")
     return _summed(plan, blocks, work.finished_blocks())

@@ -25,11 +25,12 @@ from checkpoint.writer import CheckpointWriter, Layout, TensorSpec, natural
 from core.artifact import fingerprint, installed_versions, write_json, write_text
 from core.errors import UserError
 from core.progress import Meter, say
-from merge.align import RowPairs, chat_format
+from merge.align import RowPairs, format_tokens
 from merge.card import LICENCE_FIELDS, front_matter
+from merge.chat_format import CONFIG_FILE, GENERATION_FILE
 from merge.config import Dtype
 from merge.engine import MAX_THREADS
-from merge.finish import GENERATION_FILE, copy_files
+from merge.finish import copy_files
 from merge.plan import is_by_token, open_fitting
 from merge.rules import model_tensors, vocabulary_rows
 from merge.slices import keep_freed_memory, rounded
@@ -79,7 +80,7 @@ def _chat_rows(pair: Pair) -> dict[str, Any]:
     rows, of_format = np.full(count, -1, np.int64), np.zeros(count, np.bool_)
     for token, row in chat.ids.items():
         rows[row] = base.ids.get(token, -1)
-    of_format[[chat.ids[token] for token in chat_format(base, chat) if token in chat.ids]] = True
+    of_format[[chat.ids[token] for token in format_tokens(base, chat) if token in chat.ids]] = True
     return {"base": rows, "format": of_format}
 
 
@@ -140,7 +141,7 @@ def _describe(pair: Pair, squares: dict[str, float], dtype: Dtype, directory: Pa
 
 
 def _copy_model_files(model: Checkpoint, directory: Path) -> None:
-    names = ("config.json", GENERATION_FILE, *TOKENIZER_FILES)
+    names = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
     copy_files([model.directory / name for name in names], directory)
 
 

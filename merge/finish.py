@@ -11,24 +11,22 @@ from typing import Any
 from checkpoint import token_changes
 from checkpoint.dtypes import FLOATS, TORCH_NAMES
 from checkpoint.reader import Checkpoint, read_json
-from checkpoint.tokenizer import TOKENIZER_FILES, TokenizerFiles, read_stop_ids
+from checkpoint.tokenizer import TOKENIZER_FILES
 from checkpoint.vocabulary import MAP_FILE
 from checkpoint.writer import Layout
 from core.artifact import fingerprint, installed_versions, write_json, write_text
 from core.progress import say
 from merge import report
 from merge.card import model_card
+from merge.chat_format import CONFIG_FILE, GENERATION_FILE
 from merge.plan import MergePlan
 from merge.statistics import Statistics
 from merge.vectors import Extracted, read_description
 
-CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
-GENERATION_FILE = "generation_config.json"
-
 
 def write_trained(source: Checkpoint, layout: Layout, tokenizer: Path, directory: Path) -> None:
     """Complete a checkpoint of trained weights: as `source`, with the extended tokenizer and its map."""
-    write_json(directory / "config.json", model_config(source, layout))
+    write_json(directory / CONFIG_FILE, model_config(source, layout))
     copy_files([source.directory / GENERATION_FILE], directory)
     copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], directory)
 
@@ -40,12 +38,11 @@ def write_merged(
 
     `digest` is the merge's, `cpt` says what the plan's CPT directory is to the result.
     """
-    stops = stop_ids(plan)
     config = model_config(plan.cpt, plan.layout())
-    if plan.tokens and plan.tokens.rows != plan.cpt_rows:
-        config = resize_config(config, plan.tokens.rows)
-    write_json(directory / "config.json", {**config, **_ids(plan, "config.json", stops)})
-    write_json(directory / GENERATION_FILE, generation_config(plan, stops))
+    if plan.rows != plan.cpt_rows:
+        config = resize_config(config, plan.rows)
+    write_json(directory / CONFIG_FILE, {**config, **plan.format.special_ids[CONFIG_FILE]})
+    write_json(directory / GENERATION_FILE, generation_config(plan))
     write_tokenizer(plan, directory)
     differences = config_differences(plan)
     for difference in differences:
@@ -56,7 +53,7 @@ def write_merged(
         "inputs": {name: {"name": path.name, "fingerprint": fingerprint(path)} for name, path in inputs.items()},
         "versions": installed_versions(),
         "config_differences": differences,
-        "stop_ids": stops,
+        "stop_ids": plan.format.stop_ids,
     }
     _add_known_norms(plan, statistics)
     results = report.write(plan, statistics, origin, directory)
@@ -90,78 +87,30 @@ def resize_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
     return resized
 
 
-def stop_ids(plan: MergePlan) -> list[int]:
-    """Every id that ends a reply, in the output's vocabulary: chat's first, then base's."""
-    chat = [*read_stop_ids(plan.chat.source.chat_directory), *_role_ids(plan, "eos_token")]
-    base = read_stop_ids(plan.chat.source.base_directory)
-    tokenizers = plan.chat.tokenizers
-    if tokenizers is None:
-        return list(dict.fromkeys([*chat, *base]))
-    mapped = [*_mapped(chat, tokenizers.chat, plan), *_mapped(base, tokenizers.base, plan)]
-    return list(dict.fromkeys(mapped))
-
-
-def _role_ids(plan: MergePlan, role: str) -> list[int]:
-    tokenizers = plan.chat.tokenizers
-    if tokenizers is None or role not in tokenizers.chat.roles:
-        return []
-    return [tokenizers.chat.ids[tokenizers.chat.roles[role]]]
-
-
-def _mapped(ids: list[int], source: TokenizerFiles, plan: MergePlan) -> list[int]:
-    """Ids of one tokenizer as ids of the output's, by token string; one that has no token is said and left out."""
-    assert plan.tokens is not None
-    found = []
-    for number in ids:
-        token = source.tokens.get(number)
-        if token in plan.tokens.ids:
-            found.append(plan.tokens.ids[token])
-        else:
-            say(f"merge: {source.directory} names the id {number}, which has no token in the output; it is left out")
-    return found
-
-
-def _ids(plan: MergePlan, file: str, stops: list[int]) -> dict[str, Any]:
-    """The special ids of chat's configuration file, in the output's vocabulary."""
-    path = plan.chat.source.chat_directory / file
-    config = read_json(path) if path.is_file() else {}
-    values: dict[str, Any] = {}
-    for name in ("bos_token_id", "pad_token_id"):
-        if isinstance(config.get(name), int):
-            ids = [config[name]]
-            ids = ids if plan.chat.tokenizers is None else _mapped(ids, plan.chat.tokenizers.chat, plan)
-            if ids:
-                values[name] = ids[0]
-    if stops:
-        values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-    return values
-
-
-def generation_config(plan: MergePlan, stops: list[int]) -> dict[str, Any]:
+def generation_config(plan: MergePlan) -> dict[str, Any]:
     """How to sample, from the chat model (else from CPT), with all stop ids."""
     sources = [directory / GENERATION_FILE for directory in (plan.chat.source.chat_directory, plan.cpt.directory)]
     settings = next((read_json(path) for path in sources if path.is_file()), {})
-    return {**settings, **_ids(plan, GENERATION_FILE, stops)}
+    return {**settings, **plan.format.special_ids[GENERATION_FILE]}
 
 
 def write_tokenizer(plan: MergePlan, directory: Path) -> None:
     """The extended tokenizer, with the chat model's template, its special tokens, and its bos, eos and pad."""
     copy_files([plan.tokenizer / name for name in TOKENIZER_FILES], directory)
-    if plan.chat.tokenizers is None or plan.tokens is None:
+    if plan.changes is None:
         return
-    chat = plan.chat.tokenizers.chat
-    token_changes.apply(plan.tokens.changes, directory, chat.directory)
-    roles = {role: token for role, token in chat.roles.items() if role in CARRIED_ROLES}
+    chat = plan.chat.source.chat_directory
+    token_changes.apply(plan.changes, directory, chat)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (directory / name).is_file():
-            config = {**read_json(directory / name), **roles}
-            if chat.chat_template:
+            config = {**read_json(directory / name), **plan.format.roles}
+            if plan.format.template:
                 config.pop("chat_template", None)  # it has a file of its own
             write_json(directory / name, config)
-    if chat.chat_template:
-        write_text(directory / "chat_template.jinja", chat.chat_template)
+    if plan.format.template:
+        write_text(directory / "chat_template.jinja", plan.format.template)
     else:
-        say(f"merge: {chat.directory} has no chat template, so the output has none of its")
+        say(f"merge: {chat} has no chat template, so the output has none of its")
 
 
 def copy_files(paths: list[Path], directory: Path) -> None:
@@ -185,7 +134,7 @@ def config_differences(plan: MergePlan) -> list[str]:
     """`field is a in cpt, b in chat` for every field of config.json in which the models differ."""
     source = plan.chat.source
     paths = {"cpt": plan.cpt.directory, "base": source.base_directory, "chat": source.chat_directory}
-    configs = {label: _normal(read_json(path / "config.json")) for label, path in paths.items()}
+    configs = {label: _normal(read_json(path / CONFIG_FILE)) for label, path in paths.items()}
     found = []
     for name in sorted(set().union(*configs.values()) - EXPECTED_TO_DIFFER):
         stated = {label: config for label, config in configs.items() if name in config or name in SAID_BY_ABSENCE}

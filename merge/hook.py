@@ -146,7 +146,7 @@ def merge_shards(
 def plan_for_shards(config: MergeConfig, inputs: MergeInputs) -> MergePlan:
     """The plan of a merge in memory. Raises `UserError` also where the output would need rows that were not trained."""
     the_plan = plan(config, inputs)
-    if the_plan.tokens and the_plan.tokens.rows > the_plan.cpt_rows:
+    if the_plan.rows > the_plan.cpt_rows:
         raise UserError(
             f"{inputs.tokenizer} lacks tokens of {the_plan.chat.source.chat_directory} and has no row left for them; "
             "make the tokenizer with this chat model, or merge from files after training."

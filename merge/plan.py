@@ -10,6 +10,7 @@ from pathlib import Path
 
 from checkpoint.dtypes import FLOATS, TORCH_NAMES
 from checkpoint.reader import Checkpoint, TensorInfo
+from checkpoint.token_changes import TokenChanges
 from checkpoint.tokenizer import TokenizerFiles
 from checkpoint.vocabulary import MAP_FILE, VocabularyMap
 from checkpoint.writer import Layout, TensorSpec, beside, check_free, check_room, natural
@@ -25,10 +26,11 @@ from merge.align import (
     check_nothing_is_lost,
     check_rows,
 )
+from merge.chat_format import ChatFormat, read_format
 from merge.config import MergeConfig, VectorConfig
 from merge.rules import Treatment, check_rules, count_layers, is_tied, kind_of, model_tensors, treatment_of
 from merge.rules import vocabulary_rows as count_rows
-from merge.tokens import OutputTokens, output_tokens
+from merge.tokens import output_tokens
 from merge.vectors import Extracted, Pair, Vector, read_description
 
 _SHOWN_PROBLEMS = 5
@@ -68,12 +70,11 @@ class Tokenizers:
 
 @dataclass(frozen=True)
 class PlannedVector:
-    """A vector, and how its rows meet the output's. `tokenizers` is None where rows meet by position."""
+    """A vector, and how its rows meet the output's."""
 
     label: str
     source: Vector
     rows: RowAlignment
-    tokenizers: Tokenizers | None
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,23 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The whole merge. `cpt` gives names and shapes; its values may come from elsewhere (the hook)."""
+    """The whole merge. `cpt` gives names and shapes; its values may come from elsewhere (the hook).
+
+    It holds what was decided by the tokenizers, not their vocabularies, which take more memory than the merge.
+    """
 
     config: MergeConfig
     cpt: Checkpoint
     vectors: list[PlannedVector]
     tokenizer: Path
-    tokens: OutputTokens | None  # None where rows meet by position
+    changes: TokenChanges | None  # None where rows meet by position
+    format: ChatFormat
     tensors: list[PlannedTensor]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the output's matrices."""
+        return self.chat.rows.rows
 
     @property
     def chat(self) -> PlannedVector:
@@ -139,17 +149,16 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     problems = fit_problems(models, tensors) + _lacking_problems(config, sources)
     with _collected(problems):
         check_rules(names, config)
-    tokens: OutputTokens | None = None
     vectors: list[PlannedVector] = []
     with _collected(problems):
-        tokens, vectors = _align(config, cpt, inputs.tokenizer, sources)
+        changes, format, vectors = _align(config, cpt, inputs.tokenizer, sources)
     if out is not None:
         problems += _output_problems(models, out)
     if problems:
         raise RefusedError(problems)
-    rows, layers = tokens.rows if tokens else count_rows(cpt), count_layers(names)
+    rows, layers = vectors[0].rows.rows, count_layers(names)
     planned = [_planned(tensors["cpt"][name], sources[0], rows, config, layers) for name in names]
-    the_plan = MergePlan(config, cpt, vectors, inputs.tokenizer, tokens, planned)
+    the_plan = MergePlan(config, cpt, vectors, inputs.tokenizer, changes, format, planned)
     if out is not None:
         check_output(the_plan, out)
     return the_plan
@@ -280,32 +289,31 @@ def _lacking_problems(config: MergeConfig, sources: list[Vector]) -> list[str]:
 
 def _align(
     config: MergeConfig, cpt: Checkpoint, tokenizer: Path, sources: list[Vector]
-) -> tuple[OutputTokens | None, list[PlannedVector]]:
-    """The output's tokens, and each vector with its rows aligned to them."""
+) -> tuple[TokenChanges | None, ChatFormat, list[PlannedVector]]:
+    """How the tokenizer changes, the chat format, and each vector with its rows aligned to the output's."""
     extended = TokenizerFiles.read(tokenizer)
-    tokenizers = [_tokenizers(source) for source in sources]
-    of_chat = tokenizers[0]
-    if extended is None or of_chat is None or any(pair is None for pair in tokenizers):
-        return None, _by_position(cpt, sources)
-    has_map = (tokenizer / MAP_FILE).is_file()
-    map = VocabularyMap.load(tokenizer) if has_map else None
+    pairs = [pair for pair in map(_tokenizers, sources) if pair is not None]
+    if extended is None or len(pairs) < len(sources):
+        format = read_format(sources[0].base_directory, sources[0].chat_directory, None, None, None)
+        return None, format, _by_position(cpt, sources)
+    map_of_rows = VocabularyMap.load(tokenizer) if (tokenizer / MAP_FILE).is_file() else None
     check_rows(extended, count_rows(cpt))
-    tokens = output_tokens(extended, of_chat.base, of_chat.chat, count_rows(cpt), config.token_map)
-    check_map(map, tokens, of_chat.chat)
-    if config.new_rows == "constituents" and map is None:
+    tokens = output_tokens(extended, pairs[0].base, pairs[0].chat, count_rows(cpt), config.token_map)
+    check_map(map_of_rows, tokens, pairs[0].chat)
+    if config.new_rows == "constituents" and map_of_rows is None:
         raise UserError(
             f"{tokenizer} holds no vocabulary map, which merge.new_rows: constituents needs; set new_rows: keep."
         )
     vectors = []
-    for number, (source, pair) in enumerate(zip(sources, tokenizers, strict=True)):
-        assert pair is not None
+    for number, (source, pair) in enumerate(zip(sources, pairs, strict=True)):
         _check_tokenizers(source, pair)
         check_nothing_is_lost(extended.directory, tokens, pair.base, pair.chat, number == 0)
-        rows = align_rows(tokens, pair.base, pair.chat, map, number == 0)
-        if config.new_rows == "constituents" and map is not None:
-            add_constituents(rows, map, tokens, pair.base, pair.chat)
-        vectors.append(PlannedVector(_label(number), source, rows, pair))
-    return tokens, vectors
+        rows = align_rows(tokens, pair.base, pair.chat, map_of_rows, number == 0)
+        if config.new_rows == "constituents" and map_of_rows is not None:
+            add_constituents(rows, map_of_rows, tokens, pair.base, pair.chat)
+        vectors.append(PlannedVector(_label(number), source, rows))
+    format = read_format(sources[0].base_directory, sources[0].chat_directory, pairs[0].base, pairs[0].chat, tokens)
+    return tokens.changes, format, vectors
 
 
 def _label(number: int) -> str:
@@ -337,7 +345,7 @@ def _by_position(cpt: Checkpoint, sources: list[Vector]) -> list[PlannedVector]:
         )
     say(f"merge: a directory has no tokenizer; the {rows['cpt']} rows of the models are taken as equal")
     aligned = align_by_position(rows["cpt"])
-    return [PlannedVector(_label(number), source, aligned, None) for number, source in enumerate(sources)]
+    return [PlannedVector(_label(number), source, aligned) for number, source in enumerate(sources)]
 
 
 def is_by_token(name: str) -> bool:

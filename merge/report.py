@@ -54,12 +54,11 @@ def write(plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, An
         }
         for vector, part in zip(plan.vectors, statistics, strict=True)
     }
-    appended = plan.tokens.changes if plan.tokens else None
     full = {
         **results,
         **origin,
         "config": plan.config.model_dump(),
-        "token_changes": asdict(appended) if appended else {},
+        "token_changes": asdict(plan.changes) if plan.changes else {},
         "unmatched_tokens": rows.unmatched,
         "vectors": of_vectors,
         "tensors": tensors,

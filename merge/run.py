@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from checkpoint.token_changes import TokenChanges
 from core.artifact import fingerprint
 from core.errors import Interrupted, UserError
 from core.progress import say
@@ -15,7 +16,8 @@ from merge import ancestry, finish, report
 from merge.config import MergeConfig
 from merge.engine import merge_files
 from merge.plan import MergeInputs, MergePlan, check_output, plan
-from merge.tokens import say_changes
+from merge.slices import give_back_freed_memory
+from merge.tokens import describe
 from merge.work import Work
 from tracking.tracker import Tracker
 
@@ -36,8 +38,8 @@ def run(config: MergeConfig, inputs: MergeInputs, out: Path, tracker: Tracker) -
         return finished if world.is_main else {}
     if world.is_main:
         check_output(the_plan, out)
-        if the_plan.tokens:
-            say_changes(the_plan.tokens, the_plan.cpt_rows)
+        for line in describe(the_plan.changes or TokenChanges(), the_plan.cpt_rows, the_plan.rows):
+            say(f"merge: {line}")
         report.warn(ancestry.warnings(the_plan, ancestry.sample(the_plan)))
     work = Work(out, the_plan.layout(), digest(the_plan), world)
     work.open()
@@ -57,6 +59,7 @@ def _merge(the_plan: MergePlan, work: Work, out: Path, tracker: Tracker, world: 
         work.close()
         work.wait(lambda: report.read_finished(out, work.digest) is not None, "the first process to finish")
         return {}
+    give_back_freed_memory()
     results = finish.write_merged(the_plan, statistics, work.directory, work.digest)
     work.publish()
     report.log(results, out, tracker)

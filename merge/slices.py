@@ -6,6 +6,7 @@ the vocabulary. Everything is computed in chunks that stay in a core's cache.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -193,6 +194,13 @@ def keep_freed_memory() -> None:
     freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). So one is freed, untouched. Harmless elsewhere.
     """
     np.empty(31 << 20, np.uint8)
+
+
+def give_back_freed_memory() -> None:
+    """Let malloc return what is free, before something else (the figure) needs memory of its own."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def rounded(values: Float32, dtype: str, name: str) -> Array:

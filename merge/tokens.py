@@ -19,7 +19,6 @@ from functools import cached_property
 from checkpoint.token_changes import TokenChanges
 from checkpoint.tokenizer import TokenizerFiles
 from core.errors import UserError
-from core.progress import say
 
 ROW_MULTIPLE = 64  # new rows come in such numbers where CPT's did, so that tensor cores and shards divide
 
@@ -76,21 +75,15 @@ def _check_map(token_map: Mapping[str, str], cpt: TokenizerFiles, chat: Tokenize
         raise UserError("merge.token_map gives one token of CPT to two of chat; correct it.")
 
 
-def describe(output: OutputTokens, cpt_rows: int) -> list[str]:
+def describe(changes: TokenChanges, cpt_rows: int, rows: int) -> list[str]:
     """A line for each kind of change."""
     lines = []
-    if output.changes.renamed:
-        pairs = ", ".join(f"{reserved} -> {token}" for token, reserved in output.changes.renamed.items())
+    if changes.renamed:
+        pairs = ", ".join(f"{reserved} -> {token}" for token, reserved in changes.renamed.items())
         lines.append(f"reserved tokens take the chat model's names: {pairs}")
-    if output.changes.appended:
-        tokens = ", ".join(f"{token} at {number}" for token, number in output.changes.appended.items())
+    if changes.appended:
+        tokens = ", ".join(f"{token} at {number}" for token, number in changes.appended.items())
         lines.append(f"tokens of the chat format that CPT lacks: {tokens}")
-    if output.rows > cpt_rows:
-        lines.append(f"the matrices grow from {cpt_rows:,} to {output.rows:,} rows")
+    if rows > cpt_rows:
+        lines.append(f"the matrices grow from {cpt_rows:,} to {rows:,} rows")
     return lines
-
-
-def say_changes(output: OutputTokens, cpt_rows: int) -> None:
-    """Say what changes."""
-    for line in describe(output, cpt_rows):
-        say(f"merge: {line}")

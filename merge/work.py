@@ -7,7 +7,7 @@ Everything here is a function of the plan's digest, so nobody has to agree with 
     ranges-*.json       what one process found of whole tensors (`merge/ranges.py`)
 
 A block's line follows its bytes. They may still lie in the system's memory then, so a line counts in two cases: a later
-line says that everything before it was synced to disk, or the machine has not been started anew since. Blocks that are
+line says that so many blocks were synced to disk, or the machine has not been started anew since. Blocks that are
 written twice get the same bytes.
 """
 
@@ -20,6 +20,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ class Work:
         self.directory = self.files.directory
         self._lock: int | None = None
         self._journal: int | None = None
-        self._unsynced = 0
+        self._noted = 0  # blocks in the journal
+        self._unsynced = 0  # bytes written since the last sync began
+        self._syncer = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
 
     def open(self) -> None:
         """Make the directory, or find it as an earlier attempt left it. Raises `UserError` if it is in use."""
@@ -102,17 +106,26 @@ class Work:
     # --- blocks ---
 
     def note(self, block: int, sums: BlockSums, nbytes: int) -> None:
-        """Block number `block` is written. Now and then everything is synced."""
+        """Block number `block` is written. Now and then everything is synced, while the work goes on."""
         self._line({"block": block, "sums": [astuple(of_vector) for of_vector in sums]})
+        self._noted += 1
         self._unsynced += nbytes
-        if self._unsynced >= SYNC_BYTES:
-            self._unsynced = 0
-            self.sync()
+        if self._unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            self.start_sync()
 
-    def sync(self) -> None:
-        """Make durable what this process wrote, and say so."""
+    def start_sync(self) -> None:
+        """Make durable what this process has noted, in the background."""
+        self._unsynced = 0
+        self._syncing = self._syncer.submit(self._sync, self._noted)
+
+    def finish_sync(self) -> None:
+        """Wait until that is done. Raises what went wrong."""
+        if self._syncing is not None:
+            self._syncing.result()
+
+    def _sync(self, noted: int) -> None:
         self.files.sync()
-        self._line({"synced": True})
+        self._line({"synced": noted})
         if self._journal is not None:
             os.fdatasync(self._journal)
 
@@ -143,6 +156,7 @@ class Work:
 
     def publish(self) -> None:
         """Remove what is only of use during the merge, and let the directory take its name."""
+        self.finish_sync()
         self.close()
         for pattern in ("written-*.jsonl", "ranges-*.json"):
             for path in self.directory.glob(pattern):
@@ -151,6 +165,7 @@ class Work:
 
     def close(self) -> None:
         """Give up the files, and the lock. The work can be continued."""
+        self._syncer.shutdown()
         self.files.release()
         for handle in (self._journal, self._lock):
             if handle is not None:
@@ -166,10 +181,10 @@ class Work:
 def _trusted(journal: bytes) -> Iterable[tuple[int, BlockSums]]:
     """The blocks that a journal vouches for. Its last line may be cut off."""
     lines = [json.loads(line) for line in journal.split(b"\n")[:-1]]
-    synced = [place for place, line in enumerate(lines) if "synced" in line]
-    same_boot = bool(lines) and lines[0].get("boot") == _boot()
-    counted = lines if same_boot else lines[: synced[-1]] if synced else []
-    return [(line["block"], [Sums(*values) for values in line["sums"]]) for line in counted if "block" in line]
+    blocks = [(line["block"], [Sums(*values) for values in line["sums"]]) for line in lines if "block" in line]
+    if lines and lines[0].get("boot") == _boot():
+        return blocks
+    return blocks[: max((line["synced"] for line in lines if "synced" in line), default=0)]
 
 
 def _boot() -> str:

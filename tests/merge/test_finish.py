@@ -42,7 +42,7 @@ def test_licences_are_carried(untied, base, chat, line):
 def test_an_id_without_a_token_is_left_out(untied, capsys):
     (untied.chat / "generation_config.json").write_text('{"eos_token_id": [2, 39]}')
     the_plan = plan(MergeConfig(), inputs_of(untied))
-    assert finish.stop_ids(the_plan) == [2, 35]
+    assert the_plan.format.stop_ids == [2, 35]
     assert "39, which has no token" in capsys.readouterr().err
 
 

@@ -1,0 +1,334 @@
+"""The merge, measured.
+
+    python -m benchmarks.merge prepare DIR                        models of 1.1 B parameters in bf16, about 9 GB
+    python -m benchmarks.merge speed DIR [--venv V] [--scripts S] against the disk, and the peers side by side
+    python -m benchmarks.merge cold DIR                           inputs that are not in the page cache
+    python -m benchmarks.merge memory DIR                         peak memory, and with three times the layers
+    python -m benchmarks.merge processes DIR                      one and two processes, one core each
+    python -m benchmarks.merge kill DIR                           killed ten times, then compared with undisturbed
+    python -m benchmarks.merge methods DIR                        TIES, DARE, the gate, two vectors
+
+Peers: V is a virtual environment with mergekit (pip install mergekit==0.1.5), S a clone of aqweteddy/ChatVector.
+Results are printed and written to DIR/merge-*.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import peers
+from benchmarks.checkpoints import Shape
+from benchmarks.checkpoints import prepare as prepare_models
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+READ_BLOCK = 1 << 22
+
+
+@dataclass
+class Cost:
+    """What one command took: seconds of wall and of CPU, peak resident and peak anonymous memory in MB."""
+
+    wall: float
+    cpu: float
+    rss: float
+    anonymous: float
+
+
+def measure(command: list[str], environment: dict[str, str] | None = None) -> Cost:
+    """Run a command. Raises `SystemExit` with its output if it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    peak = _Sampler(process.pid)
+    output = process.stdout.read() if process.stdout else b""
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - started
+    peak.stop()
+    if status != 0:
+        raise SystemExit(f"{' '.join(command)}\n{output.decode()}")
+    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3, peak.megabytes)
+
+
+class _Sampler:
+    """Peak anonymous memory of a process, looked at every 20 ms."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.megabytes, self._running = pid, 0.0, True
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while self._running:
+            try:
+                lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+            except OSError:
+                return
+            anonymous = [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]
+            self.megabytes = max([self.megabytes, *(kilobytes * 1.024e-3 for kilobytes in anonymous)])
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self._running = False
+        self._thread.join()
+
+
+def merge_command(folder: Path, cpt: str, out: Path, *settings: str) -> list[str]:
+    """Ours, as a user types it."""
+    base, chat = folder / "base", folder / "chat"
+    models = ["--cpt", str(folder / cpt), "--base", str(base), "--chat", str(chat), "--out", str(out)]
+    return [str(Path(sys.executable).with_name("cpt-merge")), "merge", *models, *settings]
+
+
+def input_files(folder: Path, cpt: str = "cpt") -> list[Path]:
+    """The weights that a merge reads."""
+    return sorted(file for model in ("base", "chat", cpt) for file in (folder / model).glob("*.safetensors"))
+
+
+def read_all(files: list[Path]) -> float:
+    """Seconds to read files once."""
+    started, buffer = time.perf_counter(), bytearray(READ_BLOCK)
+    for file in files:
+        with open(file, "rb", buffering=0) as handle:
+            while handle.readinto(buffer):
+                pass
+    return time.perf_counter() - started
+
+
+def write_durably(path: Path, nbytes: int) -> float:
+    """Seconds to write that much and have it on disk, as a merge does."""
+    started, block = time.perf_counter(), os.urandom(READ_BLOCK)
+    with open(path, "wb", buffering=0) as handle:
+        for _ in range(nbytes // READ_BLOCK):
+            handle.write(block)
+        os.fsync(handle.fileno())
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return seconds
+
+
+def digest(directory: Path) -> str:
+    """sha256 of all weights."""
+    found = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        with open(file, "rb") as handle:
+            while part := handle.read(READ_BLOCK):
+                found.update(part)
+    return found.hexdigest()
+
+
+@app.command()
+def prepare(folder: Path) -> None:
+    """Make the models; those that are there are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare_models(folder)
+
+
+@app.command()
+def speed(
+    folder: Path,
+    rounds: int = 5,
+    venv: Annotated[Path | None, typer.Option(help="with mergekit")] = None,
+    scripts: Annotated[Path | None, typer.Option(help="the authors'")] = None,
+    peer_rounds: int = 3,
+) -> None:
+    """Wall, CPU and memory of whole commands with start-up, in turn; the page cache is warm."""
+    out, nbytes = folder / "out", sum(file.stat().st_size for file in (folder / "cpt").glob("*.safetensors"))
+    commands: dict[str, Callable[[], Cost]] = {
+        "ours": lambda: measure(merge_command(folder, "cpt", out)),
+        "ours, 48,000 rows": lambda: measure(merge_command(folder, "cpt48k", out)),
+        "ours, --help": lambda: measure([*merge_command(folder, "cpt", out)[:2], "--help"]),
+        "ours, plan": lambda: measure(
+            [*merge_command(folder, "cpt", out)[:2], "plan", *merge_command(folder, "cpt", out)[2:]]
+        ),
+    }
+    others = _peers(folder, out, venv, scripts)
+    results: dict[str, list[dict[str, float]]] = {}
+    for number in range(rounds):
+        read, write = read_all(input_files(folder)), write_durably(folder / "raw", nbytes)
+        results.setdefault("read 3, write 1", []).append(asdict(Cost(read + write, 0, 0, 0)))
+        here = {**commands, **(others if number < peer_rounds else {})}
+        for name, run in here.items():
+            shutil.rmtree(out, ignore_errors=True)
+            cost = run()
+            results.setdefault(name, []).append(asdict(cost))
+            print(f"round {number + 1}: {name}: {cost}", flush=True)
+        print(f"round {number + 1}: read {read:.2f} s, write {write:.2f} s", flush=True)
+    shutil.rmtree(out, ignore_errors=True)
+    _show(results)
+    (folder / "merge-speed.json").write_text(json.dumps(results, indent=1))
+
+
+def _peers(folder: Path, out: Path, venv: Path | None, scripts: Path | None) -> dict[str, Callable[[], Cost]]:
+    base, chat, cpt, long = (folder / name for name in ("base", "chat", "cpt", "cpt48k"))
+    found: list[peers.Peer] = []
+    if venv is not None:
+        found += [
+            peers.mergekit_linear(venv, cpt, base, chat, 1.0, out),
+            peers.mergekit_task_arithmetic(venv, cpt, base, chat, 1.0, out),
+            peers.mergekit_linear(venv, long, base, chat, 1.0, out, tokenizer=long),
+        ]
+        if scripts is not None:
+            found.append(peers.chat_vector(venv, scripts, cpt, [(base, chat)], [1.0], out, skip_embed=False))
+    return {peer.name: lambda peer=peer: _peer_cost(peer) for peer in found}  # type: ignore[misc]
+
+
+def _peer_cost(peer: peers.Peer) -> Cost:
+    """All commands of a peer: times add up, of the memory the larger counts."""
+    costs = [measure(command, dict(peer.environment)) for command in peer.commands]
+    return Cost(
+        sum(cost.wall for cost in costs),
+        sum(cost.cpu for cost in costs),
+        max(cost.rss for cost in costs),
+        max(cost.anonymous for cost in costs),
+    )
+
+
+def _show(results: dict[str, list[dict[str, float]]]) -> None:
+    print(f"\n{'median':40}{'wall s':>10}{'CPU s':>10}{'RSS MB':>10}{'anon MB':>10}{'wall / read+write':>20}")
+    raw = results.get("read 3, write 1", [])
+    for name, costs in results.items():
+        medians = [median(cost[field] for cost in costs) for field in ("wall", "cpu", "rss", "anonymous")]
+        ratios = [cost["wall"] / bound["wall"] for cost, bound in zip(costs, raw, strict=False)]
+        line = f"{name:40}{medians[0]:10.2f}{medians[1]:10.2f}{medians[2]:10.0f}{medians[3]:10.0f}"
+        print(line + (f"{median(ratios):20.2f}" if ratios else ""))
+
+
+@app.command()
+def cold(folder: Path, rounds: int = 5) -> None:
+    """A merge whose inputs are not in the page cache, against reading them."""
+    out, ratios = folder / "out", []
+    files = input_files(folder)
+    for number in range(rounds):
+        _evict(files)
+        reading = read_all(files)
+        _evict(files)
+        shutil.rmtree(out, ignore_errors=True)
+        cost = measure(merge_command(folder, "cpt", out))
+        ratios.append(cost.wall / reading)
+        print(f"round {number + 1}: reading {reading:.2f} s, merge {cost.wall:.2f} s", flush=True)
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"median ratio {median(ratios):.2f}")
+    (folder / "merge-cold.json").write_text(json.dumps(ratios))
+
+
+def _evict(files: list[Path]) -> None:
+    for file in files:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@app.command()
+def memory(folder: Path) -> None:
+    """Peak memory at two sizes of a model: 22 layers and 66."""
+    results = {}
+    for layers in (22, 66):
+        models = folder if layers == 22 else folder / f"layers{layers}"
+        models.mkdir(parents=True, exist_ok=True)
+        prepare_models(models, Shape(layers=layers))
+        out = models / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        results[layers] = asdict(measure(merge_command(models, "cpt", out)))
+        print(layers, "layers:", results[layers], flush=True)
+        shutil.rmtree(out)
+    (folder / "merge-memory.json").write_text(json.dumps(results))
+
+
+@app.command()
+def processes(folder: Path, rounds: int = 3) -> None:
+    """One process on one core against two on two: TIES, where the arithmetic is the bottleneck."""
+    out, results = folder / "out", dict[int, list[float]]()
+    digests = set()
+    for number in range(rounds):
+        for count in (1, 2):
+            shutil.rmtree(out, ignore_errors=True)
+            started = time.perf_counter()
+            _run_processes(merge_command(folder, "cpt", out, "method=ties", "density=0.2"), count)
+            results.setdefault(count, []).append(time.perf_counter() - started)
+            digests.add(digest(out))
+            print(f"round {number + 1}: {count} processes {results[count][-1]:.2f} s", flush=True)
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"speed-up {median(results[1]) / median(results[2]):.2f}; {len(digests)} digest(s)")
+    (folder / "merge-processes.json").write_text(json.dumps({"seconds": results, "digests": len(digests)}))
+
+
+def _run_processes(command: list[str], count: int) -> None:
+    running = []
+    for rank in range(count):
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)} if count > 1 else {}
+        running.append(
+            subprocess.Popen(
+                ["taskset", "-c", str(rank), *command], env={**os.environ, **environment}, stderr=subprocess.DEVNULL
+            )
+        )
+    if any(process.wait() for process in running):
+        raise SystemExit("a process failed")
+
+
+@app.command()
+def kill(folder: Path, times: int = 10) -> None:
+    """Kill merges at random moments and go on with the same command; compare with an undisturbed run."""
+    out, command = folder / "out", merge_command(folder, "cpt", folder / "out")
+    shutil.rmtree(out, ignore_errors=True)
+    undisturbed = measure(command).wall
+    expected = digest(out)
+    results: list[dict[str, Any]] = []
+    for number in range(times):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out.with_name("out.tmp"), ignore_errors=True)
+        moment = random.Random(number).uniform(0.3, undisturbed)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(moment)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        written = _blocks(out.with_name("out.tmp"))
+        measure(command)
+        results.append({"killed after s": moment, "blocks written": written, "same": digest(out) == expected})
+        print(results[-1], flush=True)
+    shutil.rmtree(out, ignore_errors=True)
+    print(f"{sum(result['same'] for result in results)} of {times} end in the digest of the undisturbed run")
+    (folder / "merge-kill.json").write_text(json.dumps(results))
+
+
+def _blocks(directory: Path) -> int:
+    return sum(path.read_text().count('"block"') for path in directory.glob("written-*.jsonl"))
+
+
+@app.command()
+def methods(folder: Path) -> None:
+    """What the other methods cost beside plain addition."""
+    out = folder / "out"
+    second = f"vectors=[{{base: {folder / 'base'}, chat: {folder / 'chat'}, ratio: 0.5}}]"
+    cases = {
+        "add": [], "two vectors": [second], "gate": ["gate=true"], "ties": ["method=ties", "density=0.2"],
+        "dare": ["method=dare", "density=0.2"], "ties, two vectors": ["method=ties", "density=0.2", second],
+    }  # fmt: skip
+    results = {}
+    for name, settings in cases.items():
+        shutil.rmtree(out, ignore_errors=True)
+        results[name] = asdict(measure(merge_command(folder, "cpt", out, *settings)))
+        print(name, results[name], flush=True)
+    shutil.rmtree(out, ignore_errors=True)
+    (folder / "merge-methods.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    app()

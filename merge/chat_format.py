@@ -1,0 +1,79 @@
+"""What ends replies and begins turns: stop ids, special ids, roles and template of the chat model, in output ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint.reader import read_json
+from checkpoint.tokenizer import TokenizerFiles, read_stop_ids
+from core.progress import say
+from merge.tokens import OutputTokens
+
+CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """`stop_ids`: every id that ends a reply. `special_ids`: configuration file -> its special ids."""
+
+    stop_ids: list[int]
+    special_ids: dict[str, dict[str, Any]]
+    roles: dict[str, str]
+    template: str | None
+
+
+class _Ids:
+    """Ids of one tokenizer as ids of the output's, by token string; without tokenizers ids are taken as equal."""
+
+    def __init__(self, tokenizer: TokenizerFiles | None, tokens: OutputTokens | None) -> None:
+        self.tokenizer, self.tokens = tokenizer, tokens
+
+    def map(self, ids: list[int]) -> list[int]:
+        """One that has no token in the output is said and left out."""
+        if self.tokenizer is None or self.tokens is None:
+            return ids
+        found = []
+        for number in ids:
+            token = self.tokenizer.tokens.get(number)
+            if token is not None and token in self.tokens.ids:
+                found.append(self.tokens.ids[token])
+            else:
+                say(
+                    f"merge: {self.tokenizer.directory} names the id {number}, which has no token in the output; "
+                    "it is left out"
+                )
+        return found
+
+
+def read_format(
+    base_directory: Path,
+    chat_directory: Path,
+    base: TokenizerFiles | None,
+    chat: TokenizerFiles | None,
+    tokens: OutputTokens | None,
+) -> ChatFormat:
+    """The chat model's format. `base` and `chat` are None where rows meet by position."""
+    of_chat, of_base = _Ids(chat, tokens), _Ids(base, tokens)
+    stops = of_chat.map(read_stop_ids(chat_directory))
+    if chat is not None and "eos_token" in chat.roles:
+        stops += of_chat.map([chat.ids[chat.roles["eos_token"]]])
+    stops = list(dict.fromkeys([*stops, *of_base.map(read_stop_ids(base_directory))]))
+    special = {name: _special_ids(chat_directory / name, of_chat, stops) for name in (CONFIG_FILE, GENERATION_FILE)}
+    roles = {role: token for role, token in chat.roles.items() if role in CARRIED_ROLES} if chat else {}
+    return ChatFormat(stops, special, roles, chat.chat_template if chat else None)
+
+
+def _special_ids(path: Path, of_chat: _Ids, stops: list[int]) -> dict[str, Any]:
+    config = read_json(path) if path.is_file() else {}
+    values: dict[str, Any] = {}
+    for name in ("bos_token_id", "pad_token_id"):
+        if isinstance(config.get(name), int):
+            ids = of_chat.map([config[name]])
+            if ids:
+                values[name] = ids[0]
+    if stops:
+        values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    return values

@@ -1,0 +1,207 @@
+"""A merge that is killed, continued, shared by processes: always the bytes of an undisturbed one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from core.errors import UserError
+from core.world import World
+from merge import MergeConfig
+from merge.engine import divide
+from merge.plan import plan
+from merge.run import digest as digest_of_plan
+from merge.statistics import Sums
+from merge.work import Work, _trusted
+from tests.merge.test_merge_run import digest, inputs_of, load, merge
+
+# A merge as users run it, but in small blocks and slow enough to be killed in between.
+SLOW = """
+import sys, time
+from pathlib import Path
+from launcher.cli import main
+from merge import engine, work
+engine.BLOCK = 128
+note = work.Work.note
+def slow(self, *arguments):
+    note(self, *arguments)
+    time.sleep({pause})
+work.Work.note = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(family, out, *settings, pause=0.004, **environment):
+    models = ["--cpt", family.cpt, "--base", family.base, "--chat", family.chat, "--tokenizer", family.tokenizer]
+    command = [sys.executable, "-c", SLOW.format(pause=pause), "merge", *models, "--out", out, *settings]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def blocks_written(out):
+    return sum(path.read_text().count('"block"') for path in out.with_name(out.name + ".tmp").glob("written-*.jsonl"))
+
+
+@pytest.mark.parametrize("settings", [["ratio=0.7"], ["method=ties", "density=0.5", "gate=true"]], ids=["add", "ties"])
+def test_killed_again_and_again_it_ends_in_the_same_bytes(untied, tmp_path, settings):
+    undisturbed = start(untied, tmp_path / "whole", *settings, pause=0)
+    assert undisturbed.wait() == 0, undisturbed.stderr.read()
+    out, moments, repeated = tmp_path / "out", random.Random(0), []
+    for kill in range(4):
+        process, wanted = start(untied, out, *settings), blocks_written(out) + moments.randint(5, 25)
+        while blocks_written(out) < wanted and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"kill {kill} came too late"
+        assert not out.exists()
+        repeated.append(blocks_written(out))
+    last = start(untied, out, *settings, pause=0)
+    assert last.wait() == 0
+    assert "continuing what was cut short" in last.stderr.read()
+    assert digest(out) == digest(tmp_path / "whole")
+    assert (out / "merge_report.json").read_text() == (tmp_path / "whole" / "merge_report.json").read_text()
+    assert not out.with_name("out.tmp").exists()
+
+
+def test_what_was_written_is_not_written_again(untied, tmp_path):
+    out = tmp_path / "out"
+    process = start(untied, out)
+    while blocks_written(out) < 40:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    before, (first,) = blocks_written(out), out.with_name("out.tmp").glob("written-*.jsonl")
+    again = start(untied, out)
+    while len(list(out.with_name("out.tmp").glob("written-*.jsonl"))) < 2 or blocks_written(out) == before:
+        time.sleep(0.002)
+    again.kill()
+    again.wait()
+    done = {entry["block"] for entry in map(json.loads, first.read_text().splitlines()) if "block" in entry}
+    (second,) = set(out.with_name("out.tmp").glob("written-*.jsonl")) - {first}
+    lines = second.read_text().split("\n")[:-1]
+    assert done.isdisjoint(entry["block"] for entry in map(json.loads, lines) if "block" in entry)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("settings", [["ratio=0.7"], ["method=ties", "density=0.5", "gate=true"]], ids=["add", "ties"])
+def test_processes_share_the_work_and_give_the_same_bytes(family, tmp_path, size, settings):
+    assert start(family, tmp_path / "one", *settings, pause=0).wait() == 0
+    out = tmp_path / "several"
+    processes = [
+        start(family, out, *settings, pause=0, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+        for rank in range(size)
+    ]
+    for process in processes:
+        assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert digest(out) == digest(tmp_path / "one")
+    assert (out / "merge_report.json").read_bytes() == (tmp_path / "one" / "merge_report.json").read_bytes()
+
+
+def test_killed_with_two_processes_it_continues_with_one(untied, tmp_path):
+    out, ranks = tmp_path / "out", [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"} for rank in (0, 1)]
+    processes = [start(untied, out, **environment) for environment in ranks]
+    while blocks_written(out) < 30:
+        time.sleep(0.002)
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert start(untied, out, pause=0).wait() == 0
+    assert start(untied, tmp_path / "whole", pause=0).wait() == 0
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_ctrl_c_keeps_what_is_done(untied, tmp_path):
+    out = tmp_path / "out"
+    process = start(untied, out)
+    while blocks_written(out) < 20:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 75
+    assert "the same command continues it" in process.stderr.read()
+    assert blocks_written(out) >= 20
+
+
+def test_the_same_command_again_has_nothing_to_do(untied, tmp_path, tracker, capsys):
+    first = merge(untied, tmp_path / "out", tracker)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert merge(untied, tmp_path / "out", tracker) == json.loads(json.dumps(first))
+    assert "already" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+# --- what an earlier attempt left ---
+
+
+@pytest.fixture
+def work(untied, tmp_path):
+    the_plan = plan(MergeConfig(), inputs_of(untied))
+    return Work(tmp_path / "out", the_plan.layout(), digest_of_plan(the_plan), World())
+
+
+def test_another_merge_s_leftovers_are_not_continued(untied, work, tmp_path, tracker, capsys):
+    work.open()
+    work.note(0, [Sums()], 1)
+    work.close()
+    merge(untied, tmp_path / "out", tracker, ratio=0.3)
+    assert "begun anew" in capsys.readouterr().err
+    merge(untied, tmp_path / "other", tracker, ratio=0.3)
+    assert digest(tmp_path / "out") == digest(tmp_path / "other")
+
+
+def test_two_commands_do_not_share_an_output_by_mistake(untied, work, tmp_path, tracker):
+    work.open()
+    with pytest.raises(UserError, match="in use by another merge"):
+        merge(untied, tmp_path / "out", tracker)
+    work.close()
+    merge(untied, tmp_path / "out", tracker)
+    assert load(tmp_path / "out")
+
+
+def test_a_directory_that_is_no_leftover_is_not_touched(untied, tmp_path, tracker):
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").touch()
+    with pytest.raises(UserError, match="is in the way"):
+        merge(untied, tmp_path / "out", tracker)
+    assert (tmp_path / "out.tmp" / "mine").exists()
+
+
+def test_after_a_crash_of_the_machine_only_synced_blocks_count(work):
+    work.open()
+    for block in range(3):
+        work.note(block, [Sums(block)], 1)
+    work.start_sync()
+    work.finish_sync()
+    work.note(3, [Sums(3.5)], 1)
+    assert sorted(work.finished_blocks()) == [0, 1, 2, 3]
+    (journal,) = work.directory.glob("written-*.jsonl")
+    lines = journal.read_bytes().split(b"\n")
+    lines[0] = json.dumps({"boot": "another start"}).encode()
+    assert [block for block, _ in _trusted(b"\n".join(lines))] == [0, 1, 2]
+    assert dict(_trusted(journal.read_bytes()))[3] == [Sums(3.5)]
+    work.close()
+
+
+def test_a_line_that_was_cut_off_does_not_count(work):
+    work.open()
+    work.note(0, [Sums()], 1)
+    (journal,) = work.directory.glob("written-*.jsonl")
+    assert dict(_trusted(journal.read_bytes() + b'{"block": 1, "su')) == {0: [Sums()]}
+    work.close()
+
+
+def test_blocks_hold_whole_rows_where_rows_matter(untied, monkeypatch):
+    monkeypatch.setattr("merge.engine.BLOCK", 100)
+    the_plan = plan(MergeConfig(), inputs_of(untied))
+    blocks = divide(the_plan)
+    assert [block.number for block in blocks] == list(range(len(blocks)))
+    assert all(block.start % 32 == 0 and block.stop % 32 == 0 for block in blocks if block.tensor.by_token)
+    assert sum(block.nbytes for block in blocks) == the_plan.layout().nbytes
