@@ -22,8 +22,9 @@ from core.artifact import write_json
 from core.errors import UserError
 from core.progress import Meter, say, timed
 from core.sources import Corpus
+from merge.chat_format import GENERATION_FILE
 from merge.config import EmbeddingsConfig
-from merge.finish import GENERATION_FILE, copy_files, resize_config
+from merge.finish import copy_files, resize_config
 from merge.focus import MINIMUM, TokenSpace, train_space
 from merge.initialisers import INITIALISERS, OldRows, Task
 from merge.rules import kind_of, model_tensors

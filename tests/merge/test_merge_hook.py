@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from checkpoint.reader import Checkpoint
 from core.errors import UserError
+from core.sources import Corpus, Source
 from merge import EmbeddingsConfig, MergeConfig
 from merge.embeddings import run as resize
 from merge.hook import LocalShard, Ranks, export_shards, merge_shards
@@ -49,7 +50,8 @@ def shards_of(weights, rank, size):
 def resized(family):
     out = family.root / "resized"
     if not out.exists():
-        resize(EmbeddingsConfig(), family.base, family.tokenizer, out, RecordingTracker())
+        unread = Corpus(sources=[Source(path="text.txt", language="en")])
+        resize(EmbeddingsConfig(), family.base, family.tokenizer, unread, out, RecordingTracker())
     return out
 
 
@@ -70,10 +72,19 @@ def on_ranks(size, work):
         return list(pool.map(lambda rank: work(rank, Ranks(rank, lambda: barrier.wait() and None)), range(size)))
 
 
+SETTINGS = {
+    "add": {"ratio": 0.7, "new_rows": "constituents", "shard_size": 20e3 / 1e9},
+    "ties and a gate": {"method": "ties", "density": 0.4, "gate": True, "ratio": "ramp(0.5, 1)"},
+    "dare_ties": {"method": "dare_ties", "density": 0.4, "seed": 3, "new_rows": "constituents"},
+}
+
+
+@pytest.mark.parametrize("settings", list(SETTINGS.values()), ids=list(SETTINGS))
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_hook_and_files_give_equal_bytes(family, tmp_path, tracker, size):
+def test_hook_and_files_give_equal_bytes(family, tmp_path, tracker, size, settings):
     """Law 3."""
-    config = MergeConfig(ratio=0.7, new_rows="constituents", shard_size=20e3 / 1e9)
+    second = {"base": str(family.base), "chat": str(family.chat), "ratio": -0.2}
+    config = MergeConfig(**settings, vectors=[] if "shard_size" in settings else [second])
     weights = masters(family)
     resized(family)
     on_ranks(size, lambda rank, ranks: export(family, shards_of(weights, rank, size), ranks, tmp_path / "cpt"))
