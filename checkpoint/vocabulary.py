@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from core.artifact import write_json
 from core.errors import UserError
@@ -96,14 +98,30 @@ def read_tokens(directory: Path) -> TokenIds:
     if not path.is_file():
         return _read_sentencepiece(directory)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = _without_merges(text) or json.loads(text)
         vocabulary, added = content["model"]["vocab"], content["added_tokens"]
-    except (ValueError, KeyError) as error:
+        if isinstance(vocabulary, list):
+            raise UserError(f"{path} holds a {content['model']['type']} vocabulary; only BPE is supported.")
+        ids = {**vocabulary, **{token["content"]: token["id"] for token in added}}
+        return TokenIds(ids, frozenset(token["content"] for token in added))
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no tokenizer.json ({error}); save the tokenizer again.") from None
-    if isinstance(vocabulary, list):
-        raise UserError(f"{path} holds a {content['model']['type']} vocabulary; only BPE is supported.")
-    ids = {**vocabulary, **{token["content"]: token["id"] for token in added}}
-    return TokenIds(ids, frozenset(token["content"] for token in added))
+
+
+_MERGES = re.compile(r'(?<!\\)"merges"\s*:\s*\[')  # within a string the quotes would be escaped
+
+
+def _without_merges(text: str) -> dict[str, Any] | None:
+    """A tokenizer.json without its merges, most of it and of no interest here; None where that is not so easily had."""
+    found = _MERGES.search(text)
+    if found is None:
+        return None
+    try:
+        content: dict[str, Any] = json.loads(text[: found.start()] + '"merges": [' + text[text.rindex("]") :])
+    except ValueError:
+        return None
+    return content if "added_tokens" in content and "vocab" in content.get("model", {}) else None
 
 
 def read_token_ids(directory: Path) -> dict[str, int]:

@@ -19,7 +19,7 @@ Anything else that cannot be aligned is an error that names the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -96,29 +96,27 @@ def align_rows(
     output: OutputTokens, base: TokenizerFiles, chat: TokenizerFiles, map: VocabularyMap | None, first: bool = True
 ) -> RowAlignment:
     """Align one vector by token string. `first` says that its chat model's format is the output's."""
-    alignment = RowAlignment(
-        np.full(output.rows, Role.PADDING, np.uint8), np.full(output.rows, -1), np.full(output.rows, -1)
-    )  # fmt: skip
     of_format = format_tokens(base, chat)
     if first and map:
         of_format |= {token.token for token in map.chat}
-    for token, row in output.ids.items():
-        alignment.base[row] = base.ids.get(token, -1)
-        alignment.chat[row] = chat.ids.get(token, -1)
-        alignment.role[row] = _role(token, of_format, base, chat, first)
+    rows = np.fromiter(output.ids.values(), np.int64, len(output.ids))
+    in_base, in_chat = _rows_of(output, base), _rows_of(output, chat)
+    role = np.where(in_base < 0, Role.NEW, np.where(in_chat < 0, Role.UNMATCHED, Role.SHARED))
+    alignment = RowAlignment(
+        np.full(output.rows, Role.PADDING, np.uint8), np.full(output.rows, -1), np.full(output.rows, -1)
+    )  # fmt: skip
+    alignment.role[rows], alignment.base[rows], alignment.chat[rows] = role, in_base, in_chat
+    format_rows = sorted(output.ids[token] for token in of_format if token in output.ids)
+    alignment.role[format_rows] = Role.CHAT if first else Role.UNMATCHED
     if first:
-        alignment.chat_tokens.extend(sorted(of_format, key=lambda token: output.ids[token]))
-    unmatched = np.flatnonzero(alignment.role == Role.UNMATCHED).tolist()
-    alignment.unmatched.extend(output.tokens[row] for row in unmatched)
+        alignment.chat_tokens.extend(output.tokens[row] for row in format_rows)
+    alignment.unmatched.extend(output.tokens[row] for row in np.flatnonzero(alignment.role == Role.UNMATCHED).tolist())
     return alignment
 
 
-def _role(token: str, of_format: set[str], base: TokenizerFiles, chat: TokenizerFiles, first: bool) -> Role:
-    if token in of_format:
-        return Role.CHAT if first else Role.UNMATCHED
-    if token not in base.ids:
-        return Role.NEW
-    return Role.SHARED if token in chat.ids else Role.UNMATCHED
+def _rows_of(output: OutputTokens, tokenizer: TokenizerFiles) -> Rows:
+    """For each token of the output, in its order, the tokenizer's id, or -1."""
+    return np.fromiter((tokenizer.ids.get(token, -1) for token in output.ids), np.int64, len(output.ids))
 
 
 def format_tokens(base: TokenizerFiles, chat: TokenizerFiles) -> set[str]:
@@ -130,8 +128,8 @@ def format_tokens(base: TokenizerFiles, chat: TokenizerFiles) -> set[str]:
 
 def check_rows(tokenizer: TokenizerFiles, rows: int) -> None:
     """Raise `UserError` for a tokenizer with ids beyond its model's rows."""
-    beyond = [token for token, number in tokenizer.ids.items() if number >= rows]
-    if beyond:
+    if max(tokenizer.ids.values(), default=-1) >= rows:
+        beyond = [token for token, number in tokenizer.ids.items() if number >= rows]
         raise UserError(
             f"{tokenizer.directory} has {rows} embedding rows but {_named(beyond)} beyond them; "
             "use the tokenizer that belongs to the weights."
@@ -146,23 +144,28 @@ def check_nothing_is_lost(
     The special tokens of a further vector's models are not needed: the format is the first's. They are said.
     """
     gone = set(output.changes.renamed.values())
-    lost = [token for token in base.ids if token not in output.ids and token not in gone]
+    lost = _missing(base, output.ids.keys() | gone)
     if not first:
         lost = _without_added(lost, base)
     if lost:
         raise UserError(f"{cpt} lacks {_named(lost)} of {base.directory}; extend the base's own tokenizer.")
-    lost = [token for token in chat.ids if token not in output.ids]
+    lost = _missing(chat, output.ids.keys())
     if not first:
         lost = _without_added(lost, chat)
     if lost:
         raise UserError(
             f"{cpt} lacks {_named(lost)} of {chat.directory}; make the tokenizer again with this chat model."
         )
-    lost = [token for token in base.ids if token not in chat.ids and token not in base.added]
+    lost = _missing(base, chat.ids.keys() | base.added)
     if lost:
         raise UserError(
             f"{chat.directory} lacks {_named(lost)} of {base.directory}; give the base that chat was trained from."
         )
+
+
+def _missing(tokenizer: TokenizerFiles, known: Set[str]) -> list[str]:
+    """The tokens that are not known, by their ids."""
+    return sorted(tokenizer.ids.keys() - known, key=lambda token: tokenizer.ids[token])
 
 
 def _without_added(tokens: list[str], tokenizer: TokenizerFiles) -> list[str]:

@@ -50,8 +50,9 @@ def output_tokens(
             renamed[token] = reserved
     following = range(max(cpt.ids.values(), default=-1) + 1, 1 << 31)
     appended = dict(zip((token for token in lacking if token not in renamed), following, strict=False))
-    becomes = {reserved: token for token, reserved in renamed.items()}
-    ids = {becomes.get(token, token): number for token, number in cpt.ids.items()} | appended
+    ids = {**cpt.ids, **{token: cpt.ids[reserved] for token, reserved in renamed.items()}, **appended}
+    for reserved in renamed.values():
+        del ids[reserved]
     return OutputTokens(ids, _rows(cpt_rows, max(ids.values(), default=-1) + 1), TokenChanges(appended, renamed))
 
 
