@@ -28,12 +28,15 @@ def model_directory(name: str) -> Path:
             raise UserError(f"{path} holds no config.json; give the directory of a Hugging Face model.")
         return path
     if is_local(name):
-        raise UserError(f"model {name} does not exist; correct `models` (a directory, or a hub id like org/model).")
+        raise UserError(f"model {name} does not exist; give a directory, or a hub id like org/model.")
     from huggingface_hub import snapshot_download
 
     say(f"model {name}: looking it up on the hub")
     with hub_errors(name):
-        return Path(snapshot_download(name, allow_patterns=NEEDED_FILES))
+        path = Path(snapshot_download(name, allow_patterns=NEEDED_FILES))
+        if any(path.glob("*.safetensors")):
+            return path
+        return Path(snapshot_download(name, allow_patterns=[*NEEDED_FILES, "pytorch_model*.bin"]))
 
 
 @contextmanager
@@ -44,7 +47,7 @@ def hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except RepositoryNotFoundError:
-        raise UserError(f"model {name} is neither a local directory nor on the hub; correct `models`.") from None
+        raise UserError(f"model {name} is neither a local directory nor on the hub; correct the name.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model {name} is no local directory and the hub did not give it ({reason[:160]}).") from None

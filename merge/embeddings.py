@@ -48,7 +48,9 @@ def run(
     changed = _changed_files(source, kept, matrices)
     layout = Layout.of_files(
         {
-            file: [_resized(kept[name], vocabulary, matrices) for name in kept if kept[name].file == file]
+            _as_safetensors(file): [
+                _resized(kept[name], vocabulary, matrices) for name in kept if kept[name].file == file
+            ]
             for file in changed
         }
     )
@@ -63,9 +65,10 @@ def run(
             meter.advance(info.nbytes / 1e6)
         writer.close()
         linked = _link_others(source, kept, changed, writer.directory)
-        if linked or changed != [SINGLE_FILE]:
+        if linked or list(layout.headers) != [SINGLE_FILE]:
             total = sum(layout.tensors.get(name, info).nbytes for name, info in kept.items())
-            write_index(writer.directory / INDEX_FILE, {name: info.file for name, info in kept.items()}, total)
+            files = {name: _as_safetensors(info.file) for name, info in kept.items()}
+            write_index(writer.directory / INDEX_FILE, files, total)
         write_json(writer.directory / "config.json", resize_config(source.config, vocabulary.rows))
         copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], writer.directory)
         copy_files([base / GENERATION_FILE], writer.directory)
@@ -88,8 +91,19 @@ def _check(source: Checkpoint, vocabulary: VocabularyMap, matrices: list[str]) -
 
 
 def _changed_files(source: Checkpoint, kept: dict[str, TensorInfo], matrices: list[str]) -> list[str]:
-    """The files that hold a matrix of the vocabulary, or a tied head that is not kept."""
-    return sorted({info.file for name, info in source.tensors.items() if name in matrices or name not in kept})
+    """The files that hold a matrix of the vocabulary, or a tied head that is not kept, or are no safetensors."""
+    return sorted(
+        {
+            info.file
+            for name, info in source.tensors.items()
+            if name in matrices or name not in kept or info.file != _as_safetensors(info.file)
+        }
+    )
+
+
+def _as_safetensors(file: str) -> str:
+    """The name of a file of weights in the output: `pytorch_model.bin` becomes `model.safetensors`."""
+    return file if file.endswith(".safetensors") else f"{Path(file).stem.replace('pytorch_model', 'model')}.safetensors"
 
 
 def _resized(info: TensorInfo, vocabulary: VocabularyMap, matrices: list[str]) -> TensorSpec:

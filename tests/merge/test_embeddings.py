@@ -150,3 +150,23 @@ def test_a_map_for_another_base_is_refused(untied, tmp_path, tracker):
     with pytest.raises(UserError, match=r"has 38 rows .* 37"):
         resize(untied, tmp_path / "out", tracker)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_base_in_bin_files_comes_out_as_safetensors(untied, tmp_path, tracker, parts):
+    resize(untied, tmp_path / "expected", tracker)
+    names = sorted(untied.weights["base"])
+    (untied.base / "model.safetensors").unlink()
+    if parts == 1:
+        torch.save(untied.weights["base"], untied.base / "pytorch_model.bin")
+    else:
+        files = {name: f"pytorch_model-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(names)}
+        for file in set(files.values()):
+            torch.save({n: v for n, v in untied.weights["base"].items() if files[n] == file}, untied.base / file)
+        (untied.base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    resize(untied, tmp_path / "out", tracker)
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == parts
+    expected, found = load(tmp_path / "expected"), load(tmp_path / "out")
+    assert set(Checkpoint.open(tmp_path / "out").tensors) == set(names)
+    assert all(torch.equal(found[name], expected[name]) for name in names)
