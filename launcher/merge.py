@@ -15,7 +15,8 @@ from core.errors import UserError
 from core.models import model_directory
 from core.progress import say
 from merge.config import MergeConfig
-from merge.plan import MergeInputs, MergePlan, RefusedError, bytes_read, describe_rule, plan
+from merge.fit import RefusedError
+from merge.plan import MergeInputs, MergePlan, bytes_read, describe_rule, plan
 from merge.rules import kind_of
 from merge.tokens import describe
 

@@ -24,7 +24,7 @@ from core.world import find_world
 from launcher.recipe import Recipe
 from launcher.stages import COMMANDS, STAGES, Run, Stage, identify
 from launcher.start import accelerate_config, local_processes, start_processes
-from merge.plan import open_fitting
+from merge.fit import open_fitting
 from tracking import Tracker, start_tracker
 
 BEGUN_FILE = "begun.json"

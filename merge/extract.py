@@ -31,8 +31,8 @@ from merge.chat_format import CONFIG_FILE, GENERATION_FILE
 from merge.config import Dtype
 from merge.engine import MAX_THREADS
 from merge.finish import copy_files
-from merge.plan import is_by_token, open_fitting
-from merge.rules import model_tensors, vocabulary_rows
+from merge.fit import open_fitting
+from merge.rules import is_by_token, model_tensors, vocabulary_rows
 from merge.slices import keep_freed_memory, rounded
 from merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair
 

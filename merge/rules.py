@@ -38,6 +38,11 @@ def kind_of(name: str) -> Kind:
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
 
 
+def is_by_token(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return kind_of(name) in ("embed", "head")
+
+
 def layer_of(name: str) -> int | None:
     """The decoder layer of a tensor, None outside the layers."""
     found = _LAYER.search(name)
