@@ -19,8 +19,8 @@ from tests.merge.test_merge_run import load
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-SENTENCES = ["the ing and all in the ing", "and all ed in the de", "an all ing ed the de and", "in an ing ed the all"]
-UNSEEN = "ly"  # the only new piece that is not in them
+SENTENCES = ["the ing and in the ing", "and ed in the de", "an ing ed the de and", "in an ing ed the"]
+UNSEEN = ("ly", "all")  # the new pieces that are not in them
 
 
 def resize(family, out, tracker, **config):
