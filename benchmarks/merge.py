@@ -7,6 +7,7 @@
     python -m benchmarks.merge processes DIR                      one and two processes, one core each
     python -m benchmarks.merge kill DIR                           killed ten times, then compared with undisturbed
     python -m benchmarks.merge methods DIR                        TIES, DARE, the gate, two vectors
+    python -m benchmarks.merge compare DIR V S                    results element by element with the peers'
 
 Peers: V is a virtual environment with mergekit (pip install mergekit==0.1.5), S a clone of aqweteddy/ChatVector.
 Results are printed and written to DIR/merge-*.json.
@@ -25,16 +26,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from benchmarks import peers
 from benchmarks.checkpoints import Shape
 from benchmarks.checkpoints import prepare as prepare_models
+from checkpoint.reader import Checkpoint
+from merge.thinning import magnitude_threshold
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 READ_BLOCK = 1 << 22
@@ -328,6 +332,80 @@ def methods(folder: Path) -> None:
         print(name, results[name], flush=True)
     shutil.rmtree(out, ignore_errors=True)
     (folder / "merge-methods.json").write_text(json.dumps(results, indent=1))
+
+
+@app.command()
+def compare(folder: Path, venv: Path, scripts: Path) -> None:
+    """The same merge by ours and by a peer, small models: how many elements differ, and by how many units (ulp).
+
+    A unit is that of the largest operand, the vector among them. For TIES base and CPT are one model, since mergekit
+    adds the vectors to the base; elements whose magnitude is just the threshold are left out, for which of them are
+    kept is arbitrary there.
+    """
+    models = folder / "small"
+    models.mkdir(parents=True, exist_ok=True)
+    prepare_models(models, Shape(layers=2, hidden=256, intermediate=512, key_value=32))
+    base, chat, cpt, long = (models / name for name in ("base", "chat", "cpt", "cpt48k"))
+    out, results = models / "out", {}
+    pair = [(base, chat)]
+    skip = "rules=[{kinds: [embed, head], action: skip}]"
+    other = f"vectors=[{{base: {base}, chat: {chat}, ratio: -0.3}}]"
+    both = [peers.Vector(chat, 0.7, 0.2), peers.Vector(cpt, 0.7, 0.2)]
+    of_cpt = f"vectors=[{{base: {base}, chat: {cpt}, ratio: 0.7}}]"
+    ties = ["ratio=0.7", "method=ties", "density=0.2"]
+    cases: dict[str, tuple[peers.Peer, str, list[str]]] = {
+        "task_arithmetic, 1.0": (
+            peers.mergekit_task_arithmetic(venv, cpt, base, chat, 1.0, models / "theirs1"), "cpt", []),
+        "task_arithmetic, 0.7": (
+            peers.mergekit_task_arithmetic(venv, cpt, base, chat, 0.7, models / "theirs2"), "cpt", ["ratio=0.7"]),
+        "task_arithmetic, 48,000 rows": (
+            peers.mergekit_task_arithmetic(venv, long, base, chat, 1.0, models / "theirs3", tokenizer=long), "cpt48k", []),
+        "linear, 0.7": (peers.mergekit_linear(venv, cpt, base, chat, 0.7, models / "theirs4"), "cpt", ["ratio=0.7"]),
+        "authors, 1.0": (peers.chat_vector(venv, scripts, cpt, pair, [1.0], models / "theirs5", False), "cpt", []),
+        "authors, 0.7, skip_embed": (
+            peers.chat_vector(venv, scripts, cpt, pair, [0.7], models / "theirs6", True), "cpt", ["ratio=0.7", skip]),
+        "authors, two vectors": (
+            peers.chat_vector(venv, scripts, cpt, pair * 2, [1.0, -0.3], models / "theirs7", False), "cpt", [other]),
+        "ties, one vector": (
+            peers.mergekit_ties(venv, base, [peers.Vector(chat, 1.0, 0.2)], models / "theirs8", 0.7, True, None), "base", ties),
+        "ties, two vectors": (
+            peers.mergekit_ties(venv, base, [replace(v, weight=1.0) for v in both], models / "theirs9", 0.7, True, None), "base",
+            [*ties, of_cpt]),
+    }  # fmt: skip
+    for name, (peer, start, settings) in cases.items():
+        shutil.rmtree(peer.out, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
+        _peer_cost(peer)
+        measure(merge_command(models, start, out, *settings))
+        vectors = [(chat, base), *([(cpt, base)] if of_cpt in settings else [])]
+        results[name] = _difference(out, peer.out, models / start, vectors, 0.2 if "ties" in name else None)
+        print(f"{name:32} {results[name]}", flush=True)
+    (folder / "merge-compare.json").write_text(json.dumps(results, indent=1))
+
+
+def _difference(
+    out: Path, theirs: Path, start: Path, vectors: list[tuple[Path, Path]], density: float | None
+) -> dict[str, float]:
+    """Elements compared, share that differs, and the largest difference in units of the largest operand."""
+    ours, peer, origin = (Checkpoint.open(path) for path in (out, theirs, start))
+    compared = differing = 0
+    largest = 0.0
+    for name, info in ours.tensors.items():
+        a, b, c = (model.read_float32(name).reshape(-1)[: info.size] for model in (ours, peer, origin))
+        operands, counted = [np.abs(a), np.abs(b), np.abs(c)], np.ones(info.size, np.bool_)
+        for chat, base in vectors:
+            d = Checkpoint.open(chat).read_float32(name).reshape(-1) - Checkpoint.open(base).read_float32(name).reshape(
+                -1
+            )
+            magnitude = np.pad(np.abs(d), (0, info.size - d.size))
+            operands.append(magnitude)
+            if density is not None:
+                counted &= magnitude != magnitude_threshold(lambda d=d: [d], density)  # type: ignore[misc]
+        unit = 2.0 ** (np.floor(np.log2(np.maximum(np.max(operands, axis=0), 1e-30))) - 7)
+        difference = (np.abs(a - b) / unit)[counted]
+        compared, differing = compared + int(counted.sum()), differing + int((difference > 0).sum())
+        largest = max(largest, float(difference.max(initial=0)))
+    return {"compared": compared, "differing %": round(100 * differing / compared, 4), "largest, units": largest}
 
 
 if __name__ == "__main__":
