@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -350,7 +350,7 @@ def compare(folder: Path, venv: Path, scripts: Path) -> None:
     pair = [(base, chat)]
     skip = "rules=[{kinds: [embed, head], action: skip}]"
     other = f"vectors=[{{base: {base}, chat: {chat}, ratio: -0.3}}]"
-    both = [peers.Vector(chat, 0.7, 0.2), peers.Vector(cpt, 0.7, 0.2)]
+    of_chat, second = [peers.Vector(chat, 1.0, 0.2)], [peers.Vector(cpt, 1.0, 0.2)]
     of_cpt = f"vectors=[{{base: {base}, chat: {cpt}, ratio: 0.7}}]"
     ties = ["ratio=0.7", "method=ties", "density=0.2"]
     cases: dict[str, tuple[peers.Peer, str, list[str]]] = {
@@ -359,7 +359,7 @@ def compare(folder: Path, venv: Path, scripts: Path) -> None:
         "task_arithmetic, 0.7": (
             peers.mergekit_task_arithmetic(venv, cpt, base, chat, 0.7, models / "theirs2"), "cpt", ["ratio=0.7"]),
         "task_arithmetic, 48,000 rows": (
-            peers.mergekit_task_arithmetic(venv, long, base, chat, 1.0, models / "theirs3", tokenizer=long), "cpt48k", []),
+            peers.mergekit_task_arithmetic(venv, long, base, chat, 1.0, models / "theirs3", long), "cpt48k", []),
         "linear, 0.7": (peers.mergekit_linear(venv, cpt, base, chat, 0.7, models / "theirs4"), "cpt", ["ratio=0.7"]),
         "authors, 1.0": (peers.chat_vector(venv, scripts, cpt, pair, [1.0], models / "theirs5", False), "cpt", []),
         "authors, 0.7, skip_embed": (
@@ -367,9 +367,9 @@ def compare(folder: Path, venv: Path, scripts: Path) -> None:
         "authors, two vectors": (
             peers.chat_vector(venv, scripts, cpt, pair * 2, [1.0, -0.3], models / "theirs7", False), "cpt", [other]),
         "ties, one vector": (
-            peers.mergekit_ties(venv, base, [peers.Vector(chat, 1.0, 0.2)], models / "theirs8", 0.7, True, None), "base", ties),
+            peers.mergekit_ties(venv, base, of_chat, models / "theirs8", 0.7, True, None), "base", ties),
         "ties, two vectors": (
-            peers.mergekit_ties(venv, base, [replace(v, weight=1.0) for v in both], models / "theirs9", 0.7, True, None), "base",
+            peers.mergekit_ties(venv, base, [*of_chat, *second], models / "theirs9", 0.7, True, None), "base",
             [*ties, of_cpt]),
     }  # fmt: skip
     for name, (peer, start, settings) in cases.items():
