@@ -44,7 +44,7 @@ from tracking import read_log
 
 RECIPE = Path("recipes/demo.yaml")
 PAIRS = (
-    "constituents/constituents,focus/focus,focus/constituents,constituents/focus,mean/mean,gaussian/gaussian,"
+    "constituents/constituents,ends/ends,focus/focus,ends/focus,ends/constituents,mean/mean,gaussian/gaussian,"
     "random/random"
 )
 LANGUAGES = ("zh_tw", "ko", "en")

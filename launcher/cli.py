@@ -122,6 +122,8 @@ def merge(
     keys of the recipe's `merge` section, as key=value. With `plan` first nothing is written: every tensor is listed
     with its rule and bytes, or all that stands against the merge.
     """
+    # the merge divides its work over threads itself; numpy's would only wait for one another (read at numpy's import)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from launcher.merge import Request
     from launcher.merge import merge as run_merge
 

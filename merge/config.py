@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, field_validator, model_validator
 from core.config import Section, key
 from merge.expressions import evaluate
 
-Method = Literal["constituents", "focus", "mean", "gaussian", "random"]
+Method = Literal["constituents", "ends", "focus", "mean", "gaussian", "random"]
 Kind = Literal["attention", "mlp", "norm", "embed", "head", "other"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Combination = Literal["add", "ties", "dare", "dare_ties"]
@@ -35,8 +35,9 @@ class EmbeddingsConfig(Section):
 
     input: Method = key(
         "constituents",
-        "input embedding; constituents: mean of the pieces that spelt it before; focus: mean of old tokens that are "
-        "like it in the new text; mean: mean of the old rows; "
+        "input embedding; constituents: mean of the pieces that spelt it before; ends: that mean, leaning on the last "
+        "of them (head: the first); focus: that mean and those of tokens like it in the new text; mean: mean of the "
+        "old rows; "
         "gaussian: drawn with the old rows' mean and covariance; random: isotropic, with the old rows' norm",
     )
     head: Method = key("constituents", "output head, by the same methods; a tied model has no rows of its own there")

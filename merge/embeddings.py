@@ -26,7 +26,7 @@ from merge.chat_format import GENERATION_FILE
 from merge.config import EmbeddingsConfig
 from merge.finish import copy_files, resize_config
 from merge.focus import MINIMUM, TokenSpace, train_space
-from merge.initialisers import INITIALISERS, OldRows, Task
+from merge.initialisers import INITIALISERS, OldRows, Task, Use
 from merge.rules import kind_of, model_tensors
 from tracking.tracker import Tracker
 
@@ -44,6 +44,7 @@ def run(
     source, vocabulary = Checkpoint.open(base), VocabularyMap.load(tokenizer)
     kept = model_tensors(source)
     matrices = [name for name in kept if kind_of(name) in ("embed", "head")]
+    tied = not any(kind_of(name) == "head" for name in matrices)
     _check(source, vocabulary, matrices)
     changed = _changed_files(source, kept, matrices)
     layout = Layout.of_files(
@@ -61,7 +62,8 @@ def run(
         for name, info in layout.tensors.items():
             _copy(source, name, writer)
             if name in matrices:
-                results[f"{kind_of(name)}_norms"] = _append(config, source, name, vocabulary, space, writer)
+                task = _task(config, source, name, vocabulary, tied, space)
+                results[f"{kind_of(name)}_norms"] = _append(config, task, name, vocabulary, writer)
             meter.advance(info.nbytes / 1e6)
         writer.close()
         linked = _link_others(source, kept, changed, writer.directory)
@@ -122,34 +124,40 @@ def _space(config: EmbeddingsConfig, tokenizer: Path, corpus: Corpus, vocabulary
     """The space of the text's tokens. Says how many new pieces are not in it."""
     with timed("embeddings: the new text's tokens"):
         space = train_space(corpus, tokenizer, vocabulary.rows, config.focus_characters, config.seed)
-    anchors = int(space.known[: vocabulary.base_rows].sum())
-    unknown = sum(not space.known[piece.id] for piece in vocabulary.new) if anchors else len(vocabulary.new)
+    unknown = sum(not space.known[piece.id] for piece in vocabulary.new)
     say(
-        f"embeddings: {anchors:,} old tokens of the new text are anchors; {unknown:,} of {len(vocabulary.new):,} new "
-        f"pieces occur in it less than {MINIMUM} times, or have no anchor, and start from their constituents"
+        f"embeddings: {unknown:,} of {len(vocabulary.new):,} new pieces occur less than {MINIMUM} times in the text that "
+        "focus reads; they start from their constituents alone"
     )
     return space
 
 
-def _append(
+def _task(
     config: EmbeddingsConfig,
     source: Checkpoint,
     name: str,
     vocabulary: VocabularyMap,
+    tied: bool,
     space: TokenSpace | None,
-    writer: CheckpointWriter,
+) -> Task:
+    use: Use = "head" if kind_of(name) == "head" else "both" if tied else "input"
+    random = np.random.default_rng([config.seed, use == "head"])
+    return Task(vocabulary.new, OldRows(source, name), random, use, space)
+
+
+def _append(
+    config: EmbeddingsConfig, task: Task, name: str, vocabulary: VocabularyMap, writer: CheckpointWriter
 ) -> dict[str, float]:
     """Write the rows beyond the base's. Returns the mean norm of the old rows and of the new pieces' rows."""
-    info, old = source.tensors[name], OldRows(source, name)
-    method = config.input if kind_of(name) == "embed" else config.head
+    info, old = writer.layout.tensors[name], task.old
+    method = config.head if task.use == "head" else config.input
     method = method if len(info.shape) > 1 else "mean"  # a bias has no directions
-    random = np.random.default_rng([config.seed, kind_of(name) == "head"])
 
     def write(row: int, values: Float32) -> None:
         writer.write(name, row, narrow(values, info.dtype))
 
     number, norms = 0, 0.0
-    for rows in INITIALISERS[method](Task(vocabulary.new, old, random, space)):
+    for rows in INITIALISERS[method](task):
         for row in rows:
             write(vocabulary.new[number].id, row)
             number, norms = number + 1, norms + float(np.linalg.norm(row))

@@ -10,7 +10,7 @@ decides it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -44,9 +44,14 @@ class TokenSpace:
         """Which tokens have a vector, shape (rows,)."""
         return np.array(self.vectors.any(axis=1))
 
-    def weights(self, tokens: Ids, anchors: Ids) -> Float32:
-        """What each anchor contributes to each token, shape (tokens, anchors): sparsemax of their cosines."""
-        return sparsemax(self.vectors[tokens] @ self.vectors[anchors].T)
+    def weights(self, tokens: Sequence[int], others: Sequence[int]) -> Float32:
+        """How much each of the others is like each token, shape (tokens, others): sparsemax of their cosines.
+
+        A token is not like itself.
+        """
+        cosines = self.vectors[list(tokens)] @ self.vectors[list(others)].T
+        cosines[np.equal.outer(np.array(tokens, np.int64), np.array(others, np.int64))] = -2  # below all cosines
+        return sparsemax(cosines)
 
 
 def train_space(corpus: Corpus, tokenizer: Path, rows: int, characters: int, seed: int) -> TokenSpace:

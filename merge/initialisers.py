@@ -5,9 +5,10 @@ They yield the rows of the pieces, in order, in batches of float32, so that memo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,9 @@ class OldRows:
         return root
 
 
+Use = Literal["input", "head", "both"]  # both: the one matrix of a tied model
+
+
 @dataclass(frozen=True)
 class Task:
     """What is to be initialised, and all that it may be made from."""
@@ -71,7 +75,8 @@ class Task:
     pieces: Sequence[NewPiece]
     old: OldRows
     random: np.random.Generator
-    space: TokenSpace | None = None  # of the new text; there for `focus`
+    use: Use = "input"  # what the rows are for
+    space: TokenSpace | None = None  # of the new text's tokens; there for `focus`
 
 
 Initialiser = Callable[[Task], Iterator[Float32]]
@@ -83,56 +88,42 @@ def constituents(task: Task) -> Iterator[Float32]:
     A mean is shorter than what it is made of, hence the norm. Where two rows would be equal (the same constituents
     in another order, or a single one), the later one gets a little noise.
     """
-    old = task.old
-    seen: set[tuple[int, ...]] = {(row,) for row in range(old.rows)}
-    for piece in task.pieces:
-        made_of = tuple(sorted(piece.constituents))
-        row = old.gather(piece.constituents).mean(axis=0) if made_of else old.mean.copy()
-        norm = float(np.linalg.norm(row))
-        if norm > 0:
-            row *= old.mean_norm / norm
-        if made_of in seen:
-            row += _isotropic(1, task)[0] * NOISE
-        seen.add(made_of)
+    for row in _spelt(task, norm=task.old.mean_norm):
+        yield row[None]
+
+
+def ends(task: Task) -> Iterator[Float32]:
+    """The mean of the rows that spelt the piece before, leaning on one of its ends, with the norm that comes of it.
+
+    What follows a piece follows its last constituent, and what is predicted in a piece's place is its first one. So
+    the input leans on the last and the head on the first; the head less, or pieces that begin alike could not be told
+    apart. A tied matrix leans on neither. The idea is EEVE's (Kim et al., 2024, https://arxiv.org/abs/2402.14714: mean
+    for the input, first for the head), the shares are measured (docs/embeddings.md). Equal rows come apart as above.
+    """
+    share = SHARES_OF_ENDS[task.use]
+    for row in _spelt(task, share):
         yield row[None]
 
 
 def focus(task: Task) -> Iterator[Float32]:
-    """The mean of old rows, weighted by how alike their tokens are to the piece in the new text (`merge/focus.py`).
+    """Halfway between the mean of a piece's constituents and the mean of the tokens that it is like in the new text.
 
-    The old tokens of that text are the anchors. A mean of rows keeps what they have in common, so its norm is left as
-    it is. Pieces that the text has too rarely start from their constituents.
+    The latter is weighted by likeness (`merge/focus.py`); a new piece among them stands for its constituents. FOCUS has
+    old tokens only and no constituents, which is worse (docs/embeddings.md). Pieces that the text has too rarely have
+    the mean of their constituents. No norm is changed.
     """
-    known, anchors = _space(task).known, _anchors(task)
-    rest = [piece for piece in task.pieces if not known[piece.id] or not len(anchors)]
-    others = constituents(replace(task, pieces=rest))
+    space, spelt = _space(task), _spelt(task)
+    by_id = {piece.id: piece for piece in task.pieces}
+    tokens = [int(token) for token in np.flatnonzero(space.known) if token < task.old.rows or int(token) in by_id]
     for start in range(0, len(task.pieces), BATCH):
         batch = task.pieces[start : start + BATCH]
-        alike = [len(anchors) > 0 and bool(known[piece.id]) for piece in batch]
-        rows = np.empty((len(batch), task.old.width), np.float32)
-        rows[alike] = _weighted_means(task, [piece.id for piece, yes in zip(batch, alike, strict=True) if yes], anchors)
-        for place in np.flatnonzero(np.logical_not(alike)):
-            rows[place] = next(others)
+        rows = np.stack([next(spelt) for _ in batch])
+        alike = np.array([len(tokens) > 1 and bool(space.known[piece.id]) for piece in batch])
+        weights = space.weights([piece.id for piece, yes in zip(batch, alike, strict=True) if yes], tokens)
+        used = np.flatnonzero(weights.any(axis=0))
+        rows[alike] += weights[:, used] @ _rows_of(task.old, [tokens[place] for place in used], by_id)
+        rows[alike] /= 2
         yield rows
-
-
-def _weighted_means(task: Task, tokens: Sequence[int], anchors: NDArray[np.int64]) -> Float32:
-    """Shape (tokens, width). Only anchors that any of the tokens needs are read."""
-    weights = _space(task).weights(np.array(tokens, np.int64), anchors)
-    used = np.flatnonzero(weights.any(axis=0))
-    means: Float32 = weights[:, used] @ task.old.gather(anchors[used].tolist())
-    return means
-
-
-def _anchors(task: Task) -> NDArray[np.int64]:
-    """The old tokens of the new text."""
-    return np.flatnonzero(_space(task).known[: task.old.rows])
-
-
-def _space(task: Task) -> TokenSpace:
-    if task.space is None:
-        raise ValueError("focus needs the space of the new text's tokens")
-    return task.space
 
 
 def mean(task: Task) -> Iterator[Float32]:
@@ -157,13 +148,55 @@ def isotropic(task: Task) -> Iterator[Float32]:
         yield _isotropic(count, task)
 
 
+SHARES_OF_ENDS: dict[Use, float] = {"input": 0.5, "head": 0.25, "both": 0}
+
 INITIALISERS: dict[Method, Initialiser] = {
     "constituents": constituents,
+    "ends": ends,
     "focus": focus,
     "mean": mean,
     "gaussian": gaussian,
     "random": isotropic,
 }
+
+
+def _spelt(task: Task, share: float = 0, norm: float | None = None) -> Iterator[Float32]:
+    """For each piece, (1 - share) of its constituents' mean and `share` of its last one's row (head: its first's).
+
+    Brought to a norm if one is given. A row that would equal an earlier one, or an old one, gets a little noise.
+    """
+    old, end = task.old, 0 if task.use == "head" else -1
+    seen: set[tuple[int, ...]] = {(row, row) for row in range(old.rows)}
+    for piece in task.pieces:
+        made_of = sorted(piece.constituents)
+        rows = old.gather(piece.constituents) if made_of else old.mean[None]
+        row: Float32 = rows.mean(axis=0)
+        row += np.float32(share) * (rows[end] - row)
+        length = float(np.linalg.norm(row))
+        if norm is not None and length > 0:
+            row *= norm / length
+        leaning = [piece.constituents[end]] if share and made_of else made_of[:1]
+        if (key := (*made_of, *leaning)) in seen:
+            row += _isotropic(1, task)[0] * NOISE
+        seen.add(key)
+        yield row
+
+
+def _rows_of(old: OldRows, tokens: Sequence[int], pieces: Mapping[int, NewPiece]) -> Float32:
+    """The rows of old tokens, and the constituents' means of new pieces, in the given order: shape (tokens, width)."""
+    rows = np.empty((len(tokens), old.width), np.float32)
+    is_new = np.array([token in pieces for token in tokens], bool)
+    rows[~is_new] = old.gather([token for token in tokens if token not in pieces])
+    for place in np.flatnonzero(is_new):
+        made_of = pieces[tokens[place]].constituents
+        rows[place] = old.gather(made_of).mean(axis=0) if made_of else old.mean
+    return rows
+
+
+def _space(task: Task) -> TokenSpace:
+    if task.space is None:
+        raise ValueError("focus needs the space of the new text's tokens")
+    return task.space
 
 
 def _isotropic(count: int, task: Task) -> Float32:
