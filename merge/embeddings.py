@@ -44,7 +44,7 @@ def run(
     source, vocabulary = Checkpoint.open(base), VocabularyMap.load(tokenizer)
     kept = model_tensors(source)
     matrices = [name for name in kept if kind_of(name) in ("embed", "head")]
-    tied = not any(kind_of(name) == "head" for name in matrices)
+    tied = not any(kind_of(name) == "head" and len(kept[name].shape) > 1 for name in matrices)
     _check(source, vocabulary, matrices)
     changed = _changed_files(source, kept, matrices)
     layout = Layout.of_files(
@@ -126,8 +126,8 @@ def _space(config: EmbeddingsConfig, tokenizer: Path, corpus: Corpus, vocabulary
         space = train_space(corpus, tokenizer, vocabulary.rows, config.focus_characters, config.seed)
     unknown = sum(not space.known[piece.id] for piece in vocabulary.new)
     say(
-        f"embeddings: {unknown:,} of {len(vocabulary.new):,} new pieces occur less than {MINIMUM} times in the text that "
-        "focus reads; they start from their constituents alone"
+        f"embeddings: {unknown:,} of {len(vocabulary.new):,} new pieces occur less than {MINIMUM} times in the text "
+        "that focus reads; they start from their constituents alone"
     )
     return space
 

@@ -185,11 +185,12 @@ def _spelt(task: Task, share: float = 0, norm: float | None = None) -> Iterator[
 def _rows_of(old: OldRows, tokens: Sequence[int], pieces: Mapping[int, NewPiece]) -> Float32:
     """The rows of old tokens, and the constituents' means of new pieces, in the given order: shape (tokens, width)."""
     rows = np.empty((len(tokens), old.width), np.float32)
-    is_new = np.array([token in pieces for token in tokens], bool)
-    rows[~is_new] = old.gather([token for token in tokens if token not in pieces])
-    for place in np.flatnonzero(is_new):
-        made_of = pieces[tokens[place]].constituents
-        rows[place] = old.gather(made_of).mean(axis=0) if made_of else old.mean
+    is_old = np.array([token not in pieces for token in tokens], bool)
+    rows[is_old] = old.gather([token for token in tokens if token not in pieces])
+    for place, token in enumerate(tokens):
+        if token in pieces:
+            made_of = pieces[token].constituents
+            rows[place] = old.gather(made_of).mean(axis=0) if made_of else old.mean
     return rows
 
 

@@ -12,6 +12,7 @@ from core.errors import UserError
 from core.sources import Corpus, Source
 from merge import EmbeddingsConfig
 from merge.embeddings import run
+from merge.focus import sparsemax, train_space
 from merge.initialisers import INITIALISERS, OldRows, Task
 from tests.merge.conftest import BASE_ROWS, CPT_ROWS, NEW, make_family, save_weights
 from tests.merge.test_merge_run import load
@@ -57,10 +58,63 @@ def test_constituents_have_the_direction_of_their_mean_and_the_norm_of_the_old_r
             assert weights[piece.id].norm() == pytest.approx(float(norm), rel=0.02)
 
 
-def test_rows_that_would_be_equal_come_apart(untied, tmp_path, tracker):
+def test_ends_lean_on_the_last_constituent_in_the_input_and_on_the_first_in_the_head(untied, tmp_path, tracker):
+    resize(untied, tmp_path / "out", tracker, input="ends", head="ends")
+    for name, end, share in ((MATRICES[0], -1, 0.5), (MATRICES[1], 0, 0.25)):
+        base, weights = untied.weights["base"][name].float(), load(tmp_path / "out")[name].float()
+        for piece in untied.vocabulary.new:
+            expected = (1 - share) * base[piece.constituents].mean(0) + share * base[piece.constituents[end]]
+            assert torch.allclose(weights[piece.id], expected, rtol=2**-8, atol=1e-6), piece
+
+
+def test_ends_of_a_tied_matrix_lean_on_neither(tmp_path, tracker):
+    family = make_family(tmp_path / "models", tied=True)
+    resize(family, tmp_path / "out", tracker, input="ends")
+    base, weights = family.weights["base"][MATRICES[0]].float(), load(tmp_path / "out")[MATRICES[0]].float()
+    for piece in family.vocabulary.new:
+        if piece.piece != "de":  # it has the constituents of `ed`, and so some noise
+            expected = base[piece.constituents].mean(0)
+            assert torch.allclose(weights[piece.id], expected, rtol=2**-8, atol=1e-6), piece
+
+
+def test_focus_is_halfway_between_constituents_and_what_the_text_has_in_like_places(untied, tmp_path, tracker):
+    resize(untied, tmp_path / "out", tracker, input="focus", head="focus")
+    corpus = Corpus(sources=[Source(path=str(untied.root / "text.txt"), language="en")])
+    space = train_space(corpus, untied.tokenizer, CPT_ROWS, 10**6, seed=0)
+    known = np.flatnonzero(space.known).tolist()
+    made_of = {piece.id: piece.constituents for piece in untied.vocabulary.new}
+    for name in MATRICES:
+        base, weights = untied.weights["base"][name].float(), load(tmp_path / "out")[name].float()
+        for piece in untied.vocabulary.new:
+            expected = base[piece.constituents].mean(0)
+            others = [token for token in known if token != piece.id]
+            if piece.piece not in UNSEEN:
+                rows = torch.stack([base[made_of.get(token, [token])].mean(0) for token in others])
+                shares = sparsemax(space.vectors[[piece.id]] @ space.vectors[others].T)[0]
+                assert 0 < (shares > 0).sum() < len(others)
+                expected = (expected + torch.from_numpy(shares) @ rows) / 2
+            assert torch.allclose(weights[piece.id], expected, rtol=0.02, atol=0.01), piece
+
+
+def test_focus_says_how_many_pieces_the_text_does_not_show(untied, tmp_path, tracker, capsys):
+    resize(untied, tmp_path / "out", tracker, input="focus")
+    assert f"{len(UNSEEN)} of {len(NEW)} new pieces occur less than" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_text_is_read_for_focus_only(untied, tmp_path, tracker):
+    nowhere = Corpus(sources=[Source(path="./missing.txt", language="en")])
+    arguments = (untied.base, untied.tokenizer, nowhere)
+    run(EmbeddingsConfig(input="ends", head="mean"), *arguments, tmp_path / "ends", tracker)
+    with pytest.raises(UserError, match=r"missing\.txt does not exist"):
+        run(EmbeddingsConfig(head="focus"), *arguments, tmp_path / "focus", tracker)
+    assert not (tmp_path / "focus").exists()
+
+
+@pytest.mark.parametrize("method", ["constituents", "ends", "focus"])
+def test_rows_that_would_be_equal_come_apart(family, tmp_path, tracker, method):
     assert sorted(NEW["ed"]) == sorted(NEW["de"])
-    resize(untied, tmp_path / "out", tracker)
-    rows = load(tmp_path / "out")["model.embed_tokens.weight"][pieces(untied)]
+    resize(family, tmp_path / "out", tracker, input=method)
+    rows = load(tmp_path / "out")["model.embed_tokens.weight"][pieces(family)]
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
 
 
@@ -73,9 +127,10 @@ def test_chat_tokens_and_padding_start_from_the_mean(untied, tmp_path, tracker):
             assert torch.equal(weights[name][row], mean)
 
 
-def test_the_same_seed_gives_the_same_bytes(untied, tmp_path, tracker):
+@pytest.mark.parametrize(("input", "head"), [("gaussian", "random"), ("focus", "gaussian")])
+def test_the_same_seed_gives_the_same_bytes(untied, tmp_path, tracker, input, head):
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        resize(untied, tmp_path / out, tracker, input="gaussian", head="random", seed=seed)
+        resize(untied, tmp_path / out, tracker, input=input, head=head, seed=seed)
     a, b, c = ((tmp_path / out / "model.safetensors").read_bytes() for out in "abc")
     assert a == b != c
 
