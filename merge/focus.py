@@ -57,7 +57,7 @@ class TokenSpace:
 def train_space(corpus: Corpus, tokenizer: Path, rows: int, characters: int, seed: int) -> TokenSpace:
     """The space of the `rows` tokens of a tokenizer, from at most `characters` of training text per language."""
     documents = list(read_tokens(corpus, tokenizer, characters))
-    occurrences = np.bincount(np.concatenate([*documents, np.empty(0, np.int64)]), minlength=rows)
+    occurrences = np.bincount(np.concatenate([*documents, np.empty(0, np.int32)]), minlength=rows)
     frequent = np.flatnonzero(occurrences >= MINIMUM)
     vectors = np.zeros((rows, DIMENSIONS), np.float32)
     if len(frequent) > 1:
@@ -71,7 +71,7 @@ def train_space(corpus: Corpus, tokenizer: Path, rows: int, characters: int, see
     return TokenSpace(vectors)
 
 
-def read_tokens(corpus: Corpus, tokenizer: Path, characters: int) -> Iterator[Ids]:
+def read_tokens(corpus: Corpus, tokenizer: Path, characters: int) -> Iterator[NDArray[np.int32]]:
     """The training documents as token ids, from the start of each language until `characters` of it were read."""
     from tokenizers import Tokenizer
 
@@ -81,7 +81,7 @@ def read_tokens(corpus: Corpus, tokenizer: Path, characters: int) -> Iterator[Id
             texts = _texts(corpus, language, characters)
             while batch := list(islice(texts, _DOCUMENTS)):
                 for encoding in encoder.encode_batch(batch, add_special_tokens=False):
-                    yield np.array(encoding.ids, np.int64)
+                    yield np.array(encoding.ids, np.int32)
                 meter.advance(len(batch))
 
 

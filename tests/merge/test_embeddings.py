@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from checkpoint.reader import Checkpoint
 from checkpoint.vocabulary import NewPiece, VocabularyMap
+from core.artifact import StageRecord, write_record
 from core.errors import UserError
 from core.sources import Corpus, Source
 from merge import EmbeddingsConfig
@@ -108,6 +109,41 @@ def test_the_text_is_read_for_focus_only(untied, tmp_path, tracker):
     with pytest.raises(UserError, match=r"missing\.txt does not exist"):
         run(EmbeddingsConfig(head="focus"), *arguments, tmp_path / "focus", tracker)
     assert not (tmp_path / "focus").exists()
+
+
+def test_focus_without_enough_text_is_the_mean_of_the_constituents(untied, tmp_path, tracker):
+    (tmp_path / "short.txt").write_text("the ing")
+    corpus = Corpus(sources=[Source(path=str(tmp_path / "short.txt"), language="en")])
+    run(EmbeddingsConfig(input="focus"), untied.base, untied.tokenizer, corpus, tmp_path / "out", tracker)
+    base, weights = untied.weights["base"][MATRICES[0]].float(), load(tmp_path / "out")[MATRICES[0]].float()
+    for piece in untied.vocabulary.new[:3]:
+        assert torch.allclose(weights[piece.id], base[piece.constituents].mean(0), rtol=2**-8, atol=1e-6)
+
+
+def test_the_text_is_an_input_of_the_stage_for_focus_only(untied, tmp_path):
+    """A change of the text makes the stage run again where it matters, and only there."""
+    from launcher.recipe import load_recipe
+    from launcher.stages import Run, find_stage, identify
+
+    recipe = tmp_path / "recipe.yaml"
+    text = {"ko": tmp_path / "ko.txt", "en": tmp_path / "en.txt"}
+    for path in text.values():
+        path.write_text("a")
+    sources = [{"path": str(path), "language": language} for language, path in text.items()]
+    values = {"name": "x", "runs": str(tmp_path), "models": {"base": str(untied.base), "chat": str(untied.chat)},
+              "corpus": {"sources": sources}, "tokenizer": {"new_pieces": {"ko": 1}}, "training": {"tokens": 1}}  # fmt: skip
+    recipe.write_text(json.dumps(values))
+    write_record(tmp_path / "x" / "tokenizer", StageRecord("tokenizer", "key", {}, {}), 0)
+
+    def keys():
+        overrides = [[], ["embeddings.head=focus"]]
+        return [identify(Run(load_recipe(recipe, more)), find_stage("embeddings"))[0] for more in overrides]
+
+    before = keys()
+    text["ko"].write_text("another")
+    plain, focus = keys()
+    assert plain == before[0]
+    assert focus != before[1]
 
 
 @pytest.mark.parametrize("method", ["constituents", "ends", "focus"])
