@@ -62,7 +62,7 @@ def merge_files(plan: MergePlan, work: Work) -> list[Statistics]:
     pending = [block for block in own if block.number not in done]
     with _pool() as pool, Meter("merge", megabytes, "MB", before) as meter:
         try:
-            for block, sums in pool.map(lambda block: (block, _run(merger, block)), pending):
+            for block, sums in pool.map(lambda place: _run(merger, pending, place), range(len(pending))):
                 work.note(block.number, sums, block.nbytes)
                 meter.advance(block.nbytes / 1e6)
         except BaseException:
@@ -122,12 +122,24 @@ def cpt_reader(cpt: Checkpoint, name: str) -> ReadCpt:
     return read
 
 
-def _run(merger: SliceMerger, block: Block) -> BlockSums:
-    plan, name = merger.plan, block.tensor.name
+def _run(merger: SliceMerger, pending: list[Block], place: int) -> tuple[Block, BlockSums]:
+    """Merge one of the blocks, while the disk fetches what is needed a little later."""
+    plan, block = merger.plan, pending[place]
+    _read_ahead(plan, pending[place + MAX_THREADS : place + MAX_THREADS + 1])
+    name = block.tensor.name
     if block.tensor.treatment is None:
         merger.files.write_flat(name, block.start, plan.cpt.read_flat(name, block.start, block.stop))
-        return [Sums() for _ in plan.vectors]
-    return merger.merge(block.tensor, block.start, block.stop, cpt_reader(plan.cpt, name))
+        return block, [Sums() for _ in plan.vectors]
+    return block, merger.merge(block.tensor, block.start, block.stop, cpt_reader(plan.cpt, name))
+
+
+def _read_ahead(plan: MergePlan, blocks: list[Block]) -> None:
+    """Rows that meet by token lie at other places in each model, but mostly near."""
+    for block in blocks:
+        for model in plan.models().values():
+            size = model.tensors[block.tensor.name].size
+            if block.start < size:
+                model.expect(block.tensor.name, block.start, min(block.stop, size))
 
 
 def copy_unmerged(checkpoint: Checkpoint, files: CheckpointFiles, names: list[str]) -> None:
