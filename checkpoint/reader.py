@@ -198,9 +198,10 @@ def _read_indexed(index: Path, read: Callable[[Path], dict[str, TensorInfo]] = r
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{index} has no weight_map; copy or download it again.") from None
     headers: dict[str, dict[str, TensorInfo]] = {}
-    for file in sorted(set(weight_map.values())):
+    for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(f"{index} names {file!r}, which is no file of its own folder; do not use this checkpoint.")
+    for file in sorted(set(weight_map.values())):
         if not (directory / file).is_file():
             raise UserError(f"{directory / file} is missing, {index.name} names it; copy or download it.")
         headers[file] = read(directory / file)

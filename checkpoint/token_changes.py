@@ -37,7 +37,7 @@ def apply(changes: TokenChanges, directory: Path, origin: Path) -> None:
     """
     if not changes:
         return
-    behaviour = _behaviour(origin)
+    before, behaviour = read_tokens(directory).ids, _behaviour(origin)
     new = {token: {**_PLAIN, **behaviour.get(token, {})} for token in [*changes.appended, *changes.renamed]}
     if (directory / "tokenizer.json").is_file():
         _change_fast(changes, new, directory / "tokenizer.json")
@@ -46,7 +46,7 @@ def apply(changes: TokenChanges, directory: Path, origin: Path) -> None:
         known = read_json(listed) if listed.is_file() else {}
         write_json(listed, {**_renamed_keys(known, changes), **changes.appended})
     _change_settings(changes, new, directory / "tokenizer_config.json")
-    _prove(changes, directory)
+    _prove({**changes.appended, **{token: before[reserved] for token, reserved in changes.renamed.items()}}, directory)
 
 
 def _behaviour(origin: Path) -> dict[str, dict[str, Any]]:
@@ -80,31 +80,46 @@ def _renamed_keys(values: Mapping[str, Any], changes: TokenChanges) -> dict[str,
 
 
 def _change_settings(changes: TokenChanges, new: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """`added_tokens_decoder`, where the settings have one, or where there is no tokenizer.json to say it."""
+    """`added_tokens_decoder`, where the settings have one, or where there is no tokenizer.json to say it.
+
+    A renamed token is renamed wherever the settings name it: a loader would add it again under its old name.
+    """
+    becomes = {reserved: token for token, reserved in changes.renamed.items()}
+    for file in (path, path.with_name("special_tokens_map.json")):
+        if file.is_file() and becomes:
+            write_json(file, _renamed(read_json(file), becomes))
     settings = read_json(path) if path.is_file() else {}
     if "added_tokens_decoder" not in settings and (path.parent / "tokenizer.json").is_file():
         return
     decoder = dict(settings.get("added_tokens_decoder", {}))
-    becomes = {reserved: token for token, reserved in changes.renamed.items()}
     for number, entry in decoder.items():
-        if entry["content"] in becomes:
-            token = becomes[entry["content"]]
-            decoder[number] = {"content": token, **new[token]}
+        if entry["content"] in changes.renamed:
+            decoder[number] = {"content": entry["content"], **new[entry["content"]]}
     decoder |= {str(number): {"content": token, **new[token]} for token, number in changes.appended.items()}
     write_json(path, {**settings, "added_tokens_decoder": decoder})
 
 
-def _prove(changes: TokenChanges, directory: Path) -> None:
+def _renamed(value: Any, becomes: Mapping[str, str]) -> Any:
+    """JSON with some strings in place of others, at any depth."""
+    if isinstance(value, str):
+        return becomes.get(value, value)
+    if isinstance(value, list):
+        return [_renamed(item, becomes) for item in value]
+    if isinstance(value, dict):
+        return {name: _renamed(item, becomes) for name, item in value.items()}
+    return value
+
+
+def _prove(expected: Mapping[str, int], directory: Path) -> None:
     """By the tokenizers library where it reads the files, since it gives ids of its own to what it finds odd."""
     if (directory / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        found = {token: tokenizer.token_to_id(token) for token in [*changes.appended, *changes.renamed]}
+        found: Mapping[str, int | None] = {token: tokenizer.token_to_id(token) for token in expected}
     else:
-        found = dict(read_tokens(directory).ids)
-    wrong = [token for token, number in changes.appended.items() if found.get(token) != number]
-    wrong += [token for token in changes.renamed if found.get(token) is None]
+        found = read_tokens(directory).ids
+    wrong = [token for token, number in expected.items() if found.get(token) != number]
     if wrong:
         raise UserError(
             f"{directory} cannot hold {', '.join(map(repr, wrong))} where the rows of the merged model would be; "

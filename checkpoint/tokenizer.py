@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoint.reader import read_json
 from checkpoint.vocabulary import has_tokenizer, read_tokens
+from core.errors import UserError
 
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -26,6 +27,7 @@ class TokenizerFiles:
     directory: Path
     ids: dict[str, int]
     added: frozenset[str]
+    odd: str | None = None  # a token that loaders read at another id than the file says
 
     @staticmethod
     def read(directory: Path) -> TokenizerFiles | None:
@@ -33,7 +35,7 @@ class TokenizerFiles:
         if not has_tokenizer(directory):
             return None
         tokens = read_tokens(directory)
-        return TokenizerFiles(directory, tokens.ids, tokens.added)
+        return TokenizerFiles(directory, tokens.ids, tokens.added, tokens.odd)
 
     @cached_property
     def tokens(self) -> dict[int, str]:
@@ -52,12 +54,23 @@ class TokenizerFiles:
         """The (default) chat template, from its own file or from tokenizer_config.json."""
         path = self.directory / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it.") from None
         template = self._config.get("chat_template")
         if isinstance(template, list):
             named = {entry["name"]: entry["template"] for entry in template}
             template = named.get("default", next(iter(named.values()), None))
         return template if isinstance(template, str) else None
+
+    @cached_property
+    def other_templates(self) -> list[str]:
+        """Names of chat templates beside the default one."""
+        template = self._config.get("chat_template")
+        listed = [str(entry.get("name")) for entry in template] if isinstance(template, list) else []
+        files = sorted(path.stem for path in (self.directory / "additional_chat_templates").glob("*.jinja"))
+        return [name for name in [*listed, *files] if name != "default"]
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -84,7 +97,10 @@ def read_stop_ids(directory: Path) -> list[int]:
     for file in ("generation_config.json", "config.json"):
         ids = _read_if_there(directory / file).get("eos_token_id")
         if ids is not None:
-            return [int(number) for number in (ids if isinstance(ids, list) else [ids])]
+            try:
+                return [int(number) for number in (ids if isinstance(ids, list) else [ids])]
+            except (ValueError, TypeError):
+                raise UserError(f"{directory / file} has eos_token_id {ids!r}, no token id; correct it.") from None
     return []
 
 

@@ -82,6 +82,7 @@ class TokenIds:
 
     ids: dict[str, int]
     added: frozenset[str]
+    odd: str | None = None  # a token that loaders read at another id than the file says
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -104,9 +105,26 @@ def read_tokens(directory: Path) -> TokenIds:
         if isinstance(vocabulary, list):
             raise UserError(f"{path} holds a {content['model']['type']} vocabulary; only BPE is supported.")
         ids = {**vocabulary, **{token["content"]: token["id"] for token in added}}
-        return TokenIds(ids, frozenset(token["content"] for token in added))
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(number, int) and number >= 0 for number in ids.values()):
+            raise ValueError("an id is no whole number from 0 on")
+        return TokenIds(ids, frozenset(token["content"] for token in added), _odd_number(vocabulary, added))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no tokenizer.json ({error}); save the tokenizer again.") from None
+
+
+def _odd_number(vocabulary: dict[str, int], added: list[dict[str, Any]]) -> str | None:
+    """Where the tokenizers library gives an added token another id than the file says.
+
+    It numbers those that are not in the vocabulary from the vocabulary's size on, in the order of the list.
+    """
+    following = len(vocabulary)
+    for token in added:
+        number = vocabulary.get(token["content"])
+        if number is None:
+            number, following = following, following + 1
+        if number != token["id"]:
+            return f"{token['content']!r} at {token['id']}, but loaders read it at {number}"
+    return None
 
 
 _MERGES = re.compile(r'(?<!\\)"merges"\s*:\s*\[')  # within a string the quotes would be escaped
@@ -148,8 +166,13 @@ def _read_sentencepiece(directory: Path) -> TokenIds:
 def _listed_added_tokens(directory: Path) -> dict[str, int]:
     """What a directory without `tokenizer.json` lists beside its `tokenizer.model`."""
     older, config = directory / "added_tokens.json", directory / "tokenizer_config.json"
-    found: dict[str, int] = json.loads(older.read_text(encoding="utf-8")) if older.is_file() else {}
-    if config.is_file():
-        listed = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        found |= {token["content"]: int(number) for number, token in listed.items()}
-    return found
+    try:
+        found: dict[str, int] = json.loads(older.read_text(encoding="utf-8")) if older.is_file() else {}
+        if config.is_file():
+            listed = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+            found |= {token["content"]: int(number) for number, token in listed.items()}
+        return {str(token): int(number) for token, number in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{older} or {config} lists added tokens that cannot be read ({error}); save it again."
+        ) from None

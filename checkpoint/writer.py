@@ -29,12 +29,19 @@ import numpy as np
 
 from checkpoint.dtypes import STORED, Array
 from checkpoint.reader import UNFINISHED_FILE, TensorInfo, index_file
-from core.artifact import write_json
+from core.artifact import write_json, write_text
 from core.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
 
 _JOURNALS = "written-*.json"
+TRACES = (
+    "written-*",
+    "ranges-*",
+    "statistics-*",
+    "failed-*",
+    "stopped-*",
+)  # of the processes that write; none is part of the result
 
 
 @dataclass(frozen=True)
@@ -129,15 +136,23 @@ class CheckpointFiles:
         self._handles: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def create(self) -> None:
-        """Make the directory, its marker, and every file at its full size, with its header."""
+    def create(self, marker: str = "") -> None:
+        """Make the directory, its marker, and every file at its full size, with its header, durably."""
         self.directory.mkdir()
-        (self.directory / UNFINISHED_FILE).touch()
+        write_text(self.directory / UNFINISHED_FILE, marker)
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Give every file its size and its header. What lies behind the header stays as it is."""
         for file, header in self.layout.headers.items():
-            with open(self.directory / file, "wb") as handle:
-                handle.write(header)
-                handle.flush()
-                os.posix_fallocate(handle.fileno(), 0, self.layout.file_size(file))
+            handle = os.open(self.directory / file, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.posix_fallocate(handle, 0, self.layout.file_size(file))
+                os.pwrite(handle, header, 0)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        fsync(self.directory)
 
     def write(self, name: str, start_row: int, rows: Array) -> None:
         """Write rows of dimension 0 from `start_row` on, in the type they are stored in."""
@@ -169,12 +184,18 @@ class CheckpointFiles:
             self._handles.clear()
 
     def finish(self, out: Path) -> None:
-        """Write the index, remove the marker, make everything durable, and let the directory take the name `out`."""
+        """Write the index, make everything durable, let the directory take the name `out`, and remove the marker.
+
+        The marker goes last: whenever this is cut short, there is a directory that is known as unfinished.
+        """
         if self.layout.index:
             files = {name: info.file for name, info in self.layout.tensors.items()}
             write_index(self.directory / self.layout.index, files, self.layout.nbytes)
-        (self.directory / UNFINISHED_FILE).unlink()
-        publish_directory(self.directory, out)
+        for path in [*self.directory.iterdir(), self.directory]:
+            fsync(path)
+        os.replace(self.directory, out)
+        fsync(out.parent)
+        mark_finished(out)
 
     def _handle(self, file: str) -> int:
         with self._lock:
@@ -194,8 +215,11 @@ class CheckpointWriter(CheckpointFiles):
 
     def prepare(self) -> None:
         """Make the directory, every file at its full size. Raises `UserError` if `out` is in use or the disk full."""
+        remove_unfinished(self.out)
         check_free(self.out)
         remove_unfinished(self.directory)
+        if self.directory.exists():
+            raise UserError(f"{self.directory} is in the way and was not left by an unfinished run; move it.")
         self.out.parent.mkdir(parents=True, exist_ok=True)
         check_room(self.out.parent, self.layout)
         self.create()
@@ -205,6 +229,8 @@ class CheckpointWriter(CheckpointFiles):
         super().write_flat(name, start, values)
         with self._notes:  # [start, stop), joined to the part that ends where it starts
             ends = self._written[name]
+            if values.size and start + values.size in ends:
+                raise UserError(f"elements up to {start + values.size} of {name} were written twice.")
             ends[start + values.size] = ends.pop(start, start)
 
     def close(self) -> None:
@@ -218,8 +244,6 @@ class CheckpointWriter(CheckpointFiles):
         """Prove that nothing is missing, write the index, and let the directory take its name."""
         journals = sorted(self.directory.glob(_JOURNALS))
         _prove_whole(self.layout, [json.loads(journal.read_text()) for journal in journals])
-        for journal in journals:
-            journal.unlink()
         self.finish(self.out)
 
     @contextmanager
@@ -240,12 +264,18 @@ def beside(out: Path) -> Path:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what a killed process left. Raises `UserError` where that is something else."""
-    if not directory.exists():
-        return
-    if not (directory / UNFINISHED_FILE).is_file() and any(directory.iterdir()):
-        raise UserError(f"{directory} is in the way and was not left by an unfinished run; move it.")
-    shutil.rmtree(directory)
+    """Remove what a killed process left, and nothing else: it is known by its marker."""
+    if (directory / UNFINISHED_FILE).is_file():
+        shutil.rmtree(directory)
+
+
+def mark_finished(directory: Path) -> None:
+    """Remove what is only of use while a checkpoint is written, the marker last."""
+    for pattern in TRACES:
+        for path in directory.glob(pattern):
+            path.unlink()
+    (directory / UNFINISHED_FILE).unlink()
+    fsync(directory)
 
 
 def write_index(path: Path, files: Mapping[str, str], total_size: int) -> None:
@@ -255,20 +285,17 @@ def write_index(path: Path, files: Mapping[str, str], total_size: int) -> None:
 
 
 def check_free(out: Path) -> None:
-    """Raise `UserError` unless `out` is missing or an empty directory."""
+    """Raise `UserError` unless `out` is missing, an empty directory, or was never finished."""
+    if (out / UNFINISHED_FILE).is_file():
+        return
+    if out.is_symlink() or os.path.ismount(out):
+        raise UserError(f"{out} is a link or a mount point, which no directory can replace; name one within it.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another output directory or remove it.")
 
 
-def publish_directory(finished: Path, out: Path) -> None:
-    """Let the directory `finished` take the name `out` (missing or empty), durably."""
-    for path in [*finished.iterdir(), finished]:
-        _fsync(path)
-    os.replace(finished, out)
-    _fsync(out.parent)
-
-
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

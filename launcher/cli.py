@@ -192,7 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(args=arguments)
     except UserError as error:
-        _print_once(str(error))
+        try:
+            _print_once(str(error))
+        except UserError:  # the launcher's variables are what is wrong
+            console.print(f"cpt-merge: {error}", markup=False)
         return USAGE_ERROR
     except Interrupted as stop:
         _print_once(str(stop))

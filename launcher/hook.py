@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,9 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
         from launcher.pipeline import execute
 
         def merge_in_memory(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
-            ranks = Ranks(parallel.world.rank, parallel.barrier)
+            ranks = Ranks(parallel.world.rank, parallel.world.size, parallel.barrier)
+            if parallel.world.is_main:  # of an attempt that ended before the stage was recorded
+                shutil.rmtree(run.merged, ignore_errors=True)
             return merge_shards(shards, run.recipe.merge, models, run.merged, tracker, ranks)
 
         stage = replace(find_stage("merge"), run=merge_in_memory)

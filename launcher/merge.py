@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from checkpoint.token_changes import TokenChanges
+from checkpoint.vocabulary import has_tokenizer
 from core.config import apply_override, parse_section
 from core.errors import UserError
 from core.models import model_directory
@@ -58,6 +60,8 @@ class Request:
 def merge(request: Request) -> None:
     """Do what was asked for. Raises `UserError`."""
     if request.recipe is not None:
+        if not request.recipe.is_file():
+            raise UserError(f"recipe {request.recipe} does not exist; settings are written key=value.")
         _check_recipe_stands_alone(request)
     if request.extract:
         _extract(request)
@@ -91,6 +95,8 @@ def _stage(request: Request) -> None:
 def _config(request: Request) -> MergeConfig:
     values: dict[str, Any] = {} if request.ratio is None else {"ratio": request.ratio}
     for override in request.overrides:
+        if request.ratio is not None and override.removeprefix("merge.").startswith("ratio="):
+            raise UserError(f"--ratio {request.ratio} and {override} both set the ratio; leave out one.")
         apply_override(values, override.removeprefix("merge."))
     return parse_section(MergeConfig, values, "the merge's settings")
 
@@ -105,6 +111,8 @@ def _inputs(request: Request) -> MergeInputs:
     cpt = model_directory(request.cpt)
     base = model_directory(request.base) if request.base else None
     chat = model_directory(request.chat) if request.chat else None
+    if request.tokenizer is not None and not has_tokenizer(request.tokenizer):
+        raise UserError(f"--tokenizer {request.tokenizer} holds no tokenizer.json or tokenizer.model; correct it.")
     return MergeInputs(cpt, base, chat, request.tokenizer or cpt, request.vector)
 
 
@@ -115,7 +123,8 @@ def _merge_directories(request: Request) -> None:
     inputs = _inputs(request)
     if request.out is None:
         raise UserError("give the directory of the merged model, --out DIR.")
-    run(_config(request), inputs, request.out, SilentTracker())
+    with _file_errors(request.out):
+        run(_config(request), inputs, request.out, SilentTracker())
     say(f"merge: done -> {request.out}; talk to it with `cpt-merge chat {request.out}`")
 
 
@@ -124,14 +133,25 @@ def _extract(request: Request) -> None:
 
     if request.base is None or request.chat is None or request.out is None:
         raise UserError("--extract needs --base DIR, --chat DIR and --out DIR.")
-    if request.cpt or request.vector or request.ratio:
-        raise UserError("--extract writes chat - base alone; leave out --cpt, --vector and --ratio.")
+    if request.cpt or request.vector or request.ratio or request.tokenizer or request.plan_only:
+        raise UserError("--extract writes chat - base alone; leave out plan, --cpt, --vector, --tokenizer and --ratio.")
     config = _config(request)
     shown = config.model_dump(exclude_defaults=True, exclude={"dtype", "shard_size"})
     if shown:
         raise UserError(f"--extract takes dtype and shard_size only; leave out {', '.join(shown)}.")
     base, chat = model_directory(request.base), model_directory(request.chat)
-    extract(base, chat, request.out, config.dtype or "float32", config.shard_bytes)
+    with _file_errors(request.out):
+        extract(base, chat, request.out, config.dtype or "float32", config.shard_bytes)
+
+
+@contextmanager
+def _file_errors(out: Path) -> Iterator[None]:
+    """What the file system refuses, in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{error.filename or out}: {reason}; mend that and give the same command again.") from None
 
 
 def _planned(request: Request) -> tuple[MergeConfig, MergeInputs, Path | None]:
@@ -160,7 +180,7 @@ def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> Non
         raise UserError("nothing would be merged; mend what is listed above.") from None
     for row in _table(the_plan):
         console.print(escape(row))
-    for line in describe(the_plan.changes or TokenChanges(), the_plan.cpt_rows, the_plan.rows):
+    for line in describe(the_plan.changes, the_plan.cpt_rows, the_plan.rows):
         console.print(escape(line))
     for vector in the_plan.vectors:
         counts = ", ".join(f"{count:,} {role}" for role, count in vector.rows.counts().items() if count)

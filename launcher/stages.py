@@ -146,7 +146,9 @@ def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 def merge_inputs(run: Run, cpt: str) -> dict[str, str]:
     """The fingerprints of all that the merge reads; `cpt` is the trained model's."""
     vectors = {
-        f"vector {number + 1} {name}": fingerprint(model_directory(path) if name != "vector" else path)
+        f"vector {number + 1} {name}": fingerprint(
+            model_directory(path) if name != "vector" else Path(path).expanduser()
+        )
         for number, vector in enumerate(run.recipe.merge.vectors, start=1)
         for name, path in (("base", vector.base), ("chat", vector.chat), ("vector", vector.vector))
         if path is not None

@@ -136,31 +136,27 @@ def check_rows(tokenizer: TokenizerFiles, rows: int) -> None:
         )
 
 
-def check_nothing_is_lost(
+def lost_tokens(
     cpt: Path, output: OutputTokens, base: TokenizerFiles, chat: TokenizerFiles, first: bool = True
-) -> None:
-    """Raise `UserError` naming tokens of one model that have no counterpart. `cpt` is where CPT's tokenizer lies.
+) -> list[str]:
+    """A sentence for each kind of token that has no counterpart. `cpt` is where CPT's tokenizer lies.
 
     The special tokens of a further vector's models are not needed: the format is the first's. They are said.
     """
     gone = set(output.changes.renamed.values())
-    lost = _missing(base, output.ids.keys() | gone)
-    if not first:
-        lost = _without_added(lost, base)
+    problems = []
+    for tokenizer, advice in ((base, "extend the base's own tokenizer"), (chat, "make it with this chat model")):
+        lost = _missing(tokenizer, output.ids.keys() | gone)
+        if not first:
+            lost = _without_added(lost, tokenizer)
+        if lost:
+            problems.append(f"{cpt} lacks {_named(lost)} of {tokenizer.directory}; {advice}")
+    lost = _missing(base, chat.ids.keys() | base.added) + _missing(chat, base.ids.keys() | chat.added)
     if lost:
-        raise UserError(f"{cpt} lacks {_named(lost)} of {base.directory}; extend the base's own tokenizer.")
-    lost = _missing(chat, output.ids.keys())
-    if not first:
-        lost = _without_added(lost, chat)
-    if lost:
-        raise UserError(
-            f"{cpt} lacks {_named(lost)} of {chat.directory}; make the tokenizer again with this chat model."
+        problems.append(
+            f"{chat.directory} and {base.directory} do not share {_named(lost)}; give the base of this chat model"
         )
-    lost = _missing(base, chat.ids.keys() | base.added)
-    if lost:
-        raise UserError(
-            f"{chat.directory} lacks {_named(lost)} of {base.directory}; give the base that chat was trained from."
-        )
+    return problems
 
 
 def _missing(tokenizer: TokenizerFiles, known: Set[str]) -> list[str]:
@@ -177,11 +173,26 @@ def _without_added(tokens: list[str], tokenizer: TokenizerFiles) -> list[str]:
 
 def check_map(map: VocabularyMap | None, output: OutputTokens, chat: TokenizerFiles) -> None:
     """Raise `UserError` if the map of the extended tokenizer was made with another chat model."""
-    for token in map.chat if map else []:
+    if map is None:
+        return
+    for token in map.chat:
         if chat.ids.get(token.token) != token.chat_id or output.ids.get(token.token) != token.id:
             raise UserError(
                 f"the vocabulary map has {token.token!r} at {token.chat_id}, {chat.directory} has it elsewhere; "
                 "make the tokenizer again with this chat model."
+            )
+    if map.rows > output.rows:
+        raise UserError(f"the vocabulary map has {map.rows} rows, the model {output.rows}; use the map of this model.")
+    for piece in map.new:
+        if not all(number in output.tokens for number in piece.constituents):
+            raise UserError(
+                f"the vocabulary map spells {piece.piece!r} by ids {piece.constituents}, which have no tokens; "
+                "use the map that was written with this tokenizer."
+            )
+        if output.ids.get(piece.piece) != piece.id:
+            raise UserError(
+                f"the vocabulary map has {piece.piece!r} at {piece.id}, the tokenizer beside it has it elsewhere; "
+                "use the map that was written with this tokenizer."
             )
 
 
@@ -189,12 +200,17 @@ def add_constituents(
     alignment: RowAlignment, map: VocabularyMap, output: OutputTokens, base: TokenizerFiles, chat: TokenizerFiles
 ) -> None:
     """Find for each new row the rows of its constituents in base and chat. Old ids are the base's (law 1)."""
+    left_out = 0
     for piece in map.new:
         tokens = [output.tokens[row] for row in piece.constituents]
         pairs = [(base.ids.get(token, -1), chat.ids.get(token, -1)) for token in tokens]
         if alignment.role[piece.id] == Role.NEW and pairs and min(min(pair) for pair in pairs) >= 0:
             rows = np.array(pairs, dtype=np.int64)
             alignment.constituents[piece.id] = RowPairs(rows[:, 0], rows[:, 1])
+        elif alignment.role[piece.id] == Role.NEW:
+            left_out += 1
+    if left_out:
+        say(f"merge: {left_out} new pieces have constituents that {chat.directory} lacks; they are kept as trained")
 
 
 def _named(tokens: Iterable[str]) -> str:

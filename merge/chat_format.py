@@ -13,6 +13,7 @@ from merge.tokens import OutputTokens
 
 CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class ChatFormat:
 
 
 class _Ids:
-    """Ids of one tokenizer as ids of the output's, by token string; without tokenizers ids are taken as equal."""
+    """Ids of one tokenizer as ids of the output's, by token string; without tokens ids are taken as equal."""
 
-    def __init__(self, tokenizer: TokenizerFiles | None, tokens: OutputTokens | None) -> None:
+    def __init__(self, tokenizer: TokenizerFiles, tokens: OutputTokens | None) -> None:
         self.tokenizer, self.tokens = tokenizer, tokens
 
     def map(self, ids: list[int]) -> list[int]:
         """One that has no token in the output is said and left out."""
-        if self.tokenizer is None or self.tokens is None:
+        if self.tokens is None:
             return ids
         found = []
         for number in ids:
@@ -48,22 +49,32 @@ class _Ids:
         return found
 
 
-def read_format(
-    base_directory: Path,
-    chat_directory: Path,
-    base: TokenizerFiles | None,
-    chat: TokenizerFiles | None,
-    tokens: OutputTokens | None,
-) -> ChatFormat:
-    """The chat model's format. `base` and `chat` are None where rows meet by position."""
+def read_format(base: TokenizerFiles, chat: TokenizerFiles, tokens: OutputTokens | None) -> ChatFormat:
+    """The chat model's format. `tokens` is None where rows meet by position."""
     of_chat, of_base = _Ids(chat, tokens), _Ids(base, tokens)
-    stops = of_chat.map(read_stop_ids(chat_directory))
-    if chat is not None and "eos_token" in chat.roles:
-        stops += of_chat.map([chat.ids[chat.roles["eos_token"]]])
-    stops = list(dict.fromkeys([*stops, *of_base.map(read_stop_ids(base_directory))]))
-    special = {name: _special_ids(chat_directory / name, of_chat, stops) for name in (CONFIG_FILE, GENERATION_FILE)}
-    roles = {role: token for role, token in chat.roles.items() if role in CARRIED_ROLES} if chat else {}
-    return ChatFormat(stops, special, roles, chat.chat_template if chat else None)
+    roles = _roles(chat, tokens)
+    stops = of_chat.map(read_stop_ids(chat.directory))
+    if tokens is not None and "eos_token" in roles:
+        stops.append(tokens.ids[roles["eos_token"]])
+    stops = list(dict.fromkeys([*stops, *of_base.map(read_stop_ids(base.directory))]))
+    if chat.other_templates:
+        say(f"merge: only the default chat template is carried; left out: {', '.join(chat.other_templates)}")
+    special = {name: _special_ids(chat.directory / name, of_chat, stops) for name in (CONFIG_FILE, GENERATION_FILE)}
+    return ChatFormat(stops, special, roles, chat.chat_template)
+
+
+def _roles(chat: TokenizerFiles, tokens: OutputTokens | None) -> dict[str, str]:
+    """bos, eos and pad. A token that the tokenizer itself does not have is said and left out."""
+    found = {}
+    for role in CARRIED_ROLES:
+        token = chat.roles.get(role)
+        if token is None:
+            continue
+        if tokens is None or token in tokens.ids:
+            found[role] = token
+        else:
+            say(f"merge: {chat.directory} names {token!r} as its {role}, which it does not have; it is left out")
+    return found
 
 
 def _special_ids(path: Path, of_chat: _Ids, stops: list[int]) -> dict[str, Any]:

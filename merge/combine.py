@@ -56,8 +56,9 @@ def combine(
     return merged
 
 
-def gate_factor(cpt: Float32, base: Float32, whole: TensorRange) -> Float32:
-    """The gate of some elements."""
+def gate_factor(cpt: Float32, base: Float32 | None, whole: TensorRange | None) -> Float32:
+    """The gate of some elements. The plan sees to it that base and range are there."""
+    assert base is not None and whole is not None, "a gate without base or range"  # noqa: PT018
     return gate.gate(gate.moved(cpt, base), whole.low, whole.high)
 
 
@@ -69,9 +70,11 @@ def _sum(cpt: Float32, vectors: Sequence[Float32], ratios: Sequence[float]) -> F
 
 
 def _thin(config: MergeConfig, number: int, place: Place, d: Float32, whole: TensorRange | None) -> Float32:
-    if config.method == "ties" and whole is not None:
+    if config.method == "ties":
+        assert whole is not None, f"{place.tensor} has no threshold"
         return keep_largest(d, whole.thresholds[number])
-    if config.method in ("dare", "dare_ties") and config.density is not None:
+    if config.method in ("dare", "dare_ties"):
+        assert config.density is not None, "the configuration sees to a density"
         stream = f"{config.seed}/{number}/{place.tensor}"
         kept = place.select(draw_kept(config.density, stream, place.start, place.count))
         return keep_drawn(d, kept.reshape(d.shape), config.density)

@@ -134,6 +134,8 @@ class MergeConfig(Section):
     def _density_goes_with_the_method(self) -> MergeConfig:
         if (self.density is None) != (self.method == "add"):
             raise ValueError(f"set a density together with ties or dare, and only then (method is {self.method})")
+        if self.seed and "dare" not in self.method:
+            raise ValueError(f"a seed has no meaning for method {self.method}; leave it out")
         return self
 
     @property

@@ -7,21 +7,27 @@ on none of that.
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from checkpoint.dtypes import Float32, widen
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import CheckpointFiles
 from core.progress import Meter
+from merge.journal import BlockSums
 from merge.plan import MergePlan, PlannedTensor, elements
 from merge.ranges import TensorRange, as_json, joined, needs_gate, needs_thresholds, thresholds
 from merge.slices import ReadCpt, SliceMerger
 from merge.statistics import Statistics, Sums
-from merge.work import BlockSums, Work
+from merge.work import Work
 
 BLOCK = 1 << 22  # elements; what one thread does at a time
 MAX_THREADS = 4  # more only wait for the disk
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,24 +66,33 @@ def merge_files(plan: MergePlan, work: Work) -> list[Statistics]:
     megabytes = sum(block.nbytes for block in own) / 1e6
     before = sum(block.nbytes for block in own if block.number in done) / 1e6
     pending = [block for block in own if block.number not in done]
-    with _pool() as pool, Meter("merge", megabytes, "MB", before) as meter:
-        try:
-            for block, sums in pool.map(lambda place: _run(merger, pending, place), range(len(pending))):
-                work.note(block.number, sums, block.nbytes)
-                meter.advance(block.nbytes / 1e6)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    work.start_sync()
+    with Meter("merge", megabytes, "MB", before) as meter:
+        for block, sums in _on_threads(lambda place: _run(merger, pending, place), len(pending)):
+            work.journal.note(block.number, sums, block.nbytes)
+            meter.advance(block.nbytes / 1e6)
+    work.journal.start_sync()
     if not world.is_main:
-        work.finish_sync()
+        work.journal.finish_sync()
         return []
     work.wait(lambda: len(work.finished_blocks()) == len(blocks), "the other processes")
     return _summed(plan, blocks, work.finished_blocks())
 
 
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))))
+def _on_threads(run: Callable[[int], T], count: int) -> Iterator[T]:
+    """run(0), run(1), ... in order; few are under way at once, however many there are."""
+    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[T]] = deque()
+        try:
+            for number in range(count):
+                running.append(pool.submit(run, number))
+                if len(running) > 2 * threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
 
 
 def _summed(plan: MergePlan, blocks: list[Block], sums: dict[int, BlockSums]) -> list[Statistics]:
@@ -105,8 +120,8 @@ def _find_ranges(plan: MergePlan, work: Work) -> dict[str, TensorRange]:
             of_tensor.low, of_tensor.high = merger.gate_range(tensor, 0, elements(tensor), read)
         return of_tensor
 
-    with _pool() as pool, Meter("merge: looking at whole tensors", len(own), "tensors") as meter:
-        for tensor, of_tensor in zip(own, pool.map(look, own), strict=True):
+    with Meter("merge: looking at whole tensors", len(own), "tensors") as meter:
+        for tensor, of_tensor in zip(own, _on_threads(lambda number: look(own[number]), len(own)), strict=True):
             found[tensor.name] = of_tensor
             meter.advance()
     work.tell("ranges", as_json(found))

@@ -11,7 +11,6 @@ Numbers, + - * /, parentheses, and min, max, abs beside these. Evaluated once a 
 from __future__ import annotations
 
 import ast
-import math
 import operator
 from collections.abc import Callable, Mapping
 
@@ -21,13 +20,17 @@ _BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., float]] = {"min": min, "max": max, "abs": abs}
+_LARGEST = 3.4e38  # float32's
 _NAMES = ("layer", "layers", "depth")
 
 
 def evaluate(ratio: float | str, layer: int, layers: int) -> float:
     """The ratio in a layer. Raises `ValueError` with a sentence for what is no such expression."""
     if not isinstance(ratio, str):
-        return _finite(float(ratio), ratio, layer, layers)
+        try:
+            return _finite(float(ratio), ratio, layer, layers)
+        except OverflowError:
+            raise ValueError("a ratio beyond any number") from None
     names = {"layer": float(layer), "layers": float(layers), "depth": layer / max(layers - 1, 1)}
     try:
         value = _value(ast.parse(ratio.strip(), mode="eval").body, names)
@@ -35,14 +38,14 @@ def evaluate(ratio: float | str, layer: int, layers: int) -> float:
         raise ValueError(f"{ratio!r} is no arithmetic expression") from None
     except ZeroDivisionError:
         raise ValueError(f"{ratio!r} divides by zero in layer {layer} of {layers}") from None
-    except (TypeError, RecursionError, MemoryError):
+    except (TypeError, RecursionError, MemoryError, OverflowError):
         raise ValueError(f"{ratio!r} cannot be evaluated; see docs/merge.md for what an expression may hold") from None
     return _finite(value, ratio, layer, layers)
 
 
 def _finite(value: float, ratio: float | str, layer: int, layers: int) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{ratio!r} is {value} in layer {layer} of {layers}, no finite number")
+    if not abs(value) <= _LARGEST:
+        raise ValueError(f"{ratio!r} is {value} in layer {layer} of {layers}, no finite number in float32")
     return value
 
 

@@ -25,6 +25,7 @@ from checkpoint.writer import CheckpointWriter, Layout, TensorSpec, natural
 from core.artifact import fingerprint, installed_versions, write_json, write_text
 from core.errors import UserError
 from core.progress import Meter, say
+from core.world import find_world
 from merge.align import RowPairs, format_tokens
 from merge.card import LICENCE_FIELDS, front_matter
 from merge.chat_format import CONFIG_FILE, GENERATION_FILE
@@ -41,6 +42,8 @@ BLOCK = 1 << 19  # elements
 
 def extract(base: Path, chat: Path, out: Path, dtype: Dtype = "float32", shard_bytes: int = 5_000_000_000) -> None:
     """Write `chat - base` to `out` (missing or empty). Raises `UserError` for a pair that does not fit."""
+    if find_world().size > 1:
+        raise UserError("--extract is the work of one process; start it without a launcher.")
     models = open_fitting({"base": base, "chat": chat})
     pair = Pair(models["base"], models["chat"])
     rows = _chat_rows(pair)

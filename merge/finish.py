@@ -18,10 +18,10 @@ from core.artifact import fingerprint, installed_versions, write_json, write_tex
 from core.progress import say
 from merge import report
 from merge.card import model_card
-from merge.chat_format import CONFIG_FILE, GENERATION_FILE
+from merge.chat_format import CONFIG_FILE, GENERATION_FILE, SPECIAL_IDS
 from merge.plan import MergePlan
 from merge.statistics import Statistics
-from merge.vectors import Extracted, read_description
+from merge.vectors import Extracted
 
 
 def write_trained(source: Checkpoint, layout: Layout, tokenizer: Path, directory: Path) -> None:
@@ -65,7 +65,7 @@ def _add_known_norms(plan: MergePlan, statistics: list[Statistics]) -> None:
     """An extracted vector says how long its base was, so that its own length can be told in proportion."""
     for vector, of_vector in zip(plan.vectors, statistics, strict=True):
         if isinstance(vector.source, Extracted) and vector.source.base is None:
-            squares = read_description(vector.source.stored.directory)["base_squares"]
+            squares = vector.source.description["base_squares"]
             for name, sums in of_vector.items():
                 sums.base = float(squares.get(name, 0.0))
 
@@ -89,16 +89,19 @@ def resize_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
 
 def generation_config(plan: MergePlan) -> dict[str, Any]:
     """How to sample, from the chat model (else from CPT), with all stop ids."""
-    sources = [directory / GENERATION_FILE for directory in (plan.chat.source.chat_directory, plan.cpt.directory)]
-    settings = next((read_json(path) for path in sources if path.is_file()), {})
+    of_chat, of_cpt = plan.chat.source.chat_directory / GENERATION_FILE, plan.cpt.directory / GENERATION_FILE
+    settings = read_json(of_chat) if of_chat.is_file() else read_json(of_cpt) if of_cpt.is_file() else {}
+    if of_chat.is_file():  # its ids count in another vocabulary
+        others = sorted(name for name in settings.keys() & OTHER_IDS if settings[name] is not None)
+        if others:
+            say(f"merge: {', '.join(others)} of {of_chat} name ids of the chat model's own vocabulary; left out")
+        settings = {name: value for name, value in settings.items() if name not in OTHER_IDS.union(SPECIAL_IDS)}
     return {**settings, **plan.format.special_ids[GENERATION_FILE]}
 
 
 def write_tokenizer(plan: MergePlan, directory: Path) -> None:
     """The extended tokenizer, with the chat model's template, its special tokens, and its bos, eos and pad."""
     copy_files([plan.tokenizer / name for name in TOKENIZER_FILES], directory)
-    if plan.changes is None:
-        return
     chat = plan.chat.source.chat_directory
     token_changes.apply(plan.changes, directory, chat)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -119,6 +122,13 @@ def copy_files(paths: list[Path], directory: Path) -> None:
         if path.is_file():
             shutil.copyfile(path, directory / path.name)
 
+
+OTHER_IDS = {
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias",
+    "forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "decoder_start_token_id",
+    "no_timestamps_token_id", "stop_token_ids",
+}  # fmt: skip
+"""What else a generation_config.json says in ids."""
 
 EXPECTED_TO_DIFFER = {
     "_name_or_path", "architectures", "vocab_size", "torch_dtype", "dtype", "transformers_version", "use_cache",

@@ -48,7 +48,12 @@ def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
 
 def fit_problems(models: Mapping[str, Checkpoint], tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
     """Why tensors of these models cannot be computed with one another."""
-    problems = [*_architecture_problems(models), *_name_problems(tensors), *_shape_problems(tensors)]
+    problems = [
+        *_architecture_problems(models),
+        *_row_problems(tensors),
+        *_name_problems(tensors),
+        *_shape_problems(tensors),
+    ]
     if problems:
         places = " and ".join(f"{model.directory} ({label})" for label, model in models.items())
         problems[0] = f"{places} do not fit together: {problems[0]}"
@@ -63,6 +68,17 @@ def _architecture_problems(models: Mapping[str, Checkpoint]) -> list[str]:
     tied = {label: is_tied(model) for label, model in models.items()}
     if len(set(tied.values())) > 1:
         problems.append("tied head " + _listed(tied))
+    return problems
+
+
+def _row_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+    """Embedding and head of one model have a row for each of the same tokens."""
+    problems = []
+    for label, of_model in tensors.items():
+        rows = {name: info.shape[0] for name, info in of_model.items() if is_by_token(name) and info.shape}
+        if len(set(rows.values())) > 1:
+            listed = ", ".join(f"{count} in {name}" for name, count in rows.items())
+            problems.append(f"{label} has different numbers of rows in its vocabulary's matrices: {listed}")
     return problems
 
 

@@ -68,6 +68,7 @@ class Ranks:
     """This process among those that call the hook. `Ranks()` is one alone."""
 
     rank: int = 0
+    size: int = 1
     barrier: Callable[[], None] = lambda: None
 
 
@@ -157,13 +158,15 @@ def plan_for_shards(config: MergeConfig, inputs: MergeInputs) -> MergePlan:
 def _find_ranges(
     the_plan: MergePlan, shards: Sequence[LocalShard], writer: CheckpointWriter, ranks: Ranks
 ) -> dict[str, TensorRange]:
-    """What TIES and the gate must know of whole tensors. Every rank computes all thresholds, which the files decide;
-    of the gate's range each knows its own part, and the parts are exchanged.
+    """What TIES and the gate must know of whole tensors. The thresholds, which the files decide, are divided over the
+    ranks by tensors; of the gate's range each rank knows its own part. Then everything is exchanged.
     """
     tensors = [tensor for tensor in the_plan.tensors if needs_thresholds(the_plan, tensor) or needs_gate(tensor)]
     if not tensors:
         return {}
-    found = {tensor.name: TensorRange(thresholds(the_plan, tensor)) for tensor in tensors}
+    found = {tensor.name: TensorRange([]) for tensor in tensors}
+    for tensor in tensors[ranks.rank :: ranks.size]:
+        found[tensor.name].thresholds = thresholds(the_plan, tensor)
     merger, by_name = SliceMerger(the_plan, writer, {}), {tensor.name: tensor for tensor in tensors}
     for shard in shards:
         if shard.name in by_name and needs_gate(by_name[shard.name]):

@@ -20,14 +20,14 @@ from merge.config import MergeConfig, VectorConfig
 from merge.fit import RefusedError, collected, fit_problems
 from merge.rules import (
     Treatment,
-    check_rules,
     count_layers,
     is_by_token,
     model_tensors,
+    rule_problems,
     treatment_of,
     vocabulary_rows,
 )
-from merge.vectors import Extracted, Pair, Vector, read_description
+from merge.vectors import Extracted, Pair, Vector
 from merge.vocabularies import meet
 
 
@@ -79,7 +79,7 @@ class MergePlan:
     cpt: Checkpoint
     vectors: list[PlannedVector]
     tokenizer: Path
-    changes: TokenChanges | None  # None where rows meet by position
+    changes: TokenChanges
     format: ChatFormat
     tensors: list[PlannedTensor]
 
@@ -117,8 +117,7 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     tensors = {label: _used_tensors(model) for label, model in models.items()}
     names = sorted(tensors["cpt"], key=natural)
     problems = fit_problems(models, tensors) + _lacking_problems(config, sources)
-    with collected(problems):
-        check_rules(names, config)
+    problems += rule_problems(names, config)
     meeting = None
     with collected(problems):
         meeting = meet(config, cpt, inputs.tokenizer, sources)
@@ -214,7 +213,7 @@ def _planned(cpt: TensorInfo, source: Vector, rows: int, config: MergeConfig, la
 
 def _base_type(source: Vector, name: str) -> str:
     if isinstance(source, Extracted):
-        return str(read_description(source.stored.directory)["base_types"][name])
+        return str(source.description["base_types"][name])
     return source.models["base"].tensors[name].dtype
 
 
@@ -229,10 +228,13 @@ def check_output(the_plan: MergePlan, out: Path) -> None:
 
 
 def _output_problems(models: Mapping[str, Checkpoint], out: Path) -> list[str]:
-    inputs = {model.directory.resolve(): label for label, model in models.items()}
-    if out.resolve() in inputs:
-        return [f"the output {out} is the {inputs[out.resolve()]} model itself; choose another directory"]
     problems: list[str] = []
+    for label, model in models.items():
+        here, there = out.resolve(), model.directory.resolve()
+        if here == there:
+            return [f"the output {out} is the {label} model itself; choose another directory"]
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            return [f"the output {out} and the {label} model {there} lie one in the other; choose another directory"]
     with collected(problems):
         check_free(out)
     return problems

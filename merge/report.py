@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.reader import Checkpoint
 from core.artifact import write_json
+from core.errors import UserError
 from core.progress import say
 from merge import ancestry
-from merge.plan import MergePlan, describe_rule
+from merge.plan import MergePlan, PlannedVector, describe_rule
 from merge.statistics import Statistics, Sums, by_kind, by_layer, total
 from tracking.tracker import Tracker
 
@@ -29,11 +31,12 @@ COLUMNS = ("part", "vector / base", "cpt change / base", "cosine", "vector alrea
 def write(plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Write merge_report.json and the figure. Returns its short form: what a summary shows."""
     rows, of_chat = plan.chat.rows, statistics[0]
+    compared = [has_base(vector) for vector in plan.vectors]
     results = {
         "ratio": plan.config.ratio,
         "rows": rows.counts(),
         "chat_tokens": rows.chat_tokens,
-        "overall": _shares(total(of_chat.values())),
+        "overall": _shares(total(of_chat.values()), compared[0]),
         "warnings": ancestry.warnings(plan, statistics),
     }
     layers = {vector.label: by_layer(part) for vector, part in zip(plan.vectors, statistics, strict=True)}
@@ -42,23 +45,23 @@ def write(plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, An
             "rule": describe_rule(plan, tensor),
             "dtype": tensor.spec.dtype,
             "shape": tensor.spec.shape,
-            **_shares(of_chat.get(tensor.name, Sums())),
+            **_shares(of_chat.get(tensor.name, Sums()), compared[0]),
         }
         for tensor in plan.tensors
     }
     of_vectors = {
         vector.label: {
-            "overall": _shares(total(part.values())),
-            "layers": {name: _shares(sums) for name, sums in layers[vector.label].items()},
-            "kinds": {name: _shares(sums) for name, sums in by_kind(part).items()},
+            "overall": _shares(total(part.values()), known),
+            "layers": {name: _shares(sums, known) for name, sums in layers[vector.label].items()},
+            "kinds": {name: _shares(sums, known) for name, sums in by_kind(part).items()},
         }
-        for vector, part in zip(plan.vectors, statistics, strict=True)
+        for vector, part, known in zip(plan.vectors, statistics, compared, strict=True)
     }
     full = {
         **results,
         **origin,
         "config": plan.config.model_dump(),
-        "token_changes": asdict(plan.changes) if plan.changes else {},
+        "token_changes": asdict(plan.changes),
         "unmatched_tokens": rows.unmatched,
         "vectors": of_vectors,
         "tensors": tensors,
@@ -68,13 +71,27 @@ def write(plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, An
     return {**results, "layers": of_vectors[plan.chat.label]["layers"]}
 
 
+def _is_whole(directory: Path) -> bool:
+    """Whether the weights are there."""
+    try:
+        Checkpoint.open(directory)
+    except UserError:
+        return False
+    return True
+
+
+def has_base(vector: PlannedVector) -> bool:
+    """Whether CPT could be compared with the vector's base."""
+    return "base" in vector.source.models
+
+
 def read_finished(directory: Path, digest: str) -> dict[str, Any] | None:
     """The short form of a finished merge's results; None if `directory` does not hold the merge with this digest."""
     try:
         full = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if full.get("digest") != digest:
+    if full.get("digest") != digest or not _is_whole(directory):
         return None
     first = next(iter(full["vectors"].values()))
     return {**{name: full[name] for name in SHORT_FORM}, "layers": first["layers"]}
@@ -103,9 +120,8 @@ def warn(warnings: list[str]) -> None:
         say(f"merge: WARNING: {warning}")
 
 
-def _shares(sums: Sums) -> dict[str, float]:
-    """Rounded, for people. What compares with the base is left out where the base was not there."""
-    compared = sums.change > 0 or sums.vector == 0
+def _shares(sums: Sums, compared: bool) -> dict[str, float]:
+    """Rounded, for people. What compares CPT with the base is left out where the base was not there."""
     values = {"vector": sums.vector_share}
     if compared:
         values |= {"change": sums.change_share, "cosine": sums.cosine, "contained": sums.contained}

@@ -35,7 +35,8 @@ class Treatment:
 
 def kind_of(name: str) -> Kind:
     """The module kind of a tensor."""
-    return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
+    found: Kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
+    return "other" if found == "head" and layer_of(name) is not None else found
 
 
 def is_by_token(name: str) -> bool:
@@ -75,17 +76,20 @@ def _ratio(rule: RuleConfig | None, ratio: Ratio, name: str, layers: int, where:
         raise UserError(f"{where}: {error}; correct the ratio.") from None
 
 
-def check_rules(names: list[str], config: MergeConfig) -> None:
-    """Raise `UserError` for a rule that matches nothing: it would be silently without effect."""
+def rule_problems(names: list[str], config: MergeConfig) -> list[str]:
+    """A sentence for each rule that decides nothing: it would be silently without effect."""
     places = {"merge.rules": config.rules}
     places |= {f"merge.vectors.{number}.rules": vector.rules for number, vector in enumerate(config.vectors)}
+    problems = []
     for place, rules in places.items():
         for number, rule in enumerate(rules):
-            if not any(_matches(rule, name) for name in names):
-                wanted = rule.model_dump(exclude_defaults=True)
-                raise UserError(
-                    f"{place}.{number} {wanted} matches no tensor; a name looks like {names[len(names) // 2]}."
-                )
+            where = f"{place}.{number} {rule.model_dump(exclude_defaults=True)}"
+            matched = [name for name in names if _matches(rule, name)]
+            if not matched:
+                problems.append(f"{where} matches no tensor; a name looks like {names[len(names) // 2]}")
+            elif all(_first(rules, name) is not rule for name in matched):
+                problems.append(f"{where} decides nothing, an earlier rule always does; put it first or leave it out")
+    return problems
 
 
 def _first(rules: list[RuleConfig], name: str) -> RuleConfig | None:

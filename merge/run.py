@@ -7,18 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint.token_changes import TokenChanges
 from core.artifact import fingerprint
 from core.errors import Interrupted, UserError
 from core.progress import say
-from core.world import World, find_world
+from core.world import find_world
 from merge import ancestry, finish, report
 from merge.config import MergeConfig
 from merge.engine import merge_files
 from merge.plan import MergeInputs, MergePlan, check_output, plan
 from merge.slices import give_back_freed_memory
 from merge.tokens import describe
-from merge.work import Work
+from merge.work import Work, finish_publishing
 from tracking.tracker import Tracker
 
 _ORDER = "1"  # changes with the order of the arithmetic or the blocks: an older unfinished merge is of no use then
@@ -30,39 +29,47 @@ def run(config: MergeConfig, inputs: MergeInputs, out: Path, tracker: Tracker) -
     Called by one process, or by all of a launcher's, which divide the work; the results are the first one's. `out` is
     missing or empty; what a killed run left beside it is continued. Raises `RefusedError` for what does not fit.
     """
-    world = find_world()
+    world, out = find_world(), out.absolute()
     the_plan = plan(config, inputs)
-    finished = report.read_finished(out, digest(the_plan))
+    the_digest = digest(the_plan)
+    if world.is_main:
+        finish_publishing(out, the_digest)
+    finished = report.read_finished(out, the_digest)
     if finished is not None:
         say(f"merge: {out} holds the result of this very merge already")
         return finished if world.is_main else {}
+    check_output(the_plan, out)
     if world.is_main:
-        check_output(the_plan, out)
-        for line in describe(the_plan.changes or TokenChanges(), the_plan.cpt_rows, the_plan.rows):
+        for line in describe(the_plan.changes, the_plan.cpt_rows, the_plan.rows):
             say(f"merge: {line}")
         report.warn(ancestry.warnings(the_plan, ancestry.sample(the_plan)))
-    work = Work(out, the_plan.layout(), digest(the_plan), world)
-    work.open()
+    work = Work(out, the_plan.layout(), the_digest, world)
+    return _merge(the_plan, work, tracker)
+
+
+def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
+    """Raises `Interrupted` where the work can be continued, `UserError` where it is of no use."""
     try:
-        return _merge(the_plan, work, out, tracker, world)
+        work.open()
+        statistics = merge_files(the_plan, work)
+        if not work.world.is_main:
+            work.close()
+            work.wait(lambda: report.read_finished(work.out, work.digest) is not None, "the first process to finish")
+            return {}
+        give_back_freed_memory()
+        results = finish.write_merged(the_plan, statistics, work.directory, work.digest)
+        work.publish()
     except KeyboardInterrupt:
-        work.close()
-        raise Interrupted(f"the merge was stopped; the same command continues it (from {work.directory}).") from None
-    except UserError:
-        work.discard() if world.is_main else work.close()
+        sentence = f"the merge was stopped; the same command continues it (from {work.directory})."
+        work.give_up(sentence)
+        raise Interrupted(sentence) from None
+    except UserError as error:
+        work.give_up(str(error), useless=True)
         raise
-
-
-def _merge(the_plan: MergePlan, work: Work, out: Path, tracker: Tracker, world: World) -> dict[str, Any]:
-    statistics = merge_files(the_plan, work)
-    if not world.is_main:
-        work.close()
-        work.wait(lambda: report.read_finished(out, work.digest) is not None, "the first process to finish")
-        return {}
-    give_back_freed_memory()
-    results = finish.write_merged(the_plan, statistics, work.directory, work.digest)
-    work.publish()
-    report.log(results, out, tracker)
+    except BaseException as error:
+        work.give_up(f"a process of this merge failed ({error}); the same command continues it.")
+        raise
+    report.log(results, work.out, tracker)
     return results
 
 

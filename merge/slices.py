@@ -105,7 +105,7 @@ class SliceMerger:
         if treatment.action == "replace":
             return self.plan.chat.source.chat_elements(name, first, last)
         whole, base = self.ranges.get(name), differences[0].base
-        factor = gate_factor(cpt, base, whole) if treatment.gate and whole and base is not None else None
+        factor = gate_factor(cpt, base, whole) if treatment.gate else None
         place = Place(name, first, cpt.size)
         return combine(self.plan.config, treatment, place, cpt, [d.values for d in differences], factor, whole)
 
@@ -159,7 +159,7 @@ class SliceMerger:
         if treatment.action == "replace":
             return self.plan.chat.source.chat_rows(name, self.plan.chat.rows.chat[here][moved])
         factor = None
-        if treatment.gate and whole is not None and differences[0].base is not None:
+        if treatment.gate:
             factor = gate_factor(cpt, differences[0].base, whole)
             factor[vectors[0].rows.role[here][moved] != Role.SHARED] = 1  # rows that the base does not have
         place = Place(name, first, len(moved) * cpt.shape[1], moved)

@@ -35,6 +35,8 @@ def magnitude_threshold(parts: Callable[[], Iterable[Float32]], density: float) 
     upper = np.zeros(1 << 16, np.int64)
     for part in parts():
         upper += np.bincount(_bits(part) >> 16, minlength=1 << 16)
+    if not upper.any():
+        return 0.0
     wanted = max(int(density * int(upper.sum())), 1)
     half, above = _reached(upper, wanted)
     lower = np.zeros(1 << 16, np.int64)

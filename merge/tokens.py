@@ -46,7 +46,8 @@ def output_tokens(
     renamed = dict(token_map)
     for token in lacking:
         reserved = base.tokens.get(chat.ids[token])
-        if token not in renamed and reserved in base.added - chat.ids.keys() and reserved in cpt.added:
+        free = reserved in base.added - chat.ids.keys() and reserved in cpt.added and reserved not in renamed.values()
+        if token not in renamed and reserved is not None and free:
             renamed[token] = reserved
     following = range(max(cpt.ids.values(), default=-1) + 1, 1 << 31)
     appended = dict(zip((token for token in lacking if token not in renamed), following, strict=False))

@@ -113,12 +113,17 @@ class Extracted:
 
     stored: Checkpoint
     base: Checkpoint | None
+    description: dict[str, Any]  # vector.json
 
     @staticmethod
     def open(directory: Path, base: Path | None) -> Extracted:
         """Raises `UserError` where there is no vector."""
-        read_description(directory)
-        return Extracted(Checkpoint.open(directory, STEM), Checkpoint.open(base) if base else None)
+        if not (directory / VECTOR_FILE).is_file():
+            raise UserError(f"{directory} holds no {VECTOR_FILE}; make a vector with `cpt-merge merge --extract`.")
+        description = read_json(directory / VECTOR_FILE)
+        if not {"base_types", "base_squares"} <= description.keys():
+            raise UserError(f"{directory / VECTOR_FILE} is not whole; make the vector again.")
+        return Extracted(Checkpoint.open(directory, STEM), Checkpoint.open(base) if base else None, description)
 
     @property
     def chat_directory(self) -> Path:
@@ -157,13 +162,6 @@ class Extracted:
     def chat_elements(self, name: str, start: int, stop: int) -> Float32:
         """An extracted vector does not hold the chat model; the plan refuses what would need it."""
         raise NotImplementedError(name)
-
-
-def read_description(directory: Path) -> dict[str, Any]:
-    """The content of vector.json. Raises `UserError` where there is none."""
-    if not (directory / VECTOR_FILE).is_file():
-        raise UserError(f"{directory} holds no {VECTOR_FILE}; make a vector with `cpt-merge merge --extract`.")
-    return read_json(directory / VECTOR_FILE)
 
 
 def mean_rows(vector: Vector, name: str, groups: list[RowPairs]) -> Float32:

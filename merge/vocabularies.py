@@ -18,11 +18,12 @@ from merge.align import (
     align_by_position,
     align_rows,
     check_map,
-    check_nothing_is_lost,
     check_rows,
+    lost_tokens,
 )
 from merge.chat_format import ChatFormat, read_format
 from merge.config import MergeConfig
+from merge.fit import RefusedError, collected
 from merge.rules import vocabulary_rows
 from merge.tokens import output_tokens
 from merge.vectors import Vector
@@ -30,9 +31,9 @@ from merge.vectors import Vector
 
 @dataclass(frozen=True)
 class Meeting:
-    """How the tokenizer changes (None where rows meet by position), the chat format, and each vector's rows."""
+    """How the tokenizer changes, the chat format, and each vector's rows."""
 
-    changes: TokenChanges | None
+    changes: TokenChanges
     format: ChatFormat
     rows: list[RowAlignment]
 
@@ -46,54 +47,97 @@ class Tokenizers:
 
 
 def meet(config: MergeConfig, cpt: Checkpoint, tokenizer: Path, sources: Sequence[Vector]) -> Meeting:
-    """Align every vector with CPT by their tokenizers. Raises `UserError` naming what cannot be aligned."""
-    extended = TokenizerFiles.read(tokenizer)
-    pairs = [pair for pair in map(_tokenizers, sources) if pair is not None]
-    if extended is None or len(pairs) < len(sources):
-        format = read_format(sources[0].base_directory, sources[0].chat_directory, None, None, None)
-        return Meeting(None, format, _by_position(cpt, sources))
-    map_of_rows = VocabularyMap.load(tokenizer) if (tokenizer / MAP_FILE).is_file() else None
-    check_rows(extended, vocabulary_rows(cpt))
-    tokens = output_tokens(extended, pairs[0].base, pairs[0].chat, vocabulary_rows(cpt), config.token_map)
-    check_map(map_of_rows, tokens, pairs[0].chat)
-    if config.new_rows == "constituents" and map_of_rows is None:
-        raise UserError(
-            f"{tokenizer} holds no vocabulary map, which merge.new_rows: constituents needs; set new_rows: keep."
-        )
-    found = []
-    for number, (source, pair) in enumerate(zip(sources, pairs, strict=True)):
-        _check_tokenizers(source, pair)
-        check_nothing_is_lost(extended.directory, tokens, pair.base, pair.chat, number == 0)
-        rows = align_rows(tokens, pair.base, pair.chat, map_of_rows, number == 0)
-        if config.new_rows == "constituents" and map_of_rows is not None:
-            add_constituents(rows, map_of_rows, tokens, pair.base, pair.chat)
-        found.append(rows)
-    format = read_format(sources[0].base_directory, sources[0].chat_directory, pairs[0].base, pairs[0].chat, tokens)
-    return Meeting(tokens.changes, format, found)
+    """Align every vector with CPT by their tokenizers.
 
-
-def _tokenizers(source: Vector) -> Tokenizers | None:
-    base, chat = TokenizerFiles.read(source.base_directory), TokenizerFiles.read(source.chat_directory)
-    return Tokenizers(base, chat) if base and chat else None
-
-
-def _check_tokenizers(source: Vector, tokenizers: Tokenizers) -> None:
-    rows = {label: vocabulary_rows(model) for label, model in source.models.items()}
-    if "base" in rows:
-        check_rows(tokenizers.base, rows["base"])
-    check_rows(tokenizers.chat, rows["chat"] if "chat" in rows else rows["vector"])
-
-
-def _by_position(cpt: Checkpoint, sources: Sequence[Vector]) -> list[RowAlignment]:
-    """Raises `UserError` where the numbers of rows differ."""
-    rows = {"cpt": vocabulary_rows(cpt)}
+    Raises `RefusedError` with everything that cannot be aligned.
+    """
+    directories = [tokenizer]
     for source in sources:
-        rows |= {label: vocabulary_rows(model) for label, model in source.models.items()}
+        directories += [source.base_directory, source.chat_directory]
+    files = [TokenizerFiles.read(directory) for directory in directories]
+    whole = _all_or_none(files, directories, _all_rows(cpt, sources))
+    if whole is None:
+        return _by_position(config, cpt, sources)
+    extended, *others = whole
+    pairs = [Tokenizers(base, chat) for base, chat in zip(others[::2], others[1::2], strict=True)]
+    map_of_rows = VocabularyMap.load(tokenizer) if (tokenizer / MAP_FILE).is_file() else None
+    problems = [
+        f"{tokenizer.directory} has {tokenizer.odd}; load it with transformers, look at its ids, and save it again"
+        for tokenizer in whole
+        if tokenizer.odd
+    ]
+    for source, pair in zip(sources, pairs, strict=True):
+        _check_tokenizers(source, pair, problems)
+    with collected(problems):
+        check_rows(extended, vocabulary_rows(cpt))
+    tokens = output_tokens(extended, pairs[0].base, pairs[0].chat, vocabulary_rows(cpt), config.token_map)
+    with collected(problems):
+        check_map(map_of_rows, tokens, pairs[0].chat)
+    if config.new_rows == "constituents" and map_of_rows is None:
+        problems.append(f"{tokenizer} holds no {MAP_FILE}, which new_rows: constituents needs; set new_rows: keep")
+    for number, pair in enumerate(pairs):
+        problems += lost_tokens(extended.directory, tokens, pair.base, pair.chat, number == 0)
+    if problems:
+        raise RefusedError(problems)
+    rows = [align_rows(tokens, pair.base, pair.chat, map_of_rows, pair is pairs[0]) for pair in pairs]
+    if config.new_rows == "constituents" and map_of_rows is not None:
+        for alignment, pair in zip(rows, pairs, strict=True):
+            add_constituents(alignment, map_of_rows, tokens, pair.base, pair.chat)
+    return Meeting(tokens.changes, read_format(pairs[0].base, pairs[0].chat, tokens), rows)
+
+
+def _all_rows(cpt: Checkpoint, sources: Sequence[Vector]) -> dict[str, int]:
+    """Model -> rows of its matrices."""
+    rows = {"cpt": vocabulary_rows(cpt)}
+    for number, source in enumerate(sources):
+        suffix = "" if number == 0 else f" of vector {number + 1}"
+        rows |= {label + suffix: vocabulary_rows(model) for label, model in source.models.items()}
+    return rows
+
+
+def _all_or_none(
+    files: list[TokenizerFiles | None], directories: list[Path], rows: dict[str, int]
+) -> list[TokenizerFiles] | None:
+    """All tokenizers, or None where there are none and all models have equally many rows.
+
+    Raises `UserError` where rows cannot be told.
+    """
+    present = [tokenizer for tokenizer in files if tokenizer is not None]
+    if len(present) == len(files):
+        return present
+    missing = [directory for directory, found in zip(directories, files, strict=True) if found is None]
+    named = ", ".join(str(directory) for directory in missing)
+    if present or any((directory / "vocab.json").is_file() for directory in missing):
+        raise UserError(
+            f"no tokenizer.json or tokenizer.model in {named}, by which rows could meet; put it there "
+            "(a vocab.json with merges.txt becomes one by AutoTokenizer and save_pretrained)."
+        )
     if len(set(rows.values())) > 1:
         *others, last = (f"{count} ({label})" for label, count in rows.items())
         raise UserError(
             f"the embeddings have {', '.join(others)} and {last} rows, which only each model's tokenizer can match; "
-            "put it beside the weights where it is missing."
+            f"put it beside the weights ({named})."
         )
-    say(f"merge: a directory has no tokenizer; the {rows['cpt']} rows of the models are taken as equal")
-    return [align_by_position(rows["cpt"]) for _ in sources]
+    say(f"merge: no tokenizer in {named}; the {rows['cpt']} rows of the models are taken as equal")
+    return None
+
+
+def _by_position(config: MergeConfig, cpt: Checkpoint, sources: Sequence[Vector]) -> Meeting:
+    """No directory has a tokenizer."""
+    if config.token_map or config.new_rows == "constituents":
+        raise UserError("token_map and new_rows: constituents need tokenizers, and there are none; leave them out.")
+    rows = align_by_position(vocabulary_rows(cpt))
+    format = read_format(
+        TokenizerFiles(sources[0].base_directory, {}, frozenset()),
+        TokenizerFiles(sources[0].chat_directory, {}, frozenset()),
+        None,
+    )
+    return Meeting(TokenChanges(), format, [rows for _ in sources])
+
+
+def _check_tokenizers(source: Vector, tokenizers: Tokenizers, problems: list[str]) -> None:
+    rows = {label: vocabulary_rows(model) for label, model in source.models.items()}
+    with collected(problems):
+        check_rows(tokenizers.base, rows.get("base", len(tokenizers.base.ids)))
+    with collected(problems):
+        check_rows(tokenizers.chat, rows["chat"] if "chat" in rows else rows["vector"])

@@ -57,7 +57,7 @@ def run(
             shutil.rmtree(out / "cpt", ignore_errors=True)  # of an attempt that was cut short after the export
         parallel.barrier()
         with timed("export of the trained model"):
-            ranks = Ranks(parallel.world.rank, parallel.barrier)
+            ranks = Ranks(parallel.world.rank, parallel.world.size, parallel.barrier)
             export_shards(shards, inputs.model, inputs.tokenizer, out / "cpt", ranks)
         if hook:
             hook(shards, parallel)

@@ -73,13 +73,18 @@ def test_the_plan_lists_everything_that_is_refused(family, tmp_path):
         (["--cpt", "CPT", "--base", "BASE", "--chat", "CHAT", "--out", "OUT", "density=0.2"], "set a density together"),
         (["--extract", "--base", "BASE"], "--extract needs"),
         (["--extract", "--base", "BASE", "--chat", "CHAT", "--out", "OUT", "ratio=2"], "leave out ratio"),
-        (["recipe.yaml", "--ratio", "1"], "leave out one"),
+        (["pan", "--cpt", "CPT"], "recipe pan does not exist"),
         (["none.yaml"], "does not exist"),
+        (["plan", "--extract", "--base", "BASE", "--chat", "CHAT", "--out", "OUT"], "leave out plan"),
+        (["--cpt", "CPT", "--base", "BASE", "--chat", "CHAT", "--out", "OUT", "--ratio", "1", "ratio=2"], "leave out one"),
+        (["--cpt", "CPT", "--base", "BASE", "--chat", "CHAT", "--out", "OUT", "--tokenizer", "OUT"], "holds no tokenizer"),
+        (["--cpt", "CPT", "--base", "BASE", "--chat", "CHAT", "--out", "CPT/in/it"], "lie one in the other"),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_wrong_is_said_in_one_sentence(family, tmp_path, arguments, words):
     names = {"CPT": family.cpt, "BASE": family.base, "CHAT": family.chat, "OUT": tmp_path / "out"}
-    done = cpt_merge("merge", *[names.get(argument, argument) for argument in arguments])
+    given = [names.get(argument, str(argument).replace("CPT", str(family.cpt))) for argument in arguments]
+    done = cpt_merge("merge", *given)
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr

@@ -11,9 +11,10 @@ from merge.align import (
     align_by_position,
     align_rows,
     check_map,
-    check_nothing_is_lost,
     check_rows,
+    lost_tokens,
 )
+from merge.fit import RefusedError
 from merge.tokens import output_tokens
 from tests.merge.conftest import BASE_ROWS, CHAT_ROWS, CPT_ROWS, NEW, pieces_of, write_tokenizer
 
@@ -26,11 +27,18 @@ def align(family, rows=CPT_ROWS, new_rows="keep", with_map=True, token_map=None)
         check_rows(tokenizer, count)
     tokens = output_tokens(cpt, base, chat, rows, token_map or {})
     check_map(map, tokens, chat)
-    check_nothing_is_lost(family.tokenizer, tokens, base, chat)
+    problems = lost_tokens(family.tokenizer, tokens, base, chat)
+    if problems:
+        raise RefusedError(problems)
     alignment = align_rows(tokens, base, chat, map)
     if new_rows == "constituents":
         add_constituents(alignment, map, tokens, base, chat)
     return alignment
+
+
+def add(content, token, number):
+    content["added_tokens"].append({"id": number, "content": token})
+    content["model"]["vocab"][token] = number
 
 
 def edit_tokenizer(directory, change):
@@ -97,13 +105,12 @@ def test_an_added_token_that_chat_renamed_keeps_cpt_s_row(untied):
         for token in content["added_tokens"]:
             if token["content"] == "<|spare|>":
                 token["content"] = "<|tool|>"
+        content["model"]["vocab"]["<|tool|>"] = content["model"]["vocab"].pop("<|spare|>")
 
     for model in ("base", "chat", "tokenizer"):
-        edit_tokenizer(
-            untied.root / model, lambda content: content["added_tokens"].append({"id": 37, "content": "<|spare|>"})
-        )
+        edit_tokenizer(untied.root / model, lambda content: add(content, "<|spare|>", 37))
     edit_tokenizer(untied.chat, rename)
-    edit_tokenizer(untied.tokenizer, lambda content: content["added_tokens"].append({"id": 46, "content": "<|tool|>"}))
+    edit_tokenizer(untied.tokenizer, lambda content: add(content, "<|tool|>", 46))
     alignment = align(untied, with_map=False)
     assert alignment.unmatched == ["<|spare|>"]
     assert alignment.role[46] == Role.CHAT
@@ -126,7 +133,10 @@ def test_a_piece_that_chat_lacks_is_named(untied):
 
 
 def test_a_map_of_another_chat_model_is_refused(untied):
-    edit_tokenizer(untied.chat, lambda content: content["added_tokens"][-1].update(id=39))
+    def move(content):
+        content["added_tokens"][-1]["id"] = content["model"]["vocab"]["<|im_start|>"] = 39
+
+    edit_tokenizer(untied.chat, move)
     refused(untied, "<|im_start|>", "make the tokenizer again")
 
 

@@ -69,7 +69,7 @@ def on_ranks(size, work):
     """`work(rank, Ranks)` on threads that meet at a barrier."""
     barrier = threading.Barrier(size, timeout=20)
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: work(rank, Ranks(rank, lambda: barrier.wait() and None)), range(size)))
+        return list(pool.map(lambda rank: work(rank, Ranks(rank, size, lambda: barrier.wait() and None)), range(size)))
 
 
 SETTINGS = {
@@ -110,7 +110,7 @@ def _one_of_several(root: str, out: str) -> int:
     rank, size = dist.get_rank(), dist.get_world_size()
     family = make_family(Path(root) / f"copy{rank}")
     family.root = Path(root) / "shared"
-    ranks = Ranks(rank, dist.barrier)
+    ranks = Ranks(rank, size, dist.barrier)
     shards = shards_of(masters(family, seed=5), rank, size)
     export(family, shards, ranks, Path(out) / "cpt")
     merge_in_memory(family, MergeConfig(ratio=0.7), shards, ranks, Path(out) / "chat")

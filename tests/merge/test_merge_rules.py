@@ -1,9 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from core.errors import UserError
 from merge.config import MergeConfig, RuleConfig
-from merge.rules import Treatment, check_rules, kind_of, layer_of, treatment_of
+from merge.rules import Treatment, kind_of, layer_of, rule_problems, treatment_of
 
 
 @pytest.mark.parametrize(
@@ -45,8 +44,12 @@ def test_the_first_matching_rule_decides():
 
 
 def test_a_rule_without_effect_is_an_error():
-    with pytest.raises(UserError, match=r"merge\.rules\.1 .* matches no tensor"):
-        check_rules(["lm_head.weight"], MergeConfig(rules=[RuleConfig(kinds=["head"]), RuleConfig(layers=(40, 50))]))
+    rules = [RuleConfig(kinds=["head"]), RuleConfig(layers=(40, 50)), RuleConfig(pattern="head", action="skip")]
+    nothing, hidden = rule_problems(["lm_head.weight"], MergeConfig(rules=rules))
+    assert nothing.startswith("merge.rules.1")
+    assert "matches no tensor" in nothing
+    assert hidden.startswith("merge.rules.2")
+    assert "an earlier rule always does" in hidden
 
 
 @pytest.mark.parametrize(

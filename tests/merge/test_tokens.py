@@ -7,10 +7,12 @@ import torch
 from tokenizers import Tokenizer
 
 from checkpoint.token_changes import TokenChanges, apply
+from checkpoint.vocabulary import read_tokens
 from core.errors import UserError
 from tests.merge.conftest import CPT_ROWS, make_family, pieces_of, save_weights, write_config
 from tests.merge.test_align import edit_tokenizer
 from tests.merge.test_merge_run import load, merge
+from tests.real_tokenizers import BASES
 
 TOOL = {"content": "<|tool|>", "single_word": False, "lstrip": True, "rstrip": False, "normalized": False,
         "special": True}  # fmt: skip
@@ -19,8 +21,18 @@ TOOL = {"content": "<|tool|>", "single_word": False, "lstrip": True, "rstrip": F
 @pytest.fixture
 def with_tool(untied):
     """The chat model has one token more, `<|tool|>` at 39, that CPT's tokenizer does not know."""
-    edit_tokenizer(untied.chat, lambda content: content["added_tokens"].append({"id": 39, **TOOL}))
+    add_token(untied.chat, "<|tool|>", 39)
     return untied
+
+
+def add_token(directory, token, number):
+    """As loaders read it: what is not in the vocabulary they number themselves."""
+
+    def add(content):
+        content["added_tokens"].append({**TOOL, "content": token, "id": number})
+        content["model"]["vocab"][token] = number
+
+    edit_tokenizer(directory, add)
 
 
 def test_a_token_that_cpt_lacks_is_appended_in_a_padding_row(with_tool, tmp_path, tracker, capsys):
@@ -76,7 +88,7 @@ def test_rows_that_a_growing_matrix_gets_beyond_its_tokens_hold_the_mean(tmp_pat
         content["model"]["vocab"] |= {f"filler{number}": number for number in range(used, 64)}
 
     edit_tokenizer(family.tokenizer, fill)
-    edit_tokenizer(family.chat, lambda content: content["added_tokens"].append({"id": 39, **TOOL}))
+    add_token(family.chat, "<|tool|>", 39)
     (family.tokenizer / "vocabulary_map.json").unlink()
     merge(family, tmp_path / "out", tracker)
     merged = load(tmp_path / "out")["lm_head.weight"]
@@ -87,9 +99,8 @@ def test_rows_that_a_growing_matrix_gets_beyond_its_tokens_hold_the_mean(tmp_pat
 
 
 def reserve(family, token, row, models):
-    entry = {**TOOL, "content": token, "id": row}
     for model in models:
-        edit_tokenizer(family.root / model, lambda content: content["added_tokens"].append(entry))
+        add_token(family.root / model, token, row)
 
 
 def test_a_reserved_token_that_chat_gave_a_name_gets_it_in_cpt_too(untied, tmp_path, tracker, capsys):
@@ -125,10 +136,42 @@ def test_a_map_that_does_not_fit_is_refused(with_tool, tmp_path, tracker, token_
 
 
 def test_a_tokenizer_without_tokenizer_json_lists_its_added_tokens(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    (tmp_path / "added_tokens.json").write_text('{"<|old|>": 5}')
-    with pytest.raises(UserError):  # this one is no SentencePiece model, so the proof fails; the lists are written
-        apply(TokenChanges({"<|new|>": 6}), tmp_path, tmp_path)
-    assert json.loads((tmp_path / "added_tokens.json").read_text()) == {"<|old|>": 5, "<|new|>": 6}
+    BASES["mistral"](tmp_path)  # a real SentencePiece model
+    (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+    assert (tmp_path / "tokenizer.model").is_file()
+    apply(TokenChanges({"<|new|>": 32_000}), tmp_path, tmp_path)
+    assert read_tokens(tmp_path).ids["<|new|>"] == 32_000
+    assert json.loads((tmp_path / "added_tokens.json").read_text())["<|new|>"] == 32_000
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert settings["added_tokens_decoder"]["6"]["content"] == "<|new|>"
+    assert settings["added_tokens_decoder"]["32000"]["content"] == "<|new|>"
+
+
+def test_a_reserved_token_that_all_three_have_can_be_mapped(with_tool, tmp_path, tracker):
+    """As in Llama 3: the reserved token stays in base and chat, CPT's becomes the chat token."""
+    for model in ("base", "chat", "tokenizer"):
+        add_token(with_tool.root / model, "<|reserved_5|>", 36)
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = with_tool.tokenizer / file
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        settings |= {"pad_token": "<|reserved_5|>", "additional_special_tokens": ["<|reserved_5|>"]}
+        path.write_text(json.dumps(settings))
+    merge(with_tool, tmp_path / "out", tracker, token_map={"<|tool|>": "<|reserved_5|>"})
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<|tool|>") == 36
+    assert tokenizer.pad_token_id == 36
+    assert len(tokenizer) <= CPT_ROWS  # nothing was added anew under an old name
+    for row in (36,):
+        assert torch.equal(
+            load(tmp_path / "out")["lm_head.weight"][row], with_tool.weights["chat"]["lm_head.weight"][39]
+        )
+
+
+def test_an_added_token_that_loaders_number_otherwise_is_refused(untied, tmp_path, tracker):
+    edit_tokenizer(untied.chat, lambda content: content["added_tokens"].append({"id": 39, **TOOL}))
+    edit_tokenizer(untied.chat, lambda content: content["model"]["vocab"].update(filler=37))
+    edit_tokenizer(untied.chat, lambda content: content["added_tokens"][-1].update(id=45))
+    loaded = Tokenizer.from_file(str(untied.chat / "tokenizer.json")).token_to_id("<|tool|>")
+    with pytest.raises(UserError, match=rf"'<\|tool\|>' at 45, but loaders read it at {loaded}"):
+        merge(untied, tmp_path / "out", tracker)

@@ -21,7 +21,7 @@ from tests.merge.conftest import (
     write_config,
     write_tokenizer,
 )  # fmt: skip
-from tests.merge.test_align import edit_tokenizer
+from tests.merge.test_align import add, edit_tokenizer
 from tests.merge.test_merge_run import EOT, IM_START, digest, inputs_of, load, merge
 
 BODY = "model.layers.1.mlp.up_proj.weight"
@@ -89,10 +89,7 @@ def test_taking_the_vector_away_again_is_forgetting(untied, tmp_path, tracker):
 
 
 def test_special_tokens_of_a_further_vector_are_said_not_needed(second, tmp_path, tracker, capsys):
-    edit_tokenizer(
-        second.root / "other",
-        lambda content: content["added_tokens"].append({"id": 39, "content": "<|extra|>", "special": True}),
-    )
+    edit_tokenizer(second.root / "other", lambda content: add(content, "<|extra|>", 39))
     merge(second, tmp_path / "out", tracker, vectors=[pair(second)])
     assert "<|extra|>" in capsys.readouterr().err
     assert len(load(tmp_path / "out")["lm_head.weight"]) == CPT_ROWS
