@@ -20,6 +20,7 @@ from merge.config import Method
 from merge.focus import TokenSpace
 
 BATCH = 1024  # rows
+ALIKE = 128  # pieces whose likeness to all tokens is held at once
 NOISE = 0.01  # of a row's own size: just more than bfloat16's rounding, so that equal rows come apart
 
 
@@ -115,8 +116,8 @@ def focus(task: Task) -> Iterator[Float32]:
     space, spelt = _space(task), _spelt(task)
     by_id = {piece.id: piece for piece in task.pieces}
     tokens = [int(token) for token in np.flatnonzero(space.known) if token < task.old.rows or int(token) in by_id]
-    for start in range(0, len(task.pieces), BATCH):
-        batch = task.pieces[start : start + BATCH]
+    for start in range(0, len(task.pieces), ALIKE):
+        batch = task.pieces[start : start + ALIKE]
         rows = np.stack([next(spelt) for _ in batch])
         alike = np.array([len(tokens) > 1 and bool(space.known[piece.id]) for piece in batch])
         weights = space.weights([piece.id for piece, yes in zip(batch, alike, strict=True) if yes], tokens)
