@@ -139,8 +139,10 @@ class Checkpoint:
     def gather_float32(self, name: str, rows: NDArray[np.int64]) -> Float32:
         """The given rows in the given order, float32, shape (len(rows), row size); neighbours are read at once."""
         info = self.info(name)
-        gathered = np.empty((len(rows), info.row_size), np.float32)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        if len(rows) and not len(breaks):
+            return self.read_float32(name, int(rows[0]), int(rows[-1]) + 1).reshape(len(rows), -1)
+        gathered = np.empty((len(rows), info.row_size), np.float32)
         for start, stop in pairwise([0, *breaks.tolist(), len(rows)]):
             if stop > start:
                 values = self.read_float32(name, int(rows[start]), int(rows[stop - 1]) + 1)

@@ -159,7 +159,7 @@ def draw(layers: Mapping[str, Mapping[str, Sums]], path: Path) -> None:
     cosine.set_ylim(-1.1 * largest, 1.1 * largest)
     if len(layers) > 1:
         cosine.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 def _draw_parts(axes: Axes, values: Mapping[str, float], color: str, label: str) -> None:

@@ -43,6 +43,7 @@ def run(config: MergeConfig, inputs: MergeInputs, out: Path, tracker: Tracker) -
         for line in describe(the_plan.changes, the_plan.cpt_rows, the_plan.rows):
             say(f"merge: {line}")
         report.warn(ancestry.warnings(the_plan, ancestry.sample(the_plan)))
+    give_back_freed_memory()  # the vocabularies
     work = Work(out, the_plan.layout(), the_digest, world)
     return _merge(the_plan, work, tracker)
 

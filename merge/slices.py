@@ -7,6 +7,7 @@ the vocabulary. Everything is computed in chunks that stay in a core's cache.
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -27,7 +28,9 @@ from merge.rules import Treatment
 from merge.statistics import Sums
 from merge.vectors import Difference, Extracted, mean_rows
 
-CHUNK = 1 << 17  # elements; in float32 half a megabyte
+CHUNK = 1 << 18  # elements; in float32 a megabyte. Half of it takes 30 % more processor time, in calls
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 ReadCpt = Callable[[int, int], Float32]
 
@@ -191,14 +194,19 @@ def keep_freed_memory() -> None:
     """Let malloc keep the chunks' buffers between chunks; otherwise half of the time goes into page faults.
 
     glibc returns freed memory to the kernel beyond thresholds that grow with the largest mapped block that was ever
-    freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). So one is freed, untouched. Harmless elsewhere.
+    freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). So one is freed, untouched. And all threads shall share one
+    arena (M_ARENA_MAX): what lies on top of the others is not given back.
     """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
     np.empty(31 << 20, np.uint8)
 
 
 def give_back_freed_memory() -> None:
     """Let malloc return what is free, before something else (the figure) needs memory of its own."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
