@@ -104,7 +104,20 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     _stage("train", recipe, overrides)
 
 
-@app.command(cls=RecipeCommand)
+class MergeCommand(TyperCommand):
+    """The merge needs no recipe: its help lists the keys of that section alone."""
+
+    def format_epilog(self, context: Any, formatter: Any) -> None:
+        """The keys of the merge section, after the options."""
+        from launcher.reference import as_text
+        from merge.config import MergeConfig
+
+        formatter.write(
+            f"\nSettings, as key=value (in a recipe's override: merge.key=value):\n{as_text(MergeConfig)}\n"
+        )
+
+
+@app.command(cls=MergeCommand)
 def merge(
     words: Annotated[list[str] | None, typer.Argument(metavar="[plan] [RECIPE] [key=value ...]")] = None,
     cpt: Annotated[str | None, typer.Option(metavar="DIR", help="without a recipe: the trained model")] = None,
