@@ -151,12 +151,15 @@ def lost_tokens(
             lost = _without_added(lost, tokenizer)
         if lost:
             problems.append(f"{cpt} lacks {_named(lost)} of {tokenizer.directory}; {advice}")
+    return problems + unshared_tokens(base, chat)
+
+
+def unshared_tokens(base: TokenizerFiles, chat: TokenizerFiles) -> list[str]:
+    """A sentence if the two vocabularies differ in more than added tokens."""
     lost = _missing(base, chat.ids.keys() | base.added) + _missing(chat, base.ids.keys() | chat.added)
-    if lost:
-        problems.append(
-            f"{chat.directory} and {base.directory} do not share {_named(lost)}; give the base of this chat model"
-        )
-    return problems
+    if not lost:
+        return []
+    return [f"{chat.directory} and {base.directory} do not share {_named(lost)}; give the base of this chat model"]
 
 
 def _missing(tokenizer: TokenizerFiles, known: Set[str]) -> list[str]:

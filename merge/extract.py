@@ -13,20 +13,20 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
 from checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
 from checkpoint.reader import Checkpoint
+from checkpoint.token_changes import TokenChanges
 from checkpoint.tokenizer import TOKENIZER_FILES, TokenizerFiles
 from checkpoint.writer import CheckpointWriter, Layout, TensorSpec, natural
 from core.artifact import fingerprint, installed_versions, write_json, write_text
 from core.errors import UserError
 from core.progress import Meter, say
 from core.world import find_world
-from merge.align import RowPairs, format_tokens
+from merge.align import Role, RowAlignment, RowPairs, align_by_position, align_rows, unshared_tokens
 from merge.card import LICENCE_FIELDS, front_matter
 from merge.chat_format import CONFIG_FILE, GENERATION_FILE
 from merge.config import Dtype
@@ -35,6 +35,7 @@ from merge.finish import copy_files
 from merge.fit import open_fitting
 from merge.rules import is_by_token, model_tensors, vocabulary_rows
 from merge.slices import keep_freed_memory, rounded
+from merge.tokens import OutputTokens
 from merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair
 
 BLOCK = 1 << 19  # elements
@@ -46,7 +47,7 @@ def extract(base: Path, chat: Path, out: Path, dtype: Dtype = "float32", shard_b
         raise UserError("--extract is the work of one process; start it without a launcher.")
     models = open_fitting({"base": base, "chat": chat})
     pair = Pair(models["base"], models["chat"])
-    rows = _chat_rows(pair)
+    rows = _align(pair)
     names = sorted((name for name, info in pair.tensors.items() if info.dtype in FLOATS), key=natural)
     specs = [TensorSpec(name, TORCH_NAMES[dtype], pair.tensors[name].shape) for name in names]
     specs += [TensorSpec(name, info.dtype, info.shape) for name, info in pair.tensors.items() if name not in names]
@@ -63,31 +64,22 @@ def extract(base: Path, chat: Path, out: Path, dtype: Dtype = "float32", shard_b
     say(f"merge: the chat vector is in {out}; add it with --vector {out}")
 
 
-def _chat_rows(pair: Pair) -> dict[str, Any]:
-    """For each row of chat: its row in base (-1: none), and whether it is of the chat format."""
+def _align(pair: Pair) -> RowAlignment:
+    """Chat's rows against base's. Raises `UserError` for tokens that only one of them has."""
     base, chat = TokenizerFiles.read(pair.base.directory), TokenizerFiles.read(pair.chat.directory)
     count = vocabulary_rows(pair.chat)
+    if base is None and chat is None and vocabulary_rows(pair.base) == count:
+        say(f"merge: neither directory has a tokenizer; the {count} rows of the two models are taken as equal")
+        return align_by_position(count)
     if base is None or chat is None:
-        if vocabulary_rows(pair.base) != count:
-            raise UserError(
-                f"base and chat have {vocabulary_rows(pair.base)} and {count} rows, which only their tokenizers can "
-                "match; put them beside the weights."
-            )
-        say(f"merge: a directory has no tokenizer; the {count} rows of the two models are taken as equal")
-        return {"base": np.arange(count), "format": np.zeros(count, np.bool_)}
-    lost = [token for token in chat.ids if token not in base.ids and token not in chat.added]
-    if lost:
-        raise UserError(
-            f"{pair.base.directory} lacks {len(lost)} tokens of chat, {lost[0]!r} among them; give its base."
-        )
-    rows, of_format = np.full(count, -1, np.int64), np.zeros(count, np.bool_)
-    for token, row in chat.ids.items():
-        rows[row] = base.ids.get(token, -1)
-    of_format[[chat.ids[token] for token in format_tokens(base, chat) if token in chat.ids]] = True
-    return {"base": rows, "format": of_format}
+        missing = pair.base.directory if base is None else pair.chat.directory
+        raise UserError(f"no tokenizer.json or tokenizer.model in {missing}, by which rows could meet; put it there.")
+    for problem in unshared_tokens(base, chat):
+        raise UserError(f"{problem}.")
+    return align_rows(OutputTokens(chat.ids, count, TokenChanges()), base, chat, None)
 
 
-def _extract(pair: Pair, spec: TensorSpec, rows: dict[str, Any], writer: CheckpointWriter) -> float:
+def _extract(pair: Pair, spec: TensorSpec, rows: RowAlignment, writer: CheckpointWriter) -> float:
     """Write one tensor. Returns the sum of the base's squares."""
     info, square = pair.tensors[spec.name], 0.0
     if info.dtype not in FLOATS:
@@ -108,16 +100,14 @@ def _extract(pair: Pair, spec: TensorSpec, rows: dict[str, Any], writer: Checkpo
     return square
 
 
-def _vocabulary_rows(pair: Pair, name: str, first: int, last: int, rows: dict[str, Any]) -> tuple[Float32, Float32]:
+def _vocabulary_rows(pair: Pair, name: str, first: int, last: int, rows: RowAlignment) -> tuple[Float32, Float32]:
     """Chat's rows [first, last): the difference where base has the token, the row itself where it is of the format."""
-    here = np.arange(first, last)
-    base_rows, of_format = rows["base"][first:last], rows["format"][first:last]
-    shared = (base_rows >= 0) & ~of_format
-    difference = pair.rows(name, RowPairs(base_rows[shared], here[shared]))
+    shared, of_format = rows.role[first:last] == Role.SHARED, rows.role[first:last] == Role.CHAT
+    difference = pair.rows(name, RowPairs(rows.base[first:last][shared], rows.chat[first:last][shared]))
     assert difference.base is not None
     values = np.zeros((last - first, difference.values.shape[1]), np.float32)
     values[shared] = difference.values
-    values[of_format] = pair.chat_rows(name, here[of_format])
+    values[of_format] = pair.chat_rows(name, rows.chat[first:last][of_format])
     return values.reshape(-1), difference.base
 
 

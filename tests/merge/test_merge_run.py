@@ -109,14 +109,25 @@ def test_rules(untied, tmp_path, tracker):
     assert torch.equal(embed[IM_START], weights["chat"]["model.embed_tokens.weight"][38])  # also under skip
 
 
-def test_bytes_do_not_depend_on_threads_or_chunks(untied, tmp_path, tracker, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ratio": 0.7, "new_rows": "constituents"},
+        {"method": "ties", "density": 0.4, "gate": True},
+        {"method": "dare_ties", "density": 0.4, "ratio": "ramp(0.2, 1)"},
+    ],
+    ids=["add", "ties and a gate", "dare_ties"],
+)
+def test_bytes_do_not_depend_on_threads_or_chunks(untied, tmp_path, tracker, monkeypatch, settings):
     """Law 3."""
-    merge(untied, tmp_path / "one", tracker, ratio=0.7, new_rows="constituents")
+    second = {"base": str(untied.base), "chat": str(untied.chat), "ratio": -0.3}
+    settings = {**settings, "vectors": [second]}
+    merge(untied, tmp_path / "one", tracker, **settings)
     for number, (chunk, block, threads) in enumerate([(64, 1000, 4), (7, 333, 3), (1 << 17, 32, 1)]):
         monkeypatch.setattr(slices, "CHUNK", chunk)
         monkeypatch.setattr(engine, "BLOCK", block)
         monkeypatch.setattr(engine, "MAX_THREADS", threads)
-        merge(untied, tmp_path / f"other{number}", tracker, ratio=0.7, new_rows="constituents")
+        merge(untied, tmp_path / f"other{number}", tracker, **settings)
         assert digest(tmp_path / f"other{number}") == digest(tmp_path / "one")
 
 
