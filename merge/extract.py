@@ -36,7 +36,7 @@ from merge.fit import open_fitting
 from merge.rules import is_by_token, model_tensors, vocabulary_rows
 from merge.slices import keep_freed_memory, rounded
 from merge.tokens import OutputTokens
-from merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair
+from merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair, sample_digest
 
 BLOCK = 1 << 19  # elements
 
@@ -125,6 +125,7 @@ def _describe(pair: Pair, squares: dict[str, float], dtype: Dtype, directory: Pa
             "versions": installed_versions(),
             "base_types": {name: info.dtype for name, info in model_tensors(pair.base).items()},
             "base_squares": squares,
+            "base_sample": sample_digest(pair.base),
         },
     )
     _copy_model_files(pair.chat, directory)

@@ -31,6 +31,7 @@ from merge.ranges import TensorRange, as_json, joined, needs_gate, needs_thresho
 from merge.rules import model_tensors
 from merge.slices import CHUNK, SliceMerger, rounded
 from merge.statistics import Statistics, Sums
+from merge.vectors import check_base
 from tracking.tracker import Tracker
 
 
@@ -147,6 +148,8 @@ def merge_shards(
 def plan_for_shards(config: MergeConfig, inputs: MergeInputs) -> MergePlan:
     """The plan of a merge in memory. Raises `UserError` also where the output would need rows that were not trained."""
     the_plan = plan(config, inputs)
+    for vector in the_plan.vectors:
+        check_base(vector.source)
     if the_plan.rows > the_plan.cpt_rows:
         raise UserError(
             f"{inputs.tokenizer} lacks tokens of {the_plan.chat.source.chat_directory} and has no row left for them; "

@@ -17,6 +17,7 @@ from merge.engine import merge_files
 from merge.plan import MergeInputs, MergePlan, check_output, plan
 from merge.slices import give_back_freed_memory
 from merge.tokens import describe
+from merge.vectors import check_base
 from merge.work import Work, finish_publishing
 from tracking.tracker import Tracker
 
@@ -39,6 +40,8 @@ def run(config: MergeConfig, inputs: MergeInputs, out: Path, tracker: Tracker) -
         say(f"merge: {out} holds the result of this very merge already")
         return finished if world.is_main else {}
     check_output(the_plan, out)
+    for vector in the_plan.vectors:
+        check_base(vector.source)
     if world.is_main:
         for line in describe(the_plan.changes, the_plan.cpt_rows, the_plan.rows):
             say(f"merge: {line}")

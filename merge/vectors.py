@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,25 @@ class Extracted:
     def chat_elements(self, name: str, start: int, stop: int) -> Float32:
         """An extracted vector does not hold the chat model; the plan refuses what would need it."""
         raise NotImplementedError(name)
+
+
+def sample_digest(base: Checkpoint) -> str:
+    """sha256 of the first elements of every tensor: tells a base from another without reading it."""
+    found = hashlib.sha256()
+    for name, info in sorted(model_tensors(base).items()):
+        found.update(name.encode() + base.read_flat(name, 0, min(info.size, 64)).tobytes())
+    return found.hexdigest()
+
+
+def check_base(vector: Vector) -> None:
+    """Raise `UserError` if the base that was given beside an extracted vector is not the one it was made with."""
+    if not isinstance(vector, Extracted) or vector.base is None:
+        return
+    if vector.description.get("base_sample") != sample_digest(vector.base):
+        raise UserError(
+            f"{vector.base.directory} is not the base that {vector.stored.directory} was made with "
+            f"({vector.description.get('models', {}).get('base', {}).get('name')}); give that one, or none."
+        )
 
 
 def mean_rows(vector: Vector, name: str, groups: list[RowPairs]) -> Float32:

@@ -179,6 +179,15 @@ def test_with_the_base_beside_it_a_vector_can_be_gated_and_compared(family, vect
     assert digest(tmp_path / "out") == digest(tmp_path / "pair")
 
 
+def test_another_base_beside_a_vector_is_refused(untied, tmp_path, tracker):
+    extract(untied.base, untied.chat, tmp_path / "vector")
+    weights = {name: values.clone() for name, values in untied.weights["base"].items()}
+    weights[BODY][0, 0] += 1
+    save_weights(weights, untied.base)
+    with pytest.raises(UserError, match="is not the base"):
+        run(MergeConfig(gate=True), with_vector(untied, tmp_path / "vector", untied.base), tmp_path / "out", tracker)
+
+
 def test_what_a_vector_cannot_do_is_refused_in_one_list(family, vector):
     config = MergeConfig(gate=True, rules=[{"kinds": ["norm"], "action": "replace"}])
     with pytest.raises(UserError, match=r"replaces by the chat model.*give the base beside"):
