@@ -142,11 +142,6 @@ def _without_merges(text: str) -> dict[str, Any] | None:
     return content if "added_tokens" in content and "vocab" in content.get("model", {}) else None
 
 
-def read_token_ids(directory: Path) -> dict[str, int]:
-    """Token string -> id of a directory's tokenizer, added tokens included. Raises as `read_tokens` does."""
-    return read_tokens(directory).ids
-
-
 def _read_sentencepiece(directory: Path) -> TokenIds:
     import sentencepiece
 

@@ -6,7 +6,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from checkpoint.vocabulary import VocabularyMap, read_token_ids
+from checkpoint.vocabulary import VocabularyMap, read_tokens
 from tokenizer_ext.base import read_base
 from tokenizer_ext.verify import prove
 
@@ -26,7 +26,7 @@ def test_all_laws_hold_on_what_was_written(extended) -> None:
 def test_the_map_describes_every_row(extended) -> None:
     found = VocabularyMap.load(extended.out)
     base = read_base(extended.base)
-    ids = read_token_ids(extended.out)
+    ids = read_tokens(extended.out).ids
     assert found.base_rows == base.rows
     assert found.rows % 64 == 0
     assert found.rows == extended.results["rows"]
@@ -60,7 +60,7 @@ def test_constituents_spell_the_piece_without_a_dummy_prefix(extended) -> None:
 
 def test_tokens_of_the_chat_model_keep_their_ids(sp) -> None:
     base = read_base(sp.base)
-    ids = read_token_ids(sp.out)
+    ids = read_tokens(sp.out).ids
     expected = {"<pad>": base.rows, "<|im_start|>": base.rows + 1, "<|im_end|>": base.rows + 5}
     assert {token.token: token.id for token in VocabularyMap.load(sp.out).chat} == expected
     assert {token: ids[token] for token in expected} == expected
@@ -79,7 +79,7 @@ def test_fertility_falls_where_pieces_were_learnt_and_stays_in_english(extended)
 
 def test_the_beginning_of_text_is_kept(sp) -> None:
     ids = Tokenizer.from_file(str(sp.out / "tokenizer.json")).encode("hello").ids
-    assert ids[0] == read_token_ids(sp.out)["<s>"]
+    assert ids[0] == read_tokens(sp.out).ids["<s>"]
 
 
 def test_settings_name_the_one_class_that_both_transformers_read_exactly(extended) -> None:
