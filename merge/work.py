@@ -41,6 +41,7 @@ class Work:
         self.files = CheckpointFiles(beside(out), layout)
         self.directory = self.files.directory
         self._lock = Lock(out.with_name(out.name + ".lock"))
+        self._useless = out.with_name(out.name + ".failed")  # for processes that begin when all is over
         self._journal: Journal | None = None
         self._started = time.time()
         self.opened = False
@@ -49,6 +50,7 @@ class Work:
         """Make the directory, or find it as an earlier attempt left it. Raises `UserError` if it is in use."""
         if self.world.is_main:
             self._lock.take()
+            self._useless.unlink(missing_ok=True)
             self._make_directory()
         else:
             self.wait(lambda: _marker(self.directory) == self.digest, "the first process to begin")
@@ -125,6 +127,8 @@ class Work:
                 (self.directory / f"{kind}-{self.world.rank:05d}").write_text(reason)
         self.close()
         if self.opened and useless and self.world.is_main:
+            if self.world.size > 1:
+                write_json(self._useless, {"digest": self.digest, "reason": reason})
             self._remove()
 
     def _remove(self) -> None:
@@ -140,6 +144,10 @@ class Work:
             for path in self.directory.glob(f"{kind}-*"):
                 if path.stat().st_mtime >= self._started - 1:  # not one of an earlier attempt
                     raise error(path.read_text())
+        if not self.opened and self._useless.is_file():
+            failure = json.loads(self._useless.read_text())
+            if failure.get("digest") == self.digest:
+                raise UserError(failure["reason"])
         if self.opened and not self.directory.exists() and not self.out.exists():
             raise UserError("the first process of this merge gave up; its own message says why.")
 
