@@ -273,8 +273,8 @@ def mark_finished(directory: Path) -> None:
     """Remove what is only of use while a checkpoint is written, the marker last."""
     for pattern in TRACES:
         for path in directory.glob(pattern):
-            path.unlink()
-    (directory / UNFINISHED_FILE).unlink()
+            path.unlink(missing_ok=True)
+    (directory / UNFINISHED_FILE).unlink(missing_ok=True)
     fsync(directory)
 
 

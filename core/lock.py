@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from pathlib import Path
 
 from core.errors import UserError
 
 
 class Lock:
-    """Held from `take` to `release`, on a file of its own that is removed then."""
+    """Held from `take` to `release` or to the end of the process, on a file of its own that says who holds it.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `what` is locked, in the words of a message; `advice` is what to do if another process has it.
+    """
+
+    def __init__(self, path: Path, what: Path, advice: str) -> None:
+        self.path, self.what, self.advice = path, what, advice
         self._handle: int | None = None
 
     def take(self) -> None:
@@ -24,12 +28,20 @@ class Lock:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                holder = os.read(handle, 1000).decode(errors="replace").strip() or "another process"
                 os.close(handle)
-                raise UserError(f"{self.path} is held by another process; wait for it, or write elsewhere.") from None
+                raise UserError(f"{self.what} is in use by {holder}; wait for it, or {self.advice}.") from None
             if self._is_still_there(handle):
-                self._handle = handle
-                return
+                break
             os.close(handle)  # its holder removed it in between
+        self._handle = handle
+        os.truncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    @property
+    def held(self) -> bool:
+        """Whether this process holds it."""
+        return self._handle is not None
 
     def release(self) -> None:
         """Let others in."""

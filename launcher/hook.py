@@ -28,6 +28,7 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
     plan_for_shards(run.recipe.merge, models)
 
     def merge(shards: list[LocalShard], parallel: Parallel) -> None:
+        """The merge stage, on these shards; every rank calls it."""
         from launcher.pipeline import execute
 
         def merge_in_memory(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:

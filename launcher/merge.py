@@ -165,7 +165,7 @@ def _planned(request: Request) -> tuple[MergeConfig, MergeInputs, Path | None]:
     if not trained:
         say(f"merge: {run.cpt} is not there yet; planned with the model that training starts from, {run.resized}")
     inputs = MergeInputs(run.cpt if trained else run.resized, run.base, run.chat, run.tokenizer)
-    return run.recipe.merge, inputs, None
+    return run.recipe.merge, inputs, None if run.merged.exists() else run.merged
 
 
 def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> None:

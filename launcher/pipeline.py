@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from core.artifact import STAGE_FILE, StageRecord, read_record, stage_key, write_json, write_record
 from core.errors import Interrupted, UserError
+from core.lock import Lock
 from core.progress import say
 from core.world import find_world
 from launcher.recipe import Recipe
@@ -29,7 +28,7 @@ from tracking import Tracker, start_tracker
 
 BEGUN_FILE = "begun.json"
 LOCK_VARIABLE = "CPT_MERGE_LOCK"  # set for the processes that a locked run starts
-_held: list[IO[str]] = []  # locks last as long as their files are open
+_held: list[Lock] = []  # until the process ends
 
 
 def run_pipeline(recipe: Recipe, recipe_path: Path, overrides: list[str]) -> None:
@@ -200,17 +199,7 @@ def hold_lock(run: Run) -> None:
     """
     if LOCK_VARIABLE in os.environ or not find_world().is_main:
         return
-    run.recipe.directory.mkdir(parents=True, exist_ok=True)
-    path = run.recipe.directory / ".lock"
-    lock = open(path, "a+")  # noqa: SIM115 - held until the process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip()
-        raise UserError(f"{path.parent} is in use by {holder}; wait for it, or give this run another name.") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    lock = Lock(run.recipe.directory / ".lock", run.recipe.directory, "give this run another name")
+    lock.take()
     _held.append(lock)
-    os.environ[LOCK_VARIABLE] = str(path)
+    os.environ[LOCK_VARIABLE] = str(lock.path)

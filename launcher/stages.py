@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from core.artifact import fingerprint, read_record, stage_key
 from core.errors import UserError
 from core.models import model_directory
 from core.sources import Corpus, source_files
+from core.world import find_world
 from launcher.recipe import Recipe
 from tracking import Tracker
 
@@ -129,8 +131,11 @@ def _training(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 
 def _merge(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     from merge.plan import MergeInputs
+    from merge.report import made_in_memory
     from merge.run import run as run_stage
 
+    if find_world().is_main and made_in_memory(run.merged):  # by a hook that ended before the stage was recorded
+        shutil.rmtree(run.merged)
     inputs = MergeInputs(run.cpt, run.base, run.chat, run.tokenizer)
     return run_stage(run.recipe.merge, inputs, run.merged, tracker)
 

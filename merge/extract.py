@@ -21,7 +21,7 @@ from checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
 from checkpoint.reader import Checkpoint
 from checkpoint.token_changes import TokenChanges
 from checkpoint.tokenizer import TOKENIZER_FILES, TokenizerFiles
-from checkpoint.writer import CheckpointWriter, Layout, TensorSpec, natural
+from checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec, natural
 from core.artifact import fingerprint, installed_versions, write_json, write_text
 from core.errors import UserError
 from core.progress import Meter, say
@@ -41,7 +41,7 @@ from merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair, sample_digest
 BLOCK = 1 << 19  # elements
 
 
-def extract(base: Path, chat: Path, out: Path, dtype: Dtype = "float32", shard_bytes: int = 5_000_000_000) -> None:
+def extract(base: Path, chat: Path, out: Path, dtype: Dtype = "float32", shard_bytes: int = SHARD_BYTES) -> None:
     """Write `chat - base` to `out` (missing or empty). Raises `UserError` for a pair that does not fit."""
     if find_world().size > 1:
         raise UserError("--extract is the work of one process; start it without a launcher.")
@@ -51,7 +51,7 @@ def extract(base: Path, chat: Path, out: Path, dtype: Dtype = "float32", shard_b
     names = sorted((name for name, info in pair.tensors.items() if info.dtype in FLOATS), key=natural)
     specs = [TensorSpec(name, TORCH_NAMES[dtype], pair.tensors[name].shape) for name in names]
     specs += [TensorSpec(name, info.dtype, info.shape) for name, info in pair.tensors.items() if name not in names]
-    writer = CheckpointWriter(out, Layout.by_size(specs, shard_bytes, STEM))
+    writer = CheckpointWriter(out.absolute(), Layout.by_size(specs, shard_bytes, STEM))
     keep_freed_memory()
     squares = dict.fromkeys(names, 0.0)
     with writer.alone(), ThreadPoolExecutor(MAX_THREADS) as pool, Meter("extract", len(specs), "tensors") as meter:

@@ -137,7 +137,7 @@ def merge_shards(
     results: dict[str, Any] = {}
     if ranks.rank == 0:
         collected = statistics.collect(writer.directory, len(the_plan.vectors))
-        results = finish.write_merged(the_plan, collected, writer.directory, "hook", cpt="start of CPT")
+        results = finish.write_merged(the_plan, collected, writer.directory, report.IN_MEMORY, cpt="start of CPT")
         writer.publish()
         report.warn(results["warnings"])
         report.log(results, out, tracker)

@@ -120,7 +120,7 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     problems += rule_problems(names, config)
     meeting = None
     with collected(problems):
-        meeting = meet(config, cpt, inputs.tokenizer, sources)
+        meeting = meet(config, models, inputs.tokenizer, sources)
     if out is not None:
         problems += _output_problems(models, out)
     if problems or meeting is None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REPORT_FILE = "merge_report.json"
+IN_MEMORY = "in memory"  # the hook's in place of a digest: nothing tells one state of the shards from another
 SHORT_FORM = ("ratio", "rows", "chat_tokens", "overall", "warnings")
 FIGURE_FILE = "merge_norms.png"
 
@@ -71,6 +72,19 @@ def write(plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, An
     return {**results, "layers": of_vectors[plan.chat.label]["layers"]}
 
 
+def made_in_memory(directory: Path) -> bool:
+    """Whether the hook made what is there."""
+    return _read(directory).get("digest") == IN_MEMORY
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    try:
+        full: dict[str, Any] = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return full
+
+
 def _is_whole(directory: Path) -> bool:
     """Whether the weights are there."""
     try:
@@ -87,10 +101,7 @@ def has_base(vector: PlannedVector) -> bool:
 
 def read_finished(directory: Path, digest: str) -> dict[str, Any] | None:
     """The short form of a finished merge's results; None if `directory` does not hold the merge with this digest."""
-    try:
-        full = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    full = _read(directory)
     if full.get("digest") != digest or not _is_whole(directory):
         return None
     first = next(iter(full["vectors"].values()))

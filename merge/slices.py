@@ -10,7 +10,9 @@ import ctypes
 import gc
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
+from types import EllipsisType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +35,24 @@ CHUNK = 1 << 18  # elements; in float32 a megabyte. Half of it takes 30 % more p
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 ReadCpt = Callable[[int, int], Float32]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A vector's part in some elements, and which of them it shares with CPT: all, or some of the rows."""
+
+    difference: Difference
+    shared: EllipsisType | NDArray[np.bool_] = ...
+
+    @property
+    def values(self) -> Float32:
+        """chat - base."""
+        return self.difference.values
+
+    @property
+    def base(self) -> Float32 | None:
+        """The base's elements, where it is known."""
+        return self.difference.base
 
 
 class SliceMerger:
@@ -67,11 +87,11 @@ class SliceMerger:
             if tensor.by_token:
                 here = slice(first // self._width(tensor), last // self._width(tensor))
                 shared = vector.rows.role[here] == Role.SHARED
-                cpt, difference = cpt.reshape(len(shared), -1)[shared], self._rows(tensor, vector, here, shared)
+                cpt, part = cpt.reshape(len(shared), -1)[shared], self._rows(tensor, vector, here, shared)
             else:
-                difference = vector.source.elements(tensor.name, first, last)
-            if cpt.size and difference.base is not None:
-                change = gate.moved(cpt, difference.base)
+                part = Part(vector.source.elements(tensor.name, first, last))
+            if cpt.size and part.base is not None:
+                change = gate.moved(cpt, part.base)
                 low, high = min(low, float(change.min())), max(high, float(change.max()))
         return low, high
 
@@ -97,36 +117,52 @@ class SliceMerger:
     def _merge_chunk(self, tensor: PlannedTensor, first: int, cpt: Float32, sums: list[Sums]) -> Float32:
         if tensor.by_token:
             return self._merge_rows(tensor, first, cpt.reshape(-1, self._width(tensor)), sums).reshape(-1)
-        treatment, name = _treatment(tensor), tensor.name
-        if treatment.action == "skip":
+        if _treatment(tensor).action == "skip":
             return cpt
-        last = first + cpt.size
-        differences = [vector.source.elements(name, first, last) for vector in self.plan.vectors]
-        for vector, difference, of_vector in zip(self.plan.vectors, differences, sums, strict=True):
-            of_vector.count(cpt, difference.base, difference.values)
-            _check_finite(name, of_vector, vector, cpt, difference)
-        if treatment.action == "replace":
-            return self.plan.chat.source.chat_elements(name, first, last)
-        whole, base = self.ranges.get(name), differences[0].base
-        factor = gate_factor(cpt, base, whole) if treatment.gate else None
-        place = Place(name, first, cpt.size)
-        return combine(self.plan.config, treatment, place, cpt, [d.values for d in differences], factor, whole)
+        name, last = tensor.name, first + cpt.size
+        parts = [Part(vector.source.elements(name, first, last)) for vector in self.plan.vectors]
+        chat = partial(self.plan.chat.source.chat_elements, name, first, last)
+        return self._combine(tensor, Place(name, first, cpt.size), cpt, parts, chat, sums)
 
     def _merge_rows(self, tensor: PlannedTensor, first: int, cpt: Float32, sums: list[Sums]) -> Float32:
         """Rows of a vocabulary matrix, from the one that begins with element `first`, each as its role says."""
-        treatment, name = _treatment(tensor), tensor.name
+        name, source, alignment = tensor.name, self.plan.chat.source, self.plan.chat.rows
         here = slice(first // cpt.shape[1], first // cpt.shape[1] + len(cpt))
-        main = self.plan.chat
-        transplanted = main.rows.role[here] == Role.CHAT
-        moved = self._moved_rows(treatment, here) & ~transplanted
-        if moved.all():
-            return self._combine_rows(tensor, treatment, first, cpt, here, moved, sums)
+        transplanted = alignment.role[here] == Role.CHAT
+        moved = self._moved_rows(_treatment(tensor), here) & ~transplanted
         merged = cpt.copy()
         if moved.any():
-            merged[moved] = self._combine_rows(tensor, treatment, first, cpt[moved], here, moved, sums)
+            parts = [self._rows(tensor, vector, here, moved) for vector in self.plan.vectors]
+            chat = partial(source.chat_rows, name, alignment.chat[here][moved])
+            place = Place(name, first, cpt.size, moved)
+            merged[moved] = self._combine(tensor, place, cpt[moved], parts, chat, sums)
         if transplanted.any():
-            merged[transplanted] = main.source.chat_rows(name, main.rows.chat[here][transplanted])
+            merged[transplanted] = source.chat_rows(name, alignment.chat[here][transplanted])
         return merged
+
+    def _combine(
+        self,
+        tensor: PlannedTensor,
+        place: Place,
+        cpt: Float32,
+        parts: list[Part],
+        chat: Callable[[], Float32],
+        sums: list[Sums],
+    ) -> Float32:
+        """What the tensor's rule makes of some elements; `chat` reads the chat model's own."""
+        treatment, whole = _treatment(tensor), self.ranges.get(tensor.name)
+        for vector, part, of_vector in zip(self.plan.vectors, parts, sums, strict=True):
+            base = None if part.base is None else part.base[part.shared]
+            of_vector.count(cpt[part.shared], base, part.values[part.shared])
+            _check_finite(tensor.name, of_vector, vector, cpt, part)
+        if treatment.action == "replace":
+            return chat()
+        factor = None
+        if treatment.gate:
+            factor = np.ones_like(cpt)  # also for rows that the base does not have
+            known, base = parts[0].shared, parts[0].base
+            factor[known] = gate_factor(cpt[known], None if base is None else base[known], whole)
+        return combine(self.plan.config, treatment, place, cpt, [part.values for part in parts], factor, whole)
 
     def _moved_rows(self, treatment: Treatment, here: slice) -> NDArray[np.bool_]:
         """Which of some rows get something from a vector."""
@@ -140,42 +176,14 @@ class SliceMerger:
             moved |= vector.rows.has_vector[here]
         return moved
 
-    def _combine_rows(
-        self,
-        tensor: PlannedTensor,
-        treatment: Treatment,
-        first: int,
-        cpt: Float32,
-        here: slice,
-        moved: NDArray[np.bool_],
-        sums: list[Sums],
-    ) -> Float32:
-        """The moved ones of some rows; `cpt` holds these alone."""
-        name, vectors, whole = tensor.name, self.plan.vectors, self.ranges.get(tensor.name)
-        differences = [self._rows(tensor, vector, here, moved) for vector in vectors]
-        for vector, difference, of_vector in zip(vectors, differences, sums, strict=True):
-            shared = vector.rows.role[here][moved] == Role.SHARED
-            rows = slice(None) if shared.all() else shared  # without a copy in the common case
-            base = None if difference.base is None else difference.base[rows]
-            of_vector.count(cpt[rows], base, difference.values[rows])
-            _check_finite(name, of_vector, vector, cpt, difference)
-        if treatment.action == "replace":
-            return self.plan.chat.source.chat_rows(name, self.plan.chat.rows.chat[here][moved])
-        factor = None
-        if treatment.gate:
-            factor = gate_factor(cpt, differences[0].base, whole)
-            factor[vectors[0].rows.role[here][moved] != Role.SHARED] = 1  # rows that the base does not have
-        place = Place(name, first, len(moved) * cpt.shape[1], moved)
-        return combine(self.plan.config, treatment, place, cpt, [d.values for d in differences], factor, whole)
-
-    def _rows(self, tensor: PlannedTensor, vector: PlannedVector, here: slice, moved: NDArray[np.bool_]) -> Difference:
+    def _rows(self, tensor: PlannedTensor, vector: PlannedVector, here: slice, moved: NDArray[np.bool_]) -> Part:
         """A vector's part in the moved ones of some rows: 0 where it has none, the mean of its constituents' if new."""
         alignment, name = vector.rows, tensor.name
         shared = alignment.role[here][moved] == Role.SHARED
         pairs = RowPairs(alignment.base[here][moved][shared], alignment.chat[here][moved][shared])
         found = vector.source.rows(name, pairs)
         if shared.all():
-            return found
+            return Part(found)
         values = np.zeros((len(shared), found.values.shape[1]), np.float32)
         values[shared] = found.values
         numbers = np.flatnonzero(moved) + here.start
@@ -183,11 +191,11 @@ class SliceMerger:
         if new:
             groups = [alignment.constituents[int(numbers[place])] for place in new]
             values[new] = mean_rows(vector.source, name, groups)
-        if found.base is None:
-            return Difference(values, None)
-        base = np.zeros_like(values)
-        base[shared] = found.base
-        return Difference(values, base)
+        base = None
+        if found.base is not None:
+            base = np.zeros_like(values)
+            base[shared] = found.base
+        return Part(Difference(values, base), shared)
 
 
 def keep_freed_memory() -> None:
@@ -226,12 +234,12 @@ def rounded(values: Float32, dtype: str, name: str) -> Array:
     return narrowed
 
 
-def _check_finite(name: str, sums: Sums, vector: PlannedVector, cpt: Float32, difference: Difference) -> None:
+def _check_finite(name: str, sums: Sums, vector: PlannedVector, cpt: Float32, part: Part) -> None:
     """Raise `UserError` naming the model that holds NaN or Inf."""
     if sums.finite:
         return
     of_vector = "vector" if isinstance(vector.source, Extracted) else "chat model"
-    parts = {"cpt model": cpt, "base model": difference.base, of_vector: difference.values}
+    parts = {"cpt model": cpt, "base model": part.base, of_vector: part.values}
     for label, values in parts.items():
         if values is not None and not np.isfinite(values).all():
             raise UserError(f"{name} of the {label} holds NaN or Inf; use a checkpoint without.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,18 +46,19 @@ class Tokenizers:
     chat: TokenizerFiles
 
 
-def meet(config: MergeConfig, cpt: Checkpoint, tokenizer: Path, sources: Sequence[Vector]) -> Meeting:
-    """Align every vector with CPT by their tokenizers.
+def meet(config: MergeConfig, models: Mapping[str, Checkpoint], tokenizer: Path, sources: Sequence[Vector]) -> Meeting:
+    """Align every vector with CPT by their tokenizers. `models` are all that are read, CPT among them as `cpt`.
 
     Raises `RefusedError` with everything that cannot be aligned.
     """
+    all_rows = {label: vocabulary_rows(model) for label, model in models.items()}
     directories = [tokenizer]
     for source in sources:
         directories += [source.base_directory, source.chat_directory]
     files = [TokenizerFiles.read(directory) for directory in directories]
-    whole = _all_or_none(files, directories, _all_rows(cpt, sources))
+    whole = _all_or_none(files, directories, all_rows)
     if whole is None:
-        return _by_position(config, cpt, sources)
+        return _by_position(config, all_rows["cpt"], sources)
     extended, *others = whole
     pairs = [Tokenizers(base, chat) for base, chat in zip(others[::2], others[1::2], strict=True)]
     map_of_rows = VocabularyMap.load(tokenizer) if (tokenizer / MAP_FILE).is_file() else None
@@ -69,8 +70,8 @@ def meet(config: MergeConfig, cpt: Checkpoint, tokenizer: Path, sources: Sequenc
     for source, pair in zip(sources, pairs, strict=True):
         _check_tokenizers(source, pair, problems)
     with collected(problems):
-        check_rows(extended, vocabulary_rows(cpt))
-    tokens = output_tokens(extended, pairs[0].base, pairs[0].chat, vocabulary_rows(cpt), config.token_map)
+        check_rows(extended, all_rows["cpt"])
+    tokens = output_tokens(extended, pairs[0].base, pairs[0].chat, all_rows["cpt"], config.token_map)
     with collected(problems):
         check_map(map_of_rows, tokens, pairs[0].chat)
     if config.new_rows == "constituents" and map_of_rows is None:
@@ -84,15 +85,6 @@ def meet(config: MergeConfig, cpt: Checkpoint, tokenizer: Path, sources: Sequenc
         for alignment, pair in zip(rows, pairs, strict=True):
             add_constituents(alignment, map_of_rows, tokens, pair.base, pair.chat)
     return Meeting(tokens.changes, read_format(pairs[0].base, pairs[0].chat, tokens), rows)
-
-
-def _all_rows(cpt: Checkpoint, sources: Sequence[Vector]) -> dict[str, int]:
-    """Model -> rows of its matrices."""
-    rows = {"cpt": vocabulary_rows(cpt)}
-    for number, source in enumerate(sources):
-        suffix = "" if number == 0 else f" of vector {number + 1}"
-        rows |= {label + suffix: vocabulary_rows(model) for label, model in source.models.items()}
-    return rows
 
 
 def _all_or_none(
@@ -122,11 +114,11 @@ def _all_or_none(
     return None
 
 
-def _by_position(config: MergeConfig, cpt: Checkpoint, sources: Sequence[Vector]) -> Meeting:
+def _by_position(config: MergeConfig, count: int, sources: Sequence[Vector]) -> Meeting:
     """No directory has a tokenizer."""
     if config.token_map or config.new_rows == "constituents":
         raise UserError("token_map and new_rows: constituents need tokenizers, and there are none; leave them out.")
-    rows = align_by_position(vocabulary_rows(cpt))
+    rows = align_by_position(count)
     format = read_format(
         TokenizerFiles(sources[0].base_directory, {}, frozenset()),
         TokenizerFiles(sources[0].chat_directory, {}, frozenset()),

@@ -40,7 +40,7 @@ class Work:
         self.out, self.digest, self.world = out, digest, world
         self.files = CheckpointFiles(beside(out), layout)
         self.directory = self.files.directory
-        self._lock = Lock(out.with_name(out.name + ".lock"))
+        self._lock = Lock(out.with_name(out.name + ".lock"), self.directory, "choose another output")
         self._useless = out.with_name(out.name + ".failed")  # for processes that begin when all is over
         self._journal: Journal | None = None
         self._started = time.time()
@@ -61,15 +61,15 @@ class Work:
     def _make_directory(self) -> None:
         for why in [*self.directory.glob("failed-*"), *self.directory.glob("stopped-*")]:
             why.unlink()
+        for left in (self.out, self.directory):
+            if _marker(left) not in (None, self.digest):
+                say(f"merge: {left} was left by a merge of other inputs or settings; begun anew")
+                remove_unfinished(left)
+        check_free(self.out)
         if _marker(self.directory) == self.digest:
             say(f"merge: continuing what was cut short in {self.directory}")
             self.files.lay_out()  # a crash of the machine may have lost it
             return
-        for left in (self.out, self.directory):
-            if _marker(left) is not None:
-                say(f"merge: {left} was left by a merge of other inputs or settings; begun anew")
-                remove_unfinished(left)
-        check_free(self.out)
         new = CheckpointFiles(self.directory.with_name(self.directory.name + ".new"), self.files.layout)
         remove_unfinished(new.directory)
         for directory in (self.directory, new.directory):
@@ -125,10 +125,10 @@ class Work:
             kind = "failed" if useless else "stopped"
             with suppress(FileNotFoundError):  # the first process has removed everything already
                 (self.directory / f"{kind}-{self.world.rank:05d}").write_text(reason)
+        if self._lock.held and useless and self.world.size > 1:
+            write_json(self._useless, {"digest": self.digest, "reason": reason})
         self.close()
         if self.opened and useless and self.world.is_main:
-            if self.world.size > 1:
-                write_json(self._useless, {"digest": self.digest, "reason": reason})
             self._remove()
 
     def _remove(self) -> None:

@@ -119,6 +119,22 @@ def test_a_stage_whose_artifact_is_gone_runs_again(finished: Path, recipe_path: 
     assert (run / "merge" / "chat" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("command", ["merge", "train"])
+def test_a_hook_that_ended_before_its_stage_was_recorded(
+    finished: Path, recipe_path: Path, tmp_path: Path, command: str
+) -> None:
+    """Its model is there, its stage.json is not: the merge stage, or the hook again, makes it anew."""
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(finished, run)
+    assert json.loads((run / "merge" / "chat" / "merge_report.json").read_text())["digest"] == "in memory"
+    (run / "merge" / "stage.json").unlink()
+    if command == "train":
+        (run / "training" / "stage.json").unlink()
+    done = cpt_merge(command, recipe_path, f"runs={tmp_path / 'runs'}")
+    assert done.returncode == 0, done.stderr
+    assert (run / "merge" / "stage.json").is_file()
+
+
 def test_training_that_diverges_makes_no_model(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("training", "merge"))

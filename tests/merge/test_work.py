@@ -165,7 +165,7 @@ def test_another_merge_s_leftovers_are_not_continued(untied, work, tmp_path, tra
 
 def test_two_commands_do_not_share_an_output_by_mistake(untied, work, tmp_path, tracker):
     work.open()
-    with pytest.raises(UserError, match="held by another process"):
+    with pytest.raises(UserError, match="in use by process"):
         merge(untied, tmp_path / "out", tracker)
     work.close()
     merge(untied, tmp_path / "out", tracker)
@@ -300,6 +300,32 @@ def test_when_one_process_gives_up_the_others_do(untied, tmp_path):
         assert process.wait(timeout=60) == 2
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.tmp").exists()
+
+
+def test_a_process_that_begins_when_all_is_over_learns_why(untied, tmp_path):
+    the_plan = plan(MergeConfig(), inputs_of(untied))
+    first, late = (
+        Work(tmp_path / "out", the_plan.layout(), digest_of_plan(the_plan), World(rank, 2, rank, "torchrun"))
+        for rank in range(2)
+    )
+    first.open()
+    first.give_up("NaN in the chat model.", useless=True)
+    with pytest.raises(UserError, match="NaN in the chat model"):
+        late.open()
+    first.open()  # a new attempt begins without it
+    late.open()
+    late.close()
+    first.give_up("", useless=True)
+
+
+def test_what_stops_the_first_process_from_beginning_ends_all(untied, tmp_path):
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").touch()
+    processes = [
+        start(untied, tmp_path / "out", pause=0, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0") for rank in range(2)
+    ]
+    assert [process.wait(timeout=60) for process in processes] == [2, 2]
+    assert (tmp_path / "out.tmp" / "mine").exists()
 
 
 def test_a_refused_output_ends_all_processes(untied, tmp_path):
