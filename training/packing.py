@@ -19,20 +19,36 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for the model. All of shape [rows, sequence_length], int64.
+    """Rows for the model; the first three tensors are of shape [rows, sequence_length], int64.
 
     `labels[i, t]` is the token after `input_ids[i, t]` in the same document, or IGNORED at a document's last token;
     `position_ids` begin at 0 with every document, which is how transformers knows where documents part.
+    `cu_seqlens` (int32) are the places in the flattened batch at which a document or a row begins, and its end:
+    0 first, rows * sequence_length last. `max_length` is the largest distance between two of them. Both are what
+    attention kernels take for packed rows, made here so that no kernel has to wait for the device.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_length: int
+
+    @staticmethod
+    def of(input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> Batch:
+        """A batch on the CPU, with the boundaries that follow from the positions."""
+        flat = position_ids.numpy().ravel()
+        boundaries = np.append(np.flatnonzero(flat == 0), flat.size).astype(np.int32)
+        return Batch(input_ids, labels, position_ids, torch.from_numpy(boundaries), int(np.diff(boundaries).max()))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return Batch(
-            *(tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels, self.position_ids))
+            self.input_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.cu_seqlens.to(device, non_blocking=True),
+            self.max_length,
         )
 
 
@@ -100,4 +116,4 @@ class TrainingRows:
 
 def stack(rows: list[tuple[Ids, Ids, Ids]]) -> Batch:
     """A batch from rows as `PackedDocuments.read` gives them."""
-    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+    return Batch.of(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))

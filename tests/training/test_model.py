@@ -35,6 +35,6 @@ def documents_of(batch: Batch) -> list[Batch]:
         starts = [*torch.where(batch.position_ids[row] == 0)[0].tolist(), batch.input_ids.shape[1]]
         for start, stop in itertools.pairwise(starts):
             cut = (tensor[row : row + 1, start:stop] for tensor in (batch.input_ids, batch.labels, batch.position_ids))
-            parts.append(Batch(*cut))
+            parts.append(Batch.of(*cut))
     assert all((part.labels[:, :-1] != IGNORED).all() for part in parts)
     return parts

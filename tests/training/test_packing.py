@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from training.packing import IGNORED, PackedDocuments
+from training.packing import IGNORED, PackedDocuments, stack
 from training.store import Documents, DocumentWriter
 
 
@@ -43,3 +44,20 @@ def test_targets_are_counted_without_reading(tmp_path: Path, length: int) -> Non
     packed = PackedDocuments(make_documents(tmp_path, LENGTHS), length)
     for row in range(packed.rows):
         assert packed.targets(row) == (packed.read(row)[1] != IGNORED).sum()
+
+
+@pytest.mark.parametrize("length", [4, 7, 10])
+def test_a_batch_says_where_documents_and_rows_begin(tmp_path: Path, length: int) -> None:
+    packed = PackedDocuments(make_documents(tmp_path, LENGTHS), length)
+    chosen = [2, 0, 3]
+    batch = stack([packed.read(row) for row in chosen])
+    starts = np.cumsum([0, *LENGTHS])
+    expected = [
+        number * length + place
+        for number, row in enumerate(chosen)
+        for place in range(length)
+        if place == 0 or row * length + place in starts
+    ]
+    assert batch.cu_seqlens.tolist() == [*expected, len(chosen) * length]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.max_length == np.diff(batch.cu_seqlens).max()
