@@ -1,10 +1,12 @@
 """Checkpoints of a run in progress: written beside, marked complete last, renamed; found again after any interruption.
 
     checkpoints/step-00000200/
-      .metadata, *.distcp      model and optimizer, by torch.distributed.checkpoint: loads at any world size
+      ...                      weights and optimizer, in the backend's own format
       train_state.json         step, tokens, digest of what the run is made of
 
-A directory without train_state.json is not a checkpoint: the file is written after all others and before the rename.
+A directory without train_state.json is not a checkpoint: the file is written after all others are on disk, and before
+the rename. All that follows the copy of the shards is done by a thread while training goes on; what fails there is
+told by `failed`, and raised where all processes have agreed that something did.
 """
 
 from __future__ import annotations
@@ -12,23 +14,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from core.artifact import write_json
 from core.errors import UserError
 from core.progress import say
-from training.model import CausalLM
+from training.backends.backend import Backend
+from training.config import CheckpointConfig
 from training.parallel import Parallel
 
 STATE_FILE = "train_state.json"
+GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -38,58 +41,117 @@ class TrainState:
     step: int  # optimizer steps done
     tokens: int  # tokens read
     targets: int  # targets trained on
-    skipped: int  # steps left out because their gradient was not finite
+    skipped: int  # steps in a row left out because their gradient was not finite
     key: str  # digest of the stage's configuration and inputs
+    phase: int = 0  # the phase that it was saved in
+    observed: int = -1  # the last step at which the held-out text was measured
+    layout: str = ""  # who can load it (`Backend.layout`)
+    spikes: dict[str, Any] = field(default_factory=dict)  # what the search for spikes remembers
 
 
+@dataclass
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, directory: Path, keep: int, parallel: Parallel) -> None:
-        self.directory, self.keep, self.parallel = directory, keep, parallel
+    directory: Path
+    config: CheckpointConfig
+    parallel: Parallel
+    _thread: threading.Thread | None = None
+    _error: BaseException | None = None
+    _saved: int = -1  # step of the newest one, complete or being written
 
-    def save(self, module: CausalLM, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-        """Write the checkpoint of a step; called by all processes. The oldest ones beyond `keep` are removed after.
-
-        Raises `UserError` on a full disk; older checkpoints stay.
-        """
-        final = self.directory / f"step-{state.step:08d}"
-        if (final / STATE_FILE).is_file():
-            return
-        beside = final.with_suffix(".tmp")
+    def start(self) -> None:
+        """Remove what an attempt that was killed left half written; before anything is saved."""
         if self.parallel.world.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
-            beside.mkdir(parents=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.glob("step-*"):
+                if not (path / STATE_FILE).is_file() or path.suffix:
+                    shutil.rmtree(path)
         self.parallel.barrier()
+
+    def save(self, backend: Backend, state: TrainState) -> None:
+        """Begin to write the checkpoint of a step; called by all processes. One that is still being written is waited for.
+
+        Raises `UserError` if the disk has no room for it, or if the one before failed; older checkpoints stay.
+        """
+        if state.step == self._saved:
+            return
+        self.finish()
+        self._check_room(backend.state_bytes())
+        final = self.directory / f"step-{state.step:08d}"
         try:
-            save(_state(module, optimizer), checkpoint_id=beside, process_group=self.parallel.side_group)
-            if self.parallel.world.is_main:
-                write_json(beside / STATE_FILE, asdict(state))
-                os.replace(beside, final)
+            pending = backend.save(final.with_suffix(".tmp"), self.config.asynchronous)
         except (OSError, RuntimeError, CheckpointException) as error:
+            self._error = error
+            pending = None
+        self._saved = state.step
+        if pending:
+            self._thread = threading.Thread(target=self._commit, args=(pending, final, state), name="checkpoint")
+            self._thread.start()
+        if not self.config.asynchronous or self._error:
+            self.finish()
+
+    def _commit(self, pending: Future[None], final: Path, state: TrainState) -> None:
+        """When the bytes of all processes are on disk, process 0 marks, renames, and removes the oldest."""
+        try:
+            pending.result()  # process 0's is done when everybody's bytes are: it has written the index of all files
+            if not self.parallel.world.is_main:
+                return
+            beside = final.with_suffix(".tmp")
+            write_json(beside / STATE_FILE, asdict(state))
+            os.replace(beside, final)
+            _sync_directory(self.directory)
+            for old in self._superfluous():
+                shutil.rmtree(old)
+        except BaseException as error:
+            self._error = error
+
+    def _superfluous(self) -> list[Path]:
+        every = self.config.keep_every
+        return [path for path in self.complete()[: -self.config.keep] if not every or step_of(path) % every]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written, as far as this process knows."""
+        return self._error is not None
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is complete; a collective. Raises `UserError` if it failed."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self.parallel.any(self.failed):
             last = self.newest()
             raise UserError(
-                f"the checkpoint of step {state.step} could not be written to {self.directory} ({_short(error)}); "
-                f"{last.name if last else 'no checkpoint'} is kept; free disk space and run the same command again."
-            ) from error
-        self.parallel.barrier()
-        if self.parallel.world.is_main:
-            for old in self.complete()[: -self.keep]:
-                shutil.rmtree(old)
+                f"a checkpoint could not be written to {self.directory} ({_short(self._error)}); "
+                f"{last.name if last else 'no checkpoint'} is kept; mend that and run the same command again."
+            )
+
+    def _check_room(self, needed: int) -> None:
+        """Raises `UserError` on all processes if the disk has no room for another checkpoint."""
+        free = shutil.disk_usage(self.directory).free
+        if self.parallel.any(self.parallel.world.is_main and free < needed):
+            last = self.newest()
+            raise UserError(
+                f"a checkpoint takes {needed / GB:,.2f} GB and {self.directory} has {free / GB:,.2f} GB left; "
+                f"{last.name if last else 'no checkpoint'} is kept; free disk space, or lower "
+                "training.checkpoints.keep, and run the same command again."
+            )
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(path for path in self.directory.glob("step-*") if (path / STATE_FILE).is_file())
+        return sorted(
+            path for path in self.directory.glob("step-*") if not path.suffix and (path / STATE_FILE).is_file()
+        )
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
         return next(reversed(self.complete()), None)
 
-    def load(self, module: CausalLM, optimizer: torch.optim.Optimizer, key: str) -> TrainState | None:
-        """Restore the newest complete checkpoint; None where there is none.
+    def read_state(self, key: str) -> TrainState | None:
+        """The state of the newest complete checkpoint; None where there is none.
 
-        Raises `UserError` if it belongs to another configuration, or is damaged.
+        Raises `UserError` if it belongs to another configuration or model, or is damaged.
         """
         newest = self.newest()
         if newest is None:
@@ -100,24 +162,46 @@ class Checkpoints:
             raise UserError(f"{newest / STATE_FILE} cannot be read ({error}); remove {newest}.") from None
         if state.key != key:
             raise UserError(
-                f"{newest} is of another configuration; remove {self.directory} or give the run a new name."
+                f"{newest} is of another configuration or model; remove {self.directory} or give the run a new name."
             )
-        values = _state(module, optimizer)
+        return state
+
+    def load(self, backend: Backend, state: TrainState) -> None:
+        """Restore the newest complete checkpoint, whose state is `state`.
+
+        Raises `UserError` if another backend wrote it, or if it is damaged.
+        """
+        newest = self.directory / f"step-{state.step:08d}"
+        if state.layout != backend.layout:
+            raise UserError(
+                f"{newest} was written by {state.layout} and cannot be loaded by {backend.layout}; start as before "
+                "(same backend; with DeepSpeed the same stage and number of processes too)."
+            )
+        started = time.monotonic()
         try:
-            load(values, checkpoint_id=newest, process_group=self.parallel.side_group)
-        except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+            backend.load(newest)
+        except (OSError, RuntimeError, ValueError, KeyError, AssertionError, CheckpointException) as error:
             raise UserError(
                 f"{newest} cannot be loaded ({_short(error)}); remove it to continue from the one before."
             ) from error
-        set_state_dict(module, optimizer, model_state_dict=values["model"], optim_state_dict=values["optimizer"])
-        say(f"training: continues from {newest.name}")
-        return state
+        self._saved = state.step
+        say(f"training: continues from {newest.name}, loaded in {time.monotonic() - started:.1f} s")
 
 
-def _state(module: CausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    model, optim = get_state_dict(module, optimizer)
-    return {"model": model, "optimizer": optim}
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
-def _short(error: BaseException) -> str:
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _short(error: BaseException | None) -> str:
+    if error is None:
+        return "on another process"
     return str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -44,6 +44,39 @@ class OptimizerConfig(Section):
     clip: float = key(1.0, "largest norm of the gradient", gt=0)
 
 
+class PhaseConfig(Section):
+    """A part of the run in which only some of the weights are trained, with an optimizer of its own."""
+
+    train: Literal["new_rows", "vocabulary", "all"] = key(
+        ...,
+        "new_rows: the rows of the new tokens; vocabulary: embedding and head; all: every weight",
+    )
+    tokens: int | None = key(None, "its budget; the last phase takes what is left if not set", unit="tokens", gt=0)
+    learning_rate: float | None = key(None, "peak learning rate; optimizer.learning_rate if not set", gt=0)
+    embedding_learning_rate: float | None = key(
+        None, "peak learning rate of embedding and head; optimizer.embedding_learning_rate if not set", gt=0
+    )
+
+
+class CheckpointConfig(Section):
+    """What a killed run continues from."""
+
+    every: int = key(500, "steps between two checkpoints", unit="steps", gt=0)
+    keep: int = key(2, "how many of the newest checkpoints are kept", gt=0)
+    keep_every: int | None = key(
+        None, "checkpoints at multiples of this many steps are never removed; none if not set", unit="steps", gt=0
+    )
+    asynchronous: bool = key(
+        True, "write while training goes on, from a copy of the shards in the memory of the CPU (not with DeepSpeed)"
+    )
+
+    @model_validator(mode="after")
+    def _kept_ones_are_made(self) -> CheckpointConfig:
+        if self.keep_every and self.keep_every % self.every:
+            raise ValueError(f"keep_every = {self.keep_every} is no multiple of every = {self.every}; set a multiple")
+        return self
+
+
 class TrainingConfig(Section):
     """Continual pretraining."""
 
@@ -55,7 +88,8 @@ class TrainingConfig(Section):
         "bf16", "bf16: bf16 compute, fp32 master weights and reduction; pure-bf16: bf16 throughout"
     )
     optimizer: OptimizerConfig = key(OptimizerConfig(), "AdamW")
-    schedule: ScheduleConfig = key(ScheduleConfig(), "learning rate schedule")
+    schedule: ScheduleConfig = key(ScheduleConfig(), "learning rate schedule, of each phase")
+    phases: list[PhaseConfig] = key([], "what is trained one after the other; every weight all the time if not set")
     activation_checkpointing: bool = key(False, "recompute each decoder layer in the backward pass, to save memory")
     compile: bool = key(False, "torch.compile each decoder layer")
     attention: Literal["sdpa", "eager"] = key("sdpa", "attention implementation of transformers")
@@ -65,10 +99,24 @@ class TrainingConfig(Section):
         200, "steps between two held-out evaluations; also at step 0 and the end", unit="steps", gt=0
     )
     evaluate_rows: int = key(64, "held-out rows per language that an evaluation reads", unit="rows", gt=0)
-    checkpoint_every: int = key(500, "steps between two checkpoints", unit="steps", gt=0)
-    keep_checkpoints: int = key(2, "how many of the newest checkpoints are kept", gt=0)
+    continuations: int = key(
+        2, "held-out documents per language of which each evaluation shows a continuation; 0: none", ge=0
+    )
+    checkpoints: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
     max_skipped_steps: int = key(
         5, "steps in a row with a non-finite gradient after which training stops", unit="steps", gt=0
+    )
+    spike_sigma: float = key(
+        6.0, "a loss this many standard deviations over the last 128 steps' mean is reported with its samples", gt=0
+    )
+    watchdog: float = key(
+        600.0, "when no step ends in this time, every process writes the stacks of its threads", unit="s", gt=0
+    )
+    stop_margin: float = key(
+        120.0, "time before --stop-at, or the end of the Slurm job, at which to save and stop", unit="s", ge=0
+    )
+    peak_tflops: float | None = key(
+        None, "dense bf16 peak of the GPU, for MFU; from a table of known GPUs if not set", unit="TFLOP/s", gt=0
     )
     seed: int = key(0, "seed of the order of the rows")
     post_train_merge: bool = key(True, "add the chat vector to the trained shards in memory when training ends")
@@ -82,3 +130,23 @@ class TrainingConfig(Section):
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return -(-self.tokens // self.tokens_per_step)
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> TrainingConfig:
+        budgets = [phase.tokens for phase in self.phases]
+        if None in budgets[:-1]:
+            raise ValueError("only the last of `phases` may leave out its tokens; give the others a budget")
+        planned = sum(budget or 0 for budget in budgets)
+        if planned > self.tokens or (budgets and budgets[-1] is None and planned == self.tokens):
+            raise ValueError(f"`phases` take {planned:,} tokens but `tokens` is {self.tokens:,}; raise it")
+        if budgets and budgets[-1] is not None and planned < self.tokens:
+            raise ValueError(
+                f"`phases` take {planned:,} of {self.tokens:,} tokens; leave out the last one's, it takes the rest"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the trained weights follow from. The others may change between two attempts of a run."""
+        return self.model_dump(
+            include={"sequence_length", "batch_rows", "tokens", "precision", "optimizer", "schedule", "phases", "seed"}
+        )

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import time
+import gc
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from core.errors import UserError
 from core.progress import Meter, say
 from tracking.tracker import Tracker
+from training.backends import Backend, StepOutcome
 from training.checkpoints import Checkpoints, TrainState
 from training.config import TrainingConfig
-from training.model import CausalLM
-from training.optimizer import rate_factor, set_rate
+from training.observe import Observer
+from training.optimizer import rate_factor
 from training.packing import TrainingRows
 from training.parallel import Parallel
+from training.phases import Phase
+from training.prefetch import Prefetcher, micro_batches
 from training.stopping import StopRequest
 from training.throughput import Throughput
-from training.validation import HeldoutRows, validate
+from training.watchdog import Watchdog
+
+COLLECT_STEPS = 200  # steps between two collections of garbage, at the same step on all processes
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did."""
+    """What one step did, still on the device."""
 
-    loss: Tensor  # nats per target, this process's share of the global mean; on the device
-    gradient_norm: float
-    skipped: bool
+    loss: Tensor  # nats per target, over all processes
+    targets: int
+    outcome: StepOutcome
 
 
 @dataclass
@@ -37,112 +43,155 @@ class Trainer:
     """Everything that a step needs."""
 
     config: TrainingConfig
-    module: CausalLM
-    optimizer: torch.optim.Optimizer
+    phase: Phase
+    backend: Backend
     rows: TrainingRows
-    heldout: list[HeldoutRows]
     checkpoints: Checkpoints
+    observer: Observer
+    throughput: Throughput
+    watchdog: Watchdog
     parallel: Parallel
     tracker: Tracker
+    skipped: int = 0  # steps in a row that were left out
+    _unread: tuple[int, StepResult] | None = None  # a step whose outcome is still on the device
 
     def train(self, state: TrainState, stop: StopRequest) -> TrainState:
-        """Train from `state` to the end of the budget, or until asked to stop. A checkpoint is saved in either case."""
-        config, throughput = self.config, Throughput(self.config, self.parallel)
-        with Meter("train", config.steps, "steps", done=state.step) as meter:
-            if state.step == 0:
-                self._validate(state)
-            while state.step < config.steps and not stop.agreed():
-                result = self.step(state.step)
+        """Train from `state` to the end of the phase, or until asked to stop. A checkpoint is saved in either case."""
+        config = self.config
+        plan = itertools.chain.from_iterable(map(self._micro_batches, range(state.step, self.phase.stop)))
+        with (
+            Meter("train", config.steps, "steps", done=state.step) as meter,
+            Prefetcher(self.rows, plan, self.parallel.device) as batches,
+            _collecting_garbage_together(),
+        ):
+            while True:
+                if self._owes_observation(state):
+                    with self.throughput.paused():
+                        if not self.observer.observe(self.backend, state, stop):
+                            break  # the next attempt owes it
+                    state = replace(state, observed=state.step)
+                if state.step and state.step % config.checkpoints.every == 0:
+                    self._save(state)
+                if state.step == self.phase.stop:
+                    break
+                result = self.step(state, batches, stop)
+                if result is None:
+                    break
                 state = self._advance(state, result)
-                throughput.count_step()
-                if state.step % config.log_every == 0 or state.step == config.steps:
-                    self._log(state, result, throughput, meter)
-                if state.step % config.evaluate_every == 0 or state.step == config.steps:
-                    self._validate(state)
-                    throughput.restart()
-                if state.step % config.checkpoint_every == 0 and not state.skipped:
-                    self.checkpoints.save(self.module, self.optimizer, state)
-                    throughput.restart()
                 meter.advance(1)
+                self.watchdog.beat(f"step {state.step}")
+                if state.step % config.log_every == 0 or state.step == self.phase.stop:
+                    meter.note = self._log(state, result)
+                if state.step % COLLECT_STEPS == 0:
+                    gc.collect()
         self._check_finite(state)
-        self.checkpoints.save(self.module, self.optimizer, state)
+        self._save(state)
+        self.checkpoints.finish()
         return state
+
+    def _owes_observation(self, state: TrainState) -> bool:
+        due = state.step % self.config.evaluate_every == 0 or state.step == self.config.steps
+        return due and state.observed < state.step
+
+    def step(self, state: TrainState, batches: Prefetcher, stop: StopRequest) -> StepResult | None:
+        """One optimizer step over `batch_rows` rows of the run, this process taking its share of them.
+
+        None if all processes agreed to stop before its end; then nothing has changed.
+        """
+        config, first = self.config, state.step * self.config.batch_rows
+        # dropout, where a model has any, is a function of (seed, step, process): there is no state to save
+        torch.manual_seed(hash((config.seed, state.step, self.parallel.world.rank)) & 0x7FFFFFFF)
+        targets = self.rows.targets(range(first, first + config.batch_rows))
+        total = torch.zeros((), device=self.parallel.device)
+        micro = self._micro_batches(state.step)
+        for number in range(len(micro)):
+            if self.checkpoints.failed:
+                stop.report_trouble()
+            if stop.agreed():
+                self.backend.discard_gradients()
+                return None
+            with self.throughput.waiting_for_data():
+                batch = batches.next()
+            total += self.backend.backward(batch, 1 / targets, last=number == len(micro) - 1)
+        self._read_outcome()  # of the step before: by now the device has got there, so nobody waits
+        dist.all_reduce(total)
+        factor = rate_factor(state.step - self.phase.start, self.phase.steps, config.schedule)
+        outcome = self.backend.step(factor)
+        self.throughput.count_step()
+        return StepResult(total, targets, outcome)
+
+    def _micro_batches(self, step: int) -> list[list[int]]:
+        config = self.config
+        return micro_batches(step * config.batch_rows, config.batch_rows, config.micro_batch_rows, self.parallel)
+
+    def _advance(self, state: TrainState, result: StepResult) -> TrainState:
+        """The state after a step."""
+        self._unread = (state.step + 1, result)
+        tokens, targets = state.tokens + self.config.tokens_per_step, state.targets + result.targets
+        return replace(state, step=state.step + 1, tokens=tokens, targets=targets)
+
+    def _read_outcome(self) -> None:
+        """Look at what the last step found, if that has not been done; the same on all processes."""
+        if self._unread is None:
+            return
+        (step, result), self._unread = self._unread, None
+        self.observer.look_for_spike(step, float(result.loss))
+        if bool(result.outcome.finite):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        say(f"training: step {step} left out: its gradient is not finite ({self.skipped} in a row)")
+        self.tracker.alert("non-finite gradient", f"step {step} left out, {self.skipped} in a row")
+        if self.skipped >= self.config.max_skipped_steps:
+            self.checkpoints.finish()
+            raise UserError(
+                f"{self.skipped} steps in a row had a non-finite gradient (training.max_skipped_steps); the last good "
+                f"checkpoint is {self.checkpoints.newest() or 'none'}; lower training.optimizer.learning_rate or look "
+                "at the data."
+            )
+
+    def _log(self, state: TrainState, result: StepResult) -> str:
+        """Send a row of metrics. Returns the short form, for the progress line."""
+        self._read_outcome()
+        loss = float(result.loss)
+        metrics = {
+            "train/loss": loss,
+            "train/gradient_norm": float(result.outcome.gradient_norm),
+            "train/tokens": float(state.tokens),
+            "train/bytes": state.tokens * self.rows.bytes_per_token,
+            "train/phase": float(self.phase.number),
+            **self.backend.learning_rates(),
+            **self.throughput.metrics(),
+        }
+        self.tracker.log(metrics, step=state.step)
+        return f"loss {loss:.3f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
+
+    def _save(self, state: TrainState) -> None:
+        self._read_outcome()
+        with self.throughput.stalled_by_checkpoint():
+            layout, spikes = self.backend.layout, self.observer.spikes.state_dict()
+            state = replace(state, layout=layout, spikes=spikes, skipped=self.skipped)
+            self.checkpoints.save(self.backend, state)
 
     def _check_finite(self, state: TrainState) -> None:
         """Raises `UserError` if the weights are not finite: neither a checkpoint nor a model is made of them."""
-        local = (parameter.to_local() for parameter in self.module.parameters() if isinstance(parameter, DTensor))
-        if self.parallel.any(not all(bool(tensor.isfinite().all()) for tensor in local)) or state.skipped:
+        self._read_outcome()
+        if self.parallel.any(not self.backend.weights_are_finite()) or self.skipped:
             self.tracker.alert("training diverged", f"the weights are not finite after step {state.step}")
-            newest = self.checkpoints.newest()
+            self.checkpoints.finish()
             raise UserError(
                 f"training diverged before step {state.step} (weights or gradients are not finite); the last good "
-                f"checkpoint is {newest or 'none'}; lower training.optimizer.learning_rate or look at the data."
+                f"checkpoint is {self.checkpoints.newest() or 'none'}; lower training.optimizer.learning_rate or look "
+                "at the data."
             )
 
-    def step(self, step: int) -> StepResult:
-        """One optimizer step over `batch_rows` rows of the run, this process taking its share of them."""
-        config, world = self.config, self.parallel.world
-        set_rate(self.optimizer, rate_factor(step, config.steps, config.schedule))
-        first = step * config.batch_rows
-        targets = self.rows.targets(range(first, first + config.batch_rows))
-        mine = range(first + world.rank, first + config.batch_rows, world.size)
-        total = torch.zeros((), device=self.parallel.device)
-        starts = range(0, len(mine), config.micro_batch_rows)
-        for start in starts:
-            batch = self.rows.batch(list(mine[start : start + config.micro_batch_rows])).to(self.parallel.device)
-            self.module.set_requires_gradient_sync(start == starts[-1])  # type: ignore[operator]
-            # FSDP averages over the processes: the sum over all targets needs the world size back
-            loss = self.module(batch) * (world.size / targets)
-            loss.backward()
-            total += loss.detach() / world.size
-        norm = self._clip()
-        finite = norm < float(
-            "inf"
-        )  # the norm is of the whole gradient, so all processes decide alike; NaN is not less
-        if finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(total, norm, skipped=not finite)
 
-    def _clip(self) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optimizer.clip)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+class _collecting_garbage_together:  # noqa: N801 - reads as a sentence in a `with`
+    """Python's collector pauses one process at a time, and all wait for it; here all collect at the same steps."""
 
-    def _advance(self, state: TrainState, result: StepResult) -> TrainState:
-        first = state.step * self.config.batch_rows
-        skipped = state.skipped + 1 if result.skipped else 0
-        if result.skipped:
-            say(f"training: step {state.step + 1} left out: its gradient is not finite ({skipped} in a row)")
-            self.tracker.alert("non-finite gradient", f"step {state.step + 1} left out, {skipped} in a row")
-        if skipped >= self.config.max_skipped_steps:
-            newest = self.checkpoints.newest()
-            raise UserError(
-                f"{skipped} steps in a row had a non-finite gradient (training.max_skipped_steps); the last good "
-                f"checkpoint is {newest or 'none'}; lower training.optimizer.learning_rate or look at the data."
-            )
-        return replace(
-            state,
-            step=state.step + 1,
-            tokens=state.tokens + self.config.tokens_per_step,
-            targets=state.targets + self.rows.targets(range(first, first + self.config.batch_rows)),
-            skipped=skipped,
-        )
+    def __enter__(self) -> None:
+        gc.collect()
+        gc.disable()
 
-    def _log(self, state: TrainState, result: StepResult, throughput: Throughput, meter: Meter) -> None:
-        loss = self.parallel.total(float(result.loss))
-        metrics = {
-            "train/loss": loss,
-            "train/gradient_norm": result.gradient_norm,
-            "train/learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
-            "train/tokens": float(state.tokens),
-            **throughput.metrics(),
-        }
-        self.tracker.log(metrics, step=state.step)
-        meter.note = f"loss {loss:.3f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
-
-    def _validate(self, state: TrainState) -> None:
-        start = time.monotonic()
-        metrics = validate(self.module, self.heldout, self.config.micro_batch_rows, self.parallel)
-        self.tracker.log({**metrics, "train/tokens": float(state.tokens)}, step=state.step)
-        shown = [f"{name.split('/')[1]} {value:.3f}" for name, value in metrics.items() if name.endswith("byte")]
-        say(f"step {state.step}: bits per byte {', '.join(shown)} ({time.monotonic() - start:.1f} s)")
+    def __exit__(self, *_: object) -> None:
+        gc.enable()

@@ -7,19 +7,23 @@ import math
 import torch
 
 from training.config import OptimizerConfig, ScheduleConfig
-from training.model import CausalLM, named_local_parameters
+from training.model import CausalLM
+from training.phases import Phase, vocabulary_matrices
 
 
-def build_optimizer(module: CausalLM, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over two kinds of groups: matrices decay, norms and biases do not; embedding and head have their own rate.
+def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> torch.optim.AdamW:
+    """AdamW over the weights that the phase trains: matrices decay, norms and biases do not; embedding and head have
+    their own rate, and do not decay while rows of theirs are frozen.
 
     Every group keeps its peak rate under `peak`.
     """
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    embedding_rate = config.embedding_learning_rate or config.learning_rate
-    for name, parameter in named_local_parameters(module):
-        rate = embedding_rate if _is_vocabulary(name) else config.learning_rate
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+    vocabulary = {id(parameter) for parameter in vocabulary_matrices(module)}
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = phase.embedding_learning_rate if id(parameter) in vocabulary else phase.learning_rate
+        decay = config.weight_decay if parameter.ndim > 1 and not module.frozen_rows else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -30,10 +34,6 @@ def build_optimizer(module: CausalLM, config: OptimizerConfig) -> torch.optim.Ad
         eps=config.epsilon,
         fused=True,
     )
-
-
-def _is_vocabulary(name: str) -> bool:
-    return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight"))
 
 
 def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:

@@ -1,22 +1,95 @@
-"""Where the processes meet: process groups, device, mesh, FSDP2; and the proof that what was asked for is active."""
+"""Where the processes meet: what the launcher asked for, process groups, device, mesh."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from core.errors import UserError
 from core.world import World, find_world
-from training.config import TrainingConfig
-from training.model import CausalLM
+
+EXAMPLES = "recipes/accelerate"
+TIMEOUT = timedelta(minutes=60)  # of a collective: longer than the slowest checkpoint; the watchdog speaks before
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The backend that accelerate's configuration asks for, as its launcher passes it on in the environment."""
+
+    backend: Literal["none", "fsdp2", "deepspeed"] = "none"
+    replicas: int = 1  # HSDP: groups of processes that each hold the whole model, sharded within
+    shards: int | None = None  # FSDP2: processes that share a copy; all that there are in a group if None
+    reshard: bool = True  # FSDP2: free a layer's gathered weights after its forward pass
+    zero_stage: int = 0
+    zero_config: str | None = None  # DeepSpeed's own JSON, whose `zero_optimization` is taken
+    mixed_precision: str = "no"  # as accelerate was told; must not contradict the recipe
+
+    def mesh_shape(self, world: World) -> tuple[int, int]:
+        """(replicas, shards) of this world. Raises `UserError` if its size does not fit."""
+        shards = self.shards or world.size // self.replicas
+        if self.replicas * shards != world.size:
+            raise UserError(
+                f"{world.size} processes do not make {self.replicas} replicas"
+                + (f" of {self.shards} shards" if self.shards else "")
+                + "; set dp_replicate_size (and dp_shard_size) in the accelerate config so that they multiply to it."
+            )
+        return self.replicas, shards
+
+
+def asked_for(environment: Mapping[str, str] = os.environ) -> Asked:
+    """What the environment asks for. Raises `UserError` for what is not there, instead of doing something else."""
+    mixed = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return _deepspeed(environment, mixed)
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        return _fsdp(environment, mixed)
+    if find_world(environment).size > 1:
+        raise UserError(
+            "several processes were started without a backend; use one of "
+            f"{EXAMPLES}/(fsdp2|hsdp|zero2|zero3).yaml, as accelerate's --config_file or the recipe's "
+            "launch.accelerate_config, or one process."
+        )
+    return Asked(mixed_precision=mixed)
+
+
+def _fsdp(environment: Mapping[str, str], mixed: str) -> Asked:
+    if environment.get("FSDP_VERSION", "1") != "2":
+        raise UserError(f"the accelerate config asks for FSDP 1; set fsdp_version: 2 as in {EXAMPLES}/fsdp2.yaml.")
+    if environment.get("FSDP_OFFLOAD_PARAMS") == "true":
+        raise UserError("the accelerate config asks for fsdp_offload_params, which is not supported; set it to false.")
+    if environment.get("FSDP_ACTIVATION_CHECKPOINTING") == "true":
+        raise UserError("set the recipe's training.activation_checkpointing instead of fsdp_activation_checkpointing.")
+    for kind in ("TP", "CP", "SP"):
+        if int(environment.get(f"PARALLELISM_CONFIG_{kind}_SIZE") or 1) > 1:
+            raise UserError(f"the accelerate config asks for {kind.lower()}_size > 1, which is not supported; set it to 1.")
+    shards = int(environment.get("PARALLELISM_CONFIG_DP_SHARD_SIZE") or 1)
+    return Asked(
+        "fsdp2",
+        replicas=int(environment.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1),
+        shards=shards if shards > 1 else None,
+        reshard=environment.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false",
+        mixed_precision=mixed,
+    )
+
+
+def _deepspeed(environment: Mapping[str, str], mixed: str) -> Asked:
+    for what in ("OPTIMIZER", "PARAM"):
+        if environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") not in ("none", ""):
+            name = f"offload_{what.lower()}_device"
+            raise UserError(f"the accelerate config asks for {name}, which is not supported; set it to none.")
+    stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 2)
+    config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None
+    if stage not in (1, 2, 3) and not config:
+        raise UserError(f"the accelerate config asks for ZeRO stage {stage}; set zero_stage to 1, 2 or 3.")
+    return Asked("deepspeed", zero_stage=stage, zero_config=config, mixed_precision=mixed)
 
 
 @dataclass(frozen=True)
@@ -24,9 +97,11 @@ class Parallel:
     """This process among the others."""
 
     world: World
+    asked: Asked
     device: torch.device
-    mesh: DeviceMesh
-    side_group: dist.ProcessGroup  # gloo, for decisions and checkpoints; never shares a queue with the training
+    mesh: DeviceMesh  # ("replicate", "shard")
+    side_group: dist.ProcessGroup  # gloo, for decisions; never shares a queue with the training
+    checkpoint_group: dist.ProcessGroup  # gloo, for checkpoints that are written while training goes on
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -50,72 +125,34 @@ class Parallel:
         return float(tensor)
 
 
-def asked_for_fsdp2() -> bool:
-    """Whether the launcher asked for sharding. Raises `UserError` for a backend that is not there."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError("DeepSpeed is not a backend yet; use recipes/accelerate/fsdp2.yaml.")
-    asked = os.environ.get("ACCELERATE_USE_FSDP")
-    if asked == "true" and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError(
-            "the accelerate config asks for FSDP 1; set fsdp_version: 2 as in recipes/accelerate/fsdp2.yaml."
-        )
-    under_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if under_accelerate and asked != "true" and find_world().size > 1:
-        raise UserError(
-            "the accelerate config starts several processes without FSDP; "
-            "use recipes/accelerate/fsdp2.yaml, or one process."
-        )
-    return asked == "true"
-
-
 def start_parallel() -> Parallel:
     """Join the other processes. One process alone is a group of one, so that there is one path for all."""
-    world = find_world()
-    asked_for_fsdp2()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    backend, timeout = "nccl" if cuda else "gloo", timedelta(minutes=10)
+    world, asked = find_world(), asked_for()
+    replicas, shards = asked.mesh_shape(world)
+    device = _device(world)
     if world.launcher != "alone" and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise UserError(
             "MASTER_ADDR and MASTER_PORT are not both set; start by slurm/cpt_merge.sh, torchrun or accelerate."
         )
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if world.launcher == "alone":
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     else:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
-    mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("shard",))
-    return Parallel(world, device, mesh, dist.new_group(backend="gloo"))
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+    mesh = init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    return Parallel(world, asked, device, mesh, dist.new_group(backend="gloo"), dist.new_group(backend="gloo"))
+
+
+def _device(world: World) -> torch.device:
+    """The GPU of this process, or the CPU where there is none or accelerate's config says `use_cpu`."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return torch.device("cpu")
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def stop_parallel() -> None:
     """Leave the group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def parallelise(module: CausalLM, config: TrainingConfig, parallel: Parallel) -> CausalLM:
-    """Activation checkpointing, compile, then FSDP2, in this order, on a model whose parameters are still meta tensors.
-
-    Each decoder layer is one unit; embedding, final norm and head are one with the root, so that a tied matrix lies in
-    one unit only. Parameters are fp32 masters (or bf16 for pure-bf16), gathered in the compute type.
-    """
-    if config.activation_checkpointing:
-        module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    compute = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in module.layers:
-        if config.compile:
-            layer.compile()
-        fully_shard(layer, mesh=parallel.mesh, mp_policy=policy)
-    fully_shard(module, mesh=parallel.mesh, mp_policy=policy)
-    _prove_sharded(module, parallel)
-    return module
-
-
-def _prove_sharded(module: CausalLM, parallel: Parallel) -> None:
-    """Law 7: what was asked for is active, or the run stops."""
-    plain = [name for name, parameter in module.named_parameters() if not isinstance(parameter, DTensor)]
-    if plain or not isinstance(module, FSDPModule) or dist.get_world_size() != parallel.world.size:
-        raise UserError(f"FSDP2 was asked for but is not active (unsharded: {plain[:3]}); report this with the log.")

@@ -1,31 +1,39 @@
-"""The training stage: build, load, resume, train, export, and the post-training hook."""
+"""The training stage: phase by phase build, load or resume, train, export; and the post-training hook."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
 
 from checkpoint.reader import Checkpoint
+from checkpoint.vocabulary import MAP_FILE, VocabularyMap
 from core.errors import Interrupted, UserError
 from core.progress import say, timed
+from merge.config import Dtype
 from merge.hook import LocalShard, Ranks, export_shards
 from tracking.tracker import Tracker
+from training.backends import Backend, build_backend
+from training.backends.build import Start
 from training.checkpoints import Checkpoints, TrainState
 from training.config import TrainingConfig
+from training.continuations import prompts_from
 from training.loop import Trainer
-from training.model import CausalLM, build_model, load_weights, local_rows, named_local_parameters
-from training.optimizer import build_optimizer
+from training.observe import PROMPT_TOKENS, Observer
 from training.packing import TrainingRows
-from training.parallel import Parallel, parallelise, start_parallel, stop_parallel
+from training.parallel import Parallel, start_parallel, stop_parallel
+from training.phases import Phase, phases_of
+from training.reference import reference_line
+from training.spikes import Spikes
+from training.start import start_block, throughput_of
 from training.stopping import StopRequest
 from training.store import Store
 from training.validation import heldout_rows
+from training.watchdog import Watchdog
 
 Hook = Callable[[list[LocalShard], Parallel], None]
 
@@ -38,6 +46,7 @@ class TrainingInputs:
     tokenizer: Path  # the extended tokenizer
     store: Path  # the token store made with it
     key: str  # names configuration and inputs; checkpoints of another key are refused
+    base: Path | None = None  # the original base, for the line that bits per byte are compared with
 
 
 def run(
@@ -48,46 +57,135 @@ def run(
     `hook` is called on all processes with this process's trained shards.
     Raises `Interrupted` when it was asked to stop; everything is saved then.
     """
-    torch.manual_seed(config.seed)
     parallel = start_parallel()
     try:
-        module, state = train(config, inputs, out, tracker, parallel)
-        shards = local_shards(module)
-        if parallel.world.is_main:
-            shutil.rmtree(out / "cpt", ignore_errors=True)  # of an attempt that was cut short after the export
-        parallel.barrier()
+        training = prepare(config, inputs, out, tracker, parallel)
+        with StopRequest(parallel, config.stop_margin) as stop:
+            state, backend = training.through_phases(stop)
+        shards = backend.shards()
         with timed("export of the trained model"):
-            ranks = Ranks(parallel.world.rank, parallel.world.size, parallel.barrier)
-            export_shards(shards, inputs.model, inputs.tokenizer, out / "cpt", ranks)
+            training.export(shards, out / "cpt")
         if hook:
             hook(shards, parallel)
+        training.remove_phases()
         return {"steps": state.step, "tokens": state.tokens, "targets": state.targets}
     finally:
         stop_parallel()
 
 
-def train(
+@dataclass
+class Training:
+    """A run of training: what all its phases share."""
+
+    config: TrainingConfig
+    inputs: TrainingInputs
+    out: Path
+    tracker: Tracker
+    parallel: Parallel
+    rows: TrainingRows
+    observer: Observer
+    checkpoints: Checkpoints
+    base_rows: int
+    phases: list[Phase]
+
+    def through_phases(self, stop: StopRequest) -> tuple[TrainState, Backend]:
+        """Train phase after phase, from the newest checkpoint on. Each begins with the weights of the one before."""
+        saved = self.checkpoints.read_state(self.inputs.key)
+        state = saved or TrainState(0, 0, 0, 0, self.inputs.key)
+        self.tracker.resume_from(state.step)
+        self.observer.resume(state)
+        backend: Backend | None = None
+        for phase in self.phases[self._first(saved) :]:
+            start = Start(self.config, phase, self._source(phase), self.base_rows)
+            backend = build_backend(start, self.parallel)
+            say(start_block(start, backend, self.parallel, self.rows))
+            if saved and saved.phase == phase.number:
+                self.checkpoints.load(backend, saved)
+            state = self._train(phase, backend, replace(state, phase=phase.number), stop)
+            if stop.was_asked():
+                text = f"after step {state.step} of {self.config.steps} ({stop.reason})"
+                self.tracker.alert("training stopped", text)
+                raise Interrupted(f"training stopped {text}; it is saved.")
+            if phase is not self.phases[-1]:
+                self.export(backend.shards(), self._exported(phase), "float32")
+                backend.close()
+        assert backend, "there is always a last phase"
+        return state, backend
+
+    def _first(self, saved: TrainState | None) -> int:
+        """The phase to begin with: the checkpoint's, or the next one if its weights were exported already."""
+        if saved is None:
+            return 0
+        phase = self.phases[saved.phase]
+        over = saved.step == phase.stop and phase is not self.phases[-1]
+        return saved.phase + 1 if over and (self._exported(phase) / "config.json").is_file() else saved.phase
+
+    def _source(self, phase: Phase) -> Path:
+        return self._exported(self.phases[phase.number - 1]) if phase.number else self.inputs.model
+
+    def _exported(self, phase: Phase) -> Path:
+        return self.out / f"phase-{phase.number + 1}"
+
+    def _train(self, phase: Phase, backend: Backend, state: TrainState, stop: StopRequest) -> TrainState:
+        with Watchdog(
+            self.config.watchdog, self.out / "stacks", self.parallel.world.rank,
+            lambda text: self.tracker.alert("no step ends", text),
+        ) as watchdog:  # fmt: skip
+            throughput = throughput_of(self.config, self.inputs.model, self.parallel)
+            trainer = Trainer(
+                self.config, phase, backend, self.rows, self.checkpoints, self.observer, throughput, watchdog,
+                self.parallel, self.tracker, state.skipped,
+            )  # fmt: skip
+            return trainer.train(state, stop)
+
+    def export(self, shards: list[LocalShard], directory: Path, dtype: Dtype | None = None) -> None:
+        """Write a Hugging Face checkpoint, by all processes; in the model's own types if no type is given."""
+        if self.parallel.world.is_main:
+            shutil.rmtree(directory, ignore_errors=True)  # of an attempt that was cut short after the export
+        self.parallel.barrier()
+        ranks = Ranks(self.parallel.world.rank, self.parallel.world.size, self.parallel.barrier)
+        export_shards(shards, self.inputs.model, self.inputs.tokenizer, directory, ranks, dtype)
+
+    def remove_phases(self) -> None:
+        """The weights between phases are not needed once the last one is exported."""
+        if self.parallel.world.is_main:
+            for phase in self.phases:
+                shutil.rmtree(self._exported(phase), ignore_errors=True)
+
+
+def prepare(
     config: TrainingConfig, inputs: TrainingInputs, out: Path, tracker: Tracker, parallel: Parallel
-) -> tuple[CausalLM, TrainState]:
-    """Build, load or resume, and train to the end of the budget."""
+) -> Training:
+    """Check that everything fits, and open it. Raises `UserError` with what does not."""
     _check_fit(config, inputs.model, parallel)
     store = Store.open(inputs.store)
     store.check_tokenizer(inputs.tokenizer)
     rows = TrainingRows(store, config.sequence_length, config.seed)
-    module = parallelise(build_model(inputs.model, config), config, parallel)
-    load_weights(module, inputs.model, parallel.device)
-    optimizer = build_optimizer(module, config.optimizer)
-    checkpoints = Checkpoints(out / "checkpoints", config.keep_checkpoints, parallel)
-    say(start_block(config, module, parallel))
-    state = checkpoints.load(module, optimizer, inputs.key) or TrainState(0, 0, 0, 0, inputs.key)
-    tracker.resume_from(state.step)
-    trainer = Trainer(config, module, optimizer, rows, heldout_rows(store, config), checkpoints, parallel, tracker)
-    with StopRequest(parallel) as stop:
-        state = trainer.train(state, stop)
-    if state.step < config.steps:
-        tracker.alert("training stopped", f"after step {state.step} of {config.steps}: {stop.reason}")
-        raise Interrupted(f"training stopped after step {state.step} of {config.steps} ({stop.reason}); it is saved.")
-    return module, state
+    checkpoints = Checkpoints(out / "checkpoints", config.checkpoints, parallel)
+    checkpoints.start()
+    observer = Observer(
+        config, rows, heldout_rows(store, config), reference_line(inputs.base, store, config, parallel, out),
+        prompts_from(store, config.continuations, PROMPT_TOKENS), AutoTokenizer.from_pretrained(inputs.tokenizer),
+        out, parallel, tracker, Spikes(sigma=config.spike_sigma),
+    )  # fmt: skip
+    phases = phases_of(config)
+    return Training(
+        config, inputs, out, tracker, parallel, rows, observer, checkpoints, _base_rows(inputs, phases), phases
+    )
+
+
+def _base_rows(inputs: TrainingInputs, phases: list[Phase]) -> int:
+    if not any(phase.train == "new_rows" for phase in phases):
+        return 0
+    if not (inputs.tokenizer / MAP_FILE).is_file():
+        raise UserError(
+            f"training.phases names new_rows but {inputs.tokenizer} has no {MAP_FILE}, so no row is known to be new; "
+            "use a tokenizer that `cpt-merge tokenizer` made."
+        )
+    vocabulary = VocabularyMap.load(inputs.tokenizer)
+    if vocabulary.rows == vocabulary.base_rows:
+        raise UserError("training.phases names new_rows but the tokenizer has none; take that phase out.")
+    return vocabulary.base_rows
 
 
 def _check_fit(config: TrainingConfig, model: Path, parallel: Parallel) -> None:
@@ -101,29 +199,3 @@ def _check_fit(config: TrainingConfig, model: Path, parallel: Parallel) -> None:
             f"training.batch_rows = {config.batch_rows} does not divide over {parallel.world.size} processes; "
             "set a multiple."
         )
-
-
-def start_block(config: TrainingConfig, module: CausalLM, parallel: Parallel) -> str:
-    """What is active, in one block."""
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    here = sum(parameter.to_local().numel() for parameter in module.parameters() if isinstance(parameter, DTensor))
-    world = parallel.world
-    lines = {
-        "model": f"{type(module.model).__name__}, {parameters / 1e6:,.1f} M parameters, {here / 1e6:,.1f} M on rank 0",
-        "backend": f"FSDP2 over {world.size} process(es), started by {world.launcher}, on {parallel.device.type}",
-        "precision": f"{config.precision}, attention {config.attention}"
-        + (", compiled" if config.compile else "")
-        + (", activation checkpointing" if config.activation_checkpointing else ""),
-        "batch": f"{config.batch_rows} rows x {config.sequence_length} = {config.tokens_per_step:,} tokens per step, "
-        f"{config.steps:,} steps, {config.steps * config.tokens_per_step:,} tokens",
-    }
-    return "\n".join(f"  {name:10} {text}" for name, text in lines.items())
-
-
-def local_shards(module: CausalLM) -> list[LocalShard]:
-    """This process's rows of every parameter, in the master type."""
-    shards = []
-    for name, parameter in named_local_parameters(module):
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        shards.append(LocalShard(name, tuple(parameter.shape), local_rows(parameter)[0], local.detach()))
-    return shards

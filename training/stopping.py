@@ -1,4 +1,4 @@
-"""Asked to stop: a signal to any one process, or the end of the job's time, and all stop after the same step."""
+"""Asked to stop: a signal to any one process, or the end of the job's time, and all stop at the same micro-batch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ import signal
 import time
 from types import FrameType
 
+import torch
+import torch.distributed as dist
+
 from training.parallel import Parallel
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-MARGIN = 120.0  # seconds before SLURM_JOB_END_TIME at which to stop by itself
+STOP_AT = "CPT_MERGE_STOP_AT"  # seconds since 1970; set by `--stop-at`
 
 
 class StopRequest:
     """Collects requests within a `with` block. The handler only sets a flag; `agreed` is the collective decision."""
 
-    def __init__(self, parallel: Parallel) -> None:
+    def __init__(self, parallel: Parallel, margin: float) -> None:
         self.parallel = parallel
         self.reason = ""
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self._deadline = float(end) - MARGIN if end.isdigit() else float("inf")
+        self._trouble = False
+        ends = [float(text) for name in (STOP_AT, "SLURM_JOB_END_TIME") if (text := os.environ.get(name, "")).isdigit()]
+        self._deadline = min(ends, default=float("inf")) - margin
+        self._vote: tuple[torch.Tensor, dist.Work] | None = None
 
     def __enter__(self) -> StopRequest:
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -29,15 +34,40 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
 
+    def was_asked(self) -> bool:
+        """True on all processes if any one has been asked to stop, as of now; a collective."""
+        asked = self.parallel.any(bool(self.reason))
+        if asked and not self.reason:
+            self.reason = "a signal to another process"
+        return asked
+
+    def report_trouble(self) -> None:
+        """Something failed on this process beside the training; all learn of it by `agreed`."""
+        self._trouble = True
+
     def agreed(self) -> bool:
-        """True on all processes once any one has been asked to stop. A collective: called by all, at the same place."""
+        """True on all processes once any one has been asked to stop, or has reported trouble.
+
+        A collective, called by all at the same places: between micro-batches, and within an evaluation. It gives the
+        outcome of the vote that the call before began, so that nobody waits for the network.
+        """
         if not self.reason and time.time() >= self._deadline:
             self.reason = "the job's time ends"
-        stop = self.parallel.any(bool(self.reason))
+        stop = False
+        if self._vote:
+            flags, work = self._vote
+            work.wait()
+            stop = bool(flags.any())
+        flags = torch.tensor([float(bool(self.reason) or self._trouble)])
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.parallel.side_group, async_op=True)
+        assert work is not None
+        self._vote = (flags, work)
         if stop and not self.reason:
             self.reason = "a signal to another process"
         return stop
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._vote and kind is None:
+            self._vote[1].wait()
         for number, handler in self._previous.items():
             signal.signal(number, handler)

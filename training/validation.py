@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from core.progress import say
 from training.config import TrainingConfig
-from training.model import CausalLM
-from training.packing import PackedDocuments, stack
+from training.packing import Batch, PackedDocuments, stack
 from training.parallel import Parallel
-from training.store import Store
+from training.store import Split, Store
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class HeldoutRows:
         return sum(_bytes_within(packed, packed.length * rows + 1) for packed, rows in self.sources)
 
 
-def heldout_rows(store: Store, config: TrainingConfig) -> list[HeldoutRows]:
+def heldout_rows(store: Store, config: TrainingConfig, split: Split = "heldout") -> list[HeldoutRows]:
     """For each language up to `evaluate_rows` rows, divided over its sources in order."""
     found: dict[str, list[tuple[PackedDocuments, int]]] = {}
     for source in store.info.sources:
-        packed = PackedDocuments(store.documents(source, "heldout"), config.sequence_length)
+        packed = PackedDocuments(store.documents(source, split), config.sequence_length)
         already = sum(rows for _, rows in found.get(source.language, []))
         rows = min(packed.rows, config.evaluate_rows - already)
-        if packed.rows == 0:
+        if packed.rows == 0 and split == "heldout":
             say(f"{source.name}: the held-out text fills no row of {config.sequence_length}; raise corpus.heldout")
         if rows > 0:
             found.setdefault(source.language, []).append((packed, rows))
@@ -52,30 +53,50 @@ def _bytes_within(packed: PackedDocuments, tokens: int) -> float:
     return total
 
 
-@torch.no_grad()
-def validate(module: CausalLM, heldout: list[HeldoutRows], micro_batch: int, parallel: Parallel) -> dict[str, float]:
-    """`valid/<language>/loss` (nats per token) and `.../bits_per_byte`, the rows divided over the processes.
+@dataclass(frozen=True)
+class LanguageLoss:
+    """What a model makes of one language's held-out text."""
 
-    bits per byte = sum of -log2 p(token) / UTF-8 bytes of the text: comparable across tokenizers (law 10).
+    loss: float  # nats per token
+    bits_per_byte: float  # sum of -log2 p(token) / UTF-8 bytes of the text: comparable across tokenizers (law 10)
+
+
+def validate(
+    loss_of: Callable[[Batch], Tensor],
+    heldout: list[HeldoutRows],
+    micro_batch: int,
+    parallel: Parallel,
+    stopped: Callable[[], bool],
+) -> dict[str, LanguageLoss] | None:
+    """The losses by language, the rows divided over the processes; `loss_of` is a collective that gives the sum of a
+    batch's losses in nats. None once `stopped`, also a collective and asked before every batch, says so.
     """
-    module.eval()
-    metrics: dict[str, float] = {}
+    found = {}
     for rows in heldout:
-        nats, targets = _sum_of_losses(module, rows, micro_batch, parallel)
-        metrics[f"valid/{rows.language}/loss"] = nats / targets
-        metrics[f"valid/{rows.language}/bits_per_byte"] = nats / math.log(2) / rows.bytes
-    module.train()
-    return metrics
+        places = [(packed, row) for packed, count in rows.sources for row in range(count)]
+        nats = _sum_of_losses(loss_of, places, micro_batch, parallel, stopped)
+        if nats is None:
+            return None
+        targets = sum(packed.targets(row) for packed, row in places)
+        found[rows.language] = LanguageLoss(nats / targets, nats / math.log(2) / rows.bytes)
+    return found
 
 
-def _sum_of_losses(module: CausalLM, rows: HeldoutRows, micro_batch: int, parallel: Parallel) -> tuple[float, int]:
-    places = [(packed, row) for packed, count in rows.sources for row in range(count)]
+def _sum_of_losses(
+    loss_of: Callable[[Batch], Tensor],
+    places: list[tuple[PackedDocuments, int]],
+    micro_batch: int,
+    parallel: Parallel,
+    stopped: Callable[[], bool],
+) -> float | None:
     mine = places[parallel.world.rank :: parallel.world.size]
     batches = -(-len(places) // (parallel.world.size * micro_batch))  # the same on all: FSDP gathers in step
     nats = torch.zeros((), dtype=torch.float64)
     for number in range(batches):
+        if stopped():
+            return None
         chosen = mine[number * micro_batch : (number + 1) * micro_batch]
         batch = stack([packed.read(row) for packed, row in chosen or places[:1]])
-        loss = module(batch.to(parallel.device))
+        loss = loss_of(batch.to(parallel.device))
         nats += loss.double().cpu() * bool(chosen)
-    return parallel.total(float(nats)), sum(packed.targets(row) for packed, row in places)
+    return parallel.total(float(nats))

@@ -1,0 +1,226 @@
+"""FSDP2, HSDP, and one process without sharding: torch's own modules, AdamW and distributed checkpoints."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from core.errors import UserError
+from merge.hook import LocalShard
+from training.backends.backend import StepOutcome
+from training.backends.build import Start
+from training.config import CheckpointConfig, TrainingConfig
+from training.memory import Strategy
+from training.model import CausalLM, build_model, load_weights, local_rows, named_local_parameters
+from training.optimizer import build_optimizer, set_rate
+from training.packing import Batch
+from training.parallel import Parallel
+from training.phases import select_trained
+
+
+class TorchBackend:
+    """See `training.backends.backend.Backend`."""
+
+    layout = "torch"
+    strategy: Strategy = "fsdp2"
+
+    def __init__(self, module: CausalLM, optimizer: torch.optim.AdamW, start: Start, parallel: Parallel) -> None:
+        self.module, self.optimizer, self.start, self.parallel = module, optimizer, start, parallel
+        self.clip = start.config.optimizer.clip
+        self.shard_count = parallel.mesh.shape[1]
+        pinned = parallel.device.type == "cuda"
+        self._stager = DefaultStager(  # kept, so that its memory is allocated once
+            StagingOptions(
+                use_pinned_memory=pinned, use_non_blocking_copy=pinned, use_shared_memory=False, use_async_staging=False
+            )
+        )
+
+    @staticmethod
+    def build(start: Start, parallel: Parallel) -> TorchBackend:
+        """Select, shard, load, in this order: no process ever holds more than its part."""
+        module = build_model(start.model, start.config)
+        select_trained(module, start.phase, start.base_rows)
+        if needs_sharding(start.config, parallel):
+            shard(module, start.config, parallel)
+        load_weights(module, start.model, parallel.device)
+        optimizer = build_optimizer(module, start.config.optimizer, start.phase)
+        return TorchBackend(module, optimizer, start, parallel)
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> Tensor:
+        """See `Backend`."""
+        self.module.eval()
+        loss: Tensor = self.module(batch)
+        self.module.train()
+        return loss
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """See `Backend`."""
+        self.module.eval()
+        logits: Tensor = self.module.last_logits(input_ids)
+        self.module.train()
+        return logits
+
+    def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
+        """See `Backend`. Gradients are reduced to shards after every micro-batch, so that no process accumulates a
+        whole gradient; over the replicas of HSDP after the last one only.
+        """
+        size = 1
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_all_reduce(last)
+            size = self.parallel.world.size  # FSDP averages over the processes
+        loss = self.module(batch) * (scale * size)
+        loss.backward()
+        return loss.detach() / size  # type: ignore[no-any-return]
+
+    def step(self, factor: float) -> StepOutcome:
+        """See `Backend`. Nobody waits for the device: the fused AdamW is told on the device whether to step."""
+        set_rate(self.optimizer, factor)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        finite = norm.isfinite()
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # torch.amp.GradScaler's protocol
+        self.optimizer.step()
+        self.discard_gradients()
+        return StepOutcome(norm, finite)
+
+    def discard_gradients(self) -> None:
+        """See `Backend`."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def learning_rates(self) -> dict[str, float]:
+        """See `Backend`."""
+        return rates_of(self.optimizer)
+
+    def save(self, directory: Path, asynchronous: bool) -> Future[None]:
+        """See `Backend`."""
+        writer = FileSystemWriter(directory, sync_files=True)
+        state = self._state()
+        if asynchronous:
+            group = self.parallel.checkpoint_group
+            pending = async_save(state, storage_writer=writer, process_group=group, async_stager=self._stager)
+            assert isinstance(pending, Future)  # AsyncSaveResponse is of asynchronous staging only
+            return pending
+        save(state, storage_writer=writer, process_group=self.parallel.checkpoint_group)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def writes_asynchronously(self, config: CheckpointConfig) -> bool:
+        """See `Backend`."""
+        return config.asynchronous
+
+    def load(self, directory: Path) -> None:
+        """See `Backend`. Any number of processes and any mesh."""
+        state = self._state()
+        load(state, storage_reader=FileSystemReader(directory), process_group=self.parallel.checkpoint_group)
+        set_state_dict(
+            self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.module, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def state_bytes(self) -> int:
+        """See `Backend`."""
+        moments = 2 * sum(
+            parameter.numel() * parameter.element_size()
+            for group in self.optimizer.param_groups for parameter in group["params"]
+        )  # fmt: skip
+        return moments + sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
+
+    def weights_are_finite(self) -> bool:
+        """See `Backend`."""
+        return all(bool(local_part(parameter).isfinite().all()) for parameter in self.module.parameters())
+
+    def shards(self) -> list[LocalShard]:
+        """See `Backend`. Of the replicas of HSDP the first one gives them."""
+        sharded = isinstance(self.module, FSDPModule)
+        replica = self.parallel.mesh.get_local_rank("replicate") if sharded else self.parallel.world.rank
+        if replica > 0:
+            return []
+        found = []
+        for name, parameter in named_local_parameters(self.module):
+            start, stop = local_rows(parameter)
+            values = local_part(parameter)[: stop - start]
+            found.append(LocalShard(name, tuple(parameter.shape), start, values))
+        return found
+
+    def describe(self) -> dict[str, str]:
+        """See `Backend`."""
+        return {**describe_model(self.module, self.start.config), "backend": describe_backend(self.module, self.parallel)}
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self._stager.close()
+        self.module.to_empty(device="meta")
+        self.optimizer.state.clear()
+
+
+def needs_sharding(config: TrainingConfig, parallel: Parallel) -> bool:
+    """One process needs no FSDP2, except that bf16 compute over fp32 masters is FSDP2's, on a group of one."""
+    return parallel.asked.backend == "fsdp2" or config.precision == "bf16"
+
+
+def shard(module: CausalLM, config: TrainingConfig, parallel: Parallel) -> None:
+    """FSDP2 on a model whose parameters are still meta tensors.
+
+    The units: each decoder layer, the embedding, and the rest (norm and head) with the root, which applies the head; a
+    tied matrix lies in the root. Parameters are fp32 masters (or bf16 for pure-bf16), gathered in the compute type;
+    gradients are reduced in fp32. With one replica the mesh is flat.
+    """
+    compute = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = parallel.mesh if parallel.mesh.shape[0] > 1 else parallel.mesh["shard"]
+    embedding, head = module.model.get_input_embeddings(), module.model.get_output_embeddings()
+    for layer in module.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.asked.reshard)
+    if embedding.weight is not head.weight:
+        fully_shard(embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.asked.reshard)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    _prove_sharded(module, parallel)
+
+
+def _prove_sharded(module: CausalLM, parallel: Parallel) -> None:
+    """Law 7: what was asked for is active, or the run stops."""
+    shards = parallel.mesh.shape[1]
+    for name, parameter in module.named_parameters():
+        if not isinstance(parameter, DTensor) or not any(isinstance(kind, Shard) for kind in parameter.placements):
+            raise UserError(f"FSDP2 was asked for but {name} is not sharded; report this with the log.")
+        if parameter.device_mesh.size(parameter.device_mesh.ndim - 1) != shards:
+            raise UserError(f"{name} is not sharded over {shards} processes; report this with the log.")
+
+
+def describe_backend(module: CausalLM, parallel: Parallel) -> str:
+    """What is active, as found on the module itself."""
+    if not isinstance(module, FSDPModule):
+        return "one process, not sharded"
+    (replicas, shards), size = parallel.mesh.shape, parallel.world.size
+    if replicas > 1:
+        return f"HSDP: {replicas} replicas of {shards} shards, {size} processes"
+    return f"FSDP2: {shards} shards, {size} process{'es' if size > 1 else ''}"
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """The rows of this process."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The smallest and largest rate of the groups, which are the layers' and the vocabulary's in some order."""
+    rates = sorted({group["lr"] for group in optimizer.param_groups})
+    return {f"train/learning_rate{suffix}": rate for suffix, rate in zip(("", "_high"), rates, strict=False)}

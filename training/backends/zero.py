@@ -1,0 +1,244 @@
+"""DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients, parameters divided over the processes.
+
+DeepSpeed's engine owns gradients, clipping and the step; the loop gives it the scaled loss and asks it what it did. Its
+checkpoints are its own and synchronous, and can be loaded by the same stage on the same number of processes only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import Future
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.reader import Checkpoint
+from core.errors import UserError
+from merge.hook import LocalShard
+from training.backends.backend import StepOutcome
+from training.backends.build import Start
+from training.backends.torch_native import describe_model, rates_of
+from training.config import CheckpointConfig, TrainingConfig
+from training.memory import Strategy
+from training.model import CausalLM, build_model, load_weights
+from training.optimizer import build_optimizer, set_rate
+from training.packing import Batch
+from training.parallel import Asked, Parallel
+from training.phases import select_trained
+
+TAG = "deepspeed"
+STRATEGIES: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
+
+
+class ZeroBackend:
+    """See `training.backends.backend.Backend`."""
+
+    def __init__(self, engine: Any, optimizer: torch.optim.AdamW, start: Start, parallel: Parallel) -> None:
+        self.engine, self.optimizer, self.start, self.parallel = engine, optimizer, start, parallel
+        self.stage: int = engine.zero_optimization_stage()
+        self.layout = f"DeepSpeed ZeRO {self.stage} on {parallel.world.size} processes"
+        self.strategy = STRATEGIES[self.stage]
+        self.shard_count = parallel.world.size
+
+    @staticmethod
+    def build(start: Start, parallel: Parallel) -> ZeroBackend:
+        """Load the weights (from ZeRO 3 on a tensor at a time is whole, before that all of them are), then shard."""
+        deepspeed = _import_deepspeed(parallel)
+        settings = engine_settings(start.config, parallel)
+        stage = settings["zero_optimization"]["stage"]
+        module = _build_partitioned(start, settings) if stage == 3 else build_model(start.model, start.config)
+        select_trained(module, start.phase, start.base_rows)
+        if stage < 3:
+            load_weights(module, start.model, parallel.device)
+        optimizer = build_optimizer(module, start.config.optimizer, start.phase)
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        _prove_zero(engine, stage, parallel)
+        return ZeroBackend(engine, wrapped, start, parallel)
+
+    @property
+    def module(self) -> CausalLM:
+        """The model under DeepSpeed's engine."""
+        module: CausalLM = self.engine.module
+        return module
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> Tensor:
+        """See `Backend`."""
+        self.engine.eval()
+        loss: Tensor = self.engine(batch)
+        self.engine.train()
+        return loss
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """See `Backend`."""
+        self.engine.eval()
+        logits: Tensor = self.engine(input_ids)
+        self.engine.train()
+        return logits
+
+    def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
+        """See `Backend`."""
+        size = self.parallel.world.size  # DeepSpeed averages over the processes
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss = self.engine(batch) * (scale * size)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        return loss.detach() / size  # type: ignore[no-any-return]
+
+    def step(self, factor: float) -> StepOutcome:
+        """See `Backend`. DeepSpeed itself leaves out a step whose gradient is not finite."""
+        set_rate(self.optimizer, factor)
+        self.engine.step()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
+        return StepOutcome(norm, torch.tensor(bool(self.engine.was_step_applied())))
+
+    def discard_gradients(self) -> None:
+        """See `Backend`."""
+        self.optimizer.zero_grad()
+
+    def learning_rates(self) -> dict[str, float]:
+        """See `Backend`."""
+        return rates_of(self.optimizer)
+
+    def save(self, directory: Path, asynchronous: bool) -> Future[None]:
+        """See `Backend`. Always synchronous."""
+        self.engine.save_checkpoint(str(directory), tag=TAG)
+        for path in directory.rglob("*"):
+            if path.is_file() and (f"rank_{self.parallel.world.rank}_" in path.name or self.parallel.world.is_main):
+                _sync_file(path)
+        self.parallel.barrier()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def writes_asynchronously(self, config: CheckpointConfig) -> bool:
+        """See `Backend`."""
+        return False
+
+    def load(self, directory: Path) -> None:
+        """See `Backend`."""
+        found, _ = self.engine.load_checkpoint(str(directory), tag=TAG)
+        if found is None:
+            raise ValueError("DeepSpeed finds no checkpoint in it")
+
+    def state_bytes(self) -> int:
+        """See `Backend`."""
+        count = [int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in self.module.parameters()]
+        trained = [n for n, parameter in zip(count, self.module.parameters(), strict=True) if parameter.requires_grad]
+        return sum(count) * (4 if self.start.config.precision == "fp32" else 2) + 12 * sum(trained)
+
+    def weights_are_finite(self) -> bool:
+        """See `Backend`."""
+        parts = (getattr(parameter, "ds_tensor", parameter.data) for parameter in self.module.parameters())
+        return all(bool(part.isfinite().all()) for part in parts)
+
+    def shards(self) -> list[LocalShard]:
+        """See `Backend`. The fp32 masters are gathered one tensor at a time, and each process keeps its rows."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        rank, size = self.parallel.world.rank, self.parallel.world.size
+        found = []
+        for name, parameter in self.module.model.named_parameters():
+            whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)
+            rows = -(-whole.shape[0] // size)
+            start, stop = min(rank * rows, whole.shape[0]), min((rank + 1) * rows, whole.shape[0])
+            found.append(LocalShard(name, tuple(whole.shape), start, whole[start:stop].to("cpu", copy=True)))
+        return found
+
+    def describe(self) -> dict[str, str]:
+        """See `Backend`."""
+        what = {1: "optimizer", 2: "optimizer and gradients", 3: "optimizer, gradients and parameters"}[self.stage]
+        size = self.parallel.world.size
+        return {
+            **describe_model(self.module, self.start.config),
+            "backend": f"DeepSpeed ZeRO {self.stage}: {what} divided over {size} process{'es' if size > 1 else ''}",
+        }
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self.engine.destroy()
+
+
+def engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any]:
+    """DeepSpeed's configuration: batches, precision and clipping from the recipe, ZeRO from the accelerate config."""
+    if config.precision == "pure-bf16":
+        raise UserError("training.precision: pure-bf16 is not DeepSpeed's, which keeps fp32 masters; set bf16 or fp32.")
+    micro = -(-config.batch_rows // (parallel.world.size * config.micro_batch_rows))
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_rows,
+        "gradient_accumulation_steps": micro,
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": _zero_section(parallel.asked),
+        "zero_allow_untested_optimizer": True,  # torch's fused AdamW
+        "steps_per_print": 10**9,
+    }
+    if config.precision == "bf16":
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def _zero_section(asked: Asked) -> dict[str, Any]:
+    if not asked.zero_config:
+        return {"stage": asked.zero_stage}
+    try:
+        section = json.loads(Path(asked.zero_config).read_text(encoding="utf-8"))["zero_optimization"]
+        if section["stage"] not in STRATEGIES:
+            raise ValueError(f"stage is {section['stage']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the DeepSpeed configuration {asked.zero_config} gives no ZeRO stage of 1, 2 or 3 ({error}); set "
+            "zero_optimization.stage there."
+        ) from None
+    return {name: value for name, value in section.items() if value != "auto"}
+
+
+def _import_deepspeed(parallel: Parallel) -> Any:
+    world = parallel.world
+    for name, value in (("LOCAL_RANK", world.local_rank), ("RANK", world.rank), ("WORLD_SIZE", world.size)):
+        os.environ.setdefault(name, str(value))  # DeepSpeed asks for them, whoever started the processes
+    if parallel.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError(
+            "the accelerate config asks for DeepSpeed, which is not installed; "
+            "pip install -c constraints.txt -e '.[deepspeed]'"
+        ) from None
+    return deepspeed
+
+
+def _build_partitioned(start: Start, settings: dict[str, Any]) -> CausalLM:
+    """The model for ZeRO 3: each parameter is divided as soon as it is made, and filled whole, one at a time."""
+    raise NotImplementedError
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
+        return parameter.detach().float().clone()
+
+
+def _prove_zero(engine: Any, stage: int, parallel: Parallel) -> None:
+    """Law 7: what was asked for is active, or the run stops."""
+    active = engine.zero_optimization_stage(), engine.dp_world_size
+    if active != (stage, parallel.world.size):
+        raise UserError(
+            f"ZeRO {stage} on {parallel.world.size} processes was asked for, DeepSpeed runs {active}; report this."
+        )
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""What is looked at beside the training: held-out text, continuations, the base as reference line, loss spikes."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.progress import say
+from tracking.tracker import Cell, Tracker
+from training.backends import Backend
+from training.checkpoints import TrainState
+from training.config import TrainingConfig
+from training.continuations import COLUMNS, Prompt, continuation_rows, continue_greedily
+from training.packing import TrainingRows
+from training.parallel import Parallel
+from training.spikes import Spikes, record_spike
+from training.stopping import StopRequest
+from training.validation import HeldoutRows, LanguageLoss, validate
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 32
+
+
+@dataclass
+class Observer:
+    """Looks at a model between steps; nothing of it changes the training."""
+
+    config: TrainingConfig
+    rows: TrainingRows
+    heldout: list[HeldoutRows]
+    reference: dict[str, float]  # language -> bits per byte of the base with its own tokenizer
+    prompts: list[Prompt]
+    tokenizer: Any
+    out: Path
+    parallel: Parallel
+    tracker: Tracker
+    spikes: Spikes
+    shown: list[list[Cell]] = field(default_factory=list)  # rows of the table of continuations
+
+    def resume(self, state: TrainState) -> None:
+        """Continue from a checkpoint."""
+        if state.spikes:
+            self.spikes.load_state_dict(state.spikes)
+        path = self._continuations
+        if path.is_file() and self.parallel.world.is_main:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self.shown = [row for row in rows if row[0] <= state.observed]
+
+    @property
+    def _continuations(self) -> Path:
+        return self.out / "continuations.jsonl"
+
+    def observe(self, backend: Backend, state: TrainState, stop: StopRequest) -> bool:
+        """Measure the held-out text and continue the prompts. False if all agreed to stop before the end of it."""
+        started = time.monotonic()
+        found = validate(backend.loss, self.heldout, self.config.micro_batch_rows, self.parallel, stop.agreed)
+        if found is None:
+            return False
+        self._log(found, state)
+        if self.prompts:
+            ids = [prompt.ids for prompt in self.prompts]
+            self._show(continue_greedily(backend.logits, ids, NEW_TOKENS, self.tokenizer.eos_token_id), state.step)
+        shown = ", ".join(f"{language} {loss.bits_per_byte:.3f}" for language, loss in found.items())
+        say(f"step {state.step}: bits per byte {shown} ({time.monotonic() - started:.1f} s)")
+        return True
+
+    def _log(self, found: dict[str, LanguageLoss], state: TrainState) -> None:
+        metrics = {"train/tokens": float(state.tokens)}
+        for language, loss in found.items():
+            metrics |= {f"valid/{language}/loss": loss.loss, f"valid/{language}/bits_per_byte": loss.bits_per_byte}
+            if language in self.reference:
+                metrics[f"valid/{language}/bits_per_byte_base"] = self.reference[language]
+        self.tracker.log(metrics, step=state.step)
+
+    def _show(self, continuations: list[list[int]], step: int) -> None:
+        if not self.parallel.world.is_main:
+            return
+        self.shown += continuation_rows(step, self.prompts, continuations, self.tokenizer.decode)
+        lines = [json.dumps(row, ensure_ascii=False) for row in self.shown]
+        self._continuations.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.tracker.table("train/continuations", COLUMNS, self.shown)
+
+    def look_for_spike(self, step: int, loss: float) -> None:
+        """Report a loss far above the ones before it, with the rows that the step was made of."""
+        spike = self.spikes.observe(step, loss)
+        if spike is None:
+            return
+        indices = range((step - 1) * self.config.batch_rows, step * self.config.batch_rows)
+        text = f"step {step}: loss {loss:.3f}, the last ones {spike.mean:.3f} ± {spike.deviation:.3f}"
+        say(f"training: spike at {text}; rows {indices[0]} to {indices[-1]}, listed in {self.out / 'spikes.jsonl'}")
+        self.tracker.alert("loss spike", text)
+        if self.parallel.world.is_main:
+            record_spike(self.out / "spikes.jsonl", spike, indices, self.rows.places(indices))

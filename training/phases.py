@@ -1,0 +1,73 @@
+"""Phases: which weights are trained in which steps.
+
+For a new vocabulary it can pay to train only its rows first, then embedding and head, then everything, so that what the
+base knows is not disturbed by rows that mean nothing yet (Kim et al., Efficient and Effective Vocabulary Expansion
+Towards Multilingual Large Language Models, 2024). Each phase is a run of its own over the same stream of rows: a fresh
+optimizer, its own schedule. What a phase does not train does not move by one bit:
+
+- a weight that is not trained needs no gradient and is not given to the optimizer;
+- an old row of a matrix whose new rows are trained gets a gradient of zero (`CausalLM.frozen_rows`), so that Adam's
+  moments stay zero and its update is 0 / (0 + epsilon); and the matrix is not decayed in that phase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from training.config import TrainingConfig
+from training.model import CausalLM
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps [start, stop) of the run, and what they train."""
+
+    number: int
+    train: Literal["new_rows", "vocabulary", "all"]
+    start: int
+    stop: int
+    learning_rate: float
+    embedding_learning_rate: float
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.stop - self.start
+
+
+def phases_of(config: TrainingConfig) -> list[Phase]:
+    """The phases of a run, which divide its steps; a single one if the recipe names none.
+
+    A budget is rounded up to whole steps, as the run's is; a phase that begins beyond the run's end is left out.
+    """
+    optimizer = config.optimizer
+    rate, embedding_rate = optimizer.learning_rate, optimizer.embedding_learning_rate or optimizer.learning_rate
+    if not config.phases:
+        return [Phase(0, "all", 0, config.steps, rate, embedding_rate)]
+    found: list[Phase] = []
+    start = 0
+    for place, phase in enumerate(config.phases):
+        steps = -(-phase.tokens // config.tokens_per_step) if phase.tokens else config.steps
+        stop = config.steps if place == len(config.phases) - 1 else min(start + steps, config.steps)
+        own, own_embedding = phase.learning_rate or rate, phase.embedding_learning_rate
+        own_embedding = own_embedding or phase.learning_rate or embedding_rate
+        if start < stop:
+            found.append(Phase(len(found), phase.train, start, stop, own, own_embedding))
+        start = stop
+    return found
+
+
+def select_trained(module: CausalLM, phase: Phase, base_rows: int) -> None:
+    """Only what the phase trains requires a gradient. `base_rows`: the rows of the vocabulary before its extension."""
+    vocabulary = {id(parameter) for parameter in vocabulary_matrices(module)}
+    for parameter in module.parameters():
+        parameter.requires_grad_(phase.train == "all" or id(parameter) in vocabulary)
+    module.frozen_rows = base_rows if phase.train == "new_rows" else 0
+
+
+def vocabulary_matrices(module: CausalLM) -> list[nn.Parameter]:
+    """Embedding and head; the same matrix twice where they are tied."""
+    return [module.model.get_input_embeddings().weight, module.model.get_output_embeddings().weight]

@@ -1,0 +1,49 @@
+"""Micro-batches made ahead of the training, in a thread, so that the device does not wait for the disk."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from training.packing import Batch, TrainingRows
+from training.parallel import Parallel
+
+AHEAD = 3  # micro-batches
+
+
+def micro_batches(first: int, batch_rows: int, micro_rows: int, parallel: Parallel) -> list[list[int]]:
+    """This process's rows of the step whose first row of the run is `first`, by micro-batch.
+
+    Every process has the same number of micro-batches; the rows of a step are dealt out in turn.
+    """
+    mine = range(first + parallel.world.rank, first + batch_rows, parallel.world.size)
+    return [list(mine[start : start + micro_rows]) for start in range(0, len(mine), micro_rows)]
+
+
+class Prefetcher:
+    """The micro-batches of one process from a step on. `with` ends its thread."""
+
+    def __init__(self, rows: TrainingRows, plan: Iterator[list[int]], device: torch.device) -> None:
+        """`plan` yields the rows of each micro-batch, in order."""
+        self._rows, self._plan, self._device = rows, plan, device
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._pending: deque[Future[Batch]] = deque()
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def next(self) -> Batch:
+        """The next micro-batch, on the device. Raises what reading it raised."""
+        while len(self._pending) < AHEAD and (indices := next(self._plan, None)) is not None:
+            self._pending.append(self._pool.submit(self._make, indices))
+        return self._pending.popleft().result().to(self._device)
+
+    def _make(self, indices: list[int]) -> Batch:
+        batch = self._rows.batch(indices)
+        return batch.pin_memory() if self._device.type == "cuda" else batch
