@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoint.reader import Checkpoint
-from core.errors import UserError
 from core.models import hub_errors, is_local, model_directory
 from core.sources import source_files
 from launcher.recipe import Recipe
@@ -20,66 +18,9 @@ from launcher.stages import STAGES, Run, is_finished
 from launcher.start import local_processes
 from tokenizer_ext.given import count_entries
 from training.config import TrainingConfig
+from training.memory import MemorySetup, ModelShape, estimate_memory
 
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The numbers of a model that its memory follows from."""
-
-    parameters: int
-    vocabulary: int
-    width: int
-    layers: int
-    matrices: int  # 1 if embedding and head are tied, else 2
-
-    def resized(self, vocabulary: int) -> ModelShape:
-        """The same model with another number of rows."""
-        more = (vocabulary - self.vocabulary) * self.width * self.matrices
-        return ModelShape(self.parameters + more, vocabulary, self.width, self.layers, self.matrices)
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one rank, by part."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    gathered: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        """The sum of the parts."""
-        return float(sum(vars(self).values()))
-
-
-def estimate_memory(shape: ModelShape, config: TrainingConfig, processes: int) -> MemoryEstimate:
-    """Memory of one rank under FSDP2.
-
-    Sharded over the processes: parameters and gradients in the master type (fp32: 4 bytes) and AdamW's two moments.
-    Gathered: the two largest units (a layer, and embedding with head) in the compute type, with their gradients.
-    Activations of one micro-batch of b rows of s tokens and width h: 34 s b h per layer at 2 bytes, or 2 s b h with
-    activation checkpointing (Korthikanti et al., Reducing Activation Recomputation, 2022, with attention that stores no
-    scores). Logits: one chunk in fp32, twice, and the gradient of the head in fp32.
-    """
-    master = 2 if config.precision == "pure-bf16" else 4
-    compute = 4 if config.precision == "fp32" else 2
-    vocabulary = shape.vocabulary * shape.width * shape.matrices
-    layer = (shape.parameters - vocabulary) / max(shape.layers, 1)
-    per_layer = 2 if config.activation_checkpointing else 34
-    tokens = config.sequence_length * config.micro_batch_rows
-    return MemoryEstimate(
-        parameters=shape.parameters * master / processes,
-        gradients=shape.parameters * master / processes,
-        optimizer=shape.parameters * 2 * master / processes,
-        gathered=2 * compute * (layer + vocabulary),
-        activations=per_layer * tokens * shape.width * shape.layers * compute / 2,
-        logits=2 * 4 * min(config.loss_chunk, tokens) * shape.vocabulary + 4 * shape.vocabulary * shape.width,
-    )
 
 
 def read_shape(recipe: Recipe) -> ModelShape:
@@ -90,13 +31,7 @@ def read_shape(recipe: Recipe) -> ModelShape:
         config, parameters = checkpoint.config, sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     else:
         config, parameters = _read_from_hub(name)
-    for wanted in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if wanted not in config:
-            raise UserError(f"config.json of {name} has no {wanted}; only decoder language models can be planned.")
-    matrices = 1 if config.get("tie_word_embeddings") else 2
-    return ModelShape(
-        parameters, int(config["vocab_size"]), int(config["hidden_size"]), int(config["num_hidden_layers"]), matrices
-    )
+    return ModelShape.from_config(config, parameters, name)
 
 
 def _read_from_hub(name: str) -> tuple[dict[str, Any], int]:
@@ -125,24 +60,25 @@ def show_plan(recipe: Recipe) -> None:
     base = read_shape(recipe)
     shape = base.resized(extended_rows(recipe, base))
     processes = local_processes(recipe)
-    memory = estimate_memory(shape, config, processes)
-    micro = -(-config.batch_rows // (processes * config.micro_batch_rows))
+    rows = config.micro_batch_rows
+    setup = MemorySetup.of(config, "fsdp2", processes, shards=processes)
+    memory = estimate_memory(shape, setup)
     parts = ", ".join(f"{name} {value / GB:,.2f}" for name, value in vars(memory).items())
     console = Console(highlight=False)
     console.print(f"[bold]{recipe.name}[/]: {recipe.models.base} -> {run.merged}")
     _print_stages(console, run)
     _print_text(console, recipe)
-    rows = [
+    lines = [
         ("base", f"{base.parameters / 1e6:,.1f} M parameters, {base.vocabulary:,} rows"),
         ("extended", f"{shape.parameters / 1e6:,.1f} M parameters, at most {shape.vocabulary:,} rows"),
         ("training", f"{config.steps:,} steps of {config.tokens_per_step:,} tokens"),
-        ("processes", f"{processes}, each {micro} micro-batches of {config.micro_batch_rows} rows a step"),
+        ("processes", f"{processes}, each {setup.micro_batches} micro-batches of {rows} rows a step"),
         ("memory per rank", f"{memory.total / GB:,.2f} GB: {parts}"),
         ("disk", _disk(shape, config)),
     ]  # fmt: skip
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*row)
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
 
 

@@ -1,0 +1,248 @@
+"""The estimate against what a real model holds: parameters, gradients and optimizer to the byte, activations closely."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from core.errors import UserError
+from tests.distributed import run_ranks
+from training.config import TrainingConfig
+from training.loss import cross_entropy_sum
+from training.memory import (
+    MemorySetup,
+    ModelShape,
+    Strategy,
+    _cgroup_limits,
+    _memory_free,
+    available_memory,
+    estimate_memory,
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+ROWS, LENGTH = 2, 128
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "pure-bf16": torch.bfloat16}
+
+
+def build(dtype: torch.dtype, tied: bool = False, attention: str = "sdpa") -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, tie_word_embeddings=tied)
+    return LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention).train()
+
+
+def shape_of(model: LlamaForCausalLM) -> ModelShape:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelShape.from_config(model.config.to_dict(), parameters, "the model")
+
+
+def setup(strategy: Strategy = "fsdp2", shards: int = 1, precision: str = "bf16", **changes: Any) -> MemorySetup:
+    values = {"sequence_length": LENGTH, "micro_batch_rows": ROWS, "micro_batches": 1, "loss_chunk": 64}
+    return MemorySetup(strategy, shards, precision, **(values | changes))
+
+
+def freeze_layers(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embed_tokens" in name or "lm_head" in name)
+
+
+def packed_rows() -> dict[str, Tensor]:
+    """Two documents in each row."""
+    positions = torch.arange(LENGTH // 2).repeat(ROWS, 2)
+    return {"input_ids": torch.randint(0, 512, (ROWS, LENGTH)), "position_ids": positions}
+
+
+def local_bytes(tensors: Any) -> int:
+    locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in locals_)
+
+
+def shard_and_step(precision: str, tied: bool, vocabulary_only: bool, replicas: int) -> tuple[int, int, int]:
+    """(parameters, gradients, moments) in bytes on this rank, after one step under FSDP2 or HSDP."""
+    torch.distributed.init_process_group("gloo")
+    world = torch.distributed.get_world_size()
+    names = ("replicate", "shard")
+    mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=names)
+    model = build(torch.bfloat16 if precision == "pure-bf16" else torch.float32, tied)
+    if vocabulary_only:
+        freeze_layers(model)
+    policy = MixedPrecisionPolicy(param_dtype=TYPES[precision], reduce_dtype=torch.float32)
+    for unit in (*model.model.layers, model):
+        fully_shard(unit, mesh=mesh if replicas > 1 else mesh["shard"], mp_policy=policy)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    model(**packed_rows(), use_cache=False).logits.float().square().mean().backward()
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    gradients = [parameter.grad for parameter in trained]
+    result = local_bytes(model.parameters()), local_bytes(gradients), local_bytes(moments)
+    torch.distributed.destroy_process_group()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("precision", "tied", "vocabulary_only", "size", "replicas"),
+    [
+        ("bf16", False, False, 2, 1), ("bf16", True, True, 2, 1), ("fp32", False, False, 1, 1),
+        ("pure-bf16", False, False, 2, 1), ("bf16", False, False, 4, 2),
+    ],
+)  # fmt: skip
+def test_what_is_divided_is_exact(precision: str, tied: bool, vocabulary_only: bool, size: int, replicas: int) -> None:
+    shape = shape_of(build(torch.float32, tied))
+    estimate = estimate_memory(shape, setup("fsdp2", size // replicas, precision, vocabulary_only=vocabulary_only))
+    for found in run_ranks(shard_and_step, size, precision, tied, vocabulary_only, replicas):
+        assert found == (estimate.parameters, estimate.gradients, estimate.optimizer)
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    alive = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, Tensor) and not isinstance(thing, DTensor):
+            alive[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(alive.values())
+
+
+def accumulate() -> tuple[int, int]:
+    """Bytes that a backward pass leaves behind on this rank: without the reduction, and with it."""
+    torch.distributed.init_process_group("gloo")
+    model = build(torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for unit in (*model.model.layers, model):
+        fully_shard(unit, mp_policy=policy)
+    rows, left = packed_rows(), []
+    for reduces in (False, True):
+        model.zero_grad()
+        before = tensors_alive()
+        model.set_requires_gradient_sync(reduces)
+        model(**rows, use_cache=False).logits.float().square().mean().backward()
+        left.append(tensors_alive() - before)
+    torch.distributed.destroy_process_group()
+    return left[0], left[1]
+
+
+def test_a_micro_batch_that_is_not_reduced_leaves_the_whole_gradient_in_fp32() -> None:
+    shape = shape_of(build(torch.float32))
+    one, two = (estimate_memory(shape, setup("fsdp2", 2, micro_batches=count)).gathered for count in (1, 2))
+    assert two - one == pytest.approx(4 * shape.parameters)
+    for unreduced, _ in run_ranks(accumulate, 2):
+        assert unreduced == pytest.approx(4 * shape.parameters, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_is_what_its_paper_says(stage: int) -> None:
+    """Rajbhandari et al., figure 1: 7.5 billion parameters on 64 devices."""
+    shape = ModelShape(7_500_000_000, 50_000, 4096, 36, 1, 16_384, 32, 4096, 4096)
+    strategies: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
+    estimate = estimate_memory(shape, setup(strategies[stage], 64))
+    published = {1: 31.4, 2: 16.6, 3: 1.9}[stage]
+    assert (estimate.parameters + estimate.gradients + estimate.optimizer) / 1e9 == pytest.approx(published, abs=0.05)
+
+
+def test_zero_has_fp32_masters_always() -> None:
+    shape = shape_of(build(torch.float32))
+    assert estimate_memory(shape, setup("zero2", 4, "fp32")).optimizer == 12 * shape.parameters / 4
+    with pytest.raises(UserError, match="pure-bf16 is not DeepSpeed's"):
+        estimate_memory(shape, setup("zero2", 4, "pure-bf16"))
+
+
+def kept_bytes(model: LlamaForCausalLM) -> int:
+    """Bytes that autograd keeps for the backward pass of the decoder and the loss, without parameters, each storage once."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}  # the tensors are held, so that no address comes twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in parameters:
+            kept[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pack(model.model(**packed_rows(), use_cache=False).last_hidden_state)  # the loss keeps it
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("vocabulary_only", [False, True])
+def test_activations_are_what_autograd_keeps(precision: str, attention: str, vocabulary_only: bool) -> None:
+    model = build(TYPES[precision], attention=attention)
+    if vocabulary_only:
+        freeze_layers(model)
+    found = kept_bytes(model)
+    estimate = estimate_memory(
+        shape_of(model), setup("fsdp2", 1, precision, attention=attention, vocabulary_only=vocabulary_only)
+    )
+    assert estimate.activations == pytest.approx(found, rel=0.03)
+
+
+def test_recomputation_keeps_the_input_of_each_layer() -> None:
+    model = build(torch.bfloat16)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    shape, tokens = shape_of(model), ROWS * LENGTH
+    full = estimate_memory(shape, setup(activation_checkpointing="full")).activations
+    none = estimate_memory(shape, setup()).activations
+    final = tokens * 8 * shape.width
+    recomputed = (none - final) / shape.layers
+    assert full - recomputed == pytest.approx(kept_bytes(model), rel=0.05)
+    assert full < estimate_memory(shape, setup(activation_checkpointing="selective")).activations < none
+
+
+def test_the_peak_of_the_loss_is_what_is_said() -> None:
+    """Peak of what the loss allocates, by the profiler."""
+    shape = shape_of(build(torch.float32))
+    hidden = torch.randn(ROWS * LENGTH, shape.width, requires_grad=True)
+    weight = torch.randn(shape.vocabulary, shape.width, requires_grad=True)
+    labels = torch.randint(0, shape.vocabulary, (ROWS * LENGTH,))
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        cross_entropy_sum(hidden, weight, labels, 64).backward()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert estimate_memory(shape, setup(precision="fp32")).logits == pytest.approx(peak, rel=0.01)
+
+
+def test_the_setup_follows_from_the_configuration() -> None:
+    config = TrainingConfig(tokens=10**6, batch_rows=64, micro_batch_rows=2, sequence_length=512)
+    found = MemorySetup.of(config, "fsdp2", processes=8, shards=4)
+    assert (found.shards, found.micro_batches, found.tokens, found.compute) == (4, 4, 1024, 2)
+    assert found.activation_checkpointing == "none"
+
+
+def test_a_configuration_without_heads_is_named() -> None:
+    with pytest.raises(UserError, match=r"config\.json of mamba has no num_attention_heads"):
+        ModelShape.from_config({"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1}, 1, "mamba")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_the_smallest_limit_of_the_control_groups_around_counts(tmp_path: Path) -> None:
+    write(tmp_path / "proc/self/cgroup", "0::/system.slice/job_7/step_0/task_3\n")
+    write(tmp_path / "sys/fs/cgroup/system.slice/job_7/memory.max", "8589934592\n")
+    write(tmp_path / "sys/fs/cgroup/system.slice/job_7/step_0/task_3/memory.max", "max\n")
+    assert _cgroup_limits(tmp_path) == [8 * 2**30]
+    write(tmp_path / "proc/self/cgroup", "9:cpu,cpuacct:/x\n5:memory:/slurm/job_7\n")
+    write(tmp_path / "sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes", "4294967296\n")
+    assert _cgroup_limits(tmp_path) == [4 * 2**30]
+
+
+def test_available_memory_is_shared_by_the_processes_of_a_node() -> None:
+    device = torch.device("cpu")
+    assert 0 < available_memory(device, {}) <= _memory_free() * 1.1
+    job = {"SLURM_MEM_PER_NODE": "1024"}
+    assert available_memory(device, job) == 2**30
+    assert available_memory(device, job | {"LOCAL_WORLD_SIZE": "4"}) == 2**28
+    assert available_memory(device, job | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),2"}) == 2**28

@@ -1,0 +1,280 @@
+"""The memory that training takes on one process, from shapes and settings alone; and the memory that there is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.errors import UserError
+from training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    import torch  # `cpt-merge plan` estimates without it
+
+Strategy = Literal["fsdp2", "zero1", "zero2", "zero3"]
+ZERO_BUCKET = 5e8  # elements; DeepSpeed's default reduce_bucket_size
+CHECKPOINTING = {"False": "none", "True": "full", "none": "none", "full": "full", "selective": "selective"}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a decoder that its memory follows from."""
+
+    parameters: int  # a tied matrix once
+    vocabulary: int
+    width: int
+    layers: int
+    matrices: int  # 1 if embedding and head are tied, else 2
+    intermediate: int  # width of the gated MLP
+    heads: int
+    query: int  # heads * head_dim
+    key_value: int  # key-value heads * head_dim
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any], parameters: int, name: str) -> ModelShape:
+        """From the values of a config.json. Raises `UserError`, with the model's `name`, if one is missing."""
+        for wanted in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if wanted not in config:
+                raise UserError(f"config.json of {name} has no {wanted}; only decoder language models can be planned.")
+        width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        head = config.get("head_dim") or width // heads
+        return ModelShape(
+            parameters=parameters,
+            vocabulary=int(config["vocab_size"]),
+            width=width,
+            layers=int(config["num_hidden_layers"]),
+            matrices=1 if config.get("tie_word_embeddings") else 2,
+            intermediate=int(config.get("intermediate_size") or 4 * width),
+            heads=heads,
+            query=heads * head,
+            key_value=(config.get("num_key_value_heads") or heads) * head,
+        )
+
+    def resized(self, vocabulary: int) -> ModelShape:
+        """The same model with another number of rows."""
+        more = (vocabulary - self.vocabulary) * self.width * self.matrices
+        return ModelShape(**(vars(self) | {"parameters": self.parameters + more, "vocabulary": vocabulary}))
+
+    @property
+    def vocabulary_parameters(self) -> int:
+        """Parameters of embedding and head."""
+        return self.vocabulary * self.width * self.matrices
+
+    @property
+    def layer_parameters(self) -> float:
+        """Parameters of one decoder layer."""
+        return (self.parameters - self.vocabulary_parameters) / max(self.layers, 1)
+
+
+@dataclass(frozen=True)
+class MemorySetup:
+    """What the memory of one process follows from, beside the model."""
+
+    strategy: Strategy
+    shards: int  # processes that the parameters are divided over; 1: not divided. HSDP: those of one replica
+    precision: str
+    sequence_length: int
+    micro_batch_rows: int
+    micro_batches: int  # of one process in one step
+    loss_chunk: int
+    activation_checkpointing: str = "none"  # none | selective | full
+    attention: str = "sdpa"
+    vocabulary_only: bool = False  # only embedding and head are trained
+
+    @staticmethod
+    def of(config: TrainingConfig, strategy: Strategy, processes: int, shards: int) -> MemorySetup:
+        """The setup of a configuration on so many processes."""
+        return MemorySetup(
+            strategy,
+            shards,
+            config.precision,
+            config.sequence_length,
+            config.micro_batch_rows,
+            -(-config.batch_rows // (processes * config.micro_batch_rows)),
+            config.loss_chunk,
+            CHECKPOINTING[str(config.activation_checkpointing)],  # a bool until the key takes a word
+            config.attention,
+        )
+
+    @property
+    def compute(self) -> int:
+        """Bytes of a number in the compute type."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.sequence_length * self.micro_batch_rows
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one process, by part."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts."""
+        return float(sum(vars(self).values()))
+
+
+def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
+    """Memory of one process at its peak, without the allocator's fragments and the libraries' own buffers (1-2 GB).
+
+    Parameters, gradients and optimizer are exact up to the padding of the last shard; `_fsdp2` and `_zero` say what
+    is divided. `gathered` is what exists undivided for a while. Only what is trained has gradients and moments.
+    """
+    trained = shape.vocabulary_parameters if setup.vocabulary_only else shape.parameters
+    if setup.strategy == "fsdp2":
+        parameters, gradients, optimizer, gathered = _fsdp2(shape, setup, trained)
+    else:
+        parameters, gradients, optimizer, gathered = _zero(shape, setup, trained)
+    return MemoryEstimate(parameters, gradients, optimizer, gathered, _activations(shape, setup), _logits(shape, setup))
+
+
+def _fsdp2(shape: ModelShape, setup: MemorySetup, trained: float) -> tuple[float, float, float, float]:
+    """FSDP2, and HSDP with the shards of one replica. With N shards, P parameters, T of them trained, m bytes of the
+    master type (4; pure-bf16: 2) and c of the compute type:
+
+        parameters m P / N    gradients m T / N    optimizer (AdamW's two moments) 2 m T / N
+
+    Gathered, in the compute type: the root unit (embedding and head) from the forward pass to the end of the backward
+    pass, with its gradient; of the layers the current and the next, and the current one's gradient; one unit's
+    gradient in fp32 on its way into the reduction. If a step has several micro-batches and only the last one reduces
+    (`set_requires_gradient_sync`), the gradient of the whole model is kept in fp32 besides, undivided: 4 T.
+    """
+    master = 2 if setup.precision == "pure-bf16" else 4
+    layer, vocabulary = shape.layer_parameters, shape.vocabulary_parameters
+    trained_layer = 0 if setup.vocabulary_only else layer
+    layers = setup.compute * (2 * layer + trained_layer) + 4 * trained_layer
+    gathered = setup.compute * 2 * vocabulary + max(layers, 4 * vocabulary)
+    if setup.micro_batches > 1:
+        gathered += 4 * trained
+    mine = master / setup.shards
+    return shape.parameters * mine, trained * mine, 2 * trained * mine, gathered
+
+
+def _zero(shape: ModelShape, setup: MemorySetup, trained: float) -> tuple[float, float, float, float]:
+    """DeepSpeed's ZeRO (Rajbhandari et al., ZeRO, 2020, section 3), letters as in `_fsdp2`:
+
+        parameters c P, from stage 3 / N    gradients c T, from stage 2 / N
+        optimizer 12 T / N from stage 1: fp32 master weights and AdamW's two moments, for fp32 training too
+
+    Gathered: the fp32 gradient of this process's part in the optimizer's step, two buckets of the reduction, and for
+    stage 3 embedding, head and two layers.
+    """
+    if setup.precision == "pure-bf16":
+        raise UserError("training.precision: pure-bf16 is not DeepSpeed's, which keeps fp32 masters; set bf16.")
+    stage = int(setup.strategy[-1])
+    parameters = setup.compute * shape.parameters / (setup.shards if stage == 3 else 1)
+    gradients = setup.compute * trained / (setup.shards if stage >= 2 else 1)
+    gathered = 4 * trained / setup.shards + 2 * setup.compute * min(ZERO_BUCKET, trained)
+    if stage == 3:
+        gathered += setup.compute * (shape.vocabulary_parameters + 2 * shape.layer_parameters)
+    return parameters, gradients, 12 * trained / setup.shards, gathered
+
+
+def _activations(shape: ModelShape, setup: MemorySetup) -> float:
+    """What autograd keeps of one micro-batch, and one layer's as it is recomputed. The final norm counts with them."""
+    whole = _kept_by_layer(shape, setup)
+    final = (4 + 2 * setup.compute) * shape.width
+    if setup.activation_checkpointing == "none":
+        return setup.tokens * (shape.layers * whole + final)
+    kept = setup.compute * shape.width  # the input of the layer
+    if setup.activation_checkpointing == "selective":  # and the outputs of attention and of the matrix products
+        products = shape.query + 2 * shape.key_value + shape.width + 2 * shape.intermediate + shape.width
+        kept += setup.compute * (shape.query + products) + 4 * shape.heads
+    return setup.tokens * (shape.layers * kept + whole + final)
+
+
+def _kept_by_layer(shape: ModelShape, setup: MemorySetup) -> float:
+    """Bytes that autograd keeps of one token in one layer of transformers' LLaMA, uncompiled, counted in its graph.
+
+    For width h, query width q, MLP width i and c bytes of the compute type: two norms in fp32 (4 h each, and 4 for the
+    root), gate, its activation and up (3 c i). Matrices that are trained keep their input, norms their normalised
+    one: 4 c h + c i. Attention: see `_kept_by_attention`.
+    """
+    c, h, i = setup.compute, shape.width, shape.intermediate
+    frozen = 2 * (4 * h + 4) + 3 * c * i + _kept_by_attention(shape, setup)
+    return frozen if setup.vocabulary_only else frozen + 4 * c * h + c * i
+
+
+def _kept_by_attention(shape: ModelShape, setup: MemorySetup) -> float:
+    """For heads a, row length s: flash attention keeps q, k, v, its output and an fp32 number per head.
+
+    sdpa, given a mask for packed documents, repeats keys and values to the width of q and keeps the mask in the
+    compute type: c s. eager keeps the weights, in fp32 and in the compute type: a s (4 + c).
+    """
+    c, q, s = setup.compute, shape.query, setup.sequence_length
+    if setup.attention == "eager":
+        scores = shape.heads * s * (4 if c == 4 else 4 + c)
+        return 3 * c * q + scores + (0 if setup.vocabulary_only else c * q)
+    if setup.attention == "sdpa":
+        return 4 * c * q + c * s + 4 * shape.heads
+    return 2 * c * (q + shape.key_value) + 4 * shape.heads
+
+
+def _logits(shape: ModelShape, setup: MemorySetup) -> float:
+    """The head and the loss (training/loss.py), for chunks of t tokens, vocabulary V, width h and c bytes.
+
+    As a chunk begins: its logits and log-probabilities in fp32, the probabilities of the chunk before and its gradient,
+    (12 + c) t V; and the gradient of the head, 4 V h. As a chunk ends: (4 + c) t V, and that gradient with what the
+    chunk adds to it, (4 + c) V h. The gradient of the hidden states besides.
+    """
+    c, hidden = setup.compute, setup.compute * setup.tokens * shape.width
+    chunk = min(setup.loss_chunk, setup.tokens) * shape.vocabulary
+    head = shape.vocabulary * shape.width
+    return max((12 + c) * chunk + 4 * head, (4 + c) * (chunk + head)) + hidden
+
+
+def available_memory(device: torch.device, environment: Mapping[str, str] = os.environ) -> int:
+    """Bytes that this process can have: the GPU's total, or its share of what the node or the job has free."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [_memory_free(), *_cgroup_limits()]
+    if int(environment.get("SLURM_MEM_PER_NODE", "0")):  # MB; 0: the whole node
+        limits.append(int(environment["SLURM_MEM_PER_NODE"]) * 2**20)
+    return min(limits) // _processes_on_node(environment)
+
+
+def _memory_free(root: Path = Path("/")) -> int:
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _cgroup_limits(root: Path = Path("/")) -> list[int]:
+    """The limits of this process's control groups and of those around them, version 1 and 2."""
+    found = []
+    membership = root / "proc/self/cgroup"
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            base, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inner = Path(path.lstrip("/"))
+        files = [base / part / name for part in (inner, *inner.parents)]  # in a container only the outermost is seen
+        found += [file.read_text().strip() for file in files if file.is_file()]
+    return [int(text) for text in found if text != "max"]
+
+
+def _processes_on_node(environment: Mapping[str, str]) -> int:
+    """Processes that share this node. Slurm writes `4(x2),3` for two nodes of four and one of three."""
+    if "LOCAL_WORLD_SIZE" in environment:
+        return int(environment["LOCAL_WORLD_SIZE"])
+    counts = re.sub(r"\(x\d+\)", "", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return max(int(count) for count in counts.split(","))
