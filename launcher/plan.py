@@ -70,7 +70,7 @@ def estimate_memory(shape: ModelShape, config: TrainingConfig, processes: int) -
     compute = 4 if config.precision == "fp32" else 2
     vocabulary = shape.vocabulary * shape.width * shape.matrices
     layer = (shape.parameters - vocabulary) / max(shape.layers, 1)
-    per_layer = 2 if config.activation_checkpointing else 34
+    per_layer = {"none": 34, "full": 2, "selective": 14}[config.activation_checkpointing]
     tokens = config.sequence_length * config.micro_batch_rows
     return MemoryEstimate(
         parameters=shape.parameters * master / processes,
