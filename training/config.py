@@ -90,9 +90,18 @@ class TrainingConfig(Section):
     optimizer: OptimizerConfig = key(OptimizerConfig(), "AdamW")
     schedule: ScheduleConfig = key(ScheduleConfig(), "learning rate schedule, of each phase")
     phases: list[PhaseConfig] = key([], "what is trained one after the other; every weight all the time if not set")
-    activation_checkpointing: bool = key(False, "recompute each decoder layer in the backward pass, to save memory")
+    fp8: bool = key(False, "float8 matmuls in the decoder layers, by torchao; GPUs of capability 8.9 and newer")
+    activation_checkpointing: Literal["none", "full", "selective"] = key(
+        "none",
+        "what the backward pass computes again to save memory: nothing, each layer, or each layer but for attention and "
+        "every second matmul",
+    )
     compile: bool = key(False, "torch.compile each decoder layer")
-    attention: Literal["sdpa", "eager"] = key("sdpa", "attention implementation of transformers")
+    attention: Literal["flash", "sdpa", "flex", "eager"] = key(
+        "flash",
+        "flash: document by document (a GPU's variable-length kernel, bf16 only; on a CPU sdpa per document); "
+        "sdpa, flex, eager: transformers' own, with a mask",
+    )
     loss_chunk: int = key(1024, "tokens whose logits exist at once in the head and the loss", unit="tokens", gt=0)
     log_every: int = key(10, "steps between two rows of metrics", unit="steps", gt=0)
     evaluate_every: int = key(

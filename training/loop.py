@@ -99,8 +99,6 @@ class Trainer:
         None if all processes agreed to stop before its end; then nothing has changed.
         """
         config, first = self.config, state.step * self.config.batch_rows
-        # dropout, where a model has any, is a function of (seed, step, process): there is no state to save
-        torch.manual_seed(hash((config.seed, state.step, self.parallel.world.rank)) & 0x7FFFFFFF)
         targets = self.rows.targets(range(first, first + config.batch_rows))
         total = torch.zeros((), device=self.parallel.device)
         micro = self._micro_batches(state.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,52 +12,116 @@ from torch import Tensor
 from training.packing import IGNORED
 
 
+@dataclass(frozen=True)
+class Head:
+    """How a hidden state h becomes logits: z = softcap * tanh(scale * (h W^T + b) / softcap).
+
+    Without `softcap`, z = scale * (h W^T + b). The rows 0 .. frozen_rows - 1 of W and b get no gradient.
+    """
+
+    weight: Tensor  # [vocabulary, width]
+    bias: Tensor | None = None  # [vocabulary]
+    scale: float = 1.0
+    softcap: float | None = None
+    frozen_rows: int = 0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits [tokens, vocabulary] of `hidden` [tokens, width]."""
+        return self._finish(_matmul(hidden, self.weight.T))
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        """From h W^T to z, in place."""
+        if self.bias is not None:
+            logits += self.bias
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+def cross_entropy_sum(hidden: Tensor, head: Head, labels: Tensor, chunk: int) -> Tensor:
+    """Sum over the targets of -ln p(target), in nats, float32.
+
+    `hidden` [tokens, width], `labels` [tokens] with IGNORED where there is no target; `chunk` tokens are taken at a
+    time. May be differentiated once.
+    """
+    if torch.is_grad_enabled():
+        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, head, labels, chunk)  # type: ignore[no-any-return, no-untyped-call]
+    parts = zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
+    return torch.stack([F.cross_entropy(head.logits(h), y, ignore_index=IGNORED, reduction="sum") for h, y in parts]).sum()
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies; its gradients are computed in the forward pass, chunk by chunk.
 
-    For logits z = h W^T, softmax p and one-hot targets y: d loss / dz = p - y, d loss / dh = (p - y) W and
-    d loss / dW = sum over tokens of (p - y)^T h. Peak memory: chunk * vocabulary logits, and one gradient of W.
+    For logits z, softmax p and one-hot targets y, a = h W^T + b: d loss / dz = p - y, and with
+    dz / da = scale * (1 - (z / softcap)^2) =: s, g = (p - y) s: d loss / dh = g W, d loss / dW = sum over tokens of
+    g^T h, d loss / db = sum over tokens of g. Peak memory: two chunks of logits (float32, and in the type of the
+    matmuls), and one float32 gradient of W.
     """
 
     @staticmethod
-    def forward(context: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(
+        context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, labels: Tensor, chunk: int
+    ) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        weight_gradient = torch.zeros_like(weight, dtype=_accumulator(weight))
+        bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=_accumulator(weight))
+        trained = slice(head.frozen_rows, None)
         for part, target, out in zip(
             torch.split(hidden, chunk), torch.split(labels, chunk), torch.split(hidden_gradient, chunk), strict=True
         ):
-            log_probabilities = F.log_softmax((part @ weight.T).float(), dim=-1)
-            loss += F.nll_loss(log_probabilities, target, ignore_index=IGNORED, reduction="sum")
-            gradient = log_probabilities.exp_()  # p
-            kept = (target != IGNORED).unsqueeze(1)
-            gradient.scatter_add_(1, target.clamp_min(0).unsqueeze(1), -torch.ones_like(kept, dtype=gradient.dtype))
-            gradient = (gradient * kept).to(hidden.dtype)  # p - y, and nothing where there is no target
-            out.copy_(gradient @ weight)
-            weight_gradient += gradient.T @ part
-        context.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+            nats, gradient = _loss_and_gradient(head.logits(part), target, head)
+            loss += nats
+            if bias_gradient is not None:
+                bias_gradient[trained] += gradient[:, trained].sum(0)
+            gradient = gradient.to(hidden.dtype)
+            torch.mm(gradient, weight, out=out)
+            _add_matmul(weight_gradient[trained], gradient[:, trained].T, part)
+        context.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
+        context.dtype = weight.dtype
         return loss
 
     @staticmethod
-    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden_gradient, weight_gradient = context.saved_tensors
-        (scale,) = upstream
-        return (
-            hidden_gradient * scale.to(hidden_gradient.dtype),
-            weight_gradient * scale.to(weight_gradient.dtype),
-            None,
-            None,
+    def backward(context: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # in place: a second backward pass would see changed tensors, which autograd refuses
+        hidden, weight, bias = (
+            gradient if gradient is None else gradient.mul_(upstream[0]) for gradient in context.saved_tensors
         )
+        return hidden, weight.to(context.dtype), None if bias is None else bias.to(context.dtype), None, None, None
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-    """Sum over the targets of -ln p(target), in nats.
+def _loss_and_gradient(logits: Tensor, target: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """(sum of -ln p(target), its gradient by h W^T + b) of a chunk of logits, which are overwritten."""
+    slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
+    kept = (target != IGNORED).unsqueeze(1).to(logits.dtype)
+    place = target.clamp_min(0).unsqueeze(1)
+    largest = logits.amax(1, keepdim=True)
+    at_target = logits.gather(1, place) - largest
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    nats = ((total.log() - at_target) * kept).sum()
+    gradient = logits.mul_(kept * head.scale / total)  # p, and nothing where there is no target
+    gradient.scatter_add_(1, place, -kept * head.scale)  # p - y
+    return nats, gradient if slope is None else gradient.mul_(slope)
 
-    `hidden` [tokens, width], `weight` [vocabulary, width], `labels` [tokens] with IGNORED where there is no target;
-    `chunk` tokens are taken at a time.
-    """
-    if torch.is_grad_enabled():
-        return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-any-return, no-untyped-call]
-    parts = zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
-    losses = [F.cross_entropy((h @ weight.T).float(), y, ignore_index=IGNORED, reduction="sum") for h, y in parts]
-    return torch.stack(losses).sum()
+
+def _accumulator(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32 (or wider). On a GPU the product of two bfloat16 matrices is not rounded in between."""
+    wide = _accumulator(a)
+    if a.dtype != wide and a.is_cuda:
+        return torch.mm(a, b, out_dtype=wide)
+    return torch.mm(a, b).to(wide)
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _matmul(a, b)

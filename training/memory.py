@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 Strategy = Literal["fsdp2", "zero1", "zero2", "zero3"]
 ZERO_BUCKET = 5e8  # elements; DeepSpeed's default reduce_bucket_size
-CHECKPOINTING = {"False": "none", "True": "full", "none": "none", "full": "full", "selective": "selective"}
 
 
 @dataclass(frozen=True)
@@ -79,24 +78,22 @@ class MemorySetup:
     precision: str
     sequence_length: int
     micro_batch_rows: int
-    micro_batches: int  # of one process in one step
     loss_chunk: int
     activation_checkpointing: str = "none"  # none | selective | full
     attention: str = "sdpa"
     vocabulary_only: bool = False  # only embedding and head are trained
 
     @staticmethod
-    def of(config: TrainingConfig, strategy: Strategy, processes: int, shards: int) -> MemorySetup:
-        """The setup of a configuration on so many processes."""
+    def of(config: TrainingConfig, strategy: Strategy, shards: int) -> MemorySetup:
+        """The setup of a configuration whose state is divided over so many processes."""
         return MemorySetup(
             strategy,
             shards,
             config.precision,
             config.sequence_length,
             config.micro_batch_rows,
-            -(-config.batch_rows // (processes * config.micro_batch_rows)),
             config.loss_chunk,
-            CHECKPOINTING[str(config.activation_checkpointing)],  # a bool until the key takes a word
+            config.activation_checkpointing,
             config.attention,
         )
 
@@ -150,16 +147,13 @@ def _fsdp2(shape: ModelShape, setup: MemorySetup, trained: float) -> tuple[float
 
     Gathered, in the compute type: the root unit (embedding and head) from the forward pass to the end of the backward
     pass, with its gradient; of the layers the current and the next, and the current one's gradient; one unit's
-    gradient in fp32 on its way into the reduction. If a step has several micro-batches and only the last one reduces
-    (`set_requires_gradient_sync`), the gradient of the whole model is kept in fp32 besides, undivided: 4 T.
+    gradient in fp32 on its way into the reduction, which follows every micro-batch.
     """
     master = 2 if setup.precision == "pure-bf16" else 4
     layer, vocabulary = shape.layer_parameters, shape.vocabulary_parameters
     trained_layer = 0 if setup.vocabulary_only else layer
     layers = setup.compute * (2 * layer + trained_layer) + 4 * trained_layer
     gathered = setup.compute * 2 * vocabulary + max(layers, 4 * vocabulary)
-    if setup.micro_batches > 1:
-        gathered += 4 * trained
     mine = master / setup.shards
     return shape.parameters * mine, trained * mine, 2 * trained * mine, gathered
 

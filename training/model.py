@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -14,8 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint.reader import Checkpoint
 from core.errors import UserError
+from core.progress import say
+from training.attention import IMPLEMENTATIONS, attention_arguments, check_supported
 from training.config import TrainingConfig
-from training.loss import cross_entropy_sum
+from training.fp8 import convert_to_fp8
+from training.head import find_head_form
+from training.loss import Head, cross_entropy_sum
 from training.packing import Batch
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -25,7 +29,7 @@ class CausalLM(nn.Module):
     """A causal LM whose forward pass gives the loss.
 
     The head is applied within this module's forward, so that under FSDP its weight is gathered there, and the logits
-    are made in chunks.
+    are made in chunks. Dropout is off: a run then has no random state but its data order, and resumes exactly.
     """
 
     model: Any  # a PreTrainedModel; transformers has no types
@@ -34,76 +38,148 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.loss_chunk = loss_chunk
-        head = model.get_output_embeddings()
-        if head is None or getattr(head, "bias", None) is not None:
-            raise UserError(f"{type(model).__name__} has no plain output head; such models cannot be trained here yet.")
-        if getattr(model.config, "final_logit_softcapping", None):
-            raise UserError(f"{type(model).__name__} caps its logits; such models cannot be trained here yet.")
+        self.form = find_head_form(model)
+        self.frozen_rows = 0
+        """The rows 0 .. frozen_rows - 1 of embedding and head get no gradient: exactly zero."""
+        model.get_input_embeddings().register_forward_hook(self._freeze)
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
-        return cast(nn.ModuleList, self.model.get_decoder().layers)
+        return decoder_layers(self.model)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of the cross-entropies of the batch's targets, in nats."""
+    @property
+    def head(self) -> Head:
+        """The output head as it is now; under FSDP, to be used within `forward` only."""
+        output = self.model.get_output_embeddings()
+        bias = getattr(output, "bias", None)
+        return Head(output.weight, bias, self.form.scale, self.form.softcap, self.frozen_rows)
+
+    def forward(self, batch: Batch, last: bool = False) -> Tensor:
+        """Sum of the cross-entropies of the batch's targets, in nats.
+
+        With `last`, instead the float32 logits [rows, vocabulary] of each row's last position; no others are made.
+        """
         hidden = self.model.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **attention_arguments(batch, self.model.config),
         ).last_hidden_state
-        return cross_entropy_sum(
-            hidden.flatten(0, 1), self.model.get_output_embeddings().weight, batch.labels.flatten(), self.loss_chunk
-        )
+        if last:
+            return self.head.logits(hidden[:, -1])
+        return cross_entropy_sum(hidden.flatten(0, 1), self.head, batch.labels.flatten(), self.loss_chunk)
+
+    def train(self, mode: bool = True) -> CausalLM:
+        """Training mode for this module; the model within stays in evaluation mode, so that nothing in it is random."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def _freeze(self, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not self.frozen_rows:
+            return output
+        return torch.where((inputs[0] < self.frozen_rows).unsqueeze(-1), output.detach(), output)
 
 
 def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
-    """The model of a checkpoint with its parameters on the meta device: shapes without memory."""
+    """The model of a checkpoint with its parameters on the meta device: shapes without memory.
+
+    Raises `UserError` for a model that cannot be trained as the configuration says.
+    """
     model_config = AutoConfig.from_pretrained(directory)
     dtype = torch.bfloat16 if config.precision == "pure-bf16" else torch.float32
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=config.attention)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=dtype, attn_implementation=IMPLEMENTATIONS[config.attention]
+            )
+    except (ValueError, ImportError) as error:  # an unknown architecture, or an attention that it does not support
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"the model in {directory} cannot be built with attention: {config.attention} ({reason})") from None
     model.tie_weights()
+    check_supported(model, config)
+    _say_what_is_left_out(model_config.get_text_config(decoder=True))
+    if config.fp8:
+        convert_to_fp8(decoder_layers(model), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return CausalLM(model, config.loss_chunk).train()
+
+
+def _say_what_is_left_out(config: Any) -> None:
+    dropout = [name for name, value in config.to_dict().items() if _is_dropout(name) and value]
+    if dropout:
+        say(f"model: {', '.join(dropout)} of its config.json are not used; training is without dropout")
+    if getattr(config, "router_aux_loss_coef", None) or getattr(config, "num_local_experts", None):
+        say("model: the auxiliary loss of its expert routers is not added to the loss")
+
+
+def _is_dropout(name: str) -> bool:
+    return "dropout" in name or name.endswith("_pdrop")
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a model of transformers: the one list of `num_hidden_layers` modules in its decoder.
+
+    Raises `UserError` if there is none.
+    """
+    decoder = model.get_decoder()
+    count = decoder.config.num_hidden_layers
+    for module in decoder.children():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"{type(model).__name__} has no list of {count} decoder layers; such models cannot be trained here.")
 
 
 def load_weights(module: CausalLM, directory: Path, device: torch.device) -> None:
     """Fill the (sharded) meta parameters from a checkpoint; every process reads only its own rows.
 
-    Raises `UserError` for a parameter that the checkpoint lacks or holds in another shape.
+    Buffers that a checkpoint holds are read whole; the others were computed when the model was built.
+    Raises `UserError` for a tensor that the checkpoint lacks or holds in another shape or type.
     """
     checkpoint = Checkpoint.open(directory)
     state: dict[str, Any] = {}
     loaded: dict[int, nn.Parameter] = {}  # a tied parameter is loaded once and stays one
     for name, parameter in module.model.named_parameters(remove_duplicate=False):
         if id(parameter) not in loaded:
-            loaded[id(parameter)] = nn.Parameter(_load_parameter(checkpoint, name, parameter, device))
+            loaded[id(parameter)] = nn.Parameter(_load_tensor(checkpoint, name, parameter, device))
         state[name] = loaded[id(parameter)]
+    stored = module.model.state_dict().keys()  # parameters and persistent buffers
+    for name, buffer in module.model.named_buffers():
+        if name in stored:
+            state[name] = _load_tensor(checkpoint, name, buffer, device)
     module.model.load_state_dict(state, strict=False, assign=True)
     module.to(device)
+    unused = sorted(checkpoint.tensors.keys() - state.keys())
+    if unused:
+        say(f"model: {len(unused)} tensors of {directory} are not part of the model and not used: {unused[0]}, ...")
 
 
-def _load_parameter(checkpoint: Checkpoint, name: str, parameter: Tensor, device: torch.device) -> Tensor:
+def _load_tensor(checkpoint: Checkpoint, name: str, target: Tensor, device: torch.device) -> Tensor:
     info = checkpoint.tensors.get(name)
-    if info is None or tuple(info.shape) != tuple(parameter.shape):
+    if info is None or tuple(info.shape) != tuple(target.shape):
         found = f"in shape {tuple(info.shape)}" if info else "not at all"
         raise UserError(
-            f"{checkpoint.directory} holds {name} {found}, the model needs {tuple(parameter.shape)}; "
-            "use a checkpoint of the architecture that its config.json names."
+            f"{checkpoint.directory} holds {name} {found}, the model needs {tuple(target.shape)}; "
+            "use a checkpoint whose tensors have the names and shapes that transformers gives them."
         )
-    start, stop = local_rows(parameter)
-    stored = torch.from_numpy(checkpoint.read(name, start, stop)).view(TORCH_DTYPES[info.dtype])
-    local = stored.to(device=device, dtype=parameter.dtype)
-    if not isinstance(parameter, DTensor):
+    if target.is_floating_point() and info.dtype not in TORCH_DTYPES:
+        raise UserError(f"{checkpoint.directory} holds {name} as {info.dtype}; convert the checkpoint to bfloat16.")
+    start, stop = local_rows(target)
+    stored = torch.from_numpy(checkpoint.read(name, start, stop))
+    if info.dtype in TORCH_DTYPES:
+        stored = stored.view(TORCH_DTYPES[info.dtype])
+    local = stored.to(device=device, dtype=target.dtype)
+    if not isinstance(target, DTensor):
         return local
     return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, run_check=False,
-        shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
+        local, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
+    )
 
 
 def local_rows(parameter: Tensor) -> tuple[int, int]:
     """The rows [start, stop) of dimension 0 that this process holds."""
     if not isinstance(parameter, DTensor):
-        return 0, parameter.shape[0]
+        return 0, parameter.shape[0] if parameter.ndim else 1
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

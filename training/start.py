@@ -48,7 +48,7 @@ def memory_line(start: Start, backend: Backend, parallel: Parallel) -> str:
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     shape = ModelShape.from_config(checkpoint.config, parameters, str(start.model))
     setup = replace(
-        MemorySetup.of(start.config, backend.strategy, parallel.world.size, backend.shard_count),
+        MemorySetup.of(start.config, backend.strategy, backend.shard_count),
         vocabulary_only=start.phase.train != "all",
     )
     needed, there = estimate_memory(shape, setup).total, available_memory(parallel.device)
@@ -71,4 +71,4 @@ def throughput_of(config: TrainingConfig, model: Path, parallel: Parallel) -> Th
     elif parallel.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(parallel.device))
     flops = flops_per_token(AutoConfig.from_pretrained(model), parameters, config.sequence_length) if peak else None
-    return Throughput(config.tokens_per_step, parallel, flops, peak)
+    return Throughput(config, parallel, flops, peak)

@@ -46,7 +46,7 @@ def shape_of(model: LlamaForCausalLM) -> ModelShape:
 
 
 def setup(strategy: Strategy = "fsdp2", shards: int = 1, precision: str = "bf16", **changes: Any) -> MemorySetup:
-    values = {"sequence_length": LENGTH, "micro_batch_rows": ROWS, "micro_batches": 1, "loss_chunk": 64}
+    values = {"sequence_length": LENGTH, "micro_batch_rows": ROWS, "loss_chunk": 64}
     return MemorySetup(strategy, shards, precision, **(values | changes))
 
 
@@ -214,8 +214,8 @@ def test_the_peak_of_the_loss_is_what_is_said() -> None:
 
 def test_the_setup_follows_from_the_configuration() -> None:
     config = TrainingConfig(tokens=10**6, batch_rows=64, micro_batch_rows=2, sequence_length=512)
-    found = MemorySetup.of(config, "fsdp2", processes=8, shards=4)
-    assert (found.shards, found.micro_batches, found.tokens, found.compute) == (4, 4, 1024, 2)
+    found = MemorySetup.of(config, "fsdp2", shards=4)
+    assert (found.shards, found.tokens, found.compute) == (4, 1024, 2)
     assert found.activation_checkpointing == "none"
 
 

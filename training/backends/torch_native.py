@@ -18,15 +18,17 @@ from torch.distributed.tensor import DTensor, Shard
 
 from core.errors import UserError
 from merge.hook import LocalShard
+from training.attention import check_attention, describe_attention
 from training.backends.backend import StepOutcome
 from training.backends.build import Start
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import Strategy
 from training.model import CausalLM, build_model, load_weights, local_rows, named_local_parameters
 from training.optimizer import build_optimizer, set_rate
-from training.packing import Batch
+from training.packing import IGNORED, Batch
 from training.parallel import Parallel
 from training.phases import select_trained
+from training.recompute import apply_recompute
 
 
 class TorchBackend:
@@ -51,9 +53,11 @@ class TorchBackend:
         """Select, shard, load, in this order: no process ever holds more than its part."""
         module = build_model(start.model, start.config)
         select_trained(module, start.phase, start.base_rows)
+        prepare_layers(module, start.config)
         if needs_sharding(start.config, parallel):
             shard(module, start.config, parallel)
         load_weights(module, start.model, parallel.device)
+        check_attention(module, start.config, parallel.device)
         optimizer = build_optimizer(module, start.config.optimizer, start.phase)
         return TorchBackend(module, optimizer, start, parallel)
 
@@ -69,7 +73,7 @@ class TorchBackend:
     def logits(self, input_ids: Tensor) -> Tensor:
         """See `Backend`."""
         self.module.eval()
-        logits: Tensor = self.module.last_logits(input_ids)
+        logits: Tensor = self.module(whole_rows(input_ids).to(self.parallel.device), last=True)
         self.module.train()
         return logits
 
@@ -162,13 +166,28 @@ class TorchBackend:
 
     def describe(self) -> dict[str, str]:
         """See `Backend`."""
-        return {**describe_model(self.module, self.start.config), "backend": describe_backend(self.module, self.parallel)}
+        model = describe_model(self.module, self.start.config, self.parallel.device)
+        return {**model, "backend": describe_backend(self.module, self.parallel)}
 
     def close(self) -> None:
         """See `Backend`."""
         self._stager.close()
         self.module.to_empty(device="meta")
         self.optimizer.state.clear()
+
+
+def prepare_layers(module: CausalLM, config: TrainingConfig) -> None:
+    """Activation checkpointing, then compile, in this order and before sharding, so that each sees the one before."""
+    apply_recompute(module.layers, config.activation_checkpointing)
+    if config.compile:
+        for layer in module.layers:
+            layer.compile()
+
+
+def whole_rows(input_ids: Tensor) -> Batch:
+    """Rows of one document each, without targets."""
+    positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+    return Batch.of(input_ids, torch.full_like(input_ids, IGNORED), positions.contiguous())
 
 
 def needs_sharding(config: TrainingConfig, parallel: Parallel) -> bool:
@@ -203,6 +222,27 @@ def _prove_sharded(module: CausalLM, parallel: Parallel) -> None:
             raise UserError(f"FSDP2 was asked for but {name} is not sharded; report this with the log.")
         if parameter.device_mesh.size(parameter.device_mesh.ndim - 1) != shards:
             raise UserError(f"{name} is not sharded over {shards} processes; report this with the log.")
+
+
+def describe_model(module: CausalLM, config: TrainingConfig, device: torch.device) -> dict[str, str]:
+    """What is computed, and how."""
+    count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in module.parameters())
+    trained = sum(
+        int(getattr(parameter, "ds_numel", parameter.numel()))
+        for parameter in module.parameters() if parameter.requires_grad
+    )  # fmt: skip
+    name, rows = type(module.model).__name__, module.frozen_rows
+    return {
+        "model": f"{name}, {count / 1e6:,.1f} M parameters"
+        + (f", {trained / 1e6:,.1f} M trained" if trained < count else "")
+        + (f", of embedding and head the rows from {rows:,} on" if rows else ""),
+        "precision": {
+            "bf16": "bf16 compute, fp32 master weights, fp32 reduction", "fp32": "fp32", "pure-bf16": "bf16 throughout",
+        }[config.precision] + (", fp8 matmuls in the layers" if config.fp8 else ""),
+        "attention": describe_attention(config, device),
+        "layers": ("compiled" if config.compile else "not compiled")
+        + f", activation checkpointing {config.activation_checkpointing}",
+    }  # fmt: skip
 
 
 def describe_backend(module: CausalLM, parallel: Parallel) -> str:

@@ -19,9 +19,10 @@ from torch import Tensor
 from checkpoint.reader import Checkpoint
 from core.errors import UserError
 from merge.hook import LocalShard
+from training.attention import check_attention
 from training.backends.backend import StepOutcome
 from training.backends.build import Start
-from training.backends.torch_native import describe_model, rates_of
+from training.backends.torch_native import describe_model, prepare_layers, rates_of, whole_rows
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import Strategy
 from training.model import CausalLM, build_model, load_weights
@@ -52,6 +53,7 @@ class ZeroBackend:
         stage = settings["zero_optimization"]["stage"]
         module = _build_partitioned(start, settings) if stage == 3 else build_model(start.model, start.config)
         select_trained(module, start.phase, start.base_rows)
+        prepare_layers(module, start.config)
         if stage < 3:
             load_weights(module, start.model, parallel.device)
         optimizer = build_optimizer(module, start.config.optimizer, start.phase)
@@ -59,6 +61,7 @@ class ZeroBackend:
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
         _prove_zero(engine, stage, parallel)
+        check_attention(engine, start.config, parallel.device)
         return ZeroBackend(engine, wrapped, start, parallel)
 
     @property
@@ -79,7 +82,7 @@ class ZeroBackend:
     def logits(self, input_ids: Tensor) -> Tensor:
         """See `Backend`."""
         self.engine.eval()
-        logits: Tensor = self.engine(input_ids)
+        logits: Tensor = self.engine(whole_rows(input_ids).to(self.parallel.device), last=True)
         self.engine.train()
         return logits
 
@@ -156,7 +159,7 @@ class ZeroBackend:
         what = {1: "optimizer", 2: "optimizer and gradients", 3: "optimizer, gradients and parameters"}[self.stage]
         size = self.parallel.world.size
         return {
-            **describe_model(self.module, self.start.config),
+            **describe_model(self.module, self.start.config, self.parallel.device),
             "backend": f"DeepSpeed ZeRO {self.stage}: {what} divided over {size} process{'es' if size > 1 else ''}",
         }
 

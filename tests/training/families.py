@@ -1,0 +1,81 @@
+"""Small random models of many families, for what has to hold in all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from training.packing import IGNORED, Batch
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+}  # fmt: skip
+GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 1}
+GEMMA = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", SIZES),
+    "llama3-rope": (
+        "LlamaConfig",
+        {**SIZES, "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }},
+    ),
+    "mistral": ("MistralConfig", {**SIZES, "sliding_window": 6}),
+    "qwen2": ("Qwen2Config", SIZES),
+    "qwen3": ("Qwen3Config", {**SIZES, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", {**GEMMA, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3TextConfig", GEMMA),
+    "phi3": ("Phi3Config", SIZES),
+    "gpt-neox": ("GPTNeoXConfig", SIZES),
+    "gpt2": ("GPT2Config", GPT2),
+    "olmo2": ("Olmo2Config", SIZES),
+    "cohere": ("CohereConfig", {**SIZES, "logit_scale": 0.3}),
+    "granite": ("GraniteConfig", {**SIZES, "logits_scaling": 6.0, "embedding_multiplier": 3.0}),
+    "stablelm": ("StableLmConfig", SIZES),
+    "starcoder2": ("Starcoder2Config", {**SIZES, "sliding_window": None}),
+    "phi": ("PhiConfig", SIZES),  # its head has a bias
+    "smollm3": ("SmolLM3Config", SIZES),
+    "mixtral": ("MixtralConfig", {**SIZES, "num_local_experts": 4}),
+}  # fmt: skip
+
+
+def make_family(folder: Path, family: str, tied: bool, **changes: Any) -> Any:
+    """A random model of the family, written to `folder` and returned."""
+    name, values = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**values, **changes, "tie_word_embeddings": tied})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():  # so that biases and norms count, and logits are far from uniform
+        torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return model
+
+
+def documents(rows: int, lengths: tuple[int, ...] = (7, 12, 1, 13), vocabulary: int = 96, seed: int = 0) -> Batch:
+    """Rows of documents of these lengths, shifted by one document from row to row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, vocabulary, (rows, sum(lengths)), generator=generator)
+    labels, positions = ids.roll(-1, 1), torch.empty_like(ids)
+    for row in range(rows):
+        shifted = [*lengths[row % len(lengths) :], *lengths[: row % len(lengths)]]
+        positions[row] = torch.cat([torch.arange(length) for length in shifted])
+        labels[row, torch.tensor(shifted).cumsum(0) - 1] = IGNORED
+    return Batch.of(ids, labels, positions)
+
+
+def apart(batch: Batch) -> list[Batch]:
+    """Each document of the batch as a batch of its own."""
+    parts, (rows, length) = [], batch.input_ids.shape
+    for row in range(rows):
+        starts = [*torch.where(batch.position_ids[row] == 0)[0].tolist(), length]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            cut = (tensor[row : row + 1, start:stop] for tensor in (batch.input_ids, batch.labels, batch.position_ids))
+            parts.append(Batch.of(*(tensor.clone() for tensor in cut)))
+    return parts
