@@ -84,8 +84,8 @@ def show_plan(recipe: Recipe) -> None:
 
 def _disk(shape: ModelShape, config: TrainingConfig) -> str:
     model, checkpoint = shape.parameters * 2 / GB, shape.parameters * 12 / GB
-    total = 3 * model + config.keep_checkpoints * checkpoint
-    return f"{total:,.2f} GB: three models of {model:,.2f}, {config.keep_checkpoints} checkpoints of {checkpoint:,.2f}"
+    total = 3 * model + config.checkpoints.keep * checkpoint
+    return f"{total:,.2f} GB: three models of {model:,.2f}, {config.checkpoints.keep} checkpoints of {checkpoint:,.2f}"
 
 
 def _print_stages(console: Console, run: Run) -> None:

@@ -122,10 +122,12 @@ def _data(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 
 def _training(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     from launcher.hook import post_training_hook
+    from launcher.start import use_backend
     from training.run import TrainingInputs
     from training.run import run as run_stage
 
-    inputs = TrainingInputs(run.resized, run.tokenizer, run.store, key)
+    use_backend(run.recipe)
+    inputs = TrainingInputs(run.resized, run.tokenizer, run.store, key, run.base)
     return run_stage(run.recipe.training, inputs, run.folder("training"), tracker, post_training_hook(run, key))
 
 
@@ -205,7 +207,7 @@ STAGES = [
     ),
     Stage(
         "training",
-        lambda r: r.training.model_dump(exclude={"post_train_merge"}),
+        lambda r: r.training.identity(),
         lambda run: {"model": run.finished("embeddings"), "data": run.finished("data")},
         _training,
         lambda run: run.cpt / "config.json",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.errors import UserError
 from core.progress import say
+from core.world import find_world
 from launcher.recipe import Recipe, read_yaml
 
 FSDP2_CONFIG = Path(__file__).parents[1] / "recipes" / "accelerate" / "fsdp2.yaml"
@@ -34,6 +35,44 @@ def accelerate_config(recipe: Recipe) -> Path:
     if "distributed_type" not in read_yaml(path):
         raise UserError(f"launch.accelerate_config = {path} has no distributed_type; see {FSDP2_CONFIG}.")
     return path
+
+
+def backend_environment(path: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file path` tells its processes about the backend, for other ways to start them.
+
+    Under torchrun and srun nobody reads the file for the processes; they read it themselves, so that it decides there
+    as well. Only what `training.parallel.asked_for` looks at is given.
+    """
+    values = read_yaml(path)
+    kind = str(values.get("distributed_type", "NO")).upper()
+    environment = {
+        "ACCELERATE_MIXED_PRECISION": str(values.get("mixed_precision", "no")).lower(),
+        "ACCELERATE_USE_CPU": str(values.get("use_cpu", False)),
+    }
+    if kind == "FSDP":
+        environment["ACCELERATE_USE_FSDP"] = "true"
+        for name, value in values.get("fsdp_config", {}).items():
+            environment[name.upper()] = str(value).lower()
+        for name, value in values.get("parallelism_config", {}).items():
+            environment[name.upper()] = str(value)
+    elif kind == "DEEPSPEED":
+        environment["ACCELERATE_USE_DEEPSPEED"] = "true"
+        for name, value in values.get("deepspeed_config", {}).items():
+            known = {"deepspeed_config_file": "CONFIG_FILE"}.get(name, name.upper())
+            environment[f"ACCELERATE_DEEPSPEED_{known}"] = str(value)
+    elif kind != "NO":
+        raise UserError(f"{path} asks for distributed_type {kind}; set FSDP, DEEPSPEED or 'NO'.")
+    return environment
+
+
+def use_backend(recipe: Recipe) -> None:
+    """Let the recipe's accelerate configuration decide where `accelerate launch` has not done so.
+
+    One process that was started by nobody, of a recipe that names no configuration, needs no backend.
+    """
+    decided = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not decided and (find_world().size > 1 or recipe.launch.accelerate_config):
+        os.environ.update(backend_environment(accelerate_config(recipe)))
 
 
 def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: list[str], processes: int) -> None:

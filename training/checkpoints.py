@@ -70,7 +70,7 @@ class Checkpoints:
         self.parallel.barrier()
 
     def save(self, backend: Backend, state: TrainState) -> None:
-        """Begin to write the checkpoint of a step; called by all processes. One that is still being written is waited for.
+        """Begin to write the checkpoint of a step; called by all processes. Waits for one that is still being written.
 
         Raises `UserError` if the disk has no room for it, or if the one before failed; older checkpoints stay.
         """
@@ -116,7 +116,7 @@ class Checkpoints:
         return self._error is not None
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written is complete; a collective. Raises `UserError` if it failed."""
+        """Wait until what is being written is complete; a collective. Raises `UserError` if that failed."""
         if self._thread:
             self._thread.join()
             self._thread = None

@@ -41,6 +41,11 @@ class Batch:
         boundaries = np.append(np.flatnonzero(flat == 0), flat.size).astype(np.int32)
         return Batch(input_ids, labels, position_ids, torch.from_numpy(boundaries), int(np.diff(boundaries).max()))
 
+    def pin_memory(self) -> Batch:
+        """The same batch in memory from which a GPU copies by itself."""
+        tensors = (self.input_ids, self.labels, self.position_ids, self.cu_seqlens)
+        return Batch(*(tensor.pin_memory() for tensor in tensors), self.max_length)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return Batch(
@@ -100,6 +105,7 @@ class TrainingRows:
                     f"text source {source.name} holds {source.train.tokens} tokens, fewer than one row of {length}; "
                     "lower training.sequence_length or give it more text."
                 )
+        self.names = [source.name for source in store.info.sources]
         weights = [source.weight for source in store.info.sources]
         self.order = RowOrder([packed.rows for packed in self.sources], weights, seed)
 
@@ -107,6 +113,16 @@ class TrainingRows:
         """The number of targets in these rows of the run, over all processes: what the loss is divided by."""
         places = (self.order.place(index) for index in indices)
         return sum(self.sources[place.source].targets(place.row) for place in places)
+
+    def places(self, indices: range) -> list[tuple[str, int]]:
+        """(source, row within it) of these rows of the run."""
+        places = (self.order.place(index) for index in indices)
+        return [(self.names[place.source], place.row) for place in places]
+
+    def describe(self, tokens: int) -> str:
+        return ""
+
+    bytes_per_token = 4.0
 
     def batch(self, indices: list[int]) -> Batch:
         """These rows of the run."""

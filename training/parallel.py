@@ -69,7 +69,9 @@ def _fsdp(environment: Mapping[str, str], mixed: str) -> Asked:
         raise UserError("set the recipe's training.activation_checkpointing instead of fsdp_activation_checkpointing.")
     for kind in ("TP", "CP", "SP"):
         if int(environment.get(f"PARALLELISM_CONFIG_{kind}_SIZE") or 1) > 1:
-            raise UserError(f"the accelerate config asks for {kind.lower()}_size > 1, which is not supported; set it to 1.")
+            raise UserError(
+                f"the accelerate config asks for {kind.lower()}_size > 1, which is not supported; set it to 1."
+            )
     shards = int(environment.get("PARALLELISM_CONFIG_DP_SHARD_SIZE") or 1)
     return Asked(
         "fsdp2",

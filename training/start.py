@@ -30,8 +30,8 @@ def start_block(start: Start, backend: Backend, parallel: Parallel, rows: Traini
     lines = {
         **backend.describe(),
         "device": f"{device_name(parallel.device)}, started by {world.launcher}",
-        "step": f"{config.batch_rows} rows of {config.sequence_length} = {config.tokens_per_step:,} tokens; each process "
-        f"{micro} micro-batch{'es' if micro > 1 else ''} of {config.micro_batch_rows} rows",
+        "step": f"{config.batch_rows} rows of {config.sequence_length} = {config.tokens_per_step:,} tokens; "
+        f"each process {micro} micro-batch{'es' if micro > 1 else ''} of {config.micro_batch_rows} rows",
         "run": f"{config.steps:,} steps, {tokens:,} tokens; {rows.describe(tokens)}",
         "phase": f"{phase.number + 1}: steps {phase.start + 1:,} to {phase.stop:,} train {phase.train}, learning rate "
         f"{phase.learning_rate:g}, embedding and head {phase.embedding_learning_rate:g}",

@@ -91,7 +91,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
         "tokenizer": {"new_pieces": {"ko": 40, "zh_tw": 40}, "min_frequency": 2},
         "training": {
             "tokens": 32 * 8 * 6, "sequence_length": 32, "batch_rows": 8, "micro_batch_rows": 4, "precision": "fp32",
-            "log_every": 2, "evaluate_every": 3, "checkpoint_every": 3, "optimizer": {"learning_rate": 0.001},
+            "log_every": 2, "evaluate_every": 3, "checkpoints": {"every": 3}, "optimizer": {"learning_rate": 0.001},
         },
         "evaluation": {"prompts": str(folder / "prompts.jsonl"), "max_new_tokens": 8, "context": 64},
         "tracking": {"carrier": "offline"},

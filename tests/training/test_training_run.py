@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from core.errors import Interrupted, UserError
+from launcher.start import backend_environment
 from tests.distributed import run_ranks
 from tests.training.conftest import CONFIG, Recorder
 from training.config import TrainingConfig
@@ -22,8 +23,15 @@ from training.run import TrainingInputs, run
 from training.store import Store
 
 
-def train(changes: dict[str, Any], model: Path, store: Path, out: Path, stop_at: int = 0) -> dict[int, float]:
+ROOT = Path(__file__).parents[2]
+
+
+def train(
+    changes: dict[str, Any], model: Path, store: Path, out: Path, stop_at: int = 0, backend: str = "fsdp2"
+) -> dict[int, float]:
     """Train in this process (one of the ranks); losses by step. `stop_at`: rank 1 (or the only one) is signalled."""
+    if int(os.environ["WORLD_SIZE"]) > 1 or backend != "fsdp2":
+        os.environ.update(backend_environment(ROOT / "recipes" / "accelerate" / f"{backend}.yaml"))
     config = TrainingConfig(**{**CONFIG, **changes})
     tracker = Recorder()
     if stop_at and os.environ.get("RANK", "1") == "1":

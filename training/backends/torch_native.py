@@ -58,6 +58,7 @@ class TorchBackend:
             shard(module, start.config, parallel)
         load_weights(module, start.model, parallel.device)
         check_attention(module, start.config, parallel.device)
+        reshard(module)
         optimizer = build_optimizer(module, start.config.optimizer, start.phase)
         return TorchBackend(module, optimizer, start, parallel)
 
@@ -136,19 +137,19 @@ class TorchBackend:
         )
 
     def _state(self) -> dict[str, Any]:
+        reshard(self.module)
         model, optimizer = get_state_dict(self.module, self.optimizer)
         return {"model": model, "optimizer": optimizer}
 
     def state_bytes(self) -> int:
         """See `Backend`."""
-        moments = 2 * sum(
-            parameter.numel() * parameter.element_size()
-            for group in self.optimizer.param_groups for parameter in group["params"]
-        )  # fmt: skip
-        return moments + sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
+        parameters = list(self.module.parameters())
+        sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
+        return sum(size * (3 if p.requires_grad else 1) for size, p in zip(sizes, parameters, strict=True))
 
     def weights_are_finite(self) -> bool:
         """See `Backend`."""
+        reshard(self.module)
         return all(bool(local_part(parameter).isfinite().all()) for parameter in self.module.parameters())
 
     def shards(self) -> list[LocalShard]:
@@ -157,6 +158,7 @@ class TorchBackend:
         replica = self.parallel.mesh.get_local_rank("replicate") if sharded else self.parallel.world.rank
         if replica > 0:
             return []
+        reshard(self.module)
         found = []
         for name, parameter in named_local_parameters(self.module):
             start, stop = local_rows(parameter)
@@ -174,6 +176,12 @@ class TorchBackend:
         self._stager.close()
         self.module.to_empty(device="meta")
         self.optimizer.state.clear()
+
+
+def reshard(module: CausalLM) -> None:
+    """Free what a forward pass without a backward pass leaves gathered: the root's weights."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def prepare_layers(module: CausalLM, config: TrainingConfig) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import Future
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint.reader import Checkpoint
 from core.errors import UserError
+from core.world import World
 from merge.hook import LocalShard
 from training.attention import check_attention
 from training.backends.backend import StepOutcome
@@ -25,7 +27,7 @@ from training.backends.build import Start
 from training.backends.torch_native import describe_model, prepare_layers, rates_of, whole_rows
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import Strategy
-from training.model import CausalLM, build_model, load_weights
+from training.model import CausalLM, build_model, load_tensor, load_weights
 from training.optimizer import build_optimizer, set_rate
 from training.packing import Batch
 from training.parallel import Asked, Parallel
@@ -48,7 +50,7 @@ class ZeroBackend:
     @staticmethod
     def build(start: Start, parallel: Parallel) -> ZeroBackend:
         """Load the weights (from ZeRO 3 on a tensor at a time is whole, before that all of them are), then shard."""
-        deepspeed = _import_deepspeed(parallel)
+        deepspeed = _import_deepspeed(parallel.device)
         settings = engine_settings(start.config, parallel)
         stage = settings["zero_optimization"]["stage"]
         module = _build_partitioned(start, settings) if stage == 3 else build_model(start.model, start.config)
@@ -57,9 +59,10 @@ class ZeroBackend:
         if stage < 3:
             load_weights(module, start.model, parallel.device)
         optimizer = build_optimizer(module, start.config.optimizer, start.phase)
-        engine, wrapped, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        with _named_in_environment(parallel.world):
+            engine, wrapped, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=settings, dist_init_required=False
+            )
         _prove_zero(engine, stage, parallel)
         check_attention(engine, start.config, parallel.device)
         return ZeroBackend(engine, wrapped, start, parallel)
@@ -202,12 +205,9 @@ def _zero_section(asked: Asked) -> dict[str, Any]:
     return {name: value for name, value in section.items() if value != "auto"}
 
 
-def _import_deepspeed(parallel: Parallel) -> Any:
-    world = parallel.world
-    for name, value in (("LOCAL_RANK", world.local_rank), ("RANK", world.rank), ("WORLD_SIZE", world.size)):
-        os.environ.setdefault(name, str(value))  # DeepSpeed asks for them, whoever started the processes
-    if parallel.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
     try:
         import deepspeed
     except ImportError:
@@ -218,9 +218,33 @@ def _import_deepspeed(parallel: Parallel) -> Any:
     return deepspeed
 
 
+@contextmanager
+def _named_in_environment(world: World) -> Iterator[None]:
+    """DeepSpeed's engine asks the environment who it is, whoever started the processes."""
+    names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    missing = [name for name in names if name not in os.environ]
+    os.environ.update({name: str(names[name]) for name in missing})
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
+
+
 def _build_partitioned(start: Start, settings: dict[str, Any]) -> CausalLM:
-    """The model for ZeRO 3: each parameter is divided as soon as it is made, and filled whole, one at a time."""
-    raise NotImplementedError
+    """The model for ZeRO 3: each parameter is divided as soon as it is made; process 0 reads them whole, one at a time,
+    and hands them out.
+    """
+    from deepspeed.zero import GatheredParameters, Init
+
+    dtype = torch.bfloat16 if start.config.precision == "bf16" else torch.float32
+    module = build_model(start.model, start.config, Init(config_dict_or_path=settings, dtype=dtype))
+    checkpoint = Checkpoint.open(start.model)
+    for name, parameter in module.model.named_parameters():
+        with GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.data.copy_(load_tensor(checkpoint, name, parameter.data, parameter.device))
+    return module
 
 
 def _gathered(parameter: Tensor) -> Tensor:
