@@ -44,14 +44,16 @@ def find_head_form(model: Any) -> HeadForm:
         raise UserError(f"{name} has no output head of one matrix; such models cannot be trained here.")
     softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, _TOKENS, head.weight.shape[1], generator=generator)
-    matrix = torch.randn(_ROWS, head.weight.shape[1], generator=generator) / head.weight.shape[1] ** 0.5
+    hidden = torch.randn(1, _TOKENS, head.weight.shape[1], generator=generator, dtype=torch.float64)
+    matrix = torch.randn(_ROWS, head.weight.shape[1], generator=generator, dtype=torch.float64)
     plain = hidden @ matrix.T
     try:
         with torch.no_grad(), _replaced(model.get_decoder(), hidden), _replaced(head, matrix):
-            logits = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False).logits.float()
+            logits = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False).logits
+        digits = 12 if logits.dtype == torch.float64 else 7  # some models turn logits into float32
+        logits = logits.double()
         bare = logits if softcap is None else softcap * torch.atanh(logits / softcap)
-        form = HeadForm(float(f"{float((bare * plain).sum() / plain.square().sum()):.5g}"), softcap)
+        form = HeadForm(float(f"{float((bare * plain).sum() / plain.square().sum()):.{digits}g}"), softcap)
         if not torch.allclose(bare, form.scale * plain, rtol=1e-4, atol=1e-5 * abs(form.scale)):
             raise ValueError("its logits are not softcap * tanh(scale * (h W + b) / softcap)")
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from training.config import TrainingConfig
 from training.fp8 import convert_to_fp8
 from training.head import find_head_form
 from training.loss import Head, cross_entropy_sum
+from training.names import stored_names
 from training.packing import Batch
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -41,6 +43,8 @@ class CausalLM(nn.Module):
         self.form = find_head_form(model)
         self.frozen_rows = 0
         """The rows 0 .. frozen_rows - 1 of embedding and head get no gradient: exactly zero."""
+        self.stored_names: dict[str, str] = {}
+        """The model's name -> the name in the checkpoint that the weights were loaded from."""
         model.get_input_embeddings().register_forward_hook(self._freeze)
 
     @property
@@ -137,43 +141,54 @@ def load_weights(module: CausalLM, directory: Path, device: torch.device) -> Non
     Raises `UserError` for a tensor that the checkpoint lacks or holds in another shape or type.
     """
     checkpoint = Checkpoint.open(directory)
+    module.stored_names = stored_names(module.model, checkpoint.tensors, directory)
+    source = _Source(checkpoint, module.stored_names, device)
     state: dict[str, Any] = {}
     loaded: dict[int, nn.Parameter] = {}  # a tied parameter is loaded once and stays one
     for name, parameter in module.model.named_parameters(remove_duplicate=False):
         if id(parameter) not in loaded:
-            loaded[id(parameter)] = nn.Parameter(_load_tensor(checkpoint, name, parameter, device))
+            loaded[id(parameter)] = nn.Parameter(source.load(name, parameter))
         state[name] = loaded[id(parameter)]
     stored = module.model.state_dict().keys()  # parameters and persistent buffers
     for name, buffer in module.model.named_buffers():
         if name in stored:
-            state[name] = _load_tensor(checkpoint, name, buffer, device)
+            state[name] = source.load(name, buffer)
     module.model.load_state_dict(state, strict=False, assign=True)
     module.to(device)
-    unused = sorted(checkpoint.tensors.keys() - state.keys())
+    unused = sorted(checkpoint.tensors.keys() - module.stored_names.values())
     if unused:
         say(f"model: {len(unused)} tensors of {directory} are not part of the model and not used: {unused[0]}, ...")
 
 
-def _load_tensor(checkpoint: Checkpoint, name: str, target: Tensor, device: torch.device) -> Tensor:
-    info = checkpoint.tensors.get(name)
-    if info is None or tuple(info.shape) != tuple(target.shape):
-        found = f"in shape {tuple(info.shape)}" if info else "not at all"
-        raise UserError(
-            f"{checkpoint.directory} holds {name} {found}, the model needs {tuple(target.shape)}; "
-            "use a checkpoint whose tensors have the names and shapes that transformers gives them."
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint, by the model's names."""
+
+    checkpoint: Checkpoint
+    names: dict[str, str]
+    device: torch.device
+
+    def load(self, name: str, target: Tensor) -> Tensor:
+        """The values of a parameter or buffer like `target`; of a sharded one, this process's rows."""
+        stored_name, directory = self.names.get(name, name), self.checkpoint.directory
+        info = self.checkpoint.tensors.get(stored_name)
+        if info is None or tuple(info.shape) != tuple(target.shape):
+            found = f"in shape {tuple(info.shape)}" if info else "not at all"
+            raise UserError(
+                f"{directory} holds {stored_name} {found}, the model needs {tuple(target.shape)}; "
+                "use a checkpoint of the architecture that its config.json names."
+            )
+        if target.is_floating_point() and info.dtype not in TORCH_DTYPES:
+            raise UserError(f"{directory} holds {stored_name} as {info.dtype}; convert the checkpoint to bfloat16.")
+        stored = torch.from_numpy(self.checkpoint.read(stored_name, *local_rows(target)))
+        if info.dtype in TORCH_DTYPES:
+            stored = stored.view(TORCH_DTYPES[info.dtype])
+        local = stored.to(device=self.device, dtype=target.dtype)
+        if not isinstance(target, DTensor):
+            return local
+        return DTensor.from_local(
+            local, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
         )
-    if target.is_floating_point() and info.dtype not in TORCH_DTYPES:
-        raise UserError(f"{checkpoint.directory} holds {name} as {info.dtype}; convert the checkpoint to bfloat16.")
-    start, stop = local_rows(target)
-    stored = torch.from_numpy(checkpoint.read(name, start, stop))
-    if info.dtype in TORCH_DTYPES:
-        stored = stored.view(TORCH_DTYPES[info.dtype])
-    local = stored.to(device=device, dtype=target.dtype)
-    if not isinstance(target, DTensor):
-        return local
-    return DTensor.from_local(
-        local, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
-    )
 
 
 def local_rows(parameter: Tensor) -> tuple[int, int]:
@@ -188,4 +203,5 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
 
 def named_local_parameters(module: CausalLM) -> Iterator[tuple[str, nn.Parameter]]:
     """(checkpoint name, parameter) of every parameter, tied ones once."""
-    yield from module.model.named_parameters()
+    for name, parameter in module.model.named_parameters():
+        yield module.stored_names.get(name, name), parameter
