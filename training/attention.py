@@ -133,8 +133,12 @@ def check_supported(model: Any, config: TrainingConfig) -> None:
     if config.attention == "flash" and (
         not getattr(model, "_supports_flash_attn", False) or getattr(text, "attn_logit_softcapping", None)
     ):
-        reason = "caps its attention scores" if getattr(text, "attn_logit_softcapping", None) else "has its own attention"
-        raise UserError(f"attention: flash does not fit {name}, which {reason}; set training.attention to eager or flex.")
+        reason = (
+            "caps its attention scores" if getattr(text, "attn_logit_softcapping", None) else "has its own attention"
+        )
+        raise UserError(
+            f"attention: flash does not fit {name}, which {reason}; set training.attention to eager or flex."
+        )
 
 
 @torch.no_grad()
@@ -146,7 +150,9 @@ def check_attention(module: Callable[[Batch], Tensor], config: TrainingConfig, d
     """
     if config.attention == "flash" and device.type == "cuda":
         if config.precision == "fp32":
-            raise UserError("attention: flash computes in bf16 only; set training.precision to bf16, or attention: sdpa.")
+            raise UserError(
+                "attention: flash computes in bf16 only; set training.precision to bf16, or attention: sdpa."
+            )
         _check_kernel(device)
     batch = _two_documents().to(device)
     expected = float(module(batch))

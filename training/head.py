@@ -58,7 +58,9 @@ def find_head_form(model: Any) -> HeadForm:
             raise ValueError("its logits are not softcap * tanh(scale * (h W + b) / softcap)")
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name} makes its logits in its own way ({reason}); such models cannot be trained here.") from None
+        raise UserError(
+            f"{name} makes its logits in its own way ({reason}); such models cannot be trained here."
+        ) from None
     return form
 
 

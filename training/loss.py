@@ -49,7 +49,9 @@ def cross_entropy_sum(hidden: Tensor, head: Head, labels: Tensor, chunk: int) ->
     if torch.is_grad_enabled():
         return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, head, labels, chunk)  # type: ignore[no-any-return, no-untyped-call]
     parts = zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
-    return torch.stack([F.cross_entropy(head.logits(h), y, ignore_index=IGNORED, reduction="sum") for h, y in parts]).sum()
+    return torch.stack(
+        [F.cross_entropy(head.logits(h), y, ignore_index=IGNORED, reduction="sum") for h, y in parts]
+    ).sum()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -100,7 +100,9 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
             )
     except (ValueError, ImportError) as error:  # an unknown architecture, or an attention that it does not support
         reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"the model in {directory} cannot be built with attention: {config.attention} ({reason})") from None
+        raise UserError(
+            f"the model in {directory} cannot be built with attention: {config.attention} ({reason})"
+        ) from None
     model.tie_weights()
     check_supported(model, config)
     _say_what_is_left_out(model_config.get_text_config(decoder=True))
@@ -131,7 +133,9 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     for module in decoder.children():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise UserError(f"{type(model).__name__} has no list of {count} decoder layers; such models cannot be trained here.")
+    raise UserError(
+        f"{type(model).__name__} has no list of {count} decoder layers; such models cannot be trained here."
+    )
 
 
 def load_weights(module: CausalLM, directory: Path, device: torch.device) -> None:
@@ -140,9 +144,7 @@ def load_weights(module: CausalLM, directory: Path, device: torch.device) -> Non
     Buffers that a checkpoint holds are read whole; the others were computed when the model was built.
     Raises `UserError` for a tensor that the checkpoint lacks or holds in another shape or type.
     """
-    checkpoint = Checkpoint.open(directory)
-    module.stored_names = stored_names(module.model, checkpoint.tensors, directory)
-    source = _Source(checkpoint, module.stored_names, device)
+    source = WeightSource.open(module, directory, device)
     state: dict[str, Any] = {}
     loaded: dict[int, nn.Parameter] = {}  # a tied parameter is loaded once and stays one
     for name, parameter in module.model.named_parameters(remove_duplicate=False):
@@ -155,18 +157,25 @@ def load_weights(module: CausalLM, directory: Path, device: torch.device) -> Non
             state[name] = source.load(name, buffer)
     module.model.load_state_dict(state, strict=False, assign=True)
     module.to(device)
-    unused = sorted(checkpoint.tensors.keys() - module.stored_names.values())
+    unused = sorted(source.checkpoint.tensors.keys() - module.stored_names.values())
     if unused:
         say(f"model: {len(unused)} tensors of {directory} are not part of the model and not used: {unused[0]}, ...")
 
 
 @dataclass(frozen=True)
-class _Source:
+class WeightSource:
     """A checkpoint, by the model's names."""
 
     checkpoint: Checkpoint
     names: dict[str, str]
     device: torch.device
+
+    @staticmethod
+    def open(module: CausalLM, directory: Path, device: torch.device) -> WeightSource:
+        """The checkpoint in `directory`; the module learns under which names it stores its tensors."""
+        checkpoint = Checkpoint.open(directory)
+        module.stored_names = stored_names(module.model, checkpoint.tensors, directory)
+        return WeightSource(checkpoint, module.stored_names, device)
 
     def load(self, name: str, target: Tensor) -> Tensor:
         """The values of a parameter or buffer like `target`; of a sharded one, this process's rows."""

@@ -23,7 +23,7 @@ def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> 
         if not parameter.requires_grad:
             continue
         rate = phase.embedding_learning_rate if id(parameter) in vocabulary else phase.learning_rate
-        decay = config.weight_decay if parameter.ndim > 1 and not module.frozen_rows else 0.0
+        decay = config.weight_decay if len(full_shape(parameter)) > 1 and not module.frozen_rows else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -34,6 +34,12 @@ def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> 
         eps=config.epsilon,
         fused=True,
     )
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, of which ZeRO 3 shows only a part."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:

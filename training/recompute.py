@@ -1,8 +1,8 @@
 """Activation checkpointing: what the forward pass keeps for the backward pass, layer by layer.
 
-    none        every activation
-    full        each layer's input; the layer is computed again in the backward pass
-    selective   besides, the results of attention and of every second matmul; what is cheap is computed again
+none        every activation
+full        each layer's input; the layer is computed again in the backward pass
+selective   besides, the results of attention and of every second matmul; what is cheap is computed again
 """
 
 from __future__ import annotations

@@ -155,3 +155,11 @@ def test_what_does_not_fit_is_one_sentence(model: Path, store: Path, tmp_path: P
         run_ranks(train, 2, {"batch_rows": 7}, model, store, tmp_path)
     with pytest.raises(UserError, match="fewer than one row"):
         TrainingRows(Store.open(store), 100_000, 0)
+
+
+@pytest.mark.parametrize("backend", ["zero1", "zero2", "zero3"])
+def test_zero(backend: str, model: Path, store: Path, tmp_path: Path) -> None:
+    losses = run_ranks(train, 2, {}, model, store, tmp_path, 0, backend)[0]
+    expected = reference_losses(model, store)
+    for step, loss in losses.items():
+        assert loss == pytest.approx(expected[step], rel=2e-4), step

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import UserError
 from core.world import World
@@ -27,7 +26,7 @@ from training.backends.build import Start
 from training.backends.torch_native import describe_model, prepare_layers, rates_of, whole_rows
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import Strategy
-from training.model import CausalLM, build_model, load_tensor, load_weights
+from training.model import CausalLM, WeightSource, build_model, load_weights, named_local_parameters
 from training.optimizer import build_optimizer, set_rate
 from training.packing import Batch
 from training.parallel import Asked, Parallel
@@ -53,16 +52,21 @@ class ZeroBackend:
         deepspeed = _import_deepspeed(parallel.device)
         settings = engine_settings(start.config, parallel)
         stage = settings["zero_optimization"]["stage"]
-        module = _build_partitioned(start, settings) if stage == 3 else build_model(start.model, start.config)
+        module = build_model(start.model, start.config)
         select_trained(module, start.phase, start.base_rows)
         prepare_layers(module, start.config)
-        if stage < 3:
+        if stage == 3:
+            _load_partitioned(module, start.model, settings, parallel.device)
+        else:
             load_weights(module, start.model, parallel.device)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         optimizer = build_optimizer(module, start.config.optimizer, start.phase)
         with _named_in_environment(parallel.world):
             engine, wrapped, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, dist_init_required=False
             )
+        for name, buffer in module.named_buffers():  # DeepSpeed casts them too: rotary frequencies would lose digits
+            buffer.data = buffers[name]
         _prove_zero(engine, stage, parallel)
         check_attention(engine, start.config, parallel.device)
         return ZeroBackend(engine, wrapped, start, parallel)
@@ -150,7 +154,7 @@ class ZeroBackend:
 
         rank, size = self.parallel.world.rank, self.parallel.world.size
         found = []
-        for name, parameter in self.module.model.named_parameters():
+        for name, parameter in named_local_parameters(self.module):
             whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else _gathered(parameter)
             rows = -(-whole.shape[0] // size)
             start, stop = min(rank * rows, whole.shape[0]), min((rank + 1) * rows, whole.shape[0])
@@ -231,24 +235,35 @@ def _named_in_environment(world: World) -> Iterator[None]:
             del os.environ[name]
 
 
-def _build_partitioned(start: Start, settings: dict[str, Any]) -> CausalLM:
-    """The model for ZeRO 3: each parameter is divided as soon as it is made; process 0 reads them whole, one at a time,
-    and hands them out.
-    """
-    from deepspeed.zero import GatheredParameters, Init
+def _load_partitioned(module: CausalLM, directory: Path, settings: dict[str, Any], device: torch.device) -> None:
+    """Load the weights for ZeRO 3: each process reads a tensor whole, keeps its part, and forgets it before the next."""
+    from deepspeed.runtime.zero import Init
 
-    dtype = torch.bfloat16 if start.config.precision == "bf16" else torch.float32
-    module = build_model(start.model, start.config, Init(config_dict_or_path=settings, dtype=dtype))
-    checkpoint = Checkpoint.open(start.model)
-    for name, parameter in module.model.named_parameters():
-        with GatheredParameters([parameter], modifier_rank=0):
-            if dist.get_rank() == 0:
-                parameter.data.copy_(load_tensor(checkpoint, name, parameter.data, parameter.device))
-    return module
+    source = WeightSource.open(module, directory, device)
+    dtype = torch.bfloat16 if "bf16" in settings else torch.float32
+    loaded: dict[int, nn.Parameter] = {}  # a tied parameter is loaded once and stays one
+    for path, owner in module.model.named_modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if id(parameter) not in loaded:
+                values = source.load(f"{path}.{name}".lstrip("."), parameter)
+                loaded[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            setattr(owner, name, loaded[id(parameter)])
+        if next(owner.parameters(recurse=False), None) is not None:
+            Init(module=_Alone(owner), config_dict_or_path=settings, dtype=dtype)
+    module.to(device)
+
+
+class _Alone(nn.Module):
+    """A module's own parameters, without those of the modules within it."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in owner.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
 
 
 def _gathered(parameter: Tensor) -> Tensor:
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
         return parameter.detach().float().clone()
