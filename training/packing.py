@@ -100,7 +100,7 @@ class TrainingRows:
                     f"text source {source.name} holds {source.train.tokens} tokens, fewer than one row of {length}; "
                     "lower training.sequence_length or give it more text."
                 )
-        weights = [source.weight for source in store.info.sources]
+        weights = [float(packed.rows) for packed in self.sources]
         self.order = RowOrder([packed.rows for packed in self.sources], weights, seed)
 
     def targets(self, indices: range) -> int:
