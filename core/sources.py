@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from core.config import Section, key
 from core.errors import UserError
@@ -23,11 +25,13 @@ from core.progress import say
 
 Split = Literal["train", "heldout"]
 HASH_RANGE = 1_000_000
+READ_ROWS = 1000  # rows that are taken from `datasets` at a time
 
 _FORMATS = {
     ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".csv": "csv",
 }  # fmt: skip
 _COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
+_AMOUNTS = ("weight", "epochs", "tokens")  # keys of a source that say how much of it is trained on
 
 
 class Source(Section):
@@ -41,7 +45,11 @@ class Source(Section):
     subset: str | None = key(None, "configuration name of a hub dataset")
     split: str = key("train", "split of a hub dataset")
     limit: int | None = key(None, "use only this many documents, from the start", unit="documents", gt=0)
-    weight: float = key(1.0, "share of the training tokens, relative to the other sources", gt=0)
+    weight: float | None = key(
+        None, "share of what sources with `epochs` or `tokens` leave, relative to the other weights; 1 if not set", gt=0
+    )
+    epochs: float | None = key(None, "train on the source this many times over, instead of a weight", gt=0)
+    tokens: int | None = key(None, "train on this many tokens of it, instead of a weight", unit="tokens", gt=0)
 
     @field_validator("language")
     @classmethod
@@ -50,6 +58,13 @@ class Source(Section):
             return find_language(tag).tag
         except UserError as error:
             raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Source:
+        given = [amount for amount in _AMOUNTS if getattr(self, amount) is not None]
+        if len(given) > 1:
+            raise ValueError(f"source {self.path} has {' and '.join(given)}; set one of them")
+        return self
 
     @property
     def name(self) -> str:
@@ -63,6 +78,32 @@ class Corpus(Section):
     sources: list[Source] = key(..., "the text, new languages and English replay alike", min_length=1)
     heldout: float = key(0.01, "share of the documents, by hash, that is never trained on", gt=0, lt=0.5)
     normalization: Literal["NFC", "none"] = key("NFC", "Unicode normalization of every document")
+    shares: dict[str, float] = key(
+        {}, "share of the training tokens of each language, such as {ko: 0.85, en: 0.15}; a language's sources divide "
+        "its share; if not set, all sources divide all tokens",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Corpus:
+        if not self.shares:
+            return self
+        if set(self.shares) != set(self.languages()):
+            raise ValueError(
+                f"`corpus.shares` is of {', '.join(self.shares)} but the sources are in {', '.join(self.languages())}; "
+                "give each language its share"
+            )
+        total = sum(self.shares.values())
+        if min(self.shares.values()) <= 0 or not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"`corpus.shares` sum to {total:g}; they must be positive and sum to 1")
+        return self
+
+    def text(self) -> dict[str, Any]:
+        """What decides which documents there are, for a stage's key."""
+        return self.model_dump(exclude={"shares": True, "sources": {"__all__": set(_AMOUNTS)}})
+
+    def amounts(self) -> dict[str, Any]:
+        """What decides how much of each source is trained on, for a stage's key."""
+        return self.model_dump(include={"shares": True, "sources": {"__all__": set(_AMOUNTS)}})
 
     def languages(self) -> list[str]:
         """The languages of the sources, in order of first mention."""
@@ -80,11 +121,16 @@ class Corpus(Section):
 
         Raises `UserError` for a missing file, a missing column, or text that is not UTF-8.
         """
-        for text in itertools.islice(read_source(source), source.limit):
-            if self.normalization != "none":
-                text = unicodedata.normalize(self.normalization, text)
-            if text.strip() and self.is_heldout(text) == (split == "heldout"):
+        for raw in read_source(source):
+            text = self.prepare(raw)
+            if text and self.is_heldout(text) == (split == "heldout"):
                 yield text
+
+    def prepare(self, text: str) -> str:
+        """The text as it is used: normalised; nothing if it is all white space."""
+        if self.normalization != "none":
+            text = unicodedata.normalize(self.normalization, text)
+        return text if text.strip() else ""
 
     def is_heldout(self, text: str) -> bool:
         """True for the documents whose hash falls in the held-out share."""
@@ -117,52 +163,90 @@ def source_files(source: Source) -> list[Path]:
     return []
 
 
-def read_source(source: Source) -> Iterator[str]:
-    """Every document of a source, streamed. Raises `UserError` that names the file."""
-    import datasets
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that is read on its own; the pieces in order are the source."""
 
-    files = source_files(source)
-    if not files:
-        yield from _column(
-            datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True), source
-        )
-        return
-    for file in files:
+    source: Source
+    files: tuple[Path, ...]  # empty for a hub dataset
+    size: int  # bytes on disk; of a hub dataset's piece 0
+    shard: tuple[int, int] = (0, 1)  # (which, of how many), of a hub dataset
+
+
+def source_pieces(source: Source) -> list[Piece]:
+    """The pieces of a source: its files, or its shards on the hub; a source with a `limit` is one piece."""
+    found = source_files(source)
+    for file in found:
         if file.stat().st_size == 0:
             say(f"text file {file} is empty")
-            continue
-        kind = _format_of(file)
-        if kind is None:
-            raise UserError(f"{file}: the ending is none of {', '.join(_FORMATS)} (also compressed); convert it.")
-        options: dict[str, Any] = {"data_files": {"train": str(file)}, "split": "train", "streaming": True}
-        try:
-            yield from _column(datasets.load_dataset(kind, **options), source)
-        except UserError:
-            raise
-        except Exception as error:  # datasets wraps what the file readers raise in several classes of its own
-            cause = _root_cause(error)
-            if isinstance(cause, UnicodeDecodeError):
-                raise UserError(f"{file} is not UTF-8 (byte {cause.start}: {cause.reason}); convert it.") from None
-            line = _line_with_lone_surrogate(file) if kind == "json" and file.suffix not in _COMPRESSIONS else None
-            if line:
-                raise UserError(
-                    f"{file}: line {line} holds a lone surrogate, so it is no Unicode text; repair it."
-                ) from None
-            raise UserError(f"{file} cannot be read as {kind}: {str(cause) or type(cause).__name__}.") from error
+    files = [file for file in found if file.stat().st_size]
+    if not found:
+        shards = 1 if source.limit else int(_open_hub(source).num_shards)
+        return [Piece(source, (), 0, (shard, shards)) for shard in range(shards)]
+    parts = [tuple(files)] if source.limit else [(file,) for file in files]
+    return [Piece(source, part, sum(file.stat().st_size for file in part)) for part in parts]
 
 
-def _column(rows: Any, source: Source) -> Iterator[str]:
-    for number, row in enumerate(rows):
-        if source.field not in row:
+def read_source(source: Source) -> Iterator[str]:
+    """Every document of a source, streamed; one without text is "". Raises `UserError` that names the file."""
+    for piece in source_pieces(source):
+        yield from read_piece(piece)
+
+
+def read_piece(piece: Piece) -> Iterator[str]:
+    """Every document of a piece, streamed; one without text is "". Raises `UserError` that names the file."""
+    texts: Iterator[str] = itertools.chain.from_iterable(_read_file(file, piece.source) for file in piece.files)
+    if not piece.files:
+        which, shards = piece.shard
+        dataset = _open_hub(piece.source)
+        texts = _column(dataset if shards == 1 else dataset.shard(shards, which), piece.source, piece.source.path)
+    yield from itertools.islice(texts, piece.source.limit)
+
+
+def _open_hub(source: Source) -> Any:
+    import datasets
+
+    return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
+
+
+def _read_file(file: Path, source: Source) -> Iterator[str]:
+    import datasets
+
+    kind = _format_of(file)
+    if kind is None:
+        raise UserError(f"{file}: the ending is none of {', '.join(_FORMATS)} (also compressed); convert it.")
+    options: dict[str, Any] = {"data_files": {"train": str(file)}, "split": "train", "streaming": True}
+    try:
+        yield from _column(datasets.load_dataset(kind, **options), source, str(file))
+    except UserError:
+        raise
+    except Exception as error:  # datasets wraps what the file readers raise in several classes of its own
+        cause = _root_cause(error)
+        if isinstance(cause, UnicodeDecodeError):
+            raise UserError(f"{file} is not UTF-8 (byte {cause.start}: {cause.reason}); convert it.") from None
+        line = _line_with_lone_surrogate(file) if kind == "json" and file.suffix not in _COMPRESSIONS else None
+        if line:
             raise UserError(
-                f"{source.path}: row {number + 1} has no column {source.field!r} but {', '.join(row)}; "
+                f"{file}: line {line} holds a lone surrogate, so it is no Unicode text; repair it."
+            ) from None
+        raise UserError(f"{file} cannot be read as {kind}: {str(cause) or type(cause).__name__}.") from error
+
+
+def _column(dataset: Any, source: Source, where: str) -> Iterator[str]:
+    """The texts of a dataset's column, taken as Arrow tables: a dictionary for each row costs more than reading it."""
+    first = 1
+    for table in dataset.with_format("arrow").iter(READ_ROWS):
+        if source.field not in table.column_names:
+            raise UserError(
+                f"{where}: there is no column {source.field!r} but {', '.join(table.column_names)}; "
                 "set the source's `field`."
             )
-        text = row[source.field]
-        if isinstance(text, str):
-            yield text
-        elif text is not None:
-            raise UserError(f"{source.path}: column {source.field!r} of row {number + 1} is no text; set `field`.")
+        for number, text in enumerate(table.column(source.field).to_pylist(), start=first):
+            if text is None or isinstance(text, str):
+                yield text or ""
+            else:
+                raise UserError(f"{where}: column {source.field!r} of row {number} is no text; set `field`.")
+        first += len(table)
 
 
 def _line_with_lone_surrogate(file: Path) -> int | None:

@@ -19,6 +19,7 @@ from launcher.start import local_processes
 from tokenizer_ext.given import count_entries
 from training.config import TrainingConfig
 from training.memory import MemorySetup, ModelShape, estimate_memory
+from training.mixture import describe, mixture
 
 GB = 1e9
 
@@ -97,19 +98,21 @@ def _print_stages(console: Console, run: Run) -> None:
 
 
 def _print_text(console: Console, recipe: Recipe) -> None:
-    total = sum(source.weight for source in recipe.corpus.sources)
-    tokens = recipe.training.steps * recipe.training.tokens_per_step
-    counts = _known_tokens(Run(recipe))
-    for number, source in enumerate(recipe.corpus.sources):
-        share = source.weight / total
+    sources = recipe.corpus.sources
+    for source in sources:
         files = source_files(source)
         size = f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB" if files else "hub"
-        line = f"text: {source.path} ({source.language}, {size}): {share:.0%} = {share * tokens:,.0f} tokens"
-        if number < len(counts):
-            line += f", {share * tokens / counts[number]:.1f} epochs"
-        console.print(line)
+        console.print(f"text: {source.path} ({source.language}, {size})")
+    known = _known_tokens(Run(recipe))
+    available = known if len(known) == len(sources) else [None] * len(sources)
+    try:
+        lines = describe(mixture(recipe.corpus, available, recipe.training.tokens))
+    except UserError as error:
+        lines = [str(error)]
+    for line in lines:
+        console.print(f"mixture: {line}", markup=False)
 
 
-def _known_tokens(run: Run) -> list[int]:
+def _known_tokens(run: Run) -> list[int | None]:
     path = run.store / "store.json"
     return [source["train"]["tokens"] for source in json.loads(path.read_text())["sources"]] if path.is_file() else []

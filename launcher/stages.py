@@ -117,7 +117,7 @@ def _embeddings(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 def _data(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     from training.data import run as run_stage
 
-    return run_stage(run.recipe.data, run.recipe.corpus, run.tokenizer, run.store, tracker)
+    return run_stage(run.recipe.data, run.recipe.corpus, run.tokenizer, run.store, tracker, run.base)
 
 
 def _training(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _prompts(recipe: Recipe) -> dict[str, str]:
 STAGES = [
     Stage(
         "tokenizer",
-        lambda r: {"tokenizer": r.tokenizer.model_dump(), "corpus": r.corpus.model_dump()},
+        lambda r: {"tokenizer": r.tokenizer.model_dump(), "corpus": r.corpus.text()},
         lambda run: {**run.pair_inputs(), **run.corpus_inputs(), **_lists(run.recipe)},
         _tokenizer,
         lambda run: run.tokenizer / "vocabulary_map.json",
@@ -189,7 +189,7 @@ STAGES = [
         "embeddings",
         lambda r: {
             "embeddings": r.embeddings.model_dump(),
-            **({"corpus": _new_text(r).model_dump()} if r.embeddings.needs_text else {}),
+            **({"corpus": _new_text(r).text()} if r.embeddings.needs_text else {}),
         },
         lambda run: {
             "base": fingerprint(run.base), "tokenizer": run.finished("tokenizer"),
@@ -200,14 +200,15 @@ STAGES = [
     ),
     Stage(
         "data",
-        lambda r: {"data": r.data.model_dump(), "corpus": r.corpus.model_dump()},
+        lambda r: {"data": r.data.model_dump(exclude={"processes"}), "corpus": r.corpus.text()},
         lambda run: {"tokenizer": run.finished("tokenizer"), **run.corpus_inputs()},
         _data,
         lambda run: run.store / "store.json",
+        resumable=True,
     ),
     Stage(
         "training",
-        lambda r: r.training.identity(),
+        lambda r: {**r.training.identity(), "mixture": r.corpus.amounts()},
         lambda run: {"model": run.finished("embeddings"), "data": run.finished("data")},
         _training,
         lambda run: run.cpt / "config.json",
@@ -225,7 +226,7 @@ STAGES = [
     ),
     Stage(
         "evaluation",
-        lambda r: {"evaluation": r.evaluation.model_dump(), "corpus": r.corpus.model_dump()},
+        lambda r: {"evaluation": r.evaluation.model_dump(), "corpus": r.corpus.text()},
         lambda run: {
             "cpt": run.finished("training"), "merged": run.finished("merge"),
             **run.pair_inputs(), **_prompts(run.recipe), **run.corpus_inputs(),

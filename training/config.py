@@ -12,7 +12,10 @@ from core.config import Section, key
 class DataConfig(Section):
     """How the text is turned into a token store."""
 
-    batch_documents: int = key(1000, "documents that the tokenizer is given at a time", unit="documents", gt=0)
+    processes: int | None = key(
+        None, "tokenising processes on each node; all its cores, but fewer for little text, if not set", gt=0
+    )
+    deduplicate: bool = key(False, "leave out documents whose exact text, normalised, an earlier one of any source has")
 
 
 class ScheduleConfig(Section):

@@ -2,46 +2,70 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from core.artifact import new_directory
 from core.progress import say
-from core.sources import Corpus
+from core.sources import Corpus, source_files
+from core.world import find_world
 from tracking import Tracker
 from tracking.tracker import Cell
 from training.config import DataConfig
-from training.store import StoreInfo, write_store
+from training.store import StoreInfo
+from training.tokenise import write_store
+
+PROCESS_BYTES = 4_000_000  # of text for each process, where their number is not set: starting one takes a second or two
 
 
-def run(config: DataConfig, corpus: Corpus, tokenizer: Path, out: Path, tracker: Tracker) -> dict[str, Any]:
-    """Tokenise every source into the store `out`. Returns the totals."""
-    with new_directory(out) as beside:
-        info = write_store(corpus, tokenizer, beside, config.batch_documents)
-    columns = ["source", "documents", "tokens", "MB", "bytes per token", "share of training", "held-out documents"]
+def run(
+    config: DataConfig, corpus: Corpus, tokenizer: Path, out: Path, tracker: Tracker, base: Path | None = None
+) -> dict[str, Any]:
+    """Tokenise every source into the store `out`. Returns the totals.
+
+    With `base`, the original base model's directory, the held-out text is also stored in that model's tokens.
+    """
+    processes = config.processes or _processes(corpus)
+    say(f"  tokenising in {processes} process(es)")
+    info = write_store(
+        corpus, tokenizer, out, base=base, processes=processes, deduplicate=config.deduplicate, world=find_world()
+    )
+    columns = ["source", "documents", "tokens", "MB", "bytes per token", "held-out documents", "empty", "duplicates"]
     rows = _rows(info)
     tracker.table("data/sources", columns, rows)
-    for name, documents, tokens, size, ratio, _, heldout in rows:
+    for name, documents, tokens, size, ratio, heldout, empty, duplicates in rows:
         say(
-            f"  {name}: {documents:,} documents ({heldout} held out), {tokens:,} tokens, {size} MB, {ratio} bytes/token"
+            f"  {name}: {documents:,} documents ({heldout} held out), {tokens:,} tokens, {size} MB, "
+            f"{ratio} bytes/token; left out: {empty:,} empty, {duplicates:,} duplicates"
         )
     totals = {
         "documents": sum(source.train.documents for source in info.sources),
         "tokens": sum(source.train.tokens for source in info.sources),
         "bytes": sum(source.train.bytes for source in info.sources),
         "heldout_documents": sum(source.heldout.documents for source in info.sources),
+        "empty_documents": sum(source.empty for source in info.sources),
+        "duplicates": sum(source.duplicates for source in info.sources),
     }
     tracker.summary({f"data/{name}": value for name, value in totals.items()})
     return totals
 
 
+def _processes(corpus: Corpus) -> int:
+    """As many as this process may use cores, but not for a little text."""
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
+    files = [source_files(source) for source in corpus.sources]
+    if not all(files):  # a hub dataset, of unknown size
+        return cores
+    size = sum(file.stat().st_size for of_source in files for file in of_source)
+    return max(1, min(cores, size // PROCESS_BYTES))
+
+
 def _rows(info: StoreInfo) -> list[list[Cell]]:
-    weight = sum(source.weight for source in info.sources)
     return [
         [
             source.name, source.train.documents, source.train.tokens, round(source.train.bytes / 1e6, 2),
-            round(source.train.bytes / source.train.tokens, 2), round(source.weight / weight, 3),
-            source.heldout.documents,
+            round(source.train.bytes / source.train.tokens, 2), source.heldout.documents, source.empty,
+            source.duplicates,
         ]
         for source in info.sources
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 
 from core.errors import UserError
 from training.order import RowOrder
-from training.store import Documents, Store
+from training.store import MAKE_AGAIN, Documents, Store
 
 IGNORED = -100  # a label that is no target
 
-Ids = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.int64]
+Rows = tuple[Integers, Integers, Integers]  # input ids, labels, position ids
 
 
 @dataclass(frozen=True)
@@ -69,35 +71,54 @@ class PackedDocuments:
             0, (len(documents.tokens) - 1) // length
         )  # the last label of a row is the next row's first token
 
-    def starts_within(self, row: int) -> Ids:
-        """Positions in the row (1 .. length) at which a document starts; position 0 is left out."""
-        begin = row * self.length
-        starts = self.documents.starts
-        first, last = np.searchsorted(starts, [begin + 1, begin + self.length + 1])
-        return np.asarray(starts[first:last] - begin, dtype=np.int64)
+    def _starts_within(self, begins: Integers) -> tuple[Integers, Integers]:
+        """Of rows that begin at these tokens, the first and the last + 1 document to start at place 1 .. length."""
+        starts = self.documents.starts  # memory-mapped: a search reads a few pages
+        return np.searchsorted(starts, begins + 1), np.searchsorted(starts, begins + self.length + 1)
 
-    def targets(self, row: int) -> int:
-        """How many labels of the row are targets; found without reading its tokens."""
-        return self.length - len(self.starts_within(row))
+    def targets(self, rows: int | Integers) -> int:
+        """How many labels of these rows are targets; found without reading their tokens."""
+        begins = np.atleast_1d(np.asarray(rows, np.int64)) * self.length
+        first, last = self._starts_within(begins)
+        return int((self.length - (last - first)).sum())
 
-    def read(self, row: int) -> tuple[Ids, Ids, Ids]:
-        """(input ids, labels, position ids) of a row, each [length]."""
-        begin = row * self.length
-        tokens = self.documents.tokens[begin : begin + self.length + 1].astype(np.int64)
-        starts = self.starts_within(row)
-        labels = tokens[1:].copy()
-        labels[starts - 1] = IGNORED
-        inside = starts[starts < self.length]
-        origin = np.zeros(self.length, dtype=np.int64)
-        origin[inside] = inside
-        positions = np.arange(self.length) - np.maximum.accumulate(origin)
-        return tokens[:-1], labels, positions
+    def read(self, row: int) -> Rows:
+        """One row, as `read_rows` gives it."""
+        ids, labels, positions = self.read_rows(np.asarray([row], np.int64))
+        return ids[0], labels[0], positions[0]
+
+    def read_rows(self, rows: Integers) -> Rows:
+        """(input ids, labels, position ids) of rows, each [rows, length].
+
+        Raises `UserError` for a token that was not there when the store was written.
+        """
+        length, documents = self.length, self.documents
+        begins = rows * length
+        tokens = np.empty((len(rows), length + 1), np.int64)
+        is_start = np.zeros((len(rows), length + 1), np.bool_)
+        for number, (begin, first, last) in enumerate(zip(begins, *self._starts_within(begins), strict=True)):
+            tokens[number] = documents.tokens[begin : begin + length + 1]
+            is_start[number, documents.starts[first:last] - begin] = True
+        if len(rows) and tokens.max() > documents.largest:
+            raise UserError(
+                f"{documents.folder} holds token {tokens.max()} where {documents.largest} was the largest when it was "
+                f"written, so it is damaged; {MAKE_AGAIN}"
+            )
+        labels = np.where(is_start[:, 1:], IGNORED, tokens[:, 1:])
+        places = np.arange(length)
+        positions = places - np.maximum.accumulate(np.where(is_start[:, :-1], places, 0), axis=1)
+        return tokens[:, :-1], labels, positions
 
 
 class TrainingRows:
-    """The rows of a training run, by their index in the run."""
+    """The rows of a training run, by their index in the run. Threads may share it."""
 
-    def __init__(self, store: Store, length: int, seed: int) -> None:
+    def __init__(self, store: Store, length: int, seed: int, shares: Sequence[float] | None = None) -> None:
+        """`shares` are of the store's sources (`training.mixture`); in proportion to their sizes if not given.
+
+        Raises `UserError` for a source with less text than a row.
+        """
+        self.length = length
         self.sources = [PackedDocuments(store.documents(source, "train"), length) for source in store.info.sources]
         for source, packed in zip(store.info.sources, self.sources, strict=True):
             if not packed.rows:
@@ -106,30 +127,38 @@ class TrainingRows:
                     "lower training.sequence_length or give it more text."
                 )
         self.names = [source.name for source in store.info.sources]
-        weights = [source.weight for source in store.info.sources]
-        self.order = RowOrder([packed.rows for packed in self.sources], weights, seed)
+        rows = [packed.rows for packed in self.sources]
+        self.order = RowOrder(rows, shares or rows, seed)
+
+    def check_batch(self, batch_rows: int) -> None:
+        """Raises `UserError` if all text together fills fewer rows than one batch."""
+        rows = int(self.order.rows.sum())
+        if rows < batch_rows:
+            raise UserError(
+                f"the training text fills {rows} rows of {self.length} tokens, fewer than training.batch_rows = "
+                f"{batch_rows}; lower batch_rows or sequence_length, or give more text."
+            )
 
     def targets(self, indices: range) -> int:
         """The number of targets in these rows of the run, over all processes: what the loss is divided by."""
-        places = (self.order.place(index) for index in indices)
-        return sum(self.sources[place.source].targets(place.row) for place in places)
+        sources, rows = self.order.places(np.asarray(indices, np.int64))
+        return sum(self.sources[source].targets(rows[sources == source]) for source in np.unique(sources))
 
     def places(self, indices: range) -> list[tuple[str, int]]:
         """(source, row within it) of these rows of the run."""
-        places = (self.order.place(index) for index in indices)
-        return [(self.names[place.source], place.row) for place in places]
+        sources, rows = self.order.places(np.asarray(indices, np.int64))
+        return [(self.names[source], int(row)) for source, row in zip(sources, rows, strict=True)]
 
-    def describe(self, tokens: int) -> str:
-        return ""
-
-    bytes_per_token = 4.0
-
-    def batch(self, indices: list[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """These rows of the run."""
-        places = [self.order.place(index) for index in indices]
-        return stack([self.sources[place.source].read(place.row) for place in places])
+        sources, rows = self.order.places(np.asarray(indices, np.int64))
+        ids, labels, positions = (np.empty((len(rows), self.length), np.int64) for _ in range(3))
+        for source in np.unique(sources):
+            mine = sources == source
+            ids[mine], labels[mine], positions[mine] = self.sources[source].read_rows(rows[mine])
+        return Batch.of(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions))
 
 
-def stack(rows: list[tuple[Ids, Ids, Ids]]) -> Batch:
+def stack(rows: list[Rows]) -> Batch:
     """A batch from rows as `PackedDocuments.read` gives them."""
     return Batch.of(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))

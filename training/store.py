@@ -1,108 +1,157 @@
 """The token store: every document tokenised once, in flat memory-mapped files with document boundaries and byte counts.
 
     store/
-      store.json                      tokenizer fingerprint, vocabulary size, the sources in order with their counts
+      store.json                      digest, tokenizers, the sources in order with their counts; written last
       00-<source>/train/tokens.bin    uint16 or uint32, all documents one after the other
       00-<source>/train/starts.npy    int64 [documents + 1], where each document begins in tokens.bin; last: the end
       00-<source>/train/bytes.npy     int64 [documents], UTF-8 bytes of each document's text
       00-<source>/heldout/...         the held-out documents of the same source
+      00-<source>/reference/...       the held-out documents again, in the tokens of the original base's tokenizer
 
 A document is stored as `[prefix] tokens [eos]`, where the prefix is the tokenizer's bos if it adds one, otherwise eos;
-so every token of the text has something to be predicted from.
+so every token of the text has something to be predicted from. `training/tokenise.py` writes stores.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from core.artifact import fingerprint, write_json
+from core.artifact import fingerprint
 from core.errors import UserError
-from core.progress import Meter
-from core.sources import Corpus, Source, Split
 
 STORE_FILE = "store.json"
 MAKE_AGAIN = "remove the stage's folder (runs/NAME/data) and run `cpt-merge data RECIPE` again."
-SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+StoreSplit = Literal["train", "heldout", "reference"]
+SPLITS: tuple[StoreSplit, ...] = ("train", "heldout", "reference")
+Tokens = npt.NDArray[Any]  # uint16 or uint32
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer of a split. `rows` is its largest id + 1, whether or not the text has that id."""
+
+    fingerprint: str
+    rows: int
+    dtype: str
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What one split of a source holds."""
+    """What one split of a source holds. `largest` is the largest token id in it, -1 where there is none."""
 
     documents: int
     tokens: int
     bytes: int
+    largest: int
 
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One source in `store.json`. `folder` is relative to the store."""
+    """One source in `store.json`. `folder` is relative to the store; `empty` and `duplicates` were left out."""
 
     name: str
     language: str
-    weight: float
     folder: str
+    empty: int
+    duplicates: int
     train: SplitCounts
     heldout: SplitCounts
+    reference: SplitCounts | None
+
+    def counts(self, split: StoreSplit) -> SplitCounts:
+        """The counts of a split. Raises `UserError` for a reference split that the store lacks."""
+        found: SplitCounts | None = getattr(self, split)
+        if found is None:
+            raise UserError(f"the token store holds no {split} text of {self.name}; {MAKE_AGAIN}")
+        return found
 
 
 @dataclass(frozen=True)
 class StoreInfo:
     """The content of `store.json`."""
 
-    tokenizer: str  # fingerprint of tokenizer.json
-    vocabulary: int  # rows of the embedding matrix, at least the largest id + 1
-    dtype: str
+    digest: str  # of the text, the tokenizers and the settings that the store was made with
+    tokenizer: TokenizerInfo
+    reference: TokenizerInfo | None  # of the original base
     sources: list[SourceInfo]
 
+    def of(self, split: StoreSplit) -> TokenizerInfo:
+        """The tokenizer of a split. Raises `UserError` for a reference split that the store lacks."""
+        if split != "reference":
+            return self.tokenizer
+        if self.reference is None:
+            raise UserError(f"the token store holds no text in the base's tokens; {MAKE_AGAIN}")
+        return self.reference
 
-class DocumentWriter:
+
+class SplitWriter:
     """Appends tokenised documents to one split's files."""
 
     def __init__(self, folder: Path, dtype: npt.DTypeLike) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.dtype = folder, np.dtype(dtype)
-        self._file = open(folder / "tokens.bin", "wb")  # noqa: SIM115 - closed in `close`
-        self._starts, self._bytes = [0], list[int]()
+        self.folder, self.dtype, self.largest = folder, np.dtype(dtype), -1
+        self._file: IO[bytes] = open(folder / "tokens.bin", "wb")  # noqa: SIM115 - closed in `close`
+        self._lengths, self._bytes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        """One document: its ids with prefix and eos, and the UTF-8 length of its text."""
-        np.asarray(ids, dtype=self.dtype).tofile(self._file)
-        self._starts.append(self._starts[-1] + len(ids))
-        self._bytes.append(text_bytes)
+    def add(self, tokens: Tokens, lengths: Integers, sizes: Integers) -> None:
+        """Documents one after the other, with prefix and eos; how many tokens and UTF-8 bytes each has."""
+        if not len(tokens):
+            return
+        self.largest = max(self.largest, int(tokens.max()))
+        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self._lengths.append(np.asarray(lengths, np.int64))
+        self._bytes.append(np.asarray(sizes, np.int64))
 
     def close(self) -> SplitCounts:
-        """Write the index files."""
-        self._file.close()
-        np.save(self.folder / "starts.npy", np.asarray(self._starts, dtype=np.int64))
-        np.save(self.folder / "bytes.npy", np.asarray(self._bytes, dtype=np.int64))
-        return SplitCounts(len(self._bytes), self._starts[-1], sum(self._bytes))
+        """Write the index files, and see that all is on disk."""
+        _close_synced(self._file)
+        lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._bytes)
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        for name, values in (("starts", starts), ("bytes", sizes)):
+            file: IO[bytes] = open(self.folder / f"{name}.npy", "wb")  # noqa: SIM115 - closed in the next lines
+            np.save(file, values)
+            _close_synced(file)
+        return SplitCounts(len(sizes), int(starts[-1]), int(sizes.sum()), self.largest)
+
+
+def _close_synced(file: IO[bytes]) -> None:
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Documents:
-    """One split of one source, memory-mapped."""
+    """One split of one source, memory-mapped: opening reads nothing but the ends of the index.
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    Raises `UserError` for files that are missing, cut off, or do not fit `counts`.
+    """
+
+    def __init__(self, folder: Path, dtype: str, counts: SplitCounts) -> None:
         path = folder / "tokens.bin"
         try:
-            self.starts = cast("npt.NDArray[np.int64]", np.load(folder / "starts.npy", mmap_mode="r"))
-            self.bytes = cast("npt.NDArray[np.int64]", np.load(folder / "bytes.npy", mmap_mode="r"))
+            self.starts = cast(Integers, np.load(folder / "starts.npy", mmap_mode="r"))
+            self.bytes = cast(Integers, np.load(folder / "bytes.npy", mmap_mode="r"))
             size = path.stat().st_size
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"the token store in {folder} is damaged ({error}); {MAKE_AGAIN}") from None
-        expected = int(self.starts[-1]) * np.dtype(dtype).itemsize
+        expected = counts.tokens * np.dtype(dtype).itemsize
         if size != expected:
             raise UserError(f"{path} has {size} bytes, not {expected}; {MAKE_AGAIN}")
-        empty = expected == 0
-        self.tokens: npt.NDArray[Any] = np.zeros(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
+        if len(self.bytes) != counts.documents or len(self.starts) != counts.documents + 1:
+            raise UserError(f"the index in {folder} is not of {counts.documents} documents; {MAKE_AGAIN}")
+        if self.starts[0] != 0 or self.starts[-1] != counts.tokens:
+            raise UserError(f"the index in {folder} does not end at {counts.tokens} tokens; {MAKE_AGAIN}")
+        self.folder, self.largest = folder, counts.largest
+        self.tokens: Tokens = np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
 
     def __len__(self) -> int:
         return len(self.bytes)
@@ -122,77 +171,46 @@ class Store:
         if not path.is_file():
             raise UserError(f"{path} does not exist; run `cpt-merge data RECIPE` first.")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            sources = [_source_info(source) for source in values.pop("sources")]
-            return Store(directory, StoreInfo(**values, sources=sources))
+            return Store(directory, _store_info(json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}); {MAKE_AGAIN}") from None
 
-    def documents(self, source: SourceInfo, split: Split) -> Documents:
+    def documents(self, source: SourceInfo, split: StoreSplit) -> Documents:
         """The documents of one split of a source."""
-        return Documents(self.directory / source.folder / split, self.info.dtype)
+        return Documents(self.directory / source.folder / split, self.info.of(split).dtype, source.counts(split))
 
     def check_tokenizer(self, tokenizer: Path) -> None:
         """Raises `UserError` if the store was made with another tokenizer."""
-        if fingerprint(tokenizer / "tokenizer.json") != self.info.tokenizer:
+        if tokenizer_fingerprint(tokenizer) != self.info.tokenizer.fingerprint:
             raise UserError(
                 f"the token store {self.directory} was made with another tokenizer than {tokenizer}; "
                 "run `cpt-merge data RECIPE` again."
             )
 
-
-def _source_info(values: dict[str, Any]) -> SourceInfo:
-    splits: dict[str, Any] = {split: SplitCounts(**values[split]) for split in SPLITS}
-    return SourceInfo(**(values | splits))
-
-
-def write_store(corpus: Corpus, tokenizer_directory: Path, out: Path, batch_documents: int) -> StoreInfo:
-    """Tokenise the whole corpus into a store at `out`. Raises `UserError` for a source without text."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
-    rows = len(tokenizer)
-    dtype = "uint16" if rows <= 2**16 else "uint32"
-    sources = []
-    for number, source in enumerate(corpus.sources):
-        folder = f"{number:02d}-{source.name.replace(':', '-')}"
-        with Meter(f"tokenise {source.name}", None, "documents") as meter:
-            counts = {
-                split: _write_split(
-                    corpus, source, split, tokenizer, out / folder / split, dtype, batch_documents, meter
+    def check_vocabulary(self, rows: int, split: StoreSplit = "train") -> None:
+        """Raises `UserError` if a split (`heldout` counts as `train`) has a token that a model of `rows` rows lacks."""
+        for source in self.info.sources:
+            splits: tuple[StoreSplit, ...] = ("reference",) if split == "reference" else ("train", "heldout")
+            largest = max(source.counts(part).largest for part in splits)
+            if largest >= rows:
+                raise UserError(
+                    f"the token store {self.directory} holds token {largest} in {source.name} but the model has "
+                    f"{rows} rows; use the model and the store that were made with the same tokenizer."
                 )
-                for split in SPLITS
-            }
-        if not counts["train"].documents:
-            raise UserError(f"text source {source.path} yields no training text; give it text or take it out.")
-        sources.append(SourceInfo(source.name, source.language, source.weight, folder, **counts))
-    info = StoreInfo(fingerprint(tokenizer_directory / "tokenizer.json"), rows, dtype, sources)
-    write_json(out / STORE_FILE, asdict(info))
-    return info
 
 
-def _write_split(
-    corpus: Corpus, source: Source, split: Split, tokenizer: Any, folder: Path, dtype: str, batch: int, meter: Meter
-) -> SplitCounts:
-    writer = DocumentWriter(folder, dtype)
-    prefix = document_prefix(tokenizer)
-    for texts in batched(corpus.documents(source, split), batch):
-        for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
-            writer.add([prefix, *ids, tokenizer.eos_token_id], len(text.encode()))
-        meter.advance(len(texts))
-    return writer.close()
+def tokenizer_fingerprint(directory: Path) -> str:
+    """A digest of the tokenizer in a directory. Raises `UserError` where there is none."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (directory / name).is_file():
+            return fingerprint(directory / name)
+    raise UserError(f"{directory} holds neither tokenizer.json nor tokenizer.model; give a model's directory.")
 
 
-def document_prefix(tokenizer: Any) -> int:
-    """The id that a document starts with: the tokenizer's bos if it adds one, otherwise its eos."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no eos token; set `eos_token` in its config.")
-    added = tokenizer("", add_special_tokens=True)["input_ids"]
-    return int(added[0]) if added else int(tokenizer.eos_token_id)
-
-
-def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Lists of `size` items, the last one shorter."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def _store_info(values: dict[str, Any]) -> StoreInfo:
+    sources = []
+    for source in values["sources"]:
+        splits = {split: SplitCounts(**source[split]) if source[split] else None for split in SPLITS}
+        sources.append(SourceInfo(**(source | splits)))
+    reference = TokenizerInfo(**values["reference"]) if values["reference"] else None
+    return StoreInfo(values["digest"], TokenizerInfo(**values["tokenizer"]), reference, sources)

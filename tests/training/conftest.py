@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from core.sources import Corpus, Source
-from training.store import write_store
+from training.tokenise import write_store
 
 CONFIG: dict[str, Any] = {
     "sequence_length": 32, "batch_rows": 8, "micro_batch_rows": 2, "tokens": 32 * 8 * 12, "precision": "fp32",
@@ -73,8 +73,8 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> Path
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus, model: Path) -> Path:
-    folder = tmp_path_factory.mktemp("store")
-    write_store(corpus, model, folder, batch_documents=50)
+    folder = tmp_path_factory.mktemp("data") / "store"
+    write_store(corpus, model, folder)
     return folder
 
 

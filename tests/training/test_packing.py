@@ -7,17 +7,15 @@ import pytest
 import torch
 
 from training.packing import IGNORED, PackedDocuments, stack
-from training.store import Documents, DocumentWriter
+from training.store import Documents, SplitWriter
 
 
 def make_documents(folder: Path, lengths: list[int]) -> Documents:
     """Documents of the given lengths whose tokens are 1, 2, 3, ... over all."""
-    writer, token = DocumentWriter(folder, "uint16"), 1
-    for length in lengths:
-        writer.add(list(range(token, token + length)), text_bytes=3 * length)
-        token += length
-    writer.close()
-    return Documents(folder, "uint16")
+    writer = SplitWriter(folder, "uint16")
+    counted = np.asarray(lengths)
+    writer.add(np.arange(1, counted.sum() + 1, dtype=np.uint16), counted, 3 * counted)
+    return Documents(folder, "uint16", writer.close())
 
 
 LENGTHS = [5, 1, 9, 3, 30, 2, 2, 8]
