@@ -127,7 +127,7 @@ def _training(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     from training.run import run as run_stage
 
     use_backend(run.recipe)
-    inputs = TrainingInputs(run.resized, run.tokenizer, run.store, key, run.base)
+    inputs = TrainingInputs(run.resized, run.tokenizer, run.store, key, run.base, run.recipe.corpus)
     return run_stage(run.recipe.training, inputs, run.folder("training"), tracker, post_training_hook(run, key))
 
 

@@ -46,6 +46,7 @@ class Trainer:
     phase: Phase
     backend: Backend
     rows: TrainingRows
+    bytes_per_token: float
     checkpoints: Checkpoints
     observer: Observer
     throughput: Throughput
@@ -156,7 +157,7 @@ class Trainer:
             "train/loss": loss,
             "train/gradient_norm": float(result.outcome.gradient_norm),
             "train/tokens": float(state.tokens),
-            "train/bytes": state.tokens * self.rows.bytes_per_token,
+            "train/bytes": state.tokens * self.bytes_per_token,
             "train/phase": float(self.phase.number),
             **self.backend.learning_rates(),
             **self.throughput.metrics(),

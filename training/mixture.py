@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from core.errors import UserError
 from core.sources import Corpus, Source
+from training.store import Store
 
 SLACK = 0.005  # of the tokens: by so much budgets may miss them and are scaled, since a run is whole steps
 
@@ -80,6 +81,23 @@ def _budget(source: Source, size: int | None) -> float | None:
             "`cpt-merge data RECIPE`; run it first."
         )
     return source.epochs * size
+
+
+def by_size(store: Store) -> list[SourceShare]:
+    """The shares of a run that takes from each source in proportion to its size."""
+    total = sum(source.train.tokens for source in store.info.sources)
+    return [
+        SourceShare(source.name, source.language, source.train.tokens / total, source.train.tokens, 0.0)
+        for source in store.info.sources
+    ]
+
+
+def bytes_per_token(store: Store, shares: Sequence[SourceShare]) -> float:
+    """UTF-8 bytes of text that a token of the run stands for, on average."""
+    return sum(
+        share.share * source.train.bytes / source.train.tokens
+        for share, source in zip(shares, store.info.sources, strict=True)
+    )
 
 
 def describe(shares: Sequence[SourceShare]) -> list[str]:

@@ -118,7 +118,7 @@ class TrainingRows:
 
         Raises `UserError` for a source with less text than a row.
         """
-        self.length = length
+        self.store, self.length = store, length
         self.sources = [PackedDocuments(store.documents(source, "train"), length) for source in store.info.sources]
         for source, packed in zip(store.info.sources, self.sources, strict=True):
             if not packed.rows:

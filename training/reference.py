@@ -32,7 +32,7 @@ def reference_line(
     if not parallel.any(not path.is_file()):
         found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    heldout = heldout_rows(store, config, "reference") if base and getattr(store.info, "reference", None) else []
+    heldout = heldout_rows(store, config, "reference") if base and store.info.reference else []
     if base is None or not heldout:
         say("training: no reference line, since the store holds no text in the base's own tokens")
         return {}

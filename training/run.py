@@ -14,6 +14,7 @@ from checkpoint.reader import Checkpoint
 from checkpoint.vocabulary import MAP_FILE, VocabularyMap
 from core.errors import Interrupted, UserError
 from core.progress import say, timed
+from core.sources import Corpus
 from merge.config import Dtype
 from merge.hook import LocalShard, Ranks, export_shards
 from tracking.tracker import Tracker
@@ -23,6 +24,7 @@ from training.checkpoints import Checkpoints, TrainState
 from training.config import TrainingConfig
 from training.continuations import prompts_from
 from training.loop import Trainer
+from training.mixture import SourceShare, by_size, bytes_per_token, mixture
 from training.observe import PROMPT_TOKENS, Observer
 from training.packing import TrainingRows
 from training.parallel import Parallel, start_parallel, stop_parallel
@@ -47,6 +49,7 @@ class TrainingInputs:
     store: Path  # the token store made with it
     key: str  # names configuration and inputs; checkpoints of another key are refused
     base: Path | None = None  # the original base, for the line that bits per byte are compared with
+    corpus: Corpus | None = None  # how much of each source; in proportion to their sizes if not given
 
 
 def run(
@@ -83,6 +86,7 @@ class Training:
     tracker: Tracker
     parallel: Parallel
     rows: TrainingRows
+    shares: list[SourceShare]
     observer: Observer
     checkpoints: Checkpoints
     base_rows: int
@@ -98,7 +102,7 @@ class Training:
         for phase in self.phases[self._first(saved) :]:
             start = Start(self.config, phase, self._source(phase), self.base_rows)
             backend = build_backend(start, self.parallel)
-            say(start_block(start, backend, self.parallel, self.rows))
+            say(start_block(start, backend, self.parallel, self.shares))
             if saved and saved.phase == phase.number:
                 self.checkpoints.load(backend, saved)
             state = self._train(phase, backend, replace(state, phase=phase.number), stop)
@@ -133,8 +137,8 @@ class Training:
         ) as watchdog:  # fmt: skip
             throughput = throughput_of(self.config, self.inputs.model, self.parallel)
             trainer = Trainer(
-                self.config, phase, backend, self.rows, self.checkpoints, self.observer, throughput, watchdog,
-                self.parallel, self.tracker, state.skipped,
+                self.config, phase, backend, self.rows, bytes_per_token(self.rows.store, self.shares),
+                self.checkpoints, self.observer, throughput, watchdog, self.parallel, self.tracker, state.skipped,
             )  # fmt: skip
             return trainer.train(state, stop)
 
@@ -160,7 +164,11 @@ def prepare(
     _check_fit(config, inputs.model, parallel)
     store = Store.open(inputs.store)
     store.check_tokenizer(inputs.tokenizer)
-    rows = TrainingRows(store, config.sequence_length, config.seed)
+    store.check_vocabulary(int(Checkpoint.open(inputs.model).config["vocab_size"]))
+    available = [source.train.tokens for source in store.info.sources]
+    shares = mixture(inputs.corpus, available, config.tokens) if inputs.corpus else by_size(store)
+    rows = TrainingRows(store, config.sequence_length, config.seed, [share.share for share in shares])
+    rows.check_batch(config.batch_rows)
     checkpoints = Checkpoints(out / "checkpoints", config.checkpoints, parallel)
     checkpoints.start()
     observer = Observer(
@@ -170,7 +178,7 @@ def prepare(
     )  # fmt: skip
     phases = phases_of(config)
     return Training(
-        config, inputs, out, tracker, parallel, rows, observer, checkpoints, _base_rows(inputs, phases), phases
+        config, inputs, out, tracker, parallel, rows, shares, observer, checkpoints, _base_rows(inputs, phases), phases
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,24 +16,24 @@ from training.backends.build import Start
 from training.config import TrainingConfig
 from training.flops import flops_per_token, peak_flops
 from training.memory import MemorySetup, ModelShape, available_memory, estimate_memory
-from training.packing import TrainingRows
+from training.mixture import SourceShare, describe
 from training.parallel import Parallel
 from training.throughput import Throughput
 
 GB = 1e9
 
 
-def start_block(start: Start, backend: Backend, parallel: Parallel, rows: TrainingRows) -> str:
+def start_block(start: Start, backend: Backend, parallel: Parallel, shares: Sequence[SourceShare]) -> str:
     """The block, as lines of `name  what is active`."""
     config, phase, world = start.config, start.phase, parallel.world
     micro = -(-config.batch_rows // (world.size * config.micro_batch_rows))
-    tokens = config.steps * config.tokens_per_step
     lines = {
         **backend.describe(),
         "device": f"{device_name(parallel.device)}, started by {world.launcher}",
         "step": f"{config.batch_rows} rows of {config.sequence_length} = {config.tokens_per_step:,} tokens; "
         f"each process {micro} micro-batch{'es' if micro > 1 else ''} of {config.micro_batch_rows} rows",
-        "run": f"{config.steps:,} steps, {tokens:,} tokens; {rows.describe(tokens)}",
+        "run": f"{config.steps:,} steps, {config.steps * config.tokens_per_step:,} tokens",
+        "text": "\n              ".join(describe(shares)),
         "phase": f"{phase.number + 1}: steps {phase.start + 1:,} to {phase.stop:,} train {phase.train}, learning rate "
         f"{phase.learning_rate:g}, embedding and head {phase.embedding_learning_rate:g}",
         "checkpoints": f"every {config.checkpoints.every} steps, {backend.state_bytes() / GB:,.2f} GB each"

@@ -14,7 +14,7 @@ from core.progress import say
 from training.config import TrainingConfig
 from training.packing import Batch, PackedDocuments, stack
 from training.parallel import Parallel
-from training.store import Split, Store
+from training.store import Store, StoreSplit
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class HeldoutRows:
         return sum(_bytes_within(packed, packed.length * rows + 1) for packed, rows in self.sources)
 
 
-def heldout_rows(store: Store, config: TrainingConfig, split: Split = "heldout") -> list[HeldoutRows]:
+def heldout_rows(store: Store, config: TrainingConfig, split: StoreSplit = "heldout") -> list[HeldoutRows]:
     """For each language up to `evaluate_rows` rows, divided over its sources in order."""
     found: dict[str, list[tuple[PackedDocuments, int]]] = {}
     for source in store.info.sources:
