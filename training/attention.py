@@ -55,6 +55,8 @@ def document_attention(
         lacking = f"needs {wanted[0]}" if wanted else "does not pass on where documents begin"
         raise UserError(f"attention: flash does not fit this model, whose attention {lacking}; set eager or sdpa.")
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    if torch.compiler.is_compiling() and not query.is_cuda:
+        return _by_mask(query, key, value, cu_seq_lens_q, scaling, window), None
     flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
     if query.is_cuda:
         out = _by_kernel(*flat, cu_seq_lens_q, max_length_q, scaling, window)
@@ -76,7 +78,6 @@ def _by_kernel(
     return out
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop whose length changes with every batch
 def _by_document(
     query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float | None, window: int | None
 ) -> Tensor:
@@ -92,6 +93,18 @@ def _by_document(
             )
         )
     return torch.cat(outs, 2)[0].transpose(0, 1)
+
+
+def _by_mask(
+    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """The same without a loop, for torch.compile on a CPU: tensors [rows, heads, length, width]."""
+    rows, heads, length, _ = query.shape
+    places = torch.arange(rows * length, device=cu.device, dtype=cu.dtype)
+    document = torch.searchsorted(cu, places, right=True).view(rows, 1, length)
+    mask = (document.unsqueeze(-1) == document.unsqueeze(-2)) & _band(length, window or length, cu.device)
+    key, value = (tensor.repeat_interleave(heads // tensor.shape[1], 1) for tensor in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
 def _band(size: int, window: int, device: torch.device) -> Tensor:
@@ -113,7 +126,9 @@ def describe_attention(config: TrainingConfig, device: torch.device) -> str:
     """The attention for the start block."""
     if config.attention != "flash":
         return config.attention
-    return "flash (torch's variable-length kernel)" if device.type == "cuda" else "flash (on a CPU: sdpa per document)"
+    if device.type == "cuda":
+        return "flash (torch's variable-length kernel)"
+    return "flash (on a CPU and compiled: sdpa with a mask)" if config.compile else "flash (on a CPU: sdpa per document)"
 
 
 def check_supported(model: Any, config: TrainingConfig) -> None:
@@ -148,6 +163,8 @@ def check_attention(module: Callable[[Batch], Tensor], config: TrainingConfig, d
     Called by all processes. Raises `UserError` if a document's loss depends on the document before it or on later
     tokens, or if the implementation does not run here.
     """
+    if config.attention == "flex" and device.type != "cuda":
+        raise UserError("attention: flex trains on GPUs only (torch has no backward pass of it for others); set flash.")
     if config.attention == "flash" and device.type == "cuda":
         if config.precision == "fp32":
             raise UserError(

@@ -8,12 +8,13 @@ selective   besides, the results of attention and of every second matmul; what i
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import torch.nn.attention.varlen  # noqa: F401 - defines the operation that is named below
 
 Recompute = Literal["none", "full", "selective"]
 
@@ -36,12 +37,19 @@ def apply_recompute(layers: nn.ModuleList, mode: Recompute) -> None:
     """
     if mode == "none":
         return
-    contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
     for layer in layers:
         # the instance's forward, not a wrapping module: parameters keep their names, decoders find a layer's attributes
-        layer.forward = partial(  # type: ignore[method-assign]
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **contexts
-        )
+        layer.forward = _recomputed(layer.forward, mode)  # type: ignore[method-assign]
+
+
+def _recomputed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
+    """A plain function, which torch.compile traces; a partial object it would leave alone."""
+    contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
+
+    def recomputed(*arguments: Any, **names: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **contexts, **names)
+
+    return recomputed
 
 
 def _selective_contexts() -> tuple[Any, Any]:
