@@ -63,7 +63,7 @@ def show_plan(recipe: Recipe) -> None:
     rows = config.micro_batch_rows
     setup = MemorySetup.of(config, "fsdp2", processes, shards=processes)
     memory = estimate_memory(shape, setup)
-    parts = ", ".join(f"{name} {value / GB:,.2f}" for name, value in vars(memory).items())
+    parts = ", ".join(f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items())
     console = Console(highlight=False)
     console.print(f"[bold]{recipe.name}[/]: {recipe.models.base} -> {run.merged}")
     _print_stages(console, run)
@@ -73,7 +73,7 @@ def show_plan(recipe: Recipe) -> None:
         ("extended", f"{shape.parameters / 1e6:,.1f} M parameters, at most {shape.vocabulary:,} rows"),
         ("training", f"{config.steps:,} steps of {config.tokens_per_step:,} tokens"),
         ("processes", f"{processes}, each {setup.micro_batches} micro-batches of {rows} rows a step"),
-        ("memory per rank", f"{memory.total / GB:,.2f} GB: {parts}"),
+        ("memory per rank", f"{memory.total / GB:,.2f} GB at once, of: {parts}"),
         ("disk", _disk(shape, config)),
     ]  # fmt: skip
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
