@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoint.reader import Checkpoint
+from core.errors import UserError
 from core.models import hub_errors, is_local, model_directory
 from core.sources import source_files
 from launcher.recipe import Recipe
@@ -62,9 +63,9 @@ def show_plan(recipe: Recipe) -> None:
     shape = base.resized(extended_rows(recipe, base))
     processes = local_processes(recipe)
     rows = config.micro_batch_rows
-    setup = MemorySetup.of(config, "fsdp2", processes)
+    setup = MemorySetup.of(config, "fsdp2", processes, shards=processes)
     memory = estimate_memory(shape, setup)
-    parts = ", ".join(f"{name} {value / GB:,.2f}" for name, value in vars(memory).items())
+    parts = ", ".join(f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items())
     console = Console(highlight=False)
     console.print(f"[bold]{recipe.name}[/]: {recipe.models.base} -> {run.merged}")
     _print_stages(console, run)
@@ -74,7 +75,7 @@ def show_plan(recipe: Recipe) -> None:
         ("extended", f"{shape.parameters / 1e6:,.1f} M parameters, at most {shape.vocabulary:,} rows"),
         ("training", f"{config.steps:,} steps of {config.tokens_per_step:,} tokens"),
         ("processes", f"{processes}, each {setup.micro_batches} micro-batches of {rows} rows a step"),
-        ("memory per rank", f"{memory.total / GB:,.2f} GB: {parts}"),
+        ("memory per rank", f"{memory.total / GB:,.2f} GB at once, of: {parts}"),
         ("disk", _disk(shape, config)),
     ]  # fmt: skip
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

@@ -95,9 +95,7 @@ def _by_document(
     return torch.cat(outs, 2)[0].transpose(0, 1)
 
 
-def _by_mask(
-    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float | None, window: int | None
-) -> Tensor:
+def _by_mask(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float | None, window: int | None) -> Tensor:
     """The same without a loop, for torch.compile on a CPU: tensors [rows, heads, length, width]."""
     rows, heads, length, _ = query.shape
     places = torch.arange(rows * length, device=cu.device, dtype=cu.dtype)
@@ -128,7 +126,9 @@ def describe_attention(config: TrainingConfig, device: torch.device) -> str:
         return config.attention
     if device.type == "cuda":
         return "flash (torch's variable-length kernel)"
-    return "flash (on a CPU and compiled: sdpa with a mask)" if config.compile else "flash (on a CPU: sdpa per document)"
+    return (
+        "flash (on a CPU and compiled: sdpa with a mask)" if config.compile else "flash (on a CPU: sdpa per document)"
+    )
 
 
 def check_supported(model: Any, config: TrainingConfig) -> None:

@@ -78,20 +78,22 @@ class MemorySetup:
     precision: str
     sequence_length: int
     micro_batch_rows: int
+    micro_batches: int  # of one process in one step
     loss_chunk: int
     activation_checkpointing: str = "none"  # none | selective | full
     attention: str = "sdpa"
     vocabulary_only: bool = False  # only embedding and head are trained
 
     @staticmethod
-    def of(config: TrainingConfig, strategy: Strategy, shards: int) -> MemorySetup:
-        """The setup of a configuration whose state is divided over so many processes."""
+    def of(config: TrainingConfig, strategy: Strategy, processes: int, shards: int) -> MemorySetup:
+        """The setup of a configuration on so many processes."""
         return MemorySetup(
             strategy,
             shards,
             config.precision,
             config.sequence_length,
             config.micro_batch_rows,
+            -(-config.batch_rows // (processes * config.micro_batch_rows)),
             config.loss_chunk,
             config.activation_checkpointing,
             config.attention,
@@ -107,88 +109,105 @@ class MemorySetup:
         """Tokens of one micro-batch."""
         return self.sequence_length * self.micro_batch_rows
 
+    def trained(self, shape: ModelShape) -> int:
+        """Parameters that have gradients."""
+        return shape.vocabulary_parameters if self.vocabulary_only else shape.parameters
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one process, by part."""
+    """Bytes on one process, by part. The parts are not all there at once: see `total`."""
 
     parameters: float
     gradients: float
     optimizer: float
-    gathered: float
+    gathered_forward: float  # what is there undivided at the end of the forward pass
+    gathered_backward: float  # and at the end of the backward pass
     activations: float
+    recomputed: float  # activations of one layer, where the backward pass makes them again
     logits: float
 
     @property
     def total(self) -> float:
-        """The sum of the parts."""
-        return float(sum(vars(self).values()))
+        """The peak: when the loss is computed or the last layer made again, or when the backward pass ends.
+
+        In between activations go as gradients come, so the peak lies at one of the two ends.
+        """
+        loss = self.gathered_forward + self.activations + max(self.logits, self.recomputed)
+        end = self.gathered_backward + self.gradients + self.recomputed
+        return self.parameters + self.optimizer + max(loss, end)
 
 
 def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
-    """Memory of one process at its peak, without the allocator's fragments and the libraries' own buffers (1-2 GB).
+    """Memory of one process, without the allocator's fragments and the libraries' own buffers (1-2 GB on a GPU).
 
     Parameters, gradients and optimizer are exact up to the padding of the last shard; `_fsdp2` and `_zero` say what
-    is divided. `gathered` is what exists undivided for a while. Only what is trained has gradients and moments.
+    is divided. Only what is trained has gradients and moments.
     """
-    trained = shape.vocabulary_parameters if setup.vocabulary_only else shape.parameters
     if setup.strategy == "fsdp2":
-        parameters, gradients, optimizer, gathered = _fsdp2(shape, setup, trained)
+        parameters, gradients, optimizer, forward, backward = _fsdp2(shape, setup)
     else:
-        parameters, gradients, optimizer, gathered = _zero(shape, setup, trained)
-    return MemoryEstimate(parameters, gradients, optimizer, gathered, _activations(shape, setup), _logits(shape, setup))
+        parameters, gradients, optimizer, forward, backward = _zero(shape, setup)
+    activations, recomputed = _activations(shape, setup)
+    return MemoryEstimate(
+        parameters, gradients, optimizer, forward, backward, activations, recomputed, _logits(shape, setup)
+    )
 
 
-def _fsdp2(shape: ModelShape, setup: MemorySetup, trained: float) -> tuple[float, float, float, float]:
+def _fsdp2(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
     """FSDP2, and HSDP with the shards of one replica. With N shards, P parameters, T of them trained, m bytes of the
     master type (4; pure-bf16: 2) and c of the compute type:
 
         parameters m P / N    gradients m T / N    optimizer (AdamW's two moments) 2 m T / N
 
-    Gathered, in the compute type: the root unit (embedding and head) from the forward pass to the end of the backward
-    pass, with its gradient; of the layers the current and the next, and the current one's gradient; one unit's
-    gradient in fp32 on its way into the reduction, which follows every micro-batch.
+    Gathered forward, in the compute type: the root unit (embedding and head), which stays until the backward pass ends,
+    and two layers, the current and the next. Backward also the gradients of the root and of one layer, and one unit's
+    in fp32 on the way into the reduction, which follows every micro-batch.
     """
-    master = 2 if setup.precision == "pure-bf16" else 4
-    layer, vocabulary = shape.layer_parameters, shape.vocabulary_parameters
-    trained_layer = 0 if setup.vocabulary_only else layer
-    layers = setup.compute * (2 * layer + trained_layer) + 4 * trained_layer
-    gathered = setup.compute * 2 * vocabulary + max(layers, 4 * vocabulary)
+    master, c = (2 if setup.precision == "pure-bf16" else 4), setup.compute
+    layer, vocabulary, trained = shape.layer_parameters, shape.vocabulary_parameters, setup.trained(shape)
+    forward = c * (vocabulary + 2 * layer)
+    reduced = (c + 4) * (0 if setup.vocabulary_only else layer)
+    backward = c * 2 * vocabulary + max(2 * c * layer + reduced, 4 * vocabulary)
     mine = master / setup.shards
-    return shape.parameters * mine, trained * mine, 2 * trained * mine, gathered
+    return shape.parameters * mine, trained * mine, 2 * trained * mine, forward, backward
 
 
-def _zero(shape: ModelShape, setup: MemorySetup, trained: float) -> tuple[float, float, float, float]:
+def _zero(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
     """DeepSpeed's ZeRO (Rajbhandari et al., ZeRO, 2020, section 3), letters as in `_fsdp2`:
 
         parameters c P, from stage 3 / N    gradients c T, from stage 2 / N
         optimizer 12 T / N from stage 1: fp32 master weights and AdamW's two moments, for fp32 training too
 
-    Gathered: the fp32 gradient of this process's part in the optimizer's step, two buckets of the reduction, and for
-    stage 3 embedding, head and two layers.
+    Gathered forward: the gradients of earlier micro-batches; for stage 3 embedding, head and two layers in the compute
+    type, and the gradients that it holds at any time. Backward the optimizer's gradient in fp32, 4 T / N, and two
+    buckets of the reduction. Counted in DeepSpeed 0.19 on two CPU processes, bf16: 8.3, 8.3 and 10.0 bytes per
+    parameter after a step of stages 1, 2, 3, where this says 8.0, 8.0 and 10.0.
     """
     if setup.precision == "pure-bf16":
         raise UserError("training.precision: pure-bf16 is not DeepSpeed's, which keeps fp32 masters; set bf16.")
-    stage = int(setup.strategy[-1])
-    parameters = setup.compute * shape.parameters / (setup.shards if stage == 3 else 1)
-    gradients = setup.compute * trained / (setup.shards if stage >= 2 else 1)
-    gathered = 4 * trained / setup.shards + 2 * setup.compute * min(ZERO_BUCKET, trained)
-    if stage == 3:
-        gathered += setup.compute * (shape.vocabulary_parameters + 2 * shape.layer_parameters)
-    return parameters, gradients, 12 * trained / setup.shards, gathered
+    stage, c, trained = int(setup.strategy[-1]), setup.compute, setup.trained(shape)
+    parameters = c * shape.parameters / (setup.shards if stage == 3 else 1)
+    gradients = c * trained / (setup.shards if stage >= 2 else 1)
+    whole = c * (shape.vocabulary_parameters + 2 * shape.layer_parameters) if stage == 3 else 0
+    converted = 4 * trained / setup.shards
+    backward = whole + converted + 2 * c * min(ZERO_BUCKET, trained)
+    held = gradients + converted if stage == 3 else gradients if setup.micro_batches > 1 else 0
+    forward = whole + held
+    return parameters, gradients, 12 * trained / setup.shards, forward, backward
 
 
-def _activations(shape: ModelShape, setup: MemorySetup) -> float:
-    """What autograd keeps of one micro-batch, and one layer's as it is recomputed. The final norm counts with them."""
+def _activations(shape: ModelShape, setup: MemorySetup) -> tuple[float, float]:
+    """What autograd keeps of one micro-batch, the final norm included, and what is made again of one layer."""
     whole = _kept_by_layer(shape, setup)
     final = (4 + 2 * setup.compute) * shape.width
     if setup.activation_checkpointing == "none":
-        return setup.tokens * (shape.layers * whole + final)
+        return setup.tokens * (shape.layers * whole + final), 0
     kept = setup.compute * shape.width  # the input of the layer
     if setup.activation_checkpointing == "selective":  # and the outputs of attention and of the matrix products
         products = shape.query + 2 * shape.key_value + shape.width + 2 * shape.intermediate + shape.width
         kept += setup.compute * (shape.query + products) + 4 * shape.heads
-    return setup.tokens * (shape.layers * kept + whole + final)
+    return setup.tokens * (shape.layers * kept + final), setup.tokens * whole
 
 
 def _kept_by_layer(shape: ModelShape, setup: MemorySetup) -> float:

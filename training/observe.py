@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Observer:
     parallel: Parallel
     tracker: Tracker
     spikes: Spikes
-    shown: list[list[Cell]] = field(default_factory=list)  # rows of the table of continuations
+    shown: list[Sequence[Cell]] = field(default_factory=list)  # rows of the table of continuations
 
     def resume(self, state: TrainState) -> None:
         """Continue from a checkpoint."""

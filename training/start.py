@@ -49,7 +49,7 @@ def memory_line(start: Start, backend: Backend, parallel: Parallel) -> str:
     parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     shape = ModelShape.from_config(checkpoint.config, parameters, str(start.model))
     setup = replace(
-        MemorySetup.of(start.config, backend.strategy, backend.shard_count),
+        MemorySetup.of(start.config, backend.strategy, parallel.world.size, backend.shard_count),
         vocabulary_only=start.phase.train != "all",
     )
     needed, there = estimate_memory(shape, setup).total, available_memory(parallel.device)

@@ -133,7 +133,11 @@ def test_layers_that_carry_a_state_along_the_row_are_refused(tmp_path: Path) -> 
 def test_the_start_block_says_what_runs_on_a_cpu() -> None:
     describe = [describe_attention(TrainingConfig(**{**CONFIG, **changes}), CPU) for changes in (
         {"attention": "sdpa"}, {"attention": "flash"}, {"attention": "flash", "compile": True})]  # fmt: skip
-    assert describe == ["sdpa", "flash (on a CPU: sdpa per document)", "flash (on a CPU and compiled: sdpa with a mask)"]
+    assert describe == [
+        "sdpa",
+        "flash (on a CPU: sdpa per document)",
+        "flash (on a CPU and compiled: sdpa with a mask)",
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's flex_attention has no backward pass on a CPU")
