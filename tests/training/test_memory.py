@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from core.errors import UserError
 from tests.distributed import run_ranks
 from training.config import TrainingConfig
-from training.loss import cross_entropy_sum
+from training.loss import Head, cross_entropy_sum
 from training.memory import (
     MemorySetup,
     ModelShape,
@@ -195,7 +195,7 @@ def test_the_peak_of_the_loss_is_what_is_said() -> None:
     weight = torch.randn(shape.vocabulary, shape.width, requires_grad=True)
     labels = torch.randint(0, shape.vocabulary, (ROWS * LENGTH,))
     with torch.profiler.profile(**MEMORY_PROFILE) as profile:
-        cross_entropy_sum(hidden, weight, labels, 64).backward()
+        cross_entropy_sum(hidden, Head(weight), labels, 64).backward()
     peak = allocated_at_peak(profile)
     assert estimate_memory(shape, setup(precision="fp32")).logits == pytest.approx(peak, rel=0.01)
 

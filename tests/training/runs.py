@@ -1,0 +1,144 @@
+"""Runs of the training stage on the tiny model, in the process that calls (one of the ranks)."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from core.errors import Interrupted
+from launcher.start import backend_environment
+from tests.training.conftest import CONFIG, Recorder
+from training.config import TrainingConfig
+from training.optimizer import rate_factor
+from training.packing import TrainingRows
+from training.run import TrainingInputs, run
+from training.store import Store
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Job:
+    """What is trained, and what happens on the way."""
+
+    model: Path
+    store: Path
+    out: Path
+    changes: dict[str, Any] = field(default_factory=dict)
+    backend: str = "fsdp2"  # a file of recipes/accelerate; one process of the default is not sharded
+    stop_after: int = 0  # rank 1 (or the only one) gets SIGUSR1 when this step is logged
+    poison: range = range(0)  # steps whose gradient is made NaN on one rank
+    tokenizer: Path | None = None
+    kill_when: str = ""  # a file under `out`/checkpoints on whose appearance the rank in `killed` gets SIGKILL
+    killed: int = 0
+    kill_delay: float = 0.0
+
+    @property
+    def config(self) -> TrainingConfig:
+        return TrainingConfig(**{**CONFIG, **self.changes})
+
+
+def train(job: Job) -> dict[int, float]:
+    """Train; the losses that were logged, by step."""
+    ask_for(job.backend)
+    tracker = Recorder()
+    if job.stop_after and int(os.environ["RANK"]) == min(1, int(os.environ["WORLD_SIZE"]) - 1):
+        signal_when(tracker, job.stop_after)
+    if job.kill_when and os.environ["RANK"] == str(job.killed):
+        threading.Thread(target=kill_self, args=(job,), daemon=True).start()
+    if job.poison:
+        poison_batches(job)
+    inputs = TrainingInputs(job.model, job.tokenizer or job.model, job.store, "key")
+    try:
+        run(job.config, inputs, job.out, tracker, None)
+    except Interrupted:
+        assert job.stop_after
+    return {step: row["train/loss"] for step, row in tracker.rows if step and "train/loss" in row}
+
+
+def ask_for(backend: str) -> None:
+    """Set what a launcher would."""
+    if os.environ["WORLD_SIZE"] != "1" or backend != "fsdp2":
+        os.environ.update(backend_environment(ROOT / "recipes" / "accelerate" / f"{backend}.yaml"))
+
+
+def signal_when(tracker: Recorder, step: int) -> None:
+    log = tracker.log
+
+    def log_and_signal(metrics: dict[str, float], step_now: int | None = None, **names: Any) -> None:
+        log(metrics, names.get("step", step_now))
+        if names.get("step", step_now) == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    tracker.log = log_and_signal  # type: ignore[method-assign]
+
+
+def kill_self(job: Job) -> None:
+    """SIGKILL for this process, in the middle of whatever it is doing."""
+    while not list((job.out / "checkpoints").glob(job.kill_when)):
+        time.sleep(0.0005)
+    time.sleep(job.kill_delay)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def poison_batches(job: Job) -> None:
+    """Rank 0 finds rows of these steps whose loss is NaN: an embedding row that only they use would be the same."""
+    from training.model import CausalLM
+
+    forward: Callable[..., torch.Tensor] = CausalLM.forward
+    config, rows = job.config, TrainingRows(Store.open(job.store), job.config.sequence_length, 0)
+    bad = {
+        tuple(rows.batch([step * config.batch_rows]).input_ids[0].tolist()) for step in job.poison
+    }  # rank 0 has the first row of every step
+
+    def poisoned(self: CausalLM, batch: Any, last: bool = False) -> torch.Tensor:
+        loss = forward(self, batch, last)
+        found = tuple(batch.input_ids[0].tolist()) in bad and torch.is_grad_enabled()
+        return loss * float("nan") if found else loss
+
+    CausalLM.forward = poisoned  # type: ignore[method-assign]
+
+
+def reference_losses(model_path: Path, store: Path) -> dict[int, float]:
+    """The same training in plain torch: one process, whole batches, logits all at once."""
+    config = TrainingConfig(**CONFIG)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-4,
+    )
+    rows, losses = TrainingRows(Store.open(store), config.sequence_length, config.seed), {}
+    for step in range(config.steps):
+        batch = rows.batch(list(range(step * 8, step * 8 + 8)))
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * rate_factor(step, config.steps, config.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[step + 1] = loss.item()
+    return losses
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """The exported model."""
+    return load_file(out / "cpt" / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    found = weights(other)
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, found[name]), name
