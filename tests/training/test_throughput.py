@@ -14,14 +14,14 @@ CONFIG = TrainingConfig(tokens=10**6, sequence_length=100, batch_rows=4)  # 400 
 
 
 def an_interval() -> list[dict[str, float]]:
-    """Five steps of 20 ms on rank 0 and 60 ms on rank 1, of which 10 and 30 are for data; then an empty interval."""
+    """Five steps of 40 ms on rank 0 and 120 ms on rank 1, half of it for data; then an empty interval."""
     parallel = start_parallel()
     slow = 1 + 2 * parallel.world.rank
     throughput = Throughput(CONFIG, parallel, flops_per_token=1e6, peak=1e9)
     for _ in range(5):
         with throughput.waiting_for_data():
-            time.sleep(0.01 * slow)
-        time.sleep(0.01 * slow)
+            time.sleep(0.02 * slow)
+        time.sleep(0.02 * slow)
         throughput.count_step()
     with throughput.paused():
         time.sleep(0.3)
@@ -36,15 +36,15 @@ def test_an_interval_is_told_alike_by_all_processes_and_forgotten() -> None:
     here, there = run_ranks(an_interval, 2)
     assert here == there
     first, second = here
-    wall = 5 * 0.06 + 0.3  # of the slower process, its stall included and the pause left out
+    wall = 5 * 0.12 + 0.3  # of the slower process, its stall included and the pause left out
     close = {"rel": 0.25}
     assert first["train/tokens_per_second"] == pytest.approx(5 * 400 / wall, **close)
     assert first["train/tokens_per_second_per_device"] == first["train/tokens_per_second"] / 2
     assert first["train/mfu"] == mfu(first["train/tokens_per_second_per_device"], 1e6, 1e9)
-    assert first["train/step_seconds_max"] == pytest.approx(0.06, **close)
-    assert first["train/step_seconds_median"] == pytest.approx(0.04, **close)
-    # rank 0: 50 of 100 + 100 ms of its own; rank 1: 150 of 300 + 300 ms
-    assert first["train/data_wait_share"] == pytest.approx(0.25, **close)
+    assert first["train/step_seconds_max"] == pytest.approx(0.12, **close)
+    assert first["train/step_seconds_median"] == pytest.approx(0.08, **close)
+    # rank 0 waits 100 of 200 + 100 ms, rank 1 300 of 600 + 300
+    assert first["train/data_wait_share"] == pytest.approx(1 / 3, **close)
     assert first["train/checkpoint_stall_seconds"] == pytest.approx(0.3, **close)
     assert first["train/peak_memory_gb"] > 0.05
     assert second["train/tokens_per_second"] == second["train/checkpoint_stall_seconds"] == 0
