@@ -85,7 +85,7 @@ def measure(folder: Path, base: str, pair: str, steps: int, every: int, seed: in
     sections: dict[str, dict[str, Any]] = {
         "embeddings": {"input": input_method, "head": head_method},
         "training": {
-            "tokens": steps * 256 * 8, "evaluate_every": every, "checkpoint_every": steps, "log_every": steps,
+            "tokens": steps * 256 * 8, "evaluate_every": every, "checkpoints": {"every": steps}, "log_every": steps,
             "seed": seed, "post_train_merge": False,
             "optimizer": {"learning_rate": 1e-3 * rate, "embedding_learning_rate": 3e-3 * rate},
         },

@@ -6,12 +6,14 @@ import hashlib
 import os
 import sys
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from core.deadline import STOP_AT, parse_stop_at
 from core.errors import Interrupted, UserError
 from core.progress import console
 from core.world import find_world
@@ -24,6 +26,9 @@ app = typer.Typer(
 )  # fmt: skip
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")]
+StopAt = Annotated[
+    str | None, typer.Option(metavar="TIME", help="save and stop training before then: 2026-11-24T18:00, 18:00, +8h")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="overrides")]
 
 
@@ -39,8 +44,9 @@ class RecipeCommand(TyperCommand):
 
 
 @app.command(cls=RecipeCommand)
-def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None) -> None:
     """All stages; finished ones are skipped, a cut-short one continues."""
+    _remember_deadline(stop_at)
     from launcher.pipeline import run_pipeline
     from launcher.recipe import load_recipe
     from launcher.report import report as write_report
@@ -48,6 +54,12 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides or [])
     run_pipeline(loaded, recipe, overrides or [])
     write_report(loaded.directory)
+
+
+def _remember_deadline(stop_at: str | None) -> None:
+    """For this process and those that it starts."""
+    if stop_at:
+        os.environ[STOP_AT] = str(parse_stop_at(stop_at, datetime.now()))
 
 
 def _stage(name: str, recipe: Path, overrides: list[str] | None) -> None:
@@ -99,8 +111,9 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command(cls=RecipeCommand)
-def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None) -> None:
     """Continual pretraining, with the post-training hook that adds the chat vector."""
+    _remember_deadline(stop_at)
     _stage("train", recipe, overrides)
 
 

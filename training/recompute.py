@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.nn.attention.varlen
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-import torch.nn.attention.varlen  # noqa: F401 - defines the operation that is named below
 
 Recompute = Literal["none", "full", "selective"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from types import FrameType
@@ -10,10 +9,10 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from core.deadline import deadline
 from training.parallel import Parallel
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STOP_AT = "CPT_MERGE_STOP_AT"  # seconds since 1970; set by `--stop-at`
 
 
 class StopRequest:
@@ -23,8 +22,7 @@ class StopRequest:
         self.parallel = parallel
         self.reason = ""
         self._trouble = False
-        ends = [float(text) for name in (STOP_AT, "SLURM_JOB_END_TIME") if (text := os.environ.get(name, "")).isdigit()]
-        self._deadline = min(ends, default=float("inf")) - margin
+        self._deadline = deadline() - margin
         self._vote: tuple[torch.Tensor, dist.Work] | None = None
 
     def __enter__(self) -> StopRequest:

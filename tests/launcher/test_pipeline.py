@@ -81,7 +81,7 @@ def test_training_with_other_settings_moves_the_old_work_aside(
 
 def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns("training", "merge"))
-    command = [f"runs={tmp_path / 'runs'}", "training.tokens=1_000_000", "training.checkpoint_every=1000"]
+    command = [f"runs={tmp_path / 'runs'}", "training.tokens=1_000_000", "training.checkpoints.every=1000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "launcher.cli", "train", str(recipe_path), *command],
         stderr=subprocess.PIPE, text=True, cwd=ROOT,
@@ -138,7 +138,7 @@ def test_a_hook_that_ended_before_its_stage_was_recorded(
 def test_training_that_diverges_makes_no_model(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("training", "merge"))
-    huge = ["training.optimizer.learning_rate=1e30", "training.optimizer.clip=1e30", "training.checkpoint_every=100"]
+    huge = ["training.optimizer.learning_rate=1e30", "training.optimizer.clip=1e30", "training.checkpoints.every=100"]
     done = cpt_merge("train", recipe_path, f"runs={tmp_path / 'runs'}", *huge, "launch.processes=1")
     assert done.returncode == 2, done.stderr
     assert "diverged" in done.stderr or "non-finite" in done.stderr

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import Future
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -236,7 +236,7 @@ def _named_in_environment(world: World) -> Iterator[None]:
 
 
 def _load_partitioned(module: CausalLM, directory: Path, settings: dict[str, Any], device: torch.device) -> None:
-    """Load the weights for ZeRO 3: each process reads a tensor whole, keeps its part, and forgets it before the next."""
+    """Load for ZeRO 3: each process reads a tensor whole, keeps its part, and forgets it before the next one."""
     from deepspeed.runtime.zero import Init
 
     source = WeightSource.open(module, directory, device)
