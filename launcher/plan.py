@@ -63,14 +63,15 @@ def estimate_memory(shape: ModelShape, config: TrainingConfig, processes: int) -
     Sharded over the processes: parameters and gradients in the master type (fp32: 4 bytes) and AdamW's two moments.
     Gathered: the two largest units (a layer, and embedding with head) in the compute type, with their gradients.
     Activations of one micro-batch of b rows of s tokens and width h: 34 s b h per layer at 2 bytes, or 2 s b h with
-    activation checkpointing (Korthikanti et al., Reducing Activation Recomputation, 2022, with attention that stores no
-    scores). Logits: one chunk in fp32, twice, and the gradient of the head in fp32.
+    full activation checkpointing (Korthikanti et al., Reducing Activation Recomputation, 2022, with attention that
+    stores no scores), or 16 s b h with selective (input, attention, and of seven matmuls the first, third, fifth and
+    seventh, of a layer whose inner width is 3 h). Logits: one chunk in fp32, twice, and the gradient of the head in fp32.
     """
     master = 2 if config.precision == "pure-bf16" else 4
     compute = 4 if config.precision == "fp32" else 2
     vocabulary = shape.vocabulary * shape.width * shape.matrices
     layer = (shape.parameters - vocabulary) / max(shape.layers, 1)
-    per_layer = {"none": 34, "full": 2, "selective": 14}[config.activation_checkpointing]
+    per_layer = {"none": 34, "full": 2, "selective": 16}[config.activation_checkpointing]
     tokens = config.sequence_length * config.micro_batch_rows
     return MemoryEstimate(
         parameters=shape.parameters * master / processes,

@@ -1,8 +1,8 @@
 """Activation checkpointing: what the forward pass keeps for the backward pass, layer by layer.
 
-    none        every activation
-    full        each layer's input; the layer is computed again in the backward pass
-    selective   besides, the results of attention and of every second matmul; what is cheap is computed again
+none        every activation
+full        each layer's input; the layer is computed again in the backward pass
+selective   besides, the results of attention and of every second matmul; what is cheap is computed again
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.nn.attention.varlen  # defines an operation that is named below
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-import torch.nn.attention.varlen  # noqa: F401 - defines the operation that is named below
 
 Recompute = Literal["none", "full", "selective"]
 
@@ -39,7 +38,7 @@ def apply_recompute(layers: nn.ModuleList, mode: Recompute) -> None:
         return
     for layer in layers:
         # the instance's forward, not a wrapping module: parameters keep their names, decoders find a layer's attributes
-        layer.forward = _recomputed(layer.forward, mode)  # type: ignore[method-assign]
+        layer.forward = _recomputed(layer.forward, mode)
 
 
 def _recomputed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
@@ -54,7 +53,7 @@ def _recomputed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., A
 
 def _selective_contexts() -> tuple[Any, Any]:
     """One policy for the forward pass and one for the recomputation, each with its own count of matmuls."""
-    return create_selective_checkpoint_contexts(_policy())  # type: ignore[no-any-return]
+    return create_selective_checkpoint_contexts(_policy())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _policy() -> Callable[..., CheckpointPolicy]:

@@ -11,7 +11,12 @@ from core.errors import UserError
 from tests.training.conftest import CONFIG
 from tests.training.families import FAMILIES, apart, documents, make_family
 from training.attention import (
-    _by_document, _by_mask, _two_documents, check_attention, describe_attention, document_attention,
+    _by_document,
+    _by_mask,
+    _two_documents,
+    check_attention,
+    describe_attention,
+    document_attention,
 )  # fmt: skip
 from training.config import TrainingConfig
 from training.model import CausalLM, build_model, load_weights
@@ -95,8 +100,8 @@ def test_a_model_in_which_documents_see_each_other_is_stopped(tmp_path: Path, mo
             out = torch.nn.functional.scaled_dot_product_attention(*halves, is_causal=causal)
             return (out if causal else out.flatten(2, 3)).transpose(1, 2), None
 
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"lets a document see {what}"):
-            patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, module.model.config._attn_implementation, wrong)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, module.model.config._attn_implementation, wrong)
+        with pytest.raises(UserError, match=f"lets a document see {what}"):
             check_attention(module, TrainingConfig(**{**CONFIG, "attention": "flash"}), CPU)
 
 
@@ -109,7 +114,7 @@ def test_the_check_looks_at_the_second_document_only() -> None:
 @pytest.mark.parametrize(
     ("family", "attention", "sentence"),
     [
-        ("gemma2", "flash", "caps its attention scores; set training.attention to eager or flex"),
+        ("gemma2", "flash", "caps its attention scores; set it to eager or flex"),
         ("gemma2", "sdpa", "attention: sdpa"),
         ("stablelm", "flash", "does not pass on where documents begin; set eager or sdpa"),
         ("llama", "flex", "trains on GPUs only"),
@@ -133,7 +138,11 @@ def test_layers_that_carry_a_state_along_the_row_are_refused(tmp_path: Path) -> 
 def test_the_start_block_says_what_runs_on_a_cpu() -> None:
     describe = [describe_attention(TrainingConfig(**{**CONFIG, **changes}), CPU) for changes in (
         {"attention": "sdpa"}, {"attention": "flash"}, {"attention": "flash", "compile": True})]  # fmt: skip
-    assert describe == ["sdpa", "flash (on a CPU: sdpa per document)", "flash (on a CPU and compiled: sdpa with a mask)"]
+    assert describe == [
+        "sdpa",
+        "flash (on a CPU: sdpa per document)",
+        "flash (on a CPU and compiled: sdpa with a mask)",
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's flex_attention has no backward pass on a CPU")
