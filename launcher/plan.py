@@ -65,7 +65,7 @@ def estimate_memory(shape: ModelShape, config: TrainingConfig, processes: int) -
     Activations of one micro-batch of b rows of s tokens and width h: 34 s b h per layer at 2 bytes, or 2 s b h with
     full activation checkpointing (Korthikanti et al., Reducing Activation Recomputation, 2022, with attention that
     stores no scores), or 16 s b h with selective (input, attention, and of seven matmuls the first, third, fifth and
-    seventh, of a layer whose inner width is 3 h). Logits: one chunk in fp32, twice, and the gradient of the head in fp32.
+    seventh, of a layer whose inner width is 3 h). Logits: one chunk in fp32, twice, and the head's gradient in fp32.
     """
     master = 2 if config.precision == "pure-bf16" else 4
     compute = 4 if config.precision == "fp32" else 2
