@@ -1,7 +1,7 @@
 """Attention within documents only, by four implementations, and the proof that the chosen one does so.
 
-    flash   only what is needed is computed, document by document: on a GPU by torch's variable-length flash kernel, on a
-            CPU by one causal sdpa call per document. No mask is made.
+    flash   only what is needed is computed, document by document: on a GPU by torch's variable-length flash kernel,
+            on a CPU by one causal sdpa call per document. No mask is made.
     sdpa    torch's scaled_dot_product_attention with a mask [rows, 1, length, length]
     flex    torch's flex_attention with a block mask, compiled
     eager   matmul and softmax written out; for what no other supports
@@ -57,12 +57,12 @@ def document_attention(
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     if torch.compiler.is_compiling() and not query.is_cuda:
         return _by_mask(query, key, value, cu_seq_lens_q, scaling, window), None
-    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     if query.is_cuda:
-        out = _by_kernel(*flat, cu_seq_lens_q, max_length_q, scaling, window)
+        out = _by_kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)
     else:
-        out = _by_document(*flat, cu_seq_lens_q, scaling, window)
-    return out.unflatten(0, (query.shape[0], query.shape[2])), None
+        out = _by_document(q, k, v, cu_seq_lens_q, scaling, window)
+    return out.reshape(query.shape[0], query.shape[2], *out.shape[1:]), None
 
 
 def _by_kernel(
@@ -83,7 +83,7 @@ def _by_document(
 ) -> Tensor:
     """One document after the other: tensors [tokens, heads, width]."""
     sizes = cu.diff().tolist()
-    documents = (tensor.transpose(0, 1).unsqueeze(0).split(sizes, 2) for tensor in (query, key, value))
+    documents = (torch.split(tensor.transpose(0, 1).unsqueeze(0), sizes, 2) for tensor in (query, key, value))
     outs = []
     for size, q, k, v in zip(sizes, *documents, strict=True):
         mask = None if window is None or window >= size else _band(size, window, q.device)
@@ -126,9 +126,7 @@ def describe_attention(config: TrainingConfig, device: torch.device) -> str:
         return config.attention
     if device.type == "cuda":
         return "flash (torch's variable-length kernel)"
-    return (
-        "flash (on a CPU and compiled: sdpa with a mask)" if config.compile else "flash (on a CPU: sdpa per document)"
-    )
+    return f"flash (on a CPU{' and compiled: sdpa with a mask' if config.compile else ': sdpa per document'})"
 
 
 def check_supported(model: Any, config: TrainingConfig) -> None:
@@ -145,15 +143,12 @@ def check_supported(model: Any, config: TrainingConfig) -> None:
             f"{name} has layers of kind {sorted(unknown)[0]}, in which packed documents see each other; "
             "such models cannot be trained here."
         )
-    if config.attention == "flash" and (
-        not getattr(model, "_supports_flash_attn", False) or getattr(text, "attn_logit_softcapping", None)
-    ):
-        reason = (
-            "caps its attention scores" if getattr(text, "attn_logit_softcapping", None) else "has its own attention"
-        )
-        raise UserError(
-            f"attention: flash does not fit {name}, which {reason}; set training.attention to eager or flex."
-        )
+    if config.attention != "flash":
+        return
+    capped = getattr(text, "attn_logit_softcapping", None)
+    if capped or not getattr(model, "_supports_flash_attn", False):
+        reason = "caps its attention scores" if capped else "has its own attention"
+        raise UserError(f"attention: flash does not fit {name}, which {reason}; set it to eager or flex.")
 
 
 @torch.no_grad()
@@ -167,12 +162,16 @@ def check_attention(module: Callable[[Batch], Tensor], config: TrainingConfig, d
         raise UserError("attention: flex trains on GPUs only (torch has no backward pass of it for others); set flash.")
     if config.attention == "flash" and device.type == "cuda":
         if config.precision == "fp32":
-            raise UserError(
-                "attention: flash computes in bf16 only; set training.precision to bf16, or attention: sdpa."
-            )
+            raise UserError("attention: flash computes in bf16 only; set training.precision: bf16, or attention: sdpa.")
         _check_kernel(device)
     batch = _two_documents().to(device)
-    expected = float(module(batch))
+    try:
+        expected = float(module(batch))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"attention: {config.attention} does not run in this model here ({reason}); set sdpa."
+        ) from error
     for column, what in ((slice(0, 8), "the document before it"), (slice(14, 16), "later tokens")):
         changed = batch.input_ids.clone()
         changed[:, column] = 3
@@ -193,13 +192,13 @@ def _two_documents() -> Batch:
 
 
 def _check_kernel(device: torch.device) -> None:
-    """Raises `UserError` if the kernel of a GPU does not compute what the loop over documents does, with a window too."""
+    """Raises `UserError` if a GPU's kernel does not compute what the loop over documents does, with a window too."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(48, heads, 64, generator=generator).bfloat16() for heads in (4, 2, 2))
     cu = torch.tensor([0, 30, 48], dtype=torch.int32)
     for window in (None, 7):
         expected = _by_document(query.float(), key.float(), value.float(), cu, None, window)
-        on_device = (tensor.to(device) for tensor in (query, key, value))
-        found = _by_kernel(*on_device, cu.to(device), 30, None, window).float().cpu()
+        q, k, v = (tensor.to(device) for tensor in (query, key, value))
+        found = _by_kernel(q, k, v, cu.to(device), 30, None, window).float().cpu()
         if not torch.allclose(found, expected, atol=0.03, rtol=0.03):
             raise UserError("attention: flash gives wrong numbers on this GPU; set training.attention to sdpa.")

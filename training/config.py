@@ -96,8 +96,8 @@ class TrainingConfig(Section):
     fp8: bool = key(False, "float8 matmuls in the decoder layers, by torchao; GPUs of capability 8.9 and newer")
     activation_checkpointing: Literal["none", "full", "selective"] = key(
         "none",
-        "what the backward pass computes again to save memory: nothing, each layer, or each layer but for attention and "
-        "every second matmul",
+        "what the backward pass computes again, to save memory: nothing; each layer; or each layer but for its "
+        "attention and every second matmul",
     )
     compile: bool = key(False, "torch.compile each decoder layer")
     attention: Literal["flash", "sdpa", "flex", "eager"] = key(

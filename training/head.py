@@ -46,6 +46,7 @@ def find_head_form(model: Any) -> HeadForm:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, _TOKENS, head.weight.shape[1], generator=generator, dtype=torch.float64)
     matrix = torch.randn(_ROWS, head.weight.shape[1], generator=generator, dtype=torch.float64)
+    matrix /= head.weight.shape[1] ** 0.5  # logits of about 1, so that a cap is not reached
     plain = hidden @ matrix.T
     try:
         with torch.no_grad(), _replaced(model.get_decoder(), hidden), _replaced(head, matrix):

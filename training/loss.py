@@ -49,9 +49,8 @@ def cross_entropy_sum(hidden: Tensor, head: Head, labels: Tensor, chunk: int) ->
     if torch.is_grad_enabled():
         return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, head, labels, chunk)  # type: ignore[no-any-return, no-untyped-call]
     parts = zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
-    return torch.stack(
-        [F.cross_entropy(head.logits(h), y, ignore_index=IGNORED, reduction="sum") for h, y in parts]
-    ).sum()
+    losses = [F.cross_entropy(head.logits(h), y, ignore_index=IGNORED, reduction="sum") for h, y in parts]
+    return torch.stack(losses).sum()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -89,9 +88,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         # in place: a second backward pass would see changed tensors, which autograd refuses
-        hidden, weight, bias = (
-            gradient if gradient is None else gradient.mul_(upstream[0]) for gradient in context.saved_tensors
-        )
+        hidden, weight, bias = context.saved_tensors
+        for gradient in (hidden, weight) if bias is None else (hidden, weight, bias):
+            gradient.mul_(upstream[0])
         return hidden, weight.to(context.dtype), None if bias is None else bias.to(context.dtype), None, None, None
 
 

@@ -101,7 +101,8 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
     except (ValueError, ImportError) as error:  # an unknown architecture, or an attention that it does not support
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"the model in {directory} cannot be built with attention: {config.attention} ({reason})"
+            f"the model in {directory} cannot be built with attention: {config.attention} ({reason}); "
+            "set training.attention to eager, or use a causal language model."
         ) from None
     model.tie_weights()
     check_supported(model, config)
@@ -133,9 +134,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     for module in decoder.children():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise UserError(
-        f"{type(model).__name__} has no list of {count} decoder layers; such models cannot be trained here."
-    )
+    raise UserError(f"{type(model).__name__} has no list of {count} decoder layers; it cannot be trained here.")
 
 
 def load_weights(module: CausalLM, directory: Path, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.nn.attention.varlen
+import torch.nn.attention.varlen  # defines an operation that is named below
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -38,7 +38,7 @@ def apply_recompute(layers: nn.ModuleList, mode: Recompute) -> None:
         return
     for layer in layers:
         # the instance's forward, not a wrapping module: parameters keep their names, decoders find a layer's attributes
-        layer.forward = _recomputed(layer.forward, mode)  # type: ignore[method-assign]
+        layer.forward = _recomputed(layer.forward, mode)
 
 
 def _recomputed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
@@ -53,7 +53,7 @@ def _recomputed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., A
 
 def _selective_contexts() -> tuple[Any, Any]:
     """One policy for the forward pass and one for the recomputation, each with its own count of matmuls."""
-    return create_selective_checkpoint_contexts(_policy())  # type: ignore[no-any-return]
+    return create_selective_checkpoint_contexts(_policy())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _policy() -> Callable[..., CheckpointPolicy]:

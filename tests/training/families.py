@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import transformers
 from training.packing import IGNORED, Batch
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
 GPT2 = {
-    "vocab_size": 96,
+    "vocab_size": 100,
     "n_embd": 32,
     "n_layer": 2,
     "n_head": 4,
@@ -66,7 +67,7 @@ def make_family(folder: Path, family: str, tied: bool, **changes: Any) -> Any:
     return model
 
 
-def documents(rows: int, lengths: tuple[int, ...] = (7, 12, 1, 13), vocabulary: int = 96, seed: int = 0) -> Batch:
+def documents(rows: int, lengths: tuple[int, ...] = (7, 12, 1, 13), vocabulary: int = 100, seed: int = 0) -> Batch:
     """Rows of documents of these lengths, shifted by one document from row to row."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, vocabulary, (rows, sum(lengths)), generator=generator)
@@ -83,7 +84,7 @@ def apart(batch: Batch) -> list[Batch]:
     parts, (rows, length) = [], batch.input_ids.shape
     for row in range(rows):
         starts = [*torch.where(batch.position_ids[row] == 0)[0].tolist(), length]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in itertools.pairwise(starts):
             cut = (tensor[row : row + 1, start:stop] for tensor in (batch.input_ids, batch.labels, batch.position_ids))
             parts.append(Batch.of(*(tensor.clone() for tensor in cut)))
     return parts

@@ -11,7 +11,12 @@ from core.errors import UserError
 from tests.training.conftest import CONFIG
 from tests.training.families import FAMILIES, apart, documents, make_family
 from training.attention import (
-    _by_document, _by_mask, _two_documents, check_attention, describe_attention, document_attention,
+    _by_document,
+    _by_mask,
+    _two_documents,
+    check_attention,
+    describe_attention,
+    document_attention,
 )  # fmt: skip
 from training.config import TrainingConfig
 from training.model import CausalLM, build_model, load_weights
@@ -95,8 +100,8 @@ def test_a_model_in_which_documents_see_each_other_is_stopped(tmp_path: Path, mo
             out = torch.nn.functional.scaled_dot_product_attention(*halves, is_causal=causal)
             return (out if causal else out.flatten(2, 3)).transpose(1, 2), None
 
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"lets a document see {what}"):
-            patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, module.model.config._attn_implementation, wrong)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, module.model.config._attn_implementation, wrong)
+        with pytest.raises(UserError, match=f"lets a document see {what}"):
             check_attention(module, TrainingConfig(**{**CONFIG, "attention": "flash"}), CPU)
 
 
@@ -109,7 +114,7 @@ def test_the_check_looks_at_the_second_document_only() -> None:
 @pytest.mark.parametrize(
     ("family", "attention", "sentence"),
     [
-        ("gemma2", "flash", "caps its attention scores; set training.attention to eager or flex"),
+        ("gemma2", "flash", "caps its attention scores; set it to eager or flex"),
         ("gemma2", "sdpa", "attention: sdpa"),
         ("stablelm", "flash", "does not pass on where documents begin; set eager or sdpa"),
         ("llama", "flex", "trains on GPUs only"),
