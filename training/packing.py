@@ -45,8 +45,13 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in memory from which a GPU copies by itself."""
-        tensors = (self.input_ids, self.labels, self.position_ids, self.cu_seqlens)
-        return Batch(*(tensor.pin_memory() for tensor in tensors), self.max_length)
+        return Batch(
+            self.input_ids.pin_memory(),
+            self.labels.pin_memory(),
+            self.position_ids.pin_memory(),
+            self.cu_seqlens.pin_memory(),
+            self.max_length,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
