@@ -240,14 +240,16 @@ def _kept_by_attention(shape: ModelShape, setup: MemorySetup) -> float:
 def _logits(shape: ModelShape, setup: MemorySetup) -> float:
     """The head and the loss (training/loss.py), for chunks of t tokens, vocabulary V, width h and c bytes.
 
-    As a chunk begins: its logits and log-probabilities in fp32, the probabilities of the chunk before and its gradient,
-    (12 + c) t V; and the gradient of the head, 4 V h. As a chunk ends: (4 + c) t V, and that gradient with what the
-    chunk adds to it, (4 + c) V h. The gradient of the hidden states besides.
+    A chunk's logits in fp32 and, if that is another one, in the compute type: (4 + c) t V, and the gradient of the
+    head, 4 V h. As a chunk ends, its gradient c t V, and where types differ what the chunk adds to the head's: 4 V h more.
+    The gradient of the hidden states besides.
     """
     c, hidden = setup.compute, setup.compute * setup.tokens * shape.width
     chunk = min(setup.loss_chunk, setup.tokens) * shape.vocabulary
     head = shape.vocabulary * shape.width
-    return max((12 + c) * chunk + 4 * head, (4 + c) * (chunk + head)) + hidden
+    if c == 4:
+        return 4 * chunk + 4 * head + hidden
+    return max((4 + c) * chunk + 4 * head, c * chunk + 8 * head) + hidden
 
 
 def available_memory(device: torch.device, environment: Mapping[str, str] = os.environ) -> int:

@@ -11,6 +11,7 @@ from tests.training.conftest import CONFIG
 from training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 from training.model import build_model, load_weights
 from training.optimizer import build_optimizer, rate_factor, set_rate
+from training.phases import Phase
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd"])
@@ -37,7 +38,7 @@ def test_a_run_of_one_step_has_a_rate() -> None:
 def test_groups(model: Path) -> None:
     module = build_model(model, TrainingConfig(**CONFIG))
     load_weights(module, model, torch.device("cpu"))
-    optimizer = build_optimizer(module, OptimizerConfig(learning_rate=0.1, embedding_learning_rate=0.3))
+    optimizer = build_optimizer(module, OptimizerConfig(), Phase(0, "all", 0, 1, 0.1, 0.3))
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from tests.distributed import run_ranks
+from tests.training.runs import ask_for
 from training.config import TrainingConfig
 from training.flops import mfu
 from training.parallel import start_parallel, stop_parallel
@@ -15,6 +16,7 @@ CONFIG = TrainingConfig(tokens=10**6, sequence_length=100, batch_rows=4)  # 400 
 
 def an_interval() -> list[dict[str, float]]:
     """Five steps of 40 ms on rank 0 and 120 ms on rank 1, half of it for data; then an empty interval."""
+    ask_for("fsdp2")
     parallel = start_parallel()
     slow = 1 + 2 * parallel.world.rank
     throughput = Throughput(CONFIG, parallel, flops_per_token=1e6, peak=1e9)
@@ -51,6 +53,7 @@ def test_an_interval_is_told_alike_by_all_processes_and_forgotten() -> None:
 
 
 def ranks_gathered() -> list[list[float]]:
+    ask_for("fsdp2")
     parallel = start_parallel()
     found = gathered([float(parallel.world.rank), 7.0], parallel)
     stop_parallel()
@@ -62,6 +65,7 @@ def test_values_are_gathered_by_rank() -> None:
 
 
 def without_a_peak() -> dict[str, float]:
+    ask_for("fsdp2")
     parallel = start_parallel()
     metrics = Throughput(CONFIG, parallel, flops_per_token=1e6).metrics()
     stop_parallel()
