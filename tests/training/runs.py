@@ -37,8 +37,9 @@ class Job:
     stop_after: int = 0  # rank 1 (or the only one) gets SIGUSR1 when this step is logged
     poison: range = range(0)  # steps whose gradient is made NaN on one rank
     tokenizer: Path | None = None
-    kill_when: str = ""  # a file under `out`/checkpoints on whose appearance the rank in `killed` gets SIGKILL
-    killed: int = 0
+    kill_when: str = ""  # a file under `out`/checkpoints, of a step from `kill_after_step` on, on whose appearance
+    kill_after_step: int = 0
+    killed: tuple[int, ...] = (0,)  # these ranks get SIGKILL
     kill_delay: float = 0.0
 
     @property
@@ -52,7 +53,7 @@ def train(job: Job) -> dict[int, float]:
     tracker = Recorder()
     if job.stop_after and int(os.environ["RANK"]) == min(1, int(os.environ["WORLD_SIZE"]) - 1):
         signal_when(tracker, job.stop_after)
-    if job.kill_when and os.environ["RANK"] == str(job.killed):
+    if job.kill_when and int(os.environ["RANK"]) in job.killed:
         threading.Thread(target=kill_self, args=(job,), daemon=True).start()
     if job.poison:
         poison_batches(job)
@@ -83,7 +84,11 @@ def signal_when(tracker: Recorder, step: int) -> None:
 
 def kill_self(job: Job) -> None:
     """SIGKILL for this process, in the middle of whatever it is doing."""
-    while not list((job.out / "checkpoints").glob(job.kill_when)):
+    folder = job.out / "checkpoints"
+    while True:
+        steps = [int(path.relative_to(folder).parts[0][5:13]) for path in folder.glob(job.kill_when)]
+        if max(steps, default=-1) >= job.kill_after_step:
+            break
         time.sleep(0.0005)
     time.sleep(job.kill_delay)
     os.kill(os.getpid(), signal.SIGKILL)
