@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
 
 SYLLABLES = {"en": ["we", "go", "home", "and", "eat", "rice", "then", "sleep", "well", "again"], "ko": list("가나다라마바사아자차카타파하"),
              "zh_tw": list("天地玄黃宇宙洪荒日月盈昃辰宿列張")}  # fmt: skip
@@ -105,3 +109,16 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
 @pytest.fixture(scope="session")
 def recipe(recipe_path: Path) -> Recipe:
     return load_recipe(recipe_path, [])
+
+
+def cpt_merge(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+
+
+@pytest.fixture(scope="session")
+def finished(recipe_path: Path, recipe: Recipe) -> Path:
+    """The folder of a finished run."""
+    done = cpt_merge("run", recipe_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return recipe.directory

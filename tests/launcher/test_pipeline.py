@@ -13,21 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.recipe import Recipe
-
-ROOT = Path(__file__).parents[2]
-
-
-def cpt_merge(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
-
-
-@pytest.fixture(scope="module")
-def finished(recipe_path: Path, recipe: Recipe) -> Path:
-    """The folder of a finished run."""
-    done = cpt_merge("run", recipe_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return recipe.directory
+from tests.launcher.conftest import ROOT, cpt_merge
 
 
 def test_a_chat_model_comes_out(finished: Path) -> None:

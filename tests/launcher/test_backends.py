@@ -1,0 +1,110 @@
+"""Every configuration of recipes/accelerate starts what its name says, by accelerate and by torchrun."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.errors import UserError
+from launcher.start import backend_environment
+from tests.launcher.conftest import ROOT, cpt_merge
+from training.parallel import Asked, asked_for
+
+CONFIGS = ROOT / "recipes" / "accelerate"
+ASKED = {
+    "fsdp2": Asked("fsdp2"),
+    "hsdp": Asked("fsdp2", replicas=2, shards=2),
+    "zero1": Asked("deepspeed", zero_stage=1),
+    "zero2": Asked("deepspeed", zero_stage=2),
+    "zero3": Asked("deepspeed", zero_stage=3),
+    "cpu": Asked(),
+}
+ACTIVE = {
+    "fsdp2": (2, "FSDP2: 2 shards, 2 processes"),
+    "hsdp": (4, "HSDP: 2 replicas of 2 shards, 4 processes"),
+    "zero1": (2, "DeepSpeed ZeRO 1: optimizer divided over 2 processes"),
+    "zero2": (2, "DeepSpeed ZeRO 2: optimizer and gradients divided over 2 processes"),
+    "zero3": (2, "DeepSpeed ZeRO 3: optimizer, gradients and parameters divided over 2 processes"),
+    "cpu": (1, "one process, not sharded"),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_file_read_by_the_processes_says_what_accelerate_says(name: str) -> None:
+    assert asked_for(backend_environment(CONFIGS / f"{name}.yaml")) == ASKED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ASKED)
+def test_accelerate_says_the_same(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "dump.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "if os.environ.get('RANK', '0') == '0': json.dump(dict(os.environ), open(sys.argv[1], 'w'))\n"
+    )
+    out = tmp_path / "environment.json"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    subprocess.run([*command, str(script), str(out)], check=True, capture_output=True, timeout=120)
+    environment = json.loads(out.read_text())
+    if name == "cpu":
+        environment = {key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE")}
+    assert asked_for(environment) == ASKED[name]
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "several processes were started without a backend"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "asks for FSDP 1; set fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size > 1"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "ZeRO stage 0"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            "offload_optimizer_device",
+        ),
+    ],
+)
+def test_what_is_not_there_is_refused(environment: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        asked_for(environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACTIVE)
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_it_trains_and_merges(name: str, launcher: str, finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+    """`accelerate launch --config_file ... -m training RECIPE`, and torchrun with the file named in the recipe."""
+    processes, active = ACTIVE[name]
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("training", "merge"))
+    config = str(CONFIGS / f"{name}.yaml")
+    arguments = ["-m", "training", str(recipe_path), f"runs={tmp_path / 'runs'}"]
+    if launcher == "accelerate":
+        start = ["accelerate.commands.launch", "--config_file", config, "--num_processes", str(processes)]
+    else:
+        start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        arguments.append(f"launch.accelerate_config={config}")
+    done = subprocess.run(
+        [sys.executable, "-m", *start, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert active in done.stderr
+    for stage in ("training", "merge"):
+        assert (run / stage / "stage.json").is_file()
+    assert (run / "merge" / "chat" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_one_process_of_a_recipe_that_names_deepspeed(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("training", "merge"))
+    config = f"launch.accelerate_config={CONFIGS / 'zero2.yaml'}"
+    done = cpt_merge("train", recipe_path, f"runs={tmp_path / 'runs'}", config, "launch.processes=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "DeepSpeed ZeRO 2: optimizer and gradients divided over 1 process" in done.stderr
