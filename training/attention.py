@@ -28,6 +28,10 @@ from training.packing import IGNORED, Batch
 IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "documents"}
 """The recipe's name -> transformers' name."""
 
+TOLERANCE = 1e-5
+"""Relative difference of a loss that what it must not depend on may make. Measured: none where documents are apart, in
+float32 and bfloat16, and 1.6e-4 or more in random models of 7 families where they are not."""
+
 
 def document_attention(
     module: Any,
@@ -176,7 +180,7 @@ def check_attention(module: Callable[[Batch], Tensor], config: TrainingConfig, d
         changed = batch.input_ids.clone()
         changed[:, column] = 3
         found = float(module(dataclasses.replace(batch, input_ids=changed)))
-        if not abs(found - expected) <= 1e-3 * abs(expected):
+        if not abs(found - expected) <= TOLERANCE * abs(expected):
             raise UserError(
                 f"attention: {config.attention} lets a document see {what} in this model "
                 f"(loss {expected:.6f} becomes {found:.6f}); set another training.attention."

@@ -98,8 +98,9 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
             model = AutoModelForCausalLM.from_config(
                 model_config, dtype=dtype, attn_implementation=IMPLEMENTATIONS[config.attention]
             )
-    except (ValueError, ImportError) as error:  # an unknown architecture, or an attention that it does not support
-        reason = str(error).strip().splitlines()[0][:200]
+    except (ValueError, ImportError, KeyError) as error:  # no causal model, or one without this attention
+        own = isinstance(error, KeyError)  # it chooses among attention classes of its own
+        reason = "it has no such attention" if own else str(error).strip().split(". ")[0][:200]
         raise UserError(
             f"the model in {directory} cannot be built with attention: {config.attention} ({reason}); "
             "set training.attention to eager, or use a causal language model."
@@ -121,7 +122,7 @@ def _say_what_is_left_out(config: Any) -> None:
 
 
 def _is_dropout(name: str) -> bool:
-    return "dropout" in name or name.endswith("_pdrop")
+    return ("dropout" in name or name.endswith("_pdrop")) and not name.startswith(("classifier", "summary"))
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

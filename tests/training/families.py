@@ -51,12 +51,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", SIZES),  # its head has a bias
     "smollm3": ("SmolLM3Config", SIZES),
     "mixtral": ("MixtralConfig", {**SIZES, "num_local_experts": 4}),
+    "exaone4": ("Exaone4Config", {**SIZES, "head_dim": 8, "sliding_window": 6}),
+    "hyperclovax": ("HyperCLOVAXConfig", {**SIZES, "logits_scaling": 0.5}),  # multiplies where granite divides
+    "cohere2": ("Cohere2Config", {**SIZES, "head_dim": 8, "sliding_window": 6}),
+    "olmo3": ("Olmo3Config", {**SIZES, "head_dim": 8}),
+    "glm4": ("Glm4Config", {**SIZES, "head_dim": 8}),
+}  # fmt: skip
+
+
+# families whose own code lets packed documents see each other
+LEAKING: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon": ("FalconConfig", {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}),
+    "opt": ("OPTConfig", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),
 }  # fmt: skip
 
 
 def make_family(folder: Path, family: str, tied: bool, **changes: Any) -> Any:
     """A random model of the family, written to `folder` and returned."""
-    name, values = FAMILIES[family]
+    name, values = {**FAMILIES, **LEAKING}[family]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**values, **changes, "tie_word_embeddings": tied})
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

@@ -118,6 +118,9 @@ def test_the_check_looks_at_the_second_document_only() -> None:
         ("gemma2", "sdpa", "attention: sdpa"),
         ("stablelm", "flash", "does not pass on where documents begin; set eager or sdpa"),
         ("llama", "flex", "trains on GPUs only"),
+        ("falcon", "flash", "it has no such attention"),
+        ("falcon", "sdpa", "lets a document see the document before it in this model"),
+        ("opt", "eager", "lets a document see the document before it in this model"),
     ],
 )
 def test_what_does_not_fit_a_model_is_one_sentence(family: str, attention: str, sentence: str, tmp_path: Path) -> None:
