@@ -22,7 +22,7 @@ from core.progress import say
 from core.world import find_world
 from launcher.recipe import Recipe
 from launcher.stages import COMMANDS, STAGES, Run, Stage, identify
-from launcher.start import accelerate_config, local_processes, start_processes
+from launcher.start import accelerate_config, local_processes, start_processes, started_by_accelerate
 from merge.fit import open_fitting
 from tracking import Tracker, start_tracker
 
@@ -73,7 +73,7 @@ def run_stage(run: Run, stage: Stage, recipe_path: Path, overrides: list[str]) -
         say(f"{stage.name}: finished already ({record.finished}); skipped")
         return
     processes = local_processes(run.recipe) if stage.distributed else 1
-    if find_world().launcher == "alone" and processes > 1:
+    if find_world().launcher == "alone" and processes > 1 and not started_by_accelerate():
         start_processes(run.recipe, COMMANDS[stage.name], recipe_path, overrides, processes)
         record = read_record(run.folder(stage.name))
         if record is None or record.key != key:

@@ -65,13 +65,17 @@ def backend_environment(path: Path) -> dict[str, str]:
     return environment
 
 
+def started_by_accelerate() -> bool:
+    """Whether `accelerate launch` started this process, also if it is the only one."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
 def use_backend(recipe: Recipe) -> None:
     """Let the recipe's accelerate configuration decide where `accelerate launch` has not done so.
 
     One process that was started by nobody, of a recipe that names no configuration, needs no backend.
     """
-    decided = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if not decided and (find_world().size > 1 or recipe.launch.accelerate_config):
+    if not started_by_accelerate() and (find_world().size > 1 or recipe.launch.accelerate_config):
         os.environ.update(backend_environment(accelerate_config(recipe)))
 
 

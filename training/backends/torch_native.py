@@ -189,7 +189,7 @@ def prepare_layers(module: CausalLM, config: TrainingConfig) -> None:
     apply_recompute(module.layers, config.activation_checkpointing)
     if config.compile:
         for layer in module.layers:
-            layer.compile()
+            layer.compile(fullgraph=True)  # or torch would silently run what it cannot compile uncompiled
 
 
 def whole_rows(input_ids: Tensor) -> Batch:
