@@ -241,8 +241,8 @@ def _logits(shape: ModelShape, setup: MemorySetup) -> float:
     """The head and the loss (training/loss.py), for chunks of t tokens, vocabulary V, width h and c bytes.
 
     A chunk's logits in fp32 and, if that is another one, in the compute type: (4 + c) t V, and the gradient of the
-    head, 4 V h. As a chunk ends, its gradient c t V, and where types differ what the chunk adds to the head's: 4 V h more.
-    The gradient of the hidden states besides.
+    head, 4 V h. As a chunk ends, its gradient c t V, and where types differ what the chunk adds to the head's: 4 V h
+    more. The gradient of the hidden states besides.
     """
     c, hidden = setup.compute, setup.compute * setup.tokens * shape.width
     chunk = min(setup.loss_chunk, setup.tokens) * shape.vocabulary

@@ -15,25 +15,32 @@ def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> 
     """AdamW over the weights that the phase trains: matrices decay, norms and biases do not; embedding and head have
     their own rate, and do not decay while rows of theirs are frozen.
 
-    Every group keeps its peak rate under `peak`.
+    Every group keeps its peak rate under `peak`, and under `part` what it holds: layers or vocabulary.
     """
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
     vocabulary = {id(parameter) for parameter in vocabulary_matrices(module)}
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
-        rate = phase.embedding_learning_rate if id(parameter) in vocabulary else phase.learning_rate
+        part = "vocabulary" if id(parameter) in vocabulary else "layers"
         decay = config.weight_decay if len(full_shape(parameter)) > 1 and not module.frozen_rows else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
+        groups.setdefault((part, decay), []).append(parameter)
+    rates = {"vocabulary": phase.embedding_learning_rate, "layers": phase.learning_rate}
     return torch.optim.AdamW(
         [
-            {"params": members, "lr": rate, "peak": rate, "weight_decay": decay}
-            for (rate, decay), members in groups.items()
+            {"params": members, "lr": rates[part], "peak": rates[part], "part": part, "weight_decay": decay}
+            for (part, decay), members in groups.items()
         ],
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         fused=True,
     )
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rates as they are now, by the names that they are logged under."""
+    names = {"layers": "train/learning_rate", "vocabulary": "train/learning_rate_vocabulary"}
+    return {names[group["part"]]: float(group["lr"]) for group in optimizer.param_groups}
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:

@@ -35,6 +35,7 @@ class Job:
     changes: dict[str, Any] = field(default_factory=dict)
     backend: str = "fsdp2"  # a file of recipes/accelerate; one process of the default is not sharded
     stop_after: int = 0  # rank 1 (or the only one) gets SIGUSR1 when this step is logged
+    signal_in: str = ""  # "evaluation" or "save": rank 1 gets SIGTERM in the first one after step 0
     poison: range = range(0)  # steps whose gradient is made NaN on one rank
     tokenizer: Path | None = None
     kill_when: str = ""  # a file under `out`/checkpoints, of a step from `kill_after_step` on, on whose appearance
@@ -53,6 +54,8 @@ def train(job: Job) -> dict[int, float]:
     tracker = Recorder()
     if job.stop_after and int(os.environ["RANK"]) == min(1, int(os.environ["WORLD_SIZE"]) - 1):
         signal_when(tracker, job.stop_after)
+    if job.signal_in and os.environ["RANK"] == "1":
+        signal_within(job.signal_in)
     if job.kill_when and int(os.environ["RANK"]) in job.killed:
         threading.Thread(target=kill_self, args=(job,), daemon=True).start()
     if job.poison:
@@ -61,7 +64,7 @@ def train(job: Job) -> dict[int, float]:
     try:
         run(job.config, inputs, job.out, tracker, None)
     except Interrupted:
-        assert job.stop_after
+        assert job.stop_after or job.signal_in
     return {step: row["train/loss"] for step, row in tracker.rows if step and "train/loss" in row}
 
 
@@ -80,6 +83,23 @@ def signal_when(tracker: Recorder, step: int) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     tracker.log = log_and_signal  # type: ignore[method-assign]
+
+
+def signal_within(what: str) -> None:
+    """SIGTERM for this process from inside an evaluation, or while a checkpoint is being written."""
+    from training.backends.torch_native import TorchBackend
+    from training.checkpoints import Checkpoints
+
+    owner, name = {"evaluation": (TorchBackend, "loss"), "save": (Checkpoints, "_commit")}[what]
+    original, calls = getattr(owner, name), [0]
+
+    def signalled(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == {"evaluation": 5, "save": 1}[what]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    setattr(owner, name, signalled)
 
 
 def kill_self(job: Job) -> None:

@@ -24,7 +24,7 @@ from training.backends.build import Start
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import Strategy
 from training.model import CausalLM, build_model, load_weights, local_rows, named_local_parameters
-from training.optimizer import build_optimizer, set_rate
+from training.optimizer import build_optimizer, learning_rates, set_rate
 from training.packing import IGNORED, Batch
 from training.parallel import Parallel
 from training.phases import select_trained
@@ -108,7 +108,7 @@ class TorchBackend:
 
     def learning_rates(self) -> dict[str, float]:
         """See `Backend`."""
-        return rates_of(self.optimizer)
+        return learning_rates(self.optimizer)
 
     def save(self, directory: Path, asynchronous: bool) -> Future[None]:
         """See `Backend`."""
@@ -266,9 +266,3 @@ def describe_backend(module: CausalLM, parallel: Parallel) -> str:
 def local_part(parameter: Tensor) -> Tensor:
     """The rows of this process."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
-
-
-def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The smallest and largest rate of the groups, which are the layers' and the vocabulary's in some order."""
-    rates = sorted({group["lr"] for group in optimizer.param_groups})
-    return {f"train/learning_rate{suffix}": rate for suffix, rate in zip(("", "_high"), rates, strict=False)}

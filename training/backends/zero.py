@@ -23,11 +23,11 @@ from merge.hook import LocalShard
 from training.attention import check_attention
 from training.backends.backend import StepOutcome
 from training.backends.build import Start
-from training.backends.torch_native import describe_model, prepare_layers, rates_of, whole_rows
+from training.backends.torch_native import describe_model, prepare_layers, whole_rows
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import Strategy
 from training.model import CausalLM, WeightSource, build_model, load_weights, named_local_parameters
-from training.optimizer import build_optimizer, set_rate
+from training.optimizer import build_optimizer, learning_rates, set_rate
 from training.packing import Batch
 from training.parallel import Asked, Parallel
 from training.phases import select_trained
@@ -114,7 +114,7 @@ class ZeroBackend:
 
     def learning_rates(self) -> dict[str, float]:
         """See `Backend`."""
-        return rates_of(self.optimizer)
+        return learning_rates(self.optimizer)
 
     def save(self, directory: Path, asynchronous: bool) -> Future[None]:
         """See `Backend`. Always synchronous."""
