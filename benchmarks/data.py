@@ -41,6 +41,23 @@ LENGTH = 1024  # of a packed row
 STORE_TOKENS = 5_000_000_000  # two bytes each
 BATCH = 256  # rows
 
+FIRST_BATCH = """
+import json, sys, time
+started = time.time() - float(sys.argv[2])
+import torch
+torch_imported = time.time() - float(sys.argv[2])
+from pathlib import Path
+from training.packing import TrainingRows
+from training.store import Store
+imported = time.time() - float(sys.argv[2])
+rows = TrainingRows(Store.open(Path(sys.argv[1])), 4096, seed=0)
+rows.targets(range(256))
+rows.batch(range(8))
+whole = time.time() - float(sys.argv[2])
+print(json.dumps({"python": started, "import torch": torch_imported - started, "import training":
+    imported - torch_imported, "open and read": whole - imported, "first batch after": whole}))
+"""
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -113,23 +130,14 @@ def open_store(folder: Path) -> None:
         for _ in range(ROUNDS):
             if temperature == "cold":
                 _forget(store)
-            start = time.time()
-            command = [sys.executable, "-m", "benchmarks.data", "first-batch", str(store), repr(start)]
+            command = [sys.executable, "-c", FIRST_BATCH, str(store), repr(time.time())]
             found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
-    summary = {name: round(median(one["first_batch"] for one in found), 3) for name, found in results.items()}
+    summary = {
+        name: {part: round(median(one[part] for one in found), 3) for part in found[0]}
+        for name, found in results.items()
+    }
     _finish(folder, "open", {"gigabytes": round(size / 1e9, 1), "median": summary, "rounds": results}, keep=True)
-
-
-@app.command("first-batch", hidden=True)
-def first_batch(store: Path, started: float) -> None:
-    """One round of `open`: seconds since `started`, by the clock."""
-    imported = time.time() - started
-    rows = TrainingRows(Store.open(store), 4096, seed=0)
-    opened = time.time() - started
-    rows.targets(range(BATCH))
-    rows.batch(range(8))
-    print(json.dumps({"imported": imported, "opened": opened, "first_batch": time.time() - started}))
 
 
 @app.command()
