@@ -43,7 +43,7 @@ from training.workers import Report, run_in_processes
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 1000, 2**20  # a block ends with the document that reaches one of them
 HUB_PIECE = 256_000_000  # bytes that a shard of a hub dataset counts as
 GOLDEN = (5**0.5 - 1) / 2
-POLL = 0.5  # seconds between two looks at what other nodes have done
+POLL, PATIENCE = 0.5, 30.0  # seconds between two looks at what other nodes have done, and until a line says so
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,8 @@ def write_store(
     if _is_finished(out, digest):
         return Store.open(out).info
     _open_parts(plan, digest, out, world)
+    if _is_finished(out, digest):  # by the others, before this process began
+        return Store.open(out).info
     with Meter("tokenise", None, "documents") as meter:
         tokens = 0
 
@@ -283,5 +285,9 @@ def _open_parts(plan: Plan, digest: str, out: Path, world: World) -> None:
 
 
 def _wait(done: Callable[[], bool]) -> None:
+    started, said = time.monotonic(), False
     while not done():
         time.sleep(POLL)
+        if not said and time.monotonic() - started > PATIENCE:
+            said = True
+            say("data: waiting for the other tasks of this step")
