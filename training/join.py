@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def join(
     keep = {split: _first_ones(parts, pieces, split) for split in tokenizers} if deduplicate else {}
     found = []
     for number, source in enumerate(sources):
-        folder = f"{number:02d}-{source.name.replace(':', '-')}"
+        folder = f"{number:02d}-" + re.sub(r"[^\w.-]+", "-", source.name)
         counts: dict[StoreSplit, SplitCounts] = {}
         dropped = 0
         for split, tokenizer in tokenizers.items():

@@ -37,12 +37,13 @@ from training.store import (
     Tokens,
     tokenizer_fingerprint,
 )  # fmt: skip
+from training.words import Words
 from training.workers import Report, run_in_processes
 
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 1000, 2**20  # a block ends with the document that reaches one of them
 HUB_PIECE = 256_000_000  # bytes that a shard of a hub dataset counts as
 GOLDEN = (5**0.5 - 1) / 2
-POLL = 0.5  # seconds between two looks at what other nodes have done
+POLL, PATIENCE = 0.5, 30.0  # seconds between two looks at what other nodes have done, and until a line says so
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Encoder:
     """
 
     info: TokenizerInfo
-    backend: Tokenizer
+    words: Words
     prefix: int
     eos: int
 
@@ -74,21 +75,15 @@ class Encoder:
         backend.no_padding()
         rows = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         info = TokenizerInfo(tokenizer_fingerprint(directory), rows, "uint16" if rows <= 2**16 else "uint32")
-        return Encoder(info, backend, int(added[0]) if added else eos, eos)
+        return Encoder(info, Words(backend, info.dtype), int(added[0]) if added else eos, eos)
 
     def __call__(self, texts: list[str]) -> tuple[Tokens, Integers]:
         """(the documents' tokens one after the other, how many each has)."""
-        self.backend.encode_special_tokens = True  # no part of what is pickled
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        lengths = np.fromiter((len(encoding) + 2 for encoding in encodings), np.int64, len(texts))
-        tokens = np.empty(int(lengths.sum()), self.info.dtype)
-        place = 0
-        for encoding, length in zip(encodings, lengths.tolist(), strict=True):
-            tokens[place] = self.prefix
-            tokens[place + 1 : place + length - 1] = encoding.ids
-            place += length
-            tokens[place - 1] = self.eos
-        return tokens, lengths
+        dtype = np.dtype(self.info.dtype)
+        prefix, eos = (dtype.type(token).tobytes() for token in (self.prefix, self.eos))
+        documents = [prefix + ids + eos for ids in self.words.encode(texts)]
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) // dtype.itemsize
+        return np.frombuffer(b"".join(documents), dtype), lengths
 
 
 @dataclass(frozen=True)
@@ -227,6 +222,8 @@ def write_store(
     if _is_finished(out, digest):
         return Store.open(out).info
     _open_parts(plan, digest, out, world)
+    if _is_finished(out, digest):  # by the others, before this process began
+        return Store.open(out).info
     with Meter("tokenise", None, "documents") as meter:
         tokens = 0
 
@@ -288,5 +285,9 @@ def _open_parts(plan: Plan, digest: str, out: Path, world: World) -> None:
 
 
 def _wait(done: Callable[[], bool]) -> None:
+    started, said = time.monotonic(), False
     while not done():
         time.sleep(POLL)
+        if not said and time.monotonic() - started > PATIENCE:
+            said = True
+            say("data: waiting for the other tasks of this step")

@@ -1,0 +1,217 @@
+"""The data side of training, measured.
+
+    python -m benchmarks.data speed DIR      tokenise and pack: the store against `datasets.map` and `group_texts`
+    python -m benchmarks.data open DIR       a store of 10 GB that is really written: process start to first batch
+    python -m benchmarks.data place DIR      the rows of the first step, and of step 1,000,000 (of the store of `open`)
+
+DIR holds `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt` (real text; a document is 20 lines). Tokenizers are real ones
+from packages (tests/real_tokenizers.py). Results are printed and written to DIR/data-*.json; DIR/data is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import typer
+
+from core.artifact import write_json
+from core.sources import Corpus, Source
+from tests.real_tokenizers import BASES
+from training.packing import TrainingRows
+from training.store import STORE_FILE, SourceInfo, SplitCounts, SplitWriter, Store, StoreInfo, TokenizerInfo
+from training.tokenise import write_store
+
+LANGUAGES = ("en", "ko", "zh_tw", "zh_cn")
+LINES = 20  # of a document
+COPIES = 3  # of the text, so that what a start costs does not count
+ROUNDS = 3  # both ways take turns
+LENGTH = 1024  # of a packed row
+STORE_TOKENS = 5_000_000_000  # two bytes each
+BATCH = 256  # rows
+
+FIRST_BATCH = """
+import json, sys, time
+started = time.time() - float(sys.argv[2])
+import torch
+torch_imported = time.time() - float(sys.argv[2])
+from pathlib import Path
+from training.packing import TrainingRows
+from training.store import Store
+imported = time.time() - float(sys.argv[2])
+rows = TrainingRows(Store.open(Path(sys.argv[1])), 4096, seed=0)
+rows.targets(range(256))
+rows.batch(range(8))
+whole = time.time() - float(sys.argv[2])
+print(json.dumps({"python": started, "import torch": torch_imported - started, "import training":
+    imported - torch_imported, "open and read": whole - imported, "first batch after": whole}))
+"""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def speed(folder: Path, processes: int = os.cpu_count() or 1, tokenizers: str = "mistral,qwen") -> None:
+    """Tokens per second of both ways, with the same processes."""
+    files = _documents(folder)
+    results: dict[str, Any] = {"processes": processes, "megabytes": round(sum(f.stat().st_size for f in files) / 1e6)}
+    for name in tokenizers.split(","):
+        tokenizer = _tokenizer(folder, name)
+        rounds = [
+            {way.__name__: way(files, tokenizer, folder / "data", processes) for way in (store_way, run_clm_way)}
+            for _ in range(ROUNDS)
+        ]
+        rates = {way: round(median(one[way] for one in rounds)) for way in rounds[0]}
+        ratio = round(median(one["store_way"] / one["run_clm_way"] for one in rounds), 2)
+        results[name] = {"tokens_per_second": rates, "ratio": ratio, "rounds": rounds}
+        print(json.dumps({name: results[name]}, indent=2), flush=True)
+    _finish(folder, "speed", results)
+
+
+def store_way(files: list[Path], tokenizer: Path, folder: Path, processes: int) -> float:
+    """Tokens per second of our way, from the text files to the finished store."""
+    corpus = Corpus(sources=[Source(path=str(file), language=file.stem) for file in files], heldout=0.001)
+    out = folder / "store"
+    shutil.rmtree(out, ignore_errors=True)
+    start = time.perf_counter()
+    info = write_store(corpus, tokenizer, out, processes=processes)
+    seconds = time.perf_counter() - start
+    return round(sum(source.train.tokens + source.heldout.tokens for source in info.sources) / seconds)
+
+
+def run_clm_way(files: list[Path], tokenizer: Path, folder: Path, processes: int) -> float:
+    """Tokens per second of the way of transformers' run_clm example, from the text files to rows in Arrow files."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    cache = folder / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    datasets.disable_progress_bars()
+    start = time.perf_counter()
+    text = datasets.load_dataset(
+        "json", data_files=[str(file) for file in files], split="train", cache_dir=str(cache), num_proc=processes
+    )
+    tokenised = text.map(
+        lambda examples: loaded(examples["text"]), batched=True, num_proc=processes, remove_columns=text.column_names
+    )
+    rows = tokenised.map(group_texts, batched=True, num_proc=processes)
+    seconds = time.perf_counter() - start
+    return round(len(rows) * LENGTH / seconds)
+
+
+def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+    """Documents end to end, cut into rows of LENGTH; what is left of every thousand documents is dropped."""
+    joined = {name: list(chain(*values)) for name, values in examples.items()}
+    total = len(joined["input_ids"]) // LENGTH * LENGTH
+    rows = {name: [values[i : i + LENGTH] for i in range(0, total, LENGTH)] for name, values in joined.items()}
+    return {**rows, "labels": rows["input_ids"].copy()}
+
+
+@app.command("open")
+def open_store(folder: Path) -> None:
+    """Seconds from the start of a process to the first batch of a store of 10 GB, with cold and with warm pages."""
+    store = folder / "data" / "large"
+    if not (store / STORE_FILE).is_file():
+        _write_large(store)
+    results: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
+    for temperature, found in results.items():
+        for _ in range(ROUNDS):
+            if temperature == "cold":
+                _forget(store)
+            command = [sys.executable, "-c", FIRST_BATCH, str(store), repr(time.time())]
+            found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+    summary = {
+        name: {part: round(median(one[part] for one in found), 3) for part in found[0]}
+        for name, found in results.items()
+    }
+    _finish(folder, "open", {"gigabytes": round(size / 1e9, 1), "median": summary, "rounds": results}, keep=True)
+
+
+@app.command()
+def place(folder: Path) -> None:
+    """Milliseconds to find, count and read the rows of a step, at the start of a run and far into it."""
+    rows = TrainingRows(Store.open(folder / "data" / "large"), 4096, seed=0)
+    results: dict[str, Any] = {}
+    for step in (0, 1_000_000):
+        found: dict[str, list[float]] = {"places": [], "targets": [], "read": []}
+        for number in range(7):
+            first = (step + number * 5) * BATCH  # every step is in a block of its own, so that nothing is at hand
+            indices = range(first, first + BATCH)
+            found["places"].append(_milliseconds(lambda: rows.order.places(np.asarray(indices))))  # noqa: B023
+            found["targets"].append(_milliseconds(lambda: rows.targets(indices)))  # noqa: B023
+            found["read"].append(_milliseconds(lambda: rows.batch(indices)))  # noqa: B023
+        results[f"step {step:,}"] = {name: round(median(values), 2) for name, values in found.items()}
+    _finish(folder, "place", {"rows": BATCH, "length": 4096, "milliseconds": results})
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - start)
+
+
+def _documents(folder: Path) -> list[Path]:
+    (folder / "data").mkdir(exist_ok=True)
+    files = []
+    for language in LANGUAGES:
+        lines = (folder / f"{language}.txt").read_text(encoding="utf-8").split("\n")
+        texts = ["\n".join(lines[first : first + LINES]) for first in range(0, len(lines), LINES)]
+        files.append(folder / "data" / f"{language}.jsonl")
+        rows = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+        files[-1].write_text("".join(rows) * COPIES, encoding="utf-8")
+    return files
+
+
+def _tokenizer(folder: Path, name: str) -> Path:
+    from transformers import AutoTokenizer
+
+    directory = folder / "data" / name
+    directory.mkdir(exist_ok=True)
+    BASES[name](directory)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)  # with a tokenizer.json
+    return directory
+
+
+def _write_large(store: Path) -> None:
+    """Random tokens in documents of 20 to 2,000, in two sources."""
+    generator, sources = np.random.default_rng(0), []
+    for number in range(2):
+        writers = {split: SplitWriter(store / str(number) / split, "uint16") for split in ("train", "heldout")}
+        for _ in range(STORE_TOKENS // 2 // 50_000_000):
+            lengths = generator.integers(20, 2000, 49_500)
+            writers["train"].add(generator.integers(0, 32_000, lengths.sum(), np.uint16), lengths, 4 * lengths)
+        counts: dict[str, SplitCounts] = {split: writer.close() for split, writer in writers.items()}
+        sources.append(SourceInfo(str(number), "en", str(number), 0, 0, counts["train"], counts["heldout"], None))
+    write_json(store / STORE_FILE, asdict(StoreInfo("", TokenizerInfo("", 32_000, "uint16"), None, sources)))
+
+
+def _forget(store: Path) -> None:
+    """Ask the system to drop the files' pages."""
+    for file in store.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _finish(folder: Path, name: str, results: dict[str, Any], keep: bool = False) -> None:
+    print(json.dumps(results, indent=2))
+    write_json(folder / f"data-{name}.json", results)
+    if not keep:
+        shutil.rmtree(folder / "data", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,48 @@
+"""The data stage from the command line: several Slurm tasks, and what makes it run again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.artifact import read_record
+from launcher.cli import main
+from launcher.recipe import load_recipe
+from launcher.stages import STAGES, Run
+from tests.training.test_tokenise import digest
+
+
+def test_how_much_of_a_source_is_trained_on_concerns_training_alone(recipe_path: Path) -> None:
+    one = load_recipe(recipe_path, [])
+    for change in (["corpus.sources.0.weight=2"], ["corpus.shares={ko: 0.5, zh_tw: 0.4, en: 0.1}"]):
+        other = load_recipe(recipe_path, change)
+        changed = [stage.name for stage in STAGES if dict(stage.config(one)) != dict(stage.config(other))]
+        assert changed == ["training"]
+
+
+def test_the_number_of_processes_does_not_make_another_store(recipe_path: Path) -> None:
+    one, other = load_recipe(recipe_path, []), load_recipe(recipe_path, ["data.processes=7"])
+    assert all(dict(stage.config(one)) == dict(stage.config(other)) for stage in STAGES)
+
+
+@pytest.mark.parametrize("tasks", [2])
+def test_slurm_tasks_share_the_work(tasks: int, recipe_path: Path, tmp_path: Path) -> None:
+    overrides = [f"runs={tmp_path}", "name=shared"]
+    assert main(["tokenizer", str(recipe_path), *overrides]) == 0
+    assert main(["data", str(recipe_path), *overrides]) == 0
+    run = Run(load_recipe(recipe_path, overrides))
+    alone = digest(run.store)
+    os.rename(run.folder("data"), tmp_path / "alone")
+    command = [sys.executable, "-m", "launcher.cli", "data", str(recipe_path), *overrides]
+    slurm = {"SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_LOCALID": "0"}
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **slurm, "SLURM_PROCID": str(rank)})
+        for rank in reversed(range(tasks))
+    ]
+    assert [process.wait(120) for process in processes] == [0] * tasks
+    assert digest(run.store) == alone
+    record = read_record(run.folder("data"))
+    assert record is not None
+    assert record.results["documents"] > 0
