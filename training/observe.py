@@ -72,7 +72,7 @@ class Observer:
         for language, loss in found.items():
             metrics |= {f"valid/{language}/loss": loss.loss, f"valid/{language}/bits_per_byte": loss.bits_per_byte}
             if language in self.reference:
-                metrics[f"valid/{language}/bits_per_byte_base"] = self.reference[language]
+                metrics[f"valid/{language}_base/bits_per_byte"] = self.reference[language]
         self.tracker.log(metrics, step=state.step)
 
     def _show(self, continuations: list[list[int]], step: int) -> None:
