@@ -116,3 +116,24 @@ def test_what_does_not_fit_is_one_sentence(model: Path, store: Path, tmp_path: P
         run_ranks(train, 2, Job(model, store, tmp_path, backend="hsdp"))
     with pytest.raises(UserError, match="fewer than one row"):
         TrainingRows(Store.open(store), 100_000, 0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend", "size"),
+    [
+        ("bf16", "fsdp2", 1),
+        pytest.param("bf16", "fsdp2", 2, marks=pytest.mark.slow),
+        pytest.param("pure-bf16", "fsdp2", 1, marks=pytest.mark.slow),
+        pytest.param("pure-bf16", "fsdp2", 2, marks=pytest.mark.slow),
+        pytest.param("bf16", "zero1", 2, marks=pytest.mark.slow),
+        pytest.param("bf16", "zero2", 2, marks=pytest.mark.slow),
+        pytest.param("bf16", "zero3", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_in_bf16_it_learns_as_in_fp32(
+    precision: str, backend: str, size: int, model: Path, store: Path, tmp_path: Path
+) -> None:
+    job = Job(model, store, tmp_path, {"precision": precision}, backend)
+    losses, expected = run_ranks(train, size, job)[0], reference_losses(model, store)
+    for step, loss in losses.items():
+        assert loss == pytest.approx(expected[step], rel=0.02), step
