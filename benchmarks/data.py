@@ -35,7 +35,6 @@ from training.tokenise import write_store
 
 LANGUAGES = ("en", "ko", "zh_tw", "zh_cn")
 LINES = 20  # of a document
-COPIES = 3  # of the text, so that what a start costs does not count
 ROUNDS = 3  # both ways take turns
 LENGTH = 1024  # of a packed row
 STORE_TOKENS = 5_000_000_000  # two bytes each
@@ -171,7 +170,7 @@ def _documents(folder: Path) -> list[Path]:
         texts = ["\n".join(lines[first : first + LINES]) for first in range(0, len(lines), LINES)]
         files.append(folder / "data" / f"{language}.jsonl")
         rows = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-        files[-1].write_text("".join(rows) * COPIES, encoding="utf-8")
+        files[-1].write_text("".join(rows), encoding="utf-8")
     return files
 
 

@@ -54,6 +54,7 @@ def by_words(words: Words, texts: list[str]) -> list[list[int]]:
 @pytest.fixture
 def every_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "NEW_WORDS", 1.0)
+    monkeypatch.setattr(module, "LONG_WORDS", 1e9)
 
 
 def test_words_have_the_tokens_of_the_text(backend: Tokenizer, every_word: None) -> None:
@@ -63,8 +64,7 @@ def test_words_have_the_tokens_of_the_text(backend: Tokenizer, every_word: None)
     assert by_words(words, TEXT[::-1]) == whole(backend, TEXT[::-1]), "remembered ones too"
 
 
-def test_whatever_the_text(backend: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "NEW_WORDS", 1.0)
+def test_whatever_the_text(backend: Tokenizer, every_word: None) -> None:
     words = Words(backend, "uint32")
     alphabet = st.one_of(
         st.sampled_from(list("  \n\r\t'sa가一.,1▁\u0301\u3000\u00a0\x1c\x85\u200b")), st.characters(codec="utf-8")
