@@ -14,12 +14,13 @@ from checkpoint.reader import Checkpoint
 from core.errors import UserError
 from core.models import hub_errors, is_local, model_directory
 from core.sources import source_files
+from core.world import World
 from launcher.recipe import Recipe
 from launcher.stages import STAGES, Run, is_finished
-from launcher.start import local_processes
+from launcher.start import accelerate_config, backend_environment, local_processes
 from tokenizer_ext.given import count_entries
 from training.config import TrainingConfig
-from training.memory import MemorySetup, ModelShape, estimate_memory
+from training.memory import MemorySetup, ModelShape, Strategy, estimate_memory
 from training.mixture import describe, mixture
 
 GB = 1e9
@@ -56,6 +57,18 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
     return -(-(shape.vocabulary + pieces) // config.pad_to_multiple) * config.pad_to_multiple
 
 
+def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
+    """How the recipe's accelerate configuration divides memory over so many processes."""
+    from training.parallel import asked_for
+
+    asked = asked_for(backend_environment(accelerate_config(recipe)))
+    if asked.backend == "deepspeed":
+        strategies: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
+        return MemorySetup.of(recipe.training, strategies[asked.zero_stage], processes, processes)
+    _, shards = asked.mesh_shape(World(size=processes))
+    return MemorySetup.of(recipe.training, "fsdp2", processes, shards)
+
+
 def show_plan(recipe: Recipe) -> None:
     """Print the plan."""
     run, config = Run(recipe), recipe.training
@@ -63,7 +76,7 @@ def show_plan(recipe: Recipe) -> None:
     shape = base.resized(extended_rows(recipe, base))
     processes = local_processes(recipe)
     rows = config.micro_batch_rows
-    setup = MemorySetup.of(config, "fsdp2", processes, shards=processes)
+    setup = memory_setup(recipe, processes)
     memory = estimate_memory(shape, setup)
     parts = ", ".join(f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items())
     console = Console(highlight=False)
@@ -85,7 +98,10 @@ def show_plan(recipe: Recipe) -> None:
 
 
 def _disk(shape: ModelShape, config: TrainingConfig) -> str:
-    model, checkpoint = shape.parameters * 2 / GB, shape.parameters * 12 / GB
+    model, checkpoint = (
+        shape.parameters * 2 / GB,
+        shape.parameters * (6 if config.precision == "pure-bf16" else 12) / GB,
+    )
     total = 3 * model + config.checkpoints.keep * checkpoint
     return f"{total:,.2f} GB: three models of {model:,.2f}, {config.checkpoints.keep} checkpoints of {checkpoint:,.2f}"
 

@@ -71,6 +71,7 @@ class Trainer:
                         if not self.observer.observe(self.backend, state, stop):
                             break  # the next attempt owes it
                     state = replace(state, observed=state.step)
+                    self.watchdog.beat(f"the evaluation after step {state.step}")
                 if state.step and state.step % config.checkpoints.every == 0:
                     self._save(state)
                 if state.step == self.phase.stop:
