@@ -82,13 +82,11 @@ class Checkpoints:
         try:
             pending = backend.save(final.with_suffix(".tmp"), self.config.asynchronous)
         except (OSError, RuntimeError, CheckpointException) as error:
-            self._error = error
-            pending = None
+            raise self._not_written(error) from error  # if on this process alone, the launcher ends the others
         self._saved = state.step
-        if pending:
-            self._thread = threading.Thread(target=self._commit, args=(pending, final, state), name="checkpoint")
-            self._thread.start()
-        if not self.config.asynchronous or self._error:
+        self._thread = threading.Thread(target=self._commit, args=(pending, final, state), name="checkpoint")
+        self._thread.start()
+        if not self.config.asynchronous:
             self.finish()
 
     def _commit(self, pending: Future[None], final: Path, state: TrainState) -> None:
@@ -121,11 +119,14 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
         if self.parallel.any(self.failed):
-            last = self.newest()
-            raise UserError(
-                f"a checkpoint could not be written to {self.directory} ({_short(self._error)}); "
-                f"{last.name if last else 'no checkpoint'} is kept; mend that and run the same command again."
-            )
+            raise self._not_written(self._error)
+
+    def _not_written(self, error: BaseException | None) -> UserError:
+        last = self.newest()
+        return UserError(
+            f"a checkpoint could not be written to {self.directory} ({_short(error)}); "
+            f"{last.name if last else 'no checkpoint'} is kept; mend that and run the same command again."
+        )
 
     def _check_room(self, needed: int) -> None:
         """Raises `UserError` on all processes if the disk has no room for another checkpoint."""
