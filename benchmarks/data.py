@@ -5,7 +5,8 @@
     python -m benchmarks.data place DIR      the rows of the first step, and of step 1,000,000 (of the store of `open`)
 
 DIR holds `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt` (real text; a document is 20 lines). Tokenizers are real ones
-from packages (tests/real_tokenizers.py). Results are printed and written to DIR/data-*.json; DIR/data is removed.
+from packages (tests/real_tokenizers.py). Results are printed and written to DIR/data-*.json; DIR/data is removed at the
+end, but not by `open`.
 """
 
 from __future__ import annotations

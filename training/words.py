@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from core.errors import UserError
 
-MEMO_WORDS = 2**18  # that are remembered; some 50 MB
+MEMO_WORDS = 2**18  # that are remembered, for each process
 LONG_WORDS = 8.0  # characters for each space above which whole texts are tokenised: Chinese has few spaces
 NEW_WORDS = 0.25  # share of new words above which they are
 
@@ -72,7 +72,7 @@ class Words:
         backend = backend or self.backend
         backend.encode_special_tokens = True  # no part of what is pickled
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        code = {2: "H", 4: "I"}[np.dtype(self.dtype).itemsize]  # an array takes a fifth of numpy's time for a few ids
+        code = {2: "H", 4: "I"}[np.dtype(self.dtype).itemsize]  # for a few ids an array is faster than numpy
         return [array(code, encoding.ids).tobytes() for encoding in encodings]
 
 
