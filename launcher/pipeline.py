@@ -25,6 +25,7 @@ from launcher.stages import COMMANDS, STAGES, Run, Stage, identify
 from launcher.start import accelerate_config, local_processes, start_processes, started_by_accelerate
 from merge.fit import open_fitting
 from tracking import Tracker, start_tracker
+from training.mixture import mixture
 
 BEGUN_FILE = "begun.json"
 LOCK_VARIABLE = "CPT_MERGE_LOCK"  # set for the processes that a locked run starts
@@ -56,6 +57,8 @@ def check_before(recipe: Recipe) -> None:
             "(launch.processes); set a multiple."
         )
     accelerate_config(recipe)
+    if all(source.epochs is None for source in recipe.corpus.sources):  # else known when the text is tokenised
+        mixture(recipe.corpus, [None] * len(recipe.corpus.sources), recipe.training.tokens)
 
 
 def run_stage(run: Run, stage: Stage, recipe_path: Path, overrides: list[str]) -> None:
