@@ -63,7 +63,7 @@ def show_plan(recipe: Recipe) -> None:
     shape = base.resized(extended_rows(recipe, base))
     processes = local_processes(recipe)
     rows = config.micro_batch_rows
-    setup = MemorySetup.of(config, "fsdp2", processes, shards=processes)
+    setup = MemorySetup.of(config, "fsdp2" if processes > 1 else "single", processes, shards=processes)
     memory = estimate_memory(shape, setup)
     parts = ", ".join(f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items())
     console = Console(highlight=False)
