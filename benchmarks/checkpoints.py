@@ -68,7 +68,7 @@ def _model(out: Path, shape: Shape, rows: int, ancestor: Path | None, scale: flo
                 writer.write_flat(name, start, narrow(values, "BF16"))
         writer.close()
         _write_json(writer.directory / "config.json", _config(shape, rows))
-        _write_json(writer.directory / "tokenizer.json", _tokenizer(rows))
+        _write_json(writer.directory / "tokenizer.json", word_tokenizer(rows))
         _write_json(
             writer.directory / "tokenizer_config.json", {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
         )
@@ -85,7 +85,8 @@ def _config(shape: Shape, rows: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _tokenizer(rows: int) -> dict[str, object]:
+def word_tokenizer(rows: int) -> dict[str, object]:
+    """A tokenizer.json of `rows` made-up words: ids 0 .. 2 are unknown, begin and end."""
     plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     special = [{"id": number, "content": token, **plain} for number, token in enumerate(["<unk>", "<s>", "</s>"])]
     tokens = ["<unk>", "<s>", "</s>", *(f"t{number}" for number in range(3, rows))]

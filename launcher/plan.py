@@ -65,6 +65,8 @@ def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
     if asked.backend == "deepspeed":
         strategies: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
         return MemorySetup.of(recipe.training, strategies[asked.zero_stage], processes, processes)
+    if processes == 1 and not recipe.launch.accelerate_config:
+        return MemorySetup.of(recipe.training, "single", 1, 1)
     _, shards = asked.mesh_shape(World(size=processes))
     return MemorySetup.of(recipe.training, "fsdp2", processes, shards)
 

@@ -58,8 +58,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     For logits z, softmax p and one-hot targets y, a = h W^T + b: d loss / dz = p - y, and with
     dz / da = scale * (1 - (z / softcap)^2) =: s, g = (p - y) s: d loss / dh = g W, d loss / dW = sum over tokens of
-    g^T h, d loss / db = sum over tokens of g. Peak memory: a chunk of logits in float32 and in the type of the
-    matmuls, and a float32 gradient of W.
+    g^T h, d loss / db = sum over tokens of g. Peak memory: a chunk of logits in float32 and one in the type of the
+    matmuls, if that is another, and the float32 gradient of W.
     """
 
     @staticmethod
@@ -81,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, weight, out=out)
             _add_matmul(weight_gradient[trained], gradient[:, trained].T, part)
-            del gradient  # before the next chunk's logits
+            del gradient  # before the logits of the next chunk are made
         context.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         context.dtype = weight.dtype
         return loss

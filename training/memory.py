@@ -15,7 +15,7 @@ from training.config import TrainingConfig
 if TYPE_CHECKING:
     import torch  # `cpt-merge plan` estimates without it
 
-Strategy = Literal["fsdp2", "zero1", "zero2", "zero3"]
+Strategy = Literal["single", "fsdp2", "zero1", "zero2", "zero3"]
 ZERO_BUCKET = 5e8  # elements; DeepSpeed's default reduce_bucket_size
 
 
@@ -141,10 +141,12 @@ class MemoryEstimate:
 def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
     """Memory of one process, without the allocator's fragments and the libraries' own buffers (1-2 GB on a GPU).
 
-    Parameters, gradients and optimizer are exact up to the padding of the last shard; `_fsdp2` and `_zero` say what
-    is divided. Only what is trained has gradients and moments.
+    Parameters, gradients and optimizer are exact up to the padding of the last shard; `_single`, `_fsdp2` and `_zero`
+    say what is divided. Only what is trained has gradients and moments.
     """
-    if setup.strategy == "fsdp2":
+    if setup.strategy == "single":
+        parameters, gradients, optimizer, forward, backward = _single(shape, setup)
+    elif setup.strategy == "fsdp2":
         parameters, gradients, optimizer, forward, backward = _fsdp2(shape, setup)
     else:
         parameters, gradients, optimizer, forward, backward = _zero(shape, setup)
@@ -152,6 +154,16 @@ def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
     return MemoryEstimate(
         parameters, gradients, optimizer, forward, backward, activations, recomputed, _logits(shape, setup)
     )
+
+
+def _single(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
+    """One process without FSDP2, letters as in `_fsdp2`: m P, m T and 2 m T; and where the compute type is not the
+    master's a copy of all parameters in it, c P, and backward the gradient of the largest matrix on its way, c V h.
+    """
+    master, c = (2 if setup.precision == "pure-bf16" else 4), setup.compute
+    trained = setup.trained(shape)
+    copy, passing = (c * shape.parameters, c * shape.vocabulary * shape.width) if c != master else (0, 0)
+    return master * shape.parameters, master * trained, 2 * master * trained, copy, copy + passing
 
 
 def _fsdp2(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
@@ -240,16 +252,16 @@ def _kept_by_attention(shape: ModelShape, setup: MemorySetup) -> float:
 def _logits(shape: ModelShape, setup: MemorySetup) -> float:
     """The head and the loss (training/loss.py), for chunks of t tokens, vocabulary V, width h and c bytes.
 
-    A chunk's logits in fp32 and, if that is another one, in the compute type: (4 + c) t V, and the gradient of the
-    head, 4 V h. As a chunk ends, its gradient c t V, and where types differ what the chunk adds to the head's: 4 V h
-    more. The gradient of the hidden states besides.
+    A chunk: its logits in fp32, which become its gradient, and that in the compute type if it is another one; beside
+    the gradient of the head, 4 V h. With bf16 what the chunk adds to that gradient is there at once too, when the fp32
+    logits are gone: c t V + 8 V h. The gradient of the hidden states besides.
     """
     c, hidden = setup.compute, setup.compute * setup.tokens * shape.width
     chunk = min(setup.loss_chunk, setup.tokens) * shape.vocabulary
-    head = shape.vocabulary * shape.width
+    head = 4 * shape.vocabulary * shape.width
     if c == 4:
-        return 4 * chunk + 4 * head + hidden
-    return max((4 + c) * chunk + 4 * head, c * chunk + 8 * head) + hidden
+        return 4 * chunk + head + hidden
+    return max((4 + c) * chunk + head, c * chunk + 2 * head) + hidden
 
 
 def available_memory(device: torch.device, environment: Mapping[str, str] = os.environ) -> int:

@@ -1,17 +1,21 @@
 """The training stage in real processes: equal to a plain reference, exact on resume, the same rows at any world size."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core.errors import UserError
+from launcher.start import backend_environment
 from tests.distributed import run_ranks
-from tests.training.runs import Job, assert_same_weights, reference_losses, train
+from tests.training.runs import ROOT, Job, assert_same_weights, reference_losses, train
 from training.packing import TrainingRows
 from training.store import Store
 
 BACKENDS = [("fsdp2", 1), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+TWO_PHASES = [{"train": "vocabulary", "tokens": 6 * 32 * 8}, {"train": "all"}]
 QUICK = {("fsdp2", 1), ("fsdp2", 2), ("zero2", 2)}  # in `make test`; the others in `make test-all`
 
 
@@ -71,6 +75,30 @@ def test_a_checkpoint_continues_at_another_size_and_layout(
     assert max(second) == 12
     for step, loss in second.items():
         assert loss == pytest.approx(whole[step], rel=1e-4)
+
+
+def train_in_a_group_of_one(job: Job) -> dict[int, float]:
+    os.environ.update(backend_environment(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"))
+    return train(job)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "more", [{}, {"activation_checkpointing": "full", "phases": TWO_PHASES}], ids=["plain", "phases"]
+)
+def test_bf16_on_one_process_is_bit_for_bit_what_fsdp2_computes(
+    more: dict[str, Any], tied: bool, model: Path, tied_model: Path, store: Path, tmp_path: Path
+) -> None:
+    chosen, changes = tied_model if tied else model, {"precision": "bf16", **more}
+    losses = run_ranks(train, 1, Job(chosen, store, tmp_path / "alone", changes))[0]
+    job = Job(chosen, store, tmp_path / "group", changes)
+    assert run_ranks(train_in_a_group_of_one, 1, job)[0] == losses
+    assert_same_weights(tmp_path / "alone", tmp_path / "group")
+    mixed = Job(chosen, store, tmp_path / "mixed", changes, stop_after=5)
+    run_ranks(train_in_a_group_of_one, 1, mixed)
+    mixed.stop_after = 0
+    run_ranks(train, 1, mixed)
+    assert_same_weights(tmp_path / "alone", tmp_path / "mixed")
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from merge.hook import LocalShard
 from training.attention import check_attention, describe_attention
 from training.backends.backend import StepOutcome
 from training.backends.build import Start
+from training.backends.compute_copy import ComputeCopy
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import Strategy
 from training.model import CausalLM, build_model, load_weights, local_rows, named_local_parameters
@@ -35,10 +36,14 @@ class TorchBackend:
     """See `training.backends.backend.Backend`."""
 
     layout = "torch"
-    strategy: Strategy = "fsdp2"
 
-    def __init__(self, module: CausalLM, optimizer: torch.optim.AdamW, start: Start, parallel: Parallel) -> None:
+    def __init__(
+        self, module: CausalLM, copy: ComputeCopy | None, optimizer: torch.optim.AdamW, start: Start, parallel: Parallel
+    ) -> None:
         self.module, self.optimizer, self.start, self.parallel = module, optimizer, start, parallel
+        self.strategy: Strategy = "fsdp2" if isinstance(module, FSDPModule) else "single"
+        self._copy = copy
+        self._running = copy.module if copy else module
         self.clip = start.config.optimizer.clip
         self.shard_count = parallel.mesh.shape[1]
         pinned = parallel.device.type == "cuda"
@@ -51,31 +56,31 @@ class TorchBackend:
     @staticmethod
     def build(start: Start, parallel: Parallel) -> TorchBackend:
         """Select, shard, load, in this order: no process ever holds more than its part."""
-        module = build_model(start.model, start.config)
+        module, sharded = build_model(start.model, start.config), parallel.asked.backend == "fsdp2"
         select_trained(module, start.phase, start.base_rows)
-        prepare_layers(module, start.config)
-        if needs_sharding(start.config, parallel):
+        copy = ComputeCopy(module) if start.config.precision == "bf16" and not sharded else None
+        running = copy.module if copy else module
+        prepare_layers(running, start.config)
+        if sharded:
             shard(module, start.config, parallel)
         load_weights(module, start.model, parallel.device)
-        check_attention(module, start.config, parallel.device)
+        if copy:
+            copy.materialise(parallel.device)
+        check_attention(running, start.config, parallel.device)
         reshard(module)
         optimizer = build_optimizer(module, start.config.optimizer, start.phase)
-        return TorchBackend(module, optimizer, start, parallel)
+        return TorchBackend(module, copy, optimizer, start, parallel)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
         """See `Backend`."""
-        self.module.eval()
-        loss: Tensor = self.module(batch)
-        self.module.train()
+        loss: Tensor = self._running(batch)
         return loss
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """See `Backend`."""
-        self.module.eval()
-        logits: Tensor = self.module(whole_rows(input_ids).to(self.parallel.device), last=True)
-        self.module.train()
+        logits: Tensor = self._running(whole_rows(input_ids).to(self.parallel.device), last=True)
         return logits
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
@@ -86,7 +91,7 @@ class TorchBackend:
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_all_reduce(last)
             size = self.parallel.world.size  # FSDP averages over the processes
-        loss = self.module(batch) * (scale * size)
+        loss = self._running(batch) * (scale * size)
         loss.backward()
         return loss.detach() / size  # type: ignore[no-any-return]
 
@@ -99,6 +104,8 @@ class TorchBackend:
         finite = norm.isfinite()
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # torch.amp.GradScaler's protocol
         self.optimizer.step()
+        if self._copy:
+            self._copy.refresh()
         self.discard_gradients()
         return StepOutcome(norm, finite)
 
@@ -135,6 +142,8 @@ class TorchBackend:
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        if self._copy:
+            self._copy.refresh()
 
     def _state(self) -> dict[str, Any]:
         reshard(self.module)
@@ -174,7 +183,8 @@ class TorchBackend:
     def close(self) -> None:
         """See `Backend`."""
         self._stager.close()
-        self.module.to_empty(device="meta")
+        for module in {self.module, self._running}:
+            module.to_empty(device="meta")
         self.optimizer.state.clear()
 
 
@@ -196,11 +206,6 @@ def whole_rows(input_ids: Tensor) -> Batch:
     """Rows of one document each, without targets."""
     positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
     return Batch.of(input_ids, torch.full_like(input_ids, IGNORED), positions.contiguous())
-
-
-def needs_sharding(config: TrainingConfig, parallel: Parallel) -> bool:
-    """One process needs no FSDP2, except that bf16 compute over fp32 masters is FSDP2's, on a group of one."""
-    return parallel.asked.backend == "fsdp2" or config.precision == "bf16"
 
 
 def shard(module: CausalLM, config: TrainingConfig, parallel: Parallel) -> None:

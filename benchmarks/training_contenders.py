@@ -1,0 +1,245 @@
+"""What trains the same model on the same packed rows, one interval of steps at a time: ours, a bare loop, Trainer.
+
+A contender's processes are started afresh, warm up, and then wait: `Turn` lets them train one interval when the
+benchmark says so. So contenders take turns within seconds, and what else the machine does meets them alike.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training_inputs import Inputs
+
+ROOT = Path(__file__).parents[1]
+RATE, BETAS, CLIP = 1e-4, (0.9, 0.95), 1.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how."""
+
+    inputs: Inputs
+    precision: str  # bf16 or fp32
+    processes: int
+    length: int
+    batch_rows: int  # of all processes, in a step
+    micro_rows: int
+    interval: int  # steps between two rows of the log
+    intervals: int  # how many are measured, after one that warms up
+
+    @property
+    def steps(self) -> int:
+        """All steps of a contender."""
+        return self.interval * (self.intervals + 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an interval, over all processes."""
+        return self.interval * self.batch_rows * self.length
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What a process found in one interval. Seconds of wall and of CPU (all threads), MB of peak resident memory."""
+
+    wall: float
+    cpu: float
+    peak: float
+    loss: float  # of its last step, or of its steps on average with Trainer: to see that the same is trained
+
+
+class Finished(Exception):  # noqa: N818 - not an error
+    """All intervals are done."""
+
+
+class Turn:
+    """Called by a contender at the end of each interval: reports it, and waits for the next."""
+
+    def __init__(self, connection: Connection, case: Case) -> None:
+        self.connection, self.left = connection, case.intervals + 1
+        self._start()
+
+    def _start(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def __call__(self, loss: float) -> None:
+        """Raises `Finished` after the last interval."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        self.connection.send(Interval(wall, cpu, peak_megabytes(), loss))
+        self.left -= 1
+        if not self.left:
+            raise Finished
+        self.connection.recv()
+        self._start()
+
+
+def peak_megabytes() -> float:
+    """Peak resident memory of this process since it became this program (ru_maxrss counts its parent's too)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith("VmHWM"))
+
+
+def enter(name: str, case: Case, rank: int, port: int, connection: Connection) -> None:
+    """The body of a contender's process."""
+    if case.processes > 1:  # one alone is nobody's rank: Trainer would wrap its model in DDP
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(case.processes), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(case.processes),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
+    try:
+        CONTENDERS[name](case, folder, Turn(connection, case))
+    except Finished:
+        pass
+    finally:
+        shutil.rmtree(folder)
+    os._exit(0)  # process groups in the middle of a run are not taken down one by one
+
+
+def _settings(case: Case) -> dict[str, Any]:
+    """The recipe's `training` section."""
+    return {
+        "sequence_length": case.length, "batch_rows": case.batch_rows, "micro_batch_rows": case.micro_rows,
+        "tokens": case.length * case.batch_rows * (case.steps + 1), "precision": case.precision,
+        "optimizer": {"learning_rate": RATE, "beta1": BETAS[0], "beta2": BETAS[1], "clip": CLIP},
+        "schedule": {"warmup": 0, "final": 1.0}, "log_every": case.interval,
+        "evaluate_every": 10**6, "evaluate_rows": 1, "continuations": 0, "checkpoints": {"every": 10**6},
+    }  # fmt: skip
+
+
+def _ask_for_fsdp(case: Case) -> None:
+    from launcher.start import backend_environment
+
+    if case.processes > 1:
+        os.environ.update(backend_environment(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"))
+
+
+class _Rows:
+    """A tracker that ends an interval with each row of training metrics."""
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+
+    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "train/loss" in metrics:
+            self.turn(metrics["train/loss"])
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def ours(case: Case, folder: Path, turn: Turn) -> None:
+    """The training stage as it is."""
+    from training.config import TrainingConfig
+    from training.run import TrainingInputs, run
+
+    _ask_for_fsdp(case)
+    inputs = TrainingInputs(case.inputs.model, case.inputs.model, case.inputs.store, "benchmark")
+    run(TrainingConfig(**_settings(case)), inputs, folder, _Rows(turn), None)  # type: ignore[arg-type]
+
+
+def bare(case: Case, folder: Path, turn: Turn) -> None:
+    """Forward, backward, clip, step of our model on tensors that are there: what a loop cannot be faster than."""
+    import torch
+
+    from training.backends.build import Start
+    from training.backends.torch_native import TorchBackend
+    from training.config import TrainingConfig
+    from training.parallel import start_parallel
+    from training.phases import phases_of
+    from training.prefetch import micro_batches
+
+    _ask_for_fsdp(case)
+    config, parallel = TrainingConfig(**_settings(case)), start_parallel()
+    backend = TorchBackend.build(Start(config, phases_of(config)[0], case.inputs.model, 0), parallel)
+    rows, size = _training_rows(case), case.processes
+    steps = []
+    for step in range(case.steps):
+        first = step * case.batch_rows
+        micro = micro_batches(first, case.batch_rows, case.micro_rows, parallel)
+        targets = rows.targets(range(first, first + case.batch_rows))
+        steps.append((targets, [rows.batch(indices).to(parallel.device) for indices in micro]))
+    module, optimizer = backend.module, backend.optimizer
+    for step, (targets, batches) in enumerate(steps, 1):
+        total = 0.0
+        for batch in batches:
+            loss = module(batch) * (size / targets)
+            loss.backward()
+            total += loss.item() if step % case.interval == 0 else 0.0
+        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % case.interval == 0:
+            turn(total / size)
+
+
+def trainer(case: Case, folder: Path, turn: Turn) -> None:
+    """transformers.Trainer with the settings that its documentation gives for this: sdpa, packed by position ids."""
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    class Log(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, *_: Any, logs: dict[str, float], model: Any, **__: Any) -> None:
+            assert isinstance(model, FSDPModule) == (case.processes > 1), "Trainer does not shard as it was asked to"
+            if "loss" in logs:
+                turn(logs["loss"])
+
+    sharding = _let_trainer_shard() if case.processes > 1 else {"use_cpu": not torch.cuda.is_available()}
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=case.steps + 1, per_device_train_batch_size=case.micro_rows,
+        gradient_accumulation_steps=case.batch_rows // (case.processes * case.micro_rows), learning_rate=RATE,
+        weight_decay=0.1, adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, optim="adamw_torch_fused",
+        lr_scheduler_type="constant", bf16=case.precision == "bf16", logging_steps=case.interval, save_strategy="no",
+        report_to=[], disable_tqdm=True, remove_unused_columns=False, train_sampling_strategy="sequential", **sharding,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(case.inputs.model, dtype=torch.float32, use_cache=False)
+    rows = _training_rows(case)
+
+    class Packed(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+        def __len__(self) -> int:
+            return case.batch_rows * (case.steps + 1)
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            batch = rows.batch([index])
+            labels = batch.labels[0]
+            return {"input_ids": batch.input_ids[0], "position_ids": batch.position_ids[0], "labels": labels,
+                    "shift_labels": labels}  # fmt: skip
+
+    runner = Trainer(model=model, args=arguments, train_dataset=Packed(), callbacks=[Log()])
+    runner.train()
+
+
+def _let_trainer_shard() -> dict[str, Any]:
+    """FSDP2 for Trainer. On a CPU it would quietly be DDP: accelerate knows no FSDP without an accelerator, so there
+    it is told that gloo processes are as good as GPUs (a private method of accelerate 1.15).
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        from accelerate.state import PartialState
+        from accelerate.utils import DistributedType
+        from transformers import training_args
+
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        training_args.is_torch_bf16_gpu_available = lambda: True
+    return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+
+
+def _training_rows(case: Case) -> Any:
+    from training.packing import TrainingRows
+    from training.store import Store
+
+    return TrainingRows(Store.open(case.inputs.store), case.length, 0)
+
+
+CONTENDERS: dict[str, Callable[[Case, Path, Turn], None]] = {"ours": ours, "bare": bare, "trainer": trainer}
