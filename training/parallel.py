@@ -161,9 +161,20 @@ def _device(world: World) -> torch.device:
     """The GPU of this process, or the CPU where there is none or accelerate's config says `use_cpu`."""
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return torch.device("cpu")
-    device = torch.device("cuda", world.local_rank)
+    device = torch.device("cuda", gpu_of(world, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
+
+
+def gpu_of(world: World, visible: int) -> int:
+    """Which of the `visible` GPUs this process takes. Raises `UserError` if there is none for it."""
+    if visible == 1 and world.launcher == "slurm":
+        return 0  # `srun --gpus-per-task=1` shows every task its own one only
+    if world.local_rank >= visible:
+        raise UserError(
+            f"process {world.local_rank} of this node has no GPU, {visible} can be seen; start one process per GPU."
+        )
+    return world.local_rank
 
 
 def stop_parallel() -> None:

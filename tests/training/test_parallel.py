@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from core.errors import UserError
+from core.world import World
 from tests.distributed import run_ranks
 from tests.training.runs import ask_for
-from training.parallel import start_parallel, stop_parallel
+from training.parallel import gpu_of, start_parallel, stop_parallel
 
 
 def timeouts(backend: str) -> set[timedelta]:
@@ -36,3 +38,15 @@ def decided() -> str:
 
 def test_process_0_decides_for_all() -> None:
     assert run_ranks(decided, 2) == ["by rank 0"] * 2
+
+
+@pytest.mark.parametrize(("launcher", "local_rank", "visible", "gpu"), [
+    ("torchrun", 3, 8, 3), ("slurm", 3, 8, 3), ("slurm", 3, 1, 0), ("torchrun", 0, 1, 0)])  # fmt: skip
+def test_each_process_has_its_gpu(launcher: str, local_rank: int, visible: int, gpu: int) -> None:
+    """Also where srun shows a task its own one only."""
+    assert gpu_of(World(local_rank, 8, local_rank, launcher), visible) == gpu
+
+
+def test_more_processes_than_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match="process 4 of this node has no GPU, 4 can be seen"):
+        gpu_of(World(4, 8, 4, "torchrun"), 4)
