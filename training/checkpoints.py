@@ -58,7 +58,7 @@ class Checkpoints:
     parallel: Parallel
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
-    _saved: int = -1  # step of the newest one, complete or being written
+    _saved: int = 0  # step of the newest one, complete or being written; of step 0, where nothing is trained, is none
 
     def start(self) -> None:
         """Remove what an attempt that was killed left half written; before anything is saved."""
@@ -100,6 +100,7 @@ class Checkpoints:
             os.replace(beside, final)
             _sync_directory(self.directory)
             for old in self._superfluous():
+                (old / STATE_FILE).unlink()  # first, so that half of one is never taken for a checkpoint
                 shutil.rmtree(old)
         except BaseException as error:
             self._error = error
@@ -152,19 +153,22 @@ class Checkpoints:
     def read_state(self, key: str) -> TrainState | None:
         """The state of the newest complete checkpoint; None where there is none.
 
-        Raises `UserError` if it belongs to another configuration or model, or is damaged.
+        A collective: process 0 looks, for another node may still see a shared disk as it was. Raises `UserError` if it
+        belongs to another configuration or model, or is damaged.
         """
-        newest = self.newest()
+        newest = self.parallel.from_main(self.newest)
         if newest is None:
             return None
+        text = self.parallel.from_main((newest / STATE_FILE).read_text)
         try:
-            state = TrainState(**json.loads((newest / STATE_FILE).read_text()))
+            state = TrainState(**json.loads(text))
         except (ValueError, TypeError) as error:
             raise UserError(f"{newest / STATE_FILE} cannot be read ({error}); remove {newest}.") from None
         if state.key != key:
             raise UserError(
                 f"{newest} is of another configuration or model; remove {self.directory} or give the run a new name."
             )
+        self._saved = state.step
         return state
 
     def load(self, backend: Backend, state: TrainState) -> None:
@@ -185,7 +189,6 @@ class Checkpoints:
             raise UserError(
                 f"{newest} cannot be loaded ({_short(error)}); remove it to continue from the one before."
             ) from error
-        self._saved = state.step
         say(f"training: continues from {newest.name}, loaded in {time.monotonic() - started:.1f} s")
 
 

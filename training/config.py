@@ -159,6 +159,15 @@ class TrainingConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that the trained weights follow from. The others may change between two attempts of a run."""
-        return self.model_dump(
-            include={"sequence_length", "batch_rows", "tokens", "precision", "optimizer", "schedule", "phases", "seed"}
-        )
+        names = {
+            "sequence_length",
+            "batch_rows",
+            "tokens",
+            "precision",
+            "fp8",
+            "optimizer",
+            "schedule",
+            "phases",
+            "seed",
+        }
+        return self.model_dump(include=names)

@@ -176,11 +176,11 @@ class Trainer:
     def _check_finite(self, state: TrainState) -> None:
         """Raises `UserError` if the weights are not finite: neither a checkpoint nor a model is made of them."""
         self._read_outcome()
-        if self.parallel.any(not self.backend.weights_are_finite()) or self.skipped:
+        if self.parallel.any(not self.backend.weights_are_finite()):
             self.tracker.alert("training diverged", f"the weights are not finite after step {state.step}")
             self.checkpoints.finish()
             raise UserError(
-                f"training diverged before step {state.step} (weights or gradients are not finite); the last good "
+                f"training diverged before step {state.step} (the weights are not finite); the last good "
                 f"checkpoint is {self.checkpoints.newest() or 'none'}; lower training.optimizer.learning_rate or look "
                 "at the data."
             )

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from core.errors import UserError
 from core.world import World, find_world
 
 EXAMPLES = "recipes/accelerate"
+Found = TypeVar("Found")
 TIMEOUT = timedelta(minutes=60)  # of a collective: longer than the slowest checkpoint; the watchdog speaks before
 
 
@@ -121,6 +123,13 @@ class Parallel:
         """The sum over all processes."""
         return self._reduced(value, dist.ReduceOp.SUM)
 
+    def from_main(self, find: Callable[[], Found]) -> Found:
+        """What `find` gives on process 0, for all; the others do not call it."""
+        found: list[Any] = [find() if self.world.is_main else None]
+        dist.broadcast_object_list(found, src=0, group=self.side_group)
+        value: Found = found[0]
+        return value
+
     def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
         tensor = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(tensor, operation, group=self.side_group)
@@ -142,16 +151,30 @@ def start_parallel() -> Parallel:
     else:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     mesh = init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
-    return Parallel(world, asked, device, mesh, dist.new_group(backend="gloo"), dist.new_group(backend="gloo"))
+    for name in ("replicate", "shard"):  # a mesh makes its groups with torch's own timeout: 10 minutes with NCCL
+        _set_pg_timeout(TIMEOUT, mesh.get_group(name))
+    side, checkpoints = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
+    return Parallel(world, asked, device, mesh, side, checkpoints)
 
 
 def _device(world: World) -> torch.device:
     """The GPU of this process, or the CPU where there is none or accelerate's config says `use_cpu`."""
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return torch.device("cpu")
-    device = torch.device("cuda", world.local_rank)
+    device = torch.device("cuda", gpu_of(world, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
+
+
+def gpu_of(world: World, visible: int) -> int:
+    """Which of the `visible` GPUs this process takes. Raises `UserError` if there is none for it."""
+    if visible == 1 and world.launcher == "slurm":
+        return 0  # `srun --gpus-per-task=1` shows every task its own one only
+    if world.local_rank >= visible:
+        raise UserError(
+            f"process {world.local_rank} of this node has no GPU, {visible} can be seen; start one process per GPU."
+        )
+    return world.local_rank
 
 
 def stop_parallel() -> None:

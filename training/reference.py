@@ -29,9 +29,9 @@ def reference_line(
     Empty, and said, where there is no base or the store has no text in its tokens. A collective.
     """
     path = out / FILE
-    if not parallel.any(not path.is_file()):
-        found: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+    kept = parallel.from_main(lambda: _kept(path, config.evaluate_rows))
+    if kept is not None:
+        return kept
     heldout = heldout_rows(store, config, "reference") if base and store.info.reference else []
     if base is None or not heldout:
         say("training: no reference line, since the store holds no text in the base's own tokens")
@@ -51,6 +51,13 @@ def reference_line(
     assert losses is not None, "nobody stops it"
     found = {language: loss.bits_per_byte for language, loss in losses.items()}
     if parallel.world.is_main:
-        write_json(path, found)
-    parallel.barrier()
+        write_json(path, {"rows": config.evaluate_rows, "bits_per_byte": found})
     return found
+
+
+def _kept(path: Path, rows: int) -> dict[str, float] | None:
+    """What was measured before, if it was on so many rows: they may change between two attempts."""
+    if not path.is_file():
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return dict(kept["bits_per_byte"]) if kept.get("rows") == rows else None

@@ -100,7 +100,7 @@ class Training:
         self.observer.resume(state)
         backend: Backend | None = None
         for phase in self.phases[self._first(saved) :]:
-            start = Start(self.config, phase, self._source(phase), self.base_rows)
+            start = Start(self.config, phase, self._source(phase, saved), self.base_rows)
             backend = build_backend(start, self.parallel)
             say(start_block(start, backend, self.parallel, self.shares))
             if saved and saved.phase == phase.number:
@@ -122,10 +122,14 @@ class Training:
             return 0
         phase = self.phases[saved.phase]
         over = saved.step == phase.stop and phase is not self.phases[-1]
-        return saved.phase + 1 if over and (self._exported(phase) / "config.json").is_file() else saved.phase
+        exported = over and self.parallel.any((self._exported(phase) / "config.json").is_file())
+        return saved.phase + 1 if exported else saved.phase
 
-    def _source(self, phase: Phase) -> Path:
-        return self._exported(self.phases[phase.number - 1]) if phase.number else self.inputs.model
+    def _source(self, phase: Phase, saved: TrainState | None) -> Path:
+        """What the weights are loaded from; where a checkpoint replaces them, any model of the shapes will do."""
+        if phase.number == 0 or (saved and saved.phase == phase.number):
+            return self.inputs.model
+        return self._exported(self.phases[phase.number - 1])
 
     def _exported(self, phase: Phase) -> Path:
         return self.out / f"phase-{phase.number + 1}"

@@ -12,6 +12,7 @@ import pytest
 from core.errors import UserError
 from launcher.start import backend_environment
 from tests.launcher.conftest import ROOT, cpt_merge
+from training.backends.zero import zero_section
 from training.parallel import Asked, asked_for
 
 CONFIGS = ROOT / "recipes" / "accelerate"
@@ -72,6 +73,16 @@ def test_accelerate_says_the_same(name: str, tmp_path: Path) -> None:
 def test_what_is_not_there_is_refused(environment: dict[str, str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         asked_for(environment)
+
+
+def test_offloading_is_refused_in_deepspeeds_own_file_too(tmp_path: Path) -> None:
+    settings = tmp_path / "deepspeed.json"
+    section: dict[str, object] = {"stage": 2, "overlap_comm": False, "offload_param": {"device": "none"}}
+    settings.write_text(json.dumps({"zero_optimization": section}))
+    assert zero_section(Asked("deepspeed", zero_config=str(settings))) == section
+    settings.write_text(json.dumps({"zero_optimization": section | {"offload_optimizer": {"device": "cpu"}}}))
+    with pytest.raises(UserError, match="asks for offload_optimizer, which is not supported"):
+        zero_section(Asked("deepspeed", zero_config=str(settings)))
 
 
 @pytest.mark.slow

@@ -125,6 +125,32 @@ def test_what_fails_on_one_rank_is_told_on_all_and_the_one_before_stays(
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*[0-9]"))] == ["step-00000004"]
 
 
+def train_where_rank_1_cannot_copy(job: Job) -> str:
+    """The second copy of rank 1's shards fails, as one into pinned memory may."""
+    from torch.distributed.checkpoint.staging import DefaultStager
+
+    stage, calls = DefaultStager.stage, [0]
+
+    def fails(self: DefaultStager, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2 and os.environ["RANK"] == "1":
+            raise RuntimeError("out of pinned memory")
+        return stage(self, *arguments)
+
+    DefaultStager.stage = fails  # type: ignore[method-assign]
+    try:
+        train(job)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_copy_that_fails_on_one_rank_ends_all(model: Path, store: Path, tmp_path: Path) -> None:
+    sentences = run_ranks(train_where_rank_1_cannot_copy, 2, Job(model, store, tmp_path))
+    for sentence, reason in zip(sentences, ("on another process", "out of pinned memory"), strict=True):
+        assert f"could not be written to {tmp_path / 'checkpoints'} ({reason}); step-00000004 is kept" in sentence
+
+
 def test_a_full_disk_is_found_before_writing(model: Path, store: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"a checkpoint takes 0\.00 GB and .* has 0\.00 GB left; step-00000004"):
         run_ranks(train_on_a_disk_that_fills, 2, Job(model, store, tmp_path))

@@ -35,3 +35,8 @@ def test_only_linear_layers_of_fitting_sizes_are_converted() -> None:
     assert _fits(nn.Linear(32, 64), "")
     assert not _fits(nn.Linear(32, 60), "")
     assert not _fits(nn.Embedding(32, 64), "")
+
+
+def test_weights_follow_from_it() -> None:
+    """A run in bf16 does not continue in float8, nor count as one in float8."""
+    assert TrainingConfig(tokens=1, fp8=True).identity() != TrainingConfig(tokens=1).identity()

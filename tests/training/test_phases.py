@@ -1,5 +1,7 @@
 """Phases: what a phase does not train does not move by one bit, and a run through phases resumes exactly."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,41 @@ def test_a_run_through_phases_resumes_exactly(
     assert set(first).isdisjoint(second)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     assert not list(tmp_path.glob("*/phase-*")), "what lies between phases is removed at the end"
+
+
+def train_and_stop_between_phases(job: Job) -> dict[int, float]:
+    """The signal comes when the first phase is exported and the second one has no checkpoint of its own."""
+    from training.backends.torch_native import TorchBackend
+
+    close = TorchBackend.close
+    TorchBackend.close = lambda self: (close(self), os.kill(os.getpid(), signal.SIGUSR1))[0]  # type: ignore[method-assign]
+    return train(job)
+
+
+def test_stopped_between_two_phases_the_second_one_begins_with_the_export(
+    model: Path, store: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    job = Job(model, store, tmp_path / "whole", {"phases": PHASES}, tokenizer=tokenizer)
+    whole = run_ranks(train, 1, job)[0]
+    job.out, job.stop_after = tmp_path / "parts", 10**9
+    first = run_ranks(train_and_stop_between_phases, 1, job)[0]
+    assert max(first) == 4
+    second = run_ranks(train, 1, job)[0]
+    assert {**first, **second} == whole
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (1, 2, 3))])
+def test_a_run_that_was_killed_when_all_was_done_exports_again(
+    backend: str, model: Path, store: Path, tmp_path: Path
+) -> None:
+    """What lies between phases is gone by then; the last phase's frozen weights are the checkpoint's."""
+    phases = [{"train": "all", "tokens": 8 * ROW}, {"train": "vocabulary"}]
+    job = Job(model, store, tmp_path, {"phases": phases}, backend)
+    run_ranks(train, 2, job)
+    before = weights(tmp_path)
+    assert run_ranks(train, 2, job)[0] == {}
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path).items())
 
 
 def test_new_rows_need_to_be_known(model: Path, store: Path, tmp_path: Path) -> None:

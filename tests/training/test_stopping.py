@@ -40,6 +40,14 @@ def test_a_deadline_is_a_request(model: Path, store: Path, tmp_path: Path) -> No
     assert len(list((tmp_path / "checkpoints").glob(f"step-*/{STATE_FILE}"))) > 0
 
 
+def test_before_the_first_step_there_is_nothing_to_save(model: Path, store: Path, tmp_path: Path) -> None:
+    """The state of an optimizer that has made no step cannot be written: torch makes one to have one."""
+    whole = run_ranks(train, 2, Job(model, store, tmp_path / "whole"))[0]
+    job = Job(model, store, tmp_path / "parts", stop_after=10**9)
+    assert run_ranks(train_until, 2, job, 0.0)[0] == {}
+    assert run_ranks(train, 2, job)[0] == whole
+
+
 def votes(asking: int) -> list[bool]:
     ask_for("fsdp2")
     parallel = start_parallel()

@@ -119,6 +119,15 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(model: Path, store:
     assert state["skipped"] == 0
 
 
+@pytest.mark.parametrize(("step", "stop_after"), [(5, 6), (11, 0)], ids=["stopped after it", "the last step"])
+def test_a_single_such_step_ends_nothing(step: int, stop_after: int, model: Path, store: Path, tmp_path: Path) -> None:
+    """The weights are those of the step before, so they can be saved and exported."""
+    losses = run_ranks(train, 2, Job(model, store, tmp_path, poison=range(step, step + 1), stop_after=stop_after))[0]
+    assert [step for step, loss in losses.items() if loss != loss] == [step + 1]
+    state = json.loads(max((tmp_path / "checkpoints").glob("step-*/train_state.json")).read_text())
+    assert (state["step"], state["skipped"]) == (max(losses), max(losses) == step + 1)
+
+
 @pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_after_too_many_such_steps_it_stops_and_names_the_last_good_checkpoint(
     backend: str, model: Path, store: Path, tmp_path: Path

@@ -119,7 +119,8 @@ class TorchBackend:
 
     def save(self, directory: Path, asynchronous: bool) -> Future[None]:
         """See `Backend`."""
-        writer = FileSystemWriter(directory, sync_files=True)
+        # nothing is copied ahead: that would synchronise in torch's thread, whose current device is GPU 0 on every rank
+        writer = FileSystemWriter(directory, sync_files=True, per_thread_copy_ahead=0)
         state = self._state()
         if asynchronous:
             group = self.parallel.checkpoint_group

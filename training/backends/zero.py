@@ -184,7 +184,7 @@ def engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any
         "train_micro_batch_size_per_gpu": config.micro_batch_rows,
         "gradient_accumulation_steps": micro,
         "gradient_clipping": config.optimizer.clip,
-        "zero_optimization": _zero_section(parallel.asked),
+        "zero_optimization": zero_section(parallel.asked),
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW
         "steps_per_print": 10**9,
     }
@@ -194,7 +194,8 @@ def engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any
     return settings
 
 
-def _zero_section(asked: Asked) -> dict[str, Any]:
+def zero_section(asked: Asked) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`. Raises `UserError` for a file without a stage, or one that offloads."""
     if not asked.zero_config:
         return {"stage": asked.zero_stage}
     try:
@@ -206,6 +207,9 @@ def _zero_section(asked: Asked) -> dict[str, Any]:
             f"the DeepSpeed configuration {asked.zero_config} gives no ZeRO stage of 1, 2 or 3 ({error}); set "
             "zero_optimization.stage there."
         ) from None
+    for name in ("offload_optimizer", "offload_param"):
+        if (section.get(name) or {}).get("device", "none") != "none":
+            raise UserError(f"{asked.zero_config} asks for {name}, which is not supported; take it out.")
     return {name: value for name, value in section.items() if value != "auto"}
 
 
