@@ -171,7 +171,7 @@ def checkpoint(folder: Path, rounds: int = 5, processes: str = "1,2", size: str 
         with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
             port = _free_port()
             work = [pool.submit(_saves, case, rank, port, folder / "saves", rounds) for rank in range(count)]
-            nbytes, saves = [future.result() for future in work][0]
+            (nbytes, saves), *_ = (future.result() for future in work)
         kinds = {kind: [save for save in saves if save.synchronous == kind] for kind in (True, False)}
         stalls = {kind: median(save.stall for save in kinds[kind]) for kind in kinds}
         share = median(mine.stall / theirs.stall for mine, theirs in zip(kinds[False], kinds[True], strict=True))
