@@ -1,7 +1,7 @@
 """Training, measured.
 
     python -m benchmarks.training prepare DIR [--size 3b]     random Llamas and token stores
-    python -m benchmarks.training trainer DIR                 tokens per second and memory, beside Trainer and a bare loop
+    python -m benchmarks.training trainer DIR                 speed and memory beside Trainer and a bare loop
     python -m benchmarks.training checkpoint DIR              how long a save holds up training
     python -m benchmarks.training gpu DIR --size 3b           MFU on one GPU, and a profile that shows the rest
 
@@ -16,6 +16,8 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
@@ -24,7 +26,9 @@ from typing import Any
 import typer
 
 from benchmarks import training_inputs
-from benchmarks.training_contenders import Case, Interval, enter
+from benchmarks.training_checkpoints import Save, measure_saves
+from benchmarks.training_contenders import Case, Interval, enter, join
+from benchmarks.training_gpu import measure_gpu
 from benchmarks.training_inputs import Inputs
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -119,15 +123,18 @@ def _check_same(found: dict[str, list[Interval]]) -> None:
 def _summary(case: Case, found: list[dict[str, list[Interval]]]) -> dict[str, Any]:
     """Medians over all intervals; a ratio is taken within one turn of the contenders."""
     walls = {name: [max(one.wall for one in turn[name]) for turn in found] for name in NAMES}
+    alone = {name: [max(one.wall - one.delay for one in turn[name]) for turn in found] for name in NAMES}
     cpus = {name: [sum(one.cpu for one in turn[name]) for turn in found] for name in NAMES}
     peaks = {name: max(one.peak for turn in found for one in turn[name]) for name in NAMES}
     return {
         "tokens per second": {name: case.tokens / median(walls[name]) for name in NAMES},
         "peak MB": peaks,
         "speed": {name: _ratios(walls, name) for name in NAMES[1:]},
+        "alone": {name: _ratios(alone, name) for name in NAMES[1:]},
         "CPU": {name: _ratios(cpus, name) for name in NAMES[1:]},
         "memory": {name: peaks["ours"] / peaks[name] for name in NAMES[1:]},
         "seconds": walls,
+        "seconds without waiting for a CPU": alone,
         "CPU seconds": cpus,
     }
 
@@ -140,20 +147,66 @@ def _ratios(seconds: dict[str, list[float]], other: str) -> list[float]:
 
 
 def _show_header() -> None:
-    print(f"{'':36}{'tokens/s':>9}{'MB':>7}   {'x Trainer':20}{'by CPU time':20}{'MB':>5}   {'x bare':20}by CPU time")
+    print(
+        "our speed over theirs: by the wall clock, without the waiting for a CPU that others had, by CPU time; memory"
+    )
 
 
 def _show(name: str, summary: dict[str, Any]) -> None:
-    def shown(kind: str, other: str) -> str:
-        middle, low, high = summary[kind][other]
-        return f"{middle:.3f} ({low:.2f}-{high:.2f})".ljust(20)
-
     rate, peak = summary["tokens per second"]["ours"], summary["peak MB"]["ours"]
-    print(
-        f"{name:36}{rate:9,.0f}{peak:7,.0f}   {shown('speed', 'trainer')}{shown('CPU', 'trainer')}"
-        f"{summary['memory']['trainer']:5.2f}   {shown('speed', 'bare')}{shown('CPU', 'bare')}",
-        flush=True,
-    )
+    print(f"{name}: {rate:,.0f} tokens/s, {peak:,.0f} MB")
+    for other in NAMES[1:]:
+        shown = [f"{middle:.3f} ({low:.2f}-{high:.2f})" for middle, low, high in
+                 (summary[kind][other] for kind in ("speed", "alone", "CPU"))]  # fmt: skip
+        print(f"    against {other:8} {'   '.join(shown)}   {summary['memory'][other]:.2f}", flush=True)
+
+
+@app.command()
+def checkpoint(folder: Path, rounds: int = 5, processes: str = "1,2", size: str = "long-vocabulary") -> None:
+    """The stall of an asynchronous save against a synchronous one of the same state, after the first."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    results = {}
+    for count in map(int, processes.split(",")):
+        case = Case(Inputs.of(folder, size), "fp32", count, LENGTH, count, 1, 1, 1)
+        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+            port = _free_port()
+            work = [pool.submit(_saves, case, rank, port, folder / "saves", rounds) for rank in range(count)]
+            (nbytes, saves), *_ = (future.result() for future in work)
+        kinds = {kind: [save for save in saves if save.synchronous == kind] for kind in (True, False)}
+        stalls = {kind: median(save.stall for save in kinds[kind]) for kind in kinds}
+        share = median(mine.stall / theirs.stall for mine, theirs in zip(kinds[False], kinds[True], strict=True))
+        slower = median(save.step / save.quiet_step for save in kinds[False])
+        print(
+            f"{count} process{'es' if count > 1 else ''}, {nbytes / 1e9:.2f} GB: synchronous {stalls[True]:.2f} s, "
+            f"stall {stalls[False]:.3f} s, {share:.1%}; a step while it is written takes {slower:.2f} times as long",
+            flush=True,
+        )
+        results[count] = [asdict(save) for save in saves]
+    (folder / "training-checkpoint.json").write_text(json.dumps(results, indent=1))
+
+
+def _saves(case: Case, rank: int, port: int, out: Path, rounds: int) -> tuple[int, list[Save]]:
+    join(case, rank, port)
+    return measure_saves(case, out, rounds)
+
+
+@app.command()
+def gpu(
+    folder: Path, size: str = "3b", length: int = 4096, batch_rows: int = 8, micro_rows: int = 2, steps: int = 20,
+    compile_layers: bool = True, recompute: str = "none", loss_chunk: int = 4096, fp8: bool = False,
+) -> None:  # fmt: skip
+    """MFU of bf16 training on one GPU, and the kernels that take most of its time."""
+    case = Case(Inputs.of(folder, size), "bf16", 1, length, batch_rows, micro_rows, 10**6, 1)
+    changes = {
+        "compile": compile_layers, "activation_checkpointing": recompute, "loss_chunk": loss_chunk, "fp8": fp8,
+    }  # fmt: skip
+    found = measure_gpu(case, steps, changes)
+    print(f"{found.device}: {size}, sequence {length}, {batch_rows} rows a step in micro-batches of {micro_rows}")
+    print(f"{found.seconds:.3f} s a step, {found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.3f}, ", end="")
+    print(f"{found.peak_gb:.1f} GB at most; no kernel ran in {found.idle:.1%} of the time; of the rest:")
+    for kernel, share in found.profile:
+        print(f"{share:7.1%}  {kernel}")
+    (folder / f"training-gpu-{size}.json").write_text(json.dumps({**asdict(found), "changes": changes}, indent=1))
 
 
 if __name__ == "__main__":

@@ -48,10 +48,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Interval:
-    """What a process found in one interval. Seconds of wall and of CPU (all threads), MB of peak resident memory."""
+    """What a process found in one interval. Seconds, and MB of peak resident memory."""
 
     wall: float
-    cpu: float
+    delay: float  # of `wall`, while the main thread could run but others had the CPUs
+    cpu: float  # of all threads
     peak: float
     loss: float  # of its last step, or of its steps on average with Trainer: to see that the same is trained
 
@@ -68,17 +69,22 @@ class Turn:
         self._start()
 
     def _start(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._wall, self._delay, self._cpu = time.perf_counter(), run_queue_delay(), time.process_time()
 
     def __call__(self, loss: float) -> None:
         """Raises `Finished` after the last interval."""
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
-        self.connection.send(Interval(wall, cpu, peak_megabytes(), loss))
+        self.connection.send(Interval(wall, run_queue_delay() - self._delay, cpu, peak_megabytes(), loss))
         self.left -= 1
         if not self.left:
             raise Finished
         self.connection.recv()
         self._start()
+
+
+def run_queue_delay() -> float:
+    """Seconds that this thread has waited for a CPU that others had."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 def peak_megabytes() -> float:
@@ -87,13 +93,18 @@ def peak_megabytes() -> float:
     return next(int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith("VmHWM"))
 
 
-def enter(name: str, case: Case, rank: int, port: int, connection: Connection) -> None:
-    """The body of a contender's process."""
+def join(case: Case, rank: int, port: int) -> None:
+    """Say who this process is, as torchrun would."""
     if case.processes > 1:  # one alone is nobody's rank: Trainer would wrap its model in DDP
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(case.processes), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(case.processes),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
+
+
+def enter(name: str, case: Case, rank: int, port: int, connection: Connection) -> None:
+    """The body of a contender's process."""
+    join(case, rank, port)
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     try:
         CONTENDERS[name](case, folder, Turn(connection, case))
@@ -104,7 +115,7 @@ def enter(name: str, case: Case, rank: int, port: int, connection: Connection) -
     os._exit(0)  # process groups in the middle of a run are not taken down one by one
 
 
-def _settings(case: Case) -> dict[str, Any]:
+def settings(case: Case) -> dict[str, Any]:
     """The recipe's `training` section."""
     return {
         "sequence_length": case.length, "batch_rows": case.batch_rows, "micro_batch_rows": case.micro_rows,
@@ -115,7 +126,8 @@ def _settings(case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _ask_for_fsdp(case: Case) -> None:
+def ask_for_fsdp(case: Case) -> None:
+    """Several processes shard by FSDP2."""
     from launcher.start import backend_environment
 
     if case.processes > 1:
@@ -141,9 +153,9 @@ def ours(case: Case, folder: Path, turn: Turn) -> None:
     from training.config import TrainingConfig
     from training.run import TrainingInputs, run
 
-    _ask_for_fsdp(case)
+    ask_for_fsdp(case)
     inputs = TrainingInputs(case.inputs.model, case.inputs.model, case.inputs.store, "benchmark")
-    run(TrainingConfig(**_settings(case)), inputs, folder, _Rows(turn), None)  # type: ignore[arg-type]
+    run(TrainingConfig(**settings(case)), inputs, folder, _Rows(turn), None)  # type: ignore[arg-type]
 
 
 def bare(case: Case, folder: Path, turn: Turn) -> None:
@@ -157,8 +169,8 @@ def bare(case: Case, folder: Path, turn: Turn) -> None:
     from training.phases import phases_of
     from training.prefetch import micro_batches
 
-    _ask_for_fsdp(case)
-    config, parallel = TrainingConfig(**_settings(case)), start_parallel()
+    ask_for_fsdp(case)
+    config, parallel = TrainingConfig(**settings(case)), start_parallel()
     backend = TorchBackend.build(Start(config, phases_of(config)[0], case.inputs.model, 0), parallel)
     rows, size = _training_rows(case), case.processes
     steps = []

@@ -68,19 +68,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=_accumulator(weight))
+        weight_gradient = torch.empty_like(weight, dtype=_accumulator(weight))
+        weight_gradient[: head.frozen_rows] = 0.0
         bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=_accumulator(weight))
         trained = slice(head.frozen_rows, None)
-        for part, target, out in zip(
-            torch.split(hidden, chunk), torch.split(labels, chunk), torch.split(hidden_gradient, chunk), strict=True
-        ):
+        parts = (torch.split(tensor, chunk) for tensor in (hidden, labels, hidden_gradient))
+        for number, (part, target, out) in enumerate(zip(*parts, strict=True)):
             nats, gradient = _loss_and_gradient(head.logits(part), target, head)
             loss += nats
             if bias_gradient is not None:
                 bias_gradient[trained] += gradient[:, trained].sum(0)
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, weight, out=out)
-            _add_matmul(weight_gradient[trained], gradient[:, trained].T, part)
+            _add_matmul(weight_gradient[trained], gradient[:, trained].T, part, first=number == 0)
             del gradient  # before the logits of the next chunk are made
         context.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         context.dtype = weight.dtype
@@ -121,9 +121,11 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b).to(wide)
 
 
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b."""
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a b, or total = a b if it is the first; what `total` held before does not matter then."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(torch.mm(a, b) if not a.is_cuda else _matmul(a, b))
     else:
         total += _matmul(a, b)
