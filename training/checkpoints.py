@@ -82,7 +82,11 @@ class Checkpoints:
         try:
             pending = backend.save(final.with_suffix(".tmp"), self.config.asynchronous)
         except (OSError, RuntimeError, CheckpointException) as error:
-            raise self._not_written(error) from error  # if on this process alone, the launcher ends the others
+            if not backend.writes_asynchronously(self.config):  # others may wait within it; the launcher ends them
+                raise self._not_written(error) from error
+            self._error = error
+        if self.parallel.any(self.failed):  # to copy the shards: on one process, the others would wait for its part
+            raise self._not_written(self._error)
         self._saved = state.step
         self._thread = threading.Thread(target=self._commit, args=(pending, final, state), name="checkpoint")
         self._thread.start()

@@ -42,6 +42,9 @@ class SlowBackend:
 
         return ThreadPoolExecutor(1).submit(write)
 
+    def writes_asynchronously(self, config: CheckpointConfig) -> bool:
+        return config.asynchronous
+
     def load(self, directory: Path) -> None:
         self.value = torch.load(directory / "value.pt")
 
