@@ -69,7 +69,7 @@ def train_and_keep(job: Job) -> dict[int, float]:
     return train(job)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     ("backend", "size"),
     [("fsdp2", 2), *(pytest.param(f"zero{stage}", 2, marks=pytest.mark.slow) for stage in (1, 2, 3)),
@@ -96,7 +96,7 @@ def test_what_a_phase_does_not_train_does_not_move_by_one_bit(
         assert not torch.equal(second[name][:OLD_ROWS], before[:OLD_ROWS]), name
 
 
-@pytest.mark.parametrize("stop_after", [2, 4, 6, 10])
+@pytest.mark.parametrize("stop_after", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 4, 10))])
 def test_a_run_through_phases_resumes_exactly(
     stop_after: int, model: Path, store: Path, tokenizer: Path, tmp_path: Path
 ) -> None:

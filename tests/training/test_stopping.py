@@ -14,7 +14,7 @@ from training.parallel import start_parallel, stop_parallel
 from training.stopping import StopRequest
 
 
-@pytest.mark.parametrize("moment", ["evaluation", "save"])
+@pytest.mark.parametrize("moment", ["evaluation", pytest.param("save", marks=pytest.mark.slow)])
 def test_within_an_evaluation_or_a_save(moment: str, model: Path, store: Path, tmp_path: Path) -> None:
     whole = run_ranks(train, 2, Job(model, store, tmp_path / "whole"))[0]
     job = Job(model, store, tmp_path / "parts", signal_in=moment)
@@ -32,6 +32,7 @@ def train_until(job: Job, seconds: float) -> dict[int, float]:
     return train(job)
 
 
+@pytest.mark.slow
 def test_a_deadline_is_a_request(model: Path, store: Path, tmp_path: Path) -> None:
     """`--stop-at`, or the end of the Slurm job, less the margin."""
     job = Job(model, store, tmp_path, {"tokens": 32 * 8 * 100_000, "stop_margin": 60}, stop_after=10**9)

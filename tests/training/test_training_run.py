@@ -15,19 +15,18 @@ from training.packing import TrainingRows
 from training.store import Store
 
 BACKENDS = [("fsdp2", 1), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
-TWO_PHASES = [{"train": "vocabulary", "tokens": 6 * 32 * 8}, {"train": "all"}]
-QUICK = {("fsdp2", 1), ("fsdp2", 2), ("zero2", 2)}  # in `make test`; the others in `make test-all`
 
 
-def backends() -> list[object]:
+def backends(*quick: tuple[str, int]) -> list[object]:
+    """All of them; those that are not quick only in `make test-all`."""
     return [
-        pytest.param(*pair, id=f"{pair[0]}-{pair[1]}", marks=[] if pair in QUICK else [pytest.mark.slow])
+        pytest.param(*pair, id=f"{pair[0]}-{pair[1]}", marks=[] if pair in quick else [pytest.mark.slow])
         for pair in BACKENDS
     ]
 
 
-@pytest.mark.parametrize(("backend", "size"), backends())
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("backend", "size"), backends(("fsdp2", 1), ("fsdp2", 2), ("zero2", 2)))
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 def test_equals_a_plain_single_process_reference(
     backend: str, size: int, tied: bool, model: Path, tied_model: Path, store: Path, tmp_path: Path
 ) -> None:
@@ -40,7 +39,7 @@ def test_equals_a_plain_single_process_reference(
         assert loss == pytest.approx(expected[step], rel=2e-4), step
 
 
-@pytest.mark.parametrize(("backend", "size"), backends())
+@pytest.mark.parametrize(("backend", "size"), backends(("fsdp2", 2)))
 def test_stopped_by_a_signal_to_one_rank_and_resumed_it_is_bit_for_bit_the_same(
     backend: str, size: int, model: Path, store: Path, tmp_path: Path
 ) -> None:
