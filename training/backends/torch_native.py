@@ -42,8 +42,8 @@ class TorchBackend:
     ) -> None:
         self.module, self.optimizer, self.start, self.parallel = module, optimizer, start, parallel
         self.strategy: Strategy = "fsdp2" if isinstance(module, FSDPModule) else "single"
-        self._copy = copy
-        self._running = copy.module if copy else module
+        self.copy = copy
+        self.running = copy.module if copy else module
         self.clip = start.config.optimizer.clip
         self.shard_count = parallel.mesh.shape[1]
         pinned = parallel.device.type == "cuda"
@@ -74,17 +74,17 @@ class TorchBackend:
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
         """See `Backend`."""
-        self._running.eval()
-        loss: Tensor = self._running(batch)
-        self._running.train()
+        self.running.eval()
+        loss: Tensor = self.running(batch)
+        self.running.train()
         return loss
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """See `Backend`."""
-        self._running.eval()
-        logits: Tensor = self._running(whole_rows(input_ids).to(self.parallel.device), last=True)
-        self._running.train()
+        self.running.eval()
+        logits: Tensor = self.running(whole_rows(input_ids).to(self.parallel.device), last=True)
+        self.running.train()
         return logits
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
@@ -95,7 +95,7 @@ class TorchBackend:
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_all_reduce(last)
             size = self.parallel.world.size  # FSDP averages over the processes
-        loss = self._running(batch) * (scale * size)
+        loss = self.running(batch) * (scale * size)
         loss.backward()
         return loss.detach() / size  # type: ignore[no-any-return]
 
@@ -108,8 +108,8 @@ class TorchBackend:
         finite = norm.isfinite()
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # torch.amp.GradScaler's protocol
         self.optimizer.step()
-        if self._copy:
-            self._copy.refresh()
+        if self.copy:
+            self.copy.refresh()
         self.discard_gradients()
         return StepOutcome(norm, finite)
 
@@ -146,8 +146,8 @@ class TorchBackend:
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
-        if self._copy:
-            self._copy.refresh()
+        if self.copy:
+            self.copy.refresh()
 
     def _state(self) -> dict[str, Any]:
         reshard(self.module)
@@ -187,7 +187,7 @@ class TorchBackend:
     def close(self) -> None:
         """See `Backend`."""
         self._stager.close()
-        for module in {self.module, self._running}:
+        for module in {self.module, self.running}:
             module.to_empty(device="meta")
         self.optimizer.state.clear()
 
