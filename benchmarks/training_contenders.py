@@ -179,15 +179,17 @@ def bare(case: Case, folder: Path, turn: Turn) -> None:
         micro = micro_batches(first, case.batch_rows, case.micro_rows, parallel)
         targets = rows.targets(range(first, first + case.batch_rows))
         steps.append((targets, [rows.batch(indices).to(parallel.device) for indices in micro]))
-    module, optimizer = backend.module, backend.optimizer
+    module, copy, optimizer = backend.running, backend.copy, backend.optimizer
     for step, (targets, batches) in enumerate(steps, 1):
         total = 0.0
         for batch in batches:
             loss = module(batch) * (size / targets)
             loss.backward()
             total += loss.item() if step % case.interval == 0 else 0.0
-        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(backend.module.parameters(), CLIP)
         optimizer.step()
+        if copy:
+            copy.refresh()
         optimizer.zero_grad()
         if step % case.interval == 0:
             turn(total / size)

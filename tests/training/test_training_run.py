@@ -15,6 +15,7 @@ from training.packing import TrainingRows
 from training.store import Store
 
 BACKENDS = [("fsdp2", 1), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+TWO_PHASES = [{"train": "vocabulary", "tokens": 6 * 32 * 8}, {"train": "all"}]
 
 
 def backends(*quick: tuple[str, int]) -> list[object]:
@@ -81,9 +82,11 @@ def train_in_a_group_of_one(job: Job) -> dict[int, float]:
     return train(job)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    "more", [{}, {"activation_checkpointing": "full", "phases": TWO_PHASES}], ids=["plain", "phases"]
+    "more",
+    [{}, pytest.param({"activation_checkpointing": "full", "phases": TWO_PHASES}, marks=pytest.mark.slow)],
+    ids=["plain", "phases"],
 )
 def test_bf16_on_one_process_is_bit_for_bit_what_fsdp2_computes(
     more: dict[str, Any], tied: bool, model: Path, tied_model: Path, store: Path, tmp_path: Path

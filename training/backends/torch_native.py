@@ -42,8 +42,8 @@ class TorchBackend:
     ) -> None:
         self.module, self.optimizer, self.start, self.parallel = module, optimizer, start, parallel
         self.strategy: Strategy = "fsdp2" if isinstance(module, FSDPModule) else "single"
-        self._copy = copy
-        self._running = copy.module if copy else module
+        self.copy = copy
+        self.running = copy.module if copy else module
         self.clip = start.config.optimizer.clip
         self.shard_count = parallel.mesh.shape[1]
         pinned = parallel.device.type == "cuda"
@@ -74,13 +74,13 @@ class TorchBackend:
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
         """See `Backend`."""
-        loss: Tensor = self._running(batch)
+        loss: Tensor = self.running(batch)
         return loss
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """See `Backend`."""
-        logits: Tensor = self._running(whole_rows(input_ids).to(self.parallel.device), last=True)
+        logits: Tensor = self.running(whole_rows(input_ids).to(self.parallel.device), last=True)
         return logits
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
@@ -91,7 +91,7 @@ class TorchBackend:
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_all_reduce(last)
             size = self.parallel.world.size  # FSDP averages over the processes
-        loss = self._running(batch) * (scale * size)
+        loss = self.running(batch) * (scale * size)
         loss.backward()
         return loss.detach() / size  # type: ignore[no-any-return]
 
@@ -104,8 +104,8 @@ class TorchBackend:
         finite = norm.isfinite()
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # torch.amp.GradScaler's protocol
         self.optimizer.step()
-        if self._copy:
-            self._copy.refresh()
+        if self.copy:
+            self.copy.refresh()
         self.discard_gradients()
         return StepOutcome(norm, finite)
 
@@ -143,8 +143,8 @@ class TorchBackend:
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
-        if self._copy:
-            self._copy.refresh()
+        if self.copy:
+            self.copy.refresh()
 
     def _state(self) -> dict[str, Any]:
         reshard(self.module)
@@ -184,7 +184,7 @@ class TorchBackend:
     def close(self) -> None:
         """See `Backend`."""
         self._stager.close()
-        for module in {self.module, self._running}:
+        for module in {self.module, self.running}:
             module.to_empty(device="meta")
         self.optimizer.state.clear()
 
