@@ -81,8 +81,12 @@ class Checkpoints:
         final = self.directory / f"step-{state.step:08d}"
         try:
             pending = backend.save(final.with_suffix(".tmp"), self.config.asynchronous)
-        except (OSError, RuntimeError, CheckpointException) as error:
+        except CheckpointException as error:  # from a save of all processes, on all of them
             self._error = error
+        except (OSError, RuntimeError) as error:
+            self._error = error
+            if not backend.writes_asynchronously(self.config):
+                raise self._failure() from error  # at once: the others wait in the save until it ends
         self._saved = state.step
         self._raise_if_failed()  # on one process: the others would wait for its part
         self._thread = threading.Thread(target=self._commit, args=(pending, final, state), name="checkpoint")
@@ -124,11 +128,14 @@ class Checkpoints:
 
     def _raise_if_failed(self) -> None:
         if self.parallel.any(self.failed):
-            last = self.newest()
-            raise UserError(
-                f"a checkpoint could not be written to {self.directory} ({_short(self._error)}); "
-                f"{last.name if last else 'no checkpoint'} is kept; mend that and run the same command again."
-            )
+            raise self._failure()
+
+    def _failure(self) -> UserError:
+        last = self.newest()
+        return UserError(
+            f"a checkpoint could not be written to {self.directory} ({_short(self._error)}); "
+            f"{last.name if last else 'no checkpoint'} is kept; mend that and run the same command again."
+        )
 
     def _check_room(self, needed: int) -> None:
         """Raises `UserError` on all processes if the disk has no room for another checkpoint."""
