@@ -225,8 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
         return USAGE_ERROR
     except Interrupted as stop:
         _print_once(str(stop))
-        # torchrun takes any other code for a crash of the group
-        return 0 if find_world().launcher == "torchrun" else INTERRUPTED
+        from launcher.start import started_by_accelerate
+
+        # torchrun and accelerate take any other code for a crash
+        return 0 if find_world().launcher == "torchrun" or started_by_accelerate() else INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     return 0

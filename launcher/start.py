@@ -11,6 +11,7 @@ from core.progress import say
 from core.world import find_world
 from launcher.recipe import Recipe, read_yaml
 
+READ_BY_US = "CPT_MERGE_READ_ACCELERATE_CONFIG"  # set where we did what `accelerate launch` would have done
 FSDP2_CONFIG = Path(__file__).parents[1] / "recipes" / "accelerate" / "fsdp2.yaml"
 
 
@@ -67,7 +68,7 @@ def backend_environment(path: Path) -> dict[str, str]:
 
 def started_by_accelerate() -> bool:
     """Whether `accelerate launch` started this process, also if it is the only one."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and READ_BY_US not in os.environ
 
 
 def use_backend(recipe: Recipe) -> None:
@@ -76,7 +77,7 @@ def use_backend(recipe: Recipe) -> None:
     One process that was started by nobody, of a recipe that names no configuration, needs no backend.
     """
     if not started_by_accelerate() and (find_world().size > 1 or recipe.launch.accelerate_config):
-        os.environ.update(backend_environment(accelerate_config(recipe)))
+        os.environ.update(backend_environment(accelerate_config(recipe)) | {READ_BY_US: "true"})
 
 
 def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: list[str], processes: int) -> None:

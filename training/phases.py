@@ -17,6 +17,7 @@ from typing import Literal
 
 from torch import nn
 
+from core.errors import UserError
 from training.config import TrainingConfig
 from training.model import CausalLM
 
@@ -41,7 +42,7 @@ class Phase:
 def phases_of(config: TrainingConfig) -> list[Phase]:
     """The phases of a run, which divide its steps; a single one if the recipe names none.
 
-    A budget is rounded up to whole steps, as the run's is; a phase that begins beyond the run's end is left out.
+    A budget is rounded up to whole steps, as the run's is. Raises `UserError` if that leaves a phase without a step.
     """
     optimizer = config.optimizer
     rate, embedding_rate = optimizer.learning_rate, optimizer.embedding_learning_rate or optimizer.learning_rate
@@ -54,8 +55,12 @@ def phases_of(config: TrainingConfig) -> list[Phase]:
         stop = config.steps if place == len(config.phases) - 1 else min(start + steps, config.steps)
         own, own_embedding = phase.learning_rate or rate, phase.embedding_learning_rate
         own_embedding = own_embedding or phase.learning_rate or embedding_rate
-        if start < stop:
-            found.append(Phase(len(found), phase.train, start, stop, own, own_embedding))
+        if start == stop:
+            raise UserError(
+                f"training.phases.{place} has no step left: the ones before it, in whole steps of "
+                f"{config.tokens_per_step:,} tokens, take all of training.tokens; raise that or lower their tokens."
+            )
+        found.append(Phase(place, phase.train, start, stop, own, own_embedding))
         start = stop
     return found
 

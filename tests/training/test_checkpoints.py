@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from core.errors import UserError
 from tests.distributed import run_ranks
-from tests.training.runs import Job, assert_same_weights, train
+from tests.training.runs import Job, ask_for, assert_same_weights, train
 from training.checkpoints import STATE_FILE, Checkpoints, TrainState
 from training.config import CheckpointConfig
 from training.parallel import start_parallel, stop_parallel
@@ -126,6 +127,38 @@ def test_what_fails_on_one_rank_is_told_on_all_and_the_one_before_stays(
         assert "a checkpoint could not be written" in sentence
         assert "step-00000004 is kept" in sentence
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*[0-9]"))] == ["step-00000004"]
+
+
+class TogetherBackend(SlowBackend):
+    """Writes in a collective, as DeepSpeed does, which rank 1 never enters."""
+
+    def writes_asynchronously(self, config: CheckpointConfig) -> bool:
+        return False
+
+    def save(self, directory: Path, asynchronous: bool) -> Future[None]:
+        if os.environ["RANK"] == "1":
+            raise OSError("no space left")
+        dist.barrier()
+        return Future()
+
+
+def saves_together(folder: Path) -> tuple[str, float]:
+    ask_for("zero2")
+    found, began = checkpoints_in(folder), time.monotonic()
+    found.start()
+    try:
+        found.save(TogetherBackend(), state(1))  # type: ignore[arg-type]
+    except UserError as error:
+        return str(error), time.monotonic() - began
+    finally:
+        stop_parallel()
+    return "", 0.0
+
+
+def test_a_rank_that_fails_within_a_collective_save_does_not_wait_for_the_others(tmp_path: Path) -> None:
+    (_, first), (sentence, second) = run_ranks(saves_together, 2, tmp_path)
+    assert "(no space left); no checkpoint is kept" in sentence
+    assert max(first, second) < 30
 
 
 def train_where_rank_1_cannot_copy(job: Job) -> str:

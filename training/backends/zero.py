@@ -218,11 +218,16 @@ def _import_deepspeed(device: torch.device) -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
     try:
         import deepspeed
+        import deepspeed.ops
     except ImportError:
         raise UserError(
             "the accelerate config asks for DeepSpeed, which is not installed; "
             "pip install -c constraints.txt -e '.[deepspeed]'"
         ) from None
+    if device.type == "cpu":
+        # DeepSpeed would compile collectives for one node at first use (46 s), and wait for ever for the lock of a
+        # compilation that was killed
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
