@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from core.artifact import read_record
-from launcher.cli import main
 from launcher.recipe import load_recipe
 from launcher.stages import STAGES, Run
+from tests.launcher.conftest import cpt_merge
 from tests.training.test_tokenise import digest
 
 
@@ -30,8 +30,8 @@ def test_the_number_of_processes_does_not_make_another_store(recipe_path: Path) 
 @pytest.mark.parametrize("tasks", [2])
 def test_slurm_tasks_share_the_work(tasks: int, recipe_path: Path, tmp_path: Path) -> None:
     overrides = [f"runs={tmp_path}", "name=shared"]
-    assert main(["tokenizer", str(recipe_path), *overrides]) == 0
-    assert main(["data", str(recipe_path), *overrides]) == 0
+    assert cpt_merge("tokenizer", recipe_path, *overrides).returncode == 0
+    assert cpt_merge("data", recipe_path, *overrides).returncode == 0
     run = Run(load_recipe(recipe_path, overrides))
     alone = digest(run.store)
     os.rename(run.folder("data"), tmp_path / "alone")
