@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import shlex
 import shutil
@@ -121,7 +120,7 @@ def replacing(folder: Path, stage: Stage, key: str) -> Iterator[None]:
     if stage.resumable and _was_begun(folder, key):
         (folder / STAGE_FILE).unlink(missing_ok=True)
     elif stage.precious:
-        _move_aside(folder, stage)
+        _move_aside(folder, stage, key)
     elif before.exists() and not (folder / STAGE_FILE).is_file():
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed: what was before it is to be kept
     elif folder.exists():
@@ -146,12 +145,18 @@ def _was_begun(folder: Path, key: str) -> bool:
     return begun.is_file() and key in begun.read_text()
 
 
-def _move_aside(folder: Path, stage: Stage) -> None:
+def _move_aside(folder: Path, stage: Stage, key: str) -> None:
+    """Keep what other settings made, and go on with what these made before, where it was moved aside."""
+    names = [folder.with_name(f"{folder.name}.old-{number}") for number in range(1, 1000)]
+    mine = next((path for path in names if _was_begun(path, key)), None)
     if folder.exists():
-        names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
         aside = next(path for path in names if not path.exists())
         os.replace(folder, aside)
         say(f"{stage.name}: settings or inputs changed; what there was is now {aside}")
+    if mine:
+        os.replace(mine, folder)
+        (folder / STAGE_FILE).unlink(missing_ok=True)
+        say(f"{stage.name}: {mine} was made with these settings; it is taken back and goes on")
 
 
 def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs: dict[str, str]) -> Tracker:

@@ -193,6 +193,10 @@ class Checkpoints:
             raise UserError(
                 f"{newest} cannot be loaded ({_short(error)}); remove it to continue from the one before."
             ) from error
+        if self.parallel.any(not backend.weights_are_finite()):
+            raise UserError(
+                f"{newest} is damaged (its weights are not finite); remove it to continue from the one before."
+            )
         say(f"training: continues from {newest.name}, loaded in {time.monotonic() - started:.1f} s")
 
 

@@ -86,7 +86,6 @@ class Trainer:
                     meter.note = self._log(state, result)
                 if state.step % COLLECT_STEPS == 0:
                     gc.collect()
-        self._check_finite(state)
         self._save(state)
         self.checkpoints.finish()
         return state
@@ -159,7 +158,7 @@ class Trainer:
             "train/gradient_norm": float(result.outcome.gradient_norm),
             "train/tokens": float(state.tokens),
             "train/bytes": state.tokens * self.bytes_per_token,
-            "train/phase": float(self.phase.number),
+            "train/phase": float(self.phase.number + 1),
             **self.backend.learning_rates(),
             **self.throughput.metrics(),
         }
@@ -167,8 +166,8 @@ class Trainer:
         return f"loss {loss:.3f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
 
     def _save(self, state: TrainState) -> None:
-        self._read_outcome()
         with self.throughput.stalled_by_checkpoint():
+            self._check_finite(state)  # before older checkpoints make room for this one
             layout, spikes = self.backend.layout, self.observer.spikes.state_dict()
             state = replace(state, layout=layout, spikes=spikes, skipped=self.skipped)
             self.checkpoints.save(self.backend, state)

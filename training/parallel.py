@@ -56,7 +56,7 @@ def asked_for(environment: Mapping[str, str] = os.environ) -> Asked:
     if find_world(environment).size > 1:
         raise UserError(
             "several processes were started without a backend; use one of "
-            f"{EXAMPLES}/(fsdp2|hsdp|zero2|zero3).yaml, as accelerate's --config_file or the recipe's "
+            f"{EXAMPLES}/(fsdp2|hsdp|zero1|zero2|zero3).yaml, as accelerate's --config_file or the recipe's "
             "launch.accelerate_config, or one process."
         )
     return Asked(mixed_precision=mixed)

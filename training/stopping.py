@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
+from datetime import datetime
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from core.deadline import deadline
+from core.progress import say
 from training.parallel import Parallel
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -26,6 +28,8 @@ class StopRequest:
         self._vote: tuple[torch.Tensor, dist.Work] | None = None
 
     def __enter__(self) -> StopRequest:
+        if self._deadline < float("inf"):
+            say(f"training: saves and stops by itself at {datetime.fromtimestamp(self._deadline):%Y-%m-%d %H:%M:%S}")
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 

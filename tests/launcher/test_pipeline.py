@@ -63,6 +63,11 @@ def test_training_with_other_settings_moves_the_old_work_aside(
     assert done.returncode == 0, done.stderr
     assert (run / "training.old-1" / "cpt" / "model.safetensors").is_file()
     assert "is now" in done.stderr
+    back = cpt_merge("train", recipe_path, f"runs={tmp_path / 'runs'}")
+    assert back.returncode == 0, back.stderr
+    assert "training.old-1 was made with these settings; it is taken back" in back.stderr
+    assert "continues from step-00000006" in back.stderr
+    assert (run / "training.old-2" / "cpt" / "model.safetensors").is_file()
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, recipe_path: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from core.errors import UserError
 from tests.distributed import run_ranks
@@ -51,6 +53,9 @@ class SlowBackend:
 
     def state_bytes(self) -> int:
         return 4
+
+    def weights_are_finite(self) -> bool:
+        return bool(self.value.isfinite().all())
 
 
 def state(step: int, **changes: Any) -> TrainState:
@@ -219,6 +224,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(
         run_ranks(train, 1, job)
     shutil.rmtree(newest)
     assert run_ranks(train, 1, job)[0] == {step: loss for step, loss in whole.items() if step > 8}
+
+
+def test_a_checkpoint_whose_numbers_were_changed_on_disk_is_found(model: Path, store: Path, tmp_path: Path) -> None:
+    job = Job(model, store, tmp_path, stop_after=9)
+    run_ranks(train, 1, job)
+    job.stop_after = 0
+    newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+    reader = FileSystemReader(newest)
+    embedding = {"model": {"model.model.embed_tokens.weight": torch.zeros(301, 32)}}
+    load(embedding, storage_reader=reader)
+    wanted = embedding["model"]["model.model.embed_tokens.weight"][7].numpy().tobytes()
+    shard = next(path for path in newest.glob("*.distcp") if wanted in path.read_bytes())
+    shard.write_bytes(shard.read_bytes().replace(wanted, b"\xff" * len(wanted), 1))
+    with pytest.raises(AssertionError, match=f"{newest.name} is damaged .*remove it to continue"):
+        run_ranks(train, 1, job)
 
 
 def test_a_checkpoint_without_its_marker_is_none(model: Path, store: Path, tmp_path: Path) -> None:
