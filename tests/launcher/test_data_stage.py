@@ -27,6 +27,7 @@ def test_the_number_of_processes_does_not_make_another_store(recipe_path: Path) 
     assert all(dict(stage.config(one)) == dict(stage.config(other)) for stage in STAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [2])
 def test_slurm_tasks_share_the_work(tasks: int, recipe_path: Path, tmp_path: Path) -> None:
     overrides = [f"runs={tmp_path}", "name=shared"]

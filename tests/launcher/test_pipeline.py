@@ -53,6 +53,7 @@ def test_a_changed_setting_runs_again_what_depends_on_it(finished: Path, recipe_
     assert skipped == ["tokenizer", "embeddings", "data", "training"]
 
 
+@pytest.mark.slow
 def test_training_with_other_settings_moves_the_old_work_aside(
     finished: Path, recipe_path: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_hook_that_ended_before_its_stage_was_recorded(
     assert (run / "merge" / "stage.json").is_file()
 
 
+@pytest.mark.slow
 def test_training_that_diverges_makes_no_model(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("training", "merge"))
@@ -185,6 +187,7 @@ def test_plan_and_doctor_and_report(finished: Path, recipe_path: Path) -> None:
     assert reported.returncode == 0, reported.stderr
 
 
+@pytest.mark.slow
 def test_a_list_of_pieces_is_an_input_of_the_tokenizer_stage(recipe_path: Path, recipe: Recipe, tmp_path: Path) -> None:
     """A changed list runs the stage again; a list that is gone loses nothing."""
     words = tmp_path / "words.txt"

@@ -251,7 +251,8 @@ def test_a_checkpoint_without_its_marker_is_none(model: Path, store: Path, tmp_p
     assert json.loads((tmp_path / "checkpoints/step-00000012" / STATE_FILE).read_text())["step"] == 12
 
 
-@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in range(1, 20))])
+@pytest.mark.slow
+@pytest.mark.parametrize("turn", range(20))
 def test_killed_at_random_moments_the_weights_are_those_of_the_undisturbed_run(
     turn: int, undisturbed: Path, model: Path, store: Path, tmp_path: Path
 ) -> None:

@@ -121,6 +121,7 @@ def train_and_stop_between_phases(job: Job) -> dict[int, float]:
     return train(job)
 
 
+@pytest.mark.slow
 def test_stopped_between_two_phases_the_second_one_begins_with_the_export(
     model: Path, store: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_stopped_between_two_phases_the_second_one_begins_with_the_export(
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp2", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_a_run_that_was_killed_when_all_was_done_exports_again(
     backend: str, model: Path, store: Path, tmp_path: Path

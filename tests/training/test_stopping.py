@@ -41,6 +41,7 @@ def test_a_deadline_is_a_request(model: Path, store: Path, tmp_path: Path) -> No
     assert len(list((tmp_path / "checkpoints").glob(f"step-*/{STATE_FILE}"))) > 0
 
 
+@pytest.mark.slow
 def test_before_the_first_step_there_is_nothing_to_save(model: Path, store: Path, tmp_path: Path) -> None:
     """The state of an optimizer that has made no step cannot be written: torch makes one to have one."""
     whole = run_ranks(train, 2, Job(model, store, tmp_path / "whole"))[0]

@@ -82,6 +82,7 @@ def train_in_a_group_of_one(job: Job) -> dict[int, float]:
     return train(job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     "more",

@@ -84,7 +84,7 @@ def test_a_process_that_holds_the_interpreter_is_seen_too(tmp_path: Path) -> Non
         from training.watchdog import Watchdog
 
         def stuck():
-            re.match("(a|aa)+$", "a" * 33 + "b")
+            re.match("(a|aa)+$", "a" * 60 + "b")
 
         with Watchdog(0.3, Path({str(tmp_path)!r}), 0, lambda text: None):
             stuck()
