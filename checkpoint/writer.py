@@ -29,7 +29,7 @@ import numpy as np
 
 from checkpoint.dtypes import STORED, Array
 from checkpoint.reader import UNFINISHED_FILE, TensorInfo, index_file
-from core.artifact import write_json, write_text
+from core.artifact import fsync, write_json, write_text
 from core.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
@@ -292,15 +292,6 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out} is a link or a mount point, which no directory can replace; name one within it.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another output directory or remove it.")
-
-
-def fsync(path: Path) -> None:
-    """Make a file, or the names in a directory, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_room(directory: Path, layout: Layout) -> None:

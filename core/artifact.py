@@ -92,6 +92,15 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+def fsync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write beside, fsync, rename: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from launcher.stages import STAGES, Run, is_finished
 from launcher.start import accelerate_config, backend_environment, local_processes
 from tokenizer_ext.given import count_entries
 from training.config import TrainingConfig
-from training.memory import MemorySetup, ModelShape, Strategy, estimate_memory
+from training.memory import ZERO_STRATEGIES, MemorySetup, ModelShape, estimate_memory
 from training.mixture import describe, mixture
 
 GB = 1e9
@@ -63,8 +63,7 @@ def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
 
     asked = asked_for(backend_environment(accelerate_config(recipe)))
     if asked.backend == "deepspeed":
-        strategies: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
-        return MemorySetup.of(recipe.training, strategies[asked.zero_stage], processes, processes)
+        return MemorySetup.of(recipe.training, ZERO_STRATEGIES[asked.zero_stage], processes, processes)
     if processes == 1 and not recipe.launch.accelerate_config:
         return MemorySetup.of(recipe.training, "single", 1, 1)
     _, shards = asked.mesh_shape(World(size=processes))

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from core.artifact import write_json
+from core.artifact import fsync, write_json
 from core.errors import UserError
 from core.progress import say
 from training.backends.backend import Backend
@@ -102,7 +102,7 @@ class Checkpoints:
             beside = final.with_suffix(".tmp")
             write_json(beside / STATE_FILE, asdict(state))
             os.replace(beside, final)
-            _sync_directory(self.directory)
+            fsync(self.directory)
             for old in self._superfluous():
                 (old / STATE_FILE).unlink()  # first, so that half of one is never taken for a checkpoint
                 shutil.rmtree(old)
@@ -203,14 +203,6 @@ class Checkpoints:
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _short(error: BaseException | None) -> str:

@@ -66,6 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, labels: Tensor, chunk: int
     ) -> Tensor:
+        """The loss; all gradients are made here and kept, for an upstream gradient of 1."""
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
         weight_gradient = torch.empty_like(weight, dtype=_accumulator(weight))

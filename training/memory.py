@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch  # `cpt-merge plan` estimates without it
 
 Strategy = Literal["single", "fsdp2", "zero1", "zero2", "zero3"]
+ZERO_STRATEGIES: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}  # by DeepSpeed's stage
 ZERO_BUCKET = 5e8  # elements; DeepSpeed's default reduce_bucket_size
 
 

@@ -166,6 +166,8 @@ def prepare(
 ) -> Training:
     """Check that everything fits, and open it. Raises `UserError` with what does not."""
     _check_fit(config, inputs.model, parallel)
+    phases = phases_of(config)
+    base_rows = _base_rows(inputs, phases)
     store = Store.open(inputs.store)
     store.check_tokenizer(inputs.tokenizer)
     store.check_vocabulary(int(Checkpoint.open(inputs.model).config["vocab_size"]))
@@ -180,10 +182,7 @@ def prepare(
         prompts_from(store, config.continuations, PROMPT_TOKENS), AutoTokenizer.from_pretrained(inputs.tokenizer),
         out, parallel, tracker, Spikes(sigma=config.spike_sigma),
     )  # fmt: skip
-    phases = phases_of(config)
-    return Training(
-        config, inputs, out, tracker, parallel, rows, shares, observer, checkpoints, _base_rows(inputs, phases), phases
-    )
+    return Training(config, inputs, out, tracker, parallel, rows, shares, observer, checkpoints, base_rows, phases)
 
 
 def _base_rows(inputs: TrainingInputs, phases: list[Phase]) -> int:

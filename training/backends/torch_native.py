@@ -25,7 +25,7 @@ from training.backends.compute_copy import ComputeCopy
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import Strategy
 from training.model import CausalLM, build_model, load_weights, local_rows, named_local_parameters
-from training.optimizer import build_optimizer, learning_rates, set_rate
+from training.optimizer import build_optimizer, full_shape, learning_rates, set_rate
 from training.packing import IGNORED, Batch
 from training.parallel import Parallel
 from training.phases import select_trained
@@ -240,11 +240,8 @@ def _prove_sharded(module: CausalLM, parallel: Parallel) -> None:
 
 def describe_model(module: CausalLM, config: TrainingConfig, device: torch.device) -> dict[str, str]:
     """What is computed, and how."""
-    count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in module.parameters())
-    trained = sum(
-        int(getattr(parameter, "ds_numel", parameter.numel()))
-        for parameter in module.parameters() if parameter.requires_grad
-    )  # fmt: skip
+    count = sum(full_shape(parameter).numel() for parameter in module.parameters())
+    trained = sum(full_shape(parameter).numel() for parameter in module.parameters() if parameter.requires_grad)
     name, rows = type(module.model).__name__, module.frozen_rows
     return {
         "model": f"{name}, {count / 1e6:,.1f} M parameters"

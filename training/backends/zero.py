@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.artifact import fsync
 from core.errors import UserError
 from core.world import World
 from merge.hook import LocalShard
@@ -25,15 +26,14 @@ from training.backends.backend import StepOutcome
 from training.backends.build import Start
 from training.backends.torch_native import describe_model, prepare_layers, whole_rows
 from training.config import CheckpointConfig, TrainingConfig
-from training.memory import Strategy
+from training.memory import ZERO_STRATEGIES
 from training.model import CausalLM, WeightSource, build_model, load_weights, named_local_parameters
-from training.optimizer import build_optimizer, learning_rates, set_rate
+from training.optimizer import build_optimizer, full_shape, learning_rates, set_rate
 from training.packing import Batch
 from training.parallel import Asked, Parallel
 from training.phases import select_trained
 
 TAG = "deepspeed"
-STRATEGIES: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
 
 
 class ZeroBackend:
@@ -43,7 +43,7 @@ class ZeroBackend:
         self.engine, self.optimizer, self.start, self.parallel = engine, optimizer, start, parallel
         self.stage: int = engine.zero_optimization_stage()
         self.layout = f"DeepSpeed ZeRO {self.stage} on {parallel.world.size} processes"
-        self.strategy = STRATEGIES[self.stage]
+        self.strategy = ZERO_STRATEGIES[self.stage]
         self.shard_count = parallel.world.size
 
     @staticmethod
@@ -121,7 +121,7 @@ class ZeroBackend:
         self.engine.save_checkpoint(str(directory), tag=TAG)
         for path in directory.rglob("*"):
             if path.is_file() and (f"rank_{self.parallel.world.rank}_" in path.name or self.parallel.world.is_main):
-                _sync_file(path)
+                fsync(path)
         self.parallel.barrier()
         done: Future[None] = Future()
         done.set_result(None)
@@ -139,7 +139,7 @@ class ZeroBackend:
 
     def state_bytes(self) -> int:
         """See `Backend`."""
-        count = [int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in self.module.parameters()]
+        count = [full_shape(parameter).numel() for parameter in self.module.parameters()]
         trained = [n for n, parameter in zip(count, self.module.parameters(), strict=True) if parameter.requires_grad]
         return sum(count) * (4 if self.start.config.precision == "fp32" else 2) + 12 * sum(trained)
 
@@ -200,7 +200,7 @@ def zero_section(asked: Asked) -> dict[str, Any]:
         return {"stage": asked.zero_stage}
     try:
         section = json.loads(Path(asked.zero_config).read_text(encoding="utf-8"))["zero_optimization"]
-        if section["stage"] not in STRATEGIES:
+        if section["stage"] not in ZERO_STRATEGIES:
             raise ValueError(f"stage is {section['stage']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -285,11 +285,3 @@ def _prove_zero(engine: Any, stage: int, parallel: Parallel) -> None:
         raise UserError(
             f"ZeRO {stage} on {parallel.world.size} processes was asked for, DeepSpeed runs {active}; report this."
         )
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
