@@ -50,6 +50,11 @@ class Job:
 
 def train(job: Job) -> dict[int, float]:
     """Train; the losses that were logged, by step."""
+    return {step: loss for step, (loss, _) in train_steps(job).items()}
+
+
+def train_steps(job: Job) -> dict[int, tuple[float, float]]:
+    """Train; loss and gradient norm (before clipping) that were logged, by step."""
     ask_for(job.backend)
     tracker = Recorder()
     if job.stop_after and int(os.environ["RANK"]) == min(1, int(os.environ["WORLD_SIZE"]) - 1):
@@ -65,7 +70,10 @@ def train(job: Job) -> dict[int, float]:
         run(job.config, inputs, job.out, tracker, None)
     except Interrupted:
         assert job.stop_after or job.signal_in
-    return {step: row["train/loss"] for step, row in tracker.rows if step and "train/loss" in row}
+    return {
+        step: (row["train/loss"], row["train/gradient_norm"])
+        for step, row in tracker.rows if step and "train/loss" in row
+    }  # fmt: skip
 
 
 def ask_for(backend: str) -> None:
@@ -133,7 +141,12 @@ def poison_batches(job: Job) -> None:
 
 
 def reference_losses(model_path: Path, store: Path) -> dict[int, float]:
-    """The same training in plain torch: one process, whole batches, logits all at once."""
+    """The losses of `reference_steps`."""
+    return {step: loss for step, (loss, _) in reference_steps(model_path, store).items()}
+
+
+def reference_steps(model_path: Path, store: Path) -> dict[int, tuple[float, float]]:
+    """The same training in plain torch, one process, whole batches, logits all at once: loss and gradient norm."""
     config = TrainingConfig(**CONFIG)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -143,18 +156,19 @@ def reference_losses(model_path: Path, store: Path) -> dict[int, float]:
         betas=(0.9, 0.95),
         eps=1e-4,
     )
-    rows, losses = TrainingRows(Store.open(store), config.sequence_length, config.seed), {}
+    losses: dict[int, tuple[float, float]] = {}
+    rows = TrainingRows(Store.open(store), config.sequence_length, config.seed)
     for step in range(config.steps):
         batch = rows.batch(list(range(step * 8, step * 8 + 8)))
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * rate_factor(step, config.steps, config.schedule)
         optimizer.step()
         optimizer.zero_grad()
-        losses[step + 1] = loss.item()
+        losses[step + 1] = (loss.item(), norm.item())
     return losses
 
 

@@ -50,13 +50,16 @@ def test_before_the_first_step_there_is_nothing_to_save(model: Path, store: Path
     assert run_ranks(train, 2, job)[0] == whole
 
 
-def votes(asking: int) -> list[bool]:
+def votes(asking: int, trouble: bool = False) -> list[bool]:
     ask_for("fsdp2")
     parallel = start_parallel()
     with StopRequest(parallel, 0) as stop:
         found = [stop.agreed()]
         if parallel.world.rank == asking:
-            stop.reason = "asked"
+            if trouble:
+                stop.report_trouble()
+            else:
+                stop.reason = "asked"
         found += [stop.agreed(), stop.agreed(), stop.agreed()]
     stop_parallel()
     return found
@@ -64,4 +67,5 @@ def votes(asking: int) -> list[bool]:
 
 def test_one_vote_is_enough_and_known_to_all_at_the_same_call() -> None:
     assert run_ranks(votes, 2, 1) == [[False, False, True, True]] * 2
+    assert run_ranks(votes, 2, 1, True) == [[False, False, True, True]] * 2
     assert run_ranks(votes, 2, 5) == [[False] * 4] * 2
