@@ -192,7 +192,7 @@ def bare(case: Case, folder: Path, turn: Turn) -> None:
             copy.refresh()
         optimizer.zero_grad()
         if step % case.interval == 0:
-            turn(total / size)
+            turn(parallel.total(total) / size)
 
 
 def trainer(case: Case, folder: Path, turn: Turn) -> None:
