@@ -79,9 +79,9 @@ def begin(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> Path:
         raise UserError(f"the attempt before was given up: {earlier[-1].ended['reason']}")
     folder = recipe.directory / "slurm" / f"{job}-{restart}"
     nodes = environment.get("SLURM_JOB_NODELIST", "")
-    begun = {"job": job, "time": time.time(), "nodes": nodes, "progress": progress(recipe)}
-    write_json(folder / "begun.json", begun)
-    say(f"job {job}, attempt {len(earlier) + 1} on {nodes}: {_how_far(begun['progress'])}; its logs are in {folder}")
+    so_far = progress(recipe)
+    write_json(folder / "begun.json", {"job": job, "time": time.time(), "nodes": nodes, "progress": so_far})
+    say(f"job {job}, attempt {len(earlier) + 1} on {nodes}: {_how_far(so_far)}; its logs are in {folder}")
     return folder
 
 

@@ -37,12 +37,13 @@ once() { "${run[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$cpus" "${cli[@]}" "$
 # So many processes on every node. Each writes its own log; the first one's is shown here as well.
 each() {
     local processes=$1 code=0
+    local share=$((cpus > processes ? cpus / processes : 1))
     shift
     tail --pid=$$ --retry --follow=name --lines=+1 "$CPT_MERGE_ATTEMPT/$1-rank-0000-$first.log" 2>/dev/null &
     local follower=$!
     "${run[@]}" --ntasks-per-node="$processes" --ntasks=$((processes * SLURM_JOB_NUM_NODES)) --overcommit \
-        --cpus-per-task=$((cpus > processes ? cpus / processes : 1)) --kill-on-bad-exit=1 --open-mode=append \
-        --output="$CPT_MERGE_ATTEMPT/$1-rank-%4t-%N.log" "${cli[@]}" "$@" \
+        --cpus-per-task="$share" --export="ALL,OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share}" --kill-on-bad-exit=1 \
+        --open-mode=append --output="$CPT_MERGE_ATTEMPT/$1-rank-%4t-%N.log" "${cli[@]}" "$@" \
         2> >(tee -a "$CPT_MERGE_ATTEMPT/srun.log" >&2) || code=$?
     sleep 1 # for the last lines of the log
     kill $follower

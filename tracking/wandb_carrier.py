@@ -2,16 +2,20 @@
 
 What was measured with wandb 0.31 and is guarded against here: rows are lost on a kill unless the log is flushed every
 second; W&B's own step drops or shifts rows after a resume, so it is never used; tables are copied to the home directory
-unless told otherwise; after a failed start online, the run id stays taken until wandb is torn down.
+unless told otherwise; after a failed start online, the run id stays taken until wandb is torn down; Slurm sends its
+signals to all processes of a task, and SIGTERM ends wandb's service before the training has logged its last rows.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import signal
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,13 +47,28 @@ def start_wandb(config: TrackingConfig, run: RunIdentity, directory: Path) -> Wa
     """
     directory.mkdir(parents=True, exist_ok=True)
     os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")  # where tables are staged; sync needs them
+    with _deaf_to_slurm():
+        return _start(config, run, directory)
+
+
+@contextmanager
+def _deaf_to_slurm() -> Iterator[None]:
+    """Threads and processes that are started within do not get SIGUSR1, Slurm's warning: they inherit the mask."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCarrier | None:
     defaults = wandb.setup(settings=wandb.Settings(silent=True)).settings
     if config.carrier == "auto" and defaults.mode == "disabled":
         return None
     mode, reason = _choose_mode(config, defaults.mode, defaults.base_url)
     if mode == "online":
         try:
-            carrier = WandbCarrier(_init(config, run, directory, mode), directory, mode)
+            carrier = WandbCarrier(partial(_init, config, run, directory, mode), directory, mode)
         except wandb.Error as error:
             mode, reason = "offline", str(error).splitlines()[0]
             if _open_runs:
@@ -59,7 +78,7 @@ def start_wandb(config: TrackingConfig, run: RunIdentity, directory: Path) -> Wa
         else:
             say(f"W&B: online, {carrier.run.url}")
             return carrier
-    carrier = WandbCarrier(_init(config, run, directory, mode), directory, mode)
+    carrier = WandbCarrier(partial(_init, config, run, directory, mode), directory, mode)
     say(f"W&B: offline ({reason})")
     return carrier
 
@@ -127,19 +146,59 @@ def _init(config: TrackingConfig, run: RunIdentity, directory: Path, mode: Mode)
     )
 
 
+def _service_has_ended() -> bool:
+    """Whether wandb's service is dead, by wandb's own (private) handle: a dead one takes the next row, and loses it."""
+    process = wandb.setup().ensure_service()._proc
+    return process is not None and process._process.poll() is not None
+
+
 class WandbCarrier:
     """One W&B run."""
 
-    def __init__(self, run: Any, directory: Path, mode: Mode) -> None:
-        self.run = run
+    def __init__(self, open_run: Callable[[], Any], directory: Path, mode: Mode) -> None:
+        self._open = open_run
+        self.run = open_run()
         self.mode: str = mode
-        self.url: str = run.url or ""
+        self.url: str = (self.run.url or "") if mode == "online" else ""
         self._directory = directory
         self._has_steps = False
-        _open_runs.add(run.id)
+        self._lost = False
+        _open_runs.add(self.run.id)
+
+    def _send(self, call: Callable[[], object]) -> None:
+        """Whatever becomes of wandb's service, the stage goes on with its local log.
+
+        A service that was ended (by SIGTERM to all processes of a Slurm task) is started again, and the run continued.
+        """
+        if self._lost:
+            return
+        try:
+            if _service_has_ended():
+                self._continue_run()
+            call()
+        except Exception:
+            self._send_again(call)
+
+    def _send_again(self, call: Callable[[], object]) -> None:
+        try:
+            self._continue_run()
+            call()
+        except Exception as error:
+            self._lost = True
+            say(f"W&B: its service is gone ({type(error).__name__}: {error}); from here on only the local log is kept")
+
+    def _continue_run(self) -> None:
+        if _service_has_ended():
+            with suppress(Exception):  # wandb tells the service to end, and it has ended
+                wandb.teardown()
+        with _deaf_to_slurm():
+            self.run, self._has_steps = self._open(), False
 
     def log(self, row: Mapping[str, float]) -> None:
         """One row of history."""
+        self._send(lambda: self._log(row))
+
+    def _log(self, row: Mapping[str, float]) -> None:
         if STEP in row and not self._has_steps:
             # only in runs that have steps: elsewhere every chart would wait for an axis that never comes
             self.run.define_metric(STEP)
@@ -150,31 +209,34 @@ class WandbCarrier:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A W&B table."""
         data = [list(row) for row in rows]
-        self.run.log({name: wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)})
+        self._send(lambda: self.run.log({name: wandb.Table(list(columns), data, allow_mixed_types=True)}))
 
     def image(self, name: str, path: Path) -> None:
         """A figure."""
-        self.run.log({name: wandb.Image(str(path))})
+        self._send(lambda: self.run.log({name: wandb.Image(str(path))}))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final values."""
-        self.run.summary.update(dict(values))
+        self._send(lambda: self.run.summary.update(dict(values)))
 
     def alert(self, title: str, text: str) -> None:
         """A W&B alert: mail or Slack, as the user's account says."""
-        self.run.alert(title, text)
+        self._send(lambda: self.run.alert(title, text))
 
     def finish(self, failed: bool) -> None:
         """Close the run, and say how to upload what was not uploaded."""
         _open_runs.discard(self.run.id)
+        self._send(lambda: self._finish(failed))
+        offline = [path for path in sorted((self._directory / "wandb").glob("offline-run-*")) if not _is_synced(path)]
+        if offline:
+            say(f"W&B: logged offline; upload it with: wandb sync {shlex.join(_shown(path) for path in offline)}")
+
+    def _finish(self, failed: bool) -> None:
         try:
             self.run.finish(exit_code=int(failed))
         except TimeoutError:
             say(f"W&B: the upload took longer than {FINISH_TIMEOUT:.0f} s and was left; later:")
             say(f"  wandb sync {shlex.quote(self.run.settings.sync_dir)}")
-        offline = [path for path in sorted((self._directory / "wandb").glob("offline-run-*")) if not _is_synced(path)]
-        if offline:
-            say(f"W&B: logged offline; upload it with: wandb sync {shlex.join(_shown(path) for path in offline)}")
 
 
 def _shown(path: Path) -> str:

@@ -25,7 +25,7 @@ class Cluster:
         (self.folder / "extra.conf").write_text(f"KillWait={KILL_WAIT}\n{extra}")
         self.environment = {
             **os.environ, "MINI_SLURM_DIR": str(self.folder / "s"), "MINI_SLURM_EXTRA": str(self.folder / "extra.conf"),
-            "MINI_SLURM_SUBNET": "10.98.78",
+            "MINI_SLURM_SUBNET": "10.98.78", "OMP_NUM_THREADS": "1",  # six processes share this machine's cores
         }  # fmt: skip
         self._mini_slurm("up", str(nodes))
 

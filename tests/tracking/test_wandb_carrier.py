@@ -171,3 +171,55 @@ def test_two_runs_may_be_open_at_once(tmp_path):
 def test_online_without_a_key_is_an_error(tmp_path):
     with pytest.raises(UserError, match="wandb login"):
         start(tmp_path, TrackingConfig(carrier="online"))
+
+
+def test_slurms_signals_end_neither_the_service_nor_the_rows_after_them(tmp_path):
+    """Slurm signals all processes of a task, wandb's service too; then the training logs its last rows."""
+    code = f"""
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from tracking import TrackingConfig, start_tracker
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda *_: None)
+tracker = start_tracker(TrackingConfig(carrier="offline"), "training", "demo", "g", Path({str(tmp_path)!r}), {{}}, "id")
+tracker.log({{"train/loss": 1.0}}, step=1)
+time.sleep(1.5)  # what is younger than a second is lost with the service
+own = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
+assert own
+for pid in [*own, os.getpid()]:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        try:
+            os.kill(int(pid), number)
+        except ProcessLookupError:
+            pass  # pgrep itself
+time.sleep(0.5)
+tracker.log({{"train/loss": 2.0}}, step=2)
+tracker.finish()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "only the local log" not in done.stderr
+    assert history(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_service_that_cannot_be_had_again_is_said_once_and_the_local_log_goes_on(tmp_path):
+    code = f"""
+import os, subprocess, time
+from pathlib import Path
+import wandb
+from tracking import TrackingConfig, start_tracker
+tracker = start_tracker(TrackingConfig(carrier="offline"), "training", "demo", "g", Path({str(tmp_path)!r}), {{}}, "id")
+subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "wandb-core"], check=True)
+time.sleep(0.5)
+from wandb.sdk.lib.service import service_process
+service_process.get_core_path = lambda: "/nowhere"
+for step in range(1, 4):
+    tracker.log({{"train/loss": 1.0}}, step=step)
+    tracker.alert("a", "b")
+tracker.finish()
+os._exit(0)  # wandb's own end would complain about its service
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("only the local log") == 1, done.stderr
+    assert read_log(tmp_path).series("train/loss") == [(1, 1.0), (2, 1.0), (3, 1.0)]
