@@ -19,10 +19,10 @@ from launcher.recipe import Recipe
 VERDICT_FILE = "verdict.json"
 SKEW = 5.0  # seconds
 ADVICE = {
-    "code": "copy the project there anew, or keep one copy on the shared file system",
-    "recipe": "copy the recipe there anew, or keep one copy on the shared file system",
-    "packages": "install there what the others have (constraints.txt)",
-    "GPUs": "ask Slurm for one kind of node (--constraint)",
+    "code": "; copy the project there anew, or keep one copy on the shared file system",
+    "recipe": "; copy the recipe there anew, or keep one copy on the shared file system",
+    "packages": "; install there what the others have (constraints.txt)",
+    "GPUs": "; ask Slurm for one kind of node (--constraint)",
     "driver": "",
 }
 NOTED = ("driver",)  # worth a line, but no reason to do without a node
@@ -88,27 +88,23 @@ def _compare(reports: Mapping[str, NodeReport], verdict: Verdict) -> None:
     """What most nodes have is right; of as many, what comes first in the order of nodes."""
     for group in ADVICE:
         values = {node: report.same[group] for node, report in reports.items() if group in report.same}
-        right: dict[str, str] = {}
-        votes: dict[str, Counter[str]] = {}
-        for name in sorted({name for value in values.values() for name in value}):
-            votes[name] = Counter(value.get(name, "nothing") for value in values.values())
-            right[name] = votes[name].most_common(1)[0][0]  # of equals, the one met first
+        names = sorted({name for value in values.values() for name in value})
+        votes = {name: Counter(value.get(name, "nothing") for value in values.values()) for name in names}
+        right = {name: votes[name].most_common(1)[0][0] for name in names}  # of equals, the one met first
         for node, value in values.items():
-            others = [name for name in right if value.get(name, "nothing") != right[name]]
+            others = [name for name in names if value.get(name, "nothing") != right[name]]
             if others:
-                found = ", ".join(f"{name} {value.get(name, 'nothing')} (not {right[name]})" for name in others)
-                leader = next(other for other, its in values.items() if its.get(others[0]) == right[others[0]])
-                sentence = f"{group} differ from {_whose(votes[others[0]], leader, len(values))}: {found}"
-                sentence += f"; {ADVICE[group]}." if ADVICE[group] else "."
+                found = ", ".join(f"{name} {value.get(name, 'nothing')} instead of {right[name]}" for name in others)
+                sentence = f"{group}: {found}, which {_whose(votes[others[0]], len(values))}{ADVICE[group]}."
                 (verdict.note if group in NOTED else verdict.blame)(node, sentence)
 
 
-def _whose(votes: Counter[str], leader: str, voters: int) -> str:
-    """The majority in words, or that there is none; `leader` is the first node that has what is taken as right."""
+def _whose(votes: Counter[str], voters: int) -> str:
+    """The majority in words, or that there is none."""
     (_, most), (_, second) = votes.most_common(2)
     if most == second:
-        return f"that of {leader}, which is taken as right since as many nodes have one as the other"
-    return f"that of {most} of {voters} nodes"
+        return f"as many nodes have ({most} each; that of the first of them is taken as right)"
+    return f"{most} of {voters} nodes have"
 
 
 def compare_clocks(ahead: Mapping[str, float], verdict: Verdict) -> None:
@@ -139,7 +135,7 @@ def pass_sentence(recipe: Recipe, verdict: Verdict, network: bool) -> None:
     say(f"preflight{' (network)' if network else ''}: {len(verdict.nodes)} nodes, reports in {path.parent}")
     for node in verdict.nodes:
         _say_node(node, verdict)
-    bad = {**earlier, **verdict.faults}
+    bad = earlier | {node: verdict.faults[node] for node in verdict.nodes if node in verdict.faults}
     write_json(path, {"nodes": verdict.nodes, "bad": bad, "notes": verdict.notes})
     print(",".join(bad), flush=True)
     if not bad:

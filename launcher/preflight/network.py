@@ -70,25 +70,23 @@ def _measure(report: ProcessReport, recipe: Recipe, wait: float) -> None:
 
     folder, timeout = folder_of(recipe), timedelta(seconds=wait)
     parallel = start_parallel(timeout)
-    try:
-        report.reach("joined", folder)
-        names: list[str] = [""] * parallel.world.size
-        dist.all_gather_object(names, report.node, group=parallel.side_group)
-        parallel.barrier()
-        report.clock = time.time()
-        ranks = {node: [rank for rank, name in enumerate(names) if name == node] for node in dict.fromkeys(names)}
-        nodes = list(ranks)
-        for pair in [pair for together in ring(len(nodes)) for pair in together]:
-            one, other = (nodes[number] for number in pair)
-            if report.node in (one, other):
-                members = ranks[one] + ranks[other]
-                group = dist.new_group(sorted(members), timeout=timeout, use_local_synchronization=True)
-                report.links[other if report.node == one else one] = bus_bandwidth(parallel, group, len(members))
-        report.reach("measured its links", folder)
-        if parallel.world.size > 1:
-            report.bandwidth = bus_bandwidth(parallel, dist.group.WORLD, parallel.world.size)
-    finally:
-        stop_parallel()
+    report.reach("joined", folder)
+    names: list[str] = [""] * parallel.world.size
+    dist.all_gather_object(names, report.node, group=parallel.side_group)
+    parallel.barrier()
+    report.clock = time.time()
+    ranks = {node: [rank for rank, name in enumerate(names) if name == node] for node in dict.fromkeys(names)}
+    nodes = list(ranks)
+    for pair in [pair for together in ring(len(nodes)) for pair in together]:
+        one, other = (nodes[number] for number in pair)
+        if report.node in (one, other):
+            members = sorted(ranks[one] + ranks[other])
+            group = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+            report.links[other if report.node == one else one] = bus_bandwidth(parallel, group, len(members))
+    report.reach("measured its links", folder)
+    if parallel.world.size > 1:
+        report.bandwidth = bus_bandwidth(parallel, dist.group.WORLD, parallel.world.size)
+    stop_parallel()  # not after an error: to leave a group whose members hang may hang too
 
 
 def ring(count: int) -> list[list[tuple[int, int]]]:
