@@ -314,13 +314,7 @@ def ring_of(begun: Job, speeds: dict[tuple[str, str], float]) -> str:
     """Reports of nodes with one process each and these links. Returns the nodes, as an option."""
     nodes = sorted({node for pair in speeds for node in pair})
     for rank, node in enumerate(nodes):
-        links = {
-            other: speed
-            for one, two in speeds
-            for node_, other in ((one, two), (two, one))
-            if node_ == node
-            for speed in [speeds[one, two]]
-        }
+        links = {other: speed for pair, speed in speeds.items() if node in pair for other in pair if other != node}
         begun.process(node, rank, len(nodes), bandwidth=1e9, links=links)
     return ",".join(nodes)
 
