@@ -61,18 +61,26 @@ def _blame_the_first_to_stop(reports: Reports, steps: Mapping[str, int], verdict
     """Those that came least far held up the others, who waited for them."""
     least = min(steps.values())
     first = next((node for node, processes in reports.items() if any(p.rank == 0 for p in processes)), None)
-    if STEPS[max(least, 0)] == "started" and first and all((steps[node] == least) == (node != first) for node in steps):
-        verdict.blame(first, "no other node reaches it; look at its network, or at a firewall between the nodes.")
-        return
+    if (
+        first
+        and least == STEPS.index("started")
+        and all((step == least) == (node != first) for node, step in steps.items())
+    ):
+        verdict.blame(first, f"no other node reaches it{_said(reports[first])}; look at its network and firewall.")
+        if len(steps) > 2:  # of two, either may be the one
+            return
     for node, step in steps.items():
-        errors = sorted({process.error for process in reports[node] if process.error})
-        said = f" ({errors[0]})" if errors else ""
+        said = _said(reports[node])
         if step < 0:
             verdict.blame(node, f"a process of it did not start the network test{said}; look at its own log.")
         elif step == least:
             verdict.blame(node, f"it {STEPS[step]} and came no further{said}; look at its network and its GPUs.")
-        else:
+        elif node not in verdict.faults:
             verdict.note(node, f"it {STEPS[step]} and waited for others.")
+
+
+def _said(processes: list[ProcessReport]) -> str:
+    return next((f" ({process.error.rstrip('.')})" for process in processes if process.error), "")
 
 
 def _compare_links(reports: Reports, verdict: Verdict) -> None:

@@ -77,12 +77,14 @@ def _measure(report: ProcessReport, recipe: Recipe, wait: float) -> None:
     report.clock = time.time()
     ranks = {node: [rank for rank, name in enumerate(names) if name == node] for node in dict.fromkeys(names)}
     nodes = list(ranks)
-    for pair in [pair for together in ring(len(nodes)) for pair in together]:
-        one, other = (nodes[number] for number in pair)
-        if report.node in (one, other):
-            members = sorted(ranks[one] + ranks[other])
-            group = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
-            report.links[other if report.node == one else one] = bus_bandwidth(parallel, group, len(members))
+    mine = nodes.index(report.node)
+    for together in ring(len(nodes)):
+        pair = next((pair for pair in together if mine in pair), (mine,))
+        # torch names a group by its ranks and by how many groups there are: a node without a neighbour makes one too
+        members = sorted(rank for number in pair for rank in ranks[nodes[number]])
+        group = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+        for neighbour in set(pair) - {mine}:
+            report.links[nodes[neighbour]] = bus_bandwidth(parallel, group, len(members))
     report.reach("measured its links", folder)
     if parallel.world.size > 1:
         report.bandwidth = bus_bandwidth(parallel, dist.group.WORLD, parallel.world.size)

@@ -262,13 +262,9 @@ def test_a_ring_has_all_neighbours_and_nobody_twice_at_once(count: int) -> None:
         assert len({node for pair in together for node in pair}) == 2 * len(together)
 
 
-def network_test(arguments: list[str], nodes: int, absent: str, wait: float) -> str:
-    os.environ |= {
-        **JOB,
-        "SLURMD_NODENAME": f"node{int(os.environ['RANK']) * nodes // int(os.environ['WORLD_SIZE']) + 1}",
-    }
-    if os.environ["SLURMD_NODENAME"] == absent:
-        return "absent"
+def network_test(arguments: list[str], size: int, wait: float) -> str:
+    """One process, on a node of its own, of `size` that are expected. Returns what it says when it fails."""
+    os.environ |= {**JOB, "WORLD_SIZE": str(size), "SLURMD_NODENAME": f"node{int(os.environ['RANK']) + 1}"}
     try:
         check_network(load_recipe(Path(arguments[0]), arguments[1:]), wait)
     except UserError as error:
@@ -278,7 +274,7 @@ def network_test(arguments: list[str], nodes: int, absent: str, wait: float) -> 
 
 def test_processes_join_and_measure_every_link(job: Callable[..., Job]) -> None:
     begun = job("training.batch_rows=9")
-    assert run_ranks(network_test, 3, begun.arguments, 3, "", 60.0) == ["", "", ""]
+    assert run_ranks(network_test, 3, begun.arguments, 3, 60.0) == ["", "", ""]
     reports = read_processes(begun.folder)
     assert {node: set(found[0].links) for node, found in reports.items()} == {
         "node1": {"node2", "node3"}, "node2": {"node1", "node3"}, "node3": {"node1", "node2"},
@@ -293,18 +289,24 @@ def test_processes_join_and_measure_every_link(job: Callable[..., Job]) -> None:
 
 def test_a_node_that_does_not_come_is_named_by_those_who_wait(job: Callable[..., Job]) -> None:
     begun = job("training.batch_rows=9")
-    said = run_ranks(network_test, 3, begun.arguments, 3, "node2", 1.5)
-    assert said[1] == "absent"
+    said = run_ranks(network_test, 2, begun.arguments, 3, 1.0)
     assert "node1" in said[0]
     code, out, said = begun.call("--judge", "--network", "--nodes", "node1,node2,node3", "--wait", "0")
-    assert (code, out) == (2, "node2\n")
+    assert (code, out) == (2, "node3\n")
     assert "a process of it did not start the network test" in said
 
 
-def test_what_every_process_says_is_no_nodes_fault(job: Callable[..., Job]) -> None:
+def test_what_every_process_says_is_no_nodes_fault(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     begun = job()
-    said = run_ranks(network_test, 3, begun.arguments, 3, "", 5.0)
-    assert all("training.batch_rows = 8 does not divide over 3 processes" in sentence for sentence in said)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    for rank in range(3):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        monkeypatch.setenv("SLURMD_NODENAME", f"node{rank + 1}")
+        with pytest.raises(UserError, match="does not divide over 3 processes"):
+            check_network(begun.recipe, 60)
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_PROCID"):
+        monkeypatch.delenv(name)
     code, out, sentence = begun.call("--judge", "--network", "--nodes", "node1,node2,node3")
     assert (code, out) == (2, "")
     assert "training.batch_rows = 8 does not divide over 3 processes; set a multiple." in sentence
@@ -355,12 +357,15 @@ def test_what_was_left_out_before_the_network_test_counts_too(job: Callable[...,
         (["reached the first process", "started", "started", "started"], "node1"),  # nobody reaches the first
         (["measured its links", "joined", "joined", "measured its links"], "node2,node3"),  # the link between them
         (["joined", None, "joined", "joined"], "node2"),
+        (["reached the first process", None], "node2"),
+        (["reached the first process", "started"], "node1,node2"),  # either may be the one
     ],
 )  # fmt: skip
 def test_who_came_least_far_held_up_the_others(steps: list[str | None], bad: str, job: Callable[..., Job]) -> None:
     begun = job()
     for rank, step in enumerate(steps):
         if step:
-            begun.process(f"node{rank + 1}", rank, 4, step, error="timed out" if step == "joined" else "")
-    out = begun.call("--judge", "--network", "--nodes", "node1,node2,node3,node4", "--wait", "0")[1]
+            begun.process(f"node{rank + 1}", rank, len(steps), step, error="timed out" if step == "joined" else "")
+    nodes = ",".join(f"node{number + 1}" for number in range(len(steps)))
+    out = begun.call("--judge", "--network", "--nodes", nodes, "--wait", "0")[1]
     assert out == f"{bad}\n"
