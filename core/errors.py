@@ -11,4 +11,11 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """Work was stopped on request, its state is saved, and the same command continues it. Exit code 75."""
+    """Work was stopped on request, its state is saved, and the same command continues it. Exit code 75.
+
+    `reason`: the signal, or what else asked for it.
+    """
+
+    def __init__(self, text: str, reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason

@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from core.errors import UserError
 from core.progress import Meter
-from core.world import World, find_world
+from core.world import World, find_rendezvous, find_world
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,10 +57,8 @@ def divided_work() -> Iterator[Division]:
     if joined:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
     else:
-        if not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
-            raise UserError(
-                "MASTER_ADDR and MASTER_PORT are not both set; start by slurm/cpt_merge.sh, torchrun or accelerate."
-            )
+        meeting = find_rendezvous(world)
+        os.environ.update(MASTER_ADDR=meeting.address, MASTER_PORT=str(meeting.port))
         dist.init_process_group("gloo", rank=world.rank, world_size=world.size, timeout=PATIENCE)
         group = dist.group.WORLD
     try:

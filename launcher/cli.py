@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -193,6 +195,68 @@ def preflight(
     run_preflight(load_recipe(recipe, overrides or []), Request(begin, network, judge, named, wait))
 
 
+@app.command(cls=RecipeCommand)
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs on each: one task of training for each")
+    ] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="tasks of training on each, if not as GPUs")] = None,
+    time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="time limit of the job")] = None,
+    chain: Annotated[int, typer.Option(min=1, help="jobs in a row, for sites where a job may not requeue itself")] = 1,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="a further option: --partition=gpu")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the call, submit nothing")] = False,
+) -> None:
+    """Submit the whole pipeline to Slurm: `sbatch slurm/cpt_merge.sh RECIPE`."""
+    from launcher.recipe import load_recipe
+    from launcher.submit import Submission
+    from launcher.submit import submit as submit_jobs
+
+    load_recipe(recipe, overrides or [])
+    asked = Submission(recipe, overrides or [], nodes, gpus_per_node, tasks_per_node, time, chain, sbatch or [])
+    submit_jobs(asked, dry_run)
+
+
+@app.command(cls=RecipeCommand)
+def status(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """How far a run is: its job, stage, step, rate, time left, newest checkpoint, W&B link."""
+    from launcher.recipe import load_recipe
+    from launcher.status import show_status
+
+    show_status(load_recipe(recipe, overrides or []))
+
+
+job = typer.Typer(help="What slurm/cpt_merge.sh calls at its beginning and its end.", no_args_is_help=True)
+app.add_typer(job, name="job", hidden=True)
+
+
+@job.command()
+def begin(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Open the folder of this start of the job, and print it. Exit code 2 if another attempt is of no use."""
+    from launcher.attempts import begin as begin_attempt
+    from launcher.recipe import load_recipe
+
+    print(begin_attempt(load_recipe(recipe, overrides or [])))
+
+
+@job.command()
+def end(
+    recipe: RecipePath,
+    attempt: Annotated[Path, typer.Option(metavar="DIR", help="the folder that `begin` has opened")],
+    code: Annotated[int, typer.Option(help="the exit code of the last step")],
+    overrides: Overrides = None,
+) -> None:
+    """Say what became of this attempt, and print what follows: finished, requeue or given up."""
+    from launcher.attempts import end as end_attempt
+    from launcher.recipe import load_recipe
+
+    print(end_attempt(load_recipe(recipe, overrides or []), attempt, code))
+
+
 @app.command()
 def doctor() -> None:
     """What this machine has, what is missing, and the command that mends it."""
@@ -237,9 +301,14 @@ def stage_main(command: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit code 0, 2 for what the user can mend, 75 for stopped early with everything saved."""
+    from launcher.attempts import note_failure, note_stop
+
+    _stop_on_signals()
+    command = next(iter(arguments or sys.argv[1:]), "")
     try:
         app(args=arguments)
     except UserError as error:
+        note_failure(command, error)
         try:
             _print_once(str(error))
         except UserError:  # the launcher's variables are what is wrong
@@ -247,13 +316,39 @@ def main(arguments: list[str] | None = None) -> int:
         return USAGE_ERROR
     except Interrupted as stop:
         _print_once(str(stop))
-        from launcher.start import started_by_accelerate
-
-        # torchrun and accelerate take any other code for a crash
-        return 0 if find_world().launcher == "torchrun" or started_by_accelerate() else INTERRUPTED
+        note_stop(stop)
+        return _code_of_a_stop()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
+    except Exception as error:
+        note_failure(command, error)
+        raise
     return 0
+
+
+def _stop_on_signals() -> None:
+    """Slurm's warnings end a command in order, wherever it is; the training loop has a gentler way of its own."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise Interrupted(f"stopped by {name}; the same command goes on where it can.", name)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
+
+
+def _code_of_a_stop() -> int:
+    """75; but 0 where it would be taken for a crash, and the other processes killed before they have ended in order.
+
+    torchrun and accelerate take any code but 0 for one, and so does `srun --kill-on-bad-exit`: there the first process,
+    which has the most to do at the end, speaks for all.
+    """
+    from launcher.start import started_by_accelerate
+
+    world = find_world()
+    if world.launcher == "torchrun" or started_by_accelerate() or not world.is_main:
+        return 0
+    return INTERRUPTED
 
 
 def _print_once(sentence: str) -> None:

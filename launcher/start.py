@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from core.errors import UserError
+from core.errors import Interrupted, UserError
 from core.progress import say
 from core.world import find_world
 from launcher.recipe import Recipe, read_yaml
@@ -81,7 +81,10 @@ def use_backend(recipe: Recipe) -> None:
 
 
 def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: list[str], processes: int) -> None:
-    """`accelerate launch --config_file ... -m MODULE RECIPE`, and wait. Raises `UserError` with the failing rank."""
+    """`accelerate launch --config_file ... -m MODULE RECIPE`, and wait.
+
+    Raises `UserError` with the failing rank, `Interrupted` if a signal stopped it.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -93,10 +96,15 @@ def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: 
     # Time for all ranks to save after a signal, before torchrun kills them
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the sentence below says it
+    settings = launch_command_parser().parse_args([*arguments, *overrides])
+    settings.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and Slurm's warning
     try:
-        launch_command(launch_command_parser().parse_args([*arguments, *overrides]))
-    except SignalException:
-        return  # torchrun has passed the signal on and waited until the processes had saved and ended
+        launch_command(settings)
+    except SignalException as stop:
+        # torchrun has passed the signal on and waited until the processes had saved and ended
+        raise Interrupted(
+            f"{command} was stopped before its end; the same command continues it.", stop.sigval.name
+        ) from None
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
         if first.exitcode == 2:

@@ -63,10 +63,10 @@ def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
         give_back_freed_memory()
         results = finish.write_merged(the_plan, statistics, work.directory, work.digest)
         work.publish()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as stop:
         sentence = f"the merge was stopped; the same command continues it (from {work.directory})."
         work.give_up(sentence)
-        raise Interrupted(sentence) from None
+        raise Interrupted(sentence, getattr(stop, "reason", "SIGINT")) from None
     except UserError as error:
         work.give_up(str(error), useless=True)
         raise

@@ -71,9 +71,10 @@ class LocalLog:
         self.run = run
         self.earlier = _read_json(directory / "run.json") or {}  # the run.json of an earlier attempt
 
-    def open(self, carrier: str) -> None:
-        """Write `run.json`; `carrier` is the W&B mode, or none."""
-        write_json(self.directory / "run.json", {**asdict(self.run), "carrier": carrier, "started": time.time()})
+    def open(self, carrier: str, url: str) -> None:
+        """Write `run.json`; `carrier` is the W&B mode, or none, `url` where W&B shows the run, if it does."""
+        values = {**asdict(self.run), "carrier": carrier, "url": url, "started": time.time()}
+        write_json(self.directory / "run.json", values)
 
     def keep_until(self, step: int | None) -> list[Row]:
         """Cut off what an earlier attempt logged after `step` (None: everything), and return the rows cut off.

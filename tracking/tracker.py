@@ -50,6 +50,7 @@ class RemoteCarrier(Carrier, Protocol):
     """A carrier that is told when the stage ends."""
 
     mode: str
+    url: str  # where a browser finds the run; empty if nowhere
 
     def finish(self, failed: bool) -> None:
         """Flush and close."""
@@ -107,7 +108,7 @@ def start_tracker(
         from tracking.wandb_carrier import start_wandb  # takes a second to import
 
         remote = start_wandb(config, run, local.directory)
-    local.open(carrier=remote.mode if remote else "none")
+    local.open(remote.mode if remote else "none", remote.url if remote else "")
     return StageTracker(local, remote)
 
 

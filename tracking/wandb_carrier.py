@@ -133,6 +133,7 @@ class WandbCarrier:
     def __init__(self, run: Any, directory: Path, mode: Mode) -> None:
         self.run = run
         self.mode: str = mode
+        self.url: str = run.url or ""
         self._directory = directory
         self._has_steps = False
         _open_runs.add(run.id)

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from core.errors import UserError
-from core.world import World, find_world
+from core.world import World, find_rendezvous, find_world
 
 EXAMPLES = "recipes/accelerate"
 Found = TypeVar("Found")
@@ -141,14 +141,12 @@ def start_parallel(timeout: timedelta = TIMEOUT) -> Parallel:
     world, asked = find_world(), asked_for()
     replicas, shards = asked.mesh_shape(world)
     device = _device(world)
-    if world.launcher != "alone" and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
-        raise UserError(
-            "MASTER_ADDR and MASTER_PORT are not both set; start by slurm/cpt_merge.sh, torchrun or accelerate."
-        )
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world.launcher == "alone":
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
+        meeting = find_rendezvous(world)
+        os.environ.update(MASTER_ADDR=meeting.address, MASTER_PORT=str(meeting.port))  # DeepSpeed reads them too
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
     mesh = init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
     for name in ("replicate", "shard"):  # a mesh makes its groups with torch's own timeout: 10 minutes with NCCL

@@ -109,7 +109,7 @@ class Training:
             if stop.was_asked():
                 text = f"after step {state.step} of {self.config.steps} ({stop.reason})"
                 self.tracker.alert("training stopped", text)
-                raise Interrupted(f"training stopped {text}; it is saved.")
+                raise Interrupted(f"training stopped {text}; it is saved.", stop.reason)
             if phase is not self.phases[-1]:
                 self.export(backend.shards(), self._exported(phase), "float32")
                 backend.close()

@@ -6,6 +6,6 @@
     --network           the task layout of training    network.py  joins, and measures what an all-reduce moves
     --judge --network   on the first node              links.py    names nodes that did not join, and slow ones
 
-No node waits for another before it has said what it knows: reports are files in RUN/slurm/preflight/JOB.RESTART, so a
+No node waits for another before it has said what it knows: reports are files in RUN/slurm/preflight/JOB-RESTART, so a
 node that hangs or is gone is named by its missing report. They stay there as evidence.
 """

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from core.errors import UserError
+from core.progress import console
 from launcher.preflight.begin import begin
 from launcher.preflight.judge import judge_nodes, pass_sentence
 from launcher.preflight.links import judge_network
@@ -38,11 +39,17 @@ def preflight(recipe: Recipe, request: Request) -> None:
         pass_sentence(recipe, judge_network(recipe, request.nodes, ENDS_AFTER * request.wait), network=True)
     elif request.judge:
         pass_sentence(recipe, judge_nodes(recipe, request.nodes, request.wait), network=False)
-    elif request.network:
-        check_network(recipe, request.wait)
-    elif "SLURM_JOB_ID" in os.environ:
-        check_node(recipe, request.wait)
+    elif request.network or "SLURM_JOB_ID" in os.environ:
+        _take_part(recipe, request)
     else:
         begin(recipe)
         check_node(recipe, request.wait)
         pass_sentence(recipe, judge_nodes(recipe, [node_name()], request.wait), network=False)
+
+
+def _take_part(recipe: Recipe, request: Request) -> None:
+    """The part of one task. It ends well whatever it finds: what that means for the job, the judge says."""
+    try:
+        (check_network if request.network else check_node)(recipe, request.wait)
+    except UserError as error:
+        console.print(f"preflight: {node_name()}: {error}", markup=False)

@@ -7,14 +7,13 @@ nodes, so that all their network cards are used.
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from core.errors import UserError
-from core.world import World, find_world
+from core.world import World, find_rendezvous, find_world
 from launcher.preflight.report import ProcessReport, folder_of, node_name, wait_until
 from launcher.recipe import Recipe
 from launcher.start import use_backend
@@ -42,25 +41,25 @@ def check_network(recipe: Recipe, wait: float) -> None:
     except (UserError, RuntimeError, OSError) as error:  # torch.distributed's errors are RuntimeErrors
         report.error = str(error) if isinstance(error, UserError) else " ".join(str(error).split())[:300]
         report.write(folder)
-        raise UserError(f"preflight: {report.node}: {report.error}") from error
+        raise UserError(report.error) from error
     report.reach("done", folder)
 
 
 def _reach_first(world: World, wait: float) -> None:
     """Connect to the process where all meet: unlike joining, this fails on the node alone that cannot."""
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if world.is_main or not address or not port:  # start_parallel says what is missing
+    if world.is_main:
         return
+    meeting = find_rendezvous(world)
 
     def answers() -> bool:
         try:
-            socket.create_connection((address, int(port)), timeout=5).close()
+            socket.create_connection((meeting.address, meeting.port), timeout=5).close()
         except OSError:
             return False
         return True
 
     if not wait_until(answers, wait):
-        raise UserError(f"the first process does not answer at {address}:{port} within {wait:g} s.")
+        raise UserError(f"the first process does not answer at {meeting.address}:{meeting.port} within {wait:g} s.")
 
 
 def _measure(report: ProcessReport, recipe: Recipe, wait: float) -> None:

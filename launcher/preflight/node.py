@@ -44,4 +44,4 @@ def check_node(recipe: Recipe, wait: float) -> None:
     report.doing = ""
     report.write(folder)
     if report.nonce is None:
-        raise UserError(f"{report.node}: {report.problems[0]}")
+        raise UserError(report.problems[0])

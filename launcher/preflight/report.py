@@ -21,7 +21,7 @@ NODE_PREFIX, NETWORK_PREFIX = "node-", "network-"  # names of the files, before 
 def folder_of(recipe: Recipe) -> Path:
     """The folder of this job's reports; a requeued job has the same number, and gets a new one."""
     job, restart = os.environ.get("SLURM_JOB_ID", "alone"), os.environ.get("SLURM_RESTART_COUNT") or "0"
-    return recipe.directory / "slurm" / "preflight" / f"{job}.{restart}"
+    return recipe.directory / "slurm" / "preflight" / f"{job}-{restart}"
 
 
 def node_name() -> str:

@@ -94,8 +94,7 @@ def test_real_nodes_are_compared_and_the_bad_ones_are_named(job: Callable[..., J
     code, out, said = shared.call("--judge", "--nodes", "node1,node2")  # waits until both have written
     assert (code, out) == (0, "\n"), said
     ends = {node: (process.wait(60), process.stderr.read()) for node, process in processes.items()}
-    assert [ends[node][0] for node in ("node1", "node2", "node3")] == [0, 0, 0], ends
-    assert ends["node4"][0] == 2
+    assert [ends[node][0] for node in processes] == [0, 0, 0, 0], f"the judge decides, not a task: {ends}"
     assert f"{NONCE_FILE} is not there, which the first node wrote" in ends["node4"][1]
     assert abs(read_nodes(shared.folder)["node1"].clock) < 2
 
@@ -290,7 +289,7 @@ def test_processes_join_and_measure_every_link(job: Callable[..., Job]) -> None:
 def test_a_node_that_does_not_come_is_named_by_those_who_wait(job: Callable[..., Job]) -> None:
     begun = job("training.batch_rows=9")
     said = run_ranks(network_test, 2, begun.arguments, 3, 1.0)
-    assert "node1" in said[0]
+    assert "2/3 clients joined" in said[0]
     code, out, said = begun.call("--judge", "--network", "--nodes", "node1,node2,node3", "--wait", "0")
     assert (code, out) == (2, "node3\n")
     assert "a process of it did not start the network test" in said

@@ -1,0 +1,120 @@
+"""A throw-away Slurm cluster of real daemons on this machine (`mini-slurm`), and jobs on it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("mini-slurm")
+KILL_WAIT = 30  # seconds between SIGTERM and SIGKILL: Slurm's default (mini-slurm's own is 5)
+
+
+class Cluster:
+    """N nodes. Everything that it started is gone after `down`."""
+
+    def __init__(self, nodes: int, extra: str = "") -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="cms-", dir="/tmp"))  # sockets want a short path
+        (self.folder / "extra.conf").write_text(f"KillWait={KILL_WAIT}\n{extra}")
+        self.environment = {
+            **os.environ, "MINI_SLURM_DIR": str(self.folder / "s"), "MINI_SLURM_EXTRA": str(self.folder / "extra.conf"),
+            "MINI_SLURM_SUBNET": "10.98.78",
+        }  # fmt: skip
+        self._mini_slurm("up", str(nodes))
+
+    def _mini_slurm(self, *words: str) -> str:
+        done = subprocess.run(
+            [SCRIPT, *words], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"mini-slurm {' '.join(words)}: {done.stderr}"
+        return done.stdout
+
+    def slurm(self, *words: str, **environment: str) -> str:
+        """A Slurm command on the login node; what it printed."""
+        done = subprocess.run(
+            [SCRIPT, "exec", *words], env={**self.environment, **environment}, cwd=ROOT, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+        return done.stdout.strip()
+
+    def on(self, node: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """A command on a node, past Slurm: `ps`, `kill`."""
+        box = (self.folder / "s" / "pid" / f"box-{node}").read_text().split()[0]
+        first = subprocess.run(["pgrep", "-P", box], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["nsenter", "-t", first, "--net", "--uts", "--mount", "--ipc", "--pid", "--root", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    def crash(self, node: str) -> None:
+        """Pull the plug."""
+        self._mini_slurm("crash", node)
+
+    def boot(self, node: str) -> None:
+        """Switch it on again."""
+        self._mini_slurm("boot", node)
+
+    def down(self) -> None:
+        """Stop everything, jobs first."""
+        self.slurm("scancel", "--user", "root")
+        self._mini_slurm("down")
+        shutil.rmtree(self.folder)
+
+
+@dataclass
+class Job:
+    """A submitted job."""
+
+    cluster: Cluster
+    id: str
+    log_path: Path
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        shown = self.cluster.slurm("scontrol", "show", "job", "-o", self.id)
+        return dict(re.findall(r"(\S+?)=(\S*)", shown))
+
+    @property
+    def state(self) -> str:
+        """PENDING, RUNNING, COMPLETED, ..."""
+        return self.fields["JobState"]
+
+    @property
+    def restarts(self) -> int:
+        """How often it was requeued."""
+        return int(self.fields["Restarts"])
+
+    @property
+    def log(self) -> str:
+        """What it has printed."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace") if self.log_path.is_file() else ""
+
+    def wait(self, done: Callable[[], object], seconds: float, what: str) -> None:
+        """Until `done()` is true. The job's log is shown where that takes longer than `seconds`."""
+        end = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < end, f"not within {seconds} s: {what}; job {self.fields}\n{self.log[-6000:]}"
+            time.sleep(0.2)
+
+    def wait_for_log(self, text: str, seconds: float, times: int = 1) -> None:
+        """Until the log holds `text` so many times."""
+        self.wait(lambda: self.log.count(text) >= times, seconds, f"{text!r} in the log")
+
+    def wait_for_end(self, seconds: float) -> str:
+        """Until Slurm is done with it. Returns its state."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait(lambda: self.state in ends, seconds, "the end of the job")
+        return self.state
+
+
+def submit(cluster: Cluster, log: Path, *words: str | Path, **environment: str) -> Job:
+    """`sbatch` with the job's output in `log`."""
+    printed = cluster.slurm("sbatch", "--parsable", f"--output={log}", *map(str, words), **environment)
+    return Job(cluster, printed.split(";")[0], log)

@@ -1,0 +1,77 @@
+"""A cluster of three nodes, the demo's models and text, and a run of theirs that is ready to be trained."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.slurm.cluster import ROOT, Cluster
+
+INPUTS = ROOT / "runs" / "demo-inputs"
+SETTINGS = {
+    "tokenizer": {"new_pieces": {"zh_tw": 900, "ko": 600}, "min_frequency": 3, "character_coverage": 0.98},
+    "training": {
+        "tokens": 128 * 12 * 48, "sequence_length": 128, "batch_rows": 12, "micro_batch_rows": 2, "precision": "fp32",
+        "optimizer": {"learning_rate": 1e-3}, "log_every": 1, "evaluate_every": 24, "evaluate_rows": 12,
+        "continuations": 0, "checkpoints": {"every": 8},
+    },
+    "evaluation": {"max_new_tokens": 8, "samples_shown": 1},
+    "tracking": {"carrier": "offline"},
+    "launch": {"processes": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def inputs() -> Path:
+    """The demo's models and text; made once, which takes minutes."""
+    subprocess.run([sys.executable, "-m", "recipes.demo.prepare", "--out", str(INPUTS)], cwd=ROOT, check=True)
+    return INPUTS
+
+
+@pytest.fixture(scope="session")
+def recipe_path(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's recipe with fewer pieces, tokens and prompts; `runs` has to be given as an override."""
+    recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
+    folder = tmp_path_factory.mktemp("recipe")
+    prompts = (inputs / "prompts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "prompts.jsonl").write_text("".join(prompts[::40]), encoding="utf-8")
+    recipe.update(SETTINGS | {"name": "demo"})
+    recipe["evaluation"]["prompts"] = str(folder / "prompts.jsonl")
+    path = folder / "demo.yaml"
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose tokenizer, embedding and data stages are finished."""
+    runs = tmp_path_factory.mktemp("prepared")
+    for command in ("tokenizer", "embeddings", "data"):
+        subprocess.run(
+            [sys.executable, "-m", "launcher.cli", command, str(recipe_path), f"runs={runs}"], cwd=ROOT, check=True
+        )
+    return runs
+
+
+@pytest.fixture
+def runs(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of `prepared`, to be trained."""
+    shutil.copytree(prepared, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes of four CPUs."""
+    if os.geteuid() != 0:
+        pytest.skip("the nodes of the throw-away cluster are network namespaces, which need root")
+    cluster = Cluster(3)
+    yield cluster
+    cluster.down()
