@@ -111,4 +111,4 @@ def _facts(processes: list[ProcessReport]) -> list[str]:
     if not processes or processes[0].size == 1:
         return ["one process: no network"]
     whole = min(process.bandwidth for process in processes)
-    return [f"all-reduce of {processes[0].size} processes {whole / GB:.2f} GB/s", *links]
+    return [f"all-reduce of {processes[0].size} processes {whole / GB:.2f} GB/s" if whole else "not measured", *links]

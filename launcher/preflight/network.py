@@ -7,6 +7,7 @@ nodes, so that all their network cards are used.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from datetime import timedelta
@@ -32,6 +33,7 @@ def check_network(recipe: Recipe, wait: float) -> None:
     world, folder = find_world(), folder_of(recipe)
     report = ProcessReport(node_name(), world.rank, world.size)
     report.write(folder)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a page of frames on each node when one is missing
     try:
         recipe.training.check_processes(world.size)
         use_backend(recipe)
