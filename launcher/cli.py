@@ -174,6 +174,28 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command(cls=RecipeCommand)
+def preflight(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    begin: Annotated[bool, typer.Option("--begin", help="on the first node, once: what would stop any node")] = False,
+    network: Annotated[bool, typer.Option("--network", help="in training's task layout: the all-reduce test")] = False,
+    judge: Annotated[bool, typer.Option("--judge", help="compare the reports; bad nodes on stdout, A,B")] = False,
+    nodes: Annotated[str | None, typer.Option(metavar="A,B", help="--judge: the nodes that have to report")] = None,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="how long to wait for the others")] = 120,
+) -> None:
+    """Is every node of a Slurm job fit for the run? Outside Slurm: is this machine?
+
+    With --judge, the exit code is 2 if more than launch.spare_nodes are not.
+    """
+    from launcher.preflight.command import Request
+    from launcher.preflight.command import preflight as run_preflight
+    from launcher.recipe import load_recipe
+
+    named = [node for node in (nodes or "").split(",") if node]
+    run_preflight(load_recipe(recipe, overrides or []), Request(begin, network, judge, named, wait))
+
+
+@app.command(cls=RecipeCommand)
 def submit(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -38,9 +38,14 @@ def show_doctor() -> bool:
     return not any(finding.fatal for finding in findings)
 
 
+def requirements() -> list[Requirement]:
+    """All that pyproject.toml names, its extras too. Raises `PackageNotFoundError` if cpt-merge is not installed."""
+    return [Requirement(text) for text in requires("cpt-merge") or []]
+
+
 def _packages() -> Iterator[Finding]:
     try:
-        needed = [Requirement(text) for text in requires("cpt-merge") or []]
+        needed = requirements()
     except PackageNotFoundError:
         yield Finding("cpt-merge", "not installed in this Python", "pip install -c constraints.txt -e .", fatal=True)
         return

@@ -39,7 +39,14 @@ def run_pipeline(recipe: Recipe, recipe_path: Path, overrides: list[str]) -> Non
 
 
 def check_before(recipe: Recipe) -> None:
-    """Raises `UserError` for a pair that does not fit, missing text, lists or prompts, too many processes."""
+    """Raises `UserError` for what `check_inputs` finds, and for processes that do not fit."""
+    check_inputs(recipe)
+    processes = local_processes(recipe) if recipe.launch.processes else 1
+    recipe.training.check_processes(processes, " (launch.processes)")
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Raises `UserError` for a pair that does not fit, missing text, lists or prompts, a mixture that has no sense."""
     run = Run(recipe)
     open_fitting({"base": run.base, "chat": run.chat})
     run.corpus_inputs()
@@ -49,12 +56,6 @@ def check_before(recipe: Recipe) -> None:
     for language, path in recipe.tokenizer.pieces_from.items():
         if not Path(path).is_file():
             raise UserError(f"tokenizer.pieces_from.{language} = {path} does not exist; correct it or leave it out.")
-    processes = local_processes(recipe) if recipe.launch.processes else 1
-    if recipe.training.batch_rows % processes:
-        raise UserError(
-            f"training.batch_rows = {recipe.training.batch_rows} does not divide over {processes} processes "
-            "(launch.processes); set a multiple."
-        )
     accelerate_config(recipe)
     if all(source.epochs is None for source in recipe.corpus.sources):  # else known when the text is tokenised
         mixture(recipe.corpus, [None] * len(recipe.corpus.sources), recipe.training.tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,16 @@ def read_shape(recipe: Recipe) -> ModelShape:
     """The base model's shape, from its configuration and the headers of its files; of a hub model too."""
     name = recipe.models.base
     if is_local(name):
-        checkpoint = Checkpoint.open(model_directory(name))
-        config, parameters = checkpoint.config, sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    else:
-        config, parameters = _read_from_hub(name)
+        return shape_of(model_directory(name), name)
+    config, parameters = _read_from_hub(name)
     return ModelShape.from_config(config, parameters, name)
+
+
+def shape_of(directory: Path, name: str) -> ModelShape:
+    """The shape of a model that is on this machine; `name` is what an error calls it."""
+    checkpoint = Checkpoint.open(directory)
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    return ModelShape.from_config(checkpoint.config, parameters, name)
 
 
 def _read_from_hub(name: str) -> tuple[dict[str, Any], int]:
@@ -90,7 +96,7 @@ def show_plan(recipe: Recipe) -> None:
         ("training", f"{config.steps:,} steps of {config.tokens_per_step:,} tokens"),
         ("processes", f"{processes}, each {setup.micro_batches} micro-batches of {rows} rows a step"),
         ("memory per rank", f"{memory.total / GB:,.2f} GB at once, of: {parts}"),
-        ("disk", _disk(shape, config)),
+        ("disk", str(disk_needed(shape, config))),
     ]  # fmt: skip
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for line in lines:
@@ -98,13 +104,30 @@ def show_plan(recipe: Recipe) -> None:
     console.print(table)
 
 
-def _disk(shape: ModelShape, config: TrainingConfig) -> str:
-    model, checkpoint = (
-        shape.parameters * 2 / GB,
-        shape.parameters * (6 if config.precision == "pure-bf16" else 12) / GB,
-    )
-    total = 3 * model + config.checkpoints.keep * checkpoint
-    return f"{total:,.2f} GB: three models of {model:,.2f}, {config.checkpoints.keep} checkpoints of {checkpoint:,.2f}"
+@dataclass(frozen=True)
+class DiskNeeded:
+    """What a run writes, in bytes: three models in 16 bits (resized, trained, merged) and the checkpoints it keeps."""
+
+    model: float
+    checkpoint: float
+    kept: int
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return 3 * self.model + self.kept * self.checkpoint
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total / GB:,.2f} GB: three models of {self.model / GB:,.2f}, "
+            f"{self.kept} checkpoints of {self.checkpoint / GB:,.2f}"
+        )
+
+
+def disk_needed(shape: ModelShape, config: TrainingConfig) -> DiskNeeded:
+    """The disk space of a run of a model of this shape."""
+    bytes_per_parameter = 6 if config.precision == "pure-bf16" else 12
+    return DiskNeeded(shape.parameters * 2, shape.parameters * bytes_per_parameter, config.checkpoints.keep)
 
 
 def _print_stages(console: Console, run: Run) -> None:

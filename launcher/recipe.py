@@ -32,6 +32,9 @@ class LaunchConfig(Section):
     accelerate_config: str | None = key(
         None, "accelerate's configuration file, which decides the backend; recipes/accelerate/fsdp2.yaml if not set"
     )
+    spare_nodes: int = key(
+        0, "on Slurm: bad nodes that the preflight may leave out of the job and go on", unit="nodes", ge=0
+    )
 
 
 class Recipe(Section):

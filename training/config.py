@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from core.config import Section, key
+from core.errors import UserError
 
 
 class DataConfig(Section):
@@ -142,6 +143,14 @@ class TrainingConfig(Section):
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return -(-self.tokens // self.tokens_per_step)
+
+    def check_processes(self, processes: int, note: str = "") -> None:
+        """Raises `UserError` if the rows of a step do not divide over so many processes; `note` says which."""
+        if self.batch_rows % processes:
+            raise UserError(
+                f"training.batch_rows = {self.batch_rows} does not divide over {processes} processes{note}; "
+                "set a multiple."
+            )
 
     @model_validator(mode="after")
     def _phases_fit(self) -> TrainingConfig:

@@ -136,22 +136,22 @@ class Parallel:
         return float(tensor)
 
 
-def start_parallel() -> Parallel:
+def start_parallel(timeout: timedelta = TIMEOUT) -> Parallel:
     """Join the other processes. One process alone is a group of one, so that there is one path for all."""
     world, asked = find_world(), asked_for()
     replicas, shards = asked.mesh_shape(world)
     device = _device(world)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world.launcher == "alone":
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         meeting = find_rendezvous(world)
         os.environ.update(MASTER_ADDR=meeting.address, MASTER_PORT=str(meeting.port))  # DeepSpeed reads them too
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
     mesh = init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
     for name in ("replicate", "shard"):  # a mesh makes its groups with torch's own timeout: 10 minutes with NCCL
-        _set_pg_timeout(TIMEOUT, mesh.get_group(name))
-    side, checkpoints = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
+        _set_pg_timeout(timeout, mesh.get_group(name))
+    side, checkpoints = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return Parallel(world, asked, device, mesh, side, checkpoints)
 
 

@@ -205,8 +205,4 @@ def _check_fit(config: TrainingConfig, model: Path, parallel: Parallel) -> None:
         raise UserError(
             f"training.sequence_length = {config.sequence_length} but the model has {positions} positions; lower it."
         )
-    if config.batch_rows % parallel.world.size:
-        raise UserError(
-            f"training.batch_rows = {config.batch_rows} does not divide over {parallel.world.size} processes; "
-            "set a multiple."
-        )
+    config.check_processes(parallel.world.size)
