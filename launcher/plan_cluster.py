@@ -17,9 +17,9 @@ from training.scaling import (
     StepEstimate,
     Workload,
     checkpoint_cost,
-    crossing,
     estimate_step,
     fits,
+    hsdp_ranges,
     memory_on,
 )
 
@@ -141,9 +141,12 @@ def _print_details(console: Console, found: list[Column], rows: Iterator[tuple[s
 def _print_sweep(console: Console, shape: ModelShape, config: TrainingConfig, cluster: Cluster) -> None:
     """The recipe's batch on 1, 2, 4, ... nodes, as far as it gives every GPU a row."""
     table = Table(
-        box=None, padding=(0, 2, 0, 0), title="the same batch on other numbers of nodes", title_justify="left"
+        box=None,
+        padding=(0, 2, 0, 0),
+        title="the same batch on other numbers of nodes; micro: micro-batches of a step",
+        title_justify="left",
     )
-    for title in ("nodes", "GPUs", "micro-batches", "FSDP tok/s/GPU", "GB", "HSDP tok/s/GPU", "GB", "days", "faster"):
+    for title in ("nodes", "GPUs", "micro", "FSDP tok/s/GPU", "GB", "HSDP tok/s/GPU", "GB", "days", "faster"):
         table.add_column(title, justify="right")
     nodes = 1
     while nodes * cluster.gpus_per_node <= config.batch_rows:
@@ -173,11 +176,10 @@ def _sweep_row(shape: ModelShape, work: Workload, cluster: Cluster, config: Trai
 
 
 def _crossing(shape: ModelShape, work: Workload, cluster: Cluster) -> str:
-    nodes = crossing(shape, work, cluster, LIMIT)
+    """Where HSDP wins, in words."""
     same = f"With {work.micro_batches} micro-batches of {work.micro_batch_rows:g} rows on every GPU"
-    if nodes is None:
-        return f"{same}, FSDP is the faster one up to {LIMIT} nodes."
-    fsdp, hsdp = columns(shape, work, replace(cluster, nodes=nodes))
-    gain = fsdp.step.seconds / hsdp.step.seconds - 1
-    room = "" if hsdp.fits else f"; but its {hsdp.memory.total / GIGA:,.0f} GB a GPU do not fit"
-    return f"{same}, HSDP is the faster one from {nodes} nodes on, there by {gain:.1%}{room}."
+    ranges = hsdp_ranges(shape, work, cluster, LIMIT)
+    if not ranges:
+        return f"{same}, FSDP is the faster one on any number of nodes up to {LIMIT}."
+    words = [f"from {first} nodes on" if last == LIMIT else f"on {first} to {last} nodes" for first, last in ranges]
+    return f"{same}, HSDP is the faster one {', '.join(words)}; less than 2 % apart they are alike."

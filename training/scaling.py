@@ -7,7 +7,6 @@ constant comes from, which were fitted to which published run, and how far off t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from core.errors import UserError
@@ -38,9 +37,7 @@ class Gpu:
     bandwidth: float  # of its memory
     link: float  # to the other GPUs of its node, one direction
     host_link: float  # to the host's memory, as pinned copies reach it
-    interference: (
-        float  # what moving bytes between GPUs takes from computing, as a share of its time at the link's rate; fitted
-    )
+    interference: float  # computing time that bytes on their way take, over their time at the link's rate; fitted
     fp8: bool  # whether it has float8 matmuls
     hop: float = LINK_HOP  # s
 
@@ -60,7 +57,7 @@ GPUS = {
         replace(_AMPERE, name="a100-40gb", memory=40e9, bandwidth=1.555e12),
         _AMPERE,  # SXM, 80 GB
         _HOPPER,  # SXM5, 700 W
-        # Meta's Grand Teton: 96 GB of HBM2e, limited to 500 W; its peak is "between SXM and NVL" (torchtitan), here NVL's
+        # Meta's Grand Teton: 96 GB of HBM2e, 500 W; its peak is "between SXM and NVL" (torchtitan), here NVL's
         replace(_HOPPER, name="h100-500w", peak=PEAKS["H100 NVL"] * TERA, memory=96e9, bandwidth=2.4e12),
         replace(_HOPPER, name="h200", memory=141e9, bandwidth=4.8e12),
     )
@@ -262,12 +259,9 @@ class Layout:
     def __post_init__(self) -> None:
         ranks, node = self.cluster.ranks, self.cluster.gpus_per_node
         if ranks % self.replicas or (self.shards % node and node % self.shards):
-            possible = [
-                n for n in range(1, ranks + 1) if not ranks % n and (not ranks // n % node or not node % (ranks // n))
-            ]
-            above = next((n for n in possible if n > self.replicas), possible[-1])
             raise UserError(
-                f"{self.replicas} replicas do not divide {self.cluster.nodes} nodes of {node} GPUs evenly; use {above}."
+                f"{self.replicas} replicas do not divide {self.cluster.nodes} nodes of {node} GPUs evenly; "
+                f"use {self.cluster.nodes}, one a node."
             )
 
     @property
@@ -426,21 +420,25 @@ def fits(memory: MemoryEstimate, gpu: Gpu) -> bool:
     return memory.total + RESERVE <= gpu.memory
 
 
-def first_faster(cluster: Cluster, step: Callable[[Cluster, int], StepEstimate], limit: int = 1024) -> int | None:
-    """The smallest number of nodes, up to the limit, on which HSDP (a replica a node) is faster than FSDP.
+def hsdp_ranges(shape: ModelShape, work: Workload, cluster: Cluster, limit: int = 256) -> list[tuple[int, int]]:
+    """(first, last) numbers of nodes, up to the limit, on which HSDP with a replica a node is faster than FSDP.
 
-    `step(cluster, replicas)` estimates a step; `cluster.nodes` is replaced.
+    Every GPU keeps its micro-batches, so the batch grows with the nodes. HSDP may win on two nodes, where its
+    all-reduce is cheapest, and lose on more.
     """
+    ranges: list[tuple[int, int]] = []
     for nodes in range(2, limit + 1):
         larger = replace(cluster, nodes=nodes)
-        if step(larger, nodes).seconds < step(larger, 1).seconds:
-            return nodes
-    return None
+        if estimate_step(shape, work, larger, nodes).seconds < estimate_step(shape, work, larger).seconds:
+            first = ranges.pop()[0] if ranges and ranges[-1][1] == nodes - 1 else nodes
+            ranges.append((first, nodes))
+    return ranges
 
 
-def crossing(shape: ModelShape, work: Workload, cluster: Cluster, limit: int = 1024) -> int | None:
-    """`first_faster` where every GPU keeps its micro-batches, so that the batch grows with the nodes."""
-    return first_faster(cluster, lambda larger, replicas: estimate_step(shape, work, larger, replicas), limit)
+def crossing(shape: ModelShape, work: Workload, cluster: Cluster, limit: int = 256) -> int | None:
+    """The smallest number of nodes on which HSDP is faster than FSDP, or None up to the limit; see `hsdp_ranges`."""
+    ranges = hsdp_ranges(shape, work, cluster, limit)
+    return ranges[0][0] if ranges else None
 
 
 @dataclass(frozen=True)
