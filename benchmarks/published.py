@@ -151,6 +151,42 @@ def _llm_foundry_ampere() -> Iterator[Row]:
             yield Row("llm-foundry", name, shape, work, gpu, gpus, published, 1600, fitted=fitted)
 
 
+def blind() -> list[Row]:
+    """More of llm-foundry's page: predicted once, when form and constants stood, and not looked at before."""
+    full = "full"
+    return [
+        Row("llm-foundry", name, shape, work, gpu, gpus, published, None if gpu == "h100" else 1600)
+        for gpu, shape, name, work, gpus, published in (
+            ("h100", MPT_3B, "MPT 3B", _mpt(2048, 10, 3), 16, 24_142),
+            ("h100", MPT_3B, "MPT 3B", _mpt(4096, 5, 6), 8, 20_964),
+            ("h100", MPT_3B, "MPT 3B", _mpt(8192, 3, 6), 8, 16_578),
+            ("h100", MPT_7B, "MPT 7B", _mpt(1024, 64, 2, full), 8, 10_203),
+            ("h100", MPT_13B, "MPT 13B", _mpt(1024, 40, 3, full), 8, 5502),
+            ("h100", MPT_13B, "MPT 13B", _mpt(4096, 10, 3, full), 8, 4717),
+            ("h100", MPT_30B, "MPT 30B", _mpt(1024, 6, 21, full), 8, 2084),
+            ("h100", MPT_30B, "MPT 30B", _mpt(2048, 3, 21, full), 8, 2002),
+            ("h100", MPT_30B, "MPT 30B", _mpt(4096, 1, 21, full), 8, 1802),
+            ("h100", MPT_30B, "MPT 30B", _mpt(8192, 1, 21, full), 8, 1384),
+            ("h100", MPT_30B, "MPT 30B", _mpt(2048, 10, 3, full), 16, 2263),
+            ("h100", MPT_30B, "MPT 30B", _mpt(2048, 14, 3, full), 32, 2308),
+            ("h100", MPT_70B, "MPT 70B", _mpt(2048, 2, 16, full), 32, 882),
+            ("h100", MPT_70B, "MPT 70B", _mpt(2048, 8, 4, full), 64, 1039),
+            ("a100", MPT_3B, "MPT 3B", _mpt(2048, 10, 2), 8, 10_811),
+            ("a100", MPT_3B, "MPT 3B", _mpt(4096, 5, 6), 8, 9457),
+            ("a100", MPT_7B, "MPT 7B", _mpt(1024, 64, 2, full), 8, 4357),
+            ("a100", MPT_7B, "MPT 7B", _mpt(8192, 8, 2, full), 8, 3206),
+            ("a100", MPT_13B, "MPT 13B", _mpt(4096, 10, 3, full), 8, 2060),
+            ("a100", MPT_30B, "MPT 30B", _mpt(2048, 3, 21, full), 8, 916),
+            ("a100", MPT_30B, "MPT 30B", _mpt(4096, 1, 21, full), 8, 814),
+            ("a100", MPT_70B, "MPT 70B", _mpt(2048, 2, 16, full, True), 32, 373),
+            ("a100", MPT_70B, "MPT 70B", _mpt(2048, 8, 4, full, True), 64, 410),
+            ("a100-40gb", MPT_13B, "MPT 13B", _mpt(2048, 4, 16, full, True), 8, 1668),
+            ("a100-40gb", MPT_13B, "MPT 13B", _mpt(2048, 10, 1, full, True), 16, 1993),
+            ("a100-40gb", MPT_30B, "MPT 30B", _mpt(2048, 4, 1, full, True), 32, 857),
+        )
+    ]  # fmt: skip
+
+
 def _kempner() -> Iterator[Row]:
     """[10] KempnerForge's benchmarks/mfu_scaling: 4 H200s a node; its network is "NDR 400 Gbit/s", here one per GPU."""
     for gpus, per_micro_batch, published in ((1, 2, 10_471), (2, 2, 18_728 / 2), (4, 4, 38_983 / 4)):

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from benchmarks.published import LLAMA_2_7B, LLAMA_8B, MPT_7B, Row, beyond, rows
+from benchmarks.published import LLAMA_2_7B, LLAMA_8B, MPT_7B, Row, beyond, blind, rows
 from training import scaling
 from training.memory import ModelShape
 from training.scaling import GPUS, Cluster, Workload, estimate_step
@@ -32,7 +32,9 @@ def compare(context: typer.Context) -> None:
     """Print the tables, and draw the figure."""
     if context.invoked_subcommand:
         return
-    print(f"{table(rows())}\n\n{summary(rows())}\n\n{table(beyond())}\n")
+    for published in (rows(), blind()):
+        print(f"{table(published)}\n\n{summary(published)}\n")
+    print(f"{table(beyond())}\n")
     print("refitted: " + ", ".join(f"{name} {value:.4f}" for name, value in fit(rows()).items()))
     draw(FIGURE)
     print(f"drawn: {FIGURE}")
@@ -45,9 +47,7 @@ def measure(folder: Path, sizes: str = "small,long-vocabulary", rounds: int = 9)
     from benchmarks.scaling_here import predict
 
     for size in sizes.split(","):
-        found = predict(folder, size, rounds)
-        print(f"{size}: " + ", ".join(f"{name} {value:.3f} s" for name, value in found.items()))
-        print(f"{size}: off by {found['predicted'] / found['FSDP2 on two'] - 1:+.1%}\n")
+        predict(folder, size, rounds)
 
 
 def table(published: list[Row]) -> str:

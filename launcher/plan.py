@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
@@ -21,16 +22,17 @@ from launcher.stages import STAGES, Run, is_finished
 from launcher.start import accelerate_config, backend_environment, local_processes
 from tokenizer_ext.given import count_entries
 from training.config import TrainingConfig
+from training.flops import experts
 from training.memory import ZERO_STRATEGIES, MemorySetup, ModelShape, estimate_memory
 from training.mixture import describe, mixture
 
 GB = 1e9
 
 
-def read_shape(recipe: Recipe) -> ModelShape:
+def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
     """The base model's shape, from its configuration and the headers of its files; of a hub model too.
 
-    Raises `UserError` if the recipe's rows are longer than it has positions.
+    Raises `UserError` if the recipe's rows are longer than it has positions, or if it is not dense and must be.
     """
     name = recipe.models.base
     if is_local(name):
@@ -39,6 +41,8 @@ def read_shape(recipe: Recipe) -> ModelShape:
     else:
         config, parameters = _read_from_hub(name)
     recipe.training.check_positions(config)
+    if dense and experts(SimpleNamespace(**config)) > 1:
+        raise UserError(f"{name} has experts, and the model of speed knows dense models only; leave out --gpu.")
     return ModelShape.from_config(config, parameters, name)
 
 
@@ -80,7 +84,7 @@ def show_plan(recipe: Recipe, request: Request | None = None) -> None:
     run, config = Run(recipe), recipe.training
     if request:
         request.workload(config)  # what does not fit together is said before anything else
-    base = read_shape(recipe)
+    base = read_shape(recipe, dense=request is not None)
     shape = base.resized(extended_rows(recipe, base))
     console = Console(highlight=False)
     console.print(f"[bold]{recipe.name}[/]: {recipe.models.base} -> {run.merged}")

@@ -20,7 +20,7 @@ MEMORY_SHARE = 0.8  # of a GPU's nominal memory bandwidth that elementwise kerne
 START_LATENCY = 8.4e-6  # s for a collective; this and the two hops: NCCL's tuning.cc, ring, Simple protocol
 LINK_HOP = 3.4e-6  # s from GPU to GPU within a node
 NETWORK_HOP = 14.0e-6  # s from node to node
-STRAGGLER = 0.0256  # standard deviation of a GPU's step, as a share of it; fitted
+STRAGGLER = 0.0253  # standard deviation of a GPU's step, as a share of it; fitted
 RESERVE = 2e9  # bytes of a GPU that allocator and libraries take (see `estimate_memory`)
 GBIT_PER_GPU = 400.0  # network where none is named: one 400 Gbit/s adapter per GPU
 
@@ -47,10 +47,10 @@ class Gpu:
 
 
 # matmul_share and interference: fitted on two published runs each of A100 and H100 (docs/scaling.md); H200 is the chip
-# of H100. attention_share: FlashAttention-2 (Dao, 2023): 50-73 % on A100; 300-335 TFLOP/s, causal, on H100.
+# of H100. attention_share: FlashAttention-2 reaches 50-73 % on A100 (Dao, 2023) and 298-335 TFLOP/s, causal, on H100.
 # host_link: PCIe 4 and 5 of 16 lanes, 31 and 63 GB/s, four fifths of it.
-_AMPERE = Gpu("a100", PEAKS["A100"] * TERA, 0.802, 0.55, 80e9, 2.039e12, 300e9, 25e9, 0.562, fp8=False)
-_HOPPER = Gpu("h100", PEAKS["H100"] * TERA, 0.696, 0.33, 80e9, 3.35e12, 450e9, 50e9, 0.789, fp8=True)
+_AMPERE = Gpu("a100", PEAKS["A100"] * TERA, 0.8016, 0.55, 80e9, 2.039e12, 300e9, 25e9, 0.561, fp8=False)
+_HOPPER = Gpu("h100", PEAKS["H100"] * TERA, 0.6948, 0.33, 80e9, 3.35e12, 450e9, 50e9, 0.788, fp8=True)
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -402,12 +402,15 @@ def _overlap(
     reduced = layout.reduce(work.reduce_bytes * layer, everywhere)
     exposed = layout.gather(work.compute * vocabulary * shape.matrices).seconds
     exposed += layout.reduce(work.reduce_bytes * vocabulary, everywhere).seconds
-    contention = 0.0
+    taken = 0.0
+    if shape.matrices == 2:  # the embedding is gathered again in the backward pass, the head's gradient reduced early
+        again = layout.gather(work.compute * vocabulary) + layout.reduce(work.reduce_bytes * vocabulary, everywhere)
+        taken += again.moved
     for computing, traffic in ((forward, gathered), (backward, gathered + reduced)):
         outlasting, hidden = traffic.beside(computing.total)
         exposed += shape.layers * outlasting
-        contention += shape.layers * layout.cluster.gpu.interference * hidden * traffic.moved
-    return exposed, contention
+        taken += shape.layers * hidden * traffic.moved
+    return exposed, layout.cluster.gpu.interference * taken
 
 
 def memory_on(shape: ModelShape, work: Workload, cluster: Cluster, replicas: int = 1) -> MemoryEstimate:

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from core.errors import UserError
+from launcher.cli import main
 from launcher.plan import show_plan
 from launcher.plan_cluster import Request
 from launcher.recipe import load_recipe
-from tests.launcher.conftest import cpt_merge
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +122,20 @@ def test_contradictions_are_one_sentence_before_anything_else(
     assert capsys.readouterr().out == ""
 
 
-def test_the_command_takes_the_cluster_as_options(path: Path) -> None:
-    done = cpt_merge("plan", path, "--gpu", "h200", "--nodes", 2, "--gpus-per-node", 4, "--network", 400)
-    assert done.returncode == 0, done.stderr
-    assert "2 x 4 h200, 400 Gbit/s a node" in " ".join(done.stdout.split())
-    alone = cpt_merge("plan", path, "--nodes", 2)
-    assert alone.returncode == 2
-    assert "belong to --gpu NAME" in alone.stderr
+def test_a_model_with_experts_is_not_estimated(path: Path, tmp_path: Path) -> None:
+    config = json.loads((path.parent / "base" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 8}))
+    (tmp_path / "model.safetensors").symlink_to(path.parent / "base" / "model.safetensors")
+    with pytest.raises(UserError, match="has experts, and the model of speed knows dense models only"):
+        show_plan(load_recipe(path, [f"models.base={tmp_path}"]), Request("h100"))
+
+
+def test_the_command_takes_the_cluster_as_options(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gpu", "h200", "--nodes", "2", "--gpus-per-node", "4", "--network", "400"]
+    assert main(["plan", str(path), *options]) == 0
+    assert "2 x 4 h200, 400 Gbit/s a node" in " ".join(capsys.readouterr().out.split())
+
+
+def test_options_of_a_cluster_need_its_gpu(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(path), "--nodes", "2"]) == 2
+    assert "--storage belong to --gpu NAME; add it" in capsys.readouterr().err
