@@ -62,11 +62,11 @@ def trainer(
     (folder / "training-trainer.json").write_text(json.dumps(results, indent=1))
 
 
-class _Contender:
+class Contender:
     """The processes of one contender, which train when they are told to."""
 
     def __init__(self, name: str, case: Case) -> None:
-        context, port = multiprocessing.get_context("spawn"), _free_port()
+        context, port = multiprocessing.get_context("spawn"), free_port()
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(case.processes):
@@ -80,9 +80,13 @@ class _Contender:
 
     def interval(self) -> list[Interval]:
         """Train one interval; what each process found."""
+        self.start()
+        return self.wait()
+
+    def start(self) -> None:
+        """Begin an interval."""
         for connection in self.connections:
             connection.send(None)
-        return self.wait()
 
     def wait(self) -> list[Interval]:
         """The end of an interval. Raises EOFError if a process died."""
@@ -95,7 +99,8 @@ class _Contender:
             process.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -103,7 +108,7 @@ def _free_port() -> int:
 
 def _round(case: Case, number: int) -> Iterator[dict[str, list[Interval]]]:
     """Fresh processes of every contender; interval for interval, what each found. The order changes every time."""
-    contenders = {name: _Contender(name, case) for name in NAMES}
+    contenders = {name: Contender(name, case) for name in NAMES}
     for turn in range(case.intervals):
         shift = (number + turn) % len(NAMES)
         found = {name: contenders[name].interval() for name in NAMES[shift:] + NAMES[:shift]}
@@ -169,7 +174,7 @@ def checkpoint(folder: Path, rounds: int = 5, processes: str = "1,2", size: str 
     for count in map(int, processes.split(",")):
         case = Case(Inputs.of(folder, size), "fp32", count, LENGTH, count, 1, 1, 1)
         with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-            port = _free_port()
+            port = free_port()
             work = [pool.submit(_saves, case, rank, port, folder / "saves", rounds) for rank in range(count)]
             (nbytes, saves), *_ = (future.result() for future in work)
         kinds = {kind: [save for save in saves if save.synchronous == kind] for kind in (True, False)}

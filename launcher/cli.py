@@ -165,12 +165,35 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command(cls=RecipeCommand)
-def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """What would be done: stages, sizes, memory per rank, tokens per step. No model is loaded."""
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="estimate speed on a cluster of h100, a100, ...")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="--gpu: how many nodes, 1 if not set")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="--gpu: GPUs of a node, 8 if not set")] = None,
+    network: Annotated[
+        float | None, typer.Option(min=1, metavar="GBIT", help="--gpu: Gbit/s of a node, 400 per GPU if not set")
+    ] = None,
+    storage: Annotated[
+        float | None, typer.Option(min=0.01, metavar="GB", help="--gpu: GB/s that checkpoints are written with, or 5")
+    ] = None,
+) -> None:
+    """What would be done: stages, sizes, memory per rank, tokens per step. No model is loaded.
+
+    With --gpu for a cluster that is not here: tokens per second, days and GPU-hours, memory, checkpoints, under FSDP
+    and HSDP, on that many nodes and on 1, 2, 4, ...
+    """
     from launcher.plan import show_plan
+    from launcher.plan_cluster import Request
     from launcher.recipe import load_recipe
 
-    show_plan(load_recipe(recipe, overrides or []))
+    options = {"nodes": nodes, "gpus_per_node": gpus_per_node, "network": network, "storage": storage}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if given and gpu is None:
+        raise UserError("--nodes, --gpus-per-node, --network and --storage belong to --gpu NAME; add it.")
+    show_plan(load_recipe(recipe, overrides or []), Request(gpu, **given) if gpu else None)
 
 
 @app.command(cls=RecipeCommand)

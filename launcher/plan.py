@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
@@ -16,31 +17,44 @@ from core.errors import UserError
 from core.models import hub_errors, is_local, model_directory
 from core.sources import source_files
 from core.world import World
+from launcher.plan_cluster import Request, show_cluster
 from launcher.recipe import Recipe
 from launcher.stages import STAGES, Run, is_finished
 from launcher.start import accelerate_config, backend_environment, local_processes
 from tokenizer_ext.given import count_entries
 from training.config import TrainingConfig
+from training.flops import experts
 from training.memory import ZERO_STRATEGIES, MemorySetup, ModelShape, estimate_memory
 from training.mixture import describe, mixture
 
 GB = 1e9
 
 
-def read_shape(recipe: Recipe) -> ModelShape:
-    """The base model's shape, from its configuration and the headers of its files; of a hub model too."""
+def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
+    """The base model's shape, from its configuration and the headers of its files; of a hub model too.
+
+    Raises `UserError` if the recipe's rows are longer than it has positions, or if it is not dense and must be.
+    """
     name = recipe.models.base
     if is_local(name):
-        return shape_of(model_directory(name), name)
-    config, parameters = _read_from_hub(name)
+        checkpoint = Checkpoint.open(model_directory(name))
+        config, parameters = checkpoint.config, _parameters(checkpoint)
+    else:
+        config, parameters = _read_from_hub(name)
+    recipe.training.check_positions(config)
+    if dense and experts(SimpleNamespace(**config)) > 1:
+        raise UserError(f"{name} has experts, and the model of speed knows dense models only; leave out --gpu.")
     return ModelShape.from_config(config, parameters, name)
 
 
 def shape_of(directory: Path, name: str) -> ModelShape:
     """The shape of a model that is on this machine; `name` is what an error calls it."""
     checkpoint = Checkpoint.open(directory)
-    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    return ModelShape.from_config(checkpoint.config, parameters, name)
+    return ModelShape.from_config(checkpoint.config, _parameters(checkpoint), name)
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(info.shape) for info in checkpoint.tensors.values())
 
 
 def _read_from_hub(name: str) -> tuple[dict[str, Any], int]:
@@ -76,16 +90,13 @@ def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
     return MemorySetup.of(recipe.training, "fsdp2", processes, shards)
 
 
-def show_plan(recipe: Recipe) -> None:
-    """Print the plan."""
+def show_plan(recipe: Recipe, request: Request | None = None) -> None:
+    """Print the plan: with a request for a cluster that is not here, and without for the processes of this machine."""
     run, config = Run(recipe), recipe.training
-    base = read_shape(recipe)
+    if request:
+        request.workload(config)  # what does not fit together is said before anything else
+    base = read_shape(recipe, dense=request is not None)
     shape = base.resized(extended_rows(recipe, base))
-    processes = local_processes(recipe)
-    rows = config.micro_batch_rows
-    setup = memory_setup(recipe, processes)
-    memory = estimate_memory(shape, setup)
-    parts = ", ".join(f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items())
     console = Console(highlight=False)
     console.print(f"[bold]{recipe.name}[/]: {recipe.models.base} -> {run.merged}")
     _print_stages(console, run)
@@ -94,14 +105,32 @@ def show_plan(recipe: Recipe) -> None:
         ("base", f"{base.parameters / 1e6:,.1f} M parameters, {base.vocabulary:,} rows"),
         ("extended", f"{shape.parameters / 1e6:,.1f} M parameters, at most {shape.vocabulary:,} rows"),
         ("training", f"{config.steps:,} steps of {config.tokens_per_step:,} tokens"),
-        ("processes", f"{processes}, each {setup.micro_batches} micro-batches of {rows} rows a step"),
-        ("memory per rank", f"{memory.total / GB:,.2f} GB at once, of: {parts}"),
+        *([] if request else _here(recipe, shape)),
         ("disk", str(disk_needed(shape, config))),
-    ]  # fmt: skip
+    ]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for line in lines:
         table.add_row(*line)
     console.print(table)
+    if request:
+        if "ACCELERATE_USE_DEEPSPEED" in backend_environment(accelerate_config(recipe)):
+            console.print(
+                "the recipe's launch.accelerate_config asks for DeepSpeed; the estimate is of FSDP2 and HSDP."
+            )
+        show_cluster(console, shape, config, request)
+
+
+def _here(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
+    """What each process of this machine does and needs."""
+    processes = local_processes(recipe)
+    setup = memory_setup(recipe, processes)
+    memory = estimate_memory(shape, setup)
+    parts = ", ".join(f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items())
+    rows = recipe.training.micro_batch_rows
+    return [
+        ("processes", f"{processes}, each {setup.micro_batches} micro-batches of {rows} rows a step"),
+        ("memory per rank", f"{memory.total / GB:,.2f} GB at once, of: {parts}"),
+    ]
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_wandb_is_known_to_tracking_only() -> None:
             assert "wandb" not in imports(path), path
 
 
-@pytest.mark.parametrize("module", ["launcher.cli", "launcher.recipe", "merge.run", "checkpoint.reader"])
+@pytest.mark.parametrize("module", ["launcher.cli", "launcher.plan", "merge.run", "checkpoint.reader"])
 def test_the_command_line_and_the_file_merge_start_without_torch(module: str) -> None:
     code = (
         f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'wandb') if m in sys.modules])"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -165,6 +166,14 @@ class TrainingConfig(Section):
                 f"`phases` take {planned:,} of {self.tokens:,} tokens; leave out the last one's, it takes the rest"
             )
         return self
+
+    def check_positions(self, model: Mapping[str, Any]) -> None:
+        """Raises `UserError` if rows are longer than the positions of a model, given the values of its config.json."""
+        positions = model.get("max_position_embeddings") or self.sequence_length
+        if self.sequence_length > positions:
+            raise UserError(
+                f"training.sequence_length = {self.sequence_length} but the model has {positions} positions; lower it."
+            )
 
     def identity(self) -> dict[str, Any]:
         """The settings that the trained weights follow from. The others may change between two attempts of a run."""

@@ -83,7 +83,7 @@ def flops_per_token(config: Any, parameters: int, sequence_length: int, frozen: 
     whole row, without discount for causality, documents or sliding windows; recomputation is not counted.
     """
     config = config.get_text_config()
-    if _experts(config) > 1:
+    if experts(config) > 1:
         say("MFU is not reported: the model has experts, and the formula would count those that a token does not use.")
         return None
     if not getattr(config, "num_attention_heads", None):
@@ -96,7 +96,8 @@ def flops_per_token(config: Any, parameters: int, sequence_length: int, frozen: 
     return float(6 * (parameters - lookup) - 2 * frozen + attention)
 
 
-def _experts(config: Any) -> int:
+def experts(config: Any) -> int:
+    """Experts of a layer, by any of the names that configurations give their number; 0 for a dense model."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return max(int(getattr(config, name, None) or 0) for name in names)
 

@@ -200,9 +200,5 @@ def _base_rows(inputs: TrainingInputs, phases: list[Phase]) -> int:
 
 
 def _check_fit(config: TrainingConfig, model: Path, parallel: Parallel) -> None:
-    positions = Checkpoint.open(model).config.get("max_position_embeddings", config.sequence_length)
-    if config.sequence_length > positions:
-        raise UserError(
-            f"training.sequence_length = {config.sequence_length} but the model has {positions} positions; lower it."
-        )
+    config.check_positions(Checkpoint.open(model).config)
     config.check_processes(parallel.world.size)

@@ -1,0 +1,217 @@
+"""Published training speeds: set-ups as their sources give them, for `benchmarks.scaling`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from training.memory import ModelShape
+from training.scaling import Cluster, StepEstimate, Workload, estimate_step
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published run. `replicas` 1: FSDP; else HSDP."""
+
+    source: str
+    model: str
+    shape: ModelShape
+    work: Workload
+    gpu: str
+    gpus: int
+    published: float  # tokens per second and GPU
+    network: float | None = None  # Gbit/s of a node; None: not said, 400 for each GPU
+    gpus_per_node: int = 8
+    replicas: int = 1
+    note: str = ""
+    fitted: str = ""  # the constant that this run decides
+
+    @property
+    def cluster(self) -> Cluster:
+        """What it ran on."""
+        per_node = min(self.gpus, self.gpus_per_node)
+        return Cluster.of(self.gpu, self.gpus // per_node, per_node, self.network)
+
+    def estimate(self) -> StepEstimate:
+        """What the model says."""
+        return estimate_step(self.shape, self.work, self.cluster, self.replicas)
+
+    @property
+    def off(self) -> float:
+        """Estimated over published tokens per second, less 1."""
+        return self.estimate().tokens_per_second_per_device / self.published - 1
+
+    @property
+    def setting(self) -> str:
+        """What distinguishes the run."""
+        work = self.work
+        words = [f"{work.sequence_length}", f"{work.micro_batch_rows:g} x {work.micro_batches}"]
+        words += ["compiled"] if work.compile else []
+        words += ["fp8"] if work.fp8 else []
+        words += [f"{work.activation_checkpointing} AC"] if work.activation_checkpointing != "none" else []
+        return ", ".join([*words, *(["HSDP"] if self.replicas > 1 else []), *([self.note] if self.note else [])])
+
+
+def llama(vocabulary: int, width: int, layers: int, heads: int, key_value_heads: int, intermediate: int) -> ModelShape:
+    """A LLaMA with embedding and head of its own, its parameters counted."""
+    key_value = width // heads * key_value_heads
+    layer = width * (2 * width + 2 * key_value + 3 * intermediate + 2)
+    parameters = layers * layer + 2 * vocabulary * width + width
+    return ModelShape(parameters, vocabulary, width, layers, 2, intermediate, heads, width, key_value)
+
+
+def mpt(parameters: int, width: int, layers: int) -> ModelShape:
+    """An MPT of llm-foundry's yamls: tied, heads of 128. Its MLP of 4 h has no gate: 2 c i bytes are 3 c (2/3 i)."""
+    return ModelShape(parameters, 50_368, width, layers, 1, 8 * width // 3, width // 128, width, width)
+
+
+LLAMA_8B = llama(128_256, 4096, 32, 32, 8, 14_336)
+LLAMA_2_7B = llama(32_000, 4096, 32, 32, 32, 11_008)
+LLAMA_2_13B = llama(32_000, 5120, 40, 40, 40, 13_824)
+LLAMA_34B = llama(32_000, 8192, 48, 64, 8, 22_016)
+LLAMA_2_70B = llama(32_000, 8192, 80, 64, 8, 28_672)
+KEMPNER_13B = llama(128_256, 5120, 40, 40, 8, 17_920)
+MPT_3B = mpt(2_651_837_440, 2560, 32)
+MPT_7B = mpt(6_658_859_008, 4096, 32)
+MPT_13B = mpt(12_853_954_560, 5120, 40)
+MPT_30B = mpt(29_975_214_080, 7168, 48)
+MPT_70B = mpt(64_862_437_376, 8192, 80)
+
+
+def rows() -> list[Row]:
+    """All that the model can describe; in brackets the row of research/training.md, section 2, where it has one."""
+    return [*_torchtitan(), *_fms(), *_llm_foundry_hopper(), *_llm_foundry_ampere(), *_kempner(), *_others()]
+
+
+def _torchtitan() -> Iterator[Row]:
+    """[1-5] benchmarks/llama3_h100_202412_torchtitan.md and llama3-8b_h200_202506_trainy-whitefiber.md."""
+    eager = Workload(8192, 2, 1, activation_checkpointing="selective")
+    compiled = replace(eager, compile=True)
+    fp8 = replace(compiled, fp8=True)
+    for work, small, large in ((eager, 5762, 5605), (compiled, 6667, 6514), (fp8, 8532, 8380)):
+        for gpus, published in ((8, small), (128, large)):
+            fitted = "STRAGGLER" if work is compiled else ""
+            yield Row("torchtitan", "Llama 3.1 8B", LLAMA_8B, work, "h100-500w", gpus, published, 3200, fitted=fitted)
+    for gpus, published in ((32, 10_938), (64, 10_753)):
+        yield Row("torchtitan", "Llama 3.1 8B", LLAMA_8B, fp8, "h200", gpus, published, 3200)
+
+
+def _fms() -> Iterator[Row]:
+    """[6] The README of fms-fsdp, rows of 4,096; bf16 reduction. What is recomputed: from its HFU over MFU."""
+    for gpu, gpus, network, speeds in (
+        ("a100", 128, 400, (4550, 2150, 820, 410)), ("h100", 96, 800, (9600, 4850, 1830, 890)),
+    ):  # fmt: skip
+        for (name, shape, recompute, replicas), published in zip(
+            (
+                ("Llama 2 7B", LLAMA_2_7B, "none", gpus // 8), ("Llama 2 13B", LLAMA_2_13B, "selective", 1),
+                ("Llama 34B", LLAMA_34B, "full", 1), ("Llama 2 70B", LLAMA_2_70B, "full", 1),
+            ), speeds, strict=True,
+        ):  # fmt: skip
+            work = Workload(4096, 2, 1, activation_checkpointing=recompute, compile=True, reduce_bytes=2)
+            yield Row("fms-fsdp", name, shape, work, gpu, gpus, published, network, replicas=replicas)
+
+
+def _mpt(length: int, rows: int, micro_batches: int, recompute: str = "none", pure: bool = False) -> Workload:
+    """llm-foundry's: norms and activations are fused kernels, so it counts as compiled; PURE reduces in bf16."""
+    precision = "pure-bf16" if pure else "bf16"
+    return Workload(length, rows, micro_batches, precision, recompute, compile=True, reduce_bytes=2 if pure else 4)
+
+
+def _llm_foundry_hopper() -> Iterator[Row]:
+    """[7, 9] llm-foundry's scripts/train/benchmarking/README.md; the network of its H100s is not said."""
+    for shape, name, work, runs in (
+        (MPT_7B, "MPT 7B", _mpt(2048, 6, 1), ((8, 10_643), (128, 10_475), (256, 10_119), (512, 9670))),
+        (MPT_7B, "MPT 7B", _mpt(4096, 16, 2, "full"), ((8, 8611),)),
+        (MPT_7B, "MPT 7B", _mpt(8192, 8, 2, "full"), ((8, 6935),)),
+        (MPT_3B, "MPT 3B", _mpt(2048, 6, 3), ((32, 23_021), (64, 22_525))),
+        (MPT_13B, "MPT 13B", _mpt(2048, 2, 1), ((8, 4792), (16, 4767), (32, 4811), (64, 4800))),
+        (MPT_13B, "MPT 13B", _mpt(2048, 16, 1, "full"), ((128, 5080), (256, 4989), (512, 4952))),
+        (MPT_30B, "MPT 30B", _mpt(2048, 8, 1, "full"), ((128, 2199), (256, 2148), (512, 2115))),
+        (MPT_70B, "MPT 70B", _mpt(2048, 8, 1, "full"), ((128, 1058), (256, 1035), (512, 1007))),
+    ):  # fmt: skip
+        for gpus, published in runs:
+            fitted = {4792: "interference", 5080: "matmul_share"}.get(published, "")
+            yield Row("llm-foundry", name, shape, work, "h100", gpus, published, fitted=fitted)
+
+
+def _llm_foundry_ampere() -> Iterator[Row]:
+    """[8] The same page; nodes of 8 A100s with 1,600 Gbit/s."""
+    for gpu, shape, name, work, runs in (
+        ("a100", MPT_7B, "MPT 7B", _mpt(2048, 6, 2), ((8, 4641),)),
+        ("a100", MPT_7B, "MPT 7B", _mpt(4096, 16, 2, "full"), ((8, 3684),)),
+        ("a100", MPT_13B, "MPT 13B", _mpt(2048, 2, 3), ((8, 2262),)),
+        ("a100-40gb", MPT_7B, "MPT 7B", _mpt(2048, 18, 1, "full", True), ((32, 3725), (64, 3665), (128, 3623))),
+        ("a100-40gb", MPT_13B, "MPT 13B", _mpt(2048, 16, 1, "full", True), ((64, 1976), (128, 1972))),
+        ("a100-40gb", MPT_30B, "MPT 30B", _mpt(2048, 6, 1, "full", True), ((128, 865),)),
+        ("a100-40gb", MPT_70B, "MPT 70B", _mpt(2048, 4, 1, "full", True), ((128, 376),)),
+        ("a100-40gb", MPT_70B, "MPT 70B", _mpt(2048, 2, 1, "full", True), ((64, 276),)),
+    ):  # fmt: skip
+        for gpus, published in runs:
+            fitted = {2262: "interference", 1972: "matmul_share"}.get(published, "")
+            yield Row("llm-foundry", name, shape, work, gpu, gpus, published, 1600, fitted=fitted)
+
+
+def blind() -> list[Row]:
+    """More of llm-foundry's page: predicted once, when form and constants stood, and not looked at before."""
+    full = "full"
+    return [
+        Row("llm-foundry", name, shape, work, gpu, gpus, published, None if gpu == "h100" else 1600)
+        for gpu, shape, name, work, gpus, published in (
+            ("h100", MPT_3B, "MPT 3B", _mpt(2048, 10, 3), 16, 24_142),
+            ("h100", MPT_3B, "MPT 3B", _mpt(4096, 5, 6), 8, 20_964),
+            ("h100", MPT_3B, "MPT 3B", _mpt(8192, 3, 6), 8, 16_578),
+            ("h100", MPT_7B, "MPT 7B", _mpt(1024, 64, 2, full), 8, 10_203),
+            ("h100", MPT_13B, "MPT 13B", _mpt(1024, 40, 3, full), 8, 5502),
+            ("h100", MPT_13B, "MPT 13B", _mpt(4096, 10, 3, full), 8, 4717),
+            ("h100", MPT_30B, "MPT 30B", _mpt(1024, 6, 21, full), 8, 2084),
+            ("h100", MPT_30B, "MPT 30B", _mpt(2048, 3, 21, full), 8, 2002),
+            ("h100", MPT_30B, "MPT 30B", _mpt(4096, 1, 21, full), 8, 1802),
+            ("h100", MPT_30B, "MPT 30B", _mpt(8192, 1, 21, full), 8, 1384),
+            ("h100", MPT_30B, "MPT 30B", _mpt(2048, 10, 3, full), 16, 2263),
+            ("h100", MPT_30B, "MPT 30B", _mpt(2048, 14, 3, full), 32, 2308),
+            ("h100", MPT_70B, "MPT 70B", _mpt(2048, 2, 16, full), 32, 882),
+            ("h100", MPT_70B, "MPT 70B", _mpt(2048, 8, 4, full), 64, 1039),
+            ("a100", MPT_3B, "MPT 3B", _mpt(2048, 10, 2), 8, 10_811),
+            ("a100", MPT_3B, "MPT 3B", _mpt(4096, 5, 6), 8, 9457),
+            ("a100", MPT_7B, "MPT 7B", _mpt(1024, 64, 2, full), 8, 4357),
+            ("a100", MPT_7B, "MPT 7B", _mpt(8192, 8, 2, full), 8, 3206),
+            ("a100", MPT_13B, "MPT 13B", _mpt(4096, 10, 3, full), 8, 2060),
+            ("a100", MPT_30B, "MPT 30B", _mpt(2048, 3, 21, full), 8, 916),
+            ("a100", MPT_30B, "MPT 30B", _mpt(4096, 1, 21, full), 8, 814),
+            ("a100", MPT_70B, "MPT 70B", _mpt(2048, 2, 16, full, True), 32, 373),
+            ("a100", MPT_70B, "MPT 70B", _mpt(2048, 8, 4, full, True), 64, 410),
+            ("a100-40gb", MPT_13B, "MPT 13B", _mpt(2048, 4, 16, full, True), 8, 1668),
+            ("a100-40gb", MPT_13B, "MPT 13B", _mpt(2048, 10, 1, full, True), 16, 1993),
+            ("a100-40gb", MPT_30B, "MPT 30B", _mpt(2048, 4, 1, full, True), 32, 857),
+        )
+    ]  # fmt: skip
+
+
+def _kempner() -> Iterator[Row]:
+    """[10] KempnerForge's benchmarks/mfu_scaling: 4 H200s a node; its network is "NDR 400 Gbit/s", here one per GPU."""
+    for gpus, per_micro_batch, published in ((1, 2, 10_471), (2, 2, 18_728 / 2), (4, 4, 38_983 / 4)):
+        work = Workload(4096, per_micro_batch, 8 // per_micro_batch, activation_checkpointing="full", compile=True)
+        yield Row("KempnerForge", "Llama 3 8B", LLAMA_8B, work, "h200", gpus, published, gpus_per_node=4)
+    larger = Workload(4096, 4, 4, activation_checkpointing="full")
+    yield Row("KempnerForge", "Llama 3 13B", KEMPNER_13B, larger, "h200", 8, 35_405 / 8, gpus_per_node=4)
+
+
+def _others() -> Iterator[Row]:
+    """[11] Megatron-Bridge's performance summary (25.11); [13] accelerate's examples/torch_native_parallelism."""
+    megatron = Workload(8192, 1, 16, compile=True, fp8=True)
+    yield Row("Megatron-Bridge", "Llama 3 8B", LLAMA_8B, megatron, "h100", 8, 14_451, note="its kernels")
+    plain = Workload(8192, 1, 1, compile=True)
+    for work, published in ((plain, 8000), (replace(plain, fp8=True), 10_000)):
+        yield Row("accelerate", "Llama 3.1 8B", LLAMA_8B, work, "h100", 8, published, note="read off a figure")
+
+
+def beyond() -> list[Row]:
+    """What the model does not describe, or of which too little is known: for what it says all the same."""
+    guess = Workload(8192, 1, 8, activation_checkpointing="full")
+    smol = llama(128_256, 2048, 36, 16, 4, 11_008)
+    tied = replace(smol, parameters=smol.parameters - smol.vocabulary * smol.width, matrices=1)
+    tensor_parallel = Workload(4096, 1.5, 1, compile=True)
+    return [
+        Row("TAIDE [14]", "Llama 3 8B", LLAMA_8B, guess, "h100", 8, 5113, note="set-up not published: a guess"),
+        Row("SmolLM3 [16]", "SmolLM3 3B", tied, tensor_parallel, "h100", 384, 13_800, note="was tensor parallel"),
+    ]

@@ -1,0 +1,158 @@
+"""The model of training's speed on this machine: what one process reaches and gloo carries, and FSDP2 on two by it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from benchmarks.training import Contender, free_port
+from benchmarks.training_contenders import Case, Interval
+from benchmarks.training_inputs import Inputs
+from training.memory import ModelShape
+from training.scaling import (
+    LINK_SHARE,
+    MEMORY_SHARE,
+    START_LATENCY,
+    Cluster,
+    Gpu,
+    StepEstimate,
+    Workload,
+    estimate_step,
+)
+
+LENGTH, MICRO_BATCHES = 512, 2
+COPIED = 2**24
+SMALL, LARGE = 2**14, 2**21  # numbers in a collective, that latency and bandwidth follow from
+
+
+def predict(folder: Path, size: str, rounds: int) -> None:
+    """Print a step of FSDP2 on two processes, as it is and as it should be, by medians and by the fastest rounds.
+
+    It should be: computing as in two independent processes at a time, and communicating as gloo does. On a machine that
+    others use, the fastest rounds are the least disturbed ones.
+    """
+    shape, work = _shape(Inputs.of(folder, size).model), Workload(LENGTH, 1, MICRO_BATCHES, "fp32")
+    steps, (small, large), copies = _steps(folder, size, rounds), _links(), _copies()
+    for name, pick in (("median", median), ("fastest", min)):
+        seconds = {who: pick(values) for who, values in steps.items()}
+        estimate, words = _estimate(shape, work, seconds["two at a time"], pick(small), pick(large), pick(copies))
+        off = estimate.seconds / seconds["FSDP2 on two"] - 1
+        print(f"{size}, {name}: {words}")
+        print("  measured: " + ", ".join(f"{who} {1000 * value:.0f} ms" for who, value in seconds.items()))
+        print(f"  FSDP2 on two, predicted: {1000 * estimate.seconds:.0f} ms, off {off:+.0%}: {_parts(estimate)}")
+
+
+def _estimate(
+    shape: ModelShape, work: Workload, alone: float, small: float, large: float, copy: float
+) -> tuple[StepEstimate, str]:
+    """The prediction, and what it follows from in words: seconds of a step, of two collectives and of a copy."""
+    bandwidth = (LARGE - SMALL) * 4 / 2 / (large - small)
+    latency = small - SMALL * 4 / 2 / bandwidth
+    memory = 2 * 8 * COPIED / copy
+    processor = Gpu(
+        "cpu", 1e12, 1.0, 1.0, 0, memory / MEMORY_SHARE, bandwidth / LINK_SHARE, 1e9, interference=1.0, fp8=False,
+        hop=max(0.0, latency - START_LATENCY),
+    )  # fmt: skip
+    processor = _as_fast(processor, shape, work, alone)
+    words = (
+        f"{processor.peak / 1e9:.1f} GFLOP/s a process, memory {memory / 1e9:.1f} GB/s; "
+        f"gloo {bandwidth / 1e9:.2f} GB/s, {latency * 1e6:.0f} us"
+    )
+    return estimate_step(shape, work, Cluster(processor, 1, 2, 1.0)), words
+
+
+def _as_fast(processor: Gpu, shape: ModelShape, work: Workload, seconds: float) -> Gpu:
+    """With the FLOP/s at which a step of one process takes so long."""
+    found = estimate_step(shape, work, Cluster(processor, 1, 1, 1.0))
+    left = seconds - found.elementwise - found.optimizer
+    return replace(processor, peak=processor.peak * (found.matmul + found.attention) / left)
+
+
+def _parts(estimate: StepEstimate) -> str:
+    names = ("matmul", "attention", "elementwise", "copies", "optimizer", "exposed", "contention", "stragglers")
+    return ", ".join(f"{name} {1000 * getattr(estimate, name):.0f}" for name in names)
+
+
+def _shape(model: Path) -> ModelShape:
+    config = json.loads((model / "config.json").read_text())
+    shape = ModelShape.from_config(config, 0, str(model))
+    layer = shape.width * (2 * shape.query + 2 * shape.key_value + 3 * shape.intermediate + 2)
+    return replace(shape, parameters=shape.layers * layer + shape.vocabulary_parameters + shape.width)
+
+
+def _steps(folder: Path, size: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step in each round, in which everybody trains an interval, in turn."""
+
+    def case(processes: int) -> Case:
+        return Case(Inputs.of(folder, size), "fp32", processes, LENGTH, MICRO_BATCHES * processes, 1, 2, rounds)
+
+    pair, sharded = [Contender("bare", case(1)) for _ in range(2)], Contender("bare", case(2))
+    alone = Contender("bare", case(1))
+    found: dict[str, list[float]] = {"alone": [], "two at a time": [], "FSDP2 on two": []}
+    for _ in range(rounds):
+        found["alone"].append(_seconds(alone.interval(), 2))
+        for contender in pair:
+            contender.start()
+        found["two at a time"].append(_seconds([contender.wait()[0] for contender in pair], 2))
+        found["FSDP2 on two"].append(_seconds(sharded.interval(), 2))
+    for contender in (*pair, sharded, alone):
+        contender.end()
+    return found
+
+
+def _seconds(intervals: list[Interval], steps: int) -> float:
+    """Of a step, less what the process waited for a CPU that others had."""
+    return max(each.wall - each.delay for each in intervals) / steps
+
+
+def _copies() -> list[float]:
+    """Seconds in which one process copies `COPIED` fp64 numbers."""
+    source, target = np.ones(COPIED), np.empty(COPIED)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _links() -> tuple[list[float], list[float]]:
+    """Seconds of an all-gather or reduce-scatter of two processes, of `SMALL` and of `LARGE` fp32 numbers."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    mine, theirs = context.Pipe()
+    processes = [context.Process(target=_collectives, args=(rank, port, theirs)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    small, large = mine.recv()
+    for process in processes:
+        process.join()
+    return small, large
+
+
+def _collectives(rank: int, port: int, connection: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found = []
+    for count in (SMALL, LARGE):
+        whole, part = torch.ones(count), torch.ones(count // 2)
+        times = []
+        for _ in range(15):
+            start = time.perf_counter()
+            dist.all_gather_single(whole, part)
+            dist.reduce_scatter_single(part, whole)
+            times.append((time.perf_counter() - start) / 2)
+        found.append(times)
+    if rank == 0:
+        connection.send(found)
+    dist.barrier()
+    dist.destroy_process_group()
