@@ -13,18 +13,18 @@
 #SBATCH --signal=USR1@300
 
 [[ $# -gt 0 ]] || { echo "usage: sbatch slurm/cpt_merge.sh RECIPE [section.key=value ...]" >&2; exit 2; }
-site=slurm/site.sh
+[[ -d slurm ]] || { echo "$PWD is not the repository's root; call sbatch there." >&2; exit 2; }
 # shellcheck source=slurm/site.example.sh
-if [[ -f $site ]]; then source "$site"; fi
+if [[ -f slurm/site.sh ]]; then source slurm/site.sh; fi
 set -euo pipefail
 
-read -ra run <<<"srun ${CPT_MERGE_SRUN:-}"
+read -ra run <<<"srun --overlap ${CPT_MERGE_SRUN:-}"
 read -ra cli <<<"${CPT_MERGE_PYTHON:-.venv/bin/python} -m launcher.cli"
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # those that are used: preflight may leave some out
+leave_out=()                                           # srun's option for the others
 cpus=$SLURM_CPUS_ON_NODE
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # of training, on each node
 unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK # srun would take them for options of its own
-
 export COLUMNS=120 # of the tables in the log
 
 # A port that nobody on this node uses; all processes meet there.
@@ -32,18 +32,25 @@ export MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
 while (: <"/dev/tcp/localhost/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 
 # One process, on the first node.
-once() { "${run[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$cpus" "${cli[@]}" "$@"; }
+once() { "${run[@]}" "${leave_out[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$cpus" "${cli[@]}" "$@"; }
 
-# So many processes on every node. Each writes its own log; the first one's is shown here as well.
+# So many processes on every node.
 each() {
-    local processes=$1 code=0
-    local share=$((cpus > processes ? cpus / processes : 1))
+    local processes=$1 count share
     shift
-    tail --pid=$$ --retry --follow=name --lines=+1 "$CPT_MERGE_ATTEMPT/$1-rank-0000-$first.log" 2>/dev/null &
-    local follower=$!
-    "${run[@]}" --ntasks-per-node="$processes" --ntasks=$((processes * SLURM_JOB_NUM_NODES)) --overcommit \
-        --cpus-per-task="$share" --export="ALL,OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share}" --kill-on-bad-exit=1 \
-        --open-mode=append --output="$CPT_MERGE_ATTEMPT/$1-rank-%4t-%N.log" "${cli[@]}" "$@" \
+    count=$(wc -w <<<"$nodes")
+    share=$((cpus > processes ? cpus / processes : 1))
+    "${run[@]}" "${leave_out[@]}" --nodes="$count" --ntasks=$((processes * count)) --ntasks-per-node="$processes" \
+        --overcommit --cpus-per-task="$share" --export="ALL,OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share}" "$@"
+}
+
+# A command by so many processes on every node. Each writes its own log; the first one's is shown here as well.
+stage() {
+    local processes=$1 log="$CPT_MERGE_ATTEMPT/$2-rank" code=0 follower
+    shift
+    tail --pid=$$ --retry --follow=name --lines=+1 "$log-0000-$(head -n 1 <<<"$nodes").log" 2>/dev/null &
+    follower=$!
+    each "$processes" --kill-on-bad-exit=1 --open-mode=append --output="$log-%4t-%N.log" "${cli[@]}" "$@" \
         2> >(tee -a "$CPT_MERGE_ATTEMPT/srun.log" >&2) || code=$?
     sleep 1 # for the last lines of the log
     kill $follower
@@ -51,14 +58,16 @@ each() {
 }
 
 pipeline() {
-    once tokenizer "$@" &&
+    preflight "$@" &&
+        once tokenizer "$@" &&
         once embeddings "$@" &&
-        each 1 data "$@" &&
-        each "$tasks" train "$@" &&
-        each 1 merge "$@" && # has nothing left to do where the post-training hook has merged
-        each "$tasks" evaluate "$@" &&
+        stage 1 data "$@" &&
+        stage "$tasks" train "$@" &&
+        stage 1 merge "$@" && # has nothing left to do where the post-training hook has merged
+        stage "$tasks" evaluate "$@" &&
         once report "$@"
 }
+source slurm/preflight.sh
 
 # A request to stop is for the processes: they save and end, and this shell waits for them.
 trap : TERM USR1

@@ -16,5 +16,8 @@
 # The network between the nodes, where the default one is the slow one.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
+# No look at every node before the work begins, where the site does that itself.
+# export CPT_MERGE_PREFLIGHT=no
+
 # Caches on a file system that compute nodes can write to.
 # export HF_HOME=/scratch/$USER/huggingface

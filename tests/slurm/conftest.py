@@ -43,6 +43,7 @@ def recipe_path(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = (inputs / "prompts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "prompts.jsonl").write_text("".join(prompts[::40]), encoding="utf-8")
     recipe.update(SETTINGS | {"name": "demo"})
+    recipe["corpus"]["heldout"] = 0.006
     recipe["evaluation"]["prompts"] = str(folder / "prompts.jsonl")
     path = folder / "demo.yaml"
     path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")

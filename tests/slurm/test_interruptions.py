@@ -24,7 +24,7 @@ SCRIPT = "slurm/cpt_merge.sh"
 def start(cluster: Cluster, recipe: Path, runs: Path, *options: str, nodes: str = "2") -> Job:
     log = runs.parent / "job.log"
     return submit(cluster, log, f"--nodes={nodes}", "--ntasks-per-node=2", "--signal=USR1@30", *options, SCRIPT, recipe,
-                  f"runs={runs}")  # fmt: skip
+                  f"runs={runs}", CPT_MERGE_PREFLIGHT="no")  # fmt: skip
 
 
 def rows(runs: Path) -> list[dict[str, float]]:
