@@ -128,7 +128,7 @@ def _judged(recipe: Recipe, found: list[Attempt], folder: Path, code: int | None
         alike += 1
     if verdict == "requeue" and alike >= ALIKE:
         ended["verdict"] = "given up"
-        ended["reason"] = f"{reason} The same for the {alike}th time, without progress; it is not tried again."
+        ended["reason"] = f"{reason} The same {alike} times in a row, without progress; it is not tried again."
     elif verdict == "requeue":
         ended["reason"] = f"{reason} {_how_far(now).capitalize()}; the next attempt goes on from there."
     return ended

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.slurm.cluster import ROOT, Cluster
+from tests.slurm.jobs import start
 
 INPUTS = ROOT / "runs" / "demo-inputs"
 SETTINGS = {
@@ -76,3 +77,13 @@ def cluster() -> Iterator[Cluster]:
     cluster = Cluster(3)
     yield cluster
     cluster.down()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, recipe_path: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs folder of a training on 2 x 2 that nothing happened to."""
+    runs = tmp_path_factory.mktemp("undisturbed") / "runs"
+    shutil.copytree(prepared, runs)
+    job = start(cluster, recipe_path, runs)
+    assert job.wait_for_end(300) == "COMPLETED", job.log
+    return runs

@@ -1,59 +1,19 @@
 """A training on two nodes of two tasks goes through every kind of interruption and ends with the weights of one that
-was left alone. What each costs is written to `interruptions.json` in pytest's folder, for the table of docs/slurm.md.
+was left alone. What each costs is written to /tmp/cpt-merge-slurm.json, for the table of docs/slurm.md.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Job, submit
+from tests.slurm.cluster import Cluster, Job
+from tests.slurm.jobs import chat_model, curve, record, resumed_at, rows, start, wait_for_step, weights
 
 pytestmark = pytest.mark.slurm
-
-SCRIPT = "slurm/cpt_merge.sh"
-
-
-def start(cluster: Cluster, recipe: Path, runs: Path, *options: str, nodes: str = "2") -> Job:
-    log = runs.parent / "job.log"
-    return submit(cluster, log, f"--nodes={nodes}", "--ntasks-per-node=2", "--signal=USR1@30", *options, SCRIPT, recipe,
-                  f"runs={runs}", CPT_MERGE_PREFLIGHT="no")  # fmt: skip
-
-
-def rows(runs: Path) -> list[dict[str, float]]:
-    """The training's log: a row per step, each with its time."""
-    path = runs / "demo" / "training" / "log" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [row for row in map(json.loads, lines[:-1]) if "train/loss" in row]  # the last may be half written
-
-
-def wait_for_step(job: Job, runs: Path, step: int) -> None:
-    job.wait(lambda: any(row["train/step"] >= step for row in rows(runs)), 150, f"step {step}")
-
-
-def weights(runs: Path) -> bytes:
-    return (runs / "demo" / "training" / "cpt" / "model.safetensors").read_bytes()
-
-
-def chat_model(runs: Path) -> bytes:
-    return (runs / "demo" / "merge" / "chat" / "model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster, recipe_path: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs folder of a training on 2 x 2 that nothing happened to."""
-    runs = tmp_path_factory.mktemp("undisturbed") / "runs"
-    shutil.copytree(prepared, runs)
-    job = start(cluster, recipe_path, runs)
-    assert job.wait_for_end(300) == "COMPLETED", job.log
-    return runs
 
 
 def killed_task(cluster: Cluster, job: Job) -> None:
@@ -119,19 +79,3 @@ def test_an_interrupted_job_ends_with_the_same_weights(
         "steps lost": max(reached - resumed, 0), "requeued after": requeued - before,
         "stepping after": rows(runs)[resumed]["time"] - before,
     })  # fmt: skip
-
-
-def curve(runs: Path) -> list[tuple[float, float]]:
-    """(step, loss): every step once, in order."""
-    return [(row["train/step"], row["train/loss"]) for row in rows(runs)]
-
-
-def resumed_at(job: Job, attempt: int = 1) -> int:
-    """The step that a restart of the job went on from."""
-    return int(re.findall(r"training: continues from step-(\d+)", job.log)[attempt - 1])
-
-
-def record(what: str, costs: dict[str, float]) -> None:
-    path = Path(os.environ.get("CPT_MERGE_SLURM_RESULTS", "/tmp/cpt-merge-slurm.json"))
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**found, what: {name: round(value, 1) for name, value in costs.items()}}, indent=1))

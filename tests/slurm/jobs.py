@@ -1,0 +1,65 @@
+"""Jobs of slurm/cpt_merge.sh, and what they leave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.slurm.cluster import Cluster, Job, submit
+
+SCRIPT = "slurm/cpt_merge.sh"
+
+
+def start(
+    cluster: Cluster, recipe: Path, runs: Path, *options: str, nodes: str = "2", more: Sequence[str] = (),
+    **environment: str,
+) -> Job:  # fmt: skip
+    """The pipeline by two tasks on each of some nodes. Its log lies beside `runs`."""
+    asked = [f"--nodes={nodes}", "--ntasks-per-node=2", "--signal=USR1@30", *options]
+    words = [*asked, SCRIPT, str(recipe), f"runs={runs}", *more]
+    return submit(cluster, runs.parent / "job.log", *words, CPT_MERGE_PREFLIGHT="no", **environment)
+
+
+def rows(runs: Path) -> list[dict[str, float]]:
+    """The training's log: a row per step, each with its time."""
+    path = runs / "demo" / "training" / "log" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [row for row in map(json.loads, lines[:-1]) if "train/loss" in row]  # the last may be half written
+
+
+def wait_for_step(job: Job, runs: Path, step: int) -> None:
+    job.wait(lambda: any(row["train/step"] >= step for row in rows(runs)), 150, f"step {step}")
+
+
+def weights(runs: Path) -> bytes:
+    return (runs / "demo" / "training" / "cpt" / "model.safetensors").read_bytes()
+
+
+def chat_model(runs: Path) -> bytes:
+    return (runs / "demo" / "merge" / "chat" / "model.safetensors").read_bytes()
+
+
+def curve(runs: Path) -> list[tuple[float, float]]:
+    """(step, loss): every step once, in order."""
+    return [(row["train/step"], row["train/loss"]) for row in rows(runs)]
+
+
+def resumed_at(job: Job, attempt: int = 1) -> int:
+    """The step that a restart of the job went on from."""
+    return int(re.findall(r"training: continues from step-(\d+)", job.log)[attempt - 1])
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """The sha256 of every file of a model."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def record(what: str, costs: dict[str, float]) -> None:
+    path = Path(os.environ.get("CPT_MERGE_SLURM_RESULTS", "/tmp/cpt-merge-slurm.json"))
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**found, what: {name: round(value, 1) for name, value in costs.items()}}, indent=1))

@@ -1,0 +1,74 @@
+"""From text to chat model by sbatch alone; the same bytes as on one machine; a merge by three nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import ROOT, Cluster, Job, submit
+from tests.slurm.jobs import SCRIPT, digest
+
+pytestmark = pytest.mark.slurm
+
+MODELS = ("embeddings/model", "training/cpt", "merge/chat")
+
+
+@pytest.fixture(scope="session")
+def one_machine(recipe_path: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on this machine, in as many processes: by torchrun."""
+    runs = tmp_path_factory.mktemp("one-machine") / "runs"
+    shutil.copytree(prepared, runs)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "-m", "training"]
+    subprocess.run(
+        [*command, str(recipe_path), f"runs={runs}"], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    return runs / "demo"
+
+
+@pytest.fixture(scope="session")
+def by_sbatch(cluster: Cluster, recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
+    """The run of one job, from nothing, over 2 nodes of 2 tasks."""
+    folder = tmp_path_factory.mktemp("by-sbatch")
+    runs = folder / "runs"
+    job = submit(cluster, folder / "job.log", "--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}")
+    assert job.wait_for_end(480) == "COMPLETED", job.log
+    return runs / "demo", job
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_models_are_those_of_one_machine(model: str, by_sbatch: tuple[Path, Job], one_machine: Path) -> None:
+    there, here = digest(by_sbatch[0] / model), digest(one_machine / model)
+    differing = {name for name in there | here if there.get(name) != here.get(name)}
+    assert differing <= {"README.md", "cpt_merge.json"}  # which name folders and times
+
+
+def test_all_of_the_pipeline_has_run_over_both_nodes(by_sbatch: tuple[Path, Job]) -> None:
+    run, job = by_sbatch
+    assert "FSDP2: 4 shards, 4 processes" in job.log
+    assert "preflight: 2 nodes" in job.log
+    assert "the pipeline is finished" in job.log
+    assert (run / "report.html").is_file()
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    assert results
+    logs = {path.name for path in (run / "slurm" / f"{job.id}-0").glob("train-rank-*.log")}
+    assert logs == {f"train-rank-{rank:04d}-node{rank // 2 + 1}.log" for rank in range(4)}
+    for stage in ("tokenizer", "embeddings", "data", "training", "merge", "evaluation"):
+        assert (run / stage / "stage.json").is_file()
+
+
+def test_a_merge_over_three_nodes_has_the_digest_of_one_process(
+    cluster: Cluster, one_machine: Path, inputs: Path, tmp_path: Path
+) -> None:
+    models = [f"--cpt={one_machine / 'training' / 'cpt'}", f"--base={inputs / 'base'}", f"--chat={inputs / 'chat'}"]
+    command = [sys.executable, "-m", "launcher.cli", "merge", *models]
+    subprocess.run([*command, f"--out={tmp_path / 'alone'}"], cwd=ROOT, check=True)
+    cluster.slurm("srun", "--nodes=3", "--ntasks-per-node=2", "--ntasks=6", *command, f"--out={tmp_path / 'nodes'}")
+    alone, nodes = digest(tmp_path / "alone"), digest(tmp_path / "nodes")
+    assert {name for name in alone | nodes if alone.get(name) != nodes.get(name)} <= {"README.md", "cpt_merge.json"}
+    assert alone["model.safetensors"] == nodes["model.safetensors"]

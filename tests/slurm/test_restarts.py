@@ -1,0 +1,154 @@
+"""Time limits, other numbers of nodes, a node lost while a checkpoint is written, crash loops, chains and arrays."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import ROOT, Cluster, Job, submit
+from tests.slurm.conftest import SETTINGS
+from tests.slurm.jobs import SCRIPT, chat_model, curve, record, resumed_at, rows, start, wait_for_step, weights
+
+pytestmark = pytest.mark.slurm
+
+LONG = f"training.tokens={3 * SETTINGS['training']['tokens']}"
+
+
+def test_a_time_limit_that_is_hit_twice_costs_nothing(
+    cluster: Cluster, recipe_path: Path, runs: Path, prepared: Path, tmp_path: Path
+) -> None:
+    undisturbed = tmp_path / "undisturbed" / "runs"
+    shutil.copytree(prepared, undisturbed)
+    alone = start(cluster, recipe_path, undisturbed, more=[LONG])
+    assert alone.wait_for_end(600) == "COMPLETED", alone.log
+    job = start(cluster, recipe_path, runs, "--time=2", more=[LONG])  # Slurm's smallest unit is a minute
+    assert job.wait_for_end(1200) == "COMPLETED", job.log
+    assert job.restarts >= 2
+    assert weights(runs) == weights(undisturbed)
+    assert chat_model(runs) == chat_model(undisturbed)
+    assert curve(runs) == curve(undisturbed)
+    record("time limit", {"restarts": job.restarts, "steps lost": 0})
+
+
+def test_restarts_on_fewer_and_on_more_nodes_keep_the_order_of_samples(
+    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+) -> None:
+    job = start(cluster, recipe_path, runs, nodes="2-3")
+    job.wait_for_log("6 shards, 6 processes", 120)
+    wait_for_step(job, runs, 12)
+    cluster.crash("node3")
+    job.wait_for_log("4 shards, 4 processes", 200)
+    wait_for_step(job, runs, resumed_at(job, 1) + 4)
+    cluster.boot("node3")
+    cluster.slurm("scontrol", "requeue", job.id)
+    job.wait_for_log("6 shards, 6 processes", 200, times=2)
+    assert job.wait_for_end(400) == "COMPLETED", job.log
+    steps, losses = zip(*curve(runs), strict=True)
+    assert steps == tuple(range(1, len(steps) + 1))
+    # the same samples in the same order: the sums differ in the last digits only, as they are added in another order
+    assert losses == pytest.approx([loss for _, loss in curve(undisturbed)], rel=2e-4)
+
+
+def test_a_node_that_is_lost_while_a_checkpoint_is_written(
+    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+) -> None:
+    job = start(cluster, recipe_path, runs)
+    checkpoints = runs / "demo" / "training" / "checkpoints"
+    for attempt in itertools.count(1):
+        wait_for_step(job, runs, 10)
+        _wait_for_unfinished(job, checkpoints)
+        cluster.crash("node2")
+        hit = list(checkpoints.glob("step-*.tmp"))
+        time.sleep(1)
+        cluster.boot("node2")
+        job.wait_for_log(f"attempt {attempt + 1} on", 200)
+        if hit:
+            break
+        assert attempt < 3, "no checkpoint was being written when the node was lost"
+    assert job.wait_for_end(400) == "COMPLETED", job.log
+    assert weights(runs) == weights(undisturbed)
+    assert curve(runs) == curve(undisturbed)
+
+
+def _wait_for_unfinished(job: Job, checkpoints: Path) -> None:
+    end = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*.tmp")):
+        assert time.monotonic() < end, job.log
+        time.sleep(0.002)
+
+
+def test_the_same_failure_three_times_ends_the_requeueing_and_says_why(
+    cluster: Cluster, recipe_path: Path, runs: Path, tmp_path: Path
+) -> None:
+    """A rank that is killed each time, as one that runs out of memory is."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        '[[ "$*" == *"cli train"* && $SLURM_PROCID == 3 ]] && { echo "allocating more and more"; kill -9 $$; }\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    job = start(cluster, recipe_path, runs, CPT_MERGE_PYTHON=str(python))
+    assert job.wait_for_end(300) == "FAILED", job.log
+    assert job.restarts == 2
+    assert job.fields["ExitCode"] == "2:0"
+    assert "first on rank 3 on node2: it was ended from outside (Killed)" in job.log
+    assert "The same 3 times in a row, without progress; it is not tried again." in job.log
+    assert "3: allocating more and more" in job.log  # the log of the rank that failed first, repeated
+
+
+def test_a_chain_for_sites_where_jobs_may_not_requeue_themselves(
+    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+) -> None:
+    options = ["--no-requeue", f"--output={runs.parent}/job-%j.log", "--signal=USR1@30"]
+    words = [sys.executable, "-m", "launcher.cli", "submit", recipe_path, f"runs={runs}", "--nodes=2",
+             "--tasks-per-node=2", "--chain=3", *(f"--sbatch={option}" for option in options)]  # fmt: skip
+    printed = cluster.slurm(*map(str, words), CPT_MERGE_PREFLIGHT="no")
+    first, second, third = (Job(cluster, id, runs.parent / f"job-{id}.log") for id in printed.split())
+    wait_for_step(first, runs, 12)
+    cluster.slurm("scancel", "--signal=TERM", first.id)
+    assert first.wait_for_end(60) == "FAILED"
+    assert "may not requeue itself" in first.log
+    assert second.wait_for_end(300) == "COMPLETED", second.log
+    assert third.wait_for_end(30) == "CANCELLED"  # there is nothing left to do
+    assert weights(runs) == weights(undisturbed)
+
+
+def test_an_array_whose_tasks_follow_one_another(
+    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+) -> None:
+    log = runs.parent / "job-%a.log"
+    job = submit(
+        cluster, log, "--array=1-3%1", "--no-requeue", "--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path,
+        f"runs={runs}", CPT_MERGE_PREFLIGHT="no",
+    )  # fmt: skip
+    tasks = [Job(cluster, f"{job.id}_{number}", runs.parent / f"job-{number}.log") for number in (1, 2, 3)]
+    wait_for_step(tasks[0], runs, 12)
+    cluster.slurm("scancel", "--signal=TERM", tasks[0].id)
+    assert tasks[1].wait_for_end(300) == "COMPLETED", tasks[1].log
+    assert tasks[2].wait_for_end(90) == "COMPLETED"
+    assert tasks[2].log.count("finished already") == 6
+    assert weights(runs) == weights(undisturbed)
+
+
+def test_status_says_how_far_it_is(cluster: Cluster, recipe_path: Path, runs: Path) -> None:
+    job = start(cluster, recipe_path, runs, "--time=30")
+    wait_for_step(job, runs, 9)
+    words = [sys.executable, "-m", "launcher.cli", "status", str(recipe_path), f"runs={runs}"]
+    shown = re.sub(r"\s+", " ", cluster.slurm(*words))
+    assert re.search(rf"job {job.id}, running on node\[1-2\], (29|28|27):\d\d left of its time", shown), shown
+    assert "stage training" in shown
+    assert re.search(r"step \d+ of 48, loss [\d.]+, [\d,]+ tokens/s, \d+ s left", shown), shown
+    assert re.search(r"newest checkpoint \S+step-000000(08|16|24|32)", shown), shown
+    cluster.slurm("scancel", job.id)
+    assert job.wait_for_end(90) == "CANCELLED"
+    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert job.restarts == 0  # a cancelled job stays cancelled
+    assert rows(runs)
