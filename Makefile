@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all check docs clean
+.PHONY: demo test test-all test-slurm check docs clean
 
 demo: $(VENV)/done  ## the whole method in miniature, on real text
 	$(BIN)/python -m recipes.demo.prepare --out runs/demo-inputs
@@ -17,10 +17,14 @@ test: $(VENV)/done  ## the tests
 test-all: $(VENV)/done  ## the slow ones too
 	$(BIN)/python -m pytest -m "not slurm"
 
+test-slurm: $(VENV)/done  ## on a throw-away Slurm cluster, which it installs (Debian's packages) and starts; as root
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
 check: $(VENV)/done  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources slurm/*.sh
 
 docs: $(VENV)/done  ## docs that are generated from the code
 	$(BIN)/python -m launcher.reference > docs/recipe.md
