@@ -9,9 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from core.artifact import read_record
 from core.errors import UserError
 from launcher.attempts import attempts
@@ -25,10 +22,10 @@ def show_status(recipe: Recipe) -> None:
     run = recipe.directory
     if not run.is_dir():
         raise UserError(f"{run} does not exist: this recipe has not been started (cpt-merge submit {recipe.name}).")
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, text in [*_job(run), *_stage(run), *_training(recipe), *_links(run)]:
-        table.add_row(name, text)
-    Console(highlight=False).print(table)
+    lines = [*_job(run), *_stage(run), *_training(recipe), *_links(run)]
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        print(f"{name:{width}}  {text}")  # whole paths, to be copied
 
 
 def _job(run: Path) -> list[tuple[str, str]]:

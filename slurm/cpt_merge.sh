@@ -53,7 +53,7 @@ stage() {
     each "$processes" --kill-on-bad-exit=1 --open-mode=append --output="$log-%4t-%N.log" "${cli[@]}" "$@" \
         2> >(tee -a "$CPT_MERGE_ATTEMPT/srun.log" >&2) || code=$?
     sleep 1 # for the last lines of the log
-    kill $follower
+    kill $follower 2>/dev/null || true
     return $code
 }
 

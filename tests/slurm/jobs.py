@@ -15,11 +15,11 @@ SCRIPT = "slurm/cpt_merge.sh"
 
 
 def start(
-    cluster: Cluster, recipe: Path, runs: Path, *options: str, nodes: str = "2", more: Sequence[str] = (),
-    **environment: str,
+    cluster: Cluster, recipe: Path, runs: Path, *options: str, nodes: str = "2", two: str = "ntasks-per-node",
+    more: Sequence[str] = (), **environment: str,
 ) -> Job:  # fmt: skip
     """The pipeline by two tasks on each of some nodes. Its log lies beside `runs`."""
-    asked = [f"--nodes={nodes}", "--ntasks-per-node=2", "--signal=USR1@30", *options]
+    asked = [f"--nodes={nodes}", f"--{two}=2", "--signal=USR1@30", *options]
     words = [*asked, SCRIPT, str(recipe), f"runs={runs}", *more]
     return submit(cluster, runs.parent / "job.log", *words, CPT_MERGE_PREFLIGHT="no", **environment)
 

@@ -40,7 +40,8 @@ def test_a_time_limit_that_is_hit_twice_costs_nothing(
 def test_restarts_on_fewer_and_on_more_nodes_keep_the_order_of_samples(
     cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
 ) -> None:
-    job = start(cluster, recipe_path, runs, nodes="2-3")
+    # two (pretend) GPUs, so two tasks: with --ntasks-per-node Slurm keeps the number of tasks, and waits for the node
+    job = start(cluster, recipe_path, runs, nodes="2-3", two="gpus-per-node")
     job.wait_for_log("6 shards, 6 processes", 120)
     wait_for_step(job, runs, 12)
     cluster.crash("node3")
@@ -131,7 +132,7 @@ def test_an_array_whose_tasks_follow_one_another(
     )  # fmt: skip
     tasks = [Job(cluster, f"{job.id}_{number}", runs.parent / f"job-{number}.log") for number in (1, 2, 3)]
     wait_for_step(tasks[0], runs, 12)
-    cluster.slurm("scancel", "--signal=TERM", tasks[0].id)
+    cluster.slurm("scancel", "--signal=TERM", tasks[0].fields["JobId"])
     assert tasks[1].wait_for_end(300) == "COMPLETED", tasks[1].log
     assert tasks[2].wait_for_end(90) == "COMPLETED"
     assert tasks[2].log.count("finished already") == 6
