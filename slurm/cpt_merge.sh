@@ -46,9 +46,11 @@ each() {
 
 # A command by so many processes on every node. Each writes its own log; the first one's is shown here as well.
 stage() {
-    local processes=$1 log="$CPT_MERGE_ATTEMPT/$2-rank" code=0 follower
+    local processes=$1 log="$CPT_MERGE_ATTEMPT/$2-rank" code=0 first follower
     shift
-    tail --pid=$$ --retry --follow=name --lines=+1 "$log-0000-$(head -n 1 <<<"$nodes").log" 2>/dev/null &
+    first=$log-0000-$(head -n 1 <<<"$nodes").log
+    touch "$first" # tail looks for a missing file too seldom for a short stage
+    tail --pid=$$ --follow=name --sleep-interval=0.3 --lines=+1 "$first" 2>/dev/null &
     follower=$!
     each "$processes" --kill-on-bad-exit=1 --open-mode=append --output="$log-%4t-%N.log" "${cli[@]}" "$@" \
         2> >(tee -a "$CPT_MERGE_ATTEMPT/srun.log" >&2) || code=$?
