@@ -269,4 +269,6 @@ def _read(path: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); remove {path.parent}: it only tells of one start.") from None
     return values

@@ -71,18 +71,24 @@ pipeline() {
 }
 source slurm/preflight.sh
 
+# Back into the queue, where jobs may go there.
+requeue() {
+    scontrol requeue "$SLURM_JOB_ID" || echo "job $SLURM_JOB_ID may not requeue itself; submit it again" >&2
+    exit 75
+}
+
+# After a command that must not fail: a signal that came in just then is a request to stop like any other.
+requeue_or_exit() { case $1 in 75 | 138 | 143) requeue ;; *) exit "$1" ;; esac; }
+
 # A request to stop is for the processes: they save and end, and this shell waits for them.
 trap : TERM USR1
-CPT_MERGE_ATTEMPT=$(once job begin "$@")
+CPT_MERGE_ATTEMPT=$(once job begin "$@") || requeue_or_exit $?
 export CPT_MERGE_ATTEMPT CPT_MERGE_BATCH=$SLURMD_NODENAME:$$
 code=0
 pipeline "$@" || code=$?
-verdict=$(once job end "$@" --attempt "$CPT_MERGE_ATTEMPT" --code "$code")
+verdict=$(once job end "$@" --attempt "$CPT_MERGE_ATTEMPT" --code "$code") || requeue_or_exit $?
 case $verdict in
     finished) exit 0 ;;
-    requeue)
-        scontrol requeue "$SLURM_JOB_ID" || echo "job $SLURM_JOB_ID may not requeue itself; submit it again" >&2
-        exit 75
-        ;;
+    requeue) requeue ;;
     *) exit 2 ;;
 esac

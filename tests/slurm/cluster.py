@@ -14,15 +14,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("mini-slurm")
-KILL_WAIT = 30  # seconds between SIGTERM and SIGKILL: Slurm's default (mini-slurm's own is 5)
+CONFIGURATION = """
+KillWait=30
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=scavenger Nodes=ALL PriorityTier=0 GraceTime=20 State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
+"""  # KillWait is Slurm's default (mini-slurm's own is 5)
 
 
 class Cluster:
     """N nodes. Everything that it started is gone after `down`."""
 
-    def __init__(self, nodes: int, extra: str = "") -> None:
+    def __init__(self, nodes: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="cms-", dir="/tmp"))  # sockets want a short path
-        (self.folder / "extra.conf").write_text(f"KillWait={KILL_WAIT}\n{extra}")
+        (self.folder / "extra.conf").write_text(CONFIGURATION)
         self.environment = {
             **os.environ, "MINI_SLURM_DIR": str(self.folder / "s"), "MINI_SLURM_EXTRA": str(self.folder / "extra.conf"),
             "MINI_SLURM_SUBNET": "10.98.78", "OMP_NUM_THREADS": "1",  # six processes share this machine's cores

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.slurm.cluster import ROOT, Cluster
-from tests.slurm.jobs import start
+from tests.slurm.cluster import ROOT, Cluster, Job, submit
+from tests.slurm.jobs import SCRIPT, start
 
 INPUTS = ROOT / "runs" / "demo-inputs"
 SETTINGS = {
@@ -87,3 +87,13 @@ def undisturbed(cluster: Cluster, recipe_path: Path, prepared: Path, tmp_path_fa
     job = start(cluster, recipe_path, runs)
     assert job.wait_for_end(300) == "COMPLETED", job.log
     return runs
+
+
+@pytest.fixture(scope="session")
+def by_sbatch(cluster: Cluster, recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
+    """The run of one job, from nothing, over 2 nodes of 2 tasks."""
+    folder = tmp_path_factory.mktemp("by-sbatch")
+    runs = folder / "runs"
+    job = submit(cluster, folder / "job.log", "--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}")
+    assert job.wait_for_end(480) == "COMPLETED", job.log
+    return runs / "demo", job

@@ -12,16 +12,17 @@ from pathlib import Path
 from tests.slurm.cluster import Cluster, Job, submit
 
 SCRIPT = "slurm/cpt_merge.sh"
+MODELS = ("embeddings/model", "training/cpt", "merge/chat")  # of a run
 
 
 def start(
     cluster: Cluster, recipe: Path, runs: Path, *options: str, nodes: str = "2", two: str = "ntasks-per-node",
-    more: Sequence[str] = (), **environment: str,
+    more: Sequence[str] = (), preflight: str = "no", **environment: str,
 ) -> Job:  # fmt: skip
     """The pipeline by two tasks on each of some nodes. Its log lies beside `runs`."""
     asked = [f"--nodes={nodes}", f"--{two}=2", "--signal=USR1@30", *options]
     words = [*asked, SCRIPT, str(recipe), f"runs={runs}", *more]
-    return submit(cluster, runs.parent / "job.log", *words, CPT_MERGE_PREFLIGHT="no", **environment)
+    return submit(cluster, runs.parent / "job.log", *words, CPT_MERGE_PREFLIGHT=preflight, **environment)
 
 
 def rows(runs: Path) -> list[dict[str, float]]:
@@ -53,8 +54,15 @@ def resumed_at(job: Job, attempt: int = 1) -> int:
     return int(re.findall(r"training: continues from step-(\d+)", job.log)[attempt - 1])
 
 
-def digest(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of a model."""
+def differing(one: Path, other: Path) -> set[str]:
+    """The files of two models that are not the same, but for those that name folders and times."""
+    assert (one / "model.safetensors").is_file()
+    ours, theirs = _digests(one), _digests(other)
+    names = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+    return names - {"README.md", "cpt_merge.json"}
+
+
+def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

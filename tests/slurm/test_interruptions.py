@@ -41,6 +41,11 @@ def warned(cluster: Cluster, job: Job) -> None:
     cluster.slurm("scancel", "--signal=USR1", job.id)
 
 
+def preempted(cluster: Cluster, job: Job) -> None:
+    """A job of a partition that goes before takes the nodes: SIGTERM, the partition's GraceTime, the requeue."""
+    cluster.slurm("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+
+
 def crashed_node(cluster: Cluster, job: Job) -> None:
     """The second node is gone at once, and comes back."""
     cluster.crash("node2")
@@ -56,7 +61,7 @@ def crashed_first_node(cluster: Cluster, job: Job) -> None:
 
 
 INTERRUPTIONS: list[Callable[[Cluster, Job], None]] = [
-    signalled, warned, requeued_by_hand, killed_task, killed_batch_script, crashed_node, crashed_first_node,
+    signalled, warned, requeued_by_hand, preempted, killed_task, killed_batch_script, crashed_node, crashed_first_node,
 ]  # fmt: skip
 
 
@@ -64,7 +69,7 @@ INTERRUPTIONS: list[Callable[[Cluster, Job], None]] = [
 def test_an_interrupted_job_ends_with_the_same_weights(
     interrupt: Callable[[Cluster, Job], None], cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
 ) -> None:
-    job = start(cluster, recipe_path, runs)
+    job = start(cluster, recipe_path, runs, "--partition=scavenger")
     wait_for_step(job, runs, 20)
     reached, before = rows(runs)[-1]["train/step"], time.time()
     interrupt(cluster, job)

@@ -1,0 +1,60 @@
+"""The stages before and after training: each is stopped once in its midst. And a node that preflight finds bad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, submit
+from tests.slurm.jobs import MODELS, SCRIPT, differing, start, weights
+
+pytestmark = pytest.mark.slurm
+
+STOPPED = ("tokenizer", "data", "evaluation")  # the others take a second or two
+
+
+def test_a_signal_in_any_stage_costs_that_stage_at_most(
+    cluster: Cluster, recipe_path: Path, tmp_path: Path, by_sbatch: tuple[Path, object]
+) -> None:
+    runs = tmp_path / "runs"
+    words = ["--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}"]
+    job = submit(cluster, tmp_path / "job.log", *words, CPT_MERGE_PREFLIGHT="no")
+    for count, stage in enumerate(STOPPED, 1):
+        begun, done = runs / "demo" / stage / "log" / "run.json", runs / "demo" / stage / "stage.json"
+        job.wait(begun.is_file, 200, f"the {stage} stage")
+        assert not done.exists()
+        cluster.slurm("scancel", "--signal=TERM", job.id)
+        job.wait(lambda count=count: job.restarts == count, 60, "the requeue")
+        assert not done.exists()
+    assert job.wait_for_end(300) == "COMPLETED", job.log
+    for model in MODELS:
+        assert not differing(by_sbatch[0] / model, runs / "demo" / model)
+
+
+def test_a_bad_node_is_named_and_left_out_where_allowed(
+    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+) -> None:
+    """The first node's disk for temporary files is nearly full; the batch script runs there, so it is the hardest."""
+    temporary = runs.parent / "tmp"
+    temporary.mkdir()
+    mounted = cluster.on("node1", "mount", "-t", "tmpfs", "-o", "size=100m", "none", str(temporary))
+    assert mounted.returncode == 0, mounted.stderr
+    environment = {"nodes": "3", "preflight": "yes", "TMPDIR": str(temporary)}
+    try:
+        refused = start(cluster, recipe_path, runs, **environment)
+        assert refused.wait_for_end(120) == "FAILED"
+        assert "BAD   node1: " in refused.log
+        assert "preflight: node1 cannot be used" in refused.log
+        assert refused.restarts == 0  # another start would say the same
+        assert refused.fields["ExitCode"] == "2:0"
+        refused.log_path.unlink()
+        job = start(cluster, recipe_path, runs, **environment, more=["launch.spare_nodes=1"])
+        assert job.wait_for_end(300) == "COMPLETED", job.log
+    finally:
+        cluster.on("node1", "umount", str(temporary))
+    assert "preflight: going on without node1 (launch.spare_nodes = 1)" in job.log
+    assert {path.name.split("-")[-1] for path in (runs / "demo" / "slurm").glob(f"{job.id}-0/train-*.log")} == {
+        "node2.log", "node3.log",
+    }  # fmt: skip
+    assert weights(runs) == weights(undisturbed)
