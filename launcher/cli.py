@@ -239,7 +239,9 @@ def submit(
     from launcher.submit import Submission
     from launcher.submit import submit as submit_jobs
 
-    load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [])
+    if tasks := tasks_per_node or gpus_per_node:
+        loaded.training.check_processes(nodes * tasks, " (--nodes x tasks on each)")
     asked = Submission(recipe, overrides or [], nodes, gpus_per_node, tasks_per_node, time, chain, sbatch or [])
     submit_jobs(asked, dry_run)
 
