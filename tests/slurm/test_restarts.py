@@ -140,6 +140,36 @@ def test_an_array_whose_tasks_follow_one_another(
     assert weights(runs) == weights(undisturbed)
 
 
+def test_a_second_job_of_a_run_does_not_disturb_the_first(
+    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+) -> None:
+    first = start(cluster, recipe_path, runs)
+    wait_for_step(first, runs, 12)
+    second = submit(
+        cluster, runs.parent / "second.log", "--nodes=1", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}",
+        CPT_MERGE_PREFLIGHT="no",
+    )  # fmt: skip
+    assert second.wait_for_end(60) == "FAILED"
+    assert f"is in use by job {first.id} on node[1-2] (running)" in second.log
+    cluster.slurm("scancel", "--signal=TERM", first.id)
+    assert first.wait_for_end(300) == "COMPLETED", first.log
+    assert first.restarts == 1
+    assert weights(runs) == weights(undisturbed)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.8, 1.6])
+def test_a_job_that_is_cancelled_at_its_very_start_stays_cancelled(
+    seconds: float, cluster: Cluster, recipe_path: Path, runs: Path
+) -> None:
+    job = start(cluster, recipe_path, runs)
+    job.wait(lambda: job.state == "RUNNING", 60, "its start")
+    time.sleep(seconds)
+    cluster.slurm("scancel", job.id)
+    assert job.wait_for_end(60) == "CANCELLED", job.log
+    time.sleep(8)  # five seconds after a requeue it would be back
+    assert (job.state, job.restarts) == ("CANCELLED", 0)
+
+
 def test_status_says_how_far_it_is(cluster: Cluster, recipe_path: Path, runs: Path) -> None:
     job = start(cluster, recipe_path, runs, "--time=30")
     wait_for_step(job, runs, 9)
