@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.text import Text
 from core.artifact import StageRecord, read_record, write_text
 from core.errors import UserError
 from core.progress import console, say
+from launcher.attempts import Attempt, attempts
 from launcher.stages import STAGES
 from tracking import Cell, StageLog, read_log
 from tracking.local import STEP
@@ -42,8 +44,22 @@ class StageView:
         """What the stage took, or the time from its start to the last row that it logged."""
         if self.record:
             return self.record.seconds
-        last = self.log.rows[-1]["time"] if self.log.rows else self.log.run["started"]
-        return max(float(last - self.log.run["started"]), 0.0)
+        return max(self.last_sign - self.started, 0.0)
+
+    @property
+    def started(self) -> float:
+        """When its last attempt started."""
+        return float(self.log.run.get("started", 0.0))
+
+    @property
+    def first_row(self) -> float:
+        """When the first of the rows that stand was logged: before `started` in a stage that was continued."""
+        return float(self.log.rows[0]["time"]) if self.log.rows else self.started
+
+    @property
+    def last_sign(self) -> float:
+        """When it last logged anything."""
+        return float(self.log.rows[-1]["time"]) if self.log.rows else self.started
 
     @property
     def results(self) -> dict[str, Any]:
@@ -60,6 +76,7 @@ class RunView:
 
     directory: Path
     stages: list[StageView]
+    attempts: list[Attempt] = field(default_factory=list)  # starts of the Slurm job
 
     @property
     def name(self) -> str:
@@ -80,7 +97,7 @@ def report(run: Path) -> None:
     from launcher.report_page import render_page
 
     page = run / PAGE
-    write_text(page, render_page(view, time.strftime("%Y-%m-%d %H:%M")))
+    write_text(page, render_page(view, time.time()))
     say(f"report: {page}")
 
 
@@ -94,7 +111,7 @@ def read_run(run: Path) -> RunView:
         known = sorted(path.name for path in run.parent.glob("*") if any(path.glob("*/log/run.json")))
         there = f"; runs there: {', '.join(known)}" if known else ""
         raise UserError(f"{run} holds no stage of a run; give a run's folder, such as runs/demo{there}.")
-    return RunView(run, stages)
+    return RunView(run, stages, attempts(run))
 
 
 def latest(log: StageLog) -> dict[str, float]:
@@ -139,6 +156,8 @@ def number(value: object) -> str:
         return f"{value:,}"
     if not isinstance(value, float):
         return str(value)
+    if not math.isfinite(value):
+        return "not finite"
     if value.is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
