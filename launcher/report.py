@@ -160,7 +160,7 @@ def number(value: object) -> str:
         return "not finite"
     if value.is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

@@ -74,16 +74,16 @@ class Form:
 
 
 def draw_chart(title: str, lines: Sequence[Line], form: Form) -> str:
-    """An SVG element. Values that are not finite leave a gap; with none that is finite there is no chart."""
+    """An SVG element. Values that are not finite leave a gap and a mark; with none that is finite there is no chart."""
     lines = [Line(line.name, thin(line.points), line.colour, line.dashed) for line in lines]
     finite = [point for line in lines for point in line.points if math.isfinite(point[1])]
     if not finite:
         return ""
-    xs, ys = [x for x, _ in finite], [y for _, y in finite]
+    xs, ys = [x for line in lines for x, _ in line.points], [y for _, y in finite]
     x_axis = Axis(*_padded(min(xs), max(xs), 0.04 if form.categories else 0), LEFT, WIDTH - RIGHT)
     y_axis = y_axis_of(ys, form)
     form_y: Callable[[float], str] = percent if form.share else short
-    drawn = [_draw_line(line, x_axis, y_axis) for line in lines]
+    drawn = [_draw_line(line, x_axis, y_axis, not form.categories) for line in lines]
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by {escape(form.x_label)}">'
         f"{grid(y_axis, WIDTH - RIGHT, form_y)}{_x_ticks(x_axis, form)}{''.join(drawn)}"
@@ -180,7 +180,7 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _draw_line(line: Line, x_axis: Axis, y_axis: Axis) -> str:
+def _draw_line(line: Line, x_axis: Axis, y_axis: Axis, marked_gaps: bool) -> str:
     kind = f"{line.colour} dashed" if line.dashed else line.colour
     parts = []
     for stretch in _finite_stretches(line.points):
@@ -191,6 +191,9 @@ def _draw_line(line: Line, x_axis: Axis, y_axis: Axis) -> str:
                 f'<circle class="{line.colour}" cx="{x_axis.place(x):.1f}" cy="{y_axis.place(y):.1f}" r="3"/>'
                 for x, y in stretch
             ]
+    y = y_axis.start
+    odd = [x_axis.place(x) for x, value in line.points if marked_gaps and not math.isfinite(value)]
+    parts += [f'<line class="odd" x1="{x:.1f}" x2="{x:.1f}" y1="{y}" y2="{y - 7}"/>' for x in odd]
     return "".join(parts)
 
 

@@ -41,7 +41,7 @@ class Mark:
     """One stage in the strip at the top."""
 
     name: str
-    state: str  # finished, open, none
+    state: str  # finished, open, failed, none
     text: str
 
 
@@ -59,32 +59,43 @@ def scores_of(log: StageLog) -> dict[tuple[str, str, str], float]:
 def strip(view: RunView) -> list[Mark]:
     """Every stage, also those that have not begun."""
     there = {stage.name: stage for stage in view.stages}
-    return [_mark(stage.name, there.get(stage.name)) for stage in STAGES]
+    return [_mark(stage.name, there.get(stage.name), given_up(view)) for stage in STAGES]
 
 
-def _mark(name: str, stage: StageView | None) -> Mark:
+def _mark(name: str, stage: StageView | None, failed: bool) -> Mark:
     if stage is None:
         return Mark(name, "none", "not begun")
     if stage.record is None:
-        return Mark(name, "open", stage.state)
+        return Mark(name, "failed", "not finished") if failed else Mark(name, "open", stage.state)
     continued = stage.log.rows and stage.first_row < stage.started
     return Mark(name, "finished", duration(stage.seconds) + (" (last attempt)" if continued else ""))
 
 
-def verdict(view: RunView, now: float) -> tuple[str, str]:
-    """(finished, open or failed; what to say of it)."""
-    if view.attempts and view.attempts[-1].ended.get("verdict") == "given up":
-        return "failed", f"given up: {view.attempts[-1].ended['reason']}"
+@dataclass(frozen=True)
+class Verdict:
+    """How the run stands: finished, open or failed, in a few words and in a sentence."""
+
+    state: str
+    words: str
+    sentence: str = ""
+
+
+def verdict(view: RunView, now: float) -> Verdict:
+    """How the run stands at the time `now`."""
+    if given_up(view):
+        return Verdict("failed", "given up", view.attempts[-1].ended["reason"])
     unfinished = [stage for stage in view.stages if not stage.record]
     if unfinished:
-        ago = duration(max(now - unfinished[-1].last_sign, 0))
-        return (
-            "open",
-            f"{unfinished[-1].name} is {unfinished[-1].state}, its last sign {ago} before this page was written",
-        )
+        stage, ago = unfinished[-1], duration(max(now - unfinished[-1].last_sign, 0))
+        return Verdict("open", f"{stage.name} is {stage.state}, its last sign {ago} before this page was written")
     if len(view.stages) < len(STAGES):
-        return "open", f"finished up to {view.stages[-1].name}; the stages after it have not begun"
-    return "finished", f"all {len(STAGES)} stages are finished"
+        return Verdict("open", f"finished up to {view.stages[-1].name}; the stages after it have not begun")
+    return Verdict("finished", f"all {len(STAGES)} stages are finished")
+
+
+def given_up(view: RunView) -> bool:
+    """Whether the Slurm job was given up."""
+    return bool(view.attempts) and view.attempts[-1].ended.get("verdict") == "given up"
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ def progress(view: RunView) -> Progress | None:
     rate = statistics.median(row["train/tokens_per_second"] for row in rows[-10:])
     step = int(rows[-1][STEP])
     tokens = (steps - step) * config["sequence_length"] * config["batch_rows"]
-    return Progress(step, steps, duration(tokens / rate) if rate > 0 else "")
+    return Progress(step, steps, duration(tokens / rate) if rate > 0 and not given_up(view) else "")
 
 
 def planned_steps(log: StageLog) -> int | None:
@@ -148,17 +159,17 @@ def _evaluated(scores: Score) -> Iterator[Tile]:
         if not shown:
             continue
         last, longest = list(shown)[-1], 1.0 if chat else max(bits.values()) or 1.0
-        columns = ["replies"] * bool(chat) + ["bits per byte"] * bool(bits)
+        columns = ["good"] * bool(chat) + ["bits per byte"] * bool(bits)
         bars = [MiniBar(model, value / longest, _cells(model, chat, bits)) for model, value in shown.items()]
         if chat:
-            yield Tile(f"Good replies, {language}", f"{chat[last]:.0%}", f"of the {last} model's", [], columns, bars)
+            yield Tile(f"Good replies, {language}", _share(chat[last]), f"of the {last} model's", [], columns, bars)
         else:
             about = f"of the {last} model; lower is better"
             yield Tile(f"Bits per byte, {language}", f"{bits[last]:.2f}", about, [], columns, bars)
 
 
 def _cells(model: str, chat: Mapping[str, float], bits: Mapping[str, float]) -> list[str]:
-    shares = [f"{chat[model]:.0%}" if model in chat else "–"] if chat else []
+    shares = [_share(chat[model]) if model in chat else "–"] if chat else []
     return shares + ([f"{bits[model]:.2f}" if model in bits else "–"] if bits else [])
 
 
@@ -173,9 +184,8 @@ def _validated(log: StageLog) -> Iterator[Tile]:
         base = log.series(f"valid/{language}_base/bits_per_byte")
         notes = [f"base, with its own tokenizer: {base[-1][1]:.2f}"] if base else []
         notes.append(f"{points[0][1]:.2f} at step {points[0][0]:,.0f}")
-        yield Tile(
-            f"Held-out bits per byte, {language}", f"{points[-1][1]:.2f}", f"at step {points[-1][0]:,.0f}", [], notes
-        )
+        about = f"at step {points[-1][0]:,.0f}"
+        yield Tile(f"Held-out bits per byte, {language}", f"{points[-1][1]:.2f}", about, notes)
 
 
 def _trained(log: StageLog) -> Iterator[Tile]:
@@ -205,6 +215,10 @@ def _tokenized(log: StageLog) -> Iterator[Tile]:
     yield Tile("Tokens per character", _two(best["tok/char new"]), about, [", ".join(notes)])
 
 
+def _share(value: float, digits: int = 0) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
 def _two(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else number(value)
 
@@ -215,9 +229,9 @@ def _merged(log: StageLog) -> Iterator[Tile]:
         return
     notes = []
     if "change" in overall:
-        notes.append(f"CPT change {overall['change']:.1%}, cosine between them {overall['cosine']:.2f}")
+        notes.append(f"CPT change {_share(overall['change'], 1)}, cosine between them {overall['cosine']:.2f}")
     counts = ", ".join(f"{count:,} {role}" for role, count in rows.items() if count)
     notes += [f"rows: {counts}"] if counts else []
     ratio = log.summary.get("merge/ratio")
     about = "of the base's norm" + (f", added at ratio {number(ratio)}" if ratio is not None else "")
-    yield Tile("Chat vector", f"{overall['vector']:.1%}", about, notes)
+    yield Tile("Chat vector", _share(overall["vector"], 1), about, notes)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from launcher.report import RunView, StageView, duration, number
 from launcher.report_bars import WIDE, Bar, Series, draw_bars
-from launcher.report_curves import MOST_POINTS, Form, Line, draw_chart, is_logarithmic, short
+from launcher.report_curves import MOST_POINTS, Form, Line, draw_chart, is_logarithmic, percent, short
 from launcher.report_headline import progress, strip, tiles, verdict
 from tracking import Cell, StageLog
 from tracking.local import STEP, Table
@@ -244,7 +244,7 @@ def _training_chart(plot: Plot, log: StageLog, names: Sequence[str], palette: Pa
             drawings[label] = Markup(drawing)
         if label == "step":
             notes = _notes(drawn, form)
-    form_y = (lambda value: f"{value:.1%}") if plot.share else number
+    form_y = percent if plot.share else number
     keys = [
         Key(one.name, one.colour, form_y(newest[name]), one.dashed) for name, one in lines.items() if name in newest
     ]
@@ -270,7 +270,7 @@ def _notes(lines: Sequence[Line], form: Form) -> list[str]:
             notes.append(f"{line.name}: {odd:,} of {len(line.points):,} values are not finite")
     longest = max((len(line.points) for line in lines), default=0)
     if longest > MOST_POINTS:
-        notes.append(f"{longest:,} rows; drawn are the lowest and highest values of each stretch")
+        notes.append(f"extremes of {longest:,} rows")
     return notes
 
 

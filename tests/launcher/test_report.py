@@ -16,6 +16,7 @@ from core.errors import UserError
 from launcher.report import duration, number, report
 from launcher.report_bars import Bar, Series, draw_bars
 from launcher.report_curves import MOST_POINTS, Axis, Form, Line, draw_chart, thin
+from launcher.stages import STAGES
 from tracking import TrackingConfig, read_log, start_tracker
 
 LOCAL = TrackingConfig(carrier="none")
@@ -112,7 +113,7 @@ def test_terminal_and_page_of_a_running_run(run, capsys):
     assert HOSTILE in page.text
     assert '"b&b"' in page.text
     for words in ("training is running or cut short", "training: step 58 of 100", "left at the newest rate",
-                  "embeddings not begun", "Good replies, ko 50%"):  # fmt: skip
+                  "embeddings not begun", "Good replies, ko 50 %"):  # fmt: skip
         assert words in page.words
 
 
@@ -128,18 +129,34 @@ def test_the_page_needs_nothing_but_itself(run):
     assert all(attributes["href"].startswith("#") for tag, attributes in page.tags if tag == "a")
 
 
-def test_everything_that_was_logged_is_on_the_page(run):
-    report(run)
+def assert_everything_is_shown(run, stages):
     page = Page(run)
-    for stage in ("tokenizer", "training", "evaluation"):
+    for stage in stages:
         log = read_log(run / stage / "log")
         names = {name for row in log.rows for name in row if name != "time"} | set(log.tables) | set(log.images)
-        for name in names - {"eval/samples"}:  # they are shown by prompt
+        names |= {name.partition("/")[2] for name in log.summary}
+        for name in names - {"eval/samples", "train/continuations"}:  # they are shown by prompt
             assert name in page.text, name
         for table in log.tables.values():
-            assert all(number(cell) in page.text for row in table.rows for cell in row if isinstance(cell, str))
+            words = {" ".join(cell.split()) for row in table.rows for cell in row if isinstance(cell, str)}
+            assert all(word in page.words for word in words)
         assert log.run["run_id"] in page.text
+    return page
+
+
+def test_everything_that_was_logged_is_on_the_page(run):
+    report(run)
+    page = assert_everything_is_shown(run, ["tokenizer", "training", "evaluation"])
     assert "nested.within 17" in page.words
+
+
+def test_everything_that_a_real_run_logs_is_on_its_page(finished):
+    report(finished)
+    page = assert_everything_is_shown(finished, [stage.name for stage in STAGES])
+    assert "all 6 stages are finished" in page.words
+    for chart in ("Loss by step", "Held-out bits per byte by tokens", "Learning rate by step", "Tokens per character",
+                  "Gain by new pieces", "Length of the changes by layer", "Good replies", "Bits per byte"):  # fmt: skip
+        assert page.chart(chart)
 
 
 def test_alerts_stand_above_all_else_those_of_one_matter_together(run):
@@ -160,7 +177,7 @@ def test_a_run_that_was_given_up_says_why(run):
         write_json(run / "slurm" / attempt / "ended.json", {"verdict": verdict, "reason": reason, "progress": {}})
     report(run)
     words = Page(run).words
-    assert "given up: node2 ran out of memory." in words[: words.index("Good replies")]
+    assert "given up : node2 ran out of memory." in words[: words.index("Good replies")]
     assert "7-0" in words
     assert "Preempted." in words
 
@@ -192,7 +209,7 @@ def test_a_long_run_stays_a_small_page_and_its_spike_stays_visible(run, monkeypa
     report(run)
     page = Page(run)
     assert len(page.source) < 2_000_000
-    assert "20,000 rows; drawn are the lowest and highest values" in page.words
+    assert "extremes of 20,000 rows" in page.words
     heights = [
         float(y) for y in re.findall(r",([\d.]+)", re.search(r'points="([^"]*)"', page.chart("Loss by step"))[1])
     ]
@@ -226,6 +243,7 @@ def test_a_value_that_is_not_finite_leaves_a_gap_and_is_counted(run):
     drawn = draw_chart("loss", [Line("loss", points)], STEP_FORM)
     assert [len(found.split()) for found in re.findall(r'points="([^"]*)"', drawn)] == [2, 1, 1]
     assert not re.search(r'="nan"|nan,|,nan', drawn)
+    assert drawn.count('class="odd"') == 2
     assert draw_chart("loss", [Line("loss", [(0.0, math.nan)])], STEP_FORM) == ""
     report(run)
     assert "loss: 1 of 30 values are not finite" in Page(run).words
