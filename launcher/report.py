@@ -93,6 +93,7 @@ def report(run: Path) -> None:
     view = read_run(run)
     show_stages(view)
     show_training(view.log("training"))
+    show_alerts(view)
     show_scores(view.log("evaluation"))
     from launcher.report_page import render_page
 
@@ -112,6 +113,25 @@ def read_run(run: Path) -> RunView:
         there = f"; runs there: {', '.join(known)}" if known else ""
         raise UserError(f"{run} holds no stage of a run; give a run's folder, such as runs/demo{there}.")
     return RunView(run, stages, attempts(run))
+
+
+@dataclass(frozen=True)
+class Matter:
+    """The alerts of one stage that have one title."""
+
+    stage: str
+    title: str
+    said: list[tuple[float, str]]  # (time, text), oldest first
+
+
+def matters(view: RunView) -> list[Matter]:
+    """All alerts, by what they are about; that of the newest first."""
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for stage in view.stages:
+        for alert in stage.log.alerts:
+            found.setdefault((stage.name, alert["title"]), []).append((float(alert["time"]), str(alert["text"])))
+    together = [Matter(*names, sorted(said)) for names, said in found.items()]
+    return sorted(together, key=lambda matter: matter.said[-1][0], reverse=True)
 
 
 def latest(log: StageLog) -> dict[str, float]:
@@ -188,12 +208,17 @@ def show_stages(view: RunView) -> None:
 
 
 def show_training(log: StageLog) -> None:
-    """The newest training metrics and the alerts."""
+    """The newest training metrics."""
     values = latest(log)
     if values:
         show_table("training, newest values", ["metric", "value"], [[name, number(values[name])] for name in values])
-    for alert in log.alerts:
-        console.print(Text(f"alert: {alert['title']}: {alert['text']}", style="yellow"))
+
+
+def show_alerts(view: RunView) -> None:
+    """The newest alert of every matter."""
+    for matter in matters(view):
+        before = f" (and {len(matter.said) - 1:,} before it)" if len(matter.said) > 1 else ""
+        console.print(Text(f"alert: {matter.title}: {matter.said[-1][1]}{before}", style="yellow"))
 
 
 def show_scores(log: StageLog) -> None:

@@ -158,7 +158,8 @@ def _evaluated(scores: Score) -> Iterator[Tile]:
         shown = chat or bits
         if not shown:
             continue
-        last, longest = list(shown)[-1], 1.0 if chat else max(bits.values()) or 1.0
+        last = "merged" if "merged" in shown else list(shown)[-1]
+        longest = 1.0 if chat else max(bits.values()) or 1.0
         columns = ["good"] * bool(chat) + ["bits per byte"] * bool(bits)
         bars = [MiniBar(model, value / longest, _cells(model, chat, bits)) for model, value in shown.items()]
         if chat:

@@ -15,10 +15,10 @@ from typing import Any
 from jinja2 import Environment, Template
 from markupsafe import Markup
 
-from launcher.report import RunView, StageView, duration, number
-from launcher.report_bars import WIDE, Bar, Series, draw_bars
+from launcher.report import RunView, StageView, duration, matters, number
+from launcher.report_bars import NARROW, WIDE, Bar, Series, draw_bars
 from launcher.report_curves import MOST_POINTS, Form, Line, draw_chart, is_logarithmic, percent, short
-from launcher.report_headline import progress, strip, tiles, verdict
+from launcher.report_headline import progress, scores_of, strip, tiles, verdict
 from tracking import Cell, StageLog
 from tracking.local import STEP, Table
 
@@ -29,6 +29,7 @@ FURTHER_MODELS, LANGUAGE_COLOURS, PLAIN_COLOURS = 3, 6, 2
 SHOWN_PROMPTS, MOST_PROMPTS = 2, 60  # per language: at once, and at all; samples.jsonl has all
 MOST_CHARACTERS = 1500  # of a reply
 SHOWN_STEPS = 8  # of the continuations of one prompt
+NARROW_BARS = 20  # more than these in one chart need a wider one
 OPEN_ROWS, MOST_ROWS = 8, 300  # of a table: open at once up to, and at all
 OWN_PLACE = ("eval/samples", "train/continuations")  # tables that are shown in a form of their own
 
@@ -174,18 +175,17 @@ def render_page(view: RunView, now: float) -> str:
         sections=[section_of(stage, palette) for stage in view.stages],
         origins=origins(view),
         settings=json.dumps(settings(view), indent=2, ensure_ascii=False),
+        wide_bars=len(_models(evaluation)) * len(_languages(evaluation)) > NARROW_BARS,
         shown_prompts=SHOWN_PROMPTS, most_prompts=MOST_PROMPTS, most_rows=MOST_ROWS,
     )  # fmt: skip
 
 
 def alerts(view: RunView) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(stage, title, [(time, text), ...]): what was said of one matter together, in the order of its last alert."""
-    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
-    for stage in view.stages:
-        for alert in stage.log.alerts:
-            found.setdefault((stage.name, alert["title"]), []).append((float(alert["time"]), str(alert["text"])))
-    ordered = sorted(found.items(), key=lambda entry: entry[1][-1][0], reverse=True)
-    return [(*names, [(_clock(when), text) for when, text in reversed(said)]) for names, said in ordered]
+    """(stage, title, [(time, text), ...]) of every matter, the newest first."""
+    return [
+        (matter.stage, matter.title, [(_clock(when), text) for when, text in reversed(matter.said)])
+        for matter in matters(view)
+    ]
 
 
 def _clock(when: float) -> str:
@@ -198,6 +198,10 @@ def _clock(when: float) -> str:
 def _models(log: StageLog) -> list[str]:
     table = log.tables.get("eval/scores")
     return list(dict.fromkeys(str(row[0]) for row in table.rows)) if table else []
+
+
+def _languages(log: StageLog) -> list[str]:
+    return list(dict.fromkeys(language for _, _, language in scores_of(log)))
 
 
 def score_charts(log: StageLog, palette: Palette) -> list[Chart]:
@@ -217,7 +221,8 @@ def score_charts(log: StageLog, palette: Palette) -> list[Chart]:
             Series(name, [known.get((figure, name, language)) for language in languages], palette.model(name))
             for name in _models(log)
         ]
-        charts.append(Chart(title, unit, [], {"bars": Markup(draw_bars(title, languages, series, share))}))
+        size = WIDE if len(languages) * len(series) > NARROW_BARS else NARROW
+        charts.append(Chart(title, unit, [], {"bars": Markup(draw_bars(title, languages, series, share, size))}))
     return charts
 
 
@@ -441,7 +446,7 @@ def data_uri(path: Path) -> str:
 def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        number=number, duration=duration, facets=_facets, lang=_lang, numeric=_numeric, clock=_clock
+        number=number, duration=duration, facets=_facets, lang=_lang, numeric=_numeric, clock=_clock, counted=_counted
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
@@ -466,6 +471,14 @@ def _numeric(table: Table) -> list[bool]:
     """Which columns hold numbers only."""
     kinds = [{type(row[place]) for row in table.rows} - {type(None)} for place in range(len(table.columns))]
     return [bool(kind) and kind <= {int, float} for kind in kinds]
+
+
+def _counted(reply: Mapping[str, Cell]) -> str:
+    """How long a reply is and how much of it repeats itself."""
+    parts = [f"{number(reply['tokens'])} tokens"] if "tokens" in reply else []
+    repetition = reply.get("repetition")
+    parts += [f"{100 * repetition:.0f} % repeated"] if isinstance(repetition, float) else []
+    return ", ".join(parts)
 
 
 def _facets(reply: Mapping[str, Cell]) -> list[tuple[str, bool]]:

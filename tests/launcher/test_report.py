@@ -159,7 +159,7 @@ def test_everything_that_a_real_run_logs_is_on_its_page(finished):
         assert page.chart(chart)
 
 
-def test_alerts_stand_above_all_else_those_of_one_matter_together(run):
+def test_alerts_stand_above_all_else_those_of_one_matter_together(run, capsys):
     training = start(run, "training")
     training.resume_from(60)
     for step in range(40, 44):
@@ -167,6 +167,7 @@ def test_alerts_stand_above_all_else_those_of_one_matter_together(run):
     report(run)
     words = Page(run).words
     assert "loss spike , 4 times, the last: step 43: loss 9" in words
+    assert "alert: loss spike: step 43: loss 9 (and 3 before it)" in capsys.readouterr().err
     assert words.index("loss spike") < words.index("non-finite gradient") < words.index("Good replies")
 
 
