@@ -6,7 +6,7 @@ import base64
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -285,6 +285,7 @@ def section_of(stage: StageView, palette: Palette) -> StageSection:
     charts = draw(stage.log, palette) if draw else []
     tables = {name: table for name, table in stage.log.tables.items() if name not in OWN_PLACE}
     drawn = bool(charts) or stage.name in ("training", "evaluation")
+    shown = {f"{model}/{language}/{figure}" for figure, model, language in scores_of(stage.log)}
     small = [name for name, table in tables.items() if len(table.rows) <= OPEN_ROWS]
     return StageSection(
         stage,
@@ -292,17 +293,17 @@ def section_of(stage: StageView, palette: Palette) -> StageSection:
         tables,
         [name for name in small if not drawn or name.endswith("examples")],
         {name: data_uri(path) for name, path in stage.log.images.items()},
-        _metrics(stage.log),
-        _results(stage),
+        _metrics(stage.log, shown),
+        _results(stage, shown),
     )
 
 
-def _metrics(log: StageLog) -> list[tuple[str, int, float, float, float]]:
-    """Of every metric: how often it was logged, its newest, smallest and largest value."""
+def _metrics(log: StageLog, shown: Collection[str]) -> list[tuple[str, int, float, float, float]]:
+    """Of every metric not `shown` before: how often it was logged, its newest, smallest and largest value."""
     values: dict[str, list[float]] = {}
     for row in log.rows:
         for name, value in row.items():
-            if name != "time":
+            if name != "time" and name.partition("/")[2] not in shown:
                 values.setdefault(name, []).append(value)
     found = []
     for name, all_of_it in values.items():
@@ -311,10 +312,10 @@ def _metrics(log: StageLog) -> list[tuple[str, int, float, float, float]]:
     return found
 
 
-def _results(stage: StageView) -> list[tuple[str, Any]]:
-    """A stage's results and summary, mappings spread out by dots."""
+def _results(stage: StageView, shown: Collection[str]) -> list[tuple[str, Any]]:
+    """A stage's results and summary, mappings spread out by dots; without those `shown` before."""
     summary = {name.partition("/")[2]: value for name, value in stage.log.summary.items()}
-    return list(_spread({**summary, **stage.results}))
+    return [(name, value) for name, value in _spread({**summary, **stage.results}) if name not in shown]
 
 
 def _spread(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -407,7 +408,9 @@ def questions(log: StageLog) -> dict[str, list[Question]]:
 
 
 def _cut(text: str) -> str:
-    over = len(text) - MOST_CHARACTERS
+    """A reply as it is shown: line breaks before its first word as signs, and no longer than it may be."""
+    words = text.lstrip("\n")
+    text, over = "⏎" * (len(text) - len(words)) + words, len(words) - MOST_CHARACTERS
     return f"{text[:MOST_CHARACTERS]} … ({over:,} more characters)" if over > 0 else text
 
 

@@ -25,6 +25,7 @@ IN_MEMORY = "in memory"  # the hook's in place of a digest: nothing tells one st
 SHORT_FORM = ("ratio", "rows", "chat_tokens", "overall", "warnings")
 FIGURE_FILE = "merge_norms.png"
 
+CHAT_COLOUR, CPT_COLOUR = "#56b4e9", "#e69f00"  # as in the evaluation's figures and on the report's page
 SHARES = ("vector", "change", "cosine", "contained")
 COLUMNS = ("part", "vector / base", "cpt change / base", "cosine", "vector already in cpt")
 
@@ -150,21 +151,21 @@ def draw(layers: Mapping[str, Mapping[str, Sums]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     lengths, cosine = figure.subplots(1, 2)
-    colors = {label: "C0" if number == 0 else f"C{number + 2}" for number, label in enumerate(layers)}
+    colors = {label: CHAT_COLOUR if number == 0 else f"C{number + 2}" for number, label in enumerate(layers)}
     for label, parts in layers.items():
         shares = {name: sums.vector_share for name, sums in parts.items()}
         _draw_parts(lengths, shares, colors[label], f"{label}, |chat - base| / |base|")
     first = next(iter(layers.values()))
     if any(sums.change for sums in first.values()):
         change = "CPT's change, |cpt - base| / |base|"
-        _draw_parts(lengths, {name: sums.change_share for name, sums in first.items()}, "C1", change)
+        _draw_parts(lengths, {name: sums.change_share for name, sums in first.items()}, CPT_COLOUR, change)
     lengths.set_title("Length of the changes", fontsize=10)
     lengths.set_ylim(0, (1.25 + 0.08 * len(layers)) * lengths.get_ylim()[1])  # room for the legend
     lengths.legend(frameon=False, fontsize=8, loc="upper center", ncols=1)
     cosine.axhline(0, color="0.7", lw=0.8)
     largest = max([0.2, *(abs(sums.cosine) for parts in layers.values() for sums in parts.values())])
     for label, parts in layers.items():
-        color = "C2" if len(layers) == 1 else colors[label]
+        color = "#33597d" if len(layers) == 1 else colors[label]
         _draw_parts(cosine, {name: sums.cosine for name, sums in parts.items()}, color, label)
     cosine.set_title("Cosine between vector and CPT's change", fontsize=10)
     cosine.set_ylim(-1.1 * largest, 1.1 * largest)

@@ -135,8 +135,13 @@ def assert_everything_is_shown(run, stages):
         log = read_log(run / stage / "log")
         names = {name for row in log.rows for name in row if name != "time"} | set(log.tables) | set(log.images)
         names |= {name.partition("/")[2] for name in log.summary}
-        for name in names - {"eval/samples", "train/continuations"}:  # they are shown by prompt
-            assert name in page.text, name
+        names -= {"eval/samples", "train/continuations"}  # shown by prompt
+        scores = {
+            f"{m}/{language}/{f}"
+            for m, language, f, *_ in (log.tables["eval/scores"].rows if stage == "evaluation" else [])
+        }
+        for name in names:
+            assert name in page.text or name.removeprefix("eval/") in scores, name
         for table in log.tables.values():
             words = {" ".join(cell.split()) for row in table.rows for cell in row if isinstance(cell, str)}
             assert all(word in page.words for word in words)
