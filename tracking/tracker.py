@@ -7,28 +7,32 @@ becomes of them:
   done again. The local log then holds each step once, as it led to the final model.
 - it was not, or with step 0: the stage starts over, and so does its local log.
 
-What W&B was sent cannot be taken back. So a row that it already has (same step, same metrics) is not sent again: W&B
+W&B is brought to the same. Rows that stay and that it does not have (a kill costs it the last second) are sent again.
+What it was sent cannot be taken back, so a row that it already has (same step, same metrics) is not sent again: W&B
 keeps the first attempt's value of a step that is done twice. Resuming is exact (law 5), so on the same world size the
-two values are the same. A kill costs W&B the rows of its last second; the local log loses none.
+two values are the same.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from core.world import find_world
 from tracking.config import TrackingConfig
-from tracking.local import STEP, LocalLog, RunIdentity
+from tracking.local import STEP, Artifact, LocalLog, Row, RunIdentity
 from tracking.local import Cell as Cell  # part of the interface
 
-RowKey = tuple[float | None, frozenset[str]]
 
+class RemoteCarrier(Protocol):
+    """Where a stage's log goes beside the local one. No call waits for a network."""
 
-class Carrier(Protocol):
-    """One place where a stage's log goes."""
+    mode: str
+    url: str  # where a browser finds the run; empty if nowhere
+
+    def begin(self, kept: Sequence[Row]) -> None:
+        """Called once, before anything is logged: the rows of earlier attempts that the local log keeps."""
 
     def log(self, row: Mapping[str, float]) -> None:
         """Scalars; `train/step` among them where there is a step."""
@@ -42,18 +46,17 @@ class Carrier(Protocol):
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final values of the stage."""
 
+    def file(self, name: str, path: Path) -> None:
+        """A small file, kept with the run."""
+
+    def artifact(self, artifact: Artifact) -> None:
+        """What the stage used, or leaves."""
+
     def alert(self, title: str, text: str) -> None:
         """Something a person should look at now."""
 
-
-class RemoteCarrier(Carrier, Protocol):
-    """A carrier that is told when the stage ends."""
-
-    mode: str
-    url: str  # where a browser finds the run; empty if nowhere
-
     def finish(self, failed: bool) -> None:
-        """Flush and close."""
+        """Flush and close, within a bounded time."""
 
 
 class Tracker(Protocol):
@@ -73,6 +76,12 @@ class Tracker(Protocol):
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final values of the stage."""
+
+    def file(self, name: str, path: Path) -> None:
+        """A small file that was written to `path`, kept with the run under `name`."""
+
+    def artifact(self, artifact: Artifact) -> None:
+        """What the stage used, or leaves: W&B draws its lineage of them. Nothing is copied."""
 
     def alert(self, title: str, text: str) -> None:
         """Something a person should look at now."""
@@ -117,59 +126,71 @@ class StageTracker:
 
     def __init__(self, local: LocalLog, remote: RemoteCarrier | None) -> None:
         self._local, self._remote = local, remote
-        self._carriers: list[Carrier] = [local, remote] if remote else [local]
         self._settled = False
-        self._sent: Counter[RowKey] = Counter()  # rows that W&B already has and that will be logged again
 
     def resume_from(self, step: int) -> None:
         """See `Tracker`."""
         self._settle(step or None)
 
-    def _settle(self, step: int | None) -> None:
+    def _settle(self, step: int | None = None) -> None:
         """Decide, once, what is kept of an earlier attempt."""
         if self._settled:
             return
         self._settled = True
-        cut = self._local.keep_until(step)
-        earlier = self._local.earlier
-        if earlier.get("run_id") == self._local.run.run_id and earlier["carrier"] != "none":
-            self._sent = Counter(map(_key, cut))
+        kept = self._local.keep_until(step)
+        if self._remote:
+            self._remote.begin(kept)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """See `Tracker`."""
-        self._settle(None)
+        self._settle()
         row = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         if step is not None:
             row[STEP] = step
         self._local.log(row)
-        if self._sent[_key(row)]:
-            self._sent[_key(row)] -= 1
-        elif self._remote:
+        if self._remote:
             self._remote.log(row)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """See `Tracker`."""
-        self._settle(None)
-        for carrier in self._carriers:
-            carrier.table(name, columns, rows)
+        self._settle()
+        self._local.table(name, columns, rows)
+        if self._remote:
+            self._remote.table(name, columns, rows)
 
     def image(self, name: str, path: Path) -> None:
         """See `Tracker`."""
-        self._settle(None)
-        for carrier in self._carriers:
-            carrier.image(name, path)
+        self._settle()
+        copy = self._local.image(name, path)
+        if self._remote:
+            self._remote.image(name, copy)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
-        self._settle(None)
-        for carrier in self._carriers:
-            carrier.summary(values)
+        self._settle()
+        self._local.summary(values)
+        if self._remote:
+            self._remote.summary(values)
+
+    def file(self, name: str, path: Path) -> None:
+        """See `Tracker`."""
+        self._settle()
+        copy = self._local.file(name, path)
+        if self._remote:
+            self._remote.file(name, copy)
+
+    def artifact(self, artifact: Artifact) -> None:
+        """See `Tracker`. What is used is known before it is known what is kept of an earlier attempt."""
+        self._local.artifact(artifact)
+        if self._remote:
+            self._remote.artifact(artifact)
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker`."""
-        self._settle(None)
-        for carrier in self._carriers:
-            carrier.alert(title, text)
+        self._settle()
+        self._local.alert(title, text)
+        if self._remote:
+            self._remote.alert(title, text)
 
     def finish(self, failed: bool = False) -> None:
         """See `Tracker`."""
@@ -204,6 +225,12 @@ class SilentTracker:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Drop."""
 
+    def file(self, name: str, path: Path) -> None:
+        """Drop."""
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Drop."""
+
     def alert(self, title: str, text: str) -> None:
         """Drop."""
 
@@ -213,7 +240,3 @@ class SilentTracker:
     def record(self) -> dict[str, str]:
         """Nothing."""
         return {}
-
-
-def _key(row: Mapping[str, float]) -> RowKey:
-    return row.get(STEP), frozenset(row) - {"time"}

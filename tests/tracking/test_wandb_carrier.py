@@ -1,16 +1,14 @@
 """Weights & Biases offline: what was logged is in its log, also after a kill; nothing is doubled; no key is written."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from core.errors import UserError
+from tests.tracking.wandb_log import attempts, history, inspect, items
 from tracking import TrackingConfig, read_log, start_tracker
 
 OFFLINE = TrackingConfig(carrier="offline", tags=["test"])
@@ -19,21 +17,6 @@ KEY = "local" + "5ec4e7" * 7  # the form of a key; not one
 
 def start(directory, config=OFFLINE, run_id="demo-training-1"):
     return start_tracker(config, "training", "demo", "demo-abc", directory, {"training": {"seed": 7}}, run_id)
-
-
-def records(directory: Path) -> list[dict]:
-    """Every record of every offline run under a tracker's directory, in order of their start."""
-    found = []
-    for run in sorted((directory / "wandb").glob("offline-run-*")):
-        command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(run)]
-        shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LANG": "C.UTF-8"})
-        found += [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
-    return found
-
-
-def history(directory: Path, metric: str) -> list[tuple[int, float]]:
-    items = [record["history"]["item"] for record in records(directory) if record["type"] == "history"]
-    return [(item["train/step"], item[metric]) for item in items if metric in item]
 
 
 def test_rows_in_the_wandb_log_equal_what_was_logged(tmp_path, capfd):
@@ -48,12 +31,16 @@ def test_rows_in_the_wandb_log_equal_what_was_logged(tmp_path, capfd):
     assert (
         history(tmp_path, "train/loss") == read_log(tmp_path).series("train/loss") == [(5, 1.25), (10, 2.5), (15, 3.75)]
     )
-    run = next(record["run"] for record in records(tmp_path) if record["type"] == "run")
+    shown = inspect(attempts(tmp_path)[0].parent)
+    assert [record["history"]["item"] for record in shown if record["type"] == "history"] == items(
+        attempts(tmp_path)[0]
+    )
+    run = next(record["run"] for record in shown if record["type"] == "run")
     assert (run["run_id"], run["run_group"], run["job_type"]) == ("demo-training-1", "demo-abc", "training")
     assert run["config"]["update"]["training"] == {"seed": 7}
-    metrics = [record["metric"] for record in records(tmp_path) if record["type"] == "metric"]
+    metrics = [record["metric"] for record in shown if record["type"] == "metric"]
     assert {"glob_name": "*", "step_metric": "train/step"}.items() <= metrics[-1].items()
-    assert any(record["type"] == "alert" for record in records(tmp_path))
+    assert any(record["type"] == "alert" for record in shown)
     printed = capfd.readouterr().err
     assert f"wandb sync {next((tmp_path / 'wandb').glob('offline-run-*'))}" in printed
     assert len(printed.splitlines()) == 2, printed
