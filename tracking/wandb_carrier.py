@@ -34,7 +34,7 @@ from core.errors import UserError
 from core.progress import say
 from tracking.config import TrackingConfig
 from tracking.local import STEP, TOKENS, Artifact, Cell, Row, RowKey, RunIdentity, row_key
-from tracking.wandb_history import attempts, held_rows, is_offline, marker, not_uploaded, read_rows
+from tracking.wandb_history import attempts, held_rows, is_offline, log_of, marker, mend, not_uploaded, read_rows
 
 PROBE_TIMEOUT = 5.0  # seconds for the server to answer at all
 INIT_TIMEOUT = 30.0  # seconds for the server to open the run
@@ -54,6 +54,8 @@ def start_wandb(config: TrackingConfig, run: RunIdentity, directory: Path) -> Wa
     the run is then offline.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    for attempt in not_uploaded(directory, run.run_id):
+        mend(attempt)
     os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")  # where tables are staged; sync needs them
     with _deaf_to_slurm():
         return _start(config, run, directory)
@@ -218,7 +220,8 @@ class WandbCarrier:
             with suppress(Exception):  # wandb tells the service to end, and it has ended
                 wandb.teardown()
         last = attempts(self._directory, self._identity.run_id)[-1]
-        arrived = {key for _, key in read_rows(last / f"run-{self._identity.run_id}.wandb")}
+        arrived = {key for _, key in read_rows(log_of(last))}
+        mend(last)
         with _deaf_to_slurm():
             self.run, self._has_steps = self._open(), False
         for _, row in list(self._recent):
@@ -315,7 +318,7 @@ class WandbCarrier:
             self.run.finish(exit_code=int(failed))
             if self.mode == "online":
                 attempt = Path(self.run.settings.sync_dir)
-                marker(attempt, self._identity.run_id).touch()
+                marker(attempt).touch()
 
 
 def _ends_soon() -> bool:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 BLOCK, HEAD = 32768, 7
@@ -31,6 +32,7 @@ def records(log: Path) -> list[Record]:
 
 def attempts(directory: Path) -> list[Path]:
     """The transaction logs of all attempts under a tracker's directory, in the order of their starts."""
+    wandb.teardown()  # this process's service closes its logs a moment after a run's finish
     logs = [path for path in (directory / "wandb").glob("*run-*/*.wandb") if not path.parent.is_symlink()]
     return sorted(logs, key=lambda path: path.parent.name.removeprefix("offline-"))
 
@@ -38,7 +40,7 @@ def attempts(directory: Path) -> list[Path]:
 def items(log: Path) -> list[dict]:
     """The rows of history of one attempt."""
     return [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for record in records(log)
         if record.WhichOneof("record_type") == "history"
     ]
