@@ -24,6 +24,7 @@ from typing import Any
 
 from core.artifact import write_json, write_text
 from core.errors import UserError
+from tracking.config import TrackingConfig
 
 STEP = "train/step"  # the x axis of everything that is logged with a step
 TOKENS = "train/tokens"  # the other axis; in every row that holds training's numbers
@@ -78,6 +79,7 @@ class StageLog:
     summary: dict[str, Any] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     artifacts: list[Artifact] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)  # by the whole name, with its ending
 
     def series(self, metric: str, by: str = STEP) -> list[tuple[float, float]]:
         """(x, value) of every row that holds both `metric` and `by`, in the order logged."""
@@ -91,9 +93,10 @@ class LocalLog:
         self.directory = directory
         self.run = run
 
-    def open(self, carrier: str, url: str) -> None:
+    def open(self, config: TrackingConfig, carrier: str, url: str) -> None:
         """Write `run.json`; `carrier` is the W&B mode, or none, `url` where W&B shows the run, if it does."""
-        values = {**asdict(self.run), "carrier": carrier, "url": url, "started": time.time()}
+        tracking = config.model_dump(mode="json")
+        values = {**asdict(self.run), "tracking": tracking, "carrier": carrier, "url": url, "started": time.time()}
         write_json(self.directory / "run.json", values)
 
     def keep_until(self, step: int | None) -> list[Row]:
@@ -165,6 +168,7 @@ def read_log(directory: Path) -> StageLog:
         summary=_read_json(directory / "summary.json") or {},
         alerts=_read_lines(directory / "alerts.jsonl"),
         artifacts=[Artifact(**one) for one in _read_artifacts(directory)],
+        files={path.relative_to(directory / "files").as_posix(): path for _, path in _files(directory / "files")},
     )
 
 

@@ -117,7 +117,7 @@ def start_tracker(
         from tracking.wandb_carrier import start_wandb  # takes a second to import
 
         remote = start_wandb(config, run, local.directory)
-    local.open(remote.mode if remote else "none", remote.url if remote else "")
+    local.open(config, remote.mode if remote else "none", remote.url if remote else "")
     return StageTracker(local, remote)
 
 

@@ -71,6 +71,20 @@ def _deaf_to_slurm() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
+def continue_online(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCarrier:
+    """Open a run that has ended once more, to upload what is missing. Raises `UserError` where that cannot be."""
+    os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")
+    wandb.setup(settings=wandb.Settings(silent=True))
+    settings = wandb.setup().settings
+    mode, reason = _choose_mode(config.model_copy(update={"carrier": "online"}), "online", settings.base_url)
+    try:
+        if mode == "online":
+            return WandbCarrier(partial(_init, config, run, directory, mode), run, directory, mode)
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(f"W&B cannot be reached ({reason}); try again when it can.")
+
+
 def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCarrier | None:
     defaults = wandb.setup(settings=wandb.Settings(silent=True)).settings
     if config.carrier == "auto" and defaults.mode == "disabled":
@@ -156,12 +170,6 @@ def _init(config: TrackingConfig, run: RunIdentity, directory: Path, mode: Mode)
     )
 
 
-def _service_has_ended() -> bool:
-    """Whether wandb's service is dead, by wandb's own (private) handle: a dead one takes the next row, and loses it."""
-    process = wandb.setup().ensure_service()._proc
-    return process is not None and process._process.poll() is not None
-
-
 class WandbCarrier:
     """One W&B run. A thread of its own speaks to wandb, so that neither a network nor wandb is ever waited for.
 
@@ -179,19 +187,19 @@ class WandbCarrier:
         self._step: float | None = None  # of the newest row
         self._held: Counter[RowKey] = Counter()  # rows that W&B already has and that will be logged again
         self._recent: deque[tuple[float, dict[str, float]]] = deque()  # what a service that ends may take along
-        self._lost = False
+        self._lost, self._finished = threading.Event(), False
         self._said: set[str] = set()
         self._calls: Queue[Callable[[], object] | None] = Queue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
-        _open_runs.add(self.run.id)
+        _open_runs.add(run.run_id)
 
     def _work(self) -> None:
         while call := self._calls.get():
             self._do(call)
 
     def _do(self, call: Callable[[], object]) -> None:
-        if self._lost:
+        if self._lost.is_set():
             return
         try:
             if _service_has_ended():
@@ -199,13 +207,15 @@ class WandbCarrier:
             try:
                 call()
             except Exception as error:
+                if self._lost.is_set():  # given up while it waited
+                    return
                 if not _ends_soon():
                     self._complain(f"left something out ({type(error).__name__}: {error}); the local log has it")
                     return
                 self._continue_run()
                 call()
         except Exception as error:
-            self._lost = True
+            self._lost.set()
             say(f"W&B: its service is gone ({type(error).__name__}: {error}); from here on only the local log is kept")
 
     def _complain(self, text: str) -> None:
@@ -217,8 +227,7 @@ class WandbCarrier:
     def _continue_run(self) -> None:
         """Open the run again, and send again what the service took along."""
         if _service_has_ended():
-            with suppress(Exception):  # wandb tells the service to end, and it has ended
-                wandb.teardown()
+            _forget_service()
         last = attempts(self._directory, self._identity.run_id)[-1]
         arrived = {key for _, key in read_rows(log_of(last))}
         mend(last)
@@ -306,7 +315,9 @@ class WandbCarrier:
         self._calls.put(lambda: self._finish(failed))
         self._calls.put(None)
         self._thread.join(FINISH_TIMEOUT + FINISH_MARGIN)
-        _open_runs.discard(self.run.id)
+        _open_runs.discard(self._identity.run_id)
+        if not self._finished:
+            self._abandon()
         left = not_uploaded(self._directory, self._identity.run_id)
         if any(not is_offline(path) for path in left):
             say(f"W&B: not all was uploaded; later: cpt-merge sync {shlex.quote(_shown(self._directory))}")
@@ -316,9 +327,35 @@ class WandbCarrier:
     def _finish(self, failed: bool) -> None:
         with suppress(TimeoutError):
             self.run.finish(exit_code=int(failed))
+            self._finished = True
             if self.mode == "online":
-                attempt = Path(self.run.settings.sync_dir)
-                marker(attempt).touch()
+                marker(Path(self.run.settings.sync_dir)).touch()
+
+    def _abandon(self) -> None:
+        """End a service that does not come to an end: at exit wandb would wait for it, for as long as it takes."""
+        self._lost.set()
+        if not _open_runs:
+            with suppress(Exception):
+                _service_process().kill()
+            _forget_service()
+
+
+def _service_process() -> Any:
+    """The process of wandb's service (private to wandb), None if it has none of its own."""
+    started = wandb.setup().ensure_service()._proc
+    return started and started._process
+
+
+def _forget_service() -> None:
+    """Let wandb start another service. It tells this one to end, which it has, and would end the process for that."""
+    with suppress(Exception, SystemExit):
+        wandb.teardown()
+
+
+def _service_has_ended() -> bool:
+    """Whether wandb's service is dead: a dead one takes the next row, and loses it."""
+    process = _service_process()
+    return process is not None and process.poll() is not None
 
 
 def _ends_soon() -> bool:

@@ -9,9 +9,11 @@ holds for any server that keeps lines by offset, and nothing here was compared w
 import gzip
 import http.server
 import json
+import socket
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +71,7 @@ class ServerArtifact:
     digest: str
     metadata: Json
     manifest: Json = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
     state: str = "PENDING"
 
     @property
@@ -109,7 +112,8 @@ class WandbServer:
         self._server.shutdown()
         self._server.server_close()
         for connection in self._server.connections:
-            _Listener.close_request(self._server, connection)
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def graphql(self, query: str, values: Json) -> Json | None:
         """The data of one answer; None for a call that is not known."""
@@ -194,6 +198,16 @@ class WandbServer:
         file = {"id": f"manifest{number}", "uploadUrl": f"{self.url}/put/manifest/{number}/m", "uploadHeaders": []}
         return {"createArtifactManifest": {"artifactManifest": {"id": f"manifest{number}", "file": file}}}
 
+    def _CreateArtifactFiles(self, values: Json) -> Json:  # noqa: N802
+        nodes = []
+        for file in values["input"]["artifactFiles"]:
+            number = file["artifactID"].removeprefix("artifact")
+            url = f"{self.url}/put/artifact/{number}/{file['name']}"
+            stored = {"id": f"{number}/{file['name']}", "name": file["name"], "displayName": file["name"]}
+            place = {"uploadUrl": url, "uploadHeaders": [], "storagePath": "x", "uploadMultipartUrls": None}
+            nodes.append({"node": {**stored, **place, "artifact": {"id": file["artifactID"]}}})
+        return {"createArtifactFiles": {"files": {"edges": nodes}}}
+
     def _CommitArtifact(self, values: Json) -> Json:  # noqa: N802
         found = self.artifacts[int(values["artifactID"].removeprefix("artifact"))]
         found.state = "COMMITTED"
@@ -256,8 +270,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         kind, name, file = self.path.removeprefix("/put/").split("/", 2)
         if kind == "run":
             self.wandb.runs[name].files[file] = body
-        else:
+        elif kind == "manifest":
             self.wandb.artifacts[int(name)].manifest = json.loads(body)
+        else:
+            self.wandb.artifacts[int(name)].files[file] = body
         self._answer({})
 
     def do_POST(self) -> None:
