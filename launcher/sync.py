@@ -10,8 +10,8 @@ from core.progress import say
 
 def sync(folder: Path) -> None:
     """Upload every log under `folder`: a run's, or one stage's. Raises `UserError` if there is none."""
-    logs = sorted((path.parent for path in folder.rglob("run.json")), key=lambda path: path.stat().st_mtime)
-    logs = [path for path in logs if path.name == "log" or path == folder]
+    found = sorted(path.parent for path in folder.rglob("run.json"))
+    logs = [path for path in found if path == folder or path.name == "log" or path.parent.name == "nodes"]
     if not logs:
         raise UserError(f"{folder} holds no log of a stage; give a run's folder, such as runs/demo.")
     from tracking.upload import upload

@@ -6,7 +6,7 @@
     images/NAME.png  a copy of each figure, so that the log can be moved
     summary.json     final values
     alerts.jsonl     {"time", "title", "text"}
-    artifacts.json   what the stage used and what it leaves: {"artifacts": [{"name", "kind", "path", "digest", "used"}]}
+    artifacts.json   what the stage used and what it leaves: {"artifacts": [{"name", "kind", "uri", "digest", "used"}]}
     files/NAME       a copy of each small file
 
 Every row is in the file system's hands when `log` returns, so that a killed process loses none.
@@ -27,6 +27,7 @@ from core.errors import UserError
 from tracking.config import TrackingConfig
 
 STEP = "train/step"  # the x axis of everything that is logged with a step
+SYSTEM = "system"  # the job type of a node's run
 TOKENS = "train/tokens"  # the other axis; in every row that holds training's numbers
 Cell = str | int | float | bool | None
 Row = dict[str, float]
@@ -48,6 +49,10 @@ class RunIdentity:
     run_id: str
     settings: dict[str, Any]  # the resolved recipe and what else makes the run what it is
 
+    def of_node(self, host: str) -> RunIdentity:
+        """The run of the same stage that holds nothing but what W&B measures of a node."""
+        return RunIdentity(SYSTEM, f"{self.run_name}-{host}", self.group, f"{self.run_id}-{host}", {})
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -55,7 +60,7 @@ class Artifact:
 
     name: str
     kind: str  # text, tokenizer, model or store
-    path: str  # absolute, or a hub id
+    uri: str  # file://... or https://...
     digest: str
     used: bool
 

@@ -15,14 +15,18 @@ two values are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from core.world import find_world
 from tracking.config import TrackingConfig
-from tracking.local import STEP, Artifact, LocalLog, Row, RunIdentity
-from tracking.local import Cell as Cell  # part of the interface
+from tracking.local import STEP, LocalLog, Row, RunIdentity
+from tracking.local import Artifact as Artifact  # part of the interface, as is
+from tracking.local import Cell as Cell
+from tracking.secrets import without_secrets
 
 
 class RemoteCarrier(Protocol):
@@ -108,9 +112,17 @@ def start_tracker(
     of a pipeline; `settings` is what W&B shows as the run's config. Raises `UserError` if W&B is asked for online
     and there is no key.
     """
-    if not find_world().is_main:
-        return SilentTracker()
-    run = RunIdentity(stage, run_name, group, run_id, settings)
+    world = find_world()
+    run = RunIdentity(stage, run_name, group, run_id, without_secrets(settings))
+    if not world.is_main:
+        watched = config.system_metrics == "nodes" and world.local_rank == 0 and config.carrier != "none"
+        node = run.of_node(socket.gethostname())
+        folder = directory / "nodes" / node.run_id
+        return NodeTracker(lambda: _open(config, node, folder)[1]) if watched else SilentTracker()
+    return StageTracker(*_open(config, run, directory))
+
+
+def _open(config: TrackingConfig, run: RunIdentity, directory: Path) -> tuple[LocalLog, RemoteCarrier | None]:
     local = LocalLog(directory.absolute(), run)
     remote: RemoteCarrier | None = None
     if config.carrier != "none":
@@ -118,7 +130,7 @@ def start_tracker(
 
         remote = start_wandb(config, run, local.directory)
     local.open(config, remote.mode if remote else "none", remote.url if remote else "")
-    return StageTracker(local, remote)
+    return local, remote
 
 
 class StageTracker:
@@ -188,6 +200,8 @@ class StageTracker:
     def alert(self, title: str, text: str) -> None:
         """See `Tracker`."""
         self._settle()
+        job = os.environ.get("SLURM_JOB_ID")
+        text = without_secrets(f"{text} (Slurm job {job})" if job else text)
         self._local.alert(title, text)
         if self._remote:
             self._remote.alert(title, text)
@@ -240,3 +254,25 @@ class SilentTracker:
     def record(self) -> dict[str, str]:
         """Nothing."""
         return {}
+
+
+class NodeTracker(SilentTracker):
+    """On one process of each node but the first, where the recipe asks for it: W&B measures the node, no row is logged.
+
+    A run of its own in the group, since offline W&B knows no run of several processes. It is opened by `resume_from`:
+    before, the first process may still be making room for the stage's folder.
+    """
+
+    def __init__(self, open_run: Callable[[], RemoteCarrier | None]) -> None:
+        self._open: Callable[[], RemoteCarrier | None] | None = open_run
+        self._remote: RemoteCarrier | None = None
+
+    def resume_from(self, step: int) -> None:
+        """Begin to measure."""
+        if self._open:
+            self._remote, self._open = self._open(), None
+
+    def finish(self, failed: bool = False) -> None:
+        """Flush and close."""
+        if self._remote:
+            self._remote.finish(failed)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 import urllib.error
@@ -34,6 +35,7 @@ from core.errors import UserError
 from core.progress import say
 from tracking.config import TrackingConfig
 from tracking.local import STEP, TOKENS, Artifact, Cell, Row, RowKey, RunIdentity, row_key
+from tracking.secrets import without_secrets
 from tracking.wandb_history import attempts, held_rows, is_offline, log_of, marker, mend, not_uploaded, read_rows
 
 PROBE_TIMEOUT = 5.0  # seconds for the server to answer at all
@@ -164,8 +166,10 @@ def _init(config: TrackingConfig, run: RunIdentity, directory: Path, mode: Mode)
             finish_timeout=FINISH_TIMEOUT,
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=1,
+            console="off",  # what a stage prints may hold anything, and lies in its own log
             disable_git=True,  # a remote's address may hold a token
             disable_code=True,
+            x_disable_meta=without_secrets(sys.argv) != sys.argv,  # the command line is a part of it
         ),
     )
 
@@ -299,10 +303,8 @@ class WandbCarrier:
 
     def _artifact(self, artifact: Artifact) -> None:
         made = wandb.Artifact(artifact.name, type=artifact.kind, metadata=asdict(artifact))
-        path = Path(artifact.path)
         # the digest is in the name of the entry, so that other content is another version
-        uri = path.as_uri() if path.exists() else f"https://huggingface.co/{artifact.path}"
-        made.add_reference(uri, name=artifact.digest.replace(":", "-"), checksum=False)
+        made.add_reference(artifact.uri, name=artifact.digest.replace(":", "-"), checksum=False)
         # `use_artifact` needs a server; what it does with an artifact that is new is this, and that works offline too
         self.run._log_artifact(made, use_after_commit=artifact.used)
 
