@@ -244,6 +244,14 @@ def submit(
     submit_jobs(asked, dry_run)
 
 
+@app.command()
+def sync(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo")]) -> None:
+    """Upload to W&B what a run could not upload: logged offline, cut off from the network, killed."""
+    from launcher.sync import sync as upload_run
+
+    upload_run(folder)
+
+
 @app.command(cls=RecipeCommand)
 def status(recipe: RecipePath, overrides: Overrides = None) -> None:
     """How far a run is: its job, stage, step, rate, time left, newest checkpoint, W&B link."""

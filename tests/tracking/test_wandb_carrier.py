@@ -1,16 +1,12 @@
 """Weights & Biases offline: what was logged is in its log, also after a kill; nothing is doubled; no key is written."""
 
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from core.errors import UserError
+from tests.tracking.wandb_log import attempts, history, inspect, items
 from tracking import TrackingConfig, read_log, start_tracker
 
 OFFLINE = TrackingConfig(carrier="offline", tags=["test"])
@@ -19,21 +15,6 @@ KEY = "local" + "5ec4e7" * 7  # the form of a key; not one
 
 def start(directory, config=OFFLINE, run_id="demo-training-1"):
     return start_tracker(config, "training", "demo", "demo-abc", directory, {"training": {"seed": 7}}, run_id)
-
-
-def records(directory: Path) -> list[dict]:
-    """Every record of every offline run under a tracker's directory, in order of their start."""
-    found = []
-    for run in sorted((directory / "wandb").glob("offline-run-*")):
-        command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(run)]
-        shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LANG": "C.UTF-8"})
-        found += [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
-    return found
-
-
-def history(directory: Path, metric: str) -> list[tuple[int, float]]:
-    items = [record["history"]["item"] for record in records(directory) if record["type"] == "history"]
-    return [(item["train/step"], item[metric]) for item in items if metric in item]
 
 
 def test_rows_in_the_wandb_log_equal_what_was_logged(tmp_path, capfd):
@@ -48,41 +29,19 @@ def test_rows_in_the_wandb_log_equal_what_was_logged(tmp_path, capfd):
     assert (
         history(tmp_path, "train/loss") == read_log(tmp_path).series("train/loss") == [(5, 1.25), (10, 2.5), (15, 3.75)]
     )
-    run = next(record["run"] for record in records(tmp_path) if record["type"] == "run")
+    shown = inspect(attempts(tmp_path)[0].parent)
+    assert [record["history"]["item"] for record in shown if record["type"] == "history"] == items(
+        attempts(tmp_path)[0]
+    )
+    run = next(record["run"] for record in shown if record["type"] == "run")
     assert (run["run_id"], run["run_group"], run["job_type"]) == ("demo-training-1", "demo-abc", "training")
     assert run["config"]["update"]["training"] == {"seed": 7}
-    metrics = [record["metric"] for record in records(tmp_path) if record["type"] == "metric"]
+    metrics = [record["metric"] for record in shown if record["type"] == "metric"]
     assert {"glob_name": "*", "step_metric": "train/step"}.items() <= metrics[-1].items()
-    assert any(record["type"] == "alert" for record in records(tmp_path))
+    assert any(record["type"] == "alert" for record in shown)
     printed = capfd.readouterr().err
     assert f"wandb sync {next((tmp_path / 'wandb').glob('offline-run-*'))}" in printed
     assert len(printed.splitlines()) == 2, printed
-
-
-LOGGING = """
-import sys, time
-from pathlib import Path
-from tracking import TrackingConfig, start_tracker
-tracker = start_tracker(TrackingConfig(carrier="offline"), "training", "demo", "g", Path(sys.argv[1]), {}, "killed")
-for step in range(100000):
-    tracker.log({"train/loss": float(step)}, step=step)
-    print(step, flush=True)
-    time.sleep(0.05)
-"""
-
-
-def test_sigkill_costs_wandb_at_most_its_last_seconds_and_the_local_log_nothing(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", LOGGING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    started = time.monotonic()
-    done = -1
-    while time.monotonic() - started < 5:
-        done = int(process.stdout.readline())
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert [step for step, _ in read_log(tmp_path).series("train/loss")][: done + 1] == list(range(done + 1))
-    kept = [step for step, _ in history(tmp_path, "train/loss")]
-    assert kept == list(range(len(kept)))
-    assert done - kept[-1] <= 2.0 / 0.05, "two seconds of rows: one of the flush, one of a busy machine"
 
 
 def test_steps_done_again_are_in_neither_log_twice(tmp_path):
