@@ -36,8 +36,19 @@ class StageView:
 
     @property
     def state(self) -> str:
-        """A stage without its record may be running, or may have been killed: the disk does not tell."""
-        return "finished" if self.record else "running or cut short"
+        """A stage without its record that did not say how it ended may be running, or may have been killed."""
+        if self.record:
+            return "finished"
+        return self.end[0] if self.end else "running or cut short"
+
+    @property
+    def end(self) -> tuple[str, str] | None:
+        """(failed or stopped, what it said) of a stage that ended so and was not started again."""
+        ends = {f"{self.name} {word}": word for word in ("failed", "stopped")}
+        for alert in reversed(self.log.alerts):
+            if alert["title"] in ends and alert["time"] >= max(self.started, self.last_sign):
+                return ends[alert["title"]], alert["text"]
+        return None
 
     @property
     def seconds(self) -> float:
@@ -124,11 +135,18 @@ class Matter:
     said: list[tuple[float, str]]  # (time, text), oldest first
 
 
+def is_notice(stage: StageView, alert: dict[str, Any]) -> bool:
+    """Whether an alert only says that the stage is done."""
+    return bool(alert["title"] == f"{stage.name} finished")
+
+
 def matters(view: RunView) -> list[Matter]:
-    """All alerts, by what they are about; that of the newest first."""
+    """All alerts but the notices, by what they are about; that of the newest first."""
     found: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for stage in view.stages:
         for alert in stage.log.alerts:
+            if is_notice(stage, alert):
+                continue
             found.setdefault((stage.name, alert["title"]), []).append((float(alert["time"]), str(alert["text"])))
     together = [Matter(*names, sorted(said)) for names, said in found.items()]
     return sorted(together, key=lambda matter: matter.said[-1][0], reverse=True)

@@ -66,6 +66,7 @@ def _mark(name: str, stage: StageView | None, failed: bool) -> Mark:
     if stage is None:
         return Mark(name, "none", "not begun")
     if stage.record is None:
+        failed = failed or stage.state == "failed"
         return Mark(name, "failed", "not finished") if failed else Mark(name, "open", stage.state)
     continued = stage.log.rows and stage.first_row < stage.started
     return Mark(name, "finished", duration(stage.seconds) + (" (last attempt)" if continued else ""))
@@ -87,6 +88,8 @@ def verdict(view: RunView, now: float) -> Verdict:
     unfinished = [stage for stage in view.stages if not stage.record]
     if unfinished:
         stage, ago = unfinished[-1], duration(max(now - unfinished[-1].last_sign, 0))
+        if stage.state == "failed":  # what it said is among the alerts
+            return Verdict("failed", f"{stage.name} failed")
         return Verdict("open", f"{stage.name} is {stage.state}, its last sign {ago} before this page was written")
     if len(view.stages) < len(STAGES):
         return Verdict("open", f"finished up to {view.stages[-1].name}; the stages after it have not begun")
@@ -120,7 +123,7 @@ def progress(view: RunView) -> Progress | None:
     rate = statistics.median(row["train/tokens_per_second"] for row in rows[-10:])
     step = int(rows[-1][STEP])
     tokens = (steps - step) * config["sequence_length"] * config["batch_rows"]
-    return Progress(step, steps, duration(tokens / rate) if rate > 0 and not given_up(view) else "")
+    return Progress(step, steps, duration(tokens / rate) if rate > 0 and not (stage.end or given_up(view)) else "")
 
 
 def planned_steps(log: StageLog) -> int | None:

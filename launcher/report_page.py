@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, Template
 from markupsafe import Markup
 
-from launcher.report import RunView, StageView, duration, matters, number
+from launcher.report import RunView, StageView, duration, is_notice, matters, number
 from launcher.report_bars import NARROW, WIDE, Bar, Series, draw_bars
 from launcher.report_curves import MOST_POINTS, Form, Line, draw_chart, is_logarithmic, percent, short
 from launcher.report_headline import progress, scores_of, strip, tiles, verdict
@@ -28,6 +28,7 @@ MODELS = ("base", "chat", "cpt", "merged")  # with a colour of their own, the sa
 FURTHER_MODELS, LANGUAGE_COLOURS, PLAIN_COLOURS = 3, 6, 2
 SHOWN_PROMPTS, MOST_PROMPTS = 2, 60  # per language: at once, and at all; samples.jsonl has all
 MOST_CHARACTERS = 1500  # of a reply
+FILE_CHARACTERS = 20_000  # of a logged file
 SHOWN_STEPS = 8  # of the continuations of one prompt
 NARROW_BARS = 20  # more than these in one chart need a wider one
 OPEN_ROWS, MOST_ROWS = 8, 300  # of a table: open at once up to, and at all
@@ -130,6 +131,7 @@ class StageSection:
     images: dict[str, str]  # name -> data URI
     metrics: list[tuple[str, int, float, float, float]]  # name, rows, newest, smallest, largest
     results: list[tuple[str, Any]]
+    files: dict[str, str]  # name -> content
 
 
 class Palette:
@@ -166,6 +168,17 @@ def render_page(view: RunView, now: float) -> str:
         strip=strip(view),
         tiles=tiles(view),
         alerts=alerts(view),
+        notices=[
+            (_clock(float(alert["time"])), alert["title"], alert["text"])
+            for stage in view.stages
+            for alert in stage.log.alerts
+            if is_notice(stage, alert)
+        ],
+        artifacts=[
+            (stage.name, "reads" if one.used else "leaves", one.kind, one.name, one.uri, one.digest)
+            for stage in view.stages
+            for one in stage.log.artifacts
+        ],
         models=[(name, palette.model(name)) for name in _models(evaluation)],
         palette=palette,
         bars=score_charts(evaluation, palette),
@@ -281,7 +294,7 @@ def _notes(lines: Sequence[Line], form: Form) -> list[str]:
 
 def section_of(stage: StageView, palette: Palette) -> StageSection:
     """A stage's own part of the page."""
-    draw = {"tokenizer": tokenizer_charts, "merge": merge_charts}.get(stage.name)
+    draw = {"tokenizer": tokenizer_charts, "data": data_charts, "merge": merge_charts}.get(stage.name)
     charts = draw(stage.log, palette) if draw else []
     tables = {name: table for name, table in stage.log.tables.items() if name not in OWN_PLACE}
     drawn = bool(charts) or stage.name in ("training", "evaluation")
@@ -295,7 +308,15 @@ def section_of(stage: StageView, palette: Palette) -> StageSection:
         {name: data_uri(path) for name, path in stage.log.images.items()},
         _metrics(stage.log, shown),
         _results(stage, shown),
+        {name: _content(path) for name, path in stage.log.files.items()},
     )
+
+
+def _content(path: Path) -> str:
+    """A logged file's text, or its beginning."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    over = len(text) - FILE_CHARACTERS
+    return f"{text[:FILE_CHARACTERS]}\n… ({over:,} more characters in {path})" if over > 0 else text
 
 
 def _metrics(log: StageLog, shown: Collection[str]) -> list[tuple[str, int, float, float, float]]:
@@ -348,6 +369,27 @@ def tokenizer_charts(log: StageLog, palette: Palette) -> list[Chart]:
         keys = [Key(line.name, line.colour, short(line.points[-1][1])) for line in lines]
         charts.append(Chart("What each further piece brings", "tokens per character", keys, {"curve": drawing}))
     return charts
+
+
+def data_charts(log: StageLog, palette: Palette) -> list[Chart]:
+    """How long the documents of each source are."""
+    rows = _columns(log, "data/document lengths", "source", "log2 of tokens", "share of documents")
+    curves: dict[str, dict[int, float]] = {}
+    for source, power, share in rows:
+        curves.setdefault(str(source), {})[int(power or 0)] = float(share or 0)
+    powers = sorted({power for curve in curves.values() for power in curve})
+    if not powers:
+        return []
+    sizes, languages, lines = range(powers[0], powers[-1] + 1), set(), []
+    for name, curve in curves.items():
+        points = [(float(place), curve.get(power, 0.0)) for place, power in enumerate(sizes)]
+        colour = palette.language(name.partition(":")[0])  # a source is named LANGUAGE:FILE
+        lines.append(Line(name, points, colour, dashed=colour in languages))
+        languages.add(colour)
+    form = Form("tokens, from", from_zero=True, share=True, categories=[number(2**power) for power in sizes])
+    drawing = Markup(draw_chart("Document lengths", lines, form))
+    keys = [Key(line.name, line.colour, dashed=line.dashed) for line in lines]
+    return [Chart("Document lengths", "share of a source's documents", keys, {"curve": drawing})]
 
 
 def merge_charts(log: StageLog, palette: Palette) -> list[Chart]:

@@ -29,7 +29,7 @@ class Panel:
     """One panel. `keys` are names as the stages log them; a dot leads into a value that is a mapping."""
 
     title: str
-    kind: Literal["curves", "bars", "table", "images"]
+    kind: Literal["curves", "chart", "bars", "table", "images"]  # chart: lines that are not by step
     keys: list[str]
     unit: str = ""  # of the y axis, or of the bars
     x: str = STEP  # curves only
@@ -260,6 +260,14 @@ def _as_panel(panel: Panel) -> Any:
             return wr.LinePlot(title=panel.title, x=panel.x, y=list(panel.keys), title_y=panel.unit or None)
         case "bars":
             return wr.BarPlot(title=panel.title, metrics=list(panel.keys), title_x=panel.unit or None)
+        case "chart":  # made by wandb.plot.line_series
+            (key,) = panel.keys
+            return wr.CustomChart(
+                query={"summaryTable": {"tableKey": f"{key}_table"}},
+                chart_name="wandb/lineseries/v0",
+                chart_fields={name: name for name in ("step", "lineKey", "lineVal")},
+                chart_strings={"title": panel.title, "xname": panel.unit},
+            )
         case "images":
             return wr.MediaBrowser(title=panel.title, media_keys=list(panel.keys))
         case "table":

@@ -145,7 +145,13 @@ def assert_everything_is_shown(run, stages):
         for table in log.tables.values():
             words = {" ".join(cell.split()) for row in table.rows for cell in row if isinstance(cell, str)}
             assert all(word in page.words for word in words)
-        assert log.run["run_id"] in page.text
+        for said in (
+            log.run["run_id"],
+            *log.files,
+            *(one.digest for one in log.artifacts),
+            *(one["text"] for one in log.alerts),
+        ):
+            assert said in page.text
     return page
 
 
@@ -174,6 +180,29 @@ def test_alerts_stand_above_all_else_those_of_one_matter_together(run, capsys):
     assert "loss spike , 4 times, the last: step 43: loss 9" in words
     assert "alert: loss spike: step 43: loss 9 (and 3 before it)" in capsys.readouterr().err
     assert words.index("loss spike") < words.index("non-finite gradient") < words.index("Good replies")
+
+
+def test_a_stage_that_failed_or_was_stopped_says_so_until_it_is_started_again(run):
+    log = run / "training" / "log"
+    for word, says in (("failed", "training failed"), ("stopped", "training is stopped, its last sign")):
+        training = start(run, "training")
+        training.resume_from(60)
+        training.alert(f"training {word}", "stopped by SIGTERM; the same command goes on where it can.")
+        report(run)
+        words = Page(run).words
+        assert says in words[: words.index("Good replies")]
+        assert "left at the newest rate" not in words
+    again = json.loads((log / "run.json").read_text(encoding="utf-8"))
+    write_json(log / "run.json", {**again, "started": time.time() + 1})
+    report(run)
+    assert "training is running or cut short" in Page(run).words
+
+
+def test_that_a_stage_is_done_is_no_alert(run):
+    start(run, "tokenizer").alert("tokenizer finished", "demo: in 75 s")
+    report(run)
+    words = Page(run).words
+    assert words.index("Good replies") < words.index("tokenizer finished demo: in 75 s")
 
 
 def test_a_run_that_was_given_up_says_why(run):
@@ -235,6 +264,15 @@ def test_a_model_and_a_language_have_one_colour_wherever_they_are_shown(run):
         name for found in re.findall(r'class="([^"]*)"', page.source) for name in found.split() if name.startswith("k-")
     }
     assert all(f".{name} {{" in styles for name in used)
+
+
+def test_lengths_of_documents_are_drawn_by_powers_of_two(run):
+    rows = [["ko:news", 4, 0.25], ["ko:news", 6, 0.75], ["zh_tw:web", 5, 1.0]]
+    start(run, "data").table("data/document lengths", ["source", "log2 of tokens", "share of documents"], rows)
+    report(run)
+    chart = Page(run).chart("Document lengths by tokens, from")
+    assert "<title>32\nko:news: 0 %\nzh_tw:web: 100 %</title>" in chart
+    assert [f">{size}</text>" in chart for size in (8, 16, 32, 64, 128)] == [False, True, True, True, False]
 
 
 def test_unknown_run(tmp_path, run):
