@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from core.errors import UserError
 from core.progress import say
 from merge import ancestry
 from merge.plan import MergePlan, PlannedVector, describe_rule
+from merge.rules import kind_of
 from merge.statistics import Statistics, Sums, by_kind, by_layer, total
 from tracking.tracker import Tracker
 
@@ -27,6 +29,10 @@ FIGURE_FILE = "merge_norms.png"
 
 CHAT_COLOUR, CPT_COLOUR = "#56b4e9", "#e69f00"  # as in the evaluation's figures and on the report's page
 SHARES = ("vector", "change", "cosine", "contained")
+CURVES = {
+    "length": {"vector": "chat vector / base", "change": "change by CPT / base"},
+    "cosine": {"cosine": "between vector and change"},
+}
 COLUMNS = ("part", "vector / base", "cpt change / base", "cosine", "vector already in cpt")
 
 
@@ -120,10 +126,27 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
     say(f"merge: |chat - base| is {overall['vector']:.4f} of |base|{change}")
     rows = [[part, *(shares.get(name) for name in SHARES)] for part, shares in results["layers"].items()]
     tracker.table("merge/layers", COLUMNS, rows)
+    for name, shown in CURVES.items():
+        values = [
+            [label, int(part), shares[share]]
+            for share, label in shown.items()
+            for part, shares in results["layers"].items()
+            if part.isdigit() and share in shares
+        ]
+        tracker.curves(f"merge/{name} by layer", ("curve", "layer", name), values)
+    tracker.table("merge/rules", ("kind", "rule", "tensors"), _rules(_read(out)["tensors"]))
+    tracker.table("merge/rows", ("role", "rows"), list(results["rows"].items()))
     tracker.image("merge/norms", out / FIGURE_FILE)
+    tracker.file(REPORT_FILE, out / REPORT_FILE)
     tracker.summary({f"merge/{name}": results[name] for name in ("ratio", "rows", "overall")})
     for warning in results["warnings"]:
         tracker.alert("merge", warning)
+
+
+def _rules(tensors: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int]]:
+    """What was done to how many tensors of each kind."""
+    counted = Counter((kind_of(name), tensor["rule"]) for name, tensor in tensors.items())
+    return [(*found, count) for found, count in counted.items()]
 
 
 def warn(warnings: list[str]) -> None:

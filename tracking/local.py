@@ -35,8 +35,8 @@ RowKey = tuple[float | None, frozenset[str]]
 
 
 def row_key(row: Mapping[str, float]) -> RowKey:
-    """What makes a row the same one when a step is done again: its step and the names of its metrics."""
-    return row.get(STEP), frozenset(row) - {"time"}
+    """A row's step, and the names of its metrics."""
+    return row.get(STEP), frozenset(row) - {"time", STEP}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ becomes of them:
 - it was not, or with step 0: the stage starts over, and so does its local log.
 
 W&B is brought to the same. Rows that stay and that it does not have (a kill costs it the last second) are sent again.
-What it was sent cannot be taken back, so a row that it already has (same step, same metrics) is not sent again: W&B
-keeps the first attempt's value of a step that is done twice. Resuming is exact (law 5), so on the same world size the
+What it was sent cannot be taken back, so what it already has of a step is not sent again, metric by metric: W&B keeps
+the first attempt's value of a step that is done twice. Resuming is exact (law 5), so on the same world size the
 two values are the same.
 """
 
@@ -44,6 +44,9 @@ class RemoteCarrier(Protocol):
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A table, shown whole."""
 
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """A table whose columns are a curve's name, x and y, shown as a chart."""
+
     def image(self, name: str, path: Path) -> None:
         """A figure that was written to `path` (PNG)."""
 
@@ -74,6 +77,9 @@ class Tracker(Protocol):
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A table, shown whole."""
+
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """A table whose columns are a curve's name, x and y, shown as a chart."""
 
     def image(self, name: str, path: Path) -> None:
         """A figure that was written to `path` (PNG)."""
@@ -170,6 +176,13 @@ class StageTracker:
         if self._remote:
             self._remote.table(name, columns, rows)
 
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """See `Tracker`."""
+        self._settle()
+        self._local.table(name, columns, rows)
+        if self._remote:
+            self._remote.curves(name, columns, rows)
+
     def image(self, name: str, path: Path) -> None:
         """See `Tracker`."""
         self._settle()
@@ -231,6 +244,9 @@ class SilentTracker:
         """Drop."""
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """Drop."""
+
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """Drop."""
 
     def image(self, name: str, path: Path) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -34,9 +34,20 @@ from wandb.sdk.lib.wbauth import read_netrc_auth
 from core.errors import UserError
 from core.progress import say
 from tracking.config import TrackingConfig
-from tracking.local import STEP, TOKENS, Artifact, Cell, Row, RowKey, RunIdentity, row_key
+from tracking.local import STEP, TOKENS, Artifact, Cell, Row, RunIdentity, row_key
 from tracking.secrets import without_secrets
-from tracking.wandb_history import attempts, held_rows, is_offline, log_of, marker, mend, not_uploaded, read_rows
+from tracking.wandb_history import (
+    Held,
+    Journal,
+    attempts,
+    held_rows,
+    is_offline,
+    log_of,
+    marker,
+    mend,
+    not_uploaded,
+    read_rows,
+)
 
 PROBE_TIMEOUT = 5.0  # seconds for the server to answer at all
 INIT_TIMEOUT = 30.0  # seconds for the server to open the run
@@ -184,12 +195,13 @@ class WandbCarrier:
     def __init__(self, open_run: Callable[[], Any], run: RunIdentity, directory: Path, mode: Mode) -> None:
         self._open, self._identity, self._directory = open_run, run, directory
         self.run = open_run()
+        self._journal = Journal(Path(self.run.settings.sync_dir))
         self.mode: str = mode
         self.url: str = (self.run.url or "") if mode == "online" else ""
         self._starting_step = self.run.starting_step if mode == "online" else None
         self._has_steps = False
         self._step: float | None = None  # of the newest row
-        self._held: Counter[RowKey] = Counter()  # rows that W&B already has and that will be logged again
+        self._held = Held()  # rows that W&B already has and that will be logged again
         self._recent: deque[tuple[float, dict[str, float]]] = deque()  # what a service that ends may take along
         self._lost, self._finished = threading.Event(), False
         self._said: set[str] = set()
@@ -233,13 +245,14 @@ class WandbCarrier:
         if _service_has_ended():
             _forget_service()
         last = attempts(self._directory, self._identity.run_id)[-1]
-        arrived = {key for _, key in read_rows(log_of(last))}
+        arrived = Held(key for _, key in read_rows(log_of(last)))
         mend(last)
         with _deaf_to_slurm():
             self.run, self._has_steps = self._open(), False
+        self._journal = Journal(Path(self.run.settings.sync_dir))
         for _, row in list(self._recent):
-            if row_key(row) not in arrived:
-                self._log(row)
+            if new := arrived.without(row):
+                self._log(new)
 
     def begin(self, kept: Sequence[Row]) -> None:
         """Send the rows that W&B does not have of those that the local log keeps."""
@@ -255,10 +268,9 @@ class WandbCarrier:
         self._calls.put(lambda: self._log_new(dict(row)))
 
     def _log_new(self, row: dict[str, float]) -> None:
-        key = row_key(row)
         self._step = row.get(STEP, self._step)
-        if self._held[key]:
-            self._held[key] -= 1
+        row = self._held.without(row)
+        if not row:
             return
         self._log(row)
         now = time.monotonic()
@@ -273,6 +285,7 @@ class WandbCarrier:
             self.run.define_metric(TOKENS)
             self.run.define_metric("*", step_metric=STEP, step_sync=False)
             self._has_steps = True
+        self._journal.write(self.run.step, row_key(row))
         self.run.log(dict(row))
 
     def _log_media(self, name: str, value: object) -> None:
@@ -282,6 +295,14 @@ class WandbCarrier:
         """A W&B table."""
         names, data = list(columns), [list(row) for row in rows]
         self._calls.put(lambda: self._log_media(name, wandb.Table(names, data, allow_mixed_types=True)))
+
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """A chart of lines, which W&B shows in the run's workspace without being told to."""
+        if not rows:
+            return  # wandb makes no chart of nothing
+        points = [list(row) for row in rows]
+        lines = {curve: [(x, y) for named, x, y in points if named == curve] for curve, _, _ in points}
+        self._calls.put(lambda: self._log_media(name, _chart(name, columns[1], lines)))
 
     def image(self, name: str, path: Path) -> None:
         """A figure."""
@@ -358,6 +379,11 @@ def _service_has_ended() -> bool:
     """Whether wandb's service is dead: a dead one takes the next row, and loses it."""
     process = _service_process()
     return process is not None and process.poll() is not None
+
+
+def _chart(name: str, x_name: str, lines: Mapping[Cell, Sequence[tuple[Cell, Cell]]]) -> Any:
+    xs, ys = ([[point[place] for point in points] for points in lines.values()] for place in range(2))
+    return wandb.plot.line_series(xs, ys, keys=[str(curve) for curve in lines], title=name, xname=x_name)
 
 
 def _ends_soon() -> bool:

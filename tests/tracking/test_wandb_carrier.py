@@ -1,13 +1,16 @@
 """Weights & Biases offline: what was logged is in its log, also after a kill; nothing is doubled; no key is written."""
 
+import socket
 import subprocess
 import sys
 
+import matplotlib.image
 import pytest
 
 from core.errors import UserError
-from tests.tracking.wandb_log import attempts, history, inspect, items
+from tests.tracking.wandb_log import attempts, history, inspect, items, records
 from tracking import TrackingConfig, read_log, start_tracker
+from tracking.tracker import Artifact
 
 OFFLINE = TrackingConfig(carrier="offline", tags=["test"])
 KEY = "local" + "5ec4e7" * 7  # the form of a key; not one
@@ -53,11 +56,13 @@ def test_steps_done_again_are_in_neither_log_twice(tmp_path):
     second = start(tmp_path)
     second.resume_from(20)
     for step in (30, 40):
-        second.log({"train/loss": float(step)}, step=step)
+        more = {"train/checkpoint_seconds": 0.5} if step == 30 else {}  # a step done again may have another metric
+        second.log({"train/loss": float(step), **more}, step=step)
         second.log({"valid/ko/bits_per_byte": 3.0}, step=step)  # at 30 this row is new: the kill came before it
     second.finish()
     expected = [(step, float(step)) for step in (10, 20, 30, 40)]
     assert read_log(tmp_path).series("train/loss") == history(tmp_path, "train/loss") == expected
+    assert history(tmp_path, "train/checkpoint_seconds") == [(30, 0.5)]
     bits = [(0, 4.0), (30, 3.0), (40, 3.0)]
     assert read_log(tmp_path).series("valid/ko/bits_per_byte") == history(tmp_path, "valid/ko/bits_per_byte") == bits
 
@@ -182,3 +187,68 @@ os._exit(0)  # wandb's own end would complain about its service
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("only the local log") == 1, done.stderr
     assert read_log(tmp_path).series("train/loss") == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
+def test_on_request_each_node_is_measured_in_a_run_of_its_own(tmp_path, monkeypatch):
+    world = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    start(tmp_path / "off").resume_from(0)
+    assert not (tmp_path / "off").exists()
+    tracker = start(tmp_path, TrackingConfig(carrier="offline", system_metrics="nodes"))
+    assert not (tmp_path / "nodes").exists(), "not before the first process has made room"
+    tracker.resume_from(0)
+    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.finish()
+    node = f"demo-training-1-{socket.gethostname()}"
+    (log,) = attempts(tmp_path / "nodes" / node)
+    kinds = [record.WhichOneof("record_type") for record in records(log)]
+    assert "stats" in kinds
+    assert "history" not in kinds
+    run = next(record.run for record in records(log) if record.WhichOneof("record_type") == "run")
+    assert (run.run_id, run.job_type, run.run_group) == (node, "system", "demo-abc")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    second = start(tmp_path / "second", TrackingConfig(carrier="offline", system_metrics="nodes"))
+    second.resume_from(0)
+    assert not (tmp_path / "second").exists(), "one process of a node is enough"
+
+
+def test_all_that_a_stage_can_show_arrives(tmp_path, server):
+    figure, results = tmp_path / "figure.png", tmp_path / "results.json"
+    matplotlib.image.imsave(figure, [[0.0, 1.0]])
+    results.write_text('{"a": 1}')
+    tracker = start(tmp_path / "log", TrackingConfig())
+    tracker.artifact(Artifact("text-ko", "text", results.as_uri(), "stage:0123", used=True))
+    tracker.artifact(Artifact("demo-cpt", "model", tmp_path.as_uri(), "stage:4567", used=False))
+    tracker.log({"train/loss": 1.0, "train/tokens": 64.0}, step=1)
+    tracker.curves("merge/length by layer", ["curve", "layer", "length"], [["vector", 0, 0.5], ["vector", 1, 0.25]])
+    tracker.curves("merge/nothing", ["curve", "layer", "length"], [])
+    tracker.table("samples", ["reply"], [["안녕"]])
+    tracker.image("figures/loss", figure)
+    tracker.file("results.json", results)
+    tracker.alert("loss spike", "step 1")
+    tracker.summary({"steps": 1})
+    tracker.finish()
+    run = server.runs["demo-training-1"]
+    assert run.files["results.json"] == results.read_bytes()
+    assert any(name.startswith("media/images/figures/loss") for name in run.files)
+    assert any(name.startswith("media/table/samples") for name in run.files)
+    assert "merge/length by layer" in run.config["_wandb"]["visualize"]
+    assert run.alerts == [{"title": "loss spike", "text": "step 1"}]
+    assert run.summary["steps"] == 1
+    assert (run.used, run.logged) == (["text-ko:v0"], ["text-ko:v0", "demo-cpt:v0", *run.logged[2:]])
+    assert server.artifacts[0].manifest["contents"]["stage-0123"]["ref"] == results.as_uri()
+    assert server.artifacts[0].files == {}
+    assert server.unknown == []
+    log = read_log(tmp_path / "log")
+    assert log.tables["merge/length by layer"].rows == [["vector", 0, 0.5], ["vector", 1, 0.25]]
+    assert log.files["results.json"].read_bytes() == results.read_bytes()
+    assert [one.name for one in log.artifacts] == ["text-ko", "demo-cpt"]
+
+
+def test_an_alert_names_the_slurm_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    tracker = start(tmp_path, TrackingConfig(carrier="none"))
+    tracker.alert("no step ends", "rank 3 hangs")
+    assert read_log(tmp_path).alerts[0]["text"] == "rank 3 hangs (Slurm job 4711)"
