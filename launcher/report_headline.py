@@ -228,7 +228,7 @@ def _two(value: object) -> str:
 
 
 def _merged(log: StageLog) -> Iterator[Tile]:
-    overall, rows = log.summary.get("merge/overall", {}), log.summary.get("merge/rows", {})
+    overall, rows = log.summary.get("merge/overall", {}), log.summary.get("merge/row_counts", {})
     if "vector" not in overall:
         return
     notes = []

@@ -138,7 +138,10 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
     tracker.table("merge/rows", ("role", "rows"), list(results["rows"].items()))
     tracker.image("merge/norms", out / FIGURE_FILE)
     tracker.file(REPORT_FILE, out / REPORT_FILE)
-    tracker.summary({f"merge/{name}": results[name] for name in ("ratio", "rows", "overall")})
+    # the counts under another name than their table's: W&B keeps both in one place
+    tracker.summary(
+        {"merge/row_counts": results["rows"], **{f"merge/{one}": results[one] for one in ("ratio", "overall")}}
+    )
     for warning in results["warnings"]:
         tracker.alert("merge", warning)
 

@@ -31,7 +31,7 @@ class Panel:
     title: str
     kind: Literal["curves", "chart", "bars", "table", "images"]  # chart: lines that are not by step
     keys: list[str]
-    unit: str = ""  # of the y axis, or of the bars
+    unit: str = ""  # of the y axis, or of the bars; of a chart, what its x axis is
     x: str = STEP  # curves only
     needs: str = ""  # what has to be so for the keys to be logged; empty: every run logs them
 
@@ -77,10 +77,11 @@ def _tokenizer(languages: Sequence[str]) -> Section:
         [
             Panel("Tokens per character, before and after", "bars", before_and_after, "tokens per character"),
             Panel("Rows of the vocabulary", "bars", ["tokenizer/base_rows", "tokenizer/new_pieces", "tokenizer/rows"]),
+            Panel("What each further piece brings", "chart", ["tokenizer/gain curve"], "new pieces"),
             Panel("Fertility and gain", "images", ["tokenizer/report"]),
             *(
                 Panel(f"Tokenizer: {name}", "table", [f"tokenizer/{name}"])
-                for name in ("fertility", "gain curve", "pieces", "examples", "drift", "proofs")
+                for name in ("fertility", "pieces", "examples", "drift", "proofs")
             ),
         ],
         columns=2,
@@ -95,6 +96,7 @@ def _embeddings() -> Section:
         [
             Panel("Rows by what they are", "bars", rows),
             Panel("Mean norm of embedding rows, old and new", "bars", norms),
+            Panel("Norms", "table", ["embeddings/norms"]),
         ],
         columns=2,
     )
@@ -108,6 +110,7 @@ def _data() -> Section:
             Panel("Sources", "table", ["data/sources"]),
             Panel("Documents: kept, held out, left out", "bars", documents, "documents"),
             Panel("Size", "bars", ["data/tokens", "data/bytes"]),
+            Panel("Document lengths by source", "chart", ["data/document lengths"], "log2 of tokens"),
         ],
         columns=3,
     )
@@ -162,12 +165,16 @@ def _merge() -> Section:
     return Section(
         "Merge",
         [
-            Panel("Norms by layer", "images", ["merge/norms"]),
+            Panel("Norms by layer", "chart", ["merge/length by layer"], "layer"),
+            Panel("Cosine by layer", "chart", ["merge/cosine by layer"], "layer"),
+            Panel("Norms and cosine, and what lies outside the layers", "images", ["merge/norms"]),
             Panel("Layers", "table", ["merge/layers"]),
             Panel("Norm of the chat vector and of the CPT change", "bars", overall, "of the base's norm"),
             Panel("Cosine, and share of the vector that CPT contains", "bars",
                   ["merge/overall.cosine", "merge/overall.contained"]),
             Panel("Ratio", "bars", ["merge/ratio"]),
+            Panel("Rules", "table", ["merge/rules"]),
+            Panel("Rows by role", "table", ["merge/rows"]),
         ],
         columns=2,
     )  # fmt: skip
@@ -263,7 +270,10 @@ def _as_panel(panel: Panel) -> Any:
         case "chart":  # made by wandb.plot.line_series
             (key,) = panel.keys
             return wr.CustomChart(
-                query={"summaryTable": {"tableKey": f"{key}_table"}},
+                query={
+                    **dict.fromkeys(("id", "name", "_defaultColorIndex")),
+                    "summaryTable": {"tableKey": f"{key}_table"},
+                },
                 chart_name="wandb/lineseries/v0",
                 chart_fields={name: name for name in ("step", "lineKey", "lineVal")},
                 chart_strings={"title": panel.title, "xname": panel.unit},

@@ -8,29 +8,40 @@ import pytest
 from launcher.recipe import Recipe
 from launcher.stages import STAGES
 from tests.launcher.conftest import ROOT, cpt_merge
+from tests.tracking.wandb_log import attempts, items, records
 from tracking import read_log
 from tracking.dashboard import Panel, Pipeline, layout
 
 
-def flat(values: dict, prefix: str = "") -> set[str]:
-    """Names as W&B shows them: a dot leads into a mapping."""
-    return {
-        name
-        for key, value in values.items()
-        for name in (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"})
-    }
+def spread(name: str, value: object) -> set[str]:
+    """The names of numbers as W&B shows them: a dot leads into a mapping."""
+    if isinstance(value, dict):
+        return {found for key, inner in value.items() for found in spread(f"{name}.{key}", inner)}
+    return {name}
 
 
 @pytest.fixture(scope="module")
 def logged(finished: Path) -> dict[str, set[str]]:
-    """Kind of panel -> every name that the run logged for it."""
-    logs = [read_log(finished / stage.name / "log") for stage in STAGES]
-    rows = {name for log in logs for row in log.rows for name in row} - {"time"}
+    """Kind of panel -> every name that W&B's own log of the run holds for it."""
+    rows, summary, logs = {}, {}, [read_log(finished / stage.name / "log") for stage in STAGES]
+    for stage in STAGES:
+        for log in attempts(finished / stage.name / "log"):
+            rows |= {name: value for row in items(log) for name, value in row.items() if not name.startswith("_")}
+            updates = [one for record in records(log) for one in record.summary.update]
+            summary |= {one.key or ".".join(one.nested_key): json.loads(one.value_json) for one in updates}
+    media = {name.removesuffix("._type"): kind for name, kind in rows.items() if name.endswith("._type")}
+    numbers = {name for name in rows if name.partition(".")[0] not in media}
+    tables = {name for name, kind in media.items() if kind == "table-file"}
+    charts = {name for name in tables if name.endswith("_table")}
+    copied = {name for name in summary if name.partition(".")[0] in media or name.startswith("_")}  # of the newest row
+    summarised = {name: value for name, value in summary.items() if name not in copied}
+    assert not media.keys() & {name for log in logs for name in log.summary}, "one would take the other's place"
     return {
-        "curves": rows,
-        "bars": rows | {name for log in logs for name in flat(log.summary)},
-        "table": {name for log in logs for name in log.tables},
-        "images": {name for log in logs for name in log.images},
+        "curves": numbers,
+        "bars": numbers | {found for name, value in summarised.items() for found in spread(name, value)},
+        "chart": {name.removesuffix("_table") for name in charts},
+        "table": tables - charts,
+        "images": {name for name, kind in media.items() if kind == "image-file"},
     }
 
 
@@ -60,8 +71,8 @@ def test_no_group_of_names_is_left_out(logged: dict[str, set[str]], panels: list
     assert {name.partition("/")[0] for names in logged.values() for name in names} == shown
 
 
-def test_every_table_figure_and_curve_is_shown(logged: dict[str, set[str]], panels: list[Panel]) -> None:
-    for kind in ("table", "images", "curves"):
+def test_every_table_chart_figure_and_curve_is_shown(logged: dict[str, set[str]], panels: list[Panel]) -> None:
+    for kind in ("table", "chart", "images", "curves"):
         shown = {name for panel in panels for name in [*panel.keys, panel.x]}
         assert logged[kind] <= shown
 
