@@ -46,6 +46,7 @@ def report(
     if any(result.samples for result in results):
         figures["replies"] = draw_facets(scores, out / "replies.png")
     track(results, scores, figures, tracker)
+    tracker.file("evaluation-results.json", out / "results.json")
     show_scores(scores)
     show_samples(results, config.samples_shown)
 
