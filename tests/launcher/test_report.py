@@ -209,7 +209,10 @@ def test_a_run_that_was_given_up_says_why(run):
     begun = {"job": "7", "time": 1.0, "nodes": "node[1-2]", "progress": {}}
     for attempt, verdict, reason in (("7-0", "requeue", "Preempted."), ("7-1", "given up", "node2 ran out of memory.")):
         write_json(run / "slurm" / attempt / "begun.json", {**begun, "time": begun["time"] + len(reason)})
-        write_json(run / "slurm" / attempt / "ended.json", {"verdict": verdict, "reason": reason, "progress": {}})
+        write_json(
+            run / "slurm" / attempt / "ended.json",
+            {"verdict": verdict, "reason": reason, "progress": {}, "failure": ""},
+        )
     report(run)
     words = Page(run).words
     assert "given up : node2 ran out of memory." in words[: words.index("Good replies")]
