@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ SLURM_VARIABLES = (
     "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES",
     "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID",
 )  # fmt: skip
+LOCK_FILE = ".lock"  # in a run's folder, while a process works there
 LOCK_VARIABLE = "CPT_MERGE_LOCK"  # set for the processes that a locked run starts
 _held: list[Lock] = []  # until the process ends
 
@@ -106,11 +107,11 @@ def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: di
         try:
             results = stage.run(run, key, tracker)
         except Interrupted as stop:
-            tracker.alert(f"{stage.name} stopped", str(stop))
+            _alert(tracker, f"{stage.name} stopped", str(stop))
             tracker.finish()
             raise
         except BaseException as error:
-            tracker.alert(f"{stage.name} failed", str(error) or type(error).__name__)
+            _alert(tracker, f"{stage.name} failed", str(error) or type(error).__name__)
             tracker.finish(failed=True)
             raise
     if main:
@@ -187,6 +188,12 @@ def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs:
     )
 
 
+def _alert(tracker: Tracker, title: str, text: str) -> None:
+    """An alert about an exception that is on its way up, which nothing must replace (the disk may be full)."""
+    with suppress(OSError):
+        tracker.alert(title, text)
+
+
 def origin() -> dict[str, Any]:
     """Where a result comes from: code, versions, command, machine, Slurm job."""
     slurm = {name.lower(): os.environ[name] for name in SLURM_VARIABLES if name in os.environ}
@@ -227,7 +234,7 @@ def hold_lock(run: Run) -> None:
     """
     if LOCK_VARIABLE in os.environ or not find_world().is_main:
         return
-    lock = Lock(run.recipe.directory / ".lock", run.recipe.directory, "give this run another name")
+    lock = Lock(run.recipe.directory / LOCK_FILE, run.recipe.directory, "give this run another name")
     lock.take()
     _held.append(lock)
     os.environ[LOCK_VARIABLE] = str(lock.path)

@@ -81,7 +81,7 @@ pipeline() {
 }
 source slurm/preflight.sh
 
-# Slurm's word for what becomes of the job: RUNNING, unless it was cancelled or is back in the queue.
+# Slurm's word for what becomes of the job: RUNNING, unless it was cancelled or is back in the queue; or no word.
 state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || true; }
 
 # Back into the queue, where jobs may go there.
@@ -92,7 +92,7 @@ requeue() {
 
 # Nothing is left to do where Slurm is ending the job by itself.
 end_if_ended() {
-    [[ $(state) == RUNNING ]] && return
+    case $(state) in RUNNING | "") return ;; esac # a controller that is silent just now has not ended the job
     echo "job $SLURM_JOB_ID was cancelled or put back into the queue; what is saved is kept" >&2
     exit 75
 }

@@ -1,4 +1,4 @@
-"""Weights & Biases, online or offline. The only module that imports wandb.
+"""Weights & Biases, online or offline: the module that speaks to wandb (its neighbours read its files and formats).
 
 What was measured with wandb 0.31 and is guarded against here: rows are lost on a kill unless the log is flushed every
 second; W&B's own step drops or shifts rows after a resume, so it is never used; tables are copied to the home directory

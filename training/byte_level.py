@@ -143,7 +143,7 @@ def _proper(model: Mapping[str, Any], products: list[str], backend: Tokenizer) -
 
 
 def _are_cut(pieces: Iterable[str], backend: Tokenizer) -> bool:
-    """Whether every one of the pieces is cut into several words, so that none is ever looked up as a library."""
+    """Whether every one of the pieces is cut into several words, so that none is ever looked up as a whole."""
     return all(
         not BYTES.keys() >= set(piece)
         or len(backend.pre_tokenizer.pre_tokenize_str(to_bytes(piece).decode(errors="replace"))) > 1
