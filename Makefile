@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-slurm check docs picture clean
+.PHONY: demo test test-all test-slurm test-gpu check docs picture clean
 
 demo: $(VENV)/done  ## the whole method in miniature, on real text
 	$(BIN)/python -m recipes.demo.prepare --out runs/demo-inputs
@@ -15,10 +15,13 @@ test: $(VENV)/done  ## the tests
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/done  ## the slow ones too
-	$(BIN)/python -m pytest -m "not slurm"
+	$(BIN)/python -m pytest -m "not slurm and not gpu"
 
 test-slurm: $(VENV)/done  ## on a throw-away Slurm cluster, which it installs (Debian's packages) and starts; as root
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-gpu: $(VENV)/done  ## those of one GPU, where there is one
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 check: $(VENV)/done  ## lint, format, types
 	$(BIN)/ruff check .

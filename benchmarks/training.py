@@ -37,10 +37,12 @@ LENGTH = 512
 
 
 @app.command()
-def prepare(folder: Path, size: str = "", tokens: int = 2_000_000) -> None:
+def prepare(
+    folder: Path, size: str = "", tokens: int = 2_000_000, document: int = training_inputs.MEDIAN_DOCUMENT
+) -> None:
     """Make the inputs of a size, or those that a CPU can train; what is there is kept."""
     for name in [size] if size else ["small", "long-vocabulary"]:
-        training_inputs.prepare(folder, name, tokens)
+        training_inputs.prepare(folder, name, tokens, document)
 
 
 @app.command()

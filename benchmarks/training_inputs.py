@@ -14,7 +14,7 @@ from training.store import STORE_FILE, SourceInfo, SplitCounts, SplitWriter, Sto
 from training.store import tokenizer_fingerprint as fingerprint_of
 
 BOS, EOS = 1, 2
-MEDIAN_DOCUMENT = 300  # tokens; lengths are log-normal, as those of web pages and articles are
+MEDIAN_DOCUMENT = 300  # tokens
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,15 @@ class Inputs:
         return Inputs(folder / name / "model", folder / name / "store")
 
 
-def prepare(folder: Path, name: str, tokens: int) -> None:
-    """Make the inputs of a size; what is there is kept."""
+def prepare(folder: Path, name: str, tokens: int, document: int = MEDIAN_DOCUMENT) -> None:
+    """Make the inputs of a size; what is there is kept. `document` is the median length of documents, in tokens: their
+    lengths are log-normal, as those of web pages and articles are.
+    """
     inputs, size = Inputs.of(folder, name), SIZES[name]
     if not (inputs.model / "config.json").is_file():
         _make_model(inputs.model, size)
     if not (inputs.store / STORE_FILE).is_file():
-        _make_store(inputs, size, tokens)
+        _make_store(inputs, size, tokens, document)
 
 
 def _make_model(directory: Path, size: Size) -> None:
@@ -83,12 +85,12 @@ def _make_model(directory: Path, size: Size) -> None:
     model.to(torch.bfloat16 if cuda else torch.float32).save_pretrained(directory)
 
 
-def _make_store(inputs: Inputs, size: Size, tokens: int) -> None:
+def _make_store(inputs: Inputs, size: Size, tokens: int, document: int) -> None:
     """Documents of random tokens: what they say changes neither the time nor the memory of a step."""
     random = np.random.default_rng(0)
     dtype = "uint16" if size.rows <= 2**16 else "uint32"
     counts = {
-        split: _write_split(inputs.store / "00-random" / split, dtype, size.rows, share, random)
+        split: _write_split(inputs.store / "00-random" / split, dtype, size.rows, share, document, random)
         for split, share in (("train", tokens), ("heldout", 20_000))
     }
     source = SourceInfo("random", "en", "00-random", 0, 0, counts["train"], counts["heldout"], None)
@@ -96,9 +98,12 @@ def _make_store(inputs: Inputs, size: Size, tokens: int) -> None:
     write_json(inputs.store / STORE_FILE, asdict(StoreInfo("benchmark", tokenizer, None, [source])))
 
 
-def _write_split(folder: Path, dtype: str, rows: int, tokens: int, random: np.random.Generator) -> SplitCounts:
+def _write_split(
+    folder: Path, dtype: str, rows: int, tokens: int, document: int, random: np.random.Generator
+) -> SplitCounts:
     writer = SplitWriter(folder, dtype)
-    lengths = np.maximum(8, random.lognormal(np.log(MEDIAN_DOCUMENT), 1.0, tokens // MEDIAN_DOCUMENT).astype(np.int64))
+    count = max(1, tokens // document)
+    lengths = np.maximum(8, random.lognormal(np.log(document), 1.0, count).astype(np.int64))
     lengths = lengths[: np.searchsorted(np.cumsum(lengths), tokens) + 1]
     for length in lengths:
         ids = random.integers(3, rows, length).astype(dtype)

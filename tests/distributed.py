@@ -23,10 +23,14 @@ def free_port() -> int:
 
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120) -> list[Any]:
     """`function(*arguments)` in `size` processes; the results by rank. The first failure is raised with its traceback."""
-    context = multiprocessing.get_context("forkserver")  # a clean process that has imported the slow packages once
-    context.set_forkserver_preload(
-        ["torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "datasets"]
-    )
+    context: Any
+    if torch.cuda.is_available():
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    else:
+        context = multiprocessing.get_context("forkserver")  # a clean process that has imported the slow packages once
+        context.set_forkserver_preload(
+            ["torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "datasets"]
+        )
     queue: Any = context.Queue()
     port = free_port()
     processes = [

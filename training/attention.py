@@ -157,10 +157,11 @@ def check_supported(model: Any, config: TrainingConfig) -> None:
 
 @torch.no_grad()
 def check_attention(module: Callable[[Batch], Tensor], config: TrainingConfig, device: torch.device) -> None:
-    """Law 7: run the loaded model on two small rows of two documents, and see that documents and time are kept apart.
+    """Law 7: run the loaded model on a micro-batch of two documents a row, and see that they and time are kept apart.
 
-    Called by all processes. Raises `UserError` if a document's loss depends on the document before it or on later
-    tokens, or if the implementation does not run here.
+    Rows and length are those of training, so that compiled layers are not compiled for other shapes first: they would
+    be slower after. Called by all processes. Raises `UserError` if a document's loss depends on the document before it
+    or on later tokens, or if the implementation does not run here.
     """
     if config.attention == "flex" and device.type != "cuda":
         raise UserError("attention: flex trains on GPUs only (torch has no backward pass of it for others); set flash.")
@@ -168,7 +169,8 @@ def check_attention(module: Callable[[Batch], Tensor], config: TrainingConfig, d
         if config.precision == "fp32":
             raise UserError("attention: flash computes in bf16 only; set training.precision: bf16, or attention: sdpa.")
         _check_kernel(device)
-    batch = _two_documents().to(device)
+    rows, length = config.micro_batch_rows, max(config.sequence_length, 16)
+    batch = _two_documents(rows, length).to(device)
     try:
         expected = float(module(batch))
     except RuntimeError as error:
@@ -176,7 +178,7 @@ def check_attention(module: Callable[[Batch], Tensor], config: TrainingConfig, d
         raise UserError(
             f"attention: {config.attention} does not run in this model here ({reason}); set sdpa."
         ) from error
-    for column, what in ((slice(0, 8), "the document before it"), (slice(14, 16), "later tokens")):
+    for column, what in ((slice(0, length - 8), "the document before it"), (slice(length - 2, None), "later tokens")):
         changed = batch.input_ids.clone()
         changed[:, column] = 3
         found = float(module(dataclasses.replace(batch, input_ids=changed)))
@@ -187,12 +189,13 @@ def check_attention(module: Callable[[Batch], Tensor], config: TrainingConfig, d
             )
 
 
-def _two_documents() -> Batch:
-    """Two rows of two documents of 8 tokens; the first 6 tokens of each second document have targets."""
-    ids = torch.arange(5, 37).view(2, 16)
+def _two_documents(rows: int, length: int) -> Batch:
+    """Rows of two documents; the second one has 8 tokens, the first 6 of which have targets."""
+    ids = (5 + torch.arange(rows * length) % 32).view(rows, length)
     labels = ids.roll(-1, 1)
-    labels[:, :8] = labels[:, 14:] = IGNORED
-    return Batch.of(ids, labels, torch.arange(8).repeat(2, 2))
+    labels[:, :-8] = labels[:, -2:] = IGNORED
+    positions = torch.cat([torch.arange(length - 8), torch.arange(8)])
+    return Batch.of(ids, labels, positions.repeat(rows, 1))
 
 
 def _check_kernel(device: torch.device) -> None:

@@ -40,14 +40,14 @@ class Head:
         return logits
 
 
-def cross_entropy_sum(hidden: Tensor, head: Head, labels: Tensor, chunk: int) -> Tensor:
+def cross_entropy_sum(hidden: Tensor, head: Head, labels: Tensor, chunk: int, compiled: bool = False) -> Tensor:
     """Sum over the targets of -ln p(target), in nats, float32.
 
     `hidden` [tokens, width], `labels` [tokens] with IGNORED where there is no target; `chunk` tokens are taken at a
-    time. May be differentiated once.
+    time. May be differentiated once. With `compiled`, torch.compile makes what lies between the matmuls of training.
     """
     if torch.is_grad_enabled():
-        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, head, labels, chunk)  # type: ignore[no-any-return, no-untyped-call]
+        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, head, labels, chunk, compiled)  # type: ignore[no-any-return, no-untyped-call]
     parts = zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
     losses = [F.cross_entropy(head.logits(h), y, ignore_index=IGNORED, reduction="sum") for h, y in parts]
     return torch.stack(losses).sum()
@@ -64,8 +64,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, labels: Tensor, chunk: int
-    ) -> Tensor:
+        context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, labels: Tensor, chunk: int,
+        compiled: bool,
+    ) -> Tensor:  # fmt: skip
         """The loss; all gradients are made here and kept, for an upstream gradient of 1."""
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
@@ -73,13 +74,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_gradient[: head.frozen_rows] = 0.0
         bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=_accumulator(weight))
         trained = slice(head.frozen_rows, None)
+        between = _compiled_loss_and_gradient if compiled else _loss_and_gradient
         parts = (torch.split(tensor, chunk) for tensor in (hidden, labels, hidden_gradient))
         for number, (part, target, out) in enumerate(zip(*parts, strict=True)):
-            nats, gradient = _loss_and_gradient(head.logits(part), target, head)
+            nats, gradient = between(head.logits(part), target, head, hidden.dtype)
             loss += nats
             if bias_gradient is not None:
                 bias_gradient[trained] += gradient[:, trained].sum(0)
-            gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, weight, out=out)
             _add_matmul(weight_gradient[trained], gradient[:, trained].T, part, first=number == 0)
             del gradient  # before the logits of the next chunk are made
@@ -93,11 +94,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, bias = context.saved_tensors
         for gradient in (hidden, weight) if bias is None else (hidden, weight, bias):
             gradient.mul_(upstream[0])
-        return hidden, weight.to(context.dtype), None if bias is None else bias.to(context.dtype), None, None, None
+        return (
+            hidden,
+            weight.to(context.dtype),
+            None if bias is None else bias.to(context.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _loss_and_gradient(logits: Tensor, target: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """(sum of -ln p(target), its gradient by h W^T + b) of a chunk of logits, which are overwritten."""
+def _loss_and_gradient(logits: Tensor, target: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(sum of -ln p(target), its gradient by h W^T + b in `dtype`) of a chunk of logits, which are overwritten."""
     slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
     kept = (target != IGNORED).unsqueeze(1).to(logits.dtype)
     place = target.clamp_min(0).unsqueeze(1)
@@ -107,7 +116,24 @@ def _loss_and_gradient(logits: Tensor, target: Tensor, head: Head) -> tuple[Tens
     nats = ((total.log() - at_target) * kept).sum()
     gradient = logits.mul_(kept * head.scale / total)  # p, and nothing where there is no target
     gradient.scatter_add_(1, place, -kept * head.scale)  # p - y
-    return nats, gradient if slope is None else gradient.mul_(slope)
+    return nats, (gradient if slope is None else gradient.mul_(slope)).to(dtype)
+
+
+@torch.compile(fullgraph=True)
+def _compiled_loss_and_gradient(
+    logits: Tensor, target: Tensor, head: Head, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same, to be compiled: where the other form reads and writes all logits for every operation, this one reads
+    them twice and writes the gradient once. Uncompiled it would hold several tensors of their size.
+    """
+    kept, place = target != IGNORED, target.clamp_min(0)
+    log_total = torch.logsumexp(logits, 1)
+    nats = ((log_total - logits.gather(1, place.unsqueeze(1)).squeeze(1)) * kept).sum()
+    hot = torch.arange(logits.shape[1], device=logits.device).unsqueeze(0) == place.unsqueeze(1)
+    gradient = (torch.exp(logits - log_total.unsqueeze(1)) - hot.to(logits.dtype)) * (kept * head.scale).unsqueeze(1)
+    if head.softcap is not None:
+        gradient = gradient * (1 - (logits / head.softcap).square())
+    return nats, gradient.to(dtype)
 
 
 def _accumulator(weight: Tensor) -> torch.dtype:

@@ -36,10 +36,10 @@ class CausalLM(nn.Module):
 
     model: Any  # a PreTrainedModel; transformers has no types
 
-    def __init__(self, model: Any, loss_chunk: int) -> None:
+    def __init__(self, model: Any, loss_chunk: int, compiled_loss: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.loss_chunk = loss_chunk
+        self.loss_chunk, self.compiled_loss = loss_chunk, compiled_loss
         self.form = find_head_form(model)
         self.frozen_rows = 0
         """The rows 0 .. frozen_rows - 1 of embedding and head get no gradient: exactly zero."""
@@ -72,7 +72,9 @@ class CausalLM(nn.Module):
         ).last_hidden_state
         if last:
             return self.head.logits(hidden[:, -1])
-        return cross_entropy_sum(hidden.flatten(0, 1), self.head, batch.labels.flatten(), self.loss_chunk)
+        return cross_entropy_sum(
+            hidden.flatten(0, 1), self.head, batch.labels.flatten(), self.loss_chunk, self.compiled_loss
+        )
 
     def train(self, mode: bool = True) -> CausalLM:
         """Training mode for this module; the model within stays in evaluation mode, so that nothing in it is random."""
@@ -110,7 +112,7 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
     _say_what_is_left_out(model_config.get_text_config(decoder=True))
     if config.fp8:
         convert_to_fp8(decoder_layers(model), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return CausalLM(model, config.loss_chunk).train()
+    return CausalLM(model, config.loss_chunk, config.compile).train()
 
 
 def _say_what_is_left_out(config: Any) -> None:

@@ -96,7 +96,7 @@ def test_a_model_in_which_documents_see_each_other_is_stopped(tmp_path: Path, mo
         def wrong(layer: Any, query: Any, key: Any, value: Any, mask: Any, kind: str = kind, **names: Any) -> Any:
             causal = kind == "leaking"
             key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
-            halves = [tensor if causal else tensor.unflatten(2, (2, 8)) for tensor in (query, key, value)]
+            halves = [tensor if causal else tensor.unflatten(2, (4, 8)) for tensor in (query, key, value)]
             out = torch.nn.functional.scaled_dot_product_attention(*halves, is_causal=causal)
             return (out if causal else out.flatten(2, 3)).transpose(1, 2), None
 
@@ -106,9 +106,9 @@ def test_a_model_in_which_documents_see_each_other_is_stopped(tmp_path: Path, mo
 
 
 def test_the_check_looks_at_the_second_document_only() -> None:
-    batch = _two_documents()
-    assert batch.cu_seqlens.tolist() == [0, 8, 16, 24, 32]
-    assert (batch.labels != -100).nonzero()[:, 1].tolist() == [*range(8, 14)] * 2
+    batch = _two_documents(rows=2, length=24)
+    assert batch.cu_seqlens.tolist() == [0, 16, 24, 40, 48]
+    assert (batch.labels != -100).nonzero()[:, 1].tolist() == [*range(16, 22)] * 2
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,18 @@ def plain(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tenso
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 100])
+@pytest.mark.parametrize(
+    ("chunk", "compiled"), [(1, False), (5, False), (16, False), (100, False), (16, True)],
+)  # fmt: skip
 @pytest.mark.parametrize(("scale", "softcap", "biased"), [(1.0, None, False), (0.25, None, True), (3.0, 2.0, True)])
-def test_equals_plain_cross_entropy(chunk: int, scale: float, softcap: float | None, biased: bool) -> None:
+def test_equals_plain_cross_entropy(
+    chunk: int, compiled: bool, scale: float, softcap: float | None, biased: bool
+) -> None:
     hidden, weight, bias, labels = inputs()
     head = Head(weight, bias if biased else None, scale, softcap)
     wanted = (hidden, weight, bias) if biased else (hidden, weight)
     expected = plain(hidden, head, labels)
-    loss = cross_entropy_sum(hidden, head, labels, chunk)
+    loss = cross_entropy_sum(hidden, head, labels, chunk, compiled)
     assert loss.double().item() == pytest.approx(expected.item(), rel=1e-6)
     for found, gradient in zip(
         torch.autograd.grad(loss / 30, wanted), torch.autograd.grad(expected / 30, wanted), strict=True

@@ -22,6 +22,7 @@ from training.attention import check_attention, describe_attention
 from training.backends.backend import StepOutcome
 from training.backends.build import Start
 from training.backends.compute_copy import ComputeCopy
+from training.compiled import compile_layers, uncompiled
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import Strategy
 from training.model import CausalLM, build_model, load_weights, local_rows, named_local_parameters
@@ -72,12 +73,14 @@ class TorchBackend:
         return TorchBackend(module, copy, optimizer, start, parallel)
 
     @torch.no_grad()
+    @uncompiled
     def loss(self, batch: Batch) -> Tensor:
         """See `Backend`."""
         loss: Tensor = self.running(batch)
         return loss
 
     @torch.no_grad()
+    @uncompiled
     def logits(self, input_ids: Tensor) -> Tensor:
         """See `Backend`."""
         logits: Tensor = self.running(whole_rows(input_ids).to(self.parallel.device), last=True)
@@ -199,8 +202,7 @@ def prepare_layers(module: CausalLM, config: TrainingConfig) -> None:
     """Activation checkpointing, then compile, in this order and before sharding, so that each sees the one before."""
     apply_recompute(module.layers, config.activation_checkpointing)
     if config.compile:
-        for layer in module.layers:
-            layer.compile(fullgraph=True)  # or torch would silently run what it cannot compile uncompiled
+        compile_layers(module.layers)
 
 
 def whole_rows(input_ids: Tensor) -> Batch:

@@ -25,6 +25,7 @@ from training.attention import check_attention
 from training.backends.backend import StepOutcome
 from training.backends.build import Start
 from training.backends.torch_native import describe_model, prepare_layers, whole_rows
+from training.compiled import uncompiled
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import ZERO_STRATEGIES
 from training.model import CausalLM, WeightSource, build_model, load_weights, named_local_parameters
@@ -78,6 +79,7 @@ class ZeroBackend:
         return module
 
     @torch.no_grad()
+    @uncompiled
     def loss(self, batch: Batch) -> Tensor:
         """See `Backend`."""
         self.engine.eval()
@@ -86,6 +88,7 @@ class ZeroBackend:
         return loss
 
     @torch.no_grad()
+    @uncompiled
     def logits(self, input_ids: Tensor) -> Tensor:
         """See `Backend`."""
         self.engine.eval()

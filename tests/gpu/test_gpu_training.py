@@ -1,0 +1,126 @@
+"""The training stage on one GPU, by every backend: it learns as on the CPU, resumes, exports, waits for nothing."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.start import backend_environment
+from tests.distributed import run_ranks
+from tests.training.runs import ROOT, Job, reference_steps, train_steps, weights
+from training.backends import build_backend
+from training.backends.build import Start
+from training.config import TrainingConfig
+from training.memory import MemorySetup, ModelShape, estimate_memory
+from training.packing import TrainingRows
+from training.parallel import start_parallel
+from training.phases import phases_of
+from training.store import Store
+
+needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
+BACKENDS = ["alone", "fsdp2", *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3))]
+
+
+def train_by(backend: str, job: Job) -> dict[int, tuple[float, float]]:
+    """In a group of one process, which `run_ranks` makes."""
+    if backend == "fsdp2":  # a Job's own "fsdp2" is not sharded on one process
+        os.environ.update(backend_environment(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"))
+    return train_steps(job)
+
+
+def job_of(backend: str, model: Path, store: Path, out: Path, changes: dict[str, Any], stop_after: int = 0) -> Job:
+    return Job(model, store, out, changes, "fsdp2" if backend == "alone" else backend, stop_after)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"compile": True, "activation_checkpointing": "selective"}], ids=["", "compiled"]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_learns_as_float32_on_a_cpu(
+    backend: str, changes: dict[str, Any], model: Path, store: Path, tmp_path: Path
+) -> None:
+    job = job_of(backend, model, store, tmp_path, {"precision": "bf16", **changes})
+    steps = run_ranks(train_by, 1, backend, job, timeout=400)[0]
+    expected = reference_steps(model, store)
+    assert list(steps) == list(expected)
+    for step, (loss, norm) in steps.items():
+        assert loss == pytest.approx(expected[step][0], rel=0.02), step
+        assert norm == pytest.approx(expected[step][1], rel=0.1), step
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_is_the_reference(backend: str, model: Path, store: Path, tmp_path: Path) -> None:
+    job = job_of(backend, model, store, tmp_path, {"attention": "sdpa"})
+    steps = run_ranks(train_by, 1, backend, job, timeout=400)[0]
+    for step, (loss, _) in reference_steps(model, store).items():
+        assert steps[step][0] == pytest.approx(loss, rel=1e-3), step
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stopped_and_resumed_it_is_bit_for_bit_the_same(backend: str, model: Path, store: Path, tmp_path: Path) -> None:
+    """With sdpa: the backward pass of flash adds in any order."""
+    changes = {"precision": "bf16", "attention": "sdpa"}
+    whole = run_ranks(train_by, 1, backend, job_of(backend, model, store, tmp_path / "whole", changes), timeout=400)[0]
+    parts = tmp_path / "parts"
+    first = run_ranks(train_by, 1, backend, job_of(backend, model, store, parts, changes, 5), timeout=400)[0]
+    second = run_ranks(train_by, 1, backend, job_of(backend, model, store, parts, changes), timeout=400)[0]
+    assert min(second) == max(first) + 1
+    assert {**first, **second} == whole
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(parts)[name]), name
+
+
+def steps_without_waiting(job: Job, size: int) -> str:
+    """Three steps in which waiting for the device is an error, after one that allocates and compiles."""
+    config, parallel = TrainingConfig(**{**job.config.model_dump(), **job.changes}), start_parallel()
+    backend = build_backend(Start(config, phases_of(config)[0], job.model, 0), parallel)
+    rows = TrainingRows(Store.open(job.store), config.sequence_length, 0)
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        batch = rows.batch(list(range(step * size, step * size + size))).pin_memory().to(parallel.device)
+        backend.backward(batch, 1e-3, last=True)
+        backend.step(1.0)
+    torch.cuda.set_sync_debug_mode("default")
+    return "done"
+
+
+def test_a_step_does_not_wait_for_the_device(model: Path, store: Path, tmp_path: Path) -> None:
+    job = Job(model, store, tmp_path, {"precision": "bf16"})
+    assert run_ranks(steps_without_waiting, 1, job, 2) == ["done"]
+
+
+def peak_and_estimate(model: Path, store: Path, changes: dict[str, Any]) -> tuple[float, float]:
+    """GB at most in three steps, and what `training.memory` says."""
+    config, parallel = TrainingConfig(**changes), start_parallel()
+    backend = build_backend(Start(config, phases_of(config)[0], model, 0), parallel)
+    rows = TrainingRows(Store.open(store), config.sequence_length, 0)
+    for step in range(3):
+        for micro in range(2):
+            batch = rows.batch([2 * step + micro] * config.micro_batch_rows).to(parallel.device)
+            backend.backward(batch, 1e-3, last=micro == 1)
+        backend.step(1.0)
+    peak = torch.cuda.max_memory_allocated()
+    parameters = sum(parameter.numel() for parameter in backend.module.parameters())  # type: ignore[attr-defined]
+    shape = ModelShape.from_config(backend.module.model.config.to_dict(), parameters, "it")  # type: ignore[attr-defined]
+    return peak / 1e9, estimate_memory(shape, MemorySetup.of(config, backend.strategy, 1, 1)).total / 1e9
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("attention", ["flash", "sdpa"])
+def test_the_memory_estimate_is_within_a_tenth(attention: str, recompute: str, tmp_path: Path) -> None:
+    from benchmarks.training_inputs import SIZES, Inputs, Size, prepare
+
+    SIZES["memory"] = Size(32_000, 1024, 2816, 8, 16, 8)
+    prepare(tmp_path, "memory", 200_000)
+    inputs = Inputs.of(tmp_path, "memory")
+    changes = {
+        "sequence_length": 2048, "batch_rows": 8, "micro_batch_rows": 4, "tokens": 10**6, "attention": attention,
+        "activation_checkpointing": recompute,
+    }  # fmt: skip
+    peak, estimate = run_ranks(peak_and_estimate, 1, inputs.model, inputs.store, changes)[0]
+    print(f"{attention}, {recompute}: {peak:.2f} GB, estimated {estimate:.2f}")
+    assert estimate == pytest.approx(peak, rel=0.1)
