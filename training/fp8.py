@@ -1,6 +1,8 @@
 """Linear layers of the decoder in float8, by torchao, on GPUs that compute in it.
 
-Scaling per tensor, from each tensor's own largest value (torchao's default recipe); weights stay in their master type.
+Scaled by row: each token by its own largest value. One scale per tensor, torchao's default, would let a token's result
+depend on all others of the batch, documents that it must not see and later tokens included; `check_attention` refuses
+that. Weights stay in their master type.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def convert_to_fp8(layers: nn.ModuleList, device: torch.device) -> None:
         float8 = importlib.import_module("torchao.float8")
     except ImportError:
         raise UserError("training.fp8 needs torchao, which is not installed; install it or set fp8 to false.") from None
-    float8.convert_to_float8_training(layers, module_filter_fn=_fits)
+    config = float8.Float8LinearConfig.from_recipe_name("rowwise")
+    float8.convert_to_float8_training(layers, config=config, module_filter_fn=_fits)
 
 
 def _fits(module: nn.Module, name: str) -> bool:

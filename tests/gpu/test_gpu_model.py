@@ -90,11 +90,12 @@ def test_in_float32_they_are_too(attention: str, models: dict[str, Path], device
 
 @pytest.mark.parametrize("attention", ["flash", "sdpa", "eager", "flex"])
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("length", [256, 2048])
 def test_the_check_at_start_lets_it_pass(
-    attention: str, compiled: bool, models: dict[str, Path], device: torch.device
+    length: int, attention: str, compiled: bool, models: dict[str, Path], device: torch.device
 ) -> None:
     torch.compiler.reset()
-    changes = {"precision": "pure-bf16", "attention": attention, "compile": compiled}
+    changes = {"precision": "pure-bf16", "attention": attention, "compile": compiled, "sequence_length": length}
     module = loaded(models["llama"], device, **changes)
     check_attention(module, TrainingConfig(**{**CONFIG, **changes}), device)
 
@@ -142,6 +143,8 @@ def test_float8_layers_are_close(models: dict[str, Path], device: torch.device) 
     expected = loss_and_gradients(loaded(models["llama"], CPU, attention="eager"), CPU)
     for compiled in (False, True):
         torch.compiler.reset()
-        module = loaded(models["llama"], device, precision="pure-bf16", fp8=True, compile=compiled)
+        changes = {"precision": "pure-bf16", "fp8": True, "compile": compiled}
+        module = loaded(models["llama"], device, **changes)
+        check_attention(module, TrainingConfig(**{**CONFIG, **changes}), device)
         assert any("Float8" in type(part).__name__ for part in module.modules())
         assert_close(loss_and_gradients(module, device), expected, 1e-2, 0.2)
