@@ -83,6 +83,7 @@ class MemorySetup:
     loss_chunk: int
     activation_checkpointing: str = "none"  # none | selective | full
     attention: str = "sdpa"
+    compile: bool = False
     vocabulary_only: bool = False  # only embedding and head are trained
 
     @staticmethod
@@ -98,6 +99,7 @@ class MemorySetup:
             config.loss_chunk,
             config.activation_checkpointing,
             config.attention,
+            config.compile,
         )
 
     @property
@@ -122,8 +124,10 @@ class MemoryEstimate:
     parameters: float
     gradients: float
     optimizer: float
-    gathered_forward: float  # what is there undivided at the end of the forward pass
-    gathered_backward: float  # and at the end of the backward pass
+    gathered_forward: (
+        float  # what is there undivided at the end of the forward pass, and what earlier micro-batches left
+    )
+    gathered_backward: float  # what is there undivided at the end of the backward pass
     activations: float
     recomputed: float  # activations of one layer, where the backward pass makes them again
     logits: float
@@ -160,11 +164,13 @@ def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
 def _single(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
     """One process without FSDP2, letters as in `_fsdp2`: m P, m T and 2 m T; and where the compute type is not the
     master's a copy of all parameters in it, c P, and backward the gradient of the largest matrix on its way, c V h.
+    Forward the gradients of earlier micro-batches, m T, are there too.
     """
     master, c = (2 if setup.precision == "pure-bf16" else 4), setup.compute
     trained = setup.trained(shape)
     copy, passing = (c * shape.parameters, c * shape.vocabulary * shape.width) if c != master else (0, 0)
-    return master * shape.parameters, master * trained, 2 * master * trained, copy, copy + passing
+    held = master * trained if setup.micro_batches > 1 else 0
+    return master * shape.parameters, master * trained, 2 * master * trained, copy + held, copy + passing
 
 
 def _fsdp2(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
@@ -174,8 +180,9 @@ def _fsdp2(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, 
         parameters m P / N    gradients m T / N    optimizer (AdamW's two moments) 2 m T / N
 
     Gathered forward, in the compute type: the root unit (embedding and head), which stays until the backward pass ends,
-    and two layers, the current and the next. Backward also the gradients of the root and of one layer, and one unit's
-    in fp32 on the way into the reduction, which follows every micro-batch.
+    and two layers, the current and the next; besides the gradients of earlier micro-batches, m T / N. Backward also the
+    gradients of the root and of one layer, and one unit's in fp32 on the way into the reduction, which follows every
+    micro-batch.
     """
     master, c = (2 if setup.precision == "pure-bf16" else 4), setup.compute
     layer, vocabulary, trained = shape.layer_parameters, shape.vocabulary_parameters, setup.trained(shape)
@@ -183,6 +190,7 @@ def _fsdp2(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, 
     reduced = (c + 4) * (0 if setup.vocabulary_only else layer)
     backward = c * 2 * vocabulary + max(2 * c * layer + reduced, 4 * vocabulary)
     mine = master / setup.shards
+    forward += trained * mine if setup.micro_batches > 1 else 0
     return shape.parameters * mine, trained * mine, 2 * trained * mine, forward, backward
 
 
@@ -217,21 +225,23 @@ def _activations(shape: ModelShape, setup: MemorySetup) -> tuple[float, float]:
     if setup.activation_checkpointing == "none":
         return setup.tokens * (shape.layers * whole + final), 0
     kept = setup.compute * shape.width  # the input of the layer
-    if setup.activation_checkpointing == "selective":  # and the outputs of attention and of the matrix products
-        products = shape.query + 2 * shape.key_value + shape.width + 2 * shape.intermediate + shape.width
+    if setup.activation_checkpointing == "selective":  # and the results of attention and of every second matmul
+        products = shape.query + shape.key_value + shape.intermediate + shape.width  # q, v, gate, down
         kept += setup.compute * (shape.query + products) + 4 * shape.heads
     return setup.tokens * (shape.layers * kept + final), setup.tokens * whole
 
 
 def _kept_by_layer(shape: ModelShape, setup: MemorySetup) -> float:
-    """Bytes that autograd keeps of one token in one layer of transformers' LLaMA, uncompiled, counted in its graph.
+    """Bytes that autograd keeps of one token in one layer of transformers' LLaMA, counted in its graph.
 
     For width h, query width q, MLP width i and c bytes of the compute type: two norms in fp32 (4 h each, and 4 for the
     root), gate, its activation and up (3 c i). Matrices that are trained keep their input, norms their normalised
-    one: 4 c h + c i. Attention: see `_kept_by_attention`.
+    one: 4 c h + c i. Attention: see `_kept_by_attention`. Compiled, a layer computes what its norms keep in fp32 and
+    the activation of the gate again: 2 (4 h) + c i less.
     """
     c, h, i = setup.compute, shape.width, shape.intermediate
-    frozen = 2 * (4 * h + 4) + 3 * c * i + _kept_by_attention(shape, setup)
+    norms, gated = (0, 2 * c * i) if setup.compile else (8 * h, 3 * c * i)
+    frozen = norms + 8 + gated + _kept_by_attention(shape, setup)
     return frozen if setup.vocabulary_only else frozen + 4 * c * h + c * i
 
 

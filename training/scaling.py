@@ -143,7 +143,7 @@ class Workload:
         """The same for `estimate_memory`."""
         return MemorySetup(
             "fsdp2", shards, self.precision, self.sequence_length, math.ceil(self.micro_batch_rows),
-            self.micro_batches, self.loss_chunk, self.activation_checkpointing, self.attention,
+            self.micro_batches, self.loss_chunk, self.activation_checkpointing, self.attention, self.compile,
         )  # fmt: skip
 
 
