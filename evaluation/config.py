@@ -2,16 +2,72 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import field_validator
+
 from core.config import Section, key
+from core.errors import UserError
+from core.languages import find_language
+
+Suite = Literal["language", "form", "chat", "safety"]
+BUILT_IN = "built-in"
+
+
+class ClassifierConfig(Section):
+    """A text classification model of the Hugging Face kind."""
+
+    model: str = key(..., "directory or hub id of a sequence classification model")
+    labels: list[str] = key(["toxic"], "its labels that count as toxic", min_length=1)
+
+
+class ModerationConfig(Section):
+    """An OpenAI-compatible moderation endpoint (POST URL/moderations)."""
+
+    url: str = key(..., "base of the endpoint, such as https://api.openai.com/v1", pattern="^https?://")
+    model: str = key(..., "name of the moderation model")
+    key_variable: str = key("OPENAI_API_KEY", "environment variable that holds the key; without it none is sent")
+    timeout: float = key(30.0, "longest wait for one answer", unit="seconds", gt=0)
+    attempts: int = key(5, "attempts at one reply, with growing pauses; then the endpoint counts as dead", ge=1)
+
+
+class SafetyConfig(Section):
+    """What is asked for safety's sake, and who scores the replies."""
+
+    prompts: str = key(
+        BUILT_IN, 'jsonl file of prompts, {"language", "messages", "category"} a line; built-in: a few that provoke'
+    )
+    lists: dict[str, str] = key({}, "word list of a language instead of the built-in one, a file with a word a line")
+    classifier: ClassifierConfig | None = key(None, "a classification model that scores as well")
+    moderation: ModerationConfig | None = key(None, "a moderation endpoint that scores as well")
 
 
 class EvaluationConfig(Section):
     """What the models are asked, and how much text they are measured on."""
 
-    prompts: str | None = key(
-        None, 'jsonl file of prompts, {"language": "ko", "messages": [...]} a line; no replies are generated if not set'
+    suites: list[Suite] = key(
+        ["language", "form"],
+        "language: bits per byte of held-out text; form: do replies stop, stay in the language, keep the chat format; "
+        "chat: form, instructions and dialogues; safety: form, and toxicity of replies that were provoked",
+        min_length=1,
     )
-    max_prompts: int = key(50, "prompts per language, the first ones of the file", unit="prompts", gt=0)
+    languages: list[str] = key(
+        [], "languages that are asked about; if not set: the corpus's, of the built-in prompts, and all of a file"
+    )
+    prompts: str | None = key(
+        None, 'form, chat: jsonl file of prompts, {"language": "ko", "messages": [...]} a line; asked for their form'
+    )
+    instructions: str = key(
+        BUILT_IN, 'chat: jsonl file of prompts with checks, {"language", "messages", "checks"} a line; or built-in'
+    )
+    dialogues: str = key(
+        BUILT_IN, 'chat: jsonl file of dialogues, {"language", "turns": [{"user", "checks"}]} a line; or built-in'
+    )
+    safety: SafetyConfig = key(SafetyConfig(), "safety")
+    baseline: str | None = key(
+        None, "model that the others are compared with; if not set: `base`, or the first where there is none"
+    )
+    max_prompts: int = key(50, "prompts per language of each facet, the first ones of its file", unit="prompts", gt=0)
     max_new_tokens: int = key(256, "longest reply", unit="tokens", gt=0)
     temperature: float = key(0.0, "0: greedy; else sampled at this temperature", ge=0)
     top_p: float = key(1.0, "sampling only: share of the probability that is kept (nucleus)", gt=0, le=1)
@@ -24,3 +80,22 @@ class EvaluationConfig(Section):
     batch_size: int = key(16, "prompts, or windows of text, that one process takes through the model at once", gt=0)
     samples_shown: int = key(2, "prompts per language whose replies are printed, evenly spread", unit="prompts", ge=0)
     seed: int = key(0, "seed of the bootstrap intervals and of sampling")
+
+    @field_validator("languages")
+    @classmethod
+    def _known(cls, tags: list[str]) -> list[str]:
+        try:
+            return [find_language(tag).tag for tag in tags]
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    def files(self) -> dict[str, str]:
+        """The files that the settings name, by key: those that the suites do not read are named all the same."""
+        named = {
+            "prompts": self.prompts,
+            "instructions": self.instructions,
+            "dialogues": self.dialogues,
+            "safety.prompts": self.safety.prompts,
+            **{f"safety.lists.{language}": path for language, path in self.safety.lists.items()},
+        }
+        return {name: path for name, path in named.items() if path is not None and path != BUILT_IN}

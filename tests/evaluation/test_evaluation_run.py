@@ -1,19 +1,15 @@
 """The whole stage: what it writes and returns, the same for any number of processes; and bad input."""
 
 import json
-import math
 
-import numpy as np
 import pytest
 
 from core.errors import UserError
 from core.sources import Corpus
 from evaluation.config import EvaluationConfig
-from evaluation.facets import judge
-from evaluation.generate import Reply
-from evaluation.intervals import mean, ratio
+from evaluation.conversation import Exchange, Reply, prompt
+from evaluation.heldout import read_documents
 from evaluation.models import shared_context
-from evaluation.prompts import Prompt, heldout_documents, read_prompts
 from evaluation.report import show_samples
 from evaluation.results import ModelResult, Sample
 from evaluation.run import run
@@ -37,30 +33,33 @@ def test_what_it_writes_and_returns(models_of_two_vocabularies, corpus, prompts_
     assert scores["chat"]["n"] == 2
     assert scores["bits_per_byte"]["low"] <= scores["bits_per_byte"]["value"] <= scores["bits_per_byte"]["high"]
     assert returned["chat/ko/bits_per_byte"] == round(scores["bits_per_byte"]["value"], 4)
-    assert len(returned) == 2 * 3 * 6
+    assert len(returned) == 2 * 3 * 7
 
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 3 * 2
-    assert {"model", "language", "messages", "reply", "stopped", "in_language", "keeps_format", "chat"} <= samples[
-        0
-    ].keys()
+    assert samples[0].keys() == {
+        "model", "facet", "language", "messages", "reply", "replies", "checks", "scores", "why",
+    }  # fmt: skip
+    assert {"stopped", "in_language", "keeps_format", "chat"} <= samples[0]["scores"].keys()
 
     log = read_log(tmp_path / "log")
     assert log.rows[0]["eval/base/zh_tw/bits_per_byte"] == returned["base/zh_tw/bits_per_byte"]
     assert len(log.tables["eval/samples"].rows) == 12
     assert set(log.images) == {"eval/bits_per_byte", "eval/replies"}
     shown = capsys.readouterr().err
-    assert "Korean: 6 documents, 2 replies" in shown
+    assert "Korean, language: 6 documents" in shown
+    assert "Korean, form: 2 conversations" in shown
     assert "base: has no chat template" in shown
 
 
 def test_replies_with_marks_and_control_characters_are_shown_as_they_are(capsys):
-    prompt = Prompt("ko", [{"role": "user", "content": "[bold]안녕"}])
-    reply = Reply("[/INST] 안녕\x1b[2J\n[red]", stopped=False, tokens=9)
-    show_samples([ModelResult("[m]", {}, [Sample(prompt, reply, judge(reply, "ko", ["[/INST]"]))], 1.0)], shown=1)
+    asked = prompt("ko", [{"role": "user", "content": "[bold]안녕"}])
+    exchange = Exchange(asked, (Reply("[/INST] 안녕\x1b[2J\n[red]", stopped=False, tokens=9),))
+    show_samples([ModelResult("[m]", [], [Sample("form", exchange, {}, ["[why]"])], 1.0)], shown=1)
     shown = capsys.readouterr().err
     assert "ko: [bold]안녕" in shown
     assert r"[m]  [/INST] 안녕\x1b[2J\n[red] … (cut off)" in shown
+    assert "✗ [why]" in shown
 
 
 def evaluate(settings, models, corpus, out):
@@ -88,53 +87,9 @@ def test_without_prompts_only_bits_per_byte(models_of_two_vocabularies, corpus, 
     assert sorted(returned) == ["base/en/bits_per_byte", "base/ko/bits_per_byte", "base/zh_tw/bits_per_byte"]
 
 
-def test_bootstrap_agrees_with_theory_and_is_seeded():
-    values = (np.random.default_rng(0).random(400) < 0.3).astype(float)
-    found = mean(list(values), seed=1)
-    error = math.sqrt(found.value * (1 - found.value) / 400)
-    assert found.value == pytest.approx(values.mean())
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
-    assert mean(list(values), seed=1) == found != mean(list(values), seed=2)
-    assert ratio([2.0, 6.0], [1.0, 3.0], seed=0).value == 2.0
-
-
 def test_the_heldout_budget_is_kept(corpus):
-    documents = heldout_documents(EvaluationConfig(max_bytes=100), corpus)["zh_tw"]
+    documents = read_documents(EvaluationConfig(max_bytes=100), corpus)["zh_tw"]
     assert 98 <= len("".join(documents).encode()) <= 100
-
-
-USER = {"role": "user", "content": "hi"}
-BAD_PROMPTS = [
-    ({"messages": [USER]}, 'line 1: a prompt needs the fields "language" and "messages"'),
-    ([], 'needs the fields "language" and "messages"'),
-    ({"language": "xx", "messages": [USER]}, "language 'xx' is not known"),
-    ({"language": "ko", "messages": "hi"}, 'each of "messages"'),
-    ({"language": "ko", "messages": [{"role": "robot", "content": "hi"}]}, 'each of "messages"'),
-    (
-        {"language": "ko", "messages": [USER, {"role": "assistant", "content": "hi"}]},
-        "the last message is not the user's",
-    ),
-]
-
-
-@pytest.mark.parametrize(("row", "sentence"), BAD_PROMPTS)
-def test_bad_prompts(tmp_path, row, sentence):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps(row))
-    with pytest.raises(UserError, match=sentence):
-        read_prompts(EvaluationConfig(prompts=str(path)))
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [(None, "does not exist"), (b"{", "is not JSON"), (b"\xff\xfe", "not UTF-8"), (b"\n", "no prompts")],
-)
-def test_bad_prompts_file(tmp_path, content, sentence):
-    path = tmp_path / "prompts.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=sentence):
-        read_prompts(EvaluationConfig(prompts=str(path)))
 
 
 def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):

@@ -1,0 +1,113 @@
+"""Suites: named groups of facets. A new facet is a file in `facets/`, a maker here, and its name in a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from core.progress import say
+from evaluation.config import BUILT_IN, EvaluationConfig
+from evaluation.endpoint import Endpoint
+from evaluation.facets.dialogue import DialogueFacet
+from evaluation.facets.facet import Facet
+from evaluation.facets.form import FormFacet
+from evaluation.facets.instructions import InstructionsFacet
+from evaluation.facets.language import LanguageFacet
+from evaluation.facets.safety import SafetyFacet
+from evaluation.heldout import Text, languages_of, read_documents
+from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, read_conversations
+from evaluation.scorers.classifier import ClassifierScorer
+from evaluation.scorers.lexicon import LexiconScorer, read_lists
+from evaluation.scorers.moderation import ModerationScorer
+from evaluation.scorers.scorer import Scorer
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "language": ("language",),
+    "form": ("form",),
+    "chat": ("form", "instructions", "dialogue"),
+    "safety": ("form", "safety"),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What facets are made of."""
+
+    config: EvaluationConfig
+    text: Text
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages of built-in prompts that are asked; all if empty."""
+        return self.config.languages or languages_of(self.text)
+
+
+def make_facets(setup: Setup) -> list[Facet]:
+    """The facets of the recipe's suites, each once, in the order of the suites; all input is read here."""
+    names = dict.fromkeys(name for suite in setup.config.suites for name in SUITES[suite])
+    facets = [facet for name in names if (facet := MAKERS[name](setup)) is not None]
+    asked = any(facet.conversations() for facet in facets)
+    return [facet for facet in facets if asked or not facet.reads_all]
+
+
+def _language(setup: Setup) -> Facet | None:
+    if not languages_of(setup.text):
+        say("language: no text is given, so no bits per byte")
+        return None
+    return LanguageFacet(setup.config, read_documents(setup.config, setup.text))
+
+
+def _form(setup: Setup) -> Facet | None:
+    config = setup.config
+    if config.prompts is None:
+        if set(config.suites) <= {"language", "form"}:
+            say("evaluation.prompts is not set: bits per byte only, no replies")
+        return FormFacet([])
+    return FormFacet(
+        read_conversations(config.prompts, "evaluation.prompts", parse_prompt, config.languages, config.max_prompts)
+    )
+
+
+def _instructions(setup: Setup) -> Facet | None:
+    config = setup.config
+    key, languages = "evaluation.instructions", _asked(setup, config.instructions)
+    return InstructionsFacet(
+        read_conversations(config.instructions, key, parse_instruction, languages, config.max_prompts, "instructions")
+    )
+
+
+def _dialogue(setup: Setup) -> Facet | None:
+    config = setup.config
+    key, languages = "evaluation.dialogues", _asked(setup, config.dialogues)
+    return DialogueFacet(
+        read_conversations(config.dialogues, key, parse_dialogue, languages, config.max_prompts, "dialogues")
+    )
+
+
+def _safety(setup: Setup) -> Facet | None:
+    config, safety = setup.config, setup.config.safety
+    key, languages = "evaluation.safety.prompts", _asked(setup, safety.prompts)
+    conversations = read_conversations(safety.prompts, key, parse_prompt, languages, config.max_prompts, "safety")
+    spoken = list(dict.fromkeys(conversation.language for conversation in conversations))
+    scorers: list[Scorer] = [LexiconScorer(read_lists(safety.lists, spoken))]
+    if safety.classifier is not None:
+        scorers.append(ClassifierScorer(safety.classifier.model, safety.classifier.labels, config.batch_size))
+    if safety.moderation is not None:
+        asked = safety.moderation
+        endpoint = Endpoint(asked.url, asked.key_variable, asked.timeout, asked.attempts)
+        scorers.append(ModerationScorer(endpoint, asked.model))
+    return SafetyFacet(conversations, scorers)
+
+
+def _asked(setup: Setup, path: str) -> Sequence[str]:
+    """The languages that are taken of a file: of one that was given, all, unless the recipe says which."""
+    return setup.languages if path == BUILT_IN else setup.config.languages
+
+
+MAKERS: Mapping[str, Callable[[Setup], Facet | None]] = {
+    "language": _language,
+    "form": _form,
+    "instructions": _instructions,
+    "dialogue": _dialogue,
+    "safety": _safety,
+}
