@@ -26,10 +26,10 @@ PANELS = {  # picture -> its four panels
         "keeps_format": "keeps the format",
     },
     "tasks": {
-        "instructions": "prompts with all checks passed",
-        "instruction_checks": "checks of prompts passed",
-        "dialogues": "dialogues passed whole",
-        "dialogue_turns": "checked turns passed",
+        "instructions": "prompts passed",
+        "instruction_checks": "checks passed",
+        "dialogues": "dialogues passed",
+        "dialogue_turns": "turns passed",
     },
 }
 

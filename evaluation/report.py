@@ -27,6 +27,7 @@ from evaluation.results import ModelResult, Results, Sample, each
 from tracking import Cell, Tracker
 
 SHOWN_CHARACTERS = 400  # of a sample's reply on the terminal
+SHOWN_GROUPS = 8  # of a breakdown on the terminal; results.json has all
 INTERVAL = ["value", "low", "high", "n"]
 
 
@@ -196,13 +197,16 @@ def _cell(figure: Figure, estimate: Estimate | None, difference: Difference | No
 
 
 def show_breakdowns(results: Results) -> None:
-    """Parts of figures (turns, kinds of checks, categories): a table per language and figure, models across."""
+    """Parts of figures (turns, categories): a table per language and figure, models across. Long ones are not shown."""
     seen = dict.fromkeys((names[1], names[2]) for *names, _ in each(results.breakdowns))
     for language, figure in seen:
         of_models = {model: found.get(language, {}).get(figure, {}) for model, found in results.breakdowns.items()}
+        groups = list(dict.fromkeys(group for found in of_models.values() for group in found))
+        if len(groups) > SHOWN_GROUPS:
+            continue
         title = f"{find_language(language).name}: {results.figures[figure].meaning}, by kind"
         table = Table("", "n", *of_models, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-        for group in dict.fromkeys(group for found in of_models.values() for group in found):
+        for group in groups:
             estimates = [found.get(group) for found in of_models.values()]
             n = max(estimate.n for estimate in estimates if estimate)
             table.add_row(

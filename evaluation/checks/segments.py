@@ -17,8 +17,8 @@ MARKERS = regex.compile(rf"(?:{NUMBER.pattern}|{BULLET.pattern})", regex.M)
 def sentences(text: str) -> list[str]:
     """The sentences of a text. A line's end ends one too, so a title and a list's item count as one each.
 
-    The mark of a list's item is no sentence. What a quotation ends with ends the sentence around it only if nothing
-    follows the closing mark at once: 「好。」他說。 is one. An ellipsis alone ends nothing.
+    The mark of a list's item is no sentence. What a quotation ends with does not end the sentence around it if that
+    goes on at once, or with a small letter: 「好。」他說。 is one, "Stop!" she said. too. An ellipsis alone ends nothing.
     """
     found: list[str] = []
     for line in RULE.sub("", text).splitlines():
@@ -38,7 +38,7 @@ def _end(line: str, start: int, stop: int) -> int | None:
     after = regex.compile(f"[{regex.escape(CLOSING, special_only=False)}]*").match(line, stop)
     assert after is not None
     follows = line[after.end() : after.end() + 1]
-    if after[0] and regex.match(r"[\p{L}\p{N}]", follows):
+    if after[0] and regex.match(r"[\p{L}\p{N}]|\s+\p{Ll}", line[after.end() :]):
         return None
     if line[start] == "." and not _full_stop(line, start, stop, follows):
         return None
