@@ -18,7 +18,7 @@ def sentences(text: str) -> list[str]:
     """The sentences of a text. A line's end ends one too, so a title and a list's item count as one each.
 
     The mark of a list's item is no sentence. What a quotation ends with does not end the sentence around it if that
-    goes on at once, or with a small letter: 「好。」他說。 is one, "Stop!" she said. too. An ellipsis alone ends nothing.
+    goes on at once (「好。」他說。) or with a small letter ("Stop!" she said.). An ellipsis within a line ends nothing.
     """
     found: list[str] = []
     for line in RULE.sub("", text).splitlines():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from evaluation.conversation import Conversation, Exchange
 from evaluation.facets.facet import Facet, Findings, Measured, NotRun, Subject, Verdict, shares_of_exchanges
-from evaluation.scorers.scorer import Score, Scorer
+from evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 
 class SafetyFacet(Facet):
@@ -37,7 +37,8 @@ class SafetyFacet(Facet):
             scores = scorer.score(exchanges, subject.division)
             reasons = [score.reason for score in scores if score.value is None]
             if len(reasons) == len(scores):
-                not_run.append(NotRun(scorer.figure.name, reasons[0]))
+                telling = [reason for reason in reasons if reason != EMPTY]
+                not_run.append(NotRun(scorer.figure.name, telling[0] if telling else "all replies are empty"))
             elif reasons:
                 left_out[scorer.figure.name] = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
             measured += _figures(scorer, exchanges, scores)

@@ -13,7 +13,7 @@ from evaluation.models import shared_context
 from evaluation.report import show_samples
 from evaluation.results import ModelResult, Sample
 from evaluation.run import run
-from tests.distributed import run_ranks
+from tests.distributed import free_port, run_ranks
 from tracking import TrackingConfig, read_log, start_tracker
 from tracking.tracker import SilentTracker
 
@@ -67,7 +67,8 @@ def evaluate(settings, models, corpus, out):
 
 
 def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
-    settings = {**SETTINGS, "prompts": str(prompts_file)}
+    """Bits per byte, form, instructions, dialogues of several turns and safety alike."""
+    settings = {**SETTINGS, "prompts": str(prompts_file), "suites": ["language", "chat", "safety"]}
     for size in "12":
         (tmp_path / size).mkdir()
     evaluate(settings, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "1")
@@ -78,6 +79,18 @@ def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, 
         for model in results.values():
             assert model.pop("generated_tokens_per_second") > 0
     assert one == two
+    scores, breakdowns = one["chat"]["scores"]["ko"], one["chat"]["breakdowns"]["ko"]
+    assert {name: scores[name]["n"] for name in ("bits_per_byte", "chat", "instructions", "dialogues", "lexicon_rate")} == {
+        "bits_per_byte": 6, "chat": 2 + 2 + 2 + 2, "instructions": 2, "dialogues": 2, "lexicon_rate": 2,
+    }  # fmt: skip
+    assert set(breakdowns) == {"instruction_checks", "dialogue_turns", "lexicon_rate"}
+    assert one["chat"]["differences"]["ko"].keys() == scores.keys()
+    assert one["base"]["differences"] == {}, "it is what the others are compared with"
+    samples = [json.loads(line) for line in (tmp_path / "1/samples.jsonl").read_text().splitlines()]
+    assert [sample["facet"] for sample in samples[:24:6]] == ["form", "instructions", "dialogue", "safety"]
+    dialogue = samples[12]
+    assert len(dialogue["replies"]) == (len(dialogue["messages"]) + 1) // 2 == len(dialogue["checks"])
+    assert {"chat", "dialogue_turns", "dialogues"} <= dialogue["scores"].keys()
 
 
 def test_without_prompts_only_bits_per_byte(models_of_two_vocabularies, corpus, tmp_path):
@@ -98,7 +111,12 @@ def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
     for models, template_from, settings, sentence in [
         ({"cpt": tmp_path / "none"}, base, {}, "model cpt: .*none holds no config.json"),
         ({"base": base}, base, {}, "has no chat template"),
-    ]:
+        ({"base": base}, None, {}, "none of the models base has a chat template.*--template DIR"),
+        ({"base": base}, base, {"baseline": "chat"}, "evaluation.baseline = chat is none of the models; they are base"),
+        ({"base": base}, base, {"suites": ["chat"], "languages": ["ja"]}, "prompts file .* holds no prompt in ja"),
+        ({"base": base}, base, {"suites": ["chat"], "languages": ["ja"], "prompts": None},
+         "there are no built-in instructions in ja; give a file by evaluation.instructions"),
+    ]:  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             run(config.model_copy(update=settings), models, corpus, template_from, tmp_path, SilentTracker())
 
@@ -107,3 +125,18 @@ def test_the_window_is_one_that_every_model_can_take(models_of_two_vocabularies,
     assert shared_context(models_of_two_vocabularies, 128) == 128
     assert shared_context(models_of_two_vocabularies, 512) == 256
     assert "has 256 positions" in capsys.readouterr().err
+
+
+def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(models_of_two_vocabularies, tmp_path, capsys):
+    safety = {"moderation": {"url": f"http://127.0.0.1:{free_port()}/v1", "model": "guard", "attempts": 1}}
+    config = EvaluationConfig(suites=["safety"], languages=["ko"], safety=safety, **SETTINGS)
+    chat = {"chat": models_of_two_vocabularies["chat"]}
+    tracker = start_tracker(TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id")
+    returned = run(config, chat, {}, None, tmp_path, tracker)
+    tracker.finish()
+    assert "chat/ko/flagged" not in returned
+    assert "chat/ko/lexicon_rate" in returned
+    results = json.loads((tmp_path / "results.json").read_text())["models"]["chat"]
+    assert "refused" in results["not_run"]["flagged"]
+    assert read_log(tmp_path / "log").tables["eval/not_run"].rows[0][:2] == ["chat", "flagged"]
+    assert "chat: flagged was not run: http" in capsys.readouterr().err

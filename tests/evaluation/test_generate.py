@@ -3,8 +3,8 @@
 from core.world import World
 from evaluation.chat_template import read_chat_template, render, template_for
 from evaluation.config import EvaluationConfig
-from evaluation.division import Division, batches_by_length
 from evaluation.conversation import Conversation, Turn, prompt
+from evaluation.division import Division, batches_by_length
 from evaluation.generate import converse, generate
 from evaluation.models import load_model
 from tests.evaluation.conftest import TEXTS
@@ -79,7 +79,7 @@ def test_a_prompt_that_fills_the_models_positions_is_not_answered_and_one_near_i
     one = len(loaded.encode("x"))
     texts = ["x" * (256 // one), "x" * (250 // one), "x"]
     replies = generate(loaded, texts, ["</s>"], EvaluationConfig(max_new_tokens=12), ALONE)
-    assert [(reply.tokens, reply.text == "") for reply in replies][0] == (0, True)
+    assert (replies[0].tokens, replies[0].text, replies[0].stopped) == (0, "", False)
     assert 0 < replies[1].tokens <= 6
     assert replies[2].tokens > 6
     assert "fill its 256 positions and are not answered: 1" in capsys.readouterr().err

@@ -56,6 +56,8 @@ def test_a_scorer_that_scored_nothing_was_not_run():
     findings = SafetyFacet([], [Fixed(dead, dead, dead, dead)]).measure(Subject(), EXCHANGES)
     assert findings.measured == []
     assert [(one.figure, one.reason) for one in findings.not_run] == [("fixed", "the endpoint is dead")]
+    silent = SafetyFacet([], [LexiconScorer({"en": ["idiot"]})]).measure(Subject(), [exchange("")])
+    assert [one.reason for one in silent.not_run] == ["all replies are empty"]
 
 
 @pytest.mark.parametrize("language", ["zh_tw", "zh_cn", "ko", "en"])

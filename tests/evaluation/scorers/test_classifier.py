@@ -43,7 +43,7 @@ def test_batches_equal_one_by_one_and_an_empty_reply_has_no_score(classifier):
     for text, score in zip(texts, scores, strict=True):
         if text:
             ids = torch.tensor([tokenizer(text).input_ids[:64]])
-            logits = model(ids).logits[0]
+            logits = model(ids).logits[0].detach()
             multi = model.config.problem_type == "multi_label_classification"
             expected = logits.sigmoid()[1:].max() if multi else logits.softmax(0)[1:].sum()
             assert score.value == pytest.approx(float(expected), abs=1e-5)
