@@ -1,9 +1,9 @@
 """Generation for evaluation, measured: batches by length against one prompt after the other.
 
-    python -m benchmarks.evaluation MODEL [--languages en,ko] [--max-new-tokens 48] [--rounds 3] [--out FILE]
+    python -m benchmarks.evaluation MODEL [--template CHAT] [--prompts FILE] [--languages en,ko] [--out FILE]
 
-MODEL is a chat model's directory (runs/demo-inputs/chat). Both ways answer the built-in instructions and dialogues,
-greedily, with the same tokens to stop at; they take turns, and the ratio is that of each round. The loop is what one
+MODEL is a model's directory (runs/demo-inputs/chat); one without a chat template is asked in CHAT's. Both ways answer
+the built-in instructions and dialogues, or the prompts of a file, greedily, with the same tokens to stop at; they take turns, and the ratio is that of each round. The loop is what one
 would write first: `model.generate` for each prompt, a dialogue's turns in order. It has no padding, so its replies may
 differ where two tokens are nearly as likely; the share that is equal is reported.
 """
@@ -27,7 +27,7 @@ from evaluation.conversation import Conversation, Message
 from evaluation.division import Division
 from evaluation.generate import converse, generation_settings
 from evaluation.models import LoadedModel, load_model
-from evaluation.reading import parse_dialogue, parse_instruction, read_conversations
+from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, read_conversations
 
 Texts = list[list[str]]  # of each conversation, its replies
 
@@ -69,6 +69,8 @@ def batched(
 
 def main(
     model: Path,
+    template: Path | None = None,
+    prompts: Path | None = None,
     languages: str = "zh_tw,ko,en",
     max_new_tokens: int = 48,
     batch_size: int = 16,
@@ -78,21 +80,25 @@ def main(
     """Print, and write to `out`, seconds and tokens per second of both ways, and their ratios."""
     asked = languages.split(",")
     config = EvaluationConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    conversations = [
-        *read_conversations(BUILT_IN, "", parse_instruction, asked, config.max_prompts, "instructions"),
-        *read_conversations(BUILT_IN, "", parse_dialogue, asked, config.max_prompts, "dialogues"),
-    ]
+    if prompts:
+        conversations = read_conversations(str(prompts), "--prompts", parse_prompt, asked, config.max_prompts)
+    else:
+        conversations = [
+            *read_conversations(BUILT_IN, "", parse_instruction, asked, config.max_prompts, "instructions"),
+            *read_conversations(BUILT_IN, "", parse_dialogue, asked, config.max_prompts, "dialogues"),
+        ]
     loaded = load_model("model", model, 0)
-    template = template_for(loaded, model, read_chat_template(model))
+    spoken_to = template_for(loaded, model, read_chat_template(template or model))
     found: dict[str, Any] = {
         "threads": torch.get_num_threads(), "conversations": len(conversations),
         "turns": sum(len(one.turns) for one in conversations), "rounds": [],
     }  # fmt: skip
     for _ in range(rounds):
-        texts, measured = {}, {}
+        texts: dict[Any, Texts] = {}
+        measured: dict[str, Any] = {}
         for way in (one_by_one, batched):
             start = time.monotonic()
-            texts[way], tokens = way(loaded, template, conversations, config)
+            texts[way], tokens = way(loaded, spoken_to, conversations, config)
             seconds = time.monotonic() - start
             measured[way.__name__] = {"seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
         pairs = zip(texts[one_by_one], texts[batched], strict=True)
