@@ -3,9 +3,10 @@
     python -m benchmarks.evaluation MODEL [--template CHAT] [--prompts FILE] [--languages en,ko] [--out FILE]
 
 MODEL is a model's directory (runs/demo-inputs/chat); one without a chat template is asked in CHAT's. Both ways answer
-the built-in instructions and dialogues, or the prompts of a file, greedily, with the same tokens to stop at; they take turns, and the ratio is that of each round. The loop is what one
-would write first: `model.generate` for each prompt, a dialogue's turns in order. It has no padding, so its replies may
-differ where two tokens are nearly as likely; the share that is equal is reported.
+the built-in instructions and dialogues, or the prompts of a file, greedily, with the same tokens to stop at; they take
+turns, and the ratio is that of each round. The loop is what one would write first: `model.generate` for each prompt, a
+dialogue's turns in order. It has no padding, so its replies may differ where two tokens are nearly as likely; the share
+that is equal is reported.
 """
 
 from __future__ import annotations

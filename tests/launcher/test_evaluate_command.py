@@ -1,15 +1,13 @@
 """`cpt-merge evaluate` without a recipe: its words, what is wrong with them, and a whole evaluation of directories."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from core.errors import UserError
+from launcher.cli import app
 from launcher.evaluate import Request, evaluate, one_value_each
-from tests.launcher.conftest import ROOT
 
 
 def test_an_option_takes_all_the_pairs_behind_it() -> None:
@@ -45,17 +43,16 @@ def test_bad_words(request_: Request, sentence: str) -> None:
     assert sentence in str(raised.value)
 
 
-def test_directories_without_a_recipe(pair: Path, tmp_path: Path) -> None:
+def test_directories_without_a_recipe(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "ko.txt"
     text.write_text("가나 다라\n\n마바 사아\n", encoding="utf-8")
-    command = [
-        sys.executable, "-m", "evaluation", "--models", f"base={pair / 'base'}", f"chat={pair / 'chat'}",
-        "--suite", "language,chat", "--text", f"ko={text}", "--out", str(tmp_path / "out"),
-        "evaluation.max_new_tokens=4", "evaluation.max_prompts=2", "evaluation.baseline=chat",
+    words = [
+        "evaluate", "--models", f"base={pair / 'base'}", f"chat={pair / 'chat'}", "--suite", "language,chat",
+        "--text", f"ko={text}", "--out", str(tmp_path / "out"), "evaluation.max_new_tokens=4",
+        "evaluation.max_prompts=2", "evaluation.baseline=chat",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert f"base: has no chat template; it is asked in that of {pair / 'chat'}" in done.stderr
+    app(args=words, standalone_mode=False)
+    assert f"base: has no chat template; it is asked in that of {pair / 'chat'}" in capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     base = results["models"]["base"]
     assert results["baseline"] == "chat"
