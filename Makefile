@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-slurm check docs clean
+.PHONY: demo test test-all test-slurm check docs picture clean
 
 demo: $(VENV)/done  ## the whole method in miniature, on real text
 	$(BIN)/python -m recipes.demo.prepare --out runs/demo-inputs
@@ -28,6 +28,11 @@ check: $(VENV)/done  ## lint, format, types
 
 docs: $(VENV)/done  ## docs that are generated from the code
 	$(BIN)/python -m launcher.reference > docs/recipe.md
+
+picture:  ## docs/demo-report.png, from the demo's report; needs Debian's chromium and fonts-noto-cjk
+	$(BIN)/cpt-merge report runs/demo
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --blink-settings=preferredColorScheme=1 \
+		--window-size=1366,1840 --screenshot=docs/demo-report.png file://$(CURDIR)/runs/demo/report.html
 
 $(VENV)/done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

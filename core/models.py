@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 from core.errors import UserError
 from core.progress import say
@@ -50,4 +51,5 @@ def hub_errors(name: str) -> Iterator[None]:
         raise UserError(f"model {name} is neither a local directory nor on the hub; correct the name.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {name} is no local directory and the hub did not give it ({reason[:160]}).") from None
+        said = shorten(reason, 200, placeholder=" ...")
+        raise UserError(f"model {name} is no local directory and the hub did not give it ({said}).") from None

@@ -37,6 +37,7 @@ def report(config: EvaluationConfig, models: Mapping[str, Path], results: Result
     rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in sample_rows(results))
     write_text(out / "samples.jsonl", "".join(rows))
     track(results, draw(results, out), tracker)
+    tracker.file("evaluation-results.json", out / "results.json")
     show_scores(results)
     show_breakdowns(results)
     show_not_run(results)

@@ -35,7 +35,10 @@ from launcher.stages import STAGES
 
 ATTEMPT = "CPT_MERGE_ATTEMPT"  # the attempt's folder; set by slurm/cpt_merge.sh for the processes that it starts
 BATCH = "CPT_MERGE_BATCH"  # NODE:PID of the batch script, set likewise
+ENDED_BY = {138: "SIGUSR1", 143: "SIGTERM"}  # srun's code for a process that a signal has ended
 ALIKE = 3  # attempts in a row with the same failure and no progress: then no more
+ALIVE = ("RUNNING", "SUSPENDED", "CONFIGURING", "STOPPED")  # states of a job whose processes go on
+ENDING = 60  # seconds that those of another job have to end
 SHOWN_LINES = 30  # of the log of the process that failed first
 
 Verdict = Literal["finished", "requeue", "given up"]
@@ -60,6 +63,7 @@ class Attempt:
     folder: Path
     begun: dict[str, Any]
     ended: dict[str, Any]  # empty while it runs
+    stopped: dict[str, Any]  # empty if nobody asked it to stop
 
     @property
     def fruitless(self) -> bool:
@@ -74,15 +78,44 @@ def begin(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> Path:
         raise UserError("SLURM_JOB_ID is not set, so this is no Slurm job; use sbatch slurm/cpt_merge.sh RECIPE.")
     earlier = attempts(recipe.directory)
     if earlier and not earlier[-1].ended:
+        if earlier[-1].begun["job"] != job:
+            _wait_for_its_end(earlier[-1], recipe.directory)
         earlier[-1] = _end_for_the_dead(recipe, earlier)
     if earlier and earlier[-1].ended["verdict"] == "given up" and _follows_by_itself(environment):
         raise UserError(f"the attempt before was given up: {earlier[-1].ended['reason']}")
     folder = recipe.directory / "slurm" / f"{job}-{restart}"
     nodes = environment.get("SLURM_JOB_NODELIST", "")
     so_far = progress(recipe)
-    write_json(folder / "begun.json", {"job": job, "time": time.time(), "nodes": nodes, "progress": so_far})
-    say(f"job {job}, attempt {len(earlier) + 1} on {nodes}: {_how_far(so_far)}; its logs are in {folder}")
+    try:
+        write_json(folder / "begun.json", {"job": job, "time": time.time(), "nodes": nodes, "progress": so_far})
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); set `runs` to a folder that can.") from None
+    say(f"job {job}, attempt {len(earlier) + 1} at this run, on {nodes}: {_how_far(so_far)}; its logs are in {folder}")
     return folder
+
+
+def _wait_for_its_end(attempt: Attempt, run: Path) -> None:
+    """Let the processes of another job end, if it is ending. Raises `UserError` if it is not."""
+    job, nodes = attempt.begun["job"], attempt.begun["nodes"]
+    for _ in range(ENDING):
+        state = state_of(job)
+        if state in ALIVE:
+            where = f"job {job} on {nodes} ({state.lower()})"
+            raise UserError(f"{run} is in use by {where}; wait for it, or give this run another name.")
+        if state != "COMPLETING":
+            return
+        time.sleep(1)
+
+
+def state_of(job: str) -> str:
+    """Slurm's word for a job (RUNNING, PENDING, ...); empty if it does not know the job, or cannot be asked here."""
+    try:
+        done = subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return next(iter(done.stdout.split()), "") if done.returncode == 0 else ""
 
 
 def _follows_by_itself(environment: Mapping[str, str]) -> bool:
@@ -111,7 +144,7 @@ def _end_for_the_dead(recipe: Recipe, found: list[Attempt]) -> Attempt:
     ended = _judged(recipe, found, last.folder, None)
     write_json(last.folder / "ended.json", ended)
     say(f"job {last.folder.name}: {ended['reason']}")
-    return Attempt(last.folder, last.begun, ended)
+    return Attempt(last.folder, last.begun, ended, last.stopped)
 
 
 def _judged(recipe: Recipe, found: list[Attempt], folder: Path, code: int | None) -> dict[str, Any]:
@@ -120,7 +153,7 @@ def _judged(recipe: Recipe, found: list[Attempt], folder: Path, code: int | None
     verdict, failure, reason = _what_happened(folder, code)
     ended = {"time": time.time(), "progress": now, "failure": failure, "verdict": verdict, "reason": reason}
     place = next(number for number, attempt in enumerate(found) if attempt.folder == folder)
-    this = Attempt(folder, found[place].begun, ended)
+    this = Attempt(folder, found[place].begun, ended, found[place].stopped)
     alike = 0
     for attempt in [this, *reversed(found[:place])]:
         if not failure or attempt.ended.get("failure") != failure or not attempt.fruitless:
@@ -139,19 +172,28 @@ def _what_happened(folder: Path, code: int | None) -> tuple[Verdict, str, str]:
     if code == 0:
         return "finished", "", "the pipeline is finished."
     failure = first_failure(folder)
-    stopped = _read(folder / "stopped.json")
+    stopped = _read(folder / "stopped.json", "reason", "text")
     if failure and failure.mendable:
         return "given up", _alike(failure), f"{failure.command} stopped at what has to be mended: {failure.text}"
+    if not stopped and not failure and (name := _ended_by_signal(folder, code)):
+        stopped = {"reason": name, "text": f"stopped by {name} while a step was starting."}
     if stopped:
         # without progress, a warning that the time ends is a failure: it may come before anything can be saved
         name = "" if stopped["reason"] == "SIGTERM" else "the time ended"
         return "requeue", name, stopped["text"]
     if failure:
         where = f"rank {failure.rank} on {failure.node}"
-        return "requeue", _alike(failure), f"{failure.command} failed, first on {where}: {failure.text}"
+        return "requeue", _alike(failure), f"{failure.command} failed, first on {where}: {failure.text.rstrip('.')}."
     if code is None:
         return "requeue", "no word", "the batch script or its node died without a word."
     return "requeue", f"code {code}", f"a step ended with code {code} and no process said why; see {folder}."
+
+
+def _ended_by_signal(folder: Path, code: int | None) -> str:
+    """The signal that asked the last step to stop before it could listen; nothing if srun sent it, after a failure."""
+    log = folder / "srun.log"
+    by_srun = log.is_file() and "Exited with" in log.read_text(encoding="utf-8", errors="replace")
+    return "" if code is None or by_srun else ENDED_BY.get(code, "")
 
 
 def _alike(failure: Failure) -> str:
@@ -165,7 +207,8 @@ def first_failure(folder: Path) -> Failure | None:
     A process that was killed cannot say so, and the others fail after it, when they miss it: srun's word that one was
     killed, other than by srun itself, comes first.
     """
-    said = sorted((Failure(**_read(path)) for path in folder.glob("failed-rank-*.json")), key=lambda one: one.time)
+    records = [_read(path, "command", "rank", "node", "text", "time") for path in folder.glob("failed-rank-*.json")]
+    said = sorted((Failure(**record) for record in records if record), key=lambda one: one.time)
     mendable = [failure for failure in said if failure.mendable]
     return next(iter([*mendable, *_killed(folder), *said]), None)
 
@@ -175,12 +218,12 @@ _NODE_FAILED = re.compile(r"srun: error: Node failure on (?P<node>\S+)")
 
 
 def _killed(folder: Path) -> list[Failure]:
-    log = folder / "srun.log"
+    log, orderly = folder / "srun.log", ("Exited", "Terminated", "User defined")
     found = []
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
         if gone := _NODE_FAILED.search(line):
             found.append(Failure("srun", 0, gone["node"], "its node is gone", 0.0))
-        elif (task := _TASK_ENDED.search(line)) and not task["how"].startswith(("Exited", "Terminated")):
+        elif (task := _TASK_ENDED.search(line)) and not task["how"].startswith(orderly):
             found.append(
                 Failure("srun", int(task["rank"]), task["node"], f"it was ended from outside ({task['how']})", 0.0)
             )
@@ -196,7 +239,7 @@ def _show_first_failure(folder: Path) -> None:
     if not logs:
         return
     lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
-    say(f"── the last lines of {logs[-1]} ──")
+    say(f"── the last lines of {logs[-1]} ──" if lines else f"── {logs[-1]} is empty ──")
     for line in lines:
         say(f"  {failure.rank}: {line}")
 
@@ -241,8 +284,15 @@ def _requeue_without_batch_script() -> None:
 def attempts(run: Path) -> list[Attempt]:
     """The attempts at a run, oldest first."""
     folders = [path.parent for path in (run / "slurm").glob("*/begun.json")]
-    found = [Attempt(folder, _read(folder / "begun.json"), _read(folder / "ended.json")) for folder in folders]
-    return sorted(found, key=lambda attempt: float(attempt.begun["time"]))
+    found = [
+        Attempt(
+            folder, _read(folder / "begun.json", "job", "time", "nodes", "progress"),
+            _read(folder / "ended.json", "verdict", "reason", "failure", "progress"),
+            _read(folder / "stopped.json", "reason", "text"),
+        )
+        for folder in folders
+    ]  # fmt: skip
+    return sorted((attempt for attempt in found if attempt.begun), key=lambda attempt: float(attempt.begun["time"]))
 
 
 def progress(recipe: Recipe) -> dict[str, Any]:
@@ -263,12 +313,15 @@ def _how_far(progress: Mapping[str, Any]) -> str:
     return done + (f"; newest checkpoint {progress['checkpoint']}" if progress["checkpoint"] else "")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The JSON of a file that may not be there."""
+def _read(path: Path, *needed: str) -> dict[str, Any]:
+    """The JSON of a file; nothing if it is not there, or is damaged, which a line says."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not values.keys() >= set(needed):
+            raise ValueError(f"it has to hold {', '.join(needed)}")
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); remove {path.parent}: it only tells of one start.") from None
+        say(f"{path} is damaged ({error}); it is left out")
+        return {}
     return values

@@ -276,9 +276,19 @@ def submit(
     from launcher.submit import Submission
     from launcher.submit import submit as submit_jobs
 
-    load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [])
+    if tasks := tasks_per_node or gpus_per_node:
+        loaded.training.check_processes(nodes * tasks, " (--nodes x tasks on each)")
     asked = Submission(recipe, overrides or [], nodes, gpus_per_node, tasks_per_node, time, chain, sbatch or [])
     submit_jobs(asked, dry_run)
+
+
+@app.command()
+def sync(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo")]) -> None:
+    """Upload to W&B what a run could not upload: logged offline, cut off from the network, killed."""
+    from launcher.sync import sync as upload_run
+
+    upload_run(folder)
 
 
 @app.command(cls=RecipeCommand)
@@ -335,6 +345,28 @@ def report(
     from launcher.report import report as write_report
 
     write_report(load_recipe(run, overrides or []).directory if run.suffix in (".yaml", ".yml") else run)
+
+
+@app.command(cls=RecipeCommand)
+def dashboard(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    save_as: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the workspace's name, cpt-merge NAME-OF-RUN if not set")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print it as JSON, save nothing")] = False,
+) -> None:
+    """A W&B workspace of the run: a section per stage. One of the same name that this made before is replaced."""
+    from evaluation.prompts import read_prompts
+    from launcher.pipeline import group_name
+    from launcher.recipe import load_recipe
+    from tracking.dashboard import Pipeline
+    from tracking.dashboard import dashboard as make_dashboard
+
+    loaded = load_recipe(recipe, overrides or [])
+    asked = list(dict.fromkeys(prompt.language for prompt in read_prompts(loaded.evaluation)))
+    pipeline = Pipeline(group_name(loaded), loaded.corpus.languages(), asked)
+    make_dashboard(loaded.tracking, pipeline, save_as or f"cpt-merge {loaded.name}", dry_run)
 
 
 @app.command()

@@ -6,19 +6,21 @@ import errno
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from core.artifact import STAGE_FILE, StageRecord, read_record, stage_key, write_json, write_record
+from core.artifact import STAGE_FILE, StageRecord, installed_versions, read_record, stage_key, write_json, write_record
 from core.errors import Interrupted, UserError
 from core.lock import Lock
 from core.progress import say
 from core.world import find_world
+from launcher.lineage import left, used
 from launcher.recipe import Recipe
 from launcher.stages import COMMANDS, STAGES, Run, Stage, identify
 from launcher.start import accelerate_config, local_processes, start_processes, started_by_accelerate
@@ -27,6 +29,11 @@ from tracking import Tracker, start_tracker
 from training.mixture import mixture
 
 BEGUN_FILE = "begun.json"
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES",
+    "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID",
+)  # fmt: skip
+LOCK_FILE = ".lock"  # in a run's folder, while a process works there
 LOCK_VARIABLE = "CPT_MERGE_LOCK"  # set for the processes that a locked run starts
 _held: list[Lock] = []  # until the process ends
 
@@ -95,18 +102,25 @@ def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: di
     started = time.time()
     with replacing(folder, stage, key) if main else nullcontext():
         tracker = open_tracker(run, stage.name, key, config, inputs)
+        for artifact in used(run, stage.name, inputs):
+            tracker.artifact(artifact)
         try:
             results = stage.run(run, key, tracker)
-        except Interrupted:
+        except Interrupted as stop:
+            _alert(tracker, f"{stage.name} stopped", str(stop))
             tracker.finish()
             raise
-        except BaseException:
+        except BaseException as error:
+            _alert(tracker, f"{stage.name} failed", str(error) or type(error).__name__)
             tracker.finish(failed=True)
             raise
     if main:
         record = StageRecord(stage.name, key, config, inputs, results=results, tracking=tracker.record())
         record = write_record(folder, record, started)
         say(f"{stage.name}: finished in {record.seconds:.1f} s -> {folder}")
+        for artifact in left(run, stage.name, key):
+            tracker.artifact(artifact)
+        tracker.alert(f"{stage.name} finished", f"{run.recipe.name}: in {record.seconds:,.0f} s")
     tracker.finish()
 
 
@@ -165,7 +179,7 @@ def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs:
     recipe = run.recipe
     settings = {
         "recipe": recipe.model_dump(mode="json"), "stage_config": config, "inputs": inputs, "key": key,
-        "origin": origin(),
+        "origin": origin(), "versions": installed_versions(),
     }  # fmt: skip
     group = group_name(recipe)
     run_id = f"{group}-{stage}-{key[:8]}"  # the same after every resume
@@ -174,16 +188,28 @@ def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs:
     )
 
 
-def origin() -> dict[str, str]:
-    """Where a result comes from: code, command, Slurm job."""
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = ""
-    if shutil.which("git"):
-        commit = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
-    slurm = {name.lower(): os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if name in os.environ}
-    return {"commit": commit or "not known", "command": shlex.join(sys.argv), **slurm}
+def _alert(tracker: Tracker, title: str, text: str) -> None:
+    """An alert about an exception that is on its way up, which nothing must replace (the disk may be full)."""
+    with suppress(OSError):
+        tracker.alert(title, text)
+
+
+def origin() -> dict[str, Any]:
+    """Where a result comes from: code, versions, command, machine, Slurm job."""
+    slurm = {name.lower(): os.environ[name] for name in SLURM_VARIABLES if name in os.environ}
+    return {**_code(), "command": shlex.join(sys.argv), "host": socket.gethostname(), **slurm}
+
+
+def _code() -> dict[str, Any]:
+    """The commit of this project and whether files differ from it; of an installed package neither is known."""
+    folder = Path(__file__).parents[1]
+    if not shutil.which("git") or not (folder / ".git").exists():
+        return {"commit": "not known"}
+    commit, changed = (
+        subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+        for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    )
+    return {"commit": commit or "not known", "modified": bool(changed)}
 
 
 def group_name(recipe: Recipe) -> str:
@@ -208,7 +234,7 @@ def hold_lock(run: Run) -> None:
     """
     if LOCK_VARIABLE in os.environ or not find_world().is_main:
         return
-    lock = Lock(run.recipe.directory / ".lock", run.recipe.directory, "give this run another name")
+    lock = Lock(run.recipe.directory / LOCK_FILE, run.recipe.directory, "give this run another name")
     lock.take()
     _held.append(lock)
     os.environ[LOCK_VARIABLE] = str(lock.path)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.text import Text
 from core.artifact import StageRecord, read_record, write_text
 from core.errors import UserError
 from core.progress import console, say
+from launcher.attempts import Attempt, attempts
 from launcher.stages import STAGES
 from tracking import Cell, StageLog, read_log
 from tracking.local import STEP
@@ -34,16 +36,41 @@ class StageView:
 
     @property
     def state(self) -> str:
-        """A stage without its record may be running, or may have been killed: the disk does not tell."""
-        return "finished" if self.record else "running or cut short"
+        """A stage without its record that did not say how it ended may be running, or may have been killed."""
+        if self.record:
+            return "finished"
+        return self.end[0] if self.end else "running or cut short"
+
+    @property
+    def end(self) -> tuple[str, str] | None:
+        """(failed or stopped, what it said) of a stage that ended so and was not started again."""
+        ends = {f"{self.name} {word}": word for word in ("failed", "stopped")}
+        for alert in reversed(self.log.alerts):
+            if alert["title"] in ends and alert["time"] >= max(self.started, self.last_sign):
+                return ends[alert["title"]], alert["text"]
+        return None
 
     @property
     def seconds(self) -> float:
         """What the stage took, or the time from its start to the last row that it logged."""
         if self.record:
             return self.record.seconds
-        last = self.log.rows[-1]["time"] if self.log.rows else self.log.run["started"]
-        return max(float(last - self.log.run["started"]), 0.0)
+        return max(self.last_sign - self.started, 0.0)
+
+    @property
+    def started(self) -> float:
+        """When its last attempt started."""
+        return float(self.log.run.get("started", 0.0))
+
+    @property
+    def first_row(self) -> float:
+        """When the first of the rows that stand was logged: before `started` in a stage that was continued."""
+        return float(self.log.rows[0]["time"]) if self.log.rows else self.started
+
+    @property
+    def last_sign(self) -> float:
+        """When it last logged anything."""
+        return float(self.log.rows[-1]["time"]) if self.log.rows else self.started
 
     @property
     def results(self) -> dict[str, Any]:
@@ -60,6 +87,7 @@ class RunView:
 
     directory: Path
     stages: list[StageView]
+    attempts: list[Attempt] = field(default_factory=list)  # starts of the Slurm job
 
     @property
     def name(self) -> str:
@@ -76,11 +104,12 @@ def report(run: Path) -> None:
     view = read_run(run)
     show_stages(view)
     show_training(view.log("training"))
+    show_alerts(view)
     show_scores(view.log("evaluation"))
     from launcher.report_page import render_page
 
     page = run / PAGE
-    write_text(page, render_page(view, time.strftime("%Y-%m-%d %H:%M")))
+    write_text(page, render_page(view, time.time()))
     say(f"report: {page}")
 
 
@@ -94,7 +123,33 @@ def read_run(run: Path) -> RunView:
         known = sorted(path.name for path in run.parent.glob("*") if any(path.glob("*/log/run.json")))
         there = f"; runs there: {', '.join(known)}" if known else ""
         raise UserError(f"{run} holds no stage of a run; give a run's folder, such as runs/demo{there}.")
-    return RunView(run, stages)
+    return RunView(run, stages, attempts(run))
+
+
+@dataclass(frozen=True)
+class Matter:
+    """The alerts of one stage that have one title."""
+
+    stage: str
+    title: str
+    said: list[tuple[float, str]]  # (time, text), oldest first
+
+
+def is_notice(stage: StageView, alert: dict[str, Any]) -> bool:
+    """Whether an alert only says that the stage is done."""
+    return bool(alert["title"] == f"{stage.name} finished")
+
+
+def matters(view: RunView) -> list[Matter]:
+    """All alerts but the notices, by what they are about; that of the newest first."""
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for stage in view.stages:
+        for alert in stage.log.alerts:
+            if is_notice(stage, alert):
+                continue
+            found.setdefault((stage.name, alert["title"]), []).append((float(alert["time"]), str(alert["text"])))
+    together = [Matter(*names, sorted(said)) for names, said in found.items()]
+    return sorted(together, key=lambda matter: matter.said[-1][0], reverse=True)
 
 
 def latest(log: StageLog) -> dict[str, float]:
@@ -139,9 +194,11 @@ def number(value: object) -> str:
         return f"{value:,}"
     if not isinstance(value, float):
         return str(value)
+    if not math.isfinite(value):
+        return "not finite"
     if value.is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
@@ -169,12 +226,17 @@ def show_stages(view: RunView) -> None:
 
 
 def show_training(log: StageLog) -> None:
-    """The newest training metrics and the alerts."""
+    """The newest training metrics."""
     values = latest(log)
     if values:
         show_table("training, newest values", ["metric", "value"], [[name, number(values[name])] for name in values])
-    for alert in log.alerts:
-        console.print(Text(f"alert: {alert['title']}: {alert['text']}", style="yellow"))
+
+
+def show_alerts(view: RunView) -> None:
+    """The newest alert of every matter."""
+    for matter in matters(view):
+        before = f" (and {len(matter.said) - 1:,} before it)" if len(matter.said) > 1 else ""
+        console.print(Text(f"alert: {matter.title}: {matter.said[-1][1]}{before}", style="yellow"))
 
 
 def show_scores(log: StageLog) -> None:

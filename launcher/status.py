@@ -21,7 +21,7 @@ def show_status(recipe: Recipe) -> None:
     """Print job, stage, step, rate, time left, newest checkpoint and where W&B shows the run."""
     run = recipe.directory
     if not run.is_dir():
-        raise UserError(f"{run} does not exist: this recipe has not been started (cpt-merge submit {recipe.name}).")
+        raise UserError(f"{run} does not exist: no job of this recipe has started yet (squeue --me shows who waits).")
     lines = [*_job(run), *_stage(run), *_training(recipe), *_links(run)]
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
@@ -37,6 +37,8 @@ def _job(run: Path) -> list[tuple[str, str]]:
     lines = [("job", f"{job}, {_in_queue(job)}"), ("attempts", f"{len(found)}, the last on {last.begun['nodes']}")]
     if last.ended:
         lines.append((last.ended["verdict"], last.ended["reason"]))
+    elif last.stopped:
+        lines.append(("stopped", last.stopped["text"]))
     return [*lines, ("logs", str(last.folder))]
 
 
@@ -48,7 +50,7 @@ def _in_queue(job: str) -> str:
         ["squeue", "-h", "-j", job, "-o", "%T|%L|%r|%N"], capture_output=True, text=True, check=False, timeout=30
     )
     if done.returncode or not done.stdout.strip():
-        return "not in the queue any more"
+        return "not in the queue any more (a new job would go on from here)"
     state, left, reason, nodes = done.stdout.strip().splitlines()[0].split("|")
     if state == "RUNNING":
         return f"running on {nodes}, {left} left of its time"

@@ -77,6 +77,9 @@ def run(
         writer.publish()
     say(f"embeddings: {vocabulary.base_rows:,} -> {vocabulary.rows:,} rows; {len(changed)} files new, {linked} linked")
     tracker.summary({f"embeddings/{name}": value for name, value in results.items()})
+    norms = {name.removesuffix("_norms"): value for name, value in results.items() if name.endswith("_norms")}
+    rows = [[matrix, norm["old"], norm["new"], norm["new"] / norm["old"]] for matrix, norm in norms.items()]
+    tracker.table("embeddings/norms", ["matrix", "mean norm of old rows", "of new pieces", "new / old"], rows)
     return results
 
 

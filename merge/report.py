@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from core.errors import UserError
 from core.progress import say
 from merge import ancestry
 from merge.plan import MergePlan, PlannedVector, describe_rule
+from merge.rules import kind_of
 from merge.statistics import Statistics, Sums, by_kind, by_layer, total
 from tracking.tracker import Tracker
 
@@ -25,7 +27,12 @@ IN_MEMORY = "in memory"  # the hook's in place of a digest: nothing tells one st
 SHORT_FORM = ("ratio", "rows", "chat_tokens", "overall", "warnings")
 FIGURE_FILE = "merge_norms.png"
 
+CHAT_COLOUR, CPT_COLOUR = "#56b4e9", "#e69f00"  # as in the evaluation's figures and on the report's page
 SHARES = ("vector", "change", "cosine", "contained")
+CURVES = {
+    "length": {"vector": "chat vector / base", "change": "change by CPT / base"},
+    "cosine": {"cosine": "between vector and change"},
+}
 COLUMNS = ("part", "vector / base", "cpt change / base", "cosine", "vector already in cpt")
 
 
@@ -119,10 +126,30 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
     say(f"merge: |chat - base| is {overall['vector']:.4f} of |base|{change}")
     rows = [[part, *(shares.get(name) for name in SHARES)] for part, shares in results["layers"].items()]
     tracker.table("merge/layers", COLUMNS, rows)
+    for name, shown in CURVES.items():
+        values = [
+            [label, int(part), shares[share]]
+            for share, label in shown.items()
+            for part, shares in results["layers"].items()
+            if part.isdigit() and share in shares
+        ]
+        tracker.curves(f"merge/{name} by layer", ("curve", "layer", name), values)
+    tracker.table("merge/rules", ("kind", "rule", "tensors"), _rules(_read(out)["tensors"]))
+    tracker.table("merge/rows", ("role", "rows"), list(results["rows"].items()))
     tracker.image("merge/norms", out / FIGURE_FILE)
-    tracker.summary({f"merge/{name}": results[name] for name in ("ratio", "rows", "overall")})
+    tracker.file(REPORT_FILE, out / REPORT_FILE)
+    # the counts under another name than their table's: W&B keeps both in one place
+    tracker.summary(
+        {"merge/row_counts": results["rows"], **{f"merge/{one}": results[one] for one in ("ratio", "overall")}}
+    )
     for warning in results["warnings"]:
         tracker.alert("merge", warning)
+
+
+def _rules(tensors: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int]]:
+    """What was done to how many tensors of each kind."""
+    counted = Counter((kind_of(name), tensor["rule"]) for name, tensor in tensors.items())
+    return [(*found, count) for found, count in counted.items()]
 
 
 def warn(warnings: list[str]) -> None:
@@ -150,21 +177,21 @@ def draw(layers: Mapping[str, Mapping[str, Sums]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     lengths, cosine = figure.subplots(1, 2)
-    colors = {label: "C0" if number == 0 else f"C{number + 2}" for number, label in enumerate(layers)}
+    colors = {label: CHAT_COLOUR if number == 0 else f"C{number + 2}" for number, label in enumerate(layers)}
     for label, parts in layers.items():
         shares = {name: sums.vector_share for name, sums in parts.items()}
         _draw_parts(lengths, shares, colors[label], f"{label}, |chat - base| / |base|")
     first = next(iter(layers.values()))
     if any(sums.change for sums in first.values()):
         change = "CPT's change, |cpt - base| / |base|"
-        _draw_parts(lengths, {name: sums.change_share for name, sums in first.items()}, "C1", change)
+        _draw_parts(lengths, {name: sums.change_share for name, sums in first.items()}, CPT_COLOUR, change)
     lengths.set_title("Length of the changes", fontsize=10)
     lengths.set_ylim(0, (1.25 + 0.08 * len(layers)) * lengths.get_ylim()[1])  # room for the legend
     lengths.legend(frameon=False, fontsize=8, loc="upper center", ncols=1)
     cosine.axhline(0, color="0.7", lw=0.8)
     largest = max([0.2, *(abs(sums.cosine) for parts in layers.values() for sums in parts.values())])
     for label, parts in layers.items():
-        color = "C2" if len(layers) == 1 else colors[label]
+        color = "#33597d" if len(layers) == 1 else colors[label]
         _draw_parts(cosine, {name: sums.cosine for name, sums in parts.items()}, color, label)
     cosine.set_title("Cosine between vector and CPT's change", fontsize=10)
     cosine.set_ylim(-1.1 * largest, 1.1 * largest)

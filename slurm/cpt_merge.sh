@@ -14,8 +14,18 @@
 
 [[ $# -gt 0 ]] || { echo "usage: sbatch slurm/cpt_merge.sh RECIPE [section.key=value ...]" >&2; exit 2; }
 [[ -d slurm ]] || { echo "$PWD is not the repository's root; call sbatch there." >&2; exit 2; }
-# shellcheck source=slurm/site.example.sh
-if [[ -f slurm/site.sh ]]; then source slurm/site.sh; fi
+
+# A request to stop is for the processes: they save and end, and this shell waits for them. One that this shell gets as
+# well means that Slurm ends the job (requeue, preemption, scancel), and perhaps before another word can be said.
+# shellcheck disable=SC2329
+asked() {
+    [[ -z ${CPT_MERGE_ATTEMPT:-} || -f $CPT_MERGE_ATTEMPT/stopped.json ]] ||
+        echo '{"reason": "SIGTERM", "text": "stopped by SIGTERM."}' >"$CPT_MERGE_ATTEMPT/stopped.json"
+}
+trap asked TERM
+trap : USR1
+
+source slurm/read_site.sh
 set -euo pipefail
 
 read -ra run <<<"srun --overlap ${CPT_MERGE_SRUN:-}"
@@ -71,24 +81,47 @@ pipeline() {
 }
 source slurm/preflight.sh
 
+# Slurm's word for what becomes of the job: RUNNING, unless it was cancelled or is back in the queue; or no word.
+state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || true; }
+
 # Back into the queue, where jobs may go there.
 requeue() {
     scontrol requeue "$SLURM_JOB_ID" || echo "job $SLURM_JOB_ID may not requeue itself; submit it again" >&2
     exit 75
 }
 
-# After a command that must not fail: a signal that came in just then is a request to stop like any other.
-requeue_or_exit() { case $1 in 75 | 138 | 143) requeue ;; *) exit "$1" ;; esac; }
+# Nothing is left to do where Slurm is ending the job by itself.
+end_if_ended() {
+    case $(state) in RUNNING | "") return ;; esac # a controller that is silent just now has not ended the job
+    echo "job $SLURM_JOB_ID was cancelled or put back into the queue; what is saved is kept" >&2
+    exit 75
+}
 
-# A request to stop is for the processes: they save and end, and this shell waits for them.
-trap : TERM USR1
-CPT_MERGE_ATTEMPT=$(once job begin "$@") || requeue_or_exit $?
+# After a call that must not fail. A signal that came just then is a request to stop like any other.
+end_with() {
+    end_if_ended
+    case $1 in
+        75 | 138 | 143) requeue ;;
+        2) exit 2 ;;
+        *)
+            echo "the job could not speak (code $1, see above); are CPT_MERGE_PYTHON (${cli[*]:0:1}) and" \
+                "CPT_MERGE_SRUN (${CPT_MERGE_SRUN:-not set}) right? slurm/site.sh sets them." >&2
+            exit 2
+            ;;
+    esac
+}
+
+CPT_MERGE_ATTEMPT=$(once job begin "$@") || end_with $?
 export CPT_MERGE_ATTEMPT CPT_MERGE_BATCH=$SLURMD_NODENAME:$$
 code=0
 pipeline "$@" || code=$?
-verdict=$(once job end "$@" --attempt "$CPT_MERGE_ATTEMPT" --code "$code") || requeue_or_exit $?
+((code == 0)) || end_if_ended
+verdict=$(once job end "$@" --attempt "$CPT_MERGE_ATTEMPT" --code "$code") || end_with $?
 case $verdict in
     finished) exit 0 ;;
-    requeue) requeue ;;
+    requeue)
+        end_if_ended
+        requeue
+        ;;
     *) exit 2 ;;
 esac

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from tokenizer_ext.byte_level import LETTERS
+from core.byte_alphabet import LETTERS
 from tokenizer_ext.fast import AddedToken, Content
 
 QWEN_ROWS = 151_936  # of Qwen's published matrices; the tokenizer has fewer ids

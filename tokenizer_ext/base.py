@@ -9,8 +9,9 @@ from typing import Any
 
 from checkpoint.reader import read_json
 from checkpoint.tokenizer import token_text
+from core.byte_alphabet import LETTERS
 from core.errors import UserError
-from tokenizer_ext.byte_level import LETTERS, ByteLevelBpe
+from tokenizer_ext.byte_level import ByteLevelBpe
 from tokenizer_ext.family import Family
 from tokenizer_ext.fast import AddedToken, Content, added_tokens_of, build, ids_of, merges_of
 from tokenizer_ext.sentencepiece_bpe import (

@@ -12,28 +12,14 @@ from pathlib import Path
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from core.byte_alphabet import BYTES, LETTERS, to_bytes
 from tokenizer_ext.family import Splitter
 from tokenizer_ext.fast import Content, build, merges_of
 from tokenizer_ext.scripts import Scripts
 from tokenizer_ext.words import Words
 
-
-def byte_letters() -> dict[int, str]:
-    """Byte -> the letter that stands for it: printable bytes stand for themselves (GPT-2's `bytes_to_unicode`)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}
-
-
-LETTERS = byte_letters()
-BYTES = {letter: byte for byte, letter in LETTERS.items()}
 SPACE = LETTERS[0x20]
 _UNDECODED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is part of no character
-
-
-def to_bytes(piece: str) -> bytes:
-    """The bytes that a piece stands for. Raises `KeyError` where it is not in the byte alphabet (a special token)."""
-    return bytes(map(BYTES.__getitem__, piece))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tokenizer_ext.measure import Fertility, Usefulness
 
+BASE_COLOUR, CPT_COLOUR = "#8c8c8c", "#e69f00"  # as in the evaluation's figures and on the report's page
+
 
 def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path: Path) -> None:
     """Left: tokens per character before and after. Right: what each further piece brings."""
@@ -15,9 +17,9 @@ def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path:
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)
     bars, curves = figure.subplots(1, 2)
     languages = [one.language for one in fertility]
-    for which, (offset, label) in enumerate(((-0.2, "base"), (0.2, "extended"))):
+    for which, (offset, label, colour) in enumerate(((-0.2, "base", BASE_COLOUR), (0.2, "extended", CPT_COLOUR))):
         values = [one.tokens_per_character[which] for one in fertility]
-        drawn = bars.bar([place + offset for place in range(len(languages))], values, 0.38, label=label)
+        drawn = bars.bar([place + offset for place in range(len(languages))], values, 0.38, label=label, color=colour)
         bars.bar_label(drawn, fmt="%.2f", fontsize=8)
     bars.set_xticks(range(len(languages)), languages)
     bars.set_ylabel("tokens per character")

@@ -74,8 +74,9 @@ def publish(report: Report, out: Path, tracker: Tracker | None) -> None:
         if tracker:
             tracker.table(f"tokenizer/{name}", columns, rows)
     if tracker:
-        tracker.table("tokenizer/gain curve", ["language", "new pieces", "tok/char"], curve_rows(report))
+        tracker.curves("tokenizer/gain curve", ["language", "new pieces", "tok/char"], curve_rows(report))
         tracker.image("tokenizer/report", out / FIGURE_FILE)
+        tracker.file(f"tokenizer-{REPORT_FILE}", out / REPORT_FILE)
 
 
 Rows = list[list[Any]]

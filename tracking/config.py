@@ -18,3 +18,8 @@ class TrackingConfig(Section):
     project: str = key("cpt-merge", "W&B project")
     entity: str | None = key(None, "W&B team or user; your default one if not set")
     tags: list[str] = key([], "W&B tags of every run of the pipeline")
+    system_metrics: Literal["first", "nodes"] = key(
+        "first",
+        "what W&B measures of the machine (GPU, memory, network) in training: first: on the node of rank 0; "
+        "nodes: on every node, each in a run of its own in the group, of type `system`",
+    )

@@ -6,6 +6,8 @@
     images/NAME.png  a copy of each figure, so that the log can be moved
     summary.json     final values
     alerts.jsonl     {"time", "title", "text"}
+    artifacts.json   what the stage used and what it leaves: {"artifacts": [{"name", "kind", "uri", "digest", "used"}]}
+    files/NAME       a copy of each small file
 
 Every row is in the file system's hands when `log` returns, so that a killed process loses none.
 """
@@ -22,10 +24,19 @@ from typing import Any
 
 from core.artifact import write_json, write_text
 from core.errors import UserError
+from tracking.config import TrackingConfig
 
 STEP = "train/step"  # the x axis of everything that is logged with a step
+SYSTEM = "system"  # the job type of a node's run
+TOKENS = "train/tokens"  # the other axis; in every row that holds training's numbers
 Cell = str | int | float | bool | None
 Row = dict[str, float]
+RowKey = tuple[float | None, frozenset[str]]
+
+
+def row_key(row: Mapping[str, float]) -> RowKey:
+    """A row's step, and the names of its metrics."""
+    return row.get(STEP), frozenset(row) - {"time", STEP}
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,21 @@ class RunIdentity:
     group: str
     run_id: str
     settings: dict[str, Any]  # the resolved recipe and what else makes the run what it is
+
+    def of_node(self, host: str) -> RunIdentity:
+        """The run of the same stage that holds nothing but what W&B measures of a node."""
+        return RunIdentity(SYSTEM, f"{self.run_name}-{host}", self.group, f"{self.run_id}-{host}", {})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory or file that a stage used or leaves, told apart from others of its name by its digest."""
+
+    name: str
+    kind: str  # text, tokenizer, model or store
+    uri: str  # file://... or https://...
+    digest: str
+    used: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +83,8 @@ class StageLog:
     images: dict[str, Path] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
+    artifacts: list[Artifact] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)  # by the whole name, with its ending
 
     def series(self, metric: str, by: str = STEP) -> list[tuple[float, float]]:
         """(x, value) of every row that holds both `metric` and `by`, in the order logged."""
@@ -69,15 +97,15 @@ class LocalLog:
     def __init__(self, directory: Path, run: RunIdentity) -> None:
         self.directory = directory
         self.run = run
-        self.earlier = _read_json(directory / "run.json") or {}  # the run.json of an earlier attempt
 
-    def open(self, carrier: str, url: str) -> None:
+    def open(self, config: TrackingConfig, carrier: str, url: str) -> None:
         """Write `run.json`; `carrier` is the W&B mode, or none, `url` where W&B shows the run, if it does."""
-        values = {**asdict(self.run), "carrier": carrier, "url": url, "started": time.time()}
+        tracking = config.model_dump(mode="json")
+        values = {**asdict(self.run), "tracking": tracking, "carrier": carrier, "url": url, "started": time.time()}
         write_json(self.directory / "run.json", values)
 
     def keep_until(self, step: int | None) -> list[Row]:
-        """Cut off what an earlier attempt logged after `step` (None: everything), and return the rows cut off.
+        """Cut off what an earlier attempt logged after `step` (None: everything), and return the rows that are left.
 
         The cut is at the first row of a later step: rows are in the order of time, so the rows without a step that
         follow it belong to what will be done again.
@@ -85,14 +113,14 @@ class LocalLog:
         rows = _read_lines(self.directory / "metrics.jsonl")
         if step is None:
             keep = 0
-            for name in ("tables", "images"):
+            for name in ("tables", "images", "files"):
                 shutil.rmtree(self.directory / name, ignore_errors=True)
             for name in ("summary.json", "alerts.jsonl"):
                 (self.directory / name).unlink(missing_ok=True)
         else:
             keep = next((place for place, row in enumerate(rows) if row.get(STEP, 0) > step), len(rows))
         write_text(self.directory / "metrics.jsonl", "".join(map(_line, rows[:keep])))
-        return rows[keep:]
+        return rows[:keep]
 
     def log(self, row: Mapping[str, float]) -> None:
         """Append one row."""
@@ -102,11 +130,25 @@ class LocalLog:
         """Write a table; one of the same name is replaced."""
         write_json(self.directory / "tables" / f"{name}.json", {"columns": list(columns), "rows": [*map(list, rows)]})
 
-    def image(self, name: str, path: Path) -> None:
-        """Copy a figure into the log."""
+    def image(self, name: str, path: Path) -> Path:
+        """Copy a figure into the log. Returns the copy."""
         target = self.directory / "images" / f"{name}{path.suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+        return target
+
+    def file(self, name: str, path: Path) -> Path:
+        """Copy a small file into the log. Returns the copy."""
+        target = self.directory / "files" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        return target
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Add what was used or is left; of the same name only the newest stays."""
+        known = _read_artifacts(self.directory)
+        others = [one for one in known if (one["name"], one["used"]) != (artifact.name, artifact.used)]
+        write_json(self.directory / "artifacts.json", {"artifacts": [*others, asdict(artifact)]})
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Add to the final values."""
@@ -130,6 +172,8 @@ def read_log(directory: Path) -> StageLog:
         images=dict(_files(directory / "images")),
         summary=_read_json(directory / "summary.json") or {},
         alerts=_read_lines(directory / "alerts.jsonl"),
+        artifacts=[Artifact(**one) for one in _read_artifacts(directory)],
+        files={path.relative_to(directory / "files").as_posix(): path for _, path in _files(directory / "files")},
     )
 
 
@@ -141,6 +185,10 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _read_artifacts(directory: Path) -> list[dict[str, Any]]:
+    return list((_read_json(directory / "artifacts.json") or {}).get("artifacts", []))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

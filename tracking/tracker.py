@@ -7,28 +7,36 @@ becomes of them:
   done again. The local log then holds each step once, as it led to the final model.
 - it was not, or with step 0: the stage starts over, and so does its local log.
 
-What W&B was sent cannot be taken back. So a row that it already has (same step, same metrics) is not sent again: W&B
-keeps the first attempt's value of a step that is done twice. Resuming is exact (law 5), so on the same world size the
-two values are the same. A kill costs W&B the rows of its last second; the local log loses none.
+W&B is brought to the same. Rows that stay and that it does not have (a kill costs it the last second) are sent again.
+What it was sent cannot be taken back, so what it already has of a step is not sent again, metric by metric: W&B keeps
+the first attempt's value of a step that is done twice. Resuming is exact (law 5), so on the same world size the
+two values are the same.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from core.world import find_world
 from tracking.config import TrackingConfig
-from tracking.local import STEP, LocalLog, RunIdentity
-from tracking.local import Cell as Cell  # part of the interface
+from tracking.local import STEP, LocalLog, Row, RunIdentity
+from tracking.local import Artifact as Artifact  # part of the interface, as is
+from tracking.local import Cell as Cell
+from tracking.secrets import without_secrets
 
-RowKey = tuple[float | None, frozenset[str]]
 
+class RemoteCarrier(Protocol):
+    """Where a stage's log goes beside the local one. No call waits for a network."""
 
-class Carrier(Protocol):
-    """One place where a stage's log goes."""
+    mode: str
+    url: str  # where a browser finds the run; empty if nowhere
+
+    def begin(self, kept: Sequence[Row]) -> None:
+        """Called once, before anything is logged: the rows of earlier attempts that the local log keeps."""
 
     def log(self, row: Mapping[str, float]) -> None:
         """Scalars; `train/step` among them where there is a step."""
@@ -36,24 +44,26 @@ class Carrier(Protocol):
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A table, shown whole."""
 
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """A table whose columns are a curve's name, x and y, shown as a chart."""
+
     def image(self, name: str, path: Path) -> None:
         """A figure that was written to `path` (PNG)."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final values of the stage."""
 
+    def file(self, name: str, path: Path) -> None:
+        """A small file, kept with the run."""
+
+    def artifact(self, artifact: Artifact) -> None:
+        """What the stage used, or leaves."""
+
     def alert(self, title: str, text: str) -> None:
         """Something a person should look at now."""
 
-
-class RemoteCarrier(Carrier, Protocol):
-    """A carrier that is told when the stage ends."""
-
-    mode: str
-    url: str  # where a browser finds the run; empty if nowhere
-
     def finish(self, failed: bool) -> None:
-        """Flush and close."""
+        """Flush and close, within a bounded time."""
 
 
 class Tracker(Protocol):
@@ -68,11 +78,20 @@ class Tracker(Protocol):
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A table, shown whole."""
 
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """A table whose columns are a curve's name, x and y, shown as a chart."""
+
     def image(self, name: str, path: Path) -> None:
         """A figure that was written to `path` (PNG)."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final values of the stage."""
+
+    def file(self, name: str, path: Path) -> None:
+        """A small file that was written to `path`, kept with the run under `name`."""
+
+    def artifact(self, artifact: Artifact) -> None:
+        """What the stage used, or leaves: W&B draws its lineage of them. Nothing is copied."""
 
     def alert(self, title: str, text: str) -> None:
         """Something a person should look at now."""
@@ -99,17 +118,25 @@ def start_tracker(
     of a pipeline; `settings` is what W&B shows as the run's config. Raises `UserError` if W&B is asked for online
     and there is no key.
     """
-    if not find_world().is_main:
-        return SilentTracker()
-    run = RunIdentity(stage, run_name, group, run_id, settings)
+    world = find_world()
+    run = RunIdentity(stage, run_name, group, run_id, without_secrets(settings))
+    if not world.is_main:
+        watched = config.system_metrics == "nodes" and world.local_rank == 0 and config.carrier != "none"
+        node = run.of_node(socket.gethostname())
+        folder = directory / "nodes" / node.run_id
+        return NodeTracker(lambda: _open(config, node, folder)[1]) if watched else SilentTracker()
+    return StageTracker(*_open(config, run, directory))
+
+
+def _open(config: TrackingConfig, run: RunIdentity, directory: Path) -> tuple[LocalLog, RemoteCarrier | None]:
     local = LocalLog(directory.absolute(), run)
     remote: RemoteCarrier | None = None
     if config.carrier != "none":
         from tracking.wandb_carrier import start_wandb  # takes a second to import
 
         remote = start_wandb(config, run, local.directory)
-    local.open(remote.mode if remote else "none", remote.url if remote else "")
-    return StageTracker(local, remote)
+    local.open(config, remote.mode if remote else "none", remote.url if remote else "")
+    return local, remote
 
 
 class StageTracker:
@@ -117,59 +144,80 @@ class StageTracker:
 
     def __init__(self, local: LocalLog, remote: RemoteCarrier | None) -> None:
         self._local, self._remote = local, remote
-        self._carriers: list[Carrier] = [local, remote] if remote else [local]
         self._settled = False
-        self._sent: Counter[RowKey] = Counter()  # rows that W&B already has and that will be logged again
 
     def resume_from(self, step: int) -> None:
         """See `Tracker`."""
         self._settle(step or None)
 
-    def _settle(self, step: int | None) -> None:
+    def _settle(self, step: int | None = None) -> None:
         """Decide, once, what is kept of an earlier attempt."""
         if self._settled:
             return
         self._settled = True
-        cut = self._local.keep_until(step)
-        earlier = self._local.earlier
-        if earlier.get("run_id") == self._local.run.run_id and earlier["carrier"] != "none":
-            self._sent = Counter(map(_key, cut))
+        kept = self._local.keep_until(step)
+        if self._remote:
+            self._remote.begin(kept)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """See `Tracker`."""
-        self._settle(None)
+        self._settle()
         row = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         if step is not None:
             row[STEP] = step
         self._local.log(row)
-        if self._sent[_key(row)]:
-            self._sent[_key(row)] -= 1
-        elif self._remote:
+        if self._remote:
             self._remote.log(row)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """See `Tracker`."""
-        self._settle(None)
-        for carrier in self._carriers:
-            carrier.table(name, columns, rows)
+        self._settle()
+        self._local.table(name, columns, rows)
+        if self._remote:
+            self._remote.table(name, columns, rows)
+
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """See `Tracker`."""
+        self._settle()
+        self._local.table(name, columns, rows)
+        if self._remote:
+            self._remote.curves(name, columns, rows)
 
     def image(self, name: str, path: Path) -> None:
         """See `Tracker`."""
-        self._settle(None)
-        for carrier in self._carriers:
-            carrier.image(name, path)
+        self._settle()
+        copy = self._local.image(name, path)
+        if self._remote:
+            self._remote.image(name, copy)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
-        self._settle(None)
-        for carrier in self._carriers:
-            carrier.summary(values)
+        self._settle()
+        self._local.summary(values)
+        if self._remote:
+            self._remote.summary(values)
+
+    def file(self, name: str, path: Path) -> None:
+        """See `Tracker`."""
+        self._settle()
+        copy = self._local.file(name, path)
+        if self._remote:
+            self._remote.file(name, copy)
+
+    def artifact(self, artifact: Artifact) -> None:
+        """See `Tracker`. What is used is known before it is known what is kept of an earlier attempt."""
+        self._local.artifact(artifact)
+        if self._remote:
+            self._remote.artifact(artifact)
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker`."""
-        self._settle(None)
-        for carrier in self._carriers:
-            carrier.alert(title, text)
+        self._settle()
+        job = os.environ.get("SLURM_JOB_ID")
+        text = without_secrets(f"{text} (Slurm job {job})" if job else text)
+        self._local.alert(title, text)
+        if self._remote:
+            self._remote.alert(title, text)
 
     def finish(self, failed: bool = False) -> None:
         """See `Tracker`."""
@@ -198,10 +246,19 @@ class SilentTracker:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """Drop."""
 
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """Drop."""
+
     def image(self, name: str, path: Path) -> None:
         """Drop."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
+        """Drop."""
+
+    def file(self, name: str, path: Path) -> None:
+        """Drop."""
+
+    def artifact(self, artifact: Artifact) -> None:
         """Drop."""
 
     def alert(self, title: str, text: str) -> None:
@@ -215,5 +272,23 @@ class SilentTracker:
         return {}
 
 
-def _key(row: Mapping[str, float]) -> RowKey:
-    return row.get(STEP), frozenset(row) - {"time"}
+class NodeTracker(SilentTracker):
+    """On one process of each node but the first, where the recipe asks for it: W&B measures the node, no row is logged.
+
+    A run of its own in the group, since offline W&B knows no run of several processes. It is opened by `resume_from`:
+    before, the first process may still be making room for the stage's folder.
+    """
+
+    def __init__(self, open_run: Callable[[], RemoteCarrier | None]) -> None:
+        self._open: Callable[[], RemoteCarrier | None] | None = open_run
+        self._remote: RemoteCarrier | None = None
+
+    def resume_from(self, step: int) -> None:
+        """Begin to measure."""
+        if self._open:
+            self._remote, self._open = self._open(), None
+
+    def finish(self, failed: bool = False) -> None:
+        """Flush and close."""
+        if self._remote:
+            self._remote.finish(failed)

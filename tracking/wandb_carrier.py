@@ -1,4 +1,4 @@
-"""Weights & Biases, online or offline. The only module that imports wandb.
+"""Weights & Biases, online or offline: the module that speaks to wandb (its neighbours read its files and formats).
 
 What was measured with wandb 0.31 and is guarded against here: rows are lost on a kill unless the log is flushed every
 second; W&B's own step drops or shifts rows after a resume, so it is never used; tables are copied to the home directory
@@ -11,12 +11,18 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import sys
+import threading
+import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from queue import Queue
 from typing import Any, Literal
 
 # read at import; else a start that fails makes wandb's own telemetry print its retries
@@ -28,11 +34,26 @@ from wandb.sdk.lib.wbauth import read_netrc_auth
 from core.errors import UserError
 from core.progress import say
 from tracking.config import TrackingConfig
-from tracking.local import STEP, Cell, RunIdentity
+from tracking.local import STEP, TOKENS, Artifact, Cell, Row, RunIdentity, row_key
+from tracking.secrets import without_secrets
+from tracking.wandb_history import (
+    Held,
+    Journal,
+    attempts,
+    held_rows,
+    is_offline,
+    log_of,
+    marker,
+    mend,
+    not_uploaded,
+    read_rows,
+)
 
 PROBE_TIMEOUT = 5.0  # seconds for the server to answer at all
 INIT_TIMEOUT = 30.0  # seconds for the server to open the run
-FINISH_TIMEOUT = 120.0  # seconds to upload what is left when the stage ends
+FINISH_TIMEOUT = 60.0  # seconds to upload what is left when the stage ends
+FINISH_MARGIN = 5.0  # seconds more, for a wandb that does not even come back after that
+RECENT = 5.0  # seconds of rows that are sent again when the service has ended; it writes its log every second
 
 Mode = Literal["online", "offline"]
 
@@ -46,6 +67,8 @@ def start_wandb(config: TrackingConfig, run: RunIdentity, directory: Path) -> Wa
     the run is then offline.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    for attempt in not_uploaded(directory, run.run_id):
+        mend(attempt)
     os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")  # where tables are staged; sync needs them
     with _deaf_to_slurm():
         return _start(config, run, directory)
@@ -61,6 +84,20 @@ def _deaf_to_slurm() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
+def continue_online(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCarrier:
+    """Open a run that has ended once more, to upload what is missing. Raises `UserError` where that cannot be."""
+    os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")
+    wandb.setup(settings=wandb.Settings(silent=True))
+    settings = wandb.setup().settings
+    mode, reason = _choose_mode(config.model_copy(update={"carrier": "online"}), "online", settings.base_url)
+    try:
+        if mode == "online":
+            return WandbCarrier(partial(_init, config, run, directory, mode), run, directory, mode)
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(f"W&B cannot be reached ({reason}); try again when it can.")
+
+
 def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCarrier | None:
     defaults = wandb.setup(settings=wandb.Settings(silent=True)).settings
     if config.carrier == "auto" and defaults.mode == "disabled":
@@ -68,7 +105,7 @@ def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCa
     mode, reason = _choose_mode(config, defaults.mode, defaults.base_url)
     if mode == "online":
         try:
-            carrier = WandbCarrier(partial(_init, config, run, directory, mode), directory, mode)
+            carrier = WandbCarrier(partial(_init, config, run, directory, mode), run, directory, mode)
         except wandb.Error as error:
             mode, reason = "offline", str(error).splitlines()[0]
             if _open_runs:
@@ -78,7 +115,7 @@ def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCa
         else:
             say(f"W&B: online, {carrier.run.url}")
             return carrier
-    carrier = WandbCarrier(partial(_init, config, run, directory, mode), directory, mode)
+    carrier = WandbCarrier(partial(_init, config, run, directory, mode), run, directory, mode)
     say(f"W&B: offline ({reason})")
     return carrier
 
@@ -140,109 +177,224 @@ def _init(config: TrackingConfig, run: RunIdentity, directory: Path, mode: Mode)
             finish_timeout=FINISH_TIMEOUT,
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=1,
+            console="off",  # what a stage prints may hold anything, and lies in its own log
             disable_git=True,  # a remote's address may hold a token
             disable_code=True,
+            x_disable_meta=without_secrets(sys.argv) != sys.argv,  # the command line is a part of it
         ),
     )
 
 
-def _service_has_ended() -> bool:
-    """Whether wandb's service is dead, by wandb's own (private) handle: a dead one takes the next row, and loses it."""
-    process = wandb.setup().ensure_service()._proc
-    return process is not None and process._process.poll() is not None
-
-
 class WandbCarrier:
-    """One W&B run."""
+    """One W&B run. A thread of its own speaks to wandb, so that neither a network nor wandb is ever waited for.
 
-    def __init__(self, open_run: Callable[[], Any], directory: Path, mode: Mode) -> None:
-        self._open = open_run
+    Whatever becomes of wandb, the stage goes on with its local log. A service that was ended (by SIGTERM to all
+    processes of a Slurm task) is started again, and the run continued.
+    """
+
+    def __init__(self, open_run: Callable[[], Any], run: RunIdentity, directory: Path, mode: Mode) -> None:
+        self._open, self._identity, self._directory = open_run, run, directory
         self.run = open_run()
+        self._journal = Journal(Path(self.run.settings.sync_dir))
         self.mode: str = mode
         self.url: str = (self.run.url or "") if mode == "online" else ""
-        self._directory = directory
+        self._starting_step = self.run.starting_step if mode == "online" else None
         self._has_steps = False
-        self._lost = False
-        _open_runs.add(self.run.id)
+        self._step: float | None = None  # of the newest row
+        self._held = Held()  # rows that W&B already has and that will be logged again
+        self._recent: deque[tuple[float, dict[str, float]]] = deque()  # what a service that ends may take along
+        self._lost, self._finished = threading.Event(), False
+        self._said: set[str] = set()
+        self._calls: Queue[Callable[[], object] | None] = Queue()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+        _open_runs.add(run.run_id)
 
-    def _send(self, call: Callable[[], object]) -> None:
-        """Whatever becomes of wandb's service, the stage goes on with its local log.
+    def _work(self) -> None:
+        while call := self._calls.get():
+            self._do(call)
 
-        A service that was ended (by SIGTERM to all processes of a Slurm task) is started again, and the run continued.
-        """
-        if self._lost:
+    def _do(self, call: Callable[[], object]) -> None:
+        if self._lost.is_set():
             return
         try:
             if _service_has_ended():
                 self._continue_run()
-            call()
-        except Exception:
-            self._send_again(call)
-
-    def _send_again(self, call: Callable[[], object]) -> None:
-        try:
-            self._continue_run()
-            call()
+            try:
+                call()
+            except Exception as error:
+                if self._lost.is_set():  # given up while it waited
+                    return
+                if not _ends_soon():
+                    self._complain(f"left something out ({type(error).__name__}: {error}); the local log has it")
+                    return
+                self._continue_run()
+                call()
         except Exception as error:
-            self._lost = True
+            self._lost.set()
             say(f"W&B: its service is gone ({type(error).__name__}: {error}); from here on only the local log is kept")
 
+    def _complain(self, text: str) -> None:
+        """Say something once."""
+        if text not in self._said:
+            self._said.add(text)
+            say(f"W&B: {text}")
+
     def _continue_run(self) -> None:
+        """Open the run again, and send again what the service took along."""
         if _service_has_ended():
-            with suppress(Exception):  # wandb tells the service to end, and it has ended
-                wandb.teardown()
+            _forget_service()
+        last = attempts(self._directory, self._identity.run_id)[-1]
+        arrived = Held(key for _, key in read_rows(log_of(last)))
+        mend(last)
         with _deaf_to_slurm():
             self.run, self._has_steps = self._open(), False
+        self._journal = Journal(Path(self.run.settings.sync_dir))
+        for _, row in list(self._recent):
+            if new := arrived.without(row):
+                self._log(new)
+
+    def begin(self, kept: Sequence[Row]) -> None:
+        """Send the rows that W&B does not have of those that the local log keeps."""
+        self._calls.put(lambda: self._begin(kept))
+
+    def _begin(self, kept: Sequence[Row]) -> None:
+        self._held = held_rows(self._directory, self._identity.run_id, self._starting_step)
+        for row in kept:
+            self._log_new({name: value for name, value in row.items() if name != "time"})
 
     def log(self, row: Mapping[str, float]) -> None:
         """One row of history."""
-        self._send(lambda: self._log(row))
+        self._calls.put(lambda: self._log_new(dict(row)))
 
-    def _log(self, row: Mapping[str, float]) -> None:
+    def _log_new(self, row: dict[str, float]) -> None:
+        self._step = row.get(STEP, self._step)
+        row = self._held.without(row)
+        if not row:
+            return
+        self._log(row)
+        now = time.monotonic()
+        self._recent.append((now, row))
+        while now - self._recent[0][0] > RECENT:
+            self._recent.popleft()
+
+    def _log(self, row: Mapping[str, Any]) -> None:
         if STEP in row and not self._has_steps:
             # only in runs that have steps: elsewhere every chart would wait for an axis that never comes
             self.run.define_metric(STEP)
-            self.run.define_metric("*", step_metric=STEP)
+            self.run.define_metric(TOKENS)
+            self.run.define_metric("*", step_metric=STEP, step_sync=False)
             self._has_steps = True
+        self._journal.write(self.run.step, row_key(row))
         self.run.log(dict(row))
+
+    def _log_media(self, name: str, value: object) -> None:
+        self._log({name: value} | ({} if self._step is None else {STEP: self._step}))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A W&B table."""
-        data = [list(row) for row in rows]
-        self._send(lambda: self.run.log({name: wandb.Table(list(columns), data, allow_mixed_types=True)}))
+        names, data = list(columns), [list(row) for row in rows]
+        self._calls.put(lambda: self._log_media(name, wandb.Table(names, data, allow_mixed_types=True)))
+
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """A chart of lines, which W&B shows in the run's workspace without being told to."""
+        if not rows:
+            return  # wandb makes no chart of nothing
+        points = [list(row) for row in rows]
+        lines = {curve: [(x, y) for named, x, y in points if named == curve] for curve, _, _ in points}
+        self._calls.put(lambda: self._log_media(name, _chart(name, columns[1], lines)))
 
     def image(self, name: str, path: Path) -> None:
         """A figure."""
-        self._send(lambda: self.run.log({name: wandb.Image(str(path))}))
+        self._calls.put(lambda: self._log_media(name, wandb.Image(str(path))))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final values."""
-        self._send(lambda: self.run.summary.update(dict(values)))
+        copied = dict(values)
+        self._calls.put(lambda: self.run.summary.update(copied))
+
+    def file(self, name: str, path: Path) -> None:
+        """A file of the run; `path` ends with `name`."""
+        base = str(path)[: -len(name)]
+        self._calls.put(lambda: self.run.save(str(path), base_path=base, policy="now"))
+
+    def artifact(self, artifact: Artifact) -> None:
+        """A reference to a directory or file, by our own digest: no byte of it is read."""
+        self._calls.put(lambda: self._artifact(artifact))
+
+    def _artifact(self, artifact: Artifact) -> None:
+        made = wandb.Artifact(artifact.name, type=artifact.kind, metadata=asdict(artifact))
+        # the digest is in the name of the entry, so that other content is another version
+        made.add_reference(artifact.uri, name=artifact.digest.replace(":", "-"), checksum=False)
+        # `use_artifact` needs a server; what it does with an artifact that is new is this, and that works offline too
+        self.run._log_artifact(made, use_after_commit=artifact.used)
 
     def alert(self, title: str, text: str) -> None:
         """A W&B alert: mail or Slack, as the user's account says."""
-        self._send(lambda: self.run.alert(title, text))
+        self._calls.put(lambda: self.run.alert(title, text))
 
     def finish(self, failed: bool) -> None:
-        """Close the run, and say how to upload what was not uploaded."""
-        _open_runs.discard(self.run.id)
-        self._send(lambda: self._finish(failed))
-        offline = [path for path in sorted((self._directory / "wandb").glob("offline-run-*")) if not _is_synced(path)]
-        if offline:
-            say(f"W&B: logged offline; upload it with: wandb sync {shlex.join(_shown(path) for path in offline)}")
+        """Close the run within a bounded time, and say how to upload what was not uploaded."""
+        self._calls.put(lambda: self._finish(failed))
+        self._calls.put(None)
+        self._thread.join(FINISH_TIMEOUT + FINISH_MARGIN)
+        _open_runs.discard(self._identity.run_id)
+        if not self._finished:
+            self._abandon()
+        left = not_uploaded(self._directory, self._identity.run_id)
+        if any(not is_offline(path) for path in left):
+            say(f"W&B: not all was uploaded; later: cpt-merge sync {shlex.quote(_shown(self._directory))}")
+        elif left:
+            say(f"W&B: logged offline; upload it with: wandb sync {shlex.join(_shown(path) for path in left)}")
 
     def _finish(self, failed: bool) -> None:
-        try:
+        with suppress(TimeoutError):
             self.run.finish(exit_code=int(failed))
-        except TimeoutError:
-            say(f"W&B: the upload took longer than {FINISH_TIMEOUT:.0f} s and was left; later:")
-            say(f"  wandb sync {shlex.quote(self.run.settings.sync_dir)}")
+            self._finished = True
+            if self.mode == "online":
+                marker(Path(self.run.settings.sync_dir)).touch()
+
+    def _abandon(self) -> None:
+        """End a service that does not come to an end: at exit wandb would wait for it, for as long as it takes."""
+        self._lost.set()
+        if not _open_runs:
+            with suppress(Exception):
+                _service_process().kill()
+            _forget_service()
+
+
+def _service_process() -> Any:
+    """The process of wandb's service (private to wandb), None if it has none of its own."""
+    started = wandb.setup().ensure_service()._proc
+    return started and started._process
+
+
+def _forget_service() -> None:
+    """Let wandb start another service. It tells this one to end, which it has, and would end the process for that."""
+    with suppress(Exception, SystemExit):
+        wandb.teardown()
+
+
+def _service_has_ended() -> bool:
+    """Whether wandb's service is dead: a dead one takes the next row, and loses it."""
+    process = _service_process()
+    return process is not None and process.poll() is not None
+
+
+def _chart(name: str, x_name: str, lines: Mapping[Cell, Sequence[tuple[Cell, Cell]]]) -> Any:
+    xs, ys = ([[point[place] for point in points] for points in lines.values()] for place in range(2))
+    return wandb.plot.line_series(xs, ys, keys=[str(curve) for curve in lines], title=name, xname=x_name)
+
+
+def _ends_soon() -> bool:
+    """Whether the service has ended, or ends within the second: a call may fail before its end is seen."""
+    for _ in range(10):
+        if _service_has_ended():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _shown(path: Path) -> str:
     """The path as the user would type it from here."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _is_synced(directory: Path) -> bool:
-    return any(directory.glob("*.wandb.synced"))

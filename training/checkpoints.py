@@ -47,6 +47,7 @@ class TrainState:
     observed: int = -1  # the last step at which the held-out text was measured
     layout: str = ""  # who can load it (`Backend.layout`)
     spikes: dict[str, Any] = field(default_factory=dict)  # what the search for spikes remembers
+    tracking: dict[str, str] = field(default_factory=dict)  # carrier, W&B run id and group
 
 
 @dataclass

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from core.progress import say
 from core.sources import Corpus, source_files
 from core.world import find_world
@@ -15,6 +17,7 @@ from training.config import DataConfig
 from training.store import StoreInfo
 from training.tokenise import write_store
 
+BLOCK = 1 << 20  # documents looked at at a time
 PROCESS_BYTES = 4_000_000  # of text for each process, where their number is not set: starting one takes a second or two
 
 
@@ -47,6 +50,9 @@ def run(
         "duplicates": sum(source.duplicates for source in info.sources),
     }
     tracker.summary({f"data/{name}": value for name, value in totals.items()})
+    if find_world().is_main:
+        columns = ["source", "log2 of tokens", "share of documents"]
+        tracker.curves("data/document lengths", columns, _lengths(info, out))
     return totals
 
 
@@ -69,3 +75,19 @@ def _rows(info: StoreInfo) -> list[list[Cell]]:
         ]
         for source in info.sources
     ]  # fmt: skip
+
+
+def _lengths(info: StoreInfo, store: Path) -> list[list[Cell]]:
+    """For each source the share of its documents that have 2^n to 2^(n+1) - 1 tokens."""
+    rows: list[list[Cell]] = []
+    for source in info.sources:
+        starts = np.load(store / source.folder / "train" / "starts.npy", mmap_mode="r")
+        counts = np.zeros(64, np.int64)
+        for first in range(0, len(starts) - 1, BLOCK):
+            lengths = np.diff(starts[first : first + BLOCK + 1])
+            counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
+        used = np.flatnonzero(counts)
+        if len(used):
+            shares = counts / counts.sum()
+            rows += [[source.name, n, round(float(shares[n]), 4)] for n in range(int(used[0]), int(used[-1]) + 1)]
+    return rows

@@ -169,7 +169,8 @@ class Trainer:
         with self.throughput.stalled_by_checkpoint():
             self._check_finite(state)  # before older checkpoints make room for this one
             layout, spikes = self.backend.layout, self.observer.spikes.state_dict()
-            state = replace(state, layout=layout, spikes=spikes, skipped=self.skipped)
+            logged = self.tracker.record()
+            state = replace(state, layout=layout, spikes=spikes, skipped=self.skipped, tracking=logged)
             self.checkpoints.save(self.backend, state)
 
     def _check_finite(self, state: TrainState) -> None:

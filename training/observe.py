@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,6 @@ class Observer:
         indices = range((step - 1) * self.config.batch_rows, step * self.config.batch_rows)
         text = f"step {step}: loss {loss:.3f}, the last ones {spike.mean:.3f} ± {spike.deviation:.3f}"
         say(f"training: spike at {text}; rows {indices[0]} to {indices[-1]}, listed in {self.out / 'spikes.jsonl'}")
-        self.tracker.alert("loss spike", text)
+        self.tracker.alert("loss spike" if math.isfinite(loss) else "non-finite loss", text)
         if self.parallel.world.is_main:
             record_spike(self.out / "spikes.jsonl", spike, indices, self.rows.places(indices))

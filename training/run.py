@@ -108,7 +108,6 @@ class Training:
             state = self._train(phase, backend, replace(state, phase=phase.number), stop)
             if stop.was_asked():
                 text = f"after step {state.step} of {self.config.steps} ({stop.reason})"
-                self.tracker.alert("training stopped", text)
                 raise Interrupted(f"training stopped {text}; it is saved.", stop.reason)
             if phase is not self.phases[-1]:
                 self.export(backend.shards(), self._exported(phase), "float32")

@@ -25,7 +25,9 @@ from core.errors import UserError
 from core.progress import Meter, say, timed
 from core.sources import Corpus, Piece, read_piece, source_pieces
 from core.world import World
+from training.encoding import text_encoder
 from training.join import join
+from training.library import TextEncoder
 from training.parts import Block, Encoded, Parts, PartWriter, Place
 from training.store import (
     STORE_FILE,
@@ -37,7 +39,6 @@ from training.store import (
     Tokens,
     tokenizer_fingerprint,
 )  # fmt: skip
-from training.words import Words
 from training.workers import Report, run_in_processes
 
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 1000, 2**20  # a block ends with the document that reaches one of them
@@ -54,7 +55,7 @@ class Encoder:
     """
 
     info: TokenizerInfo
-    words: Words
+    texts: TextEncoder
     prefix: int
     eos: int
 
@@ -75,13 +76,13 @@ class Encoder:
         backend.no_padding()
         rows = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         info = TokenizerInfo(tokenizer_fingerprint(directory), rows, "uint16" if rows <= 2**16 else "uint32")
-        return Encoder(info, Words(backend, info.dtype), int(added[0]) if added else eos, eos)
+        return Encoder(info, text_encoder(backend, info.dtype), int(added[0]) if added else eos, eos)
 
     def __call__(self, texts: list[str]) -> tuple[Tokens, Integers]:
         """(the documents' tokens one after the other, how many each has)."""
         dtype = np.dtype(self.info.dtype)
         prefix, eos = (dtype.type(token).tobytes() for token in (self.prefix, self.eos))
-        documents = [prefix + ids + eos for ids in self.words.encode(texts)]
+        documents = [prefix + ids + eos for ids in self.texts.encode(texts)]
         lengths = np.fromiter(map(len, documents), np.int64, len(documents)) // dtype.itemsize
         return np.frombuffer(b"".join(documents), dtype), lengths
 

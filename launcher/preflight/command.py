@@ -39,6 +39,8 @@ def preflight(recipe: Recipe, request: Request) -> None:
         pass_sentence(recipe, judge_network(recipe, request.nodes, ENDS_AFTER * request.wait), network=True)
     elif request.judge:
         pass_sentence(recipe, judge_nodes(recipe, request.nodes, request.wait), network=False)
+    elif request.network and "SLURM_JOB_ID" not in os.environ:
+        raise UserError("--network measures between the tasks of a Slurm job; call it by srun within one.")
     elif request.network or "SLURM_JOB_ID" in os.environ:
         _take_part(recipe, request)
     else:

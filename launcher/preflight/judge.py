@@ -132,7 +132,8 @@ def pass_sentence(recipe: Recipe, verdict: Verdict, network: bool) -> None:
     if network and path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))["bad"]
         earlier = {node: faults for node, faults in kept.items() if node not in verdict.nodes}
-    say(f"preflight{' (network)' if network else ''}: {len(verdict.nodes)} nodes, reports in {path.parent}")
+    nodes = f"{len(verdict.nodes)} node{'s' * (len(verdict.nodes) != 1)}"
+    say(f"preflight{' (network)' if network else ''}: {nodes}, reports in {path.parent}")
     for node in verdict.nodes:
         _say_node(node, verdict)
     bad = earlier | {node: verdict.faults[node] for node in verdict.nodes if node in verdict.faults}

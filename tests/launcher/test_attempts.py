@@ -195,3 +195,53 @@ def test_a_signal_ends_any_command_in_order_and_rank_0_speaks_for_all(
     stopped = folder / "stopped.json"
     assert stopped.is_file() == (rank == 0)
     assert rank or json.loads(stopped.read_text())["reason"] == "SIGUSR1"
+
+
+@pytest.mark.parametrize(("code", "follows"), [(143, "requeue"), (138, "given up")])
+def test_a_signal_before_a_command_could_listen_is_a_request_all_the_same(
+    job: Recipe, capfd: pytest.CaptureFixture[str], code: int, follows: str
+) -> None:
+    how = {143: "Terminated", 138: "User defined signal 1"}[code]
+    verdicts = [attempt(job, restart, code=code, killed=f"srun: error: node1: task 0: {how}\n") for restart in range(3)]
+    assert verdicts == ["requeue", "requeue", follows]
+    assert "while a step was starting" in capfd.readouterr().err
+
+
+def test_processes_that_srun_ends_after_a_failure_were_not_asked_to_stop(job: Recipe) -> None:
+    ended = "srun: error: node1: task 0: Exited with exit code 1\nsrun: error: node1: task 1: Terminated\n"
+    assert [attempt(job, restart, code=143, killed=ended) for restart in range(3)][-1] == "given up"
+
+
+def test_a_run_that_another_job_is_at_is_left_alone(job: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"7": "RUNNING"}
+    monkeypatch.setattr(attempts, "state_of", states.get)
+    folder = begin(job, started())
+    with pytest.raises(UserError, match=r"is in use by job 7 on node\[1-2\] \(running\); wait for it"):
+        begin(job, started(job=8))
+    assert not (folder / "ended.json").exists()
+    assert [one.folder for one in attempts.attempts(job.directory)] == [folder]
+    assert begin(job, started(restart=1)).is_dir()  # the same job, back from the queue
+    states["7"] = "COMPLETING"
+    monkeypatch.setattr(time, "sleep", lambda seconds: states.clear())
+    assert begin(job, started(job=8)).is_dir()
+
+
+def test_damaged_records_are_left_out_with_a_line(job: Recipe, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = begin(job, started())
+    (folder / "failed-rank-0000.json").write_text("[]")
+    (folder / "stopped.json").write_text('{"reason"')
+    assert end(job, folder, 1) == "requeue"
+    for text in ("[]", "null", "{", '{"job": 5}'):
+        (folder / "begun.json").write_text(text)
+        assert attempts.attempts(job.directory) == []
+    said = capfd.readouterr().err
+    assert said.count("begun.json is damaged") == 4
+    assert "failed-rank-0000.json is damaged" in said
+    assert "stopped.json is damaged" in said
+    assert begin(job, started(1)).is_dir()
+
+
+def test_a_run_folder_that_cannot_be_written(job: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\); set `runs`"):
+        begin(job.model_copy(update={"runs": str(tmp_path / "file")}), started())

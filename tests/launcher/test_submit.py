@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,51 @@ def test_what_sbatch_says_is_passed_on(
     with pytest.raises(UserError, match=sentence):
         submit(Submission(RECIPE, []), dry_run=False)
     assert not body or "invalid partition" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (Submission(RECIPE, [], options=["qos=long"]), "--sbatch=qos=long is no option of sbatch"),
+        (
+            Submission(RECIPE, [], chain=2, options=["--dependency=after:3"]),
+            "--chain sets sbatch's --dependency itself",
+        ),
+        (Submission(RECIPE, [], chain=2, options=["-dafter:3"]), "--chain sets sbatch's --dependency itself"),
+    ],
+)
+def test_options_that_make_no_sense(asked: Submission, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        submit(asked, dry_run=True)
+
+
+@pytest.mark.parametrize("site", ["if then (", "set -u; echo $NOT_SET", "exit 3"])
+def test_a_broken_site_file_is_named(
+    site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slurm").mkdir()
+    for name in ("cpt_merge.sh", "read_site.sh"):
+        (tmp_path / "slurm" / name).write_text((ROOT / "slurm" / name).read_text())
+    (tmp_path / "slurm" / "site.sh").write_text(f"{site}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"slurm/site.sh does not work"):
+        submit(Submission(RECIPE, []), dry_run=False)
+    assert "mend it" in capsys.readouterr().err
+    script = ["bash", "slurm/cpt_merge.sh", "recipe.yaml"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "slurm/site.sh" in done.stderr
+
+
+def test_what_it_says_at_the_end_can_be_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/bash\necho '12;cluster'\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    submit(Submission(RECIPE, ["name=a b"]), dry_run=False)
+    said = capsys.readouterr()
+    assert said.out == "12\n"
+    assert "its log is cpt-merge-12.log; `cpt-merge status 'recipes/my model.yaml' 'name=a b'` shows" in said.err
+    submit(Submission(RECIPE, [], options=["--output=x.log"]), dry_run=False)
+    assert "its log is" not in capsys.readouterr().err

@@ -48,9 +48,15 @@ class RecordingTracker:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         self.calls.append((name, [dict(zip(columns, row, strict=True)) for row in rows]))
 
+    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        self.table(name, columns, rows)
+
     def image(self, name: str, path: Path) -> None:
         assert path.is_file()
         self.calls.append((name, path))
+
+    def file(self, name: str, path: Path) -> None:
+        self.image(name, path)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self.calls.append(("summary", dict(values)))

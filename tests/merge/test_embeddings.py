@@ -234,6 +234,7 @@ def test_the_result_loads_and_goes_on(untied, tmp_path, tracker):
     assert model.config.vocab_size == CPT_ROWS == results["rows"]
     assert VocabularyMap.load(tmp_path / "out") == untied.vocabulary
     assert ("summary", {f"embeddings/{name}": value for name, value in results.items()}) in tracker.calls
+    assert {row["matrix"] for row in dict(tracker.calls)["embeddings/norms"]} == {"embed", "head"}
 
 
 def test_a_map_for_another_base_is_refused(untied, tmp_path, tracker):

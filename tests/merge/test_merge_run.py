@@ -211,7 +211,14 @@ def test_report_card_figure_and_tracker(untied, tmp_path, tracker, real_draw, mo
     assert "license: llama3" in card
     assert "cpt + 0.7 * (chat - base)" in card
     assert (tmp_path / "out" / "merge_norms.png").read_bytes().startswith(b"\x89PNG")
-    assert {name for name, _ in tracker.calls} == {"merge/layers", "merge/norms", "summary"}
+    shown = dict(tracker.calls)
+    assert shown.keys() == {
+        "merge/layers", "merge/norms", "merge/length by layer", "merge/cosine by layer", "merge/rules", "merge/rows",
+        "merge_report.json", "summary",
+    }  # fmt: skip
+    assert [row["layer"] for row in shown["merge/length by layer"]] == [0, 1, 0, 1]
+    assert {"kind": "attention", "rule": "+0.7 chat vector", "tensors": 8} in shown["merge/rules"], shown["merge/rules"]
+    assert {"role": "new", "rows": 5} in shown["merge/rows"]
     assert [row["part"] for row in dict(tracker.calls)["merge/layers"]] == ["embed", "0", "1", "norm", "head"]
 
 

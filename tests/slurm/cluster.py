@@ -33,6 +33,7 @@ class Cluster:
             **os.environ, "MINI_SLURM_DIR": str(self.folder / "s"), "MINI_SLURM_EXTRA": str(self.folder / "extra.conf"),
             "MINI_SLURM_SUBNET": "10.98.78", "OMP_NUM_THREADS": "1",  # six processes share this machine's cores
         }  # fmt: skip
+        self._crashed: set[str] = set()
         self._mini_slurm("up", str(nodes))
 
     def _mini_slurm(self, *words: str) -> str:
@@ -61,10 +62,18 @@ class Cluster:
     def crash(self, node: str) -> None:
         """Pull the plug."""
         self._mini_slurm("crash", node)
+        self._crashed.add(node)
 
     def boot(self, node: str) -> None:
         """Switch it on again."""
         self._mini_slurm("boot", node)
+        self._crashed.discard(node)
+
+    def restore(self) -> None:
+        """All nodes up and no jobs, whatever a test has left behind."""
+        self.slurm("scancel", "--user", "root")
+        for node in sorted(self._crashed):
+            self.boot(node)
 
     def down(self) -> None:
         """Stop everything, jobs first."""

@@ -79,6 +79,13 @@ def cluster() -> Iterator[Cluster]:
     cluster.down()
 
 
+@pytest.fixture(autouse=True)
+def _whole(cluster: Cluster) -> Iterator[None]:
+    """One test's failure is not the next one's."""
+    yield
+    cluster.restore()
+
+
 @pytest.fixture(scope="session")
 def undisturbed(cluster: Cluster, recipe_path: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs folder of a training on 2 x 2 that nothing happened to."""

@@ -18,7 +18,7 @@ from tests.slurm.jobs import SCRIPT, chat_model, curve, record, resumed_at, rows
 
 pytestmark = pytest.mark.slurm
 
-LONG = f"training.tokens={3 * SETTINGS['training']['tokens']}"
+LONG = f"training.tokens={7 * SETTINGS['training']['tokens']}"  # several jobs of two minutes on any machine
 
 
 def test_a_time_limit_that_is_hit_twice_costs_nothing(
@@ -46,8 +46,9 @@ def test_restarts_on_fewer_and_on_more_nodes_keep_the_order_of_samples(
     wait_for_step(job, runs, 12)
     cluster.crash("node3")
     job.wait_for_log("4 shards, 4 processes", 200)
+    cluster.boot("node3")  # before a quick machine is through
+    job.wait_for_log("training: continues from", 60)
     wait_for_step(job, runs, resumed_at(job, 1) + 4)
-    cluster.boot("node3")
     cluster.slurm("scontrol", "requeue", job.id)
     job.wait_for_log("6 shards, 6 processes", 200, times=2)
     assert job.wait_for_end(400) == "COMPLETED", job.log
@@ -60,7 +61,9 @@ def test_restarts_on_fewer_and_on_more_nodes_keep_the_order_of_samples(
 def test_a_node_that_is_lost_while_a_checkpoint_is_written(
     cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
 ) -> None:
-    job = start(cluster, recipe_path, runs)
+    job = start(
+        cluster, recipe_path, runs, more=["training.checkpoints.every=1"]
+    )  # so that one is nearly always written
     checkpoints = runs / "demo" / "training" / "checkpoints"
     for attempt in itertools.count(1):
         wait_for_step(job, runs, 10)
@@ -69,7 +72,7 @@ def test_a_node_that_is_lost_while_a_checkpoint_is_written(
         hit = list(checkpoints.glob("step-*.tmp"))
         time.sleep(1)
         cluster.boot("node2")
-        job.wait_for_log(f"attempt {attempt + 1} on", 200)
+        job.wait_for_log(f"attempt {attempt + 1} at this run", 200)
         if hit:
             break
         assert attempt < 3, "no checkpoint was being written when the node was lost"
@@ -138,6 +141,36 @@ def test_an_array_whose_tasks_follow_one_another(
     assert tasks[2].wait_for_end(90) == "COMPLETED"
     assert tasks[2].log.count("finished already") == 6
     assert weights(runs) == weights(undisturbed)
+
+
+def test_a_second_job_of_a_run_does_not_disturb_the_first(
+    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+) -> None:
+    first = start(cluster, recipe_path, runs)
+    wait_for_step(first, runs, 12)
+    second = submit(
+        cluster, runs.parent / "second.log", "--nodes=1", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}",
+        CPT_MERGE_PREFLIGHT="no",
+    )  # fmt: skip
+    assert second.wait_for_end(60) == "FAILED"
+    assert f"is in use by job {first.id} on node[1-2] (running)" in second.log
+    cluster.slurm("scancel", "--signal=TERM", first.id)
+    assert first.wait_for_end(300) == "COMPLETED", first.log
+    assert first.restarts == 1
+    assert weights(runs) == weights(undisturbed)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.8, 1.6])
+def test_a_job_that_is_cancelled_at_its_very_start_stays_cancelled(
+    seconds: float, cluster: Cluster, recipe_path: Path, runs: Path
+) -> None:
+    job = start(cluster, recipe_path, runs)
+    job.wait(lambda: job.state == "RUNNING", 60, "its start")
+    time.sleep(seconds)
+    cluster.slurm("scancel", job.id)
+    assert job.wait_for_end(60) == "CANCELLED", job.log
+    time.sleep(8)  # five seconds after a requeue it would be back
+    assert (job.state, job.restarts) == ("CANCELLED", 0)
 
 
 def test_status_says_how_far_it_is(cluster: Cluster, recipe_path: Path, runs: Path) -> None:

@@ -121,6 +121,13 @@ class RecordingTracker:
         assert all(len(row) == len(columns) for row in rows)
         self.tables[name] = (columns, rows)
 
+    def curves(self, name, columns, rows) -> None:
+        assert len(columns) == 3
+        self.table(name, columns, rows)
+
+    def file(self, name, path) -> None:
+        assert path.is_file()
+
     def image(self, name, path) -> None:
         self.images[name] = path
 

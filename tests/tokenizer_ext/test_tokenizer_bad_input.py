@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from core.byte_alphabet import LETTERS
 from core.config import parse_section
 from core.errors import UserError
 from core.sources import Corpus, Source
@@ -16,7 +17,6 @@ from tests.tokenizer_ext.small_tokenizers import (
 )
 from tokenizer_ext import TokenizerConfig, run
 from tokenizer_ext.base import read_base, read_chat_tokens
-from tokenizer_ext.byte_level import LETTERS
 from tokenizer_ext.documents import documents
 
 

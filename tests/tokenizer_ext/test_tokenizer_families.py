@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
+from core.byte_alphabet import LETTERS
 from core.languages import find_language
 from tests.tokenizer_ext.small_tokenizers import (
     CHINESE,
@@ -21,7 +22,7 @@ from tests.tokenizer_ext.small_tokenizers import (
 )
 from tokenizer_ext import run
 from tokenizer_ext.base import read_base, read_chat_tokens
-from tokenizer_ext.byte_level import LETTERS, ByteLevelBpe, begins_only
+from tokenizer_ext.byte_level import ByteLevelBpe, begins_only
 from tokenizer_ext.fast import AddedToken, build, ids_of, look_up_whole_words, merges_of
 from tokenizer_ext.scripts import Scripts
 from tokenizer_ext.sentencepiece_bpe import NORMAL, SentencePieceBpe, extend_proto, fast_content, read_proto

@@ -3,6 +3,10 @@ import threading
 
 import pytest
 
+from tests.tracking.server import WandbServer
+
+KEY = "local" + "5ec4e7" * 7  # the form of a key; not one
+
 
 @pytest.fixture(autouse=True)
 def fresh_wandb(monkeypatch, tmp_path):
@@ -39,3 +43,13 @@ def deaf_server():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A W&B server of ours, and the environment that leads to it."""
+    with WandbServer() as running:
+        monkeypatch.setenv("WANDB_BASE_URL", running.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "0.5")  # seconds between uploads, else 15
+        yield running

@@ -1,17 +1,16 @@
 """Weights & Biases offline: what was logged is in its log, also after a kill; nothing is doubled; no key is written."""
 
-import json
-import os
-import signal
+import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
+import matplotlib.image
 import pytest
 
 from core.errors import UserError
+from tests.tracking.wandb_log import attempts, history, inspect, items, records
 from tracking import TrackingConfig, read_log, start_tracker
+from tracking.tracker import Artifact
 
 OFFLINE = TrackingConfig(carrier="offline", tags=["test"])
 KEY = "local" + "5ec4e7" * 7  # the form of a key; not one
@@ -19,21 +18,6 @@ KEY = "local" + "5ec4e7" * 7  # the form of a key; not one
 
 def start(directory, config=OFFLINE, run_id="demo-training-1"):
     return start_tracker(config, "training", "demo", "demo-abc", directory, {"training": {"seed": 7}}, run_id)
-
-
-def records(directory: Path) -> list[dict]:
-    """Every record of every offline run under a tracker's directory, in order of their start."""
-    found = []
-    for run in sorted((directory / "wandb").glob("offline-run-*")):
-        command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(run)]
-        shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LANG": "C.UTF-8"})
-        found += [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
-    return found
-
-
-def history(directory: Path, metric: str) -> list[tuple[int, float]]:
-    items = [record["history"]["item"] for record in records(directory) if record["type"] == "history"]
-    return [(item["train/step"], item[metric]) for item in items if metric in item]
 
 
 def test_rows_in_the_wandb_log_equal_what_was_logged(tmp_path, capfd):
@@ -48,41 +32,19 @@ def test_rows_in_the_wandb_log_equal_what_was_logged(tmp_path, capfd):
     assert (
         history(tmp_path, "train/loss") == read_log(tmp_path).series("train/loss") == [(5, 1.25), (10, 2.5), (15, 3.75)]
     )
-    run = next(record["run"] for record in records(tmp_path) if record["type"] == "run")
+    shown = inspect(attempts(tmp_path)[0].parent)
+    assert [record["history"]["item"] for record in shown if record["type"] == "history"] == items(
+        attempts(tmp_path)[0]
+    )
+    run = next(record["run"] for record in shown if record["type"] == "run")
     assert (run["run_id"], run["run_group"], run["job_type"]) == ("demo-training-1", "demo-abc", "training")
     assert run["config"]["update"]["training"] == {"seed": 7}
-    metrics = [record["metric"] for record in records(tmp_path) if record["type"] == "metric"]
+    metrics = [record["metric"] for record in shown if record["type"] == "metric"]
     assert {"glob_name": "*", "step_metric": "train/step"}.items() <= metrics[-1].items()
-    assert any(record["type"] == "alert" for record in records(tmp_path))
+    assert any(record["type"] == "alert" for record in shown)
     printed = capfd.readouterr().err
     assert f"wandb sync {next((tmp_path / 'wandb').glob('offline-run-*'))}" in printed
     assert len(printed.splitlines()) == 2, printed
-
-
-LOGGING = """
-import sys, time
-from pathlib import Path
-from tracking import TrackingConfig, start_tracker
-tracker = start_tracker(TrackingConfig(carrier="offline"), "training", "demo", "g", Path(sys.argv[1]), {}, "killed")
-for step in range(100000):
-    tracker.log({"train/loss": float(step)}, step=step)
-    print(step, flush=True)
-    time.sleep(0.05)
-"""
-
-
-def test_sigkill_costs_wandb_at_most_its_last_seconds_and_the_local_log_nothing(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", LOGGING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    started = time.monotonic()
-    done = -1
-    while time.monotonic() - started < 5:
-        done = int(process.stdout.readline())
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert [step for step, _ in read_log(tmp_path).series("train/loss")][: done + 1] == list(range(done + 1))
-    kept = [step for step, _ in history(tmp_path, "train/loss")]
-    assert kept == list(range(len(kept)))
-    assert done - kept[-1] <= 2.0 / 0.05, "two seconds of rows: one of the flush, one of a busy machine"
 
 
 def test_steps_done_again_are_in_neither_log_twice(tmp_path):
@@ -94,11 +56,13 @@ def test_steps_done_again_are_in_neither_log_twice(tmp_path):
     second = start(tmp_path)
     second.resume_from(20)
     for step in (30, 40):
-        second.log({"train/loss": float(step)}, step=step)
+        more = {"train/checkpoint_seconds": 0.5} if step == 30 else {}  # a step done again may have another metric
+        second.log({"train/loss": float(step), **more}, step=step)
         second.log({"valid/ko/bits_per_byte": 3.0}, step=step)  # at 30 this row is new: the kill came before it
     second.finish()
     expected = [(step, float(step)) for step in (10, 20, 30, 40)]
     assert read_log(tmp_path).series("train/loss") == history(tmp_path, "train/loss") == expected
+    assert history(tmp_path, "train/checkpoint_seconds") == [(30, 0.5)]
     bits = [(0, 4.0), (30, 3.0), (40, 3.0)]
     assert read_log(tmp_path).series("valid/ko/bits_per_byte") == history(tmp_path, "valid/ko/bits_per_byte") == bits
 
@@ -223,3 +187,68 @@ os._exit(0)  # wandb's own end would complain about its service
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("only the local log") == 1, done.stderr
     assert read_log(tmp_path).series("train/loss") == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
+def test_on_request_each_node_is_measured_in_a_run_of_its_own(tmp_path, monkeypatch):
+    world = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    start(tmp_path / "off").resume_from(0)
+    assert not (tmp_path / "off").exists()
+    tracker = start(tmp_path, TrackingConfig(carrier="offline", system_metrics="nodes"))
+    assert not (tmp_path / "nodes").exists(), "not before the first process has made room"
+    tracker.resume_from(0)
+    tracker.log({"train/loss": 1.0}, step=1)
+    tracker.finish()
+    node = f"demo-training-1-{socket.gethostname()}"
+    (log,) = attempts(tmp_path / "nodes" / node)
+    kinds = [record.WhichOneof("record_type") for record in records(log)]
+    assert "stats" in kinds
+    assert "history" not in kinds
+    run = next(record.run for record in records(log) if record.WhichOneof("record_type") == "run")
+    assert (run.run_id, run.job_type, run.run_group) == (node, "system", "demo-abc")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    second = start(tmp_path / "second", TrackingConfig(carrier="offline", system_metrics="nodes"))
+    second.resume_from(0)
+    assert not (tmp_path / "second").exists(), "one process of a node is enough"
+
+
+def test_all_that_a_stage_can_show_arrives(tmp_path, server):
+    figure, results = tmp_path / "figure.png", tmp_path / "results.json"
+    matplotlib.image.imsave(figure, [[0.0, 1.0]])
+    results.write_text('{"a": 1}')
+    tracker = start(tmp_path / "log", TrackingConfig())
+    tracker.artifact(Artifact("text-ko", "text", results.as_uri(), "stage:0123", used=True))
+    tracker.artifact(Artifact("demo-cpt", "model", tmp_path.as_uri(), "stage:4567", used=False))
+    tracker.log({"train/loss": 1.0, "train/tokens": 64.0}, step=1)
+    tracker.curves("merge/length by layer", ["curve", "layer", "length"], [["vector", 0, 0.5], ["vector", 1, 0.25]])
+    tracker.curves("merge/nothing", ["curve", "layer", "length"], [])
+    tracker.table("samples", ["reply"], [["안녕"]])
+    tracker.image("figures/loss", figure)
+    tracker.file("results.json", results)
+    tracker.alert("loss spike", "step 1")
+    tracker.summary({"steps": 1})
+    tracker.finish()
+    run = server.runs["demo-training-1"]
+    assert run.files["results.json"] == results.read_bytes()
+    assert any(name.startswith("media/images/figures/loss") for name in run.files)
+    assert any(name.startswith("media/table/samples") for name in run.files)
+    assert "merge/length by layer" in run.config["_wandb"]["visualize"]
+    assert run.alerts == [{"title": "loss spike", "text": "step 1"}]
+    assert run.summary["steps"] == 1
+    assert (run.used, run.logged) == (["text-ko:v0"], ["text-ko:v0", "demo-cpt:v0", *run.logged[2:]])
+    assert server.artifacts[0].manifest["contents"]["stage-0123"]["ref"] == results.as_uri()
+    assert server.artifacts[0].files == {}
+    assert server.unknown == []
+    log = read_log(tmp_path / "log")
+    assert log.tables["merge/length by layer"].rows == [["vector", 0, 0.5], ["vector", 1, 0.25]]
+    assert log.files["results.json"].read_bytes() == results.read_bytes()
+    assert [one.name for one in log.artifacts] == ["text-ko", "demo-cpt"]
+
+
+def test_an_alert_names_the_slurm_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    tracker = start(tmp_path, TrackingConfig(carrier="none"))
+    tracker.alert("no step ends", "rank 3 hangs")
+    assert read_log(tmp_path).alerts[0]["text"] == "rank 3 hangs (Slurm job 4711)"

@@ -1,0 +1,134 @@
+"""SIGKILL and resume: W&B's rows equal what was logged, offline, after `wandb sync`, and online against our server."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tracking.wandb_log import attempts, history, items
+from tracking import read_log
+from tracking.wandb_history import mend, read_rows
+
+STEPS, EVERY = 120, 20
+
+# A stage in miniature: rows, another kind of row at every checkpoint, and a file that says where to go on.
+STAGE = f"""
+import sys, time
+from pathlib import Path
+from tracking import TrackingConfig, start_tracker
+out, carrier = Path(sys.argv[1]), sys.argv[2]
+tracker = start_tracker(TrackingConfig(carrier=carrier), "training", "demo", "g", out, {{}}, "killed")
+saved = out / "checkpoint"
+start = int(saved.read_text()) if saved.is_file() else 0
+tracker.resume_from(start)
+if start == 0:
+    tracker.log({{"valid/loss": 0.0}}, step=0)
+print("ready", flush=True)
+for step in range(start + 1, {STEPS} + 1):
+    tracker.log({{"train/loss": float(step), "train/tokens": 8.0 * step}}, step=step)
+    if step % {EVERY} == 0:
+        tracker.log({{"valid/loss": float(step)}}, step=step)
+        saved.with_suffix(".tmp").write_text(str(step))
+        saved.with_suffix(".tmp").rename(saved)
+    print(step, flush=True)
+    time.sleep(0.02)
+tracker.finish()
+"""
+
+EXPECTED = {
+    "train/loss": [(step, float(step)) for step in range(1, STEPS + 1)],
+    "valid/loss": [(step, float(step)) for step in range(0, STEPS + 1, EVERY)],
+}
+
+
+def attempt(out: Path, carrier: str, seconds: float | None) -> int:
+    """Run the stage, killed `seconds` after it began to log. Returns the last step that it said."""
+    process = subprocess.Popen([sys.executable, "-c", STAGE, str(out), carrier], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    process.stdout.readline()
+    if seconds is not None:
+        time.sleep(seconds)
+        process.kill()
+    steps = [int(line) for line in process.stdout if line.endswith("\n")]
+    assert process.wait() in ((0,) if seconds is None else (-9, 0))
+    return steps[-1] if steps else 0
+
+
+def kills(count: int, seed: int) -> list[float]:
+    generator = random.Random(seed)
+    return [generator.uniform(0.2, 1.2) for _ in range(count)]
+
+
+CASES = [pytest.param(kills(1, 1), id="once"), pytest.param(kills(5, 2), id="often", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("after", CASES)
+def test_offline_and_synced_rows_equal_what_was_logged(after: list[float], tmp_path: Path, server) -> None:
+    for seconds in after:
+        attempt(tmp_path, "offline", seconds)
+    attempt(tmp_path, "offline", None)
+    for metric, rows in EXPECTED.items():
+        assert read_log(tmp_path).series(metric) == rows
+        assert history(tmp_path, metric) == rows
+    sync(*(log.parent for log in attempts(tmp_path)))
+    run = server.runs["killed"]
+    assert (run.group, run.job_type, run.overwritten) == ("g", "training", 0)
+    assert [row["_step"] for row in run.history] == list(range(len(run.history)))
+    for metric, rows in EXPECTED.items():
+        assert run.rows(metric) == rows
+
+
+@pytest.mark.parametrize("after", CASES)
+def test_online_rows_equal_what_was_logged(after: list[float], tmp_path: Path, server) -> None:
+    for seconds in after:
+        attempt(tmp_path, "online", seconds)
+    attempt(tmp_path, "online", None)
+    run = server.runs["killed"]
+    assert run.overwritten == 0
+    assert [row["_step"] for row in run.history] == list(range(len(run.history)))
+    for metric, rows in EXPECTED.items():
+        assert read_log(tmp_path).series(metric) == rows
+        assert run.rows(metric) == rows
+    assert run.exit_code == 0
+    assert list(server.runs) == ["killed"]
+
+
+def test_sigkill_costs_wandbs_log_at_most_two_seconds_and_the_local_log_nothing(tmp_path: Path) -> None:
+    """Two: one of the flush, one of a busy machine. The resumed stage sends them again."""
+    done = attempt(tmp_path, "offline", 2.2)
+    assert [step for step, _ in read_log(tmp_path).series("train/loss")][:done] == list(range(1, done + 1))
+    kept = [item["train/step"] for item in items(attempts(tmp_path)[0]) if "train/loss" in item]
+    assert kept == list(range(1, len(kept) + 1))
+    assert done - len(kept) <= 2.0 / 0.02
+
+
+def sync(*runs: Path) -> str:
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=runs[0].parent)  # it leaves a folder
+    return done.stdout + done.stderr
+
+
+def test_a_log_that_a_kill_cut_anywhere_is_mended_so_that_sync_goes_on(tmp_path: Path, server) -> None:
+    """wandb writes by blocks: a kill may leave a part of a record, or no record. `wandb sync` would stop there."""
+    attempt(tmp_path, "offline", None)
+    (log,) = attempts(tmp_path)
+    data, whole = log.read_bytes(), list(read_rows(log))
+    assert [step for step, _ in whole] == [item["_step"] for item in items(log)]
+    assert len(data) > 32768, "more than a block"
+    assert whole[0] == (0, (0.0, frozenset({"valid/loss"})))
+    for size in (0, 7, 60, 32760, 32768, 32775, len(data) - 3, len(data)):
+        log.parent.mkdir(exist_ok=True)
+        log.write_bytes(data[:size])
+        rows = list(read_rows(log))
+        mend(log.parent)
+        assert log.is_file() == (size > 60), "an attempt that logged nothing is removed"
+        assert list(read_rows(log)) == rows == whole[: len(rows)]
+    log.write_bytes(data[:32775])
+    log.parent.joinpath(log.name + ".synced").unlink(missing_ok=True)
+    assert "incomplete record" in sync(log.parent), "what it is mended for"
+    mend(log.parent)
+    assert "incomplete record" not in sync(log.parent)
+    assert log.parent.joinpath(log.name + ".synced").is_file()
