@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ PANELS = {  # picture -> its four panels
         "dialogue_turns": "turns passed",
     },
 }
+
+
+def pictures(figures: Collection[str]) -> list[str]:
+    """The names of the pictures that can be drawn of these figures."""
+    bits = ["bits_per_byte"] if BITS in figures else []
+    return [*bits, *(name for name, panels in PANELS.items() if set(panels) <= set(figures))]
 
 
 def draw_bits_per_byte(scores: Scores, path: Path) -> Path:

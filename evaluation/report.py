@@ -21,7 +21,7 @@ from evaluation.conversation import Exchange
 from evaluation.facets.facet import Figure
 from evaluation.facets.form import FIGURES as FORM
 from evaluation.facets.language import BITS
-from evaluation.figures import PANELS, draw_bits_per_byte, draw_shares
+from evaluation.figures import PANELS, draw_bits_per_byte, draw_shares, pictures
 from evaluation.intervals import Difference, Estimate
 from evaluation.results import ModelResult, Results, Sample, each
 from tracking import Cell, Tracker
@@ -46,13 +46,11 @@ def report(config: EvaluationConfig, models: Mapping[str, Path], results: Result
 
 def draw(results: Results, out: Path) -> dict[str, Path]:
     """The pictures that there are figures for."""
-    pictures = {}
-    if results.languages_with(BITS):
-        pictures["bits_per_byte"] = draw_bits_per_byte(results.scores, out / "bits_per_byte.png")
-    for name, panels in PANELS.items():
-        if all(results.languages_with(figure) for figure in panels):
-            pictures[name] = draw_shares(results.scores, panels, out / f"{name}.png")
-    return pictures
+    scores, drawn = results.scores, {}
+    for name in pictures([figure for figure in results.figures if results.languages_with(figure)]):
+        path = out / f"{name}.png"
+        drawn[name] = draw_shares(scores, PANELS[name], path) if name in PANELS else draw_bits_per_byte(scores, path)
+    return drawn
 
 
 def results_content(config: EvaluationConfig, models: Mapping[str, Path], results: Results) -> dict[str, Any]:
@@ -106,7 +104,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def track(results: Results, pictures: Mapping[str, Path], tracker: Tracker) -> None:
+def track(results: Results, drawn: Mapping[str, Path], tracker: Tracker) -> None:
     """Send the figures, the tables and the images."""
     metrics = {f"eval/{name}": value for name, value in results.flat().items()}
     speeds = {
@@ -118,13 +116,19 @@ def track(results: Results, pictures: Mapping[str, Path], tracker: Tracker) -> N
     _table(tracker, "eval/breakdowns", ["model", "language", "figure", "of", *INTERVAL], results.breakdowns)
     columns = ["model", "language", "figure", f"minus {results.baseline}", *INTERVAL[1:], "beyond"]
     _table(tracker, "eval/differences", columns, results.differences)
+    meanings: list[list[Cell]] = [
+        [facet, name, results.figures[name].heading, results.figures[name].meaning, results.figures[name].rising,
+         results.figures[name].share]
+        for facet, names in results.facets.items() for name in names
+    ]  # fmt: skip
+    tracker.table("eval/figures", ["facet", "figure", "heading", "meaning", "more is better", "share"], meanings)
     not_run: list[list[Cell]] = [
         [result.name, one.figure, one.reason] for result in results.models for one in result.not_run
     ]
     if not_run:
         tracker.table("eval/not_run", ["model", "figure", "reason"], not_run)
     _track_samples(results, tracker)
-    for name, path in pictures.items():
+    for name, path in drawn.items():
         tracker.image(f"eval/{name}", path)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from core.progress import say
 from evaluation.config import BUILT_IN, EvaluationConfig
 from evaluation.endpoint import Endpoint
 from evaluation.facets.dialogue import DialogueFacet
-from evaluation.facets.facet import Facet
+from evaluation.facets.facet import Facet, Figure
 from evaluation.facets.form import FormFacet
 from evaluation.facets.instructions import InstructionsFacet
 from evaluation.facets.language import LanguageFacet
@@ -27,6 +27,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "chat": ("form", "instructions", "dialogue"),
     "safety": ("form", "safety"),
 }
+WITHOUT_REPLIES = ("language",)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,29 @@ class Setup:
 
 def make_facets(setup: Setup) -> list[Facet]:
     """The facets of the recipe's suites, each once, in the order of the suites; all input is read here."""
-    names = dict.fromkeys(name for suite in setup.config.suites for name in SUITES[suite])
+    return _make(setup, _facets_of(setup.config))
+
+
+def figures_of_replies(setup: Setup) -> list[tuple[str, Figure, list[str]]]:
+    """What will be reported of replies: (facet, figure, languages asked in). Prompts are read, text is not."""
+    names = dict.fromkeys(
+        name for suite in setup.config.suites for name in SUITES[suite] if name not in WITHOUT_REPLIES
+    )
+    facets = _make(setup, names)
+    asked = {facet.name: {one.language: None for one in facet.conversations()} for facet in facets}
+    everywhere = {language: None for languages in asked.values() for language in languages}
+    return [
+        (facet.name, figure, list(everywhere if facet.reads_all else asked[facet.name]))
+        for facet in facets
+        for figure in facet.figures
+    ]
+
+
+def _facets_of(config: EvaluationConfig) -> list[str]:
+    return list(dict.fromkeys(name for suite in config.suites for name in SUITES[suite]))
+
+
+def _make(setup: Setup, names: Iterable[str]) -> list[Facet]:
     facets = [facet for name in names if (facet := MAKERS[name](setup)) is not None]
     asked = any(facet.conversations() for facet in facets)
     return [facet for facet in facets if asked or not facet.reads_all]

@@ -357,16 +357,12 @@ def dashboard(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print it as JSON, save nothing")] = False,
 ) -> None:
     """A W&B workspace of the run: a section per stage. One of the same name that this made before is replaced."""
-    from evaluation.prompts import read_prompts
-    from launcher.pipeline import group_name
+    from launcher.dashboard import pipeline_of
     from launcher.recipe import load_recipe
-    from tracking.dashboard import Pipeline
     from tracking.dashboard import dashboard as make_dashboard
 
     loaded = load_recipe(recipe, overrides or [])
-    asked = list(dict.fromkeys(prompt.language for prompt in read_prompts(loaded.evaluation)))
-    pipeline = Pipeline(group_name(loaded), loaded.corpus.languages(), asked)
-    make_dashboard(loaded.tracking, pipeline, save_as or f"cpt-merge {loaded.name}", dry_run)
+    make_dashboard(loaded.tracking, pipeline_of(loaded), save_as or f"cpt-merge {loaded.name}", dry_run)
 
 
 @app.command()
