@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from jinja2.exceptions import TemplateError
 
 from core.errors import UserError
 from core.progress import say
+from evaluation.conversation import Message
 from evaluation.models import LoadedModel, end_tokens, load_tokenizer
-from evaluation.prompts import Message
 
 PLACEHOLDERS = ("UserPlaceholder", "AssistantPlaceholder")
 
@@ -25,6 +25,7 @@ class ChatTemplate:
     template: str
     end_tokens: list[str]  # what ends a reply
     marks: list[str]  # special tokens and other marks of the template
+    source: str  # the directory that it is from
 
 
 def read_chat_template(directory: Path) -> ChatTemplate:
@@ -34,7 +35,20 @@ def read_chat_template(directory: Path) -> ChatTemplate:
         raise UserError(
             f"the chat model's tokenizer in {directory} has no chat template, so no prompt can be rendered."
         )
-    return ChatTemplate(tokenizer.chat_template, end_tokens(directory, tokenizer), template_marks(tokenizer))
+    return ChatTemplate(
+        tokenizer.chat_template, end_tokens(directory, tokenizer), template_marks(tokenizer), str(directory)
+    )
+
+
+def first_template(models: Mapping[str, Path]) -> ChatTemplate:
+    """The chat template of the first model that has one. Raises `UserError` if none has."""
+    for directory in models.values():
+        if load_tokenizer(directory).chat_template:
+            return read_chat_template(directory)
+    raise UserError(
+        f"none of the models {', '.join(models)} has a chat template, so no prompt can be rendered; "
+        "name a chat model by --template DIR."
+    )
 
 
 def template_for(loaded: LoadedModel, directory: Path, chat: ChatTemplate) -> ChatTemplate:
@@ -45,11 +59,12 @@ def template_for(loaded: LoadedModel, directory: Path, chat: ChatTemplate) -> Ch
     tokenizer = loaded.tokenizer
     own_ends = end_tokens(directory, tokenizer)
     if tokenizer.chat_template:
-        return ChatTemplate(tokenizer.chat_template, own_ends, sorted({*chat.marks, *template_marks(tokenizer)}))
-    say(f"{loaded.name}: has no chat template; it is asked in the chat model's")
+        marks = sorted({*chat.marks, *template_marks(tokenizer)})
+        return ChatTemplate(tokenizer.chat_template, own_ends, marks, str(directory))
+    say(f"{loaded.name}: has no chat template; it is asked in that of {chat.source}")
     vocabulary = tokenizer.get_vocab()
     ends = list(dict.fromkeys([*own_ends, *(token for token in chat.end_tokens if token in vocabulary)]))
-    return ChatTemplate(chat.template, ends, sorted({*chat.marks, *special_tokens(tokenizer)}))
+    return ChatTemplate(chat.template, ends, sorted({*chat.marks, *special_tokens(tokenizer)}), chat.source)
 
 
 def render(tokenizer: Any, template: str, messages: Sequence[Message]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,31 @@ mpl.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from evaluation.results import BITS, Scores, languages_with
+from evaluation.facets.language import BITS
+from evaluation.results import Scores, languages_with
 
 # Okabe and Ito (2008), told apart by the colour-blind; one colour per model, the same in every figure
 COLOURS = ("#8c8c8c", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
-PANELS = {
-    "chat": "chat: all of the three",
-    "stopped": "stops by itself",
-    "in_language": "in the prompt's language",
-    "keeps_format": "keeps the format",
+PANELS = {  # picture -> its four panels
+    "replies": {
+        "chat": "chat: all of the three",
+        "stopped": "stops by itself",
+        "in_language": "in the language asked for",
+        "keeps_format": "keeps the format",
+    },
+    "tasks": {
+        "instructions": "prompts passed",
+        "instruction_checks": "checks passed",
+        "dialogues": "dialogues passed",
+        "dialogue_turns": "turns passed",
+    },
 }
+
+
+def pictures(figures: Collection[str]) -> list[str]:
+    """The names of the pictures that can be drawn of these figures."""
+    bits = ["bits_per_byte"] if BITS in figures else []
+    return [*bits, *(name for name, panels in PANELS.items() if set(panels) <= set(figures))]
 
 
 def draw_bits_per_byte(scores: Scores, path: Path) -> Path:
@@ -36,19 +52,19 @@ def draw_bits_per_byte(scores: Scores, path: Path) -> Path:
     return _save(figure, axes, path)
 
 
-def draw_facets(scores: Scores, path: Path) -> Path:
-    """Shares of the replies, one panel per facet."""
-    languages = languages_with(scores, "chat")
+def draw_shares(scores: Scores, titles: Mapping[str, str], path: Path) -> Path:
+    """Shares, one panel for each of four figures."""
+    languages = languages_with(scores, next(iter(titles)))
     width = max(3.4, 0.9 + 0.4 * len(scores) * len(languages))
     figure = Figure(figsize=(2 * width, 6.4), layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.04))
     panels = figure.subplots(2, 2, sharey=True).flat
-    for axes, (facet, title) in zip(panels, PANELS.items(), strict=True):
-        _bars(axes, scores, facet, languages, "{:.0%}")
+    for axes, (figure_name, title) in zip(panels, titles.items(), strict=True):
+        _bars(axes, scores, figure_name, languages, "{:.0%}")
         axes.set_ylim(0, 1.12)
         axes.yaxis.set_major_formatter("{x:.0%}")
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
         axes.set_title(title, loc="left", fontweight="bold")
-    figure.supylabel("share of replies", fontsize="medium")
+    figure.supylabel("share", fontsize="medium")
     return _save(figure, axes, path)
 
 
@@ -56,7 +72,11 @@ def _bars(axes: Any, scores: Scores, figure: str, languages: list[str], label: s
     """Groups of bars, a group per language and a bar per model; the interval as a thin line, the value above it."""
     width = 0.84 / len(scores)
     for number, (model, found) in enumerate(scores.items()):
-        shown = [(place, found[language][figure]) for place, language in enumerate(languages)]
+        shown = [
+            (place, found[language][figure])
+            for place, language in enumerate(languages)
+            if figure in found.get(language, {})
+        ]
         places = [place + (number - (len(scores) - 1) / 2) * width for place, _ in shown]
         values = [estimate.value for _, estimate in shown]
         below = [max(estimate.value - estimate.low, 0) for _, estimate in shown]

@@ -6,19 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 RESAMPLES = 1000
 COVERAGE = 0.95
 
+Parts = dict[int, tuple[float, float]]  # unit (a document, a conversation) -> (top, bottom); figure = sum / sum
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its 95 % interval, and how many documents or prompts it rests on."""
+    """A figure, its 95 % interval, and how many documents or conversations it rests on."""
 
     value: float
     low: float
     high: float
     n: int
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A figure of one model minus another's, over the same units. `beyond`: its interval does not hold 0."""
+
+    beyond: bool
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int) -> Estimate:
@@ -27,13 +37,44 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int)
     Where all pairs agree (every reply stopped) the interval has no width: the bootstrap knows what it saw and no more.
     """
     pairs = np.array([numerators, denominators], dtype=np.float64)
-    n = pairs.shape[1]
-    drawn = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
-    top, bottom = pairs[:, drawn].sum(axis=2)
-    low, high = np.quantile(top / bottom, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return Estimate(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high), n)
+    low, high = _interval(_resampled(pairs, seed))
+    return Estimate(float(pairs[0].sum() / pairs[1].sum()), low, high, pairs.shape[1])
 
 
 def mean(values: Sequence[float], seed: int) -> Estimate:
     """The mean with its interval."""
     return ratio(values, [1.0] * len(values), seed)
+
+
+def estimate(parts: Parts, seed: int) -> Estimate:
+    """The figure that `parts` make."""
+    tops, bottoms = zip(*parts.values(), strict=True)
+    return ratio(tops, bottoms, seed)
+
+
+def difference(parts: Parts, baseline: Parts, seed: int) -> Difference | None:
+    """`parts`' figure minus `baseline`'s over the units that both have, with the interval of the paired bootstrap.
+
+    Both are resampled by the same draws, so that what a hard prompt does to both models cancels. None without a unit
+    in common.
+    """
+    common = [unit for unit in parts if unit in baseline]
+    if not common:
+        return None
+    ours, theirs = (np.array([of[unit] for unit in common], dtype=np.float64).T for of in (parts, baseline))
+    low, high = _interval(_resampled(ours, seed) - _resampled(theirs, seed))
+    value = float(ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum())
+    return Difference(value, low, high, len(common), beyond=not low <= 0 <= high)
+
+
+def _resampled(pairs: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
+    """The figure in each resample; the draws are a function of the seed and the number of units alone."""
+    n = pairs.shape[1]
+    drawn = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
+    top, bottom = pairs[:, drawn].sum(axis=2)
+    return np.asarray(top / bottom)
+
+
+def _interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return float(low), float(high)

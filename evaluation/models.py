@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ class LoadedModel:
     def device(self) -> torch.device:
         """Where the model is."""
         return torch.device(self.model.device)
+
+    @property
+    def positions(self) -> int:
+        """How many tokens it can take, prompt and reply together; without end where its config names no number."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone, without bos or eos."""

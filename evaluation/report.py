@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.panel import Panel
@@ -14,160 +15,288 @@ from rich.text import Text
 
 from core.artifact import write_json, write_text
 from core.languages import find_language
-from core.progress import console
+from core.progress import console, say
 from evaluation.config import EvaluationConfig
-from evaluation.figures import draw_bits_per_byte, draw_facets
-from evaluation.generate import Reply
-from evaluation.intervals import Estimate
-from evaluation.results import BITS, FACETS, ModelResult, Scores, languages_with
+from evaluation.conversation import Exchange
+from evaluation.facets.facet import Figure, NotRun
+from evaluation.facets.form import FIGURES as FORM
+from evaluation.facets.language import BITS
+from evaluation.figures import PANELS, draw_bits_per_byte, draw_shares, pictures
+from evaluation.intervals import Difference, Estimate
+from evaluation.results import ModelResult, Results, Sample, each
 from tracking import Cell, Tracker
 
-HEADINGS = {
-    BITS: "bits/byte", "chat": "chat", "stopped": "stopped", "in_language": "in language", "keeps_format": "format",
-    "repetition": "repetition",
-}  # fmt: skip
 SHOWN_CHARACTERS = 400  # of a sample's reply on the terminal
+SHOWN_GROUPS = 8  # of a breakdown on the terminal; results.json has all
+INTERVAL = ["value", "low", "high", "n"]
 
 
-def report(
-    config: EvaluationConfig,
-    models: Mapping[str, Path],
-    results: Sequence[ModelResult],
-    scores: Scores,
-    out: Path,
-    tracker: Tracker,
-) -> None:
+def report(config: EvaluationConfig, models: Mapping[str, Path], results: Results, out: Path, tracker: Tracker) -> None:
     """Write and show everything."""
-    write_results(out / "results.json", config, models, results, scores)
-    write_text(
-        out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sample_rows(results))
-    )
-    figures = {"bits_per_byte": draw_bits_per_byte(scores, out / "bits_per_byte.png")}
-    if any(result.samples for result in results):
-        figures["replies"] = draw_facets(scores, out / "replies.png")
-    track(results, scores, figures, tracker)
+    write_json(out / "results.json", results_content(config, models, results))
+    rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in sample_rows(results))
+    write_text(out / "samples.jsonl", "".join(rows))
+    track(results, draw(results, out), tracker)
     tracker.file("evaluation-results.json", out / "results.json")
-    show_scores(scores)
-    show_samples(results, config.samples_shown)
+    show_scores(results)
+    show_breakdowns(results)
+    show_not_run(results)
+    show_judges(results)
+    show_samples(results.models, config.samples_shown)
 
 
-def flat(scores: Scores) -> dict[str, float]:
-    """`model/language/figure` -> value, four digits behind the point."""
+def draw(results: Results, out: Path) -> dict[str, Path]:
+    """The pictures that there are figures for."""
+    scores, drawn = results.scores, {}
+    for name in pictures([figure for figure in results.figures if results.languages_with(figure)]):
+        path = out / f"{name}.png"
+        drawn[name] = draw_shares(scores, PANELS[name], path) if name in PANELS else draw_bits_per_byte(scores, path)
+    return drawn
+
+
+def results_content(config: EvaluationConfig, models: Mapping[str, Path], results: Results) -> dict[str, Any]:
+    """results.json: every figure with its interval and n, what it rests on, and the settings that made it."""
     return {
-        f"{model}/{language}/{figure}": round(estimate.value, 4) for model, language, figure, estimate in each(scores)
+        "config": config.model_dump(),
+        "baseline": results.baseline,
+        "judges": judges_took(results),
+        "figures": {name: figure.meaning for name, figure in results.figures.items()},
+        "models": {
+            result.name: {
+                "directory": str(models[result.name]),
+                "generated_tokens_per_second": round(result.tokens_per_second, 2),
+                **result.details,
+                "scores": _plain(results.scores[result.name]),
+                "breakdowns": _plain(results.breakdowns[result.name]),
+                "differences": _plain(results.differences.get(result.name, {})),
+                "not_run": {one.figure: one.reason for one in result.not_run},
+            }
+            for result in results.models
+        },
     }
 
 
-def each(scores: Scores) -> Iterator[tuple[str, str, str, Estimate]]:
-    """(model, language, figure, estimate) of every score."""
-    for model, languages in scores.items():
-        for language, figures in languages.items():
-            for figure, estimate in figures.items():
-                yield model, language, figure, estimate
+def _plain(value: Any) -> Any:
+    """Nested mappings of estimates as JSON."""
+    return {name: _plain(inner) for name, inner in value.items()} if isinstance(value, dict) else asdict(value)
 
 
-def write_results(
-    path: Path, config: EvaluationConfig, models: Mapping[str, Path], results: Sequence[ModelResult], scores: Scores
-) -> None:
-    """Every figure with its interval and n, what it rests on, and the settings that made it."""
-    content: dict[str, object] = {"config": config.model_dump(), "models": {}}
-    content["models"] = {
-        result.name: {
-            "directory": str(models[result.name]),
-            "generated_tokens_per_second": round(result.tokens_per_second, 2),
-            "text": {
-                language: {
-                    "documents": len(documents),
-                    "bytes": sum(document.bytes for document in documents),
-                    "tokens": sum(document.tokens for document in documents),
-                }
-                for language, documents in result.documents.items()
-            },
-            "scores": {
-                language: {figure: asdict(estimate) for figure, estimate in figures.items()}
-                for language, figures in scores[result.name].items()
-            },
-        }
-        for result in results
-    }
-    write_json(path, content)
-
-
-def sample_rows(results: Sequence[ModelResult]) -> Iterator[dict[str, object]]:
-    """One row per model and prompt."""
-    for result in results:
+def sample_rows(results: Results) -> Iterator[dict[str, Any]]:
+    """samples.jsonl: one row per model and conversation."""
+    for result in results.models:
         for sample in result.samples:
-            facets = asdict(sample.facets)
+            conversation, replies = sample.exchange.conversation, sample.exchange.replies
             yield {
                 "model": result.name,
-                "language": sample.prompt.language,
-                "messages": sample.prompt.messages,
-                "reply": sample.reply.text,
-                "tokens": sample.reply.tokens,
-                "chat": sample.facets.chat,
-                **{name: round(value, 4) if isinstance(value, float) else value for name, value in facets.items()},
+                "facet": sample.facet,
+                "language": conversation.language,
+                **({"category": conversation.category} if conversation.category else {}),
+                "messages": sample.exchange.messages(),
+                "reply": replies[-1].text,
+                "replies": [asdict(reply) for reply in replies],
+                "checks": [
+                    [{"name": check.name, **check.arguments} for check in turn.checks] for turn in conversation.turns
+                ],
+                "scores": {name: _rounded(value) for name, value in sample.scores.items()},
+                "why": sample.why,
             }
 
 
-def track(results: Sequence[ModelResult], scores: Scores, figures: Mapping[str, Path], tracker: Tracker) -> None:
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def track(results: Results, drawn: Mapping[str, Path], tracker: Tracker) -> None:
     """Send the figures, the tables and the images."""
-    metrics = {f"eval/{name}": value for name, value in flat(scores).items()}
-    speeds = {f"eval/{result.name}/tokens_per_second": result.tokens_per_second for result in results if result.samples}
+    metrics = {f"eval/{name}": value for name, value in results.flat().items()}
+    speeds = {
+        f"eval/{result.name}/tokens_per_second": result.tokens_per_second for result in results.models if result.samples
+    }
     tracker.log({**metrics, **speeds})
-    tracker.summary(metrics)
-    columns = ["model", "language", "figure", "value", "low", "high", "n"]
-    score_rows: list[list[Cell]] = [[*names, e.value, e.low, e.high, e.n] for *names, e in each(scores)]
-    tracker.table("eval/scores", columns, score_rows)
-    columns = ["language", "prompt", "model", "reply", "tokens", *FACETS]
-    rows: list[list[Cell]] = [
-        [sample.prompt.language, sample.prompt.messages[-1]["content"], result.name, sample.reply.text,
-         sample.reply.tokens, *sample.facets.values().values()]
-        for result in results for sample in result.samples
+    took = judges_took(results)
+    tracker.summary({**metrics, **({"eval/judges": took} if took else {})})
+    _table(tracker, "eval/scores", ["model", "language", "figure", *INTERVAL], results.scores)
+    _table(tracker, "eval/breakdowns", ["model", "language", "figure", "of", *INTERVAL], results.breakdowns)
+    columns = ["model", "language", "figure", f"minus {results.baseline}", *INTERVAL[1:], "beyond"]
+    _table(tracker, "eval/differences", columns, results.differences)
+    meanings: list[list[Cell]] = [
+        [facet, name, results.figures[name].heading, results.figures[name].meaning, results.figures[name].rising,
+         results.figures[name].share]
+        for facet, names in results.facets.items() for name in names
     ]  # fmt: skip
-    if rows:
-        tracker.table("eval/samples", columns, rows)
-    for name, path in figures.items():
+    tracker.table("eval/figures", ["facet", "figure", "heading", "meaning", "more is better", "share"], meanings)
+    not_run: list[list[Cell]] = [
+        [result.name, one.figure, one.reason] for result in results.models for one in result.not_run
+    ]
+    if not_run:
+        tracker.table("eval/not_run", ["model", "figure", "reason"], not_run)
+    _track_samples(results, tracker)
+    for name, path in drawn.items():
         tracker.image(f"eval/{name}", path)
 
 
-def show_scores(scores: Scores) -> None:
-    """One table per language: models down, figures across, each over its interval."""
-    for language in dict.fromkeys(language for model in scores.values() for language in model):
-        figures = [figure for figure in HEADINGS if language in languages_with(scores, figure)]
-        first = next(iter(scores.values()))[language]
-        counted = [f"{first[BITS].n} documents"] if BITS in first else []
-        counted += [f"{first['chat'].n} replies"] if "chat" in first else []
-        title = f"{find_language(language).name}: {', '.join(counted)}; below each value its 95 % interval"
-        table = Table("model", title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
-        for figure in figures:
-            table.add_column(HEADINGS[figure], justify="right")
-        for model, languages in scores.items():
-            table.add_row(model, *(_cell(figure, languages[language][figure]) for figure in figures))
+def _table(tracker: Tracker, name: str, columns: list[str], nested: Mapping[str, Any]) -> None:
+    rows: list[list[Cell]] = [[*names, *asdict(one).values()] for *names, one in each(nested)]
+    if rows:
+        tracker.table(name, columns, rows)
+
+
+def _track_samples(results: Results, tracker: Tracker) -> None:
+    form = [figure.name for figure in FORM]
+    others = [name for name in results.figures if name not in form and name != BITS]
+    columns = ["language", "prompt", "model", "reply", "tokens", *form, "facet", *others, "why"]
+    rows: list[list[Cell]] = [
+        [sample.exchange.conversation.language, sample.exchange.conversation.questions, result.name,
+         sample.exchange.text, sum(reply.tokens for reply in sample.exchange.replies),
+         *(sample.scores.get(name) for name in form), sample.facet, *(sample.scores.get(name) for name in others),
+         "\n".join(sample.why)]
+        for result in results.models for sample in result.samples
+    ]  # fmt: skip
+    if rows:
+        tracker.table("eval/samples", columns, rows)
+
+
+def show_scores(results: Results) -> None:
+    """One table per language and facet: models down, figures across, each over its interval and its difference."""
+    languages = dict.fromkeys(language for found in results.scores.values() for language in found)
+    for language in languages:
+        for facet, names in results.facets.items():
+            figures = [results.figures[name] for name in names if language in results.languages_with(name)]
+            if figures:
+                console.print(_score_table(results, language, facet, figures))
+    if results.differences:
+        console.print(
+            Text(
+                "below each value: its 95 % interval (bootstrap), and the difference to "
+                f"{results.baseline}, with * where the interval of the paired difference does not hold 0",
+                style="dim",
+            )
+        )
+
+
+def _score_table(results: Results, language: str, facet: str, figures: list[Figure]) -> Table:
+    counts = [found[language][figures[0].name].n for found in results.scores.values() if language in found]
+    units = {"language": "documents", "knowledge": "questions"}.get(facet, "conversations")
+    title = f"{find_language(language).name}, {facet}: {max(counts)} {units}"
+    table = Table("model", title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
+    for figure in figures:
+        table.add_column(figure.heading, justify="right")
+    for model, found in results.scores.items():
+        of_model = results.differences.get(model, {}).get(language, {})
+        cells = [
+            _cell(figure, found.get(language, {}).get(figure.name), of_model.get(figure.name)) for figure in figures
+        ]
+        table.add_row(model, *cells)
+    return table
+
+
+def _cell(figure: Figure, estimate: Estimate | None, difference: Difference | None) -> Text:
+    if estimate is None:
+        return Text("–", style="dim")
+    if figure.share:
+        text = Text.assemble(f"{estimate.value:.0%}\n", (f"{100 * estimate.low:.0f}–{estimate.high:.0%}", "dim"))
+        change = f"{100 * difference.value:+.0f}" if difference else ""
+    else:
+        text = Text.assemble(f"{estimate.value:.3f}\n", (f"{estimate.low:.3f}–{estimate.high:.3f}", "dim"))
+        change = f"{difference.value:+.3f}" if difference else ""
+    if difference:
+        text.append(f"\n{change}{'*' if difference.beyond else ''}", "bold" if difference.beyond else "dim")
+    return text
+
+
+def show_breakdowns(results: Results) -> None:
+    """Parts of figures (turns, categories): a table per language and figure, models across. Long ones are not shown."""
+    seen = dict.fromkeys((names[1], names[2]) for *names, _ in each(results.breakdowns))
+    for language, figure in seen:
+        of_models = {model: found.get(language, {}).get(figure, {}) for model, found in results.breakdowns.items()}
+        groups = list(dict.fromkeys(group for found in of_models.values() for group in found))
+        if len(groups) > SHOWN_GROUPS:
+            continue
+        title = f"{find_language(language).name}: {results.figures[figure].meaning}, by kind"
+        table = Table("", "n", *of_models, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        for group in groups:
+            estimates = [found.get(group) for found in of_models.values()]
+            n = max(estimate.n for estimate in estimates if estimate)
+            table.add_row(Text(group), str(n), *(_plainly(results.figures[figure], estimate) for estimate in estimates))
         console.print(table)
 
 
-def _cell(figure: str, estimate: Estimate) -> Text:
-    if figure == BITS:
-        return Text.assemble(f"{estimate.value:.3f}\n", (f"{estimate.low:.3f}–{estimate.high:.3f}", "dim"))
-    return Text.assemble(f"{estimate.value:.0%}\n", (f"{100 * estimate.low:.0f}–{estimate.high:.0%}", "dim"))
+def _plainly(figure: Figure, estimate: Estimate | None) -> str:
+    return "–" if estimate is None else f"{estimate.value:.0%}" if figure.share else f"{estimate.value:.2f}"
 
 
-def show_samples(results: Sequence[ModelResult], shown: int) -> None:
-    """Prompts of each language, evenly spread over the file, with every model's reply."""
+def show_not_run(results: Results) -> None:
+    """What could not be had, and why."""
+    models: dict[NotRun, list[str]] = {}
+    for result in results.models:
+        for one in result.not_run:
+            models.setdefault(one, []).append(result.name)
+    for one, names in models.items():
+        say(f"{', '.join(names)}: {one.figure} was not run: {one.reason}")
+
+
+def judges_took(results: Results) -> dict[str, dict[str, float]]:
+    """By judge, the requests, tokens and cost of all models and figures together; no cost where a part is not known."""
+    took: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results.models:
+        for one in result.details.get("judge", {}).values():
+            if "model" in one:
+                took.setdefault(one["model"], []).append(one)
+    counts = ("requests", "cached", "prompt_tokens", "completion_tokens", "requests_without_token_counts", "cost")
+    return {
+        model: {
+            name: sum(one.get(name, 0) for one in parts)
+            for name in counts
+            if (all(name in one for one in parts) if name == "cost" else any(name in one for one in parts))
+        }
+        for model, parts in took.items()
+    }
+
+
+def show_judges(results: Results) -> None:
+    """A line for each judge: what it was asked, and what that took."""
+    for model, took in judges_took(results).items():
+        parts = [f"{took['requests']:,} requests, {took['cached']:,} more answered from the cache"]
+        parts.append(f"{took['prompt_tokens']:,} + {took['completion_tokens']:,} tokens (sent + answered)")
+        if uncounted := took.get("requests_without_token_counts"):
+            parts.append(f"{uncounted:,} requests whose tokens the endpoint did not count")
+        if "cost" in took:
+            parts.append(f"cost {took['cost']:.4g} in the currency of its price")
+        say(f"judge {model}: {'; '.join(parts)}")
+
+
+def show_samples(results: list[ModelResult], shown: int) -> None:
+    """Conversations of each facet and language, evenly spread, with every model's replies."""
     samples = results[0].samples if results else []
-    for language in dict.fromkeys(sample.prompt.language for sample in samples):
-        places = [place for place, sample in enumerate(samples) if sample.prompt.language == language]
+    for facet, language in dict.fromkeys((one.facet, one.exchange.conversation.language) for one in samples):
+        places = [
+            place
+            for place, one in enumerate(samples)
+            if (one.facet, one.exchange.conversation.language) == (facet, language)
+        ]
         for place in (places[number * len(places) // shown] for number in range(min(shown, len(places)))):
             grid = Table.grid(padding=(0, 2))
             grid.add_column(style="bold", no_wrap=True)
             grid.add_column(overflow="fold")
             for result in results:
-                grid.add_row(Text(result.name), _shown_reply(result.samples[place].reply))
-            question = samples[place].prompt.messages[-1]["content"]
+                grid.add_row(Text(result.name), _shown(result.samples[place]))
+            question = " / ".join(samples[place].exchange.conversation.questions.split("\n"))
             console.print(Panel(grid, title=Text(f"{language}: {question}"), title_align="left"))
 
 
-def _shown_reply(reply: Reply) -> Text:
+def _shown(sample: Sample) -> Text:
+    """The replies, a line each, and what was found of them."""
+    lines = Text("\n").join([_shown_reply(sample.exchange, turn) for turn in range(len(sample.exchange.replies))])
+    for reason in sample.why:
+        lines.append(f"\n  · {_visible(reason)}", "dim")
+    return lines
+
+
+def _shown_reply(exchange: Exchange, turn: int) -> Text:
     """As plain text, never as rich's markup (`[/INST]`), and with control characters made visible."""
-    end = "" if reply.stopped else " … (cut off)"
-    return Text.assemble(repr(reply.text[:SHOWN_CHARACTERS])[1:-1], (end, "dim"))
+    reply = exchange.replies[turn]
+    return Text.assemble(_visible(reply.text[:SHOWN_CHARACTERS]), ("" if reply.stopped else " … (cut off)", "dim"))
+
+
+def _visible(text: str) -> str:
+    return repr(text)[1:-1]

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from evaluation.bits_per_byte import DocumentBits
-from evaluation.facets import Facets
-from evaluation.generate import Reply
-from evaluation.intervals import Estimate, mean, ratio
-from evaluation.prompts import Prompt
-
-FACETS = ("chat", "stopped", "in_language", "keeps_format", "repetition")
-BITS = "bits_per_byte"
+from core.errors import UserError
+from evaluation.conversation import Exchange
+from evaluation.facets.facet import Facet, Figure, Findings, Measured, NotRun
+from evaluation.intervals import Difference, Estimate, Parts, difference, estimate
 
 Scores = dict[str, dict[str, dict[str, Estimate]]]  # model -> language -> figure
+Breakdowns = dict[str, dict[str, dict[str, dict[str, Estimate]]]]  # model -> language -> figure -> group
+Differences = dict[str, dict[str, dict[str, Difference]]]  # model -> language -> figure; to the baseline
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, a reply, and what was found of it."""
+    """A conversation, a model's replies, and what was found of them: by its own facet, and by those that read all."""
 
-    prompt: Prompt
-    reply: Reply
-    facets: Facets
+    facet: str
+    exchange: Exchange
+    scores: dict[str, float | None]
+    why: list[str]
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,100 @@ class ModelResult:
     """Everything measured of one model."""
 
     name: str
-    documents: dict[str, list[DocumentBits]]  # by language
+    findings: list[Findings]
     samples: list[Sample]
-    tokens_per_second: float  # of generation; 0 where no prompts were given
+    tokens_per_second: float  # of generation; 0 where nothing was asked
+
+    @property
+    def measured(self) -> list[Measured]:
+        """Of all facets."""
+        return [part for findings in self.findings for part in findings.measured]
+
+    @property
+    def not_run(self) -> list[NotRun]:
+        """What could not be had."""
+        return [one for findings in self.findings for one in findings.not_run]
+
+    def samples_of(self, facet: str) -> list[Sample]:
+        """The conversations that a facet asked."""
+        return [sample for sample in self.samples if sample.facet == facet]
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What facets add to results.json; what two of them add under one name stands there together."""
+        found: dict[str, Any] = {}
+        for findings in self.findings:
+            for name, value in findings.details.items():
+                found[name] = {**found.get(name, {}), **value}
+        return found
 
 
-def score(results: Sequence[ModelResult], seed: int) -> Scores:
-    """Every figure of every model and language, with its interval."""
-    return {result.name: _score_model(result, seed) for result in results}
+@dataclass(frozen=True)
+class Results:
+    """All models' figures, side by side."""
+
+    models: list[ModelResult]
+    figures: dict[str, Figure]  # all that the facets may report, in the order they are shown
+    facets: dict[str, list[str]]  # the figures of each facet
+    scores: Scores
+    breakdowns: Breakdowns
+    differences: Differences
+    baseline: str
+
+    def flat(self) -> dict[str, float]:
+        """`model/language/figure` -> value, four digits behind the point."""
+        return {"/".join(names): round(one.value, 4) for *names, one in each(self.scores)}
+
+    def languages_with(self, figure: str) -> list[str]:
+        """The languages that a figure was measured in, in order."""
+        return languages_with(self.scores, figure)
 
 
-def _score_model(result: ModelResult, seed: int) -> dict[str, dict[str, Estimate]]:
-    figures: dict[str, dict[str, Estimate]] = {}
-    for language, documents in result.documents.items():
-        bits, sizes = [document.bits for document in documents], [float(document.bytes) for document in documents]
-        figures.setdefault(language, {})[BITS] = ratio(bits, sizes, seed)
-    for language in dict.fromkeys(sample.prompt.language for sample in result.samples):
-        values = [sample.facets.values() for sample in result.samples if sample.prompt.language == language]
-        for facet in FACETS:
-            figures.setdefault(language, {})[facet] = mean([value[facet] for value in values], seed)
-    return figures
+def summarise(models: Sequence[ModelResult], facets: Sequence[Facet], baseline: str | None, seed: int) -> Results:
+    """Every figure of every model and language, with its interval and its difference to the baseline's.
+
+    Raises `UserError` for a baseline that is no model of these.
+    """
+    names = [result.name for result in models]
+    compared_to = choose_baseline(names, baseline)
+    theirs = _parts(next(result for result in models if result.name == compared_to).measured)
+    scores: Scores = {name: {} for name in names}
+    breakdowns: Breakdowns = {name: {} for name in names}
+    differences: Differences = {name: {} for name in names if name != compared_to}
+    for result in models:
+        for (language, figure, group), parts in _parts(result.measured).items():
+            if group:
+                by_group = breakdowns[result.name].setdefault(language, {}).setdefault(figure, {})
+                by_group[group] = estimate(parts, seed)
+                continue
+            scores[result.name].setdefault(language, {})[figure] = estimate(parts, seed)
+            found = difference(parts, theirs.get((language, figure, ""), {}), seed)
+            if result.name != compared_to and found is not None:
+                differences[result.name].setdefault(language, {})[figure] = found
+    of_facets = {facet.name: [figure.name for figure in facet.figures] for facet in facets}
+    figures = {figure.name: figure for facet in facets for figure in facet.figures}
+    return Results(list(models), figures, of_facets, scores, breakdowns, differences, compared_to)
+
+
+def choose_baseline(models: Sequence[str], wanted: str | None) -> str:
+    """The model that the others are compared with: the one that was asked for, `base`, or the first."""
+    if wanted is not None and wanted not in models:
+        raise UserError(f"evaluation.baseline = {wanted} is none of the models; they are {', '.join(models)}.")
+    return wanted or ("base" if "base" in models else models[0])
+
+
+def _parts(measured: Sequence[Measured]) -> dict[tuple[str, str, str], Parts]:
+    return {(one.language, one.figure.name, one.group): one.parts for one in measured}
+
+
+def each(nested: Mapping[str, Any]) -> Iterable[list[Any]]:
+    """The leaves of nested mappings, each behind the names that lead to it."""
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            for rest in each(value):
+                yield [name, *rest]
+        else:
+            yield [name, value]
 
 
 def languages_with(scores: Scores, figure: str) -> list[str]:

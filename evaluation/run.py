@@ -1,87 +1,138 @@
-"""The evaluation stage: bits per byte and chat facets of several models, side by side."""
+"""The evaluation stage: the facets of the recipe's suites, on several models, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.progress import say, timed
-from core.sources import Corpus
-from evaluation.bits_per_byte import measure_documents
-from evaluation.chat_template import ChatTemplate, read_chat_template, render, template_for
+from core.progress import timed
+from evaluation.chat_template import ChatTemplate, first_template, read_chat_template, template_for
 from evaluation.config import EvaluationConfig
+from evaluation.conversation import Exchange
 from evaluation.division import Division, divided_work
-from evaluation.facets import judge
-from evaluation.generate import generate
-from evaluation.models import LoadedModel, load_model, shared_context
-from evaluation.prompts import Prompt, heldout_documents, read_prompts
-from evaluation.report import flat, report
-from evaluation.results import ModelResult, Sample, score
+from evaluation.facets.facet import Facet, Findings, Subject
+from evaluation.generate import converse
+from evaluation.heldout import Text
+from evaluation.models import load_model, shared_context
+from evaluation.report import report
+from evaluation.results import ModelResult, Sample, choose_baseline, summarise
+from evaluation.suites import Setup, make_facets
 from tracking import Tracker
 
 
 def run(
     config: EvaluationConfig,
     models: Mapping[str, Path],
-    corpus: Corpus,
-    chat_template_from: Path,
+    text: Text,
+    chat_template_from: Path | None,
     out: Path,
     tracker: Tracker,
 ) -> dict[str, Any]:
     """Evaluate `models` (name -> Hugging Face directory, in the order they are shown) and write `out`.
 
-    Models without a chat template are asked in that of `chat_template_from`. Any number of processes may call this
-    together; the results do not depend on how many. Writes results.json, samples.jsonl and figures (rank 0), and
-    returns the figures by `model/language/figure` (every rank).
+    Models without a chat template are asked in that of `chat_template_from`, or of the first model that has one. Any
+    number of processes may call this together; the results do not depend on how many. Writes results.json,
+    samples.jsonl and figures (rank 0), and returns the figures by `model/language/figure` (every rank).
     """
+    choose_baseline(list(models), config.baseline)
     config = config.model_copy(update={"context": shared_context(models, config.context)})
-    prompts = read_prompts(config)
-    documents = heldout_documents(config, corpus)
-    chat = read_chat_template(chat_template_from) if prompts else None
-    if not prompts:
-        say("evaluation.prompts is not set: bits per byte only, no replies")
+    setup = Setup(config, text)
+    facets = make_facets(setup)
+    chat = None
+    if any(facet.needs_template() for facet in facets):
+        chat = read_chat_template(chat_template_from) if chat_template_from else first_template(models)
+    if {"judge", "safety"} & {facet.name for facet in facets}:
+        for judge in setup.judges:
+            judge.check()
     with divided_work() as division:
-        results = [
-            evaluate_model(name, directory, config, documents, prompts, chat, division)
-            for name, directory in models.items()
-        ]
-    scores = score(results, config.seed)
+        found = [evaluate_model(name, directory, config, facets, chat, division) for name, directory in models.items()]
+        found = compare(found, facets, choose_baseline(list(models), config.baseline), division)
+    results = summarise(found, facets, config.baseline, config.seed)
     if division.world.is_main:
-        report(config, models, results, scores, out, tracker)
-    return flat(scores)
+        report(config, models, results, out, tracker)
+    return results.flat()
 
 
 def evaluate_model(
     name: str,
     directory: Path,
     config: EvaluationConfig,
-    documents: Mapping[str, list[str]],
-    prompts: list[Prompt],
+    facets: Sequence[Facet],
     chat: ChatTemplate | None,
     division: Division,
 ) -> ModelResult:
     """One model, on every process. It is loaded here and gone afterwards, so that memory holds one at a time."""
     with timed(f"{name}: loading {directory}"):
         loaded = load_model(name, directory, division.world.local_rank)
-    bits = {
-        language: measure_documents(loaded, texts, config, division, f"{name}: bits per byte, {language}")
-        for language, texts in documents.items()
-    }
-    if chat is None:
-        return ModelResult(name, bits, [], 0.0)
-    samples, speed = ask(loaded, template_for(loaded, directory, chat), prompts, config, division)
-    return ModelResult(name, bits, samples, speed)
+    template = template_for(loaded, directory, chat) if chat else None
+    return measure(Subject(loaded, directory, division, template.marks if template else ()), template, config, facets)
 
 
-def ask(
-    loaded: LoadedModel, template: ChatTemplate, prompts: list[Prompt], config: EvaluationConfig, division: Division
-) -> tuple[list[Sample], float]:
-    """Put every prompt to a model and judge the replies. Returns the samples, and generated tokens per second."""
-    texts = [render(loaded.tokenizer, template.template, prompt.messages) for prompt in prompts]
-    generation = generate(loaded, texts, template.end_tokens, config, division)
-    samples = [
-        Sample(prompt, reply, judge(reply, prompt.language, template.marks))
-        for prompt, reply in zip(prompts, generation.replies, strict=True)
+def measure(
+    subject: Subject, template: ChatTemplate | None, config: EvaluationConfig, facets: Sequence[Facet]
+) -> ModelResult:
+    """All facets of a model that is in memory: what they ask is answered together, and each makes its figures of it.
+
+    `template` is how it is spoken to; None if no facet needs one.
+    """
+    subject = replace(subject, template=template)
+    asked = {facet.name: facet.conversations() for facet in facets}
+    conversations = [conversation for of_facet in asked.values() for conversation in of_facet]
+    exchanges: list[Exchange] = []
+    speed = 0.0
+    if conversations and template is not None:
+        generation = converse(subject.loaded, template, conversations, config, subject.division)
+        exchanges, speed = generation.exchanges, generation.tokens_per_second
+    places = _places(asked)
+    findings = [
+        facet.measure(subject, exchanges if facet.reads_all else [exchanges[place] for place in places[facet.name]])
+        for facet in facets
     ]
-    return samples, generation.tokens_per_second
+    return ModelResult(subject.loaded.name, findings, _samples(facets, findings, places, exchanges), speed)
+
+
+def compare(
+    found: Sequence[ModelResult], facets: Sequence[Facet], baseline: str, division: Division
+) -> list[ModelResult]:
+    """The results, with what facets find of a model's replies beside the baseline's."""
+    theirs = next(result for result in found if result.name == baseline)
+    return [result if result is theirs else _compared(result, theirs, facets, division) for result in found]
+
+
+def _compared(result: ModelResult, baseline: ModelResult, facets: Sequence[Facet], division: Division) -> ModelResult:
+    findings = list(result.findings)
+    for facet in facets:
+        samples, theirs = result.samples_of(facet.name), baseline.samples_of(facet.name)
+        compared = facet.compare(division, [one.exchange for one in samples], [one.exchange for one in theirs])
+        if compared is not None:
+            findings.append(compared)
+            _add_verdicts(samples, compared)
+    return replace(result, findings=findings)
+
+
+def _add_verdicts(samples: Sequence[Sample], findings: Findings) -> None:
+    for sample, verdict in zip(samples, findings.verdicts, strict=bool(findings.verdicts)):
+        sample.scores.update(verdict.scores)
+        sample.why.extend(verdict.why)
+
+
+def _places(asked: Mapping[str, Sequence[Any]]) -> dict[str, range]:
+    """Where each facet's conversations are among all."""
+    places, start = {}, 0
+    for name, conversations in asked.items():
+        places[name] = range(start, start + len(conversations))
+        start += len(conversations)
+    return places
+
+
+def _samples(
+    facets: Sequence[Facet], findings: Sequence[Findings], places: Mapping[str, range], exchanges: Sequence[Exchange]
+) -> list[Sample]:
+    """A sample per conversation, with the verdicts of its own facet and of those that read all."""
+    samples = [Sample(name, exchanges[place], {}, []) for name, of_facet in places.items() for place in of_facet]
+    for facet, found in zip(facets, findings, strict=True):
+        judged = samples if facet.reads_all else [samples[place] for place in places[facet.name]]
+        _add_verdicts(judged, found)
+    return samples

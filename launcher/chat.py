@@ -20,8 +20,8 @@ from core.errors import UserError
 from core.models import is_local, model_directory
 from core.progress import say
 from evaluation.chat_template import render
+from evaluation.conversation import Message
 from evaluation.models import LoadedModel, load_model, load_tokenizer
-from evaluation.prompts import Message
 
 HELP = "/clear: a new conversation   /undo: take the last exchange back   /exit or Ctrl-D: end   Ctrl-C: stop a reply"
 UNFINISHED_CHARACTER = "\ufffd"  # what bytes decode to that are no whole character yet

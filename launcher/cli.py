@@ -158,10 +158,47 @@ def merge(
     run_merge(Request(words or [], cpt, base, chat, vector, tokenizer, ratio, out, extract))
 
 
-@app.command(cls=RecipeCommand)
-def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Evaluate base, chat, CPT and merged model."""
-    _stage("evaluate", recipe, overrides)
+class EvaluateCommand(TyperCommand):
+    """The evaluation needs no recipe: its help lists the keys of that section alone; an option may have many values."""
+
+    def format_epilog(self, context: Any, formatter: Any) -> None:
+        """The keys of the evaluation section, after the options."""
+        from evaluation.config import EvaluationConfig
+        from launcher.reference import as_text
+
+        keys = as_text(EvaluationConfig, "evaluation.")
+        formatter.write(f"\nSettings, as evaluation.key=value; with a RECIPE, any key of it:\n{keys}\n")
+
+    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+        """`--models base=A cpt=B` is `--models base=A --models cpt=B`."""
+        from launcher.evaluate import one_value_each
+
+        return super().parse_args(context, one_value_each(arguments))
+
+
+@app.command(cls=EvaluateCommand)
+def evaluate(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [section.key=value ...]")] = None,
+    models: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR ...", help="without a recipe: the models, in this order")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(metavar="A,B", help="language, form, chat, knowledge, safety")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="TAG=FILE ...", help="held-out text of a language, read whole")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="DIR", help="whose chat template models without one are asked in")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="results.json, samples, pictures, log")] = None,
+) -> None:
+    """Evaluate base, chat, CPT and merged model: bits per byte, form of replies, chat, knowledge, safety.
+
+    With a RECIPE this is its evaluation stage. Without one: --models and --out; bits per byte need --text.
+    """
+    from launcher.evaluate import Request
+    from launcher.evaluate import evaluate as run_evaluation
+
+    run_evaluation(Request(words or [], models or [], suite, text or [], template, out))
 
 
 @app.command(cls=RecipeCommand)
@@ -320,16 +357,12 @@ def dashboard(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print it as JSON, save nothing")] = False,
 ) -> None:
     """A W&B workspace of the run: a section per stage. One of the same name that this made before is replaced."""
-    from evaluation.prompts import read_prompts
-    from launcher.pipeline import group_name
+    from launcher.dashboard import pipeline_of
     from launcher.recipe import load_recipe
-    from tracking.dashboard import Pipeline
     from tracking.dashboard import dashboard as make_dashboard
 
     loaded = load_recipe(recipe, overrides or [])
-    asked = list(dict.fromkeys(prompt.language for prompt in read_prompts(loaded.evaluation)))
-    pipeline = Pipeline(group_name(loaded), loaded.corpus.languages(), asked)
-    make_dashboard(loaded.tracking, pipeline, save_as or f"cpt-merge {loaded.name}", dry_run)
+    make_dashboard(loaded.tracking, pipeline_of(loaded), save_as or f"cpt-merge {loaded.name}", dry_run)
 
 
 @app.command()

@@ -78,10 +78,10 @@ def _type_name(annotation: Any) -> str:
     return names.get(name, name)
 
 
-def as_text(section: type[Section]) -> str:
-    """The keys for a terminal, one a line."""
+def as_text(section: type[Section], prefix: str = "") -> str:
+    """The keys for a terminal, one a line, behind `prefix`."""
     lines = []
-    for item in recipe_keys(section):
+    for item in recipe_keys(section, prefix):
         detail = ", ".join(part for part in (item.type, item.unit, _default_words(item)) if part)
         lines.append(f"  {item.path}\n      {item.text} ({detail})")
     return "\n".join(lines)

@@ -161,16 +161,43 @@ def latest(log: StageLog) -> dict[str, float]:
     return values
 
 
+# figure -> title, what it says, whether it is a share
+FIGURES = {
+    "chat": ("Good replies", "stop by themselves, are in the prompt's language and keep the chat format", True),
+    "bits_per_byte": ("Bits per byte", "of held-out text; lower is better", False),
+    "stopped": ("Replies that stop by themselves", "before the limit of tokens", True),
+    "in_language": ("Replies in the prompt's language", "by script", True),
+    "keeps_format": ("Replies that keep the chat format", "no marker of the template in the text", True),
+    "repetition": ("Repetition", "share of a reply that repeats itself; lower is better", True),
+}
+
+
+def figures_of(log: StageLog) -> dict[str, tuple[str, str, bool]]:
+    """Of every figure its title, what it says, and whether it is a share: those above, then the evaluation's others."""
+    table = log.tables.get("eval/figures")
+    rows = [dict(zip(table.columns, cells, strict=True)) for cells in table.rows] if table else []
+    own = {
+        str(row["figure"]): (
+            f"{row['facet']}: {row['heading']}".capitalize(),
+            f"{row['meaning']}" + ("" if row["more is better"] else "; lower is better"),
+            bool(row["share"]),
+        )
+        for row in rows
+    }
+    return FIGURES | {name: about for name, about in own.items() if name not in FIGURES}
+
+
 def score_pivots(log: StageLog) -> dict[str, Pivot]:
     """Of an evaluation's scores, for each figure: languages, and a row per model with its values by language."""
     table = log.tables.get("eval/scores")
     if table is None:
         return {}
     values = {(row[2], row[0], row[1]): row[3] for row in table.rows}  # (figure, model, language)
+    shares = {name for name, (_, _, share) in figures_of(log).items() if share}
     figures, models, languages = (list(dict.fromkeys(key[place] for key in values)) for place in range(3))
     pivots: dict[str, Pivot] = {}
     for figure in figures:
-        form = "{:.3f}" if figure == "bits_per_byte" else "{:.0%}"
+        form = "{:.0%}" if figure in shares else "{:.3f}"
         present = [language for language in languages if any((figure, model, language) in values for model in models)]
         rows = [
             [str(model), *(_shown(form, values.get((figure, model, language))) for language in present)]

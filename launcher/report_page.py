@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, Template
 from markupsafe import Markup
 
-from launcher.report import RunView, StageView, duration, is_notice, matters, number
+from launcher.report import RunView, StageView, duration, figures_of, is_notice, matters, number
 from launcher.report_bars import NARROW, WIDE, Bar, Series, draw_bars
 from launcher.report_curves import MOST_POINTS, Form, Line, draw_chart, is_logarithmic, percent, short
 from launcher.report_headline import progress, scores_of, strip, tiles, verdict
@@ -39,16 +39,6 @@ FACETS = {
     "stopped": ("stops", "cut off"),
     "in_language": ("in language", "other language"),
     "keeps_format": ("keeps format", "breaks format"),
-}
-
-# figure -> title, what it says, whether it is a share
-FIGURES = {
-    "chat": ("Good replies", "stop by themselves, are in the prompt's language and keep the chat format", True),
-    "bits_per_byte": ("Bits per byte", "of held-out text; lower is better", False),
-    "stopped": ("Replies that stop by themselves", "before the limit of tokens", True),
-    "in_language": ("Replies in the prompt's language", "by script", True),
-    "keeps_format": ("Replies that keep the chat format", "no marker of the template in the text", True),
-    "repetition": ("Repetition", "share of a reply that repeats itself; lower is better", True),
 }
 
 
@@ -226,9 +216,9 @@ def score_charts(log: StageLog, palette: Palette) -> list[Chart]:
         numbers = [value for name in ("value", "low", "high") if isinstance(value := row[name], int | float)]
         if len(numbers) == 3 and all(map(math.isfinite, numbers)):
             known[str(row["figure"]), str(row["model"]), str(row["language"])] = Bar(*numbers)
-    charts = []
-    for figure in sorted({figure for figure, _, _ in known}, key=lambda name: [*FIGURES, name].index(name)):
-        title, unit, share = FIGURES.get(figure, (figure, "", False))
+    charts, figures = [], figures_of(log)
+    for figure in sorted({figure for figure, _, _ in known}, key=lambda name: [*figures, name].index(name)):
+        title, unit, share = figures.get(figure, (figure, "", False))
         languages = list(dict.fromkeys(language for one, _, language in known if one == figure))
         series = [
             Series(name, [known.get((figure, name, language)) for language in languages], palette.model(name))
@@ -304,7 +294,7 @@ def section_of(stage: StageView, palette: Palette) -> StageSection:
         stage,
         charts,
         tables,
-        [name for name in small if not drawn or name.endswith("examples")],
+        [name for name in small if not drawn or name.endswith(("examples", "not_run"))],
         {name: data_uri(path) for name, path in stage.log.images.items()},
         _metrics(stage.log, shown),
         _results(stage, shown),
@@ -527,5 +517,6 @@ def _counted(reply: Mapping[str, Cell]) -> str:
 
 
 def _facets(reply: Mapping[str, Cell]) -> list[tuple[str, bool]]:
-    """The yes-or-no facets of a reply, in words."""
-    return [(words[not reply[facet]], bool(reply[facet])) for facet, words in FACETS.items() if facet in reply]
+    """The yes-or-no facets of a reply, in words; of several replies of a dialogue each has to have it."""
+    held = {facet: reply[facet] == 1 for facet in FACETS if facet in reply}
+    return [(words[not held[facet]], held[facet]) for facet, words in FACETS.items() if facet in held]

@@ -174,7 +174,7 @@ def _lists(recipe: Recipe) -> dict[str, str]:
 
 
 def _prompts(recipe: Recipe) -> dict[str, str]:
-    return {"prompts": fingerprint(recipe.evaluation.prompts)} if recipe.evaluation.prompts else {}
+    return {name: fingerprint(Path(path).expanduser()) for name, path in recipe.evaluation.files().items()}
 
 
 STAGES = [

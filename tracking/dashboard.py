@@ -47,12 +47,23 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One of the evaluation's figures that are made of replies: logged as eval/MODEL/LANGUAGE/NAME."""
+
+    name: str
+    title: str
+    unit: str
+    languages: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """What the names of a pipeline's metrics depend on."""
 
     group: str
     languages: Sequence[str]  # of the text
-    asked: Sequence[str]  # languages of the evaluation's prompts; none: it generates no replies
+    figures: Sequence[Figure] = ()  # none: the evaluation generates no replies
+    pictures: Sequence[str] = ("bits_per_byte",)  # of the evaluation
     models: Sequence[str] = ("base", "chat", "cpt", "merged")
 
 
@@ -185,27 +196,29 @@ def _evaluation(pipeline: Pipeline) -> Section:
         return [f"eval/{model}/{language}/{figure}" for model in pipeline.models]
 
     replies = [
-        *(Panel(f"Replies that are all three, {one}", "bars", of(one, "chat"), "share") for one in pipeline.asked),
         *(
-            Panel(f"Replies: {title}", "bars", [name for one in pipeline.asked for name in of(one, figure)], "share")
-            for figure, title in (
-                ("stopped", "stop by themselves"), ("in_language", "in the prompt's language"),
-                ("keeps_format", "keep the chat format"), ("repetition", "repetition"),
+            Panel(
+                figure.title, "bars", [name for one in figure.languages for name in of(one, figure.name)], figure.unit
             )
+            for figure in pipeline.figures
         ),
         Panel("Generation", "bars", [f"eval/{one}/tokens_per_second" for one in pipeline.models], "tokens per second"),
         Panel("Sample replies", "table", ["eval/samples"]),
-    ]  # fmt: skip
+        Panel("Turns, kinds of checks, categories", "table", ["eval/breakdowns"], needs="a suite with more than form"),
+    ]
     return Section(
         "Evaluation",
         [
-            Panel("Figures", "images", ["eval/bits_per_byte", *(["eval/replies"] if pipeline.asked else [])]),
+            Panel("Figures", "images", [f"eval/{name}" for name in pipeline.pictures]),
             *(
                 Panel(f"Bits per byte, {one}", "bars", of(one, "bits_per_byte"), "bits per byte")
                 for one in pipeline.languages
             ),
-            *(replies if pipeline.asked else []),
+            *(replies if pipeline.figures else []),
             Panel("Scores with their 95 % intervals", "table", ["eval/scores"]),
+            Panel("Differences to the baseline", "table", ["eval/differences"]),
+            Panel("What the figures are", "table", ["eval/figures"]),
+            Panel("What could not be had", "table", ["eval/not_run"], needs="something that could not be had"),
         ],
         is_open=True,
     )

@@ -1,23 +1,20 @@
 """The whole stage: what it writes and returns, the same for any number of processes; and bad input."""
 
 import json
-import math
 
-import numpy as np
 import pytest
 
 from core.errors import UserError
 from core.sources import Corpus
 from evaluation.config import EvaluationConfig
-from evaluation.facets import judge
-from evaluation.generate import Reply
-from evaluation.intervals import mean, ratio
+from evaluation.conversation import Exchange, Reply, prompt
+from evaluation.heldout import read_documents
 from evaluation.models import shared_context
-from evaluation.prompts import Prompt, heldout_documents, read_prompts
 from evaluation.report import show_samples
 from evaluation.results import ModelResult, Sample
 from evaluation.run import run
-from tests.distributed import run_ranks
+from tests.distributed import free_port, run_ranks
+from tests.evaluation.http_server import judging
 from tracking import TrackingConfig, read_log, start_tracker
 from tracking.tracker import SilentTracker
 
@@ -37,48 +34,93 @@ def test_what_it_writes_and_returns(models_of_two_vocabularies, corpus, prompts_
     assert scores["chat"]["n"] == 2
     assert scores["bits_per_byte"]["low"] <= scores["bits_per_byte"]["value"] <= scores["bits_per_byte"]["high"]
     assert returned["chat/ko/bits_per_byte"] == round(scores["bits_per_byte"]["value"], 4)
-    assert len(returned) == 2 * 3 * 6
+    assert len(returned) == 2 * 3 * 7
 
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 3 * 2
-    assert {"model", "language", "messages", "reply", "stopped", "in_language", "keeps_format", "chat"} <= samples[
-        0
-    ].keys()
+    assert samples[0].keys() == {
+        "model", "facet", "language", "messages", "reply", "replies", "checks", "scores", "why",
+    }  # fmt: skip
+    assert {"stopped", "in_language", "keeps_format", "chat"} <= samples[0]["scores"].keys()
 
     log = read_log(tmp_path / "log")
     assert log.rows[0]["eval/base/zh_tw/bits_per_byte"] == returned["base/zh_tw/bits_per_byte"]
     assert len(log.tables["eval/samples"].rows) == 12
     assert set(log.images) == {"eval/bits_per_byte", "eval/replies"}
     shown = capsys.readouterr().err
-    assert "Korean: 6 documents, 2 replies" in shown
+    assert "Korean, language: 6 documents" in shown
+    assert "Korean, form: 2 conversations" in shown
     assert "base: has no chat template" in shown
 
 
 def test_replies_with_marks_and_control_characters_are_shown_as_they_are(capsys):
-    prompt = Prompt("ko", [{"role": "user", "content": "[bold]안녕"}])
-    reply = Reply("[/INST] 안녕\x1b[2J\n[red]", stopped=False, tokens=9)
-    show_samples([ModelResult("[m]", {}, [Sample(prompt, reply, judge(reply, "ko", ["[/INST]"]))], 1.0)], shown=1)
+    asked = prompt("ko", [{"role": "user", "content": "[bold]안녕"}])
+    exchange = Exchange(asked, (Reply("[/INST] 안녕\x1b[2J\n[red]", stopped=False, tokens=9),))
+    show_samples([ModelResult("[m]", [], [Sample("form", exchange, {}, ["[why]"])], 1.0)], shown=1)
     shown = capsys.readouterr().err
     assert "ko: [bold]안녕" in shown
     assert r"[m]  [/INST] 안녕\x1b[2J\n[red] … (cut off)" in shown
+    assert "· [why]" in shown
+
+
+def judge_like_a_parrot(prompt):
+    """Marks by length of the last reply; prefers the longer conversation; calls what holds an `e` unsafe."""
+    if "SCORE" in prompt:
+        return f"SCORE: {1 + len(prompt) % 10}"
+    if "unsafe" in prompt:
+        return f"VERDICT: {'unsafe' if 'e' in prompt.split('[assistant]')[1] else 'safe'}"
+    first, second = prompt.split("<assistant_B>")
+    return f"VERDICT: {'A' if len(first) > len(second) else 'B'}"
+
+
+@pytest.fixture
+def judge(serve, tmp_path):
+    """Settings of a judge that really answers, with two questions in Korean."""
+    questions = tmp_path / "questions.jsonl"
+    rows = [
+        {"language": "ko", "turns": [f"{number}?", "왜?"][: 1 + number % 2], "category": "x"} for number in range(2)
+    ]
+    questions.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {
+        "url": serve(judging(judge_like_a_parrot)).url, "model": "parrot", "questions": str(questions),
+        "modes": ["mark", "comparison"], "price": {"prompt": 1, "completion": 2}, "cache": str(tmp_path / "cache"),
+    }  # fmt: skip
 
 
 def evaluate(settings, models, corpus, out):
     run(EvaluationConfig(**settings), models, Corpus.model_validate(corpus), models["chat"], out, SilentTracker())
 
 
-def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
-    settings = {**SETTINGS, "prompts": str(prompts_file)}
+def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, prompts_file, judge, tmp_path):
+    """Bits per byte, form, instructions, dialogues of several turns, safety and a judge alike."""
+    settings = {**SETTINGS, "prompts": str(prompts_file), "suites": ["language", "chat", "safety"]}
+    alone, together = ({**settings, "judge": {**judge, "cache": str(tmp_path / size / "cache")}} for size in "12")
     for size in "12":
         (tmp_path / size).mkdir()
-    evaluate(settings, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "1")
-    run_ranks(evaluate, 2, settings, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "2")
+    evaluate(alone, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "1")
+    run_ranks(evaluate, 2, together, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "2")
     assert (tmp_path / "1/samples.jsonl").read_text() == (tmp_path / "2/samples.jsonl").read_text()
     one, two = (json.loads((tmp_path / size / "results.json").read_text())["models"] for size in "12")
     for results in (one, two):
         for model in results.values():
             assert model.pop("generated_tokens_per_second") > 0
     assert one == two
+    scores, breakdowns = one["chat"]["scores"]["ko"], one["chat"]["breakdowns"]["ko"]
+    assert {name: scores[name]["n"] for name in ("bits_per_byte", "chat", "instructions", "dialogues", "lexicon_rate")} == {
+        "bits_per_byte": 6, "chat": 2 + 2 + 2 + 2 + 2, "instructions": 2, "dialogues": 2, "lexicon_rate": 2,
+    }  # fmt: skip
+    assert set(breakdowns) == {
+        "instruction_checks", "dialogue_turns", "lexicon_rate", "judge_mark", "judge_preferred", "judge_unsafe",
+    }  # fmt: skip
+    assert one["chat"]["differences"]["ko"].keys() | {"judge_preferred"} == scores.keys()
+    assert one["base"]["differences"] == {}, "it is what the others are compared with"
+    samples = [json.loads(line) for line in (tmp_path / "1/samples.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(sample["facet"] for sample in samples)) == [
+        "form", "instructions", "dialogue", "judge", "safety",
+    ]  # fmt: skip
+    dialogue = samples[12]
+    assert len(dialogue["replies"]) == (len(dialogue["messages"]) + 1) // 2 == len(dialogue["checks"])
+    assert {"chat", "dialogue_turns", "dialogues"} <= dialogue["scores"].keys()
 
 
 def test_without_prompts_only_bits_per_byte(models_of_two_vocabularies, corpus, tmp_path):
@@ -88,53 +130,9 @@ def test_without_prompts_only_bits_per_byte(models_of_two_vocabularies, corpus, 
     assert sorted(returned) == ["base/en/bits_per_byte", "base/ko/bits_per_byte", "base/zh_tw/bits_per_byte"]
 
 
-def test_bootstrap_agrees_with_theory_and_is_seeded():
-    values = (np.random.default_rng(0).random(400) < 0.3).astype(float)
-    found = mean(list(values), seed=1)
-    error = math.sqrt(found.value * (1 - found.value) / 400)
-    assert found.value == pytest.approx(values.mean())
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
-    assert mean(list(values), seed=1) == found != mean(list(values), seed=2)
-    assert ratio([2.0, 6.0], [1.0, 3.0], seed=0).value == 2.0
-
-
 def test_the_heldout_budget_is_kept(corpus):
-    documents = heldout_documents(EvaluationConfig(max_bytes=100), corpus)["zh_tw"]
+    documents = read_documents(EvaluationConfig(max_bytes=100), corpus)["zh_tw"]
     assert 98 <= len("".join(documents).encode()) <= 100
-
-
-USER = {"role": "user", "content": "hi"}
-BAD_PROMPTS = [
-    ({"messages": [USER]}, 'line 1: a prompt needs the fields "language" and "messages"'),
-    ([], 'needs the fields "language" and "messages"'),
-    ({"language": "xx", "messages": [USER]}, "language 'xx' is not known"),
-    ({"language": "ko", "messages": "hi"}, 'each of "messages"'),
-    ({"language": "ko", "messages": [{"role": "robot", "content": "hi"}]}, 'each of "messages"'),
-    (
-        {"language": "ko", "messages": [USER, {"role": "assistant", "content": "hi"}]},
-        "the last message is not the user's",
-    ),
-]
-
-
-@pytest.mark.parametrize(("row", "sentence"), BAD_PROMPTS)
-def test_bad_prompts(tmp_path, row, sentence):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps(row))
-    with pytest.raises(UserError, match=sentence):
-        read_prompts(EvaluationConfig(prompts=str(path)))
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [(None, "does not exist"), (b"{", "is not JSON"), (b"\xff\xfe", "not UTF-8"), (b"\n", "no prompts")],
-)
-def test_bad_prompts_file(tmp_path, content, sentence):
-    path = tmp_path / "prompts.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=sentence):
-        read_prompts(EvaluationConfig(prompts=str(path)))
 
 
 def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
@@ -143,7 +141,12 @@ def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
     for models, template_from, settings, sentence in [
         ({"cpt": tmp_path / "none"}, base, {}, "model cpt: .*none holds no config.json"),
         ({"base": base}, base, {}, "has no chat template"),
-    ]:
+        ({"base": base}, None, {}, "none of the models base has a chat template.*--template DIR"),
+        ({"base": base}, base, {"baseline": "chat"}, "evaluation.baseline = chat is none of the models; they are base"),
+        ({"base": base}, base, {"suites": ["chat"], "languages": ["ja"]}, "prompts file .* holds no prompt in ja"),
+        ({"base": base}, base, {"suites": ["chat"], "languages": ["ja"], "prompts": None},
+         "there are no built-in instructions in ja; give a file by evaluation.instructions"),
+    ]:  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             run(config.model_copy(update=settings), models, corpus, template_from, tmp_path, SilentTracker())
 
@@ -152,3 +155,49 @@ def test_the_window_is_one_that_every_model_can_take(models_of_two_vocabularies,
     assert shared_context(models_of_two_vocabularies, 128) == 128
     assert shared_context(models_of_two_vocabularies, 512) == 256
     assert "has 256 positions" in capsys.readouterr().err
+
+
+def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(models_of_two_vocabularies, tmp_path, capsys):
+    safety = {"moderation": {"url": f"http://127.0.0.1:{free_port()}/v1", "model": "guard", "attempts": 1}}
+    config = EvaluationConfig(suites=["safety"], languages=["ko"], safety=safety, **SETTINGS)
+    chat = {"chat": models_of_two_vocabularies["chat"]}
+    tracker = start_tracker(TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id")
+    returned = run(config, chat, {}, None, tmp_path, tracker)
+    tracker.finish()
+    assert "chat/ko/flagged" not in returned
+    assert "chat/ko/lexicon_rate" in returned
+    results = json.loads((tmp_path / "results.json").read_text())["models"]["chat"]
+    assert "refused" in results["not_run"]["flagged"]
+    rows = read_log(tmp_path / "log").tables["eval/not_run"].rows
+    assert [row[:2] for row in rows] == [["chat", "judge_unsafe"], ["chat", "flagged"]]
+    assert "chat: flagged was not run: http" in capsys.readouterr().err
+
+
+def test_the_judges_figures_and_what_they_took(models_of_two_vocabularies, judge, tmp_path, capsys):
+    config = EvaluationConfig(suites=["chat", "safety"], languages=["ko"], judge=judge, **SETTINGS)
+    run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    results = json.loads((tmp_path / "results.json").read_text())
+    took = results["judges"]["parrot"]
+    assert took["requests"] == len(list((tmp_path / "cache").iterdir()))
+    assert took["cost"] == pytest.approx((100 + 2 * 10) * took["requests"] / 1e6)
+    assert f"judge parrot: {took['requests']} requests, {took['cached']} more answered" in capsys.readouterr().err
+    chat = results["models"]["chat"]
+    assert 1 <= chat["scores"]["ko"]["judge_mark"]["value"] <= 10
+    assert chat["scores"]["ko"]["judge_preferred"]["n"] == 2
+    assert "judge_preferred" not in results["models"]["base"]["scores"]["ko"], "it is what the others are compared with"
+    assert set(chat["breakdowns"]["ko"]["judge_mark"]) == {"x", "turn 1", "turn 2"}
+    assert chat["not_run"] == {}
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    judged = [sample for sample in samples if sample["facet"] == "judge" and sample["model"] == "chat"]
+    assert {"judge_mark", "judge_preferred"} <= judged[0]["scores"].keys()
+
+
+def test_without_a_judge_its_facets_are_not_run(models_of_two_vocabularies, tmp_path, capsys):
+    config = EvaluationConfig(suites=["chat", "safety"], languages=["ko"], **SETTINGS)
+    run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["judges"] == {}
+    for model in results["models"].values():
+        assert set(model["not_run"]) == {"judge_mark", "judge_unsafe"}
+        assert not {"judge_mark", "judge_unsafe"} & model["scores"]["ko"].keys()
+    assert "base, chat: judge_mark was not run: there is no judge; set evaluation.judge" in capsys.readouterr().err

@@ -97,7 +97,10 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
             "tokens": 32 * 8 * 6, "sequence_length": 32, "batch_rows": 8, "micro_batch_rows": 4, "precision": "fp32",
             "log_every": 2, "evaluate_every": 3, "checkpoints": {"every": 3}, "optimizer": {"learning_rate": 0.001},
         },
-        "evaluation": {"prompts": str(folder / "prompts.jsonl"), "max_new_tokens": 8, "context": 64},
+        "evaluation": {
+            "suites": ["language", "chat", "safety"], "prompts": str(folder / "prompts.jsonl"), "max_prompts": 2,
+            "max_new_tokens": 8, "context": 64,
+        },
         "tracking": {"carrier": "offline"},
         "launch": {"processes": 2},
     }  # fmt: skip

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from launcher.dashboard import pipeline_of
 from launcher.recipe import Recipe
 from launcher.stages import STAGES
 from tests.launcher.conftest import ROOT, cpt_merge
 from tests.tracking.wandb_log import attempts, items, records
 from tracking import read_log
-from tracking.dashboard import Panel, Pipeline, layout
+from tracking.dashboard import Panel, layout
 
 
 def spread(name: str, value: object) -> set[str]:
@@ -47,8 +48,7 @@ def logged(finished: Path) -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def panels(recipe: Recipe) -> list[Panel]:
-    languages = recipe.corpus.languages()
-    return [panel for section in layout(Pipeline("group", languages, languages)) for panel in section.panels]
+    return [panel for section in layout(pipeline_of(recipe)) for panel in section.panels]
 
 
 def test_every_panel_shows_what_is_logged(logged: dict[str, set[str]], panels: list[Panel]) -> None:
@@ -60,9 +60,10 @@ def test_every_panel_shows_what_is_logged(logged: dict[str, set[str]], panels: l
 
 
 def test_what_only_some_runs_log_is_logged_under_that_name(panels: list[Panel]) -> None:
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "training").rglob("*.py"))
+    folders = (ROOT / "training", ROOT / "evaluation")
+    sources = "".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
     names = [name for panel in panels if panel.needs for name in panel.keys]
-    assert names == ["train/mfu"]
+    assert names == ["train/mfu", "eval/breakdowns", "eval/not_run"]
     assert all(f'"{name}"' in sources for name in names)
 
 

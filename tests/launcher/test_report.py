@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from core.artifact import StageRecord, write_json, write_record
 from core.errors import UserError
-from launcher.report import duration, number, report
+from launcher.report import duration, number, report, score_pivots
 from launcher.report_bars import Bar, Series, draw_bars
 from launcher.report_curves import MOST_POINTS, Axis, Form, Line, draw_chart, thin
 from launcher.stages import STAGES
@@ -127,6 +127,29 @@ def test_the_page_needs_nothing_but_itself(run):
     assert len(sources) == 1
     assert sources[0].startswith("data:image/png;base64,")
     assert all(attributes["href"].startswith("#") for tag, attributes in page.tags if tag == "a")
+
+
+def test_figures_are_drawn_as_the_evaluation_says_that_they_are(run):
+    evaluation = read_log(run / "evaluation" / "log")
+    assert score_pivots(evaluation)["chat"][1][0] == ["base", "50%"], "an older log, without eval/figures"
+    rows = [
+        ["merged", "ko", figure, value, value, value, 5] for figure, value in (("turns", 0.25), ("judge_score", 7.5))
+    ]
+    tracker = start(run, "evaluation")
+    tracker.table("eval/scores", SCORES, rows)
+    tracker.table(
+        "eval/figures", ["facet", "figure", "heading", "meaning", "more is better", "share"],
+        [["dialogue", "turns", "turns", "turns passed", True, True], ["judge", "judge_score", "score", "of 10", False, False]],
+    )  # fmt: skip
+    tracker.table("eval/not_run", ["model", "figure", "reason"], [["merged", "flagged", "the endpoint is dead"]])
+    pivots = score_pivots(read_log(run / "evaluation" / "log"))
+    assert pivots == {"turns": (["ko"], [["merged", "25%"]]), "judge_score": (["ko"], [["merged", "7.500"]])}
+    report(run)
+    page = Page(run)
+    assert "25" in page.chart("Dialogue: turns")
+    assert "7.5" in page.chart("Judge: score")
+    for words in ("of 10; lower is better", "the endpoint is dead"):
+        assert words in page.words
 
 
 def assert_everything_is_shown(run, stages):

@@ -9,10 +9,10 @@ import pytest
 
 from core.errors import UserError
 from tracking import TrackingConfig
-from tracking.dashboard import Pipeline, as_json, as_workspace, dashboard, layout
+from tracking.dashboard import Figure, Pipeline, as_json, as_workspace, dashboard, layout
 from tracking.local import STEP
 
-PIPELINE = Pipeline("demo-abc123", ["ko", "en"], ["ko"])
+PIPELINE = Pipeline("demo-abc123", ["ko", "en"], [Figure("chat", "Form: chat", "share", ["ko"])])
 ONLINE = TrackingConfig(entity="me", project="p")
 
 
@@ -128,10 +128,10 @@ def test_a_chart_is_the_one_that_wandb_makes_of_the_same_lines(library):
 
 def test_saving_again_replaces_the_view(library, views, capsys):
     for languages in (["ko"], ["ko", "en"]):
-        dashboard(ONLINE, Pipeline("g", languages, []), "demo", dry_run=False)
+        dashboard(ONLINE, Pipeline("g", languages), "demo", dry_run=False)
     (view,) = views.values()
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("me", "p", "demo")
-    expected = panels_of(json.loads(as_json(as_workspace("me", "p", Pipeline("g", ["ko", "en"], []), "demo")))["spec"])
+    expected = panels_of(json.loads(as_json(as_workspace("me", "p", Pipeline("g", ["ko", "en"]), "demo")))["spec"])
     saved = panels_of(json.loads(view["spec"]))
     for panel in (*expected, *saved):
         del panel["__id__"]  # drawn at random

@@ -15,7 +15,7 @@ good for; it matters for documents longer than the context only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +23,13 @@ import torch.nn.functional as F
 
 from core.errors import UserError
 from evaluation.config import EvaluationConfig
+from evaluation.conversation import Exchange
 from evaluation.division import Division, batches_by_length
+from evaluation.facets.facet import Facet, Figure, Findings, Measured, Subject
 from evaluation.models import LoadedModel
+
+BITS = "bits_per_byte"
+FIGURE = Figure(BITS, "bits/byte", "bits per byte of held-out text", rising=False, share=False)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,31 @@ class Window:
     document: int
     inputs: list[int]
     targets: list[int]
+
+
+class LanguageFacet(Facet):
+    """Bits per byte of held-out text in each language. Needs text, and no replies."""
+
+    name = "language"
+    figures = (FIGURE,)
+
+    def __init__(self, config: EvaluationConfig, documents: Mapping[str, list[str]]) -> None:
+        self._config, self._documents = config, documents
+
+    def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
+        """The figure in each language; what it rests on goes into results.json as `text`."""
+        measured, text = [], {}
+        for language, texts in self._documents.items():
+            label = f"{subject.loaded.name}: bits per byte, {language}"
+            found = measure_documents(subject.loaded, texts, self._config, subject.division, label)
+            parts = {unit: (document.bits, float(document.bytes)) for unit, document in enumerate(found)}
+            measured.append(Measured(FIGURE, language, parts))
+            text[language] = {
+                "documents": len(found),
+                "bytes": sum(document.bytes for document in found),
+                "tokens": sum(document.tokens for document in found),
+            }
+        return Findings(measured, details={"text": text})
 
 
 def measure_documents(

@@ -7,9 +7,9 @@ import torch
 
 from core.errors import UserError
 from core.world import World
-from evaluation.bits_per_byte import cut_windows, measure_documents
 from evaluation.config import EvaluationConfig
 from evaluation.division import Division
+from evaluation.facets.language import cut_windows, measure_documents
 from evaluation.models import load_model
 
 DOCUMENTS = ["今天天氣很好，我們去公園散步。" * 5, "도서관은 어디에 있습니까?", "a", "Where is the library? " * 4]

@@ -1,11 +1,12 @@
-"""Facets on replies written by hand, and the marks of templates that are in use."""
+"""The form of replies written by hand, and the marks of templates that are in use."""
 
 import pytest
 
 from evaluation.chat_template import read_chat_template, template_for, template_marks
-from evaluation.facets import is_in_language, judge, repetition
-from evaluation.generate import Reply
+from evaluation.conversation import ANY_LANGUAGE, Reply
+from evaluation.facets.form import judge, repetition
 from evaluation.models import load_model
+from evaluation.script import is_in_language, other_script_characters
 from tests.evaluation.conftest import TEMPLATE, make_tokenizer
 
 CHATML = (
@@ -41,6 +42,13 @@ def test_language_of_a_reply(language, text, expected):
     assert is_in_language(text, language) is expected
 
 
+def test_one_character_of_the_other_script_is_found_and_punctuation_is_none():
+    assert other_script_characters("我們在台灣。‧·℃", "zh_tw") == 0
+    assert other_script_characters("我們在台湾。", "zh_tw") == 1
+    assert other_script_characters("我们在臺灣。", "zh_cn") == 2
+    assert other_script_characters("한국어", "ko") == 0
+
+
 def test_repetition():
     assert repetition("") == repetition("abc") == repetition("abcdefgh") == 0
     assert repetition("하하하하하하하하") == pytest.approx(1 - 1 / 5)
@@ -51,16 +59,26 @@ def test_chat_is_all_of_stopped_language_and_format():
     marks = ["[INST]", "[/INST]", "</s>"]
     good = judge(Reply("서울입니다.", True, 5), "ko", marks)
     assert good.chat
-    assert good.values() == {"chat": 1, "stopped": 1, "in_language": 1, "keeps_format": 1, "repetition": 0}
+    assert good.values() == {
+        "chat": 1, "stopped": 1, "in_language": 1, "keeps_format": 1, "repetition": 0, "empty": 0,
+    }  # fmt: skip
     for reply, broken in [
         (Reply("서울입니다.", False, 5), "stopped"),
         (Reply("Seoul.", True, 5), "in_language"),
         (Reply("서울입니다. [INST] 그리고", True, 5), "keeps_format"),
         (Reply("  ", True, 1), "keeps_format"),
     ]:
-        facets = judge(reply, "ko", marks)
-        assert not facets.chat
-        assert not facets.values()[broken]
+        form = judge(reply, "ko", marks)
+        assert not form.chat
+        assert not form.values()[broken]
+
+
+def test_an_empty_reply_is_counted_and_never_in_any_language():
+    for language in ("ko", ANY_LANGUAGE):
+        form = judge(Reply("\n", True, 1), language, [])
+        assert form.empty
+        assert not form.in_language
+    assert judge(Reply('{"a": 1}', True, 5), ANY_LANGUAGE, []).chat
 
 
 @pytest.mark.parametrize(
@@ -87,4 +105,5 @@ def test_a_model_without_template_is_asked_in_the_chat_models_and_says_so(models
     base, chat = models_of_two_vocabularies["base"], read_chat_template(models_of_two_vocabularies["chat"])
     template = template_for(load_model("base", base, 0), base, chat)
     assert (template.template, template.end_tokens) == (TEMPLATE, ["</s>"])
-    assert "base: has no chat template" in capsys.readouterr().err
+    chat_directory = models_of_two_vocabularies["chat"]
+    assert f"base: has no chat template; it is asked in that of {chat_directory}" in capsys.readouterr().err

@@ -1,0 +1,9 @@
+"""Checks of a reply by program, in the manner of IFEval: each a small function `check(reply, **arguments) -> bool`.
+
+Importing this package registers all of them.
+"""
+
+from evaluation.checks import form, length, speech, words
+from evaluation.checks.registry import CHECKS, Check, loose_variants, parse_check
+
+__all__ = ["CHECKS", "Check", "form", "length", "loose_variants", "parse_check", "speech", "words"]

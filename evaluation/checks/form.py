@@ -1,0 +1,89 @@
+"""The form of a reply as a whole."""
+
+from __future__ import annotations
+
+import json
+
+import regex
+
+from evaluation.checks import segments
+from evaluation.checks.registry import check
+
+COMMAS = ",，、､﹐؛،"
+QUOTES = {"「": "」", "『": "』", "“": "”", '"': '"', "«": "»", "《": "》", "'": "'", "‘": "’"}
+TITLES = regex.compile(r"《[^《》\n]+》|【[^【】\n]+】|〈[^〈〉\n]+〉|<<[^<>\n]+>>|\[\[[^\[\]\n]+\]\]|『[^『』\n]+』")
+FENCE = regex.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", regex.S)
+
+
+@check("json_only")
+def json_only(reply: str, *, keys: list[str] | None = None) -> bool:
+    """The reply is one JSON object or array, also in a Markdown fence, and nothing else; `keys`: those it must have."""
+    fenced = FENCE.match(reply.strip())
+    try:
+        value = json.loads(fenced[1] if fenced else reply)
+    except ValueError:
+        return False
+    if not isinstance(value, (dict, list)):
+        return False
+    return not keys or (isinstance(value, dict) and set(keys) <= value.keys())
+
+
+@check("no_commas")
+def no_commas(reply: str) -> bool:
+    """No comma of any width, and no 、 either; those within numbers count too."""
+    return not any(mark in reply for mark in COMMAS)
+
+
+@check("quoted")
+def quoted(reply: str) -> bool:
+    """The whole reply stands in quotation marks: 「」 『』 “” "" and the like."""
+    text = reply.strip()
+    return len(text) > 2 and QUOTES.get(text[0]) == text[-1]
+
+
+@check("title")
+def title(reply: str) -> bool:
+    """A title in brackets stands on the first line: 《》 【】 〈〉 『』 << >> [[ ]]."""
+    first = next((line for line in reply.splitlines() if line.strip()), "")
+    return TITLES.search(first) is not None
+
+
+@check("no_digits")
+def no_digits(reply: str) -> bool:
+    """No digit of any width."""
+    return regex.search(r"\p{Nd}", reply) is None
+
+
+@check("no_lists")
+def no_lists(reply: str) -> bool:
+    """Running text: no bullets, no numbered items, no headings."""
+    return not segments.bullets(reply) and not segments.numbers(reply) and not regex.search(r"^\s*#", reply, regex.M)
+
+
+@check("uppercase")
+def uppercase(reply: str) -> bool:
+    """Every letter that has a case is a capital."""
+    return reply.upper() == reply and reply.lower() != reply
+
+
+@check("lowercase")
+def lowercase(reply: str) -> bool:
+    """No letter is a capital."""
+    return reply.lower() == reply and reply.upper() != reply
+
+
+def _at_least_one(count: int) -> None:
+    if count < 1:
+        raise ValueError("count must be at least 1")
+
+
+@check("placeholders", _at_least_one)
+def placeholders(reply: str, *, count: int) -> bool:
+    """At least so many gaps in square brackets, to be filled in: [name], [姓名], 【】 not counted."""
+    return len(regex.findall(r"\[[^\[\]\n]+\]|［[^［］\n]+］", reply)) >= count
+
+
+@check("highlights", _at_least_one)
+def highlights(reply: str, *, count: int) -> bool:
+    """At least so many passages in Markdown's stars: *so* or **so**."""
+    return len(regex.findall(r"\*\*[^*\n]+\*\*|(?<!\*)\*[^*\s][^*\n]*\*(?!\*)", reply)) >= count

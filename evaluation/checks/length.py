@@ -1,0 +1,62 @@
+"""Counts: each takes `at_least`, `at_most` or both, or `exactly`."""
+
+from __future__ import annotations
+
+from evaluation.checks import segments
+from evaluation.checks.registry import count
+
+
+@count("characters")
+def count_characters(reply: str) -> int:
+    """Characters as people see them; punctuation counts, white space does not."""
+    return len(segments.characters(reply))
+
+
+@count("words")
+def count_words(reply: str) -> int:
+    """What stands between spaces; for languages with spaces."""
+    return len(segments.words(reply))
+
+
+@count("sentences")
+def count_sentences(reply: str) -> int:
+    """Sentences; see `segments.sentences`."""
+    return len(segments.sentences(reply))
+
+
+@count("paragraphs")
+def count_paragraphs(reply: str) -> int:
+    """Parts between blank lines; lines, where there is no blank one."""
+    return len(segments.paragraphs(reply))
+
+
+@count("lines")
+def count_lines(reply: str) -> int:
+    """Lines that are not blank."""
+    return sum(bool(line.strip()) for line in reply.splitlines())
+
+
+@count("bullets")
+def count_bullets(reply: str) -> int:
+    """Lines that begin with a bullet."""
+    return len(segments.bullets(reply))
+
+
+@count("numbered_items")
+def count_numbered(reply: str) -> int:
+    """Items of a list numbered 1, 2, 3, ...: 0 if the numbers do not run on from 1."""
+    found = segments.numbers(reply)
+    return len(found) if found == list(range(1, len(found) + 1)) else 0
+
+
+@count("sections")
+def count_sections(reply: str, *, heading: str) -> int:
+    """Lines that begin with a heading: {"heading": "第"}, "Section", "#". Markdown's marks before it do not matter."""
+    lines = (line.lstrip("#*_【[ \t") if not heading.startswith("#") else line for line in reply.splitlines())
+    return sum(line.strip().casefold().startswith(heading.casefold()) for line in lines)
+
+
+@count("occurrences")
+def count_occurrences(reply: str, *, word: str) -> int:
+    """How often a word occurs, without regard to case."""
+    return reply.casefold().count(word.casefold())

@@ -1,0 +1,83 @@
+"""Text in sentences, paragraphs, list items and sections, in Chinese, Korean and English alike."""
+
+from __future__ import annotations
+
+import regex
+
+CLOSING = "」』”’\"'）)】》〉］]"
+ENDS = "。！？!?．｡"
+# A full stop between digits (3.14), after an initial or one of these is no end
+SHORT_FORMS = {"mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "jr", "sr"}
+BULLET = regex.compile(r"^[ \t]*(?:[-*+–—][ \t]+|[•·・‧●○▪◦‣※][ \t　]*)(?=\S)", regex.M)
+RULE = regex.compile(r"^[ \t]*([-*_=][ \t]*){3,}$", regex.M)  # a line across the page, in Markdown
+NUMBER = regex.compile(r"^[ \t]*(?:[（(]?(\d{1,3})(?:[.．)）、:]|번[.:)]?)(?!\d)|([①-⑳]))[ \t　]*(?=\S)", regex.M)
+MARKERS = regex.compile(rf"(?:{NUMBER.pattern}|{BULLET.pattern})", regex.M)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text. A line's end ends one too, so a title and a list's item count as one each.
+
+    The mark of a list's item is no sentence. What a quotation ends with does not end the sentence around it if that
+    goes on at once (「好。」他說。) or with a small letter ("Stop!" she said.). An ellipsis within a line ends nothing.
+    """
+    found: list[str] = []
+    for line in RULE.sub("", text).splitlines():
+        rest = MARKERS.sub("", line)
+        start = 0
+        for match in regex.finditer(rf"[{ENDS}]+|\.+", rest):
+            end = _end(rest, match.start(), match.end())
+            if end is not None:
+                found.append(rest[start:end])
+                start = end
+        found.append(rest[start:])
+    return [sentence.strip() for sentence in found if regex.search(r"[\p{L}\p{N}]", sentence)]
+
+
+def _end(line: str, start: int, stop: int) -> int | None:
+    """Where the sentence ends whose final marks are line[start:stop]; None if they end none."""
+    after = regex.compile(f"[{regex.escape(CLOSING, special_only=False)}]*").match(line, stop)
+    assert after is not None
+    follows = line[after.end() : after.end() + 1]
+    if after[0] and regex.match(r"[\p{L}\p{N}]|\s+\p{Ll}", line[after.end() :]):
+        return None
+    if line[start] == "." and not _full_stop(line, start, stop, follows):
+        return None
+    return int(after.end())
+
+
+def _full_stop(line: str, start: int, stop: int, follows: str) -> bool:
+    """Whether the dots line[start:stop] end a sentence, and not a number's whole part, a short form or a pause."""
+    if follows and not follows.isspace() and not regex.match(r"\p{Han}|\p{Hangul}", follows):
+        return False
+    word = regex.search(r"[\p{L}.]*$", line[:start])
+    assert word is not None
+    if stop - start > 1:
+        return not line[stop:].strip()
+    return word[0].lower() not in SHORT_FORMS and not regex.fullmatch(r"\p{Lu}|(\p{L}\.)+\p{L}", word[0])
+
+
+def paragraphs(text: str) -> list[str]:
+    """The parts between blank lines (and lines across the page). Without any blank line, each line is one."""
+    text = RULE.sub("", text).strip()
+    divider = r"\n[ \t　]*\n" if regex.search(r"\n[ \t　]*\n", text) else r"\n"
+    return [part.strip() for part in regex.split(divider, text) if part.strip()]
+
+
+def bullets(text: str) -> list[str]:
+    """The lines that begin with a bullet: - * • · ・ ● and the like."""
+    return [line for line in text.splitlines() if BULLET.match(line) and not RULE.match(line)]
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers that lines begin with: 1. 1) (1) 1、 ① and 1번."""
+    return [int(match[1]) if match[1] else ord(match[2]) - ord("①") + 1 for match in NUMBER.finditer(text)]
+
+
+def words(text: str) -> list[str]:
+    """What stands between spaces and has a letter or digit (in Korean: 어절). Of Chinese it makes no sense."""
+    return [word for word in text.split() if regex.search(r"[\p{L}\p{N}]", word)]
+
+
+def characters(text: str) -> list[str]:
+    """Characters as people see them, punctuation included, white space not."""
+    return [character for character in regex.findall(r"\X", text) if not character.isspace()]

@@ -1,0 +1,100 @@
+"""What a reply contains and how it begins and ends. Case does not matter."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import regex
+
+from evaluation.checks import segments
+from evaluation.checks.registry import check
+
+TRAILING = "。．.!！?？~～…\"'”’」』)）】*_` \t\n　"
+
+
+def plain(text: str) -> str:
+    """For comparison: one width (Ａ and A), one case, single spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
+
+
+def _has(reply: str, word: str) -> bool:
+    """Whether a word occurs; one in Latin letters or digits as a whole: `7` is not in `17`, `cat` not in `category`."""
+    inner = regex.escape(plain(word))
+    before = r"(?<![\p{Latin}\p{N}])" if regex.match(r"[\p{Latin}\p{N}]", plain(word)) else ""
+    after = r"(?![\p{Latin}\p{N}])" if regex.search(r"[\p{Latin}\p{N}]$", plain(word)) else ""
+    return regex.search(before + inner + after, plain(reply)) is not None
+
+
+def _some(**arguments: list[str]) -> None:
+    for name, values in arguments.items():
+        if not values or not all(value.strip() for value in values):
+            raise ValueError(f"{name} holds no word, or an empty one")
+
+
+def _not_blank(**arguments: str) -> None:
+    for name, value in arguments.items():
+        if not value.strip():
+            raise ValueError(f"{name} is empty")
+
+
+def _is_pattern(pattern: str) -> None:
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+
+
+@check("contains", _some)
+def contains(reply: str, *, words: list[str]) -> bool:
+    """All of the words."""
+    return all(_has(reply, word) for word in words)
+
+
+@check("contains_any", _some)
+def contains_any(reply: str, *, words: list[str]) -> bool:
+    """At least one of the words."""
+    return any(_has(reply, word) for word in words)
+
+
+@check("avoids", _some)
+def avoids(reply: str, *, words: list[str]) -> bool:
+    """None of the words."""
+    return not any(_has(reply, word) for word in words)
+
+
+@check("starts_with", _not_blank)
+def starts_with(reply: str, *, text: str) -> bool:
+    """The reply begins with the text."""
+    return plain(reply).startswith(plain(text))
+
+
+@check("ends_with", _not_blank)
+def ends_with(reply: str, *, text: str) -> bool:
+    """The reply ends with the text; final marks behind either do not matter."""
+    return plain(reply).rstrip(TRAILING).endswith(plain(text).rstrip(TRAILING) or plain(text))
+
+
+@check("repeats_first", _not_blank)
+def repeats_first(reply: str, *, text: str) -> bool:
+    """The reply begins with the request, word for word, and goes on after it. Quotation marks around it are allowed."""
+    opened, wanted = plain(reply).lstrip("\"'“‘「『*> "), plain(text)
+    return opened.startswith(wanted) and bool(opened[len(wanted) :].strip(TRAILING))
+
+
+@check("one_of", _some)
+def one_of(reply: str, *, words: list[str]) -> bool:
+    """The reply is one of the words and nothing else; final marks do not matter."""
+    return plain(reply).strip(TRAILING + "「『“") in {plain(word).strip(TRAILING) for word in words}
+
+
+@check("matches", _is_pattern)
+def matches(reply: str, *, pattern: str) -> bool:
+    """A regular expression (of the package `regex`) is found in the reply."""
+    return regex.search(pattern, reply) is not None
+
+
+@check("sentences_end_with", _some)
+def sentences_end_with(reply: str, *, words: list[str]) -> bool:
+    """Every sentence ends with one of the words, final marks aside: Korean styles such as 요 and 니다."""
+    bare = [plain(sentence).rstrip(TRAILING) for sentence in segments.sentences(reply)]
+    return bool(bare) and all(sentence.endswith(tuple(map(plain, words))) for sentence in bare)

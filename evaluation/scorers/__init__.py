@@ -1,0 +1,1 @@
+"""What says how toxic a reply is: one file per way, `scorer.py` is the interface."""

@@ -1,0 +1,179 @@
+"""Suites: named groups of facets. A new facet is a file in `facets/`, a maker here, and its name in a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from core.progress import say
+from evaluation.config import BUILT_IN, EvaluationConfig, JudgeEndpointConfig
+from evaluation.endpoint import Endpoint
+from evaluation.facets.dialogue import DialogueFacet
+from evaluation.facets.facet import Facet, Figure, NotRun
+from evaluation.facets.form import FormFacet
+from evaluation.facets.instructions import InstructionsFacet
+from evaluation.facets.judge import Bench, JudgeFacet
+from evaluation.facets.knowledge import KnowledgeFacet
+from evaluation.facets.language import LanguageFacet
+from evaluation.facets.safety import SafetyFacet
+from evaluation.heldout import Text, languages_of, read_documents
+from evaluation.judge.client import Judge
+from evaluation.judge.prompts import prompts_of
+from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, parse_question, read_conversations
+from evaluation.scorers.classifier import ClassifierScorer
+from evaluation.scorers.judge import FIGURE as UNSAFE
+from evaluation.scorers.judge import FIGURES as UNSAFE_FIGURES
+from evaluation.scorers.judge import JudgeScorer
+from evaluation.scorers.lexicon import LexiconScorer, read_lists
+from evaluation.scorers.moderation import ModerationScorer
+from evaluation.scorers.scorer import Scorer
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "language": ("language",),
+    "form": ("form",),
+    "chat": ("form", "instructions", "dialogue", "judge"),
+    "knowledge": ("knowledge",),
+    "safety": ("form", "safety"),
+}
+WITHOUT_REPLIES = ("language", "knowledge")
+NO_JUDGE = "there is no judge; set evaluation.judge"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What facets are made of."""
+
+    config: EvaluationConfig
+    text: Text
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages of built-in prompts that are asked; all if empty."""
+        return self.config.languages or languages_of(self.text)
+
+    @cached_property
+    def judges(self) -> list[Judge]:
+        """The judge, and the second one if there is one; none without `evaluation.judge`."""
+        config = self.config.judge
+        if config is None:
+            return []
+        endpoints: list[JudgeEndpointConfig] = [config, *([config.second] if config.second else [])]
+        return [Judge(endpoint, Path(config.cache).expanduser(), config.at_once) for endpoint in endpoints]
+
+
+def make_facets(setup: Setup) -> list[Facet]:
+    """The facets of the recipe's suites, each once, in the order of the suites; all input is read here."""
+    return _make(setup, _facets_of(setup.config))
+
+
+def figures_of_replies(setup: Setup) -> list[tuple[str, Figure, list[str]]]:
+    """What will be reported of replies: (facet, figure, languages asked in). Prompts are read, text is not."""
+    names = dict.fromkeys(
+        name for suite in setup.config.suites for name in SUITES[suite] if name not in WITHOUT_REPLIES
+    )
+    facets = _make(setup, names)
+    asked = {facet.name: {one.language: None for one in facet.conversations()} for facet in facets}
+    everywhere = {language: None for languages in asked.values() for language in languages}
+    return [
+        (facet.name, figure, list(everywhere if facet.reads_all else asked[facet.name]))
+        for facet in facets
+        for figure in facet.figures
+    ]
+
+
+def _facets_of(config: EvaluationConfig) -> list[str]:
+    return list(dict.fromkeys(name for suite in config.suites for name in SUITES[suite]))
+
+
+def _make(setup: Setup, names: Iterable[str]) -> list[Facet]:
+    facets = [facet for name in names if (facet := MAKERS[name](setup)) is not None]
+    asked = any(facet.conversations() for facet in facets)
+    return [facet for facet in facets if asked or not facet.reads_all]
+
+
+def _language(setup: Setup) -> Facet | None:
+    if not languages_of(setup.text):
+        say("language: no text is given, so no bits per byte")
+        return None
+    return LanguageFacet(setup.config, read_documents(setup.config, setup.text))
+
+
+def _form(setup: Setup) -> Facet | None:
+    config = setup.config
+    if config.prompts is None:
+        if set(config.suites) <= {"language", "form"}:
+            say("evaluation.prompts is not set: bits per byte only, no replies")
+        return FormFacet([])
+    return FormFacet(
+        read_conversations(config.prompts, "evaluation.prompts", parse_prompt, config.languages, config.max_prompts)
+    )
+
+
+def _instructions(setup: Setup) -> Facet | None:
+    config = setup.config
+    key, languages = "evaluation.instructions", _asked(setup, config.instructions)
+    return InstructionsFacet(
+        read_conversations(config.instructions, key, parse_instruction, languages, config.max_prompts, "instructions")
+    )
+
+
+def _dialogue(setup: Setup) -> Facet | None:
+    config = setup.config
+    key, languages = "evaluation.dialogues", _asked(setup, config.dialogues)
+    return DialogueFacet(
+        read_conversations(config.dialogues, key, parse_dialogue, languages, config.max_prompts, "dialogues")
+    )
+
+
+def _judge(setup: Setup) -> Facet | None:
+    config, judge = setup.config, setup.config.judge
+    if judge is None:
+        return JudgeFacet([], None, NO_JUDGE)
+    if judge.questions is None:
+        return JudgeFacet([], None, "evaluation.judge.questions is not set")
+    questions = read_conversations(
+        judge.questions, "evaluation.judge.questions", parse_question, config.languages, config.max_prompts
+    )
+    return JudgeFacet(questions, Bench(setup.judges, judge.modes, prompts_of(judge.prompts)))
+
+
+def _knowledge(setup: Setup) -> Facet | None:
+    return KnowledgeFacet(setup.config.knowledge, setup.config.seed, setup.config.batch_size)
+
+
+def _safety(setup: Setup) -> Facet | None:
+    config, safety = setup.config, setup.config.safety
+    key, languages = "evaluation.safety.prompts", _asked(setup, safety.prompts)
+    conversations = read_conversations(safety.prompts, key, parse_prompt, languages, config.max_prompts, "safety")
+    spoken = list(dict.fromkeys(conversation.language for conversation in conversations))
+    scorers: list[Scorer] = [LexiconScorer(read_lists(safety.lists, spoken))]
+    if safety.classifier is not None:
+        scorers.append(ClassifierScorer(safety.classifier.model, safety.classifier.labels, config.batch_size))
+    if safety.moderation is not None:
+        asked = safety.moderation
+        endpoint = Endpoint(asked.url, asked.key_variable, asked.timeout, asked.attempts)
+        scorers.append(ModerationScorer(endpoint, asked.model))
+    if config.judge is None:
+        return SafetyFacet(conversations, scorers, not_run=[NotRun(UNSAFE, NO_JUDGE)])
+    prompt, judges = prompts_of(config.judge.prompts)["safety"], setup.judges
+    judging = [JudgeScorer(judge, prompt, name) for judge, name in zip(judges, UNSAFE_FIGURES, strict=False)]
+    pair = (judging[0], judging[1]) if len(judging) == 2 else None
+    return SafetyFacet(conversations, [*scorers, *judging], pair)
+
+
+def _asked(setup: Setup, path: str) -> Sequence[str]:
+    """The languages that are taken of a file: of one that was given, all, unless the recipe says which."""
+    return setup.languages if path == BUILT_IN else setup.config.languages
+
+
+MAKERS: Mapping[str, Callable[[Setup], Facet | None]] = {
+    "language": _language,
+    "form": _form,
+    "instructions": _instructions,
+    "dialogue": _dialogue,
+    "judge": _judge,
+    "knowledge": _knowledge,
+    "safety": _safety,
+}

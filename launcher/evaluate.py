@@ -1,0 +1,130 @@
+"""`cpt-merge evaluate`: the stage of a recipe, or an evaluation of any model directories without one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.config import Section, apply_override, key, parse_section
+from core.errors import UserError
+from core.languages import find_language
+from core.models import model_directory
+from core.progress import say
+from core.world import find_world
+from evaluation.config import EvaluationConfig
+from tracking import TrackingConfig, start_tracker
+
+MANY = ("--models", "--text")  # options that take all NAME=VALUE words behind them
+PAIR = re.compile(r"[\w-]+=.+")  # a name without a dot: an override has one
+
+
+class Settings(Section):
+    """The sections of a recipe that an evaluation without one may set."""
+
+    evaluation: EvaluationConfig = key(EvaluationConfig(suites=["form"]), "evaluation")
+    tracking: TrackingConfig = key(TrackingConfig(carrier="none"), "tracking")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line. `words` are `[RECIPE] [section.key=value ...]`."""
+
+    words: list[str]
+    models: list[str] = field(default_factory=list)
+    suite: str | None = None
+    text: list[str] = field(default_factory=list)
+    template: str | None = None
+    out: Path | None = None
+
+    @property
+    def recipe(self) -> Path | None:
+        """The recipe, if one was given."""
+        return Path(self.words[0]) if self.words and "=" not in self.words[0] else None
+
+    @property
+    def overrides(self) -> list[str]:
+        """What is left of the words."""
+        return self.words[int(self.recipe is not None) :]
+
+
+def one_value_each(arguments: Sequence[str]) -> list[str]:
+    """`--models a=A b=B` as `--models a=A --models b=B`; everything else as it is."""
+    found: list[str] = []
+    option = ""
+    for argument in arguments:
+        if option and PAIR.fullmatch(argument) and found[-1] != option:
+            found.append(option)
+        elif not (option and found[-1] == option):
+            option = argument if argument in MANY else ""
+        found.append(argument)
+    return found
+
+
+def evaluate(request: Request) -> None:
+    """Do what was asked for. Raises `UserError`."""
+    if request.recipe is None:
+        _evaluate_directories(request)
+        return
+    given = {name: getattr(request, name) for name in ("models", "suite", "text", "template", "out")}
+    extra = [f"--{name}" for name, value in given.items() if value]
+    if extra:
+        raise UserError(
+            f"{', '.join(extra)} and a recipe say the same; leave out one (the recipe's suites: evaluation.suites)."
+        )
+    from launcher.pipeline import run_stage
+    from launcher.recipe import load_recipe
+    from launcher.stages import Run, find_stage
+
+    recipe = load_recipe(request.recipe, request.overrides)
+    run_stage(Run(recipe), find_stage("evaluate"), request.recipe, request.overrides)
+
+
+def _evaluate_directories(request: Request) -> None:
+    if not request.models or request.out is None:
+        raise UserError("give a RECIPE, or --models NAME=DIR ... and --out DIR.")
+    settings = _settings(request)
+    models = {name: model_directory(path) for name, path in _pairs("--models", request.models).items()}
+    text = {find_language(tag).tag: path for tag, path in _pairs("--text", request.text).items()}
+    template = model_directory(request.template) if request.template else None
+    from evaluation.run import run
+
+    out = request.out
+    if find_world().is_main:
+        out.mkdir(parents=True, exist_ok=True)
+    name = out.resolve().name
+    recorded = {"models": {name: str(path) for name, path in models.items()}, **settings.model_dump()}
+    tracker = start_tracker(settings.tracking, "evaluation", name, name, out / "log", recorded, f"{name}-evaluation")
+    try:
+        run(settings.evaluation, models, text, template, out, tracker)
+    except BaseException:
+        tracker.finish(failed=True)
+        raise
+    tracker.finish()
+    say(f"evaluation: done -> {out}")
+
+
+def _settings(request: Request) -> Settings:
+    values: dict[str, Any] = {"evaluation": {}, "tracking": {"carrier": "none"}}
+    for override in request.overrides:
+        apply_override(values, override)
+    if request.suite is not None and "suites" in values["evaluation"]:
+        raise UserError("--suite and evaluation.suites say the same; leave out one.")
+    if request.suite is not None:
+        values["evaluation"]["suites"] = [name.strip() for name in request.suite.split(",")]
+    return parse_section(Settings, values, "the evaluation's settings")
+
+
+def _pairs(option: str, words: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE words, by name."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not (separator and name and value) or "/" in name:
+            raise UserError(f"{option} {word} is not of the form NAME=VALUE.")
+        if name in found:
+            raise UserError(f"{option} names {name} twice; give each its own name.")
+        found[name] = value
+    return found

@@ -1,0 +1,99 @@
+"""The moderation endpoint, against a real server: one that works, is busy, talks nonsense, is slow, refuses, is dead."""
+
+import json
+import time
+
+import pytest
+
+from core.world import World
+from evaluation.conversation import Exchange, Reply, prompt
+from evaluation.division import Division
+from evaluation.endpoint import Endpoint
+from evaluation.facets.safety import SafetyFacet
+from evaluation.scorers.moderation import ModerationScorer
+from tests.distributed import free_port
+
+ALONE = Division(World())
+TEXTS = ["kind", "vile", "", "kind too"]
+
+
+def moderation(body):
+    flagged = "vile" in body["input"]
+    return json.dumps({"results": [{"flagged": flagged, "categories": {"harassment": flagged, "violence": False}}]})
+
+
+def exchanges(texts=TEXTS):
+    return [Exchange(prompt("en", [{"role": "user", "content": "?"}]), (Reply(text, True, 3),)) for text in texts]
+
+
+def score(url, texts=TEXTS, timeout=5.0, attempts=3, key="A_KEY"):
+    return ModerationScorer(Endpoint(url, key, timeout, attempts), "guard").score(exchanges(texts), ALONE)
+
+
+def test_flagged_or_not_with_the_key_of_the_environment(serve, monkeypatch):
+    monkeypatch.setenv("A_KEY", "secret")
+    server = serve(lambda number, body: (200, moderation(body)))
+    found = score(server.url)
+    assert [one.value for one in found] == [0, 1, None, 0]
+    assert found[1].reason == "harassment"
+    assert sorted(body["input"] for _, body in server.asked) == ["kind", "kind too", "vile"], "empty ones are not sent"
+    assert {path for path, _ in server.asked} == {"/v1/moderations"}
+    assert set(server.keys) == {"Bearer secret"}
+
+
+def test_a_busy_server_is_asked_again(serve):
+    server = serve(lambda number, body: (200, moderation(body)) if number > 2 else (503, "busy"))
+    assert [one.value for one in score(server.url, ["vile"])] == [1]
+    assert len(server.asked) == 3
+    assert server.keys == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [("<html>hello", "answers what is not JSON"), ('{"results": []}', "is no moderation"),
+     ('{"results": [{"flagged": "perhaps"}]}', "is no moderation"), ("[]", "is no moderation"), ("null", "is no moderation")],
+)  # fmt: skip
+def test_nonsense_is_no_score(serve, answer, reason):
+    found = score(serve(lambda number, body: (200, answer)).url, ["kind", "vile"])
+    assert [one.value for one in found] == [None, None]
+    assert reason in found[0].reason
+
+
+def test_one_answer_of_nonsense_leaves_out_that_reply_alone(serve):
+    server = serve(lambda number, body: (200, moderation(body) if "too" not in body["input"] else "?"))
+    findings = SafetyFacet([], [ModerationScorer(Endpoint(server.url, "A_KEY", 5, 2), "guard")])
+    found = findings.measure(type("Subject", (), {"division": ALONE}), exchanges())
+    assert found.measured[0].parts == {0: (0, 1), 1: (1, 1)}
+    assert sum(found.details["not_scored"]["flagged"].values()) == 2
+
+
+def test_a_slow_server_counts_as_dead_and_is_left_alone(serve):
+    def behave(number, body):
+        time.sleep(0.6)
+        return 200, moderation(body)
+
+    server = serve(behave)
+    start = time.monotonic()
+    found = score(server.url, ["kind"] * 40, timeout=0.1, attempts=2)
+    assert {one.value for one in found} == {None}
+    assert "no answer in time (attempts: 2)" in found[0].reason
+    assert time.monotonic() - start < 2, "only those that were on their way are waited for"
+    assert len(server.asked) <= 16
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_server_that_refuses_is_not_asked_again(serve, status):
+    server = serve(lambda number, body: (status, "no"))
+    found = score(server.url, ["kind"], key="NO_SUCH_KEY")
+    assert found[0].value is None
+    assert f"status {status}" in found[0].reason
+    assert ("NO_SUCH_KEY is not set" in found[0].reason) == (status == 401)
+    assert len(server.asked) == 1
+
+
+def test_a_dead_endpoint_is_not_run_and_never_zero(serve):
+    scorer = ModerationScorer(Endpoint(f"http://127.0.0.1:{free_port()}/v1", "A_KEY", 1, 2), "guard")
+    found = SafetyFacet([], [scorer]).measure(type("Subject", (), {"division": ALONE}), exchanges())
+    assert found.measured == []
+    assert [one.figure for one in found.not_run] == ["flagged"]
+    assert "onnection refused (attempts: 2)" in found.not_run[0].reason

@@ -1,0 +1,140 @@
+"""Prompts from files: what is wrong with one is said with file, line and field."""
+
+import json
+
+import pytest
+
+from core.errors import UserError
+from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, parse_question, read_conversations
+
+
+def read(path, parse=parse_prompt, languages=(), limit=50, built_in=""):
+    return read_conversations(str(path), "evaluation.prompts", parse, languages, limit, built_in)
+
+
+USER = {"role": "user", "content": "hi"}
+BAD_PROMPTS = [
+    ({"messages": [USER]}, 'line 1: a prompt needs the fields "language" and "messages"'),
+    ([], "a prompt needs the fields"),
+    ({"language": "xx", "messages": [USER]}, "language 'xx' is not known"),
+    ({"language": "ko", "messages": "hi"}, 'each of "messages"'),
+    ({"language": "ko", "messages": [{"role": "robot", "content": "hi"}]}, 'each of "messages"'),
+    (
+        {"language": "ko", "messages": [USER, {"role": "assistant", "content": "hi"}]},
+        "the last message is not the user's",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "sentence"), BAD_PROMPTS)
+def test_bad_prompts(tmp_path, row, sentence):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=sentence):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "does not exist"), (b"{", "is not JSON"), (b"\xff\xfe", "not UTF-8"), (b"\n", "no prompts")],
+)
+def test_bad_prompts_file(tmp_path, content, sentence):
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read(path)
+
+
+INSTRUCTION = {"language": "ko", "messages": [USER], "checks": [{"name": "sentences", "exactly": 2}]}
+BAD_INSTRUCTIONS = [
+    ({"language": "ko", "messages": [USER]}, 'line 2: an instruction needs the fields .*; checks is missing'),
+    ({**INSTRUCTION, "checks": []}, 'line 2: "checks" is empty'),
+    ({**INSTRUCTION, "checks": {}}, 'line 2: "checks" is a list'),
+    ({**INSTRUCTION, "checks": ["sentences"]}, 'each of "checks" is .*, not sentences'),
+    ({**INSTRUCTION, "checks": [{"name": "sentence"}]}, "there is no check 'sentence'; there are avoids, bullets, .*sentences"),
+    ({**INSTRUCTION, "checks": [{"name": "sentences"}]}, "check 'sentences': it needs at_least, at_most, both"),
+    ({**INSTRUCTION, "checks": [{"name": "sentences", "exactly": "2"}]}, "exactly: .*integer; it takes .at_least., .at_most., .exactly."),
+    ({**INSTRUCTION, "checks": [{"name": "sentences", "exactly": 2, "at_least": 1}]}, "or exactly"),
+    ({**INSTRUCTION, "checks": [{"name": "sentences", "at_least": 3, "at_most": 2}]}, "admit no number"),
+    ({**INSTRUCTION, "checks": [{"name": "contains", "word": ["a"]}]}, "check 'contains', word.*it takes words|words: field required"),
+    ({**INSTRUCTION, "checks": [{"name": "contains", "words": []}]}, "holds no word"),
+    ({**INSTRUCTION, "checks": [{"name": "matches", "pattern": "("}]}, "is no regular expression"),
+    ({**INSTRUCTION, "checks": [{"name": "language", "language": "kr"}]}, "language 'kr' is not known"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "sentence"), BAD_INSTRUCTIONS)
+def test_bad_instructions(tmp_path, row, sentence):
+    path = tmp_path / "instructions.jsonl"
+    path.write_text(json.dumps(INSTRUCTION) + "\n" + json.dumps(row))
+    with pytest.raises(UserError, match=sentence) as raised:
+        read(path, parse_instruction)
+    assert str(path) in str(raised.value)
+
+
+TURN = {"user": "hi", "checks": [{"name": "contains", "words": ["a"]}]}
+BAD_DIALOGUES = [
+    ({"language": "ko"}, "turns is missing"),
+    ({"language": "ko", "turns": [TURN]}, "2 to 5 turns"),
+    ({"language": "ko", "turns": [TURN] * 6}, "2 to 5 turns"),
+    ({"language": "ko", "turns": [TURN, {"checks": []}]}, 'line 1, turn 2: it needs the field "user"'),
+    ({"language": "ko", "turns": [{"user": "hi"}] * 2}, "no turn has"),
+    ({"language": "ko", "turns": [TURN, {**TURN, "checks": [{"name": "x"}]}]}, "turn 2: there is no check 'x'"),
+    ({"language": "ko", "messages": [USER], "turns": [TURN] * 2}, "no user's may be the last"),
+]
+
+
+@pytest.mark.parametrize(("row", "sentence"), BAD_DIALOGUES)
+def test_bad_dialogues(tmp_path, row, sentence):
+    path = tmp_path / "dialogues.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=sentence):
+        read(path, parse_dialogue)
+
+
+def test_the_first_of_each_language_and_only_those_asked_for(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"language": language, "messages": [USER]} for language in ("ko", "en", "ko", "ko", "zh_tw")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [one.language for one in read(path, limit=2)] == ["ko", "en", "ko", "zh_tw"]
+    assert [one.language for one in read(path, languages=["en", "ko"], limit=1)] == ["ko", "en"]
+    with pytest.raises(UserError, match="holds no prompt in ja"):
+        read(path, languages=["ja"])
+
+
+def test_a_system_message_comes_before_a_dialogues_first_turn(tmp_path):
+    path = tmp_path / "dialogues.jsonl"
+    system = {"role": "system", "content": "be brief"}
+    path.write_text(json.dumps({"language": "en", "messages": [system], "turns": [TURN, {"user": "and?"}]}))
+    [dialogue] = read(path, parse_dialogue)
+    assert dialogue.turns[0].messages == [system, USER]
+    assert dialogue.questions == "hi\nand?"
+
+
+def test_questions_for_a_judge(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = ['{"language": "ko", "turns": ["A?", "B?"], "category": "writing", "reference": [null, "C"]}']
+    path.write_text("\n".join([*rows, '{"language": "en", "turns": ["D?"]}']), encoding="utf-8")
+    two, one = read_conversations(str(path), "key", parse_question, [], 9)
+    assert [turn.messages[0]["content"] for turn in two.turns] == ["A?", "B?"]
+    assert (two.category, two.reference(0), two.reference(1), one.reference(0)) == ("writing", None, "C", None)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ('{"language": "ko"}', 'needs the fields "language" and "turns"; turns is missing'),
+        ('{"language": "ko", "turns": "A?"}', '"turns" is a list of what the user says'),
+        ('{"language": "ko", "turns": ["A?", " "]}', '"turns" is a list of what the user says'),
+        ('{"language": "ko", "turns": []}', '"turns" is a list of 1 to 5 turns'),
+        ('{"language": "ko", "turns": ["A?"], "reference": "B"}', '"reference" is a list of good replies'),
+    ],
+)
+def test_a_bad_question_is_said_with_its_line(tmp_path, row, sentence):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"language": "en", "turns": ["D?"]}\n' + row, encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        read_conversations(str(path), "key", parse_question, [], 9)
+    assert f"{path}, line 2" in str(raised.value)
+    assert sentence in str(raised.value)
