@@ -21,7 +21,7 @@ from training.config import TrainingConfig
 from training.fp8 import convert_to_fp8
 from training.head import find_head_form
 from training.loss import Head, cross_entropy_sum
-from training.names import stored_names
+from checkpoint.model_names import stored_names
 from training.packing import Batch
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
