@@ -173,7 +173,8 @@ def _lists(recipe: Recipe) -> dict[str, str]:
     return {f"list {path}": fingerprint(path) for path in recipe.tokenizer.pieces_from.values()}
 
 
-def _prompts(recipe: Recipe) -> dict[str, str]:
+def prompt_inputs(recipe: Recipe) -> dict[str, str]:
+    """The fingerprints of the files that the evaluation asks from."""
     return {name: fingerprint(Path(path).expanduser()) for name, path in recipe.evaluation.files().items()}
 
 
@@ -229,7 +230,7 @@ STAGES = [
         lambda r: {"evaluation": r.evaluation.model_dump(), "corpus": r.corpus.text()},
         lambda run: {
             "cpt": run.finished("training"), "merged": run.finished("merge"),
-            **run.pair_inputs(), **_prompts(run.recipe), **run.corpus_inputs(),
+            **run.pair_inputs(), **prompt_inputs(run.recipe), **run.corpus_inputs(),
         },
         _evaluation,
         lambda run: run.folder("evaluation") / "results.json",

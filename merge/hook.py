@@ -34,7 +34,6 @@ from merge.statistics import Statistics, Sums
 from merge.vectors import check_base
 from tracking.tracker import Tracker
 
-
 Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
 """Give what this rank knows, get what all do."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from checkpoint.model_names import stored_names
 from checkpoint.reader import Checkpoint
 from core.errors import UserError
 from core.progress import say
@@ -21,7 +22,6 @@ from training.config import TrainingConfig
 from training.fp8 import convert_to_fp8
 from training.head import find_head_form
 from training.loss import Head, cross_entropy_sum
-from checkpoint.model_names import stored_names
 from training.packing import Batch
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

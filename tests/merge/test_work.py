@@ -15,7 +15,7 @@ from checkpoint.reader import Checkpoint
 from core.errors import UserError
 from core.world import World
 from merge import MergeConfig
-from merge.engine import on_threads, divide
+from merge.engine import divide, on_threads
 from merge.journal import read_blocks, trusted
 from merge.plan import plan
 from merge.run import digest as digest_of_plan
