@@ -122,13 +122,15 @@ def _data(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 
 def _training(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     from launcher.hook import post_training_hook
+    from launcher.preview import preview_of
     from launcher.start import use_backend
     from training.run import TrainingInputs
     from training.run import run as run_stage
 
     use_backend(run.recipe)
     inputs = TrainingInputs(run.resized, run.tokenizer, run.store, key, run.base, run.recipe.corpus)
-    return run_stage(run.recipe.training, inputs, run.folder("training"), tracker, post_training_hook(run, key))
+    hook, preview = post_training_hook(run, key), preview_of(run)
+    return run_stage(run.recipe.training, inputs, run.folder("training"), tracker, hook, preview)
 
 
 def _merge(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:

@@ -22,9 +22,9 @@ TITLES = {"chat": "chat: all of the three", "in_language": "in the language aske
 def draw_curves(
     points: Sequence[Point], shown: Mapping[str, bool], recommended: float | None, path: Path
 ) -> Path | None:
-    """A panel for each figure of `shown` (name -> whether it is a share), a line for each language, its interval.
+    """A panel for each figure of `shown` (name -> whether it is a share), a line for each language.
 
-    `points` have one ratio each; `recommended` is marked. None if nothing was measured.
+    Shares are drawn with their intervals. `points` have one ratio each; `recommended` is marked. None if nothing was measured.
     """
     points = sorted(points, key=lambda point: point.ratio or 0.0)
     languages = list(dict.fromkeys(language for point in points for language in point.figures))
@@ -58,9 +58,9 @@ def _line(axes: Any, points: Sequence[Point], name: str, language: str, colour: 
     if not found:
         return
     ratios = [ratio for ratio, _ in found]
-    axes.fill_between(
-        ratios, [one.low for _, one in found], [one.high for _, one in found], color=colour, alpha=0.15, linewidth=0
-    )
+    if name != BITS:  # whose interval says how documents differ, which is the same at every ratio and hides the curve
+        low, high = ([getattr(one, end) for _, one in found] for end in ("low", "high"))
+        axes.fill_between(ratios, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.plot(ratios, [one.value for _, one in found], color=colour, marker="o", markersize=3.5, label=language)
 
 
