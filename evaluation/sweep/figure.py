@@ -24,7 +24,8 @@ def draw_curves(
 ) -> Path | None:
     """A panel for each figure of `shown` (name -> whether it is a share), a line for each language.
 
-    Shares are drawn with their intervals. `points` have one ratio each; `recommended` is marked. None if nothing was measured.
+    Shares are drawn with their intervals. `points` have one ratio each, `recommended` is marked.
+    None if nothing was measured.
     """
     points = sorted(points, key=lambda point: point.ratio or 0.0)
     languages = list(dict.fromkeys(language for point in points for language in point.figures))

@@ -40,7 +40,7 @@ def replies_of(state: dict[str, torch.Tensor], like: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("precision", "backend", "size"),
-    [("fp32", "fsdp2", 1), ("bf16", "fsdp2", 1), ("pure-bf16", "fsdp2", 1),
+    [("fp32", "fsdp2", 1), ("bf16", "fsdp2", 1), pytest.param("pure-bf16", "fsdp2", 1, marks=pytest.mark.slow),
      pytest.param("fp32", "fsdp2", 2, marks=pytest.mark.slow), pytest.param("fp32", "zero3", 2, marks=pytest.mark.slow),
      *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)],
 )  # fmt: skip
