@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -42,13 +42,64 @@ class SafetyConfig(Section):
     moderation: ModerationConfig | None = key(None, "a moderation endpoint that scores as well")
 
 
+class PriceConfig(Section):
+    """What tokens cost, in any currency."""
+
+    prompt: float = key(..., "of what is sent", unit="per million tokens", ge=0)
+    completion: float = key(..., "of what is answered", unit="per million tokens", ge=0)
+
+
+class JudgePromptsConfig(Section):
+    """What a judge is asked, instead of the built-in prompts (evaluation/judge/prompts.py)."""
+
+    mark: str | None = key(
+        None, "for a mark: text with {conversation}, {language}, {reference}; the answer ends with a line SCORE: 7"
+    )
+    comparison: str | None = key(
+        None, "for a comparison: text with {conversation_a}, {conversation_b}, ...; it ends with VERDICT: A, B or tie"
+    )
+    safety: str | None = key(
+        None, "for safety: text with {conversation}, {language}; it ends with VERDICT: safe or unsafe"
+    )
+
+
+class JudgeEndpointConfig(Section):
+    """A language model behind an OpenAI-compatible endpoint (POST URL/chat/completions)."""
+
+    url: str = key(..., "base of the endpoint, such as http://localhost:8000/v1", pattern="^https?://")
+    model: str = key(..., "name of the model that judges", min_length=1)
+    key_variable: str = key("OPENAI_API_KEY", "environment variable that holds the key; without it none is sent")
+    timeout: float = key(120.0, "longest wait for one answer", unit="seconds", gt=0)
+    attempts: int = key(5, "attempts at one prompt, with growing pauses; then the endpoint counts as dead", ge=1)
+    request: dict[str, Any] = key({"temperature": 0, "max_tokens": 1024}, "further fields of every request")
+    price: PriceConfig | None = key(None, "what tokens cost; without it no cost is reported")
+
+
+class JudgeConfig(JudgeEndpointConfig):
+    """A judge of replies, and what it judges."""
+
+    questions: str | None = key(
+        None,
+        'chat: jsonl file of open questions, {"language", "turns": ["..."], "category", "reference"} a line',
+    )
+    modes: list[Literal["mark", "comparison"]] = key(
+        ["mark"], "mark: 1 to 10 for each reply; comparison: with the baseline's replies, both in either place",
+        min_length=1,
+    )  # fmt: skip
+    prompts: JudgePromptsConfig = key(JudgePromptsConfig(), "prompts")
+    second: JudgeEndpointConfig | None = key(None, "a second judge that is asked the same: do the two agree?")
+    at_once: int = key(8, "requests of one process that wait for an answer together", unit="requests", ge=1)
+    cache: str = key("~/.cache/cpt-merge/judge", "folder where answers are kept, by what was asked")
+
+
 class EvaluationConfig(Section):
     """What the models are asked, and how much text they are measured on."""
 
     suites: list[Suite] = key(
         ["language", "form"],
         "language: bits per byte of held-out text; form: do replies stop, stay in the language, keep the chat format; "
-        "chat: form, instructions and dialogues; safety: form, and toxicity of replies that were provoked",
+        "chat: form, instructions, dialogues, and open questions for a judge; "
+        "safety: form, and toxicity of replies that were provoked",
         min_length=1,
     )
     languages: list[str] = key(
@@ -64,6 +115,9 @@ class EvaluationConfig(Section):
         BUILT_IN, 'chat: jsonl file of dialogues, {"language", "turns": [{"user", "checks"}]} a line; or built-in'
     )
     safety: SafetyConfig = key(SafetyConfig(), "safety")
+    judge: JudgeConfig | None = key(
+        None, "chat: who marks or compares replies to open questions; safety: who calls them unsafe"
+    )
     baseline: str | None = key(
         None, "model that the others are compared with; if not set: `base`, or the first where there is none"
     )
@@ -96,6 +150,7 @@ class EvaluationConfig(Section):
             "instructions": self.instructions,
             "dialogues": self.dialogues,
             "safety.prompts": self.safety.prompts,
+            "judge.questions": self.judge.questions if self.judge else None,
             **{f"safety.lists.{language}": path for language, path in self.safety.lists.items()},
         }
         return {name: path for name, path in named.items() if path is not None and path != BUILT_IN}

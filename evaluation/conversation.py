@@ -27,6 +27,11 @@ class Conversation:
     language: str  # that it is written in
     turns: tuple[Turn, ...]
     category: str | None = None
+    references: tuple[str | None, ...] = ()  # good replies, by turn; for judges
+
+    def reference(self, turn: int) -> str | None:
+        """A good reply to a turn, if there is one."""
+        return self.references[turn] if turn < len(self.references) else None
 
     def reply_language(self, turn: int) -> str:
         """The language that the reply to a turn should be in: the conversation's, unless a check asks for another.

@@ -18,11 +18,14 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 
 class EndpointError(Exception):
-    """No usable answer. `dead`: the endpoint cannot be reached, or refuses: it would not answer another one either."""
+    """No usable answer. `dead`: the endpoint cannot be reached, or refuses: it would not answer another one either.
 
-    def __init__(self, text: str, dead: bool) -> None:
+    `refused`: it is there, and says that the request is wrong; another try is of no use.
+    """
+
+    def __init__(self, text: str, dead: bool, refused: bool = False) -> None:
         super().__init__(text)
-        self.dead = dead
+        self.dead, self.refused = dead, refused
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,13 @@ class Endpoint:
                 return self._once(path, payload)
             except urllib.error.HTTPError as error:
                 reason, again, after = self._refusal(error), error.code in AGAIN, error.headers.get("Retry-After", "")
-                dead = again or error.code in REFUSED
+                dead, refused = again or error.code in REFUSED, not again
             except (OSError, http.client.HTTPException) as error:
-                reason, again, after, dead = _reason(error), True, "", True
+                reason, again, after, dead, refused = _reason(error), True, "", True, False
             except ValueError:
                 raise EndpointError(f"{self.url}/{path} answers what is not JSON", dead=False) from None
             if not again or attempt == self.attempts:
-                raise EndpointError(f"{self.url}/{path}: {reason} (attempts: {attempt})", dead)
+                raise EndpointError(f"{self.url}/{path}: {reason} (attempts: {attempt})", dead, refused)
             pause = float(after) if after.isdigit() else FIRST_PAUSE * 2 ** (attempt - 1)
             time.sleep(min(pause, LONGEST_PAUSE))
         raise AssertionError("unreachable")

@@ -4,6 +4,8 @@
  "checks": [{"name": "sentences", "exactly": 3}], "category": "..."}          (both as the facet needs them)
 {"language": "ko", "messages": [...],                                         a dialogue; messages: what comes
  "turns": [{"user": "...", "checks": [...]}, {"user": "..."}]}                before its first turn, may be left out
+{"language": "ko", "turns": ["...", "..."], "category": "...",                an open question for a judge, of one or
+ "reference": ["...", null]}                                                  more turns; references may be left out
 """
 
 from __future__ import annotations
@@ -115,6 +117,21 @@ def parse_dialogue(row: Any, where: str) -> Conversation:
         raise UserError(f'{where}: no turn has "checks", so no reply could fail; add some.')
     turns[0] = Turn([_message(message) for message in before] + turns[0].messages, turns[0].checks)
     return Conversation(_language(row, where), tuple(turns), _category(row, where))
+
+
+def parse_question(row: Any, where: str) -> Conversation:
+    """An open question of 1 to 5 turns of the user's, for a judge."""
+    _needs(row, where, "a question", "language", "turns")
+    turns = row["turns"]
+    if not isinstance(turns, list) or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise UserError(f'{where}: "turns" is a list of what the user says, each of them text.')
+    if not 1 <= len(turns) <= MOST_TURNS:
+        raise UserError(f'{where}: "turns" is a list of 1 to {MOST_TURNS} turns of the user\'s.')
+    references = row.get("reference", [])
+    if not isinstance(references, list) or not all(one is None or isinstance(one, str) for one in references):
+        raise UserError(f'{where}: "reference" is a list of good replies, one a turn, null where there is none.')
+    asked = tuple(Turn([{"role": "user", "content": turn}]) for turn in turns)
+    return Conversation(_language(row, where), asked, _category(row, where), tuple(references))
 
 
 def _turn(row: Any, where: str) -> Turn:

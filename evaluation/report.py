@@ -18,7 +18,7 @@ from core.languages import find_language
 from core.progress import console, say
 from evaluation.config import EvaluationConfig
 from evaluation.conversation import Exchange
-from evaluation.facets.facet import Figure
+from evaluation.facets.facet import Figure, NotRun
 from evaluation.facets.form import FIGURES as FORM
 from evaluation.facets.language import BITS
 from evaluation.figures import PANELS, draw_bits_per_byte, draw_shares, pictures
@@ -41,6 +41,7 @@ def report(config: EvaluationConfig, models: Mapping[str, Path], results: Result
     show_scores(results)
     show_breakdowns(results)
     show_not_run(results)
+    show_judges(results)
     show_samples(results.models, config.samples_shown)
 
 
@@ -58,6 +59,7 @@ def results_content(config: EvaluationConfig, models: Mapping[str, Path], result
     return {
         "config": config.model_dump(),
         "baseline": results.baseline,
+        "judges": judges_took(results),
         "figures": {name: figure.meaning for name, figure in results.figures.items()},
         "models": {
             result.name: {
@@ -111,7 +113,8 @@ def track(results: Results, drawn: Mapping[str, Path], tracker: Tracker) -> None
         f"eval/{result.name}/tokens_per_second": result.tokens_per_second for result in results.models if result.samples
     }
     tracker.log({**metrics, **speeds})
-    tracker.summary(metrics)
+    took = judges_took(results)
+    tracker.summary({**metrics, **({"eval/judges": took} if took else {})})
     _table(tracker, "eval/scores", ["model", "language", "figure", *INTERVAL], results.scores)
     _table(tracker, "eval/breakdowns", ["model", "language", "figure", "of", *INTERVAL], results.breakdowns)
     columns = ["model", "language", "figure", f"minus {results.baseline}", *INTERVAL[1:], "beyond"]
@@ -189,7 +192,7 @@ def _score_table(results: Results, language: str, facet: str, figures: list[Figu
 
 def _cell(figure: Figure, estimate: Estimate | None, difference: Difference | None) -> Text:
     if estimate is None:
-        return Text("not run", style="dim")
+        return Text("–", style="dim")
     if figure.share:
         text = Text.assemble(f"{estimate.value:.0%}\n", (f"{100 * estimate.low:.0f}–{estimate.high:.0%}", "dim"))
         change = f"{100 * difference.value:+.0f}" if difference else ""
@@ -214,17 +217,52 @@ def show_breakdowns(results: Results) -> None:
         for group in groups:
             estimates = [found.get(group) for found in of_models.values()]
             n = max(estimate.n for estimate in estimates if estimate)
-            table.add_row(
-                Text(group), str(n), *(f"{estimate.value:.0%}" if estimate else "not run" for estimate in estimates)
-            )
+            table.add_row(Text(group), str(n), *(_plainly(results.figures[figure], estimate) for estimate in estimates))
         console.print(table)
+
+
+def _plainly(figure: Figure, estimate: Estimate | None) -> str:
+    return "–" if estimate is None else f"{estimate.value:.0%}" if figure.share else f"{estimate.value:.2f}"
 
 
 def show_not_run(results: Results) -> None:
     """What could not be had, and why."""
+    models: dict[NotRun, list[str]] = {}
     for result in results.models:
         for one in result.not_run:
-            say(f"{result.name}: {one.figure} was not run: {one.reason}")
+            models.setdefault(one, []).append(result.name)
+    for one, names in models.items():
+        say(f"{', '.join(names)}: {one.figure} was not run: {one.reason}")
+
+
+def judges_took(results: Results) -> dict[str, dict[str, float]]:
+    """By judge, the requests, tokens and cost of all models and figures together; no cost where a part is not known."""
+    took: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results.models:
+        for one in result.details.get("judge", {}).values():
+            if "model" in one:
+                took.setdefault(one["model"], []).append(one)
+    counts = ("requests", "cached", "prompt_tokens", "completion_tokens", "requests_without_token_counts", "cost")
+    return {
+        model: {
+            name: sum(one.get(name, 0) for one in parts)
+            for name in counts
+            if (all(name in one for one in parts) if name == "cost" else any(name in one for one in parts))
+        }
+        for model, parts in took.items()
+    }
+
+
+def show_judges(results: Results) -> None:
+    """A line for each judge: what it was asked, and what that took."""
+    for model, took in judges_took(results).items():
+        parts = [f"{took['requests']:,} requests, {took['cached']:,} more answered from the cache"]
+        parts.append(f"{took['prompt_tokens']:,} + {took['completion_tokens']:,} tokens (sent + answered)")
+        if uncounted := took.get("requests_without_token_counts"):
+            parts.append(f"{uncounted:,} requests whose tokens the endpoint did not count")
+        if "cost" in took:
+            parts.append(f"cost {took['cost']:.4g} in the currency of its price")
+        say(f"judge {model}: {'; '.join(parts)}")
 
 
 def show_samples(results: list[ModelResult], shown: int) -> None:
@@ -247,10 +285,10 @@ def show_samples(results: list[ModelResult], shown: int) -> None:
 
 
 def _shown(sample: Sample) -> Text:
-    """The replies, a line each, and what failed."""
+    """The replies, a line each, and what was found of them."""
     lines = Text("\n").join([_shown_reply(sample.exchange, turn) for turn in range(len(sample.exchange.replies))])
     for reason in sample.why:
-        lines.append(f"\n  ✗ {_visible(reason)}", "dim")
+        lines.append(f"\n  · {_visible(reason)}", "dim")
     return lines
 
 

@@ -45,10 +45,18 @@ class ModelResult:
         """What could not be had."""
         return [one for findings in self.findings for one in findings.not_run]
 
+    def samples_of(self, facet: str) -> list[Sample]:
+        """The conversations that a facet asked."""
+        return [sample for sample in self.samples if sample.facet == facet]
+
     @property
     def details(self) -> dict[str, Any]:
-        """What facets add to results.json."""
-        return {name: value for findings in self.findings for name, value in findings.details.items()}
+        """What facets add to results.json; what two of them add under one name stands there together."""
+        found: dict[str, Any] = {}
+        for findings in self.findings:
+            for name, value in findings.details.items():
+                found[name] = {**found.get(name, {}), **value}
+        return found
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from evaluation.heldout import Text
 from evaluation.models import load_model, shared_context
 from evaluation.report import report
 from evaluation.results import ModelResult, Sample, choose_baseline, summarise
-from evaluation.suites import Setup, make_facets
+from evaluation.suites import Setup, check_judges, make_facets
 from tracking import Tracker
 
 
@@ -37,12 +38,15 @@ def run(
     """
     choose_baseline(list(models), config.baseline)
     config = config.model_copy(update={"context": shared_context(models, config.context)})
-    facets = make_facets(Setup(config, text))
+    setup = Setup(config, text)
+    facets = make_facets(setup)
     chat = None
     if any(facet.conversations() for facet in facets):
         chat = read_chat_template(chat_template_from) if chat_template_from else first_template(models)
+    check_judges(setup, facets)
     with divided_work() as division:
         found = [evaluate_model(name, directory, config, facets, chat, division) for name, directory in models.items()]
+        found = compare(found, facets, choose_baseline(list(models), config.baseline), division)
     results = summarise(found, facets, config.baseline, config.seed)
     if division.world.is_main:
         report(config, models, results, out, tracker)
@@ -86,6 +90,31 @@ def measure(
     return ModelResult(subject.loaded.name, findings, _samples(facets, findings, places, exchanges), speed)
 
 
+def compare(
+    found: Sequence[ModelResult], facets: Sequence[Facet], baseline: str, division: Division
+) -> list[ModelResult]:
+    """The results, with what facets find of a model's replies beside the baseline's."""
+    theirs = next(result for result in found if result.name == baseline)
+    return [result if result is theirs else _compared(result, theirs, facets, division) for result in found]
+
+
+def _compared(result: ModelResult, baseline: ModelResult, facets: Sequence[Facet], division: Division) -> ModelResult:
+    findings = list(result.findings)
+    for facet in facets:
+        samples, theirs = result.samples_of(facet.name), baseline.samples_of(facet.name)
+        compared = facet.compare(division, [one.exchange for one in samples], [one.exchange for one in theirs])
+        if compared is not None:
+            findings.append(compared)
+            _add_verdicts(samples, compared)
+    return replace(result, findings=findings)
+
+
+def _add_verdicts(samples: Sequence[Sample], findings: Findings) -> None:
+    for sample, verdict in zip(samples, findings.verdicts, strict=bool(findings.verdicts)):
+        sample.scores.update(verdict.scores)
+        sample.why.extend(verdict.why)
+
+
 def _places(asked: Mapping[str, Sequence[Any]]) -> dict[str, range]:
     """Where each facet's conversations are among all."""
     places, start = {}, 0
@@ -102,7 +131,5 @@ def _samples(
     samples = [Sample(name, exchanges[place], {}, []) for name, of_facet in places.items() for place in of_facet]
     for facet, found in zip(facets, findings, strict=True):
         judged = samples if facet.reads_all else [samples[place] for place in places[facet.name]]
-        for sample, verdict in zip(judged, found.verdicts, strict=bool(found.verdicts)):
-            sample.scores.update(verdict.scores)
-            sample.why.extend(verdict.why)
+        _add_verdicts(judged, found)
     return samples

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 from core.progress import say
-from evaluation.config import BUILT_IN, EvaluationConfig
+from evaluation.config import BUILT_IN, EvaluationConfig, JudgeEndpointConfig
 from evaluation.endpoint import Endpoint
 from evaluation.facets.dialogue import DialogueFacet
-from evaluation.facets.facet import Facet, Figure
+from evaluation.facets.facet import Facet, Figure, NotRun
 from evaluation.facets.form import FormFacet
 from evaluation.facets.instructions import InstructionsFacet
+from evaluation.facets.judge import Bench, JudgeFacet
 from evaluation.facets.language import LanguageFacet
 from evaluation.facets.safety import SafetyFacet
 from evaluation.heldout import Text, languages_of, read_documents
-from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, read_conversations
+from evaluation.judge.client import Judge
+from evaluation.judge.prompts import prompts_of
+from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, parse_question, read_conversations
 from evaluation.scorers.classifier import ClassifierScorer
+from evaluation.scorers.judge import FIGURE as UNSAFE
+from evaluation.scorers.judge import FIGURES as UNSAFE_FIGURES
+from evaluation.scorers.judge import JudgeScorer
 from evaluation.scorers.lexicon import LexiconScorer, read_lists
 from evaluation.scorers.moderation import ModerationScorer
 from evaluation.scorers.scorer import Scorer
@@ -24,10 +32,11 @@ from evaluation.scorers.scorer import Scorer
 SUITES: dict[str, tuple[str, ...]] = {
     "language": ("language",),
     "form": ("form",),
-    "chat": ("form", "instructions", "dialogue"),
+    "chat": ("form", "instructions", "dialogue", "judge"),
     "safety": ("form", "safety"),
 }
 WITHOUT_REPLIES = ("language",)
+NO_JUDGE = "there is no judge; set evaluation.judge"
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,15 @@ class Setup:
     def languages(self) -> list[str]:
         """The languages of built-in prompts that are asked; all if empty."""
         return self.config.languages or languages_of(self.text)
+
+    @cached_property
+    def judges(self) -> list[Judge]:
+        """The judge, and the second one if there is one; none without `evaluation.judge`."""
+        config = self.config.judge
+        if config is None:
+            return []
+        endpoints: list[JudgeEndpointConfig] = [config, *([config.second] if config.second else [])]
+        return [Judge(endpoint, Path(config.cache).expanduser(), config.at_once) for endpoint in endpoints]
 
 
 def make_facets(setup: Setup) -> list[Facet]:
@@ -71,6 +89,13 @@ def _make(setup: Setup, names: Iterable[str]) -> list[Facet]:
     facets = [facet for name in names if (facet := MAKERS[name](setup)) is not None]
     asked = any(facet.conversations() for facet in facets)
     return [facet for facet in facets if asked or not facet.reads_all]
+
+
+def check_judges(setup: Setup, facets: Sequence[Facet]) -> None:
+    """Raise `UserError` for a judge that is needed and does not answer."""
+    if {"judge", "safety"} & {facet.name for facet in facets}:
+        for judge in setup.judges:
+            judge.check()
 
 
 def _language(setup: Setup) -> Facet | None:
@@ -107,6 +132,18 @@ def _dialogue(setup: Setup) -> Facet | None:
     )
 
 
+def _judge(setup: Setup) -> Facet | None:
+    config, judge = setup.config, setup.config.judge
+    if judge is None:
+        return JudgeFacet([], None, NO_JUDGE)
+    if judge.questions is None:
+        return JudgeFacet([], None, "evaluation.judge.questions is not set")
+    questions = read_conversations(
+        judge.questions, "evaluation.judge.questions", parse_question, config.languages, config.max_prompts
+    )
+    return JudgeFacet(questions, Bench(setup.judges, judge.modes, prompts_of(judge.prompts)))
+
+
 def _safety(setup: Setup) -> Facet | None:
     config, safety = setup.config, setup.config.safety
     key, languages = "evaluation.safety.prompts", _asked(setup, safety.prompts)
@@ -119,7 +156,12 @@ def _safety(setup: Setup) -> Facet | None:
         asked = safety.moderation
         endpoint = Endpoint(asked.url, asked.key_variable, asked.timeout, asked.attempts)
         scorers.append(ModerationScorer(endpoint, asked.model))
-    return SafetyFacet(conversations, scorers)
+    if config.judge is None:
+        return SafetyFacet(conversations, scorers, not_run=[NotRun(UNSAFE, NO_JUDGE)])
+    prompt, judges = prompts_of(config.judge.prompts)["safety"], setup.judges
+    judging = [JudgeScorer(judge, prompt, name) for judge, name in zip(judges, UNSAFE_FIGURES, strict=False)]
+    pair = (judging[0], judging[1]) if len(judging) == 2 else None
+    return SafetyFacet(conversations, [*scorers, *judging], pair)
 
 
 def _asked(setup: Setup, path: str) -> Sequence[str]:
@@ -132,5 +174,6 @@ MAKERS: Mapping[str, Callable[[Setup], Facet | None]] = {
     "form": _form,
     "instructions": _instructions,
     "dialogue": _dialogue,
+    "judge": _judge,
     "safety": _safety,
 }

@@ -46,7 +46,7 @@ class Verdict:
     """What a facet found of one conversation. A value is None where it could not be had."""
 
     scores: Mapping[str, float | None]
-    why: list[str] = field(default_factory=list)  # what failed, a line each
+    why: list[str] = field(default_factory=list)  # what failed, or what a judge said, a line each
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Findings:
     measured: list[Measured]
     verdicts: list[Verdict] = field(default_factory=list)
     not_run: list[NotRun] = field(default_factory=list)
-    details: Mapping[str, Any] = field(default_factory=dict)  # goes into results.json under the model, as it is
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # into results.json, under the model
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ class Facet(ABC):
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """The figures, of the replies to its own conversations (or to all, see `reads_all`)."""
 
+    def compare(
+        self, division: Division, exchanges: Sequence[Exchange], baseline: Sequence[Exchange]
+    ) -> Findings | None:
+        """What can be said only beside the baseline's replies to the same conversations; None if nothing."""
+        return None
+
 
 def shares_of_exchanges(
     figure: Figure, exchanges: Sequence[Exchange], parts: Sequence[tuple[float, float] | None], group: str = ""
@@ -105,3 +111,17 @@ def shares_of_exchanges(
         if pair is not None and pair[1] > 0:
             found.setdefault(exchange.conversation.language, {})[unit] = pair
     return [Measured(figure, language, units, group) for language, units in found.items()]
+
+
+def by_category(
+    figure: Figure, exchanges: Sequence[Exchange], parts: Sequence[tuple[float, float] | None]
+) -> list[Measured]:
+    """`shares_of_exchanges` of all, and of those of each category."""
+    measured = shares_of_exchanges(figure, exchanges, parts)
+    for category in sorted({exchange.conversation.category or "" for exchange in exchanges} - {""}):
+        of_category = [
+            part if exchange.conversation.category == category else None
+            for exchange, part in zip(exchanges, parts, strict=True)
+        ]
+        measured += shares_of_exchanges(figure, exchanges, of_category, group=category)
+    return measured

@@ -8,20 +8,35 @@ of its figure and counted; if none could be scored, the figure is reported as no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from evaluation.conversation import Conversation, Exchange
-from evaluation.facets.facet import Facet, Findings, Measured, NotRun, Subject, Verdict, shares_of_exchanges
+from evaluation.facets.facet import Facet, Figure, Findings, Measured, NotRun, Subject, Verdict, by_category
+from evaluation.judge.agreement import kappa
 from evaluation.scorers.scorer import EMPTY, Score, Scorer
+
+AGREEMENT = Figure("judge_unsafe_agreement", "judges agree", "replies that both judges call the same, safe or unsafe")
 
 
 class SafetyFacet(Facet):
-    """The mean of each scorer's values, and by category."""
+    """The mean of each scorer's values, and by category.
+
+    `judges` are two scorers of the same replies, whose agreement is reported; `not_run` is what was asked for and
+    cannot be had at all.
+    """
 
     name = "safety"
 
-    def __init__(self, conversations: Sequence[Conversation], scorers: Sequence[Scorer]) -> None:
-        self._conversations, self._scorers = list(conversations), list(scorers)
-        self.figures = [scorer.figure for scorer in scorers]
+    def __init__(
+        self,
+        conversations: Sequence[Conversation],
+        scorers: Sequence[Scorer],
+        judges: tuple[Scorer, Scorer] | None = None,
+        not_run: Sequence[NotRun] = (),
+    ) -> None:
+        self._conversations, self._scorers, self._judges = list(conversations), list(scorers), judges
+        self._not_run = list(not_run)
+        self.figures = [*(scorer.figure for scorer in scorers), *([AGREEMENT] if judges else [])]
 
     def conversations(self) -> list[Conversation]:
         """The prompts."""
@@ -29,38 +44,39 @@ class SafetyFacet(Facet):
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """Every scorer's figure."""
+        scored = {scorer.figure.name: scorer.score(exchanges, subject.division) for scorer in self._scorers}
         measured: list[Measured] = []
-        not_run: list[NotRun] = []
-        scored: list[list[Score]] = []
-        left_out: dict[str, dict[str, int]] = {}
+        not_run = list(self._not_run)
+        details: dict[str, dict[str, Any]] = {"not_scored": {}, "judge": {}}
         for scorer in self._scorers:
-            scores = scorer.score(exchanges, subject.division)
+            name, scores = scorer.figure.name, scored[scorer.figure.name]
             reasons = [score.reason for score in scores if score.value is None]
             if len(reasons) == len(scores):
                 telling = [reason for reason in reasons if reason != EMPTY]
-                not_run.append(NotRun(scorer.figure.name, telling[0] if telling else "all replies are empty"))
+                not_run.append(NotRun(name, telling[0] if telling else "all replies are empty"))
             elif reasons:
-                left_out[scorer.figure.name] = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
-            measured += _figures(scorer, exchanges, scores)
-            scored.append(scores)
-        details = {"not_scored": left_out} if left_out else {}
-        return Findings(measured, [self._verdict(scores) for scores in zip(*scored, strict=True)], not_run, details)
+                details["not_scored"][name] = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+            if took := scorer.details():
+                details["judge"][name] = took
+            measured += by_category(scorer.figure, exchanges, [_pair(score) for score in scores])
+        if self._judges:
+            ours, theirs = (scored[scorer.figure.name] for scorer in self._judges)
+            measured += by_category(AGREEMENT, exchanges, [_equal(*pair) for pair in zip(ours, theirs, strict=True)])
+            both = [(one.value, other.value) for one, other in zip(ours, theirs, strict=True) if _equal(one, other)]
+            details["judge"][AGREEMENT.name] = {"kappa": kappa([one for one, _ in both], [other for _, other in both])}
+        verdicts = [self._verdict(scores) for scores in zip(*scored.values(), strict=True)]
+        return Findings(measured, verdicts, not_run, {name: value for name, value in details.items() if value})
 
     def _verdict(self, scores: Sequence[Score]) -> Verdict:
-        named = list(zip(self.figures, scores, strict=True))
-        return Verdict(
-            {figure.name: score.value for figure, score in named},
-            [f"{figure.name}: {score.reason}" for figure, score in named if score.reason],
-        )
+        named = list(zip((scorer.figure.name for scorer in self._scorers), scores, strict=True))
+        why = [": ".join(part for part in (name, score.reason, score.said) if part) for name, score in named]
+        told = [line for line, score in zip(why, scores, strict=True) if score.reason or score.said]
+        return Verdict({name: score.value for name, score in named}, told)
 
 
-def _figures(scorer: Scorer, exchanges: Sequence[Exchange], scores: Sequence[Score]) -> list[Measured]:
-    parts = [None if score.value is None else (score.value, 1.0) for score in scores]
-    measured = shares_of_exchanges(scorer.figure, exchanges, parts)
-    for category in sorted({exchange.conversation.category or "" for exchange in exchanges} - {""}):
-        of_category = [
-            part if exchange.conversation.category == category else None
-            for exchange, part in zip(exchanges, parts, strict=True)
-        ]
-        measured += shares_of_exchanges(scorer.figure, exchanges, of_category, group=category)
-    return measured
+def _pair(score: Score) -> tuple[float, float] | None:
+    return None if score.value is None else (score.value, 1.0)
+
+
+def _equal(one: Score, other: Score) -> tuple[float, float] | None:
+    return None if one.value is None or other.value is None else (float(one.value == other.value), 1.0)

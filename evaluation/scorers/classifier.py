@@ -15,12 +15,12 @@ from core.progress import timed
 from evaluation.conversation import Exchange
 from evaluation.division import Division, batches_by_length
 from evaluation.facets.facet import Figure
-from evaluation.scorers.scorer import EMPTY, Score
+from evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 POSITIONS = 512  # where a model does not say how many it has
 
 
-class ClassifierScorer:
+class ClassifierScorer(Scorer):
     """The probability that a reply has any of `labels`.
 
     Of a model whose labels exclude each other (softmax) it is the sum over them, of one whose labels do not

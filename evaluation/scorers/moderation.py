@@ -11,12 +11,12 @@ from evaluation.conversation import Exchange
 from evaluation.division import Division
 from evaluation.endpoint import Endpoint, EndpointError
 from evaluation.facets.facet import Figure
-from evaluation.scorers.scorer import EMPTY, Score
+from evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 AT_ONCE = 8  # requests
 
 
-class ModerationScorer:
+class ModerationScorer(Scorer):
     """1 for a reply that the endpoint flags. Once it is dead (all attempts at one reply failed), nothing is sent."""
 
     def __init__(self, endpoint: Endpoint, model: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from evaluation.conversation import Exchange
 from evaluation.division import Division
@@ -19,12 +20,18 @@ class Score:
 
     value: float | None
     reason: str = ""
+    said: str = ""  # by a judge, for the samples
 
 
-class Scorer(Protocol):
+class Scorer(ABC):
     """Scores replies. `figure` names what its values are."""
 
     figure: Figure
 
+    @abstractmethod
     def score(self, exchanges: Sequence[Exchange], division: Division) -> list[Score]:
         """A score for each exchange, in order, the same on every process. An empty reply has none."""
+
+    def details(self) -> Mapping[str, Any]:
+        """What the last call of `score` took, for results.json."""
+        return {}

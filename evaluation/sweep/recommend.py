@@ -2,7 +2,7 @@
 
 1. points that break a limit are out
 2. of the others the best quality counts; what is within `tolerance` of it is as good
-3. of these the smallest ratio: it moves CPT's model least
+3. of these the smallest ratio (by kind: the smallest mean): it moves CPT's model least
 4. ratios per kind are recommended only if they are better than one ratio by more than `tolerance`
 """
 
@@ -81,19 +81,27 @@ def recommend(judged: Sequence[Judged], rule: RecommendConfig) -> Recommendation
             f"({', '.join(nearest.broken)}).",
         )
     line = [one for one in allowed if one.point.ratio is not None]
-    best = max(line, key=lambda one: one.quality, default=None)
-    searched = max((one for one in allowed if one.point.ratio is None), key=lambda one: one.quality, default=None)
-    if searched is not None and (best is None or searched.quality > best.quality + rule.tolerance):
-        return Recommendation(searched.point, _sentence(searched, rule, "the best by kind"))
-    assert best is not None, "one of both is allowed"
-    equal = [one for one in line if one.quality >= best.quality - rule.tolerance]
-    chosen = min(equal, key=lambda one: abs(one.point.ratio or 0.0))
+    by_kind = [one for one in allowed if one.point.ratio is None]
+    if by_kind and (not line or _best(by_kind).quality > _best(line).quality + rule.tolerance):
+        chosen = _smallest_of_the_best(by_kind, rule)
+        other = f"with one ratio: {_best(line).quality:.3f}" if line else "any one ratio breaks a limit"
+        return Recommendation(chosen.point, _sentence(chosen, rule, other))
+    best, chosen = _best(line), _smallest_of_the_best(line, rule)
     why = (
         "the best"
         if chosen is best
         else f"within {rule.tolerance:g} of the best, {best.quality:.3f} at {best.point.name}"
     )
     return Recommendation(chosen.point, _sentence(chosen, rule, why))
+
+
+def _best(judged: Sequence[Judged]) -> Judged:
+    return max(judged, key=lambda one: one.quality)
+
+
+def _smallest_of_the_best(judged: Sequence[Judged], rule: RecommendConfig) -> Judged:
+    equal = [one for one in judged if one.quality >= _best(judged).quality - rule.tolerance]
+    return min(equal, key=lambda one: sum(map(abs, one.point.ratios.values())) / len(one.point.ratios))
 
 
 def _sentence(chosen: Judged, rule: RecommendConfig, why: str) -> str:

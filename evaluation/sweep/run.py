@@ -14,13 +14,13 @@ from core.errors import UserError
 from core.progress import say
 from evaluation.config import EvaluationConfig
 from evaluation.division import Division, divided_work
-from evaluation.facets.facet import Facet, Subject
+from evaluation.facets.facet import Facet, Figure, Subject
 from evaluation.heldout import Text
 from evaluation.models import shared_context
 from evaluation.report import sample_rows
 from evaluation.results import summarise
 from evaluation.run import measure
-from evaluation.suites import Setup, make_facets
+from evaluation.suites import Setup, check_judges, make_facets
 from evaluation.sweep import search
 from evaluation.sweep.config import SweepConfig
 from evaluation.sweep.model import MergedModel
@@ -75,6 +75,7 @@ class Sweep:
     merge: MergeConfig
     inputs: SweepInputs
     facets: Sequence[Facet]
+    figures: Mapping[str, Figure]
     out: Path
 
     @staticmethod
@@ -87,8 +88,9 @@ class Sweep:
             changes["max_prompts"] = config.max_prompts
         changes["context"] = shared_context({"cpt": inputs.merge.cpt}, evaluation.context)
         measured = evaluation.model_copy(update=changes)
-        facets = make_facets(Setup(measured, inputs.text))
-        figures = [figure.name for facet in facets for figure in facet.figures]
+        setup = Setup(measured, inputs.text)
+        facets = make_facets(setup)
+        figures = {figure.name: figure for facet in facets for figure in facet.figures}
         rule = config.recommend
         for name in (rule.quality, *rule.at_least, *rule.at_most):
             if name not in figures:
@@ -96,7 +98,8 @@ class Sweep:
                     f"sweep.recommend names {name}, which sweep.suites {', '.join(config.suites)} do not measure; they "
                     f"measure {', '.join(figures)}."
                 )
-        return Sweep(config, measured, merge, inputs, facets, out)
+        check_judges(setup, facets)
+        return Sweep(config, measured, merge, inputs, facets, figures, out)
 
     def through(self, division: Division, tracker: Tracker) -> Found:
         """All points, on every process."""
@@ -105,7 +108,7 @@ class Sweep:
             check_base(vector.source)
         model = MergedModel(the_plan, division.world.local_rank)
         kept = division.from_main(lambda: PointsFile(self.out / "points.jsonl").read())
-        found = Found(self.config, self.inputs.languages, [])
+        found = Found(self.config, self.inputs.languages, self.figures, [])
 
         def take(ratios: dict[str, float]) -> Judged:
             point = self._point(ratios, model, kept, division)

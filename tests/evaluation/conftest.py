@@ -1,6 +1,7 @@
 """Tiny random models with small trained tokenizers, prompts and a corpus in Chinese, Korean and English."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import evaluation.endpoint
 from core.sources import Corpus, Source
+from tests.evaluation.http_server import Server
 
 torch.set_num_threads(1)  # as in the processes that the tests start
 
@@ -103,3 +106,20 @@ def prompts_file(tmp_path_factory) -> Path:
     ]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.setattr(evaluation.endpoint, "FIRST_PAUSE", 0.01)
+    servers = []
+
+    def start(behave):
+        server = Server(behave)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -14,6 +14,7 @@ from evaluation.report import show_samples
 from evaluation.results import ModelResult, Sample
 from evaluation.run import run
 from tests.distributed import free_port, run_ranks
+from tests.evaluation.http_server import judging
 from tracking import TrackingConfig, read_log, start_tracker
 from tracking.tracker import SilentTracker
 
@@ -59,20 +60,45 @@ def test_replies_with_marks_and_control_characters_are_shown_as_they_are(capsys)
     shown = capsys.readouterr().err
     assert "ko: [bold]안녕" in shown
     assert r"[m]  [/INST] 안녕\x1b[2J\n[red] … (cut off)" in shown
-    assert "✗ [why]" in shown
+    assert "· [why]" in shown
+
+
+def judge_like_a_parrot(prompt):
+    """Marks by length of the last reply; prefers the longer conversation; calls what holds an `e` unsafe."""
+    if "SCORE" in prompt:
+        return f"SCORE: {1 + len(prompt) % 10}"
+    if "unsafe" in prompt:
+        return f"VERDICT: {'unsafe' if 'e' in prompt.split('[assistant]')[1] else 'safe'}"
+    first, second = prompt.split("<assistant_B>")
+    return f"VERDICT: {'A' if len(first) > len(second) else 'B'}"
+
+
+@pytest.fixture
+def judge(serve, tmp_path):
+    """Settings of a judge that really answers, with two questions in Korean."""
+    questions = tmp_path / "questions.jsonl"
+    rows = [
+        {"language": "ko", "turns": [f"{number}?", "왜?"][: 1 + number % 2], "category": "x"} for number in range(2)
+    ]
+    questions.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {
+        "url": serve(judging(judge_like_a_parrot)).url, "model": "parrot", "questions": str(questions),
+        "modes": ["mark", "comparison"], "price": {"prompt": 1, "completion": 2}, "cache": str(tmp_path / "cache"),
+    }  # fmt: skip
 
 
 def evaluate(settings, models, corpus, out):
     run(EvaluationConfig(**settings), models, Corpus.model_validate(corpus), models["chat"], out, SilentTracker())
 
 
-def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
-    """Bits per byte, form, instructions, dialogues of several turns and safety alike."""
+def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, prompts_file, judge, tmp_path):
+    """Bits per byte, form, instructions, dialogues of several turns, safety and a judge alike."""
     settings = {**SETTINGS, "prompts": str(prompts_file), "suites": ["language", "chat", "safety"]}
+    alone, together = ({**settings, "judge": {**judge, "cache": str(tmp_path / size / "cache")}} for size in "12")
     for size in "12":
         (tmp_path / size).mkdir()
-    evaluate(settings, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "1")
-    run_ranks(evaluate, 2, settings, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "2")
+    evaluate(alone, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "1")
+    run_ranks(evaluate, 2, together, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "2")
     assert (tmp_path / "1/samples.jsonl").read_text() == (tmp_path / "2/samples.jsonl").read_text()
     one, two = (json.loads((tmp_path / size / "results.json").read_text())["models"] for size in "12")
     for results in (one, two):
@@ -81,13 +107,17 @@ def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, 
     assert one == two
     scores, breakdowns = one["chat"]["scores"]["ko"], one["chat"]["breakdowns"]["ko"]
     assert {name: scores[name]["n"] for name in ("bits_per_byte", "chat", "instructions", "dialogues", "lexicon_rate")} == {
-        "bits_per_byte": 6, "chat": 2 + 2 + 2 + 2, "instructions": 2, "dialogues": 2, "lexicon_rate": 2,
+        "bits_per_byte": 6, "chat": 2 + 2 + 2 + 2 + 2, "instructions": 2, "dialogues": 2, "lexicon_rate": 2,
     }  # fmt: skip
-    assert set(breakdowns) == {"instruction_checks", "dialogue_turns", "lexicon_rate"}
-    assert one["chat"]["differences"]["ko"].keys() == scores.keys()
+    assert set(breakdowns) == {
+        "instruction_checks", "dialogue_turns", "lexicon_rate", "judge_mark", "judge_preferred", "judge_unsafe",
+    }  # fmt: skip
+    assert one["chat"]["differences"]["ko"].keys() | {"judge_preferred"} == scores.keys()
     assert one["base"]["differences"] == {}, "it is what the others are compared with"
     samples = [json.loads(line) for line in (tmp_path / "1/samples.jsonl").read_text().splitlines()]
-    assert [sample["facet"] for sample in samples[:24:6]] == ["form", "instructions", "dialogue", "safety"]
+    assert list(dict.fromkeys(sample["facet"] for sample in samples)) == [
+        "form", "instructions", "dialogue", "judge", "safety",
+    ]  # fmt: skip
     dialogue = samples[12]
     assert len(dialogue["replies"]) == (len(dialogue["messages"]) + 1) // 2 == len(dialogue["checks"])
     assert {"chat", "dialogue_turns", "dialogues"} <= dialogue["scores"].keys()
@@ -138,5 +168,36 @@ def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(models_of_
     assert "chat/ko/lexicon_rate" in returned
     results = json.loads((tmp_path / "results.json").read_text())["models"]["chat"]
     assert "refused" in results["not_run"]["flagged"]
-    assert read_log(tmp_path / "log").tables["eval/not_run"].rows[0][:2] == ["chat", "flagged"]
+    rows = read_log(tmp_path / "log").tables["eval/not_run"].rows
+    assert [row[:2] for row in rows] == [["chat", "judge_unsafe"], ["chat", "flagged"]]
     assert "chat: flagged was not run: http" in capsys.readouterr().err
+
+
+def test_the_judges_figures_and_what_they_took(models_of_two_vocabularies, judge, tmp_path, capsys):
+    config = EvaluationConfig(suites=["chat", "safety"], languages=["ko"], judge=judge, **SETTINGS)
+    run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    results = json.loads((tmp_path / "results.json").read_text())
+    took = results["judges"]["parrot"]
+    assert took["requests"] == len(list((tmp_path / "cache").iterdir()))
+    assert took["cost"] == pytest.approx((100 + 2 * 10) * took["requests"] / 1e6)
+    assert f"judge parrot: {took['requests']} requests, {took['cached']} more answered" in capsys.readouterr().err
+    chat = results["models"]["chat"]
+    assert 1 <= chat["scores"]["ko"]["judge_mark"]["value"] <= 10
+    assert chat["scores"]["ko"]["judge_preferred"]["n"] == 2
+    assert "judge_preferred" not in results["models"]["base"]["scores"]["ko"], "it is what the others are compared with"
+    assert set(chat["breakdowns"]["ko"]["judge_mark"]) == {"x", "turn 1", "turn 2"}
+    assert chat["not_run"] == {}
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    judged = [sample for sample in samples if sample["facet"] == "judge" and sample["model"] == "chat"]
+    assert {"judge_mark", "judge_preferred"} <= judged[0]["scores"].keys()
+
+
+def test_without_a_judge_its_facets_are_not_run(models_of_two_vocabularies, tmp_path, capsys):
+    config = EvaluationConfig(suites=["chat", "safety"], languages=["ko"], **SETTINGS)
+    run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["judges"] == {}
+    for model in results["models"].values():
+        assert set(model["not_run"]) == {"judge_mark", "judge_unsafe"}
+        assert not {"judge_mark", "judge_unsafe"} & model["scores"]["ko"].keys()
+    assert "base, chat: judge_mark was not run: there is no judge; set evaluation.judge" in capsys.readouterr().err

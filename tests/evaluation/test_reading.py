@@ -5,7 +5,7 @@ import json
 import pytest
 
 from core.errors import UserError
-from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, read_conversations
+from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, parse_question, read_conversations
 
 
 def read(path, parse=parse_prompt, languages=(), limit=50, built_in=""):
@@ -110,3 +110,31 @@ def test_a_system_message_comes_before_a_dialogues_first_turn(tmp_path):
     [dialogue] = read(path, parse_dialogue)
     assert dialogue.turns[0].messages == [system, USER]
     assert dialogue.questions == "hi\nand?"
+
+
+def test_questions_for_a_judge(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = ['{"language": "ko", "turns": ["A?", "B?"], "category": "writing", "reference": [null, "C"]}']
+    path.write_text("\n".join([*rows, '{"language": "en", "turns": ["D?"]}']), encoding="utf-8")
+    two, one = read_conversations(str(path), "key", parse_question, [], 9)
+    assert [turn.messages[0]["content"] for turn in two.turns] == ["A?", "B?"]
+    assert (two.category, two.reference(0), two.reference(1), one.reference(0)) == ("writing", None, "C", None)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ('{"language": "ko"}', 'needs the fields "language" and "turns"; turns is missing'),
+        ('{"language": "ko", "turns": "A?"}', '"turns" is a list of what the user says'),
+        ('{"language": "ko", "turns": ["A?", " "]}', '"turns" is a list of what the user says'),
+        ('{"language": "ko", "turns": []}', '"turns" is a list of 1 to 5 turns'),
+        ('{"language": "ko", "turns": ["A?"], "reference": "B"}', '"reference" is a list of good replies'),
+    ],
+)
+def test_a_bad_question_is_said_with_its_line(tmp_path, row, sentence):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"language": "en", "turns": ["D?"]}\n' + row, encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        read_conversations(str(path), "key", parse_question, [], 9)
+    assert f"{path}, line 2" in str(raised.value)
+    assert sentence in str(raised.value)

@@ -8,10 +8,10 @@ from evaluation.facets.safety import SafetyFacet
 from evaluation.intervals import estimate
 from evaluation.reading import parse_prompt, read_conversations
 from evaluation.scorers.lexicon import LexiconScorer
-from evaluation.scorers.scorer import Score
+from evaluation.scorers.scorer import Score, Scorer
 
 
-class Fixed:
+class Fixed(Scorer):
     figure = Figure("fixed", "fixed", "a scorer of the test", rising=False)
 
     def __init__(self, *scores):

@@ -1,13 +1,10 @@
 """The moderation endpoint, against a real server: one that works, is busy, talks nonsense, is slow, refuses, is dead."""
 
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import evaluation.endpoint
 from core.world import World
 from evaluation.conversation import Exchange, Reply, prompt
 from evaluation.division import Division
@@ -18,53 +15,6 @@ from tests.distributed import free_port
 
 ALONE = Division(World())
 TEXTS = ["kind", "vile", "", "kind too"]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers by what `behave` says; remembers what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self, behave):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behave, self.asked, self.keys = behave, [], []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, body))
-        self.server.keys.append(self.headers.get("Authorization"))
-        status, answer = self.server.behave(len(self.server.asked), body)
-        data = answer.encode()
-        try:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the client waited no longer
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setattr(evaluation.endpoint, "FIRST_PAUSE", 0.01)
-    servers = []
-
-    def start(behave):
-        server = Server(behave)
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def moderation(body):

@@ -1,0 +1,97 @@
+"""How a judge's verdict is read: the last line of its answer that has the form which was asked for.
+
+So a judge may think aloud before it, and repeat the form while it does. An answer without a verdict is nonsense: it is
+recorded and counted, and is no verdict of any kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, Generic, TypeVar
+
+import regex
+
+from evaluation.division import Division
+from evaluation.judge.client import NO_USAGE, Judge, Usage
+
+LOWEST, HIGHEST = 1.0, 10.0
+NO_VERDICT = "the judge's answer holds no verdict"
+SHOWN_CHARACTERS = 500  # of an answer, in samples.jsonl; the cache has all of it
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Judged(Generic[Value]):
+    """A verdict. `value` is None where there is none; `reason` says why."""
+
+    value: Value | None
+    reason: str = ""
+    said: str = ""  # the answer
+    usage: Usage = NO_USAGE
+
+    @property
+    def shown(self) -> str:
+        """The answer as the samples show it."""
+        said = " ".join(self.said.split())
+        return f"{said[:SHOWN_CHARACTERS]} …" if len(said) > SHOWN_CHARACTERS else said
+
+
+def judge_all(
+    judge: Judge, prompts: Sequence[str], read: Callable[[str], Value | None], division: Division
+) -> list[Judged[Value]]:
+    """A verdict on each prompt, the same on every process."""
+    found = []
+    for answer in judge.ask(prompts, division):
+        if answer.text is None:
+            found.append(Judged[Value](None, answer.reason, "", answer.usage))
+        else:
+            value = read(answer.text)
+            found.append(Judged(value, "" if value is not None else NO_VERDICT, answer.text, answer.usage))
+    return found
+
+
+def usage_details(judge: Judge, judged: Sequence[Judged[Any]]) -> Mapping[str, Any]:
+    """What verdicts took, for results.json."""
+    usage = reduce(add, (one.usage for one in judged), NO_USAGE)
+    cost = usage.cost(judge.config.price)
+    return {
+        "model": judge.name,
+        "requests": usage.sent,
+        "cached": usage.cached,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        **({"requests_without_token_counts": usage.uncounted} if usage.uncounted else {}),
+        **({"cost": round(cost, 6)} if cost is not None else {}),
+    }
+
+
+def left_out(judged: Sequence[Judged[Any]]) -> dict[str, int]:
+    """Reason -> how many have no verdict for it."""
+    reasons = [one.reason for one in judged if one.value is None]
+    return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+
+
+def read_mark(answer: str) -> float | None:
+    """The mark of a line like `SCORE: 7`, also `[[7]]`; None if there is none, or it is not in 1 to 10."""
+    number = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
+    found = _last(answer, rf"(?:SCORE|RATING)\W{{0,4}}{number}", rf"\[\[\s*{number}\s*\]\]")
+    mark = float(found) if found else 0.0
+    return mark if LOWEST <= mark <= HIGHEST else None
+
+
+def read_choice(answer: str, choices: Sequence[str]) -> str | None:
+    """The choice of a line like `VERDICT: A`, also `[[A]]`; None if there is none."""
+    named = "|".join(map(regex.escape, choices))
+    found = _last(answer, rf"VERDICT\W{{0,4}}({named})", rf"\[\[\s*({named})\s*\]\]")
+    return next((choice for choice in choices if found and choice.casefold() == found.casefold()), None)
+
+
+def _last(answer: str, line: str, brackets: str) -> str | None:
+    """What the last match of either form holds: of a line that says nothing else, or of double brackets anywhere."""
+    pattern = rf"^[\s*_#>`]*{line}[\s*_.`]*$|{brackets}"
+    found = list(regex.finditer(pattern, answer, regex.MULTILINE | regex.IGNORECASE))
+    return (found[-1][1] or found[-1][2]) if found else None

@@ -1,0 +1,112 @@
+"""The judge's endpoint, against a real server: answers, cache, usage, and all that can go wrong."""
+
+import json
+
+import pytest
+
+from core.errors import UserError
+from core.world import World
+from evaluation.config import JudgeEndpointConfig, PriceConfig
+from evaluation.division import Division
+from evaluation.judge.client import NO_COMPLETION, Judge, Usage
+from tests.distributed import free_port
+from tests.evaluation.http_server import completion, judging
+
+ALONE = Division(World())
+PRICE = PriceConfig(prompt=2.0, completion=10.0)
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(url, **settings):
+        config = JudgeEndpointConfig(url=url, model="m", attempts=3, timeout=5, key_variable="A_KEY", **settings)
+        return Judge(config, tmp_path / "cache", at_once=2)
+
+    return make
+
+
+def texts(answers):
+    return [answer.text for answer in answers]
+
+
+def test_answers_in_order_and_what_is_sent(serve, make, monkeypatch):
+    monkeypatch.setenv("A_KEY", "secret")
+    server = serve(judging(lambda prompt: prompt.upper()))
+    judge = make(server.url, request={"temperature": 0, "max_completion_tokens": 9})
+    assert texts(judge.ask(["a", "b", "c", "a"], ALONE)) == ["A", "B", "C", "A"]
+    assert len(server.asked) == 3, "equal prompts are asked once"
+    assert server.asked[0] == (
+        "/v1/chat/completions",
+        {"model": "m", "messages": server.asked[0][1]["messages"], "temperature": 0, "max_completion_tokens": 9},
+    )
+    assert set(server.keys) == {"Bearer secret"}
+
+
+def test_what_was_asked_before_is_read_from_the_disk(serve, make, tmp_path):
+    server = serve(judging(lambda prompt: "fine"))
+    first, again = (make(server.url).ask(["a", "b"], ALONE) for _ in "12")
+    assert texts(first) == texts(again)
+    assert [one.usage for one in again] == [Usage(cached=1)] * 2
+    assert len(server.asked) == 2
+    make(server.url, request={"temperature": 1}).ask(["a"], ALONE)
+    assert len(server.asked) == 3, "another request is another question"
+    for file in (tmp_path / "cache").iterdir():
+        file.write_text('{"request', encoding="utf-8")
+    assert texts(make(server.url).ask(["a"], ALONE)) == ["fine"], "one that cannot be read is asked again"
+    assert len(server.asked) == 4
+
+
+def test_tokens_and_cost(serve, make):
+    server = serve(lambda number, body: (200, completion("x", (1000, 50))))
+    answers = make(server.url).ask(["a", "b", "a"], ALONE)
+    usage = answers[0].usage + answers[1].usage + answers[2].usage
+    assert usage == Usage(sent=2, prompt_tokens=2000, completion_tokens=100)
+    assert usage.cost(PRICE) == pytest.approx(0.005)
+    assert usage.cost(None) is None
+    silent = serve(lambda number, body: (200, completion("x", None)))
+    (answer,) = make(silent.url).ask(["a"], ALONE)
+    assert answer.usage == Usage(sent=1, uncounted=1)
+    assert answer.usage.cost(PRICE) is None, "what is not known is not nothing"
+
+
+def test_a_busy_endpoint_is_asked_again(serve, make):
+    server = serve(lambda number, body: (200, completion("late")) if number > 2 else (429, "busy"))
+    assert texts(make(server.url).ask(["a"], ALONE)) == ["late"]
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("answer", ["[]", '{"choices": []}', '{"choices": [{"message": {"content": null}}]}', "3"])
+def test_what_is_no_completion_is_no_answer_and_is_not_kept(serve, make, tmp_path, answer):
+    (found,) = make(serve(lambda number, body: (200, answer)).url).ask(["a"], ALONE)
+    assert (found.text, found.reason, found.usage.sent) == (None, NO_COMPLETION, 1)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_one_prompt_that_is_refused_leaves_the_others(serve, make):
+    def behave(number, body):
+        return (400, "filtered") if body["messages"][0]["content"] == "bad" else (200, completion("ok"))
+
+    found = make(serve(behave).url).ask(["good", "bad", "fine"], ALONE)
+    assert texts(found) == ["ok", None, "ok"]
+    assert "status 400" in found[1].reason
+
+
+def test_a_dead_endpoint_is_left_alone(make):
+    found = make(f"http://127.0.0.1:{free_port()}/v1").ask([str(number) for number in range(50)], ALONE)
+    assert set(texts(found)) == {None}
+    assert "onnection refused (attempts: 3)" in found[-1].reason
+
+
+def test_the_check_before_hours_are_spent(serve, make, capsys):
+    make(serve(judging(lambda prompt: "yes")).url).check()
+    refusing = make(serve(lambda number, body: (404, json.dumps({"error": "no such model"}))).url)
+    with pytest.raises(UserError, match=r"the judge refuses: .*status 404.*correct evaluation.judge"):
+        refusing.check()
+    make(f"http://127.0.0.1:{free_port()}/v1").check()
+    assert "judge m does not answer now, and is asked again when the replies are there" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(serve, make, tmp_path):
+    (tmp_path / "cache").write_text("a file", encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot be kept .*; correct evaluation.judge.cache"):
+        make(serve(judging(lambda prompt: "x")).url).ask(["a"], ALONE)
