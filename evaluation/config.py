@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import field_validator
@@ -10,7 +11,7 @@ from core.config import Section, key
 from core.errors import UserError
 from core.languages import find_language
 
-Suite = Literal["language", "form", "chat", "safety"]
+Suite = Literal["language", "form", "chat", "knowledge", "safety"]
 BUILT_IN = "built-in"
 
 
@@ -92,6 +93,31 @@ class JudgeConfig(JudgeEndpointConfig):
     cache: str = key("~/.cache/cpt-merge/judge", "folder where answers are kept, by what was asked")
 
 
+class KnowledgeConfig(Section):
+    """Tasks of lm-eval; they need the extra `eval`."""
+
+    tasks: dict[str, str] = key({}, "lm-eval's tasks or groups, each with its language: {kmmlu: ko, mmlu: en}")
+    folder: str | None = key(None, "folder with further tasks, in lm-eval's YAML format")
+    few_shot: int | None = key(None, "examples before a question; if not set: as many as the task says", ge=0)
+    limit: int | None = key(None, "questions of each task, the first ones; if not set: all", unit="questions", gt=0)
+    chat_template: bool = key(
+        False, "ask in the chat template, examples as turns; false: plain text, as for base models"
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: dict[str, str]) -> dict[str, str]:
+        return dict(zip(tasks, known_languages(tasks.values()), strict=True))
+
+
+def known_languages(tags: Iterable[str]) -> list[str]:
+    """The tags as they are written here. Raises `ValueError` for one that is not known."""
+    try:
+        return [find_language(tag).tag for tag in tags]
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
 class EvaluationConfig(Section):
     """What the models are asked, and how much text they are measured on."""
 
@@ -99,7 +125,7 @@ class EvaluationConfig(Section):
         ["language", "form"],
         "language: bits per byte of held-out text; form: do replies stop, stay in the language, keep the chat format; "
         "chat: form, instructions, dialogues, and open questions for a judge; "
-        "safety: form, and toxicity of replies that were provoked",
+        "knowledge: tasks of lm-eval; safety: form, and toxicity of replies that were provoked",
         min_length=1,
     )
     languages: list[str] = key(
@@ -115,6 +141,7 @@ class EvaluationConfig(Section):
         BUILT_IN, 'chat: jsonl file of dialogues, {"language", "turns": [{"user", "checks"}]} a line; or built-in'
     )
     safety: SafetyConfig = key(SafetyConfig(), "safety")
+    knowledge: KnowledgeConfig = key(KnowledgeConfig(), "knowledge")
     judge: JudgeConfig | None = key(
         None, "chat: who marks or compares replies to open questions; safety: who calls them unsafe"
     )
@@ -138,10 +165,7 @@ class EvaluationConfig(Section):
     @field_validator("languages")
     @classmethod
     def _known(cls, tags: list[str]) -> list[str]:
-        try:
-            return [find_language(tag).tag for tag in tags]
-        except UserError as error:
-            raise ValueError(str(error)) from None
+        return known_languages(tags)
 
     def files(self) -> dict[str, str]:
         """The files that the settings name, by key: those that the suites do not read are named all the same."""
@@ -150,6 +174,7 @@ class EvaluationConfig(Section):
             "instructions": self.instructions,
             "dialogues": self.dialogues,
             "safety.prompts": self.safety.prompts,
+            "knowledge.folder": self.knowledge.folder,
             "judge.questions": self.judge.questions if self.judge else None,
             **{f"safety.lists.{language}": path for language, path in self.safety.lists.items()},
         }

@@ -176,7 +176,7 @@ def show_scores(results: Results) -> None:
 
 def _score_table(results: Results, language: str, facet: str, figures: list[Figure]) -> Table:
     counts = [found[language][figures[0].name].n for found in results.scores.values() if language in found]
-    units = "documents" if facet == "language" else "conversations"
+    units = {"language": "documents", "knowledge": "questions"}.get(facet, "conversations")
     title = f"{find_language(language).name}, {facet}: {max(counts)} {units}"
     table = Table("model", title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
     for figure in figures:

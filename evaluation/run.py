@@ -41,7 +41,7 @@ def run(
     setup = Setup(config, text)
     facets = make_facets(setup)
     chat = None
-    if any(facet.conversations() for facet in facets):
+    if any(facet.needs_template() for facet in facets):
         chat = read_chat_template(chat_template_from) if chat_template_from else first_template(models)
     check_judges(setup, facets)
     with divided_work() as division:
@@ -73,8 +73,9 @@ def measure(
 ) -> ModelResult:
     """All facets of a model that is in memory: what they ask is answered together, and each makes its figures of it.
 
-    `template` is how it is spoken to; None if no facet asks anything.
+    `template` is how it is spoken to; None if no facet needs one.
     """
+    subject = replace(subject, template=template)
     asked = {facet.name: facet.conversations() for facet in facets}
     conversations = [conversation for of_facet in asked.values() for conversation in of_facet]
     exchanges: list[Exchange] = []

@@ -15,6 +15,7 @@ from evaluation.facets.facet import Facet, Figure, NotRun
 from evaluation.facets.form import FormFacet
 from evaluation.facets.instructions import InstructionsFacet
 from evaluation.facets.judge import Bench, JudgeFacet
+from evaluation.facets.knowledge import KnowledgeFacet
 from evaluation.facets.language import LanguageFacet
 from evaluation.facets.safety import SafetyFacet
 from evaluation.heldout import Text, languages_of, read_documents
@@ -33,9 +34,10 @@ SUITES: dict[str, tuple[str, ...]] = {
     "language": ("language",),
     "form": ("form",),
     "chat": ("form", "instructions", "dialogue", "judge"),
+    "knowledge": ("knowledge",),
     "safety": ("form", "safety"),
 }
-WITHOUT_REPLIES = ("language",)
+WITHOUT_REPLIES = ("language", "knowledge")
 NO_JUDGE = "there is no judge; set evaluation.judge"
 
 
@@ -144,6 +146,10 @@ def _judge(setup: Setup) -> Facet | None:
     return JudgeFacet(questions, Bench(setup.judges, judge.modes, prompts_of(judge.prompts)))
 
 
+def _knowledge(setup: Setup) -> Facet | None:
+    return KnowledgeFacet(setup.config.knowledge, setup.config.seed, setup.config.batch_size)
+
+
 def _safety(setup: Setup) -> Facet | None:
     config, safety = setup.config, setup.config.safety
     key, languages = "evaluation.safety.prompts", _asked(setup, safety.prompts)
@@ -175,5 +181,6 @@ MAKERS: Mapping[str, Callable[[Setup], Facet | None]] = {
     "instructions": _instructions,
     "dialogue": _dialogue,
     "judge": _judge,
+    "knowledge": _knowledge,
     "safety": _safety,
 }

@@ -182,7 +182,7 @@ def evaluate(
     models: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DIR ...", help="without a recipe: the models, in this order")
     ] = None,
-    suite: Annotated[str | None, typer.Option(metavar="A,B", help="language, form, chat, safety")] = None,
+    suite: Annotated[str | None, typer.Option(metavar="A,B", help="language, form, chat, knowledge, safety")] = None,
     text: Annotated[
         list[str] | None, typer.Option(metavar="TAG=FILE ...", help="held-out text of a language, read whole")
     ] = None,
@@ -191,7 +191,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="results.json, samples, pictures, log")] = None,
 ) -> None:
-    """Evaluate base, chat, CPT and merged model: bits per byte, form of replies, instructions, dialogue, safety.
+    """Evaluate base, chat, CPT and merged model: bits per byte, form of replies, chat, knowledge, safety.
 
     With a RECIPE this is its evaluation stage. Without one: --models and --out; bits per byte need --text.
     """

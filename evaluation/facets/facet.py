@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from evaluation.chat_template import ChatTemplate
 from evaluation.conversation import Conversation, Exchange
 from evaluation.division import Division
 from evaluation.intervals import Parts
@@ -75,6 +76,7 @@ class Subject:
     directory: Path | None
     division: Division
     marks: Sequence[str] = ()  # of the chat template
+    template: ChatTemplate | None = None  # that it is spoken to in; `measure` in run.py sets it
 
 
 class Facet(ABC):
@@ -87,6 +89,10 @@ class Facet(ABC):
     def conversations(self) -> list[Conversation]:
         """What it wants to be answered; nothing if it needs none."""
         return []
+
+    def needs_template(self) -> bool:
+        """Whether the model is spoken to in a chat template."""
+        return bool(self.conversations())
 
     @abstractmethod
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:

@@ -69,7 +69,7 @@ def _axis(axes: Any, name: str, share: bool) -> None:
     if share:
         axes.set_ylim(-0.03, 1.06)
         axes.yaxis.set_major_formatter("{x:.0%}")
-    elif name == BITS:
+    if name == BITS:
         axes.set_ylabel("bits per byte (lower is better)")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

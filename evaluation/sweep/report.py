@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from core.artifact import write_json
 from core.progress import console, say
-from evaluation.facets.facet import Figure
+from evaluation.facets.facet import Facet
 from evaluation.facets.language import BITS
 from evaluation.sweep.config import SweepConfig
 from evaluation.sweep.figure import draw_curves
@@ -28,7 +28,7 @@ class Found:
 
     config: SweepConfig
     languages: Sequence[str]
-    figures: Mapping[str, Figure]  # all that may be measured
+    facets: Sequence[Facet]
     judged: list[Judged]
     recommendation: Recommendation | None = None
 
@@ -48,7 +48,8 @@ class Found:
         """The figures that are drawn, and whether they are shares: those of the rule, language share, bits per byte."""
         rule = self.config.recommend
         names = dict.fromkeys([rule.quality, "in_language", *rule.at_least, *rule.at_most, BITS])
-        return {name: self.figures[name].share for name in names if name in self.figures}
+        others = {figure.name for facet in self.facets for figure in facet.figures if not figure.share}
+        return {name: name not in others for name in names}
 
     def summary(self) -> dict[str, Any]:
         """The numbers that are worth a summary."""

@@ -14,7 +14,7 @@ from core.errors import UserError
 from core.progress import say
 from evaluation.config import EvaluationConfig
 from evaluation.division import Division, divided_work
-from evaluation.facets.facet import Facet, Figure, Subject
+from evaluation.facets.facet import Facet, Subject
 from evaluation.heldout import Text
 from evaluation.models import shared_context
 from evaluation.report import sample_rows
@@ -75,7 +75,6 @@ class Sweep:
     merge: MergeConfig
     inputs: SweepInputs
     facets: Sequence[Facet]
-    figures: Mapping[str, Figure]
     out: Path
 
     @staticmethod
@@ -90,16 +89,16 @@ class Sweep:
         measured = evaluation.model_copy(update=changes)
         setup = Setup(measured, inputs.text)
         facets = make_facets(setup)
-        figures = {figure.name: figure for facet in facets for figure in facet.figures}
+        figures = [figure.name for facet in facets for figure in facet.figures]
         rule = config.recommend
         for name in (rule.quality, *rule.at_least, *rule.at_most):
-            if name not in figures:
+            if name not in figures and "knowledge" not in config.suites:  # whose figures are known when it has run
                 raise UserError(
                     f"sweep.recommend names {name}, which sweep.suites {', '.join(config.suites)} do not measure; they "
                     f"measure {', '.join(figures)}."
                 )
         check_judges(setup, facets)
-        return Sweep(config, measured, merge, inputs, facets, figures, out)
+        return Sweep(config, measured, merge, inputs, facets, out)
 
     def through(self, division: Division, tracker: Tracker) -> Found:
         """All points, on every process."""
@@ -108,7 +107,7 @@ class Sweep:
             check_base(vector.source)
         model = MergedModel(the_plan, division.world.local_rank)
         kept = division.from_main(lambda: PointsFile(self.out / "points.jsonl").read())
-        found = Found(self.config, self.inputs.languages, self.figures, [])
+        found = Found(self.config, self.inputs.languages, self.facets, [])
 
         def take(ratios: dict[str, float]) -> Judged:
             point = self._point(ratios, model, kept, division)
@@ -139,8 +138,7 @@ class Sweep:
             return kept[key]
         merge_seconds = model.merge(config)
         started = time.monotonic()
-        marks = model.template.marks
-        subject = Subject(model.loaded, None, division, marks)
+        subject = Subject(model.loaded, None, division, model.template.marks)
         result = measure(subject, model.template, self.evaluation, self.facets)
         results = summarise([result], self.facets, None, self.evaluation.seed)
         figures = results.scores[result.name]
