@@ -22,6 +22,7 @@ from core.progress import say
 from merge.hook import find_ranges
 from merge.in_memory import merge_shard
 from merge.plan import MergePlan
+from merge.ranges import needs_gate
 from tracking.tracker import Cell, Tracker
 from training.backends import Backend
 from training.config import PreviewConfig
@@ -70,9 +71,9 @@ class Preview:
     def show(self, backend: Backend, step: int) -> None:
         """Merge, ask, score, and put everything back. Called by all processes."""
         started = time.monotonic()
-        ranges = find_ranges(
-            self.plan, backend.shards(), self.parallel.world.rank, self.parallel.world.size, self._exchange
-        )
+        gated = any(map(needs_gate, self.plan.tensors))  # else the shards, which ZeRO has to gather, are not looked at
+        shards, world = backend.shards() if gated else [], self.parallel.world
+        ranges = find_ranges(self.plan, shards, world.rank, world.size, self._exchange)
         with backend.replaced(partial(merge_shard, self.plan, ranges=ranges)):
             replies = continue_greedily(
                 backend.logits, self.interview.prompts, self.config.max_new_tokens, self.interview.ends,

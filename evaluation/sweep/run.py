@@ -82,10 +82,10 @@ class Sweep:
         config: SweepConfig, evaluation: EvaluationConfig, merge: MergeConfig, inputs: SweepInputs, out: Path
     ) -> Sweep:
         """Check what can be checked before a model is loaded."""
-        changes: dict[str, Any] = {"suites": config.suites, "context": evaluation.context}
+        context = shared_context({"cpt": inputs.merge.cpt}, evaluation.context)
+        changes: dict[str, Any] = {"suites": config.suites, "context": context}
         if config.max_prompts is not None:
             changes["max_prompts"] = config.max_prompts
-        changes["context"] = shared_context({"cpt": inputs.merge.cpt}, evaluation.context)
         measured = evaluation.model_copy(update=changes)
         setup = Setup(measured, inputs.text)
         facets = make_facets(setup)

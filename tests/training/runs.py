@@ -48,6 +48,7 @@ class Job:
     killed: tuple[int, ...] = (0,)  # these ranks get SIGKILL
     kill_delay: float = 0.0
     chat: Path | None = None  # the chat model that is previewed, `model` being its base
+    merge: dict[str, Any] = field(default_factory=dict)  # how it is merged
 
     @property
     def config(self) -> TrainingConfig:
@@ -93,7 +94,7 @@ def previewed_by(job: Job) -> tuple[MergePlan, Interview] | None:
     def score(replies: list[list[int]]) -> tuple[dict[str, float], list[list[Cell]]]:
         return {"replies": float(len(replies))}, [[" ".join(map(str, reply))] for reply in replies]
 
-    merge_plan = plan_for_shards(MergeConfig(), MergeInputs(job.model, job.model, job.chat, job.model))
+    merge_plan = plan_for_shards(MergeConfig(**job.merge), MergeInputs(job.model, job.model, job.chat, job.model))
     return merge_plan, Interview(PROMPTS, frozenset({1}), ("step", "reply"), score)
 
 

@@ -7,8 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from merge import MergeConfig
+from merge.plan import MergeInputs
+from merge.run import run as merge
 from tests.distributed import run_ranks
 from tests.training.runs import PROMPTS, Job, assert_same_weights, train, train_steps, weights
+from tracking.tracker import SilentTracker
 from training.backends.replaced import replaced
 
 EVERY = {"preview": {"every": 5, "max_new_tokens": 6}}
@@ -87,3 +91,15 @@ def test_what_fails_on_the_way_is_undone() -> None:
         raise AssertionError("never begun")
     assert torch.equal(first.view(torch.int32), before[0])
     assert torch.equal(second.view(torch.int32), before[1])
+
+
+def test_with_ties_and_a_gate_the_reply_is_the_hooks(
+    model: Path, chat_model: Path, store: Path, tmp_path: Path
+) -> None:
+    settings = {"method": "ties", "density": 0.5, "gate": True}
+    job = Job(model, store, tmp_path / "run", EVERY, chat=chat_model, merge=settings)
+    run_ranks(train, 1, job)
+    inputs = MergeInputs(job.out / "cpt", model, chat_model, model)
+    merge(MergeConfig.model_validate(settings), inputs, tmp_path / "chat", SilentTracker())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "chat").state_dict()
+    assert rows_of(job.out)[12] == replies_of(merged, model)
