@@ -25,7 +25,7 @@ from evaluation.sweep import search
 from evaluation.sweep.config import SweepConfig
 from evaluation.sweep.model import MergedModel
 from evaluation.sweep.points import EVERYTHING, Point, PointsFile, merge_config, name_of
-from evaluation.sweep.recommend import Judged, judge, recommend
+from evaluation.sweep.recommend import judge, recommend
 from evaluation.sweep.report import Found, report, show_progress
 from merge.config import MergeConfig
 from merge.plan import MergeInputs, plan
@@ -109,14 +109,14 @@ class Sweep:
         kept = division.from_main(lambda: PointsFile(self.out / "points.jsonl").read())
         found = Found(self.config, self.inputs.languages, self.facets, [])
 
-        def take(ratios: dict[str, float]) -> Judged:
+        def take(ratios: dict[str, float]) -> None:
             point = self._point(ratios, model, kept, division)
+            kept[point.key] = point  # a search may come back to it
             at_zero = found.judged[0].point if found.judged else point
             found.judged.append(judge(point, self.config.recommend, self.inputs.languages, at_zero))
             if division.world.is_main:
                 report(found, self.out, tracker, final=False)
                 show_progress(found)
-            return found.judged[-1]
 
         for ratio in sorted({0.0, *self.config.ratios}, key=lambda ratio: (ratio != 0, ratio)):
             take({EVERYTHING: ratio})  # 0 first: the others are compared with it
