@@ -118,9 +118,12 @@ class Sweep:
                 report(found, self.out, tracker, final=False)
                 show_progress(found)
 
+        kinds = [kind for kind in self.config.search.kinds if kind in model.kinds]
+        if self.config.search.trials and not kinds:
+            named = ", ".join(self.config.search.kinds)
+            raise UserError(f"sweep.search.kinds are {named}, which the model does not have; name others.")
         for ratio in sorted({0.0, *self.config.ratios}, key=lambda ratio: (ratio != 0, ratio)):
             take({EVERYTHING: ratio})  # 0 first: the others are compared with it
-        kinds = [kind for kind in self.config.search.kinds if kind in model.kinds]
         for number in range(self.config.search.trials):
             take(search.suggest(self.config.search, kinds, found.judged, number))
         found.recommendation = recommend(found.judged, self.config.recommend)

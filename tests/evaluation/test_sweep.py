@@ -175,6 +175,12 @@ def test_the_search_keeps_its_budget_and_goes_on_as_it_would_have(inputs, evalua
     assert sweep(inputs, evaluation, tmp_path / "cut", search=search) == whole
 
 
+def test_a_search_over_kinds_that_the_model_lacks_is_refused(inputs, evaluation, tmp_path):
+    pytest.importorskip("optuna")
+    with pytest.raises(UserError, match=r"search\.kinds are other, which the model does not have"):
+        sweep(inputs, evaluation, tmp_path / "out", search={"trials": 1, "kinds": ["other"]})
+
+
 def test_a_chat_model_without_a_template_is_one_sentence(inputs, evaluation, tmp_path):
     chat = shutil.copytree(inputs.merge.chat, tmp_path / "chat")
     (chat / "chat_template.jinja").unlink()
