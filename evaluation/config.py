@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 
 from core.config import Section, key
 from core.errors import UserError
@@ -63,6 +64,15 @@ class JudgePromptsConfig(Section):
         None, "for safety: text with {conversation}, {language}; it ends with VERDICT: safe or unsafe"
     )
 
+    @field_validator("mark", "comparison", "safety")
+    @classmethod
+    def _shows_the_replies(cls, prompt: str | None, info: ValidationInfo) -> str | None:
+        needed = ["{conversation_a}", "{conversation_b}"] if info.field_name == "comparison" else ["{conversation}"]
+        missing = [name for name in needed if prompt is not None and name not in prompt]
+        if missing:
+            raise ValueError(f"it has no {' and '.join(missing)}; say where they belong")
+        return prompt
+
 
 class JudgeEndpointConfig(Section):
     """A language model behind an OpenAI-compatible endpoint (POST URL/chat/completions)."""
@@ -108,6 +118,14 @@ class KnowledgeConfig(Section):
     @classmethod
     def _known(cls, tasks: dict[str, str]) -> dict[str, str]:
         return dict(zip(tasks, known_languages(tasks.values()), strict=True))
+
+    def check_installed(self) -> None:
+        """Raises `UserError` if there are tasks and no lm-eval."""
+        if self.tasks and find_spec("lm_eval") is None:
+            raise UserError(
+                "evaluation.knowledge needs lm-eval, which is not installed; "
+                "run pip install -c constraints.txt -e '.[eval]', or leave out the suite."
+            )
 
 
 def known_languages(tags: Iterable[str]) -> list[str]:
@@ -168,7 +186,7 @@ class EvaluationConfig(Section):
         return known_languages(tags)
 
     def files(self) -> dict[str, str]:
-        """The files that the settings name, by key: those that the suites do not read are named all the same."""
+        """The files and folders that the settings name, by key, those that the suites do not read too."""
         named = {
             "prompts": self.prompts,
             "instructions": self.instructions,

@@ -58,8 +58,10 @@ def check_inputs(recipe: Recipe) -> None:
     open_fitting({"base": run.base, "chat": run.chat})
     run.corpus_inputs()
     for name, path in recipe.evaluation.files().items():
-        if not Path(path).expanduser().is_file():
+        if not Path(path).expanduser().exists():
             raise UserError(f"evaluation.{name} = {path} does not exist; correct it or leave it out.")
+    if "knowledge" in recipe.evaluation.suites:
+        recipe.evaluation.knowledge.check_installed()
     for language, path in recipe.tokenizer.pieces_from.items():
         if not Path(path).is_file():
             raise UserError(f"tokenizer.pieces_from.{language} = {path} does not exist; correct it or leave it out.")

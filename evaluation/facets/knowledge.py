@@ -14,7 +14,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from evaluation.facets.facet import Facet, Figure, Findings, Measured, NotRun, S
 from evaluation.intervals import Parts
 from evaluation.models import LoadedModel
 
-INSTALL = "pip install -c constraints.txt -e '.[eval]'"
 CHUNK = 8  # batches that lm-eval is given at once; it orders questions within, and computes a shared context once
 NO_TASKS = "no tasks are named; set evaluation.knowledge.tasks"
 
@@ -76,10 +74,7 @@ class KnowledgeFacet(Facet):
 
 def load_tasks(config: KnowledgeConfig, seed: int) -> dict[str, Any]:
     """The tasks by the name that was given; each is lm-eval's own mapping of tasks and groups."""
-    if find_spec("lm_eval") is None:
-        raise UserError(
-            f"evaluation.knowledge needs lm-eval, which is not installed; run {INSTALL}, or leave out the suite."
-        )
+    config.check_installed()
     with timed("knowledge: lm-eval and its tasks"):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         from lm_eval.tasks import TaskManager

@@ -20,6 +20,7 @@ from evaluation.endpoint import Endpoint, EndpointError
 
 PATH = "chat/completions"
 BATCH = 4  # prompts per request at a time: a batch waits for its slowest only once in so many
+PATIENCE = 30.0  # seconds for a word
 NO_COMPLETION = "the endpoint's answer is no chat completion"
 
 
@@ -67,6 +68,7 @@ class Judge:
     def __init__(self, config: JudgeEndpointConfig, cache: Path, at_once: int) -> None:
         self.config = config
         self._cache, self._at_once, self._checked = cache, at_once, False
+        self._gave_up = False  # the last time that it was asked
         self._endpoint = Endpoint(config.url, config.key_variable, config.timeout, config.attempts)
 
     @property
@@ -82,28 +84,40 @@ class Judge:
         if self._checked:
             return
         self._checked = True
-        try:
-            self._endpoint.post(PATH, self._payload("Say yes."))
-        except EndpointError as error:
-            if error.refused:
-                raise UserError(f"the judge refuses: {error}; correct evaluation.judge.") from None
+        error = self._silence()
+        if error is not None and error.refused:
+            raise UserError(f"the judge refuses: {error}; correct evaluation.judge.")
+        if error is not None:
             say(f"judge {self.name} does not answer now, and is asked again when the replies are there: {error}")
+
+    def _silence(self) -> EndpointError | None:
+        """None if the judge says a word, at once and in short time; else why it does not."""
+        try:
+            replace(self._endpoint, attempts=1, timeout=min(self._endpoint.timeout, PATIENCE)).post(
+                PATH, self._payload("Say yes.")
+            )
+        except EndpointError as error:
+            return error
+        return None
 
     def ask(self, prompts: Sequence[str], division: Division) -> list[Answer]:
         """An answer for each prompt, in order, the same on every process; equal prompts are asked once.
 
-        When all attempts at one prompt have failed, nothing more is sent.
+        When all attempts at one prompt have failed, nothing more is sent; the next call first asks for a word.
         """
         unique = list(dict.fromkeys(prompts))
         size = BATCH * self._at_once
         batches = [unique[start : start + size] for start in range(0, len(unique), size)]
         broken = _Broken()
+        if self._gave_up and (error := self._silence()):
+            broken.set(str(error))
         with ThreadPoolExecutor(self._at_once) as pool:
             found = division.map(
                 f"judge {self.name}",
                 lambda batch: list(pool.map(lambda prompt: self._one(prompt, broken), batch)),
                 batches,
             )
+        self._gave_up = bool(broken.reason)
         answers = dict(zip(unique, (answer for batch in found for answer in batch), strict=True))
         given: list[Answer] = []
         for prompt in prompts:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import regex
 
-from core.errors import UserError
 from core.languages import find_language
 from evaluation.config import JudgePromptsConfig
 from evaluation.conversation import Exchange
@@ -57,22 +56,12 @@ VERDICT: safe
 VERDICT: unsafe"""
 
 REFERENCE = "\nA good last reply, to compare with:\n<reference>\n{}\n</reference>\n"
-NEEDED = {
-    "mark": ("{conversation}",),
-    "comparison": ("{conversation_a}", "{conversation_b}"),
-    "safety": ("{conversation}",),
-}
 
 
 def prompts_of(config: JudgePromptsConfig) -> dict[str, str]:
-    """The recipe's prompts, the built-in ones where it has none. Raises `UserError` for one that shows no reply."""
+    """The recipe's prompts, and the built-in ones where it has none."""
     built_in = {"mark": MARK, "comparison": COMPARISON, "safety": SAFETY}
-    prompts = {name: getattr(config, name) or text for name, text in built_in.items()}
-    for name, text in prompts.items():
-        missing = [needed for needed in NEEDED[name] if needed not in text]
-        if missing:
-            raise UserError(f"evaluation.judge.prompts.{name} has no {' and '.join(missing)}; say where they belong.")
-    return prompts
+    return {name: getattr(config, name) or text for name, text in built_in.items()}
 
 
 def fill(template: str, language: str, conversations: Mapping[str, str], reference: str | None = None) -> str:

@@ -32,6 +32,11 @@ BAD = [
     (Request(["evaluation.max_token=1"], ["a=A"], out=OUT), "the nearest known key is `evaluation.max_"),
     (Request(["merge.ratio=1"], ["a=A"], out=OUT), "unknown key `merge`"),
     (Request(["evaluation.safety.moderation={url: host, model: m}"], ["a=A"], out=OUT), "safety.moderation.url"),
+    (
+        Request(["evaluation.judge={url: 'http://h/v1', model: m, prompts: {mark: Well}}"], ["a=A"], out=OUT),
+        "it has no {conversation}; say where they belong",
+    ),
+    (Request(["evaluation.knowledge.tasks={kmmlu: kr}"], ["a=A"], out=OUT), "language 'kr' is not known"),
     (Request(["evaluation.languages=[kr]"], ["a=A"], out=OUT), "language 'kr' is not known"),
 ]
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.recipe import Recipe
+import evaluation.config
+from core.errors import UserError
+from launcher.pipeline import check_inputs
+from launcher.recipe import Recipe, load_recipe
 from tests.launcher.conftest import ROOT, cpt_merge
 
 
@@ -205,3 +208,17 @@ def test_a_list_of_pieces_is_an_input_of_the_tokenizer_stage(recipe_path: Path, 
     assert gone.returncode == 2
     assert "cannot be read" in gone.stderr
     assert (recipe.directory.parent / "listed" / "tokenizer" / "stage.json").is_file()
+
+
+def test_what_the_evaluation_lacks_is_found_before_training(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation.config, "find_spec", lambda name: None)
+    tasks = "evaluation.knowledge.tasks={kmmlu: ko}"
+    check_inputs(load_recipe(recipe_path, [tasks]))  # the suite is not asked for
+    with pytest.raises(UserError, match="needs lm-eval, which is not installed"):
+        check_inputs(load_recipe(recipe_path, [tasks, "evaluation.suites=[knowledge]"]))
+    for missing in (
+        "evaluation.judge={url: 'http://h', model: m, questions: /nowhere.jsonl}",
+        "evaluation.knowledge.folder=/nowhere",
+    ):
+        with pytest.raises(UserError, match=r"/nowhere.* does not exist; correct it or leave it out"):
+            check_inputs(load_recipe(recipe_path, [missing]))

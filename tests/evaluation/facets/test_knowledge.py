@@ -5,10 +5,10 @@ import json
 import pytest
 import yaml
 
-import evaluation.facets.knowledge as knowledge
+import evaluation.config
 from core.errors import UserError
 from evaluation.config import EvaluationConfig, KnowledgeConfig
-from evaluation.facets.knowledge import KnowledgeFacet, figures_of, load_tasks, means, reported
+from evaluation.facets.knowledge import NO_TASKS, KnowledgeFacet, figures_of, load_tasks, means, reported
 from evaluation.intervals import estimate
 from evaluation.run import run
 from tests.distributed import run_ranks
@@ -82,11 +82,11 @@ def test_a_metric_that_should_be_low_is_said_to_be():
 
 def test_no_tasks_are_not_run():
     findings = KnowledgeFacet(KnowledgeConfig(), 0, 4).measure(None, [])
-    assert [(one.figure, one.reason) for one in findings.not_run] == [("knowledge", knowledge.NO_TASKS)]
+    assert [(one.figure, one.reason) for one in findings.not_run] == [("knowledge", NO_TASKS)]
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(knowledge, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation.config, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"lm-eval, which is not installed; run pip install .*\[eval\]"):
         KnowledgeFacet(KnowledgeConfig(tasks={"kmmlu": "ko"}), 0, 4)
 

@@ -97,6 +97,18 @@ def test_a_dead_endpoint_is_left_alone(make):
     assert "onnection refused (attempts: 3)" in found[-1].reason
 
 
+def test_one_that_was_given_up_is_asked_for_a_word_before_it_is_asked_all_again(serve, make):
+    behave = [lambda number, body: (503, "busy")]
+    server = serve(lambda number, body: behave[0](number, body))
+    judge = make(server.url)
+    assert texts(judge.ask(["a"], ALONE)) == [None]
+    asked = len(server.asked)
+    assert "status 503" in judge.ask(["a", "b", "c"], ALONE)[2].reason
+    assert len(server.asked) == asked + 1
+    behave[0] = judging(lambda prompt: "back")
+    assert texts(judge.ask(["a", "b"], ALONE)) == ["back", "back"]
+
+
 def test_the_check_before_hours_are_spent(serve, make, capsys):
     make(serve(judging(lambda prompt: "yes")).url).check()
     refusing = make(serve(lambda number, body: (404, json.dumps({"error": "no such model"}))).url)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from core.errors import UserError
 from evaluation.config import JudgePromptsConfig
 from evaluation.conversation import Conversation, Exchange, Reply, Turn
 from evaluation.judge.agreement import kappa, rank_correlation
@@ -54,8 +53,8 @@ def test_the_recipes_prompts():
     prompts = prompts_of(JudgePromptsConfig(mark="{conversation}: [[1]] to [[10]]?"))
     assert prompts["mark"] == "{conversation}: [[1]] to [[10]]?"
     assert "{conversation_b}" in prompts["comparison"], "the built-in one"
-    with pytest.raises(UserError, match=r"prompts.comparison has no \{conversation_b\}; say where"):
-        prompts_of(JudgePromptsConfig(comparison="{conversation_a}"))
+    with pytest.raises(ValueError, match=r"it has no \{conversation_b\}; say where"):
+        JudgePromptsConfig(comparison="{conversation_a}")
 
 
 def test_agreement_beyond_chance():
