@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
 from evaluation.chat_template import ChatTemplate, read_chat_template, render
 from evaluation.conversation import Conversation, Exchange, Reply
 from evaluation.facets.form import FIGURES, forms_of, mean_values
@@ -15,7 +14,7 @@ from evaluation.facets.instructions import CHECKS_STRICT, check_reply
 from evaluation.models import load_tokenizer
 from evaluation.reading import parse_instruction, parse_prompt, read_conversations
 from launcher.recipe import Recipe
-from launcher.stages import Run
+from launcher.stages import Run, check_previewed
 from merge.finish import write_all_but_weights
 from merge.hook import plan_for_shards
 from merge.plan import MergeInputs, MergePlan
@@ -35,11 +34,7 @@ def preview_of(run: Run) -> tuple[MergePlan, Interview] | None:
         return None
     conversations = read_prompts(recipe)
     the_plan = plan_for_shards(recipe.merge, MergeInputs(run.resized, run.base, run.chat, run.tokenizer))
-    if the_plan.format.template is None:
-        raise UserError(
-            f"{run.chat} has no chat template, which training.preview needs; add a chat_template to its tokenizer, or "
-            "leave training.preview.every out."
-        )
+    check_previewed(run.chat, the_plan.format.template)
     with tempfile.TemporaryDirectory() as name:  # the tokenizer as the merged model will have it
         write_all_but_weights(the_plan, Path(name))
         tokenizer, template = load_tokenizer(Path(name)), read_chat_template(Path(name))

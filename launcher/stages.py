@@ -152,6 +152,15 @@ def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     return run_stage(run.recipe.evaluation, models, run.recipe.corpus, run.chat, out, tracker)
 
 
+def check_previewed(chat: Path, template: str | None) -> None:
+    """Raise `UserError` for a chat model that a preview cannot ask."""
+    if template is None:
+        raise UserError(
+            f"{chat} has no chat template, which training.preview needs; add a chat_template to its tokenizer, or "
+            "leave training.preview.every out."
+        )
+
+
 def merge_inputs(run: Run, cpt: str) -> dict[str, str]:
     """The fingerprints of all that the merge reads; `cpt` is the trained model's."""
     vectors = {

@@ -12,6 +12,7 @@ from evaluation.chat_template import read_chat_template
 from evaluation.checks import parse_check
 from evaluation.conversation import prompt
 from evaluation.models import load_tokenizer
+from launcher.pipeline import check_inputs
 from launcher.preview import COLUMNS, make_interview, preview_of, read_prompts
 from launcher.recipe import Recipe, load_recipe
 from launcher.stages import Run
@@ -47,16 +48,16 @@ def test_the_preview_asks_in_the_merged_models_ids(recipe_path: Path, resized: l
     assert interview.ends == set(plan.format.stop_ids)
 
 
-@pytest.mark.slow
-def test_a_chat_model_without_a_template_is_refused_before_training(
-    recipe_path: Path, resized: list[str], pair: Path, tmp_path: Path
+def test_a_chat_model_without_a_template_is_refused_before_the_first_stage(
+    recipe_path: Path, pair: Path, tmp_path: Path
 ) -> None:
     chat = shutil.copytree(pair / "chat", tmp_path / "chat")
     config = json.loads((chat / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (chat / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"chat has no chat template, which training.preview needs; add a"):
-        preview_of(Run(load_recipe(recipe_path, [*resized, EVERY, f"models.chat={chat}"])))
+        check_inputs(load_recipe(recipe_path, [EVERY, f"models.chat={chat}"]))
+    check_inputs(load_recipe(recipe_path, [f"models.chat={chat}"]))  # nobody asks for one
 
 
 def test_a_recipe_without_a_chat_sibling_is_refused(recipe_path: Path, tmp_path: Path) -> None:
