@@ -32,6 +32,7 @@ class Size:
 
 SIZES = {
     "small": Size(8_192, 256, 688, 6, 4, 2),
+    "135m": Size(49_152, 576, 1_536, 30, 9, 3),  # SmolLM2 135M, its matrices not tied
     "long-vocabulary": Size(128_256, 256, 688, 2, 4, 2),
     "1b": Size(128_256, 2048, 8192, 16, 32, 8),  # Llama 3.2 1B, its matrices not tied
     "3b": Size(128_256, 3072, 8192, 28, 24, 8),  # Llama 3.2 3B, not tied
@@ -58,12 +59,13 @@ def prepare(folder: Path, name: str, tokens: int, document: int = MEDIAN_DOCUMEN
     """
     inputs, size = Inputs.of(folder, name), SIZES[name]
     if not (inputs.model / "config.json").is_file():
-        _make_model(inputs.model, size)
+        make_model(inputs.model, size)
     if not (inputs.store / STORE_FILE).is_file():
         _make_store(inputs, size, tokens, document)
 
 
-def _make_model(directory: Path, size: Size) -> None:
+def make_model(directory: Path, size: Size) -> None:
+    """A random Llama with a tokenizer of made-up words."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

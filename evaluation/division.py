@@ -31,6 +31,14 @@ class Division:
     world: World
     group: Any = None  # a gloo group; None for one process
 
+    def from_main(self, find: Callable[[], Result]) -> Result:
+        """What `find` gives on the first process, for all; the others do not call it."""
+        found: list[Any] = [find() if self.world.is_main else None]
+        if self.world.size > 1:
+            dist.broadcast_object_list(found, src=0, group=self.group)
+        result: Result = found[0]
+        return result
+
     def map(self, label: str, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`work(item)` of every item, in the order of the items, on every process. Each is computed by one process."""
         mine = range(self.world.rank, len(items), self.world.size)

@@ -54,12 +54,16 @@ def shared_context(models: Mapping[str, Path], wanted: int) -> int:
     return context
 
 
-def load_model(name: str, directory: Path, local_rank: int) -> LoadedModel:
-    """Load a model for inference: bfloat16 on a GPU, float32 on the CPU, whatever type it is stored in."""
+def load_model(name: str, directory: Path, local_rank: int, weights: Path | None = None) -> LoadedModel:
+    """Load a model for inference: bfloat16 on a GPU, float32 on the CPU, whatever type it is stored in.
+
+    With `weights`, `directory` holds all but the weights; rows of the vocabulary that they lack hold anything.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+    other = {"config": AutoConfig.from_pretrained(directory), "ignore_mismatched_sizes": True} if weights else {}
+    model = AutoModelForCausalLM.from_pretrained(weights or directory, dtype=dtype, **other).to(device).eval()
     return LoadedModel(name, model, load_tokenizer(directory))
 
 

@@ -18,7 +18,7 @@ from evaluation.heldout import Text
 from evaluation.models import load_model, shared_context
 from evaluation.report import report
 from evaluation.results import ModelResult, Sample, choose_baseline, summarise
-from evaluation.suites import Setup, make_facets
+from evaluation.suites import Setup, check_judges, make_facets
 from tracking import Tracker
 
 
@@ -43,9 +43,7 @@ def run(
     chat = None
     if any(facet.needs_template() for facet in facets):
         chat = read_chat_template(chat_template_from) if chat_template_from else first_template(models)
-    if {"judge", "safety"} & {facet.name for facet in facets}:
-        for judge in setup.judges:
-            judge.check()
+    check_judges(setup, facets)
     with divided_work() as division:
         found = [evaluate_model(name, directory, config, facets, chat, division) for name, directory in models.items()]
         found = compare(found, facets, choose_baseline(list(models), config.baseline), division)

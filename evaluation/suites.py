@@ -93,6 +93,13 @@ def _make(setup: Setup, names: Iterable[str]) -> list[Facet]:
     return [facet for facet in facets if asked or not facet.reads_all]
 
 
+def check_judges(setup: Setup, facets: Sequence[Facet]) -> None:
+    """Raise `UserError` for a judge that is needed and does not answer."""
+    if {"judge", "safety"} & {facet.name for facet in facets}:
+        for judge in setup.judges:
+            judge.check()
+
+
 def _language(setup: Setup) -> Facet | None:
     if not languages_of(setup.text):
         say("language: no text is given, so no bits per byte")

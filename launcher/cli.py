@@ -202,6 +202,30 @@ def evaluate(
 
 
 @app.command(cls=RecipeCommand)
+def sweep(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    ratios: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST:STEP", help="ratios of the chat vector, or A,B,C  [sweep.ratios]")
+    ] = None,
+    per_layer: Annotated[
+        str | None, typer.Option(metavar="EXPRESSION", help="of the layer, times each ratio  [sweep.per_layer]")
+    ] = None,
+    search: Annotated[
+        int | None, typer.Option(metavar="TRIALS", min=0, help="then ratios per kind of module  [sweep.search.trials]")
+    ] = None,
+) -> None:
+    """Try ratios of the chat vector on the trained model, in memory: measure each, draw the curves, recommend one.
+
+    Points that are done are kept; the same command goes on, another one adds to them.
+    """
+    from launcher.sweep import as_overrides
+    from launcher.sweep import sweep as run_sweep
+
+    run_sweep(recipe, [*(overrides or []), *as_overrides(ratios, per_layer, search)])
+
+
+@app.command(cls=RecipeCommand)
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,

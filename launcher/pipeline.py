@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from checkpoint.tokenizer import TokenizerFiles
 from core.artifact import STAGE_FILE, StageRecord, installed_versions, read_record, stage_key, write_json, write_record
 from core.errors import Interrupted, UserError
 from core.lock import Lock
@@ -22,7 +23,7 @@ from core.progress import say
 from core.world import find_world
 from launcher.lineage import left, used
 from launcher.recipe import Recipe
-from launcher.stages import COMMANDS, STAGES, Run, Stage, identify
+from launcher.stages import COMMANDS, STAGES, Run, Stage, check_previewed, identify
 from launcher.start import accelerate_config, local_processes, start_processes, started_by_accelerate
 from merge.fit import open_fitting
 from tracking import Tracker, start_tracker
@@ -65,6 +66,9 @@ def check_inputs(recipe: Recipe) -> None:
     for language, path in recipe.tokenizer.pieces_from.items():
         if not Path(path).is_file():
             raise UserError(f"tokenizer.pieces_from.{language} = {path} does not exist; correct it or leave it out.")
+    if recipe.training.preview.every is not None:
+        tokenizer = TokenizerFiles.read(run.chat)
+        check_previewed(run.chat, tokenizer.chat_template if tokenizer else None)
     accelerate_config(recipe)
     if all(source.epochs is None for source in recipe.corpus.sources):  # else known when the text is tokenised
         mixture(recipe.corpus, [None] * len(recipe.corpus.sources), recipe.training.tokens)

@@ -12,6 +12,7 @@ from core.config import Section, apply_override, key, parse_section
 from core.errors import UserError
 from core.sources import Corpus
 from evaluation import EvaluationConfig
+from evaluation.sweep.config import SweepConfig
 from merge import EmbeddingsConfig, MergeConfig
 from tokenizer_ext import TokenizerConfig
 from tracking import TrackingConfig
@@ -50,6 +51,7 @@ class Recipe(Section):
     training: TrainingConfig = key(..., "continual pretraining")
     merge: MergeConfig = key(MergeConfig(), "the chat vector")
     evaluation: EvaluationConfig = key(EvaluationConfig(), "evaluation")
+    sweep: SweepConfig = key(SweepConfig(), "ratio sweep")
     tracking: TrackingConfig = key(TrackingConfig(), "Weights & Biases")
     launch: LaunchConfig = key(LaunchConfig(), "processes")
 

@@ -122,13 +122,15 @@ def _data(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 
 def _training(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     from launcher.hook import post_training_hook
+    from launcher.preview import preview_of
     from launcher.start import use_backend
     from training.run import TrainingInputs
     from training.run import run as run_stage
 
     use_backend(run.recipe)
     inputs = TrainingInputs(run.resized, run.tokenizer, run.store, key, run.base, run.recipe.corpus)
-    return run_stage(run.recipe.training, inputs, run.folder("training"), tracker, post_training_hook(run, key))
+    hook, preview = post_training_hook(run, key), preview_of(run)
+    return run_stage(run.recipe.training, inputs, run.folder("training"), tracker, hook, preview)
 
 
 def _merge(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
@@ -148,6 +150,15 @@ def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     models = {"base": run.base, "chat": run.chat, "cpt": run.cpt, "merged": run.merged}
     out = run.folder("evaluation")
     return run_stage(run.recipe.evaluation, models, run.recipe.corpus, run.chat, out, tracker)
+
+
+def check_previewed(chat: Path, template: str | None) -> None:
+    """Raise `UserError` for a chat model that a preview cannot ask."""
+    if template is None:
+        raise UserError(
+            f"{chat} has no chat template, which training.preview needs; add a chat_template to its tokenizer, or "
+            "leave training.preview.every out."
+        )
 
 
 def merge_inputs(run: Run, cpt: str) -> dict[str, str]:
@@ -173,7 +184,8 @@ def _lists(recipe: Recipe) -> dict[str, str]:
     return {f"list {path}": fingerprint(path) for path in recipe.tokenizer.pieces_from.values()}
 
 
-def _prompts(recipe: Recipe) -> dict[str, str]:
+def prompt_inputs(recipe: Recipe) -> dict[str, str]:
+    """The fingerprints of the files that the evaluation asks from."""
     return {name: fingerprint(Path(path).expanduser()) for name, path in recipe.evaluation.files().items()}
 
 
@@ -229,7 +241,7 @@ STAGES = [
         lambda r: {"evaluation": r.evaluation.model_dump(), "corpus": r.corpus.text()},
         lambda run: {
             "cpt": run.finished("training"), "merged": run.finished("merge"),
-            **run.pair_inputs(), **_prompts(run.recipe), **run.corpus_inputs(),
+            **run.pair_inputs(), **prompt_inputs(run.recipe), **run.corpus_inputs(),
         },
         _evaluation,
         lambda run: run.folder("evaluation") / "results.json",

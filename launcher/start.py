@@ -90,7 +90,7 @@ def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     config_file = accelerate_config(recipe)
-    module = {"train": "training", "evaluate": "evaluation"}[command]
+    module = {"train": "training", "evaluate": "evaluation", "sweep": "evaluation.sweep"}[command]
     arguments = ["--config_file", str(config_file), "--num_processes", str(processes), "-m", module, str(recipe_path)]
     say(f"accelerate launch {' '.join([*arguments, *overrides])}")
     # Time for all ranks to save after a signal, before torchrun kills them

@@ -67,7 +67,7 @@ def merge_files(plan: MergePlan, work: Work) -> list[Statistics]:
     before = sum(block.nbytes for block in own if block.number in done) / 1e6
     pending = [block for block in own if block.number not in done]
     with Meter("merge", megabytes, "MB", before) as meter:
-        for block, sums in _on_threads(lambda place: _run(merger, pending, place), len(pending)):
+        for block, sums in on_threads(lambda place: run_block(merger, pending, place), len(pending)):
             work.journal.note(block.number, sums, block.nbytes)
             meter.advance(block.nbytes / 1e6)
     work.journal.start_sync()
@@ -78,7 +78,7 @@ def merge_files(plan: MergePlan, work: Work) -> list[Statistics]:
     return _summed(plan, blocks, work.finished_blocks())
 
 
-def _on_threads(run: Callable[[int], T], count: int) -> Iterator[T]:
+def on_threads(run: Callable[[int], T], count: int) -> Iterator[T]:
     """run(0), run(1), ... in order; few are under way at once, however many there are."""
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:
@@ -113,19 +113,22 @@ def _find_ranges(plan: MergePlan, work: Work) -> dict[str, TensorRange]:
     own = [tensor for number, tensor in enumerate(tensors) if number % work.world.size == work.world.rank]
     merger, found = SliceMerger(plan, work.files, {}), dict[str, TensorRange]()
 
-    def look(tensor: PlannedTensor) -> TensorRange:
-        of_tensor = TensorRange(thresholds(plan, tensor))
-        if needs_gate(tensor):
-            read = cpt_reader(plan.cpt, tensor.name)
-            of_tensor.low, of_tensor.high = merger.gate_range(tensor, 0, elements(tensor), read)
-        return of_tensor
-
     with Meter("merge: looking at whole tensors", len(own), "tensors") as meter:
-        for tensor, of_tensor in zip(own, _on_threads(lambda number: look(own[number]), len(own)), strict=True):
+        looked = on_threads(lambda number: look_at(merger, own[number]), len(own))
+        for tensor, of_tensor in zip(own, looked, strict=True):
             found[tensor.name] = of_tensor
             meter.advance()
     work.tell("ranges", as_json(found))
     return joined(work.hear("ranges"))
+
+
+def look_at(merger: SliceMerger, tensor: PlannedTensor) -> TensorRange:
+    """What must be known of a whole tensor, from the files."""
+    found = TensorRange(thresholds(merger.plan, tensor))
+    if needs_gate(tensor):
+        read = cpt_reader(merger.plan.cpt, tensor.name)
+        found.low, found.high = merger.gate_range(tensor, 0, elements(tensor), read)
+    return found
 
 
 def cpt_reader(cpt: Checkpoint, name: str) -> ReadCpt:
@@ -137,13 +140,13 @@ def cpt_reader(cpt: Checkpoint, name: str) -> ReadCpt:
     return read
 
 
-def _run(merger: SliceMerger, pending: list[Block], place: int) -> tuple[Block, BlockSums]:
+def run_block(merger: SliceMerger, pending: list[Block], place: int) -> tuple[Block, BlockSums]:
     """Merge one of the blocks, while the disk fetches what is needed a little later."""
     plan, block = merger.plan, pending[place]
     _read_ahead(plan, pending[place + MAX_THREADS : place + MAX_THREADS + 1])
     name = block.tensor.name
     if block.tensor.treatment is None:
-        merger.files.write_flat(name, block.start, plan.cpt.read_flat(name, block.start, block.stop))
+        merger.output.write_flat(name, block.start, plan.cpt.read_flat(name, block.start, block.stop))
         return block, [Sums() for _ in plan.vectors]
     return block, merger.merge(block.tensor, block.start, block.stop, cpt_reader(plan.cpt, name))
 

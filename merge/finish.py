@@ -38,12 +38,7 @@ def write_merged(
 
     `digest` is the merge's, `cpt` says what the plan's CPT directory is to the result.
     """
-    config = model_config(plan.cpt, plan.layout())
-    if plan.rows != plan.cpt_rows:
-        config = resize_config(config, plan.rows)
-    write_json(directory / CONFIG_FILE, {**config, **plan.format.special_ids[CONFIG_FILE]})
-    write_json(directory / GENERATION_FILE, generation_config(plan))
-    write_tokenizer(plan, directory)
+    write_all_but_weights(plan, directory)
     differences = config_differences(plan)
     for difference in differences:
         say(f"merge: {difference}; the output has cpt's")
@@ -59,6 +54,16 @@ def write_merged(
     results = report.write(plan, statistics, origin, directory)
     write_text(directory / "README.md", model_card(plan, origin, results))
     return results
+
+
+def write_all_but_weights(plan: MergePlan, directory: Path) -> None:
+    """Configuration, stop ids, tokenizer and chat template of the chat model."""
+    config = model_config(plan.cpt, plan.layout())
+    if plan.rows != plan.cpt_rows:
+        config = resize_config(config, plan.rows)
+    write_json(directory / CONFIG_FILE, {**config, **plan.format.special_ids[CONFIG_FILE]})
+    write_json(directory / GENERATION_FILE, generation_config(plan))
+    write_tokenizer(plan, directory)
 
 
 def _add_known_norms(plan: MergePlan, statistics: list[Statistics]) -> None:

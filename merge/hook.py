@@ -29,10 +29,13 @@ from merge.engine import copy_unmerged
 from merge.plan import MergeInputs, MergePlan, plan
 from merge.ranges import TensorRange, as_json, joined, needs_gate, needs_thresholds, thresholds
 from merge.rules import model_tensors
-from merge.slices import CHUNK, SliceMerger, rounded
+from merge.slices import CHUNK, NoOutput, SliceMerger, rounded
 from merge.statistics import Statistics, Sums
 from merge.vectors import check_base
 from tracking.tracker import Tracker
+
+Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
+"""Give what this rank knows, get what all do."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,9 @@ def merge_shards(
     with _writing_together(writer, the_plan.cpt, ranks):
         for shard in shards:
             _check(shard, writer.layout, inputs.cpt)
-        merger = SliceMerger(the_plan, writer, _find_ranges(the_plan, shards, writer, ranks))
+        exchange = _exchange_by_files(writer.directory, ranks)
+        ranges = find_ranges(the_plan, shards, ranks.rank, ranks.size, exchange)
+        merger = SliceMerger(the_plan, writer, ranges)
         for shard in shards:
             sums = merger.merge(tensors[shard.name], shard.start, shard.stop, shard.read)
             for of_vector, of_shard in zip(own, sums, strict=True):
@@ -158,8 +163,8 @@ def plan_for_shards(config: MergeConfig, inputs: MergeInputs) -> MergePlan:
     return the_plan
 
 
-def _find_ranges(
-    the_plan: MergePlan, shards: Sequence[LocalShard], writer: CheckpointWriter, ranks: Ranks
+def find_ranges(
+    the_plan: MergePlan, shards: Sequence[LocalShard], rank: int, size: int, exchange: Exchange
 ) -> dict[str, TensorRange]:
     """What TIES and the gate must know of whole tensors. The thresholds, which the files decide, are divided over the
     ranks by tensors; of the gate's range each rank knows its own part. Then everything is exchanged.
@@ -168,20 +173,30 @@ def _find_ranges(
     if not tensors:
         return {}
     found = {tensor.name: TensorRange([]) for tensor in tensors}
-    for tensor in tensors[ranks.rank :: ranks.size]:
+    for tensor in tensors[rank::size]:
         found[tensor.name].thresholds = thresholds(the_plan, tensor)
-    merger, by_name = SliceMerger(the_plan, writer, {}), {tensor.name: tensor for tensor in tensors}
+    merger, by_name = SliceMerger(the_plan, NoOutput(), {}), {tensor.name: tensor for tensor in tensors}
     for shard in shards:
         if shard.name in by_name and needs_gate(by_name[shard.name]):
             low, high = merger.gate_range(by_name[shard.name], shard.start, shard.stop, shard.read)
             here = found[shard.name]
             here.low, here.high = min(here.low, low), max(here.high, high)
-    write_json(writer.directory / f"ranges-{ranks.rank:05d}.json", as_json(found))
-    ranks.barrier()
-    whole = joined(json.loads(path.read_text()) for path in sorted(writer.directory.glob("ranges-*.json")))
-    ranks.barrier()
-    (writer.directory / f"ranges-{ranks.rank:05d}.json").unlink()
-    return whole
+    return joined(exchange(as_json(found)))
+
+
+def _exchange_by_files(directory: Path, ranks: Ranks) -> Exchange:
+    """By way of the directory that all ranks write into."""
+
+    def exchange(mine: dict[str, Any]) -> list[dict[str, Any]]:
+        own = directory / f"ranges-{ranks.rank:05d}.json"
+        write_json(own, mine)
+        ranks.barrier()
+        found = [json.loads(path.read_text()) for path in sorted(directory.glob("ranges-*.json"))]
+        ranks.barrier()
+        own.unlink()
+        return found
+
+    return exchange
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint.dtypes import FLOATS, TORCH_NAMES
@@ -135,6 +135,20 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     if out is not None:
         check_output(the_plan, out)
     return the_plan
+
+
+def plan_again(the_plan: MergePlan, config: MergeConfig) -> MergePlan:
+    """The same models and rows under other ratios and rules. Raises `RefusedError` for rules that decide nothing."""
+    names = [tensor.name for tensor in the_plan.tensors]
+    problems = rule_problems(names, config)
+    if problems:
+        raise RefusedError(problems)
+    layers = count_layers(names)
+    tensors = [
+        replace(tensor, treatment=treatment_of(tensor.name, config, layers)) if tensor.treatment else tensor
+        for tensor in the_plan.tensors
+    ]
+    return replace(the_plan, config=config, tensors=tensors)
 
 
 def _labelled(cpt: Checkpoint, sources: Sequence[Vector]) -> dict[str, Checkpoint]:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from types import EllipsisType
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoint.dtypes import Array, Float32, narrow
-from checkpoint.writer import CheckpointFiles
 from core.errors import UserError
 from merge import gate
 from merge.align import Role, RowPairs
@@ -35,6 +35,21 @@ CHUNK = 1 << 18  # elements; in float32 a megabyte. Half of it takes 30 % more p
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 ReadCpt = Callable[[int, int], Float32]
+
+
+class Output(Protocol):
+    """Where merged slices go: the files of a checkpoint, or memory. Called from several threads."""
+
+    def write_flat(self, name: str, start: int, values: Array) -> None:
+        """Take elements from `start` on, in storage order and in the type that the plan says."""
+
+
+class NoOutput:
+    """For a look at whole tensors, before anything is merged."""
+
+    def write_flat(self, name: str, start: int, values: Array) -> None:
+        """Nothing is to be written yet."""
+        raise NotImplementedError(name)
 
 
 @dataclass(frozen=True)
@@ -56,13 +71,13 @@ class Part:
 
 
 class SliceMerger:
-    """Merges slices into a checkpoint's files. Safe to use from several threads.
+    """Merges slices into an output. Safe to use from several threads.
 
     `ranges` has those tensors of which something must be known as a whole.
     """
 
-    def __init__(self, plan: MergePlan, files: CheckpointFiles, ranges: dict[str, TensorRange]) -> None:
-        self.plan, self.files, self.ranges = plan, files, ranges
+    def __init__(self, plan: MergePlan, output: Output, ranges: dict[str, TensorRange]) -> None:
+        self.plan, self.output, self.ranges = plan, output, ranges
         self._mean_row = cache(lambda name: OldRows(plan.cpt, name).mean)
         keep_freed_memory()
 
@@ -76,7 +91,7 @@ class SliceMerger:
         for first, last in self._chunks(tensor, start, stop):
             cpt = self._read_cpt(tensor, first, last, read_cpt)
             merged = self._merge_chunk(tensor, first, cpt, sums)
-            self.files.write_flat(tensor.name, first, rounded(merged, tensor.spec.dtype, tensor.name))
+            self.output.write_flat(tensor.name, first, rounded(merged, tensor.spec.dtype, tensor.name))
         return sums
 
     def gate_range(self, tensor: PlannedTensor, start: int, stop: int, read_cpt: ReadCpt) -> tuple[float, float]:

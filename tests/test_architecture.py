@@ -18,7 +18,7 @@ ALLOWED = {
     "tracking": {"core"},
     "tokenizer_ext": LOWER,
     "merge": LOWER,
-    "evaluation": LOWER,
+    "evaluation": LOWER | {"merge"},  # the sweep adds the vector itself
     "training": LOWER | {"merge"},
     "launcher": STAGES | LOWER,
 }

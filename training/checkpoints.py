@@ -45,6 +45,7 @@ class TrainState:
     key: str  # digest of the stage's configuration and inputs
     phase: int = 0  # the phase that it was saved in
     observed: int = -1  # the last step at which the held-out text was measured
+    previewed: int = -1  # the last step at which the chat model was looked at
     layout: str = ""  # who can load it (`Backend.layout`)
     spikes: dict[str, Any] = field(default_factory=dict)  # what the search for spikes remembers
     tracking: dict[str, str] = field(default_factory=dict)  # carrier, W&B run id and group

@@ -82,6 +82,21 @@ class CheckpointConfig(Section):
         return self
 
 
+class PreviewConfig(Section):
+    """A look at the chat model that is coming, while training goes on."""
+
+    every: int | None = key(
+        None,
+        "steps between two previews, also at step 0 and the end: the chat vector is added to the weights in memory as "
+        "`merge` says, prompts are answered, and the weights put back bit for bit; none if not set",
+        unit="steps", gt=0,
+    )  # fmt: skip
+    prompts: int = key(
+        4, "prompts per language, the first of evaluation.prompts, or else of evaluation.instructions", gt=0
+    )
+    max_new_tokens: int = key(64, "longest reply", unit="tokens", gt=0)
+
+
 class TrainingConfig(Section):
     """Continual pretraining."""
 
@@ -116,6 +131,7 @@ class TrainingConfig(Section):
     continuations: int = key(
         2, "held-out documents per language of which each evaluation shows a continuation; 0: none", ge=0
     )
+    preview: PreviewConfig = key(PreviewConfig(), "the chat model, live")
     checkpoints: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
     max_skipped_steps: int = key(
         5, "steps in a row with a non-finite gradient after which training stops", unit="steps", gt=0

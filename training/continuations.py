@@ -1,8 +1,8 @@
-"""Greedy continuations of held-out text, to read beside the loss."""
+"""Greedy continuations: of held-out text, to read beside the loss, and of chat prompts (`training/preview.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,25 +43,41 @@ def prompts_from(store: Store, count: int, tokens: int) -> list[Prompt]:
 
 @torch.no_grad()
 def continue_greedily(
-    logits_of: Callable[[Tensor], Tensor], prompts: Sequence[Sequence[int]], new_tokens: int, end: int
+    logits_of: Callable[[Tensor, Tensor], Tensor],
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    ends: Collection[int],
+    agree: Callable[[Tensor], Tensor],
 ) -> list[list[int]]:
-    """The `new_tokens` most likely next tokens of each prompt, one by one, up to and with the first `end`.
+    """The `new_tokens` most likely next tokens of each prompt, one by one, up to and with the first of `ends`.
 
-    `logits_of` gives the logits [rows, vocabulary] after the last of input ids [rows, length], int64 on the CPU. Rows
-    of equal length are taken together, so nothing is padded. All processes call this with the same prompts, and call
-    `logits_of` equally often, `new_tokens` times for each length: whether a row has ended is not asked before, since
-    processes whose logits differ in the last bit would part there and wait for each other forever.
+    `logits_of(ids, last)` gives the logits [rows, vocabulary] after place `last[row]` of input ids [rows, length],
+    int64 on the CPU. Rows are padded on the right, where causal attention never looks. All processes call this with
+    the same prompts; `agree` makes the first one's choice everybody's, since logits that differ in the last bit would
+    let processes part, and wait for each other forever.
     """
-    continuations: list[list[int]] = [[] for _ in prompts]
-    for length in sorted({len(prompt) for prompt in prompts}):
-        places = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
-        ids = torch.tensor([list(prompts[place]) for place in places], dtype=torch.int64)
-        for _ in range(new_tokens):
-            following = logits_of(ids).argmax(dim=-1, keepdim=True)
-            ids = torch.cat([ids, following.to(ids.device)], dim=1)
-        for place, row in zip(places, ids[:, length:].tolist(), strict=True):
-            continuations[place] = row[: row.index(end) + 1] if end in row else row
-    return continuations
+    if not prompts:
+        return []
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.zeros((len(prompts), int(lengths.max()) + new_tokens), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(list(prompt))
+    rows, going_on = torch.arange(len(prompts)), torch.ones(len(prompts), dtype=torch.bool)
+    for number in range(new_tokens):
+        last = lengths + number - 1
+        following = agree(logits_of(ids[:, : int(last.max()) + 1], last).argmax(dim=-1).cpu())
+        ids[rows, last + 1] = following
+        going_on &= ~torch.isin(following, torch.tensor(list(ends), dtype=torch.int64))
+        if not going_on.any():
+            break
+    continued = [row[length : length + number + 1] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+    return [_until(row, ends) for row in continued]
+
+
+def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """Up to and with the first of `ends`."""
+    place = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: place + 1]
 
 
 def continuation_rows(

@@ -22,6 +22,7 @@ from training.packing import TrainingRows
 from training.parallel import Parallel
 from training.phases import Phase
 from training.prefetch import Prefetcher, micro_batches
+from training.preview import Preview
 from training.stopping import StopRequest
 from training.throughput import Throughput
 from training.watchdog import Watchdog
@@ -53,6 +54,7 @@ class Trainer:
     watchdog: Watchdog
     parallel: Parallel
     tracker: Tracker
+    preview: Preview | None = None
     skipped: int = 0  # steps in a row that were left out
     _unread: tuple[int, StepResult] | None = None  # a step whose outcome is still on the device
 
@@ -72,6 +74,9 @@ class Trainer:
                             break  # the next attempt owes it
                     state = replace(state, observed=state.step)
                     self.watchdog.beat(f"the evaluation after step {state.step}")
+                if self._owes_preview(state) and not stop.agreed():
+                    self._preview(state)
+                    state = replace(state, previewed=state.step)
                 if state.step and state.step % config.checkpoints.every == 0:
                     self._save(state)
                 if state.step == self.phase.stop:
@@ -93,6 +98,23 @@ class Trainer:
     def _owes_observation(self, state: TrainState) -> bool:
         due = state.step % self.config.evaluate_every == 0 or state.step == self.config.steps
         return due and state.observed < state.step
+
+    def _owes_preview(self, state: TrainState) -> bool:
+        return (
+            self.preview is not None
+            and self.preview.is_due(state.step, self.config.steps)
+            and state.previewed < state.step
+        )
+
+    def _preview(self, state: TrainState) -> None:
+        """Show the chat model; of weights that are not finite none can be made, and training itself will say so."""
+        assert self.preview is not None
+        self._read_outcome()
+        if self.parallel.any(not self.backend.weights_are_finite()):
+            return
+        with self.throughput.paused():
+            self.preview.show(self.backend, state.step)
+        self.watchdog.beat(f"the preview after step {state.step}")
 
     def step(self, state: TrainState, batches: Prefetcher, stop: StopRequest) -> StepResult | None:
         """One optimizer step over `batch_rows` rows of the run, this process taking its share of them.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from checkpoint.model_names import stored_names
 from checkpoint.reader import Checkpoint
 from core.errors import UserError
 from core.progress import say
@@ -21,7 +22,6 @@ from training.config import TrainingConfig
 from training.fp8 import convert_to_fp8
 from training.head import find_head_form
 from training.loss import Head, cross_entropy_sum
-from training.names import stored_names
 from training.packing import Batch
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -59,10 +59,10 @@ class CausalLM(nn.Module):
         bias = getattr(output, "bias", None)
         return Head(output.weight, bias, self.form.scale, self.form.softcap, self.frozen_rows)
 
-    def forward(self, batch: Batch, last: bool = False) -> Tensor:
+    def forward(self, batch: Batch, last: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropies of the batch's targets, in nats.
 
-        With `last`, instead the float32 logits [rows, vocabulary] of each row's last position; no others are made.
+        With `last`, instead the float32 logits [rows, vocabulary] of one position of each row; no others are made.
         """
         hidden = self.model.get_decoder()(
             input_ids=batch.input_ids,
@@ -70,8 +70,8 @@ class CausalLM(nn.Module):
             use_cache=False,
             **attention_arguments(batch, self.model.config),
         ).last_hidden_state
-        if last:
-            return self.head.logits(hidden[:, -1])
+        if last is not None:
+            return self.head.logits(hidden[torch.arange(len(last), device=hidden.device), last.to(hidden.device)])
         return cross_entropy_sum(
             hidden.flatten(0, 1), self.head, batch.labels.flatten(), self.loss_chunk, self.compiled_loss
         )

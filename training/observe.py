@@ -63,7 +63,9 @@ class Observer:
         self._log(found, state)
         if self.prompts:
             ids = [prompt.ids for prompt in self.prompts]
-            self._show(continue_greedily(backend.logits, ids, NEW_TOKENS, self.tokenizer.eos_token_id), state.step)
+            ends = {self.tokenizer.eos_token_id} - {None}
+            continuations = continue_greedily(backend.logits, ids, NEW_TOKENS, ends, self.parallel.as_on_main)
+            self._show(continuations, state.step)
         shown = ", ".join(f"{language} {loss.bits_per_byte:.3f}" for language, loss in found.items())
         say(f"step {state.step}: bits per byte {shown} ({time.monotonic() - started:.1f} s)")
         return True

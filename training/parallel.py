@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -129,6 +130,11 @@ class Parallel:
         dist.broadcast_object_list(found, src=0, group=self.side_group)
         value: Found = found[0]
         return value
+
+    def as_on_main(self, values: Tensor) -> Tensor:
+        """The values that process 0 passes, for all; on the CPU."""
+        dist.broadcast(values, src=0, group=self.side_group)
+        return values
 
     def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
         tensor = torch.tensor(value, dtype=torch.float64)

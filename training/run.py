@@ -17,6 +17,7 @@ from core.progress import say, timed
 from core.sources import Corpus
 from merge.config import Dtype
 from merge.hook import LocalShard, Ranks, export_shards
+from merge.plan import MergePlan
 from tracking.tracker import Tracker
 from training.backends import Backend, build_backend
 from training.backends.build import Start
@@ -29,6 +30,7 @@ from training.observe import PROMPT_TOKENS, Observer
 from training.packing import TrainingRows
 from training.parallel import Parallel, start_parallel, stop_parallel
 from training.phases import Phase, phases_of
+from training.preview import Interview, Preview
 from training.reference import reference_line
 from training.spikes import Spikes
 from training.start import start_block, throughput_of
@@ -53,16 +55,24 @@ class TrainingInputs:
 
 
 def run(
-    config: TrainingConfig, inputs: TrainingInputs, out: Path, tracker: Tracker, hook: Hook | None
+    config: TrainingConfig,
+    inputs: TrainingInputs,
+    out: Path,
+    tracker: Tracker,
+    hook: Hook | None,
+    previewed: tuple[MergePlan, Interview] | None = None,
 ) -> dict[str, Any]:
     """Train the model on the store; called by all processes. Leaves `out`/checkpoints and the trained model `out`/cpt.
 
-    `hook` is called on all processes with this process's trained shards.
+    `hook` is called on all processes with this process's trained shards. `previewed`: how the chat model is made and
+    asked while training goes on, if the configuration wants that.
     Raises `Interrupted` when it was asked to stop; everything is saved then.
     """
     parallel = start_parallel()
     try:
         training = prepare(config, inputs, out, tracker, parallel)
+        if previewed:
+            training.preview = Preview(config.preview, *previewed, out, parallel, tracker)
         with StopRequest(parallel, config.stop_margin) as stop:
             state, backend = training.through_phases(stop)
         shards = backend.shards()
@@ -91,6 +101,7 @@ class Training:
     checkpoints: Checkpoints
     base_rows: int
     phases: list[Phase]
+    preview: Preview | None = None
 
     def through_phases(self, stop: StopRequest) -> tuple[TrainState, Backend]:
         """Train phase after phase, from the newest checkpoint on. Each begins with the weights of the one before."""
@@ -98,6 +109,8 @@ class Training:
         state = saved or TrainState(0, 0, 0, 0, self.inputs.key)
         self.tracker.resume_from(state.step)
         self.observer.resume(state)
+        if self.preview:
+            self.preview.resume(state.previewed)
         backend: Backend | None = None
         for phase in self.phases[self._first(saved) :]:
             start = Start(self.config, phase, self._source(phase, saved), self.base_rows)
@@ -141,7 +154,8 @@ class Training:
             throughput = throughput_of(self.config, self.inputs.model, self.parallel)
             trainer = Trainer(
                 self.config, phase, backend, self.rows, bytes_per_token(self.rows.store, self.shares),
-                self.checkpoints, self.observer, throughput, watchdog, self.parallel, self.tracker, state.skipped,
+                self.checkpoints, self.observer, throughput, watchdog, self.parallel, self.tracker, self.preview,
+                state.skipped,
             )  # fmt: skip
             return trainer.train(state, stop)
 

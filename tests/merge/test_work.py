@@ -15,7 +15,7 @@ from checkpoint.reader import Checkpoint
 from core.errors import UserError
 from core.world import World
 from merge import MergeConfig
-from merge.engine import _on_threads, divide
+from merge.engine import divide, on_threads
 from merge.journal import read_blocks, trusted
 from merge.plan import plan
 from merge.run import digest as digest_of_plan
@@ -349,7 +349,7 @@ def test_few_blocks_are_under_way_at_once():
             most = max(most, under_way)
         return number
 
-    for number, expected in zip(_on_threads(run, 5000), range(5000), strict=True):
+    for number, expected in zip(on_threads(run, 5000), range(5000), strict=True):
         assert number == expected
         with lock:
             under_way -= 1

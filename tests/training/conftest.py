@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,20 @@ def model(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> Path:
 @pytest.fixture(scope="session")
 def tied_model(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> Path:
     return make_model(tmp_path_factory.mktemp("tied"), corpus, tied=True)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A sibling of `model`."""
+    folder = tmp_path_factory.mktemp("chat") / "chat"
+    shutil.copytree(model, folder)
+    chat = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in chat.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    chat.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

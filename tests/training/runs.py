@@ -15,10 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from core.errors import Interrupted
 from launcher.start import backend_environment
+from merge import MergeConfig
+from merge.hook import plan_for_shards
+from merge.plan import MergeInputs, MergePlan
 from tests.training.conftest import CONFIG, Recorder
+from tracking import Cell
 from training.config import TrainingConfig
 from training.optimizer import rate_factor
 from training.packing import TrainingRows
+from training.preview import Interview
 from training.run import TrainingInputs, run
 from training.store import Store
 
@@ -42,6 +47,8 @@ class Job:
     kill_after_step: int = 0
     killed: tuple[int, ...] = (0,)  # these ranks get SIGKILL
     kill_delay: float = 0.0
+    chat: Path | None = None  # the chat model that is previewed, `model` being its base
+    merge: dict[str, Any] = field(default_factory=dict)  # how it is merged
 
     @property
     def config(self) -> TrainingConfig:
@@ -67,13 +74,28 @@ def train_steps(job: Job) -> dict[int, tuple[float, float]]:
         poison_batches(job)
     inputs = TrainingInputs(job.model, job.tokenizer or job.model, job.store, "key")
     try:
-        run(job.config, inputs, job.out, tracker, None)
+        run(job.config, inputs, job.out, tracker, None, previewed_by(job))
     except Interrupted:
         assert job.stop_after or job.signal_in
     return {
         step: (row["train/loss"], row["train/gradient_norm"])
         for step, row in tracker.rows if step and "train/loss" in row
     }  # fmt: skip
+
+
+PROMPTS = [[0, 40, 41], [0, 50, 51, 52, 53], [0, 60]]
+
+
+def previewed_by(job: Job) -> tuple[MergePlan, Interview] | None:
+    """The preview of a job that has a chat model: the replies' ids are the rows of its table, `replies` a metric."""
+    if job.chat is None:
+        return None
+
+    def score(replies: list[list[int]]) -> tuple[dict[str, float], list[list[Cell]]]:
+        return {"replies": float(len(replies))}, [[" ".join(map(str, reply))] for reply in replies]
+
+    merge_plan = plan_for_shards(MergeConfig(**job.merge), MergeInputs(job.model, job.model, job.chat, job.model))
+    return merge_plan, Interview(PROMPTS, frozenset({1}), ("step", "reply"), score)
 
 
 def ask_for(backend: str) -> None:
@@ -132,7 +154,7 @@ def poison_batches(job: Job) -> None:
         tuple(rows.batch([step * config.batch_rows]).input_ids[0].tolist()) for step in job.poison
     }  # rank 0 has the first row of every step
 
-    def poisoned(self: CausalLM, batch: Any, last: bool = False) -> torch.Tensor:
+    def poisoned(self: CausalLM, batch: Any, last: torch.Tensor | None = None) -> torch.Tensor:
         loss = forward(self, batch, last)
         found = tuple(batch.input_ids[0].tolist()) in bad and torch.is_grad_enabled()
         return loss * float("nan") if found else loss

@@ -17,8 +17,17 @@ from training.store import Store
 NONE = -1  # an end that no model gives
 
 
-def last_logits(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda ids: model(input_ids=ids, use_cache=False).logits[:, -1]
+def last_logits(model: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda ids, last: model(input_ids=ids, use_cache=False).logits[torch.arange(len(ids)), last]
+
+
+def alone(chosen: Tensor) -> Tensor:
+    return chosen
+
+
+def as_on_rank_0(chosen: Tensor) -> Tensor:
+    dist.broadcast(chosen, src=0)
+    return chosen
 
 
 def load(path: Path) -> torch.nn.Module:
@@ -29,7 +38,7 @@ def load(path: Path) -> torch.nn.Module:
 def test_equal_to_generate_whatever_the_lengths(model: Path) -> None:
     whole = load(model)
     prompts = [[1, 5, 9], [1, 7], [1, 30, 40], [1]]
-    found = continue_greedily(last_logits(whole), prompts, 12, NONE)
+    found = continue_greedily(last_logits(whole), prompts, 12, {NONE}, alone)
     for prompt, continuation in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])
         expected = whole.generate(
@@ -42,13 +51,28 @@ def test_equal_to_generate_whatever_the_lengths(model: Path) -> None:
 def test_a_continuation_stops_with_the_end_and_others_go_on() -> None:
     calls = []
 
-    def counting(ids: Tensor) -> Tensor:
+    def counting(ids: Tensor, last: Tensor) -> Tensor:
         """The token after n is n + 1."""
         calls.append(ids.shape)
-        return torch.nn.functional.one_hot(ids[:, -1] + 1, 20)
+        return torch.nn.functional.one_hot(ids[torch.arange(len(ids)), last] + 1, 20)
 
-    assert continue_greedily(counting, [[3], [8], [2, 6]], 4, end=5) == [[4, 5], [9, 10, 11, 12], [7, 8, 9, 10]]
-    assert len(calls) == 8  # new_tokens for each length, though a row has ended: the same on all processes
+    assert continue_greedily(counting, [[3], [8], [2, 6]], 4, {5, 19}, alone) == [
+        [4, 5], [9, 10, 11, 12], [7, 8, 9, 10],
+    ]  # fmt: skip
+    assert len(calls) == 4
+    assert continue_greedily(counting, [[3], [1, 4]], 9, {5}, alone) == [[4, 5], [5]]
+    assert len(calls) == 6  # no longer than the longest needs
+    assert continue_greedily(counting, [], 9, {5}, alone) == []
+
+
+def test_the_first_process_decides() -> None:
+    def other(chosen: Tensor) -> Tensor:
+        return torch.full_like(chosen, 7)
+
+    def logits(ids: Tensor, last: Tensor) -> Tensor:
+        return torch.zeros(len(ids), 20)
+
+    assert continue_greedily(logits, [[3], [8]], 2, {5}, other) == [[7, 7], [7, 7]]
 
 
 def on_a_shard(path: Path, prompts: list[list[int]]) -> list[list[int]]:
@@ -57,14 +81,14 @@ def on_a_shard(path: Path, prompts: list[list[int]]) -> list[list[int]]:
     for layer in model.model.layers:  # type: ignore[union-attr]
         fully_shard(layer)
     fully_shard(model)
-    found = continue_greedily(last_logits(model), prompts, 6, NONE)
+    found = continue_greedily(last_logits(model), prompts, 6, {NONE}, as_on_rank_0)
     dist.destroy_process_group()
     return found
 
 
 def test_a_sharded_model_continues_alike_on_all_processes(model: Path) -> None:
     prompts = [[1, 5, 9], [1, 7]]
-    expected = continue_greedily(last_logits(load(model)), prompts, 6, NONE)
+    expected = continue_greedily(last_logits(load(model)), prompts, 6, {NONE}, alone)
     assert run_ranks(on_a_shard, 2, model, prompts) == [expected, expected]
 
 

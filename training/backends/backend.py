@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,8 +35,8 @@ class Backend(Protocol):
     def loss(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of this process's batch, in nats; no gradient."""
 
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """Logits [rows, vocabulary] after the last of `input_ids` [rows, length], float32; no gradient."""
+    def logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """Logits [rows, vocabulary] after place `last[row]` of `input_ids` [rows, length], float32; no gradient."""
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
         """Add the gradient of `scale` times the summed loss of all processes' batches. Returns this process's share.
@@ -74,6 +76,13 @@ class Backend(Protocol):
 
     def shards(self) -> list[LocalShard]:
         """This process's part of the weights; each row is held by one process."""
+
+    def replaced(self, replace: Callable[[LocalShard], Tensor]) -> AbstractContextManager[None]:
+        """Within the block the model runs with other weights: what `replace` makes of each shard of the masters.
+
+        Nothing is trained there. Afterwards every bit of what runs is what it was; the masters never change. What it
+        was lies in the memory of the CPU meanwhile.
+        """
 
     def describe(self) -> dict[str, str]:
         """Lines of the start block."""

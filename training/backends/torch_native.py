@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from training.attention import check_attention, describe_attention
 from training.backends.backend import StepOutcome
 from training.backends.build import Start
 from training.backends.compute_copy import ComputeCopy
+from training.backends.replaced import replaced
 from training.compiled import compile_layers, uncompiled
 from training.config import CheckpointConfig, TrainingConfig
 from training.memory import Strategy
@@ -81,9 +84,9 @@ class TorchBackend:
 
     @torch.no_grad()
     @uncompiled
-    def logits(self, input_ids: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
         """See `Backend`."""
-        logits: Tensor = self.running(whole_rows(input_ids).to(self.parallel.device), last=True)
+        logits: Tensor = self.running(whole_rows(input_ids).to(self.parallel.device), last=last)
         return logits
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
@@ -169,8 +172,10 @@ class TorchBackend:
         """See `Backend`. Of the replicas of HSDP the first one gives them."""
         sharded = isinstance(self.module, FSDPModule)
         replica = self.parallel.mesh.get_local_rank("replicate") if sharded else self.parallel.world.rank
-        if replica > 0:
-            return []
+        return self._local_shards() if replica == 0 else []
+
+    def _local_shards(self) -> list[LocalShard]:
+        """What this process holds, in the order of the parameters."""
         reshard(self.module)
         found = []
         for name, parameter in named_local_parameters(self.module):
@@ -178,6 +183,17 @@ class TorchBackend:
             values = local_part(parameter)[: stop - start]
             found.append(LocalShard(name, tuple(parameter.shape), start, values))
         return found
+
+    @contextmanager
+    def replaced(self, replace: Callable[[LocalShard], Tensor]) -> Iterator[None]:
+        """See `Backend`."""
+        shards = self._local_shards()
+        pairs = zip(shards, self.running.parameters(), strict=True)
+        with replaced((local_part(parameter)[: len(shard.values)], replace(shard)) for shard, parameter in pairs):
+            try:
+                yield
+            finally:
+                reshard(self.module)
 
     def describe(self) -> dict[str, str]:
         """See `Backend`."""
@@ -193,9 +209,10 @@ class TorchBackend:
 
 
 def reshard(module: CausalLM) -> None:
-    """Free what a forward pass without a backward pass leaves gathered: the root's weights."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    """Free what a forward pass without a backward pass leaves gathered: the root's weights, or those of every layer."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def prepare_layers(module: CausalLM, config: TrainingConfig) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.artifact import fsync
@@ -24,6 +25,7 @@ from merge.hook import LocalShard
 from training.attention import check_attention
 from training.backends.backend import StepOutcome
 from training.backends.build import Start
+from training.backends.replaced import replaced
 from training.backends.torch_native import describe_model, prepare_layers, whole_rows
 from training.compiled import uncompiled
 from training.config import CheckpointConfig, TrainingConfig
@@ -89,10 +91,10 @@ class ZeroBackend:
 
     @torch.no_grad()
     @uncompiled
-    def logits(self, input_ids: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
         """See `Backend`."""
         self.engine.eval()
-        logits: Tensor = self.engine(whole_rows(input_ids).to(self.parallel.device), last=True)
+        logits: Tensor = self.engine(whole_rows(input_ids).to(self.parallel.device), last=last)
         self.engine.train()
         return logits
 
@@ -163,6 +165,37 @@ class ZeroBackend:
             start, stop = min(rank * rows, whole.shape[0]), min((rank + 1) * rows, whole.shape[0])
             found.append(LocalShard(name, tuple(whole.shape), start, whole[start:stop].to("cpu", copy=True)))
         return found
+
+    @contextmanager
+    def replaced(self, replace: Callable[[LocalShard], Tensor]) -> Iterator[None]:
+        """See `Backend`. Each process makes its rows, and gives them to the others, a tensor at a time."""
+        self.engine.empty_partition_cache()  # ZeRO 3: what is gathered would not be what its parts are
+        with replaced(self._replacements(replace)):
+            try:
+                yield
+            finally:
+                self.engine.empty_partition_cache()
+
+    def _replacements(self, replace: Callable[[LocalShard], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this process runs with, and its new values: whole parameters, or (ZeRO 3) its part of each."""
+        for shard, (_, parameter) in zip(self.shards(), named_local_parameters(self.module), strict=True):
+            whole = self._joined(replace(shard), shard.shape)
+            part = getattr(parameter, "ds_tensor", None)
+            if part is None:
+                yield parameter.data, whole
+            else:
+                start = part.ds_numel * self.parallel.world.rank
+                values = whole.view(-1)[start : start + part.ds_numel]
+                yield part[: len(values)], values
+
+    def _joined(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """All rows of a tensor, from the processes that hold them as `shards` divides them."""
+        size = self.parallel.world.size
+        padded = torch.zeros((-(-shape[0] // size), *shape[1:]), dtype=rows.dtype)
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(size)]
+        dist.all_gather(parts, padded, group=self.parallel.side_group)
+        return torch.cat(parts)[: shape[0]]
 
     def describe(self) -> dict[str, str]:
         """See `Backend`."""

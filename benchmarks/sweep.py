@@ -1,0 +1,112 @@
+"""What a point of the ratio sweep costs: its merge in memory, beside its generation, and beside a merge through files.
+
+    python -m benchmarks.sweep DIR [--size 135m] [--prompts 32] [--new-tokens 128] [--out FILE]
+
+Random Llamas (base, chat, CPT; made in DIR when they are not there) are merged at three ratios. Of each: the seconds of
+the merge in memory; of replies to the built-in instructions, all as long as `--new-tokens`, since random models do not
+stop; and of what a sweep would do otherwise, merge to disk and load. One pass over the weights, the measure that the
+merge is held against, is reading the three checkpoints from the page cache and converting them to float32.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+from benchmarks.training_inputs import SIZES, make_model
+from checkpoint.dtypes import widen
+from checkpoint.reader import Checkpoint
+from core.artifact import write_json
+from core.world import World
+from evaluation.config import BUILT_IN, EvaluationConfig
+from evaluation.division import Division
+from evaluation.generate import converse
+from evaluation.models import load_model
+from evaluation.reading import parse_instruction, read_conversations
+from evaluation.sweep.model import MergedModel
+from merge import MergeConfig
+from merge.plan import MergeInputs, plan
+from merge.run import run as merge
+from tracking.tracker import SilentTracker
+
+RATIOS = (0.5, 0.8, 1.0)
+TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def make_models(folder: Path, size: str) -> MergeInputs:
+    """The base, and two that differ a little from it."""
+    base, chat, cpt = (folder / size / name for name in ("base", "chat", "cpt"))
+    if not (base / "config.json").is_file():
+        make_model(base, SIZES[size])
+        save_file(
+            {name: values.bfloat16() for name, values in load_file(base / "model.safetensors").items()},
+            base / "model.safetensors", {"format": "pt"},
+        )  # fmt: skip
+    for seed, sibling in enumerate((chat, cpt), start=1):
+        if not (sibling / "config.json").is_file():
+            shutil.copytree(base, sibling)
+            torch.manual_seed(seed)
+            weights = load_file(base / "model.safetensors")
+            moved = {name: values + 1e-3 * torch.randn_like(values) for name, values in weights.items()}
+            save_file(moved, sibling / "model.safetensors", {"format": "pt"})
+    (chat / "chat_template.jinja").write_text(TEMPLATE)
+    return MergeInputs(cpt, base, chat, cpt)
+
+
+def one_pass(inputs: MergeInputs) -> float:
+    """Seconds to read all three checkpoints and convert them to float32, in one thread."""
+    started = time.monotonic()
+    assert inputs.base is not None
+    assert inputs.chat is not None
+    for directory in (inputs.cpt, inputs.base, inputs.chat):
+        checkpoint = Checkpoint.open(directory)
+        for name, info in checkpoint.tensors.items():
+            for first in range(0, info.size, 1 << 20):
+                widen(checkpoint.read_flat(name, first, min(first + (1 << 20), info.size)), info.dtype)
+    return time.monotonic() - started
+
+
+def through_files(inputs: MergeInputs, ratio: float, out: Path) -> float:
+    """Seconds of a merge to disk and of loading what it wrote."""
+    shutil.rmtree(out, ignore_errors=True)
+    started = time.monotonic()
+    merge(MergeConfig(ratio=ratio), inputs, out, SilentTracker())
+    load_model("merged", out, 0)
+    return time.monotonic() - started
+
+
+def measure(inputs: MergeInputs, folder: Path, prompts: int, new_tokens: int) -> dict[str, Any]:
+    """Medians over the ratios, in seconds."""
+    config = EvaluationConfig(max_new_tokens=new_tokens, batch_size=prompts)
+    asked = read_conversations(BUILT_IN, "evaluation.instructions", parse_instruction, ["en"], prompts, "instructions")
+    model, division = MergedModel(plan(MergeConfig(), inputs), 0), Division(World())
+    rows = []
+    for ratio in RATIOS:
+        merging = model.merge(MergeConfig(ratio=ratio))
+        generation = converse(model.loaded, model.template, asked, config, division)
+        files = through_files(inputs, ratio, folder / "merged")
+        rows.append({"pass": one_pass(inputs), "merge": merging, "generation": generation.seconds, "files": files})
+    found = {name: round(median(row[name] for row in rows), 3) for name in rows[0]}
+    parameters = sum(info.size for info in Checkpoint.open(inputs.cpt).tensors.values())
+    return {"parameters": parameters, "prompts": len(asked), "device": str(model.loaded.device), **found}
+
+
+def main(folder: Path, size: str = "135m", prompts: int = 32, new_tokens: int = 128, out: Path | None = None) -> None:
+    """Measure and print."""
+    found = {"size": asdict(SIZES[size]), **measure(make_models(folder, size), folder, prompts, new_tokens)}
+    print(json.dumps(found))
+    if out:
+        write_json(out, found)
+
+
+if __name__ == "__main__":
+    typer.run(main)

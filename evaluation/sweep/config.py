@@ -1,0 +1,104 @@
+"""The recipe's `sweep` section."""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from pydantic import field_validator, model_validator
+
+from core.config import Section, key
+from evaluation.config import Suite
+from merge.config import Kind, Ratio
+
+MOST_RATIOS = 1000  # more is a slip of the pen: 0:1.2:0.0001
+
+
+class RecommendConfig(Section):
+    """The rule that a ratio is recommended by. Figures are means over the new languages."""
+
+    quality: str = key("chat", "figure of results.json that should be large")
+    tolerance: float = key(
+        0.02,
+        "ratios whose quality is this little below the best are as good; the smallest of them is recommended",
+        ge=0,
+    )
+    at_least: dict[str, float] = key({}, "figures that must reach a value, such as in_language: 0.9")
+    at_most: dict[str, float] = key({}, "figures that must not pass a value, such as repetition: 0.3")
+    bits_per_byte_rise: float | None = key(
+        0.1, "how much bits per byte may rise over ratio 0, as a share; without limit if null", ge=0
+    )
+
+
+class SearchConfig(Section):
+    """After the sweep: a search over ratios of each kind of module, by optuna's TPE (Bergstra et al., 2011)."""
+
+    trials: int = key(0, "its budget, in merges that are evaluated; 0: no search", unit="merges", ge=0)
+    kinds: list[Kind] = key(
+        ["attention", "mlp", "norm", "embed", "head"],
+        "kinds that have a ratio of their own; the others keep merge.ratio. A tied model has no head",
+        min_length=1,
+    )
+    low: float = key(0.0, "smallest ratio tried")
+    high: float = key(1.2, "largest ratio tried")
+    step: float = key(0.05, "ratios tried are this far apart", gt=0)
+    seed: int = key(0, "seed of the search", ge=0)
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> SearchConfig:
+        if self.low >= self.high:
+            raise ValueError("low is not below high; set a range")
+        return self
+
+
+class SweepConfig(Section):
+    """`cpt-merge sweep`: which ratios are tried, what is measured of each, and which one is recommended."""
+
+    ratios: list[float] = key(
+        "0:1.2:0.1", 'ratios of the chat vector, "first:last:step" in quotes or a list; merge.rules stay as they are'
+    )
+    per_layer: Ratio | None = key(
+        None, "expression of the layer that every ratio is multiplied by, such as `ramp(0.3, 1)`; 1 if not set"
+    )
+    suites: list[Suite] = key(
+        ["language", "chat"],
+        "what is measured; all else, such as evaluation.prompts, is as in `evaluation`",
+        min_length=1,
+    )
+    max_prompts: int | None = key(
+        None, "prompts per language of each facet; evaluation.max_prompts if not set", unit="prompts", gt=0
+    )
+    recommend: RecommendConfig = key(RecommendConfig(), "the rule")
+    search: SearchConfig = key(SearchConfig(), "ratios per kind of module")
+
+    @field_validator("ratios", mode="before")
+    @classmethod
+    def _spelt_out(cls, ratios: Any) -> Any:
+        if isinstance(ratios, str):
+            return spell_out(ratios)
+        if isinstance(ratios, (int, float)):  # YAML 1.1 reads 0:1:0.1 as a time of day
+            raise ValueError('no range; write "first:last:step" in quotes, or a list')
+        return ratios
+
+    @field_validator("ratios")
+    @classmethod
+    def _each_once(cls, ratios: list[float]) -> list[float]:
+        if not ratios:
+            raise ValueError("no ratio at all; name some")
+        return sorted(set(ratios))
+
+
+def spell_out(text: str) -> list[float]:
+    """`0:1.2:0.1` as 0, 0.1, ..., 1.2: decimal, so that 0.3 is 0.3; `0.5,1` as these two. Raises `ValueError`."""
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        first, last, step = (Decimal(part.strip()) for part in text.split(":"))
+    except (ValueError, InvalidOperation):
+        raise ValueError("neither first:last:step nor numbers with commas between") from None
+    if not (first.is_finite() and last.is_finite() and step.is_finite()) or step <= 0 or last < first:
+        raise ValueError("first:last:step goes from first up to last in steps above 0")
+    count = int((last - first) / step) + 1
+    if count > MOST_RATIOS:
+        raise ValueError(f"{count} ratios; take a larger step")
+    return [float(first + number * step) for number in range(count)]

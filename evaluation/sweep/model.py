@@ -1,0 +1,63 @@
+"""The chat model in memory, at one ratio after the other. Nothing but its tokenizer and configuration goes to disk.
+
+Every ratio is merged anew from the checkpoints, which the operating system keeps in memory: the weights of one ratio
+are never the start of the next, so no rounding adds up, and the model holds what a merge at that ratio would write.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint.model_names import stored_names
+from core.errors import UserError
+from core.progress import timed
+from evaluation.chat_template import ChatTemplate, read_chat_template, template_for
+from evaluation.models import LoadedModel, load_model
+from merge.config import MergeConfig
+from merge.finish import write_all_but_weights
+from merge.in_memory import merge_into, ranges_of
+from merge.plan import MergePlan, plan_again
+from merge.ranges import TensorRange
+from merge.rules import kind_of
+
+
+class MergedModel:
+    """A model and its chat template; its weights mean something after `merge` only."""
+
+    def __init__(self, the_plan: MergePlan, local_rank: int) -> None:
+        """Raises `UserError` if the chat model has no chat template."""
+        if the_plan.format.template is None:
+            raise UserError(
+                f"{the_plan.chat.source.chat_directory} has no chat template, so the merged model cannot be asked "
+                "anything; add a chat_template to its tokenizer."
+            )
+        self.plan = the_plan
+        with tempfile.TemporaryDirectory() as name, timed(f"sweep: loading {the_plan.cpt.directory}"):
+            directory = Path(name)
+            write_all_but_weights(the_plan, directory)
+            self.loaded: LoadedModel = load_model("merged", directory, local_rank, weights=the_plan.cpt.directory)
+            self.template: ChatTemplate = template_for(self.loaded, directory, read_chat_template(directory))
+        state = self.loaded.model.state_dict()
+        names = stored_names(self.loaded.model, the_plan.cpt.tensors, the_plan.cpt.directory)
+        self._tensors: dict[str, Tensor] = {stored: state[name] for name, stored in names.items()}
+        self._ranges: dict[str, TensorRange] = {}
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of modules that the model has."""
+        return {kind_of(tensor.name) for tensor in self.plan.tensors}
+
+    def merge(self, config: MergeConfig) -> float:
+        """Give the model the weights of this merge. Returns the seconds that it took."""
+        started = time.monotonic()
+        the_plan = plan_again(self.plan, config)
+        self._ranges = ranges_of(the_plan, self._ranges)
+        merge_into(the_plan, self._tensors, self._ranges)
+        if self.loaded.device.type == "cuda":
+            torch.cuda.synchronize(self.loaded.device)
+        return time.monotonic() - started

@@ -1,0 +1,102 @@
+"""The points of a sweep: a merge and what was measured of it. Each is kept on disk as soon as it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core.artifact import fsync
+from core.progress import say
+from evaluation.intervals import Estimate
+from merge.config import MergeConfig, RuleConfig
+
+EVERYTHING = "all"  # the one kind of a point that has one ratio
+
+
+@dataclass(frozen=True)
+class Point:
+    """One merge. `ratios`: of every kind that has its own, or the one of `all`."""
+
+    key: str  # digest of all that its figures depend on
+    ratios: dict[str, float]
+    figures: dict[str, dict[str, Estimate]]  # language -> figure
+    merge_seconds: float  # adding the vector to the model in memory
+    evaluation_seconds: float
+
+    @property
+    def ratio(self) -> float | None:
+        """The one ratio of all kinds; None for a point of the search."""
+        return self.ratios.get(EVERYTHING)
+
+    @property
+    def name(self) -> str:
+        """For tables and log lines."""
+        return name_of(self.ratios)
+
+    def mean(self, figure: str, languages: Sequence[str]) -> float | None:
+        """A figure's mean over those of the languages that it was measured in; None if there is none."""
+        values = [self.figures[one][figure].value for one in languages if figure in self.figures.get(one, {})]
+        return sum(values) / len(values) if values else None
+
+
+def name_of(ratios: Mapping[str, float]) -> str:
+    """`0.7`, or `attention 0.7 mlp 0.9`."""
+    if set(ratios) == {EVERYTHING}:
+        return f"{ratios[EVERYTHING]:g}"
+    return " ".join(f"{kind} {ratio:g}" for kind, ratio in ratios.items())
+
+
+def merge_config(recipe: MergeConfig, ratios: Mapping[str, float], per_layer: float | str | None) -> MergeConfig:
+    """The recipe's merge at other ratios. Its own rules go first, as exceptions; a ratio of a kind is a rule behind."""
+
+    def shaped(ratio: float) -> float | str:
+        return ratio if per_layer is None else f"{ratio!r} * ({per_layer})"
+
+    if EVERYTHING in ratios:
+        changes: dict[str, Any] = {"ratio": shaped(ratios[EVERYTHING])}
+    else:
+        of_kinds = [RuleConfig.model_validate({"kinds": [kind], "ratio": shaped(r)}) for kind, r in ratios.items()]
+        changes = {"rules": [*recipe.rules, *of_kinds]}
+    return recipe.model_copy(update=changes)
+
+
+class PointsFile:
+    """points.jsonl: one line for each point; a line that a kill cut short is left out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Point]:
+        """All points by key."""
+        if not self.path.is_file():
+            return {}
+        found = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                point = _parse(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                say(f"{self.path}: a line that was cut short is left out")
+                continue
+            found[point.key] = point
+        return found
+
+    def add(self, point: Point) -> None:
+        """Append a point, durably, on a line of its own."""
+        whole = not self.path.is_file() or self.path.read_bytes()[-1:] in (b"", b"\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("" if whole else "\n") + json.dumps(asdict(point), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fsync(self.path.parent)
+
+
+def _parse(row: dict[str, Any]) -> Point:
+    figures = {
+        language: {name: Estimate(**estimate) for name, estimate in of_language.items()}
+        for language, of_language in row.pop("figures").items()
+    }
+    return Point(figures=figures, **row)

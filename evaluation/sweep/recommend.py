@@ -1,0 +1,118 @@
+"""Which point is recommended: a rule that the recipe states, and a sentence that says how it came out.
+
+1. points that break a limit are out
+2. of the others the best quality counts; what is within `tolerance` of it is as good
+3. of these the smallest ratio (by kind: the smallest mean): it moves CPT's model least
+4. ratios per kind are recommended only if they are better than one ratio by more than `tolerance`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.errors import UserError
+from evaluation.facets.language import BITS
+from evaluation.sweep.config import RecommendConfig
+from evaluation.sweep.points import Point
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A point by the rule. `excess`: by how much it breaks the limits, in all; `broken` names them."""
+
+    point: Point
+    quality: float
+    excess: float
+    broken: list[str]
+
+    @property
+    def score(self) -> float:
+        """What the search makes large."""
+        return self.quality - self.excess
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """`point` is None where every point breaks a limit."""
+
+    point: Point | None
+    sentence: str
+
+
+def judge(point: Point, rule: RecommendConfig, languages: Sequence[str], at_zero: Point) -> Judged:
+    """Judge a point. Raises `UserError` if a figure of the rule was not measured in any of the languages."""
+    found, excess = list[str](), 0.0
+    for figure, limit in rule.at_least.items():
+        value = _mean(point, figure, languages)
+        if value < limit:
+            found.append(f"{figure} {value:.3g} < {limit:g}")
+            excess += limit - value
+    for figure, limit in rule.at_most.items():
+        value = _mean(point, figure, languages)
+        if value > limit:
+            found.append(f"{figure} {value:.3g} > {limit:g}")
+            excess += value - limit
+    rise = rise_of(point, at_zero, languages)
+    if rule.bits_per_byte_rise is not None and rise is not None and rise > rule.bits_per_byte_rise:
+        found.append(f"bits per byte {rise:+.1%}")
+        excess += rise - rule.bits_per_byte_rise
+    return Judged(point, _mean(point, rule.quality, languages), excess, found)
+
+
+def rise_of(point: Point, at_zero: Point, languages: Sequence[str]) -> float | None:
+    """The rise of bits per byte over ratio 0 as a share, mean over languages; None where it was not measured."""
+    rises = [
+        point.figures[one][BITS].value / at_zero.figures[one][BITS].value - 1
+        for one in languages
+        if BITS in point.figures.get(one, {}) and BITS in at_zero.figures.get(one, {})
+    ]
+    return sum(rises) / len(rises) if rises else None
+
+
+def recommend(judged: Sequence[Judged], rule: RecommendConfig) -> Recommendation:
+    """The recommendation of the rule above."""
+    allowed = [one for one in judged if not one.broken]
+    if not allowed:
+        nearest = max(judged, key=lambda one: one.score)
+        return Recommendation(
+            None,
+            f"no ratio is recommended: every one breaks a limit of sweep.recommend; nearest is {nearest.point.name} "
+            f"({', '.join(nearest.broken)}).",
+        )
+    line = [one for one in allowed if one.point.ratio is not None]
+    by_kind = [one for one in allowed if one.point.ratio is None]
+    if by_kind and (not line or _best(by_kind).quality > _best(line).quality + rule.tolerance):
+        chosen = _smallest_of_the_best(by_kind, rule)
+        other = f"with one ratio: {_best(line).quality:.3f}" if line else "any one ratio breaks a limit"
+        return Recommendation(chosen.point, _sentence(chosen, rule, other))
+    best, chosen = _best(line), _smallest_of_the_best(line, rule)
+    why = (
+        "the best"
+        if chosen is best
+        else f"within {rule.tolerance:g} of the best, {best.quality:.3f} at {best.point.name}"
+    )
+    return Recommendation(chosen.point, _sentence(chosen, rule, why))
+
+
+def _best(judged: Sequence[Judged]) -> Judged:
+    return max(judged, key=lambda one: one.quality)
+
+
+def _smallest_of_the_best(judged: Sequence[Judged], rule: RecommendConfig) -> Judged:
+    equal = [one for one in judged if one.quality >= _best(judged).quality - rule.tolerance]
+    return min(equal, key=lambda one: sum(map(abs, one.point.ratios.values())) / len(one.point.ratios))
+
+
+def _sentence(chosen: Judged, rule: RecommendConfig, why: str) -> str:
+    return f"recommended: {chosen.point.name} ({rule.quality} {chosen.quality:.3f}, {why})."
+
+
+def _mean(point: Point, figure: str, languages: Sequence[str]) -> float:
+    value = point.mean(figure, languages)
+    if value is None:
+        raise UserError(
+            f"sweep.recommend names {figure}, which was not measured in {', '.join(languages)}; "
+            "choose another figure, or prompts in the language."
+        )
+    return value

@@ -1,0 +1,152 @@
+"""What a sweep leaves: results.json, curves.png, a table on the terminal, tables and curves in the tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from core.artifact import write_json
+from core.progress import console, say
+from evaluation.facets.facet import Facet
+from evaluation.facets.language import BITS
+from evaluation.sweep.config import SweepConfig
+from evaluation.sweep.figure import draw_curves
+from evaluation.sweep.points import Point
+from evaluation.sweep.recommend import Judged, Recommendation
+from tracking import Cell, Tracker
+
+
+@dataclass
+class Found:
+    """A sweep so far. `judged` begins with ratio 0."""
+
+    config: SweepConfig
+    languages: Sequence[str]
+    facets: Sequence[Facet]
+    judged: list[Judged]
+    recommendation: Recommendation | None = None
+
+    @property
+    def line(self) -> list[Point]:
+        """The points with one ratio, by ratio."""
+        found = [one.point for one in self.judged if one.point.ratio is not None]
+        return sorted(found, key=lambda point: point.ratio or 0.0)
+
+    @property
+    def recommended(self) -> Point | None:
+        """The recommended point."""
+        return self.recommendation.point if self.recommendation else None
+
+    @property
+    def shown(self) -> dict[str, bool]:
+        """The figures that are drawn, and whether they are shares: those of the rule, language share, bits per byte."""
+        rule = self.config.recommend
+        names = dict.fromkeys([rule.quality, "in_language", *rule.at_least, *rule.at_most, BITS])
+        others = {figure.name for facet in self.facets for figure in facet.figures if not figure.share}
+        return {name: name not in others for name in names}
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers that are worth a summary."""
+        quality = self.config.recommend.quality
+        best = self.recommended
+        values = {f"{quality}/{one.point.name}": round(one.quality, 4) for one in self.judged}
+        return {**values, "recommended": best.ratios if best else None, "points": len(self.judged)}
+
+
+def report(found: Found, out: Path, tracker: Tracker, final: bool) -> None:
+    """Write and send what there is; `final`: and draw it, and show it."""
+    write_json(out / "results.json", content(found))
+    _track(found, tracker)
+    if not final:
+        return
+    best = found.recommended
+    picture = draw_curves(found.line, found.shown, best.ratio if best else None, out / "curves.png")
+    if picture:
+        tracker.image("sweep/curves", picture)
+    tracker.file("sweep-results.json", out / "results.json")
+    if best and best.ratio is not None:
+        tracker.summary({"sweep/recommended_ratio": best.ratio})
+    console.print(table(found))
+    _say_cost([one.point for one in found.judged])
+    if found.recommendation:
+        say(f"sweep: {found.recommendation.sentence}")
+
+
+def content(found: Found) -> dict[str, Any]:
+    """results.json."""
+    best = found.recommended
+    return {
+        "config": found.config.model_dump(),
+        "languages": list(found.languages),
+        "recommended": best.ratios if best else None,
+        "why": found.recommendation.sentence if found.recommendation else "the sweep is not finished",
+        "points": [
+            {
+                **asdict(one.point),
+                "quality": round(one.quality, 6),
+                "broken": one.broken,
+                "samples": f"samples/{one.point.key}.jsonl",
+            }
+            for one in found.judged
+        ],
+    }
+
+
+def _track(found: Found, tracker: Tracker) -> None:
+    """A table of all figures, and a chart of each that the rule is about."""
+    columns = ["ratio", "language", "figure", "value", "low", "high", "n"]
+    rows: list[list[Cell]] = [
+        [one.point.name, language, name, *asdict(estimate).values()]
+        for one in found.judged
+        for language, figures in one.point.figures.items()
+        for name, estimate in figures.items()
+    ]
+    tracker.table("sweep/points", columns, rows)
+    for name in found.shown:
+        curve: list[list[Cell]] = [
+            [language, point.ratio, figures[name].value]
+            for point in found.line
+            for language, figures in point.figures.items()
+            if name in figures
+        ]
+        if curve:
+            tracker.curves(f"sweep/{name}", ["language", "ratio", name], curve)
+
+
+def show_progress(found: Found) -> None:
+    """A line for the newest point."""
+    newest = found.judged[-1]
+    of_rule = f"{found.config.recommend.quality} {newest.quality:.3f}"
+    bits = newest.point.mean(BITS, found.languages)
+    seconds = f"merged in {newest.point.merge_seconds:.1f} s, measured in {newest.point.evaluation_seconds:.1f} s"
+    shown = [of_rule, *([f"bits per byte {bits:.3f}"] if bits is not None else []), *newest.broken, seconds]
+    say(f"sweep: {newest.point.name}: {', '.join(shown)}")
+
+
+def table(found: Found) -> Table:
+    """A row for each point: the rule's figures, means over the new languages, and what stands against it."""
+    made = Table("ratio", title="means over " + ", ".join(found.languages), title_justify="left", box=SIMPLE_HEAD)
+    for name in found.shown:
+        made.add_column("bits/byte" if name == BITS else name.replace("_", " "), justify="right")
+    made.add_column("beyond the limits")
+    for one in sorted(found.judged, key=lambda one: (one.point.ratio is None, one.point.ratio or 0.0)):
+        values = [(one.point.mean(name, found.languages), share) for name, share in found.shown.items()]
+        cells = ["" if value is None else f"{value:.0%}" if share else f"{value:.3f}" for value, share in values]
+        chosen = one.point is found.recommended
+        row = [one.point.name + (" ←" if chosen else ""), *cells, ", ".join(one.broken)]
+        made.add_row(*map(Text, row), style="bold" if chosen else "")
+    return made
+
+
+def _say_cost(points: Sequence[Point]) -> None:
+    merging, measuring = (sum(getattr(one, name) for one in points) for name in ("merge_seconds", "evaluation_seconds"))
+    say(
+        f"sweep: {len(points)} points; merging took {merging / len(points):.1f} s a point, "
+        f"measuring {measuring / len(points):.1f} s"
+    )

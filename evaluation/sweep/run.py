@@ -1,0 +1,155 @@
+"""The sweep: every ratio is merged in memory and measured; then the search, the curves, and the recommendation."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.artifact import stage_key, write_text
+from core.errors import UserError
+from core.progress import say
+from evaluation.config import EvaluationConfig
+from evaluation.division import Division, divided_work
+from evaluation.facets.facet import Facet, Subject
+from evaluation.heldout import Text
+from evaluation.models import shared_context
+from evaluation.report import sample_rows
+from evaluation.results import summarise
+from evaluation.run import measure
+from evaluation.suites import Setup, check_judges, make_facets
+from evaluation.sweep import search
+from evaluation.sweep.config import SweepConfig
+from evaluation.sweep.model import MergedModel
+from evaluation.sweep.points import EVERYTHING, Point, PointsFile, merge_config, name_of
+from evaluation.sweep.recommend import judge, recommend
+from evaluation.sweep.report import Found, report, show_progress
+from merge.config import MergeConfig
+from merge.plan import MergeInputs, plan
+from merge.vectors import check_base
+from tracking import Tracker
+
+
+@dataclass(frozen=True)
+class SweepInputs:
+    """What a sweep reads. `languages` are the new ones; `fingerprints` tell these inputs from others."""
+
+    merge: MergeInputs
+    text: Text
+    languages: Sequence[str]
+    fingerprints: Mapping[str, str]
+
+
+def run(
+    config: SweepConfig,
+    evaluation: EvaluationConfig,
+    merge: MergeConfig,
+    inputs: SweepInputs,
+    out: Path,
+    tracker: Tracker,
+) -> dict[str, Any]:
+    """Measure the chat model at every ratio, and write results.json, curves.png and samples into `out`.
+
+    Any number of processes may call this together. Points that are in `out` already, made of equal inputs and settings,
+    are not measured again. Returns what is worth a summary. Raises `UserError`, also for a rule that names no figure.
+    """
+    if config.search.trials:
+        search.check_installed()
+    sweep = Sweep.prepare(config, evaluation, merge, inputs, out)
+    with divided_work() as division:
+        found = sweep.through(division, tracker)
+        if division.world.is_main:
+            report(found, out, tracker, final=True)
+    return found.summary()
+
+
+@dataclass
+class Sweep:
+    """A sweep that is ready to begin."""
+
+    config: SweepConfig
+    evaluation: EvaluationConfig  # as the points are measured
+    merge: MergeConfig
+    inputs: SweepInputs
+    facets: Sequence[Facet]
+    out: Path
+
+    @staticmethod
+    def prepare(
+        config: SweepConfig, evaluation: EvaluationConfig, merge: MergeConfig, inputs: SweepInputs, out: Path
+    ) -> Sweep:
+        """Check what can be checked before a model is loaded."""
+        context = shared_context({"cpt": inputs.merge.cpt}, evaluation.context)
+        changes: dict[str, Any] = {"suites": config.suites, "context": context}
+        if config.max_prompts is not None:
+            changes["max_prompts"] = config.max_prompts
+        measured = evaluation.model_copy(update=changes)
+        setup = Setup(measured, inputs.text)
+        facets = make_facets(setup)
+        figures = [figure.name for facet in facets for figure in facet.figures]
+        rule = config.recommend
+        for name in (rule.quality, *rule.at_least, *rule.at_most):
+            if name not in figures and "knowledge" not in config.suites:  # whose figures are known when it has run
+                raise UserError(
+                    f"sweep.recommend names {name}, which sweep.suites {', '.join(config.suites)} do not measure; they "
+                    f"measure {', '.join(figures)}."
+                )
+        check_judges(setup, facets)
+        return Sweep(config, measured, merge, inputs, facets, out)
+
+    def through(self, division: Division, tracker: Tracker) -> Found:
+        """All points, on every process."""
+        the_plan = plan(self.merge, self.inputs.merge)
+        for vector in the_plan.vectors:
+            check_base(vector.source)
+        model = MergedModel(the_plan, division.world.local_rank)
+        kept = division.from_main(lambda: PointsFile(self.out / "points.jsonl").read())
+        found = Found(self.config, self.inputs.languages, self.facets, [])
+
+        def take(ratios: dict[str, float]) -> None:
+            point = self._point(ratios, model, kept, division)
+            kept[point.key] = point  # a search may come back to it
+            at_zero = found.judged[0].point if found.judged else point
+            found.judged.append(judge(point, self.config.recommend, self.inputs.languages, at_zero))
+            if division.world.is_main:
+                report(found, self.out, tracker, final=False)
+                show_progress(found)
+
+        kinds = [kind for kind in self.config.search.kinds if kind in model.kinds]
+        if self.config.search.trials and not kinds:
+            named = ", ".join(self.config.search.kinds)
+            raise UserError(f"sweep.search.kinds are {named}, which the model does not have; name others.")
+        for ratio in sorted({0.0, *self.config.ratios}, key=lambda ratio: (ratio != 0, ratio)):
+            take({EVERYTHING: ratio})  # 0 first: the others are compared with it
+        for number in range(self.config.search.trials):
+            take(search.suggest(self.config.search, kinds, found.judged, number))
+        found.recommendation = recommend(found.judged, self.config.recommend)
+        return found
+
+    def _point(
+        self, ratios: dict[str, float], model: MergedModel, kept: Mapping[str, Point], division: Division
+    ) -> Point:
+        """The point of these ratios: kept from before, or measured now and kept."""
+        config = merge_config(self.merge, ratios, self.config.per_layer)
+        settings = {"merge": config.model_dump(), "evaluation": self.evaluation.model_dump()}
+        key = stage_key("sweep point", settings, self.inputs.fingerprints)
+        if key in kept:
+            say(f"sweep: {name_of(ratios)} is done already")
+            return kept[key]
+        merge_seconds = model.merge(config)
+        started = time.monotonic()
+        subject = Subject(model.loaded, None, division, model.template.marks)
+        result = measure(subject, model.template, self.evaluation, self.facets)
+        results = summarise([result], self.facets, None, self.evaluation.seed)
+        figures = results.scores[result.name]
+        point = Point(key, ratios, figures, merge_seconds, time.monotonic() - started)
+        if division.world.is_main:
+            folder = self.out / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = ({**row, "ratios": ratios} for row in sample_rows(results))
+            write_text(folder / f"{key}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            PointsFile(self.out / "points.jsonl").add(point)
+        return point

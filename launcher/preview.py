@@ -1,0 +1,97 @@
+"""The preview during training: the recipe's merge, and the evaluation's prompts and scores, for the training stage."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.chat_template import ChatTemplate, read_chat_template, render
+from evaluation.conversation import Conversation, Exchange, Reply
+from evaluation.facets.form import FIGURES, forms_of, mean_values
+from evaluation.facets.instructions import CHECKS_STRICT, check_reply
+from evaluation.models import load_tokenizer
+from evaluation.reading import parse_instruction, parse_prompt, read_conversations
+from launcher.recipe import Recipe
+from launcher.stages import Run, check_previewed
+from merge.finish import write_all_but_weights
+from merge.hook import plan_for_shards
+from merge.plan import MergeInputs, MergePlan
+from tracking import Cell
+from training.preview import Interview
+
+COLUMNS = ("step", "language", "prompt", "reply", *(figure.name for figure in FIGURES), CHECKS_STRICT.name)
+
+
+def preview_of(run: Run) -> tuple[MergePlan, Interview] | None:
+    """What training needs to show the chat model; None where the recipe does not ask for it.
+
+    Raises `UserError` for a pair that cannot be merged, a chat model without a template, prompts that do not fit.
+    """
+    recipe, settings = run.recipe, run.recipe.training.preview
+    if settings.every is None:
+        return None
+    conversations = read_prompts(recipe)
+    the_plan = plan_for_shards(recipe.merge, MergeInputs(run.resized, run.base, run.chat, run.tokenizer))
+    check_previewed(run.chat, the_plan.format.template)
+    with tempfile.TemporaryDirectory() as name:  # the tokenizer as the merged model will have it
+        write_all_but_weights(the_plan, Path(name))
+        tokenizer, template = load_tokenizer(Path(name)), read_chat_template(Path(name))
+    return the_plan, make_interview(conversations, tokenizer, template)
+
+
+def read_prompts(recipe: Recipe) -> list[Conversation]:
+    """The first prompts of each language of the corpus."""
+    asked, count = recipe.evaluation, recipe.training.preview.prompts
+    languages = asked.languages or recipe.corpus.languages()
+    if asked.prompts is not None:
+        return read_conversations(asked.prompts, "evaluation.prompts", parse_prompt, languages, count)
+    return read_conversations(
+        asked.instructions, "evaluation.instructions", parse_instruction, languages, count, "instructions"
+    )
+
+
+def make_interview(conversations: Sequence[Conversation], tokenizer: Any, template: ChatTemplate) -> Interview:
+    """Prompts in the merged model's ids, and the form of replies and the checks that they pass, by language."""
+    texts = [render(tokenizer, template.template, one.turns[0].messages) for one in conversations]
+    prompts = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    ends = frozenset(tokenizer.convert_tokens_to_ids(template.end_tokens))
+
+    def score(replies: list[list[int]]) -> tuple[dict[str, float], list[list[Cell]]]:
+        exchanges = [
+            Exchange(conversation, (_reply(tokenizer, ids, ends),))
+            for conversation, ids in zip(conversations, replies, strict=True)
+        ]
+        scores = [_scores(exchange, template.marks) for exchange in exchanges]
+        rows: list[list[Cell]] = [
+            [exchange.conversation.language, exchange.conversation.questions, exchange.text,
+             *(values.get(name) for name in COLUMNS[4:])]
+            for exchange, values in zip(exchanges, scores, strict=True)
+        ]  # fmt: skip
+        return _means(exchanges, scores), rows
+
+    return Interview(prompts, ends, COLUMNS, score)
+
+
+def _reply(tokenizer: Any, ids: list[int], ends: frozenset[int]) -> Reply:
+    stopped = bool(ids) and ids[-1] in ends
+    text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Reply(text.strip(), stopped, len(ids))
+
+
+def _scores(exchange: Exchange, marks: Sequence[str]) -> dict[str, float]:
+    values = mean_values(forms_of(exchange, marks))
+    if exchange.conversation.turns[0].checks:
+        passed = check_reply(exchange).strict
+        values[CHECKS_STRICT.name] = sum(passed) / len(passed)
+    return values
+
+
+def _means(exchanges: Sequence[Exchange], scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """`language/figure`: the mean over the language's prompts."""
+    found: dict[str, list[float]] = {}
+    for exchange, values in zip(exchanges, scores, strict=True):
+        for name, value in values.items():
+            found.setdefault(f"{exchange.conversation.language}/{name}", []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}

@@ -1,0 +1,54 @@
+"""`cpt-merge sweep`: the ratio sweep of a finished run, in its folder `sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from core.artifact import stage_key
+from core.errors import Interrupted
+from core.progress import say
+from core.world import find_world
+from launcher.pipeline import hold_lock, open_tracker
+from launcher.recipe import load_recipe
+from launcher.stages import Run, merge_inputs, prompt_inputs
+from launcher.start import local_processes, start_processes, started_by_accelerate
+
+
+def as_overrides(ratios: str | None, per_layer: str | None, trials: int | None) -> list[str]:
+    """The command's options as overrides, which all processes get."""
+    given = {"ratios": ratios and f'"{ratios}"', "per_layer": per_layer and f'"{per_layer}"', "search.trials": trials}
+    return [f"sweep.{name}={value}" for name, value in given.items() if value is not None]
+
+
+def sweep(recipe_path: Path, overrides: list[str]) -> None:
+    """Sweep the ratio of the recipe's chat vector. Raises `UserError` if the run is not trained."""
+    recipe = load_recipe(recipe_path, overrides)
+    run = Run(recipe)
+    inputs = {**merge_inputs(run, run.finished("training")), **prompt_inputs(recipe), **run.corpus_inputs()}
+    hold_lock(run)
+    processes = local_processes(recipe)
+    if find_world().launcher == "alone" and processes > 1 and not started_by_accelerate():
+        start_processes(recipe, "sweep", recipe_path, overrides, processes)
+        return
+    from evaluation.sweep.run import SweepInputs
+    from evaluation.sweep.run import run as run_sweep
+    from merge.plan import MergeInputs
+
+    out = run.folder("sweep")
+    if find_world().is_main:
+        out.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {name: getattr(recipe, name).model_dump() for name in ("sweep", "evaluation", "merge")}
+    tracker = open_tracker(run, "sweep", stage_key("sweep", config, inputs), config, inputs)
+    of_merge = MergeInputs(run.cpt, run.base, run.chat, run.tokenizer)
+    given = SweepInputs(of_merge, recipe.corpus, recipe.tokenizer.languages(), inputs)
+    try:
+        run_sweep(recipe.sweep, recipe.evaluation, recipe.merge, given, out, tracker)
+    except Interrupted:
+        tracker.finish()
+        raise
+    except BaseException:
+        tracker.finish(failed=True)
+        raise
+    tracker.finish()
+    say(f"sweep: done -> {out}")

@@ -1,0 +1,256 @@
+"""The ratio sweep: the weights of a merge, points that are kept, the rule that recommends, the search."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
+
+from core.errors import UserError
+from evaluation.config import EvaluationConfig
+from evaluation.intervals import Estimate
+from evaluation.models import load_model
+from evaluation.sweep import run as sweep_run
+from evaluation.sweep.config import RecommendConfig, SweepConfig
+from evaluation.sweep.model import MergedModel
+from evaluation.sweep.points import Point
+from evaluation.sweep.recommend import judge, recommend
+from evaluation.sweep.run import SweepInputs, run
+from merge import MergeConfig
+from merge.plan import MergeInputs, plan
+from merge.run import run as merge
+from tests.distributed import run_ranks
+from tests.evaluation.conftest import TEMPLATE, make_model
+from tracking.tracker import SilentTracker
+
+EVALUATION = EvaluationConfig(max_new_tokens=6, documents=3, context=32, languages=["ko", "zh_tw"], batch_size=4)
+SWEEP: dict[str, Any] = {
+    "ratios": "0:1:0.5", "suites": ["language", "form"], "recommend": {"quality": "keeps_format"}, "max_prompts": 2,
+}  # fmt: skip
+
+
+def near(model: Path, directory: Path, seed: int, template: str | None = None) -> Path:
+    """A sibling of a model, its weights a little changed."""
+    shutil.copytree(model, directory)
+    sibling = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in sibling.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    sibling.save_pretrained(directory)
+    if template:
+        (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, corpus) -> SweepInputs:
+    root = tmp_path_factory.mktemp("pair")
+    base = near(make_model(root / "seed", vocabulary=300, seed=1), root / "base", 1)
+    chat, cpt = near(base, root / "chat", 2, TEMPLATE), near(base, root / "cpt", 3)
+    return SweepInputs(MergeInputs(cpt, base, chat, cpt), corpus, ["ko", "zh_tw"], {"cpt": "1"})
+
+
+@pytest.fixture
+def evaluation(prompts_file) -> EvaluationConfig:
+    return EVALUATION.model_copy(update={"prompts": str(prompts_file)})
+
+
+def sweep(inputs, evaluation, out, **changes) -> dict[str, Any]:
+    out.mkdir(exist_ok=True)
+    settings = SweepConfig(**{**SWEEP, **changes})
+    return run(settings, evaluation, MergeConfig(), inputs, out, SilentTracker())
+
+
+def measured_points(monkeypatch, until: int = 1000) -> list[int]:
+    """Counts the points that are measured; at `until` it is stopped, as by a signal."""
+    calls: list[int] = []
+    original = sweep_run.measure
+
+    def counting(*arguments):
+        if len(calls) == until:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(sweep_run, "measure", counting)
+    return calls
+
+
+@pytest.mark.parametrize("settings", [{}, {"rules": [{"kinds": ["embed"], "ratio": 0.5}]}], ids=["plain", "rules"])
+def test_ratio_1_is_byte_for_byte_what_the_merge_writes(inputs, tmp_path, settings):
+    """Whatever ratio was tried before: nothing is taken back from what was added."""
+    model = MergedModel(plan(MergeConfig(**settings), inputs.merge), 0)
+    for ratio in (0.3, 0.7, 1.0):
+        model.merge(MergeConfig(ratio=ratio, **settings))
+    merge(MergeConfig(ratio=1.0, **settings), inputs.merge, tmp_path / "merged", SilentTracker())
+    written = load_model("merged", tmp_path / "merged", 0)
+    state = model.loaded.model.state_dict()
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert stored.keys() == state.keys() == written.model.state_dict().keys()
+    for name, values in stored.items():
+        assert values.dtype == torch.bfloat16
+        assert torch.equal(state[name], written.model.state_dict()[name]), name
+        assert torch.equal(state[name].bfloat16().view(torch.int16), values.view(torch.int16)), name
+    assert model.loaded.tokenizer.chat_template == written.tokenizer.chat_template == TEMPLATE
+    assert model.loaded.tokenizer.get_vocab() == written.tokenizer.get_vocab()
+    assert model.template.end_tokens == ["</s>"]
+
+
+def test_a_sweep_leaves_results_curves_and_samples(inputs, evaluation, tmp_path):
+    summary = sweep(inputs, evaluation, tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [point["ratios"]["all"] for point in results["points"]] == [0.0, 0.5, 1.0]
+    assert results["recommended"] == summary["recommended"]
+    assert summary["points"] == 3
+    for point in results["points"]:
+        assert set(point["figures"]) == {"zh_tw", "ko", "en"}
+        assert set(point["figures"]["ko"]) >= {"bits_per_byte", "chat", "in_language", "keeps_format"}
+        rows = (tmp_path / "out" / point["samples"]).read_text(encoding="utf-8").splitlines()
+        assert len(rows) == 4  # two prompts in each of the two languages that are asked about
+        assert json.loads(rows[0])["ratios"] == point["ratios"]
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_points_that_are_done_are_not_done_again(inputs, evaluation, tmp_path, monkeypatch):
+    measured = measured_points(monkeypatch)
+    first = sweep(inputs, evaluation, tmp_path / "out")
+    assert len(measured) == 3
+    assert sweep(inputs, evaluation, tmp_path / "out") == first
+    assert len(measured) == 3
+    finer = sweep(inputs, evaluation, tmp_path / "out", ratios="0:1:0.25", recommend={"quality": "stopped"})
+    assert len(measured) == 5  # 0.25 and 0.75 were not there; another rule measures nothing anew
+    assert finer["points"] == 5
+    sweep(inputs, evaluation, tmp_path / "out", per_layer="ramp(0.5, 1)")
+    sweep(replace(inputs, fingerprints={"cpt": "2"}), evaluation, tmp_path / "out")
+    assert len(measured) == 11  # other merges, another model
+
+
+def test_a_sweep_that_was_stopped_goes_on(inputs, evaluation, tmp_path, monkeypatch):
+    whole = sweep(inputs, evaluation, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        measured_points(patch, until=2)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(inputs, evaluation, tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "results.json").read_text())["recommended"] is None
+    with (tmp_path / "cut" / "points.jsonl").open("a") as file:
+        file.write('{"key": "cut sho')
+    measured = measured_points(monkeypatch)
+    assert sweep(inputs, evaluation, tmp_path / "cut") == whole
+    assert len(measured) == 1
+
+
+def _on_a_rank(inputs, evaluation, out):
+    torch.distributed.init_process_group("gloo")
+    found = sweep(inputs, evaluation, Path(out))
+    torch.distributed.destroy_process_group()
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(inputs, evaluation, tmp_path):
+    alone = sweep(inputs, evaluation, tmp_path / "one")
+    assert run_ranks(_on_a_rank, 2, inputs, evaluation, str(tmp_path / "two")) == [alone, alone]
+
+
+def test_the_search_keeps_its_budget_and_goes_on_as_it_would_have(inputs, evaluation, tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    search = {"trials": 3, "kinds": ["attention", "mlp", "head"], "step": 0.25, "high": 1.0}
+    whole = sweep(inputs, evaluation, tmp_path / "whole", search=search)
+    assert whole["points"] == 6
+    points = json.loads((tmp_path / "whole" / "results.json").read_text())["points"][3:]
+    for point in points:
+        assert set(point["ratios"]) == {"attention", "mlp", "head"}
+        assert all(ratio in (0, 0.25, 0.5, 0.75, 1.0) for ratio in point["ratios"].values())
+    with monkeypatch.context() as patch:
+        measured_points(patch, until=4)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(inputs, evaluation, tmp_path / "cut", search=search)
+    assert sweep(inputs, evaluation, tmp_path / "cut", search=search) == whole
+
+
+def test_a_search_over_kinds_that_the_model_lacks_is_refused(inputs, evaluation, tmp_path):
+    pytest.importorskip("optuna")
+    with pytest.raises(UserError, match=r"search\.kinds are other, which the model does not have"):
+        sweep(inputs, evaluation, tmp_path / "out", search={"trials": 1, "kinds": ["other"]})
+
+
+def test_a_chat_model_without_a_template_is_one_sentence(inputs, evaluation, tmp_path):
+    chat = shutil.copytree(inputs.merge.chat, tmp_path / "chat")
+    (chat / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"has no chat template, so the merged model cannot be asked anything"):
+        sweep(replace(inputs, merge=replace(inputs.merge, chat=chat)), evaluation, tmp_path / "out")
+
+
+def test_a_rule_about_something_else_is_refused_before_a_model_is_loaded(inputs, evaluation, tmp_path):
+    with pytest.raises(UserError, match=r"names dialogues, which sweep.suites language, form do not measure"):
+        sweep(inputs, evaluation, tmp_path / "out", recommend={"quality": "dialogues"})
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [("0:1.2:0.3", [0, 0.3, 0.6, 0.9, 1.2]), ("0.1:0.35:0.1", [0.1, 0.2, 0.3]), ("1,0.5", [0.5, 1]), ([1, 0, 1], [0, 1])],
+)  # fmt: skip
+def test_ratios_are_decimal_and_each_once(ratios, expected):
+    assert SweepConfig(ratios=ratios).ratios == expected
+
+
+@pytest.mark.parametrize("ratios", ["0:1", "a:b:c", "1:0:0.1", "0:1:0", "0:1:-1", "0:1:0.00001", 60.1, [], "nan:1:1"])
+def test_what_is_no_range_of_ratios_is_refused(ratios):
+    with pytest.raises(ValidationError, match="ratios"):
+        SweepConfig(ratios=ratios)
+
+
+def point(ratios: dict[str, float], chat: float, bits: float = 1.0, in_language: float = 1.0) -> Point:
+    values = {"chat": chat, "bits_per_byte": bits, "in_language": in_language}
+    figures = {name: Estimate(value, value, value, 10) for name, value in values.items()}
+    return Point(str(ratios), ratios, {"ko": figures, "en": {"chat": Estimate(0.0, 0.0, 0.0, 10)}}, 0.1, 1.0)
+
+
+def recommended(points: list[Point], **rule: Any) -> tuple[dict[str, float] | None, str]:
+    settings = RecommendConfig(**rule)
+    judged = [judge(one, settings, ["ko"], points[0]) for one in points]
+    found = recommend(judged, settings)
+    return found.point.ratios if found.point else None, found.sentence
+
+
+LINE = [
+    point({"all": 0.0}, 0.0, 1.0),
+    point({"all": 0.6}, 0.79, 1.02, 0.99),
+    point({"all": 0.8}, 0.80, 1.05, 0.95),
+    point({"all": 1.0}, 0.90, 1.20, 0.60),
+]
+
+
+def test_the_best_that_keeps_the_limits_and_of_equals_the_smallest():
+    assert recommended(LINE)[0] == {"all": 0.6}
+    assert recommended(LINE, tolerance=0.001)[0] == {"all": 0.8}
+    assert recommended(LINE, bits_per_byte_rise=None)[0] == {"all": 1.0}
+    assert recommended(LINE, bits_per_byte_rise=None, at_least={"in_language": 0.9}, tolerance=0)[0] == {"all": 0.8}
+    assert recommended(LINE, bits_per_byte_rise=None, at_most={"bits_per_byte": 1.03})[0] == {"all": 0.6}
+
+
+def test_where_every_ratio_breaks_a_limit_none_is_recommended():
+    chosen, sentence = recommended(LINE, at_least={"chat": 0.95})
+    assert chosen is None
+    assert "every one breaks a limit of sweep.recommend; nearest is 1 (chat 0.9 < 0.95" in sentence
+
+
+def test_ratios_by_kind_must_be_clearly_better():
+    searched = point({"attention": 1.0, "mlp": 0.4}, 0.81)
+    assert recommended([*LINE, searched])[0] == {"all": 0.6}
+    better = point({"attention": 1.0, "mlp": 0.5}, 0.88)
+    assert recommended([*LINE, searched, better])[0] == better.ratios
+    smaller = point({"attention": 1.0, "mlp": 0.2}, 0.87)
+    assert recommended([*LINE, better, smaller])[0] == smaller.ratios
+
+
+def test_a_figure_that_was_not_measured_in_the_new_languages_is_named():
+    with pytest.raises(UserError, match="names chat, which was not measured in zh_tw"):
+        judge(LINE[0], RecommendConfig(), ["zh_tw"], LINE[0])
