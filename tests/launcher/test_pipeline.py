@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluation.config
-from core.errors import UserError
-from launcher.pipeline import check_inputs
+from core.errors import Interrupted, UserError
+from launcher.pipeline import check_inputs, execute
 from launcher.recipe import Recipe, load_recipe
+from launcher.stages import STAGES, Run
 from tests.launcher.conftest import ROOT, cpt_merge
+from tracking import read_log
 
 
 def test_a_chat_model_comes_out(finished: Path) -> None:
@@ -92,6 +96,23 @@ def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, recipe_path
     assert "the same command continues" in errors
     saved = [path.parent.name for path in (tmp_path / "runs").rglob("train_state.json")]
     assert len(saved) == 1
+    alert = read_log(log.parent).alerts[-1]
+    assert (alert["title"], "SIGINT" in alert["text"]) == ("training stopped", True)
+
+
+@pytest.mark.parametrize(
+    ("error", "word"), [(UserError("the disk is full."), "failed"), (Interrupted("by SIGTERM"), "stopped")]
+)
+def test_how_a_stage_ended_is_an_alert(error: UserError, word: str, recipe_path: Path, tmp_path: Path) -> None:
+    def run(*_: object) -> dict[str, Any]:
+        raise error
+
+    recipe = load_recipe(recipe_path, [f"runs={tmp_path}", "tracking.carrier=none"])
+    with pytest.raises(type(error)):
+        execute(Run(recipe), replace(STAGES[0], run=run), "0123456789", {}, {})
+    (log,) = tmp_path.rglob("alerts.jsonl")
+    (alert,) = read_log(log.parent).alerts
+    assert (alert["title"], alert["text"]) == (f"{STAGES[0].name} {word}", str(error))
 
 
 def test_a_stage_that_fails_leaves_the_result_before_it(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
