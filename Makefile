@@ -11,8 +11,8 @@ demo: $(VENV)/done  ## the whole method in miniature, on real text
 	$(BIN)/python -m recipes.demo.prepare --out runs/demo-inputs
 	$(BIN)/cpt-merge run recipes/demo.yaml
 
-test: $(VENV)/done  ## the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/done  ## the tests, a file at a time on each of two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/done  ## the slow ones too
 	$(BIN)/python -m pytest -m "not slurm and not gpu"
