@@ -27,6 +27,7 @@ from launcher.stages import COMMANDS, STAGES, Run, Stage, check_previewed, ident
 from launcher.start import accelerate_config, local_processes, start_processes, started_by_accelerate
 from merge.fit import open_fitting
 from tracking import Tracker, start_tracker
+from tracking.unsent import holds_unsent
 from training.mixture import mixture
 
 BEGUN_FILE = "begun.json"
@@ -112,13 +113,11 @@ def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: di
             tracker.artifact(artifact)
         try:
             results = stage.run(run, key, tracker)
-        except Interrupted as stop:
-            _alert(tracker, f"{stage.name} stopped", str(stop))
-            tracker.finish()
+        except (Interrupted, KeyboardInterrupt) as stop:
+            _close(tracker, f"{stage.name} stopped", str(stop) or "stopped by Ctrl-C", failed=False)
             raise
         except BaseException as error:
-            _alert(tracker, f"{stage.name} failed", str(error) or type(error).__name__)
-            tracker.finish(failed=True)
+            _close(tracker, f"{stage.name} failed", str(error) or type(error).__name__, failed=True)
             raise
     if main:
         record = StageRecord(stage.name, key, config, inputs, results=results, tracking=tracker.record())
@@ -143,9 +142,9 @@ def replacing(folder: Path, stage: Stage, key: str) -> Iterator[None]:
     elif stage.precious:
         _move_aside(folder, stage, key)
     elif before.exists() and not (folder / STAGE_FILE).is_file():
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed: what was before it is to be kept
+        _remove(folder, folder)  # of an attempt that was killed: what was before it is to be kept
     elif folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
+        _remove(before, folder)
         os.replace(folder, before)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,10 +154,22 @@ def replacing(folder: Path, stage: Stage, key: str) -> Iterator[None]:
         raise  # it will be continued
     except BaseException:
         if (before / STAGE_FILE).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder, folder)
             os.replace(before, folder)
         raise
-    shutil.rmtree(before, ignore_errors=True)
+    _remove(before, folder)
+
+
+def _remove(result: Path, folder: Path) -> None:
+    """Remove a stage's result, but not what W&B has not got of its log: that is kept beside the stage's `folder`."""
+    log = result / "log"
+    if holds_unsent(log):
+        places = (folder.with_name(f"{folder.name}.unsent-{number}") for number in range(1, 1000))
+        aside = next(path for path in places if not path.exists())
+        aside.mkdir()
+        os.replace(log, aside / "log")
+        say(f"{folder.name}: an earlier log that is not at W&B is now {aside / 'log'}; cpt-merge sync uploads it")
+    shutil.rmtree(result, ignore_errors=True)
 
 
 def _was_begun(folder: Path, key: str) -> bool:
@@ -194,10 +205,12 @@ def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs:
     )
 
 
-def _alert(tracker: Tracker, title: str, text: str) -> None:
-    """An alert about an exception that is on its way up, which nothing must replace (the disk may be full)."""
+def _close(tracker: Tracker, title: str, text: str, failed: bool) -> None:
+    """Say that an exception is on its way up, which nothing must replace (the disk may be full)."""
     with suppress(OSError):
         tracker.alert(title, text)
+    with suppress(OSError):
+        tracker.finish(failed)
 
 
 def origin() -> dict[str, Any]:

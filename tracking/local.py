@@ -104,7 +104,7 @@ class LocalLog:
         values = {**asdict(self.run), "tracking": tracking, "carrier": carrier, "url": url, "started": time.time()}
         write_json(self.directory / "run.json", values)
 
-    def keep_until(self, step: int | None) -> list[Row]:
+    def keep_until(self, step: float | None) -> list[Row]:
         """Cut off what an earlier attempt logged after `step` (None: everything), and return the rows that are left.
 
         The cut is at the first row of a later step: rows are in the order of time, so the rows without a step that
@@ -119,6 +119,8 @@ class LocalLog:
                 (self.directory / name).unlink(missing_ok=True)
         else:
             keep = next((place for place, row in enumerate(rows) if row.get(STEP, 0) > step), len(rows))
+            alerts = _read_lines(self.directory / "alerts.jsonl")  # without a last line that a kill cut short
+            write_text(self.directory / "alerts.jsonl", "".join(map(_line, alerts)))
         write_text(self.directory / "metrics.jsonl", "".join(map(_line, rows[:keep])))
         return rows[:keep]
 

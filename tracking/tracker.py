@@ -15,6 +15,7 @@ two values are the same.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -145,19 +146,22 @@ class StageTracker:
     def __init__(self, local: LocalLog, remote: RemoteCarrier | None) -> None:
         self._local, self._remote = local, remote
         self._settled = False
+        self._early: list[tuple[str, str]] = []  # alerts of before it was settled what is kept
 
     def resume_from(self, step: int) -> None:
         """See `Tracker`."""
         self._settle(step or None)
 
-    def _settle(self, step: int | None = None) -> None:
-        """Decide, once, what is kept of an earlier attempt."""
+    def _settle(self, step: float | None = None) -> None:
+        """Decide, once, what is kept of an earlier attempt: up to a step, or nothing."""
         if self._settled:
             return
         self._settled = True
         kept = self._local.keep_until(step)
         if self._remote:
             self._remote.begin(kept)
+        for title, text in self._early:
+            self._alert(title, text)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """See `Tracker`."""
@@ -212,15 +216,22 @@ class StageTracker:
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker`."""
-        self._settle()
         job = os.environ.get("SLURM_JOB_ID")
         text = without_secrets(f"{text} (Slurm job {job})" if job else text)
+        if self._settled:
+            self._alert(title, text)
+        else:
+            self._early.append((title, text))  # a stage that ends before it logs anything must not lose what there was
+
+    def _alert(self, title: str, text: str) -> None:
         self._local.alert(title, text)
         if self._remote:
             self._remote.alert(title, text)
 
     def finish(self, failed: bool = False) -> None:
         """See `Tracker`."""
+        if self._early:
+            self._settle(math.inf)
         if self._remote:
             self._remote.finish(failed)
 

@@ -58,6 +58,8 @@ def test_a_changed_setting_runs_again_what_depends_on_it(finished: Path, recipe_
     assert done.returncode == 0, done.stderr
     skipped = [line.split(":")[0] for line in done.stderr.splitlines() if "finished already" in line]
     assert skipped == ["tokenizer", "embeddings", "data", "training"]
+    kept = sorted(path.relative_to(tmp_path / "runs" / "tiny") for path in tmp_path.rglob("*.unsent-1/log/wandb"))
+    assert kept == [Path("evaluation.unsent-1/log/wandb"), Path("merge.unsent-1/log/wandb")]  # of the earlier results
 
 
 @pytest.mark.slow

@@ -70,6 +70,29 @@ def test_a_stage_without_a_checkpoint_starts_over(tmp_path, resume):
     assert steps(tmp_path) == [0]
 
 
+def test_an_attempt_that_ends_before_it_logs_anything_loses_nothing(tmp_path):
+    first = start(tmp_path)
+    first.log({"train/loss": 1.0}, step=10)
+    first.table("train/continuations", ["step"], [[10]])
+    (tmp_path / "alerts.jsonl").write_text('{"time": 1.0, "title": "loss spike", "text": "step 9"}\n{"time": 2')
+    second = start(tmp_path)
+    second.alert("training stopped", "by SIGTERM")
+    second.finish()
+    log = read_log(tmp_path)
+    assert steps(tmp_path) == [10]
+    assert [alert["title"] for alert in log.alerts] == ["loss spike", "training stopped"]
+    assert log.tables["train/continuations"].rows == [[10]]
+
+
+def test_an_early_alert_stays_where_a_stage_starts_over(tmp_path):
+    start(tmp_path).log({"train/loss": 1.0}, step=10)
+    second = start(tmp_path)
+    second.alert("no step ends", "rank 3 hangs")
+    second.log({"train/loss": 2.0}, step=1)
+    assert steps(tmp_path) == [1]
+    assert read_log(tmp_path).alerts[0]["title"] == "no step ends"
+
+
 def test_a_row_cut_off_by_a_kill_is_left_out(tmp_path):
     start(tmp_path).log({"train/loss": 1.0}, step=1)
     with open(tmp_path / "metrics.jsonl", "a") as file:

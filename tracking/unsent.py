@@ -1,0 +1,17 @@
+"""Does a log hold what W&B has not got?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tracking.local import read_log
+
+
+def holds_unsent(directory: Path) -> bool:
+    """Whether a stage's log has attempts that are still to be uploaded."""
+    if not (directory / "wandb").is_dir():
+        return False
+    from tracking.wandb_history import not_uploaded  # takes a second to import
+
+    run_id = read_log(directory).run.get("run_id")
+    return run_id is not None and bool(not_uploaded(directory, run_id))
