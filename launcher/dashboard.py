@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from evaluation.facets.language import BITS
+from evaluation.facets.form import FIGURES as FORM
+from evaluation.facets.instructions import CHECKS_STRICT
+from evaluation.facets.language import BITS, FIGURE
 from evaluation.figures import pictures
 from evaluation.suites import Setup, figures_of_replies
+from evaluation.sweep.recommend import drawn_figures
 from launcher.pipeline import group_name
+from launcher.preview import read_prompts
 from launcher.recipe import Recipe
 from tracking.dashboard import Figure, Pipeline
 
@@ -17,4 +21,33 @@ def pipeline_of(recipe: Recipe) -> Pipeline:
         for facet, figure, languages in figures_of_replies(Setup(recipe.evaluation, recipe.corpus))
     ]
     names = [BITS] * ("language" in recipe.evaluation.suites) + [figure.name for figure in figures]
-    return Pipeline(group_name(recipe), recipe.corpus.languages(), figures, pictures(names))
+    return Pipeline(
+        group_name(recipe), recipe.corpus.languages(), figures, pictures(names),
+        previewed=_previewed(recipe), swept=_swept(recipe),
+    )  # fmt: skip
+
+
+def _previewed(recipe: Recipe) -> list[Figure]:
+    """What is logged of a preview's replies: their form and, where prompts have them, the checks that they pass."""
+    if recipe.training.preview.every is None:
+        return []
+    asked = read_prompts(recipe)
+    everywhere = list(dict.fromkeys(one.language for one in asked))
+    checked = list(dict.fromkeys(one.language for one in asked if one.turns[0].checks))
+    of_form = [Figure(one.name, f"Preview: {one.heading}", "share", everywhere) for one in FORM]
+    of_checks = Figure(CHECKS_STRICT.name, f"Preview: {CHECKS_STRICT.meaning}", "share", checked)
+    return [*of_form, of_checks] if checked else of_form
+
+
+def _swept(recipe: Recipe) -> dict[str, str]:
+    """What a sweep draws over the ratio, if the recipe has a section for it or the run was swept already."""
+    if "sweep" not in recipe.model_fields_set and not (recipe.directory / "sweep").exists():
+        return {}
+    rule, suites = recipe.sweep.recommend, recipe.sweep.suites
+    measured = recipe.evaluation.model_copy(update={"suites": suites})
+    known = {one.name: one.heading for _, one, _ in figures_of_replies(Setup(measured, recipe.corpus))}
+    known |= {BITS: FIGURE.heading} if "language" in suites else {}
+    of_rule = {rule.quality, *rule.at_least, *rule.at_most}  # a sweep that did not measure one of these would stop
+    return {
+        name: known.get(name, name).capitalize() for name in drawn_figures(rule) if name in known or name in of_rule
+    }

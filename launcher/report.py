@@ -23,6 +23,8 @@ from tracking.local import STEP
 
 PAGE = "report.html"
 Pivot = tuple[list[str], list[list[str]]]  # columns after the first, rows as they are shown
+SWEEP = "sweep"  # the folder that it is in
+SHOWN_CHARACTERS = 120  # of a preview's prompt and of its reply, on the terminal
 KEY_RESULTS = 5  # results of a stage in the overview; the page has them all
 
 
@@ -33,6 +35,11 @@ class StageView:
     name: str
     record: StageRecord | None  # of a finished stage
     log: StageLog
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it left anything."""
+        return bool(self.record or self.log.run)
 
     @property
     def state(self) -> str:
@@ -88,15 +95,21 @@ class RunView:
     directory: Path
     stages: list[StageView]
     attempts: list[Attempt] = field(default_factory=list)  # starts of the Slurm job
+    sweep: StageView | None = None  # which is no stage: it may follow at any time, or never
 
     @property
     def name(self) -> str:
         """The run's name: that of its folder."""
         return self.directory.resolve().name
 
+    @property
+    def logged(self) -> list[StageView]:
+        """All that left a log: the stages, and the sweep if there is one."""
+        return [*self.stages, *([self.sweep] if self.sweep else [])]
+
     def log(self, stage: str) -> StageLog:
         """A stage's log; empty where there is none."""
-        return next((view.log for view in self.stages if view.name == stage), StageLog())
+        return next((view.log for view in self.logged if view.name == stage), StageLog())
 
 
 def report(run: Path) -> None:
@@ -104,8 +117,10 @@ def report(run: Path) -> None:
     view = read_run(run)
     show_stages(view)
     show_training(view.log("training"))
+    show_preview(view.log("training"))
     show_alerts(view)
     show_scores(view.log("evaluation"))
+    show_sweep(view)
     from launcher.report_page import render_page
 
     page = run / PAGE
@@ -115,15 +130,14 @@ def report(run: Path) -> None:
 
 def read_run(run: Path) -> RunView:
     """Everything that a run's stages left. Raises `UserError` where there is none of it."""
-    views = [
-        StageView(stage.name, read_record(run / stage.name), read_log(run / stage.name / "log")) for stage in STAGES
-    ]
-    stages = [view for view in views if view.record or view.log.run]
+    names = [*(stage.name for stage in STAGES), SWEEP]
+    *views, sweep = [StageView(name, read_record(run / name), read_log(run / name / "log")) for name in names]
+    stages = [view for view in views if view.is_there]
     if not stages:
         known = sorted(path.name for path in run.parent.glob("*") if any(path.glob("*/log/run.json")))
         there = f"; runs there: {', '.join(known)}" if known else ""
         raise UserError(f"{run} holds no stage of a run; give a run's folder, such as runs/demo{there}.")
-    return RunView(run, stages, attempts(run))
+    return RunView(run, stages, attempts(run), sweep if sweep.is_there else None)
 
 
 @dataclass(frozen=True)
@@ -143,7 +157,7 @@ def is_notice(stage: StageView, alert: dict[str, Any]) -> bool:
 def matters(view: RunView) -> list[Matter]:
     """All alerts but the notices, by what they are about; that of the newest first."""
     found: dict[tuple[str, str], list[tuple[float, str]]] = {}
-    for stage in view.stages:
+    for stage in view.logged:
         for alert in stage.log.alerts:
             if is_notice(stage, alert):
                 continue
@@ -171,6 +185,8 @@ FIGURES = {
     "repetition": ("Repetition", "share of a reply that repeats itself; lower is better", True),
 }
 
+PREVIEWED = ("chat", "instruction_checks", "in_language", "stopped")  # figures of a preview that come first
+
 
 def figures_of(log: StageLog) -> dict[str, tuple[str, str, bool]]:
     """Of every figure its title, what it says, and whether it is a share: those above, then the evaluation's others."""
@@ -193,7 +209,7 @@ def score_pivots(log: StageLog) -> dict[str, Pivot]:
     if table is None:
         return {}
     values = {(row[2], row[0], row[1]): row[3] for row in table.rows}  # (figure, model, language)
-    shares = {name for name, (_, _, share) in figures_of(log).items() if share}
+    shares = _shares(log)
     figures, models, languages = (list(dict.fromkeys(key[place] for key in values)) for place in range(3))
     pivots: dict[str, Pivot] = {}
     for figure in figures:
@@ -205,6 +221,68 @@ def score_pivots(log: StageLog) -> dict[str, Pivot]:
         ]
         pivots[str(figure)] = [str(language) for language in present], rows
     return pivots
+
+
+def columns_of(log: StageLog, name: str, *columns: str) -> list[list[Cell]]:
+    """The named columns of a table; nothing if it or one of them is not there."""
+    table = log.tables.get(name)
+    if table is None or not set(columns) <= set(table.columns):
+        return []
+    places = [table.columns.index(column) for column in columns]
+    return [[row[place] for place in places] for row in table.rows]
+
+
+def previewed_figures(log: StageLog) -> dict[str, dict[str, str]]:
+    """Of the previews during training: figure -> language -> name of the metric. The figures come in their order."""
+    names = dict.fromkeys(name for row in log.rows for name in row)
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if name.startswith("preview/") and name.count("/") == 2:
+            _, language, figure = name.split("/")
+            found.setdefault(figure, {})[language] = name
+    return dict(sorted(found.items(), key=lambda item: [*PREVIEWED, item[0]].index(item[0])))
+
+
+def preview_rows(log: StageLog) -> list[dict[str, Cell]]:
+    """The replies of all previews, oldest first."""
+    table = log.tables.get("preview/replies")
+    return [dict(zip(table.columns, cells, strict=True)) for cells in table.rows] if table else []
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """A sweep as a table: a row for each ratio."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    chosen: int | None  # row that is recommended
+    sentence: str  # that says how the recommendation came out; empty of an unfinished sweep
+
+
+def ratios_of(view: RunView) -> Ratios | None:
+    """The sweep's figures by ratio; None where no ratio was measured."""
+    log, shares = view.log(SWEEP), _shares(view.log("evaluation"))
+    table = log.tables.get("sweep/ratios")
+    if table is None:
+        return None
+    columns = table.columns[:-1]  # the last one says which is recommended
+    rows = [
+        [
+            str(cell or "") if isinstance(cell, str | None) else _shown("{:.0%}" if name in shares else "{:.3f}", cell)
+            for name, cell in zip(columns, row, strict=False)
+        ]
+        for row in table.rows
+    ]
+    chosen = next((place for place, row in enumerate(table.rows) if row[-1]), None)
+    return Ratios([_heading(name) for name in columns], rows, chosen, str(log.summary.get("sweep/recommendation", "")))
+
+
+def _shares(log: StageLog) -> set[str]:
+    return {name for name, (_, _, share) in figures_of(log).items() if share}
+
+
+def _heading(figure: str) -> str:
+    return figure.replace("_", " ")
 
 
 def _shown(form: str, value: Cell) -> str:
@@ -242,8 +320,8 @@ def show_stages(view: RunView) -> None:
     """The overview: a line per stage."""
     columns = ["stage", "state", "time", "results"]
     rows = []
-    for stage in view.stages:
-        apart = "eval/scores" in stage.log.tables  # shown as tables of their own
+    for stage in view.logged:
+        apart = "eval/scores" in stage.log.tables or stage.name == SWEEP  # shown as tables of their own
         results = {} if apart else stage.results
         scalars = {name: value for name, value in results.items() if isinstance(value, (int, float, str))}
         shown = [f"{name} {number(value)}" for name, value in list(scalars.items())[:KEY_RESULTS]]
@@ -253,10 +331,45 @@ def show_stages(view: RunView) -> None:
 
 
 def show_training(log: StageLog) -> None:
-    """The newest training metrics."""
-    values = latest(log)
+    """The newest training metrics; those of a preview have a table of their own."""
+    apart = {name for names in previewed_figures(log).values() for name in names.values()}
+    values = {name: value for name, value in latest(log).items() if name not in apart}
     if values:
         show_table("training, newest values", ["metric", "value"], [[name, number(values[name])] for name in values])
+
+
+def show_preview(log: StageLog) -> None:
+    """The newest preview of the chat model: its figures, and its replies."""
+    figures, values = previewed_figures(log), latest(log)
+    languages = list(dict.fromkeys(language for names in figures.values() for language in names))
+    replies = preview_rows(log)
+    if not figures or not replies:
+        return
+    step = replies[-1]["step"]
+    cells = [
+        [language, *(_shown("{:.0%}", values.get(names.get(language, ""))) for names in figures.values())]
+        for language in languages
+    ]
+    show_table(f"preview of the chat model at step {number(step)}", ["language", *map(_heading, figures)], cells)
+    newest = [row for row in replies if row["step"] == step]
+    said = [[str(row["language"]), *(_one_line(row[name]) for name in ("prompt", "reply"))] for row in newest]
+    show_table("what it says", ["language", "prompt", "reply"], said, whole=True)
+
+
+def _one_line(value: Cell) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"
+
+
+def show_sweep(view: RunView) -> None:
+    """Figures by ratio, and the recommendation."""
+    found = ratios_of(view)
+    if found is None:
+        return
+    rows = [[f"{row[0]} ←" if place == found.chosen else row[0], *row[1:]] for place, row in enumerate(found.rows)]
+    show_table("sweep, means over the new languages", found.columns, rows)
+    if found.sentence:
+        console.print(Text(f"sweep: {found.sentence}"))
 
 
 def show_alerts(view: RunView) -> None:
@@ -275,11 +388,11 @@ def show_scores(log: StageLog) -> None:
             show_table(f"evaluation, {figure}", ["model", *languages], rows)
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on the terminal."""
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], whole: bool = False) -> None:
+    """A table on the terminal. Lines are broken in the last column, in all but the first if nothing may be cut."""
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for place, column in enumerate(columns):
-        table.add_column(Text(column), overflow="fold", no_wrap=place < len(columns) - 1)
+        table.add_column(Text(column), overflow="fold", no_wrap=place < (1 if whole else len(columns) - 1))
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

@@ -71,6 +71,7 @@ class Form:
     may_be_log: bool = False  # of the y axis, where values lie far apart
     share: bool = False  # values are parts of one, shown in percent
     categories: Sequence[str] = ()  # names of x = 0, 1, ...
+    mark: float | None = None  # a place on the x axis that a line stands at
 
 
 def draw_chart(title: str, lines: Sequence[Line], form: Form) -> str:
@@ -86,7 +87,7 @@ def draw_chart(title: str, lines: Sequence[Line], form: Form) -> str:
     drawn = [_draw_line(line, x_axis, y_axis, not form.categories) for line in lines]
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by {escape(form.x_label)}">'
-        f"{grid(y_axis, WIDTH - RIGHT, form_y)}{_x_ticks(x_axis, form)}{''.join(drawn)}"
+        f"{grid(y_axis, WIDTH - RIGHT, form_y)}{_x_ticks(x_axis, form)}{_mark(x_axis, form.mark)}{''.join(drawn)}"
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
         f"{escape(form.x_label)}</text>{_hover(lines, x_axis, form, form_y)}</svg>"
     )
@@ -166,6 +167,13 @@ def _x_ticks(axis: Axis, form: Form) -> str:
         f'<text x="{axis.place(value):.1f}" y="{y + 16}" text-anchor="middle">{escape(name)}</text>'
         for value, name in shown
     )
+
+
+def _mark(axis: Axis, value: float | None) -> str:
+    if value is None or not axis.low <= value <= axis.high:
+        return ""
+    x = axis.place(value)
+    return f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
 
 
 def _round_step(step: float) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.report import RunView, StageView, duration, number
+from launcher.report import SWEEP, RunView, StageView, duration, number, previewed_figures
 from launcher.stages import STAGES
 from tracking import StageLog
 from tracking.local import STEP
@@ -145,10 +145,11 @@ def tiles(view: RunView) -> list[Tile]:
     scores = scores_of(view.log("evaluation"))
     training = view.log("training")
     return [
-        *(_evaluated(scores) if scores else _validated(training)),
+        *(_evaluated(scores) if scores else (*_previewed(training), *_validated(training))),
         *_trained(training),
         *_tokenized(view.log("tokenizer")),
         *_merged(view.log("merge")),
+        *_swept(view),
     ]
 
 
@@ -175,6 +176,17 @@ def _evaluated(scores: Score) -> Iterator[Tile]:
 def _cells(model: str, chat: Mapping[str, float], bits: Mapping[str, float]) -> list[str]:
     shares = [_share(chat[model]) if model in chat else "–"] if chat else []
     return shares + ([f"{bits[model]:.2f}" if model in bits else "–"] if bits else [])
+
+
+def _previewed(log: StageLog) -> Iterator[Tile]:
+    """Of a run that is not evaluated: the newest preview of the chat model."""
+    points = {language: log.series(name) for language, name in previewed_figures(log).get("chat", {}).items()}
+    newest = {language: found[-1] for language, found in points.items() if found}
+    if newest:
+        step = max(step for step, _ in newest.values())
+        note = ", ".join(f"{language} {_share(value)}" for language, (_, value) in newest.items())
+        value = _share(statistics.fmean(value for _, value in newest.values()))
+        yield Tile("Preview of the chat model", value, f"good replies at step {step:,.0f}", [note])
 
 
 def _validated(log: StageLog) -> Iterator[Tile]:
@@ -239,3 +251,13 @@ def _merged(log: StageLog) -> Iterator[Tile]:
     ratio = log.summary.get("merge/ratio")
     about = "of the base's norm" + (f", added at ratio {number(ratio)}" if ratio is not None else "")
     yield Tile("Chat vector", _share(overall["vector"], 1), about, notes)
+
+
+def _swept(view: RunView) -> Iterator[Tile]:
+    summary, merged = view.log(SWEEP).summary, view.log("merge").summary.get("merge/ratio")
+    if "sweep/recommendation" not in summary:
+        return
+    ratio = summary.get("sweep/recommended_ratio")
+    about = "recommended for the chat vector" if ratio is not None else "see below"
+    notes = [f"the merge's ratio is {number(merged)}"] if merged is not None else []
+    yield Tile("Ratio sweep", number(ratio), about, notes)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
-from core.artifact import stage_key
+from core.artifact import STAGE_FILE, StageRecord, stage_key, write_record
 from core.errors import Interrupted
 from core.progress import say
 from core.world import find_world
@@ -35,20 +36,25 @@ def sweep(recipe_path: Path, overrides: list[str]) -> None:
     from evaluation.sweep.run import run as run_sweep
     from merge.plan import MergeInputs
 
-    out = run.folder("sweep")
-    if find_world().is_main:
+    out, main, started = run.folder("sweep"), find_world().is_main, time.time()
+    if main:
         out.mkdir(parents=True, exist_ok=True)
+        (out / STAGE_FILE).unlink(missing_ok=True)  # of a sweep before this one, whose points are kept
     config: dict[str, Any] = {name: getattr(recipe, name).model_dump() for name in ("sweep", "evaluation", "merge")}
-    tracker = open_tracker(run, "sweep", stage_key("sweep", config, inputs), config, inputs)
+    key = stage_key("sweep", config, inputs)
+    tracker = open_tracker(run, "sweep", key, config, inputs)
     of_merge = MergeInputs(run.cpt, run.base, run.chat, run.tokenizer)
     given = SweepInputs(of_merge, recipe.corpus, recipe.tokenizer.languages(), inputs)
     try:
-        run_sweep(recipe.sweep, recipe.evaluation, recipe.merge, given, out, tracker)
+        results = run_sweep(recipe.sweep, recipe.evaluation, recipe.merge, given, out, tracker)
     except Interrupted:
         tracker.finish()
         raise
     except BaseException:
         tracker.finish(failed=True)
         raise
+    if main:
+        record = StageRecord("sweep", key, config, inputs, results=results, tracking=tracker.record())
+        write_record(out, record, started)
     tracker.finish()
     say(f"sweep: done -> {out}")

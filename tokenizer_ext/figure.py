@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizer_ext.measure import Fertility, Usefulness
 
 BASE_COLOUR, CPT_COLOUR = "#8c8c8c", "#e69f00"  # as in the evaluation's figures and on the report's page
+LANGUAGE_COLOURS = ("#3b5bdb", "#c2255c", "#6f7500", "#8f3fbf", "#00808f", "#a0522d")  # as on the report's page
 
 
 def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path: Path) -> None:
@@ -26,12 +27,14 @@ def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path:
     bars.set_title("Held-out text")
     bars.margins(y=0.2)
     bars.legend(frameon=False, loc="upper right", ncols=2)
+    coloured = list(dict.fromkeys([*languages, *(one.language for one in usefulness)]))
     for one in usefulness:
         sizes, gained = [size for size, _ in one.curve], [value for _, value in one.curve]
-        (line,) = curves.plot(sizes, gained, marker="o", markersize=3, label=one.language)
+        colour = LANGUAGE_COLOURS[coloured.index(one.language) % len(LANGUAGE_COLOURS)]
+        curves.plot(sizes, gained, marker="o", markersize=3, label=one.language, color=colour)
         if one.curve and one.characters:
             height = dict(one.curve)[one.characters]
-            curves.plot(one.characters, height, "o", markersize=9, fillstyle="none", color=line.get_color())
+            curves.plot(one.characters, height, "o", markersize=9, fillstyle="none", color=colour)
     curves.set_ylim(bottom=0)
     curves.set_xlabel("new pieces")
     curves.set_ylabel("tokens per character")

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,7 +48,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Figure:
-    """One of the evaluation's figures that are made of replies: logged as eval/MODEL/LANGUAGE/NAME."""
+    """A figure made of replies; the evaluation logs eval/MODEL/LANGUAGE/NAME, a preview preview/LANGUAGE/NAME."""
 
     name: str
     title: str
@@ -65,6 +65,8 @@ class Pipeline:
     figures: Sequence[Figure] = ()  # none: the evaluation generates no replies
     pictures: Sequence[str] = ("bits_per_byte",)  # of the evaluation
     models: Sequence[str] = ("base", "chat", "cpt", "merged")
+    previewed: Sequence[Figure] = ()  # none: the recipe asks for no preview while it trains
+    swept: Mapping[str, str] = field(default_factory=dict)  # figures over the ratio -> titles; none: there is no sweep
 
 
 def layout(pipeline: Pipeline) -> list[Section]:
@@ -74,9 +76,11 @@ def layout(pipeline: Pipeline) -> list[Section]:
         _embeddings(),
         _data(),
         _training(pipeline.languages),
+        *([_preview(pipeline.previewed)] if pipeline.previewed else []),
         _machine(),
         _merge(),
         _evaluation(pipeline),
+        *([_sweep(pipeline.swept)] if pipeline.swept else []),
     ]
 
 
@@ -154,6 +158,21 @@ def _training(languages: Sequence[str]) -> Section:
     )  # fmt: skip
 
 
+def _preview(figures: Sequence[Figure]) -> Section:
+    return Section(
+        "Training: preview of the chat model",
+        [
+            *(
+                Panel(one.title, "curves", [f"preview/{language}/{one.name}" for language in one.languages], one.unit)
+                for one in figures
+            ),
+            Panel("Replies", "table", ["preview/replies"]),
+            Panel("Time of a preview", "curves", ["preview/seconds"], "s"),
+        ],
+        is_open=True,
+    )
+
+
 def _machine() -> Section:
     rates = ["train/tokens_per_second", "train/tokens_per_second_per_device"]
     steps = ["train/step_seconds_median", "train/step_seconds_max"]
@@ -219,6 +238,20 @@ def _evaluation(pipeline: Pipeline) -> Section:
             Panel("Differences to the baseline", "table", ["eval/differences"]),
             Panel("What the figures are", "table", ["eval/figures"]),
             Panel("What could not be had", "table", ["eval/not_run"], needs="something that could not be had"),
+        ],
+        is_open=True,
+    )
+
+
+def _sweep(titles: Mapping[str, str]) -> Section:
+    return Section(
+        "Ratio sweep",
+        [
+            *(Panel(f"{title} over the ratio", "chart", [f"sweep/{name}"], "ratio") for name, title in titles.items()),
+            Panel("Ratio that is recommended", "bars", ["sweep/recommended_ratio"], needs="one that keeps the limits"),
+            Panel("Figures of the rule, means over the new languages", "table", ["sweep/ratios"]),
+            Panel("Curves with their intervals", "images", ["sweep/curves"]),
+            Panel("Every figure of every ratio", "table", ["sweep/points"]),
         ],
         is_open=True,
     )

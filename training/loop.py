@@ -113,7 +113,7 @@ class Trainer:
         if self.parallel.any(not self.backend.weights_are_finite()):
             return
         with self.throughput.paused():
-            self.preview.show(self.backend, state.step)
+            self.preview.show(self.backend, state.step, state.tokens)
         self.watchdog.beat(f"the preview after step {state.step}")
 
     def step(self, state: TrainState, batches: Prefetcher, stop: StopRequest) -> StepResult | None:

@@ -68,8 +68,8 @@ class Preview:
     def _rows(self) -> Path:
         return self.out / "preview.jsonl"
 
-    def show(self, backend: Backend, step: int) -> None:
-        """Merge, ask, score, and put everything back. Called by all processes."""
+    def show(self, backend: Backend, step: int, tokens: int) -> None:
+        """Merge, ask, score, and put everything back; `tokens` were read so far. Called by all processes."""
         started = time.monotonic()
         gated = any(map(needs_gate, self.plan.tensors))  # else the shards, which ZeRO has to gather, are not looked at
         shards, world = backend.shards() if gated else [], self.parallel.world
@@ -87,7 +87,7 @@ class Preview:
         self._rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
         seconds = time.monotonic() - started
         named = {f"preview/{name}": value for name, value in metrics.items()}
-        self.tracker.log({**named, "preview/seconds": seconds}, step=step)
+        self.tracker.log({**named, "preview/seconds": seconds, "train/tokens": tokens}, step=step)
         self.tracker.table(TABLE, self.interview.columns, self.shown)
         chat = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if name.endswith("/chat"))
         say(f"step {step}: preview of the chat model: {chat} ({seconds:.1f} s)")

@@ -40,6 +40,11 @@ class Recommendation:
     sentence: str
 
 
+def drawn_figures(rule: RecommendConfig) -> list[str]:
+    """What is drawn over the ratio: the figures of the rule, language share, bits per byte; not all may be measured."""
+    return list(dict.fromkeys([rule.quality, "in_language", *rule.at_least, *rule.at_most, BITS]))
+
+
 def judge(point: Point, rule: RecommendConfig, languages: Sequence[str], at_zero: Point) -> Judged:
     """Judge a point. Raises `UserError` if a figure of the rule was not measured in any of the languages."""
     found, excess = list[str](), 0.0

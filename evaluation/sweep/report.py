@@ -18,8 +18,10 @@ from evaluation.facets.language import BITS
 from evaluation.sweep.config import SweepConfig
 from evaluation.sweep.figure import draw_curves
 from evaluation.sweep.points import Point
-from evaluation.sweep.recommend import Judged, Recommendation
+from evaluation.sweep.recommend import Judged, Recommendation, drawn_figures
 from tracking import Cell, Tracker
+
+BEYOND = "beyond the limits"  # column of the limits that a point breaks
 
 
 @dataclass
@@ -39,6 +41,11 @@ class Found:
         return sorted(found, key=lambda point: point.ratio or 0.0)
 
     @property
+    def by_ratio(self) -> list[Judged]:
+        """All points: those with one ratio by ratio, then the search's."""
+        return sorted(self.judged, key=lambda one: (one.point.ratio is None, one.point.ratio or 0.0))
+
+    @property
     def recommended(self) -> Point | None:
         """The recommended point."""
         return self.recommendation.point if self.recommendation else None
@@ -46,10 +53,8 @@ class Found:
     @property
     def shown(self) -> dict[str, bool]:
         """The figures that are drawn, and whether they are shares: those of the rule, language share, bits per byte."""
-        rule = self.config.recommend
-        names = dict.fromkeys([rule.quality, "in_language", *rule.at_least, *rule.at_most, BITS])
         others = {figure.name for facet in self.facets for figure in facet.figures if not figure.share}
-        return {name: name not in others for name in names}
+        return {name: name not in others for name in drawn_figures(self.config.recommend)}
 
     def summary(self) -> dict[str, Any]:
         """The numbers that are worth a summary."""
@@ -70,6 +75,8 @@ def report(found: Found, out: Path, tracker: Tracker, final: bool) -> None:
     if picture:
         tracker.image("sweep/curves", picture)
     tracker.file("sweep-results.json", out / "results.json")
+    if found.recommendation:
+        tracker.summary({"sweep/recommendation": found.recommendation.sentence})
     if best and best.ratio is not None:
         tracker.summary({"sweep/recommended_ratio": best.ratio})
     console.print(table(found))
@@ -99,7 +106,7 @@ def content(found: Found) -> dict[str, Any]:
 
 
 def _track(found: Found, tracker: Tracker) -> None:
-    """A table of all figures, and a chart of each that the rule is about."""
+    """A table of all figures, one of what the rule goes by, and a chart of each figure that it is about."""
     columns = ["ratio", "language", "figure", "value", "low", "high", "n"]
     rows: list[list[Cell]] = [
         [one.point.name, language, name, *asdict(estimate).values()]
@@ -108,6 +115,12 @@ def _track(found: Found, tracker: Tracker) -> None:
         for name, estimate in figures.items()
     ]
     tracker.table("sweep/points", columns, rows)
+    means: list[list[Cell]] = [
+        [one.point.name, *(one.point.mean(name, found.languages) for name in found.shown), ", ".join(one.broken),
+         one.point is found.recommended]
+        for one in found.by_ratio
+    ]  # fmt: skip
+    tracker.table("sweep/ratios", ["ratio", *found.shown, BEYOND, "recommended"], means)
     for name in found.shown:
         curve: list[list[Cell]] = [
             [language, point.ratio, figures[name].value]
@@ -134,8 +147,8 @@ def table(found: Found) -> Table:
     made = Table("ratio", title="means over " + ", ".join(found.languages), title_justify="left", box=SIMPLE_HEAD)
     for name in found.shown:
         made.add_column("bits/byte" if name == BITS else name.replace("_", " "), justify="right")
-    made.add_column("beyond the limits")
-    for one in sorted(found.judged, key=lambda one: (one.point.ratio is None, one.point.ratio or 0.0)):
+    made.add_column(BEYOND)
+    for one in found.by_ratio:
         values = [(one.point.mean(name, found.languages), share) for name, share in found.shown.items()]
         cells = ["" if value is None else f"{value:.0%}" if share else f"{value:.3f}" for value, share in values]
         chosen = one.point is found.recommended

@@ -26,6 +26,7 @@ from merge.plan import MergeInputs, plan
 from merge.run import run as merge
 from tests.distributed import run_ranks
 from tests.evaluation.conftest import TEMPLATE, make_model
+from tracking import Tracker, TrackingConfig, read_log, start_tracker
 from tracking.tracker import SilentTracker
 
 EVALUATION = EvaluationConfig(max_new_tokens=6, documents=3, context=32, languages=["ko", "zh_tw"], batch_size=4)
@@ -61,10 +62,10 @@ def evaluation(prompts_file) -> EvaluationConfig:
     return EVALUATION.model_copy(update={"prompts": str(prompts_file)})
 
 
-def sweep(inputs, evaluation, out, **changes) -> dict[str, Any]:
+def sweep(inputs, evaluation, out, tracker: Tracker | None = None, **changes) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
     settings = SweepConfig(**{**SWEEP, **changes})
-    return run(settings, evaluation, MergeConfig(), inputs, out, SilentTracker())
+    return run(settings, evaluation, MergeConfig(), inputs, out, tracker or SilentTracker())
 
 
 def measured_points(monkeypatch, until: int = 1000) -> list[int]:
@@ -116,6 +117,22 @@ def test_a_sweep_leaves_results_curves_and_samples(inputs, evaluation, tmp_path)
         assert json.loads(rows[0])["ratios"] == point["ratios"]
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_its_log_says_what_the_rule_goes_by(inputs, evaluation, tmp_path):
+    tracker = start_tracker(TrackingConfig(carrier="none"), "sweep", "n", "g", tmp_path / "log", {}, "id")
+    sweep(inputs, evaluation, tmp_path / "out", tracker, recommend={"quality": "in_language", "tolerance": 1})
+    log, results = read_log(tmp_path / "log"), json.loads((tmp_path / "out" / "results.json").read_text())
+    table = log.tables["sweep/ratios"]
+    assert table.columns == ["ratio", "in_language", "bits_per_byte", "beyond the limits", "recommended"]
+    assert [row[0] for row in table.rows] == ["0", "0.5", "1"]
+    assert [row[-1] for row in table.rows] == [True, False, False], "all are as good, so the smallest"
+    for row, point in zip(table.rows, results["points"], strict=True):
+        of_new = [point["figures"][language]["bits_per_byte"]["value"] for language in ("ko", "zh_tw")]
+        assert row[2] == pytest.approx(sum(of_new) / 2)
+    assert log.summary["sweep/recommendation"] == results["why"]
+    assert log.summary["sweep/recommended_ratio"] == 0
+    assert log.tables["sweep/in_language"].columns == ["language", "ratio", "in_language"]
 
 
 def test_points_that_are_done_are_not_done_again(inputs, evaluation, tmp_path, monkeypatch):

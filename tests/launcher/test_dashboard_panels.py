@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.chat_template import read_chat_template
+from evaluation.models import load_tokenizer
 from launcher.dashboard import pipeline_of
-from launcher.recipe import Recipe
-from launcher.stages import STAGES
+from launcher.preview import make_interview, read_prompts
+from launcher.recipe import Recipe, load_recipe
 from tests.launcher.conftest import ROOT, cpt_merge
 from tests.tracking.wandb_log import attempts, items, records
 from tracking import read_log
@@ -21,12 +23,12 @@ def spread(name: str, value: object) -> set[str]:
     return {name}
 
 
-@pytest.fixture(scope="module")
-def logged(finished: Path) -> dict[str, set[str]]:
-    """Kind of panel -> every name that W&B's own log of the run holds for it."""
-    rows, summary, logs = {}, {}, [read_log(finished / stage.name / "log") for stage in STAGES]
-    for stage in STAGES:
-        for log in attempts(finished / stage.name / "log"):
+def logged_by(run: Path) -> dict[str, set[str]]:
+    """Kind of panel -> every name that W&B's own logs of the run hold for it."""
+    folders = sorted(run.glob("*/log"))
+    rows, summary, logs = {}, {}, [read_log(folder) for folder in folders]
+    for folder in folders:
+        for log in attempts(folder):
             rows |= {name: value for row in items(log) for name, value in row.items() if not name.startswith("_")}
             updates = [one for record in records(log) for one in record.summary.update]
             summary |= {one.key or ".".join(one.nested_key): json.loads(one.value_json) for one in updates}
@@ -46,9 +48,22 @@ def logged(finished: Path) -> dict[str, set[str]]:
     }
 
 
+def panels_of(recipe: Recipe) -> list[Panel]:
+    return [panel for section in layout(pipeline_of(recipe)) for panel in section.panels]
+
+
+def names_of(panels: list[Panel], begin: str) -> set[str]:
+    return {name for panel in panels for name in panel.keys if name.startswith(begin)}
+
+
+@pytest.fixture(scope="module")
+def logged(finished: Path) -> dict[str, set[str]]:
+    return logged_by(finished)
+
+
 @pytest.fixture(scope="module")
 def panels(recipe: Recipe) -> list[Panel]:
-    return [panel for section in layout(pipeline_of(recipe)) for panel in section.panels]
+    return panels_of(recipe)
 
 
 def test_every_panel_shows_what_is_logged(logged: dict[str, set[str]], panels: list[Panel]) -> None:
@@ -62,7 +77,7 @@ def test_every_panel_shows_what_is_logged(logged: dict[str, set[str]], panels: l
 def test_what_only_some_runs_log_is_logged_under_that_name(panels: list[Panel]) -> None:
     folders = (ROOT / "training", ROOT / "evaluation")
     sources = "".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
-    names = [name for panel in panels if panel.needs for name in panel.keys]
+    names = [name for panel in panels if panel.needs for name in panel.keys if not name.startswith("sweep/")]
     assert names == ["train/mfu", "eval/breakdowns", "eval/not_run"]
     assert all(f'"{name}"' in sources for name in names)
 
@@ -76,6 +91,51 @@ def test_every_table_chart_figure_and_curve_is_shown(logged: dict[str, set[str]]
     for kind in ("table", "chart", "images", "curves"):
         shown = {name for panel in panels for name in [*panel.keys, panel.x]}
         assert logged[kind] <= shown
+
+
+def test_a_recipe_without_preview_and_sweep_has_no_panels_of_them(recipe_path: Path, tmp_path: Path) -> None:
+    panels = panels_of(load_recipe(recipe_path, [f"runs={tmp_path}"]))
+    assert not names_of(panels, "preview/") | names_of(panels, "sweep/")
+
+
+@pytest.mark.parametrize("prompts", [[], ["evaluation.prompts=null"]], ids=["without checks", "with checks"])
+def test_a_preview_shows_all_that_is_made_of_its_replies(recipe_path: Path, pair: Path, prompts: list[str]) -> None:
+    given = load_recipe(recipe_path, ["training.preview.every=2", *prompts])
+    asked = read_prompts(given)
+    interview = make_interview(asked, load_tokenizer(pair / "chat"), read_chat_template(pair / "chat"))
+    metrics, _ = interview.score([[2]] * len(asked))
+    expected = {f"preview/{name}" for name in metrics} | {"preview/replies", "preview/seconds"}
+    assert names_of(panels_of(given), "preview/") == expected
+
+
+def test_a_sweep_shows_the_figures_of_its_rule(recipe_path: Path, tmp_path: Path) -> None:
+    def shown(*overrides: str) -> set[str]:
+        panels = panels_of(load_recipe(recipe_path, [f"runs={tmp_path}", *overrides]))
+        return {name for panel in panels if panel.kind == "chart" for name in panel.keys if name.startswith("sweep/")}
+
+    of_rule = {"sweep/chat", "sweep/in_language", "sweep/bits_per_byte"}
+    assert shown("sweep.recommend.tolerance=0.1") == of_rule
+    assert shown("sweep.recommend.at_most.repetition=0.3") == {*of_rule, "sweep/repetition"}
+    assert shown('sweep.suites=["language"]', "sweep.recommend.quality=bits_per_byte") == {"sweep/bits_per_byte"}
+    (tmp_path / "tiny" / "sweep").mkdir(parents=True)
+    assert shown() == of_rule, "the recipe says nothing of it, and the run was swept"
+
+
+@pytest.mark.slow
+def test_preview_and_sweep_of_a_real_run_are_shown(recipe_path: Path, tmp_path: Path) -> None:
+    ratios, changes = ["--ratios", "0:1:0.5"], [f"runs={tmp_path}", "training.preview.every=3", "launch.processes=1"]
+    for command in (["run"], ["sweep", *ratios]):
+        done = cpt_merge(*command, recipe_path, *changes)
+        assert done.returncode == 0, done.stdout + done.stderr
+    logged, panels = logged_by(tmp_path / "tiny"), panels_of(load_recipe(recipe_path, changes))
+    for panel in panels:
+        if not panel.needs:
+            assert set(panel.keys) <= logged[panel.kind], panel.title
+    for kind in ("table", "chart", "images", "curves"):
+        assert logged[kind] <= {name for panel in panels for name in [*panel.keys, panel.x]}
+    rows = read_log(tmp_path / "tiny" / "training" / "log").rows
+    assert all("train/tokens" in row for row in rows if "preview/seconds" in row), "to be drawn over tokens"
+    assert (tmp_path / "tiny" / "sweep" / "stage.json").is_file()
 
 
 def test_dry_run_prints_the_workspace_without_key_or_network(

@@ -4,6 +4,7 @@ import http.server
 import json
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,10 @@ from tracking import TrackingConfig
 from tracking.dashboard import Figure, Pipeline, as_json, as_workspace, dashboard, layout
 from tracking.local import STEP
 
-PIPELINE = Pipeline("demo-abc123", ["ko", "en"], [Figure("chat", "Form: chat", "share", ["ko"])])
+PLAIN = Pipeline("demo-abc123", ["ko", "en"], [Figure("chat", "Form: chat", "share", ["ko"])])
+PIPELINE = replace(
+    PLAIN, previewed=[Figure("chat", "Preview: chat", "share", ["ko", "en"])], swept={"bits_per_byte": "Bits/byte"}
+)
 ONLINE = TrackingConfig(entity="me", project="p")
 
 
@@ -87,6 +91,16 @@ def test_the_library_reads_back_what_it_wrote(library):
     assert (
         json.loads(as_json(read))["spec"]["section"]["panelBankConfig"] == written["spec"]["section"]["panelBankConfig"]
     )
+
+
+def test_preview_and_sweep_have_a_section_only_where_they_are_asked_for():
+    plain, full = layout(PLAIN), layout(PIPELINE)
+    added = [section for section in full if section not in plain]
+    assert [section for section in full if section in plain] == plain
+    assert [section.name for section in added] == ["Training: preview of the chat model", "Ratio sweep"]
+    preview, sweep = ({name for panel in section.panels for name in panel.keys} for section in added)
+    assert preview >= {"preview/ko/chat", "preview/en/chat", "preview/replies"}
+    assert sweep >= {"sweep/bits_per_byte", "sweep/ratios", "sweep/points", "sweep/curves", "sweep/recommended_ratio"}
 
 
 def test_panels_hold_the_names_and_axes_of_the_layout(library):
