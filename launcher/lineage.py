@@ -10,6 +10,7 @@ import hashlib
 import re
 from pathlib import Path
 
+from core.sources import Source
 from launcher.stages import Run
 from tracking.tracker import Artifact
 
@@ -30,6 +31,8 @@ STAGE_OF = {
     "evaluation": {"cpt": "training", "merged": "merge"},
 }
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # NAME or OWNER/NAME
+
 
 def left(run: Run, stage: str, key: str) -> list[Artifact]:
     """What a finished stage leaves."""
@@ -47,9 +50,9 @@ def used(run: Run, stage: str, inputs: dict[str, str]) -> list[Artifact]:
             label = getattr(run.recipe.models, name).rstrip("/").split("/")[-1]
             found.append(Artifact(_name(f"{name}-{label}"), "model", model.absolute().as_uri(), digest, True))
         elif name.startswith("text "):
-            path = name.removeprefix("text ")
-            short = hashlib.sha256(digest.encode()).hexdigest()[:16]  # of a source's files, one digest each
-            found.append(Artifact(_name(f"text-{Path(path).stem}"), "text", _address(path), short, True))
+            short = _digest(digest, 16)  # of a source's files, one digest each
+            sources = [one for one in run.recipe.corpus.sources if one.path == name.removeprefix("text ")]
+            found += [Artifact(_text_name(one), "text", _address(one.path, digest), short, True) for one in sources]
     return found
 
 
@@ -59,15 +62,27 @@ def _of_stage(run: Run, stage: str, digest: str, used: bool) -> Artifact:
     return Artifact(_name(f"{run.recipe.name}-{attribute}"), kind, path.absolute().as_uri(), digest, used)
 
 
-def _address(path: str) -> str:
-    """A local file or directory (of a pattern, the directory before it), or a dataset of the hub."""
-    whole = Path(path).expanduser()
-    fixed = next((one for one in (whole, *whole.parents) if one.exists()), None)
-    if fixed is None or fixed == Path():
+def _text_name(source: Source) -> str:
+    """Of each source its own: language, the last part of the path that is no pattern, and a digest that tells apart."""
+    parts = [part for part in Path(source.path).parts if not set(part) & set("*?[/~")]
+    stem = parts[-1].split(".")[0] if parts else ""
+    text = f"text-{source.language}" + (f"-{stem}" if stem != source.language else "")
+    return _name(text, "\0".join([source.path, source.subset or "", source.split, source.field]))
+
+
+def _address(path: str, digest: str) -> str:
+    """A dataset of the hub, where no local file was found; else the file or directory, of a pattern the one before."""
+    if digest == f"hub:{path}" and HUB_ID.fullmatch(path):
         return f"https://huggingface.co/datasets/{path}"
-    return fixed.absolute().as_uri()
+    whole = Path(path).expanduser().absolute()
+    return next(one for one in (whole, *whole.parents) if one.exists()).as_uri()
 
 
-def _name(text: str) -> str:
-    """Of the characters that W&B takes."""
-    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)[:128]
+def _name(text: str, identity: str = "") -> str:
+    """As W&B takes it, up to 128 characters; with a digest of `identity`, or of a text that had to be changed."""
+    name = re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)[:120].strip("-")
+    return f"{name}-{_digest(identity or text, 6)}" if identity or name != text else name
+
+
+def _digest(text: str, digits: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from core.artifact import StageRecord, read_record, write_text
 from core.errors import UserError
 from core.progress import console, say
 from launcher.attempts import Attempt, attempts
+from launcher.lineage import STAGE_OF
 from launcher.stages import STAGES
 from tracking import Cell, StageLog, read_log
 from tracking.local import STEP
@@ -47,6 +49,12 @@ class StageView:
         if self.record:
             return "finished"
         return self.end[0] if self.end else "running or cut short"
+
+    @property
+    def key(self) -> str | None:
+        """By which stages after this one know what it leaves, or will leave; None where its log is too old to say."""
+        key = self.record.key if self.record else self.log.run.get("settings", {}).get("key")
+        return None if key is None else str(key)
 
     @property
     def end(self) -> tuple[str, str] | None:
@@ -111,6 +119,32 @@ class RunView:
         """A stage's log; empty where there is none."""
         return next((view.log for view in self.logged if view.name == stage), StageLog())
 
+    @cached_property
+    def older(self) -> dict[str, list[str]]:
+        """By finished stage, what its result was made from that was made anew, or changed, since."""
+        finished = [(view, view.record) for view in self.stages if view.record]
+        newest: dict[str, str] = {}
+        for _, record in sorted(finished, key=lambda one: one[1].finished):
+            newest.update(record.inputs)
+        keys, found = {view.name: view.key for view in self.stages}, dict[str, list[str]]()
+        for view, record in finished:
+            names: list[str] = []
+            for name, digest in record.inputs.items():
+                maker = STAGE_OF.get(view.name, {}).get(name)
+                if maker is None:
+                    names += [name.split()[0]] * (newest[name] != digest)  # of all text just "text"
+                elif keys.get(maker) is not None and digest != f"stage:{keys[maker]}":
+                    names.append(maker)
+                else:
+                    names += found.get(maker, [])
+            if names:
+                found[view.name] = list(dict.fromkeys(names))
+        return found
+
+    def note(self, stage: str) -> str:
+        """What must be said beside the numbers of a stage that was made from older inputs; else nothing."""
+        return f"from older inputs: {', '.join(self.older[stage])}" if stage in self.older else ""
+
 
 def report(run: Path) -> None:
     """Print an overview of a run and write `report.html` into its folder. Raises `UserError` for an unknown run."""
@@ -119,7 +153,7 @@ def report(run: Path) -> None:
     show_training(view.log("training"))
     show_preview(view.log("training"))
     show_alerts(view)
-    show_scores(view.log("evaluation"))
+    show_scores(view.log("evaluation"), view.note("evaluation"))
     show_sweep(view)
     from launcher.report_page import render_page
 
@@ -326,7 +360,8 @@ def show_stages(view: RunView) -> None:
         scalars = {name: value for name, value in results.items() if isinstance(value, (int, float, str))}
         shown = [f"{name} {number(value)}" for name, value in list(scalars.items())[:KEY_RESULTS]]
         more = [f"and {len(scalars) - KEY_RESULTS} more"] if len(scalars) > KEY_RESULTS else []
-        rows.append([stage.name, stage.state, duration(stage.seconds), ", ".join(shown + more)])
+        state = ", ".join(filter(None, (stage.state, view.note(stage.name))))
+        rows.append([stage.name, state, duration(stage.seconds), ", ".join(shown + more)])
     show_table(f"run {view.name}", columns, rows)
 
 
@@ -379,13 +414,13 @@ def show_alerts(view: RunView) -> None:
         console.print(Text(f"alert: {matter.title}: {matter.said[-1][1]}{before}", style="yellow"))
 
 
-def show_scores(log: StageLog) -> None:
-    """Bits per byte and the chat share of every model."""
+def show_scores(log: StageLog, note: str) -> None:
+    """Bits per byte and the chat share of every model; `note` is what must be said beside them."""
     pivots = score_pivots(log)
     for figure in ("bits_per_byte", "chat"):
         if figure in pivots:
             languages, rows = pivots[figure]
-            show_table(f"evaluation, {figure}", ["model", *languages], rows)
+            show_table(", ".join(filter(None, ("evaluation", figure, note))), ["model", *languages], rows)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], whole: bool = False) -> None:

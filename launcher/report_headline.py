@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher.report import SWEEP, RunView, StageView, duration, number, previewed_figures
@@ -59,17 +59,18 @@ def scores_of(log: StageLog) -> dict[tuple[str, str, str], float]:
 def strip(view: RunView) -> list[Mark]:
     """Every stage, also those that have not begun."""
     there = {stage.name: stage for stage in view.stages}
-    return [_mark(stage.name, there.get(stage.name), given_up(view)) for stage in STAGES]
+    return [_mark(stage.name, there.get(stage.name), given_up(view), view.note(stage.name)) for stage in STAGES]
 
 
-def _mark(name: str, stage: StageView | None, failed: bool) -> Mark:
+def _mark(name: str, stage: StageView | None, failed: bool, note: str) -> Mark:
     if stage is None:
         return Mark(name, "none", "not begun")
     if stage.record is None:
         failed = failed or stage.state == "failed"
         return Mark(name, "failed", "not finished") if failed else Mark(name, "open", stage.state)
     continued = stage.log.rows and stage.first_row < stage.started
-    return Mark(name, "finished", duration(stage.seconds) + (" (last attempt)" if continued else ""))
+    took = duration(stage.seconds) + (" (last attempt)" if continued else "")
+    return Mark(name, "open", f"{took}, {note}") if note else Mark(name, "finished", took)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def verdict(view: RunView, now: float) -> Verdict:
         return Verdict("open", f"{stage.name} is {stage.state}, its last sign {ago} before this page was written")
     if len(view.stages) < len(STAGES):
         return Verdict("open", f"finished up to {view.stages[-1].name}; the stages after it have not begun")
+    if view.older:
+        return Verdict("open", f"finished, but made from older inputs: {', '.join(view.older)}; run them again")
     return Verdict("finished", f"all {len(STAGES)} stages are finished")
 
 
@@ -144,13 +147,16 @@ def tiles(view: RunView) -> list[Tile]:
     """The tiles, those that there are numbers for."""
     scores = scores_of(view.log("evaluation"))
     training = view.log("training")
-    return [
-        *(_evaluated(scores) if scores else (*_previewed(training), *_validated(training))),
-        *_trained(training),
-        *_tokenized(view.log("tokenizer")),
-        *_merged(view.log("merge")),
-        *_swept(view),
+    found = [
+        *(("evaluation", tile) for tile in (_evaluated(scores) if scores else ())),
+        *(("training", tile) for tile in (() if scores else (*_previewed(training), *_validated(training)))),
+        *(("training", tile) for tile in _trained(training)),
+        *(("tokenizer", tile) for tile in _tokenized(view.log("tokenizer"))),
+        *(("merge", tile) for tile in _merged(view.log("merge"))),
+        *((SWEEP, tile) for tile in _swept(view)),
     ]
+    notes = {stage: [view.note(stage)] for stage in view.older}
+    return [replace(tile, notes=[*tile.notes, *notes.get(stage, [])]) for stage, tile in found]
 
 
 def _evaluated(scores: Score) -> Iterator[Tile]:

@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-SECRET_NAME = r"(?:key|token|secret|passw(?:or)?d|credentials?|auth)"
+# a word of a name, and what it may be written together with: PGPASSWORD, DB_PASS, OPENAI_APIKEY, GITHUB_PAT
+SECRET_NAME = (
+    r"(?:[a-z0-9]*(?:key|token|secret|passw(?:or)?d|passphrase|credentials?|(?<!by)(?<!com)(?<!ask)pass)"
+    r"|(?<=_)pwd|pat|jwt|auth)"  # PWD by itself is the working directory
+)
 # names of environment variables that hold secrets; a value shorter than this is a word, and hidden nowhere
 _VARIABLE, _SHORTEST = re.compile(rf"(?:^|_){SECRET_NAME}s?(?:_|$)", re.IGNORECASE), 8
 _PATTERNS = [

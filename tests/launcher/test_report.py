@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 from core.artifact import StageRecord, write_json, write_record
 from core.errors import UserError
-from launcher.report import duration, number, report, score_pivots
+from launcher.report import duration, number, read_run, report, score_pivots
 from launcher.report_bars import Bar, Series, draw_bars
 from launcher.report_curves import MOST_POINTS, Axis, Form, Line, draw_chart, thin
 from launcher.stages import STAGES
@@ -249,6 +250,71 @@ def test_a_continued_stage_shows_its_rows_once_and_says_which_attempt_its_time_i
     finish(run, "training", {})
     report(run)
     assert "1 min 15 s (last attempt)" in Page(run).words
+
+
+def record(run, stage, key, inputs, finished="2026-11-27T10:00:00+00:00"):
+    write_json(run / stage / "stage.json", asdict(StageRecord(stage, key, {}, inputs, 1.0, finished)))
+
+
+@pytest.fixture
+def complete(run):
+    """`run`, with all stages finished, each made from the others as they are."""
+    for stage in ("embeddings", "data", "merge"):
+        start(run, stage)
+    text = {"text ko.jsonl": "t1"}
+    record(run, "tokenizer", "k1", {"base": "b1", **text})
+    record(run, "embeddings", "e1", {"base": "b1", "tokenizer": "stage:k1"})
+    record(run, "data", "d1", {"tokenizer": "stage:k1", **text})
+    record(run, "training", "c1", {"model": "stage:e1", "data": "stage:d1"})
+    record(run, "merge", "m1", {"cpt": "stage:c1", "tokenizer": "stage:k1", "base": "b1"})
+    record(run, "evaluation", "v1", {"cpt": "stage:c1", "merged": "stage:m1", "base": "b1", **text})
+    return run
+
+
+def test_a_complete_run_is_marked_nowhere(complete, capsys):
+    report(complete)
+    assert "all 6 stages are finished" in Page(complete).words
+    assert "older inputs" not in Page(complete).words + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ["trained anew", "training anew"])
+def test_results_of_an_older_training_are_marked_wherever_they_are_shown(complete, capsys, state):
+    if state == "trained anew":
+        record(complete, "training", "c2", {"model": "stage:e1", "data": "stage:d1"}, "2026-11-28T10:00:00+00:00")
+    else:
+        (complete / "training" / "stage.json").unlink()
+        path = complete / "training" / "log" / "run.json"
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "settings": {"key": "c2"}})
+    report(complete)
+    assert read_run(complete).older == {"merge": ["training"], "evaluation": ["training"]}
+    shown, page = capsys.readouterr().err, Page(complete)
+    for words in ("merge        finished, from older inputs: training", "evaluation   finished, from older inputs: training",
+                  "evaluation, chat, from older inputs: training"):  # fmt: skip
+        assert words in shown
+    assert "all 6 stages are finished" not in page.words
+    for words in ("Evaluation from older inputs: training", "Sample replies from older inputs: training",
+                  "Merge from older inputs: training", "Tokenizer"):  # fmt: skip
+        assert words in page.words
+    assert "Tokenizer from older" not in page.words
+    tile = page.words[page.words.index("Good replies, ko") :]
+    assert "from older inputs: training" in tile[: tile.index("Training loss")]
+    verdict = "finished, but made from older inputs: merge, evaluation; run them again"
+    assert (verdict in page.words) == (state == "trained anew")
+
+
+def test_what_was_made_of_an_older_stage_hands_that_on_and_changed_text_counts(complete):
+    record(complete, "tokenizer", "k2", {"base": "b1", "text ko.jsonl": "t2"}, "2026-11-28T10:00:00+00:00")
+    assert read_run(complete).older == {
+        "embeddings": ["tokenizer"], "data": ["tokenizer", "text"], "training": ["tokenizer", "text"],
+        "merge": ["tokenizer", "text"], "evaluation": ["tokenizer", "text"],
+    }  # fmt: skip
+
+
+def test_a_training_that_goes_on_with_the_same_settings_makes_nothing_older(complete):
+    (complete / "training" / "stage.json").unlink()
+    path = complete / "training" / "log" / "run.json"
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "settings": {"key": "c1"}})
+    assert read_run(complete).older == {}
 
 
 def test_a_run_that_has_hardly_begun(tmp_path):

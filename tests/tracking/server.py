@@ -70,6 +70,7 @@ class ServerArtifact:
     version: int
     digest: str
     metadata: Json
+    maker: str  # the run that named it first
     manifest: Json = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     state: str = "PENDING"
@@ -183,7 +184,7 @@ class WandbServer:
         found = next((one for one in same if one.digest == digest), None)
         if found is None:
             metadata = json.loads(asked["metadata"] or "{}")
-            found = ServerArtifact(len(self.artifacts), name, kind, len(same), digest, metadata)
+            found = ServerArtifact(len(self.artifacts), name, kind, len(same), digest, metadata, asked["runName"])
             self.artifacts.append(found)
         self.runs[asked["runName"]].logged.append(found.full_name)
         sequence = {"latestArtifact": {"id": f"artifact{same[-1].number}"} if same else None}

@@ -64,6 +64,8 @@ def test_no_secret_in_any_byte_of_a_log(carrier: str, tmp_path: Path, server, mo
         ("https://user:pass@host/a", "https://***@host/a"),
         ("https://host/a?token=abc&x=1", "https://host/a?token=***&x=1"),
         ("cpt-merge run r.yaml hub.api_key=abc", "cpt-merge run r.yaml hub.api_key=***"),
+        ("PGPASSWORD=abc psql", "PGPASSWORD=*** psql"),
+        ("hub.apikey=abc training.max_new_tokens=4", "hub.apikey=*** training.max_new_tokens=4"),
         ("hf_abcdefghijklmnop", "***"),
         ("tokenizer.new_pieces.ko=100 training.tokens=1000", "tokenizer.new_pieces.ko=100 training.tokens=1000"),
         ("cpt-merge run recipes/demo.yaml training.seed=1", "cpt-merge run recipes/demo.yaml training.seed=1"),
@@ -72,3 +74,23 @@ def test_no_secret_in_any_byte_of_a_log(carrier: str, tmp_path: Path, server, mo
 )
 def test_what_is_hidden_and_what_is_not(text: object, shown: object) -> None:
     assert without_secrets(text, {"SOME_TOKEN": "abcdefgh1", "KEY": "run", "HOME": "recipes/demo.yaml"}) == shown
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PGPASSWORD", "GITHUB_PAT", "DB_PASS", "OPENAI_APIKEY", "DBPASS", "MYSQL_PWD", "SLURM_JWT", "HFTOKEN", "GPG_PASSPHRASE",
+     "AWS_ACCESS_KEY_ID", "HF_TOKENS", "openaiApiKey"],
+)  # fmt: skip
+def test_values_of_variables_with_such_names_are_hidden(name: str) -> None:
+    assert without_secrets("at abcdefgh1.", {name: "abcdefgh1"}) == "at ***."
+
+
+@pytest.mark.parametrize(
+    "name", ["PWD", "OLDPWD", "PATH", "PYTHONPATH", "KEYBOARD", "PROXY_BYPASS", "GIT_ASKPASS", "TOKENIZERS_PARALLELISM"]
+)
+def test_values_of_other_variables_are_not(name: str) -> None:
+    assert without_secrets("/work/run", {name: "/work/run"}) == "/work/run"
+
+
+def test_a_value_of_less_than_eight_characters_is_a_word_and_stays() -> None:
+    assert without_secrets("sesame7 sesame78", {"A_TOKEN": "sesame7", "B_TOKEN": "sesame78"}) == "sesame7 ***"
