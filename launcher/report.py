@@ -360,9 +360,11 @@ def show_stages(view: RunView) -> None:
         scalars = {name: value for name, value in results.items() if isinstance(value, (int, float, str))}
         shown = [f"{name} {number(value)}" for name, value in list(scalars.items())[:KEY_RESULTS]]
         more = [f"and {len(scalars) - KEY_RESULTS} more"] if len(scalars) > KEY_RESULTS else []
-        state = ", ".join(filter(None, (stage.state, view.note(stage.name))))
+        state = stage.state + ", older" * (stage.name in view.older)
         rows.append([stage.name, state, duration(stage.seconds), ", ".join(shown + more)])
     show_table(f"run {view.name}", columns, rows)
+    for name in view.older:
+        console.print(Text(f"{name} was made {view.note(name)}; run it again", style="yellow"))
 
 
 def show_training(log: StageLog) -> None:

@@ -288,8 +288,8 @@ def test_results_of_an_older_training_are_marked_wherever_they_are_shown(complet
     report(complete)
     assert read_run(complete).older == {"merge": ["training"], "evaluation": ["training"]}
     shown, page = capsys.readouterr().err, Page(complete)
-    for words in ("merge        finished, from older inputs: training", "evaluation   finished, from older inputs: training",
-                  "evaluation, chat, from older inputs: training"):  # fmt: skip
+    for words in ("merge        finished, older", "evaluation   finished, older", "evaluation, chat, from older inputs: training",
+                  "evaluation was made from older inputs: training; run it again"):  # fmt: skip
         assert words in shown
     assert "all 6 stages are finished" not in page.words
     for words in ("Evaluation from older inputs: training", "Sample replies from older inputs: training",
