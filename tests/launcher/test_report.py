@@ -223,7 +223,9 @@ def test_a_stage_that_failed_or_was_stopped_says_so_until_it_is_started_again(ru
 
 
 def test_that_a_stage_is_done_is_no_alert(run):
-    start(run, "tokenizer").alert("tokenizer finished", "demo: in 75 s")
+    tracker = start(run, "tokenizer")
+    tracker.alert("tokenizer finished", "demo: in 75 s")
+    tracker.finish()
     report(run)
     words = Page(run).words
     assert words.index("Good replies") < words.index("tokenizer finished demo: in 75 s")

@@ -250,5 +250,6 @@ def test_all_that_a_stage_can_show_arrives(tmp_path, server):
 def test_an_alert_names_the_slurm_job(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     tracker = start(tmp_path, TrackingConfig(carrier="none"))
+    tracker.resume_from(0)
     tracker.alert("no step ends", "rank 3 hangs")
     assert read_log(tmp_path).alerts[0]["text"] == "rank 3 hangs (Slurm job 4711)"
