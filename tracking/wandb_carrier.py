@@ -8,6 +8,7 @@ signals to all processes of a task, and SIGTERM ends wandb's service before the 
 
 from __future__ import annotations
 
+import http.client
 import os
 import shlex
 import signal
@@ -16,7 +17,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -34,7 +34,7 @@ from wandb.sdk.lib.wbauth import read_netrc_auth
 from core.errors import UserError
 from core.progress import say
 from tracking.config import TrackingConfig
-from tracking.local import STEP, TOKENS, Artifact, Cell, Row, RunIdentity, row_key
+from tracking.local import STEP, TOKENS, Artifact, Cell, Row, RunIdentity, read_log, row_key
 from tracking.secrets import without_secrets
 from tracking.wandb_history import (
     Held,
@@ -42,18 +42,15 @@ from tracking.wandb_history import (
     attempts,
     held_rows,
     is_offline,
-    log_of,
     marker,
     mend,
     not_uploaded,
-    read_rows,
 )
 
 PROBE_TIMEOUT = 5.0  # seconds for the server to answer at all
 INIT_TIMEOUT = 30.0  # seconds for the server to open the run
 FINISH_TIMEOUT = 60.0  # seconds to upload what is left when the stage ends
 FINISH_MARGIN = 5.0  # seconds more, for a wandb that does not even come back after that
-RECENT = 5.0  # seconds of rows that are sent again when the service has ended; it writes its log every second
 
 Mode = Literal["online", "offline"]
 
@@ -134,7 +131,7 @@ def _choose_mode(config: TrackingConfig, environment_mode: str, server: str) -> 
             )
         return "offline", "no API key"
     if not _answers(server):
-        return "offline", f"{server} does not answer"
+        return "offline", f"{_without_user(server)} does not answer"
     return "online", ""
 
 
@@ -146,13 +143,19 @@ def find_key() -> bool:
     return bool(settings.api_key or read_netrc_auth(host=settings.base_url))
 
 
+def _without_user(address: str) -> str:
+    """An address without the name and password that it may hold."""
+    scheme, found, rest = address.rpartition("://")
+    return scheme + found + rest.rpartition("@")[2]
+
+
 def _answers(server: str) -> bool:
     """True if the server answers at all, directly or through the proxy that the environment names."""
     try:
         urllib.request.urlopen(server, timeout=PROBE_TIMEOUT).close()
     except urllib.error.HTTPError:
         return True
-    except OSError:
+    except (OSError, ValueError, http.client.HTTPException):  # also an address that is none, and what speaks no HTTP
         return False
     return True
 
@@ -202,7 +205,8 @@ class WandbCarrier:
         self._has_steps = False
         self._step: float | None = None  # of the newest row
         self._held = Held()  # rows that W&B already has and that will be logged again
-        self._recent: deque[tuple[float, dict[str, float]]] = deque()  # what a service that ends may take along
+        self._given = 0  # rows of the local log that this run was given: a service that ends may take some along
+        self._shown: dict[str, tuple[float | None, Callable[[], object]]] = {}  # tables and figures, with their steps
         self._lost, self._finished = threading.Event(), False
         self._said: set[str] = set()
         self._calls: Queue[Callable[[], object] | None] = Queue()
@@ -233,6 +237,7 @@ class WandbCarrier:
         except Exception as error:
             self._lost.set()
             say(f"W&B: its service is gone ({type(error).__name__}: {error}); from here on only the local log is kept")
+            say(f"W&B: what is missing there later: cpt-merge sync {shlex.quote(_shown(self._directory))}")
 
     def _complain(self, text: str) -> None:
         """Say something once."""
@@ -244,15 +249,18 @@ class WandbCarrier:
         """Open the run again, and send again what the service took along."""
         if _service_has_ended():
             _forget_service()
-        last = attempts(self._directory, self._identity.run_id)[-1]
-        arrived = Held(key for _, key in read_rows(log_of(last)))
-        mend(last)
+        mend(attempts(self._directory, self._identity.run_id)[-1])
         with _deaf_to_slurm():
             self.run, self._has_steps = self._open(), False
+        at_server = self.run.starting_step if self.mode == "online" else None
+        arrived = held_rows(self._directory, self._identity.run_id, at_server)
         self._journal = Journal(Path(self.run.settings.sync_dir))
-        for _, row in list(self._recent):
-            if new := arrived.without(row):
+        for row in read_log(self._directory).rows[: self._given]:
+            if new := arrived.without(_without_time(row)):
                 self._log(new)
+        for name, (step, make) in list(self._shown.items()):
+            if arrived.without(_media_row(name, 0, step)):
+                self._log(_media_row(name, make(), step))
 
     def begin(self, kept: Sequence[Row]) -> None:
         """Send the rows that W&B does not have of those that the local log keeps."""
@@ -261,7 +269,7 @@ class WandbCarrier:
     def _begin(self, kept: Sequence[Row]) -> None:
         self._held = held_rows(self._directory, self._identity.run_id, self._starting_step)
         for row in kept:
-            self._log_new({name: value for name, value in row.items() if name != "time"})
+            self._log_new(_without_time(row))
 
     def log(self, row: Mapping[str, float]) -> None:
         """One row of history."""
@@ -269,14 +277,9 @@ class WandbCarrier:
 
     def _log_new(self, row: dict[str, float]) -> None:
         self._step = row.get(STEP, self._step)
-        row = self._held.without(row)
-        if not row:
-            return
-        self._log(row)
-        now = time.monotonic()
-        self._recent.append((now, row))
-        while now - self._recent[0][0] > RECENT:
-            self._recent.popleft()
+        if new := self._held.without(row):
+            self._log(new)
+        self._given += 1
 
     def _log(self, row: Mapping[str, Any]) -> None:
         if STEP in row and not self._has_steps:
@@ -288,13 +291,14 @@ class WandbCarrier:
         self._journal.write(self.run.step, row_key(row))
         self.run.log(dict(row))
 
-    def _log_media(self, name: str, value: object) -> None:
-        self._log({name: value} | ({} if self._step is None else {STEP: self._step}))
+    def _log_media(self, name: str, make: Callable[[], object]) -> None:
+        self._log(_media_row(name, make(), self._step))
+        self._shown[name] = (self._step, make)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A W&B table."""
         names, data = list(columns), [list(row) for row in rows]
-        self._calls.put(lambda: self._log_media(name, wandb.Table(names, data, allow_mixed_types=True)))
+        self._calls.put(lambda: self._log_media(name, lambda: wandb.Table(names, data, allow_mixed_types=True)))
 
     def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A chart of lines, which W&B shows in the run's workspace without being told to."""
@@ -302,11 +306,11 @@ class WandbCarrier:
             return  # wandb makes no chart of nothing
         points = [list(row) for row in rows]
         lines = {curve: [(x, y) for named, x, y in points if named == curve] for curve, _, _ in points}
-        self._calls.put(lambda: self._log_media(name, _chart(name, columns[1], lines)))
+        self._calls.put(lambda: self._log_media(name, lambda: _chart(name, columns[1], lines)))
 
     def image(self, name: str, path: Path) -> None:
         """A figure."""
-        self._calls.put(lambda: self._log_media(name, wandb.Image(str(path))))
+        self._calls.put(lambda: self._log_media(name, lambda: wandb.Image(str(path))))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final values."""
@@ -361,6 +365,14 @@ class WandbCarrier:
             with suppress(Exception):
                 _service_process().kill()
             _forget_service()
+
+
+def _without_time(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "time"}
+
+
+def _media_row(name: str, value: object, step: float | None) -> dict[str, Any]:
+    return {name: value} | ({} if step is None else {STEP: step})
 
 
 def _service_process() -> Any:

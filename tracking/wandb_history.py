@@ -181,6 +181,7 @@ def _records(data: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _key(row: HistoryRecord) -> RowKey:
-    values = {item.key or ".".join(item.nested_key): item.value_json for item in row.item}
+    # of a table or figure, several values of one name, the name alone
+    values = {item.key or item.nested_key[0]: item.value_json for item in row.item}
     names = frozenset(name for name in values if name != STEP and not name.startswith("_"))
     return (float(values[STEP]) if STEP in values else None), names

@@ -132,3 +132,44 @@ def test_a_log_that_a_kill_cut_anywhere_is_mended_so_that_sync_goes_on(tmp_path:
     mend(log.parent)
     assert "incomplete record" not in sync(log.parent)
     assert log.parent.joinpath(log.name + ".synced").is_file()
+
+
+SERVICE = f"""
+import os, subprocess, sys, threading, time
+from pathlib import Path
+from tracking import TrackingConfig, start_tracker
+
+def kill_the_service():
+    for moment in sys.argv[3].split(","):
+        time.sleep(float(moment))
+        subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "wandb-core"])
+
+tracker = start_tracker(TrackingConfig(carrier=sys.argv[2]), "training", "demo", "g", Path(sys.argv[1]), {{}}, "killed")
+tracker.resume_from(0)
+tracker.log({{"valid/loss": 0.0}}, step=0)
+threading.Thread(target=kill_the_service, daemon=True).start()
+for step in range(1, {STEPS} + 1):
+    tracker.log({{"train/loss": float(step)}}, step=step)
+    if step % {EVERY} == 0:
+        tracker.log({{"valid/loss": float(step)}}, step=step)
+    if step == 10:
+        tracker.table("train/continuations", ["step"], [[step]])
+    time.sleep(0.05)
+tracker.finish()
+"""
+
+
+@pytest.mark.parametrize("carrier", ["offline", "online"])
+@pytest.mark.parametrize("moments", ["1.5", "1,1.5"], ids=["once", "twice"])
+def test_a_service_that_is_killed_costs_no_row_and_doubles_none(
+    moments: str, carrier: str, tmp_path: Path, server
+) -> None:
+    command = [sys.executable, "-c", SERVICE, str(tmp_path), carrier, moments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    if carrier == "offline":
+        sync(*(log.parent for log in attempts(tmp_path)))
+    run = server.runs["killed"]
+    for metric, expected in EXPECTED.items():
+        assert run.rows(metric) == expected
+    assert len([row for row in run.history if "train/continuations" in row]) == 1
