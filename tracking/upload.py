@@ -12,8 +12,8 @@ from core.errors import UserError
 from core.progress import say
 from tracking.config import TrackingConfig
 from tracking.local import RunIdentity, StageLog, read_log
-from tracking.wandb_carrier import WandbCarrier, continue_online
-from tracking.wandb_history import is_offline, mend, not_uploaded
+from tracking.wandb_carrier import WandbCarrier, check_reachable, continue_online
+from tracking.wandb_history import held_rows, is_offline, mend, not_uploaded
 
 
 def upload(directory: Path) -> bool:
@@ -21,16 +21,20 @@ def upload(directory: Path) -> bool:
 
     An online attempt that was cut short is continued: the server says how many rows it has, and the others are sent
     from the local log. (`wandb sync --include-online` would append all its rows once more.) Then the offline
-    attempts are given to `wandb sync`.
+    attempts are given to `wandb sync`, and rows that they lack (a full disk, a service that was gone) follow from the
+    local log.
     """
     log = read_log(directory)
     run = RunIdentity(**{field.name: log.run[field.name] for field in fields(RunIdentity)})
     for attempt in not_uploaded(directory, run.run_id):
         mend(attempt)
     left = not_uploaded(directory, run.run_id)
+    if not left:
+        return False
+    config = parse_section(TrackingConfig, log.run["tracking"], str(directory / "run.json"))
+    check_reachable(config)
     if any(not is_offline(path) for path in left):
         say(f"W&B: {run.run_name}: what is missing of its {len(log.rows):,} rows")
-        config = parse_section(TrackingConfig, log.run["tracking"], str(directory / "run.json"))
         _send(log, continue_online(config, run, directory.absolute()))
     offline = [path for path in left if is_offline(path)]
     if offline:
@@ -40,7 +44,12 @@ def upload(directory: Path) -> bool:
     still = not_uploaded(directory, run.run_id)
     if still:
         raise UserError(f"W&B has not got all of {', '.join(map(str, still))}; try again.")
-    return bool(left)
+    held = held_rows(directory, run.run_id, None)
+    missing = sum(bool(held.without({name: x for name, x in row.items() if name != "time"})) for row in log.rows)
+    if offline and missing:
+        say(f"W&B: {run.run_name}: {missing:,} rows that its offline attempts lack")
+        _send(log, continue_online(config, run, directory.absolute()))
+    return True
 
 
 def _send(log: StageLog, carrier: WandbCarrier) -> None:
@@ -55,4 +64,4 @@ def _send(log: StageLog, carrier: WandbCarrier) -> None:
     for artifact in log.artifacts:
         carrier.artifact(artifact)
     carrier.summary(log.summary)
-    carrier.finish(failed=False)
+    carrier.finish(failed=bool(log.alerts) and log.alerts[-1]["title"].endswith(" failed"))

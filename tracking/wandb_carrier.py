@@ -81,18 +81,23 @@ def _deaf_to_slurm() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def continue_online(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCarrier:
-    """Open a run that has ended once more, to upload what is missing. Raises `UserError` where that cannot be."""
-    os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")
+def check_reachable(config: TrackingConfig) -> None:
+    """Raises `UserError` if the server does not answer or there is no key for it."""
     wandb.setup(settings=wandb.Settings(silent=True))
     settings = wandb.setup().settings
     mode, reason = _choose_mode(config.model_copy(update={"carrier": "online"}), "online", settings.base_url)
+    if mode != "online":
+        raise UserError(f"W&B cannot be reached ({reason}); try again when it can.")
+
+
+def continue_online(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCarrier:
+    """Open a run that has ended once more, to upload what is missing. Raises `UserError` where that cannot be."""
+    os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")
+    check_reachable(config)
     try:
-        if mode == "online":
-            return WandbCarrier(partial(_init, config, run, directory, mode), run, directory, mode)
+        return WandbCarrier(partial(_init, config, run, directory, "online"), run, directory, "online")
     except wandb.Error as error:
-        reason = str(error).splitlines()[0]
-    raise UserError(f"W&B cannot be reached ({reason}); try again when it can.")
+        raise UserError(f"W&B cannot be reached ({str(error).splitlines()[0]}); try again when it can.") from None
 
 
 def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCarrier | None:

@@ -1,5 +1,6 @@
 """SIGKILL and resume: W&B's rows equal what was logged, offline, after `wandb sync`, and online against our server."""
 
+import os
 import random
 import subprocess
 import sys
@@ -7,10 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
 
+from core.errors import UserError
+from tests.tracking.conftest import KEY
 from tests.tracking.wandb_log import attempts, history, items
 from tracking import read_log
-from tracking.wandb_history import mend, read_rows
+from tracking.upload import upload
+from tracking.wandb_history import _records, mend, read_rows
 
 STEPS, EVERY = 120, 20
 
@@ -173,3 +178,24 @@ def test_a_service_that_is_killed_costs_no_row_and_doubles_none(
     for metric, expected in EXPECTED.items():
         assert run.rows(metric) == expected
     assert len([row for row in run.history if "train/continuations" in row]) == 1
+
+
+def test_rows_that_the_offline_log_lacks_follow_from_the_local_log(tmp_path: Path, server) -> None:
+    """As after a full disk, or a service that could not be had again."""
+    attempt(tmp_path, "offline", None)
+    (log,) = attempts(tmp_path)
+    ends = [end for _, end in _records(log.read_bytes())]
+    os.truncate(log, ends[len(ends) // 2])
+    upload(tmp_path)
+    for metric, rows in EXPECTED.items():
+        assert server.runs["killed"].rows(metric) == rows
+
+
+def test_a_server_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    attempt(tmp_path, "offline", None)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    for address in ("http://127.0.0.1:1", "http://bob:hunter2@127.0.0.1:1"):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        wandb.teardown()
+        with pytest.raises(UserError, match=r"cannot be reached \(http://127.0.0.1:1 does not answer\)"):
+            upload(tmp_path)
