@@ -91,6 +91,7 @@ def evaluate(settings, models, corpus, out):
     run(EvaluationConfig(**settings), models, Corpus.model_validate(corpus), models["chat"], out, SilentTracker())
 
 
+@pytest.mark.slow
 def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, prompts_file, judge, tmp_path):
     """Bits per byte, form, instructions, dialogues of several turns, safety and a judge alike."""
     settings = {**SETTINGS, "prompts": str(prompts_file), "suites": ["language", "chat", "safety"]}

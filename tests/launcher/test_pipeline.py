@@ -137,7 +137,7 @@ def test_a_stage_whose_artifact_is_gone_runs_again(finished: Path, recipe_path: 
     assert (run / "merge" / "chat" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", ["merge", "train"])
+@pytest.mark.parametrize("command", ["merge", pytest.param("train", marks=pytest.mark.slow)])
 def test_a_hook_that_ended_before_its_stage_was_recorded(
     finished: Path, recipe_path: Path, tmp_path: Path, command: str
 ) -> None:

@@ -101,7 +101,7 @@ def replace_reserved(out: Path, piece: str, splits: list[list[str]]) -> int:
     return token["id"]
 
 
-@pytest.mark.parametrize("with_map", [True, False])
+@pytest.mark.parametrize("with_map", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_english_piece_is_found_whatever_the_samples_hold(extended, tmp_path, with_map) -> None:
     out = shutil.copytree(extended.out, tmp_path / "out")
     replace_reserved(out, "qjxz", [["q", "jxz"]] if "jxz" in extended.case.content["model"]["vocab"] else [])

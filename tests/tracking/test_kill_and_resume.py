@@ -165,7 +165,7 @@ tracker.finish()
 
 
 @pytest.mark.parametrize("carrier", ["offline", "online"])
-@pytest.mark.parametrize("moments", ["1.5", "1,1.5"], ids=["once", "twice"])
+@pytest.mark.parametrize("moments", ["1.5", pytest.param("1,1.5", marks=pytest.mark.slow)], ids=["once", "twice"])
 def test_a_service_that_is_killed_costs_no_row_and_doubles_none(
     moments: str, carrier: str, tmp_path: Path, server
 ) -> None:

@@ -67,6 +67,7 @@ def test_training_is_the_same_with_and_without(
         assert rows_of(shown.out)[0] != rows_of(shown.out)[12]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_shows_each_step_once(model: Path, chat_model: Path, store: Path, tmp_path: Path) -> None:
     whole = Job(model, store, tmp_path / "whole", EVERY, chat=chat_model)
     run_ranks(train, 1, whole)
@@ -94,6 +95,7 @@ def test_what_fails_on_the_way_is_undone() -> None:
     assert torch.equal(second.view(torch.int32), before[1])
 
 
+@pytest.mark.slow
 def test_with_ties_and_a_gate_the_reply_is_the_hooks(
     model: Path, chat_model: Path, store: Path, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def measured(base: Path, store: Path, out: Path, rows: int) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_it_is_kept_and_measured_again_on_other_rows(model: Path, store_with_base: Path, tmp_path: Path) -> None:
     found = run_ranks(measured, 2, model, store_with_base, tmp_path, 6)
     assert found[0] == found[1]

@@ -14,7 +14,8 @@ from training.parallel import start_parallel, stop_parallel
 from training.stopping import StopRequest
 
 
-@pytest.mark.parametrize("moment", ["evaluation", pytest.param("save", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["evaluation", "save"])
 def test_within_an_evaluation_or_a_save(moment: str, model: Path, store: Path, tmp_path: Path) -> None:
     whole = run_ranks(train, 2, Job(model, store, tmp_path / "whole"))[0]
     job = Job(model, store, tmp_path / "parts", signal_in=moment)
