@@ -136,6 +136,9 @@ def known_languages(tags: Iterable[str]) -> list[str]:
         raise ValueError(str(error)) from None
 
 
+OF_A_RECIPE = frozenset(("base", "chat", "cpt", "merged"))
+
+
 class EvaluationConfig(Section):
     """What the models are asked, and how much text they are measured on."""
 
@@ -163,6 +166,9 @@ class EvaluationConfig(Section):
     judge: JudgeConfig | None = key(
         None, "chat: who marks or compares replies to open questions; safety: who calls them unsafe"
     )
+    models: dict[str, str] = key(
+        {}, "further models of a recipe, shown behind base, chat, cpt and merged: name -> directory or hub id"
+    )
     baseline: str | None = key(
         None, "model that the others are compared with; if not set: `base`, or the first where there is none"
     )
@@ -184,6 +190,13 @@ class EvaluationConfig(Section):
     @classmethod
     def _known(cls, tags: list[str]) -> list[str]:
         return known_languages(tags)
+
+    @field_validator("models")
+    @classmethod
+    def _of_other_names(cls, models: dict[str, str]) -> dict[str, str]:
+        if taken := sorted(OF_A_RECIPE & models.keys()):
+            raise ValueError(f"{', '.join(taken)}: the recipe's own model has this name; choose another")
+        return models
 
     def files(self) -> dict[str, str]:
         """The files and folders that the settings name, by key, those that the suites do not read too."""

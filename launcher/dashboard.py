@@ -8,7 +8,7 @@ from evaluation.facets.language import BITS, FIGURE
 from evaluation.figures import pictures
 from evaluation.suites import Setup, figures_of_replies
 from evaluation.sweep.recommend import drawn_figures
-from launcher.pipeline import group_name
+from launcher.identity import group_name
 from launcher.preview import read_prompts
 from launcher.recipe import Recipe
 from tracking.dashboard import Figure, Pipeline
@@ -22,7 +22,7 @@ def pipeline_of(recipe: Recipe) -> Pipeline:
     ]
     names = [BITS] * ("language" in recipe.evaluation.suites) + [figure.name for figure in figures]
     return Pipeline(
-        group_name(recipe), recipe.corpus.languages(), figures, pictures(names),
+        group_name(recipe.name, recipe.directory), recipe.corpus.languages(), figures, pictures(names),
         previewed=_previewed(recipe), swept=_swept(recipe),
     )  # fmt: skip
 

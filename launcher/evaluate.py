@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.artifact import fingerprint, stage_key
 from core.config import Section, apply_override, key, parse_section
 from core.errors import UserError
 from core.languages import find_language
@@ -86,22 +87,25 @@ def _evaluate_directories(request: Request) -> None:
     if not request.models or request.out is None:
         raise UserError("give a RECIPE, or --models NAME=DIR ... and --out DIR.")
     settings = _settings(request)
+    if settings.evaluation.models:
+        raise UserError("evaluation.models is for a recipe; name these models with --models too.")
     models = {name: model_directory(path) for name, path in _pairs("--models", request.models).items()}
     text = {find_language(tag).tag: path for tag, path in _pairs("--text", request.text).items()}
     template = model_directory(request.template) if request.template else None
     from evaluation.run import run
+    from launcher.identity import group_name, run_id
+    from launcher.pipeline import closing_on_error
 
     out = request.out
     if find_world().is_main:
         out.mkdir(parents=True, exist_ok=True)
-    name = out.resolve().name
+    name, group = out.resolve().name, group_name(out.resolve().name, out)
     recorded = {"models": {name: str(path) for name, path in models.items()}, **settings.model_dump()}
-    tracker = start_tracker(settings.tracking, "evaluation", name, name, out / "log", recorded, f"{name}-evaluation")
-    try:
+    inputs = {str(path): fingerprint(str(path)) for path in (*models.values(), *text.values())}
+    wandb_id = run_id(out, group, "evaluation", stage_key("evaluation", recorded, inputs), out / "log")
+    tracker = start_tracker(settings.tracking, "evaluation", name, group, out / "log", recorded, wandb_id)
+    with closing_on_error(tracker, "evaluation"):
         run(settings.evaluation, models, text, template, out, tracker)
-    except BaseException:
-        tracker.finish(failed=True)
-        raise
     tracker.finish()
     say(f"evaluation: done -> {out}")
 

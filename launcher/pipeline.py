@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.tokenizer import TokenizerFiles
-from core.artifact import STAGE_FILE, StageRecord, installed_versions, read_record, stage_key, write_json, write_record
+from core.artifact import STAGE_FILE, StageRecord, installed_versions, read_record, write_json, write_record
 from core.errors import Interrupted, UserError
 from core.lock import Lock
 from core.progress import say
 from core.world import find_world
+from launcher.identity import group_name, run_id
 from launcher.lineage import left, used
 from launcher.recipe import Recipe
 from launcher.stages import COMMANDS, STAGES, Run, Stage, check_previewed, identify
@@ -59,6 +60,7 @@ def check_inputs(recipe: Recipe) -> None:
     run = Run(recipe)
     open_fitting({"base": run.base, "chat": run.chat})
     run.corpus_inputs()
+    run.further_models()
     for name, path in recipe.evaluation.files().items():
         if not Path(path).expanduser().exists():
             raise UserError(f"evaluation.{name} = {path} does not exist; correct it or leave it out.")
@@ -111,14 +113,8 @@ def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: di
         tracker = open_tracker(run, stage.name, key, config, inputs)
         for artifact in used(run, stage.name, inputs):
             tracker.artifact(artifact)
-        try:
+        with closing_on_error(tracker, stage.name):
             results = stage.run(run, key, tracker)
-        except (Interrupted, KeyboardInterrupt) as stop:
-            _close(tracker, f"{stage.name} stopped", str(stop) or "stopped by Ctrl-C", failed=False)
-            raise
-        except BaseException as error:
-            _close(tracker, f"{stage.name} failed", str(error) or type(error).__name__, failed=True)
-            raise
     if main:
         record = StageRecord(stage.name, key, config, inputs, results=results, tracking=tracker.record())
         record = write_record(folder, record, started)
@@ -141,11 +137,13 @@ def replacing(folder: Path, stage: Stage, key: str) -> Iterator[None]:
         (folder / STAGE_FILE).unlink(missing_ok=True)
     elif stage.precious:
         _move_aside(folder, stage, key)
-    elif before.exists() and not (folder / STAGE_FILE).is_file():
-        _remove(folder, folder)  # of an attempt that was killed: what was before it is to be kept
-    elif folder.exists():
+    elif (folder / STAGE_FILE).is_file():
         _remove(before, folder)
         os.replace(folder, before)
+    elif _was_begun(folder, key):
+        _remove_all_but_the_log(folder)
+    elif folder.exists():
+        _remove(folder, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / BEGUN_FILE, {"key": key})
@@ -170,6 +168,15 @@ def _remove(result: Path, folder: Path) -> None:
         os.replace(log, aside / "log")
         say(f"{folder.name}: an earlier log that is not at W&B is now {aside / 'log'}; cpt-merge sync uploads it")
     shutil.rmtree(result, ignore_errors=True)
+
+
+def _remove_all_but_the_log(folder: Path) -> None:
+    """Make room in a folder that an attempt left unfinished: this one starts over, in the same W&B run."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != "log":
+            shutil.rmtree(path)
+        elif not path.is_dir():
+            path.unlink()
 
 
 def _was_begun(folder: Path, key: str) -> bool:
@@ -198,11 +205,23 @@ def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs:
         "recipe": recipe.model_dump(mode="json"), "stage_config": config, "inputs": inputs, "key": key,
         "origin": origin(), "versions": installed_versions(),
     }  # fmt: skip
-    group = group_name(recipe)
-    run_id = f"{group}-{stage}-{key[:8]}"  # the same after every resume
-    return start_tracker(
-        recipe.tracking, stage, f"{recipe.name}-{stage}", group, run.folder(stage) / "log", settings, run_id
-    )
+    group = group_name(recipe.name, recipe.directory)
+    log = run.folder(stage) / "log"
+    wandb_id = run_id(recipe.directory, group, stage, key, log)
+    return start_tracker(recipe.tracking, stage, f"{recipe.name}-{stage}", group, log, settings, wandb_id)
+
+
+@contextmanager
+def closing_on_error(tracker: Tracker, stage: str) -> Iterator[None]:
+    """Close the log of what is stopped or fails within, with an alert that says so."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        _close(tracker, f"{stage} stopped", str(stop) or "stopped by Ctrl-C", failed=False)
+        raise
+    except BaseException as error:
+        _close(tracker, f"{stage} failed", str(error) or type(error).__name__, failed=True)
+        raise
 
 
 def _close(tracker: Tracker, title: str, text: str, failed: bool) -> None:
@@ -229,11 +248,6 @@ def _code() -> dict[str, Any]:
         for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
     )
     return {"commit": commit or "not known", "modified": bool(changed)}
-
-
-def group_name(recipe: Recipe) -> str:
-    """One W&B group per pipeline: the run's name and a digest of where it lies, so a requeued job finds it again."""
-    return f"{recipe.name}-{stage_key('group', {'directory': str(recipe.directory.resolve())}, {})[:6]}"
 
 
 def _file_error(error: OSError, stage: str, folder: Path) -> UserError:

@@ -63,6 +63,10 @@ class Run:
         """The chat model in the new language."""
         return self.folder("merge") / "chat"
 
+    def further_models(self) -> dict[str, Path]:
+        """What is evaluated beside the run's own models, by name."""
+        return {name: model_directory(path) for name, path in self.recipe.evaluation.models.items()}
+
     def finished(self, stage: str) -> str:
         """The fingerprint of a finished stage. Raises `UserError` if it is not finished."""
         record = read_record(self.folder(stage))
@@ -147,7 +151,7 @@ def _merge(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     from evaluation.run import run as run_stage
 
-    models = {"base": run.base, "chat": run.chat, "cpt": run.cpt, "merged": run.merged}
+    models = {"base": run.base, "chat": run.chat, "cpt": run.cpt, "merged": run.merged, **run.further_models()}
     out = run.folder("evaluation")
     return run_stage(run.recipe.evaluation, models, run.recipe.corpus, run.chat, out, tracker)
 
@@ -242,6 +246,7 @@ STAGES = [
         lambda run: {
             "cpt": run.finished("training"), "merged": run.finished("merge"),
             **run.pair_inputs(), **prompt_inputs(run.recipe), **run.corpus_inputs(),
+            **{f"model {name}": fingerprint(path) for name, path in run.further_models().items()},
         },
         _evaluation,
         lambda run: run.folder("evaluation") / "results.json",

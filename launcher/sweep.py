@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from core.artifact import STAGE_FILE, StageRecord, stage_key, write_record
-from core.errors import Interrupted
 from core.progress import say
 from core.world import find_world
-from launcher.pipeline import hold_lock, open_tracker
+from launcher.pipeline import closing_on_error, hold_lock, open_tracker
 from launcher.recipe import load_recipe
 from launcher.stages import Run, merge_inputs, prompt_inputs
 from launcher.start import local_processes, start_processes, started_by_accelerate
@@ -45,16 +44,11 @@ def sweep(recipe_path: Path, overrides: list[str]) -> None:
     tracker = open_tracker(run, "sweep", key, config, inputs)
     of_merge = MergeInputs(run.cpt, run.base, run.chat, run.tokenizer)
     given = SweepInputs(of_merge, recipe.corpus, recipe.tokenizer.languages(), inputs)
-    try:
+    with closing_on_error(tracker, "sweep"):
         results = run_sweep(recipe.sweep, recipe.evaluation, recipe.merge, given, out, tracker)
-    except Interrupted:
-        tracker.finish()
-        raise
-    except BaseException:
-        tracker.finish(failed=True)
-        raise
     if main:
         record = StageRecord("sweep", key, config, inputs, results=results, tracking=tracker.record())
-        write_record(out, record, started)
+        record = write_record(out, record, started)
+        tracker.alert("sweep finished", f"{recipe.name}: in {record.seconds:,.0f} s")
     tracker.finish()
     say(f"sweep: done -> {out}")

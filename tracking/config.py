@@ -12,7 +12,8 @@ class TrackingConfig(Section):
 
     carrier: Literal["auto", "online", "offline", "none"] = key(
         "auto",
-        "auto: online with a key and a reachable server, else offline; online: as auto, but no key is an error; "
+        "auto: online with a key and a reachable server, else offline; online: as auto, but no key is an error, "
+        "and WANDB_MODE is not asked; "
         "none: only the local log",
     )
     project: str = key("cpt-merge", "W&B project")

@@ -165,10 +165,15 @@ class LocalLog:
             file.write(_line(row))
 
 
+def read_run(directory: Path) -> dict[str, Any]:
+    """Who logged into `directory`: what `run.json` holds, empty where nothing was logged."""
+    return _read_json(directory / "run.json") or {}
+
+
 def read_log(directory: Path) -> StageLog:
     """What a stage logged into `directory` so far; empty where nothing is. A half-written last row is left out."""
     return StageLog(
-        run=_read_json(directory / "run.json") or {},
+        run=read_run(directory),
         rows=_read_lines(directory / "metrics.jsonl"),
         tables={name: Table(**(_read_json(path) or {})) for name, path in _files(directory / "tables")},
         images=dict(_files(directory / "images")),

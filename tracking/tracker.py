@@ -19,6 +19,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,6 +122,7 @@ def start_tracker(
     """
     world = find_world()
     run = RunIdentity(stage, run_name, group, run_id, without_secrets(settings))
+    config = config.model_copy(update={"tags": without_secrets(config.tags)})
     if not world.is_main:
         watched = config.system_metrics == "nodes" and world.local_rank == 0 and config.carrier != "none"
         node = run.of_node(socket.gethostname())
@@ -210,6 +212,7 @@ class StageTracker:
 
     def artifact(self, artifact: Artifact) -> None:
         """See `Tracker`. What is used is known before it is known what is kept of an earlier attempt."""
+        artifact = Artifact(**without_secrets(asdict(artifact)))
         self._local.artifact(artifact)
         if self._remote:
             self._remote.artifact(artifact)

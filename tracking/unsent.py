@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracking.local import read_log
+from tracking.local import read_run
 
 
 def holds_unsent(directory: Path) -> bool:
@@ -13,5 +13,5 @@ def holds_unsent(directory: Path) -> bool:
         return False
     from tracking.wandb_history import not_uploaded  # takes a second to import
 
-    run_id = read_log(directory).run.get("run_id")
+    run_id = read_run(directory).get("run_id")
     return run_id is not None and bool(not_uploaded(directory, run_id))

@@ -83,8 +83,7 @@ def _deaf_to_slurm() -> Iterator[None]:
 
 def check_reachable(config: TrackingConfig) -> None:
     """Raises `UserError` if the server does not answer or there is no key for it."""
-    wandb.setup(settings=wandb.Settings(silent=True))
-    settings = wandb.setup().settings
+    settings = _environment()
     mode, reason = _choose_mode(config.model_copy(update={"carrier": "online"}), "online", settings.base_url)
     if mode != "online":
         raise UserError(f"W&B cannot be reached ({reason}); try again when it can.")
@@ -101,7 +100,7 @@ def continue_online(config: TrackingConfig, run: RunIdentity, directory: Path) -
 
 
 def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCarrier | None:
-    defaults = wandb.setup(settings=wandb.Settings(silent=True)).settings
+    defaults = _environment()
     if config.carrier == "auto" and defaults.mode == "disabled":
         return None
     mode, reason = _choose_mode(config, defaults.mode, defaults.base_url)
@@ -120,6 +119,15 @@ def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbCa
     carrier = WandbCarrier(partial(_init, config, run, directory, mode), run, directory, mode)
     say(f"W&B: offline ({reason})")
     return carrier
+
+
+def _environment() -> wandb.Settings:
+    """wandb's settings: its own, and those of the environment. Raises `UserError` if those are wrong."""
+    try:
+        return wandb.setup(settings=wandb.Settings(silent=True)).settings
+    except ValueError as error:  # pydantic's are of that kind; their second line names the setting, the third the fault
+        reason = " ".join(without_secrets(str(error)).split("\n")[1:3])
+        raise UserError(f"the environment's WANDB_* variables: {reason}; mend or unset them.") from None
 
 
 def _choose_mode(config: TrackingConfig, environment_mode: str, server: str) -> tuple[Mode, str]:
@@ -235,7 +243,7 @@ class WandbCarrier:
                 if self._lost.is_set():  # given up while it waited
                     return
                 if not _ends_soon():
-                    self._complain(f"left something out ({type(error).__name__}: {error}); the local log has it")
+                    self._complain(f"left something out ({_reason(error)}); the local log has it")
                     return
                 self._continue_run()
                 call()
@@ -370,6 +378,11 @@ class WandbCarrier:
             with suppress(Exception):
                 _service_process().kill()
             _forget_service()
+
+
+def _reason(error: Exception) -> str:
+    """What is amiss, without the names of temporary files: a full disk is said once, not for each table."""
+    return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
 
 
 def _without_time(row: Mapping[str, float]) -> dict[str, float]:

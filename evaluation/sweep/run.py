@@ -83,7 +83,7 @@ class Sweep:
     ) -> Sweep:
         """Check what can be checked before a model is loaded."""
         context = shared_context({"cpt": inputs.merge.cpt}, evaluation.context)
-        changes: dict[str, Any] = {"suites": config.suites, "context": context}
+        changes: dict[str, Any] = {"suites": config.suites, "context": context, "models": {}}  # it has its own model
         if config.max_prompts is not None:
             changes["max_prompts"] = config.max_prompts
         measured = evaluation.model_copy(update=changes)

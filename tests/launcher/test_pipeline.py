@@ -54,12 +54,15 @@ def test_a_second_run_does_nothing(finished: Path, recipe_path: Path) -> None:
 
 def test_a_changed_setting_runs_again_what_depends_on_it(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "runs" / "tiny")
-    done = cpt_merge("run", recipe_path, f"runs={tmp_path / 'runs'}", "merge.ratio=0.5")
+    further = f"evaluation.models.again={finished / 'merge' / 'chat'}"
+    done = cpt_merge("run", recipe_path, f"runs={tmp_path / 'runs'}", "merge.ratio=0.5", further)
     assert done.returncode == 0, done.stderr
     skipped = [line.split(":")[0] for line in done.stderr.splitlines() if "finished already" in line]
     assert skipped == ["tokenizer", "embeddings", "data", "training"]
     kept = sorted(path.relative_to(tmp_path / "runs" / "tiny") for path in tmp_path.rglob("*.unsent-1/log/wandb"))
     assert kept == [Path("evaluation.unsent-1/log/wandb"), Path("merge.unsent-1/log/wandb")]  # of the earlier results
+    results = json.loads((tmp_path / "runs" / "tiny" / "evaluation" / "results.json").read_text())
+    assert list(results["models"]) == ["base", "chat", "cpt", "merged", "again"]
 
 
 @pytest.mark.slow
@@ -189,6 +192,8 @@ def test_plan_says_what_a_changed_setting_makes_to_do(finished: Path, recipe_pat
         (["models.base=/nowhere"], "model /nowhere does not exist"),
         (["launch.processes=1000"], "launch.processes = 1000 but this machine has"),
         (["training.batch_rows=7"], "training.batch_rows = 7 does not divide over 2 processes"),
+        (["evaluation.models.sft=/nowhere"], "model /nowhere does not exist"),
+        (["evaluation.models.chat=/nowhere"], "chat: the recipe's own model has this name; choose another"),
         (["launch.accelerate_config=/nowhere.yaml"], "launch.accelerate_config = /nowhere.yaml does not exist"),
         (["merge.ratio=.nan"], "`merge.ratio`"),
         (["training.token=1"], "nearest known key is `training.tokens`"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from core.artifact import read_record
+from launcher.identity import group_name
 from launcher.lineage import LEFT
-from launcher.pipeline import group_name
 from launcher.recipe import Recipe
 from launcher.stages import STAGES
 from tests.launcher.conftest import ROOT
@@ -31,7 +31,7 @@ def test_one_group_and_a_run_for_each_stage_whose_id_is_in_its_record(finished: 
         run = next(record.run for record in records(logs[0]) if record.WhichOneof("record_type") == "run")
         written = read_record(finished / stage)
         assert written
-        assert (run.run_group, run.job_type) == (group_name(recipe), stage)
+        assert (run.run_group, run.job_type) == (group_name(recipe.name, recipe.directory), stage)
         assert run.run_id == f"{run.run_group}-{stage}-{written.key[:8]}"
         assert written.tracking == {"carrier": "offline", "run_id": run.run_id, "group": run.run_group}
 

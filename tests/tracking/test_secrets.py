@@ -21,10 +21,13 @@ from pathlib import Path
 import os, sys
 from launcher.pipeline import origin
 from tracking import TrackingConfig, start_tracker
+from tracking.tracker import Artifact
 address = "https://me:{IN_ADDRESS}@host/data.jsonl"
 recipe = {{"corpus": {{"sources": [{{"path": address}}]}}, "endpoint": "https://host/v1?api_key=" + os.environ["MY_PASSWORD"]}}
 settings = {{"recipe": recipe, "inputs": {{"text " + address: "0"}}, "origin": origin()}}
-tracker = start_tracker(TrackingConfig(), "training", "demo", "g", Path(sys.argv[1]), settings, "secret")
+tracking = TrackingConfig(tags=["by " + os.environ["HF_TOKEN"]])
+tracker = start_tracker(tracking, "training", "demo", "g", Path(sys.argv[1]), settings, "secret")
+tracker.artifact(Artifact("text", "text", address, "0", used=True))
 tracker.log({{"train/loss": 1.0}}, step=1)
 tracker.alert("training failed", f"{{address}} cannot be read with {{os.environ['HF_TOKEN']}}")
 print("printed by the stage:", os.environ["AWS_SECRET_ACCESS_KEY"], flush=True)

@@ -132,6 +132,12 @@ def test_two_runs_may_be_open_at_once(tmp_path):
     assert history(tmp_path / "merge", "train/loss") == [(7, 5.0)]
 
 
+def test_settings_of_the_environment_that_wandb_refuses_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    with pytest.raises(UserError, match=r"WANDB_\* variables: mode .*'online', 'offline'.*mend or unset them"):
+        start(tmp_path)
+
+
 def test_online_without_a_key_is_an_error(tmp_path):
     with pytest.raises(UserError, match="wandb login"):
         start(tmp_path, TrackingConfig(carrier="online"))

@@ -1,0 +1,46 @@
+"""A stage that is done again: in its run where it was cut short, in a run of its own where it was finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import wandb
+
+from launcher.pipeline import replacing
+from launcher.stages import find_stage
+from tests.launcher.test_identity import log
+from tracking.upload import upload
+
+
+@pytest.mark.parametrize("carrier", ["online", "offline"])
+def test_a_result_that_is_made_once_more_has_a_run_of_its_own(carrier: str, tmp_path: Path, server) -> None:
+    """Merged at ratio 1, at 0.8, and at 1 again: W&B would put the last one's rows behind those of the first."""
+    merge, ids = find_stage("merge"), []
+    for number, ratio in enumerate(("11111111", "88888888", "11111111")):
+        with replacing(tmp_path / "merge", merge, ratio):
+            ids.append(log(tmp_path, "merge", ratio, carrier, value=10.0 * number))
+            if carrier == "offline":
+                wandb.teardown()  # `finish` returns a moment before the service has closed the transaction log
+                assert upload(tmp_path / "merge" / "log")
+            (tmp_path / "merge" / "stage.json").write_text("{}")
+    assert ids[2] == f"{ids[0]}-2"
+    for number, name in enumerate(ids):
+        rows = [(layer, 10.0 * number + layer) for layer in range(3)]
+        assert server.runs[name].rows("merge/norm", by="merge/layer") == rows
+        assert len(server.runs[name].history) == 3
+
+
+def test_a_stage_that_was_killed_and_starts_over_goes_on_in_its_run(tmp_path: Path, server) -> None:
+    """Its rows are made once more, and W&B has them already."""
+    tokenizer, ids = find_stage("tokenizer"), []
+    for _ in range(2):
+        try:
+            with replacing(tmp_path / "tokenizer", tokenizer, "11111111"):
+                (tmp_path / "tokenizer" / "half-written").mkdir()
+                ids.append(log(tmp_path, "tokenizer", "11111111", "online"))
+                raise SystemExit  # a kill leaves the same
+        except SystemExit:
+            pass
+    assert ids[0] == ids[1]
+    assert len(server.runs[ids[0]].history) == 3
