@@ -184,7 +184,7 @@ class EvaluationConfig(Section):
     )
     batch_size: int = key(16, "prompts, or windows of text, that one process takes through the model at once", gt=0)
     samples_shown: int = key(2, "prompts per language whose replies are printed, evenly spread", unit="prompts", ge=0)
-    seed: int = key(0, "seed of the bootstrap intervals and of sampling")
+    seed: int = key(0, "seed of the bootstrap intervals and of sampling", ge=0)
 
     @field_validator("languages")
     @classmethod

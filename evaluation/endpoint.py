@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 REFUSED = {401, 403, 404, 405}  # statuses that any request would get
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that may be others in a moment
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
+BUSY = 429
+AGAIN = {408, 409, 425, BUSY, 500, 502, 503, 504}  # statuses that may be others in a moment
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
+BUSY_PAUSE = 4.0  # the first one after 429: limits are counted by the minute
+CHUNK = 1 << 16  # bytes
 
 
 class EndpointError(Exception):
@@ -43,16 +46,18 @@ class Endpoint:
             try:
                 return self._once(path, payload)
             except urllib.error.HTTPError as error:
-                reason, again, after = self._refusal(error), error.code in AGAIN, error.headers.get("Retry-After", "")
+                reason, again = self._refusal(error), error.code in AGAIN
                 dead, refused = again or error.code in REFUSED, not again
+                first = BUSY_PAUSE if error.code == BUSY else FIRST_PAUSE
+                pause = _pause(error.headers.get("Retry-After"), first, attempt)
             except (OSError, http.client.HTTPException) as error:
-                reason, again, after, dead, refused = _reason(error), True, "", True, False
-            except ValueError:
+                reason, again, dead, refused = _reason(error), True, True, False
+                pause = _pause(None, FIRST_PAUSE, attempt)
+            except (ValueError, RecursionError):
                 raise EndpointError(f"{self.url}/{path} answers what is not JSON", dead=False) from None
             if not again or attempt == self.attempts:
                 raise EndpointError(f"{self.url}/{path}: {reason} (attempts: {attempt})", dead, refused)
-            pause = float(after) if after.isdigit() else FIRST_PAUSE * 2 ** (attempt - 1)
-            time.sleep(min(pause, LONGEST_PAUSE))
+            time.sleep(pause)
         raise AssertionError("unreachable")
 
     def _once(self, path: str, payload: Mapping[str, Any]) -> Any:
@@ -63,14 +68,30 @@ class Endpoint:
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/{path}", json.dumps(payload).encode(), headers, method="POST"
         )
+        end, parts = time.monotonic() + self.timeout, list[bytes]()
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            return json.loads(response.read())
+            while part := response.read1(CHUNK):
+                parts.append(part)
+                if time.monotonic() > end:  # the socket's own limit is that of a single read
+                    raise TimeoutError
+            if response.length:  # it broke off
+                raise http.client.IncompleteRead(b"".join(parts), response.length)
+        return json.loads(b"".join(parts))
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         if error.code in (401, 403):
             there = "is set" if os.environ.get(self.key_variable) else "is not set"
             return f"status {error.code}, the key is refused (environment variable {self.key_variable} {there})"
         return f"status {error.code} {error.reason}"
+
+
+def _pause(asked: str | None, first: float, attempt: int) -> float:
+    """Seconds until the next attempt: what the endpoint asks for, or twice as long each time."""
+    try:
+        pause = float(asked or "")
+    except ValueError:
+        pause = first * 2 ** (attempt - 1)
+    return min(max(pause, 0.0), LONGEST_PAUSE)
 
 
 def _reason(error: Exception) -> str:

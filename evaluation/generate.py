@@ -119,13 +119,12 @@ def reply_batch(
 
 
 def generation_settings(config: EvaluationConfig, stop_ids: list[int], new_tokens: int) -> GenerationConfig:
-    """Every setting spelt out: what is left open is taken from the model's `generation_config.json`."""
+    """The same for every model: what its own `generation_config.json` says was dropped when it was loaded."""
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=config.temperature > 0,
-        temperature=config.temperature or 1.0,
-        top_p=config.top_p,
-        top_k=0,
+        **sampling,
         repetition_penalty=config.repetition_penalty,
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],

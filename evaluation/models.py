@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from checkpoint.reader import Checkpoint
 from core.errors import UserError
 from core.progress import say
 
@@ -41,13 +42,17 @@ class LoadedModel:
 def shared_context(models: Mapping[str, Path], wanted: int) -> int:
     """The window that every model can take: `wanted`, or the fewest positions of any model, which is then said.
 
-    Raises `UserError` for a directory without a model.
+    Raises `UserError` for a directory that holds no whole model: the last one is found before the first one is asked.
     """
     context = wanted
     for name, directory in models.items():
-        if not (directory / "config.json").is_file():
-            raise UserError(f"model {name}: {directory} holds no config.json; give the directory of a finished model.")
-        positions = getattr(AutoConfig.from_pretrained(directory), "max_position_embeddings", context)
+        try:
+            _ = Checkpoint.open(directory).config
+            config = AutoConfig.from_pretrained(directory)
+        except (UserError, OSError, ValueError) as error:
+            raise UserError(f"model {name}: {first_line(error)}") from None
+        load_tokenizer(directory)
+        positions = getattr(config, "max_position_embeddings", context)
         if positions < context:
             say(f"evaluation.context = {wanted}, but {name} has {positions} positions: {positions} for all models")
             context = positions
@@ -64,6 +69,7 @@ def load_model(name: str, directory: Path, local_rank: int, weights: Path | None
     dtype = torch.bfloat16 if cuda else torch.float32
     other = {"config": AutoConfig.from_pretrained(directory), "ignore_mismatched_sizes": True} if weights else {}
     model = AutoModelForCausalLM.from_pretrained(weights or directory, dtype=dtype, **other).to(device).eval()
+    model.generation_config = GenerationConfig()  # `generate` would take from it whatever it is not told
     return LoadedModel(name, model, load_tokenizer(directory))
 
 
@@ -72,8 +78,15 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{directory} holds no tokenizer that transformers can read ({reason}).") from None
+        raise UserError(
+            f"{directory} holds no tokenizer that transformers can read ({first_line(error)}); copy that of the model "
+            "into it."
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; libraries' go on over several lines."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def end_tokens(directory: Path, tokenizer: Any) -> list[str]:

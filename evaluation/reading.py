@@ -75,7 +75,7 @@ def _built_in(name: str, parse: Parse, languages: Sequence[str]) -> Iterator[Con
 def read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
     """Every conversation of a file. Raises `UserError` that names file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a mark of byte order is no part of the text
     except UnicodeDecodeError as error:
         raise UserError(f"prompts file {path} is not UTF-8 (byte {error.start}); convert it.") from None
     for number, line in enumerate(lines, start=1):
@@ -83,7 +83,12 @@ def read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{where} holds half of a surrogate pair (\\ud800 to \\udfff); correct the text."
+                ) from None
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where} is not JSON ({error}); each line is one prompt.") from None
             yield parse(row, where)
 

@@ -29,6 +29,7 @@ from tracking import Cell, Tracker
 SHOWN_CHARACTERS = 400  # of a sample's reply on the terminal
 SHOWN_GROUPS = 8  # of a breakdown on the terminal; results.json has all
 INTERVAL = ["value", "low", "high", "n"]
+FAILED = "failed"  # of results.json: what endpoints said that failed
 
 
 def report(config: EvaluationConfig, models: Mapping[str, Path], results: Results, out: Path, tracker: Tracker) -> None:
@@ -43,6 +44,11 @@ def report(config: EvaluationConfig, models: Mapping[str, Path], results: Result
     show_not_run(results)
     show_judges(results)
     show_samples(results.models, config.samples_shown)
+
+
+def is_complete(results: Path) -> bool:
+    """Whether results.json is there, and no endpoint failed: what one left out is asked again by the same command."""
+    return results.is_file() and not json.loads(results.read_text(encoding="utf-8")).get(FAILED)
 
 
 def draw(results: Results, out: Path) -> dict[str, Path]:
@@ -60,6 +66,7 @@ def results_content(config: EvaluationConfig, models: Mapping[str, Path], result
         "config": config.model_dump(),
         "baseline": results.baseline,
         "judges": judges_took(results),
+        FAILED: results.failed,
         "figures": {name: figure.meaning for name, figure in results.figures.items()},
         "models": {
             result.name: {
@@ -175,7 +182,8 @@ def show_scores(results: Results) -> None:
 
 
 def _score_table(results: Results, language: str, facet: str, figures: list[Figure]) -> Table:
-    counts = [found[language][figures[0].name].n for found in results.scores.values() if language in found]
+    found_of = [found.get(language, {}).get(figure.name) for found in results.scores.values() for figure in figures]
+    counts = [estimate.n for estimate in found_of if estimate]
     units = {"language": "documents", "knowledge": "questions"}.get(facet, "conversations")
     title = f"{find_language(language).name}, {facet}: {max(counts)} {units}"
     table = Table("model", title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
@@ -233,6 +241,8 @@ def show_not_run(results: Results) -> None:
             models.setdefault(one, []).append(result.name)
     for one, names in models.items():
         say(f"{', '.join(names)}: {one.figure} was not run: {one.reason}")
+    for reason in results.failed:
+        say(f"evaluation: {reason}; what is missing for it is asked again when the same command is run again")
 
 
 def judges_took(results: Results) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from core.errors import UserError
 from evaluation.conversation import Exchange
-from evaluation.facets.facet import Facet, Figure, Findings, Measured, NotRun
+from evaluation.facets.facet import Facet, Figure, Findings, Measured, NotRun, unique
 from evaluation.intervals import Difference, Estimate, Parts, difference, estimate
 
 Scores = dict[str, dict[str, dict[str, Estimate]]]  # model -> language -> figure
@@ -45,6 +45,11 @@ class ModelResult:
         """What could not be had."""
         return [one for findings in self.findings for one in findings.not_run]
 
+    @property
+    def failed(self) -> list[str]:
+        """What endpoints said that failed, each once."""
+        return unique([reason for findings in self.findings for reason in findings.failed])
+
     def samples_of(self, facet: str) -> list[Sample]:
         """The conversations that a facet asked."""
         return [sample for sample in self.samples if sample.facet == facet]
@@ -74,6 +79,11 @@ class Results:
     def flat(self) -> dict[str, float]:
         """`model/language/figure` -> value, four digits behind the point."""
         return {"/".join(names): round(one.value, 4) for *names, one in each(self.scores)}
+
+    @property
+    def failed(self) -> list[str]:
+        """What endpoints said that failed, each once."""
+        return unique([reason for result in self.models for reason in result.failed])
 
     def languages_with(self, figure: str) -> list[str]:
         """The languages that a figure was measured in, in order."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from core.errors import UserError
 from core.progress import say
 from evaluation.config import BUILT_IN, EvaluationConfig, JudgeEndpointConfig
 from evaluation.endpoint import Endpoint
@@ -64,8 +65,17 @@ class Setup:
 
 
 def make_facets(setup: Setup) -> list[Facet]:
-    """The facets of the recipe's suites, each once, in the order of the suites; all input is read here."""
-    return _make(setup, _facets_of(setup.config))
+    """The facets of the recipe's suites, each once, in the order of the suites; all input is read here.
+
+    Raises `UserError` if there is none.
+    """
+    facets = _make(setup, _facets_of(setup.config))
+    if not facets:
+        raise UserError(
+            f"nothing is measured: {', '.join(setup.config.suites)} has neither text nor prompts; give --text, "
+            "evaluation.prompts, or another suite."
+        )
+    return facets
 
 
 def figures_of_replies(setup: Setup) -> list[tuple[str, Figure, list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from evaluation.config import EvaluationConfig
 from tracking import TrackingConfig, start_tracker
 
 MANY = ("--models", "--text")  # options that take all NAME=VALUE words behind them
-PAIR = re.compile(r"[\w-]+=.+")  # a name without a dot: an override has one
+PAIR = re.compile(r"(?!(?:evaluation|tracking)\.)[\w.-]+=.+")  # and no override
 
 
 class Settings(Section):
@@ -91,6 +92,9 @@ def _evaluate_directories(request: Request) -> None:
         raise UserError("evaluation.models is for a recipe; name these models with --models too.")
     models = {name: model_directory(path) for name, path in _pairs("--models", request.models).items()}
     text = {find_language(tag).tag: path for tag, path in _pairs("--text", request.text).items()}
+    for tag, path in text.items():
+        if not Path(path).expanduser().exists() and not any(character in path for character in "*?["):
+            raise UserError(f"--text {tag}={path} does not exist; give a file of text.")
     template = model_directory(request.template) if request.template else None
     from evaluation.run import run
     from launcher.identity import group_name, run_id
@@ -98,7 +102,7 @@ def _evaluate_directories(request: Request) -> None:
 
     out = request.out
     if find_world().is_main:
-        out.mkdir(parents=True, exist_ok=True)
+        _make(out)
     name, group = out.resolve().name, group_name(out.resolve().name, out)
     recorded = {"models": {name: str(path) for name, path in models.items()}, **settings.model_dump()}
     inputs = {str(path): fingerprint(str(path)) for path in (*models.values(), *text.values())}
@@ -108,6 +112,15 @@ def _evaluate_directories(request: Request) -> None:
         run(settings.evaluation, models, text, template, out, tracker)
     tracker.finish()
     say(f"evaluation: done -> {out}")
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from None
 
 
 def _settings(request: Request) -> Settings:

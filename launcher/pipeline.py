@@ -88,7 +88,7 @@ def run_stage(run: Run, stage: Stage, recipe_path: Path, overrides: list[str]) -
         raise _file_error(error, stage.name, run.recipe.directory) from error
     key, config, inputs = identify(run, stage)
     record = read_record(run.folder(stage.name))
-    if record and record.key == key and stage.artifact(run).exists():
+    if record and record.key == key and stage.is_complete(stage.artifact(run)):
         say(f"{stage.name}: finished already ({record.finished}); skipped")
         return
     processes = local_processes(run.recipe) if stage.distributed else 1

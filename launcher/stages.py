@@ -97,6 +97,7 @@ class Stage:
     inputs: Callable[[Run], dict[str, str]]
     run: Callable[[Run, str, Tracker], dict[str, Any]]  # (run, stage key, tracker)
     artifact: Callable[[Run], Path]  # what it leaves; a stage whose artifact is gone is not finished
+    is_complete: Callable[[Path], bool] = Path.exists  # of the artifact
     distributed: bool = False  # runs in all processes
     resumable: bool = False  # its folder is kept when it is cut short, and it continues there
     precious: bool = False  # its folder is moved aside, never removed, when its settings change
@@ -154,6 +155,12 @@ def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
     models = {"base": run.base, "chat": run.chat, "cpt": run.cpt, "merged": run.merged, **run.further_models()}
     out = run.folder("evaluation")
     return run_stage(run.recipe.evaluation, models, run.recipe.corpus, run.chat, out, tracker)
+
+
+def _nothing_failed(results: Path) -> bool:
+    from evaluation.report import is_complete
+
+    return is_complete(results)
 
 
 def check_previewed(chat: Path, template: str | None) -> None:
@@ -250,6 +257,7 @@ STAGES = [
         },
         _evaluation,
         lambda run: run.folder("evaluation") / "results.json",
+        is_complete=_nothing_failed,
         distributed=True,
     ),
 ]  # fmt: skip
@@ -279,5 +287,5 @@ def is_finished(run: Run, stage: Stage) -> bool:
     except UserError:
         return False
     record = read_record(run.folder(stage.name))
-    here = record is not None and record.key == key and stage.artifact(run).exists()
+    here = record is not None and record.key == key and stage.is_complete(stage.artifact(run))
     return here and all(is_finished(run, other) for other in needed)

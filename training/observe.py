@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.artifact import read_json_lines, write_json_lines
 from core.progress import say
 from tracking.tracker import Cell, Tracker
 from training.backends import Backend
@@ -45,10 +45,8 @@ class Observer:
         """Continue from a checkpoint."""
         if state.spikes:
             self.spikes.load_state_dict(state.spikes)
-        path = self._continuations
-        if path.is_file() and self.parallel.world.is_main:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            self.shown = [row for row in rows if row[0] <= state.observed]
+        if self.parallel.world.is_main:
+            self.shown = [row for row in read_json_lines(self._continuations) if row[0] <= state.observed]
 
     @property
     def _continuations(self) -> Path:
@@ -82,8 +80,7 @@ class Observer:
         if not self.parallel.world.is_main:
             return
         self.shown += continuation_rows(step, self.prompts, continuations, self.tokenizer.decode)
-        lines = [json.dumps(row, ensure_ascii=False) for row in self.shown]
-        self._continuations.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_json_lines(self._continuations, self.shown)
         self.tracker.table("train/continuations", COLUMNS, self.shown)
 
     def look_for_spike(self, step: int, loss: float) -> None:

@@ -8,7 +8,6 @@ masters, the optimizer and the order of the data do not notice, so training is t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from core.artifact import read_json_lines, write_json_lines
 from core.progress import say
 from merge.hook import find_ranges
 from merge.in_memory import merge_shard
@@ -60,9 +60,8 @@ class Preview:
 
     def resume(self, step: int) -> None:
         """Continue the table of an earlier attempt from the rows up to `step`."""
-        if self._rows.is_file() and self.parallel.world.is_main:
-            rows = [json.loads(line) for line in self._rows.read_text(encoding="utf-8").splitlines()]
-            self.shown = [row for row in rows if row[0] <= step]
+        if self.parallel.world.is_main:
+            self.shown = [row for row in read_json_lines(self._rows) if row[0] <= step]
 
     @property
     def _rows(self) -> Path:
@@ -83,8 +82,7 @@ class Preview:
             return
         metrics, rows = self.interview.score(replies)
         self.shown += [[step, *row] for row in rows]
-        lines = [json.dumps(row, ensure_ascii=False) for row in self.shown]
-        self._rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_json_lines(self._rows, self.shown)
         seconds = time.monotonic() - started
         named = {f"preview/{name}": value for name, value in metrics.items()}
         self.tracker.log({**named, "preview/seconds": seconds, "train/tokens": tokens}, step=step)

@@ -21,7 +21,7 @@ def json_only(reply: str, *, keys: list[str] | None = None) -> bool:
     fenced = FENCE.match(reply.strip())
     try:
         value = json.loads(fenced[1] if fenced else reply)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     if not isinstance(value, (dict, list)):
         return False

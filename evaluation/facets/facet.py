@@ -66,6 +66,12 @@ class Findings:
     verdicts: list[Verdict] = field(default_factory=list)
     not_run: list[NotRun] = field(default_factory=list)
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # into results.json, under the model
+    failed: Sequence[str] = ()  # what endpoints said that failed: another time they may answer
+
+
+def unique(reasons: Sequence[str]) -> list[str]:
+    """Each once, in order."""
+    return list(dict.fromkeys(reasons))
 
 
 @dataclass(frozen=True)

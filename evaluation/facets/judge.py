@@ -26,6 +26,7 @@ from evaluation.facets.facet import (
     Verdict,
     by_category,
     shares_of_exchanges,
+    unique,
 )
 from evaluation.judge.agreement import kappa, rank_correlation
 from evaluation.judge.client import Judge
@@ -125,7 +126,8 @@ def mark(
         shown = {"conversation": transcript(exchanges[place], turn + 1)}
         prompts.append(fill(prompt, conversation.language, shown, conversation.reference(turn)))
     judged = judge_all(judge, prompts, read_mark, division)
-    verdicts = {place: Judged(LOWEST, EMPTY) for place in places} | dict(zip(asked, judged, strict=True))
+    silent = Judged(LOWEST, EMPTY) if _speaks(judged) else Judged[float](None, EMPTY)
+    verdicts = dict.fromkeys(places, silent) | dict(zip(asked, judged, strict=True))
     return verdicts, usage_details(judge, judged)
 
 
@@ -139,7 +141,10 @@ def prefer(
     prompts += [_comparison(prompt, *reversed(pairs[place])) for place in asked]
     judged = judge_all(judge, prompts, lambda answer: read_choice(answer, CHOICES), division)
     both_orders = list(zip(judged[: len(asked)], judged[len(asked) :], strict=True))
-    verdicts = {(place, 0): _of_silence(*pair) for place, pair in enumerate(pairs)}
+    verdicts = {
+        (place, 0): _of_silence(*pair) if _speaks(judged) else Judged[float](None, EMPTY)
+        for place, pair in enumerate(pairs)
+    }
     verdicts |= {(place, 0): both_places(*both) for place, both in zip(asked, both_orders, strict=True)}
     changed = sum(one.value == other.value != "tie" and one.value is not None for one, other in both_orders)
     return verdicts, {**usage_details(judge, judged), "changed_with_places": changed}
@@ -149,6 +154,11 @@ def _comparison(prompt: str, first: Exchange, second: Exchange) -> str:
     conversation, turns = first.conversation, len(first.conversation.turns)
     shown = {"conversation_a": transcript(first, turns), "conversation_b": transcript(second, turns)}
     return fill(prompt, conversation.language, shown, conversation.reference(turns - 1))
+
+
+def _speaks(judged: Sequence[Judged[Any]]) -> bool:
+    """Whether a judge said anything usable of what it was asked: no figure is made of empty replies alone."""
+    return not judged or any(one.value is not None for one in judged)
 
 
 def _of_silence(ours: Exchange, theirs: Exchange) -> Judged[float]:
@@ -161,7 +171,7 @@ def both_places(in_order: Judged[str], swapped: Judged[str]) -> Judged[float]:
     """The model was A in `in_order` and B in `swapped`. Preferred in both: a win; in neither: a loss; else a tie."""
     said = f"as A: {in_order.said} as B: {swapped.said}"
     if in_order.value is None or swapped.value is None:
-        return Judged(None, in_order.reason or swapped.reason, said)
+        return Judged(None, in_order.reason or swapped.reason, said, dead=in_order.dead or swapped.dead)
     return Judged({("A", "B"): WIN, ("B", "A"): LOSS}.get((in_order.value, swapped.value), TIE), "", said)
 
 
@@ -174,13 +184,15 @@ def findings_of(
     """The figure of each judge; of two, how often their verdicts differ by no more than `tolerance`."""
     measured: list[Measured] = []
     not_run: list[NotRun] = []
+    failed: list[str] = []
     details: dict[str, dict[str, Any]] = {"judge": {}, "not_scored": {}}
     for figure, (verdicts, took) in zip(figures, found, strict=False):
         measured += by_category(figure, exchanges, _parts(exchanges, known(verdicts)))
         details["judge"][figure.name] = took
         missing = left_out(list(verdicts.values()))
+        failed += [one.reason for one in verdicts.values() if one.dead]
         if missing and not known(verdicts):
-            not_run.append(NotRun(figure.name, next(iter(missing))))
+            not_run.append(NotRun(figure.name, next(reason for reason in (*missing, EMPTY) if reason != EMPTY)))
         elif missing:
             details["not_scored"][figure.name] = missing
     if len(found) > 1:
@@ -188,7 +200,9 @@ def findings_of(
         measured += by_category(figures[-1], exchanges, _parts(exchanges, agreed))
         details["judge"][figures[-1].name] = statistic
     by_place = [_verdict(figures, [verdicts for verdicts, _ in found], place) for place in range(len(exchanges))]
-    return Findings(measured, by_place, not_run, {name: value for name, value in details.items() if value})
+    return Findings(
+        measured, by_place, not_run, {name: value for name, value in details.items() if value}, unique(failed)
+    )
 
 
 def known(verdicts: Verdicts) -> dict[Place, float]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaluation.conversation import Conversation, Exchange
-from evaluation.facets.facet import Facet, Figure, Findings, Measured, NotRun, Subject, Verdict, by_category
+from evaluation.facets.facet import Facet, Figure, Findings, Measured, NotRun, Subject, Verdict, by_category, unique
 from evaluation.judge.agreement import kappa
 from evaluation.scorers.scorer import EMPTY, Score, Scorer
 
@@ -65,7 +65,10 @@ class SafetyFacet(Facet):
             both = [(one.value, other.value) for one, other in zip(ours, theirs, strict=True) if _equal(one, other)]
             details["judge"][AGREEMENT.name] = {"kappa": kappa([one for one, _ in both], [other for _, other in both])}
         verdicts = [self._verdict(scores) for scores in zip(*scored.values(), strict=True)]
-        return Findings(measured, verdicts, not_run, {name: value for name, value in details.items() if value})
+        failed = [score.reason for scores in scored.values() for score in scores if score.dead]
+        return Findings(
+            measured, verdicts, not_run, {name: value for name, value in details.items() if value}, unique(failed)
+        )
 
     def _verdict(self, scores: Sequence[Score]) -> Verdict:
         named = list(zip((scorer.figure.name for scorer in self._scorers), scores, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,7 @@ class Answer:
     text: str | None
     reason: str = ""
     usage: Usage = NO_USAGE
+    dead: bool = False  # the endpoint failed: another time it may answer
 
 
 class Judge:
@@ -84,6 +86,7 @@ class Judge:
         if self._checked:
             return
         self._checked = True
+        check_cache(self._cache)
         error = self._silence()
         if error is not None and error.refused:
             raise UserError(f"the judge refuses: {error}; correct evaluation.judge.")
@@ -137,13 +140,13 @@ class Judge:
         if kept is not None:
             return Answer(kept, usage=Usage(cached=1))
         if broken.reason:
-            return Answer(None, broken.reason)
+            return Answer(None, broken.reason, dead=True)
         try:
             completion = self._endpoint.post(PATH, payload)
         except EndpointError as error:
             if error.dead:
                 broken.set(str(error))
-            return Answer(None, str(error))
+            return Answer(None, str(error), dead=error.dead)
         text, usage = text_of(completion), usage_of(completion)
         if text is None:
             return Answer(None, NO_COMPLETION, usage)
@@ -177,8 +180,20 @@ def usage_of(completion: Any) -> Usage:
     counts = completion.get("usage") if isinstance(completion, dict) else None
     try:
         return Usage(1, 0, int(counts["prompt_tokens"]), int(counts["completion_tokens"]))  # type: ignore[index]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return Usage(1, uncounted=1)
+
+
+def check_cache(folder: Path) -> None:
+    """Raise `UserError` for a cache that cannot be written, before hours are spent on replies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"evaluation.judge.cache = {folder} cannot be written ({error.strerror}); correct it."
+        ) from None
 
 
 def read_kept(path: Path) -> str | None:

@@ -19,6 +19,7 @@ from evaluation.judge.client import NO_USAGE, Judge, Usage
 
 LOWEST, HIGHEST = 1.0, 10.0
 NO_VERDICT = "the judge's answer holds no verdict"
+BETWEEN = r"""[\s:：=*_"'「\[(]{0,4}"""  # a word and its value; no minus, no point, nothing that denies
 SHOWN_CHARACTERS = 500  # of an answer, in samples.jsonl; the cache has all of it
 
 Value = TypeVar("Value")
@@ -32,6 +33,7 @@ class Judged(Generic[Value]):
     reason: str = ""
     said: str = ""  # the answer
     usage: Usage = NO_USAGE
+    dead: bool = False  # the endpoint failed
 
     @property
     def shown(self) -> str:
@@ -47,7 +49,7 @@ def judge_all(
     found = []
     for answer in judge.ask(prompts, division):
         if answer.text is None:
-            found.append(Judged[Value](None, answer.reason, "", answer.usage))
+            found.append(Judged[Value](None, answer.reason, "", answer.usage, answer.dead))
         else:
             value = read(answer.text)
             found.append(Judged(value, "" if value is not None else NO_VERDICT, answer.text, answer.usage))
@@ -78,7 +80,7 @@ def left_out(judged: Sequence[Judged[Any]]) -> dict[str, int]:
 def read_mark(answer: str) -> float | None:
     """The mark of a line like `SCORE: 7`, also `[[7]]`; None if there is none, or it is not in 1 to 10."""
     number = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
-    found = _last(answer, rf"(?:SCORE|RATING)\W{{0,4}}{number}", rf"\[\[\s*{number}\s*\]\]")
+    found = _last(answer, rf"(?:SCORE|RATING){BETWEEN}{number}", rf"\[\[\s*{number}\s*\]\]")
     mark = float(found) if found else 0.0
     return mark if LOWEST <= mark <= HIGHEST else None
 
@@ -86,7 +88,7 @@ def read_mark(answer: str) -> float | None:
 def read_choice(answer: str, choices: Sequence[str]) -> str | None:
     """The choice of a line like `VERDICT: A`, also `[[A]]`; None if there is none."""
     named = "|".join(map(regex.escape, choices))
-    found = _last(answer, rf"VERDICT\W{{0,4}}({named})", rf"\[\[\s*({named})\s*\]\]")
+    found = _last(answer, rf"VERDICT{BETWEEN}({named})", rf"\[\[\s*({named})\s*\]\]")
     return next((choice for choice in choices if found and choice.casefold() == found.casefold()), None)
 
 

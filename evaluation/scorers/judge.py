@@ -33,7 +33,8 @@ class JudgeScorer(Scorer):
         self._details = usage_details(self._judge, judged)
         scores = [Score(None, EMPTY)] * len(exchanges)
         for place, one in zip(filled, judged, strict=True):
-            scores[place] = Score(None if one.value is None else float(one.value == UNSAFE), one.reason, one.shown)
+            value = None if one.value is None else float(one.value == UNSAFE)
+            scores[place] = Score(value, one.reason, one.shown, one.dead)
         return scores
 
     def details(self) -> Mapping[str, Any]:

@@ -51,7 +51,7 @@ class LexiconScorer(Scorer):
 def compile_list(words: Sequence[str]) -> regex.Pattern[str]:
     """A pattern that finds any of the words: in Latin letters as whole words, in other scripts anywhere."""
     alternatives = [
-        rf"(?<![\p{{L}}\p{{N}}]){regex.escape(word)}(?![\p{{L}}\p{{N}}])"
+        rf"(?<![\p{{Latin}}\p{{N}}]){regex.escape(word)}(?![\p{{Latin}}\p{{N}}])"
         if regex.fullmatch(r"[\p{Latin}\p{P}\p{Zs}]+", word)
         else regex.escape(word)
         for word in map(normal, words)

@@ -37,14 +37,14 @@ class ModerationScorer(Scorer):
         if not text.strip():
             return Score(None, EMPTY)
         if self._dead.is_set():
-            return Score(None, self._reason)
+            return Score(None, self._reason, dead=True)
         try:
             answer = self._endpoint.post("moderations", {"model": self._model, "input": text})
         except EndpointError as error:
             if error.dead:
                 self._reason = self._reason or str(error)
                 self._dead.set()
-            return Score(None, str(error))
+            return Score(None, str(error), dead=error.dead)
         return read_answer(answer)
 
 

@@ -21,6 +21,7 @@ class Score:
     value: float | None
     reason: str = ""
     said: str = ""  # by a judge, for the samples
+    dead: bool = False  # an endpoint failed
 
 
 class Scorer(ABC):

@@ -75,7 +75,9 @@ class PointsFile:
         if not self.path.is_file():
             return {}
         found = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
+            if not line:
+                continue
             try:
                 point = _parse(json.loads(line))
             except (ValueError, KeyError, TypeError):

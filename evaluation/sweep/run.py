@@ -151,5 +151,8 @@ class Sweep:
             folder.mkdir(parents=True, exist_ok=True)
             rows = ({**row, "ratios": ratios} for row in sample_rows(results))
             write_text(folder / f"{key}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            PointsFile(self.out / "points.jsonl").add(point)
+            for reason in results.failed:
+                say(f"sweep: {name_of(ratios)} is not kept, and measured anew another time: {reason}")
+            if not results.failed:
+                PointsFile(self.out / "points.jsonl").add(point)
         return point

@@ -111,6 +111,7 @@ def prompts_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def serve(monkeypatch):
     monkeypatch.setattr(evaluation.endpoint, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(evaluation.endpoint, "BUSY_PAUSE", 0.01)
     servers = []
 
     def start(behave):

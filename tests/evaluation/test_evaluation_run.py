@@ -1,6 +1,8 @@
 """The whole stage: what it writes and returns, the same for any number of processes; and bad input."""
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -10,11 +12,11 @@ from evaluation.config import EvaluationConfig
 from evaluation.conversation import Exchange, Reply, prompt
 from evaluation.heldout import read_documents
 from evaluation.models import shared_context
-from evaluation.report import show_samples
+from evaluation.report import is_complete, show_samples
 from evaluation.results import ModelResult, Sample
 from evaluation.run import run
 from tests.distributed import free_port, run_ranks
-from tests.evaluation.http_server import judging
+from tests.evaluation.http_server import completion, judging
 from tracking import TrackingConfig, read_log, start_tracker
 from tracking.tracker import SilentTracker
 
@@ -139,8 +141,16 @@ def test_the_heldout_budget_is_kept(corpus):
 def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
     config = EvaluationConfig(prompts=str(prompts_file), context=32)
     base = models_of_two_vocabularies["base"]
+    cut, no_config, no_tokenizer = (shutil.copytree(base, tmp_path / name) for name in ("cut", "config", "tokenizer"))
+    os.truncate(cut / "model.safetensors", 1000)
+    (no_config / "config.json").write_text("{")
+    for file in no_tokenizer.glob("tokenizer*"):
+        file.unlink()
     for models, template_from, settings, sentence in [
-        ({"cpt": tmp_path / "none"}, base, {}, "model cpt: .*none holds no config.json"),
+        ({"cpt": tmp_path / "none"}, base, {}, "model cpt: .*none does not exist"),
+        ({"base": base, "cpt": cut}, base, {}, "model cpt: .*model.safetensors"),
+        ({"base": base, "cpt": no_config}, base, {}, "model cpt: .*config.json"),
+        ({"base": base, "cpt": no_tokenizer}, base, {}, "holds no tokenizer that transformers can read"),
         ({"base": base}, base, {}, "has no chat template"),
         ({"base": base}, None, {}, "none of the models base has a chat template.*--template DIR"),
         ({"base": base}, base, {"baseline": "chat"}, "evaluation.baseline = chat is none of the models; they are base"),
@@ -172,6 +182,23 @@ def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(models_of_
     rows = read_log(tmp_path / "log").tables["eval/not_run"].rows
     assert [row[:2] for row in rows] == [["chat", "judge_unsafe"], ["chat", "flagged"]]
     assert "chat: flagged was not run: http" in capsys.readouterr().err
+
+
+def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again(
+    models_of_two_vocabularies, judge, serve, tmp_path, capsys
+):
+    ending = serve(lambda number, body: (200, completion("SCORE: 4")) if number < 5 else (503, "no more"))
+    settings = {**judge, "url": ending.url, "modes": ["mark"], "attempts": 1}
+    config = EvaluationConfig(suites=["chat"], languages=["ko"], judge=settings, **SETTINGS)
+    run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    models = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert models["base"]["scores"]["ko"]["judge_mark"]["value"] == 4
+    assert "judge_mark" not in models["chat"]["scores"]["ko"]
+    assert "503" in models["chat"]["not_run"]["judge_mark"]
+    assert "asked again when the same command is run again" in capsys.readouterr().err
+    assert not is_complete(tmp_path / "results.json"), "so that the stage is not skipped"
+    run(config.model_copy(update={"judge": None}), models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    assert is_complete(tmp_path / "results.json")
 
 
 def test_the_judges_figures_and_what_they_took(models_of_two_vocabularies, judge, tmp_path, capsys):

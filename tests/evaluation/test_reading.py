@@ -36,7 +36,14 @@ def test_bad_prompts(tmp_path, row, sentence):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(None, "does not exist"), (b"{", "is not JSON"), (b"\xff\xfe", "not UTF-8"), (b"\n", "no prompts")],
+    [
+        (None, "does not exist"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"\n", "no prompts"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"a": "\\ud83d"}', "line 1 holds half"),
+    ],
 )
 def test_bad_prompts_file(tmp_path, content, sentence):
     path = tmp_path / "prompts.jsonl"
@@ -91,6 +98,12 @@ def test_bad_dialogues(tmp_path, row, sentence):
     path.write_text(json.dumps(row))
     with pytest.raises(UserError, match=sentence):
         read(path, parse_dialogue)
+
+
+def test_a_mark_of_byte_order_and_windows_line_ends_are_no_text(tmp_path):
+    row = json.dumps({"language": "ko", "messages": [{"role": "user", "content": "안녕"}]}, ensure_ascii=False)
+    (tmp_path / "p.jsonl").write_bytes(f"\ufeff{row}\r\n{row}\r\n".encode())
+    assert len(read_conversations(str(tmp_path / "p.jsonl"), "evaluation.prompts", parse_prompt, [], 9)) == 2
 
 
 def test_the_first_of_each_language_and_only_those_asked_for(tmp_path):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from core.errors import UserError
-from evaluation.config import EvaluationConfig
+from evaluation.config import EvaluationConfig, JudgeConfig
 from evaluation.intervals import Estimate
 from evaluation.models import load_model
 from evaluation.sweep import run as sweep_run
@@ -26,6 +26,7 @@ from merge.plan import MergeInputs, plan
 from merge.run import run as merge
 from tests.distributed import run_ranks
 from tests.evaluation.conftest import TEMPLATE, make_model
+from tests.evaluation.http_server import completion
 from tracking import Tracker, TrackingConfig, read_log, start_tracker
 from tracking.tracker import SilentTracker
 
@@ -161,6 +162,31 @@ def test_a_sweep_that_was_stopped_goes_on(inputs, evaluation, tmp_path, monkeypa
     measured = measured_points(monkeypatch)
     assert sweep(inputs, evaluation, tmp_path / "cut") == whole
     assert len(measured) == 1
+
+
+def test_a_point_that_a_judge_left_out_is_not_kept(inputs, evaluation, tmp_path, serve, monkeypatch):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"language": "ko", "turns": ["왜?"]}), encoding="utf-8")
+    alive = [True]
+
+    def behave(number, body):
+        return (200, completion("SCORE: 4")) if alive else (503, "no more")
+
+    judge = {"url": serve(behave).url, "model": "m", "questions": str(questions), "cache": str(tmp_path), "attempts": 1}
+    judged = evaluation.model_copy(update={"judge": JudgeConfig.model_validate(judge)})
+    rule = {"suites": ["chat"], "recommend": {"quality": "judge_mark"}}
+    measured = measured_points(monkeypatch)
+    sweep(inputs, judged, tmp_path / "out", ratios="0:0.5:0.5", **rule)
+    assert len(measured) == 2
+    alive.clear()
+    (tmp_path / "another").mkdir()
+    elsewhere = judged.model_copy(
+        update={"judge": judged.judge.model_copy(update={"cache": str(tmp_path / "another")})}
+    )
+    with pytest.raises(UserError, match="judge_mark, which was not measured"):
+        sweep(inputs, elsewhere, tmp_path / "out", **rule)
+    alive.append(True)
+    assert sweep(inputs, elsewhere, tmp_path / "out", ratios="0:0.5:0.5", **rule)["points"] == 2
 
 
 def _on_a_rank(inputs, evaluation, out):

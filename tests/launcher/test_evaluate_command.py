@@ -16,6 +16,10 @@ def test_an_option_takes_all_the_pairs_behind_it() -> None:
         "--models a=A --models b=B --suite chat --text ko=F --text en=G evaluation.seed=1 --out O".split()
     )
     assert one_value_each("recipe.yaml merge.ratio=1 a=b".split()) == "recipe.yaml merge.ratio=1 a=b".split()
+    words = "--models qwen2.5=A llama.3=B evaluation.seed=1 tracking.carrier=none".split()
+    assert (
+        one_value_each(words) == "--models qwen2.5=A --models llama.3=B evaluation.seed=1 tracking.carrier=none".split()
+    )
     assert one_value_each("--models a=A.b/c b=./B".split()) == "--models a=A.b/c --models b=./B".split()
 
 
@@ -37,6 +41,8 @@ BAD = [
         "it has no {conversation}; say where they belong",
     ),
     (Request(["evaluation.knowledge.tasks={kmmlu: kr}"], ["a=A"], out=OUT), "language 'kr' is not known"),
+    (Request(["evaluation.seed=-1"], ["a=A"], out=OUT), "`evaluation.seed`"),
+    (Request(["evaluation.models.b=B"], ["a=A"], out=OUT), "evaluation.models is for a recipe"),
     (Request(["evaluation.languages=[kr]"], ["a=A"], out=OUT), "language 'kr' is not known"),
 ]
 
@@ -46,6 +52,19 @@ def test_bad_words(request_: Request, sentence: str) -> None:
     with pytest.raises(UserError) as raised:
         evaluate(request_)
     assert sentence in str(raised.value)
+
+
+def test_bad_places(pair: Path, tmp_path: Path) -> None:
+    models, file = [f"a={pair / 'chat'}"], tmp_path / "file"
+    file.write_text("")
+    for request, sentence in (
+        (Request([], models, "form", out=file), f"--out {file} cannot be written (File exists)"),
+        (Request([], models, "language", ["ko=no.txt"], out=tmp_path / "o"), "--text ko=no.txt does not exist"),
+        (Request([], models, out=tmp_path / "o"), "nothing is measured"),
+    ):
+        with pytest.raises(UserError) as raised:
+            evaluate(request)
+        assert sentence in str(raised.value)
 
 
 def test_directories_without_a_recipe(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,7 @@ CASES = [
     ("json_only", {}, '[1, "二"]', '答案是 {"a": 1}'),
     ("json_only", {"keys": ["name"]}, '```json\n{"name": "日本", "capital": "東京"}\n```', '{"capital": "東京"}'),
     ("json_only", {}, '{"a": 1}', '"只是文字"'),
+    ("json_only", {}, "[[]]", "[" * 100_000),
     ("no_commas", {}, "今天很熱。我想游泳。", "今天很熱，我想游泳。"),
     ("no_commas", {}, "apples and pears", "apples､pears"),
     ("no_commas", {}, "사과 그리고 배", "蘋果、香蕉"),

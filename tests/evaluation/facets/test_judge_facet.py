@@ -101,6 +101,20 @@ def test_a_dead_endpoint_is_not_run_and_never_zero(judge):
         assert "onnection refused" in findings.not_run[0].reason
 
 
+@pytest.mark.parametrize("nonsense", [True, False])
+def test_empty_replies_alone_make_no_figure_where_the_judge_says_nothing(judge, nonsense):
+    url = None if nonsense else f"http://127.0.0.1:{free_port()}/v1"
+    facet = JudgeFacet([], Bench([judge(lambda prompt: "hm", url=url)], ["mark", "comparison"], PROMPTS))
+    marks = facet.measure(Subject, [exchange("a"), exchange("")])
+    choices = facet.compare(ALONE, [exchange("a"), exchange("")], [exchange("b"), exchange("c")])
+    for findings, figure in ((marks, "judge_mark"), (choices, "judge_preferred")):
+        assert findings.measured == []
+        assert [one.figure for one in findings.not_run] == [figure]
+        assert findings.not_run[0].reason != "the reply is empty"
+        assert [one.scores[figure] for one in findings.verdicts] == [None, None]
+        assert bool(findings.failed) == (not nonsense), "nonsense would be said again"
+
+
 def test_without_a_judge_it_is_not_run():
     findings = JudgeFacet([], None, "there is no judge").measure(Subject, [])
     assert [(one.figure, one.reason) for one in findings.not_run] == [("judge_mark", "there is no judge")]

@@ -1,6 +1,10 @@
 """The judge's endpoint, against a real server: answers, cache, usage, and all that can go wrong."""
 
 import json
+import socket
+import threading
+import time
+from contextlib import suppress
 
 import pytest
 
@@ -8,6 +12,7 @@ from core.errors import UserError
 from core.world import World
 from evaluation.config import JudgeEndpointConfig, PriceConfig
 from evaluation.division import Division
+from evaluation.endpoint import Endpoint, EndpointError, _pause
 from evaluation.judge.client import NO_COMPLETION, Judge, Usage
 from tests.distributed import free_port
 from tests.evaluation.http_server import completion, judging
@@ -75,6 +80,40 @@ def test_a_busy_endpoint_is_asked_again(serve, make):
     assert len(server.asked) == 3
 
 
+def test_the_pause_is_what_the_endpoint_asks_for_or_grows():
+    assert [_pause(None, 0.5, attempt) for attempt in (1, 2, 3)] == [0.5, 1, 2]
+    assert [_pause(asked, 0.5, 1) for asked in ("3", "1.5", "600", "Wed, 21 Oct 2026 07:28:00 GMT")] == [
+        3,
+        1.5,
+        60,
+        0.5,
+    ]
+
+
+def test_an_answer_that_drips_is_given_up_after_the_timeout():
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        with suppress(OSError), listener.accept()[0] as connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(100):
+                connection.sendall(b" ")
+                time.sleep(0.05)
+
+    threading.Thread(target=drip, daemon=True).start()
+    started = time.monotonic()
+    with pytest.raises(EndpointError, match="no answer in time"):
+        Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", "NO_KEY", timeout=0.3, attempts=1).post("x", {})
+    assert time.monotonic() - started < 2
+    listener.close()
+
+
+@pytest.mark.parametrize("answer", ["[" * 100_000, '{"usage": {"prompt_tokens": 1e999, "completion_tokens": 1}}'])
+def test_an_answer_that_is_too_much_is_no_answer(serve, make, answer):
+    (found,) = make(serve(lambda number, body: (200, answer)).url).ask(["a"], ALONE)
+    assert found.text is None
+
+
 @pytest.mark.parametrize("answer", ["[]", '{"choices": []}', '{"choices": [{"message": {"content": null}}]}', "3"])
 def test_what_is_no_completion_is_no_answer_and_is_not_kept(serve, make, tmp_path, answer):
     (found,) = make(serve(lambda number, body: (200, answer)).url).ask(["a"], ALONE)
@@ -122,3 +161,10 @@ def test_a_folder_that_cannot_be_written(serve, make, tmp_path):
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot be kept .*; correct evaluation.judge.cache"):
         make(serve(judging(lambda prompt: "x")).url).ask(["a"], ALONE)
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_asked(serve, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = JudgeEndpointConfig(url=serve(judging(lambda prompt: "yes")).url, model="m")
+    with pytest.raises(UserError, match=r"evaluation.judge.cache = .*file/cache cannot be written"):
+        Judge(config, tmp_path / "file" / "cache", at_once=2).check()

@@ -16,6 +16,7 @@ from evaluation.judge.verdicts import read_choice, read_mark
         ("SCORE: 2\nOn second thought:\nSCORE: 9\n", 9), ("評分如下。\nSCORE: 4\n謝謝", 4),
         ("", None), ("SCORE: 11", None), ("SCORE: 0", None), ("SCORE: number", None), ("7", None), ("a score of 7", None),
         ("SCORE: seven", None), ("SCORE: 7 or 8", None), ("The reply says SCORE: 10, which is no reason.", None),
+        ("SCORE: -5", None), ("SCORE: .5", None), ("SCORE - 7", None), ('"SCORE": "6"', None), ("SCORE：6", 6),
     ],
 )  # fmt: skip
 def test_a_mark(answer, mark):
@@ -25,7 +26,7 @@ def test_a_mark(answer, mark):
 @pytest.mark.parametrize(
     ("answer", "choice"),
     [("VERDICT: A", "A"), ("verdict: tie.", "tie"), ("[[b]]", "B"), ("VERDICT: A\n...\n**VERDICT: B**", "B"),
-     ("VERDICT: C", None), ("A", None), ("VERDICT: A or B", None), ("", None)],
+     ("VERDICT: C", None), ("VERDICT: !A", None), ("VERDICT: 「A」", None), ("VERDICT： A", "A"), ("A", None), ("VERDICT: A or B", None), ("", None)],
 )  # fmt: skip
 def test_a_choice(answer, choice):
     assert read_choice(answer, ("A", "B", "tie")) == choice
