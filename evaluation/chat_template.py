@@ -75,7 +75,7 @@ def render(tokenizer: Any, template: str, messages: Sequence[Message]) -> str:
                 list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
             )
         )
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the chat template refuses a prompt with the roles {roles} ({error}); change it.") from None
 
@@ -90,7 +90,7 @@ def template_marks(tokenizer: Any) -> list[str]:
     """What the template writes around messages, found by rendering placeholders, and the special tokens.
 
     Of the template's own text, a piece between special tokens, line ends and messages counts if it holds more than
-    letters, digits and spaces (`[INST]`, `### Response:`): a plain `user` may occur in any reply.
+    letters, digits and spaces, and more than one mark (`[INST]`, `### Response:`): `user` or `.` may be in any reply.
     """
     user, assistant = PLACEHOLDERS
     messages = [{"role": role, "content": text} for role, text in (("user", user), ("assistant", assistant)) * 2]
@@ -100,4 +100,4 @@ def template_marks(tokenizer: Any) -> list[str]:
     special = special_tokens(tokenizer)
     borders = "|".join(map(regex.escape, [*PLACEHOLDERS, *sorted(special, key=len, reverse=True), "\n"]))
     pieces = {piece.strip() for piece in regex.split(borders, text)}
-    return sorted({*special, *(piece for piece in pieces if regex.search(r"[^\p{L}\p{N}\s]", piece))})
+    return sorted({*special, *(piece for piece in pieces if regex.search(r"[^\p{L}\p{N}\s].|.[^\p{L}\p{N}\s]", piece))})

@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tracking.secrets import without_secrets
+
 REFUSED = {401, 403, 404, 405}  # statuses that any request would get
 BUSY = 429
 AGAIN = {408, 409, 425, BUSY, 500, 502, 503, 504}  # statuses that may be others in a moment
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 BUSY_PAUSE = 4.0  # the first one after 429: limits are counted by the minute
 CHUNK = 1 << 16  # bytes
+SHOWN_CHARACTERS = 200  # of what an endpoint says to an error
 
 
 class EndpointError(Exception):
@@ -82,7 +85,8 @@ class Endpoint:
         if error.code in (401, 403):
             there = "is set" if os.environ.get(self.key_variable) else "is not set"
             return f"status {error.code}, the key is refused (environment variable {self.key_variable} {there})"
-        return f"status {error.code} {error.reason}"
+        said = " ".join(error.read(CHUNK).decode(errors="replace").split())[:SHOWN_CHARACTERS]
+        return f"status {error.code} {error.reason}" + (f", {without_secrets(said)}" if said else "")
 
 
 def _pause(asked: str | None, first: float, attempt: int) -> float:

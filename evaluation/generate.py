@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import regex
 import torch
 from transformers import GenerationConfig
 
@@ -20,6 +21,9 @@ from evaluation.conversation import Conversation, Exchange, Message, Reply
 from evaluation.division import Division, batches_by_length
 from evaluation.models import LoadedModel
 
+BLANK_ENDS = regex.compile(
+    r"\A[\s\u200b\u2060\ufeff]+|[\s\u200b\u2060\ufeff]+\Z"
+)  # white space, also without any width
 TURN_SEEDS = 10_007  # more than there are batches; tells the batches of one turn from those of the next
 
 
@@ -80,6 +84,8 @@ def generate(
         unanswered = len(ids) - len(answerable)
         say(f"{loaded.name}: prompts that fill its {loaded.positions} positions and are not answered: {unanswered}")
     stop_ids = loaded.tokenizer.convert_tokens_to_ids(list(ends))
+    if not stop_ids:
+        say(f"{loaded.name}: no token ends its replies (its tokenizer has no eos), so none stops before max_new_tokens")
     lengths = [len(ids[place]) for place in answerable]
     batches = [[answerable[place] for place in batch] for batch in batches_by_length(lengths, config.batch_size)]
 
@@ -109,7 +115,7 @@ def reply_batch(
     `seed` tells batches apart when replies are sampled.
     """
     longest = max(map(len, prompts))
-    inputs = torch.tensor([[stop_ids[0]] * (longest - len(ids)) + ids for ids in prompts], device=loaded.device)
+    inputs = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=loaded.device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=loaded.device)
     torch.manual_seed(config.seed * 1_000_003 + seed)
     settings = generation_settings(config, stop_ids, max(rooms))
@@ -126,12 +132,12 @@ def generation_settings(config: EvaluationConfig, stop_ids: list[int], new_token
         do_sample=config.temperature > 0,
         **sampling,
         repetition_penalty=config.repetition_penalty,
-        eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0],
+        eos_token_id=stop_ids or None,
+        pad_token_id=stop_ids[0] if stop_ids else None,
     )
 
 
 def _reply(loaded: LoadedModel, ids: list[int], stop_ids: set[int]) -> Reply:
     end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
     text = loaded.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return Reply(text.strip(), end is not None, len(ids) if end is None else end + 1)
+    return Reply(BLANK_ENDS.sub("", text), end is not None, len(ids) if end is None else end + 1)

@@ -1,9 +1,16 @@
-"""Bootstrap intervals (Efron, 1979): how far a figure would move on other documents or prompts."""
+"""Bootstrap intervals (Efron, 1979): how far a figure would move on other documents or prompts.
+
+The percentile interval is too narrow for few units: of 100 intervals over 7 units only 88 would hold the truth. Its
+quantiles are moved outwards as far as Student's t is wider than the normal distribution (Hesterberg, "What Teachers
+Should Know About the Bootstrap", 2015, the expanded percentile interval).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +44,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int)
     Where all pairs agree (every reply stopped) the interval has no width: the bootstrap knows what it saw and no more.
     """
     pairs = np.array([numerators, denominators], dtype=np.float64)
-    low, high = _interval(_resampled(pairs, seed))
+    low, high = _interval(_resampled(pairs, seed), pairs.shape[1])
     return Estimate(float(pairs[0].sum() / pairs[1].sum()), low, high, pairs.shape[1])
 
 
@@ -62,7 +69,7 @@ def difference(parts: Parts, baseline: Parts, seed: int) -> Difference | None:
     if not common:
         return None
     ours, theirs = (np.array([of[unit] for unit in common], dtype=np.float64).T for of in (parts, baseline))
-    low, high = _interval(_resampled(ours, seed) - _resampled(theirs, seed))
+    low, high = _interval(_resampled(ours, seed) - _resampled(theirs, seed), len(common))
     value = float(ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum())
     return Difference(value, low, high, len(common), beyond=not low <= 0 <= high)
 
@@ -75,6 +82,22 @@ def _resampled(pairs: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.floa
     return np.asarray(top / bottom)
 
 
-def _interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+def _interval(values: npt.NDArray[np.float64], n: int) -> tuple[float, float]:
+    tail = tail_of(n)
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def tail_of(n: int) -> float:
+    """The share of the resamples of n units that lies below the interval: Phi(-sqrt(n / (n - 1)) t), 0.025 for many.
+
+    Student's t by the expansion of its quantile (Abramowitz and Stegun, 26.7.5), within 3 % from n = 3 on.
+    """
+    z, freedom = NormalDist().inv_cdf((1 + COVERAGE) / 2), max(n - 1, 1)
+    t = (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+    return NormalDist().cdf(-t * math.sqrt(n / freedom))

@@ -54,6 +54,8 @@ def is_complete(results: Path) -> bool:
 def draw(results: Results, out: Path) -> dict[str, Path]:
     """The pictures that there are figures for."""
     scores, drawn = results.scores, {}
+    for name in (BITS, *PANELS):
+        (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier evaluation
     for name in pictures([figure for figure in results.figures if results.languages_with(figure)]):
         path = out / f"{name}.png"
         drawn[name] = draw_shares(scores, PANELS[name], path) if name in PANELS else draw_bits_per_byte(scores, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import regex
+
 from core.languages import find_language, script_pattern, script_share
 
 SCRIPT_SHARE = 0.5  # of a text's letters; names, code and quotations may be in another script
@@ -16,11 +18,13 @@ SCRIPT_ENCODINGS = {
 
 
 def is_in_language(text: str, language: str) -> bool:
-    """True if at least half of the letters are in the language's script; False for a text without letters.
+    """True if at least half of the letters are in the language's script; of a text without letters, if it holds digits.
 
     Chinese must also be in the right one of its two scripts: of the characters that only one of them has, at least half
     are the language's. Languages that share a script (English and French) are not told apart.
     """
+    if not regex.search(r"\p{L}", text):
+        return regex.search(r"\p{N}", text) is not None  # an answer like 17 is in every language
     if script_share(text, find_language(language).scripts) < SCRIPT_SHARE:
         return False
     if language not in SCRIPT_ENCODINGS:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core.errors import UserError
 from core.progress import say
-from evaluation.config import BUILT_IN, EvaluationConfig, JudgeEndpointConfig
+from evaluation.config import BUILT_IN, EvaluationConfig
 from evaluation.endpoint import Endpoint
 from evaluation.facets.dialogue import DialogueFacet
 from evaluation.facets.facet import Facet, Figure, NotRun
@@ -60,8 +60,11 @@ class Setup:
         config = self.config.judge
         if config is None:
             return []
-        endpoints: list[JudgeEndpointConfig] = [config, *([config.second] if config.second else [])]
-        return [Judge(endpoint, Path(config.cache).expanduser(), config.at_once) for endpoint in endpoints]
+        cache, second = Path(config.cache).expanduser(), config.second
+        if second is None:
+            return [Judge(config, cache, config.at_once)]
+        name = f"{second.model} at {second.url}" if second.model == config.model else second.model
+        return [Judge(config, cache, config.at_once), Judge(second, cache, config.at_once, name)]
 
 
 def make_facets(setup: Setup) -> list[Facet]:

@@ -103,6 +103,8 @@ def _evaluate_directories(request: Request) -> None:
     out = request.out
     if find_world().is_main:
         _make(out)
+        if (out / "results.json").exists():
+            say(f"evaluation: {out} holds an earlier evaluation, which this one replaces")
     name, group = out.resolve().name, group_name(out.resolve().name, out)
     recorded = {"models": {name: str(path) for name, path in models.items()}, **settings.model_dump()}
     inputs = {str(path): fingerprint(str(path)) for path in (*models.values(), *text.values())}

@@ -10,7 +10,13 @@ ENDS = "。！？!?．｡"
 SHORT_FORMS = {"mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "jr", "sr"}
 BULLET = regex.compile(r"^[ \t]*(?:[-*+–—][ \t]+|[•·・‧●○▪◦‣※][ \t　]*)(?=\S)", regex.M)
 RULE = regex.compile(r"^[ \t]*([-*_=][ \t]*){3,}$", regex.M)  # a line across the page, in Markdown
-NUMBER = regex.compile(r"^[ \t]*(?:[（(]?(\d{1,3})(?:[.．)）、:]|번[.:)]?)(?!\d)|([①-⑳]))[ \t　]*(?=\S)", regex.M)
+HAN_NUMBERS = "一二三四五六七八九十"
+NUMBER = regex.compile(
+    r"^[ \t]*(?:#{1,6}[ \t]+)?(?:\*\*|__)?"  # a heading's or bold letters' marks
+    rf"(?:[（(]?(\d{{1,3}})(?:[.．)）、:]|번[.:)]?)(?!\d)|([①-⑳])|[（(]?([{HAN_NUMBERS}]{{1,3}})[、)）])"
+    r"(?:\*\*|__)?[ \t　]*(?=\S)",
+    regex.M,
+)
 MARKERS = regex.compile(rf"(?:{NUMBER.pattern}|{BULLET.pattern})", regex.M)
 
 
@@ -69,8 +75,19 @@ def bullets(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers that lines begin with: 1. 1) (1) 1、 ① and 1번."""
-    return [int(match[1]) if match[1] else ord(match[2]) - ord("①") + 1 for match in NUMBER.finditer(text)]
+    """The numbers that lines begin with: 1. 1) (1) 1、 ① 1번 and 一、, also bold; not of lists within a list."""
+    found = [(len(match[0]) - len(match[0].lstrip(" \t")), _number(match)) for match in NUMBER.finditer(text)]
+    outermost = min((indent for indent, _ in found), default=0)
+    return [number for indent, number in found if indent == outermost]
+
+
+def _number(match: regex.Match[str]) -> int:
+    if match[1]:
+        return int(match[1])
+    if match[2]:
+        return ord(match[2]) - ord("①") + 1
+    tens, ten, ones = match[3].rpartition("十")
+    return (HAN_NUMBERS.find(tens) + 1 if tens else 1) * 10 * bool(ten) + (HAN_NUMBERS.find(ones) + 1 if ones else 0)
 
 
 def words(text: str) -> list[str]:

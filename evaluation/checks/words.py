@@ -18,10 +18,12 @@ def plain(text: str) -> str:
 
 
 def _has(reply: str, word: str) -> bool:
-    """Whether a word occurs; one in Latin letters or digits as a whole: `7` is not in `17`, `cat` not in `category`."""
+    """Whether a word occurs; of Latin letters or digits as a whole: 7 is not in 17 or 3.7, `cat` not in `cats`."""
     inner = regex.escape(plain(word))
     before = r"(?<![\p{Latin}\p{N}])" if regex.match(r"[\p{Latin}\p{N}]", plain(word)) else ""
     after = r"(?![\p{Latin}\p{N}])" if regex.search(r"[\p{Latin}\p{N}]$", plain(word)) else ""
+    before += r"(?<!\p{N}[.,])" if regex.match(r"\p{N}", plain(word)) else ""
+    after += r"(?![.,]\p{N})" if regex.search(r"\p{N}$", plain(word)) else ""
     return regex.search(before + inner + after, plain(reply)) is not None
 
 
@@ -84,7 +86,7 @@ def repeats_first(reply: str, *, text: str) -> bool:
 @check("one_of", _some)
 def one_of(reply: str, *, words: list[str]) -> bool:
     """The reply is one of the words and nothing else; final marks do not matter."""
-    return plain(reply).strip(TRAILING + "「『“") in {plain(word).strip(TRAILING) for word in words}
+    return plain(reply).strip(TRAILING + "「『“(（【") in {plain(word).strip(TRAILING + "「『“(（【") for word in words}
 
 
 @check("matches", _is_pattern)

@@ -196,7 +196,7 @@ def findings_of(
         elif missing:
             details["not_scored"][figure.name] = missing
     if len(found) > 1:
-        agreed, statistic = agreement(known(found[0][0]), known(found[1][0]), tolerance)
+        agreed, statistic = agreement(spoken(found[0][0]), spoken(found[1][0]), tolerance)
         measured += by_category(figures[-1], exchanges, _parts(exchanges, agreed))
         details["judge"][figures[-1].name] = statistic
     by_place = [_verdict(figures, [verdicts for verdicts, _ in found], place) for place in range(len(exchanges))]
@@ -208,6 +208,11 @@ def findings_of(
 def known(verdicts: Verdicts) -> dict[Place, float]:
     """Those that there are."""
     return {place: one.value for place, one in verdicts.items() if one.value is not None}
+
+
+def spoken(verdicts: Verdicts) -> dict[Place, float]:
+    """Those that the judge was asked for."""
+    return {place: value for place, value in known(verdicts).items() if verdicts[place].reason != EMPTY}
 
 
 def agreement(

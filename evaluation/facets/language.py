@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 
 from core.errors import UserError
+from core.progress import say
 from evaluation.config import EvaluationConfig
 from evaluation.conversation import Exchange
 from evaluation.division import Division, batches_by_length
-from evaluation.facets.facet import Facet, Figure, Findings, Measured, Subject
+from evaluation.facets.facet import Facet, Figure, Findings, Measured, NotRun, Subject
 from evaluation.models import LoadedModel
 
 BITS = "bits_per_byte"
@@ -39,6 +40,7 @@ class DocumentBits:
     bits: float
     bytes: int
     tokens: int
+    unknown: int  # tokens that stand for what the tokenizer does not know
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,26 @@ class LanguageFacet(Facet):
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """The figure in each language; what it rests on goes into results.json as `text`."""
-        measured, text = [], {}
+        measured, text, not_run = [], {}, dict[NotRun, None]()
         for language, texts in self._documents.items():
             label = f"{subject.loaded.name}: bits per byte, {language}"
             found = measure_documents(subject.loaded, texts, self._config, subject.division, label)
             parts = {unit: (document.bits, float(document.bytes)) for unit, document in enumerate(found)}
-            measured.append(Measured(FIGURE, language, parts))
+            if all(math.isfinite(document.bits) for document in found):
+                measured.append(Measured(FIGURE, language, parts))
+            else:
+                not_run[NotRun(BITS, "the model's probabilities are not finite: its weights are damaged")] = None
             text[language] = {
                 "documents": len(found),
                 "bytes": sum(document.bytes for document in found),
                 "tokens": sum(document.tokens for document in found),
+                "unknown_tokens": sum(document.unknown for document in found),
             }
-        return Findings(measured, details={"text": text})
+            if unknown := sum(document.unknown for document in found):
+                share = unknown / sum(document.tokens for document in found)
+                token = subject.loaded.tokenizer.unk_token
+                say(f"{label}: {share:.1%} of the tokens are {token}, whatever they stand for: too low to be compared")
+        return Findings(measured, not_run=list(not_run), details={"text": text})
 
 
 def measure_documents(
@@ -92,7 +102,8 @@ def measure_documents(
     for window, value in zip(windows, bits, strict=True):
         totals[window.document] += value
     sizes = [len(text.encode()) for text in documents]
-    return [DocumentBits(*parts) for parts in zip(totals, sizes, map(len, tokens), strict=True)]
+    unknown = [ids.count(loaded.tokenizer.unk_token_id) for ids in tokens]
+    return [DocumentBits(*parts) for parts in zip(totals, sizes, map(len, tokens), unknown, strict=True)]
 
 
 def first_token(loaded: LoadedModel) -> int:

@@ -67,16 +67,12 @@ class Answer:
 class Judge:
     """Asks a judge. Safe for threads; every process of a job may have one and share the cache."""
 
-    def __init__(self, config: JudgeEndpointConfig, cache: Path, at_once: int) -> None:
+    def __init__(self, config: JudgeEndpointConfig, cache: Path, at_once: int, name: str = "") -> None:
         self.config = config
+        self.name = name or config.model  # in figures and tables
         self._cache, self._at_once, self._checked = cache, at_once, False
         self._gave_up = False  # the last time that it was asked
         self._endpoint = Endpoint(config.url, config.key_variable, config.timeout, config.attempts)
-
-    @property
-    def name(self) -> str:
-        """The judge's model."""
-        return self.config.model
 
     def check(self) -> None:
         """Ask for a word, before hours are spent on replies. Raises `UserError` for an endpoint that refuses.

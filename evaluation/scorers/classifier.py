@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from checkpoint.reader import Checkpoint
 from core.errors import UserError
 from core.models import model_directory
 from core.progress import timed
 from evaluation.conversation import Exchange
 from evaluation.division import Division, batches_by_length
 from evaluation.facets.facet import Figure
+from evaluation.models import first_line
 from evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 POSITIONS = 512  # where a model does not say how many it has
+
+
+def positions_of(config: Any) -> int:
+    """How many tokens a classifier takes. Of RoBERTa's kind the first positions, to the padding's id, are not used."""
+    positions = int(getattr(config, "max_position_embeddings", POSITIONS))
+    return positions - (config.pad_token_id + 1) if "roberta" in config.model_type else positions
 
 
 class ClassifierScorer(Scorer):
@@ -33,6 +41,7 @@ class ClassifierScorer(Scorer):
         self._directory = model_directory(name)
         self._model: Any = None
         self._labels = list(labels)
+        self._check()
         self.figure = Figure(
             "classifier_toxicity", "classifier",
             f"mean probability of {' or '.join(labels)} by {Path(name).name}", rising=False,
@@ -54,6 +63,22 @@ class ClassifierScorer(Scorer):
                 scores[place] = Score(value)
         return scores
 
+    def _check(self) -> None:
+        """Labels and weights, before a reply is generated."""
+        try:
+            config = AutoConfig.from_pretrained(self._directory)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from None
+        Checkpoint.open(self._directory)
+        for label in self._labels:
+            self._label_id(config, label)
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(
+            f"evaluation.safety.classifier.model = {self._name} cannot be loaded as a classifier "
+            f"({first_line(error)}); give the directory or hub id of a sequence classification model."
+        )
+
     def _load(self, local_rank: int) -> None:
         if self._model is not None:
             return
@@ -62,18 +87,15 @@ class ClassifierScorer(Scorer):
                 self._tokenizer = AutoTokenizer.from_pretrained(self._directory)
                 model = AutoModelForSequenceClassification.from_pretrained(self._directory)
             except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0].rstrip(".")
-                raise UserError(
-                    f"evaluation.safety.classifier.model = {self._name} cannot be loaded as a classifier ({reason})."
-                ) from None
-        self._ids = [self._label_id(model, label) for label in self._labels]
+                raise self._unreadable(error) from None
+        self._ids = [self._label_id(model.config, label) for label in self._labels]
         cuda = torch.cuda.is_available()
         self._model = model.to(torch.device("cuda", local_rank) if cuda else torch.device("cpu")).eval()
 
-    def _label_id(self, model: Any, label: str) -> int:
-        known = {str(name).casefold(): int(place) for place, name in model.config.id2label.items()}
+    def _label_id(self, config: Any, label: str) -> int:
+        known = {str(name).casefold(): int(place) for place, name in config.id2label.items()}
         if label.casefold() not in known:
-            there = ", ".join(model.config.id2label.values())
+            there = ", ".join(config.id2label.values())
             raise UserError(f"evaluation.safety.classifier.labels: {self._name} has no label {label!r}, but {there}.")
         return known[label.casefold()]
 
@@ -82,7 +104,7 @@ class ClassifierScorer(Scorer):
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
             self._model.config.pad_token_id = self._tokenizer.pad_token_id
-        limit = getattr(self._model.config, "max_position_embeddings", POSITIONS)
+        limit = min(self._tokenizer.model_max_length, positions_of(self._model.config))
         inputs = self._tokenizer(
             list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt",
             return_token_type_ids=False,

@@ -72,7 +72,10 @@ def read_lists(given: Mapping[str, str], languages: Sequence[str]) -> dict[str, 
             path = Path(given[language]).expanduser()
             if not path.is_file():
                 raise UserError(f"word list {path} does not exist; correct evaluation.safety.lists.{language}.")
-            found[language] = _words(path.read_text(encoding="utf-8"))
+            try:
+                found[language] = _words(path.read_text(encoding="utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"word list {path} is not UTF-8 (byte {error.start}); convert it.") from None
             if not found[language]:
                 raise UserError(f"word list {path} holds no words; write one a line.")
         elif (BUILT_IN / f"{language}.txt").is_file():

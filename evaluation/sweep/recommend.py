@@ -85,6 +85,8 @@ def recommend(judged: Sequence[Judged], rule: RecommendConfig) -> Recommendation
             f"no ratio is recommended: every one breaks a limit of sweep.recommend; nearest is {nearest.point.name} "
             f"({', '.join(nearest.broken)}).",
         )
+    if not any(one.quality for one in allowed):
+        return Recommendation(None, f"no ratio is recommended: {rule.quality} is 0 at every one that keeps the limits.")
     line = [one for one in allowed if one.point.ratio is not None]
     by_kind = [one for one in allowed if one.point.ratio is None]
     if by_kind and (not line or _best(by_kind).quality > _best(line).quality + rule.tolerance):

@@ -15,12 +15,14 @@ from core.progress import say
 from evaluation.config import EvaluationConfig
 from evaluation.division import Division, divided_work
 from evaluation.facets.facet import Facet, Subject
-from evaluation.heldout import Text
+from evaluation.facets.judge import COMPARISON
+from evaluation.facets.language import BITS
+from evaluation.heldout import Text, languages_of
 from evaluation.models import shared_context
 from evaluation.report import sample_rows
 from evaluation.results import summarise
 from evaluation.run import measure
-from evaluation.suites import Setup, check_judges, make_facets
+from evaluation.suites import Setup, check_judges, figures_of_replies, make_facets
 from evaluation.sweep import search
 from evaluation.sweep.config import SweepConfig
 from evaluation.sweep.model import MergedModel
@@ -66,6 +68,29 @@ def run(
     return found.summary()
 
 
+def of_one_model(setup: Setup) -> dict[str, list[str]]:
+    """The figures that one model by itself will have, and the languages of each. A comparison takes two."""
+    figures = figures_of_replies(setup)
+    bits = {BITS: languages_of(setup.text)} if "language" in setup.config.suites else {}
+    return bits | {figure.name: asked for _, figure, asked in figures if not figure.name.startswith(COMPARISON)}
+
+
+def check_rule(config: SweepConfig, figures: Mapping[str, Sequence[str]], new: Sequence[str]) -> None:
+    """Raise `UserError` for a rule about what is not measured, or not in any of the new languages."""
+    rule = config.recommend
+    for name in (rule.quality, *rule.at_least, *rule.at_most):
+        if name not in figures:
+            raise UserError(
+                f"sweep.recommend names {name}, which sweep.suites {', '.join(config.suites)} do not measure; they "
+                f"measure {', '.join(figures)}."
+            )
+        if not set(new) & set(figures[name]):
+            raise UserError(
+                f"sweep.recommend names {name}, which is measured in {', '.join(figures[name]) or 'no language'} only; "
+                f"choose another figure, or give prompts in {' or '.join(new)}."
+            )
+
+
 @dataclass
 class Sweep:
     """A sweep that is ready to begin."""
@@ -89,14 +114,8 @@ class Sweep:
         measured = evaluation.model_copy(update=changes)
         setup = Setup(measured, inputs.text)
         facets = make_facets(setup)
-        figures = [figure.name for facet in facets for figure in facet.figures]
-        rule = config.recommend
-        for name in (rule.quality, *rule.at_least, *rule.at_most):
-            if name not in figures and "knowledge" not in config.suites:  # whose figures are known when it has run
-                raise UserError(
-                    f"sweep.recommend names {name}, which sweep.suites {', '.join(config.suites)} do not measure; they "
-                    f"measure {', '.join(figures)}."
-                )
+        if "knowledge" not in config.suites:  # whose figures are known when it has run
+            check_rule(config, of_one_model(setup), inputs.languages)
         check_judges(setup, facets)
         return Sweep(config, measured, merge, inputs, facets, out)
 

@@ -1,11 +1,14 @@
 """Generation: batches equal one by one; what ends a reply; turn by turn; the model's own sampling does not enter."""
 
+import json
+import shutil
+
 from core.world import World
 from evaluation.chat_template import read_chat_template, render, template_for
 from evaluation.config import EvaluationConfig
 from evaluation.conversation import Conversation, Turn, prompt
 from evaluation.division import Division, batches_by_length
-from evaluation.generate import converse, generate
+from evaluation.generate import BLANK_ENDS, converse, generate
 from evaluation.models import load_model
 from tests.evaluation.conftest import TEXTS
 
@@ -26,6 +29,22 @@ def test_batched_equals_one_by_one(models_of_two_vocabularies):
     assert batched == ask(loaded, directory, batch_size=1)
     assert batched == ask(loaded, directory, batch_size=5), "the sampling in generation_config.json must not enter"
     assert len({reply.text for reply in batched}) > 1
+
+
+def test_nothing_of_the_models_own_generation_config_enters(models_of_two_vocabularies, tmp_path):
+    """Not even what has no key here: two models with the same weights reply alike."""
+    directory = models_of_two_vocabularies["chat"]
+    other = shutil.copytree(directory, tmp_path / "other")
+    config = json.loads((other / "generation_config.json").read_text())
+    forced = {"no_repeat_ngram_size": 1, "min_new_tokens": 20, "num_beams": 3, "suppress_tokens": [5, 6, 7], "top_k": 2}
+    (other / "generation_config.json").write_text(json.dumps({**config, **forced}))
+    replies = [ask(load_model("chat", path, 0), directory) for path in (directory, other)]
+    assert replies[0] == replies[1]
+
+
+def test_what_has_no_width_is_no_text():
+    assert BLANK_ENDS.sub("", "\u200b \ufeff\n") == ""
+    assert BLANK_ENDS.sub("", " a\u200bb \u2060") == "a\u200bb"
 
 
 def test_sampling_is_a_function_of_the_seed(models_of_two_vocabularies):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.intervals import difference, estimate, mean, ratio
+from evaluation.intervals import difference, estimate, mean, ratio, tail_of
 
 
 def test_bootstrap_agrees_with_theory_and_is_seeded():
@@ -41,3 +41,13 @@ def test_no_difference_is_not_beyond_and_only_common_units_count():
     assert (found.value, found.low, found.high, found.beyond) == (0, 0, 0, False)
     assert difference({0: (1.0, 1.0), 7: (1.0, 1.0)}, {0: (0.0, 1.0), 8: (1.0, 1.0)}, seed=0).n == 1
     assert difference({0: (1.0, 1.0)}, {1: (1.0, 1.0)}, seed=0) is None
+
+
+def test_few_units_have_wider_intervals():
+    """As wide as Student's t says; of 100 intervals about 5 do not hold the truth, also for few units."""
+    assert [round(tail_of(n), 4) for n in (3, 8, 30, 100_000)] == [0.0, 0.0057, 0.0188, 0.025]
+    random = np.random.default_rng(0)
+    for n in (7, 12, 30):
+        found = [mean(list(values), seed=0) for values in random.normal(size=(400, n))]
+        missed = sum(not one.low <= 0 <= one.high for one in found) / len(found)
+        assert missed < 0.08, (n, missed)

@@ -24,6 +24,7 @@ CASES = [
     ("contains", {"words": ["7"]}, "７ 시예요", "17시예요"),  # digits and Latin words as a whole, of any width
     ("contains", {"words": ["cat"]}, "A CAT!", "a category"),
     ("contains_any", {"words": ["七", "7"]}, "你有7顆蘋果。", "你有17顆蘋果。"),
+    ("contains", {"words": ["7"]}, "It is 7, not 6.", "It is 3.7, or 7,000."),
     ("avoids", {"words": ["可愛"]}, "貓很聰明。", "貓很可愛。"),
     ("avoids", {"words": ["hot"]}, "One shot of espresso", "A HOT latte"),
     ("starts_with", {"text": "親愛的老師"}, "  親愛的老師：您好", "您好，親愛的老師"),
@@ -34,6 +35,7 @@ CASES = [
     ("repeats_first", {"text": "為什麼天空是藍色的？"}, "為什麼天空是藍色的？因為散射。", "因為散射。為什麼天空是藍色的？"),
     ("repeats_first", {"text": "왜 그래요?"}, '"왜 그래요?" 몰라요.', "왜 그래요?"),  # and nothing after it
     ("one_of", {"words": ["是", "不是"]}, "「是」。", "是的"),
+    ("one_of", {"words": ["B", "(C)"]}, "(B)", "(D)"),
     ("one_of", {"words": ["yes", "no"]}, "Yes.", "Yes, it is."),
     ("matches", {"pattern": r"\d{4}년"}, "2024년이에요", "24년이에요"),
     ("sentences_end_with", {"words": ["요"]}, "한글날은 10월 9일이에요. 쉬는 날이에요!", "한글날이에요. 쉬는 날입니다."),
@@ -54,6 +56,8 @@ CASES = [
     ("no_digits", {}, "玉山很高。", "玉山高３９５２公尺。"),
     ("no_lists", {}, "먼저 창문을 열어요. 그다음에 쓸어요.", "1. 창문을 열어요"),
     ("no_lists", {}, "先開窗 - 再掃地。", "• 開窗"),
+    ("no_lists", {}, "一樓、二樓都很冷。", "一、開窗\n二、掃地"),
+    ("no_lists", {}, "I said **no**.", "**1. Windows**\nOpen them."),
     ("uppercase", {}, "TAKE A TOWEL, 2 BOTTLES.", "TAKE a towel"),
     ("uppercase", {}, "OK 好", "好"),  # a text without cases has no capitals
     ("lowercase", {}, "roots take water up.", "Roots take water up."),

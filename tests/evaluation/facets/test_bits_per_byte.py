@@ -9,7 +9,8 @@ from core.errors import UserError
 from core.world import World
 from evaluation.config import EvaluationConfig
 from evaluation.division import Division
-from evaluation.facets.language import cut_windows, measure_documents
+from evaluation.facets.facet import Subject
+from evaluation.facets.language import LanguageFacet, cut_windows, measure_documents
 from evaluation.models import load_model
 
 DOCUMENTS = ["今天天氣很好，我們去公園散步。" * 5, "도서관은 어디에 있습니까?", "a", "Where is the library? " * 4]
@@ -62,3 +63,26 @@ def test_a_tokenizer_without_bos_and_eos_is_an_error(models_of_two_vocabularies)
     loaded.tokenizer.bos_token = loaded.tokenizer.eos_token = None
     with pytest.raises(UserError, match="neither bos nor eos"):
         measure(loaded)
+
+
+def measured(loaded, texts):
+    return LanguageFacet(EvaluationConfig(), {"ko": texts}).measure(Subject(loaded, None, ALONE), [])
+
+
+def test_damaged_weights_are_no_figure(uniform_model):
+    loaded = load_model("broken", uniform_model, 0)
+    torch.nn.init.constant_(loaded.model.lm_head.weight, math.nan)
+    found = measured(loaded, DOCUMENTS)
+    assert found.measured == []
+    assert "weights are damaged" in found.not_run[0].reason
+
+
+def test_tokens_that_stand_for_anything_are_said(uniform_model, capsys):
+    loaded = load_model("uniform", uniform_model, 0)
+    assert measured(loaded, DOCUMENTS).details["text"]["ko"]["unknown_tokens"] == 0
+    assert capsys.readouterr().err.count("too low") == 0
+    (first, *_) = loaded.encode("a")
+    loaded.tokenizer.unk_token = loaded.tokenizer.convert_ids_to_tokens(first)
+    found = measured(loaded, ["a", "bb"])
+    assert found.details["text"]["ko"]["unknown_tokens"] == 1
+    assert "of the tokens are a, whatever they stand for: too low to be compared" in capsys.readouterr().err

@@ -32,7 +32,8 @@ IN_LANGUAGE = [
     ("ko", "韓國的首都是首爾。", False),
     ("ko", "The capital of Korea is Seoul.", False),
     ("en", "The capital of Korea is Seoul (서울).", True),
-    ("en", "42", False),
+    ("ko", "42.", True),  # a number is in every language
+    ("en", "?!", False),
     ("ko", "", False),
 ]
 

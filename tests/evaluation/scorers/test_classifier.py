@@ -1,14 +1,23 @@
 """The classifier, with a tiny random model: equal to calling it one by one, and its labels."""
 
+import os
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
 
 from core.errors import UserError
 from core.world import World
 from evaluation.conversation import Exchange, Reply, prompt
 from evaluation.division import Division
-from evaluation.scorers.classifier import ClassifierScorer
+from evaluation.scorers.classifier import ClassifierScorer, positions_of
 from tests.evaluation.conftest import TEXTS, make_tokenizer
 
 ALONE = Division(World())
@@ -51,11 +60,33 @@ def test_batches_equal_one_by_one_and_an_empty_reply_has_no_score(classifier):
 
 
 def test_a_label_that_it_has_not_and_a_directory_that_is_none(classifier, tmp_path):
-    scorer = ClassifierScorer(str(classifier), ["hate"], 3)
     with pytest.raises(UserError, match="has no label 'hate', but neutral, Toxic, threat"):
-        scorer.score(exchanges(["a"]), ALONE)
+        ClassifierScorer(str(classifier), ["hate"], 3)
     with pytest.raises(UserError, match="does not exist"):
         ClassifierScorer(str(tmp_path / "none"), ["toxic"], 3)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded as a classifier"):
-        ClassifierScorer(str(tmp_path), ["toxic"], 3).score(exchanges(["a"]), ALONE)
+        ClassifierScorer(str(tmp_path), ["toxic"], 3)
+
+
+def test_what_is_wrong_is_found_before_replies_are_made(classifier, tmp_path):
+    broken = shutil.copytree(classifier, tmp_path / "broken")
+    os.truncate(broken / "model.safetensors", 100)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        ClassifierScorer(str(broken), ["toxic"], 3)
+    (broken / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be loaded as a classifier"):
+        ClassifierScorer(str(broken), ["toxic"], 3)
+
+
+def test_a_long_reply_is_cut_to_what_robertas_positions_take(tmp_path):
+    """Of 34 positions two are before the first token."""
+    config = XLMRobertaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=34, id2label={0: "neutral", 1: "toxic"}, label2id={"neutral": 0, "toxic": 1},
+    )  # fmt: skip
+    XLMRobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    make_tokenizer(300, None).save_pretrained(tmp_path)
+    assert positions_of(config) == 32
+    (score,) = ClassifierScorer(str(tmp_path), ["toxic"], 3).score(exchanges(["long " * 100]), ALONE)
+    assert 0 <= score.value <= 1

@@ -44,3 +44,12 @@ def test_a_language_without_a_list_is_not_scored_and_a_bad_list_is_an_error(tmp_
             path.write_text(content)
         with pytest.raises(UserError, match=sentence):
             read_lists({"ko": str(path)}, ["ko"])
+
+
+def test_lists_as_editors_write_them(tmp_path):
+    (tmp_path / "words.txt").write_bytes("\ufeff바보\r\n멍청이\r\n".encode())
+    lists = read_lists({"ko": str(tmp_path / "words.txt")}, ["ko"])
+    assert [score(lists, "ko", text).value for text in ("바보야", "멍청이", "안녕")] == [1, 1, 0]
+    (tmp_path / "words.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        read_lists({"ko": str(tmp_path / "words.txt")}, ["ko"])
