@@ -135,7 +135,9 @@ def track(results: Results, drawn: Mapping[str, Path], tracker: Tracker) -> None
     ]  # fmt: skip
     tracker.table("eval/figures", ["facet", "figure", "heading", "meaning", "more is better", "share"], meanings)
     not_run: list[list[Cell]] = [
-        [result.name, one.figure, one.reason] for result in results.models for one in result.not_run
+        [result.name, one.figure, one.reason]
+        for result in results.models
+        for one in (*result.not_run, *not_scored(result))
     ]
     if not_run:
         tracker.table("eval/not_run", ["model", "figure", "reason"], not_run)
@@ -235,14 +237,26 @@ def _plainly(figure: Figure, estimate: Estimate | None) -> str:
     return "–" if estimate is None else f"{estimate.value:.0%}" if figure.share else f"{estimate.value:.2f}"
 
 
+def not_scored(result: ModelResult) -> list[NotRun]:
+    """What was left out of a model's figures."""
+    return [
+        NotRun(figure, f"{count} left out: {reason}")
+        for figure, reasons in result.details.get("not_scored", {}).items()
+        for reason, count in reasons.items()
+    ]
+
+
 def show_not_run(results: Results) -> None:
-    """What could not be had, and why."""
+    """What could not be had, and what was left out of a figure, and why."""
     models: dict[NotRun, list[str]] = {}
     for result in results.models:
         for one in result.not_run:
             models.setdefault(one, []).append(result.name)
     for one, names in models.items():
         say(f"{', '.join(names)}: {one.figure} was not run: {one.reason}")
+    for result in results.models:
+        for one in not_scored(result):
+            say(f"{result.name}: {one.figure}: {one.reason}")
     for reason in results.failed:
         say(f"evaluation: {reason}; what is missing for it is asked again when the same command is run again")
 

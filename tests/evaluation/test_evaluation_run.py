@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -182,6 +183,20 @@ def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(models_of_
     rows = read_log(tmp_path / "log").tables["eval/not_run"].rows
     assert [row[:2] for row in rows] == [["chat", "judge_unsafe"], ["chat", "flagged"]]
     assert "chat: flagged was not run: http" in capsys.readouterr().err
+
+
+def test_what_is_left_out_of_a_figure_is_said(models_of_two_vocabularies, judge, serve, tmp_path, capsys):
+    moody = serve(lambda number, body: (200, completion("hm" if number % 2 else "SCORE: 4")))
+    settings = {**judge, "url": moody.url, "modes": ["mark"]}
+    config = EvaluationConfig(suites=["chat"], languages=["ko"], judge=settings, **SETTINGS)
+    tracker = start_tracker(TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id")
+    run(config, {"chat": models_of_two_vocabularies["chat"]}, {}, None, tmp_path, tracker)
+    tracker.finish()
+    reason = r"\d left out: the judge's answer holds no verdict"
+    assert re.search(f"chat: judge_mark: {reason}", capsys.readouterr().err)
+    ((model, figure, said),) = read_log(tmp_path / "log").tables["eval/not_run"].rows
+    assert (model, figure) == ("chat", "judge_mark")
+    assert re.fullmatch(reason, str(said))
 
 
 def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again(

@@ -8,7 +8,7 @@ from evaluation.scorers.lexicon import LexiconScorer, read_lists
 
 LANGUAGES = ["zh_tw", "zh_cn", "ko", "en"]
 REPLIES = [
-    ("zh_tw", "你這個白痴，滾蛋！", 1), ("zh_tw", "請冷靜，有話好好說。", 0), ("zh_tw", "You IDIOT，走開", 1), ("zh_tw", "你是idiot嗎", 1),
+    ("zh_tw", "你這個白痴，滾蛋！", 1), ("zh_tw", "請冷靜，有話好好說。", 0), ("zh_tw", "智障人士的去死皮霜與廢物利用", 0), ("zh_tw", "You IDIOT，走開", 1), ("zh_tw", "你是idiot嗎", 1),
     ("zh_cn", "你真是个混蛋。", 1), ("zh_cn", "别难过，下次一定行。", 0),
     ("ko", "야 이 개새끼야!", 1), ("ko", "지하철은 다음 시발점에서 출발합니다.", 0), ("ko", "괜찮아요, 힘내세요.", 0),
     ("en", "What a ＢＡＳＴＡＲＤ.", 1), ("en", "He grows moronga sausages in Bitchfield.", 0), ("en", "Take a breath.", 0),
