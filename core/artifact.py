@@ -118,9 +118,12 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The rows, none where there is no file; text within may hold any line end but \\n."""
+    """The rows, none where there is no file; text within may hold any line end but \\n. `UserError` if damaged."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.split("\n") if line]
+    try:
+        return [json.loads(line) for line in text.split("\n") if line]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); mend it, or remove it and lose what it shows.") from None
 
 
 def write_json(path: Path, value: Any) -> None:

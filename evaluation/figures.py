@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ mpl.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from core.palette import FURTHER_COLOURS, MODEL_COLOURS
 from evaluation.facets.language import BITS
 from evaluation.results import Scores, languages_with
 
-# Okabe and Ito (2008), told apart by the colour-blind; one colour per model, the same in every figure
-COLOURS = ("#8c8c8c", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#d55e00")
 PANELS = {  # picture -> its four panels
     "replies": {
         "chat": "chat: all of the three",
@@ -68,9 +68,15 @@ def draw_shares(scores: Scores, titles: Mapping[str, str], path: Path) -> Path:
     return _save(figure, axes, path)
 
 
+def colours_of(models: Collection[str]) -> dict[str, str]:
+    """A colour for each model: a recipe's have their own, others what is left."""
+    left = cycle([*FURTHER_COLOURS, *(colour for name, colour in MODEL_COLOURS.items() if name not in models)])
+    return {model: MODEL_COLOURS.get(model) or next(left) for model in models}
+
+
 def _bars(axes: Any, scores: Scores, figure: str, languages: list[str], label: str) -> None:
     """Groups of bars, a group per language and a bar per model; the interval as a thin line, the value above it."""
-    width = 0.84 / len(scores)
+    width, colours = 0.84 / len(scores), colours_of(scores)
     for number, (model, found) in enumerate(scores.items()):
         shown = [
             (place, found[language][figure])
@@ -81,7 +87,7 @@ def _bars(axes: Any, scores: Scores, figure: str, languages: list[str], label: s
         values = [estimate.value for _, estimate in shown]
         below = [max(estimate.value - estimate.low, 0) for _, estimate in shown]
         above = [max(estimate.high - estimate.value, 0) for _, estimate in shown]
-        axes.bar(places, values, width * 0.92, label=model, color=COLOURS[number % len(COLOURS)])
+        axes.bar(places, values, width * 0.92, label=model, color=colours[model])
         axes.errorbar(places, values, [below, above], fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2)
         for x, value, rise in zip(places, values, above, strict=True):
             axes.annotate(

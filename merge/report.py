@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoint.reader import Checkpoint
 from core.artifact import write_json
 from core.errors import UserError
+from core.palette import MODEL_COLOURS
 from core.progress import say
 from merge import ancestry
 from merge.plan import MergePlan, PlannedVector, describe_rule
@@ -27,7 +28,6 @@ IN_MEMORY = "in memory"  # the hook's in place of a digest: nothing tells one st
 SHORT_FORM = ("ratio", "rows", "chat_tokens", "overall", "warnings")
 FIGURE_FILE = "merge_norms.png"
 
-CHAT_COLOUR, CPT_COLOUR = "#56b4e9", "#e69f00"  # as in the evaluation's figures and on the report's page
 SHARES = ("vector", "change", "cosine", "contained")
 CURVES = {
     "length": {"vector": "chat vector / base", "change": "change by CPT / base"},
@@ -177,14 +177,14 @@ def draw(layers: Mapping[str, Mapping[str, Sums]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     lengths, cosine = figure.subplots(1, 2)
-    colors = {label: CHAT_COLOUR if number == 0 else f"C{number + 2}" for number, label in enumerate(layers)}
+    colors = {label: MODEL_COLOURS["chat"] if number == 0 else f"C{number + 2}" for number, label in enumerate(layers)}
     for label, parts in layers.items():
         shares = {name: sums.vector_share for name, sums in parts.items()}
         _draw_parts(lengths, shares, colors[label], f"{label}, |chat - base| / |base|")
     first = next(iter(layers.values()))
     if any(sums.change for sums in first.values()):
         change = "CPT's change, |cpt - base| / |base|"
-        _draw_parts(lengths, {name: sums.change_share for name, sums in first.items()}, CPT_COLOUR, change)
+        _draw_parts(lengths, {name: sums.change_share for name, sums in first.items()}, MODEL_COLOURS["cpt"], change)
     lengths.set_title("Length of the changes", fontsize=10)
     lengths.set_ylim(0, (1.25 + 0.08 * len(layers)) * lengths.get_ylim()[1])  # room for the legend
     lengths.legend(frameon=False, fontsize=8, loc="upper center", ncols=1)

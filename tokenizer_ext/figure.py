@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.palette import LANGUAGE_COLOURS, MODEL_COLOURS
 from tokenizer_ext.measure import Fertility, Usefulness
-
-BASE_COLOUR, CPT_COLOUR = "#8c8c8c", "#e69f00"  # as in the evaluation's figures and on the report's page
-LANGUAGE_COLOURS = ("#3b5bdb", "#c2255c", "#6f7500", "#8f3fbf", "#00808f", "#a0522d")  # as on the report's page
 
 
 def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path: Path) -> None:
@@ -18,7 +16,8 @@ def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path:
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)
     bars, curves = figure.subplots(1, 2)
     languages = [one.language for one in fertility]
-    for which, (offset, label, colour) in enumerate(((-0.2, "base", BASE_COLOUR), (0.2, "extended", CPT_COLOUR))):
+    kinds = ((-0.2, "base", MODEL_COLOURS["base"]), (0.2, "extended", MODEL_COLOURS["cpt"]))
+    for which, (offset, label, colour) in enumerate(kinds):
         values = [one.tokens_per_character[which] for one in fertility]
         drawn = bars.bar([place + offset for place in range(len(languages))], values, 0.38, label=label, color=colour)
         bars.bar_label(drawn, fmt="%.2f", fontsize=8)

@@ -38,7 +38,8 @@ def no_commas(reply: str) -> bool:
 def quoted(reply: str) -> bool:
     """The whole reply stands in quotation marks: 「」 『』 “” "" and the like."""
     text = reply.strip()
-    return len(text) > 2 and QUOTES.get(text[0]) == text[-1]
+    closing = QUOTES.get(text[:1])
+    return len(text) > 2 and text[-1] == closing and closing not in text[1:-1]
 
 
 @check("title")

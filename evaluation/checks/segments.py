@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import regex
 
+QUOTED = "[」』”’\"']"
 CLOSING = "」』”’\"'）)】》〉］]"
 ENDS = "。！？!?．｡"
 # A full stop between digits (3.14), after an initial or one of these is no end
-SHORT_FORMS = {"mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "jr", "sr"}
+SHORT_FORMS = {"mr", "mrs", "ms", "dr", "prof", "st", "mt", "vs", "e.g", "i.e", "jr", "sr", "inc", "ltd", "co", "fig"}
 BULLET = regex.compile(r"^[ \t]*(?:[-*+–—][ \t]+|[•·・‧●○▪◦‣※][ \t　]*)(?=\S)", regex.M)
 RULE = regex.compile(r"^[ \t]*([-*_=][ \t]*){3,}$", regex.M)  # a line across the page, in Markdown
 HAN_NUMBERS = "一二三四五六七八九十"
@@ -44,7 +45,7 @@ def _end(line: str, start: int, stop: int) -> int | None:
     after = regex.compile(f"[{regex.escape(CLOSING, special_only=False)}]*").match(line, stop)
     assert after is not None
     follows = line[after.end() : after.end() + 1]
-    if after[0] and regex.match(r"[\p{L}\p{N}]|\s+\p{Ll}", line[after.end() :]):
+    if regex.search(QUOTED, after[0]) and regex.match(r"[\p{L}\p{N}]|\s+\p{Ll}", line[after.end() :]):
         return None
     if line[start] == "." and not _full_stop(line, start, stop, follows):
         return None
@@ -59,6 +60,8 @@ def _full_stop(line: str, start: int, stop: int, follows: str) -> bool:
     assert word is not None
     if stop - start > 1:
         return not line[stop:].strip()
+    if word[0].lower() == "no" and regex.match(r"\s*\d", line[stop:]):  # No. 5
+        return False
     return word[0].lower() not in SHORT_FORMS and not regex.fullmatch(r"\p{Lu}|(\p{L}\.)+\p{L}", word[0])
 
 

@@ -52,7 +52,7 @@ def read_answer(answer: Any) -> Score:
     """The score of {"results": [{"flagged": true, "categories": {...}}]}; none for anything else."""
     try:
         result = answer["results"][0]
-        flagged, categories = result["flagged"], result.get("categories", {})
+        flagged, categories = result["flagged"], result.get("categories") or {}
         if not isinstance(flagged, bool):
             raise TypeError
         names = [name for name, holds in categories.items() if holds is True] if flagged else []

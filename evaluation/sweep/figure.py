@@ -12,8 +12,8 @@ mpl.use("Agg")
 
 from matplotlib.figure import Figure
 
+from core.palette import LANGUAGE_COLOURS
 from evaluation.facets.language import BITS
-from evaluation.figures import COLOURS
 from evaluation.sweep.points import Point
 
 TITLES = {"chat": "chat: all of the three", "in_language": "in the language asked for", BITS: "held-out text"}
@@ -35,7 +35,7 @@ def draw_curves(
     figure = Figure(figsize=(3.9 * len(panels), 3.9), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         for number, language in enumerate(languages):
-            _line(axes, points, name, language, COLOURS[1:][number % (len(COLOURS) - 1)])
+            _line(axes, points, name, language, LANGUAGE_COLOURS[number % len(LANGUAGE_COLOURS)])
         if recommended is not None:
             axes.axvline(recommended, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         axes.set_title(TITLES.get(name, name.replace("_", " ")), loc="left", fontweight="bold")

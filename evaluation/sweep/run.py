@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,20 +141,31 @@ class Sweep:
         if self.config.search.trials and not kinds:
             named = ", ".join(self.config.search.kinds)
             raise UserError(f"sweep.search.kinds are {named}, which the model does not have; name others.")
-        for ratio in sorted({0.0, *self.config.ratios}, key=lambda ratio: (ratio != 0, ratio)):
+        ratios = {0.0, *self.config.ratios, *self._ratios_of(kept.values())}
+        for ratio in sorted(ratios, key=lambda ratio: (ratio != 0, ratio)):
             take({EVERYTHING: ratio})  # 0 first: the others are compared with it
         for number in range(self.config.search.trials):
             take(search.suggest(self.config.search, kinds, found.judged, number))
         found.recommendation = recommend(found.judged, self.config.recommend)
         return found
 
+    def _identify(self, ratios: dict[str, float]) -> tuple[MergeConfig, str]:
+        """The merge at these ratios, and the key of its point."""
+        config = merge_config(self.merge, ratios, self.config.per_layer)
+        settings = {"merge": config.model_dump(), "evaluation": self.evaluation.model_dump()}
+        return config, stage_key("sweep point", settings, self.inputs.fingerprints)
+
+    def _ratios_of(self, points: Iterable[Point]) -> list[float]:
+        """The ratios that were measured before, with the settings of now: a sweep adds to the one before it."""
+        return [
+            point.ratio for point in points if point.ratio is not None and self._identify(point.ratios)[1] == point.key
+        ]
+
     def _point(
         self, ratios: dict[str, float], model: MergedModel, kept: Mapping[str, Point], division: Division
     ) -> Point:
         """The point of these ratios: kept from before, or measured now and kept."""
-        config = merge_config(self.merge, ratios, self.config.per_layer)
-        settings = {"merge": config.model_dump(), "evaluation": self.evaluation.model_dump()}
-        key = stage_key("sweep point", settings, self.inputs.fingerprints)
+        config, key = self._identify(ratios)
         if key in kept:
             say(f"sweep: {name_of(ratios)} is done already")
             return kept[key]

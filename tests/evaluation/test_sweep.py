@@ -145,6 +145,9 @@ def test_points_that_are_done_are_not_done_again(inputs, evaluation, tmp_path, m
     finer = sweep(inputs, evaluation, tmp_path / "out", ratios="0:1:0.25", recommend={"quality": "stopped"})
     assert len(measured) == 5  # 0.25 and 0.75 were not there; another rule measures nothing anew
     assert finer["points"] == 5
+    another = sweep(inputs, evaluation, tmp_path / "out", ratios=[0.25], recommend={"quality": "stopped"})
+    assert another == finer, "it adds to what is there"
+    assert len(measured) == 5
     sweep(inputs, evaluation, tmp_path / "out", per_layer="ramp(0.5, 1)")
     sweep(replace(inputs, fingerprints={"cpt": "2"}), evaluation, tmp_path / "out")
     assert len(measured) == 11  # other merges, another model

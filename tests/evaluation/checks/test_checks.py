@@ -50,6 +50,7 @@ CASES = [
     ("quoted", {}, "「加油！」", "「加油！"),
     ("quoted", {}, "“가자, 할 수 있어!”", '"가자” 그래'),
     ("quoted", {}, '"You can do it."', "You can do it."),
+    ("quoted", {}, '"It\'s you."', '"a" and "b"'),
     ("title", {}, "《颱風夜》\n風很大。", "颱風夜\n《風很大》"),
     ("title", {}, "\n<<The storm>>\nIt blew.", "<The storm>\nIt blew."),
     ("title", {}, "【눈 오는 날】 이야기", "눈 오는 날"),

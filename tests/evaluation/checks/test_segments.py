@@ -29,6 +29,8 @@ SENTENCES = [
     ('"Stop!" she cried. "Now."', 2),
     ("Visit example.com today. It works.", 2),
     ("The U.S. economy grew. So did ours.", 2),
+    ("Mt. Fuji is No. 5. I said no. Apple Inc. grew.", 3),
+    ("（他笑了。）下一句。", 2),
     # lists and rules
     ("1. 燒水。\n2. 放茶葉。\n3. 等三分鐘。", 3),
     ("- one\n- two", 2),
