@@ -15,6 +15,7 @@ from evaluation.division import Division, divided_work
 from evaluation.facets.facet import Facet, Findings, Subject
 from evaluation.generate import converse
 from evaluation.heldout import Text
+from evaluation.kept import KeptResults
 from evaluation.models import load_model, shared_context
 from evaluation.report import report
 from evaluation.results import ModelResult, Sample, choose_baseline, summarise
@@ -44,13 +45,36 @@ def run(
     if any(facet.needs_template() for facet in facets):
         chat = read_chat_template(chat_template_from) if chat_template_from else first_template(models)
     check_judges(setup, facets)
+    kept = KeptResults.of(config, text, chat_template_from, out)
     with divided_work() as division:
-        found = [evaluate_model(name, directory, config, facets, chat, division) for name, directory in models.items()]
+        found = [
+            _kept_or_new(name, directory, config, facets, chat, division, kept) for name, directory in models.items()
+        ]
         found = compare(found, facets, choose_baseline(list(models), config.baseline), division)
     results = summarise(found, facets, config.baseline, config.seed)
     if division.world.is_main:
         report(config, models, results, out, tracker)
+        kept.clear()
     return results.flat()
+
+
+def _kept_or_new(
+    name: str,
+    directory: Path,
+    config: EvaluationConfig,
+    facets: Sequence[Facet],
+    chat: ChatTemplate | None,
+    division: Division,
+    kept: KeptResults,
+) -> ModelResult:
+    """What an evaluation that was cut short found of a model, or what is found now."""
+    before = division.from_main(lambda: kept.read(name, directory))
+    if before is not None:
+        return before
+    result = evaluate_model(name, directory, config, facets, chat, division)
+    if division.world.is_main:
+        kept.keep(result, directory)
+    return result
 
 
 def evaluate_model(

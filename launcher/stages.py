@@ -258,6 +258,7 @@ STAGES = [
         _evaluation,
         lambda run: run.folder("evaluation") / "results.json",
         is_complete=_nothing_failed,
+        resumable=True,
         distributed=True,
     ),
 ]  # fmt: skip

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 
 import pytest
 
+import evaluation.run
 from core.errors import UserError
 from core.sources import Corpus
 from evaluation.config import EvaluationConfig
@@ -15,7 +17,7 @@ from evaluation.heldout import read_documents
 from evaluation.models import shared_context
 from evaluation.report import is_complete, show_samples
 from evaluation.results import ModelResult, Sample
-from evaluation.run import run
+from evaluation.run import evaluate_model, run
 from tests.distributed import free_port, run_ranks
 from tests.evaluation.http_server import completion, judging
 from tracking import TrackingConfig, read_log, start_tracker
@@ -125,6 +127,48 @@ def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, 
     dialogue = samples[12]
     assert len(dialogue["replies"]) == (len(dialogue["messages"]) + 1) // 2 == len(dialogue["checks"])
     assert {"chat", "dialogue_turns", "dialogues"} <= dialogue["scores"].keys()
+
+
+def test_one_that_was_cut_short_asks_no_model_twice(
+    models_of_two_vocabularies, corpus, prompts_file, judge, tmp_path, monkeypatch, capsys
+):
+    config = EvaluationConfig(
+        prompts=str(prompts_file), suites=["language", "chat", "safety"], languages=["ko"], judge=judge, **SETTINGS
+    )
+    evaluated: list[str] = []
+
+    def counting(name, *arguments, until=9):
+        if len(evaluated) == until:
+            raise KeyboardInterrupt
+        evaluated.append(name)
+        return evaluate_model(name, *arguments)
+
+    def go(out, until=9, config=config):
+        monkeypatch.setattr(evaluation.run, "evaluate_model", partial(counting, until=until))
+        out.mkdir(exist_ok=True)
+        run(config, models_of_two_vocabularies, corpus, models_of_two_vocabularies["chat"], out, SilentTracker())
+
+    go(tmp_path / "whole")
+    evaluated.clear()
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", until=1)
+    assert evaluated == ["base"]
+    capsys.readouterr()
+    go(tmp_path / "cut")
+    assert evaluated == ["base", "chat"]
+    assert "base: evaluated already" in capsys.readouterr().err
+    whole, cut = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
+    for results in (whole, cut):
+        del results["judges"]  # the second time the judge's answers came from its cache
+        for model in results["models"].values():
+            del model["generated_tokens_per_second"], model["judge"]
+    assert cut == whole
+    assert (tmp_path / "cut/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
+    assert not (tmp_path / "cut" / "models").exists()
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", until=3)
+    go(tmp_path / "cut", config=config.model_copy(update={"max_new_tokens": 5}))
+    assert evaluated == ["base", "chat", "base", "base", "chat"], "other settings"
 
 
 def test_without_prompts_only_bits_per_byte(models_of_two_vocabularies, corpus, tmp_path):
