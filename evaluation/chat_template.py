@@ -12,7 +12,7 @@ from jinja2.exceptions import TemplateError
 
 from core.errors import UserError
 from core.progress import say
-from evaluation.conversation import Message
+from evaluation.conversation import Conversation, Message
 from evaluation.models import LoadedModel, end_tokens, load_tokenizer
 
 PLACEHOLDERS = ("UserPlaceholder", "AssistantPlaceholder")
@@ -65,6 +65,17 @@ def template_for(loaded: LoadedModel, directory: Path, chat: ChatTemplate) -> Ch
     vocabulary = tokenizer.get_vocab()
     ends = list(dict.fromkeys([*own_ends, *(token for token in chat.end_tokens if token in vocabulary)]))
     return ChatTemplate(chat.template, ends, sorted({*chat.marks, *special_tokens(tokenizer)}), chat.source)
+
+
+def check_prompts(models: Mapping[str, Path], chat: ChatTemplate, conversations: Sequence[Conversation]) -> None:
+    """Render every first turn for every model, before any is loaded. Raises `UserError` for what a template refuses."""
+    for name, directory in models.items():
+        tokenizer = load_tokenizer(directory)
+        for conversation in conversations:
+            try:
+                render(tokenizer, tokenizer.chat_template or chat.template, conversation.turns[0].messages)
+            except UserError as error:
+                raise UserError(f"model {name}, {conversation.questions[:60]!r}: {error}") from None
 
 
 def render(tokenizer: Any, template: str, messages: Sequence[Message]) -> str:

@@ -42,6 +42,7 @@ def report(config: EvaluationConfig, models: Mapping[str, Path], results: Result
     show_scores(results)
     show_breakdowns(results)
     show_not_run(results)
+    show_left_out(results)
     show_judges(results)
     show_samples(results.models, config.samples_shown)
 
@@ -247,18 +248,22 @@ def not_scored(result: ModelResult) -> list[NotRun]:
 
 
 def show_not_run(results: Results) -> None:
-    """What could not be had, and what was left out of a figure, and why."""
+    """What could not be had, and why."""
     models: dict[NotRun, list[str]] = {}
     for result in results.models:
         for one in result.not_run:
             models.setdefault(one, []).append(result.name)
     for one, names in models.items():
         say(f"{', '.join(names)}: {one.figure} was not run: {one.reason}")
+    for reason in results.failed:
+        say(f"evaluation: {reason}; what is missing for it is asked again when the same command is run again")
+
+
+def show_left_out(results: Results) -> None:
+    """What was left out of a figure, and why."""
     for result in results.models:
         for one in not_scored(result):
             say(f"{result.name}: {one.figure}: {one.reason}")
-    for reason in results.failed:
-        say(f"evaluation: {reason}; what is missing for it is asked again when the same command is run again")
 
 
 def judges_took(results: Results) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.progress import timed
-from evaluation.chat_template import ChatTemplate, first_template, read_chat_template, template_for
+from evaluation.chat_template import ChatTemplate, check_prompts, first_template, read_chat_template, template_for
 from evaluation.config import EvaluationConfig
 from evaluation.conversation import Exchange
 from evaluation.division import Division, divided_work
@@ -44,6 +44,7 @@ def run(
     chat = None
     if any(facet.needs_template() for facet in facets):
         chat = read_chat_template(chat_template_from) if chat_template_from else first_template(models)
+        check_prompts(models, chat, [asked for facet in facets for asked in facet.conversations()])
     check_judges(setup, facets)
     kept = KeptResults.of(config, text, chat_template_from, out)
     with divided_work() as division:

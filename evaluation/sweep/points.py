@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Point:
     figures: dict[str, dict[str, Estimate]]  # language -> figure
     merge_seconds: float  # adding the vector to the model in memory
     evaluation_seconds: float
+    judges: dict[str, dict[str, float]] = field(default_factory=dict)  # requests, tokens and cost of each
+    not_scored: dict[str, dict[str, int]] = field(default_factory=dict)  # figure -> why something was left out -> times
 
     @property
     def ratio(self) -> float | None:

@@ -19,7 +19,7 @@ from evaluation.facets.judge import COMPARISON
 from evaluation.facets.language import BITS
 from evaluation.heldout import Text, languages_of
 from evaluation.models import shared_context
-from evaluation.report import sample_rows
+from evaluation.report import judges_took, sample_rows, show_judges, show_left_out
 from evaluation.results import summarise
 from evaluation.run import measure
 from evaluation.suites import Setup, check_judges, figures_of_replies, make_facets
@@ -175,12 +175,15 @@ class Sweep:
         result = measure(subject, model.template, self.evaluation, self.facets)
         results = summarise([result], self.facets, None, self.evaluation.seed)
         figures = results.scores[result.name]
-        point = Point(key, ratios, figures, merge_seconds, time.monotonic() - started)
+        seconds, left_out = time.monotonic() - started, result.details.get("not_scored", {})
+        point = Point(key, ratios, figures, merge_seconds, seconds, judges_took(results), left_out)
         if division.world.is_main:
             folder = self.out / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             rows = ({**row, "ratios": ratios} for row in sample_rows(results))
             write_text(folder / f"{key}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            show_left_out(results)
+            show_judges(results)
             for reason in results.failed:
                 say(f"sweep: {name_of(ratios)} is not kept, and measured anew another time: {reason}")
             if not results.failed:

@@ -19,6 +19,7 @@ from evaluation.report import is_complete, show_samples
 from evaluation.results import ModelResult, Sample
 from evaluation.run import evaluate_model, run
 from tests.distributed import free_port, run_ranks
+from tests.evaluation.conftest import TEMPLATE
 from tests.evaluation.http_server import completion, judging
 from tracking import TrackingConfig, read_log, start_tracker
 from tracking.tracker import SilentTracker
@@ -205,6 +206,26 @@ def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
     ]:  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             run(config.model_copy(update=settings), models, corpus, template_from, tmp_path, SilentTracker())
+
+
+def test_a_prompt_that_a_template_refuses_is_found_before_a_model_is_loaded(models_of_two_vocabularies, tmp_path):
+    strict = shutil.copytree(models_of_two_vocabularies["chat"], tmp_path / "strict")
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    for file in (strict / "chat_template.jinja", strict / "tokenizer_config.json"):
+        if file.is_file() and file.suffix == ".jinja":
+            file.write_text(template)
+        elif "chat_template" in (config := json.loads(file.read_text())):
+            file.write_text(json.dumps({**config, "chat_template": template}))
+    (tmp_path / "p.jsonl").write_text(
+        '{"language": "ko", "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "왜?"}]}'
+    )
+    config = EvaluationConfig(prompts=str(tmp_path / "p.jsonl"), suites=["form"])
+    models = {"chat": models_of_two_vocabularies["chat"], "strict": strict}
+    with pytest.raises(
+        UserError, match=r"model strict, '왜\?': the chat template refuses .* system, user \(no system\)"
+    ):
+        run(config, models, {}, None, tmp_path, SilentTracker())
+    assert not (tmp_path / "models").exists(), "the first model was not asked either"
 
 
 def test_the_window_is_one_that_every_model_can_take(models_of_two_vocabularies, capsys):

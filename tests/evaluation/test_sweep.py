@@ -167,7 +167,7 @@ def test_a_sweep_that_was_stopped_goes_on(inputs, evaluation, tmp_path, monkeypa
     assert len(measured) == 1
 
 
-def test_a_point_that_a_judge_left_out_is_not_kept(inputs, evaluation, tmp_path, serve, monkeypatch):
+def test_a_point_that_a_judge_left_out_is_not_kept(inputs, evaluation, tmp_path, serve, monkeypatch, capsys):
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"language": "ko", "turns": ["왜?"]}), encoding="utf-8")
     alive = [True]
@@ -181,6 +181,9 @@ def test_a_point_that_a_judge_left_out_is_not_kept(inputs, evaluation, tmp_path,
     measured = measured_points(monkeypatch)
     sweep(inputs, judged, tmp_path / "out", ratios="0:0.5:0.5", **rule)
     assert len(measured) == 2
+    points = json.loads((tmp_path / "out" / "results.json").read_text())["points"]
+    assert points[0]["judges"]["m"]["requests"] == 1
+    assert "judge m: 1 requests, 0 more answered from the cache" in capsys.readouterr().err
     alive.clear()
     (tmp_path / "another").mkdir()
     elsewhere = judged.model_copy(
