@@ -110,10 +110,12 @@ def test_a_run_that_is_not_trained_has_nothing_to_sweep(recipe_path: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_the_command_sweeps_a_finished_run_in_two_processes(finished: Path, recipe_path: Path) -> None:
-    done = cpt_merge("sweep", recipe_path, "--ratios", "0:1:0.5", "sweep.recommend.bits_per_byte_rise=null")
+def test_the_command_sweeps_a_finished_run_in_two_processes(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "tiny")
+    words = ("--ratios", "0:1:0.5", f"runs={tmp_path}", "sweep.recommend.bits_per_byte_rise=null")
+    done = cpt_merge("sweep", recipe_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((finished / "sweep" / "results.json").read_text())
+    results = json.loads((tmp_path / "tiny" / "sweep" / "results.json").read_text())
     assert [point["ratios"]["all"] for point in results["points"]] == [0.0, 0.5, 1.0]
     merged = json.loads((finished / "evaluation" / "results.json").read_text())["models"]["merged"]["scores"]
     at_1 = results["points"][2]["figures"]
@@ -121,5 +123,5 @@ def test_the_command_sweeps_a_finished_run_in_two_processes(finished: Path, reci
     for end, value in merged["ko"]["bits_per_byte"].items():
         assert at_1["ko"]["bits_per_byte"][end] == pytest.approx(value, rel=1e-3)
     assert "sweep: recommended: " in done.stderr
-    again = cpt_merge("sweep", recipe_path, "--ratios", "0:1:0.5", "sweep.recommend.bits_per_byte_rise=null")
+    again = cpt_merge("sweep", recipe_path, *words)
     assert again.stderr.count("is done already") == 3
