@@ -101,7 +101,7 @@ def template_marks(tokenizer: Any) -> list[str]:
     """What the template writes around messages, found by rendering placeholders, and the special tokens.
 
     Of the template's own text, a piece between special tokens, line ends and messages counts if it holds more than
-    letters, digits and spaces, and more than one mark (`[INST]`, `### Response:`): `user` or `.` may be in any reply.
+    letters, digits and spaces, and two characters (`[INST]`, `### Response:`): `user` or `.` may be in any reply.
     """
     user, assistant = PLACEHOLDERS
     messages = [{"role": role, "content": text} for role, text in (("user", user), ("assistant", assistant)) * 2]

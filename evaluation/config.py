@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import regex
 from pydantic import ValidationInfo, field_validator
 
 from core.config import Section, key
@@ -196,6 +197,8 @@ class EvaluationConfig(Section):
     def _of_other_names(cls, models: dict[str, str]) -> dict[str, str]:
         if taken := sorted(OF_A_RECIPE & models.keys()):
             raise ValueError(f"{', '.join(taken)}: the recipe's own model has this name; choose another")
+        if wrong := [name for name in models if not regex.fullmatch(r"\w[\w.-]*", name)]:
+            raise ValueError(f"{wrong[0]!r} is no name of a model: letters, digits, . _ and -")
         return models
 
     def files(self) -> dict[str, str]:

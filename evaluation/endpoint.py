@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import time
 import urllib.error
@@ -85,8 +86,12 @@ class Endpoint:
         if error.code in (401, 403):
             there = "is set" if os.environ.get(self.key_variable) else "is not set"
             return f"status {error.code}, the key is refused (environment variable {self.key_variable} {there})"
-        said = " ".join(error.read(CHUNK).decode(errors="replace").split())[:SHOWN_CHARACTERS]
-        return f"status {error.code} {error.reason}" + (f", {without_secrets(said)}" if said else "")
+        try:
+            said = " ".join(error.read1(CHUNK).decode(errors="replace").split())
+        except (OSError, http.client.HTTPException):  # the status says enough
+            said = ""
+        said = without_secrets(said)[:SHOWN_CHARACTERS]  # in this order: half a secret is not known for one
+        return f"status {error.code} {error.reason}" + (f", {said}" if said else "")
 
 
 def _pause(asked: str | None, first: float, attempt: int) -> float:
@@ -95,7 +100,7 @@ def _pause(asked: str | None, first: float, attempt: int) -> float:
         pause = float(asked or "")
     except ValueError:
         pause = first * 2 ** (attempt - 1)
-    return min(max(pause, 0.0), LONGEST_PAUSE)
+    return min(max(pause, 0.0), LONGEST_PAUSE) if math.isfinite(pause) else LONGEST_PAUSE
 
 
 def _reason(error: Exception) -> str:

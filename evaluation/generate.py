@@ -7,8 +7,10 @@ full. Batches are formed before they are divided over the processes, so no reply
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import regex
 import torch
@@ -119,13 +121,24 @@ def reply_batch(
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=loaded.device)
     torch.manual_seed(config.seed * 1_000_003 + seed)
     settings = generation_settings(config, stop_ids, max(rooms))
-    output = loaded.model.generate(input_ids=inputs, attention_mask=mask, generation_config=settings)
+    with _without_own_settings(loaded.model):
+        output = loaded.model.generate(input_ids=inputs, attention_mask=mask, generation_config=settings)
     rows = output[:, longest:].tolist()
     return [_reply(loaded, row[:room], set(stop_ids)) for row, room in zip(rows, rooms, strict=True)]
 
 
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """`generate` takes from the model's own `generation_config` whatever it is not told, such as `min_new_tokens`."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def generation_settings(config: EvaluationConfig, stop_ids: list[int], new_tokens: int) -> GenerationConfig:
-    """The same for every model: what its own `generation_config.json` says was dropped when it was loaded."""
+    """The same for every model."""
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=new_tokens,

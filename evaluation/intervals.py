@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 RESAMPLES = 1000
 COVERAGE = 0.95
+FEWEST = 4  # units that a difference must rest on to be called one: of fewer, all may agree by chance
 
 Parts = dict[int, tuple[float, float]]  # unit (a document, a conversation) -> (top, bottom); figure = sum / sum
 
@@ -71,7 +72,7 @@ def difference(parts: Parts, baseline: Parts, seed: int) -> Difference | None:
     ours, theirs = (np.array([of[unit] for unit in common], dtype=np.float64).T for of in (parts, baseline))
     low, high = _interval(_resampled(ours, seed) - _resampled(theirs, seed), len(common))
     value = float(ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum())
-    return Difference(value, low, high, len(common), beyond=not low <= 0 <= high)
+    return Difference(value, low, high, len(common), beyond=len(common) >= FEWEST and not low <= 0 <= high)
 
 
 def _resampled(pairs: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:

@@ -1,70 +1,85 @@
-"""What was found of each model, kept until the evaluation is whole: one that was cut short asks no model twice."""
+"""What was found of each model, kept beside the evaluation until it is whole: nothing is generated twice.
+
+OUT.kept/NAME-KEY.json for OUT; the key changes with all that a result depends on.
+"""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
-from core.artifact import fingerprint, stage_key, write_text
+from core.artifact import fingerprint, installed_versions, stage_key, write_text
 from core.progress import say
-from core.sources import Corpus, source_files
+from core.sources import Corpus, Source, source_files
+from evaluation.chat_template import ChatTemplate
 from evaluation.config import EvaluationConfig
 from evaluation.heldout import Text
+from evaluation.reading import PACKAGED
 from evaluation.results import ModelResult
 
-FOLDER = "models"  # of the evaluation's
 RESULT = TypeAdapter(ModelResult)
 
 
 @dataclass(frozen=True)
 class KeptResults:
-    """NAME-KEY.json of each finished model; the key changes with all that its result depends on."""
+    """The results of the models that are done. Rank 0's business."""
 
     folder: Path
-    config: EvaluationConfig
-    inputs: Mapping[str, str]
+    key: str  # of all but the model
 
     @staticmethod
-    def of(config: EvaluationConfig, text: Text, chat_template_from: Path | None, out: Path) -> KeptResults:
-        """Those of an evaluation that writes into `out`."""
-        files = {name: fingerprint(Path(path).expanduser()) for name, path in config.files().items()}
-        if chat_template_from is not None:
-            files["template"] = fingerprint(chat_template_from)
-        return KeptResults(out / FOLDER, config, {**files, **_fingerprints(text)})
+    def of(config: EvaluationConfig, text: Text, chat: ChatTemplate | None, out: Path) -> KeptResults:
+        """Those of an evaluation that writes into `out`; `chat` is how models without a template are spoken to."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        settings = {"config": config.model_dump(), "chat": repr(chat), "versions": installed_versions()}
+        inputs = {**input_files(config, text), "built-in": fingerprint(str(PACKAGED)), "device": device}
+        return KeptResults(out.with_name(f"{out.resolve().name}.kept"), stage_key("evaluated", settings, inputs))
 
     def read(self, name: str, directory: Path) -> ModelResult | None:
-        """What was found of this model, if it was whole."""
+        """What was found of this model before."""
         path = self._path(name, directory)
         if not path.is_file():
             return None
         try:
-            result = RESULT.validate_json(path.read_text(encoding="utf-8"))
+            result = RESULT.validate_json(path.read_bytes())
         except ValidationError:
             say(f"{path} is damaged; {name} is evaluated anew")
             return None
-        say(f"{name}: evaluated already, before the evaluation was cut short")
+        what = "its replies are there already, for what failed" if result.failed else "evaluated already"
+        say(f"{name}: {what}, by an evaluation that did not come to its end")
         return result
 
     def keep(self, result: ModelResult, directory: Path) -> None:
-        """Keep it, unless an endpoint failed: that is to be asked again."""
-        if not result.failed:
-            write_text(self._path(result.name, directory), RESULT.dump_json(result).decode())
+        """Keep it."""
+        write_text(self._path(result.name, directory), RESULT.dump_json(result).decode())
 
     def clear(self) -> None:
-        """The evaluation is whole."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """The evaluation is whole: remove what was kept for it, and for earlier settings."""
+        for path in self.folder.glob("*.json"):
+            path.unlink()
+        with suppress(OSError):  # what else somebody put there stays
+            self.folder.rmdir()
 
     def _path(self, name: str, directory: Path) -> Path:
-        inputs = {**self.inputs, "model": fingerprint(directory)}
-        return self.folder / f"{name}-{stage_key('evaluated model', self.config.model_dump(), inputs)}.json"
+        return self.folder / f"{name}-{stage_key(self.key, {}, {'model': fingerprint(directory)})}.json"
 
 
-def _fingerprints(text: Text) -> dict[str, str]:
+def input_files(config: EvaluationConfig, text: Text) -> dict[str, str]:
+    """The fingerprints of all files that an evaluation reads beside its models."""
+    found = {name: fingerprint(Path(path).expanduser()) for name, path in config.files().items()}
+    if config.safety.classifier is not None:
+        found["classifier"] = fingerprint(Path(config.safety.classifier.model).expanduser())
     if isinstance(text, Corpus):
-        files = [str(file) for source in text.sources for file in source_files(source)]
-        return {"corpus": repr(text.text()), **{path: fingerprint(path) for path in files}}
-    return {f"text {language} {path}": fingerprint(path) for language, path in text.items()}
+        sources, found["corpus"] = text.sources, repr(text.text())
+    else:
+        sources = [Source(path=path, language=language) for language, path in text.items()]
+    return found | _of_sources(sources)
+
+
+def _of_sources(sources: Sequence[Source]) -> dict[str, str]:
+    return {f"text {source.language} {file}": fingerprint(file) for source in sources for file in source_files(source)}

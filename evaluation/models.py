@@ -69,7 +69,6 @@ def load_model(name: str, directory: Path, local_rank: int, weights: Path | None
     dtype = torch.bfloat16 if cuda else torch.float32
     other = {"config": AutoConfig.from_pretrained(directory), "ignore_mismatched_sizes": True} if weights else {}
     model = AutoModelForCausalLM.from_pretrained(weights or directory, dtype=dtype, **other).to(device).eval()
-    model.generation_config = GenerationConfig()  # `generate` would take from it whatever it is not told
     return LoadedModel(name, model, load_tokenizer(directory))
 
 

@@ -113,6 +113,11 @@ def summarise(models: Sequence[ModelResult], facets: Sequence[Facet], baseline: 
                 differences[result.name].setdefault(language, {})[figure] = found
     of_facets = {facet.name: [figure.name for figure in facet.figures] for facet in facets}
     figures = {figure.name: figure for facet in facets for figure in facet.figures}
+    for facet, findings in (pair for result in models for pair in zip(facets, result.findings, strict=False)):
+        for part in findings.measured:
+            if part.figure.name not in figures:  # those of lm-eval's tasks are known when they have run
+                figures[part.figure.name] = part.figure
+                of_facets[facet.name].append(part.figure.name)
     return Results(list(models), figures, of_facets, scores, breakdowns, differences, compared_to)
 
 

@@ -46,7 +46,7 @@ def run(
         chat = read_chat_template(chat_template_from) if chat_template_from else first_template(models)
         check_prompts(models, chat, [asked for facet in facets for asked in facet.conversations()])
     check_judges(setup, facets)
-    kept = KeptResults.of(config, text, chat_template_from, out)
+    kept = KeptResults.of(config, text, chat, out)
     with divided_work() as division:
         found = [
             _kept_or_new(name, directory, config, facets, chat, division, kept) for name, directory in models.items()
@@ -55,7 +55,8 @@ def run(
     results = summarise(found, facets, config.baseline, config.seed)
     if division.world.is_main:
         report(config, models, results, out, tracker)
-        kept.clear()
+        if not results.failed:
+            kept.clear()
     return results.flat()
 
 
@@ -68,11 +69,14 @@ def _kept_or_new(
     division: Division,
     kept: KeptResults,
 ) -> ModelResult:
-    """What an evaluation that was cut short found of a model, or what is found now."""
+    """What an evaluation that was cut short found of a model, or what is found now.
+
+    Where an endpoint failed, all is measured again, of the replies that are there.
+    """
     before = division.from_main(lambda: kept.read(name, directory))
-    if before is not None:
+    if before is not None and not before.failed:
         return before
-    result = evaluate_model(name, directory, config, facets, chat, division)
+    result = evaluate_model(name, directory, config, facets, chat, division, before)
     if division.world.is_main:
         kept.keep(result, directory)
     return result
@@ -85,27 +89,38 @@ def evaluate_model(
     facets: Sequence[Facet],
     chat: ChatTemplate | None,
     division: Division,
+    before: ModelResult | None = None,
 ) -> ModelResult:
-    """One model, on every process. It is loaded here and gone afterwards, so that memory holds one at a time."""
+    """One model, on every process. It is loaded here and gone afterwards, so that memory holds one at a time.
+
+    The replies of `before` are taken where it is given.
+    """
     with timed(f"{name}: loading {directory}"):
         loaded = load_model(name, directory, division.world.local_rank)
     template = template_for(loaded, directory, chat) if chat else None
-    return measure(Subject(loaded, directory, division, template.marks if template else ()), template, config, facets)
+    subject = Subject(loaded, directory, division, template.marks if template else ())
+    return measure(subject, template, config, facets, before)
 
 
 def measure(
-    subject: Subject, template: ChatTemplate | None, config: EvaluationConfig, facets: Sequence[Facet]
+    subject: Subject,
+    template: ChatTemplate | None,
+    config: EvaluationConfig,
+    facets: Sequence[Facet],
+    before: ModelResult | None = None,
 ) -> ModelResult:
     """All facets of a model that is in memory: what they ask is answered together, and each makes its figures of it.
 
-    `template` is how it is spoken to; None if no facet needs one.
+    `template` is how it is spoken to; None if no facet needs one. The replies of `before` are taken where it is given.
     """
     subject = replace(subject, template=template)
     asked = {facet.name: facet.conversations() for facet in facets}
     conversations = [conversation for of_facet in asked.values() for conversation in of_facet]
     exchanges: list[Exchange] = []
     speed = 0.0
-    if conversations and template is not None:
+    if before is not None:
+        exchanges, speed = [sample.exchange for sample in before.samples], before.tokens_per_second
+    elif conversations and template is not None:
         generation = converse(subject.loaded, template, conversations, config, subject.division)
         exchanges, speed = generation.exchanges, generation.tokens_per_second
     places = _places(asked)

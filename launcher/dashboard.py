@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from core.progress import say
 from evaluation.facets.form import FIGURES as FORM
 from evaluation.facets.instructions import CHECKS_STRICT
 from evaluation.facets.language import BITS, FIGURE
 from evaluation.figures import pictures
 from evaluation.suites import Setup, figures_of_replies
 from evaluation.sweep.recommend import drawn_figures
-from launcher.identity import group_name
+from launcher.identity import IDS_FILE, group_name
 from launcher.preview import read_prompts
 from launcher.recipe import Recipe
 from tracking.dashboard import Figure, Pipeline
@@ -21,6 +22,8 @@ def pipeline_of(recipe: Recipe) -> Pipeline:
         for facet, figure, languages in figures_of_replies(Setup(recipe.evaluation, recipe.corpus))
     ]
     names = [BITS] * ("language" in recipe.evaluation.suites) + [figure.name for figure in figures]
+    if not (recipe.directory / IDS_FILE).is_file():
+        say(f"dashboard: nothing was logged from {recipe.directory} yet; it shows what will be logged from there")
     return Pipeline(
         group_name(recipe.name, recipe.directory), recipe.corpus.languages(), figures, pictures(names),
         previewed=_previewed(recipe), swept=_swept(recipe),

@@ -96,6 +96,7 @@ def _evaluate_directories(request: Request) -> None:
         if not Path(path).expanduser().exists() and not any(character in path for character in "*?["):
             raise UserError(f"--text {tag}={path} does not exist; give a file of text.")
     template = model_directory(request.template) if request.template else None
+    from evaluation.kept import input_files
     from evaluation.run import run
     from launcher.identity import group_name, run_id
     from launcher.pipeline import closing_on_error
@@ -107,7 +108,8 @@ def _evaluate_directories(request: Request) -> None:
             say(f"evaluation: {out} holds an earlier evaluation, which this one replaces")
     name, group = out.resolve().name, group_name(out.resolve().name, out)
     recorded = {"models": {name: str(path) for name, path in models.items()}, **settings.model_dump()}
-    inputs = {str(path): fingerprint(str(path)) for path in (*models.values(), *text.values())}
+    inputs = {name: fingerprint(path) for name, path in models.items()} | input_files(settings.evaluation, text)
+    inputs["template"] = fingerprint(template) if template else ""
     wandb_id = run_id(out, group, "evaluation", stage_key("evaluation", recorded, inputs), out / "log")
     tracker = start_tracker(settings.tracking, "evaluation", name, group, out / "log", recorded, wandb_id)
     with closing_on_error(tracker, "evaluation"):

@@ -29,12 +29,11 @@ def group_name(name: str, directory: Path) -> str:
 def run_id(directory: Path, group: str, stage: str, key: str, log: Path) -> str:
     """The id of the run that a stage with this key logs to in `log`, which may hold earlier attempts."""
     first = f"{group}-{stage}-{key[:8]}"
-    held = read_run(log).get("run_id")
-    ids = _ids(directory)
+    if not find_world().is_main:
+        return first  # it logs nothing; a node's run takes its name from what rank 0 wrote
+    held, ids = read_run(log).get("run_id"), _ids(directory)
     if held in _numbered(first, ids["logs"].get(first, 0)):
         return str(held)
-    if not find_world().is_main:
-        return first
     ids["logs"][first] = ids["logs"].get(first, 0) + 1
     write_json(directory / IDS_FILE, ids)
     return _numbered(first, ids["logs"][first])[-1]

@@ -173,10 +173,10 @@ def _remove(result: Path, folder: Path) -> None:
 def _remove_all_but_the_log(folder: Path) -> None:
     """Make room in a folder that an attempt left unfinished: this one starts over, in the same W&B run."""
     for path in folder.iterdir():
-        if path.is_dir() and path.name != "log":
-            shutil.rmtree(path)
-        elif not path.is_dir():
+        if path.is_symlink() or not path.is_dir():
             path.unlink()
+        elif path.name != "log":
+            shutil.rmtree(path)
 
 
 def _was_begun(folder: Path, key: str) -> bool:

@@ -258,7 +258,6 @@ STAGES = [
         _evaluation,
         lambda run: run.folder("evaluation") / "results.json",
         is_complete=_nothing_failed,
-        resumable=True,
         distributed=True,
     ),
 ]  # fmt: skip

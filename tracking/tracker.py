@@ -19,13 +19,13 @@ import math
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from core.world import find_world
 from tracking.config import TrackingConfig
-from tracking.local import STEP, LocalLog, Row, RunIdentity
+from tracking.local import STEP, LocalLog, Row, RunIdentity, read_run
 from tracking.local import Artifact as Artifact  # part of the interface, as is
 from tracking.local import Cell as Cell
 from tracking.secrets import without_secrets
@@ -125,10 +125,16 @@ def start_tracker(
     config = config.model_copy(update={"tags": without_secrets(config.tags)})
     if not world.is_main:
         watched = config.system_metrics == "nodes" and world.local_rank == 0 and config.carrier != "none"
-        node = run.of_node(socket.gethostname())
-        folder = directory / "nodes" / node.run_id
-        return NodeTracker(lambda: _open(config, node, folder)[1]) if watched else SilentTracker()
+        return NodeTracker(lambda: _open_node(config, run, directory)) if watched else SilentTracker()
     return StageTracker(*_open(config, run, directory))
+
+
+def _open_node(config: TrackingConfig, run: RunIdentity, directory: Path) -> RemoteCarrier | None:
+    """The run of this node, named after that which rank 0 has opened by now."""
+    opened = read_run(directory)
+    named = {name: opened[name] for name in ("group", "run_id") if name in opened}
+    node = replace(run, **named).of_node(socket.gethostname())
+    return _open(config, node, directory / "nodes" / node.run_id)[1]
 
 
 def _open(config: TrackingConfig, run: RunIdentity, directory: Path) -> tuple[LocalLog, RemoteCarrier | None]:

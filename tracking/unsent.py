@@ -11,7 +11,7 @@ def holds_unsent(directory: Path) -> bool:
     """Whether a stage's log has attempts that are still to be uploaded."""
     if not (directory / "wandb").is_dir():
         return False
-    from tracking.wandb_history import not_uploaded  # takes a second to import
+    from tracking.wandb_history import not_uploaded, of_other_runs  # takes a second to import
 
     run_id = read_run(directory).get("run_id")
-    return run_id is not None and bool(not_uploaded(directory, run_id))
+    return run_id is not None and bool(not_uploaded(directory, run_id) or of_other_runs(directory, run_id))

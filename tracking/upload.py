@@ -13,7 +13,7 @@ from core.progress import say
 from tracking.config import TrackingConfig
 from tracking.local import RunIdentity, StageLog, read_log
 from tracking.wandb_carrier import WandbCarrier, check_reachable, continue_online
-from tracking.wandb_history import held_rows, is_offline, mend, not_uploaded
+from tracking.wandb_history import held_rows, is_offline, mend, not_uploaded, of_other_runs
 
 
 def upload(directory: Path) -> bool:
@@ -26,22 +26,22 @@ def upload(directory: Path) -> bool:
     """
     log = read_log(directory)
     run = RunIdentity(**{field.name: log.run[field.name] for field in fields(RunIdentity)})
-    for attempt in not_uploaded(directory, run.run_id):
+    for attempt in (*of_other_runs(directory, run.run_id), *not_uploaded(directory, run.run_id)):
         mend(attempt)
-    left = not_uploaded(directory, run.run_id)
-    if not left:
+    others, left = of_other_runs(directory, run.run_id), not_uploaded(directory, run.run_id)
+    if not others and not left:
         return False
     config = parse_section(TrackingConfig, log.run["tracking"], str(directory / "run.json"))
     check_reachable(config)
     if any(not is_offline(path) for path in left):
         say(f"W&B: {run.run_name}: what is missing of its {len(log.rows):,} rows")
         _send(log, continue_online(config, run, directory.absolute()))
-    offline = [path for path in left if is_offline(path)]
+    offline = [*others, *(path for path in left if is_offline(path))]
     if offline:
         say(f"W&B: {run.run_name}: {len(offline)} offline attempt(s)")
         command = [sys.executable, "-m", "wandb", "sync", *(str(path.absolute()) for path in offline)]
         subprocess.run(command, cwd=directory, check=False)  # it says itself what it does
-    still = not_uploaded(directory, run.run_id)
+    still = [*of_other_runs(directory, run.run_id), *not_uploaded(directory, run.run_id)]
     if still:
         raise UserError(f"W&B has not got all of {', '.join(map(str, still))}; try again.")
     held = held_rows(directory, run.run_id, None)

@@ -71,6 +71,16 @@ def not_uploaded(directory: Path, run_id: str) -> list[Path]:
     return [path for path in found if (is_offline(path) or path in online) and not marker(path).exists()]
 
 
+def of_other_runs(directory: Path, run_id: str) -> list[Path]:
+    """Offline attempts of other runs under a stage's log that `wandb sync` has not uploaded.
+
+    A sweep, and an evaluation without a recipe, keep their folder for other settings, which are another run.
+    """
+    mine = attempts(directory, run_id)
+    found = sorted((directory / "wandb").glob("offline-run-*"))
+    return [path for path in found if not path.is_symlink() and path not in mine and not marker(path).exists()]
+
+
 class Journal:
     """The rows that an attempt has given to wandb, each written before it is given.
 

@@ -38,8 +38,16 @@ def no_commas(reply: str) -> bool:
 def quoted(reply: str) -> bool:
     """The whole reply stands in quotation marks: 「」 『』 “” "" and the like."""
     text = reply.strip()
-    closing = QUOTES.get(text[:1])
-    return len(text) > 2 and text[-1] == closing and closing not in text[1:-1]
+    opening, closing = text[:1], QUOTES.get(text[:1])
+    if len(text) <= 2 or text[-1] != closing:
+        return False
+    inner = regex.sub(r"(?<=\p{L})['’](?=\p{L})", "", text[1:-1])  # It's
+    depth = 1
+    for character in inner:  # 「a」和「b」 is two quotations
+        depth += (character == opening != closing) - (character == closing)
+        if depth == 0:
+            return False
+    return True
 
 
 @check("title")

@@ -8,13 +8,13 @@ QUOTED = "[」』”’\"']"
 CLOSING = "」』”’\"'）)】》〉］]"
 ENDS = "。！？!?．｡"
 # A full stop between digits (3.14), after an initial or one of these is no end
-SHORT_FORMS = {"mr", "mrs", "ms", "dr", "prof", "st", "mt", "vs", "e.g", "i.e", "jr", "sr", "inc", "ltd", "co", "fig"}
+SHORT_FORMS = {"mr", "mrs", "ms", "dr", "prof", "st", "mt", "vs", "e.g", "i.e", "jr", "sr", "inc", "ltd", "co"}
 BULLET = regex.compile(r"^[ \t]*(?:[-*+–—][ \t]+|[•·・‧●○▪◦‣※][ \t　]*)(?=\S)", regex.M)
 RULE = regex.compile(r"^[ \t]*([-*_=][ \t]*){3,}$", regex.M)  # a line across the page, in Markdown
 HAN_NUMBERS = "一二三四五六七八九十"
 NUMBER = regex.compile(
     r"^[ \t]*(?:#{1,6}[ \t]+)?(?:\*\*|__)?"  # a heading's or bold letters' marks
-    rf"(?:[（(]?(\d{{1,3}})(?:[.．)）、:]|번[.:)]?)(?!\d)|([①-⑳])|[（(]?([{HAN_NUMBERS}]{{1,3}})[、)）])"
+    rf"(?:[（(]?(\d{{1,3}})(?:[.．)）、:]|번[.:)]?)(?!\d)|([①-⑳])|[（(]?([{HAN_NUMBERS}]{{1,3}})(?:[、.．](?![{HAN_NUMBERS}])|[)）]))"
     r"(?:\*\*|__)?[ \t　]*(?=\S)",
     regex.M,
 )
@@ -60,7 +60,7 @@ def _full_stop(line: str, start: int, stop: int, follows: str) -> bool:
     assert word is not None
     if stop - start > 1:
         return not line[stop:].strip()
-    if word[0].lower() == "no" and regex.match(r"\s*\d", line[stop:]):  # No. 5
+    if word[0] == "No" and regex.match(r"\s*\d", line[stop:]):  # No. 5
         return False
     return word[0].lower() not in SHORT_FORMS and not regex.fullmatch(r"\p{Lu}|(\p{L}\.)+\p{L}", word[0])
 
@@ -80,8 +80,9 @@ def bullets(text: str) -> list[str]:
 def numbers(text: str) -> list[int]:
     """The numbers that lines begin with: 1. 1) (1) 1、 ① 1번 and 一、, also bold; not of lists within a list."""
     found = [(len(match[0]) - len(match[0].lstrip(" \t")), _number(match)) for match in NUMBER.finditer(text)]
-    outermost = min((indent for indent, _ in found), default=0)
-    return [number for indent, number in found if indent == outermost]
+    # a reply is stripped, so that its first line has lost the indent that the others have
+    outermost = min((indent for indent, _ in (found[1:] if NUMBER.match(text) else found)), default=0)
+    return [number for place, (indent, number) in enumerate(found) if place == 0 or indent == outermost]
 
 
 def _number(match: regex.Match[str]) -> int:

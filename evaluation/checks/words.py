@@ -22,9 +22,10 @@ def _has(reply: str, word: str) -> bool:
     inner = regex.escape(plain(word))
     before = r"(?<![\p{Latin}\p{N}])" if regex.match(r"[\p{Latin}\p{N}]", plain(word)) else ""
     after = r"(?![\p{Latin}\p{N}])" if regex.search(r"[\p{Latin}\p{N}]$", plain(word)) else ""
-    before += r"(?<!\p{N}[.,])" if regex.match(r"\p{N}", plain(word)) else ""
-    after += r"(?![.,]\p{N})" if regex.search(r"\p{N}$", plain(word)) else ""
-    return regex.search(before + inner + after, plain(reply)) is not None
+    # nor a part of 3.7 or of 1,700, which a comma between two items (7, 8 and 7，8) does not make
+    before += r"(?<!\p{N}\.)(?<!\p{N},(?=\p{N}{3}(?!\p{N})))" if regex.match(r"\p{N}", plain(word)) else ""
+    after += r"(?!\.\p{N}|,\p{N}{3}(?!\p{N}))" if regex.search(r"\p{N}$", plain(word)) else ""
+    return regex.search(before + inner + after, plain(reply.replace("，", "、"))) is not None
 
 
 def _some(**arguments: list[str]) -> None:

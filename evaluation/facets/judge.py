@@ -157,8 +157,8 @@ def _comparison(prompt: str, first: Exchange, second: Exchange) -> str:
 
 
 def _speaks(judged: Sequence[Judged[Any]]) -> bool:
-    """Whether a judge said anything usable of what it was asked: no figure is made of empty replies alone."""
-    return not judged or any(one.value is not None for one in judged)
+    """Whether a judge was there to the end and said something usable: else empty replies would make its figure."""
+    return not judged or (any(one.value is not None for one in judged) and not any(one.dead for one in judged))
 
 
 def _of_silence(ours: Exchange, theirs: Exchange) -> Judged[float]:

@@ -168,7 +168,8 @@ def text_of(completion: Any) -> str | None:
         text = completion["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         return None
-    return text if isinstance(text, str) else None
+    # half a surrogate pair can be written nowhere
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else None
 
 
 def usage_of(completion: Any) -> Usage:

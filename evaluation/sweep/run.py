@@ -184,8 +184,10 @@ class Sweep:
             write_text(folder / f"{key}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             show_left_out(results)
             show_judges(results)
-            for reason in results.failed:
-                say(f"sweep: {name_of(ratios)} is not kept, and measured anew another time: {reason}")
             if not results.failed:
                 PointsFile(self.out / "points.jsonl").add(point)
+        if results.failed:
+            raise UserError(
+                f"{results.failed[0]}; mend that and run the same command, which goes on at ratio {name_of(ratios)}."
+            )
         return point

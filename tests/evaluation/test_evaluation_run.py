@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 import evaluation.run
 from core.errors import UserError
 from core.sources import Corpus
+from evaluation.chat_template import read_chat_template
 from evaluation.config import EvaluationConfig
 from evaluation.conversation import Exchange, Reply, prompt
 from evaluation.heldout import read_documents
+from evaluation.kept import KeptResults
 from evaluation.models import shared_context
 from evaluation.report import is_complete, show_samples
 from evaluation.results import ModelResult, Sample
@@ -144,6 +147,9 @@ def test_one_that_was_cut_short_asks_no_model_twice(
         evaluated.append(name)
         return evaluate_model(name, *arguments)
 
+    (tmp_path / "cut.kept").mkdir()
+    (tmp_path / "cut.kept" / "mine.txt").write_text("somebody's")
+
     def go(out, until=9, config=config):
         monkeypatch.setattr(evaluation.run, "evaluate_model", partial(counting, until=until))
         out.mkdir(exist_ok=True)
@@ -165,7 +171,8 @@ def test_one_that_was_cut_short_asks_no_model_twice(
             del model["generated_tokens_per_second"], model["judge"]
     assert cut == whole
     assert (tmp_path / "cut/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
-    assert not (tmp_path / "cut" / "models").exists()
+    assert [path.name for path in (tmp_path / "cut.kept").iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "whole.kept").exists()
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "cut", until=3)
     go(tmp_path / "cut", config=config.model_copy(update={"max_new_tokens": 5}))
@@ -225,7 +232,7 @@ def test_a_prompt_that_a_template_refuses_is_found_before_a_model_is_loaded(mode
         UserError, match=r"model strict, '왜\?': the chat template refuses .* system, user \(no system\)"
     ):
         run(config, models, {}, None, tmp_path, SilentTracker())
-    assert not (tmp_path / "models").exists(), "the first model was not asked either"
+    assert not list(tmp_path.glob("*.kept")), "the first model was not asked either"
 
 
 def test_the_window_is_one_that_every_model_can_take(models_of_two_vocabularies, capsys):
@@ -250,6 +257,21 @@ def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(models_of_
     assert "chat: flagged was not run: http" in capsys.readouterr().err
 
 
+def test_a_kept_result_is_of_the_same_files_and_template(models_of_two_vocabularies, tmp_path):
+    (tmp_path / "ko.txt").write_text("가")
+    config, chat = EvaluationConfig(), read_chat_template(models_of_two_vocabularies["chat"])
+    directory, text = models_of_two_vocabularies["base"], {"ko": str(tmp_path / "*.txt")}
+
+    def key(chat=chat):
+        return KeptResults.of(config, text, chat, tmp_path)._path("base", directory)
+
+    first = key()
+    assert first == key()
+    assert first != key(replace(chat, template="another"))
+    (tmp_path / "ko.txt").write_text("나")
+    assert first != key()
+
+
 def test_what_is_left_out_of_a_figure_is_said(models_of_two_vocabularies, judge, serve, tmp_path, capsys):
     moody = serve(lambda number, body: (200, completion("hm" if number % 2 else "SCORE: 4")))
     settings = {**judge, "url": moody.url, "modes": ["mark"]}
@@ -265,7 +287,7 @@ def test_what_is_left_out_of_a_figure_is_said(models_of_two_vocabularies, judge,
 
 
 def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again(
-    models_of_two_vocabularies, judge, serve, tmp_path, capsys
+    models_of_two_vocabularies, judge, serve, tmp_path, capsys, monkeypatch
 ):
     ending = serve(lambda number, body: (200, completion("SCORE: 4")) if number < 5 else (503, "no more"))
     settings = {**judge, "url": ending.url, "modes": ["mark"], "attempts": 1}
@@ -277,8 +299,18 @@ def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again
     assert "503" in models["chat"]["not_run"]["judge_mark"]
     assert "asked again when the same command is run again" in capsys.readouterr().err
     assert not is_complete(tmp_path / "results.json"), "so that the stage is not skipped"
-    run(config.model_copy(update={"judge": None}), models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    first = json.loads((tmp_path / "results.json").read_text())
+    ending.asked.clear()  # it is back
+    monkeypatch.setattr(evaluation.run, "converse", None)  # no reply is generated again
+    run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
     assert is_complete(tmp_path / "results.json")
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["models"]["chat"]["scores"]["ko"]["judge_mark"]["value"] == 4
+    for name, model in again["models"].items():
+        del model["scores"]["ko"]["judge_mark"]
+        first["models"][name]["scores"]["ko"].pop("judge_mark", None)
+        assert model["scores"] == first["models"][name]["scores"]
+    assert not list(tmp_path.glob("*.kept"))
 
 
 def test_the_judges_figures_and_what_they_took(models_of_two_vocabularies, judge, tmp_path, capsys):

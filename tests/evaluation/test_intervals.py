@@ -51,3 +51,10 @@ def test_few_units_have_wider_intervals():
         found = [mean(list(values), seed=0) for values in random.normal(size=(400, n))]
         missed = sum(not one.low <= 0 <= one.high for one in found) / len(found)
         assert missed < 0.08, (n, missed)
+
+
+def test_so_few_units_make_no_difference():
+    for n, beyond in ((1, False), (3, False), (4, True)):
+        found = difference(parts([1.0] * n), parts([0.5] * n), seed=0)
+        assert found is not None
+        assert found.beyond == beyond

@@ -189,7 +189,7 @@ def test_a_point_that_a_judge_left_out_is_not_kept(inputs, evaluation, tmp_path,
     elsewhere = judged.model_copy(
         update={"judge": judged.judge.model_copy(update={"cache": str(tmp_path / "another")})}
     )
-    with pytest.raises(UserError, match="judge_mark, which was not measured"):
+    with pytest.raises(UserError, match=r"503 .*mend that and run the same command, which goes on at ratio 0\."):
         sweep(inputs, elsewhere, tmp_path / "out", **rule)
     alive.append(True)
     assert sweep(inputs, elsewhere, tmp_path / "out", ratios="0:0.5:0.5", **rule)["points"] == 2

@@ -128,7 +128,9 @@ def test_killed_with_two_processes_it_continues_with_one(untied, tmp_path):
 
 def test_ctrl_c_keeps_what_is_done(untied, tmp_path):
     out = tmp_path / "out"
-    process = start(untied, out)
+    process = start(
+        untied, out, pause=0.05
+    )  # long enough for the signal to come before the end, also on a busy machine
     wait_for(lambda: blocks_written(out) >= 20, process)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 75

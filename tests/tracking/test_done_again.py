@@ -10,6 +10,7 @@ import wandb
 from launcher.pipeline import replacing
 from launcher.stages import find_stage
 from tests.launcher.test_identity import log
+from tracking.unsent import holds_unsent
 from tracking.upload import upload
 
 
@@ -44,3 +45,15 @@ def test_a_stage_that_was_killed_and_starts_over_goes_on_in_its_run(tmp_path: Pa
             pass
     assert ids[0] == ids[1]
     assert len(server.runs[ids[0]].history) == 3
+
+
+def test_a_folder_that_holds_the_logs_of_two_runs_is_uploaded_whole(tmp_path: Path, server) -> None:
+    """A sweep stays in its folder, also with other settings."""
+    ids = [log(tmp_path, "sweep", key, "offline", value=value) for key, value in (("11111111", 0.0), ("22222222", 5.0))]
+    wandb.teardown()
+    assert holds_unsent(tmp_path / "sweep" / "log")
+    assert upload(tmp_path / "sweep" / "log")
+    for name, value in zip(ids, (0.0, 5.0), strict=True):
+        assert server.runs[name].rows("merge/norm", by="merge/layer") == [(layer, value + layer) for layer in range(3)]
+    assert not holds_unsent(tmp_path / "sweep" / "log")
+    assert not upload(tmp_path / "sweep" / "log")

@@ -7,6 +7,7 @@ import sys
 import matplotlib.image
 import pytest
 
+from core.artifact import write_json
 from core.errors import UserError
 from tests.tracking.wandb_log import attempts, history, inspect, items, records
 from tracking import TrackingConfig, read_log, start_tracker
@@ -203,10 +204,11 @@ def test_on_request_each_node_is_measured_in_a_run_of_its_own(tmp_path, monkeypa
     assert not (tmp_path / "off").exists()
     tracker = start(tmp_path, TrackingConfig(carrier="offline", system_metrics="nodes"))
     assert not (tmp_path / "nodes").exists(), "not before the first process has made room"
+    write_json(tmp_path / "run.json", {"group": "demo-abc", "run_id": "demo-training-1-2"})  # by the first process
     tracker.resume_from(0)
     tracker.log({"train/loss": 1.0}, step=1)
     tracker.finish()
-    node = f"demo-training-1-{socket.gethostname()}"
+    node = f"demo-training-1-2-{socket.gethostname()}"
     (log,) = attempts(tmp_path / "nodes" / node)
     kinds = [record.WhichOneof("record_type") for record in records(log)]
     assert "stats" in kinds

@@ -30,6 +30,7 @@ SENTENCES = [
     ("Visit example.com today. It works.", 2),
     ("The U.S. economy grew. So did ours.", 2),
     ("Mt. Fuji is No. 5. I said no. Apple Inc. grew.", 3),
+    ("He said no. 7 people left.", 2),
     ("（他笑了。）下一句。", 2),
     # lists and rules
     ("1. 燒水。\n2. 放茶葉。\n3. 等三分鐘。", 3),
@@ -94,7 +95,9 @@ def test_bullets(text, expected):
         ("1. one\n   1. inner\n   2. inner\n2. two", [1, 2]),
         ("一、燒水\n二、放茶葉\n（三）喝", [1, 2, 3]),
         ("九、a\n十、b\n十一、c\n二十、d\n二十一、e", [9, 10, 11, 20, 21]),
+        ("1. a\n 2. b\n 3. c", [1, 2, 3]),  # a stripped reply has lost the first one's indent
         ("一樓很冷", []),
+        ("七、八個人站在門口。", []),
         ("3.14 是圓周率", []),
         ("2024. 올해", []),
         ("10:30 出發", []),

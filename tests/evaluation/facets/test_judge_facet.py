@@ -12,7 +12,7 @@ from evaluation.judge.client import Judge
 from evaluation.judge.prompts import COMPARISON, MARK
 from evaluation.judge.verdicts import NO_VERDICT
 from tests.distributed import free_port
-from tests.evaluation.http_server import judging
+from tests.evaluation.http_server import completion, judging
 
 ALONE = Division(World())
 PROMPTS = {"mark": MARK, "comparison": COMPARISON}
@@ -113,6 +113,15 @@ def test_empty_replies_alone_make_no_figure_where_the_judge_says_nothing(judge, 
         assert findings.not_run[0].reason != "the reply is empty"
         assert [one.scores[figure] for one in findings.verdicts] == [None, None]
         assert bool(findings.failed) == (not nonsense), "nonsense would be said again"
+
+
+def test_a_judge_that_dies_marks_no_empty_reply(judge, serve):
+    ending = serve(lambda number, body: (200, completion("SCORE: 9")) if number == 1 else (503, "no more"))
+    facet = JudgeFacet([], Bench([judge(None, url=ending.url)], ["mark"], PROMPTS))
+    findings = facet.measure(Subject, [exchange(text) for text in ("a", "b", "c", "", "")])
+    assert figures(findings)["judge_mark", ""].value == 9
+    assert figures(findings)["judge_mark", ""].n == 1
+    assert findings.failed
 
 
 def test_without_a_judge_it_is_not_run():

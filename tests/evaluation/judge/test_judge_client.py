@@ -82,12 +82,37 @@ def test_a_busy_endpoint_is_asked_again(serve, make):
 
 def test_the_pause_is_what_the_endpoint_asks_for_or_grows():
     assert [_pause(None, 0.5, attempt) for attempt in (1, 2, 3)] == [0.5, 1, 2]
-    assert [_pause(asked, 0.5, 1) for asked in ("3", "1.5", "600", "Wed, 21 Oct 2026 07:28:00 GMT")] == [
-        3,
-        1.5,
-        60,
-        0.5,
-    ]
+    asked = {"3": 3, "1.5": 1.5, "600": 60, "nan": 60, "Wed, 21 Oct 2026 07:28:00 GMT": 0.5}
+    assert {text: _pause(text, 0.5, 1) for text in asked} == asked
+
+
+def test_what_an_endpoint_says_to_an_error_is_shown_without_secrets(serve, make, monkeypatch):
+    monkeypatch.setenv("A_SECRET_KEY", "abcdefgh" * 4)
+    said = "the key " + "x" * 170 + "abcdefgh" * 4 + " is wrong"
+    (found,) = make(serve(lambda number, body: (400, said)).url).ask(["a"], ALONE)
+    assert "status 400" in found.reason
+    assert "the key xxx" in found.reason
+    assert "abcdefgh" not in found.reason
+
+
+def test_an_error_whose_text_breaks_off_is_an_error_like_others():
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def refuse():
+        with suppress(OSError), listener.accept()[0] as connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 503 Busy\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+
+    threading.Thread(target=refuse, daemon=True).start()
+    with pytest.raises(EndpointError, match="status 503 Busy"):
+        Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", "NO_KEY", timeout=2, attempts=1).post("x", {})
+    listener.close()
+
+
+def test_half_a_surrogate_pair_in_an_answer_can_be_written(serve, make):
+    broken = '{"choices": [{"message": {"content": "SCORE: 4 \\ud83d"}}]}'
+    (found,) = make(serve(lambda number, body: (200, broken)).url).ask(["a"], ALONE)
+    assert found.text == "SCORE: 4 ?"
 
 
 def test_an_answer_that_drips_is_given_up_after_the_timeout():
