@@ -49,6 +49,10 @@ def used(run: Run, stage: str, inputs: dict[str, str]) -> list[Artifact]:
             model = run.base if name == "base" else run.chat
             label = getattr(run.recipe.models, name).rstrip("/").split("/")[-1]
             found.append(Artifact(_name(f"{name}-{label}"), "model", model.absolute().as_uri(), digest, True))
+        elif name.startswith("model "):
+            further = name.removeprefix("model ")
+            path = run.further_models()[further].absolute()
+            found.append(Artifact(_name(f"model-{further}", str(path)), "model", path.as_uri(), digest, True))
         elif name.startswith("text "):
             short = _digest(digest, 16)  # of a source's files, one digest each
             sources = [one for one in run.recipe.corpus.sources if one.path == name.removeprefix("text ")]

@@ -99,3 +99,12 @@ def test_text_whose_folder_is_gone_since_is_not_taken_for_the_hub(recipe: Recipe
     run = Run(recipe.model_copy(update={"corpus": corpus}))
     (found,) = used(run, "data", {"text gone/ko.jsonl": "0123456789abcdef"})
     assert found.uri == here.as_uri()
+
+
+def test_further_models_of_an_evaluation_are_used_too(recipe: Recipe, pair: Path) -> None:
+    further = recipe.evaluation.model_copy(update={"models": {"sft": str(pair / "chat")}})
+    run = Run(recipe.model_copy(update={"evaluation": further}))
+    (found,) = used(run, "evaluation", {"model sft": "0123"})
+    assert re.fullmatch(r"model-sft-[0-9a-f]{6}", found.name)
+    assert (found.kind, found.digest, found.used) == ("model", "0123", True)
+    assert found.uri == (pair / "chat").as_uri()
