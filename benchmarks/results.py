@@ -85,20 +85,17 @@ def table(results: Path) -> None:
     models = json.loads(results.read_text(encoding="utf-8"))["models"]
     languages = dict.fromkeys(language for model in models.values() for language in model["scores"])
     for language in languages:
-        print(
-            f"\n| {language} | "
-            + " | ".join(heading for _, heading, _ in TABLE)
-            + " |\n|---"
-            + "|---" * len(TABLE)
-            + "|"
-        )
+        print()
+        _row(language, [heading for _, heading, _ in TABLE])
+        _row("---", ["---"] * len(TABLE))
         for name, model in models.items():
             found = model["scores"][language]
-            print(f"| {name} | " + " | ".join(_cell(found.get(figure), share) for figure, _, share in TABLE) + " |")
-        counts = next(iter(models.values()))["scores"][language]
-        print(
-            "| n | " + " | ".join(str(counts[figure]["n"]) if figure in counts else "" for figure, _, _ in TABLE) + " |"
-        )
+            _row(name, [_cell(found.get(figure), share) for figure, _, share in TABLE])
+        _row("n", [str(found.get(figure, {}).get("n", "")) for figure, _, _ in TABLE])
+
+
+def _row(first: str, cells: list[str]) -> None:
+    print(f"| {first} | {' | '.join(cells)} |")
 
 
 def _cell(found: dict[str, float] | None, share: bool) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -129,6 +130,20 @@ def read_json_lines(path: Path) -> list[Any]:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON, non-ASCII kept."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_writable(folder: Path, named: str) -> None:
+    """Make a folder, and a file in it that is gone at once, before hours are spent on what shall go there.
+
+    `named` is what the user called it. Raises `UserError`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{named} {folder} cannot be written ({reason}); choose another folder.") from None
 
 
 @contextmanager

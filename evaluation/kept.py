@@ -38,7 +38,8 @@ class KeptResults:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         settings = {"config": config.model_dump(), "chat": repr(chat), "versions": installed_versions()}
         inputs = {**input_files(config, text), "built-in": fingerprint(str(PACKAGED)), "device": device}
-        return KeptResults(out.with_name(f"{out.resolve().name}.kept"), stage_key("evaluated", settings, inputs))
+        folder = out.resolve()
+        return KeptResults(folder.with_name(f"{folder.name}.kept"), stage_key("evaluated", settings, inputs))
 
     def read(self, name: str, directory: Path) -> ModelResult | None:
         """What was found of this model before."""
@@ -60,7 +61,7 @@ class KeptResults:
 
     def clear(self) -> None:
         """The evaluation is whole: remove what was kept for it, and for earlier settings."""
-        for path in self.folder.glob("*.json"):
+        for path in self.folder.glob(f"*-{'[0-9a-f]' * 16}.json"):
             path.unlink()
         with suppress(OSError):  # what else somebody put there stays
             self.folder.rmdir()

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from core.artifact import write_json, write_text
+from core.artifact import write_json, write_json_lines
 from core.languages import find_language
 from core.progress import console, say
 from evaluation.config import EvaluationConfig
@@ -35,8 +35,7 @@ FAILED = "failed"  # of results.json: what endpoints said that failed
 def report(config: EvaluationConfig, models: Mapping[str, Path], results: Results, out: Path, tracker: Tracker) -> None:
     """Write and show everything."""
     write_json(out / "results.json", results_content(config, models, results))
-    rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in sample_rows(results))
-    write_text(out / "samples.jsonl", "".join(rows))
+    write_json_lines(out / "samples.jsonl", sample_rows(results))
     track(results, draw(results, out), tracker)
     tracker.file("evaluation-results.json", out / "results.json")
     show_scores(results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,7 @@ def run(
     check_judges(setup, facets)
     kept = KeptResults.of(config, text, chat, out)
     with divided_work() as division:
-        found = [
-            _kept_or_new(name, directory, config, facets, chat, division, kept) for name, directory in models.items()
-        ]
+        found = evaluate_models(models, config, facets, chat, division, kept)
         found = compare(found, facets, choose_baseline(list(models), config.baseline), division)
     results = summarise(found, facets, config.baseline, config.seed)
     if division.world.is_main:
@@ -60,26 +59,27 @@ def run(
     return results.flat()
 
 
-def _kept_or_new(
-    name: str,
-    directory: Path,
+def evaluate_models(
+    models: Mapping[str, Path],
     config: EvaluationConfig,
     facets: Sequence[Facet],
     chat: ChatTemplate | None,
     division: Division,
     kept: KeptResults,
-) -> ModelResult:
-    """What an evaluation that was cut short found of a model, or what is found now.
+) -> list[ModelResult]:
+    """What is found of each model, or was found by an evaluation that was cut short.
 
-    Where an endpoint failed, all is measured again, of the replies that are there.
+    Where an endpoint failed then, all is measured again, of the replies that are there.
     """
-    before = division.from_main(lambda: kept.read(name, directory))
-    if before is not None and not before.failed:
-        return before
-    result = evaluate_model(name, directory, config, facets, chat, division, before)
-    if division.world.is_main:
-        kept.keep(result, directory)
-    return result
+    found = []
+    for name, directory in models.items():
+        result = division.from_main(partial(kept.read, name, directory))
+        if result is None or result.failed:
+            result = evaluate_model(name, directory, config, facets, chat, division, result)
+            if division.world.is_main:
+                kept.keep(result, directory)
+        found.append(result)
+    return found
 
 
 def evaluate_model(

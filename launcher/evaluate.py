@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.artifact import fingerprint, stage_key
+from core.artifact import fingerprint, make_writable, stage_key
 from core.config import Section, apply_override, key, parse_section
 from core.errors import UserError
 from core.languages import find_language
@@ -103,7 +102,7 @@ def _evaluate_directories(request: Request) -> None:
 
     out = request.out
     if find_world().is_main:
-        _make(out)
+        make_writable(out, "--out")
         if (out / "results.json").exists():
             say(f"evaluation: {out} holds an earlier evaluation, which this one replaces")
     name, group = out.resolve().name, group_name(out.resolve().name, out)
@@ -116,15 +115,6 @@ def _evaluate_directories(request: Request) -> None:
         run(settings.evaluation, models, text, template, out, tracker)
     tracker.finish()
     say(f"evaluation: done -> {out}")
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from None
 
 
 def _settings(request: Request) -> Settings:

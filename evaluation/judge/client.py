@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from core.artifact import make_writable
 from core.errors import UserError
 from core.progress import say
 from evaluation.config import JudgeEndpointConfig, PriceConfig
@@ -82,7 +82,7 @@ class Judge:
         if self._checked:
             return
         self._checked = True
-        check_cache(self._cache)
+        make_writable(self._cache, "evaluation.judge.cache =")
         error = self._silence()
         if error is not None and error.refused:
             raise UserError(f"the judge refuses: {error}; correct evaluation.judge.")
@@ -179,18 +179,6 @@ def usage_of(completion: Any) -> Usage:
         return Usage(1, 0, int(counts["prompt_tokens"]), int(counts["completion_tokens"]))  # type: ignore[index]
     except (KeyError, TypeError, ValueError, OverflowError):
         return Usage(1, uncounted=1)
-
-
-def check_cache(folder: Path) -> None:
-    """Raise `UserError` for a cache that cannot be written, before hours are spent on replies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"evaluation.judge.cache = {folder} cannot be written ({error.strerror}); correct it."
-        ) from None
 
 
 def read_kept(path: Path) -> str | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.artifact import stage_key, write_text
+from core.artifact import stage_key, write_json_lines
 from core.errors import UserError
 from core.progress import say
 from evaluation.config import EvaluationConfig
@@ -180,8 +179,7 @@ class Sweep:
         if division.world.is_main:
             folder = self.out / "samples"
             folder.mkdir(parents=True, exist_ok=True)
-            rows = ({**row, "ratios": ratios} for row in sample_rows(results))
-            write_text(folder / f"{key}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_json_lines(folder / f"{key}.jsonl", ({**row, "ratios": ratios} for row in sample_rows(results)))
             show_left_out(results)
             show_judges(results)
             if not results.failed:

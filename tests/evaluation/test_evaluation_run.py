@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -267,6 +268,8 @@ def test_a_kept_result_is_of_the_same_files_and_template(models_of_two_vocabular
 
     first = key()
     assert first == key()
+    here = KeptResults.of(config, text, chat, Path()).folder
+    assert here == Path.cwd().with_name(f"{Path.cwd().name}.kept"), "--out ."
     assert first != key(replace(chat, template="another"))
     (tmp_path / "ko.txt").write_text("나")
     assert first != key()
