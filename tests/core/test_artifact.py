@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from core.artifact import StageRecord, fingerprint, new_directory, read_record, stage_key, write_record
+from core.artifact import (
+    StageRecord,
+    fingerprint,
+    new_directory,
+    read_json_lines,
+    read_record,
+    stage_key,
+    write_json_lines,
+    write_record,
+)
 from core.errors import UserError
 
 
@@ -50,3 +59,14 @@ def test_fingerprints_change_with_content_names_and_stage_keys(tmp_path: Path) -
     assert len(set(seen)) == 4
     assert seen[-1] == "stage:0123"
     assert fingerprint("org/model") == "hub:org/model"
+
+
+def test_rows_with_any_line_end_within_are_read_back(tmp_path: Path) -> None:
+    """Training reads such tables when it resumes: text from the web holds U+2028, which is a line end to Python."""
+    rows = [[1, "a\u2028b\u2029c\x85d\r\ne"], [2, "둘"]]
+    write_json_lines(tmp_path / "rows.jsonl", rows)
+    assert read_json_lines(tmp_path / "rows.jsonl") == rows
+    assert read_json_lines(tmp_path / "none.jsonl") == []
+    (tmp_path / "rows.jsonl").write_text('[1, "cut')
+    with pytest.raises(UserError, match=r"rows.jsonl is damaged .*mend it, or remove it"):
+        read_json_lines(tmp_path / "rows.jsonl")
