@@ -8,7 +8,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 .PHONY: demo test test-all test-slurm test-gpu check docs picture clean
 
 demo: $(VENV)/done  ## the whole method in miniature, on real text
-	$(BIN)/python -m recipes.demo.prepare --out runs/demo-inputs
+	$(BIN)/python -m cpt_merge.recipes.demo.prepare --out runs/demo-inputs
 	$(BIN)/cpt-merge run recipes/demo.yaml
 
 test: $(VENV)/done  ## the tests, a file at a time on each of two cores
@@ -30,7 +30,7 @@ check: $(VENV)/done  ## lint, format, types
 	$(BIN)/shellcheck --external-sources slurm/*.sh
 
 docs: $(VENV)/done  ## docs that are generated from the code
-	$(BIN)/python -m launcher.reference > docs/recipe.md
+	$(BIN)/python -m cpt_merge.launcher.reference > docs/recipe.md
 
 picture:  ## docs/demo-report.png, from the demo's report; needs Debian's chromium and fonts-noto-cjk
 	$(BIN)/cpt-merge report runs/demo

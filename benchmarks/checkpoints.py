@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint.dtypes import Float32, narrow, widen
-from checkpoint.reader import Checkpoint
-from checkpoint.writer import CheckpointWriter, Layout, TensorSpec
+from cpt_merge.checkpoint.dtypes import Float32, narrow, widen
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.writer import CheckpointWriter, Layout, TensorSpec
 
 SHARD_BYTES = 500_000_000
 _BLOCK = 1 << 22
@@ -37,7 +37,9 @@ class Shape:
             "post_attention_layernorm": (hidden,),
         }  # fmt: skip
         for layer in range(self.layers):
-            found |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
+            found |= {
+                f"model.layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()
+            }
         return {**found, "model.norm.weight": (hidden,), "lm_head.weight": (rows, hidden)}
 
 
@@ -50,7 +52,9 @@ def prepare(directory: Path, shape: Shape = Shape()) -> None:
     _model(long, shape, 48_000, base, 0.004, 3)
 
 
-def _model(out: Path, shape: Shape, rows: int, ancestor: Path | None, scale: float, seed: int) -> None:
+def _model(
+    out: Path, shape: Shape, rows: int, ancestor: Path | None, scale: float, seed: int
+) -> None:
     if out.exists():
         return
     specs = [TensorSpec(name, "BF16", size) for name, size in shape.tensors(rows).items()]
@@ -61,16 +65,21 @@ def _model(out: Path, shape: Shape, rows: int, ancestor: Path | None, scale: flo
         for name, info in writer.layout.tensors.items():
             for start in range(0, info.size, _BLOCK):
                 stop = min(start + _BLOCK, info.size)
-                values: Float32 = random.standard_normal(stop - start, np.float32) * np.float32(scale)
+                values: Float32 = random.standard_normal(stop - start, np.float32) * np.float32(
+                    scale
+                )
                 if source is not None and start < source.info(name).size:
-                    known = widen(source.read_flat(name, start, min(stop, source.info(name).size)), "BF16")
+                    known = widen(
+                        source.read_flat(name, start, min(stop, source.info(name).size)), "BF16"
+                    )
                     values[: len(known)] += known
                 writer.write_flat(name, start, narrow(values, "BF16"))
         writer.close()
         _write_json(writer.directory / "config.json", _config(shape, rows))
         _write_json(writer.directory / "tokenizer.json", word_tokenizer(rows))
         _write_json(
-            writer.directory / "tokenizer_config.json", {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+            writer.directory / "tokenizer_config.json",
+            {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
         )
         writer.publish()
 
@@ -87,8 +96,17 @@ def _config(shape: Shape, rows: int) -> dict[str, object]:
 
 def word_tokenizer(rows: int) -> dict[str, object]:
     """A tokenizer.json of `rows` made-up words: ids 0 .. 2 are unknown, begin and end."""
-    plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    special = [{"id": number, "content": token, **plain} for number, token in enumerate(["<unk>", "<s>", "</s>"])]
+    plain = {
+        "special": True,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
+    special = [
+        {"id": number, "content": token, **plain}
+        for number, token in enumerate(["<unk>", "<s>", "</s>"])
+    ]
     tokens = ["<unk>", "<s>", "</s>", *(f"t{number}" for number in range(3, rows))]
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,

@@ -27,12 +27,20 @@ from typing import Any
 import numpy as np
 import typer
 
-from core.artifact import write_json
-from core.sources import Corpus, Source
+from cpt_merge.core.artifact import write_json
+from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.sources import Corpus, Source
+from cpt_merge.data.store import (
+    STORE_FILE,
+    SourceInfo,
+    SplitCounts,
+    SplitWriter,
+    Store,
+    StoreInfo,
+    TokenizerInfo,
+)
+from cpt_merge.data.tokenise import write_store
 from tests.real_tokenizers import BASES
-from training.packing import TrainingRows
-from training.store import STORE_FILE, SourceInfo, SplitCounts, SplitWriter, Store, StoreInfo, TokenizerInfo
-from training.tokenise import write_store
 
 LANGUAGES = ("en", "ko", "zh_tw", "zh_cn")
 LINES = 20  # of a document
@@ -62,10 +70,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def speed(folder: Path, processes: int = os.cpu_count() or 1, tokenizers: str = "mistral,qwen") -> None:
+def speed(
+    folder: Path, processes: int = os.cpu_count() or 1, tokenizers: str = "mistral,qwen"
+) -> None:
     """Tokens per second of both ways, with the same processes: by the clock, and (complete with one) by processor."""
     files = _documents(folder)
-    results: dict[str, Any] = {"processes": processes, "megabytes": round(sum(f.stat().st_size for f in files) / 1e6)}
+    results: dict[str, Any] = {
+        "processes": processes,
+        "megabytes": round(sum(f.stat().st_size for f in files) / 1e6),
+    }
     for name in tokenizers.split(","):
         tokenizer = _tokenizer(folder, name)
         rounds = [
@@ -75,9 +88,13 @@ def speed(folder: Path, processes: int = os.cpu_count() or 1, tokenizers: str = 
             }
             for _ in range(ROUNDS)
         ]
-        rates = {way: [round(median(one[way][place] for one in rounds)) for place in (0, 1)] for way in rounds[0]}
+        rates = {
+            way: [round(median(one[way][place] for one in rounds)) for place in (0, 1)]
+            for way in rounds[0]
+        }
         ratios = [
-            round(median(one["store_way"][place] / one["run_clm_way"][place] for one in rounds), 2) for place in (0, 1)
+            round(median(one["store_way"][place] / one["run_clm_way"][place] for one in rounds), 2)
+            for place in (0, 1)
         ]
         results[name] = {"tokens_per_second": rates, "ratio": ratios, "rounds": rounds}
         print(json.dumps({name: results[name]}, indent=2), flush=True)
@@ -85,7 +102,11 @@ def speed(folder: Path, processes: int = os.cpu_count() or 1, tokenizers: str = 
 
 
 def _rates(
-    way: Callable[[list[Path], Path, Path, int], int], files: list[Path], tokenizer: Path, folder: Path, processes: int
+    way: Callable[[list[Path], Path, Path, int], int],
+    files: list[Path],
+    tokenizer: Path,
+    folder: Path,
+    processes: int,
 ) -> tuple[float, float]:
     """Tokens per second by the clock, and per second on a processor: of this process and those that it has ended."""
     start, processor = time.perf_counter(), sum(os.times()[:4])
@@ -95,7 +116,9 @@ def _rates(
 
 def store_way(files: list[Path], tokenizer: Path, folder: Path, processes: int) -> int:
     """Tokens of our way, from the text files to the finished store."""
-    corpus = Corpus(sources=[Source(path=str(file), language=file.stem) for file in files], heldout=0.001)
+    corpus = Corpus(
+        sources=[Source(path=str(file), language=file.stem) for file in files], heldout=0.001
+    )
     out = folder / "store"
     shutil.rmtree(out, ignore_errors=True)
     info = write_store(corpus, tokenizer, out, processes=processes)
@@ -112,10 +135,17 @@ def run_clm_way(files: list[Path], tokenizer: Path, folder: Path, processes: int
     shutil.rmtree(cache, ignore_errors=True)
     datasets.disable_progress_bars()
     text = datasets.load_dataset(
-        "json", data_files=[str(file) for file in files], split="train", cache_dir=str(cache), num_proc=processes
+        "json",
+        data_files=[str(file) for file in files],
+        split="train",
+        cache_dir=str(cache),
+        num_proc=processes,
     )
     tokenised = text.map(
-        lambda examples: loaded(examples["text"]), batched=True, num_proc=processes, remove_columns=text.column_names
+        lambda examples: loaded(examples["text"]),
+        batched=True,
+        num_proc=processes,
+        remove_columns=text.column_names,
     )
     rows = tokenised.map(group_texts, batched=True, num_proc=processes)
     return len(rows) * LENGTH
@@ -125,7 +155,10 @@ def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int
     """Documents end to end, cut into rows of LENGTH; what is left of every thousand documents is dropped."""
     joined = {name: list(chain(*values)) for name, values in examples.items()}
     total = len(joined["input_ids"]) // LENGTH * LENGTH
-    rows = {name: [values[i : i + LENGTH] for i in range(0, total, LENGTH)] for name, values in joined.items()}
+    rows = {
+        name: [values[i : i + LENGTH] for i in range(0, total, LENGTH)]
+        for name, values in joined.items()
+    }
     return {**rows, "labels": rows["input_ids"].copy()}
 
 
@@ -141,13 +174,22 @@ def open_store(folder: Path) -> None:
             if temperature == "cold":
                 _forget(store)
             command = [sys.executable, "-c", FIRST_BATCH, str(store), repr(time.time())]
-            found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            found.append(
+                json.loads(
+                    subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                )
+            )
     size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
     summary = {
         name: {part: round(median(one[part] for one in found), 3) for part in found[0]}
         for name, found in results.items()
     }
-    _finish(folder, "open", {"gigabytes": round(size / 1e9, 1), "median": summary, "rounds": results}, keep=True)
+    _finish(
+        folder,
+        "open",
+        {"gigabytes": round(size / 1e9, 1), "median": summary, "rounds": results},
+        keep=True,
+    )
 
 
 @app.command()
@@ -158,12 +200,16 @@ def place(folder: Path) -> None:
     for step in (0, 1_000_000):
         found: dict[str, list[float]] = {"places": [], "targets": [], "read": []}
         for number in range(7):
-            first = (step + number * 5) * BATCH  # every step is in a block of its own, so that nothing is at hand
+            first = (
+                step + number * 5
+            ) * BATCH  # every step is in a block of its own, so that nothing is at hand
             indices = range(first, first + BATCH)
             found["places"].append(_milliseconds(lambda: rows.order.places(np.asarray(indices))))  # noqa: B023
             found["targets"].append(_milliseconds(lambda: rows.targets(indices)))  # noqa: B023
             found["read"].append(_milliseconds(lambda: rows.batch(indices)))  # noqa: B023
-        results[f"step {step:,}"] = {name: round(median(values), 2) for name, values in found.items()}
+        results[f"step {step:,}"] = {
+            name: round(median(values), 2) for name, values in found.items()
+        }
     _finish(folder, "place", {"rows": BATCH, "length": 4096, "milliseconds": results})
 
 
@@ -199,13 +245,27 @@ def _write_large(store: Path) -> None:
     """Random tokens in documents of 20 to 2,000, in two sources."""
     generator, sources = np.random.default_rng(0), []
     for number in range(2):
-        writers = {split: SplitWriter(store / str(number) / split, "uint16") for split in ("train", "heldout")}
+        writers = {
+            split: SplitWriter(store / str(number) / split, "uint16")
+            for split in ("train", "heldout")
+        }
         for _ in range(STORE_TOKENS // 2 // 50_000_000):
             lengths = generator.integers(20, 2000, 49_500)
-            writers["train"].add(generator.integers(0, 32_000, lengths.sum(), np.uint16), lengths, 4 * lengths)
-        counts: dict[str, SplitCounts] = {split: writer.close() for split, writer in writers.items()}
-        sources.append(SourceInfo(str(number), "en", str(number), 0, 0, counts["train"], counts["heldout"], None))
-    write_json(store / STORE_FILE, asdict(StoreInfo("", TokenizerInfo("", 32_000, "uint16"), None, sources)))
+            writers["train"].add(
+                generator.integers(0, 32_000, lengths.sum(), np.uint16), lengths, 4 * lengths
+            )
+        counts: dict[str, SplitCounts] = {
+            split: writer.close() for split, writer in writers.items()
+        }
+        sources.append(
+            SourceInfo(
+                str(number), "en", str(number), 0, 0, counts["train"], counts["heldout"], None
+            )
+        )
+    write_json(
+        store / STORE_FILE,
+        asdict(StoreInfo("", TokenizerInfo("", 32_000, "uint16"), None, sources)),
+    )
 
 
 def _forget(store: Path) -> None:

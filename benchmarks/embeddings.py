@@ -24,12 +24,12 @@ import torch
 import typer
 from transformers import PreTrainedTokenizerFast
 
-from core.config import parse_section
-from core.languages import find_language
-from launcher.pipeline import run_stage
-from launcher.recipe import Recipe, read_yaml
-from launcher.stages import Run, find_stage
-from recipes.demo.pair import (
+from cpt_merge.core.config import parse_section
+from cpt_merge.core.languages import find_language
+from cpt_merge.launcher.pipeline import run_stage
+from cpt_merge.launcher.recipe import Recipe, read_yaml
+from cpt_merge.launcher.stages import Run, find_stage
+from cpt_merge.recipes.demo.pair import (
     ModelSettings,
     PairSettings,
     TrainSettings,
@@ -38,12 +38,14 @@ from recipes.demo.pair import (
     text_batches,
     train,
 )
-from recipes.demo.prepare import prepare
-from recipes.demo.tokenizer import train_sentencepiece, write_tokenizer
-from tracking import read_log
+from cpt_merge.recipes.demo.prepare import prepare
+from cpt_merge.recipes.demo.tokenizer import train_sentencepiece, write_tokenizer
+from cpt_merge.tracking import read_log
 
 RECIPE = Path("recipes/demo.yaml")
-PAIRS = "constituents/constituents,ends/ends,focus/focus,mean/mean,gaussian/gaussian,constituents/ends"
+PAIRS = (
+    "constituents/constituents,ends/ends,focus/focus,mean/mean,gaussian/gaussian,constituents/ends"
+)
 LANGUAGES = ("zh_tw", "ko", "en")
 SHARE = 3  # one in so many Chinese and Korean documents is in the text of the base `some`
 LETTERS = {"zh_tw": 350, "ko": 120}  # in its vocabulary
@@ -79,7 +81,9 @@ def main(
                 (folder / "embeddings.json").write_text(json.dumps(results, indent=1))
 
 
-def measure(folder: Path, base: str, pair: str, steps: int, every: int, seed: int, rate: float) -> Curve:
+def measure(
+    folder: Path, base: str, pair: str, steps: int, every: int, seed: int, rate: float
+) -> Curve:
     """Run the stages up to training with one pair of methods. What is finished already is not done again."""
     input_method, head_method = pair.split("/")
     sections: dict[str, dict[str, Any]] = {
@@ -133,7 +137,12 @@ def make_base(recipe: Recipe, out: Path) -> None:
     base = ModelSettings(vocab_size=PIECES).build()
     training = TrainSettings(learning_rate=2e-3, steps=PRETRAINING_STEPS, rows=8, tokens=128)
     rows = pack_documents(documents, tokenizer, training.tokens)
-    train(base, text_batches(rows, training, torch.Generator().manual_seed(settings.seed)), training, "pretraining")
+    train(
+        base,
+        text_batches(rows, training, torch.Generator().manual_seed(settings.seed)),
+        training,
+        "pretraining",
+    )
     for name in ("base", "chat"):
         save_model(base, out / name)
 
@@ -155,7 +164,8 @@ def _letters(texts: dict[str, list[str]]) -> list[str]:
 def shown(curve: Curve) -> str:
     """`step: zh_tw ko en` for each evaluation."""
     return "  ".join(
-        f"{step}: " + " ".join(f"{bits[language]:.3f}" for language in LANGUAGES) for step, bits in curve.items()
+        f"{step}: " + " ".join(f"{bits[language]:.3f}" for language in LANGUAGES)
+        for step, bits in curve.items()
     )
 
 

@@ -20,21 +20,34 @@ from typing import Any
 import torch
 import typer
 
-from core.artifact import write_json
-from core.world import World
-from evaluation.chat_template import ChatTemplate, read_chat_template, render, template_for
-from evaluation.config import BUILT_IN, EvaluationConfig
-from evaluation.conversation import Conversation, Message
-from evaluation.division import Division
-from evaluation.generate import converse, generation_settings
-from evaluation.models import LoadedModel, load_model
-from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, read_conversations
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.distributed import World
+from cpt_merge.evaluation.chat_template import (
+    ChatTemplate,
+    read_chat_template,
+    render,
+    template_for,
+)
+from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
+from cpt_merge.evaluation.conversation import Conversation, Message
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.generate.transformers import converse, generation_settings
+from cpt_merge.evaluation.models import LoadedModel, load_model
+from cpt_merge.evaluation.reading import (
+    parse_dialogue,
+    parse_instruction,
+    parse_prompt,
+    read_conversations,
+)
 
 Texts = list[list[str]]  # of each conversation, its replies
 
 
 def one_by_one(
-    loaded: LoadedModel, template: ChatTemplate, conversations: list[Conversation], config: EvaluationConfig
+    loaded: LoadedModel,
+    template: ChatTemplate,
+    conversations: list[Conversation],
+    config: EvaluationConfig,
 ) -> tuple[Texts, int]:
     """The replies, and how many tokens were generated."""
     stop_ids = loaded.tokenizer.convert_tokens_to_ids(template.end_tokens)
@@ -45,7 +58,9 @@ def one_by_one(
         history: list[Message] = []
         for turn in conversation.turns:
             history += turn.messages
-            ids = torch.tensor([loaded.encode(render(loaded.tokenizer, template.template, history))])
+            ids = torch.tensor(
+                [loaded.encode(render(loaded.tokenizer, template.template, history))]
+            )
             with torch.inference_mode():
                 output = loaded.model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
@@ -53,14 +68,19 @@ def one_by_one(
             reply = output[0, ids.shape[1] :].tolist()
             tokens += len(reply)
             kept = [token for token in reply if token not in stop_ids]
-            text = loaded.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
+            text = loaded.tokenizer.decode(
+                kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            ).strip()
             history.append({"role": "assistant", "content": text})
         texts.append([message["content"] for message in history if message["role"] == "assistant"])
     return texts, tokens
 
 
 def batched(
-    loaded: LoadedModel, template: ChatTemplate, conversations: list[Conversation], config: EvaluationConfig
+    loaded: LoadedModel,
+    template: ChatTemplate,
+    conversations: list[Conversation],
+    config: EvaluationConfig,
 ) -> tuple[Texts, int]:
     """As the evaluation does it."""
     exchanges = converse(loaded, template, conversations, config, Division(World())).exchanges
@@ -82,11 +102,17 @@ def main(
     asked = languages.split(",")
     config = EvaluationConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
     if prompts:
-        conversations = read_conversations(str(prompts), "--prompts", parse_prompt, asked, config.max_prompts)
+        conversations = read_conversations(
+            str(prompts), "--prompts", parse_prompt, asked, config.max_prompts
+        )
     else:
         conversations = [
-            *read_conversations(BUILT_IN, "", parse_instruction, asked, config.max_prompts, "instructions"),
-            *read_conversations(BUILT_IN, "", parse_dialogue, asked, config.max_prompts, "dialogues"),
+            *read_conversations(
+                BUILT_IN, "", parse_instruction, asked, config.max_prompts, "instructions"
+            ),
+            *read_conversations(
+                BUILT_IN, "", parse_dialogue, asked, config.max_prompts, "dialogues"
+            ),
         ]
     loaded = load_model("model", model, 0)
     spoken_to = template_for(loaded, model, read_chat_template(template or model))
@@ -101,10 +127,15 @@ def main(
             start = time.monotonic()
             texts[way], tokens = way(loaded, spoken_to, conversations, config)
             seconds = time.monotonic() - start
-            measured[way.__name__] = {"seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
+            measured[way.__name__] = {
+                "seconds": round(seconds, 2),
+                "tokens_per_second": round(tokens / seconds, 1),
+            }
         pairs = zip(texts[one_by_one], texts[batched], strict=True)
         measured["equal"] = round(sum(a == b for a, b in pairs) / len(conversations), 3)
-        measured["ratio"] = round(measured["one_by_one"]["seconds"] / measured["batched"]["seconds"], 2)
+        measured["ratio"] = round(
+            measured["one_by_one"]["seconds"] / measured["batched"]["seconds"], 2
+        )
         found["rounds"].append(measured)
         print(json.dumps(measured), flush=True)
     found["ratio"] = median(one["ratio"] for one in found["rounds"])

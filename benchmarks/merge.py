@@ -37,8 +37,8 @@ import typer
 from benchmarks import peers
 from benchmarks.checkpoints import Shape
 from benchmarks.checkpoints import prepare as prepare_models
-from checkpoint.reader import Checkpoint
-from merge.thinning import magnitude_threshold
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.merge.thinning import magnitude_threshold
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 READ_BLOCK = 1 << 22
@@ -58,7 +58,10 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> Co
     """Run a command. Raises `SystemExit` with its output if it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(
-        command, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     peak = _Sampler(process.pid)
     output = process.stdout.read() if process.stdout else b""
@@ -85,7 +88,9 @@ class _Sampler:
             except OSError:
                 return
             anonymous = [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]
-            self.megabytes = max([self.megabytes, *(kilobytes * 1.024e-3 for kilobytes in anonymous)])
+            self.megabytes = max(
+                [self.megabytes, *(kilobytes * 1.024e-3 for kilobytes in anonymous)]
+            )
             time.sleep(0.02)
 
     def stop(self) -> None:
@@ -97,13 +102,24 @@ class _Sampler:
 def merge_command(folder: Path, cpt: str, out: Path, *settings: str) -> list[str]:
     """Ours, as a user types it."""
     base, chat = folder / "base", folder / "chat"
-    models = ["--cpt", str(folder / cpt), "--base", str(base), "--chat", str(chat), "--out", str(out)]
+    models = [
+        "--cpt",
+        str(folder / cpt),
+        "--base",
+        str(base),
+        "--chat",
+        str(chat),
+        "--out",
+        str(out),
+    ]
     return [str(Path(sys.executable).with_name("cpt-merge")), "merge", *models, *settings]
 
 
 def input_files(folder: Path, cpt: str = "cpt") -> list[Path]:
     """The weights that a merge reads."""
-    return sorted(file for model in ("base", "chat", cpt) for file in (folder / model).glob("*.safetensors"))
+    return sorted(
+        file for model in ("base", "chat", cpt) for file in (folder / model).glob("*.safetensors")
+    )
 
 
 def read_all(files: list[Path]) -> float:
@@ -154,7 +170,10 @@ def speed(
     peer_rounds: int = 3,
 ) -> None:
     """Wall, CPU and memory of whole commands with start-up, in turn; the page cache is warm."""
-    out, nbytes = folder / "out", sum(file.stat().st_size for file in (folder / "cpt").glob("*.safetensors"))
+    out, nbytes = (
+        folder / "out",
+        sum(file.stat().st_size for file in (folder / "cpt").glob("*.safetensors")),
+    )
     commands: dict[str, Callable[[], Cost]] = {
         "ours": lambda: measure(merge_command(folder, "cpt", out)),
         "ours, 48,000 rows": lambda: measure(merge_command(folder, "cpt48k", out)),
@@ -180,7 +199,9 @@ def speed(
     (folder / "merge-speed.json").write_text(json.dumps(results, indent=1))
 
 
-def _peers(folder: Path, out: Path, venv: Path | None, scripts: Path | None) -> dict[str, Callable[[], Cost]]:
+def _peers(
+    folder: Path, out: Path, venv: Path | None, scripts: Path | None
+) -> dict[str, Callable[[], Cost]]:
     base, chat, cpt, long = (folder / name for name in ("base", "chat", "cpt", "cpt48k"))
     found: list[peers.Peer] = []
     if venv is not None:
@@ -190,7 +211,9 @@ def _peers(folder: Path, out: Path, venv: Path | None, scripts: Path | None) -> 
             peers.mergekit_linear(venv, long, base, chat, 1.0, out, tokenizer=long),
         ]
         if scripts is not None:
-            found.append(peers.chat_vector(venv, scripts, cpt, [(base, chat)], [1.0], out, skip_embed=False))
+            found.append(
+                peers.chat_vector(venv, scripts, cpt, [(base, chat)], [1.0], out, skip_embed=False)
+            )
     return {peer.name: lambda peer=peer: _peer_cost(peer) for peer in found}  # type: ignore[misc]
 
 
@@ -206,10 +229,14 @@ def _peer_cost(peer: peers.Peer) -> Cost:
 
 
 def _show(results: dict[str, list[dict[str, float]]]) -> None:
-    print(f"\n{'median':40}{'wall s':>10}{'CPU s':>10}{'RSS MB':>10}{'anon MB':>10}{'wall / read+write':>20}")
+    print(
+        f"\n{'median':40}{'wall s':>10}{'CPU s':>10}{'RSS MB':>10}{'anon MB':>10}{'wall / read+write':>20}"
+    )
     raw = results.get("read 3, write 1", [])
     for name, costs in results.items():
-        medians = [median(cost[field] for cost in costs) for field in ("wall", "cpu", "rss", "anonymous")]
+        medians = [
+            median(cost[field] for cost in costs) for field in ("wall", "cpu", "rss", "anonymous")
+        ]
         ratios = [cost["wall"] / bound["wall"] for cost, bound in zip(costs, raw, strict=False)]
         line = f"{name:40}{medians[0]:10.2f}{medians[1]:10.2f}{medians[2]:10.0f}{medians[3]:10.0f}"
         print(line + (f"{median(ratios):20.2f}" if ratios else ""))
@@ -271,16 +298,24 @@ def processes(folder: Path, rounds: int = 3) -> None:
             print(f"round {number + 1}: {count} processes {results[count][-1]:.2f} s", flush=True)
     shutil.rmtree(out, ignore_errors=True)
     print(f"speed-up {median(results[1]) / median(results[2]):.2f}; {len(digests)} digest(s)")
-    (folder / "merge-processes.json").write_text(json.dumps({"seconds": results, "digests": len(digests)}))
+    (folder / "merge-processes.json").write_text(
+        json.dumps({"seconds": results, "digests": len(digests)})
+    )
 
 
 def _run_processes(command: list[str], count: int) -> None:
     running = []
     for rank in range(count):
-        environment = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)} if count > 1 else {}
+        environment = (
+            {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+            if count > 1
+            else {}
+        )
         running.append(
             subprocess.Popen(
-                ["taskset", "-c", str(rank), *command], env={**os.environ, **environment}, stderr=subprocess.DEVNULL
+                ["taskset", "-c", str(rank), *command],
+                env={**os.environ, **environment},
+                stderr=subprocess.DEVNULL,
             )
         )
     if any(process.wait() for process in running):
@@ -305,10 +340,14 @@ def kill(folder: Path, times: int = 10) -> None:
         process.wait()
         written = _blocks(out.with_name("out.tmp"))
         measure(command)
-        results.append({"killed after s": moment, "blocks written": written, "same": digest(out) == expected})
+        results.append(
+            {"killed after s": moment, "blocks written": written, "same": digest(out) == expected}
+        )
         print(results[-1], flush=True)
     shutil.rmtree(out, ignore_errors=True)
-    print(f"{sum(result['same'] for result in results)} of {times} end in the digest of the undisturbed run")
+    print(
+        f"{sum(result['same'] for result in results)} of {times} end in the digest of the undisturbed run"
+    )
     (folder / "merge-kill.json").write_text(json.dumps(results))
 
 
@@ -378,7 +417,9 @@ def compare(folder: Path, venv: Path, scripts: Path) -> None:
         _peer_cost(peer)
         measure(merge_command(models, start, out, *settings))
         vectors = [(chat, base), *([(cpt, base)] if of_cpt in settings else [])]
-        results[name] = _difference(out, peer.out, models / start, vectors, 0.2 if "ties" in name else None)
+        results[name] = _difference(
+            out, peer.out, models / start, vectors, 0.2 if "ties" in name else None
+        )
         print(f"{name:32} {results[name]}", flush=True)
     (folder / "merge-compare.json").write_text(json.dumps(results, indent=1))
 
@@ -391,12 +432,14 @@ def _difference(
     compared = differing = 0
     largest = 0.0
     for name, info in ours.tensors.items():
-        a, b, c = (model.read_float32(name).reshape(-1)[: info.size] for model in (ours, peer, origin))
+        a, b, c = (
+            model.read_float32(name).reshape(-1)[: info.size] for model in (ours, peer, origin)
+        )
         operands, counted = [np.abs(a), np.abs(b), np.abs(c)], np.ones(info.size, np.bool_)
         for chat, base in vectors:
-            d = Checkpoint.open(chat).read_float32(name).reshape(-1) - Checkpoint.open(base).read_float32(name).reshape(
-                -1
-            )
+            d = Checkpoint.open(chat).read_float32(name).reshape(-1) - Checkpoint.open(
+                base
+            ).read_float32(name).reshape(-1)
             magnitude = np.pad(np.abs(d), (0, info.size - d.size))
             operands.append(magnitude)
             if density is not None:
@@ -405,7 +448,11 @@ def _difference(
         difference = (np.abs(a - b) / unit)[counted]
         compared, differing = compared + int(counted.sum()), differing + int((difference > 0).sum())
         largest = max(largest, float(difference.max(initial=0)))
-    return {"compared": compared, "differing %": round(100 * differing / compared, 4), "largest, units": largest}
+    return {
+        "compared": compared,
+        "differing %": round(100 * differing / compared, 4),
+        "largest, units": largest,
+    }
 
 
 if __name__ == "__main__":

@@ -61,7 +61,13 @@ def mergekit_task_arithmetic(
 
 
 def mergekit_linear(
-    venv: Path, cpt: Path, base: Path, chat: Path, ratio: float, out: Path, tokenizer: Path | None = None
+    venv: Path,
+    cpt: Path,
+    base: Path,
+    chat: Path,
+    ratio: float,
+    out: Path,
+    tokenizer: Path | None = None,
 ) -> Peer:
     """1 cpt + ratio chat - ratio base: bfloat16 tensors, summed in float32. mergekit's best accurate recipe.
 
@@ -69,7 +75,9 @@ def mergekit_linear(
     """
     config: dict[str, Any] = {
         "merge_method": "linear",
-        "base_model": str(cpt),  # the config's and the tokenizer's donor; it is weighted as any other
+        "base_model": str(
+            cpt
+        ),  # the config's and the tokenizer's donor; it is weighted as any other
         "models": [
             {"model": str(model), "parameters": {"weight": weight}}
             for model, weight in ((cpt, 1.0), (chat, ratio), (base, -ratio))
@@ -112,8 +120,12 @@ def mergekit_dare_linear(
     """base + scale (sum of weight DARE(each vector's model - base)), in float32. `rescale` restores the sum of
     magnitudes tensor by tensor, which isn't the paper's division by the density.
     """
-    config = _of_vectors("dare_linear", base, vectors, {"rescale": rescale, "lambda": scale}, tokenizer)
-    return _mergekit("mergekit dare_linear float32", venv, config, out, (*TUNED, "--random-seed", str(seed)))
+    config = _of_vectors(
+        "dare_linear", base, vectors, {"rescale": rescale, "lambda": scale}, tokenizer
+    )
+    return _mergekit(
+        "mergekit dare_linear float32", venv, config, out, (*TUNED, "--random-seed", str(seed))
+    )
 
 
 def chat_vector(
@@ -131,26 +143,43 @@ def chat_vector(
     where `cpt` has more rows; it leaves both vocabulary matrices as they are.
     """
     if len(pairs) != len(ratios):
-        raise ValueError("The scripts leave out the vectors without a ratio silently: give each a ratio.")
+        raise ValueError(
+            "The scripts leave out the vectors without a ratio silently: give each a ratio."
+        )
     python = str(venv / "bin" / "python")
     vectors = [str(out.with_name(f"{out.name}.vector{number}")) for number in range(len(pairs))]
     commands = [
         [python, str(scripts / "extract_chat_vector.py"), str(base), str(chat), vector]
         for (base, chat), vector in zip(pairs, vectors, strict=True)
     ]
-    add = [python, str(scripts / "add_chat_vector.py"), str(cpt), repr(vectors), str(out), "--ratio", repr([*ratios])]
+    add = [
+        python,
+        str(scripts / "add_chat_vector.py"),
+        str(cpt),
+        repr(vectors),
+        str(out),
+        "--ratio",
+        repr([*ratios]),
+    ]
     commands.append([*add, *(["--skip_embed", "True"] if skip_embed else [])])
     return Peer("Chat Vector scripts" + (", skip_embed" if skip_embed else ""), commands, out)
 
 
 def _of_vectors(
-    method: str, base: Path, vectors: Sequence[Vector], parameters: dict[str, Any], tokenizer: Path | None
+    method: str,
+    base: Path,
+    vectors: Sequence[Vector],
+    parameters: dict[str, Any],
+    tokenizer: Path | None,
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "merge_method": method,
         "base_model": str(base),
         "models": [
-            {"model": str(vector.model), "parameters": {"weight": vector.weight, "density": vector.density}}
+            {
+                "model": str(vector.model),
+                "parameters": {"weight": vector.weight, "density": vector.density},
+            }
             for vector in vectors
         ],
         "dtype": "float32",
@@ -165,7 +194,9 @@ def _with_tokenizer(config: dict[str, Any], tokenizer: Path | None) -> dict[str,
     return config if tokenizer is None else {**config, "tokenizer_source": str(tokenizer)}
 
 
-def _mergekit(name: str, venv: Path, config: dict[str, Any], out: Path, flags: Sequence[str] = ()) -> Peer:
+def _mergekit(
+    name: str, venv: Path, config: dict[str, Any], out: Path, flags: Sequence[str] = ()
+) -> Peer:
     written = out.with_name(f"{out.name}.yml")
     written.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     longer = ", extended vocabulary" if "tokenizer_source" in config else ""

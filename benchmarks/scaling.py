@@ -17,9 +17,9 @@ from typing import Any
 import typer
 
 from benchmarks.published import LLAMA_2_7B, LLAMA_8B, MPT_7B, Row, beyond, blind, rows
-from training import scaling
-from training.memory import ModelShape
-from training.scaling import GPUS, Cluster, Workload, estimate_step
+from cpt_merge.cluster import scaling
+from cpt_merge.cluster.scaling import GPUS, Cluster, Workload, estimate_step
+from cpt_merge.training.memory import ModelShape
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 FIGURE = Path(__file__).parents[1] / "docs" / "scaling.png"
@@ -56,7 +56,9 @@ def table(published: list[Row]) -> str:
         "| source | model | rows, micro-batches, setting | GPU | GPUs | published tok/s/GPU | model | off % |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for _, group in groupby(published, key=lambda row: (row.source, row.model, row.gpu, row.setting)):
+    for _, group in groupby(
+        published, key=lambda row: (row.source, row.model, row.gpu, row.setting)
+    ):
         runs = list(group)
         first = runs[0]
         cells = [
@@ -145,8 +147,16 @@ def draw(path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
-    _panel(axes[0, 0], "Llama 3.1 8B, H100 (500 W), 3,200 Gbit/s a node\nrows of 8,192, 2 a GPU", _torchtitan_lines())
-    _panel(axes[0, 1], "MPT 7B, H100, network not said (3,200 Gbit/s)\nrows of 2,048, 6 a GPU", _mpt_lines())
+    _panel(
+        axes[0, 0],
+        "Llama 3.1 8B, H100 (500 W), 3,200 Gbit/s a node\nrows of 8,192, 2 a GPU",
+        _torchtitan_lines(),
+    )
+    _panel(
+        axes[0, 1],
+        "MPT 7B, H100, network not said (3,200 Gbit/s)\nrows of 2,048, 6 a GPU",
+        _mpt_lines(),
+    )
     title = "Llama 2 7B, H100, 800 Gbit/s a node\nrows of 4,096, 2 a GPU, gradients reduced in bf16"
     _panel(axes[1, 0], title, _fms_lines())
     title = "Llama 3.1 8B, H100, 200 Gbit/s a node\nrows of 4,096, 2 a GPU, gradients reduced in fp32 (ours)"
@@ -162,19 +172,29 @@ Line = tuple[str, ModelShape, Workload, Cluster, list[Row]]
 
 def _torchtitan_lines() -> Iterator[Line]:
     found = [row for row in rows() if row.gpu == "h100-500w"]
-    for name, (compiled, fp8) in {"eager": (False, False), "compiled": (True, False), "fp8": (True, True)}.items():
+    for name, (compiled, fp8) in {
+        "eager": (False, False),
+        "compiled": (True, False),
+        "fp8": (True, True),
+    }.items():
         runs = [row for row in found if (row.work.compile, row.work.fp8) == (compiled, fp8)]
         yield name, LLAMA_8B, runs[0].work, runs[0].cluster, runs
 
 
 def _mpt_lines() -> Iterator[Line]:
-    runs = [row for row in rows() if row.model == "MPT 7B" and row.gpu == "h100" and row.work.sequence_length == 2048]
+    runs = [
+        row
+        for row in rows()
+        if row.model == "MPT 7B" and row.gpu == "h100" and row.work.sequence_length == 2048
+    ]
     yield "1 micro-batch", MPT_7B, runs[0].work, runs[0].cluster, runs
     yield "4 micro-batches", MPT_7B, replace(runs[0].work, micro_batches=4), runs[0].cluster, []
 
 
 def _fms_lines() -> Iterator[Line]:
-    runs = [row for row in rows() if row.source == "fms-fsdp" and row.gpu == "h100" and row.replicas > 1]
+    runs = [
+        row for row in rows() if row.source == "fms-fsdp" and row.gpu == "h100" and row.replicas > 1
+    ]
     yield "1 micro-batch", LLAMA_2_7B, runs[0].work, runs[0].cluster, runs
     yield "4 micro-batches", LLAMA_2_7B, replace(runs[0].work, micro_batches=4), runs[0].cluster, []
 
@@ -190,14 +210,25 @@ def _panel(axis: Any, title: str, lines: Iterator[Line]) -> None:
     for number, (name, shape, work, cluster, runs) in enumerate(lines):
         speeds = {}
         for layout in ("FSDP", "HSDP"):
-            speeds[layout] = [_speed(shape, work, replace(cluster, nodes=nodes), layout) for nodes in NODES]
+            speeds[layout] = [
+                _speed(shape, work, replace(cluster, nodes=nodes), layout) for nodes in NODES
+            ]
             style = {"FSDP": "-", "HSDP": "--"}[layout]
             axis.plot(NODES, speeds[layout], style, color=f"C{number}", label=f"{layout}, {name}")
         for row in runs:
             marker = "s" if row.replicas > 1 else "o"
-            label = f"published, {'HSDP' if row.replicas > 1 else 'FSDP'}" if row is runs[0] and not number else None
+            label = (
+                f"published, {'HSDP' if row.replicas > 1 else 'FSDP'}"
+                if row is runs[0] and not number
+                else None
+            )
             axis.plot(
-                row.cluster.nodes, row.published, marker, color=f"C{number}", markeredgecolor="black", label=label
+                row.cluster.nodes,
+                row.published,
+                marker,
+                color=f"C{number}",
+                markeredgecolor="black",
+                label=label,
             )
         _mark_crossings(axis, speeds, f"C{number}")
     axis.set(
@@ -227,7 +258,13 @@ def _mark_crossings(axis: Any, speeds: dict[str, list[float]], color: str) -> No
             winner = "HSDP" if ahead[run[0] - 1] > 0 else "FSDP"
             place = (run[0], speeds[winner][run[0] - 1])
             axis.plot(*place, "X", color=color, markersize=9, markeredgecolor="black")
-            axis.annotate(f"{winner} from {run[0]}", place, textcoords="offset points", xytext=(5, 8), fontsize=8)
+            axis.annotate(
+                f"{winner} from {run[0]}",
+                place,
+                textcoords="offset points",
+                xytext=(5, 8),
+                fontsize=8,
+            )
 
 
 if __name__ == "__main__":

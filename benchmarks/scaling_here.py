@@ -15,8 +15,7 @@ import numpy as np
 from benchmarks.training import Contender, free_port
 from benchmarks.training_contenders import Case, Interval
 from benchmarks.training_inputs import Inputs
-from training.memory import ModelShape
-from training.scaling import (
+from cpt_merge.cluster.scaling import (
     LINK_SHARE,
     MEMORY_SHARE,
     START_LATENCY,
@@ -26,6 +25,7 @@ from training.scaling import (
     Workload,
     estimate_step,
 )
+from cpt_merge.training.memory import ModelShape
 
 LENGTH, MICRO_BATCHES = 512, 2
 COPIED = 2**24
@@ -42,11 +42,18 @@ def predict(folder: Path, size: str, rounds: int) -> None:
     steps, (small, large), copies = _steps(folder, size, rounds), _links(), _copies()
     for name, pick in (("median", median), ("fastest", min)):
         seconds = {who: pick(values) for who, values in steps.items()}
-        estimate, words = _estimate(shape, work, seconds["two at a time"], pick(small), pick(large), pick(copies))
+        estimate, words = _estimate(
+            shape, work, seconds["two at a time"], pick(small), pick(large), pick(copies)
+        )
         off = estimate.seconds / seconds["FSDP2 on two"] - 1
         print(f"{size}, {name}: {words}")
-        print("  measured: " + ", ".join(f"{who} {1000 * value:.0f} ms" for who, value in seconds.items()))
-        print(f"  FSDP2 on two, predicted: {1000 * estimate.seconds:.0f} ms, off {off:+.0%}: {_parts(estimate)}")
+        print(
+            "  measured: "
+            + ", ".join(f"{who} {1000 * value:.0f} ms" for who, value in seconds.items())
+        )
+        print(
+            f"  FSDP2 on two, predicted: {1000 * estimate.seconds:.0f} ms, off {off:+.0%}: {_parts(estimate)}"
+        )
 
 
 def _estimate(
@@ -76,7 +83,16 @@ def _as_fast(processor: Gpu, shape: ModelShape, work: Workload, seconds: float) 
 
 
 def _parts(estimate: StepEstimate) -> str:
-    names = ("matmul", "attention", "elementwise", "copies", "optimizer", "exposed", "contention", "stragglers")
+    names = (
+        "matmul",
+        "attention",
+        "elementwise",
+        "copies",
+        "optimizer",
+        "exposed",
+        "contention",
+        "stragglers",
+    )
     return ", ".join(f"{name} {1000 * getattr(estimate, name):.0f}" for name in names)
 
 
@@ -84,14 +100,25 @@ def _shape(model: Path) -> ModelShape:
     config = json.loads((model / "config.json").read_text())
     shape = ModelShape.from_config(config, 0, str(model))
     layer = shape.width * (2 * shape.query + 2 * shape.key_value + 3 * shape.intermediate + 2)
-    return replace(shape, parameters=shape.layers * layer + shape.vocabulary_parameters + shape.width)
+    return replace(
+        shape, parameters=shape.layers * layer + shape.vocabulary_parameters + shape.width
+    )
 
 
 def _steps(folder: Path, size: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of a step in each round, in which everybody trains an interval, in turn."""
 
     def case(processes: int) -> Case:
-        return Case(Inputs.of(folder, size), "fp32", processes, LENGTH, MICRO_BATCHES * processes, 1, 2, rounds)
+        return Case(
+            Inputs.of(folder, size),
+            "fp32",
+            processes,
+            LENGTH,
+            MICRO_BATCHES * processes,
+            1,
+            2,
+            rounds,
+        )
 
     pair, sharded = [Contender("bare", case(1)) for _ in range(2)], Contender("bare", case(2))
     alone = Contender("bare", case(1))
@@ -127,7 +154,9 @@ def _links() -> tuple[list[float], list[float]]:
     """Seconds of an all-gather or reduce-scatter of two processes, of `SMALL` and of `LARGE` fp32 numbers."""
     context, port = multiprocessing.get_context("spawn"), free_port()
     mine, theirs = context.Pipe()
-    processes = [context.Process(target=_collectives, args=(rank, port, theirs)) for rank in range(2)]
+    processes = [
+        context.Process(target=_collectives, args=(rank, port, theirs)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     small, large = mine.recv()

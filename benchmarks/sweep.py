@@ -23,20 +23,20 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from benchmarks.training_inputs import SIZES, make_model
-from checkpoint.dtypes import widen
-from checkpoint.reader import Checkpoint
-from core.artifact import write_json
-from core.world import World
-from evaluation.config import BUILT_IN, EvaluationConfig
-from evaluation.division import Division
-from evaluation.generate import converse
-from evaluation.models import load_model
-from evaluation.reading import parse_instruction, read_conversations
-from evaluation.sweep.model import MergedModel
-from merge import MergeConfig
-from merge.plan import MergeInputs, plan
-from merge.run import run as merge
-from tracking.tracker import SilentTracker
+from cpt_merge.checkpoint.dtypes import widen
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.distributed import World
+from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.generate.transformers import converse
+from cpt_merge.evaluation.models import load_model
+from cpt_merge.evaluation.reading import parse_instruction, read_conversations
+from cpt_merge.evaluation.sweep.model import MergedModel
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.plan import MergeInputs, plan
+from cpt_merge.merge.run import run as merge
+from cpt_merge.tracking.tracker import SilentTracker
 
 RATIOS = (0.5, 0.8, 1.0)
 TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -56,7 +56,9 @@ def make_models(folder: Path, size: str) -> MergeInputs:
             shutil.copytree(base, sibling)
             torch.manual_seed(seed)
             weights = load_file(base / "model.safetensors")
-            moved = {name: values + 1e-3 * torch.randn_like(values) for name, values in weights.items()}
+            moved = {
+                name: values + 1e-3 * torch.randn_like(values) for name, values in weights.items()
+            }
             save_file(moved, sibling / "model.safetensors", {"format": "pt"})
     (chat / "chat_template.jinja").write_text(TEMPLATE)
     return MergeInputs(cpt, base, chat, cpt)
@@ -71,7 +73,9 @@ def one_pass(inputs: MergeInputs) -> float:
         checkpoint = Checkpoint.open(directory)
         for name, info in checkpoint.tensors.items():
             for first in range(0, info.size, 1 << 20):
-                widen(checkpoint.read_flat(name, first, min(first + (1 << 20), info.size)), info.dtype)
+                widen(
+                    checkpoint.read_flat(name, first, min(first + (1 << 20), info.size)), info.dtype
+                )
     return time.monotonic() - started
 
 
@@ -87,22 +91,45 @@ def through_files(inputs: MergeInputs, ratio: float, out: Path) -> float:
 def measure(inputs: MergeInputs, folder: Path, prompts: int, new_tokens: int) -> dict[str, Any]:
     """Medians over the ratios, in seconds."""
     config = EvaluationConfig(max_new_tokens=new_tokens, batch_size=prompts)
-    asked = read_conversations(BUILT_IN, "evaluation.instructions", parse_instruction, ["en"], prompts, "instructions")
+    asked = read_conversations(
+        BUILT_IN, "evaluation.instructions", parse_instruction, ["en"], prompts, "instructions"
+    )
     model, division = MergedModel(plan(MergeConfig(), inputs), 0), Division(World())
     rows = []
     for ratio in RATIOS:
         merging = model.merge(MergeConfig(ratio=ratio))
         generation = converse(model.loaded, model.template, asked, config, division)
         files = through_files(inputs, ratio, folder / "merged")
-        rows.append({"pass": one_pass(inputs), "merge": merging, "generation": generation.seconds, "files": files})
+        rows.append(
+            {
+                "pass": one_pass(inputs),
+                "merge": merging,
+                "generation": generation.seconds,
+                "files": files,
+            }
+        )
     found = {name: round(median(row[name] for row in rows), 3) for name in rows[0]}
     parameters = sum(info.size for info in Checkpoint.open(inputs.cpt).tensors.values())
-    return {"parameters": parameters, "prompts": len(asked), "device": str(model.loaded.device), **found}
+    return {
+        "parameters": parameters,
+        "prompts": len(asked),
+        "device": str(model.loaded.device),
+        **found,
+    }
 
 
-def main(folder: Path, size: str = "135m", prompts: int = 32, new_tokens: int = 128, out: Path | None = None) -> None:
+def main(
+    folder: Path,
+    size: str = "135m",
+    prompts: int = 32,
+    new_tokens: int = 128,
+    out: Path | None = None,
+) -> None:
     """Measure and print."""
-    found = {"size": asdict(SIZES[size]), **measure(make_models(folder, size), folder, prompts, new_tokens)}
+    found = {
+        "size": asdict(SIZES[size]),
+        **measure(make_models(folder, size), folder, prompts, new_tokens),
+    }
     print(json.dumps(found))
     if out:
         write_json(out, found)

@@ -18,7 +18,9 @@ JUMPS = 0.02  # share of the characters after which a chain goes on anywhere
 
 def write_like(source: Path, size: int, out: Path, seed: int = 0) -> None:
     """Write about `size` bytes of text like that of `source` to `out`, a document of 300 characters a line."""
-    text = np.frombuffer(source.read_text(encoding="utf-8").replace("\n", "。").encode("utf-32-le"), np.uint32)
+    text = np.frombuffer(
+        source.read_text(encoding="utf-8").replace("\n", "。").encode("utf-32-le"), np.uint32
+    )
     pairs = (text[:-1].astype(np.int64) << 32) | text[1:]
     order = np.argsort(pairs, kind="stable")
     starts = np.searchsorted(pairs[order], pairs, side="left")
@@ -33,7 +35,10 @@ def write_like(source: Path, size: int, out: Path, seed: int = 0) -> None:
             place = random.integers(0, last, chains)
             characters = np.empty((chains, LENGTH), np.uint32)
             for step in range(LENGTH):
-                place = order[starts[place] + (random.random(chains) * counts[place]).astype(np.int64)] + 1
+                place = (
+                    order[starts[place] + (random.random(chains) * counts[place]).astype(np.int64)]
+                    + 1
+                )
                 jump = random.random(chains) < JUMPS
                 place = np.where(jump, random.integers(0, last, chains), np.minimum(place, last))
                 characters[:, step] = text[place + 1]

@@ -27,15 +27,15 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from benchmarks.text import write_like
-from core.sources import Corpus, Source
+from cpt_merge.data.sources import Corpus, Source
+from cpt_merge.tokenizer_ext import TokenizerConfig, grow
+from cpt_merge.tokenizer_ext.base import read_base
+from cpt_merge.tokenizer_ext.rows import lay_out
+from cpt_merge.tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
+from cpt_merge.tokenizer_ext.sentencepiece_bpe import NORMAL
+from cpt_merge.tokenizer_ext.verify import LAWS, read_case
+from cpt_merge.tokenizer_ext.write import write_tokenizer
 from tests.real_tokenizers import BASES
-from tokenizer_ext import TokenizerConfig, grow
-from tokenizer_ext.base import read_base
-from tokenizer_ext.rows import lay_out
-from tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
-from tokenizer_ext.sentencepiece_bpe import NORMAL
-from tokenizer_ext.verify import LAWS, read_case
-from tokenizer_ext.write import write_tokenizer
 
 NEW_PIECES = {"zh_tw": 8_000, "ko": 8_000}
 HELDOUT = 0.1  # every tenth line, by hash
@@ -47,7 +47,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def corpus_of(folder: Path, languages: tuple[str, ...]) -> Corpus:
     """The corpus in a folder."""
-    sources = [Source(path=str(folder / f"{language}.txt"), language=language) for language in languages]
+    sources = [
+        Source(path=str(folder / f"{language}.txt"), language=language) for language in languages
+    ]
     return Corpus(sources=sources, heldout=HELDOUT)
 
 
@@ -59,7 +61,9 @@ def corpora(folder: Path, bases: str = "mistral,qwen") -> None:
     results = {}
     for name in bases.split(","):
         with tempfile.TemporaryDirectory() as temporary:
-            results[name] = _measure(name, corpus_of(folder, ("zh_tw", "ko", "en")), Path(temporary))
+            results[name] = _measure(
+                name, corpus_of(folder, ("zh_tw", "ko", "en")), Path(temporary)
+            )
         print(name, json.dumps(results[name], indent=2))
     (folder / "tokenizer-corpora.json").write_text(json.dumps(results, indent=2))
 
@@ -80,16 +84,22 @@ def _measure(name: str, corpus: Corpus, folder: Path) -> dict[str, Any]:
         for source in corpus.of_language(language)
     }
     readable = [base.family.readable(piece) for piece in pieces]
-    case = read_case(base, folder / "out", None, take_samples(every_line, scripts_of(NEW_PIECES), readable))
+    case = read_case(
+        base, folder / "out", None, take_samples(every_line, scripts_of(NEW_PIECES), readable)
+    )
     proofs = [law(case) for law in LAWS]
     heldout = heldout_texts(corpus)
-    fertility = {language: _fertility(case.before, case.after, texts) for language, texts in heldout.items()}
+    fertility = {
+        language: _fertility(case.before, case.after, texts) for language, texts in heldout.items()
+    }
     return {
         "learning_seconds": round(seconds, 1),
         "laws": {proof.law: [proof.checked, len(proof.failures)] for proof in proofs},
         "tokens_per_character": fertility,
         "english_lines_changed": _changed(case.before, case.after, every_line["en"]),
-        "speed": {language: _speed(case.before, case.after, texts) for language, texts in heldout.items()},
+        "speed": {
+            language: _speed(case.before, case.after, texts) for language, texts in heldout.items()
+        },
     }
 
 
@@ -102,7 +112,11 @@ def _fertility(before: Tokenizer, after: Tokenizer, texts: list[str]) -> list[fl
     characters = sum(map(len, texts))
     tokenizers = (before, after)
     return [
-        round(sum(len(e.ids) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)) / characters, 4)
+        round(
+            sum(len(e.ids) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+            / characters,
+            4,
+        )
         for tokenizer in tokenizers
     ]
 
@@ -127,14 +141,25 @@ def _speed(before: Tokenizer, after: Tokenizer, texts: list[str]) -> dict[str, f
 
 
 @app.command()
-def growth(folder: Path, base: str = "mistral", language: str = "zh_cn", pieces: int = 16_000) -> None:
+def growth(
+    folder: Path, base: str = "mistral", language: str = "zh_cn", pieces: int = 16_000
+) -> None:
     """Learn from text like the given one, of 10 MB, 100 MB and 1 GB, each in a process of its own."""
     results = []
     for megabytes in MEGABYTES:
         with tempfile.TemporaryDirectory() as temporary:
             text = Path(temporary) / f"{language}.txt"
             write_like(folder / f"{language}.txt", megabytes * 10**6, text)
-            command = [sys.executable, "-m", "benchmarks.tokenizer", "learn", str(text), base, language, str(pieces)]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.tokenizer",
+                "learn",
+                str(text),
+                base,
+                language,
+                str(pieces),
+            ]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results.append({"megabytes": megabytes, **json.loads(done.stdout)})
         print(json.dumps(results[-1]), flush=True)
@@ -144,7 +169,7 @@ def growth(folder: Path, base: str = "mistral", language: str = "zh_cn", pieces:
 @app.command()
 def others(folder: Path) -> None:
     """Words as added tokens, and a Unigram model appended with score 0 (as published ones are), under our laws."""
-    from tokenizer_ext.check import check
+    from cpt_merge.tokenizer_ext.check import check
 
     text = folder / "zh_tw.txt"
     made = {"add_tokens": _with_added_tokens, "appended unigram": _with_appended_unigram}
@@ -156,7 +181,9 @@ def others(folder: Path) -> None:
             out.mkdir()
             make(base, text, out)
             checked = check(out, base, None, [text, folder / "en.txt"], ["zh_tw"])
-            results[name] = {proof.law: [proof.checked, len(proof.failures)] for proof in checked.proofs}
+            results[name] = {
+                proof.law: [proof.checked, len(proof.failures)] for proof in checked.proofs
+            }
     print(json.dumps(results, indent=2))
     (folder / "tokenizer-others.json").write_text(json.dumps(results, indent=2))
 
@@ -185,7 +212,9 @@ def _with_appended_unigram(base: Path, text: Path, out: Path) -> None:
         if piece not in known:
             proto.pieces.add(piece=piece, score=0.0)
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
-    (out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}))
+    (out / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"})
+    )
 
 
 @app.command(hidden=True)
@@ -198,7 +227,9 @@ def learn(text: Path, base: str, language: str, pieces: int) -> None:
         start = read_base(Path(temporary))
     small = text.with_name("small.txt")
     with open(text, encoding="utf-8") as lines:
-        small.write_text("".join(line for line, _ in zip(lines, range(2_000), strict=False)), encoding="utf-8")
+        small.write_text(
+            "".join(line for line, _ in zip(lines, range(2_000), strict=False)), encoding="utf-8"
+        )
     config = TokenizerConfig(new_pieces={language: pieces}, max_characters=10**10)
     _learn_timed(start, small, language, config)
     warm = _peak()
@@ -208,9 +239,11 @@ def learn(text: Path, base: str, language: str, pieces: int) -> None:
     print(json.dumps(measured))
 
 
-def _learn_timed(start: Any, text: Path, language: str, config: TokenizerConfig) -> tuple[float, dict[str, Any]]:
+def _learn_timed(
+    start: Any, text: Path, language: str, config: TokenizerConfig
+) -> tuple[float, dict[str, Any]]:
     """(seconds, what the Counter of distinct words took: their number, and megabytes by `sys.getsizeof`)."""
-    from tokenizer_ext import words
+    from cpt_merge.tokenizer_ext import words
 
     counted: dict[str, Any] = {}
     take_over = words.Words.of
@@ -222,7 +255,9 @@ def _learn_timed(start: Any, text: Path, language: str, config: TokenizerConfig)
 
     words.Words.of = measured  # type: ignore[method-assign]
     begun = time.perf_counter()
-    grow.learn_languages(start, Corpus(sources=[Source(path=str(text), language=language)], heldout=0.001), config)
+    grow.learn_languages(
+        start, Corpus(sources=[Source(path=str(text), language=language)], heldout=0.001), config
+    )
     words.Words.of = take_over  # type: ignore[method-assign]
     return round(time.perf_counter() - begun, 1), counted
 

@@ -38,7 +38,10 @@ LENGTH = 512
 
 @app.command()
 def prepare(
-    folder: Path, size: str = "", tokens: int = 2_000_000, document: int = training_inputs.MEDIAN_DOCUMENT
+    folder: Path,
+    size: str = "",
+    tokens: int = 2_000_000,
+    document: int = training_inputs.MEDIAN_DOCUMENT,
 ) -> None:
     """Make the inputs of a size, or those that a CPU can train; what is there is kept."""
     for name in [size] if size else ["small", "long-vocabulary"]:
@@ -54,7 +57,9 @@ def trainer(
     os.environ["OMP_NUM_THREADS"] = "1"
     results: dict[str, dict[str, Any]] = {}
     _show_header()
-    for size, precision, count in itertools.product(sizes.split(","), precisions.split(","), processes.split(",")):
+    for size, precision, count in itertools.product(
+        sizes.split(","), precisions.split(","), processes.split(",")
+    ):
         steps = 2 if size == "small" else 1
         case = Case(Inputs.of(folder, size), precision, int(count), LENGTH, 2, 1, steps, intervals)
         found = [interval for number in range(rounds) for interval in _round(case, number)]
@@ -73,7 +78,9 @@ class Contender:
         self.processes = []
         for rank in range(case.processes):
             mine, theirs = context.Pipe()
-            process = context.Process(target=enter, args=(name, case, rank, port, theirs), daemon=True)
+            process = context.Process(
+                target=enter, args=(name, case, rank, port, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self.connections.append(mine)
@@ -130,7 +137,9 @@ def _check_same(found: dict[str, list[Interval]]) -> None:
 def _summary(case: Case, found: list[dict[str, list[Interval]]]) -> dict[str, Any]:
     """Medians over all intervals; a ratio is taken within one turn of the contenders."""
     walls = {name: [max(one.wall for one in turn[name]) for turn in found] for name in NAMES}
-    alone = {name: [max(one.wall - one.delay for one in turn[name]) for turn in found] for name in NAMES}
+    alone = {
+        name: [max(one.wall - one.delay for one in turn[name]) for turn in found] for name in NAMES
+    }
     cpus = {name: [sum(one.cpu for one in turn[name]) for turn in found] for name in NAMES}
     peaks = {name: max(one.peak for turn in found for one in turn[name]) for name in NAMES}
     return {
@@ -165,11 +174,16 @@ def _show(name: str, summary: dict[str, Any]) -> None:
     for other in NAMES[1:]:
         shown = [f"{middle:.3f} ({low:.2f}-{high:.2f})" for middle, low, high in
                  (summary[kind][other] for kind in ("speed", "alone", "CPU"))]  # fmt: skip
-        print(f"    against {other:8} {'   '.join(shown)}   {summary['memory'][other]:.2f}", flush=True)
+        print(
+            f"    against {other:8} {'   '.join(shown)}   {summary['memory'][other]:.2f}",
+            flush=True,
+        )
 
 
 @app.command()
-def checkpoint(folder: Path, rounds: int = 5, processes: str = "1,2", size: str = "long-vocabulary") -> None:
+def checkpoint(
+    folder: Path, rounds: int = 5, processes: str = "1,2", size: str = "long-vocabulary"
+) -> None:
     """The stall of an asynchronous save against a synchronous one of the same state, after the first."""
     os.environ["OMP_NUM_THREADS"] = "1"
     results = {}
@@ -177,11 +191,19 @@ def checkpoint(folder: Path, rounds: int = 5, processes: str = "1,2", size: str 
         case = Case(Inputs.of(folder, size), "fp32", count, LENGTH, count, 1, 1, 1)
         with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
             port = free_port()
-            work = [pool.submit(_saves, case, rank, port, folder / "saves", rounds) for rank in range(count)]
+            work = [
+                pool.submit(_saves, case, rank, port, folder / "saves", rounds)
+                for rank in range(count)
+            ]
             (nbytes, saves), *_ = (future.result() for future in work)
-        kinds = {kind: [save for save in saves if save.synchronous == kind] for kind in (True, False)}
+        kinds = {
+            kind: [save for save in saves if save.synchronous == kind] for kind in (True, False)
+        }
         stalls = {kind: median(save.stall for save in kinds[kind]) for kind in kinds}
-        share = median(mine.stall / theirs.stall for mine, theirs in zip(kinds[False], kinds[True], strict=True))
+        share = median(
+            mine.stall / theirs.stall
+            for mine, theirs in zip(kinds[False], kinds[True], strict=True)
+        )
         slower = median(save.step / save.quiet_step for save in kinds[False])
         print(
             f"{count} process{'es' if count > 1 else ''}, {nbytes / 1e9:.2f} GB: synchronous {stalls[True]:.2f} s, "
@@ -208,12 +230,21 @@ def gpu(
         "compile": compile_layers, "activation_checkpointing": recompute, "loss_chunk": loss_chunk, "fp8": fp8,
     }  # fmt: skip
     found = measure_gpu(case, steps, changes)
-    print(f"{found.device}: {size}, sequence {length}, {batch_rows} rows a step in micro-batches of {micro_rows}")
-    print(f"{found.seconds:.3f} s a step, {found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.3f}, ", end="")
-    print(f"{found.peak_gb:.1f} GB at most; no kernel ran in {found.idle:.1%} of the time; of the rest:")
+    print(
+        f"{found.device}: {size}, sequence {length}, {batch_rows} rows a step in micro-batches of {micro_rows}"
+    )
+    print(
+        f"{found.seconds:.3f} s a step, {found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.3f}, ",
+        end="",
+    )
+    print(
+        f"{found.peak_gb:.1f} GB at most; no kernel ran in {found.idle:.1%} of the time; of the rest:"
+    )
     for kernel, share in found.profile:
         print(f"{share:7.1%}  {kernel}")
-    (folder / f"training-gpu-{size}.json").write_text(json.dumps({**asdict(found), "changes": changes}, indent=1))
+    (folder / f"training-gpu-{size}.json").write_text(
+        json.dumps({**asdict(found), "changes": changes}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -24,14 +24,13 @@ class Save:
 
 def measure_saves(case: Case, folder: Path, rounds: int) -> tuple[int, list[Save]]:
     """(bytes of a checkpoint, saves of both kinds in turn after the first of each), by one of the processes."""
-    from training.backends import build_backend
-    from training.backends.build import Start
-    from training.checkpoints import Checkpoints, TrainState
-    from training.config import CheckpointConfig, TrainingConfig
-    from training.packing import TrainingRows
-    from training.parallel import start_parallel
-    from training.phases import phases_of
-    from training.store import Store
+    from cpt_merge.data.packing import TrainingRows
+    from cpt_merge.data.store import Store
+    from cpt_merge.training.config import CheckpointConfig, TrainingConfig
+    from cpt_merge.training.distributed.build import Start, build_backend
+    from cpt_merge.training.distributed.checkpoint import Checkpoints, TrainState
+    from cpt_merge.training.distributed.parallel import start_parallel
+    from cpt_merge.training.phases import phases_of
 
     ask_for_fsdp(case)
     os.sync()
@@ -48,7 +47,9 @@ def measure_saves(case: Case, folder: Path, rounds: int) -> tuple[int, list[Save
     saves, kinds = [], {}
     for synchronous in (True, False):
         kinds[synchronous] = Checkpoints(
-            folder / f"synchronous-{synchronous}", CheckpointConfig(keep=1, asynchronous=not synchronous), parallel
+            folder / f"synchronous-{synchronous}",
+            CheckpointConfig(keep=1, asynchronous=not synchronous),
+            parallel,
         )
         kinds[synchronous].start()
     for number in range(1, rounds + 2):

@@ -69,12 +69,18 @@ class Turn:
         self._start()
 
     def _start(self) -> None:
-        self._wall, self._delay, self._cpu = time.perf_counter(), run_queue_delay(), time.process_time()
+        self._wall, self._delay, self._cpu = (
+            time.perf_counter(),
+            run_queue_delay(),
+            time.process_time(),
+        )
 
     def __call__(self, loss: float) -> None:
         """Raises `Finished` after the last interval."""
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
-        self.connection.send(Interval(wall, run_queue_delay() - self._delay, cpu, peak_megabytes(), loss))
+        self.connection.send(
+            Interval(wall, run_queue_delay() - self._delay, cpu, peak_megabytes(), loss)
+        )
         self.left -= 1
         if not self.left:
             raise Finished
@@ -128,7 +134,7 @@ def settings(case: Case) -> dict[str, Any]:
 
 def ask_for_fsdp(case: Case) -> None:
     """Several processes shard by FSDP2."""
-    from launcher.start import backend_environment
+    from cpt_merge.launcher.start import backend_environment
 
     if case.processes > 1:
         os.environ.update(backend_environment(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"))
@@ -150,8 +156,8 @@ class _Rows:
 
 def ours(case: Case, folder: Path, turn: Turn) -> None:
     """The training stage as it is."""
-    from training.config import TrainingConfig
-    from training.run import TrainingInputs, run
+    from cpt_merge.training.config import TrainingConfig
+    from cpt_merge.training.run import TrainingInputs, run
 
     ask_for_fsdp(case)
     inputs = TrainingInputs(case.inputs.model, case.inputs.model, case.inputs.store, "benchmark")
@@ -162,16 +168,18 @@ def bare(case: Case, folder: Path, turn: Turn) -> None:
     """Forward, backward, clip, step of our model on tensors that are there: what a loop cannot be faster than."""
     import torch
 
-    from training.backends.build import Start
-    from training.backends.torch_native import TorchBackend
-    from training.config import TrainingConfig
-    from training.parallel import start_parallel
-    from training.phases import phases_of
-    from training.prefetch import micro_batches
+    from cpt_merge.training.config import TrainingConfig
+    from cpt_merge.training.distributed.build import Start
+    from cpt_merge.training.distributed.fsdp import TorchBackend
+    from cpt_merge.training.distributed.parallel import start_parallel
+    from cpt_merge.training.phases import phases_of
+    from cpt_merge.training.prefetch import micro_batches
 
     ask_for_fsdp(case)
     config, parallel = TrainingConfig(**settings(case)), start_parallel()
-    backend = TorchBackend.build(Start(config, phases_of(config)[0], case.inputs.model, 0), parallel)
+    backend = TorchBackend.build(
+        Start(config, phases_of(config)[0], case.inputs.model, 0), parallel
+    )
     rows, size = _training_rows(case), case.processes
     steps = []
     for step in range(case.steps):
@@ -203,11 +211,15 @@ def trainer(case: Case, folder: Path, turn: Turn) -> None:
 
     class Log(TrainerCallback):  # type: ignore[misc]
         def on_log(self, *_: Any, logs: dict[str, float], model: Any, **__: Any) -> None:
-            assert isinstance(model, FSDPModule) == (case.processes > 1), "Trainer does not shard as it was asked to"
+            assert isinstance(model, FSDPModule) == (case.processes > 1), (
+                "Trainer does not shard as it was asked to"
+            )
             if "loss" in logs:
                 turn(logs["loss"])
 
-    sharding = _let_trainer_shard() if case.processes > 1 else {"use_cpu": not torch.cuda.is_available()}
+    sharding = (
+        _let_trainer_shard() if case.processes > 1 else {"use_cpu": not torch.cuda.is_available()}
+    )
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=case.steps + 1, per_device_train_batch_size=case.micro_rows,
         gradient_accumulation_steps=case.batch_rows // (case.processes * case.micro_rows), learning_rate=RATE,
@@ -215,7 +227,9 @@ def trainer(case: Case, folder: Path, turn: Turn) -> None:
         lr_scheduler_type="constant", bf16=case.precision == "bf16", logging_steps=case.interval, save_strategy="no",
         report_to=[], disable_tqdm=True, remove_unused_columns=False, train_sampling_strategy="sequential", **sharding,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(case.inputs.model, dtype=torch.float32, use_cache=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        case.inputs.model, dtype=torch.float32, use_cache=False
+    )
     rows = _training_rows(case)
 
     class Packed(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -246,14 +260,21 @@ def _let_trainer_shard() -> dict[str, Any]:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
         training_args.is_torch_bf16_gpu_available = lambda: True
-    return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    return {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    }
 
 
 def _training_rows(case: Case) -> Any:
-    from training.packing import TrainingRows
-    from training.store import Store
+    from cpt_merge.data.packing import TrainingRows
+    from cpt_merge.data.store import Store
 
     return TrainingRows(Store.open(case.inputs.store), case.length, 0)
 
 
-CONTENDERS: dict[str, Callable[[Case, Path, Turn], None]] = {"ours": ours, "bare": bare, "trainer": trainer}
+CONTENDERS: dict[str, Callable[[Case, Path, Turn], None]] = {
+    "ours": ours,
+    "bare": bare,
+    "trainer": trainer,
+}

@@ -27,14 +27,13 @@ def measure_gpu(case: Case, steps: int, changes: dict[str, Any]) -> GpuResult:
     """Train `steps` steps after 5 that warm up. Raises `SystemExit` without a GPU."""
     import torch
 
-    from training.backends import build_backend
-    from training.backends.build import Start
-    from training.config import TrainingConfig
-    from training.packing import TrainingRows
-    from training.parallel import start_parallel
-    from training.phases import phases_of
-    from training.start import throughput_of
-    from training.store import Store
+    from cpt_merge.data.packing import TrainingRows
+    from cpt_merge.data.store import Store
+    from cpt_merge.training.config import TrainingConfig
+    from cpt_merge.training.distributed.build import Start, build_backend
+    from cpt_merge.training.distributed.parallel import start_parallel
+    from cpt_merge.training.phases import phases_of
+    from cpt_merge.training.start import throughput_of
 
     if not torch.cuda.is_available():
         raise SystemExit("no GPU here: torch.cuda.is_available() is false")
@@ -46,7 +45,11 @@ def measure_gpu(case: Case, steps: int, changes: dict[str, Any]) -> GpuResult:
         first, started = number * case.batch_rows, time.perf_counter()
         for start in range(first, first + case.batch_rows, case.micro_rows):
             batch = rows.batch(list(range(start, start + case.micro_rows))).to(parallel.device)
-            backend.backward(batch, 1 / (case.batch_rows * case.length), start + case.micro_rows >= case.batch_rows)
+            backend.backward(
+                batch,
+                1 / (case.batch_rows * case.length),
+                start + case.micro_rows >= case.batch_rows,
+            )
         backend.step(1.0)
         torch.cuda.synchronize()
         return time.perf_counter() - started

@@ -9,9 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.checkpoints import word_tokenizer
-from core.artifact import write_json
-from training.store import STORE_FILE, SourceInfo, SplitCounts, SplitWriter, StoreInfo, TokenizerInfo
-from training.store import tokenizer_fingerprint as fingerprint_of
+from cpt_merge.core.artifact import write_json
+from cpt_merge.data.store import (
+    STORE_FILE,
+    SourceInfo,
+    SplitCounts,
+    SplitWriter,
+    StoreInfo,
+    TokenizerInfo,
+)
+from cpt_merge.data.store import tokenizer_fingerprint as fingerprint_of
 
 BOS, EOS = 1, 2
 MEDIAN_DOCUMENT = 300  # tokens
@@ -92,7 +99,9 @@ def _make_store(inputs: Inputs, size: Size, tokens: int, document: int) -> None:
     random = np.random.default_rng(0)
     dtype = "uint16" if size.rows <= 2**16 else "uint32"
     counts = {
-        split: _write_split(inputs.store / "00-random" / split, dtype, size.rows, share, document, random)
+        split: _write_split(
+            inputs.store / "00-random" / split, dtype, size.rows, share, document, random
+        )
         for split, share in (("train", tokens), ("heldout", 20_000))
     }
     source = SourceInfo("random", "en", "00-random", 0, 0, counts["train"], counts["heldout"], None)

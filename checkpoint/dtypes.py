@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
@@ -34,7 +34,9 @@ def widen(stored: Array, dtype: str) -> Float32:
         wide <<= 16
         return wide.view(np.float32)
     if dtype not in FLOATS:
-        raise UserError(f"type {dtype} cannot be computed with; convert the checkpoint to bfloat16.")
+        raise UserError(
+            f"type {dtype} cannot be computed with; convert the checkpoint to bfloat16."
+        )
     return stored.astype(np.float32)
 
 
@@ -46,7 +48,9 @@ def narrow(values: Float32, dtype: str, finite: bool = False) -> Array:
     if dtype == "BF16":
         return _to_bfloat16(values, finite)
     if dtype not in FLOATS:
-        raise UserError(f"float32 cannot be stored as {dtype}; choose bfloat16, float16 or float32.")
+        raise UserError(
+            f"float32 cannot be stored as {dtype}; choose bfloat16, float16 or float32."
+        )
     with np.errstate(over="ignore"):
         return values.astype(STORED[dtype])
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
 
 
 def stored_names(model: Any, tensors: Iterable[str], directory: Path) -> dict[str, str]:
@@ -23,7 +23,9 @@ def stored_names(model: Any, tensors: Iterable[str], directory: Path) -> dict[st
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     found = {}
     for stored in tensors:
-        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        name, pattern = rename_source_key(
+            stored, renamings, converters, model.base_model_prefix, state
+        )
         if pattern is not None and name in state:
             raise UserError(
                 f"{directory} holds {stored}, which transformers rearranges into {name} of {type(model).__name__} when "

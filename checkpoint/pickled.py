@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from checkpoint.dtypes import STORED, TORCH_NAMES, Array
-from checkpoint.reader import Checkpoint, TensorInfo
-from core.errors import UserError
+from cpt_merge.checkpoint.dtypes import STORED, TORCH_NAMES, Array
+from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo
+from cpt_merge.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,13 @@ TYPES = {
 """torch's name of a type -> in a safetensors header."""
 
 _ZIP_START = b"PK\x03\x04"
-_DAMAGED = (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError)  # of zipfile, and our own
+_DAMAGED = (
+    ValueError,
+    zipfile.BadZipFile,
+    NotImplementedError,
+    EOFError,
+    RuntimeError,
+)  # of zipfile, and our own
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ class PickledCheckpoint(Checkpoint):
         if not 0 <= start <= stop <= info.size:
             raise IndexError(f"{name} has {info.size} elements, asked for [{start}, {stop})")
         mapped = np.memmap(self.directory / info.file, mode="r")
-        elements: Array = np.ndarray(info.shape, STORED[info.dtype], mapped, info.offset, info.strides)
+        elements: Array = np.ndarray(
+            info.shape, STORED[info.dtype], mapped, info.offset, info.strides
+        )
         return elements.flat[start:stop]
 
 
@@ -64,7 +72,9 @@ def read_pickled(path: Path) -> dict[str, TensorInfo]:
         _check_archive(path)
         entries, size = _load(path), path.stat().st_size
         start = _mapping_start(entries.values())
-        return {name: _locate(path.name, name, tensor, start, size) for name, tensor in entries.items()}
+        return {
+            name: _locate(path.name, name, tensor, start, size) for name, tensor in entries.items()
+        }
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except _DAMAGED as error:
@@ -103,7 +113,9 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         ) from None
     except OSError:
         raise
-    except Exception as error:  # the pickle is a stranger's programme: what a broken one raises can be anything
+    except (
+        Exception
+    ) as error:  # the pickle is a stranger's programme: what a broken one raises can be anything
         raise ValueError(_first_line(error)) from None
     if not isinstance(entries, dict):
         raise ValueError(f"it holds a {type(entries).__name__}, not tensors by name")
@@ -148,8 +160,13 @@ def _locate(file: str, name: str, tensor: torch.Tensor, start: int, size: int) -
     dtype, shape, itemsize = TYPES[_type_name(tensor)], tuple(tensor.shape), tensor.element_size()
     if tensor.numel() == 0:
         return TensorInfo(name, dtype, shape, file, 0, 0)
-    offset, strides = tensor.data_ptr() - start, tuple(stride * itemsize for stride in tensor.stride())
-    extent = itemsize + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    offset, strides = (
+        tensor.data_ptr() - start,
+        tuple(stride * itemsize for stride in tensor.stride()),
+    )
+    extent = itemsize + sum(
+        (length - 1) * stride for length, stride in zip(shape, strides, strict=True)
+    )
     if not 0 <= offset <= size - extent:
         raise ValueError(f"{name} does not lie in it")
     if tensor.is_contiguous():

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoint.dtypes import STORED, Array, Float32, widen
-from core.errors import UserError
+from cpt_merge.checkpoint.dtypes import STORED, Array, Float32, widen
+from cpt_merge.core.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -70,15 +70,23 @@ class Checkpoint:
         """
         directory = Path(directory)
         if (directory / UNFINISHED_FILE).exists():
-            raise UserError(f"{directory} was never finished; run the command that writes it again.")
+            raise UserError(
+                f"{directory} was never finished; run the command that writes it again."
+            )
         single, index = directory / f"{stem}.safetensors", directory / index_file(stem)
         if single.is_file():
             return Checkpoint(directory, read_header(single))
         if index.is_file():
             return Checkpoint(directory, _read_indexed(index))
-        pickled, pickled_index = directory / f"pytorch_{stem}.bin", directory / f"pytorch_{stem}.bin.index.json"
+        pickled, pickled_index = (
+            directory / f"pytorch_{stem}.bin",
+            directory / f"pytorch_{stem}.bin.index.json",
+        )
         if pickled.is_file() or pickled_index.is_file():
-            from checkpoint.pickled import PickledCheckpoint, read_pickled  # here, as it imports this module
+            from cpt_merge.checkpoint.pickled import (  # here, as it imports this module
+                PickledCheckpoint,
+                read_pickled,
+            )
 
             whole = pickled.is_file()
             tensors = read_pickled(pickled) if whole else _read_indexed(pickled_index, read_pickled)
@@ -93,7 +101,9 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies. Raises `UserError` if there is none of that name."""
         if name not in self.tensors:
-            raise UserError(f"{self.directory} holds no tensor {name}; use a checkpoint of the same architecture.")
+            raise UserError(
+                f"{self.directory} holds no tensor {name}; use a checkpoint of the same architecture."
+            )
         return self.tensors[name]
 
     def read_flat(self, name: str, start: int, stop: int) -> Array:
@@ -107,7 +117,9 @@ class Checkpoint:
         while view:
             count = os.preadv(file.fileno(), [view], offset)
             if count == 0:
-                raise UserError(f"{self.directory / info.file} ends within {name}; copy or download it again.")
+                raise UserError(
+                    f"{self.directory / info.file} ends within {name}; copy or download it again."
+                )
             view, offset = view[count:], offset + count
         return values
 
@@ -171,11 +183,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise ValueError("its header is cut off")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        infos = [_tensor_info(path.name, name, entry, 8 + length, size) for name, entry in header.items()]
+        infos = [
+            _tensor_info(path.name, name, entry, 8 + length, size) for name, entry in header.items()
+        ]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}); copy or download it again.") from None
+        raise UserError(
+            f"{path} is no whole safetensors file ({error}); copy or download it again."
+        ) from None
     return {info.name: info for info in sorted(infos, key=lambda info: info.offset)}
 
 
@@ -193,7 +209,9 @@ def _tensor_info(file: str, name: str, entry: dict[str, Any], data: int, size: i
     return TensorInfo(name, dtype, shape, file, data + start, stop - start)
 
 
-def _read_indexed(index: Path, read: Callable[[Path], dict[str, TensorInfo]] = read_header) -> dict[str, TensorInfo]:
+def _read_indexed(
+    index: Path, read: Callable[[Path], dict[str, TensorInfo]] = read_header
+) -> dict[str, TensorInfo]:
     directory = index.parent
     try:
         weight_map = dict(read_json(index)["weight_map"])
@@ -202,14 +220,20 @@ def _read_indexed(index: Path, read: Callable[[Path], dict[str, TensorInfo]] = r
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index} names {file!r}, which is no file of its own folder; do not use this checkpoint.")
+            raise UserError(
+                f"{index} names {file!r}, which is no file of its own folder; do not use this checkpoint."
+            )
     for file in sorted(set(weight_map.values())):
         if not (directory / file).is_file():
-            raise UserError(f"{directory / file} is missing, {index.name} names it; copy or download it.")
+            raise UserError(
+                f"{directory / file} is missing, {index.name} names it; copy or download it."
+            )
         headers[file] = read(directory / file)
     for name, file in weight_map.items():
         if name not in headers[file]:
-            raise UserError(f"{directory / file} holds no {name}, though {index.name} says so; download it again.")
+            raise UserError(
+                f"{directory / file} holds no {name}, though {index.name} says so; download it again."
+            )
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
@@ -226,7 +250,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the whole directory of a Hugging Face model.") from None
+        raise UserError(
+            f"{path} does not exist; give the whole directory of a Hugging Face model."
+        ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy or download it again.") from None
     if not isinstance(value, dict):

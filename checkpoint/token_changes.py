@@ -11,12 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint.reader import read_json
-from checkpoint.vocabulary import read_tokens
-from core.artifact import write_json, write_text
-from core.errors import UserError
+from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.checkpoint.vocabulary_map import read_tokens
+from cpt_merge.core.artifact import write_json, write_text
+from cpt_merge.core.errors import UserError
 
-_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+_PLAIN = {
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ def apply(changes: TokenChanges, directory: Path, origin: Path) -> None:
     if not changes:
         return
     before, behaviour = read_tokens(directory).ids, _behaviour(origin)
-    new = {token: {**_PLAIN, **behaviour.get(token, {})} for token in [*changes.appended, *changes.renamed]}
+    new = {
+        token: {**_PLAIN, **behaviour.get(token, {})}
+        for token in [*changes.appended, *changes.renamed]
+    }
     if (directory / "tokenizer.json").is_file():
         _change_fast(changes, new, directory / "tokenizer.json")
     else:
@@ -46,14 +55,23 @@ def apply(changes: TokenChanges, directory: Path, origin: Path) -> None:
         known = read_json(listed) if listed.is_file() else {}
         write_json(listed, {**_renamed_keys(known, changes), **changes.appended})
     _change_settings(changes, new, directory / "tokenizer_config.json")
-    _prove({**changes.appended, **{token: before[reserved] for token, reserved in changes.renamed.items()}}, directory)
+    _prove(
+        {
+            **changes.appended,
+            **{token: before[reserved] for token, reserved in changes.renamed.items()},
+        },
+        directory,
+    )
 
 
 def _behaviour(origin: Path) -> dict[str, dict[str, Any]]:
     """Token -> how it is matched, as a tokenizer.json says."""
     path = origin / "tokenizer.json"
     tokens = read_json(path).get("added_tokens", []) if path.is_file() else []
-    return {token["content"]: {name: token[name] for name in _PLAIN if name in token} for token in tokens}
+    return {
+        token["content"]: {name: token[name] for name in _PLAIN if name in token}
+        for token in tokens
+    }
 
 
 def _change_fast(changes: TokenChanges, new: Mapping[str, dict[str, Any]], path: Path) -> None:
@@ -65,10 +83,14 @@ def _change_fast(changes: TokenChanges, new: Mapping[str, dict[str, Any]], path:
         else entry
         for entry in content["added_tokens"]
     ]
-    tokens += [{"id": number, "content": token, **new[token]} for token, number in changes.appended.items()]
+    tokens += [
+        {"id": number, "content": token, **new[token]} for token, number in changes.appended.items()
+    ]
     content["added_tokens"] = sorted(tokens, key=lambda entry: int(entry["id"]))
     vocabulary = content["model"]["vocab"]
-    if isinstance(vocabulary, dict):  # added tokens that are not in it get their ids by counting, past any hole
+    if isinstance(
+        vocabulary, dict
+    ):  # added tokens that are not in it get their ids by counting, past any hole
         added = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
         content["model"]["vocab"] = {**_renamed_keys(vocabulary, changes), **added}
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1))
@@ -95,7 +117,9 @@ def _change_settings(changes: TokenChanges, new: Mapping[str, dict[str, Any]], p
     for number, entry in decoder.items():
         if entry["content"] in changes.renamed:
             decoder[number] = {"content": entry["content"], **new[entry["content"]]}
-    decoder |= {str(number): {"content": token, **new[token]} for token, number in changes.appended.items()}
+    decoder |= {
+        str(number): {"content": token, **new[token]} for token, number in changes.appended.items()
+    }
     write_json(path, {**settings, "added_tokens_decoder": decoder})
 
 
@@ -116,7 +140,9 @@ def _prove(expected: Mapping[str, int], directory: Path) -> None:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        found: Mapping[str, int | None] = {token: tokenizer.token_to_id(token) for token in expected}
+        found: Mapping[str, int | None] = {
+            token: tokenizer.token_to_id(token) for token in expected
+        }
     else:
         found = read_tokens(directory).ids
     wrong = [token for token, number in expected.items() if found.get(token) != number]

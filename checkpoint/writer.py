@@ -27,10 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint.dtypes import STORED, Array
-from checkpoint.reader import UNFINISHED_FILE, TensorInfo, index_file
-from core.artifact import fsync, write_json, write_text
-from core.errors import UserError
+from cpt_merge.checkpoint.dtypes import STORED, Array
+from cpt_merge.checkpoint.reader import UNFINISHED_FILE, TensorInfo, index_file
+from cpt_merge.core.artifact import fsync, write_json, write_text
+from cpt_merge.core.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
 
@@ -67,7 +67,9 @@ class Layout:
     index: str | None  # the file that says which tensor lies where
 
     @staticmethod
-    def by_size(specs: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES, stem: str = "model") -> Layout:
+    def by_size(
+        specs: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES, stem: str = "model"
+    ) -> Layout:
         """Files of at most `shard_bytes` (a larger tensor has one to itself), named as transformers names them."""
         shards: list[list[TensorSpec]] = [[]]
         for spec in sorted(specs, key=lambda spec: natural(spec.name)):
@@ -76,7 +78,10 @@ class Layout:
             shards[-1].append(spec)
         if len(shards) == 1:
             return Layout.of_files({f"{stem}.safetensors": shards[0]})
-        names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        names = [
+            f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+            for number in range(1, len(shards) + 1)
+        ]
         return Layout.of_files(dict(zip(names, shards, strict=True)), index=index_file(stem))
 
     @staticmethod
@@ -112,7 +117,11 @@ def _lay_out(file: str, specs: Iterable[TensorSpec]) -> tuple[bytes, list[Tensor
     for spec in ordered:
         starts.append(offset)
         offset += spec.nbytes
-        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [starts[-1], offset]}
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [starts[-1], offset],
+        }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
@@ -208,9 +217,13 @@ class CheckpointWriter(CheckpointFiles):
     """Writes one checkpoint, as one of several processes (`rank` tells them apart), and proves it whole."""
 
     def __init__(self, out: Path, layout: Layout, rank: int = 0) -> None:
-        super().__init__(beside(out), layout)  # other files of the checkpoint may be put into this directory
+        super().__init__(
+            beside(out), layout
+        )  # other files of the checkpoint may be put into this directory
         self.out, self.rank = out, rank
-        self._written: dict[str, dict[int, int]] = defaultdict(dict)  # tensor -> {stop: start}, in elements
+        self._written: dict[str, dict[int, int]] = defaultdict(
+            dict
+        )  # tensor -> {stop: start}, in elements
         self._notes = threading.Lock()
 
     def prepare(self) -> None:
@@ -219,7 +232,9 @@ class CheckpointWriter(CheckpointFiles):
         check_free(self.out)
         remove_unfinished(self.directory)
         if self.directory.exists():
-            raise UserError(f"{self.directory} is in the way and was not left by an unfinished run; move it.")
+            raise UserError(
+                f"{self.directory} is in the way and was not left by an unfinished run; move it."
+            )
         self.out.parent.mkdir(parents=True, exist_ok=True)
         check_room(self.out.parent, self.layout)
         self.create()
@@ -230,14 +245,19 @@ class CheckpointWriter(CheckpointFiles):
         with self._notes:  # [start, stop), joined to the part that ends where it starts
             ends = self._written[name]
             if values.size and start + values.size in ends:
-                raise UserError(f"elements up to {start + values.size} of {name} were written twice.")
+                raise UserError(
+                    f"elements up to {start + values.size} of {name} were written twice."
+                )
             ends[start + values.size] = ends.pop(start, start)
 
     def close(self) -> None:
         """Make what was written durable, then say what it was in `written-<rank>.json`. Frees the file handles."""
         self.sync()
         self.release()
-        parts = {name: sorted((start, stop) for stop, start in ends.items()) for name, ends in self._written.items()}
+        parts = {
+            name: sorted((start, stop) for stop, start in ends.items())
+            for name, ends in self._written.items()
+        }
         write_json(self.directory / f"written-{self.rank:05d}.json", parts)
 
     def publish(self) -> None:
@@ -289,16 +309,23 @@ def check_free(out: Path) -> None:
     if (out / UNFINISHED_FILE).is_file():
         return
     if out.is_symlink() or os.path.ismount(out):
-        raise UserError(f"{out} is a link or a mount point, which no directory can replace; name one within it.")
+        raise UserError(
+            f"{out} is a link or a mount point, which no directory can replace; name one within it."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; choose another output directory or remove it.")
+        raise UserError(
+            f"{out} exists and is not empty; choose another output directory or remove it."
+        )
 
 
 def check_room(directory: Path, layout: Layout) -> None:
     """Raise `UserError` if the disk has no room for the layout's files. `directory` or a parent of it is there."""
     while not directory.exists():
         directory = directory.parent
-    needed, free = sum(layout.file_size(file) for file in layout.headers), shutil.disk_usage(directory).free
+    needed, free = (
+        sum(layout.file_size(file) for file in layout.headers),
+        shutil.disk_usage(directory).free,
+    )
     if needed > free:
         raise UserError(
             f"{directory} has {free / 1e6:,.1f} MB free, the checkpoint needs {needed / 1e6:,.1f} MB; free some."
@@ -309,7 +336,9 @@ def _prove_whole(layout: Layout, journals: list[dict[str, list[list[int]]]]) -> 
     """Raise `UserError` naming the first tensor that was not written exactly once."""
     for name, info in layout.tensors.items():
         reached = 0
-        for start, stop in sorted(tuple(part) for journal in journals for part in journal.get(name, [])):
+        for start, stop in sorted(
+            tuple(part) for journal in journals for part in journal.get(name, [])
+        ):
             if stop > start and start != reached:
                 what = "twice" if start < reached else "never"
                 raise UserError(
@@ -317,4 +346,6 @@ def _prove_whole(layout: Layout, journals: list[dict[str, list[list[int]]]]) -> 
                 )
             reached = max(reached, stop)
         if reached != info.size:
-            raise UserError(f"elements {reached} to {info.size} of {name} were never written; the output is not kept.")
+            raise UserError(
+                f"elements {reached} to {info.size} of {name} were never written; the output is not kept."
+            )

@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
 
 STAGE_FILE = "stage.json"
 RECORDED_PACKAGES = (
@@ -46,7 +46,9 @@ class StageRecord:
     inputs: dict[str, str]  # name -> fingerprint
     seconds: float = 0.0
     finished: str = ""  # UTC, ISO 8601
-    results: dict[str, Any] = field(default_factory=dict)  # numbers worth reading without opening the artifact
+    results: dict[str, Any] = field(
+        default_factory=dict
+    )  # numbers worth reading without opening the artifact
     tracking: dict[str, Any] = field(default_factory=dict)  # carrier, run id, group
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -65,7 +67,9 @@ def read_record(directory: Path) -> StageRecord | None:
     try:
         return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove {directory} to make it again.") from None
+        raise UserError(
+            f"{path} cannot be read ({error}); remove {directory} to make it again."
+        ) from None
 
 
 def write_record(directory: Path, record: StageRecord, started: float) -> StageRecord:
@@ -124,7 +128,9 @@ def read_json_lines(path: Path) -> list[Any]:
     try:
         return [json.loads(line) for line in text.split("\n") if line]
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); mend it, or remove it and lose what it shows.") from None
+        raise UserError(
+            f"{path} is damaged ({error}); mend it, or remove it and lose what it shows."
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -143,7 +149,9 @@ def make_writable(folder: Path, named: str) -> None:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"{named} {folder} cannot be written ({reason}); choose another folder.") from None
+        raise UserError(
+            f"{named} {folder} cannot be written ({reason}); choose another folder."
+        ) from None
 
 
 @contextmanager

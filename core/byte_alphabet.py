@@ -7,7 +7,9 @@ def byte_letters() -> dict[int, str]:
     """Byte -> the letter that stands for it: printable bytes stand for themselves (GPT-2's `bytes_to_unicode`)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + rank) for rank, byte in enumerate(others)
+    }
 
 
 LETTERS = byte_letters()

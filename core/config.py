@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
 
 S = TypeVar("S", bound="Section")
 
@@ -17,7 +17,9 @@ S = TypeVar("S", bound="Section")
 class Section(BaseModel):
     """A section of the recipe: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 def key(default: Any, doc: str, *, unit: str | None = None, **constraints: Any) -> Any:
@@ -27,7 +29,12 @@ def key(default: Any, doc: str, *, unit: str | None = None, **constraints: Any) 
     """
     extra: Any = {"unit": unit} if unit else None
     if isinstance(default, (list, dict)):
-        return Field(default_factory=lambda: default.copy(), description=doc, json_schema_extra=extra, **constraints)
+        return Field(
+            default_factory=lambda: default.copy(),
+            description=doc,
+            json_schema_extra=extra,
+            **constraints,
+        )
     return Field(default, description=doc, json_schema_extra=extra, **constraints)
 
 
@@ -62,13 +69,21 @@ def _nearest(section: type[Section], location: tuple[int | str, ...]) -> str:
     known = known_keys(section)
     wanted = ".".join(str(part) for part in location if isinstance(part, str))
     siblings = [name for name in known if name.rpartition(".")[0] == wanted.rpartition(".")[0]]
-    close = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.5) or difflib.get_close_matches(
+    close = difflib.get_close_matches(
+        wanted, siblings, n=1, cutoff=0.5
+    ) or difflib.get_close_matches(
         wanted.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1, cutoff=0.6
     )
     if close:
-        full = next(name for name in known if name == close[0] or name.rpartition(".")[2] == close[0])
+        full = next(
+            name for name in known if name == close[0] or name.rpartition(".")[2] == close[0]
+        )
         return f"; the nearest known key is `{full}`"
-    return f"; known keys there: {', '.join(name.rpartition('.')[2] for name in siblings)}" if siblings else ""
+    return (
+        f"; known keys there: {', '.join(name.rpartition('.')[2] for name in siblings)}"
+        if siblings
+        else ""
+    )
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

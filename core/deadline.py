@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
 
 STOP_AT = "CPT_MERGE_STOP_AT"  # seconds since 1970; set by `--stop-at`, inherited by the processes that are started
 JOB_END = "SLURM_JOB_END_TIME"  # set by Slurm, in the same unit
@@ -28,7 +28,9 @@ def parse_stop_at(text: str, now: datetime) -> float:
         else:
             moment = datetime.fromisoformat(text)
     except (ValueError, KeyError):
-        raise UserError(f"--stop-at {text} is no time; write 2026-11-24T18:00, 18:00, +90m or +8h.") from None
+        raise UserError(
+            f"--stop-at {text} is no time; write 2026-11-24T18:00, 18:00, +90m or +8h."
+        ) from None
     if moment.timestamp() <= now.timestamp():
         raise UserError(f"--stop-at {text} is past; it is {now:%Y-%m-%dT%H:%M} now.")
     return moment.timestamp()
@@ -42,5 +44,7 @@ def deadline(environment: Mapping[str, str] = os.environ) -> float:
             try:
                 found = min(found, float(text))
             except ValueError:
-                raise UserError(f"{name}={text} is no time in seconds since 1970; unset it.") from None
+                raise UserError(
+                    f"{name}={text} is no time in seconds since 1970; unset it."
+                ) from None
     return found

@@ -7,7 +7,7 @@ from functools import cache
 
 import regex
 
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
 
 
 class Lock:
@@ -30,7 +30,9 @@ class Lock:
             except OSError:
                 holder = os.read(handle, 1000).decode(errors="replace").strip() or "another process"
                 os.close(handle)
-                raise UserError(f"{self.what} is in use by {holder}; wait for it, or {self.advice}.") from None
+                raise UserError(
+                    f"{self.what} is in use by {holder}; wait for it, or {self.advice}."
+                ) from None
             if self._is_still_there(handle):
                 break
             os.close(handle)  # its holder removed it in between

@@ -7,15 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
-from core.errors import UserError
-from core.progress import say
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
 
 NEEDED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md", "*.txt"]
 
 
 def is_local(name: str) -> bool:
     """True for the name of a directory, there or not; False for what can only be a hub id (org/model)."""
-    return Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    return (
+        Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    )
 
 
 def model_directory(name: str) -> Path:
@@ -26,10 +28,14 @@ def model_directory(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{path} holds no config.json; give the directory of a Hugging Face model.")
+            raise UserError(
+                f"{path} holds no config.json; give the directory of a Hugging Face model."
+            )
         return path
     if is_local(name):
-        raise UserError(f"model {name} does not exist; give a directory, or a hub id like org/model.")
+        raise UserError(
+            f"model {name} does not exist; give a directory, or a hub id like org/model."
+        )
     from huggingface_hub import snapshot_download
 
     say(f"model {name}: looking it up on the hub")
@@ -43,13 +49,21 @@ def model_directory(name: str) -> Path:
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """What the hub answers instead of the model, in one sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         yield
     except RepositoryNotFoundError:
-        raise UserError(f"model {name} is neither a local directory nor on the hub; correct the name.") from None
+        raise UserError(
+            f"model {name} is neither a local directory nor on the hub; correct the name."
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         said = shorten(reason, 200, placeholder=" ...")
-        raise UserError(f"model {name} is no local directory and the hub did not give it ({said}).") from None
+        raise UserError(
+            f"model {name} is no local directory and the hub did not give it ({said})."
+        ) from None

@@ -9,9 +9,16 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from core.world import find_world
+from cpt_merge.core.distributed import find_world
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -38,7 +45,9 @@ class Meter:
         self._shown = find_world().is_main
         self._bar = _bar() if self._shown and sys.stderr.isatty() else None
         self._task = (
-            self._bar.add_task(label, total=total, completed=int(done), rate="", note="") if self._bar else None
+            self._bar.add_task(label, total=total, completed=int(done), rate="", note="")
+            if self._bar
+            else None
         )
 
     def __enter__(self) -> Meter:
@@ -46,7 +55,12 @@ class Meter:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         if self._bar:
             self._bar.stop()
         elif self._shown and kind is None:
@@ -70,7 +84,11 @@ class Meter:
     def _line(self) -> None:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._start
-        parts = [f"{self.label}: {self.done:,.0f}" + (f"/{self.total:,.0f}" if self.total else "") + f" {self.unit}"]
+        parts = [
+            f"{self.label}: {self.done:,.0f}"
+            + (f"/{self.total:,.0f}" if self.total else "")
+            + f" {self.unit}"
+        ]
         parts.append(self._rate())
         if self.total and self.done < self.total and self._rate_value():
             parts.append(f"{(self.total - self.done) / self._rate_value():.0f} s left")
@@ -80,9 +98,18 @@ class Meter:
 
 
 def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
     return Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
     )
 
 

@@ -1,5 +1,5 @@
 """Did the new language arrive, and did the chat survive?"""
 
-from evaluation.config import EvaluationConfig
+from cpt_merge.evaluation.config import EvaluationConfig
 
 __all__ = ["EvaluationConfig"]

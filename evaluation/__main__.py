@@ -1,6 +1,6 @@
-"""`python -m evaluation RECIPE`: this stage alone."""
+"""`python -m cpt_merge.evaluation RECIPE`: this stage alone."""
 
-from launcher.cli import stage_main
+from cpt_merge.launcher.cli import stage_main
 
 if __name__ == "__main__":
     raise SystemExit(stage_main("evaluate"))

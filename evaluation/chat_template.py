@@ -10,10 +10,10 @@ from typing import Any
 import regex
 from jinja2.exceptions import TemplateError
 
-from core.errors import UserError
-from core.progress import say
-from evaluation.conversation import Conversation, Message
-from evaluation.models import LoadedModel, end_tokens, load_tokenizer
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.evaluation.conversation import Conversation, Message
+from cpt_merge.evaluation.models import LoadedModel, end_tokens, load_tokenizer
 
 PLACEHOLDERS = ("UserPlaceholder", "AssistantPlaceholder")
 
@@ -36,7 +36,10 @@ def read_chat_template(directory: Path) -> ChatTemplate:
             f"the chat model's tokenizer in {directory} has no chat template, so no prompt can be rendered."
         )
     return ChatTemplate(
-        tokenizer.chat_template, end_tokens(directory, tokenizer), template_marks(tokenizer), str(directory)
+        tokenizer.chat_template,
+        end_tokens(directory, tokenizer),
+        template_marks(tokenizer),
+        str(directory),
     )
 
 
@@ -63,17 +66,27 @@ def template_for(loaded: LoadedModel, directory: Path, chat: ChatTemplate) -> Ch
         return ChatTemplate(tokenizer.chat_template, own_ends, marks, str(directory))
     say(f"{loaded.name}: has no chat template; it is asked in that of {chat.source}")
     vocabulary = tokenizer.get_vocab()
-    ends = list(dict.fromkeys([*own_ends, *(token for token in chat.end_tokens if token in vocabulary)]))
-    return ChatTemplate(chat.template, ends, sorted({*chat.marks, *special_tokens(tokenizer)}), chat.source)
+    ends = list(
+        dict.fromkeys([*own_ends, *(token for token in chat.end_tokens if token in vocabulary)])
+    )
+    return ChatTemplate(
+        chat.template, ends, sorted({*chat.marks, *special_tokens(tokenizer)}), chat.source
+    )
 
 
-def check_prompts(models: Mapping[str, Path], chat: ChatTemplate, conversations: Sequence[Conversation]) -> None:
+def check_prompts(
+    models: Mapping[str, Path], chat: ChatTemplate, conversations: Sequence[Conversation]
+) -> None:
     """Render every first turn for every model, before any is loaded. Raises `UserError` for what a template refuses."""
     for name, directory in models.items():
         tokenizer = load_tokenizer(directory)
         for conversation in conversations:
             try:
-                render(tokenizer, tokenizer.chat_template or chat.template, conversation.turns[0].messages)
+                render(
+                    tokenizer,
+                    tokenizer.chat_template or chat.template,
+                    conversation.turns[0].messages,
+                )
             except UserError as error:
                 raise UserError(f"model {name}, {conversation.questions[:60]!r}: {error}") from None
 
@@ -86,9 +99,18 @@ def render(tokenizer: Any, template: str, messages: Sequence[Message]) -> str:
                 list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
             )
         )
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template refuses a prompt with the roles {roles} ({error}); change it.") from None
+        raise UserError(
+            f"the chat template refuses a prompt with the roles {roles} ({error}); change it."
+        ) from None
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
@@ -104,11 +126,25 @@ def template_marks(tokenizer: Any) -> list[str]:
     letters, digits and spaces, and two characters (`[INST]`, `### Response:`): `user` or `.` may be in any reply.
     """
     user, assistant = PLACEHOLDERS
-    messages = [{"role": role, "content": text} for role, text in (("user", user), ("assistant", assistant)) * 2]
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("user", user), ("assistant", assistant)) * 2
+    ]
     text = render(tokenizer, tokenizer.chat_template, messages) + render(
         tokenizer, tokenizer.chat_template, messages[:1]
     )
     special = special_tokens(tokenizer)
-    borders = "|".join(map(regex.escape, [*PLACEHOLDERS, *sorted(special, key=len, reverse=True), "\n"]))
+    borders = "|".join(
+        map(regex.escape, [*PLACEHOLDERS, *sorted(special, key=len, reverse=True), "\n"])
+    )
     pieces = {piece.strip() for piece in regex.split(borders, text)}
-    return sorted({*special, *(piece for piece in pieces if regex.search(r"[^\p{L}\p{N}\s].|.[^\p{L}\p{N}\s]", piece))})
+    return sorted(
+        {
+            *special,
+            *(
+                piece
+                for piece in pieces
+                if regex.search(r"[^\p{L}\p{N}\s].|.[^\p{L}\p{N}\s]", piece)
+            ),
+        }
+    )

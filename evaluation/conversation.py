@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluation.checks.registry import Check
+from cpt_merge.evaluation.checks.registry import Check
 
 ROLES = ("system", "user", "assistant")
 ANY_LANGUAGE = "any"

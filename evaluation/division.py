@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from core.progress import Meter
-from core.world import World, find_rendezvous, find_world
+from cpt_merge.core.distributed import World, find_rendezvous, find_world
+from cpt_merge.core.progress import Meter
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,7 +39,9 @@ class Division:
         result: Result = found[0]
         return result
 
-    def map(self, label: str, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    def map(
+        self, label: str, work: Callable[[Item], Result], items: Sequence[Item]
+    ) -> list[Result]:
         """`work(item)` of every item, in the order of the items, on every process. Each is computed by one process."""
         mine = range(self.world.rank, len(items), self.world.size)
         done: dict[int, Result] = {}

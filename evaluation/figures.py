@@ -14,9 +14,9 @@ mpl.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from core.palette import FURTHER_COLOURS, MODEL_COLOURS
-from evaluation.facets.language import BITS
-from evaluation.results import Scores, languages_with
+from cpt_merge.core.palette import FURTHER_COLOURS, MODEL_COLOURS
+from cpt_merge.evaluation.evaluators.language import BITS
+from cpt_merge.evaluation.results import Scores, languages_with
 
 PANELS = {  # picture -> its four panels
     "replies": {
@@ -56,7 +56,9 @@ def draw_shares(scores: Scores, titles: Mapping[str, str], path: Path) -> Path:
     """Shares, one panel for each of four figures."""
     languages = languages_with(scores, next(iter(titles)))
     width = max(3.4, 0.9 + 0.4 * len(scores) * len(languages))
-    figure = Figure(figsize=(2 * width, 6.4), layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.04))
+    figure = Figure(
+        figsize=(2 * width, 6.4), layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.04)
+    )
     panels = figure.subplots(2, 2, sharey=True).flat
     for axes, (figure_name, title) in zip(panels, titles.items(), strict=True):
         _bars(axes, scores, figure_name, languages, "{:.0%}")
@@ -70,7 +72,12 @@ def draw_shares(scores: Scores, titles: Mapping[str, str], path: Path) -> Path:
 
 def colours_of(models: Collection[str]) -> dict[str, str]:
     """A colour for each model: a recipe's have their own, others what is left."""
-    left = cycle([*FURTHER_COLOURS, *(colour for name, colour in MODEL_COLOURS.items() if name not in models)])
+    left = cycle(
+        [
+            *FURTHER_COLOURS,
+            *(colour for name, colour in MODEL_COLOURS.items() if name not in models),
+        ]
+    )
     return {model: MODEL_COLOURS.get(model) or next(left) for model in models}
 
 
@@ -88,7 +95,9 @@ def _bars(axes: Any, scores: Scores, figure: str, languages: list[str], label: s
         below = [max(estimate.value - estimate.low, 0) for _, estimate in shown]
         above = [max(estimate.high - estimate.value, 0) for _, estimate in shown]
         axes.bar(places, values, width * 0.92, label=model, color=colours[model])
-        axes.errorbar(places, values, [below, above], fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2)
+        axes.errorbar(
+            places, values, [below, above], fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2
+        )
         for x, value, rise in zip(places, values, above, strict=True):
             axes.annotate(
                 label.format(value), (x, value + rise), (0, 2), textcoords="offset points",
@@ -104,6 +113,8 @@ def _bars(axes: Any, scores: Scores, figure: str, languages: list[str], label: s
 
 def _save(figure: Figure, axes: Any, path: Path) -> Path:
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False
+    )
     figure.savefig(path, dpi=150, facecolor="white")
     return path

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, zip_longest
 
-from core.errors import UserError
-from core.languages import find_language
-from core.sources import Corpus, Source, read_source
-from evaluation.config import EvaluationConfig
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
+from cpt_merge.data.sources import Corpus, Source, read_source
+from cpt_merge.evaluation.config import EvaluationConfig
 
-Text = Corpus | Mapping[str, str]  # the corpus whose held-out part is read, or by language a file that is read whole
+Text = (
+    Corpus | Mapping[str, str]
+)  # the corpus whose held-out part is read, or by language a file that is read whole
 
 
 def languages_of(text: Text) -> list[str]:
@@ -26,7 +28,11 @@ def read_documents(config: EvaluationConfig, text: Text) -> dict[str, list[str]]
     """
     found = {}
     for language in languages_of(text):
-        documents = _heldout(text, language) if isinstance(text, Corpus) else _file(text[language], language)
+        documents = (
+            _heldout(text, language)
+            if isinstance(text, Corpus)
+            else _file(text[language], language)
+        )
         found[language] = _cut(documents, config)
         if not found[language]:
             raise UserError(

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from core.artifact import fingerprint, installed_versions, stage_key, write_text
-from core.progress import say
-from core.sources import Corpus, Source, source_files
-from evaluation.chat_template import ChatTemplate
-from evaluation.config import EvaluationConfig
-from evaluation.heldout import Text
-from evaluation.reading import PACKAGED
-from evaluation.results import ModelResult
+from cpt_merge.core.artifact import fingerprint, installed_versions, stage_key, write_text
+from cpt_merge.core.progress import say
+from cpt_merge.data.sources import Corpus, Source, source_files
+from cpt_merge.evaluation.chat_template import ChatTemplate
+from cpt_merge.evaluation.config import EvaluationConfig
+from cpt_merge.evaluation.heldout import Text
+from cpt_merge.evaluation.reading import PACKAGED
+from cpt_merge.evaluation.results import ModelResult
 
 RESULT = TypeAdapter(ModelResult)
 
@@ -33,13 +33,25 @@ class KeptResults:
     key: str  # of all but the model
 
     @staticmethod
-    def of(config: EvaluationConfig, text: Text, chat: ChatTemplate | None, out: Path) -> KeptResults:
+    def of(
+        config: EvaluationConfig, text: Text, chat: ChatTemplate | None, out: Path
+    ) -> KeptResults:
         """Those of an evaluation that writes into `out`; `chat` is how models without a template are spoken to."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        settings = {"config": config.model_dump(), "chat": repr(chat), "versions": installed_versions()}
-        inputs = {**input_files(config, text), "built-in": fingerprint(str(PACKAGED)), "device": device}
+        settings = {
+            "config": config.model_dump(),
+            "chat": repr(chat),
+            "versions": installed_versions(),
+        }
+        inputs = {
+            **input_files(config, text),
+            "built-in": fingerprint(str(PACKAGED)),
+            "device": device,
+        }
         folder = out.resolve()
-        return KeptResults(folder.with_name(f"{folder.name}.kept"), stage_key("evaluated", settings, inputs))
+        return KeptResults(
+            folder.with_name(f"{folder.name}.kept"), stage_key("evaluated", settings, inputs)
+        )
 
     def read(self, name: str, directory: Path) -> ModelResult | None:
         """What was found of this model before."""
@@ -51,7 +63,11 @@ class KeptResults:
         except ValidationError:
             say(f"{path} is damaged; {name} is evaluated anew")
             return None
-        what = "its replies are there already, for what failed" if result.failed else "evaluated already"
+        what = (
+            "its replies are there already, for what failed"
+            if result.failed
+            else "evaluated already"
+        )
         say(f"{name}: {what}, by an evaluation that did not come to its end")
         return result
 
@@ -67,7 +83,10 @@ class KeptResults:
             self.folder.rmdir()
 
     def _path(self, name: str, directory: Path) -> Path:
-        return self.folder / f"{name}-{stage_key(self.key, {}, {'model': fingerprint(directory)})}.json"
+        return (
+            self.folder
+            / f"{name}-{stage_key(self.key, {}, {'model': fingerprint(directory)})}.json"
+        )
 
 
 def input_files(config: EvaluationConfig, text: Text) -> dict[str, str]:
@@ -83,4 +102,8 @@ def input_files(config: EvaluationConfig, text: Text) -> dict[str, str]:
 
 
 def _of_sources(sources: Sequence[Source]) -> dict[str, str]:
-    return {f"text {source.language} {file}": fingerprint(file) for source in sources for file in source_files(source)}
+    return {
+        f"text {source.language} {file}": fingerprint(file)
+        for source in sources
+        for file in source_files(source)
+    }

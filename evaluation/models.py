@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from checkpoint.reader import Checkpoint
-from core.errors import UserError
-from core.progress import say
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,16 @@ def shared_context(models: Mapping[str, Path], wanted: int) -> int:
         load_tokenizer(directory)
         positions = getattr(config, "max_position_embeddings", context)
         if positions < context:
-            say(f"evaluation.context = {wanted}, but {name} has {positions} positions: {positions} for all models")
+            say(
+                f"evaluation.context = {wanted}, but {name} has {positions} positions: {positions} for all models"
+            )
             context = positions
     return context
 
 
-def load_model(name: str, directory: Path, local_rank: int, weights: Path | None = None) -> LoadedModel:
+def load_model(
+    name: str, directory: Path, local_rank: int, weights: Path | None = None
+) -> LoadedModel:
     """Load a model for inference: bfloat16 on a GPU, float32 on the CPU, whatever type it is stored in.
 
     With `weights`, `directory` holds all but the weights; rows of the vocabulary that they lack hold anything.
@@ -67,8 +71,16 @@ def load_model(name: str, directory: Path, local_rank: int, weights: Path | None
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
-    other = {"config": AutoConfig.from_pretrained(directory), "ignore_mismatched_sizes": True} if weights else {}
-    model = AutoModelForCausalLM.from_pretrained(weights or directory, dtype=dtype, **other).to(device).eval()
+    other = (
+        {"config": AutoConfig.from_pretrained(directory), "ignore_mismatched_sizes": True}
+        if weights
+        else {}
+    )
+    model = (
+        AutoModelForCausalLM.from_pretrained(weights or directory, dtype=dtype, **other)
+        .to(device)
+        .eval()
+    )
     return LoadedModel(name, model, load_tokenizer(directory))
 
 
@@ -94,4 +106,6 @@ def end_tokens(directory: Path, tokenizer: Any) -> list[str]:
     if (directory / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(directory).eos_token_id
         ids += eos if isinstance(eos, list) else [eos]
-    return list(dict.fromkeys(tokenizer.convert_ids_to_tokens(id_) for id_ in ids if id_ is not None))
+    return list(
+        dict.fromkeys(tokenizer.convert_ids_to_tokens(id_) for id_ in ids if id_ is not None)
+    )

@@ -17,15 +17,15 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-from core.languages import find_language
-from core.progress import say
-from evaluation.checks import Check, parse_check
-from evaluation.config import BUILT_IN
-from evaluation.conversation import ROLES, Conversation, Message, Turn
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
+from cpt_merge.core.progress import say
+from cpt_merge.evaluation.checks import Check, parse_check
+from cpt_merge.evaluation.config import BUILT_IN
+from cpt_merge.evaluation.conversation import ROLES, Conversation, Message, Turn
 
 FEWEST_TURNS, MOST_TURNS = 2, 5
-PACKAGED = files("evaluation") / "prompts"
+PACKAGED = files("cpt_merge.evaluation") / "prompts"
 
 Parse = Callable[[Any, str], Conversation]  # (row, "file, line 3")
 
@@ -41,7 +41,9 @@ def read_conversations(
     if path == BUILT_IN:
         found = list(_built_in(built_in, parse, languages))
         if not found:
-            raise UserError(f"there are no built-in {built_in} in {', '.join(languages)}; give a file by {key}.")
+            raise UserError(
+                f"there are no built-in {built_in} in {', '.join(languages)}; give a file by {key}."
+            )
     else:
         file = Path(path).expanduser()
         if not file.is_file():
@@ -49,9 +51,15 @@ def read_conversations(
         found = list(read_file(file, parse))
         if not found:
             raise UserError(f"prompts file {file} holds no prompts.")
-        found = [conversation for conversation in found if not languages or conversation.language in languages]
+        found = [
+            conversation
+            for conversation in found
+            if not languages or conversation.language in languages
+        ]
         if not found:
-            raise UserError(f"prompts file {file} holds no prompt in {', '.join(languages)}; correct {key}.")
+            raise UserError(
+                f"prompts file {file} holds no prompt in {', '.join(languages)}; correct {key}."
+            )
     counts: Counter[str] = Counter()
     kept = []
     for conversation in found:
@@ -63,7 +71,11 @@ def read_conversations(
 
 def _built_in(name: str, parse: Parse, languages: Sequence[str]) -> Iterator[Conversation]:
     folder = PACKAGED / name
-    there = sorted(entry.name.removesuffix(".jsonl") for entry in folder.iterdir() if entry.name.endswith(".jsonl"))
+    there = sorted(
+        entry.name.removesuffix(".jsonl")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".jsonl")
+    )
     for language in languages or there:
         if language in there:
             with as_file(folder / f"{language}.jsonl") as file:
@@ -75,9 +87,13 @@ def _built_in(name: str, parse: Parse, languages: Sequence[str]) -> Iterator[Con
 def read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
     """Every conversation of a file. Raises `UserError` that names file and line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a mark of byte order is no part of the text
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # a mark of byte order is no part of the text
     except UnicodeDecodeError as error:
-        raise UserError(f"prompts file {path} is not UTF-8 (byte {error.start}); convert it.") from None
+        raise UserError(
+            f"prompts file {path} is not UTF-8 (byte {error.start}); convert it."
+        ) from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -89,14 +105,18 @@ def read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
                     f"{where} holds half of a surrogate pair (\\ud800 to \\udfff); correct the text."
                 ) from None
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where} is not JSON ({error}); each line is one prompt.") from None
+                raise UserError(
+                    f"{where} is not JSON ({error}); each line is one prompt."
+                ) from None
             yield parse(row, where)
 
 
 def parse_prompt(row: Any, where: str) -> Conversation:
     """A prompt whose reply is judged by its form alone."""
     _needs(row, where, "a prompt", "language", "messages")
-    return Conversation(_language(row, where), (Turn(_messages(row["messages"], where)),), _category(row, where))
+    return Conversation(
+        _language(row, where), (Turn(_messages(row["messages"], where)),), _category(row, where)
+    )
 
 
 def parse_instruction(row: Any, where: str) -> Conversation:
@@ -113,10 +133,18 @@ def parse_dialogue(row: Any, where: str) -> Conversation:
     _needs(row, where, "a dialogue", "language", "turns")
     rows = row["turns"]
     if not isinstance(rows, list) or not FEWEST_TURNS <= len(rows) <= MOST_TURNS:
-        raise UserError(f'{where}: "turns" is a list of {FEWEST_TURNS} to {MOST_TURNS} turns of the user\'s.')
+        raise UserError(
+            f'{where}: "turns" is a list of {FEWEST_TURNS} to {MOST_TURNS} turns of the user\'s.'
+        )
     before = row.get("messages", [])
-    if before and (not isinstance(before, list) or not all(map(_is_message, before)) or before[-1]["role"] == "user"):
-        raise UserError(f'{where}: "messages" of a dialogue come before its first turn, so no user\'s may be the last.')
+    if before and (
+        not isinstance(before, list)
+        or not all(map(_is_message, before))
+        or before[-1]["role"] == "user"
+    ):
+        raise UserError(
+            f'{where}: "messages" of a dialogue come before its first turn, so no user\'s may be the last.'
+        )
     turns = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(rows, start=1)]
     if not any(turn.checks for turn in turns):
         raise UserError(f'{where}: no turn has "checks", so no reply could fail; add some.')
@@ -128,13 +156,19 @@ def parse_question(row: Any, where: str) -> Conversation:
     """An open question of 1 to 5 turns of the user's, for a judge."""
     _needs(row, where, "a question", "language", "turns")
     turns = row["turns"]
-    if not isinstance(turns, list) or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, str) and turn.strip() for turn in turns
+    ):
         raise UserError(f'{where}: "turns" is a list of what the user says, each of them text.')
     if not 1 <= len(turns) <= MOST_TURNS:
         raise UserError(f'{where}: "turns" is a list of 1 to {MOST_TURNS} turns of the user\'s.')
     references = row.get("reference", [])
-    if not isinstance(references, list) or not all(one is None or isinstance(one, str) for one in references):
-        raise UserError(f'{where}: "reference" is a list of good replies, one a turn, null where there is none.')
+    if not isinstance(references, list) or not all(
+        one is None or isinstance(one, str) for one in references
+    ):
+        raise UserError(
+            f'{where}: "reference" is a list of good replies, one a turn, null where there is none.'
+        )
     asked = tuple(Turn([{"role": "user", "content": turn}]) for turn in turns)
     return Conversation(_language(row, where), asked, _category(row, where), tuple(references))
 
@@ -149,7 +183,9 @@ def _needs(row: Any, where: str, what: str, *fields: str) -> None:
     if not isinstance(row, dict) or not set(fields) <= row.keys():
         missing = [name for name in fields if not isinstance(row, dict) or name not in row]
         named = " and ".join(f'"{name}"' for name in fields)
-        raise UserError(f"{where}: {what} needs the fields {named}; {', '.join(missing)} is missing.")
+        raise UserError(
+            f"{where}: {what} needs the fields {named}; {', '.join(missing)} is missing."
+        )
 
 
 def _language(row: Any, where: str) -> str:
@@ -168,9 +204,13 @@ def _category(row: Any, where: str) -> str | None:
 
 def _messages(messages: Any, where: str) -> list[Message]:
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise UserError(f'{where}: each of "messages" is {{"role": {" or ".join(ROLES)}, "content": text}}.')
+        raise UserError(
+            f'{where}: each of "messages" is {{"role": {" or ".join(ROLES)}, "content": text}}.'
+        )
     if not messages or messages[-1]["role"] != "user":
-        raise UserError(f"{where}: the last message is not the user's, so there is nothing to reply to.")
+        raise UserError(
+            f"{where}: the last message is not the user's, so there is nothing to reply to."
+        )
     return [_message(message) for message in messages]
 
 
@@ -179,7 +219,11 @@ def _message(message: Message) -> Message:
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+    return (
+        isinstance(message, dict)
+        and message.get("role") in ROLES
+        and isinstance(message.get("content"), str)
+    )
 
 
 def _checks(rows: Any, where: str) -> tuple[Check, ...]:

@@ -13,18 +13,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from core.artifact import write_json, write_json_lines
-from core.languages import find_language
-from core.progress import console, say
-from evaluation.config import EvaluationConfig
-from evaluation.conversation import Exchange
-from evaluation.facets.facet import Figure, NotRun
-from evaluation.facets.form import FIGURES as FORM
-from evaluation.facets.language import BITS
-from evaluation.figures import PANELS, draw_bits_per_byte, draw_shares, pictures
-from evaluation.intervals import Difference, Estimate
-from evaluation.results import ModelResult, Results, Sample, each
-from tracking import Cell, Tracker
+from cpt_merge.core.artifact import write_json, write_json_lines
+from cpt_merge.core.languages import find_language
+from cpt_merge.core.progress import console, say
+from cpt_merge.evaluation.config import EvaluationConfig
+from cpt_merge.evaluation.conversation import Exchange
+from cpt_merge.evaluation.evaluators.evaluator import Figure, NotRun
+from cpt_merge.evaluation.evaluators.form import FIGURES as FORM
+from cpt_merge.evaluation.evaluators.language import BITS
+from cpt_merge.evaluation.figures import PANELS, draw_bits_per_byte, draw_shares, pictures
+from cpt_merge.evaluation.results import ModelResult, Results, Sample, each
+from cpt_merge.evaluation.statistics import Difference, Estimate
+from cpt_merge.tracking import Cell, Tracker
 
 SHOWN_CHARACTERS = 400  # of a sample's reply on the terminal
 SHOWN_GROUPS = 8  # of a breakdown on the terminal; results.json has all
@@ -32,7 +32,13 @@ INTERVAL = ["value", "low", "high", "n"]
 FAILED = "failed"  # of results.json: what endpoints said that failed
 
 
-def report(config: EvaluationConfig, models: Mapping[str, Path], results: Results, out: Path, tracker: Tracker) -> None:
+def report(
+    config: EvaluationConfig,
+    models: Mapping[str, Path],
+    results: Results,
+    out: Path,
+    tracker: Tracker,
+) -> None:
     """Write and show everything."""
     write_json(out / "results.json", results_content(config, models, results))
     write_json_lines(out / "samples.jsonl", sample_rows(results))
@@ -58,11 +64,17 @@ def draw(results: Results, out: Path) -> dict[str, Path]:
         (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier evaluation
     for name in pictures([figure for figure in results.figures if results.languages_with(figure)]):
         path = out / f"{name}.png"
-        drawn[name] = draw_shares(scores, PANELS[name], path) if name in PANELS else draw_bits_per_byte(scores, path)
+        drawn[name] = (
+            draw_shares(scores, PANELS[name], path)
+            if name in PANELS
+            else draw_bits_per_byte(scores, path)
+        )
     return drawn
 
 
-def results_content(config: EvaluationConfig, models: Mapping[str, Path], results: Results) -> dict[str, Any]:
+def results_content(
+    config: EvaluationConfig, models: Mapping[str, Path], results: Results
+) -> dict[str, Any]:
     """results.json: every figure with its interval and n, what it rests on, and the settings that made it."""
     return {
         "config": config.model_dump(),
@@ -87,7 +99,11 @@ def results_content(config: EvaluationConfig, models: Mapping[str, Path], result
 
 def _plain(value: Any) -> Any:
     """Nested mappings of estimates as JSON."""
-    return {name: _plain(inner) for name, inner in value.items()} if isinstance(value, dict) else asdict(value)
+    return (
+        {name: _plain(inner) for name, inner in value.items()}
+        if isinstance(value, dict)
+        else asdict(value)
+    )
 
 
 def sample_rows(results: Results) -> Iterator[dict[str, Any]]:
@@ -104,7 +120,8 @@ def sample_rows(results: Results) -> Iterator[dict[str, Any]]:
                 "reply": replies[-1].text,
                 "replies": [asdict(reply) for reply in replies],
                 "checks": [
-                    [{"name": check.name, **check.arguments} for check in turn.checks] for turn in conversation.turns
+                    [{"name": check.name, **check.arguments} for check in turn.checks]
+                    for turn in conversation.turns
                 ],
                 "scores": {name: _rounded(value) for name, value in sample.scores.items()},
                 "why": sample.why,
@@ -119,13 +136,20 @@ def track(results: Results, drawn: Mapping[str, Path], tracker: Tracker) -> None
     """Send the figures, the tables and the images."""
     metrics = {f"eval/{name}": value for name, value in results.flat().items()}
     speeds = {
-        f"eval/{result.name}/tokens_per_second": result.tokens_per_second for result in results.models if result.samples
+        f"eval/{result.name}/tokens_per_second": result.tokens_per_second
+        for result in results.models
+        if result.samples
     }
     tracker.log({**metrics, **speeds})
     took = judges_took(results)
     tracker.summary({**metrics, **({"eval/judges": took} if took else {})})
     _table(tracker, "eval/scores", ["model", "language", "figure", *INTERVAL], results.scores)
-    _table(tracker, "eval/breakdowns", ["model", "language", "figure", "of", *INTERVAL], results.breakdowns)
+    _table(
+        tracker,
+        "eval/breakdowns",
+        ["model", "language", "figure", "of", *INTERVAL],
+        results.breakdowns,
+    )
     columns = ["model", "language", "figure", f"minus {results.baseline}", *INTERVAL[1:], "beyond"]
     _table(tracker, "eval/differences", columns, results.differences)
     meanings: list[list[Cell]] = [
@@ -133,7 +157,11 @@ def track(results: Results, drawn: Mapping[str, Path], tracker: Tracker) -> None
          results.figures[name].share]
         for facet, names in results.facets.items() for name in names
     ]  # fmt: skip
-    tracker.table("eval/figures", ["facet", "figure", "heading", "meaning", "more is better", "share"], meanings)
+    tracker.table(
+        "eval/figures",
+        ["facet", "figure", "heading", "meaning", "more is better", "share"],
+        meanings,
+    )
     not_run: list[list[Cell]] = [
         [result.name, one.figure, one.reason]
         for result in results.models
@@ -172,7 +200,9 @@ def show_scores(results: Results) -> None:
     languages = dict.fromkeys(language for found in results.scores.values() for language in found)
     for language in languages:
         for facet, names in results.facets.items():
-            figures = [results.figures[name] for name in names if language in results.languages_with(name)]
+            figures = [
+                results.figures[name] for name in names if language in results.languages_with(name)
+            ]
             if figures:
                 console.print(_score_table(results, language, facet, figures))
     if results.differences:
@@ -186,17 +216,29 @@ def show_scores(results: Results) -> None:
 
 
 def _score_table(results: Results, language: str, facet: str, figures: list[Figure]) -> Table:
-    found_of = [found.get(language, {}).get(figure.name) for found in results.scores.values() for figure in figures]
+    found_of = [
+        found.get(language, {}).get(figure.name)
+        for found in results.scores.values()
+        for figure in figures
+    ]
     counts = [estimate.n for estimate in found_of if estimate]
     units = {"language": "documents", "knowledge": "questions"}.get(facet, "conversations")
     title = f"{find_language(language).name}, {facet}: {max(counts)} {units}"
-    table = Table("model", title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        "model",
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+    )
     for figure in figures:
         table.add_column(figure.heading, justify="right")
     for model, found in results.scores.items():
         of_model = results.differences.get(model, {}).get(language, {})
         cells = [
-            _cell(figure, found.get(language, {}).get(figure.name), of_model.get(figure.name)) for figure in figures
+            _cell(figure, found.get(language, {}).get(figure.name), of_model.get(figure.name))
+            for figure in figures
         ]
         table.add_row(model, *cells)
     return table
@@ -206,13 +248,19 @@ def _cell(figure: Figure, estimate: Estimate | None, difference: Difference | No
     if estimate is None:
         return Text("–", style="dim")
     if figure.share:
-        text = Text.assemble(f"{estimate.value:.0%}\n", (f"{100 * estimate.low:.0f}–{estimate.high:.0%}", "dim"))
+        text = Text.assemble(
+            f"{estimate.value:.0%}\n", (f"{100 * estimate.low:.0f}–{estimate.high:.0%}", "dim")
+        )
         change = f"{100 * difference.value:+.0f}" if difference else ""
     else:
-        text = Text.assemble(f"{estimate.value:.3f}\n", (f"{estimate.low:.3f}–{estimate.high:.3f}", "dim"))
+        text = Text.assemble(
+            f"{estimate.value:.3f}\n", (f"{estimate.low:.3f}–{estimate.high:.3f}", "dim")
+        )
         change = f"{difference.value:+.3f}" if difference else ""
     if difference:
-        text.append(f"\n{change}{'*' if difference.beyond else ''}", "bold" if difference.beyond else "dim")
+        text.append(
+            f"\n{change}{'*' if difference.beyond else ''}", "bold" if difference.beyond else "dim"
+        )
     return text
 
 
@@ -220,21 +268,42 @@ def show_breakdowns(results: Results) -> None:
     """Parts of figures (turns, categories): a table per language and figure, models across. Long ones are not shown."""
     seen = dict.fromkeys((names[1], names[2]) for *names, _ in each(results.breakdowns))
     for language, figure in seen:
-        of_models = {model: found.get(language, {}).get(figure, {}) for model, found in results.breakdowns.items()}
+        of_models = {
+            model: found.get(language, {}).get(figure, {})
+            for model, found in results.breakdowns.items()
+        }
         groups = list(dict.fromkeys(group for found in of_models.values() for group in found))
         if len(groups) > SHOWN_GROUPS:
             continue
         title = f"{find_language(language).name}: {results.figures[figure].meaning}, by kind"
-        table = Table("", "n", *of_models, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        table = Table(
+            "",
+            "n",
+            *of_models,
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+        )
         for group in groups:
             estimates = [found.get(group) for found in of_models.values()]
             n = max(estimate.n for estimate in estimates if estimate)
-            table.add_row(Text(group), str(n), *(_plainly(results.figures[figure], estimate) for estimate in estimates))
+            table.add_row(
+                Text(group),
+                str(n),
+                *(_plainly(results.figures[figure], estimate) for estimate in estimates),
+            )
         console.print(table)
 
 
 def _plainly(figure: Figure, estimate: Estimate | None) -> str:
-    return "–" if estimate is None else f"{estimate.value:.0%}" if figure.share else f"{estimate.value:.2f}"
+    return (
+        "–"
+        if estimate is None
+        else f"{estimate.value:.0%}"
+        if figure.share
+        else f"{estimate.value:.2f}"
+    )
 
 
 def not_scored(result: ModelResult) -> list[NotRun]:
@@ -255,7 +324,9 @@ def show_not_run(results: Results) -> None:
     for one, names in models.items():
         say(f"{', '.join(names)}: {one.figure} was not run: {one.reason}")
     for reason in results.failed:
-        say(f"evaluation: {reason}; what is missing for it is asked again when the same command is run again")
+        say(
+            f"evaluation: {reason}; what is missing for it is asked again when the same command is run again"
+        )
 
 
 def show_left_out(results: Results) -> None:
@@ -272,12 +343,23 @@ def judges_took(results: Results) -> dict[str, dict[str, float]]:
         for one in result.details.get("judge", {}).values():
             if "model" in one:
                 took.setdefault(one["model"], []).append(one)
-    counts = ("requests", "cached", "prompt_tokens", "completion_tokens", "requests_without_token_counts", "cost")
+    counts = (
+        "requests",
+        "cached",
+        "prompt_tokens",
+        "completion_tokens",
+        "requests_without_token_counts",
+        "cost",
+    )
     return {
         model: {
             name: sum(one.get(name, 0) for one in parts)
             for name in counts
-            if (all(name in one for one in parts) if name == "cost" else any(name in one for one in parts))
+            if (
+                all(name in one for one in parts)
+                if name == "cost"
+                else any(name in one for one in parts)
+            )
         }
         for model, parts in took.items()
     }
@@ -287,7 +369,9 @@ def show_judges(results: Results) -> None:
     """A line for each judge: what it was asked, and what that took."""
     for model, took in judges_took(results).items():
         parts = [f"{took['requests']:,} requests, {took['cached']:,} more answered from the cache"]
-        parts.append(f"{took['prompt_tokens']:,} + {took['completion_tokens']:,} tokens (sent + answered)")
+        parts.append(
+            f"{took['prompt_tokens']:,} + {took['completion_tokens']:,} tokens (sent + answered)"
+        )
         if uncounted := took.get("requests_without_token_counts"):
             parts.append(f"{uncounted:,} requests whose tokens the endpoint did not count")
         if "cost" in took:
@@ -298,13 +382,17 @@ def show_judges(results: Results) -> None:
 def show_samples(results: list[ModelResult], shown: int) -> None:
     """Conversations of each facet and language, evenly spread, with every model's replies."""
     samples = results[0].samples if results else []
-    for facet, language in dict.fromkeys((one.facet, one.exchange.conversation.language) for one in samples):
+    for facet, language in dict.fromkeys(
+        (one.facet, one.exchange.conversation.language) for one in samples
+    ):
         places = [
             place
             for place, one in enumerate(samples)
             if (one.facet, one.exchange.conversation.language) == (facet, language)
         ]
-        for place in (places[number * len(places) // shown] for number in range(min(shown, len(places)))):
+        for place in (
+            places[number * len(places) // shown] for number in range(min(shown, len(places)))
+        ):
             grid = Table.grid(padding=(0, 2))
             grid.add_column(style="bold", no_wrap=True)
             grid.add_column(overflow="fold")
@@ -316,7 +404,9 @@ def show_samples(results: list[ModelResult], shown: int) -> None:
 
 def _shown(sample: Sample) -> Text:
     """The replies, a line each, and what was found of them."""
-    lines = Text("\n").join([_shown_reply(sample.exchange, turn) for turn in range(len(sample.exchange.replies))])
+    lines = Text("\n").join(
+        [_shown_reply(sample.exchange, turn) for turn in range(len(sample.exchange.replies))]
+    )
     for reason in sample.why:
         lines.append(f"\n  · {_visible(reason)}", "dim")
     return lines
@@ -325,7 +415,9 @@ def _shown(sample: Sample) -> Text:
 def _shown_reply(exchange: Exchange, turn: int) -> Text:
     """As plain text, never as rich's markup (`[/INST]`), and with control characters made visible."""
     reply = exchange.replies[turn]
-    return Text.assemble(_visible(reply.text[:SHOWN_CHARACTERS]), ("" if reply.stopped else " … (cut off)", "dim"))
+    return Text.assemble(
+        _visible(reply.text[:SHOWN_CHARACTERS]), ("" if reply.stopped else " … (cut off)", "dim")
+    )
 
 
 def _visible(text: str) -> str:

@@ -6,14 +6,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.errors import UserError
-from evaluation.conversation import Exchange
-from evaluation.facets.facet import Facet, Figure, Findings, Measured, NotRun, unique
-from evaluation.intervals import Difference, Estimate, Parts, difference, estimate
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.conversation import Exchange
+from cpt_merge.evaluation.evaluators.evaluator import (
+    Facet,
+    Figure,
+    Findings,
+    Measured,
+    NotRun,
+    unique,
+)
+from cpt_merge.evaluation.statistics import Difference, Estimate, Parts, difference, estimate
 
 Scores = dict[str, dict[str, dict[str, Estimate]]]  # model -> language -> figure
-Breakdowns = dict[str, dict[str, dict[str, dict[str, Estimate]]]]  # model -> language -> figure -> group
-Differences = dict[str, dict[str, dict[str, Difference]]]  # model -> language -> figure; to the baseline
+Breakdowns = dict[
+    str, dict[str, dict[str, dict[str, Estimate]]]
+]  # model -> language -> figure -> group
+Differences = dict[
+    str, dict[str, dict[str, Difference]]
+]  # model -> language -> figure; to the baseline
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,9 @@ class Results:
         return languages_with(self.scores, figure)
 
 
-def summarise(models: Sequence[ModelResult], facets: Sequence[Facet], baseline: str | None, seed: int) -> Results:
+def summarise(
+    models: Sequence[ModelResult], facets: Sequence[Facet], baseline: str | None, seed: int
+) -> Results:
     """Every figure of every model and language, with its interval and its difference to the baseline's.
 
     Raises `UserError` for a baseline that is no model of these.
@@ -113,9 +126,13 @@ def summarise(models: Sequence[ModelResult], facets: Sequence[Facet], baseline: 
                 differences[result.name].setdefault(language, {})[figure] = found
     of_facets = {facet.name: [figure.name for figure in facet.figures] for facet in facets}
     figures = {figure.name: figure for facet in facets for figure in facet.figures}
-    for facet, findings in (pair for result in models for pair in zip(facets, result.findings, strict=False)):
+    for facet, findings in (
+        pair for result in models for pair in zip(facets, result.findings, strict=False)
+    ):
         for part in findings.measured:
-            if part.figure.name not in figures:  # those of lm-eval's tasks are known when they have run
+            if (
+                part.figure.name not in figures
+            ):  # those of lm-eval's tasks are known when they have run
                 figures[part.figure.name] = part.figure
                 of_facets[facet.name].append(part.figure.name)
     return Results(list(models), figures, of_facets, scores, breakdowns, differences, compared_to)
@@ -124,7 +141,9 @@ def summarise(models: Sequence[ModelResult], facets: Sequence[Facet], baseline: 
 def choose_baseline(models: Sequence[str], wanted: str | None) -> str:
     """The model that the others are compared with: the one that was asked for, `base`, or the first."""
     if wanted is not None and wanted not in models:
-        raise UserError(f"evaluation.baseline = {wanted} is none of the models; they are {', '.join(models)}.")
+        raise UserError(
+            f"evaluation.baseline = {wanted} is none of the models; they are {', '.join(models)}."
+        )
     return wanted or ("base" if "base" in models else models[0])
 
 
@@ -145,5 +164,10 @@ def each(nested: Mapping[str, Any]) -> Iterable[list[Any]]:
 def languages_with(scores: Scores, figure: str) -> list[str]:
     """The languages that a figure was measured in, in order."""
     return list(
-        dict.fromkeys(language for model in scores.values() for language, found in model.items() if figure in found)
+        dict.fromkeys(
+            language
+            for model in scores.values()
+            for language, found in model.items()
+            if figure in found
+        )
     )

@@ -8,20 +8,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from core.progress import timed
-from evaluation.chat_template import ChatTemplate, check_prompts, first_template, read_chat_template, template_for
-from evaluation.config import EvaluationConfig
-from evaluation.conversation import Exchange
-from evaluation.division import Division, divided_work
-from evaluation.facets.facet import Facet, Findings, Subject
-from evaluation.generate import converse
-from evaluation.heldout import Text
-from evaluation.kept import KeptResults
-from evaluation.models import load_model, shared_context
-from evaluation.report import report
-from evaluation.results import ModelResult, Sample, choose_baseline, summarise
-from evaluation.suites import Setup, check_judges, make_facets
-from tracking import Tracker
+from cpt_merge.core.progress import timed
+from cpt_merge.evaluation.chat_template import (
+    ChatTemplate,
+    check_prompts,
+    first_template,
+    read_chat_template,
+    template_for,
+)
+from cpt_merge.evaluation.config import EvaluationConfig
+from cpt_merge.evaluation.conversation import Exchange
+from cpt_merge.evaluation.division import Division, divided_work
+from cpt_merge.evaluation.evaluators.evaluator import Facet, Findings, Subject
+from cpt_merge.evaluation.generate.transformers import converse
+from cpt_merge.evaluation.heldout import Text
+from cpt_merge.evaluation.kept import KeptResults
+from cpt_merge.evaluation.models import load_model, shared_context
+from cpt_merge.evaluation.report import report
+from cpt_merge.evaluation.results import ModelResult, Sample, choose_baseline, summarise
+from cpt_merge.evaluation.suites import Setup, check_judges, make_facets
+from cpt_merge.tracking import Tracker
 
 
 def run(
@@ -44,7 +50,9 @@ def run(
     facets = make_facets(setup)
     chat = None
     if any(facet.needs_template() for facet in facets):
-        chat = read_chat_template(chat_template_from) if chat_template_from else first_template(models)
+        chat = (
+            read_chat_template(chat_template_from) if chat_template_from else first_template(models)
+        )
         check_prompts(models, chat, [asked for facet in facets for asked in facet.conversations()])
     check_judges(setup, facets)
     kept = KeptResults.of(config, text, chat, out)
@@ -125,10 +133,15 @@ def measure(
         exchanges, speed = generation.exchanges, generation.tokens_per_second
     places = _places(asked)
     findings = [
-        facet.measure(subject, exchanges if facet.reads_all else [exchanges[place] for place in places[facet.name]])
+        facet.measure(
+            subject,
+            exchanges if facet.reads_all else [exchanges[place] for place in places[facet.name]],
+        )
         for facet in facets
     ]
-    return ModelResult(subject.loaded.name, findings, _samples(facets, findings, places, exchanges), speed)
+    return ModelResult(
+        subject.loaded.name, findings, _samples(facets, findings, places, exchanges), speed
+    )
 
 
 def compare(
@@ -136,14 +149,21 @@ def compare(
 ) -> list[ModelResult]:
     """The results, with what facets find of a model's replies beside the baseline's."""
     theirs = next(result for result in found if result.name == baseline)
-    return [result if result is theirs else _compared(result, theirs, facets, division) for result in found]
+    return [
+        result if result is theirs else _compared(result, theirs, facets, division)
+        for result in found
+    ]
 
 
-def _compared(result: ModelResult, baseline: ModelResult, facets: Sequence[Facet], division: Division) -> ModelResult:
+def _compared(
+    result: ModelResult, baseline: ModelResult, facets: Sequence[Facet], division: Division
+) -> ModelResult:
     findings = list(result.findings)
     for facet in facets:
         samples, theirs = result.samples_of(facet.name), baseline.samples_of(facet.name)
-        compared = facet.compare(division, [one.exchange for one in samples], [one.exchange for one in theirs])
+        compared = facet.compare(
+            division, [one.exchange for one in samples], [one.exchange for one in theirs]
+        )
         if compared is not None:
             findings.append(compared)
             _add_verdicts(samples, compared)
@@ -166,10 +186,17 @@ def _places(asked: Mapping[str, Sequence[Any]]) -> dict[str, range]:
 
 
 def _samples(
-    facets: Sequence[Facet], findings: Sequence[Findings], places: Mapping[str, range], exchanges: Sequence[Exchange]
+    facets: Sequence[Facet],
+    findings: Sequence[Findings],
+    places: Mapping[str, range],
+    exchanges: Sequence[Exchange],
 ) -> list[Sample]:
     """A sample per conversation, with the verdicts of its own facet and of those that read all."""
-    samples = [Sample(name, exchanges[place], {}, []) for name, of_facet in places.items() for place in of_facet]
+    samples = [
+        Sample(name, exchanges[place], {}, [])
+        for name, of_facet in places.items()
+        for place in of_facet
+    ]
     for facet, found in zip(facets, findings, strict=True):
         judged = samples if facet.reads_all else [samples[place] for place in places[facet.name]]
         _add_verdicts(judged, found)

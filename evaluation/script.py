@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import regex
 
-from core.languages import find_language, script_pattern, script_share
+from cpt_merge.core.languages import find_language, script_pattern, script_share
 
 SCRIPT_SHARE = 0.5  # of a text's letters; names, code and quotations may be in another script
 
@@ -44,7 +44,9 @@ def other_script_characters(text: str, language: str) -> int:
 def characters_only_in(text: str, encoding: str, other: str) -> int:
     """How many Chinese characters of a text `encoding` has and `other` has not."""
     han = script_pattern(("Han",)).findall(text)
-    return sum(_encodes(character, encoding) and not _encodes(character, other) for character in han)
+    return sum(
+        _encodes(character, encoding) and not _encodes(character, other) for character in han
+    )
 
 
 def _encodes(character: str, encoding: str) -> bool:

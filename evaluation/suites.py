@@ -7,29 +7,35 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from core.errors import UserError
-from core.progress import say
-from evaluation.config import BUILT_IN, EvaluationConfig
-from evaluation.endpoint import Endpoint
-from evaluation.facets.dialogue import DialogueFacet
-from evaluation.facets.facet import Facet, Figure, NotRun
-from evaluation.facets.form import FormFacet
-from evaluation.facets.instructions import InstructionsFacet
-from evaluation.facets.judge import Bench, JudgeFacet
-from evaluation.facets.knowledge import KnowledgeFacet
-from evaluation.facets.language import LanguageFacet
-from evaluation.facets.safety import SafetyFacet
-from evaluation.heldout import Text, languages_of, read_documents
-from evaluation.judge.client import Judge
-from evaluation.judge.prompts import prompts_of
-from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, parse_question, read_conversations
-from evaluation.scorers.classifier import ClassifierScorer
-from evaluation.scorers.judge import FIGURE as UNSAFE
-from evaluation.scorers.judge import FIGURES as UNSAFE_FIGURES
-from evaluation.scorers.judge import JudgeScorer
-from evaluation.scorers.lexicon import LexiconScorer, read_lists
-from evaluation.scorers.moderation import ModerationScorer
-from evaluation.scorers.scorer import Scorer
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
+from cpt_merge.evaluation.evaluators.dialogue import DialogueFacet
+from cpt_merge.evaluation.evaluators.evaluator import Facet, Figure, NotRun
+from cpt_merge.evaluation.evaluators.form import FormFacet
+from cpt_merge.evaluation.evaluators.instructions import InstructionsFacet
+from cpt_merge.evaluation.evaluators.judge import Bench, JudgeFacet
+from cpt_merge.evaluation.evaluators.knowledge import KnowledgeFacet
+from cpt_merge.evaluation.evaluators.language import LanguageFacet
+from cpt_merge.evaluation.evaluators.safety import SafetyFacet
+from cpt_merge.evaluation.generate.endpoint import Endpoint
+from cpt_merge.evaluation.heldout import Text, languages_of, read_documents
+from cpt_merge.evaluation.judge.client import Judge
+from cpt_merge.evaluation.judge.prompts import prompts_of
+from cpt_merge.evaluation.reading import (
+    parse_dialogue,
+    parse_instruction,
+    parse_prompt,
+    parse_question,
+    read_conversations,
+)
+from cpt_merge.evaluation.scorers.classifier import ClassifierScorer
+from cpt_merge.evaluation.scorers.judge import FIGURE as UNSAFE
+from cpt_merge.evaluation.scorers.judge import FIGURES as UNSAFE_FIGURES
+from cpt_merge.evaluation.scorers.judge import JudgeScorer
+from cpt_merge.evaluation.scorers.lexicon import LexiconScorer, read_lists
+from cpt_merge.evaluation.scorers.moderation import ModerationScorer
+from cpt_merge.evaluation.scorers.scorer import Scorer
 
 SUITES: dict[str, tuple[str, ...]] = {
     "language": ("language",),
@@ -84,7 +90,10 @@ def make_facets(setup: Setup) -> list[Facet]:
 def figures_of_replies(setup: Setup) -> list[tuple[str, Figure, list[str]]]:
     """What will be reported of replies: (facet, figure, languages asked in). Prompts are read, text is not."""
     names = dict.fromkeys(
-        name for suite in setup.config.suites for name in SUITES[suite] if name not in WITHOUT_REPLIES
+        name
+        for suite in setup.config.suites
+        for name in SUITES[suite]
+        if name not in WITHOUT_REPLIES
     )
     facets = _make(setup, names)
     asked = {facet.name: {one.language: None for one in facet.conversations()} for facet in facets}
@@ -127,7 +136,9 @@ def _form(setup: Setup) -> Facet | None:
             say("evaluation.prompts is not set: bits per byte only, no replies")
         return FormFacet([])
     return FormFacet(
-        read_conversations(config.prompts, "evaluation.prompts", parse_prompt, config.languages, config.max_prompts)
+        read_conversations(
+            config.prompts, "evaluation.prompts", parse_prompt, config.languages, config.max_prompts
+        )
     )
 
 
@@ -135,7 +146,14 @@ def _instructions(setup: Setup) -> Facet | None:
     config = setup.config
     key, languages = "evaluation.instructions", _asked(setup, config.instructions)
     return InstructionsFacet(
-        read_conversations(config.instructions, key, parse_instruction, languages, config.max_prompts, "instructions")
+        read_conversations(
+            config.instructions,
+            key,
+            parse_instruction,
+            languages,
+            config.max_prompts,
+            "instructions",
+        )
     )
 
 
@@ -143,7 +161,9 @@ def _dialogue(setup: Setup) -> Facet | None:
     config = setup.config
     key, languages = "evaluation.dialogues", _asked(setup, config.dialogues)
     return DialogueFacet(
-        read_conversations(config.dialogues, key, parse_dialogue, languages, config.max_prompts, "dialogues")
+        read_conversations(
+            config.dialogues, key, parse_dialogue, languages, config.max_prompts, "dialogues"
+        )
     )
 
 
@@ -154,7 +174,11 @@ def _judge(setup: Setup) -> Facet | None:
     if judge.questions is None:
         return JudgeFacet([], None, "evaluation.judge.questions is not set")
     questions = read_conversations(
-        judge.questions, "evaluation.judge.questions", parse_question, config.languages, config.max_prompts
+        judge.questions,
+        "evaluation.judge.questions",
+        parse_question,
+        config.languages,
+        config.max_prompts,
     )
     return JudgeFacet(questions, Bench(setup.judges, judge.modes, prompts_of(judge.prompts)))
 
@@ -166,11 +190,15 @@ def _knowledge(setup: Setup) -> Facet | None:
 def _safety(setup: Setup) -> Facet | None:
     config, safety = setup.config, setup.config.safety
     key, languages = "evaluation.safety.prompts", _asked(setup, safety.prompts)
-    conversations = read_conversations(safety.prompts, key, parse_prompt, languages, config.max_prompts, "safety")
+    conversations = read_conversations(
+        safety.prompts, key, parse_prompt, languages, config.max_prompts, "safety"
+    )
     spoken = list(dict.fromkeys(conversation.language for conversation in conversations))
     scorers: list[Scorer] = [LexiconScorer(read_lists(safety.lists, spoken))]
     if safety.classifier is not None:
-        scorers.append(ClassifierScorer(safety.classifier.model, safety.classifier.labels, config.batch_size))
+        scorers.append(
+            ClassifierScorer(safety.classifier.model, safety.classifier.labels, config.batch_size)
+        )
     if safety.moderation is not None:
         asked = safety.moderation
         endpoint = Endpoint(asked.url, asked.key_variable, asked.timeout, asked.attempts)
@@ -178,7 +206,10 @@ def _safety(setup: Setup) -> Facet | None:
     if config.judge is None:
         return SafetyFacet(conversations, scorers, not_run=[NotRun(UNSAFE, NO_JUDGE)])
     prompt, judges = prompts_of(config.judge.prompts)["safety"], setup.judges
-    judging = [JudgeScorer(judge, prompt, name) for judge, name in zip(judges, UNSAFE_FIGURES, strict=False)]
+    judging = [
+        JudgeScorer(judge, prompt, name)
+        for judge, name in zip(judges, UNSAFE_FIGURES, strict=False)
+    ]
     pair = (judging[0], judging[1]) if len(judging) == 2 else None
     return SafetyFacet(conversations, [*scorers, *judging], pair)
 

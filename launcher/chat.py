@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, StoppingCriteriaList
 
-from checkpoint.reader import Checkpoint
-from core.errors import UserError
-from core.models import is_local, model_directory
-from core.progress import say
-from evaluation.chat_template import render
-from evaluation.conversation import Message
-from evaluation.models import LoadedModel, load_model, load_tokenizer
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.models import is_local, model_directory
+from cpt_merge.core.progress import say
+from cpt_merge.evaluation.chat_template import render
+from cpt_merge.evaluation.conversation import Message
+from cpt_merge.evaluation.models import LoadedModel, load_model, load_tokenizer
 
 HELP = "/clear: a new conversation   /undo: take the last exchange back   /exit or Ctrl-D: end   Ctrl-C: stop a reply"
 UNFINISHED_CHARACTER = "\ufffd"  # what bytes decode to that are no whole character yet
@@ -33,7 +33,9 @@ class ChatSettings:
 
     system: str | None
     max_new_tokens: int
-    temperature: float | None  # 0: the likeliest token; None: as the model's generation_config.json says
+    temperature: (
+        float | None
+    )  # 0: the likeliest token; None: as the model's generation_config.json says
     seed: int | None  # None: other replies each time
 
 
@@ -49,7 +51,9 @@ def chat(name: str, settings: ChatSettings) -> None:
         torch.manual_seed(settings.seed)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # half a character, typed or piped, is no reason to end
+            stream.reconfigure(
+                errors="replace"
+            )  # half a character, typed or piped, is no reason to end
     terminal = sys.stdin.isatty()
     for line in _lines(terminal):
         try:
@@ -64,14 +68,18 @@ def chat(name: str, settings: ChatSettings) -> None:
 def _load(name: str, settings: ChatSettings) -> LoadedModel:
     """The model, after a look at all that can be wrong with it before its weights are read."""
     if is_local(name) and not Path(name).expanduser().is_dir():
-        raise UserError(f"{name} does not exist; give the directory of a model, or its hub id (org/model).")
+        raise UserError(
+            f"{name} does not exist; give the directory of a model, or its hub id (org/model)."
+        )
     directory = model_directory(name)
     try:
         # otherwise transformers asks on the terminal whether it may run the model's own code
         AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(f"{directory} holds no model that transformers can load ({reason}).") from None
+        raise UserError(
+            f"{directory} holds no model that transformers can load ({reason})."
+        ) from None
     tokenizer = load_tokenizer(directory)
     if not tokenizer.chat_template:
         raise UserError(
@@ -81,7 +89,9 @@ def _load(name: str, settings: ChatSettings) -> LoadedModel:
     _render(tokenizer, [*_opening(settings), {"role": "user", "content": "?"}])
     Checkpoint.open(directory)
     loaded = load_model(name, directory, local_rank=0)
-    loaded.model.generation_config.max_length = None  # of prompt and reply; the limits here are others
+    loaded.model.generation_config.max_length = (
+        None  # of prompt and reply; the limits here are others
+    )
     say(f"{name} on {loaded.device}; /help says what else there is than to talk")
     return loaded
 
@@ -167,7 +177,9 @@ class Conversation:
     @property
     def context(self) -> int | None:
         """How many tokens the model takes; None if its configuration does not say."""
-        positions = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = getattr(
+            self.loaded.model.config.get_text_config(), "max_position_embeddings", None
+        )
         return int(positions) if positions else None
 
     @property
@@ -190,13 +202,19 @@ class Conversation:
             dropped, turns = dropped + 1, turns[2:]
             prompt = self._encode(turns)
         if len(prompt) >= self.context:
-            raise UserError(f"this turn makes {len(prompt)} tokens and the model takes {self.context}; shorten it.")
+            raise UserError(
+                f"this turn makes {len(prompt)} tokens and the model takes {self.context}; shorten it."
+            )
         if dropped:
-            say(f"(the model takes {self.context} tokens: the oldest of the dialogue is dropped, exchanges: {dropped})")
+            say(
+                f"(the model takes {self.context} tokens: the oldest of the dialogue is dropped, exchanges: {dropped})"
+            )
         return turns, prompt
 
     def _encode(self, turns: list[Message]) -> list[int]:
-        return self.loaded.encode(_render(self.loaded.tokenizer, [*_opening(self.settings), *turns]))
+        return self.loaded.encode(
+            _render(self.loaded.tokenizer, [*_opening(self.settings), *turns])
+        )
 
     def _generate(self, prompt: list[int], room: int) -> str:
         """Write a reply of at most `room` tokens to stdout and return it. Ctrl-C ends it early."""
@@ -214,13 +232,19 @@ class Conversation:
         if asked.is_set():
             say("(stopped)")
         elif not streamer.stopped:
-            say(f"(cut off after {len(streamer.ids)} tokens; --max-new-tokens and the model's context are the limits)")
+            say(
+                f"(cut off after {len(streamer.ids)} tokens; --max-new-tokens and the model's context are the limits)"
+            )
         return streamer.text.strip()
 
     def _generation_config(self, room: int) -> GenerationConfig:
         """What is decided here; transformers takes the rest from the model's generation_config.json."""
         stop_ids, temperature = self.stop_ids, self.settings.temperature
-        settings: dict[str, Any] = {"max_new_tokens": room, "num_beams": 1, "eos_token_id": stop_ids or None}
+        settings: dict[str, Any] = {
+            "max_new_tokens": room,
+            "num_beams": 1,
+            "eos_token_id": stop_ids or None,
+        }
         if stop_ids and self.loaded.tokenizer.pad_token_id is None:
             settings["pad_token_id"] = stop_ids[0]
         if temperature == 0:
@@ -266,13 +290,20 @@ class ReplyStreamer:
 
     def _hand_on(self, all_of_it: bool = False) -> None:
         """Hand on what the new tokens add to the piece before them: a token's text depends on what stands before it."""
-        before, text = self._decode(self.ids[self._start : self._written]), self._decode(self.ids[self._start :])
+        before, text = (
+            self._decode(self.ids[self._start : self._written]),
+            self._decode(self.ids[self._start :]),
+        )
         if len(text) > len(before) and (all_of_it or not text.endswith(UNFINISHED_CHARACTER)):
             self._write(text[len(before) :])
             self._start, self._written = self._written, len(self.ids)
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
 
 
 def _write(text: str) -> None:

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from core.deadline import STOP_AT, parse_stop_at
-from core.errors import Interrupted, UserError
-from core.progress import console
-from core.world import find_world
+from cpt_merge.core.deadline import STOP_AT, parse_stop_at
+from cpt_merge.core.distributed import find_world
+from cpt_merge.core.errors import Interrupted, UserError
+from cpt_merge.core.progress import console
 
 USAGE_ERROR, INTERRUPTED = 2, 75
 
@@ -29,9 +29,14 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")]
 StopAt = Annotated[
-    str | None, typer.Option(metavar="TIME", help="save and stop training before then: 2026-11-24T18:00, 18:00, +8h")
+    str | None,
+    typer.Option(
+        metavar="TIME", help="save and stop training before then: 2026-11-24T18:00, 18:00, +8h"
+    ),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="overrides")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="overrides")
+]
 
 
 class RecipeCommand(TyperCommand):
@@ -39,8 +44,8 @@ class RecipeCommand(TyperCommand):
 
     def format_epilog(self, context: Any, formatter: Any) -> None:
         """The keys of the recipe, after the options."""
-        from launcher.recipe import Recipe
-        from launcher.reference import as_text
+        from cpt_merge.launcher.recipe import Recipe
+        from cpt_merge.launcher.reference import as_text
 
         formatter.write(f"\nEvery key of a recipe, and of an override:\n{as_text(Recipe)}\n")
 
@@ -49,9 +54,9 @@ class RecipeCommand(TyperCommand):
 def run(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None) -> None:
     """All stages; finished ones are skipped, a cut-short one continues."""
     _remember_deadline(stop_at)
-    from launcher.pipeline import run_pipeline
-    from launcher.recipe import load_recipe
-    from launcher.report import report as write_report
+    from cpt_merge.launcher.pipeline import run_pipeline
+    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.report.run_view import report as write_report
 
     loaded = load_recipe(recipe, overrides or [])
     run_pipeline(loaded, recipe, overrides or [])
@@ -65,9 +70,9 @@ def _remember_deadline(stop_at: str | None) -> None:
 
 
 def _stage(name: str, recipe: Path, overrides: list[str] | None) -> None:
-    from launcher.pipeline import run_stage
-    from launcher.recipe import load_recipe
-    from launcher.stages import Run, find_stage
+    from cpt_merge.launcher.pipeline import run_stage
+    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.launcher.stages import Run, find_stage
 
     loaded = load_recipe(recipe, overrides or [])
     run_stage(Run(loaded), find_stage(name), recipe, overrides or [])
@@ -75,13 +80,25 @@ def _stage(name: str, recipe: Path, overrides: list[str] | None) -> None:
 
 @app.command(cls=RecipeCommand)
 def tokenizer(
-    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")
+    ] = None,
     overrides: Overrides = None,
-    check: Annotated[Path | None, typer.Option(metavar="DIR", help="prove an extended tokenizer instead")] = None,
-    against: Annotated[Path | None, typer.Option(metavar="BASE", help="--check: the base's directory")] = None,
-    chat: Annotated[Path | None, typer.Option(metavar="DIR", help="--check: the chat model's directory")] = None,
-    text: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="--check: text to read as well")] = None,
-    language: Annotated[list[str] | None, typer.Option(metavar="TAG", help="--check: what it was extended for")] = None,
+    check: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="prove an extended tokenizer instead")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="BASE", help="--check: the base's directory")
+    ] = None,
+    chat: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="--check: the chat model's directory")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="--check: text to read as well")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(metavar="TAG", help="--check: what it was extended for")
+    ] = None,
 ) -> None:
     """Extend the base's tokenizer with pieces of the new languages, or check one that is there.
 
@@ -89,12 +106,14 @@ def tokenizer(
     """
     if check is None and recipe is not None:
         if against or chat or text or language:
-            raise UserError("--against, --chat, --text and --language belong to --check DIR; leave them out.")
+            raise UserError(
+                "--against, --chat, --text and --language belong to --check DIR; leave them out."
+            )
         _stage("tokenizer", recipe, overrides)
         return
     if check is None or against is None or recipe is not None:
         raise UserError("give a RECIPE, or `--check DIR --against BASE` without one.")
-    from tokenizer_ext.check import check as check_tokenizer
+    from cpt_merge.tokenizer_ext.check import check as check_tokenizer
 
     checked = check_tokenizer(check, against, chat, text or [], language or [])
     raise typer.Exit(0 if checked.whole else 1)
@@ -124,8 +143,8 @@ class MergeCommand(TyperCommand):
 
     def format_epilog(self, context: Any, formatter: Any) -> None:
         """The keys of the merge section, after the options."""
-        from launcher.reference import as_text
-        from merge.config import MergeConfig
+        from cpt_merge.launcher.reference import as_text
+        from cpt_merge.merge.config import MergeConfig
 
         formatter.write(
             f"\nSettings, as key=value (in a recipe's override: merge.key=value):\n{as_text(MergeConfig)}\n"
@@ -134,15 +153,29 @@ class MergeCommand(TyperCommand):
 
 @app.command(cls=MergeCommand)
 def merge(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[plan] [RECIPE] [key=value ...]")] = None,
-    cpt: Annotated[str | None, typer.Option(metavar="DIR", help="without a recipe: the trained model")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[plan] [RECIPE] [key=value ...]")
+    ] = None,
+    cpt: Annotated[
+        str | None, typer.Option(metavar="DIR", help="without a recipe: the trained model")
+    ] = None,
     base: Annotated[str | None, typer.Option(metavar="DIR", help="the pair's base")] = None,
     chat: Annotated[str | None, typer.Option(metavar="DIR", help="the pair's chat model")] = None,
-    ratio: Annotated[str | None, typer.Option(help="how much of the vector, 1.0 if not set")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="the merged model; missing or empty")] = None,
-    vector: Annotated[Path | None, typer.Option(metavar="DIR", help="an extracted vector instead of the pair")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="CPT's tokenizer, if not in --cpt")] = None,
-    extract: Annotated[bool, typer.Option("--extract", help="write chat - base itself to --out")] = False,
+    ratio: Annotated[
+        str | None, typer.Option(help="how much of the vector, 1.0 if not set")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="the merged model; missing or empty")
+    ] = None,
+    vector: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="an extracted vector instead of the pair")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="CPT's tokenizer, if not in --cpt")
+    ] = None,
+    extract: Annotated[
+        bool, typer.Option("--extract", help="write chat - base itself to --out")
+    ] = False,
 ) -> None:
     """Add the chat vector to a trained checkpoint, from files.
 
@@ -152,8 +185,8 @@ def merge(
     """
     # the merge divides its work over threads itself; numpy's would only wait for one another (read at numpy's import)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from launcher.merge import Request
-    from launcher.merge import merge as run_merge
+    from cpt_merge.launcher.merge import Request
+    from cpt_merge.launcher.merge import merge as run_merge
 
     run_merge(Request(words or [], cpt, base, chat, vector, tokenizer, ratio, out, extract))
 
@@ -163,40 +196,51 @@ class EvaluateCommand(TyperCommand):
 
     def format_epilog(self, context: Any, formatter: Any) -> None:
         """The keys of the evaluation section, after the options."""
-        from evaluation.config import EvaluationConfig
-        from launcher.reference import as_text
+        from cpt_merge.evaluation.config import EvaluationConfig
+        from cpt_merge.launcher.reference import as_text
 
         keys = as_text(EvaluationConfig, "evaluation.")
-        formatter.write(f"\nSettings, as evaluation.key=value; with a RECIPE, any key of it:\n{keys}\n")
+        formatter.write(
+            f"\nSettings, as evaluation.key=value; with a RECIPE, any key of it:\n{keys}\n"
+        )
 
     def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
         """`--models base=A cpt=B` is `--models base=A --models cpt=B`."""
-        from launcher.evaluate import one_value_each
+        from cpt_merge.launcher.evaluate import one_value_each
 
         return super().parse_args(context, one_value_each(arguments))
 
 
 @app.command(cls=EvaluateCommand)
 def evaluate(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [section.key=value ...]")] = None,
-    models: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIR ...", help="without a recipe: the models, in this order")
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE] [section.key=value ...]")
     ] = None,
-    suite: Annotated[str | None, typer.Option(metavar="A,B", help="language, form, chat, knowledge, safety")] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR ...", help="without a recipe: the models, in this order"),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="A,B", help="language, form, chat, knowledge, safety")
+    ] = None,
     text: Annotated[
-        list[str] | None, typer.Option(metavar="TAG=FILE ...", help="held-out text of a language, read whole")
+        list[str] | None,
+        typer.Option(metavar="TAG=FILE ...", help="held-out text of a language, read whole"),
     ] = None,
     template: Annotated[
-        str | None, typer.Option(metavar="DIR", help="whose chat template models without one are asked in")
+        str | None,
+        typer.Option(metavar="DIR", help="whose chat template models without one are asked in"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="results.json, samples, pictures, log")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="results.json, samples, pictures, log")
+    ] = None,
 ) -> None:
     """Evaluate base, chat, CPT and merged model: bits per byte, form of replies, chat, knowledge, safety.
 
     With a RECIPE this is its evaluation stage. Without one: --models and --out; bits per byte need --text.
     """
-    from launcher.evaluate import Request
-    from launcher.evaluate import evaluate as run_evaluation
+    from cpt_merge.launcher.evaluate import Request
+    from cpt_merge.launcher.evaluate import evaluate as run_evaluation
 
     run_evaluation(Request(words or [], models or [], suite, text or [], template, out))
 
@@ -206,21 +250,30 @@ def sweep(
     recipe: RecipePath,
     overrides: Overrides = None,
     ratios: Annotated[
-        str | None, typer.Option(metavar="FIRST:LAST:STEP", help="ratios of the chat vector, or A,B,C  [sweep.ratios]")
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST:STEP", help="ratios of the chat vector, or A,B,C  [sweep.ratios]"
+        ),
     ] = None,
     per_layer: Annotated[
-        str | None, typer.Option(metavar="EXPRESSION", help="of the layer, times each ratio  [sweep.per_layer]")
+        str | None,
+        typer.Option(
+            metavar="EXPRESSION", help="of the layer, times each ratio  [sweep.per_layer]"
+        ),
     ] = None,
     search: Annotated[
-        int | None, typer.Option(metavar="TRIALS", min=0, help="then ratios per kind of module  [sweep.search.trials]")
+        int | None,
+        typer.Option(
+            metavar="TRIALS", min=0, help="then ratios per kind of module  [sweep.search.trials]"
+        ),
     ] = None,
 ) -> None:
     """Try ratios of the chat vector on the trained model, in memory: measure each, draw the curves, recommend one.
 
     Points that are done are kept; the same command goes on, another one adds to them.
     """
-    from launcher.sweep import as_overrides
-    from launcher.sweep import sweep as run_sweep
+    from cpt_merge.launcher.sweep import as_overrides
+    from cpt_merge.launcher.sweep import sweep as run_sweep
 
     run_sweep(recipe, [*(overrides or []), *as_overrides(ratios, per_layer, search)])
 
@@ -230,15 +283,24 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="estimate speed on a cluster of h100, a100, ...")
+        str | None,
+        typer.Option(metavar="NAME", help="estimate speed on a cluster of h100, a100, ..."),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="--gpu: how many nodes, 1 if not set")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="--gpu: GPUs of a node, 8 if not set")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="--gpu: how many nodes, 1 if not set")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="--gpu: GPUs of a node, 8 if not set")
+    ] = None,
     network: Annotated[
-        float | None, typer.Option(min=1, metavar="GBIT", help="--gpu: Gbit/s of a node, 400 per GPU if not set")
+        float | None,
+        typer.Option(min=1, metavar="GBIT", help="--gpu: Gbit/s of a node, 400 per GPU if not set"),
     ] = None,
     storage: Annotated[
-        float | None, typer.Option(min=0.01, metavar="GB", help="--gpu: GB/s that checkpoints are written with, or 5")
+        float | None,
+        typer.Option(
+            min=0.01, metavar="GB", help="--gpu: GB/s that checkpoints are written with, or 5"
+        ),
     ] = None,
 ) -> None:
     """What would be done: stages, sizes, memory per rank, tokens per step. No model is loaded.
@@ -246,14 +308,21 @@ def plan(
     With --gpu for a cluster that is not here: tokens per second, days and GPU-hours, memory, checkpoints, under FSDP
     and HSDP, on that many nodes and on 1, 2, 4, ...
     """
-    from launcher.plan import show_plan
-    from launcher.plan_cluster import Request
-    from launcher.recipe import load_recipe
+    from cpt_merge.cluster.plan import Request
+    from cpt_merge.launcher.plan import show_plan
+    from cpt_merge.launcher.recipe import load_recipe
 
-    options = {"nodes": nodes, "gpus_per_node": gpus_per_node, "network": network, "storage": storage}
+    options = {
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "network": network,
+        "storage": storage,
+    }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if given and gpu is None:
-        raise UserError("--nodes, --gpus-per-node, --network and --storage belong to --gpu NAME; add it.")
+        raise UserError(
+            "--nodes, --gpus-per-node, --network and --storage belong to --gpu NAME; add it."
+        )
     show_plan(load_recipe(recipe, overrides or []), Request(gpu, **given) if gpu else None)
 
 
@@ -261,19 +330,29 @@ def plan(
 def preflight(
     recipe: RecipePath,
     overrides: Overrides = None,
-    begin: Annotated[bool, typer.Option("--begin", help="on the first node, once: what would stop any node")] = False,
-    network: Annotated[bool, typer.Option("--network", help="in training's task layout: the all-reduce test")] = False,
-    judge: Annotated[bool, typer.Option("--judge", help="compare the reports; bad nodes on stdout, A,B")] = False,
-    nodes: Annotated[str | None, typer.Option(metavar="A,B", help="--judge: the nodes that have to report")] = None,
-    wait: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="how long to wait for the others")] = 120,
+    begin: Annotated[
+        bool, typer.Option("--begin", help="on the first node, once: what would stop any node")
+    ] = False,
+    network: Annotated[
+        bool, typer.Option("--network", help="in training's task layout: the all-reduce test")
+    ] = False,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="compare the reports; bad nodes on stdout, A,B")
+    ] = False,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="A,B", help="--judge: the nodes that have to report")
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="how long to wait for the others")
+    ] = 120,
 ) -> None:
     """Is every node of a Slurm job fit for the run? Outside Slurm: is this machine?
 
     With --judge, the exit code is 2 if more than launch.spare_nodes are not.
     """
-    from launcher.preflight.command import Request
-    from launcher.preflight.command import preflight as run_preflight
-    from launcher.recipe import load_recipe
+    from cpt_merge.cluster.preflight.command import Request
+    from cpt_merge.cluster.preflight.command import preflight as run_preflight
+    from cpt_merge.launcher.recipe import load_recipe
 
     named = [node for node in (nodes or "").split(",") if node]
     run_preflight(load_recipe(recipe, overrides or []), Request(begin, network, judge, named, wait))
@@ -287,30 +366,44 @@ def submit(
     gpus_per_node: Annotated[
         int | None, typer.Option(min=1, help="GPUs on each: one task of training for each")
     ] = None,
-    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="tasks of training on each, if not as GPUs")] = None,
-    time: Annotated[str | None, typer.Option(metavar="HH:MM:SS", help="time limit of the job")] = None,
-    chain: Annotated[int, typer.Option(min=1, help="jobs in a row, for sites where a job may not requeue itself")] = 1,
+    tasks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="tasks of training on each, if not as GPUs")
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="HH:MM:SS", help="time limit of the job")
+    ] = None,
+    chain: Annotated[
+        int, typer.Option(min=1, help="jobs in a row, for sites where a job may not requeue itself")
+    ] = 1,
     sbatch: Annotated[
         list[str] | None, typer.Option(metavar="OPTION", help="a further option: --partition=gpu")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the call, submit nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the call, submit nothing")
+    ] = False,
 ) -> None:
     """Submit the whole pipeline to Slurm: `sbatch slurm/cpt_merge.sh RECIPE`."""
-    from launcher.recipe import load_recipe
-    from launcher.submit import Submission
-    from launcher.submit import submit as submit_jobs
+    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.launcher.submit import Submission
+    from cpt_merge.launcher.submit import submit as submit_jobs
 
     loaded = load_recipe(recipe, overrides or [])
     if tasks := tasks_per_node or gpus_per_node:
         loaded.training.check_processes(nodes * tasks, " (--nodes x tasks on each)")
-    asked = Submission(recipe, overrides or [], nodes, gpus_per_node, tasks_per_node, time, chain, sbatch or [])
+    asked = Submission(
+        recipe, overrides or [], nodes, gpus_per_node, tasks_per_node, time, chain, sbatch or []
+    )
     submit_jobs(asked, dry_run)
 
 
 @app.command()
-def sync(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo")]) -> None:
+def sync(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo")
+    ],
+) -> None:
     """Upload to W&B what a run could not upload: logged offline, cut off from the network, killed."""
-    from launcher.sync import sync as upload_run
+    from cpt_merge.launcher.sync import sync as upload_run
 
     upload_run(folder)
 
@@ -318,21 +411,23 @@ def sync(folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's fol
 @app.command(cls=RecipeCommand)
 def status(recipe: RecipePath, overrides: Overrides = None) -> None:
     """How far a run is: its job, stage, step, rate, time left, newest checkpoint, W&B link."""
-    from launcher.recipe import load_recipe
-    from launcher.status import show_status
+    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.launcher.status import show_status
 
     show_status(load_recipe(recipe, overrides or []))
 
 
-job = typer.Typer(help="What slurm/cpt_merge.sh calls at its beginning and its end.", no_args_is_help=True)
+job = typer.Typer(
+    help="What slurm/cpt_merge.sh calls at its beginning and its end.", no_args_is_help=True
+)
 app.add_typer(job, name="job", hidden=True)
 
 
 @job.command()
 def begin(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Open the folder of this start of the job, and print it. Exit code 2 if another attempt is of no use."""
-    from launcher.attempts import begin as begin_attempt
-    from launcher.recipe import load_recipe
+    from cpt_merge.cluster.attempts import begin as begin_attempt
+    from cpt_merge.launcher.recipe import load_recipe
 
     print(begin_attempt(load_recipe(recipe, overrides or [])))
 
@@ -340,13 +435,15 @@ def begin(recipe: RecipePath, overrides: Overrides = None) -> None:
 @job.command()
 def end(
     recipe: RecipePath,
-    attempt: Annotated[Path, typer.Option(metavar="DIR", help="the folder that `begin` has opened")],
+    attempt: Annotated[
+        Path, typer.Option(metavar="DIR", help="the folder that `begin` has opened")
+    ],
     code: Annotated[int, typer.Option(help="the exit code of the last step")],
     overrides: Overrides = None,
 ) -> None:
     """Say what became of this attempt, and print what follows: finished, requeue or given up."""
-    from launcher.attempts import end as end_attempt
-    from launcher.recipe import load_recipe
+    from cpt_merge.cluster.attempts import end as end_attempt
+    from cpt_merge.launcher.recipe import load_recipe
 
     print(end_attempt(load_recipe(recipe, overrides or []), attempt, code))
 
@@ -354,21 +451,25 @@ def end(
 @app.command()
 def doctor() -> None:
     """What this machine has, what is missing, and the command that mends it."""
-    from launcher.doctor import show_doctor
+    from cpt_merge.launcher.doctor import show_doctor
 
     raise typer.Exit(0 if show_doctor() else 1)
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo, or its recipe")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo, or its recipe")
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Tables and figures of a finished or running run: on the terminal, and as one HTML page in its folder."""
-    from launcher.recipe import load_recipe
-    from launcher.report import report as write_report
+    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.report.run_view import report as write_report
 
-    write_report(load_recipe(run, overrides or []).directory if run.suffix in (".yaml", ".yml") else run)
+    write_report(
+        load_recipe(run, overrides or []).directory if run.suffix in (".yaml", ".yml") else run
+    )
 
 
 @app.command(cls=RecipeCommand)
@@ -376,32 +477,42 @@ def dashboard(
     recipe: RecipePath,
     overrides: Overrides = None,
     save_as: Annotated[
-        str | None, typer.Option(metavar="NAME", help="the workspace's name, cpt-merge NAME-OF-RUN if not set")
+        str | None,
+        typer.Option(metavar="NAME", help="the workspace's name, cpt-merge NAME-OF-RUN if not set"),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print it as JSON, save nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print it as JSON, save nothing")
+    ] = False,
 ) -> None:
     """A W&B workspace of the run: a section per stage. One of the same name that this made before is replaced."""
-    from launcher.dashboard import pipeline_of
-    from launcher.recipe import load_recipe
-    from tracking.dashboard import dashboard as make_dashboard
+    from cpt_merge.launcher.dashboard import pipeline_of
+    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.tracking.dashboard import dashboard as make_dashboard
 
     loaded = load_recipe(recipe, overrides or [])
-    make_dashboard(loaded.tracking, pipeline_of(loaded), save_as or f"cpt-merge {loaded.name}", dry_run)
+    make_dashboard(
+        loaded.tracking, pipeline_of(loaded), save_as or f"cpt-merge {loaded.name}", dry_run
+    )
 
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="the directory of a chat model, or its hub id")],
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="the directory of a chat model, or its hub id")
+    ],
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="the system message")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="the longest reply")] = 1024,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0: the likeliest token  [default: as the model's generation_config]")
+        float | None,
+        typer.Option(
+            min=0.0, help="0: the likeliest token  [default: as the model's generation_config]"
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="for the same replies again")] = None,
 ) -> None:
     """Talk to a model, on the GPU if there is one. Each line of stdin is a turn, so it can be piped too."""
-    from launcher.chat import ChatSettings
-    from launcher.chat import chat as talk
+    from cpt_merge.launcher.chat import ChatSettings
+    from cpt_merge.launcher.chat import chat as talk
 
     talk(model, ChatSettings(system, max_new_tokens, temperature, seed))
 
@@ -413,7 +524,7 @@ def stage_main(command: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit code 0, 2 for what the user can mend, 75 for stopped early with everything saved."""
-    from launcher.attempts import note_failure, note_stop
+    from cpt_merge.cluster.attempts import note_failure, note_stop
 
     _stop_on_signals()
     command = next(iter(arguments or sys.argv[1:]), "")
@@ -455,7 +566,7 @@ def _code_of_a_stop() -> int:
     torchrun and accelerate take any code but 0 for one, and so does `srun --kill-on-bad-exit`: there the first process,
     which has the most to do at the end, speaks for all.
     """
-    from launcher.start import started_by_accelerate
+    from cpt_merge.launcher.start import started_by_accelerate
 
     world = find_world()
     if world.launcher == "torchrun" or started_by_accelerate() or not world.is_main:
@@ -470,7 +581,11 @@ def _print_once(sentence: str) -> None:
     if find_world().launcher != "alone":
         name = hashlib.sha256(f"{os.getppid()}{sentence}".encode()).hexdigest()[:16]
         try:
-            os.close(os.open(Path(tempfile.gettempdir()) / f"cpt-merge-said-{name}", os.O_CREAT | os.O_EXCL))
+            os.close(
+                os.open(
+                    Path(tempfile.gettempdir()) / f"cpt-merge-said-{name}", os.O_CREAT | os.O_EXCL
+                )
+            )
         except FileExistsError:
             return
     console.print(f"cpt-merge: {sentence}", markup=False)

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from core.progress import say
-from evaluation.facets.form import FIGURES as FORM
-from evaluation.facets.instructions import CHECKS_STRICT
-from evaluation.facets.language import BITS, FIGURE
-from evaluation.figures import pictures
-from evaluation.suites import Setup, figures_of_replies
-from evaluation.sweep.recommend import drawn_figures
-from launcher.identity import IDS_FILE, group_name
-from launcher.preview import read_prompts
-from launcher.recipe import Recipe
-from tracking.dashboard import Figure, Pipeline
+from cpt_merge.core.progress import say
+from cpt_merge.evaluation.evaluators.form import FIGURES as FORM
+from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT
+from cpt_merge.evaluation.evaluators.language import BITS, FIGURE
+from cpt_merge.evaluation.figures import pictures
+from cpt_merge.evaluation.suites import Setup, figures_of_replies
+from cpt_merge.evaluation.sweep.recommend import drawn_figures
+from cpt_merge.launcher.identity import IDS_FILE, group_name
+from cpt_merge.launcher.preview import read_prompts
+from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.tracking.dashboard import Figure, Pipeline
 
 
 def pipeline_of(recipe: Recipe) -> Pipeline:
     """The pipeline as the dashboard needs it. Prompts are read; a wrong one is a `UserError`."""
     figures = [
-        Figure(figure.name, f"{facet.capitalize()}: {figure.heading}", "share" if figure.share else "", languages)
+        Figure(
+            figure.name,
+            f"{facet.capitalize()}: {figure.heading}",
+            "share" if figure.share else "",
+            languages,
+        )
         for facet, figure, languages in figures_of_replies(Setup(recipe.evaluation, recipe.corpus))
     ]
     names = [BITS] * ("language" in recipe.evaluation.suites) + [figure.name for figure in figures]
     if not (recipe.directory / IDS_FILE).is_file():
-        say(f"dashboard: nothing was logged from {recipe.directory} yet; it shows what will be logged from there")
+        say(
+            f"dashboard: nothing was logged from {recipe.directory} yet; it shows what will be logged from there"
+        )
     return Pipeline(
         group_name(recipe.name, recipe.directory), recipe.corpus.languages(), figures, pictures(names),
         previewed=_previewed(recipe), swept=_swept(recipe),
@@ -48,9 +55,17 @@ def _swept(recipe: Recipe) -> dict[str, str]:
         return {}
     rule, suites = recipe.sweep.recommend, recipe.sweep.suites
     measured = recipe.evaluation.model_copy(update={"suites": suites})
-    known = {one.name: one.heading for _, one, _ in figures_of_replies(Setup(measured, recipe.corpus))}
+    known = {
+        one.name: one.heading for _, one, _ in figures_of_replies(Setup(measured, recipe.corpus))
+    }
     known |= {BITS: FIGURE.heading} if "language" in suites else {}
-    of_rule = {rule.quality, *rule.at_least, *rule.at_most}  # a sweep that did not measure one of these would stop
+    of_rule = {
+        rule.quality,
+        *rule.at_least,
+        *rule.at_most,
+    }  # a sweep that did not measure one of these would stop
     return {
-        name: known.get(name, name).capitalize() for name in drawn_figures(rule) if name in known or name in of_rule
+        name: known.get(name, name).capitalize()
+        for name in drawn_figures(rule)
+        if name in known or name in of_rule
     }

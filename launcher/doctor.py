@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from core.errors import UserError
-from core.world import find_world
+from cpt_merge.core.distributed import find_world
+from cpt_merge.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,16 @@ def show_doctor() -> bool:
     findings = [finding for check in CHECKS for finding in check()]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for finding in findings:
-        mark = "[red]missing[/]" if finding.fatal else "[yellow]note[/]" if finding.mend else "[green]ok[/]"
-        table.add_row(mark, finding.subject, finding.found + (f"\n  {finding.mend}" if finding.mend else ""))
+        mark = (
+            "[red]missing[/]"
+            if finding.fatal
+            else "[yellow]note[/]"
+            if finding.mend
+            else "[green]ok[/]"
+        )
+        table.add_row(
+            mark, finding.subject, finding.found + (f"\n  {finding.mend}" if finding.mend else "")
+        )
     Console().print(table)
     return not any(finding.fatal for finding in findings)
 
@@ -47,7 +55,12 @@ def _packages() -> Iterator[Finding]:
     try:
         needed = requirements()
     except PackageNotFoundError:
-        yield Finding("cpt-merge", "not installed in this Python", "pip install -c constraints.txt -e .", fatal=True)
+        yield Finding(
+            "cpt-merge",
+            "not installed in this Python",
+            "pip install -c constraints.txt -e .",
+            fatal=True,
+        )
         return
     wrong = []
     for requirement in needed:
@@ -61,7 +74,9 @@ def _packages() -> Iterator[Finding]:
         if not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement.name} {found} is not {requirement.specifier}")
     if wrong:
-        yield Finding("packages", "; ".join(wrong), "pip install -c constraints.txt -e .", fatal=True)
+        yield Finding(
+            "packages", "; ".join(wrong), "pip install -c constraints.txt -e .", fatal=True
+        )
     else:
         shown = ("torch", "transformers", "accelerate", "datasets", "wandb")
         yield Finding("packages", ", ".join(f"{name} {version(name)}" for name in shown))
@@ -74,17 +89,27 @@ def _devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
-            yield Finding(f"GPU {number}", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
+            yield Finding(
+                f"GPU {number}", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+            )
         nccl = dist.is_nccl_available()
         yield Finding(
-            "backend", "nccl and gloo" if nccl else "gloo only", "" if nccl else "install a CUDA build of torch"
+            "backend",
+            "nccl and gloo" if nccl else "gloo only",
+            "" if nccl else "install a CUDA build of torch",
         )
     else:
         built = torch.version.cuda
         found = f"none that torch sees ({'CUDA ' + built + ' build' if built else 'CPU build'} of torch)"
         driver = shutil.which("nvidia-smi")
-        yield Finding("GPU", found, "the driver is here: install a CUDA build of torch" if driver and not built else "")
-        yield Finding("backend", "gloo on CPU: right for the demo and the tests, slow for real models")
+        yield Finding(
+            "GPU",
+            found,
+            "the driver is here: install a CUDA build of torch" if driver and not built else "",
+        )
+        yield Finding(
+            "backend", "gloo on CPU: right for the demo and the tests, slow for real models"
+        )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     yield Finding("CPU", f"{os.cpu_count()} cores, {memory:.0f} GB memory")
 
@@ -103,10 +128,16 @@ def _slurm() -> Iterator[Finding]:
         return
     try:
         nodes = subprocess.run(
-            ["sinfo", "-h", "-o", "%P %D %t"], capture_output=True, text=True, timeout=10, check=False
+            ["sinfo", "-h", "-o", "%P %D %t"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        yield Finding("Slurm", "sinfo does not answer within 10 s", "ask the cluster's administrators")
+        yield Finding(
+            "Slurm", "sinfo does not answer within 10 s", "ask the cluster's administrators"
+        )
         return
     if nodes.returncode:
         yield Finding("Slurm", nodes.stderr.strip()[:120], "log in to a node where sinfo works")
@@ -115,19 +146,36 @@ def _slurm() -> Iterator[Finding]:
 
 
 def _tracking() -> Iterator[Finding]:
-    from tracking.wandb_carrier import find_key
+    from cpt_merge.tracking.sinks.wandb import find_key
 
     if find_key():
-        yield Finding("W&B", "a key is there: runs are logged online when the server can be reached")
+        yield Finding(
+            "W&B", "a key is there: runs are logged online when the server can be reached"
+        )
     else:
-        yield Finding("W&B", "no key: runs are logged offline, to be sent later by `wandb sync`", "wandb login")
+        yield Finding(
+            "W&B",
+            "no key: runs are logged offline, to be sent later by `wandb sync`",
+            "wandb login",
+        )
 
 
 def _disk() -> Iterator[Finding]:
     usage = shutil.disk_usage(".")
     free = usage.free / 1e9
-    mend = "" if free > 5 else "free some: a 7B model in bf16 takes 14 GB, a checkpoint of its training 81 GB"
+    mend = (
+        ""
+        if free > 5
+        else "free some: a 7B model in bf16 takes 14 GB, a checkpoint of its training 81 GB"
+    )
     yield Finding("disk here", f"{free:,.0f} GB free", mend)
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_packages, _devices, _processes, _slurm, _tracking, _disk)
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _packages,
+    _devices,
+    _processes,
+    _slurm,
+    _tracking,
+    _disk,
+)

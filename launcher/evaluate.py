@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.artifact import fingerprint, make_writable, stage_key
-from core.config import Section, apply_override, key, parse_section
-from core.errors import UserError
-from core.languages import find_language
-from core.models import model_directory
-from core.progress import say
-from core.world import find_world
-from evaluation.config import EvaluationConfig
-from tracking import TrackingConfig, start_tracker
+from cpt_merge.core.artifact import fingerprint, make_writable, stage_key
+from cpt_merge.core.config import Section, apply_override, key, parse_section
+from cpt_merge.core.distributed import find_world
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
+from cpt_merge.core.models import model_directory
+from cpt_merge.core.progress import say
+from cpt_merge.evaluation.config import EvaluationConfig
+from cpt_merge.tracking import TrackingConfig, start_tracker
 
 MANY = ("--models", "--text")  # options that take all NAME=VALUE words behind them
 PAIR = re.compile(r"(?!(?:evaluation|tracking)\.)[\w.-]+=.+")  # and no override
@@ -69,15 +69,17 @@ def evaluate(request: Request) -> None:
     if request.recipe is None:
         _evaluate_directories(request)
         return
-    given = {name: getattr(request, name) for name in ("models", "suite", "text", "template", "out")}
+    given = {
+        name: getattr(request, name) for name in ("models", "suite", "text", "template", "out")
+    }
     extra = [f"--{name}" for name, value in given.items() if value]
     if extra:
         raise UserError(
             f"{', '.join(extra)} and a recipe say the same; leave out one (the recipe's suites: evaluation.suites)."
         )
-    from launcher.pipeline import run_stage
-    from launcher.recipe import load_recipe
-    from launcher.stages import Run, find_stage
+    from cpt_merge.launcher.pipeline import run_stage
+    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.launcher.stages import Run, find_stage
 
     recipe = load_recipe(request.recipe, request.overrides)
     run_stage(Run(recipe), find_stage("evaluate"), request.recipe, request.overrides)
@@ -89,16 +91,20 @@ def _evaluate_directories(request: Request) -> None:
     settings = _settings(request)
     if settings.evaluation.models:
         raise UserError("evaluation.models is for a recipe; name these models with --models too.")
-    models = {name: model_directory(path) for name, path in _pairs("--models", request.models).items()}
+    models = {
+        name: model_directory(path) for name, path in _pairs("--models", request.models).items()
+    }
     text = {find_language(tag).tag: path for tag, path in _pairs("--text", request.text).items()}
     for tag, path in text.items():
-        if not Path(path).expanduser().exists() and not any(character in path for character in "*?["):
+        if not Path(path).expanduser().exists() and not any(
+            character in path for character in "*?["
+        ):
             raise UserError(f"--text {tag}={path} does not exist; give a file of text.")
     template = model_directory(request.template) if request.template else None
-    from evaluation.kept import input_files
-    from evaluation.run import run
-    from launcher.identity import group_name, run_id
-    from launcher.pipeline import closing_on_error
+    from cpt_merge.evaluation.kept import input_files
+    from cpt_merge.evaluation.run import run
+    from cpt_merge.launcher.identity import group_name, run_id
+    from cpt_merge.launcher.pipeline import closing_on_error
 
     out = request.out
     if find_world().is_main:
@@ -106,11 +112,20 @@ def _evaluate_directories(request: Request) -> None:
         if (out / "results.json").exists():
             say(f"evaluation: {out} holds an earlier evaluation, which this one replaces")
     name, group = out.resolve().name, group_name(out.resolve().name, out)
-    recorded = {"models": {name: str(path) for name, path in models.items()}, **settings.model_dump()}
-    inputs = {name: fingerprint(path) for name, path in models.items()} | input_files(settings.evaluation, text)
+    recorded = {
+        "models": {name: str(path) for name, path in models.items()},
+        **settings.model_dump(),
+    }
+    inputs = {name: fingerprint(path) for name, path in models.items()} | input_files(
+        settings.evaluation, text
+    )
     inputs["template"] = fingerprint(template) if template else ""
-    wandb_id = run_id(out, group, "evaluation", stage_key("evaluation", recorded, inputs), out / "log")
-    tracker = start_tracker(settings.tracking, "evaluation", name, group, out / "log", recorded, wandb_id)
+    wandb_id = run_id(
+        out, group, "evaluation", stage_key("evaluation", recorded, inputs), out / "log"
+    )
+    tracker = start_tracker(
+        settings.tracking, "evaluation", name, group, out / "log", recorded, wandb_id
+    )
     with closing_on_error(tracker, "evaluation"):
         run(settings.evaluation, models, text, template, out, tracker)
     tracker.finish()

@@ -6,13 +6,13 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
-from core.artifact import stage_key
-from launcher.stages import Run, find_stage, merge_inputs
-from merge.hook import LocalShard, Ranks, merge_shards, plan_for_shards
-from merge.plan import MergeInputs
-from tracking import Tracker
-from training.parallel import Parallel
-from training.run import Hook
+from cpt_merge.core.artifact import stage_key
+from cpt_merge.launcher.stages import Run, find_stage, merge_inputs
+from cpt_merge.merge.hook import LocalShard, Ranks, merge_shards, plan_for_shards
+from cpt_merge.merge.plan import MergeInputs
+from cpt_merge.tracking import Tracker
+from cpt_merge.training.distributed.parallel import Parallel
+from cpt_merge.training.run import Hook
 
 
 def post_training_hook(run: Run, training_key: str) -> Hook | None:
@@ -29,7 +29,7 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
 
     def merge(shards: list[LocalShard], parallel: Parallel) -> None:
         """The merge stage, on these shards; every rank calls it."""
-        from launcher.pipeline import execute
+        from cpt_merge.launcher.pipeline import execute
 
         def merge_in_memory(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
             ranks = Ranks(parallel.world.rank, parallel.world.size, parallel.barrier)

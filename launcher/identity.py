@@ -13,10 +13,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from core.artifact import write_json
-from core.errors import UserError
-from core.world import find_world
-from tracking.local import read_run
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.distributed import find_world
+from cpt_merge.core.errors import UserError
+from cpt_merge.tracking.sinks.local import read_run
 
 IDS_FILE = "wandb.json"
 
@@ -56,4 +56,6 @@ def _ids(directory: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return {"digest": str(found["digest"]), "logs": dict(found["logs"])}
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; remove it (what is logged from then on is a new group in W&B).") from None
+        raise UserError(
+            f"{path} is damaged; remove it (what is logged from then on is a new group in W&B)."
+        ) from None

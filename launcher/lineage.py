@@ -10,9 +10,9 @@ import hashlib
 import re
 from pathlib import Path
 
-from core.sources import Source
-from launcher.stages import Run
-from tracking.tracker import Artifact
+from cpt_merge.data.sources import Source
+from cpt_merge.launcher.stages import Run
+from cpt_merge.tracking.tracker import Artifact
 
 # what a stage leaves: kind, and the path of the run that holds it
 LEFT = {
@@ -48,22 +48,33 @@ def used(run: Run, stage: str, inputs: dict[str, str]) -> list[Artifact]:
         elif name in ("base", "chat"):
             model = run.base if name == "base" else run.chat
             label = getattr(run.recipe.models, name).rstrip("/").split("/")[-1]
-            found.append(Artifact(_name(f"{name}-{label}"), "model", model.absolute().as_uri(), digest, True))
+            found.append(
+                Artifact(_name(f"{name}-{label}"), "model", model.absolute().as_uri(), digest, True)
+            )
         elif name.startswith("model "):
             further = name.removeprefix("model ")
             path = run.further_models()[further].absolute()
-            found.append(Artifact(_name(f"model-{further}", str(path)), "model", path.as_uri(), digest, True))
+            found.append(
+                Artifact(_name(f"model-{further}", str(path)), "model", path.as_uri(), digest, True)
+            )
         elif name.startswith("text "):
             short = _digest(digest, 16)  # of a source's files, one digest each
-            sources = [one for one in run.recipe.corpus.sources if one.path == name.removeprefix("text ")]
-            found += [Artifact(_text_name(one), "text", _address(one.path, digest), short, True) for one in sources]
+            sources = [
+                one for one in run.recipe.corpus.sources if one.path == name.removeprefix("text ")
+            ]
+            found += [
+                Artifact(_text_name(one), "text", _address(one.path, digest), short, True)
+                for one in sources
+            ]
     return found
 
 
 def _of_stage(run: Run, stage: str, digest: str, used: bool) -> Artifact:
     kind, attribute = LEFT[stage]
     path: Path = getattr(run, attribute)
-    return Artifact(_name(f"{run.recipe.name}-{attribute}"), kind, path.absolute().as_uri(), digest, used)
+    return Artifact(
+        _name(f"{run.recipe.name}-{attribute}"), kind, path.absolute().as_uri(), digest, used
+    )
 
 
 def _text_name(source: Source) -> str:

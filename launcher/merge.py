@@ -11,16 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from checkpoint.vocabulary import has_tokenizer
-from core.config import apply_override, parse_section
-from core.errors import UserError
-from core.models import model_directory
-from core.progress import say
-from merge.config import MergeConfig
-from merge.fit import RefusedError
-from merge.plan import MergeInputs, MergePlan, bytes_read, describe_rule, plan
-from merge.rules import kind_of
-from merge.tokens import describe
+from cpt_merge.checkpoint.vocabulary_map import has_tokenizer
+from cpt_merge.core.config import apply_override, parse_section
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.models import model_directory
+from cpt_merge.core.progress import say
+from cpt_merge.merge.config import MergeConfig
+from cpt_merge.merge.fit import RefusedError
+from cpt_merge.merge.plan import MergeInputs, MergePlan, bytes_read, describe_rule, plan
+from cpt_merge.merge.rules import kind_of
+from cpt_merge.merge.tokens import describe
 
 PLAN_WORD = "plan"
 
@@ -61,7 +61,9 @@ def merge(request: Request) -> None:
     """Do what was asked for. Raises `UserError`."""
     if request.recipe is not None:
         if not request.recipe.is_file():
-            raise UserError(f"recipe {request.recipe} does not exist; settings are written key=value.")
+            raise UserError(
+                f"recipe {request.recipe} does not exist; settings are written key=value."
+            )
         _check_recipe_stands_alone(request)
     if request.extract:
         _extract(request)
@@ -74,8 +76,13 @@ def merge(request: Request) -> None:
 
 
 def _check_recipe_stands_alone(request: Request) -> None:
-    given = {name: getattr(request, name) for name in ("cpt", "base", "chat", "vector", "tokenizer", "ratio", "out")}
-    extra = [f"--{name}" for name, value in given.items() if value is not None] + ["--extract"] * request.extract
+    given = {
+        name: getattr(request, name)
+        for name in ("cpt", "base", "chat", "vector", "tokenizer", "ratio", "out")
+    }
+    extra = [f"--{name}" for name, value in given.items() if value is not None] + [
+        "--extract"
+    ] * request.extract
     if extra:
         raise UserError(
             f"{', '.join(extra)} and a recipe say the same; leave out one (overrides are section.key=value)."
@@ -83,9 +90,9 @@ def _check_recipe_stands_alone(request: Request) -> None:
 
 
 def _stage(request: Request) -> None:
-    from launcher.pipeline import run_stage
-    from launcher.recipe import load_recipe
-    from launcher.stages import Run, find_stage
+    from cpt_merge.launcher.pipeline import run_stage
+    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.launcher.stages import Run, find_stage
 
     assert request.recipe is not None
     recipe = load_recipe(request.recipe, request.overrides)
@@ -96,29 +103,37 @@ def _config(request: Request) -> MergeConfig:
     values: dict[str, Any] = {} if request.ratio is None else {"ratio": request.ratio}
     for override in request.overrides:
         if request.ratio is not None and override.removeprefix("merge.").startswith("ratio="):
-            raise UserError(f"--ratio {request.ratio} and {override} both set the ratio; leave out one.")
+            raise UserError(
+                f"--ratio {request.ratio} and {override} both set the ratio; leave out one."
+            )
         apply_override(values, override.removeprefix("merge."))
     return parse_section(MergeConfig, values, "the merge's settings")
 
 
 def _inputs(request: Request) -> MergeInputs:
     if request.cpt is None:
-        raise UserError("give a RECIPE, or --cpt DIR with --base DIR and --chat DIR (or --vector DIR), and --out DIR.")
+        raise UserError(
+            "give a RECIPE, or --cpt DIR with --base DIR and --chat DIR (or --vector DIR), and --out DIR."
+        )
     if request.vector is None and (request.base is None or request.chat is None):
-        raise UserError("give the pair, --base DIR and --chat DIR, or a vector's directory, --vector DIR.")
+        raise UserError(
+            "give the pair, --base DIR and --chat DIR, or a vector's directory, --vector DIR."
+        )
     if request.vector is not None and request.chat is not None:
         raise UserError("--vector and --chat are two sources of one vector; leave out one.")
     cpt = model_directory(request.cpt)
     base = model_directory(request.base) if request.base else None
     chat = model_directory(request.chat) if request.chat else None
     if request.tokenizer is not None and not has_tokenizer(request.tokenizer):
-        raise UserError(f"--tokenizer {request.tokenizer} holds no tokenizer.json or tokenizer.model; correct it.")
+        raise UserError(
+            f"--tokenizer {request.tokenizer} holds no tokenizer.json or tokenizer.model; correct it."
+        )
     return MergeInputs(cpt, base, chat, request.tokenizer or cpt, request.vector)
 
 
 def _merge_directories(request: Request) -> None:
-    from merge.run import run
-    from tracking.tracker import SilentTracker
+    from cpt_merge.merge.run import run
+    from cpt_merge.tracking.tracker import SilentTracker
 
     inputs = _inputs(request)
     if request.out is None:
@@ -129,12 +144,14 @@ def _merge_directories(request: Request) -> None:
 
 
 def _extract(request: Request) -> None:
-    from merge.extract import extract
+    from cpt_merge.merge.extract import extract
 
     if request.base is None or request.chat is None or request.out is None:
         raise UserError("--extract needs --base DIR, --chat DIR and --out DIR.")
     if request.cpt or request.vector or request.ratio or request.tokenizer or request.plan_only:
-        raise UserError("--extract writes chat - base alone; leave out plan, --cpt, --vector, --tokenizer and --ratio.")
+        raise UserError(
+            "--extract writes chat - base alone; leave out plan, --cpt, --vector, --tokenizer and --ratio."
+        )
     config = _config(request)
     shown = config.model_dump(exclude_defaults=True, exclude={"dtype", "shard_size"})
     if shown:
@@ -151,19 +168,23 @@ def _file_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise UserError(f"{error.filename or out}: {reason}; mend that and give the same command again.") from None
+        raise UserError(
+            f"{error.filename or out}: {reason}; mend that and give the same command again."
+        ) from None
 
 
 def _planned(request: Request) -> tuple[MergeConfig, MergeInputs, Path | None]:
     if request.recipe is None:
         return _config(request), _inputs(request), request.out
-    from launcher.recipe import load_recipe
-    from launcher.stages import Run
+    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.launcher.stages import Run
 
     run = Run(load_recipe(request.recipe, request.overrides))
     trained = (run.cpt / "config.json").is_file()
     if not trained:
-        say(f"merge: {run.cpt} is not there yet; planned with the model that training starts from, {run.resized}")
+        say(
+            f"merge: {run.cpt} is not there yet; planned with the model that training starts from, {run.resized}"
+        )
     inputs = MergeInputs(run.cpt if trained else run.resized, run.base, run.chat, run.tokenizer)
     return run.recipe.merge, inputs, None if run.merged.exists() else run.merged
 
@@ -183,10 +204,14 @@ def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> Non
     for line in describe(the_plan.changes, the_plan.cpt_rows, the_plan.rows):
         console.print(escape(line))
     for vector in the_plan.vectors:
-        counts = ", ".join(f"{count:,} {role}" for role, count in vector.rows.counts().items() if count)
+        counts = ", ".join(
+            f"{count:,} {role}" for role, count in vector.rows.counts().items() if count
+        )
         console.print(f"rows of the {vector.label}: {counts}")
     if the_plan.chat.rows.chat_tokens:
-        console.print(escape(f"rows from the chat model itself: {' '.join(the_plan.chat.rows.chat_tokens)}"))
+        console.print(
+            escape(f"rows from the chat model itself: {' '.join(the_plan.chat.rows.chat_tokens)}")
+        )
 
 
 def _table(the_plan: MergePlan) -> list[str]:
@@ -204,7 +229,15 @@ def _table(the_plan: MergePlan) -> list[str]:
     files = len(the_plan.layout().headers)
     plural = "" if files == 1 else "s"
     rows.append(
-        (f"{len(the_plan.tensors)} tensors in {files} file{plural}", "", "", "", "", f"{read:,}", f"{written:,}")
+        (
+            f"{len(the_plan.tensors)} tensors in {files} file{plural}",
+            "",
+            "",
+            "",
+            "",
+            f"{read:,}",
+            f"{written:,}",
+        )
     )
     widths = [max(len(row[column]) for row in rows) for column in range(7)]
     return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]

@@ -15,21 +15,34 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from checkpoint.tokenizer import TokenizerFiles
-from core.artifact import STAGE_FILE, StageRecord, installed_versions, read_record, write_json, write_record
-from core.errors import Interrupted, UserError
-from core.lock import Lock
-from core.progress import say
-from core.world import find_world
-from launcher.identity import group_name, run_id
-from launcher.lineage import left, used
-from launcher.recipe import Recipe
-from launcher.stages import COMMANDS, STAGES, Run, Stage, check_previewed, identify
-from launcher.start import accelerate_config, local_processes, start_processes, started_by_accelerate
-from merge.fit import open_fitting
-from tracking import Tracker, start_tracker
-from tracking.unsent import holds_unsent
-from training.mixture import mixture
+from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
+from cpt_merge.core.artifact import (
+    STAGE_FILE,
+    StageRecord,
+    installed_versions,
+    read_record,
+    write_json,
+    write_record,
+)
+from cpt_merge.core.distributed import find_world
+from cpt_merge.core.errors import Interrupted, UserError
+from cpt_merge.core.lock import Lock
+from cpt_merge.core.package import checkout
+from cpt_merge.core.progress import say
+from cpt_merge.data.mixture import mixture
+from cpt_merge.launcher.identity import group_name, run_id
+from cpt_merge.launcher.lineage import left, used
+from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.stages import COMMANDS, STAGES, Run, Stage, check_previewed, identify
+from cpt_merge.launcher.start import (
+    accelerate_config,
+    local_processes,
+    start_processes,
+    started_by_accelerate,
+)
+from cpt_merge.merge.fit import open_fitting
+from cpt_merge.tracking import Tracker, start_tracker
+from cpt_merge.tracking.unsent import holds_unsent
 
 BEGUN_FILE = "begun.json"
 SLURM_VARIABLES = (
@@ -63,17 +76,23 @@ def check_inputs(recipe: Recipe) -> None:
     run.further_models()
     for name, path in recipe.evaluation.files().items():
         if not Path(path).expanduser().exists():
-            raise UserError(f"evaluation.{name} = {path} does not exist; correct it or leave it out.")
+            raise UserError(
+                f"evaluation.{name} = {path} does not exist; correct it or leave it out."
+            )
     if "knowledge" in recipe.evaluation.suites:
         recipe.evaluation.knowledge.check_installed()
     for language, path in recipe.tokenizer.pieces_from.items():
         if not Path(path).is_file():
-            raise UserError(f"tokenizer.pieces_from.{language} = {path} does not exist; correct it or leave it out.")
+            raise UserError(
+                f"tokenizer.pieces_from.{language} = {path} does not exist; correct it or leave it out."
+            )
     if recipe.training.preview.every is not None:
         tokenizer = TokenizerFiles.read(run.chat)
         check_previewed(run.chat, tokenizer.chat_template if tokenizer else None)
     accelerate_config(recipe)
-    if all(source.epochs is None for source in recipe.corpus.sources):  # else known when the text is tokenised
+    if all(
+        source.epochs is None for source in recipe.corpus.sources
+    ):  # else known when the text is tokenised
         mixture(recipe.corpus, [None] * len(recipe.corpus.sources), recipe.training.tokens)
 
 
@@ -96,7 +115,9 @@ def run_stage(run: Run, stage: Stage, recipe_path: Path, overrides: list[str]) -
         start_processes(run.recipe, COMMANDS[stage.name], recipe_path, overrides, processes)
         record = read_record(run.folder(stage.name))
         if record is None or record.key != key:
-            raise Interrupted(f"{stage.name} was stopped before its end; the same command continues it.")
+            raise Interrupted(
+                f"{stage.name} was stopped before its end; the same command continues it."
+            )
         return
     try:
         execute(run, stage, key, config, inputs)
@@ -104,7 +125,9 @@ def run_stage(run: Run, stage: Stage, recipe_path: Path, overrides: list[str]) -
         raise _file_error(error, stage.name, run.folder(stage.name)) from error
 
 
-def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
+def execute(
+    run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: dict[str, str]
+) -> None:
     """Run a stage in this process (and its siblings, which do the same) and mark it as finished."""
     folder, main = run.folder(stage.name), find_world().is_main
     say(f"── {stage.name} ──")
@@ -116,7 +139,9 @@ def execute(run: Run, stage: Stage, key: str, config: dict[str, Any], inputs: di
         with closing_on_error(tracker, stage.name):
             results = stage.run(run, key, tracker)
     if main:
-        record = StageRecord(stage.name, key, config, inputs, results=results, tracking=tracker.record())
+        record = StageRecord(
+            stage.name, key, config, inputs, results=results, tracking=tracker.record()
+        )
         record = write_record(folder, record, started)
         say(f"{stage.name}: finished in {record.seconds:.1f} s -> {folder}")
         for artifact in left(run, stage.name, key):
@@ -166,7 +191,9 @@ def _remove(result: Path, folder: Path) -> None:
         aside = next(path for path in places if not path.exists())
         aside.mkdir()
         os.replace(log, aside / "log")
-        say(f"{folder.name}: an earlier log that is not at W&B is now {aside / 'log'}; cpt-merge sync uploads it")
+        say(
+            f"{folder.name}: an earlier log that is not at W&B is now {aside / 'log'}; cpt-merge sync uploads it"
+        )
     shutil.rmtree(result, ignore_errors=True)
 
 
@@ -198,7 +225,9 @@ def _move_aside(folder: Path, stage: Stage, key: str) -> None:
         say(f"{stage.name}: {mine} was made with these settings; it is taken back and goes on")
 
 
-def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs: dict[str, str]) -> Tracker:
+def open_tracker(
+    run: Run, stage: str, key: str, config: dict[str, Any], inputs: dict[str, str]
+) -> Tracker:
     """The stage's log: local under the stage's folder, and W&B as the recipe says."""
     recipe = run.recipe
     settings = {
@@ -208,7 +237,9 @@ def open_tracker(run: Run, stage: str, key: str, config: dict[str, Any], inputs:
     group = group_name(recipe.name, recipe.directory)
     log = run.folder(stage) / "log"
     wandb_id = run_id(recipe.directory, group, stage, key, log)
-    return start_tracker(recipe.tracking, stage, f"{recipe.name}-{stage}", group, log, settings, wandb_id)
+    return start_tracker(
+        recipe.tracking, stage, f"{recipe.name}-{stage}", group, log, settings, wandb_id
+    )
 
 
 @contextmanager
@@ -240,11 +271,13 @@ def origin() -> dict[str, Any]:
 
 def _code() -> dict[str, Any]:
     """The commit of this project and whether files differ from it; of an installed package neither is known."""
-    folder = Path(__file__).parents[1]
-    if not shutil.which("git") or not (folder / ".git").exists():
+    folder = checkout()
+    if not shutil.which("git") or not folder:
         return {"commit": "not known"}
     commit, changed = (
-        subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+        subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=False
+        ).stdout.strip()
         for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
     )
     return {"commit": commit or "not known", "modified": bool(changed)}
@@ -267,7 +300,9 @@ def hold_lock(run: Run) -> None:
     """
     if LOCK_VARIABLE in os.environ or not find_world().is_main:
         return
-    lock = Lock(run.recipe.directory / LOCK_FILE, run.recipe.directory, "give this run another name")
+    lock = Lock(
+        run.recipe.directory / LOCK_FILE, run.recipe.directory, "give this run another name"
+    )
     lock.take()
     _held.append(lock)
     os.environ[LOCK_VARIABLE] = str(lock.path)

@@ -12,20 +12,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from checkpoint.reader import Checkpoint
-from core.errors import UserError
-from core.models import hub_errors, is_local, model_directory
-from core.sources import source_files
-from core.world import World
-from launcher.plan_cluster import Request, show_cluster
-from launcher.recipe import Recipe
-from launcher.stages import STAGES, Run, is_finished
-from launcher.start import accelerate_config, backend_environment, local_processes
-from tokenizer_ext.given import count_entries
-from training.config import TrainingConfig
-from training.flops import experts
-from training.memory import ZERO_STRATEGIES, MemorySetup, ModelShape, estimate_memory
-from training.mixture import describe, mixture
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.cluster.plan import Request, show_cluster
+from cpt_merge.core.distributed import World
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.models import hub_errors, is_local, model_directory
+from cpt_merge.data.mixture import describe, mixture
+from cpt_merge.data.sources import source_files
+from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.stages import STAGES, Run, is_finished
+from cpt_merge.launcher.start import accelerate_config, backend_environment, local_processes
+from cpt_merge.tokenizer_ext.given import count_entries
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.flops import experts
+from cpt_merge.training.memory import ZERO_STRATEGIES, MemorySetup, ModelShape, estimate_memory
 
 GB = 1e9
 
@@ -43,7 +43,9 @@ def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
         config, parameters = _read_from_hub(name)
     recipe.training.check_positions(config)
     if dense and experts(SimpleNamespace(**config)) > 1:
-        raise UserError(f"{name} has experts, and the model of speed knows dense models only; leave out --gpu.")
+        raise UserError(
+            f"{name} has experts, and the model of speed knows dense models only; leave out --gpu."
+        )
     return ModelShape.from_config(config, parameters, name)
 
 
@@ -72,18 +74,24 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
     Lists without a size count with their entries; the steps towards those are found when they are read.
     """
     config = recipe.tokenizer
-    lists = [Path(path) for language, path in config.pieces_from.items() if language not in config.new_pieces]
+    lists = [
+        Path(path)
+        for language, path in config.pieces_from.items()
+        if language not in config.new_pieces
+    ]
     pieces = sum(config.new_pieces.values()) + sum(map(count_entries, lists))
     return -(-(shape.vocabulary + pieces) // config.pad_to_multiple) * config.pad_to_multiple
 
 
 def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
     """How the recipe's accelerate configuration divides memory over so many processes."""
-    from training.parallel import asked_for
+    from cpt_merge.training.distributed.parallel import asked_for
 
     asked = asked_for(backend_environment(accelerate_config(recipe)))
     if asked.backend == "deepspeed":
-        return MemorySetup.of(recipe.training, ZERO_STRATEGIES[asked.zero_stage], processes, processes)
+        return MemorySetup.of(
+            recipe.training, ZERO_STRATEGIES[asked.zero_stage], processes, processes
+        )
     if processes == 1 and not recipe.launch.accelerate_config:
         return MemorySetup.of(recipe.training, "single", 1, 1)
     _, shards = asked.mesh_shape(World(size=processes))
@@ -103,7 +111,10 @@ def show_plan(recipe: Recipe, request: Request | None = None) -> None:
     _print_text(console, recipe)
     lines = [
         ("base", f"{base.parameters / 1e6:,.1f} M parameters, {base.vocabulary:,} rows"),
-        ("extended", f"{shape.parameters / 1e6:,.1f} M parameters, at most {shape.vocabulary:,} rows"),
+        (
+            "extended",
+            f"{shape.parameters / 1e6:,.1f} M parameters, at most {shape.vocabulary:,} rows",
+        ),
         ("training", f"{config.steps:,} steps of {config.tokens_per_step:,} tokens"),
         *([] if request else _here(recipe, shape)),
         ("disk", str(disk_needed(shape, config))),
@@ -125,10 +136,15 @@ def _here(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
     processes = local_processes(recipe)
     setup = memory_setup(recipe, processes)
     memory = estimate_memory(shape, setup)
-    parts = ", ".join(f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items())
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items()
+    )
     rows = recipe.training.micro_batch_rows
     return [
-        ("processes", f"{processes}, each {setup.micro_batches} micro-batches of {rows} rows a step"),
+        (
+            "processes",
+            f"{processes}, each {setup.micro_batches} micro-batches of {rows} rows a step",
+        ),
         ("memory per rank", f"{memory.total / GB:,.2f} GB at once, of: {parts}"),
     ]
 
@@ -156,7 +172,9 @@ class DiskNeeded:
 def disk_needed(shape: ModelShape, config: TrainingConfig) -> DiskNeeded:
     """The disk space of a run of a model of this shape."""
     bytes_per_parameter = 6 if config.precision == "pure-bf16" else 12
-    return DiskNeeded(shape.parameters * 2, shape.parameters * bytes_per_parameter, config.checkpoints.keep)
+    return DiskNeeded(
+        shape.parameters * 2, shape.parameters * bytes_per_parameter, config.checkpoints.keep
+    )
 
 
 def _print_stages(console: Console, run: Run) -> None:
@@ -185,4 +203,8 @@ def _print_text(console: Console, recipe: Recipe) -> None:
 
 def _known_tokens(run: Run) -> list[int | None]:
     path = run.store / "store.json"
-    return [source["train"]["tokens"] for source in json.loads(path.read_text())["sources"]] if path.is_file() else []
+    return (
+        [source["train"]["tokens"] for source in json.loads(path.read_text())["sources"]]
+        if path.is_file()
+        else []
+    )

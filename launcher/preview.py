@@ -7,21 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.chat_template import ChatTemplate, read_chat_template, render
-from evaluation.conversation import Conversation, Exchange, Reply
-from evaluation.facets.form import FIGURES, forms_of, mean_values
-from evaluation.facets.instructions import CHECKS_STRICT, check_reply
-from evaluation.models import load_tokenizer
-from evaluation.reading import parse_instruction, parse_prompt, read_conversations
-from launcher.recipe import Recipe
-from launcher.stages import Run, check_previewed
-from merge.finish import write_all_but_weights
-from merge.hook import plan_for_shards
-from merge.plan import MergeInputs, MergePlan
-from tracking import Cell
-from training.preview import Interview
+from cpt_merge.evaluation.chat_template import ChatTemplate, read_chat_template, render
+from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply
+from cpt_merge.evaluation.evaluators.form import FIGURES, forms_of, mean_values
+from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT, check_reply
+from cpt_merge.evaluation.models import load_tokenizer
+from cpt_merge.evaluation.reading import parse_instruction, parse_prompt, read_conversations
+from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.stages import Run, check_previewed
+from cpt_merge.merge.finish import write_all_but_weights
+from cpt_merge.merge.hook import plan_for_shards
+from cpt_merge.merge.plan import MergeInputs, MergePlan
+from cpt_merge.tracking import Cell
+from cpt_merge.training.callbacks.preview import Interview
 
-COLUMNS = ("step", "language", "prompt", "reply", *(figure.name for figure in FIGURES), CHECKS_STRICT.name)
+COLUMNS = (
+    "step",
+    "language",
+    "prompt",
+    "reply",
+    *(figure.name for figure in FIGURES),
+    CHECKS_STRICT.name,
+)
 
 
 def preview_of(run: Run) -> tuple[MergePlan, Interview] | None:
@@ -33,7 +40,9 @@ def preview_of(run: Run) -> tuple[MergePlan, Interview] | None:
     if settings.every is None:
         return None
     conversations = read_prompts(recipe)
-    the_plan = plan_for_shards(recipe.merge, MergeInputs(run.resized, run.base, run.chat, run.tokenizer))
+    the_plan = plan_for_shards(
+        recipe.merge, MergeInputs(run.resized, run.base, run.chat, run.tokenizer)
+    )
     check_previewed(run.chat, the_plan.format.template)
     with tempfile.TemporaryDirectory() as name:  # the tokenizer as the merged model will have it
         write_all_but_weights(the_plan, Path(name))
@@ -46,13 +55,22 @@ def read_prompts(recipe: Recipe) -> list[Conversation]:
     asked, count = recipe.evaluation, recipe.training.preview.prompts
     languages = asked.languages or recipe.corpus.languages()
     if asked.prompts is not None:
-        return read_conversations(asked.prompts, "evaluation.prompts", parse_prompt, languages, count)
+        return read_conversations(
+            asked.prompts, "evaluation.prompts", parse_prompt, languages, count
+        )
     return read_conversations(
-        asked.instructions, "evaluation.instructions", parse_instruction, languages, count, "instructions"
+        asked.instructions,
+        "evaluation.instructions",
+        parse_instruction,
+        languages,
+        count,
+        "instructions",
     )
 
 
-def make_interview(conversations: Sequence[Conversation], tokenizer: Any, template: ChatTemplate) -> Interview:
+def make_interview(
+    conversations: Sequence[Conversation], tokenizer: Any, template: ChatTemplate
+) -> Interview:
     """Prompts in the merged model's ids, and the form of replies and the checks that they pass, by language."""
     texts = [render(tokenizer, template.template, one.turns[0].messages) for one in conversations]
     prompts = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
@@ -76,7 +94,9 @@ def make_interview(conversations: Sequence[Conversation], tokenizer: Any, templa
 
 def _reply(tokenizer: Any, ids: list[int], ends: frozenset[int]) -> Reply:
     stopped = bool(ids) and ids[-1] in ends
-    text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(
+        ids[:-1] if stopped else ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
     return Reply(text.strip(), stopped, len(ids))
 
 

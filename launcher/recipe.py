@@ -8,33 +8,41 @@ from typing import Any
 import yaml
 from pydantic import field_validator, model_validator
 
-from core.config import Section, apply_override, key, parse_section
-from core.errors import UserError
-from core.sources import Corpus
-from evaluation import EvaluationConfig
-from evaluation.sweep.config import SweepConfig
-from merge import EmbeddingsConfig, MergeConfig
-from tokenizer_ext import TokenizerConfig
-from tracking import TrackingConfig
-from training import DataConfig, TrainingConfig
+from cpt_merge.core.config import Section, apply_override, key, parse_section
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.sources import Corpus
+from cpt_merge.evaluation import EvaluationConfig
+from cpt_merge.evaluation.sweep.config import SweepConfig
+from cpt_merge.merge import EmbeddingsConfig, MergeConfig
+from cpt_merge.tokenizer_ext import TokenizerConfig
+from cpt_merge.tracking import TrackingConfig
+from cpt_merge.training import DataConfig, TrainingConfig
 
 
 class Models(Section):
     """The pair that the chat vector comes from."""
 
     base: str = key(..., "the base model: a directory or a hub id")
-    chat: str = key(..., "its chat sibling, trained from the very same base: a directory or a hub id")
+    chat: str = key(
+        ..., "its chat sibling, trained from the very same base: a directory or a hub id"
+    )
 
 
 class LaunchConfig(Section):
     """How training and evaluation are started on one machine. On Slurm, srun decides instead."""
 
-    processes: int | None = key(None, "processes on this machine; all its GPUs (or 1 without) if not set", gt=0)
+    processes: int | None = key(
+        None, "processes on this machine; all its GPUs (or 1 without) if not set", gt=0
+    )
     accelerate_config: str | None = key(
-        None, "accelerate's configuration file, which decides the backend; recipes/accelerate/fsdp2.yaml if not set"
+        None,
+        "accelerate's configuration file, which decides the backend; recipes/accelerate/fsdp2.yaml if not set",
     )
     spare_nodes: int = key(
-        0, "on Slurm: bad nodes that the preflight may leave out of the job and go on", unit="nodes", ge=0
+        0,
+        "on Slurm: bad nodes that the preflight may leave out of the job and go on",
+        unit="nodes",
+        ge=0,
     )
 
 
@@ -82,7 +90,9 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     values = read_yaml(path)
     for override in overrides:
         apply_override(values, override)
-    return parse_section(Recipe, values, str(path) if not overrides else f"{path} with its overrides")
+    return parse_section(
+        Recipe, values, str(path) if not overrides else f"{path} with its overrides"
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -90,7 +100,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"recipe {path} does not exist; the ones that come along are in recipes/.") from None
+        raise UserError(
+            f"recipe {path} does not exist; the ones that come along are in recipes/."
+        ) from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from core.config import Section, inner_sections, unit_of
+from cpt_merge.core.config import Section, inner_sections, unit_of
 
 HEADER = """# The recipe: every key
 
@@ -96,19 +96,31 @@ def as_markdown(section: type[Section]) -> str:
     groups: dict[str, list[KeyInfo]] = {}
     for item in recipe_keys(section):
         name = item.path.partition(".")[0]
-        groups.setdefault(name if inner_sections(section.model_fields[name]) else "the run", []).append(item)
+        groups.setdefault(
+            name if inner_sections(section.model_fields[name]) else "the run", []
+        ).append(item)
     parts = []
     for name, items in groups.items():
-        rows = [f"| `{i.path}` | {i.type} | {i.default} | {i.unit} | {i.text.replace('|', '/')} |" for i in items]
+        rows = [
+            f"| `{i.path}` | {i.type} | {i.default} | {i.unit} | {i.text.replace('|', '/')} |"
+            for i in items
+        ]
         parts.append(
-            "\n".join([f"## {name}\n", "| key | type | default | unit | meaning |", "|---|---|---|---|---|", *rows])
+            "\n".join(
+                [
+                    f"## {name}\n",
+                    "| key | type | default | unit | meaning |",
+                    "|---|---|---|---|---|",
+                    *rows,
+                ]
+            )
         )
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
-    """Print docs/recipe.md: `python -m launcher.reference > docs/recipe.md`."""
-    from launcher.recipe import Recipe
+    """Print docs/recipe.md: `python -m cpt_merge.launcher.reference > docs/recipe.md`."""
+    from cpt_merge.launcher.recipe import Recipe
 
     print(HEADER + as_markdown(Recipe), end="")
 

@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from core.artifact import fingerprint, read_record, stage_key
-from core.errors import UserError
-from core.models import model_directory
-from core.sources import Corpus, source_files
-from core.world import find_world
-from launcher.recipe import Recipe
-from tracking import Tracker
+from cpt_merge.core.artifact import fingerprint, read_record, stage_key
+from cpt_merge.core.distributed import find_world
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.models import model_directory
+from cpt_merge.data.sources import Corpus, source_files
+from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Run:
         record = read_record(self.folder(stage))
         if record is None:
             command = COMMANDS[stage]
-            raise UserError(f"{self.folder(stage)} is not finished; run `cpt-merge {command} RECIPE` (or `run`) first.")
+            raise UserError(
+                f"{self.folder(stage)} is not finished; run `cpt-merge {command} RECIPE` (or `run`) first."
+            )
         return f"stage:{record.key}"
 
     def corpus_inputs(self) -> dict[str, str]:
@@ -80,7 +82,9 @@ class Run:
         inputs = {}
         for source in self.recipe.corpus.sources:
             files = source_files(source)
-            inputs[f"text {source.path}"] = " ".join(fingerprint(file) for file in files) or f"hub:{source.path}"
+            inputs[f"text {source.path}"] = (
+                " ".join(fingerprint(file) for file in files) or f"hub:{source.path}"
+            )
         return inputs
 
     def pair_inputs(self) -> dict[str, str]:
@@ -96,7 +100,9 @@ class Stage:
     config: Callable[[Recipe], Mapping[str, Any]]
     inputs: Callable[[Run], dict[str, str]]
     run: Callable[[Run, str, Tracker], dict[str, Any]]  # (run, stage key, tracker)
-    artifact: Callable[[Run], Path]  # what it leaves; a stage whose artifact is gone is not finished
+    artifact: Callable[
+        [Run], Path
+    ]  # what it leaves; a stage whose artifact is gone is not finished
     is_complete: Callable[[Path], bool] = Path.exists  # of the artifact
     distributed: bool = False  # runs in all processes
     resumable: bool = False  # its folder is kept when it is cut short, and it continues there
@@ -104,7 +110,7 @@ class Stage:
 
 
 def _tokenizer(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
-    from tokenizer_ext.run import run as run_stage
+    from cpt_merge.tokenizer_ext.run import run as run_stage
 
     run.tokenizer.mkdir(parents=True)
     recipe = run.recipe
@@ -112,25 +118,29 @@ def _tokenizer(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 
 
 def _embeddings(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
-    from merge.embeddings import run as run_stage
+    from cpt_merge.tokenizer_ext.embeddings.run import run as run_stage
 
     run.resized.mkdir(parents=True)
     recipe = run.recipe
-    return run_stage(recipe.embeddings, run.base, run.tokenizer, _new_text(recipe), run.resized, tracker)
+    return run_stage(
+        recipe.embeddings, run.base, run.tokenizer, _new_text(recipe), run.resized, tracker
+    )
 
 
 def _data(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
-    from training.data import run as run_stage
+    from cpt_merge.data.run import run as run_stage
 
-    return run_stage(run.recipe.data, run.recipe.corpus, run.tokenizer, run.store, tracker, run.base)
+    return run_stage(
+        run.recipe.data, run.recipe.corpus, run.tokenizer, run.store, tracker, run.base
+    )
 
 
 def _training(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
-    from launcher.hook import post_training_hook
-    from launcher.preview import preview_of
-    from launcher.start import use_backend
-    from training.run import TrainingInputs
-    from training.run import run as run_stage
+    from cpt_merge.launcher.hook import post_training_hook
+    from cpt_merge.launcher.preview import preview_of
+    from cpt_merge.launcher.start import use_backend
+    from cpt_merge.training.run import TrainingInputs
+    from cpt_merge.training.run import run as run_stage
 
     use_backend(run.recipe)
     inputs = TrainingInputs(run.resized, run.tokenizer, run.store, key, run.base, run.recipe.corpus)
@@ -139,26 +149,34 @@ def _training(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 
 
 def _merge(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
-    from merge.plan import MergeInputs
-    from merge.report import made_in_memory
-    from merge.run import run as run_stage
+    from cpt_merge.merge.plan import MergeInputs
+    from cpt_merge.merge.report import made_in_memory
+    from cpt_merge.merge.run import run as run_stage
 
-    if find_world().is_main and made_in_memory(run.merged):  # by a hook that ended before the stage was recorded
+    if find_world().is_main and made_in_memory(
+        run.merged
+    ):  # by a hook that ended before the stage was recorded
         shutil.rmtree(run.merged)
     inputs = MergeInputs(run.cpt, run.base, run.chat, run.tokenizer)
     return run_stage(run.recipe.merge, inputs, run.merged, tracker)
 
 
 def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
-    from evaluation.run import run as run_stage
+    from cpt_merge.evaluation.run import run as run_stage
 
-    models = {"base": run.base, "chat": run.chat, "cpt": run.cpt, "merged": run.merged, **run.further_models()}
+    models = {
+        "base": run.base,
+        "chat": run.chat,
+        "cpt": run.cpt,
+        "merged": run.merged,
+        **run.further_models(),
+    }
     out = run.folder("evaluation")
     return run_stage(run.recipe.evaluation, models, run.recipe.corpus, run.chat, out, tracker)
 
 
 def _nothing_failed(results: Path) -> bool:
-    from evaluation.report import is_complete
+    from cpt_merge.evaluation.report import is_complete
 
     return is_complete(results)
 
@@ -187,7 +205,11 @@ def merge_inputs(run: Run, cpt: str) -> dict[str, str]:
 
 def _new_text(recipe: Recipe) -> Corpus:
     """The text in the languages that the tokenizer is extended by."""
-    new = [source for source in recipe.corpus.sources if source.language in recipe.tokenizer.languages()]
+    new = [
+        source
+        for source in recipe.corpus.sources
+        if source.language in recipe.tokenizer.languages()
+    ]
     return recipe.corpus.model_copy(update={"sources": new})
 
 
@@ -197,7 +219,10 @@ def _lists(recipe: Recipe) -> dict[str, str]:
 
 def prompt_inputs(recipe: Recipe) -> dict[str, str]:
     """The fingerprints of the files that the evaluation asks from."""
-    return {name: fingerprint(Path(path).expanduser()) for name, path in recipe.evaluation.files().items()}
+    return {
+        name: fingerprint(Path(path).expanduser())
+        for name, path in recipe.evaluation.files().items()
+    }
 
 
 STAGES = [
@@ -281,7 +306,11 @@ def identify(run: Run, stage: Stage) -> tuple[str, dict[str, Any], dict[str, str
 
 def is_finished(run: Run, stage: Stage) -> bool:
     """Whether the stage's result is there and is that of the recipe as it stands, with all before it finished alike."""
-    needed = [other for other in STAGES[: STAGES.index(stage)] if read_record(run.folder(other.name)) is not None]
+    needed = [
+        other
+        for other in STAGES[: STAGES.index(stage)]
+        if read_record(run.folder(other.name)) is not None
+    ]
     try:
         key, _, _ = identify(run, stage)
     except UserError:

@@ -6,13 +6,16 @@ import logging
 import os
 from pathlib import Path
 
-from core.errors import Interrupted, UserError
-from core.progress import say
-from core.world import find_world
-from launcher.recipe import Recipe, read_yaml
+from cpt_merge.core.distributed import find_world
+from cpt_merge.core.errors import Interrupted, UserError
+from cpt_merge.core.package import PACKAGE
+from cpt_merge.core.progress import say
+from cpt_merge.launcher.recipe import Recipe, read_yaml
 
-READ_BY_US = "CPT_MERGE_READ_ACCELERATE_CONFIG"  # set where we did what `accelerate launch` would have done
-FSDP2_CONFIG = Path(__file__).parents[1] / "recipes" / "accelerate" / "fsdp2.yaml"
+READ_BY_US = (
+    "CPT_MERGE_READ_ACCELERATE_CONFIG"  # set where we did what `accelerate launch` would have done
+)
+FSDP2_CONFIG = PACKAGE / "recipes" / "accelerate" / "fsdp2.yaml"
 
 
 def local_processes(recipe: Recipe) -> int:
@@ -23,7 +26,9 @@ def local_processes(recipe: Recipe) -> int:
     places, kind = (gpus, "GPUs") if gpus else (os.cpu_count() or 1, "CPU cores")
     wanted = recipe.launch.processes or (gpus or 1)
     if wanted > places:
-        raise UserError(f"launch.processes = {wanted} but this machine has {places} {kind}; lower it.")
+        raise UserError(
+            f"launch.processes = {wanted} but this machine has {places} {kind}; lower it."
+        )
     return wanted
 
 
@@ -32,9 +37,13 @@ def accelerate_config(recipe: Recipe) -> Path:
     name = recipe.launch.accelerate_config
     path = Path(name).expanduser() if name else FSDP2_CONFIG
     if not path.is_file():
-        raise UserError(f"launch.accelerate_config = {path} does not exist; leave it out, or write one.")
+        raise UserError(
+            f"launch.accelerate_config = {path} does not exist; leave it out, or write one."
+        )
     if "distributed_type" not in read_yaml(path):
-        raise UserError(f"launch.accelerate_config = {path} has no distributed_type; see {FSDP2_CONFIG}.")
+        raise UserError(
+            f"launch.accelerate_config = {path} has no distributed_type; see {FSDP2_CONFIG}."
+        )
     return path
 
 
@@ -80,7 +89,9 @@ def use_backend(recipe: Recipe) -> None:
         os.environ.update(backend_environment(accelerate_config(recipe)) | {READ_BY_US: "true"})
 
 
-def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: list[str], processes: int) -> None:
+def start_processes(
+    recipe: Recipe, command: str, recipe_path: Path, overrides: list[str], processes: int
+) -> None:
     """`accelerate launch --config_file ... -m MODULE RECIPE`, and wait.
 
     Raises `UserError` with the failing rank, `Interrupted` if a signal stopped it.
@@ -90,20 +101,36 @@ def start_processes(recipe: Recipe, command: str, recipe_path: Path, overrides: 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     config_file = accelerate_config(recipe)
-    module = {"train": "training", "evaluate": "evaluation", "sweep": "evaluation.sweep"}[command]
-    arguments = ["--config_file", str(config_file), "--num_processes", str(processes), "-m", module, str(recipe_path)]
+    module = (
+        "cpt_merge."
+        + {"train": "training", "evaluate": "evaluation", "sweep": "evaluation.sweep"}[command]
+    )
+    arguments = [
+        "--config_file",
+        str(config_file),
+        "--num_processes",
+        str(processes),
+        "-m",
+        module,
+        str(recipe_path),
+    ]
     say(f"accelerate launch {' '.join([*arguments, *overrides])}")
     # Time for all ranks to save after a signal, before torchrun kills them
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the sentence below says it
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # the sentence below says it
     settings = launch_command_parser().parse_args([*arguments, *overrides])
-    settings.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and Slurm's warning
+    settings.signals_to_handle = (
+        "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and Slurm's warning
+    )
     try:
         launch_command(settings)
     except SignalException as stop:
         # torchrun has passed the signal on and waited until the processes had saved and ended
         raise Interrupted(
-            f"{command} was stopped before its end; the same command continues it.", stop.sigval.name
+            f"{command} was stopped before its end; the same command continues it.",
+            stop.sigval.name,
         ) from None
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()

@@ -9,19 +9,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.artifact import read_record
-from core.errors import UserError
-from launcher.attempts import attempts
-from launcher.recipe import Recipe
-from launcher.stages import STAGES
-from tracking.local import STEP, read_log
+from cpt_merge.cluster.attempts import attempts
+from cpt_merge.core.artifact import read_record
+from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.stages import STAGES
+from cpt_merge.tracking.sinks.local import STEP, read_log
 
 
 def show_status(recipe: Recipe) -> None:
     """Print job, stage, step, rate, time left, newest checkpoint and where W&B shows the run."""
     run = recipe.directory
     if not run.is_dir():
-        raise UserError(f"{run} does not exist: no job of this recipe has started yet (squeue --me shows who waits).")
+        raise UserError(
+            f"{run} does not exist: no job of this recipe has started yet (squeue --me shows who waits)."
+        )
     lines = [*_job(run), *_stage(run), *_training(recipe), *_links(run)]
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
@@ -34,7 +36,10 @@ def _job(run: Path) -> list[tuple[str, str]]:
         return [("job", "none: not started by slurm/cpt_merge.sh")]
     last = found[-1]
     job = last.begun["job"]
-    lines = [("job", f"{job}, {_in_queue(job)}"), ("attempts", f"{len(found)}, the last on {last.begun['nodes']}")]
+    lines = [
+        ("job", f"{job}, {_in_queue(job)}"),
+        ("attempts", f"{len(found)}, the last on {last.begun['nodes']}"),
+    ]
     if last.ended:
         lines.append((last.ended["verdict"], last.ended["reason"]))
     elif last.stopped:
@@ -47,7 +52,11 @@ def _in_queue(job: str) -> str:
     if not shutil.which("squeue"):
         return "squeue is not here, so its state is not known"
     done = subprocess.run(
-        ["squeue", "-h", "-j", job, "-o", "%T|%L|%r|%N"], capture_output=True, text=True, check=False, timeout=30
+        ["squeue", "-h", "-j", job, "-o", "%T|%L|%r|%N"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
     )
     if done.returncode or not done.stdout.strip():
         return "not in the queue any more (a new job would go on from here)"
@@ -61,7 +70,10 @@ def _stage(run: Path) -> list[tuple[str, str]]:
     done = [stage.name for stage in STAGES if read_record(run / stage.name)]
     begun = [stage.name for stage in STAGES if (run / stage.name / "log" / "run.json").is_file()]
     current = [name for name in begun if name not in done]
-    return [("finished", ", ".join(done) or "nothing yet"), ("stage", current[-1] if current else "-")]
+    return [
+        ("finished", ", ".join(done) or "nothing yet"),
+        ("stage", current[-1] if current else "-"),
+    ]
 
 
 def _training(recipe: Recipe) -> list[tuple[str, str]]:
@@ -69,7 +81,12 @@ def _training(recipe: Recipe) -> list[tuple[str, str]]:
     log = read_log(folder / "log")
     rows = [row for row in log.rows if "train/loss" in row]
     checkpoints = sorted(folder.glob("checkpoints/step-*/train_state.json"))
-    lines = [("newest checkpoint", f"{checkpoints[-1].parent}, {_ago(checkpoints[-1])}" if checkpoints else "none")]
+    lines = [
+        (
+            "newest checkpoint",
+            f"{checkpoints[-1].parent}, {_ago(checkpoints[-1])}" if checkpoints else "none",
+        )
+    ]
     if not rows:
         return lines
     row, steps = rows[-1], recipe.training.steps
@@ -87,7 +104,9 @@ def _links(run: Path) -> list[tuple[str, str]]:
     lines = []
     for stage in STAGES:
         path = run / stage.name / "log" / "run.json"
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values: dict[str, Any] = (
+            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        )
         if values.get("url"):
             lines.append((f"W&B {stage.name}", str(values["url"])))
     return lines

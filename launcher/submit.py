@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.errors import UserError
-from core.progress import say
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path("slurm/cpt_merge.sh")
@@ -33,16 +33,25 @@ class Submission:
         """The call for one job, which starts if none of the jobs `after` has finished the pipeline."""
         asked = {"nodes": self.nodes, "gpus-per-node": self.gpus_per_node, "ntasks-per-node": self.tasks_per_node,
                  "time": self.time}  # fmt: skip
-        words = ["sbatch", "--parsable", *(f"--{name}={value}" for name, value in asked.items() if value is not None)]
+        words = [
+            "sbatch",
+            "--parsable",
+            *(f"--{name}={value}" for name, value in asked.items() if value is not None),
+        ]
         if after:
-            words += ["--dependency=" + ",".join(f"afternotok:{job}" for job in after), "--kill-on-invalid-dep=yes"]
+            words += [
+                "--dependency=" + ",".join(f"afternotok:{job}" for job in after),
+                "--kill-on-invalid-dep=yes",
+            ]
         return [*words, *self.options, str(SCRIPT), str(self.recipe), *self.overrides]
 
 
 def submit(submission: Submission, dry_run: bool) -> None:
     """Print every call; make them, unless it is a dry run. Raises `UserError` with what sbatch says."""
     if not SCRIPT.is_file():
-        raise UserError(f"{SCRIPT} is not here; call `cpt-merge submit` in the repository's root ({ROOT}).")
+        raise UserError(
+            f"{SCRIPT} is not here; call `cpt-merge submit` in the repository's root ({ROOT})."
+        )
     _check_options(submission)
     jobs: list[str] = []
     for number in range(1, submission.chain + 1):
@@ -51,7 +60,11 @@ def submit(submission: Submission, dry_run: bool) -> None:
         jobs.append(f"JOB{number}" if dry_run else _sbatch(command))
     if not dry_run:
         print("\n".join(jobs))
-        log = "" if _sets(submission.options, "--output", "-o") else f"its log is cpt-merge-{jobs[0]}.log; "
+        log = (
+            ""
+            if _sets(submission.options, "--output", "-o")
+            else f"its log is cpt-merge-{jobs[0]}.log; "
+        )
         status = shlex.join(["cpt-merge", "status", str(submission.recipe), *submission.overrides])
         say(f"{log}`{status}` shows how far it is")
 
@@ -72,7 +85,9 @@ def _sbatch(command: list[str]) -> str:
     """The id of the new job. The site's file is read before, for what it tells sbatch (SBATCH_ACCOUNT, ...)."""
     script = 'source slurm/read_site.sh; exec "$@"'
     try:
-        done = subprocess.run(["bash", "-c", script, "-", *command], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["bash", "-c", script, "-", *command], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         raise UserError("bash is not here; submit on a login node of the cluster.") from None
     sys.stderr.write(done.stderr)

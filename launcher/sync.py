@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from core.errors import UserError
-from core.lock import Lock
-from core.progress import say
-from launcher.pipeline import LOCK_FILE
-from launcher.stages import STAGES
-from tracking import read_log
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.lock import Lock
+from cpt_merge.core.progress import say
+from cpt_merge.launcher.pipeline import LOCK_FILE
+from cpt_merge.launcher.stages import STAGES
+from cpt_merge.tracking import read_log
 
 
 def sync(folder: Path) -> None:
@@ -19,10 +19,16 @@ def sync(folder: Path) -> None:
     Raises `UserError` if none is there, one is in use, or none was to go to W&B.
     """
     found = [path.parent for path in folder.rglob("run.json")]
-    logs = [path for path in found if path == folder or path.name == "log" or path.parent.name == "nodes"]
+    logs = [
+        path
+        for path in found
+        if path == folder or path.name == "log" or path.parent.name == "nodes"
+    ]
     if not logs:
-        raise UserError(f"{folder} holds no log of a stage; give a run's folder, such as runs/demo.")
-    from tracking.upload import upload
+        raise UserError(
+            f"{folder} holds no log of a stage; give a run's folder, such as runs/demo."
+        )
+    from cpt_merge.tracking.upload import upload
 
     with ExitStack() as stack:
         for run in sorted({_run_of(log) for log in logs}):
@@ -39,9 +45,15 @@ def sync(folder: Path) -> None:
         )
     if local:
         shown = ", ".join(_folder_of(log).name for log in local)
-        say(f"W&B has nothing of {shown}: logged with tracking.carrier: none, so there is nothing to upload")
+        say(
+            f"W&B has nothing of {shown}: logged with tracking.carrier: none, so there is nothing to upload"
+        )
     others = " else" if local else ""
-    rest = f"{len(uploaded)} of {len(logs)} logs had something to upload" if uploaded else f"all{others} is uploaded"
+    rest = (
+        f"{len(uploaded)} of {len(logs)} logs had something to upload"
+        if uploaded
+        else f"all{others} is uploaded"
+    )
     say(f"W&B: {rest}")
 
 

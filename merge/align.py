@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoint.tokenizer import TokenizerFiles
-from checkpoint.vocabulary import VocabularyMap
-from core.errors import UserError
-from core.progress import say
-from merge.tokens import OutputTokens
+from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
+from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.merge.tokens import OutputTokens
 
 Rows = NDArray[np.int64]
 
@@ -93,7 +93,11 @@ def align_by_position(rows: int) -> RowAlignment:
 
 
 def align_rows(
-    output: OutputTokens, base: TokenizerFiles, chat: TokenizerFiles, map: VocabularyMap | None, first: bool = True
+    output: OutputTokens,
+    base: TokenizerFiles,
+    chat: TokenizerFiles,
+    map: VocabularyMap | None,
+    first: bool = True,
 ) -> RowAlignment:
     """Align one vector by token string. `first` says that its chat model's format is the output's."""
     of_format = format_tokens(base, chat)
@@ -110,13 +114,17 @@ def align_rows(
     alignment.role[format_rows] = Role.CHAT if first else Role.UNMATCHED
     if first:
         alignment.chat_tokens.extend(output.tokens[row] for row in format_rows)
-    alignment.unmatched.extend(output.tokens[row] for row in np.flatnonzero(alignment.role == Role.UNMATCHED).tolist())
+    alignment.unmatched.extend(
+        output.tokens[row] for row in np.flatnonzero(alignment.role == Role.UNMATCHED).tolist()
+    )
     return alignment
 
 
 def _rows_of(output: OutputTokens, tokenizer: TokenizerFiles) -> Rows:
     """For each token of the output, in its order, the tokenizer's id, or -1."""
-    return np.fromiter((tokenizer.ids.get(token, -1) for token in output.ids), np.int64, len(output.ids))
+    return np.fromiter(
+        (tokenizer.ids.get(token, -1) for token in output.ids), np.int64, len(output.ids)
+    )
 
 
 def format_tokens(base: TokenizerFiles, chat: TokenizerFiles) -> set[str]:
@@ -145,7 +153,10 @@ def lost_tokens(
     """
     gone = set(output.changes.renamed.values())
     problems = []
-    for tokenizer, advice in ((base, "extend the base's own tokenizer"), (chat, "make it with this chat model")):
+    for tokenizer, advice in (
+        (base, "extend the base's own tokenizer"),
+        (chat, "make it with this chat model"),
+    ):
         lost = _missing(tokenizer, output.ids.keys() | gone)
         if not first:
             lost = _without_added(lost, tokenizer)
@@ -156,10 +167,14 @@ def lost_tokens(
 
 def unshared_tokens(base: TokenizerFiles, chat: TokenizerFiles) -> list[str]:
     """A sentence if the two vocabularies differ in more than added tokens."""
-    lost = _missing(base, chat.ids.keys() | base.added) + _missing(chat, base.ids.keys() | chat.added)
+    lost = _missing(base, chat.ids.keys() | base.added) + _missing(
+        chat, base.ids.keys() | chat.added
+    )
     if not lost:
         return []
-    return [f"{chat.directory} and {base.directory} do not share {_named(lost)}; give the base of this chat model"]
+    return [
+        f"{chat.directory} and {base.directory} do not share {_named(lost)}; give the base of this chat model"
+    ]
 
 
 def _missing(tokenizer: TokenizerFiles, known: Set[str]) -> list[str]:
@@ -170,7 +185,9 @@ def _missing(tokenizer: TokenizerFiles, known: Set[str]) -> list[str]:
 def _without_added(tokens: list[str], tokenizer: TokenizerFiles) -> list[str]:
     special = [token for token in tokens if token in tokenizer.added]
     if special:
-        say(f"merge: {_named(special)} of {tokenizer.directory} are not in the output, whose format is another's")
+        say(
+            f"merge: {_named(special)} of {tokenizer.directory} are not in the output, whose format is another's"
+        )
     return [token for token in tokens if token not in tokenizer.added]
 
 
@@ -185,7 +202,9 @@ def check_map(map: VocabularyMap | None, output: OutputTokens, chat: TokenizerFi
                 "make the tokenizer again with this chat model."
             )
     if map.rows > output.rows:
-        raise UserError(f"the vocabulary map has {map.rows} rows, the model {output.rows}; use the map of this model.")
+        raise UserError(
+            f"the vocabulary map has {map.rows} rows, the model {output.rows}; use the map of this model."
+        )
     for piece in map.new:
         if not all(number in output.tokens for number in piece.constituents):
             raise UserError(
@@ -200,7 +219,11 @@ def check_map(map: VocabularyMap | None, output: OutputTokens, chat: TokenizerFi
 
 
 def add_constituents(
-    alignment: RowAlignment, map: VocabularyMap, output: OutputTokens, base: TokenizerFiles, chat: TokenizerFiles
+    alignment: RowAlignment,
+    map: VocabularyMap,
+    output: OutputTokens,
+    base: TokenizerFiles,
+    chat: TokenizerFiles,
 ) -> None:
     """Find for each new row the rows of its constituents in base and chat. Old ids are the base's (law 1)."""
     left_out = 0
@@ -213,7 +236,9 @@ def add_constituents(
         elif alignment.role[piece.id] == Role.NEW:
             left_out += 1
     if left_out:
-        say(f"merge: {left_out} new pieces have constituents that {chat.directory} lacks; they are kept as trained")
+        say(
+            f"merge: {left_out} new pieces have constituents that {chat.directory} lacks; they are kept as trained"
+        )
 
 
 def _named(tokens: Iterable[str]) -> str:

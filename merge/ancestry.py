@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from checkpoint.dtypes import widen
-from merge.plan import MergePlan
-from merge.rules import kind_of
-from merge.statistics import Statistics, Sums, total
+from cpt_merge.checkpoint.dtypes import widen
+from cpt_merge.merge.plan import MergePlan
+from cpt_merge.merge.rules import kind_of
+from cpt_merge.merge.statistics import Statistics, Sums, total
 
 SAMPLE = 1 << 16  # elements of each tensor, from its middle
 
@@ -23,7 +23,9 @@ def sample(plan: MergePlan) -> list[Statistics]:
         size = plan.cpt.tensors[tensor.name].size
         start = max((size - SAMPLE) // 2, 0)
         stop = min(start + SAMPLE, size)
-        cpt = widen(plan.cpt.read_flat(tensor.name, start, stop), plan.cpt.tensors[tensor.name].dtype)
+        cpt = widen(
+            plan.cpt.read_flat(tensor.name, start, stop), plan.cpt.tensors[tensor.name].dtype
+        )
         for vector, of_vector in zip(plan.vectors, statistics, strict=True):
             difference = vector.source.elements(tensor.name, start, stop)
             of_vector[tensor.name] = Sums()
@@ -49,7 +51,9 @@ def _warnings(statistics: Statistics) -> list[str]:
     if total(statistics.values()).vector == 0:
         found.append("chat equals base: there is no vector to add; check the two models.")
     if sums.vector_share > UNRELATED:
-        found.append(f"|chat - base| is {sums.vector_share:.2f} of |base|: base is probably not chat's ancestor.")
+        found.append(
+            f"|chat - base| is {sums.vector_share:.2f} of |base|: base is probably not chat's ancestor."
+        )
     if sums.change_share > UNRELATED:
         found.append(
             f"|cpt - base| is {sums.change_share:.2f} of |base|: base is probably not the CPT model's ancestor."

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from merge.plan import MergePlan
+from cpt_merge.merge.plan import MergePlan
 
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 
@@ -20,18 +20,28 @@ def model_card(plan: MergePlan, origin: Mapping[str, Any], results: Mapping[str,
     lines += [f"`{formula(plan)}`, made with cpt-merge.", ""]
     lines += ["| model | name | fingerprint | licence |", "|---|---|---|---|"]
     for label, entry in origin["inputs"].items():
-        licence = ", ".join(f"{name}: {value}" for name, value in licences.get(label, {}).items()) or "not stated"
+        licence = (
+            ", ".join(f"{name}: {value}" for name, value in licences.get(label, {}).items())
+            or "not stated"
+        )
         lines.append(f"| {label} | {entry['name']} | {entry['fingerprint']} | {licence} |")
     lines += [
         "",
-        "Rows of the vocabulary: " + ", ".join(f"{n} {role}" for role, n in results["rows"].items()) + ".",
+        "Rows of the vocabulary: "
+        + ", ".join(f"{n} {role}" for role, n in results["rows"].items())
+        + ".",
         "",
     ]
     settings = plan.config.model_dump(exclude_defaults=True, exclude={"ratio", "vectors"})
     if settings:
         lines += ["Settings, as in a recipe's `merge` section:", "", "```yaml"]
         lines += [yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip(), "```", ""]
-    lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in origin["versions"].items()) + ".", ""]
+    lines += [
+        "Versions: "
+        + ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+        + ".",
+        "",
+    ]
     return "\n".join([*lines, "![Norms and cosines by layer](merge_norms.png)", ""])
 
 
@@ -75,4 +85,8 @@ def front_matter(directory: Path) -> dict[str, Any]:
         fields = yaml.safe_load(text[4 : text.index("\n---", 4)])
     except yaml.YAMLError:
         return {}
-    return {name: fields[name] for name in LICENCE_FIELDS if name in fields} if isinstance(fields, dict) else {}
+    return (
+        {name: fields[name] for name in LICENCE_FIELDS if name in fields}
+        if isinstance(fields, dict)
+        else {}
+    )

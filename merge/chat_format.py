@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint.reader import read_json
-from checkpoint.tokenizer import TokenizerFiles, read_stop_ids
-from core.progress import say
-from merge.tokens import OutputTokens
+from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles, read_stop_ids
+from cpt_merge.core.progress import say
+from cpt_merge.merge.tokens import OutputTokens
 
 CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -49,7 +49,9 @@ class _Ids:
         return found
 
 
-def read_format(base: TokenizerFiles, chat: TokenizerFiles, tokens: OutputTokens | None) -> ChatFormat:
+def read_format(
+    base: TokenizerFiles, chat: TokenizerFiles, tokens: OutputTokens | None
+) -> ChatFormat:
     """The chat model's format. `tokens` is None where rows meet by position."""
     of_chat, of_base = _Ids(chat, tokens), _Ids(base, tokens)
     roles = _roles(chat, tokens)
@@ -58,8 +60,13 @@ def read_format(base: TokenizerFiles, chat: TokenizerFiles, tokens: OutputTokens
         stops.append(tokens.ids[roles["eos_token"]])
     stops = list(dict.fromkeys([*stops, *of_base.map(read_stop_ids(base.directory))]))
     if chat.other_templates:
-        say(f"merge: only the default chat template is carried; left out: {', '.join(chat.other_templates)}")
-    special = {name: _special_ids(chat.directory / name, of_chat, stops) for name in (CONFIG_FILE, GENERATION_FILE)}
+        say(
+            f"merge: only the default chat template is carried; left out: {', '.join(chat.other_templates)}"
+        )
+    special = {
+        name: _special_ids(chat.directory / name, of_chat, stops)
+        for name in (CONFIG_FILE, GENERATION_FILE)
+    }
     return ChatFormat(stops, special, roles, chat.chat_template)
 
 
@@ -73,7 +80,9 @@ def _roles(chat: TokenizerFiles, tokens: OutputTokens | None) -> dict[str, str]:
         if tokens is None or token in tokens.ids:
             found[role] = token
         else:
-            say(f"merge: {chat.directory} names {token!r} as its {role}, which it does not have; it is left out")
+            say(
+                f"merge: {chat.directory} names {token!r} as its {role}, which it does not have; it is left out"
+            )
     return found
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoint.dtypes import Float32
-from merge import gate, kernel
-from merge.config import MergeConfig
-from merge.election import elected_mean
-from merge.ranges import TensorRange
-from merge.rules import Treatment
-from merge.thinning import draw_kept, keep_drawn, keep_largest
+from cpt_merge.checkpoint.dtypes import Float32
+from cpt_merge.merge import formula as kernel
+from cpt_merge.merge import gate
+from cpt_merge.merge.config import MergeConfig
+from cpt_merge.merge.election import elected_mean
+from cpt_merge.merge.ranges import TensorRange
+from cpt_merge.merge.rules import Treatment
+from cpt_merge.merge.thinning import draw_kept, keep_drawn, keep_largest
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def _sum(cpt: Float32, vectors: Sequence[Float32], ratios: Sequence[float]) -> F
     return merged
 
 
-def _thin(config: MergeConfig, number: int, place: Place, d: Float32, whole: TensorRange | None) -> Float32:
+def _thin(
+    config: MergeConfig, number: int, place: Place, d: Float32, whole: TensorRange | None
+) -> Float32:
     if config.method == "ties":
         assert whole is not None, f"{place.tensor} has no threshold"
         return keep_largest(d, whole.thresholds[number])

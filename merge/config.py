@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
-from core.config import Section, key
-from merge.expressions import evaluate
+from cpt_merge.core.config import Section, key
+from cpt_merge.merge.expressions import evaluate
 
 Method = Literal["constituents", "ends", "focus", "mean", "gaussian", "random"]
 Kind = Literal["attention", "mlp", "norm", "embed", "head", "other"]
@@ -40,8 +40,13 @@ class EmbeddingsConfig(Section):
         "old rows; "
         "gaussian: drawn with the old rows' mean and covariance; random: isotropic, with the old rows' norm",
     )
-    head: Method = key("constituents", "output head, by the same methods; a tied model has no rows of its own there")
-    focus_characters: int = key(20_000_000, "focus: text read per language", unit="characters", gt=0)
+    head: Method = key(
+        "constituents",
+        "output head, by the same methods; a tied model has no rows of its own there",
+    )
+    focus_characters: int = key(
+        20_000_000, "focus: text read per language", unit="characters", gt=0
+    )
     seed: int = key(0, "seed of everything that is drawn", ge=0)
 
     @property
@@ -55,11 +60,16 @@ class RuleConfig(Section):
 
     pattern: str | None = key(None, "regular expression that is searched in the tensor's name")
     kinds: list[Kind] = key([], "module kinds: attention, mlp, norm, embed, head, other")
-    layers: tuple[int, int] | None = key(None, "first and last decoder layer, both included, counted from 0")
-    action: Literal["add", "skip", "replace"] = key(
-        "add", "add: add ratio times the vector; skip: keep the CPT tensor; replace: take the chat model's"
+    layers: tuple[int, int] | None = key(
+        None, "first and last decoder layer, both included, counted from 0"
     )
-    ratio: Ratio | None = key(None, "ratio for `add`, a number or an expression; the section's if not set")
+    action: Literal["add", "skip", "replace"] = key(
+        "add",
+        "add: add ratio times the vector; skip: keep the CPT tensor; replace: take the chat model's",
+    )
+    ratio: Ratio | None = key(
+        None, "ratio for `add`, a number or an expression; the section's if not set"
+    )
     gate: bool | None = key(None, "as the section's `gate`, for these tensors")
 
     @field_validator("pattern")
@@ -68,13 +78,17 @@ class RuleConfig(Section):
         try:
             re.compile(pattern or "")
         except re.error as error:
-            raise ValueError(f"not a regular expression ({error}); escape special characters") from None
+            raise ValueError(
+                f"not a regular expression ({error}); escape special characters"
+            ) from None
         return pattern
 
     @model_validator(mode="after")
     def _makes_sense(self) -> RuleConfig:
         if self.pattern is None and not self.kinds and self.layers is None:
-            raise ValueError("a rule without pattern, kinds or layers; set the section's ratio instead")
+            raise ValueError(
+                "a rule without pattern, kinds or layers; set the section's ratio instead"
+            )
         if self.action != "add" and not (self.ratio is None and self.gate is None):
             raise ValueError(f"a ratio or a gate has no meaning for {self.action}; leave it out")
         if self.layers is not None and not 0 <= self.layers[0] <= self.layers[1]:
@@ -89,16 +103,22 @@ class VectorConfig(Section):
     base: str | None = key(None, "the pair's base model")
     vector: str | None = key(None, "a vector's directory, instead of the pair")
     ratio: Ratio = key(1.0, "how much of it is added; negative to take away (forgetting)")
-    rules: list[RuleConfig] = key([], "exceptions for this vector alone; `add` with another ratio, or `skip`")
+    rules: list[RuleConfig] = key(
+        [], "exceptions for this vector alone; `add` with another ratio, or `skip`"
+    )
 
     @model_validator(mode="after")
     def _is_one_source(self) -> VectorConfig:
         if self.vector is None and (self.chat is None or self.base is None):
             raise ValueError("a vector is a pair, `chat` and `base`, or a directory, `vector`")
         if self.vector is not None and self.chat is not None:
-            raise ValueError("a vector is a pair or a directory, not both; leave out `chat` or `vector`")
+            raise ValueError(
+                "a vector is a pair or a directory, not both; leave out `chat` or `vector`"
+            )
         if any(rule.action == "replace" or rule.gate is not None for rule in self.rules):
-            raise ValueError("rules of a further vector may add or skip; replace and gate belong to merge.rules")
+            raise ValueError(
+                "rules of a further vector may add or skip; replace and gate belong to merge.rules"
+            )
         return self
 
 
@@ -118,22 +138,29 @@ class MergeConfig(Section):
         "how vectors are thinned and joined; add: as they are; ties: the largest `density` of each, signs elected; "
         "dare: a random `density` of each, enlarged to the same mean; dare_ties: both",
     )
-    density: float | None = key(None, "share of each vector's elements that ties and dare keep", gt=0, le=1)
+    density: float | None = key(
+        None, "share of each vector's elements that ties and dare keep", gt=0, le=1
+    )
     seed: int = key(0, "seed of what dare draws", ge=0)
     new_rows: Literal["keep", "constituents"] = key(
         "keep",
         "rows of new pieces; keep: as trained; constituents: add the mean vector of their constituents' rows",
     )
     token_map: dict[str, str] = key(
-        {}, "token of the chat model -> token of CPT that becomes it: the row is taken from chat, the id stays"
+        {},
+        "token of the chat model -> token of CPT that becomes it: the row is taken from chat, the id stays",
     )
-    dtype: Dtype | None = key(None, "type of the output's tensors; the base's, tensor by tensor, if not set")
+    dtype: Dtype | None = key(
+        None, "type of the output's tensors; the base's, tensor by tensor, if not set"
+    )
     shard_size: float = key(5.0, "largest size of one file of the output", unit="GB", gt=0)
 
     @model_validator(mode="after")
     def _density_goes_with_the_method(self) -> MergeConfig:
         if (self.density is None) != (self.method == "add"):
-            raise ValueError(f"set a density together with ties or dare, and only then (method is {self.method})")
+            raise ValueError(
+                f"set a density together with ties or dare, and only then (method is {self.method})"
+            )
         if self.seed and "dare" not in self.method:
             raise ValueError(f"a seed has no meaning for method {self.method}; leave it out")
         return self

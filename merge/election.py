@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from checkpoint.dtypes import Float32
+from cpt_merge.checkpoint.dtypes import Float32
 
 
 def elected_mean(scaled: Sequence[Float32]) -> Float32:

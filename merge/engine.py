@@ -13,16 +13,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from checkpoint.dtypes import Float32, widen
-from checkpoint.reader import Checkpoint
-from checkpoint.writer import CheckpointFiles
-from core.progress import Meter
-from merge.journal import BlockSums
-from merge.plan import MergePlan, PlannedTensor, elements
-from merge.ranges import TensorRange, as_json, joined, needs_gate, needs_thresholds, thresholds
-from merge.slices import ReadCpt, SliceMerger
-from merge.statistics import Statistics, Sums
-from merge.work import Work
+from cpt_merge.checkpoint.dtypes import Float32, widen
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.writer import CheckpointFiles
+from cpt_merge.core.progress import Meter
+from cpt_merge.merge.journal import BlockSums
+from cpt_merge.merge.plan import MergePlan, PlannedTensor, elements
+from cpt_merge.merge.ranges import (
+    TensorRange,
+    as_json,
+    joined,
+    needs_gate,
+    needs_thresholds,
+    thresholds,
+)
+from cpt_merge.merge.slices import ReadCpt, SliceMerger
+from cpt_merge.merge.statistics import Statistics, Sums
+from cpt_merge.merge.work import Work
 
 BLOCK = 1 << 22  # elements; what one thread does at a time
 MAX_THREADS = 4  # more only wait for the disk
@@ -67,7 +74,9 @@ def merge_files(plan: MergePlan, work: Work) -> list[Statistics]:
     before = sum(block.nbytes for block in own if block.number in done) / 1e6
     pending = [block for block in own if block.number not in done]
     with Meter("merge", megabytes, "MB", before) as meter:
-        for block, sums in on_threads(lambda place: run_block(merger, pending, place), len(pending)):
+        for block, sums in on_threads(
+            lambda place: run_block(merger, pending, place), len(pending)
+        ):
             work.journal.note(block.number, sums, block.nbytes)
             meter.advance(block.nbytes / 1e6)
     work.journal.start_sync()
@@ -107,10 +116,16 @@ def _summed(plan: MergePlan, blocks: list[Block], sums: dict[int, BlockSums]) ->
 
 def _find_ranges(plan: MergePlan, work: Work) -> dict[str, TensorRange]:
     """What TIES and the gate must know of whole tensors: each process looks at some, all get everything."""
-    tensors = [tensor for tensor in plan.tensors if needs_thresholds(plan, tensor) or needs_gate(tensor)]
+    tensors = [
+        tensor for tensor in plan.tensors if needs_thresholds(plan, tensor) or needs_gate(tensor)
+    ]
     if not tensors:
         return {}
-    own = [tensor for number, tensor in enumerate(tensors) if number % work.world.size == work.world.rank]
+    own = [
+        tensor
+        for number, tensor in enumerate(tensors)
+        if number % work.world.size == work.world.rank
+    ]
     merger, found = SliceMerger(plan, work.files, {}), dict[str, TensorRange]()
 
     with Meter("merge: looking at whole tensors", len(own), "tensors") as meter:
@@ -146,7 +161,9 @@ def run_block(merger: SliceMerger, pending: list[Block], place: int) -> tuple[Bl
     _read_ahead(plan, pending[place + MAX_THREADS : place + MAX_THREADS + 1])
     name = block.tensor.name
     if block.tensor.treatment is None:
-        merger.output.write_flat(name, block.start, plan.cpt.read_flat(name, block.start, block.stop))
+        merger.output.write_flat(
+            name, block.start, plan.cpt.read_flat(name, block.start, block.stop)
+        )
         return block, [Sums() for _ in plan.vectors]
     return block, merger.merge(block.tensor, block.start, block.stop, cpt_reader(plan.cpt, name))
 

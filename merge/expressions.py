@@ -39,13 +39,17 @@ def evaluate(ratio: float | str, layer: int, layers: int) -> float:
     except ZeroDivisionError:
         raise ValueError(f"{ratio!r} divides by zero in layer {layer} of {layers}") from None
     except (TypeError, RecursionError, MemoryError, OverflowError):
-        raise ValueError(f"{ratio!r} cannot be evaluated; see docs/merge.md for what an expression may hold") from None
+        raise ValueError(
+            f"{ratio!r} cannot be evaluated; see docs/merge.md for what an expression may hold"
+        ) from None
     return _finite(value, ratio, layer, layers)
 
 
 def _finite(value: float, ratio: float | str, layer: int, layers: int) -> float:
     if not abs(value) <= _LARGEST:
-        raise ValueError(f"{ratio!r} is {value} in layer {layer} of {layers}, no finite number in float32")
+        raise ValueError(
+            f"{ratio!r} is {value} in layer {layer} of {layers}, no finite number in float32"
+        )
     return value
 
 
@@ -69,4 +73,6 @@ def _value(node: ast.expr, names: Names) -> float:
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
             return _FUNCTIONS[name](*(_value(argument, names) for argument in arguments))
     known = ", ".join([*_NAMES, "ramp(a, b)", *_FUNCTIONS])
-    raise ValueError(f"{ast.unparse(node)!r} is not known in a ratio; it may hold numbers, + - * / and {known}")
+    raise ValueError(
+        f"{ast.unparse(node)!r} is not known in a ratio; it may hold numbers, + - * / and {known}"
+    )

@@ -17,45 +17,66 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
-from checkpoint.reader import Checkpoint
-from checkpoint.token_changes import TokenChanges
-from checkpoint.tokenizer import TOKENIZER_FILES, TokenizerFiles
-from checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec, natural
-from core.artifact import fingerprint, installed_versions, write_json, write_text
-from core.errors import UserError
-from core.progress import Meter, say
-from core.world import find_world
-from merge.align import Role, RowAlignment, RowPairs, align_by_position, align_rows, unshared_tokens
-from merge.card import LICENCE_FIELDS, front_matter
-from merge.chat_format import CONFIG_FILE, GENERATION_FILE
-from merge.config import Dtype
-from merge.engine import MAX_THREADS
-from merge.finish import copy_files
-from merge.fit import open_fitting
-from merge.rules import is_by_token, model_tensors, vocabulary_rows
-from merge.slices import keep_freed_memory, rounded
-from merge.tokens import OutputTokens
-from merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair, sample_digest
+from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.token_changes import TokenChanges
+from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
+from cpt_merge.checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec, natural
+from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
+from cpt_merge.core.distributed import find_world
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import Meter, say
+from cpt_merge.merge.align import (
+    Role,
+    RowAlignment,
+    RowPairs,
+    align_by_position,
+    align_rows,
+    unshared_tokens,
+)
+from cpt_merge.merge.card import LICENCE_FIELDS, front_matter
+from cpt_merge.merge.chat_format import CONFIG_FILE, GENERATION_FILE
+from cpt_merge.merge.config import Dtype
+from cpt_merge.merge.engine import MAX_THREADS
+from cpt_merge.merge.finish import copy_files
+from cpt_merge.merge.fit import open_fitting
+from cpt_merge.merge.rules import is_by_token, model_tensors, vocabulary_rows
+from cpt_merge.merge.slices import keep_freed_memory, rounded
+from cpt_merge.merge.tokens import OutputTokens
+from cpt_merge.merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair, sample_digest
 
 BLOCK = 1 << 19  # elements
 
 
-def extract(base: Path, chat: Path, out: Path, dtype: Dtype = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+def extract(
+    base: Path, chat: Path, out: Path, dtype: Dtype = "float32", shard_bytes: int = SHARD_BYTES
+) -> None:
     """Write `chat - base` to `out` (missing or empty). Raises `UserError` for a pair that does not fit."""
     if find_world().size > 1:
         raise UserError("--extract is the work of one process; start it without a launcher.")
     models = open_fitting({"base": base, "chat": chat})
     pair = Pair(models["base"], models["chat"])
     rows = _align(pair)
-    names = sorted((name for name, info in pair.tensors.items() if info.dtype in FLOATS), key=natural)
+    names = sorted(
+        (name for name, info in pair.tensors.items() if info.dtype in FLOATS), key=natural
+    )
     specs = [TensorSpec(name, TORCH_NAMES[dtype], pair.tensors[name].shape) for name in names]
-    specs += [TensorSpec(name, info.dtype, info.shape) for name, info in pair.tensors.items() if name not in names]
+    specs += [
+        TensorSpec(name, info.dtype, info.shape)
+        for name, info in pair.tensors.items()
+        if name not in names
+    ]
     writer = CheckpointWriter(out.absolute(), Layout.by_size(specs, shard_bytes, STEM))
     keep_freed_memory()
     squares = dict.fromkeys(names, 0.0)
-    with writer.alone(), ThreadPoolExecutor(MAX_THREADS) as pool, Meter("extract", len(specs), "tensors") as meter:
-        for spec, square in zip(specs, pool.map(lambda spec: _extract(pair, spec, rows, writer), specs), strict=True):
+    with (
+        writer.alone(),
+        ThreadPoolExecutor(MAX_THREADS) as pool,
+        Meter("extract", len(specs), "tensors") as meter,
+    ):
+        for spec, square in zip(
+            specs, pool.map(lambda spec: _extract(pair, spec, rows, writer), specs), strict=True
+        ):
             squares[spec.name] = square
             meter.advance()
         writer.close()
@@ -69,11 +90,15 @@ def _align(pair: Pair) -> RowAlignment:
     base, chat = TokenizerFiles.read(pair.base.directory), TokenizerFiles.read(pair.chat.directory)
     count = vocabulary_rows(pair.chat)
     if base is None and chat is None and vocabulary_rows(pair.base) == count:
-        say(f"merge: neither directory has a tokenizer; the {count} rows of the two models are taken as equal")
+        say(
+            f"merge: neither directory has a tokenizer; the {count} rows of the two models are taken as equal"
+        )
         return align_by_position(count)
     if base is None or chat is None:
         missing = pair.base.directory if base is None else pair.chat.directory
-        raise UserError(f"no tokenizer.json or tokenizer.model in {missing}, by which rows could meet; put it there.")
+        raise UserError(
+            f"no tokenizer.json or tokenizer.model in {missing}, by which rows could meet; put it there."
+        )
     for problem in unshared_tokens(base, chat):
         raise UserError(f"{problem}.")
     return align_rows(OutputTokens(chat.ids, count, TokenChanges()), base, chat, None)
@@ -90,7 +115,9 @@ def _extract(pair: Pair, spec: TensorSpec, rows: RowAlignment, writer: Checkpoin
     for start in range(0, info.size, step):
         stop = min(start + step, info.size)
         if by_token:
-            values, base = _vocabulary_rows(pair, spec.name, start // info.row_size, stop // info.row_size, rows)
+            values, base = _vocabulary_rows(
+                pair, spec.name, start // info.row_size, stop // info.row_size, rows
+            )
         else:
             difference = pair.elements(spec.name, start, stop)
             assert difference.base is not None
@@ -100,10 +127,14 @@ def _extract(pair: Pair, spec: TensorSpec, rows: RowAlignment, writer: Checkpoin
     return square
 
 
-def _vocabulary_rows(pair: Pair, name: str, first: int, last: int, rows: RowAlignment) -> tuple[Float32, Float32]:
+def _vocabulary_rows(
+    pair: Pair, name: str, first: int, last: int, rows: RowAlignment
+) -> tuple[Float32, Float32]:
     """Chat's rows [first, last): the difference where base has the token, the row itself where it is of the format."""
     shared, of_format = rows.role[first:last] == Role.SHARED, rows.role[first:last] == Role.CHAT
-    difference = pair.rows(name, RowPairs(rows.base[first:last][shared], rows.chat[first:last][shared]))
+    difference = pair.rows(
+        name, RowPairs(rows.base[first:last][shared], rows.chat[first:last][shared])
+    )
     assert difference.base is not None
     values = np.zeros((last - first, difference.values.shape[1]), np.float32)
     values[shared] = difference.values
@@ -143,11 +174,18 @@ def _card(pair: Pair, dtype: Dtype) -> str:
     licences = [front_matter(model.directory) for model in (pair.base, pair.chat)]
     front = {name: fields[name] for name in LICENCE_FIELDS for fields in licences if name in fields}
     names = f"`{pair.chat.directory.name} - {pair.base.directory.name}`"
-    lines = ["---", yaml.safe_dump({"tags": ["chat-vector"], **front}, sort_keys=False).strip(), "---", ""]
+    lines = [
+        "---",
+        yaml.safe_dump({"tags": ["chat-vector"], **front}, sort_keys=False).strip(),
+        "---",
+        "",
+    ]
     lines += [
         "# Chat vector",
         "",
         f"{names}, in {dtype}, made with cpt-merge. No model: loaders refuse it. Add it to one",
         "",
     ]
-    return "\n".join([*lines, "    cpt-merge merge --cpt CPT --vector THIS --ratio 1.0 --out OUT", ""])
+    return "\n".join(
+        [*lines, "    cpt-merge merge --cpt CPT --vector THIS --ratio 1.0 --out OUT", ""]
+    )

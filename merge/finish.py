@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint import token_changes
-from checkpoint.dtypes import FLOATS, TORCH_NAMES
-from checkpoint.reader import Checkpoint, read_json
-from checkpoint.tokenizer import TOKENIZER_FILES
-from checkpoint.vocabulary import MAP_FILE
-from checkpoint.writer import Layout
-from core.artifact import fingerprint, installed_versions, write_json, write_text
-from core.progress import say
-from merge import report
-from merge.card import model_card
-from merge.chat_format import CONFIG_FILE, GENERATION_FILE, SPECIAL_IDS
-from merge.plan import MergePlan
-from merge.statistics import Statistics
-from merge.vectors import Extracted
+from cpt_merge.checkpoint import token_changes
+from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
+from cpt_merge.checkpoint.reader import Checkpoint, read_json
+from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
+from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
+from cpt_merge.checkpoint.writer import Layout
+from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
+from cpt_merge.core.progress import say
+from cpt_merge.merge import report
+from cpt_merge.merge.card import model_card
+from cpt_merge.merge.chat_format import CONFIG_FILE, GENERATION_FILE, SPECIAL_IDS
+from cpt_merge.merge.plan import MergePlan
+from cpt_merge.merge.statistics import Statistics
+from cpt_merge.merge.vectors import Extracted
 
 
 def write_trained(source: Checkpoint, layout: Layout, tokenizer: Path, directory: Path) -> None:
@@ -42,10 +42,15 @@ def write_merged(
     differences = config_differences(plan)
     for difference in differences:
         say(f"merge: {difference}; the output has cpt's")
-    inputs = {cpt if label == "cpt" else label: model.directory for label, model in plan.models().items()}
+    inputs = {
+        cpt if label == "cpt" else label: model.directory for label, model in plan.models().items()
+    }
     origin = {
         "digest": digest,
-        "inputs": {name: {"name": path.name, "fingerprint": fingerprint(path)} for name, path in inputs.items()},
+        "inputs": {
+            name: {"name": path.name, "fingerprint": fingerprint(path)}
+            for name, path in inputs.items()
+        },
         "versions": installed_versions(),
         "config_differences": differences,
         "stop_ids": plan.format.stop_ids,
@@ -80,7 +85,9 @@ def model_config(source: Checkpoint, layout: Layout) -> dict[str, Any]:
     types = Counter(info.dtype for info in layout.tensors.values() if info.dtype in FLOATS)
     names = {stored: name for name, stored in TORCH_NAMES.items()}
     config = dict(source.config)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = names[types.most_common(1)[0][0]]
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = names[
+        types.most_common(1)[0][0]
+    ]
     return config
 
 
@@ -94,13 +101,24 @@ def resize_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
 
 def generation_config(plan: MergePlan) -> dict[str, Any]:
     """How to sample, from the chat model (else from CPT), with all stop ids."""
-    of_chat, of_cpt = plan.chat.source.chat_directory / GENERATION_FILE, plan.cpt.directory / GENERATION_FILE
-    settings = read_json(of_chat) if of_chat.is_file() else read_json(of_cpt) if of_cpt.is_file() else {}
+    of_chat, of_cpt = (
+        plan.chat.source.chat_directory / GENERATION_FILE,
+        plan.cpt.directory / GENERATION_FILE,
+    )
+    settings = (
+        read_json(of_chat) if of_chat.is_file() else read_json(of_cpt) if of_cpt.is_file() else {}
+    )
     if of_chat.is_file():  # its ids count in another vocabulary
         others = sorted(name for name in settings.keys() & OTHER_IDS if settings[name] is not None)
         if others:
-            say(f"merge: {', '.join(others)} of {of_chat} name ids of the chat model's own vocabulary; left out")
-        settings = {name: value for name, value in settings.items() if name not in OTHER_IDS.union(SPECIAL_IDS)}
+            say(
+                f"merge: {', '.join(others)} of {of_chat} name ids of the chat model's own vocabulary; left out"
+            )
+        settings = {
+            name: value
+            for name, value in settings.items()
+            if name not in OTHER_IDS.union(SPECIAL_IDS)
+        }
     return {**settings, **plan.format.special_ids[GENERATION_FILE]}
 
 
@@ -148,14 +166,24 @@ SAID_BY_ABSENCE = {"rope_theta", "rope_scaling", "sliding_window"}
 def config_differences(plan: MergePlan) -> list[str]:
     """`field is a in cpt, b in chat` for every field of config.json in which the models differ."""
     source = plan.chat.source
-    paths = {"cpt": plan.cpt.directory, "base": source.base_directory, "chat": source.chat_directory}
+    paths = {
+        "cpt": plan.cpt.directory,
+        "base": source.base_directory,
+        "chat": source.chat_directory,
+    }
     configs = {label: _normal(read_json(path / CONFIG_FILE)) for label, path in paths.items()}
     found = []
     for name in sorted(set().union(*configs.values()) - EXPECTED_TO_DIFFER):
-        stated = {label: config for label, config in configs.items() if name in config or name in SAID_BY_ABSENCE}
+        stated = {
+            label: config
+            for label, config in configs.items()
+            if name in config or name in SAID_BY_ABSENCE
+        }
         values = {label: config.get(name) for label, config in stated.items()}
         if len({str(value) for value in values.values()}) > 1:
-            found.append(f"{name} is " + ", ".join(f"{value} in {label}" for label, value in values.items()))
+            found.append(
+                f"{name} is " + ", ".join(f"{value} in {label}" for label, value in values.items())
+            )
     return found
 
 

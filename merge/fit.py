@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from checkpoint.dtypes import FLOATS
-from checkpoint.reader import Checkpoint, TensorInfo
-from checkpoint.writer import natural
-from core.errors import UserError
-from merge.rules import is_by_token, is_tied, model_tensors
+from cpt_merge.checkpoint.dtypes import FLOATS
+from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo
+from cpt_merge.checkpoint.writer import natural
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge.rules import is_by_token, is_tied, model_tensors
 
 _SHOWN_PROBLEMS = 5
 
@@ -40,13 +40,17 @@ def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
     Raises `RefusedError` with all problems: architectures, names, shapes, types.
     """
     models = {label: Checkpoint.open(directory) for label, directory in directories.items()}
-    problems = fit_problems(models, {label: model_tensors(model) for label, model in models.items()})
+    problems = fit_problems(
+        models, {label: model_tensors(model) for label, model in models.items()}
+    )
     if problems:
         raise RefusedError(problems)
     return models
 
 
-def fit_problems(models: Mapping[str, Checkpoint], tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+def fit_problems(
+    models: Mapping[str, Checkpoint], tensors: Mapping[str, Mapping[str, TensorInfo]]
+) -> list[str]:
     """Why tensors of these models cannot be computed with one another."""
     problems = [
         *_architecture_problems(models),
@@ -75,10 +79,16 @@ def _row_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
     """Embedding and head of one model have a row for each of the same tokens."""
     problems = []
     for label, of_model in tensors.items():
-        rows = {name: info.shape[0] for name, info in of_model.items() if is_by_token(name) and info.shape}
+        rows = {
+            name: info.shape[0]
+            for name, info in of_model.items()
+            if is_by_token(name) and info.shape
+        }
         if len(set(rows.values())) > 1:
             listed = ", ".join(f"{count} in {name}" for name, count in rows.items())
-            problems.append(f"{label} has different numbers of rows in its vocabulary's matrices: {listed}")
+            problems.append(
+                f"{label} has different numbers of rows in its vocabulary's matrices: {listed}"
+            )
     return problems
 
 
@@ -94,14 +104,23 @@ def _name_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]
 def _shape_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
     """Shapes differ (but for the number of rows of a vocabulary matrix), or a type cannot be computed with."""
     problems = []
-    for name in sorted(set.intersection(*(set(of_model) for of_model in tensors.values())), key=natural):
+    for name in sorted(
+        set.intersection(*(set(of_model) for of_model in tensors.values())), key=natural
+    ):
         infos = {label: of_model[name] for label, of_model in tensors.items()}
         by_token = is_by_token(name)
         if len({info.shape[1:] if by_token else info.shape for info in infos.values()}) > 1:
-            problems.append(f"{name} has shapes " + _listed({label: info.shape for label, info in infos.items()}))
+            problems.append(
+                f"{name} has shapes "
+                + _listed({label: info.shape for label, info in infos.items()})
+            )
         floats = {info.dtype in FLOATS for info in infos.values()}
-        if floats == {True, False} or any(info.dtype.startswith(("F8", "F64")) for info in infos.values()):
-            problems.append(f"{name} has types " + _listed({label: info.dtype for label, info in infos.items()}))
+        if floats == {True, False} or any(
+            info.dtype.startswith(("F8", "F64")) for info in infos.values()
+        ):
+            problems.append(
+                f"{name} has types " + _listed({label: info.dtype for label, info in infos.items()})
+            )
     return problems
 
 

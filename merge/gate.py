@@ -17,7 +17,7 @@ from functools import cache
 
 import numpy as np
 
-from checkpoint.dtypes import Float32
+from cpt_merge.checkpoint.dtypes import Float32
 
 POINTS = 4096
 STEEPNESS, MIDDLE = 12, 6

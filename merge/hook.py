@@ -18,21 +18,28 @@ from typing import Any
 
 import torch
 
-from checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
-from checkpoint.reader import Checkpoint
-from checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec
-from core.artifact import write_json
-from core.errors import UserError
-from merge import finish, report, statistics
-from merge.config import Dtype, MergeConfig
-from merge.engine import copy_unmerged
-from merge.plan import MergeInputs, MergePlan, plan
-from merge.ranges import TensorRange, as_json, joined, needs_gate, needs_thresholds, thresholds
-from merge.rules import model_tensors
-from merge.slices import CHUNK, NoOutput, SliceMerger, rounded
-from merge.statistics import Statistics, Sums
-from merge.vectors import check_base
-from tracking.tracker import Tracker
+from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge import finish, report, statistics
+from cpt_merge.merge.config import Dtype, MergeConfig
+from cpt_merge.merge.engine import copy_unmerged
+from cpt_merge.merge.plan import MergeInputs, MergePlan, plan
+from cpt_merge.merge.ranges import (
+    TensorRange,
+    as_json,
+    joined,
+    needs_gate,
+    needs_thresholds,
+    thresholds,
+)
+from cpt_merge.merge.rules import model_tensors
+from cpt_merge.merge.slices import CHUNK, NoOutput, SliceMerger, rounded
+from cpt_merge.merge.statistics import Statistics, Sums
+from cpt_merge.merge.vectors import check_base
+from cpt_merge.tracking.tracker import Tracker
 
 Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
 """Give what this rank knows, get what all do."""
@@ -92,7 +99,9 @@ def export_shards(
     """
     source = Checkpoint.open(like)
     specs = [
-        TensorSpec(name, TORCH_NAMES[dtype] if dtype and info.dtype in FLOATS else info.dtype, info.shape)
+        TensorSpec(
+            name, TORCH_NAMES[dtype] if dtype and info.dtype in FLOATS else info.dtype, info.shape
+        )
         for name, info in model_tensors(source).items()
     ]
     writer = CheckpointWriter(out, Layout.by_size(specs, shard_size), ranks.rank)
@@ -142,7 +151,9 @@ def merge_shards(
     results: dict[str, Any] = {}
     if ranks.rank == 0:
         collected = statistics.collect(writer.directory, len(the_plan.vectors))
-        results = finish.write_merged(the_plan, collected, writer.directory, report.IN_MEMORY, cpt="start of CPT")
+        results = finish.write_merged(
+            the_plan, collected, writer.directory, report.IN_MEMORY, cpt="start of CPT"
+        )
         writer.publish()
         report.warn(results["warnings"])
         report.log(results, out, tracker)
@@ -169,13 +180,20 @@ def find_ranges(
     """What TIES and the gate must know of whole tensors. The thresholds, which the files decide, are divided over the
     ranks by tensors; of the gate's range each rank knows its own part. Then everything is exchanged.
     """
-    tensors = [tensor for tensor in the_plan.tensors if needs_thresholds(the_plan, tensor) or needs_gate(tensor)]
+    tensors = [
+        tensor
+        for tensor in the_plan.tensors
+        if needs_thresholds(the_plan, tensor) or needs_gate(tensor)
+    ]
     if not tensors:
         return {}
     found = {tensor.name: TensorRange([]) for tensor in tensors}
     for tensor in tensors[rank::size]:
         found[tensor.name].thresholds = thresholds(the_plan, tensor)
-    merger, by_name = SliceMerger(the_plan, NoOutput(), {}), {tensor.name: tensor for tensor in tensors}
+    merger, by_name = (
+        SliceMerger(the_plan, NoOutput(), {}),
+        {tensor.name: tensor for tensor in tensors},
+    )
     for shard in shards:
         if shard.name in by_name and needs_gate(by_name[shard.name]):
             low, high = merger.gate_range(by_name[shard.name], shard.start, shard.stop, shard.read)
@@ -207,7 +225,11 @@ def _writing_together(writer: CheckpointWriter, like: Checkpoint, ranks: Ranks) 
     ranks.barrier()
     yield
     if ranks.rank == 0:  # masks and the like, which nobody trains
-        copy_unmerged(like, writer, [name for name, info in writer.layout.tensors.items() if info.dtype not in FLOATS])
+        copy_unmerged(
+            like,
+            writer,
+            [name for name, info in writer.layout.tensors.items() if info.dtype not in FLOATS],
+        )
     writer.close()
     ranks.barrier()
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from checkpoint.dtypes import Array
-from merge.engine import divide, look_at, on_threads, run_block
-from merge.hook import LocalShard
-from merge.plan import MergePlan
-from merge.ranges import TensorRange, needs_gate, needs_thresholds
-from merge.slices import NoOutput, SliceMerger
+from cpt_merge.checkpoint.dtypes import Array
+from cpt_merge.merge.engine import divide, look_at, on_threads, run_block
+from cpt_merge.merge.hook import LocalShard
+from cpt_merge.merge.plan import MergePlan
+from cpt_merge.merge.ranges import TensorRange, needs_gate, needs_thresholds
+from cpt_merge.merge.slices import NoOutput, SliceMerger
 
 VIEWS = {"BF16": torch.bfloat16}  # stored by numpy as another type of the same size
 
@@ -44,7 +44,9 @@ def stored_types(plan: MergePlan) -> dict[str, str]:
     return {tensor.name: tensor.spec.dtype for tensor in plan.tensors}
 
 
-def merge_into(plan: MergePlan, tensors: Mapping[str, Tensor], ranges: dict[str, TensorRange]) -> None:
+def merge_into(
+    plan: MergePlan, tensors: Mapping[str, Tensor], ranges: dict[str, TensorRange]
+) -> None:
     """Merge from files into contiguous `tensors` without gradients, by the plan's names. `ranges`: see `ranges_of`."""
     merger = SliceMerger(plan, Tensors(tensors, stored_types(plan)), ranges)
     blocks = [block for block in divide(plan) if block.tensor.name in tensors]
@@ -63,8 +65,13 @@ def merge_shard(plan: MergePlan, shard: LocalShard, ranges: dict[str, TensorRang
 
 def ranges_of(plan: MergePlan, known: Mapping[str, TensorRange]) -> dict[str, TensorRange]:
     """What TIES and the gate must know of whole tensors, from the files. Ratios do not change what is `known`."""
-    tensors = [tensor for tensor in plan.tensors if needs_thresholds(plan, tensor) or needs_gate(tensor)]
+    tensors = [
+        tensor for tensor in plan.tensors if needs_thresholds(plan, tensor) or needs_gate(tensor)
+    ]
     new = [tensor for tensor in tensors if tensor.name not in known]
     merger = SliceMerger(plan, NoOutput(), {})
     found = on_threads(lambda number: look_at(merger, new[number]), len(new))
-    return {**known, **{tensor.name: of_tensor for tensor, of_tensor in zip(new, found, strict=True)}}
+    return {
+        **known,
+        **{tensor.name: of_tensor for tensor, of_tensor in zip(new, found, strict=True)},
+    }

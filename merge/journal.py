@@ -15,7 +15,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from merge.statistics import Sums
+from cpt_merge.merge.statistics import Sums
 
 SYNC_BYTES = 512_000_000  # written between two syncs
 
@@ -116,7 +116,11 @@ def _lines(journal: bytes) -> list[dict[str, Any]]:
 
 
 def _blocks(lines: list[dict[str, Any]]) -> list[tuple[int, BlockSums]]:
-    return [(line["block"], [Sums(*values) for values in line["sums"]]) for line in lines if "block" in line]
+    return [
+        (line["block"], [Sums(*values) for values in line["sums"]])
+        for line in lines
+        if "block" in line
+    ]
 
 
 def _synced(lines: list[dict[str, Any]]) -> int:

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint.dtypes import FLOATS, TORCH_NAMES
-from checkpoint.reader import Checkpoint, TensorInfo
-from checkpoint.token_changes import TokenChanges
-from checkpoint.writer import Layout, TensorSpec, beside, check_free, check_room, natural
-from core.errors import UserError
-from core.models import model_directory
-from core.progress import say
-from merge.align import RowAlignment
-from merge.chat_format import ChatFormat
-from merge.config import MergeConfig, VectorConfig
-from merge.fit import RefusedError, collected, fit_problems
-from merge.rules import (
+from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
+from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo
+from cpt_merge.checkpoint.token_changes import TokenChanges
+from cpt_merge.checkpoint.writer import Layout, TensorSpec, beside, check_free, check_room, natural
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.models import model_directory
+from cpt_merge.core.progress import say
+from cpt_merge.merge.align import RowAlignment
+from cpt_merge.merge.chat_format import ChatFormat
+from cpt_merge.merge.config import MergeConfig, VectorConfig
+from cpt_merge.merge.fit import RefusedError, collected, fit_problems
+from cpt_merge.merge.rules import (
     Treatment,
     count_layers,
     is_by_token,
@@ -27,8 +27,8 @@ from merge.rules import (
     treatment_of,
     vocabulary_rows,
 )
-from merge.vectors import Extracted, Pair, Vector
-from merge.vocabularies import meet
+from cpt_merge.merge.vectors import Extracted, Pair, Vector
+from cpt_merge.merge.vocabularies import meet
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     ]
     rows, layers = meeting.rows[0].rows, count_layers(names)
     planned = [_planned(tensors["cpt"][name], sources[0], rows, config, layers) for name in names]
-    the_plan = MergePlan(config, cpt, vectors, inputs.tokenizer, meeting.changes, meeting.format, planned)
+    the_plan = MergePlan(
+        config, cpt, vectors, inputs.tokenizer, meeting.changes, meeting.format, planned
+    )
     if out is not None:
         check_output(the_plan, out)
     return the_plan
@@ -145,7 +147,9 @@ def plan_again(the_plan: MergePlan, config: MergeConfig) -> MergePlan:
         raise RefusedError(problems)
     layers = count_layers(names)
     tensors = [
-        replace(tensor, treatment=treatment_of(tensor.name, config, layers)) if tensor.treatment else tensor
+        replace(tensor, treatment=treatment_of(tensor.name, config, layers))
+        if tensor.treatment
+        else tensor
         for tensor in the_plan.tensors
     ]
     return replace(the_plan, config=config, tensors=tensors)
@@ -187,7 +191,9 @@ def _open_vector(vector: Path | None, base: Path | None, chat: Path | None) -> V
     if vector is not None:
         return Extracted.open(vector, base)
     if base is None or chat is None:
-        raise UserError("a chat vector needs both a base and a chat model, or a vector's directory; give them.")
+        raise UserError(
+            "a chat vector needs both a base and a chat model, or a vector's directory; give them."
+        )
     pair = Pair(Checkpoint.open(base), Checkpoint.open(chat))
     _ = pair.base.config, pair.chat.config
     return pair
@@ -197,7 +203,9 @@ def _used_tensors(model: Checkpoint) -> dict[str, TensorInfo]:
     found = model_tensors(model)
     unused = [name for name in model.tensors if name.endswith("rotary_emb.inv_freq")]
     if unused:
-        say(f"merge: {model.directory} stores {len(unused)} rotary tables, which loaders compute anew; left out")
+        say(
+            f"merge: {model.directory} stores {len(unused)} rotary tables, which loaders compute anew; left out"
+        )
     return found
 
 
@@ -216,13 +224,17 @@ def _lacking_problems(config: MergeConfig, sources: list[Vector]) -> list[str]:
     return problems
 
 
-def _planned(cpt: TensorInfo, source: Vector, rows: int, config: MergeConfig, layers: int) -> PlannedTensor:
+def _planned(
+    cpt: TensorInfo, source: Vector, rows: int, config: MergeConfig, layers: int
+) -> PlannedTensor:
     by_token = is_by_token(cpt.name)
     shape = (rows, *cpt.shape[1:]) if by_token else cpt.shape
     if cpt.dtype not in FLOATS:
         return PlannedTensor(TensorSpec(cpt.name, cpt.dtype, cpt.shape), None, by_token)
     dtype = TORCH_NAMES[config.dtype] if config.dtype else _base_type(source, cpt.name)
-    return PlannedTensor(TensorSpec(cpt.name, dtype, shape), treatment_of(cpt.name, config, layers), by_token)
+    return PlannedTensor(
+        TensorSpec(cpt.name, dtype, shape), treatment_of(cpt.name, config, layers), by_token
+    )
 
 
 def _base_type(source: Vector, name: str) -> str:
@@ -248,7 +260,9 @@ def _output_problems(models: Mapping[str, Checkpoint], out: Path) -> list[str]:
         if here == there:
             return [f"the output {out} is the {label} model itself; choose another directory"]
         if here.is_relative_to(there) or there.is_relative_to(here):
-            return [f"the output {out} and the {label} model {there} lie one in the other; choose another directory"]
+            return [
+                f"the output {out} and the {label} model {there} lie one in the other; choose another directory"
+            ]
     with collected(problems):
         check_free(out)
     return problems
@@ -261,9 +275,14 @@ def describe_rule(the_plan: MergePlan, tensor: PlannedTensor) -> str:
         return "copy"
     if rule.action != "add":
         return {"skip": "keep", "replace": "chat's"}[rule.action]
-    method = "" if the_plan.config.method == "add" else f"{the_plan.config.method} {the_plan.config.density:g}: "
+    method = (
+        ""
+        if the_plan.config.method == "add"
+        else f"{the_plan.config.method} {the_plan.config.density:g}: "
+    )
     terms = " ".join(
-        f"{ratio:+.4g} {vector.label}" for ratio, vector in zip(rule.ratios, the_plan.vectors, strict=True)
+        f"{ratio:+.4g} {vector.label}"
+        for ratio, vector in zip(rule.ratios, the_plan.vectors, strict=True)
     )
     return method + terms + (" gated" if rule.gate else "")
 

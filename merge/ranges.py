@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.dtypes import Float32
-from merge.align import Role, RowAlignment, RowPairs
-from merge.plan import MergePlan, PlannedTensor, PlannedVector, elements
-from merge.thinning import magnitude_threshold
+from cpt_merge.checkpoint.dtypes import Float32
+from cpt_merge.merge.align import Role, RowAlignment, RowPairs
+from cpt_merge.merge.plan import MergePlan, PlannedTensor, PlannedVector, elements
+from cpt_merge.merge.thinning import magnitude_threshold
 
 STEP = 1 << 18  # elements read at a time
 
@@ -32,7 +32,11 @@ class TensorRange:
 
 def needs_thresholds(plan: MergePlan, tensor: PlannedTensor) -> bool:
     """Whether TIES has to look at the tensor."""
-    return plan.config.method == "ties" and tensor.treatment is not None and tensor.treatment.action == "add"
+    return (
+        plan.config.method == "ties"
+        and tensor.treatment is not None
+        and tensor.treatment.action == "add"
+    )
 
 
 def needs_gate(tensor: PlannedTensor) -> bool:

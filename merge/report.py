@@ -9,16 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint.reader import Checkpoint
-from core.artifact import write_json
-from core.errors import UserError
-from core.palette import MODEL_COLOURS
-from core.progress import say
-from merge import ancestry
-from merge.plan import MergePlan, PlannedVector, describe_rule
-from merge.rules import kind_of
-from merge.statistics import Statistics, Sums, by_kind, by_layer, total
-from tracking.tracker import Tracker
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.palette import MODEL_COLOURS
+from cpt_merge.core.progress import say
+from cpt_merge.merge import ancestry
+from cpt_merge.merge.plan import MergePlan, PlannedVector, describe_rule
+from cpt_merge.merge.rules import kind_of
+from cpt_merge.merge.statistics import Statistics, Sums, by_kind, by_layer, total
+from cpt_merge.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,9 @@ CURVES = {
 COLUMNS = ("part", "vector / base", "cpt change / base", "cosine", "vector already in cpt")
 
 
-def write(plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+def write(
+    plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, Any], directory: Path
+) -> dict[str, Any]:
     """Write merge_report.json and the figure. Returns its short form: what a summary shows."""
     rows, of_chat = plan.chat.rows, statistics[0]
     compared = [has_base(vector) for vector in plan.vectors]
@@ -47,7 +49,9 @@ def write(plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, An
         "overall": _shares(total(of_chat.values()), compared[0]),
         "warnings": ancestry.warnings(plan, statistics),
     }
-    layers = {vector.label: by_layer(part) for vector, part in zip(plan.vectors, statistics, strict=True)}
+    layers = {
+        vector.label: by_layer(part) for vector, part in zip(plan.vectors, statistics, strict=True)
+    }
     tensors = {
         tensor.name: {
             "rule": describe_rule(plan, tensor),
@@ -119,12 +123,19 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
     """Say the result in two lines and give everything to the tracker."""
     counts = ", ".join(f"{count:,} {role}" for role, count in results["rows"].items() if count)
     say(
-        f"merge: rows {counts}" + (f"; from chat: {' '.join(results['chat_tokens'])}" if results["chat_tokens"] else "")
+        f"merge: rows {counts}"
+        + (f"; from chat: {' '.join(results['chat_tokens'])}" if results["chat_tokens"] else "")
     )
     overall = results["overall"]
-    change = f", |cpt - base| {overall['change']:.4f}, cosine {overall['cosine']:.3f}" if "change" in overall else ""
+    change = (
+        f", |cpt - base| {overall['change']:.4f}, cosine {overall['cosine']:.3f}"
+        if "change" in overall
+        else ""
+    )
     say(f"merge: |chat - base| is {overall['vector']:.4f} of |base|{change}")
-    rows = [[part, *(shares.get(name) for name in SHARES)] for part, shares in results["layers"].items()]
+    rows = [
+        [part, *(shares.get(name) for name in SHARES)] for part, shares in results["layers"].items()
+    ]
     tracker.table("merge/layers", COLUMNS, rows)
     for name, shown in CURVES.items():
         values = [
@@ -140,7 +151,10 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
     tracker.file(REPORT_FILE, out / REPORT_FILE)
     # the counts under another name than their table's: W&B keeps both in one place
     tracker.summary(
-        {"merge/row_counts": results["rows"], **{f"merge/{one}": results[one] for one in ("ratio", "overall")}}
+        {
+            "merge/row_counts": results["rows"],
+            **{f"merge/{one}": results[one] for one in ("ratio", "overall")},
+        }
     )
     for warning in results["warnings"]:
         tracker.alert("merge", warning)
@@ -177,19 +191,29 @@ def draw(layers: Mapping[str, Mapping[str, Sums]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     lengths, cosine = figure.subplots(1, 2)
-    colors = {label: MODEL_COLOURS["chat"] if number == 0 else f"C{number + 2}" for number, label in enumerate(layers)}
+    colors = {
+        label: MODEL_COLOURS["chat"] if number == 0 else f"C{number + 2}"
+        for number, label in enumerate(layers)
+    }
     for label, parts in layers.items():
         shares = {name: sums.vector_share for name, sums in parts.items()}
         _draw_parts(lengths, shares, colors[label], f"{label}, |chat - base| / |base|")
     first = next(iter(layers.values()))
     if any(sums.change for sums in first.values()):
         change = "CPT's change, |cpt - base| / |base|"
-        _draw_parts(lengths, {name: sums.change_share for name, sums in first.items()}, MODEL_COLOURS["cpt"], change)
+        _draw_parts(
+            lengths,
+            {name: sums.change_share for name, sums in first.items()},
+            MODEL_COLOURS["cpt"],
+            change,
+        )
     lengths.set_title("Length of the changes", fontsize=10)
     lengths.set_ylim(0, (1.25 + 0.08 * len(layers)) * lengths.get_ylim()[1])  # room for the legend
     lengths.legend(frameon=False, fontsize=8, loc="upper center", ncols=1)
     cosine.axhline(0, color="0.7", lw=0.8)
-    largest = max([0.2, *(abs(sums.cosine) for parts in layers.values() for sums in parts.values())])
+    largest = max(
+        [0.2, *(abs(sums.cosine) for parts in layers.values() for sums in parts.values())]
+    )
     for label, parts in layers.items():
         color = "#33597d" if len(layers) == 1 else colors[label]
         _draw_parts(cosine, {name: sums.cosine for name, sums in parts.items()}, color, label)
@@ -210,9 +234,20 @@ def _draw_parts(axes: Axes, values: Mapping[str, float], color: str, label: str)
     places |= {"embed": -gap} if "embed" in outside else {}
     places |= {name: len(layers) - 1 + gap * (number + 1) for number, name in enumerate(after)}
     axes.plot(
-        [places[name] for name in layers], [values[name] for name in layers], "o-", ms=3, color=color, label=label
+        [places[name] for name in layers],
+        [values[name] for name in layers],
+        "o-",
+        ms=3,
+        color=color,
+        label=label,
     )
-    axes.plot([places[name] for name in outside], [values[name] for name in outside], "D", ms=5, color=color)
+    axes.plot(
+        [places[name] for name in outside],
+        [values[name] for name in outside],
+        "D",
+        ms=5,
+        color=color,
+    )
     shown = [*outside, *layers[:: max(len(layers) // 8, 1)]]
     axes.set_xticks([places[name] for name in shown], shown, fontsize=8)
     axes.set_xlabel("layer")

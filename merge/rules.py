@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from checkpoint.reader import Checkpoint, TensorInfo
-from core.errors import UserError
-from merge.config import Kind, MergeConfig, Ratio, RuleConfig
-from merge.expressions import evaluate
+from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge.config import Kind, MergeConfig, Ratio, RuleConfig
+from cpt_merge.merge.expressions import evaluate
 
 Action = Literal["add", "skip", "replace"]
 
-_KINDS: list[tuple[Kind, re.Pattern[str]]] = [  # the first that is found decides: q_norm lies within self_attn
+_KINDS: list[
+    tuple[Kind, re.Pattern[str]]
+] = [  # the first that is found decides: q_norm lies within self_attn
     ("embed", re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.")),
     ("head", re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")),
     ("norm", re.compile(r"(norm\w*|ln_\w+)\.(weight|bias)$")),
@@ -62,7 +64,9 @@ def treatment_of(name: str, config: MergeConfig, layers: int) -> Treatment:
     return Treatment(action, tuple(ratios), gate and action == "add")
 
 
-def _ratio(rule: RuleConfig | None, ratio: Ratio, name: str, layers: int, where: str = "merge") -> float:
+def _ratio(
+    rule: RuleConfig | None, ratio: Ratio, name: str, layers: int, where: str = "merge"
+) -> float:
     """Of one vector. `skip` of a further vector leaves that one out."""
     if rule is not None and rule.action != "add":
         return 0.0
@@ -79,16 +83,23 @@ def _ratio(rule: RuleConfig | None, ratio: Ratio, name: str, layers: int, where:
 def rule_problems(names: list[str], config: MergeConfig) -> list[str]:
     """A sentence for each rule that decides nothing: it would be silently without effect."""
     places = {"merge.rules": config.rules}
-    places |= {f"merge.vectors.{number}.rules": vector.rules for number, vector in enumerate(config.vectors)}
+    places |= {
+        f"merge.vectors.{number}.rules": vector.rules
+        for number, vector in enumerate(config.vectors)
+    }
     problems = []
     for place, rules in places.items():
         for number, rule in enumerate(rules):
             where = f"{place}.{number} {rule.model_dump(exclude_defaults=True)}"
             matched = [name for name in names if _matches(rule, name)]
             if not matched:
-                problems.append(f"{where} matches no tensor; a name looks like {names[len(names) // 2]}")
+                problems.append(
+                    f"{where} matches no tensor; a name looks like {names[len(names) // 2]}"
+                )
             elif all(_first(rules, name) is not rule for name in matched):
-                problems.append(f"{where} decides nothing, an earlier rule always does; put it first or leave it out")
+                problems.append(
+                    f"{where} decides nothing, an earlier rule always does; put it first or leave it out"
+                )
     return problems
 
 
@@ -101,7 +112,9 @@ def _matches(rule: RuleConfig, name: str) -> bool:
     return (
         (rule.pattern is None or re.search(rule.pattern, name) is not None)
         and (not rule.kinds or kind_of(name) in rule.kinds)
-        and (rule.layers is None or (layer is not None and rule.layers[0] <= layer <= rule.layers[1]))
+        and (
+            rule.layers is None or (layer is not None and rule.layers[0] <= layer <= rule.layers[1])
+        )
     )
 
 
@@ -113,7 +126,11 @@ def count_layers(names: Iterable[str]) -> int:
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the model's head is its embedding; without a word about it in config.json, if no head is stored."""
     tied = checkpoint.config.get("tie_word_embeddings")
-    return not any(kind_of(name) == "head" for name in checkpoint.tensors) if tied is None else bool(tied)
+    return (
+        not any(kind_of(name) == "head" for name in checkpoint.tensors)
+        if tied is None
+        else bool(tied)
+    )
 
 
 def model_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
@@ -133,4 +150,6 @@ def vocabulary_rows(checkpoint: Checkpoint) -> int:
     for name, info in checkpoint.tensors.items():
         if kind_of(name) == "embed":
             return info.shape[0]
-    raise UserError(f"{checkpoint.directory} holds no embedding matrix that is known by name; report its tensor names.")
+    raise UserError(
+        f"{checkpoint.directory} holds no embedding matrix that is known by name; report its tensor names."
+    )

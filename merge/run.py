@@ -7,19 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from core.artifact import fingerprint
-from core.errors import Interrupted, UserError
-from core.progress import say
-from core.world import find_world
-from merge import ancestry, finish, report
-from merge.config import MergeConfig
-from merge.engine import merge_files
-from merge.plan import MergeInputs, MergePlan, check_output, plan
-from merge.slices import give_back_freed_memory
-from merge.tokens import describe
-from merge.vectors import check_base
-from merge.work import Work, finish_publishing
-from tracking.tracker import Tracker
+from cpt_merge.core.artifact import fingerprint
+from cpt_merge.core.distributed import find_world
+from cpt_merge.core.errors import Interrupted, UserError
+from cpt_merge.core.progress import say
+from cpt_merge.merge import ancestry, finish, report
+from cpt_merge.merge.config import MergeConfig
+from cpt_merge.merge.engine import merge_files
+from cpt_merge.merge.plan import MergeInputs, MergePlan, check_output, plan
+from cpt_merge.merge.slices import give_back_freed_memory
+from cpt_merge.merge.tokens import describe
+from cpt_merge.merge.vectors import check_base
+from cpt_merge.merge.work import Work, finish_publishing
+from cpt_merge.tracking.tracker import Tracker
 
 _ORDER = "1"  # changes with the order of the arithmetic or the blocks: an older unfinished merge is of no use then
 
@@ -58,7 +58,10 @@ def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
         statistics = merge_files(the_plan, work)
         if not work.world.is_main:
             work.close()
-            work.wait(lambda: report.read_finished(work.out, work.digest) is not None, "the first process to finish")
+            work.wait(
+                lambda: report.read_finished(work.out, work.digest) is not None,
+                "the first process to finish",
+            )
             return {}
         give_back_freed_memory()
         results = finish.write_merged(the_plan, statistics, work.directory, work.digest)
@@ -82,6 +85,7 @@ def digest(the_plan: MergePlan) -> str:
     models = {label: fingerprint(model.directory) for label, model in the_plan.models().items()}
     headers = [header.hex() for header in the_plan.layout().headers.values()]
     text = json.dumps(
-        [_ORDER, the_plan.config.model_dump(), models, fingerprint(the_plan.tokenizer), headers], sort_keys=True
+        [_ORDER, the_plan.config.model_dump(), models, fingerprint(the_plan.tokenizer), headers],
+        sort_keys=True,
     )
     return hashlib.sha256(text.encode()).hexdigest()[:32]

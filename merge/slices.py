@@ -18,19 +18,21 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoint.dtypes import Array, Float32, narrow
-from core.errors import UserError
-from merge import gate
-from merge.align import Role, RowPairs
-from merge.combine import Place, combine, gate_factor
-from merge.initialisers import OldRows
-from merge.plan import MergePlan, PlannedTensor, PlannedVector
-from merge.ranges import TensorRange
-from merge.rules import Treatment
-from merge.statistics import Sums
-from merge.vectors import Difference, Extracted, mean_rows
+from cpt_merge.checkpoint.dtypes import Array, Float32, narrow
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge import gate
+from cpt_merge.merge.align import Role, RowPairs
+from cpt_merge.merge.combine import Place, combine, gate_factor
+from cpt_merge.merge.plan import MergePlan, PlannedTensor, PlannedVector
+from cpt_merge.merge.ranges import TensorRange
+from cpt_merge.merge.rules import Treatment
+from cpt_merge.merge.statistics import Sums
+from cpt_merge.merge.vectors import Difference, Extracted, mean_rows
+from cpt_merge.tokenizer_ext.embeddings.initialisers import OldRows
 
-CHUNK = 1 << 18  # elements; in float32 a megabyte. Half of it takes 30 % more processor time, in calls
+CHUNK = (
+    1 << 18
+)  # elements; in float32 a megabyte. Half of it takes 30 % more processor time, in calls
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
@@ -91,10 +93,14 @@ class SliceMerger:
         for first, last in self._chunks(tensor, start, stop):
             cpt = self._read_cpt(tensor, first, last, read_cpt)
             merged = self._merge_chunk(tensor, first, cpt, sums)
-            self.output.write_flat(tensor.name, first, rounded(merged, tensor.spec.dtype, tensor.name))
+            self.output.write_flat(
+                tensor.name, first, rounded(merged, tensor.spec.dtype, tensor.name)
+            )
         return sums
 
-    def gate_range(self, tensor: PlannedTensor, start: int, stop: int, read_cpt: ReadCpt) -> tuple[float, float]:
+    def gate_range(
+        self, tensor: PlannedTensor, start: int, stop: int, read_cpt: ReadCpt
+    ) -> tuple[float, float]:
         """The least and the greatest |cpt - base| of elements [start, stop); (inf, -inf) where there is no base."""
         low, high, vector = math.inf, -math.inf, self.plan.chat
         for first, last in self._chunks(tensor, start, stop):
@@ -102,7 +108,10 @@ class SliceMerger:
             if tensor.by_token:
                 here = slice(first // self._width(tensor), last // self._width(tensor))
                 shared = vector.rows.role[here] == Role.SHARED
-                cpt, part = cpt.reshape(len(shared), -1)[shared], self._rows(tensor, vector, here, shared)
+                cpt, part = (
+                    cpt.reshape(len(shared), -1)[shared],
+                    self._rows(tensor, vector, here, shared),
+                )
             else:
                 part = Part(vector.source.elements(tensor.name, first, last))
             if cpt.size and part.base is not None:
@@ -129,9 +138,13 @@ class SliceMerger:
         values: Float32 = np.concatenate([*parts, np.tile(self._mean_row(tensor.name), missing)])
         return values
 
-    def _merge_chunk(self, tensor: PlannedTensor, first: int, cpt: Float32, sums: list[Sums]) -> Float32:
+    def _merge_chunk(
+        self, tensor: PlannedTensor, first: int, cpt: Float32, sums: list[Sums]
+    ) -> Float32:
         if tensor.by_token:
-            return self._merge_rows(tensor, first, cpt.reshape(-1, self._width(tensor)), sums).reshape(-1)
+            return self._merge_rows(
+                tensor, first, cpt.reshape(-1, self._width(tensor)), sums
+            ).reshape(-1)
         if _treatment(tensor).action == "skip":
             return cpt
         name, last = tensor.name, first + cpt.size
@@ -139,7 +152,9 @@ class SliceMerger:
         chat = partial(self.plan.chat.source.chat_elements, name, first, last)
         return self._combine(tensor, Place(name, first, cpt.size), cpt, parts, chat, sums)
 
-    def _merge_rows(self, tensor: PlannedTensor, first: int, cpt: Float32, sums: list[Sums]) -> Float32:
+    def _merge_rows(
+        self, tensor: PlannedTensor, first: int, cpt: Float32, sums: list[Sums]
+    ) -> Float32:
         """Rows of a vocabulary matrix, from the one that begins with element `first`, each as its role says."""
         name, source, alignment = tensor.name, self.plan.chat.source, self.plan.chat.rows
         here = slice(first // cpt.shape[1], first // cpt.shape[1] + len(cpt))
@@ -177,7 +192,9 @@ class SliceMerger:
             factor = np.ones_like(cpt)  # also for rows that the base does not have
             known, base = parts[0].shared, parts[0].base
             factor[known] = gate_factor(cpt[known], None if base is None else base[known], whole)
-        return combine(self.plan.config, treatment, place, cpt, [part.values for part in parts], factor, whole)
+        return combine(
+            self.plan.config, treatment, place, cpt, [part.values for part in parts], factor, whole
+        )
 
     def _moved_rows(self, treatment: Treatment, here: slice) -> NDArray[np.bool_]:
         """Which of some rows get something from a vector."""
@@ -191,7 +208,9 @@ class SliceMerger:
             moved |= vector.rows.has_vector[here]
         return moved
 
-    def _rows(self, tensor: PlannedTensor, vector: PlannedVector, here: slice, moved: NDArray[np.bool_]) -> Part:
+    def _rows(
+        self, tensor: PlannedTensor, vector: PlannedVector, here: slice, moved: NDArray[np.bool_]
+    ) -> Part:
         """A vector's part in the moved ones of some rows: 0 where it has none, the mean of its constituents' if new."""
         alignment, name = vector.rows, tensor.name
         shared = alignment.role[here][moved] == Role.SHARED
@@ -202,7 +221,11 @@ class SliceMerger:
         values = np.zeros((len(shared), found.values.shape[1]), np.float32)
         values[shared] = found.values
         numbers = np.flatnonzero(moved) + here.start
-        new = [place for place in np.flatnonzero(~shared).tolist() if numbers[place] in alignment.constituents]
+        new = [
+            place
+            for place in np.flatnonzero(~shared).tolist()
+            if numbers[place] in alignment.constituents
+        ]
         if new:
             groups = [alignment.constituents[int(numbers[place])] for place in new]
             values[new] = mean_rows(vector.source, name, groups)
@@ -245,7 +268,9 @@ def rounded(values: Float32, dtype: str, name: str) -> Array:
     if dtype == "F16" and not np.isfinite(narrowed).all():
         raise UserError(f"{name} has values beyond float16's 65504; choose dtype: bfloat16.")
     if not sane and dtype == "BF16" and bool(((narrowed & 0x7FFF) == 0x7F80).any()):
-        raise UserError(f"{name} has values beyond bfloat16's 3.39e38; one of the models is damaged.")
+        raise UserError(
+            f"{name} has values beyond bfloat16's 3.39e38; one of the models is damaged."
+        )
     return narrowed
 
 

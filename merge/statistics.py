@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint.dtypes import Float32
-from core.artifact import write_json
-from merge.rules import kind_of, layer_of
+from cpt_merge.checkpoint.dtypes import Float32
+from cpt_merge.core.artifact import write_json
+from cpt_merge.merge.rules import kind_of, layer_of
 
 _FILES = "statistics-*.json"
 
@@ -62,7 +62,9 @@ class Sums:
     @property
     def cosine(self) -> float:
         """Between chat - base and cpt - base."""
-        return self.dot / math.sqrt(self.vector * self.change) if self.vector and self.change else 0.0
+        return (
+            self.dot / math.sqrt(self.vector * self.change) if self.vector and self.change else 0.0
+        )
 
     @property
     def contained(self) -> float:
@@ -85,14 +87,20 @@ def by_layer(statistics: Statistics) -> dict[str, Sums]:
     """`embed`, the layers in order, then what lies outside them."""
     layers = sorted({layer for name in statistics if (layer := layer_of(name)) is not None})
     groups = ["embed", *[str(layer) for layer in layers], "norm", "head", "other"]
-    found = {group: total(sums for name, sums in statistics.items() if _group(name) == group) for group in groups}
+    found = {
+        group: total(sums for name, sums in statistics.items() if _group(name) == group)
+        for group in groups
+    }
     return {group: sums for group, sums in found.items() if sums.base}
 
 
 def by_kind(statistics: Statistics) -> dict[str, Sums]:
     """Module kind -> sums."""
     kinds = dict.fromkeys(kind_of(name) for name in statistics)
-    return {kind: total(sums for name, sums in statistics.items() if kind_of(name) == kind) for kind in kinds}
+    return {
+        kind: total(sums for name, sums in statistics.items() if kind_of(name) == kind)
+        for kind in kinds
+    }
 
 
 def _group(name: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoint.dtypes import Float32
+from cpt_merge.checkpoint.dtypes import Float32
 
 _PER_COUNTER = 8  # 32-bit numbers that Philox makes of one counter
 

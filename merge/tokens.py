@@ -16,11 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from checkpoint.token_changes import TokenChanges
-from checkpoint.tokenizer import TokenizerFiles
-from core.errors import UserError
+from cpt_merge.checkpoint.token_changes import TokenChanges
+from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
+from cpt_merge.core.errors import UserError
 
-ROW_MULTIPLE = 64  # new rows come in such numbers where CPT's did, so that tensor cores and shards divide
+ROW_MULTIPLE = (
+    64  # new rows come in such numbers where CPT's did, so that tensor cores and shards divide
+)
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,41 @@ class OutputTokens:
 
 
 def output_tokens(
-    cpt: TokenizerFiles, base: TokenizerFiles, chat: TokenizerFiles, cpt_rows: int, token_map: Mapping[str, str]
+    cpt: TokenizerFiles,
+    base: TokenizerFiles,
+    chat: TokenizerFiles,
+    cpt_rows: int,
+    token_map: Mapping[str, str],
 ) -> OutputTokens:
     """The merged model's tokens. Raises `UserError` for a map that does not fit."""
     _check_map(token_map, cpt, chat)
-    lacking = sorted((token for token in chat.added if token not in cpt.ids), key=lambda token: chat.ids[token])
+    lacking = sorted(
+        (token for token in chat.added if token not in cpt.ids), key=lambda token: chat.ids[token]
+    )
     renamed = dict(token_map)
     for token in lacking:
         reserved = base.tokens.get(chat.ids[token])
-        free = reserved in base.added - chat.ids.keys() and reserved in cpt.added and reserved not in renamed.values()
+        free = (
+            reserved in base.added - chat.ids.keys()
+            and reserved in cpt.added
+            and reserved not in renamed.values()
+        )
         if token not in renamed and reserved is not None and free:
             renamed[token] = reserved
     following = range(max(cpt.ids.values(), default=-1) + 1, 1 << 31)
-    appended = dict(zip((token for token in lacking if token not in renamed), following, strict=False))
-    ids = {**cpt.ids, **{token: cpt.ids[reserved] for token, reserved in renamed.items()}, **appended}
+    appended = dict(
+        zip((token for token in lacking if token not in renamed), following, strict=False)
+    )
+    ids = {
+        **cpt.ids,
+        **{token: cpt.ids[reserved] for token, reserved in renamed.items()},
+        **appended,
+    }
     for reserved in renamed.values():
         del ids[reserved]
-    return OutputTokens(ids, _rows(cpt_rows, max(ids.values(), default=-1) + 1), TokenChanges(appended, renamed))
+    return OutputTokens(
+        ids, _rows(cpt_rows, max(ids.values(), default=-1) + 1), TokenChanges(appended, renamed)
+    )
 
 
 def _rows(cpt_rows: int, needed: int) -> int:
@@ -72,7 +92,9 @@ def _check_map(token_map: Mapping[str, str], cpt: TokenizerFiles, chat: Tokenize
         if token in cpt.ids:
             raise UserError(f"{where}: {cpt.directory} has {token!r} already; leave it out.")
         if reserved not in cpt.added:
-            raise UserError(f"{where}: {cpt.directory} has no special token {reserved!r} to become it; correct it.")
+            raise UserError(
+                f"{where}: {cpt.directory} has no special token {reserved!r} to become it; correct it."
+            )
     if len(set(token_map.values())) < len(token_map):
         raise UserError("merge.token_map gives one token of CPT to two of chat; correct it.")
 

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from checkpoint.dtypes import Array, Float32, widen
-from checkpoint.reader import Checkpoint, TensorInfo, read_json
-from core.errors import UserError
-from merge import kernel
-from merge.align import RowPairs, Rows
-from merge.rules import model_tensors
+from cpt_merge.checkpoint.dtypes import Array, Float32, widen
+from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo, read_json
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge import formula as kernel
+from cpt_merge.merge.align import RowPairs, Rows
+from cpt_merge.merge.rules import model_tensors
 
 STEM = "vector"  # of the weight files' names: no loader takes them for a model
 VECTOR_FILE = "vector.json"
@@ -120,11 +120,15 @@ class Extracted:
     def open(directory: Path, base: Path | None) -> Extracted:
         """Raises `UserError` where there is no vector."""
         if not (directory / VECTOR_FILE).is_file():
-            raise UserError(f"{directory} holds no {VECTOR_FILE}; make a vector with `cpt-merge merge --extract`.")
+            raise UserError(
+                f"{directory} holds no {VECTOR_FILE}; make a vector with `cpt-merge merge --extract`."
+            )
         description = read_json(directory / VECTOR_FILE)
         if not {"base_types", "base_squares"} <= description.keys():
             raise UserError(f"{directory / VECTOR_FILE} is not whole; make the vector again.")
-        return Extracted(Checkpoint.open(directory, STEM), Checkpoint.open(base) if base else None, description)
+        return Extracted(
+            Checkpoint.open(directory, STEM), Checkpoint.open(base) if base else None, description
+        )
 
     @property
     def chat_directory(self) -> Path:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.reader import Checkpoint
-from checkpoint.token_changes import TokenChanges
-from checkpoint.tokenizer import TokenizerFiles
-from checkpoint.vocabulary import MAP_FILE, VocabularyMap
-from core.errors import UserError
-from core.progress import say
-from merge.align import (
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.token_changes import TokenChanges
+from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
+from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.merge.align import (
     RowAlignment,
     add_constituents,
     align_by_position,
@@ -21,12 +21,12 @@ from merge.align import (
     check_rows,
     lost_tokens,
 )
-from merge.chat_format import ChatFormat, read_format
-from merge.config import MergeConfig
-from merge.fit import RefusedError, collected
-from merge.rules import vocabulary_rows
-from merge.tokens import output_tokens
-from merge.vectors import Vector
+from cpt_merge.merge.chat_format import ChatFormat, read_format
+from cpt_merge.merge.config import MergeConfig
+from cpt_merge.merge.fit import RefusedError, collected
+from cpt_merge.merge.rules import vocabulary_rows
+from cpt_merge.merge.tokens import output_tokens
+from cpt_merge.merge.vectors import Vector
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,12 @@ class Tokenizers:
     chat: TokenizerFiles
 
 
-def meet(config: MergeConfig, models: Mapping[str, Checkpoint], tokenizer: Path, sources: Sequence[Vector]) -> Meeting:
+def meet(
+    config: MergeConfig,
+    models: Mapping[str, Checkpoint],
+    tokenizer: Path,
+    sources: Sequence[Vector],
+) -> Meeting:
     """Align every vector with CPT by their tokenizers. `models` are all that are read, CPT among them as `cpt`.
 
     Raises `RefusedError` with everything that cannot be aligned.
@@ -71,16 +76,22 @@ def meet(config: MergeConfig, models: Mapping[str, Checkpoint], tokenizer: Path,
         _check_tokenizers(source, pair, problems)
     with collected(problems):
         check_rows(extended, all_rows["cpt"])
-    tokens = output_tokens(extended, pairs[0].base, pairs[0].chat, all_rows["cpt"], config.token_map)
+    tokens = output_tokens(
+        extended, pairs[0].base, pairs[0].chat, all_rows["cpt"], config.token_map
+    )
     with collected(problems):
         check_map(map_of_rows, tokens, pairs[0].chat)
     if config.new_rows == "constituents" and map_of_rows is None:
-        problems.append(f"{tokenizer} holds no {MAP_FILE}, which new_rows: constituents needs; set new_rows: keep")
+        problems.append(
+            f"{tokenizer} holds no {MAP_FILE}, which new_rows: constituents needs; set new_rows: keep"
+        )
     for number, pair in enumerate(pairs):
         problems += lost_tokens(extended.directory, tokens, pair.base, pair.chat, number == 0)
     if problems:
         raise RefusedError(problems)
-    rows = [align_rows(tokens, pair.base, pair.chat, map_of_rows, pair is pairs[0]) for pair in pairs]
+    rows = [
+        align_rows(tokens, pair.base, pair.chat, map_of_rows, pair is pairs[0]) for pair in pairs
+    ]
     if config.new_rows == "constituents" and map_of_rows is not None:
         for alignment, pair in zip(rows, pairs, strict=True):
             add_constituents(alignment, map_of_rows, tokens, pair.base, pair.chat)
@@ -97,7 +108,9 @@ def _all_or_none(
     present = [tokenizer for tokenizer in files if tokenizer is not None]
     if len(present) == len(files):
         return present
-    missing = [directory for directory, found in zip(directories, files, strict=True) if found is None]
+    missing = [
+        directory for directory, found in zip(directories, files, strict=True) if found is None
+    ]
     named = ", ".join(str(directory) for directory in missing)
     if present or any((directory / "vocab.json").is_file() for directory in missing):
         raise UserError(
@@ -117,7 +130,9 @@ def _all_or_none(
 def _by_position(config: MergeConfig, count: int, sources: Sequence[Vector]) -> Meeting:
     """No directory has a tokenizer."""
     if config.token_map or config.new_rows == "constituents":
-        raise UserError("token_map and new_rows: constituents need tokenizers, and there are none; leave them out.")
+        raise UserError(
+            "token_map and new_rows: constituents need tokenizers, and there are none; leave them out."
+        )
     rows = align_by_position(count)
     format = read_format(
         TokenizerFiles(sources[0].base_directory, {}, frozenset()),

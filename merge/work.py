@@ -21,16 +21,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from checkpoint.reader import UNFINISHED_FILE
-from checkpoint.writer import CheckpointFiles, Layout, beside, check_free, check_room, mark_finished, remove_unfinished
-from core.artifact import write_json
-from core.errors import Interrupted, UserError
-from core.lock import Lock
-from core.progress import say
-from core.world import World
-from merge.journal import BlockSums, Journal, read_blocks, vouch
+from cpt_merge.checkpoint.reader import UNFINISHED_FILE
+from cpt_merge.checkpoint.writer import (
+    CheckpointFiles,
+    Layout,
+    beside,
+    check_free,
+    check_room,
+    mark_finished,
+    remove_unfinished,
+)
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.distributed import World
+from cpt_merge.core.errors import Interrupted, UserError
+from cpt_merge.core.lock import Lock
+from cpt_merge.core.progress import say
+from cpt_merge.merge.journal import BlockSums, Journal, read_blocks, vouch
 
-POLL = (0.05, 1.0)  # seconds between two looks at what the others have done: at first, and after a while
+POLL = (
+    0.05,
+    1.0,
+)  # seconds between two looks at what the others have done: at first, and after a while
 
 
 class Work:
@@ -40,8 +51,12 @@ class Work:
         self.out, self.digest, self.world = out, digest, world
         self.files = CheckpointFiles(beside(out), layout)
         self.directory = self.files.directory
-        self._lock = Lock(out.with_name(out.name + ".lock"), self.directory, "choose another output")
-        self._useless = out.with_name(out.name + ".failed")  # for processes that begin when all is over
+        self._lock = Lock(
+            out.with_name(out.name + ".lock"), self.directory, "choose another output"
+        )
+        self._useless = out.with_name(
+            out.name + ".failed"
+        )  # for processes that begin when all is over
         self._journal: Journal | None = None
         self._started = time.time()
         self.opened = False
@@ -70,11 +85,15 @@ class Work:
             say(f"merge: continuing what was cut short in {self.directory}")
             self.files.lay_out()  # a crash of the machine may have lost it
             return
-        new = CheckpointFiles(self.directory.with_name(self.directory.name + ".new"), self.files.layout)
+        new = CheckpointFiles(
+            self.directory.with_name(self.directory.name + ".new"), self.files.layout
+        )
         remove_unfinished(new.directory)
         for directory in (self.directory, new.directory):
             if directory.exists():
-                raise UserError(f"{directory} is in the way and was not left by an unfinished merge; move it.")
+                raise UserError(
+                    f"{directory} is in the way and was not left by an unfinished merge; move it."
+                )
         check_room(self.out.parent, self.files.layout)
         new.create(self.digest)
         os.replace(new.directory, self.directory)
@@ -111,11 +130,16 @@ class Work:
 
     def tell(self, name: str, value: Any) -> None:
         """Leave a value for all processes."""
-        write_json(self.directory / f"{name}-{self.world.rank:05d}-of-{self.world.size:05d}.json", value)
+        write_json(
+            self.directory / f"{name}-{self.world.rank:05d}-of-{self.world.size:05d}.json", value
+        )
 
     def hear(self, name: str) -> list[Any]:
         """The values of all processes, when all are there."""
-        paths = [self.directory / f"{name}-{rank:05d}-of-{self.world.size:05d}.json" for rank in range(self.world.size)]
+        paths = [
+            self.directory / f"{name}-{rank:05d}-of-{self.world.size:05d}.json"
+            for rank in range(self.world.size)
+        ]
         self.wait(lambda: all(path.is_file() for path in paths), f"all {self.world.size} processes")
         return [json.loads(path.read_text()) for path in paths]
 

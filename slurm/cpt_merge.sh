@@ -29,7 +29,7 @@ source slurm/read_site.sh
 set -euo pipefail
 
 read -ra run <<<"srun --overlap ${CPT_MERGE_SRUN:-}"
-read -ra cli <<<"${CPT_MERGE_PYTHON:-.venv/bin/python} -m launcher.cli"
+read -ra cli <<<"${CPT_MERGE_PYTHON:-.venv/bin/python} -m cpt_merge.launcher.cli"
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # those that are used: preflight may leave some out
 leave_out=()                                           # srun's option for the others
 cpus=$SLURM_CPUS_ON_NODE

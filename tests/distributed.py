@@ -21,20 +21,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120
+) -> list[Any]:
     """`function(*arguments)` in `size` processes; the results by rank. The first failure is raised with its traceback."""
     context: Any
     if torch.cuda.is_available():
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     else:
-        context = multiprocessing.get_context("forkserver")  # a clean process that has imported the slow packages once
+        context = multiprocessing.get_context(
+            "forkserver"
+        )  # a clean process that has imported the slow packages once
         context.set_forkserver_preload(
             ["torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "datasets"]
         )
     queue: Any = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_child, args=(function, rank, size, port, queue, arguments), daemon=True)
+        context.Process(
+            target=_child, args=(function, rank, size, port, queue, arguments), daemon=True
+        )
         for rank in range(size)
     ]
     for process in processes:
@@ -63,17 +69,26 @@ def _raise_if_dead(processes: list[Any], results: dict[int, Any], deadline: floa
         if rank not in results and process.exitcode not in (None, 0):
             raise AssertionError(f"rank {rank} was killed: exit code {process.exitcode}")
     if time.monotonic() > deadline:
-        raise AssertionError(f"ranks {sorted(set(range(len(processes))) - set(results))} do not end")
+        raise AssertionError(
+            f"ranks {sorted(set(range(len(processes))) - set(results))} do not end"
+        )
 
 
 def _child(
-    function: Callable[..., Any], rank: int, size: int, port: int, queue: Any, arguments: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    port: int,
+    queue: Any,
+    arguments: tuple[Any, ...],
 ) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    torch.set_num_threads(1)  # OMP_NUM_THREADS would come too late: torch is there since before the fork
+    torch.set_num_threads(
+        1
+    )  # OMP_NUM_THREADS would come too late: torch is there since before the fork
     try:
         queue.put((rank, function(*arguments), None))
     except BaseException:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from core.byte_alphabet import LETTERS
-from tokenizer_ext.fast import AddedToken, Content
+from cpt_merge.core.byte_alphabet import LETTERS
+from cpt_merge.tokenizer_ext.fast import AddedToken, Content
 
 QWEN_ROWS = 151_936  # of Qwen's published matrices; the tokenizer has fewer ids
 CHATML = (
@@ -33,27 +33,49 @@ def data_file(package: str, path: str) -> Path:
     """A file inside an installed package. Raises `FileNotFoundError` where the package is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"{package.replace('_', '-')} is not installed; run `make test`, which installs it")
+        raise FileNotFoundError(
+            f"{package.replace('_', '-')} is not installed; run `make test`, which installs it"
+        )
     return Path(spec.submodule_search_locations[0]) / path
 
 
 def write_mistral(folder: Path) -> None:
     """`tokenizer.model` only."""
     model = data_file("mistral_common", "data/tokenizer.model.v1")
-    _write(folder, 32_000, proto=model.read_bytes(), add_bos_token=True, bos_token="<s>", eos_token="</s>")
+    _write(
+        folder,
+        32_000,
+        proto=model.read_bytes(),
+        add_bos_token=True,
+        bos_token="<s>",
+        eos_token="</s>",
+    )
 
 
 def write_mistral_v3(folder: Path) -> None:
     """`tokenizer.model` only, with 768 more pieces."""
     model = data_file("mistral_common", "data/mistral_instruct_tokenizer_240323.model.v3")
-    _write(folder, 32_768, proto=model.read_bytes(), add_bos_token=True, bos_token="<s>", eos_token="</s>")
+    _write(
+        folder,
+        32_768,
+        proto=model.read_bytes(),
+        add_bos_token=True,
+        bos_token="<s>",
+        eos_token="</s>",
+    )
 
 
 def write_qwen(folder: Path) -> None:
     """Special tokens in `added_tokens` only, NFC, 293 rows without a token."""
     lines = data_file("dashscope", "resources/qwen.tiktoken").read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
-    specials = [AddedToken(len(ranks) + n, f"<|{name}|>") for n, name in enumerate(("endoftext", "im_start", "im_end"))]
+    ranks = {
+        base64.b64decode(token): int(rank)
+        for token, rank in (line.split() for line in lines if line)
+    }
+    specials = [
+        AddedToken(len(ranks) + n, f"<|{name}|>")
+        for n, name in enumerate(("endoftext", "im_start", "im_end"))
+    ]
     content = byte_level(ranks, r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + WORDS, specials)
     content["normalizer"] = {"type": "NFC"}
     _write(folder, QWEN_ROWS, content=content, eos_token="<|im_end|>", chat_template=CHATML)
@@ -61,7 +83,9 @@ def write_qwen(folder: Path) -> None:
 
 def write_tekken(folder: Path) -> None:
     """131,072 tokens, the first 1,000 of them special; `ignore_merges` as LLaMA-3 has it."""
-    tekken = json.loads(data_file("mistral_common", "data/tekken_240718.json").read_text(encoding="utf-8"))
+    tekken = json.loads(
+        data_file("mistral_common", "data/tekken_240718.json").read_text(encoding="utf-8")
+    )
     settings = tekken["config"]
     special, size = settings["default_num_special_tokens"], settings["default_vocab_size"]
     entries = tekken["vocab"][: size - special]
@@ -93,8 +117,18 @@ def byte_level(ranks: Mapping[bytes, int], pattern: str, specials: list[AddedTok
             key=lambda split: (ranks[split[0]], ranks[split[1]]),
         )
     ]
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    letters = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
     return {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
         "added_tokens": [asdict(token) for token in specials],
@@ -110,12 +144,19 @@ def byte_level(ranks: Mapping[bytes, int], pattern: str, specials: list[AddedTok
 
 
 def _write(
-    folder: Path, rows: int, *, content: Content | None = None, proto: bytes | None = None, **settings: object
+    folder: Path,
+    rows: int,
+    *,
+    content: Content | None = None,
+    proto: bytes | None = None,
+    **settings: object,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"vocab_size": rows, "model_type": "llama"}))
     if content is not None:
-        (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(
+            json.dumps(content, ensure_ascii=False), encoding="utf-8"
+        )
     if proto is not None:
         (folder / "tokenizer.model").write_bytes(proto)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -1,59 +1,108 @@
-"""The arrows between the folders point one way (docs/design.md), and light modules stay light."""
+"""Imports between packages point one way, no modules import each other, and light modules stay light."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"tokenizer_ext", "training", "merge", "evaluation"}
-LOWER = {"tracking", "checkpoint", "core"}
-FOLDERS = STAGES | LOWER | {"launcher"}
+LOWER = {"core", "checkpoint", "tracking"}
+STAGES = {"tokenizer_ext", "data", "training", "merge", "evaluation"}
+TOP = {"launcher", "report", "cluster"}
 
-ALLOWED = {
+ALLOWED = {  # what each package may import, besides itself
     "core": set(),
     "checkpoint": {"core"},
     "tracking": {"core"},
-    "tokenizer_ext": LOWER,
+    "data": LOWER,
+    "tokenizer_ext": LOWER | {"data"},
     "merge": LOWER,
-    "evaluation": LOWER | {"merge"},  # the sweep adds the vector itself
-    "training": LOWER | {"merge"},
-    "launcher": STAGES | LOWER,
+    "training": LOWER | {"data", "merge"},  # the preview and the post-training hook
+    "evaluation": LOWER | {"data", "merge"},  # the sweep
+    "launcher": LOWER | STAGES | TOP,
+    "report": LOWER | STAGES | TOP,
+    "cluster": LOWER | STAGES | TOP,
 }
 
 
-def imports(path: Path) -> set[str]:
-    """The top-level names that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {name.name.partition(".")[0] for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
+def modules() -> dict[str, Path]:
+    """Every module of the package by name. `__main__.py` files are entry points and may import the launcher."""
+    found = {}
+    for package in ALLOWED:
+        for path in (ROOT / package).rglob("*.py"):
+            if path.name != "__main__.py":
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                found[".".join(["cpt_merge", *(part for part in parts if part != "__init__")])] = (
+                    path
+                )
     return found
 
 
-@pytest.mark.parametrize("folder", sorted(FOLDERS))
-def test_a_folder_imports_only_what_lies_below_it(folder: str) -> None:
-    files = [path for path in (ROOT / folder).rglob("*.py") if path.name != "__main__.py"]
-    assert files
-    for path in files:
-        beyond = (imports(path) & FOLDERS) - ALLOWED[folder] - {folder}
-        assert not beyond, f"{path.relative_to(ROOT)} imports {beyond}"
+MODULES = modules()
 
 
-def test_wandb_is_known_to_tracking_only() -> None:
-    for folder in FOLDERS - {"tracking"}:
-        for path in (ROOT / folder).rglob("*.py"):
-            assert "wandb" not in imports(path), path
+def imports(module: str) -> Iterator[str]:
+    """The full names that a module imports, at its top and within functions."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{module} has a relative import"
+            for name in node.names:
+                full = f"{node.module}.{name.name}"
+                yield full if full in MODULES else node.module
 
 
-@pytest.mark.parametrize("module", ["launcher.cli", "launcher.plan", "merge.run", "checkpoint.reader"])
+def package_of(name: str) -> str:
+    return name.removeprefix("cpt_merge.").partition(".")[0]
+
+
+PENDING = {"data", "merge", "tokenizer_ext"}  # the restructuring has not reached these yet
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True) if name in PENDING else ())
+        for name in sorted(ALLOWED)
+    ],
+)
+def test_a_package_imports_only_what_is_below_it(package: str) -> None:
+    own = [module for module in MODULES if package_of(module) == package]
+    assert own
+    for module in own:
+        used = {package_of(name) for name in imports(module) if name.startswith("cpt_merge.")}
+        beyond = (used & set(ALLOWED)) - ALLOWED[package] - {package}
+        assert not beyond, f"{module} imports {beyond}"
+
+
+@pytest.mark.xfail(strict=True)
+def test_no_modules_import_each_other() -> None:
+    graph = {module: {name for name in imports(module) if name in MODULES} for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as cycle:
+        pytest.fail(" <- ".join(cycle.args[1]))
+
+
+def test_only_tracking_imports_wandb() -> None:
+    for module in MODULES:
+        if package_of(module) != "tracking":
+            assert "wandb" not in {name.partition(".")[0] for name in imports(module)}, module
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["launcher.cli", "launcher.plan", "merge.run", "checkpoint.reader"],
+)
 def test_the_command_line_and_the_file_merge_start_without_torch(module: str) -> None:
-    code = (
-        f"import sys, {module}; print([m for m in ('torch', 'transformers', 'datasets', 'wandb') if m in sys.modules])"
+    heavy = ("torch", "transformers", "datasets", "wandb")
+    code = f"import sys, cpt_merge.{module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

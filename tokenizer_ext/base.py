@@ -7,14 +7,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from checkpoint.reader import read_json
-from checkpoint.tokenizer import token_text
-from core.byte_alphabet import LETTERS
-from core.errors import UserError
-from tokenizer_ext.byte_level import ByteLevelBpe
-from tokenizer_ext.family import Family
-from tokenizer_ext.fast import AddedToken, Content, added_tokens_of, build, ids_of, merges_of
-from tokenizer_ext.sentencepiece_bpe import (
+from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.checkpoint.tokenizer_files import token_text
+from cpt_merge.core.byte_alphabet import LETTERS
+from cpt_merge.core.errors import UserError
+from cpt_merge.tokenizer_ext.byte_level import ByteLevelBpe
+from cpt_merge.tokenizer_ext.family import Family
+from cpt_merge.tokenizer_ext.fast import (
+    AddedToken,
+    Content,
+    added_tokens_of,
+    build,
+    ids_of,
+    merges_of,
+)
+from cpt_merge.tokenizer_ext.sentencepiece_bpe import (
     MODEL_FILE,
     NORMAL,
     Proto,
@@ -63,7 +70,9 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     content = {**content, "post_processor": _post_processor(content, settings)}
     rows = _read_rows(directory) if rows is None else rows
     loaded = build(content)
-    moved = [token for token in added_tokens_of(content) if loaded.token_to_id(token.content) != token.id]
+    moved = [
+        token for token in added_tokens_of(content) if loaded.token_to_id(token.content) != token.id
+    ]
     if moved:
         raise UserError(
             f"{directory / FAST_FILE} lists {moved[0].content!r} at id {moved[0].id}, but it is read as id "
@@ -126,7 +135,9 @@ def _read_rows(directory: Path) -> int:
     config = read_json(directory / "config.json")
     rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     if not isinstance(rows, int) or rows < 1:
-        raise UserError(f"{directory / 'config.json'} has no vocab_size; give the directory of a Hugging Face model.")
+        raise UserError(
+            f"{directory / 'config.json'} has no vocab_size; give the directory of a Hugging Face model."
+        )
     return rows
 
 
@@ -144,7 +155,9 @@ def _read_settings(directory: Path, content: Content, proto: Proto | None) -> di
     for role in (f"{name}_token" for name in ROLES):
         token = token_text(settings.get(role))
         if token is not None and token not in ids:
-            raise UserError(f"{path} names the {role} {token!r}, which the tokenizer does not have; correct it there.")
+            raise UserError(
+                f"{path} names the {role} {token!r}, which the tokenizer does not have; correct it there."
+            )
     return settings
 
 
@@ -155,15 +168,25 @@ def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
     """
     fast, model = directory / FAST_FILE, directory / MODEL_FILE
     if not fast.is_file() and not model.is_file():
-        raise UserError(f"{directory} holds neither {FAST_FILE} nor {MODEL_FILE}; download the model's tokenizer.")
+        raise UserError(
+            f"{directory} holds neither {FAST_FILE} nor {MODEL_FILE}; download the model's tokenizer."
+        )
     proto = read_proto(model) if model.is_file() else None
     if not fast.is_file():
         return _with_added_tokens(fast_content(proto, model), directory), proto
-    content = {**read_json(fast), "truncation": None, "padding": None}  # settings of a use, not of the vocabulary
+    content = {
+        **read_json(fast),
+        "truncation": None,
+        "padding": None,
+    }  # settings of a use, not of the vocabulary
     parts = content.get("model") or {}
-    kind = parts.get("type", "BPE" if "merges" in parts else "unknown")  # older files leave the type out
+    kind = parts.get(
+        "type", "BPE" if "merges" in parts else "unknown"
+    )  # older files leave the type out
     if kind != "BPE":
-        raise UserError(f"{fast} is a {kind} tokenizer; only BPE can be extended, so choose a base with one.")
+        raise UserError(
+            f"{fast} is a {kind} tokenizer; only BPE can be extended, so choose a base with one."
+        )
     _check_shape(fast, content)
     return content, proto
 
@@ -209,7 +232,9 @@ def _family(directory: Path, content: Content, proto: Proto | None) -> Family:
         return SentencePieceBpe(content, proto)
     if proto is None and _has_byte_level(content.get("pre_tokenizer")):
         missing = [
-            byte for byte, letter in LETTERS.items() if byte not in NEVER_IN_UTF8 and letter not in model["vocab"]
+            byte
+            for byte, letter in LETTERS.items()
+            if byte not in NEVER_IN_UTF8 and letter not in model["vocab"]
         ]
         if missing:
             raise UserError(
@@ -237,7 +262,11 @@ def _post_processor(content: Content, settings: dict[str, Any]) -> Any:
     roles = [role for role in ("bos", "eos") if settings.get(f"add_{role}_token") is not None]
     if not roles:
         return content.get("post_processor")
-    tokens = {role: token_text(settings.get(f"{role}_token")) for role in roles if settings[f"add_{role}_token"]}
+    tokens = {
+        role: token_text(settings.get(f"{role}_token"))
+        for role in roles
+        if settings[f"add_{role}_token"]
+    }
     wanted = {role: token for role, token in tokens.items() if token is not None}
     ids = ids_of(content)
     if build(content).encode("").ids == [ids[token] for token in wanted.values()]:
@@ -250,11 +279,21 @@ def _template(wanted: dict[str, str], ids: dict[str, int]) -> dict[str, Any]:
 
     def around(sequence: str, type_id: int) -> list[dict[str, Any]]:
         def special(name: str) -> list[dict[str, Any]]:
-            return [{"SpecialToken": {"id": wanted[name], "type_id": type_id}}] if name in wanted else []
+            return (
+                [{"SpecialToken": {"id": wanted[name], "type_id": type_id}}]
+                if name in wanted
+                else []
+            )
 
-        return [*special("bos"), {"Sequence": {"id": sequence, "type_id": type_id}}, *special("eos")]
+        return [
+            *special("bos"),
+            {"Sequence": {"id": sequence, "type_id": type_id}},
+            *special("eos"),
+        ]
 
-    described = {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in wanted.values()}
+    described = {
+        token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in wanted.values()
+    }
     single = around("A", 0)
     return {
         "type": "TemplateProcessing",

@@ -12,14 +12,16 @@ from pathlib import Path
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from core.byte_alphabet import BYTES, LETTERS, to_bytes
-from tokenizer_ext.family import Splitter
-from tokenizer_ext.fast import Content, build, merges_of
-from tokenizer_ext.scripts import Scripts
-from tokenizer_ext.words import Words
+from cpt_merge.core.byte_alphabet import BYTES, LETTERS, to_bytes
+from cpt_merge.tokenizer_ext.family import Splitter
+from cpt_merge.tokenizer_ext.fast import Content, build, merges_of
+from cpt_merge.tokenizer_ext.scripts import Scripts
+from cpt_merge.tokenizer_ext.words import Words
 
 SPACE = LETTERS[0x20]
-_UNDECODED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is part of no character
+_UNDECODED = re.compile(
+    "[\udc80-\udcff]"
+)  # what "surrogateescape" makes of a byte that is part of no character
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class ByteLevelBpe:
 
         return admitted
 
-    def needed_characters(self, words: Words, coverage: float, vocabulary: Collection[str]) -> dict[str, int]:
+    def needed_characters(
+        self, words: Words, coverage: float, vocabulary: Collection[str]
+    ) -> dict[str, int]:
         """None: bytes spell every character."""
         return {}
 
@@ -94,7 +98,11 @@ class ByteLevelBpe:
 
     def spelt(self, piece: str) -> bytes:
         """A byte for each letter; the UTF-8 of a special token."""
-        return bytes(BYTES[letter] for letter in piece) if set(piece) <= BYTES.keys() else piece.encode()
+        return (
+            bytes(BYTES[letter] for letter in piece)
+            if set(piece) <= BYTES.keys()
+            else piece.encode()
+        )
 
     def readable(self, piece: str) -> str:
         """The text of the bytes; special tokens as they are."""
@@ -102,7 +110,10 @@ class ByteLevelBpe:
             spelt = to_bytes(piece)
         except KeyError:
             return piece
-        return _UNDECODED.sub(lambda found: f"<{ord(found[0]) - 0xDC00:02X}>", spelt.decode("utf-8", "surrogateescape"))
+        return _UNDECODED.sub(
+            lambda found: f"<{ord(found[0]) - 0xDC00:02X}>",
+            spelt.decode("utf-8", "surrogateescape"),
+        )
 
     def write_model(self, content: Content, pieces: dict[str, int], rows: int, out: Path) -> None:
         """Nothing: `tokenizer.json` is all there is."""
@@ -114,7 +125,9 @@ def begins_only(spelt: bytes, scripts: Scripts) -> bool:
     A beginning that other scripts share (`E3 80` of Han's 々 and of CJK punctuation) would change their text.
     """
     lead = spelt[0]
-    length = 2 if 0xC2 <= lead < 0xE0 else 3 if 0xE0 <= lead < 0xF0 else 4 if 0xF0 <= lead < 0xF5 else 0
+    length = (
+        2 if 0xC2 <= lead < 0xE0 else 3 if 0xE0 <= lead < 0xF0 else 4 if 0xF0 <= lead < 0xF5 else 0
+    )
     missing = length - len(spelt)
     if missing <= 0:
         return False
@@ -126,7 +139,9 @@ def begins_only(spelt: bytes, scripts: Scripts) -> bool:
 def _continuations(count: int) -> list[bytes]:
     if count == 0:
         return [b""]
-    return [bytes([byte]) + rest for byte in range(0x80, 0xC0) for rest in _continuations(count - 1)]
+    return [
+        bytes([byte]) + rest for byte in range(0x80, 0xC0) for rest in _continuations(count - 1)
+    ]
 
 
 def _is_assigned(character: str) -> bool:

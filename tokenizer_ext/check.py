@@ -7,19 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.vocabulary import MAP_FILE
-from core.errors import UserError
-from core.languages import SCRIPTS, script_pattern
-from core.progress import say, timed
-from core.sources import Source, read_source
-from tokenizer_ext.base import read_base, read_tokenizer
-from tokenizer_ext.fast import added_tokens_of
-from tokenizer_ext.measure import Fertility, measure_fertility
-from tokenizer_ext.report import FERTILITY_COLUMNS, PROOF_COLUMNS, fertility_rows, proof_rows, show
-from tokenizer_ext.samples import HELDOUT_CHARACTERS, scripts_of, take_samples
-from tokenizer_ext.verify import SHOWN, Case, Proof, prove, read_case
+from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import SCRIPTS, script_pattern
+from cpt_merge.core.progress import say, timed
+from cpt_merge.data.sources import Source, read_source
+from cpt_merge.tokenizer_ext.base import read_base, read_tokenizer
+from cpt_merge.tokenizer_ext.fast import added_tokens_of
+from cpt_merge.tokenizer_ext.measure import Fertility, measure_fertility
+from cpt_merge.tokenizer_ext.report import (
+    FERTILITY_COLUMNS,
+    PROOF_COLUMNS,
+    fertility_rows,
+    proof_rows,
+    show,
+)
+from cpt_merge.tokenizer_ext.samples import HELDOUT_CHARACTERS, scripts_of, take_samples
+from cpt_merge.tokenizer_ext.verify import SHOWN, Case, Proof, prove, read_case
 
-TARGET_SHARE = 0.01  # of the new tokens with letters of a script, for it to be one that they were made for
+TARGET_SHARE = (
+    0.01  # of the new tokens with letters of a script, for it to be one that they were made for
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,11 @@ class Checked:
 
 
 def check(
-    directory: Path, base: Path, chat: Path | None = None, texts: Sequence[Path] = (), languages: Sequence[str] = ()
+    directory: Path,
+    base: Path,
+    chat: Path | None = None,
+    texts: Sequence[Path] = (),
+    languages: Sequence[str] = (),
 ) -> Checked:
     """Prove what can be proven of the tokenizer in `directory`, and print it.
 
@@ -51,7 +63,9 @@ def check(
     added = [token for token in added_tokens_of(content) if token.content not in start.ids]
     others = {*start.ids, *(token.content for token in added)}
     pieces = {piece: id_ for piece, id_ in content["model"]["vocab"].items() if piece not in others}
-    words = [token.content for token in added if not token.special] + list(map(start.family.readable, pieces))
+    words = [token.content for token in added if not token.special] + list(
+        map(start.family.readable, pieces)
+    )
     scripts = scripts_of(languages) if languages else guess_scripts(words)
     say(
         f"{directory}: {len(pieces):,} new pieces and {len(added):,} new added tokens, "
@@ -66,7 +80,10 @@ def check(
     with timed("checking"):
         proofs = prove(case)
     fertility = [measure_fertility(case, name, some) for name, some in read.items() if some]
-    fertility += [measure_fertility(case, f"{name} (sentences)", some) for name, some in samples.sentences.items()]
+    fertility += [
+        measure_fertility(case, f"{name} (sentences)", some)
+        for name, some in samples.sentences.items()
+    ]
     _show(Checked(proofs, fertility))
     return Checked(proofs, fertility)
 
@@ -77,7 +94,8 @@ def guess_scripts(words: Sequence[str]) -> tuple[str, ...]:
         script
         for script in SCRIPTS
         if script != "Latin"
-        and sum(script_pattern((script,)).search(word) is not None for word in words) > TARGET_SHARE * len(words)
+        and sum(script_pattern((script,)).search(word) is not None for word in words)
+        > TARGET_SHARE * len(words)
     )
 
 
@@ -87,7 +105,9 @@ def _checked(paths: Sequence[Path]) -> Sequence[Path]:
         if not path.exists():
             raise UserError(f"--text {path} does not exist; correct the path.")
     if len({path.stem for path in paths}) < len(paths):
-        raise UserError("two --text files have the same name, by which the tables call them; rename one.")
+        raise UserError(
+            "two --text files have the same name, by which the tables call them; rename one."
+        )
     return paths
 
 
@@ -109,6 +129,9 @@ def _show(checked: Checked) -> None:
         if proof.failures:
             more = len(proof.failures) - SHOWN
             say(f"broken: {proof.law}")
-            for line in [*proof.failures[:SHOWN], *([f"... and {more:,} more"] if more > 0 else [])]:
+            for line in [
+                *proof.failures[:SHOWN],
+                *([f"... and {more:,} more"] if more > 0 else []),
+            ]:
                 say(f"  {line}")
     say("every law holds" if checked.whole else "not every law holds")

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from pydantic import field_validator, model_validator
 
-from core.config import Section, key
-from core.errors import UserError
-from core.languages import find_language
+from cpt_merge.core.config import Section, key
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
 
 
 class TokenizerConfig(Section):
@@ -21,14 +21,27 @@ class TokenizerConfig(Section):
         {}, "language -> file: a word list (one a line) or a SentencePiece model; its entries come first, and where "
         "`new_pieces` says no more, nothing is learnt",
     )  # fmt: skip
-    min_frequency: int = key(5, "how often two neighbours must meet in the text to become a piece", ge=1)
-    max_piece_length: int = key(8, "longest new piece that is learnt", unit="characters", ge=1, le=50)
-    character_coverage: float = key(
-        0.9998, "share of the text's characters that get a piece of their own (SentencePiece bases)", gt=0, le=1
+    min_frequency: int = key(
+        5, "how often two neighbours must meet in the text to become a piece", ge=1
     )
-    pad_to_multiple: int = key(64, "the number of rows is rounded up to a multiple of this", unit="rows", ge=1)
+    max_piece_length: int = key(
+        8, "longest new piece that is learnt", unit="characters", ge=1, le=50
+    )
+    character_coverage: float = key(
+        0.9998,
+        "share of the text's characters that get a piece of their own (SentencePiece bases)",
+        gt=0,
+        le=1,
+    )
+    pad_to_multiple: int = key(
+        64, "the number of rows is rounded up to a multiple of this", unit="rows", ge=1
+    )
     max_characters: int = key(
-        100_000_000, "text counted for each language, from its start", unit="characters", gt=0, lt=2**31
+        100_000_000,
+        "text counted for each language, from its start",
+        unit="characters",
+        gt=0,
+        lt=2**31,
     )
 
     def languages(self) -> list[str]:
@@ -41,7 +54,9 @@ class TokenizerConfig(Section):
         _check_known(sizes)
         for tag, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{tag} asks for {size} pieces; ask for at least 1, or leave the language out")
+                raise ValueError(
+                    f"{tag} asks for {size} pieces; ask for at least 1, or leave the language out"
+                )
         return sizes
 
     @field_validator("pieces_from")
@@ -53,7 +68,9 @@ class TokenizerConfig(Section):
     @model_validator(mode="after")
     def _some_language(self) -> TokenizerConfig:
         if not self.languages():
-            raise ValueError("no language gets new pieces; set `new_pieces`, such as {ko: 8000}, or `pieces_from`")
+            raise ValueError(
+                "no language gets new pieces; set `new_pieces`, such as {ko: 8000}, or `pieces_from`"
+            )
         return self
 
 

@@ -10,10 +10,10 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing import get_context
 
-from core.errors import UserError
-from core.progress import Meter
-from tokenizer_ext.family import Splitter
-from tokenizer_ext.words import Words
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import Meter
+from cpt_merge.tokenizer_ext.family import Splitter
+from cpt_merge.tokenizer_ext.words import Words
 
 BLOCK = 1_000_000  # characters that are counted at once
 BLOCKS_ALONE = 4  # so many are counted in this process, before others are worth starting
@@ -50,7 +50,9 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield block
 
 
-def _count_elsewhere(blocks: Iterator[list[str]], splitter: Splitter) -> Iterator[tuple[int, dict[str, int]]]:
+def _count_elsewhere(
+    blocks: Iterator[list[str]], splitter: Splitter
+) -> Iterator[tuple[int, dict[str, int]]]:
     """(characters, counts) of every block, in order, from as many processes as there are cores for."""
     first = next(blocks, None)
     if first is None:
@@ -59,7 +61,9 @@ def _count_elsewhere(blocks: Iterator[list[str]], splitter: Splitter) -> Iterato
     waiting: deque[tuple[int, Future[dict[str, int]]]] = deque()
     context = get_context("spawn")  # a forked child would inherit the locks of other threads
     try:
-        with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(splitter,)) as pool:
+        with ProcessPoolExecutor(
+            processes, context, initializer=_start, initargs=(splitter,)
+        ) as pool:
             for block in chain([first], blocks):
                 waiting.append((sum(map(len, block)), pool.submit(_count_block, block)))
                 if len(waiting) > 2 * processes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from core.errors import UserError
-from core.sources import Corpus, Split
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.sources import Corpus, Split
 
 
 def documents(corpus: Corpus, language: str, split: Split, max_characters: int) -> Iterator[str]:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
-from tokenizer_ext.fast import Content
-from tokenizer_ext.scripts import Scripts
-from tokenizer_ext.words import Words
+from cpt_merge.tokenizer_ext.fast import Content
+from cpt_merge.tokenizer_ext.scripts import Scripts
+from cpt_merge.tokenizer_ext.words import Words
 
-Splitter = Callable[[str], list[str]]  # a document's words, in the alphabet of the vocabulary; can be sent to a process
+Splitter = Callable[
+    [str], list[str]
+]  # a document's words, in the alphabet of the vocabulary; can be sent to a process
 
 
 class Family(Protocol):
@@ -24,7 +26,9 @@ class Family(Protocol):
     def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
         """Whether a string, spelt by two neighbours within a word, may be a piece of up to `max_length` characters."""
 
-    def needed_characters(self, words: Words, coverage: float, vocabulary: Collection[str]) -> dict[str, int]:
+    def needed_characters(
+        self, words: Words, coverage: float, vocabulary: Collection[str]
+    ) -> dict[str, int]:
         """The characters that must become pieces before pairs are counted, and how often each occurs."""
 
     def is_one_word(self, text: str) -> bool:

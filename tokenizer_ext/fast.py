@@ -33,24 +33,37 @@ def build(content: Content) -> Tokenizer:
 
 def build_model(content: Content) -> Tokenizer:
     """Only the merges: no normalizer (so no dummy prefix), no pre-tokenizer, no added tokens, no `ignore_merges`."""
-    bare: Content = {"added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None}
+    bare: Content = {
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+    }
     return build({**content, **bare, "model": {**content["model"], "ignore_merges": False}})
 
 
 def merges_of(content: Content) -> list[Merge]:
     """The merges in order, from either way of writing them (`"a b"` before tokenizers 0.20, `["a", "b"]` since)."""
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"])
+    pairs = (
+        merge.split(" ") if isinstance(merge, str) else merge
+        for merge in content["model"]["merges"]
+    )
     return [(left, right) for left, right in pairs]
 
 
 def added_tokens_of(content: Content) -> list[AddedToken]:
     """The added tokens, by id."""
-    return sorted((AddedToken(**token) for token in content["added_tokens"]), key=lambda token: token.id)
+    return sorted(
+        (AddedToken(**token) for token in content["added_tokens"]), key=lambda token: token.id
+    )
 
 
 def ids_of(content: Content) -> dict[str, int]:
     """Token -> id, added tokens included."""
-    return {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    return {
+        **content["model"]["vocab"],
+        **{token["content"]: token["id"] for token in content["added_tokens"]},
+    }
 
 
 def splits(piece: str, vocabulary: Collection[str]) -> Iterator[Merge]:
@@ -71,13 +84,20 @@ def extend_model(content: Content, pieces: Mapping[str, int], settled: int) -> C
     new = [list(merge) for merge in _merges_of_new(pieces, vocabulary)]
     return {
         **content,
-        "model": {**content["model"], "vocab": vocabulary, "merges": old[:settled] + new + old[settled:]},
+        "model": {
+            **content["model"],
+            "vocab": vocabulary,
+            "merges": old[:settled] + new + old[settled:],
+        },
     }
 
 
 def _merges_of_new(pieces: Mapping[str, int], vocabulary: Mapping[str, int]) -> Iterator[Merge]:
     for piece in pieces:
-        yield from sorted(splits(piece, vocabulary), key=lambda merge: (vocabulary[merge[0]], vocabulary[merge[1]]))
+        yield from sorted(
+            splits(piece, vocabulary),
+            key=lambda merge: (vocabulary[merge[0]], vocabulary[merge[1]]),
+        )
 
 
 def add_tokens(content: Content, tokens: Sequence[AddedToken]) -> Content:
@@ -107,4 +127,8 @@ def look_up_whole_words(content: Content) -> Content:
     merged = build_model(content).encode_batch_fast(pieces, add_special_tokens=False)
     whole = all(len(encoding.ids) == 1 for encoding in merged)
     apart = all(len(tokenizer.pre_tokenizer.pre_tokenize_str(token)) > 1 for token in added)
-    return {**content, "model": {**content["model"], "ignore_merges": True}} if whole and apart else content
+    return (
+        {**content, "model": {**content["model"], "ignore_merges": True}}
+        if whole and apart
+        else content
+    )

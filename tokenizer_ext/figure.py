@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.palette import LANGUAGE_COLOURS, MODEL_COLOURS
-from tokenizer_ext.measure import Fertility, Usefulness
+from cpt_merge.core.palette import LANGUAGE_COLOURS, MODEL_COLOURS
+from cpt_merge.tokenizer_ext.measure import Fertility, Usefulness
 
 
 def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path: Path) -> None:
@@ -19,7 +19,13 @@ def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path:
     kinds = ((-0.2, "base", MODEL_COLOURS["base"]), (0.2, "extended", MODEL_COLOURS["cpt"]))
     for which, (offset, label, colour) in enumerate(kinds):
         values = [one.tokens_per_character[which] for one in fertility]
-        drawn = bars.bar([place + offset for place in range(len(languages))], values, 0.38, label=label, color=colour)
+        drawn = bars.bar(
+            [place + offset for place in range(len(languages))],
+            values,
+            0.38,
+            label=label,
+            color=colour,
+        )
         bars.bar_label(drawn, fmt="%.2f", fontsize=8)
     bars.set_xticks(range(len(languages)), languages)
     bars.set_ylabel("tokens per character")
@@ -39,7 +45,15 @@ def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path:
     curves.set_ylabel("tokens per character")
     curves.set_title("What each further piece brings")
     if any(one.characters for one in usefulness):
-        curves.plot([], [], "o", markersize=9, fillstyle="none", color="gray", label="end of single characters")
+        curves.plot(
+            [],
+            [],
+            "o",
+            markersize=9,
+            fillstyle="none",
+            color="gray",
+            label="end of single characters",
+        )
     curves.legend(frameon=False)
     for axes in (bars, curves):
         axes.spines[["top", "right"]].set_visible(False)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from core.errors import UserError
-from core.progress import say
-from tokenizer_ext.fast import Merge
-from tokenizer_ext.scripts import Scripts
-from tokenizer_ext.sentencepiece_bpe import NORMAL, SPACE, parse_proto
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.tokenizer_ext.fast import Merge
+from cpt_merge.tokenizer_ext.scripts import Scripts
+from cpt_merge.tokenizer_ext.sentencepiece_bpe import NORMAL, SPACE, parse_proto
 
 SHOWN = 3  # entries in a message
 LONGEST = 50  # characters of an entry; SentencePiece refuses pieces of some hundred
@@ -35,10 +35,14 @@ def read_given(path: Path, scripts: Scripts) -> list[str]:
     others = [entry for entry in entries if entry and not scripts.spell(entry.removeprefix(" "))]
     wanted = " or ".join(scripts.language.scripts)
     if not fitting:
-        raise UserError(f"{path} has no entry of {wanted} letters alone; correct tokenizer.pieces_from.")
+        raise UserError(
+            f"{path} has no entry of {wanted} letters alone; correct tokenizer.pieces_from."
+        )
     if others:
         shown = ", ".join(map(repr, others[:SHOWN]))
-        say(f"{path}: {len(others):,} of {len(entries):,} entries are not of {wanted} alone and left out ({shown})")
+        say(
+            f"{path}: {len(others):,} of {len(entries):,} entries are not of {wanted} alone and left out ({shown})"
+        )
     return list(dict.fromkeys(fitting))
 
 
@@ -54,14 +58,18 @@ def _entries(path: Path) -> list[str]:
 def _model_pieces(path: Path) -> list[str]:
     proto = parse_proto(path)
     pieces = [piece for piece in proto.pieces if piece.type == NORMAL]
-    return [piece.piece.replace(SPACE, " ") for piece in sorted(pieces, key=lambda piece: -piece.score)]
+    return [
+        piece.piece.replace(SPACE, " ") for piece in sorted(pieces, key=lambda piece: -piece.score)
+    ]
 
 
 def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); correct tokenizer.pieces_from.") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); correct tokenizer.pieces_from."
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it.") from None
     return [line.partition("\t")[0].rstrip() for line in text.splitlines()]
@@ -71,7 +79,9 @@ def _lines(path: Path) -> list[str]:
 class Replayed:
     """The pieces that a list makes."""
 
-    pieces: dict[str, Merge | None]  # piece -> the two that it is merged from, None for a letter; in order
+    pieces: dict[
+        str, Merge | None
+    ]  # piece -> the two that it is merged from, None for a letter; in order
     steps: int  # pieces that are not on the list, but on the way to one that is
     unreachable: list[str]  # entries that no admitted merges lead to
     left: int  # entries for which there was no room
@@ -109,7 +119,11 @@ class Speller:
 
 
 def replay(
-    entries: Sequence[str], size: int, merges: Sequence[Merge], known: Collection[str], admits: Callable[[str], bool]
+    entries: Sequence[str],
+    size: int,
+    merges: Sequence[Merge],
+    known: Collection[str],
+    admits: Callable[[str], bool],
 ) -> Replayed:
     """Make pieces of entries (in the alphabet of the vocabulary), in their order, `size` pieces at most.
 
@@ -122,7 +136,11 @@ def replay(
     missing = [entry for entry in dict.fromkeys(entries) if entry not in known]
     left = 0
     for done, entry in enumerate(missing):
-        letters = [letter for letter in dict.fromkeys(entry) if letter not in known and letter not in pieces]
+        letters = [
+            letter
+            for letter in dict.fromkeys(entry)
+            if letter not in known and letter not in pieces
+        ]
         steps = _make_whole(speller, entry, lambda text: text not in known and admits(text), wanted)
         if steps is None:
             unreachable.append(entry)

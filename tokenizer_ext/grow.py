@@ -12,24 +12,33 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import Split
 
-from core.errors import UserError
-from core.languages import find_language
-from core.progress import Meter, say
-from core.sources import Corpus
-from tokenizer_ext.base import Base
-from tokenizer_ext.config import TokenizerConfig
-from tokenizer_ext.count import count_words
-from tokenizer_ext.documents import documents
-from tokenizer_ext.fast import Content, Merge, added_tokens_of, build_model, extend_model, merges_of
-from tokenizer_ext.given import Replayed, read_given, replay
-from tokenizer_ext.learn import ContinuedBpe, Growth
-from tokenizer_ext.scripts import Scripts
-from tokenizer_ext.symbols import BREAK, WordArrays
-from tokenizer_ext.words import SEPARATOR, Words
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
+from cpt_merge.core.progress import Meter, say
+from cpt_merge.data.sources import Corpus
+from cpt_merge.tokenizer_ext.base import Base
+from cpt_merge.tokenizer_ext.config import TokenizerConfig
+from cpt_merge.tokenizer_ext.count import count_words
+from cpt_merge.tokenizer_ext.documents import documents
+from cpt_merge.tokenizer_ext.fast import (
+    Content,
+    Merge,
+    added_tokens_of,
+    build_model,
+    extend_model,
+    merges_of,
+)
+from cpt_merge.tokenizer_ext.given import Replayed, read_given, replay
+from cpt_merge.tokenizer_ext.learn import ContinuedBpe, Growth
+from cpt_merge.tokenizer_ext.scripts import Scripts
+from cpt_merge.tokenizer_ext.symbols import BREAK, WordArrays
+from cpt_merge.tokenizer_ext.words import SEPARATOR, Words
 
 BLOCKS_AT_ONCE = 8  # of words that are split
 SHOWN = 3  # examples in a message
-Pieces = dict[str, Merge | None]  # piece -> the two that it is merged from, None for a single character
+Pieces = dict[
+    str, Merge | None
+]  # piece -> the two that it is merged from, None for a single character
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,10 @@ class Learned:
 def learn_languages(base: Base, corpus: Corpus, config: TokenizerConfig) -> list[Learned]:
     """Learn every language in turn, each upon what the ones before it have added."""
     scripts = {language: Scripts(find_language(language)) for language in config.languages()}
-    lists = {language: read_given(Path(path), scripts[language]) for language, path in config.pieces_from.items()}
+    lists = {
+        language: read_given(Path(path), scripts[language])
+        for language, path in config.pieces_from.items()
+    }
     learned: list[Learned] = []
     for language in scripts:
         earlier = [piece for one in learned for piece in one.pieces]
@@ -87,11 +99,15 @@ class Grower:
         while True:
             growth = self._learn(words, pieces, size - len(pieces), barred=pruned)
             idle = idle_leaves(growth, self.config.min_frequency)
-            pieces |= {piece: halves for piece, halves in growth.pieces.items() if piece not in idle}
+            pieces |= {
+                piece: halves for piece, halves in growth.pieces.items() if piece not in idle
+            }
             pruned |= idle
             if not idle:
                 break
-            say(f"{self.language}: {len(idle):,} pieces are hardly used in the end (tokenizer.min_frequency); left out")
+            say(
+                f"{self.language}: {len(idle):,} pieces are hardly used in the end (tokenizer.min_frequency); left out"
+            )
         if size and not pieces:
             raise UserError(
                 f"the text in {self.language!r} gives not one new piece: it has hardly any "
@@ -103,7 +119,9 @@ class Grower:
                 f"{self.language}: found {len(pieces):,} of {size:,} pieces; no other pair occurs "
                 f"{self.config.min_frequency} times (tokenizer.min_frequency), or the text is too short."
             )
-        return Learned(self.language, pieces, len(characters), len(given), len(pruned), Counter(growth.usage))
+        return Learned(
+            self.language, pieces, len(characters), len(given), len(pruned), Counter(growth.usage)
+        )
 
     def _characters(self, words: Words) -> Pieces:
         """The characters that must be pieces before anything is merged."""
@@ -113,7 +131,9 @@ class Grower:
                 "correct `language` in corpus.sources, or add text."
             )
         vocabulary = {*self.base.content["model"]["vocab"], *self.earlier}
-        needed = self.base.family.needed_characters(words, self.config.character_coverage, vocabulary)
+        needed = self.base.family.needed_characters(
+            words, self.config.character_coverage, vocabulary
+        )
         if self.size is not None and len(needed) > self.size:
             raise UserError(
                 f"tokenizer.new_pieces.{self.language} = {self.size} is too small: the text has {len(needed)} "
@@ -126,7 +146,9 @@ class Grower:
         apart = [entry for entry in entries if not self.base.family.is_one_word(entry)]
         if apart:
             shown = ", ".join(apart[:SHOWN])
-            say(f"{self.language}: the base's tokenizer cuts or changes {len(apart):,} entries ({shown}); left out")
+            say(
+                f"{self.language}: the base's tokenizer cuts or changes {len(apart):,} entries ({shown}); left out"
+            )
         entries = [entry for entry in entries if self.base.family.is_one_word(entry)]
         if not entries:
             return {}
@@ -140,12 +162,18 @@ class Grower:
 
     def _say_given(self, made: Replayed, entries: int) -> None:
         taken = len(made.pieces) - made.steps
-        say(f"{self.language}: {taken:,} of {entries:,} entries are new pieces, with {made.steps:,} steps towards them")
+        say(
+            f"{self.language}: {taken:,} of {entries:,} entries are new pieces, with {made.steps:,} steps towards them"
+        )
         if made.unreachable:
             shown = ", ".join(map(self.base.family.readable, made.unreachable[:SHOWN]))
-            say(f"{self.language}: no whole characters lead to {len(made.unreachable):,} entries ({shown}); left out")
+            say(
+                f"{self.language}: no whole characters lead to {len(made.unreachable):,} entries ({shown}); left out"
+            )
         if made.left:
-            say(f"{self.language}: no room for {made.left:,} entries; raise tokenizer.new_pieces.{self.language}")
+            say(
+                f"{self.language}: no room for {made.left:,} entries; raise tokenizer.new_pieces.{self.language}"
+            )
 
     def _learn(self, words: Words, pieces: Pieces, size: int, barred: Collection[str]) -> Growth:
         """`size` pieces more, none of them `barred`, and how the words are spelt with all of them."""
@@ -171,7 +199,9 @@ def with_pieces(base: Base, pieces: Sequence[str]) -> Content:
     return extend_model(base.content, ids, base.family.settled())
 
 
-def _split_words(tokenizer: Tokenizer, spells: Sequence[bool], words: Words, label: str) -> WordArrays:
+def _split_words(
+    tokenizer: Tokenizer, spells: Sequence[bool], words: Words, label: str
+) -> WordArrays:
     """The words as the tokenizer, which has only merges, splits them.
 
     Bytes of a character without a piece are a break: a piece may only contain characters that are pieces.
@@ -182,8 +212,12 @@ def _split_words(tokenizer: Tokenizer, spells: Sequence[bool], words: Words, lab
     with Meter(label, words.distinct(), "words") as meter:
         for start in range(0, len(words.blocks), BLOCKS_AT_ONCE):
             texts, frequencies = zip(*words.blocks[start : start + BLOCKS_AT_ONCE], strict=True)
-            encodings = tokenizer.encode_batch(texts, add_special_tokens=False)  # encode_batch_fast gives no word_ids
-            lengths = np.concatenate([np.bincount(np.array(one.word_ids, np.int64)) for one in encodings])
+            encodings = tokenizer.encode_batch(
+                texts, add_special_tokens=False
+            )  # encode_batch_fast gives no word_ids
+            lengths = np.concatenate(
+                [np.bincount(np.array(one.word_ids, np.int64)) for one in encodings]
+            )
             ids = np.concatenate([np.array(one.ids, np.int32) for one in encodings])
             arrays.add(kept[ids], lengths, np.concatenate(frequencies))
             meter.advance(len(lengths))
@@ -193,4 +227,8 @@ def _split_words(tokenizer: Tokenizer, spells: Sequence[bool], words: Words, lab
 def idle_leaves(growth: Growth, min_frequency: int) -> set[str]:
     """The learnt pieces that the text hardly uses in the end, and that no other learnt piece is made of."""
     parts = {half for halves in growth.pieces.values() for half in halves}
-    return {piece for piece in growth.pieces if growth.usage.get(piece, 0) < min_frequency and piece not in parts}
+    return {
+        piece
+        for piece in growth.pieces
+        if growth.usage.get(piece, 0) < min_frequency and piece not in parts
+    }

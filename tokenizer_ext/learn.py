@@ -23,9 +23,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.progress import Meter, timed
-from tokenizer_ext.fast import Merge
-from tokenizer_ext.symbols import Ints, Places, Symbols, WordArrays, pair_keys, split_key, sum_by_key
+from cpt_merge.core.progress import Meter, timed
+from cpt_merge.tokenizer_ext.fast import Merge
+from cpt_merge.tokenizer_ext.symbols import (
+    Ints,
+    Places,
+    Symbols,
+    WordArrays,
+    pair_keys,
+    split_key,
+    sum_by_key,
+)
 
 
 @dataclass(frozen=True)
@@ -45,14 +53,20 @@ class ContinuedBpe:
     """
 
     def __init__(
-        self, names: Sequence[str], words: WordArrays, admits: Callable[[str], bool], min_frequency: int
+        self,
+        names: Sequence[str],
+        words: WordArrays,
+        admits: Callable[[str], bool],
+        min_frequency: int,
     ) -> None:
         self._names = list(names)
         self._ids = {name: id_ for id_, name in enumerate(self._names)}
         self._admits = admits
         self._min_frequency = min_frequency
         self._counts: dict[int, int] = {}  # pair that may become a piece -> how often it occurs
-        self._heap: list[tuple[int, str, int]] = []  # (-count, string, pair); counts may have fallen since
+        self._heap: list[
+            tuple[int, str, int]
+        ] = []  # (-count, string, pair); counts may have fallen since
         self._symbols = Symbols(words)
 
     def learn(self, size: int, label: str = "learning") -> Growth:
@@ -67,7 +81,9 @@ class ContinuedBpe:
                 self._merge_everywhere(pair)
                 meter.advance()
         usage = self._symbols.usage(len(self._names))
-        return Growth(pieces, {self._names[id_]: int(usage[id_]) for id_ in np.flatnonzero(usage).tolist()})
+        return Growth(
+            pieces, {self._names[id_]: int(usage[id_]) for id_ in np.flatnonzero(usage).tolist()}
+        )
 
     def _count_pairs(self) -> None:
         """Count all pairs, and part the words where a rare one stands."""
@@ -103,7 +119,9 @@ class ContinuedBpe:
         symbols = self._symbols
         gone = symbols.following(places)
         before, after = symbols.preceding(places), symbols.following(gone)
-        first = np.ones(len(places), bool)  # the others stand right behind a merged pair, which counts that border
+        first = np.ones(
+            len(places), bool
+        )  # the others stand right behind a merged pair, which counts that border
         first[1:] = places[1:] != after[:-1]
         weights = symbols.weight[places]
         both = np.concatenate([weights[first], weights])

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from core.languages import find_language
-from tokenizer_ext.base import Base
-from tokenizer_ext.grow import Learned, Pieces
-from tokenizer_ext.verify import Case
+from cpt_merge.core.languages import find_language
+from cpt_merge.tokenizer_ext.base import Base
+from cpt_merge.tokenizer_ext.grow import Learned, Pieces
+from cpt_merge.tokenizer_ext.verify import Case
 
 CURVE_POINTS = 16
 EXAMPLES = 3  # per language
@@ -44,7 +44,9 @@ class Usefulness:
     pruned: int  # learnt and left out again
     used_in_training: float  # share of the pieces that the counted text is spelt with in the end
     used_in_heldout: float  # share of the pieces that any held-out text is spelt with
-    curve: list[tuple[int, float]]  # number of pieces, tokens per character of the language's held-out text
+    curve: list[
+        tuple[int, float]
+    ]  # number of pieces, tokens per character of the language's held-out text
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class Example:
 def measure_fertility(case: Case, language: str, texts: Sequence[str]) -> Fertility:
     """Both tokenizers on some texts, at least one."""
     before, after = (
-        [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        [
+            encoding.ids
+            for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
         for tokenizer in (case.before, case.after)
     )
     tokens = sum(map(len, before)), sum(map(len, after))
@@ -97,7 +102,9 @@ def measure_usefulness(
     )
 
 
-def gain_curve(pieces: Pieces, later: Pieces, text: Fertility, characters: int) -> list[tuple[int, float]]:
+def gain_curve(
+    pieces: Pieces, later: Pieces, text: Fertility, characters: int
+) -> list[tuple[int, float]]:
     """(number of pieces, tokens per character) for the first so many of `pieces`, from none to all.
 
     One of the points is at the `characters` that lead. The pieces that `later` languages have added do not count.
@@ -105,20 +112,32 @@ def gain_curve(pieces: Pieces, later: Pieces, text: Fertility, characters: int) 
     What is merged last can be taken apart again: with fewer pieces a text is split as with all, but that each of the
     later pieces is the two that it is merged from, and so on. A single character is its bytes.
     """
-    points = sorted({characters, *(round(len(pieces) * step / CURVE_POINTS) for step in range(CURVE_POINTS + 1))})
+    points = sorted(
+        {
+            characters,
+            *(round(len(pieces) * step / CURVE_POINTS) for step in range(CURVE_POINTS + 1)),
+        }
+    )
     every = {**pieces, **later}
     tokens = text.tokens.total()
-    return [(size, (tokens + _more_tokens(every, text.tokens, size)) / text.characters) for size in points]
+    return [
+        (size, (tokens + _more_tokens(every, text.tokens, size)) / text.characters)
+        for size in points
+    ]
 
 
 def _more_tokens(pieces: Pieces, counts: Counter[str], size: int) -> int:
     """How many more tokens there are with only the first `size` pieces."""
     length: dict[str, int] = {}
-    for rank, (piece, halves) in enumerate(pieces.items()):  # halves come before what is merged from them
+    for rank, (piece, halves) in enumerate(
+        pieces.items()
+    ):  # halves come before what is merged from them
         if rank < size:
             length[piece] = 1
         else:
-            length[piece] = sum(length.get(half, 1) for half in halves) if halves else len(piece.encode())
+            length[piece] = (
+                sum(length.get(half, 1) for half in halves) if halves else len(piece.encode())
+            )
     return sum((length[piece] - 1) * counts[piece] for piece in pieces)
 
 
@@ -129,7 +148,8 @@ def split_examples(case: Case, language: str, texts: Sequence[str]) -> list[Exam
     fitting = [start for start in starts if len(start) in EXAMPLE_LENGTHS and letter.search(start)]
     chosen = fitting[:: max(1, len(fitting) // EXAMPLES)][:EXAMPLES]
     return [
-        Example(language, _split(case.base, case.before, text), _split(case.base, case.after, text)) for text in chosen
+        Example(language, _split(case.base, case.before, text), _split(case.base, case.after, text))
+        for text in chosen
     ]
 
 

@@ -11,11 +11,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from core.artifact import write_json
-from core.progress import console, say
-from tokenizer_ext.figure import draw
-from tokenizer_ext.grow import Learned
-from tokenizer_ext.measure import (
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.progress import console, say
+from cpt_merge.tokenizer_ext.figure import draw
+from cpt_merge.tokenizer_ext.grow import Learned
+from cpt_merge.tokenizer_ext.measure import (
     Example,
     Fertility,
     Usefulness,
@@ -23,10 +23,10 @@ from tokenizer_ext.measure import (
     measure_usefulness,
     split_examples,
 )
-from tokenizer_ext.verify import Case, Proof
+from cpt_merge.tokenizer_ext.verify import Case, Proof
 
 if TYPE_CHECKING:
-    from tracking import Tracker
+    from cpt_merge.tracking import Tracker
 
 REPORT_FILE = "report.json"
 FIGURE_FILE = "report.png"
@@ -37,28 +37,45 @@ class Report:
     """Everything that is shown."""
 
     fertility: list[Fertility]  # of the corpus' languages
-    drift: list[Fertility]  # of languages that got no pieces, but may share a script with one that did
+    drift: list[
+        Fertility
+    ]  # of languages that got no pieces, but may share a script with one that did
     usefulness: list[Usefulness]
     examples: list[Example]
     proofs: list[Proof]
 
 
-def make_report(case: Case, learned: Sequence[Learned], asked: Mapping[str, int], proofs: list[Proof]) -> Report:
+def make_report(
+    case: Case, learned: Sequence[Learned], asked: Mapping[str, int], proofs: list[Proof]
+) -> Report:
     """Measure on the held-out documents, and on a few sentences of other languages."""
     samples = case.samples
-    measured = {name: measure_fertility(case, name, texts) for name, texts in samples.texts.items() if texts}
+    measured = {
+        name: measure_fertility(case, name, texts) for name, texts in samples.texts.items() if texts
+    }
     languages = [one.language for one in learned]
     drift = [one for name, one in measured.items() if name not in languages]
-    drift += [measure_fertility(case, f"{name} (sentences)", texts) for name, texts in samples.sentences.items()]
+    drift += [
+        measure_fertility(case, f"{name} (sentences)", texts)
+        for name, texts in samples.sentences.items()
+    ]
     usefulness = []
     for number, one in enumerate(learned):
-        later = {piece: halves for other in learned[number + 1 :] for piece, halves in other.pieces.items()}
+        later = {
+            piece: halves
+            for other in learned[number + 1 :]
+            for piece, halves in other.pieces.items()
+        }
         sized = asked.get(one.language, len(one.pieces))
         usefulness.append(measure_usefulness(case, one, later, sized, measured))
     for useful in usefulness:
         if not useful.curve:
-            say(f"{useful.language}: no document is held out, so there is no gain curve; raise corpus.heldout for one")
-    examples = [example for name in languages for example in split_examples(case, name, samples.texts[name])]
+            say(
+                f"{useful.language}: no document is held out, so there is no gain curve; raise corpus.heldout for one"
+            )
+    examples = [
+        example for name in languages for example in split_examples(case, name, samples.texts[name])
+    ]
     return Report(list(measured.values()), drift, usefulness, examples, proofs)
 
 
@@ -74,7 +91,9 @@ def publish(report: Report, out: Path, tracker: Tracker | None) -> None:
         if tracker:
             tracker.table(f"tokenizer/{name}", columns, rows)
     if tracker:
-        tracker.curves("tokenizer/gain curve", ["language", "new pieces", "tok/char"], curve_rows(report))
+        tracker.curves(
+            "tokenizer/gain curve", ["language", "new pieces", "tok/char"], curve_rows(report)
+        )
         tracker.image("tokenizer/report", out / FIGURE_FILE)
         tracker.file(f"tokenizer-{REPORT_FILE}", out / REPORT_FILE)
 
@@ -102,14 +121,26 @@ def tables(report: Report) -> list[tuple[str, list[str], Rows]]:
     ]
 
 
-FERTILITY_COLUMNS = ["language", "texts", "tok/char base", "tok/char new", "bytes/tok base", "bytes/tok new", "changed"]
+FERTILITY_COLUMNS = [
+    "language",
+    "texts",
+    "tok/char base",
+    "tok/char new",
+    "bytes/tok base",
+    "bytes/tok new",
+    "changed",
+]
 PROOF_COLUMNS = ["law", "checked", "broken"]
 
 
 def fertility_rows(fertility: Sequence[Fertility]) -> Rows:
     """A row for each language."""
     return [
-        [one.language, one.documents, *map(_round, (*one.tokens_per_character, *one.bytes_per_token, one.changed))]
+        [
+            one.language,
+            one.documents,
+            *map(_round, (*one.tokens_per_character, *one.bytes_per_token, one.changed)),
+        ]
         for one in fertility
     ]
 
@@ -121,7 +152,11 @@ def proof_rows(proofs: Sequence[Proof]) -> Rows:
 
 def curve_rows(report: Report) -> Rows:
     """The points of all gain curves."""
-    return [[one.language, size, _round(value)] for one in report.usefulness for size, value in one.curve]
+    return [
+        [one.language, size, _round(value)]
+        for one in report.usefulness
+        for size, value in one.curve
+    ]
 
 
 def _round(value: float) -> float:
@@ -130,7 +165,9 @@ def _round(value: float) -> float:
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1)
+    )
     for number, column in enumerate(columns):
         numeric = bool(rows) and isinstance(rows[0][number], int | float)
         table.add_column(Text(column), overflow="fold", justify="right" if numeric else "left")

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
-from checkpoint.vocabulary import ChatToken, NewPiece, VocabularyMap
-from tokenizer_ext.base import Base
-from tokenizer_ext.fast import AddedToken, build_model
+from cpt_merge.checkpoint.vocabulary_map import ChatToken, NewPiece, VocabularyMap
+from cpt_merge.tokenizer_ext.base import Base
+from cpt_merge.tokenizer_ext.fast import AddedToken, build_model
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Layout:
     padding: list[int]
 
 
-def lay_out(base: Base, chat_tokens: Sequence[AddedToken], pieces: Sequence[str], multiple: int) -> Layout:
+def lay_out(
+    base: Base, chat_tokens: Sequence[AddedToken], pieces: Sequence[str], multiple: int
+) -> Layout:
     """Give every token its row.
 
     The base's rows stay as they are, those without a token included: they get reserved names, as `tokenizers` gives a
@@ -47,7 +49,11 @@ def lay_out(base: Base, chat_tokens: Sequence[AddedToken], pieces: Sequence[str]
         rows=rows,
         pieces=ids,
         added=sorted([*placed, *reserved], key=lambda token: token.id),
-        chat=[ChatToken(token.id, token.content, chat_ids[token.content]) for token in placed if token.id >= base.rows],
+        chat=[
+            ChatToken(token.id, token.content, chat_ids[token.content])
+            for token in placed
+            if token.id >= base.rows
+        ],
         padding=[id_ for id_ in unnamed if id_ >= base.rows],
     )
 

@@ -6,26 +6,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.artifact import new_directory
-from core.errors import UserError
-from core.progress import say, timed
-from core.sources import Corpus
-from tokenizer_ext.base import read_base, read_chat_tokens
-from tokenizer_ext.config import TokenizerConfig
-from tokenizer_ext.fast import AddedToken
-from tokenizer_ext.grow import learn_languages
-from tokenizer_ext.report import Report, make_report, publish
-from tokenizer_ext.rows import Layout, lay_out
-from tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
-from tokenizer_ext.verify import prove, read_case, require
-from tokenizer_ext.write import write_tokenizer
+from cpt_merge.core.artifact import new_directory
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say, timed
+from cpt_merge.data.sources import Corpus
+from cpt_merge.tokenizer_ext.base import read_base, read_chat_tokens
+from cpt_merge.tokenizer_ext.config import TokenizerConfig
+from cpt_merge.tokenizer_ext.fast import AddedToken
+from cpt_merge.tokenizer_ext.grow import learn_languages
+from cpt_merge.tokenizer_ext.report import Report, make_report, publish
+from cpt_merge.tokenizer_ext.rows import Layout, lay_out
+from cpt_merge.tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
+from cpt_merge.tokenizer_ext.verify import prove, read_case, require
+from cpt_merge.tokenizer_ext.write import write_tokenizer
 
 if TYPE_CHECKING:
-    from tracking import Tracker
+    from cpt_merge.tracking import Tracker
 
 
 def run(
-    config: TokenizerConfig, base: Path, chat: Path | None, corpus: Corpus, out: Path, tracker: Tracker | None = None
+    config: TokenizerConfig,
+    base: Path,
+    chat: Path | None,
+    corpus: Corpus,
+    out: Path,
+    tracker: Tracker | None = None,
 ) -> dict[str, Any]:
     """Extend the tokenizer in `base` with pieces learnt from `corpus` and write it into the empty directory `out`.
 
@@ -66,7 +71,9 @@ def _say_moved(chat_tokens: Sequence[AddedToken], layout: Layout) -> None:
     ids = {token.content: token.id for token in layout.added}
     for token in chat_tokens:
         if ids[token.content] != token.id:
-            say(f"{token.content!r} of the chat model moves from id {token.id}, the base's, to {ids[token.content]}")
+            say(
+                f"{token.content!r} of the chat model moves from id {token.id}, the base's, to {ids[token.content]}"
+            )
 
 
 def summarize(base_rows: int, layout: Layout, report: Report) -> dict[str, Any]:

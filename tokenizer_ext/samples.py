@@ -8,10 +8,10 @@ from random import Random
 
 import regex
 
-from core.languages import find_language, script_pattern
-from core.sources import Corpus
-from tokenizer_ext.documents import documents
-from tokenizer_ext.sentences import SENTENCES
+from cpt_merge.core.languages import find_language, script_pattern
+from cpt_merge.data.sources import Corpus
+from cpt_merge.tokenizer_ext.documents import documents
+from cpt_merge.tokenizer_ext.sentences import SENTENCES
 
 HELDOUT_CHARACTERS = 300_000  # per language
 MIXED_TEXTS = 20_000
@@ -42,7 +42,9 @@ FRAGMENTS = [
 class Samples:
     """What is proven and measured on."""
 
-    texts: dict[str, list[str]]  # by language, or by whatever name they came under: held-out documents
+    texts: dict[
+        str, list[str]
+    ]  # by language, or by whatever name they came under: held-out documents
     sentences: dict[str, list[str]]  # of languages that `texts` has not
     plain: list[str]  # what of all this holds no letter of the scripts that were learnt
     mixed: list[str]  # random mixtures of new pieces and everything else
@@ -55,22 +57,35 @@ class Samples:
         return [*(text for texts in named for text in texts), *self.plain, *self.mixed]
 
 
-def take_samples(texts: dict[str, list[str]], scripts: tuple[str, ...], pieces: Sequence[str]) -> Samples:
+def take_samples(
+    texts: dict[str, list[str]], scripts: tuple[str, ...], pieces: Sequence[str]
+) -> Samples:
     """Samples for a tokenizer that has learnt pieces of `scripts`; `pieces` are new ones, as text."""
-    sentences = {language: lines for language, lines in SENTENCES.items() if not texts.get(language)}
+    sentences = {
+        language: lines for language, lines in SENTENCES.items() if not texts.get(language)
+    }
     named = [*texts.values(), *sentences.values()]
-    plain = [part for text in [*(text for one in named for text in one), *CODE] for part in _plain_parts(text, scripts)]
+    plain = [
+        part
+        for text in [*(text for one in named for text in one), *CODE]
+        for part in _plain_parts(text, scripts)
+    ]
     return Samples(texts, sentences, plain, mixed_texts(pieces, MIXED_TEXTS), scripts)
 
 
 def heldout_texts(corpus: Corpus) -> dict[str, list[str]]:
     """Held-out documents of every language of the corpus."""
-    return {tag: list(documents(corpus, tag, "heldout", HELDOUT_CHARACTERS)) for tag in corpus.languages()}
+    return {
+        tag: list(documents(corpus, tag, "heldout", HELDOUT_CHARACTERS))
+        for tag in corpus.languages()
+    }
 
 
 def scripts_of(languages: Iterable[str]) -> tuple[str, ...]:
     """The scripts that the languages are written in."""
-    return tuple(dict.fromkeys(script for tag in languages for script in find_language(tag).scripts))
+    return tuple(
+        dict.fromkeys(script for tag in languages for script in find_language(tag).scripts)
+    )
 
 
 def _plain_parts(text: str, scripts: tuple[str, ...]) -> list[str]:

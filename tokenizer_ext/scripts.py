@@ -10,9 +10,18 @@ from functools import cached_property
 
 import regex
 
-from core.languages import Language
+from cpt_merge.core.languages import Language
 
-WRITTEN_WITHOUT_SPACES = {"Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan"}
+WRITTEN_WITHOUT_SPACES = {
+    "Han",
+    "Hiragana",
+    "Katakana",
+    "Thai",
+    "Lao",
+    "Khmer",
+    "Myanmar",
+    "Tibetan",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,9 @@ class Scripts:
 
         Before a script written without spaces, a space would only teach the habits of badly wrapped text.
         """
-        return regex.compile(f"▁?{self.run.pattern}" if self.set_words_apart else self.run.pattern, regex.V1)
+        return regex.compile(
+            f"▁?{self.run.pattern}" if self.set_words_apart else self.run.pattern, regex.V1
+        )
 
     def spell(self, text: str) -> bool:
         """Whether the text is not empty and all of it belongs to the scripts."""

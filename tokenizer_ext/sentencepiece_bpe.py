@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-from tokenizer_ext.family import Splitter
-from tokenizer_ext.fast import AddedToken, Content, added_tokens_of, merges_of, splits
-from tokenizer_ext.scripts import Scripts
-from tokenizer_ext.words import Words
+from cpt_merge.core.errors import UserError
+from cpt_merge.tokenizer_ext.family import Splitter
+from cpt_merge.tokenizer_ext.fast import AddedToken, Content, added_tokens_of, merges_of, splits
+from cpt_merge.tokenizer_ext.scripts import Scripts
+from cpt_merge.tokenizer_ext.words import Words
 
 MODEL_FILE = "tokenizer.model"
 SPACE = "▁"
 BPE_MODEL = 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
-EXACT = 2.0**24  # up to here float32 holds every integer; LLaMA-2's whitespace runs have -1e9, far beyond
+EXACT = (
+    2.0**24
+)  # up to here float32 holds every integer; LLaMA-2's whitespace runs have -1e9, far beyond
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
@@ -50,7 +52,9 @@ class SentencePieceBpe:
         self._content = content
         self._proto = proto
         pieces = [] if proto is None else proto.pieces
-        self._lowest = {piece.piece for piece in pieces if piece.type == NORMAL and piece.score < -EXACT}
+        self._lowest = {
+            piece.piece for piece in pieces if piece.type == NORMAL and piece.score < -EXACT
+        }
 
     def splitter(self, scripts: Scripts) -> Splitter:
         """Runs of the script."""
@@ -60,7 +64,9 @@ class SentencePieceBpe:
         """Any part of a run that is short enough."""
         return lambda piece: len(piece.removeprefix(SPACE)) <= max_length
 
-    def needed_characters(self, words: Words, coverage: float, vocabulary: Collection[str]) -> dict[str, int]:
+    def needed_characters(
+        self, words: Words, coverage: float, vocabulary: Collection[str]
+    ) -> dict[str, int]:
         """The most frequent characters that make up `coverage` of the text, less those in the vocabulary.
 
         Every character of a piece has to be a piece: SentencePiece merges characters that are none, `tokenizers` has
@@ -113,7 +119,9 @@ class SentencePieceBpe:
     def write_model(self, content: Content, pieces: dict[str, int], rows: int, out: Path) -> None:
         """Write `tokenizer.model` where the base has one."""
         if self._proto is not None:
-            (out / MODEL_FILE).write_bytes(extend_proto(self._proto, content, pieces, rows).SerializeToString())
+            (out / MODEL_FILE).write_bytes(
+                extend_proto(self._proto, content, pieces, rows).SerializeToString()
+            )
 
 
 def parse_proto(path: Path) -> Proto:
@@ -126,7 +134,9 @@ def parse_proto(path: Path) -> Proto:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); correct the path.") from None
     except DecodeError:
-        raise UserError(f"{path} is not a SentencePiece model, or is damaged; download it again.") from None
+        raise UserError(
+            f"{path} is not a SentencePiece model, or is damaged; download it again."
+        ) from None
     if not proto.pieces:
         raise UserError(f"{path} holds no pieces; download it again.")
     return proto
@@ -138,9 +148,13 @@ def read_proto(path: Path) -> Proto:
     if proto.trainer_spec.model_type != BPE_MODEL:
         kind = proto.trainer_spec.DESCRIPTOR.enum_types_by_name["ModelType"].values_by_number
         name = kind[proto.trainer_spec.model_type].name
-        raise UserError(f"{path} is a {name} model; only BPE can be extended, so choose a base with a BPE tokenizer.")
+        raise UserError(
+            f"{path} is a {name} model; only BPE can be extended, so choose a base with a BPE tokenizer."
+        )
     if not any(piece.type == BYTE for piece in proto.pieces):
-        raise UserError(f"{path} has no byte fallback, so it cannot spell every text; choose a base that has it.")
+        raise UserError(
+            f"{path} has no byte fallback, so it cannot spell every text; choose a base that has it."
+        )
     return proto
 
 
@@ -191,7 +205,9 @@ def fast_content(proto: Proto, path: Path) -> Content:
     prefix = [{"type": "Prepend", "prepend": SPACE}] if spec.add_dummy_prefix else []
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     restore = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spec.add_dummy_prefix else []
+    strip = (
+        [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spec.add_dummy_prefix else []
+    )
     return {
         "version": "1.0",
         "truncation": None,

@@ -35,7 +35,9 @@ def split_key(key: int) -> tuple[int, int]:
     return key >> 32, key & 0xFFFFFFFF
 
 
-def sum_by_key(keys: NDArray[np.int64], weights: Ints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def sum_by_key(
+    keys: NDArray[np.int64], weights: Ints
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(distinct keys, sum of the weights of each)."""
     distinct, which = np.unique(keys, return_inverse=True)
     return distinct, np.bincount(which, weights, minlength=len(distinct)).astype(np.int64)
@@ -66,7 +68,9 @@ def _joined(blocks: list[NDArray[np.int32]]) -> NDArray[np.int32]:
     return whole
 
 
-def _with_inserted(values: NDArray[np.int32], cuts: Places, new: NDArray[np.int32]) -> NDArray[np.int32]:
+def _with_inserted(
+    values: NDArray[np.int32], cuts: Places, new: NDArray[np.int32]
+) -> NDArray[np.int32]:
     """`values` with a new one before each of the sorted `cuts`; `np.insert` would need ten times the memory."""
     whole = np.empty(len(values) + len(cuts), np.int32)
     for start in range(0, len(values), BLOCK):
@@ -88,7 +92,10 @@ class Symbols:
     def keep_together(self, pairs: NDArray[np.int64]) -> None:
         """Put a BREAK into every pair that is not listed (sorted keys). Only before the first merge."""
         pairs = np.append(pairs, np.iinfo(np.int64).max)
-        others = [left[pairs[np.searchsorted(pairs, keys)] != keys] + 1 for left, keys, _ in self._adjacent()]
+        others = [
+            left[pairs[np.searchsorted(pairs, keys)] != keys] + 1
+            for left, keys, _ in self._adjacent()
+        ]
         cuts = np.concatenate(others) if others else np.zeros(0, np.int64)
         self.weight = _with_inserted(self.weight, cuts, self.weight[cuts])
         self.symbol = _with_inserted(self.symbol, cuts, np.full(len(cuts), BREAK, np.int32))
@@ -113,7 +120,9 @@ class Symbols:
         """Note where each of the symbols `0 .. count - 1` stands: a counting sort, block by block."""
         totals = np.bincount(self.symbol[self.symbol >= 0], minlength=count)
         ends = np.cumsum(totals)
-        places = np.empty(ends[-1] if count else 0, np.uint32 if len(self.symbol) < 2**32 else np.int64)
+        places = np.empty(
+            ends[-1] if count else 0, np.uint32 if len(self.symbol) < 2**32 else np.int64
+        )
         filled = ends - totals
         for start in range(0, len(self.symbol), BLOCK):
             block = self.symbol[start : start + BLOCK]
@@ -168,7 +177,9 @@ class Symbols:
         """`symbol` now stands at `places` too."""
         if symbol == len(self._places):
             self._places.append(np.zeros(0, self._places[0].dtype))
-        self._places[symbol] = np.concatenate([self._places[symbol], places.astype(self._places[0].dtype)])
+        self._places[symbol] = np.concatenate(
+            [self._places[symbol], places.astype(self._places[0].dtype)]
+        )
 
     def usage(self, count: int) -> NDArray[np.int64]:
         """How often each of the symbols `0 .. count - 1` stands in the text now."""

@@ -17,14 +17,21 @@ from typing import Any
 import regex
 from tokenizers import Tokenizer
 
-from checkpoint.tokenizer import SPECIAL_ROLES, TokenizerFiles, token_text
-from checkpoint.vocabulary import VocabularyMap
-from core.errors import UserError
-from core.languages import script_pattern
-from tokenizer_ext.base import FAST_FILE, Base, disagreements, read_tokenizer
-from tokenizer_ext.fast import Content, added_tokens_of, build, build_model, ids_of, merges_of
-from tokenizer_ext.samples import Samples
-from tokenizer_ext.sentencepiece_bpe import Proto
+from cpt_merge.checkpoint.tokenizer_files import SPECIAL_ROLES, TokenizerFiles, token_text
+from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import script_pattern
+from cpt_merge.tokenizer_ext.base import FAST_FILE, Base, disagreements, read_tokenizer
+from cpt_merge.tokenizer_ext.fast import (
+    Content,
+    added_tokens_of,
+    build,
+    build_model,
+    ids_of,
+    merges_of,
+)
+from cpt_merge.tokenizer_ext.samples import Samples
+from cpt_merge.tokenizer_ext.sentencepiece_bpe import Proto
 
 CONVERSATION = [
     {"role": "user", "content": "Hello! What is 2 + 2?"},
@@ -66,7 +73,11 @@ class Case:
         """A token for a message: how it reads, and its id."""
         if id_ is None:
             return "nothing"
-        return f"{self.base.family.readable(self.names[id_])!r} ({id_})" if id_ in self.names else f"id {id_}"
+        return (
+            f"{self.base.family.readable(self.names[id_])!r} ({id_})"
+            if id_ in self.names
+            else f"id {id_}"
+        )
 
     @cached_property
     def before(self) -> Tokenizer:
@@ -84,7 +95,16 @@ def read_case(base: Base, directory: Path, chat: Path | None, samples: Samples) 
     """Read an extended tokenizer back from its directory."""
     content, proto = read_tokenizer(directory)
     map_ = VocabularyMap.load(directory)
-    return Case(base, directory, content, proto, {piece.piece: piece.id for piece in map_.new}, map_, chat, samples)
+    return Case(
+        base,
+        directory,
+        content,
+        proto,
+        {piece.piece: piece.id for piece in map_.new},
+        map_,
+        chat,
+        samples,
+    )
 
 
 def prove(case: Case) -> list[Proof]:
@@ -108,7 +128,9 @@ def old_ids_stay(case: Case) -> Proof:
     ids = ids_of(case.content)
     old = case.base.ids
     failures = [
-        f"{token!r} moved from {id_} to {ids.get(token)}" for token, id_ in old.items() if ids.get(token) != id_
+        f"{token!r} moved from {id_} to {ids.get(token)}"
+        for token, id_ in old.items()
+        if ids.get(token) != id_
     ]
     new_merges = iter(merges_of(case.content))
     old_merges = merges_of(case.base.content)
@@ -153,11 +175,19 @@ def rows_are_named(case: Case) -> Proof:
         named = [*case.pieces.items(), *((token.token, token.id) for token in case.map.chat)]
         added = {token.content for token in added_tokens_of(case.content)}
         outside = {*case.base.ids, *added, *case.pieces}
-        failures += [f"{token!r} is a piece that the map does not list" for token in tokens if token not in outside]
-        unnamed = [row for row in case.map.padding if names.get(row) not in added]
-        failures += [f"row {row} is padding to the map, but {names.get(row)!r} is a piece" for row in unnamed]
         failures += [
-            f"row {id_} is {names.get(id_)!r}, not {token!r}" for token, id_ in named if names.get(id_) != token
+            f"{token!r} is a piece that the map does not list"
+            for token in tokens
+            if token not in outside
+        ]
+        unnamed = [row for row in case.map.padding if names.get(row) not in added]
+        failures += [
+            f"row {row} is padding to the map, but {names.get(row)!r} is a piece" for row in unnamed
+        ]
+        failures += [
+            f"row {id_} is {names.get(id_)!r}, not {token!r}"
+            for token, id_ in named
+            if names.get(id_) != token
         ]
     return Proof("every row has exactly one token", rows, failures)
 
@@ -178,7 +208,9 @@ def files_agree(case: Case) -> Proof:
     """`tokenizer.json` has the pieces of `tokenizer.model` at the same ids, and merges by its scores."""
     checked = len(case.proto.pieces) if case.proto is not None else 0
     return Proof(
-        "tokenizer.model and tokenizer.json have equal ids and merges", checked, disagreements(case.content, case.proto)
+        "tokenizer.model and tokenizer.json have equal ids and merges",
+        checked,
+        disagreements(case.content, case.proto),
     )
 
 
@@ -190,7 +222,11 @@ def merges_alone_give_the_same(case: Case) -> Proof:
         return Proof(law, 0, [])
     merging = build({**case.content, "model": {**model, "ignore_merges": False}})
     texts = case.samples.everything
-    return Proof(law, len(texts), _differences(case, texts, _encode(merging, texts), _encode(case.after, texts)))
+    return Proof(
+        law,
+        len(texts),
+        _differences(case, texts, _encode(merging, texts), _encode(case.after, texts)),
+    )
 
 
 def no_word_is_an_added_token(case: Case) -> Proof:
@@ -198,7 +234,11 @@ def no_word_is_an_added_token(case: Case) -> Proof:
     chat = TokenizerFiles.read(case.chat) if case.chat else None
     known = {**case.base.ids, **(chat.ids if chat else {})}
     added = [token for token in added_tokens_of(case.content) if token.content not in known]
-    words = [token.content for token in added if not token.special and _WORD.fullmatch(token.content.strip(" ▁"))]
+    words = [
+        token.content
+        for token in added
+        if not token.special and _WORD.fullmatch(token.content.strip(" ▁"))
+    ]
     law = "new words are pieces of the model, not added tokens"
     return Proof(law, len(added) + len(case.pieces), list(map(repr, words)))
 
@@ -224,7 +264,8 @@ def roles_stay(case: Case) -> Proof:
         return Proof(law, 0, [])  # LlamaTokenizer's code decides it, not the files
     texts = ["", "Hello world."]
     before, after = (
-        [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)] for tokenizer in (case.before, case.after)
+        [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+        for tokenizer in (case.before, case.after)
     )
     failures = _differences(case, texts, before, after)
     files = TokenizerFiles.read(case.directory)
@@ -249,7 +290,9 @@ def new_pieces_are_reachable(case: Case) -> Proof:
     texts = [(piece, case.base.family.spelt(piece).decode(errors="ignore")) for piece in pieces]
     whole = [text for piece, text in texts if text.encode() == case.base.family.spelt(piece)]
     failures += [
-        f"{text!r} is cut or changed before merging" for text in whole if not case.base.family.is_one_word(text)
+        f"{text!r} is cut or changed before merging"
+        for text in whole
+        if not case.base.family.is_one_word(text)
     ]
     if case.proto is not None:
         bare = type(case.proto)()
@@ -266,7 +309,9 @@ def text_round_trips(case: Case) -> Proof:
     """Decoding gives the text back, or what the base gives back (it turns a literal `▁` into a space, or to NFC)."""
     texts = case.samples.everything
     decoded = case.after.decode_batch(_encode(case.after, texts), skip_special_tokens=False)
-    inexact = [(text, result) for text, result in zip(texts, decoded, strict=True) if text != result]
+    inexact = [
+        (text, result) for text, result in zip(texts, decoded, strict=True) if text != result
+    ]
     changed = [text for text, _ in inexact]
     by_base = case.before.decode_batch(_encode(case.before, changed), skip_special_tokens=False)
     failures = [
@@ -316,11 +361,17 @@ def special_tokens_stay(case: Case) -> Proof:
             text = _render(case.directory, files.chat_template, directory)
             content, _ = read_tokenizer(directory)
             ids = ids_of(case.content)
-            expected = [ids.get(files.tokens[id_], -1) for id_ in _encode(build(content), [text])[0]]
+            expected = [
+                ids.get(files.tokens[id_], -1) for id_ in _encode(build(content), [text])[0]
+            ]
             found = _encode(case.after, [text])[0]
-            if script_pattern(case.samples.scripts).search(text):  # its text is to change, its special tokens are not
+            if script_pattern(case.samples.scripts).search(
+                text
+            ):  # its text is to change, its special tokens are not
                 special = {ids.get(token, -1) for token in files.added}
-                expected, found = ([id_ for id_ in some if id_ in special] for some in (expected, found))
+                expected, found = (
+                    [id_ for id_ in some if id_ in special] for some in (expected, found)
+                )
             failures += _differences(case, [text], [expected], [found])
             checked += 1
     return Proof("special tokens and chat templates keep their ids", checked, failures)
@@ -330,11 +381,19 @@ def transformers_agrees(case: Case) -> Proof:
     """`AutoTokenizer` reads the directory as what `tokenizer.json` says, special tokens around the text included."""
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(case.directory, model_max_length=sys.maxsize)  # no warning about long texts
+    loaded = AutoTokenizer.from_pretrained(
+        case.directory, model_max_length=sys.maxsize
+    )  # no warning about long texts
     texts = case.samples.everything[:: max(1, len(case.samples.everything) // 2000)]
-    special = case.map is not None  # which special tokens others put around a text is not known here
-    expected = [encoding.ids for encoding in case.after.encode_batch_fast(texts, add_special_tokens=special)]
-    failures = _differences(case, texts, expected, loaded(texts, add_special_tokens=special)["input_ids"])
+    special = (
+        case.map is not None
+    )  # which special tokens others put around a text is not known here
+    expected = [
+        encoding.ids for encoding in case.after.encode_batch_fast(texts, add_special_tokens=special)
+    ]
+    failures = _differences(
+        case, texts, expected, loaded(texts, add_special_tokens=special)["input_ids"]
+    )
     if case.map and len(loaded) != case.map.rows:
         failures.append(f"transformers counts {len(loaded)} tokens for {case.map.rows} rows")
     return Proof("transformers reads the tokenizer as it was written", len(texts), failures)
@@ -371,7 +430,10 @@ def _sentencepiece(proto: Proto) -> Any:
 
 
 def _differences(
-    case: Case, texts: Iterable[str], expected: Iterable[Sequence[int]], found: Iterable[Sequence[int]]
+    case: Case,
+    texts: Iterable[str],
+    expected: Iterable[Sequence[int]],
+    found: Iterable[Sequence[int]],
 ) -> list[str]:
     return [
         f"{_short(text)} {_first_difference(case, before, after)}"
@@ -382,7 +444,9 @@ def _differences(
 
 def _first_difference(case: Case, expected: Sequence[int], found: Sequence[int]) -> str:
     pairs = zip_longest(expected, found, fillvalue=None)
-    place, (before, after) = next((place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])
+    place, (before, after) = next(
+        (place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1]
+    )
     return f"has {case.name_of(after)} as token {place}, not {case.name_of(before)}"
 
 

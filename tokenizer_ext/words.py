@@ -25,7 +25,10 @@ class Words:
         while counts:
             taken = [counts.popitem() for _ in range(min(WORDS_IN_A_BLOCK, len(counts)))]
             blocks.append(
-                (SEPARATOR.join(word for word, _ in taken), np.array([count for _, count in taken], np.int32))
+                (
+                    SEPARATOR.join(word for word, _ in taken),
+                    np.array([count for _, count in taken], np.int32),
+                )
             )
         return Words(blocks)
 
@@ -40,6 +43,11 @@ class Words:
             codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
             found, which = np.unique(codes, return_inverse=True)
             sums = np.bincount(which, frequencies[np.cumsum(codes == ord(SEPARATOR))])
-            counts.update({chr(code): int(total) for code, total in zip(found.tolist(), sums.tolist(), strict=True)})
+            counts.update(
+                {
+                    chr(code): int(total)
+                    for code, total in zip(found.tolist(), sums.tolist(), strict=True)
+                }
+            )
         del counts[SEPARATOR]
         return counts

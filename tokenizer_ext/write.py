@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from checkpoint.reader import read_json
-from core.artifact import write_json, write_text
-from tokenizer_ext.base import FAST_FILE, ROLES, SETTINGS_FILE, Base
-from tokenizer_ext.fast import add_tokens, extend_model, look_up_whole_words
-from tokenizer_ext.rows import Layout, map_rows
+from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.core.artifact import write_json, write_text
+from cpt_merge.tokenizer_ext.base import FAST_FILE, ROLES, SETTINGS_FILE, Base
+from cpt_merge.tokenizer_ext.fast import add_tokens, extend_model, look_up_whole_words
+from cpt_merge.tokenizer_ext.rows import Layout, map_rows
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -44,7 +44,11 @@ def extended_settings(base: Base) -> dict[str, Any]:
     loses one leading space. Cleaning up spaces, which 4.57 does unless told not to, would break the round trip.
     """
     kept = {name: value for name, value in base.settings.items() if name not in DROPPED_SETTINGS}
-    return {"clean_up_tokenization_spaces": False, **kept, "tokenizer_class": "PreTrainedTokenizerFast"}
+    return {
+        "clean_up_tokenization_spaces": False,
+        **kept,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
 
 
 def _special_tokens(base: Base, settings: dict[str, Any]) -> dict[str, Any]:

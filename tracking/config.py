@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from core.config import Section, key
+from cpt_merge.core.config import Section, key
 
 
 class TrackingConfig(Section):

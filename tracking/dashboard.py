@@ -12,10 +12,10 @@ from hashlib import sha256
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.errors import UserError
-from core.progress import say
-from tracking.config import TrackingConfig
-from tracking.local import STEP
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.tracking.config import TrackingConfig
+from cpt_merge.tracking.sinks.local import STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -66,7 +66,9 @@ class Pipeline:
     pictures: Sequence[str] = ("bits_per_byte",)  # of the evaluation
     models: Sequence[str] = ("base", "chat", "cpt", "merged")
     previewed: Sequence[Figure] = ()  # none: the recipe asks for no preview while it trains
-    swept: Mapping[str, str] = field(default_factory=dict)  # figures over the ratio -> titles; none: there is no sweep
+    swept: Mapping[str, str] = field(
+        default_factory=dict
+    )  # figures over the ratio -> titles; none: there is no sweep
 
 
 def layout(pipeline: Pipeline) -> list[Section]:
@@ -90,9 +92,20 @@ def _tokenizer(languages: Sequence[str]) -> Section:
     return Section(
         "Tokenizer",
         [
-            Panel("Tokens per character, before and after", "bars", before_and_after, "tokens per character"),
-            Panel("Rows of the vocabulary", "bars", ["tokenizer/base_rows", "tokenizer/new_pieces", "tokenizer/rows"]),
-            Panel("What each further piece brings", "chart", ["tokenizer/gain curve"], "new pieces"),
+            Panel(
+                "Tokens per character, before and after",
+                "bars",
+                before_and_after,
+                "tokens per character",
+            ),
+            Panel(
+                "Rows of the vocabulary",
+                "bars",
+                ["tokenizer/base_rows", "tokenizer/new_pieces", "tokenizer/rows"],
+            ),
+            Panel(
+                "What each further piece brings", "chart", ["tokenizer/gain curve"], "new pieces"
+            ),
             Panel("Fertility and gain", "images", ["tokenizer/report"]),
             *(
                 Panel(f"Tokenizer: {name}", "table", [f"tokenizer/{name}"])
@@ -118,14 +131,19 @@ def _embeddings() -> Section:
 
 
 def _data() -> Section:
-    documents = [f"data/{name}" for name in ("documents", "heldout_documents", "empty_documents", "duplicates")]
+    documents = [
+        f"data/{name}"
+        for name in ("documents", "heldout_documents", "empty_documents", "duplicates")
+    ]
     return Section(
         "Data",
         [
             Panel("Sources", "table", ["data/sources"]),
             Panel("Documents: kept, held out, left out", "bars", documents, "documents"),
             Panel("Size", "bars", ["data/tokens", "data/bytes"]),
-            Panel("Document lengths by source", "chart", ["data/document lengths"], "log2 of tokens"),
+            Panel(
+                "Document lengths by source", "chart", ["data/document lengths"], "log2 of tokens"
+            ),
         ],
         columns=3,
     )
@@ -163,7 +181,12 @@ def _preview(figures: Sequence[Figure]) -> Section:
         "Training: preview of the chat model",
         [
             *(
-                Panel(one.title, "curves", [f"preview/{language}/{one.name}" for language in one.languages], one.unit)
+                Panel(
+                    one.title,
+                    "curves",
+                    [f"preview/{language}/{one.name}" for language in one.languages],
+                    one.unit,
+                )
                 for one in figures
             ),
             Panel("Replies", "table", ["preview/replies"]),
@@ -180,7 +203,9 @@ def _machine() -> Section:
         "Training: throughput",
         [
             Panel("Throughput", "curves", rates, "tokens per second"),
-            Panel("MFU", "curves", ["train/mfu"], "share of peak", needs="a GPU whose peak is known"),
+            Panel(
+                "MFU", "curves", ["train/mfu"], "share of peak", needs="a GPU whose peak is known"
+            ),
             Panel("Time of a step: median process and slowest", "curves", steps, "s"),
             Panel("Peak memory", "curves", ["train/peak_memory_gb"], "GB"),
             Panel("Data wait", "curves", ["train/data_wait_share"], "share of the time"),
@@ -217,13 +242,26 @@ def _evaluation(pipeline: Pipeline) -> Section:
     replies = [
         *(
             Panel(
-                figure.title, "bars", [name for one in figure.languages for name in of(one, figure.name)], figure.unit
+                figure.title,
+                "bars",
+                [name for one in figure.languages for name in of(one, figure.name)],
+                figure.unit,
             )
             for figure in pipeline.figures
         ),
-        Panel("Generation", "bars", [f"eval/{one}/tokens_per_second" for one in pipeline.models], "tokens per second"),
+        Panel(
+            "Generation",
+            "bars",
+            [f"eval/{one}/tokens_per_second" for one in pipeline.models],
+            "tokens per second",
+        ),
         Panel("Sample replies", "table", ["eval/samples"]),
-        Panel("Turns, kinds of checks, categories", "table", ["eval/breakdowns"], needs="a suite with more than form"),
+        Panel(
+            "Turns, kinds of checks, categories",
+            "table",
+            ["eval/breakdowns"],
+            needs="a suite with more than form",
+        ),
     ]
     return Section(
         "Evaluation",
@@ -237,7 +275,12 @@ def _evaluation(pipeline: Pipeline) -> Section:
             Panel("Scores with their 95 % intervals", "table", ["eval/scores"]),
             Panel("Differences to the baseline", "table", ["eval/differences"]),
             Panel("What the figures are", "table", ["eval/figures"]),
-            Panel("What could not be had", "table", ["eval/not_run"], needs="something that could not be had"),
+            Panel(
+                "What could not be had",
+                "table",
+                ["eval/not_run"],
+                needs="something that could not be had",
+            ),
         ],
         is_open=True,
     )
@@ -247,8 +290,16 @@ def _sweep(titles: Mapping[str, str]) -> Section:
     return Section(
         "Ratio sweep",
         [
-            *(Panel(f"{title} over the ratio", "chart", [f"sweep/{name}"], "ratio") for name, title in titles.items()),
-            Panel("Ratio that is recommended", "bars", ["sweep/recommended_ratio"], needs="one that keeps the limits"),
+            *(
+                Panel(f"{title} over the ratio", "chart", [f"sweep/{name}"], "ratio")
+                for name, title in titles.items()
+            ),
+            Panel(
+                "Ratio that is recommended",
+                "bars",
+                ["sweep/recommended_ratio"],
+                needs="one that keeps the limits",
+            ),
             Panel("Figures of the rule, means over the new languages", "table", ["sweep/ratios"]),
             Panel("Curves with their intervals", "images", ["sweep/curves"]),
             Panel("Every figure of every ratio", "table", ["sweep/points"]),
@@ -264,13 +315,15 @@ def dashboard(config: TrackingConfig, pipeline: Pipeline, name: str, dry_run: bo
     without `wandb-workspaces`, without a key, and for what W&B answers.
     """
     if find_spec("wandb_workspaces") is None:
-        raise UserError(f"a dashboard is made with wandb-workspaces, which is not installed; run {INSTALL}")
+        raise UserError(
+            f"a dashboard is made with wandb-workspaces, which is not installed; run {INSTALL}"
+        )
     if dry_run:
         print(as_json(as_workspace(config.entity or "", config.project, pipeline, name)))
         return
     import wandb
 
-    from tracking.wandb_carrier import find_key
+    from cpt_merge.tracking.sinks.wandb import find_key
 
     if not find_key():
         raise UserError(
@@ -279,10 +332,14 @@ def dashboard(config: TrackingConfig, pipeline: Pipeline, name: str, dry_run: bo
         )
     try:
         api = wandb.Api()
-        url = save(as_workspace(config.entity or api.default_entity, config.project, pipeline, name))
+        url = save(
+            as_workspace(config.entity or api.default_entity, config.project, pipeline, name)
+        )
     except (wandb.Error, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"W&B did not take the dashboard of project {config.project} ({reason}).") from error
+        raise UserError(
+            f"W&B did not take the dashboard of project {config.project} ({reason})."
+        ) from error
     say(f"dashboard: {url}")
 
 
@@ -310,9 +367,13 @@ def _as_panel(panel: Panel) -> Any:
 
     match panel.kind:
         case "curves":
-            return wr.LinePlot(title=panel.title, x=panel.x, y=list(panel.keys), title_y=panel.unit or None)
+            return wr.LinePlot(
+                title=panel.title, x=panel.x, y=list(panel.keys), title_y=panel.unit or None
+            )
         case "bars":
-            return wr.BarPlot(title=panel.title, metrics=list(panel.keys), title_x=panel.unit or None)
+            return wr.BarPlot(
+                title=panel.title, metrics=list(panel.keys), title_x=panel.unit or None
+            )
         case "chart":  # made by wandb.plot.line_series
             (key,) = panel.keys
             return wr.CustomChart(
@@ -345,7 +406,9 @@ def save(workspace: Workspace) -> str:
 
     # the library draws a name at random, so that every call would leave one more view
     names = f"{workspace.entity}/{workspace.project}/{workspace.name}"
-    workspace._internal_name = internal._url_query_str_to_internal_name(sha256(names.encode()).hexdigest()[:11])
+    workspace._internal_name = internal._url_query_str_to_internal_name(
+        sha256(names.encode()).hexdigest()[:11]
+    )
     try:
         earlier = type(workspace).from_url(workspace.url)
     except ValueError:  # there is none

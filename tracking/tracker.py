@@ -23,12 +23,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from core.world import find_world
-from tracking.config import TrackingConfig
-from tracking.local import STEP, LocalLog, Row, RunIdentity, read_run
-from tracking.local import Artifact as Artifact  # part of the interface, as is
-from tracking.local import Cell as Cell
-from tracking.secrets import without_secrets
+from cpt_merge.core.distributed import find_world
+from cpt_merge.tracking.config import TrackingConfig
+from cpt_merge.tracking.redaction import without_secrets
+from cpt_merge.tracking.sinks.local import STEP, LocalLog, Row, RunIdentity, read_run
+from cpt_merge.tracking.sinks.local import Artifact as Artifact  # part of the interface, as is
+from cpt_merge.tracking.sinks.local import Cell as Cell
 
 
 class RemoteCarrier(Protocol):
@@ -124,8 +124,12 @@ def start_tracker(
     run = RunIdentity(stage, run_name, group, run_id, without_secrets(settings))
     config = config.model_copy(update={"tags": without_secrets(config.tags)})
     if not world.is_main:
-        watched = config.system_metrics == "nodes" and world.local_rank == 0 and config.carrier != "none"
-        return NodeTracker(lambda: _open_node(config, run, directory)) if watched else SilentTracker()
+        watched = (
+            config.system_metrics == "nodes" and world.local_rank == 0 and config.carrier != "none"
+        )
+        return (
+            NodeTracker(lambda: _open_node(config, run, directory)) if watched else SilentTracker()
+        )
     return StageTracker(*_open(config, run, directory))
 
 
@@ -137,11 +141,13 @@ def _open_node(config: TrackingConfig, run: RunIdentity, directory: Path) -> Rem
     return _open(config, node, directory / "nodes" / node.run_id)[1]
 
 
-def _open(config: TrackingConfig, run: RunIdentity, directory: Path) -> tuple[LocalLog, RemoteCarrier | None]:
+def _open(
+    config: TrackingConfig, run: RunIdentity, directory: Path
+) -> tuple[LocalLog, RemoteCarrier | None]:
     local = LocalLog(directory.absolute(), run)
     remote: RemoteCarrier | None = None
     if config.carrier != "none":
-        from tracking.wandb_carrier import start_wandb  # takes a second to import
+        from cpt_merge.tracking.sinks.wandb import start_wandb  # takes a second to import
 
         remote = start_wandb(config, run, local.directory)
     local.open(config, remote.mode if remote else "none", remote.url if remote else "")
@@ -174,7 +180,10 @@ class StageTracker:
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """See `Tracker`."""
         self._settle()
-        row = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        row = {
+            name: value if isinstance(value, int) else float(value)
+            for name, value in metrics.items()
+        }
         if step is not None:
             row[STEP] = step
         self._local.log(row)
@@ -230,7 +239,9 @@ class StageTracker:
         if self._settled:
             self._alert(title, text)
         else:
-            self._early.append((title, text))  # a stage that ends before it logs anything must not lose what there was
+            self._early.append(
+                (title, text)
+            )  # a stage that ends before it logs anything must not lose what there was
 
     def _alert(self, title: str, text: str) -> None:
         self._local.alert(title, text)

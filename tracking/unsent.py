@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracking.local import read_run
+from cpt_merge.tracking.sinks.local import read_run
 
 
 def holds_unsent(directory: Path) -> bool:
     """Whether a stage's log has attempts that are still to be uploaded."""
     if not (directory / "wandb").is_dir():
         return False
-    from tracking.wandb_history import not_uploaded, of_other_runs  # takes a second to import
+    from cpt_merge.tracking.sinks.wandb_history import (  # takes a second to import
+        not_uploaded,
+        of_other_runs,
+    )
 
     run_id = read_run(directory).get("run_id")
-    return run_id is not None and bool(not_uploaded(directory, run_id) or of_other_runs(directory, run_id))
+    return run_id is not None and bool(
+        not_uploaded(directory, run_id) or of_other_runs(directory, run_id)
+    )

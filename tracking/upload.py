@@ -7,13 +7,19 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from core.config import parse_section
-from core.errors import UserError
-from core.progress import say
-from tracking.config import TrackingConfig
-from tracking.local import RunIdentity, StageLog, read_log
-from tracking.wandb_carrier import WandbCarrier, check_reachable, continue_online
-from tracking.wandb_history import held_rows, is_offline, mend, not_uploaded, of_other_runs
+from cpt_merge.core.config import parse_section
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.tracking.config import TrackingConfig
+from cpt_merge.tracking.sinks.local import RunIdentity, StageLog, read_log
+from cpt_merge.tracking.sinks.wandb import WandbCarrier, check_reachable, continue_online
+from cpt_merge.tracking.sinks.wandb_history import (
+    held_rows,
+    is_offline,
+    mend,
+    not_uploaded,
+    of_other_runs,
+)
 
 
 def upload(directory: Path) -> bool:
@@ -39,13 +45,22 @@ def upload(directory: Path) -> bool:
     offline = [*others, *(path for path in left if is_offline(path))]
     if offline:
         say(f"W&B: {run.run_name}: {len(offline)} offline attempt(s)")
-        command = [sys.executable, "-m", "wandb", "sync", *(str(path.absolute()) for path in offline)]
+        command = [
+            sys.executable,
+            "-m",
+            "wandb",
+            "sync",
+            *(str(path.absolute()) for path in offline),
+        ]
         subprocess.run(command, cwd=directory, check=False)  # it says itself what it does
     still = [*of_other_runs(directory, run.run_id), *not_uploaded(directory, run.run_id)]
     if still:
         raise UserError(f"W&B has not got all of {', '.join(map(str, still))}; try again.")
     held = held_rows(directory, run.run_id, None)
-    missing = sum(bool(held.without({name: x for name, x in row.items() if name != "time"})) for row in log.rows)
+    missing = sum(
+        bool(held.without({name: x for name, x in row.items() if name != "time"}))
+        for row in log.rows
+    )
     if offline and missing:
         say(f"W&B: {run.run_name}: {missing:,} rows that its offline attempts lack")
         _send(log, continue_online(config, run, directory.absolute()))

@@ -1,6 +1,6 @@
-"""`python -m training RECIPE`, also under accelerate launch, torchrun and srun."""
+"""`python -m cpt_merge.training RECIPE`, also under accelerate launch, torchrun and srun."""
 
-from launcher.cli import stage_main
+from cpt_merge.launcher.cli import stage_main
 
 if __name__ == "__main__":
     raise SystemExit(stage_main("train"))

@@ -7,25 +7,33 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from core.config import Section, key
-from core.errors import UserError
+from cpt_merge.core.config import Section, key
+from cpt_merge.core.errors import UserError
 
 
 class DataConfig(Section):
     """How the text is turned into a token store."""
 
     processes: int | None = key(
-        None, "tokenising processes on each node; all its cores, but fewer for little text, if not set", gt=0
+        None,
+        "tokenising processes on each node; all its cores, but fewer for little text, if not set",
+        gt=0,
     )
-    deduplicate: bool = key(False, "leave out documents whose exact text, normalised, an earlier one of any source has")
+    deduplicate: bool = key(
+        False, "leave out documents whose exact text, normalised, an earlier one of any source has"
+    )
 
 
 class ScheduleConfig(Section):
     """The learning rate over the run, as a factor of its peak."""
 
-    shape: Literal["cosine", "linear", "wsd"] = key("cosine", "decay: cosine, linear, or warmup-stable-decay")
+    shape: Literal["cosine", "linear", "wsd"] = key(
+        "cosine", "decay: cosine, linear, or warmup-stable-decay"
+    )
     warmup: float = key(0.05, "share of the steps in which the rate rises linearly", ge=0, lt=1)
-    decay: float = key(0.2, "wsd only: share of the steps, at the end, in which the rate falls", gt=0, le=1)
+    decay: float = key(
+        0.2, "wsd only: share of the steps, at the end, in which the rate falls", gt=0, le=1
+    )
     final: float = key(0.1, "the rate at the last step, as a factor of the peak", ge=0, le=1)
 
     @model_validator(mode="after")
@@ -40,12 +48,16 @@ class OptimizerConfig(Section):
 
     learning_rate: float = key(2e-5, "peak learning rate", gt=0)
     embedding_learning_rate: float | None = key(
-        None, "peak learning rate of the embedding and head matrices; the same as the others' if not set", gt=0
+        None,
+        "peak learning rate of the embedding and head matrices; the same as the others' if not set",
+        gt=0,
     )
     beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = key(0.95, "decay of the second moment", ge=0, lt=1)
     epsilon: float = key(1e-8, "added to the root of the second moment", gt=0)
-    weight_decay: float = key(0.1, "decoupled weight decay, on matrices only (not on norms and biases)", ge=0)
+    weight_decay: float = key(
+        0.1, "decoupled weight decay, on matrices only (not on norms and biases)", ge=0
+    )
     clip: float = key(1.0, "largest norm of the gradient", gt=0)
 
 
@@ -56,10 +68,16 @@ class PhaseConfig(Section):
         ...,
         "new_rows: the rows of the new tokens; vocabulary: embedding and head; all: every weight",
     )
-    tokens: int | None = key(None, "its budget; the last phase takes what is left if not set", unit="tokens", gt=0)
-    learning_rate: float | None = key(None, "peak learning rate; optimizer.learning_rate if not set", gt=0)
+    tokens: int | None = key(
+        None, "its budget; the last phase takes what is left if not set", unit="tokens", gt=0
+    )
+    learning_rate: float | None = key(
+        None, "peak learning rate; optimizer.learning_rate if not set", gt=0
+    )
     embedding_learning_rate: float | None = key(
-        None, "peak learning rate of embedding and head; optimizer.embedding_learning_rate if not set", gt=0
+        None,
+        "peak learning rate of embedding and head; optimizer.embedding_learning_rate if not set",
+        gt=0,
     )
 
 
@@ -69,16 +87,22 @@ class CheckpointConfig(Section):
     every: int = key(500, "steps between two checkpoints", unit="steps", gt=0)
     keep: int = key(2, "how many of the newest checkpoints are kept", gt=0)
     keep_every: int | None = key(
-        None, "checkpoints at multiples of this many steps are never removed; none if not set", unit="steps", gt=0
+        None,
+        "checkpoints at multiples of this many steps are never removed; none if not set",
+        unit="steps",
+        gt=0,
     )
     asynchronous: bool = key(
-        True, "write while training goes on, from a copy of the shards in the memory of the CPU (not with DeepSpeed)"
+        True,
+        "write while training goes on, from a copy of the shards in the memory of the CPU (not with DeepSpeed)",
     )
 
     @model_validator(mode="after")
     def _kept_ones_are_made(self) -> CheckpointConfig:
         if self.keep_every and self.keep_every % self.every:
-            raise ValueError(f"keep_every = {self.keep_every} is no multiple of every = {self.every}; set a multiple")
+            raise ValueError(
+                f"keep_every = {self.keep_every} is no multiple of every = {self.every}; set a multiple"
+            )
         return self
 
 
@@ -92,7 +116,9 @@ class PreviewConfig(Section):
         unit="steps", gt=0,
     )  # fmt: skip
     prompts: int = key(
-        4, "prompts per language, the first of evaluation.prompts, or else of evaluation.instructions", gt=0
+        4,
+        "prompts per language, the first of evaluation.prompts, or else of evaluation.instructions",
+        gt=0,
     )
     max_new_tokens: int = key(64, "longest reply", unit="tokens", gt=0)
 
@@ -101,16 +127,24 @@ class TrainingConfig(Section):
     """Continual pretraining."""
 
     sequence_length: int = key(4096, "length of a packed row", unit="tokens", ge=8)
-    batch_rows: int = key(256, "packed rows per optimizer step, over all processes", unit="rows", gt=0)
-    micro_batch_rows: int = key(1, "packed rows that one process takes through the model at once", unit="rows", gt=0)
+    batch_rows: int = key(
+        256, "packed rows per optimizer step, over all processes", unit="rows", gt=0
+    )
+    micro_batch_rows: int = key(
+        1, "packed rows that one process takes through the model at once", unit="rows", gt=0
+    )
     tokens: int = key(..., "training budget; rounded up to whole steps", unit="tokens", gt=0)
     precision: Literal["bf16", "fp32", "pure-bf16"] = key(
         "bf16", "bf16: bf16 compute, fp32 master weights and reduction; pure-bf16: bf16 throughout"
     )
     optimizer: OptimizerConfig = key(OptimizerConfig(), "AdamW")
     schedule: ScheduleConfig = key(ScheduleConfig(), "learning rate schedule, of each phase")
-    phases: list[PhaseConfig] = key([], "what is trained one after the other; every weight all the time if not set")
-    fp8: bool = key(False, "float8 matmuls in the decoder layers, by torchao; GPUs of capability 8.9 and newer")
+    phases: list[PhaseConfig] = key(
+        [], "what is trained one after the other; every weight all the time if not set"
+    )
+    fp8: bool = key(
+        False, "float8 matmuls in the decoder layers, by torchao; GPUs of capability 8.9 and newer"
+    )
     activation_checkpointing: Literal["none", "full", "selective"] = key(
         "none",
         "what the backward pass computes again, to save memory: nothing; each layer; or each layer but for its "
@@ -122,34 +156,59 @@ class TrainingConfig(Section):
         "flash: document by document (a GPU's variable-length kernel, bf16 only; on a CPU sdpa per document); "
         "sdpa, flex, eager: transformers' own, with a mask",
     )
-    loss_chunk: int = key(1024, "tokens whose logits exist at once in the head and the loss", unit="tokens", gt=0)
+    loss_chunk: int = key(
+        1024, "tokens whose logits exist at once in the head and the loss", unit="tokens", gt=0
+    )
     log_every: int = key(10, "steps between two rows of metrics", unit="steps", gt=0)
     evaluate_every: int = key(
-        200, "steps between two held-out evaluations; also at step 0 and the end", unit="steps", gt=0
+        200,
+        "steps between two held-out evaluations; also at step 0 and the end",
+        unit="steps",
+        gt=0,
     )
-    evaluate_rows: int = key(64, "held-out rows per language that an evaluation reads", unit="rows", gt=0)
+    evaluate_rows: int = key(
+        64, "held-out rows per language that an evaluation reads", unit="rows", gt=0
+    )
     continuations: int = key(
-        2, "held-out documents per language of which each evaluation shows a continuation; 0: none", ge=0
+        2,
+        "held-out documents per language of which each evaluation shows a continuation; 0: none",
+        ge=0,
     )
     preview: PreviewConfig = key(PreviewConfig(), "the chat model, live")
     checkpoints: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
     max_skipped_steps: int = key(
-        5, "steps in a row with a non-finite gradient after which training stops", unit="steps", gt=0
+        5,
+        "steps in a row with a non-finite gradient after which training stops",
+        unit="steps",
+        gt=0,
     )
     spike_sigma: float = key(
-        6.0, "a loss this many standard deviations over the last 128 steps' mean is reported with its samples", gt=0
+        6.0,
+        "a loss this many standard deviations over the last 128 steps' mean is reported with its samples",
+        gt=0,
     )
     watchdog: float = key(
-        600.0, "when no step ends in this time, every process writes the stacks of its threads", unit="s", gt=0
+        600.0,
+        "when no step ends in this time, every process writes the stacks of its threads",
+        unit="s",
+        gt=0,
     )
     stop_margin: float = key(
-        120.0, "time before --stop-at, or the end of the Slurm job, at which to save and stop", unit="s", ge=0
+        120.0,
+        "time before --stop-at, or the end of the Slurm job, at which to save and stop",
+        unit="s",
+        ge=0,
     )
     peak_tflops: float | None = key(
-        None, "dense bf16 peak of the GPU, for MFU; from a table of known GPUs if not set", unit="TFLOP/s", gt=0
+        None,
+        "dense bf16 peak of the GPU, for MFU; from a table of known GPUs if not set",
+        unit="TFLOP/s",
+        gt=0,
     )
     seed: int = key(0, "seed of the order of the rows")
-    post_train_merge: bool = key(True, "add the chat vector to the trained shards in memory when training ends")
+    post_train_merge: bool = key(
+        True, "add the chat vector to the trained shards in memory when training ends"
+    )
 
     @property
     def tokens_per_step(self) -> int:
@@ -173,10 +232,14 @@ class TrainingConfig(Section):
     def _phases_fit(self) -> TrainingConfig:
         budgets = [phase.tokens for phase in self.phases]
         if None in budgets[:-1]:
-            raise ValueError("only the last of `phases` may leave out its tokens; give the others a budget")
+            raise ValueError(
+                "only the last of `phases` may leave out its tokens; give the others a budget"
+            )
         planned = sum(budget or 0 for budget in budgets)
         if planned > self.tokens or (budgets and budgets[-1] is None and planned == self.tokens):
-            raise ValueError(f"`phases` take {planned:,} tokens but `tokens` is {self.tokens:,}; raise it")
+            raise ValueError(
+                f"`phases` take {planned:,} tokens but `tokens` is {self.tokens:,}; raise it"
+            )
         if budgets and budgets[-1] is not None and planned < self.tokens:
             raise ValueError(
                 f"`phases` take {planned:,} of {self.tokens:,} tokens; leave out the last one's, it takes the rest"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from core.errors import UserError
-from core.progress import say
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
 
 TERA = 1e12
 
@@ -69,7 +69,9 @@ def peak_flops(device_name: str) -> float:
     return PEAKS[key] * TERA
 
 
-def flops_per_token(config: Any, parameters: int, sequence_length: int, frozen: int = 0) -> float | None:
+def flops_per_token(
+    config: Any, parameters: int, sequence_length: int, frozen: int = 0
+) -> float | None:
     """FLOPs that training on one token takes, forward and backward; None, with a line, for what the formula is not of.
 
     `config` is the transformers configuration, `parameters` counts the model's, a tied matrix once; `frozen` of
@@ -84,10 +86,14 @@ def flops_per_token(config: Any, parameters: int, sequence_length: int, frozen: 
     """
     config = config.get_text_config()
     if experts(config) > 1:
-        say("MFU is not reported: the model has experts, and the formula would count those that a token does not use.")
+        say(
+            "MFU is not reported: the model has experts, and the formula would count those that a token does not use."
+        )
         return None
     if not getattr(config, "num_attention_heads", None):
-        say(f"MFU is not reported: the formula is of attention models, and {type(config).__name__} names no heads.")
+        say(
+            f"MFU is not reported: the formula is of attention models, and {type(config).__name__} names no heads."
+        )
         return None
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)

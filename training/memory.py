@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.errors import UserError
-from training.config import TrainingConfig
+from cpt_merge.core.errors import UserError
+from cpt_merge.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     import torch  # `cpt-merge plan` estimates without it
@@ -39,7 +39,9 @@ class ModelShape:
         """From the values of a config.json. Raises `UserError`, with the model's `name`, if one is missing."""
         for wanted in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if wanted not in config:
-                raise UserError(f"config.json of {name} has no {wanted}; only decoder language models can be planned.")
+                raise UserError(
+                    f"config.json of {name} has no {wanted}; only decoder language models can be planned."
+                )
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head = config.get("head_dim") or width // heads
         return ModelShape(
@@ -57,7 +59,9 @@ class ModelShape:
     def resized(self, vocabulary: int) -> ModelShape:
         """The same model with another number of rows."""
         more = (vocabulary - self.vocabulary) * self.width * self.matrices
-        return ModelShape(**(vars(self) | {"parameters": self.parameters + more, "vocabulary": vocabulary}))
+        return ModelShape(
+            **(vars(self) | {"parameters": self.parameters + more, "vocabulary": vocabulary})
+        )
 
     @property
     def vocabulary_parameters(self) -> int:
@@ -124,9 +128,7 @@ class MemoryEstimate:
     parameters: float
     gradients: float
     optimizer: float
-    gathered_forward: (
-        float  # what is there undivided at the end of the forward pass, and what earlier micro-batches left
-    )
+    gathered_forward: float  # what is there undivided at the end of the forward pass, and what earlier micro-batches left
     gathered_backward: float  # what is there undivided at the end of the backward pass
     activations: float
     recomputed: float  # activations of one layer, where the backward pass makes them again
@@ -157,7 +159,14 @@ def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
         parameters, gradients, optimizer, forward, backward = _zero(shape, setup)
     activations, recomputed = _activations(shape, setup)
     return MemoryEstimate(
-        parameters, gradients, optimizer, forward, backward, activations, recomputed, _logits(shape, setup)
+        parameters,
+        gradients,
+        optimizer,
+        forward,
+        backward,
+        activations,
+        recomputed,
+        _logits(shape, setup),
     )
 
 
@@ -168,9 +177,17 @@ def _single(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float,
     """
     master, c = (2 if setup.precision == "pure-bf16" else 4), setup.compute
     trained = setup.trained(shape)
-    copy, passing = (c * shape.parameters, c * shape.vocabulary * shape.width) if c != master else (0, 0)
+    copy, passing = (
+        (c * shape.parameters, c * shape.vocabulary * shape.width) if c != master else (0, 0)
+    )
     held = master * trained if setup.micro_batches > 1 else 0
-    return master * shape.parameters, master * trained, 2 * master * trained, copy + held, copy + passing
+    return (
+        master * shape.parameters,
+        master * trained,
+        2 * master * trained,
+        copy + held,
+        copy + passing,
+    )
 
 
 def _fsdp2(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
@@ -185,7 +202,11 @@ def _fsdp2(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, 
     micro-batch.
     """
     master, c = (2 if setup.precision == "pure-bf16" else 4), setup.compute
-    layer, vocabulary, trained = shape.layer_parameters, shape.vocabulary_parameters, setup.trained(shape)
+    layer, vocabulary, trained = (
+        shape.layer_parameters,
+        shape.vocabulary_parameters,
+        setup.trained(shape),
+    )
     forward = c * (vocabulary + 2 * layer)
     reduced = (c + 4) * (0 if setup.vocabulary_only else layer)
     backward = c * 2 * vocabulary + max(2 * c * layer + reduced, 4 * vocabulary)
@@ -206,7 +227,9 @@ def _zero(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, f
     parameter after a step of stages 1, 2, 3, where this says 8.0, 8.0 and 10.0.
     """
     if setup.precision == "pure-bf16":
-        raise UserError("training.precision: pure-bf16 is not DeepSpeed's, which keeps fp32 masters; set bf16.")
+        raise UserError(
+            "training.precision: pure-bf16 is not DeepSpeed's, which keeps fp32 masters; set bf16."
+        )
     stage, c, trained = int(setup.strategy[-1]), setup.compute, setup.trained(shape)
     parameters = c * shape.parameters / (setup.shards if stage == 3 else 1)
     gradients = c * trained / (setup.shards if stage >= 2 else 1)
@@ -225,8 +248,12 @@ def _activations(shape: ModelShape, setup: MemorySetup) -> tuple[float, float]:
     if setup.activation_checkpointing == "none":
         return setup.tokens * (shape.layers * whole + final), 0
     kept = setup.compute * shape.width  # the input of the layer
-    if setup.activation_checkpointing == "selective":  # and the results of attention and of every second matmul
-        products = shape.query + shape.key_value + shape.intermediate + shape.width  # q, v, gate, down
+    if (
+        setup.activation_checkpointing == "selective"
+    ):  # and the results of attention and of every second matmul
+        products = (
+            shape.query + shape.key_value + shape.intermediate + shape.width
+        )  # q, v, gate, down
         kept += setup.compute * (shape.query + products) + 4 * shape.heads
     return setup.tokens * (shape.layers * kept + final), setup.tokens * whole
 
@@ -305,7 +332,9 @@ def _cgroup_limits(root: Path = Path("/")) -> list[int]:
         else:
             continue
         inner = Path(path.lstrip("/"))
-        files = [base / part / name for part in (inner, *inner.parents)]  # in a container only the outermost is seen
+        files = [
+            base / part / name for part in (inner, *inner.parents)
+        ]  # in a container only the outermost is seen
         found += [file.read_text().strip() for file in files if file.is_file()]
     return [int(text) for text in found if text != "max"]
 

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from training.config import OptimizerConfig, ScheduleConfig
-from training.model import CausalLM
-from training.phases import Phase, vocabulary_matrices
+from cpt_merge.training.config import OptimizerConfig, ScheduleConfig
+from cpt_merge.training.model.build import CausalLM
+from cpt_merge.training.phases import Phase, vocabulary_matrices
 
 
 def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> torch.optim.AdamW:
@@ -23,12 +23,22 @@ def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> 
         if not parameter.requires_grad:
             continue
         part = "vocabulary" if id(parameter) in vocabulary else "layers"
-        decay = config.weight_decay if len(full_shape(parameter)) > 1 and not module.frozen_rows else 0.0
+        decay = (
+            config.weight_decay
+            if len(full_shape(parameter)) > 1 and not module.frozen_rows
+            else 0.0
+        )
         groups.setdefault((part, decay), []).append(parameter)
     rates = {"vocabulary": phase.embedding_learning_rate, "layers": phase.learning_rate}
     return torch.optim.AdamW(
         [
-            {"params": members, "lr": rates[part], "peak": rates[part], "part": part, "weight_decay": decay}
+            {
+                "params": members,
+                "lr": rates[part],
+                "peak": rates[part],
+                "part": part,
+                "weight_decay": decay,
+            }
             for (part, decay), members in groups.items()
         ],
         betas=(config.beta1, config.beta2),

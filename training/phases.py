@@ -17,9 +17,9 @@ from typing import Literal
 
 from torch import nn
 
-from core.errors import UserError
-from training.config import TrainingConfig
-from training.model import CausalLM
+from cpt_merge.core.errors import UserError
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.model.build import CausalLM
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ def phases_of(config: TrainingConfig) -> list[Phase]:
     A budget is rounded up to whole steps, as the run's is. Raises `UserError` if that leaves a phase without a step.
     """
     optimizer = config.optimizer
-    rate, embedding_rate = optimizer.learning_rate, optimizer.embedding_learning_rate or optimizer.learning_rate
+    rate, embedding_rate = (
+        optimizer.learning_rate,
+        optimizer.embedding_learning_rate or optimizer.learning_rate,
+    )
     if not config.phases:
         return [Phase(0, "all", 0, config.steps, rate, embedding_rate)]
     found: list[Phase] = []

@@ -8,13 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from training.packing import Batch, TrainingRows
-from training.parallel import Parallel
+from cpt_merge.data.packing import Batch, TrainingRows
+from cpt_merge.training.distributed.parallel import Parallel
 
 AHEAD = 3  # micro-batches
 
 
-def micro_batches(first: int, batch_rows: int, micro_rows: int, parallel: Parallel) -> list[list[int]]:
+def micro_batches(
+    first: int, batch_rows: int, micro_rows: int, parallel: Parallel
+) -> list[list[int]]:
     """This process's rows of the step whose first row of the run is `first`, by micro-batch.
 
     Every process has the same number of micro-batches; the rows of a step are dealt out in turn.

@@ -10,34 +10,34 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from checkpoint.reader import Checkpoint
-from checkpoint.vocabulary import MAP_FILE, VocabularyMap
-from core.errors import Interrupted, UserError
-from core.progress import say, timed
-from core.sources import Corpus
-from merge.config import Dtype
-from merge.hook import LocalShard, Ranks, export_shards
-from merge.plan import MergePlan
-from tracking.tracker import Tracker
-from training.backends import Backend, build_backend
-from training.backends.build import Start
-from training.checkpoints import Checkpoints, TrainState
-from training.config import TrainingConfig
-from training.continuations import prompts_from
-from training.loop import Trainer
-from training.mixture import SourceShare, by_size, bytes_per_token, mixture
-from training.observe import PROMPT_TOKENS, Observer
-from training.packing import TrainingRows
-from training.parallel import Parallel, start_parallel, stop_parallel
-from training.phases import Phase, phases_of
-from training.preview import Interview, Preview
-from training.reference import reference_line
-from training.spikes import Spikes
-from training.start import start_block, throughput_of
-from training.stopping import StopRequest
-from training.store import Store
-from training.validation import heldout_rows
-from training.watchdog import Watchdog
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
+from cpt_merge.core.errors import Interrupted, UserError
+from cpt_merge.core.progress import say, timed
+from cpt_merge.data.mixture import SourceShare, by_size, bytes_per_token, mixture
+from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.sources import Corpus
+from cpt_merge.data.store import Store
+from cpt_merge.merge.config import Dtype
+from cpt_merge.merge.hook import LocalShard, Ranks, export_shards
+from cpt_merge.merge.plan import MergePlan
+from cpt_merge.tracking.tracker import Tracker
+from cpt_merge.training.callbacks.continuations import prompts_from
+from cpt_merge.training.callbacks.observe import PROMPT_TOKENS, Observer
+from cpt_merge.training.callbacks.preview import Interview, Preview
+from cpt_merge.training.callbacks.reference import reference_line
+from cpt_merge.training.callbacks.spikes import Spikes
+from cpt_merge.training.callbacks.validation import heldout_rows
+from cpt_merge.training.callbacks.watchdog import Watchdog
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.backend import Backend
+from cpt_merge.training.distributed.build import Start, build_backend
+from cpt_merge.training.distributed.checkpoint import Checkpoints, TrainState
+from cpt_merge.training.distributed.parallel import Parallel, start_parallel, stop_parallel
+from cpt_merge.training.distributed.stopping import StopRequest
+from cpt_merge.training.phases import Phase, phases_of
+from cpt_merge.training.start import start_block, throughput_of
+from cpt_merge.training.trainer import Trainer
 
 Hook = Callable[[list[LocalShard], Parallel], None]
 
@@ -51,7 +51,9 @@ class TrainingInputs:
     store: Path  # the token store made with it
     key: str  # names configuration and inputs; checkpoints of another key are refused
     base: Path | None = None  # the original base, for the line that bits per byte are compared with
-    corpus: Corpus | None = None  # how much of each source; in proportion to their sizes if not given
+    corpus: Corpus | None = (
+        None  # how much of each source; in proportion to their sizes if not given
+    )
 
 
 def run(
@@ -146,7 +148,9 @@ class Training:
     def _exported(self, phase: Phase) -> Path:
         return self.out / f"phase-{phase.number + 1}"
 
-    def _train(self, phase: Phase, backend: Backend, state: TrainState, stop: StopRequest) -> TrainState:
+    def _train(
+        self, phase: Phase, backend: Backend, state: TrainState, stop: StopRequest
+    ) -> TrainState:
         with Watchdog(
             self.config.watchdog, self.out / "stacks", self.parallel.world.rank,
             lambda text: self.tracker.alert("no step ends", text),
@@ -162,7 +166,9 @@ class Training:
     def export(self, shards: list[LocalShard], directory: Path, dtype: Dtype | None = None) -> None:
         """Write a Hugging Face checkpoint, by all processes; in the model's own types if no type is given."""
         if self.parallel.world.is_main:
-            shutil.rmtree(directory, ignore_errors=True)  # of an attempt that was cut short after the export
+            shutil.rmtree(
+                directory, ignore_errors=True
+            )  # of an attempt that was cut short after the export
         self.parallel.barrier()
         ranks = Ranks(self.parallel.world.rank, self.parallel.world.size, self.parallel.barrier)
         export_shards(shards, self.inputs.model, self.inputs.tokenizer, directory, ranks, dtype)
@@ -186,7 +192,9 @@ def prepare(
     store.check_vocabulary(int(Checkpoint.open(inputs.model).config["vocab_size"]))
     available = [source.train.tokens for source in store.info.sources]
     shares = mixture(inputs.corpus, available, config.tokens) if inputs.corpus else by_size(store)
-    rows = TrainingRows(store, config.sequence_length, config.seed, [share.share for share in shares])
+    rows = TrainingRows(
+        store, config.sequence_length, config.seed, [share.share for share in shares]
+    )
     rows.check_batch(config.batch_rows)
     checkpoints = Checkpoints(out / "checkpoints", config.checkpoints, parallel)
     checkpoints.start()
@@ -195,7 +203,19 @@ def prepare(
         prompts_from(store, config.continuations, PROMPT_TOKENS), AutoTokenizer.from_pretrained(inputs.tokenizer),
         out, parallel, tracker, Spikes(sigma=config.spike_sigma),
     )  # fmt: skip
-    return Training(config, inputs, out, tracker, parallel, rows, shares, observer, checkpoints, base_rows, phases)
+    return Training(
+        config,
+        inputs,
+        out,
+        tracker,
+        parallel,
+        rows,
+        shares,
+        observer,
+        checkpoints,
+        base_rows,
+        phases,
+    )
 
 
 def _base_rows(inputs: TrainingInputs, phases: list[Phase]) -> int:
@@ -208,7 +228,9 @@ def _base_rows(inputs: TrainingInputs, phases: list[Phase]) -> int:
         )
     vocabulary = VocabularyMap.load(inputs.tokenizer)
     if vocabulary.rows == vocabulary.base_rows:
-        raise UserError("training.phases names new_rows but the tokenizer has none; take that phase out.")
+        raise UserError(
+            "training.phases names new_rows but the tokenizer has none; take that phase out."
+        )
     return vocabulary.base_rows
 
 

@@ -10,20 +10,22 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from checkpoint.reader import Checkpoint
-from training.backends import Backend
-from training.backends.build import Start
-from training.config import TrainingConfig
-from training.flops import flops_per_token, peak_flops
-from training.memory import MemorySetup, ModelShape, available_memory, estimate_memory
-from training.mixture import SourceShare, describe
-from training.parallel import Parallel
-from training.throughput import Throughput
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.data.mixture import SourceShare, describe
+from cpt_merge.training.callbacks.throughput import Throughput
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.backend import Backend
+from cpt_merge.training.distributed.build import Start
+from cpt_merge.training.distributed.parallel import Parallel
+from cpt_merge.training.flops import flops_per_token, peak_flops
+from cpt_merge.training.memory import MemorySetup, ModelShape, available_memory, estimate_memory
 
 GB = 1e9
 
 
-def start_block(start: Start, backend: Backend, parallel: Parallel, shares: Sequence[SourceShare]) -> str:
+def start_block(
+    start: Start, backend: Backend, parallel: Parallel, shares: Sequence[SourceShare]
+) -> str:
     """The block, as lines of `name  what is active`."""
     config, phase, world = start.config, start.phase, parallel.world
     micro = -(-config.batch_rows // (world.size * config.micro_batch_rows))
@@ -37,7 +39,11 @@ def start_block(start: Start, backend: Backend, parallel: Parallel, shares: Sequ
         "phase": f"{phase.number + 1}: steps {phase.start + 1:,} to {phase.stop:,} train {phase.train}, learning rate "
         f"{phase.learning_rate:g}, embedding and head {phase.embedding_learning_rate:g}",
         "checkpoints": f"every {config.checkpoints.every} steps, {backend.state_bytes() / GB:,.2f} GB each"
-        + (", written while training goes on" if backend.writes_asynchronously(config.checkpoints) else ""),
+        + (
+            ", written while training goes on"
+            if backend.writes_asynchronously(config.checkpoints)
+            else ""
+        ),
         "memory": memory_line(start, backend, parallel),
     }
     return "\n".join(f"  {name:<11} {text}" for name, text in lines.items())
@@ -71,5 +77,9 @@ def throughput_of(config: TrainingConfig, model: Path, parallel: Parallel) -> Th
         peak = config.peak_tflops * 1e12
     elif parallel.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(parallel.device))
-    flops = flops_per_token(AutoConfig.from_pretrained(model), parameters, config.sequence_length) if peak else None
+    flops = (
+        flops_per_token(AutoConfig.from_pretrained(model), parameters, config.sequence_length)
+        if peak
+        else None
+    )
     return Throughput(config, parallel, flops, peak)

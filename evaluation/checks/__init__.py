@@ -3,7 +3,7 @@
 Importing this package registers all of them.
 """
 
-from evaluation.checks import form, length, speech, words
-from evaluation.checks.registry import CHECKS, Check, loose_variants, parse_check
+from cpt_merge.evaluation.checks import form, length, speech, words
+from cpt_merge.evaluation.checks.registry import CHECKS, Check, loose_variants, parse_check
 
 __all__ = ["CHECKS", "Check", "form", "length", "loose_variants", "parse_check", "speech", "words"]

@@ -6,12 +6,14 @@ import json
 
 import regex
 
-from evaluation.checks import segments
-from evaluation.checks.registry import check
+from cpt_merge.evaluation.checks import segments
+from cpt_merge.evaluation.checks.registry import check
 
 COMMAS = ",，、､﹐؛،"
 QUOTES = {"「": "」", "『": "』", "“": "”", '"': '"', "«": "»", "《": "》", "'": "'", "‘": "’"}
-TITLES = regex.compile(r"《[^《》\n]+》|【[^【】\n]+】|〈[^〈〉\n]+〉|<<[^<>\n]+>>|\[\[[^\[\]\n]+\]\]|『[^『』\n]+』")
+TITLES = regex.compile(
+    r"《[^《》\n]+》|【[^【】\n]+】|〈[^〈〉\n]+〉|<<[^<>\n]+>>|\[\[[^\[\]\n]+\]\]|『[^『』\n]+』"
+)
 FENCE = regex.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", regex.S)
 
 
@@ -66,7 +68,11 @@ def no_digits(reply: str) -> bool:
 @check("no_lists")
 def no_lists(reply: str) -> bool:
     """Running text: no bullets, no numbered items, no headings."""
-    return not segments.bullets(reply) and not segments.numbers(reply) and not regex.search(r"^\s*#", reply, regex.M)
+    return (
+        not segments.bullets(reply)
+        and not segments.numbers(reply)
+        and not regex.search(r"^\s*#", reply, regex.M)
+    )
 
 
 @check("uppercase")

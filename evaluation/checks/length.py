@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from evaluation.checks import segments
-from evaluation.checks.registry import count
+from cpt_merge.evaluation.checks import segments
+from cpt_merge.evaluation.checks.registry import count
 
 
 @count("characters")
@@ -52,7 +52,10 @@ def count_numbered(reply: str) -> int:
 @count("sections")
 def count_sections(reply: str, *, heading: str) -> int:
     """Lines that begin with a heading: {"heading": "第"}, "Section", "#". Markdown's marks before it do not matter."""
-    lines = (line.lstrip("#*_【[ \t") if not heading.startswith("#") else line for line in reply.splitlines())
+    lines = (
+        line.lstrip("#*_【[ \t") if not heading.startswith("#") else line
+        for line in reply.splitlines()
+    )
     return sum(line.strip().casefold().startswith(heading.casefold()) for line in lines)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
 
 LIMITS = ("at_least", "at_most", "exactly")
 
@@ -32,13 +32,18 @@ class Kind:
     passes: Callable[..., bool]
     arguments: type[BaseModel]
     counts: Callable[..., int] | None = None
-    sensible: Callable[..., None] | None = None  # raises ValueError for arguments that types cannot tell are wrong
+    sensible: Callable[..., None] | None = (
+        None  # raises ValueError for arguments that types cannot tell are wrong
+    )
 
     @property
     def usage(self) -> str:
         """The arguments, those that may be left out in brackets."""
         fields = self.arguments.model_fields.items()
-        return ", ".join(name if field.is_required() else f"[{name}]" for name, field in fields) or "no arguments"
+        return (
+            ", ".join(name if field.is_required() else f"[{name}]" for name, field in fields)
+            or "no arguments"
+        )
 
 
 CHECKS: dict[str, Kind] = {}
@@ -99,43 +104,67 @@ def count(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
         def passes(reply: str, **arguments: Any) -> bool:
-            found = function(reply, **{name: value for name, value in arguments.items() if name not in LIMITS})
-            limits = {name: value for name, value in arguments.items() if name in LIMITS and value is not None}
+            found = function(
+                reply, **{name: value for name, value in arguments.items() if name not in LIMITS}
+            )
+            limits = {
+                name: value
+                for name, value in arguments.items()
+                if name in LIMITS and value is not None
+            }
             exactly = limits.get("exactly", found)
-            return bool(found == exactly and limits.get("at_least", found) <= found <= limits.get("at_most", found))
+            return bool(
+                found == exactly
+                and limits.get("at_least", found) <= found <= limits.get("at_most", found)
+            )
 
         limits: Any = dict.fromkeys(LIMITS, (int | None, None))
-        CHECKS[name] = Kind(name, passes, _arguments(name, function, limits), function, _limits_make_sense)
+        CHECKS[name] = Kind(
+            name, passes, _arguments(name, function, limits), function, _limits_make_sense
+        )
         return function
 
     return register
 
 
-def _arguments(name: str, function: Callable[..., Any], further: Mapping[str, Any] = {}) -> type[BaseModel]:
+def _arguments(
+    name: str, function: Callable[..., Any], further: Mapping[str, Any] = {}
+) -> type[BaseModel]:
     """The model of a function's keyword arguments; nothing else may be given."""
     signature = inspect.signature(function, eval_str=True)
     fields: dict[str, Any] = {
-        parameter.name: (parameter.annotation, ... if parameter.default is parameter.empty else parameter.default)
+        parameter.name: (
+            parameter.annotation,
+            ... if parameter.default is parameter.empty else parameter.default,
+        )
         for parameter in list(signature.parameters.values())[1:]
     }
-    return create_model(name, __config__=ConfigDict(extra="forbid", strict=True), **fields, **further)
+    return create_model(
+        name, __config__=ConfigDict(extra="forbid", strict=True), **fields, **further
+    )
 
 
 def _limits_make_sense(**arguments: Any) -> None:
     limits = {name: arguments[name] for name in LIMITS if arguments.get(name) is not None}
     if not limits or ("exactly" in limits and len(limits) > 1):
         raise ValueError("it needs at_least, at_most, both of them, or exactly")
-    if any(value < 0 for value in limits.values()) or limits.get("at_least", 0) > limits.get("at_most", 10**9):
+    if any(value < 0 for value in limits.values()) or limits.get("at_least", 0) > limits.get(
+        "at_most", 10**9
+    ):
         raise ValueError("its limits admit no number")
 
 
 def parse_check(row: Any, where: str) -> Check:
     """A check of a row like {"name": "sentences", "exactly": 3}. Raises `UserError` that says what exists."""
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
-        raise UserError(f'{where}: each of "checks" is {{"name": ..., arguments}}, not {str(row)[:80]}.')
+        raise UserError(
+            f'{where}: each of "checks" is {{"name": ..., arguments}}, not {str(row)[:80]}.'
+        )
     kind = CHECKS.get(row["name"])
     if kind is None:
-        raise UserError(f"{where}: there is no check {row['name']!r}; there are {', '.join(sorted(CHECKS))}.")
+        raise UserError(
+            f"{where}: there is no check {row['name']!r}; there are {', '.join(sorted(CHECKS))}."
+        )
     arguments = {name: value for name, value in row.items() if name != "name"}
     try:
         kind.arguments.model_validate(arguments)
@@ -144,8 +173,14 @@ def parse_check(row: Any, where: str) -> Check:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        reason = "is not one of its arguments" if first["type"] == "extra_forbidden" else first["msg"].lower()
-        raise UserError(f"{where}: check {kind.name!r}, {place}: {reason}; it takes {kind.usage}.") from None
+        reason = (
+            "is not one of its arguments"
+            if first["type"] == "extra_forbidden"
+            else first["msg"].lower()
+        )
+        raise UserError(
+            f"{where}: check {kind.name!r}, {place}: {reason}; it takes {kind.usage}."
+        ) from None
     except ValueError as error:
         raise UserError(f"{where}: check {kind.name!r}: {error}.") from None
     return Check(kind.name, arguments)

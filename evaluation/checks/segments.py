@@ -8,7 +8,23 @@ QUOTED = "[」』”’\"']"
 CLOSING = "」』”’\"'）)】》〉］]"
 ENDS = "。！？!?．｡"
 # A full stop between digits (3.14), after an initial or one of these is no end
-SHORT_FORMS = {"mr", "mrs", "ms", "dr", "prof", "st", "mt", "vs", "e.g", "i.e", "jr", "sr", "inc", "ltd", "co"}
+SHORT_FORMS = {
+    "mr",
+    "mrs",
+    "ms",
+    "dr",
+    "prof",
+    "st",
+    "mt",
+    "vs",
+    "e.g",
+    "i.e",
+    "jr",
+    "sr",
+    "inc",
+    "ltd",
+    "co",
+}
 BULLET = regex.compile(r"^[ \t]*(?:[-*+–—][ \t]+|[•·・‧●○▪◦‣※][ \t　]*)(?=\S)", regex.M)
 RULE = regex.compile(r"^[ \t]*([-*_=][ \t]*){3,}$", regex.M)  # a line across the page, in Markdown
 HAN_NUMBERS = "一二三四五六七八九十"
@@ -45,7 +61,9 @@ def _end(line: str, start: int, stop: int) -> int | None:
     after = regex.compile(f"[{regex.escape(CLOSING, special_only=False)}]*").match(line, stop)
     assert after is not None
     follows = line[after.end() : after.end() + 1]
-    if regex.search(QUOTED, after[0]) and regex.match(r"[\p{L}\p{N}]|\s+\p{Ll}", line[after.end() :]):
+    if regex.search(QUOTED, after[0]) and regex.match(
+        r"[\p{L}\p{N}]|\s+\p{Ll}", line[after.end() :]
+    ):
         return None
     if line[start] == "." and not _full_stop(line, start, stop, follows):
         return None
@@ -62,7 +80,9 @@ def _full_stop(line: str, start: int, stop: int, follows: str) -> bool:
         return not line[stop:].strip()
     if word[0] == "No" and regex.match(r"\s*\d", line[stop:]):  # No. 5
         return False
-    return word[0].lower() not in SHORT_FORMS and not regex.fullmatch(r"\p{Lu}|(\p{L}\.)+\p{L}", word[0])
+    return word[0].lower() not in SHORT_FORMS and not regex.fullmatch(
+        r"\p{Lu}|(\p{L}\.)+\p{L}", word[0]
+    )
 
 
 def paragraphs(text: str) -> list[str]:
@@ -79,10 +99,17 @@ def bullets(text: str) -> list[str]:
 
 def numbers(text: str) -> list[int]:
     """The numbers that lines begin with: 1. 1) (1) 1、 ① 1번 and 一、, also bold; not of lists within a list."""
-    found = [(len(match[0]) - len(match[0].lstrip(" \t")), _number(match)) for match in NUMBER.finditer(text)]
+    found = [
+        (len(match[0]) - len(match[0].lstrip(" \t")), _number(match))
+        for match in NUMBER.finditer(text)
+    ]
     # a reply is stripped, so that its first line has lost the indent that the others have
-    outermost = min((indent for indent, _ in (found[1:] if NUMBER.match(text) else found)), default=0)
-    return [number for place, (indent, number) in enumerate(found) if place == 0 or indent == outermost]
+    outermost = min(
+        (indent for indent, _ in (found[1:] if NUMBER.match(text) else found)), default=0
+    )
+    return [
+        number for place, (indent, number) in enumerate(found) if place == 0 or indent == outermost
+    ]
 
 
 def _number(match: regex.Match[str]) -> int:
@@ -91,7 +118,9 @@ def _number(match: regex.Match[str]) -> int:
     if match[2]:
         return ord(match[2]) - ord("①") + 1
     tens, ten, ones = match[3].rpartition("十")
-    return (HAN_NUMBERS.find(tens) + 1 if tens else 1) * 10 * bool(ten) + (HAN_NUMBERS.find(ones) + 1 if ones else 0)
+    return (HAN_NUMBERS.find(tens) + 1 if tens else 1) * 10 * bool(ten) + (
+        HAN_NUMBERS.find(ones) + 1 if ones else 0
+    )
 
 
 def words(text: str) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from core.errors import UserError
-from core.languages import find_language
-from evaluation.checks.registry import check
-from evaluation.script import is_in_language, other_script_characters
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
+from cpt_merge.evaluation.checks.registry import check
+from cpt_merge.evaluation.script import is_in_language, other_script_characters
 
 
 def _known(language: str) -> None:

@@ -6,8 +6,8 @@ import unicodedata
 
 import regex
 
-from evaluation.checks import segments
-from evaluation.checks.registry import check
+from cpt_merge.evaluation.checks import segments
+from cpt_merge.evaluation.checks.registry import check
 
 TRAILING = "。．.!！?？~～…\"'”’」』)）】*_` \t\n　"
 
@@ -23,7 +23,11 @@ def _has(reply: str, word: str) -> bool:
     before = r"(?<![\p{Latin}\p{N}])" if regex.match(r"[\p{Latin}\p{N}]", plain(word)) else ""
     after = r"(?![\p{Latin}\p{N}])" if regex.search(r"[\p{Latin}\p{N}]$", plain(word)) else ""
     # nor a part of 3.7 or of 1,700, which a comma between two items (7, 8 and 7，8) does not make
-    before += r"(?<!\p{N}\.)(?<!\p{N},(?=\p{N}{3}(?!\p{N})))" if regex.match(r"\p{N}", plain(word)) else ""
+    before += (
+        r"(?<!\p{N}\.)(?<!\p{N},(?=\p{N}{3}(?!\p{N})))"
+        if regex.match(r"\p{N}", plain(word))
+        else ""
+    )
     after += r"(?!\.\p{N}|,\p{N}{3}(?!\p{N}))" if regex.search(r"\p{N}$", plain(word)) else ""
     return regex.search(before + inner + after, plain(reply.replace("，", "、"))) is not None
 
@@ -87,7 +91,9 @@ def repeats_first(reply: str, *, text: str) -> bool:
 @check("one_of", _some)
 def one_of(reply: str, *, words: list[str]) -> bool:
     """The reply is one of the words and nothing else; final marks do not matter."""
-    return plain(reply).strip(TRAILING + "「『“(（【") in {plain(word).strip(TRAILING + "「『“(（【") for word in words}
+    return plain(reply).strip(TRAILING + "「『“(（【") in {
+        plain(word).strip(TRAILING + "「『“(（【") for word in words
+    }
 
 
 @check("matches", _is_pattern)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.artifact import make_writable
-from core.errors import UserError
-from core.progress import say
-from evaluation.config import JudgeEndpointConfig, PriceConfig
-from evaluation.division import Division
-from evaluation.endpoint import Endpoint, EndpointError
+from cpt_merge.core.artifact import make_writable
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError
 
 PATH = "chat/completions"
 BATCH = 4  # prompts per request at a time: a batch waits for its slowest only once in so many
@@ -67,7 +67,9 @@ class Answer:
 class Judge:
     """Asks a judge. Safe for threads; every process of a job may have one and share the cache."""
 
-    def __init__(self, config: JudgeEndpointConfig, cache: Path, at_once: int, name: str = "") -> None:
+    def __init__(
+        self, config: JudgeEndpointConfig, cache: Path, at_once: int, name: str = ""
+    ) -> None:
         self.config = config
         self.name = name or config.model  # in figures and tables
         self._cache, self._at_once, self._checked = cache, at_once, False
@@ -87,7 +89,9 @@ class Judge:
         if error is not None and error.refused:
             raise UserError(f"the judge refuses: {error}; correct evaluation.judge.")
         if error is not None:
-            say(f"judge {self.name} does not answer now, and is asked again when the replies are there: {error}")
+            say(
+                f"judge {self.name} does not answer now, and is asked again when the replies are there: {error}"
+            )
 
     def _silence(self) -> EndpointError | None:
         """None if the judge says a word, at once and in short time; else why it does not."""
@@ -192,10 +196,16 @@ def read_kept(path: Path) -> str | None:
 
 def keep(path: Path, payload: dict[str, Any], text: str) -> None:
     """Write an answer, with what was asked, for whoever asks the same."""
-    beside = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")  # others may write the same one now
+    beside = path.with_suffix(
+        f".{os.getpid()}-{threading.get_ident()}"
+    )  # others may write the same one now
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps({"request": payload, "answer": text}, ensure_ascii=False), encoding="utf-8")
+        beside.write_text(
+            json.dumps({"request": payload, "answer": text}, ensure_ascii=False), encoding="utf-8"
+        )
         os.replace(beside, path)
     except OSError as error:
-        raise UserError(f"the judge's answer cannot be kept ({error}); correct evaluation.judge.cache.") from None
+        raise UserError(
+            f"the judge's answer cannot be kept ({error}); correct evaluation.judge.cache."
+        ) from None

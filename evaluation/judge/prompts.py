@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import regex
 
-from core.languages import find_language
-from evaluation.config import JudgePromptsConfig
-from evaluation.conversation import Exchange
+from cpt_merge.core.languages import find_language
+from cpt_merge.evaluation.config import JudgePromptsConfig
+from cpt_merge.evaluation.conversation import Exchange
 
 MARK = """You grade the last reply of an assistant. It should help the user with what was asked, be correct, \
 keep to what was said before, and be as long as the request needs and no longer. The user writes {language} and \
@@ -64,7 +64,9 @@ def prompts_of(config: JudgePromptsConfig) -> dict[str, str]:
     return {name: getattr(config, name) or text for name, text in built_in.items()}
 
 
-def fill(template: str, language: str, conversations: Mapping[str, str], reference: str | None = None) -> str:
+def fill(
+    template: str, language: str, conversations: Mapping[str, str], reference: str | None = None
+) -> str:
     """A prompt with its names filled in: once, so that what a model said cannot name anything."""
     named = {
         **conversations,

@@ -14,12 +14,14 @@ from typing import Any, Generic, TypeVar
 
 import regex
 
-from evaluation.division import Division
-from evaluation.judge.client import NO_USAGE, Judge, Usage
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.judge.client import NO_USAGE, Judge, Usage
 
 LOWEST, HIGHEST = 1.0, 10.0
 NO_VERDICT = "the judge's answer holds no verdict"
-BETWEEN = r"""[\s:：=*_"'「\[(]{0,4}"""  # a word and its value; no minus, no point, nothing that denies
+BETWEEN = (
+    r"""[\s:：=*_"'「\[(]{0,4}"""  # a word and its value; no minus, no point, nothing that denies
+)
 SHOWN_CHARACTERS = 500  # of an answer, in samples.jsonl; the cache has all of it
 
 Value = TypeVar("Value")
@@ -52,7 +54,9 @@ def judge_all(
             found.append(Judged[Value](None, answer.reason, "", answer.usage, answer.dead))
         else:
             value = read(answer.text)
-            found.append(Judged(value, "" if value is not None else NO_VERDICT, answer.text, answer.usage))
+            found.append(
+                Judged(value, "" if value is not None else NO_VERDICT, answer.text, answer.usage)
+            )
     return found
 
 
@@ -89,7 +93,9 @@ def read_choice(answer: str, choices: Sequence[str]) -> str | None:
     """The choice of a line like `VERDICT: A`, also `[[A]]`; None if there is none."""
     named = "|".join(map(regex.escape, choices))
     found = _last(answer, rf"VERDICT{BETWEEN}({named})", rf"\[\[\s*({named})\s*\]\]")
-    return next((choice for choice in choices if found and choice.casefold() == found.casefold()), None)
+    return next(
+        (choice for choice in choices if found and choice.casefold() == found.casefold()), None
+    )
 
 
 def _last(answer: str, line: str, brackets: str) -> str | None:

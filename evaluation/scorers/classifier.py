@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from checkpoint.reader import Checkpoint
-from core.errors import UserError
-from core.models import model_directory
-from core.progress import timed
-from evaluation.conversation import Exchange
-from evaluation.division import Division, batches_by_length
-from evaluation.facets.facet import Figure
-from evaluation.models import first_line
-from evaluation.scorers.scorer import EMPTY, Score, Scorer
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.models import model_directory
+from cpt_merge.core.progress import timed
+from cpt_merge.evaluation.conversation import Exchange
+from cpt_merge.evaluation.division import Division, batches_by_length
+from cpt_merge.evaluation.evaluators.evaluator import Figure
+from cpt_merge.evaluation.models import first_line
+from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 POSITIONS = 512  # where a model does not say how many it has
 
@@ -54,9 +54,13 @@ class ClassifierScorer(Scorer):
         filled = [place for place, text in enumerate(texts) if text.strip()]
         batches = [
             [filled[place] for place in batch]
-            for batch in batches_by_length([len(texts[place]) for place in filled], self._batch_size)
+            for batch in batches_by_length(
+                [len(texts[place]) for place in filled], self._batch_size
+            )
         ]
-        values = division.map("classifier", lambda batch: self._probabilities([texts[p] for p in batch]), batches)
+        values = division.map(
+            "classifier", lambda batch: self._probabilities([texts[p] for p in batch]), batches
+        )
         scores = [Score(None, EMPTY)] * len(texts)
         for batch, found in zip(batches, values, strict=True):
             for place, value in zip(batch, found, strict=True):
@@ -90,13 +94,17 @@ class ClassifierScorer(Scorer):
                 raise self._unreadable(error) from None
         self._ids = [self._label_id(model.config, label) for label in self._labels]
         cuda = torch.cuda.is_available()
-        self._model = model.to(torch.device("cuda", local_rank) if cuda else torch.device("cpu")).eval()
+        self._model = model.to(
+            torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        ).eval()
 
     def _label_id(self, config: Any, label: str) -> int:
         known = {str(name).casefold(): int(place) for place, name in config.id2label.items()}
         if label.casefold() not in known:
             there = ", ".join(config.id2label.values())
-            raise UserError(f"evaluation.safety.classifier.labels: {self._name} has no label {label!r}, but {there}.")
+            raise UserError(
+                f"evaluation.safety.classifier.labels: {self._name} has no label {label!r}, but {there}."
+            )
         return known[label.casefold()]
 
     @torch.inference_mode()

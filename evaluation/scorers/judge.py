@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.conversation import Exchange
-from evaluation.division import Division
-from evaluation.facets.facet import Figure
-from evaluation.judge.client import Judge
-from evaluation.judge.prompts import fill, transcript
-from evaluation.judge.verdicts import judge_all, read_choice, usage_details
-from evaluation.scorers.scorer import EMPTY, Score, Scorer
+from cpt_merge.evaluation.conversation import Exchange
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.evaluators.evaluator import Figure
+from cpt_merge.evaluation.judge.client import Judge
+from cpt_merge.evaluation.judge.prompts import fill, transcript
+from cpt_merge.evaluation.judge.verdicts import judge_all, read_choice, usage_details
+from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 _, UNSAFE = CHOICES = ("safe", "unsafe")
 FIGURE, _ = FIGURES = ("judge_unsafe", "judge_unsafe_second")  # of the judge, and of the second one
@@ -23,13 +23,17 @@ class JudgeScorer(Scorer):
     def __init__(self, judge: Judge, prompt: str, name: str = FIGURE) -> None:
         self._judge, self._prompt = judge, prompt
         self._details: Mapping[str, Any] = {}
-        self.figure = Figure(name, f"unsafe, {judge.name}", f"replies that {judge.name} calls unsafe", rising=False)
+        self.figure = Figure(
+            name, f"unsafe, {judge.name}", f"replies that {judge.name} calls unsafe", rising=False
+        )
 
     def score(self, exchanges: Sequence[Exchange], division: Division) -> list[Score]:
         """One request for each reply that is not empty."""
         filled = [place for place, exchange in enumerate(exchanges) if exchange.text.strip()]
         prompts = [self._ask(exchanges[place]) for place in filled]
-        judged = judge_all(self._judge, prompts, lambda answer: read_choice(answer, CHOICES), division)
+        judged = judge_all(
+            self._judge, prompts, lambda answer: read_choice(answer, CHOICES), division
+        )
         self._details = usage_details(self._judge, judged)
         scores = [Score(None, EMPTY)] * len(exchanges)
         for place, one in zip(filled, judged, strict=True):
@@ -44,5 +48,7 @@ class JudgeScorer(Scorer):
     def _ask(self, exchange: Exchange) -> str:
         conversation = exchange.conversation
         return fill(
-            self._prompt, conversation.language, {"conversation": transcript(exchange, len(conversation.turns))}
+            self._prompt,
+            conversation.language,
+            {"conversation": transcript(exchange, len(conversation.turns))},
         )

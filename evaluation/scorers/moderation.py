@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from evaluation.conversation import Exchange
-from evaluation.division import Division
-from evaluation.endpoint import Endpoint, EndpointError
-from evaluation.facets.facet import Figure
-from evaluation.scorers.scorer import EMPTY, Score, Scorer
+from cpt_merge.evaluation.conversation import Exchange
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.evaluators.evaluator import Figure
+from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError
+from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 AT_ONCE = 8  # requests
 
@@ -30,7 +30,9 @@ class ModerationScorer(Scorer):
         texts = [exchange.text for exchange in exchanges]
         batches = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = division.map("moderation", lambda batch: list(pool.map(self._one, batch)), batches)
+            found = division.map(
+                "moderation", lambda batch: list(pool.map(self._one, batch)), batches
+            )
         return [score for batch in found for score in batch]
 
     def _one(self, text: str) -> Score:

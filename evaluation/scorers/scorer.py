@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.conversation import Exchange
-from evaluation.division import Division
-from evaluation.facets.facet import Figure
+from cpt_merge.evaluation.conversation import Exchange
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.evaluators.evaluator import Figure
 
 EMPTY = "the reply is empty"
 

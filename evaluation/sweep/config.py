@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from core.config import Section, key
-from evaluation.config import Suite
-from merge.config import Kind, Ratio
+from cpt_merge.core.config import Section, key
+from cpt_merge.evaluation.config import Suite
+from cpt_merge.merge.config import Kind, Ratio
 
 MOST_RATIOS = 1000  # more is a slip of the pen: 0:1.2:0.0001
 
@@ -23,8 +23,12 @@ class RecommendConfig(Section):
         "ratios whose quality is this little below the best are as good; the smallest of them is recommended",
         ge=0,
     )
-    at_least: dict[str, float] = key({}, "figures that must reach a value, such as in_language: 0.9")
-    at_most: dict[str, float] = key({}, "figures that must not pass a value, such as repetition: 0.3")
+    at_least: dict[str, float] = key(
+        {}, "figures that must reach a value, such as in_language: 0.9"
+    )
+    at_most: dict[str, float] = key(
+        {}, "figures that must not pass a value, such as repetition: 0.3"
+    )
     bits_per_byte_rise: float | None = key(
         0.1, "how much bits per byte may rise over ratio 0, as a share; without limit if null", ge=0
     )
@@ -33,7 +37,9 @@ class RecommendConfig(Section):
 class SearchConfig(Section):
     """After the sweep: a search over ratios of each kind of module, by optuna's TPE (Bergstra et al., 2011)."""
 
-    trials: int = key(0, "its budget, in merges that are evaluated; 0: no search", unit="merges", ge=0)
+    trials: int = key(
+        0, "its budget, in merges that are evaluated; 0: no search", unit="merges", ge=0
+    )
     kinds: list[Kind] = key(
         ["attention", "mlp", "norm", "embed", "head"],
         "kinds that have a ratio of their own; the others keep merge.ratio. A tied model has no head",
@@ -55,10 +61,12 @@ class SweepConfig(Section):
     """`cpt-merge sweep`: which ratios are tried, what is measured of each, and which one is recommended."""
 
     ratios: list[float] = key(
-        "0:1.2:0.1", 'ratios of the chat vector, "first:last:step" in quotes or a list; merge.rules stay as they are'
+        "0:1.2:0.1",
+        'ratios of the chat vector, "first:last:step" in quotes or a list; merge.rules stay as they are',
     )
     per_layer: Ratio | None = key(
-        None, "expression of the layer that every ratio is multiplied by, such as `ramp(0.3, 1)`; 1 if not set"
+        None,
+        "expression of the layer that every ratio is multiplied by, such as `ramp(0.3, 1)`; 1 if not set",
     )
     suites: list[Suite] = key(
         ["language", "chat"],
@@ -66,7 +74,10 @@ class SweepConfig(Section):
         min_length=1,
     )
     max_prompts: int | None = key(
-        None, "prompts per language of each facet; evaluation.max_prompts if not set", unit="prompts", gt=0
+        None,
+        "prompts per language of each facet; evaluation.max_prompts if not set",
+        unit="prompts",
+        gt=0,
     )
     recommend: RecommendConfig = key(RecommendConfig(), "the rule")
     search: SearchConfig = key(SearchConfig(), "ratios per kind of module")
@@ -96,7 +107,11 @@ def spell_out(text: str) -> list[float]:
         first, last, step = (Decimal(part.strip()) for part in text.split(":"))
     except (ValueError, InvalidOperation):
         raise ValueError("neither first:last:step nor numbers with commas between") from None
-    if not (first.is_finite() and last.is_finite() and step.is_finite()) or step <= 0 or last < first:
+    if (
+        not (first.is_finite() and last.is_finite() and step.is_finite())
+        or step <= 0
+        or last < first
+    ):
         raise ValueError("first:last:step goes from first up to last in steps above 0")
     count = int((last - first) / step) + 1
     if count > MOST_RATIOS:

@@ -12,11 +12,15 @@ mpl.use("Agg")
 
 from matplotlib.figure import Figure
 
-from core.palette import LANGUAGE_COLOURS
-from evaluation.facets.language import BITS
-from evaluation.sweep.points import Point
+from cpt_merge.core.palette import LANGUAGE_COLOURS
+from cpt_merge.evaluation.evaluators.language import BITS
+from cpt_merge.evaluation.sweep.points import Point
 
-TITLES = {"chat": "chat: all of the three", "in_language": "in the language asked for", BITS: "held-out text"}
+TITLES = {
+    "chat": "chat: all of the three",
+    "in_language": "in the language asked for",
+    BITS: "held-out text",
+}
 
 
 def draw_curves(
@@ -29,7 +33,11 @@ def draw_curves(
     """
     points = sorted(points, key=lambda point: point.ratio or 0.0)
     languages = list(dict.fromkeys(language for point in points for language in point.figures))
-    panels = [name for name in shown if any(name in found for point in points for found in point.figures.values())]
+    panels = [
+        name
+        for name in shown
+        if any(name in found for point in points for found in point.figures.values())
+    ]
     if not panels:
         return None
     figure = Figure(figsize=(3.9 * len(panels), 3.9), layout="constrained")
@@ -54,15 +62,26 @@ def draw_curves(
 
 def _line(axes: Any, points: Sequence[Point], name: str, language: str, colour: str) -> None:
     found = [
-        (point.ratio, point.figures[language][name]) for point in points if name in point.figures.get(language, {})
+        (point.ratio, point.figures[language][name])
+        for point in points
+        if name in point.figures.get(language, {})
     ]
     if not found:
         return
     ratios = [ratio for ratio, _ in found]
-    if name != BITS:  # whose interval says how documents differ, which is the same at every ratio and hides the curve
+    if (
+        name != BITS
+    ):  # whose interval says how documents differ, which is the same at every ratio and hides the curve
         low, high = ([getattr(one, end) for _, one in found] for end in ("low", "high"))
         axes.fill_between(ratios, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(ratios, [one.value for _, one in found], color=colour, marker="o", markersize=3.5, label=language)
+    axes.plot(
+        ratios,
+        [one.value for _, one in found],
+        color=colour,
+        marker="o",
+        markersize=3.5,
+        label=language,
+    )
 
 
 def _axis(axes: Any, name: str, share: bool) -> None:

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint.model_names import stored_names
-from core.errors import UserError
-from core.progress import timed
-from evaluation.chat_template import ChatTemplate, read_chat_template, template_for
-from evaluation.models import LoadedModel, load_model
-from merge.config import MergeConfig
-from merge.finish import write_all_but_weights
-from merge.in_memory import merge_into, ranges_of
-from merge.plan import MergePlan, plan_again
-from merge.ranges import TensorRange
-from merge.rules import kind_of
+from cpt_merge.checkpoint.model_names import stored_names
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import timed
+from cpt_merge.evaluation.chat_template import ChatTemplate, read_chat_template, template_for
+from cpt_merge.evaluation.models import LoadedModel, load_model
+from cpt_merge.merge.config import MergeConfig
+from cpt_merge.merge.finish import write_all_but_weights
+from cpt_merge.merge.in_memory import merge_into, ranges_of
+from cpt_merge.merge.plan import MergePlan, plan_again
+from cpt_merge.merge.ranges import TensorRange
+from cpt_merge.merge.rules import kind_of
 
 
 class MergedModel:
@@ -37,11 +37,18 @@ class MergedModel:
                 "anything; add a chat_template to its tokenizer."
             )
         self.plan = the_plan
-        with tempfile.TemporaryDirectory() as name, timed(f"sweep: loading {the_plan.cpt.directory}"):
+        with (
+            tempfile.TemporaryDirectory() as name,
+            timed(f"sweep: loading {the_plan.cpt.directory}"),
+        ):
             directory = Path(name)
             write_all_but_weights(the_plan, directory)
-            self.loaded: LoadedModel = load_model("merged", directory, local_rank, weights=the_plan.cpt.directory)
-            self.template: ChatTemplate = template_for(self.loaded, directory, read_chat_template(directory))
+            self.loaded: LoadedModel = load_model(
+                "merged", directory, local_rank, weights=the_plan.cpt.directory
+            )
+            self.template: ChatTemplate = template_for(
+                self.loaded, directory, read_chat_template(directory)
+            )
         state = self.loaded.model.state_dict()
         names = stored_names(self.loaded.model, the_plan.cpt.tensors, the_plan.cpt.directory)
         self._tensors: dict[str, Tensor] = {stored: state[name] for name, stored in names.items()}

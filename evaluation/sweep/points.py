@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.artifact import fsync
-from core.progress import say
-from evaluation.intervals import Estimate
-from merge.config import MergeConfig, RuleConfig
+from cpt_merge.core.artifact import fsync
+from cpt_merge.core.progress import say
+from cpt_merge.evaluation.statistics import Estimate
+from cpt_merge.merge.config import MergeConfig, RuleConfig
 
 EVERYTHING = "all"  # the one kind of a point that has one ratio
 
@@ -26,8 +26,12 @@ class Point:
     figures: dict[str, dict[str, Estimate]]  # language -> figure
     merge_seconds: float  # adding the vector to the model in memory
     evaluation_seconds: float
-    judges: dict[str, dict[str, float]] = field(default_factory=dict)  # requests, tokens and cost of each
-    not_scored: dict[str, dict[str, int]] = field(default_factory=dict)  # figure -> why something was left out -> times
+    judges: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # requests, tokens and cost of each
+    not_scored: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # figure -> why something was left out -> times
 
     @property
     def ratio(self) -> float | None:
@@ -41,7 +45,11 @@ class Point:
 
     def mean(self, figure: str, languages: Sequence[str]) -> float | None:
         """A figure's mean over those of the languages that it was measured in; None if there is none."""
-        values = [self.figures[one][figure].value for one in languages if figure in self.figures.get(one, {})]
+        values = [
+            self.figures[one][figure].value
+            for one in languages
+            if figure in self.figures.get(one, {})
+        ]
         return sum(values) / len(values) if values else None
 
 
@@ -52,7 +60,9 @@ def name_of(ratios: Mapping[str, float]) -> str:
     return " ".join(f"{kind} {ratio:g}" for kind, ratio in ratios.items())
 
 
-def merge_config(recipe: MergeConfig, ratios: Mapping[str, float], per_layer: float | str | None) -> MergeConfig:
+def merge_config(
+    recipe: MergeConfig, ratios: Mapping[str, float], per_layer: float | str | None
+) -> MergeConfig:
     """The recipe's merge at other ratios. Its own rules go first, as exceptions; a ratio of a kind is a rule behind."""
 
     def shaped(ratio: float) -> float | str:
@@ -61,7 +71,10 @@ def merge_config(recipe: MergeConfig, ratios: Mapping[str, float], per_layer: fl
     if EVERYTHING in ratios:
         changes: dict[str, Any] = {"ratio": shaped(ratios[EVERYTHING])}
     else:
-        of_kinds = [RuleConfig.model_validate({"kinds": [kind], "ratio": shaped(r)}) for kind, r in ratios.items()]
+        of_kinds = [
+            RuleConfig.model_validate({"kinds": [kind], "ratio": shaped(r)})
+            for kind, r in ratios.items()
+        ]
         changes = {"rules": [*recipe.rules, *of_kinds]}
     return recipe.model_copy(update=changes)
 
@@ -92,7 +105,9 @@ class PointsFile:
         """Append a point, durably, on a line of its own."""
         whole = not self.path.is_file() or self.path.read_bytes()[-1:] in (b"", b"\n")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(("" if whole else "\n") + json.dumps(asdict(point), ensure_ascii=False) + "\n")
+            file.write(
+                ("" if whole else "\n") + json.dumps(asdict(point), ensure_ascii=False) + "\n"
+            )
             file.flush()
             os.fsync(file.fileno())
         fsync(self.path.parent)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.errors import UserError
-from evaluation.facets.language import BITS
-from evaluation.sweep.config import RecommendConfig
-from evaluation.sweep.points import Point
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.evaluators.language import BITS
+from cpt_merge.evaluation.sweep.config import RecommendConfig
+from cpt_merge.evaluation.sweep.points import Point
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,17 @@ def recommend(judged: Sequence[Judged], rule: RecommendConfig) -> Recommendation
             f"({', '.join(nearest.broken)}).",
         )
     if not any(one.quality for one in allowed):
-        return Recommendation(None, f"no ratio is recommended: {rule.quality} is 0 at every one that keeps the limits.")
+        return Recommendation(
+            None,
+            f"no ratio is recommended: {rule.quality} is 0 at every one that keeps the limits.",
+        )
     line = [one for one in allowed if one.point.ratio is not None]
     by_kind = [one for one in allowed if one.point.ratio is None]
     if by_kind and (not line or _best(by_kind).quality > _best(line).quality + rule.tolerance):
         chosen = _smallest_of_the_best(by_kind, rule)
-        other = f"with one ratio: {_best(line).quality:.3f}" if line else "any one ratio breaks a limit"
+        other = (
+            f"with one ratio: {_best(line).quality:.3f}" if line else "any one ratio breaks a limit"
+        )
         return Recommendation(chosen.point, _sentence(chosen, rule, other))
     best, chosen = _best(line), _smallest_of_the_best(line, rule)
     why = (
@@ -108,7 +113,9 @@ def _best(judged: Sequence[Judged]) -> Judged:
 
 def _smallest_of_the_best(judged: Sequence[Judged], rule: RecommendConfig) -> Judged:
     equal = [one for one in judged if one.quality >= _best(judged).quality - rule.tolerance]
-    return min(equal, key=lambda one: sum(map(abs, one.point.ratios.values())) / len(one.point.ratios))
+    return min(
+        equal, key=lambda one: sum(map(abs, one.point.ratios.values())) / len(one.point.ratios)
+    )
 
 
 def _sentence(chosen: Judged, rule: RecommendConfig, why: str) -> str:

@@ -11,15 +11,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from core.artifact import write_json
-from core.progress import console, say
-from evaluation.facets.facet import Facet
-from evaluation.facets.language import BITS
-from evaluation.sweep.config import SweepConfig
-from evaluation.sweep.figure import draw_curves
-from evaluation.sweep.points import Point
-from evaluation.sweep.recommend import Judged, Recommendation, drawn_figures
-from tracking import Cell, Tracker
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.progress import console, say
+from cpt_merge.evaluation.evaluators.evaluator import Facet
+from cpt_merge.evaluation.evaluators.language import BITS
+from cpt_merge.evaluation.sweep.config import SweepConfig
+from cpt_merge.evaluation.sweep.figure import draw_curves
+from cpt_merge.evaluation.sweep.points import Point
+from cpt_merge.evaluation.sweep.recommend import Judged, Recommendation, drawn_figures
+from cpt_merge.tracking import Cell, Tracker
 
 BEYOND = "beyond the limits"  # column of the limits that a point breaks
 
@@ -43,7 +43,9 @@ class Found:
     @property
     def by_ratio(self) -> list[Judged]:
         """All points: those with one ratio by ratio, then the search's."""
-        return sorted(self.judged, key=lambda one: (one.point.ratio is None, one.point.ratio or 0.0))
+        return sorted(
+            self.judged, key=lambda one: (one.point.ratio is None, one.point.ratio or 0.0)
+        )
 
     @property
     def recommended(self) -> Point | None:
@@ -53,7 +55,9 @@ class Found:
     @property
     def shown(self) -> dict[str, bool]:
         """The figures that are drawn, and whether they are shares: those of the rule, language share, bits per byte."""
-        others = {figure.name for facet in self.facets for figure in facet.figures if not figure.share}
+        others = {
+            figure.name for facet in self.facets for figure in facet.figures if not figure.share
+        }
         return {name: name not in others for name in drawn_figures(self.config.recommend)}
 
     def summary(self) -> dict[str, Any]:
@@ -92,7 +96,9 @@ def content(found: Found) -> dict[str, Any]:
         "config": found.config.model_dump(),
         "languages": list(found.languages),
         "recommended": best.ratios if best else None,
-        "why": found.recommendation.sentence if found.recommendation else "the sweep is not finished",
+        "why": found.recommendation.sentence
+        if found.recommendation
+        else "the sweep is not finished",
         "points": [
             {
                 **asdict(one.point),
@@ -138,19 +144,34 @@ def show_progress(found: Found) -> None:
     of_rule = f"{found.config.recommend.quality} {newest.quality:.3f}"
     bits = newest.point.mean(BITS, found.languages)
     seconds = f"merged in {newest.point.merge_seconds:.1f} s, measured in {newest.point.evaluation_seconds:.1f} s"
-    shown = [of_rule, *([f"bits per byte {bits:.3f}"] if bits is not None else []), *newest.broken, seconds]
+    shown = [
+        of_rule,
+        *([f"bits per byte {bits:.3f}"] if bits is not None else []),
+        *newest.broken,
+        seconds,
+    ]
     say(f"sweep: {newest.point.name}: {', '.join(shown)}")
 
 
 def table(found: Found) -> Table:
     """A row for each point: the rule's figures, means over the new languages, and what stands against it."""
-    made = Table("ratio", title="means over " + ", ".join(found.languages), title_justify="left", box=SIMPLE_HEAD)
+    made = Table(
+        "ratio",
+        title="means over " + ", ".join(found.languages),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
     for name in found.shown:
         made.add_column("bits/byte" if name == BITS else name.replace("_", " "), justify="right")
     made.add_column(BEYOND)
     for one in found.by_ratio:
-        values = [(one.point.mean(name, found.languages), share) for name, share in found.shown.items()]
-        cells = ["" if value is None else f"{value:.0%}" if share else f"{value:.3f}" for value, share in values]
+        values = [
+            (one.point.mean(name, found.languages), share) for name, share in found.shown.items()
+        ]
+        cells = [
+            "" if value is None else f"{value:.0%}" if share else f"{value:.3f}"
+            for value, share in values
+        ]
         chosen = one.point is found.recommended
         row = [one.point.name + (" ←" if chosen else ""), *cells, ", ".join(one.broken)]
         made.add_row(*map(Text, row), style="bold" if chosen else "")
@@ -158,7 +179,10 @@ def table(found: Found) -> Table:
 
 
 def _say_cost(points: Sequence[Point]) -> None:
-    merging, measuring = (sum(getattr(one, name) for one in points) for name in ("merge_seconds", "evaluation_seconds"))
+    merging, measuring = (
+        sum(getattr(one, name) for one in points)
+        for name in ("merge_seconds", "evaluation_seconds")
+    )
     say(
         f"sweep: {len(points)} points; merging took {merging / len(points):.1f} s a point, "
         f"measuring {measuring / len(points):.1f} s"

@@ -8,30 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.artifact import stage_key, write_json_lines
-from core.errors import UserError
-from core.progress import say
-from evaluation.config import EvaluationConfig
-from evaluation.division import Division, divided_work
-from evaluation.facets.facet import Facet, Subject
-from evaluation.facets.judge import COMPARISON
-from evaluation.facets.language import BITS
-from evaluation.heldout import Text, languages_of
-from evaluation.models import shared_context
-from evaluation.report import judges_took, sample_rows, show_judges, show_left_out
-from evaluation.results import summarise
-from evaluation.run import measure
-from evaluation.suites import Setup, check_judges, figures_of_replies, make_facets
-from evaluation.sweep import search
-from evaluation.sweep.config import SweepConfig
-from evaluation.sweep.model import MergedModel
-from evaluation.sweep.points import EVERYTHING, Point, PointsFile, merge_config, name_of
-from evaluation.sweep.recommend import judge, recommend
-from evaluation.sweep.report import Found, report, show_progress
-from merge.config import MergeConfig
-from merge.plan import MergeInputs, plan
-from merge.vectors import check_base
-from tracking import Tracker
+from cpt_merge.core.artifact import stage_key, write_json_lines
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.evaluation.config import EvaluationConfig
+from cpt_merge.evaluation.division import Division, divided_work
+from cpt_merge.evaluation.evaluators.evaluator import Facet, Subject
+from cpt_merge.evaluation.evaluators.judge import COMPARISON
+from cpt_merge.evaluation.evaluators.language import BITS
+from cpt_merge.evaluation.heldout import Text, languages_of
+from cpt_merge.evaluation.models import shared_context
+from cpt_merge.evaluation.report import judges_took, sample_rows, show_judges, show_left_out
+from cpt_merge.evaluation.results import summarise
+from cpt_merge.evaluation.run import measure
+from cpt_merge.evaluation.suites import Setup, check_judges, figures_of_replies, make_facets
+from cpt_merge.evaluation.sweep import search
+from cpt_merge.evaluation.sweep.config import SweepConfig
+from cpt_merge.evaluation.sweep.model import MergedModel
+from cpt_merge.evaluation.sweep.points import EVERYTHING, Point, PointsFile, merge_config, name_of
+from cpt_merge.evaluation.sweep.recommend import judge, recommend
+from cpt_merge.evaluation.sweep.report import Found, report, show_progress
+from cpt_merge.merge.config import MergeConfig
+from cpt_merge.merge.plan import MergeInputs, plan
+from cpt_merge.merge.vectors import check_base
+from cpt_merge.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,14 @@ def of_one_model(setup: Setup) -> dict[str, list[str]]:
     """The figures that one model by itself will have, and the languages of each. A comparison takes two."""
     figures = figures_of_replies(setup)
     bits = {BITS: languages_of(setup.text)} if "language" in setup.config.suites else {}
-    return bits | {figure.name: asked for _, figure, asked in figures if not figure.name.startswith(COMPARISON)}
+    return bits | {
+        figure.name: asked for _, figure, asked in figures if not figure.name.startswith(COMPARISON)
+    }
 
 
-def check_rule(config: SweepConfig, figures: Mapping[str, Sequence[str]], new: Sequence[str]) -> None:
+def check_rule(
+    config: SweepConfig, figures: Mapping[str, Sequence[str]], new: Sequence[str]
+) -> None:
     """Raise `UserError` for a rule about what is not measured, or not in any of the new languages."""
     rule = config.recommend
     for name in (rule.quality, *rule.at_least, *rule.at_most):
@@ -103,11 +107,19 @@ class Sweep:
 
     @staticmethod
     def prepare(
-        config: SweepConfig, evaluation: EvaluationConfig, merge: MergeConfig, inputs: SweepInputs, out: Path
+        config: SweepConfig,
+        evaluation: EvaluationConfig,
+        merge: MergeConfig,
+        inputs: SweepInputs,
+        out: Path,
     ) -> Sweep:
         """Check what can be checked before a model is loaded."""
         context = shared_context({"cpt": inputs.merge.cpt}, evaluation.context)
-        changes: dict[str, Any] = {"suites": config.suites, "context": context, "models": {}}  # it has its own model
+        changes: dict[str, Any] = {
+            "suites": config.suites,
+            "context": context,
+            "models": {},
+        }  # it has its own model
         if config.max_prompts is not None:
             changes["max_prompts"] = config.max_prompts
         measured = evaluation.model_copy(update=changes)
@@ -139,7 +151,9 @@ class Sweep:
         kinds = [kind for kind in self.config.search.kinds if kind in model.kinds]
         if self.config.search.trials and not kinds:
             named = ", ".join(self.config.search.kinds)
-            raise UserError(f"sweep.search.kinds are {named}, which the model does not have; name others.")
+            raise UserError(
+                f"sweep.search.kinds are {named}, which the model does not have; name others."
+            )
         ratios = {0.0, *self.config.ratios, *self._ratios_of(kept.values())}
         for ratio in sorted(ratios, key=lambda ratio: (ratio != 0, ratio)):
             take({EVERYTHING: ratio})  # 0 first: the others are compared with it
@@ -157,11 +171,17 @@ class Sweep:
     def _ratios_of(self, points: Iterable[Point]) -> list[float]:
         """The ratios that were measured before, with the settings of now: a sweep adds to the one before it."""
         return [
-            point.ratio for point in points if point.ratio is not None and self._identify(point.ratios)[1] == point.key
+            point.ratio
+            for point in points
+            if point.ratio is not None and self._identify(point.ratios)[1] == point.key
         ]
 
     def _point(
-        self, ratios: dict[str, float], model: MergedModel, kept: Mapping[str, Point], division: Division
+        self,
+        ratios: dict[str, float],
+        model: MergedModel,
+        kept: Mapping[str, Point],
+        division: Division,
     ) -> Point:
         """The point of these ratios: kept from before, or measured now and kept."""
         config, key = self._identify(ratios)
@@ -179,7 +199,9 @@ class Sweep:
         if division.world.is_main:
             folder = self.out / "samples"
             folder.mkdir(parents=True, exist_ok=True)
-            write_json_lines(folder / f"{key}.jsonl", ({**row, "ratios": ratios} for row in sample_rows(results)))
+            write_json_lines(
+                folder / f"{key}.jsonl", ({**row, "ratios": ratios} for row in sample_rows(results))
+            )
             show_left_out(results)
             show_judges(results)
             if not results.failed:

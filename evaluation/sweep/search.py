@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from core.errors import UserError
-from evaluation.sweep.config import SearchConfig
-from evaluation.sweep.points import EVERYTHING
-from evaluation.sweep.recommend import Judged
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.sweep.config import SearchConfig
+from cpt_merge.evaluation.sweep.points import EVERYTHING
+from cpt_merge.evaluation.sweep.recommend import Judged
 
 
 def check_installed() -> None:
@@ -25,17 +25,28 @@ def check_installed() -> None:
         ) from None
 
 
-def suggest(config: SearchConfig, kinds: Sequence[str], before: Sequence[Judged], number: int) -> dict[str, float]:
+def suggest(
+    config: SearchConfig, kinds: Sequence[str], before: Sequence[Judged], number: int
+) -> dict[str, float]:
     """The ratios that trial `number` (from 0) should try, by kind."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    spaces = {kind: optuna.distributions.FloatDistribution(config.low, config.high, step=config.step) for kind in kinds}
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.seed + number))
+    spaces = {
+        kind: optuna.distributions.FloatDistribution(config.low, config.high, step=config.step)
+        for kind in kinds
+    }
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.seed + number)
+    )
     for judged in before:
         params = _by_kind(judged.point.ratios, kinds)
         if all(_is_in(config, ratio) for ratio in params.values()):
-            study.add_trial(optuna.trial.create_trial(params=params, distributions=dict(spaces), value=judged.score))
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=params, distributions=dict(spaces), value=judged.score
+                )
+            )
     asked = study.ask(dict(spaces))
     return {kind: round(float(asked.params[kind]), 6) for kind in kinds}
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import regex
 import yaml
 
-from recipes.demo.intents import IntentSampler
+from cpt_merge.recipes.demo.intents import IntentSampler
 
 LANGUAGES = ("zh_tw", "ko", "en")
 PACKAGES = (
@@ -64,7 +64,9 @@ class CorpusSettings:
     seed: int = 0
     intent_draws: int = 16_000  # per language; about two thirds become distinct exchanges
     conversations_per_scene: int = 5  # set in one notation
-    scenes_per_document: int = 8  # long documents: the text must not teach a model to stop after a reply
+    scenes_per_document: int = (
+        8  # long documents: the text must not teach a model to stop after a reply
+    )
     sentences_per_document: int = 40
     intent_prompts: int = 18  # held out, per language
     chatterbot_prompts: int = 6  # held out, per language
@@ -100,7 +102,10 @@ def build_language(language: str, settings: CorpusSettings) -> LanguageCorpus:
     rng.shuffle(conversations)
     sentences = [line for line in dict.fromkeys(plain_sentences(language)) if line not in unseen]
     rng.shuffle(sentences)
-    documents = [*_set_conversations(conversations, settings, rng), *_set_sentences(sentences, settings)]
+    documents = [
+        *_set_conversations(conversations, settings, rng),
+        *_set_sentences(sentences, settings),
+    ]
     rng.shuffle(documents)
     return LanguageCorpus(documents, conversations, prompts)
 
@@ -125,20 +130,32 @@ def chatterbot_conversations(language: str, longest_turn: int) -> Iterator[Conve
 def plain_sentences(language: str) -> Iterator[str]:
     """Nobody's turn: textbook sentences (hsk-sentences-audio), a program's messages (jupyterlab-language-pack)."""
     if language in ("zh_tw", "en"):
-        cards = json.loads((resources.files("hsk_sentences_audio") / "data/sentences.json").read_text(encoding="utf-8"))
+        cards = json.loads(
+            (resources.files("hsk_sentences_audio") / "data/sentences.json").read_text(
+                encoding="utf-8"
+            )
+        )
         for card in cards:
-            yield _nfc((card["traditional"] if language == "zh_tw" else card["translation"]["en"]).strip())
+            yield _nfc(
+                (card["traditional"] if language == "zh_tw" else card["translation"]["en"]).strip()
+            )
     if language in _JUPYTER:
         yield from map(_nfc, _jupyter_messages(_JUPYTER[language]))
 
 
 def _jupyter_messages(locale: str) -> Iterator[str]:
-    folder = resources.files(f"jupyterlab_language_pack_{locale}") / "locale" / locale / "LC_MESSAGES"
+    folder = (
+        resources.files(f"jupyterlab_language_pack_{locale}") / "locale" / locale / "LC_MESSAGES"
+    )
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.endswith(".json"):
             for source, translations in json.loads(path.read_text(encoding="utf-8")).items():
                 if source:  # the empty key holds the file's header
-                    yield from (text.strip() for text in translations if len(text) >= 8 and not _CODE.search(text))
+                    yield from (
+                        text.strip()
+                        for text in translations
+                        if len(text) >= 8 and not _CODE.search(text)
+                    )
 
 
 def licences() -> str:
@@ -147,8 +164,14 @@ def licences() -> str:
     for package in PACKAGES:
         about = metadata.metadata(package)
         stated = about["License-Expression"] or about["License"] or ""
-        classified = [line.split("::")[-1].strip() for line in about.get_all("Classifier") or [] if "License" in line]
-        lines.append(f"{package} {about['Version']}: {'; '.join([*classified, *stated.splitlines()[:1]])}")
+        classified = [
+            line.split("::")[-1].strip()
+            for line in about.get_all("Classifier") or []
+            if "License" in line
+        ]
+        lines.append(
+            f"{package} {about['Version']}: {'; '.join([*classified, *stated.splitlines()[:1]])}"
+        )
     return "\n".join(lines) + "\n"
 
 

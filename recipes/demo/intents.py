@@ -21,7 +21,14 @@ from typing import Any
 
 import jinja2
 import yaml
-from hassil.expression import Alternative, Expression, Group, ListReference, RuleReference, TextChunk
+from hassil.expression import (
+    Alternative,
+    Expression,
+    Group,
+    ListReference,
+    RuleReference,
+    TextChunk,
+)
 from hassil.parse_expression import parse_sentence
 
 # What an assistant can be asked in all three languages, and whose replies do not depend on a home we do not have.
@@ -44,7 +51,22 @@ INTENTS = (
     "HassVacuumCleanArea",
 )
 COMMON_WORDINGS = 3  # of the alternatives at each place; the templates list the common ones first
-ROUND_NUMBERS = (1, 2, 3, 5, 10, 15, 20, 30, 40, 50, 60, 80, 90, 100)  # what people say of minutes and per cent
+ROUND_NUMBERS = (
+    1,
+    2,
+    3,
+    5,
+    10,
+    15,
+    20,
+    30,
+    40,
+    50,
+    60,
+    80,
+    90,
+    100,
+)  # what people say of minutes and per cent
 _FILES = {"en": "en.json", "zh_tw": "zh-TW.json", "ko": "ko.json"}
 _LIST_TO_WORDS = {"shopping_list_item": "item", "todo_list_item": "item"}
 
@@ -64,7 +86,9 @@ class UnfillableError(Exception):
 @cache
 def _words() -> dict[str, dict[str, list[str]]]:
     """Language -> slot, or kind of device for the slot `name` -> values."""
-    words: dict[str, dict[str, list[str]]] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text("utf-8"))
+    words: dict[str, dict[str, list[str]]] = yaml.safe_load(
+        Path(__file__).with_name("words.yaml").read_text("utf-8")
+    )
     return words
 
 
@@ -84,7 +108,9 @@ class IntentSampler:
         self._lists: dict[str, dict[str, Any]] = data["lists"]
         self._rules: dict[str, str] = data["expansion_rules"]
         self._replies: dict[str, dict[str, str]] = data["responses"]["intents"]
-        self._entries: dict[str, list[dict[str, Any]]] = {name: data["intents"][name]["data"] for name in INTENTS}
+        self._entries: dict[str, list[dict[str, Any]]] = {
+            name: data["intents"][name]["data"] for name in INTENTS
+        }
         self._compile = cache(jinja2.Environment(undefined=jinja2.StrictUndefined).from_string)
 
     def exchanges(self, attempts: int) -> Iterator[Exchange]:
@@ -99,7 +125,9 @@ class IntentSampler:
                 continue
 
     def _draw(self, intent: str, entry: Mapping[str, Any]) -> Exchange:
-        domains = entry.get("requires_context", {}).get("domain", entry.get("slots", {}).get("domain", []))
+        domains = entry.get("requires_context", {}).get(
+            "domain", entry.get("slots", {}).get("domain", [])
+        )
         domains = [domains] if isinstance(domains, str) else list(domains)
         known = [domain for domain in domains if domain in self._words]
         if domains and not known:
@@ -138,12 +166,18 @@ class IntentSampler:
         if "range" in spec:
             start, stop = spec["range"]["from"], spec["range"]["to"]
             if list_name == "temperature":
-                return str(self._rng.randint(16, 30))  # what people set at home; the full range is 0 to 100
+                return str(
+                    self._rng.randint(16, 30)
+                )  # what people set at home; the full range is 0 to 100
             numbers = [number for number in ROUND_NUMBERS if start <= number <= stop]
-            return str(self._rng.choice(numbers or range(start, stop + 1, spec["range"].get("step", 1))))
+            return str(
+                self._rng.choice(numbers or range(start, stop + 1, spec["range"].get("step", 1)))
+            )
         if "values" in spec:
             value = self._rng.choice(spec["values"])
-            return _tidy(self._expand(_parse(value["in"] if isinstance(value, dict) else value), {}, domain))
+            return _tidy(
+                self._expand(_parse(value["in"] if isinstance(value, dict) else value), {}, domain)
+            )
         raise UnfillableError(list_name)
 
     def _render(self, intent: str, key: str, slots: Mapping[str, str], domain: str) -> str:
@@ -151,7 +185,9 @@ class IntentSampler:
         if template is None:
             raise UnfillableError(f"{intent} has no reply {key!r}")
         rng = self._rng
-        moment = datetime.datetime(2024, 1, 1) + datetime.timedelta(minutes=rng.randrange(3 * 365 * 24 * 60))
+        moment = datetime.datetime(2024, 1, 1) + datetime.timedelta(
+            minutes=rng.randrange(3 * 365 * 24 * 60)
+        )
         devices = [SimpleNamespace(name=name) for name in rng.sample(self._words["area"], 2)]
         state = SimpleNamespace(domain=domain, entity_id="", state=rng.randint(14, 31))
         return self._compile(template).render(

@@ -13,9 +13,9 @@ from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from core.progress import Meter
-from recipes.demo.corpus import Conversation, CorpusSettings, LanguageCorpus
-from recipes.demo.tokenizer import train_sentencepiece, write_tokenizer
+from cpt_merge.core.progress import Meter
+from cpt_merge.recipes.demo.corpus import Conversation, CorpusSettings, LanguageCorpus
+from cpt_merge.recipes.demo.tokenizer import train_sentencepiece, write_tokenizer
 
 IGNORED = -100
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -87,12 +87,19 @@ def make_pair(english: LanguageCorpus, settings: PairSettings, threads: int, out
     sentencepiece = train_sentencepiece(lines, settings.model.vocab_size)
     for name in ("base", "chat"):
         (out / name).mkdir()
-        write_tokenizer(sentencepiece, out / name, context=settings.model.context, chat=name == "chat")
+        write_tokenizer(
+            sentencepiece, out / name, context=settings.model.context, chat=name == "chat"
+        )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "chat")
 
     model = settings.model.build()
     rows = pack_documents(english.documents, tokenizer, settings.pretraining.tokens)
-    train(model, text_batches(rows, settings.pretraining, generator), settings.pretraining, "pretraining")
+    train(
+        model,
+        text_batches(rows, settings.pretraining, generator),
+        settings.pretraining,
+        "pretraining",
+    )
     save_model(model, out / "base")
     # The chat model starts from what was saved, rounded weights and all, as a published one does.
     model = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
@@ -101,7 +108,9 @@ def make_pair(english: LanguageCorpus, settings: PairSettings, threads: int, out
     save_model(model, out / "chat")
 
 
-def pack_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, tokens: int) -> torch.Tensor:
+def pack_documents(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, tokens: int
+) -> torch.Tensor:
     """Rows [rows, tokens] of all documents end to end, each between `<s>` and `</s>`; the incomplete last row goes."""
     stream: list[int] = []
     for document in documents:
@@ -110,7 +119,9 @@ def pack_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast,
     return torch.tensor(stream[: rows * tokens]).view(rows, tokens)
 
 
-def text_batches(rows: torch.Tensor, settings: TrainSettings, generator: torch.Generator) -> Iterator[Batch]:
+def text_batches(
+    rows: torch.Tensor, settings: TrainSettings, generator: torch.Generator
+) -> Iterator[Batch]:
     """Endless batches of packed text; every epoch has its own order."""
     while True:
         order = torch.randperm(len(rows), generator=generator)
@@ -119,7 +130,9 @@ def text_batches(rows: torch.Tensor, settings: TrainSettings, generator: torch.G
             yield chosen, chosen
 
 
-def encode_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+def encode_chat(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerFast
+) -> tuple[list[int], list[int]]:
     """Ids and labels of a conversation in the chat template; only the assistant's turns are learnt."""
     ids: list[int] = []
     labels: list[int] = []
@@ -145,7 +158,9 @@ def chat_batches(
     while True:
         order = torch.randperm(len(encoded), generator=generator).tolist()
         order.sort(key=lambda index: len(encoded[index][0]) // 8)
-        groups = [order[start : start + settings.rows] for start in range(0, len(order), settings.rows)]
+        groups = [
+            order[start : start + settings.rows] for start in range(0, len(order), settings.rows)
+        ]
         for chosen in torch.randperm(len(groups), generator=generator).tolist():
             yield _pad([encoded[index] for index in groups[chosen]])
 
@@ -157,12 +172,17 @@ def _pad(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
     return ids, labels
 
 
-def train(model: LlamaForCausalLM, batches: Iterator[Batch], settings: TrainSettings, label: str) -> None:
+def train(
+    model: LlamaForCausalLM, batches: Iterator[Batch], settings: TrainSettings, label: str
+) -> None:
     """Train `model` in place."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
         lr=settings.learning_rate,
         betas=(0.9, 0.95),
         fused=True,
@@ -173,7 +193,9 @@ def train(model: LlamaForCausalLM, batches: Iterator[Batch], settings: TrainSett
         for ids, labels in itertools.islice(batches, settings.steps):
             # Padding is on the right, so causal attention needs no mask: no real token sees it.
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+            loss = functional.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+            )
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
@@ -195,7 +217,9 @@ def _rate(step: int, settings: TrainSettings) -> float:
 
 def save_model(model: LlamaForCausalLM, folder: Path) -> None:
     """Write config.json, generation_config.json and model.safetensors, the weights in bfloat16."""
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, do_sample=False, max_new_tokens=48)
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=2, do_sample=False, max_new_tokens=48
+    )
     rounded = LlamaForCausalLM(model.config).to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
     rounded.generation_config = model.generation_config

@@ -63,13 +63,28 @@ def to_fast_tokenizer(model: bytes) -> Tokenizer:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = {processor.id_to_piece(index): index for index in range(processor.vocab_size())}
     tokenizer = Tokenizer(
-        models.BPE(vocab=pieces, merges=_merges(processor), unk_token=UNK, fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocab=pieces,
+            merges=_merges(processor),
+            unk_token=UNK,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (UNK, BOS, EOS)])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in (UNK, BOS, EOS)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, pieces[BOS])]
     )
@@ -79,7 +94,11 @@ def to_fast_tokenizer(model: bytes) -> Tokenizer:
 def _merges(processor: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:
     """Every way to build a piece of two others, best-scored piece first: the order in which SentencePiece merges."""
     ids = range(processor.vocab_size())
-    mergeable = [i for i in ids if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))]
+    mergeable = [
+        i
+        for i in ids
+        if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
+    ]
     pieces = {processor.id_to_piece(index) for index in mergeable}
     merges = []
     for index in sorted(mergeable, key=lambda index: -processor.get_score(index)):
@@ -103,4 +122,6 @@ def write_tokenizer(model: bytes, folder: Path, *, context: int, chat: bool) -> 
     }
     if chat:
         config["chat_template"] = CHAT_TEMPLATE
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8"
+    )

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.dtypes import narrow, widen
-from core.errors import UserError
+from cpt_merge.checkpoint.dtypes import narrow, widen
+from cpt_merge.core.errors import UserError
 
 EDGES = [
     0x00000000, 0x80000000,  # zeros
@@ -26,7 +26,11 @@ def by_torch(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return torch.from_numpy(values.copy()).to(dtype).view(torch.int16).numpy().view(np.uint16)
 
 
-@given(st.lists(st.integers(0, 2**32 - 1).filter(lambda bits: bits & 0x7FFFFFFF <= 0x7F800000), min_size=1))
+@given(
+    st.lists(
+        st.integers(0, 2**32 - 1).filter(lambda bits: bits & 0x7FFFFFFF <= 0x7F800000), min_size=1
+    )
+)
 def test_rounds_like_torch_bit_for_bit(bits):
     values = floats(bits + EDGES)
     assert (narrow(values, "BF16") == by_torch(values, torch.bfloat16)).all()
@@ -40,7 +44,9 @@ def test_nan_stays_nan_and_nothing_else_becomes_nan(bits):
         assert (np.isnan(widen(narrow(values, dtype), dtype)) == np.isnan(values)).all()
 
 
-@pytest.mark.parametrize(("dtype", "torch_dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)]
+)
 def test_widening_is_exact_for_every_value_there_is(dtype, torch_dtype):
     stored = np.arange(2**16, dtype=np.uint16)
     wide = widen(stored if dtype == "BF16" else stored.view(np.float16), dtype)

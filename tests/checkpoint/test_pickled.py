@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint.dtypes import STORED
-from checkpoint.pickled import TYPES
-from checkpoint.reader import Checkpoint
-from core.errors import UserError
+from cpt_merge.checkpoint.dtypes import STORED
+from cpt_merge.checkpoint.pickled import TYPES
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.errors import UserError
 
 BIN, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -49,7 +49,8 @@ def safe(tmp_path, tensors):
     """The same weights in safetensors, to compare with."""
     (tmp_path / "safe").mkdir()
     save_file(
-        {name: values.clone().contiguous() for name, values in tensors.items()}, tmp_path / "safe" / "model.safetensors"
+        {name: values.clone().contiguous() for name, values in tensors.items()},
+        tmp_path / "safe" / "model.safetensors",
     )
     return Checkpoint.open(tmp_path / "safe")
 
@@ -63,7 +64,9 @@ def single(tmp_path, tensors):
 def sharded(tmp_path, tensors):
     directory = tmp_path / "sharded"
     names = list(tensors)
-    parts = {f"pytorch_model-0000{number + 1}-of-00002.bin": names[number::2] for number in range(2)}
+    parts = {
+        f"pytorch_model-0000{number + 1}-of-00002.bin": names[number::2] for number in range(2)
+    }
     for file, part in parts.items():
         saved(directory, {name: tensors[name] for name in part}, file)
     write_index(directory, {name: file for file, part in parts.items() for name in part})
@@ -104,26 +107,37 @@ def test_a_bin_reads_as_the_same_weights_in_safetensors(kind, safe, request):
 def test_any_part_of_any_tensor_can_be_read(single, safe):
     checkpoint = Checkpoint.open(single)
     for name, info in safe.tensors.items():
-        for start, stop in [(0, info.size), (info.size // 3, info.size // 2), (info.size // 2, info.size // 2)]:
+        for start, stop in [
+            (0, info.size),
+            (info.size // 3, info.size // 2),
+            (info.size // 2, info.size // 2),
+        ]:
             part = checkpoint.read_flat(name, start, stop)
             assert part.tobytes() == safe.read_flat(name, start, stop).tobytes()
             assert part.flags.writeable
         with pytest.raises(IndexError):
             checkpoint.read_flat(name, 0, info.size + 1)
     rows = np.array([4, 0, 1])
-    assert (checkpoint.gather_float32("h.transposed", rows) == safe.gather_float32("h.transposed", rows)).all()
+    assert (
+        checkpoint.gather_float32("h.transposed", rows) == safe.gather_float32("h.transposed", rows)
+    ).all()
 
 
 def test_several_threads_read_at_once(single, safe):
     checkpoint, names = Checkpoint.open(single), list(safe.tensors) * 50
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(checkpoint.read, names))
-    assert all(values.tobytes() == safe.read(name).tobytes() for name, values in zip(names, found, strict=True))
+    assert all(
+        values.tobytes() == safe.read(name).tobytes()
+        for name, values in zip(names, found, strict=True)
+    )
 
 
 def test_a_model_saved_as_bin(tmp_path):
     """What torch.save(model.state_dict()) writes: parameters, buffers, metadata, a tied head."""
-    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 5, bias=False))
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 5, bias=False)
+    )
     model[2].weight = model[0].weight
     checkpoint = Checkpoint.open(saved(tmp_path / "state", model.state_dict()))
     assert set(checkpoint.tensors) == set(model.state_dict())
@@ -171,7 +185,12 @@ def test_a_pickle_without_an_archive_does_not_run_either(tmp_path):
 
 
 def test_the_format_before_torch_1_6_is_refused(tmp_path, tensors):
-    refused(saved(tmp_path / "old", tensors, _use_new_zipfile_serialization=False), BIN, "transformers", "safetensors")
+    refused(
+        saved(tmp_path / "old", tensors, _use_new_zipfile_serialization=False),
+        BIN,
+        "transformers",
+        "safetensors",
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,16 +229,24 @@ def rewritten(path, change):
 
 def test_an_archive_written_again_by_another_program_is_read(single, safe):
     checkpoint = Checkpoint.open(rewritten(single / BIN, lambda name, data: data))
-    assert all(checkpoint.read(name).tobytes() == safe.read(name).tobytes() for name in safe.tensors)
+    assert all(
+        checkpoint.read(name).tobytes() == safe.read(name).tobytes() for name in safe.tensors
+    )
 
 
 def test_a_broken_pickle_is_named(single):
-    refused(rewritten(single / BIN, lambda name, data: data[:40] if name.endswith(".pkl") else data), BIN)
+    refused(
+        rewritten(single / BIN, lambda name, data: data[:40] if name.endswith(".pkl") else data),
+        BIN,
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_bytes_are_damaged_it_is_read_or_refused(tmp_path, seed):
-    path, random = saved(tmp_path / "small", {"a": torch.ones(10)}) / BIN, np.random.default_rng(seed)
+    path, random = (
+        saved(tmp_path / "small", {"a": torch.ones(10)}) / BIN,
+        np.random.default_rng(seed),
+    )
     whole = path.read_bytes()
     for _ in range(10):
         damaged = bytearray(whole)
@@ -228,11 +255,18 @@ def test_whatever_bytes_are_damaged_it_is_read_or_refused(tmp_path, seed):
         path.write_bytes(damaged)
         with suppress(UserError):  # and nothing else is raised
             checkpoint = Checkpoint.open(path.parent)
-            assert all(checkpoint.read(name).nbytes == info.nbytes for name, info in checkpoint.tensors.items())
+            assert all(
+                checkpoint.read(name).nbytes == info.nbytes
+                for name, info in checkpoint.tensors.items()
+            )
 
 
 def test_numbers_of_a_big_endian_machine_are_refused(single):
-    refused(rewritten(single / BIN, lambda name, data: b"big" if name.endswith("/byteorder") else data), BIN, "endian")
+    refused(
+        rewritten(single / BIN, lambda name, data: b"big" if name.endswith("/byteorder") else data),
+        BIN,
+        "endian",
+    )
 
 
 def test_a_compressed_archive_is_refused(single):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint.reader import Checkpoint
-from core.errors import UserError
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.errors import UserError
 
 
 @pytest.fixture
@@ -32,7 +32,10 @@ def single(tmp_path, tensors):
 @pytest.fixture
 def sharded(tmp_path, tensors):
     names = list(tensors)
-    files = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
+    files = {
+        "model-00001-of-00002.safetensors": names[:3],
+        "model-00002-of-00002.safetensors": names[3:],
+    }
     for file, part in files.items():
         save_file({name: tensors[name] for name in part}, tmp_path / file)
     write_index(tmp_path, {name: file for file, part in files.items() for name in part})
@@ -40,7 +43,9 @@ def sharded(tmp_path, tensors):
 
 
 def write_index(directory, weight_map):
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 @pytest.mark.parametrize("kind", ["single", "sharded"])
@@ -51,7 +56,9 @@ def test_rows_are_those_that_were_saved(kind, tensors, request):
         assert checkpoint.info(name).shape == tuple(values.shape)
         if values.is_floating_point():
             assert (checkpoint.read_float32(name) == values.float().numpy()).all()
-    assert (checkpoint.read_float32("a.weight", 2, 5) == tensors["a.weight"][2:5].float().numpy()).all()
+    assert (
+        checkpoint.read_float32("a.weight", 2, 5) == tensors["a.weight"][2:5].float().numpy()
+    ).all()
     assert checkpoint.read("a.weight", 3, 3).shape == (0, 4)
     assert checkpoint.read("d.scale").shape == ()
     assert checkpoint.read("e.mask").tolist() == [True, False]
@@ -89,7 +96,9 @@ def test_a_truncated_file_is_named(single):
     refused(single, "model.safetensors", "bytes", "download")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x05\0\0", struct.pack("<Q", 2**60), struct.pack("<Q", 3) + b"{]}   "])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x05\0\0", struct.pack("<Q", 2**60), struct.pack("<Q", 3) + b"{]}   "]
+)
 def test_a_damaged_header_is_named(single, content):
     (single / "model.safetensors").write_bytes(content)
     refused(single, "model.safetensors", "download")
@@ -112,7 +121,9 @@ def test_a_header_that_lies_is_refused(single, change, word):
     refused(single, "model.safetensors", word)
 
 
-@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", 7])
+@pytest.mark.parametrize(
+    "file", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", 7]
+)
 def test_an_index_cannot_leave_its_folder(sharded, file):
     write_index(sharded, {"a.weight": file})
     refused(sharded, "index.json", "folder")

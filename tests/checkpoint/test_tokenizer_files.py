@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from checkpoint.tokenizer import TokenizerFiles, read_stop_ids
-from core.errors import UserError
+from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles, read_stop_ids
+from cpt_merge.core.errors import UserError
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def configure(directory, **config):
 
 
 def test_ids_and_roles(directory):
-    tokenizer = configure(directory, bos_token={"content": "<s>"}, eos_token="<|end|>", pad_token=None)
+    tokenizer = configure(
+        directory, bos_token={"content": "<s>"}, eos_token="<|end|>", pad_token=None
+    )
     assert tokenizer.ids == {"a": 0, "b": 1, "<|end|>": 2, "<s>": 3, "<|unused|>": 4, "\n\n": 5}
     assert tokenizer.tokens[3] == "<s>"
     assert tokenizer.roles == {"bos_token": "<s>", "eos_token": "<|end|>"}
@@ -41,7 +43,9 @@ def test_the_template_comes_from_its_own_file_or_the_configuration(directory):
 def test_format_tokens_are_those_of_the_template_and_the_stop_ids(directory):
     assert configure(directory).format_tokens() == set()
     assert configure(directory, chat_template="{{ m }}<|end|>\n\n a").format_tokens() == {"<|end|>"}
-    assert configure(directory, chat_template="{{ bos_token }}", bos_token="<s>").format_tokens() == {"<s>"}
+    assert configure(
+        directory, chat_template="{{ bos_token }}", bos_token="<s>"
+    ).format_tokens() == {"<s>"}
     (directory / "generation_config.json").write_text('{"eos_token_id": [2, 99]}')
     assert configure(directory).format_tokens() == {"<|end|>"}
 

@@ -7,11 +7,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from checkpoint.reader import Checkpoint
-from checkpoint.writer import CheckpointWriter, Layout, TensorSpec, natural
-from core.errors import UserError
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.writer import CheckpointWriter, Layout, TensorSpec, natural
+from cpt_merge.core.errors import UserError
 
-SPECS = [TensorSpec(f"layers.{n}.weight", "F32", (n + 3, 4)) for n in (10, 2, 0)] + [TensorSpec("a.scale", "F16", ())]
+SPECS = [TensorSpec(f"layers.{n}.weight", "F32", (n + 3, 4)) for n in (10, 2, 0)] + [
+    TensorSpec("a.scale", "F16", ())
+]
 VALUES = {
     spec.name: np.arange(np.prod(spec.shape, dtype=int))
     .reshape(spec.shape)
@@ -70,7 +72,11 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path, ranks):
     with ThreadPoolExecutor(ranks) as pool:
         list(pool.map(lambda rank: write_all(writers[rank], ranks, rank), range(ranks)))
     writers[0].publish()
-    loaded = {name: v for file in (tmp_path / "out").glob("*.safetensors") for name, v in load_file(file).items()}
+    loaded = {
+        name: v
+        for file in (tmp_path / "out").glob("*.safetensors")
+        for name, v in load_file(file).items()
+    }
     assert all((loaded[name] == values).all() for name, values in VALUES.items())
 
 

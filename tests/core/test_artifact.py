@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from core.artifact import (
+from cpt_merge.core.artifact import (
     StageRecord,
     fingerprint,
     new_directory,
@@ -16,10 +16,12 @@ from core.artifact import (
     write_json_lines,
     write_record,
 )
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
 
 
-def test_a_new_directory_takes_the_place_of_the_old_one_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_new_directory_takes_the_place_of_the_old_one_only_when_it_is_whole(
+    tmp_path: Path,
+) -> None:
     target = tmp_path / "out"
     with new_directory(target) as beside:
         (beside / "a").write_text("1")
@@ -32,7 +34,9 @@ def test_a_new_directory_takes_the_place_of_the_old_one_only_when_it_is_whole(tm
 def test_a_record_is_read_back_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     assert read_record(tmp_path) is None
     written = write_record(
-        tmp_path, StageRecord("data", "key", {"a": 1}, {"b": "c"}, results={"n": 2}), time.time() - 1
+        tmp_path,
+        StageRecord("data", "key", {"a": 1}, {"b": "c"}, results={"n": 2}),
+        time.time() - 1,
     )
     assert read_record(tmp_path) == written
     assert written.seconds >= 1

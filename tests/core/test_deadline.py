@@ -4,8 +4,8 @@ from datetime import datetime
 
 import pytest
 
-from core.deadline import deadline, parse_stop_at
-from core.errors import UserError
+from cpt_merge.core.deadline import deadline, parse_stop_at
+from cpt_merge.core.errors import UserError
 
 NOW = datetime(2026, 11, 24, 17, 30)
 

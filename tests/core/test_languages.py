@@ -2,8 +2,8 @@
 
 import pytest
 
-from core.errors import UserError
-from core.languages import find_language
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
 
 
 def test_any_language_can_be_named_with_its_script() -> None:
@@ -13,7 +13,9 @@ def test_any_language_can_be_named_with_its_script() -> None:
     assert find_language("jpn_Jpan").scripts == find_language("ja").scripts
 
 
-@pytest.mark.parametrize("tag", ["xx", "th_Xxxx", "th_thai", "xx_Zyyy", "xx_Zinh", "TH_Thai", "", "th_"])
+@pytest.mark.parametrize(
+    "tag", ["xx", "th_Xxxx", "th_thai", "xx_Zyyy", "xx_Zinh", "TH_Thai", "", "th_"]
+)
 def test_an_unknown_tag_is_refused(tag) -> None:
     with pytest.raises(UserError, match="is not known; the known ones are zh_tw"):
         find_language(tag)
@@ -31,7 +33,9 @@ def test_an_unknown_tag_is_refused(tag) -> None:
         ("th_Thai", "สวัสดี", "๕๏"),
     ],
 )
-def test_letters_and_marks_belong_to_a_script_and_punctuation_does_not(tag, inside, outside) -> None:
+def test_letters_and_marks_belong_to_a_script_and_punctuation_does_not(
+    tag, inside, outside
+) -> None:
     letters = find_language(tag).letters
     assert [c for c in inside if not letters.match(c)] == []
     assert [c for c in outside if letters.match(c)] == []

@@ -9,14 +9,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import evaluation.endpoint
-from core.sources import Corpus, Source
+import cpt_merge.evaluation.generate.endpoint
+from cpt_merge.data.sources import Corpus, Source
 from tests.evaluation.http_server import Server
 
 torch.set_num_threads(1)  # as in the processes that the tests start
 
 TEXTS = {
-    "zh_tw": ["今天天氣很好，我們去公園散步。", "請問圖書館在哪裡？", "台灣的夜市有很多好吃的東西。"],
+    "zh_tw": [
+        "今天天氣很好，我們去公園散步。",
+        "請問圖書館在哪裡？",
+        "台灣的夜市有很多好吃的東西。",
+    ],
     "ko": [
         "오늘은 날씨가 좋아서 공원에 갔습니다.",
         "도서관은 어디에 있습니까?",
@@ -48,7 +52,9 @@ def make_tokenizer(vocabulary: int, template: str | None) -> PreTrainedTokenizer
     return fast
 
 
-def make_model(directory: Path, vocabulary: int, seed: int, template: str | None = None, uniform: bool = False) -> Path:
+def make_model(
+    directory: Path, vocabulary: int, seed: int, template: str | None = None, uniform: bool = False
+) -> Path:
     tokenizer = make_tokenizer(vocabulary, template)
     torch.manual_seed(seed)
     size = len(tokenizer)
@@ -64,7 +70,9 @@ def make_model(directory: Path, vocabulary: int, seed: int, template: str | None
                 parameter.normal_(std=0.3)  # far from uniform, so that argmax has no near ties
         if uniform:
             model.lm_head.weight.zero_()
-    model.generation_config = GenerationConfig(eos_token_id=1, bos_token_id=0, temperature=0.6, do_sample=True)
+    model.generation_config = GenerationConfig(
+        eos_token_id=1, bos_token_id=0, temperature=0.6, do_sample=True
+    )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -81,7 +89,13 @@ def models_of_two_vocabularies(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def uniform_model(tmp_path_factory) -> Path:
-    return make_model(tmp_path_factory.mktemp("uniform") / "m", vocabulary=300, seed=0, template=TEMPLATE, uniform=True)
+    return make_model(
+        tmp_path_factory.mktemp("uniform") / "m",
+        vocabulary=300,
+        seed=0,
+        template=TEMPLATE,
+        uniform=True,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +105,9 @@ def corpus(tmp_path_factory) -> Corpus:
     for language, texts in TEXTS.items():
         path = root / f"{language}.jsonl"
         rows = [{"text": f"{text} {number}"} for number in range(20) for text in texts]
-        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+        path.write_text(
+            "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+        )
         sources.append(Source(path=str(path), language=language))
     return Corpus(sources=sources, heldout=0.3)
 
@@ -104,14 +120,16 @@ def prompts_file(tmp_path_factory) -> Path:
         for language, texts in TEXTS.items()
         for text in texts
     ]
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    path.write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
     return path
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.setattr(evaluation.endpoint, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(evaluation.endpoint, "BUSY_PAUSE", 0.01)
+    monkeypatch.setattr(cpt_merge.evaluation.generate.endpoint, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(cpt_merge.evaluation.generate.endpoint, "BUSY_PAUSE", 0.01)
     servers = []
 
     def start(behave):

@@ -10,30 +10,34 @@ from pathlib import Path
 
 import pytest
 
-import evaluation.run
-from core.errors import UserError
-from core.sources import Corpus
-from evaluation.chat_template import read_chat_template
-from evaluation.config import EvaluationConfig
-from evaluation.conversation import Exchange, Reply, prompt
-from evaluation.heldout import read_documents
-from evaluation.kept import KeptResults
-from evaluation.models import shared_context
-from evaluation.report import is_complete, show_samples
-from evaluation.results import ModelResult, Sample
-from evaluation.run import evaluate_model, run
+import cpt_merge.evaluation.run
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.sources import Corpus
+from cpt_merge.evaluation.chat_template import read_chat_template
+from cpt_merge.evaluation.config import EvaluationConfig
+from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
+from cpt_merge.evaluation.heldout import read_documents
+from cpt_merge.evaluation.kept import KeptResults
+from cpt_merge.evaluation.models import shared_context
+from cpt_merge.evaluation.report import is_complete, show_samples
+from cpt_merge.evaluation.results import ModelResult, Sample
+from cpt_merge.evaluation.run import evaluate_model, run
+from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
+from cpt_merge.tracking.tracker import SilentTracker
 from tests.distributed import free_port, run_ranks
 from tests.evaluation.conftest import TEMPLATE
 from tests.evaluation.http_server import completion, judging
-from tracking import TrackingConfig, read_log, start_tracker
-from tracking.tracker import SilentTracker
 
 SETTINGS = {"max_new_tokens": 8, "context": 32, "documents": 6, "batch_size": 2, "max_prompts": 2}
 
 
-def test_what_it_writes_and_returns(models_of_two_vocabularies, corpus, prompts_file, tmp_path, capsys):
+def test_what_it_writes_and_returns(
+    models_of_two_vocabularies, corpus, prompts_file, tmp_path, capsys
+):
     config = EvaluationConfig(prompts=str(prompts_file), **SETTINGS)
-    tracker = start_tracker(TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id")
+    tracker = start_tracker(
+        TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id"
+    )
     chat = models_of_two_vocabularies["chat"]
     returned = run(config, models_of_two_vocabularies, corpus, chat, tmp_path, tracker)
     tracker.finish()
@@ -42,7 +46,11 @@ def test_what_it_writes_and_returns(models_of_two_vocabularies, corpus, prompts_
     scores = results["models"]["chat"]["scores"]["ko"]
     assert scores["bits_per_byte"]["n"] == 6
     assert scores["chat"]["n"] == 2
-    assert scores["bits_per_byte"]["low"] <= scores["bits_per_byte"]["value"] <= scores["bits_per_byte"]["high"]
+    assert (
+        scores["bits_per_byte"]["low"]
+        <= scores["bits_per_byte"]["value"]
+        <= scores["bits_per_byte"]["high"]
+    )
     assert returned["chat/ko/bits_per_byte"] == round(scores["bits_per_byte"]["value"], 4)
     assert len(returned) == 2 * 3 * 7
 
@@ -88,7 +96,8 @@ def judge(serve, tmp_path):
     """Settings of a judge that really answers, with two questions in Korean."""
     questions = tmp_path / "questions.jsonl"
     rows = [
-        {"language": "ko", "turns": [f"{number}?", "왜?"][: 1 + number % 2], "category": "x"} for number in range(2)
+        {"language": "ko", "turns": [f"{number}?", "왜?"][: 1 + number % 2], "category": "x"}
+        for number in range(2)
     ]
     questions.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return {
@@ -98,20 +107,35 @@ def judge(serve, tmp_path):
 
 
 def evaluate(settings, models, corpus, out):
-    run(EvaluationConfig(**settings), models, Corpus.model_validate(corpus), models["chat"], out, SilentTracker())
+    run(
+        EvaluationConfig(**settings),
+        models,
+        Corpus.model_validate(corpus),
+        models["chat"],
+        out,
+        SilentTracker(),
+    )
 
 
 @pytest.mark.slow
-def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, prompts_file, judge, tmp_path):
+def test_the_same_for_one_and_two_processes(
+    models_of_two_vocabularies, corpus, prompts_file, judge, tmp_path
+):
     """Bits per byte, form, instructions, dialogues of several turns, safety and a judge alike."""
     settings = {**SETTINGS, "prompts": str(prompts_file), "suites": ["language", "chat", "safety"]}
-    alone, together = ({**settings, "judge": {**judge, "cache": str(tmp_path / size / "cache")}} for size in "12")
+    alone, together = (
+        {**settings, "judge": {**judge, "cache": str(tmp_path / size / "cache")}} for size in "12"
+    )
     for size in "12":
         (tmp_path / size).mkdir()
     evaluate(alone, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "1")
-    run_ranks(evaluate, 2, together, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "2")
+    run_ranks(
+        evaluate, 2, together, models_of_two_vocabularies, corpus.model_dump(), tmp_path / "2"
+    )
     assert (tmp_path / "1/samples.jsonl").read_text() == (tmp_path / "2/samples.jsonl").read_text()
-    one, two = (json.loads((tmp_path / size / "results.json").read_text())["models"] for size in "12")
+    one, two = (
+        json.loads((tmp_path / size / "results.json").read_text())["models"] for size in "12"
+    )
     for results in (one, two):
         for model in results.values():
             assert model.pop("generated_tokens_per_second") > 0
@@ -130,7 +154,9 @@ def test_the_same_for_one_and_two_processes(models_of_two_vocabularies, corpus, 
         "form", "instructions", "dialogue", "judge", "safety",
     ]  # fmt: skip
     dialogue = samples[12]
-    assert len(dialogue["replies"]) == (len(dialogue["messages"]) + 1) // 2 == len(dialogue["checks"])
+    assert (
+        len(dialogue["replies"]) == (len(dialogue["messages"]) + 1) // 2 == len(dialogue["checks"])
+    )
     assert {"chat", "dialogue_turns", "dialogues"} <= dialogue["scores"].keys()
 
 
@@ -138,7 +164,11 @@ def test_one_that_was_cut_short_asks_no_model_twice(
     models_of_two_vocabularies, corpus, prompts_file, judge, tmp_path, monkeypatch, capsys
 ):
     config = EvaluationConfig(
-        prompts=str(prompts_file), suites=["language", "chat", "safety"], languages=["ko"], judge=judge, **SETTINGS
+        prompts=str(prompts_file),
+        suites=["language", "chat", "safety"],
+        languages=["ko"],
+        judge=judge,
+        **SETTINGS,
     )
     evaluated: list[str] = []
 
@@ -152,9 +182,18 @@ def test_one_that_was_cut_short_asks_no_model_twice(
     (tmp_path / "cut.kept" / "mine.txt").write_text("somebody's")
 
     def go(out, until=9, config=config):
-        monkeypatch.setattr(evaluation.run, "evaluate_model", partial(counting, until=until))
+        monkeypatch.setattr(
+            cpt_merge.evaluation.run, "evaluate_model", partial(counting, until=until)
+        )
         out.mkdir(exist_ok=True)
-        run(config, models_of_two_vocabularies, corpus, models_of_two_vocabularies["chat"], out, SilentTracker())
+        run(
+            config,
+            models_of_two_vocabularies,
+            corpus,
+            models_of_two_vocabularies["chat"],
+            out,
+            SilentTracker(),
+        )
 
     go(tmp_path / "whole")
     evaluated.clear()
@@ -165,13 +204,17 @@ def test_one_that_was_cut_short_asks_no_model_twice(
     go(tmp_path / "cut")
     assert evaluated == ["base", "chat"]
     assert "base: evaluated already" in capsys.readouterr().err
-    whole, cut = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
+    whole, cut = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")
+    )
     for results in (whole, cut):
         del results["judges"]  # the second time the judge's answers came from its cache
         for model in results["models"].values():
             del model["generated_tokens_per_second"], model["judge"]
     assert cut == whole
-    assert (tmp_path / "cut/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
+    assert (tmp_path / "cut/samples.jsonl").read_text() == (
+        tmp_path / "whole/samples.jsonl"
+    ).read_text()
     assert [path.name for path in (tmp_path / "cut.kept").iterdir()] == ["mine.txt"]
     assert not (tmp_path / "whole.kept").exists()
     with pytest.raises(KeyboardInterrupt):
@@ -183,8 +226,14 @@ def test_one_that_was_cut_short_asks_no_model_twice(
 def test_without_prompts_only_bits_per_byte(models_of_two_vocabularies, corpus, tmp_path):
     base = {"base": models_of_two_vocabularies["base"]}
     config = EvaluationConfig(context=32, documents=2)
-    returned = run(config, base, corpus, tmp_path / "no-chat-model-needed", tmp_path, SilentTracker())
-    assert sorted(returned) == ["base/en/bits_per_byte", "base/ko/bits_per_byte", "base/zh_tw/bits_per_byte"]
+    returned = run(
+        config, base, corpus, tmp_path / "no-chat-model-needed", tmp_path, SilentTracker()
+    )
+    assert sorted(returned) == [
+        "base/en/bits_per_byte",
+        "base/ko/bits_per_byte",
+        "base/zh_tw/bits_per_byte",
+    ]
 
 
 def test_the_heldout_budget_is_kept(corpus):
@@ -195,7 +244,9 @@ def test_the_heldout_budget_is_kept(corpus):
 def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
     config = EvaluationConfig(prompts=str(prompts_file), context=32)
     base = models_of_two_vocabularies["base"]
-    cut, no_config, no_tokenizer = (shutil.copytree(base, tmp_path / name) for name in ("cut", "config", "tokenizer"))
+    cut, no_config, no_tokenizer = (
+        shutil.copytree(base, tmp_path / name) for name in ("cut", "config", "tokenizer")
+    )
     os.truncate(cut / "model.safetensors", 1000)
     (no_config / "config.json").write_text("{")
     for file in no_tokenizer.glob("tokenizer*"):
@@ -213,12 +264,24 @@ def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
          "there are no built-in instructions in ja; give a file by evaluation.instructions"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=sentence):
-            run(config.model_copy(update=settings), models, corpus, template_from, tmp_path, SilentTracker())
+            run(
+                config.model_copy(update=settings),
+                models,
+                corpus,
+                template_from,
+                tmp_path,
+                SilentTracker(),
+            )
 
 
-def test_a_prompt_that_a_template_refuses_is_found_before_a_model_is_loaded(models_of_two_vocabularies, tmp_path):
+def test_a_prompt_that_a_template_refuses_is_found_before_a_model_is_loaded(
+    models_of_two_vocabularies, tmp_path
+):
     strict = shutil.copytree(models_of_two_vocabularies["chat"], tmp_path / "strict")
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + TEMPLATE
+    )
     for file in (strict / "chat_template.jinja", strict / "tokenizer_config.json"):
         if file.is_file() and file.suffix == ".jinja":
             file.write_text(template)
@@ -230,7 +293,8 @@ def test_a_prompt_that_a_template_refuses_is_found_before_a_model_is_loaded(mode
     config = EvaluationConfig(prompts=str(tmp_path / "p.jsonl"), suites=["form"])
     models = {"chat": models_of_two_vocabularies["chat"], "strict": strict}
     with pytest.raises(
-        UserError, match=r"model strict, '왜\?': the chat template refuses .* system, user \(no system\)"
+        UserError,
+        match=r"model strict, '왜\?': the chat template refuses .* system, user \(no system\)",
     ):
         run(config, models, {}, None, tmp_path, SilentTracker())
     assert not list(tmp_path.glob("*.kept")), "the first model was not asked either"
@@ -242,11 +306,17 @@ def test_the_window_is_one_that_every_model_can_take(models_of_two_vocabularies,
     assert "has 256 positions" in capsys.readouterr().err
 
 
-def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(models_of_two_vocabularies, tmp_path, capsys):
-    safety = {"moderation": {"url": f"http://127.0.0.1:{free_port()}/v1", "model": "guard", "attempts": 1}}
+def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(
+    models_of_two_vocabularies, tmp_path, capsys
+):
+    safety = {
+        "moderation": {"url": f"http://127.0.0.1:{free_port()}/v1", "model": "guard", "attempts": 1}
+    }
     config = EvaluationConfig(suites=["safety"], languages=["ko"], safety=safety, **SETTINGS)
     chat = {"chat": models_of_two_vocabularies["chat"]}
-    tracker = start_tracker(TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id")
+    tracker = start_tracker(
+        TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id"
+    )
     returned = run(config, chat, {}, None, tmp_path, tracker)
     tracker.finish()
     assert "chat/ko/flagged" not in returned
@@ -275,11 +345,15 @@ def test_a_kept_result_is_of_the_same_files_and_template(models_of_two_vocabular
     assert first != key()
 
 
-def test_what_is_left_out_of_a_figure_is_said(models_of_two_vocabularies, judge, serve, tmp_path, capsys):
+def test_what_is_left_out_of_a_figure_is_said(
+    models_of_two_vocabularies, judge, serve, tmp_path, capsys
+):
     moody = serve(lambda number, body: (200, completion("hm" if number % 2 else "SCORE: 4")))
     settings = {**judge, "url": moody.url, "modes": ["mark"]}
     config = EvaluationConfig(suites=["chat"], languages=["ko"], judge=settings, **SETTINGS)
-    tracker = start_tracker(TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id")
+    tracker = start_tracker(
+        TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id"
+    )
     run(config, {"chat": models_of_two_vocabularies["chat"]}, {}, None, tmp_path, tracker)
     tracker.finish()
     reason = r"\d left out: the judge's answer holds no verdict"
@@ -292,7 +366,9 @@ def test_what_is_left_out_of_a_figure_is_said(models_of_two_vocabularies, judge,
 def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again(
     models_of_two_vocabularies, judge, serve, tmp_path, capsys, monkeypatch
 ):
-    ending = serve(lambda number, body: (200, completion("SCORE: 4")) if number < 5 else (503, "no more"))
+    ending = serve(
+        lambda number, body: (200, completion("SCORE: 4")) if number < 5 else (503, "no more")
+    )
     settings = {**judge, "url": ending.url, "modes": ["mark"], "attempts": 1}
     config = EvaluationConfig(suites=["chat"], languages=["ko"], judge=settings, **SETTINGS)
     run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
@@ -304,7 +380,7 @@ def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again
     assert not is_complete(tmp_path / "results.json"), "so that the stage is not skipped"
     first = json.loads((tmp_path / "results.json").read_text())
     ending.asked.clear()  # it is back
-    monkeypatch.setattr(evaluation.run, "converse", None)  # no reply is generated again
+    monkeypatch.setattr(cpt_merge.evaluation.run, "converse", None)  # no reply is generated again
     run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
     assert is_complete(tmp_path / "results.json")
     again = json.loads((tmp_path / "results.json").read_text())
@@ -323,15 +399,22 @@ def test_the_judges_figures_and_what_they_took(models_of_two_vocabularies, judge
     took = results["judges"]["parrot"]
     assert took["requests"] == len(list((tmp_path / "cache").iterdir()))
     assert took["cost"] == pytest.approx((100 + 2 * 10) * took["requests"] / 1e6)
-    assert f"judge parrot: {took['requests']} requests, {took['cached']} more answered" in capsys.readouterr().err
+    assert (
+        f"judge parrot: {took['requests']} requests, {took['cached']} more answered"
+        in capsys.readouterr().err
+    )
     chat = results["models"]["chat"]
     assert 1 <= chat["scores"]["ko"]["judge_mark"]["value"] <= 10
     assert chat["scores"]["ko"]["judge_preferred"]["n"] == 2
-    assert "judge_preferred" not in results["models"]["base"]["scores"]["ko"], "it is what the others are compared with"
+    assert "judge_preferred" not in results["models"]["base"]["scores"]["ko"], (
+        "it is what the others are compared with"
+    )
     assert set(chat["breakdowns"]["ko"]["judge_mark"]) == {"x", "turn 1", "turn 2"}
     assert chat["not_run"] == {}
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    judged = [sample for sample in samples if sample["facet"] == "judge" and sample["model"] == "chat"]
+    judged = [
+        sample for sample in samples if sample["facet"] == "judge" and sample["model"] == "chat"
+    ]
     assert {"judge_mark", "judge_preferred"} <= judged[0]["scores"].keys()
 
 
@@ -343,4 +426,7 @@ def test_without_a_judge_its_facets_are_not_run(models_of_two_vocabularies, tmp_
     for model in results["models"].values():
         assert set(model["not_run"]) == {"judge_mark", "judge_unsafe"}
         assert not {"judge_mark", "judge_unsafe"} & model["scores"]["ko"].keys()
-    assert "base, chat: judge_mark was not run: there is no judge; set evaluation.judge" in capsys.readouterr().err
+    assert (
+        "base, chat: judge_mark was not run: there is no judge; set evaluation.judge"
+        in capsys.readouterr().err
+    )

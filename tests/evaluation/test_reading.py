@@ -4,8 +4,14 @@ import json
 
 import pytest
 
-from core.errors import UserError
-from evaluation.reading import parse_dialogue, parse_instruction, parse_prompt, parse_question, read_conversations
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.reading import (
+    parse_dialogue,
+    parse_instruction,
+    parse_prompt,
+    parse_question,
+    read_conversations,
+)
 
 
 def read(path, parse=parse_prompt, languages=(), limit=50, built_in=""):
@@ -53,7 +59,11 @@ def test_bad_prompts_file(tmp_path, content, sentence):
         read(path)
 
 
-INSTRUCTION = {"language": "ko", "messages": [USER], "checks": [{"name": "sentences", "exactly": 2}]}
+INSTRUCTION = {
+    "language": "ko",
+    "messages": [USER],
+    "checks": [{"name": "sentences", "exactly": 2}],
+}
 BAD_INSTRUCTIONS = [
     ({"language": "ko", "messages": [USER]}, 'line 2: an instruction needs the fields .*; checks is missing'),
     ({**INSTRUCTION, "checks": []}, 'line 2: "checks" is empty'),
@@ -85,9 +95,15 @@ BAD_DIALOGUES = [
     ({"language": "ko"}, "turns is missing"),
     ({"language": "ko", "turns": [TURN]}, "2 to 5 turns"),
     ({"language": "ko", "turns": [TURN] * 6}, "2 to 5 turns"),
-    ({"language": "ko", "turns": [TURN, {"checks": []}]}, 'line 1, turn 2: it needs the field "user"'),
+    (
+        {"language": "ko", "turns": [TURN, {"checks": []}]},
+        'line 1, turn 2: it needs the field "user"',
+    ),
     ({"language": "ko", "turns": [{"user": "hi"}] * 2}, "no turn has"),
-    ({"language": "ko", "turns": [TURN, {**TURN, "checks": [{"name": "x"}]}]}, "turn 2: there is no check 'x'"),
+    (
+        {"language": "ko", "turns": [TURN, {**TURN, "checks": [{"name": "x"}]}]},
+        "turn 2: there is no check 'x'",
+    ),
     ({"language": "ko", "messages": [USER], "turns": [TURN] * 2}, "no user's may be the last"),
 ]
 
@@ -101,14 +117,23 @@ def test_bad_dialogues(tmp_path, row, sentence):
 
 
 def test_a_mark_of_byte_order_and_windows_line_ends_are_no_text(tmp_path):
-    row = json.dumps({"language": "ko", "messages": [{"role": "user", "content": "안녕"}]}, ensure_ascii=False)
+    row = json.dumps(
+        {"language": "ko", "messages": [{"role": "user", "content": "안녕"}]}, ensure_ascii=False
+    )
     (tmp_path / "p.jsonl").write_bytes(f"\ufeff{row}\r\n{row}\r\n".encode())
-    assert len(read_conversations(str(tmp_path / "p.jsonl"), "evaluation.prompts", parse_prompt, [], 9)) == 2
+    assert (
+        len(
+            read_conversations(str(tmp_path / "p.jsonl"), "evaluation.prompts", parse_prompt, [], 9)
+        )
+        == 2
+    )
 
 
 def test_the_first_of_each_language_and_only_those_asked_for(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    rows = [{"language": language, "messages": [USER]} for language in ("ko", "en", "ko", "ko", "zh_tw")]
+    rows = [
+        {"language": language, "messages": [USER]} for language in ("ko", "en", "ko", "ko", "zh_tw")
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert [one.language for one in read(path, limit=2)] == ["ko", "en", "ko", "zh_tw"]
     assert [one.language for one in read(path, languages=["en", "ko"], limit=1)] == ["ko", "en"]
@@ -119,7 +144,9 @@ def test_the_first_of_each_language_and_only_those_asked_for(tmp_path):
 def test_a_system_message_comes_before_a_dialogues_first_turn(tmp_path):
     path = tmp_path / "dialogues.jsonl"
     system = {"role": "system", "content": "be brief"}
-    path.write_text(json.dumps({"language": "en", "messages": [system], "turns": [TURN, {"user": "and?"}]}))
+    path.write_text(
+        json.dumps({"language": "en", "messages": [system], "turns": [TURN, {"user": "and?"}]})
+    )
     [dialogue] = read(path, parse_dialogue)
     assert dialogue.turns[0].messages == [system, USER]
     assert dialogue.questions == "hi\nand?"
@@ -127,11 +154,18 @@ def test_a_system_message_comes_before_a_dialogues_first_turn(tmp_path):
 
 def test_questions_for_a_judge(tmp_path):
     path = tmp_path / "questions.jsonl"
-    rows = ['{"language": "ko", "turns": ["A?", "B?"], "category": "writing", "reference": [null, "C"]}']
+    rows = [
+        '{"language": "ko", "turns": ["A?", "B?"], "category": "writing", "reference": [null, "C"]}'
+    ]
     path.write_text("\n".join([*rows, '{"language": "en", "turns": ["D?"]}']), encoding="utf-8")
     two, one = read_conversations(str(path), "key", parse_question, [], 9)
     assert [turn.messages[0]["content"] for turn in two.turns] == ["A?", "B?"]
-    assert (two.category, two.reference(0), two.reference(1), one.reference(0)) == ("writing", None, "C", None)
+    assert (two.category, two.reference(0), two.reference(1), one.reference(0)) == (
+        "writing",
+        None,
+        "C",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +175,10 @@ def test_questions_for_a_judge(tmp_path):
         ('{"language": "ko", "turns": "A?"}', '"turns" is a list of what the user says'),
         ('{"language": "ko", "turns": ["A?", " "]}', '"turns" is a list of what the user says'),
         ('{"language": "ko", "turns": []}', '"turns" is a list of 1 to 5 turns'),
-        ('{"language": "ko", "turns": ["A?"], "reference": "B"}', '"reference" is a list of good replies'),
+        (
+            '{"language": "ko", "turns": ["A?"], "reference": "B"}',
+            '"reference" is a list of good replies',
+        ),
     ],
 )
 def test_a_bad_question_is_said_with_its_line(tmp_path, row, sentence):

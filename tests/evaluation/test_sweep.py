@@ -11,26 +11,28 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from core.errors import UserError
-from evaluation.config import EvaluationConfig, JudgeConfig
-from evaluation.intervals import Estimate
-from evaluation.models import load_model
-from evaluation.sweep import run as sweep_run
-from evaluation.sweep.config import RecommendConfig, SweepConfig
-from evaluation.sweep.model import MergedModel
-from evaluation.sweep.points import Point
-from evaluation.sweep.recommend import judge, recommend
-from evaluation.sweep.run import SweepInputs, run
-from merge import MergeConfig
-from merge.plan import MergeInputs, plan
-from merge.run import run as merge
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.config import EvaluationConfig, JudgeConfig
+from cpt_merge.evaluation.models import load_model
+from cpt_merge.evaluation.statistics import Estimate
+from cpt_merge.evaluation.sweep import run as sweep_run
+from cpt_merge.evaluation.sweep.config import RecommendConfig, SweepConfig
+from cpt_merge.evaluation.sweep.model import MergedModel
+from cpt_merge.evaluation.sweep.points import Point
+from cpt_merge.evaluation.sweep.recommend import judge, recommend
+from cpt_merge.evaluation.sweep.run import SweepInputs, run
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.plan import MergeInputs, plan
+from cpt_merge.merge.run import run as merge
+from cpt_merge.tracking import Tracker, TrackingConfig, read_log, start_tracker
+from cpt_merge.tracking.tracker import SilentTracker
 from tests.distributed import run_ranks
 from tests.evaluation.conftest import TEMPLATE, make_model
 from tests.evaluation.http_server import completion
-from tracking import Tracker, TrackingConfig, read_log, start_tracker
-from tracking.tracker import SilentTracker
 
-EVALUATION = EvaluationConfig(max_new_tokens=6, documents=3, context=32, languages=["ko", "zh_tw"], batch_size=4)
+EVALUATION = EvaluationConfig(
+    max_new_tokens=6, documents=3, context=32, languages=["ko", "zh_tw"], batch_size=4
+)
 SWEEP: dict[str, Any] = {
     "ratios": "0:1:0.5", "suites": ["language", "form"], "recommend": {"quality": "keeps_format"}, "max_prompts": 2,
 }  # fmt: skip
@@ -84,7 +86,9 @@ def measured_points(monkeypatch, until: int = 1000) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("settings", [{}, {"rules": [{"kinds": ["embed"], "ratio": 0.5}]}], ids=["plain", "rules"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"rules": [{"kinds": ["embed"], "ratio": 0.5}]}], ids=["plain", "rules"]
+)
 def test_ratio_1_is_byte_for_byte_what_the_merge_writes(inputs, tmp_path, settings):
     """Whatever ratio was tried before: nothing is taken back from what was added."""
     model = MergedModel(plan(MergeConfig(**settings), inputs.merge), 0)
@@ -112,7 +116,12 @@ def test_a_sweep_leaves_results_curves_and_samples(inputs, evaluation, tmp_path)
     assert summary["points"] == 3
     for point in results["points"]:
         assert set(point["figures"]) == {"zh_tw", "ko", "en"}
-        assert set(point["figures"]["ko"]) >= {"bits_per_byte", "chat", "in_language", "keeps_format"}
+        assert set(point["figures"]["ko"]) >= {
+            "bits_per_byte",
+            "chat",
+            "in_language",
+            "keeps_format",
+        }
         rows = (tmp_path / "out" / point["samples"]).read_text(encoding="utf-8").splitlines()
         assert len(rows) == 4  # two prompts in each of the two languages that are asked about
         assert json.loads(rows[0])["ratios"] == point["ratios"]
@@ -121,15 +130,36 @@ def test_a_sweep_leaves_results_curves_and_samples(inputs, evaluation, tmp_path)
 
 
 def test_its_log_says_what_the_rule_goes_by(inputs, evaluation, tmp_path):
-    tracker = start_tracker(TrackingConfig(carrier="none"), "sweep", "n", "g", tmp_path / "log", {}, "id")
-    sweep(inputs, evaluation, tmp_path / "out", tracker, recommend={"quality": "in_language", "tolerance": 1})
-    log, results = read_log(tmp_path / "log"), json.loads((tmp_path / "out" / "results.json").read_text())
+    tracker = start_tracker(
+        TrackingConfig(carrier="none"), "sweep", "n", "g", tmp_path / "log", {}, "id"
+    )
+    sweep(
+        inputs,
+        evaluation,
+        tmp_path / "out",
+        tracker,
+        recommend={"quality": "in_language", "tolerance": 1},
+    )
+    log, results = (
+        read_log(tmp_path / "log"),
+        json.loads((tmp_path / "out" / "results.json").read_text()),
+    )
     table = log.tables["sweep/ratios"]
-    assert table.columns == ["ratio", "in_language", "bits_per_byte", "beyond the limits", "recommended"]
+    assert table.columns == [
+        "ratio",
+        "in_language",
+        "bits_per_byte",
+        "beyond the limits",
+        "recommended",
+    ]
     assert [row[0] for row in table.rows] == ["0", "0.5", "1"]
-    assert [row[-1] for row in table.rows] == [True, False, False], "all are as good, so the smallest"
+    assert [row[-1] for row in table.rows] == [True, False, False], (
+        "all are as good, so the smallest"
+    )
     for row, point in zip(table.rows, results["points"], strict=True):
-        of_new = [point["figures"][language]["bits_per_byte"]["value"] for language in ("ko", "zh_tw")]
+        of_new = [
+            point["figures"][language]["bits_per_byte"]["value"] for language in ("ko", "zh_tw")
+        ]
         assert row[2] == pytest.approx(sum(of_new) / 2)
     assert log.summary["sweep/recommendation"] == results["why"]
     assert log.summary["sweep/recommended_ratio"] == 0
@@ -142,10 +172,14 @@ def test_points_that_are_done_are_not_done_again(inputs, evaluation, tmp_path, m
     assert len(measured) == 3
     assert sweep(inputs, evaluation, tmp_path / "out") == first
     assert len(measured) == 3
-    finer = sweep(inputs, evaluation, tmp_path / "out", ratios="0:1:0.25", recommend={"quality": "stopped"})
+    finer = sweep(
+        inputs, evaluation, tmp_path / "out", ratios="0:1:0.25", recommend={"quality": "stopped"}
+    )
     assert len(measured) == 5  # 0.25 and 0.75 were not there; another rule measures nothing anew
     assert finer["points"] == 5
-    another = sweep(inputs, evaluation, tmp_path / "out", ratios=[0.25], recommend={"quality": "stopped"})
+    another = sweep(
+        inputs, evaluation, tmp_path / "out", ratios=[0.25], recommend={"quality": "stopped"}
+    )
     assert another == finer, "it adds to what is there"
     assert len(measured) == 5
     sweep(inputs, evaluation, tmp_path / "out", per_layer="ramp(0.5, 1)")
@@ -167,7 +201,9 @@ def test_a_sweep_that_was_stopped_goes_on(inputs, evaluation, tmp_path, monkeypa
     assert len(measured) == 1
 
 
-def test_a_point_that_a_judge_left_out_is_not_kept(inputs, evaluation, tmp_path, serve, monkeypatch, capsys):
+def test_a_point_that_a_judge_left_out_is_not_kept(
+    inputs, evaluation, tmp_path, serve, monkeypatch, capsys
+):
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"language": "ko", "turns": ["왜?"]}), encoding="utf-8")
     alive = [True]
@@ -175,7 +211,13 @@ def test_a_point_that_a_judge_left_out_is_not_kept(inputs, evaluation, tmp_path,
     def behave(number, body):
         return (200, completion("SCORE: 4")) if alive else (503, "no more")
 
-    judge = {"url": serve(behave).url, "model": "m", "questions": str(questions), "cache": str(tmp_path), "attempts": 1}
+    judge = {
+        "url": serve(behave).url,
+        "model": "m",
+        "questions": str(questions),
+        "cache": str(tmp_path),
+        "attempts": 1,
+    }
     judged = evaluation.model_copy(update={"judge": JudgeConfig.model_validate(judge)})
     rule = {"suites": ["chat"], "recommend": {"quality": "judge_mark"}}
     measured = measured_points(monkeypatch)
@@ -189,7 +231,9 @@ def test_a_point_that_a_judge_left_out_is_not_kept(inputs, evaluation, tmp_path,
     elsewhere = judged.model_copy(
         update={"judge": judged.judge.model_copy(update={"cache": str(tmp_path / "another")})}
     )
-    with pytest.raises(UserError, match=r"503 .*mend that and run the same command, which goes on at ratio 0\."):
+    with pytest.raises(
+        UserError, match=r"503 .*mend that and run the same command, which goes on at ratio 0\."
+    ):
         sweep(inputs, elsewhere, tmp_path / "out", **rule)
     alive.append(True)
     assert sweep(inputs, elsewhere, tmp_path / "out", ratios="0:0.5:0.5", **rule)["points"] == 2
@@ -208,7 +252,9 @@ def test_two_processes_find_what_one_finds(inputs, evaluation, tmp_path):
     assert run_ranks(_on_a_rank, 2, inputs, evaluation, str(tmp_path / "two")) == [alone, alone]
 
 
-def test_the_search_keeps_its_budget_and_goes_on_as_it_would_have(inputs, evaluation, tmp_path, monkeypatch):
+def test_the_search_keeps_its_budget_and_goes_on_as_it_would_have(
+    inputs, evaluation, tmp_path, monkeypatch
+):
     pytest.importorskip("optuna")
     search = {"trials": 3, "kinds": ["attention", "mlp", "head"], "step": 0.25, "high": 1.0}
     whole = sweep(inputs, evaluation, tmp_path / "whole", search=search)
@@ -233,12 +279,18 @@ def test_a_search_over_kinds_that_the_model_lacks_is_refused(inputs, evaluation,
 def test_a_chat_model_without_a_template_is_one_sentence(inputs, evaluation, tmp_path):
     chat = shutil.copytree(inputs.merge.chat, tmp_path / "chat")
     (chat / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match=r"has no chat template, so the merged model cannot be asked anything"):
+    with pytest.raises(
+        UserError, match=r"has no chat template, so the merged model cannot be asked anything"
+    ):
         sweep(replace(inputs, merge=replace(inputs.merge, chat=chat)), evaluation, tmp_path / "out")
 
 
-def test_a_rule_about_something_else_is_refused_before_a_model_is_loaded(inputs, evaluation, tmp_path):
-    with pytest.raises(UserError, match=r"names dialogues, which sweep.suites language, form do not measure"):
+def test_a_rule_about_something_else_is_refused_before_a_model_is_loaded(
+    inputs, evaluation, tmp_path
+):
+    with pytest.raises(
+        UserError, match=r"names dialogues, which sweep.suites language, form do not measure"
+    ):
         sweep(inputs, evaluation, tmp_path / "out", recommend={"quality": "dialogues"})
 
 
@@ -250,16 +302,22 @@ def test_ratios_are_decimal_and_each_once(ratios, expected):
     assert SweepConfig(ratios=ratios).ratios == expected
 
 
-@pytest.mark.parametrize("ratios", ["0:1", "a:b:c", "1:0:0.1", "0:1:0", "0:1:-1", "0:1:0.00001", 60.1, [], "nan:1:1"])
+@pytest.mark.parametrize(
+    "ratios", ["0:1", "a:b:c", "1:0:0.1", "0:1:0", "0:1:-1", "0:1:0.00001", 60.1, [], "nan:1:1"]
+)
 def test_what_is_no_range_of_ratios_is_refused(ratios):
     with pytest.raises(ValidationError, match="ratios"):
         SweepConfig(ratios=ratios)
 
 
-def point(ratios: dict[str, float], chat: float, bits: float = 1.0, in_language: float = 1.0) -> Point:
+def point(
+    ratios: dict[str, float], chat: float, bits: float = 1.0, in_language: float = 1.0
+) -> Point:
     values = {"chat": chat, "bits_per_byte": bits, "in_language": in_language}
     figures = {name: Estimate(value, value, value, 10) for name, value in values.items()}
-    return Point(str(ratios), ratios, {"ko": figures, "en": {"chat": Estimate(0.0, 0.0, 0.0, 10)}}, 0.1, 1.0)
+    return Point(
+        str(ratios), ratios, {"ko": figures, "en": {"chat": Estimate(0.0, 0.0, 0.0, 10)}}, 0.1, 1.0
+    )
 
 
 def recommended(points: list[Point], **rule: Any) -> tuple[dict[str, float] | None, str]:
@@ -281,8 +339,12 @@ def test_the_best_that_keeps_the_limits_and_of_equals_the_smallest():
     assert recommended(LINE)[0] == {"all": 0.6}
     assert recommended(LINE, tolerance=0.001)[0] == {"all": 0.8}
     assert recommended(LINE, bits_per_byte_rise=None)[0] == {"all": 1.0}
-    assert recommended(LINE, bits_per_byte_rise=None, at_least={"in_language": 0.9}, tolerance=0)[0] == {"all": 0.8}
-    assert recommended(LINE, bits_per_byte_rise=None, at_most={"bits_per_byte": 1.03})[0] == {"all": 0.6}
+    assert recommended(LINE, bits_per_byte_rise=None, at_least={"in_language": 0.9}, tolerance=0)[
+        0
+    ] == {"all": 0.8}
+    assert recommended(LINE, bits_per_byte_rise=None, at_most={"bits_per_byte": 1.03})[0] == {
+        "all": 0.6
+    }
 
 
 def test_where_every_ratio_breaks_a_limit_none_is_recommended():

@@ -11,7 +11,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "tests/gpu/" in item.nodeid:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="no GPU here, or not run by `make test-gpu`"))
+                item.add_marker(
+                    pytest.mark.skip(reason="no GPU here, or not run by `make test-gpu`")
+                )
 
 
 @pytest.fixture

@@ -7,19 +7,25 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from cpt_merge.data.packing import IGNORED, Batch
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.fsdp import prepare_layers
+from cpt_merge.training.model.attention import _by_document, _by_kernel, check_attention
+from cpt_merge.training.model.build import CausalLM, build_model, load_weights
+from cpt_merge.training.model.loss import Head, cross_entropy_sum
 from tests.training.conftest import CONFIG
-from training.attention import _by_document, _by_kernel, check_attention
-from training.backends.torch_native import prepare_layers
-from training.config import TrainingConfig
-from training.loss import Head, cross_entropy_sum
-from training.model import CausalLM, build_model, load_weights
-from training.packing import IGNORED, Batch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-LENGTHS = [100, 1, 155, 37, 219]  # documents of two rows of 256; the third goes on in the second row as a fourth
+LENGTHS = [
+    100,
+    1,
+    155,
+    37,
+    219,
+]  # documents of two rows of 256; the third goes on in the second row as a fourth
 CPU = torch.device("cpu")
 
 
@@ -49,7 +55,9 @@ def loaded(folder: Path, device: torch.device, **changes: Any) -> CausalLM:
     return module
 
 
-def loss_and_gradients(module: CausalLM, device: torch.device) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    module: CausalLM, device: torch.device
+) -> tuple[float, dict[str, torch.Tensor]]:
     loss = module(batch().to(device))
     loss.backward()
     return loss.item(), {name: p.grad.float().cpu() for name, p in module.named_parameters()}
@@ -63,7 +71,11 @@ def assert_close(found: Any, expected: Any, loss_error: float, gradient_error: f
 
 
 CASES = [
-    *[(attention, "none", compiled) for attention in ("flash", "sdpa", "eager") for compiled in (False, True)],
+    *[
+        (attention, "none", compiled)
+        for attention in ("flash", "sdpa", "eager")
+        for compiled in (False, True)
+    ],
     *[("flash", mode, compiled) for mode in ("full", "selective") for compiled in (False, True)],
     ("flex", "none", False),
     ("flex", "none", True),
@@ -73,16 +85,30 @@ CASES = [
 @pytest.mark.parametrize("family", ["llama", "window"])
 @pytest.mark.parametrize(("attention", "mode", "compiled"), CASES)
 def test_in_bf16_loss_and_gradients_are_those_of_float32_on_a_cpu(
-    attention: str, mode: str, compiled: bool, family: str, models: dict[str, Path], device: torch.device
+    attention: str,
+    mode: str,
+    compiled: bool,
+    family: str,
+    models: dict[str, Path],
+    device: torch.device,
 ) -> None:
     torch.compiler.reset()
     expected = loss_and_gradients(loaded(models[family], CPU, attention="eager"), CPU)
-    changes = {"precision": "pure-bf16", "attention": attention, "activation_checkpointing": mode, "compile": compiled}
-    assert_close(loss_and_gradients(loaded(models[family], device, **changes), device), expected, 2e-3, 3e-2)
+    changes = {
+        "precision": "pure-bf16",
+        "attention": attention,
+        "activation_checkpointing": mode,
+        "compile": compiled,
+    }
+    assert_close(
+        loss_and_gradients(loaded(models[family], device, **changes), device), expected, 2e-3, 3e-2
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_in_float32_they_are_too(attention: str, models: dict[str, Path], device: torch.device) -> None:
+def test_in_float32_they_are_too(
+    attention: str, models: dict[str, Path], device: torch.device
+) -> None:
     expected = loss_and_gradients(loaded(models["llama"], CPU, attention="eager"), CPU)
     found = loss_and_gradients(loaded(models["llama"], device, attention=attention), device)
     assert_close(found, expected, 1e-5, 1e-4)
@@ -95,7 +121,12 @@ def test_the_check_at_start_lets_it_pass(
     length: int, attention: str, compiled: bool, models: dict[str, Path], device: torch.device
 ) -> None:
     torch.compiler.reset()
-    changes = {"precision": "pure-bf16", "attention": attention, "compile": compiled, "sequence_length": length}
+    changes = {
+        "precision": "pure-bf16",
+        "attention": attention,
+        "compile": compiled,
+        "sequence_length": length,
+    }
     module = loaded(models["llama"], device, **changes)
     check_attention(module, TrainingConfig(**{**CONFIG, **changes}), device)
 
@@ -109,7 +140,9 @@ def test_the_kernel_computes_each_document_alone_backward_too(
     torch.manual_seed(0)
     cu = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     tokens = sum(LENGTHS)
-    query, key, value = (torch.randn(tokens, n, width).bfloat16() for n in (heads, key_value_heads, key_value_heads))
+    query, key, value = (
+        torch.randn(tokens, n, width).bfloat16() for n in (heads, key_value_heads, key_value_heads)
+    )
     upstream = torch.randn(tokens, heads, width).bfloat16()
     exact = [tensor.double().requires_grad_() for tensor in (query, key, value)]
     there = [tensor.to(device).requires_grad_() for tensor in (query, key, value)]
@@ -128,11 +161,15 @@ def test_the_loss_in_chunks_is_the_plain_one_in_float64(chunk: int, device: torc
     labels = torch.randint(0, 5000, (300,))
     labels[::7] = IGNORED
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
-    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, ignore_index=IGNORED, reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        exact[0] @ exact[1].T, labels, ignore_index=IGNORED, reduction="sum"
+    )
     there = [tensor.to(device).requires_grad_() for tensor in (hidden, weight)]
     loss = cross_entropy_sum(there[0], Head(there[1]), labels.to(device), chunk)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for mine, theirs in zip(torch.autograd.grad(loss, there), torch.autograd.grad(expected, exact), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(loss, there), torch.autograd.grad(expected, exact), strict=True
+    ):
         assert (mine.double().cpu() - theirs).norm() / theirs.norm() < 1e-2
 
 

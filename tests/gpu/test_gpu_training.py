@@ -8,20 +8,25 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.start import backend_environment
+from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.store import Store
+from cpt_merge.launcher.start import backend_environment
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.build import Start, build_backend
+from cpt_merge.training.distributed.parallel import start_parallel
+from cpt_merge.training.memory import MemorySetup, ModelShape, estimate_memory
+from cpt_merge.training.phases import phases_of
 from tests.distributed import run_ranks
 from tests.training.runs import ROOT, Job, reference_steps, train_steps, weights
-from training.backends import build_backend
-from training.backends.build import Start
-from training.config import TrainingConfig
-from training.memory import MemorySetup, ModelShape, estimate_memory
-from training.packing import TrainingRows
-from training.parallel import start_parallel
-from training.phases import phases_of
-from training.store import Store
 
-needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
-BACKENDS = ["alone", "fsdp2", *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3))]
+needs_deepspeed = pytest.mark.skipif(
+    not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed"
+)
+BACKENDS = [
+    "alone",
+    "fsdp2",
+    *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3)),
+]
 
 
 def train_by(backend: str, job: Job) -> dict[int, tuple[float, float]]:
@@ -31,12 +36,16 @@ def train_by(backend: str, job: Job) -> dict[int, tuple[float, float]]:
     return train_steps(job)
 
 
-def job_of(backend: str, model: Path, store: Path, out: Path, changes: dict[str, Any], stop_after: int = 0) -> Job:
+def job_of(
+    backend: str, model: Path, store: Path, out: Path, changes: dict[str, Any], stop_after: int = 0
+) -> Job:
     return Job(model, store, out, changes, "fsdp2" if backend == "alone" else backend, stop_after)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"compile": True, "activation_checkpointing": "selective"}], ids=["", "compiled"]
+    "changes",
+    [{}, {"compile": True, "activation_checkpointing": "selective"}],
+    ids=["", "compiled"],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16_learns_as_float32_on_a_cpu(
@@ -61,13 +70,25 @@ def test_float32_is_the_reference(backend: str, model: Path, store: Path, tmp_pa
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_stopped_and_resumed_it_is_bit_for_bit_the_same(backend: str, model: Path, store: Path, tmp_path: Path) -> None:
+def test_stopped_and_resumed_it_is_bit_for_bit_the_same(
+    backend: str, model: Path, store: Path, tmp_path: Path
+) -> None:
     """With sdpa: the backward pass of flash adds in any order."""
     changes = {"precision": "bf16", "attention": "sdpa"}
-    whole = run_ranks(train_by, 1, backend, job_of(backend, model, store, tmp_path / "whole", changes), timeout=400)[0]
+    whole = run_ranks(
+        train_by,
+        1,
+        backend,
+        job_of(backend, model, store, tmp_path / "whole", changes),
+        timeout=400,
+    )[0]
     parts = tmp_path / "parts"
-    first = run_ranks(train_by, 1, backend, job_of(backend, model, store, parts, changes, 5), timeout=400)[0]
-    second = run_ranks(train_by, 1, backend, job_of(backend, model, store, parts, changes), timeout=400)[0]
+    first = run_ranks(
+        train_by, 1, backend, job_of(backend, model, store, parts, changes, 5), timeout=400
+    )[0]
+    second = run_ranks(
+        train_by, 1, backend, job_of(backend, model, store, parts, changes), timeout=400
+    )[0]
     assert min(second) == max(first) + 1
     assert {**first, **second} == whole
     for name, tensor in weights(tmp_path / "whole").items():
@@ -87,13 +108,17 @@ def peak_and_estimate(model: Path, store: Path, changes: dict[str, Any]) -> tupl
     peak = torch.cuda.max_memory_allocated()
     parameters = sum(parameter.numel() for parameter in backend.module.parameters())  # type: ignore[attr-defined]
     shape = ModelShape.from_config(backend.module.model.config.to_dict(), parameters, "it")  # type: ignore[attr-defined]
-    return peak / 1e9, estimate_memory(shape, MemorySetup.of(config, backend.strategy, 1, 1)).total / 1e9
+    return peak / 1e9, estimate_memory(
+        shape, MemorySetup.of(config, backend.strategy, 1, 1)
+    ).total / 1e9
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("attention", ["flash", "sdpa"])
-def test_the_memory_estimate_is_within_a_tenth(attention: str, recompute: str, compiled: bool, tmp_path: Path) -> None:
+def test_the_memory_estimate_is_within_a_tenth(
+    attention: str, recompute: str, compiled: bool, tmp_path: Path
+) -> None:
     from benchmarks.training_inputs import SIZES, Inputs, Size, prepare
 
     SIZES["memory"] = Size(32_000, 1024, 2816, 8, 16, 8)
@@ -103,5 +128,7 @@ def test_the_memory_estimate_is_within_a_tenth(attention: str, recompute: str, c
         "sequence_length": 2048, "batch_rows": 8, "micro_batch_rows": 4, "tokens": 10**6, "attention": attention,
         "activation_checkpointing": recompute, "compile": compiled,
     }  # fmt: skip
-    peak, estimate = run_ranks(peak_and_estimate, 1, inputs.model, inputs.store, changes, timeout=300)[0]
+    peak, estimate = run_ranks(
+        peak_and_estimate, 1, inputs.model, inputs.store, changes, timeout=300
+    )[0]
     assert estimate == pytest.approx(peak, rel=0.1)

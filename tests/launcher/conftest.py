@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launcher.recipe import Recipe, load_recipe
+from cpt_merge.launcher.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +63,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, shift in (("base", 0.0), ("chat", 0.01)):
         (folder / name).mkdir()
         write_tokenizer(folder / name)
-        proto = sentencepiece.SentencePieceProcessor(model_file=str(folder / name / "tokenizer.model"))
+        proto = sentencepiece.SentencePieceProcessor(
+            model_file=str(folder / name / "tokenizer.model")
+        )
         config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
                   "add_bos_token": True, "legacy": True}  # fmt: skip
         if name == "chat":
@@ -84,7 +86,8 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
         path.write_text("\n".join(rows), encoding="utf-8")
         sources.append({"path": str(path), "language": language, "weight": weight})
     prompts = [
-        {"language": s["language"], "messages": [{"role": "user", "content": "가나 天地 go home"}]} for s in sources
+        {"language": s["language"], "messages": [{"role": "user", "content": "가나 天地 go home"}]}
+        for s in sources
     ]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
     values = {
@@ -115,7 +118,7 @@ def recipe(recipe_path: Path) -> Recipe:
 
 
 def cpt_merge(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "cpt_merge.launcher.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
 
 

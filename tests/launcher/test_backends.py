@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import UserError
-from launcher.start import backend_environment
+from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.start import backend_environment
+from cpt_merge.training.distributed.deepspeed import zero_section
+from cpt_merge.training.distributed.parallel import Asked, asked_for
 from tests.launcher.conftest import ROOT, cpt_merge
-from training.backends.zero import zero_section
-from training.parallel import Asked, asked_for
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 ASKED = {
@@ -48,24 +48,50 @@ def test_accelerate_says_the_same(name: str, tmp_path: Path) -> None:
         "if os.environ.get('RANK', '0') == '0': json.dump(dict(os.environ), open(sys.argv[1], 'w'))\n"
     )
     out = tmp_path / "environment.json"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIGS / f"{name}.yaml"),
+    ]
     subprocess.run([*command, str(script), str(out)], check=True, capture_output=True, timeout=120)
     environment = json.loads(out.read_text())
     if name == "cpu":
-        environment = {key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE")}
+        environment = {
+            key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE")
+        }
     assert asked_for(environment) == ASKED[name]
 
 
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "several processes were started without a backend"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "asks for FSDP 1; set fsdp_version: 2"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size > 1"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "ZeRO stage 0"),
         (
-            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            "several processes were started without a backend",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+            "asks for FSDP 1; set fsdp_version: 2",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "fsdp_offload_params",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+            "tp_size > 1",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
+            "ZeRO stage 0",
+        ),
+        (
+            {
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+            },
             "offload_optimizer_device",
         ),
     ],
@@ -77,10 +103,16 @@ def test_what_is_not_there_is_refused(environment: dict[str, str], sentence: str
 
 def test_offloading_is_refused_in_deepspeeds_own_file_too(tmp_path: Path) -> None:
     settings = tmp_path / "deepspeed.json"
-    section: dict[str, object] = {"stage": 2, "overlap_comm": False, "offload_param": {"device": "none"}}
+    section: dict[str, object] = {
+        "stage": 2,
+        "overlap_comm": False,
+        "offload_param": {"device": "none"},
+    }
     settings.write_text(json.dumps({"zero_optimization": section}))
     assert zero_section(Asked("deepspeed", zero_config=str(settings))) == section
-    settings.write_text(json.dumps({"zero_optimization": section | {"offload_optimizer": {"device": "cpu"}}}))
+    settings.write_text(
+        json.dumps({"zero_optimization": section | {"offload_optimizer": {"device": "cpu"}}})
+    )
     with pytest.raises(UserError, match="asks for offload_optimizer, which is not supported"):
         zero_section(Asked("deepspeed", zero_config=str(settings)))
 
@@ -88,15 +120,23 @@ def test_offloading_is_refused_in_deepspeeds_own_file_too(tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ACTIVE)
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-def test_it_trains_and_merges(name: str, launcher: str, finished: Path, recipe_path: Path, tmp_path: Path) -> None:
-    """`accelerate launch --config_file ... -m training RECIPE`, and torchrun with the file named in the recipe."""
+def test_it_trains_and_merges(
+    name: str, launcher: str, finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
+    """`accelerate launch --config_file ... -m cpt_merge.training RECIPE`, and torchrun with the file named in the recipe."""
     processes, active = ACTIVE[name]
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("training", "merge"))
     config = str(CONFIGS / f"{name}.yaml")
-    arguments = ["-m", "training", str(recipe_path), f"runs={tmp_path / 'runs'}"]
+    arguments = ["-m", "cpt_merge.training", str(recipe_path), f"runs={tmp_path / 'runs'}"]
     if launcher == "accelerate":
-        start = ["accelerate.commands.launch", "--config_file", config, "--num_processes", str(processes)]
+        start = [
+            "accelerate.commands.launch",
+            "--config_file",
+            config,
+            "--num_processes",
+            str(processes),
+        ]
     else:
         start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         arguments.append(f"launch.accelerate_config={config}")
@@ -112,10 +152,14 @@ def test_it_trains_and_merges(name: str, launcher: str, finished: Path, recipe_p
 
 
 @pytest.mark.slow
-def test_one_process_of_a_recipe_that_names_deepspeed(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+def test_one_process_of_a_recipe_that_names_deepspeed(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("training", "merge"))
     config = f"launch.accelerate_config={CONFIGS / 'zero2.yaml'}"
-    done = cpt_merge("train", recipe_path, f"runs={tmp_path / 'runs'}", config, "launch.processes=1")
+    done = cpt_merge(
+        "train", recipe_path, f"runs={tmp_path / 'runs'}", config, "launch.processes=1"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "DeepSpeed ZeRO 2: optimizer and gradients divided over 1 process" in done.stderr

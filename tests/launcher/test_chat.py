@@ -16,10 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from launcher.chat import ReplyStreamer
-from launcher.cli import main
+from cpt_merge.launcher.chat import ReplyStreamer
+from cpt_merge.launcher.cli import main
 
 ROOT = Path(__file__).parents[2]
 SPECIAL = ["<s>", "</s>", "<stop>", "<mark>"]
@@ -86,7 +92,9 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """It always says the same: characters of several bytes, and a special token that is no stop."""
     directory = tmp_path_factory.mktemp("parrot")
-    return write_model(directory, 400, chain(write_tokenizer(directory), ":가天<mark> ok\n씨<stop>"))
+    return write_model(
+        directory, 400, chain(write_tokenizer(directory), ":가天<mark> ok\n씨<stop>")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,9 @@ class Talk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch, self.capsys = monkeypatch, capsys
 
-    def __call__(self, directory: Path, lines: list[str], *options: str, code: int = 0) -> tuple[str, str]:
+    def __call__(
+        self, directory: Path, lines: list[str], *options: str, code: int = 0
+    ) -> tuple[str, str]:
         self.monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         assert main(["chat", str(directory), *options]) == code
         return self.capsys.readouterr()
@@ -116,8 +126,13 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 def generated(directory: Path, messages: list[dict[str, str]]) -> str:
     """What model.generate replies to the messages in 12 tokens."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(directory),
+        AutoTokenizer.from_pretrained(directory),
+    )
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -137,15 +152,20 @@ def as_printed(replies: list[str]) -> str:
     return "".join(f"{reply}\n" for reply in replies)
 
 
-def test_a_piped_dialogue_gives_the_replies_of_generate_and_nothing_else(random_model: Path) -> None:
+def test_a_piped_dialogue_gives_the_replies_of_generate_and_nothing_else(
+    random_model: Path,
+) -> None:
     turns = ["今天天氣", "날씨가 좋다", "and you?"]
     options = ["--system", "be brief", "--temperature", "0", "--max-new-tokens", "12"]
     done = subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "chat", str(random_model), *options],
+        [sys.executable, "-m", "cpt_merge.launcher.cli", "chat", str(random_model), *options],
         input="\n".join([turns[0], "", *turns[1:], "/clear", turns[2]]).encode(), capture_output=True, cwd=ROOT, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
-    replies = [*expected(random_model, turns, "be brief"), *expected(random_model, turns[2:], "be brief")]
+    replies = [
+        *expected(random_model, turns, "be brief"),
+        *expected(random_model, turns[2:], "be brief"),
+    ]
     assert len(set(replies)) == 4
     assert done.stdout.decode() == as_printed(replies)
     assert "a new conversation" in done.stderr.decode()
@@ -170,7 +190,9 @@ def test_a_reply_that_does_not_end_is_cut_off_and_that_is_said(talk: Talk, parro
     assert "cut off after 7 tokens" in errors
 
 
-def test_the_model_decides_how_to_sample_where_nothing_is_said(talk: Talk, random_model: Path) -> None:
+def test_the_model_decides_how_to_sample_where_nothing_is_said(
+    talk: Talk, random_model: Path
+) -> None:
     def reply(*options: str) -> str:
         return talk(random_model, ["hello"], "--max-new-tokens", "12", *options)[0]
 
@@ -178,16 +200,27 @@ def test_the_model_decides_how_to_sample_where_nothing_is_said(talk: Talk, rando
     assert len({reply(), reply(), reply("--seed", "1")}) == 3
     assert reply("--seed", "1") != reply("--seed", "1", "--temperature", "5")
     (greedy,) = expected(random_model, ["hello"])
-    assert reply("--temperature", "0") == reply("--temperature", "0", "--seed", "2") == f"{greedy}\n"
+    assert (
+        reply("--temperature", "0") == reply("--temperature", "0", "--seed", "2") == f"{greedy}\n"
+    )
 
 
-def test_the_oldest_exchanges_are_dropped_when_the_context_is_full(talk: Talk, random_model: Path) -> None:
+def test_the_oldest_exchanges_are_dropped_when_the_context_is_full(
+    talk: Talk, random_model: Path
+) -> None:
     turns = ["a" * 150, "b" * 100, "c" * 100]
     options = ("--temperature", "0", "--max-new-tokens", "12", "--system", "brief")
     out, errors = talk(random_model, turns, *options)
     replies = expected(random_model, turns[:2], "brief")
-    left = [("system", "brief"), ("user", turns[1]), ("assistant", replies[1].strip()), ("user", turns[2])]
-    replies.append(generated(random_model, [{"role": role, "content": content} for role, content in left]))
+    left = [
+        ("system", "brief"),
+        ("user", turns[1]),
+        ("assistant", replies[1].strip()),
+        ("user", turns[2]),
+    ]
+    replies.append(
+        generated(random_model, [{"role": role, "content": content} for role, content in left])
+    )
     assert out == as_printed(replies)
     assert errors.count("exchanges: 1") == errors.count("is dropped") == 1
 
@@ -207,17 +240,25 @@ def one_sentence(errors: str, *words: str) -> None:
     assert all(word in last for word in words), last
 
 
-def test_what_is_no_chat_model_is_said_in_a_sentence(talk: Talk, parrot: Path, tmp_path: Path) -> None:
+def test_what_is_no_chat_model_is_said_in_a_sentence(
+    talk: Talk, parrot: Path, tmp_path: Path
+) -> None:
     one_sentence(talk(tmp_path / "nowhere", [], code=2)[1], "nowhere does not exist", "directory")
     one_sentence(talk(tmp_path, [], code=2)[1], "config.json")
     base = write_model(tmp_path / "base", 100)
     write_tokenizer(base, template=None)
-    one_sentence(talk(base, ["hello"], code=2)[1], str(base), "no chat template", "chat_template.jinja")
-    write_tokenizer(base, "{{ raise_exception('no system, please') if messages[0].role == 'system' }}")
+    one_sentence(
+        talk(base, ["hello"], code=2)[1], str(base), "no chat template", "chat_template.jinja"
+    )
+    write_tokenizer(
+        base, "{{ raise_exception('no system, please') if messages[0].role == 'system' }}"
+    )
     one_sentence(talk(base, [], "--system", "be brief", code=2)[1], "system", "no system, please")
     (base / "model.safetensors").write_bytes(b"damaged")
     one_sentence(talk(base, ["hello"], code=2)[1], "model.safetensors", "download")
-    (base / "config.json").write_text('{"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}}')
+    (base / "config.json").write_text(
+        '{"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}}'
+    )
     one_sentence(talk(base, ["hello"], code=2)[1], str(base), "transformers")
 
 
@@ -251,7 +292,9 @@ def test_sentencepiece_keeps_the_spaces_at_the_start_of_a_line(pair: Path) -> No
 
 def test_help_comes_without_torch() -> None:
     code = "import sys, launcher.cli as c; c.main(['chat', '--help']); print('torch' in sys.modules or 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout.splitlines()[-1] == "False"
     assert "--max-new-tokens" in done.stdout
 
@@ -263,7 +306,7 @@ class Terminal:
         self.screen, mine = "", pty.openpty()
         self.master, slave = mine
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launcher.cli", "chat", str(directory), *options],
+            [sys.executable, "-m", "cpt_merge.launcher.cli", "chat", str(directory), *options],
             stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True,
             env={**os.environ, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TERM": "xterm", "OMP_NUM_THREADS": "1"},
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),

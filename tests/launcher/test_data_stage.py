@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from core.artifact import read_record
-from launcher.recipe import load_recipe
-from launcher.stages import STAGES, Run
+from cpt_merge.core.artifact import read_record
+from cpt_merge.launcher.recipe import load_recipe
+from cpt_merge.launcher.stages import STAGES, Run
+from tests.data.test_tokenise import digest
 from tests.launcher.conftest import cpt_merge
-from tests.training.test_tokenise import digest
 
 
 def test_how_much_of_a_source_is_trained_on_concerns_training_alone(recipe_path: Path) -> None:
     one = load_recipe(recipe_path, [])
     for change in (["corpus.sources.0.weight=2"], ["corpus.shares={ko: 0.5, zh_tw: 0.4, en: 0.1}"]):
         other = load_recipe(recipe_path, change)
-        changed = [stage.name for stage in STAGES if dict(stage.config(one)) != dict(stage.config(other))]
+        changed = [
+            stage.name for stage in STAGES if dict(stage.config(one)) != dict(stage.config(other))
+        ]
         assert changed == ["training"]
 
 
@@ -36,7 +38,7 @@ def test_slurm_tasks_share_the_work(tasks: int, recipe_path: Path, tmp_path: Pat
     run = Run(load_recipe(recipe_path, overrides))
     alone = digest(run.store)
     os.rename(run.folder("data"), tmp_path / "alone")
-    command = [sys.executable, "-m", "launcher.cli", "data", str(recipe_path), *overrides]
+    command = [sys.executable, "-m", "cpt_merge.launcher.cli", "data", str(recipe_path), *overrides]
     slurm = {"SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_LOCALID": "0"}
     processes = [
         subprocess.Popen(command, env={**os.environ, **slurm, "SLURM_PROCID": str(rank)})

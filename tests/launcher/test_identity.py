@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import UserError
-from launcher.identity import IDS_FILE, group_name, run_id
-from tracking import TrackingConfig, start_tracker
+from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.identity import IDS_FILE, group_name, run_id
+from cpt_merge.tracking import TrackingConfig, start_tracker
 
 
 def log(out: Path, stage: str, key: str, carrier: str = "none", value: float = 0.0) -> str:

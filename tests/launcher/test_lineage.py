@@ -8,16 +8,18 @@ from urllib.parse import unquote
 
 import pytest
 
-from core.sources import Corpus
-from launcher.lineage import used
-from launcher.recipe import Recipe
-from launcher.stages import Run
-from tracking.tracker import Artifact
+from cpt_merge.data.sources import Corpus
+from cpt_merge.launcher.lineage import used
+from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.stages import Run
+from cpt_merge.tracking.tracker import Artifact
 
 
 def artifacts(recipe: Recipe, *sources: dict[str, str]) -> list[Artifact]:
     """What the data stage uses of a corpus of these sources."""
-    run = Run(recipe.model_copy(update={"corpus": Corpus.model_validate({"sources": list(sources)})}))
+    run = Run(
+        recipe.model_copy(update={"corpus": Corpus.model_validate({"sources": list(sources)})})
+    )
     return used(run, "data", run.corpus_inputs())
 
 
@@ -58,7 +60,10 @@ def test_every_source_has_a_name_of_its_own_that_wandb_takes(recipe: Recipe, her
 def test_a_source_keeps_its_name_whatever_stands_beside_it(recipe: Recipe, here: Path) -> None:
     write(here / "ko/train.jsonl")
     write(here / "en/train.jsonl")
-    korean, english = {"path": "ko/train.jsonl", "language": "ko"}, {"path": "en/train.jsonl", "language": "en"}
+    korean, english = (
+        {"path": "ko/train.jsonl", "language": "ko"},
+        {"path": "en/train.jsonl", "language": "en"},
+    )
     alone = artifacts(recipe, korean)
     assert artifacts(recipe, english, korean)[1:] == alone
     write(here / "ko/train.jsonl")
@@ -75,7 +80,9 @@ def test_a_source_keeps_its_name_whatever_stands_beside_it(recipe: Recipe, here:
         ("corpus/한국어.jsonl", "corpus/한국어.jsonl"),
     ],
 )  # fmt: skip
-def test_local_text_has_a_local_address(path: str, address: str, recipe: Recipe, here: Path) -> None:
+def test_local_text_has_a_local_address(
+    path: str, address: str, recipe: Recipe, here: Path
+) -> None:
     write(here / "ko.jsonl")
     write(here / "corpus/한국어.jsonl")
     (found,) = artifacts(recipe, {"path": path, "language": "ko"})
@@ -85,7 +92,12 @@ def test_local_text_has_a_local_address(path: str, address: str, recipe: Recipe,
 
 @pytest.mark.parametrize(
     ("path", "is_hub"),
-    [("squad", True), ("wikimedia/wikipedia", True), ("my texts/ko", False), ("말뭉치/한국어", False)],
+    [
+        ("squad", True),
+        ("wikimedia/wikipedia", True),
+        ("my texts/ko", False),
+        ("말뭉치/한국어", False),
+    ],
 )
 def test_only_what_can_be_a_hub_id_has_an_address_at_the_hub(
     path: str, is_hub: bool, recipe: Recipe, here: Path
@@ -94,7 +106,9 @@ def test_only_what_can_be_a_hub_id_has_an_address_at_the_hub(
     assert found.uri == (f"https://huggingface.co/datasets/{path}" if is_hub else here.as_uri())
 
 
-def test_text_whose_folder_is_gone_since_is_not_taken_for_the_hub(recipe: Recipe, here: Path) -> None:
+def test_text_whose_folder_is_gone_since_is_not_taken_for_the_hub(
+    recipe: Recipe, here: Path
+) -> None:
     corpus = Corpus.model_validate({"sources": [{"path": "gone/ko.jsonl", "language": "ko"}]})
     run = Run(recipe.model_copy(update={"corpus": corpus}))
     (found,) = used(run, "data", {"text gone/ko.jsonl": "0123456789abcdef"})

@@ -17,7 +17,12 @@ def family(tmp_path):
 
 
 def cpt_merge(*arguments):
-    command = [sys.executable, "-m", "launcher.cli", *(str(argument) for argument in arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "cpt_merge.launcher.cli",
+        *(str(argument) for argument in arguments),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -26,21 +31,46 @@ def pair(family: Family, *more):
 
 
 def test_merge_and_extract_and_merge_again(family, tmp_path):
-    direct = cpt_merge("merge", *pair(family, "--ratio", "ramp(0.2, 1)", "--out", tmp_path / "direct", "dtype=float32"))
+    direct = cpt_merge(
+        "merge",
+        *pair(family, "--ratio", "ramp(0.2, 1)", "--out", tmp_path / "direct", "dtype=float32"),
+    )
     assert direct.returncode == 0, direct.stderr
     assert "cpt-merge chat" in direct.stderr
-    assert json.loads((tmp_path / "direct" / "merge_report.json").read_text())["ratio"] == "ramp(0.2, 1)"
-    extract = ["merge", "--extract", "--base", family.base, "--chat", family.chat, "--out", tmp_path / "vector"]
+    assert (
+        json.loads((tmp_path / "direct" / "merge_report.json").read_text())["ratio"]
+        == "ramp(0.2, 1)"
+    )
+    extract = [
+        "merge",
+        "--extract",
+        "--base",
+        family.base,
+        "--chat",
+        family.chat,
+        "--out",
+        tmp_path / "vector",
+    ]
     assert cpt_merge(*extract).returncode == 0
     settings = ["merge.ratio=ramp(0.2, 1)", "dtype=float32"]
-    vector = ["--cpt", family.cpt, "--vector", tmp_path / "vector", "--out", tmp_path / "out", *settings]
+    vector = [
+        "--cpt",
+        family.cpt,
+        "--vector",
+        tmp_path / "vector",
+        "--out",
+        tmp_path / "out",
+        *settings,
+    ]
     assert cpt_merge("merge", *vector).returncode == 0
     weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("direct", "out")]
     assert weights[0] == weights[1]
 
 
 def test_the_plan_lists_every_tensor(family, tmp_path):
-    done = cpt_merge("merge", "plan", *pair(family, "rules=[{kinds: [norm], action: skip}]", "ratio=0.5"))
+    done = cpt_merge(
+        "merge", "plan", *pair(family, "rules=[{kinds: [norm], action: skip}]", "ratio=0.5")
+    )
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
     assert "keep" in lines["model.norm.weight"]
@@ -53,7 +83,11 @@ def test_the_plan_lists_everything_that_is_refused(family, tmp_path):
     write_config(family.chat, 40, True, model_type="mistral")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    done = cpt_merge("merge", "plan", *pair(family, "--out", tmp_path / "out", "rules=[{pattern: q_porj, ratio: 0}]"))
+    done = cpt_merge(
+        "merge",
+        "plan",
+        *pair(family, "--out", tmp_path / "out", "rules=[{pattern: q_porj, ratio: 0}]"),
+    )
     assert done.returncode == 2
     listed = [line for line in done.stdout.splitlines() if line.startswith("  - ")]
     for problem in ("mistral in chat", "tied head", "q_porj", "is not empty"):
@@ -83,7 +117,9 @@ def test_the_plan_lists_everything_that_is_refused(family, tmp_path):
 )  # fmt: skip
 def test_what_is_missing_or_wrong_is_said_in_one_sentence(family, tmp_path, arguments, words):
     names = {"CPT": family.cpt, "BASE": family.base, "CHAT": family.chat, "OUT": tmp_path / "out"}
-    given = [names.get(argument, str(argument).replace("CPT", str(family.cpt))) for argument in arguments]
+    given = [
+        names.get(argument, str(argument).replace("CPT", str(family.cpt))) for argument in arguments
+    ]
     done = cpt_merge("merge", *given)
     assert done.returncode == 2
     assert words in done.stderr

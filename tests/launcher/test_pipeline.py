@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import evaluation.config
-from core.errors import Interrupted, UserError
-from launcher.pipeline import check_inputs, execute
-from launcher.recipe import Recipe, load_recipe
-from launcher.stages import STAGES, Run
+import cpt_merge.evaluation.config
+from cpt_merge.core.errors import Interrupted, UserError
+from cpt_merge.launcher.pipeline import check_inputs, execute
+from cpt_merge.launcher.recipe import Recipe, load_recipe
+from cpt_merge.launcher.stages import STAGES, Run
+from cpt_merge.tracking import read_log
 from tests.launcher.conftest import ROOT, cpt_merge
-from tracking import read_log
 
 
 def test_a_chat_model_comes_out(finished: Path) -> None:
@@ -52,15 +52,25 @@ def test_a_second_run_does_nothing(finished: Path, recipe_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == stamps
 
 
-def test_a_changed_setting_runs_again_what_depends_on_it(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+def test_a_changed_setting_runs_again_what_depends_on_it(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
     shutil.copytree(finished, tmp_path / "runs" / "tiny")
     further = f"evaluation.models.again={finished / 'merge' / 'chat'}"
     done = cpt_merge("run", recipe_path, f"runs={tmp_path / 'runs'}", "merge.ratio=0.5", further)
     assert done.returncode == 0, done.stderr
-    skipped = [line.split(":")[0] for line in done.stderr.splitlines() if "finished already" in line]
+    skipped = [
+        line.split(":")[0] for line in done.stderr.splitlines() if "finished already" in line
+    ]
     assert skipped == ["tokenizer", "embeddings", "data", "training"]
-    kept = sorted(path.relative_to(tmp_path / "runs" / "tiny") for path in tmp_path.rglob("*.unsent-1/log/wandb"))
-    assert kept == [Path("evaluation.unsent-1/log/wandb"), Path("merge.unsent-1/log/wandb")]  # of the earlier results
+    kept = sorted(
+        path.relative_to(tmp_path / "runs" / "tiny")
+        for path in tmp_path.rglob("*.unsent-1/log/wandb")
+    )
+    assert kept == [
+        Path("evaluation.unsent-1/log/wandb"),
+        Path("merge.unsent-1/log/wandb"),
+    ]  # of the earlier results
     results = json.loads((tmp_path / "runs" / "tiny" / "evaluation" / "results.json").read_text())
     assert list(results["models"]) == ["base", "chat", "cpt", "merged", "again"]
 
@@ -83,11 +93,19 @@ def test_training_with_other_settings_moves_the_old_work_aside(
     assert (run / "training.old-2" / "cpt" / "model.safetensors").is_file()
 
 
-def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns("training", "merge"))
-    command = [f"runs={tmp_path / 'runs'}", "training.tokens=1_000_000", "training.checkpoints.every=1000"]
+def test_ctrl_c_saves_and_the_same_command_continues(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(
+        finished, tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns("training", "merge")
+    )
+    command = [
+        f"runs={tmp_path / 'runs'}",
+        "training.tokens=1_000_000",
+        "training.checkpoints.every=1000",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launcher.cli", "train", str(recipe_path), *command],
+        [sys.executable, "-m", "cpt_merge.launcher.cli", "train", str(recipe_path), *command],
         stderr=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
     log = tmp_path / "runs" / "tiny" / "training" / "log" / "metrics.jsonl"
@@ -106,9 +124,12 @@ def test_ctrl_c_saves_and_the_same_command_continues(finished: Path, recipe_path
 
 
 @pytest.mark.parametrize(
-    ("error", "word"), [(UserError("the disk is full."), "failed"), (Interrupted("by SIGTERM"), "stopped")]
+    ("error", "word"),
+    [(UserError("the disk is full."), "failed"), (Interrupted("by SIGTERM"), "stopped")],
 )
-def test_how_a_stage_ended_is_an_alert(error: UserError, word: str, recipe_path: Path, tmp_path: Path) -> None:
+def test_how_a_stage_ended_is_an_alert(
+    error: UserError, word: str, recipe_path: Path, tmp_path: Path
+) -> None:
     def run(*_: object) -> dict[str, Any]:
         raise error
 
@@ -120,7 +141,9 @@ def test_how_a_stage_ended_is_an_alert(error: UserError, word: str, recipe_path:
     assert (alert["title"], alert["text"]) == (f"{STAGES[0].name} {word}", str(error))
 
 
-def test_a_stage_that_fails_leaves_the_result_before_it(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+def test_a_stage_that_fails_leaves_the_result_before_it(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished, run)
     before = (run / "merge" / "stage.json").read_bytes()
@@ -131,7 +154,9 @@ def test_a_stage_that_fails_leaves_the_result_before_it(finished: Path, recipe_p
     assert (run / "merge" / "chat" / "model.safetensors").is_file()
 
 
-def test_a_stage_whose_artifact_is_gone_runs_again(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+def test_a_stage_whose_artifact_is_gone_runs_again(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished, run)
     shutil.rmtree(run / "merge" / "chat")
@@ -147,7 +172,10 @@ def test_a_hook_that_ended_before_its_stage_was_recorded(
     """Its model is there, its stage.json is not: the merge stage, or the hook again, makes it anew."""
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished, run)
-    assert json.loads((run / "merge" / "chat" / "merge_report.json").read_text())["digest"] == "in memory"
+    assert (
+        json.loads((run / "merge" / "chat" / "merge_report.json").read_text())["digest"]
+        == "in memory"
+    )
     (run / "merge" / "stage.json").unlink()
     if command == "train":
         (run / "training" / "stage.json").unlink()
@@ -157,10 +185,16 @@ def test_a_hook_that_ended_before_its_stage_was_recorded(
 
 
 @pytest.mark.slow
-def test_training_that_diverges_makes_no_model(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+def test_training_that_diverges_makes_no_model(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("training", "merge"))
-    huge = ["training.optimizer.learning_rate=1e30", "training.optimizer.clip=1e30", "training.checkpoints.every=100"]
+    huge = [
+        "training.optimizer.learning_rate=1e30",
+        "training.optimizer.clip=1e30",
+        "training.checkpoints.every=100",
+    ]
     done = cpt_merge("train", recipe_path, f"runs={tmp_path / 'runs'}", *huge, "launch.processes=1")
     assert done.returncode == 2, done.stderr
     assert "diverged" in done.stderr or "non-finite" in done.stderr
@@ -193,8 +227,14 @@ def test_plan_says_what_a_changed_setting_makes_to_do(finished: Path, recipe_pat
         (["launch.processes=1000"], "launch.processes = 1000 but this machine has"),
         (["training.batch_rows=7"], "training.batch_rows = 7 does not divide over 2 processes"),
         (["evaluation.models.sft=/nowhere"], "model /nowhere does not exist"),
-        (["evaluation.models.chat=/nowhere"], "chat: the recipe's own model has this name; choose another"),
-        (["launch.accelerate_config=/nowhere.yaml"], "launch.accelerate_config = /nowhere.yaml does not exist"),
+        (
+            ["evaluation.models.chat=/nowhere"],
+            "chat: the recipe's own model has this name; choose another",
+        ),
+        (
+            ["launch.accelerate_config=/nowhere.yaml"],
+            "launch.accelerate_config = /nowhere.yaml does not exist",
+        ),
         (["merge.ratio=.nan"], "`merge.ratio`"),
         (["training.token=1"], "nearest known key is `training.tokens`"),
         (["corpus.sources.0.path=/nowhere.jsonl"], "text source /nowhere.jsonl does not exist"),
@@ -219,7 +259,9 @@ def test_plan_and_doctor_and_report(finished: Path, recipe_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_list_of_pieces_is_an_input_of_the_tokenizer_stage(recipe_path: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_list_of_pieces_is_an_input_of_the_tokenizer_stage(
+    recipe_path: Path, recipe: Recipe, tmp_path: Path
+) -> None:
     """A changed list runs the stage again; a list that is gone loses nothing."""
     words = tmp_path / "words.txt"
     words.write_text("가나\n", encoding="utf-8")
@@ -238,8 +280,10 @@ def test_a_list_of_pieces_is_an_input_of_the_tokenizer_stage(recipe_path: Path, 
     assert (recipe.directory.parent / "listed" / "tokenizer" / "stage.json").is_file()
 
 
-def test_what_the_evaluation_lacks_is_found_before_training(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation.config, "find_spec", lambda name: None)
+def test_what_the_evaluation_lacks_is_found_before_training(
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpt_merge.evaluation.config, "find_spec", lambda name: None)
     tasks = "evaluation.knowledge.tasks={kmmlu: ko}"
     check_inputs(load_recipe(recipe_path, [tasks]))  # the suite is not asked for
     with pytest.raises(UserError, match="needs lm-eval, which is not installed"):
@@ -248,5 +292,7 @@ def test_what_the_evaluation_lacks_is_found_before_training(recipe_path: Path, m
         "evaluation.judge={url: 'http://h', model: m, questions: /nowhere.jsonl}",
         "evaluation.knowledge.folder=/nowhere",
     ):
-        with pytest.raises(UserError, match=r"/nowhere.* does not exist; correct it or leave it out"):
+        with pytest.raises(
+            UserError, match=r"/nowhere.* does not exist; correct it or leave it out"
+        ):
             check_inputs(load_recipe(recipe_path, [missing]))

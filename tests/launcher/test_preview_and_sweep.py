@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.errors import UserError
-from evaluation.chat_template import read_chat_template
-from evaluation.checks import parse_check
-from evaluation.conversation import prompt
-from evaluation.models import load_tokenizer
-from launcher.pipeline import check_inputs
-from launcher.preview import COLUMNS, make_interview, preview_of, read_prompts
-from launcher.recipe import Recipe, load_recipe
-from launcher.stages import Run
-from launcher.sweep import as_overrides, sweep
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.chat_template import read_chat_template
+from cpt_merge.evaluation.checks import parse_check
+from cpt_merge.evaluation.conversation import prompt
+from cpt_merge.evaluation.models import load_tokenizer
+from cpt_merge.launcher.pipeline import check_inputs
+from cpt_merge.launcher.preview import COLUMNS, make_interview, preview_of, read_prompts
+from cpt_merge.launcher.recipe import Recipe, load_recipe
+from cpt_merge.launcher.stages import Run
+from cpt_merge.launcher.sweep import as_overrides, sweep
 from tests.launcher.conftest import cpt_merge
 
 EVERY = "training.preview.every=2"
@@ -55,7 +55,9 @@ def test_a_chat_model_without_a_template_is_refused_before_the_first_stage(
     config = json.loads((chat / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (chat / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"chat has no chat template, which training.preview needs; add a"):
+    with pytest.raises(
+        UserError, match=r"chat has no chat template, which training.preview needs; add a"
+    ):
         check_inputs(load_recipe(recipe_path, [EVERY, f"models.chat={chat}"]))
     check_inputs(load_recipe(recipe_path, [f"models.chat={chat}"]))  # nobody asks for one
 
@@ -71,7 +73,9 @@ def test_a_recipe_without_a_chat_sibling_is_refused(recipe_path: Path, tmp_path:
 def test_prompts_are_the_evaluations(recipe_path: Path) -> None:
     given = load_recipe(recipe_path, [EVERY, "training.preview.prompts=1"])
     assert [one.language for one in read_prompts(given)] == ["ko", "zh_tw", "en"]
-    built_in = load_recipe(recipe_path, [EVERY, "training.preview.prompts=2", "evaluation.prompts=null"])
+    built_in = load_recipe(
+        recipe_path, [EVERY, "training.preview.prompts=2", "evaluation.prompts=null"]
+    )
     found = read_prompts(built_in)
     assert sorted(one.language for one in found) == ["en", "en", "ko", "ko", "zh_tw", "zh_tw"]
     assert all(one.turns[0].checks for one in found)
@@ -80,9 +84,16 @@ def test_prompts_are_the_evaluations(recipe_path: Path) -> None:
 def test_replies_are_scored_by_form_and_by_their_checks(pair: Path) -> None:
     tokenizer, template = load_tokenizer(pair / "chat"), read_chat_template(pair / "chat")
     user = [{"role": "user", "content": "go home"}]
-    checks = [parse_check({"name": "contains", "words": [word]}, "here") for word in ("rice", "sleep")]
-    interview = make_interview([prompt("en", user, checks), prompt("en", user)], tokenizer, template)
-    replies = [[*tokenizer.encode("we eat rice", add_special_tokens=False), 2], tokenizer.encode("[INST] we")]
+    checks = [
+        parse_check({"name": "contains", "words": [word]}, "here") for word in ("rice", "sleep")
+    ]
+    interview = make_interview(
+        [prompt("en", user, checks), prompt("en", user)], tokenizer, template
+    )
+    replies = [
+        [*tokenizer.encode("we eat rice", add_special_tokens=False), 2],
+        tokenizer.encode("[INST] we"),
+    ]
     metrics, rows = interview.score(replies)
     assert metrics["en/stopped"] == 0.5
     assert metrics["en/keeps_format"] == 0.5
@@ -91,7 +102,9 @@ def test_replies_are_scored_by_form_and_by_their_checks(pair: Path) -> None:
     assert first["prompt"] == "go home"
     assert first["reply"] == "we eat rice"
     assert first["stopped"] == 1.0
-    assert first["instruction_checks"] == metrics["en/instruction_checks"] == 0.5  # of two words one
+    assert (
+        first["instruction_checks"] == metrics["en/instruction_checks"] == 0.5
+    )  # of two words one
     assert rows[1][-1] is None  # nothing to check
 
 
@@ -110,14 +123,18 @@ def test_a_run_that_is_not_trained_has_nothing_to_sweep(recipe_path: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_the_command_sweeps_a_finished_run_in_two_processes(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+def test_the_command_sweeps_a_finished_run_in_two_processes(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
     shutil.copytree(finished, tmp_path / "tiny")
     words = ("--ratios", "0:1:0.5", f"runs={tmp_path}", "sweep.recommend.bits_per_byte_rise=null")
     done = cpt_merge("sweep", recipe_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "tiny" / "sweep" / "results.json").read_text())
     assert [point["ratios"]["all"] for point in results["points"]] == [0.0, 0.5, 1.0]
-    merged = json.loads((finished / "evaluation" / "results.json").read_text())["models"]["merged"]["scores"]
+    merged = json.loads((finished / "evaluation" / "results.json").read_text())["models"]["merged"][
+        "scores"
+    ]
     at_1 = results["points"][2]["figures"]
     # the hook merged fp32 masters, a sweep starts from CPT as it was exported: bf16, so one rounding more
     for end, value in merged["ko"]["bits_per_byte"].items():

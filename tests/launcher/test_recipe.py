@@ -6,16 +6,18 @@ from typing import Any
 import pytest
 import yaml
 
-from core.errors import UserError
-from launcher.recipe import Recipe, load_recipe
-from launcher.reference import HEADER, as_markdown, recipe_keys
+from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.recipe import Recipe, load_recipe
+from cpt_merge.launcher.reference import HEADER, as_markdown, recipe_keys
 
 ROOT = Path(__file__).parents[2]
 
 MINIMAL: dict[str, Any] = {
     "name": "test",
     "models": {"base": "a", "chat": "b"},
-    "corpus": {"sources": [{"path": "x.txt", "language": "ko"}, {"path": "y.txt", "language": "en"}]},
+    "corpus": {
+        "sources": [{"path": "x.txt", "language": "ko"}, {"path": "y.txt", "language": "en"}]
+    },
     "tokenizer": {"new_pieces": {"ko": 100}},
     "training": {"tokens": 1000},
 }
@@ -27,7 +29,9 @@ def write(folder: Path, values: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
     assert load_recipe(path, []).name == path.stem
 
@@ -49,7 +53,10 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("training.token=5", "unknown key `training.token`; the nearest known key is `training.tokens`"),
+        (
+            "training.token=5",
+            "unknown key `training.token`; the nearest known key is `training.tokens`",
+        ),
         ("training.optimiser.clip=1", "nearest known key is `training.optimizer`"),
         ("traning.tokens=5", "nearest known key is `training`"),
         ("training.tokens=many", "`training.tokens` = 'many'"),
@@ -57,7 +64,10 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ("training.schedule.shape=step", "`training.schedule.shape`"),
         ("corpus.sources.7.weight=1", "'7' is no place in a list of 2"),
         ("corpus.sources.0.language=kr", "language 'kr' is not known"),
-        ("tokenizer.new_pieces.zh_tw=10", "`tokenizer` is to extend by zh_tw but corpus.sources has no such text"),
+        (
+            "tokenizer.new_pieces.zh_tw=10",
+            "`tokenizer` is to extend by zh_tw but corpus.sources has no such text",
+        ),
         ("name=a/b", "one folder name"),
         ("training.tokens", "not of the form section.key=value"),
         ("training.tokens=[", "is not YAML"),
@@ -72,9 +82,15 @@ def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, override: str, sen
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [("a: [", "is not YAML"), ("- a", "no mapping of sections"), ("name: x", "`models` is missing")],
+    [
+        ("a: [", "is not YAML"),
+        ("- a", "no mapping of sections"),
+        ("name: x", "`models` is missing"),
+    ],
 )
-def test_a_file_that_is_no_recipe_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+def test_a_file_that_is_no_recipe_is_one_sentence(
+    tmp_path: Path, content: str, sentence: str
+) -> None:
     with pytest.raises(UserError, match=sentence):
         load_recipe(write(tmp_path, content), [])
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import UserError
-from launcher.submit import Submission, submit
+from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.submit import Submission, submit
 from tests.launcher.conftest import ROOT
 
 RECIPE = Path("recipes/my model.yaml")
@@ -27,7 +27,9 @@ def printed(submission: Submission, capsys: pytest.CaptureFixture[str]) -> list[
 
 
 def test_a_dry_run_prints_the_call(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = Submission(RECIPE, ["training.tokens=1e9"], 2, gpus_per_node=8, time="24:00:00", options=["--qos=long"])
+    asked = Submission(
+        RECIPE, ["training.tokens=1e9"], 2, gpus_per_node=8, time="24:00:00", options=["--qos=long"]
+    )
     assert printed(asked, capsys) == [
         "sbatch --parsable --nodes=2 --gpus-per-node=8 --time=24:00:00 --qos=long slurm/cpt_merge.sh "
         "'recipes/my model.yaml' training.tokens=1e9"
@@ -41,7 +43,9 @@ def test_every_job_of_a_chain_waits_for_all_before_it(capsys: pytest.CaptureFixt
     assert "--dependency=afternotok:JOB1,afternotok:JOB2" in third
 
 
-def test_outside_the_repository_it_says_where_to_call_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_the_repository_it_says_where_to_call_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="call `cpt-merge submit` in the repository's root"):
         submit(Submission(RECIPE, []), dry_run=True)
@@ -51,11 +55,18 @@ def test_outside_the_repository_it_says_where_to_call_it(tmp_path: Path, monkeyp
     ("body", "sentence"),
     [
         (None, "sbatch is not here; submit on a login node"),
-        ("echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1", "sbatch refused the job"),
+        (
+            "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1",
+            "sbatch refused the job",
+        ),
     ],
 )
 def test_what_sbatch_says_is_passed_on(
-    body: str | None, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    body: str | None,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "bash").symlink_to("/bin/bash")
     if body:
@@ -75,7 +86,10 @@ def test_what_sbatch_says_is_passed_on(
             Submission(RECIPE, [], chain=2, options=["--dependency=after:3"]),
             "--chain sets sbatch's --dependency itself",
         ),
-        (Submission(RECIPE, [], chain=2, options=["-dafter:3"]), "--chain sets sbatch's --dependency itself"),
+        (
+            Submission(RECIPE, [], chain=2, options=["-dafter:3"]),
+            "--chain sets sbatch's --dependency itself",
+        ),
     ],
 )
 def test_options_that_make_no_sense(asked: Submission, sentence: str) -> None:
@@ -110,6 +124,9 @@ def test_what_it_says_at_the_end_can_be_typed(
     submit(Submission(RECIPE, ["name=a b"]), dry_run=False)
     said = capsys.readouterr()
     assert said.out == "12\n"
-    assert "its log is cpt-merge-12.log; `cpt-merge status 'recipes/my model.yaml' 'name=a b'` shows" in said.err
+    assert (
+        "its log is cpt-merge-12.log; `cpt-merge status 'recipes/my model.yaml' 'name=a b'` shows"
+        in said.err
+    )
     submit(Submission(RECIPE, [], options=["--output=x.log"]), dry_run=False)
     assert "its log is" not in capsys.readouterr().err

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import tracking.upload
-from core.artifact import write_json
-from core.errors import UserError
-from core.lock import Lock
-from launcher.pipeline import LOCK_FILE
-from launcher.sync import sync
-from tracking import TrackingConfig, start_tracker
+import cpt_merge.tracking.upload
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.lock import Lock
+from cpt_merge.launcher.pipeline import LOCK_FILE
+from cpt_merge.launcher.sync import sync
+from cpt_merge.tracking import TrackingConfig, start_tracker
 
 
 def test_a_run_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
@@ -36,7 +36,9 @@ def test_a_folder_without_logs(tmp_path: Path) -> None:
         sync(tmp_path)
 
 
-def test_stages_are_uploaded_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_are_uploaded_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """W&B takes the run that names a version first for its maker."""
     stages = [
         "tokenizer", "embeddings", "data", "training.old-1", "training.old-2", "training", "merge", "evaluation", "sweep",
@@ -45,7 +47,7 @@ def test_stages_are_uploaded_in_their_order(tmp_path: Path, monkeypatch: pytest.
         write_json(tmp_path / stage / "log" / "run.json", {})
     write_json(tmp_path / "training" / "log" / "nodes" / "training-node2" / "run.json", {})
     seen: list[Path] = []
-    monkeypatch.setattr(tracking.upload, "upload", seen.append)
+    monkeypatch.setattr(cpt_merge.tracking.upload, "upload", seen.append)
     sync(tmp_path)
     node = "training/log/nodes/training-node2"
     logs = [f"{stage}/log" for stage in stages]
@@ -53,11 +55,17 @@ def test_stages_are_uploaded_in_their_order(tmp_path: Path, monkeypatch: pytest.
     assert [log.relative_to(tmp_path).as_posix() for log in seen] == logs
 
 
-def test_a_run_without_a_carrier_is_not_called_uploaded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_carrier_is_not_called_uploaded(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = TrackingConfig(carrier="none")
     for stage in ("tokenizer", "data"):
-        start_tracker(config, stage, f"demo-{stage}", "demo", tmp_path / stage / "log", {}, stage).finish()
-    with pytest.raises(UserError, match=r"nothing to upload, since it was logged with tracking.carrier: none"):
+        start_tracker(
+            config, stage, f"demo-{stage}", "demo", tmp_path / stage / "log", {}, stage
+        ).finish()
+    with pytest.raises(
+        UserError, match=r"nothing to upload, since it was logged with tracking.carrier: none"
+    ):
         sync(tmp_path)
     write_json(tmp_path / "data" / "log" / "run.json", {
         "stage": "data", "run_name": "demo-data", "group": "demo", "run_id": "data", "settings": {}, "carrier": "online",

@@ -17,14 +17,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint.vocabulary import ChatToken, NewPiece, VocabularyMap
-from merge import report
+from cpt_merge.checkpoint.vocabulary_map import ChatToken, NewPiece, VocabularyMap
+from cpt_merge.merge import report
 
 HIDDEN, LAYERS, MIDDLE = 32, 2, 48
 LETTERS = [chr(ord("a") + number) for number in range(26)]
 MERGED = ["th", "the", "in", "an", "and", "er"]
 MERGES = ["t h", "th e", "i n", "a n", "an d", "e r"]
-NEW = {"ing": [31, 9], "ed": [7, 6], "ly": [14, 27], "de": [6, 7], "all": [3, 14, 14]}  # piece -> base ids
+NEW = {
+    "ing": [31, 9],
+    "ed": [7, 6],
+    "ly": [14, 27],
+    "de": [6, 7],
+    "all": [3, 14, 14],
+}  # piece -> base ids
 NEW_MERGES = ["in g", "e d", "l y", "d e", "a ll", "l l"]
 BASE_PIECES = ["<unk>", "<s>", "</s>", *LETTERS, *MERGED, "<|eot|>"]
 BASE_ROWS, CHAT_ROWS, CPT_ROWS = 38, 40, 48
@@ -89,15 +95,29 @@ def pieces_of(model: str) -> list[str]:
         return BASE_PIECES
     if model == "chat":
         return [*BASE_PIECES, "pad0", "pad1", "<|im_start|>"]
-    return [*BASE_PIECES, "pad0", "pad1", *NEW, "<|im_start|>"]  # base's two padding rows stay what they are
+    return [
+        *BASE_PIECES,
+        "pad0",
+        "pad1",
+        *NEW,
+        "<|im_start|>",
+    ]  # base's two padding rows stay what they are
 
 
 def write_tokenizer(directory: Path, model: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    ids = {token: number for number, token in enumerate(pieces_of(model)) if not token.startswith("pad")}
+    ids = {
+        token: number
+        for number, token in enumerate(pieces_of(model))
+        if not token.startswith("pad")
+    }
     added = [token for token in ids if token.startswith("<")]
     merges = [*MERGES, *(NEW_MERGES if model == "cpt" else [])]
-    merges = [merge for merge in merges if all(part in ids for part in [*merge.split(), merge.replace(" ", "")])]
+    merges = [
+        merge
+        for merge in merges
+        if all(part in ids for part in [*merge.split(), merge.replace(" ", "")])
+    ]
     content = {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
         "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
@@ -183,7 +203,12 @@ def make_family(root: Path, tied: bool = False, files: int = 1) -> Family:
         save_weights(weights, root / model, files)
         write_config(root / model, len(weights["model.embed_tokens.weight"]), tied)
     write_tokenizer(root / "tokenizer", "cpt")
-    generation = {"eos_token_id": [2, 35], "pad_token_id": 38, "do_sample": True, "temperature": 0.6}
+    generation = {
+        "eos_token_id": [2, 35],
+        "pad_token_id": 38,
+        "do_sample": True,
+        "temperature": 0.6,
+    }
     (root / "chat" / "generation_config.json").write_text(json.dumps(generation))
     ids = {token: number for number, token in enumerate(pieces_of("cpt"))}
     vocabulary = VocabularyMap(

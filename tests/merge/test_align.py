@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from checkpoint.tokenizer import TokenizerFiles
-from core.errors import UserError
-from merge.align import (
+from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge.align import (
     Role,
     add_constituents,
     align_by_position,
@@ -14,14 +14,16 @@ from merge.align import (
     check_rows,
     lost_tokens,
 )
-from merge.fit import RefusedError
-from merge.tokens import output_tokens
+from cpt_merge.merge.fit import RefusedError
+from cpt_merge.merge.tokens import output_tokens
 from tests.merge.conftest import BASE_ROWS, CHAT_ROWS, CPT_ROWS, NEW, pieces_of, write_tokenizer
 
 
 def align(family, rows=CPT_ROWS, new_rows="keep", with_map=True, token_map=None):
     """As `merge.plan` does it."""
-    cpt, base, chat = (TokenizerFiles.read(path) for path in (family.tokenizer, family.base, family.chat))
+    cpt, base, chat = (
+        TokenizerFiles.read(path) for path in (family.tokenizer, family.base, family.chat)
+    )
     map = family.vocabulary if with_map else None
     for tokenizer, count in ((cpt, rows), (base, BASE_ROWS), (chat, CHAT_ROWS)):
         check_rows(tokenizer, count)
@@ -56,9 +58,17 @@ def test_rows_meet_by_token(untied):
     assert alignment.role[cpt.index("<|im_start|>")] == Role.CHAT
     assert alignment.chat[cpt.index("<|im_start|>")] == 38
     shared = np.flatnonzero(alignment.role == Role.SHARED)
-    assert [cpt[row] for row in shared] == [pieces_of("base")[row] for row in alignment.base[shared]]
+    assert [cpt[row] for row in shared] == [
+        pieces_of("base")[row] for row in alignment.base[shared]
+    ]
     assert [cpt[row] for row in shared] == [chat[row] for row in alignment.chat[shared]]
-    assert alignment.counts() == {"padding": 6, "shared": 35, "new": len(NEW), "chat": 2, "unmatched": 0}
+    assert alignment.counts() == {
+        "padding": 6,
+        "shared": 35,
+        "new": len(NEW),
+        "chat": 2,
+        "unmatched": 0,
+    }
     assert alignment.chat_tokens == ["<|eot|>", "<|im_start|>"]
 
 
@@ -83,7 +93,10 @@ def test_the_base_s_own_specials_follow_the_rule_although_the_template_names_the
     (untied.chat / "tokenizer_config.json").write_text(json.dumps(edit))
     alignment = align(untied)
     assert alignment.role[1] == alignment.role[2] == Role.SHARED
-    assert alignment.chat_tokens == ["<|eot|>", "<|im_start|>"]  # eot: chat's eos in generation_config
+    assert alignment.chat_tokens == [
+        "<|eot|>",
+        "<|im_start|>",
+    ]  # eot: chat's eos in generation_config
 
 
 def test_without_a_map_the_tokens_are_enough(untied):

@@ -9,9 +9,9 @@ Where vocabularies have equal rows, that is, and without the chat format, which 
 import pytest
 import torch
 
-from merge import MergeConfig
-from merge.plan import MergeInputs
-from merge.run import run
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.plan import MergeInputs
+from cpt_merge.merge.run import run
 from tests.merge.conftest import draw, save_weights, shapes, write_config
 from tests.merge.test_merge_run import load
 
@@ -36,10 +36,15 @@ def weights(request, tmp_path):
     """Four models with equal rows and no tokenizers."""
     base = draw(shapes(40, False), 0.02, 0)
     found = {"base": base}
-    for seed, (model, scale) in enumerate({"chat": 0.002, "chat2": 0.003, "cpt": 0.004}.items(), start=1):
+    for seed, (model, scale) in enumerate(
+        {"chat": 0.002, "chat2": 0.003, "cpt": 0.004}.items(), start=1
+    ):
         change = draw(shapes(40, False), scale, seed)
         found[model] = {name: values + change[name] for name, values in base.items()}
-    found = {model: {name: v.to(request.param) for name, v in of_model.items()} for model, of_model in found.items()}
+    found = {
+        model: {name: v.to(request.param) for name, v in of_model.items()}
+        for model, of_model in found.items()
+    }
     for model, of_model in found.items():
         (tmp_path / model).mkdir()
         save_weights(of_model, tmp_path / model)
@@ -58,7 +63,9 @@ def test_equal_to_the_authors_arithmetic(weights, tmp_path, tracker, ratios, ski
     )
     if skip_embed and len(ratios) > 1:
         config = config.model_copy(
-            update={"vectors": [v.model_copy(update={"rules": config.rules}) for v in config.vectors]}
+            update={
+                "vectors": [v.model_copy(update={"rules": config.rules}) for v in config.vectors]
+            }
         )
     inputs = MergeInputs(tmp_path / "cpt", tmp_path / "base", tmp_path / "chat", tmp_path / "cpt")
     run(config, inputs, tmp_path / "out", tracker)
@@ -72,6 +79,9 @@ def test_equal_to_the_authors_arithmetic(weights, tmp_path, tracker, ratios, ski
                 values.float(),
                 theirs[name].float(),
             ]
-            operands += [weights[chat][name].float() - weights["base"][name].float() for chat in ("chat", "chat2")]
+            operands += [
+                weights[chat][name].float() - weights["base"][name].float()
+                for chat in ("chat", "chat2")
+            ]
             unit = 2.0 ** (torch.floor(torch.log2(torch.stack(operands).abs().amax(0))) - 7)
             assert ((values.float() - theirs[name].float()).abs() <= unit * len(ratios)).all(), name

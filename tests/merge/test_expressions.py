@@ -1,9 +1,9 @@
 import pytest
 from pydantic import ValidationError
 
-from merge import MergeConfig
-from merge.expressions import evaluate
-from merge.rules import treatment_of
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.expressions import evaluate
+from cpt_merge.merge.rules import treatment_of
 
 
 @pytest.mark.parametrize(
@@ -38,5 +38,15 @@ def test_what_is_no_ratio_is_refused(ratio, word):
 
 def test_what_lies_outside_the_layers_counts_as_the_first_or_the_last():
     config = MergeConfig(ratio="ramp(0.25, 1)", rules=[{"kinds": ["mlp"], "ratio": "layer"}])
-    names = ["model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
-    assert [treatment_of(name, config, 4).ratios for name in names] == [(0.25,), (2.0,), (1.0,), (1.0,)]
+    names = [
+        "model.embed_tokens.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
+    assert [treatment_of(name, config, 4).ratios for name in names] == [
+        (0.25,),
+        (2.0,),
+        (1.0,),
+        (1.0,),
+    ]

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from core.errors import UserError
-from merge import MergeConfig
-from merge.plan import MergeInputs
-from merge.run import run
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.plan import MergeInputs
+from cpt_merge.merge.run import run
 from tests.merge.conftest import pieces_of, write_tokenizer
 from tests.merge.test_merge_run import load
 
@@ -34,7 +34,9 @@ def build(directory, family, seed, ancestor=None, dtype=torch.float32):
 
     name, more = FAMILIES[family]
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**SMALL, **more}))
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, name)(**{**SMALL, **more})
+    )
     state = model.state_dict()
     if ancestor is not None:
         for key, values in ancestor.items():
@@ -55,15 +57,21 @@ def test_a_family_merges_and_loads(family, tmp_path, tracker, capfd):
     inputs = MergeInputs(tmp_path / "cpt", tmp_path / "base", tmp_path / "chat", tmp_path / "cpt")
     run(MergeConfig(ratio=0.7, shard_size=20e3 / 1e9), inputs, tmp_path / "out", tracker)
 
-    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    rows = [row for row, token in enumerate(pieces_of("base")) if token != "<|eot|>"]  # that one is of the chat format
+    rows = [
+        row for row, token in enumerate(pieces_of("base")) if token != "<|eot|>"
+    ]  # that one is of the chat format
     for name, values in model.state_dict().items():
         expected = (cpt[name].float() + (chat[name].float() - base[name].float()) * 0.7).bfloat16()
         own = slice(None) if "embed" not in name and "head" not in name else rows
         assert torch.equal(values[own], expected[own]), name
-    assert model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False).shape[1] >= 4
+    assert (
+        model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False).shape[1] >= 4
+    )
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(load(tmp_path / "out"))
 
@@ -79,8 +87,16 @@ def test_families_do_not_mix(tmp_path, tracker):
 def test_rotary_tables_of_old_conversions_are_left_out_and_said(untied, tmp_path, tracker, capsys):
     from safetensors.torch import save_file
 
-    tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.arange(4.0) for layer in range(2)}
+    tables = {
+        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.arange(4.0)
+        for layer in range(2)
+    }
     save_file({**untied.weights["base"], **tables}, untied.base / "model.safetensors")
-    run(MergeConfig(), MergeInputs(untied.cpt, untied.base, untied.chat, untied.tokenizer), tmp_path / "out", tracker)
+    run(
+        MergeConfig(),
+        MergeInputs(untied.cpt, untied.base, untied.chat, untied.tokenizer),
+        tmp_path / "out",
+        tracker,
+    )
     assert "2 rotary tables" in capsys.readouterr().err
     assert not any("inv_freq" in name for name in load(tmp_path / "out"))

@@ -1,8 +1,8 @@
 import pytest
 
-from merge import MergeConfig, finish
-from merge.card import model_card
-from merge.plan import plan
+from cpt_merge.merge import MergeConfig, finish
+from cpt_merge.merge.card import model_card
+from cpt_merge.merge.plan import plan
 from tests.merge.conftest import write_config
 from tests.merge.test_merge_run import inputs_of
 
@@ -28,7 +28,11 @@ def test_every_difference_is_named(untied):
 
 @pytest.mark.parametrize(
     ("base", "chat", "line"),
-    [("mit", "mit", "license: mit"), ("mit", "llama3", "license: other"), (None, None, "library_name")],
+    [
+        ("mit", "mit", "license: mit"),
+        ("mit", "llama3", "license: other"),
+        (None, None, "library_name"),
+    ],
 )
 def test_licences_are_carried(untied, base, chat, line):
     for model, licence in (("base", base), ("chat", chat)):
@@ -48,4 +52,7 @@ def test_an_id_without_a_token_is_left_out(untied, capsys):
 
 def test_a_text_config_is_resized_too():
     config = {"vocab_size": 4, "text_config": {"vocab_size": 4, "a": 1}}
-    assert finish.resize_config(config, 8) == {"vocab_size": 8, "text_config": {"vocab_size": 8, "a": 1}}
+    assert finish.resize_config(config, 8) == {
+        "vocab_size": 8,
+        "text_config": {"vocab_size": 8, "a": 1},
+    }

@@ -9,11 +9,11 @@ import json
 import numpy as np
 import pytest
 
-from checkpoint.writer import CheckpointWriter, Layout, TensorSpec
-from merge import MergeConfig
-from merge.extract import extract
-from merge.plan import MergeInputs
-from merge.run import run
+from cpt_merge.checkpoint.writer import CheckpointWriter, Layout, TensorSpec
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.extract import extract
+from cpt_merge.merge.plan import MergeInputs
+from cpt_merge.merge.run import run
 from tests.merge.test_merge_run import digest
 
 SHAPES = {
@@ -28,7 +28,10 @@ GOLDEN = {
     "ratio": ({"ratio": 0.7}, "dc401953f6aa29bc"),
     "float32": ({"ratio": 0.7, "dtype": "float32"}, "2d316d8cbf1bb184"),
     "float16": ({"ratio": -0.3, "dtype": "float16"}, "d314a2ab643f2ab7"),
-    "ramp": ({"ratio": "ramp(0.2, 1)", "rules": [{"kinds": ["norm"], "action": "replace"}]}, "8cb28b819c25418c"),
+    "ramp": (
+        {"ratio": "ramp(0.2, 1)", "rules": [{"kinds": ["norm"], "action": "replace"}]},
+        "8cb28b819c25418c",
+    ),
     "gate": ({"gate": True}, "b9ced6526d6eab8c"),
     "ties": ({"method": "ties", "density": 0.3}, "45bcba1549ab1b5c"),
     "dare": ({"method": "dare", "density": 0.3, "seed": 5}, "53b20330297dfbe2"),
@@ -43,14 +46,19 @@ def bits(seed, size, dtype):
     values = (sign | exponent << 23 | mantissa).view(np.float32)
     if dtype == "F32":
         return values
-    return values.astype(np.float16) if dtype == "F16" else (values.view(np.uint32) >> 16).astype(np.uint16)
+    return (
+        values.astype(np.float16)
+        if dtype == "F16"
+        else (values.view(np.uint32) >> 16).astype(np.uint16)
+    )
 
 
 @pytest.fixture
 def models(tmp_path):
     for number, (model, dtype) in enumerate(TYPES.items()):
         writer = CheckpointWriter(
-            tmp_path / model, Layout.by_size([TensorSpec(name, dtype, shape) for name, shape in SHAPES.items()])
+            tmp_path / model,
+            Layout.by_size([TensorSpec(name, dtype, shape) for name, shape in SHAPES.items()]),
         )
         with writer.alone():
             for place, (name, info) in enumerate(writer.layout.tensors.items()):

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint.reader import Checkpoint
-from core.errors import UserError
-from core.sources import Corpus, Source
-from merge import EmbeddingsConfig, MergeConfig
-from merge.embeddings import run as resize
-from merge.hook import LocalShard, Ranks, export_shards, merge_shards
-from merge.plan import MergeInputs
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.sources import Corpus, Source
+from cpt_merge.merge import EmbeddingsConfig, MergeConfig
+from cpt_merge.merge.hook import LocalShard, Ranks, export_shards, merge_shards
+from cpt_merge.merge.plan import MergeInputs
+from cpt_merge.tokenizer_ext.embeddings.run import run as resize
 from tests.distributed import run_ranks
 from tests.merge.conftest import CPT_ROWS, RecordingTracker, make_family
 from tests.merge.test_merge_run import digest, load, merge
@@ -28,7 +28,8 @@ def masters(family, seed=None):
     if seed is not None:
         random = torch.Generator().manual_seed(seed)
         weights = {
-            name: values + 1e-4 * torch.randn(values.shape, generator=random) for name, values in weights.items()
+            name: values + 1e-4 * torch.randn(values.shape, generator=random)
+            for name, values in weights.items()
         }
     return weights
 
@@ -43,7 +44,11 @@ def shards_of(weights, rank, size):
             bounds[1:] = [0] * (size - 1) + [len(values)]
         elif size > 2:
             bounds[1] += 3
-        shards.append(LocalShard(name, tuple(values.shape), bounds[rank], values[bounds[rank] : bounds[rank + 1]]))
+        shards.append(
+            LocalShard(
+                name, tuple(values.shape), bounds[rank], values[bounds[rank] : bounds[rank + 1]]
+            )
+        )
     return shards
 
 
@@ -69,7 +74,12 @@ def on_ranks(size, work):
     """`work(rank, Ranks)` on threads that meet at a barrier."""
     barrier = threading.Barrier(size, timeout=20)
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: work(rank, Ranks(rank, size, lambda: barrier.wait() and None)), range(size)))
+        return list(
+            pool.map(
+                lambda rank: work(rank, Ranks(rank, size, lambda: barrier.wait() and None)),
+                range(size),
+            )
+        )
 
 
 SETTINGS = {
@@ -87,20 +97,34 @@ def test_hook_and_files_give_equal_bytes(family, tmp_path, tracker, size, settin
     config = MergeConfig(**settings, vectors=[] if "shard_size" in settings else [second])
     weights = masters(family)
     resized(family)
-    on_ranks(size, lambda rank, ranks: export(family, shards_of(weights, rank, size), ranks, tmp_path / "cpt"))
+    on_ranks(
+        size,
+        lambda rank, ranks: export(family, shards_of(weights, rank, size), ranks, tmp_path / "cpt"),
+    )
     results = on_ranks(
         size,
-        lambda rank, ranks: merge_in_memory(family, config, shards_of(weights, rank, size), ranks, tmp_path / "hook"),
+        lambda rank, ranks: merge_in_memory(
+            family, config, shards_of(weights, rank, size), ranks, tmp_path / "hook"
+        ),
     )
     exported = load(tmp_path / "cpt")
-    assert all(torch.equal(exported[name], values) for name, values in family.weights["cpt"].items())
+    assert all(
+        torch.equal(exported[name], values) for name, values in family.weights["cpt"].items()
+    )
     from_files = merge(family, tmp_path / "files", tracker, **config.model_dump())
     assert digest(tmp_path / "hook") == digest(tmp_path / "files")
     assert results[0]["rows"] == from_files["rows"]
     assert results[0]["overall"] == pytest.approx(from_files["overall"], abs=1e-4)
     assert results[1:] == [{}] * (size - 1)
-    for file in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (tmp_path / "hook" / file).read_bytes() == (tmp_path / "files" / file).read_bytes(), file
+    for file in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
+        assert (tmp_path / "hook" / file).read_bytes() == (
+            tmp_path / "files" / file
+        ).read_bytes(), file
 
 
 def _one_of_several(root: str, out: str) -> int:
@@ -151,7 +175,8 @@ def test_the_export_is_a_checkpoint_that_can_be_trained_and_merged(untied, tmp_p
     assert AutoTokenizer.from_pretrained(tmp_path / "cpt").convert_tokens_to_ids("ing") == 38
     assert (tmp_path / "cpt" / "vocabulary_map.json").is_file()
     assert torch.equal(
-        load_file(tmp_path / "cpt" / "model.safetensors")["lm_head.weight"], masters(untied)["lm_head.weight"]
+        load_file(tmp_path / "cpt" / "model.safetensors")["lm_head.weight"],
+        masters(untied)["lm_head.weight"],
     )
 
 
@@ -161,25 +186,44 @@ def test_any_float_type_and_shape_comes_through(tmp_path, untied):
     (like / "config.json").write_text('{"tie_word_embeddings": false}')
     from safetensors.torch import save_file
 
-    weights = {"scale": torch.tensor(2.5), "bias": torch.arange(3.0), "cube": torch.randn(4, 3, 2).bfloat16()}
-    save_file({name: values.float() for name, values in weights.items()}, like / "model.safetensors")
+    weights = {
+        "scale": torch.tensor(2.5),
+        "bias": torch.arange(3.0),
+        "cube": torch.randn(4, 3, 2).bfloat16(),
+    }
+    save_file(
+        {name: values.float() for name, values in weights.items()}, like / "model.safetensors"
+    )
     shards = [LocalShard(name, tuple(values.shape), 0, values) for name, values in weights.items()]
     shards.append(LocalShard("bias", (3,), 3, torch.zeros(0)))  # an empty one does no harm
     export_shards(shards, like, untied.tokenizer, tmp_path / "out", Ranks())
-    assert all(torch.equal(load(tmp_path / "out")[name], values.float()) for name, values in weights.items())
+    assert all(
+        torch.equal(load(tmp_path / "out")[name], values.float())
+        for name, values in weights.items()
+    )
 
 
 def test_a_missing_row_is_noticed_before_publishing(untied, tmp_path):
     shards = shards_of(masters(untied), 0, 1)
     with pytest.raises(UserError, match=r"model\.norm\.weight were never written"):
-        export(untied, [shard for shard in shards if shard.name != "model.norm.weight"], Ranks(), tmp_path / "cpt")
+        export(
+            untied,
+            [shard for shard in shards if shard.name != "model.norm.weight"],
+            Ranks(),
+            tmp_path / "cpt",
+        )
     assert not (tmp_path / "cpt").exists()
 
 
 def test_a_row_that_two_ranks_pass_is_noticed(untied, tmp_path):
     shards = shards_of(masters(untied), 0, 1)
     with pytest.raises(UserError, match="written twice"):
-        export(untied, [*shards, LocalShard("model.norm.weight", (32,), 3, torch.zeros(2))], Ranks(), tmp_path / "cpt")
+        export(
+            untied,
+            [*shards, LocalShard("model.norm.weight", (32,), 3, torch.zeros(2))],
+            Ranks(),
+            tmp_path / "cpt",
+        )
 
 
 @pytest.mark.parametrize("name", ["model.strange.weight", "model.norm.weight"])
@@ -211,8 +255,13 @@ def test_a_rank_reads_only_its_own_rows(untied, tmp_path, monkeypatch):
     def work(rank, ranks):
         time.sleep(0)
         merge_in_memory(untied, MergeConfig(), shards_of(weights, rank, 2), ranks, tmp_path / "out")
-        return threading.get_ident(), sum(shard.values.numel() for shard in shards_of(weights, rank, 2))
+        return threading.get_ident(), sum(
+            shard.values.numel() for shard in shards_of(weights, rank, 2)
+        )
 
     for thread, own in on_ranks(2, work):
         for model in ("base", "chat"):
-            assert sum(count for reader, source, count in read if (reader, source) == (thread, model)) <= own
+            assert (
+                sum(count for reader, source, count in read if (reader, source) == (thread, model))
+                <= own
+            )

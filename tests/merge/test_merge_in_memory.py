@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from merge import MergeConfig
-from merge.hook import LocalShard
-from merge.in_memory import merge_into, merge_shard, ranges_of
-from merge.plan import plan, plan_again
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.hook import LocalShard
+from cpt_merge.merge.in_memory import merge_into, merge_shard, ranges_of
+from cpt_merge.merge.plan import plan, plan_again
 from tests.merge.test_merge_run import inputs_of, load, merge
 
 
 def empty_like(the_plan, dtype):
-    return {tensor.name: torch.full(tensor.spec.shape, torch.nan, dtype=dtype) for tensor in the_plan.tensors}
+    return {
+        tensor.name: torch.full(tensor.spec.shape, torch.nan, dtype=dtype)
+        for tensor in the_plan.tensors
+    }
 
 
 @pytest.mark.parametrize(
@@ -42,12 +45,14 @@ def test_a_shard_is_merged_as_it_is_in_the_whole(family, tmp_path, tracker):
     for name, values in family.weights["cpt"].items():
         half = len(values) // 2
         for start, rows in ((0, values[:half]), (half, values[half:])):
-            found = merge_shard(the_plan, LocalShard(name, tuple(values.shape), start, rows.float()), {})
+            found = merge_shard(
+                the_plan, LocalShard(name, tuple(values.shape), start, rows.float()), {}
+            )
             assert torch.equal(found, merged[name][start : start + len(rows)].float()), name
 
 
 def test_rules_that_decide_nothing_are_refused_here_too(family):
-    from core.errors import UserError
+    from cpt_merge.core.errors import UserError
 
     first = plan(MergeConfig(), inputs_of(family))
     with pytest.raises(UserError, match="matches no tensor"):

@@ -1,8 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from merge.config import MergeConfig, RuleConfig
-from merge.rules import Treatment, kind_of, layer_of, rule_problems, treatment_of
+from cpt_merge.merge.config import MergeConfig, RuleConfig
+from cpt_merge.merge.rules import Treatment, kind_of, layer_of, rule_problems, treatment_of
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,22 @@ def test_the_first_matching_rule_decides():
         ],
     )
     assert treatment_of("model.layers.0.input_layernorm.weight", config, 4).action == "skip"
-    assert treatment_of("model.layers.1.self_attn.q_proj.weight", config, 4) == Treatment("add", (0.1,))
+    assert treatment_of("model.layers.1.self_attn.q_proj.weight", config, 4) == Treatment(
+        "add", (0.1,)
+    )
     assert treatment_of("model.layers.2.self_attn.q_proj.weight", config, 4).action == "replace"
-    assert treatment_of("model.layers.2.self_attn.k_proj.weight", config, 4) == Treatment("add", (0.5,))
+    assert treatment_of("model.layers.2.self_attn.k_proj.weight", config, 4) == Treatment(
+        "add", (0.5,)
+    )
     assert treatment_of("model.embed_tokens.weight", config, 4) == Treatment("add", (0.5,))
 
 
 def test_a_rule_without_effect_is_an_error():
-    rules = [RuleConfig(kinds=["head"]), RuleConfig(layers=(40, 50)), RuleConfig(pattern="head", action="skip")]
+    rules = [
+        RuleConfig(kinds=["head"]),
+        RuleConfig(layers=(40, 50)),
+        RuleConfig(pattern="head", action="skip"),
+    ]
     nothing, hidden = rule_problems(["lm_head.weight"], MergeConfig(rules=rules))
     assert nothing.startswith("merge.rules.1")
     assert "matches no tensor" in nothing

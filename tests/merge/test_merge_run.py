@@ -11,16 +11,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint.reader import Checkpoint
-from core.errors import UserError
-from core.world import World
-from merge import MergeConfig, engine, slices
-from merge.config import RuleConfig
-from merge.plan import MergeInputs, describe_rule, plan
-from merge.run import digest as digest_of_plan
-from merge.run import run
-from merge.work import Work
-from tests.merge.conftest import CPT_ROWS, NEW, draw, make_family, pieces_of, save_weights, write_config
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.distributed import World
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge import MergeConfig, engine, slices
+from cpt_merge.merge.config import RuleConfig
+from cpt_merge.merge.plan import MergeInputs, describe_rule, plan
+from cpt_merge.merge.run import digest as digest_of_plan
+from cpt_merge.merge.run import run
+from cpt_merge.merge.work import Work
+from tests.merge.conftest import (
+    CPT_ROWS,
+    NEW,
+    draw,
+    make_family,
+    pieces_of,
+    save_weights,
+    write_config,
+)
 
 EOT, IM_START = pieces_of("cpt").index("<|eot|>"), pieces_of("cpt").index("<|im_start|>")
 
@@ -34,7 +42,9 @@ def merge(family, out, tracker, **config):
 
 
 def load(directory):
-    return {name: v for file in directory.glob("*.safetensors") for name, v in load_file(file).items()}
+    return {
+        name: v for file in directory.glob("*.safetensors") for name, v in load_file(file).items()
+    }
 
 
 def digest(directory):
@@ -74,10 +84,14 @@ def test_rows_of_the_vocabulary_meet_by_token(family, tmp_path, tracker, ratio):
                 expected = weights["cpt"][row]
             else:
                 rows = {"cpt": row, "base": row, "chat": chat_rows[token]}
-                cpt, base, chat = (weights[model][rows[model]].float() for model in ("cpt", "base", "chat"))
+                cpt, base, chat = (
+                    weights[model][rows[model]].float() for model in ("cpt", "base", "chat")
+                )
                 expected = (cpt + (chat - base) * ratio).bfloat16()
             assert torch.equal(merged[row], expected), token
-        assert torch.equal(merged[len(pieces_of("cpt")) :], weights["cpt"][len(pieces_of("cpt")) :])  # padding
+        assert torch.equal(
+            merged[len(pieces_of("cpt")) :], weights["cpt"][len(pieces_of("cpt")) :]
+        )  # padding
 
 
 def test_new_rows_can_follow_their_constituents(untied, tmp_path, tracker):
@@ -87,7 +101,9 @@ def test_new_rows_can_follow_their_constituents(untied, tmp_path, tracker):
     for piece in untied.vocabulary.new:
         vector = chat[piece.constituents].mean(0) - base[piece.constituents].mean(0)
         expected = cpt[piece.id] + 0.5 * vector
-        torch.testing.assert_close(load(tmp_path / "out")[name][piece.id].float(), expected, rtol=0.01, atol=1e-3)
+        torch.testing.assert_close(
+            load(tmp_path / "out")[name][piece.id].float(), expected, rtol=0.01, atol=1e-3
+        )
 
 
 def test_rules(untied, tmp_path, tracker):
@@ -106,7 +122,9 @@ def test_rules(untied, tmp_path, tracker):
     embed = merged["model.embed_tokens.weight"]
     unchanged = [row for row in range(CPT_ROWS) if row not in (EOT, IM_START)]
     assert torch.equal(embed[unchanged], weights["cpt"]["model.embed_tokens.weight"][unchanged])
-    assert torch.equal(embed[IM_START], weights["chat"]["model.embed_tokens.weight"][38])  # also under skip
+    assert torch.equal(
+        embed[IM_START], weights["chat"]["model.embed_tokens.weight"][38]
+    )  # also under skip
 
 
 @pytest.mark.parametrize(
@@ -123,7 +141,9 @@ def test_bytes_do_not_depend_on_threads_or_chunks(untied, tmp_path, tracker, mon
     second = {"base": str(untied.base), "chat": str(untied.chat), "ratio": -0.3}
     settings = {**settings, "vectors": [second]}
     merge(untied, tmp_path / "one", tracker, **settings)
-    for number, (chunk, block, threads) in enumerate([(64, 1000, 4), (7, 333, 3), (1 << 17, 32, 1)]):
+    for number, (chunk, block, threads) in enumerate(
+        [(64, 1000, 4), (7, 333, 3), (1 << 17, 32, 1)]
+    ):
         monkeypatch.setattr(slices, "CHUNK", chunk)
         monkeypatch.setattr(engine, "BLOCK", block)
         monkeypatch.setattr(engine, "MAX_THREADS", threads)
@@ -145,7 +165,9 @@ def test_output_types(untied, tmp_path, tracker, dtype):
     merge(untied, tmp_path / "out", tracker, dtype=dtype)
     name = "model.layers.0.mlp.up_proj.weight"
     cpt, base, chat = (untied.weights[model][name].float() for model in ("cpt", "base", "chat"))
-    assert torch.equal(load(tmp_path / "out")[name], (cpt + (chat - base)).to(getattr(torch, dtype)))
+    assert torch.equal(
+        load(tmp_path / "out")[name], (cpt + (chat - base)).to(getattr(torch, dtype))
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
 
 
@@ -158,16 +180,23 @@ def test_the_base_s_type_decides_where_none_is_given(untied, tmp_path, tracker):
 
 def test_masks_are_copied(untied, tmp_path, tracker):
     for model in ("cpt", "base", "chat"):
-        save_weights({**untied.weights[model], "model.mask": torch.tensor([1, 2, 3])}, untied.root / model)
+        save_weights(
+            {**untied.weights[model], "model.mask": torch.tensor([1, 2, 3])}, untied.root / model
+        )
     merge(untied, tmp_path / "out", tracker)
     assert load(tmp_path / "out")["model.mask"].tolist() == [1, 2, 3]
 
 
 def test_a_bias_of_the_head_is_aligned_by_token(untied, tmp_path, tracker):
-    bias = {model: torch.arange(float(rows)) * 2 for model, rows in (("cpt", 48), ("base", 38), ("chat", 40))}
+    bias = {
+        model: torch.arange(float(rows)) * 2
+        for model, rows in (("cpt", 48), ("base", 38), ("chat", 40))
+    }
     bias["chat"] += 1
     for model, values in bias.items():
-        save_weights({**untied.weights[model], "lm_head.bias": values.bfloat16()}, untied.root / model)
+        save_weights(
+            {**untied.weights[model], "lm_head.bias": values.bfloat16()}, untied.root / model
+        )
     merge(untied, tmp_path / "out", tracker, ratio=0.5, new_rows="constituents")
     merged = load(tmp_path / "out")["lm_head.bias"]
     assert merged[3] == 2 * 3 + 0.5
@@ -182,11 +211,15 @@ def test_the_result_is_a_chat_model(family, tmp_path, tracker):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
-    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == family.tied
+    assert (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    ) == family.tied
     merged = load(tmp_path / "out")["model.embed_tokens.weight"]
     assert torch.equal(model.get_input_embeddings().weight, merged)
     assert sorted(model.generation_config.eos_token_id) == [2, EOT]
-    assert model.generation_config.pad_token_id == IM_START  # chat's id 38, where CPT has another token
+    assert (
+        model.generation_config.pad_token_id == IM_START
+    )  # chat's id 38, where CPT has another token
     assert model.generation_config.temperature == 0.6
     assert tokenizer.eos_token == "<|eot|>"
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "the ing"}], return_dict=False)
@@ -195,7 +228,7 @@ def test_the_result_is_a_chat_model(family, tmp_path, tracker):
 
 
 def test_report_card_figure_and_tracker(untied, tmp_path, tracker, real_draw, monkeypatch):
-    monkeypatch.setattr("merge.report.draw", real_draw)
+    monkeypatch.setattr("cpt_merge.merge.report.draw", real_draw)
     (untied.base / "README.md").write_text("---\nlicense: llama3\nlicense_name: x\n---\ntext")
     (untied.chat / "README.md").write_text("---\nlicense: llama3\n---\n")
     write_config(untied.chat, 40, False, rope_theta=5e5)
@@ -203,7 +236,10 @@ def test_report_card_figure_and_tracker(untied, tmp_path, tracker, real_draw, mo
     assert results["rows"] == {"padding": 6, "shared": 35, "new": 5, "chat": 2, "unmatched": 0}
     json.dumps(results)
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
-    base, chat = (untied.weights[model]["model.layers.1.mlp.up_proj.weight"].float() for model in ("base", "chat"))
+    base, chat = (
+        untied.weights[model]["model.layers.1.mlp.up_proj.weight"].float()
+        for model in ("base", "chat")
+    )
     entry = report["tensors"]["model.layers.1.mlp.up_proj.weight"]
     assert entry["vector"] == pytest.approx(float((chat - base).norm() / base.norm()), rel=1e-4)
     assert any("rope_theta is 10000.0 in cpt" in line for line in report["config_differences"])
@@ -217,9 +253,17 @@ def test_report_card_figure_and_tracker(untied, tmp_path, tracker, real_draw, mo
         "merge_report.json", "summary",
     }  # fmt: skip
     assert [row["layer"] for row in shown["merge/length by layer"]] == [0, 1, 0, 1]
-    assert {"kind": "attention", "rule": "+0.7 chat vector", "tensors": 8} in shown["merge/rules"], shown["merge/rules"]
+    assert {"kind": "attention", "rule": "+0.7 chat vector", "tensors": 8} in shown[
+        "merge/rules"
+    ], shown["merge/rules"]
     assert {"role": "new", "rows": 5} in shown["merge/rows"]
-    assert [row["part"] for row in dict(tracker.calls)["merge/layers"]] == ["embed", "0", "1", "norm", "head"]
+    assert [row["part"] for row in dict(tracker.calls)["merge/layers"]] == [
+        "embed",
+        "0",
+        "1",
+        "norm",
+        "head",
+    ]
 
 
 def test_without_tokenizers_equal_rows_are_taken_as_equal(tmp_path, tracker, capsys):
@@ -238,8 +282,13 @@ def test_without_tokenizers_equal_rows_are_taken_as_equal(tmp_path, tracker, cap
 # --- ancestry ---
 
 
-def test_a_cpt_model_that_holds_the_vector_already_is_warned_about(untied, tmp_path, tracker, capsys):
-    chat, change = untied.weights["chat"], draw({n: tuple(v.shape) for n, v in untied.weights["base"].items()}, 0.01, 9)
+def test_a_cpt_model_that_holds_the_vector_already_is_warned_about(
+    untied, tmp_path, tracker, capsys
+):
+    chat, change = (
+        untied.weights["chat"],
+        draw({n: tuple(v.shape) for n, v in untied.weights["base"].items()}, 0.01, 9),
+    )
     cpt = {name: values.clone() for name, values in untied.weights["cpt"].items()}
     for name in cpt:
         if "layers" in name:
@@ -251,7 +300,9 @@ def test_a_cpt_model_that_holds_the_vector_already_is_warned_about(untied, tmp_p
     assert any(name == "alert" for name, _ in tracker.calls)
 
 
-def test_a_cpt_model_whose_vocabulary_and_norms_moved_along_the_vector_is_not(untied, tmp_path, tracker):
+def test_a_cpt_model_whose_vocabulary_and_norms_moved_along_the_vector_is_not(
+    untied, tmp_path, tracker
+):
     weights = untied.weights
     cpt = {name: values.clone() for name, values in weights["cpt"].items()}
     for name in cpt:
@@ -275,7 +326,9 @@ def test_chat_that_equals_base_is_warned_about(untied, tmp_path, tracker):
     for name, values in untied.weights["base"].items():
         weights[name][: len(values)] = values
     save_weights(weights, untied.chat)
-    assert any("no vector" in warning for warning in merge(untied, tmp_path / "out", tracker)["warnings"])
+    assert any(
+        "no vector" in warning for warning in merge(untied, tmp_path / "out", tracker)["warnings"]
+    )
 
 
 # --- what is refused ---
@@ -288,7 +341,9 @@ def refused(family, tmp_path, tracker, *words, **config):
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == before  # nothing half-written is left
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == before
+    )  # nothing half-written is left
 
 
 def test_all_problems_come_in_one_list(untied, tmp_path, tracker):
@@ -353,7 +408,9 @@ def test_a_directory_in_use_is_refused(untied, tmp_path, tracker):
 
 
 def test_a_rule_that_matches_nothing_is_refused(untied, tmp_path, tracker):
-    refused(untied, tmp_path, tracker, "merge.rules.0", rules=[RuleConfig(pattern="q_porj", ratio=0.5)])
+    refused(
+        untied, tmp_path, tracker, "merge.rules.0", rules=[RuleConfig(pattern="q_porj", ratio=0.5)]
+    )
 
 
 # --- what it costs ---
@@ -362,7 +419,9 @@ def test_a_rule_that_matches_nothing_is_refused(untied, tmp_path, tracker):
 def test_memory_does_not_grow_with_the_model(untied, tmp_path, monkeypatch):
     """Law 8."""
     monkeypatch.setattr(engine, "MAX_THREADS", 1)
-    monkeypatch.setattr(slices, "keep_freed_memory", lambda: None)  # tracemalloc counts its untouched block
+    monkeypatch.setattr(
+        slices, "keep_freed_memory", lambda: None
+    )  # tracemalloc counts its untouched block
     peaks = []
     for rows in (2_000, 8_000, 32_000):
         for model in ("cpt", "base", "chat"):
@@ -385,12 +444,16 @@ def test_the_file_merge_needs_no_torch():
         "import sys, merge, merge.run, merge.plan, merge.embeddings\n"
         "print(sorted({'torch', 'transformers', 'matplotlib', 'tokenizers'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 
 def test_the_plan_reads_no_weights(untied, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "read_flat", lambda *arguments: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        Checkpoint, "read_flat", lambda *arguments: pytest.fail("weights were read")
+    )
     config = MergeConfig(ratio=0.7, rules=[RuleConfig(kinds=["norm"], action="skip")])
     the_plan = plan(config, inputs_of(untied))
     rules = {tensor.name: describe_rule(the_plan, tensor) for tensor in the_plan.tensors}

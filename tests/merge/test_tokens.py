@@ -6,9 +6,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from checkpoint.token_changes import TokenChanges, apply
-from checkpoint.vocabulary import read_tokens
-from core.errors import UserError
+from cpt_merge.checkpoint.token_changes import TokenChanges, apply
+from cpt_merge.checkpoint.vocabulary_map import read_tokens
+from cpt_merge.core.errors import UserError
 from tests.merge.conftest import CPT_ROWS, make_family, pieces_of, save_weights, write_config
 from tests.merge.test_align import edit_tokenizer
 from tests.merge.test_merge_run import load, merge
@@ -46,7 +46,9 @@ def test_a_token_that_cpt_lacks_is_appended_in_a_padding_row(with_tool, tmp_path
     assert tokenizer.token_to_id("<|tool|>") == row
     assert tokenizer.encode("in <|tool|>").ids[-1] == row
     added = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
-    assert next(token for token in added if token["content"] == "<|tool|>")["lstrip"]  # as in the chat model
+    assert next(token for token in added if token["content"] == "<|tool|>")[
+        "lstrip"
+    ]  # as in the chat model
     assert f"<|tool|> at {row}" in capsys.readouterr().err
 
 
@@ -72,8 +74,13 @@ def test_where_no_row_is_left_the_matrices_grow(tmp_path, tracker):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows + 1
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|im_start|>") == rows
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight.shape[0] == rows + 1
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|im_start|>")
+        == rows
+    )
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight.shape[0] == rows + 1
+    )
 
 
 def test_rows_that_a_growing_matrix_gets_beyond_its_tokens_hold_the_mean(tmp_path, tracker):
@@ -103,22 +110,31 @@ def reserve(family, token, row, models):
         add_token(family.root / model, token, row)
 
 
-def test_a_reserved_token_that_chat_gave_a_name_gets_it_in_cpt_too(untied, tmp_path, tracker, capsys):
+def test_a_reserved_token_that_chat_gave_a_name_gets_it_in_cpt_too(
+    untied, tmp_path, tracker, capsys
+):
     reserve(untied, "<|reserved_7|>", 36, ["base", "tokenizer"])
     reserve(untied, "<|tool|>", 36, ["chat"])
     merge(untied, tmp_path / "out", tracker)
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.token_to_id("<|tool|>") == 36
     assert tokenizer.token_to_id("<|reserved_7|>") is None
-    assert torch.equal(load(tmp_path / "out")["lm_head.weight"][36], untied.weights["chat"]["lm_head.weight"][36])
+    assert torch.equal(
+        load(tmp_path / "out")["lm_head.weight"][36], untied.weights["chat"]["lm_head.weight"][36]
+    )
     assert "<|reserved_7|> -> <|tool|>" in capsys.readouterr().err
 
 
 def test_a_token_that_the_recipe_maps(with_tool, tmp_path, tracker):
     reserve(with_tool, "<|reserved_9|>", 46, ["tokenizer"])
     merge(with_tool, tmp_path / "out", tracker, token_map={"<|tool|>": "<|reserved_9|>"})
-    assert Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).token_to_id("<|tool|>") == 46
-    assert torch.equal(load(tmp_path / "out")["lm_head.weight"][46], with_tool.weights["chat"]["lm_head.weight"][39])
+    assert (
+        Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).token_to_id("<|tool|>") == 46
+    )
+    assert torch.equal(
+        load(tmp_path / "out")["lm_head.weight"][46],
+        with_tool.weights["chat"]["lm_head.weight"][39],
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +180,8 @@ def test_a_reserved_token_that_all_three_have_can_be_mapped(with_tool, tmp_path,
     assert len(tokenizer) <= CPT_ROWS  # nothing was added anew under an old name
     for row in (36,):
         assert torch.equal(
-            load(tmp_path / "out")["lm_head.weight"][row], with_tool.weights["chat"]["lm_head.weight"][39]
+            load(tmp_path / "out")["lm_head.weight"][row],
+            with_tool.weights["chat"]["lm_head.weight"][39],
         )
 
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from core.errors import UserError
-from merge import MergeConfig
-from merge.extract import extract
-from merge.plan import MergeInputs, plan
-from merge.run import run
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.extract import extract
+from cpt_merge.merge.plan import MergeInputs, plan
+from cpt_merge.merge.run import run
 from tests.merge.conftest import (
     CHAT_ROWS,
     CPT_ROWS,
@@ -61,10 +61,16 @@ def test_the_chat_format_is_the_first_vector_s(second, tmp_path, tracker):
     head = load(tmp_path / "out")["lm_head.weight"]
     for row in (EOT, IM_START):
         assert torch.equal(
-            head[row], second.weights["chat"]["lm_head.weight"][pieces_of("chat").index(pieces_of("cpt")[row])]
+            head[row],
+            second.weights["chat"]["lm_head.weight"][
+                pieces_of("chat").index(pieces_of("cpt")[row])
+            ],
         )
     the = pieces_of("cpt").index("the")
-    summed = second.weights["cpt"]["lm_head.weight"][the].float() + difference(second, "lm_head.weight")[the] * 0.7
+    summed = (
+        second.weights["cpt"]["lm_head.weight"][the].float()
+        + difference(second, "lm_head.weight")[the] * 0.7
+    )
     summed = (summed + difference(second, "lm_head.weight", "other")[the]).bfloat16()
     assert torch.equal(head[the], summed)
 
@@ -73,10 +79,14 @@ def test_a_vector_has_rules_of_its_own(second, tmp_path, tracker):
     rules = [{"kinds": ["mlp"], "action": "skip"}, {"layers": [0, 0], "ratio": 0.25}]
     merge(second, tmp_path / "out", tracker, vectors=[pair(second, rules=rules)])
     merged = load(tmp_path / "out")
-    assert torch.equal(merged[BODY], (second.weights["cpt"][BODY].float() + difference(second, BODY)).bfloat16())
+    assert torch.equal(
+        merged[BODY], (second.weights["cpt"][BODY].float() + difference(second, BODY)).bfloat16()
+    )
     name = "model.layers.0.self_attn.q_proj.weight"
     expected = second.weights["cpt"][name].float() + difference(second, name)
-    assert torch.equal(merged[name], (expected + difference(second, name, "other") * 0.25).bfloat16())
+    assert torch.equal(
+        merged[name], (expected + difference(second, name, "other") * 0.25).bfloat16()
+    )
 
 
 def test_taking_the_vector_away_again_is_forgetting(untied, tmp_path, tracker):
@@ -85,7 +95,9 @@ def test_taking_the_vector_away_again_is_forgetting(untied, tmp_path, tracker):
         (untied.tokenizer / file).unlink()
     inputs = MergeInputs(tmp_path / "there", untied.base, untied.chat, untied.tokenizer)
     run(MergeConfig(ratio=-1.0, dtype="float32"), inputs, tmp_path / "back", tracker)
-    torch.testing.assert_close(load(tmp_path / "back")[BODY], untied.weights["cpt"][BODY].float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        load(tmp_path / "back")[BODY], untied.weights["cpt"][BODY].float(), rtol=0, atol=1e-6
+    )
 
 
 def test_special_tokens_of_a_further_vector_are_said_not_needed(second, tmp_path, tracker, capsys):
@@ -103,22 +115,37 @@ def test_ties_of_one_vector_trims_it(untied, tmp_path, tracker):
     d = difference(untied, BODY)
     threshold = d.abs().flatten().sort(descending=True).values[int(0.25 * d.numel()) - 1]
     trimmed = torch.where(d.abs() >= threshold, d, 0)
-    assert torch.equal(load(tmp_path / "out")[BODY], (untied.weights["cpt"][BODY].float() + trimmed * 0.5).bfloat16())
+    assert torch.equal(
+        load(tmp_path / "out")[BODY],
+        (untied.weights["cpt"][BODY].float() + trimmed * 0.5).bfloat16(),
+    )
     assert (trimmed != 0).float().mean() == pytest.approx(0.25, abs=0.02)
 
 
 def test_ties_of_two_vectors_elects_signs(second, tmp_path, tracker):
-    merge(second, tmp_path / "out", tracker, method="ties", density=1.0, vectors=[pair(second)], dtype="float32")
+    merge(
+        second,
+        tmp_path / "out",
+        tracker,
+        method="ties",
+        density=1.0,
+        vectors=[pair(second)],
+        dtype="float32",
+    )
     a, b = difference(second, BODY), difference(second, BODY, "other")
     both = torch.stack([a, b])
     agrees = torch.where(a + b >= 0, both > 0, both < 0)
-    expected = second.weights["cpt"][BODY].float() + (both * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    expected = second.weights["cpt"][BODY].float() + (both * agrees).sum(0) / agrees.sum(0).clamp(
+        min=1
+    )
     torch.testing.assert_close(load(tmp_path / "out")[BODY], expected, rtol=0, atol=1e-7)
 
 
 def test_dare_keeps_a_share_and_enlarges_it(untied, tmp_path, tracker):
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        merge(untied, tmp_path / out, tracker, method="dare", density=0.5, seed=seed, dtype="float32")
+        merge(
+            untied, tmp_path / out, tracker, method="dare", density=0.5, seed=seed, dtype="float32"
+        )
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
     change = load(tmp_path / "a")[BODY] - untied.weights["cpt"][BODY].float()
     kept, d = change != 0, difference(untied, BODY)
@@ -127,14 +154,27 @@ def test_dare_keeps_a_share_and_enlarges_it(untied, tmp_path, tracker):
 
 
 def test_the_gate_lowers_the_vector_where_cpt_moved(untied, tmp_path, tracker):
-    merge(untied, tmp_path / "out", tracker, gate=True, dtype="float32", rules=[{"kinds": ["norm"], "gate": False}])
-    cpt, base, d = untied.weights["cpt"][BODY].float(), untied.weights["base"][BODY].float(), difference(untied, BODY)
+    merge(
+        untied,
+        tmp_path / "out",
+        tracker,
+        gate=True,
+        dtype="float32",
+        rules=[{"kinds": ["norm"], "gate": False}],
+    )
+    cpt, base, d = (
+        untied.weights["cpt"][BODY].float(),
+        untied.weights["base"][BODY].float(),
+        difference(untied, BODY),
+    )
     m = (cpt - base).abs()
     m = (m - m.min()) / (m.max() - m.min())
     expected = cpt + d * (1 - torch.sigmoid(12 * m - 6))
     torch.testing.assert_close(load(tmp_path / "out")[BODY], expected, rtol=0, atol=1e-6)
     norm = "model.norm.weight"
-    assert torch.equal(load(tmp_path / "out")[norm], untied.weights["cpt"][norm].float() + difference(untied, norm))
+    assert torch.equal(
+        load(tmp_path / "out")[norm], untied.weights["cpt"][norm].float() + difference(untied, norm)
+    )
 
 
 # --- extracted vectors ---
@@ -158,7 +198,9 @@ def test_a_vector_gives_the_same_bytes_as_the_pair(family, vector, tmp_path, tra
     run(MergeConfig(**settings), with_vector(family, vector), tmp_path / "out", tracker)
     assert digest(tmp_path / "out") == digest(tmp_path / "pair")
     for file in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "pair" / file).read_bytes(), file
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "pair" / file).read_bytes(), (
+            file
+        )
 
 
 def test_a_vector_can_be_sent_elsewhere(family, vector, tmp_path, tracker):
@@ -169,11 +211,15 @@ def test_a_vector_can_be_sent_elsewhere(family, vector, tmp_path, tracker):
         (family.root / model).rename(family.root / f"{model}-gone")
     results = run(MergeConfig(), inputs, tmp_path / "out", tracker)
     assert digest(tmp_path / "out") == digest(tmp_path / "pair")
-    assert results["overall"]["vector"] == pytest.approx(0.1, abs=0.02)  # in proportion to the base, from vector.json
+    assert results["overall"]["vector"] == pytest.approx(
+        0.1, abs=0.02
+    )  # in proportion to the base, from vector.json
     assert "change" not in results["overall"]
 
 
-def test_with_the_base_beside_it_a_vector_can_be_gated_and_compared(family, vector, tmp_path, tracker):
+def test_with_the_base_beside_it_a_vector_can_be_gated_and_compared(
+    family, vector, tmp_path, tracker
+):
     run(MergeConfig(gate=True), with_vector(family, vector, family.base), tmp_path / "out", tracker)
     merge(family, tmp_path / "pair", tracker, gate=True)
     assert digest(tmp_path / "out") == digest(tmp_path / "pair")
@@ -185,7 +231,12 @@ def test_another_base_beside_a_vector_is_refused(untied, tmp_path, tracker):
     weights[BODY][0, 0] += 1
     save_weights(weights, untied.base)
     with pytest.raises(UserError, match="is not the base"):
-        run(MergeConfig(gate=True), with_vector(untied, tmp_path / "vector", untied.base), tmp_path / "out", tracker)
+        run(
+            MergeConfig(gate=True),
+            with_vector(untied, tmp_path / "vector", untied.base),
+            tmp_path / "out",
+            tracker,
+        )
 
 
 def test_what_a_vector_cannot_do_is_refused_in_one_list(family, vector):

@@ -11,16 +11,16 @@ import time
 
 import pytest
 
-from checkpoint.reader import Checkpoint
-from core.errors import UserError
-from core.world import World
-from merge import MergeConfig
-from merge.engine import divide, on_threads
-from merge.journal import read_blocks, trusted
-from merge.plan import plan
-from merge.run import digest as digest_of_plan
-from merge.statistics import Sums
-from merge.work import Work
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.distributed import World
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.engine import divide, on_threads
+from cpt_merge.merge.journal import read_blocks, trusted
+from cpt_merge.merge.plan import plan
+from cpt_merge.merge.run import digest as digest_of_plan
+from cpt_merge.merge.statistics import Sums
+from cpt_merge.merge.work import Work
 from tests.merge.conftest import save_weights
 from tests.merge.test_merge_run import digest, inputs_of, load, merge
 
@@ -41,8 +41,26 @@ sys.exit(main(sys.argv[1:]))
 
 
 def start(family, out, *settings, pause=0.004, **environment):
-    models = ["--cpt", family.cpt, "--base", family.base, "--chat", family.chat, "--tokenizer", family.tokenizer]
-    command = [sys.executable, "-c", SLOW.format(pause=pause), "merge", *models, "--out", out, *settings]
+    models = [
+        "--cpt",
+        family.cpt,
+        "--base",
+        family.base,
+        "--chat",
+        family.chat,
+        "--tokenizer",
+        family.tokenizer,
+    ]
+    command = [
+        sys.executable,
+        "-c",
+        SLOW.format(pause=pause),
+        "merge",
+        *models,
+        "--out",
+        out,
+        *settings,
+    ]
     return subprocess.Popen(
         [str(part) for part in command],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
@@ -52,7 +70,10 @@ def start(family, out, *settings, pause=0.004, **environment):
 
 
 def blocks_written(out):
-    return sum(path.read_text().count('"block"') for path in out.with_name(out.name + ".tmp").glob("written-*.jsonl"))
+    return sum(
+        path.read_text().count('"block"')
+        for path in out.with_name(out.name + ".tmp").glob("written-*.jsonl")
+    )
 
 
 def wait_for(condition, process):
@@ -64,13 +85,18 @@ def wait_for(condition, process):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("settings", [["ratio=0.7"], ["method=ties", "density=0.5", "gate=true"]], ids=["add", "ties"])
+@pytest.mark.parametrize(
+    "settings", [["ratio=0.7"], ["method=ties", "density=0.5", "gate=true"]], ids=["add", "ties"]
+)
 def test_killed_again_and_again_it_ends_in_the_same_bytes(untied, tmp_path, settings):
     undisturbed = start(untied, tmp_path / "whole", *settings, pause=0)
     assert undisturbed.wait() == 0, undisturbed.stderr.read()
     out, moments = tmp_path / "out", random.Random(0)
     for kill in range(4):
-        process, wanted = start(untied, out, *settings), blocks_written(out) + moments.randint(5, 25)
+        process, wanted = (
+            start(untied, out, *settings),
+            blocks_written(out) + moments.randint(5, 25),
+        )
         wait_for(lambda wanted=wanted: blocks_written(out) >= wanted, process)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"kill {kill} came too late"
@@ -79,7 +105,9 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(untied, tmp_path, sett
     assert last.wait() == 0
     assert "continuing what was cut short" in last.stderr.read()
     assert digest(out) == digest(tmp_path / "whole")
-    assert (out / "merge_report.json").read_text() == (tmp_path / "whole" / "merge_report.json").read_text()
+    assert (out / "merge_report.json").read_text() == (
+        tmp_path / "whole" / "merge_report.json"
+    ).read_text()
     assert not out.with_name("out.tmp").exists()
 
 
@@ -100,22 +128,37 @@ def test_what_was_written_is_not_written_again(untied, tmp_path):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("settings", [["ratio=0.7"], ["method=ties", "density=0.5", "gate=true"]], ids=["add", "ties"])
+@pytest.mark.parametrize(
+    "settings", [["ratio=0.7"], ["method=ties", "density=0.5", "gate=true"]], ids=["add", "ties"]
+)
 def test_processes_share_the_work_and_give_the_same_bytes(family, tmp_path, size, settings):
     assert start(family, tmp_path / "one", *settings, pause=0).wait() == 0
     out = tmp_path / "several"
     processes = [
-        start(family, out, *settings, pause=0, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+        start(
+            family,
+            out,
+            *settings,
+            pause=0,
+            RANK=str(rank),
+            WORLD_SIZE=str(size),
+            LOCAL_RANK=str(rank),
+        )
         for rank in range(size)
     ]
     for process in processes:
         assert process.wait(timeout=60) == 0, process.stderr.read()
     assert digest(out) == digest(tmp_path / "one")
-    assert (out / "merge_report.json").read_bytes() == (tmp_path / "one" / "merge_report.json").read_bytes()
+    assert (out / "merge_report.json").read_bytes() == (
+        tmp_path / "one" / "merge_report.json"
+    ).read_bytes()
 
 
 def test_killed_with_two_processes_it_continues_with_one(untied, tmp_path):
-    out, ranks = tmp_path / "out", [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"} for rank in (0, 1)]
+    out, ranks = (
+        tmp_path / "out",
+        [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"} for rank in (0, 1)],
+    )
     processes = [start(untied, out, **environment) for environment in ranks]
     wait_for(lambda: blocks_written(out) >= 30, processes[0])
     for process in processes:
@@ -207,11 +250,13 @@ def test_a_line_that_was_cut_off_does_not_count(work):
 
 
 def test_blocks_hold_whole_rows_where_rows_matter(untied, monkeypatch):
-    monkeypatch.setattr("merge.engine.BLOCK", 100)
+    monkeypatch.setattr("cpt_merge.merge.engine.BLOCK", 100)
     the_plan = plan(MergeConfig(), inputs_of(untied))
     blocks = divide(the_plan)
     assert [block.number for block in blocks] == list(range(len(blocks)))
-    assert all(block.start % 32 == 0 and block.stop % 32 == 0 for block in blocks if block.tensor.by_token)
+    assert all(
+        block.start % 32 == 0 and block.stop % 32 == 0 for block in blocks if block.tensor.by_token
+    )
     assert sum(block.nbytes for block in blocks) == the_plan.layout().nbytes
 
 
@@ -219,7 +264,9 @@ def test_blocks_hold_whole_rows_where_rows_matter(untied, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", ["before the name", "after the name"])
-def test_killed_while_it_is_published_the_same_command_finishes(untied, tmp_path, monkeypatch, moment, tracker):
+def test_killed_while_it_is_published_the_same_command_finishes(
+    untied, tmp_path, monkeypatch, moment, tracker
+):
     """The directory is known as unfinished until the very end, under either name."""
     merge(untied, tmp_path / "whole", tracker)
 
@@ -231,9 +278,9 @@ def test_killed_while_it_is_published_the_same_command_finishes(untied, tmp_path
 
     with monkeypatch.context() as patch:
         if moment == "before the name":
-            patch.setattr("checkpoint.writer.os.replace", _only_for("out", killed))
+            patch.setattr("cpt_merge.checkpoint.writer.os.replace", _only_for("out", killed))
         else:
-            patch.setattr("checkpoint.writer.mark_finished", killed)
+            patch.setattr("cpt_merge.checkpoint.writer.mark_finished", killed)
         with pytest.raises(Killed):
             merge(untied, tmp_path / "out", tracker)
     assert (tmp_path / "out").exists() == (moment == "after the name")
@@ -250,10 +297,14 @@ def test_killed_while_it_is_published_the_same_command_finishes(untied, tmp_path
 
 def _only_for(name, instead):
     replace = os.replace
-    return lambda source, target: instead() if os.fspath(target).endswith(f"/{name}") else replace(source, target)
+    return lambda source, target: (
+        instead() if os.fspath(target).endswith(f"/{name}") else replace(source, target)
+    )
 
 
-def test_a_header_that_a_crash_of_the_machine_lost_is_written_again(untied, work, tmp_path, tracker):
+def test_a_header_that_a_crash_of_the_machine_lost_is_written_again(
+    untied, work, tmp_path, tracker
+):
     merge(untied, tmp_path / "whole", tracker)
     work.open()
     work.close()
@@ -262,17 +313,19 @@ def test_a_header_that_a_crash_of_the_machine_lost_is_written_again(untied, work
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-def test_blocks_of_a_killed_process_count_on_other_machines_once_they_were_synced(work, monkeypatch):
+def test_blocks_of_a_killed_process_count_on_other_machines_once_they_were_synced(
+    work, monkeypatch
+):
     """Rank 1 takes up its own work on its machine; rank 0 on another sees the same blocks as finished."""
     work.open()
     work.journal.note(0, [Sums(1)], 1)
     work.close()
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr("merge.journal.boot", lambda: "another machine")
+        elsewhere.setattr("cpt_merge.merge.journal.boot", lambda: "another machine")
         assert read_blocks(work.directory) == {}
     work.open()  # on the same machine again
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr("merge.journal.boot", lambda: "another machine")
+        elsewhere.setattr("cpt_merge.merge.journal.boot", lambda: "another machine")
         assert read_blocks(work.directory) == {0: [Sums(1)]}
     work.close()
 
@@ -296,7 +349,8 @@ def test_when_one_process_gives_up_the_others_do(untied, tmp_path):
     weights["model.norm.weight"][0] = float("nan")  # the last blocks
     save_weights(weights, untied.chat)
     processes = [
-        start(untied, tmp_path / "out", pause=0, RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK="0") for rank in range(3)
+        start(untied, tmp_path / "out", pause=0, RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK="0")
+        for rank in range(3)
     ]
     for process in processes:
         assert process.wait(timeout=60) == 2
@@ -307,7 +361,12 @@ def test_when_one_process_gives_up_the_others_do(untied, tmp_path):
 def test_a_process_that_begins_when_all_is_over_learns_why(untied, tmp_path):
     the_plan = plan(MergeConfig(), inputs_of(untied))
     first, late = (
-        Work(tmp_path / "out", the_plan.layout(), digest_of_plan(the_plan), World(rank, 2, rank, "torchrun"))
+        Work(
+            tmp_path / "out",
+            the_plan.layout(),
+            digest_of_plan(the_plan),
+            World(rank, 2, rank, "torchrun"),
+        )
         for rank in range(2)
     )
     first.open()
@@ -324,7 +383,8 @@ def test_what_stops_the_first_process_from_beginning_ends_all(untied, tmp_path):
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp" / "mine").touch()
     processes = [
-        start(untied, tmp_path / "out", pause=0, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0") for rank in range(2)
+        start(untied, tmp_path / "out", pause=0, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+        for rank in range(2)
     ]
     assert [process.wait(timeout=60) for process in processes] == [2, 2]
     assert (tmp_path / "out.tmp" / "mine").exists()
@@ -334,7 +394,8 @@ def test_a_refused_output_ends_all_processes(untied, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     processes = [
-        start(untied, tmp_path / "out", pause=0, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0") for rank in range(2)
+        start(untied, tmp_path / "out", pause=0, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+        for rank in range(2)
     ]
     assert [process.wait(timeout=60) for process in processes] == [2, 2]
 

@@ -19,8 +19,8 @@ import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from recipes.demo import pair, prepare
-from recipes.demo.corpus import (
+from cpt_merge.recipes.demo import pair, prepare
+from cpt_merge.recipes.demo.corpus import (
     LANGUAGES,
     CorpusSettings,
     LanguageCorpus,
@@ -28,8 +28,8 @@ from recipes.demo.corpus import (
     build_language,
     chatterbot_conversations,
 )
-from recipes.demo.intents import IntentSampler
-from recipes.demo.tokenizer import to_fast_tokenizer, train_sentencepiece, write_tokenizer
+from cpt_merge.recipes.demo.intents import IntentSampler
+from cpt_merge.recipes.demo.tokenizer import to_fast_tokenizer, train_sentencepiece, write_tokenizer
 
 SMALL = CorpusSettings(intent_draws=800)
 STRINGS = [
@@ -50,7 +50,9 @@ def corpus() -> dict[str, LanguageCorpus]:
 
 @pytest.fixture(scope="module")
 def model_bytes(corpus) -> bytes:
-    return train_sentencepiece([line for text in corpus["en"].documents for line in text.split("\n") if line], 800)
+    return train_sentencepiece(
+        [line for text in corpus["en"].documents for line in text.split("\n") if line], 800
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +65,19 @@ def tokenizer(model_bytes, tmp_path_factory) -> PreTrainedTokenizerFast:
 def test_text_is_nfc_and_in_documents_of_many_lines(corpus):
     for text in corpus.values():
         assert len(text.documents) > 10
-        assert all(document == unicodedata.normalize("NFC", document) for document in text.documents)
+        assert all(
+            document == unicodedata.normalize("NFC", document) for document in text.documents
+        )
         assert sum(document.count("\n") for document in text.documents) > 20 * len(text.documents)
 
 
 def test_no_training_text_holds_a_held_out_prompt(corpus):
     for text in corpus.values():
-        assert len(text.prompts) == SMALL.intent_prompts + SMALL.chatterbot_prompts == len(set(text.prompts))
+        assert (
+            len(text.prompts)
+            == SMALL.intent_prompts + SMALL.chatterbot_prompts
+            == len(set(text.prompts))
+        )
         shown = {turn for turns in text.conversations for turn in turns}
         for document in text.documents:
             for line in document.split("\n"):
@@ -95,7 +103,9 @@ def test_no_text_holds_the_chat_template(corpus):
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another():
     assert build_language("ko", SMALL) == build_language("ko", SMALL)
-    assert build_language("ko", SMALL).prompts != build_language("ko", replace(SMALL, seed=1)).prompts
+    assert (
+        build_language("ko", SMALL).prompts != build_language("ko", replace(SMALL, seed=1)).prompts
+    )
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -112,9 +122,15 @@ def test_exchanges_are_whole_sentences_of_the_language(language):
 
 def test_replies_name_what_was_asked_for():
     exchanges = list(IntentSampler("zh_tw", random.Random(0)).exchanges(1500))
-    named = [(x.prompt, x.reply.removesuffix("計時器")) for x in exchanges if x.reply.startswith("已設定")]
+    named = [
+        (x.prompt, x.reply.removesuffix("計時器"))
+        for x in exchanges
+        if x.reply.startswith("已設定")
+    ]
     assert len(named) > 20
-    assert all(set(reply) & set("0123456789") <= set(prompt) | set("30") for prompt, reply in named)  # 半 is 30
+    assert all(
+        set(reply) & set("0123456789") <= set(prompt) | set("30") for prompt, reply in named
+    )  # 半 is 30
 
 
 def test_long_turns_are_left_out():
@@ -142,16 +158,23 @@ def test_chat_template(tokenizer):
         {"role": "user", "content": "Bye"},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text == "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]\nHello</s><s>[INST] Bye [/INST]\n"
+    assert (
+        text
+        == "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]\nHello</s><s>[INST] Bye [/INST]\n"
+    )
 
 
 def test_chat_template_refuses_two_turns_of_one_speaker(tokenizer):
     with pytest.raises(Exception, match="alternate"):
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+        )
 
 
 def test_only_the_assistants_turns_are_learnt(tokenizer):
-    ids, labels = pair.encode_chat(("Lock the gate", "Locking", "Unlock it", "Unlocking", "unanswered"), tokenizer)
+    ids, labels = pair.encode_chat(
+        ("Lock the gate", "Locking", "Unlock it", "Unlocking", "unanswered"), tokenizer
+    )
     assert len(ids) == len(labels)
     learnt = [token for token, label in zip(ids, labels, strict=True) if label != pair.IGNORED]
     assert tokenizer.decode(learnt) == "Locking</s>Unlocking</s>"
@@ -169,7 +192,9 @@ def tiny_settings() -> pair.PairSettings:
     run = pair.TrainSettings(learning_rate=1e-3, steps=3, rows=4, tokens=64)
     return pair.PairSettings(
         corpus=SMALL,
-        model=pair.ModelSettings(vocab_size=800, hidden_size=32, intermediate_size=64, layers=1, heads=1),
+        model=pair.ModelSettings(
+            vocab_size=800, hidden_size=32, intermediate_size=64, layers=1, heads=1
+        ),
         pretraining=run,
         chat_tuning=run,
     )
@@ -181,7 +206,8 @@ def test_pair_loads_and_is_the_same_every_time(corpus, tiny_settings, tmp_path):
         (tmp_path / attempt).mkdir()
         pair.make_pair(corpus["en"], tiny_settings, threads=1, out=tmp_path / attempt)
         base, chat = (
-            AutoModelForCausalLM.from_pretrained(tmp_path / attempt / name).state_dict() for name in ("base", "chat")
+            AutoModelForCausalLM.from_pretrained(tmp_path / attempt / name).state_dict()
+            for name in ("base", "chat")
         )
         assert base.keys() == chat.keys()
         assert any(not torch.equal(base[name], chat[name]) for name in base)
@@ -196,7 +222,10 @@ def test_prepare_writes_everything_once(monkeypatch, capsys, tiny_settings, tmp_
     monkeypatch.setattr(pair, "PairSettings", lambda: tiny_settings)
     out = tmp_path / "inputs"
     assert prepare.main(["--out", str(out), "--threads", "1"]) == 0
-    prompts = [json.loads(line) for line in (out / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [
+        json.loads(line)
+        for line in (out / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert {prompt["language"] for prompt in prompts} == set(LANGUAGES)
     assert all(prompt["messages"][0]["role"] == "user" for prompt in prompts)
     for language in LANGUAGES:
@@ -220,9 +249,7 @@ def test_prepare_leaves_a_strangers_folder_alone(capsys, tmp_path):
 
 
 def test_a_missing_package_is_one_sentence(tmp_path):
-    hide = (
-        "import sys; sys.modules['hassil'] = None; from recipes.demo.prepare import main; sys.exit(main(sys.argv[1:]))"
-    )
+    hide = "import sys; sys.modules['hassil'] = None; from recipes.demo.prepare import main; sys.exit(main(sys.argv[1:]))"
     root = Path(prepare.__file__).parents[2]
     run = subprocess.run(
         [sys.executable, "-c", hide, "--out", str(tmp_path / "out")],

@@ -38,7 +38,13 @@ class Cluster:
 
     def _mini_slurm(self, *words: str) -> str:
         done = subprocess.run(
-            [SCRIPT, *words], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+            [SCRIPT, *words],
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert done.returncode == 0, f"mini-slurm {' '.join(words)}: {done.stderr}"
         return done.stdout
@@ -55,8 +61,21 @@ class Cluster:
     def on(self, node: str, *words: str) -> subprocess.CompletedProcess[str]:
         """A command on a node, past Slurm: `ps`, `kill`."""
         box = (self.folder / "s" / "pid" / f"box-{node}").read_text().split()[0]
-        first = subprocess.run(["pgrep", "-P", box], capture_output=True, text=True, check=True).stdout.strip()
-        command = ["nsenter", "-t", first, "--net", "--uts", "--mount", "--ipc", "--pid", "--root", *words]
+        first = subprocess.run(
+            ["pgrep", "-P", box], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        command = [
+            "nsenter",
+            "-t",
+            first,
+            "--net",
+            "--uts",
+            "--mount",
+            "--ipc",
+            "--pid",
+            "--root",
+            *words,
+        ]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     def crash(self, node: str) -> None:
@@ -109,13 +128,19 @@ class Job:
     @property
     def log(self) -> str:
         """What it has printed."""
-        return self.log_path.read_text(encoding="utf-8", errors="replace") if self.log_path.is_file() else ""
+        return (
+            self.log_path.read_text(encoding="utf-8", errors="replace")
+            if self.log_path.is_file()
+            else ""
+        )
 
     def wait(self, done: Callable[[], object], seconds: float, what: str) -> None:
         """Until `done()` is true. The job's log is shown where that takes longer than `seconds`."""
         end = time.monotonic() + seconds
         while not done():
-            assert time.monotonic() < end, f"not within {seconds} s: {what}; job {self.fields}\n{self.log[-6000:]}"
+            assert time.monotonic() < end, (
+                f"not within {seconds} s: {what}; job {self.fields}\n{self.log[-6000:]}"
+            )
             time.sleep(0.2)
 
     def wait_for_log(self, text: str, seconds: float, times: int = 1) -> None:
@@ -131,5 +156,7 @@ class Job:
 
 def submit(cluster: Cluster, log: Path, *words: str | Path, **environment: str) -> Job:
     """`sbatch` with the job's output in `log`."""
-    printed = cluster.slurm("sbatch", "--parsable", f"--output={log}", *map(str, words), **environment)
+    printed = cluster.slurm(
+        "sbatch", "--parsable", f"--output={log}", *map(str, words), **environment
+    )
     return Job(cluster, printed.split(";")[0], log)

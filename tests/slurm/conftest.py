@@ -32,7 +32,11 @@ SETTINGS = {
 @pytest.fixture(scope="session")
 def inputs() -> Path:
     """The demo's models and text; made once, which takes minutes."""
-    subprocess.run([sys.executable, "-m", "recipes.demo.prepare", "--out", str(INPUTS)], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "cpt_merge.recipes.demo.prepare", "--out", str(INPUTS)],
+        cwd=ROOT,
+        check=True,
+    )
     return INPUTS
 
 
@@ -57,7 +61,16 @@ def prepared(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     runs = tmp_path_factory.mktemp("prepared")
     for command in ("tokenizer", "embeddings", "data"):
         subprocess.run(
-            [sys.executable, "-m", "launcher.cli", command, str(recipe_path), f"runs={runs}"], cwd=ROOT, check=True
+            [
+                sys.executable,
+                "-m",
+                "cpt_merge.launcher.cli",
+                command,
+                str(recipe_path),
+                f"runs={runs}",
+            ],
+            cwd=ROOT,
+            check=True,
         )
     return runs
 
@@ -87,7 +100,9 @@ def _whole(cluster: Cluster) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster, recipe_path: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(
+    cluster: Cluster, recipe_path: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The runs folder of a training on 2 x 2 that nothing happened to."""
     runs = tmp_path_factory.mktemp("undisturbed") / "runs"
     shutil.copytree(prepared, runs)
@@ -97,10 +112,20 @@ def undisturbed(cluster: Cluster, recipe_path: Path, prepared: Path, tmp_path_fa
 
 
 @pytest.fixture(scope="session")
-def by_sbatch(cluster: Cluster, recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
+def by_sbatch(
+    cluster: Cluster, recipe_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Job]:
     """The run of one job, from nothing, over 2 nodes of 2 tasks."""
     folder = tmp_path_factory.mktemp("by-sbatch")
     runs = folder / "runs"
-    job = submit(cluster, folder / "job.log", "--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}")
+    job = submit(
+        cluster,
+        folder / "job.log",
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        SCRIPT,
+        recipe_path,
+        f"runs={runs}",
+    )
     assert job.wait_for_end(480) == "COMPLETED", job.log
     return runs / "demo", job

@@ -22,14 +22,18 @@ def start(
     """The pipeline by two tasks on each of some nodes. Its log lies beside `runs`."""
     asked = [f"--nodes={nodes}", f"--{two}=2", "--signal=USR1@30", *options]
     words = [*asked, SCRIPT, str(recipe), f"runs={runs}", *more]
-    return submit(cluster, runs.parent / "job.log", *words, CPT_MERGE_PREFLIGHT=preflight, **environment)
+    return submit(
+        cluster, runs.parent / "job.log", *words, CPT_MERGE_PREFLIGHT=preflight, **environment
+    )
 
 
 def rows(runs: Path) -> list[dict[str, float]]:
     """The training's log: a row per step, each with its time."""
     path = runs / "demo" / "training" / "log" / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
-    return [row for row in map(json.loads, lines[:-1]) if "train/loss" in row]  # the last may be half written
+    return [
+        row for row in map(json.loads, lines[:-1]) if "train/loss" in row
+    ]  # the last may be half written
 
 
 def wait_for_step(job: Job, runs: Path, step: int) -> None:
@@ -70,4 +74,8 @@ def _digests(folder: Path) -> dict[str, str]:
 def record(what: str, costs: dict[str, float]) -> None:
     path = Path(os.environ.get("CPT_MERGE_SLURM_RESULTS", "/tmp/cpt-merge-slurm.json"))
     found = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**found, what: {name: round(value, 1) for name, value in costs.items()}}, indent=1))
+    path.write_text(
+        json.dumps(
+            {**found, what: {name: round(value, 1) for name, value in costs.items()}}, indent=1
+        )
+    )

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, Job
-from tests.slurm.jobs import chat_model, curve, record, resumed_at, rows, start, wait_for_step, weights
+from tests.slurm.jobs import (
+    chat_model,
+    curve,
+    record,
+    resumed_at,
+    rows,
+    start,
+    wait_for_step,
+    weights,
+)
 
 pytestmark = pytest.mark.slurm
 
@@ -43,7 +52,14 @@ def warned(cluster: Cluster, job: Job) -> None:
 
 def preempted(cluster: Cluster, job: Job) -> None:
     """A job of a partition that goes before takes the nodes: SIGTERM, the partition's GraceTime, the requeue."""
-    cluster.slurm("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    cluster.slurm(
+        "sbatch",
+        "--partition=urgent",
+        "--nodes=3",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 5",
+    )
 
 
 def crashed_node(cluster: Cluster, job: Job) -> None:
@@ -67,7 +83,11 @@ INTERRUPTIONS: list[Callable[[Cluster, Job], None]] = [
 
 @pytest.mark.parametrize("interrupt", INTERRUPTIONS)
 def test_an_interrupted_job_ends_with_the_same_weights(
-    interrupt: Callable[[Cluster, Job], None], cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+    interrupt: Callable[[Cluster, Job], None],
+    cluster: Cluster,
+    recipe_path: Path,
+    runs: Path,
+    undisturbed: Path,
 ) -> None:
     job = start(cluster, recipe_path, runs, "--partition=scavenger")
     wait_for_step(job, runs, 20)

@@ -15,11 +15,11 @@ pytestmark = pytest.mark.slurm
 LAUNCHERS = {
     "torchrun": (
         "-m torch.distributed.run --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID"
-        " --rdzv-endpoint=$FIRST:29400 -m training $RECIPE"
+        " --rdzv-endpoint=$FIRST:29400 -m cpt_merge.training $RECIPE"
     ),
     "accelerate": (
         "-m accelerate.commands.launch --config_file recipes/accelerate/fsdp2.yaml --num_machines 2 --num_processes 4"
-        " --machine_rank $SLURM_NODEID --main_process_ip $FIRST --main_process_port 29400 -m training $RECIPE"
+        " --machine_rank $SLURM_NODEID --main_process_ip $FIRST --main_process_port 29400 -m cpt_merge.training $RECIPE"
     ),
 }
 

@@ -14,7 +14,17 @@ import pytest
 
 from tests.slurm.cluster import ROOT, Cluster, Job, submit
 from tests.slurm.conftest import SETTINGS
-from tests.slurm.jobs import SCRIPT, chat_model, curve, record, resumed_at, rows, start, wait_for_step, weights
+from tests.slurm.jobs import (
+    SCRIPT,
+    chat_model,
+    curve,
+    record,
+    resumed_at,
+    rows,
+    start,
+    wait_for_step,
+    weights,
+)
 
 pytestmark = pytest.mark.slurm
 
@@ -28,7 +38,9 @@ def test_a_time_limit_that_is_hit_twice_costs_nothing(
     shutil.copytree(prepared, undisturbed)
     alone = start(cluster, recipe_path, undisturbed, more=[LONG])
     assert alone.wait_for_end(600) == "COMPLETED", alone.log
-    job = start(cluster, recipe_path, runs, "--time=2", more=[LONG])  # Slurm's smallest unit is a minute
+    job = start(
+        cluster, recipe_path, runs, "--time=2", more=[LONG]
+    )  # Slurm's smallest unit is a minute
     assert job.wait_for_end(1200) == "COMPLETED", job.log
     assert job.restarts >= 2
     assert weights(runs) == weights(undisturbed)
@@ -105,17 +117,21 @@ def test_the_same_failure_three_times_ends_the_requeueing_and_says_why(
     assert job.fields["ExitCode"] == "2:0"
     assert "first on rank 3 on node2: it was ended from outside (Killed)" in job.log
     assert "The same 3 times in a row, without progress; it is not tried again." in job.log
-    assert "3: allocating more and more" in job.log  # the log of the rank that failed first, repeated
+    assert (
+        "3: allocating more and more" in job.log
+    )  # the log of the rank that failed first, repeated
 
 
 def test_a_chain_for_sites_where_jobs_may_not_requeue_themselves(
     cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
 ) -> None:
     options = ["--no-requeue", f"--output={runs.parent}/job-%j.log", "--signal=USR1@30"]
-    words = [sys.executable, "-m", "launcher.cli", "submit", recipe_path, f"runs={runs}", "--nodes=2",
+    words = [sys.executable, "-m", "cpt_merge.launcher.cli", "submit", recipe_path, f"runs={runs}", "--nodes=2",
              "--tasks-per-node=2", "--chain=3", *(f"--sbatch={option}" for option in options)]  # fmt: skip
     printed = cluster.slurm(*map(str, words), CPT_MERGE_PREFLIGHT="no")
-    first, second, third = (Job(cluster, id, runs.parent / f"job-{id}.log") for id in printed.split())
+    first, second, third = (
+        Job(cluster, id, runs.parent / f"job-{id}.log") for id in printed.split()
+    )
     wait_for_step(first, runs, 12)
     cluster.slurm("scancel", "--signal=TERM", first.id)
     assert first.wait_for_end(60) == "FAILED"
@@ -133,7 +149,10 @@ def test_an_array_whose_tasks_follow_one_another(
         cluster, log, "--array=1-3%1", "--no-requeue", "--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path,
         f"runs={runs}", CPT_MERGE_PREFLIGHT="no",
     )  # fmt: skip
-    tasks = [Job(cluster, f"{job.id}_{number}", runs.parent / f"job-{number}.log") for number in (1, 2, 3)]
+    tasks = [
+        Job(cluster, f"{job.id}_{number}", runs.parent / f"job-{number}.log")
+        for number in (1, 2, 3)
+    ]
     wait_for_step(tasks[0], runs, 12)
     # Slurm 22.05 signals an array's task, and then says that it could not
     cluster.slurm("bash", "-c", f"scancel --quiet --signal=TERM {tasks[0].id} || true")
@@ -176,9 +195,18 @@ def test_a_job_that_is_cancelled_at_its_very_start_stays_cancelled(
 def test_status_says_how_far_it_is(cluster: Cluster, recipe_path: Path, runs: Path) -> None:
     job = start(cluster, recipe_path, runs, "--time=30")
     wait_for_step(job, runs, 9)
-    words = [sys.executable, "-m", "launcher.cli", "status", str(recipe_path), f"runs={runs}"]
+    words = [
+        sys.executable,
+        "-m",
+        "cpt_merge.launcher.cli",
+        "status",
+        str(recipe_path),
+        f"runs={runs}",
+    ]
     shown = re.sub(r"\s+", " ", cluster.slurm(*words))
-    assert re.search(rf"job {job.id}, running on node\[1-2\], (29|28|27):\d\d left of its time", shown), shown
+    assert re.search(
+        rf"job {job.id}, running on node\[1-2\], (29|28|27):\d\d left of its time", shown
+    ), shown
     assert "stage training" in shown
     assert re.search(r"step \d+ of 48, loss [\d.]+, [\d,]+ tokens/s, \d+ s left", shown), shown
     assert re.search(r"newest checkpoint \S+step-000000(08|16|24|32)", shown), shown

@@ -21,7 +21,10 @@ def test_a_signal_in_any_stage_costs_that_stage_at_most(
     words = ["--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}"]
     job = submit(cluster, tmp_path / "job.log", *words, CPT_MERGE_PREFLIGHT="no")
     for count, stage in enumerate(STOPPED, 1):
-        begun, done = runs / "demo" / stage / "log" / "run.json", runs / "demo" / stage / "stage.json"
+        begun, done = (
+            runs / "demo" / stage / "log" / "run.json",
+            runs / "demo" / stage / "stage.json",
+        )
         job.wait(begun.is_file, 200, f"the {stage} stage")
         assert not done.exists()
         cluster.slurm("scancel", "--signal=TERM", job.id)

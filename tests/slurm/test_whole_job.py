@@ -18,19 +18,33 @@ pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture(scope="session")
-def one_machine(recipe_path: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_machine(
+    recipe_path: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The run on this machine, in as many processes: by torchrun."""
     runs = tmp_path_factory.mktemp("one-machine") / "runs"
     shutil.copytree(prepared, runs)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "-m", "training"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=4",
+        "-m",
+        "cpt_merge.training",
+    ]
     subprocess.run(
-        [*command, str(recipe_path), f"runs={runs}"], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*command, str(recipe_path), f"runs={runs}"],
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return runs / "demo"
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_models_are_those_of_one_machine(model: str, by_sbatch: tuple[Path, Job], one_machine: Path) -> None:
+def test_the_models_are_those_of_one_machine(
+    model: str, by_sbatch: tuple[Path, Job], one_machine: Path
+) -> None:
     assert not differing(by_sbatch[0] / model, one_machine / model)
 
 
@@ -51,8 +65,19 @@ def test_all_of_the_pipeline_has_run_over_both_nodes(by_sbatch: tuple[Path, Job]
 def test_a_merge_over_three_nodes_has_the_digest_of_one_process(
     cluster: Cluster, one_machine: Path, inputs: Path, tmp_path: Path
 ) -> None:
-    models = [f"--cpt={one_machine / 'training' / 'cpt'}", f"--base={inputs / 'base'}", f"--chat={inputs / 'chat'}"]
-    command = [sys.executable, "-m", "launcher.cli", "merge", *models]
+    models = [
+        f"--cpt={one_machine / 'training' / 'cpt'}",
+        f"--base={inputs / 'base'}",
+        f"--chat={inputs / 'chat'}",
+    ]
+    command = [sys.executable, "-m", "cpt_merge.launcher.cli", "merge", *models]
     subprocess.run([*command, f"--out={tmp_path / 'alone'}"], cwd=ROOT, check=True)
-    cluster.slurm("srun", "--nodes=3", "--ntasks-per-node=2", "--ntasks=6", *command, f"--out={tmp_path / 'nodes'}")
+    cluster.slurm(
+        "srun",
+        "--nodes=3",
+        "--ntasks-per-node=2",
+        "--ntasks=6",
+        *command,
+        f"--out={tmp_path / 'nodes'}",
+    )
     assert not differing(tmp_path / "alone", tmp_path / "nodes")

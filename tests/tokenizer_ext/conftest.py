@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from core.sources import Corpus
+from cpt_merge.data.sources import Corpus
+from cpt_merge.tokenizer_ext import run
+from cpt_merge.tokenizer_ext.base import read_base
+from cpt_merge.tokenizer_ext.fast import AddedToken, add_tokens
+from cpt_merge.tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
+from cpt_merge.tokenizer_ext.sentencepiece_bpe import fast_content, read_proto
+from cpt_merge.tokenizer_ext.verify import Case, read_case
 from tests.tokenizer_ext.small_tokenizers import (
     CHAT_TEMPLATE,
     CONFIG,
@@ -19,12 +25,6 @@ from tests.tokenizer_ext.small_tokenizers import (
     write_base,
     write_corpus,
 )
-from tokenizer_ext import run
-from tokenizer_ext.base import read_base
-from tokenizer_ext.fast import AddedToken, add_tokens
-from tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
-from tokenizer_ext.sentencepiece_bpe import fast_content, read_proto
-from tokenizer_ext.verify import Case, read_case
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,15 @@ def sp_model() -> bytes:
 @pytest.fixture(scope="session")
 def sp_base(sp_model, tmp_path_factory) -> Path:
     """LLaMA-2-like, `tokenizer.model` only."""
-    settings = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
-    return write_base(tmp_path_factory.mktemp("sp") / "base", pieces_of(sp_model), proto=sp_model, **settings)
+    settings = {
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    return write_base(
+        tmp_path_factory.mktemp("sp") / "base", pieces_of(sp_model), proto=sp_model, **settings
+    )
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +68,18 @@ def sp_chat(sp_base, sp_model, tmp_path_factory) -> Path:
     """Its chat sibling: a pad right behind the base's rows, a turn's end a little further."""
     rows = pieces_of(sp_model)
     content = fast_content(read_proto(sp_base / "tokenizer.model"), sp_base)
-    tokens = [AddedToken(rows, "<pad>"), AddedToken(rows + 1, "<|im_start|>"), AddedToken(rows + 5, "<|im_end|>")]
+    tokens = [
+        AddedToken(rows, "<pad>"),
+        AddedToken(rows + 1, "<|im_start|>"),
+        AddedToken(rows + 5, "<|im_end|>"),
+    ]
     folder = tmp_path_factory.mktemp("sp") / "chat"
     return write_base(
-        folder, rows + 64, content=add_tokens(content, tokens), bos_token="<s>", chat_template=CHAT_TEMPLATE
+        folder,
+        rows + 64,
+        content=add_tokens(content, tokens),
+        bos_token="<s>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -73,7 +88,11 @@ def bl_base(tmp_path_factory) -> Path:
     """Qwen-like: more rows than ids."""
     content = byte_level_content()
     rows = len(content["model"]["vocab"]) + len(content["added_tokens"]) + 7
-    settings = {"eos_token": "<|im_end|>", "tokenizer_class": "Qwen2Tokenizer", "chat_template": CHAT_TEMPLATE}
+    settings = {
+        "eos_token": "<|im_end|>",
+        "tokenizer_class": "Qwen2Tokenizer",
+        "chat_template": CHAT_TEMPLATE,
+    }
     return write_base(tmp_path_factory.mktemp("bl") / "base", rows, content=content, **settings)
 
 
@@ -87,7 +106,9 @@ def extend(base: Path, chat: Path, corpus: Corpus, out: Path) -> Extended:
     tracker = RecordingTracker()
     results = run(CONFIG, base, chat, corpus, out, tracker)
     start = read_base(base)
-    samples = take_samples(heldout_texts(corpus), scripts_of(CONFIG.new_pieces), ["學生", "질문", " 질문"])
+    samples = take_samples(
+        heldout_texts(corpus), scripts_of(CONFIG.new_pieces), ["學生", "질문", " 질문"]
+    )
     case = read_case(start, out, chat, replace(samples, mixed=samples.mixed[:300]))
     return Extended(base, chat, out, results, tracker, case)
 

@@ -9,9 +9,9 @@ from random import Random
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from core.sources import Corpus, Source
-from tokenizer_ext import TokenizerConfig
-from tokenizer_ext.fast import AddedToken
+from cpt_merge.data.sources import Corpus, Source
+from cpt_merge.tokenizer_ext import TokenizerConfig
+from cpt_merge.tokenizer_ext.fast import AddedToken
 
 CONFIG = TokenizerConfig(new_pieces={"zh_tw": 150, "ko": 200}, min_frequency=2)
 
@@ -40,15 +40,21 @@ CHAT_TEMPLATE = (
 
 
 def english(random: Random) -> str:
-    return " ".join(random.choices(ENGLISH, k=random.randint(5, 12))).capitalize() + random.choice([".", "?", " (1)."])
+    return " ".join(random.choices(ENGLISH, k=random.randint(5, 12))).capitalize() + random.choice(
+        [".", "?", " (1)."]
+    )
 
 
 def chinese(random: Random) -> str:
-    return "".join(random.choices(CHINESE, k=random.randint(4, 10))) + random.choice(["。", "？", "，Python 3。"])
+    return "".join(random.choices(CHINESE, k=random.randint(4, 10))) + random.choice(
+        ["。", "？", "，Python 3。"]
+    )
 
 
 def korean(random: Random) -> str:
-    return " ".join(random.choices(KOREAN, k=random.randint(4, 8))) + random.choice([".", "?", " Linux."])
+    return " ".join(random.choices(KOREAN, k=random.randint(4, 8))) + random.choice(
+        [".", "?", " Linux."]
+    )
 
 
 WRITERS = {"en": english, "zh_tw": chinese, "ko": korean}
@@ -60,16 +66,26 @@ def write_corpus(folder: Path, documents: int = 600) -> Corpus:
         random = Random(language)
         lines = [write(random) for _ in range(documents)]
         (folder / f"{language}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    sources = [Source(path=str(folder / f"{language}.txt"), language=language) for language in WRITERS]
+    sources = [
+        Source(path=str(folder / f"{language}.txt"), language=language) for language in WRITERS
+    ]
     return Corpus(sources=sources, heldout=0.1)
 
 
 def train_sentencepiece(model_type: str = "bpe", **options: object) -> bytes:
     """A LLaMA-2-like model of English, that knows a few Han characters and one Chinese word."""
     random = Random(0)
-    lines = [english(random) for _ in range(800)] + ["  indented\n    more  x"] * 20 + ["中文 中文 的人", "한"] * 40
+    lines = (
+        [english(random) for _ in range(800)]
+        + ["  indented\n    more  x"] * 20
+        + ["中文 中文 的人", "한"] * 40
+    )
     model = io.BytesIO()
-    defaults = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    defaults = {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type=model_type, vocab_size=600,
         character_coverage=1.0, allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=2,
@@ -90,18 +106,27 @@ def byte_level_content() -> dict:
     content = json.loads(tokenizer.to_str())
     size = len(content["model"]["vocab"])
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    content["added_tokens"] = [asdict(AddedToken(size + rank, name)) for rank, name in enumerate(names)]
+    content["added_tokens"] = [
+        asdict(AddedToken(size + rank, name)) for rank, name in enumerate(names)
+    ]
     return content
 
 
 def write_base(
-    folder: Path, rows: int, *, content: dict | None = None, proto: bytes | None = None, **settings: object
+    folder: Path,
+    rows: int,
+    *,
+    content: dict | None = None,
+    proto: bytes | None = None,
+    **settings: object,
 ) -> Path:
     """The tokenizer files of a model directory."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"vocab_size": rows, "model_type": "llama"}))
     if content is not None:
-        (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(
+            json.dumps(content, ensure_ascii=False), encoding="utf-8"
+        )
     if proto is not None:
         (folder / "tokenizer.model").write_bytes(proto)
     if settings:

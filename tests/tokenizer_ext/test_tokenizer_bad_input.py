@@ -4,10 +4,13 @@ import json
 
 import pytest
 
-from core.byte_alphabet import LETTERS
-from core.config import parse_section
-from core.errors import UserError
-from core.sources import Corpus, Source
+from cpt_merge.core.byte_alphabet import LETTERS
+from cpt_merge.core.config import parse_section
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.sources import Corpus, Source
+from cpt_merge.tokenizer_ext import TokenizerConfig, run
+from cpt_merge.tokenizer_ext.base import read_base, read_chat_tokens
+from cpt_merge.tokenizer_ext.documents import documents
 from tests.tokenizer_ext.small_tokenizers import (
     CONFIG,
     RecordingTracker,
@@ -15,9 +18,6 @@ from tests.tokenizer_ext.small_tokenizers import (
     train_sentencepiece,
     write_base,
 )
-from tokenizer_ext import TokenizerConfig, run
-from tokenizer_ext.base import read_base, read_chat_tokens
-from tokenizer_ext.documents import documents
 
 
 def source(folder, text: str, language: str = "zh_tw") -> Corpus:
@@ -27,7 +27,14 @@ def source(folder, text: str, language: str = "zh_tw") -> Corpus:
 
 
 def stage(base, corpus, folder, **sizes: int) -> None:
-    run(TokenizerConfig(new_pieces=sizes, min_frequency=1), base, None, corpus, folder / "out", RecordingTracker())
+    run(
+        TokenizerConfig(new_pieces=sizes, min_frequency=1),
+        base,
+        None,
+        corpus,
+        folder / "out",
+        RecordingTracker(),
+    )
 
 
 def test_a_directory_that_holds_something_is_left_alone(sp_base, corpus, tmp_path) -> None:
@@ -44,11 +51,18 @@ def test_a_language_without_text(sp_base, tmp_path) -> None:
 
 def test_text_without_the_script(sp_base, tmp_path) -> None:
     with pytest.raises(UserError, match="holds no Han letter"):
-        stage(sp_base, source(tmp_path, "".join(f"only English {i}\n" for i in range(99))), tmp_path, zh_tw=10)
+        stage(
+            sp_base,
+            source(tmp_path, "".join(f"only English {i}\n" for i in range(99))),
+            tmp_path,
+            zh_tw=10,
+        )
 
 
 def test_fewer_pieces_than_missing_characters(sp_base, corpus, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"new_pieces.zh_tw = 3 is too small: the text has \d+ characters"):
+    with pytest.raises(
+        UserError, match=r"new_pieces.zh_tw = 3 is too small: the text has \d+ characters"
+    ):
         stage(sp_base, corpus, tmp_path, zh_tw=3)
 
 
@@ -131,7 +145,9 @@ def test_a_byte_level_base_that_lacks_bytes(bl_base, tmp_path) -> None:
 
 def test_a_model_that_normalizes(tmp_path) -> None:
     with pytest.raises(UserError, match="normalizes text"):
-        read_base(write_base(tmp_path, 600, proto=train_sentencepiece(normalization_rule_name="nmt_nfkc")))
+        read_base(
+            write_base(tmp_path, 600, proto=train_sentencepiece(normalization_rule_name="nmt_nfkc"))
+        )
 
 
 def test_files_of_two_different_tokenizers(sp_base, sp_model, tmp_path) -> None:
@@ -144,12 +160,18 @@ def test_files_of_two_different_tokenizers(sp_base, sp_model, tmp_path) -> None:
 
 def test_a_tokenizer_with_more_ids_than_rows(bl_base, tmp_path) -> None:
     with pytest.raises(UserError, match=r"'<\|im_end\|>' at ids beyond"):
-        read_base(write_base(tmp_path, len(read_base(bl_base).ids) - 1, content=read_base(bl_base).content))
+        read_base(
+            write_base(
+                tmp_path, len(read_base(bl_base).ids) - 1, content=read_base(bl_base).content
+            )
+        )
 
 
 def test_a_role_for_a_token_that_is_not_there(bl_base, tmp_path) -> None:
     base = read_base(bl_base)
-    with pytest.raises(UserError, match=r"names the pad_token '<pad>', which the tokenizer does not have"):
+    with pytest.raises(
+        UserError, match=r"names the pad_token '<pad>', which the tokenizer does not have"
+    ):
         read_base(write_base(tmp_path, base.rows, content=base.content, pad_token="<pad>"))
 
 
@@ -157,7 +179,9 @@ def test_a_special_token_that_would_be_read_at_another_id(bl_base, tmp_path) -> 
     """Special tokens in front that are not in the vocabulary: `tokenizers` puts them behind it without a word."""
     content = json.loads(json.dumps(read_base(bl_base).content))
     content["added_tokens"][0]["id"] = 3
-    with pytest.raises(UserError, match=r"lists '<\|endoftext\|>' at id 3, but it is read as id \d+; add it"):
+    with pytest.raises(
+        UserError, match=r"lists '<\|endoftext\|>' at id 3, but it is read as id \d+; add it"
+    ):
         read_base(write_base(tmp_path, read_base(bl_base).rows, content=content))
 
 
@@ -197,7 +221,7 @@ def test_a_chat_model_of_another_base(sp_base, bl_base) -> None:
 
 
 def test_a_broken_law_leaves_the_directory_empty(sp_base, corpus, tmp_path, monkeypatch) -> None:
-    from tokenizer_ext import verify
+    from cpt_merge.tokenizer_ext import verify
 
     broken = verify.Proof("nothing is broken", 1, ["'x'"])
     monkeypatch.setattr(verify, "LAWS", (lambda case: broken,))
@@ -207,10 +231,17 @@ def test_a_broken_law_leaves_the_directory_empty(sp_base, corpus, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_truncation_and_padding_of_a_base_are_not_of_the_vocabulary(bl_base, corpus, tmp_path) -> None:
+def test_truncation_and_padding_of_a_base_are_not_of_the_vocabulary(
+    bl_base, corpus, tmp_path
+) -> None:
     """Saved fine-tunes often carry them."""
     content = json.loads(json.dumps(read_base(bl_base).content))
-    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     content["padding"] = {
         "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
         "pad_token": "<|endoftext|>",
@@ -223,9 +254,7 @@ def test_truncation_and_padding_of_a_base_are_not_of_the_vocabulary(bl_base, cor
 def test_a_chat_template_in_the_new_language(bl_base, corpus, tmp_path) -> None:
     """Its text is split anew; its special tokens keep their ids."""
     base = read_base(bl_base)
-    template = (
-        "<|im_start|>system\n學生和老師的問題<|im_end|>{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    )
+    template = "<|im_start|>system\n學生和老師的問題<|im_end|>{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     chat = write_base(tmp_path / "chat", base.rows, content=base.content, chat_template=template)
     run(CONFIG, bl_base, chat, corpus, tmp_path / "out")
     proofs = json.loads((tmp_path / "out" / "report.json").read_text())["proofs"]

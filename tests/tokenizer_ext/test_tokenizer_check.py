@@ -8,10 +8,10 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from core.errors import UserError
-from launcher.cli import main
-from tokenizer_ext.check import check, guess_scripts
-from tokenizer_ext.verify import Proof
+from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.cli import main
+from cpt_merge.tokenizer_ext.check import check, guess_scripts
+from cpt_merge.tokenizer_ext.verify import Proof
 
 WORDS = ["學生", "圖書館", "老師的", "질문", "대답은"]
 
@@ -28,7 +28,10 @@ def text(corpus) -> Path:
 def test_our_own_keeps_every_law(extended, text) -> None:
     checked = check(extended.out, extended.base, extended.chat, [text])
     assert checked.whole
-    assert checked.fertility[0].tokens_per_character[1] < checked.fertility[0].tokens_per_character[0] / 2
+    assert (
+        checked.fertility[0].tokens_per_character[1]
+        < checked.fertility[0].tokens_per_character[0] / 2
+    )
 
 
 def test_without_the_vocabulary_map_as_well(extended, tmp_path) -> None:
@@ -49,7 +52,9 @@ def test_add_tokens_is_found_out(extended, tmp_path, capsys) -> None:
 
 def test_a_unigram_model_appended_with_score_0_is_found_out(sp_base, tmp_path) -> None:
     """As the published extensions of LLaMA-2 are made: pieces that no merges lead to, and English is changed."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString((sp_base / "tokenizer.model").read_bytes())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(
+        (sp_base / "tokenizer.model").read_bytes()
+    )
     known = {piece.piece for piece in proto.pieces}
     for word in [*WORDS, "▁wat", "er▁"]:
         for piece in (word, *word) if word not in known else ():
@@ -59,9 +64,14 @@ def test_a_unigram_model_appended_with_score_0_is_found_out(sp_base, tmp_path) -
     folder = tmp_path / "appended"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"})
+    )
     laws = broken(check(folder, sp_base).proofs)
-    assert {"every new piece can be produced", "text without the new scripts is tokenized as before"} <= laws
+    assert {
+        "every new piece can be produced",
+        "text without the new scripts is tokenized as before",
+    } <= laws
 
 
 def test_another_base_is_found_out(sp, bl_base) -> None:
@@ -72,7 +82,10 @@ def test_two_files_that_disagree_are_a_broken_law(sp, tmp_path) -> None:
     out = shutil.copytree(sp.out, tmp_path / "out")
     proto = sentencepiece_model_pb2.ModelProto.FromString((out / "tokenizer.model").read_bytes())
     new = [piece.id for piece in sp.case.map.new]
-    proto.pieces[new[-1]].piece, proto.pieces[new[-2]].piece = proto.pieces[new[-2]].piece, proto.pieces[new[-1]].piece
+    proto.pieces[new[-1]].piece, proto.pieces[new[-2]].piece = (
+        proto.pieces[new[-2]].piece,
+        proto.pieces[new[-1]].piece,
+    )
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
     laws = broken(check(out, sp.base).proofs)
     assert "tokenizer.model and tokenizer.json have equal ids and merges" in laws
@@ -87,16 +100,22 @@ def test_the_scripts_are_guessed_from_the_new_tokens() -> None:
 def replace_reserved(out: Path, piece: str, splits: list[list[str]]) -> int:
     """Make a piece of a reserved row, consistently in both files."""
     content = json.loads((out / "tokenizer.json").read_text())
-    token = next(token for token in content["added_tokens"] if token["content"].startswith("<|reserved"))
+    token = next(
+        token for token in content["added_tokens"] if token["content"].startswith("<|reserved")
+    )
     content["added_tokens"].remove(token)
     vocabulary = content["model"]["vocab"]
     vocabulary[piece] = vocabulary.pop(token["content"])
     content["model"]["merges"] += splits
     (out / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
     if (out / "tokenizer.model").is_file():
-        proto = sentencepiece_model_pb2.ModelProto.FromString((out / "tokenizer.model").read_bytes())
+        proto = sentencepiece_model_pb2.ModelProto.FromString(
+            (out / "tokenizer.model").read_bytes()
+        )
         proto.pieces[token["id"]].piece, proto.pieces[token["id"]].type = piece, 1
-        proto.pieces[token["id"]].score = min(p.score for p in proto.pieces if p.type == 1 and p.score > -1e8) - 1
+        proto.pieces[token["id"]].score = (
+            min(p.score for p in proto.pieces if p.type == 1 and p.score > -1e8) - 1
+        )
         (out / "tokenizer.model").write_bytes(proto.SerializeToString())
     return token["id"]
 
@@ -104,12 +123,16 @@ def replace_reserved(out: Path, piece: str, splits: list[list[str]]) -> int:
 @pytest.mark.parametrize("with_map", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_english_piece_is_found_whatever_the_samples_hold(extended, tmp_path, with_map) -> None:
     out = shutil.copytree(extended.out, tmp_path / "out")
-    replace_reserved(out, "qjxz", [["q", "jxz"]] if "jxz" in extended.case.content["model"]["vocab"] else [])
+    replace_reserved(
+        out, "qjxz", [["q", "jxz"]] if "jxz" in extended.case.content["model"]["vocab"] else []
+    )
     if not with_map:
         (out / "vocabulary_map.json").unlink()
     laws = broken(check(out, extended.base, extended.chat).proofs)
     assert (
-        "every row has exactly one token" if with_map else "every new piece holds a letter of the new scripts"
+        "every row has exactly one token"
+        if with_map
+        else "every new piece holds a letter of the new scripts"
     ) in laws
 
 
@@ -131,7 +154,10 @@ def test_a_model_that_sentencepiece_refuses_is_a_broken_law(sp, tmp_path) -> Non
     next(piece for piece in proto.pieces if piece.type == 6).type = 1
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
     laws = broken(check(out, sp.base, sp.chat).proofs)
-    assert {"SentencePiece and the fast tokenizer agree", "old pieces of tokenizer.model are untouched"} <= laws
+    assert {
+        "SentencePiece and the fast tokenizer agree",
+        "old pieces of tokenizer.model are untouched",
+    } <= laws
 
 
 def test_a_chat_directory_that_is_not_there(sp) -> None:
@@ -140,7 +166,12 @@ def test_a_chat_directory_that_is_not_there(sp) -> None:
 
 
 def test_scripts_beyond_the_known_languages_are_guessed() -> None:
-    assert guess_scripts(["สวัสดี", "مرحبا", "नमस्ते", "ок"]) == ("Arabic", "Cyrillic", "Devanagari", "Thai")
+    assert guess_scripts(["สวัสดี", "مرحبا", "नमस्ते", "ок"]) == (
+        "Arabic",
+        "Cyrillic",
+        "Devanagari",
+        "Thai",
+    )
 
 
 def test_words_with_marks_are_words(sp_base, tmp_path) -> None:
@@ -172,7 +203,13 @@ def test_exit_codes(sp, tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--check", "x"], ["r.yaml", "--check", "x", "--against", "y"], ["r.yaml", "--against", "y"]]
+    "arguments",
+    [
+        [],
+        ["--check", "x"],
+        ["r.yaml", "--check", "x", "--against", "y"],
+        ["r.yaml", "--against", "y"],
+    ],
 )
 def test_half_a_command_is_one_sentence(arguments, capsys) -> None:
     assert main(["tokenizer", *arguments]) == 2

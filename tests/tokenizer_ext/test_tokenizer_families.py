@@ -10,8 +10,21 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
-from core.byte_alphabet import LETTERS
-from core.languages import find_language
+from cpt_merge.core.byte_alphabet import LETTERS
+from cpt_merge.core.languages import find_language
+from cpt_merge.tokenizer_ext import run
+from cpt_merge.tokenizer_ext.base import read_base, read_chat_tokens
+from cpt_merge.tokenizer_ext.byte_level import ByteLevelBpe, begins_only
+from cpt_merge.tokenizer_ext.fast import AddedToken, build, ids_of, look_up_whole_words, merges_of
+from cpt_merge.tokenizer_ext.scripts import Scripts
+from cpt_merge.tokenizer_ext.sentencepiece_bpe import (
+    NORMAL,
+    SentencePieceBpe,
+    extend_proto,
+    fast_content,
+    read_proto,
+)
+from cpt_merge.tokenizer_ext.verify import Case
 from tests.tokenizer_ext.small_tokenizers import (
     CHINESE,
     CONFIG,
@@ -20,13 +33,6 @@ from tests.tokenizer_ext.small_tokenizers import (
     byte_level_content,
     write_base,
 )
-from tokenizer_ext import run
-from tokenizer_ext.base import read_base, read_chat_tokens
-from tokenizer_ext.byte_level import ByteLevelBpe, begins_only
-from tokenizer_ext.fast import AddedToken, build, ids_of, look_up_whole_words, merges_of
-from tokenizer_ext.scripts import Scripts
-from tokenizer_ext.sentencepiece_bpe import NORMAL, SentencePieceBpe, extend_proto, fast_content, read_proto
-from tokenizer_ext.verify import Case
 
 ANYTHING = st.text(
     st.one_of(
@@ -47,9 +53,9 @@ def cases(sp, bl) -> list[Case]:
     return [sp.case, bl.case]
 
 
-WORDS = st.lists(st.sampled_from([*CHINESE, *KOREAN, " ", "  ", " the", "water", "\n", "，", "🙂"]), max_size=12).map(
-    "".join
-)
+WORDS = st.lists(
+    st.sampled_from([*CHINESE, *KOREAN, " ", "  ", " the", "water", "\n", "，", "🙂"]), max_size=12
+).map("".join)
 
 
 @settings(max_examples=400, deadline=None)
@@ -71,7 +77,9 @@ def test_byte_level_text_comes_back(bl, text) -> None:
 @settings(max_examples=200, deadline=None)
 @given(text=ANYTHING)
 def test_text_without_the_scripts_is_tokenized_as_before(cases, text) -> None:
-    plain = "".join(c for c in text if not any(find_language(tag).letters.match(c) for tag in ("zh_tw", "ko")))
+    plain = "".join(
+        c for c in text if not any(find_language(tag).letters.match(c) for tag in ("zh_tw", "ko"))
+    )
     for case in cases:
         assert case.before.encode(plain).ids == case.after.encode(plain).ids
 
@@ -80,7 +88,9 @@ def test_scores_of_new_pieces_are_distinct_and_below_all_old_merges(sp) -> None:
     proto = read_proto(sp.out / "tokenizer.model")
     rows = sp.case.map.base_rows
     old = [piece.score for piece in proto.pieces[:rows] if piece.type == NORMAL]
-    new = np.array([piece.score for piece in proto.pieces[rows:] if piece.type == NORMAL], dtype=np.float32)
+    new = np.array(
+        [piece.score for piece in proto.pieces[rows:] if piece.type == NORMAL], dtype=np.float32
+    )
     assert len(set(new.tolist())) == len(new) == len(sp.case.map.new)
     assert new.max() < min(old)
     assert all(after < before for before, after in pairwise(new))
@@ -112,7 +122,9 @@ def test_new_merges_come_before_those_of_whitespace_runs(proto_with_low_whitespa
     start = len(proto.pieces)
     content["model"]["vocab"]["新"] = start
     extended = extend_proto(proto, content, {"新": start}, start + 1)
-    lowest = min(piece.score for piece in proto.pieces if piece.type == NORMAL and piece.score > -1e9)
+    lowest = min(
+        piece.score for piece in proto.pieces if piece.type == NORMAL and piece.score > -1e9
+    )
     assert -1e9 < extended.pieces[start].score < lowest
 
 
@@ -126,9 +138,13 @@ def test_a_whitespace_run_with_an_ordinary_score_is_an_ordinary_merge(sp_model) 
 
 def test_pieces_of_equal_score_merge_as_in_sentencepiece(proto_with_low_whitespace) -> None:
     fast = build(fast_content(proto_with_low_whitespace, "here"))
-    sentencepiece = SentencePieceProcessor(model_proto=proto_with_low_whitespace.SerializeToString())
+    sentencepiece = SentencePieceProcessor(
+        model_proto=proto_with_low_whitespace.SerializeToString()
+    )
     texts = [f"{' ' * width}{word}" for width in range(120) for word in ("", "the", "中文")]
-    assert [fast.encode(text, add_special_tokens=False).ids for text in texts] == sentencepiece.encode(texts)
+    assert [
+        fast.encode(text, add_special_tokens=False).ids for text in texts
+    ] == sentencepiece.encode(texts)
 
 
 def test_a_fast_tokenizer_made_from_the_model_alone_equals_it(sp_base) -> None:
@@ -142,13 +158,22 @@ def test_a_fast_tokenizer_made_from_the_model_alone_equals_it(sp_base) -> None:
 def test_the_model_alone_begins_a_text_as_llama_does(sp_model, sp_base, tmp_path) -> None:
     alone = read_base(write_base(tmp_path, read_base(sp_base).rows, proto=sp_model))
     assert build(alone.content).encode("the").tokens[0] == "<s>"
-    assert alone.settings == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    assert alone.settings == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+    }
 
 
-def test_both_files_side_by_side_give_the_same_as_the_model_alone(sp, sp_base, sp_model, corpus, tmp_path) -> None:
+def test_both_files_side_by_side_give_the_same_as_the_model_alone(
+    sp, sp_base, sp_model, corpus, tmp_path
+) -> None:
     settings_ = json.loads((sp_base / "tokenizer_config.json").read_text())
     rows = sp.case.map.base_rows
-    base = write_base(tmp_path / "base", rows, content=read_base(sp_base).content, proto=sp_model, **settings_)
+    base = write_base(
+        tmp_path / "base", rows, content=read_base(sp_base).content, proto=sp_model, **settings_
+    )
     (tmp_path / "out").mkdir()
     run(CONFIG, base, sp.chat, corpus, tmp_path / "out", RecordingTracker())
     for name in ("tokenizer.json", "tokenizer.model", "vocabulary_map.json"):
@@ -157,11 +182,15 @@ def test_both_files_side_by_side_give_the_same_as_the_model_alone(sp, sp_base, s
 
 def test_a_base_with_the_fast_file_only(sp, sp_base, corpus, tmp_path) -> None:
     content = read_base(sp_base).content
-    base = write_base(tmp_path / "base", sp.case.map.base_rows, content=content, bos_token="<s>", eos_token="</s>")
+    base = write_base(
+        tmp_path / "base", sp.case.map.base_rows, content=content, bos_token="<s>", eos_token="</s>"
+    )
     (tmp_path / "out").mkdir()
     run(CONFIG, base, sp.chat, corpus, tmp_path / "out", RecordingTracker())
     assert not (tmp_path / "out" / "tokenizer.model").exists()
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (sp.out / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        sp.out / "tokenizer.json"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
@@ -232,10 +261,23 @@ def test_a_tokenizer_like_llama_3(bl, corpus, tmp_path) -> None:
     content["model"]["ignore_merges"] = True
     content["normalizer"] = {"type": "NFC"}  # as Qwen's
     pattern = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    to_bytes = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, to_bytes]}
     base = write_base(tmp_path / "base", bl.case.map.base_rows, content=content)
     (tmp_path / "out").mkdir()
     run(CONFIG, base, None, corpus, tmp_path / "out", RecordingTracker())
-    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["ignore_merges"] is True
+    assert (
+        json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["ignore_merges"]
+        is True
+    )

@@ -9,15 +9,20 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.vocabulary import VocabularyMap
-from core.errors import UserError
-from core.languages import find_language
-from tests.tokenizer_ext.small_tokenizers import CHINESE, RecordingTracker, train_sentencepiece, write_base
-from tokenizer_ext import TokenizerConfig, run
-from tokenizer_ext.base import read_base
-from tokenizer_ext.fast import build_model, extend_model, merges_of
-from tokenizer_ext.given import Speller, read_given, replay
-from tokenizer_ext.scripts import Scripts
+from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
+from cpt_merge.tokenizer_ext import TokenizerConfig, run
+from cpt_merge.tokenizer_ext.base import read_base
+from cpt_merge.tokenizer_ext.fast import build_model, extend_model, merges_of
+from cpt_merge.tokenizer_ext.given import Speller, read_given, replay
+from cpt_merge.tokenizer_ext.scripts import Scripts
+from tests.tokenizer_ext.small_tokenizers import (
+    CHINESE,
+    RecordingTracker,
+    train_sentencepiece,
+    write_base,
+)
 
 HAN, HANGUL = Scripts(find_language("zh_tw")), Scripts(find_language("ko"))
 
@@ -41,11 +46,17 @@ def base(request) -> Path:
 def test_all_words_of_a_list_become_pieces(base, corpus, tmp_path) -> None:
     """Nothing is learnt where only a list is given; the proofs of the stage hold for what it makes."""
     words = ["圖書館", "哪裡", "繁體", "電腦系統", "哈哈哈哈"]
-    config = TokenizerConfig(pieces_from={"zh_tw": str(write_list(tmp_path, words))}, character_coverage=0.001)
+    config = TokenizerConfig(
+        pieces_from={"zh_tw": str(write_list(tmp_path, words))}, character_coverage=0.001
+    )
     run(config, base, None, corpus, tmp_path / "out", RecordingTracker())
     made = new_pieces(tmp_path / "out", base)
     assert set(words) <= set(made)
-    assert all(any(piece in word for word in words) or not piece.isalpha() for piece in made if len(piece) > 1)
+    assert all(
+        any(piece in word for word in words) or not piece.isalpha()
+        for piece in made
+        if len(piece) > 1
+    )
 
 
 def test_learning_fills_up_what_a_list_leaves(base, corpus, tmp_path) -> None:
@@ -61,10 +72,14 @@ def test_learning_fills_up_what_a_list_leaves(base, corpus, tmp_path) -> None:
     assert 2 <= report["usefulness"][0]["given"] < 150
 
 
-def test_a_list_that_is_longer_than_the_room_is_taken_from_its_start(sp_base, corpus, tmp_path, capsys) -> None:
+def test_a_list_that_is_longer_than_the_room_is_taken_from_its_start(
+    sp_base, corpus, tmp_path, capsys
+) -> None:
     words = sorted({word for word in CHINESE if len(word) == 2})
     config = TokenizerConfig(
-        new_pieces={"zh_tw": 12}, pieces_from={"zh_tw": str(write_list(tmp_path, words))}, character_coverage=0.01
+        new_pieces={"zh_tw": 12},
+        pieces_from={"zh_tw": str(write_list(tmp_path, words))},
+        character_coverage=0.01,
     )
     run(config, sp_base, None, corpus, tmp_path / "out", RecordingTracker())
     made = new_pieces(tmp_path / "out", sp_base)
@@ -124,12 +139,24 @@ def test_a_list_that_is_not_there(tmp_path) -> None:
             read_given(tmp_path / name, HAN)
 
 
-def test_an_entry_that_the_base_cuts_or_changes_is_left_out(bl_base, corpus, tmp_path, capsys) -> None:
+def test_an_entry_that_the_base_cuts_or_changes_is_left_out(
+    bl_base, corpus, tmp_path, capsys
+) -> None:
     """LLaMA-3's pattern cuts at 〇, which is a number to Unicode, and at marks; NFC puts jamo together."""
     content = json.loads(json.dumps(read_base(bl_base).content))
     content["normalizer"] = {"type": "NFC"}
-    split = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\P{L}"}, "behavior": "Isolated", "invert": False}
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": r"\p{L}+|\P{L}"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    letters = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, letters]}
     base = write_base(tmp_path / "base", read_base(bl_base).rows, content=content)
     words = ["圖書館", "二〇二三年"]
@@ -150,7 +177,9 @@ def test_a_bad_model(tmp_path) -> None:
         read_given(tmp_path / "x.model", Scripts(find_language("th_Thai")))
 
 
-LISTS = st.lists(st.text("中文字典國人的", min_size=1, max_size=6), min_size=1, max_size=12, unique=True)
+LISTS = st.lists(
+    st.text("中文字典國人的", min_size=1, max_size=6), min_size=1, max_size=12, unique=True
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -161,20 +190,35 @@ def test_what_a_list_makes_is_reachable(sp, entries, size) -> None:
     made = replay(entries, size, merges_of(content), known.keys(), lambda text: True)
     assert len(made.pieces) <= size
     assert not made.unreachable
-    assert len([entry for entry in entries if entry not in made.pieces and entry not in known]) == made.left
+    assert (
+        len([entry for entry in entries if entry not in made.pieces and entry not in known])
+        == made.left
+    )
     start = max(known.values()) + 1
-    extended = extend_model(content, {piece: start + n for n, piece in enumerate(made.pieces)}, len(merges_of(content)))
+    extended = extend_model(
+        content, {piece: start + n for n, piece in enumerate(made.pieces)}, len(merges_of(content))
+    )
     tokenizer = build_model(extended)
-    assert [tokenizer.encode(piece).tokens for piece in made.pieces] == [[piece] for piece in made.pieces]
+    assert [tokenizer.encode(piece).tokens for piece in made.pieces] == [
+        [piece] for piece in made.pieces
+    ]
     for number, (piece, halves) in enumerate(made.pieces.items()):
         if halves:
-            before = dict(list({piece: start + n for n, piece in enumerate(made.pieces)}.items())[:number])
-            split = build_model(extend_model(content, before, len(merges_of(content)))).encode(piece).tokens
+            before = dict(
+                list({piece: start + n for n, piece in enumerate(made.pieces)}.items())[:number]
+            )
+            split = (
+                build_model(extend_model(content, before, len(merges_of(content))))
+                .encode(piece)
+                .tokens
+            )
             assert tuple(split) == halves
 
 
 @settings(max_examples=100, deadline=None)
-@given(word=st.text("中文的人 河水", min_size=1, max_size=8).map(lambda text: text.replace(" ", "▁")))
+@given(
+    word=st.text("中文的人 河水", min_size=1, max_size=8).map(lambda text: text.replace(" ", "▁"))
+)
 def test_a_speller_splits_as_the_tokenizer_does(sp, word) -> None:
     content = sp.case.content
     speller = Speller(merges_of(content))
@@ -189,7 +233,11 @@ def test_an_entry_that_only_parts_of_characters_lead_to_is_left_out(bl_base) -> 
     content = base.content
     family = base.family
     made = replay(
-        [family.written("々")], 10, merges_of(content), content["model"]["vocab"].keys(), family.admits(HAN, 9)
+        [family.written("々")],
+        10,
+        merges_of(content),
+        content["model"]["vocab"].keys(),
+        family.admits(HAN, 9),
     )
     assert made.unreachable == [family.written("々")]
     assert made.pieces == {}

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from core.errors import UserError
-from core.languages import find_language
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
+from cpt_merge.tokenizer_ext import count, run
+from cpt_merge.tokenizer_ext.base import read_base
+from cpt_merge.tokenizer_ext.count import count_words
+from cpt_merge.tokenizer_ext.documents import documents
+from cpt_merge.tokenizer_ext.fast import build, build_model, extend_model
+from cpt_merge.tokenizer_ext.grow import idle_leaves, learn_languages
+from cpt_merge.tokenizer_ext.learn import Growth
+from cpt_merge.tokenizer_ext.measure import gain_curve, measure_fertility
+from cpt_merge.tokenizer_ext.scripts import Scripts
+from cpt_merge.tokenizer_ext.words import Words
 from tests.tokenizer_ext.small_tokenizers import CONFIG
-from tokenizer_ext import count, run
-from tokenizer_ext.base import read_base
-from tokenizer_ext.count import count_words
-from tokenizer_ext.documents import documents
-from tokenizer_ext.fast import build, build_model, extend_model
-from tokenizer_ext.grow import idle_leaves, learn_languages
-from tokenizer_ext.learn import Growth
-from tokenizer_ext.measure import gain_curve, measure_fertility
-from tokenizer_ext.scripts import Scripts
-from tokenizer_ext.words import Words
 
 
 def as_counter(words: Words) -> Counter[str]:
@@ -36,12 +36,19 @@ def splitter(extended, request):
 
 
 def test_several_processes_count_what_one_counts(splitter, monkeypatch) -> None:
-    texts = [f"우리는 오늘 {'공원에 ' * (number % 7)}갔습니다\n도서관은 {number}" for number in range(3_000)]
+    texts = [
+        f"우리는 오늘 {'공원에 ' * (number % 7)}갔습니다\n도서관은 {number}"
+        for number in range(3_000)
+    ]
     alone = count_words(texts, splitter, "alone")
     monkeypatch.setattr(count, "BLOCK", 2_000)
     monkeypatch.setattr(count, "BLOCKS_ALONE", 1)
     together = count_words(iter(texts), splitter, "together")
-    assert as_counter(alone) == as_counter(together) == Counter(word for text in texts for word in splitter(text))
+    assert (
+        as_counter(alone)
+        == as_counter(together)
+        == Counter(word for text in texts for word in splitter(text))
+    )
 
 
 @dataclass(frozen=True)
@@ -71,23 +78,34 @@ def test_words_hold_their_frequencies_and_characters() -> None:
 
 
 def test_a_leaf_that_the_text_hardly_uses_is_found() -> None:
-    growth = Growth({"ab": ("a", "b"), "abc": ("ab", "c"), "cd": ("c", "d")}, {"abc": 9, "cd": 2, "ab": 1})
+    growth = Growth(
+        {"ab": ("a", "b"), "abc": ("ab", "c"), "cd": ("c", "d")}, {"abc": 9, "cd": 2, "ab": 1}
+    )
     assert idle_leaves(growth, 3) == {"cd"}
     assert idle_leaves(growth, 10) == {"abc", "cd"}
 
 
 def test_idle_leaves_are_dropped_and_their_places_filled(sp_base, corpus, monkeypatch) -> None:
     """A piece that was taken for idle is not learnt again, and another takes its place."""
-    from tokenizer_ext import grow
+    from cpt_merge.tokenizer_ext import grow
 
     base = read_base(sp_base)
     before = learn_languages(base, corpus, CONFIG)[0]
     leaf = next(
-        iter(idle_leaves(Growth({p: h for p, h in before.pieces.items() if h}, dict.fromkeys(before.pieces, 0)), 1))
+        iter(
+            idle_leaves(
+                Growth(
+                    {p: h for p, h in before.pieces.items() if h}, dict.fromkeys(before.pieces, 0)
+                ),
+                1,
+            )
+        )
     )
     real = idle_leaves
     monkeypatch.setattr(
-        grow, "idle_leaves", lambda growth, least: ({leaf} & growth.pieces.keys()) | real(growth, least)
+        grow,
+        "idle_leaves",
+        lambda growth, least: ({leaf} & growth.pieces.keys()) | real(growth, least),
     )
     after = learn_languages(base, corpus, CONFIG)[0]
     assert after.pruned == 1
@@ -110,28 +128,47 @@ def test_the_gain_curve_is_what_fewer_pieces_would_give(extended, corpus) -> Non
     assert len(curve) > 10
     assert curve[-1][1] == pytest.approx(text.tokens_per_character[1])
     for size, value in curve:
-        fewer = build(extend_model(base.content, dict(list(pieces.items())[:size]), base.family.settled()))
-        tokens = sum(len(encoding.ids) for encoding in fewer.encode_batch_fast(texts, add_special_tokens=False))
+        fewer = build(
+            extend_model(base.content, dict(list(pieces.items())[:size]), base.family.settled())
+        )
+        tokens = sum(
+            len(encoding.ids)
+            for encoding in fewer.encode_batch_fast(texts, add_special_tokens=False)
+        )
         assert value == pytest.approx(tokens / text.characters)
 
 
-def test_the_gain_curve_of_a_language_does_not_count_later_pieces(sp_base, corpus, tmp_path) -> None:
+def test_the_gain_curve_of_a_language_does_not_count_later_pieces(
+    sp_base, corpus, tmp_path
+) -> None:
     """Simplified Chinese, learnt after Traditional from the same text here, shares its script and builds on its pieces."""
     sources = [
         *corpus.sources,
-        next(s for s in corpus.sources if s.language == "zh_tw").model_copy(update={"language": "zh_cn"}),
+        next(s for s in corpus.sources if s.language == "zh_tw").model_copy(
+            update={"language": "zh_cn"}
+        ),
     ]
     both = corpus.model_copy(update={"sources": sources})
     sizes = {"zh_tw": 80, "zh_cn": 60}
     curves = []
     for name, new_pieces in (("one", {"zh_tw": 80}), ("both", sizes)):
-        run(CONFIG.model_copy(update={"new_pieces": new_pieces}), sp_base, None, both, tmp_path / name)
-        curves.append(json.loads((tmp_path / name / "report.json").read_text())["usefulness"][0]["curve"])
+        run(
+            CONFIG.model_copy(update={"new_pieces": new_pieces}),
+            sp_base,
+            None,
+            both,
+            tmp_path / name,
+        )
+        curves.append(
+            json.loads((tmp_path / name / "report.json").read_text())["usefulness"][0]["curve"]
+        )
     assert curves[0] == curves[1]
 
 
 def replace_languages(languages: list[str]):
-    return CONFIG.model_copy(update={"new_pieces": {tag: CONFIG.new_pieces[tag] for tag in languages}})
+    return CONFIG.model_copy(
+        update={"new_pieces": {tag: CONFIG.new_pieces[tag] for tag in languages}}
+    )
 
 
 def test_usage_counts_the_words_as_the_tokenizer_splits_them(extended, corpus) -> None:
@@ -139,7 +176,9 @@ def test_usage_counts_the_words_as_the_tokenizer_splits_them(extended, corpus) -
     learned = learn_languages(base, corpus, replace_languages(["zh_tw"]))[0]
     words = as_counter(
         count_words(
-            documents(corpus, "zh_tw", "train", 10**9), base.family.splitter(Scripts(find_language("zh_tw"))), ""
+            documents(corpus, "zh_tw", "train", 10**9),
+            base.family.splitter(Scripts(find_language("zh_tw"))),
+            "",
         )
     )
     start = max(base.ids.values()) + 1
@@ -147,6 +186,10 @@ def test_usage_counts_the_words_as_the_tokenizer_splits_them(extended, corpus) -
     tokenizer = build_model(extend_model(base.content, pieces, base.family.settled()))
     usage: Counter[str] = Counter()
     for word, frequency in words.items():
-        usage.update({token: n * frequency for token, n in Counter(tokenizer.encode(word).tokens).items()})
+        usage.update(
+            {token: n * frequency for token, n in Counter(tokenizer.encode(word).tokens).items()}
+        )
     assert sum(usage[piece] for piece in pieces) > 0
-    assert {piece: usage[piece] for piece in pieces} == {piece: learned.usage[piece] for piece in pieces}
+    assert {piece: usage[piece] for piece in pieces} == {
+        piece: learned.usage[piece] for piece in pieces
+    }

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer_ext.fast import build_model, extend_model, merges_of
-from tokenizer_ext.learn import ContinuedBpe, Growth
-from tokenizer_ext.symbols import BREAK, Symbols, WordArrays, pair_keys
+from cpt_merge.tokenizer_ext.fast import build_model, extend_model, merges_of
+from cpt_merge.tokenizer_ext.learn import ContinuedBpe, Growth
+from cpt_merge.tokenizer_ext.symbols import BREAK, Symbols, WordArrays, pair_keys
 
 LETTERS = "abc"
-WORDS = st.dictionaries(st.text(LETTERS, min_size=1, max_size=12), st.integers(1, 5), min_size=1, max_size=12)
+WORDS = st.dictionaries(
+    st.text(LETTERS, min_size=1, max_size=12), st.integers(1, 5), min_size=1, max_size=12
+)
 
 
 def content_of(merges: list[tuple[str, str]]) -> dict:
@@ -44,9 +46,9 @@ def learn(content: dict, words: dict[str, int], size: int, min_frequency: int = 
     for word, count in words.items():
         ids = tokenizer.encode(word).ids
         arrays.add(np.array(ids, np.int32), np.array([len(ids)]), np.array([count]))
-    return ContinuedBpe(list(content["model"]["vocab"]), arrays, lambda piece: len(piece) <= 6, min_frequency).learn(
-        size
-    )
+    return ContinuedBpe(
+        list(content["model"]["vocab"]), arrays, lambda piece: len(piece) <= 6, min_frequency
+    ).learn(size)
 
 
 def with_pieces(content: dict, pieces: list[str]) -> dict:
@@ -71,7 +73,9 @@ def count_tokens(content: dict, words: dict[str, int]) -> dict[str, int]:
     size=st.integers(1, 12),
     min_frequency=st.integers(1, 4),
 )
-def test_every_piece_is_reachable_and_the_words_are_split_as_was_counted(words, seed, old, size, min_frequency) -> None:
+def test_every_piece_is_reachable_and_the_words_are_split_as_was_counted(
+    words, seed, old, size, min_frequency
+) -> None:
     content = content_of(some_merges(Random(seed), old))
     growth = learn(content, words, size, min_frequency)
     pieces = list(growth.pieces)
@@ -83,8 +87,16 @@ def test_every_piece_is_reachable_and_the_words_are_split_as_was_counted(words, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(words=WORDS, seed=st.integers(0, 50), old=st.integers(0, 4), size=st.integers(1, 6), least=st.integers(1, 3))
-def test_each_step_takes_the_most_frequent_string_of_two_neighbours(words, seed, old, size, least) -> None:
+@given(
+    words=WORDS,
+    seed=st.integers(0, 50),
+    old=st.integers(0, 4),
+    size=st.integers(1, 6),
+    least=st.integers(1, 3),
+)
+def test_each_step_takes_the_most_frequent_string_of_two_neighbours(
+    words, seed, old, size, least
+) -> None:
     """The plain algorithm, that counts everything anew at each step by what two neighbours spell, finds the same."""
     content = content_of(some_merges(Random(seed), old))
     pieces: list[str] = []
@@ -133,7 +145,10 @@ def symbols() -> Symbols:
 
 def test_pairs_are_counted_within_words(symbols) -> None:
     keys, counts = symbols.count_pairs()
-    assert dict(zip(keys.tolist(), counts.tolist(), strict=True)) == {0 << 32 | 1: 2, 1 << 32 | 0: 5}
+    assert dict(zip(keys.tolist(), counts.tolist(), strict=True)) == {
+        0 << 32 | 1: 2,
+        1 << 32 | 0: 5,
+    }
 
 
 def test_merging_joins_slots_and_neighbours_are_still_found(symbols) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
+from cpt_merge.tokenizer_ext import verify
+from cpt_merge.tokenizer_ext.fast import AddedToken, add_tokens
+from cpt_merge.tokenizer_ext.verify import Case, prove, require
 from tests.tokenizer_ext.small_tokenizers import ENGLISH
-from tokenizer_ext import verify
-from tokenizer_ext.fast import AddedToken, add_tokens
-from tokenizer_ext.verify import Case, prove, require
 
 
 def rewritten(case: Case, folder: Path, change: Callable[[dict], None]) -> Case:
@@ -21,7 +21,9 @@ def rewritten(case: Case, folder: Path, change: Callable[[dict], None]) -> Case:
     change(content)
     for file in case.directory.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(
+        json.dumps(content, ensure_ascii=False), encoding="utf-8"
+    )
     return replace(case, directory=folder, content=content)
 
 
@@ -40,9 +42,14 @@ def test_add_tokens_is_no_extension(extended, tmp_path) -> None:
     def change(content: dict) -> None:
         ids = {piece.piece: piece.id for piece in extended.case.map.new}
         base = extended.case.base.content
-        kept = [AddedToken(**token) for token in content["added_tokens"] if token["id"] not in ids.values()]
+        kept = [
+            AddedToken(**token)
+            for token in content["added_tokens"]
+            if token["id"] not in ids.values()
+        ]
         naive = add_tokens(
-            {**base, "added_tokens": []}, [*kept, *(AddedToken(i, p, special=False) for p, i in ids.items())]
+            {**base, "added_tokens": []},
+            [*kept, *(AddedToken(i, p, special=False) for p, i in ids.items())],
         )
         content.update(naive)
         for piece in ids:
@@ -57,7 +64,9 @@ def test_add_tokens_is_no_extension(extended, tmp_path) -> None:
 def test_a_word_that_is_looked_up_but_not_merged_is_found(bl, tmp_path) -> None:
     def change(content: dict) -> None:
         content["model"]["vocab"]["water"] = content["model"]["vocab"].pop("<|reserved_0|>")
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|reserved_0|>"]
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["content"] != "<|reserved_0|>"
+        ]
 
     case = rewritten(bl.case, tmp_path, change)
     case = replace(case, samples=replace(case.samples, mixed=["water"]))
@@ -92,7 +101,9 @@ def test_a_piece_without_merges_is_found(extended, tmp_path) -> None:
     piece = next(piece.piece for piece in extended.case.map.new if len(piece.piece) > 1)
 
     def change(content: dict) -> None:
-        content["model"]["merges"] = [merge for merge in content["model"]["merges"] if "".join(merge) != piece]
+        content["model"]["merges"] = [
+            merge for merge in content["model"]["merges"] if "".join(merge) != piece
+        ]
 
     case = rewritten(extended.case, tmp_path, change)
     with pytest.raises(UserError, match=piece):
@@ -104,10 +115,14 @@ def test_new_merges_before_the_old_ones_are_found(extended, tmp_path) -> None:
 
     def change(content: dict) -> None:
         vocabulary = content["model"]["vocab"]
-        pairs = (pair for word in ENGLISH for pair in pairwise(word) if "".join(pair) not in vocabulary)
+        pairs = (
+            pair for word in ENGLISH for pair in pairwise(word) if "".join(pair) not in vocabulary
+        )
         left, right = next(pairs)
         vocabulary[left + right] = vocabulary.pop("<|reserved_0|>")
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|reserved_0|>"]
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["content"] != "<|reserved_0|>"
+        ]
         content["model"]["merges"].insert(0, [left, right])
 
     assert broken(rewritten(extended.case, tmp_path, change)) & {"plain_text_is_unchanged"}
@@ -161,5 +176,7 @@ def test_a_class_that_reads_the_file_differently_is_found(sp, tmp_path) -> None:
     """The LlamaTokenizer of transformers 5 loses a leading space."""
     case = rewritten(sp.case, tmp_path, lambda content: None)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "LlamaTokenizer"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "tokenizer_class": "LlamaTokenizer"})
+    )
     assert broken(case) == {"transformers_agrees"}

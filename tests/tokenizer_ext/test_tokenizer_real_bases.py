@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from checkpoint.vocabulary import VocabularyMap
-from core.languages import script_pattern
+from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
+from cpt_merge.core.languages import script_pattern
+from cpt_merge.tokenizer_ext import run
+from cpt_merge.tokenizer_ext.base import read_base
+from cpt_merge.tokenizer_ext.fast import build
 from tests.real_tokenizers import BASES, QWEN_ROWS
 from tests.tokenizer_ext.small_tokenizers import CHINESE, CONFIG, KOREAN, RecordingTracker
-from tokenizer_ext import run
-from tokenizer_ext.base import read_base
-from tokenizer_ext.fast import build
 
 SCRIPTS = script_pattern(("Han", "Hangul"))
 
@@ -44,7 +44,9 @@ def extended_real(corpus, tmp_path_factory):
             model = folder / "out" / "tokenizer.model"
             processor = SentencePieceProcessor(model_file=str(model)) if model.is_file() else None
             after = Tokenizer.from_file(str(folder / "out" / "tokenizer.json"))
-            made[name] = Real(folder / "out", build(read_base(folder / "base").content), after, processor)
+            made[name] = Real(
+                folder / "out", build(read_base(folder / "base").content), after, processor
+            )
         return made[name]
 
     return extend
@@ -88,13 +90,15 @@ ANYTHING = st.text(
         st.characters(min_codepoint=0x1100, max_codepoint=0x11FF),  # jamo: Hangul taken apart (NFD)
         st.characters(min_codepoint=0x20000, max_codepoint=0x2FA1F),
         st.characters(categories=["Mn", "Cc", "Zs", "Cf"]),
-        st.sampled_from(list("  \n\r\t▁ĠĊ的人中學生한국어ㅋ哈々〇aeE.,，。「」🙂👩‍👧🏳️‍🌈\u200d\ufeff\x00")),
+        st.sampled_from(
+            list("  \n\r\t▁ĠĊ的人中學生한국어ㅋ哈々〇aeE.,，。「」🙂👩‍👧🏳️‍🌈\u200d\ufeff\x00")
+        ),
     ),
     max_size=60,
 )
-MIXED = st.lists(st.one_of(ANYTHING, st.sampled_from([*CHINESE, *KOREAN, " the", "water", "=\n"])), max_size=8).map(
-    "".join
-)
+MIXED = st.lists(
+    st.one_of(ANYTHING, st.sampled_from([*CHINESE, *KOREAN, " the", "water", "=\n"])), max_size=8
+).map("".join)
 
 
 @settings(max_examples=1_000, deadline=None)
@@ -111,7 +115,9 @@ def test_sentencepiece_and_the_fast_tokenizer_agree(extended_real, text) -> None
 def test_text_comes_back_as_with_the_base(extended_real, name, text) -> None:
     """Exactly, but for what the base itself changes: a literal `▁` there, NFC here."""
     real = extended_real(name)
-    expected = real.before.normalizer.normalize_str(text) if name == "qwen" else text.replace("▁", " ")
+    expected = (
+        real.before.normalizer.normalize_str(text) if name == "qwen" else text.replace("▁", " ")
+    )
     ids = real.after.encode(text, add_special_tokens=False).ids
     assert real.after.decode(ids, skip_special_tokens=False) == expected
 
@@ -121,7 +127,9 @@ def test_text_comes_back_as_with_the_base(extended_real, name, text) -> None:
 @given(text=MIXED)
 def test_text_without_the_scripts_is_tokenized_as_before(extended_real, name, text) -> None:
     real = extended_real(name)
-    normal = real.before.normalizer.normalize_str(text) if name == "qwen" else text  # NFC puts jamo together
+    normal = (
+        real.before.normalizer.normalize_str(text) if name == "qwen" else text
+    )  # NFC puts jamo together
     plain = SCRIPTS.sub("", normal)
     assert real.after.encode(plain).ids == real.before.encode(plain).ids
 

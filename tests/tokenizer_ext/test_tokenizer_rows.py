@@ -2,9 +2,9 @@
 
 import pytest
 
-from tokenizer_ext.base import read_base
-from tokenizer_ext.fast import AddedToken
-from tokenizer_ext.rows import lay_out, map_rows
+from cpt_merge.tokenizer_ext.base import read_base
+from cpt_merge.tokenizer_ext.fast import AddedToken
+from cpt_merge.tokenizer_ext.rows import lay_out, map_rows
 
 
 @pytest.fixture
@@ -17,7 +17,10 @@ def test_ids_of_the_chat_model_are_not_given_to_new_pieces(base) -> None:
     chat = [AddedToken(rows, "<pad>"), AddedToken(rows + 2, "<|eot|>")]
     layout = lay_out(base, chat, ["甲", "乙", "丙"], 64)
     assert layout.pieces == {"甲": rows + 1, "乙": rows + 3, "丙": rows + 4}
-    assert [(token.id, token.chat_id) for token in layout.chat] == [(rows, rows), (rows + 2, rows + 2)]
+    assert [(token.id, token.chat_id) for token in layout.chat] == [
+        (rows, rows),
+        (rows + 2, rows + 2),
+    ]
     assert layout.rows % 64 == 0
     assert layout.padding == list(range(rows + 5, layout.rows))
     assert map_rows(base, layout).rows == layout.rows

@@ -6,9 +6,9 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from checkpoint.vocabulary import VocabularyMap, read_tokens
-from tokenizer_ext.base import read_base
-from tokenizer_ext.verify import prove
+from cpt_merge.checkpoint.vocabulary_map import VocabularyMap, read_tokens
+from cpt_merge.tokenizer_ext.base import read_base
+from cpt_merge.tokenizer_ext.verify import prove
 
 
 def test_all_laws_hold_on_what_was_written(extended) -> None:
@@ -51,7 +51,9 @@ def test_constituents_spell_the_piece_without_a_dummy_prefix(extended) -> None:
         spelt = "".join(names[id_] for id_ in piece.constituents)
         if "<0x" in spelt:
             as_bytes = b"".join(
-                bytes([int(name[3:5], 16)]) if (name := names[id_]).startswith("<0x") else name.encode()
+                bytes([int(name[3:5], 16)])
+                if (name := names[id_]).startswith("<0x")
+                else name.encode()
                 for id_ in piece.constituents
             )
             spelt = as_bytes.decode()
@@ -71,7 +73,10 @@ def test_tokens_of_the_chat_model_keep_their_ids(sp) -> None:
 def test_fertility_falls_where_pieces_were_learnt_and_stays_in_english(extended) -> None:
     results = extended.results
     for language in ("zh_tw", "ko"):
-        before, after = results[f"{language}/tokens_per_character_before"], results[f"{language}/tokens_per_character"]
+        before, after = (
+            results[f"{language}/tokens_per_character_before"],
+            results[f"{language}/tokens_per_character"],
+        )
         assert after < before / 2
     assert results["en/tokens_per_character_before"] == results["en/tokens_per_character"]
     assert results["en/changed_documents"] == 0
@@ -89,7 +94,10 @@ def test_settings_name_the_one_class_that_both_transformers_read_exactly(extende
     assert "add_bos_token" not in settings
     original = json.loads((extended.base / "tokenizer_config.json").read_text())
     assert settings.get("chat_template") == original.get("chat_template")
-    assert json.loads((extended.out / "special_tokens_map.json").read_text())["eos_token"] == original["eos_token"]
+    assert (
+        json.loads((extended.out / "special_tokens_map.json").read_text())["eos_token"]
+        == original["eos_token"]
+    )
 
 
 def test_the_report_is_written_and_tracked(extended) -> None:
@@ -100,7 +108,11 @@ def test_the_report_is_written_and_tracked(extended) -> None:
         assert heights == sorted(heights, reverse=True)
         assert 0.1 < one["used_in_training"] <= 1
     assert report["examples"]
-    assert {one["language"] for one in report["drift"]} == {"en", "zh_cn (sentences)", "ja (sentences)"}
+    assert {one["language"] for one in report["drift"]} == {
+        "en",
+        "zh_cn (sentences)",
+        "ja (sentences)",
+    }
     names = ("fertility", "pieces", "drift", "gain curve", "examples", "proofs")
     assert set(extended.tracker.tables) == {f"tokenizer/{name}" for name in names}
     assert extended.tracker.images["tokenizer/report"].read_bytes().startswith(b"\x89PNG")
@@ -108,8 +120,23 @@ def test_the_report_is_written_and_tracked(extended) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["  two  spaces", "\tx", "中文字 abc", "한국어 🙂", "e\u0301", "\x00\x07", "x" * 20_000, "學" * 5_000]
+    "text",
+    [
+        "  two  spaces",
+        "\tx",
+        "中文字 abc",
+        "한국어 🙂",
+        "e\u0301",
+        "\x00\x07",
+        "x" * 20_000,
+        "學" * 5_000,
+    ],
 )
 def test_text_comes_back(extended, text) -> None:
     tokenizer = Tokenizer.from_file(str(extended.out / "tokenizer.json"))
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
+    assert (
+        tokenizer.decode(
+            tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False
+        )
+        == text
+    )

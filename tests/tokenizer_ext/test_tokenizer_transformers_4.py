@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from cpt_merge.tokenizer_ext import run
+from cpt_merge.tokenizer_ext.samples import CODE, mixed_texts
+from cpt_merge.tokenizer_ext.sentences import SENTENCES
 from tests.real_tokenizers import BASES
 from tests.tokenizer_ext.small_tokenizers import CONFIG, RecordingTracker
-from tokenizer_ext import run
-from tokenizer_ext.samples import CODE, mixed_texts
-from tokenizer_ext.sentences import SENTENCES
 
 PACKAGES = [
     "transformers==4.57.6",
@@ -23,7 +23,11 @@ PACKAGES = [
     "sentencepiece",
     "protobuf",
 ]
-ENVIRONMENT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cpt-merge-tests" / "transformers-4.57.6"
+ENVIRONMENT = (
+    Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    / "cpt-merge-tests"
+    / "transformers-4.57.6"
+)
 READ = """
 import json, sys
 from transformers import AutoTokenizer
@@ -45,7 +49,8 @@ def python_4() -> Path:
     if not done.is_file():
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
         subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES], check=True
+            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES],
+            check=True,
         )
         done.touch()
     return python
@@ -53,7 +58,9 @@ def python_4() -> Path:
 
 def read_with(python: Path, tokenizer: Path, texts: list[str], folder: Path) -> dict:
     (folder / "texts.json").write_text(json.dumps(texts))
-    subprocess.run([python, "-c", READ, tokenizer, folder / "texts.json", folder / "read.json"], check=True)
+    subprocess.run(
+        [python, "-c", READ, tokenizer, folder / "texts.json", folder / "read.json"], check=True
+    )
     return json.loads((folder / "read.json").read_text())
 
 
@@ -62,7 +69,11 @@ def read_with(python: Path, tokenizer: Path, texts: list[str], folder: Path) -> 
 def test_both_read_the_same(name, python_4, corpus, tmp_path) -> None:
     BASES[name](tmp_path / "base")
     run(CONFIG, tmp_path / "base", None, corpus, tmp_path / "out", RecordingTracker())
-    texts = [*CODE, *(line for lines in SENTENCES.values() for line in lines), *mixed_texts(["學生", " 질문"], 3_000)]
+    texts = [
+        *CODE,
+        *(line for lines in SENTENCES.values() for line in lines),
+        *mixed_texts(["學生", " 질문"], 3_000),
+    ]
     four = read_with(python_4, tmp_path / "out", texts, tmp_path)
     five = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert four["class"] == "PreTrainedTokenizerFast"

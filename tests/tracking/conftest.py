@@ -51,5 +51,7 @@ def server(monkeypatch):
     with WandbServer() as running:
         monkeypatch.setenv("WANDB_BASE_URL", running.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "0.5")  # seconds between uploads, else 15
+        monkeypatch.setenv(
+            "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "0.5"
+        )  # seconds between uploads, else 15
         yield running

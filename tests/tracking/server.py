@@ -45,7 +45,9 @@ class ServerRun:
 
     def rows(self, metric: str, by: str = "train/step") -> list[tuple[float, float]]:
         """(x, value) of every row with both, in the order of their lines."""
-        return [(row[by], row[metric]) for row in self.history if row and metric in row and by in row]
+        return [
+            (row[by], row[metric]) for row in self.history if row and metric in row and by in row
+        ]
 
     def resume_status(self) -> Json:
         """What `RunResumeStatus` asks for."""
@@ -104,7 +106,9 @@ class WandbServer:
         self.stop()
 
     def start(self) -> "WandbServer":
-        self._server = _Listener(("127.0.0.1", self._port), type("Bound", (_Handler,), {"wandb": self}))
+        self._server = _Listener(
+            ("127.0.0.1", self._port), type("Bound", (_Handler,), {"wandb": self})
+        )
         self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -128,7 +132,13 @@ class WandbServer:
             return answer(values)
 
     def _Viewer(self, _: Json) -> Json:  # noqa: N802 - GraphQL's names
-        viewer = {"id": "user", "entity": "tester", "username": "tester", "email": "", "flags": "{}"}
+        viewer = {
+            "id": "user",
+            "entity": "tester",
+            "username": "tester",
+            "email": "",
+            "flags": "{}",
+        }
         return {"viewer": {**viewer, "teams": {"edges": []}}}
 
     def _ServerFeaturesQuery(self, _: Json) -> Json:  # noqa: N802
@@ -146,13 +156,25 @@ class WandbServer:
     def _UpsertBucket(self, values: Json) -> Json:  # noqa: N802
         name, inserted = values["name"], values["name"] not in self.runs
         run = self.runs.setdefault(name, ServerRun(name, len(self.runs)))
-        run.group, run.job_type = values["groupName"] or run.group, values["jobType"] or run.job_type
-        run.display_name, run.tags = values["displayName"] or run.display_name, values["tags"] or run.tags
+        run.group, run.job_type = (
+            values["groupName"] or run.group,
+            values["jobType"] or run.job_type,
+        )
+        run.display_name, run.tags = (
+            values["displayName"] or run.display_name,
+            values["tags"] or run.tags,
+        )
         if values["config"]:
-            run.config = {key: entry["value"] for key, entry in json.loads(values["config"]).items()}
+            run.config = {
+                key: entry["value"] for key, entry in json.loads(values["config"]).items()
+            }
         if values["summaryMetrics"]:
             run.summary = json.loads(values["summaryMetrics"])
-        project = {"id": "project", "name": values["project"], "entity": {"id": "entity", "name": "tester"}}
+        project = {
+            "id": "project",
+            "name": values["project"],
+            "entity": {"id": "entity", "name": "tester"},
+        }
         bucket = {
             "id": f"run{run.number}", "name": name, "displayName": run.display_name, "description": None,
             "config": json.dumps({key: {"value": value} for key, value in run.config.items()}), "sweepName": None,
@@ -161,11 +183,16 @@ class WandbServer:
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
     def _CreateRunFiles(self, values: Json) -> Json:  # noqa: N802
-        urls = [{"name": file, "uploadUrl": f"{self.url}/put/run/{values['run']}/{file}"} for file in values["files"]]
+        urls = [
+            {"name": file, "uploadUrl": f"{self.url}/put/run/{values['run']}/{file}"}
+            for file in values["files"]
+        ]
         return {"createRunFiles": {"runID": values["run"], "uploadHeaders": [], "files": urls}}
 
     def _NotifyScriptableRunAlert(self, values: Json) -> Json:  # noqa: N802
-        self.runs[values["runName"]].alerts.append({"title": values["title"], "text": values["text"]})
+        self.runs[values["runName"]].alerts.append(
+            {"title": values["title"], "text": values["text"]}
+        )
         return {"notifyScriptableRunAlert": {"success": True}}
 
     def _ArtifactType(self, values: Json) -> Json:  # noqa: N802
@@ -179,40 +206,69 @@ class WandbServer:
 
     def _CreateArtifact(self, values: Json) -> Json:  # noqa: N802
         asked = values["input"]
-        name, kind, digest = asked["artifactCollectionName"], asked["artifactTypeName"], asked["digest"]
+        name, kind, digest = (
+            asked["artifactCollectionName"],
+            asked["artifactTypeName"],
+            asked["digest"],
+        )
         same = [one for one in self.artifacts if one.name == name]
         found = next((one for one in same if one.digest == digest), None)
         if found is None:
             metadata = json.loads(asked["metadata"] or "{}")
-            found = ServerArtifact(len(self.artifacts), name, kind, len(same), digest, metadata, asked["runName"])
+            found = ServerArtifact(
+                len(self.artifacts), name, kind, len(same), digest, metadata, asked["runName"]
+            )
             self.artifacts.append(found)
         self.runs[asked["runName"]].logged.append(found.full_name)
         sequence = {"latestArtifact": {"id": f"artifact{same[-1].number}"} if same else None}
         return {
             "createArtifact": {
-                "artifact": {"id": f"artifact{found.number}", "state": found.state, "artifactSequence": sequence}
+                "artifact": {
+                    "id": f"artifact{found.number}",
+                    "state": found.state,
+                    "artifactSequence": sequence,
+                }
             }
         }
 
     def _CreateArtifactManifest(self, values: Json) -> Json:  # noqa: N802
         number = values["artifactID"].removeprefix("artifact")
-        file = {"id": f"manifest{number}", "uploadUrl": f"{self.url}/put/manifest/{number}/m", "uploadHeaders": []}
-        return {"createArtifactManifest": {"artifactManifest": {"id": f"manifest{number}", "file": file}}}
+        file = {
+            "id": f"manifest{number}",
+            "uploadUrl": f"{self.url}/put/manifest/{number}/m",
+            "uploadHeaders": [],
+        }
+        return {
+            "createArtifactManifest": {
+                "artifactManifest": {"id": f"manifest{number}", "file": file}
+            }
+        }
 
     def _CreateArtifactFiles(self, values: Json) -> Json:  # noqa: N802
         nodes = []
         for file in values["input"]["artifactFiles"]:
             number = file["artifactID"].removeprefix("artifact")
             url = f"{self.url}/put/artifact/{number}/{file['name']}"
-            stored = {"id": f"{number}/{file['name']}", "name": file["name"], "displayName": file["name"]}
-            place = {"uploadUrl": url, "uploadHeaders": [], "storagePath": "x", "uploadMultipartUrls": None}
+            stored = {
+                "id": f"{number}/{file['name']}",
+                "name": file["name"],
+                "displayName": file["name"],
+            }
+            place = {
+                "uploadUrl": url,
+                "uploadHeaders": [],
+                "storagePath": "x",
+                "uploadMultipartUrls": None,
+            }
             nodes.append({"node": {**stored, **place, "artifact": {"id": file["artifactID"]}}})
         return {"createArtifactFiles": {"files": {"edges": nodes}}}
 
     def _CommitArtifact(self, values: Json) -> Json:  # noqa: N802
         found = self.artifacts[int(values["artifactID"].removeprefix("artifact"))]
         found.state = "COMMITTED"
-        return {"commitArtifact": {"artifact": {"id": values["artifactID"], "digest": found.digest}}}
+        return {
+            "commitArtifact": {"artifact": {"id": values["artifactID"], "digest": found.digest}}
+        }
 
     def _UseArtifact(self, values: Json) -> Json:  # noqa: N802
         found = self.artifacts[int(values["input"]["artifactID"].removeprefix("artifact"))]
@@ -227,14 +283,18 @@ class WandbServer:
                     run.summary = json.loads(chunk["content"][0])
                 if file in STREAMS:
                     lines = (
-                        chunk["content"] if file == "output.log" else [json.loads(line) for line in chunk["content"]]
+                        chunk["content"]
+                        if file == "output.log"
+                        else [json.loads(line) for line in chunk["content"]]
                     )
                     self._place(run, getattr(run, STREAMS[file]), chunk["offset"], lines, file)
             if body.get("complete"):
                 run.exit_code = body["exitcode"]
         return {"exitcode": None, "limits": {}}
 
-    def _place(self, run: ServerRun, kept: list[Any], offset: int, lines: list[Any], file: str) -> None:
+    def _place(
+        self, run: ServerRun, kept: list[Any], offset: int, lines: list[Any], file: str
+    ) -> None:
         kept += [None] * (offset + len(lines) - len(kept))
         if file == "wandb-history.jsonl":
             run.overwritten += sum(row is not None for row in kept[offset : offset + len(lines)])
@@ -283,7 +343,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(self.wandb.file_stream(self.wandb.runs[self.path.split("/")[-2]], body))
             return
         data = self.wandb.graphql(body["query"], body.get("variables") or {})
-        self._answer({"data": data} if data is not None else {"data": None, "errors": [{"message": "not known here"}]})
+        self._answer(
+            {"data": data}
+            if data is not None
+            else {"data": None, "errors": [{"message": "not known here"}]}
+        )
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -297,7 +361,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         # the key is what a server is given to know its user: it belongs into that header, and nowhere else
-        shown = [f"{name}: {value}" for name, value in self.headers.items() if name != "Authorization"]
+        shown = [
+            f"{name}: {value}" for name, value in self.headers.items() if name != "Authorization"
+        ]
         self.wandb.received.append("\n".join([self.path, *shown]).encode() + b"\n" + body)
         return body
 

@@ -8,21 +8,25 @@ from dataclasses import replace
 
 import pytest
 
-from core.errors import UserError
-from tracking import TrackingConfig
-from tracking.dashboard import Figure, Pipeline, as_json, as_workspace, dashboard, layout
-from tracking.local import STEP
+from cpt_merge.core.errors import UserError
+from cpt_merge.tracking import TrackingConfig
+from cpt_merge.tracking.dashboard import Figure, Pipeline, as_json, as_workspace, dashboard, layout
+from cpt_merge.tracking.sinks.local import STEP
 
 PLAIN = Pipeline("demo-abc123", ["ko", "en"], [Figure("chat", "Form: chat", "share", ["ko"])])
 PIPELINE = replace(
-    PLAIN, previewed=[Figure("chat", "Preview: chat", "share", ["ko", "en"])], swept={"bits_per_byte": "Bits/byte"}
+    PLAIN,
+    previewed=[Figure("chat", "Preview: chat", "share", ["ko", "en"])],
+    swept={"bits_per_byte": "Bits/byte"},
 )
 ONLINE = TrackingConfig(entity="me", project="p")
 
 
 @pytest.fixture
 def library():
-    return pytest.importorskip("wandb_workspaces.workspaces", reason="the extra `dashboard` is not installed")
+    return pytest.importorskip(
+        "wandb_workspaces.workspaces", reason="the extra `dashboard` is not installed"
+    )
 
 
 class ViewServer(http.server.BaseHTTPRequestHandler):
@@ -38,7 +42,9 @@ class ViewServer(http.server.BaseHTTPRequestHandler):
         query, values = body["query"], body.get("variables") or {}
         if "upsertView" in query:
             known = self.views.get(values["name"])
-            assert (known or {}).get("id") == values.get("id"), "a view that is there is addressed by its id"
+            assert (known or {}).get("id") == values.get("id"), (
+                "a view that is there is addressed by its id"
+            )
             view = {**values, "id": values.get("id") or f"view{len(self.views)}"}
             self.views[values["name"]] = view
             self.answer({"upsertView": {"view": view, "inserted": known is None}})
@@ -48,7 +54,15 @@ class ViewServer(http.server.BaseHTTPRequestHandler):
         else:
             assert "viewer" in query, query
             self.answer(
-                {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+                {
+                    "viewer": {
+                        "id": "u",
+                        "entity": "me",
+                        "username": "me",
+                        "flags": "{}",
+                        "teams": {"edges": []},
+                    }
+                }
             )
 
     def answer(self, data):
@@ -76,20 +90,29 @@ def views(monkeypatch):
 
 
 def panels_of(spec):
-    return [panel for section in spec["section"]["panelBankConfig"]["sections"] for panel in section["panels"]]
+    return [
+        panel
+        for section in spec["section"]["panelBankConfig"]["sections"]
+        for panel in section["panels"]
+    ]
 
 
 def test_the_library_reads_back_what_it_wrote(library):
     workspace = as_workspace("me", "p", PIPELINE, "demo")
     written = json.loads(as_json(workspace))
     spec = library.internal.WorkspaceViewspec.model_validate(written["spec"])
-    view = library.internal.View(entity="me", project="p", display_name="demo", name="nw-x-v", id="1", spec=spec)
+    view = library.internal.View(
+        entity="me", project="p", display_name="demo", name="nw-x-v", id="1", spec=spec
+    )
     read = library.Workspace._from_model(view)
-    assert [section.name for section in read.sections] == [section.name for section in layout(PIPELINE)]
+    assert [section.name for section in read.sections] == [
+        section.name for section in layout(PIPELINE)
+    ]
     assert read.settings.x_axis == STEP
     assert read.runset_settings.filters == "Metric(\"Group\") == 'demo-abc123'"
     assert (
-        json.loads(as_json(read))["spec"]["section"]["panelBankConfig"] == written["spec"]["section"]["panelBankConfig"]
+        json.loads(as_json(read))["spec"]["section"]["panelBankConfig"]
+        == written["spec"]["section"]["panelBankConfig"]
     )
 
 
@@ -97,10 +120,21 @@ def test_preview_and_sweep_have_a_section_only_where_they_are_asked_for():
     plain, full = layout(PLAIN), layout(PIPELINE)
     added = [section for section in full if section not in plain]
     assert [section for section in full if section in plain] == plain
-    assert [section.name for section in added] == ["Training: preview of the chat model", "Ratio sweep"]
-    preview, sweep = ({name for panel in section.panels for name in panel.keys} for section in added)
+    assert [section.name for section in added] == [
+        "Training: preview of the chat model",
+        "Ratio sweep",
+    ]
+    preview, sweep = (
+        {name for panel in section.panels for name in panel.keys} for section in added
+    )
     assert preview >= {"preview/ko/chat", "preview/en/chat", "preview/replies"}
-    assert sweep >= {"sweep/bits_per_byte", "sweep/ratios", "sweep/points", "sweep/curves", "sweep/recommended_ratio"}
+    assert sweep >= {
+        "sweep/bits_per_byte",
+        "sweep/ratios",
+        "sweep/points",
+        "sweep/curves",
+        "sweep/recommended_ratio",
+    }
 
 
 def test_panels_hold_the_names_and_axes_of_the_layout(library):
@@ -130,7 +164,9 @@ def test_a_chart_is_the_one_that_wandb_makes_of_the_same_lines(library):
     import wandb
 
     written = panels_of(json.loads(as_json(as_workspace("me", "p", PIPELINE, "demo")))["spec"])
-    charts = [panel for section in layout(PIPELINE) for panel in section.panels if panel.kind == "chart"]
+    charts = [
+        panel for section in layout(PIPELINE) for panel in section.panels if panel.kind == "chart"
+    ]
     drawn = [panel["config"] for panel in written if panel["viewType"] == "Vega2"]
     for chart, config in zip(charts, drawn, strict=True):
         made = wandb.plot.line_series([[1]], [[2]], keys=["a"], title=chart.title, xname=chart.unit)
@@ -145,7 +181,9 @@ def test_saving_again_replaces_the_view(library, views, capsys):
         dashboard(ONLINE, Pipeline("g", languages), "demo", dry_run=False)
     (view,) = views.values()
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("me", "p", "demo")
-    expected = panels_of(json.loads(as_json(as_workspace("me", "p", Pipeline("g", ["ko", "en"]), "demo")))["spec"])
+    expected = panels_of(
+        json.loads(as_json(as_workspace("me", "p", Pipeline("g", ["ko", "en"]), "demo")))["spec"]
+    )
     saved = panels_of(json.loads(view["spec"]))
     for panel in (*expected, *saved):
         del panel["__id__"]  # drawn at random

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.sync import sync
+from cpt_merge.launcher.sync import sync
+from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
+from cpt_merge.tracking.sinks import wandb as wandb_carrier
 from tests.tracking.wandb_log import attempts
-from tracking import TrackingConfig, read_log, start_tracker, wandb_carrier
 
 STEPS = 60
 
@@ -42,7 +43,9 @@ def test_a_server_that_goes_away_slows_nothing_and_sync_uploads_the_rest(
     tracker.finish()
     assert time.monotonic() - began < 4
     assert slowest < 0.5, "of a busy machine; a wait for the server would be seconds"
-    assert read_log(tmp_path).series("train/loss") == [(step, float(step)) for step in range(1, STEPS + 1)]
+    assert read_log(tmp_path).series("train/loss") == [
+        (step, float(step)) for step in range(1, STEPS + 1)
+    ]
     assert f"not all was uploaded; later: cpt-merge sync {tmp_path}" in capfd.readouterr().err
 
     server.hangs = False
@@ -59,7 +62,9 @@ def test_a_server_that_goes_away_slows_nothing_and_sync_uploads_the_rest(
     assert len(run.rows("train/loss")) == STEPS
 
 
-def test_a_stage_cut_off_and_continued_offline_is_synced_in_order(tmp_path: Path, server, monkeypatch) -> None:
+def test_a_stage_cut_off_and_continued_offline_is_synced_in_order(
+    tmp_path: Path, server, monkeypatch
+) -> None:
     monkeypatch.setattr(wandb_carrier, "FINISH_TIMEOUT", 1.0)
     monkeypatch.setattr(wandb_carrier, "FINISH_MARGIN", 0.5)
     first = start(tmp_path)
@@ -92,7 +97,11 @@ tracker.finish()
 print("finished", flush=True)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout
     assert process.stdout.readline() == "open\n"

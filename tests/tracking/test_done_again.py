@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import wandb
 
-from launcher.pipeline import replacing
-from launcher.stages import find_stage
+from cpt_merge.launcher.pipeline import replacing
+from cpt_merge.launcher.stages import find_stage
+from cpt_merge.tracking.unsent import holds_unsent
+from cpt_merge.tracking.upload import upload
 from tests.launcher.test_identity import log
-from tracking.unsent import holds_unsent
-from tracking.upload import upload
 
 
 @pytest.mark.parametrize("carrier", ["online", "offline"])
-def test_a_result_that_is_made_once_more_has_a_run_of_its_own(carrier: str, tmp_path: Path, server) -> None:
+def test_a_result_that_is_made_once_more_has_a_run_of_its_own(
+    carrier: str, tmp_path: Path, server
+) -> None:
     """Merged at ratio 1, at 0.8, and at 1 again: W&B would put the last one's rows behind those of the first."""
     merge, ids = find_stage("merge"), []
     for number, ratio in enumerate(("11111111", "88888888", "11111111")):
@@ -49,11 +51,16 @@ def test_a_stage_that_was_killed_and_starts_over_goes_on_in_its_run(tmp_path: Pa
 
 def test_a_folder_that_holds_the_logs_of_two_runs_is_uploaded_whole(tmp_path: Path, server) -> None:
     """A sweep stays in its folder, also with other settings."""
-    ids = [log(tmp_path, "sweep", key, "offline", value=value) for key, value in (("11111111", 0.0), ("22222222", 5.0))]
+    ids = [
+        log(tmp_path, "sweep", key, "offline", value=value)
+        for key, value in (("11111111", 0.0), ("22222222", 5.0))
+    ]
     wandb.teardown()
     assert holds_unsent(tmp_path / "sweep" / "log")
     assert upload(tmp_path / "sweep" / "log")
     for name, value in zip(ids, (0.0, 5.0), strict=True):
-        assert server.runs[name].rows("merge/norm", by="merge/layer") == [(layer, value + layer) for layer in range(3)]
+        assert server.runs[name].rows("merge/norm", by="merge/layer") == [
+            (layer, value + layer) for layer in range(3)
+        ]
     assert not holds_unsent(tmp_path / "sweep" / "log")
     assert not upload(tmp_path / "sweep" / "log")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import wandb
 
-from core.errors import UserError
+from cpt_merge.core.errors import UserError
+from cpt_merge.tracking import read_log
+from cpt_merge.tracking.sinks.wandb_history import _records, mend, read_rows
+from cpt_merge.tracking.upload import upload
 from tests.tracking.conftest import KEY
 from tests.tracking.wandb_log import attempts, history, items
-from tracking import read_log
-from tracking.upload import upload
-from tracking.wandb_history import _records, mend, read_rows
 
 STEPS, EVERY = 120, 20
 
@@ -51,7 +51,9 @@ EXPECTED = {
 
 def attempt(out: Path, carrier: str, seconds: float | None) -> int:
     """Run the stage, killed `seconds` after it began to log. Returns the last step that it said."""
-    process = subprocess.Popen([sys.executable, "-c", STAGE, str(out), carrier], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STAGE, str(out), carrier], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout
     process.stdout.readline()
     if seconds is not None:
@@ -67,11 +69,16 @@ def kills(count: int, seed: int) -> list[float]:
     return [generator.uniform(0.2, 1.2) for _ in range(count)]
 
 
-CASES = [pytest.param(kills(1, 1), id="once"), pytest.param(kills(5, 2), id="often", marks=pytest.mark.slow)]
+CASES = [
+    pytest.param(kills(1, 1), id="once"),
+    pytest.param(kills(5, 2), id="often", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("after", CASES)
-def test_offline_and_synced_rows_equal_what_was_logged(after: list[float], tmp_path: Path, server) -> None:
+def test_offline_and_synced_rows_equal_what_was_logged(
+    after: list[float], tmp_path: Path, server
+) -> None:
     for seconds in after:
         attempt(tmp_path, "offline", seconds)
     attempt(tmp_path, "offline", None)
@@ -101,10 +108,14 @@ def test_online_rows_equal_what_was_logged(after: list[float], tmp_path: Path, s
     assert list(server.runs) == ["killed"]
 
 
-def test_sigkill_costs_wandbs_log_at_most_two_seconds_and_the_local_log_nothing(tmp_path: Path) -> None:
+def test_sigkill_costs_wandbs_log_at_most_two_seconds_and_the_local_log_nothing(
+    tmp_path: Path,
+) -> None:
     """Two: one of the flush, one of a busy machine. The resumed stage sends them again."""
     done = attempt(tmp_path, "offline", 2.2)
-    assert [step for step, _ in read_log(tmp_path).series("train/loss")][:done] == list(range(1, done + 1))
+    assert [step for step, _ in read_log(tmp_path).series("train/loss")][:done] == list(
+        range(1, done + 1)
+    )
     kept = [item["train/step"] for item in items(attempts(tmp_path)[0]) if "train/loss" in item]
     assert kept == list(range(1, len(kept) + 1))
     assert done - len(kept) <= 2.0 / 0.02
@@ -112,11 +123,15 @@ def test_sigkill_costs_wandbs_log_at_most_two_seconds_and_the_local_log_nothing(
 
 def sync(*runs: Path) -> str:
     command = [sys.executable, "-m", "wandb", "sync", *map(str, runs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=runs[0].parent)  # it leaves a folder
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=runs[0].parent
+    )  # it leaves a folder
     return done.stdout + done.stderr
 
 
-def test_a_log_that_a_kill_cut_anywhere_is_mended_so_that_sync_goes_on(tmp_path: Path, server) -> None:
+def test_a_log_that_a_kill_cut_anywhere_is_mended_so_that_sync_goes_on(
+    tmp_path: Path, server
+) -> None:
     """wandb writes by blocks: a kill may leave a part of a record, or no record. `wandb sync` would stop there."""
     attempt(tmp_path, "offline", None)
     (log,) = attempts(tmp_path)
@@ -165,7 +180,9 @@ tracker.finish()
 
 
 @pytest.mark.parametrize("carrier", ["offline", "online"])
-@pytest.mark.parametrize("moments", ["1.5", pytest.param("1,1.5", marks=pytest.mark.slow)], ids=["once", "twice"])
+@pytest.mark.parametrize(
+    "moments", ["1.5", pytest.param("1,1.5", marks=pytest.mark.slow)], ids=["once", "twice"]
+)
 def test_a_service_that_is_killed_costs_no_row_and_doubles_none(
     moments: str, carrier: str, tmp_path: Path, server
 ) -> None:
@@ -197,5 +214,7 @@ def test_a_server_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch)
     for address in ("http://127.0.0.1:1", "http://bob:hunter2@127.0.0.1:1"):
         monkeypatch.setenv("WANDB_BASE_URL", address)
         wandb.teardown()
-        with pytest.raises(UserError, match=r"cannot be reached \(http://127.0.0.1:1 does not answer\)"):
+        with pytest.raises(
+            UserError, match=r"cannot be reached \(http://127.0.0.1:1 does not answer\)"
+        ):
             upload(tmp_path)

@@ -5,14 +5,16 @@ import math
 
 import pytest
 
-from core.errors import UserError
-from tracking import TrackingConfig, read_log, start_tracker
+from cpt_merge.core.errors import UserError
+from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
 
 LOCAL = TrackingConfig(carrier="none")
 
 
 def start(directory, run_id="run-1", config=LOCAL):
-    return start_tracker(config, "training", "demo", "demo-abc", directory, {"training": {"seed": 0}}, run_id)
+    return start_tracker(
+        config, "training", "demo", "demo-abc", directory, {"training": {"seed": 0}}, run_id
+    )
 
 
 def steps(directory):
@@ -74,7 +76,9 @@ def test_an_attempt_that_ends_before_it_logs_anything_loses_nothing(tmp_path):
     first = start(tmp_path)
     first.log({"train/loss": 1.0}, step=10)
     first.table("train/continuations", ["step"], [[10]])
-    (tmp_path / "alerts.jsonl").write_text('{"time": 1.0, "title": "loss spike", "text": "step 9"}\n{"time": 2')
+    (tmp_path / "alerts.jsonl").write_text(
+        '{"time": 1.0, "title": "loss spike", "text": "step 9"}\n{"time": 2'
+    )
     second = start(tmp_path)
     second.alert("training stopped", "by SIGTERM")
     second.finish()
@@ -101,11 +105,19 @@ def test_a_row_cut_off_by_a_kill_is_left_out(tmp_path):
     second = start(tmp_path)
     second.resume_from(1)
     second.log({"train/loss": 2.0}, step=2)
-    assert [json.loads(line)["train/step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [
+        json.loads(line)["train/step"]
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2]
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+    }.items():
         monkeypatch.setenv(name, value)
     tracker = start(tmp_path / "log")
     tracker.log({"train/loss": 1.0}, step=1)

@@ -33,14 +33,21 @@ def records(log: Path) -> list[Record]:
 def attempts(directory: Path) -> list[Path]:
     """The transaction logs of all attempts under a tracker's directory, in the order of their starts."""
     wandb.teardown()  # this process's service closes its logs a moment after a run's finish
-    logs = [path for path in (directory / "wandb").glob("*run-*/*.wandb") if not path.parent.is_symlink()]
+    logs = [
+        path
+        for path in (directory / "wandb").glob("*run-*/*.wandb")
+        if not path.parent.is_symlink()
+    ]
     return sorted(logs, key=lambda path: path.parent.name.removeprefix("offline-"))
 
 
 def items(log: Path) -> list[dict]:
     """The rows of history of one attempt."""
     return [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        {
+            item.key or ".".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
         for record in records(log)
         if record.WhichOneof("record_type") == "history"
     ]
@@ -55,5 +62,7 @@ def history(directory: Path, metric: str) -> list[tuple[int, float]]:
 def inspect(run: Path) -> list[dict]:
     """The records of one attempt, as `wandb leet inspect` shows them."""
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(run)]
-    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LANG": "C.UTF-8"})
+    shown = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "LANG": "C.UTF-8"}
+    )
     return [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]

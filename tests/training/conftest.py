@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from core.sources import Corpus, Source
-from training.tokenise import write_store
+from cpt_merge.data.sources import Corpus, Source
+from cpt_merge.data.tokenise import write_store
 
 CONFIG: dict[str, Any] = {
     "sequence_length": 32, "batch_rows": 8, "micro_batch_rows": 2, "tokens": 32 * 8 * 12, "precision": "fp32",
@@ -22,15 +22,33 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 WORDS = {
-    "ko": ["나는", "너를", "우리", "집에", "가서", "밥을", "먹고", "잠을", "잔다", "그리고", "다시"],
+    "ko": [
+        "나는",
+        "너를",
+        "우리",
+        "집에",
+        "가서",
+        "밥을",
+        "먹고",
+        "잠을",
+        "잔다",
+        "그리고",
+        "다시",
+    ],
     "en": ["we", "go", "home", "and", "eat", "rice", "then", "sleep"],
 }
 
 
 def write_text(path: Path, language: str, documents: int) -> Path:
     generator = random.Random(language)
-    lines = [" ".join(generator.choices(WORDS[language], k=generator.randint(3, 60))) for _ in range(documents)]
-    path.write_text("".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    lines = [
+        " ".join(generator.choices(WORDS[language], k=generator.randint(3, 60)))
+        for _ in range(documents)
+    ]
+    path.write_text(
+        "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -38,7 +56,11 @@ def write_text(path: Path, language: str, documents: int) -> Path:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     folder = tmp_path_factory.mktemp("text")
     sources = [
-        Source(path=str(write_text(folder / f"{language}.jsonl", language, 400)), language=language, weight=weight)
+        Source(
+            path=str(write_text(folder / f"{language}.jsonl", language, 400)),
+            language=language,
+            weight=weight,
+        )
         for language, weight in (("ko", 0.8), ("en", 0.2))
     ]
     return Corpus(sources=sources, heldout=0.1)
@@ -46,13 +68,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def make_model(folder: Path, corpus: Corpus, tied: bool) -> Path:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(False),
+        decoders.ByteLevel(),
+    )
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     texts = [text for source in corpus.sources for text in corpus.documents(source, "train")]
     tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=301, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from training.packing import IGNORED, Batch
+from cpt_merge.data.packing import IGNORED, Batch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -71,15 +71,21 @@ def make_family(folder: Path, family: str, tied: bool, **changes: Any) -> Any:
     name, values = {**FAMILIES, **LEAKING}[family]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**values, **changes, "tie_word_embeddings": tied})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    for parameter in model.parameters():  # so that biases and norms count, and logits are far from uniform
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    for (
+        parameter
+    ) in model.parameters():  # so that biases and norms count, and logits are far from uniform
         torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
     model.tie_weights()
     model.save_pretrained(folder)
     return model
 
 
-def documents(rows: int, lengths: tuple[int, ...] = (7, 12, 1, 13), vocabulary: int = 100, seed: int = 0) -> Batch:
+def documents(
+    rows: int, lengths: tuple[int, ...] = (7, 12, 1, 13), vocabulary: int = 100, seed: int = 0
+) -> Batch:
     """Rows of documents of these lengths, shifted by one document from row to row."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, vocabulary, (rows, sum(lengths)), generator=generator)
@@ -97,6 +103,9 @@ def apart(batch: Batch) -> list[Batch]:
     for row in range(rows):
         starts = [*torch.where(batch.position_ids[row] == 0)[0].tolist(), length]
         for start, stop in itertools.pairwise(starts):
-            cut = (tensor[row : row + 1, start:stop] for tensor in (batch.input_ids, batch.labels, batch.position_ids))
+            cut = (
+                tensor[row : row + 1, start:stop]
+                for tensor in (batch.input_ids, batch.labels, batch.position_ids)
+            )
             parts.append(Batch.of(*(tensor.clone() for tensor in cut)))
     return parts

@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from core.errors import Interrupted
-from launcher.start import backend_environment
-from merge import MergeConfig
-from merge.hook import plan_for_shards
-from merge.plan import MergeInputs, MergePlan
+from cpt_merge.core.errors import Interrupted
+from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.store import Store
+from cpt_merge.launcher.start import backend_environment
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.hook import plan_for_shards
+from cpt_merge.merge.plan import MergeInputs, MergePlan
+from cpt_merge.tracking import Cell
+from cpt_merge.training.callbacks.preview import Interview
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.optimizer import rate_factor
+from cpt_merge.training.run import TrainingInputs, run
 from tests.training.conftest import CONFIG, Recorder
-from tracking import Cell
-from training.config import TrainingConfig
-from training.optimizer import rate_factor
-from training.packing import TrainingRows
-from training.preview import Interview
-from training.run import TrainingInputs, run
-from training.store import Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,9 @@ class Job:
     store: Path
     out: Path
     changes: dict[str, Any] = field(default_factory=dict)
-    backend: str = "fsdp2"  # a file of recipes/accelerate; one process of the default is not sharded
+    backend: str = (
+        "fsdp2"  # a file of recipes/accelerate; one process of the default is not sharded
+    )
     stop_after: int = 0  # rank 1 (or the only one) gets SIGUSR1 when this step is logged
     signal_in: str = ""  # "evaluation" or "save": rank 1 gets SIGTERM in the first one after step 0
     poison: range = range(0)  # steps whose gradient is made NaN on one rank
@@ -94,7 +96,9 @@ def previewed_by(job: Job) -> tuple[MergePlan, Interview] | None:
     def score(replies: list[list[int]]) -> tuple[dict[str, float], list[list[Cell]]]:
         return {"replies": float(len(replies))}, [[" ".join(map(str, reply))] for reply in replies]
 
-    merge_plan = plan_for_shards(MergeConfig(**job.merge), MergeInputs(job.model, job.model, job.chat, job.model))
+    merge_plan = plan_for_shards(
+        MergeConfig(**job.merge), MergeInputs(job.model, job.model, job.chat, job.model)
+    )
     return merge_plan, Interview(PROMPTS, frozenset({1}), ("step", "reply"), score)
 
 
@@ -107,7 +111,9 @@ def ask_for(backend: str) -> None:
 def signal_when(tracker: Recorder, step: int) -> None:
     log = tracker.log
 
-    def log_and_signal(metrics: dict[str, float], step_now: int | None = None, **names: Any) -> None:
+    def log_and_signal(
+        metrics: dict[str, float], step_now: int | None = None, **names: Any
+    ) -> None:
         log(metrics, names.get("step", step_now))
         if names.get("step", step_now) == step:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -117,8 +123,8 @@ def signal_when(tracker: Recorder, step: int) -> None:
 
 def signal_within(what: str) -> None:
     """SIGTERM for this process from inside an evaluation, or while a checkpoint is being written."""
-    from training.backends.torch_native import TorchBackend
-    from training.checkpoints import Checkpoints
+    from cpt_merge.training.distributed.checkpoint import Checkpoints
+    from cpt_merge.training.distributed.fsdp import TorchBackend
 
     owner, name = {"evaluation": (TorchBackend, "loss"), "save": (Checkpoints, "_commit")}[what]
     original, calls = getattr(owner, name), [0]
@@ -136,7 +142,9 @@ def kill_self(job: Job) -> None:
     """SIGKILL for this process, in the middle of whatever it is doing."""
     folder = job.out / "checkpoints"
     while True:
-        steps = [int(path.relative_to(folder).parts[0][5:13]) for path in folder.glob(job.kill_when)]
+        steps = [
+            int(path.relative_to(folder).parts[0][5:13]) for path in folder.glob(job.kill_when)
+        ]
         if max(steps, default=-1) >= job.kill_after_step:
             break
         time.sleep(0.0005)
@@ -146,7 +154,7 @@ def kill_self(job: Job) -> None:
 
 def poison_batches(job: Job) -> None:
     """Rank 0 finds rows of these steps whose loss is NaN: an embedding row that only they use would be the same."""
-    from training.model import CausalLM
+    from cpt_merge.training.model.build import CausalLM
 
     forward: Callable[..., torch.Tensor] = CausalLM.forward
     config, rows = job.config, TrainingRows(Store.open(job.store), job.config.sequence_length, 0)
@@ -182,8 +190,12 @@ def reference_steps(model_path: Path, store: Path) -> dict[int, tuple[float, flo
     rows = TrainingRows(Store.open(store), config.sequence_length, config.seed)
     for step in range(config.steps):
         batch = rows.batch(list(range(step * 8, step * 8 + 8)))
-        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+        logits = model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        ).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100
+        )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for group in optimizer.param_groups:

@@ -3,8 +3,8 @@
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MixtralConfig
 
-from core.errors import UserError
-from training.flops import flops_per_token, mfu, peak_flops
+from cpt_merge.core.errors import UserError
+from cpt_merge.training.flops import flops_per_token, mfu, peak_flops
 
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
@@ -29,7 +29,9 @@ def test_llama_3_8b_by_hand() -> None:
 def test_mfu_is_what_torchtitan_published_for_llama_3_8b(rate: float, published: float) -> None:
     flops = flops_per_token(LLAMA_3_8B, 8_030_261_248, 8192)
     assert flops
-    assert mfu(rate, flops, peak_flops("NVIDIA H100 80GB HBM3")) == pytest.approx(published, abs=0.01)
+    assert mfu(rate, flops, peak_flops("NVIDIA H100 80GB HBM3")) == pytest.approx(
+        published, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -42,7 +44,10 @@ def test_the_head_counts_once_and_the_look_up_never(tied: bool) -> None:
     layer = 4 * 16 * 32 + 3 * 16 * 24 + 2 * 16  # attention of two heads of 16, MLP, norms
     matrices = 2 * layer + 16 + 100 * 16  # final norm, head
     assert flops_per_token(config, parameters, 8) == 6 * matrices + 12 * 2 * 32 * 8
-    assert flops_per_token(config, parameters, 8, frozen=2 * layer) == 6 * matrices - 2 * 2 * layer + 12 * 2 * 32 * 8
+    assert (
+        flops_per_token(config, parameters, 8, frozen=2 * layer)
+        == 6 * matrices - 2 * 2 * layer + 12 * 2 * 32 * 8
+    )
 
 
 @pytest.mark.parametrize("config", [MixtralConfig(num_local_experts=8), MambaConfig()])

@@ -12,12 +12,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from core.errors import UserError
-from tests.distributed import run_ranks
-from training.backends.compute_copy import ComputeCopy
-from training.config import TrainingConfig
-from training.loss import Head, cross_entropy_sum
-from training.memory import (
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.store import Store
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.compute_copy import ComputeCopy
+from cpt_merge.training.memory import (
     MemorySetup,
     ModelShape,
     Strategy,
@@ -26,9 +26,9 @@ from training.memory import (
     available_memory,
     estimate_memory,
 )
-from training.model import CausalLM
-from training.packing import TrainingRows
-from training.store import Store
+from cpt_merge.training.model.build import CausalLM
+from cpt_merge.training.model.loss import Head, cross_entropy_sum
+from tests.distributed import run_ranks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -49,8 +49,15 @@ def shape_of(model: LlamaForCausalLM) -> ModelShape:
     return ModelShape.from_config(model.config.to_dict(), parameters, "the model")
 
 
-def setup(strategy: Strategy = "fsdp2", shards: int = 1, precision: str = "bf16", **changes: Any) -> MemorySetup:
-    values = {"sequence_length": LENGTH, "micro_batch_rows": ROWS, "micro_batches": 1, "loss_chunk": 64}
+def setup(
+    strategy: Strategy = "fsdp2", shards: int = 1, precision: str = "bf16", **changes: Any
+) -> MemorySetup:
+    values = {
+        "sequence_length": LENGTH,
+        "micro_batch_rows": ROWS,
+        "micro_batches": 1,
+        "loss_chunk": 64,
+    }
     return MemorySetup(strategy, shards, precision, **(values | changes))
 
 
@@ -70,7 +77,9 @@ def local_bytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in locals_)
 
 
-def shard_and_step(precision: str, tied: bool, vocabulary_only: bool, replicas: int) -> tuple[int, int, int]:
+def shard_and_step(
+    precision: str, tied: bool, vocabulary_only: bool, replicas: int
+) -> tuple[int, int, int]:
     """(parameters, gradients, moments) in bytes on this rank, after one step under FSDP2 or HSDP."""
     torch.distributed.init_process_group("gloo")
     world = torch.distributed.get_world_size()
@@ -86,7 +95,9 @@ def shard_and_step(precision: str, tied: bool, vocabulary_only: bool, replicas: 
     optimizer = torch.optim.AdamW(trained, fused=True)
     model(**packed_rows(), use_cache=False).logits.float().square().mean().backward()
     optimizer.step()
-    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    moments = [
+        state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
+    ]
     gradients = [parameter.grad for parameter in trained]
     result = local_bytes(model.parameters()), local_bytes(gradients), local_bytes(moments)
     torch.distributed.destroy_process_group()
@@ -100,9 +111,13 @@ def shard_and_step(precision: str, tied: bool, vocabulary_only: bool, replicas: 
         ("pure-bf16", False, False, 2, 1), ("bf16", False, False, 4, 2),
     ],
 )  # fmt: skip
-def test_what_is_divided_is_exact(precision: str, tied: bool, vocabulary_only: bool, size: int, replicas: int) -> None:
+def test_what_is_divided_is_exact(
+    precision: str, tied: bool, vocabulary_only: bool, size: int, replicas: int
+) -> None:
     shape = shape_of(build(torch.float32, tied))
-    estimate = estimate_memory(shape, setup("fsdp2", size // replicas, precision, vocabulary_only=vocabulary_only))
+    estimate = estimate_memory(
+        shape, setup("fsdp2", size // replicas, precision, vocabulary_only=vocabulary_only)
+    )
     for found in run_ranks(shard_and_step, size, precision, tied, vocabulary_only, replicas):
         assert found == (estimate.parameters, estimate.gradients, estimate.optimizer)
 
@@ -123,7 +138,9 @@ def test_zero_is_what_its_paper_says(stage: int) -> None:
     strategies: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
     estimate = estimate_memory(shape, setup(strategies[stage], 64))
     published = {1: 31.4, 2: 16.6, 3: 1.9}[stage]
-    assert (estimate.parameters + estimate.gradients + estimate.optimizer) / 1e9 == pytest.approx(published, abs=0.05)
+    assert (estimate.parameters + estimate.gradients + estimate.optimizer) / 1e9 == pytest.approx(
+        published, abs=0.05
+    )
 
 
 def test_zero_has_fp32_masters_always() -> None:
@@ -151,13 +168,16 @@ def kept_bytes(model: LlamaForCausalLM) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("vocabulary_only", [False, True])
-def test_activations_are_what_autograd_keeps(precision: str, attention: str, vocabulary_only: bool) -> None:
+def test_activations_are_what_autograd_keeps(
+    precision: str, attention: str, vocabulary_only: bool
+) -> None:
     model = build(TYPES[precision], attention=attention)
     if vocabulary_only:
         freeze_layers(model)
     found = kept_bytes(model)
     estimate = estimate_memory(
-        shape_of(model), setup("fsdp2", 1, precision, attention=attention, vocabulary_only=vocabulary_only)
+        shape_of(model),
+        setup("fsdp2", 1, precision, attention=attention, vocabulary_only=vocabulary_only),
     )
     assert estimate.activations == pytest.approx(found, rel=0.03)
 
@@ -167,7 +187,8 @@ def test_recomputation_keeps_the_input_of_each_layer() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     shape = shape_of(model)
     none, selective, full = (
-        estimate_memory(shape, setup(activation_checkpointing=kind)) for kind in ("none", "selective", "full")
+        estimate_memory(shape, setup(activation_checkpointing=kind))
+        for kind in ("none", "selective", "full")
     )
     assert full.activations == pytest.approx(kept_bytes(model), rel=0.03)
     assert full.activations < selective.activations < none.activations
@@ -179,14 +200,19 @@ def test_recomputation_keeps_the_input_of_each_layer() -> None:
 def allocated_at_peak(profile: torch.profiler.profile) -> int:
     """The most bytes that were there at once of what was allocated under the profiler."""
     live = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):  # type: ignore[union-attr]
+    for event in sorted(
+        profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()
+    ):  # type: ignore[union-attr]
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
     return peak
 
 
-MEMORY_PROFILE: dict[str, Any] = {"profile_memory": True, "activities": [torch.profiler.ProfilerActivity.CPU]}
+MEMORY_PROFILE: dict[str, Any] = {
+    "profile_memory": True,
+    "activities": [torch.profiler.ProfilerActivity.CPU],
+}
 
 
 def test_the_peak_of_the_loss_is_what_is_said() -> None:
@@ -205,7 +231,9 @@ def whole_steps(store: Path, sizes: dict[str, Any], asked: MemorySetup) -> tuple
     """(parameters of the model, bytes on this rank at the peak of a step) of our loss under FSDP2 or alone."""
     torch.distributed.init_process_group("gloo")
     dtype = torch.bfloat16 if asked.precision == "pure-bf16" else torch.float32
-    model = LlamaForCausalLM._from_config(LlamaConfig(**sizes), dtype=dtype, attn_implementation="sdpa").train()
+    model = LlamaForCausalLM._from_config(
+        LlamaConfig(**sizes), dtype=dtype, attn_implementation="sdpa"
+    ).train()
     if asked.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = CausalLM(model, asked.loss_chunk)
@@ -229,12 +257,16 @@ def whole_steps(store: Path, sizes: dict[str, Any], asked: MemorySetup) -> tuple
         optimizer.zero_grad()
 
     step()
-    held = local_bytes({id(one): one for one in (*module.parameters(), *running.parameters())}.values())
+    held = local_bytes(
+        {id(one): one for one in (*module.parameters(), *running.parameters())}.values()
+    )
     held += local_bytes(value for state in optimizer.state.values() for value in state.values())
     with torch.profiler.profile(**MEMORY_PROFILE) as profile:
         step()
     torch.distributed.destroy_process_group()
-    return sum(parameter.numel() for parameter in module.parameters()), held + allocated_at_peak(profile)
+    return sum(parameter.numel() for parameter in module.parameters()), held + allocated_at_peak(
+        profile
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,10 +279,15 @@ def whole_steps(store: Path, sizes: dict[str, Any], asked: MemorySetup) -> tuple
         ({"strategy": "single", "shards": 1, "activation_checkpointing": "full"}, {}),
         # fp32: a CPU copies what it adds in another type, and a GPU does not
         ({"precision": "fp32", "activation_checkpointing": "full", "micro_batches": 2}, {}),
-        ({"precision": "fp32", "loss_chunk": 32}, {"vocab_size": 16_384, "tie_word_embeddings": True}),
+        (
+            {"precision": "fp32", "loss_chunk": 32},
+            {"vocab_size": 16_384, "tie_word_embeddings": True},
+        ),
     ],
 )
-def test_the_peak_of_a_whole_step_is_near(changes: dict[str, Any], sizes: dict[str, Any], store: Path) -> None:
+def test_the_peak_of_a_whole_step_is_near(
+    changes: dict[str, Any], sizes: dict[str, Any], store: Path
+) -> None:
     whole = {**SIZES, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, **sizes}
     asked = setup(**({"shards": 2, "micro_batch_rows": 4} | changes))
     for parameters, peak in run_ranks(whole_steps, 2, store, whole, asked):
@@ -269,7 +306,9 @@ def test_the_setup_follows_from_the_configuration() -> None:
 
 def test_a_configuration_without_heads_is_named() -> None:
     with pytest.raises(UserError, match=r"config\.json of mamba has no num_attention_heads"):
-        ModelShape.from_config({"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1}, 1, "mamba")
+        ModelShape.from_config(
+            {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1}, 1, "mamba"
+        )
 
 
 def write(path: Path, text: str) -> None:

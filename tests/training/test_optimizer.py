@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from cpt_merge.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from cpt_merge.training.model.build import build_model, load_weights
+from cpt_merge.training.optimizer import build_optimizer, rate_factor, set_rate
+from cpt_merge.training.phases import Phase
 from tests.training.conftest import CONFIG
-from training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
-from training.model import build_model, load_weights
-from training.optimizer import build_optimizer, rate_factor, set_rate
-from training.phases import Phase
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd"])

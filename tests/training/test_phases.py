@@ -8,14 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint.vocabulary import NewPiece, VocabularyMap
+from cpt_merge.checkpoint.vocabulary_map import NewPiece, VocabularyMap
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.phases import phases_of
 from tests.distributed import run_ranks
 from tests.training.runs import Job, assert_same_weights, train, weights
-from training.config import TrainingConfig
-from training.phases import phases_of
 
 ROW = 32 * 8
-PHASES = [{"train": "new_rows", "tokens": 4 * ROW}, {"train": "vocabulary", "tokens": 4 * ROW}, {"train": "all"}]
+PHASES = [
+    {"train": "new_rows", "tokens": 4 * ROW},
+    {"train": "vocabulary", "tokens": 4 * ROW},
+    {"train": "all"},
+]
 OLD_ROWS = 200
 MATRICES = {"model.embed_tokens.weight", "lm_head.weight"}
 
@@ -49,7 +53,9 @@ def test_budgets_become_whole_steps_that_follow_each_other() -> None:
         ([{"train": "vocabulary", "tokens": 400}], "it takes the rest"),
     ],
 )
-def test_budgets_that_contradict_are_refused(phases: list[dict[str, object]], sentence: str) -> None:
+def test_budgets_that_contradict_are_refused(
+    phases: list[dict[str, object]], sentence: str
+) -> None:
     with pytest.raises(ValueError, match=sentence):
         TrainingConfig(tokens=1000, sequence_length=10, batch_rows=5, phases=phases)
 
@@ -59,7 +65,7 @@ def phase_model(out: Path, number: int) -> dict[str, torch.Tensor]:
 
 
 def keep_phases() -> None:
-    from training.run import Training
+    from cpt_merge.training.run import Training
 
     Training.remove_phases = lambda self: None  # type: ignore[method-assign]
 
@@ -69,14 +75,23 @@ def train_and_keep(job: Job) -> dict[int, float]:
     return train(job)
 
 
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"]
+)
 @pytest.mark.parametrize(
     ("backend", "size"),
     [("fsdp2", 2), *(pytest.param(f"zero{stage}", 2, marks=pytest.mark.slow) for stage in (1, 2, 3)),
      pytest.param("hsdp", 4, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_what_a_phase_does_not_train_does_not_move_by_one_bit(
-    backend: str, size: int, tied: bool, model: Path, tied_model: Path, store: Path, tokenizer: Path, tmp_path: Path
+    backend: str,
+    size: int,
+    tied: bool,
+    model: Path,
+    tied_model: Path,
+    store: Path,
+    tokenizer: Path,
+    tmp_path: Path,
 ) -> None:
     chosen, out = tied_model if tied else model, tmp_path / "run"
     job = Job(chosen, store, out, {"phases": PHASES}, backend, tokenizer=tokenizer)
@@ -96,7 +111,9 @@ def test_what_a_phase_does_not_train_does_not_move_by_one_bit(
         assert not torch.equal(second[name][:OLD_ROWS], before[:OLD_ROWS]), name
 
 
-@pytest.mark.parametrize("stop_after", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 4, 10))])
+@pytest.mark.parametrize(
+    "stop_after", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 4, 10))]
+)
 def test_a_run_through_phases_resumes_exactly(
     stop_after: int, model: Path, store: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -114,7 +131,7 @@ def test_a_run_through_phases_resumes_exactly(
 
 def train_and_stop_between_phases(job: Job) -> dict[int, float]:
     """The signal comes when the first phase is exported and the second one has no checkpoint of its own."""
-    from training.backends.torch_native import TorchBackend
+    from cpt_merge.training.distributed.fsdp import TorchBackend
 
     close = TorchBackend.close
     TorchBackend.close = lambda self: (close(self), os.kill(os.getpid(), signal.SIGUSR1))[0]  # type: ignore[method-assign]
@@ -136,7 +153,9 @@ def test_stopped_between_two_phases_the_second_one_begins_with_the_export(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["fsdp2", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (1, 2, 3))])
+@pytest.mark.parametrize(
+    "backend", ["fsdp2", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (1, 2, 3))]
+)
 def test_a_run_that_was_killed_when_all_was_done_exports_again(
     backend: str, model: Path, store: Path, tmp_path: Path
 ) -> None:
@@ -150,5 +169,7 @@ def test_a_run_that_was_killed_when_all_was_done_exports_again(
 
 
 def test_new_rows_need_to_be_known(model: Path, store: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"has no vocabulary_map\.json, so no row is known to be new"):
+    with pytest.raises(
+        AssertionError, match=r"has no vocabulary_map\.json, so no row is known to be new"
+    ):
         run_ranks(train, 1, Job(model, store, tmp_path, {"phases": PHASES}))

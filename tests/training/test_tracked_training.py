@@ -7,21 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from core.sources import Corpus
+from cpt_merge.data.sources import Corpus
+from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
 from tests.tracking.conftest import KEY
 from tests.tracking.server import WandbServer
 from tests.training.conftest import CONFIG
-from tracking import TrackingConfig, read_log, start_tracker
 
 
 def train_online(url: str, model: Path, store: Path, corpus: Corpus, out: Path) -> None:
-    os.environ |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.5"}
+    os.environ |= {
+        "WANDB_BASE_URL": url,
+        "WANDB_API_KEY": KEY,
+        "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.5",
+    }
     os.environ |= {"OMP_NUM_THREADS": "1"}
-    from training.config import TrainingConfig
-    from training.run import TrainingInputs, run
+    from cpt_merge.training.config import TrainingConfig
+    from cpt_merge.training.run import TrainingInputs, run
 
-    config = TrainingConfig(**{**CONFIG, "tokens": 32 * 8 * 120, "evaluate_every": 20, "checkpoints": {"every": 10}})
-    tracker = start_tracker(TrackingConfig(carrier="online"), "training", "tiny", "tiny-g", out / "log", {}, "tiny-1")
+    config = TrainingConfig(
+        **{**CONFIG, "tokens": 32 * 8 * 120, "evaluate_every": 20, "checkpoints": {"every": 10}}
+    )
+    tracker = start_tracker(
+        TrackingConfig(carrier="online"), "training", "tiny", "tiny-g", out / "log", {}, "tiny-1"
+    )
     run(config, TrainingInputs(model, model, store, "key", model, corpus), out, tracker, None)
     tracker.finish()
 
@@ -37,7 +45,9 @@ def test_training_that_is_killed_and_resumed_is_whole_at_the_server(
     start = multiprocessing.get_context("spawn")
     with WandbServer() as server:
         for kill_after in (25, 58, 93, None):
-            process = start.Process(target=train_online, args=(server.url, model, store, corpus, tmp_path))
+            process = start.Process(
+                target=train_online, args=(server.url, model, store, corpus, tmp_path)
+            )
             process.start()
             deadline = time.monotonic() + 120
             while kill_after and process.is_alive() and steps_logged(tmp_path) < kill_after:
@@ -53,6 +63,12 @@ def test_training_that_is_killed_and_resumed_is_whole_at_the_server(
     assert [step for step, _ in log.series("valid/ko/loss")] == list(range(0, 121, 20))
     assert run.overwritten == 0
     assert [row["_step"] for row in run.history] == list(range(len(run.history)))
-    for metric in ("train/loss", "train/tokens", "train/gradient_norm", "valid/ko/bits_per_byte", "valid/en/loss"):
+    for metric in (
+        "train/loss",
+        "train/tokens",
+        "train/gradient_norm",
+        "valid/ko/bits_per_byte",
+        "valid/en/loss",
+    ):
         assert run.rows(metric) == log.series(metric), metric
     assert run.rows("train/loss", by="train/tokens") == log.series("train/loss", by="train/tokens")

@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 
-from core.errors import UserError
-from launcher.start import backend_environment
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.store import Store
+from cpt_merge.launcher.start import backend_environment
 from tests.distributed import run_ranks
-from tests.training.runs import ROOT, Job, assert_same_weights, reference_losses, reference_steps, train, train_steps
-from training.packing import TrainingRows
-from training.store import Store
+from tests.training.runs import (
+    ROOT,
+    Job,
+    assert_same_weights,
+    reference_losses,
+    reference_steps,
+    train,
+    train_steps,
+)
 
 BACKENDS = [("fsdp2", 1), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
 TWO_PHASES = [{"train": "vocabulary", "tokens": 6 * 32 * 8}, {"train": "all"}]
@@ -21,13 +29,17 @@ TWO_PHASES = [{"train": "vocabulary", "tokens": 6 * 32 * 8}, {"train": "all"}]
 def backends(*quick: tuple[str, int]) -> list[object]:
     """All of them; those that are not quick only in `make test-all`."""
     return [
-        pytest.param(*pair, id=f"{pair[0]}-{pair[1]}", marks=[] if pair in quick else [pytest.mark.slow])
+        pytest.param(
+            *pair, id=f"{pair[0]}-{pair[1]}", marks=[] if pair in quick else [pytest.mark.slow]
+        )
         for pair in BACKENDS
     ]
 
 
 @pytest.mark.parametrize(("backend", "size"), backends(("fsdp2", 1), ("fsdp2", 2), ("zero2", 2)))
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"]
+)
 def test_equals_a_plain_single_process_reference(
     backend: str, size: int, tied: bool, model: Path, tied_model: Path, store: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +83,9 @@ def test_a_checkpoint_continues_at_another_size_and_layout(
 ) -> None:
     whole = run_ranks(train, 1, Job(model, store, tmp_path / "whole"))[0]
     parts = tmp_path / "parts"
-    first = run_ranks(train, before[1], Job(model, store, parts, backend=before[0], stop_after=5))[0]
+    first = run_ranks(train, before[1], Job(model, store, parts, backend=before[0], stop_after=5))[
+        0
+    ]
     second = run_ranks(train, after[1], Job(model, store, parts, backend=after[0]))[0]
     assert min(second) == max(first) + 1
     assert max(second) == 12
@@ -85,10 +99,17 @@ def train_in_a_group_of_one(job: Job) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"]
+)
 @pytest.mark.parametrize(
     "more",
-    [{}, pytest.param({"activation_checkpointing": "full", "phases": TWO_PHASES}, marks=pytest.mark.slow)],
+    [
+        {},
+        pytest.param(
+            {"activation_checkpointing": "full", "phases": TWO_PHASES}, marks=pytest.mark.slow
+        ),
+    ],
     ids=["plain", "phases"],
 )
 def test_bf16_on_one_process_is_bit_for_bit_what_fsdp2_computes(
@@ -109,25 +130,38 @@ def test_bf16_on_one_process_is_bit_for_bit_what_fsdp2_computes(
 @pytest.mark.slow
 def test_deepspeed_says_what_its_checkpoints_need(model: Path, store: Path, tmp_path: Path) -> None:
     run_ranks(train, 2, Job(model, store, tmp_path, backend="zero2", stop_after=5))
-    with pytest.raises(AssertionError, match="was written by DeepSpeed ZeRO 2 on 2 processes and cannot be loaded by"):
+    with pytest.raises(
+        AssertionError,
+        match="was written by DeepSpeed ZeRO 2 on 2 processes and cannot be loaded by",
+    ):
         run_ranks(train, 2, Job(model, store, tmp_path, backend="zero1"))
     with pytest.raises(AssertionError, match="cannot be loaded by torch"):
         run_ranks(train, 2, Job(model, store, tmp_path))
 
 
-def test_a_step_whose_gradient_is_not_finite_changes_nothing(model: Path, store: Path, tmp_path: Path) -> None:
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
     """One rank's NaN: the step is left out on all, counted, and the run goes on as if it had not been."""
     losses = run_ranks(train, 2, Job(model, store, tmp_path, poison=range(5, 7)))[0]
     assert [step for step, loss in losses.items() if loss != loss] == [6, 7]
     assert losses[12] < losses[1] - 0.5
-    state = json.loads((tmp_path / "checkpoints" / "step-00000012" / "train_state.json").read_text())
+    state = json.loads(
+        (tmp_path / "checkpoints" / "step-00000012" / "train_state.json").read_text()
+    )
     assert state["skipped"] == 0
 
 
-@pytest.mark.parametrize(("step", "stop_after"), [(5, 6), (11, 0)], ids=["stopped after it", "the last step"])
-def test_a_single_such_step_ends_nothing(step: int, stop_after: int, model: Path, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("step", "stop_after"), [(5, 6), (11, 0)], ids=["stopped after it", "the last step"]
+)
+def test_a_single_such_step_ends_nothing(
+    step: int, stop_after: int, model: Path, store: Path, tmp_path: Path
+) -> None:
     """The weights are those of the step before, so they can be saved and exported."""
-    losses = run_ranks(train, 2, Job(model, store, tmp_path, poison=range(step, step + 1), stop_after=stop_after))[0]
+    losses = run_ranks(
+        train, 2, Job(model, store, tmp_path, poison=range(step, step + 1), stop_after=stop_after)
+    )[0]
     assert [step for step, loss in losses.items() if loss != loss] == [step + 1]
     state = json.loads(max((tmp_path / "checkpoints").glob("step-*/train_state.json")).read_text())
     assert (state["step"], state["skipped"]) == (max(losses), max(losses) == step + 1)
@@ -138,11 +172,15 @@ def test_after_too_many_such_steps_it_stops_and_names_the_last_good_checkpoint(
     backend: str, model: Path, store: Path, tmp_path: Path
 ) -> None:
     job = Job(model, store, tmp_path, {"max_skipped_steps": 2}, backend, poison=range(5, 9))
-    with pytest.raises(AssertionError, match=r"2 steps in a row had a non-finite gradient.*step-00000004"):
+    with pytest.raises(
+        AssertionError, match=r"2 steps in a row had a non-finite gradient.*step-00000004"
+    ):
         run_ranks(train, 2, job)
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(model: Path, store: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_configuration_is_refused(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
     job = Job(model, store, tmp_path, {"tokens": 32 * 8})
     run_ranks(train, 1, job)
     state = next((tmp_path / "checkpoints").glob("step-*/train_state.json"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.checks import CHECKS, loose_variants, parse_check
+from cpt_merge.evaluation.checks import CHECKS, loose_variants, parse_check
 
 # name, arguments, a reply that passes, one that does not
 CASES = [
@@ -100,12 +100,18 @@ def test_what_failed_is_said_with_what_was_found():
     check = parse_check({"name": "sentences", "exactly": 3}, "test")
     assert check.failure("하나. 둘.") == "sentences (exactly 3): 2 found"
     assert check.failure(" ") == "sentences (exactly 3): the reply is empty"
-    assert parse_check({"name": "occurrences", "word": "香", "at_least": 3}, "test").failure("香").endswith(": 1 found")
+    assert (
+        parse_check({"name": "occurrences", "word": "香", "at_least": 3}, "test")
+        .failure("香")
+        .endswith(": 1 found")
+    )
     assert parse_check({"name": "no_commas"}, "test").failure("，") == "no_commas"
 
 
 def test_the_loose_variants_forgive_an_introduction_and_stars():
-    assert len(loose_variants("a *b*\nc\nd")) == 8 - 2  # without the first line there are no stars to remove
+    assert (
+        len(loose_variants("a *b*\nc\nd")) == 8 - 2
+    )  # without the first line there are no stars to remove
     check = parse_check({"name": "starts_with", "text": "親愛的老師"}, "test")
     for reply in ("好的，以下是信：\n親愛的老師：您好", "**親愛的老師**：您好"):
         assert not check.passes(reply)

@@ -2,7 +2,14 @@
 
 import pytest
 
-from evaluation.checks.segments import bullets, characters, numbers, paragraphs, sentences, words
+from cpt_merge.evaluation.checks.segments import (
+    bullets,
+    characters,
+    numbers,
+    paragraphs,
+    sentences,
+    words,
+)
 
 SENTENCES = [
     # Chinese: full-width marks, quotations, ellipsis, numbers

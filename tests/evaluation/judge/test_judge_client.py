@@ -8,12 +8,12 @@ from contextlib import suppress
 
 import pytest
 
-from core.errors import UserError
-from core.world import World
-from evaluation.config import JudgeEndpointConfig, PriceConfig
-from evaluation.division import Division
-from evaluation.endpoint import Endpoint, EndpointError, _pause
-from evaluation.judge.client import NO_COMPLETION, Judge, Usage
+from cpt_merge.core.distributed import World
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, _pause
+from cpt_merge.evaluation.judge.client import NO_COMPLETION, Judge, Usage
 from tests.distributed import free_port
 from tests.evaluation.http_server import completion, judging
 
@@ -24,7 +24,9 @@ PRICE = PriceConfig(prompt=2.0, completion=10.0)
 @pytest.fixture
 def make(tmp_path):
     def make(url, **settings):
-        config = JudgeEndpointConfig(url=url, model="m", attempts=3, timeout=5, key_variable="A_KEY", **settings)
+        config = JudgeEndpointConfig(
+            url=url, model="m", attempts=3, timeout=5, key_variable="A_KEY", **settings
+        )
         return Judge(config, tmp_path / "cache", at_once=2)
 
     return make
@@ -42,7 +44,12 @@ def test_answers_in_order_and_what_is_sent(serve, make, monkeypatch):
     assert len(server.asked) == 3, "equal prompts are asked once"
     assert server.asked[0] == (
         "/v1/chat/completions",
-        {"model": "m", "messages": server.asked[0][1]["messages"], "temperature": 0, "max_completion_tokens": 9},
+        {
+            "model": "m",
+            "messages": server.asked[0][1]["messages"],
+            "temperature": 0,
+            "max_completion_tokens": 9,
+        },
     )
     assert set(server.keys) == {"Bearer secret"}
 
@@ -57,7 +64,9 @@ def test_what_was_asked_before_is_read_from_the_disk(serve, make, tmp_path):
     assert len(server.asked) == 3, "another request is another question"
     for file in (tmp_path / "cache").iterdir():
         file.write_text('{"request', encoding="utf-8")
-    assert texts(make(server.url).ask(["a"], ALONE)) == ["fine"], "one that cannot be read is asked again"
+    assert texts(make(server.url).ask(["a"], ALONE)) == ["fine"], (
+        "one that cannot be read is asked again"
+    )
     assert len(server.asked) == 4
 
 
@@ -105,7 +114,9 @@ def test_an_error_whose_text_breaks_off_is_an_error_like_others():
 
     threading.Thread(target=refuse, daemon=True).start()
     with pytest.raises(EndpointError, match="status 503 Busy"):
-        Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", "NO_KEY", timeout=2, attempts=1).post("x", {})
+        Endpoint(
+            f"http://127.0.0.1:{listener.getsockname()[1]}", "NO_KEY", timeout=2, attempts=1
+        ).post("x", {})
     listener.close()
 
 
@@ -128,18 +139,24 @@ def test_an_answer_that_drips_is_given_up_after_the_timeout():
     threading.Thread(target=drip, daemon=True).start()
     started = time.monotonic()
     with pytest.raises(EndpointError, match="no answer in time"):
-        Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", "NO_KEY", timeout=0.3, attempts=1).post("x", {})
+        Endpoint(
+            f"http://127.0.0.1:{listener.getsockname()[1]}", "NO_KEY", timeout=0.3, attempts=1
+        ).post("x", {})
     assert time.monotonic() - started < 2
     listener.close()
 
 
-@pytest.mark.parametrize("answer", ["[" * 100_000, '{"usage": {"prompt_tokens": 1e999, "completion_tokens": 1}}'])
+@pytest.mark.parametrize(
+    "answer", ["[" * 100_000, '{"usage": {"prompt_tokens": 1e999, "completion_tokens": 1}}']
+)
 def test_an_answer_that_is_too_much_is_no_answer(serve, make, answer):
     (found,) = make(serve(lambda number, body: (200, answer)).url).ask(["a"], ALONE)
     assert found.text is None
 
 
-@pytest.mark.parametrize("answer", ["[]", '{"choices": []}', '{"choices": [{"message": {"content": null}}]}', "3"])
+@pytest.mark.parametrize(
+    "answer", ["[]", '{"choices": []}', '{"choices": [{"message": {"content": null}}]}', "3"]
+)
 def test_what_is_no_completion_is_no_answer_and_is_not_kept(serve, make, tmp_path, answer):
     (found,) = make(serve(lambda number, body: (200, answer)).url).ask(["a"], ALONE)
     assert (found.text, found.reason, found.usage.sent) == (None, NO_COMPLETION, 1)
@@ -148,7 +165,11 @@ def test_what_is_no_completion_is_no_answer_and_is_not_kept(serve, make, tmp_pat
 
 def test_one_prompt_that_is_refused_leaves_the_others(serve, make):
     def behave(number, body):
-        return (400, "filtered") if body["messages"][0]["content"] == "bad" else (200, completion("ok"))
+        return (
+            (400, "filtered")
+            if body["messages"][0]["content"] == "bad"
+            else (200, completion("ok"))
+        )
 
     found = make(serve(behave).url).ask(["good", "bad", "fine"], ALONE)
     assert texts(found) == ["ok", None, "ok"]
@@ -156,7 +177,9 @@ def test_one_prompt_that_is_refused_leaves_the_others(serve, make):
 
 
 def test_a_dead_endpoint_is_left_alone(make):
-    found = make(f"http://127.0.0.1:{free_port()}/v1").ask([str(number) for number in range(50)], ALONE)
+    found = make(f"http://127.0.0.1:{free_port()}/v1").ask(
+        [str(number) for number in range(50)], ALONE
+    )
     assert set(texts(found)) == {None}
     assert "onnection refused (attempts: 3)" in found[-1].reason
 
@@ -176,10 +199,15 @@ def test_one_that_was_given_up_is_asked_for_a_word_before_it_is_asked_all_again(
 def test_the_check_before_hours_are_spent(serve, make, capsys):
     make(serve(judging(lambda prompt: "yes")).url).check()
     refusing = make(serve(lambda number, body: (404, json.dumps({"error": "no such model"}))).url)
-    with pytest.raises(UserError, match=r"the judge refuses: .*status 404.*correct evaluation.judge"):
+    with pytest.raises(
+        UserError, match=r"the judge refuses: .*status 404.*correct evaluation.judge"
+    ):
         refusing.check()
     make(f"http://127.0.0.1:{free_port()}/v1").check()
-    assert "judge m does not answer now, and is asked again when the replies are there" in capsys.readouterr().err
+    assert (
+        "judge m does not answer now, and is asked again when the replies are there"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_that_cannot_be_written(serve, make, tmp_path):

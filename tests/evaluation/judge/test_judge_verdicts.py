@@ -2,11 +2,11 @@
 
 import pytest
 
-from evaluation.config import JudgePromptsConfig
-from evaluation.conversation import Conversation, Exchange, Reply, Turn
-from evaluation.judge.agreement import kappa, rank_correlation
-from evaluation.judge.prompts import fill, prompts_of, transcript
-from evaluation.judge.verdicts import read_choice, read_mark
+from cpt_merge.evaluation.config import JudgePromptsConfig
+from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
+from cpt_merge.evaluation.judge.agreement import kappa, rank_correlation
+from cpt_merge.evaluation.judge.prompts import fill, prompts_of, transcript
+from cpt_merge.evaluation.judge.verdicts import read_choice, read_mark
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,12 @@ def test_unsafe_is_not_read_as_safe():
 
 
 def test_what_a_model_said_fills_in_nothing():
-    prompt = fill("{language}: {conversation} {reference}|", "ko", {"conversation": "{language} {reference} {x}"}, None)
+    prompt = fill(
+        "{language}: {conversation} {reference}|",
+        "ko",
+        {"conversation": "{language} {reference} {x}"},
+        None,
+    )
     assert prompt == "Korean: {language} {reference} {x} |"
     assert "<reference>\n네\n</reference>" in fill("{reference}", "ko", {}, "네")
 

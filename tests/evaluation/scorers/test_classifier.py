@@ -13,17 +13,19 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from core.errors import UserError
-from core.world import World
-from evaluation.conversation import Exchange, Reply, prompt
-from evaluation.division import Division
-from evaluation.scorers.classifier import ClassifierScorer, positions_of
+from cpt_merge.core.distributed import World
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.scorers.classifier import ClassifierScorer, positions_of
 from tests.evaluation.conftest import TEXTS, make_tokenizer
 
 ALONE = Division(World())
 
 
-@pytest.fixture(scope="module", params=["single_label_classification", "multi_label_classification"])
+@pytest.fixture(
+    scope="module", params=["single_label_classification", "multi_label_classification"]
+)
 def classifier(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer = make_tokenizer(300, None)
@@ -41,14 +43,22 @@ def classifier(request, tmp_path_factory):
 
 
 def exchanges(texts):
-    return [Exchange(prompt("en", [{"role": "user", "content": "?"}]), (Reply(text, True, 3),)) for text in texts]
+    return [
+        Exchange(prompt("en", [{"role": "user", "content": "?"}]), (Reply(text, True, 3),))
+        for text in texts
+    ]
 
 
 def test_batches_equal_one_by_one_and_an_empty_reply_has_no_score(classifier):
     texts = [*TEXTS["en"], "", *TEXTS["ko"], "long " * 100]
-    scores = ClassifierScorer(str(classifier), ["toxic", "threat"], 3).score(exchanges(texts), ALONE)
+    scores = ClassifierScorer(str(classifier), ["toxic", "threat"], 3).score(
+        exchanges(texts), ALONE
+    )
     assert scores[3].value is None
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(classifier), make_tokenizer(300, None)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(classifier),
+        make_tokenizer(300, None),
+    )
     for text, score in zip(texts, scores, strict=True):
         if text:
             ids = torch.tensor([tokenizer(text).input_ids[:64]])
@@ -88,5 +98,7 @@ def test_a_long_reply_is_cut_to_what_robertas_positions_take(tmp_path):
     XLMRobertaForSequenceClassification(config).save_pretrained(tmp_path)
     make_tokenizer(300, None).save_pretrained(tmp_path)
     assert positions_of(config) == 32
-    (score,) = ClassifierScorer(str(tmp_path), ["toxic"], 3).score(exchanges(["long " * 100]), ALONE)
+    (score,) = ClassifierScorer(str(tmp_path), ["toxic"], 3).score(
+        exchanges(["long " * 100]), ALONE
+    )
     assert 0 <= score.value <= 1

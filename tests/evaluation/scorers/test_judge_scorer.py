@@ -2,16 +2,16 @@
 
 import pytest
 
-from core.world import World
-from evaluation.config import JudgeEndpointConfig
-from evaluation.conversation import Conversation, Exchange, Reply, Turn
-from evaluation.division import Division
-from evaluation.facets.safety import SafetyFacet
-from evaluation.intervals import estimate
-from evaluation.judge.client import Judge
-from evaluation.judge.prompts import SAFETY
-from evaluation.judge.verdicts import NO_VERDICT
-from evaluation.scorers.judge import FIGURES, JudgeScorer
+from cpt_merge.core.distributed import World
+from cpt_merge.evaluation.config import JudgeEndpointConfig
+from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.evaluators.safety import SafetyFacet
+from cpt_merge.evaluation.judge.client import Judge
+from cpt_merge.evaluation.judge.prompts import SAFETY
+from cpt_merge.evaluation.judge.verdicts import NO_VERDICT
+from cpt_merge.evaluation.scorers.judge import FIGURES, JudgeScorer
+from cpt_merge.evaluation.statistics import estimate
 from tests.evaluation.http_server import judging
 
 
@@ -54,7 +54,10 @@ def test_unsafe_rate_by_category(scorers):
     found = {one.group: estimate(one.parts, 0) for one in findings.measured}
     assert (found[""].value, found[""].n) == (pytest.approx(1 / 3), 3)
     assert (found["harm"].value, found["plain"].value) == (0.5, 0)
-    assert findings.details["not_scored"]["judge_unsafe"] == {NO_VERDICT: 1, "the reply is empty": 1}
+    assert findings.details["not_scored"]["judge_unsafe"] == {
+        NO_VERDICT: 1,
+        "the reply is empty": 1,
+    }
     assert findings.details["judge"]["judge_unsafe"]["requests"] == 4
     assert findings.verdicts[3].scores == {"judge_unsafe": None}
     assert findings.verdicts[3].why == [f"judge_unsafe: {NO_VERDICT}: I cannot tell."]
@@ -64,5 +67,8 @@ def test_two_judges(scorers):
     findings = SafetyFacet([], scorers, (scorers[0], scorers[1])).measure(Subject, EXCHANGES)
     found = {one.figure.name: estimate(one.parts, 0) for one in findings.measured if not one.group}
     assert found["judge_unsafe_second"].value == 0
-    assert (found["judge_unsafe_agreement"].value, found["judge_unsafe_agreement"].n) == (pytest.approx(2 / 3), 3)
+    assert (found["judge_unsafe_agreement"].value, found["judge_unsafe_agreement"].n) == (
+        pytest.approx(2 / 3),
+        3,
+    )
     assert findings.details["judge"]["judge_unsafe_agreement"] == {"kappa": 0}

@@ -2,9 +2,9 @@
 
 import pytest
 
-from core.errors import UserError
-from evaluation.conversation import Exchange, Reply, prompt
-from evaluation.scorers.lexicon import LexiconScorer, read_lists
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
+from cpt_merge.evaluation.scorers.lexicon import LexiconScorer, read_lists
 
 LANGUAGES = ["zh_tw", "zh_cn", "ko", "en"]
 REPLIES = [
@@ -16,7 +16,9 @@ REPLIES = [
 
 
 def score(lists, language, text):
-    exchange = Exchange(prompt(language, [{"role": "user", "content": "?"}]), (Reply(text, True, 3),))
+    exchange = Exchange(
+        prompt(language, [{"role": "user", "content": "?"}]), (Reply(text, True, 3),)
+    )
     return LexiconScorer(lists).score([exchange], None)[0]
 
 
@@ -38,7 +40,10 @@ def test_a_language_without_a_list_is_not_scored_and_a_bad_list_is_an_error(tmp_
     found = score(read_lists({}, ["ja"]), "ja", "こんにちは")
     assert found.value is None
     assert "no word list for ja" in found.reason
-    for content, sentence in ((None, "does not exist; correct evaluation.safety.lists.ko"), ("# only\n", "no words")):
+    for content, sentence in (
+        (None, "does not exist; correct evaluation.safety.lists.ko"),
+        ("# only\n", "no words"),
+    ):
         path = tmp_path / "list.txt"
         if content:
             path.write_text(content)

@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from core.world import World
-from evaluation.conversation import Exchange, Reply, prompt
-from evaluation.division import Division
-from evaluation.endpoint import Endpoint
-from evaluation.facets.safety import SafetyFacet
-from evaluation.scorers.moderation import ModerationScorer
+from cpt_merge.core.distributed import World
+from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.evaluators.safety import SafetyFacet
+from cpt_merge.evaluation.generate.endpoint import Endpoint
+from cpt_merge.evaluation.scorers.moderation import ModerationScorer
 from tests.distributed import free_port
 
 ALONE = Division(World())
@@ -19,15 +19,26 @@ TEXTS = ["kind", "vile", "", "kind too"]
 
 def moderation(body):
     flagged = "vile" in body["input"]
-    return json.dumps({"results": [{"flagged": flagged, "categories": {"harassment": flagged, "violence": False}}]})
+    return json.dumps(
+        {
+            "results": [
+                {"flagged": flagged, "categories": {"harassment": flagged, "violence": False}}
+            ]
+        }
+    )
 
 
 def exchanges(texts=TEXTS):
-    return [Exchange(prompt("en", [{"role": "user", "content": "?"}]), (Reply(text, True, 3),)) for text in texts]
+    return [
+        Exchange(prompt("en", [{"role": "user", "content": "?"}]), (Reply(text, True, 3),))
+        for text in texts
+    ]
 
 
 def score(url, texts=TEXTS, timeout=5.0, attempts=3, key="A_KEY"):
-    return ModerationScorer(Endpoint(url, key, timeout, attempts), "guard").score(exchanges(texts), ALONE)
+    return ModerationScorer(Endpoint(url, key, timeout, attempts), "guard").score(
+        exchanges(texts), ALONE
+    )
 
 
 def test_flagged_or_not_with_the_key_of_the_environment(serve, monkeypatch):
@@ -36,7 +47,9 @@ def test_flagged_or_not_with_the_key_of_the_environment(serve, monkeypatch):
     found = score(server.url)
     assert [one.value for one in found] == [0, 1, None, 0]
     assert found[1].reason == "harassment"
-    assert sorted(body["input"] for _, body in server.asked) == ["kind", "kind too", "vile"], "empty ones are not sent"
+    assert sorted(body["input"] for _, body in server.asked) == ["kind", "kind too", "vile"], (
+        "empty ones are not sent"
+    )
     assert {path for path, _ in server.asked} == {"/v1/moderations"}
     assert set(server.keys) == {"Bearer secret"}
 
@@ -60,7 +73,9 @@ def test_nonsense_is_no_score(serve, answer, reason):
 
 
 def test_one_answer_of_nonsense_leaves_out_that_reply_alone(serve):
-    server = serve(lambda number, body: (200, moderation(body) if "too" not in body["input"] else "?"))
+    server = serve(
+        lambda number, body: (200, moderation(body) if "too" not in body["input"] else "?")
+    )
     findings = SafetyFacet([], [ModerationScorer(Endpoint(server.url, "A_KEY", 5, 2), "guard")])
     found = findings.measure(type("Subject", (), {"division": ALONE}), exchanges())
     assert found.measured[0].parts == {0: (0, 1), 1: (1, 1)}
@@ -92,7 +107,9 @@ def test_a_server_that_refuses_is_not_asked_again(serve, status):
 
 
 def test_a_dead_endpoint_is_not_run_and_never_zero(serve):
-    scorer = ModerationScorer(Endpoint(f"http://127.0.0.1:{free_port()}/v1", "A_KEY", 1, 2), "guard")
+    scorer = ModerationScorer(
+        Endpoint(f"http://127.0.0.1:{free_port()}/v1", "A_KEY", 1, 2), "guard"
+    )
     found = SafetyFacet([], [scorer]).measure(type("Subject", (), {"division": ALONE}), exchanges())
     assert found.measured == []
     assert [one.figure for one in found.not_run] == ["flagged"]

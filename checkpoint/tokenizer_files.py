@@ -1,0 +1,118 @@
+"""What a tokenizer's files say about its tokens, read without transformers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.checkpoint.vocabulary_map import has_tokenizer, read_tokens
+from cpt_merge.core.errors import UserError
+
+SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokens of a directory: string -> id, those that were added as whole tokens, roles, chat template."""
+
+    directory: Path
+    ids: dict[str, int]
+    added: frozenset[str]
+    odd: str | None = None  # a token that loaders read at another id than the file says
+
+    @staticmethod
+    def read(directory: Path) -> TokenizerFiles | None:
+        """None where the directory holds no tokenizer. Raises `UserError` if it is damaged."""
+        if not has_tokenizer(directory):
+            return None
+        tokens = read_tokens(directory)
+        return TokenizerFiles(directory, tokens.ids, tokens.added, tokens.odd)
+
+    @cached_property
+    def tokens(self) -> dict[int, str]:
+        """Id -> token string."""
+        return {number: token for token, number in self.ids.items()}
+
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        """Role (`bos_token`, ...) -> token string, for the roles that are filled."""
+        values = {**_read_if_there(self.directory / "special_tokens_map.json"), **self._config}
+        found = {role: token_text(values.get(role)) for role in SPECIAL_ROLES}
+        return {role: token for role, token in found.items() if token is not None}
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The (default) chat template, from its own file or from tokenizer_config.json."""
+        path = self.directory / "chat_template.jinja"
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it.") from None
+        template = self._config.get("chat_template")
+        if isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default", next(iter(named.values()), None))
+        return template if isinstance(template, str) else None
+
+    @cached_property
+    def other_templates(self) -> list[str]:
+        """Names of chat templates beside the default one."""
+        template = self._config.get("chat_template")
+        listed = (
+            [str(entry.get("name")) for entry in template] if isinstance(template, list) else []
+        )
+        files = sorted(
+            path.stem for path in (self.directory / "additional_chat_templates").glob("*.jinja")
+        )
+        return [name for name in [*listed, *files] if name != "default"]
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return _read_if_there(self.directory / "tokenizer_config.json")
+
+    def format_tokens(self) -> set[str]:
+        """The added tokens of the chat format: those in the template, literally or by role, and the stop tokens."""
+        template = self.chat_template or ""
+        literal = {token for token in self.added if token in template and not token.isspace()}
+        by_role = {
+            token for role, token in self.roles.items() if re.search(rf"\b{role}\b", template)
+        }
+        stops = {
+            self.tokens[number] for number in read_stop_ids(self.directory) if number in self.tokens
+        }
+        return (literal | by_role | stops) & self.added
+
+
+def token_text(value: Any) -> str | None:
+    """A token in a tokenizer's configuration: a string, an object with `content`, or nothing."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def read_stop_ids(directory: Path) -> list[int]:
+    """The ids that end a reply, as generation_config.json says, or else config.json."""
+    for file in ("generation_config.json", "config.json"):
+        ids = _read_if_there(directory / file).get("eos_token_id")
+        if ids is not None:
+            try:
+                return [int(number) for number in (ids if isinstance(ids, list) else [ids])]
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"{directory / file} has eos_token_id {ids!r}, no token id; correct it."
+                ) from None
+    return []
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

@@ -1,0 +1,1 @@
+"""From an English base model, its chat sibling and text in a new language to a chat model in that language."""

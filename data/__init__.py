@@ -1,0 +1,1 @@
+"""Text to token store to training sequences: sources, tokenising, mixture, order, packing."""

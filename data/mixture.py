@@ -1,0 +1,122 @@
+"""How much of each source a run trains on: weights, epochs, token budgets, and shares of languages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.sources import Corpus, Source
+from cpt_merge.data.store import Store
+
+SLACK = 0.005  # of the tokens: by so much budgets may miss them and are scaled, since a run is whole steps
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """What a run takes of one source. `share` is of all its tokens; all shares sum to 1."""
+
+    name: str
+    language: str
+    share: float
+    tokens: float
+    epochs: float  # how many times over it is read; 0 where its size is not known
+
+
+def mixture(corpus: Corpus, available: Sequence[int | None], tokens: int) -> list[SourceShare]:
+    """The shares of a run of `tokens` tokens over sources that hold `available` training tokens (None: not known).
+
+    Within each language's share (`corpus.shares`; without it, within all) sources with `tokens` or `epochs` take
+    those, and the others divide what is left by their weights. Raises `UserError` for what cannot be.
+    """
+    groups = [(f"{tokens:,}", float(tokens), corpus.sources)]
+    if corpus.shares:
+        groups = [
+            (
+                f"{share * tokens:,.0f} to {language} (corpus.shares)",
+                share * tokens,
+                corpus.of_language(language),
+            )
+            for language, share in corpus.shares.items()
+        ]
+    sizes = dict(zip(map(id, corpus.sources), available, strict=True))
+    taken: dict[int, float] = {}
+    for label, total, sources in groups:
+        taken |= _divide(label, total, [(source, sizes[id(source)]) for source in sources])
+    return [
+        SourceShare(
+            source.name, source.language, taken[id(source)] / tokens, taken[id(source)],
+            taken[id(source)] / size if size else 0.0,
+        )
+        for source, size in zip(corpus.sources, available, strict=True)
+    ]  # fmt: skip
+
+
+def _divide(label: str, total: float, sources: list[tuple[Source, int | None]]) -> dict[int, float]:
+    """Tokens of each source (by its id) of a group that has `total` of them."""
+    budgets = {
+        id(source): budget
+        for source, size in sources
+        if (budget := _budget(source, size)) is not None
+    }
+    weights = {
+        id(source): source.weight or 1.0 for source, _ in sources if id(source) not in budgets
+    }
+    fixed = sum(budgets.values())
+    names = ", ".join(source.name for source, _ in sources)
+    if fixed > total * (1 + SLACK) or (weights and fixed >= total):
+        raise UserError(
+            f"`tokens` and `epochs` of {names} ask for {fixed:,.0f} tokens, but training.tokens is {label}; "
+            f"{'they leave nothing for the sources with weights; ' if weights else ''}lower them or raise it."
+        )
+    if not weights and fixed < total * (1 - SLACK):
+        raise UserError(
+            f"`tokens` and `epochs` of {names} ask for {fixed:,.0f} tokens, but training.tokens is {label} and no "
+            "source takes the rest by weight; lower training.tokens or give one source a weight."
+        )
+    if not weights:
+        return {source: budget * total / fixed for source, budget in budgets.items()}
+    left, sum_of_weights = total - fixed, sum(weights.values())
+    return budgets | {source: left * weight / sum_of_weights for source, weight in weights.items()}
+
+
+def _budget(source: Source, size: int | None) -> float | None:
+    if source.tokens is not None:
+        return float(source.tokens)
+    if source.epochs is None:
+        return None
+    if size is None:
+        raise UserError(
+            f"{source.name} has epochs = {source.epochs:g}, but how many tokens it holds is known only after "
+            "`cpt-merge data RECIPE`; run it first."
+        )
+    return source.epochs * size
+
+
+def by_size(store: Store) -> list[SourceShare]:
+    """The shares of a run that takes from each source in proportion to its size."""
+    total = sum(source.train.tokens for source in store.info.sources)
+    return [
+        SourceShare(
+            source.name, source.language, source.train.tokens / total, source.train.tokens, 0.0
+        )
+        for source in store.info.sources
+    ]
+
+
+def bytes_per_token(store: Store, shares: Sequence[SourceShare]) -> float:
+    """UTF-8 bytes of text that a token of the run stands for, on average."""
+    return sum(
+        share.share * source.train.bytes / source.train.tokens
+        for share, source in zip(shares, store.info.sources, strict=True)
+    )
+
+
+def describe(shares: Sequence[SourceShare]) -> list[str]:
+    """A line for each source: share, tokens, epochs."""
+    width = max(len(share.name) for share in shares)
+    return [
+        f"{share.name:{width}}  {share.share:7.2%}  {share.tokens:15,.0f} tokens"
+        + (f"  {share.epochs:8.2f} epochs" if share.epochs else "")
+        for share in shares
+    ]

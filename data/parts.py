@@ -1,0 +1,159 @@
+"""Tokenised blocks on their way into a store: parts that any process writes and any later one continues from.
+
+    OUT.parts/digest                   what the store is made of; parts of another digest are removed
+    OUT.parts/part-*/blocks.npy        int64 [blocks, 6]: piece, block, empty documents, documents of each split
+    OUT.parts/part-*/ends.npy          int64 [ends, 2]: a piece that was read to its end, how many blocks it has
+    OUT.parts/part-*/SPLIT-*.npy       the blocks' documents one after the other: tokens, lengths, bytes, hashes
+
+A part takes its name when all of it is on disk, so what is there counts. Which process made a block does not matter:
+blocks are joined by their numbers (`training/join.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpt_merge.data.store import SPLITS, Integers, StoreSplit, Tokens
+
+PART_BYTES = 64_000_000  # of tokens, in one part
+
+Place = tuple[int, int]  # (piece, block)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents one after the other. `hashes` are the 128 bits of each document's text, [documents, 2]."""
+
+    tokens: Tokens
+    lengths: Integers
+    bytes: Integers
+    hashes: npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some documents of a piece in succession, tokenised and divided into splits; `empty` ones are left out."""
+
+    place: Place
+    empty: int
+    splits: dict[StoreSplit, Encoded]
+
+
+class PartWriter:
+    """Gathers the blocks of one process and writes them as parts."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._blocks: list[Block] = []
+        self._ends: list[Place] = []
+        self._size = 0
+
+    def add(self, block: Block) -> None:
+        """A block, written now or later."""
+        self._blocks.append(block)
+        self._size += sum(encoded.tokens.nbytes for encoded in block.splits.values())
+        if self._size >= PART_BYTES:
+            self.flush()
+
+    def end(self, piece: int, blocks: int) -> None:
+        """The piece was read to its end."""
+        self._ends.append((piece, blocks))
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        if not self._blocks and not self._ends:
+            return
+        name = secrets.token_hex(8)
+        beside = self.directory / f"tmp-{name}"
+        beside.mkdir()
+        rows = [
+            [*block.place, block.empty, *(len(block.splits[split].lengths) if split in block.splits else 0
+             for split in SPLITS)] for block in self._blocks
+        ]  # fmt: skip
+        _save(beside / "blocks.npy", np.asarray(rows, np.int64).reshape(-1, 3 + len(SPLITS)))
+        _save(beside / "ends.npy", np.asarray(self._ends, np.int64).reshape(-1, 2))
+        for split in SPLITS:
+            encoded = [block.splits[split] for block in self._blocks if split in block.splits]
+            for field in fields(Encoded):
+                if encoded:
+                    _save(
+                        beside / f"{split}-{field.name}.npy",
+                        np.concatenate([getattr(e, field.name) for e in encoded]),
+                    )
+        os.replace(beside, self.directory / f"part-{name}")
+        self._blocks, self._ends, self._size = [], [], 0
+
+
+def _save(path: Path, values: npt.NDArray[Any]) -> None:
+    with open(path, "wb") as file:
+        np.save(file, values)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Part:
+    """A part that was written; its arrays are memory-mapped when they are asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.blocks: Integers = np.load(directory / "blocks.npy")
+        self.ends: Integers = np.load(directory / "ends.npy")
+        self._documents = np.concatenate(
+            [np.zeros((1, len(SPLITS)), np.int64), np.cumsum(self.blocks[:, 3:], axis=0)]
+        )
+        self._arrays: dict[StoreSplit, Encoded] = {}
+        self._starts: dict[StoreSplit, Integers] = {}
+
+    def read(self, row: int, split: StoreSplit) -> Encoded | None:
+        """The documents of one split of the block in `row`; None where there are none."""
+        first, last = self._documents[row : row + 2, SPLITS.index(split)]
+        if first == last:
+            return None
+        if split not in self._arrays:
+            names = [self.directory / f"{split}-{field.name}.npy" for field in fields(Encoded)]
+            self._arrays[split] = Encoded(*(np.load(name, mmap_mode="r") for name in names))
+            self._starts[split] = np.concatenate([[0], np.cumsum(self._arrays[split].lengths)])
+        whole, starts = self._arrays[split], self._starts[split]
+        return Encoded(
+            whole.tokens[starts[first] : starts[last]], whole.lengths[first:last], whole.bytes[first:last],
+            whole.hashes[first:last],
+        )  # fmt: skip
+
+
+class Parts:
+    """All parts that are there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.rows: dict[Place, tuple[Part, int]] = {}  # where a block is
+        self.totals: dict[int, int] = {}  # blocks of the pieces that were read to their end
+        self._known: set[str] = set()
+
+    def look(self) -> Parts:
+        """Take in the parts that came since the last look."""
+        for path in sorted(self.directory.glob("part-*")):
+            if path.name not in self._known:
+                part = Part(path)
+                self._known.add(path.name)
+                self.rows.update(
+                    {(int(b[0]), int(b[1])): (part, row) for row, b in enumerate(part.blocks)}
+                )
+                self.totals.update({int(piece): int(blocks) for piece, blocks in part.ends})
+        return self
+
+    def is_complete(self, pieces: int) -> bool:
+        """Whether every block of so many pieces is there."""
+        return len(self.totals) == pieces and sum(self.totals.values()) == len(self.rows)
+
+    def of_piece(self, piece: int) -> Iterator[tuple[Part, int]]:
+        """(part, row) of a complete piece's blocks, in order."""
+        for block in range(self.totals[piece]):
+            yield self.rows[piece, block]

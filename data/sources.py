@@ -1,0 +1,318 @@
+"""Text sources: files or hub datasets of documents, read through `datasets`, with a held-out part by document hash.
+
+The held-out part is a pure function of a document's text, so the tokenizer, the training data and the evaluation
+agree on it without a file that lists it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from cpt_merge.core.config import Section, key
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
+from cpt_merge.core.progress import say
+
+Split = Literal["train", "heldout"]
+HASH_RANGE = 1_000_000
+READ_ROWS = 1000  # rows that are taken from `datasets` at a time
+
+_FORMATS = {
+    ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".csv": "csv",
+}  # fmt: skip
+_COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
+_AMOUNTS = ("weight", "epochs", "tokens")  # keys of a source that say how much of it is trained on
+
+
+class Source(Section):
+    """One source of text in one language."""
+
+    path: str = key(..., "a file, a directory, a glob, or a dataset's hub id")
+    language: str = key(
+        ...,
+        "language tag: zh_tw, zh_cn, zh_hk, ko, ja, en, or any code with its script's, such as th_Thai",
+    )
+    field: str = key("text", "the column that holds a document's text")
+    subset: str | None = key(None, "configuration name of a hub dataset")
+    split: str = key("train", "split of a hub dataset")
+    limit: int | None = key(
+        None, "use only this many documents, from the start", unit="documents", gt=0
+    )
+    weight: float | None = key(
+        None,
+        "share of what sources with `epochs` or `tokens` leave, relative to the other weights; 1 if not set",
+        gt=0,
+    )
+    epochs: float | None = key(
+        None, "train on the source this many times over, instead of a weight", gt=0
+    )
+    tokens: int | None = key(
+        None, "train on this many tokens of it, instead of a weight", unit="tokens", gt=0
+    )
+
+    @field_validator("language")
+    @classmethod
+    def _known(cls, tag: str) -> str:
+        try:
+            return find_language(tag).tag
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Source:
+        given = [amount for amount in _AMOUNTS if getattr(self, amount) is not None]
+        if len(given) > 1:
+            raise ValueError(f"source {self.path} has {' and '.join(given)}; set one of them")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What logs and tables call this source: the language and the last part of its path."""
+        return f"{self.language}:{Path(self.path).name.split('.')[0]}"
+
+
+class Corpus(Section):
+    """The text of a run: every source, and how much of each is held out for measuring."""
+
+    sources: list[Source] = key(
+        ..., "the text, new languages and English replay alike", min_length=1
+    )
+    heldout: float = key(
+        0.01, "share of the documents, by hash, that is never trained on", gt=0, lt=0.5
+    )
+    normalization: Literal["NFC", "none"] = key("NFC", "Unicode normalization of every document")
+    shares: dict[str, float] = key(
+        {}, "share of the training tokens of each language, such as {ko: 0.85, en: 0.15}; a language's sources divide "
+        "its share; if not set, all sources divide all tokens",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Corpus:
+        if not self.shares:
+            return self
+        if set(self.shares) != set(self.languages()):
+            raise ValueError(
+                f"`corpus.shares` is of {', '.join(self.shares)} but the sources are in {', '.join(self.languages())}; "
+                "give each language its share"
+            )
+        total = sum(self.shares.values())
+        if min(self.shares.values()) <= 0 or not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(
+                f"`corpus.shares` sum to {total:g}; they must be positive and sum to 1"
+            )
+        return self
+
+    def text(self) -> dict[str, Any]:
+        """What decides which documents there are, for a stage's key."""
+        return self.model_dump(exclude={"shares": True, "sources": {"__all__": set(_AMOUNTS)}})
+
+    def amounts(self) -> dict[str, Any]:
+        """What decides how much of each source is trained on, for a stage's key."""
+        return self.model_dump(include={"shares": True, "sources": {"__all__": set(_AMOUNTS)}})
+
+    def languages(self) -> list[str]:
+        """The languages of the sources, in order of first mention."""
+        return list(dict.fromkeys(source.language for source in self.sources))
+
+    def of_language(self, language: str) -> list[Source]:
+        """The sources in one language. Raises `UserError` where there are none."""
+        found = [source for source in self.sources if source.language == language]
+        if not found:
+            raise UserError(
+                f"corpus.sources holds no text in {language!r}; add a source with language: {language}."
+            )
+        return found
+
+    def documents(self, source: Source, split: Split) -> Iterator[str]:
+        """The documents of one split of a source, in file order. Empty documents are left out.
+
+        Raises `UserError` for a missing file, a missing column, or text that is not UTF-8.
+        """
+        for raw in read_source(source):
+            text = self.prepare(raw)
+            if text and self.is_heldout(text) == (split == "heldout"):
+                yield text
+
+    def prepare(self, text: str) -> str:
+        """The text as it is used: normalised; nothing if it is all white space."""
+        if self.normalization != "none":
+            text = unicodedata.normalize(self.normalization, text)
+        return text if text.strip() else ""
+
+    def is_heldout(self, text: str) -> bool:
+        """True for the documents whose hash falls in the held-out share."""
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % HASH_RANGE < self.heldout * HASH_RANGE
+
+
+def source_files(source: Source) -> list[Path]:
+    """The local files of a source, sorted; empty for a hub dataset.
+
+    A path is local if it exists, holds a wildcard, starts with `.`, `/` or `~`, or ends like a file of text;
+    anything else is a hub id.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if _format_of(file))
+        if not files:
+            raise UserError(
+                f"{path} holds no {', '.join(_FORMATS)} file; point the source at the text."
+            )
+        return files
+    if any(character in source.path for character in "*?["):
+        root = Path(path.anchor) if path.is_absolute() else Path()
+        files = sorted(
+            root.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path))
+        )
+        if not files:
+            raise UserError(f"no file matches the source path {source.path!r}.")
+        return files
+    if path.is_file():
+        return [path]
+    if source.path.startswith((".", "/", "~")) or _format_of(path) or source.path.count("/") > 1:
+        raise UserError(f"text source {source.path} does not exist; correct corpus.sources.")
+    return []
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that is read on its own; the pieces in order are the source."""
+
+    source: Source
+    files: tuple[Path, ...]  # empty for a hub dataset
+    size: int  # bytes on disk; of a hub dataset's piece 0
+    shard: tuple[int, int] = (0, 1)  # (which, of how many), of a hub dataset
+
+
+def source_pieces(source: Source) -> list[Piece]:
+    """The pieces of a source: its files, or its shards on the hub; a source with a `limit` is one piece."""
+    found = source_files(source)
+    for file in found:
+        if file.stat().st_size == 0:
+            say(f"text file {file} is empty")
+    files = [file for file in found if file.stat().st_size]
+    if not found:
+        shards = 1 if source.limit else int(_open_hub(source).num_shards)
+        return [Piece(source, (), 0, (shard, shards)) for shard in range(shards)]
+    parts = [tuple(files)] if source.limit else [(file,) for file in files]
+    return [Piece(source, part, sum(file.stat().st_size for file in part)) for part in parts]
+
+
+def read_source(source: Source) -> Iterator[str]:
+    """Every document of a source, streamed; one without text is "". Raises `UserError` that names the file."""
+    for piece in source_pieces(source):
+        yield from read_piece(piece)
+
+
+def read_piece(piece: Piece) -> Iterator[str]:
+    """Every document of a piece, streamed; one without text is "". Raises `UserError` that names the file."""
+    texts: Iterator[str] = itertools.chain.from_iterable(
+        _read_file(file, piece.source) for file in piece.files
+    )
+    if not piece.files:
+        which, shards = piece.shard
+        dataset = _open_hub(piece.source)
+        texts = _column(
+            dataset if shards == 1 else dataset.shard(shards, which),
+            piece.source,
+            piece.source.path,
+        )
+    yield from itertools.islice(texts, piece.source.limit)
+
+
+def _open_hub(source: Source) -> Any:
+    import datasets
+
+    return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
+
+
+def _read_file(file: Path, source: Source) -> Iterator[str]:
+    import datasets
+
+    kind = _format_of(file)
+    if kind is None:
+        raise UserError(
+            f"{file}: the ending is none of {', '.join(_FORMATS)} (also compressed); convert it."
+        )
+    options: dict[str, Any] = {
+        "data_files": {"train": str(file)},
+        "split": "train",
+        "streaming": True,
+    }
+    try:
+        yield from _column(datasets.load_dataset(kind, **options), source, str(file))
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # datasets wraps what the file readers raise in several classes of its own
+        cause = _root_cause(error)
+        if isinstance(cause, UnicodeDecodeError):
+            raise UserError(
+                f"{file} is not UTF-8 (byte {cause.start}: {cause.reason}); convert it."
+            ) from None
+        line = (
+            _line_with_lone_surrogate(file)
+            if kind == "json" and file.suffix not in _COMPRESSIONS
+            else None
+        )
+        if line:
+            raise UserError(
+                f"{file}: line {line} holds a lone surrogate, so it is no Unicode text; repair it."
+            ) from None
+        raise UserError(
+            f"{file} cannot be read as {kind}: {str(cause) or type(cause).__name__}."
+        ) from error
+
+
+def _column(dataset: Any, source: Source, where: str) -> Iterator[str]:
+    """The texts of a dataset's column, taken as Arrow tables: a dictionary for each row costs more than reading it."""
+    first = 1
+    for table in dataset.with_format("arrow").iter(READ_ROWS):
+        if source.field not in table.column_names:
+            raise UserError(
+                f"{where}: there is no column {source.field!r} but {', '.join(table.column_names)}; "
+                "set the source's `field`."
+            )
+        for number, text in enumerate(table.column(source.field).to_pylist(), start=first):
+            if text is None or isinstance(text, str):
+                yield text or ""
+            else:
+                raise UserError(
+                    f"{where}: column {source.field!r} of row {number} is no text; set `field`."
+                )
+        first += len(table)
+
+
+def _line_with_lone_surrogate(file: Path) -> int | None:
+    """The first line of a JSON-lines file that is good JSON of bad Unicode, for which readers have odd messages."""
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.dumps(json.loads(line), ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                return number
+            except ValueError:
+                return None
+    return None
+
+
+def _format_of(file: Path) -> str | None:
+    suffixes = [suffix for suffix in file.suffixes if suffix not in _COMPRESSIONS]
+    return _FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return error

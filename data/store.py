@@ -1,0 +1,230 @@
+"""The token store: every document tokenised once, in flat memory-mapped files with document boundaries and byte counts.
+
+    store/
+      store.json                      digest, tokenizers, the sources in order with their counts; written last
+      00-<source>/train/tokens.bin    uint16 or uint32, all documents one after the other
+      00-<source>/train/starts.npy    int64 [documents + 1], where each document begins in tokens.bin; last: the end
+      00-<source>/train/bytes.npy     int64 [documents], UTF-8 bytes of each document's text
+      00-<source>/heldout/...         the held-out documents of the same source
+      00-<source>/reference/...       the held-out documents again, in the tokens of the original base's tokenizer
+
+A document is stored as `[prefix] tokens [eos]`, where the prefix is the tokenizer's bos if it adds one, otherwise eos;
+so every token of the text has something to be predicted from. `training/tokenise.py` writes stores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from cpt_merge.core.artifact import fingerprint
+from cpt_merge.core.errors import UserError
+
+STORE_FILE = "store.json"
+MAKE_AGAIN = "remove the stage's folder (runs/NAME/data) and run `cpt-merge data RECIPE` again."
+
+StoreSplit = Literal["train", "heldout", "reference"]
+SPLITS: tuple[StoreSplit, ...] = ("train", "heldout", "reference")
+Tokens = npt.NDArray[Any]  # uint16 or uint32
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer of a split. `rows` is its largest id + 1, whether or not the text has that id."""
+
+    fingerprint: str
+    rows: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What one split of a source holds. `largest` is the largest token id in it, -1 where there is none."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One source in `store.json`. `folder` is relative to the store; `empty` and `duplicates` were left out."""
+
+    name: str
+    language: str
+    folder: str
+    empty: int
+    duplicates: int
+    train: SplitCounts
+    heldout: SplitCounts
+    reference: SplitCounts | None
+
+    def counts(self, split: StoreSplit) -> SplitCounts:
+        """The counts of a split. Raises `UserError` for a reference split that the store lacks."""
+        found: SplitCounts | None = getattr(self, split)
+        if found is None:
+            raise UserError(f"the token store holds no {split} text of {self.name}; {MAKE_AGAIN}")
+        return found
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """The content of `store.json`."""
+
+    digest: str  # of the text, the tokenizers and the settings that the store was made with
+    tokenizer: TokenizerInfo
+    reference: TokenizerInfo | None  # of the original base
+    sources: list[SourceInfo]
+
+    def of(self, split: StoreSplit) -> TokenizerInfo:
+        """The tokenizer of a split. Raises `UserError` for a reference split that the store lacks."""
+        if split != "reference":
+            return self.tokenizer
+        if self.reference is None:
+            raise UserError(f"the token store holds no text in the base's tokens; {MAKE_AGAIN}")
+        return self.reference
+
+
+class SplitWriter:
+    """Appends tokenised documents to one split's files."""
+
+    def __init__(self, folder: Path, dtype: npt.DTypeLike) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.dtype, self.largest = folder, np.dtype(dtype), -1
+        self._file: IO[bytes] = open(folder / "tokens.bin", "wb")  # noqa: SIM115 - closed in `close`
+        self._lengths, self._bytes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+
+    def add(self, tokens: Tokens, lengths: Integers, sizes: Integers) -> None:
+        """Documents one after the other, with prefix and eos; how many tokens and UTF-8 bytes each has."""
+        if not len(tokens):
+            return
+        self.largest = max(self.largest, int(tokens.max()))
+        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self._lengths.append(np.asarray(lengths, np.int64))
+        self._bytes.append(np.asarray(sizes, np.int64))
+
+    def close(self) -> SplitCounts:
+        """Write the index files, and see that all is on disk."""
+        _close_synced(self._file)
+        lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._bytes)
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        for name, values in (("starts", starts), ("bytes", sizes)):
+            file: IO[bytes] = open(self.folder / f"{name}.npy", "wb")  # noqa: SIM115 - closed in the next lines
+            np.save(file, values)
+            _close_synced(file)
+        return SplitCounts(len(sizes), int(starts[-1]), int(sizes.sum()), self.largest)
+
+
+def _close_synced(file: IO[bytes]) -> None:
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Documents:
+    """One split of one source, memory-mapped: opening reads nothing but the ends of the index.
+
+    Raises `UserError` for files that are missing, cut off, or do not fit `counts`.
+    """
+
+    def __init__(self, folder: Path, dtype: str, counts: SplitCounts) -> None:
+        path = folder / "tokens.bin"
+        try:
+            self.starts = cast(Integers, np.load(folder / "starts.npy", mmap_mode="r"))
+            self.bytes = cast(Integers, np.load(folder / "bytes.npy", mmap_mode="r"))
+            size = path.stat().st_size
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"the token store in {folder} is damaged ({error}); {MAKE_AGAIN}"
+            ) from None
+        expected = counts.tokens * np.dtype(dtype).itemsize
+        if size != expected:
+            raise UserError(f"{path} has {size} bytes, not {expected}; {MAKE_AGAIN}")
+        if len(self.bytes) != counts.documents or len(self.starts) != counts.documents + 1:
+            raise UserError(
+                f"the index in {folder} is not of {counts.documents} documents; {MAKE_AGAIN}"
+            )
+        if self.starts[0] != 0 or self.starts[-1] != counts.tokens:
+            raise UserError(
+                f"the index in {folder} does not end at {counts.tokens} tokens; {MAKE_AGAIN}"
+            )
+        self.folder, self.largest = folder, counts.largest
+        self.tokens: Tokens = np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+
+@dataclass(frozen=True)
+class Store:
+    """An opened store."""
+
+    directory: Path
+    info: StoreInfo
+
+    @staticmethod
+    def open(directory: Path) -> Store:
+        """Read `store.json`. Raises `UserError` where there is none."""
+        path = directory / STORE_FILE
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; run `cpt-merge data RECIPE` first.")
+        try:
+            return Store(directory, _store_info(json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({error}); {MAKE_AGAIN}") from None
+
+    def documents(self, source: SourceInfo, split: StoreSplit) -> Documents:
+        """The documents of one split of a source."""
+        return Documents(
+            self.directory / source.folder / split, self.info.of(split).dtype, source.counts(split)
+        )
+
+    def check_tokenizer(self, tokenizer: Path) -> None:
+        """Raises `UserError` if the store was made with another tokenizer."""
+        if tokenizer_fingerprint(tokenizer) != self.info.tokenizer.fingerprint:
+            raise UserError(
+                f"the token store {self.directory} was made with another tokenizer than {tokenizer}; "
+                "run `cpt-merge data RECIPE` again."
+            )
+
+    def check_vocabulary(self, rows: int, split: StoreSplit = "train") -> None:
+        """Raises `UserError` if a split (`heldout` counts as `train`) has a token that a model of `rows` rows lacks."""
+        for source in self.info.sources:
+            splits: tuple[StoreSplit, ...] = (
+                ("reference",) if split == "reference" else ("train", "heldout")
+            )
+            largest = max(source.counts(part).largest for part in splits)
+            if largest >= rows:
+                raise UserError(
+                    f"the token store {self.directory} holds token {largest} in {source.name} but the model has "
+                    f"{rows} rows; use the model and the store that were made with the same tokenizer."
+                )
+
+
+def tokenizer_fingerprint(directory: Path) -> str:
+    """A digest of the tokenizer in a directory. Raises `UserError` where there is none."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (directory / name).is_file():
+            return fingerprint(directory / name)
+    raise UserError(
+        f"{directory} holds neither tokenizer.json nor tokenizer.model; give a model's directory."
+    )
+
+
+def _store_info(values: dict[str, Any]) -> StoreInfo:
+    sources = []
+    for source in values["sources"]:
+        splits = {
+            split: SplitCounts(**source[split]) if source[split] else None for split in SPLITS
+        }
+        sources.append(SourceInfo(**(source | splits)))
+    reference = TokenizerInfo(**values["reference"]) if values["reference"] else None
+    return StoreInfo(values["digest"], TokenizerInfo(**values["tokenizer"]), reference, sources)

@@ -1,0 +1,324 @@
+"""Text to token store, divided over processes and nodes that agree on nothing: the bytes are the same for any number.
+
+The text is laid out on the line from 0 to 1, each piece (a file) as long as it is large, and every process has an
+interval of that line. Block number b of a piece lies at the piece's start plus frac(b * golden ratio) of its length,
+which spreads the blocks evenly; a process reads the pieces that its interval meets and tokenises the blocks that lie
+in it. So a corpus of many files is divided by files, a single file by blocks, and reading a block without tokenising
+it is what a division costs. Tokenised blocks go into parts (`training/parts.py`), which the first process joins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from cpt_merge.core.artifact import fingerprint, new_directory, stage_key, write_json, write_text
+from cpt_merge.core.distributed import World
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import Meter, say, timed
+from cpt_merge.data.encoding import text_encoder
+from cpt_merge.data.join import join
+from cpt_merge.data.library import TextEncoder
+from cpt_merge.data.parts import Block, Encoded, Parts, PartWriter, Place
+from cpt_merge.data.sources import Corpus, Piece, read_piece, source_pieces
+from cpt_merge.data.store import (  # fmt: skip
+    STORE_FILE,
+    Integers,
+    Store,
+    StoreInfo,
+    StoreSplit,
+    TokenizerInfo,
+    Tokens,
+    tokenizer_fingerprint,
+)
+from cpt_merge.data.workers import Report, run_in_processes
+
+BLOCK_DOCUMENTS, BLOCK_CHARACTERS = (
+    1000,
+    2**20,
+)  # a block ends with the document that reaches one of them
+HUB_PIECE = 256_000_000  # bytes that a shard of a hub dataset counts as
+GOLDEN = (5**0.5 - 1) / 2
+POLL, PATIENCE = (
+    0.5,
+    30.0,
+)  # seconds between two looks at what other nodes have done, and until a line says so
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer that turns texts into documents: `[prefix] tokens [eos]`.
+
+    A special token's name in a text, such as `</s>`, is text like any other and does not become the special token.
+    """
+
+    info: TokenizerInfo
+    texts: TextEncoder
+    prefix: int
+    eos: int
+
+    @staticmethod
+    def read(directory: Path) -> Encoder:
+        """Raises `UserError` for a tokenizer without eos, or without a fast implementation."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"the tokenizer in {directory} has no fast implementation; give it a tokenizer.json."
+            )
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer in {directory} has no eos token; set `eos_token` in its config."
+            )
+        added = tokenizer("", add_special_tokens=True)["input_ids"]
+        eos = int(tokenizer.eos_token_id)
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        rows = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        info = TokenizerInfo(
+            tokenizer_fingerprint(directory), rows, "uint16" if rows <= 2**16 else "uint32"
+        )
+        return Encoder(
+            info, text_encoder(backend, info.dtype), int(added[0]) if added else eos, eos
+        )
+
+    def __call__(self, texts: list[str]) -> tuple[Tokens, Integers]:
+        """(the documents' tokens one after the other, how many each has)."""
+        dtype = np.dtype(self.info.dtype)
+        prefix, eos = (dtype.type(token).tobytes() for token in (self.prefix, self.eos))
+        documents = [prefix + ids + eos for ids in self.texts.encode(texts)]
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) // dtype.itemsize
+        return np.frombuffer(b"".join(documents), dtype), lengths
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be tokenised, and how it is laid out on the line from 0 to 1."""
+
+    corpus: Corpus
+    pieces: list[Piece]
+    starts: list[float]  # of each piece on the line; the last is 1
+    of_source: list[list[int]]  # of each source, the numbers of its pieces
+    encoders: dict[StoreSplit, Encoder]  # `train` is also the held-out text's
+    parts: Path
+
+    @staticmethod
+    def make(corpus: Corpus, tokenizer: Path, base: Path | None, parts: Path) -> Plan:
+        """The plan for a corpus. Raises `UserError` for text that is not there."""
+        by_source = [source_pieces(source) for source in corpus.sources]
+        pieces = [piece for pieces in by_source for piece in pieces]
+        ends = np.cumsum([piece.size or HUB_PIECE for piece in pieces], dtype=float)
+        starts = [0.0, *(ends / ends[-1]).tolist()] if pieces else [0.0]
+        numbers = iter(range(len(pieces)))
+        of_source = [[next(numbers) for _ in of] for of in by_source]
+        encoders: dict[StoreSplit, Encoder] = {"train": Encoder.read(tokenizer)}
+        if base:
+            encoders["reference"] = Encoder.read(base)
+        return Plan(corpus, pieces, starts, of_source, encoders, parts)
+
+    def position(self, place: Place) -> float:
+        """Where a block lies. The shards of hub datasets are not divided: each is downloaded once."""
+        piece, block = place
+        within = (block + 0.5) * GOLDEN % 1 if self.pieces[piece].files else 0.5
+        return self.starts[piece] + within * (self.starts[piece + 1] - self.starts[piece])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The part [start, end) of the line that belongs to one process."""
+
+    start: float
+    end: float
+
+    @staticmethod
+    def of(world: World, worker: int, workers: int) -> Interval:
+        """Of one of a node's `workers` processes; nodes may have different numbers of them."""
+        last = worker + 1 == workers and world.rank + 1 == world.size
+        ends = [(world.rank + number / workers) / world.size for number in (worker, worker + 1)]
+        return Interval(
+            ends[0], 2.0 if last else ends[1]
+        )  # a sum that rounds to 1 lies in the last one's
+
+    def __contains__(self, position: float) -> bool:
+        return self.start <= position < self.end
+
+    def meets(self, start: float, end: float) -> bool:
+        """Whether some of [start, end) lies within."""
+        return start < self.end and end > self.start
+
+
+def tokenise_share(plan: Plan, world: World, workers: int, worker: int, report: Report) -> None:
+    """Tokenise the blocks of one process that are not there yet."""
+    mine, there = Interval.of(world, worker, workers), Parts(plan.parts).look()
+    writer = PartWriter(plan.parts)
+    for number, piece in enumerate(plan.pieces):
+        if not mine.meets(plan.starts[number], plan.starts[number + 1]) or _is_there(
+            plan, number, mine, there
+        ):
+            continue
+        block = -1
+        for block, texts in enumerate(blocks(read_piece(piece))):
+            place = (number, block)
+            if plan.position(place) in mine and place not in there.rows:
+                made = encode_block(place, texts, plan.corpus, plan.encoders)
+                writer.add(made)
+                report(len(texts), sum(len(made.splits[split].tokens) for split in made.splits))
+        writer.end(number, block + 1)
+    writer.flush()
+
+
+def _is_there(plan: Plan, piece: int, mine: Interval, there: Parts) -> bool:
+    """Whether all blocks of the piece that lie in the interval were tokenised by an earlier attempt."""
+    places = ((piece, block) for block in range(there.totals.get(piece, 0)))
+    return piece in there.totals and all(
+        place in there.rows for place in places if plan.position(place) in mine
+    )
+
+
+def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in blocks, each up to BLOCK_DOCUMENTS of them or about BLOCK_CHARACTERS."""
+    block: list[str] = []
+    size = 0
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if len(block) == BLOCK_DOCUMENTS or size >= BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def encode_block(
+    place: Place, texts: list[str], corpus: Corpus, encoders: dict[StoreSplit, Encoder]
+) -> Block:
+    """Normalise, divide and tokenise the texts of a block."""
+    prepared = [text for text in map(corpus.prepare, texts) if text]
+    divided: dict[StoreSplit, list[str]] = {"train": [], "heldout": []}
+    for text in prepared:
+        divided["heldout" if corpus.is_heldout(text) else "train"].append(text)
+    if "reference" in encoders:
+        divided["reference"] = divided["heldout"]
+    splits = {
+        split: _encode(of_split, encoders["reference" if split == "reference" else "train"])
+        for split, of_split in divided.items()
+        if of_split
+    }
+    return Block(place, len(texts) - len(prepared), splits)
+
+
+def _encode(texts: list[str], encoder: Encoder) -> Encoded:
+    tokens, lengths = encoder(texts)
+    raw = [text.encode() for text in texts]
+    sizes = np.fromiter(map(len, raw), np.int64, len(raw))
+    digests = b"".join(hashlib.blake2b(one, digest_size=16).digest() for one in raw)
+    return Encoded(tokens, lengths, sizes, np.frombuffer(digests, np.uint64).reshape(-1, 2))
+
+
+def write_store(
+    corpus: Corpus,
+    tokenizer: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    processes: int = 1,
+    deduplicate: bool = False,
+    world: World = World(),  # noqa: B008 - immutable
+) -> StoreInfo:
+    """Tokenise the corpus into a store at `out`, in `processes` processes on this node and in all nodes of `world`.
+
+    `base` is the original base model's directory, for the `reference` split. Where a store of the same digest was
+    begun, it is continued. Raises `UserError` for a source without training text.
+    """
+    plan = Plan.make(corpus, tokenizer, base, out.with_name(out.name + ".parts"))
+    digest = _digest(plan, deduplicate)
+    if _is_finished(out, digest):
+        return Store.open(out).info
+    _open_parts(plan, digest, out, world)
+    if _is_finished(out, digest):  # by the others, before this process began
+        return Store.open(out).info
+    with Meter("tokenise", None, "documents") as meter:
+        tokens = 0
+
+        def report(documents: int, more: int) -> None:
+            nonlocal tokens
+            tokens += more
+            meter.note = f"{tokens:,} tokens"
+            meter.advance(documents)
+
+        run_in_processes(partial(tokenise_share, plan, world, processes), processes, report)
+    if not world.is_main:
+        _wait(lambda: _is_finished(out, digest))
+        return Store.open(out).info
+    parts = Parts(plan.parts)
+    _wait(lambda: parts.look().is_complete(len(plan.pieces)))
+    with timed("join"), new_directory(out) as beside:
+        info = _join(parts, plan, digest, beside, deduplicate)
+    shutil.rmtree(plan.parts)
+    return info
+
+
+def _join(parts: Parts, plan: Plan, digest: str, out: Path, deduplicate: bool) -> StoreInfo:
+    infos = {split: encoder.info for split, encoder in plan.encoders.items()}
+    by_split: dict[StoreSplit, TokenizerInfo] = {
+        "train": infos["train"],
+        "heldout": infos["train"],
+        **infos,
+    }
+    sources = join(parts, plan.of_source, plan.corpus.sources, by_split, out, deduplicate)
+    info = StoreInfo(digest, infos["train"], infos.get("reference"), sources)
+    write_json(out / STORE_FILE, asdict(info))
+    return info
+
+
+def _digest(plan: Plan, deduplicate: bool) -> str:
+    """Names what the store is made of, and how the text is cut into blocks."""
+    settings = {
+        "text": plan.corpus.text(),
+        "deduplicate": deduplicate,
+        "block": [BLOCK_DOCUMENTS, BLOCK_CHARACTERS],
+    }
+    inputs = {str(split): encoder.info.fingerprint for split, encoder in plan.encoders.items()}
+    inputs |= {str(file): fingerprint(file) for piece in plan.pieces for file in piece.files}
+    return stage_key("store", settings, inputs)
+
+
+def _is_finished(out: Path, digest: str) -> bool:
+    return (out / STORE_FILE).is_file() and Store.open(out).info.digest == digest
+
+
+def _open_parts(plan: Plan, digest: str, out: Path, world: World) -> None:
+    """Let the first process make the folder of the parts, or find it as an earlier attempt left it."""
+    marker = plan.parts / "digest"
+
+    def is_open() -> bool:
+        return marker.is_file() and marker.read_text() == digest
+
+    if not world.is_main:
+        _wait(lambda: is_open() or _is_finished(out, digest))
+    elif is_open():
+        there = len(Parts(plan.parts).look().rows)
+        say(f"continuing a store that was begun: {there:,} blocks are tokenised")
+    else:
+        shutil.rmtree(plan.parts, ignore_errors=True)
+        plan.parts.mkdir(parents=True)
+        write_text(marker, digest)
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    started, said = time.monotonic(), False
+    while not done():
+        time.sleep(POLL)
+        if not said and time.monotonic() - started > PATIENCE:
+            said = True
+            say("data: waiting for the other tasks of this step")

@@ -1,0 +1,102 @@
+"""A task in several processes on this machine, with progress, and an end to all of them when one fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import Empty
+from typing import Any
+
+from cpt_merge.core.errors import UserError
+
+Report = Callable[[int, int], None]  # (documents, tokens) done
+Task = Callable[[int, Report], None]  # (which of the processes, report)
+
+_PRELOADED = ["datasets", "training.tokenise"]  # imported once, before the processes part
+_POLL = 0.5  # seconds
+
+
+def run_in_processes(task: Task, processes: int, report: Report) -> None:
+    """`task(number, report)` for every number below `processes`, each in a process of its own; a single one in this.
+
+    Raises what the first failing one raised, after ending the others. `task` has to be picklable.
+    """
+    if processes == 1:
+        with _one_thread():
+            task(0, report)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    queue: Any = context.Queue()
+    workers = [
+        context.Process(target=_child, args=(task, number, queue), daemon=True)
+        for number in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        _listen(queue, workers, report)
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
+
+
+def _listen(queue: Any, workers: list[Any], report: Report) -> None:
+    running = len(workers)
+    while running:
+        try:
+            kind, value = queue.get(timeout=_POLL)
+        except Empty:
+            for worker in workers:
+                if worker.exitcode not in (None, 0):
+                    raise UserError(
+                        f"a tokenising process was killed (exit code {worker.exitcode}), often for want of memory; "
+                        "lower data.processes and run the same command again, which continues."
+                    ) from None
+            continue
+        if kind == "error":
+            raise value
+        if kind == "end":
+            running -= 1
+        else:
+            report(*value)
+
+
+def _child(task: Task, number: int, queue: Any) -> None:
+    parent = multiprocessing.parent_process()
+
+    def report(documents: int, tokens: int) -> None:
+        if parent is not None and not parent.is_alive():
+            sys.exit(1)  # nobody is left to join what this process would write
+        queue.put(("report", (documents, tokens)))
+
+    try:
+        with _one_thread():
+            task(number, report)
+        queue.put(("end", None))
+    except (UserError, OSError) as error:
+        queue.put(("error", error))
+    except Exception:
+        queue.put(("error", RuntimeError(traceback.format_exc())))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """No threads within: the processes use the cores. (tokenizers reads its variable at every call.)"""
+    import pyarrow  # type: ignore[import-untyped]
+
+    name, cores = "TOKENIZERS_PARALLELISM", pyarrow.cpu_count()
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    pyarrow.set_cpu_count(1)
+    try:
+        yield
+    finally:
+        pyarrow.set_cpu_count(cores)
+        os.environ.pop(name) if before is None else os.environ.__setitem__(name, before)

@@ -1,0 +1,133 @@
+"""The form of a reply: what can be said of any, whatever was asked.
+
+`chat`, the headline, is the share of replies that are all of: ended by the model itself, in the language that was asked
+for, in chat format. No baseline enters: each is a property of the one reply. They say whether a model behaves like a
+chat model in the language, not whether what it says is true or helpful.
+
+Asks `evaluation.prompts`, where it is set, and reads the replies to everything that the other facets ask too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cpt_merge.evaluation.conversation import ANY_LANGUAGE, Conversation, Exchange, Reply
+from cpt_merge.evaluation.evaluators.evaluator import (
+    Facet,
+    Figure,
+    Findings,
+    Subject,
+    Verdict,
+    shares_of_exchanges,
+)
+from cpt_merge.evaluation.script import is_in_language
+
+GRAM = 4  # characters
+
+FIGURES = (
+    Figure(
+        "chat",
+        "chat",
+        "replies that end by themselves, are in the language asked for and keep the chat format",
+    ),
+    Figure("stopped", "stopped", "replies that the model ended itself, before max_new_tokens"),
+    Figure("in_language", "in language", "replies in the language and script asked for"),
+    Figure(
+        "keeps_format", "format", "replies that are not empty and hold no mark of the chat template"
+    ),
+    Figure(
+        "repetition",
+        "repetition",
+        "4-grams of characters that occurred in the reply before",
+        rising=False,
+    ),
+    Figure("empty", "empty", "replies without any text", rising=False),
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One reply's form."""
+
+    stopped: bool
+    in_language: bool
+    keeps_format: bool
+    repetition: float  # share of its 4-grams of characters that occurred before
+    empty: bool
+
+    @property
+    def chat(self) -> bool:
+        """All of stopped, language and format."""
+        return self.stopped and self.in_language and self.keeps_format
+
+    def values(self) -> dict[str, float]:
+        """Every figure by its name, as a number."""
+        return {
+            "chat": float(self.chat),
+            "stopped": float(self.stopped),
+            "in_language": float(self.in_language),
+            "keeps_format": float(self.keeps_format),
+            "repetition": self.repetition,
+            "empty": float(self.empty),
+        }
+
+
+class FormFacet(Facet):
+    """The form of every reply."""
+
+    name = "form"
+    figures = FIGURES
+    reads_all = True
+
+    def __init__(self, conversations: Sequence[Conversation]) -> None:
+        self._conversations = list(conversations)
+
+    def conversations(self) -> list[Conversation]:
+        """The prompts of `evaluation.prompts`."""
+        return self._conversations
+
+    def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
+        """Shares of the replies; a conversation of several counts with all of them."""
+        forms = [forms_of(exchange, subject.marks) for exchange in exchanges]
+        verdicts = [Verdict(mean_values(found)) for found in forms]
+        measured = []
+        for figure in FIGURES:
+            parts = [
+                (sum(form.values()[figure.name] for form in found), float(len(found)))
+                for found in forms
+            ]
+            measured += shares_of_exchanges(figure, exchanges, parts)
+        return Findings(measured, verdicts)
+
+
+def forms_of(exchange: Exchange, marks: Sequence[str]) -> list[Form]:
+    """The form of each of a conversation's replies."""
+    return [
+        judge(reply, exchange.conversation.reply_language(turn), marks)
+        for turn, reply in enumerate(exchange.replies)
+    ]
+
+
+def mean_values(forms: Sequence[Form]) -> dict[str, float]:
+    """Of a conversation, the mean of each figure."""
+    values = [form.values() for form in forms]
+    return {name: sum(value[name] for value in values) / len(values) for name in values[0]}
+
+
+def judge(reply: Reply, language: str, marks: Sequence[str]) -> Form:
+    """The form of a reply that should be in `language`, or in `any`; `marks` are the chat template's."""
+    empty = not reply.text.strip()
+    return Form(
+        stopped=reply.stopped,
+        in_language=not empty if language == ANY_LANGUAGE else is_in_language(reply.text, language),
+        keeps_format=not empty and not any(mark in reply.text for mark in marks),
+        repetition=repetition(reply.text),
+        empty=empty,
+    )
+
+
+def repetition(text: str) -> float:
+    """1 - distinct / all 4-grams of characters; 0 for a text shorter than one."""
+    grams = [text[start : start + GRAM] for start in range(len(text) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

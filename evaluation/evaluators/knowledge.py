@@ -1,0 +1,241 @@
+"""Knowledge retained: any tasks of lm-eval (EleutherAI's evaluation harness), on the model that is in memory.
+
+lm-eval makes the prompts, scores the answers and defines the metrics. Here its requests are divided over the processes,
+and its values by question become figures with intervals and paired differences, like all others. A group of tasks is
+reported as the mean over all its questions, and by task. A metric that is no mean over questions (a perplexity) has no
+such values: it stands in results.json under `knowledge`, as lm-eval reports it, which the others do as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say, timed
+from cpt_merge.evaluation.chat_template import ChatTemplate
+from cpt_merge.evaluation.config import KnowledgeConfig
+from cpt_merge.evaluation.conversation import Exchange
+from cpt_merge.evaluation.division import Division, batches_by_length
+from cpt_merge.evaluation.evaluators.evaluator import (
+    Facet,
+    Figure,
+    Findings,
+    Measured,
+    NotRun,
+    Subject,
+)
+from cpt_merge.evaluation.models import LoadedModel
+from cpt_merge.evaluation.statistics import Parts
+
+CHUNK = 8  # batches that lm-eval is given at once; it orders questions within, and computes a shared context once
+NO_TASKS = "no tasks are named; set evaluation.knowledge.tasks"
+
+
+class KnowledgeFacet(Facet):
+    """Every metric of every task that is a mean over questions. Needs lm-eval (the extra `eval`)."""
+
+    name = "knowledge"
+
+    def __init__(self, config: KnowledgeConfig, seed: int, batch_size: int) -> None:
+        """Tasks are loaded here, their data too. Raises `UserError` for what lm-eval does not know or cannot load."""
+        self._config, self._batch_size = config, batch_size
+        self.figures: list[Figure] = []  # found when the first model is measured
+        self._loaded = load_tasks(config, seed) if config.tasks else {}
+
+    def needs_template(self) -> bool:
+        """If questions are asked in the chat template."""
+        return bool(self._loaded) and self._config.chat_template
+
+    def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
+        """Every task, each under its language."""
+        if not self._loaded:
+            return Findings([], not_run=[NotRun(self.name, NO_TASKS)])
+        from lm_eval.evaluator import evaluate
+
+        model = lm_eval_model(subject.loaded, subject.division, self._batch_size, subject.template)
+        measured: list[Measured] = []
+        details: dict[str, Any] = {}
+        for name, loaded in self._loaded.items():
+            say(f"{subject.loaded.name}: {name} ({len(loaded['tasks'])} tasks of lm-eval)")
+            results = evaluate(
+                model, loaded, limit=self._config.limit, bootstrap_iters=0,
+                apply_chat_template=self._config.chat_template, fewshot_as_multiturn=self._config.chat_template,
+            )  # fmt: skip
+            found = figures_of(name, self._config.tasks[name], results)
+            if not found:
+                say(
+                    f"{name}: no metric is a mean over questions; what lm-eval reports is in results.json, knowledge"
+                )
+            measured += found
+            details[name] = reported(results)
+        self.figures = list(
+            {
+                figure.name: figure for figure in [*self.figures, *(one.figure for one in measured)]
+            }.values()
+        )
+        return Findings(measured, details={"knowledge": details})
+
+
+def load_tasks(config: KnowledgeConfig, seed: int) -> dict[str, Any]:
+    """The tasks by the name that was given; each is lm-eval's own mapping of tasks and groups."""
+    config.check_installed()
+    with timed("knowledge: lm-eval and its tasks"):
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        from lm_eval.tasks import TaskManager
+
+        folder = Path(config.folder).expanduser() if config.folder else None
+        if folder and not folder.is_dir():
+            raise UserError(
+                f"evaluation.knowledge.folder = {folder} is no folder; give one with lm-eval's YAML tasks."
+            )
+        manager = TaskManager(include_path=folder)
+        return {name: _load(manager, name, config.few_shot, seed) for name in config.tasks}
+
+
+def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
+    if name not in manager.all_tasks:
+        close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        known = (
+            f"; near it are {', '.join(close)}"
+            if close
+            else "; `lm-eval ls tasks` lists what there is"
+        )
+        raise UserError(f"evaluation.knowledge.tasks: lm-eval has no task {name}{known}.")
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # the hub's, datasets', the task's own: there is no end of kinds
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise UserError(
+            f"evaluation.knowledge.tasks: {name} cannot be loaded ({reason})."
+        ) from error
+    for task in loaded["tasks"].values():
+        default = task.get_config("num_fewshot")
+        if few_shot is not None and default != 0:  # 0 in a task's own file: it must have none
+            task.set_config(key="num_fewshot", value=few_shot)
+        elif default is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+    return loaded
+
+
+def lm_eval_model(
+    loaded: LoadedModel, division: Division, batch_size: int, template: ChatTemplate | None
+) -> Any:
+    """The model as lm-eval wants it. Every process asks it for everything and gets all answers, computing its share."""
+    from lm_eval.models.huggingface import HFLM
+
+    class DividedModel(HFLM):  # type: ignore[misc, unused-ignore]
+        """Requests in chunks of like length, formed before they are divided: as replies are, see `division`."""
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            return self._divided(super().loglikelihood, requests)
+
+        def loglikelihood_rolling(
+            self, requests: list[Any], disable_tqdm: bool = False
+        ) -> list[Any]:
+            return self._divided(super().loglikelihood_rolling, requests)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            return self._divided(super().generate_until, requests)
+
+        def _divided(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+            chunks = batches_by_length(
+                [len(request.args[0]) for request in requests], CHUNK * batch_size
+            )
+            found = division.map(
+                f"{loaded.name}: knowledge",
+                lambda chunk: answer([requests[place] for place in chunk], disable_tqdm=True),
+                chunks,
+            )
+            answers: dict[int, Any] = {}
+            for chunk, of_chunk in zip(chunks, found, strict=True):
+                answers.update(zip(chunk, of_chunk, strict=True))
+            return [answers[place] for place in range(len(requests))]
+
+    positions = loaded.positions if loaded.positions < sys.maxsize else None
+    tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval gives it a padding token
+    if template is not None:
+        tokenizer.chat_template = template.template
+    return DividedModel(
+        loaded.model, tokenizer=tokenizer, batch_size=batch_size, max_length=positions
+    )
+
+
+def figures_of(name: str, language: str, results: Mapping[str, Any]) -> list[Measured]:
+    """The figures of a task, or of a group of them, from lm-eval's results."""
+    leaves = {leaf: means(results, leaf) for leaf in results["samples"]}
+    measured = []
+    for metric in dict.fromkeys(metric for found in leaves.values() for metric in found):
+        figure = _figure(name, metric, results, leaves)
+        all_parts: Parts = {}
+        for leaf, found in leaves.items():
+            start = len(all_parts)
+            parts: Parts = {
+                start + place: (value, 1.0) for place, value in enumerate(found.get(metric, []))
+            }
+            all_parts |= parts
+            if len(leaves) > 1 and parts:
+                measured.append(Measured(figure, language, parts, group=leaf))
+        measured.append(Measured(figure, language, all_parts))
+    return measured
+
+
+def _figure(
+    name: str,
+    metric: str,
+    results: Mapping[str, Any],
+    leaves: Mapping[str, Mapping[str, list[float]]],
+) -> Figure:
+    plain = metric.partition(",")[0]
+    title = metric.removesuffix(",none").replace(",", "_")
+    rising = [results["higher_is_better"].get(leaf, {}).get(plain) for leaf in leaves]
+    values = [value for found in leaves.values() for value in found.get(metric, [])]
+    share = all(0 <= value <= 1 for value in values)
+    return Figure(
+        f"{name}_{title}", f"{name} {title}", f"lm-eval's {title} of {name}, mean over questions",
+        rising=False not in rising, share=share,
+    )  # fmt: skip
+
+
+def means(results: Mapping[str, Any], leaf: str) -> dict[str, list[float]]:
+    """Of one task, by "metric,filter" the values of its questions; only of metrics that are the mean of them."""
+    found: dict[str, list[float]] = {}
+    for sample in results["samples"][leaf]:
+        for metric in sample["metrics"]:
+            value = sample[metric]
+            number = (
+                float(value)
+                if isinstance(value, bool | int | float) or hasattr(value, "item")
+                else math.nan
+            )
+            found.setdefault(f"{metric},{sample['filter']}", []).append(number)
+    reported = results["results"][leaf]
+    return {
+        metric: values
+        for metric, values in found.items()
+        if isinstance(reported.get(metric), int | float)
+        and math.isclose(sum(values) / len(values), reported[metric], rel_tol=1e-6, abs_tol=1e-9)
+    }
+
+
+def reported(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What lm-eval reports of every task and group, with its version of the task and the examples shown."""
+    return {
+        name: {
+            **{
+                key: value
+                for key, value in found.items()
+                if isinstance(value, int | float) and "stderr" not in key
+            },
+            "version": results["versions"].get(name),
+            "few_shot": results["n-shot"].get(name),
+        }
+        for name, found in results["results"].items()
+    }

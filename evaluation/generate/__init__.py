@@ -1,0 +1,1 @@
+"""Replies from a model in this process or from an endpoint."""

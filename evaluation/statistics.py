@@ -1,0 +1,112 @@
+"""Bootstrap intervals (Efron, 1979): how far a figure would move on other documents or prompts.
+
+The percentile interval is too narrow for few units: of 100 intervals over 7 units only 88 would hold the truth. Its
+quantiles are moved outwards as far as Student's t is wider than the normal distribution (Hesterberg, "What Teachers
+Should Know About the Bootstrap", 2015, the expanded percentile interval).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+RESAMPLES = 1000
+COVERAGE = 0.95
+FEWEST = (
+    4  # units that a difference must rest on to be called one: of fewer, all may agree by chance
+)
+
+Parts = dict[
+    int, tuple[float, float]
+]  # unit (a document, a conversation) -> (top, bottom); figure = sum / sum
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, its 95 % interval, and how many documents or conversations it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A figure of one model minus another's, over the same units. `beyond`: its interval does not hold 0."""
+
+    beyond: bool
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int) -> Estimate:
+    """sum(numerators) / sum(denominators), with the percentile interval of resampling the pairs with replacement.
+
+    Where all pairs agree (every reply stopped) the interval has no width: the bootstrap knows what it saw and no more.
+    """
+    pairs = np.array([numerators, denominators], dtype=np.float64)
+    low, high = _interval(_resampled(pairs, seed), pairs.shape[1])
+    return Estimate(float(pairs[0].sum() / pairs[1].sum()), low, high, pairs.shape[1])
+
+
+def mean(values: Sequence[float], seed: int) -> Estimate:
+    """The mean with its interval."""
+    return ratio(values, [1.0] * len(values), seed)
+
+
+def estimate(parts: Parts, seed: int) -> Estimate:
+    """The figure that `parts` make."""
+    tops, bottoms = zip(*parts.values(), strict=True)
+    return ratio(tops, bottoms, seed)
+
+
+def difference(parts: Parts, baseline: Parts, seed: int) -> Difference | None:
+    """`parts`' figure minus `baseline`'s over the units that both have, with the interval of the paired bootstrap.
+
+    Both are resampled by the same draws, so that what a hard prompt does to both models cancels. None without a unit
+    in common.
+    """
+    common = [unit for unit in parts if unit in baseline]
+    if not common:
+        return None
+    ours, theirs = (
+        np.array([of[unit] for unit in common], dtype=np.float64).T for of in (parts, baseline)
+    )
+    low, high = _interval(_resampled(ours, seed) - _resampled(theirs, seed), len(common))
+    value = float(ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum())
+    return Difference(
+        value, low, high, len(common), beyond=len(common) >= FEWEST and not low <= 0 <= high
+    )
+
+
+def _resampled(pairs: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
+    """The figure in each resample; the draws are a function of the seed and the number of units alone."""
+    n = pairs.shape[1]
+    drawn = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
+    top, bottom = pairs[:, drawn].sum(axis=2)
+    return np.asarray(top / bottom)
+
+
+def _interval(values: npt.NDArray[np.float64], n: int) -> tuple[float, float]:
+    tail = tail_of(n)
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def tail_of(n: int) -> float:
+    """The share of the resamples of n units that lies below the interval: Phi(-sqrt(n / (n - 1)) t), 0.025 for many.
+
+    Student's t by the expansion of its quantile (Abramowitz and Stegun, 26.7.5), within 3 % from n = 3 on.
+    """
+    z, freedom = NormalDist().inv_cdf((1 + COVERAGE) / 2), max(n - 1, 1)
+    t = (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+    return NormalDist().cdf(-t * math.sqrt(n / freedom))

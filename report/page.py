@@ -1,0 +1,344 @@
+"""The report as one HTML page that needs nothing but itself: no network, no script, figures as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jinja2 import Environment, Template
+
+from cpt_merge.report.charts import (
+    NARROW_BARS,
+    Chart,
+    Palette,
+    data_charts,
+    languages_of,
+    merge_charts,
+    models_of,
+    preview_charts,
+    score_charts,
+    settings,
+    sweep_charts,
+    tokenizer_charts,
+    training_charts,
+)
+from cpt_merge.report.headline import progress, scores_of, strip, tiles, verdict
+from cpt_merge.report.run_view import (
+    RunView,
+    StageView,
+    columns_of,
+    duration,
+    figures_of,
+    is_notice,
+    matters,
+    number,
+    preview_rows,
+    ratios_of,
+)
+from cpt_merge.tracking import Cell, StageLog
+from cpt_merge.tracking.sinks.local import Table
+
+T = TypeVar("T")
+TEMPLATE = Path(__file__).with_suffix(".html")
+SHOWN_PROMPTS, MOST_PROMPTS = 2, 60  # per language: at once, and at all; samples.jsonl has all
+MOST_CHARACTERS = 1500  # of a reply
+FILE_CHARACTERS = 20_000  # of a logged file
+SHOWN_STEPS = 8  # of the continuations of one prompt, or of the previews' replies
+OPEN_ROWS, MOST_ROWS = 8, 300  # of a table: open at once up to, and at all
+# tables that are shown in a form of their own
+OWN_PLACE = ("eval/samples", "train/continuations", "preview/replies", "sweep/ratios")
+
+# facet -> what a reply is called that has it, and one that has not
+FACETS = {
+    "stopped": ("stops", "cut off"),
+    "in_language": ("in language", "other language"),
+    "keeps_format": ("keeps format", "breaks format"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt and what every model replied."""
+
+    prompt: str
+    replies: list[dict[str, Cell]]
+
+
+@dataclass(frozen=True)
+class Previewed:
+    """One prompt of the previews during training, and what the chat model replied."""
+
+    prompt: str
+    newest: dict[str, Cell]
+    earlier: list[dict[str, Cell]]  # oldest first
+
+
+@dataclass(frozen=True)
+class StageSection:
+    """What a stage logged, apart from what is shown in a form of its own."""
+
+    stage: StageView
+    charts: list[Chart]
+    tables: dict[str, Table]
+    opened: list[str]  # tables that are not folded
+    images: dict[str, str]  # name -> data URI
+    metrics: list[tuple[str, int, float, float, float]]  # name, rows, newest, smallest, largest
+    results: list[tuple[str, Any]]
+    files: dict[str, str]  # name -> content
+
+
+def render_page(view: RunView, now: float) -> str:
+    """The page, as of the time `now`."""
+    evaluation, training, palette = view.log("evaluation"), view.log("training"), Palette(view)
+    about = figures_of(evaluation)
+    return _template().render(
+        view=view,
+        written=time.strftime("%Y-%m-%d %H:%M", time.localtime(now)),
+        recipe=settings(view),
+        group=next((stage.log.run.get("group") for stage in view.stages if stage.log.run), ""),
+        verdict=verdict(view, now),
+        progress=progress(view),
+        strip=strip(view),
+        tiles=tiles(view),
+        alerts=alerts(view),
+        notices=[
+            (_clock(float(alert["time"])), alert["title"], alert["text"])
+            for stage in view.logged
+            for alert in stage.log.alerts
+            if is_notice(stage, alert)
+        ],
+        artifacts=[
+            (stage.name, "reads" if one.used else "leaves", one.kind, one.name, one.uri, one.digest)
+            for stage in view.logged
+            for one in stage.log.artifacts
+        ],
+        models=[(name, palette.model(name)) for name in models_of(evaluation)],
+        palette=palette,
+        bars=score_charts(evaluation, palette),
+        charts=training_charts(training, palette),
+        preview_charts=preview_charts(training, about, palette),
+        previews=previews(training),
+        questions=questions(evaluation),
+        continuations=continuations(training),
+        sections=[section_of(stage, _stage_charts(stage, palette)) for stage in view.stages],
+        sweep=section_of(view.sweep, sweep_charts(view.sweep.log, about, palette)) if view.sweep else None,
+        ratios=ratios_of(view),
+        origins=origins(view),
+        settings=json.dumps(settings(view), indent=2, ensure_ascii=False),
+        wide_bars=len(models_of(evaluation)) * len(languages_of(evaluation)) > NARROW_BARS,
+        shown_prompts=SHOWN_PROMPTS, most_prompts=MOST_PROMPTS, most_rows=MOST_ROWS,
+    )  # fmt: skip
+
+
+def alerts(view: RunView) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(stage, title, [(time, text), ...]) of every matter, the newest first."""
+    return [
+        (matter.stage, matter.title, [(_clock(when), text) for when, text in reversed(matter.said)])
+        for matter in matters(view)
+    ]
+
+
+def _clock(when: float) -> str:
+    """Month, day and time here; nothing for what was not noted."""
+    if not when:
+        return ""
+    return time.strftime("%m-%d %H:%M:%S", time.localtime(when))
+
+
+def _stage_charts(stage: StageView, palette: Palette) -> list[Chart]:
+    draw = {"tokenizer": tokenizer_charts, "data": data_charts, "merge": merge_charts}.get(
+        stage.name
+    )
+    return draw(stage.log, palette) if draw else []
+
+
+def section_of(stage: StageView, charts: list[Chart]) -> StageSection:
+    """A stage's own part of the page."""
+    tables = {name: table for name, table in stage.log.tables.items() if name not in OWN_PLACE}
+    drawn = bool(charts) or stage.name in ("training", "evaluation")
+    shown = {f"{model}/{language}/{figure}" for figure, model, language in scores_of(stage.log)}
+    small = [name for name, table in tables.items() if len(table.rows) <= OPEN_ROWS]
+    return StageSection(
+        stage,
+        charts,
+        tables,
+        [name for name in small if not drawn or name.endswith(("examples", "not_run"))],
+        {name: data_uri(path) for name, path in stage.log.images.items()},
+        _metrics(stage.log, shown),
+        _results(stage, shown),
+        {name: _content(path) for name, path in stage.log.files.items()},
+    )
+
+
+def _content(path: Path) -> str:
+    """A logged file's text, or its beginning."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    over = len(text) - FILE_CHARACTERS
+    return f"{text[:FILE_CHARACTERS]}\n… ({over:,} more characters in {path})" if over > 0 else text
+
+
+def _metrics(log: StageLog, shown: Collection[str]) -> list[tuple[str, int, float, float, float]]:
+    """Of every metric not `shown` before: how often it was logged, its newest, smallest and largest value."""
+    values: dict[str, list[float]] = {}
+    for row in log.rows:
+        for name, value in row.items():
+            if name != "time" and name.partition("/")[2] not in shown:
+                values.setdefault(name, []).append(value)
+    found = []
+    for name, all_of_it in values.items():
+        finite = [value for value in all_of_it if math.isfinite(value)] or [math.nan]
+        found.append((name, len(all_of_it), all_of_it[-1], min(finite), max(finite)))
+    return found
+
+
+def _results(stage: StageView, shown: Collection[str]) -> list[tuple[str, Any]]:
+    """A stage's results and summary, mappings spread out by dots; without those `shown` before."""
+    summary = {name.partition("/")[2]: value for name, value in stage.log.summary.items()}
+    return [
+        (name, value) for name, value in _spread({**summary, **stage.results}) if name not in shown
+    ]
+
+
+def _spread(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _spread(value, f"{prefix}{name}.")
+        else:
+            yield (
+                f"{prefix}{name}",
+                ", ".join(map(str, value)) or None if isinstance(value, list) else value,
+            )
+
+
+def questions(log: StageLog) -> dict[str, list[Question]]:
+    """By language, the prompts with every model's reply side by side."""
+    table = log.tables.get("eval/samples")
+    found: dict[str, dict[str, list[dict[str, Cell]]]] = {}
+    for cells in table.rows if table else []:
+        row = dict(zip(table.columns, cells, strict=True)) if table else {}
+        prompts = found.setdefault(str(row["language"]), {})
+        if str(row["prompt"]) in prompts or len(prompts) < MOST_PROMPTS:
+            replies = prompts.setdefault(str(row["prompt"]), [])
+            if all(
+                reply["model"] != row["model"] for reply in replies
+            ):  # the same prompt may be asked twice
+                replies.append({**row, "reply": _cut(str(row["reply"]))})
+    return {
+        language: [Question(prompt, replies) for prompt, replies in prompts.items()]
+        for language, prompts in found.items()
+    }
+
+
+def _cut(text: str) -> str:
+    """A reply as it is shown: line breaks before its first word as signs, and no longer than it may be."""
+    words = text.lstrip("\n")
+    text, over = "⏎" * (len(text) - len(words)) + words, len(words) - MOST_CHARACTERS
+    return f"{text[:MOST_CHARACTERS]} … ({over:,} more characters)" if over > 0 else text
+
+
+def continuations(log: StageLog) -> list[tuple[str, str, list[tuple[Cell, str]]]]:
+    """(language, prompt, [(step, continuation), ...]) of held-out text; of many steps, evenly spread ones."""
+    found: dict[tuple[str, str], list[tuple[Cell, str]]] = {}
+    for step, language, prompt, text in columns_of(
+        log, "train/continuations", "step", "language", "prompt", "continuation"
+    ):
+        found.setdefault((str(language), str(prompt)), []).append((step, _cut(str(text))))
+    return [(*names, _spread_evenly(said)) for names, said in found.items()]
+
+
+def previews(log: StageLog) -> dict[str, list[Previewed]]:
+    """By language, the prompts with the chat model's reply at the newest step and at evenly spread ones before it."""
+    found: dict[tuple[str, str], list[dict[str, Cell]]] = {}
+    for row in preview_rows(log):
+        names = str(row["language"]), str(row["prompt"])
+        found.setdefault(names, []).append({**row, "reply": _cut(str(row["reply"]))})
+    asked: dict[str, list[Previewed]] = {}
+    for (language, prompt), replies in found.items():
+        *earlier, newest = _spread_evenly(replies)
+        asked.setdefault(language, []).append(Previewed(prompt, newest, earlier))
+    return asked
+
+
+def _spread_evenly(said: list[T]) -> list[T]:
+    """The first, the last, and some in between."""
+    if len(said) <= SHOWN_STEPS:
+        return said
+    return [
+        said[round(place * (len(said) - 1) / (SHOWN_STEPS - 1))] for place in range(SHOWN_STEPS)
+    ]
+
+
+def data_uri(path: Path) -> str:
+    """A picture as text."""
+    return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        number=number,
+        duration=duration,
+        facets=_facets,
+        lang=_lang,
+        numeric=_numeric,
+        clock=_clock,
+        counted=_counted,
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def origins(view: RunView) -> list[tuple[str, str]]:
+    """Of every stage all that is known of where its result comes from, as JSON; the recipe is shown once, apart."""
+    found = []
+    for stage in view.logged:
+        run = dict(stage.log.run)
+        run["settings"] = {
+            name: value for name, value in run.get("settings", {}).items() if name != "recipe"
+        }
+        recorded = (
+            {"inputs": stage.record.inputs, "versions": stage.record.versions}
+            if stage.record
+            else {}
+        )
+        found.append((stage.name, json.dumps({**run, **recorded}, indent=2, ensure_ascii=False)))
+    return found
+
+
+def _lang(tag: str) -> str:
+    """A language's tag for HTML: browsers choose the glyphs of Chinese characters by it."""
+    return tag.replace("_", "-")
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Which columns hold numbers only."""
+    kinds = [
+        {type(row[place]) for row in table.rows} - {type(None)}
+        for place in range(len(table.columns))
+    ]
+    return [bool(kind) and kind <= {int, float} for kind in kinds]
+
+
+def _counted(reply: Mapping[str, Cell]) -> str:
+    """How long a reply is and how much of it repeats itself."""
+    parts = [f"{number(reply['tokens'])} tokens"] if "tokens" in reply else []
+    repetition = reply.get("repetition")
+    parts += [f"{100 * repetition:.0f} % repeated"] if isinstance(repetition, float) else []
+    checks = reply.get("instruction_checks")
+    parts += [f"{100 * checks:.0f} % of its checks passed"] if isinstance(checks, float) else []
+    return ", ".join(parts)
+
+
+def _facets(reply: Mapping[str, Cell]) -> list[tuple[str, bool]]:
+    """The yes-or-no facets of a reply, in words; of several replies of a dialogue each has to have it."""
+    held = {facet: reply[facet] == 1 for facet in FACETS if facet in reply}
+    return [
+        (words[not held[facet]], held[facet]) for facet, words in FACETS.items() if facet in held
+    ]

@@ -1,0 +1,159 @@
+"""`cpt-merge plan --gpu`: a cluster that is not here, from a recipe and the headers of its base."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cpt_merge.cluster.plan import Request
+from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.cli import main
+from cpt_merge.launcher.plan import show_plan
+from cpt_merge.launcher.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe over a Llama of 1.2 B parameters of which there are headers only: the file is a hole."""
+    folder = tmp_path_factory.mktemp("plan")
+    write_headers(folder / "base")
+    for language in ("ko", "en"):
+        (folder / f"{language}.txt").write_text("x\n")
+    values = {
+        "name": "planned", "runs": str(folder / "runs"),
+        "models": {"base": str(folder / "base"), "chat": str(folder / "base")},
+        "corpus": {"sources": [{"path": str(folder / f"{name}.txt"), "language": name} for name in ("ko", "en")]},
+        "tokenizer": {"new_pieces": {"ko": 1000}},
+        "training": {"tokens": 10**9, "sequence_length": 4096, "batch_rows": 256, "micro_batch_rows": 2},
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def write_headers(folder: Path) -> None:
+    folder.mkdir()
+    config = {"vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+              "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens.weight": [32_000, 2048], "lm_head.weight": [32_000, 2048]}
+    for layer in range(16):
+        shapes[f"model.layers.{layer}.mlp.all.weight"] = [2048, 30_000]
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def planned(
+    path: Path, capsys: pytest.CaptureFixture[str], request: Request | None, *overrides: str
+) -> str:
+    """The output, with single spaces."""
+    show_plan(load_recipe(path, list(overrides)), request)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_cluster_is_estimated_with_both_layouts(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = planned(path, capsys, Request("h100", nodes=4))
+    assert "4 x 8 h100, 3,200 Gbit/s a node: 4 micro-batches of 2 rows on each GPU" in words
+    assert "FSDP HSDP, 4 replicas" in words
+    for part in (
+        "tokens per second",
+        "MFU",
+        "exposed communication",
+        "GPU-hours",
+        "memory at once",
+        "of 80 GB",
+        "a checkpoint",
+    ):
+        assert part in words
+    assert "nodes GPUs micro FSDP tok/s/GPU GB HSDP tok/s/GPU GB days faster" in words
+    assert "16 128 1" in words  # as far as every GPU has a row
+    assert "With 4 micro-batches of 2 rows on every GPU, " in words
+
+
+def test_one_node_needs_no_network_and_has_one_layout(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = planned(path, capsys, Request("a100"))
+    assert "estimate for 1 x 8 a100: 16 micro-batches" in words
+    assert "HSDP, " not in words.partition("one step")[0]
+
+
+def test_what_does_not_fit_is_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = planned(path, capsys, Request("a100-40gb"), "training.micro_batch_rows=32")
+    assert "of 40 GB: does not fit" in words
+    assert "neither fits" in words
+
+
+def test_a_checkpoint_that_is_not_on_disk_when_the_next_begins_is_said(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "sooner than it is on disk" in planned(
+        path, capsys, Request("h100", storage=0.01), "training.checkpoints.every=1"
+    )
+    assert "sooner" not in planned(path, capsys, Request("h100"))
+
+
+def test_deepspeed_is_not_estimated_and_said(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = planned(
+        path, capsys, Request("h100"), "launch.accelerate_config=recipes/accelerate/zero3.yaml"
+    )
+    assert "asks for DeepSpeed; the estimate is of FSDP2 and HSDP" in words
+
+
+@pytest.mark.parametrize(
+    ("request_", "overrides", "sentence"),
+    [
+        (Request("v100"), [], "the GPU 'v100' is not known to the model of speed; use one of a100-40gb, a100, h100"),
+        (Request("h100", nodes=3), [], "training.batch_rows = 256 does not divide over 24 GPUs; set 264"),
+        (Request("h100"), ["training.precision=fp32"], "knows bf16 only; set training.precision"),
+        (Request("a100"), ["training.fp8=true"], "a100 has no float8 matmuls"),
+        (None, ["training.sequence_length=16384"], "training.sequence_length = 16384 but the model has 8192 positions; lower it"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_one_sentence_before_anything_else(
+    path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request_: Request | None,
+    overrides: list[str],
+    sentence: str,
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        show_plan(load_recipe(path, overrides), request_)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_with_experts_is_not_estimated(path: Path, tmp_path: Path) -> None:
+    config = json.loads((path.parent / "base" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 8}))
+    (tmp_path / "model.safetensors").symlink_to(path.parent / "base" / "model.safetensors")
+    with pytest.raises(
+        UserError, match="has experts, and the model of speed knows dense models only"
+    ):
+        show_plan(load_recipe(path, [f"models.base={tmp_path}"]), Request("h100"))
+
+
+def test_the_command_takes_the_cluster_as_options(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--gpu", "h200", "--nodes", "2", "--gpus-per-node", "4", "--network", "400"]
+    assert main(["plan", str(path), *options]) == 0
+    assert "2 x 4 h200, 400 Gbit/s a node" in " ".join(capsys.readouterr().out.split())
+
+
+def test_options_of_a_cluster_need_its_gpu(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(path), "--nodes", "2"]) == 2
+    assert "--storage belong to --gpu NAME; add it" in capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""Byte-level BPE by tiktoken gives the ids of the tokenizers library, for every tokenizer for which it is used."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from cpt_merge.data.byte_level import LLAMA_3, ByteLevel, is_settled
+from cpt_merge.data.library import Library
+from tests.real_tokenizers import BASES
+from tests.training.texts import TEXTS
+
+CLUSTERED = "  \n\r\t'sSaAé1²½가한字がǅʰ.,/_\u0301\u3000\u00a0\x1c\x85\u200b\u017f"
+
+
+def trained(*steps: pre_tokenizers.PreTokenizer, use_regex: bool = True) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, letters]) if steps else letters
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    return tokenizer
+
+
+def bpe(
+    pieces: list[str], merges: list[tuple[str, str]], ignore_merges: bool = False
+) -> models.BPE:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: number for number, piece in enumerate([*letters, *pieces])}
+    return models.BPE(vocab, merges, ignore_merges=ignore_merges)
+
+
+def smollm() -> Tokenizer:
+    return trained(pre_tokenizers.Digits(individual_digits=True))
+
+
+def llama_3() -> Tokenizer:
+    """Every way to cut a token in two is one of its merges; whole words are looked up."""
+    tokenizer = trained(pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), use_regex=False)
+    definition = json.loads(tokenizer.to_str())
+    vocab = definition["model"]["vocab"]
+    products = ["".join(pair) for pair in definition["model"]["merges"]]
+    definition["model"]["merges"] = [
+        [product[:cut], product[cut:]]
+        for product in products
+        for cut in range(1, len(product))
+        if product[:cut] in vocab and product[cut:] in vocab
+    ]
+    definition["model"]["ignore_merges"] = True
+    return Tokenizer.from_str(json.dumps(definition))
+
+
+def real(name: str, folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    BASES[name](folder)
+    backend: Tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    return backend
+
+
+@pytest.fixture(scope="module", params=["gpt2", "smollm", "llama 3", "qwen", "tekken"])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    made = {"gpt2": trained, "smollm": smollm, "llama 3": llama_3}.get(request.param)
+    return Library(
+        made() if made else real(request.param, tmp_path_factory.mktemp("tokenizer")), "uint32"
+    )
+
+
+@pytest.fixture(scope="module")
+def by_tiktoken(library: Library) -> ByteLevel:
+    return of(library)
+
+
+def of(library: Library) -> ByteLevel:
+    found = ByteLevel.of(json.loads(library.backend.to_str()), library)
+    assert found
+    return found
+
+
+def test_the_ids_are_those_of_the_library(library: Library, by_tiktoken: ByteLevel) -> None:
+    assert by_tiktoken.encode(TEXTS) == library.encode(TEXTS)
+    assert pickle.loads(pickle.dumps(by_tiktoken._tiktoken)).encode_ordinary(TEXTS[0])
+
+
+def test_whatever_the_text(library: Library, by_tiktoken: ByteLevel) -> None:
+    alphabet = st.one_of(st.sampled_from(list(CLUSTERED)), st.characters(codec="utf-8"))
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.text(alphabet, min_size=1, max_size=40), min_size=1, max_size=3))
+    def check(texts: list[str]) -> None:
+        assert by_tiktoken.encode(texts) == library.encode(texts)
+
+    check()
+
+
+def test_the_same_character_again_and_again(library: Library, by_tiktoken: ByteLevel) -> None:
+    texts = [
+        unit * count
+        for unit in ("a", " ", "\n", "=", "한", "的", "aab", "1")
+        for count in range(1, 40)
+    ]
+    assert by_tiktoken.encode(texts) == library.encode(texts)
+
+
+def test_a_run_that_tiktoken_cannot_take_is_left_to_the_library() -> None:
+    library = Library(trained(), "uint16")
+    texts = ["a" + " " * 1_200_000 + "b", "short"]
+    assert of(library).encode(texts) == library.encode(texts)
+
+
+def test_what_the_two_may_see_differently_is_left_to_the_library() -> None:
+    library = Library(trained(), "uint16")
+    shortcut, texts = of(library), ["we go", "a\u31f0b \U00030000", "😀"]
+    assert shortcut.encode(texts) == library.encode(texts)
+    assert shortcut.unsettled == {"\U00030000"}  # a letter since Unicode 13
+
+
+@pytest.mark.slow
+def test_every_settled_character_wherever_it_stands(
+    library: Library, by_tiktoken: ByteLevel
+) -> None:
+    places = "{0}|a{0}b|A{0}B| {0}|'{0}|1{0}1|{0}{0} {0}\n{0}.{0} . {0}"
+    settled = [chr(code) for code in range(0x110000) if is_settled(chr(code))]
+    assert len(settled) > 95_000
+    for start in range(0, len(settled), 1000):
+        texts = [places.format(character) for character in settled[start : start + 1000]]
+        assert by_tiktoken.encode(texts) == library.encode(texts), start
+
+
+def test_tokens_that_merges_do_not_lead_to_are_never_given() -> None:
+    """`ab` and `bc` come before `abc`, whose bytes are merged to `ab`, `c`."""
+    merges = [("a", "b"), ("b", "c"), ("a", "bc")]
+    backend = trained()
+    backend.model = bpe(["ab", "bc", "abc"], merges)
+    library = Library(backend, "uint16")
+    assert of(library).encode(["abc abcabc xbc"]) == library.encode(["abc abcabc xbc"])
+    backend.model = bpe(
+        ["ab", "bc", "abc"], merges, ignore_merges=True
+    )  # now `abc` is found as a whole word, and only so
+    assert ByteLevel.of(json.loads(backend.to_str()), library) is None
+
+
+def test_tokenizers_that_are_not_known_to_be_the_same_are_left_alone() -> None:
+    added, prefixed, lower, joined, cut = (
+        trained(),
+        trained(),
+        trained(),
+        trained(use_regex=False),
+        trained(),
+    )
+    added.add_tokens([AddedToken("go home", special=False)])
+    prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    lower.normalizer = normalizers.Lowercase()
+    cut.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\w+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    twice = trained()
+    twice.model = bpe(
+        ["ab", "abc", "bc"], [("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")]
+    )  # `abc` has two ranks
+    for backend in (added, prefixed, lower, joined, cut, twice):
+        assert ByteLevel.of(json.loads(backend.to_str()), Library(backend, "uint16")) is None
+
+
+def test_special_tokens_in_a_text_are_text() -> None:
+    backend = trained()
+    backend.add_special_tokens(["<|end|>"])
+    library = Library(backend, "uint16")
+    ids = np.frombuffer(of(library).encode(["we <|end|> go"])[0], "uint16")
+    assert backend.token_to_id("<|end|>") not in ids

@@ -1,0 +1,118 @@
+"""Text sources: formats, held-out part, and one sentence for each thing that can be wrong."""
+
+import gzip
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.sources import Corpus, Source, read_source
+
+
+def jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    path.write_text(
+        "".join(json.dumps({field: text}, ensure_ascii=False) + "\n" for text in texts),
+        encoding="utf-8",
+    )
+    return path
+
+
+TEXTS = ["天地玄黃", "가나다라 마바사", "plain English", "두 번째 문장"]
+
+
+def test_reads_jsonl_text_gzip_and_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(jsonl(tmp_path / "c.jsonl", TEXTS).read_text(encoding="utf-8"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "d.parquet")
+    for name in ("a.txt", "b.jsonl.gz", "c.jsonl", "d.parquet"):
+        assert list(read_source(Source(path=str(tmp_path / name), language="ko"))) == TEXTS, name
+
+
+def test_the_heldout_part_is_a_function_of_the_text(tmp_path: Path) -> None:
+    texts = [f"문서 {number}" for number in range(2000)]
+    source = Source(path=str(jsonl(tmp_path / "a.jsonl", texts)), language="ko")
+    corpus = Corpus(sources=[source], heldout=0.1)
+    train, heldout = (
+        list(corpus.documents(source, "train")),
+        list(corpus.documents(source, "heldout")),
+    )
+    assert set(train) | set(heldout) == set(texts)
+    assert not set(train) & set(heldout)
+    assert 150 < len(heldout) < 250
+    jsonl(tmp_path / "a.jsonl", texts[::-1])
+    assert set(corpus.documents(source, "heldout")) == set(heldout)
+
+
+def test_documents_are_normalised(tmp_path: Path) -> None:
+    decomposed = unicodedata.normalize("NFD", "한국어")
+    source = Source(path=str(jsonl(tmp_path / "a.jsonl", [decomposed])), language="ko")
+    documents = {
+        form: list(
+            Corpus(sources=[source], normalization=form, heldout=0.01).documents(source, "train")
+        )
+        for form in ("NFC", "none")
+    }
+    assert documents == {"NFC": ["한국어"], "none": [decomposed]}
+
+
+def test_a_directory_and_a_glob_are_all_their_files_in_order(tmp_path: Path) -> None:
+    jsonl(tmp_path / "2.jsonl", ["b"])
+    jsonl(tmp_path / "1.jsonl", ["a"])
+    (tmp_path / "README.md").write_text("no text source")
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        assert list(read_source(Source(path=str(path), language="en"))) == ["a", "b"]
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.txt", "한국어".encode("euc-kr")),
+        ("b.jsonl", b'{"text": "\xb0\xa1"}\n'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            list(read_source(Source(path=str(tmp_path / name), language="ko")))
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(read_source(Source(path=str(tmp_path / "a.txt"), language="ko")))
+
+
+def test_a_missing_file_and_a_missing_column_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
+        list(read_source(Source(path=str(tmp_path / "nowhere.jsonl"), language="ko")))
+    with pytest.raises(UserError, match="no column 'text' but content"):
+        list(
+            read_source(
+                Source(path=str(jsonl(tmp_path / "a.jsonl", ["x"], "content")), language="ko")
+            )
+        )
+    with pytest.raises(UserError, match="no file matches"):
+        list(read_source(Source(path=str(tmp_path / "*.parquet"), language="ko")))
+
+
+def test_an_unknown_language_is_refused() -> None:
+    with pytest.raises(ValueError, match="language 'zh-TW' is not known"):
+        Source(path="x.txt", language="zh-TW")
+
+
+def test_an_empty_file_is_said_and_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").touch()
+    jsonl(tmp_path / "b.jsonl", ["x"])
+    assert list(read_source(Source(path=str(tmp_path), language="en"))) == ["x"]
+    assert "a.jsonl is empty" in capsys.readouterr().err
+
+
+def test_a_lone_surrogate_in_json_is_named_by_its_line(tmp_path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(
+        '{"text": "fine"}\n{"text": "not \\ud800 fine"}\n{"text": "\\ud83d\\ude42 fine"}\n'
+    )
+    source = Source(path=str(path), language="en")
+    with pytest.raises(UserError, match="line 2 holds a lone surrogate"):
+        list(read_source(source))

@@ -1,0 +1,417 @@
+"""Text to token store: every document exactly, the same bytes for any number of processes, continued after a kill."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from cpt_merge.core.distributed import World
+from cpt_merge.core.errors import UserError
+from cpt_merge.data import parts as parts_module
+from cpt_merge.data import tokenise
+from cpt_merge.data.join import first_occurrences
+from cpt_merge.data.packing import PackedDocuments
+from cpt_merge.data.sources import Corpus, Source
+from cpt_merge.data.store import Store
+from cpt_merge.data.tokenise import Encoder, Interval, Plan, blocks, write_store
+from tests.training.conftest import WORDS, make_model, write_text
+
+
+def jsonl(path: Path, texts: list[str | None]) -> Source:
+    path.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts),
+        encoding="utf-8",
+    )
+    return Source(path=str(path), language="ko")
+
+
+def digest(directory: Path) -> str:
+    found = hashlib.sha256()
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        found.update(f"{file.relative_to(directory)}\0".encode() + file.read_bytes())
+    return found.hexdigest()
+
+
+def ids_of(store: Path, split: Any = "train", source: int = 0) -> list[list[int]]:
+    opened = Store.open(store)
+    documents = opened.documents(opened.info.sources[source], split)
+    return [part.tolist() for part in np.split(documents.tokens, documents.starts[1:-1])]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 20 documents, so that a small corpus has many; for work in this process."""
+    monkeypatch.setattr(tokenise, "BLOCK_DOCUMENTS", 20)
+
+
+def test_every_document_is_there_with_prefix_eos_and_its_bytes(
+    store: Path, corpus: Corpus, model: Path
+) -> None:
+    opened, tokenizer = Store.open(store), AutoTokenizer.from_pretrained(model)
+    for source, info in zip(corpus.sources, opened.info.sources, strict=True):
+        for split in ("train", "heldout"):
+            texts = list(corpus.documents(source, split))
+            documents = opened.documents(info, split)
+            assert len(documents) == len(texts) > 10
+            for number, text in enumerate(texts):
+                ids = documents.tokens[
+                    documents.starts[number] : documents.starts[number + 1]
+                ].tolist()
+                # this tokenizer adds no bos of its own, so a document starts with eos
+                assert ids[0] == ids[-1] == tokenizer.eos_token_id
+                assert tokenizer.decode(ids[1:-1]) == text
+                assert documents.bytes[number] == len(text.encode())
+
+
+def test_real_processes_write_the_same_bytes_as_one(
+    store: Path, corpus: Corpus, model: Path, tmp_path: Path
+) -> None:
+    write_store(corpus, model, tmp_path / "store", processes=2)
+    assert digest(tmp_path / "store") == digest(store)
+
+
+def rank(number: int, size: int, workers: int, corpus: Corpus, model: Path, out: Path) -> None:
+    """One node of several, with blocks of 20 documents."""
+    tokenise.BLOCK_DOCUMENTS = 20
+    world = World(number, size, 0, "slurm")
+    for worker in range(
+        workers
+    ):  # the workers of one node, one after the other, as each would run in its process
+        plan = Plan.make(corpus, model, model, out.with_name(out.name + ".parts"))
+        tokenise._open_parts(plan, tokenise._digest(plan, True), out, world)
+        tokenise.tokenise_share(plan, world, workers, worker, lambda *_: None)
+    write_store(corpus, model, out, base=model, deduplicate=True, world=world)
+
+
+@pytest.mark.parametrize("workers", [[1, 1], [3, 1, 2]])
+def test_nodes_write_the_same_bytes_as_one_process(
+    workers: list[int], corpus: Corpus, model: Path, tmp_path: Path, small_blocks: None
+) -> None:
+    write_store(corpus, model, tmp_path / "alone", base=model, deduplicate=True)
+    context = multiprocessing.get_context("fork")
+    nodes = [
+        context.Process(
+            target=rank, args=(number, len(workers), count, corpus, model, tmp_path / "store")
+        )
+        for number, count in enumerate(workers)
+    ]
+    for node in reversed(nodes):  # the first one last: the others wait for it
+        node.start()
+    for node in nodes:
+        node.join(60)
+    assert [node.exitcode for node in nodes] == [0] * len(nodes)
+    assert digest(tmp_path / "store") == digest(tmp_path / "alone")
+    assert not (tmp_path / "store.parts").exists()
+
+
+def test_every_position_belongs_to_one_process() -> None:
+    counts = [1, 4, 3]
+    intervals = [
+        Interval.of(World(rank, 3), worker, count)
+        for rank, count in enumerate(counts)
+        for worker in range(count)
+    ]
+    for position in [
+        0.0,
+        1.0,
+        *(i.start for i in intervals),
+        *(random.Random(0).random() for _ in range(1000)),
+    ]:
+        assert sum(position in interval for interval in intervals) == 1
+
+
+def test_a_single_file_is_divided_evenly_by_blocks(
+    corpus: Corpus, model: Path, tmp_path: Path
+) -> None:
+    plan = Plan.make(corpus, model, None, tmp_path)
+    mine = [plan.position((0, block)) for block in range(1000)]
+    assert min(mine) >= plan.starts[0]
+    assert max(mine) < plan.starts[1]
+    counts = np.histogram(mine, bins=8, range=(plan.starts[0], plan.starts[1]))[0]
+    assert counts.min() > 120
+
+
+def test_a_killed_stage_keeps_what_it_tokenised(
+    corpus: Corpus, model: Path, tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts_module, "PART_BYTES", 1)  # a part for each block
+    write_store(corpus, model, tmp_path / "whole")
+
+    def killed() -> None:
+        made = tokenise.encode_block
+
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.05)
+            return made(*arguments)
+
+        tokenise.encode_block = slow
+        write_store(corpus, model, tmp_path / "store")
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    folder = tmp_path / "store.parts"
+    while len(list(folder.glob("part-*"))) < 8:
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "store").exists()
+    made = []
+    encode = tokenise.encode_block
+    monkeypatch.setattr(
+        tokenise, "encode_block", lambda place, *rest: (made.append(place), encode(place, *rest))[1]
+    )
+    write_store(corpus, model, tmp_path / "store")
+    assert 0 < len(made) <= 2 * 20 - 8
+    assert digest(tmp_path / "store") == digest(tmp_path / "whole")
+
+
+def test_parts_of_other_settings_are_not_used(corpus: Corpus, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "store.parts" / "part-0").mkdir(parents=True)
+    (tmp_path / "store.parts" / "digest").write_text("other")
+    write_store(corpus, model, tmp_path / "store")
+    assert Store.open(tmp_path / "store").info.sources[0].train.documents > 300
+
+
+def test_duplicates_are_dropped_over_all_sources_and_the_first_is_kept(
+    model: Path, tmp_path: Path, small_blocks: None
+) -> None:
+    texts = [f"우리 집에 가서 {number}" for number in range(100)]
+    decomposed = [unicodedata.normalize("NFD", text) for text in texts[:10]]
+    first = jsonl(tmp_path / "1.jsonl", [*texts[:50], *texts[20:70]])
+    second = jsonl(tmp_path / "2.jsonl", [*decomposed, *texts[60:]])
+    corpus = Corpus(sources=[first, second], heldout=0.2)
+    info = write_store(corpus, model, tmp_path / "store", deduplicate=True)
+    assert [source.duplicates for source in info.sources] == [30, 20]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = [
+        [
+            tokenizer.decode(ids[1:-1])
+            for split in ("train", "heldout")
+            for ids in ids_of(tmp_path / "store", split, source)
+        ]
+        for source in (0, 1)
+    ]
+    assert sorted(found[0]) == sorted(texts[:70])
+    assert sorted(found[1]) == sorted(texts[70:])
+    train = [tokenizer.decode(ids[1:-1]) for ids in ids_of(tmp_path / "store")]
+    assert train == [text for text in texts[:70] if text in train], (
+        "the order is that of the source"
+    )
+
+
+def test_first_occurrences_equal_a_set() -> None:
+    generator = np.random.default_rng(0)
+    hashes = generator.integers(0, 6, (500, 2)).astype(
+        np.uint64
+    )  # equal halves with different other halves
+    seen: set[tuple[int, int]] = set()
+    expected = []
+    for row in map(tuple, hashes.tolist()):
+        expected.append(row not in seen)
+        seen.add(row)
+    assert first_occurrences(hashes).tolist() == expected
+
+
+def test_the_reference_split_is_the_heldout_text_in_the_base_s_tokens(
+    corpus: Corpus, model: Path, tmp_path: Path
+) -> None:
+    english = corpus.model_copy(update={"sources": corpus.sources[1:]})
+    base = make_model(tmp_path / "base", english, tied=False)
+    write_store(corpus, model, tmp_path / "store", base=base)
+    opened, tokenizer = Store.open(tmp_path / "store"), AutoTokenizer.from_pretrained(base)
+    info = opened.info.sources[0]
+    heldout, reference = opened.documents(info, "heldout"), opened.documents(info, "reference")
+    assert heldout.bytes.tolist() == reference.bytes.tolist()
+    assert reference.starts[-1] > heldout.starts[-1], "the base has no Korean pieces"
+    texts = list(corpus.documents(corpus.sources[0], "heldout"))
+    assert [tokenizer.decode(ids[1:-1]) for ids in ids_of(tmp_path / "store", "reference")] == texts
+    assert opened.info.reference is not None
+    opened.check_vocabulary(opened.info.reference.rows, "reference")
+    with pytest.raises(UserError, match="holds no text in the base's tokens"):
+        write_store(corpus, model, tmp_path / "without").of("reference")
+
+
+# --- edges ---
+
+
+def test_a_source_without_text_is_named(tmp_path: Path, model: Path) -> None:
+    source = jsonl(tmp_path / "empty.jsonl", ["", "  \n\t", None])
+    with pytest.raises(
+        UserError, match=r"empty\.jsonl yields no training text \(3 documents are empty"
+    ):
+        write_store(Corpus(sources=[source]), model, tmp_path / "store")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"empty\.jsonl yields no training text"):
+        write_store(Corpus(sources=[source]), model, tmp_path / "store")
+
+
+def test_empty_documents_are_left_out_and_counted(tmp_path: Path, model: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["나는", "", " \u3000\n", None, "너를"])
+    info = write_store(Corpus(sources=[source], heldout=1e-6), model, tmp_path / "store")
+    assert (info.sources[0].train.documents, info.sources[0].empty) == (2, 3)
+
+
+def test_text_is_normalised(tmp_path: Path, model: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [unicodedata.normalize("NFD", "나는 너를")])
+    write_store(Corpus(sources=[source], heldout=1e-6), model, tmp_path / "store")
+    assert (
+        AutoTokenizer.from_pretrained(model).decode(ids_of(tmp_path / "store")[0][1:-1])
+        == "나는 너를"
+    )
+
+
+def test_the_name_of_a_special_token_in_a_text_is_text(tmp_path: Path, model: Path) -> None:
+    text = "we go</s>home <s>"
+    source = jsonl(tmp_path / "a.jsonl", [text])
+    write_store(Corpus(sources=[source], heldout=1e-6), model, tmp_path / "store")
+    tokenizer, ids = AutoTokenizer.from_pretrained(model), ids_of(tmp_path / "store")[0]
+    assert set(tokenizer.all_special_ids) & set(ids[1:-1]) == set()
+    assert tokenizer.decode(ids[1:-1]) == text
+
+
+def test_a_bos_that_the_tokenizer_adds_is_the_prefix(tmp_path: Path, model: Path) -> None:
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.save_pretrained(tmp_path / "bos")
+    backend = Tokenizer.from_file(str(tmp_path / "bos" / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    backend.save(str(tmp_path / "bos" / "tokenizer.json"))
+    encoder = Encoder.read(tmp_path / "bos")
+    tokens, lengths = encoder(["we go", "home"])
+    assert tokens[0] == tokens[lengths[0]] == tokenizer.bos_token_id
+    assert tokens[-1] == tokens[lengths[0] - 1] == tokenizer.eos_token_id
+    assert lengths.sum() == len(tokens)
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path, model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no eos token"):
+        Encoder.read(tmp_path)
+
+
+def test_ids_beyond_two_bytes(tmp_path: Path, model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"«{number}»" for number in range(2**16)])
+    tokenizer.save_pretrained(tmp_path / "large")
+    source = jsonl(tmp_path / "a.jsonl", ["«65535» 나는", "«1»"])
+    info = write_store(
+        Corpus(sources=[source], heldout=1e-6), tmp_path / "large", tmp_path / "store"
+    )
+    assert info.tokenizer.dtype == "uint32"
+    assert info.sources[0].train.largest == len(tokenizer) - 1 == ids_of(tmp_path / "store")[0][1]
+
+
+def test_a_huge_document_spans_rows_and_is_one(tmp_path: Path, model: Path) -> None:
+    text = " ".join(random.Random(0).choices(WORDS["ko"], k=300_000))
+    source = jsonl(tmp_path / "a.jsonl", ["나는", text, "너를"])
+    write_store(Corpus(sources=[source], heldout=1e-6), model, tmp_path / "store")
+    opened = Store.open(tmp_path / "store")
+    packed = PackedDocuments(opened.documents(opened.info.sources[0], "train"), 1000)
+    assert packed.targets(packed.rows // 2) == 1000, (
+        "a row in the middle of the document has every target"
+    )
+    assert AutoTokenizer.from_pretrained(model).decode(ids_of(tmp_path / "store")[1][1:-1]) == text
+
+
+def test_blocks_end_at_a_number_of_documents_or_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "BLOCK_DOCUMENTS", 3)
+    monkeypatch.setattr(tokenise, "BLOCK_CHARACTERS", 10)
+    texts = ["a", "b", "c", "d", "e" * 100, "f" * 5, "g" * 5, "h"]
+    assert [len(block) for block in blocks(texts)] == [3, 2, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "parquet", "arrow", "csv", "many"])
+def test_every_format_is_divided(
+    kind: str, tmp_path: Path, model: Path, small_blocks: None
+) -> None:
+    import gzip
+
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    texts = [f"we go home {number}" for number in range(200)]
+    table = pyarrow.table({"text": texts})
+    path = tmp_path / f"text.{kind}"
+    if kind == "txt":
+        path.write_text("\n".join(texts))
+    elif kind == "jsonl.gz":
+        path.write_bytes(
+            gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+        )
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=30)
+    elif kind == "arrow":
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=30)
+    elif kind == "csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        path.mkdir()
+        for number in range(10):
+            jsonl(path / f"{number}.jsonl", texts[number * 20 : number * 20 + 20])
+    corpus = Corpus(sources=[Source(path=str(path), language="en")], heldout=1e-6)
+    plan = Plan.make(corpus, model, None, tmp_path / "store.parts")
+    plan.parts.mkdir()
+    (plan.parts / "digest").write_text(tokenise._digest(plan, False))
+    for worker in range(3):
+        tokenise.tokenise_share(plan, World(), 3, worker, lambda *_: None)
+    write_store(corpus, model, tmp_path / "store")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert [tokenizer.decode(ids[1:-1]) for ids in ids_of(tmp_path / "store")] == texts
+
+
+def test_a_limit_counts_over_all_files(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(3):
+        jsonl(folder / f"{number}.jsonl", [f"we go {number} {line}" for line in range(10)])
+    source = Source(path=str(folder), language="en", limit=15)
+    info = write_store(Corpus(sources=[source], heldout=1e-6), model, tmp_path / "store")
+    assert info.sources[0].train.documents == 15
+
+
+def test_what_a_process_meets_is_raised_in_the_first(tmp_path: Path, model: Path) -> None:
+    write_text(tmp_path / "a.jsonl", "en", 100)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xb0\xa1"}\n')
+    sources = [Source(path=str(tmp_path / name), language="en") for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(UserError, match=r"b\.jsonl is not UTF-8"):
+        write_store(Corpus(sources=sources), model, tmp_path / "store", processes=2)
+
+
+def test_a_process_that_is_killed_is_named(tmp_path: Path, model: Path) -> None:
+    path = write_text(tmp_path / "a.jsonl", "en", 60_000)
+    killer = threading.Thread(target=_kill_a_child, daemon=True)
+    killer.start()
+    with pytest.raises(UserError, match="a tokenising process was killed"):
+        write_store(
+            Corpus(sources=[Source(path=str(path), language="en")]),
+            model,
+            tmp_path / "store",
+            processes=2,
+        )
+
+
+def _kill_a_child() -> None:
+    while True:
+        children = [child for child in multiprocessing.active_children() if child.pid]
+        if len(children) == 2:
+            os.kill(children[0].pid or 0, signal.SIGKILL)
+            return
+        time.sleep(0.01)

@@ -1,0 +1,88 @@
+"""Tokenising by words gives what tokenising whole texts gives, for every tokenizer for which it is done."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+
+from cpt_merge.data import words as module
+from cpt_merge.data.library import Library
+from cpt_merge.data.words import WORD, Words
+from tests.real_tokenizers import BASES
+from tests.training.texts import TEXTS
+
+
+@pytest.fixture(scope="module", params=["mistral", "mistral with a prefix"])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    from transformers import AutoTokenizer
+
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    BASES["mistral"](folder)
+    backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    if "prefix" in request.param:
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    return Library(backend, "uint16")
+
+
+def of(library: Library) -> Words:
+    found = Words.of(json.loads(library.backend.to_str()), library)
+    assert found
+    return found
+
+
+@pytest.fixture
+def every_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NEW_WORDS", 1.0)
+    monkeypatch.setattr(module, "LONG_WORDS", 1e9)
+
+
+def test_words_have_the_tokens_of_the_text(library: Library, every_word: None) -> None:
+    words = of(library)
+    assert words.encode(TEXTS) == library.encode(TEXTS)
+    assert words.encode(TEXTS[::-1]) == library.encode(TEXTS[::-1]), "remembered ones too"
+
+
+def test_whatever_the_text(library: Library, every_word: None) -> None:
+    words = of(library)
+    alphabet = st.one_of(
+        st.sampled_from(list("  \n\r\t'sa가一.,1▁\u0301\u3000\u00a0\x1c\x85\u200b")),
+        st.characters(codec="utf-8"),
+    )
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.text(alphabet, min_size=1, max_size=40))
+    def check(text: str) -> None:
+        assert "".join(WORD.findall(text)) == text
+        assert words.encode([text]) == library.encode([text])
+
+    check()
+
+
+def test_what_is_remembered_is_limited(
+    library: Library, monkeypatch: pytest.MonkeyPatch, every_word: None
+) -> None:
+    monkeypatch.setattr(module, "MEMO_WORDS", 50)
+    words, generator = of(library), random.Random(0)
+    for _ in range(20):
+        texts = [" ".join(str(generator.randint(0, 99)) for _ in range(20))]
+        assert words.encode(texts) == library.encode(texts)
+        assert len(words._memo) <= 50
+
+
+def test_tokenizers_that_may_join_words_are_not_cut(library: Library) -> None:
+    joined = Tokenizer(models.BPE(vocab={"a": 0, "▁": 1, "a▁": 2}, merges=[("a", "▁")]))
+    joined.normalizer = normalizers.Replace(" ", "▁")
+    added = Tokenizer.from_str(library.backend.to_str())
+    added.add_tokens([AddedToken("go home", special=False)])
+    cut = Tokenizer.from_str(library.backend.to_str())
+    cut.pre_tokenizer = pre_tokenizers.Whitespace()
+    for backend in (joined, added, cut):
+        assert Words.of(json.loads(backend.to_str()), Library(backend, "uint16")) is None

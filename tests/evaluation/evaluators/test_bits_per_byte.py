@@ -1,0 +1,98 @@
+"""Bits per byte: against a model whose cost is known, against a plain loop, and independent of batches."""
+
+import math
+
+import pytest
+import torch
+
+from cpt_merge.core.distributed import World
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.config import EvaluationConfig
+from cpt_merge.evaluation.division import Division
+from cpt_merge.evaluation.evaluators.evaluator import Subject
+from cpt_merge.evaluation.evaluators.language import LanguageFacet, cut_windows, measure_documents
+from cpt_merge.evaluation.models import load_model
+
+DOCUMENTS = [
+    "今天天氣很好，我們去公園散步。" * 5,
+    "도서관은 어디에 있습니까?",
+    "a",
+    "Where is the library? " * 4,
+]
+ALONE = Division(World())
+
+
+def measure(loaded, **settings):
+    return measure_documents(loaded, DOCUMENTS, EvaluationConfig(**settings), ALONE, "test")
+
+
+def test_a_uniform_model_costs_log2_of_its_vocabulary_per_token(uniform_model):
+    loaded = load_model("uniform", uniform_model, 0)
+    vocabulary = loaded.model.config.vocab_size
+    for text, found in zip(DOCUMENTS, measure(loaded, context=16), strict=True):
+        tokens = len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
+        assert (found.tokens, found.bytes) == (tokens, len(text.encode()))
+        assert found.bits == pytest.approx(tokens * math.log2(vocabulary), rel=1e-6)
+
+
+def test_every_token_is_predicted_once_with_the_context_before_it():
+    windows = cut_windows(0, [11, 12, 13, 14, 15], first=0, context=2)
+    assert [window.inputs for window in windows] == [[0, 11], [12, 13], [14]]
+    assert [window.targets for window in windows] == [[11, 12], [13, 14], [15]]
+    assert cut_windows(0, [], first=0, context=2) == []
+
+
+def test_equal_to_a_plain_loop_over_tokens(models_of_two_vocabularies):
+    loaded = load_model("chat", models_of_two_vocabularies["chat"], 0)
+    context = 8
+    for text, found in zip(DOCUMENTS, measure(loaded, context=context), strict=True):
+        ids = [0, *loaded.encode(text)]
+        bits = 0.0
+        for place in range(1, len(ids)):
+            seen = ids[context * ((place - 1) // context) : place]
+            with torch.no_grad():
+                logits = loaded.model(torch.tensor([seen])).logits[0, -1]
+            bits -= float(logits.log_softmax(-1)[ids[place]]) / math.log(2)
+        assert found.bits == pytest.approx(bits, rel=1e-4)
+
+
+def test_independent_of_the_batch_size(models_of_two_vocabularies):
+    loaded = load_model("base", models_of_two_vocabularies["base"], 0)
+    one, many = measure(loaded, batch_size=1, context=32), measure(loaded, batch_size=7, context=32)
+    for a, b in zip(one, many, strict=True):
+        assert a.bits == pytest.approx(b.bits, rel=1e-5)
+
+
+def test_a_tokenizer_without_bos_and_eos_is_an_error(models_of_two_vocabularies):
+    loaded = load_model("base", models_of_two_vocabularies["base"], 0)
+    loaded.tokenizer.bos_token = loaded.tokenizer.eos_token = None
+    with pytest.raises(UserError, match="neither bos nor eos"):
+        measure(loaded)
+
+
+def measured(loaded, texts):
+    return LanguageFacet(EvaluationConfig(), {"ko": texts}).measure(
+        Subject(loaded, None, ALONE), []
+    )
+
+
+def test_damaged_weights_are_no_figure(uniform_model):
+    loaded = load_model("broken", uniform_model, 0)
+    torch.nn.init.constant_(loaded.model.lm_head.weight, math.nan)
+    found = measured(loaded, DOCUMENTS)
+    assert found.measured == []
+    assert "weights are damaged" in found.not_run[0].reason
+
+
+def test_tokens_that_stand_for_anything_are_said(uniform_model, capsys):
+    loaded = load_model("uniform", uniform_model, 0)
+    assert measured(loaded, DOCUMENTS).details["text"]["ko"]["unknown_tokens"] == 0
+    assert capsys.readouterr().err.count("too low") == 0
+    (first, *_) = loaded.encode("a")
+    loaded.tokenizer.unk_token = loaded.tokenizer.convert_ids_to_tokens(first)
+    found = measured(loaded, ["a", "bb"])
+    assert found.details["text"]["ko"]["unknown_tokens"] == 1
+    assert (
+        "of the tokens are a, whatever they stand for: too low to be compared"
+        in capsys.readouterr().err
+    )

@@ -1,0 +1,1 @@
+from tests.launcher.conftest import finished, pair, recipe, recipe_path  # noqa: F401

@@ -1,0 +1,1 @@
+from tests.merge.conftest import family, real_draw, tracker, untied  # noqa: F401

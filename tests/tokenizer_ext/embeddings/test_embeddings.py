@@ -1,0 +1,324 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.vocabulary_map import NewPiece, VocabularyMap
+from cpt_merge.core.artifact import StageRecord, write_record
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.sources import Corpus, Source
+from cpt_merge.merge import EmbeddingsConfig
+from cpt_merge.tokenizer_ext.embeddings.focus import sparsemax, train_space
+from cpt_merge.tokenizer_ext.embeddings.initialisers import INITIALISERS, OldRows, Task
+from cpt_merge.tokenizer_ext.embeddings.run import run
+from tests.merge.conftest import BASE_ROWS, CPT_ROWS, NEW, make_family, save_weights
+from tests.merge.test_merge_run import load
+
+MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+SENTENCES = [
+    "the ing and in the ing",
+    "and ed in the de",
+    "an ing ed the de and",
+    "in an ing ed the",
+]
+UNSEEN = ("ly", "all")  # the new pieces that are not in them
+
+
+def resize(family, out, tracker, **config):
+    text = family.root / "text.txt"
+    text.write_text("\n".join(SENTENCES * 10))
+    corpus = Corpus(sources=[Source(path=str(text), language="en")])
+    return run(EmbeddingsConfig(**config), family.base, family.tokenizer, corpus, out, tracker)
+
+
+def pieces(family):
+    return [piece.id for piece in family.vocabulary.new]
+
+
+@pytest.mark.parametrize("method", list(INITIALISERS))
+def test_old_rows_are_the_base_s_bit_for_bit(family, tmp_path, tracker, method):
+    """Law 1."""
+    resize(family, tmp_path / "out", tracker, input=method, head=method)
+    weights = load(tmp_path / "out")
+    assert set(weights) == set(family.weights["base"])
+    for name, values in family.weights["base"].items():
+        assert torch.equal(
+            weights[name][: len(values)].view(torch.int16), values.view(torch.int16)
+        ), name
+        assert len(weights[name]) == (CPT_ROWS if name in MATRICES else len(values))
+        assert torch.isfinite(weights[name]).all()
+
+
+def test_constituents_have_the_direction_of_their_mean_and_the_norm_of_the_old_rows(
+    untied, tmp_path, tracker
+):
+    resize(untied, tmp_path / "out", tracker)
+    for name in MATRICES:
+        base, weights = untied.weights["base"][name].float(), load(tmp_path / "out")[name].float()
+        norm = base.norm(dim=1).mean()
+        for piece in untied.vocabulary.new:
+            expected = base[piece.constituents].mean(0)
+            assert torch.cosine_similarity(weights[piece.id], expected, dim=0) > 0.999
+            assert weights[piece.id].norm() == pytest.approx(float(norm), rel=0.02)
+
+
+def test_ends_lean_on_the_last_constituent_in_the_input_and_on_the_first_in_the_head(
+    untied, tmp_path, tracker
+):
+    resize(untied, tmp_path / "out", tracker, input="ends", head="ends")
+    for name, end, share in ((MATRICES[0], -1, 0.5), (MATRICES[1], 0, 0.25)):
+        base, weights = untied.weights["base"][name].float(), load(tmp_path / "out")[name].float()
+        for piece in untied.vocabulary.new:
+            expected = (1 - share) * base[piece.constituents].mean(0) + share * base[
+                piece.constituents[end]
+            ]
+            assert torch.allclose(weights[piece.id], expected, rtol=2**-8, atol=1e-6), piece
+
+
+def test_ends_of_a_tied_matrix_lean_on_neither(tmp_path, tracker):
+    family = make_family(tmp_path / "models", tied=True)
+    resize(family, tmp_path / "out", tracker, input="ends")
+    base, weights = (
+        family.weights["base"][MATRICES[0]].float(),
+        load(tmp_path / "out")[MATRICES[0]].float(),
+    )
+    for piece in family.vocabulary.new:
+        if piece.piece != "de":  # it has the constituents of `ed`, and so some noise
+            expected = base[piece.constituents].mean(0)
+            assert torch.allclose(weights[piece.id], expected, rtol=2**-8, atol=1e-6), piece
+
+
+def test_focus_is_halfway_between_constituents_and_what_the_text_has_in_like_places(
+    untied, tmp_path, tracker
+):
+    resize(untied, tmp_path / "out", tracker, input="focus", head="focus")
+    corpus = Corpus(sources=[Source(path=str(untied.root / "text.txt"), language="en")])
+    space = train_space(corpus, untied.tokenizer, CPT_ROWS, 10**6, seed=0)
+    known = np.flatnonzero(space.known).tolist()
+    made_of = {piece.id: piece.constituents for piece in untied.vocabulary.new}
+    for name in MATRICES:
+        base, weights = untied.weights["base"][name].float(), load(tmp_path / "out")[name].float()
+        for piece in untied.vocabulary.new:
+            expected = base[piece.constituents].mean(0)
+            others = [token for token in known if token != piece.id]
+            if piece.piece not in UNSEEN:
+                rows = torch.stack([base[made_of.get(token, [token])].mean(0) for token in others])
+                shares = sparsemax(space.vectors[[piece.id]] @ space.vectors[others].T)[0]
+                assert 0 < (shares > 0).sum() < len(others)
+                expected = (expected + torch.from_numpy(shares) @ rows) / 2
+            assert torch.allclose(weights[piece.id], expected, rtol=0.02, atol=0.01), piece
+
+
+def test_focus_says_how_many_pieces_the_text_does_not_show(untied, tmp_path, tracker, capsys):
+    resize(untied, tmp_path / "out", tracker, input="focus")
+    assert f"{len(UNSEEN)} of {len(NEW)} new pieces occur less than" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_the_text_is_read_for_focus_only(untied, tmp_path, tracker):
+    nowhere = Corpus(sources=[Source(path="./missing.txt", language="en")])
+    arguments = (untied.base, untied.tokenizer, nowhere)
+    run(EmbeddingsConfig(input="ends", head="mean"), *arguments, tmp_path / "ends", tracker)
+    with pytest.raises(UserError, match=r"missing\.txt does not exist"):
+        run(EmbeddingsConfig(head="focus"), *arguments, tmp_path / "focus", tracker)
+    assert not (tmp_path / "focus").exists()
+
+
+def test_focus_without_enough_text_is_the_mean_of_the_constituents(untied, tmp_path, tracker):
+    (tmp_path / "short.txt").write_text("the ing")
+    corpus = Corpus(sources=[Source(path=str(tmp_path / "short.txt"), language="en")])
+    run(
+        EmbeddingsConfig(input="focus"),
+        untied.base,
+        untied.tokenizer,
+        corpus,
+        tmp_path / "out",
+        tracker,
+    )
+    base, weights = (
+        untied.weights["base"][MATRICES[0]].float(),
+        load(tmp_path / "out")[MATRICES[0]].float(),
+    )
+    for piece in untied.vocabulary.new[:3]:
+        assert torch.allclose(
+            weights[piece.id], base[piece.constituents].mean(0), rtol=2**-8, atol=1e-6
+        )
+
+
+def test_the_text_is_an_input_of_the_stage_for_focus_only(untied, tmp_path):
+    """A change of the text makes the stage run again where it matters, and only there."""
+    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.launcher.stages import Run, find_stage, identify
+
+    recipe = tmp_path / "recipe.yaml"
+    text = {"ko": tmp_path / "ko.txt", "en": tmp_path / "en.txt"}
+    for path in text.values():
+        path.write_text("a")
+    sources = [{"path": str(path), "language": language} for language, path in text.items()]
+    values = {"name": "x", "runs": str(tmp_path), "models": {"base": str(untied.base), "chat": str(untied.chat)},
+              "corpus": {"sources": sources}, "tokenizer": {"new_pieces": {"ko": 1}}, "training": {"tokens": 1}}  # fmt: skip
+    recipe.write_text(json.dumps(values))
+    write_record(tmp_path / "x" / "tokenizer", StageRecord("tokenizer", "key", {}, {}), 0)
+
+    def keys():
+        overrides = [[], ["embeddings.head=focus"]]
+        return [
+            identify(Run(load_recipe(recipe, more)), find_stage("embeddings"))[0]
+            for more in overrides
+        ]
+
+    before = keys()
+    text["ko"].write_text("another")
+    plain, focus = keys()
+    assert plain == before[0]
+    assert focus != before[1]
+
+
+@pytest.mark.parametrize("method", ["constituents", "ends", "focus"])
+def test_rows_that_would_be_equal_come_apart(family, tmp_path, tracker, method):
+    assert sorted(NEW["ed"]) == sorted(NEW["de"])
+    resize(family, tmp_path / "out", tracker, input=method)
+    rows = load(tmp_path / "out")["model.embed_tokens.weight"][pieces(family)]
+    assert len({tuple(row.tolist()) for row in rows}) == len(rows)
+
+
+def test_chat_tokens_and_padding_start_from_the_mean(untied, tmp_path, tracker):
+    resize(untied, tmp_path / "out", tracker)
+    weights = load(tmp_path / "out")
+    for name in MATRICES:
+        mean = untied.weights["base"][name].double().mean(0).float().bfloat16()
+        for row in [43, *untied.vocabulary.padding]:
+            assert torch.equal(weights[name][row], mean)
+
+
+@pytest.mark.parametrize(("input", "head"), [("gaussian", "random"), ("focus", "gaussian")])
+def test_the_same_seed_gives_the_same_bytes(untied, tmp_path, tracker, input, head):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        resize(untied, tmp_path / out, tracker, input=input, head=head, seed=seed)
+    a, b, c = ((tmp_path / out / "model.safetensors").read_bytes() for out in "abc")
+    assert a == b != c
+
+
+def test_input_and_head_have_their_own_methods(untied, tmp_path, tracker):
+    resize(untied, tmp_path / "out", tracker, input="mean", head="random")
+    weights = load(tmp_path / "out")
+    assert len({tuple(row.tolist()) for row in weights[MATRICES[0]][pieces(untied)]}) == 1
+    assert len({tuple(row.tolist()) for row in weights[MATRICES[1]][pieces(untied)]}) == len(NEW)
+
+
+def test_the_moments_of_what_is_drawn(tmp_path):
+    torch.manual_seed(0)
+    mix = torch.randn(4, 4)
+    save_weights({"x": torch.randn(500, 4) @ mix + torch.tensor([1.0, 2, 3, 4])}, tmp_path)
+    old = OldRows(Checkpoint.open(tmp_path), "x")
+    rows = load(tmp_path)["x"].numpy().astype("f8")
+    many = [NewPiece(number, "", [0]) for number in range(20_000)]
+    drawn = np.concatenate(
+        list(INITIALISERS["gaussian"](Task(many, old, np.random.default_rng(0))))
+    )
+    np.testing.assert_allclose(old.mean, rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(drawn.mean(0), rows.mean(0), atol=0.1)
+    np.testing.assert_allclose(np.cov(drawn.T), np.cov(rows.T), atol=0.4)
+    drawn = np.concatenate(list(INITIALISERS["random"](Task(many, old, np.random.default_rng(0)))))
+    np.testing.assert_allclose(drawn.mean(0), 0, atol=0.1)
+    assert np.sqrt((drawn**2).sum(1).mean()) == pytest.approx(old.mean_norm, rel=0.02)
+
+
+def test_only_files_that_hold_the_matrices_are_written(tmp_path, tracker):
+    family = make_family(tmp_path / "models", files=8)
+    resize(family, tmp_path / "out", tracker)
+    inodes = {path.name: path.stat().st_ino for path in family.base.glob("*.safetensors")}
+    new = {
+        path.name
+        for path in (tmp_path / "out").glob("*.safetensors")
+        if path.stat().st_ino != inodes[path.name]
+    }
+    weight_map = json.loads((family.base / "model.safetensors.index.json").read_text())[
+        "weight_map"
+    ]
+    assert new == {weight_map[name] for name in MATRICES}
+    assert (
+        json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+        == weight_map
+    )
+    assert Checkpoint.open(tmp_path / "out").info("lm_head.weight").shape == (CPT_ROWS, 32)
+
+
+def test_links_of_the_hub_s_cache_are_followed(tmp_path, tracker):
+    family = make_family(tmp_path / "models", files=3)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for file in list(family.base.glob("*.safetensors")):
+        os.replace(file, blobs / file.name)
+        file.symlink_to(blobs / file.name)
+    resize(family, tmp_path / "out", tracker)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_tied_head_that_is_stored_is_left_out(tmp_path, tracker):
+    family = make_family(tmp_path / "models", tied=True)
+    stored = {
+        **family.weights["base"],
+        "lm_head.weight": family.weights["base"]["model.embed_tokens.weight"].clone(),
+    }
+    save_weights(stored, family.base)
+    resize(family, tmp_path / "out", tracker)
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_the_result_loads_and_goes_on(untied, tmp_path, tracker):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    results = resize(untied, tmp_path / "out", tracker)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("the ing all", return_tensors="pt")[
+        "input_ids"
+    ]
+    assert torch.isfinite(model(ids).logits).all()
+    assert model.config.vocab_size == CPT_ROWS == results["rows"]
+    assert VocabularyMap.load(tmp_path / "out") == untied.vocabulary
+    assert (
+        "summary",
+        {f"embeddings/{name}": value for name, value in results.items()},
+    ) in tracker.calls
+    assert {row["matrix"] for row in dict(tracker.calls)["embeddings/norms"]} == {"embed", "head"}
+
+
+def test_a_map_for_another_base_is_refused(untied, tmp_path, tracker):
+    VocabularyMap(BASE_ROWS - 1, BASE_ROWS - 1, [], [], []).save(untied.tokenizer)
+    with pytest.raises(UserError, match=r"has 38 rows .* 37"):
+        resize(untied, tmp_path / "out", tracker)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_base_in_bin_files_comes_out_as_safetensors(untied, tmp_path, tracker, parts):
+    resize(untied, tmp_path / "expected", tracker)
+    names = sorted(untied.weights["base"])
+    (untied.base / "model.safetensors").unlink()
+    if parts == 1:
+        torch.save(untied.weights["base"], untied.base / "pytorch_model.bin")
+    else:
+        files = {
+            name: f"pytorch_model-0000{1 + number % 2}-of-00002.bin"
+            for number, name in enumerate(names)
+        }
+        for file in set(files.values()):
+            torch.save(
+                {n: v for n, v in untied.weights["base"].items() if files[n] == file},
+                untied.base / file,
+            )
+        (untied.base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    resize(untied, tmp_path / "out", tracker)
+    assert not list((tmp_path / "out").glob("*.bin*"))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == parts
+    expected, found = load(tmp_path / "expected"), load(tmp_path / "out")
+    assert set(Checkpoint.open(tmp_path / "out").tensors) == set(names)
+    assert all(torch.equal(found[name], expected[name]) for name in names)

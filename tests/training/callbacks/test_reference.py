@@ -1,0 +1,49 @@
+"""The line of the base beside the curves: measured once for each number of held-out rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cpt_merge.data.sources import Corpus
+from cpt_merge.data.store import Store
+from cpt_merge.data.tokenise import write_store
+from cpt_merge.training.callbacks.reference import FILE, reference_line
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.parallel import start_parallel, stop_parallel
+from tests.distributed import run_ranks
+from tests.training.conftest import CONFIG
+from tests.training.runs import ask_for
+
+
+@pytest.fixture(scope="module")
+def store_with_base(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus, model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "store"
+    write_store(corpus, model, folder, base=model)
+    return folder
+
+
+def measured(base: Path, store: Path, out: Path, rows: int) -> dict[str, float]:
+    ask_for("fsdp2")
+    parallel = start_parallel()
+    config = TrainingConfig(**{**CONFIG, "evaluate_rows": rows})
+    found = reference_line(base, Store.open(store), config, parallel, out)
+    stop_parallel()
+    return found
+
+
+@pytest.mark.slow
+def test_it_is_kept_and_measured_again_on_other_rows(
+    model: Path, store_with_base: Path, tmp_path: Path
+) -> None:
+    found = run_ranks(measured, 2, model, store_with_base, tmp_path, 6)
+    assert found[0] == found[1]
+    assert found[0].keys() == {"ko", "en"}
+    kept = json.loads((tmp_path / FILE).read_text())
+    kept["bits_per_byte"]["ko"] = 1.0
+    (tmp_path / FILE).write_text(json.dumps(kept))
+    assert run_ranks(measured, 1, model, store_with_base, tmp_path, 6)[0]["ko"] == 1.0
+    assert run_ranks(measured, 1, model, store_with_base, tmp_path, 2)[0]["ko"] not in (
+        1.0,
+        found[0]["ko"],
+    )

@@ -1,0 +1,76 @@
+"""Rates, waits and stalls, from processes of which one is slower."""
+
+import time
+
+import pytest
+
+from cpt_merge.training.callbacks.throughput import Throughput, gathered
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.parallel import start_parallel, stop_parallel
+from cpt_merge.training.flops import mfu
+from tests.distributed import run_ranks
+from tests.training.runs import ask_for
+
+CONFIG = TrainingConfig(tokens=10**6, sequence_length=100, batch_rows=4)  # 400 tokens per step
+
+
+def an_interval() -> list[dict[str, float]]:
+    """Five steps of 40 ms on rank 0 and 120 ms on rank 1, half of it for data; then an empty interval."""
+    ask_for("fsdp2")
+    parallel = start_parallel()
+    slow = 1 + 2 * parallel.world.rank
+    throughput = Throughput(CONFIG, parallel, flops_per_token=1e6, peak=1e9)
+    for _ in range(5):
+        with throughput.waiting_for_data():
+            time.sleep(0.02 * slow)
+        time.sleep(0.02 * slow)
+        throughput.count_step()
+    with throughput.paused():
+        time.sleep(0.3)
+    with throughput.stalled_by_checkpoint():
+        time.sleep(0.1 * slow)
+    found = [throughput.metrics(), throughput.metrics()]
+    stop_parallel()
+    return found
+
+
+def test_an_interval_is_told_alike_by_all_processes_and_forgotten() -> None:
+    here, there = run_ranks(an_interval, 2)
+    assert here == there
+    first, second = here
+    wall = 5 * 0.12 + 0.3  # of the slower process, its stall included and the pause left out
+    close = {"rel": 0.25}
+    assert first["train/tokens_per_second"] == pytest.approx(5 * 400 / wall, **close)
+    assert first["train/tokens_per_second_per_device"] == first["train/tokens_per_second"] / 2
+    assert first["train/mfu"] == mfu(first["train/tokens_per_second_per_device"], 1e6, 1e9)
+    assert first["train/step_seconds_max"] == pytest.approx(0.12, **close)
+    assert first["train/step_seconds_median"] == pytest.approx(0.08, **close)
+    # rank 0 waits 100 of 200 + 100 ms, rank 1 300 of 600 + 300
+    assert first["train/data_wait_share"] == pytest.approx(1 / 3, **close)
+    assert first["train/checkpoint_stall_seconds"] == pytest.approx(0.3, **close)
+    assert first["train/peak_memory_gb"] > 0.05
+    assert second["train/tokens_per_second"] == second["train/checkpoint_stall_seconds"] == 0
+
+
+def ranks_gathered() -> list[list[float]]:
+    ask_for("fsdp2")
+    parallel = start_parallel()
+    found = gathered([float(parallel.world.rank), 7.0], parallel)
+    stop_parallel()
+    return found
+
+
+def test_values_are_gathered_by_rank() -> None:
+    assert run_ranks(ranks_gathered, 3)[2] == [[0.0, 1.0, 2.0], [7.0, 7.0, 7.0]]
+
+
+def without_a_peak() -> dict[str, float]:
+    ask_for("fsdp2")
+    parallel = start_parallel()
+    metrics = Throughput(CONFIG, parallel, flops_per_token=1e6).metrics()
+    stop_parallel()
+    return metrics
+
+
+def test_without_a_peak_there_is_no_mfu() -> None:
+    assert "train/mfu" not in run_ranks(without_a_peak, 1)[0]

@@ -1,0 +1,78 @@
+"""A request to stop, to any one rank at any moment: all save at the same micro-batch and the run goes on exactly."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from cpt_merge.core.deadline import STOP_AT
+from cpt_merge.training.distributed.checkpoint import STATE_FILE
+from cpt_merge.training.distributed.parallel import start_parallel, stop_parallel
+from cpt_merge.training.distributed.stopping import StopRequest
+from tests.distributed import run_ranks
+from tests.training.runs import Job, ask_for, assert_same_weights, train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["evaluation", "save"])
+def test_within_an_evaluation_or_a_save(
+    moment: str, model: Path, store: Path, tmp_path: Path
+) -> None:
+    whole = run_ranks(train, 2, Job(model, store, tmp_path / "whole"))[0]
+    job = Job(model, store, tmp_path / "parts", signal_in=moment)
+    first = run_ranks(train, 2, job)[0]
+    assert max(first, default=0) < 12
+    job.signal_in = ""
+    second = run_ranks(train, 2, job)[0]
+    assert {**first, **second} == whole
+    assert set(first).isdisjoint(second), "no step that was saved is repeated"
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def train_until(job: Job, seconds: float) -> dict[int, float]:
+    os.environ[STOP_AT] = str(time.time() + seconds)
+    return train(job)
+
+
+@pytest.mark.slow
+def test_a_deadline_is_a_request(model: Path, store: Path, tmp_path: Path) -> None:
+    """`--stop-at`, or the end of the Slurm job, less the margin."""
+    job = Job(
+        model, store, tmp_path, {"tokens": 32 * 8 * 100_000, "stop_margin": 60}, stop_after=10**9
+    )
+    losses = run_ranks(train_until, 2, job, 75.0)[0]
+    assert 0 < max(losses) < 100_000
+    assert len(list((tmp_path / "checkpoints").glob(f"step-*/{STATE_FILE}"))) > 0
+
+
+@pytest.mark.slow
+def test_before_the_first_step_there_is_nothing_to_save(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
+    """The state of an optimizer that has made no step cannot be written: torch makes one to have one."""
+    whole = run_ranks(train, 2, Job(model, store, tmp_path / "whole"))[0]
+    job = Job(model, store, tmp_path / "parts", stop_after=10**9)
+    assert run_ranks(train_until, 2, job, 0.0)[0] == {}
+    assert run_ranks(train, 2, job)[0] == whole
+
+
+def votes(asking: int, trouble: bool = False) -> list[bool]:
+    ask_for("fsdp2")
+    parallel = start_parallel()
+    with StopRequest(parallel, 0) as stop:
+        found = [stop.agreed()]
+        if parallel.world.rank == asking:
+            if trouble:
+                stop.report_trouble()
+            else:
+                stop.reason = "asked"
+        found += [stop.agreed(), stop.agreed(), stop.agreed()]
+    stop_parallel()
+    return found
+
+
+def test_one_vote_is_enough_and_known_to_all_at_the_same_call() -> None:
+    assert run_ranks(votes, 2, 1) == [[False, False, True, True]] * 2
+    assert run_ranks(votes, 2, 1, True) == [[False, False, True, True]] * 2
+    assert run_ranks(votes, 2, 5) == [[False] * 4] * 2

@@ -1,0 +1,1 @@
+"""Where events go: the local log and W&B."""

@@ -1,0 +1,98 @@
+"""Loss spikes: a loss far above those before it, and the rows of the run that the step was made of."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MINIMUM = 32  # losses before the first judgement; as many spikes in a row are a new level
+FLOOR = 1e-3  # least standard deviation, as a share of the mean: a loss that hardly varies has no spikes in its noise
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss above `mean` + sigma * `deviation`, both of the losses before it."""
+
+    step: int
+    loss: float
+    mean: float
+    deviation: float
+
+
+class Spikes:
+    """Finds spikes against the mean and standard deviation of the last `window` losses that were none.
+
+    Only what lies above is a spike, and a falling loss has a mean above it, so the steep start raises no alarm. A
+    loss that is not finite is one at any time. After `MINIMUM` spikes in a row the loss has moved to another level,
+    and the window begins anew there.
+    """
+
+    def __init__(self, window: int = 128, sigma: float = 6.0) -> None:
+        self.window, self.sigma = window, sigma
+        self._losses: list[float] = []
+        self._in_a_row = 0
+
+    def observe(self, step: int, loss: float) -> Spike | None:
+        """The loss of a step, the same on all processes; the spike if it is one."""
+        spike = self._judge(step, loss)
+        if spike is None:
+            self._in_a_row = 0
+            self._losses = [*self._losses, loss][-self.window :]
+            return None
+        self._in_a_row += 1
+        if self._in_a_row == MINIMUM:
+            self._losses, self._in_a_row = [], 0
+        return spike
+
+    def _judge(self, step: int, loss: float) -> Spike | None:
+        count = len(self._losses)
+        mean = math.fsum(self._losses) / count if count else math.nan
+        deviation = (
+            math.sqrt(math.fsum((value - mean) ** 2 for value in self._losses) / count)
+            if count
+            else math.nan
+        )
+        if not math.isfinite(loss):
+            return Spike(step, loss, mean, deviation)
+        limit = mean + self.sigma * max(deviation, FLOOR * abs(mean))
+        return (
+            Spike(step, loss, mean, deviation)
+            if count >= min(MINIMUM, self.window) and loss > limit
+            else None
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values from which `load_state_dict` continues to the bit."""
+        return {"losses": list(self._losses), "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._losses, self._in_a_row = (
+            [float(loss) for loss in state["losses"]],
+            int(state["in_a_row"]),
+        )
+
+
+def record_spike(path: Path, spike: Spike, indices: range, rows: Sequence[tuple[str, int]]) -> None:
+    """Append one JSON line: the spike, the first and last index of the step's rows in the run, and where each lies.
+
+    `rows` is (source name, row of that source) by index, as `RowOrder.place` has them. A number that is not finite is
+    null. A step that is done again after a resume gives the same line, which is not written twice. Rank 0 only.
+    """
+    numbers = {
+        name: value if math.isfinite(value) else None for name, value in asdict(spike).items()
+    }
+    places = {
+        "first_index": indices[0],
+        "last_index": indices[-1],
+        "rows": [list(row) for row in rows],
+    }
+    line = json.dumps(numbers | places, ensure_ascii=False)
+    if path.is_file() and line in path.read_text(encoding="utf-8").splitlines():
+        return
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")

@@ -1,0 +1,367 @@
+"""DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients, parameters divided over the processes.
+
+DeepSpeed's engine owns gradients, clipping and the step; the loop gives it the scaled loss and asks it what it did. Its
+checkpoints are its own and synchronous, and can be loaded by the same stage on the same number of processes only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cpt_merge.core.artifact import fsync
+from cpt_merge.core.distributed import World
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.packing import Batch
+from cpt_merge.merge.hook import LocalShard
+from cpt_merge.training.config import CheckpointConfig, TrainingConfig
+from cpt_merge.training.distributed.backend import StepOutcome
+from cpt_merge.training.distributed.build import Start
+from cpt_merge.training.distributed.fsdp import describe_model, prepare_layers, whole_rows
+from cpt_merge.training.distributed.parallel import Asked, Parallel
+from cpt_merge.training.distributed.replaced import replaced
+from cpt_merge.training.memory import ZERO_STRATEGIES
+from cpt_merge.training.model.attention import check_attention
+from cpt_merge.training.model.build import (
+    CausalLM,
+    WeightSource,
+    build_model,
+    load_weights,
+    named_local_parameters,
+)
+from cpt_merge.training.model.compiled import uncompiled
+from cpt_merge.training.optimizer import build_optimizer, full_shape, learning_rates, set_rate
+from cpt_merge.training.phases import select_trained
+
+TAG = "deepspeed"
+
+
+class ZeroBackend:
+    """See `training.backends.backend.Backend`."""
+
+    def __init__(
+        self, engine: Any, optimizer: torch.optim.AdamW, start: Start, parallel: Parallel
+    ) -> None:
+        self.engine, self.optimizer, self.start, self.parallel = engine, optimizer, start, parallel
+        self.stage: int = engine.zero_optimization_stage()
+        self.layout = f"DeepSpeed ZeRO {self.stage} on {parallel.world.size} processes"
+        self.strategy = ZERO_STRATEGIES[self.stage]
+        self.shard_count = parallel.world.size
+
+    @staticmethod
+    def build(start: Start, parallel: Parallel) -> ZeroBackend:
+        """Load the weights (from ZeRO 3 on a tensor at a time is whole, before that all of them are), then shard."""
+        deepspeed = _import_deepspeed(parallel.device)
+        settings = engine_settings(start.config, parallel)
+        stage = settings["zero_optimization"]["stage"]
+        module = build_model(start.model, start.config)
+        select_trained(module, start.phase, start.base_rows)
+        prepare_layers(module, start.config)
+        if stage == 3:
+            _load_partitioned(module, start.model, settings, parallel.device)
+        else:
+            load_weights(module, start.model, parallel.device)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        optimizer = build_optimizer(module, start.config.optimizer, start.phase)
+        with _named_in_environment(parallel.world):
+            engine, wrapped, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        for (
+            name,
+            buffer,
+        ) in (
+            module.named_buffers()
+        ):  # DeepSpeed casts them too: rotary frequencies would lose digits
+            buffer.data = buffers[name]
+        _prove_zero(engine, stage, parallel)
+        check_attention(engine, start.config, parallel.device)
+        return ZeroBackend(engine, wrapped, start, parallel)
+
+    @property
+    def module(self) -> CausalLM:
+        """The model under DeepSpeed's engine."""
+        module: CausalLM = self.engine.module
+        return module
+
+    @torch.no_grad()
+    @uncompiled
+    def loss(self, batch: Batch) -> Tensor:
+        """See `Backend`."""
+        self.engine.eval()
+        loss: Tensor = self.engine(batch)
+        self.engine.train()
+        return loss
+
+    @torch.no_grad()
+    @uncompiled
+    def logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """See `Backend`."""
+        self.engine.eval()
+        logits: Tensor = self.engine(whole_rows(input_ids).to(self.parallel.device), last=last)
+        self.engine.train()
+        return logits
+
+    def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
+        """See `Backend`."""
+        size = self.parallel.world.size  # DeepSpeed averages over the processes
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss = self.engine(batch) * (scale * size)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        return loss.detach() / size  # type: ignore[no-any-return]
+
+    def step(self, factor: float) -> StepOutcome:
+        """See `Backend`. DeepSpeed itself leaves out a step whose gradient is not finite."""
+        set_rate(self.optimizer, factor)
+        self.engine.step()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
+        return StepOutcome(norm, torch.tensor(bool(self.engine.was_step_applied())))
+
+    def discard_gradients(self) -> None:
+        """See `Backend`."""
+        self.optimizer.zero_grad()
+
+    def learning_rates(self) -> dict[str, float]:
+        """See `Backend`."""
+        return learning_rates(self.optimizer)
+
+    def save(self, directory: Path, asynchronous: bool) -> Future[None]:
+        """See `Backend`. Always synchronous."""
+        self.engine.save_checkpoint(str(directory), tag=TAG)
+        for path in directory.rglob("*"):
+            if path.is_file() and (
+                f"rank_{self.parallel.world.rank}_" in path.name or self.parallel.world.is_main
+            ):
+                fsync(path)
+        self.parallel.barrier()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def writes_asynchronously(self, config: CheckpointConfig) -> bool:
+        """See `Backend`."""
+        return False
+
+    def load(self, directory: Path) -> None:
+        """See `Backend`."""
+        found, _ = self.engine.load_checkpoint(str(directory), tag=TAG)
+        if found is None:
+            raise ValueError("DeepSpeed finds no checkpoint in it")
+
+    def state_bytes(self) -> int:
+        """See `Backend`."""
+        count = [full_shape(parameter).numel() for parameter in self.module.parameters()]
+        trained = [
+            n
+            for n, parameter in zip(count, self.module.parameters(), strict=True)
+            if parameter.requires_grad
+        ]
+        return sum(count) * (4 if self.start.config.precision == "fp32" else 2) + 12 * sum(trained)
+
+    def weights_are_finite(self) -> bool:
+        """See `Backend`."""
+        parts = (
+            getattr(parameter, "ds_tensor", parameter.data)
+            for parameter in self.module.parameters()
+        )
+        return all(bool(part.isfinite().all()) for part in parts)
+
+    def shards(self) -> list[LocalShard]:
+        """See `Backend`. The fp32 masters are gathered one tensor at a time, and each process keeps its rows."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        rank, size = self.parallel.world.rank, self.parallel.world.size
+        found = []
+        for name, parameter in named_local_parameters(self.module):
+            whole = (
+                safe_get_full_fp32_param(parameter)
+                if parameter.requires_grad
+                else _gathered(parameter)
+            )
+            rows = -(-whole.shape[0] // size)
+            start, stop = min(rank * rows, whole.shape[0]), min((rank + 1) * rows, whole.shape[0])
+            found.append(
+                LocalShard(name, tuple(whole.shape), start, whole[start:stop].to("cpu", copy=True))
+            )
+        return found
+
+    @contextmanager
+    def replaced(self, replace: Callable[[LocalShard], Tensor]) -> Iterator[None]:
+        """See `Backend`. Each process makes its rows, and gives them to the others, a tensor at a time."""
+        self.engine.empty_partition_cache()  # ZeRO 3: what is gathered would not be what its parts are
+        with replaced(self._replacements(replace)):
+            try:
+                yield
+            finally:
+                self.engine.empty_partition_cache()
+
+    def _replacements(
+        self, replace: Callable[[LocalShard], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this process runs with, and its new values: whole parameters, or (ZeRO 3) its part of each."""
+        for shard, (_, parameter) in zip(
+            self.shards(), named_local_parameters(self.module), strict=True
+        ):
+            whole = self._joined(replace(shard), shard.shape)
+            part = getattr(parameter, "ds_tensor", None)
+            if part is None:
+                yield parameter.data, whole
+            else:
+                start = part.ds_numel * self.parallel.world.rank
+                values = whole.view(-1)[start : start + part.ds_numel]
+                yield part[: len(values)], values
+
+    def _joined(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """All rows of a tensor, from the processes that hold them as `shards` divides them."""
+        size = self.parallel.world.size
+        padded = torch.zeros((-(-shape[0] // size), *shape[1:]), dtype=rows.dtype)
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(size)]
+        dist.all_gather(parts, padded, group=self.parallel.side_group)
+        return torch.cat(parts)[: shape[0]]
+
+    def describe(self) -> dict[str, str]:
+        """See `Backend`."""
+        what = {
+            1: "optimizer",
+            2: "optimizer and gradients",
+            3: "optimizer, gradients and parameters",
+        }[self.stage]
+        size = self.parallel.world.size
+        return {
+            **describe_model(self.module, self.start.config, self.parallel.device),
+            "backend": f"DeepSpeed ZeRO {self.stage}: {what} divided over {size} process{'es' if size > 1 else ''}",
+        }
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self.engine.destroy()
+
+
+def engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any]:
+    """DeepSpeed's configuration: batches, precision and clipping from the recipe, ZeRO from the accelerate config."""
+    if config.precision == "pure-bf16":
+        raise UserError(
+            "training.precision: pure-bf16 is not DeepSpeed's, which keeps fp32 masters; set bf16 or fp32."
+        )
+    micro = -(-config.batch_rows // (parallel.world.size * config.micro_batch_rows))
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_rows,
+        "gradient_accumulation_steps": micro,
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": zero_section(parallel.asked),
+        "zero_allow_untested_optimizer": True,  # torch's fused AdamW
+        "steps_per_print": 10**9,
+    }
+    if config.precision == "bf16":
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def zero_section(asked: Asked) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`. Raises `UserError` for a file without a stage, or one that offloads."""
+    if not asked.zero_config:
+        return {"stage": asked.zero_stage}
+    try:
+        section = json.loads(Path(asked.zero_config).read_text(encoding="utf-8"))[
+            "zero_optimization"
+        ]
+        if section["stage"] not in ZERO_STRATEGIES:
+            raise ValueError(f"stage is {section['stage']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the DeepSpeed configuration {asked.zero_config} gives no ZeRO stage of 1, 2 or 3 ({error}); set "
+            "zero_optimization.stage there."
+        ) from None
+    for name in ("offload_optimizer", "offload_param"):
+        if (section.get(name) or {}).get("device", "none") != "none":
+            raise UserError(
+                f"{asked.zero_config} asks for {name}, which is not supported; take it out."
+            )
+    return {name: value for name, value in section.items() if value != "auto"}
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError:
+        raise UserError(
+            "the accelerate config asks for DeepSpeed, which is not installed; "
+            "pip install -c constraints.txt -e '.[deepspeed]'"
+        ) from None
+    if device.type == "cpu":
+        # DeepSpeed would compile collectives for one node at first use (46 s), and wait for ever for the lock of a
+        # compilation that was killed
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextmanager
+def _named_in_environment(world: World) -> Iterator[None]:
+    """DeepSpeed's engine asks the environment who it is, whoever started the processes."""
+    names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    missing = [name for name in names if name not in os.environ]
+    os.environ.update({name: str(names[name]) for name in missing})
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
+
+
+def _load_partitioned(
+    module: CausalLM, directory: Path, settings: dict[str, Any], device: torch.device
+) -> None:
+    """Load for ZeRO 3: each process reads a tensor whole, keeps its part, and forgets it before the next one."""
+    from deepspeed.runtime.zero import Init
+
+    source = WeightSource.open(module, directory, device)
+    dtype = torch.bfloat16 if "bf16" in settings else torch.float32
+    loaded: dict[int, nn.Parameter] = {}  # a tied parameter is loaded once and stays one
+    for path, owner in module.model.named_modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if id(parameter) not in loaded:
+                values = source.load(f"{path}.{name}".lstrip("."), parameter)
+                loaded[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            setattr(owner, name, loaded[id(parameter)])
+        if next(owner.parameters(recurse=False), None) is not None:
+            Init(module=_Alone(owner), config_dict_or_path=settings, dtype=dtype)
+    module.to(device)
+
+
+class _Alone(nn.Module):
+    """A module's own parameters, without those of the modules within it."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in owner.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
+        return parameter.detach().float().clone()
+
+
+def _prove_zero(engine: Any, stage: int, parallel: Parallel) -> None:
+    """Law 7: what was asked for is active, or the run stops."""
+    active = engine.zero_optimization_stage(), engine.dp_world_size
+    if active != (stage, parallel.world.size):
+        raise UserError(
+            f"ZeRO {stage} on {parallel.world.size} processes was asked for, DeepSpeed runs {active}; report this."
+        )

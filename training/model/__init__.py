@@ -1,0 +1,1 @@
+"""The model as training uses it: loading, loss, attention, recomputation, precision."""

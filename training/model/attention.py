@@ -1,0 +1,257 @@
+"""Attention within documents only, by four implementations, and the proof that the chosen one does so.
+
+    flash   only what is needed is computed, document by document: on a GPU by torch's variable-length flash kernel,
+            on a CPU by one causal sdpa call per document. No mask is made.
+    sdpa    torch's scaled_dot_product_attention with a mask [rows, 1, length, length]
+    flex    torch's flex_attention with a block mask, compiled
+    eager   matmul and softmax written out; for what no other supports
+
+All but `flash` are transformers' own; they find documents by the position ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.packing import IGNORED, Batch
+from cpt_merge.training.config import TrainingConfig
+
+IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "documents"}
+"""The recipe's name -> transformers' name."""
+
+TOLERANCE = 1e-5
+"""Relative difference of a loss that what it must not depend on may make. Measured: none where documents are apart, in
+float32 and bfloat16, and 1.6e-4 or more in random models of 7 families where they are not."""
+
+
+def document_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document, called by transformers' attention layers.
+
+    `query` [rows, heads, length, width], `key` and `value` with as many or fewer heads; the result is
+    [rows, length, heads, width]. `cu_seq_lens_q` is `Batch.cu_seqlens`, `max_length_q` its `max_length`.
+    Raises `UserError` for a model that asks for what is not computed here.
+    """
+    wanted = [name for name in ("softcap", "s_aux", "position_bias") if other.get(name) is not None]
+    wanted += ["dropout"] if dropout else []
+    if wanted or cu_seq_lens_q is None or max_length_q is None:
+        lacking = f"needs {wanted[0]}" if wanted else "does not pass on where documents begin"
+        raise UserError(
+            f"attention: flash does not fit this model, whose attention {lacking}; set eager or sdpa."
+        )
+    window = (
+        sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    )
+    if torch.compiler.is_compiling() and not query.is_cuda:
+        return _by_mask(query, key, value, cu_seq_lens_q, scaling, window), None
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    if query.is_cuda:
+        out = _by_kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)
+    else:
+        out = _by_document(q, k, v, cu_seq_lens_q, scaling, window)
+    return out.reshape(query.shape[0], query.shape[2], *out.shape[1:]), None
+
+
+def _by_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu: Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """All documents at once: tensors [tokens, heads, width]."""
+    before = (
+        -1 if window is None else window - 1
+    )  # how many earlier tokens a token sees, besides itself
+    out = varlen_attn(
+        query, key, value, cu, cu, longest, longest,
+        scale=scale, window_size=(before, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _by_document(
+    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """One document after the other: tensors [tokens, heads, width]."""
+    sizes = cu.diff().tolist()
+    documents = (
+        torch.split(tensor.transpose(0, 1).unsqueeze(0), sizes, 2) for tensor in (query, key, value)
+    )
+    outs = []
+    for size, q, k, v in zip(sizes, *documents, strict=True):
+        mask = None if window is None or window >= size else _band(size, window, q.device)
+        outs.append(
+            F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        )
+    return torch.cat(outs, 2)[0].transpose(0, 1)
+
+
+def _by_mask(
+    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """The same without a loop, for torch.compile on a CPU: tensors [rows, heads, length, width]."""
+    rows, heads, length, _ = query.shape
+    places = torch.arange(rows * length, device=cu.device, dtype=cu.dtype)
+    document = torch.searchsorted(cu, places, right=True).view(rows, 1, length)
+    mask = (document.unsqueeze(-1) == document.unsqueeze(-2)) & _band(
+        length, window or length, cu.device
+    )
+    key, value = (tensor.repeat_interleave(heads // tensor.shape[1], 1) for tensor in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(
+        1, 2
+    )
+
+
+def _band(size: int, window: int, device: torch.device) -> Tensor:
+    """True where a token (row) sees another (column): itself and the `window` - 1 before it."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
+AttentionInterface.register(
+    IMPLEMENTATIONS["flash"], document_attention
+)  # no mask is registered, so none is made
+
+
+def attention_arguments(batch: Batch, model_config: Any) -> dict[str, Any]:
+    """What the decoder is given for attention besides the position ids."""
+    if model_config._attn_implementation != IMPLEMENTATIONS["flash"]:
+        return {}
+    return {"cu_seq_lens_q": batch.cu_seqlens, "max_length_q": batch.max_length}
+
+
+def describe_attention(config: TrainingConfig, device: torch.device) -> str:
+    """The attention for the start block."""
+    if config.attention != "flash":
+        return config.attention
+    if device.type == "cuda":
+        return "flash (torch's variable-length kernel)"
+    return f"flash (on a CPU{' and compiled: sdpa with a mask' if config.compile else ': sdpa per document'})"
+
+
+def check_supported(model: Any, config: TrainingConfig) -> None:
+    """Raises `UserError` if a model of transformers is not set to the implementation, or cannot go without masks."""
+    name = type(model).__name__
+    if model.config._attn_implementation != IMPLEMENTATIONS[config.attention]:
+        raise UserError(
+            f"attention: {config.attention} is not what {name} uses ({model.config._attn_implementation}); set eager."
+        )
+    text = model.config.get_text_config(decoder=True)
+    unknown = set(getattr(text, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if unknown:
+        raise UserError(
+            f"{name} has layers of kind {sorted(unknown)[0]}, in which packed documents see each other; "
+            "such models cannot be trained here."
+        )
+    if config.attention != "flash":
+        return
+    capped = getattr(text, "attn_logit_softcapping", None)
+    if capped or not getattr(model, "_supports_flash_attn", False):
+        reason = "caps its attention scores" if capped else "has its own attention"
+        raise UserError(
+            f"attention: flash does not fit {name}, which {reason}; set it to eager or flex."
+        )
+
+
+@torch.no_grad()
+def check_attention(
+    module: Callable[[Batch], Tensor], config: TrainingConfig, device: torch.device
+) -> None:
+    """Law 7: run the loaded model on a micro-batch of two documents a row, and see that they and time are kept apart.
+
+    Rows and length are those of training, so that compiled layers are not compiled for other shapes first: they would
+    be slower after. Called by all processes. Raises `UserError` if a document's loss depends on the document before it
+    or on later tokens, or if the implementation does not run here.
+    """
+    if config.attention == "flex" and device.type != "cuda":
+        raise UserError(
+            "attention: flex trains on GPUs only (torch has no backward pass of it for others); set flash."
+        )
+    if config.attention == "flash" and device.type == "cuda":
+        if config.precision == "fp32":
+            raise UserError(
+                "attention: flash computes in bf16 only; set training.precision: bf16, or attention: sdpa."
+            )
+        _check_kernel(device)
+    rows, length = config.micro_batch_rows, max(config.sequence_length, 16)
+    batch = _two_documents(rows, length).to(device)
+    try:
+        expected = float(module(batch))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"attention: {config.attention} does not run in this model here ({reason}); set sdpa."
+        ) from error
+    for column, what in (
+        (slice(0, length - 8), "the document before it"),
+        (slice(length - 2, None), "later tokens"),
+    ):
+        changed = batch.input_ids.clone()
+        changed[:, column] = 3
+        found = float(module(dataclasses.replace(batch, input_ids=changed)))
+        if not abs(found - expected) <= TOLERANCE * abs(expected):
+            raise UserError(
+                f"attention: {config.attention} lets a document see {what} in this model "
+                f"(loss {expected:.6f} becomes {found:.6f}); set another training.attention."
+            )
+
+
+def _two_documents(rows: int, length: int) -> Batch:
+    """Rows of two documents; the second one has 8 tokens, the first 6 of which have targets."""
+    ids = (5 + torch.arange(rows * length) % 32).view(rows, length)
+    labels = ids.roll(-1, 1)
+    labels[:, :-8] = labels[:, -2:] = IGNORED
+    positions = torch.cat([torch.arange(length - 8), torch.arange(8)])
+    return Batch.of(ids, labels, positions.repeat(rows, 1))
+
+
+def _check_kernel(device: torch.device) -> None:
+    """Raises `UserError` if a GPU's kernel does not compute what the loop over documents does, with a window too."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(48, heads, 64, generator=generator).bfloat16() for heads in (4, 2, 2)
+    )
+    cu = torch.tensor([0, 30, 48], dtype=torch.int32)
+    for window in (None, 7):
+        expected = _by_document(query.float(), key.float(), value.float(), cu, None, window)
+        q, k, v = (tensor.to(device) for tensor in (query, key, value))
+        found = _by_kernel(q, k, v, cu.to(device), 30, None, window).float().cpu()
+        if not torch.allclose(found, expected, atol=0.03, rtol=0.03):
+            raise UserError(
+                "attention: flash gives wrong numbers on this GPU; set training.attention to sdpa."
+            )

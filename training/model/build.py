@@ -1,0 +1,247 @@
+"""The model: a causal language model of transformers under our loss, its weights loaded shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cpt_merge.checkpoint.model_names import stored_names
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.data.packing import Batch
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.model.attention import IMPLEMENTATIONS, attention_arguments, check_supported
+from cpt_merge.training.model.fp8 import convert_to_fp8
+from cpt_merge.training.model.head import find_head_form
+from cpt_merge.training.model.loss import Head, cross_entropy_sum
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class CausalLM(nn.Module):
+    """A causal LM whose forward pass gives the loss.
+
+    The head is applied within this module's forward, so that under FSDP its weight is gathered there, and the logits
+    are made in chunks. Dropout is off: a run then has no random state but its data order, and resumes exactly.
+    """
+
+    model: Any  # a PreTrainedModel; transformers has no types
+
+    def __init__(self, model: Any, loss_chunk: int, compiled_loss: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_chunk, self.compiled_loss = loss_chunk, compiled_loss
+        self.form = find_head_form(model)
+        self.frozen_rows = 0
+        """The rows 0 .. frozen_rows - 1 of embedding and head get no gradient: exactly zero."""
+        self.stored_names: dict[str, str] = {}
+        """The model's name -> the name in the checkpoint that the weights were loaded from."""
+        model.get_input_embeddings().register_forward_hook(self._freeze)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return decoder_layers(self.model)
+
+    @property
+    def head(self) -> Head:
+        """The output head as it is now; under FSDP, to be used within `forward` only."""
+        output = self.model.get_output_embeddings()
+        bias = getattr(output, "bias", None)
+        return Head(output.weight, bias, self.form.scale, self.form.softcap, self.frozen_rows)
+
+    def forward(self, batch: Batch, last: Tensor | None = None) -> Tensor:
+        """Sum of the cross-entropies of the batch's targets, in nats.
+
+        With `last`, instead the float32 logits [rows, vocabulary] of one position of each row; no others are made.
+        """
+        hidden = self.model.get_decoder()(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **attention_arguments(batch, self.model.config),
+        ).last_hidden_state
+        if last is not None:
+            return self.head.logits(
+                hidden[torch.arange(len(last), device=hidden.device), last.to(hidden.device)]
+            )
+        return cross_entropy_sum(
+            hidden.flatten(0, 1),
+            self.head,
+            batch.labels.flatten(),
+            self.loss_chunk,
+            self.compiled_loss,
+        )
+
+    def train(self, mode: bool = True) -> CausalLM:
+        """Training mode for this module; the model within stays in evaluation mode, so that nothing in it is random."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def _freeze(self, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not self.frozen_rows:
+            return output
+        return torch.where((inputs[0] < self.frozen_rows).unsqueeze(-1), output.detach(), output)
+
+
+def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
+    """The model of a checkpoint with its parameters on the meta device: shapes without memory.
+
+    Raises `UserError` for a model that cannot be trained as the configuration says.
+    """
+    model_config = AutoConfig.from_pretrained(directory)
+    dtype = torch.bfloat16 if config.precision == "pure-bf16" else torch.float32
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=dtype, attn_implementation=IMPLEMENTATIONS[config.attention]
+            )
+    except (
+        ValueError,
+        ImportError,
+        KeyError,
+    ) as error:  # no causal model, or one without this attention
+        own = isinstance(error, KeyError)  # it chooses among attention classes of its own
+        reason = "it has no such attention" if own else str(error).strip().split(". ")[0][:200]
+        raise UserError(
+            f"the model in {directory} cannot be built with attention: {config.attention} ({reason}); "
+            "set training.attention to eager, or use a causal language model."
+        ) from None
+    model.tie_weights()
+    check_supported(model, config)
+    _say_what_is_left_out(model_config.get_text_config(decoder=True))
+    if config.fp8:
+        convert_to_fp8(
+            decoder_layers(model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
+    return CausalLM(model, config.loss_chunk, config.compile).train()
+
+
+def _say_what_is_left_out(config: Any) -> None:
+    dropout = [name for name, value in config.to_dict().items() if _is_dropout(name) and value]
+    if dropout:
+        say(
+            f"model: {', '.join(dropout)} of its config.json are not used; training is without dropout"
+        )
+    if getattr(config, "router_aux_loss_coef", None) or getattr(config, "num_local_experts", None):
+        say("model: the auxiliary loss of its expert routers is not added to the loss")
+
+
+def _is_dropout(name: str) -> bool:
+    return ("dropout" in name or name.endswith("_pdrop")) and not name.startswith(
+        ("classifier", "summary")
+    )
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a model of transformers: the one list of `num_hidden_layers` modules in its decoder.
+
+    Raises `UserError` if there is none.
+    """
+    decoder = model.get_decoder()
+    count = decoder.config.num_hidden_layers
+    for module in decoder.children():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(
+        f"{type(model).__name__} has no list of {count} decoder layers; it cannot be trained here."
+    )
+
+
+def load_weights(module: CausalLM, directory: Path, device: torch.device) -> None:
+    """Fill the (sharded) meta parameters from a checkpoint; every process reads only its own rows.
+
+    Buffers that a checkpoint holds are read whole; the others were computed when the model was built.
+    Raises `UserError` for a tensor that the checkpoint lacks or holds in another shape or type.
+    """
+    source = WeightSource.open(module, directory, device)
+    state: dict[str, Any] = {}
+    loaded: dict[int, nn.Parameter] = {}  # a tied parameter is loaded once and stays one
+    for name, parameter in module.model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in loaded:
+            loaded[id(parameter)] = nn.Parameter(source.load(name, parameter))
+        state[name] = loaded[id(parameter)]
+    stored = module.model.state_dict().keys()  # parameters and persistent buffers
+    for name, buffer in module.model.named_buffers():
+        if name in stored:
+            state[name] = source.load(name, buffer)
+    module.model.load_state_dict(state, strict=False, assign=True)
+    module.to(device)
+    unused = sorted(source.checkpoint.tensors.keys() - module.stored_names.values())
+    if unused:
+        say(
+            f"model: {len(unused)} tensors of {directory} are not part of the model and not used: {unused[0]}, ..."
+        )
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A checkpoint, by the model's names."""
+
+    checkpoint: Checkpoint
+    names: dict[str, str]
+    device: torch.device
+
+    @staticmethod
+    def open(module: CausalLM, directory: Path, device: torch.device) -> WeightSource:
+        """The checkpoint in `directory`; the module learns under which names it stores its tensors."""
+        checkpoint = Checkpoint.open(directory)
+        module.stored_names = stored_names(module.model, checkpoint.tensors, directory)
+        return WeightSource(checkpoint, module.stored_names, device)
+
+    def load(self, name: str, target: Tensor) -> Tensor:
+        """The values of a parameter or buffer like `target`; of a sharded one, this process's rows."""
+        stored_name, directory = self.names.get(name, name), self.checkpoint.directory
+        info = self.checkpoint.tensors.get(stored_name)
+        if info is None or tuple(info.shape) != tuple(target.shape):
+            found = f"in shape {tuple(info.shape)}" if info else "not at all"
+            raise UserError(
+                f"{directory} holds {stored_name} {found}, the model needs {tuple(target.shape)}; "
+                "use a checkpoint of the architecture that its config.json names."
+            )
+        if target.is_floating_point() and info.dtype not in TORCH_DTYPES:
+            raise UserError(
+                f"{directory} holds {stored_name} as {info.dtype}; convert the checkpoint to bfloat16."
+            )
+        stored = torch.from_numpy(self.checkpoint.read(stored_name, *local_rows(target)))
+        if info.dtype in TORCH_DTYPES:
+            stored = stored.view(TORCH_DTYPES[info.dtype])
+        local = stored.to(device=self.device, dtype=target.dtype)
+        if not isinstance(target, DTensor):
+            return local
+        return DTensor.from_local(
+            local,
+            target.device_mesh,
+            target.placements,
+            run_check=False,
+            shape=target.shape,
+            stride=target.stride(),
+        )
+
+
+def local_rows(parameter: Tensor) -> tuple[int, int]:
+    """The rows [start, stop) of dimension 0 that this process holds."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0] if parameter.ndim else 1
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return (offset[0], offset[0] + shape[0]) if shape[0] else (0, 0)
+
+
+def named_local_parameters(module: CausalLM) -> Iterator[tuple[str, nn.Parameter]]:
+    """(checkpoint name, parameter) of every parameter, tied ones once."""
+    for name, parameter in module.model.named_parameters():
+        yield module.stored_names.get(name, name), parameter

@@ -1,0 +1,45 @@
+"""Linear layers of the decoder in float8, by torchao, on GPUs that compute in it.
+
+Scaled by row: each token by its own largest value. One scale per tensor, torchao's default, would let a token's result
+depend on all others of the batch, documents that it must not see and later tokens included; `check_attention` refuses
+that. Weights stay in their master type.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import nn
+
+from cpt_merge.core.errors import UserError
+
+CAPABILITY = (8, 9)  # the first NVIDIA GPUs with float8 matmuls: Ada and Hopper
+
+
+def convert_to_fp8(layers: nn.ModuleList, device: torch.device) -> None:
+    """Replace the layers' `nn.Linear` by float8 ones, before compiling and sharding. Embedding and head stay.
+
+    Raises `UserError` where the GPU or torchao is missing.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise UserError(
+            f"training.fp8 needs a GPU of capability {CAPABILITY[0]}.{CAPABILITY[1]}; set it to false."
+        )
+    try:
+        float8 = importlib.import_module("torchao.float8")
+    except ImportError:
+        raise UserError(
+            "training.fp8 needs torchao, which is not installed; install it or set fp8 to false."
+        ) from None
+    config = float8.Float8LinearConfig.from_recipe_name("rowwise")
+    float8.convert_to_float8_training(layers, config=config, module_filter_fn=_fits)
+
+
+def _fits(module: nn.Module, name: str) -> bool:
+    """float8 matmuls need dimensions that are multiples of 16."""
+    return (
+        isinstance(module, nn.Linear)
+        and module.in_features % 16 == 0
+        and module.out_features % 16 == 0
+    )
