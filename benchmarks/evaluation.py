@@ -21,7 +21,7 @@ import torch
 import typer
 
 from cpt_merge.core.artifact import write_json
-from cpt_merge.core.distributed import World
+from cpt_merge.core.world import World
 from cpt_merge.evaluation.chat_template import (
     ChatTemplate,
     read_chat_template,

@@ -26,7 +26,7 @@ from benchmarks.training_inputs import SIZES, make_model
 from cpt_merge.checkpoint.dtypes import widen
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.artifact import write_json
-from cpt_merge.core.distributed import World
+from cpt_merge.core.world import World
 from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
 from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.generate.transformers import converse

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cpt_merge.core.artifact import read_record, write_json
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import say
+from cpt_merge.core.world import find_world
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.stages import STAGES
 

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cpt_merge.core.distributed import find_world
+from cpt_merge.core.world import find_world
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 

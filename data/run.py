@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.progress import say
+from cpt_merge.core.world import find_world
 from cpt_merge.data.sources import Corpus, source_files
 from cpt_merge.data.store import StoreInfo
 from cpt_merge.data.tokenise import write_store

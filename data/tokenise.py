@@ -21,9 +21,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cpt_merge.core.artifact import fingerprint, new_directory, stage_key, write_json, write_text
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say, timed
+from cpt_merge.core.world import World
 from cpt_merge.data.encoding import text_encoder
 from cpt_merge.data.join import join
 from cpt_merge.data.library import TextEncoder

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from cpt_merge.core.distributed import World, find_rendezvous, find_world
 from cpt_merge.core.progress import Meter
+from cpt_merge.core.world import World, find_rendezvous, find_world
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -16,9 +16,9 @@ import typer
 from typer.core import TyperCommand
 
 from cpt_merge.core.deadline import STOP_AT, parse_stop_at
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import console
+from cpt_merge.core.world import find_world
 
 USAGE_ERROR, INTERRUPTED = 2, 75
 

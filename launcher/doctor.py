@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import find_world
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.artifact import write_json
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import find_world
 from cpt_merge.tracking.sinks.local import read_run
 
 IDS_FILE = "wandb.json"

@@ -24,11 +24,11 @@ from cpt_merge.core.artifact import (
     write_json,
     write_record,
 )
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.lock import Lock
 from cpt_merge.core.package import checkout
 from cpt_merge.core.progress import say
+from cpt_merge.core.world import find_world
 from cpt_merge.data.mixture import mixture
 from cpt_merge.launcher.identity import group_name, run_id
 from cpt_merge.launcher.lineage import left, used

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.cluster.plan import Request, show_cluster
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.models import hub_errors, is_local, model_directory
+from cpt_merge.core.world import World
 from cpt_merge.data.mixture import describe, mixture
 from cpt_merge.data.sources import source_files
 from cpt_merge.launcher.recipe import Recipe

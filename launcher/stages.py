@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.artifact import fingerprint, read_record, stage_key
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.models import model_directory
+from cpt_merge.core.world import find_world
 from cpt_merge.data.sources import Corpus, source_files
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.tracking import Tracker

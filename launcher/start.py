@@ -6,10 +6,10 @@ import logging
 import os
 from pathlib import Path
 
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.package import PACKAGE
 from cpt_merge.core.progress import say
+from cpt_merge.core.world import find_world
 from cpt_merge.launcher.recipe import Recipe, read_yaml
 
 READ_BY_US = (

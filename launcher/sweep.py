@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.artifact import STAGE_FILE, StageRecord, stage_key, write_record
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.progress import say
+from cpt_merge.core.world import find_world
 from cpt_merge.launcher.pipeline import closing_on_error, hold_lock, open_tracker
 from cpt_merge.launcher.recipe import load_recipe
 from cpt_merge.launcher.stages import Run, merge_inputs, prompt_inputs

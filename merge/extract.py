@@ -23,9 +23,9 @@ from cpt_merge.checkpoint.token_changes import TokenChanges
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
 from cpt_merge.checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec, natural
 from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
+from cpt_merge.core.world import find_world
 from cpt_merge.merge.align import (
     Role,
     RowAlignment,

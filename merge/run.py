@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.artifact import fingerprint
-from cpt_merge.core.distributed import find_world
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import say
+from cpt_merge.core.world import find_world
 from cpt_merge.merge import ancestry, finish, report
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.engine import merge_files

@@ -32,10 +32,10 @@ from cpt_merge.checkpoint.writer import (
     remove_unfinished,
 )
 from cpt_merge.core.artifact import write_json
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.lock import Lock
 from cpt_merge.core.progress import say
+from cpt_merge.core.world import World
 from cpt_merge.merge.journal import BlockSums, Journal, read_blocks, vouch
 
 POLL = (

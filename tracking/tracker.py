@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from cpt_merge.core.distributed import find_world
+from cpt_merge.core.world import find_world
 from cpt_merge.tracking.config import TrackingConfig
 from cpt_merge.tracking.redaction import without_secrets
 from cpt_merge.tracking.sinks.local import STEP, LocalLog, Row, RunIdentity, read_run

@@ -14,8 +14,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from cpt_merge.cluster.preflight.report import ProcessReport, folder_of, node_name, wait_until
-from cpt_merge.core.distributed import World, find_rendezvous, find_world
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World, find_rendezvous, find_world
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.start import use_backend
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World
 from cpt_merge.data import parts as parts_module
 from cpt_merge.data import tokenise
 from cpt_merge.data.join import first_occurrences

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World
 from cpt_merge.merge import MergeConfig, engine, slices
 from cpt_merge.merge.config import RuleConfig
 from cpt_merge.merge.plan import MergeInputs, describe_rule, plan

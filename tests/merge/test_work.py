@@ -12,8 +12,8 @@ import time
 import pytest
 
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.engine import divide, on_threads
 from cpt_merge.merge.journal import read_blocks, trusted

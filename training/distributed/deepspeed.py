@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cpt_merge.core.artifact import fsync
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World
 from cpt_merge.data.packing import Batch
 from cpt_merge.merge.hook import LocalShard
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig

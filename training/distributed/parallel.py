@@ -15,8 +15,8 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from cpt_merge.core.distributed import World, find_rendezvous, find_world
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World, find_rendezvous, find_world
 
 EXAMPLES = "recipes/accelerate"
 Found = TypeVar("Found")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.evaluator import Subject

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cpt_merge.core.distributed import World
+from cpt_merge.core.world import World
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
 from cpt_merge.evaluation.division import Division

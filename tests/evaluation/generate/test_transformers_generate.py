@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from cpt_merge.core.distributed import World
+from cpt_merge.core.world import World
 from cpt_merge.evaluation.chat_template import read_chat_template, render, template_for
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Turn, prompt

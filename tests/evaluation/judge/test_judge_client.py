@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
 from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, _pause

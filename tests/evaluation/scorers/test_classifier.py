@@ -13,8 +13,8 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World
 from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
 from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.scorers.classifier import ClassifierScorer, positions_of

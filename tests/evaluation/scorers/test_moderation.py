@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cpt_merge.core.distributed import World
+from cpt_merge.core.world import World
 from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
 from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.safety import SafetyFacet

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cpt_merge.core.distributed import World
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World
 from cpt_merge.training.distributed.parallel import gpu_of, start_parallel, stop_parallel
 from tests.distributed import run_ranks
 from tests.training.runs import ask_for

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from cpt_merge.core.distributed import Rendezvous, World, find_rendezvous, find_world, first_host
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import Rendezvous, World, find_rendezvous, find_world, first_host
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
