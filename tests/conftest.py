@@ -9,6 +9,8 @@ import signal
 
 import pytest
 
+from tests.processes import processes  # noqa: F401 (a fixture for every test)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") != "gpu":

@@ -4,9 +4,6 @@ import fcntl
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from cpt_merge.launcher.pipeline import check_inputs, execute
 from cpt_merge.launcher.recipe import Recipe, load_recipe
 from cpt_merge.launcher.stages import STAGES, Run
 from cpt_merge.tracking import read_log
-from tests.launcher.conftest import ROOT, cpt_merge
+from tests.launcher.conftest import cpt_merge
+from tests.processes import Processes
 
 
 def test_a_chat_model_comes_out(finished: Path) -> None:
@@ -94,7 +92,7 @@ def test_training_with_other_settings_moves_the_old_work_aside(
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(
-    finished: Path, recipe_path: Path, tmp_path: Path
+    finished: Path, recipe_path: Path, tmp_path: Path, processes: Processes
 ) -> None:
     shutil.copytree(
         finished, tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns("training", "merge")
@@ -104,19 +102,12 @@ def test_ctrl_c_saves_and_the_same_command_continues(
         "training.tokens=1_000_000",
         "training.checkpoints.every=1000",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cpt_merge.launcher.cli", "train", str(recipe_path), *command],
-        stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
+    process = processes.python("-m", "cpt_merge.launcher.cli", "train", recipe_path, *command)
     log = tmp_path / "runs" / "tiny" / "training" / "log" / "metrics.jsonl"
-    deadline = time.time() + 90
-    while not (log.is_file() and "train/loss" in log.read_text()):
-        assert time.time() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=90)
-    assert process.returncode == 75, errors
-    assert "the same command continues" in errors
+    process.wait_until(lambda: log.is_file() and "train/loss" in log.read_text(), "a logged step")
+    process.signal(signal.SIGINT)
+    assert process.finish() == 75, process.stderr
+    assert "the same command continues" in process.stderr
     saved = [path.parent.name for path in (tmp_path / "runs").rglob("train_state.json")]
     assert len(saved) == 1
     alert = read_log(log.parent).alerts[-1]
