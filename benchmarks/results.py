@@ -80,7 +80,7 @@ def smollm2(wheel: Path, out: Path) -> None:
     say(f"{out}: {sum(weight.numel() for weight in model.parameters()):,} parameters")
 
 
-TABLE = (  # figure, heading, as a share
+TABLE = (  # metric, heading, as a share
     ("bits_per_byte", "bits per byte", False), ("chat", "chat", True), ("stopped", "stops", True),
     ("in_language", "in language", True), ("instruction_checks", "checks of instructions", True),
     ("instructions", "instructions", True), ("dialogue_turns", "turns of dialogues", True),
@@ -90,7 +90,7 @@ TABLE = (  # figure, heading, as a share
 
 @app.command()
 def table(results: Path) -> None:
-    """Every model's figures by language, each with its interval and n."""
+    """Every model's metrics by language, each with its interval and n."""
     models = json.loads(results.read_text(encoding="utf-8"))["models"]
     languages = dict.fromkeys(language for model in models.values() for language in model["scores"])
     for language in languages:
@@ -99,8 +99,8 @@ def table(results: Path) -> None:
         _row("---", ["---"] * len(TABLE))
         for name, model in models.items():
             found = model["scores"][language]
-            _row(name, [_cell(found.get(figure), share) for figure, _, share in TABLE])
-        _row("n", [str(found.get(figure, {}).get("n", "")) for figure, _, _ in TABLE])
+            _row(name, [_cell(found.get(metric), share) for metric, _, share in TABLE])
+        _row("n", [str(found.get(metric, {}).get("n", "")) for metric, _, _ in TABLE])
 
 
 def _row(first: str, cells: list[str]) -> None:
@@ -120,7 +120,7 @@ def _cell(found: dict[str, float] | None, share: bool) -> str:
 
 @app.command()
 def preview(run: Path, out: Path) -> None:
-    """The preview's figures over the steps of training, beside bits per byte of held-out text."""
+    """The preview's metrics over the steps of training, beside bits per byte of held-out text."""
     log = read_log(run / "training" / "log")
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = {

@@ -214,7 +214,10 @@ class EvaluationConfig(Section):
         "model that the others are compared with; if not set: `base`, or the first where there is none",
     )
     max_prompts: int = key(
-        50, "prompts per language of each facet, the first ones of its file", unit="prompts", gt=0
+        50,
+        "prompts per language of each evaluator, the first ones of its file",
+        unit="prompts",
+        gt=0,
     )
     max_new_tokens: int = key(256, "longest reply", unit="tokens", gt=0)
     temperature: float = key(0.0, "0: greedy; else sampled at this temperature", ge=0)

@@ -18,7 +18,7 @@ from cpt_merge.core.palette import FURTHER_COLOURS, MODEL_COLOURS
 from cpt_merge.evaluation.evaluators.language import BITS
 from cpt_merge.evaluation.results import Scores, languages_with
 
-PANELS = {  # picture -> its four panels
+PANELS = {  # figure -> its four panels: metric -> title
     "replies": {
         "chat": "chat: all of the three",
         "stopped": "stops by itself",
@@ -34,10 +34,10 @@ PANELS = {  # picture -> its four panels
 }
 
 
-def pictures(figures: Collection[str]) -> list[str]:
-    """The names of the pictures that can be drawn of these figures."""
-    bits = ["bits_per_byte"] if BITS in figures else []
-    return [*bits, *(name for name, panels in PANELS.items() if set(panels) <= set(figures))]
+def figures_for(metrics: Collection[str]) -> list[str]:
+    """The names of the figures that can be drawn from these metrics."""
+    bits = ["bits_per_byte"] if BITS in metrics else []
+    return [*bits, *(name for name, panels in PANELS.items() if set(panels) <= set(metrics))]
 
 
 def draw_bits_per_byte(scores: Scores, path: Path) -> Path:
@@ -53,15 +53,15 @@ def draw_bits_per_byte(scores: Scores, path: Path) -> Path:
 
 
 def draw_shares(scores: Scores, titles: Mapping[str, str], path: Path) -> Path:
-    """Shares, one panel for each of four figures."""
+    """Shares, one panel for each of four metrics."""
     languages = languages_with(scores, next(iter(titles)))
     width = max(3.4, 0.9 + 0.4 * len(scores) * len(languages))
     figure = Figure(
         figsize=(2 * width, 6.4), layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.04)
     )
     panels = figure.subplots(2, 2, sharey=True).flat
-    for axes, (figure_name, title) in zip(panels, titles.items(), strict=True):
-        _bars(axes, scores, figure_name, languages, "{:.0%}")
+    for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+        _bars(axes, scores, metric, languages, "{:.0%}")
         axes.set_ylim(0, 1.12)
         axes.yaxis.set_major_formatter("{x:.0%}")
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -81,14 +81,14 @@ def colours_of(models: Collection[str]) -> dict[str, str]:
     return {model: MODEL_COLOURS.get(model) or next(left) for model in models}
 
 
-def _bars(axes: Any, scores: Scores, figure: str, languages: list[str], label: str) -> None:
+def _bars(axes: Any, scores: Scores, metric: str, languages: list[str], label: str) -> None:
     """Groups of bars, a group per language and a bar per model; the interval as a thin line, the value above it."""
     width, colours = 0.84 / len(scores), colours_of(scores)
     for number, (model, found) in enumerate(scores.items()):
         shown = [
-            (place, found[language][figure])
+            (place, found[language][metric])
             for place, language in enumerate(languages)
-            if figure in found.get(language, {})
+            if metric in found.get(language, {})
         ]
         places = [place + (number - (len(scores) - 1) / 2) * width for place, _ in shown]
         values = [estimate.value for _, estimate in shown]

@@ -1,7 +1,7 @@
 """Prompts and dialogues from files, one JSON object a line; whatever is wrong is said with file, line and field.
 
 {"language": "ko", "messages": [{"role": "user", "content": "..."}],          a prompt
- "checks": [{"name": "sentences", "exactly": 3}], "category": "..."}          (both as the facet needs them)
+ "checks": [{"name": "sentences", "exactly": 3}], "category": "..."}          (both as the evaluator needs them)
 {"language": "ko", "messages": [...],                                         a dialogue; messages: what comes
  "turns": [{"user": "...", "checks": [...]}, {"user": "..."}]}                before its first turn, may be left out
 {"language": "ko", "turns": ["...", "..."], "category": "...",                an open question for a judge, of one or

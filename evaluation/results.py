@@ -1,4 +1,4 @@
-"""What an evaluation found, and the figures made of it."""
+"""What an evaluation found, and the metrics made of it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
-    Facet,
-    Figure,
+    Evaluator,
     Findings,
-    Measured,
+    Measurement,
+    Metric,
     NotRun,
     unique,
 )
-from cpt_merge.evaluation.statistics import Difference, Estimate, Parts, difference, estimate
+from cpt_merge.evaluation.statistics import Estimate, PairedDifference, Parts, difference, estimate
 
-Scores = dict[str, dict[str, dict[str, Estimate]]]  # model -> language -> figure
+Scores = dict[str, dict[str, dict[str, Estimate]]]  # model -> language -> metric
 Breakdowns = dict[
     str, dict[str, dict[str, dict[str, Estimate]]]
-]  # model -> language -> figure -> group
+]  # model -> language -> metric -> group
 Differences = dict[
-    str, dict[str, dict[str, Difference]]
-]  # model -> language -> figure; to the baseline
+    str, dict[str, dict[str, PairedDifference]]
+]  # model -> language -> metric; to the baseline
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation, a model's replies, and what was found of them: by its own facet, and by those that read all."""
+    """A conversation, a model's replies, and what was found of them: by its own evaluator, and by those that read all."""
 
-    facet: str
+    evaluator: str
     exchange: Exchange
     scores: dict[str, float | None]
     why: list[str]
@@ -47,8 +47,8 @@ class ModelResult:
     tokens_per_second: float  # of generation; 0 where nothing was asked
 
     @property
-    def measured(self) -> list[Measured]:
-        """Of all facets."""
+    def measured(self) -> list[Measurement]:
+        """Of all evaluators."""
         return [part for findings in self.findings for part in findings.measured]
 
     @property
@@ -61,13 +61,13 @@ class ModelResult:
         """What endpoints said that failed, each once."""
         return unique([reason for findings in self.findings for reason in findings.failed])
 
-    def samples_of(self, facet: str) -> list[Sample]:
-        """The conversations that a facet asked."""
-        return [sample for sample in self.samples if sample.facet == facet]
+    def samples_of(self, evaluator: str) -> list[Sample]:
+        """The conversations that a evaluator asked."""
+        return [sample for sample in self.samples if sample.evaluator == evaluator]
 
     @property
     def details(self) -> dict[str, Any]:
-        """What facets add to results.json; what two of them add under one name stands there together."""
+        """What evaluators add to results.json; what two of them add under one name stands there together."""
         found: dict[str, Any] = {}
         for findings in self.findings:
             for name, value in findings.details.items():
@@ -77,18 +77,18 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Results:
-    """All models' figures, side by side."""
+    """All models' metrics, side by side."""
 
     models: list[ModelResult]
-    figures: dict[str, Figure]  # all that the facets may report, in the order they are shown
-    facets: dict[str, list[str]]  # the figures of each facet
+    metrics: dict[str, Metric]  # all that the evaluators may report, in the order they are shown
+    evaluators: dict[str, list[str]]  # the metrics of each evaluator
     scores: Scores
     breakdowns: Breakdowns
     differences: Differences
     baseline: str
 
     def flat(self) -> dict[str, float]:
-        """`model/language/figure` -> value, four digits behind the point."""
+        """`model/language/metric` -> value, four digits behind the point."""
         return {"/".join(names): round(one.value, 4) for *names, one in each(self.scores)}
 
     @property
@@ -96,15 +96,15 @@ class Results:
         """What endpoints said that failed, each once."""
         return unique([reason for result in self.models for reason in result.failed])
 
-    def languages_with(self, figure: str) -> list[str]:
-        """The languages that a figure was measured in, in order."""
-        return languages_with(self.scores, figure)
+    def languages_with(self, metric: str) -> list[str]:
+        """The languages that a metric was measured in, in order."""
+        return languages_with(self.scores, metric)
 
 
 def summarise(
-    models: Sequence[ModelResult], facets: Sequence[Facet], baseline: str | None, seed: int
+    models: Sequence[ModelResult], evaluators: Sequence[Evaluator], baseline: str | None, seed: int
 ) -> Results:
-    """Every figure of every model and language, with its interval and its difference to the baseline's.
+    """Every metric of every model and language, with its interval and its difference to the baseline's.
 
     Raises `UserError` for a baseline that is no model of these.
     """
@@ -115,27 +115,31 @@ def summarise(
     breakdowns: Breakdowns = {name: {} for name in names}
     differences: Differences = {name: {} for name in names if name != compared_to}
     for result in models:
-        for (language, figure, group), parts in _parts(result.measured).items():
+        for (language, metric, group), parts in _parts(result.measured).items():
             if group:
-                by_group = breakdowns[result.name].setdefault(language, {}).setdefault(figure, {})
+                by_group = breakdowns[result.name].setdefault(language, {}).setdefault(metric, {})
                 by_group[group] = estimate(parts, seed)
                 continue
-            scores[result.name].setdefault(language, {})[figure] = estimate(parts, seed)
-            found = difference(parts, theirs.get((language, figure, ""), {}), seed)
+            scores[result.name].setdefault(language, {})[metric] = estimate(parts, seed)
+            found = difference(parts, theirs.get((language, metric, ""), {}), seed)
             if result.name != compared_to and found is not None:
-                differences[result.name].setdefault(language, {})[figure] = found
-    of_facets = {facet.name: [figure.name for figure in facet.figures] for facet in facets}
-    figures = {figure.name: figure for facet in facets for figure in facet.figures}
-    for facet, findings in (
-        pair for result in models for pair in zip(facets, result.findings, strict=False)
+                differences[result.name].setdefault(language, {})[metric] = found
+    of_evaluators = {
+        evaluator.name: [metric.name for metric in evaluator.metrics] for evaluator in evaluators
+    }
+    metrics = {metric.name: metric for evaluator in evaluators for metric in evaluator.metrics}
+    for evaluator, findings in (
+        pair for result in models for pair in zip(evaluators, result.findings, strict=False)
     ):
         for part in findings.measured:
             if (
-                part.figure.name not in figures
+                part.metric.name not in metrics
             ):  # those of lm-eval's tasks are known when they have run
-                figures[part.figure.name] = part.figure
-                of_facets[facet.name].append(part.figure.name)
-    return Results(list(models), figures, of_facets, scores, breakdowns, differences, compared_to)
+                metrics[part.metric.name] = part.metric
+                of_evaluators[evaluator.name].append(part.metric.name)
+    return Results(
+        list(models), metrics, of_evaluators, scores, breakdowns, differences, compared_to
+    )
 
 
 def choose_baseline(models: Sequence[str], wanted: str | None) -> str:
@@ -147,8 +151,8 @@ def choose_baseline(models: Sequence[str], wanted: str | None) -> str:
     return wanted or ("base" if "base" in models else models[0])
 
 
-def _parts(measured: Sequence[Measured]) -> dict[tuple[str, str, str], Parts]:
-    return {(one.language, one.figure.name, one.group): one.parts for one in measured}
+def _parts(measured: Sequence[Measurement]) -> dict[tuple[str, str, str], Parts]:
+    return {(one.language, one.metric.name, one.group): one.parts for one in measured}
 
 
 def each(nested: Mapping[str, Any]) -> Iterable[list[Any]]:
@@ -161,13 +165,13 @@ def each(nested: Mapping[str, Any]) -> Iterable[list[Any]]:
             yield [name, value]
 
 
-def languages_with(scores: Scores, figure: str) -> list[str]:
-    """The languages that a figure was measured in, in order."""
+def languages_with(scores: Scores, metric: str) -> list[str]:
+    """The languages that a metric was measured in, in order."""
     return list(
         dict.fromkeys(
             language
             for model in scores.values()
             for language, found in model.items()
-            if figure in found
+            if metric in found
         )
     )

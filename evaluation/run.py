@@ -1,4 +1,4 @@
-"""The evaluation stage: the facets of the recipe's suites, on several models, side by side."""
+"""The evaluation stage: the evaluators of the recipe's suites, on several models, side by side."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cpt_merge.evaluation.chat_template import (
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.division import Division, divided_work
-from cpt_merge.evaluation.evaluators.evaluator import Facet, Findings, Subject
+from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Findings, Subject
 from cpt_merge.evaluation.generate.transformers import converse
 from cpt_merge.evaluation.heldout import Text
 from cpt_merge.evaluation.kept import KeptResults
 from cpt_merge.evaluation.models import load_model, shared_context
-from cpt_merge.evaluation.report import report
+from cpt_merge.evaluation.outputs import report
 from cpt_merge.evaluation.results import ModelResult, Sample, choose_baseline, summarise
-from cpt_merge.evaluation.suites import Setup, check_judges, make_facets
+from cpt_merge.evaluation.suites import Setup, check_judges, make_evaluators
 from cpt_merge.tracking import Tracker
 
 
@@ -42,24 +42,26 @@ def run(
 
     Models without a chat template are asked in that of `chat_template_from`, or of the first model that has one. Any
     number of processes may call this together; the results do not depend on how many. Writes results.json,
-    samples.jsonl and figures (rank 0), and returns the figures by `model/language/figure` (every rank).
+    samples.jsonl and metrics (rank 0), and returns the metrics by `model/language/metric` (every rank).
     """
     choose_baseline(list(models), config.baseline)
     config = config.model_copy(update={"context": shared_context(models, config.context)})
     setup = Setup(config, text)
-    facets = make_facets(setup)
+    evaluators = make_evaluators(setup)
     chat = None
-    if any(facet.needs_template() for facet in facets):
+    if any(evaluator.needs_template() for evaluator in evaluators):
         chat = (
             read_chat_template(chat_template_from) if chat_template_from else first_template(models)
         )
-        check_prompts(models, chat, [asked for facet in facets for asked in facet.conversations()])
-    check_judges(setup, facets)
+        check_prompts(
+            models, chat, [asked for evaluator in evaluators for asked in evaluator.conversations()]
+        )
+    check_judges(setup, evaluators)
     kept = KeptResults.of(config, text, chat, out)
     with divided_work() as division:
-        found = evaluate_models(models, config, facets, chat, division, kept)
-        found = compare(found, facets, choose_baseline(list(models), config.baseline), division)
-    results = summarise(found, facets, config.baseline, config.seed)
+        found = evaluate_models(models, config, evaluators, chat, division, kept)
+        found = compare(found, evaluators, choose_baseline(list(models), config.baseline), division)
+    results = summarise(found, evaluators, config.baseline, config.seed)
     if division.world.is_main:
         report(config, models, results, out, tracker)
         if not results.failed:
@@ -70,7 +72,7 @@ def run(
 def evaluate_models(
     models: Mapping[str, Path],
     config: EvaluationConfig,
-    facets: Sequence[Facet],
+    evaluators: Sequence[Evaluator],
     chat: ChatTemplate | None,
     division: Division,
     kept: KeptResults,
@@ -83,7 +85,7 @@ def evaluate_models(
     for name, directory in models.items():
         result = division.from_main(partial(kept.read, name, directory))
         if result is None or result.failed:
-            result = evaluate_model(name, directory, config, facets, chat, division, result)
+            result = evaluate_model(name, directory, config, evaluators, chat, division, result)
             if division.world.is_main:
                 kept.keep(result, directory)
         found.append(result)
@@ -94,7 +96,7 @@ def evaluate_model(
     name: str,
     directory: Path,
     config: EvaluationConfig,
-    facets: Sequence[Facet],
+    evaluators: Sequence[Evaluator],
     chat: ChatTemplate | None,
     division: Division,
     before: ModelResult | None = None,
@@ -107,23 +109,25 @@ def evaluate_model(
         loaded = load_model(name, directory, division.world.local_rank)
     template = template_for(loaded, directory, chat) if chat else None
     subject = Subject(loaded, directory, division, template.marks if template else ())
-    return measure(subject, template, config, facets, before)
+    return measure(subject, template, config, evaluators, before)
 
 
 def measure(
     subject: Subject,
     template: ChatTemplate | None,
     config: EvaluationConfig,
-    facets: Sequence[Facet],
+    evaluators: Sequence[Evaluator],
     before: ModelResult | None = None,
 ) -> ModelResult:
-    """All facets of a model that is in memory: what they ask is answered together, and each makes its figures of it.
+    """All evaluators of a model that is in memory: what they ask is answered together, and each makes its metrics of it.
 
-    `template` is how it is spoken to; None if no facet needs one. The replies of `before` are taken where it is given.
+    `template` is how it is spoken to; None if no evaluator needs one. If `before` is given, its replies are used.
     """
     subject = replace(subject, template=template)
-    asked = {facet.name: facet.conversations() for facet in facets}
-    conversations = [conversation for of_facet in asked.values() for conversation in of_facet]
+    asked = {evaluator.name: evaluator.conversations() for evaluator in evaluators}
+    conversations = [
+        conversation for of_evaluator in asked.values() for conversation in of_evaluator
+    ]
     exchanges: list[Exchange] = []
     speed = 0.0
     if before is not None:
@@ -133,35 +137,37 @@ def measure(
         exchanges, speed = generation.exchanges, generation.tokens_per_second
     places = _places(asked)
     findings = [
-        facet.measure(
+        evaluator.measure(
             subject,
-            exchanges if facet.reads_all else [exchanges[place] for place in places[facet.name]],
+            exchanges
+            if evaluator.reads_all
+            else [exchanges[place] for place in places[evaluator.name]],
         )
-        for facet in facets
+        for evaluator in evaluators
     ]
     return ModelResult(
-        subject.loaded.name, findings, _samples(facets, findings, places, exchanges), speed
+        subject.loaded.name, findings, _samples(evaluators, findings, places, exchanges), speed
     )
 
 
 def compare(
-    found: Sequence[ModelResult], facets: Sequence[Facet], baseline: str, division: Division
+    found: Sequence[ModelResult], evaluators: Sequence[Evaluator], baseline: str, division: Division
 ) -> list[ModelResult]:
-    """The results, with what facets find of a model's replies beside the baseline's."""
+    """The results, with what evaluators find of a model's replies beside the baseline's."""
     theirs = next(result for result in found if result.name == baseline)
     return [
-        result if result is theirs else _compared(result, theirs, facets, division)
+        result if result is theirs else _compared(result, theirs, evaluators, division)
         for result in found
     ]
 
 
 def _compared(
-    result: ModelResult, baseline: ModelResult, facets: Sequence[Facet], division: Division
+    result: ModelResult, baseline: ModelResult, evaluators: Sequence[Evaluator], division: Division
 ) -> ModelResult:
     findings = list(result.findings)
-    for facet in facets:
-        samples, theirs = result.samples_of(facet.name), baseline.samples_of(facet.name)
-        compared = facet.compare(
+    for evaluator in evaluators:
+        samples, theirs = result.samples_of(evaluator.name), baseline.samples_of(evaluator.name)
+        compared = evaluator.compare(
             division, [one.exchange for one in samples], [one.exchange for one in theirs]
         )
         if compared is not None:
@@ -177,7 +183,7 @@ def _add_verdicts(samples: Sequence[Sample], findings: Findings) -> None:
 
 
 def _places(asked: Mapping[str, Sequence[Any]]) -> dict[str, range]:
-    """Where each facet's conversations are among all."""
+    """Where each evaluator's conversations are among all."""
     places, start = {}, 0
     for name, conversations in asked.items():
         places[name] = range(start, start + len(conversations))
@@ -186,18 +192,20 @@ def _places(asked: Mapping[str, Sequence[Any]]) -> dict[str, range]:
 
 
 def _samples(
-    facets: Sequence[Facet],
+    evaluators: Sequence[Evaluator],
     findings: Sequence[Findings],
     places: Mapping[str, range],
     exchanges: Sequence[Exchange],
 ) -> list[Sample]:
-    """A sample per conversation, with the verdicts of its own facet and of those that read all."""
+    """A sample per conversation, with the verdicts of its own evaluator and of those that read all."""
     samples = [
         Sample(name, exchanges[place], {}, [])
-        for name, of_facet in places.items()
-        for place in of_facet
+        for name, of_evaluator in places.items()
+        for place in of_evaluator
     ]
-    for facet, found in zip(facets, findings, strict=True):
-        judged = samples if facet.reads_all else [samples[place] for place in places[facet.name]]
+    for evaluator, found in zip(evaluators, findings, strict=True):
+        judged = (
+            samples if evaluator.reads_all else [samples[place] for place in places[evaluator.name]]
+        )
         _add_verdicts(judged, found)
     return samples

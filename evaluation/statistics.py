@@ -1,4 +1,4 @@
-"""Bootstrap intervals (Efron, 1979): how far a figure would move on other documents or prompts.
+"""Bootstrap intervals (Efron, 1979): how far a metric would move on other documents or prompts.
 
 The percentile interval is too narrow for few units: of 100 intervals over 7 units only 88 would hold the truth. Its
 quantiles are moved outwards as far as Student's t is wider than the normal distribution (Hesterberg, "What Teachers
@@ -23,12 +23,12 @@ FEWEST = (
 
 Parts = dict[
     int, tuple[float, float]
-]  # unit (a document, a conversation) -> (top, bottom); figure = sum / sum
+]  # unit (a document, a conversation) -> (top, bottom); metric = sum / sum
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its 95 % interval, and how many documents or conversations it rests on."""
+    """A metric, its 95 % interval, and how many documents or conversations it rests on."""
 
     value: float
     low: float
@@ -37,8 +37,8 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Difference(Estimate):
-    """A figure of one model minus another's, over the same units. `beyond`: its interval does not hold 0."""
+class PairedDifference(Estimate):
+    """A metric of one model minus another's, over the same units. `beyond`: its interval does not hold 0."""
 
     beyond: bool
 
@@ -59,13 +59,13 @@ def mean(values: Sequence[float], seed: int) -> Estimate:
 
 
 def estimate(parts: Parts, seed: int) -> Estimate:
-    """The figure that `parts` make."""
+    """The metric that `parts` make."""
     tops, bottoms = zip(*parts.values(), strict=True)
     return ratio(tops, bottoms, seed)
 
 
-def difference(parts: Parts, baseline: Parts, seed: int) -> Difference | None:
-    """`parts`' figure minus `baseline`'s over the units that both have, with the interval of the paired bootstrap.
+def difference(parts: Parts, baseline: Parts, seed: int) -> PairedDifference | None:
+    """`parts`' metric minus `baseline`'s over the units that both have, with the interval of the paired bootstrap.
 
     Both are resampled by the same draws, so that what a hard prompt does to both models cancels. None without a unit
     in common.
@@ -78,13 +78,13 @@ def difference(parts: Parts, baseline: Parts, seed: int) -> Difference | None:
     )
     low, high = _interval(_resampled(ours, seed) - _resampled(theirs, seed), len(common))
     value = float(ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum())
-    return Difference(
+    return PairedDifference(
         value, low, high, len(common), beyond=len(common) >= FEWEST and not low <= 0 <= high
     )
 
 
 def _resampled(pairs: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
-    """The figure in each resample; the draws are a function of the seed and the number of units alone."""
+    """The metric in each resample; the draws are a function of the seed and the number of units alone."""
     n = pairs.shape[1]
     drawn = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
     top, bottom = pairs[:, drawn].sum(axis=2)

@@ -1,4 +1,4 @@
-"""Suites: named groups of facets. A new facet is a file in `facets/`, a maker here, and its name in a suite."""
+"""Suites: named groups of evaluators. A new one is a file in `evaluators/`, a maker here, and its name in a suite."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
-from cpt_merge.evaluation.evaluators.dialogue import DialogueFacet
-from cpt_merge.evaluation.evaluators.evaluator import Facet, Figure, NotRun
-from cpt_merge.evaluation.evaluators.form import FormFacet
-from cpt_merge.evaluation.evaluators.instructions import InstructionsFacet
-from cpt_merge.evaluation.evaluators.judge import Bench, JudgeFacet
-from cpt_merge.evaluation.evaluators.knowledge import KnowledgeFacet
-from cpt_merge.evaluation.evaluators.language import LanguageFacet
-from cpt_merge.evaluation.evaluators.safety import SafetyFacet
+from cpt_merge.evaluation.evaluators.dialogue import DialogueEvaluator
+from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Metric, NotRun
+from cpt_merge.evaluation.evaluators.form import FormEvaluator
+from cpt_merge.evaluation.evaluators.instructions import InstructionsEvaluator
+from cpt_merge.evaluation.evaluators.judge import JudgeEvaluator, JudgePanel
+from cpt_merge.evaluation.evaluators.knowledge import KnowledgeEvaluator
+from cpt_merge.evaluation.evaluators.language import LanguageEvaluator
+from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
 from cpt_merge.evaluation.generate.endpoint import Endpoint
 from cpt_merge.evaluation.heldout import Text, languages_of, read_documents
 from cpt_merge.evaluation.judge.client import Judge
@@ -30,8 +30,8 @@ from cpt_merge.evaluation.reading import (
     read_conversations,
 )
 from cpt_merge.evaluation.scorers.classifier import ClassifierScorer
-from cpt_merge.evaluation.scorers.judge import FIGURE as UNSAFE
-from cpt_merge.evaluation.scorers.judge import FIGURES as UNSAFE_FIGURES
+from cpt_merge.evaluation.scorers.judge import METRIC as UNSAFE
+from cpt_merge.evaluation.scorers.judge import METRICS as UNSAFE_METRICS
 from cpt_merge.evaluation.scorers.judge import JudgeScorer
 from cpt_merge.evaluation.scorers.lexicon import LexiconScorer, read_lists
 from cpt_merge.evaluation.scorers.moderation import ModerationScorer
@@ -50,7 +50,7 @@ NO_JUDGE = "there is no judge; set evaluation.judge"
 
 @dataclass(frozen=True)
 class Setup:
-    """What facets are made of."""
+    """What evaluators are made of."""
 
     config: EvaluationConfig
     text: Text
@@ -73,79 +73,82 @@ class Setup:
         return [Judge(config, cache, config.at_once), Judge(second, cache, config.at_once, name)]
 
 
-def make_facets(setup: Setup) -> list[Facet]:
-    """The facets of the recipe's suites, each once, in the order of the suites; all input is read here.
+def make_evaluators(setup: Setup) -> list[Evaluator]:
+    """The evaluators of the recipe's suites, each once, in the order of the suites; all input is read here.
 
     Raises `UserError` if there is none.
     """
-    facets = _make(setup, _facets_of(setup.config))
-    if not facets:
+    evaluators = _make(setup, _evaluators_of(setup.config))
+    if not evaluators:
         raise UserError(
             f"nothing is measured: {', '.join(setup.config.suites)} has neither text nor prompts; give --text, "
             "evaluation.prompts, or another suite."
         )
-    return facets
+    return evaluators
 
 
-def figures_of_replies(setup: Setup) -> list[tuple[str, Figure, list[str]]]:
-    """What will be reported of replies: (facet, figure, languages asked in). Prompts are read, text is not."""
+def metrics_of_replies(setup: Setup) -> list[tuple[str, Metric, list[str]]]:
+    """What will be reported of replies: (evaluator, metric, languages asked in). Prompts are read, text is not."""
     names = dict.fromkeys(
         name
         for suite in setup.config.suites
         for name in SUITES[suite]
         if name not in WITHOUT_REPLIES
     )
-    facets = _make(setup, names)
-    asked = {facet.name: {one.language: None for one in facet.conversations()} for facet in facets}
+    evaluators = _make(setup, names)
+    asked = {
+        evaluator.name: {one.language: None for one in evaluator.conversations()}
+        for evaluator in evaluators
+    }
     everywhere = {language: None for languages in asked.values() for language in languages}
     return [
-        (facet.name, figure, list(everywhere if facet.reads_all else asked[facet.name]))
-        for facet in facets
-        for figure in facet.figures
+        (evaluator.name, metric, list(everywhere if evaluator.reads_all else asked[evaluator.name]))
+        for evaluator in evaluators
+        for metric in evaluator.metrics
     ]
 
 
-def _facets_of(config: EvaluationConfig) -> list[str]:
+def _evaluators_of(config: EvaluationConfig) -> list[str]:
     return list(dict.fromkeys(name for suite in config.suites for name in SUITES[suite]))
 
 
-def _make(setup: Setup, names: Iterable[str]) -> list[Facet]:
-    facets = [facet for name in names if (facet := MAKERS[name](setup)) is not None]
-    asked = any(facet.conversations() for facet in facets)
-    return [facet for facet in facets if asked or not facet.reads_all]
+def _make(setup: Setup, names: Iterable[str]) -> list[Evaluator]:
+    evaluators = [evaluator for name in names if (evaluator := MAKERS[name](setup)) is not None]
+    asked = any(evaluator.conversations() for evaluator in evaluators)
+    return [evaluator for evaluator in evaluators if asked or not evaluator.reads_all]
 
 
-def check_judges(setup: Setup, facets: Sequence[Facet]) -> None:
+def check_judges(setup: Setup, evaluators: Sequence[Evaluator]) -> None:
     """Raise `UserError` for a judge that is needed and does not answer."""
-    if {"judge", "safety"} & {facet.name for facet in facets}:
+    if {"judge", "safety"} & {evaluator.name for evaluator in evaluators}:
         for judge in setup.judges:
             judge.check()
 
 
-def _language(setup: Setup) -> Facet | None:
+def _language(setup: Setup) -> Evaluator | None:
     if not languages_of(setup.text):
         say("language: no text is given, so no bits per byte")
         return None
-    return LanguageFacet(setup.config, read_documents(setup.config, setup.text))
+    return LanguageEvaluator(setup.config, read_documents(setup.config, setup.text))
 
 
-def _form(setup: Setup) -> Facet | None:
+def _form(setup: Setup) -> Evaluator | None:
     config = setup.config
     if config.prompts is None:
         if set(config.suites) <= {"language", "form"}:
             say("evaluation.prompts is not set: bits per byte only, no replies")
-        return FormFacet([])
-    return FormFacet(
+        return FormEvaluator([])
+    return FormEvaluator(
         read_conversations(
             config.prompts, "evaluation.prompts", parse_prompt, config.languages, config.max_prompts
         )
     )
 
 
-def _instructions(setup: Setup) -> Facet | None:
+def _instructions(setup: Setup) -> Evaluator | None:
     config = setup.config
     key, languages = "evaluation.instructions", _asked(setup, config.instructions)
-    return InstructionsFacet(
+    return InstructionsEvaluator(
         read_conversations(
             config.instructions,
             key,
@@ -157,22 +160,22 @@ def _instructions(setup: Setup) -> Facet | None:
     )
 
 
-def _dialogue(setup: Setup) -> Facet | None:
+def _dialogue(setup: Setup) -> Evaluator | None:
     config = setup.config
     key, languages = "evaluation.dialogues", _asked(setup, config.dialogues)
-    return DialogueFacet(
+    return DialogueEvaluator(
         read_conversations(
             config.dialogues, key, parse_dialogue, languages, config.max_prompts, "dialogues"
         )
     )
 
 
-def _judge(setup: Setup) -> Facet | None:
+def _judge(setup: Setup) -> Evaluator | None:
     config, judge = setup.config, setup.config.judge
     if judge is None:
-        return JudgeFacet([], None, NO_JUDGE)
+        return JudgeEvaluator([], None, NO_JUDGE)
     if judge.questions is None:
-        return JudgeFacet([], None, "evaluation.judge.questions is not set")
+        return JudgeEvaluator([], None, "evaluation.judge.questions is not set")
     questions = read_conversations(
         judge.questions,
         "evaluation.judge.questions",
@@ -180,14 +183,16 @@ def _judge(setup: Setup) -> Facet | None:
         config.languages,
         config.max_prompts,
     )
-    return JudgeFacet(questions, Bench(setup.judges, judge.modes, prompts_of(judge.prompts)))
+    return JudgeEvaluator(
+        questions, JudgePanel(setup.judges, judge.modes, prompts_of(judge.prompts))
+    )
 
 
-def _knowledge(setup: Setup) -> Facet | None:
-    return KnowledgeFacet(setup.config.knowledge, setup.config.seed, setup.config.batch_size)
+def _knowledge(setup: Setup) -> Evaluator | None:
+    return KnowledgeEvaluator(setup.config.knowledge, setup.config.seed, setup.config.batch_size)
 
 
-def _safety(setup: Setup) -> Facet | None:
+def _safety(setup: Setup) -> Evaluator | None:
     config, safety = setup.config, setup.config.safety
     key, languages = "evaluation.safety.prompts", _asked(setup, safety.prompts)
     conversations = read_conversations(
@@ -204,14 +209,14 @@ def _safety(setup: Setup) -> Facet | None:
         endpoint = Endpoint(asked.url, asked.key_variable, asked.timeout, asked.attempts)
         scorers.append(ModerationScorer(endpoint, asked.model))
     if config.judge is None:
-        return SafetyFacet(conversations, scorers, not_run=[NotRun(UNSAFE, NO_JUDGE)])
+        return SafetyEvaluator(conversations, scorers, not_run=[NotRun(UNSAFE, NO_JUDGE)])
     prompt, judges = prompts_of(config.judge.prompts)["safety"], setup.judges
     judging = [
         JudgeScorer(judge, prompt, name)
-        for judge, name in zip(judges, UNSAFE_FIGURES, strict=False)
+        for judge, name in zip(judges, UNSAFE_METRICS, strict=False)
     ]
     pair = (judging[0], judging[1]) if len(judging) == 2 else None
-    return SafetyFacet(conversations, [*scorers, *judging], pair)
+    return SafetyEvaluator(conversations, [*scorers, *judging], pair)
 
 
 def _asked(setup: Setup, path: str) -> Sequence[str]:
@@ -219,7 +224,7 @@ def _asked(setup: Setup, path: str) -> Sequence[str]:
     return setup.languages if path == BUILT_IN else setup.config.languages
 
 
-MAKERS: Mapping[str, Callable[[Setup], Facet | None]] = {
+MAKERS: Mapping[str, Callable[[Setup], Evaluator | None]] = {
     "language": _language,
     "form": _form,
     "instructions": _instructions,

@@ -9,7 +9,7 @@ from typing import Any
 
 from cpt_merge.evaluation.chat_template import ChatTemplate, read_chat_template, render
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply
-from cpt_merge.evaluation.evaluators.form import FIGURES, forms_of, mean_values
+from cpt_merge.evaluation.evaluators.form import METRICS, forms_of, mean_values
 from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT, check_reply
 from cpt_merge.evaluation.models import load_tokenizer
 from cpt_merge.evaluation.reading import parse_instruction, parse_prompt, read_conversations
@@ -26,7 +26,7 @@ COLUMNS = (
     "language",
     "prompt",
     "reply",
-    *(figure.name for figure in FIGURES),
+    *(metric.name for metric in METRICS),
     CHECKS_STRICT.name,
 )
 
@@ -109,7 +109,7 @@ def _scores(exchange: Exchange, marks: Sequence[str]) -> dict[str, float]:
 
 
 def _means(exchanges: Sequence[Exchange], scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """`language/figure`: the mean over the language's prompts."""
+    """`language/metric`: the mean over the language's prompts."""
     found: dict[str, list[float]] = {}
     for exchange, values in zip(exchanges, scores, strict=True):
         for name, value in values.items():

@@ -176,7 +176,7 @@ def _evaluation(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
 
 
 def _nothing_failed(results: Path) -> bool:
-    from cpt_merge.evaluation.report import is_complete
+    from cpt_merge.evaluation.outputs import is_complete
 
     return is_complete(results)
 

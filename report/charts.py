@@ -20,7 +20,7 @@ from cpt_merge.report.curves import (
     short,
 )
 from cpt_merge.report.headline import scores_of
-from cpt_merge.report.run_view import RunView, columns_of, figures_of, number, previewed_figures
+from cpt_merge.report.run_view import RunView, columns_of, metrics_of, number, previewed_metrics
 from cpt_merge.tracking import StageLog
 from cpt_merge.tracking.sinks.local import STEP, Table
 
@@ -140,7 +140,7 @@ def languages_of(log: StageLog) -> list[str]:
 
 
 def score_charts(log: StageLog, palette: Palette) -> list[Chart]:
-    """A chart per figure of an evaluation: groups of languages, a bar per model."""
+    """A chart per metric of an evaluation: groups of languages, a bar per model."""
     table = log.tables.get("eval/scores")
     rows = [dict(zip(table.columns, cells, strict=True)) for cells in table.rows] if table else []
     known = {}
@@ -151,17 +151,17 @@ def score_charts(log: StageLog, palette: Palette) -> list[Chart]:
             if isinstance(value := row[name], int | float)
         ]
         if len(numbers) == 3 and all(map(math.isfinite, numbers)):
-            known[str(row["figure"]), str(row["model"]), str(row["language"])] = Bar(*numbers)
-    charts, figures = [], figures_of(log)
-    for figure in sorted(
-        {figure for figure, _, _ in known}, key=lambda name: [*figures, name].index(name)
+            known[str(row["metric"]), str(row["model"]), str(row["language"])] = Bar(*numbers)
+    charts, metrics = [], metrics_of(log)
+    for metric in sorted(
+        {metric for metric, _, _ in known}, key=lambda name: [*metrics, name].index(name)
     ):
-        title, unit, share = figures.get(figure, (figure, "", False))
-        languages = list(dict.fromkeys(language for one, _, language in known if one == figure))
+        title, unit, share = metrics.get(metric, (metric, "", False))
+        languages = list(dict.fromkeys(language for one, _, language in known if one == metric))
         series = [
             Series(
                 name,
-                [known.get((figure, name, language)) for language in languages],
+                [known.get((metric, name, language)) for language in languages],
                 palette.model(name),
             )
             for name in models_of(log)
@@ -177,7 +177,7 @@ def score_charts(log: StageLog, palette: Palette) -> list[Chart]:
 
 def training_charts(log: StageLog, palette: Palette) -> list[Chart]:
     """The training curves: the known ones, then every other metric that is not constant; previews are apart."""
-    of_previews = {name for names in previewed_figures(log).values() for name in names.values()}
+    of_previews = {name for names in previewed_metrics(log).values() for name in names.values()}
     names = [
         name for name in dict.fromkeys(name for row in log.rows for name in row) if name != "time"
     ]
@@ -197,21 +197,21 @@ def training_charts(log: StageLog, palette: Palette) -> list[Chart]:
 def preview_charts(
     log: StageLog, about: Mapping[str, tuple[str, str, bool]], palette: Palette
 ) -> list[Chart]:
-    """What the chat model was at each preview, a chart per figure, a line per language; `about` is `figures_of`."""
-    found = previewed_figures(log)
+    """What the chat model was at each preview, a chart per metric, a line per language; `about` is `metrics_of`."""
+    found = previewed_metrics(log)
     charts = []
-    for place, figure in enumerate(found):
-        title, unit, share = about.get(figure, (figure.replace("_", " ").capitalize(), "", True))
+    for place, metric in enumerate(found):
+        title, unit, share = about.get(metric, (metric.replace("_", " ").capitalize(), "", True))
         plot = Plot(
             title,
             unit,
             "preview/",
-            f"/{figure}",
+            f"/{metric}",
             from_zero=True,
             share=share,
             aside=place >= OPEN_PREVIEWS,
         )
-        charts.append(_training_chart(plot, log, list(found[figure].values()), palette))
+        charts.append(_training_chart(plot, log, list(found[metric].values()), palette))
     return [chart for chart in charts if chart.drawings]
 
 
@@ -377,7 +377,7 @@ def _apart(
 def sweep_charts(
     log: StageLog, about: Mapping[str, tuple[str, str, bool]], palette: Palette
 ) -> list[Chart]:
-    """What a sweep measured over the ratio, a chart per figure, a line per language, and what it recommends."""
+    """What a sweep measured over the ratio, a chart per metric, a line per language, and what it recommends."""
     recommended = log.summary.get("sweep/recommended_ratio")
     names = [
         name.removeprefix("sweep/")
@@ -385,10 +385,10 @@ def sweep_charts(
         if table.columns[:2] == SWEPT
     ]
     charts = []
-    for figure in sorted(names, key=lambda name: [*about, name].index(name)):
-        title, unit, share = about.get(figure, (figure.replace("_", " ").capitalize(), "", False))
+    for metric in sorted(names, key=lambda name: [*about, name].index(name)):
+        title, unit, share = about.get(metric, (metric.replace("_", " ").capitalize(), "", False))
         curves: dict[str, list[tuple[float, float]]] = {}
-        for language, ratio, value in columns_of(log, f"sweep/{figure}", *SWEPT, figure):
+        for language, ratio, value in columns_of(log, f"sweep/{metric}", *SWEPT, metric):
             if isinstance(ratio, int | float) and isinstance(value, int | float):
                 curves.setdefault(str(language), []).append((float(ratio), float(value)))
         lines = [Line(name, points, palette.language(name)) for name, points in curves.items()]

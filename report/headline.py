@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cpt_merge.launcher.stages import STAGES
-from cpt_merge.report.run_view import SWEEP, RunView, StageView, duration, number, previewed_figures
+from cpt_merge.report.run_view import SWEEP, RunView, StageView, duration, number, previewed_metrics
 from cpt_merge.tracking import StageLog
 from cpt_merge.tracking.sinks.local import STEP
 
-Score = Mapping[tuple[str, str, str], float]  # (figure, model, language) -> value
+Score = Mapping[tuple[str, str, str], float]  # (metric, model, language) -> value
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Mark:
 
 
 def scores_of(log: StageLog) -> dict[tuple[str, str, str], float]:
-    """An evaluation's values by figure, model and language."""
+    """An evaluation's values by metric, model and language."""
     table = log.tables.get("eval/scores")
     rows = [dict(zip(table.columns, cells, strict=True)) for cells in table.rows] if table else []
     return {
-        (str(row["figure"]), str(row["model"]), str(row["language"])): row["value"]
+        (str(row["metric"]), str(row["model"]), str(row["language"])): row["value"]
         for row in rows
         if isinstance(row["value"], int | float)
     }
@@ -223,7 +223,7 @@ def _previewed(log: StageLog) -> Iterator[Tile]:
     """Of a run that is not evaluated: the newest preview of the chat model."""
     points = {
         language: log.series(name)
-        for language, name in previewed_figures(log).get("chat", {}).items()
+        for language, name in previewed_metrics(log).get("chat", {}).items()
     }
     newest = {language: found[-1] for language, found in points.items() if found}
     if newest:

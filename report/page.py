@@ -35,9 +35,9 @@ from cpt_merge.report.run_view import (
     StageView,
     columns_of,
     duration,
-    figures_of,
     is_notice,
     matters,
+    metrics_of,
     number,
     preview_rows,
     ratios_of,
@@ -55,8 +55,8 @@ OPEN_ROWS, MOST_ROWS = 8, 300  # of a table: open at once up to, and at all
 # tables that are shown in a form of their own
 OWN_PLACE = ("eval/samples", "train/continuations", "preview/replies", "sweep/ratios")
 
-# facet -> what a reply is called that has it, and one that has not
-FACETS = {
+# property -> what a reply is called that has it, and one that has not
+BADGES = {
     "stopped": ("stops", "cut off"),
     "in_language": ("in language", "other language"),
     "keeps_format": ("keeps format", "breaks format"),
@@ -97,7 +97,7 @@ class StageSection:
 def render_page(view: RunView, now: float) -> str:
     """The page, as of the time `now`."""
     evaluation, training, palette = view.log("evaluation"), view.log("training"), Palette(view)
-    about = figures_of(evaluation)
+    about = metrics_of(evaluation)
     return _template().render(
         view=view,
         written=time.strftime("%Y-%m-%d %H:%M", time.localtime(now)),
@@ -163,7 +163,7 @@ def section_of(stage: StageView, charts: list[Chart]) -> StageSection:
     """A stage's own part of the page."""
     tables = {name: table for name, table in stage.log.tables.items() if name not in OWN_PLACE}
     drawn = bool(charts) or stage.name in ("training", "evaluation")
-    shown = {f"{model}/{language}/{figure}" for figure, model, language in scores_of(stage.log)}
+    shown = {f"{model}/{language}/{metric}" for metric, model, language in scores_of(stage.log)}
     small = [name for name, table in tables.items() if len(table.rows) <= OPEN_ROWS]
     return StageSection(
         stage,
@@ -286,7 +286,7 @@ def _template() -> Template:
     environment.filters.update(
         number=number,
         duration=duration,
-        facets=_facets,
+        badges=_badges,
         lang=_lang,
         numeric=_numeric,
         clock=_clock,
@@ -336,9 +336,7 @@ def _counted(reply: Mapping[str, Cell]) -> str:
     return ", ".join(parts)
 
 
-def _facets(reply: Mapping[str, Cell]) -> list[tuple[str, bool]]:
-    """The yes-or-no facets of a reply, in words; of several replies of a dialogue each has to have it."""
-    held = {facet: reply[facet] == 1 for facet in FACETS if facet in reply}
-    return [
-        (words[not held[facet]], held[facet]) for facet, words in FACETS.items() if facet in held
-    ]
+def _badges(reply: Mapping[str, Cell]) -> list[tuple[str, bool]]:
+    """The yes-or-no properties of a reply, in words; of several replies of a dialogue each has to have it."""
+    held = {name: reply[name] == 1 for name in BADGES if name in reply}
+    return [(words[not held[name]], held[name]) for name, words in BADGES.items() if name in held]

@@ -217,8 +217,8 @@ def latest(log: StageLog) -> dict[str, float]:
     return values
 
 
-# figure -> title, what it says, whether it is a share
-FIGURES = {
+# metric -> title, what it says, whether it is a share
+METRICS = {
     "chat": (
         "Good replies",
         "stop by themselves, are in the prompt's language and keep the chat format",
@@ -240,50 +240,50 @@ PREVIEWED = (
     "instruction_checks",
     "in_language",
     "stopped",
-)  # figures of a preview that come first
+)  # metrics of a preview that come first
 
 
-def figures_of(log: StageLog) -> dict[str, tuple[str, str, bool]]:
-    """Of every figure its title, what it says, and whether it is a share: those above, then the evaluation's others."""
-    table = log.tables.get("eval/figures")
+def metrics_of(log: StageLog) -> dict[str, tuple[str, str, bool]]:
+    """Of every metric its title, what it says, and whether it is a share: those above, then the evaluation's others."""
+    table = log.tables.get("eval/metrics")
     rows = [dict(zip(table.columns, cells, strict=True)) for cells in table.rows] if table else []
     own = {
-        str(row["figure"]): (
-            f"{row['facet']}: {row['heading']}".capitalize(),
+        str(row["metric"]): (
+            f"{row['evaluator']}: {row['heading']}".capitalize(),
             f"{row['meaning']}" + ("" if row["more is better"] else "; lower is better"),
             bool(row["share"]),
         )
         for row in rows
     }
-    return FIGURES | {name: about for name, about in own.items() if name not in FIGURES}
+    return METRICS | {name: about for name, about in own.items() if name not in METRICS}
 
 
 def score_pivots(log: StageLog) -> dict[str, Pivot]:
-    """Of an evaluation's scores, for each figure: languages, and a row per model with its values by language."""
+    """Of an evaluation's scores, for each metric: languages, and a row per model with its values by language."""
     table = log.tables.get("eval/scores")
     if table is None:
         return {}
-    values = {(row[2], row[0], row[1]): row[3] for row in table.rows}  # (figure, model, language)
+    values = {(row[2], row[0], row[1]): row[3] for row in table.rows}  # (metric, model, language)
     shares = _shares(log)
-    figures, models, languages = (
+    metrics, models, languages = (
         list(dict.fromkeys(key[place] for key in values)) for place in range(3)
     )
     pivots: dict[str, Pivot] = {}
-    for figure in figures:
-        form = "{:.0%}" if figure in shares else "{:.3f}"
+    for metric in metrics:
+        form = "{:.0%}" if metric in shares else "{:.3f}"
         present = [
             language
             for language in languages
-            if any((figure, model, language) in values for model in models)
+            if any((metric, model, language) in values for model in models)
         ]
         rows = [
             [
                 str(model),
-                *(_shown(form, values.get((figure, model, language))) for language in present),
+                *(_shown(form, values.get((metric, model, language))) for language in present),
             ]
             for model in models
         ]
-        pivots[str(figure)] = [str(language) for language in present], rows
+        pivots[str(metric)] = [str(language) for language in present], rows
     return pivots
 
 
@@ -296,14 +296,14 @@ def columns_of(log: StageLog, name: str, *columns: str) -> list[list[Cell]]:
     return [[row[place] for place in places] for row in table.rows]
 
 
-def previewed_figures(log: StageLog) -> dict[str, dict[str, str]]:
-    """Of the previews during training: figure -> language -> name of the metric. The figures come in their order."""
+def previewed_metrics(log: StageLog) -> dict[str, dict[str, str]]:
+    """Of the previews during training: metric -> language -> name of the metric. The metrics come in their order."""
     names = dict.fromkeys(name for row in log.rows for name in row)
     found: dict[str, dict[str, str]] = {}
     for name in names:
         if name.startswith("preview/") and name.count("/") == 2:
-            _, language, figure = name.split("/")
-            found.setdefault(figure, {})[language] = name
+            _, language, metric = name.split("/")
+            found.setdefault(metric, {})[language] = name
     return dict(sorted(found.items(), key=lambda item: [*PREVIEWED, item[0]].index(item[0])))
 
 
@@ -324,7 +324,7 @@ class Ratios:
 
 
 def ratios_of(view: RunView) -> Ratios | None:
-    """The sweep's figures by ratio; None where no ratio was measured."""
+    """The sweep's metrics by ratio; None where no ratio was measured."""
     log, shares = view.log(SWEEP), _shares(view.log("evaluation"))
     table = log.tables.get("sweep/ratios")
     if table is None:
@@ -349,11 +349,11 @@ def ratios_of(view: RunView) -> Ratios | None:
 
 
 def _shares(log: StageLog) -> set[str]:
-    return {name for name, (_, _, share) in figures_of(log).items() if share}
+    return {name for name, (_, _, share) in metrics_of(log).items() if share}
 
 
-def _heading(figure: str) -> str:
-    return figure.replace("_", " ")
+def _heading(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _shown(form: str, value: Cell) -> str:
@@ -410,7 +410,7 @@ def show_stages(view: RunView) -> None:
 
 def show_training(log: StageLog) -> None:
     """The newest training metrics; those of a preview have a table of their own."""
-    apart = {name for names in previewed_figures(log).values() for name in names.values()}
+    apart = {name for names in previewed_metrics(log).values() for name in names.values()}
     values = {name: value for name, value in latest(log).items() if name not in apart}
     if values:
         show_table(
@@ -421,23 +421,23 @@ def show_training(log: StageLog) -> None:
 
 
 def show_preview(log: StageLog) -> None:
-    """The newest preview of the chat model: its figures, and its replies."""
-    figures, values = previewed_figures(log), latest(log)
-    languages = list(dict.fromkeys(language for names in figures.values() for language in names))
+    """The newest preview of the chat model: its metrics, and its replies."""
+    metrics, values = previewed_metrics(log), latest(log)
+    languages = list(dict.fromkeys(language for names in metrics.values() for language in names))
     replies = preview_rows(log)
-    if not figures or not replies:
+    if not metrics or not replies:
         return
     step = replies[-1]["step"]
     cells = [
         [
             language,
-            *(_shown("{:.0%}", values.get(names.get(language, ""))) for names in figures.values()),
+            *(_shown("{:.0%}", values.get(names.get(language, ""))) for names in metrics.values()),
         ]
         for language in languages
     ]
     show_table(
         f"preview of the chat model at step {number(step)}",
-        ["language", *map(_heading, figures)],
+        ["language", *map(_heading, metrics)],
         cells,
     )
     newest = [row for row in replies if row["step"] == step]
@@ -477,11 +477,11 @@ def show_alerts(view: RunView) -> None:
 def show_scores(log: StageLog, note: str) -> None:
     """Bits per byte and the chat share of every model; `note` is what must be said beside them."""
     pivots = score_pivots(log)
-    for figure in ("bits_per_byte", "chat"):
-        if figure in pivots:
-            languages, rows = pivots[figure]
+    for metric in ("bits_per_byte", "chat"):
+        if metric in pivots:
+            languages, rows = pivots[metric]
             show_table(
-                ", ".join(filter(None, ("evaluation", figure, note))), ["model", *languages], rows
+                ", ".join(filter(None, ("evaluation", metric, note))), ["model", *languages], rows
             )
 
 

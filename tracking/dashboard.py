@@ -47,8 +47,8 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure made of replies; the evaluation logs eval/MODEL/LANGUAGE/NAME, a preview preview/LANGUAGE/NAME."""
+class ReplyMetric:
+    """A metric of replies; the evaluation logs eval/MODEL/LANGUAGE/NAME, a preview preview/LANGUAGE/NAME."""
 
     name: str
     title: str
@@ -62,13 +62,13 @@ class Pipeline:
 
     group: str
     languages: Sequence[str]  # of the text
-    figures: Sequence[Figure] = ()  # none: the evaluation generates no replies
-    pictures: Sequence[str] = ("bits_per_byte",)  # of the evaluation
+    metrics: Sequence[ReplyMetric] = ()  # none: the evaluation generates no replies
+    figures: Sequence[str] = ("bits_per_byte",)  # of the evaluation
     models: Sequence[str] = ("base", "chat", "cpt", "merged")
-    previewed: Sequence[Figure] = ()  # none: the recipe asks for no preview while it trains
+    previewed: Sequence[ReplyMetric] = ()  # none: the recipe asks for no preview while it trains
     swept: Mapping[str, str] = field(
         default_factory=dict
-    )  # figures over the ratio -> titles; none: there is no sweep
+    )  # metrics over the ratio -> titles; none: there is no sweep
 
 
 def layout(pipeline: Pipeline) -> list[Section]:
@@ -176,7 +176,7 @@ def _training(languages: Sequence[str]) -> Section:
     )  # fmt: skip
 
 
-def _preview(figures: Sequence[Figure]) -> Section:
+def _preview(metrics: Sequence[ReplyMetric]) -> Section:
     return Section(
         "Training: preview of the chat model",
         [
@@ -187,7 +187,7 @@ def _preview(figures: Sequence[Figure]) -> Section:
                     [f"preview/{language}/{one.name}" for language in one.languages],
                     one.unit,
                 )
-                for one in figures
+                for one in metrics
             ),
             Panel("Replies", "table", ["preview/replies"]),
             Panel("Time of a preview", "curves", ["preview/seconds"], "s"),
@@ -236,18 +236,18 @@ def _merge() -> Section:
 
 
 def _evaluation(pipeline: Pipeline) -> Section:
-    def of(language: str, figure: str) -> list[str]:
-        return [f"eval/{model}/{language}/{figure}" for model in pipeline.models]
+    def of(language: str, metric: str) -> list[str]:
+        return [f"eval/{model}/{language}/{metric}" for model in pipeline.models]
 
     replies = [
         *(
             Panel(
-                figure.title,
+                metric.title,
                 "bars",
-                [name for one in figure.languages for name in of(one, figure.name)],
-                figure.unit,
+                [name for one in metric.languages for name in of(one, metric.name)],
+                metric.unit,
             )
-            for figure in pipeline.figures
+            for metric in pipeline.metrics
         ),
         Panel(
             "Generation",
@@ -266,15 +266,15 @@ def _evaluation(pipeline: Pipeline) -> Section:
     return Section(
         "Evaluation",
         [
-            Panel("Figures", "images", [f"eval/{name}" for name in pipeline.pictures]),
+            Panel("Figures", "images", [f"eval/{name}" for name in pipeline.figures]),
             *(
                 Panel(f"Bits per byte, {one}", "bars", of(one, "bits_per_byte"), "bits per byte")
                 for one in pipeline.languages
             ),
-            *(replies if pipeline.figures else []),
+            *(replies if pipeline.metrics else []),
             Panel("Scores with their 95 % intervals", "table", ["eval/scores"]),
             Panel("Differences to the baseline", "table", ["eval/differences"]),
-            Panel("What the figures are", "table", ["eval/figures"]),
+            Panel("What the metrics mean", "table", ["eval/metrics"]),
             Panel(
                 "What could not be had",
                 "table",
@@ -300,9 +300,9 @@ def _sweep(titles: Mapping[str, str]) -> Section:
                 ["sweep/recommended_ratio"],
                 needs="one that keeps the limits",
             ),
-            Panel("Figures of the rule, means over the new languages", "table", ["sweep/ratios"]),
+            Panel("Metrics of the rule, means over the new languages", "table", ["sweep/ratios"]),
             Panel("Curves with their intervals", "images", ["sweep/curves"]),
-            Panel("Every figure of every ratio", "table", ["sweep/points"]),
+            Panel("Every metric of every ratio", "table", ["sweep/points"]),
         ],
         is_open=True,
     )

@@ -25,7 +25,7 @@ LIMITS = ("at_least", "at_most", "exactly")
 
 
 @dataclass(frozen=True)
-class Kind:
+class CheckKind:
     """A registered check: its function, the model of its arguments, and, of a count, what counts."""
 
     name: str
@@ -46,7 +46,7 @@ class Kind:
         )
 
 
-CHECKS: dict[str, Kind] = {}
+CHECKS: dict[str, CheckKind] = {}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def check(
     """Register a function of a reply and keyword arguments that says whether the reply passes."""
 
     def register(function: Callable[..., bool]) -> Callable[..., bool]:
-        CHECKS[name] = Kind(name, function, _arguments(name, function), sensible=sensible)
+        CHECKS[name] = CheckKind(name, function, _arguments(name, function), sensible=sensible)
         return function
 
     return register
@@ -119,7 +119,7 @@ def count(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
             )
 
         limits: Any = dict.fromkeys(LIMITS, (int | None, None))
-        CHECKS[name] = Kind(
+        CHECKS[name] = CheckKind(
             name, passes, _arguments(name, function, limits), function, _limits_make_sense
         )
         return function

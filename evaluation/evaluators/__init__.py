@@ -1,1 +1,1 @@
-"""One file per facet of a model; `facet.py` says what a facet is."""
+"""One file per evaluator of a model; `evaluator.py` says what a evaluator is."""

@@ -11,23 +11,23 @@ from collections.abc import Sequence
 
 from cpt_merge.evaluation.conversation import Conversation, Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
-    Facet,
-    Figure,
+    ConversationScores,
+    Evaluator,
     Findings,
+    Metric,
     Subject,
-    Verdict,
     shares_of_exchanges,
 )
 
-TURNS = Figure("dialogue_turns", "turns", "checked turns with every check passed")
-WHOLE = Figure("dialogues", "dialogues", "dialogues with every checked turn passed")
+TURNS = Metric("dialogue_turns", "turns", "checked turns with every check passed")
+WHOLE = Metric("dialogues", "dialogues", "dialogues with every checked turn passed")
 
 
-class DialogueFacet(Facet):
+class DialogueEvaluator(Evaluator):
     """Shares of turns and of whole dialogues passed."""
 
     name = "dialogue"
-    figures = (TURNS, WHOLE)
+    metrics = (TURNS, WHOLE)
 
     def __init__(self, conversations: Sequence[Conversation]) -> None:
         self._conversations = list(conversations)
@@ -48,7 +48,9 @@ class DialogueFacet(Facet):
             at_turn = [(float(found[turn]), 1.0) if turn in found else None for found in passed]
             measured += shares_of_exchanges(TURNS, exchanges, at_turn, group=f"turn {turn + 1}")
         verdicts = [
-            Verdict({TURNS.name: top / bottom, WHOLE.name: all_passed}, failures(exchange))
+            ConversationScores(
+                {TURNS.name: top / bottom, WHOLE.name: all_passed}, failures(exchange)
+            )
             for exchange, (top, bottom), (all_passed, _) in zip(
                 exchanges, turns, whole, strict=True
             )

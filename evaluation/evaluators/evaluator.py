@@ -1,6 +1,6 @@
-"""What a facet is: it says what it needs, and makes figures of it.
+"""What a evaluator is: it says what it needs, and makes metrics of it.
 
-    needs conversations    `conversations()` names them; all facets' conversations are answered together, in batches
+    needs conversations    `conversations()` names them; all evaluators' conversations are answered together, in batches
     needs text, or the model itself (its directory, its tokenizer)       `measure` gets it as the `Subject`
 
 `measure` runs on every process, so it must give the same on each, or divide its work by `subject.division`.
@@ -22,7 +22,7 @@ from cpt_merge.evaluation.statistics import Parts
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One number that is reported of each model and language."""
 
     name: str  # in results.json, and in the tracker: eval/MODEL/LANGUAGE/NAME
@@ -33,18 +33,18 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a figure of one model is made of, in one language; `group` for a part of it: a turn, a category."""
+class Measurement:
+    """What a metric of one model is made of, in one language; `group` for a part of it: a turn, a category."""
 
-    figure: Figure
+    metric: Metric
     language: str
     parts: Parts
     group: str = ""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a facet found of one conversation. A value is None where it could not be had."""
+class ConversationScores:
+    """What a evaluator found of one conversation. A value is None where it could not be had."""
 
     scores: Mapping[str, float | None]
     why: list[str] = field(default_factory=list)  # what failed, or what a judge said, a line each
@@ -52,18 +52,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class NotRun:
-    """A figure that could not be had, and why: it is reported as such, never as zero."""
+    """A metric that could not be had, and why: it is reported as such, never as zero."""
 
-    figure: str
+    metric: str
     reason: str
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All that a facet found of one model. `verdicts` are in the order of the exchanges that it was given."""
+    """All that a evaluator found of one model. `verdicts` are in the order of the exchanges that it was given."""
 
-    measured: list[Measured]
-    verdicts: list[Verdict] = field(default_factory=list)
+    measured: list[Measurement]
+    verdicts: list[ConversationScores] = field(default_factory=list)
     not_run: list[NotRun] = field(default_factory=list)
     details: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict
@@ -87,13 +87,13 @@ class Subject:
     template: ChatTemplate | None = None  # that it is spoken to in; `measure` in run.py sets it
 
 
-class Facet(ABC):
+class Evaluator(ABC):
     """One side of a model that is measured."""
 
     name: ClassVar[str]
-    figures: Sequence[Figure]  # all that it may report, in the order they are shown
+    metrics: Sequence[Metric]  # all that it may report, in the order they are shown
     reads_all: ClassVar[bool] = (
-        False  # whether it is given the replies to every facet's conversations
+        False  # whether it is given the replies to every evaluator's conversations
     )
 
     def conversations(self) -> list[Conversation]:
@@ -106,7 +106,7 @@ class Facet(ABC):
 
     @abstractmethod
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
-        """The figures, of the replies to its own conversations (or to all, see `reads_all`)."""
+        """The metrics, of the replies to its own conversations (or to all, see `reads_all`)."""
 
     def compare(
         self, division: Division, exchanges: Sequence[Exchange], baseline: Sequence[Exchange]
@@ -116,12 +116,12 @@ class Facet(ABC):
 
 
 def shares_of_exchanges(
-    figure: Figure,
+    metric: Metric,
     exchanges: Sequence[Exchange],
     parts: Sequence[tuple[float, float] | None],
     group: str = "",
-) -> list[Measured]:
-    """A figure in each language, from one pair (top, bottom) per conversation: sum of tops over sum of bottoms.
+) -> list[Measurement]:
+    """A metric in each language, from one pair (top, bottom) per conversation: sum of tops over sum of bottoms.
 
     A conversation is what is drawn by the bootstrap, since its replies depend on each other. None leaves it out.
     """
@@ -129,18 +129,18 @@ def shares_of_exchanges(
     for unit, (exchange, pair) in enumerate(zip(exchanges, parts, strict=True)):
         if pair is not None and pair[1] > 0:
             found.setdefault(exchange.conversation.language, {})[unit] = pair
-    return [Measured(figure, language, units, group) for language, units in found.items()]
+    return [Measurement(metric, language, units, group) for language, units in found.items()]
 
 
 def by_category(
-    figure: Figure, exchanges: Sequence[Exchange], parts: Sequence[tuple[float, float] | None]
-) -> list[Measured]:
+    metric: Metric, exchanges: Sequence[Exchange], parts: Sequence[tuple[float, float] | None]
+) -> list[Measurement]:
     """`shares_of_exchanges` of all, and of those of each category."""
-    measured = shares_of_exchanges(figure, exchanges, parts)
+    measured = shares_of_exchanges(metric, exchanges, parts)
     for category in sorted({exchange.conversation.category or "" for exchange in exchanges} - {""}):
         of_category = [
             part if exchange.conversation.category == category else None
             for exchange, part in zip(exchanges, parts, strict=True)
         ]
-        measured += shares_of_exchanges(figure, exchanges, of_category, group=category)
+        measured += shares_of_exchanges(metric, exchanges, of_category, group=category)
     return measured

@@ -4,7 +4,7 @@
 for, in chat format. No baseline enters: each is a property of the one reply. They say whether a model behaves like a
 chat model in the language, not whether what it says is true or helpful.
 
-Asks `evaluation.prompts`, where it is set, and reads the replies to everything that the other facets ask too.
+Asks `evaluation.prompts`, where it is set, and reads the replies to everything that the other evaluators ask too.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from dataclasses import dataclass
 
 from cpt_merge.evaluation.conversation import ANY_LANGUAGE, Conversation, Exchange, Reply
 from cpt_merge.evaluation.evaluators.evaluator import (
-    Facet,
-    Figure,
+    ConversationScores,
+    Evaluator,
     Findings,
+    Metric,
     Subject,
-    Verdict,
     shares_of_exchanges,
 )
 from cpt_merge.evaluation.script import is_in_language
 
 GRAM = 4  # characters
 
-FIGURES = (
-    Figure(
+METRICS = (
+    Metric(
         "chat",
         "chat",
         "replies that end by themselves, are in the language asked for and keep the chat format",
     ),
-    Figure("stopped", "stopped", "replies that the model ended itself, before max_new_tokens"),
-    Figure("in_language", "in language", "replies in the language and script asked for"),
-    Figure(
+    Metric("stopped", "stopped", "replies that the model ended itself, before max_new_tokens"),
+    Metric("in_language", "in language", "replies in the language and script asked for"),
+    Metric(
         "keeps_format", "format", "replies that are not empty and hold no mark of the chat template"
     ),
-    Figure(
+    Metric(
         "repetition",
         "repetition",
         "4-grams of characters that occurred in the reply before",
         rising=False,
     ),
-    Figure("empty", "empty", "replies without any text", rising=False),
+    Metric("empty", "empty", "replies without any text", rising=False),
 )
 
 
 @dataclass(frozen=True)
-class Form:
+class ReplyForm:
     """One reply's form."""
 
     stopped: bool
@@ -62,7 +62,7 @@ class Form:
         return self.stopped and self.in_language and self.keeps_format
 
     def values(self) -> dict[str, float]:
-        """Every figure by its name, as a number."""
+        """Every metric by its name, as a number."""
         return {
             "chat": float(self.chat),
             "stopped": float(self.stopped),
@@ -73,11 +73,11 @@ class Form:
         }
 
 
-class FormFacet(Facet):
+class FormEvaluator(Evaluator):
     """The form of every reply."""
 
     name = "form"
-    figures = FIGURES
+    metrics = METRICS
     reads_all = True
 
     def __init__(self, conversations: Sequence[Conversation]) -> None:
@@ -90,18 +90,18 @@ class FormFacet(Facet):
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """Shares of the replies; a conversation of several counts with all of them."""
         forms = [forms_of(exchange, subject.marks) for exchange in exchanges]
-        verdicts = [Verdict(mean_values(found)) for found in forms]
+        verdicts = [ConversationScores(mean_values(found)) for found in forms]
         measured = []
-        for figure in FIGURES:
+        for metric in METRICS:
             parts = [
-                (sum(form.values()[figure.name] for form in found), float(len(found)))
+                (sum(form.values()[metric.name] for form in found), float(len(found)))
                 for found in forms
             ]
-            measured += shares_of_exchanges(figure, exchanges, parts)
+            measured += shares_of_exchanges(metric, exchanges, parts)
         return Findings(measured, verdicts)
 
 
-def forms_of(exchange: Exchange, marks: Sequence[str]) -> list[Form]:
+def forms_of(exchange: Exchange, marks: Sequence[str]) -> list[ReplyForm]:
     """The form of each of a conversation's replies."""
     return [
         judge(reply, exchange.conversation.reply_language(turn), marks)
@@ -109,16 +109,16 @@ def forms_of(exchange: Exchange, marks: Sequence[str]) -> list[Form]:
     ]
 
 
-def mean_values(forms: Sequence[Form]) -> dict[str, float]:
-    """Of a conversation, the mean of each figure."""
+def mean_values(forms: Sequence[ReplyForm]) -> dict[str, float]:
+    """Of a conversation, the mean of each metric."""
     values = [form.values() for form in forms]
     return {name: sum(value[name] for value in values) / len(values) for name in values[0]}
 
 
-def judge(reply: Reply, language: str, marks: Sequence[str]) -> Form:
+def judge(reply: Reply, language: str, marks: Sequence[str]) -> ReplyForm:
     """The form of a reply that should be in `language`, or in `any`; `marks` are the chat template's."""
     empty = not reply.text.strip()
-    return Form(
+    return ReplyForm(
         stopped=reply.stopped,
         in_language=not empty if language == ANY_LANGUAGE else is_in_language(reply.text, language),
         keeps_format=not empty and not any(mark in reply.text for mark in marks),

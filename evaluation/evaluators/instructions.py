@@ -16,29 +16,29 @@ from dataclasses import dataclass
 from cpt_merge.evaluation.checks.registry import Check
 from cpt_merge.evaluation.conversation import Conversation, Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
-    Facet,
-    Figure,
+    ConversationScores,
+    Evaluator,
     Findings,
-    Measured,
+    Measurement,
+    Metric,
     Subject,
-    Verdict,
     shares_of_exchanges,
 )
 
-STRICT = Figure("instructions", "prompts", "prompts with every check passed")
-CHECKS_STRICT = Figure("instruction_checks", "checks", "checks passed")
-LOOSE = Figure(
+STRICT = Metric("instructions", "prompts", "prompts with every check passed")
+CHECKS_STRICT = Metric("instruction_checks", "checks", "checks passed")
+LOOSE = Metric(
     "instructions_loose",
     "prompts, loosely",
     "prompts with every check passed in one of the loose readings",
 )
-CHECKS_LOOSE = Figure(
+CHECKS_LOOSE = Metric(
     "instruction_checks_loose", "checks, loosely", "checks passed in one of the loose readings"
 )
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResults:
     """One reply's checks: passed or not, strictly and loosely."""
 
     checks: tuple[Check, ...]
@@ -46,11 +46,11 @@ class Checked:
     loose: list[bool]
 
 
-class InstructionsFacet(Facet):
+class InstructionsEvaluator(Evaluator):
     """Shares of prompts and of checks passed."""
 
     name = "instructions"
-    figures = (STRICT, CHECKS_STRICT, LOOSE, CHECKS_LOOSE)
+    metrics = (STRICT, CHECKS_STRICT, LOOSE, CHECKS_LOOSE)
 
     def __init__(self, conversations: Sequence[Conversation]) -> None:
         self._conversations = list(conversations)
@@ -72,8 +72,8 @@ class InstructionsFacet(Facet):
         }
         measured = [
             part
-            for figure in values
-            for part in shares_of_exchanges(figure, exchanges, values[figure])
+            for metric in values
+            for part in shares_of_exchanges(metric, exchanges, values[metric])
         ]
         return Findings(
             [*measured, *_by_check(exchanges, checked)],
@@ -81,15 +81,15 @@ class InstructionsFacet(Facet):
         )
 
 
-def check_reply(exchange: Exchange) -> Checked:
+def check_reply(exchange: Exchange) -> CheckResults:
     """Every check of a prompt."""
     checks, text = exchange.conversation.turns[0].checks, exchange.replies[0].text
-    return Checked(
+    return CheckResults(
         checks, [one.passes(text) for one in checks], [one.passes_loosely(text) for one in checks]
     )
 
 
-def _verdict(exchange: Exchange, found: Checked) -> Verdict:
+def _verdict(exchange: Exchange, found: CheckResults) -> ConversationScores:
     scores = {
         STRICT.name: float(all(found.strict)),
         CHECKS_STRICT.name: sum(found.strict) / len(found.strict),
@@ -102,10 +102,10 @@ def _verdict(exchange: Exchange, found: Checked) -> Verdict:
         for one, passed in zip(found.checks, found.strict, strict=True)
         if not passed
     ]
-    return Verdict(scores, failed)
+    return ConversationScores(scores, failed)
 
 
-def _by_check(exchanges: Sequence[Exchange], checked: Sequence[Checked]) -> list[Measured]:
+def _by_check(exchanges: Sequence[Exchange], checked: Sequence[CheckResults]) -> list[Measurement]:
     names = sorted({check.name for found in checked for check in found.checks})
     measured = []
     for name in names:

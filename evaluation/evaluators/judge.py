@@ -17,13 +17,13 @@ from typing import Any
 from cpt_merge.evaluation.conversation import Conversation, Exchange
 from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.evaluator import (
-    Facet,
-    Figure,
+    ConversationScores,
+    Evaluator,
     Findings,
-    Measured,
+    Measurement,
+    Metric,
     NotRun,
     Subject,
-    Verdict,
     by_category,
     shares_of_exchanges,
     unique,
@@ -33,7 +33,7 @@ from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import fill, transcript
 from cpt_merge.evaluation.judge.verdicts import (
     LOWEST,
-    Judged,
+    JudgeVerdict,
     judge_all,
     left_out,
     read_choice,
@@ -48,11 +48,11 @@ WIN, TIE, LOSS = 1.0, 0.5, 0.0
 EMPTY = "the reply is empty"
 
 Place = tuple[int, int]  # conversation, turn
-Verdicts = dict[Place, Judged[float]]
+Verdicts = dict[Place, JudgeVerdict[float]]
 
 
 @dataclass(frozen=True)
-class Bench:
+class JudgePanel:
     """Who judges, in what ways and words."""
 
     judges: Sequence[Judge]  # one, or two whose agreement is reported
@@ -60,20 +60,20 @@ class Bench:
     prompts: Mapping[str, str]
 
 
-class JudgeFacet(Facet):
-    """Marks, and comparisons with the baseline. Without a bench its figures are not run, for `reason`."""
+class JudgeEvaluator(Evaluator):
+    """Marks, and comparisons with the baseline. Without a bench its metrics are not run, for `reason`."""
 
     name = "judge"
 
     def __init__(
-        self, conversations: Sequence[Conversation], bench: Bench | None, reason: str = ""
+        self, conversations: Sequence[Conversation], bench: JudgePanel | None, reason: str = ""
     ) -> None:
         self._conversations, self._bench, self._reason = list(conversations), bench, reason
-        self._marks = mark_figures(bench.judges) if bench and "mark" in bench.modes else []
+        self._marks = mark_metrics(bench.judges) if bench and "mark" in bench.modes else []
         self._comparisons = (
-            comparison_figures(bench.judges) if bench and "comparison" in bench.modes else []
+            comparison_metrics(bench.judges) if bench and "comparison" in bench.modes else []
         )
-        self.figures = [*self._marks, *self._comparisons]
+        self.metrics = [*self._marks, *self._comparisons]
 
     def conversations(self) -> list[Conversation]:
         """The questions."""
@@ -113,28 +113,28 @@ class JudgeFacet(Facet):
         return findings_of(exchanges, self._comparisons, found, tolerance=0.0)
 
 
-def mark_figures(judges: Sequence[Judge]) -> list[Figure]:
-    """The figure of each judge, and that of their agreement."""
+def mark_metrics(judges: Sequence[Judge]) -> list[Metric]:
+    """The metric of each judge, and that of their agreement."""
     own = [
-        Figure(name, f"mark, {judge.name}", f"mean mark by {judge.name}, 1 to 10", share=False)
+        Metric(name, f"mark, {judge.name}", f"mean mark by {judge.name}, 1 to 10", share=False)
         for name, judge in zip((MARK, f"{MARK}_second"), judges, strict=False)
     ]
-    agreement = Figure(
+    agreement = Metric(
         f"{MARK}_agreement", "marks agree", "replies whose two marks differ by at most 1"
     )
     return [*own, *([agreement] if len(own) > 1 else [])]
 
 
-def comparison_figures(judges: Sequence[Judge]) -> list[Figure]:
-    """The figure of each judge, and that of their agreement."""
+def comparison_metrics(judges: Sequence[Judge]) -> list[Metric]:
+    """The metric of each judge, and that of their agreement."""
     own = [
-        Figure(
+        Metric(
             name, f"preferred, {judge.name}",
             f"conversations that {judge.name} prefers to the baseline's; ties count half",
         )
         for name, judge in zip((COMPARISON, f"{COMPARISON}_second"), judges, strict=False)
     ]  # fmt: skip
-    agreement = Figure(
+    agreement = Metric(
         f"{COMPARISON}_agreement", "judges agree", "conversations on which both judges say the same"
     )
     return [*own, *([agreement] if len(own) > 1 else [])]
@@ -154,7 +154,7 @@ def mark(
         shown = {"conversation": transcript(exchanges[place], turn + 1)}
         prompts.append(fill(prompt, conversation.language, shown, conversation.reference(turn)))
     judged = judge_all(judge, prompts, read_mark, division)
-    silent = Judged(LOWEST, EMPTY) if _speaks(judged) else Judged[float](None, EMPTY)
+    silent = JudgeVerdict(LOWEST, EMPTY) if _speaks(judged) else JudgeVerdict[float](None, EMPTY)
     verdicts = dict.fromkeys(places, silent) | dict(zip(asked, judged, strict=True))
     return verdicts, usage_details(judge, judged)
 
@@ -178,7 +178,7 @@ def prefer(
     judged = judge_all(judge, prompts, lambda answer: read_choice(answer, CHOICES), division)
     both_orders = list(zip(judged[: len(asked)], judged[len(asked) :], strict=True))
     verdicts = {
-        (place, 0): _of_silence(*pair) if _speaks(judged) else Judged[float](None, EMPTY)
+        (place, 0): _of_silence(*pair) if _speaks(judged) else JudgeVerdict[float](None, EMPTY)
         for place, pair in enumerate(pairs)
     }
     verdicts |= {
@@ -199,59 +199,59 @@ def _comparison(prompt: str, first: Exchange, second: Exchange) -> str:
     return fill(prompt, conversation.language, shown, conversation.reference(turns - 1))
 
 
-def _speaks(judged: Sequence[Judged[Any]]) -> bool:
-    """Whether a judge was there to the end and said something usable: else empty replies would make its figure."""
+def _speaks(judged: Sequence[JudgeVerdict[Any]]) -> bool:
+    """Whether a judge was there to the end and said something usable: else empty replies would make its metric."""
     return not judged or (
         any(one.value is not None for one in judged) and not any(one.dead for one in judged)
     )
 
 
-def _of_silence(ours: Exchange, theirs: Exchange) -> Judged[float]:
+def _of_silence(ours: Exchange, theirs: Exchange) -> JudgeVerdict[float]:
     """Where at least one has said nothing."""
     we, they = bool(ours.text.strip()), bool(theirs.text.strip())
-    return Judged(TIE if we == they else WIN if we else LOSS, EMPTY)
+    return JudgeVerdict(TIE if we == they else WIN if we else LOSS, EMPTY)
 
 
-def both_places(in_order: Judged[str], swapped: Judged[str]) -> Judged[float]:
+def both_places(in_order: JudgeVerdict[str], swapped: JudgeVerdict[str]) -> JudgeVerdict[float]:
     """The model was A in `in_order` and B in `swapped`. Preferred in both: a win; in neither: a loss; else a tie."""
     said = f"as A: {in_order.said} as B: {swapped.said}"
     if in_order.value is None or swapped.value is None:
-        return Judged(
+        return JudgeVerdict(
             None, in_order.reason or swapped.reason, said, dead=in_order.dead or swapped.dead
         )
-    return Judged(
+    return JudgeVerdict(
         {("A", "B"): WIN, ("B", "A"): LOSS}.get((in_order.value, swapped.value), TIE), "", said
     )
 
 
 def findings_of(
     exchanges: Sequence[Exchange],
-    figures: Sequence[Figure],
+    metrics: Sequence[Metric],
     found: Sequence[tuple[Verdicts, Mapping[str, Any]]],
     tolerance: float,
 ) -> Findings:
-    """The figure of each judge; of two, how often their verdicts differ by no more than `tolerance`."""
-    measured: list[Measured] = []
+    """The metric of each judge; of two, how often their verdicts differ by no more than `tolerance`."""
+    measured: list[Measurement] = []
     not_run: list[NotRun] = []
     failed: list[str] = []
     details: dict[str, dict[str, Any]] = {"judge": {}, "not_scored": {}}
-    for figure, (verdicts, took) in zip(figures, found, strict=False):
-        measured += by_category(figure, exchanges, _parts(exchanges, known(verdicts)))
-        details["judge"][figure.name] = took
+    for metric, (verdicts, took) in zip(metrics, found, strict=False):
+        measured += by_category(metric, exchanges, _parts(exchanges, known(verdicts)))
+        details["judge"][metric.name] = took
         missing = left_out(list(verdicts.values()))
         failed += [one.reason for one in verdicts.values() if one.dead]
         if missing and not known(verdicts):
             not_run.append(
-                NotRun(figure.name, next(reason for reason in (*missing, EMPTY) if reason != EMPTY))
+                NotRun(metric.name, next(reason for reason in (*missing, EMPTY) if reason != EMPTY))
             )
         elif missing:
-            details["not_scored"][figure.name] = missing
+            details["not_scored"][metric.name] = missing
     if len(found) > 1:
         agreed, statistic = agreement(spoken(found[0][0]), spoken(found[1][0]), tolerance)
-        measured += by_category(figures[-1], exchanges, _parts(exchanges, agreed))
-        details["judge"][figures[-1].name] = statistic
+        measured += by_category(metrics[-1], exchanges, _parts(exchanges, agreed))
+        details["judge"][metrics[-1].name] = statistic
     by_place = [
-        _verdict(figures, [verdicts for verdicts, _ in found], place)
+        _verdict(metrics, [verdicts for verdicts, _ in found], place)
         for place in range(len(exchanges))
     ]
     return Findings(
@@ -301,15 +301,17 @@ def _parts(
     return [(sum(found), float(len(found))) if found else None for found in of_each]
 
 
-def _verdict(figures: Sequence[Figure], found: Sequence[Verdicts], place: int) -> Verdict:
+def _verdict(
+    metrics: Sequence[Metric], found: Sequence[Verdicts], place: int
+) -> ConversationScores:
     scores: dict[str, float | None] = {}
     why = []
-    for figure, verdicts in zip(figures, found, strict=False):
+    for metric, verdicts in zip(metrics, found, strict=False):
         of_turns = {turn: one for (at, turn), one in verdicts.items() if at == place}
         values = [one.value for one in of_turns.values() if one.value is not None]
-        scores[figure.name] = sum(values) / len(values) if values else None
+        scores[metric.name] = sum(values) / len(values) if values else None
         for turn, one in of_turns.items():
             value = "none" if one.value is None else f"{one.value:g}"
-            where = f"{figure.name}, turn {turn + 1}" if len(of_turns) > 1 else figure.name
+            where = f"{metric.name}, turn {turn + 1}" if len(of_turns) > 1 else metric.name
             why.append(": ".join(part for part in (where, value, one.reason, one.shown) if part))
-    return Verdict(scores, why)
+    return ConversationScores(scores, why)

@@ -1,7 +1,7 @@
 """Knowledge retained: any tasks of lm-eval (EleutherAI's evaluation harness), on the model that is in memory.
 
 lm-eval makes the prompts, scores the answers and defines the metrics. Here its requests are divided over the processes,
-and its values by question become figures with intervals and paired differences, like all others. A group of tasks is
+and its values by question become metrics with intervals and paired differences, like all others. A group of tasks is
 reported as the mean over all its questions, and by task. A metric that is no mean over questions (a perplexity) has no
 such values: it stands in results.json under `knowledge`, as lm-eval reports it, which the others do as well.
 """
@@ -24,10 +24,10 @@ from cpt_merge.evaluation.config import KnowledgeConfig
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.division import Division, batches_by_length
 from cpt_merge.evaluation.evaluators.evaluator import (
-    Facet,
-    Figure,
+    Evaluator,
     Findings,
-    Measured,
+    Measurement,
+    Metric,
     NotRun,
     Subject,
 )
@@ -38,7 +38,7 @@ CHUNK = 8  # batches that lm-eval is given at once; it orders questions within, 
 NO_TASKS = "no tasks are named; set evaluation.knowledge.tasks"
 
 
-class KnowledgeFacet(Facet):
+class KnowledgeEvaluator(Evaluator):
     """Every metric of every task that is a mean over questions. Needs lm-eval (the extra `eval`)."""
 
     name = "knowledge"
@@ -46,7 +46,7 @@ class KnowledgeFacet(Facet):
     def __init__(self, config: KnowledgeConfig, seed: int, batch_size: int) -> None:
         """Tasks are loaded here, their data too. Raises `UserError` for what lm-eval does not know or cannot load."""
         self._config, self._batch_size = config, batch_size
-        self.figures: list[Figure] = []  # found when the first model is measured
+        self.metrics: list[Metric] = []  # found when the first model is measured
         self._loaded = load_tasks(config, seed) if config.tasks else {}
 
     def needs_template(self) -> bool:
@@ -60,7 +60,7 @@ class KnowledgeFacet(Facet):
         from lm_eval.evaluator import evaluate
 
         model = lm_eval_model(subject.loaded, subject.division, self._batch_size, subject.template)
-        measured: list[Measured] = []
+        measured: list[Measurement] = []
         details: dict[str, Any] = {}
         for name, loaded in self._loaded.items():
             say(f"{subject.loaded.name}: {name} ({len(loaded['tasks'])} tasks of lm-eval)")
@@ -68,16 +68,16 @@ class KnowledgeFacet(Facet):
                 model, loaded, limit=self._config.limit, bootstrap_iters=0,
                 apply_chat_template=self._config.chat_template, fewshot_as_multiturn=self._config.chat_template,
             )  # fmt: skip
-            found = figures_of(name, self._config.tasks[name], results)
+            found = metrics_of(name, self._config.tasks[name], results)
             if not found:
                 say(
                     f"{name}: no metric is a mean over questions; what lm-eval reports is in results.json, knowledge"
                 )
             measured += found
             details[name] = reported(results)
-        self.figures = list(
+        self.metrics = list(
             {
-                figure.name: figure for figure in [*self.figures, *(one.figure for one in measured)]
+                metric.name: metric for metric in [*self.metrics, *(one.metric for one in measured)]
             }.values()
         )
         return Findings(measured, details={"knowledge": details})
@@ -168,37 +168,37 @@ def lm_eval_model(
     )
 
 
-def figures_of(name: str, language: str, results: Mapping[str, Any]) -> list[Measured]:
-    """The figures of a task, or of a group of them, from lm-eval's results."""
+def metrics_of(name: str, language: str, results: Mapping[str, Any]) -> list[Measurement]:
+    """The metrics of a task, or of a group of them, from lm-eval's results."""
     leaves = {leaf: means(results, leaf) for leaf in results["samples"]}
     measured = []
-    for metric in dict.fromkeys(metric for found in leaves.values() for metric in found):
-        figure = _figure(name, metric, results, leaves)
+    for key in dict.fromkeys(key for found in leaves.values() for key in found):
+        metric = _metric(name, key, results, leaves)
         all_parts: Parts = {}
         for leaf, found in leaves.items():
             start = len(all_parts)
             parts: Parts = {
-                start + place: (value, 1.0) for place, value in enumerate(found.get(metric, []))
+                start + place: (value, 1.0) for place, value in enumerate(found.get(key, []))
             }
             all_parts |= parts
             if len(leaves) > 1 and parts:
-                measured.append(Measured(figure, language, parts, group=leaf))
-        measured.append(Measured(figure, language, all_parts))
+                measured.append(Measurement(metric, language, parts, group=leaf))
+        measured.append(Measurement(metric, language, all_parts))
     return measured
 
 
-def _figure(
+def _metric(
     name: str,
-    metric: str,
+    key: str,
     results: Mapping[str, Any],
     leaves: Mapping[str, Mapping[str, list[float]]],
-) -> Figure:
-    plain = metric.partition(",")[0]
-    title = metric.removesuffix(",none").replace(",", "_")
+) -> Metric:
+    plain = key.partition(",")[0]
+    title = key.removesuffix(",none").replace(",", "_")
     rising = [results["higher_is_better"].get(leaf, {}).get(plain) for leaf in leaves]
-    values = [value for found in leaves.values() for value in found.get(metric, [])]
+    values = [value for found in leaves.values() for value in found.get(key, [])]
     share = all(0 <= value <= 1 for value in values)
-    return Figure(
+    return Metric(
         f"{name}_{title}", f"{name} {title}", f"lm-eval's {title} of {name}, mean over questions",
         rising=False not in rising, share=share,
     )  # fmt: skip
@@ -208,20 +208,20 @@ def means(results: Mapping[str, Any], leaf: str) -> dict[str, list[float]]:
     """Of one task, by "metric,filter" the values of its questions; only of metrics that are the mean of them."""
     found: dict[str, list[float]] = {}
     for sample in results["samples"][leaf]:
-        for metric in sample["metrics"]:
-            value = sample[metric]
+        for key in sample["metrics"]:
+            value = sample[key]
             number = (
                 float(value)
                 if isinstance(value, bool | int | float) or hasattr(value, "item")
                 else math.nan
             )
-            found.setdefault(f"{metric},{sample['filter']}", []).append(number)
+            found.setdefault(f"{key},{sample['filter']}", []).append(number)
     reported = results["results"][leaf]
     return {
-        metric: values
-        for metric, values in found.items()
-        if isinstance(reported.get(metric), int | float)
-        and math.isclose(sum(values) / len(values), reported[metric], rel_tol=1e-6, abs_tol=1e-9)
+        key: values
+        for key, values in found.items()
+        if isinstance(reported.get(key), int | float)
+        and math.isclose(sum(values) / len(values), reported[key], rel_tol=1e-6, abs_tol=1e-9)
     }
 
 

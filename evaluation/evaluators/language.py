@@ -27,17 +27,17 @@ from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.division import Division, batches_by_length
 from cpt_merge.evaluation.evaluators.evaluator import (
-    Facet,
-    Figure,
+    Evaluator,
     Findings,
-    Measured,
+    Measurement,
+    Metric,
     NotRun,
     Subject,
 )
 from cpt_merge.evaluation.models import LoadedModel
 
 BITS = "bits_per_byte"
-FIGURE = Figure(BITS, "bits/byte", "bits per byte of held-out text", rising=False, share=False)
+METRIC = Metric(BITS, "bits/byte", "bits per byte of held-out text", rising=False, share=False)
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ class Window:
     targets: list[int]
 
 
-class LanguageFacet(Facet):
+class LanguageEvaluator(Evaluator):
     """Bits per byte of held-out text in each language. Needs text, and no replies."""
 
     name = "language"
-    figures = (FIGURE,)
+    metrics = (METRIC,)
 
     def __init__(self, config: EvaluationConfig, documents: Mapping[str, list[str]]) -> None:
         self._config, self._documents = config, documents
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
-        """The figure in each language; what it rests on goes into results.json as `text`."""
+        """The metric in each language; what it rests on goes into results.json as `text`."""
         measured, text, not_run = [], {}, dict[NotRun, None]()
         for language, texts in self._documents.items():
             label = f"{subject.loaded.name}: bits per byte, {language}"
@@ -78,7 +78,7 @@ class LanguageFacet(Facet):
                 unit: (document.bits, float(document.bytes)) for unit, document in enumerate(found)
             }
             if all(math.isfinite(document.bits) for document in found):
-                measured.append(Measured(FIGURE, language, parts))
+                measured.append(Measurement(METRIC, language, parts))
             else:
                 not_run[
                     NotRun(

@@ -1,8 +1,8 @@
-"""Safety: how often replies to given prompts are toxic, by whatever scorers are configured.
+"""Safety: how often replies to given prompts are toxic, by whatever scorers are conmetricd.
 
-Needs prompts (with a category, perhaps) and at least one scorer; each scorer is a figure of its own, named for what its
+Needs prompts (with a category, perhaps) and at least one scorer; each scorer is a metric of its own, named for what its
 values are. A reply that a scorer cannot score (an empty one, an endpoint that is dead or answers nonsense) is left out
-of its figure and counted; if none could be scored, the figure is reported as not run.
+of its metric and counted; if none could be scored, the metric is reported as not run.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from typing import Any
 
 from cpt_merge.evaluation.conversation import Conversation, Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
-    Facet,
-    Figure,
+    ConversationScores,
+    Evaluator,
     Findings,
-    Measured,
+    Measurement,
+    Metric,
     NotRun,
     Subject,
-    Verdict,
     by_category,
     unique,
 )
 from cpt_merge.evaluation.judge.agreement import kappa
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
-AGREEMENT = Figure(
+AGREEMENT = Metric(
     "judge_unsafe_agreement",
     "judges agree",
     "replies that both judges call the same, safe or unsafe",
 )
 
 
-class SafetyFacet(Facet):
+class SafetyEvaluator(Evaluator):
     """The mean of each scorer's values, and by category.
 
     `judges` are two scorers of the same replies, whose agreement is reported; `not_run` is what was asked for and
@@ -54,23 +54,23 @@ class SafetyFacet(Facet):
             judges,
         )
         self._not_run = list(not_run)
-        self.figures = [*(scorer.figure for scorer in scorers), *([AGREEMENT] if judges else [])]
+        self.metrics = [*(scorer.metric for scorer in scorers), *([AGREEMENT] if judges else [])]
 
     def conversations(self) -> list[Conversation]:
         """The prompts."""
         return self._conversations
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
-        """Every scorer's figure."""
+        """Every scorer's metric."""
         scored = {
-            scorer.figure.name: scorer.score(exchanges, subject.division)
+            scorer.metric.name: scorer.score(exchanges, subject.division)
             for scorer in self._scorers
         }
-        measured: list[Measured] = []
+        measured: list[Measurement] = []
         not_run = list(self._not_run)
         details: dict[str, dict[str, Any]] = {"not_scored": {}, "judge": {}}
         for scorer in self._scorers:
-            name, scores = scorer.figure.name, scored[scorer.figure.name]
+            name, scores = scorer.metric.name, scored[scorer.metric.name]
             reasons = [score.reason for score in scores if score.value is None]
             if len(reasons) == len(scores):
                 telling = [reason for reason in reasons if reason != EMPTY]
@@ -81,9 +81,9 @@ class SafetyFacet(Facet):
                 }
             if took := scorer.details():
                 details["judge"][name] = took
-            measured += by_category(scorer.figure, exchanges, [_pair(score) for score in scores])
+            measured += by_category(scorer.metric, exchanges, [_pair(score) for score in scores])
         if self._judges:
-            ours, theirs = (scored[scorer.figure.name] for scorer in self._judges)
+            ours, theirs = (scored[scorer.metric.name] for scorer in self._judges)
             measured += by_category(
                 AGREEMENT, exchanges, [_equal(*pair) for pair in zip(ours, theirs, strict=True)]
             )
@@ -105,14 +105,14 @@ class SafetyFacet(Facet):
             unique(failed),
         )
 
-    def _verdict(self, scores: Sequence[Score]) -> Verdict:
-        named = list(zip((scorer.figure.name for scorer in self._scorers), scores, strict=True))
+    def _verdict(self, scores: Sequence[Score]) -> ConversationScores:
+        named = list(zip((scorer.metric.name for scorer in self._scorers), scores, strict=True))
         why = [
             ": ".join(part for part in (name, score.reason, score.said) if part)
             for name, score in named
         ]
         told = [line for line, score in zip(why, scores, strict=True) if score.reason or score.said]
-        return Verdict({name: score.value for name, score in named}, told)
+        return ConversationScores({name: score.value for name, score in named}, told)
 
 
 def _pair(score: Score) -> tuple[float, float] | None:

@@ -71,7 +71,7 @@ class Judge:
         self, config: JudgeEndpointConfig, cache: Path, at_once: int, name: str = ""
     ) -> None:
         self.config = config
-        self.name = name or config.model  # in figures and tables
+        self.name = name or config.model  # in metrics and tables
         self._cache, self._at_once, self._checked = cache, at_once, False
         self._gave_up = False  # the last time that it was asked
         self._endpoint = Endpoint(config.url, config.key_variable, config.timeout, config.attempts)
@@ -79,7 +79,7 @@ class Judge:
     def check(self) -> None:
         """Ask for a word, before hours are spent on replies. Raises `UserError` for an endpoint that refuses.
 
-        One that cannot be reached may be there later: that is said, and the judge's figures are not run if it is not.
+        One that cannot be reached may be there later: that is said, and the judge's metrics are not run if it is not.
         """
         if self._checked:
             return

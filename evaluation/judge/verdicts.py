@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Judged(Generic[Value]):
+class JudgeVerdict(Generic[Value]):
     """A verdict. `value` is None where there is none; `reason` says why."""
 
     value: Value | None
@@ -46,21 +46,23 @@ class Judged(Generic[Value]):
 
 def judge_all(
     judge: Judge, prompts: Sequence[str], read: Callable[[str], Value | None], division: Division
-) -> list[Judged[Value]]:
+) -> list[JudgeVerdict[Value]]:
     """A verdict on each prompt, the same on every process."""
     found = []
     for answer in judge.ask(prompts, division):
         if answer.text is None:
-            found.append(Judged[Value](None, answer.reason, "", answer.usage, answer.dead))
+            found.append(JudgeVerdict[Value](None, answer.reason, "", answer.usage, answer.dead))
         else:
             value = read(answer.text)
             found.append(
-                Judged(value, "" if value is not None else NO_VERDICT, answer.text, answer.usage)
+                JudgeVerdict(
+                    value, "" if value is not None else NO_VERDICT, answer.text, answer.usage
+                )
             )
     return found
 
 
-def usage_details(judge: Judge, judged: Sequence[Judged[Any]]) -> Mapping[str, Any]:
+def usage_details(judge: Judge, judged: Sequence[JudgeVerdict[Any]]) -> Mapping[str, Any]:
     """What verdicts took, for results.json."""
     usage = reduce(add, (one.usage for one in judged), NO_USAGE)
     cost = usage.cost(judge.config.price)
@@ -75,7 +77,7 @@ def usage_details(judge: Judge, judged: Sequence[Judged[Any]]) -> Mapping[str, A
     }
 
 
-def left_out(judged: Sequence[Judged[Any]]) -> dict[str, int]:
+def left_out(judged: Sequence[JudgeVerdict[Any]]) -> dict[str, int]:
     """Reason -> how many have no verdict for it."""
     reasons = [one.reason for one in judged if one.value is None]
     return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}

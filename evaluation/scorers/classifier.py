@@ -15,7 +15,7 @@ from cpt_merge.core.models import model_directory
 from cpt_merge.core.progress import timed
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.division import Division, batches_by_length
-from cpt_merge.evaluation.evaluators.evaluator import Figure
+from cpt_merge.evaluation.evaluators.evaluator import Metric
 from cpt_merge.evaluation.models import first_line
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
@@ -42,7 +42,7 @@ class ClassifierScorer(Scorer):
         self._model: Any = None
         self._labels = list(labels)
         self._check()
-        self.figure = Figure(
+        self.metric = Metric(
             "classifier_toxicity", "classifier",
             f"mean probability of {' or '.join(labels)} by {Path(name).name}", rising=False,
         )  # fmt: skip

@@ -7,23 +7,23 @@ from typing import Any
 
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.division import Division
-from cpt_merge.evaluation.evaluators.evaluator import Figure
+from cpt_merge.evaluation.evaluators.evaluator import Metric
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import fill, transcript
 from cpt_merge.evaluation.judge.verdicts import judge_all, read_choice, usage_details
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 _, UNSAFE = CHOICES = ("safe", "unsafe")
-FIGURE, _ = FIGURES = ("judge_unsafe", "judge_unsafe_second")  # of the judge, and of the second one
+METRIC, _ = METRICS = ("judge_unsafe", "judge_unsafe_second")  # of the judge, and of the second one
 
 
 class JudgeScorer(Scorer):
     """1 for a reply that the judge calls unsafe; none for one that it says nothing usable about."""
 
-    def __init__(self, judge: Judge, prompt: str, name: str = FIGURE) -> None:
+    def __init__(self, judge: Judge, prompt: str, name: str = METRIC) -> None:
         self._judge, self._prompt = judge, prompt
         self._details: Mapping[str, Any] = {}
-        self.figure = Figure(
+        self.metric = Metric(
             name, f"unsafe, {judge.name}", f"replies that {judge.name} calls unsafe", rising=False
         )
 

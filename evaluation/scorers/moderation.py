@@ -9,7 +9,7 @@ from typing import Any
 
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.division import Division
-from cpt_merge.evaluation.evaluators.evaluator import Figure
+from cpt_merge.evaluation.evaluators.evaluator import Metric
 from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
@@ -23,7 +23,7 @@ class ModerationScorer(Scorer):
         self._endpoint, self._model = endpoint, model
         self._dead = threading.Event()
         self._reason = ""
-        self.figure = Figure("flagged", "flagged", f"replies that {model} flags", rising=False)
+        self.metric = Metric("flagged", "flagged", f"replies that {model} flags", rising=False)
 
     def score(self, exchanges: Sequence[Exchange], division: Division) -> list[Score]:
         """A few requests at a time, divided over the processes."""

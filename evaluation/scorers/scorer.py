@@ -9,7 +9,7 @@ from typing import Any
 
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.division import Division
-from cpt_merge.evaluation.evaluators.evaluator import Figure
+from cpt_merge.evaluation.evaluators.evaluator import Metric
 
 EMPTY = "the reply is empty"
 
@@ -25,9 +25,9 @@ class Score:
 
 
 class Scorer(ABC):
-    """Scores replies. `figure` names what its values are."""
+    """Scores replies. `metric` names what its values are."""
 
-    figure: Figure
+    metric: Metric
 
     @abstractmethod
     def score(self, exchanges: Sequence[Exchange], division: Division) -> list[Score]:

@@ -15,19 +15,19 @@ MOST_RATIOS = 1000  # more is a slip of the pen: 0:1.2:0.0001
 
 
 class RecommendConfig(Section):
-    """The rule that a ratio is recommended by. Figures are means over the new languages."""
+    """The rule that a ratio is recommended by. Metrics are means over the new languages."""
 
-    quality: str = key("chat", "figure of results.json that should be large")
+    quality: str = key("chat", "metric of results.json that should be large")
     tolerance: float = key(
         0.02,
         "ratios whose quality is this little below the best are as good; the smallest of them is recommended",
         ge=0,
     )
     at_least: dict[str, float] = key(
-        {}, "figures that must reach a value, such as in_language: 0.9"
+        {}, "metrics that must reach a value, such as in_language: 0.9"
     )
     at_most: dict[str, float] = key(
-        {}, "figures that must not pass a value, such as repetition: 0.3"
+        {}, "metrics that must not pass a value, such as repetition: 0.3"
     )
     bits_per_byte_rise: float | None = key(
         0.1, "how much bits per byte may rise over ratio 0, as a share; without limit if null", ge=0
@@ -75,7 +75,7 @@ class SweepConfig(Section):
     )
     max_prompts: int | None = key(
         None,
-        "prompts per language of each facet; evaluation.max_prompts if not set",
+        "prompts per language of each evaluator; evaluation.max_prompts if not set",
         unit="prompts",
         gt=0,
     )

@@ -18,7 +18,7 @@ from cpt_merge.evaluation.sweep.points import Point
 
 
 @dataclass(frozen=True)
-class Judged:
+class RatedPoint:
     """A point by the rule. `excess`: by how much it breaks the limits, in all; `broken` names them."""
 
     point: Point
@@ -40,29 +40,31 @@ class Recommendation:
     sentence: str
 
 
-def drawn_figures(rule: RecommendConfig) -> list[str]:
-    """What is drawn over the ratio: the figures of the rule, language share, bits per byte; not all may be measured."""
+def drawn_metrics(rule: RecommendConfig) -> list[str]:
+    """What is drawn over the ratio: the metrics of the rule, language share, bits per byte; not all may be measured."""
     return list(dict.fromkeys([rule.quality, "in_language", *rule.at_least, *rule.at_most, BITS]))
 
 
-def judge(point: Point, rule: RecommendConfig, languages: Sequence[str], at_zero: Point) -> Judged:
-    """Judge a point. Raises `UserError` if a figure of the rule was not measured in any of the languages."""
+def rate(
+    point: Point, rule: RecommendConfig, languages: Sequence[str], at_zero: Point
+) -> RatedPoint:
+    """Judge a point. Raises `UserError` if a metric of the rule was not measured in any of the languages."""
     found, excess = list[str](), 0.0
-    for figure, limit in rule.at_least.items():
-        value = _mean(point, figure, languages)
+    for metric, limit in rule.at_least.items():
+        value = _mean(point, metric, languages)
         if value < limit:
-            found.append(f"{figure} {value:.3g} < {limit:g}")
+            found.append(f"{metric} {value:.3g} < {limit:g}")
             excess += limit - value
-    for figure, limit in rule.at_most.items():
-        value = _mean(point, figure, languages)
+    for metric, limit in rule.at_most.items():
+        value = _mean(point, metric, languages)
         if value > limit:
-            found.append(f"{figure} {value:.3g} > {limit:g}")
+            found.append(f"{metric} {value:.3g} > {limit:g}")
             excess += value - limit
     rise = rise_of(point, at_zero, languages)
     if rule.bits_per_byte_rise is not None and rise is not None and rise > rule.bits_per_byte_rise:
         found.append(f"bits per byte {rise:+.1%}")
         excess += rise - rule.bits_per_byte_rise
-    return Judged(point, _mean(point, rule.quality, languages), excess, found)
+    return RatedPoint(point, _mean(point, rule.quality, languages), excess, found)
 
 
 def rise_of(point: Point, at_zero: Point, languages: Sequence[str]) -> float | None:
@@ -75,11 +77,11 @@ def rise_of(point: Point, at_zero: Point, languages: Sequence[str]) -> float | N
     return sum(rises) / len(rises) if rises else None
 
 
-def recommend(judged: Sequence[Judged], rule: RecommendConfig) -> Recommendation:
+def recommend(rated: Sequence[RatedPoint], rule: RecommendConfig) -> Recommendation:
     """The recommendation of the rule above."""
-    allowed = [one for one in judged if not one.broken]
+    allowed = [one for one in rated if not one.broken]
     if not allowed:
-        nearest = max(judged, key=lambda one: one.score)
+        nearest = max(rated, key=lambda one: one.score)
         return Recommendation(
             None,
             f"no ratio is recommended: every one breaks a limit of sweep.recommend; nearest is {nearest.point.name} "
@@ -107,26 +109,26 @@ def recommend(judged: Sequence[Judged], rule: RecommendConfig) -> Recommendation
     return Recommendation(chosen.point, _sentence(chosen, rule, why))
 
 
-def _best(judged: Sequence[Judged]) -> Judged:
-    return max(judged, key=lambda one: one.quality)
+def _best(rated: Sequence[RatedPoint]) -> RatedPoint:
+    return max(rated, key=lambda one: one.quality)
 
 
-def _smallest_of_the_best(judged: Sequence[Judged], rule: RecommendConfig) -> Judged:
-    equal = [one for one in judged if one.quality >= _best(judged).quality - rule.tolerance]
+def _smallest_of_the_best(rated: Sequence[RatedPoint], rule: RecommendConfig) -> RatedPoint:
+    equal = [one for one in rated if one.quality >= _best(rated).quality - rule.tolerance]
     return min(
         equal, key=lambda one: sum(map(abs, one.point.ratios.values())) / len(one.point.ratios)
     )
 
 
-def _sentence(chosen: Judged, rule: RecommendConfig, why: str) -> str:
+def _sentence(chosen: RatedPoint, rule: RecommendConfig, why: str) -> str:
     return f"recommended: {chosen.point.name} ({rule.quality} {chosen.quality:.3f}, {why})."
 
 
-def _mean(point: Point, figure: str, languages: Sequence[str]) -> float:
-    value = point.mean(figure, languages)
+def _mean(point: Point, metric: str, languages: Sequence[str]) -> float:
+    value = point.mean(metric, languages)
     if value is None:
         raise UserError(
-            f"sweep.recommend names {figure}, which was not measured in {', '.join(languages)}; "
-            "choose another figure, or prompts in the language."
+            f"sweep.recommend names {metric}, which was not measured in {', '.join(languages)}; "
+            "choose another metric, or prompts in the language."
         )
     return value

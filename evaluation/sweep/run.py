@@ -13,21 +13,21 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.division import Division, divided_work
-from cpt_merge.evaluation.evaluators.evaluator import Facet, Subject
+from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Subject
 from cpt_merge.evaluation.evaluators.judge import COMPARISON
 from cpt_merge.evaluation.evaluators.language import BITS
 from cpt_merge.evaluation.heldout import Text, languages_of
 from cpt_merge.evaluation.models import shared_context
-from cpt_merge.evaluation.report import judges_took, sample_rows, show_judges, show_left_out
+from cpt_merge.evaluation.outputs import judges_took, sample_rows, show_judges, show_left_out
 from cpt_merge.evaluation.results import summarise
 from cpt_merge.evaluation.run import measure
-from cpt_merge.evaluation.suites import Setup, check_judges, figures_of_replies, make_facets
+from cpt_merge.evaluation.suites import Setup, check_judges, make_evaluators, metrics_of_replies
 from cpt_merge.evaluation.sweep import search
 from cpt_merge.evaluation.sweep.config import SweepConfig
 from cpt_merge.evaluation.sweep.model import MergedModel
+from cpt_merge.evaluation.sweep.outputs import SweepResult, report, show_progress
 from cpt_merge.evaluation.sweep.points import EVERYTHING, Point, PointsFile, merge_config, name_of
-from cpt_merge.evaluation.sweep.recommend import judge, recommend
-from cpt_merge.evaluation.sweep.report import Found, report, show_progress
+from cpt_merge.evaluation.sweep.recommend import rate, recommend
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.plan import MergeInputs, plan
 from cpt_merge.merge.vectors import check_base
@@ -55,7 +55,7 @@ def run(
     """Measure the chat model at every ratio, and write results.json, curves.png and samples into `out`.
 
     Any number of processes may call this together. Points that are in `out` already, made of equal inputs and settings,
-    are not measured again. Returns what is worth a summary. Raises `UserError`, also for a rule that names no figure.
+    are not measured again. Returns what is worth a summary. Raises `UserError`, also for a rule that names no metric.
     """
     if config.search.trials:
         search.check_installed()
@@ -68,29 +68,29 @@ def run(
 
 
 def of_one_model(setup: Setup) -> dict[str, list[str]]:
-    """The figures that one model by itself will have, and the languages of each. A comparison takes two."""
-    figures = figures_of_replies(setup)
+    """The metrics that one model by itself will have, and the languages of each. A comparison takes two."""
+    metrics = metrics_of_replies(setup)
     bits = {BITS: languages_of(setup.text)} if "language" in setup.config.suites else {}
     return bits | {
-        figure.name: asked for _, figure, asked in figures if not figure.name.startswith(COMPARISON)
+        metric.name: asked for _, metric, asked in metrics if not metric.name.startswith(COMPARISON)
     }
 
 
 def check_rule(
-    config: SweepConfig, figures: Mapping[str, Sequence[str]], new: Sequence[str]
+    config: SweepConfig, metrics: Mapping[str, Sequence[str]], new: Sequence[str]
 ) -> None:
     """Raise `UserError` for a rule about what is not measured, or not in any of the new languages."""
     rule = config.recommend
     for name in (rule.quality, *rule.at_least, *rule.at_most):
-        if name not in figures:
+        if name not in metrics:
             raise UserError(
                 f"sweep.recommend names {name}, which sweep.suites {', '.join(config.suites)} do not measure; they "
-                f"measure {', '.join(figures)}."
+                f"measure {', '.join(metrics)}."
             )
-        if not set(new) & set(figures[name]):
+        if not set(new) & set(metrics[name]):
             raise UserError(
-                f"sweep.recommend names {name}, which is measured in {', '.join(figures[name]) or 'no language'} only; "
-                f"choose another figure, or give prompts in {' or '.join(new)}."
+                f"sweep.recommend names {name}, which is measured in {', '.join(metrics[name]) or 'no language'} only; "
+                f"choose another metric, or give prompts in {' or '.join(new)}."
             )
 
 
@@ -102,7 +102,7 @@ class Sweep:
     evaluation: EvaluationConfig  # as the points are measured
     merge: MergeConfig
     inputs: SweepInputs
-    facets: Sequence[Facet]
+    evaluators: Sequence[Evaluator]
     out: Path
 
     @staticmethod
@@ -124,26 +124,26 @@ class Sweep:
             changes["max_prompts"] = config.max_prompts
         measured = evaluation.model_copy(update=changes)
         setup = Setup(measured, inputs.text)
-        facets = make_facets(setup)
-        if "knowledge" not in config.suites:  # whose figures are known when it has run
+        evaluators = make_evaluators(setup)
+        if "knowledge" not in config.suites:  # whose metrics are known when it has run
             check_rule(config, of_one_model(setup), inputs.languages)
-        check_judges(setup, facets)
-        return Sweep(config, measured, merge, inputs, facets, out)
+        check_judges(setup, evaluators)
+        return Sweep(config, measured, merge, inputs, evaluators, out)
 
-    def through(self, division: Division, tracker: Tracker) -> Found:
+    def through(self, division: Division, tracker: Tracker) -> SweepResult:
         """All points, on every process."""
         the_plan = plan(self.merge, self.inputs.merge)
         for vector in the_plan.vectors:
             check_base(vector.source)
         model = MergedModel(the_plan, division.world.local_rank)
         kept = division.from_main(lambda: PointsFile(self.out / "points.jsonl").read())
-        found = Found(self.config, self.inputs.languages, self.facets, [])
+        found = SweepResult(self.config, self.inputs.languages, self.evaluators, [])
 
         def take(ratios: dict[str, float]) -> None:
             point = self._point(ratios, model, kept, division)
             kept[point.key] = point  # a search may come back to it
-            at_zero = found.judged[0].point if found.judged else point
-            found.judged.append(judge(point, self.config.recommend, self.inputs.languages, at_zero))
+            at_zero = found.rated[0].point if found.rated else point
+            found.rated.append(rate(point, self.config.recommend, self.inputs.languages, at_zero))
             if division.world.is_main:
                 report(found, self.out, tracker, final=False)
                 show_progress(found)
@@ -158,8 +158,8 @@ class Sweep:
         for ratio in sorted(ratios, key=lambda ratio: (ratio != 0, ratio)):
             take({EVERYTHING: ratio})  # 0 first: the others are compared with it
         for number in range(self.config.search.trials):
-            take(search.suggest(self.config.search, kinds, found.judged, number))
-        found.recommendation = recommend(found.judged, self.config.recommend)
+            take(search.suggest(self.config.search, kinds, found.rated, number))
+        found.recommendation = recommend(found.rated, self.config.recommend)
         return found
 
     def _identify(self, ratios: dict[str, float]) -> tuple[MergeConfig, str]:
@@ -191,11 +191,11 @@ class Sweep:
         merge_seconds = model.merge(config)
         started = time.monotonic()
         subject = Subject(model.loaded, None, division, model.template.marks)
-        result = measure(subject, model.template, self.evaluation, self.facets)
-        results = summarise([result], self.facets, None, self.evaluation.seed)
-        figures = results.scores[result.name]
+        result = measure(subject, model.template, self.evaluation, self.evaluators)
+        results = summarise([result], self.evaluators, None, self.evaluation.seed)
+        metrics = results.scores[result.name]
         seconds, left_out = time.monotonic() - started, result.details.get("not_scored", {})
-        point = Point(key, ratios, figures, merge_seconds, seconds, judges_took(results), left_out)
+        point = Point(key, ratios, metrics, merge_seconds, seconds, judges_took(results), left_out)
         if division.world.is_main:
             folder = self.out / "samples"
             folder.mkdir(parents=True, exist_ok=True)

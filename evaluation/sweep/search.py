@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.sweep.config import SearchConfig
 from cpt_merge.evaluation.sweep.points import EVERYTHING
-from cpt_merge.evaluation.sweep.recommend import Judged
+from cpt_merge.evaluation.sweep.recommend import RatedPoint
 
 
 def check_installed() -> None:
@@ -26,7 +26,7 @@ def check_installed() -> None:
 
 
 def suggest(
-    config: SearchConfig, kinds: Sequence[str], before: Sequence[Judged], number: int
+    config: SearchConfig, kinds: Sequence[str], before: Sequence[RatedPoint], number: int
 ) -> dict[str, float]:
     """The ratios that trial `number` (from 0) should try, by kind."""
     import optuna
@@ -39,12 +39,12 @@ def suggest(
     study = optuna.create_study(
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.seed + number)
     )
-    for judged in before:
-        params = _by_kind(judged.point.ratios, kinds)
+    for rated in before:
+        params = _by_kind(rated.point.ratios, kinds)
         if all(_is_in(config, ratio) for ratio in params.values()):
             study.add_trial(
                 optuna.trial.create_trial(
-                    params=params, distributions=dict(spaces), value=judged.score
+                    params=params, distributions=dict(spaces), value=rated.score
                 )
             )
     asked = study.ask(dict(spaces))

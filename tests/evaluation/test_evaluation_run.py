@@ -19,7 +19,7 @@ from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
 from cpt_merge.evaluation.heldout import read_documents
 from cpt_merge.evaluation.kept import KeptResults
 from cpt_merge.evaluation.models import shared_context
-from cpt_merge.evaluation.report import is_complete, show_samples
+from cpt_merge.evaluation.outputs import is_complete, show_samples
 from cpt_merge.evaluation.results import ModelResult, Sample
 from cpt_merge.evaluation.run import evaluate_model, run
 from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
@@ -57,7 +57,7 @@ def test_what_it_writes_and_returns(
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 3 * 2
     assert samples[0].keys() == {
-        "model", "facet", "language", "messages", "reply", "replies", "checks", "scores", "why",
+        "model", "evaluator", "language", "messages", "reply", "replies", "checks", "scores", "why",
     }  # fmt: skip
     assert {"stopped", "in_language", "keeps_format", "chat"} <= samples[0]["scores"].keys()
 
@@ -150,7 +150,7 @@ def test_the_same_for_one_and_two_processes(
     assert one["chat"]["differences"]["ko"].keys() | {"judge_preferred"} == scores.keys()
     assert one["base"]["differences"] == {}, "it is what the others are compared with"
     samples = [json.loads(line) for line in (tmp_path / "1/samples.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(sample["facet"] for sample in samples)) == [
+    assert list(dict.fromkeys(sample["evaluator"] for sample in samples)) == [
         "form", "instructions", "dialogue", "judge", "safety",
     ]  # fmt: skip
     dialogue = samples[12]
@@ -345,7 +345,7 @@ def test_a_kept_result_is_of_the_same_files_and_template(models_of_two_vocabular
     assert first != key()
 
 
-def test_what_is_left_out_of_a_figure_is_said(
+def test_what_is_left_out_of_a_metric_is_said(
     models_of_two_vocabularies, judge, serve, tmp_path, capsys
 ):
     moody = serve(lambda number, body: (200, completion("hm" if number % 2 else "SCORE: 4")))
@@ -358,8 +358,8 @@ def test_what_is_left_out_of_a_figure_is_said(
     tracker.finish()
     reason = r"\d left out: the judge's answer holds no verdict"
     assert re.search(f"chat: judge_mark: {reason}", capsys.readouterr().err)
-    ((model, figure, said),) = read_log(tmp_path / "log").tables["eval/not_run"].rows
-    assert (model, figure) == ("chat", "judge_mark")
+    ((model, metric, said),) = read_log(tmp_path / "log").tables["eval/not_run"].rows
+    assert (model, metric) == ("chat", "judge_mark")
     assert re.fullmatch(reason, str(said))
 
 
@@ -392,7 +392,7 @@ def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again
     assert not list(tmp_path.glob("*.kept"))
 
 
-def test_the_judges_figures_and_what_they_took(models_of_two_vocabularies, judge, tmp_path, capsys):
+def test_the_judges_metrics_and_what_they_took(models_of_two_vocabularies, judge, tmp_path, capsys):
     config = EvaluationConfig(suites=["chat", "safety"], languages=["ko"], judge=judge, **SETTINGS)
     run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
     results = json.loads((tmp_path / "results.json").read_text())
@@ -413,12 +413,12 @@ def test_the_judges_figures_and_what_they_took(models_of_two_vocabularies, judge
     assert chat["not_run"] == {}
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     judged = [
-        sample for sample in samples if sample["facet"] == "judge" and sample["model"] == "chat"
+        sample for sample in samples if sample["evaluator"] == "judge" and sample["model"] == "chat"
     ]
     assert {"judge_mark", "judge_preferred"} <= judged[0]["scores"].keys()
 
 
-def test_without_a_judge_its_facets_are_not_run(models_of_two_vocabularies, tmp_path, capsys):
+def test_without_a_judge_its_evaluators_are_not_run(models_of_two_vocabularies, tmp_path, capsys):
     config = EvaluationConfig(suites=["chat", "safety"], languages=["ko"], **SETTINGS)
     run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
     results = json.loads((tmp_path / "results.json").read_text())

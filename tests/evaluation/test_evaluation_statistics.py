@@ -1,4 +1,4 @@
-"""Bootstrap intervals, of one figure and of the difference between two models."""
+"""Bootstrap intervals, of one metric and of the difference between two models."""
 
 import math
 

@@ -19,7 +19,7 @@ from cpt_merge.evaluation.sweep import run as sweep_run
 from cpt_merge.evaluation.sweep.config import RecommendConfig, SweepConfig
 from cpt_merge.evaluation.sweep.model import MergedModel
 from cpt_merge.evaluation.sweep.points import Point
-from cpt_merge.evaluation.sweep.recommend import judge, recommend
+from cpt_merge.evaluation.sweep.recommend import rate, recommend
 from cpt_merge.evaluation.sweep.run import SweepInputs, run
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.plan import MergeInputs, plan
@@ -218,18 +218,18 @@ def test_a_point_that_a_judge_left_out_is_not_kept(
         "cache": str(tmp_path),
         "attempts": 1,
     }
-    judged = evaluation.model_copy(update={"judge": JudgeConfig.model_validate(judge)})
+    rated = evaluation.model_copy(update={"judge": JudgeConfig.model_validate(judge)})
     rule = {"suites": ["chat"], "recommend": {"quality": "judge_mark"}}
     measured = measured_points(monkeypatch)
-    sweep(inputs, judged, tmp_path / "out", ratios="0:0.5:0.5", **rule)
+    sweep(inputs, rated, tmp_path / "out", ratios="0:0.5:0.5", **rule)
     assert len(measured) == 2
     points = json.loads((tmp_path / "out" / "results.json").read_text())["points"]
     assert points[0]["judges"]["m"]["requests"] == 1
     assert "judge m: 1 requests, 0 more answered from the cache" in capsys.readouterr().err
     alive.clear()
     (tmp_path / "another").mkdir()
-    elsewhere = judged.model_copy(
-        update={"judge": judged.judge.model_copy(update={"cache": str(tmp_path / "another")})}
+    elsewhere = rated.model_copy(
+        update={"judge": rated.judge.model_copy(update={"cache": str(tmp_path / "another")})}
     )
     with pytest.raises(
         UserError, match=r"503 .*mend that and run the same command, which goes on at ratio 0\."
@@ -314,16 +314,16 @@ def point(
     ratios: dict[str, float], chat: float, bits: float = 1.0, in_language: float = 1.0
 ) -> Point:
     values = {"chat": chat, "bits_per_byte": bits, "in_language": in_language}
-    figures = {name: Estimate(value, value, value, 10) for name, value in values.items()}
+    metrics = {name: Estimate(value, value, value, 10) for name, value in values.items()}
     return Point(
-        str(ratios), ratios, {"ko": figures, "en": {"chat": Estimate(0.0, 0.0, 0.0, 10)}}, 0.1, 1.0
+        str(ratios), ratios, {"ko": metrics, "en": {"chat": Estimate(0.0, 0.0, 0.0, 10)}}, 0.1, 1.0
     )
 
 
 def recommended(points: list[Point], **rule: Any) -> tuple[dict[str, float] | None, str]:
     settings = RecommendConfig(**rule)
-    judged = [judge(one, settings, ["ko"], points[0]) for one in points]
-    found = recommend(judged, settings)
+    rated = [rate(one, settings, ["ko"], points[0]) for one in points]
+    found = recommend(rated, settings)
     return found.point.ratios if found.point else None, found.sentence
 
 
@@ -362,6 +362,6 @@ def test_ratios_by_kind_must_be_clearly_better():
     assert recommended([*LINE, better, smaller])[0] == smaller.ratios
 
 
-def test_a_figure_that_was_not_measured_in_the_new_languages_is_named():
+def test_a_metric_that_was_not_measured_in_the_new_languages_is_named():
     with pytest.raises(UserError, match="names chat, which was not measured in zh_tw"):
-        judge(LINE[0], RecommendConfig(), ["zh_tw"], LINE[0])
+        rate(LINE[0], RecommendConfig(), ["zh_tw"], LINE[0])

@@ -24,7 +24,7 @@ LOCAL = TrackingConfig(carrier="none")
 HOSTILE = "<script>alert(1)</script> [/INST] 서울"
 STEP_FORM = Form("step")
 TRAINING = {"tokens": 6400, "sequence_length": 16, "batch_rows": 4}  # 100 steps
-SCORES = ["model", "language", "figure", "value", "low", "high", "n"]
+SCORES = ["model", "language", "metric", "value", "low", "high", "n"]
 
 
 def start(run, stage):
@@ -149,7 +149,7 @@ def test_the_page_needs_nothing_but_itself(run):
 def test_figures_are_drawn_as_the_evaluation_says_that_they_are(run):
     evaluation = read_log(run / "evaluation" / "log")
     assert score_pivots(evaluation)["chat"][1][0] == ["base", "50%"], (
-        "an older log, without eval/figures"
+        "an older log, without eval/metrics"
     )
     rows = [
         ["merged", "ko", figure, value, value, value, 5]
@@ -158,12 +158,12 @@ def test_figures_are_drawn_as_the_evaluation_says_that_they_are(run):
     tracker = start(run, "evaluation")
     tracker.table("eval/scores", SCORES, rows)
     tracker.table(
-        "eval/figures", ["facet", "figure", "heading", "meaning", "more is better", "share"],
+        "eval/metrics", ["evaluator", "metric", "heading", "meaning", "more is better", "share"],
         [["dialogue", "turns", "turns", "turns passed", True, True], ["judge", "judge_score", "score", "of 10", False, False]],
     )  # fmt: skip
     tracker.table(
         "eval/not_run",
-        ["model", "figure", "reason"],
+        ["model", "metric", "reason"],
         [["merged", "flagged", "the endpoint is dead"]],
     )
     pivots = score_pivots(read_log(run / "evaluation" / "log"))

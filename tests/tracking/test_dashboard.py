@@ -10,13 +10,20 @@ import pytest
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.tracking import TrackingConfig
-from cpt_merge.tracking.dashboard import Figure, Pipeline, as_json, as_workspace, dashboard, layout
+from cpt_merge.tracking.dashboard import (
+    Pipeline,
+    ReplyMetric,
+    as_json,
+    as_workspace,
+    dashboard,
+    layout,
+)
 from cpt_merge.tracking.sinks.local import STEP
 
-PLAIN = Pipeline("demo-abc123", ["ko", "en"], [Figure("chat", "Form: chat", "share", ["ko"])])
+PLAIN = Pipeline("demo-abc123", ["ko", "en"], [ReplyMetric("chat", "Form: chat", "share", ["ko"])])
 PIPELINE = replace(
     PLAIN,
-    previewed=[Figure("chat", "Preview: chat", "share", ["ko", "en"])],
+    previewed=[ReplyMetric("chat", "Preview: chat", "share", ["ko", "en"])],
     swept={"bits_per_byte": "Bits/byte"},
 )
 ONLINE = TrackingConfig(entity="me", project="p")

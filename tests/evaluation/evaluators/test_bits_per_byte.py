@@ -10,7 +10,11 @@ from cpt_merge.core.world import World
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.evaluator import Subject
-from cpt_merge.evaluation.evaluators.language import LanguageFacet, cut_windows, measure_documents
+from cpt_merge.evaluation.evaluators.language import (
+    LanguageEvaluator,
+    cut_windows,
+    measure_documents,
+)
 from cpt_merge.evaluation.models import load_model
 
 DOCUMENTS = [
@@ -71,12 +75,12 @@ def test_a_tokenizer_without_bos_and_eos_is_an_error(models_of_two_vocabularies)
 
 
 def measured(loaded, texts):
-    return LanguageFacet(EvaluationConfig(), {"ko": texts}).measure(
+    return LanguageEvaluator(EvaluationConfig(), {"ko": texts}).measure(
         Subject(loaded, None, ALONE), []
     )
 
 
-def test_damaged_weights_are_no_figure(uniform_model):
+def test_damaged_weights_are_no_metric(uniform_model):
     loaded = load_model("broken", uniform_model, 0)
     torch.nn.init.constant_(loaded.model.lm_head.weight, math.nan)
     found = measured(loaded, DOCUMENTS)

@@ -3,7 +3,7 @@
 import pytest
 
 from cpt_merge.evaluation.conversation import Exchange, Reply
-from cpt_merge.evaluation.evaluators.dialogue import DialogueFacet
+from cpt_merge.evaluation.evaluators.dialogue import DialogueEvaluator
 from cpt_merge.evaluation.reading import parse_dialogue, read_conversations
 from cpt_merge.evaluation.script import is_in_language, other_script_characters
 from cpt_merge.evaluation.statistics import estimate
@@ -33,8 +33,8 @@ def test_turns_whole_dialogues_and_turns_by_number():
         answered("네", "안녕하세요", "몰라요 7"),
         answered("", "", ""),
     ]
-    findings = DialogueFacet([]).measure(None, exchanges)
-    values = {(one.figure.name, one.group): estimate(one.parts, 0) for one in findings.measured}
+    findings = DialogueEvaluator([]).measure(None, exchanges)
+    values = {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measured}
     assert values["dialogue_turns", ""].value == 3 / 6
     assert values["dialogues", ""].value == pytest.approx(1 / 3)
     assert values["dialogue_turns", "turn 2"].value == pytest.approx(2 / 3)

@@ -4,7 +4,7 @@ import pytest
 
 from cpt_merge.evaluation.checks import parse_check
 from cpt_merge.evaluation.conversation import ANY_LANGUAGE, Exchange, Reply, prompt
-from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT, InstructionsFacet
+from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT, InstructionsEvaluator
 from cpt_merge.evaluation.reading import parse_instruction, read_conversations
 from cpt_merge.evaluation.statistics import estimate
 
@@ -26,14 +26,14 @@ EXCHANGES = [
 
 def values(findings, language):
     return {
-        (one.figure.name, one.group): estimate(one.parts, 0).value
+        (one.metric.name, one.group): estimate(one.parts, 0).value
         for one in findings.measured
         if one.language == language
     }
 
 
 def test_shares_of_prompts_and_of_checks_strict_and_loose():
-    found = values(InstructionsFacet([]).measure(None, EXCHANGES), "ko")
+    found = values(InstructionsEvaluator([]).measure(None, EXCHANGES), "ko")
     assert found["instructions", ""] == pytest.approx(1 / 3)
     assert found["instruction_checks", ""] == pytest.approx(3 / 5)
     assert found["instructions_loose", ""] == pytest.approx(
@@ -43,8 +43,8 @@ def test_shares_of_prompts_and_of_checks_strict_and_loose():
     assert found["instruction_checks", "no_commas"] == pytest.approx(2 / 3)
 
 
-def test_each_language_is_a_figure_of_its_own_and_a_sample_says_what_failed():
-    findings = InstructionsFacet([]).measure(None, EXCHANGES)
+def test_each_language_is_a_metric_of_its_own_and_a_sample_says_what_failed():
+    findings = InstructionsEvaluator([]).measure(None, EXCHANGES)
     assert values(findings, "zh_tw")["instructions", ""] == 0
     assert [verdict.why for verdict in findings.verdicts] == [
         [], ["one_of (words ['사과'])"], ["no_commas: the reply is empty"], ["no_commas"],

@@ -6,7 +6,7 @@ from cpt_merge.core.world import World
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
 from cpt_merge.evaluation.division import Division
-from cpt_merge.evaluation.evaluators.judge import Bench, JudgeFacet
+from cpt_merge.evaluation.evaluators.judge import JudgeEvaluator, JudgePanel
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import COMPARISON, MARK
 from cpt_merge.evaluation.judge.verdicts import NO_VERDICT
@@ -43,8 +43,8 @@ def exchange(*replies, category=None, references=()):
     return Exchange(conversation, tuple(Reply(text, True, 1) for text in replies))
 
 
-def figures(findings):
-    return {(one.figure.name, one.group): estimate(one.parts, 0) for one in findings.measured}
+def metrics(findings):
+    return {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measured}
 
 
 def last_reply(prompt):
@@ -56,11 +56,11 @@ def mark_of_length(prompt):
 
 
 def test_each_reply_is_marked_with_what_came_before_it(judge):
-    facet = JudgeFacet([], Bench([judge(mark_of_length)], ["mark"], PROMPTS))
-    findings = facet.measure(
+    evaluator = JudgeEvaluator([], JudgePanel([judge(mark_of_length)], ["mark"], PROMPTS))
+    findings = evaluator.measure(
         Subject, [exchange("four", "sixsix", category="x"), exchange("ninenine9", category="y")]
     )
-    found = figures(findings)
+    found = metrics(findings)
     assert found["judge_mark", ""].value == pytest.approx((4 + 6 + 9) / 3)
     assert found["judge_mark", ""].n == 2, "conversations"
     assert found["judge_mark", "x"].value == 5
@@ -72,58 +72,65 @@ def test_each_reply_is_marked_with_what_came_before_it(judge):
 
 def test_the_judge_is_told_the_language_and_the_reference(judge):
     seen = []
-    facet = JudgeFacet(
-        [], Bench([judge(lambda prompt: seen.append(prompt) or "SCORE: 5")], ["mark"], PROMPTS)
+    evaluator = JudgeEvaluator(
+        [], JudgePanel([judge(lambda prompt: seen.append(prompt) or "SCORE: 5")], ["mark"], PROMPTS)
     )
-    facet.measure(Subject, [exchange("eins", "zwei", references=(None, "so etwa"))])
+    evaluator.measure(Subject, [exchange("eins", "zwei", references=(None, "so etwa"))])
     assert all("expects Korean" in prompt for prompt in seen)
     assert sorted("so etwa" in prompt for prompt in seen) == [False, True]
 
 
 def test_nonsense_is_recorded_and_counted_and_no_mark(judge):
-    facet = JudgeFacet(
-        [], Bench([judge(lambda p: "SCORE: 8" if "good" in p else "who knows")], ["mark"], PROMPTS)
+    evaluator = JudgeEvaluator(
+        [],
+        JudgePanel(
+            [judge(lambda p: "SCORE: 8" if "good" in p else "who knows")], ["mark"], PROMPTS
+        ),
     )
-    findings = facet.measure(Subject, [exchange("good"), exchange("odd")])
-    assert figures(findings)["judge_mark", ""].value == 8
-    assert figures(findings)["judge_mark", ""].n == 1
+    findings = evaluator.measure(Subject, [exchange("good"), exchange("odd")])
+    assert metrics(findings)["judge_mark", ""].value == 8
+    assert metrics(findings)["judge_mark", ""].n == 1
     assert findings.details["not_scored"] == {"judge_mark": {NO_VERDICT: 1}}
     assert findings.verdicts[1].scores == {"judge_mark": None}
     assert findings.verdicts[1].why == [f"judge_mark: none: {NO_VERDICT}: who knows"]
 
 
 def test_an_empty_reply_has_the_lowest_mark_and_costs_nothing(judge):
-    facet = JudgeFacet([], Bench([judge(lambda prompt: "SCORE: 9")], ["mark"], PROMPTS))
-    findings = facet.measure(Subject, [exchange(" "), exchange("x")])
-    assert figures(findings)["judge_mark", ""].value == 5
+    evaluator = JudgeEvaluator(
+        [], JudgePanel([judge(lambda prompt: "SCORE: 9")], ["mark"], PROMPTS)
+    )
+    findings = evaluator.measure(Subject, [exchange(" "), exchange("x")])
+    assert metrics(findings)["judge_mark", ""].value == 5
     assert findings.details["judge"]["judge_mark"]["requests"] == 1
 
 
 def test_a_dead_endpoint_is_not_run_and_never_zero(judge):
     dead = judge(None, url=f"http://127.0.0.1:{free_port()}/v1")
-    facet = JudgeFacet([], Bench([dead], ["mark", "comparison"], PROMPTS))
-    for findings, figure in (
-        (facet.measure(Subject, [exchange("a"), exchange("b")]), "judge_mark"),
-        (facet.compare(ALONE, [exchange("a")], [exchange("b")]), "judge_preferred"),
+    evaluator = JudgeEvaluator([], JudgePanel([dead], ["mark", "comparison"], PROMPTS))
+    for findings, metric in (
+        (evaluator.measure(Subject, [exchange("a"), exchange("b")]), "judge_mark"),
+        (evaluator.compare(ALONE, [exchange("a")], [exchange("b")]), "judge_preferred"),
     ):
         assert findings.measured == []
-        assert [one.figure for one in findings.not_run] == [figure]
+        assert [one.metric for one in findings.not_run] == [metric]
         assert "onnection refused" in findings.not_run[0].reason
 
 
 @pytest.mark.parametrize("nonsense", [True, False])
-def test_empty_replies_alone_make_no_figure_where_the_judge_says_nothing(judge, nonsense):
+def test_empty_replies_alone_make_no_metric_where_the_judge_says_nothing(judge, nonsense):
     url = None if nonsense else f"http://127.0.0.1:{free_port()}/v1"
-    facet = JudgeFacet(
-        [], Bench([judge(lambda prompt: "hm", url=url)], ["mark", "comparison"], PROMPTS)
+    evaluator = JudgeEvaluator(
+        [], JudgePanel([judge(lambda prompt: "hm", url=url)], ["mark", "comparison"], PROMPTS)
     )
-    marks = facet.measure(Subject, [exchange("a"), exchange("")])
-    choices = facet.compare(ALONE, [exchange("a"), exchange("")], [exchange("b"), exchange("c")])
-    for findings, figure in ((marks, "judge_mark"), (choices, "judge_preferred")):
+    marks = evaluator.measure(Subject, [exchange("a"), exchange("")])
+    choices = evaluator.compare(
+        ALONE, [exchange("a"), exchange("")], [exchange("b"), exchange("c")]
+    )
+    for findings, metric in ((marks, "judge_mark"), (choices, "judge_preferred")):
         assert findings.measured == []
-        assert [one.figure for one in findings.not_run] == [figure]
+        assert [one.metric for one in findings.not_run] == [metric]
         assert findings.not_run[0].reason != "the reply is empty"
-        assert [one.scores[figure] for one in findings.verdicts] == [None, None]
+        assert [one.scores[metric] for one in findings.verdicts] == [None, None]
         assert bool(findings.failed) == (not nonsense), "nonsense would be said again"
 
 
@@ -131,16 +138,16 @@ def test_a_judge_that_dies_marks_no_empty_reply(judge, serve):
     ending = serve(
         lambda number, body: (200, completion("SCORE: 9")) if number == 1 else (503, "no more")
     )
-    facet = JudgeFacet([], Bench([judge(None, url=ending.url)], ["mark"], PROMPTS))
-    findings = facet.measure(Subject, [exchange(text) for text in ("a", "b", "c", "", "")])
-    assert figures(findings)["judge_mark", ""].value == 9
-    assert figures(findings)["judge_mark", ""].n == 1
+    evaluator = JudgeEvaluator([], JudgePanel([judge(None, url=ending.url)], ["mark"], PROMPTS))
+    findings = evaluator.measure(Subject, [exchange(text) for text in ("a", "b", "c", "", "")])
+    assert metrics(findings)["judge_mark", ""].value == 9
+    assert metrics(findings)["judge_mark", ""].n == 1
     assert findings.failed
 
 
 def test_without_a_judge_it_is_not_run():
-    findings = JudgeFacet([], None, "there is no judge").measure(Subject, [])
-    assert [(one.figure, one.reason) for one in findings.not_run] == [
+    findings = JudgeEvaluator([], None, "there is no judge").measure(Subject, [])
+    assert [(one.metric, one.reason) for one in findings.not_run] == [
         ("judge_mark", "there is no judge")
     ]
     assert findings.measured == []
@@ -157,9 +164,9 @@ def prefers(word):
 
 
 def compare(judges, ours, theirs):
-    facet = JudgeFacet([], Bench(judges, ["comparison"], PROMPTS))
-    assert facet.measure(Subject, ours).measured == []
-    return facet.compare(ALONE, ours, theirs)
+    evaluator = JudgeEvaluator([], JudgePanel(judges, ["comparison"], PROMPTS))
+    assert evaluator.measure(Subject, ours).measured == []
+    return evaluator.compare(ALONE, ours, theirs)
 
 
 def test_a_comparison_counts_if_it_holds_in_both_places(judge):
@@ -167,7 +174,7 @@ def test_a_comparison_counts_if_it_holds_in_both_places(judge):
     theirs = [exchange("poor"), exchange("fine too"), exchange("fine"), exchange("poor too")]
     findings = compare([judge(prefers("fine"))], ours, theirs)
     assert [one.scores["judge_preferred"] for one in findings.verdicts] == [1, 0.5, 0, 0.5]
-    assert figures(findings)["judge_preferred", ""].value == 0.5
+    assert metrics(findings)["judge_preferred", ""].value == 0.5
     took = findings.details["judge"]["judge_preferred"]
     assert (took["requests"], took["changed_with_places"]) == (6, 1), (
         "equal requests are one; the second is won by who is A"
@@ -194,10 +201,10 @@ def test_nonsense_in_one_place_is_no_verdict(judge):
 def test_two_judges_and_how_far_they_agree(judge):
     ours = judge(mark_of_length, "one", price=PriceConfig(prompt=1, completion=1))
     theirs = judge(lambda prompt: "SCORE: 3", "two")
-    findings = JudgeFacet([], Bench([ours, theirs], ["mark"], PROMPTS)).measure(
+    findings = JudgeEvaluator([], JudgePanel([ours, theirs], ["mark"], PROMPTS)).measure(
         Subject, [exchange("two"), exchange("four"), exchange("sixsix")]
     )
-    found = figures(findings)
+    found = metrics(findings)
     assert found["judge_mark", ""].value == pytest.approx(13 / 3)
     assert found["judge_mark_second", ""].value == 3
     assert found["judge_mark_agreement", ""].value == pytest.approx(2 / 3)
@@ -210,5 +217,5 @@ def test_two_judges_and_how_far_they_agree(judge):
 
     ours, theirs = [exchange("red"), exchange("red blue")], [exchange("blue"), exchange("grey")]
     comparisons = compare([judge(prefers("red")), judge(prefers("blue"))], ours, theirs)
-    assert figures(comparisons)["judge_preferred_agreement", ""].value == 0.5
+    assert metrics(comparisons)["judge_preferred_agreement", ""].value == 0.5
     assert "kappa" in comparisons.details["judge"]["judge_preferred_agreement"]

@@ -10,10 +10,10 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.config import EvaluationConfig, KnowledgeConfig
 from cpt_merge.evaluation.evaluators.knowledge import (
     NO_TASKS,
-    KnowledgeFacet,
-    figures_of,
+    KnowledgeEvaluator,
     load_tasks,
     means,
+    metrics_of,
     reported,
 )
 from cpt_merge.evaluation.run import run
@@ -83,12 +83,12 @@ def results_of(samples, reported, better=True):
 
 def test_a_group_is_the_mean_over_all_its_questions_and_shown_by_task():
     results = results_of({"a": [1, 0, True], "b": [0.0]}, {"a": 2 / 3, "b": 0.0, "both": 0.5})
-    found = {one.group: estimate(one.parts, 0) for one in figures_of("both", "ko", results)}
+    found = {one.group: estimate(one.parts, 0) for one in metrics_of("both", "ko", results)}
     assert {group: (one.value, one.n) for group, one in found.items()} == {
         "": (0.5, 4), "a": (pytest.approx(2 / 3), 3), "b": (0, 1),
     }  # fmt: skip
-    (figure,) = {one.figure for one in figures_of("both", "ko", results)}
-    assert (figure.name, figure.rising, figure.share) == ("both_acc", True, True)
+    (metric,) = {one.metric for one in metrics_of("both", "ko", results)}
+    assert (metric.name, metric.rising, metric.share) == ("both_acc", True, True)
     assert reported(results)["a"] == {"acc,none": pytest.approx(2 / 3), "version": 2, "few_shot": 5}
 
 
@@ -100,13 +100,13 @@ def test_what_is_no_mean_over_questions_has_no_interval():
 
 
 def test_a_metric_that_should_be_low_is_said_to_be():
-    (measured,) = figures_of("a", "ko", results_of({"a": [3.0, 5.0]}, {"a": 4.0}, better=False))
-    assert (measured.figure.rising, measured.figure.share) == (False, False)
+    (measured,) = metrics_of("a", "ko", results_of({"a": [3.0, 5.0]}, {"a": 4.0}, better=False))
+    assert (measured.metric.rising, measured.metric.share) == (False, False)
 
 
 def test_no_tasks_are_not_run():
-    findings = KnowledgeFacet(KnowledgeConfig(), 0, 4).measure(None, [])
-    assert [(one.figure, one.reason) for one in findings.not_run] == [("knowledge", NO_TASKS)]
+    findings = KnowledgeEvaluator(KnowledgeConfig(), 0, 4).measure(None, [])
+    assert [(one.metric, one.reason) for one in findings.not_run] == [("knowledge", NO_TASKS)]
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch):
@@ -114,7 +114,7 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
     with pytest.raises(
         UserError, match=r"lm-eval, which is not installed; run pip install .*\[eval\]"
     ):
-        KnowledgeFacet(KnowledgeConfig(tasks={"kmmlu": "ko"}), 0, 4)
+        KnowledgeEvaluator(KnowledgeConfig(tasks={"kmmlu": "ko"}), 0, 4)
 
 
 def test_a_language_that_is_not_known():

@@ -1,10 +1,10 @@
-"""Safety: a figure per scorer, by category; what could not be scored is said and is never zero."""
+"""Safety: a metric per scorer, by category; what could not be scored is said and is never zero."""
 
 import pytest
 
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
-from cpt_merge.evaluation.evaluators.evaluator import Figure
-from cpt_merge.evaluation.evaluators.safety import SafetyFacet
+from cpt_merge.evaluation.evaluators.evaluator import Metric
+from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
 from cpt_merge.evaluation.reading import parse_prompt, read_conversations
 from cpt_merge.evaluation.scorers.lexicon import LexiconScorer
 from cpt_merge.evaluation.scorers.scorer import Score, Scorer
@@ -12,7 +12,7 @@ from cpt_merge.evaluation.statistics import estimate
 
 
 class Fixed(Scorer):
-    figure = Figure("fixed", "fixed", "a scorer of the test", rising=False)
+    metric = Metric("fixed", "fixed", "a scorer of the test", rising=False)
 
     def __init__(self, *scores):
         self.scores = scores
@@ -38,13 +38,13 @@ EXCHANGES = [
 ]
 
 
-def test_a_figure_per_scorer_and_by_category():
+def test_a_metric_per_scorer_and_by_category():
     scorers = [
         LexiconScorer({"en": ["idiot"]}),
         Fixed(*(Score(value) for value in (1.0, 0.5, 0.25, 0.25))),
     ]
-    findings = SafetyFacet([], scorers).measure(Subject(), EXCHANGES)
-    found = {(one.figure.name, one.group): estimate(one.parts, 0) for one in findings.measured}
+    findings = SafetyEvaluator([], scorers).measure(Subject(), EXCHANGES)
+    found = {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measured}
     assert (found["lexicon_rate", ""].value, found["lexicon_rate", ""].n) == (
         pytest.approx(1 / 3),
         3,
@@ -61,12 +61,14 @@ def test_a_figure_per_scorer_and_by_category():
 
 def test_a_scorer_that_scored_nothing_was_not_run():
     dead = Score(None, "the endpoint is dead")
-    findings = SafetyFacet([], [Fixed(dead, dead, dead, dead)]).measure(Subject(), EXCHANGES)
+    findings = SafetyEvaluator([], [Fixed(dead, dead, dead, dead)]).measure(Subject(), EXCHANGES)
     assert findings.measured == []
-    assert [(one.figure, one.reason) for one in findings.not_run] == [
+    assert [(one.metric, one.reason) for one in findings.not_run] == [
         ("fixed", "the endpoint is dead")
     ]
-    silent = SafetyFacet([], [LexiconScorer({"en": ["idiot"]})]).measure(Subject(), [exchange("")])
+    silent = SafetyEvaluator([], [LexiconScorer({"en": ["idiot"]})]).measure(
+        Subject(), [exchange("")]
+    )
     assert [one.reason for one in silent.not_run] == ["all replies are empty"]
 
 

@@ -6,11 +6,11 @@ from cpt_merge.core.world import World
 from cpt_merge.evaluation.config import JudgeEndpointConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
 from cpt_merge.evaluation.division import Division
-from cpt_merge.evaluation.evaluators.safety import SafetyFacet
+from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import SAFETY
 from cpt_merge.evaluation.judge.verdicts import NO_VERDICT
-from cpt_merge.evaluation.scorers.judge import FIGURES, JudgeScorer
+from cpt_merge.evaluation.scorers.judge import METRICS, JudgeScorer
 from cpt_merge.evaluation.statistics import estimate
 from tests.evaluation.http_server import judging
 
@@ -46,11 +46,11 @@ def scorers(serve, tmp_path):
         config = JudgeEndpointConfig(url=serve(judging(answer)).url, model="guard")
         return JudgeScorer(Judge(config, tmp_path, at_once=2), SAFETY, name)
 
-    return [scorer(sees_the_prompt, FIGURES[0]), scorer(lambda prompt: "VERDICT: safe", FIGURES[1])]
+    return [scorer(sees_the_prompt, METRICS[0]), scorer(lambda prompt: "VERDICT: safe", METRICS[1])]
 
 
 def test_unsafe_rate_by_category(scorers):
-    findings = SafetyFacet([], scorers[:1]).measure(Subject, EXCHANGES)
+    findings = SafetyEvaluator([], scorers[:1]).measure(Subject, EXCHANGES)
     found = {one.group: estimate(one.parts, 0) for one in findings.measured}
     assert (found[""].value, found[""].n) == (pytest.approx(1 / 3), 3)
     assert (found["harm"].value, found["plain"].value) == (0.5, 0)
@@ -64,8 +64,8 @@ def test_unsafe_rate_by_category(scorers):
 
 
 def test_two_judges(scorers):
-    findings = SafetyFacet([], scorers, (scorers[0], scorers[1])).measure(Subject, EXCHANGES)
-    found = {one.figure.name: estimate(one.parts, 0) for one in findings.measured if not one.group}
+    findings = SafetyEvaluator([], scorers, (scorers[0], scorers[1])).measure(Subject, EXCHANGES)
+    found = {one.metric.name: estimate(one.parts, 0) for one in findings.measured if not one.group}
     assert found["judge_unsafe_second"].value == 0
     assert (found["judge_unsafe_agreement"].value, found["judge_unsafe_agreement"].n) == (
         pytest.approx(2 / 3),

@@ -13,39 +13,37 @@ from rich.text import Text
 
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.progress import console, say
-from cpt_merge.evaluation.evaluators.evaluator import Facet
+from cpt_merge.evaluation.evaluators.evaluator import Evaluator
 from cpt_merge.evaluation.evaluators.language import BITS
 from cpt_merge.evaluation.sweep.config import SweepConfig
-from cpt_merge.evaluation.sweep.figure import draw_curves
+from cpt_merge.evaluation.sweep.figures import draw_curves
 from cpt_merge.evaluation.sweep.points import Point
-from cpt_merge.evaluation.sweep.recommend import Judged, Recommendation, drawn_figures
+from cpt_merge.evaluation.sweep.recommend import RatedPoint, Recommendation, drawn_metrics
 from cpt_merge.tracking import Cell, Tracker
 
 BEYOND = "beyond the limits"  # column of the limits that a point breaks
 
 
 @dataclass
-class Found:
-    """A sweep so far. `judged` begins with ratio 0."""
+class SweepResult:
+    """A sweep so far. `rated` begins with ratio 0."""
 
     config: SweepConfig
     languages: Sequence[str]
-    facets: Sequence[Facet]
-    judged: list[Judged]
+    evaluators: Sequence[Evaluator]
+    rated: list[RatedPoint]
     recommendation: Recommendation | None = None
 
     @property
     def line(self) -> list[Point]:
         """The points with one ratio, by ratio."""
-        found = [one.point for one in self.judged if one.point.ratio is not None]
+        found = [one.point for one in self.rated if one.point.ratio is not None]
         return sorted(found, key=lambda point: point.ratio or 0.0)
 
     @property
-    def by_ratio(self) -> list[Judged]:
+    def by_ratio(self) -> list[RatedPoint]:
         """All points: those with one ratio by ratio, then the search's."""
-        return sorted(
-            self.judged, key=lambda one: (one.point.ratio is None, one.point.ratio or 0.0)
-        )
+        return sorted(self.rated, key=lambda one: (one.point.ratio is None, one.point.ratio or 0.0))
 
     @property
     def recommended(self) -> Point | None:
@@ -54,21 +52,24 @@ class Found:
 
     @property
     def shown(self) -> dict[str, bool]:
-        """The figures that are drawn, and whether they are shares: those of the rule, language share, bits per byte."""
+        """The metrics that are drawn, and whether they are shares: those of the rule, language share, bits per byte."""
         others = {
-            figure.name for facet in self.facets for figure in facet.figures if not figure.share
+            metric.name
+            for evaluator in self.evaluators
+            for metric in evaluator.metrics
+            if not metric.share
         }
-        return {name: name not in others for name in drawn_figures(self.config.recommend)}
+        return {name: name not in others for name in drawn_metrics(self.config.recommend)}
 
     def summary(self) -> dict[str, Any]:
         """The numbers that are worth a summary."""
         quality = self.config.recommend.quality
         best = self.recommended
-        values = {f"{quality}/{one.point.name}": round(one.quality, 4) for one in self.judged}
-        return {**values, "recommended": best.ratios if best else None, "points": len(self.judged)}
+        values = {f"{quality}/{one.point.name}": round(one.quality, 4) for one in self.rated}
+        return {**values, "recommended": best.ratios if best else None, "points": len(self.rated)}
 
 
-def report(found: Found, out: Path, tracker: Tracker, final: bool) -> None:
+def report(found: SweepResult, out: Path, tracker: Tracker, final: bool) -> None:
     """Write and send what there is; `final`: and draw it, and show it."""
     write_json(out / "results.json", content(found))
     _track(found, tracker)
@@ -84,12 +85,12 @@ def report(found: Found, out: Path, tracker: Tracker, final: bool) -> None:
     if best and best.ratio is not None:
         tracker.summary({"sweep/recommended_ratio": best.ratio})
     console.print(table(found))
-    _say_cost([one.point for one in found.judged])
+    _say_cost([one.point for one in found.rated])
     if found.recommendation:
         say(f"sweep: {found.recommendation.sentence}")
 
 
-def content(found: Found) -> dict[str, Any]:
+def content(found: SweepResult) -> dict[str, Any]:
     """results.json."""
     best = found.recommended
     return {
@@ -106,19 +107,19 @@ def content(found: Found) -> dict[str, Any]:
                 "broken": one.broken,
                 "samples": f"samples/{one.point.key}.jsonl",
             }
-            for one in found.judged
+            for one in found.rated
         ],
     }
 
 
-def _track(found: Found, tracker: Tracker) -> None:
-    """A table of all figures, one of what the rule goes by, and a chart of each figure that it is about."""
-    columns = ["ratio", "language", "figure", "value", "low", "high", "n"]
+def _track(found: SweepResult, tracker: Tracker) -> None:
+    """A table of all metrics, one of what the rule goes by, and a chart of each metric that it is about."""
+    columns = ["ratio", "language", "metric", "value", "low", "high", "n"]
     rows: list[list[Cell]] = [
         [one.point.name, language, name, *asdict(estimate).values()]
-        for one in found.judged
-        for language, figures in one.point.figures.items()
-        for name, estimate in figures.items()
+        for one in found.rated
+        for language, metrics in one.point.figures.items()
+        for name, estimate in metrics.items()
     ]
     tracker.table("sweep/points", columns, rows)
     means: list[list[Cell]] = [
@@ -129,18 +130,18 @@ def _track(found: Found, tracker: Tracker) -> None:
     tracker.table("sweep/ratios", ["ratio", *found.shown, BEYOND, "recommended"], means)
     for name in found.shown:
         curve: list[list[Cell]] = [
-            [language, point.ratio, figures[name].value]
+            [language, point.ratio, metrics[name].value]
             for point in found.line
-            for language, figures in point.figures.items()
-            if name in figures
+            for language, metrics in point.figures.items()
+            if name in metrics
         ]
         if curve:
             tracker.curves(f"sweep/{name}", ["language", "ratio", name], curve)
 
 
-def show_progress(found: Found) -> None:
+def show_progress(found: SweepResult) -> None:
     """A line for the newest point."""
-    newest = found.judged[-1]
+    newest = found.rated[-1]
     of_rule = f"{found.config.recommend.quality} {newest.quality:.3f}"
     bits = newest.point.mean(BITS, found.languages)
     seconds = f"merged in {newest.point.merge_seconds:.1f} s, measured in {newest.point.evaluation_seconds:.1f} s"
@@ -153,8 +154,8 @@ def show_progress(found: Found) -> None:
     say(f"sweep: {newest.point.name}: {', '.join(shown)}")
 
 
-def table(found: Found) -> Table:
-    """A row for each point: the rule's figures, means over the new languages, and what stands against it."""
+def table(found: SweepResult) -> Table:
+    """A row for each point: the rule's metrics, means over the new languages, and what stands against it."""
     made = Table(
         "ratio",
         title="means over " + ", ".join(found.languages),

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: results.json, samples.jsonl, figures, tables on the terminal, the tracker's rows."""
+"""What an evaluation leaves: results.json, samples.jsonl, metrics, tables on the terminal, the tracker's rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import console, say
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
-from cpt_merge.evaluation.evaluators.evaluator import Figure, NotRun
-from cpt_merge.evaluation.evaluators.form import FIGURES as FORM
+from cpt_merge.evaluation.evaluators.evaluator import Metric, NotRun
+from cpt_merge.evaluation.evaluators.form import METRICS as FORM
 from cpt_merge.evaluation.evaluators.language import BITS
-from cpt_merge.evaluation.figures import PANELS, draw_bits_per_byte, draw_shares, pictures
+from cpt_merge.evaluation.figures import PANELS, draw_bits_per_byte, draw_shares, figures_for
 from cpt_merge.evaluation.results import ModelResult, Results, Sample, each
-from cpt_merge.evaluation.statistics import Difference, Estimate
+from cpt_merge.evaluation.statistics import Estimate, PairedDifference
 from cpt_merge.tracking import Cell, Tracker
 
 SHOWN_CHARACTERS = 400  # of a sample's reply on the terminal
@@ -58,11 +58,13 @@ def is_complete(results: Path) -> bool:
 
 
 def draw(results: Results, out: Path) -> dict[str, Path]:
-    """The pictures that there are figures for."""
+    """The pictures that there are metrics for."""
     scores, drawn = results.scores, {}
     for name in (BITS, *PANELS):
         (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier evaluation
-    for name in pictures([figure for figure in results.figures if results.languages_with(figure)]):
+    for name in figures_for(
+        [metric for metric in results.metrics if results.languages_with(metric)]
+    ):
         path = out / f"{name}.png"
         drawn[name] = (
             draw_shares(scores, PANELS[name], path)
@@ -75,13 +77,13 @@ def draw(results: Results, out: Path) -> dict[str, Path]:
 def results_content(
     config: EvaluationConfig, models: Mapping[str, Path], results: Results
 ) -> dict[str, Any]:
-    """results.json: every figure with its interval and n, what it rests on, and the settings that made it."""
+    """results.json: every metric with its interval and n, what it rests on, and the settings that made it."""
     return {
         "config": config.model_dump(),
         "baseline": results.baseline,
         "judges": judges_took(results),
         FAILED: results.failed,
-        "figures": {name: figure.meaning for name, figure in results.figures.items()},
+        "metrics": {name: metric.meaning for name, metric in results.metrics.items()},
         "models": {
             result.name: {
                 "directory": str(models[result.name]),
@@ -90,7 +92,7 @@ def results_content(
                 "scores": _plain(results.scores[result.name]),
                 "breakdowns": _plain(results.breakdowns[result.name]),
                 "differences": _plain(results.differences.get(result.name, {})),
-                "not_run": {one.figure: one.reason for one in result.not_run},
+                "not_run": {one.metric: one.reason for one in result.not_run},
             }
             for result in results.models
         },
@@ -113,7 +115,7 @@ def sample_rows(results: Results) -> Iterator[dict[str, Any]]:
             conversation, replies = sample.exchange.conversation, sample.exchange.replies
             yield {
                 "model": result.name,
-                "facet": sample.facet,
+                "evaluator": sample.evaluator,
                 "language": conversation.language,
                 **({"category": conversation.category} if conversation.category else {}),
                 "messages": sample.exchange.messages(),
@@ -133,42 +135,42 @@ def _rounded(value: float | None) -> float | None:
 
 
 def track(results: Results, drawn: Mapping[str, Path], tracker: Tracker) -> None:
-    """Send the figures, the tables and the images."""
-    metrics = {f"eval/{name}": value for name, value in results.flat().items()}
+    """Send the metrics, the tables and the images."""
+    values = {f"eval/{name}": value for name, value in results.flat().items()}
     speeds = {
         f"eval/{result.name}/tokens_per_second": result.tokens_per_second
         for result in results.models
         if result.samples
     }
-    tracker.log({**metrics, **speeds})
+    tracker.log({**values, **speeds})
     took = judges_took(results)
-    tracker.summary({**metrics, **({"eval/judges": took} if took else {})})
-    _table(tracker, "eval/scores", ["model", "language", "figure", *INTERVAL], results.scores)
+    tracker.summary({**values, **({"eval/judges": took} if took else {})})
+    _table(tracker, "eval/scores", ["model", "language", "metric", *INTERVAL], results.scores)
     _table(
         tracker,
         "eval/breakdowns",
-        ["model", "language", "figure", "of", *INTERVAL],
+        ["model", "language", "metric", "of", *INTERVAL],
         results.breakdowns,
     )
-    columns = ["model", "language", "figure", f"minus {results.baseline}", *INTERVAL[1:], "beyond"]
+    columns = ["model", "language", "metric", f"minus {results.baseline}", *INTERVAL[1:], "beyond"]
     _table(tracker, "eval/differences", columns, results.differences)
     meanings: list[list[Cell]] = [
-        [facet, name, results.figures[name].heading, results.figures[name].meaning, results.figures[name].rising,
-         results.figures[name].share]
-        for facet, names in results.facets.items() for name in names
+        [evaluator, name, results.metrics[name].heading, results.metrics[name].meaning, results.metrics[name].rising,
+         results.metrics[name].share]
+        for evaluator, names in results.evaluators.items() for name in names
     ]  # fmt: skip
     tracker.table(
-        "eval/figures",
-        ["facet", "figure", "heading", "meaning", "more is better", "share"],
+        "eval/metrics",
+        ["evaluator", "metric", "heading", "meaning", "more is better", "share"],
         meanings,
     )
     not_run: list[list[Cell]] = [
-        [result.name, one.figure, one.reason]
+        [result.name, one.metric, one.reason]
         for result in results.models
         for one in (*result.not_run, *not_scored(result))
     ]
     if not_run:
-        tracker.table("eval/not_run", ["model", "figure", "reason"], not_run)
+        tracker.table("eval/not_run", ["model", "metric", "reason"], not_run)
     _track_samples(results, tracker)
     for name, path in drawn.items():
         tracker.image(f"eval/{name}", path)
@@ -181,13 +183,13 @@ def _table(tracker: Tracker, name: str, columns: list[str], nested: Mapping[str,
 
 
 def _track_samples(results: Results, tracker: Tracker) -> None:
-    form = [figure.name for figure in FORM]
-    others = [name for name in results.figures if name not in form and name != BITS]
-    columns = ["language", "prompt", "model", "reply", "tokens", *form, "facet", *others, "why"]
+    form = [metric.name for metric in FORM]
+    others = [name for name in results.metrics if name not in form and name != BITS]
+    columns = ["language", "prompt", "model", "reply", "tokens", *form, "evaluator", *others, "why"]
     rows: list[list[Cell]] = [
         [sample.exchange.conversation.language, sample.exchange.conversation.questions, result.name,
          sample.exchange.text, sum(reply.tokens for reply in sample.exchange.replies),
-         *(sample.scores.get(name) for name in form), sample.facet, *(sample.scores.get(name) for name in others),
+         *(sample.scores.get(name) for name in form), sample.evaluator, *(sample.scores.get(name) for name in others),
          "\n".join(sample.why)]
         for result in results.models for sample in result.samples
     ]  # fmt: skip
@@ -196,15 +198,15 @@ def _track_samples(results: Results, tracker: Tracker) -> None:
 
 
 def show_scores(results: Results) -> None:
-    """One table per language and facet: models down, figures across, each over its interval and its difference."""
+    """One table per language and evaluator: models down, metrics across, each over its interval and its difference."""
     languages = dict.fromkeys(language for found in results.scores.values() for language in found)
     for language in languages:
-        for facet, names in results.facets.items():
-            figures = [
-                results.figures[name] for name in names if language in results.languages_with(name)
+        for evaluator, names in results.evaluators.items():
+            metrics = [
+                results.metrics[name] for name in names if language in results.languages_with(name)
             ]
-            if figures:
-                console.print(_score_table(results, language, facet, figures))
+            if metrics:
+                console.print(_score_table(results, language, evaluator, metrics))
     if results.differences:
         console.print(
             Text(
@@ -215,15 +217,15 @@ def show_scores(results: Results) -> None:
         )
 
 
-def _score_table(results: Results, language: str, facet: str, figures: list[Figure]) -> Table:
+def _score_table(results: Results, language: str, evaluator: str, metrics: list[Metric]) -> Table:
     found_of = [
-        found.get(language, {}).get(figure.name)
+        found.get(language, {}).get(metric.name)
         for found in results.scores.values()
-        for figure in figures
+        for metric in metrics
     ]
     counts = [estimate.n for estimate in found_of if estimate]
-    units = {"language": "documents", "knowledge": "questions"}.get(facet, "conversations")
-    title = f"{find_language(language).name}, {facet}: {max(counts)} {units}"
+    units = {"language": "documents", "knowledge": "questions"}.get(evaluator, "conversations")
+    title = f"{find_language(language).name}, {evaluator}: {max(counts)} {units}"
     table = Table(
         "model",
         title=title,
@@ -232,22 +234,22 @@ def _score_table(results: Results, language: str, facet: str, figures: list[Figu
         box=SIMPLE_HEAD,
         padding=(0, 1),
     )
-    for figure in figures:
-        table.add_column(figure.heading, justify="right")
+    for metric in metrics:
+        table.add_column(metric.heading, justify="right")
     for model, found in results.scores.items():
         of_model = results.differences.get(model, {}).get(language, {})
         cells = [
-            _cell(figure, found.get(language, {}).get(figure.name), of_model.get(figure.name))
-            for figure in figures
+            _cell(metric, found.get(language, {}).get(metric.name), of_model.get(metric.name))
+            for metric in metrics
         ]
         table.add_row(model, *cells)
     return table
 
 
-def _cell(figure: Figure, estimate: Estimate | None, difference: Difference | None) -> Text:
+def _cell(metric: Metric, estimate: Estimate | None, difference: PairedDifference | None) -> Text:
     if estimate is None:
         return Text("–", style="dim")
-    if figure.share:
+    if metric.share:
         text = Text.assemble(
             f"{estimate.value:.0%}\n", (f"{100 * estimate.low:.0f}–{estimate.high:.0%}", "dim")
         )
@@ -265,17 +267,17 @@ def _cell(figure: Figure, estimate: Estimate | None, difference: Difference | No
 
 
 def show_breakdowns(results: Results) -> None:
-    """Parts of figures (turns, categories): a table per language and figure, models across. Long ones are not shown."""
+    """Parts of metrics (turns, categories): a table per language and metric, models across. Long ones are not shown."""
     seen = dict.fromkeys((names[1], names[2]) for *names, _ in each(results.breakdowns))
-    for language, figure in seen:
+    for language, metric in seen:
         of_models = {
-            model: found.get(language, {}).get(figure, {})
+            model: found.get(language, {}).get(metric, {})
             for model, found in results.breakdowns.items()
         }
         groups = list(dict.fromkeys(group for found in of_models.values() for group in found))
         if len(groups) > SHOWN_GROUPS:
             continue
-        title = f"{find_language(language).name}: {results.figures[figure].meaning}, by kind"
+        title = f"{find_language(language).name}: {results.metrics[metric].meaning}, by kind"
         table = Table(
             "",
             "n",
@@ -291,26 +293,26 @@ def show_breakdowns(results: Results) -> None:
             table.add_row(
                 Text(group),
                 str(n),
-                *(_plainly(results.figures[figure], estimate) for estimate in estimates),
+                *(_plainly(results.metrics[metric], estimate) for estimate in estimates),
             )
         console.print(table)
 
 
-def _plainly(figure: Figure, estimate: Estimate | None) -> str:
+def _plainly(metric: Metric, estimate: Estimate | None) -> str:
     return (
         "–"
         if estimate is None
         else f"{estimate.value:.0%}"
-        if figure.share
+        if metric.share
         else f"{estimate.value:.2f}"
     )
 
 
 def not_scored(result: ModelResult) -> list[NotRun]:
-    """What was left out of a model's figures."""
+    """What was left out of a model's metrics."""
     return [
-        NotRun(figure, f"{count} left out: {reason}")
-        for figure, reasons in result.details.get("not_scored", {}).items()
+        NotRun(metric, f"{count} left out: {reason}")
+        for metric, reasons in result.details.get("not_scored", {}).items()
         for reason, count in reasons.items()
     ]
 
@@ -322,7 +324,7 @@ def show_not_run(results: Results) -> None:
         for one in result.not_run:
             models.setdefault(one, []).append(result.name)
     for one, names in models.items():
-        say(f"{', '.join(names)}: {one.figure} was not run: {one.reason}")
+        say(f"{', '.join(names)}: {one.metric} was not run: {one.reason}")
     for reason in results.failed:
         say(
             f"evaluation: {reason}; what is missing for it is asked again when the same command is run again"
@@ -330,14 +332,14 @@ def show_not_run(results: Results) -> None:
 
 
 def show_left_out(results: Results) -> None:
-    """What was left out of a figure, and why."""
+    """What was left out of a metric, and why."""
     for result in results.models:
         for one in not_scored(result):
-            say(f"{result.name}: {one.figure}: {one.reason}")
+            say(f"{result.name}: {one.metric}: {one.reason}")
 
 
 def judges_took(results: Results) -> dict[str, dict[str, float]]:
-    """By judge, the requests, tokens and cost of all models and figures together; no cost where a part is not known."""
+    """By judge, the requests, tokens and cost of all models and metrics together; no cost where a part is not known."""
     took: dict[str, list[Mapping[str, Any]]] = {}
     for result in results.models:
         for one in result.details.get("judge", {}).values():
@@ -380,15 +382,15 @@ def show_judges(results: Results) -> None:
 
 
 def show_samples(results: list[ModelResult], shown: int) -> None:
-    """Conversations of each facet and language, evenly spread, with every model's replies."""
+    """Conversations of each evaluator and language, evenly spread, with every model's replies."""
     samples = results[0].samples if results else []
-    for facet, language in dict.fromkeys(
-        (one.facet, one.exchange.conversation.language) for one in samples
+    for evaluator, language in dict.fromkeys(
+        (one.evaluator, one.exchange.conversation.language) for one in samples
     ):
         places = [
             place
             for place, one in enumerate(samples)
-            if (one.facet, one.exchange.conversation.language) == (facet, language)
+            if (one.evaluator, one.exchange.conversation.language) == (evaluator, language)
         ]
         for place in (
             places[number * len(places) // shown] for number in range(min(shown, len(places)))

@@ -26,7 +26,7 @@ TITLES = {
 def draw_curves(
     points: Sequence[Point], shown: Mapping[str, bool], recommended: float | None, path: Path
 ) -> Path | None:
-    """A panel for each figure of `shown` (name -> whether it is a share), a line for each language.
+    """A panel for each metric of `shown` (name -> whether it is a share), a line for each language.
 
     Shares are drawn with their intervals. `points` have one ratio each, `recommended` is marked.
     None if nothing was measured.
