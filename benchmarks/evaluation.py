@@ -21,7 +21,7 @@ import torch
 import typer
 
 from cpt_merge.core.artifact import write_json
-from cpt_merge.core.world import World
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.chat_template import (
     ChatTemplate,
     read_chat_template,
@@ -30,7 +30,6 @@ from cpt_merge.evaluation.chat_template import (
 )
 from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Message
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.generate.transformers import converse, generation_settings
 from cpt_merge.evaluation.models import LoadedModel, load_model
 from cpt_merge.evaluation.reading import (
@@ -83,7 +82,7 @@ def batched(
     config: EvaluationConfig,
 ) -> tuple[Texts, int]:
     """As the evaluation does it."""
-    exchanges = converse(loaded, template, conversations, config, Division(World())).exchanges
+    exchanges = converse(loaded, template, conversations, config, Ranks()).exchanges
     texts = [[reply.text for reply in exchange.replies] for exchange in exchanges]
     return texts, sum(reply.tokens for exchange in exchanges for reply in exchange.replies)
 

@@ -26,9 +26,8 @@ from benchmarks.training_inputs import SIZES, make_model
 from cpt_merge.checkpoint.dtypes import widen
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.artifact import write_json
-from cpt_merge.core.world import World
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.generate.transformers import converse
 from cpt_merge.evaluation.models import load_model
 from cpt_merge.evaluation.reading import parse_instruction, read_conversations
@@ -94,11 +93,11 @@ def measure(inputs: MergeInputs, folder: Path, prompts: int, new_tokens: int) ->
     asked = read_conversations(
         BUILT_IN, "evaluation.instructions", parse_instruction, ["en"], prompts, "instructions"
     )
-    model, division = MergedModel(plan(MergeConfig(), inputs), 0), Division(World())
+    model, ranks = MergedModel(plan(MergeConfig(), inputs), 0), Ranks()
     rows = []
     for ratio in RATIOS:
         merging = model.merge(MergeConfig(ratio=ratio))
-        generation = converse(model.loaded, model.template, asked, config, division)
+        generation = converse(model.loaded, model.template, asked, config, ranks)
         files = through_files(inputs, ratio, folder / "merged")
         rows.append(
             {

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cpt_merge.core.distributed import Ranks, joined
 from cpt_merge.core.progress import timed
 from cpt_merge.evaluation.chat_template import (
     ChatTemplate,
@@ -18,7 +19,6 @@ from cpt_merge.evaluation.chat_template import (
 )
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
-from cpt_merge.evaluation.division import Division, divided_work
 from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Findings, Subject
 from cpt_merge.evaluation.generate.transformers import converse
 from cpt_merge.evaluation.heldout import Text
@@ -58,11 +58,11 @@ def run(
         )
     check_judges(setup, evaluators)
     kept = KeptResults.of(config, text, chat, out)
-    with divided_work() as division:
-        found = evaluate_models(models, config, evaluators, chat, division, kept)
-        found = compare(found, evaluators, choose_baseline(list(models), config.baseline), division)
+    with joined() as ranks:
+        found = evaluate_models(models, config, evaluators, chat, ranks, kept)
+        found = compare(found, evaluators, choose_baseline(list(models), config.baseline), ranks)
     results = summarise(found, evaluators, config.baseline, config.seed)
-    if division.world.is_main:
+    if ranks.world.is_main:
         report(config, models, results, out, tracker)
         if not results.failed:
             kept.clear()
@@ -74,7 +74,7 @@ def evaluate_models(
     config: EvaluationConfig,
     evaluators: Sequence[Evaluator],
     chat: ChatTemplate | None,
-    division: Division,
+    ranks: Ranks,
     kept: KeptResults,
 ) -> list[ModelResult]:
     """What is found of each model, or was found by an evaluation that was cut short.
@@ -83,10 +83,10 @@ def evaluate_models(
     """
     found = []
     for name, directory in models.items():
-        result = division.from_main(partial(kept.read, name, directory))
+        result = ranks.broadcast(partial(kept.read, name, directory))
         if result is None or result.failed:
-            result = evaluate_model(name, directory, config, evaluators, chat, division, result)
-            if division.world.is_main:
+            result = evaluate_model(name, directory, config, evaluators, chat, ranks, result)
+            if ranks.world.is_main:
                 kept.keep(result, directory)
         found.append(result)
     return found
@@ -98,7 +98,7 @@ def evaluate_model(
     config: EvaluationConfig,
     evaluators: Sequence[Evaluator],
     chat: ChatTemplate | None,
-    division: Division,
+    ranks: Ranks,
     before: ModelResult | None = None,
 ) -> ModelResult:
     """One model, on every process. It is loaded here and gone afterwards, so that memory holds one at a time.
@@ -106,9 +106,9 @@ def evaluate_model(
     The replies of `before` are taken where it is given.
     """
     with timed(f"{name}: loading {directory}"):
-        loaded = load_model(name, directory, division.world.local_rank)
+        loaded = load_model(name, directory, ranks.world.local_rank)
     template = template_for(loaded, directory, chat) if chat else None
-    subject = Subject(loaded, directory, division, template.marks if template else ())
+    subject = Subject(loaded, directory, ranks, template.marks if template else ())
     return measure(subject, template, config, evaluators, before)
 
 
@@ -133,7 +133,7 @@ def measure(
     if before is not None:
         exchanges, speed = [sample.exchange for sample in before.samples], before.tokens_per_second
     elif conversations and template is not None:
-        generation = converse(subject.loaded, template, conversations, config, subject.division)
+        generation = converse(subject.loaded, template, conversations, config, subject.ranks)
         exchanges, speed = generation.exchanges, generation.tokens_per_second
     places = _places(asked)
     findings = [
@@ -151,24 +151,24 @@ def measure(
 
 
 def compare(
-    found: Sequence[ModelResult], evaluators: Sequence[Evaluator], baseline: str, division: Division
+    found: Sequence[ModelResult], evaluators: Sequence[Evaluator], baseline: str, ranks: Ranks
 ) -> list[ModelResult]:
     """The results, with what evaluators find of a model's replies beside the baseline's."""
     theirs = next(result for result in found if result.name == baseline)
     return [
-        result if result is theirs else _compared(result, theirs, evaluators, division)
+        result if result is theirs else _compared(result, theirs, evaluators, ranks)
         for result in found
     ]
 
 
 def _compared(
-    result: ModelResult, baseline: ModelResult, evaluators: Sequence[Evaluator], division: Division
+    result: ModelResult, baseline: ModelResult, evaluators: Sequence[Evaluator], ranks: Ranks
 ) -> ModelResult:
     findings = list(result.findings)
     for evaluator in evaluators:
         samples, theirs = result.samples_of(evaluator.name), baseline.samples_of(evaluator.name)
         compared = evaluator.compare(
-            division, [one.exchange for one in samples], [one.exchange for one in theirs]
+            ranks, [one.exchange for one in samples], [one.exchange for one in theirs]
         )
         if compared is not None:
             findings.append(compared)

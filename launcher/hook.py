@@ -8,7 +8,7 @@ from typing import Any
 
 from cpt_merge.core.artifact import stage_key
 from cpt_merge.launcher.stages import Run, find_stage, merge_inputs
-from cpt_merge.merge.hook import LocalShard, Ranks, merge_shards, plan_for_shards
+from cpt_merge.merge.hook import LocalShard, merge_shards, plan_for_shards
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tracking import Tracker
 from cpt_merge.training.distributed.parallel import Parallel
@@ -32,10 +32,9 @@ def post_training_hook(run: Run, training_key: str) -> Hook | None:
         from cpt_merge.launcher.pipeline import execute
 
         def merge_in_memory(run: Run, key: str, tracker: Tracker) -> dict[str, Any]:
-            ranks = Ranks(parallel.world.rank, parallel.world.size, parallel.barrier)
             if parallel.world.is_main:  # of an attempt that ended before the stage was recorded
                 shutil.rmtree(run.merged, ignore_errors=True)
-            return merge_shards(shards, run.recipe.merge, models, run.merged, tracker, ranks)
+            return merge_shards(shards, run.recipe.merge, models, run.merged, tracker, parallel)
 
         stage = replace(find_stage("merge"), run=merge_in_memory)
         config = dict(stage.config(run.recipe))

@@ -83,7 +83,7 @@ def merge_files(plan: MergePlan, work: Work) -> list[Statistics]:
     if not world.is_main:
         work.journal.finish_sync()
         return []
-    work.wait(lambda: len(work.finished_blocks()) == len(blocks), "the other processes")
+    work.wait_for(lambda: len(work.finished_blocks()) == len(blocks), "the other processes")
     return _summed(plan, blocks, work.finished_blocks())
 
 
@@ -133,8 +133,7 @@ def _find_ranges(plan: MergePlan, work: Work) -> dict[str, TensorRange]:
         for tensor, of_tensor in zip(own, looked, strict=True):
             found[tensor.name] = of_tensor
             meter.advance()
-    work.tell("ranges", as_json(found))
-    return joined(work.hear("ranges"))
+    return joined(work.share("ranges", as_json(found)))
 
 
 def look_at(merger: SliceMerger, tensor: PlannedTensor) -> TensorRange:

@@ -8,9 +8,8 @@ nothing.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec
-from cpt_merge.core.artifact import write_json
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import finish, report, statistics
 from cpt_merge.merge.config import Dtype, MergeConfig
@@ -40,9 +39,6 @@ from cpt_merge.merge.slices import CHUNK, NoOutput, SliceMerger, rounded
 from cpt_merge.merge.statistics import Statistics, Sums
 from cpt_merge.merge.vectors import check_base
 from cpt_merge.tracking.tracker import Tracker
-
-Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
-"""Give what this rank knows, get what all do."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +70,6 @@ class LocalShard:
         return values
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that call the hook. `Ranks()` is one alone."""
-
-    rank: int = 0
-    size: int = 1
-    barrier: Callable[[], None] = lambda: None
-
-
 def export_shards(
     shards: Iterable[LocalShard],
     like: Path,
@@ -112,7 +99,7 @@ def export_shards(
                 values = shard.read(first, min(first + CHUNK, shard.stop))
                 stored = rounded(values, writer.layout.tensors[shard.name].dtype, shard.name)
                 writer.write_flat(shard.name, first, stored)
-    if ranks.rank == 0:
+    if ranks.is_main:
         finish.write_trained(source, writer.layout, tokenizer, writer.directory)
         writer.publish()
     ranks.barrier()
@@ -139,8 +126,7 @@ def merge_shards(
     with _writing_together(writer, the_plan.cpt, ranks):
         for shard in shards:
             _check(shard, writer.layout, inputs.cpt)
-        exchange = _exchange_by_files(writer.directory, ranks)
-        ranges = find_ranges(the_plan, shards, ranks.rank, ranks.size, exchange)
+        ranges = find_ranges(the_plan, shards, ranks)
         merger = SliceMerger(the_plan, writer, ranges)
         for shard in shards:
             sums = merger.merge(tensors[shard.name], shard.start, shard.stop, shard.read)
@@ -149,7 +135,7 @@ def merge_shards(
                 of_vector[shard.name] += of_shard
         statistics.save(own, writer.directory, ranks.rank)
     results: dict[str, Any] = {}
-    if ranks.rank == 0:
+    if ranks.is_main:
         collected = statistics.collect(writer.directory, len(the_plan.vectors))
         results = finish.write_merged(
             the_plan, collected, writer.directory, report.IN_MEMORY, cpt="start of CPT"
@@ -175,7 +161,7 @@ def plan_for_shards(config: MergeConfig, inputs: MergeInputs) -> MergePlan:
 
 
 def find_ranges(
-    the_plan: MergePlan, shards: Sequence[LocalShard], rank: int, size: int, exchange: Exchange
+    the_plan: MergePlan, shards: Sequence[LocalShard], ranks: Ranks
 ) -> dict[str, TensorRange]:
     """What TIES and the gate must know of whole tensors. The thresholds, which the files decide, are divided over the
     ranks by tensors; of the gate's range each rank knows its own part. Then everything is exchanged.
@@ -188,7 +174,7 @@ def find_ranges(
     if not tensors:
         return {}
     found = {tensor.name: TensorRange([]) for tensor in tensors}
-    for tensor in tensors[rank::size]:
+    for tensor in tensors[ranks.rank :: ranks.size]:
         found[tensor.name].thresholds = thresholds(the_plan, tensor)
     merger, by_name = (
         SliceMerger(the_plan, NoOutput(), {}),
@@ -199,32 +185,17 @@ def find_ranges(
             low, high = merger.gate_range(by_name[shard.name], shard.start, shard.stop, shard.read)
             here = found[shard.name]
             here.low, here.high = min(here.low, low), max(here.high, high)
-    return joined(exchange(as_json(found)))
-
-
-def _exchange_by_files(directory: Path, ranks: Ranks) -> Exchange:
-    """By way of the directory that all ranks write into."""
-
-    def exchange(mine: dict[str, Any]) -> list[dict[str, Any]]:
-        own = directory / f"ranges-{ranks.rank:05d}.json"
-        write_json(own, mine)
-        ranks.barrier()
-        found = [json.loads(path.read_text()) for path in sorted(directory.glob("ranges-*.json"))]
-        ranks.barrier()
-        own.unlink()
-        return found
-
-    return exchange
+    return joined(ranks.gather(as_json(found)))
 
 
 @contextmanager
 def _writing_together(writer: CheckpointWriter, like: Checkpoint, ranks: Ranks) -> Iterator[None]:
     """Rank 0 prepares, all write within the block; it ends when the data of all ranks is on disk."""
-    if ranks.rank == 0:
+    if ranks.is_main:
         writer.prepare()
     ranks.barrier()
     yield
-    if ranks.rank == 0:  # masks and the like, which nobody trains
+    if ranks.is_main:  # masks and the like, which nobody trains
         copy_unmerged(
             like,
             writer,

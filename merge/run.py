@@ -58,7 +58,7 @@ def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
         statistics = merge_files(the_plan, work)
         if not work.world.is_main:
             work.close()
-            work.wait(
+            work.wait_for(
                 lambda: report.read_finished(work.out, work.digest) is not None,
                 "the first process to finish",
             )
@@ -68,13 +68,13 @@ def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
         work.publish()
     except (KeyboardInterrupt, Interrupted) as stop:
         sentence = f"the merge was stopped; the same command continues it (from {work.directory})."
-        work.give_up(sentence)
+        work.abandon(sentence)
         raise Interrupted(sentence, getattr(stop, "reason", "SIGINT")) from None
     except UserError as error:
-        work.give_up(str(error), useless=True)
+        work.abandon(str(error), useless=True)
         raise
     except BaseException as error:
-        work.give_up(f"a process of this merge failed ({error}); the same command continues it.")
+        work.abandon(f"a process of this merge failed ({error}); the same command continues it.")
         raise
     report.log(results, work.out, tracker)
     return results

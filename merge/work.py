@@ -32,16 +32,12 @@ from cpt_merge.checkpoint.writer import (
     remove_unfinished,
 )
 from cpt_merge.core.artifact import write_json
+from cpt_merge.core.distributed import collect, publish, wait_for
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.lock import Lock
 from cpt_merge.core.progress import say
 from cpt_merge.core.world import World
 from cpt_merge.merge.journal import BlockSums, Journal, read_blocks, vouch
-
-POLL = (
-    0.05,
-    1.0,
-)  # seconds between two looks at what the others have done: at first, and after a while
 
 
 class Work:
@@ -68,7 +64,9 @@ class Work:
             self._useless.unlink(missing_ok=True)
             self._make_directory()
         else:
-            self.wait(lambda: _marker(self.directory) == self.digest, "the first process to begin")
+            self.wait_for(
+                lambda: _marker(self.directory) == self.digest, "the first process to begin"
+            )
         self.opened = True
         vouch(self.directory, self._sync_all)
         self._journal = Journal(self.directory, self.world.rank, self.files.sync)
@@ -117,33 +115,16 @@ class Work:
 
     # --- what processes tell one another ---
 
-    def wait(self, done: Callable[[], bool], what: str) -> None:
-        """Wait for other processes. Raises `UserError` if one of them has given up."""
-        started, pause, said = time.monotonic(), POLL[0], False
-        while not done():
-            self._raise_what_others_met()
-            time.sleep(pause)
-            pause = min(pause * 1.2, POLL[1])
-            if not said and time.monotonic() - started > 30:
-                said = True
-                say(f"merge: waiting for {what}")
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for other processes. Raises the error of one that has failed."""
+        wait_for(condition, what, check=self._raise_failure)
 
-    def tell(self, name: str, value: Any) -> None:
-        """Leave a value for all processes."""
-        write_json(
-            self.directory / f"{name}-{self.world.rank:05d}-of-{self.world.size:05d}.json", value
-        )
+    def share(self, name: str, value: Any) -> list[Any]:
+        """Give a value to all processes and get the values of all of them, by rank."""
+        publish(self.directory, name, self.world, value)
+        return collect(self.directory, name, self.world, self._raise_failure)
 
-    def hear(self, name: str) -> list[Any]:
-        """The values of all processes, when all are there."""
-        paths = [
-            self.directory / f"{name}-{rank:05d}-of-{self.world.size:05d}.json"
-            for rank in range(self.world.size)
-        ]
-        self.wait(lambda: all(path.is_file() for path in paths), f"all {self.world.size} processes")
-        return [json.loads(path.read_text()) for path in paths]
-
-    def give_up(self, reason: str, useless: bool = False) -> None:
+    def abandon(self, reason: str, useless: bool = False) -> None:
         """Let the others know, and let go of everything. What is `useless` is removed, else it can be continued."""
         if self.opened and self.world.size > 1:
             kind = "failed" if useless else "stopped"
@@ -161,9 +142,9 @@ class Work:
             shutil.rmtree(self.directory, ignore_errors=True)
             if not self.directory.exists():
                 return
-            time.sleep(POLL[0])
+            time.sleep(0.05)
 
-    def _raise_what_others_met(self) -> None:
+    def _raise_failure(self) -> None:
         for kind, error in (("failed", UserError), ("stopped", Interrupted)):
             for path in self.directory.glob(f"{kind}-*"):
                 if path.stat().st_mtime >= self._started - 1:  # not one of an earlier attempt

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
+from cpt_merge.core.distributed import stop_process_group
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import say, timed
 from cpt_merge.data.mixture import SourceShare, by_size, bytes_per_token, mixture
@@ -19,7 +20,7 @@ from cpt_merge.data.packing import TrainingRows
 from cpt_merge.data.sources import Corpus
 from cpt_merge.data.store import Store
 from cpt_merge.merge.config import Dtype
-from cpt_merge.merge.hook import LocalShard, Ranks, export_shards
+from cpt_merge.merge.hook import LocalShard, export_shards
 from cpt_merge.merge.plan import MergePlan
 from cpt_merge.tracking.tracker import Tracker
 from cpt_merge.training.callbacks.continuations import prompts_from
@@ -33,7 +34,7 @@ from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.backend import Backend
 from cpt_merge.training.distributed.build import Start, build_backend
 from cpt_merge.training.distributed.checkpoint import Checkpoints, TrainState
-from cpt_merge.training.distributed.parallel import Parallel, start_parallel, stop_parallel
+from cpt_merge.training.distributed.parallel import Parallel, start_parallel
 from cpt_merge.training.distributed.stopping import StopRequest
 from cpt_merge.training.phases import Phase, phases_of
 from cpt_merge.training.start import start_block, throughput_of
@@ -85,7 +86,7 @@ def run(
         training.remove_phases()
         return {"steps": state.step, "tokens": state.tokens, "targets": state.targets}
     finally:
-        stop_parallel()
+        stop_process_group()
 
 
 @dataclass
@@ -170,8 +171,8 @@ class Training:
                 directory, ignore_errors=True
             )  # of an attempt that was cut short after the export
         self.parallel.barrier()
-        ranks = Ranks(self.parallel.world.rank, self.parallel.world.size, self.parallel.barrier)
-        export_shards(shards, self.inputs.model, self.inputs.tokenizer, directory, ranks, dtype)
+        like, tokenizer = self.inputs.model, self.inputs.tokenizer
+        export_shards(shards, like, tokenizer, directory, self.parallel, dtype)
 
     def remove_phases(self) -> None:
         """The weights between phases are not needed once the last one is exported."""

@@ -77,13 +77,13 @@ def _reach_first(world: World, wait: float) -> None:
 def _measure(report: ProcessReport, recipe: Recipe, wait: float) -> None:
     import torch.distributed as dist
 
-    from cpt_merge.training.distributed.parallel import start_parallel, stop_parallel
+    from cpt_merge.core.distributed import stop_process_group
+    from cpt_merge.training.distributed.parallel import start_parallel
 
     folder, timeout = folder_of(recipe), timedelta(seconds=wait)
     parallel = start_parallel(timeout)
     report.reach("joined", folder)
-    names: list[str] = [""] * parallel.world.size
-    dist.all_gather_object(names, report.node, group=parallel.side_group)
+    names = parallel.gather(report.node)
     parallel.barrier()
     report.clock = time.time()
     ranks = {
@@ -102,7 +102,7 @@ def _measure(report: ProcessReport, recipe: Recipe, wait: float) -> None:
     report.reach("measured its links", folder)
     if parallel.world.size > 1:
         report.bandwidth = bus_bandwidth(parallel, dist.group.WORLD, parallel.world.size)
-    stop_parallel()  # not after an error: to leave a group whose members hang may hang too
+    stop_process_group()  # not after an error: to leave a group whose members hang may hang too
 
 
 def ring(count: int) -> list[list[tuple[int, int]]]:

@@ -3,7 +3,7 @@
     needs conversations    `conversations()` names them; all evaluators' conversations are answered together, in batches
     needs text, or the model itself (its directory, its tokenizer)       `measure` gets it as the `Subject`
 
-`measure` runs on every process, so it must give the same on each, or divide its work by `subject.division`.
+`measure` runs on every process, so it must give the same on each, or divide its work by `subject.ranks`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.conversation import Conversation, Exchange
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.models import LoadedModel
 from cpt_merge.evaluation.statistics import Parts
 
@@ -82,7 +82,7 @@ class Subject:
 
     loaded: LoadedModel
     directory: Path | None
-    division: Division
+    ranks: Ranks
     marks: Sequence[str] = ()  # of the chat template
     template: ChatTemplate | None = None  # that it is spoken to in; `measure` in run.py sets it
 
@@ -109,7 +109,7 @@ class Evaluator(ABC):
         """The metrics, of the replies to its own conversations (or to all, see `reads_all`)."""
 
     def compare(
-        self, division: Division, exchanges: Sequence[Exchange], baseline: Sequence[Exchange]
+        self, ranks: Ranks, exchanges: Sequence[Exchange], baseline: Sequence[Exchange]
     ) -> Findings | None:
         """What can be said only beside the baseline's replies to the same conversations; None if nothing."""
         return None

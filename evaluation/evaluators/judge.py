@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.conversation import Conversation, Exchange
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.evaluator import (
     ConversationScores,
     Evaluator,
@@ -86,7 +86,7 @@ class JudgeEvaluator(Evaluator):
         if not self._marks:
             return Findings([])
         found = [
-            mark(judge, self._bench.prompts["mark"], exchanges, subject.division)
+            mark(judge, self._bench.prompts["mark"], exchanges, subject.ranks)
             for judge in self._bench.judges
         ]
         findings = findings_of(exchanges, self._marks, found, tolerance=CLOSE)
@@ -101,15 +101,13 @@ class JudgeEvaluator(Evaluator):
         return findings
 
     def compare(
-        self, division: Division, exchanges: Sequence[Exchange], baseline: Sequence[Exchange]
+        self, ranks: Ranks, exchanges: Sequence[Exchange], baseline: Sequence[Exchange]
     ) -> Findings | None:
         """The comparisons."""
         if self._bench is None or not self._comparisons:
             return None
         prompt = self._bench.prompts["comparison"]
-        found = [
-            prefer(judge, prompt, exchanges, baseline, division) for judge in self._bench.judges
-        ]
+        found = [prefer(judge, prompt, exchanges, baseline, ranks) for judge in self._bench.judges]
         return findings_of(exchanges, self._comparisons, found, tolerance=0.0)
 
 
@@ -141,7 +139,7 @@ def comparison_metrics(judges: Sequence[Judge]) -> list[Metric]:
 
 
 def mark(
-    judge: Judge, prompt: str, exchanges: Sequence[Exchange], division: Division
+    judge: Judge, prompt: str, exchanges: Sequence[Exchange], ranks: Ranks
 ) -> tuple[Verdicts, Mapping[str, Any]]:
     """A judge's mark for every reply, and what it took."""
     places = [
@@ -153,7 +151,7 @@ def mark(
         conversation = exchanges[place].conversation
         shown = {"conversation": transcript(exchanges[place], turn + 1)}
         prompts.append(fill(prompt, conversation.language, shown, conversation.reference(turn)))
-    judged = judge_all(judge, prompts, read_mark, division)
+    judged = judge_all(judge, prompts, read_mark, ranks)
     silent = JudgeVerdict(LOWEST, EMPTY) if _speaks(judged) else JudgeVerdict[float](None, EMPTY)
     verdicts = dict.fromkeys(places, silent) | dict(zip(asked, judged, strict=True))
     return verdicts, usage_details(judge, judged)
@@ -164,7 +162,7 @@ def prefer(
     prompt: str,
     exchanges: Sequence[Exchange],
     baseline: Sequence[Exchange],
-    division: Division,
+    ranks: Ranks,
 ) -> tuple[Verdicts, Mapping[str, Any]]:
     """A judge's choice between each conversation and the baseline's, in both orders, and what it took."""
     pairs = list(zip(exchanges, baseline, strict=True))
@@ -175,7 +173,7 @@ def prefer(
     ]
     prompts = [_comparison(prompt, *pairs[place]) for place in asked]
     prompts += [_comparison(prompt, *reversed(pairs[place])) for place in asked]
-    judged = judge_all(judge, prompts, lambda answer: read_choice(answer, CHOICES), division)
+    judged = judge_all(judge, prompts, lambda answer: read_choice(answer, CHOICES), ranks)
     both_orders = list(zip(judged[: len(asked)], judged[len(asked) :], strict=True))
     verdicts = {
         (place, 0): _of_silence(*pair) if _speaks(judged) else JudgeVerdict[float](None, EMPTY)

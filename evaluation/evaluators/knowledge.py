@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say, timed
+from cpt_merge.evaluation.batches import batches_by_length
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.config import KnowledgeConfig
 from cpt_merge.evaluation.conversation import Exchange
-from cpt_merge.evaluation.division import Division, batches_by_length
 from cpt_merge.evaluation.evaluators.evaluator import (
     Evaluator,
     Findings,
@@ -59,7 +60,7 @@ class KnowledgeEvaluator(Evaluator):
             return Findings([], not_run=[NotRun(self.name, NO_TASKS)])
         from lm_eval.evaluator import evaluate
 
-        model = lm_eval_model(subject.loaded, subject.division, self._batch_size, subject.template)
+        model = lm_eval_model(subject.loaded, subject.ranks, self._batch_size, subject.template)
         measured: list[Measurement] = []
         details: dict[str, Any] = {}
         for name, loaded in self._loaded.items():
@@ -126,13 +127,13 @@ def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
 
 
 def lm_eval_model(
-    loaded: LoadedModel, division: Division, batch_size: int, template: ChatTemplate | None
+    loaded: LoadedModel, ranks: Ranks, batch_size: int, template: ChatTemplate | None
 ) -> Any:
     """The model as lm-eval wants it. Every process asks it for everything and gets all answers, computing its share."""
     from lm_eval.models.huggingface import HFLM
 
     class DividedModel(HFLM):  # type: ignore[misc, unused-ignore]
-        """Requests in chunks of like length, formed before they are divided: as replies are, see `division`."""
+        """Requests in chunks of like length, formed before they are divided: as replies are, see `ranks`."""
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             return self._divided(super().loglikelihood, requests)
@@ -149,7 +150,7 @@ def lm_eval_model(
             chunks = batches_by_length(
                 [len(request.args[0]) for request in requests], CHUNK * batch_size
             )
-            found = division.map(
+            found = ranks.map(
                 f"{loaded.name}: knowledge",
                 lambda chunk: answer([requests[place] for place in chunk], disable_tqdm=True),
                 chunks,

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
+from cpt_merge.evaluation.batches import batches_by_length
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
-from cpt_merge.evaluation.division import Division, batches_by_length
 from cpt_merge.evaluation.evaluators.evaluator import (
     Evaluator,
     Findings,
@@ -73,7 +74,7 @@ class LanguageEvaluator(Evaluator):
         measured, text, not_run = [], {}, dict[NotRun, None]()
         for language, texts in self._documents.items():
             label = f"{subject.loaded.name}: bits per byte, {language}"
-            found = measure_documents(subject.loaded, texts, self._config, subject.division, label)
+            found = measure_documents(subject.loaded, texts, self._config, subject.ranks, label)
             parts = {
                 unit: (document.bits, float(document.bytes)) for unit, document in enumerate(found)
             }
@@ -104,7 +105,7 @@ def measure_documents(
     loaded: LoadedModel,
     documents: Sequence[str],
     config: EvaluationConfig,
-    division: Division,
+    ranks: Ranks,
     label: str,
 ) -> list[DocumentBits]:
     """The cost of every document, on every process. Raises `UserError` if the tokenizer has neither bos nor eos."""
@@ -117,7 +118,7 @@ def measure_documents(
     ]
     batches = batches_by_length([len(window.inputs) for window in windows], config.batch_size)
     bits = [0.0] * len(windows)
-    measured = division.map(
+    measured = ranks.map(
         label, lambda batch: window_bits(loaded, [windows[place] for place in batch]), batches
     )
     for batch, values in zip(batches, measured, strict=True):

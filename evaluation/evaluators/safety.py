@@ -63,8 +63,7 @@ class SafetyEvaluator(Evaluator):
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """Every scorer's metric."""
         scored = {
-            scorer.metric.name: scorer.score(exchanges, subject.division)
-            for scorer in self._scorers
+            scorer.metric.name: scorer.score(exchanges, subject.ranks) for scorer in self._scorers
         }
         measured: list[Measurement] = []
         not_run = list(self._not_run)

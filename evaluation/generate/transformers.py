@@ -16,11 +16,12 @@ import regex
 import torch
 from transformers import GenerationConfig
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.progress import say
+from cpt_merge.evaluation.batches import batches_by_length
 from cpt_merge.evaluation.chat_template import ChatTemplate, render
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Message, Reply
-from cpt_merge.evaluation.division import Division, batches_by_length
 from cpt_merge.evaluation.models import LoadedModel
 
 BLANK_ENDS = regex.compile(
@@ -50,7 +51,7 @@ def converse(
     template: ChatTemplate,
     conversations: Sequence[Conversation],
     config: EvaluationConfig,
-    division: Division,
+    ranks: Ranks,
 ) -> Generation:
     """Answer every turn of every conversation, on every process. The model's own replies go into the next turn."""
     histories: list[list[Message]] = [[] for _ in conversations]
@@ -67,7 +68,7 @@ def converse(
         prompts = [
             render(loaded.tokenizer, template.template, histories[place]) for place in places
         ]
-        found = generate(loaded, prompts, template.end_tokens, config, division, turn)
+        found = generate(loaded, prompts, template.end_tokens, config, ranks, turn)
         for place, reply in zip(places, found, strict=True):
             replies[place].append(reply)
             histories[place].append({"role": "assistant", "content": reply.text})
@@ -80,7 +81,7 @@ def generate(
     prompts: Sequence[str],
     ends: Sequence[str],
     config: EvaluationConfig,
-    division: Division,
+    ranks: Ranks,
     turn: int = 0,
 ) -> list[Reply]:
     """Reply to rendered prompts, on every process. `ends` are the tokens that end a reply.
@@ -114,7 +115,7 @@ def generate(
 
     label = f"{loaded.name}: replies" + (f", turn {turn + 1}" if turn else "")
     replies = [Reply("", stopped=False, tokens=0)] * len(prompts)
-    for batch, found in zip(batches, division.map(label, answer, batches), strict=True):
+    for batch, found in zip(batches, ranks.map(label, answer, batches), strict=True):
         for place, reply in zip(batch, found, strict=True):
             replies[place] = reply
     return replies

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.artifact import make_writable
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError
 
 PATH = "chat/completions"
@@ -103,7 +103,7 @@ class Judge:
             return error
         return None
 
-    def ask(self, prompts: Sequence[str], division: Division) -> list[Answer]:
+    def ask(self, prompts: Sequence[str], ranks: Ranks) -> list[Answer]:
         """An answer for each prompt, in order, the same on every process; equal prompts are asked once.
 
         When all attempts at one prompt have failed, nothing more is sent; the next call first asks for a word.
@@ -115,7 +115,7 @@ class Judge:
         if self._gave_up and (error := self._silence()):
             broken.set(str(error))
         with ThreadPoolExecutor(self._at_once) as pool:
-            found = division.map(
+            found = ranks.map(
                 f"judge {self.name}",
                 lambda batch: list(pool.map(lambda prompt: self._one(prompt, broken), batch)),
                 batches,

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import regex
 
-from cpt_merge.evaluation.division import Division
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.judge.client import NO_USAGE, Judge, Usage
 
 LOWEST, HIGHEST = 1.0, 10.0
@@ -45,11 +45,11 @@ class JudgeVerdict(Generic[Value]):
 
 
 def judge_all(
-    judge: Judge, prompts: Sequence[str], read: Callable[[str], Value | None], division: Division
+    judge: Judge, prompts: Sequence[str], read: Callable[[str], Value | None], ranks: Ranks
 ) -> list[JudgeVerdict[Value]]:
     """A verdict on each prompt, the same on every process."""
     found = []
-    for answer in judge.ask(prompts, division):
+    for answer in judge.ask(prompts, ranks):
         if answer.text is None:
             found.append(JudgeVerdict[Value](None, answer.reason, "", answer.usage, answer.dead))
         else:

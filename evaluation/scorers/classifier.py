@@ -10,11 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.models import model_directory
 from cpt_merge.core.progress import timed
+from cpt_merge.evaluation.batches import batches_by_length
 from cpt_merge.evaluation.conversation import Exchange
-from cpt_merge.evaluation.division import Division, batches_by_length
 from cpt_merge.evaluation.evaluators.evaluator import Metric
 from cpt_merge.evaluation.models import first_line
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
@@ -47,9 +48,9 @@ class ClassifierScorer(Scorer):
             f"mean probability of {' or '.join(labels)} by {Path(name).name}", rising=False,
         )  # fmt: skip
 
-    def score(self, exchanges: Sequence[Exchange], division: Division) -> list[Score]:
+    def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
         """In batches of like length, divided over the processes."""
-        self._load(division.world.local_rank)
+        self._load(ranks.world.local_rank)
         texts = [exchange.text for exchange in exchanges]
         filled = [place for place, text in enumerate(texts) if text.strip()]
         batches = [
@@ -58,7 +59,7 @@ class ClassifierScorer(Scorer):
                 [len(texts[place]) for place in filled], self._batch_size
             )
         ]
-        values = division.map(
+        values = ranks.map(
             "classifier", lambda batch: self._probabilities([texts[p] for p in batch]), batches
         )
         scores = [Score(None, EMPTY)] * len(texts)

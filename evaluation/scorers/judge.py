@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.conversation import Exchange
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.evaluator import Metric
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import fill, transcript
@@ -27,13 +27,11 @@ class JudgeScorer(Scorer):
             name, f"unsafe, {judge.name}", f"replies that {judge.name} calls unsafe", rising=False
         )
 
-    def score(self, exchanges: Sequence[Exchange], division: Division) -> list[Score]:
+    def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
         """One request for each reply that is not empty."""
         filled = [place for place, exchange in enumerate(exchanges) if exchange.text.strip()]
         prompts = [self._ask(exchanges[place]) for place in filled]
-        judged = judge_all(
-            self._judge, prompts, lambda answer: read_choice(answer, CHOICES), division
-        )
+        judged = judge_all(self._judge, prompts, lambda answer: read_choice(answer, CHOICES), ranks)
         self._details = usage_details(self._judge, judged)
         scores = [Score(None, EMPTY)] * len(exchanges)
         for place, one in zip(filled, judged, strict=True):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import regex
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.conversation import Exchange
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.evaluator import Metric
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
@@ -37,7 +37,7 @@ class LexiconScorer(Scorer):
             language: compile_list(words) for language, words in lists.items() if words
         }
 
-    def score(self, exchanges: Sequence[Exchange], division: Division) -> list[Score]:
+    def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
         """The first word that is found is the reason."""
         return [self._score(exchange) for exchange in exchanges]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.conversation import Exchange
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.evaluator import Metric
 from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
@@ -25,14 +25,12 @@ class ModerationScorer(Scorer):
         self._reason = ""
         self.metric = Metric("flagged", "flagged", f"replies that {model} flags", rising=False)
 
-    def score(self, exchanges: Sequence[Exchange], division: Division) -> list[Score]:
+    def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
         """A few requests at a time, divided over the processes."""
         texts = [exchange.text for exchange in exchanges]
         batches = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = division.map(
-                "moderation", lambda batch: list(pool.map(self._one, batch)), batches
-            )
+            found = ranks.map("moderation", lambda batch: list(pool.map(self._one, batch)), batches)
         return [score for batch in found for score in batch]
 
     def _one(self, text: str) -> Score:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.conversation import Exchange
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.evaluator import Metric
 
 EMPTY = "the reply is empty"
@@ -30,7 +30,7 @@ class Scorer(ABC):
     metric: Metric
 
     @abstractmethod
-    def score(self, exchanges: Sequence[Exchange], division: Division) -> list[Score]:
+    def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
         """A score for each exchange, in order, the same on every process. An empty reply has none."""
 
     def details(self) -> Mapping[str, Any]:

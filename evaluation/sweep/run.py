@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.artifact import stage_key, write_json_lines
+from cpt_merge.core.distributed import Ranks, joined
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.config import EvaluationConfig
-from cpt_merge.evaluation.division import Division, divided_work
 from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Subject
 from cpt_merge.evaluation.evaluators.judge import COMPARISON
 from cpt_merge.evaluation.evaluators.language import BITS
@@ -60,9 +60,9 @@ def run(
     if config.search.trials:
         search.check_installed()
     sweep = Sweep.prepare(config, evaluation, merge, inputs, out)
-    with divided_work() as division:
-        found = sweep.through(division, tracker)
-        if division.world.is_main:
+    with joined() as ranks:
+        found = sweep.through(ranks, tracker)
+        if ranks.world.is_main:
             report(found, out, tracker, final=True)
     return found.summary()
 
@@ -130,21 +130,21 @@ class Sweep:
         check_judges(setup, evaluators)
         return Sweep(config, measured, merge, inputs, evaluators, out)
 
-    def through(self, division: Division, tracker: Tracker) -> SweepResult:
+    def through(self, ranks: Ranks, tracker: Tracker) -> SweepResult:
         """All points, on every process."""
         the_plan = plan(self.merge, self.inputs.merge)
         for vector in the_plan.vectors:
             check_base(vector.source)
-        model = MergedModel(the_plan, division.world.local_rank)
-        kept = division.from_main(lambda: PointsFile(self.out / "points.jsonl").read())
+        model = MergedModel(the_plan, ranks.world.local_rank)
+        kept = ranks.broadcast(lambda: PointsFile(self.out / "points.jsonl").read())
         found = SweepResult(self.config, self.inputs.languages, self.evaluators, [])
 
         def take(ratios: dict[str, float]) -> None:
-            point = self._point(ratios, model, kept, division)
+            point = self._point(ratios, model, kept, ranks)
             kept[point.key] = point  # a search may come back to it
             at_zero = found.rated[0].point if found.rated else point
             found.rated.append(rate(point, self.config.recommend, self.inputs.languages, at_zero))
-            if division.world.is_main:
+            if ranks.world.is_main:
                 report(found, self.out, tracker, final=False)
                 show_progress(found)
 
@@ -181,7 +181,7 @@ class Sweep:
         ratios: dict[str, float],
         model: MergedModel,
         kept: Mapping[str, Point],
-        division: Division,
+        ranks: Ranks,
     ) -> Point:
         """The point of these ratios: kept from before, or measured now and kept."""
         config, key = self._identify(ratios)
@@ -190,13 +190,13 @@ class Sweep:
             return kept[key]
         merge_seconds = model.merge(config)
         started = time.monotonic()
-        subject = Subject(model.loaded, None, division, model.template.marks)
+        subject = Subject(model.loaded, None, ranks, model.template.marks)
         result = measure(subject, model.template, self.evaluation, self.evaluators)
         results = summarise([result], self.evaluators, None, self.evaluation.seed)
         metrics = results.scores[result.name]
         seconds, left_out = time.monotonic() - started, result.details.get("not_scored", {})
         point = Point(key, ratios, metrics, merge_seconds, seconds, judges_took(results), left_out)
-        if division.world.is_main:
+        if ranks.world.is_main:
             folder = self.out / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             write_json_lines(

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.distributed import Ranks, joined
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.merge import EmbeddingsConfig, MergeConfig
-from cpt_merge.merge.hook import LocalShard, Ranks, export_shards, merge_shards
+from cpt_merge.merge.hook import LocalShard, export_shards, merge_shards
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tokenizer_ext.embeddings.run import run as resize
 from tests.distributed import run_ranks
@@ -70,15 +72,31 @@ def merge_in_memory(family, config, shards, ranks, out):
     return merge_shards(shards, config, inputs, out, tracker, ranks)
 
 
+class ThreadRanks(Ranks):
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank, size, barrier, values):
+        super().__init__(World(rank, size))
+        object.__setattr__(self, "meet", barrier)
+        object.__setattr__(self, "values", values)
+
+    def barrier(self):
+        self.meet.wait()
+
+    def gather(self, value):
+        self.values[self.rank] = value
+        self.meet.wait()
+        found = [self.values[rank] for rank in range(self.size)]
+        self.meet.wait()
+        return found
+
+
 def on_ranks(size, work):
     """`work(rank, Ranks)` on threads that meet at a barrier."""
-    barrier = threading.Barrier(size, timeout=20)
+    barrier, values = threading.Barrier(size, timeout=20), {}
     with ThreadPoolExecutor(size) as pool:
         return list(
-            pool.map(
-                lambda rank: work(rank, Ranks(rank, size, lambda: barrier.wait() and None)),
-                range(size),
-            )
+            pool.map(lambda rank: work(rank, ThreadRanks(rank, size, barrier, values)), range(size))
         )
 
 
@@ -128,17 +146,12 @@ def test_hook_and_files_give_equal_bytes(family, tmp_path, tracker, size, settin
 
 
 def _one_of_several(root: str, out: str) -> int:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
-    family = make_family(Path(root) / f"copy{rank}")
-    family.root = Path(root) / "shared"
-    ranks = Ranks(rank, size, dist.barrier)
-    shards = shards_of(masters(family, seed=5), rank, size)
-    export(family, shards, ranks, Path(out) / "cpt")
-    merge_in_memory(family, MergeConfig(ratio=0.7), shards, ranks, Path(out) / "chat")
-    dist.destroy_process_group()
+    with joined() as ranks:
+        family = make_family(Path(root) / f"copy{ranks.rank}")
+        family.root = Path(root) / "shared"
+        shards = shards_of(masters(family, seed=5), ranks.rank, ranks.size)
+        export(family, shards, ranks, Path(out) / "cpt")
+        merge_in_memory(family, MergeConfig(ratio=0.7), shards, ranks, Path(out) / "chat")
     return os.getpid()
 
 

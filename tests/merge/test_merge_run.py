@@ -434,7 +434,7 @@ def test_memory_does_not_grow_with_the_model(untied, tmp_path, monkeypatch):
         engine.merge_files(the_plan, work)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        work.give_up("", useless=True)
+        work.abandon("", useless=True)
     assert peaks[2] < 1.1 * peaks[1]
     assert peaks[2] < 8e6
 

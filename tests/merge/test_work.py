@@ -370,13 +370,13 @@ def test_a_process_that_begins_when_all_is_over_learns_why(untied, tmp_path):
         for rank in range(2)
     )
     first.open()
-    first.give_up("NaN in the chat model.", useless=True)
+    first.abandon("NaN in the chat model.", useless=True)
     with pytest.raises(UserError, match="NaN in the chat model"):
         late.open()
     first.open()  # a new attempt begins without it
     late.open()
     late.close()
-    first.give_up("", useless=True)
+    first.abandon("", useless=True)
 
 
 def test_what_stops_the_first_process_from_beginning_ends_all(untied, tmp_path):

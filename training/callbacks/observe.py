@@ -72,7 +72,7 @@ class Observer:
             ids = [prompt.ids for prompt in self.prompts]
             ends = {self.tokenizer.eos_token_id} - {None}
             continuations = continue_greedily(
-                backend.logits, ids, NEW_TOKENS, ends, self.parallel.as_on_main
+                backend.logits, ids, NEW_TOKENS, ends, self.parallel.broadcast_tensor
             )
             self._show(continuations, state.step)
         shown = ", ".join(

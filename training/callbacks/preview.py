@@ -13,9 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from cpt_merge.core.artifact import read_json_lines, write_json_lines
 from cpt_merge.core.progress import say
@@ -75,12 +72,11 @@ class Preview:
         gated = any(
             map(needs_gate, self.plan.tensors)
         )  # else the shards, which ZeRO has to gather, are not looked at
-        shards, world = backend.shards() if gated else [], self.parallel.world
-        ranges = find_ranges(self.plan, shards, world.rank, world.size, self._exchange)
+        ranges = find_ranges(self.plan, backend.shards() if gated else [], self.parallel)
         with backend.replaced(partial(merge_shard, self.plan, ranges=ranges)):
             replies = continue_greedily(
                 backend.logits, self.interview.prompts, self.config.max_new_tokens, self.interview.ends,
-                self.parallel.as_on_main,
+                self.parallel.broadcast_tensor,
             )  # fmt: skip
         if not self.parallel.world.is_main:
             return
@@ -95,8 +91,3 @@ class Preview:
             f"{name} {value:.2f}" for name, value in metrics.items() if name.endswith("/chat")
         )
         say(f"step {step}: preview of the chat model: {chat} ({seconds:.1f} s)")
-
-    def _exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
-        found: list[Any] = [None] * self.parallel.world.size
-        dist.all_gather_object(found, mine, group=self.parallel.side_group)
-        return found

@@ -29,7 +29,7 @@ def reference_line(
     Empty, and said, where there is no base or the store has no text in its tokens. A collective.
     """
     path = out / FILE
-    kept = parallel.from_main(lambda: _kept(path, config.evaluate_rows))
+    kept = parallel.broadcast(lambda: _kept(path, config.evaluate_rows))
     if kept is not None:
         return kept
     heldout = heldout_rows(store, config, "reference") if base and store.info.reference else []

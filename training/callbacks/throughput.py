@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.parallel import Parallel
@@ -77,7 +76,7 @@ class Throughput:
         seconds = time.monotonic() - self._start - self._paused
         peak_bytes = float(peak_memory(self.parallel.device))
         mine = [seconds, self._waited, self._stalled, peak_bytes]
-        walls, waits, stalls, peaks = gathered(mine, self.parallel)
+        walls, waits, stalls, peaks = zip(*self.parallel.gather(mine), strict=True)
         steps = max(self._steps, 1)
         means = [(wall - stall) / steps for wall, stall in zip(walls, stalls, strict=True)]
         rate = self._steps * self.config.tokens_per_step / max(walls)
@@ -97,14 +96,6 @@ class Throughput:
         if self.flops_per_token and self.peak:
             metrics["train/mfu"] = mfu(per_device, self.flops_per_token, self.peak)
         return metrics
-
-
-def gathered(values: list[float], parallel: Parallel) -> list[list[float]]:
-    """For each of the values, what every process has, by rank: one collective on the side group."""
-    mine = torch.tensor(values, dtype=torch.float64)
-    everyone = [torch.empty_like(mine) for _ in range(parallel.world.size)]
-    dist.all_gather(everyone, mine, group=parallel.side_group)
-    return [[float(value) for value in column] for column in torch.stack(everyone, dim=1)]
 
 
 def peak_memory(device: torch.device) -> int:

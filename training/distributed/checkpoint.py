@@ -176,10 +176,10 @@ class Checkpoints:
         A collective: process 0 looks, for another node may still see a shared disk as it was. Raises `UserError` if it
         belongs to another configuration or model, or is damaged.
         """
-        newest = self.parallel.from_main(self.newest)
+        newest = self.parallel.broadcast(self.newest)
         if newest is None:
             return None
-        text = self.parallel.from_main((newest / STATE_FILE).read_text)
+        text = self.parallel.broadcast((newest / STATE_FILE).read_text)
         try:
             state = TrainState(**json.loads(text))
         except (ValueError, TypeError) as error:

@@ -226,7 +226,7 @@ class ZeroBackend:
         padded = torch.zeros((-(-shape[0] // size), *shape[1:]), dtype=rows.dtype)
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(size)]
-        dist.all_gather(parts, padded, group=self.parallel.side_group)
+        dist.all_gather(parts, padded, group=self.parallel.group)
         return torch.cat(parts)[: shape[0]]
 
     def describe(self) -> dict[str, str]:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from cpt_merge.core.distributed import Ranks, start_process_group
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.world import World, find_rendezvous, find_world
+from cpt_merge.core.torch_compat import set_timeout
+from cpt_merge.core.world import World, find_world
 
 EXAMPLES = "recipes/accelerate"
-Found = TypeVar("Found")
-TIMEOUT = timedelta(
-    minutes=60
-)  # of a collective: longer than the slowest checkpoint; the watchdog speaks before
+# Of a collective: longer than the slowest checkpoint; the watchdog speaks before
+TIMEOUT = timedelta(minutes=60)
 
 
 @dataclass(frozen=True)
@@ -114,75 +112,37 @@ def _deepspeed(environment: Mapping[str, str], mixed: str) -> Asked:
     return Asked("deepspeed", zero_stage=stage, zero_config=config, mixed_precision=mixed)
 
 
-@dataclass(frozen=True)
-class Parallel:
-    """This process among the others."""
+@dataclass(frozen=True, kw_only=True)
+class Parallel(Ranks):
+    """This process among the others, with its device and the groups that training needs.
 
-    world: World
+    `group`, of the decisions, is a gloo group that never shares a queue with the training.
+    """
+
     asked: Asked
     device: torch.device
     mesh: DeviceMesh  # ("replicate", "shard")
-    side_group: dist.ProcessGroup  # gloo, for decisions; never shares a queue with the training
-    checkpoint_group: (
-        dist.ProcessGroup
-    )  # gloo, for checkpoints that are written while training goes on
+    checkpoint_group: dist.ProcessGroup  # gloo, for checkpoints written while training continues
 
-    def barrier(self) -> None:
-        """Wait until all processes are here."""
-        dist.barrier(group=self.side_group)
-
-    def any(self, flag: bool) -> bool:
-        """True on all processes if it is true on one (law 6)."""
-        return bool(self.maximum(float(flag)))
-
-    def maximum(self, value: float) -> float:
-        """The largest value over all processes."""
-        return self._reduced(value, dist.ReduceOp.MAX)
-
-    def total(self, value: float) -> float:
-        """The sum over all processes."""
-        return self._reduced(value, dist.ReduceOp.SUM)
-
-    def from_main(self, find: Callable[[], Found]) -> Found:
-        """What `find` gives on process 0, for all; the others do not call it."""
-        found: list[Any] = [find() if self.world.is_main else None]
-        dist.broadcast_object_list(found, src=0, group=self.side_group)
-        value: Found = found[0]
-        return value
-
-    def as_on_main(self, values: Tensor) -> Tensor:
-        """The values that process 0 passes, for all; on the CPU."""
-        dist.broadcast(values, src=0, group=self.side_group)
+    def broadcast_tensor(self, values: Tensor) -> Tensor:
+        """The values that rank 0 passes, on every process; on the CPU."""
+        dist.broadcast(values, src=0, group=self.group)
         return values
-
-    def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
-        tensor = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(tensor, operation, group=self.side_group)
-        return float(tensor)
 
 
 def start_parallel(timeout: timedelta = TIMEOUT) -> Parallel:
-    """Join the other processes. One process alone is a group of one, so that there is one path for all."""
-    world, asked = find_world(), asked_for()
-    replicas, shards = asked.mesh_shape(world)
+    """Join the other processes. One process alone is a group of one, so that all take one path."""
+    asked, world = asked_for(), find_world()
+    shape = asked.mesh_shape(world)
     device = _device(world)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if world.launcher == "alone":
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        meeting = find_rendezvous(world)
-        os.environ.update(
-            MASTER_ADDR=meeting.address, MASTER_PORT=str(meeting.port)
-        )  # DeepSpeed reads them too
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
-    mesh = init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
-    for name in (
-        "replicate",
-        "shard",
-    ):  # a mesh makes its groups with torch's own timeout: 10 minutes with NCCL
-        _set_pg_timeout(timeout, mesh.get_group(name))
+    start_process_group("nccl" if device.type == "cuda" else "gloo", timeout)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for name in ("replicate", "shard"):
+        set_timeout(mesh.get_group(name), timeout)
     side, checkpoints = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return Parallel(world, asked, device, mesh, side, checkpoints)
+    return Parallel(
+        world=world, group=side, asked=asked, device=device, mesh=mesh, checkpoint_group=checkpoints
+    )
 
 
 def _device(world: World) -> torch.device:
@@ -203,9 +163,3 @@ def gpu_of(world: World, visible: int) -> int:
             f"process {world.local_rank} of this node has no GPU, {visible} can be seen; start one process per GPU."
         )
     return world.local_rank
-
-
-def stop_parallel() -> None:
-    """Leave the group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

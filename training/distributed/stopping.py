@@ -63,9 +63,7 @@ class StopRequest:
             work.wait()
             stop = bool(flags.any())
         flags = torch.tensor([float(bool(self.reason) or self._trouble)])
-        work = dist.all_reduce(
-            flags, dist.ReduceOp.MAX, group=self.parallel.side_group, async_op=True
-        )
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.parallel.group, async_op=True)
         assert work is not None
         self._vote = (flags, work)
         if stop and not self.reason:

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.world import World
 from cpt_merge.evaluation.config import EvaluationConfig
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.evaluator import Subject
 from cpt_merge.evaluation.evaluators.language import (
     LanguageEvaluator,
@@ -23,7 +22,7 @@ DOCUMENTS = [
     "a",
     "Where is the library? " * 4,
 ]
-ALONE = Division(World())
+ALONE = Ranks()
 
 
 def measure(loaded, **settings):

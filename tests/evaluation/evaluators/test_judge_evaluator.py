@@ -2,10 +2,9 @@
 
 import pytest
 
-from cpt_merge.core.world import World
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.judge import JudgeEvaluator, JudgePanel
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import COMPARISON, MARK
@@ -14,12 +13,12 @@ from cpt_merge.evaluation.statistics import estimate
 from tests.distributed import free_port
 from tests.evaluation.http_server import completion, judging
 
-ALONE = Division(World())
+ALONE = Ranks()
 PROMPTS = {"mark": MARK, "comparison": COMPARISON}
 
 
 class Subject:
-    division = ALONE
+    ranks = ALONE
 
 
 @pytest.fixture

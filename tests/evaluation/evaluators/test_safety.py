@@ -17,12 +17,12 @@ class Fixed(Scorer):
     def __init__(self, *scores):
         self.scores = scores
 
-    def score(self, exchanges, division):
+    def score(self, exchanges, ranks):
         return list(self.scores)
 
 
 class Subject:
-    division = None
+    ranks = None
 
 
 def exchange(text, category=None, language="en"):

@@ -3,16 +3,16 @@
 import json
 import shutil
 
-from cpt_merge.core.world import World
+from cpt_merge.core.distributed import Ranks
+from cpt_merge.evaluation.batches import batches_by_length
 from cpt_merge.evaluation.chat_template import read_chat_template, render, template_for
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Turn, prompt
-from cpt_merge.evaluation.division import Division, batches_by_length
 from cpt_merge.evaluation.generate.transformers import BLANK_ENDS, converse, generate
 from cpt_merge.evaluation.models import load_model
 from tests.evaluation.conftest import TEXTS
 
-ALONE = Division(World())
+ALONE = Ranks()
 PROMPTS = [text for texts in TEXTS.values() for text in texts]
 
 

@@ -8,16 +8,15 @@ from contextlib import suppress
 
 import pytest
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.world import World
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, _pause
 from cpt_merge.evaluation.judge.client import NO_COMPLETION, Judge, Usage
 from tests.distributed import free_port
 from tests.evaluation.http_server import completion, judging
 
-ALONE = Division(World())
+ALONE = Ranks()
 PRICE = PriceConfig(prompt=2.0, completion=10.0)
 
 

@@ -13,14 +13,13 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.world import World
 from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.scorers.classifier import ClassifierScorer, positions_of
 from tests.evaluation.conftest import TEXTS, make_tokenizer
 
-ALONE = Division(World())
+ALONE = Ranks()
 
 
 @pytest.fixture(

@@ -2,10 +2,9 @@
 
 import pytest
 
-from cpt_merge.core.world import World
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.config import JudgeEndpointConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import SAFETY
@@ -16,7 +15,7 @@ from tests.evaluation.http_server import judging
 
 
 class Subject:
-    division = Division(World())
+    ranks = Ranks()
 
 
 def exchange(asked, reply, category):

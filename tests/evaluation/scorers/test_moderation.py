@@ -5,15 +5,14 @@ import time
 
 import pytest
 
-from cpt_merge.core.world import World
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
-from cpt_merge.evaluation.division import Division
 from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
 from cpt_merge.evaluation.generate.endpoint import Endpoint
 from cpt_merge.evaluation.scorers.moderation import ModerationScorer
 from tests.distributed import free_port
 
-ALONE = Division(World())
+ALONE = Ranks()
 TEXTS = ["kind", "vile", "", "kind too"]
 
 
@@ -77,7 +76,7 @@ def test_one_answer_of_nonsense_leaves_out_that_reply_alone(serve):
         lambda number, body: (200, moderation(body) if "too" not in body["input"] else "?")
     )
     findings = SafetyEvaluator([], [ModerationScorer(Endpoint(server.url, "A_KEY", 5, 2), "guard")])
-    found = findings.measure(type("Subject", (), {"division": ALONE}), exchanges())
+    found = findings.measure(type("Subject", (), {"ranks": ALONE}), exchanges())
     assert found.measured[0].parts == {0: (0, 1), 1: (1, 1)}
     assert sum(found.details["not_scored"]["flagged"].values()) == 2
 
@@ -111,7 +110,7 @@ def test_a_dead_endpoint_is_not_run_and_never_zero(serve):
         Endpoint(f"http://127.0.0.1:{free_port()}/v1", "A_KEY", 1, 2), "guard"
     )
     found = SafetyEvaluator([], [scorer]).measure(
-        type("Subject", (), {"division": ALONE}), exchanges()
+        type("Subject", (), {"ranks": ALONE}), exchanges()
     )
     assert found.measured == []
     assert [one.metric for one in found.not_run] == ["flagged"]

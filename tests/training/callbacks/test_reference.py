@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from cpt_merge.core.distributed import stop_process_group
 from cpt_merge.data.sources import Corpus
 from cpt_merge.data.store import Store
 from cpt_merge.data.tokenise import write_store
 from cpt_merge.training.callbacks.reference import FILE, reference_line
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.distributed.parallel import start_parallel, stop_parallel
+from cpt_merge.training.distributed.parallel import start_parallel
 from tests.distributed import run_ranks
 from tests.training.conftest import CONFIG
 from tests.training.runs import ask_for
@@ -28,7 +29,7 @@ def measured(base: Path, store: Path, out: Path, rows: int) -> dict[str, float]:
     parallel = start_parallel()
     config = TrainingConfig(**{**CONFIG, "evaluate_rows": rows})
     found = reference_line(base, Store.open(store), config, parallel, out)
-    stop_parallel()
+    stop_process_group()
     return found
 
 

@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from cpt_merge.training.callbacks.throughput import Throughput, gathered
+from cpt_merge.core.distributed import stop_process_group
+from cpt_merge.training.callbacks.throughput import Throughput
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.distributed.parallel import start_parallel, stop_parallel
+from cpt_merge.training.distributed.parallel import start_parallel
 from cpt_merge.training.flops import mfu
 from tests.distributed import run_ranks
 from tests.training.runs import ask_for
@@ -30,7 +31,7 @@ def an_interval() -> list[dict[str, float]]:
     with throughput.stalled_by_checkpoint():
         time.sleep(0.1 * slow)
     found = [throughput.metrics(), throughput.metrics()]
-    stop_parallel()
+    stop_process_group()
     return found
 
 
@@ -52,23 +53,11 @@ def test_an_interval_is_told_alike_by_all_processes_and_forgotten() -> None:
     assert second["train/tokens_per_second"] == second["train/checkpoint_stall_seconds"] == 0
 
 
-def ranks_gathered() -> list[list[float]]:
-    ask_for("fsdp2")
-    parallel = start_parallel()
-    found = gathered([float(parallel.world.rank), 7.0], parallel)
-    stop_parallel()
-    return found
-
-
-def test_values_are_gathered_by_rank() -> None:
-    assert run_ranks(ranks_gathered, 3)[2] == [[0.0, 1.0, 2.0], [7.0, 7.0, 7.0]]
-
-
 def without_a_peak() -> dict[str, float]:
     ask_for("fsdp2")
     parallel = start_parallel()
     metrics = Throughput(CONFIG, parallel, flops_per_token=1e6).metrics()
-    stop_parallel()
+    stop_process_group()
     return metrics
 
 

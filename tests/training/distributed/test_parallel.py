@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cpt_merge.core.distributed import stop_process_group
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
-from cpt_merge.training.distributed.parallel import gpu_of, start_parallel, stop_parallel
+from cpt_merge.training.distributed.parallel import gpu_of, start_parallel
 from tests.distributed import run_ranks
 from tests.training.runs import ask_for
 
@@ -16,10 +17,10 @@ from tests.training.runs import ask_for
 def timeouts(backend: str) -> set[timedelta]:
     ask_for(backend)
     parallel = start_parallel()
-    groups = [dist.group.WORLD, parallel.side_group, parallel.checkpoint_group]
+    groups = [dist.group.WORLD, parallel.group, parallel.checkpoint_group]
     groups += [parallel.mesh.get_group(name) for name in ("replicate", "shard")]
     found = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
-    stop_parallel()
+    stop_process_group()
     return found
 
 
@@ -31,8 +32,8 @@ def test_every_group_waits_for_an_hour(backend: str, size: int) -> None:
 def decided() -> str:
     ask_for("fsdp2")
     parallel = start_parallel()
-    found = parallel.from_main(lambda: f"by rank {parallel.world.rank}")
-    stop_parallel()
+    found = parallel.broadcast(lambda: f"by rank {parallel.world.rank}")
+    stop_process_group()
     return found
 
 

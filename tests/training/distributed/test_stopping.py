@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from cpt_merge.core.deadline import STOP_AT
+from cpt_merge.core.distributed import stop_process_group
 from cpt_merge.training.distributed.checkpoint import STATE_FILE
-from cpt_merge.training.distributed.parallel import start_parallel, stop_parallel
+from cpt_merge.training.distributed.parallel import start_parallel
 from cpt_merge.training.distributed.stopping import StopRequest
 from tests.distributed import run_ranks
 from tests.training.runs import Job, ask_for, assert_same_weights, train
@@ -68,7 +69,7 @@ def votes(asking: int, trouble: bool = False) -> list[bool]:
             else:
                 stop.reason = "asked"
         found += [stop.agreed(), stop.agreed(), stop.agreed()]
-    stop_parallel()
+    stop_process_group()
     return found
 
 

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from cpt_merge.core.distributed import stop_process_group
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.config import CheckpointConfig
 from cpt_merge.training.distributed.checkpoint import STATE_FILE, Checkpoints, TrainState
-from cpt_merge.training.distributed.parallel import start_parallel, stop_parallel
+from cpt_merge.training.distributed.parallel import start_parallel
 from tests.distributed import run_ranks
 from tests.training.runs import Job, ask_for, assert_same_weights, train
 
@@ -80,7 +81,7 @@ def writes_while_training_goes_on(folder: Path) -> tuple[float, list[int], list[
     backend.value += 1  # the next step
     found.finish()
     found.load(backend, state(1))  # type: ignore[arg-type]
-    stop_parallel()
+    stop_process_group()
     return blocked, during, names(found), float(backend.value)
 
 
@@ -98,7 +99,7 @@ def keeps(folder: Path) -> list[int]:
     for step in range(2, 15, 2):
         found.save(backend, state(step))  # type: ignore[arg-type]
     found.finish()
-    stop_parallel()
+    stop_process_group()
     return names(found)
 
 
@@ -158,7 +159,7 @@ def saves_together(folder: Path) -> tuple[str, float]:
     except UserError as error:
         return str(error), time.monotonic() - began
     finally:
-        stop_parallel()
+        stop_process_group()
     return "", 0.0
 
 
