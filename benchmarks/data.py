@@ -28,7 +28,7 @@ import numpy as np
 import typer
 
 from cpt_merge.core.artifact import write_json
-from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.data.store import (
     STORE_FILE,
@@ -55,10 +55,10 @@ started = time.time() - float(sys.argv[2])
 import torch
 torch_imported = time.time() - float(sys.argv[2])
 from pathlib import Path
-from training.packing import TrainingRows
+from training.packing import TrainingSequences
 from training.store import Store
 imported = time.time() - float(sys.argv[2])
-rows = TrainingRows(Store.open(Path(sys.argv[1])), 4096, seed=0)
+rows = TrainingSequences(Store.open(Path(sys.argv[1])), 4096, seed=0)
 rows.targets(range(256))
 rows.batch(range(8))
 whole = time.time() - float(sys.argv[2])
@@ -195,7 +195,7 @@ def open_store(folder: Path) -> None:
 @app.command()
 def place(folder: Path) -> None:
     """Milliseconds to find, count and read the rows of a step, at the start of a run and far into it."""
-    rows = TrainingRows(Store.open(folder / "data" / "large"), 4096, seed=0)
+    rows = TrainingSequences(Store.open(folder / "data" / "large"), 4096, seed=0)
     results: dict[str, Any] = {}
     for step in (0, 1_000_000):
         found: dict[str, list[float]] = {"places": [], "targets": [], "read": []}

@@ -45,7 +45,7 @@ class Row:
     def setting(self) -> str:
         """What distinguishes the run."""
         work = self.work
-        words = [f"{work.sequence_length}", f"{work.micro_batch_rows:g} x {work.micro_batches}"]
+        words = [f"{work.sequence_length}", f"{work.micro_batch_size:g} x {work.micro_batches}"]
         words += ["compiled"] if work.compile else []
         words += ["fp8"] if work.fp8 else []
         words += (

@@ -221,17 +221,21 @@ def _saves(case: Case, rank: int, port: int, out: Path, rounds: int) -> tuple[in
 
 @app.command()
 def gpu(
-    folder: Path, size: str = "3b", length: int = 4096, batch_rows: int = 8, micro_rows: int = 2, steps: int = 20,
-    compile_layers: bool = True, recompute: str = "none", loss_chunk: int = 4096, fp8: bool = False,
+    folder: Path, size: str = "3b", length: int = 4096, global_batch_size: int = 8,
+    micro_batch_size: int = 2, steps: int = 20, compile_layers: bool = True, recompute: str = "none",
+    loss_chunk: int = 4096, fp8: bool = False,
 ) -> None:  # fmt: skip
     """MFU of bf16 training on one GPU, and the kernels that take most of its time."""
-    case = Case(Inputs.of(folder, size), "bf16", 1, length, batch_rows, micro_rows, 10**6, 1)
+    case = Case(
+        Inputs.of(folder, size), "bf16", 1, length, global_batch_size, micro_batch_size, 10**6, 1
+    )
     changes = {
         "compile": compile_layers, "activation_checkpointing": recompute, "loss_chunk": loss_chunk, "fp8": fp8,
     }  # fmt: skip
     found = measure_gpu(case, steps, changes)
     print(
-        f"{found.device}: {size}, sequence {length}, {batch_rows} rows a step in micro-batches of {micro_rows}"
+        f"{found.device}: {size}, sequence {length}, {global_batch_size} sequences a step in "
+        f"micro-batches of {micro_batch_size}"
     )
     print(
         f"{found.seconds:.3f} s a step, {found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.3f}, ",

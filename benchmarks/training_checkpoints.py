@@ -24,7 +24,7 @@ class Save:
 
 def measure_saves(case: Case, folder: Path, rounds: int) -> tuple[int, list[Save]]:
     """(bytes of a checkpoint, saves of both kinds in turn after the first of each), by one of the processes."""
-    from cpt_merge.data.packing import TrainingRows
+    from cpt_merge.data.packing import TrainingSequences
     from cpt_merge.data.store import Store
     from cpt_merge.training.config import CheckpointConfig, TrainingConfig
     from cpt_merge.training.distributed.build import Start, build_backend
@@ -36,7 +36,9 @@ def measure_saves(case: Case, folder: Path, rounds: int) -> tuple[int, list[Save
     os.sync()
     config, parallel = TrainingConfig(**settings(case)), start_parallel()
     backend = build_backend(Start(config, phases_of(config)[0], case.inputs.model, 0), parallel)
-    batch = TrainingRows(Store.open(case.inputs.store), case.length, 0).batch([parallel.world.rank])
+    batch = TrainingSequences(Store.open(case.inputs.store), case.length, 0).batch(
+        [parallel.world.rank]
+    )
 
     def step() -> float:
         started = time.perf_counter()

@@ -30,8 +30,8 @@ class Case:
     precision: str  # bf16 or fp32
     processes: int
     length: int
-    batch_rows: int  # of all processes, in a step
-    micro_rows: int
+    global_batch_size: int  # of all processes, in a step
+    micro_batch_size: int
     interval: int  # steps between two rows of the log
     intervals: int  # how many are measured, after one that warms up
 
@@ -43,7 +43,7 @@ class Case:
     @property
     def tokens(self) -> int:
         """Tokens of an interval, over all processes."""
-        return self.interval * self.batch_rows * self.length
+        return self.interval * self.global_batch_size * self.length
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,12 @@ def enter(name: str, case: Case, rank: int, port: int, connection: Connection) -
 def settings(case: Case) -> dict[str, Any]:
     """The recipe's `training` section."""
     return {
-        "sequence_length": case.length, "batch_rows": case.batch_rows, "micro_batch_rows": case.micro_rows,
-        "tokens": case.length * case.batch_rows * (case.steps + 1), "precision": case.precision,
+        "sequence_length": case.length, "global_batch_size": case.global_batch_size,
+        "micro_batch_size": case.micro_batch_size,
+        "tokens": case.length * case.global_batch_size * (case.steps + 1), "precision": case.precision,
         "optimizer": {"learning_rate": RATE, "beta1": BETAS[0], "beta2": BETAS[1], "clip": CLIP},
         "schedule": {"warmup": 0, "final": 1.0}, "log_every": case.interval,
-        "evaluate_every": 10**6, "evaluate_rows": 1, "continuations": 0, "checkpoints": {"every": 10**6},
+        "evaluate_every": 10**6, "evaluate_sequences": 1, "continuations": 0, "checkpoints": {"every": 10**6},
     }  # fmt: skip
 
 
@@ -183,9 +184,9 @@ def bare(case: Case, folder: Path, turn: Turn) -> None:
     rows, size = _training_rows(case), case.processes
     steps = []
     for step in range(case.steps):
-        first = step * case.batch_rows
-        micro = micro_batches(first, case.batch_rows, case.micro_rows, parallel)
-        targets = rows.targets(range(first, first + case.batch_rows))
+        first = step * case.global_batch_size
+        micro = micro_batches(first, case.global_batch_size, case.micro_batch_size, parallel)
+        targets = rows.targets(range(first, first + case.global_batch_size))
         steps.append((targets, [rows.batch(indices).to(parallel.device) for indices in micro]))
     module, copy, optimizer = backend.running, backend.copy, backend.optimizer
     for step, (targets, batches) in enumerate(steps, 1):
@@ -221,9 +222,10 @@ def trainer(case: Case, folder: Path, turn: Turn) -> None:
         _let_trainer_shard() if case.processes > 1 else {"use_cpu": not torch.cuda.is_available()}
     )
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=case.steps + 1, per_device_train_batch_size=case.micro_rows,
-        gradient_accumulation_steps=case.batch_rows // (case.processes * case.micro_rows), learning_rate=RATE,
-        weight_decay=0.1, adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, optim="adamw_torch_fused",
+        output_dir=str(folder), max_steps=case.steps + 1, per_device_train_batch_size=case.micro_batch_size,
+        gradient_accumulation_steps=case.global_batch_size // (case.processes * case.micro_batch_size),
+        learning_rate=RATE, weight_decay=0.1, adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP,
+        optim="adamw_torch_fused",
         lr_scheduler_type="constant", bf16=case.precision == "bf16", logging_steps=case.interval, save_strategy="no",
         report_to=[], disable_tqdm=True, remove_unused_columns=False, train_sampling_strategy="sequential", **sharding,
     )  # fmt: skip
@@ -234,7 +236,7 @@ def trainer(case: Case, folder: Path, turn: Turn) -> None:
 
     class Packed(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         def __len__(self) -> int:
-            return case.batch_rows * (case.steps + 1)
+            return case.global_batch_size * (case.steps + 1)
 
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             batch = rows.batch([index])
@@ -267,10 +269,10 @@ def _let_trainer_shard() -> dict[str, Any]:
 
 
 def _training_rows(case: Case) -> Any:
-    from cpt_merge.data.packing import TrainingRows
+    from cpt_merge.data.packing import TrainingSequences
     from cpt_merge.data.store import Store
 
-    return TrainingRows(Store.open(case.inputs.store), case.length, 0)
+    return TrainingSequences(Store.open(case.inputs.store), case.length, 0)
 
 
 CONTENDERS: dict[str, Callable[[Case, Path, Turn], None]] = {

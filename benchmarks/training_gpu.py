@@ -27,7 +27,7 @@ def measure_gpu(case: Case, steps: int, changes: dict[str, Any]) -> GpuResult:
     """Train `steps` steps after 5 that warm up. Raises `SystemExit` without a GPU."""
     import torch
 
-    from cpt_merge.data.packing import TrainingRows
+    from cpt_merge.data.packing import TrainingSequences
     from cpt_merge.data.store import Store
     from cpt_merge.training.config import TrainingConfig
     from cpt_merge.training.distributed.build import Start, build_backend
@@ -39,23 +39,25 @@ def measure_gpu(case: Case, steps: int, changes: dict[str, Any]) -> GpuResult:
         raise SystemExit("no GPU here: torch.cuda.is_available() is false")
     config, parallel = TrainingConfig(**{**settings(case), **changes}), start_parallel()
     backend = build_backend(Start(config, phases_of(config)[0], case.inputs.model, 0), parallel)
-    rows = TrainingRows(Store.open(case.inputs.store), case.length, 0)
+    rows = TrainingSequences(Store.open(case.inputs.store), case.length, 0)
 
     def step(number: int) -> float:
-        first, started = number * case.batch_rows, time.perf_counter()
-        for start in range(first, first + case.batch_rows, case.micro_rows):
-            batch = rows.batch(list(range(start, start + case.micro_rows))).to(parallel.device)
+        first, started = number * case.global_batch_size, time.perf_counter()
+        for start in range(first, first + case.global_batch_size, case.micro_batch_size):
+            batch = rows.batch(list(range(start, start + case.micro_batch_size))).to(
+                parallel.device
+            )
             backend.backward(
                 batch,
-                1 / (case.batch_rows * case.length),
-                start + case.micro_rows >= case.batch_rows,
+                1 / (case.global_batch_size * case.length),
+                start + case.micro_batch_size >= case.global_batch_size,
             )
         backend.step(1.0)
         torch.cuda.synchronize()
         return time.perf_counter() - started
 
     seconds = median([step(number) for number in range(steps + 5)][5:])
-    rate = case.batch_rows * case.length / seconds
+    rate = case.global_batch_size * case.length / seconds
     throughput = throughput_of(config, case.inputs.model, parallel)
     assert throughput.flops_per_token
     assert throughput.peak

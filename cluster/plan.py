@@ -87,8 +87,8 @@ def show_cluster(
     network = f", {cluster.network * 8 / GIGA:,.0f} Gbit/s a node" if cluster.nodes > 1 else ""
     console.print(
         f"\n[bold]estimate[/] for {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}{network}: "
-        f"{work.micro_batches} micro-batches of {work.micro_batch_rows:g} rows on each GPU; how far off such estimates "
-        "are: docs/scaling.md"
+        f"{work.micro_batches} micro-batches of {work.micro_batch_size:g} sequences on each GPU; "
+        "how far off such estimates are: docs/scaling.md"
     )
     found = columns(shape, work, cluster)
     _print_details(console, found, _details(shape, work, cluster, config, request, found))
@@ -194,7 +194,7 @@ def _print_sweep(
     ):
         table.add_column(title, justify="right")
     nodes = 1
-    while nodes * cluster.gpus_per_node <= config.batch_rows:
+    while nodes * cluster.gpus_per_node <= config.global_batch_size:
         larger = replace(cluster, nodes=nodes)
         try:
             table.add_row(*_sweep_row(shape, Workload.of(config, larger.ranks), larger, config))
@@ -227,7 +227,7 @@ def _sweep_row(
 
 def _crossing(shape: ModelShape, work: Workload, cluster: Cluster) -> str:
     """Where HSDP wins, in words."""
-    same = f"With {work.micro_batches} micro-batches of {work.micro_batch_rows:g} rows on every GPU"
+    same = f"With {work.micro_batches} micro-batches of {work.micro_batch_size:g} sequences on every GPU"
     ranges = hsdp_ranges(shape, work, cluster, LIMIT)
     if not ranges:
         return f"{same}, FSDP is the faster one on any number of nodes up to {LIMIT}."

@@ -109,7 +109,7 @@ class Workload:
     """What one GPU does in one step."""
 
     sequence_length: int
-    micro_batch_rows: float  # a mean: the last micro-batch of a step may be a smaller one
+    micro_batch_size: float  # a mean: the last micro-batch of a step may be a smaller one
     micro_batches: int
     precision: str = "bf16"
     activation_checkpointing: str = "none"
@@ -124,17 +124,18 @@ class Workload:
     @staticmethod
     def of(config: TrainingConfig, ranks: int) -> Workload:
         """A recipe's, on so many GPUs. Raises `UserError` if its batch does not divide over them."""
-        if config.batch_rows % ranks:
-            possible = -(-config.batch_rows // ranks) * ranks
+        if config.global_batch_size % ranks:
+            possible = -(-config.global_batch_size // ranks) * ranks
             raise UserError(
-                f"training.batch_rows = {config.batch_rows} does not divide over {ranks} GPUs; set {possible}."
+                f"training.global_batch_size = {config.global_batch_size} does not divide "
+                f"over {ranks} GPUs; set {possible}."
             )
         if config.precision == "fp32":
             raise UserError(
                 "the model of a GPU's speed knows bf16 only; set training.precision to bf16 or pure-bf16."
             )
-        rows = config.batch_rows // ranks
-        micro_batches = -(-rows // config.micro_batch_rows)
+        rows = config.global_batch_size // ranks
+        micro_batches = -(-rows // config.micro_batch_size)
         return Workload(
             config.sequence_length, rows / micro_batches, micro_batches, config.precision,
             config.activation_checkpointing, config.compile, config.fp8, config.loss_chunk, config.attention,
@@ -153,12 +154,12 @@ class Workload:
     @property
     def tokens(self) -> float:
         """Tokens of a micro-batch."""
-        return self.sequence_length * self.micro_batch_rows
+        return self.sequence_length * self.micro_batch_size
 
     def memory_setup(self, shards: int) -> MemorySetup:
         """The same for `estimate_memory`."""
         return MemorySetup(
-            "fsdp2", shards, self.precision, self.sequence_length, math.ceil(self.micro_batch_rows),
+            "fsdp2", shards, self.precision, self.sequence_length, math.ceil(self.micro_batch_size),
             self.micro_batches, self.loss_chunk, self.activation_checkpointing, self.attention, self.compile,
         )  # fmt: skip
 

@@ -59,7 +59,7 @@ def permuted(indices: Integers, size: int, key: Words) -> Integers:
     return values.astype(np.int64)
 
 
-class RowOrder:
+class SequenceOrder:
     """The order of the rows of a run over several sources.
 
     Each source has its share of the rows in every block of `BLOCK` rows, to the row, and also over any number of

@@ -139,11 +139,11 @@ def _here(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
     parts = ", ".join(
         f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items()
     )
-    rows = recipe.training.micro_batch_rows
+    rows = recipe.training.micro_batch_size
     return [
         (
             "processes",
-            f"{processes}, each {setup.micro_batches} micro-batches of {rows} rows a step",
+            f"{processes}, each {setup.micro_batches} micro-batches of {rows} sequences a step",
         ),
         ("memory per rank", f"{memory.total / GB:,.2f} GB at once, of: {parts}"),
     ]

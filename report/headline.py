@@ -135,7 +135,7 @@ def progress(view: RunView) -> Progress | None:
     config = _training(stage.log)
     rate = statistics.median(row["train/tokens_per_second"] for row in rows[-10:])
     step = int(rows[-1][STEP])
-    tokens = (steps - step) * config["sequence_length"] * config["batch_rows"]
+    tokens = (steps - step) * config["sequence_length"] * config["global_batch_size"]
     return Progress(
         step,
         steps,
@@ -148,7 +148,8 @@ def planned_steps(log: StageLog) -> int | None:
     config = _training(log)
     try:
         return -(
-            -int(config["tokens"]) // (int(config["sequence_length"]) * int(config["batch_rows"]))
+            -int(config["tokens"])
+            // (int(config["sequence_length"]) * int(config["global_batch_size"]))
         )
     except (KeyError, TypeError, ZeroDivisionError):
         return None

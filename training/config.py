@@ -126,12 +126,12 @@ class PreviewConfig(Section):
 class TrainingConfig(Section):
     """Continual pretraining."""
 
-    sequence_length: int = key(4096, "length of a packed row", unit="tokens", ge=8)
-    batch_rows: int = key(
-        256, "packed rows per optimizer step, over all processes", unit="rows", gt=0
+    sequence_length: int = key(4096, "length of a packed sequence", unit="tokens", ge=8)
+    global_batch_size: int = key(
+        256, "sequences per optimizer step, over all processes", unit="sequences", gt=0
     )
-    micro_batch_rows: int = key(
-        1, "packed rows that one process takes through the model at once", unit="rows", gt=0
+    micro_batch_size: int = key(
+        1, "sequences that one process takes through the model at once", unit="sequences", gt=0
     )
     tokens: int = key(..., "training budget; rounded up to whole steps", unit="tokens", gt=0)
     precision: Literal["bf16", "fp32", "pure-bf16"] = key(
@@ -166,8 +166,8 @@ class TrainingConfig(Section):
         unit="steps",
         gt=0,
     )
-    evaluate_rows: int = key(
-        64, "held-out rows per language that an evaluation reads", unit="rows", gt=0
+    evaluate_sequences: int = key(
+        64, "held-out sequences per language that an evaluation reads", unit="sequences", gt=0
     )
     continuations: int = key(
         2,
@@ -205,7 +205,7 @@ class TrainingConfig(Section):
         unit="TFLOP/s",
         gt=0,
     )
-    seed: int = key(0, "seed of the order of the rows")
+    seed: int = key(0, "seed of the order of the sequences")
     post_train_merge: bool = key(
         True, "add the chat vector to the trained shards in memory when training ends"
     )
@@ -213,7 +213,7 @@ class TrainingConfig(Section):
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step reads, over all processes."""
-        return self.sequence_length * self.batch_rows
+        return self.sequence_length * self.global_batch_size
 
     @property
     def steps(self) -> int:
@@ -221,11 +221,11 @@ class TrainingConfig(Section):
         return -(-self.tokens // self.tokens_per_step)
 
     def check_processes(self, processes: int, note: str = "") -> None:
-        """Raises `UserError` if the rows of a step do not divide over so many processes; `note` says which."""
-        if self.batch_rows % processes:
+        """Raises `UserError` if the sequences of a step do not divide over so many processes; `note` says which."""
+        if self.global_batch_size % processes:
             raise UserError(
-                f"training.batch_rows = {self.batch_rows} does not divide over {processes} processes{note}; "
-                "set a multiple."
+                f"training.global_batch_size = {self.global_batch_size} does not divide over "
+                f"{processes} processes{note}; set a multiple."
             )
 
     @model_validator(mode="after")
@@ -247,7 +247,7 @@ class TrainingConfig(Section):
         return self
 
     def check_positions(self, model: Mapping[str, Any]) -> None:
-        """Raises `UserError` if rows are longer than the positions of a model, given the values of its config.json."""
+        """Raises `UserError` if a model, given by the values of its config.json, has fewer positions than a sequence."""
         positions = model.get("max_position_embeddings") or self.sequence_length
         if self.sequence_length > positions:
             raise UserError(
@@ -258,7 +258,7 @@ class TrainingConfig(Section):
         """The settings that the trained weights follow from. The others may change between two attempts of a run."""
         names = {
             "sequence_length",
-            "batch_rows",
+            "global_batch_size",
             "tokens",
             "precision",
             "fp8",

@@ -82,7 +82,7 @@ class MemorySetup:
     shards: int  # processes that the parameters are divided over; 1: not divided. HSDP: those of one replica
     precision: str
     sequence_length: int
-    micro_batch_rows: int
+    micro_batch_size: int
     micro_batches: int  # of one process in one step
     loss_chunk: int
     activation_checkpointing: str = "none"  # none | selective | full
@@ -98,8 +98,8 @@ class MemorySetup:
             shards,
             config.precision,
             config.sequence_length,
-            config.micro_batch_rows,
-            -(-config.batch_rows // (processes * config.micro_batch_rows)),
+            config.micro_batch_size,
+            -(-config.global_batch_size // (processes * config.micro_batch_size)),
             config.loss_chunk,
             config.activation_checkpointing,
             config.attention,
@@ -114,7 +114,7 @@ class MemorySetup:
     @property
     def tokens(self) -> int:
         """Tokens of one micro-batch."""
-        return self.sequence_length * self.micro_batch_rows
+        return self.sequence_length * self.micro_batch_size
 
     def trained(self, shape: ModelShape) -> int:
         """Parameters that have gradients."""

@@ -8,27 +8,32 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from cpt_merge.data.packing import Batch, TrainingRows
+from cpt_merge.data.packing import Batch, TrainingSequences
 from cpt_merge.training.distributed.parallel import Parallel
 
 AHEAD = 3  # micro-batches
 
 
 def micro_batches(
-    first: int, batch_rows: int, micro_rows: int, parallel: Parallel
+    first: int, global_batch_size: int, micro_batch_size: int, parallel: Parallel
 ) -> list[list[int]]:
     """This process's rows of the step whose first row of the run is `first`, by micro-batch.
 
     Every process has the same number of micro-batches; the rows of a step are dealt out in turn.
     """
-    mine = range(first + parallel.world.rank, first + batch_rows, parallel.world.size)
-    return [list(mine[start : start + micro_rows]) for start in range(0, len(mine), micro_rows)]
+    mine = range(first + parallel.world.rank, first + global_batch_size, parallel.world.size)
+    return [
+        list(mine[start : start + micro_batch_size])
+        for start in range(0, len(mine), micro_batch_size)
+    ]
 
 
 class Prefetcher:
     """The micro-batches of one process from a step on. `with` ends its thread."""
 
-    def __init__(self, rows: TrainingRows, plan: Iterator[list[int]], device: torch.device) -> None:
+    def __init__(
+        self, rows: TrainingSequences, plan: Iterator[list[int]], device: torch.device
+    ) -> None:
         """`plan` yields the rows of each micro-batch, in order."""
         self._rows, self._plan, self._device = rows, plan, device
         self._pool = ThreadPoolExecutor(1, "batches")

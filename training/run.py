@@ -16,7 +16,7 @@ from cpt_merge.core.distributed import stop_process_group
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import say, timed
 from cpt_merge.data.mixture import SourceShare, by_size, bytes_per_token, mixture
-from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.sources import Corpus
 from cpt_merge.data.store import Store
 from cpt_merge.merge.config import Dtype
@@ -28,7 +28,7 @@ from cpt_merge.training.callbacks.observe import PROMPT_TOKENS, Observer
 from cpt_merge.training.callbacks.preview import Interview, Preview
 from cpt_merge.training.callbacks.reference import reference_line
 from cpt_merge.training.callbacks.spikes import Spikes
-from cpt_merge.training.callbacks.validation import heldout_rows
+from cpt_merge.training.callbacks.validation import heldout_sequences
 from cpt_merge.training.callbacks.watchdog import Watchdog
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.backend import Backend
@@ -98,7 +98,7 @@ class Training:
     out: Path
     tracker: Tracker
     parallel: Parallel
-    rows: TrainingRows
+    rows: TrainingSequences
     shares: list[SourceShare]
     observer: Observer
     checkpoints: Checkpoints
@@ -193,14 +193,14 @@ def prepare(
     store.check_vocabulary(int(Checkpoint.open(inputs.model).config["vocab_size"]))
     available = [source.train.tokens for source in store.info.sources]
     shares = mixture(inputs.corpus, available, config.tokens) if inputs.corpus else by_size(store)
-    rows = TrainingRows(
+    rows = TrainingSequences(
         store, config.sequence_length, config.seed, [share.share for share in shares]
     )
-    rows.check_batch(config.batch_rows)
+    rows.check_batch(config.global_batch_size)
     checkpoints = Checkpoints(out / "checkpoints", config.checkpoints, parallel)
     checkpoints.start()
     observer = Observer(
-        config, rows, heldout_rows(store, config), reference_line(inputs.base, store, config, parallel, out),
+        config, rows, heldout_sequences(store, config), reference_line(inputs.base, store, config, parallel, out),
         prompts_from(store, config.continuations, PROMPT_TOKENS), AutoTokenizer.from_pretrained(inputs.tokenizer),
         out, parallel, tracker, Spikes(sigma=config.spike_sigma),
     )  # fmt: skip

@@ -28,12 +28,12 @@ def start_block(
 ) -> str:
     """The block, as lines of `name  what is active`."""
     config, phase, world = start.config, start.phase, parallel.world
-    micro = -(-config.batch_rows // (world.size * config.micro_batch_rows))
+    micro = -(-config.global_batch_size // (world.size * config.micro_batch_size))
     lines = {
         **backend.describe(),
         "device": f"{device_name(parallel.device)}, started by {world.launcher}",
-        "step": f"{config.batch_rows} rows of {config.sequence_length} = {config.tokens_per_step:,} tokens; "
-        f"each process {micro} micro-batch{'es' if micro > 1 else ''} of {config.micro_batch_rows} rows",
+        "step": f"{config.global_batch_size} sequences of {config.sequence_length} = {config.tokens_per_step:,} tokens; "
+        f"each process {micro} micro-batch{'es' if micro > 1 else ''} of {config.micro_batch_size} sequences",
         "run": f"{config.steps:,} steps, {config.steps * config.tokens_per_step:,} tokens",
         "text": "\n              ".join(describe(shares)),
         "phase": f"{phase.number + 1}: steps {phase.start + 1:,} to {phase.stop:,} train {phase.train}, learning rate "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
-from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.tracking.tracker import Tracker
 from cpt_merge.training.callbacks.observe import Observer
 from cpt_merge.training.callbacks.preview import Preview
@@ -46,7 +46,7 @@ class Trainer:
     config: TrainingConfig
     phase: Phase
     backend: Backend
-    rows: TrainingRows
+    rows: TrainingSequences
     bytes_per_token: float
     checkpoints: Checkpoints
     observer: Observer
@@ -119,12 +119,12 @@ class Trainer:
         self.watchdog.beat(f"the preview after step {state.step}")
 
     def step(self, state: TrainState, batches: Prefetcher, stop: StopRequest) -> StepResult | None:
-        """One optimizer step over `batch_rows` rows of the run, this process taking its share of them.
+        """One optimizer step over `global_batch_size` rows of the run, this process taking its share of them.
 
         None if all processes agreed to stop before its end; then nothing has changed.
         """
-        config, first = self.config, state.step * self.config.batch_rows
-        targets = self.rows.targets(range(first, first + config.batch_rows))
+        config, first = self.config, state.step * self.config.global_batch_size
+        targets = self.rows.targets(range(first, first + config.global_batch_size))
         total = torch.zeros((), device=self.parallel.device)
         micro = self._micro_batches(state.step)
         for number in range(len(micro)):
@@ -146,7 +146,10 @@ class Trainer:
     def _micro_batches(self, step: int) -> list[list[int]]:
         config = self.config
         return micro_batches(
-            step * config.batch_rows, config.batch_rows, config.micro_batch_rows, self.parallel
+            step * config.global_batch_size,
+            config.global_batch_size,
+            config.micro_batch_size,
+            self.parallel,
         )
 
     def _advance(self, state: TrainState, result: StepResult) -> TrainState:

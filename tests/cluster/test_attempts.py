@@ -112,7 +112,7 @@ def test_what_the_user_has_to_mend_is_not_tried_again(job: Recipe) -> None:
     fails(
         folder,
         1,
-        "training.batch_rows = 8 does not divide over 3 processes; set 9.",
+        "training.global_batch_size = 8 does not divide over 3 processes; set 9.",
         2.0,
         mendable=True,
     )

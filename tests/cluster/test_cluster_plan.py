@@ -27,7 +27,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "models": {"base": str(folder / "base"), "chat": str(folder / "base")},
         "corpus": {"sources": [{"path": str(folder / f"{name}.txt"), "language": name} for name in ("ko", "en")]},
         "tokenizer": {"new_pieces": {"ko": 1000}},
-        "training": {"tokens": 10**9, "sequence_length": 4096, "batch_rows": 256, "micro_batch_rows": 2},
+        "training": {"tokens": 10**9, "sequence_length": 4096, "global_batch_size": 256, "micro_batch_size": 2},
     }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -65,7 +65,7 @@ def test_a_cluster_is_estimated_with_both_layouts(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = planned(path, capsys, Request("h100", nodes=4))
-    assert "4 x 8 h100, 3,200 Gbit/s a node: 4 micro-batches of 2 rows on each GPU" in words
+    assert "4 x 8 h100, 3,200 Gbit/s a node: 4 micro-batches of 2 sequences on each GPU" in words
     assert "FSDP HSDP, 4 replicas" in words
     for part in (
         "tokens per second",
@@ -79,7 +79,7 @@ def test_a_cluster_is_estimated_with_both_layouts(
         assert part in words
     assert "nodes GPUs micro FSDP tok/s/GPU GB HSDP tok/s/GPU GB days faster" in words
     assert "16 128 1" in words  # as far as every GPU has a row
-    assert "With 4 micro-batches of 2 rows on every GPU, " in words
+    assert "With 4 micro-batches of 2 sequences on every GPU, " in words
 
 
 def test_one_node_needs_no_network_and_has_one_layout(
@@ -91,7 +91,7 @@ def test_one_node_needs_no_network_and_has_one_layout(
 
 
 def test_what_does_not_fit_is_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = planned(path, capsys, Request("a100-40gb"), "training.micro_batch_rows=32")
+    words = planned(path, capsys, Request("a100-40gb"), "training.micro_batch_size=32")
     assert "of 40 GB: does not fit" in words
     assert "neither fits" in words
 
@@ -118,7 +118,7 @@ def test_deepspeed_is_not_estimated_and_said(
     ("request_", "overrides", "sentence"),
     [
         (Request("v100"), [], "the GPU 'v100' is not known to the model of speed; use one of a100-40gb, a100, h100"),
-        (Request("h100", nodes=3), [], "training.batch_rows = 256 does not divide over 24 GPUs; set 264"),
+        (Request("h100", nodes=3), [], "training.global_batch_size = 256 does not divide over 24 GPUs; set 264"),
         (Request("h100"), ["training.precision=fp32"], "knows bf16 only; set training.precision"),
         (Request("a100"), ["training.fp8=true"], "a100 has no float8 matmuls"),
         (None, ["training.sequence_length=16384"], "training.sequence_length = 16384 but the model has 8192 positions; lower it"),

@@ -338,7 +338,7 @@ def network_test(arguments: list[str], size: int, wait: float) -> str:
 
 
 def test_processes_join_and_measure_every_link(job: Callable[..., Job]) -> None:
-    begun = job("training.batch_rows=9")
+    begun = job("training.global_batch_size=9")
     assert run_ranks(network_test, 3, begun.arguments, 3, 60.0) == ["", "", ""]
     reports = read_processes(begun.folder)
     assert {node: set(found[0].links) for node, found in reports.items()} == {
@@ -355,7 +355,7 @@ def test_processes_join_and_measure_every_link(job: Callable[..., Job]) -> None:
 
 
 def test_a_node_that_does_not_come_is_named_by_those_who_wait(job: Callable[..., Job]) -> None:
-    begun = job("training.batch_rows=9")
+    begun = job("training.global_batch_size=9")
     said = run_ranks(network_test, 2, begun.arguments, 3, 1.0)
     assert "2/3 clients joined" in said[0]
     code, out, said = begun.call(
@@ -380,7 +380,10 @@ def test_what_every_process_says_is_no_nodes_fault(
         monkeypatch.delenv(name)
     code, out, sentence = begun.call("--judge", "--network", "--nodes", "node1,node2,node3")
     assert (code, out) == (2, "")
-    assert "training.batch_rows = 8 does not divide over 3 processes; set a multiple." in sentence
+    assert (
+        "training.global_batch_size = 8 does not divide over 3 processes; set a multiple."
+        in sentence
+    )
 
 
 def ring_of(begun: Job, speeds: dict[tuple[str, str], float]) -> str:

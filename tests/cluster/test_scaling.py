@@ -271,12 +271,14 @@ def test_a_checkpoint_is_three_numbers_a_parameter() -> None:
 
 def test_a_recipe_is_divided_over_the_gpus() -> None:
     config = TrainingConfig(
-        tokens=10**9, batch_rows=256, micro_batch_rows=3, sequence_length=2048, compile=True
+        tokens=10**9, global_batch_size=256, micro_batch_size=3, sequence_length=2048, compile=True
     )
     work = Workload.of(config, 64)
-    assert (work.micro_batches, work.micro_batch_rows) == (2, 2.0)  # 3 rows and 1
+    assert (work.micro_batches, work.micro_batch_size) == (2, 2.0)  # 3 rows and 1
     assert work.compile
-    with pytest.raises(UserError, match="batch_rows = 256 does not divide over 24 GPUs; set 264"):
+    with pytest.raises(
+        UserError, match="global_batch_size = 256 does not divide over 24 GPUs; set 264"
+    ):
         Workload.of(config, 24)
     with pytest.raises(UserError, match="knows bf16 only"):
         Workload.of(config.model_copy(update={"precision": "fp32"}), 64)

@@ -8,10 +8,10 @@ import numpy.typing as npt
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.order import BLOCK, HORIZON, RowOrder, keys, permuted
+from cpt_merge.data.order import BLOCK, HORIZON, SequenceOrder, keys, permuted
 
 
-def places(order: RowOrder, start: int, stop: int) -> list[tuple[int, int]]:
+def places(order: SequenceOrder, start: int, stop: int) -> list[tuple[int, int]]:
     sources, rows = order.places(np.arange(start, stop))
     return list(zip(sources.tolist(), rows.tolist(), strict=True))
 
@@ -41,15 +41,15 @@ def test_permuted_looks_random() -> None:
 
 
 def test_a_place_does_not_depend_on_what_was_asked_before_or_with_it() -> None:
-    forwards = places(RowOrder([50, 70], [3.0, 1.0], seed=1), 0, 2500)
-    again = RowOrder([50, 70], [3.0, 1.0], seed=1)
+    forwards = places(SequenceOrder([50, 70], [3.0, 1.0], seed=1), 0, 2500)
+    again = SequenceOrder([50, 70], [3.0, 1.0], seed=1)
     assert [places(again, i, i + 1)[0] for i in reversed(range(2500))] == forwards[::-1]
     odd = again.places(np.arange(1, 2500, 2))
     assert list(zip(*(values.tolist() for values in odd), strict=True)) == forwards[1::2]
 
 
 def test_shares_are_exact_to_a_row_in_every_block() -> None:
-    order = RowOrder([50, 70, 9], [0.7, 0.2, 0.1], seed=3)
+    order = SequenceOrder([50, 70, 9], [0.7, 0.2, 0.1], seed=3)
     for block in (0, 1, 7, 12345):
         counts = Counter(source for source, _ in places(order, block * BLOCK, (block + 1) * BLOCK))
         assert sum(counts.values()) == BLOCK
@@ -59,7 +59,7 @@ def test_shares_are_exact_to_a_row_in_every_block() -> None:
 
 def test_shares_are_exact_to_a_few_rows_over_the_run_however_small() -> None:
     shares = np.asarray([0.9, 0.09999, 0.00001])
-    order = RowOrder([50, 70, 9], shares.tolist(), seed=3)
+    order = SequenceOrder([50, 70, 9], shares.tolist(), seed=3)
     found = [order.quotas(block) for block in range(2000)]
     for (before, quota), (after, _) in pairwise(found):
         assert (before + quota == after).all()
@@ -70,7 +70,7 @@ def test_shares_are_exact_to_a_few_rows_over_the_run_however_small() -> None:
 
 
 def test_a_source_gives_each_row_once_per_epoch() -> None:
-    order = RowOrder([40, 60], [1.0, 1.0], seed=5)
+    order = SequenceOrder([40, 60], [1.0, 1.0], seed=5)
     rows = [row for source, row in places(order, 0, 3 * BLOCK) if source == 0]
     assert len(rows) > 1500
     for epoch in range(37):
@@ -79,11 +79,13 @@ def test_a_source_gives_each_row_once_per_epoch() -> None:
 
 
 def test_seeds_give_different_orders() -> None:
-    assert places(RowOrder([1000], [1.0], 1), 0, 50) != places(RowOrder([1000], [1.0], 2), 0, 50)
+    assert places(SequenceOrder([1000], [1.0], 1), 0, 50) != places(
+        SequenceOrder([1000], [1.0], 2), 0, 50
+    )
 
 
 def test_a_share_too_small_to_be_seen_and_a_run_too_long_are_refused() -> None:
     with pytest.raises(UserError, match=r"corpus.sources.1 is under 1/"):
-        RowOrder([10, 10], [1.0, 1e-14], seed=0)
+        SequenceOrder([10, 10], [1.0, 1e-14], seed=0)
     with pytest.raises(UserError, match="a run of more than"):
-        RowOrder([10], [1.0], seed=0).places(np.asarray([HORIZON]))
+        SequenceOrder([10], [1.0], seed=0).places(np.asarray([HORIZON]))

@@ -27,9 +27,9 @@ def test_rows_hold_consecutive_tokens_and_restart_positions_with_each_document(
 ) -> None:
     documents = make_documents(tmp_path, LENGTHS)
     packed = PackedDocuments(documents, length)
-    assert packed.rows == (sum(LENGTHS) - 1) // length
+    assert packed.sequences == (sum(LENGTHS) - 1) // length
     starts = set(np.cumsum([0, *LENGTHS]).tolist())
-    for row in range(packed.rows):
+    for row in range(packed.sequences):
         ids, labels, positions = packed.read(row)
         assert ids.tolist() == list(range(row * length + 1, (row + 1) * length + 1))
         for t in range(length):
@@ -42,7 +42,7 @@ def test_rows_hold_consecutive_tokens_and_restart_positions_with_each_document(
 @pytest.mark.parametrize("length", [4, 7, 10])
 def test_targets_are_counted_without_reading(tmp_path: Path, length: int) -> None:
     packed = PackedDocuments(make_documents(tmp_path, LENGTHS), length)
-    for row in range(packed.rows):
+    for row in range(packed.sequences):
         assert packed.targets(row) == (packed.read(row)[1] != IGNORED).sum()
 
 

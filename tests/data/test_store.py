@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import SplitWriter, Store
 
 
@@ -73,7 +73,7 @@ def test_a_damaged_index_is_refused(copy: Path, name: str) -> None:
 def test_tokens_that_were_not_written_are_found_when_they_are_read(copy: Path) -> None:
     path = first_folder(copy) / "tokens.bin"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    rows = TrainingRows(Store.open(copy), 32, 0, [1.0, 1e-6])
+    rows = TrainingSequences(Store.open(copy), 32, 0, [1.0, 1e-6])
     with pytest.raises(UserError, match=r"holds token 65535 where \d+ was the largest"):
         rows.batch(range(8))
 
@@ -91,11 +91,12 @@ def test_a_store_json_that_is_none_is_refused(copy: Path) -> None:
 
 
 def test_less_text_than_a_batch_is_refused(store: Path) -> None:
-    rows = TrainingRows(Store.open(store), 128, 0)
-    filled = sum(packed.rows for packed in rows.sources)
+    rows = TrainingSequences(Store.open(store), 128, 0)
+    filled = sum(packed.sequences for packed in rows.sources)
     rows.check_batch(filled)
     with pytest.raises(
-        UserError, match=rf"fills {filled} rows of 128 tokens, fewer than training.batch_rows"
+        UserError,
+        match=rf"fills {filled} sequences of 128 tokens, fewer than training.global_batch_size",
     ):
         rows.check_batch(filled + 1)
 

@@ -323,7 +323,7 @@ def test_a_huge_document_spans_rows_and_is_one(tmp_path: Path, model: Path) -> N
     write_store(Corpus(sources=[source], heldout=1e-6), model, tmp_path / "store")
     opened = Store.open(tmp_path / "store")
     packed = PackedDocuments(opened.documents(opened.info.sources[0], "train"), 1000)
-    assert packed.targets(packed.rows // 2) == 1000, (
+    assert packed.targets(packed.sequences // 2) == 1000, (
         "a row in the middle of the document has every target"
     )
     assert AutoTokenizer.from_pretrained(model).decode(ids_of(tmp_path / "store")[1][1:-1]) == text

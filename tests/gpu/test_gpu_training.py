@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
 from cpt_merge.launcher.start import backend_environment
 from cpt_merge.training.config import TrainingConfig
@@ -99,10 +99,10 @@ def peak_and_estimate(model: Path, store: Path, changes: dict[str, Any]) -> tupl
     """GB at most in three steps, and what `training.memory` says."""
     config, parallel = TrainingConfig(**changes), start_parallel()
     backend = build_backend(Start(config, phases_of(config)[0], model, 0), parallel)
-    rows = TrainingRows(Store.open(store), config.sequence_length, 0)
+    rows = TrainingSequences(Store.open(store), config.sequence_length, 0)
     for step in range(3):
         for micro in range(2):
-            batch = rows.batch([2 * step + micro] * config.micro_batch_rows).to(parallel.device)
+            batch = rows.batch([2 * step + micro] * config.micro_batch_size).to(parallel.device)
             backend.backward(batch, 1e-3, last=micro == 1)
         backend.step(1.0)
     peak = torch.cuda.max_memory_allocated()
@@ -125,7 +125,7 @@ def test_the_memory_estimate_is_within_a_tenth(
     prepare(tmp_path, "memory", 200_000)
     inputs = Inputs.of(tmp_path, "memory")
     changes = {
-        "sequence_length": 2048, "batch_rows": 8, "micro_batch_rows": 4, "tokens": 10**6, "attention": attention,
+        "sequence_length": 2048, "global_batch_size": 8, "micro_batch_size": 4, "tokens": 10**6, "attention": attention,
         "activation_checkpointing": recompute, "compile": compiled,
     }  # fmt: skip
     peak, estimate = run_ranks(

@@ -97,7 +97,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
         "corpus": {"sources": sources, "heldout": 0.1},
         "tokenizer": {"new_pieces": {"ko": 40, "zh_tw": 40}, "min_frequency": 2},
         "training": {
-            "tokens": 32 * 8 * 6, "sequence_length": 32, "batch_rows": 8, "micro_batch_rows": 4, "precision": "fp32",
+            "tokens": 32 * 8 * 6, "sequence_length": 32, "global_batch_size": 8, "micro_batch_size": 4, "precision": "fp32",
             "log_every": 2, "evaluate_every": 3, "checkpoints": {"every": 3}, "optimizer": {"learning_rate": 0.001},
         },
         "evaluation": {

@@ -216,7 +216,10 @@ def test_plan_says_what_a_changed_setting_makes_to_do(finished: Path, recipe_pat
     [
         (["models.base=/nowhere"], "model /nowhere does not exist"),
         (["launch.processes=1000"], "launch.processes = 1000 but this machine has"),
-        (["training.batch_rows=7"], "training.batch_rows = 7 does not divide over 2 processes"),
+        (
+            ["training.global_batch_size=7"],
+            "training.global_batch_size = 7 does not divide over 2 processes",
+        ),
         (["evaluation.models.sft=/nowhere"], "model /nowhere does not exist"),
         (
             ["evaluation.models.chat=/nowhere"],

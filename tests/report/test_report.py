@@ -23,7 +23,7 @@ from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
 LOCAL = TrackingConfig(carrier="none")
 HOSTILE = "<script>alert(1)</script> [/INST] 서울"
 STEP_FORM = Form("step")
-TRAINING = {"tokens": 6400, "sequence_length": 16, "batch_rows": 4}  # 100 steps
+TRAINING = {"tokens": 6400, "sequence_length": 16, "global_batch_size": 4}  # 100 steps
 SCORES = ["model", "language", "metric", "value", "low", "high", "n"]
 
 

@@ -19,8 +19,8 @@ INPUTS = ROOT / "runs" / "demo-inputs"
 SETTINGS = {
     "tokenizer": {"new_pieces": {"zh_tw": 900, "ko": 600}, "min_frequency": 3, "character_coverage": 0.98},
     "training": {
-        "tokens": 128 * 12 * 48, "sequence_length": 128, "batch_rows": 12, "micro_batch_rows": 2, "precision": "fp32",
-        "optimizer": {"learning_rate": 1e-3}, "log_every": 1, "evaluate_every": 24, "evaluate_rows": 12,
+        "tokens": 128 * 12 * 48, "sequence_length": 128, "global_batch_size": 12, "micro_batch_size": 2, "precision": "fp32",
+        "optimizer": {"learning_rate": 1e-3}, "log_every": 1, "evaluate_every": 24, "evaluate_sequences": 12,
         "continuations": 0, "checkpoints": {"every": 8},
     },
     "evaluation": {"max_new_tokens": 8, "samples_shown": 1},

@@ -15,8 +15,8 @@ from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.data.tokenise import write_store
 
 CONFIG: dict[str, Any] = {
-    "sequence_length": 32, "batch_rows": 8, "micro_batch_rows": 2, "tokens": 32 * 8 * 12, "precision": "fp32",
-    "log_every": 1, "evaluate_every": 6, "evaluate_rows": 6, "checkpoints": {"every": 4}, "loss_chunk": 20,
+    "sequence_length": 32, "global_batch_size": 8, "micro_batch_size": 2, "tokens": 32 * 8 * 12, "precision": "fp32",
+    "log_every": 1, "evaluate_every": 6, "evaluate_sequences": 6, "checkpoints": {"every": 4}, "loss_chunk": 20,
     # Adam's first steps are the signs of the gradients; a large epsilon keeps rounding noise from flipping them
     "optimizer": {"learning_rate": 0.01, "clip": 0.5, "epsilon": 1e-4},
 }  # fmt: skip

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cpt_merge.core.errors import Interrupted
-from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
 from cpt_merge.launcher.start import backend_environment
 from cpt_merge.merge import MergeConfig
@@ -157,9 +157,13 @@ def poison_batches(job: Job) -> None:
     from cpt_merge.training.model.build import CausalLM
 
     forward: Callable[..., torch.Tensor] = CausalLM.forward
-    config, rows = job.config, TrainingRows(Store.open(job.store), job.config.sequence_length, 0)
+    config, rows = (
+        job.config,
+        TrainingSequences(Store.open(job.store), job.config.sequence_length, 0),
+    )
     bad = {
-        tuple(rows.batch([step * config.batch_rows]).input_ids[0].tolist()) for step in job.poison
+        tuple(rows.batch([step * config.global_batch_size]).input_ids[0].tolist())
+        for step in job.poison
     }  # rank 0 has the first row of every step
 
     def poisoned(self: CausalLM, batch: Any, last: torch.Tensor | None = None) -> torch.Tensor:
@@ -187,7 +191,7 @@ def reference_steps(model_path: Path, store: Path) -> dict[int, tuple[float, flo
         eps=1e-4,
     )
     losses: dict[int, tuple[float, float]] = {}
-    rows = TrainingRows(Store.open(store), config.sequence_length, config.seed)
+    rows = TrainingSequences(Store.open(store), config.sequence_length, config.seed)
     for step in range(config.steps):
         batch = rows.batch(list(range(step * 8, step * 8 + 8)))
         logits = model(

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.compute_copy import ComputeCopy
@@ -54,7 +54,7 @@ def setup(
 ) -> MemorySetup:
     values = {
         "sequence_length": LENGTH,
-        "micro_batch_rows": ROWS,
+        "micro_batch_size": ROWS,
         "micro_batches": 1,
         "loss_chunk": 64,
     }
@@ -246,11 +246,11 @@ def whole_steps(store: Path, sizes: dict[str, Any], asked: MemorySetup) -> tuple
         for unit in (*module.layers, module):
             fully_shard(unit, mp_policy=policy)
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
-    rows = TrainingRows(Store.open(store), asked.sequence_length, 0)
+    rows = TrainingSequences(Store.open(store), asked.sequence_length, 0)
 
     def step() -> None:
         for _ in range(asked.micro_batches):
-            running(rows.batch(list(range(asked.micro_batch_rows)))).backward()
+            running(rows.batch(list(range(asked.micro_batch_size)))).backward()
         optimizer.step()
         if copy:
             copy.refresh()
@@ -289,7 +289,7 @@ def test_the_peak_of_a_whole_step_is_near(
     changes: dict[str, Any], sizes: dict[str, Any], store: Path
 ) -> None:
     whole = {**SIZES, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, **sizes}
-    asked = setup(**({"shards": 2, "micro_batch_rows": 4} | changes))
+    asked = setup(**({"shards": 2, "micro_batch_size": 4} | changes))
     for parameters, peak in run_ranks(whole_steps, 2, store, whole, asked):
         shape = ModelShape.from_config(LlamaConfig(**whole).to_dict(), parameters, "the model")
         assert estimate_memory(shape, asked).total == pytest.approx(
@@ -298,7 +298,9 @@ def test_the_peak_of_a_whole_step_is_near(
 
 
 def test_the_setup_follows_from_the_configuration() -> None:
-    config = TrainingConfig(tokens=10**6, batch_rows=64, micro_batch_rows=2, sequence_length=512)
+    config = TrainingConfig(
+        tokens=10**6, global_batch_size=64, micro_batch_size=2, sequence_length=512
+    )
     found = MemorySetup.of(config, "fsdp2", processes=8, shards=4)
     assert (found.shards, found.micro_batches, found.tokens, found.compute) == (4, 4, 1024, 2)
     assert found.activation_checkpointing == "none"

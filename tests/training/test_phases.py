@@ -37,7 +37,7 @@ def tokenizer(model: Path, tmp_path: Path) -> Path:
 
 
 def test_budgets_become_whole_steps_that_follow_each_other() -> None:
-    config = TrainingConfig(tokens=1000, sequence_length=10, batch_rows=5, phases=[
+    config = TrainingConfig(tokens=1000, sequence_length=10, global_batch_size=5, phases=[
         {"train": "new_rows", "tokens": 120, "learning_rate": 0.5}, {"train": "all"}])  # fmt: skip
     first, second = phases_of(config)
     assert (first.start, first.stop, second.start, second.stop) == (0, 3, 3, 20)
@@ -57,7 +57,7 @@ def test_budgets_that_contradict_are_refused(
     phases: list[dict[str, object]], sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
-        TrainingConfig(tokens=1000, sequence_length=10, batch_rows=5, phases=phases)
+        TrainingConfig(tokens=1000, sequence_length=10, global_batch_size=5, phases=phases)
 
 
 def phase_model(out: Path, number: int) -> dict[str, torch.Tensor]:

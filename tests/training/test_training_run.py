@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
 from cpt_merge.launcher.start import backend_environment
 from tests.distributed import run_ranks
@@ -190,12 +190,14 @@ def test_a_checkpoint_of_another_configuration_is_refused(
 
 
 def test_what_does_not_fit_is_one_sentence(model: Path, store: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="batch_rows = 7 does not divide over 2 processes"):
-        run_ranks(train, 2, Job(model, store, tmp_path, {"batch_rows": 7}))
+    with pytest.raises(
+        AssertionError, match="global_batch_size = 7 does not divide over 2 processes"
+    ):
+        run_ranks(train, 2, Job(model, store, tmp_path, {"global_batch_size": 7}))
     with pytest.raises(AssertionError, match="2 processes do not make 2 replicas of 2 shards"):
         run_ranks(train, 2, Job(model, store, tmp_path, backend="hsdp"))
     with pytest.raises(UserError, match="fewer than one row"):
-        TrainingRows(Store.open(store), 100_000, 0)
+        TrainingSequences(Store.open(store), 100_000, 0)
 
 
 @pytest.mark.parametrize(

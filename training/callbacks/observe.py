@@ -11,7 +11,7 @@ from typing import Any
 
 from cpt_merge.core.artifact import read_json_lines, write_json_lines
 from cpt_merge.core.progress import say
-from cpt_merge.data.packing import TrainingRows
+from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.tracking.tracker import Cell, Tracker
 from cpt_merge.training.callbacks.continuations import (
     COLUMNS,
@@ -35,7 +35,7 @@ class Observer:
     """Looks at a model between steps; nothing of it changes the training."""
 
     config: TrainingConfig
-    rows: TrainingRows
+    rows: TrainingSequences
     heldout: list[HeldoutRows]
     reference: dict[str, float]  # language -> bits per byte of the base with its own tokenizer
     prompts: list[Prompt]
@@ -63,7 +63,7 @@ class Observer:
         """Measure the held-out text and continue the prompts. False if all agreed to stop before the end of it."""
         started = time.monotonic()
         found = validate(
-            backend.loss, self.heldout, self.config.micro_batch_rows, self.parallel, stop.agreed
+            backend.loss, self.heldout, self.config.micro_batch_size, self.parallel, stop.agreed
         )
         if found is None:
             return False
@@ -104,7 +104,9 @@ class Observer:
         spike = self.spikes.observe(step, loss)
         if spike is None:
             return
-        indices = range((step - 1) * self.config.batch_rows, step * self.config.batch_rows)
+        indices = range(
+            (step - 1) * self.config.global_batch_size, step * self.config.global_batch_size
+        )
         text = (
             f"step {step}: loss {loss:.3f}, the last ones {spike.mean:.3f} ± {spike.deviation:.3f}"
         )

@@ -12,7 +12,7 @@ from cpt_merge.core.artifact import write_json
 from cpt_merge.core.progress import say, timed
 from cpt_merge.data.packing import Batch
 from cpt_merge.data.store import Store
-from cpt_merge.training.callbacks.validation import heldout_rows, validate
+from cpt_merge.training.callbacks.validation import heldout_sequences, validate
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.fsdp import shard
 from cpt_merge.training.distributed.parallel import Parallel
@@ -29,10 +29,10 @@ def reference_line(
     Empty, and said, where there is no base or the store has no text in its tokens. A collective.
     """
     path = out / FILE
-    kept = parallel.broadcast(lambda: _kept(path, config.evaluate_rows))
+    kept = parallel.broadcast(lambda: _kept(path, config.evaluate_sequences))
     if kept is not None:
         return kept
-    heldout = heldout_rows(store, config, "reference") if base and store.info.reference else []
+    heldout = heldout_sequences(store, config, "reference") if base and store.info.reference else []
     if base is None or not heldout:
         say("training: no reference line, since the store holds no text in the base's own tokens")
         return {}
@@ -47,11 +47,11 @@ def reference_line(
             loss: Tensor = module(batch)
             return loss
 
-        losses = validate(loss_of, heldout, config.micro_batch_rows, parallel, lambda: False)
+        losses = validate(loss_of, heldout, config.micro_batch_size, parallel, lambda: False)
     assert losses is not None, "nobody stops it"
     found = {language: loss.bits_per_byte for language, loss in losses.items()}
     if parallel.world.is_main:
-        write_json(path, {"rows": config.evaluate_rows, "bits_per_byte": found})
+        write_json(path, {"rows": config.evaluate_sequences, "bits_per_byte": found})
     return found
 
 

@@ -78,10 +78,11 @@ class Spikes:
 
 
 def record_spike(path: Path, spike: Spike, indices: range, rows: Sequence[tuple[str, int]]) -> None:
-    """Append one JSON line: the spike, the first and last index of the step's rows in the run, and where each lies.
+    """Append one JSON line: the spike, the first and last index of the step's sequences in the run, and where each is.
 
-    `rows` is (source name, row of that source) by index, as `RowOrder.place` has them. A number that is not finite is
-    null. A step that is done again after a resume gives the same line, which is not written twice. Rank 0 only.
+    `rows` is (source name, sequence of that source) by index, as `SequenceOrder.place` has them.
+    A number that is not finite is null. A step that is done again after a resume gives the same line,
+    which is not written twice. Rank 0 only.
     """
     numbers = {
         name: value if math.isfinite(value) else None for name, value in asdict(spike).items()

@@ -30,16 +30,16 @@ class HeldoutRows:
         return sum(_bytes_within(packed, packed.length * rows + 1) for packed, rows in self.sources)
 
 
-def heldout_rows(
+def heldout_sequences(
     store: Store, config: TrainingConfig, split: StoreSplit = "heldout"
 ) -> list[HeldoutRows]:
-    """For each language up to `evaluate_rows` rows, divided over its sources in order."""
+    """For each language up to `evaluate_sequences` rows, divided over its sources in order."""
     found: dict[str, list[tuple[PackedDocuments, int]]] = {}
     for source in store.info.sources:
         packed = PackedDocuments(store.documents(source, split), config.sequence_length)
         already = sum(rows for _, rows in found.get(source.language, []))
-        rows = min(packed.rows, config.evaluate_rows - already)
-        if packed.rows == 0 and split == "heldout":
+        rows = min(packed.sequences, config.evaluate_sequences - already)
+        if packed.sequences == 0 and split == "heldout":
             say(
                 f"{source.name}: the held-out text fills no row of {config.sequence_length}; raise corpus.heldout"
             )

@@ -253,9 +253,9 @@ def engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any
         raise UserError(
             "training.precision: pure-bf16 is not DeepSpeed's, which keeps fp32 masters; set bf16 or fp32."
         )
-    micro = -(-config.batch_rows // (parallel.world.size * config.micro_batch_rows))
+    micro = -(-config.global_batch_size // (parallel.world.size * config.micro_batch_size))
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.micro_batch_rows,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": micro,
         "gradient_clipping": config.optimizer.clip,
         "zero_optimization": zero_section(parallel.asked),

@@ -208,7 +208,7 @@ def check_attention(
                 "attention: flash computes in bf16 only; set training.precision: bf16, or attention: sdpa."
             )
         _check_kernel(device)
-    rows, length = config.micro_batch_rows, max(config.sequence_length, 16)
+    rows, length = config.micro_batch_size, max(config.sequence_length, 16)
     batch = _two_documents(rows, length).to(device)
     try:
         expected = float(module(batch))

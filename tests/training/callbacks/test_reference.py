@@ -27,7 +27,7 @@ def store_with_base(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus, mo
 def measured(base: Path, store: Path, out: Path, rows: int) -> dict[str, float]:
     ask_for("fsdp2")
     parallel = start_parallel()
-    config = TrainingConfig(**{**CONFIG, "evaluate_rows": rows})
+    config = TrainingConfig(**{**CONFIG, "evaluate_sequences": rows})
     found = reference_line(base, Store.open(store), config, parallel, out)
     stop_process_group()
     return found

@@ -12,7 +12,9 @@ from cpt_merge.training.flops import mfu
 from tests.distributed import run_ranks
 from tests.training.runs import ask_for
 
-CONFIG = TrainingConfig(tokens=10**6, sequence_length=100, batch_rows=4)  # 400 tokens per step
+CONFIG = TrainingConfig(
+    tokens=10**6, sequence_length=100, global_batch_size=4
+)  # 400 tokens per step
 
 
 def an_interval() -> list[dict[str, float]]:
