@@ -117,7 +117,7 @@ def recipe_for(folder: Path, base: str, sections: dict[str, dict[str, Any]]) -> 
         "runs": str(folder / "runs"),
         "models": {"base": str(models / "base"), "chat": str(models / "chat")},
         "launch": {"processes": 1},
-        "tracking": {"carrier": "none"},
+        "tracking": {"mode": "disabled"},
     }
     return parse_section(Recipe, values, str(RECIPE))
 

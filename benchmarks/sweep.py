@@ -35,7 +35,7 @@ from cpt_merge.evaluation.sweep.model import MergedModel
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.plan import MergeInputs, plan
 from cpt_merge.merge.run import run as merge
-from cpt_merge.tracking.tracker import SilentTracker
+from cpt_merge.tracking import Tracker
 
 RATIOS = (0.5, 0.8, 1.0)
 TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -82,7 +82,7 @@ def through_files(inputs: MergeInputs, ratio: float, out: Path) -> float:
     """Seconds of a merge to disk and of loading what it wrote."""
     shutil.rmtree(out, ignore_errors=True)
     started = time.monotonic()
-    merge(MergeConfig(ratio=ratio), inputs, out, SilentTracker())
+    merge(MergeConfig(ratio=ratio), inputs, out, Tracker())
     load_model("merged", out, 0)
     return time.monotonic() - started
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training_inputs import Inputs
+from cpt_merge.tracking import Tracker
+from cpt_merge.tracking.events import Event, Scalars
 
 ROOT = Path(__file__).parents[1]
 RATE, BETAS, CLIP = 1e-4, (0.9, 0.95), 1.0
@@ -141,18 +143,19 @@ def ask_for_fsdp(case: Case) -> None:
         os.environ.update(backend_environment(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"))
 
 
-class _Rows:
-    """A tracker that ends an interval with each row of training metrics."""
+class _Intervals:
+    """A sink that ends an interval with each row of training metrics."""
 
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
 
-    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if "train/loss" in metrics:
-            self.turn(metrics["train/loss"])
+    def begin(self, kept: float | None) -> None: ...
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
+    def write(self, event: Event) -> None:
+        if isinstance(event, Scalars) and "train/loss" in event.values:
+            self.turn(event.values["train/loss"])
+
+    def finish(self, failed: bool) -> None: ...
 
 
 def ours(case: Case, folder: Path, turn: Turn) -> None:
@@ -162,7 +165,7 @@ def ours(case: Case, folder: Path, turn: Turn) -> None:
 
     ask_for_fsdp(case)
     inputs = TrainingInputs(case.inputs.model, case.inputs.model, case.inputs.store, "benchmark")
-    run(TrainingConfig(**settings(case)), inputs, folder, _Rows(turn), None)  # type: ignore[arg-type]
+    run(TrainingConfig(**settings(case)), inputs, folder, Tracker([_Intervals(turn)]), None)
 
 
 def bare(case: Case, folder: Path, turn: Turn) -> None:

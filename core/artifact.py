@@ -49,7 +49,7 @@ class StageRecord:
     results: dict[str, Any] = field(
         default_factory=dict
     )  # numbers worth reading without opening the artifact
-    tracking: dict[str, Any] = field(default_factory=dict)  # carrier, run id, group
+    tracking: dict[str, Any] = field(default_factory=dict)  # mode, run id, group
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -13,8 +13,7 @@ from cpt_merge.core.world import find_world
 from cpt_merge.data.sources import Corpus, source_files
 from cpt_merge.data.store import StoreInfo
 from cpt_merge.data.tokenise import write_store
-from cpt_merge.tracking import Tracker
-from cpt_merge.tracking.tracker import Cell
+from cpt_merge.tracking import Cell, Tracker
 from cpt_merge.training.config import DataConfig
 
 BLOCK = 1 << 20  # documents looked at at a time

@@ -146,7 +146,7 @@ def _slurm() -> Iterator[Finding]:
 
 
 def _tracking() -> Iterator[Finding]:
-    from cpt_merge.tracking.sinks.wandb import find_key
+    from cpt_merge.tracking.wandb_compat import find_key
 
     if find_key():
         yield Finding(

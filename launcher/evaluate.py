@@ -26,7 +26,7 @@ class Settings(Section):
     """The sections of a recipe that an evaluation without one may set."""
 
     evaluation: EvaluationConfig = key(EvaluationConfig(suites=["form"]), "evaluation")
-    tracking: TrackingConfig = key(TrackingConfig(carrier="none"), "tracking")
+    tracking: TrackingConfig = key(TrackingConfig(mode="disabled"), "tracking")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _evaluate_directories(request: Request) -> None:
 
 
 def _settings(request: Request) -> Settings:
-    values: dict[str, Any] = {"evaluation": {}, "tracking": {"carrier": "none"}}
+    values: dict[str, Any] = {"evaluation": {}, "tracking": {"mode": "disabled"}}
     for override in request.overrides:
         apply_override(values, override)
     if request.suite is not None and "suites" in values["evaluation"]:

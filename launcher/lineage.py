@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cpt_merge.data.sources import Source
 from cpt_merge.launcher.stages import Run
-from cpt_merge.tracking.tracker import Artifact
+from cpt_merge.tracking import Artifact
 
 # what a stage leaves: kind, and the path of the run that holds it
 LEFT = {

@@ -133,13 +133,13 @@ def _inputs(request: Request) -> MergeInputs:
 
 def _merge_directories(request: Request) -> None:
     from cpt_merge.merge.run import run
-    from cpt_merge.tracking.tracker import SilentTracker
+    from cpt_merge.tracking import Tracker
 
     inputs = _inputs(request)
     if request.out is None:
         raise UserError("give the directory of the merged model, --out DIR.")
     with _file_errors(request.out):
-        run(_config(request), inputs, request.out, SilentTracker())
+        run(_config(request), inputs, request.out, Tracker())
     say(f"merge: done -> {request.out}; talk to it with `cpt-merge chat {request.out}`")
 
 

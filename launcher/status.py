@@ -14,7 +14,7 @@ from cpt_merge.core.artifact import read_record
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.stages import STAGES
-from cpt_merge.tracking.sinks.local import STEP, read_log
+from cpt_merge.tracking import STEP, read_log
 
 
 def show_status(recipe: Recipe) -> None:
@@ -100,7 +100,7 @@ def _training(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _links(run: Path) -> list[tuple[str, str]]:
-    """The W&B runs, where the carrier has said which."""
+    """The W&B runs, where W&B has given an address."""
     lines = []
     for stage in STAGES:
         path = run / stage.name / "log" / "run.json"

@@ -40,13 +40,13 @@ def sync(folder: Path) -> None:
     local = [log for log in sorted(logs, key=_place) if log not in uploaded and _only_local(log)]
     if len(local) == len(logs):
         raise UserError(
-            f"{folder}: there is nothing to upload, since it was logged with tracking.carrier: none, and W&B has "
-            "nothing of it; set another carrier before the next run."
+            f"{folder}: there is nothing to upload, since it was logged with tracking.mode: disabled, and W&B has "
+            "nothing of it; set another mode before the next run."
         )
     if local:
         shown = ", ".join(_folder_of(log).name for log in local)
         say(
-            f"W&B has nothing of {shown}: logged with tracking.carrier: none, so there is nothing to upload"
+            f"W&B has nothing of {shown}: logged with tracking.mode: disabled, so there is nothing to upload"
         )
     others = " else" if local else ""
     rest = (
@@ -59,7 +59,7 @@ def sync(folder: Path) -> None:
 
 def _only_local(log: Path) -> bool:
     """Whether no attempt of a log was to go to W&B: neither the last one, nor one before that left files for it."""
-    return read_log(log).run.get("carrier") == "none" and not any((log / "wandb").glob("*run-*"))
+    return read_log(log).run.get("mode") == "none" and not any((log / "wandb").glob("*run-*"))
 
 
 def _place(log: Path) -> tuple[Path, int, bool, Path]:

@@ -38,7 +38,7 @@ from cpt_merge.merge.rules import model_tensors
 from cpt_merge.merge.slices import CHUNK, NoOutput, SliceMerger, rounded
 from cpt_merge.merge.statistics import Statistics, Sums
 from cpt_merge.merge.vectors import check_base
-from cpt_merge.tracking.tracker import Tracker
+from cpt_merge.tracking import Tracker
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from cpt_merge.merge import ancestry
 from cpt_merge.merge.plan import MergePlan, PlannedVector, describe_rule
 from cpt_merge.merge.rules import kind_of
 from cpt_merge.merge.statistics import Statistics, Sums, by_kind, by_layer, total
-from cpt_merge.tracking.tracker import Tracker
+from cpt_merge.tracking import Tracker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

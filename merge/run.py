@@ -19,7 +19,7 @@ from cpt_merge.merge.slices import give_back_freed_memory
 from cpt_merge.merge.tokens import describe
 from cpt_merge.merge.vectors import check_base
 from cpt_merge.merge.work import Work, finish_publishing
-from cpt_merge.tracking.tracker import Tracker
+from cpt_merge.tracking import Tracker
 
 _ORDER = "1"  # changes with the order of the arithmetic or the blocks: an older unfinished merge is of no use then
 

@@ -21,8 +21,7 @@ from cpt_merge.report.curves import (
 )
 from cpt_merge.report.headline import scores_of
 from cpt_merge.report.run_view import RunView, columns_of, metrics_of, number, previewed_metrics
-from cpt_merge.tracking import StageLog
-from cpt_merge.tracking.sinks.local import STEP, Table
+from cpt_merge.tracking import STEP, StageLog
 
 AXES = {"step": STEP, "tokens": "train/tokens"}  # what the curves can be drawn over
 MODELS = ("base", "chat", "cpt", "merged")  # with a colour of their own, the same everywhere
@@ -97,10 +96,9 @@ class Palette:
     """A class of the style sheet for everything that has a colour of its own."""
 
     def __init__(self, view: RunView) -> None:
-        rows = view.log("evaluation").tables.get("eval/scores", Table([], [])).rows
-        further = [
-            name for name in dict.fromkeys(str(row[0]) for row in rows) if name not in MODELS
-        ]
+        scores = columns_of(view.log("evaluation"), "eval/scores", "model")
+        names = dict.fromkeys(str(name) for (name,) in scores)
+        further = [name for name in names if name not in MODELS]
         self._models = {name: f"k-{name}" for name in MODELS}
         self._models |= {name: f"k-m{place % FURTHER_MODELS}" for place, name in enumerate(further)}
         sources = settings(view).get("corpus", {}).get("sources", [])

@@ -9,8 +9,7 @@ from typing import Any
 
 from cpt_merge.launcher.stages import STAGES
 from cpt_merge.report.run_view import SWEEP, RunView, StageView, duration, number, previewed_metrics
-from cpt_merge.tracking import StageLog
-from cpt_merge.tracking.sinks.local import STEP
+from cpt_merge.tracking import STEP, StageLog
 
 Score = Mapping[tuple[str, str, str], float]  # (metric, model, language) -> value
 

@@ -42,8 +42,7 @@ from cpt_merge.report.run_view import (
     preview_rows,
     ratios_of,
 )
-from cpt_merge.tracking import Cell, StageLog
-from cpt_merge.tracking.sinks.local import Table
+from cpt_merge.tracking import Cell, StageLog, Table
 
 T = TypeVar("T")
 TEMPLATE = Path(__file__).with_suffix(".html")

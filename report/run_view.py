@@ -20,8 +20,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import console, say
 from cpt_merge.launcher.lineage import STAGE_OF
 from cpt_merge.launcher.stages import STAGES
-from cpt_merge.tracking import Cell, StageLog, read_log
-from cpt_merge.tracking.sinks.local import STEP
+from cpt_merge.tracking import STEP, Cell, StageLog, read_log
 
 PAGE = "report.html"
 Pivot = tuple[list[str], list[list[str]]]  # columns after the first, rows as they are shown

@@ -8,13 +8,12 @@ from cpt_merge.core.config import Section, key
 
 
 class TrackingConfig(Section):
-    """Weights & Biases: which carrier, and under which names."""
+    """Weights & Biases: the mode, and the names."""
 
-    carrier: Literal["auto", "online", "offline", "none"] = key(
+    mode: Literal["auto", "online", "offline", "disabled"] = key(
         "auto",
-        "auto: online with a key and a reachable server, else offline; online: as auto, but no key is an error, "
-        "and WANDB_MODE is not asked; "
-        "none: only the local log",
+        "auto: online if there is an API key and the server answers, else offline; online: like auto, but a missing "
+        "key is an error, and WANDB_MODE is ignored; disabled: only the local log",
     )
     project: str = key("cpt-merge", "W&B project")
     entity: str | None = key(None, "W&B team or user; your default one if not set")

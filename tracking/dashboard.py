@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.tracking.config import TrackingConfig
-from cpt_merge.tracking.sinks.local import STEP
+from cpt_merge.tracking.events import STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -323,7 +323,7 @@ def dashboard(config: TrackingConfig, pipeline: Pipeline, name: str, dry_run: bo
         return
     import wandb
 
-    from cpt_merge.tracking.sinks.wandb import find_key
+    from cpt_merge.tracking.wandb_compat import find_key
 
     if not find_key():
         raise UserError(

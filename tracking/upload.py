@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,15 +12,16 @@ from cpt_merge.core.config import parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.tracking.config import TrackingConfig
+from cpt_merge.tracking.events import Event, File, Image, Summary
 from cpt_merge.tracking.sinks.local import RunIdentity, StageLog, read_log
-from cpt_merge.tracking.sinks.wandb import WandbCarrier, check_reachable, continue_online
+from cpt_merge.tracking.sinks.wandb import WandbSink, check_reachable, continue_online
 from cpt_merge.tracking.sinks.wandb_history import (
     held_rows,
-    is_offline,
-    mend,
     not_uploaded,
     of_other_runs,
+    repair,
 )
+from cpt_merge.tracking.wandb_compat import is_offline
 
 
 def upload(directory: Path) -> bool:
@@ -33,7 +35,7 @@ def upload(directory: Path) -> bool:
     log = read_log(directory)
     run = RunIdentity(**{field.name: log.run[field.name] for field in fields(RunIdentity)})
     for attempt in (*of_other_runs(directory, run.run_id), *not_uploaded(directory, run.run_id)):
-        mend(attempt)
+        repair(attempt)
     others, left = of_other_runs(directory, run.run_id), not_uploaded(directory, run.run_id)
     if not others and not left:
         return False
@@ -67,16 +69,16 @@ def upload(directory: Path) -> bool:
     return True
 
 
-def _send(log: StageLog, carrier: WandbCarrier) -> None:
-    """Rows that are missing; the rest is replaced by itself."""
-    carrier.begin(log.rows)
-    for name, table in log.tables.items():
-        carrier.table(name, table.columns, table.rows)
-    for name, path in log.images.items():
-        carrier.image(name, path)
-    for name, path in log.files.items():
-        carrier.file(name, path)
-    for artifact in log.artifacts:
-        carrier.artifact(artifact)
-    carrier.summary(log.summary)
-    carrier.finish(failed=bool(log.alerts) and log.alerts[-1]["title"].endswith(" failed"))
+def _send(log: StageLog, sink: WandbSink) -> None:
+    """Send the rows that are missing; everything else is replaced by itself."""
+    sink.begin(math.inf)
+    events: list[Event] = [
+        *log.tables.values(),
+        *(Image(name, path) for name, path in log.images.items()),
+        *(File(name, path) for name, path in log.files.items()),
+        *log.artifacts,
+        Summary(log.summary),
+    ]
+    for event in events:
+        sink.write(event)
+    sink.finish(failed=bool(log.alerts) and log.alerts[-1]["title"].endswith(" failed"))

@@ -22,7 +22,7 @@ from cpt_merge.data.store import Store
 from cpt_merge.merge.config import Dtype
 from cpt_merge.merge.hook import LocalShard, export_shards
 from cpt_merge.merge.plan import MergePlan
-from cpt_merge.tracking.tracker import Tracker
+from cpt_merge.tracking import Tracker
 from cpt_merge.training.callbacks.continuations import prompts_from
 from cpt_merge.training.callbacks.observe import PROMPT_TOKENS, Observer
 from cpt_merge.training.callbacks.preview import Interview, Preview

@@ -13,7 +13,7 @@ from torch import Tensor
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.data.packing import TrainingSequences
-from cpt_merge.tracking.tracker import Tracker
+from cpt_merge.tracking import Tracker
 from cpt_merge.training.callbacks.observe import Observer
 from cpt_merge.training.callbacks.preview import Preview
 from cpt_merge.training.callbacks.throughput import Throughput

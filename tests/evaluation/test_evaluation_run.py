@@ -22,8 +22,7 @@ from cpt_merge.evaluation.models import shared_context
 from cpt_merge.evaluation.outputs import is_complete, show_samples
 from cpt_merge.evaluation.results import ModelResult, Sample
 from cpt_merge.evaluation.run import evaluate_model, run
-from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
-from cpt_merge.tracking.tracker import SilentTracker
+from cpt_merge.tracking import Tracker, TrackingConfig, read_log, start_tracker
 from tests.distributed import free_port, run_ranks
 from tests.evaluation.conftest import TEMPLATE
 from tests.evaluation.http_server import completion, judging
@@ -36,7 +35,7 @@ def test_what_it_writes_and_returns(
 ):
     config = EvaluationConfig(prompts=str(prompts_file), **SETTINGS)
     tracker = start_tracker(
-        TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id"
+        TrackingConfig(mode="disabled"), "evaluation", "t", "g", tmp_path / "log", {}, "id"
     )
     chat = models_of_two_vocabularies["chat"]
     returned = run(config, models_of_two_vocabularies, corpus, chat, tmp_path, tracker)
@@ -113,7 +112,7 @@ def evaluate(settings, models, corpus, out):
         Corpus.model_validate(corpus),
         models["chat"],
         out,
-        SilentTracker(),
+        Tracker(),
     )
 
 
@@ -192,7 +191,7 @@ def test_one_that_was_cut_short_asks_no_model_twice(
             corpus,
             models_of_two_vocabularies["chat"],
             out,
-            SilentTracker(),
+            Tracker(),
         )
 
     go(tmp_path / "whole")
@@ -226,9 +225,7 @@ def test_one_that_was_cut_short_asks_no_model_twice(
 def test_without_prompts_only_bits_per_byte(models_of_two_vocabularies, corpus, tmp_path):
     base = {"base": models_of_two_vocabularies["base"]}
     config = EvaluationConfig(context=32, documents=2)
-    returned = run(
-        config, base, corpus, tmp_path / "no-chat-model-needed", tmp_path, SilentTracker()
-    )
+    returned = run(config, base, corpus, tmp_path / "no-chat-model-needed", tmp_path, Tracker())
     assert sorted(returned) == [
         "base/en/bits_per_byte",
         "base/ko/bits_per_byte",
@@ -270,7 +267,7 @@ def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
                 corpus,
                 template_from,
                 tmp_path,
-                SilentTracker(),
+                Tracker(),
             )
 
 
@@ -296,7 +293,7 @@ def test_a_prompt_that_a_template_refuses_is_found_before_a_model_is_loaded(
         UserError,
         match=r"model strict, '왜\?': the chat template refuses .* system, user \(no system\)",
     ):
-        run(config, models, {}, None, tmp_path, SilentTracker())
+        run(config, models, {}, None, tmp_path, Tracker())
     assert not list(tmp_path.glob("*.kept")), "the first model was not asked either"
 
 
@@ -315,7 +312,7 @@ def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(
     config = EvaluationConfig(suites=["safety"], languages=["ko"], safety=safety, **SETTINGS)
     chat = {"chat": models_of_two_vocabularies["chat"]}
     tracker = start_tracker(
-        TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id"
+        TrackingConfig(mode="disabled"), "evaluation", "t", "g", tmp_path / "log", {}, "id"
     )
     returned = run(config, chat, {}, None, tmp_path, tracker)
     tracker.finish()
@@ -352,7 +349,7 @@ def test_what_is_left_out_of_a_metric_is_said(
     settings = {**judge, "url": moody.url, "modes": ["mark"]}
     config = EvaluationConfig(suites=["chat"], languages=["ko"], judge=settings, **SETTINGS)
     tracker = start_tracker(
-        TrackingConfig(carrier="none"), "evaluation", "t", "g", tmp_path / "log", {}, "id"
+        TrackingConfig(mode="disabled"), "evaluation", "t", "g", tmp_path / "log", {}, "id"
     )
     run(config, {"chat": models_of_two_vocabularies["chat"]}, {}, None, tmp_path, tracker)
     tracker.finish()
@@ -371,7 +368,7 @@ def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again
     )
     settings = {**judge, "url": ending.url, "modes": ["mark"], "attempts": 1}
     config = EvaluationConfig(suites=["chat"], languages=["ko"], judge=settings, **SETTINGS)
-    run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    run(config, models_of_two_vocabularies, {}, None, tmp_path, Tracker())
     models = json.loads((tmp_path / "results.json").read_text())["models"]
     assert models["base"]["scores"]["ko"]["judge_mark"]["value"] == 4
     assert "judge_mark" not in models["chat"]["scores"]["ko"]
@@ -381,7 +378,7 @@ def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again
     first = json.loads((tmp_path / "results.json").read_text())
     ending.asked.clear()  # it is back
     monkeypatch.setattr(cpt_merge.evaluation.run, "converse", None)  # no reply is generated again
-    run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    run(config, models_of_two_vocabularies, {}, None, tmp_path, Tracker())
     assert is_complete(tmp_path / "results.json")
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["models"]["chat"]["scores"]["ko"]["judge_mark"]["value"] == 4
@@ -394,7 +391,7 @@ def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again
 
 def test_the_judges_metrics_and_what_they_took(models_of_two_vocabularies, judge, tmp_path, capsys):
     config = EvaluationConfig(suites=["chat", "safety"], languages=["ko"], judge=judge, **SETTINGS)
-    run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    run(config, models_of_two_vocabularies, {}, None, tmp_path, Tracker())
     results = json.loads((tmp_path / "results.json").read_text())
     took = results["judges"]["parrot"]
     assert took["requests"] == len(list((tmp_path / "cache").iterdir()))
@@ -420,7 +417,7 @@ def test_the_judges_metrics_and_what_they_took(models_of_two_vocabularies, judge
 
 def test_without_a_judge_its_evaluators_are_not_run(models_of_two_vocabularies, tmp_path, capsys):
     config = EvaluationConfig(suites=["chat", "safety"], languages=["ko"], **SETTINGS)
-    run(config, models_of_two_vocabularies, {}, None, tmp_path, SilentTracker())
+    run(config, models_of_two_vocabularies, {}, None, tmp_path, Tracker())
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["judges"] == {}
     for model in results["models"].values():

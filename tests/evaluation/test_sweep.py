@@ -25,7 +25,6 @@ from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.plan import MergeInputs, plan
 from cpt_merge.merge.run import run as merge
 from cpt_merge.tracking import Tracker, TrackingConfig, read_log, start_tracker
-from cpt_merge.tracking.tracker import SilentTracker
 from tests.distributed import run_ranks
 from tests.evaluation.conftest import TEMPLATE, make_model
 from tests.evaluation.http_server import completion
@@ -68,7 +67,7 @@ def evaluation(prompts_file) -> EvaluationConfig:
 def sweep(inputs, evaluation, out, tracker: Tracker | None = None, **changes) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
     settings = SweepConfig(**{**SWEEP, **changes})
-    return run(settings, evaluation, MergeConfig(), inputs, out, tracker or SilentTracker())
+    return run(settings, evaluation, MergeConfig(), inputs, out, tracker or Tracker())
 
 
 def measured_points(monkeypatch, until: int = 1000) -> list[int]:
@@ -94,7 +93,7 @@ def test_ratio_1_is_byte_for_byte_what_the_merge_writes(inputs, tmp_path, settin
     model = MergedModel(plan(MergeConfig(**settings), inputs.merge), 0)
     for ratio in (0.3, 0.7, 1.0):
         model.merge(MergeConfig(ratio=ratio, **settings))
-    merge(MergeConfig(ratio=1.0, **settings), inputs.merge, tmp_path / "merged", SilentTracker())
+    merge(MergeConfig(ratio=1.0, **settings), inputs.merge, tmp_path / "merged", Tracker())
     written = load_model("merged", tmp_path / "merged", 0)
     state = model.loaded.model.state_dict()
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
@@ -131,7 +130,7 @@ def test_a_sweep_leaves_results_curves_and_samples(inputs, evaluation, tmp_path)
 
 def test_its_log_says_what_the_rule_goes_by(inputs, evaluation, tmp_path):
     tracker = start_tracker(
-        TrackingConfig(carrier="none"), "sweep", "n", "g", tmp_path / "log", {}, "id"
+        TrackingConfig(mode="disabled"), "sweep", "n", "g", tmp_path / "log", {}, "id"
     )
     sweep(
         inputs,

@@ -104,7 +104,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
             "suites": ["language", "chat", "safety"], "prompts": str(folder / "prompts.jsonl"), "max_prompts": 2,
             "max_new_tokens": 8, "context": 64,
         },
-        "tracking": {"carrier": "offline"},
+        "tracking": {"mode": "offline"},
         "launch": {"processes": 2},
     }  # fmt: skip
     path = folder / "tiny.yaml"

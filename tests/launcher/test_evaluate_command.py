@@ -19,10 +19,10 @@ def test_an_option_takes_all_the_pairs_behind_it() -> None:
         one_value_each("recipe.yaml merge.ratio=1 a=b".split())
         == "recipe.yaml merge.ratio=1 a=b".split()
     )
-    words = "--models qwen2.5=A llama.3=B evaluation.seed=1 tracking.carrier=none".split()
+    words = "--models qwen2.5=A llama.3=B evaluation.seed=1 tracking.mode=disabled".split()
     assert (
         one_value_each(words)
-        == "--models qwen2.5=A --models llama.3=B evaluation.seed=1 tracking.carrier=none".split()
+        == "--models qwen2.5=A --models llama.3=B evaluation.seed=1 tracking.mode=disabled".split()
     )
     assert (
         one_value_each("--models a=A.b/c b=./B".split())

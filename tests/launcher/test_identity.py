@@ -13,11 +13,11 @@ from cpt_merge.launcher.identity import IDS_FILE, group_name, run_id
 from cpt_merge.tracking import TrackingConfig, start_tracker
 
 
-def log(out: Path, stage: str, key: str, carrier: str = "none", value: float = 0.0) -> str:
+def log(out: Path, stage: str, key: str, mode: str = "disabled", value: float = 0.0) -> str:
     """Log as a stage does. Returns the id."""
     group = group_name("demo", out)
     name = run_id(out, group, stage, key, out / stage / "log")
-    config = TrackingConfig.model_validate({"carrier": carrier})
+    config = TrackingConfig.model_validate({"mode": mode})
     tracker = start_tracker(config, stage, f"demo-{stage}", group, out / stage / "log", {}, name)
     for layer in range(3):
         tracker.log({"merge/layer": layer, "merge/norm": value + layer})

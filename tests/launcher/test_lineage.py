@@ -12,7 +12,7 @@ from cpt_merge.data.sources import Corpus
 from cpt_merge.launcher.lineage import used
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.stages import Run
-from cpt_merge.tracking.tracker import Artifact
+from cpt_merge.tracking import Artifact
 
 
 def artifacts(recipe: Recipe, *sources: dict[str, str]) -> list[Artifact]:

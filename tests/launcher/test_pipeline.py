@@ -124,7 +124,7 @@ def test_how_a_stage_ended_is_an_alert(
     def run(*_: object) -> dict[str, Any]:
         raise error
 
-    recipe = load_recipe(recipe_path, [f"runs={tmp_path}", "tracking.carrier=none"])
+    recipe = load_recipe(recipe_path, [f"runs={tmp_path}", "tracking.mode=disabled"])
     with pytest.raises(type(error)):
         execute(Run(recipe), replace(STAGES[0], run=run), "0123456789", {}, {})
     (log,) = tmp_path.rglob("alerts.jsonl")

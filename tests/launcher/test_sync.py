@@ -55,22 +55,22 @@ def test_stages_are_uploaded_in_their_order(
     assert [log.relative_to(tmp_path).as_posix() for log in seen] == logs
 
 
-def test_a_run_without_a_carrier_is_not_called_uploaded(
+def test_a_run_without_wandb_is_not_called_uploaded(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = TrackingConfig(carrier="none")
+    config = TrackingConfig(mode="disabled")
     for stage in ("tokenizer", "data"):
         start_tracker(
             config, stage, f"demo-{stage}", "demo", tmp_path / stage / "log", {}, stage
         ).finish()
     with pytest.raises(
-        UserError, match=r"nothing to upload, since it was logged with tracking.carrier: none"
+        UserError, match=r"nothing to upload, since it was logged with tracking.mode: disabled"
     ):
         sync(tmp_path)
     write_json(tmp_path / "data" / "log" / "run.json", {
-        "stage": "data", "run_name": "demo-data", "group": "demo", "run_id": "data", "settings": {}, "carrier": "online",
+        "stage": "data", "run_name": "demo-data", "group": "demo", "run_id": "data", "settings": {}, "mode": "online",
     })  # fmt: skip
     sync(tmp_path)
     said = capfd.readouterr().err
-    assert "W&B has nothing of tokenizer: logged with tracking.carrier: none" in said
+    assert "W&B has nothing of tokenizer: logged with tracking.mode: disabled" in said
     assert "W&B: all else is uploaded" in said

@@ -38,7 +38,7 @@ def test_one_group_and_a_run_for_each_stage_whose_id_is_in_its_record(
         assert (run.run_group, run.job_type) == (group_name(recipe.name, recipe.directory), stage)
         assert run.run_id == f"{run.run_group}-{stage}-{written.key[:8]}"
         assert written.tracking == {
-            "carrier": "offline",
+            "mode": "offline",
             "run_id": run.run_id,
             "group": run.run_group,
         }

@@ -8,7 +8,7 @@ pieces, `<|im_start|>` elsewhere, padding to a multiple of 16.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 from cpt_merge.checkpoint.vocabulary_map import ChatToken, NewPiece, VocabularyMap
 from cpt_merge.merge import report
+from cpt_merge.tracking import Tracker
+from tests.recording import Recording
 
 HIDDEN, LAYERS, MIDDLE = 32, 2, 48
 LETTERS = [chr(ord("a") + number) for number in range(26)]
@@ -40,38 +42,6 @@ Weights = dict[str, torch.Tensor]
 
 
 DRAW = report.draw
-
-
-class RecordingTracker:
-    """A tracker that remembers."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-
-    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.calls.append(("log", dict(metrics)))
-
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        self.calls.append((name, [dict(zip(columns, row, strict=True)) for row in rows]))
-
-    def curves(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        self.table(name, columns, rows)
-
-    def image(self, name: str, path: Path) -> None:
-        assert path.is_file()
-        self.calls.append((name, path))
-
-    def file(self, name: str, path: Path) -> None:
-        self.image(name, path)
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        self.calls.append(("summary", dict(values)))
-
-    def alert(self, title: str, text: str) -> None:
-        self.calls.append(("alert", text))
-
-    def finish(self, failed: bool = False) -> None:
-        pass
 
 
 @dataclass
@@ -239,5 +209,10 @@ def real_draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def tracker() -> RecordingTracker:
-    return RecordingTracker()
+def recording() -> Recording:
+    return Recording()
+
+
+@pytest.fixture
+def tracker(recording: Recording) -> Tracker:
+    return Tracker([recording])

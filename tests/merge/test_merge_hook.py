@@ -19,8 +19,9 @@ from cpt_merge.merge import EmbeddingsConfig, MergeConfig
 from cpt_merge.merge.hook import LocalShard, export_shards, merge_shards
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tokenizer_ext.embeddings.run import run as resize
+from cpt_merge.tracking import Tracker
 from tests.distributed import run_ranks
-from tests.merge.conftest import CPT_ROWS, RecordingTracker, make_family
+from tests.merge.conftest import CPT_ROWS, make_family
 from tests.merge.test_merge_run import digest, load, merge
 
 
@@ -58,7 +59,7 @@ def resized(family):
     out = family.root / "resized"
     if not out.exists():
         unread = Corpus(sources=[Source(path="text.txt", language="en")])
-        resize(EmbeddingsConfig(), family.base, family.tokenizer, unread, out, RecordingTracker())
+        resize(EmbeddingsConfig(), family.base, family.tokenizer, unread, out, Tracker())
     return out
 
 
@@ -67,7 +68,7 @@ def export(family, shards, ranks, out, **more):
 
 
 def merge_in_memory(family, config, shards, ranks, out):
-    like, tracker = resized(family), RecordingTracker()
+    like, tracker = resized(family), Tracker()
     inputs = MergeInputs(like, family.base, family.chat, family.tokenizer)
     return merge_shards(shards, config, inputs, out, tracker, ranks)
 

@@ -20,6 +20,7 @@ from cpt_merge.merge.plan import MergeInputs, describe_rule, plan
 from cpt_merge.merge.run import digest as digest_of_plan
 from cpt_merge.merge.run import run
 from cpt_merge.merge.work import Work
+from cpt_merge.tracking.events import Alert
 from tests.merge.conftest import (
     CPT_ROWS,
     NEW,
@@ -227,7 +228,9 @@ def test_the_result_is_a_chat_model(family, tmp_path, tracker):
     assert tokenizer.convert_tokens_to_ids("ing") == 38
 
 
-def test_report_card_figure_and_tracker(untied, tmp_path, tracker, real_draw, monkeypatch):
+def test_report_card_figure_and_tracker(
+    untied, tmp_path, tracker, recording, real_draw, monkeypatch
+):
     monkeypatch.setattr("cpt_merge.merge.report.draw", real_draw)
     (untied.base / "README.md").write_text("---\nlicense: llama3\nlicense_name: x\n---\ntext")
     (untied.chat / "README.md").write_text("---\nlicense: llama3\n---\n")
@@ -247,17 +250,17 @@ def test_report_card_figure_and_tracker(untied, tmp_path, tracker, real_draw, mo
     assert "license: llama3" in card
     assert "cpt + 0.7 * (chat - base)" in card
     assert (tmp_path / "out" / "merge_norms.png").read_bytes().startswith(b"\x89PNG")
-    shown = dict(tracker.calls)
-    assert shown.keys() == {
+    shown = recording.tables
+    assert recording.names == {
         "merge/layers", "merge/norms", "merge/length by layer", "merge/cosine by layer", "merge/rules", "merge/rows",
-        "merge_report.json", "summary",
+        "merge_report.json",
     }  # fmt: skip
     assert [row["layer"] for row in shown["merge/length by layer"]] == [0, 1, 0, 1]
     assert {"kind": "attention", "rule": "+0.7 chat vector", "tensors": 8} in shown[
         "merge/rules"
     ], shown["merge/rules"]
     assert {"role": "new", "rows": 5} in shown["merge/rows"]
-    assert [row["part"] for row in dict(tracker.calls)["merge/layers"]] == [
+    assert [row["part"] for row in shown["merge/layers"]] == [
         "embed",
         "0",
         "1",
@@ -283,7 +286,7 @@ def test_without_tokenizers_equal_rows_are_taken_as_equal(tmp_path, tracker, cap
 
 
 def test_a_cpt_model_that_holds_the_vector_already_is_warned_about(
-    untied, tmp_path, tracker, capsys
+    untied, tmp_path, tracker, recording, capsys
 ):
     chat, change = (
         untied.weights["chat"],
@@ -297,7 +300,7 @@ def test_a_cpt_model_that_holds_the_vector_already_is_warned_about(
     results = merge(untied, tmp_path / "out", tracker)
     assert any("would get the vector twice" in warning for warning in results["warnings"])
     assert "WARNING" in capsys.readouterr().err
-    assert any(name == "alert" for name, _ in tracker.calls)
+    assert any(isinstance(event, Alert) for event in recording.events)
 
 
 def test_a_cpt_model_whose_vocabulary_and_norms_moved_along_the_vector_is_not(

@@ -20,7 +20,7 @@ from cpt_merge.report.curves import MOST_POINTS, Axis, Form, Line, draw_chart, t
 from cpt_merge.report.run_view import duration, number, read_run, report, score_pivots
 from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
 
-LOCAL = TrackingConfig(carrier="none")
+LOCAL = TrackingConfig(mode="disabled")
 HOSTILE = "<script>alert(1)</script> [/INST] 서울"
 STEP_FORM = Form("step")
 TRAINING = {"tokens": 6400, "sequence_length": 16, "global_batch_size": 4}  # 100 steps

@@ -24,7 +24,7 @@ SETTINGS = {
         "continuations": 0, "checkpoints": {"every": 8},
     },
     "evaluation": {"max_new_tokens": 8, "samples_shown": 1},
-    "tracking": {"carrier": "offline"},
+    "tracking": {"mode": "offline"},
     "launch": {"processes": 2},
 }  # fmt: skip
 

@@ -16,10 +16,11 @@ from cpt_merge.tokenizer_ext.fast import AddedToken, add_tokens
 from cpt_merge.tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
 from cpt_merge.tokenizer_ext.sentencepiece_bpe import fast_content, read_proto
 from cpt_merge.tokenizer_ext.verify import Case, read_case
+from cpt_merge.tracking import Tracker
+from tests.recording import Recording
 from tests.tokenizer_ext.small_tokenizers import (
     CHAT_TEMPLATE,
     CONFIG,
-    RecordingTracker,
     byte_level_content,
     train_sentencepiece,
     write_base,
@@ -35,7 +36,7 @@ class Extended:
     chat: Path
     out: Path
     results: dict
-    tracker: RecordingTracker
+    recording: Recording
     case: Case
 
 
@@ -103,14 +104,14 @@ def pieces_of(model: bytes) -> int:
 
 
 def extend(base: Path, chat: Path, corpus: Corpus, out: Path) -> Extended:
-    tracker = RecordingTracker()
-    results = run(CONFIG, base, chat, corpus, out, tracker)
+    recording = Recording()
+    results = run(CONFIG, base, chat, corpus, out, Tracker([recording]))
     start = read_base(base)
     samples = take_samples(
         heldout_texts(corpus), scripts_of(CONFIG.new_pieces), ["學生", "질문", " 질문"]
     )
     case = read_case(start, out, chat, replace(samples, mixed=samples.mixed[:300]))
-    return Extended(base, chat, out, results, tracker, case)
+    return Extended(base, chat, out, results, recording, case)
 
 
 @pytest.fixture(scope="session")

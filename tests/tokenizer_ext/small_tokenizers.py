@@ -132,29 +132,3 @@ def write_base(
     if settings:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
-
-
-class RecordingTracker:
-    """Remembers what was logged."""
-
-    def __init__(self) -> None:
-        self.tables: dict[str, tuple] = {}
-        self.images: dict[str, Path] = {}
-        self.values: dict[str, object] = {}
-
-    def table(self, name, columns, rows) -> None:
-        assert all(len(row) == len(columns) for row in rows)
-        self.tables[name] = (columns, rows)
-
-    def curves(self, name, columns, rows) -> None:
-        assert len(columns) == 3
-        self.table(name, columns, rows)
-
-    def file(self, name, path) -> None:
-        assert path.is_file()
-
-    def image(self, name, path) -> None:
-        self.images[name] = path
-
-    def summary(self, values) -> None:
-        self.values |= values

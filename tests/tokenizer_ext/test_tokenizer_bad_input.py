@@ -11,9 +11,9 @@ from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.tokenizer_ext import TokenizerConfig, run
 from cpt_merge.tokenizer_ext.base import read_base, read_chat_tokens
 from cpt_merge.tokenizer_ext.documents import documents
+from cpt_merge.tracking import Tracker
 from tests.tokenizer_ext.small_tokenizers import (
     CONFIG,
-    RecordingTracker,
     byte_level_content,
     train_sentencepiece,
     write_base,
@@ -33,7 +33,7 @@ def stage(base, corpus, folder, **sizes: int) -> None:
         None,
         corpus,
         folder / "out",
-        RecordingTracker(),
+        Tracker(),
     )
 
 
@@ -267,4 +267,4 @@ def test_a_chat_template_that_cannot_be_rendered(bl_base, corpus, tmp_path) -> N
     chat = write_base(tmp_path / "chat", base.rows, content=base.content, chat_template=template)
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="cannot be rendered: never"):
-        run(CONFIG, bl_base, chat, corpus, tmp_path / "out", RecordingTracker())
+        run(CONFIG, bl_base, chat, corpus, tmp_path / "out", Tracker())

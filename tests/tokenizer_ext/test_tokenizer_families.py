@@ -25,11 +25,11 @@ from cpt_merge.tokenizer_ext.sentencepiece_bpe import (
     read_proto,
 )
 from cpt_merge.tokenizer_ext.verify import Case
+from cpt_merge.tracking import Tracker
 from tests.tokenizer_ext.small_tokenizers import (
     CHINESE,
     CONFIG,
     KOREAN,
-    RecordingTracker,
     byte_level_content,
     write_base,
 )
@@ -175,7 +175,7 @@ def test_both_files_side_by_side_give_the_same_as_the_model_alone(
         tmp_path / "base", rows, content=read_base(sp_base).content, proto=sp_model, **settings_
     )
     (tmp_path / "out").mkdir()
-    run(CONFIG, base, sp.chat, corpus, tmp_path / "out", RecordingTracker())
+    run(CONFIG, base, sp.chat, corpus, tmp_path / "out", Tracker())
     for name in ("tokenizer.json", "tokenizer.model", "vocabulary_map.json"):
         assert (tmp_path / "out" / name).read_bytes() == (sp.out / name).read_bytes()
 
@@ -186,7 +186,7 @@ def test_a_base_with_the_fast_file_only(sp, sp_base, corpus, tmp_path) -> None:
         tmp_path / "base", sp.case.map.base_rows, content=content, bos_token="<s>", eos_token="</s>"
     )
     (tmp_path / "out").mkdir()
-    run(CONFIG, base, sp.chat, corpus, tmp_path / "out", RecordingTracker())
+    run(CONFIG, base, sp.chat, corpus, tmp_path / "out", Tracker())
     assert not (tmp_path / "out" / "tokenizer.model").exists()
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
         sp.out / "tokenizer.json"
@@ -276,7 +276,7 @@ def test_a_tokenizer_like_llama_3(bl, corpus, tmp_path) -> None:
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, to_bytes]}
     base = write_base(tmp_path / "base", bl.case.map.base_rows, content=content)
     (tmp_path / "out").mkdir()
-    run(CONFIG, base, None, corpus, tmp_path / "out", RecordingTracker())
+    run(CONFIG, base, None, corpus, tmp_path / "out", Tracker())
     assert (
         json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["ignore_merges"]
         is True

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from cpt_merge.checkpoint.vocabulary_map import VocabularyMap, read_tokens
 from cpt_merge.tokenizer_ext.base import read_base
 from cpt_merge.tokenizer_ext.verify import prove
+from cpt_merge.tracking.events import Image, Summary
 
 
 def test_all_laws_hold_on_what_was_written(extended) -> None:
@@ -114,9 +115,13 @@ def test_the_report_is_written_and_tracked(extended) -> None:
         "ja (sentences)",
     }
     names = ("fertility", "pieces", "drift", "gain curve", "examples", "proofs")
-    assert set(extended.tracker.tables) == {f"tokenizer/{name}" for name in names}
-    assert extended.tracker.images["tokenizer/report"].read_bytes().startswith(b"\x89PNG")
-    assert extended.tracker.values["tokenizer/rows"] == extended.results["rows"]
+    assert set(extended.recording.tables) == {f"tokenizer/{name}" for name in names}
+    events = extended.recording.events
+    (image,) = (event for event in events if isinstance(event, Image))
+    assert image.name == "tokenizer/report"
+    assert image.path.read_bytes().startswith(b"\x89PNG")
+    values = [event.values for event in events if isinstance(event, Summary)]
+    assert values[-1]["tokenizer/rows"] == extended.results["rows"]
 
 
 @pytest.mark.parametrize(

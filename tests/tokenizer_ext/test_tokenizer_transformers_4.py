@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 from cpt_merge.tokenizer_ext import run
 from cpt_merge.tokenizer_ext.samples import CODE, mixed_texts
 from cpt_merge.tokenizer_ext.sentences import SENTENCES
+from cpt_merge.tracking import Tracker
 from tests.real_tokenizers import BASES
-from tests.tokenizer_ext.small_tokenizers import CONFIG, RecordingTracker
+from tests.tokenizer_ext.small_tokenizers import CONFIG
 
 PACKAGES = [
     "transformers==4.57.6",
@@ -68,7 +69,7 @@ def read_with(python: Path, tokenizer: Path, texts: list[str], folder: Path) -> 
 @pytest.mark.parametrize("name", ["mistral", "mistral_v3", "qwen"])
 def test_both_read_the_same(name, python_4, corpus, tmp_path) -> None:
     BASES[name](tmp_path / "base")
-    run(CONFIG, tmp_path / "base", None, corpus, tmp_path / "out", RecordingTracker())
+    run(CONFIG, tmp_path / "base", None, corpus, tmp_path / "out", Tracker())
     texts = [
         *CODE,
         *(line for lines in SENTENCES.values() for line in lines),

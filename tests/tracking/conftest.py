@@ -15,7 +15,7 @@ def fresh_wandb(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-config"))
-    monkeypatch.setenv("WANDB_DATA_DIR", "")  # set by the carrier; put back after the test
+    monkeypatch.setenv("WANDB_DATA_DIR", "")  # set by the sink; put back after the test
     yield
     import wandb
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.tracking import TrackingConfig
+from cpt_merge.tracking import STEP, TrackingConfig
 from cpt_merge.tracking.dashboard import (
     Pipeline,
     ReplyMetric,
@@ -18,7 +18,6 @@ from cpt_merge.tracking.dashboard import (
     dashboard,
     layout,
 )
-from cpt_merge.tracking.sinks.local import STEP
 
 PLAIN = Pipeline("demo-abc123", ["ko", "en"], [ReplyMetric("chat", "Form: chat", "share", ["ko"])])
 PIPELINE = replace(

@@ -9,7 +9,7 @@ import pytest
 
 from cpt_merge.launcher.sync import sync
 from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
-from cpt_merge.tracking.sinks import wandb as wandb_carrier
+from cpt_merge.tracking.sinks import wandb as wandb_sink
 from tests.tracking.wandb_log import attempts
 
 STEPS = 60
@@ -24,8 +24,8 @@ def start(directory: Path):
 def test_a_server_that_goes_away_slows_nothing_and_sync_uploads_the_rest(
     way: str, media: bool, tmp_path: Path, server, capfd, monkeypatch
 ) -> None:
-    monkeypatch.setattr(wandb_carrier, "FINISH_TIMEOUT", 1.0)
-    monkeypatch.setattr(wandb_carrier, "FINISH_MARGIN", 0.5)
+    monkeypatch.setattr(wandb_sink, "FINISH_TIMEOUT", 1.0)
+    monkeypatch.setattr(wandb_sink, "FINISH_MARGIN", 0.5)
     tracker = start(tmp_path)
     slowest = 0.0
     for step in range(1, STEPS + 1):
@@ -46,7 +46,10 @@ def test_a_server_that_goes_away_slows_nothing_and_sync_uploads_the_rest(
     assert read_log(tmp_path).series("train/loss") == [
         (step, float(step)) for step in range(1, STEPS + 1)
     ]
-    assert f"not all was uploaded; later: cpt-merge sync {tmp_path}" in capfd.readouterr().err
+    assert (
+        f"not everything was uploaded; later, run: cpt-merge sync {tmp_path}"
+        in capfd.readouterr().err
+    )
 
     server.hangs = False
     if way == "stopped":
@@ -65,15 +68,15 @@ def test_a_server_that_goes_away_slows_nothing_and_sync_uploads_the_rest(
 def test_a_stage_cut_off_and_continued_offline_is_synced_in_order(
     tmp_path: Path, server, monkeypatch
 ) -> None:
-    monkeypatch.setattr(wandb_carrier, "FINISH_TIMEOUT", 1.0)
-    monkeypatch.setattr(wandb_carrier, "FINISH_MARGIN", 0.5)
+    monkeypatch.setattr(wandb_sink, "FINISH_TIMEOUT", 1.0)
+    monkeypatch.setattr(wandb_sink, "FINISH_MARGIN", 0.5)
     first = start(tmp_path)
     for step in range(1, 21):
         first.log({"train/loss": float(step)}, step=step)
     server.stop()
     first.finish(failed=True)
     second = start(tmp_path)
-    assert second.record()["carrier"] == "offline"
+    assert second.record()["mode"] == "offline"
     second.resume_from(15)
     for step in range(16, 31):
         second.log({"train/loss": float(step)}, step=step)
@@ -87,8 +90,9 @@ def test_a_process_ends_without_waiting_for_a_server_that_is_gone(tmp_path: Path
     """wandb's own end would wait for as long as its uploads are tried again."""
     code = f"""
 from pathlib import Path
-from tracking import TrackingConfig, start_tracker, wandb_carrier
-wandb_carrier.FINISH_TIMEOUT = wandb_carrier.FINISH_MARGIN = 0.5
+from cpt_merge.tracking import TrackingConfig, start_tracker
+from cpt_merge.tracking.sinks import wandb as wandb_sink
+wandb_sink.FINISH_TIMEOUT = wandb_sink.FINISH_MARGIN = 0.5
 tracker = start_tracker(TrackingConfig(), "training", "demo", "g", Path({str(tmp_path)!r}), {{}}, "cut")
 print("open", flush=True)
 input()

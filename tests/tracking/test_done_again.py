@@ -14,16 +14,16 @@ from cpt_merge.tracking.upload import upload
 from tests.launcher.test_identity import log
 
 
-@pytest.mark.parametrize("carrier", ["online", "offline"])
+@pytest.mark.parametrize("mode", ["online", "offline"])
 def test_a_result_that_is_made_once_more_has_a_run_of_its_own(
-    carrier: str, tmp_path: Path, server
+    mode: str, tmp_path: Path, server
 ) -> None:
     """Merged at ratio 1, at 0.8, and at 1 again: W&B would put the last one's rows behind those of the first."""
     merge, ids = find_stage("merge"), []
     for number, ratio in enumerate(("11111111", "88888888", "11111111")):
         with replacing(tmp_path / "merge", merge, ratio):
-            ids.append(log(tmp_path, "merge", ratio, carrier, value=10.0 * number))
-            if carrier == "offline":
+            ids.append(log(tmp_path, "merge", ratio, mode, value=10.0 * number))
+            if mode == "offline":
                 wandb.teardown()  # `finish` returns a moment before the service has closed the transaction log
                 assert upload(tmp_path / "merge" / "log")
             (tmp_path / "merge" / "stage.json").write_text("{}")

@@ -12,7 +12,7 @@ import wandb
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.tracking import read_log
-from cpt_merge.tracking.sinks.wandb_history import _records, mend, read_rows
+from cpt_merge.tracking.sinks.wandb_history import read_rows, repair
 from cpt_merge.tracking.upload import upload
 from tests.tracking.conftest import KEY
 from tests.tracking.wandb_log import attempts, history, items
@@ -23,9 +23,9 @@ STEPS, EVERY = 120, 20
 STAGE = f"""
 import sys, time
 from pathlib import Path
-from tracking import TrackingConfig, start_tracker
-out, carrier = Path(sys.argv[1]), sys.argv[2]
-tracker = start_tracker(TrackingConfig(carrier=carrier), "training", "demo", "g", out, {{}}, "killed")
+from cpt_merge.tracking import TrackingConfig, start_tracker
+out, mode = Path(sys.argv[1]), sys.argv[2]
+tracker = start_tracker(TrackingConfig(mode=mode), "training", "demo", "g", out, {{}}, "killed")
 saved = out / "checkpoint"
 start = int(saved.read_text()) if saved.is_file() else 0
 tracker.resume_from(start)
@@ -49,10 +49,10 @@ EXPECTED = {
 }
 
 
-def attempt(out: Path, carrier: str, seconds: float | None) -> int:
+def attempt(out: Path, mode: str, seconds: float | None) -> int:
     """Run the stage, killed `seconds` after it began to log. Returns the last step that it said."""
     process = subprocess.Popen(
-        [sys.executable, "-c", STAGE, str(out), carrier], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", STAGE, str(out), mode], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout
     process.stdout.readline()
@@ -129,7 +129,7 @@ def sync(*runs: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_log_that_a_kill_cut_anywhere_is_mended_so_that_sync_goes_on(
+def test_a_log_that_a_kill_cut_anywhere_is_repaired_so_that_sync_goes_on(
     tmp_path: Path, server
 ) -> None:
     """wandb writes by blocks: a kill may leave a part of a record, or no record. `wandb sync` would stop there."""
@@ -143,13 +143,13 @@ def test_a_log_that_a_kill_cut_anywhere_is_mended_so_that_sync_goes_on(
         log.parent.mkdir(exist_ok=True)
         log.write_bytes(data[:size])
         rows = list(read_rows(log))
-        mend(log.parent)
+        repair(log.parent)
         assert log.is_file() == (size > 60), "an attempt that logged nothing is removed"
         assert list(read_rows(log)) == rows == whole[: len(rows)]
     log.write_bytes(data[:32775])
     log.parent.joinpath(log.name + ".synced").unlink(missing_ok=True)
-    assert "incomplete record" in sync(log.parent), "what it is mended for"
-    mend(log.parent)
+    assert "incomplete record" in sync(log.parent), "what it is repaired for"
+    repair(log.parent)
     assert "incomplete record" not in sync(log.parent)
     assert log.parent.joinpath(log.name + ".synced").is_file()
 
@@ -157,14 +157,14 @@ def test_a_log_that_a_kill_cut_anywhere_is_mended_so_that_sync_goes_on(
 SERVICE = f"""
 import os, subprocess, sys, threading, time
 from pathlib import Path
-from tracking import TrackingConfig, start_tracker
+from cpt_merge.tracking import TrackingConfig, start_tracker
 
 def kill_the_service():
     for moment in sys.argv[3].split(","):
         time.sleep(float(moment))
         subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "wandb-core"])
 
-tracker = start_tracker(TrackingConfig(carrier=sys.argv[2]), "training", "demo", "g", Path(sys.argv[1]), {{}}, "killed")
+tracker = start_tracker(TrackingConfig(mode=sys.argv[2]), "training", "demo", "g", Path(sys.argv[1]), {{}}, "killed")
 tracker.resume_from(0)
 tracker.log({{"valid/loss": 0.0}}, step=0)
 threading.Thread(target=kill_the_service, daemon=True).start()
@@ -179,17 +179,17 @@ tracker.finish()
 """
 
 
-@pytest.mark.parametrize("carrier", ["offline", "online"])
+@pytest.mark.parametrize("mode", ["offline", "online"])
 @pytest.mark.parametrize(
     "moments", ["1.5", pytest.param("1,1.5", marks=pytest.mark.slow)], ids=["once", "twice"]
 )
 def test_a_service_that_is_killed_costs_no_row_and_doubles_none(
-    moments: str, carrier: str, tmp_path: Path, server
+    moments: str, mode: str, tmp_path: Path, server
 ) -> None:
-    command = [sys.executable, "-c", SERVICE, str(tmp_path), carrier, moments]
+    command = [sys.executable, "-c", SERVICE, str(tmp_path), mode, moments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    if carrier == "offline":
+    if mode == "offline":
         sync(*(log.parent for log in attempts(tmp_path)))
     run = server.runs["killed"]
     for metric, expected in EXPECTED.items():
@@ -201,7 +201,7 @@ def test_rows_that_the_offline_log_lacks_follow_from_the_local_log(tmp_path: Pat
     """As after a full disk, or a service that could not be had again."""
     attempt(tmp_path, "offline", None)
     (log,) = attempts(tmp_path)
-    ends = [end for _, end in _records(log.read_bytes())]
+    ends = record_ends(log.read_bytes())
     os.truncate(log, ends[len(ends) // 2])
     upload(tmp_path)
     for metric, rows in EXPECTED.items():

@@ -8,7 +8,7 @@ import pytest
 from cpt_merge.core.errors import UserError
 from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
 
-LOCAL = TrackingConfig(carrier="none")
+LOCAL = TrackingConfig(mode="disabled")
 
 
 def start(directory, run_id="run-1", config=LOCAL):
@@ -43,7 +43,7 @@ def test_everything_logged_is_read_back(tmp_path):
     assert log.summary == {"loss": 2.5, "tokens": 64}
     assert log.alerts[0]["title"] == "non-finite"
     assert log.run["settings"] == {"training": {"seed": 0}}
-    assert tracker.record() == {"carrier": "none", "run_id": "run-1", "group": "demo-abc"}
+    assert tracker.record() == {"mode": "disabled", "run_id": "run-1", "group": "demo-abc"}
 
 
 def test_resume_cuts_off_the_steps_that_are_done_again(tmp_path):

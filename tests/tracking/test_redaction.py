@@ -19,9 +19,9 @@ IN_ADDRESS = "hunter2hunter2"
 STAGE = f"""
 from pathlib import Path
 import os, sys
-from launcher.pipeline import origin
-from tracking import TrackingConfig, start_tracker
-from tracking.tracker import Artifact
+from cpt_merge.launcher.pipeline import origin
+from cpt_merge.tracking import TrackingConfig, start_tracker
+from cpt_merge.tracking import Artifact
 address = "https://me:{IN_ADDRESS}@host/data.jsonl"
 recipe = {{"corpus": {{"sources": [{{"path": address}}]}}, "endpoint": "https://host/v1?api_key=" + os.environ["MY_PASSWORD"]}}
 settings = {{"recipe": recipe, "inputs": {{"text " + address: "0"}}, "origin": origin()}}
@@ -35,11 +35,11 @@ tracker.finish()
 """
 
 
-@pytest.mark.parametrize("carrier", ["online", "offline"])
-def test_no_secret_in_any_byte_of_a_log(carrier: str, tmp_path: Path, server, monkeypatch) -> None:
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_no_secret_in_any_byte_of_a_log(mode: str, tmp_path: Path, server, monkeypatch) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    if carrier == "offline":
+    if mode == "offline":
         monkeypatch.setenv("WANDB_MODE", "offline")
     script = tmp_path / "stage.py"
     script.write_text(STAGE)
@@ -58,7 +58,7 @@ def test_no_secret_in_any_byte_of_a_log(carrier: str, tmp_path: Path, server, mo
         if path.is_file() and not path.is_symlink()
     }
     assert any(name.endswith(".wandb") for name in written)
-    assert ("secret" in server.runs) == (carrier == "online")
+    assert ("secret" in server.runs) == (mode == "online")
     written |= {f"request {number}": request for number, request in enumerate(server.received)}
     for secret in (*SECRETS.values(), IN_ADDRESS, KEY):
         assert [name for name, content in written.items() if secret.encode() in content] == []

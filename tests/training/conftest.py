@@ -120,28 +120,3 @@ def store(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus, model: Path)
     folder = tmp_path_factory.mktemp("data") / "store"
     write_store(corpus, model, folder)
     return folder
-
-
-class Recorder:
-    """A tracker that keeps the rows."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def resume_from(self, step: int) -> None: ...
-
-    def table(self, *arguments: object) -> None: ...
-
-    def image(self, *arguments: object) -> None: ...
-
-    def summary(self, *arguments: object) -> None: ...
-
-    def alert(self, *arguments: object) -> None: ...
-
-    def finish(self, failed: bool = False) -> None: ...
-
-    def record(self) -> dict[str, str]:
-        return {"carrier": "none", "run_id": "id", "group": "group"}

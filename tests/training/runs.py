@@ -20,12 +20,13 @@ from cpt_merge.launcher.start import backend_environment
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.hook import plan_for_shards
 from cpt_merge.merge.plan import MergeInputs, MergePlan
-from cpt_merge.tracking import Cell
+from cpt_merge.tracking import Cell, Tracker
 from cpt_merge.training.callbacks.preview import Interview
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.optimizer import rate_factor
 from cpt_merge.training.run import TrainingInputs, run
-from tests.training.conftest import CONFIG, Recorder
+from tests.recording import Recording
+from tests.training.conftest import CONFIG
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,7 +66,9 @@ def train(job: Job) -> dict[int, float]:
 def train_steps(job: Job) -> dict[int, tuple[float, float]]:
     """Train; loss and gradient norm (before clipping) that were logged, by step."""
     ask_for(job.backend)
-    tracker = Recorder()
+    recording = Recording()
+    record = {"mode": "disabled", "run_id": "id", "group": "group"}
+    tracker = Tracker([recording], record)
     if job.stop_after and int(os.environ["RANK"]) == min(1, int(os.environ["WORLD_SIZE"]) - 1):
         signal_when(tracker, job.stop_after)
     if job.signal_in and os.environ["RANK"] == "1":
@@ -81,7 +84,7 @@ def train_steps(job: Job) -> dict[int, tuple[float, float]]:
         assert job.stop_after or job.signal_in
     return {
         step: (row["train/loss"], row["train/gradient_norm"])
-        for step, row in tracker.rows if step and "train/loss" in row
+        for step, row in recording.rows if step and "train/loss" in row
     }  # fmt: skip
 
 
@@ -108,7 +111,7 @@ def ask_for(backend: str) -> None:
         os.environ.update(backend_environment(ROOT / "recipes" / "accelerate" / f"{backend}.yaml"))
 
 
-def signal_when(tracker: Recorder, step: int) -> None:
+def signal_when(tracker: Tracker, step: int) -> None:
     log = tracker.log
 
     def log_and_signal(

@@ -28,7 +28,7 @@ def train_online(url: str, model: Path, store: Path, corpus: Corpus, out: Path) 
         **{**CONFIG, "tokens": 32 * 8 * 120, "evaluate_every": 20, "checkpoints": {"every": 10}}
     )
     tracker = start_tracker(
-        TrackingConfig(carrier="online"), "training", "tiny", "tiny-g", out / "log", {}, "tiny-1"
+        TrackingConfig(mode="online"), "training", "tiny", "tiny-g", out / "log", {}, "tiny-1"
     )
     run(config, TrainingInputs(model, model, store, "key", model, corpus), out, tracker, None)
     tracker.finish()

@@ -28,7 +28,7 @@ from cpt_merge.merge.finish import copy_files, resize_config
 from cpt_merge.merge.rules import kind_of, model_tensors
 from cpt_merge.tokenizer_ext.embeddings.focus import MINIMUM, TokenSpace, train_space
 from cpt_merge.tokenizer_ext.embeddings.initialisers import INITIALISERS, OldRows, Task, Use
-from cpt_merge.tracking.tracker import Tracker
+from cpt_merge.tracking import Tracker
 
 _BLOCK = 1 << 22  # elements copied at a time
 

@@ -1,1 +1,23 @@
-"""Where events go: the local log and W&B."""
+"""Where events go: the local log, and Weights & Biases."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from cpt_merge.tracking.events import Event
+
+
+class Sink(Protocol):
+    """One destination of a stage's events. No call waits for a network."""
+
+    def begin(self, kept: float | None) -> None:
+        """Decide about the rows of earlier attempts, once: keep those up to step `kept`, or none of them (None).
+
+        `math.inf` keeps all: the stage ends before it knew where it continues. Only artifacts are written before.
+        """
+
+    def write(self, event: Event) -> None:
+        """Take one event."""
+
+    def finish(self, failed: bool) -> None:
+        """Flush and close within a bounded time."""

@@ -1,15 +1,15 @@
-"""The local log: what a stage logged, as plain files that need neither a network nor wandb to be read.
+"""The local log: what a stage logged, as plain files that can be read without a network and without wandb.
 
-    run.json         who logged: stage, run name, group, run id, settings, carrier, start time
+    run.json         who logged: stage, run name, group, run id, settings, W&B mode and address, start time
     metrics.jsonl    one row per call: {"time": Unix seconds, "train/step": 10, "train/loss": 2.1}; NaN as NaN
     tables/NAME.json {"columns": [...], "rows": [[...], ...]}
-    images/NAME.png  a copy of each figure, so that the log can be moved
+    images/NAME.png  a copy of each picture, so that the log can be moved
     summary.json     final values
     alerts.jsonl     {"time", "title", "text"}
-    artifacts.json   what the stage used and what it leaves: {"artifacts": [{"name", "kind", "uri", "digest", "used"}]}
+    artifacts.json   what the stage used and made: {"artifacts": [{"name", "kind", "uri", "digest", "used"}]}
     files/NAME       a copy of each small file
 
-Every row is in the file system's hands when `log` returns, so that a killed process loses none.
+Every row is handed to the file system before `write` returns, so that a killed process loses none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,18 @@ from typing import Any
 from cpt_merge.core.artifact import write_json, write_text
 from cpt_merge.core.errors import UserError
 from cpt_merge.tracking.config import TrackingConfig
-
-STEP = "train/step"  # the x axis of everything that is logged with a step
-SYSTEM = "system"  # the job type of a node's run
-TOKENS = "train/tokens"  # the other axis; in every row that holds training's numbers
-Cell = str | int | float | bool | None
-Row = dict[str, float]
-RowKey = tuple[float | None, frozenset[str]]
-
-
-def row_key(row: Mapping[str, float]) -> RowKey:
-    """A row's step, and the names of its metrics."""
-    return row.get(STEP), frozenset(row) - {"time", STEP}
+from cpt_merge.tracking.events import (
+    STEP,
+    Alert,
+    Artifact,
+    Event,
+    File,
+    Image,
+    Row,
+    Scalars,
+    Summary,
+    Table,
+)
 
 
 @dataclass(frozen=True)
@@ -47,37 +47,12 @@ class RunIdentity:
     run_name: str
     group: str
     run_id: str
-    settings: dict[str, Any]  # the resolved recipe and what else makes the run what it is
-
-    def of_node(self, host: str) -> RunIdentity:
-        """The run of the same stage that holds nothing but what W&B measures of a node."""
-        return RunIdentity(
-            SYSTEM, f"{self.run_name}-{host}", self.group, f"{self.run_id}-{host}", {}
-        )
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A directory or file that a stage used or leaves, told apart from others of its name by its digest."""
-
-    name: str
-    kind: str  # text, tokenizer, model or store
-    uri: str  # file://... or https://...
-    digest: str
-    used: bool
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns and rows of scalars."""
-
-    columns: list[str]
-    rows: list[list[Cell]]
+    settings: dict[str, Any]  # the resolved recipe and what else determines the run
 
 
 @dataclass(frozen=True)
 class StageLog:
-    """What a local log holds."""
+    """The content of a local log."""
 
     run: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -86,103 +61,88 @@ class StageLog:
     summary: dict[str, Any] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     artifacts: list[Artifact] = field(default_factory=list)
-    files: dict[str, Path] = field(default_factory=dict)  # by the whole name, with its ending
+    files: dict[str, Path] = field(default_factory=dict)  # by the whole name, with its extension
 
     def series(self, metric: str, by: str = STEP) -> list[tuple[float, float]]:
-        """(x, value) of every row that holds both `metric` and `by`, in the order logged."""
+        """(x, value) of every row that has both `metric` and `by`, in the order logged."""
         return [(row[by], row[metric]) for row in self.rows if metric in row and by in row]
 
 
 class LocalLog:
-    """Writes the log of one stage into `directory`."""
+    """The sink that writes one stage's log into `directory`."""
 
-    def __init__(self, directory: Path, run: RunIdentity) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.run = run
 
-    def open(self, config: TrackingConfig, carrier: str, url: str) -> None:
-        """Write `run.json`; `carrier` is the W&B mode, or none, `url` where W&B shows the run, if it does."""
-        tracking = config.model_dump(mode="json")
+    def open(self, run: RunIdentity, config: TrackingConfig, mode: str, url: str) -> None:
+        """Write `run.json`; `mode` is W&B's, and `url` its page of the run, if it has one."""
         values = {
-            **asdict(self.run),
-            "tracking": tracking,
-            "carrier": carrier,
+            **asdict(run),
+            "tracking": config.model_dump(mode="json"),
+            "mode": mode,
             "url": url,
             "started": time.time(),
         }
         write_json(self.directory / "run.json", values)
 
-    def keep_until(self, step: float | None) -> list[Row]:
-        """Cut off what an earlier attempt logged after `step` (None: everything), and return the rows that are left.
+    def begin(self, kept: float | None) -> None:
+        """Cut off what an earlier attempt logged after step `kept` (None: all of it).
 
-        The cut is at the first row of a later step: rows are in the order of time, so the rows without a step that
-        follow it belong to what will be done again.
+        The cut is at the first row of a later step: rows are in the order of time, so rows without a step that follow
+        it belong to what will be repeated.
         """
-        rows = _read_lines(self.directory / "metrics.jsonl")
-        if step is None:
-            keep = 0
+        metrics, alerts = self.directory / "metrics.jsonl", self.directory / "alerts.jsonl"
+        rows: list[Row] = []
+        if kept is None:
             for name in ("tables", "images", "files"):
                 shutil.rmtree(self.directory / name, ignore_errors=True)
-            for name in ("summary.json", "alerts.jsonl"):
-                (self.directory / name).unlink(missing_ok=True)
+            (self.directory / "summary.json").unlink(missing_ok=True)
+            alerts.unlink(missing_ok=True)
         else:
-            keep = next(
-                (place for place, row in enumerate(rows) if row.get(STEP, 0) > step), len(rows)
-            )
-            alerts = _read_lines(
-                self.directory / "alerts.jsonl"
-            )  # without a last line that a kill cut short
-            write_text(self.directory / "alerts.jsonl", "".join(map(_line, alerts)))
-        write_text(self.directory / "metrics.jsonl", "".join(map(_line, rows[:keep])))
-        return rows[:keep]
+            rows = _read_lines(metrics)
+            later = (place for place, row in enumerate(rows) if row.get(STEP, 0) > kept)
+            rows = rows[: next(later, len(rows))]
+            # written anew without a last line that a kill cut short
+            write_text(alerts, "".join(map(_line, _read_lines(alerts))))
+        write_text(metrics, "".join(map(_line, rows)))
 
-    def log(self, row: Mapping[str, float]) -> None:
-        """Append one row."""
-        self._append("metrics.jsonl", {"time": round(time.time(), 3), **row})
+    def write(self, event: Event) -> None:
+        """Write one event to its file."""
+        match event:
+            case Scalars(values):
+                self._append("metrics.jsonl", values)
+            case Table(name, columns, rows):
+                content = {"columns": columns, "rows": rows}
+                write_json(self.directory / "tables" / f"{name}.json", content)
+            case Image() | File():
+                copy = stored(self.directory, event)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(event.path, copy)
+            case Summary(values):
+                path = self.directory / "summary.json"
+                write_json(path, {**(_read_json(path) or {}), **values})
+            case Alert(title, text):
+                self._append("alerts.jsonl", {"title": title, "text": text})
+            case Artifact(name, used=used):  # only the newest of a name stays
+                known = _read_artifacts(self.directory)
+                others = [one for one in known if (one["name"], one["used"]) != (name, used)]
+                write_json(
+                    self.directory / "artifacts.json", {"artifacts": [*others, asdict(event)]}
+                )
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """Write a table; one of the same name is replaced."""
-        write_json(
-            self.directory / "tables" / f"{name}.json",
-            {"columns": list(columns), "rows": [*map(list, rows)]},
-        )
+    def finish(self, failed: bool) -> None:
+        """Nothing to do: everything is written already."""
 
-    def image(self, name: str, path: Path) -> Path:
-        """Copy a figure into the log. Returns the copy."""
-        target = self.directory / "images" / f"{name}{path.suffix}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-        return target
-
-    def file(self, name: str, path: Path) -> Path:
-        """Copy a small file into the log. Returns the copy."""
-        target = self.directory / "files" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-        return target
-
-    def artifact(self, artifact: Artifact) -> None:
-        """Add what was used or is left; of the same name only the newest stays."""
-        known = _read_artifacts(self.directory)
-        others = [
-            one for one in known if (one["name"], one["used"]) != (artifact.name, artifact.used)
-        ]
-        write_json(self.directory / "artifacts.json", {"artifacts": [*others, asdict(artifact)]})
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Add to the final values."""
-        write_json(
-            self.directory / "summary.json",
-            {**(_read_json(self.directory / "summary.json") or {}), **values},
-        )
-
-    def alert(self, title: str, text: str) -> None:
-        """Append an alert."""
-        self._append("alerts.jsonl", {"time": round(time.time(), 3), "title": title, "text": text})
-
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
         with open(self.directory / name, "a", encoding="utf-8") as file:
-            file.write(_line(row))
+            file.write(_line({"time": round(time.time(), 3), **values}))
+
+
+def stored(directory: Path, event: Image | File) -> Path:
+    """Where the local log in `directory` keeps its copy of a file."""
+    if isinstance(event, File):
+        return directory / "files" / event.name
+    return directory / "images" / f"{event.name}{event.path.suffix}"
 
 
 def read_run(directory: Path) -> dict[str, Any]:
@@ -196,7 +156,8 @@ def read_log(directory: Path) -> StageLog:
         run=read_run(directory),
         rows=_read_lines(directory / "metrics.jsonl"),
         tables={
-            name: Table(**(_read_json(path) or {})) for name, path in _files(directory / "tables")
+            name: Table(name, **(_read_json(path) or {}))
+            for name, path in _files(directory / "tables")
         },
         images=dict(_files(directory / "images")),
         summary=_read_json(directory / "summary.json") or {},
@@ -241,5 +202,5 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(text)
     except ValueError as error:
-        raise UserError(f"the log {path} is damaged ({error}); mend or remove the file.") from None
+        raise UserError(f"the log {path} is damaged ({error}); fix or remove the file.") from None
     return values

@@ -12,7 +12,7 @@ from typing import Any
 from cpt_merge.core.artifact import read_json_lines, write_json_lines
 from cpt_merge.core.progress import say
 from cpt_merge.data.packing import TrainingSequences
-from cpt_merge.tracking.tracker import Cell, Tracker
+from cpt_merge.tracking import Cell, Tracker
 from cpt_merge.training.callbacks.continuations import (
     COLUMNS,
     Prompt,

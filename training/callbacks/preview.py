@@ -20,7 +20,7 @@ from cpt_merge.merge.hook import find_ranges
 from cpt_merge.merge.in_memory import merge_shard
 from cpt_merge.merge.plan import MergePlan
 from cpt_merge.merge.ranges import needs_gate
-from cpt_merge.tracking.tracker import Cell, Tracker
+from cpt_merge.tracking import Cell, Tracker
 from cpt_merge.training.callbacks.continuations import continue_greedily
 from cpt_merge.training.config import PreviewConfig
 from cpt_merge.training.distributed.backend import Backend

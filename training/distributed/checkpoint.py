@@ -48,7 +48,7 @@ class TrainState:
     previewed: int = -1  # the last step at which the chat model was looked at
     layout: str = ""  # who can load it (`Backend.layout`)
     spikes: dict[str, Any] = field(default_factory=dict)  # what the search for spikes remembers
-    tracking: dict[str, str] = field(default_factory=dict)  # carrier, W&B run id and group
+    tracking: dict[str, str] = field(default_factory=dict)  # mode, W&B run id and group
 
 
 @dataclass

@@ -18,7 +18,7 @@ from cpt_merge.evaluation.evaluators.knowledge import (
 )
 from cpt_merge.evaluation.run import run
 from cpt_merge.evaluation.statistics import estimate
-from cpt_merge.tracking.tracker import SilentTracker
+from cpt_merge.tracking import Tracker
 from tests.distributed import run_ranks
 
 SUMS = [
@@ -125,7 +125,7 @@ def test_a_language_that_is_not_known():
 def evaluate(knowledge, models, out):
     out.mkdir(exist_ok=True)
     config = EvaluationConfig(suites=["knowledge"], knowledge=knowledge, batch_size=1)
-    run(config, models, {}, None, out, SilentTracker())
+    run(config, models, {}, None, out, Tracker())
 
 
 def evaluated(knowledge, models, out):

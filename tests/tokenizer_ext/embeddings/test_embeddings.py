@@ -15,6 +15,7 @@ from cpt_merge.merge import EmbeddingsConfig
 from cpt_merge.tokenizer_ext.embeddings.focus import sparsemax, train_space
 from cpt_merge.tokenizer_ext.embeddings.initialisers import INITIALISERS, OldRows, Task
 from cpt_merge.tokenizer_ext.embeddings.run import run
+from cpt_merge.tracking.events import Summary
 from tests.merge.conftest import BASE_ROWS, CPT_ROWS, NEW, make_family, save_weights
 from tests.merge.test_merge_run import load
 
@@ -273,7 +274,7 @@ def test_a_tied_head_that_is_stored_is_left_out(tmp_path, tracker):
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
-def test_the_result_loads_and_goes_on(untied, tmp_path, tracker):
+def test_the_result_loads_and_goes_on(untied, tmp_path, tracker, recording):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     results = resize(untied, tmp_path / "out", tracker)
@@ -284,11 +285,9 @@ def test_the_result_loads_and_goes_on(untied, tmp_path, tracker):
     assert torch.isfinite(model(ids).logits).all()
     assert model.config.vocab_size == CPT_ROWS == results["rows"]
     assert VocabularyMap.load(tmp_path / "out") == untied.vocabulary
-    assert (
-        "summary",
-        {f"embeddings/{name}": value for name, value in results.items()},
-    ) in tracker.calls
-    assert {row["matrix"] for row in dict(tracker.calls)["embeddings/norms"]} == {"embed", "head"}
+    summary = Summary({f"embeddings/{name}": value for name, value in results.items()})
+    assert summary in recording.events
+    assert {row["matrix"] for row in recording.tables["embeddings/norms"]} == {"embed", "head"}
 
 
 def test_a_map_for_another_base_is_refused(untied, tmp_path, tracker):

@@ -9,11 +9,10 @@ import pytest
 
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
-from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
-from cpt_merge.tracking.tracker import Artifact
+from cpt_merge.tracking import Artifact, TrackingConfig, read_log, start_tracker
 from tests.tracking.wandb_log import attempts, history, inspect, items, records
 
-OFFLINE = TrackingConfig(carrier="offline", tags=["test"])
+OFFLINE = TrackingConfig(mode="offline", tags=["test"])
 KEY = "local" + "5ec4e7" * 7  # the form of a key; not one
 
 
@@ -98,7 +97,7 @@ def test_no_key_in_any_file(tmp_path, monkeypatch):
 def test_auto_without_a_key_is_offline_and_says_so(tmp_path, capfd):
     tracker = start(tmp_path, TrackingConfig())
     tracker.finish()
-    assert tracker.record()["carrier"] == "offline"
+    assert tracker.record()["mode"] == "offline"
     assert "W&B: offline (no API key)" in capfd.readouterr().err
 
 
@@ -107,7 +106,7 @@ def test_auto_with_a_dead_server_is_offline_and_says_so(tmp_path, capfd, monkeyp
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     tracker = start(tmp_path, TrackingConfig())
     tracker.finish()
-    assert tracker.record()["carrier"] == "offline"
+    assert tracker.record()["mode"] == "offline"
     assert "http://127.0.0.1:9 does not answer" in capfd.readouterr().err
 
 
@@ -116,10 +115,10 @@ def test_a_server_that_answers_nonsense_is_no_reason_to_stop(
 ):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", deaf_server)
-    tracker = start(tmp_path, TrackingConfig(carrier="online"))
+    tracker = start(tmp_path, TrackingConfig(mode="online"))
     tracker.log({"train/loss": 1.0}, step=1)
     tracker.finish()
-    assert tracker.record()["carrier"] == "offline"
+    assert tracker.record()["mode"] == "offline"
     assert history(tmp_path, "train/loss") == [(1, 1.0)]
     printed = capfd.readouterr().err.splitlines()
     assert len(printed) == 2, printed
@@ -132,8 +131,8 @@ def test_a_second_run_that_cannot_be_opened_leaves_the_first_alone(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", deaf_server)
     first = start(tmp_path / "training")
-    second = start(tmp_path / "merge", TrackingConfig(carrier="online"), run_id="demo-merge-1")
-    assert second.record()["carrier"] == "none"
+    second = start(tmp_path / "merge", TrackingConfig(mode="online"), run_id="demo-merge-1")
+    assert second.record()["mode"] == "disabled"
     second.log({"merge/norm": 1.0})
     second.finish()
     first.log({"train/loss": 1.0}, step=1)
@@ -156,14 +155,14 @@ def test_two_runs_may_be_open_at_once(tmp_path):
 def test_settings_of_the_environment_that_wandb_refuses_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "bogus")
     with pytest.raises(
-        UserError, match=r"WANDB_\* variables: mode .*'online', 'offline'.*mend or unset them"
+        UserError, match=r"WANDB_\* variables: mode .*'online', 'offline'.*fix or unset them"
     ):
         start(tmp_path)
 
 
 def test_online_without_a_key_is_an_error(tmp_path):
     with pytest.raises(UserError, match="wandb login"):
-        start(tmp_path, TrackingConfig(carrier="online"))
+        start(tmp_path, TrackingConfig(mode="online"))
 
 
 def test_slurms_signals_end_neither_the_service_nor_the_rows_after_them(tmp_path):
@@ -171,10 +170,10 @@ def test_slurms_signals_end_neither_the_service_nor_the_rows_after_them(tmp_path
     code = f"""
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from tracking import TrackingConfig, start_tracker
+from cpt_merge.tracking import TrackingConfig, start_tracker
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda *_: None)
-tracker = start_tracker(TrackingConfig(carrier="offline"), "training", "demo", "g", Path({str(tmp_path)!r}), {{}}, "id")
+tracker = start_tracker(TrackingConfig(mode="offline"), "training", "demo", "g", Path({str(tmp_path)!r}), {{}}, "id")
 tracker.log({{"train/loss": 1.0}}, step=1)
 time.sleep(1.5)  # what is younger than a second is lost with the service
 own = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
@@ -200,8 +199,8 @@ def test_a_service_that_cannot_be_had_again_is_said_once_and_the_local_log_goes_
 import os, subprocess, time
 from pathlib import Path
 import wandb
-from tracking import TrackingConfig, start_tracker
-tracker = start_tracker(TrackingConfig(carrier="offline"), "training", "demo", "g", Path({str(tmp_path)!r}), {{}}, "id")
+from cpt_merge.tracking import TrackingConfig, start_tracker
+tracker = start_tracker(TrackingConfig(mode="offline"), "training", "demo", "g", Path({str(tmp_path)!r}), {{}}, "id")
 subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "wandb-core"], check=True)
 time.sleep(0.5)
 from wandb.sdk.lib.service import service_process
@@ -224,7 +223,7 @@ def test_on_request_each_node_is_measured_in_a_run_of_its_own(tmp_path, monkeypa
         monkeypatch.setenv(name, value)
     start(tmp_path / "off").resume_from(0)
     assert not (tmp_path / "off").exists()
-    tracker = start(tmp_path, TrackingConfig(carrier="offline", system_metrics="nodes"))
+    tracker = start(tmp_path, TrackingConfig(mode="offline", system_metrics="nodes"))
     assert not (tmp_path / "nodes").exists(), "not before the first process has made room"
     write_json(
         tmp_path / "run.json", {"group": "demo-abc", "run_id": "demo-training-1-2"}
@@ -241,7 +240,7 @@ def test_on_request_each_node_is_measured_in_a_run_of_its_own(tmp_path, monkeypa
     assert (run.run_id, run.job_type, run.run_group) == (node, "system", "demo-abc")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    second = start(tmp_path / "second", TrackingConfig(carrier="offline", system_metrics="nodes"))
+    second = start(tmp_path / "second", TrackingConfig(mode="offline", system_metrics="nodes"))
     second.resume_from(0)
     assert not (tmp_path / "second").exists(), "one process of a node is enough"
 
@@ -288,7 +287,7 @@ def test_all_that_a_stage_can_show_arrives(tmp_path, server):
 
 def test_an_alert_names_the_slurm_job(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    tracker = start(tmp_path, TrackingConfig(carrier="none"))
+    tracker = start(tmp_path, TrackingConfig(mode="disabled"))
     tracker.resume_from(0)
     tracker.alert("no step ends", "rank 3 hangs")
     assert read_log(tmp_path).alerts[0]["text"] == "rank 3 hangs (Slurm job 4711)"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.merge.run import run as merge
-from cpt_merge.tracking.tracker import SilentTracker
+from cpt_merge.tracking import Tracker
 from cpt_merge.training.distributed.replaced import replaced
 from tests.distributed import run_ranks
 from tests.training.runs import PROMPTS, Job, assert_same_weights, train, train_steps, weights
@@ -122,6 +122,6 @@ def test_with_ties_and_a_gate_the_reply_is_the_hooks(
     job = Job(model, store, tmp_path / "run", EVERY, chat=chat_model, merge=settings)
     run_ranks(train, 1, job)
     inputs = MergeInputs(job.out / "cpt", model, chat_model, model)
-    merge(MergeConfig.model_validate(settings), inputs, tmp_path / "chat", SilentTracker())
+    merge(MergeConfig.model_validate(settings), inputs, tmp_path / "chat", Tracker())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "chat").state_dict()
     assert rows_of(job.out)[12] == replies_of(merged, model)
