@@ -59,7 +59,7 @@ def sync(folder: Path) -> None:
 
 def _only_local(log: Path) -> bool:
     """Whether no attempt of a log was to go to W&B: neither the last one, nor one before that left files for it."""
-    return read_log(log).run.get("mode") == "none" and not any((log / "wandb").glob("*run-*"))
+    return read_log(log).run.get("mode") == "disabled" and not any((log / "wandb").glob("*run-*"))
 
 
 def _place(log: Path) -> tuple[Path, int, bool, Path]:

@@ -14,6 +14,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.tracking import read_log
 from cpt_merge.tracking.sinks.wandb_history import read_rows, repair
 from cpt_merge.tracking.upload import upload
+from cpt_merge.tracking.wandb_compat import record_ends
 from tests.tracking.conftest import KEY
 from tests.tracking.wandb_log import attempts, history, items
 
