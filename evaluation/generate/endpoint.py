@@ -1,33 +1,33 @@
-"""Requests to an HTTP endpoint that speaks OpenAI's JSON, with retries. Keys come from the environment, by name."""
+"""Requests to an HTTP endpoint that speaks OpenAI's JSON, with retries. Keys come from environment variables."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import httpx2 as httpx  # the successor of httpx, which huggingface_hub uses as well
 
 from cpt_merge.tracking.redaction import without_secrets
 
 REFUSED = {401, 403, 404, 405}  # statuses that any request would get
 BUSY = 429
-AGAIN = {408, 409, 425, BUSY, 500, 502, 503, 504}  # statuses that may be others in a moment
+RETRIED = {408, 409, 425, BUSY, 500, 502, 503, 504}  # statuses that may change in a moment
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
-BUSY_PAUSE = 4.0  # the first one after 429: limits are counted by the minute
-CHUNK = 1 << 16  # bytes
-SHOWN_CHARACTERS = 200  # of what an endpoint says to an error
+BUSY_PAUSE = 4.0  # the first pause after status 429: rate limits are counted per minute
+SHOWN_CHARACTERS = 200  # of the text that comes with an error
 
 
 class EndpointError(Exception):
-    """No usable answer. `dead`: the endpoint cannot be reached, or refuses: it would not answer another one either.
+    """There is no usable answer.
 
-    `refused`: it is there, and says that the request is wrong; another try is of no use.
+    `dead`: the endpoint cannot be reached or refuses every request. `refused`: it answers that the request is wrong,
+    so another attempt would not help.
     """
 
     def __init__(self, text: str, dead: bool, refused: bool = False) -> None:
@@ -40,64 +40,71 @@ class Endpoint:
     """Where requests go. `url` is the base, such as https://api.openai.com/v1 or http://localhost:8000/v1."""
 
     url: str
-    key_variable: str  # name of the environment variable with the key; unset: no key is sent
+    key_variable: str  # environment variable with the key; if it is not set, no key is sent
     timeout: float  # seconds that one attempt may take
     attempts: int
 
+    @cached_property
+    def _client(self) -> httpx.Client:
+        """Threads share it, and with it the open connections."""
+        return httpx.Client(timeout=self.timeout)
+
     def post(self, path: str, payload: Mapping[str, Any]) -> Any:
-        """The JSON that the endpoint answers. Raises `EndpointError` when no attempt succeeded."""
+        """The endpoint's answer, parsed from JSON. Raises `EndpointError` when no attempt succeeds."""
+        address = f"{self.url}/{path}"
         for attempt in range(1, self.attempts + 1):
             try:
-                return self._once(path, payload)
-            except urllib.error.HTTPError as error:
-                reason, again = self._refusal(error), error.code in AGAIN
-                dead, refused = again or error.code in REFUSED, not again
-                first = BUSY_PAUSE if error.code == BUSY else FIRST_PAUSE
-                pause = _pause(error.headers.get("Retry-After"), first, attempt)
-            except (OSError, http.client.HTTPException) as error:
-                reason, again, dead, refused = _reason(error), True, True, False
+                status, answer, asked_pause = self._send(path, payload)
+            except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+                reason, retried, dead = _reason(error), True, True
                 pause = _pause(None, FIRST_PAUSE, attempt)
-            except (ValueError, RecursionError):
-                raise EndpointError(
-                    f"{self.url}/{path} answers what is not JSON", dead=False
-                ) from None
-            if not again or attempt == self.attempts:
-                raise EndpointError(
-                    f"{self.url}/{path}: {reason} (attempts: {attempt})", dead, refused
-                )
+            else:
+                if httpx.codes.is_success(status):
+                    try:
+                        return json.loads(answer)
+                    except (ValueError, RecursionError):
+                        text = f"{address} answers what is not JSON"
+                        raise EndpointError(text, dead=False) from None
+                retried = status in RETRIED
+                reason, dead = self._refusal(status, answer), retried or status in REFUSED
+                first = BUSY_PAUSE if status == BUSY else FIRST_PAUSE
+                pause = _pause(asked_pause, first, attempt)
+            if not retried or attempt == self.attempts:
+                text = f"{address}: {without_secrets(reason)} (attempts: {attempt})"
+                raise EndpointError(text, dead, refused=not retried)
             time.sleep(pause)
         raise AssertionError("unreachable")
 
-    def _once(self, path: str, payload: Mapping[str, Any]) -> Any:
+    def _send(self, path: str, payload: Mapping[str, Any]) -> tuple[int, bytes, str | None]:
+        """Status, body and Retry-After. Raises httpx's errors, also if the whole takes longer than the timeout."""
         headers = {"Content-Type": "application/json"}
-        key = os.environ.get(self.key_variable)
-        if key:
+        if key := os.environ.get(self.key_variable, "").strip():
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/{path}", json.dumps(payload).encode(), headers, method="POST"
-        )
-        end, parts = time.monotonic() + self.timeout, list[bytes]()
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            while part := response.read1(CHUNK):
-                parts.append(part)
-                if time.monotonic() > end:  # the socket's own limit is that of a single read
-                    raise TimeoutError
-            if response.length:  # it broke off
-                raise http.client.IncompleteRead(b"".join(parts), response.length)
-        return json.loads(b"".join(parts))
+        end, body = time.monotonic() + self.timeout, b""
+        with self._client.stream(
+            "POST", f"{self.url.rstrip('/')}/{path}", content=json.dumps(payload), headers=headers
+        ) as response:
+            try:
+                for part in response.iter_bytes():
+                    body += part
+                    if time.monotonic() > end:  # httpx limits each read only
+                        raise httpx.ReadTimeout("the answer takes too long")
+            except httpx.HTTPError:
+                if response.is_success:
+                    raise  # of an error, the status says enough
+        return response.status_code, body, response.headers.get("Retry-After")
 
-    def _refusal(self, error: urllib.error.HTTPError) -> str:
-        if error.code in (401, 403):
-            there = "is set" if os.environ.get(self.key_variable) else "is not set"
-            return f"status {error.code}, the key is refused (environment variable {self.key_variable} {there})"
-        try:
-            said = " ".join(error.read1(CHUNK).decode(errors="replace").split())
-        except (OSError, http.client.HTTPException):  # the status says enough
-            said = ""
-        said = without_secrets(said)[
-            :SHOWN_CHARACTERS
-        ]  # in this order: half a secret is not known for one
-        return f"status {error.code} {error.reason}" + (f", {said}" if said else "")
+    def _refusal(self, status: int, answer: bytes) -> str:
+        if status in (401, 403):
+            is_set = "is set" if os.environ.get(self.key_variable) else "is not set"
+            return (
+                f"status {status}, the key is refused (environment variable "
+                f"{self.key_variable} {is_set})"
+            )
+        text = without_secrets(" ".join(answer.decode(errors="replace").split()))
+        shown = text[:SHOWN_CHARACTERS]  # cut last: half a secret is not recognised as one
+        name = httpx.codes.get_reason_phrase(status)
+        return " ".join(filter(None, [f"status {status}", name])) + (f", {shown}" if shown else "")
 
 
 def _pause(asked: str | None, first: float, attempt: int) -> float:
@@ -110,8 +117,6 @@ def _pause(asked: str | None, first: float, attempt: int) -> float:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.URLError):
-        error = error.reason if isinstance(error.reason, Exception) else error
-    if isinstance(error, TimeoutError):
+    if isinstance(error, httpx.TimeoutException):
         return "no answer in time"
-    return str(getattr(error, "strerror", None) or error) or type(error).__name__
+    return str(error) or type(error).__name__
