@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import STORED, Array, Float32, widen
+from cpt_merge.core.artifact import read_marker
 from cpt_merge.core.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-UNFINISHED_FILE = "unfinished"  # lies in a directory for as long as a writer fills it
 
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
@@ -69,7 +69,7 @@ class Checkpoint:
         Raises `UserError` naming the file that is missing or damaged.
         """
         directory = Path(directory)
-        if (directory / UNFINISHED_FILE).exists():
+        if read_marker(directory) is not None:
             raise UserError(
                 f"{directory} was never finished; run the command that writes it again."
             )

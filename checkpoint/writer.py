@@ -28,20 +28,15 @@ from pathlib import Path
 import numpy as np
 
 from cpt_merge.checkpoint.dtypes import STORED, Array
-from cpt_merge.checkpoint.reader import UNFINISHED_FILE, TensorInfo, index_file
-from cpt_merge.core.artifact import fsync, write_json, write_text
+from cpt_merge.checkpoint.reader import TensorInfo, index_file
+from cpt_merge.core.artifact import Staging, fsync, write_json
 from cpt_merge.core.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
 
 _JOURNALS = "written-*.json"
-TRACES = (
-    "written-*",
-    "ranges-*",
-    "statistics-*",
-    "failed-*",
-    "stopped-*",
-)  # of the processes that write; none is part of the result
+# written by the processes of a run for one another; no part of the result
+SCRATCH = ("written-*", "ranges-*", "statistics-*", "failed-*", "stopped-*")
 
 
 @dataclass(frozen=True)
@@ -145,10 +140,9 @@ class CheckpointFiles:
         self._handles: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def create(self, marker: str = "") -> None:
-        """Make the directory, its marker, and every file at its full size, with its header, durably."""
-        self.directory.mkdir()
-        write_text(self.directory / UNFINISHED_FILE, marker)
+    def create(self) -> None:
+        """Make every file. Raises `UserError` if the disk has no room for them."""
+        check_room(self.directory, self.layout)
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -192,19 +186,11 @@ class CheckpointFiles:
                 os.close(handle)
             self._handles.clear()
 
-    def finish(self, out: Path) -> None:
-        """Write the index, make everything durable, let the directory take the name `out`, and remove the marker.
-
-        The marker goes last: whenever this is cut short, there is a directory that is known as unfinished.
-        """
+    def write_index(self) -> None:
+        """Write the index of the layout, if it has one."""
         if self.layout.index:
             files = {name: info.file for name, info in self.layout.tensors.items()}
             write_index(self.directory / self.layout.index, files, self.layout.nbytes)
-        for path in [*self.directory.iterdir(), self.directory]:
-            fsync(path)
-        os.replace(self.directory, out)
-        fsync(out.parent)
-        mark_finished(out)
 
     def _handle(self, file: str) -> int:
         with self._lock:
@@ -217,10 +203,9 @@ class CheckpointWriter(CheckpointFiles):
     """Writes one checkpoint, as one of several processes (`rank` tells them apart), and proves it whole."""
 
     def __init__(self, out: Path, layout: Layout, rank: int = 0) -> None:
-        super().__init__(
-            beside(out), layout
-        )  # other files of the checkpoint may be put into this directory
-        self.out, self.rank = out, rank
+        self.staging = Staging(out, scratch=SCRATCH)
+        super().__init__(self.staging.directory, layout)  # other files may be added to it
+        self.rank = rank
         self._written: dict[str, dict[int, int]] = defaultdict(
             dict
         )  # tensor -> {stop: start}, in elements
@@ -228,16 +213,7 @@ class CheckpointWriter(CheckpointFiles):
 
     def prepare(self) -> None:
         """Make the directory, every file at its full size. Raises `UserError` if `out` is in use or the disk full."""
-        remove_unfinished(self.out)
-        check_free(self.out)
-        remove_unfinished(self.directory)
-        if self.directory.exists():
-            raise UserError(
-                f"{self.directory} is in the way and was not left by an unfinished run; move it."
-            )
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        check_room(self.out.parent, self.layout)
-        self.create()
+        self.staging.begin(self.create)
 
     def write_flat(self, name: str, start: int, values: Array) -> None:
         """Write elements from `start` on, in storage order and in the type they are stored in."""
@@ -264,7 +240,8 @@ class CheckpointWriter(CheckpointFiles):
         """Prove that nothing is missing, write the index, and let the directory take its name."""
         journals = sorted(self.directory.glob(_JOURNALS))
         _prove_whole(self.layout, [json.loads(journal.read_text()) for journal in journals])
-        self.finish(self.out)
+        self.write_index()
+        self.staging.commit()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -274,48 +251,14 @@ class CheckpointWriter(CheckpointFiles):
             yield
         except BaseException:
             self.release()
-            shutil.rmtree(self.directory, ignore_errors=True)
+            self.staging.discard()
             raise
-
-
-def beside(out: Path) -> Path:
-    """Where `out` is made before it takes its name."""
-    return out.with_name(out.name + ".tmp")
-
-
-def remove_unfinished(directory: Path) -> None:
-    """Remove what a killed process left, and nothing else: it is known by its marker."""
-    if (directory / UNFINISHED_FILE).is_file():
-        shutil.rmtree(directory)
-
-
-def mark_finished(directory: Path) -> None:
-    """Remove what is only of use while a checkpoint is written, the marker last."""
-    for pattern in TRACES:
-        for path in directory.glob(pattern):
-            path.unlink(missing_ok=True)
-    (directory / UNFINISHED_FILE).unlink(missing_ok=True)
-    fsync(directory)
 
 
 def write_index(path: Path, files: Mapping[str, str], total_size: int) -> None:
     """Write a `model.safetensors.index.json`: which file holds which tensor, and the bytes of all."""
     weight_map = {name: files[name] for name in sorted(files, key=natural)}
     write_json(path, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-
-
-def check_free(out: Path) -> None:
-    """Raise `UserError` unless `out` is missing, an empty directory, or was never finished."""
-    if (out / UNFINISHED_FILE).is_file():
-        return
-    if out.is_symlink() or os.path.ismount(out):
-        raise UserError(
-            f"{out} is a link or a mount point, which no directory can replace; name one within it."
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"{out} exists and is not empty; choose another output directory or remove it."
-        )
 
 
 def check_room(directory: Path, layout: Layout) -> None:

@@ -1,6 +1,6 @@
 """Tokenised blocks on their way into a store: parts that any process writes and any later one continues from.
 
-    OUT.parts/digest                   what the store is made of; parts of another digest are removed
+    OUT.parts/unfinished               a digest of what the store is made of; the marker of `core.artifact.Staging`
     OUT.parts/part-*/blocks.npy        int64 [blocks, 6]: piece, block, empty documents, documents of each split
     OUT.parts/part-*/ends.npy          int64 [ends, 2]: a piece that was read to its end, how many blocks it has
     OUT.parts/part-*/SPLIT-*.npy       the blocks' documents one after the other: tokens, lengths, bytes, hashes
@@ -11,16 +11,15 @@ blocks are joined by their numbers (`training/join.py`).
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cpt_merge.core.artifact import Staging
 from cpt_merge.data.store import SPLITS, Integers, StoreSplit, Tokens
 
 PART_BYTES = 64_000_000  # of tokens, in one part
@@ -72,31 +71,19 @@ class PartWriter:
         if not self._blocks and not self._ends:
             return
         name = secrets.token_hex(8)
-        beside = self.directory / f"tmp-{name}"
-        beside.mkdir()
         rows = [
             [*block.place, block.empty, *(len(block.splits[split].lengths) if split in block.splits else 0
              for split in SPLITS)] for block in self._blocks
         ]  # fmt: skip
-        _save(beside / "blocks.npy", np.asarray(rows, np.int64).reshape(-1, 3 + len(SPLITS)))
-        _save(beside / "ends.npy", np.asarray(self._ends, np.int64).reshape(-1, 2))
-        for split in SPLITS:
-            encoded = [block.splits[split] for block in self._blocks if split in block.splits]
-            for field in fields(Encoded):
-                if encoded:
-                    _save(
-                        beside / f"{split}-{field.name}.npy",
-                        np.concatenate([getattr(e, field.name) for e in encoded]),
-                    )
-        os.replace(beside, self.directory / f"part-{name}")
+        with Staging(self.directory / f"part-{name}").filling() as part:
+            np.save(part / "blocks.npy", np.asarray(rows, np.int64).reshape(-1, 3 + len(SPLITS)))
+            np.save(part / "ends.npy", np.asarray(self._ends, np.int64).reshape(-1, 2))
+            for split in SPLITS:
+                encoded = [block.splits[split] for block in self._blocks if split in block.splits]
+                for field in fields(Encoded) if encoded else ():
+                    values = np.concatenate([getattr(one, field.name) for one in encoded])
+                    np.save(part / f"{split}-{field.name}.npy", values)
         self._blocks, self._ends, self._size = [], [], 0
-
-
-def _save(path: Path, values: npt.NDArray[Any]) -> None:
-    with open(path, "wb") as file:
-        np.save(file, values)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Part:
@@ -140,7 +127,7 @@ class Parts:
     def look(self) -> Parts:
         """Take in the parts that came since the last look."""
         for path in sorted(self.directory.glob("part-*")):
-            if path.name not in self._known:
+            if path.name not in self._known and not path.suffix:
                 part = Part(path)
                 self._known.add(path.name)
                 self.rows.update(

@@ -10,7 +10,6 @@ it is what a division costs. Tokenised blocks go into parts (`training/parts.py`
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from cpt_merge.core.artifact import fingerprint, new_directory, stage_key, write_json, write_text
+from cpt_merge.core.artifact import Staging, fingerprint, stage_key, write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say, timed
 from cpt_merge.core.world import World
@@ -110,10 +109,9 @@ class Plan:
     starts: list[float]  # of each piece on the line; the last is 1
     of_source: list[list[int]]  # of each source, the numbers of its pieces
     encoders: dict[StoreSplit, Encoder]  # `train` is also the held-out text's
-    parts: Path
 
     @staticmethod
-    def make(corpus: Corpus, tokenizer: Path, base: Path | None, parts: Path) -> Plan:
+    def make(corpus: Corpus, tokenizer: Path, base: Path | None = None) -> Plan:
         """The plan for a corpus. Raises `UserError` for text that is not there."""
         by_source = [source_pieces(source) for source in corpus.sources]
         pieces = [piece for pieces in by_source for piece in pieces]
@@ -124,7 +122,7 @@ class Plan:
         encoders: dict[StoreSplit, Encoder] = {"train": Encoder.read(tokenizer)}
         if base:
             encoders["reference"] = Encoder.read(base)
-        return Plan(corpus, pieces, starts, of_source, encoders, parts)
+        return Plan(corpus, pieces, starts, of_source, encoders)
 
     def position(self, place: Place) -> float:
         """Where a block lies. The shards of hub datasets are not divided: each is downloaded once."""
@@ -157,10 +155,12 @@ class Interval:
         return start < self.end and end > self.start
 
 
-def tokenise_share(plan: Plan, world: World, workers: int, worker: int, report: Report) -> None:
+def tokenise_share(
+    plan: Plan, parts: Path, world: World, workers: int, worker: int, report: Report
+) -> None:
     """Tokenise the blocks of one process that are not there yet."""
-    mine, there = Interval.of(world, worker, workers), Parts(plan.parts).look()
-    writer = PartWriter(plan.parts)
+    mine, there = Interval.of(world, worker, workers), Parts(parts).look()
+    writer = PartWriter(parts)
     for number, piece in enumerate(plan.pieces):
         if not mine.meets(plan.starts[number], plan.starts[number + 1]) or _is_there(
             plan, number, mine, there
@@ -240,12 +240,14 @@ def write_store(
     `base` is the original base model's directory, for the `reference` split. Where a store of the same digest was
     begun, it is continued. Raises `UserError` for a source without training text.
     """
-    plan = Plan.make(corpus, tokenizer, base, out.with_name(out.name + ".parts"))
-    digest = _digest(plan, deduplicate)
-    if _is_finished(out, digest):
+    plan = Plan.make(corpus, tokenizer, base)
+    staging = staging_of(out, _digest(plan, deduplicate))
+    if world.is_main:
+        staging.finish_commit()
+    if _is_finished(staging):
         return Store.open(out).info
-    _open_parts(plan, digest, out, world)
-    if _is_finished(out, digest):  # by the others, before this process began
+    _open_parts(staging, world)
+    if _is_finished(staging):  # by the others, before this process began
         return Store.open(out).info
     with Meter("tokenise", None, "documents") as meter:
         tokens = 0
@@ -256,27 +258,30 @@ def write_store(
             meter.note = f"{tokens:,} tokens"
             meter.advance(documents)
 
-        run_in_processes(partial(tokenise_share, plan, world, processes), processes, report)
+        run_in_processes(
+            partial(tokenise_share, plan, staging.directory, world, processes), processes, report
+        )
     if not world.is_main:
-        _wait(lambda: _is_finished(out, digest))
+        _wait(lambda: _is_finished(staging))
         return Store.open(out).info
-    parts = Parts(plan.parts)
+    parts = Parts(staging.directory)
     _wait(lambda: parts.look().is_complete(len(plan.pieces)))
-    with timed("join"), new_directory(out) as beside:
-        info = _join(parts, plan, digest, beside, deduplicate)
-    shutil.rmtree(plan.parts)
+    with timed("join"):
+        info = _join(parts, plan, staging, deduplicate)
+        staging.commit()
     return info
 
 
-def _join(parts: Parts, plan: Plan, digest: str, out: Path, deduplicate: bool) -> StoreInfo:
+def _join(parts: Parts, plan: Plan, staging: Staging, deduplicate: bool) -> StoreInfo:
     infos = {split: encoder.info for split, encoder in plan.encoders.items()}
     by_split: dict[StoreSplit, TokenizerInfo] = {
         "train": infos["train"],
         "heldout": infos["train"],
         **infos,
     }
-    sources = join(parts, plan.of_source, plan.corpus.sources, by_split, out, deduplicate)
-    info = StoreInfo(digest, infos["train"], infos.get("reference"), sources)
+    out, sources = staging.directory, plan.corpus.sources
+    found = join(parts, plan.of_source, sources, by_split, out, deduplicate)
+    info = StoreInfo(staging.key, infos["train"], infos.get("reference"), found)
     write_json(out / STORE_FILE, asdict(info))
     return info
 
@@ -293,26 +298,23 @@ def _digest(plan: Plan, deduplicate: bool) -> str:
     return stage_key("store", settings, inputs)
 
 
-def _is_finished(out: Path, digest: str) -> bool:
-    return (out / STORE_FILE).is_file() and Store.open(out).info.digest == digest
+def staging_of(out: Path, digest: str) -> Staging:
+    """Where the parts of a store are collected, and the store is joined from them."""
+    return Staging(out, digest, suffix=".parts", scratch=("part-*",), replace=True)
 
 
-def _open_parts(plan: Plan, digest: str, out: Path, world: World) -> None:
+def _is_finished(staging: Staging) -> bool:
+    store = staging.target
+    return (store / STORE_FILE).is_file() and Store.open(store).info.digest == staging.key
+
+
+def _open_parts(staging: Staging, world: World) -> None:
     """Let the first process make the folder of the parts, or find it as an earlier attempt left it."""
-    marker = plan.parts / "digest"
-
-    def is_open() -> bool:
-        return marker.is_file() and marker.read_text() == digest
-
     if not world.is_main:
-        _wait(lambda: is_open() or _is_finished(out, digest))
-    elif is_open():
-        there = len(Parts(plan.parts).look().rows)
-        say(f"continuing a store that was begun: {there:,} blocks are tokenised")
-    else:
-        shutil.rmtree(plan.parts, ignore_errors=True)
-        plan.parts.mkdir(parents=True)
-        write_text(marker, digest)
+        _wait(lambda: staging.is_begun or _is_finished(staging))
+    elif staging.begin():
+        done = len(Parts(staging.directory).look().rows)
+        say(f"continuing an unfinished store: {done:,} blocks are tokenised")
 
 
 def _wait(done: Callable[[], bool]) -> None:

@@ -16,7 +16,7 @@ from cpt_merge.core.errors import UserError
 Report = Callable[[int, int], None]  # (documents, tokens) done
 Task = Callable[[int, Report], None]  # (which of the processes, report)
 
-_PRELOADED = ["datasets", "training.tokenise"]  # imported once, before the processes part
+_PRELOADED = ["datasets", "cpt_merge.data.tokenise"]  # imported once, before the processes part
 _POLL = 0.5  # seconds
 
 

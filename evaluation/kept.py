@@ -1,6 +1,6 @@
 """What was found of each model, kept beside the evaluation until it is whole: nothing is generated twice.
 
-OUT.kept/NAME-KEY.json for OUT; the key changes with all that a result depends on.
+OUT.kept/models.jsonl for OUT; the key of a line changes with all that a result depends on.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from cpt_merge.core.artifact import fingerprint, installed_versions, stage_key, write_text
+from cpt_merge.core.artifact import KeptLines, fingerprint, installed_versions, stage_key
 from cpt_merge.core.progress import say
 from cpt_merge.data.sources import Corpus, Source, source_files
 from cpt_merge.evaluation.chat_template import ChatTemplate
@@ -54,39 +54,37 @@ class KeptResults:
         )
 
     def read(self, name: str, directory: Path) -> ModelResult | None:
-        """What was found of this model before."""
-        path = self._path(name, directory)
-        if not path.is_file():
+        """What an evaluation that was cut short found of this model."""
+        kept = self._lines.read().get(self._key_of(name, directory))
+        if kept is None:
             return None
-        try:
-            result = RESULT.validate_json(path.read_bytes())
-        except ValidationError:
-            say(f"{path} is damaged; {name} is evaluated anew")
-            return None
+        result = RESULT.validate_python(kept)
         what = (
-            "its replies are there already, for what failed"
+            "its replies are kept; only what failed is asked again"
             if result.failed
             else "evaluated already"
         )
-        say(f"{name}: {what}, by an evaluation that did not come to its end")
+        say(f"{name}: {what}, by an evaluation that was cut short")
         return result
 
     def keep(self, result: ModelResult, directory: Path) -> None:
-        """Keep it."""
-        write_text(self._path(result.name, directory), RESULT.dump_json(result).decode())
+        """Keep the result of a model."""
+        self._lines.add(
+            self._key_of(result.name, directory), RESULT.dump_python(result, mode="json")
+        )
 
     def clear(self) -> None:
         """The evaluation is whole: remove what was kept for it, and for earlier settings."""
-        for path in self.folder.glob(f"*-{'[0-9a-f]' * 16}.json"):
-            path.unlink()
-        with suppress(OSError):  # what else somebody put there stays
+        self._lines.clear()
+        with suppress(OSError):  # files of others in this folder stay
             self.folder.rmdir()
 
-    def _path(self, name: str, directory: Path) -> Path:
-        return (
-            self.folder
-            / f"{name}-{stage_key(self.key, {}, {'model': fingerprint(directory)})}.json"
-        )
+    @property
+    def _lines(self) -> KeptLines:
+        return KeptLines(self.folder / "models.jsonl")
+
+    def _key_of(self, name: str, directory: Path) -> str:
+        return stage_key(self.key, {"name": name}, {"model": fingerprint(directory)})
 
 
 def input_files(config: EvaluationConfig, text: Text) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo
 from cpt_merge.checkpoint.token_changes import TokenChanges
-from cpt_merge.checkpoint.writer import Layout, TensorSpec, beside, check_free, check_room, natural
+from cpt_merge.checkpoint.writer import Layout, TensorSpec, check_room, natural
+from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.models import model_directory
 from cpt_merge.core.progress import say
@@ -246,7 +247,7 @@ def _base_type(source: Vector, name: str) -> str:
 def check_output(the_plan: MergePlan, out: Path) -> None:
     """Raise `RefusedError` for an output that is in use, or an input, or a disk without room for it."""
     problems = _output_problems(the_plan.models(), out)
-    if not beside(out).exists():  # an unfinished merge has taken its room already
+    if not Staging(out).directory.exists():  # an unfinished merge has taken its room already
         with collected(problems):
             check_room(out, the_plan.layout())
     if problems:
@@ -264,7 +265,7 @@ def _output_problems(models: Mapping[str, Checkpoint], out: Path) -> list[str]:
                 f"the output {out} and the {label} model {there} lie one in the other; choose another directory"
             ]
     with collected(problems):
-        check_free(out)
+        Staging(out).check_target()
     return problems
 
 

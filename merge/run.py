@@ -18,7 +18,7 @@ from cpt_merge.merge.plan import MergeInputs, MergePlan, check_output, plan
 from cpt_merge.merge.slices import give_back_freed_memory
 from cpt_merge.merge.tokens import describe
 from cpt_merge.merge.vectors import check_base
-from cpt_merge.merge.work import Work, finish_publishing
+from cpt_merge.merge.work import Work, staging
 from cpt_merge.tracking import Tracker
 
 _ORDER = "1"  # changes with the order of the arithmetic or the blocks: an older unfinished merge is of no use then
@@ -34,7 +34,7 @@ def run(config: MergeConfig, inputs: MergeInputs, out: Path, tracker: Tracker) -
     the_plan = plan(config, inputs)
     the_digest = digest(the_plan)
     if world.is_main:
-        finish_publishing(out, the_digest)
+        staging(out, the_digest).finish_commit()
     finished = report.read_finished(out, the_digest)
     if finished is not None:
         say(f"merge: {out} holds the result of this very merge already")

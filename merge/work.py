@@ -21,17 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cpt_merge.checkpoint.reader import UNFINISHED_FILE
-from cpt_merge.checkpoint.writer import (
-    CheckpointFiles,
-    Layout,
-    beside,
-    check_free,
-    check_room,
-    mark_finished,
-    remove_unfinished,
-)
-from cpt_merge.core.artifact import write_json
+from cpt_merge.checkpoint.writer import SCRATCH, CheckpointFiles, Layout
+from cpt_merge.core.artifact import Staging, write_json
 from cpt_merge.core.distributed import collect, publish, wait_for
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.lock import Lock
@@ -45,8 +36,9 @@ class Work:
 
     def __init__(self, out: Path, layout: Layout, digest: str, world: World) -> None:
         self.out, self.digest, self.world = out, digest, world
-        self.files = CheckpointFiles(beside(out), layout)
-        self.directory = self.files.directory
+        self.staging = staging(out, digest)
+        self.directory = self.staging.directory
+        self.files = CheckpointFiles(self.directory, layout)
         self._lock = Lock(
             out.with_name(out.name + ".lock"), self.directory, "choose another output"
         )
@@ -64,9 +56,7 @@ class Work:
             self._useless.unlink(missing_ok=True)
             self._make_directory()
         else:
-            self.wait_for(
-                lambda: _marker(self.directory) == self.digest, "the first process to begin"
-            )
+            self.wait_for(lambda: self.staging.is_begun, "the first process to begin")
         self.opened = True
         vouch(self.directory, self._sync_all)
         self._journal = Journal(self.directory, self.world.rank, self.files.sync)
@@ -74,27 +64,9 @@ class Work:
     def _make_directory(self) -> None:
         for why in [*self.directory.glob("failed-*"), *self.directory.glob("stopped-*")]:
             why.unlink()
-        for left in (self.out, self.directory):
-            if _marker(left) not in (None, self.digest):
-                say(f"merge: {left} was left by a merge of other inputs or settings; begun anew")
-                remove_unfinished(left)
-        check_free(self.out)
-        if _marker(self.directory) == self.digest:
+        if self.staging.begin(self.files.create):
             say(f"merge: continuing what was cut short in {self.directory}")
             self.files.lay_out()  # a crash of the machine may have lost it
-            return
-        new = CheckpointFiles(
-            self.directory.with_name(self.directory.name + ".new"), self.files.layout
-        )
-        remove_unfinished(new.directory)
-        for directory in (self.directory, new.directory):
-            if directory.exists():
-                raise UserError(
-                    f"{directory} is in the way and was not left by an unfinished merge; move it."
-                )
-        check_room(self.out.parent, self.files.layout)
-        new.create(self.digest)
-        os.replace(new.directory, self.directory)
 
     def _sync_all(self) -> None:
         """Everything that anybody on this machine wrote."""
@@ -162,7 +134,8 @@ class Work:
         """Let the directory take its name."""
         self.journal.finish_sync()
         self.files.release()
-        self.files.finish(self.out)
+        self.files.write_index()
+        self.staging.commit()
         self.close()
 
     def close(self) -> None:
@@ -174,14 +147,6 @@ class Work:
         self._lock.release()
 
 
-def finish_publishing(out: Path, digest: str) -> None:
-    """Finish what was cut short between the directory's name and its last step."""
-    if _marker(out) == digest:
-        mark_finished(out)
-
-
-def _marker(directory: Path) -> str | None:
-    try:
-        return (directory / UNFINISHED_FILE).read_text()
-    except OSError:
-        return None
+def staging(out: Path, digest: str) -> Staging:
+    """The directory that a merge is made in."""
+    return Staging(out, digest, scratch=SCRATCH)

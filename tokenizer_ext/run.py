@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpt_merge.core.artifact import new_directory
+from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say, timed
 from cpt_merge.data.sources import Corpus
@@ -53,7 +53,7 @@ def run(
     _say_moved(chat_tokens, layout)
     readable = [start.family.readable(piece) for piece in pieces]
     samples = take_samples(heldout_texts(corpus), scripts_of(config.languages()), readable)
-    with new_directory(out) as folder, timed("proving the tokenizer that was written"):
+    with Staging(out).filling() as folder, timed("proving the tokenizer that was written"):
         write_tokenizer(start, layout, folder)
         proofs = prove(read_case(start, folder, chat, samples))
         require(proofs)

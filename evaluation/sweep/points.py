@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpt_merge.core.artifact import fsync
-from cpt_merge.core.progress import say
+from pydantic import TypeAdapter
+
+from cpt_merge.core.artifact import KeptLines
 from cpt_merge.evaluation.statistics import Estimate
 from cpt_merge.merge.config import MergeConfig, RuleConfig
 
@@ -79,43 +78,23 @@ def merge_config(
     return recipe.model_copy(update=changes)
 
 
-class PointsFile:
-    """points.jsonl: one line for each point; a line that a kill cut short is left out."""
+class KeptPoints:
+    """points.jsonl: every point that is measured, one on a line."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path) -> None:
+        self._kept = KeptLines(folder / "points.jsonl")
 
     def read(self) -> dict[str, Point]:
         """All points by key."""
-        if not self.path.is_file():
-            return {}
-        found = {}
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
-            if not line:
-                continue
-            try:
-                point = _parse(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                say(f"{self.path}: a line that was cut short is left out")
-                continue
-            found[point.key] = point
-        return found
+        return {
+            key: POINT.validate_python({"key": key, **row})
+            for key, row in self._kept.read().items()
+        }
 
     def add(self, point: Point) -> None:
-        """Append a point, durably, on a line of its own."""
-        whole = not self.path.is_file() or self.path.read_bytes()[-1:] in (b"", b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(
-                ("" if whole else "\n") + json.dumps(asdict(point), ensure_ascii=False) + "\n"
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        fsync(self.path.parent)
+        """Keep a point."""
+        row = asdict(point)
+        self._kept.add(row.pop("key"), row)
 
 
-def _parse(row: dict[str, Any]) -> Point:
-    figures = {
-        language: {name: Estimate(**estimate) for name, estimate in of_language.items()}
-        for language, of_language in row.pop("figures").items()
-    }
-    return Point(figures=figures, **row)
+POINT = TypeAdapter(Point)

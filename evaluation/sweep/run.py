@@ -26,7 +26,7 @@ from cpt_merge.evaluation.sweep import search
 from cpt_merge.evaluation.sweep.config import SweepConfig
 from cpt_merge.evaluation.sweep.model import MergedModel
 from cpt_merge.evaluation.sweep.outputs import SweepResult, report, show_progress
-from cpt_merge.evaluation.sweep.points import EVERYTHING, Point, PointsFile, merge_config, name_of
+from cpt_merge.evaluation.sweep.points import EVERYTHING, KeptPoints, Point, merge_config, name_of
 from cpt_merge.evaluation.sweep.recommend import rate, recommend
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.plan import MergeInputs, plan
@@ -136,7 +136,7 @@ class Sweep:
         for vector in the_plan.vectors:
             check_base(vector.source)
         model = MergedModel(the_plan, ranks.world.local_rank)
-        kept = ranks.broadcast(lambda: PointsFile(self.out / "points.jsonl").read())
+        kept = ranks.broadcast(KeptPoints(self.out).read)
         found = SweepResult(self.config, self.inputs.languages, self.evaluators, [])
 
         def take(ratios: dict[str, float]) -> None:
@@ -205,7 +205,7 @@ class Sweep:
             show_left_out(results)
             show_judges(results)
             if not results.failed:
-                PointsFile(self.out / "points.jsonl").add(point)
+                KeptPoints(self.out).add(point)
         if results.failed:
             raise UserError(
                 f"{results.failed[0]}; mend that and run the same command, which goes on at ratio {name_of(ratios)}."

@@ -301,7 +301,7 @@ def test_neither_opening_nor_reading_keeps_the_file_in_memory(tmp_path):
     code = f"""
 import resource, sys, torch
 from pathlib import Path
-from checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.reader import Checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 total = sum(float(checkpoint.read_flat("a", at, at + (1 << 18)).sum()) for at in range(0, {elements}, 1 << 18))
@@ -320,7 +320,7 @@ def test_torch_is_imported_only_when_a_bin_is_read(single, safe):
 import sys
 from pathlib import Path
 import checkpoint.pickled
-from checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.reader import Checkpoint
 Checkpoint.open(Path(sys.argv[1])).read("a.weight")
 print("torch" in sys.modules)
 Checkpoint.open(Path(sys.argv[2])).read("a.weight")

@@ -88,9 +88,10 @@ def rank(number: int, size: int, workers: int, corpus: Corpus, model: Path, out:
     for worker in range(
         workers
     ):  # the workers of one node, one after the other, as each would run in its process
-        plan = Plan.make(corpus, model, model, out.with_name(out.name + ".parts"))
-        tokenise._open_parts(plan, tokenise._digest(plan, True), out, world)
-        tokenise.tokenise_share(plan, world, workers, worker, lambda *_: None)
+        plan = Plan.make(corpus, model, model)
+        staging = tokenise.staging_of(out, tokenise._digest(plan, True))
+        tokenise._open_parts(staging, world)
+        tokenise.tokenise_share(plan, staging.directory, world, workers, worker, lambda *_: None)
     write_store(corpus, model, out, base=model, deduplicate=True, world=world)
 
 
@@ -134,7 +135,7 @@ def test_every_position_belongs_to_one_process() -> None:
 def test_a_single_file_is_divided_evenly_by_blocks(
     corpus: Corpus, model: Path, tmp_path: Path
 ) -> None:
-    plan = Plan.make(corpus, model, None, tmp_path)
+    plan = Plan.make(corpus, model)
     mine = [plan.position((0, block)) for block in range(1000)]
     assert min(mine) >= plan.starts[0]
     assert max(mine) < plan.starts[1]
@@ -161,7 +162,7 @@ def test_a_killed_stage_keeps_what_it_tokenised(
     process = multiprocessing.get_context("fork").Process(target=killed)
     process.start()
     folder = tmp_path / "store.parts"
-    while len(list(folder.glob("part-*"))) < 8:
+    while len([part for part in folder.glob("part-*") if not part.suffix]) < 8:
         time.sleep(0.01)
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
@@ -178,7 +179,7 @@ def test_a_killed_stage_keeps_what_it_tokenised(
 
 def test_parts_of_other_settings_are_not_used(corpus: Corpus, model: Path, tmp_path: Path) -> None:
     (tmp_path / "store.parts" / "part-0").mkdir(parents=True)
-    (tmp_path / "store.parts" / "digest").write_text("other")
+    (tmp_path / "store.parts" / "unfinished").write_text("other")
     write_store(corpus, model, tmp_path / "store")
     assert Store.open(tmp_path / "store").info.sources[0].train.documents > 300
 
@@ -367,11 +368,11 @@ def test_every_format_is_divided(
         for number in range(10):
             jsonl(path / f"{number}.jsonl", texts[number * 20 : number * 20 + 20])
     corpus = Corpus(sources=[Source(path=str(path), language="en")], heldout=1e-6)
-    plan = Plan.make(corpus, model, None, tmp_path / "store.parts")
-    plan.parts.mkdir()
-    (plan.parts / "digest").write_text(tokenise._digest(plan, False))
+    plan = Plan.make(corpus, model)
+    staging = tokenise.staging_of(tmp_path / "store", tokenise._digest(plan, False))
+    staging.begin()
     for worker in range(3):
-        tokenise.tokenise_share(plan, World(), 3, worker, lambda *_: None)
+        tokenise.tokenise_share(plan, staging.directory, World(), 3, worker, lambda *_: None)
     write_store(corpus, model, tmp_path / "store")
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert [tokenizer.decode(ids[1:-1]) for ids in ids_of(tmp_path / "store")] == texts

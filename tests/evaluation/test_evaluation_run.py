@@ -331,7 +331,7 @@ def test_a_kept_result_is_of_the_same_files_and_template(models_of_two_vocabular
     directory, text = models_of_two_vocabularies["base"], {"ko": str(tmp_path / "*.txt")}
 
     def key(chat=chat):
-        return KeptResults.of(config, text, chat, tmp_path)._path("base", directory)
+        return KeptResults.of(config, text, chat, tmp_path)._key_of("base", directory)
 
     first = key()
     assert first == key()

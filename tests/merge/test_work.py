@@ -12,6 +12,7 @@ import time
 import pytest
 
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
 from cpt_merge.merge import MergeConfig
@@ -28,8 +29,8 @@ from tests.merge.test_merge_run import digest, inputs_of, load, merge
 SLOW = """
 import sys, time
 from pathlib import Path
-from launcher.cli import main
-from merge import engine, journal
+from cpt_merge.launcher.cli import main
+from cpt_merge.merge import engine, journal
 engine.BLOCK = 128
 note = journal.Journal.note
 def slow(self, *arguments):
@@ -203,7 +204,7 @@ def test_another_merge_s_leftovers_are_not_continued(untied, work, tmp_path, tra
     work.journal.note(0, [Sums()], 1)
     work.close()
     merge(untied, tmp_path / "out", tracker, ratio=0.3)
-    assert "begun anew" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
     merge(untied, tmp_path / "other", tracker, ratio=0.3)
     assert digest(tmp_path / "out") == digest(tmp_path / "other")
 
@@ -278,9 +279,9 @@ def test_killed_while_it_is_published_the_same_command_finishes(
 
     with monkeypatch.context() as patch:
         if moment == "before the name":
-            patch.setattr("cpt_merge.checkpoint.writer.os.replace", _only_for("out", killed))
+            patch.setattr("cpt_merge.core.artifact.os.replace", _only_for("out", killed))
         else:
-            patch.setattr("cpt_merge.checkpoint.writer.mark_finished", killed)
+            patch.setattr(Staging, "_remove_scratch", killed)
         with pytest.raises(Killed):
             merge(untied, tmp_path / "out", tracker)
     assert (tmp_path / "out").exists() == (moment == "after the name")

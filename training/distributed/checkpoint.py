@@ -12,7 +12,6 @@ told by `failed`, and raised where all processes have agreed that something did.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cpt_merge.core.artifact import fsync, write_json
+from cpt_merge.core.artifact import Staging, write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.training.config import CheckpointConfig
@@ -67,8 +66,10 @@ class Checkpoints:
         if self.parallel.world.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.glob("step-*"):
-                if not (path / STATE_FILE).is_file() or path.suffix:
+                if path.suffix or not (path / STATE_FILE).is_file():
                     shutil.rmtree(path)
+                else:
+                    Staging(path).finish_commit()
         self.parallel.barrier()
 
     def save(self, backend: Backend, state: TrainState) -> None:
@@ -80,9 +81,16 @@ class Checkpoints:
             return
         self.finish()
         self._check_room(backend.state_bytes())
-        final = self.directory / f"step-{state.step:08d}"
+        staging = Staging(self.directory / f"step-{state.step:08d}")
+        if self.parallel.world.is_main:
+            try:
+                staging.begin()
+            except (OSError, UserError) as error:
+                self._error = error
+        if self.parallel.any(self.failed):
+            raise self._not_written(self._error)
         try:
-            pending = backend.save(final.with_suffix(".tmp"), self.config.asynchronous)
+            pending = backend.save(staging.directory, self.config.asynchronous)
         except (OSError, RuntimeError, CheckpointException) as error:
             if not backend.writes_asynchronously(
                 self.config
@@ -95,27 +103,22 @@ class Checkpoints:
             raise self._not_written(self._error)
         self._saved = state.step
         self._thread = threading.Thread(
-            target=self._commit, args=(pending, final, state), name="checkpoint"
+            target=self._commit, args=(pending, staging, state), name="checkpoint"
         )
         self._thread.start()
         if not self.config.asynchronous:
             self.finish()
 
-    def _commit(self, pending: Future[None], final: Path, state: TrainState) -> None:
+    def _commit(self, pending: Future[None], staging: Staging, state: TrainState) -> None:
         """When the bytes of all processes are on disk, process 0 marks, renames, and removes the oldest."""
         try:
             pending.result()  # process 0's is done when everybody's bytes are: it has written the index of all files
             if not self.parallel.world.is_main:
                 return
-            beside = final.with_suffix(".tmp")
-            write_json(beside / STATE_FILE, asdict(state))
-            os.replace(beside, final)
-            fsync(self.directory)
+            write_json(staging.directory / STATE_FILE, asdict(state))
+            staging.commit()
             for old in self._superfluous():
-                (
-                    old / STATE_FILE
-                ).unlink()  # first, so that half of one is never taken for a checkpoint
-                shutil.rmtree(old)
+                Staging(old).remove_target()
         except BaseException as error:
             self._error = error
 

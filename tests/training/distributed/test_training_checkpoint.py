@@ -41,7 +41,7 @@ class SlowBackend:
 
         def write() -> None:
             time.sleep(0.5)
-            directory.mkdir(parents=True)
+            directory.mkdir(parents=True, exist_ok=True)
             torch.save(copy, directory / "value.pt")
 
         return ThreadPoolExecutor(1).submit(write)
