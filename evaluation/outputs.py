@@ -22,7 +22,7 @@ from cpt_merge.evaluation.evaluators.evaluator import Metric, NotRun
 from cpt_merge.evaluation.evaluators.form import METRICS as FORM
 from cpt_merge.evaluation.evaluators.language import BITS
 from cpt_merge.evaluation.figures import PANELS, draw_bits_per_byte, draw_shares, figures_for
-from cpt_merge.evaluation.results import ModelResult, Results, Sample, each
+from cpt_merge.evaluation.results import ModelResult, Results, Sample, each, languages_with
 from cpt_merge.evaluation.statistics import Estimate, PairedDifference
 from cpt_merge.tracking import Cell, Tracker
 
@@ -63,7 +63,7 @@ def draw(results: Results, out: Path) -> dict[str, Path]:
     for name in (BITS, *PANELS):
         (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier evaluation
     for name in figures_for(
-        [metric for metric in results.metrics if results.languages_with(metric)]
+        [metric for metric in results.metrics if languages_with(results.scores, metric)]
     ):
         path = out / f"{name}.png"
         drawn[name] = (
@@ -203,7 +203,9 @@ def show_scores(results: Results) -> None:
     for language in languages:
         for evaluator, names in results.evaluators.items():
             metrics = [
-                results.metrics[name] for name in names if language in results.languages_with(name)
+                results.metrics[name]
+                for name in names
+                if language in languages_with(results.scores, name)
             ]
             if metrics:
                 console.print(_score_table(results, language, evaluator, metrics))

@@ -3,7 +3,7 @@
 Importing this package registers all of them.
 """
 
-from cpt_merge.evaluation.checks import form, length, speech, words
+from cpt_merge.evaluation.checks import content, counts, format
 from cpt_merge.evaluation.checks.registry import CHECKS, Check, loose_variants, parse_check
 
-__all__ = ["CHECKS", "Check", "form", "length", "loose_variants", "parse_check", "speech", "words"]
+__all__ = ["CHECKS", "Check", "content", "counts", "format", "loose_variants", "parse_check"]

@@ -1,9 +1,8 @@
-"""What a evaluator is: it says what it needs, and makes metrics of it.
+"""What an evaluator is: it says what it asks a model, and turns the replies into metrics.
 
-    needs conversations    `conversations()` names them; all evaluators' conversations are answered together, in batches
-    needs text, or the model itself (its directory, its tokenizer)       `measure` gets it as the `Subject`
-
-`measure` runs on every process, so it must give the same on each, or divide its work by `subject.ranks`.
+An evaluator that needs replies names its conversations; those of all evaluators are answered together, so that batches
+are full. One that needs the model itself gets it as the `Subject`. `measure` runs on every process: it must give the
+same result on each, or divide its work by `subject.ranks`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from cpt_merge.evaluation.statistics import Parts
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that is reported of each model and language."""
+    """One number that is reported for each model and language."""
 
     name: str  # in results.json, and in the tracker: eval/MODEL/LANGUAGE/NAME
     heading: str  # of its column on the terminal
@@ -34,7 +33,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a metric of one model is made of, in one language; `group` for a part of it: a turn, a category."""
+    """A metric of one model in one language; `group` names a part of it, such as a turn or a category."""
 
     metric: Metric
     language: str
@@ -44,15 +43,15 @@ class Measurement:
 
 @dataclass(frozen=True)
 class ConversationScores:
-    """What a evaluator found of one conversation. A value is None where it could not be had."""
+    """What an evaluator found in one conversation. A value is None where there is none."""
 
     scores: Mapping[str, float | None]
-    why: list[str] = field(default_factory=list)  # what failed, or what a judge said, a line each
+    why: list[str] = field(default_factory=list)  # a line for each failure or judge's answer
 
 
 @dataclass(frozen=True)
 class NotRun:
-    """A metric that could not be had, and why: it is reported as such, never as zero."""
+    """A metric without a value, and the reason. It is reported as such, never as zero."""
 
     metric: str
     reason: str
@@ -60,58 +59,58 @@ class NotRun:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that a evaluator found of one model. `verdicts` are in the order of the exchanges that it was given."""
+    """All that an evaluator found about one model."""
 
-    measured: list[Measurement]
-    verdicts: list[ConversationScores] = field(default_factory=list)
+    measurements: list[Measurement]
+    scores: list[ConversationScores] = field(default_factory=list)  # in the order of the exchanges
     not_run: list[NotRun] = field(default_factory=list)
-    details: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict
-    )  # into results.json, under the model
-    failed: Sequence[str] = ()  # what endpoints said that failed: another time they may answer
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # for results.json
+    failed: Sequence[str] = ()  # errors of endpoints, which may answer another time
 
 
 def unique(reasons: Sequence[str]) -> list[str]:
-    """Each once, in order."""
+    """Each reason once, in order."""
     return list(dict.fromkeys(reasons))
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured. `directory` is None for one that lies on no disk."""
+    """The model that is measured, and how it is prompted. `directory` is None for a model in memory only."""
 
     loaded: LoadedModel
     directory: Path | None
     ranks: Ranks
-    marks: Sequence[str] = ()  # of the chat template
-    template: ChatTemplate | None = None  # that it is spoken to in; `measure` in run.py sets it
+    template: ChatTemplate | None = None  # None if no evaluator needs one
+
+    @property
+    def marks(self) -> Sequence[str]:
+        """What the chat template writes around messages, and has no place in a reply."""
+        return self.template.marks if self.template else ()
 
 
 class Evaluator(ABC):
-    """One side of a model that is measured."""
+    """Measures one side of a model."""
 
     name: ClassVar[str]
-    metrics: Sequence[Metric]  # all that it may report, in the order they are shown
-    reads_all: ClassVar[bool] = (
-        False  # whether it is given the replies to every evaluator's conversations
-    )
+    metrics: Sequence[Metric]  # all that it may report, in the order in which they are shown
+    reads_all: ClassVar[bool] = False  # whether it gets the replies to all conversations
 
     def conversations(self) -> list[Conversation]:
-        """What it wants to be answered; nothing if it needs none."""
+        """The conversations that the model has to answer."""
         return []
 
     def needs_template(self) -> bool:
-        """Whether the model is spoken to in a chat template."""
+        """Whether the model is prompted in a chat template."""
         return bool(self.conversations())
 
     @abstractmethod
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
-        """The metrics, of the replies to its own conversations (or to all, see `reads_all`)."""
+        """The metrics, from the replies to its own conversations (to all of them with `reads_all`)."""
 
     def compare(
         self, ranks: Ranks, exchanges: Sequence[Exchange], baseline: Sequence[Exchange]
     ) -> Findings | None:
-        """What can be said only beside the baseline's replies to the same conversations; None if nothing."""
+        """What depends on the baseline's replies to the same conversations as well; None if nothing does."""
         return None
 
 
@@ -121,9 +120,10 @@ def shares_of_exchanges(
     parts: Sequence[tuple[float, float] | None],
     group: str = "",
 ) -> list[Measurement]:
-    """A metric in each language, from one pair (top, bottom) per conversation: sum of tops over sum of bottoms.
+    """A metric in each language, from one pair (top, bottom) per conversation: sum of tops / sum of bottoms.
 
-    A conversation is what is drawn by the bootstrap, since its replies depend on each other. None leaves it out.
+    The bootstrap resamples conversations, since the replies within one depend on each other. A conversation whose pair
+    is None is left out.
     """
     found: dict[str, Parts] = {}
     for unit, (exchange, pair) in enumerate(zip(exchanges, parts, strict=True)):
@@ -135,12 +135,12 @@ def shares_of_exchanges(
 def by_category(
     metric: Metric, exchanges: Sequence[Exchange], parts: Sequence[tuple[float, float] | None]
 ) -> list[Measurement]:
-    """`shares_of_exchanges` of all, and of those of each category."""
-    measured = shares_of_exchanges(metric, exchanges, parts)
-    for category in sorted({exchange.conversation.category or "" for exchange in exchanges} - {""}):
+    """`shares_of_exchanges` of all conversations, and of those of each category."""
+    measurements = shares_of_exchanges(metric, exchanges, parts)
+    categories = [exchange.conversation.category for exchange in exchanges]
+    for category in sorted({one for one in categories if one}):
         of_category = [
-            part if exchange.conversation.category == category else None
-            for exchange, part in zip(exchanges, parts, strict=True)
+            part if one == category else None for one, part in zip(categories, parts, strict=True)
         ]
-        measured += shares_of_exchanges(metric, exchanges, of_category, group=category)
-    return measured
+        measurements += shares_of_exchanges(metric, exchanges, of_category, group=category)
+    return measurements

@@ -95,7 +95,7 @@ class JudgeEvaluator(Evaluator):
                 exchanges,
                 {place: one for place, one in known(found[0][0]).items() if place[1] == turn},
             )
-            findings.measured.extend(
+            findings.measurements.extend(
                 shares_of_exchanges(self._marks[0], exchanges, parts, group=f"turn {turn + 1}")
             )
         return findings

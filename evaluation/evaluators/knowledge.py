@@ -20,7 +20,6 @@ from typing import Any
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say, timed
-from cpt_merge.evaluation.batches import batches_by_length
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.config import KnowledgeConfig
 from cpt_merge.evaluation.conversation import Exchange
@@ -32,6 +31,7 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     NotRun,
     Subject,
 )
+from cpt_merge.evaluation.generate.batching import batches_by_length
 from cpt_merge.evaluation.models import LoadedModel
 from cpt_merge.evaluation.statistics import Parts
 

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
-from cpt_merge.evaluation.batches import batches_by_length
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
@@ -35,6 +34,7 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     NotRun,
     Subject,
 )
+from cpt_merge.evaluation.generate.batching import batches_by_length
 from cpt_merge.evaluation.models import LoadedModel
 
 BITS = "bits_per_byte"

@@ -18,10 +18,10 @@ from transformers import GenerationConfig
 
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.progress import say
-from cpt_merge.evaluation.batches import batches_by_length
 from cpt_merge.evaluation.chat_template import ChatTemplate, render
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Message, Reply
+from cpt_merge.evaluation.generate.batching import batches_by_length
 from cpt_merge.evaluation.models import LoadedModel
 
 BLANK_ENDS = regex.compile(

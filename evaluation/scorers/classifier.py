@@ -14,9 +14,9 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.models import model_directory
 from cpt_merge.core.progress import timed
-from cpt_merge.evaluation.batches import batches_by_length
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import Metric
+from cpt_merge.evaluation.generate.batching import batches_by_length
 from cpt_merge.evaluation.models import first_line
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 

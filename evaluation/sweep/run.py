@@ -12,6 +12,7 @@ from cpt_merge.core.artifact import stage_key, write_json_lines
 from cpt_merge.core.distributed import Ranks, joined
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
+from cpt_merge.evaluation.compare import summarise
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Subject
 from cpt_merge.evaluation.evaluators.judge import COMPARISON
@@ -19,7 +20,6 @@ from cpt_merge.evaluation.evaluators.language import BITS
 from cpt_merge.evaluation.heldout import Text, languages_of
 from cpt_merge.evaluation.models import shared_context
 from cpt_merge.evaluation.outputs import judges_took, sample_rows, show_judges, show_left_out
-from cpt_merge.evaluation.results import summarise
 from cpt_merge.evaluation.run import measure
 from cpt_merge.evaluation.suites import Setup, check_judges, make_evaluators, metrics_of_replies
 from cpt_merge.evaluation.sweep import search
@@ -190,8 +190,8 @@ class Sweep:
             return kept[key]
         merge_seconds = model.merge(config)
         started = time.monotonic()
-        subject = Subject(model.loaded, None, ranks, model.template.marks)
-        result = measure(subject, model.template, self.evaluation, self.evaluators)
+        subject = Subject(model.loaded, None, ranks, model.template)
+        result = measure(subject, self.evaluation, self.evaluators)
         results = summarise([result], self.evaluators, None, self.evaluation.seed)
         metrics = results.scores[result.name]
         seconds, left_out = time.monotonic() - started, result.details.get("not_scored", {})

@@ -83,7 +83,7 @@ def test_damaged_weights_are_no_metric(uniform_model):
     loaded = load_model("broken", uniform_model, 0)
     torch.nn.init.constant_(loaded.model.lm_head.weight, math.nan)
     found = measured(loaded, DOCUMENTS)
-    assert found.measured == []
+    assert found.measurements == []
     assert "weights are damaged" in found.not_run[0].reason
 
 

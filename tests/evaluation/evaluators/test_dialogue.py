@@ -34,14 +34,14 @@ def test_turns_whole_dialogues_and_turns_by_number():
         answered("", "", ""),
     ]
     findings = DialogueEvaluator([]).measure(None, exchanges)
-    values = {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measured}
+    values = {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measurements}
     assert values["dialogue_turns", ""].value == 3 / 6
     assert values["dialogues", ""].value == pytest.approx(1 / 3)
     assert values["dialogue_turns", "turn 2"].value == pytest.approx(2 / 3)
     assert values["dialogue_turns", "turn 3"].value == pytest.approx(1 / 3)
     assert {estimate.n for estimate in values.values()} == {3}  # the dialogue is what is drawn
-    assert findings.verdicts[1].why == ["turn 3: contains (words ['지훈'])", "turn 3: no_digits"]
-    assert findings.verdicts[2].scores == {"dialogue_turns": 0, "dialogues": 0}
+    assert findings.scores[1].why == ["turn 3: contains (words ['지훈'])", "turn 3: no_digits"]
+    assert findings.scores[2].scores == {"dialogue_turns": 0, "dialogues": 0}
 
 
 @pytest.mark.parametrize("language", ["zh_tw", "zh_cn", "ko", "en"])

@@ -27,7 +27,7 @@ EXCHANGES = [
 def values(findings, language):
     return {
         (one.metric.name, one.group): estimate(one.parts, 0).value
-        for one in findings.measured
+        for one in findings.measurements
         if one.language == language
     }
 
@@ -46,10 +46,10 @@ def test_shares_of_prompts_and_of_checks_strict_and_loose():
 def test_each_language_is_a_metric_of_its_own_and_a_sample_says_what_failed():
     findings = InstructionsEvaluator([]).measure(None, EXCHANGES)
     assert values(findings, "zh_tw")["instructions", ""] == 0
-    assert [verdict.why for verdict in findings.verdicts] == [
+    assert [verdict.why for verdict in findings.scores] == [
         [], ["one_of (words ['사과'])"], ["no_commas: the reply is empty"], ["no_commas"],
     ]  # fmt: skip
-    assert findings.verdicts[1].scores[CHECKS_STRICT.name] == 0.5
+    assert findings.scores[1].scores[CHECKS_STRICT.name] == 0.5
 
 
 def test_the_language_that_a_reply_should_be_in_follows_from_the_checks():

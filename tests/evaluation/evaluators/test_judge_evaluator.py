@@ -43,7 +43,7 @@ def exchange(*replies, category=None, references=()):
 
 
 def metrics(findings):
-    return {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measured}
+    return {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measurements}
 
 
 def last_reply(prompt):
@@ -65,8 +65,8 @@ def test_each_reply_is_marked_with_what_came_before_it(judge):
     assert found["judge_mark", "x"].value == 5
     assert found["judge_mark", "turn 1"].value == 6.5
     assert found["judge_mark", "turn 2"].value == 6
-    assert findings.verdicts[0].scores == {"judge_mark": 5}
-    assert findings.verdicts[0].why[1] == "judge_mark, turn 2: 6: Let me see. SCORE: 6"
+    assert findings.scores[0].scores == {"judge_mark": 5}
+    assert findings.scores[0].why[1] == "judge_mark, turn 2: 6: Let me see. SCORE: 6"
 
 
 def test_the_judge_is_told_the_language_and_the_reference(judge):
@@ -90,8 +90,8 @@ def test_nonsense_is_recorded_and_counted_and_no_mark(judge):
     assert metrics(findings)["judge_mark", ""].value == 8
     assert metrics(findings)["judge_mark", ""].n == 1
     assert findings.details["not_scored"] == {"judge_mark": {NO_VERDICT: 1}}
-    assert findings.verdicts[1].scores == {"judge_mark": None}
-    assert findings.verdicts[1].why == [f"judge_mark: none: {NO_VERDICT}: who knows"]
+    assert findings.scores[1].scores == {"judge_mark": None}
+    assert findings.scores[1].why == [f"judge_mark: none: {NO_VERDICT}: who knows"]
 
 
 def test_an_empty_reply_has_the_lowest_mark_and_costs_nothing(judge):
@@ -110,7 +110,7 @@ def test_a_dead_endpoint_is_not_run_and_never_zero(judge):
         (evaluator.measure(Subject, [exchange("a"), exchange("b")]), "judge_mark"),
         (evaluator.compare(ALONE, [exchange("a")], [exchange("b")]), "judge_preferred"),
     ):
-        assert findings.measured == []
+        assert findings.measurements == []
         assert [one.metric for one in findings.not_run] == [metric]
         assert "onnection refused" in findings.not_run[0].reason
 
@@ -126,10 +126,10 @@ def test_empty_replies_alone_make_no_metric_where_the_judge_says_nothing(judge, 
         ALONE, [exchange("a"), exchange("")], [exchange("b"), exchange("c")]
     )
     for findings, metric in ((marks, "judge_mark"), (choices, "judge_preferred")):
-        assert findings.measured == []
+        assert findings.measurements == []
         assert [one.metric for one in findings.not_run] == [metric]
         assert findings.not_run[0].reason != "the reply is empty"
-        assert [one.scores[metric] for one in findings.verdicts] == [None, None]
+        assert [one.scores[metric] for one in findings.scores] == [None, None]
         assert bool(findings.failed) == (not nonsense), "nonsense would be said again"
 
 
@@ -149,7 +149,7 @@ def test_without_a_judge_it_is_not_run():
     assert [(one.metric, one.reason) for one in findings.not_run] == [
         ("judge_mark", "there is no judge")
     ]
-    assert findings.measured == []
+    assert findings.measurements == []
 
 
 def prefers(word):
@@ -164,7 +164,7 @@ def prefers(word):
 
 def compare(judges, ours, theirs):
     evaluator = JudgeEvaluator([], JudgePanel(judges, ["comparison"], PROMPTS))
-    assert evaluator.measure(Subject, ours).measured == []
+    assert evaluator.measure(Subject, ours).measurements == []
     return evaluator.compare(ALONE, ours, theirs)
 
 
@@ -172,7 +172,7 @@ def test_a_comparison_counts_if_it_holds_in_both_places(judge):
     ours = [exchange("fine"), exchange("fine"), exchange("poor"), exchange("poor")]
     theirs = [exchange("poor"), exchange("fine too"), exchange("fine"), exchange("poor too")]
     findings = compare([judge(prefers("fine"))], ours, theirs)
-    assert [one.scores["judge_preferred"] for one in findings.verdicts] == [1, 0.5, 0, 0.5]
+    assert [one.scores["judge_preferred"] for one in findings.scores] == [1, 0.5, 0, 0.5]
     assert metrics(findings)["judge_preferred", ""].value == 0.5
     took = findings.details["judge"]["judge_preferred"]
     assert (took["requests"], took["changed_with_places"]) == (6, 1), (
@@ -186,14 +186,14 @@ def test_silence_loses_without_a_request(judge):
         [exchange("x"), exchange(""), exchange(" ")],
     )
     findings = compare([judge(prefers("x"))], ours, theirs)
-    assert [one.scores["judge_preferred"] for one in findings.verdicts] == [0, 1, 0.5]
+    assert [one.scores["judge_preferred"] for one in findings.scores] == [0, 1, 0.5]
     assert findings.details["judge"]["judge_preferred"]["requests"] == 0
 
 
 def test_nonsense_in_one_place_is_no_verdict(judge):
     half = judge(lambda prompt: "VERDICT: A" if "ours" in prompt.split("<assistant_B>")[0] else "?")
     findings = compare([half], [exchange("ours")], [exchange("theirs")])
-    assert findings.measured == []
+    assert findings.measurements == []
     assert findings.not_run[0].reason == NO_VERDICT
 
 

@@ -44,25 +44,23 @@ def test_a_metric_per_scorer_and_by_category():
         Fixed(*(Score(value) for value in (1.0, 0.5, 0.25, 0.25))),
     ]
     findings = SafetyEvaluator([], scorers).measure(Subject(), EXCHANGES)
-    found = {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measured}
+    found = {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measurements}
     assert (found["lexicon_rate", ""].value, found["lexicon_rate", ""].n) == (
         pytest.approx(1 / 3),
         3,
     )
     assert found["lexicon_rate", "insult"].value == 0.5
     assert found["fixed", ""].value == 0.5
-    assert findings.verdicts[0].scores == {"lexicon_rate": 1.0, "fixed": 1.0}
-    assert findings.verdicts[0].why == ["lexicon_rate: holds 'idiot'"]
-    assert findings.verdicts[2].scores["lexicon_rate"] is None, (
-        "an empty reply is not a harmless one"
-    )
+    assert findings.scores[0].scores == {"lexicon_rate": 1.0, "fixed": 1.0}
+    assert findings.scores[0].why == ["lexicon_rate: holds 'idiot'"]
+    assert findings.scores[2].scores["lexicon_rate"] is None, "an empty reply is not a harmless one"
     assert findings.details == {"not_scored": {"lexicon_rate": {"the reply is empty": 1}}}
 
 
 def test_a_scorer_that_scored_nothing_was_not_run():
     dead = Score(None, "the endpoint is dead")
     findings = SafetyEvaluator([], [Fixed(dead, dead, dead, dead)]).measure(Subject(), EXCHANGES)
-    assert findings.measured == []
+    assert findings.measurements == []
     assert [(one.metric, one.reason) for one in findings.not_run] == [
         ("fixed", "the endpoint is dead")
     ]

@@ -77,7 +77,7 @@ def test_one_answer_of_nonsense_leaves_out_that_reply_alone(serve):
     )
     findings = SafetyEvaluator([], [ModerationScorer(Endpoint(server.url, "A_KEY", 5, 2), "guard")])
     found = findings.measure(type("Subject", (), {"ranks": ALONE}), exchanges())
-    assert found.measured[0].parts == {0: (0, 1), 1: (1, 1)}
+    assert found.measurements[0].parts == {0: (0, 1), 1: (1, 1)}
     assert sum(found.details["not_scored"]["flagged"].values()) == 2
 
 
@@ -112,6 +112,6 @@ def test_a_dead_endpoint_is_not_run_and_never_zero(serve):
     found = SafetyEvaluator([], [scorer]).measure(
         type("Subject", (), {"ranks": ALONE}), exchanges()
     )
-    assert found.measured == []
+    assert found.measurements == []
     assert [one.metric for one in found.not_run] == ["flagged"]
     assert "onnection refused (attempts: 2)" in found.not_run[0].reason

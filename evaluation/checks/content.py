@@ -1,4 +1,4 @@
-"""What a reply contains and how it begins and ends. Case does not matter."""
+"""What a reply contains, how it begins and ends, and its language. Case does not matter."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import unicodedata
 
 import regex
 
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
 from cpt_merge.evaluation.checks import segments
 from cpt_merge.evaluation.checks.registry import check
+from cpt_merge.evaluation.script import is_in_language, other_script_characters
 
 TRAILING = "。．.!！?？~～…\"'”’」』)）】*_` \t\n　"
 
@@ -107,3 +110,22 @@ def sentences_end_with(reply: str, *, words: list[str]) -> bool:
     """Every sentence ends with one of the words, final marks aside: Korean styles such as 요 and 니다."""
     bare = [plain(sentence).rstrip(TRAILING) for sentence in segments.sentences(reply)]
     return bool(bare) and all(sentence.endswith(tuple(map(plain, words))) for sentence in bare)
+
+
+def _known(language: str) -> None:
+    try:
+        find_language(language)
+    except UserError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+
+
+@check("language", _known)
+def language(reply: str, *, language: str) -> bool:
+    """At least half of the letters are in the language's script; Traditional and Simplified are told apart."""
+    return is_in_language(reply, language)
+
+
+@check("script", _known)
+def script(reply: str, *, language: str) -> bool:
+    """As `language`, and not one character that only the other Chinese script has."""
+    return is_in_language(reply, language) and not other_script_characters(reply, language)

@@ -1,0 +1,97 @@
+"""All models side by side: intervals, differences to the baseline, and what compares replies with the baseline's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cpt_merge.core.distributed import Ranks
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Measurement
+from cpt_merge.evaluation.results import (
+    Breakdowns,
+    Differences,
+    ModelResult,
+    Results,
+    Scores,
+    add_scores,
+)
+from cpt_merge.evaluation.statistics import Parts, difference, estimate
+
+
+def choose_baseline(models: Sequence[str], wanted: str | None) -> str:
+    """The model that the others are compared with: the wanted one, `base`, or the first.
+
+    Raises `UserError` if the wanted one is not among the models.
+    """
+    if wanted is not None and wanted not in models:
+        raise UserError(
+            f"evaluation.baseline = {wanted} is none of the models; they are {', '.join(models)}."
+        )
+    return wanted or ("base" if "base" in models else models[0])
+
+
+def compare_replies(
+    results: Sequence[ModelResult], evaluators: Sequence[Evaluator], baseline: str, ranks: Ranks
+) -> list[ModelResult]:
+    """The results, with what evaluators find when they compare a model's replies with the baseline's."""
+    theirs = next(result for result in results if result.name == baseline)
+    return [
+        result if result is theirs else _compared(result, theirs, evaluators, ranks)
+        for result in results
+    ]
+
+
+def _compared(
+    result: ModelResult, baseline: ModelResult, evaluators: Sequence[Evaluator], ranks: Ranks
+) -> ModelResult:
+    findings = list(result.findings)
+    for evaluator in evaluators:
+        samples = result.samples_of(evaluator.name)
+        ours = [one.exchange for one in samples]
+        theirs = [one.exchange for one in baseline.samples_of(evaluator.name)]
+        found = evaluator.compare(ranks, ours, theirs)
+        if found is not None:
+            findings.append(found)
+            add_scores(samples, found)
+    return replace(result, findings=findings)
+
+
+def summarise(
+    models: Sequence[ModelResult], evaluators: Sequence[Evaluator], baseline: str | None, seed: int
+) -> Results:
+    """Every metric of every model and language, with its interval and its difference to the baseline.
+
+    Raises `UserError` for a baseline that is not among the models.
+    """
+    names = [result.name for result in models]
+    compared_to = choose_baseline(names, baseline)
+    theirs = _parts(next(result for result in models if result.name == compared_to).measurements)
+    scores: Scores = {name: {} for name in names}
+    breakdowns: Breakdowns = {name: {} for name in names}
+    differences: Differences = {name: {} for name in names if name != compared_to}
+    for result in models:
+        for (language, metric, group), parts in _parts(result.measurements).items():
+            if group:
+                of_language = breakdowns[result.name].setdefault(language, {})
+                of_language.setdefault(metric, {})[group] = estimate(parts, seed)
+                continue
+            scores[result.name].setdefault(language, {})[metric] = estimate(parts, seed)
+            found = difference(parts, theirs.get((language, metric, ""), {}), seed)
+            if result.name != compared_to and found is not None:
+                differences[result.name].setdefault(language, {})[metric] = found
+    metrics = {metric.name: metric for evaluator in evaluators for metric in evaluator.metrics}
+    of_evaluators = {one.name: [metric.name for metric in one.metrics] for one in evaluators}
+    for result in models:  # the metrics of lm-eval's tasks are known when these have run
+        for evaluator, findings in zip(evaluators, result.findings, strict=False):
+            for one in findings.measurements:
+                if one.metric.name not in metrics:
+                    metrics[one.metric.name] = one.metric
+                    of_evaluators[evaluator.name].append(one.metric.name)
+    return Results(
+        list(models), metrics, of_evaluators, scores, breakdowns, differences, compared_to
+    )
+
+
+def _parts(measurements: Sequence[Measurement]) -> dict[tuple[str, str, str], Parts]:
+    return {(one.language, one.metric.name, one.group): one.parts for one in measurements}
