@@ -26,9 +26,10 @@ from transformers import PreTrainedTokenizerFast
 
 from cpt_merge.core.config import parse_section
 from cpt_merge.core.languages import find_language
-from cpt_merge.launcher.pipeline import run_stage
+from cpt_merge.launcher.execute import run_stage
 from cpt_merge.launcher.recipe import Recipe, read_yaml
-from cpt_merge.launcher.stages import Run, find_stage
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stages import DATA, EMBEDDINGS, TOKENIZER, TRAINING
 from cpt_merge.recipes.demo.pair import (
     ModelSettings,
     PairSettings,
@@ -95,8 +96,8 @@ def measure(
         },
     }  # fmt: skip
     run = Run(recipe_for(folder, base, sections))
-    for stage in ("tokenizer", "embeddings", "data", "training"):
-        run_stage(run, find_stage(stage), RECIPE, [])
+    for stage in (TOKENIZER, EMBEDDINGS, DATA, TRAINING):
+        run_stage(run, stage)
     log = read_log(run.folder("training") / "log")
     curve: Curve = {}
     for language in LANGUAGES:

@@ -33,7 +33,7 @@ from transformers import (
 from cpt_merge.core.palette import LANGUAGE_COLOURS
 from cpt_merge.core.progress import say, timed
 from cpt_merge.launcher.recipe import load_recipe
-from cpt_merge.launcher.stages import Run
+from cpt_merge.launcher.run import Run
 from cpt_merge.recipes.demo.corpus import build_language
 from cpt_merge.recipes.demo.pair import PairSettings, chat_batches, save_model, train
 from cpt_merge.tracking import read_log

@@ -55,12 +55,12 @@ def run(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None)
     """All stages; finished ones are skipped, a cut-short one continues."""
     _remember_deadline(stop_at)
     from cpt_merge.launcher.pipeline import run_pipeline
-    from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.launcher.run import Run
     from cpt_merge.report.run_view import report as write_report
 
-    loaded = load_recipe(recipe, overrides or [])
-    run_pipeline(loaded, recipe, overrides or [])
-    write_report(loaded.directory)
+    loaded = Run.load(recipe, overrides or [])
+    run_pipeline(loaded)
+    write_report(loaded.recipe.directory)
 
 
 def _remember_deadline(stop_at: str | None) -> None:
@@ -70,12 +70,11 @@ def _remember_deadline(stop_at: str | None) -> None:
 
 
 def _stage(name: str, recipe: Path, overrides: list[str] | None) -> None:
-    from cpt_merge.launcher.pipeline import run_stage
-    from cpt_merge.launcher.recipe import load_recipe
-    from cpt_merge.launcher.stages import Run, find_stage
+    from cpt_merge.launcher.execute import run_stage
+    from cpt_merge.launcher.run import Run
+    from cpt_merge.launcher.stages import find_stage
 
-    loaded = load_recipe(recipe, overrides or [])
-    run_stage(Run(loaded), find_stage(name), recipe, overrides or [])
+    run_stage(Run.load(recipe, overrides or []), find_stage(name))
 
 
 @app.command(cls=RecipeCommand)
@@ -272,10 +271,13 @@ def sweep(
 
     Points that are done are kept; the same command goes on, another one adds to them.
     """
-    from cpt_merge.launcher.sweep import as_overrides
-    from cpt_merge.launcher.sweep import sweep as run_sweep
-
-    run_sweep(recipe, [*(overrides or []), *as_overrides(ratios, per_layer, search)])
+    given = {
+        "ratios": ratios and f'"{ratios}"',  # YAML 1.1 would read 0:1:0.5 as a time
+        "per_layer": per_layer and f'"{per_layer}"',
+        "search.trials": search,
+    }
+    options = [f"sweep.{name}={value}" for name, value in given.items() if value is not None]
+    _stage("sweep", recipe, [*(overrides or []), *options])
 
 
 @app.command(cls=RecipeCommand)

@@ -16,7 +16,7 @@ from cpt_merge.core.models import model_directory
 from cpt_merge.core.progress import say
 from cpt_merge.core.world import find_world
 from cpt_merge.evaluation.config import EvaluationConfig
-from cpt_merge.tracking import TrackingConfig, start_tracker
+from cpt_merge.tracking import TrackingConfig
 
 MANY = ("--models", "--text")  # options that take all NAME=VALUE words behind them
 PAIR = re.compile(r"(?!(?:evaluation|tracking)\.)[\w.-]+=.+")  # and no override
@@ -77,12 +77,11 @@ def evaluate(request: Request) -> None:
         raise UserError(
             f"{', '.join(extra)} and a recipe say the same; leave out one (the recipe's suites: evaluation.suites)."
         )
-    from cpt_merge.launcher.pipeline import run_stage
-    from cpt_merge.launcher.recipe import load_recipe
-    from cpt_merge.launcher.stages import Run, find_stage
+    from cpt_merge.launcher.execute import run_stage
+    from cpt_merge.launcher.run import Run
+    from cpt_merge.launcher.stages import EVALUATION
 
-    recipe = load_recipe(request.recipe, request.overrides)
-    run_stage(Run(recipe), find_stage("evaluate"), request.recipe, request.overrides)
+    run_stage(Run.load(request.recipe, request.overrides), EVALUATION)
 
 
 def _evaluate_directories(request: Request) -> None:
@@ -103,15 +102,14 @@ def _evaluate_directories(request: Request) -> None:
     template = model_directory(request.template) if request.template else None
     from cpt_merge.evaluation.kept import input_files
     from cpt_merge.evaluation.run import run
-    from cpt_merge.launcher.identity import group_name, run_id
-    from cpt_merge.launcher.pipeline import closing_on_error
+    from cpt_merge.launcher.execute import closing_on_error
+    from cpt_merge.launcher.identity import open_tracker
 
     out = request.out
     if find_world().is_main:
         make_writable(out, "--out")
         if (out / "results.json").exists():
             say(f"evaluation: {out} holds an earlier evaluation, which this one replaces")
-    name, group = out.resolve().name, group_name(out.resolve().name, out)
     recorded = {
         "models": {name: str(path) for name, path in models.items()},
         **settings.model_dump(),
@@ -120,11 +118,10 @@ def _evaluate_directories(request: Request) -> None:
         settings.evaluation, text
     )
     inputs["template"] = fingerprint(template) if template else ""
-    wandb_id = run_id(
-        out, group, "evaluation", stage_key("evaluation", recorded, inputs), out / "log"
-    )
-    tracker = start_tracker(
-        settings.tracking, "evaluation", name, group, out / "log", recorded, wandb_id
+    the_key = stage_key("evaluation", recorded, inputs)
+    name = out.resolve().name
+    tracker = open_tracker(
+        settings.tracking, "evaluation", name, out, out / "log", the_key, recorded
     )
     with closing_on_error(tracker, "evaluation"):
         run(settings.evaluation, models, text, template, out, tracker)

@@ -1,33 +1,55 @@
-"""Under which ids the stages of a pipeline stand in W&B: the same after every resume, never those of another result.
+"""Under which ids the stages of a run are in W&B: the same after every resume, new for each new result.
 
-RUN/wandb.json keeps them: {"digest": "3f9a01", "logs": {"demo-3f9a01-merge-0123abcd": 2}}. The digest is drawn when the
-folder is first logged from, so that a folder that was removed and made anew is another group. A result that is made
-once more with settings that were used before (merged at ratio 1, then 0.8, then 1) has a log of its own, and so a run
-of its own: W&B would put its rows behind those of the first.
+RUN/wandb.json keeps them: {"digest": "3f9a01", "logs": {"demo-3f9a01-merge-0123abcd": 2}}. The digest
+is drawn when something is first logged from the folder, so a folder that was removed and made again is
+another group. A result that is made again with settings that were used before (merged at ratio 1, then
+0.8, then 1) has its own log and therefore its own W&B run: W&B would append its rows to the first one's.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.package import checkout
 from cpt_merge.core.world import find_world
+from cpt_merge.tracking import Tracker, TrackingConfig, start_tracker
 from cpt_merge.tracking.sinks.local import read_run
 
 IDS_FILE = "wandb.json"
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST",
+    "SLURM_JOB_NUM_NODES", "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID",
+)  # fmt: skip
+
+
+def open_tracker(
+    config: TrackingConfig, stage: str, name: str, directory: Path, log: Path, key: str,
+    settings: dict[str, Any],
+) -> Tracker:  # fmt: skip
+    """The tracker of a stage of the run `name`; `directory` holds the ids, `log` is written to."""
+    group = group_name(name, directory)
+    wandb_id = run_id(directory, group, stage, key, log)
+    return start_tracker(config, stage, f"{name}-{stage}", group, log, settings, wandb_id)
 
 
 def group_name(name: str, directory: Path) -> str:
-    """The group of the pipeline whose folder is `directory`."""
+    """The group of the run whose folder is `directory`."""
     return f"{name}-{_ids(directory)['digest']}"
 
 
 def run_id(directory: Path, group: str, stage: str, key: str, log: Path) -> str:
-    """The id of the run that a stage with this key logs to in `log`, which may hold earlier attempts."""
+    """The id of the W&B run of a stage with this key; `log` may hold earlier attempts of it."""
     first = f"{group}-{stage}-{key[:8]}"
     if not find_world().is_main:
         return first  # it logs nothing; a node's run takes its name from what rank 0 wrote
@@ -44,7 +66,7 @@ def _numbered(first: str, logs: int) -> list[str]:
 
 
 def _ids(directory: Path) -> dict[str, Any]:
-    """What the file says; rank 0 writes it where there is none (the others log nothing before it has)."""
+    """The content of the file. Rank 0 writes it if it is missing; other ranks do not log before."""
     path = directory / IDS_FILE
     if not path.is_file():
         ids: dict[str, Any] = {"digest": secrets.token_hex(3), "logs": {}}
@@ -57,5 +79,26 @@ def _ids(directory: Path) -> dict[str, Any]:
         return {"digest": str(found["digest"]), "logs": dict(found["logs"])}
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path} is damaged; remove it (what is logged from then on is a new group in W&B)."
+            f"{path} is damaged; remove it (later logs then form a new group in W&B)."
         ) from None
+
+
+def origin() -> dict[str, Any]:
+    """Where a result comes from: code, command, machine, Slurm job."""
+    slurm = {name.lower(): os.environ[name] for name in SLURM_VARIABLES if name in os.environ}
+    command = shlex.join(sys.argv)
+    return {**_code(), "command": command, "host": socket.gethostname(), **slurm}
+
+
+def _code() -> dict[str, Any]:
+    """The commit of this project and whether files differ from it; unknown for an installed package."""
+    folder = checkout()
+    if not shutil.which("git") or not folder:
+        return {"commit": "not known"}
+    commit, changed = (
+        subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=False
+        ).stdout.strip()
+        for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    )
+    return {"commit": commit or "not known", "modified": bool(changed)}

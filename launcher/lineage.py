@@ -11,57 +11,40 @@ import re
 from pathlib import Path
 
 from cpt_merge.data.sources import Source
-from cpt_merge.launcher.stages import Run
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stage import Output, StageContext
 from cpt_merge.tracking import Artifact
-
-# what a stage leaves: kind, and the path of the run that holds it
-LEFT = {
-    "tokenizer": ("tokenizer", "tokenizer"),
-    "embeddings": ("model", "resized"),
-    "data": ("store", "store"),
-    "training": ("model", "cpt"),
-    "merge": ("model", "merged"),
-}
-# by the names under which a stage lists its inputs, where these are stages
-STAGE_OF = {
-    "embeddings": {"tokenizer": "tokenizer"},
-    "data": {"tokenizer": "tokenizer"},
-    "training": {"model": "embeddings", "data": "data"},
-    "merge": {"cpt": "training", "tokenizer": "tokenizer"},
-    "evaluation": {"cpt": "training", "merged": "merge"},
-}
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # NAME or OWNER/NAME
 
 
-def left(run: Run, stage: str, key: str) -> list[Artifact]:
+def left(context: StageContext) -> list[Artifact]:
     """What a finished stage leaves."""
-    return [_of_stage(run, stage, f"stage:{key}", used=False)] if stage in LEFT else []
+    output, run = context.stage.output, context.run
+    return [_of_stage(run, output, f"stage:{context.key}", used=False)] if output else []
 
 
-def used(run: Run, stage: str, inputs: dict[str, str]) -> list[Artifact]:
-    """What a stage is about to read; `inputs`: its inputs' digests by name, as in `stage.json`."""
-    found = []
-    for name, digest in inputs.items():
-        if name in STAGE_OF.get(stage, {}):
-            found.append(_of_stage(run, STAGE_OF[stage][name], digest, used=True))
+def used(context: StageContext) -> list[Artifact]:
+    """What a stage is about to read, with the digests that `stage.json` will have."""
+    run, found = context.run, list[Artifact]()
+    for name, digest in context.inputs.items():
+        made = context.stage.inputs.get(name)
+        if made and made.output:
+            found.append(_of_stage(run, made.output, digest, used=True))
         elif name in ("base", "chat"):
             model = run.base if name == "base" else run.chat
             label = getattr(run.recipe.models, name).rstrip("/").split("/")[-1]
-            found.append(
-                Artifact(_name(f"{name}-{label}"), "model", model.absolute().as_uri(), digest, True)
-            )
+            uri = model.absolute().as_uri()
+            found.append(Artifact(_name(f"{name}-{label}"), "model", uri, digest, True))
         elif name.startswith("model "):
             further = name.removeprefix("model ")
             path = run.further_models()[further].absolute()
-            found.append(
-                Artifact(_name(f"model-{further}", str(path)), "model", path.as_uri(), digest, True)
-            )
+            label = _name(f"model-{further}", str(path))
+            found.append(Artifact(label, "model", path.as_uri(), digest, True))
         elif name.startswith("text "):
             short = _digest(digest, 16)  # of a source's files, one digest each
-            sources = [
-                one for one in run.recipe.corpus.sources if one.path == name.removeprefix("text ")
-            ]
+            path_of = name.removeprefix("text ")
+            sources = [one for one in run.recipe.corpus.sources if one.path == path_of]
             found += [
                 Artifact(_text_name(one), "text", _address(one.path, digest), short, True)
                 for one in sources
@@ -69,12 +52,10 @@ def used(run: Run, stage: str, inputs: dict[str, str]) -> list[Artifact]:
     return found
 
 
-def _of_stage(run: Run, stage: str, digest: str, used: bool) -> Artifact:
-    kind, attribute = LEFT[stage]
-    path: Path = getattr(run, attribute)
-    return Artifact(
-        _name(f"{run.recipe.name}-{attribute}"), kind, path.absolute().as_uri(), digest, used
-    )
+def _of_stage(run: Run, output: Output, digest: str, used: bool) -> Artifact:
+    path: Path = getattr(run, output.attribute)
+    name = _name(f"{run.recipe.name}-{output.attribute}")
+    return Artifact(name, output.kind, path.absolute().as_uri(), digest, used)
 
 
 def _text_name(source: Source) -> str:

@@ -90,13 +90,12 @@ def _check_recipe_stands_alone(request: Request) -> None:
 
 
 def _stage(request: Request) -> None:
-    from cpt_merge.launcher.pipeline import run_stage
-    from cpt_merge.launcher.recipe import load_recipe
-    from cpt_merge.launcher.stages import Run, find_stage
+    from cpt_merge.launcher.execute import run_stage
+    from cpt_merge.launcher.run import Run
+    from cpt_merge.launcher.stages import MERGE
 
     assert request.recipe is not None
-    recipe = load_recipe(request.recipe, request.overrides)
-    run_stage(Run(recipe), find_stage("merge"), request.recipe, request.overrides)
+    run_stage(Run.load(request.recipe, request.overrides), MERGE)
 
 
 def _config(request: Request) -> MergeConfig:
@@ -176,10 +175,9 @@ def _file_errors(out: Path) -> Iterator[None]:
 def _planned(request: Request) -> tuple[MergeConfig, MergeInputs, Path | None]:
     if request.recipe is None:
         return _config(request), _inputs(request), request.out
-    from cpt_merge.launcher.recipe import load_recipe
-    from cpt_merge.launcher.stages import Run
+    from cpt_merge.launcher.run import Run
 
-    run = Run(load_recipe(request.recipe, request.overrides))
+    run = Run.load(request.recipe, request.overrides)
     trained = (run.cpt / "config.json").is_file()
     if not trained:
         say(

@@ -20,7 +20,9 @@ from cpt_merge.core.world import World
 from cpt_merge.data.mixture import describe, mixture
 from cpt_merge.data.sources import source_files
 from cpt_merge.launcher.recipe import Recipe
-from cpt_merge.launcher.stages import STAGES, Run, is_finished
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stage import is_up_to_date
+from cpt_merge.launcher.stages import STAGES
 from cpt_merge.launcher.start import accelerate_config, backend_environment, local_processes
 from cpt_merge.tokenizer_ext.given import count_entries
 from cpt_merge.training.config import TrainingConfig
@@ -180,7 +182,7 @@ def disk_needed(shape: ModelShape, config: TrainingConfig) -> DiskNeeded:
 def _print_stages(console: Console, run: Run) -> None:
     words = []
     for stage in STAGES:
-        done = is_finished(run, stage)
+        done = is_up_to_date(run, stage)
         words.append(f"{stage.name} [green]done[/]" if done else f"{stage.name} [yellow]to do[/]")
     console.print("stages: " + ", ".join(words))
 

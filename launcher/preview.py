@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.chat_template import ChatTemplate, read_chat_template, render
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply
 from cpt_merge.evaluation.evaluators.form import METRICS, forms_of, mean_values
@@ -14,7 +15,7 @@ from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT, check_re
 from cpt_merge.evaluation.models import load_tokenizer
 from cpt_merge.evaluation.reading import parse_instruction, parse_prompt, read_conversations
 from cpt_merge.launcher.recipe import Recipe
-from cpt_merge.launcher.stages import Run, check_previewed
+from cpt_merge.launcher.run import Run
 from cpt_merge.merge.finish import write_all_but_weights
 from cpt_merge.merge.hook import plan_for_shards
 from cpt_merge.merge.plan import MergeInputs, MergePlan
@@ -48,6 +49,15 @@ def preview_of(run: Run) -> tuple[MergePlan, Interview] | None:
         write_all_but_weights(the_plan, Path(name))
         tokenizer, template = load_tokenizer(Path(name)), read_chat_template(Path(name))
     return the_plan, make_interview(conversations, tokenizer, template)
+
+
+def check_previewed(chat: Path, template: str | None) -> None:
+    """Raise `UserError` for a chat model that a preview cannot ask."""
+    if template is None:
+        raise UserError(
+            f"{chat} has no chat template, which training.preview needs; add a chat_template to its "
+            "tokenizer, or leave training.preview.every out."
+        )
 
 
 def read_prompts(recipe: Recipe) -> list[Conversation]:

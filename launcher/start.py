@@ -11,6 +11,7 @@ from cpt_merge.core.package import PACKAGE
 from cpt_merge.core.progress import say
 from cpt_merge.core.world import find_world
 from cpt_merge.launcher.recipe import Recipe, read_yaml
+from cpt_merge.launcher.stage import StageContext
 
 READ_BY_US = (
     "CPT_MERGE_READ_ACCELERATE_CONFIG"  # set where we did what `accelerate launch` would have done
@@ -89,9 +90,14 @@ def use_backend(recipe: Recipe) -> None:
         os.environ.update(backend_environment(accelerate_config(recipe)) | {READ_BY_US: "true"})
 
 
-def start_processes(
-    recipe: Recipe, command: str, recipe_path: Path, overrides: list[str], processes: int
-) -> None:
+def processes_to_start(context: StageContext) -> int:
+    """How many processes have to be started for a stage; 1 where it runs in this process."""
+    if not context.stage.distributed or context.world.launcher != "alone":
+        return 1
+    return 1 if started_by_accelerate() else local_processes(context.run.recipe)
+
+
+def start_processes(context: StageContext, processes: int) -> None:
     """`accelerate launch --config_file ... -m MODULE RECIPE`, and wait.
 
     Raises `UserError` with the failing rank, `Interrupted` if a signal stopped it.
@@ -100,27 +106,19 @@ def start_processes(
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    config_file = accelerate_config(recipe)
-    module = (
-        "cpt_merge."
-        + {"train": "training", "evaluate": "evaluation", "sweep": "evaluation.sweep"}[command]
-    )
+    stage = context.stage
+    assert stage.module is not None
     arguments = [
-        "--config_file",
-        str(config_file),
-        "--num_processes",
-        str(processes),
-        "-m",
-        module,
-        str(recipe_path),
-    ]
-    say(f"accelerate launch {' '.join([*arguments, *overrides])}")
+        "--config_file", str(accelerate_config(context.run.recipe)), "--num_processes", str(processes),
+        "-m", stage.module, *context.run.words,
+    ]  # fmt: skip
+    say(f"accelerate launch {' '.join(arguments)}")
     # Time for all ranks to save after a signal, before torchrun kills them
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     logging.getLogger("torch.distributed.elastic").setLevel(
         logging.CRITICAL
     )  # the sentence below says it
-    settings = launch_command_parser().parse_args([*arguments, *overrides])
+    settings = launch_command_parser().parse_args(arguments)
     settings.signals_to_handle = (
         "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and Slurm's warning
     )
@@ -129,7 +127,7 @@ def start_processes(
     except SignalException as stop:
         # torchrun has passed the signal on and waited until the processes had saved and ended
         raise Interrupted(
-            f"{command} was stopped before its end; the same command continues it.",
+            f"{stage.name} was stopped before its end; the same command continues it.",
             stop.sigval.name,
         ) from None
     except ChildFailedError as failure:
@@ -137,6 +135,6 @@ def start_processes(
         if first.exitcode == 2:
             raise UserError("") from None  # the process itself said why
         raise UserError(
-            f"{command}: rank {rank} ended with code {first.exitcode}; its output above says why; "
+            f"{stage.name}: rank {rank} ended with code {first.exitcode}; its output above says why; "
             "the same command continues from the last checkpoint."
         ) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.lock import Lock
 from cpt_merge.core.progress import say
-from cpt_merge.launcher.pipeline import LOCK_FILE
+from cpt_merge.launcher.run import LOCK_FILE
 from cpt_merge.launcher.stages import STAGES
 from cpt_merge.tracking import read_log
 

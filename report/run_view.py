@@ -18,8 +18,7 @@ from cpt_merge.cluster.attempts import Attempt, attempts
 from cpt_merge.core.artifact import StageRecord, read_record, write_text
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import console, say
-from cpt_merge.launcher.lineage import STAGE_OF
-from cpt_merge.launcher.stages import STAGES
+from cpt_merge.launcher.stages import STAGES, find_stage
 from cpt_merge.tracking import STEP, Cell, StageLog, read_log
 
 PAGE = "report.html"
@@ -129,7 +128,8 @@ class RunView:
         for view, record in finished:
             names: list[str] = []
             for name, digest in record.inputs.items():
-                maker = STAGE_OF.get(view.name, {}).get(name)
+                made = find_stage(view.name).inputs.get(name)
+                maker = made.name if made else None
                 if maker is None:
                     names += [name.split()[0]] * (newest[name] != digest)  # of all text just "text"
                 elif keys.get(maker) is not None and digest != f"stage:{keys[maker]}":

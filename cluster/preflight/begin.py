@@ -12,7 +12,8 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.pipeline import check_inputs
 from cpt_merge.launcher.plan import disk_needed, extended_rows, shape_of
 from cpt_merge.launcher.recipe import Recipe
-from cpt_merge.launcher.stages import STAGES, Run
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stages import STAGES
 
 NONCE_FILE = "nonce.json"
 GB = 1e9

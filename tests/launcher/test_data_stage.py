@@ -9,7 +9,8 @@ import pytest
 
 from cpt_merge.core.artifact import read_record
 from cpt_merge.launcher.recipe import load_recipe
-from cpt_merge.launcher.stages import STAGES, Run
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stages import STAGES
 from tests.data.test_tokenise import digest
 from tests.launcher.conftest import cpt_merge
 

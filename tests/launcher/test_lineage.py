@@ -11,7 +11,9 @@ import pytest
 from cpt_merge.data.sources import Corpus
 from cpt_merge.launcher.lineage import used
 from cpt_merge.launcher.recipe import Recipe
-from cpt_merge.launcher.stages import Run
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stage import Stage, StageContext
+from cpt_merge.launcher.stages import DATA, EVALUATION
 from cpt_merge.tracking import Artifact
 
 
@@ -20,7 +22,11 @@ def artifacts(recipe: Recipe, *sources: dict[str, str]) -> list[Artifact]:
     run = Run(
         recipe.model_copy(update={"corpus": Corpus.model_validate({"sources": list(sources)})})
     )
-    return used(run, "data", run.corpus_inputs())
+    return of_inputs(run, DATA, run.corpus_inputs())
+
+
+def of_inputs(run: Run, stage: Stage, inputs: dict[str, str]) -> list[Artifact]:
+    return used(StageContext(run, stage, {}, inputs, "0123"))
 
 
 @pytest.fixture
@@ -111,14 +117,14 @@ def test_text_whose_folder_is_gone_since_is_not_taken_for_the_hub(
 ) -> None:
     corpus = Corpus.model_validate({"sources": [{"path": "gone/ko.jsonl", "language": "ko"}]})
     run = Run(recipe.model_copy(update={"corpus": corpus}))
-    (found,) = used(run, "data", {"text gone/ko.jsonl": "0123456789abcdef"})
+    (found,) = of_inputs(run, DATA, {"text gone/ko.jsonl": "0123456789abcdef"})
     assert found.uri == here.as_uri()
 
 
 def test_further_models_of_an_evaluation_are_used_too(recipe: Recipe, pair: Path) -> None:
     further = recipe.evaluation.model_copy(update={"models": {"sft": str(pair / "chat")}})
     run = Run(recipe.model_copy(update={"evaluation": further}))
-    (found,) = used(run, "evaluation", {"model sft": "0123"})
+    (found,) = of_inputs(run, EVALUATION, {"model sft": "0123"})
     assert re.fullmatch(r"model-sft-[0-9a-f]{6}", found.name)
     assert (found.kind, found.digest, found.used) == ("model", "0123", True)
     assert found.uri == (pair / "chat").as_uri()

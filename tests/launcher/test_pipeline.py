@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cpt_merge.evaluation.config
 from cpt_merge.core.errors import Interrupted, UserError
-from cpt_merge.launcher.pipeline import check_inputs, execute
+from cpt_merge.launcher.execute import execute
+from cpt_merge.launcher.pipeline import check_inputs
 from cpt_merge.launcher.recipe import Recipe, load_recipe
-from cpt_merge.launcher.stages import STAGES, Run
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stage import prepare
+from cpt_merge.launcher.stages import TOKENIZER
 from cpt_merge.tracking import read_log
 from tests.launcher.conftest import cpt_merge
 from tests.processes import Processes
@@ -126,10 +129,10 @@ def test_how_a_stage_ended_is_an_alert(
 
     recipe = load_recipe(recipe_path, [f"runs={tmp_path}", "tracking.mode=disabled"])
     with pytest.raises(type(error)):
-        execute(Run(recipe), replace(STAGES[0], run=run), "0123456789", {}, {})
+        execute(prepare(Run(recipe), replace(TOKENIZER, run=run)))
     (log,) = tmp_path.rglob("alerts.jsonl")
     (alert,) = read_log(log.parent).alerts
-    assert (alert["title"], alert["text"]) == (f"{STAGES[0].name} {word}", str(error))
+    assert (alert["title"], alert["text"]) == (f"tokenizer {word}", str(error))
 
 
 def test_a_stage_that_fails_leaves_the_result_before_it(

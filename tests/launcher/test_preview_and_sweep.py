@@ -12,11 +12,13 @@ from cpt_merge.evaluation.chat_template import read_chat_template
 from cpt_merge.evaluation.checks import parse_check
 from cpt_merge.evaluation.conversation import prompt
 from cpt_merge.evaluation.models import load_tokenizer
+from cpt_merge.launcher.cli import main
 from cpt_merge.launcher.pipeline import check_inputs
 from cpt_merge.launcher.preview import COLUMNS, make_interview, preview_of, read_prompts
 from cpt_merge.launcher.recipe import Recipe, load_recipe
-from cpt_merge.launcher.stages import Run
-from cpt_merge.launcher.sweep import as_overrides, sweep
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stage import prepare
+from cpt_merge.launcher.stages import SWEEP
 from tests.launcher.conftest import cpt_merge
 
 EVERY = "training.preview.every=2"
@@ -108,18 +110,32 @@ def test_replies_are_scored_by_form_and_by_their_checks(pair: Path) -> None:
     assert rows[1][-1] is None  # nothing to check
 
 
-def test_the_options_of_a_sweep_are_overrides(recipe_path: Path) -> None:
-    overrides = as_overrides("0:1:0.5", "ramp(0.3, 1)", 4)
-    made = load_recipe(recipe_path, overrides).sweep
-    assert made.ratios == [0, 0.5, 1]  # though YAML 1.1 would read 0:1:0.5 as a time
-    assert made.per_layer == "ramp(0.3, 1)"
-    assert made.search.trials == 4
-    assert as_overrides(None, None, None) == []
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [(("--ratios", "0:1:0.5", "--per-layer", "ramp(0.3, 1)", "--search", "4"), 3), ((), 0)],
+)
+def test_the_options_of_a_sweep_are_overrides(
+    options: tuple[str, ...], count: int, recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that all its processes get them."""
+    ran: list[Run] = []
+    monkeypatch.setattr("cpt_merge.launcher.execute.run_stage", lambda run, stage: ran.append(run))
+    assert main(["sweep", str(recipe_path), *options]) == 0
+    (run,) = ran
+    assert len(run.words) == 1 + count
+    if options:
+        assert run.recipe.sweep.ratios == [
+            0,
+            0.5,
+            1,
+        ]  # though YAML 1.1 would read 0:1:0.5 as a time
+        assert run.recipe.sweep.per_layer == "ramp(0.3, 1)"
+        assert run.recipe.sweep.search.trials == 4
 
 
 def test_a_run_that_is_not_trained_has_nothing_to_sweep(recipe_path: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training is not finished; run `cpt-merge train RECIPE`"):
-        sweep(recipe_path, [f"runs={tmp_path}"])
+        prepare(Run.load(recipe_path, [f"runs={tmp_path}"]), SWEEP)
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import wandb
 
-from cpt_merge.launcher.pipeline import replacing
-from cpt_merge.launcher.stages import find_stage
+from cpt_merge.launcher.stage_folder import stage_folder
+from cpt_merge.launcher.stages import MERGE, TOKENIZER
 from cpt_merge.tracking.unsent import holds_unsent
 from cpt_merge.tracking.upload import upload
 from tests.launcher.test_identity import log
@@ -19,9 +19,9 @@ def test_a_result_that_is_made_once_more_has_a_run_of_its_own(
     mode: str, tmp_path: Path, server
 ) -> None:
     """Merged at ratio 1, at 0.8, and at 1 again: W&B would put the last one's rows behind those of the first."""
-    merge, ids = find_stage("merge"), []
+    ids = []
     for number, ratio in enumerate(("11111111", "88888888", "11111111")):
-        with replacing(tmp_path / "merge", merge, ratio):
+        with stage_folder(tmp_path / "merge", MERGE, ratio):
             ids.append(log(tmp_path, "merge", ratio, mode, value=10.0 * number))
             if mode == "offline":
                 wandb.teardown()  # `finish` returns a moment before the service has closed the transaction log
@@ -36,10 +36,10 @@ def test_a_result_that_is_made_once_more_has_a_run_of_its_own(
 
 def test_a_stage_that_was_killed_and_starts_over_goes_on_in_its_run(tmp_path: Path, server) -> None:
     """Its rows are made once more, and W&B has them already."""
-    tokenizer, ids = find_stage("tokenizer"), []
+    ids = []
     for _ in range(2):
         try:
-            with replacing(tmp_path / "tokenizer", tokenizer, "11111111"):
+            with stage_folder(tmp_path / "tokenizer", TOKENIZER, "11111111"):
                 (tmp_path / "tokenizer" / "half-written").mkdir()
                 ids.append(log(tmp_path, "tokenizer", "11111111", "online"))
                 raise SystemExit  # a kill leaves the same

@@ -19,7 +19,7 @@ IN_ADDRESS = "hunter2hunter2"
 STAGE = f"""
 from pathlib import Path
 import os, sys
-from cpt_merge.launcher.pipeline import origin
+from cpt_merge.launcher.identity import origin
 from cpt_merge.tracking import TrackingConfig, start_tracker
 from cpt_merge.tracking import Artifact
 address = "https://me:{IN_ADDRESS}@host/data.jsonl"

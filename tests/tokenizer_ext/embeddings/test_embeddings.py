@@ -156,7 +156,9 @@ def test_focus_without_enough_text_is_the_mean_of_the_constituents(untied, tmp_p
 def test_the_text_is_an_input_of_the_stage_for_focus_only(untied, tmp_path):
     """A change of the text makes the stage run again where it matters, and only there."""
     from cpt_merge.launcher.recipe import load_recipe
-    from cpt_merge.launcher.stages import Run, find_stage, identify
+    from cpt_merge.launcher.run import Run
+    from cpt_merge.launcher.stage import prepare
+    from cpt_merge.launcher.stages import EMBEDDINGS
 
     recipe = tmp_path / "recipe.yaml"
     text = {"ko": tmp_path / "ko.txt", "en": tmp_path / "en.txt"}
@@ -170,10 +172,7 @@ def test_the_text_is_an_input_of_the_stage_for_focus_only(untied, tmp_path):
 
     def keys():
         overrides = [[], ["embeddings.head=focus"]]
-        return [
-            identify(Run(load_recipe(recipe, more)), find_stage("embeddings"))[0]
-            for more in overrides
-        ]
+        return [prepare(Run(load_recipe(recipe, more)), EMBEDDINGS).key for more in overrides]
 
     before = keys()
     text["ko"].write_text("another")

@@ -1,0 +1,108 @@
+"""A run: its recipe, and where the artifacts of its stages are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cpt_merge.core.artifact import fingerprint
+from cpt_merge.core.lock import Lock
+from cpt_merge.core.models import model_directory
+from cpt_merge.core.world import find_world
+from cpt_merge.launcher.recipe import Recipe, load_recipe
+
+LOCK_FILE = ".lock"  # in a run's folder, while a process works there
+LOCK_VARIABLE = "CPT_MERGE_LOCK"  # its path, for the processes that a locked run starts
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe and the folder of its run."""
+
+    recipe: Recipe
+    words: Sequence[str] = ()  # the recipe's path and the overrides, as on the command line
+
+    @staticmethod
+    def load(recipe: Path, overrides: Sequence[str] = ()) -> Run:
+        """The run of a recipe with overrides `section.key=value`. Raises `UserError`."""
+        return Run(load_recipe(recipe, list(overrides)), (str(recipe), *overrides))
+
+    @cached_property
+    def base(self) -> Path:
+        """The base model's directory."""
+        return model_directory(self.recipe.models.base)
+
+    @cached_property
+    def chat(self) -> Path:
+        """The chat model's directory."""
+        return model_directory(self.recipe.models.chat)
+
+    def folder(self, stage: str) -> Path:
+        """A stage's folder: its artifact, its log, and `stage.json` once it is finished."""
+        return self.recipe.directory / stage
+
+    @property
+    def tokenizer(self) -> Path:
+        """The extended tokenizer with its vocabulary map."""
+        return self.folder("tokenizer") / "tokenizer"
+
+    @property
+    def resized(self) -> Path:
+        """The base model with rows for the new vocabulary."""
+        return self.folder("embeddings") / "model"
+
+    @property
+    def store(self) -> Path:
+        """The token store."""
+        return self.folder("data") / "store"
+
+    @property
+    def cpt(self) -> Path:
+        """The continually pretrained model."""
+        return self.folder("training") / "cpt"
+
+    @property
+    def merged(self) -> Path:
+        """The chat model in the new language."""
+        return self.folder("merge") / "chat"
+
+    def further_models(self) -> dict[str, Path]:
+        """The models that are evaluated in addition to the run's own, by name."""
+        return {name: model_directory(path) for name, path in self.recipe.evaluation.models.items()}
+
+    def corpus_inputs(self) -> dict[str, str]:
+        """The fingerprints of all text."""
+        from cpt_merge.data.sources import source_files
+
+        inputs = {}
+        for source in self.recipe.corpus.sources:
+            digests = [fingerprint(file) for file in source_files(source)]
+            inputs[f"text {source.path}"] = " ".join(digests) or f"hub:{source.path}"
+        return inputs
+
+    def pair_inputs(self) -> dict[str, str]:
+        """The fingerprints of base and chat."""
+        return {"base": fingerprint(self.base), "chat": fingerprint(self.chat)}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the run's folder. Raises `UserError` if another one works in it.
+
+        The processes that are started within the block may enter, since they inherit the environment.
+        """
+        path = (self.recipe.directory / LOCK_FILE).absolute()
+        if os.environ.get(LOCK_VARIABLE) == str(path) or not find_world().is_main:
+            yield
+            return
+        lock = Lock(path, self.recipe.directory, "give this run another name")
+        lock.take()
+        os.environ[LOCK_VARIABLE] = str(path)
+        try:
+            yield
+        finally:
+            del os.environ[LOCK_VARIABLE]
+            lock.release()
