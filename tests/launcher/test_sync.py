@@ -10,7 +10,7 @@ import cpt_merge.tracking.upload
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.lock import Lock
-from cpt_merge.launcher.pipeline import LOCK_FILE
+from cpt_merge.launcher.run import LOCK_FILE
 from cpt_merge.launcher.sync import sync
 from cpt_merge.tracking import TrackingConfig, start_tracker
 
