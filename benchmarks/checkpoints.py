@@ -10,7 +10,7 @@ import numpy as np
 
 from cpt_merge.checkpoint.dtypes import Float32, narrow, widen
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.writer import CheckpointWriter, Layout, TensorSpec
+from cpt_merge.checkpoint.writer import CheckpointLayout, CheckpointWriter, TensorSpec
 
 SHARD_BYTES = 500_000_000
 _BLOCK = 1 << 22
@@ -58,7 +58,7 @@ def _model(
     if out.exists():
         return
     specs = [TensorSpec(name, "BF16", size) for name, size in shape.tensors(rows).items()]
-    writer = CheckpointWriter(out, Layout.by_size(specs, SHARD_BYTES))
+    writer = CheckpointWriter(out, CheckpointLayout.by_size(specs, SHARD_BYTES))
     source = Checkpoint.open(ancestor) if ancestor else None
     random = np.random.default_rng(seed)
     with writer.alone():

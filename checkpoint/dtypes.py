@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from cpt_merge.core.errors import UserError
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
+Dtype = Literal["bfloat16", "float16", "float32"]
 
 STORED: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
@@ -53,6 +55,23 @@ def narrow(values: Float32, dtype: str, finite: bool = False) -> Array:
         )
     with np.errstate(over="ignore"):
         return values.astype(STORED[dtype])
+
+
+def rounded(values: Float32, dtype: str, name: str) -> Array:
+    """The one rounding. Raises `UserError` where the result is not finite."""
+    flat = values.reshape(-1)
+    # the sum of squares is finite for all sane values, at a fraction of the cost of looking at each
+    sane = math.isfinite(float(np.dot(flat, flat)))
+    if not (sane or np.isfinite(flat).all()):
+        raise UserError(f"{name} would hold NaN or Inf; one of the models is damaged.")
+    narrowed = narrow(flat, dtype, finite=True)
+    if dtype == "F16" and not np.isfinite(narrowed).all():
+        raise UserError(f"{name} has values beyond float16's 65504; choose dtype: bfloat16.")
+    if not sane and dtype == "BF16" and bool(((narrowed & 0x7FFF) == 0x7F80).any()):
+        raise UserError(
+            f"{name} has values beyond bfloat16's 3.39e38; one of the models is damaged."
+        )
+    return narrowed
 
 
 def _to_bfloat16(values: Float32, finite: bool) -> NDArray[np.uint16]:

@@ -11,15 +11,12 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from cpt_merge.checkpoint.dtypes import STORED, TORCH_NAMES, Array
-from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo
+from cpt_merge.checkpoint.dtypes import TORCH_NAMES
+from cpt_merge.checkpoint.headers import StridedInfo, TensorInfo
+from cpt_merge.checkpoint.mapped_files import mapping_start
 from cpt_merge.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,36 +39,13 @@ _DAMAGED = (
 )  # of zipfile, and our own
 
 
-@dataclass(frozen=True)
-class StridedInfo(TensorInfo):
-    """A tensor whose elements do not lie one after the other: a transposed one, a part of another, a repeated one."""
-
-    strides: tuple[int, ...]  # bytes from an element to the next, per dimension
-
-
-class PickledCheckpoint(Checkpoint):
-    """The .bin files of a directory. Reading is safe from several threads."""
-
-    def read_flat(self, name: str, start: int, stop: int) -> Array:
-        """Elements [start, stop) in the order of the indices, as stored (bfloat16 as uint16), in a new array."""
-        info = self.info(name)
-        if not isinstance(info, StridedInfo):
-            return super().read_flat(name, start, stop)
-        if not 0 <= start <= stop <= info.size:
-            raise IndexError(f"{name} has {info.size} elements, asked for [{start}, {stop})")
-        mapped = np.memmap(self.directory / info.file, mode="r")
-        elements: Array = np.ndarray(
-            info.shape, STORED[info.dtype], mapped, info.offset, info.strides
-        )
-        return elements.flat[start:stop]
-
-
 def read_pickled(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one .bin file. Raises `UserError` if it is damaged or holds anything else than tensors."""
     try:
         _check_archive(path)
         entries, size = _load(path), path.stat().st_size
-        start = _mapping_start(entries.values())
+        filled = next((tensor for tensor in entries.values() if tensor.numel()), None)
+        start = 0 if filled is None else mapping_start(filled.data_ptr())
         return {
             name: _locate(path.name, name, tensor, start, size) for name, tensor in entries.items()
         }
@@ -140,19 +114,6 @@ def _type_name(tensor: torch.Tensor) -> str:
     if tensor.device.type != "cpu":
         return f"{tensor.device.type} {dtype} without values"
     return f"negated {dtype}" if tensor.is_neg() else dtype
-
-
-def _mapping_start(tensors: Iterable[torch.Tensor]) -> int:
-    """The address of byte 0 of the file that was mapped for these tensors; 0 if they are all empty."""
-    address = next((tensor.data_ptr() for tensor in tensors if tensor.numel()), None)
-    if address is None:
-        return 0
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        span, _, offset, _, inode = line.split(maxsplit=5)[:5]
-        start, stop = (int(bound, 16) for bound in span.split("-"))
-        if start <= address < stop and inode != "0":
-            return start - int(offset, 16)
-    raise ValueError("its tensors do not lie in it")
 
 
 def _locate(file: str, name: str, tensor: torch.Tensor, start: int, size: int) -> TensorInfo:

@@ -7,7 +7,6 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -22,35 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import STORED, Array, Float32, widen
+from cpt_merge.checkpoint.headers import StridedInfo, TensorInfo, read_header
+from cpt_merge.checkpoint.pickled import read_pickled
 from cpt_merge.core.artifact import read_marker
 from cpt_merge.core.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes at `offset` of `file`, row after row."""
-
-    name: str
-    dtype: str  # as in the header: BF16, F32, ...
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    nbytes: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def row_size(self) -> int:
-        """Number of elements in one row of dimension 0 (a scalar is one row)."""
-        return math.prod(self.shape[1:])
 
 
 @dataclass
@@ -83,14 +60,9 @@ class Checkpoint:
             directory / f"pytorch_{stem}.bin.index.json",
         )
         if pickled.is_file() or pickled_index.is_file():
-            from cpt_merge.checkpoint.pickled import (  # here, as it imports this module
-                PickledCheckpoint,
-                read_pickled,
-            )
-
             whole = pickled.is_file()
             tensors = read_pickled(pickled) if whole else _read_indexed(pickled_index, read_pickled)
-            return PickledCheckpoint(directory, tensors)
+            return Checkpoint(directory, tensors)
         raise UserError(_nothing_there(directory))
 
     @cached_property
@@ -111,6 +83,12 @@ class Checkpoint:
         info = self.info(name)
         if not 0 <= start <= stop <= info.size:
             raise IndexError(f"{name} has {info.size} elements, asked for [{start}, {stop})")
+        if isinstance(info, StridedInfo):
+            mapped = np.memmap(self.directory / info.file, mode="r")
+            elements: Array = np.ndarray(
+                info.shape, STORED[info.dtype], mapped, info.offset, info.strides
+            )
+            return elements.flat[start:stop]
         values = np.empty(stop - start, STORED[info.dtype])
         view = values.view(np.uint8).data
         offset, file = info.offset + start * values.itemsize, self._file(info.file)
@@ -171,42 +149,6 @@ class Checkpoint:
 def index_file(stem: str) -> str:
     """The index of weights in several files `<stem>-00001-of-0000N.safetensors`."""
     return f"{stem}.safetensors.index.json"
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, in storage order. Raises `UserError` if the file is damaged."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise ValueError("its header is cut off")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        infos = [
-            _tensor_info(path.name, name, entry, 8 + length, size) for name, entry in header.items()
-        ]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no whole safetensors file ({error}); copy or download it again."
-        ) from None
-    return {info.name: info for info in sorted(infos, key=lambda info: info.offset)}
-
-
-def _tensor_info(file: str, name: str, entry: dict[str, Any], data: int, size: int) -> TensorInfo:
-    """One entry of a header whose data starts at byte `data` of a file of `size` bytes. Raises `ValueError`."""
-    (start, stop), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
-    if dtype not in STORED:
-        raise ValueError(f"{name} has the unknown type {dtype}")
-    if any(not isinstance(length, int) or length < 0 for length in shape):
-        raise ValueError(f"{name} has the shape {shape}")
-    if stop - start != math.prod(shape) * STORED[dtype].itemsize:
-        raise ValueError(f"{name} has {stop - start} bytes, which {dtype} {shape} does not fill")
-    if not 0 <= start <= stop or data + stop > size:
-        raise ValueError(f"{name} lies in bytes {data + start} to {data + stop} of {size}")
-    return TensorInfo(name, dtype, shape, file, data + start, stop - start)
 
 
 def _read_indexed(

@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from cpt_merge.checkpoint.dtypes import STORED, Array
-from cpt_merge.checkpoint.reader import TensorInfo, index_file
+from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.reader import Checkpoint, index_file
 from cpt_merge.core.artifact import Staging, fsync, write_json
 from cpt_merge.core.errors import UserError
 
@@ -54,7 +55,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """Where every tensor will lie. Equal for equal tensors, whatever their order, so that all processes agree on it."""
 
     tensors: dict[str, TensorInfo]
@@ -64,7 +65,7 @@ class Layout:
     @staticmethod
     def by_size(
         specs: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES, stem: str = "model"
-    ) -> Layout:
+    ) -> CheckpointLayout:
         """Files of at most `shard_bytes` (a larger tensor has one to itself), named as transformers names them."""
         shards: list[list[TensorSpec]] = [[]]
         for spec in sorted(specs, key=lambda spec: natural(spec.name)):
@@ -72,22 +73,26 @@ class Layout:
                 shards.append([])
             shards[-1].append(spec)
         if len(shards) == 1:
-            return Layout.of_files({f"{stem}.safetensors": shards[0]})
+            return CheckpointLayout.of_files({f"{stem}.safetensors": shards[0]})
         names = [
             f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
             for number in range(1, len(shards) + 1)
         ]
-        return Layout.of_files(dict(zip(names, shards, strict=True)), index=index_file(stem))
+        return CheckpointLayout.of_files(
+            dict(zip(names, shards, strict=True)), index=index_file(stem)
+        )
 
     @staticmethod
-    def of_files(files: Mapping[str, Iterable[TensorSpec]], index: str | None = None) -> Layout:
+    def of_files(
+        files: Mapping[str, Iterable[TensorSpec]], index: str | None = None
+    ) -> CheckpointLayout:
         """Given files with given tensors, and the name of their index or none."""
         tensors: dict[str, TensorInfo] = {}
         headers: dict[str, bytes] = {}
         for file, specs in files.items():
             headers[file], infos = _lay_out(file, specs)
             tensors.update({info.name: info for info in infos})
-        return Layout(tensors, headers, index)
+        return CheckpointLayout(tensors, headers, index)
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +140,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 class CheckpointFiles:
     """The files of a checkpoint that is being written: any part of any tensor, from any thread or process."""
 
-    def __init__(self, directory: Path, layout: Layout) -> None:
+    def __init__(self, directory: Path, layout: CheckpointLayout) -> None:
         self.directory, self.layout = directory, layout
         self._handles: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -172,6 +177,11 @@ class CheckpointFiles:
             count = os.pwrite(handle, view, offset)
             view, offset = view[count:], offset + count
 
+    def copy(self, source: Checkpoint, names: Iterable[str]) -> None:
+        """Copy whole tensors as they are."""
+        for name in names:
+            self.write_flat(name, 0, source.read_flat(name, 0, source.info(name).size))
+
     def sync(self) -> None:
         """Make what was written so far durable. Others may write meanwhile."""
         with self._lock:
@@ -202,7 +212,7 @@ class CheckpointFiles:
 class CheckpointWriter(CheckpointFiles):
     """Writes one checkpoint, as one of several processes (`rank` tells them apart), and proves it whole."""
 
-    def __init__(self, out: Path, layout: Layout, rank: int = 0) -> None:
+    def __init__(self, out: Path, layout: CheckpointLayout, rank: int = 0) -> None:
         self.staging = Staging(out, scratch=SCRATCH)
         super().__init__(self.staging.directory, layout)  # other files may be added to it
         self.rank = rank
@@ -261,7 +271,7 @@ def write_index(path: Path, files: Mapping[str, str], total_size: int) -> None:
     write_json(path, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def check_room(directory: Path, layout: Layout) -> None:
+def check_room(directory: Path, layout: CheckpointLayout) -> None:
     """Raise `UserError` if the disk has no room for the layout's files. `directory` or a parent of it is there."""
     while not directory.exists():
         directory = directory.parent
@@ -275,7 +285,7 @@ def check_room(directory: Path, layout: Layout) -> None:
         )
 
 
-def _prove_whole(layout: Layout, journals: list[dict[str, list[list[int]]]]) -> None:
+def _prove_whole(layout: CheckpointLayout, journals: list[dict[str, list[list[int]]]]) -> None:
     """Raise `UserError` naming the first tensor that was not written exactly once."""
     for name, info in layout.tensors.items():
         reached = 0

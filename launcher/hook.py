@@ -6,9 +6,10 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
+from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.launcher.execute import execute
 from cpt_merge.launcher.stage import Stage, StageContext, prepare
-from cpt_merge.merge.hook import LocalShard, merge_shards, plan_for_shards
+from cpt_merge.merge.hook import merge_shards, plan_for_shards
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tracking import Tracker
 from cpt_merge.training.distributed.parallel import Parallel

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.checkpoint.vocabulary_map import has_tokenizer
 from cpt_merge.core.config import apply_override, parse_section
 from cpt_merge.core.errors import UserError
@@ -19,7 +20,6 @@ from cpt_merge.core.progress import say
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.fit import RefusedError
 from cpt_merge.merge.plan import MergeInputs, MergePlan, bytes_read, describe_rule, plan
-from cpt_merge.merge.rules import kind_of
 from cpt_merge.merge.tokens import describe
 
 PLAN_WORD = "plan"

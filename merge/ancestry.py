@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cpt_merge.checkpoint.dtypes import widen
+from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.merge.plan import MergePlan
-from cpt_merge.merge.rules import kind_of
 from cpt_merge.merge.statistics import Statistics, Sums, total
 
 SAMPLE = 1 << 16  # elements of each tensor, from its middle

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpt_merge.checkpoint.model_files import CONFIG_FILE, GENERATION_FILE
 from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles, read_stop_ids
 from cpt_merge.core.progress import say
 from cpt_merge.merge.tokens import OutputTokens
 
 CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
-CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

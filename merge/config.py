@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
+from cpt_merge.checkpoint.dtypes import Dtype
+from cpt_merge.checkpoint.tensor_kinds import Kind
 from cpt_merge.core.config import Section, key
 from cpt_merge.merge.expressions import evaluate
 
 Method = Literal["constituents", "ends", "focus", "mean", "gaussian", "random"]
-Kind = Literal["attention", "mlp", "norm", "embed", "head", "other"]
-Dtype = Literal["bfloat16", "float16", "float32"]
 Combination = Literal["add", "ties", "dare", "dare_ties"]
 
 

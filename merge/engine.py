@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from cpt_merge.checkpoint.dtypes import Float32, widen
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.writer import CheckpointFiles
 from cpt_merge.core.progress import Meter
 from cpt_merge.merge.journal import BlockSums
 from cpt_merge.merge.plan import MergePlan, PlannedTensor, elements
@@ -174,9 +173,3 @@ def _read_ahead(plan: MergePlan, blocks: list[Block]) -> None:
             size = model.tensors[block.tensor.name].size
             if block.start < size:
                 model.expect(block.tensor.name, block.start, min(block.stop, size))
-
-
-def copy_unmerged(checkpoint: Checkpoint, files: CheckpointFiles, names: list[str]) -> None:
-    """Copy tensors as they are."""
-    for name in names:
-        files.write_flat(name, 0, checkpoint.read_flat(name, 0, checkpoint.info(name).size))

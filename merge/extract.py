@@ -17,11 +17,19 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
+from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Dtype, Float32, rounded
+from cpt_merge.checkpoint.model_files import CONFIG_FILE, GENERATION_FILE, copy_files
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import is_by_token, model_tensors, vocabulary_rows
 from cpt_merge.checkpoint.token_changes import TokenChanges
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
-from cpt_merge.checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec, natural
+from cpt_merge.checkpoint.writer import (
+    SHARD_BYTES,
+    CheckpointLayout,
+    CheckpointWriter,
+    TensorSpec,
+    natural,
+)
 from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
@@ -35,13 +43,9 @@ from cpt_merge.merge.align import (
     unshared_tokens,
 )
 from cpt_merge.merge.card import LICENCE_FIELDS, front_matter
-from cpt_merge.merge.chat_format import CONFIG_FILE, GENERATION_FILE
-from cpt_merge.merge.config import Dtype
 from cpt_merge.merge.engine import MAX_THREADS
-from cpt_merge.merge.finish import copy_files
 from cpt_merge.merge.fit import open_fitting
-from cpt_merge.merge.rules import is_by_token, model_tensors, vocabulary_rows
-from cpt_merge.merge.slices import keep_freed_memory, rounded
+from cpt_merge.merge.slices import keep_freed_memory
 from cpt_merge.merge.tokens import OutputTokens
 from cpt_merge.merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair, sample_digest
 
@@ -66,7 +70,7 @@ def extract(
         for name, info in pair.tensors.items()
         if name not in names
     ]
-    writer = CheckpointWriter(out.absolute(), Layout.by_size(specs, shard_bytes, STEM))
+    writer = CheckpointWriter(out.absolute(), CheckpointLayout.by_size(specs, shard_bytes, STEM))
     keep_freed_memory()
     squares = dict.fromkeys(names, 0.0)
     with (

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cpt_merge.checkpoint import token_changes
-from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from cpt_merge.checkpoint.reader import Checkpoint, read_json
+from cpt_merge.checkpoint.model_files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    copy_files,
+    model_config,
+    resize_config,
+)
+from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
-from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
-from cpt_merge.checkpoint.writer import Layout
 from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
 from cpt_merge.core.progress import say
 from cpt_merge.merge import report
 from cpt_merge.merge.card import model_card
-from cpt_merge.merge.chat_format import CONFIG_FILE, GENERATION_FILE, SPECIAL_IDS
+from cpt_merge.merge.chat_format import SPECIAL_IDS
 from cpt_merge.merge.plan import MergePlan
 from cpt_merge.merge.statistics import Statistics
 from cpt_merge.merge.vectors import Extracted
-
-
-def write_trained(source: Checkpoint, layout: Layout, tokenizer: Path, directory: Path) -> None:
-    """Complete a checkpoint of trained weights: as `source`, with the extended tokenizer and its map."""
-    write_json(directory / CONFIG_FILE, model_config(source, layout))
-    copy_files([source.directory / GENERATION_FILE], directory)
-    copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], directory)
 
 
 def write_merged(
@@ -80,25 +75,6 @@ def _add_known_norms(plan: MergePlan, statistics: list[Statistics]) -> None:
                 sums.base = float(squares.get(name, 0.0))
 
 
-def model_config(source: Checkpoint, layout: Layout) -> dict[str, Any]:
-    """config.json of `source`, for tensors of the layout's types."""
-    types = Counter(info.dtype for info in layout.tensors.values() if info.dtype in FLOATS)
-    names = {stored: name for name, stored in TORCH_NAMES.items()}
-    config = dict(source.config)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = names[
-        types.most_common(1)[0][0]
-    ]
-    return config
-
-
-def resize_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
-    """A config.json with another number of embedding rows, also where it lies in a `text_config`."""
-    resized = {**config, "vocab_size": rows}
-    if "vocab_size" in config.get("text_config", {}):
-        resized["text_config"] = {**config["text_config"], "vocab_size": rows}
-    return resized
-
-
 def generation_config(plan: MergePlan) -> dict[str, Any]:
     """How to sample, from the chat model (else from CPT), with all stop ids."""
     of_chat, of_cpt = (
@@ -137,13 +113,6 @@ def write_tokenizer(plan: MergePlan, directory: Path) -> None:
         write_text(directory / "chat_template.jinja", plan.format.template)
     else:
         say(f"merge: {chat} has no chat template, so the output has none of its")
-
-
-def copy_files(paths: list[Path], directory: Path) -> None:
-    """Copy those of the files that exist."""
-    for path in paths:
-        if path.is_file():
-            shutil.copyfile(path, directory / path.name)
 
 
 OTHER_IDS = {

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cpt_merge.checkpoint.dtypes import FLOATS
-from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo
+from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import is_by_token, is_tied, model_tensors
 from cpt_merge.checkpoint.writer import natural
 from cpt_merge.core.errors import UserError
-from cpt_merge.merge.rules import is_by_token, is_tied, model_tensors
 
 _SHOWN_PROBLEMS = 5
 

@@ -8,23 +8,16 @@ nothing.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Float32
-from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.writer import SHARD_BYTES, CheckpointWriter, Layout, TensorSpec
+from cpt_merge.checkpoint.export import LocalShard, check_shard, writing_together
+from cpt_merge.checkpoint.writer import CheckpointWriter
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import finish, report, statistics
-from cpt_merge.merge.config import Dtype, MergeConfig
-from cpt_merge.merge.engine import copy_unmerged
+from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.plan import MergeInputs, MergePlan, plan
 from cpt_merge.merge.ranges import (
     TensorRange,
@@ -34,75 +27,10 @@ from cpt_merge.merge.ranges import (
     needs_thresholds,
     thresholds,
 )
-from cpt_merge.merge.rules import model_tensors
-from cpt_merge.merge.slices import CHUNK, NoOutput, SliceMerger, rounded
+from cpt_merge.merge.slices import NoOutput, SliceMerger
 from cpt_merge.merge.statistics import Statistics, Sums
 from cpt_merge.merge.vectors import check_base
 from cpt_merge.tracking import Tracker
-
-
-@dataclass(frozen=True)
-class LocalShard:
-    """Rows [start_row, start_row + len(values)) of a trained tensor of the given global shape; may be empty.
-
-    A tensor that several ranks hold is passed by one of them. A tied head is not passed.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start_row: int
-    values: torch.Tensor
-
-    @property
-    def start(self) -> int:
-        """The first element, counted in the whole tensor."""
-        return self.start_row * math.prod(self.shape[1:])
-
-    @property
-    def stop(self) -> int:
-        """One past its last element."""
-        return self.start + self.values.numel()
-
-    def read(self, first: int, last: int) -> Float32:
-        """Elements [first, last) of the whole tensor, in float32 on the CPU."""
-        part = self.values.detach().reshape(-1)[first - self.start : last - self.start]
-        values: Float32 = part.to("cpu", torch.float32).numpy()
-        return values
-
-
-def export_shards(
-    shards: Iterable[LocalShard],
-    like: Path,
-    tokenizer: Path,
-    out: Path,
-    ranks: Ranks,
-    dtype: Dtype | None = None,
-    shard_size: int = SHARD_BYTES,
-) -> None:
-    """Write the trained model as a Hugging Face checkpoint.
-
-    `like` is the checkpoint that training started from: names, shapes, types (unless `dtype` is given) and
-    configuration are its own. Raises `UserError` if a shard does not fit it, or if a row comes twice or not at all.
-    """
-    source = Checkpoint.open(like)
-    specs = [
-        TensorSpec(
-            name, TORCH_NAMES[dtype] if dtype and info.dtype in FLOATS else info.dtype, info.shape
-        )
-        for name, info in model_tensors(source).items()
-    ]
-    writer = CheckpointWriter(out, Layout.by_size(specs, shard_size), ranks.rank)
-    with _writing_together(writer, source, ranks):
-        for shard in shards:
-            _check(shard, writer.layout, like)
-            for first in range(shard.start, shard.stop, CHUNK):
-                values = shard.read(first, min(first + CHUNK, shard.stop))
-                stored = rounded(values, writer.layout.tensors[shard.name].dtype, shard.name)
-                writer.write_flat(shard.name, first, stored)
-    if ranks.is_main:
-        finish.write_trained(source, writer.layout, tokenizer, writer.directory)
-        writer.publish()
-    ranks.barrier()
 
 
 def merge_shards(
@@ -123,9 +51,9 @@ def merge_shards(
     writer = CheckpointWriter(out, the_plan.layout(), ranks.rank)
     tensors = {tensor.name: tensor for tensor in the_plan.tensors}
     own: list[Statistics] = [{} for _ in the_plan.vectors]
-    with _writing_together(writer, the_plan.cpt, ranks):
+    with writing_together(writer, the_plan.cpt, ranks):
         for shard in shards:
-            _check(shard, writer.layout, inputs.cpt)
+            check_shard(shard, writer.layout, inputs.cpt)
         ranges = find_ranges(the_plan, shards, ranks)
         merger = SliceMerger(the_plan, writer, ranges)
         for shard in shards:
@@ -186,30 +114,3 @@ def find_ranges(
             here = found[shard.name]
             here.low, here.high = min(here.low, low), max(here.high, high)
     return joined(ranks.gather(as_json(found)))
-
-
-@contextmanager
-def _writing_together(writer: CheckpointWriter, like: Checkpoint, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 prepares, all write within the block; it ends when the data of all ranks is on disk."""
-    if ranks.is_main:
-        writer.prepare()
-    ranks.barrier()
-    yield
-    if ranks.is_main:  # masks and the like, which nobody trains
-        copy_unmerged(
-            like,
-            writer,
-            [name for name, info in writer.layout.tensors.items() if info.dtype not in FLOATS],
-        )
-    writer.close()
-    ranks.barrier()
-
-
-def _check(shard: LocalShard, layout: Layout, like: Path) -> None:
-    info = layout.tensors.get(shard.name)
-    if info is None or info.shape != tuple(shard.shape):
-        found = f"shape {info.shape}" if info else "no such tensor"
-        raise UserError(
-            f"the trained {shard.name} has shape {tuple(shard.shape)}, {like} has {found}; "
-            "export with the checkpoint that training started from."
-        )

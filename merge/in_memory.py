@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cpt_merge.checkpoint.dtypes import Array
+from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.merge.engine import divide, look_at, on_threads, run_block
-from cpt_merge.merge.hook import LocalShard
 from cpt_merge.merge.plan import MergePlan
 from cpt_merge.merge.ranges import TensorRange, needs_gate, needs_thresholds
 from cpt_merge.merge.slices import NoOutput, SliceMerger

@@ -8,9 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo
+from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import (
+    count_layers,
+    is_by_token,
+    model_tensors,
+    vocabulary_rows,
+)
 from cpt_merge.checkpoint.token_changes import TokenChanges
-from cpt_merge.checkpoint.writer import Layout, TensorSpec, check_room, natural
+from cpt_merge.checkpoint.writer import CheckpointLayout, TensorSpec, check_room, natural
 from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.models import model_directory
@@ -19,15 +26,7 @@ from cpt_merge.merge.align import RowAlignment
 from cpt_merge.merge.chat_format import ChatFormat
 from cpt_merge.merge.config import MergeConfig, VectorConfig
 from cpt_merge.merge.fit import RefusedError, collected, fit_problems
-from cpt_merge.merge.rules import (
-    Treatment,
-    count_layers,
-    is_by_token,
-    model_tensors,
-    rule_problems,
-    treatment_of,
-    vocabulary_rows,
-)
+from cpt_merge.merge.rules import Treatment, rule_problems, treatment_of
 from cpt_merge.merge.vectors import Extracted, Pair, Vector
 from cpt_merge.merge.vocabularies import meet
 
@@ -103,9 +102,11 @@ class MergePlan:
         """Every checkpoint that is read."""
         return _labelled(self.cpt, [vector.source for vector in self.vectors])
 
-    def layout(self) -> Layout:
+    def layout(self) -> CheckpointLayout:
         """The files of the output."""
-        return Layout.by_size([tensor.spec for tensor in self.tensors], self.config.shard_bytes)
+        return CheckpointLayout.by_size(
+            [tensor.spec for tensor in self.tensors], self.config.shard_bytes
+        )
 
 
 def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> MergePlan:

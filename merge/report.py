@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.palette import MODEL_COLOURS
 from cpt_merge.core.progress import say
 from cpt_merge.merge import ancestry
 from cpt_merge.merge.plan import MergePlan, PlannedVector, describe_rule
-from cpt_merge.merge.rules import kind_of
 from cpt_merge.merge.statistics import Statistics, Sums, by_kind, by_layer, total
 from cpt_merge.tracking import Tracker
 

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo
+from cpt_merge.checkpoint.tensor_kinds import kind_of, layer_of
 from cpt_merge.core.errors import UserError
-from cpt_merge.merge.config import Kind, MergeConfig, Ratio, RuleConfig
+from cpt_merge.merge.config import MergeConfig, Ratio, RuleConfig
 from cpt_merge.merge.expressions import evaluate
 
 Action = Literal["add", "skip", "replace"]
-
-_KINDS: list[
-    tuple[Kind, re.Pattern[str]]
-] = [  # the first that is found decides: q_norm lies within self_attn
-    ("embed", re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.")),
-    ("head", re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")),
-    ("norm", re.compile(r"(norm\w*|ln_\w+)\.(weight|bias)$")),
-    ("attention", re.compile(r"\.(self_attn|attn|attention|self_attention)\.")),
-    ("mlp", re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts)\.")),
-]
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -33,23 +21,6 @@ class Treatment:
     action: Action
     ratios: tuple[float, ...]
     gate: bool = False
-
-
-def kind_of(name: str) -> Kind:
-    """The module kind of a tensor."""
-    found: Kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
-    return "other" if found == "head" and layer_of(name) is not None else found
-
-
-def is_by_token(name: str) -> bool:
-    """Whether a tensor has a row for each token."""
-    return kind_of(name) in ("embed", "head")
-
-
-def layer_of(name: str) -> int | None:
-    """The decoder layer of a tensor, None outside the layers."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
 
 
 def treatment_of(name: str, config: MergeConfig, layers: int) -> Treatment:
@@ -115,41 +86,4 @@ def _matches(rule: RuleConfig, name: str) -> bool:
         and (
             rule.layers is None or (layer is not None and rule.layers[0] <= layer <= rule.layers[1])
         )
-    )
-
-
-def count_layers(names: Iterable[str]) -> int:
-    """How many decoder layers the tensors belong to."""
-    return max((layer + 1 for name in names if (layer := layer_of(name)) is not None), default=0)
-
-
-def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the model's head is its embedding; without a word about it in config.json, if no head is stored."""
-    tied = checkpoint.config.get("tie_word_embeddings")
-    return (
-        not any(kind_of(name) == "head" for name in checkpoint.tensors)
-        if tied is None
-        else bool(tied)
-    )
-
-
-def model_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The tensors that a loader uses: without a head that is stored although it is tied, and without the rotary
-    frequencies that old conversions of LLaMA store, which loaders compute anew.
-    """
-    tied = is_tied(checkpoint)
-    return {
-        name: info
-        for name, info in checkpoint.tensors.items()
-        if not (tied and kind_of(name) == "head") and not name.endswith("rotary_emb.inv_freq")
-    }
-
-
-def vocabulary_rows(checkpoint: Checkpoint) -> int:
-    """Rows of the embedding matrix. Raises `UserError` if there is none."""
-    for name, info in checkpoint.tensors.items():
-        if kind_of(name) == "embed":
-            return info.shape[0]
-    raise UserError(
-        f"{checkpoint.directory} holds no embedding matrix that is known by name; report its tensor names."
     )

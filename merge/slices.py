@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cpt_merge.checkpoint.dtypes import Array, Float32, narrow
+from cpt_merge.checkpoint.dtypes import Array, Float32, rounded
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import gate
 from cpt_merge.merge.align import Role, RowPairs
@@ -255,23 +255,6 @@ def give_back_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def rounded(values: Float32, dtype: str, name: str) -> Array:
-    """The one rounding. Raises `UserError` where the result is not finite."""
-    flat = values.reshape(-1)
-    # the sum of squares is finite for all sane values, at a fraction of the cost of looking at each
-    sane = math.isfinite(float(np.dot(flat, flat)))
-    if not (sane or np.isfinite(flat).all()):
-        raise UserError(f"{name} would hold NaN or Inf; one of the models is damaged.")
-    narrowed = narrow(flat, dtype, finite=True)
-    if dtype == "F16" and not np.isfinite(narrowed).all():
-        raise UserError(f"{name} has values beyond float16's 65504; choose dtype: bfloat16.")
-    if not sane and dtype == "BF16" and bool(((narrowed & 0x7FFF) == 0x7F80).any()):
-        raise UserError(
-            f"{name} has values beyond bfloat16's 3.39e38; one of the models is damaged."
-        )
-    return narrowed
 
 
 def _check_finite(name: str, sums: Sums, vector: PlannedVector, cpt: Float32, part: Part) -> None:

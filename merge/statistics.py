@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from cpt_merge.checkpoint.dtypes import Float32
+from cpt_merge.checkpoint.tensor_kinds import kind_of, layer_of
 from cpt_merge.core.artifact import write_json
-from cpt_merge.merge.rules import kind_of, layer_of
 
 _FILES = "statistics-*.json"
 

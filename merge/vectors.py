@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from cpt_merge.checkpoint.dtypes import Array, Float32, widen
-from cpt_merge.checkpoint.reader import Checkpoint, TensorInfo, read_json
+from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.reader import Checkpoint, read_json
+from cpt_merge.checkpoint.tensor_kinds import model_tensors
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import formula as kernel
 from cpt_merge.merge.align import RowPairs, Rows
-from cpt_merge.merge.rules import model_tensors
 
 STEM = "vector"  # of the weight files' names: no loader takes them for a model
 VECTOR_FILE = "vector.json"

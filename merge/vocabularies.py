@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import vocabulary_rows
 from cpt_merge.checkpoint.token_changes import TokenChanges
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
@@ -24,7 +25,6 @@ from cpt_merge.merge.align import (
 from cpt_merge.merge.chat_format import ChatFormat, read_format
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.fit import RefusedError, collected
-from cpt_merge.merge.rules import vocabulary_rows
 from cpt_merge.merge.tokens import output_tokens
 from cpt_merge.merge.vectors import Vector
 

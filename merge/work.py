@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cpt_merge.checkpoint.writer import SCRATCH, CheckpointFiles, Layout
+from cpt_merge.checkpoint.writer import SCRATCH, CheckpointFiles, CheckpointLayout
 from cpt_merge.core.artifact import Staging, write_json
 from cpt_merge.core.distributed import collect, publish, wait_for
 from cpt_merge.core.errors import Interrupted, UserError
@@ -34,7 +34,7 @@ from cpt_merge.merge.journal import BlockSums, Journal, read_blocks, vouch
 class Work:
     """The directory of a merge. `digest` tells merges apart; `world` says which of several processes this is."""
 
-    def __init__(self, out: Path, layout: Layout, digest: str, world: World) -> None:
+    def __init__(self, out: Path, layout: CheckpointLayout, digest: str, world: World) -> None:
         self.out, self.digest, self.world = out, digest, world
         self.staging = staging(out, digest)
         self.directory = self.staging.directory

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from cpt_merge.checkpoint.dtypes import Dtype
+from cpt_merge.checkpoint.export import LocalShard, export_shards
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
 from cpt_merge.core.distributed import stop_process_group
@@ -19,8 +21,6 @@ from cpt_merge.data.mixture import SourceShare, by_size, bytes_per_token, mixtur
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.sources import Corpus
 from cpt_merge.data.store import Store
-from cpt_merge.merge.config import Dtype
-from cpt_merge.merge.hook import LocalShard, export_shards
 from cpt_merge.merge.plan import MergePlan
 from cpt_merge.tracking import Tracker
 from cpt_merge.training.callbacks.continuations import prompts_from

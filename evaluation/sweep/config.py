@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
+from cpt_merge.checkpoint.tensor_kinds import Kind
 from cpt_merge.core.config import Section, key
 from cpt_merge.evaluation.config import Suite
-from cpt_merge.merge.config import Kind, Ratio
+from cpt_merge.merge.config import Ratio
 
 MOST_RATIOS = 1000  # more is a slip of the pen: 0:1.2:0.0001
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cpt_merge.checkpoint.model_names import stored_names
+from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import timed
 from cpt_merge.evaluation.chat_template import ChatTemplate, read_chat_template, template_for
@@ -23,7 +24,6 @@ from cpt_merge.merge.finish import write_all_but_weights
 from cpt_merge.merge.in_memory import merge_into, ranges_of
 from cpt_merge.merge.plan import MergePlan, plan_again
 from cpt_merge.merge.ranges import TensorRange
-from cpt_merge.merge.rules import kind_of
 
 
 class MergedModel:

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.writer import CheckpointWriter, Layout, TensorSpec, natural
+from cpt_merge.checkpoint.writer import CheckpointLayout, CheckpointWriter, TensorSpec, natural
 from cpt_merge.core.errors import UserError
 
 SPECS = [TensorSpec(f"layers.{n}.weight", "F32", (n + 3, 4)) for n in (10, 2, 0)] + [
@@ -32,7 +32,7 @@ def write_all(writer, ranks=1, rank=0):
 
 
 def test_a_single_file_loads_with_safetensors(tmp_path):
-    writer = CheckpointWriter(tmp_path / "out", Layout.by_size(SPECS))
+    writer = CheckpointWriter(tmp_path / "out", CheckpointLayout.by_size(SPECS))
     writer.prepare()
     write_all(writer)
     writer.publish()
@@ -45,7 +45,7 @@ def test_a_single_file_loads_with_safetensors(tmp_path):
 
 
 def test_shards_are_named_and_indexed_as_transformers_does(tmp_path):
-    layout = Layout.by_size(SPECS, shard_bytes=100)
+    layout = CheckpointLayout.by_size(SPECS, shard_bytes=100)
     writer = CheckpointWriter(tmp_path / "out", layout)
     writer.prepare()
     write_all(writer)
@@ -60,13 +60,13 @@ def test_shards_are_named_and_indexed_as_transformers_does(tmp_path):
 
 
 def test_the_layout_does_not_depend_on_the_order_of_the_tensors():
-    assert Layout.by_size(SPECS, 100) == Layout.by_size(reversed(SPECS), 100)
+    assert CheckpointLayout.by_size(SPECS, 100) == CheckpointLayout.by_size(reversed(SPECS), 100)
     assert sorted(["a.10.b", "a.9.b", "a.9"], key=natural) == ["a.9", "a.9.b", "a.10.b"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path, ranks):
-    layout = Layout.by_size(SPECS, 100)
+    layout = CheckpointLayout.by_size(SPECS, 100)
     writers = [CheckpointWriter(tmp_path / "out", layout, rank) for rank in range(ranks)]
     writers[0].prepare()
     with ThreadPoolExecutor(ranks) as pool:
@@ -81,7 +81,7 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path, ranks):
 
 
 def test_a_row_that_nobody_wrote_is_found(tmp_path):
-    writer = CheckpointWriter(tmp_path / "out", Layout.by_size(SPECS))
+    writer = CheckpointWriter(tmp_path / "out", CheckpointLayout.by_size(SPECS))
     writer.prepare()
     for name, values in VALUES.items():
         writer.write(name, 0, values if values.ndim == 0 else values[:3])
@@ -92,7 +92,7 @@ def test_a_row_that_nobody_wrote_is_found(tmp_path):
 
 
 def test_a_row_that_two_wrote_is_found(tmp_path):
-    layout = Layout.by_size(SPECS)
+    layout = CheckpointLayout.by_size(SPECS)
     writers = [CheckpointWriter(tmp_path / "out", layout, rank) for rank in (0, 1)]
     writers[0].prepare()
     write_all(writers[0])
@@ -104,7 +104,7 @@ def test_a_row_that_two_wrote_is_found(tmp_path):
 
 def test_nothing_half_written_is_taken_for_a_checkpoint(tmp_path):
     """Law 4."""
-    writer = CheckpointWriter(tmp_path / "out", Layout.by_size(SPECS))
+    writer = CheckpointWriter(tmp_path / "out", CheckpointLayout.by_size(SPECS))
     writer.prepare()
     write_all(writer)
     assert not (tmp_path / "out").exists()
@@ -113,33 +113,33 @@ def test_nothing_half_written_is_taken_for_a_checkpoint(tmp_path):
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
-    writer = CheckpointWriter(tmp_path / "out", Layout.by_size(SPECS))
+    writer = CheckpointWriter(tmp_path / "out", CheckpointLayout.by_size(SPECS))
     with pytest.raises(ValueError, match="do not fit"), writer.alone():
         writer.write("a.scale", 1, VALUES["a.scale"])
     assert os.listdir(tmp_path) == []
 
 
 def test_a_second_try_starts_afresh(tmp_path):
-    CheckpointWriter(tmp_path / "out", Layout.by_size(SPECS, 100)).prepare()
+    CheckpointWriter(tmp_path / "out", CheckpointLayout.by_size(SPECS, 100)).prepare()
     test_a_single_file_loads_with_safetensors(tmp_path)
 
 
 def test_an_output_in_use_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
-    CheckpointWriter(tmp_path / "out", Layout.by_size(SPECS)).prepare()  # empty: fine
+    CheckpointWriter(tmp_path / "out", CheckpointLayout.by_size(SPECS)).prepare()  # empty: fine
     (tmp_path / "out" / "weights").touch()
     with pytest.raises(UserError, match="not empty"):
-        CheckpointWriter(tmp_path / "out", Layout.by_size(SPECS)).prepare()
+        CheckpointWriter(tmp_path / "out", CheckpointLayout.by_size(SPECS)).prepare()
 
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path):
-    huge = Layout.by_size([TensorSpec("weight", "F32", (2**50,))])
+    huge = CheckpointLayout.by_size([TensorSpec("weight", "F32", (2**50,))])
     with pytest.raises(UserError, match="MB free"):
         CheckpointWriter(tmp_path / "out", huge).prepare()
 
 
 def test_a_write_that_does_not_fit_is_refused(tmp_path):
-    writer = CheckpointWriter(tmp_path / "out", Layout.by_size(SPECS))
+    writer = CheckpointWriter(tmp_path / "out", CheckpointLayout.by_size(SPECS))
     writer.prepare()
     with pytest.raises(ValueError, match="do not fit"):
         writer.write("layers.0.weight", 1, VALUES["layers.0.weight"])

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from cpt_merge.checkpoint.writer import CheckpointWriter, Layout, TensorSpec
+from cpt_merge.checkpoint.writer import CheckpointLayout, CheckpointWriter, TensorSpec
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.extract import extract
 from cpt_merge.merge.plan import MergeInputs
@@ -58,7 +58,9 @@ def models(tmp_path):
     for number, (model, dtype) in enumerate(TYPES.items()):
         writer = CheckpointWriter(
             tmp_path / model,
-            Layout.by_size([TensorSpec(name, dtype, shape) for name, shape in SHAPES.items()]),
+            CheckpointLayout.by_size(
+                [TensorSpec(name, dtype, shape) for name, shape in SHAPES.items()]
+            ),
         )
         with writer.alone():
             for place, (name, info) in enumerate(writer.layout.tensors.items()):

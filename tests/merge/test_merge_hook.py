@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cpt_merge.checkpoint.export import LocalShard, export_shards
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.distributed import Ranks, joined
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.merge import EmbeddingsConfig, MergeConfig
-from cpt_merge.merge.hook import LocalShard, export_shards, merge_shards
+from cpt_merge.merge.hook import merge_shards
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tokenizer_ext.embeddings.run import run as resize
 from cpt_merge.tracking import Tracker

@@ -1,8 +1,9 @@
 import pytest
 from pydantic import ValidationError
 
+from cpt_merge.checkpoint.tensor_kinds import kind_of, layer_of
 from cpt_merge.merge.config import MergeConfig, RuleConfig
-from cpt_merge.merge.rules import Treatment, kind_of, layer_of, rule_problems, treatment_of
+from cpt_merge.merge.rules import Treatment, rule_problems, treatment_of
 
 
 @pytest.mark.parametrize(

@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from cpt_merge.checkpoint.dtypes import Float32, narrow
-from cpt_merge.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo
+from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.model_files import GENERATION_FILE, copy_files, resize_config
+from cpt_merge.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import kind_of, model_tensors
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
-from cpt_merge.checkpoint.writer import CheckpointWriter, Layout, TensorSpec, write_index
+from cpt_merge.checkpoint.writer import CheckpointLayout, CheckpointWriter, TensorSpec, write_index
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say, timed
 from cpt_merge.data.sources import Corpus
-from cpt_merge.merge.chat_format import GENERATION_FILE
 from cpt_merge.merge.config import EmbeddingsConfig
-from cpt_merge.merge.finish import copy_files, resize_config
-from cpt_merge.merge.rules import kind_of, model_tensors
 from cpt_merge.tokenizer_ext.embeddings.focus import MINIMUM, TokenSpace, train_space
 from cpt_merge.tokenizer_ext.embeddings.initialisers import INITIALISERS, OldRows, Task, Use
 from cpt_merge.tracking import Tracker
@@ -52,7 +52,7 @@ def run(
     tied = not any(kind_of(name) == "head" and len(kept[name].shape) > 1 for name in matrices)
     _check(source, vocabulary, matrices)
     changed = _changed_files(source, kept, matrices)
-    layout = Layout.of_files(
+    layout = CheckpointLayout.of_files(
         {
             _as_safetensors(file): [
                 _resized(kept[name], vocabulary, matrices)

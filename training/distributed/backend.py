@@ -11,8 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.data.packing import Batch
-from cpt_merge.merge.hook import LocalShard
 from cpt_merge.training.config import CheckpointConfig
 from cpt_merge.training.memory import Strategy
 

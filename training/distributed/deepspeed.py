@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.core.artifact import fsync
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
 from cpt_merge.data.packing import Batch
-from cpt_merge.merge.hook import LocalShard
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
 from cpt_merge.training.distributed.backend import StepOutcome
 from cpt_merge.training.distributed.build import Start

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.packing import IGNORED, Batch
-from cpt_merge.merge.hook import LocalShard
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
 from cpt_merge.training.distributed.backend import StepOutcome
 from cpt_merge.training.distributed.build import Start

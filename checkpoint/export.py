@@ -1,0 +1,117 @@
+"""Trained shards to a Hugging Face checkpoint, written by all ranks: each writes its own rows, nothing is gathered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Dtype, Float32, rounded
+from cpt_merge.checkpoint.model_files import CONFIG_FILE, GENERATION_FILE, copy_files, model_config
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import model_tensors
+from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
+from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
+from cpt_merge.checkpoint.writer import SHARD_BYTES, CheckpointLayout, CheckpointWriter, TensorSpec
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.distributed import Ranks
+from cpt_merge.core.errors import UserError
+
+_CHUNK = 1 << 18  # elements converted at a time
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """Rows [start_row, start_row + len(values)) of a trained tensor of the given global shape; may be empty.
+
+    A tensor that several ranks hold is passed by one of them. A tied head is not passed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start_row: int
+    values: torch.Tensor
+
+    @property
+    def start(self) -> int:
+        """The first element, counted in the whole tensor."""
+        return self.start_row * math.prod(self.shape[1:])
+
+    @property
+    def stop(self) -> int:
+        """One past its last element."""
+        return self.start + self.values.numel()
+
+    def read(self, first: int, last: int) -> Float32:
+        """Elements [first, last) of the whole tensor, in float32 on the CPU."""
+        part = self.values.detach().reshape(-1)[first - self.start : last - self.start]
+        values: Float32 = part.to("cpu", torch.float32).numpy()
+        return values
+
+
+def export_shards(
+    shards: Iterable[LocalShard],
+    like: Path,
+    tokenizer: Path,
+    out: Path,
+    ranks: Ranks,
+    dtype: Dtype | None = None,
+    shard_size: int = SHARD_BYTES,
+) -> None:
+    """Write the trained model as a Hugging Face checkpoint.
+
+    `like` is the checkpoint that training started from: names, shapes, types (unless `dtype` is given) and
+    configuration are its own. Raises `UserError` if a shard does not fit it, or if a row comes twice or not at all.
+    """
+    source = Checkpoint.open(like)
+    specs = [
+        TensorSpec(
+            name, TORCH_NAMES[dtype] if dtype and info.dtype in FLOATS else info.dtype, info.shape
+        )
+        for name, info in model_tensors(source).items()
+    ]
+    writer = CheckpointWriter(out, CheckpointLayout.by_size(specs, shard_size), ranks.rank)
+    with writing_together(writer, source, ranks):
+        for shard in shards:
+            check_shard(shard, writer.layout, like)
+            for first in range(shard.start, shard.stop, _CHUNK):
+                values = shard.read(first, min(first + _CHUNK, shard.stop))
+                stored = rounded(values, writer.layout.tensors[shard.name].dtype, shard.name)
+                writer.write_flat(shard.name, first, stored)
+    if ranks.is_main:
+        write_json(writer.directory / CONFIG_FILE, model_config(source, writer.layout))
+        others = [tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)]
+        copy_files([like / GENERATION_FILE, *others], writer.directory)
+        writer.publish()
+    ranks.barrier()
+
+
+@contextmanager
+def writing_together(writer: CheckpointWriter, like: Checkpoint, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 prepares, all write within the block; it ends when the data of all ranks is on disk."""
+    if ranks.is_main:
+        writer.prepare()
+    ranks.barrier()
+    yield
+    if ranks.is_main:  # masks and the like, which nobody trains
+        writer.copy(
+            like,
+            [name for name, info in writer.layout.tensors.items() if info.dtype not in FLOATS],
+        )
+    writer.close()
+    ranks.barrier()
+
+
+def check_shard(shard: LocalShard, layout: CheckpointLayout, like: Path) -> None:
+    """Raise `UserError` if the layout has no tensor of this name and shape."""
+    info = layout.tensors.get(shard.name)
+    if info is None or info.shape != tuple(shard.shape):
+        found = f"shape {info.shape}" if info else "no such tensor"
+        raise UserError(
+            f"the trained {shard.name} has shape {tuple(shard.shape)}, {like} has {found}; "
+            "export with the checkpoint that training started from."
+        )

@@ -1,0 +1,83 @@
+"""Where the tensors of a safetensors file are.
+
+The format: a file is 8 bytes (length n, little endian), n bytes of JSON `{name: {dtype, shape, data_offsets}}`, data.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt_merge.checkpoint.dtypes import STORED
+from cpt_merge.core.errors import UserError
+
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes at `offset` of `file`, row after row."""
+
+    name: str
+    dtype: str  # as in the header: BF16, F32, ...
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def row_size(self) -> int:
+        """Number of elements in one row of dimension 0 (a scalar is one row)."""
+        return math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class StridedInfo(TensorInfo):
+    """A tensor whose elements do not lie one after the other: a transposed one, a part of another, a repeated one."""
+
+    strides: tuple[int, ...]  # bytes from an element to the next, per dimension
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, in storage order. Raises `UserError` if the file is damaged."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        infos = [
+            _tensor_info(path.name, name, entry, 8 + length, size) for name, entry in header.items()
+        ]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no whole safetensors file ({error}); copy or download it again."
+        ) from None
+    return {info.name: info for info in sorted(infos, key=lambda info: info.offset)}
+
+
+def _tensor_info(file: str, name: str, entry: dict[str, Any], data: int, size: int) -> TensorInfo:
+    """One entry of a header whose data starts at byte `data` of a file of `size` bytes. Raises `ValueError`."""
+    (start, stop), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+    if dtype not in STORED:
+        raise ValueError(f"{name} has the unknown type {dtype}")
+    if any(not isinstance(length, int) or length < 0 for length in shape):
+        raise ValueError(f"{name} has the shape {shape}")
+    if stop - start != math.prod(shape) * STORED[dtype].itemsize:
+        raise ValueError(f"{name} has {stop - start} bytes, which {dtype} {shape} does not fill")
+    if not 0 <= start <= stop or data + stop > size:
+        raise ValueError(f"{name} lies in bytes {data + start} to {data + stop} of {size}")
+    return TensorInfo(name, dtype, shape, file, data + start, stop - start)

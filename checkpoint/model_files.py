@@ -1,0 +1,41 @@
+"""The files of a model directory that are not weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.writer import CheckpointLayout
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+
+
+def model_config(source: Checkpoint, layout: CheckpointLayout) -> dict[str, Any]:
+    """config.json of `source`, for tensors of the layout's types."""
+    types = Counter(info.dtype for info in layout.tensors.values() if info.dtype in FLOATS)
+    names = {stored: name for name, stored in TORCH_NAMES.items()}
+    config = dict(source.config)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = names[
+        types.most_common(1)[0][0]
+    ]
+    return config
+
+
+def resize_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A config.json with another number of embedding rows, also where it lies in a `text_config`."""
+    resized = {**config, "vocab_size": rows}
+    if "vocab_size" in config.get("text_config", {}):
+        resized["text_config"] = {**config["text_config"], "vocab_size": rows}
+    return resized
+
+
+def copy_files(paths: list[Path], directory: Path) -> None:
+    """Copy those of the files that exist."""
+    for path in paths:
+        if path.is_file():
+            shutil.copyfile(path, directory / path.name)
