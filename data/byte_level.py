@@ -24,7 +24,7 @@ import tiktoken
 from tokenizers import Tokenizer, models
 
 from cpt_merge.core.byte_alphabet import BYTES, LETTERS, to_bytes
-from cpt_merge.data.library import Library
+from cpt_merge.data.encoders import LibraryEncoder
 
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 RUN = re.compile(r"\s{100000}|\S{100000}")  # tiktoken's expressions give up at a million
@@ -43,18 +43,18 @@ DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N
 
 
 @dataclass
-class ByteLevel:
+class ByteLevelEncoder:
     """Turns texts into the bytes of their token ids."""
 
     pattern: str
     ranks: dict[bytes, int]  # of every token that merges lead to; a byte's come first
     ids: Any  # array: rank -> id
-    library: Library
+    library: LibraryEncoder
     settled: set[str] = field(default_factory=set)  # of the characters met so far
     unsettled: set[str] = field(default_factory=set)
 
     @staticmethod
-    def of(definition: Mapping[str, Any], library: Library) -> ByteLevel | None:
+    def of(definition: Mapping[str, Any], library: LibraryEncoder) -> ByteLevelEncoder | None:
         """None where a tokenizer.json is not known to be reproduced exactly."""
         model, pattern = definition["model"], pattern_of(definition)
         if pattern is None or not _is_plain(model):
@@ -74,7 +74,7 @@ class ByteLevel:
             return None
         pieces = [*letters, *proper]
         ids = np.array([model["vocab"][piece] for piece in pieces], library.dtype)
-        return ByteLevel(
+        return ByteLevelEncoder(
             pattern, {to_bytes(piece): rank for rank, piece in enumerate(pieces)}, ids, library
         )
 

@@ -1,29 +1,31 @@
-"""Texts to token ids, as fast as a tokenizer allows.
+"""Texts to documents of token ids, as fast as a tokenizer allows.
 
-`Library` asks the tokenizers library for whole texts. Two shortcuts give the same ids in less time, where the
-tokenizer's definition says that they do: `ByteLevel` (byte-level BPE) and `Words` (SentencePiece BPE). Of every block
-of texts one is compared with what the library says.
+`LibraryEncoder` asks the tokenizers library for whole texts. Where the definition of a tokenizer
+proves that a shortcut gives the same ids, the shortcut is used: `ByteLevelEncoder` for byte-level
+BPE, `WordEncoder` for SentencePiece BPE. One text of every block is compared with the library.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.byte_level import ByteLevel
-from cpt_merge.data.library import Library, TextEncoder
-from cpt_merge.data.words import Words
+from cpt_merge.data.byte_level import ByteLevelEncoder
+from cpt_merge.data.encoders import LibraryEncoder, TextEncoder, WordEncoder
+from cpt_merge.data.store import Integers, TokenizerInfo, Tokens, tokenizer_fingerprint
 
 
 @dataclass(frozen=True)
-class Checked:
+class VerifiedEncoder:
     """A shortcut, watched by the library."""
 
     shortcut: TextEncoder
-    library: Library
+    library: LibraryEncoder
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """See `TextEncoder`. Raises `UserError` if the shortcut is not exact after all."""
@@ -38,6 +40,54 @@ class Checked:
 
 def text_encoder(backend: Tokenizer, dtype: str) -> TextEncoder:
     """The fastest encoder that is exact for a tokenizer."""
-    library, definition = Library(backend, dtype), json.loads(backend.to_str())
-    shortcut = ByteLevel.of(definition, library) or Words.of(definition, library)
-    return Checked(shortcut, library) if shortcut else library
+    library, definition = LibraryEncoder(backend, dtype), json.loads(backend.to_str())
+    shortcut = ByteLevelEncoder.of(definition, library) or WordEncoder.of(definition, library)
+    return VerifiedEncoder(shortcut, library) if shortcut else library
+
+
+@dataclass(frozen=True)
+class DocumentEncoder:
+    """A tokenizer that turns texts into documents: `[prefix] tokens [eos]`.
+
+    A special token's name in a text, such as `</s>`, is text like any other and does not become the special token.
+    """
+
+    info: TokenizerInfo
+    texts: TextEncoder
+    prefix: int
+    eos: int
+
+    @staticmethod
+    def read(directory: Path) -> DocumentEncoder:
+        """Raises `UserError` for a tokenizer without eos, or without a fast implementation."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"the tokenizer in {directory} has no fast implementation; give it a tokenizer.json."
+            )
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer in {directory} has no eos token; set `eos_token` in its config."
+            )
+        added = tokenizer("", add_special_tokens=True)["input_ids"]
+        eos = int(tokenizer.eos_token_id)
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        rows = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        info = TokenizerInfo(
+            tokenizer_fingerprint(directory), rows, "uint16" if rows <= 2**16 else "uint32"
+        )
+        return DocumentEncoder(
+            info, text_encoder(backend, info.dtype), int(added[0]) if added else eos, eos
+        )
+
+    def __call__(self, texts: list[str]) -> tuple[Tokens, Integers]:
+        """(the documents' tokens one after the other, how many each has)."""
+        dtype = np.dtype(self.info.dtype)
+        prefix, eos = (dtype.type(token).tobytes() for token in (self.prefix, self.eos))
+        documents = [prefix + ids + eos for ids in self.texts.encode(texts)]
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) // dtype.itemsize
+        return np.frombuffer(b"".join(documents), dtype), lengths

@@ -10,11 +10,11 @@ import numpy as np
 
 from cpt_merge.core.progress import say
 from cpt_merge.core.world import find_world
+from cpt_merge.data.config import DataConfig
 from cpt_merge.data.sources import Corpus, source_files
 from cpt_merge.data.store import StoreInfo
 from cpt_merge.data.tokenise import write_store
 from cpt_merge.tracking import Cell, Tracker
-from cpt_merge.training.config import DataConfig
 
 BLOCK = 1 << 20  # documents looked at at a time
 PROCESS_BYTES = 4_000_000  # of text for each process, where their number is not set: starting one takes a second or two

@@ -10,33 +10,27 @@ it is what a division costs. Tokenised blocks go into parts (`training/parts.py`
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from cpt_merge.core.artifact import Staging, fingerprint, stage_key, write_json
-from cpt_merge.core.errors import UserError
+from cpt_merge.core.distributed import wait_for
 from cpt_merge.core.progress import Meter, say, timed
 from cpt_merge.core.world import World
-from cpt_merge.data.encoding import text_encoder
+from cpt_merge.data.encoding import DocumentEncoder
 from cpt_merge.data.join import join
-from cpt_merge.data.library import TextEncoder
 from cpt_merge.data.parts import Block, Encoded, Parts, PartWriter, Place
 from cpt_merge.data.sources import Corpus, Piece, read_piece, source_pieces
 from cpt_merge.data.store import (  # fmt: skip
     STORE_FILE,
-    Integers,
     Store,
     StoreInfo,
     StoreSplit,
     TokenizerInfo,
-    Tokens,
-    tokenizer_fingerprint,
 )
 from cpt_merge.data.workers import Report, run_in_processes
 
@@ -46,58 +40,6 @@ BLOCK_DOCUMENTS, BLOCK_CHARACTERS = (
 )  # a block ends with the document that reaches one of them
 HUB_PIECE = 256_000_000  # bytes that a shard of a hub dataset counts as
 GOLDEN = (5**0.5 - 1) / 2
-POLL, PATIENCE = (
-    0.5,
-    30.0,
-)  # seconds between two looks at what other nodes have done, and until a line says so
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A tokenizer that turns texts into documents: `[prefix] tokens [eos]`.
-
-    A special token's name in a text, such as `</s>`, is text like any other and does not become the special token.
-    """
-
-    info: TokenizerInfo
-    texts: TextEncoder
-    prefix: int
-    eos: int
-
-    @staticmethod
-    def read(directory: Path) -> Encoder:
-        """Raises `UserError` for a tokenizer without eos, or without a fast implementation."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(
-                f"the tokenizer in {directory} has no fast implementation; give it a tokenizer.json."
-            )
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"the tokenizer in {directory} has no eos token; set `eos_token` in its config."
-            )
-        added = tokenizer("", add_special_tokens=True)["input_ids"]
-        eos = int(tokenizer.eos_token_id)
-        backend: Tokenizer = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        rows = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        info = TokenizerInfo(
-            tokenizer_fingerprint(directory), rows, "uint16" if rows <= 2**16 else "uint32"
-        )
-        return Encoder(
-            info, text_encoder(backend, info.dtype), int(added[0]) if added else eos, eos
-        )
-
-    def __call__(self, texts: list[str]) -> tuple[Tokens, Integers]:
-        """(the documents' tokens one after the other, how many each has)."""
-        dtype = np.dtype(self.info.dtype)
-        prefix, eos = (dtype.type(token).tobytes() for token in (self.prefix, self.eos))
-        documents = [prefix + ids + eos for ids in self.texts.encode(texts)]
-        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) // dtype.itemsize
-        return np.frombuffer(b"".join(documents), dtype), lengths
 
 
 @dataclass(frozen=True)
@@ -108,7 +50,7 @@ class Plan:
     pieces: list[Piece]
     starts: list[float]  # of each piece on the line; the last is 1
     of_source: list[list[int]]  # of each source, the numbers of its pieces
-    encoders: dict[StoreSplit, Encoder]  # `train` is also the held-out text's
+    encoders: dict[StoreSplit, DocumentEncoder]  # `train` is also the held-out text's
 
     @staticmethod
     def make(corpus: Corpus, tokenizer: Path, base: Path | None = None) -> Plan:
@@ -119,9 +61,9 @@ class Plan:
         starts = [0.0, *(ends / ends[-1]).tolist()] if pieces else [0.0]
         numbers = iter(range(len(pieces)))
         of_source = [[next(numbers) for _ in of] for of in by_source]
-        encoders: dict[StoreSplit, Encoder] = {"train": Encoder.read(tokenizer)}
+        encoders: dict[StoreSplit, DocumentEncoder] = {"train": DocumentEncoder.read(tokenizer)}
         if base:
-            encoders["reference"] = Encoder.read(base)
+            encoders["reference"] = DocumentEncoder.read(base)
         return Plan(corpus, pieces, starts, of_source, encoders)
 
     def position(self, place: Place) -> float:
@@ -200,7 +142,7 @@ def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def encode_block(
-    place: Place, texts: list[str], corpus: Corpus, encoders: dict[StoreSplit, Encoder]
+    place: Place, texts: list[str], corpus: Corpus, encoders: dict[StoreSplit, DocumentEncoder]
 ) -> Block:
     """Normalise, divide and tokenise the texts of a block."""
     prepared = [text for text in map(corpus.prepare, texts) if text]
@@ -217,7 +159,7 @@ def encode_block(
     return Block(place, len(texts) - len(prepared), splits)
 
 
-def _encode(texts: list[str], encoder: Encoder) -> Encoded:
+def _encode(texts: list[str], encoder: DocumentEncoder) -> Encoded:
     tokens, lengths = encoder(texts)
     raw = [text.encode() for text in texts]
     sizes = np.fromiter(map(len, raw), np.int64, len(raw))
@@ -262,10 +204,10 @@ def write_store(
             partial(tokenise_share, plan, staging.directory, world, processes), processes, report
         )
     if not world.is_main:
-        _wait(lambda: _is_finished(staging))
+        wait_for(lambda: _is_finished(staging), "the other tasks of this step")
         return Store.open(out).info
     parts = Parts(staging.directory)
-    _wait(lambda: parts.look().is_complete(len(plan.pieces)))
+    wait_for(lambda: parts.look().is_complete(len(plan.pieces)), "the other tasks of this step")
     with timed("join"):
         info = _join(parts, plan, staging, deduplicate)
         staging.commit()
@@ -311,16 +253,7 @@ def _is_finished(staging: Staging) -> bool:
 def _open_parts(staging: Staging, world: World) -> None:
     """Let the first process make the folder of the parts, or find it as an earlier attempt left it."""
     if not world.is_main:
-        _wait(lambda: staging.is_begun or _is_finished(staging))
+        wait_for(lambda: staging.is_begun or _is_finished(staging), "the other tasks of this step")
     elif staging.begin():
         done = len(Parts(staging.directory).look().rows)
         say(f"continuing an unfinished store: {done:,} blocks are tokenised")
-
-
-def _wait(done: Callable[[], bool]) -> None:
-    started, said = time.monotonic(), False
-    while not done():
-        time.sleep(POLL)
-        if not said and time.monotonic() - started > PATIENCE:
-            said = True
-            say("data: waiting for the other tasks of this step")

@@ -10,13 +10,14 @@ from pydantic import field_validator, model_validator
 
 from cpt_merge.core.config import Section, apply_override, key, parse_section
 from cpt_merge.core.errors import UserError
+from cpt_merge.data.config import DataConfig
 from cpt_merge.data.sources import Corpus
 from cpt_merge.evaluation import EvaluationConfig
 from cpt_merge.evaluation.sweep.config import SweepConfig
 from cpt_merge.merge import EmbeddingsConfig, MergeConfig
 from cpt_merge.tokenizer_ext import TokenizerConfig
 from cpt_merge.tracking import TrackingConfig
-from cpt_merge.training import DataConfig, TrainingConfig
+from cpt_merge.training import TrainingConfig
 
 
 class Models(Section):

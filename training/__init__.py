@@ -1,5 +1,5 @@
 """Continual pretraining: token store, sharded model, loop, checkpoints."""
 
-from cpt_merge.training.config import DataConfig, TrainingConfig
+from cpt_merge.training.config import TrainingConfig
 
-__all__ = ["DataConfig", "TrainingConfig"]
+__all__ = ["TrainingConfig"]

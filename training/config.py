@@ -11,19 +11,6 @@ from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 
 
-class DataConfig(Section):
-    """How the text is turned into a token store."""
-
-    processes: int | None = key(
-        None,
-        "tokenising processes on each node; all its cores, but fewer for little text, if not set",
-        gt=0,
-    )
-    deduplicate: bool = key(
-        False, "leave out documents whose exact text, normalised, an earlier one of any source has"
-    )
-
-
 class ScheduleConfig(Section):
     """The learning rate over the run, as a factor of its peak."""
 

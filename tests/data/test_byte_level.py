@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from cpt_merge.data.byte_level import LLAMA_3, ByteLevel, is_settled
-from cpt_merge.data.library import Library
+from cpt_merge.data.byte_level import LLAMA_3, ByteLevelEncoder, is_settled
+from cpt_merge.data.encoders import LibraryEncoder
 from tests.real_tokenizers import BASES
 from tests.training.texts import TEXTS
 
@@ -22,10 +22,10 @@ CLUSTERED = "  \n\r\t'sSaAé1²½가한字がǅʰ.,/_\u0301\u3000\u00a0\x1c\x85\
 
 def trained(*steps: pre_tokenizers.PreTokenizer, use_regex: bool = True) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    letters = pre_tokenizers.ByteLevelEncoder(add_prefix_space=False, use_regex=use_regex)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, letters]) if steps else letters
     trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevelEncoder.alphabet()
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     return tokenizer
@@ -34,7 +34,7 @@ def trained(*steps: pre_tokenizers.PreTokenizer, use_regex: bool = True) -> Toke
 def bpe(
     pieces: list[str], merges: list[tuple[str, str]], ignore_merges: bool = False
 ) -> models.BPE:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = sorted(pre_tokenizers.ByteLevelEncoder.alphabet())
     vocab = {piece: number for number, piece in enumerate([*letters, *pieces])}
     return models.BPE(vocab, merges, ignore_merges=ignore_merges)
 
@@ -68,30 +68,34 @@ def real(name: str, folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module", params=["gpt2", "smollm", "llama 3", "qwen", "tekken"])
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> LibraryEncoder:
     made = {"gpt2": trained, "smollm": smollm, "llama 3": llama_3}.get(request.param)
-    return Library(
+    return LibraryEncoder(
         made() if made else real(request.param, tmp_path_factory.mktemp("tokenizer")), "uint32"
     )
 
 
 @pytest.fixture(scope="module")
-def by_tiktoken(library: Library) -> ByteLevel:
+def by_tiktoken(library: LibraryEncoder) -> ByteLevelEncoder:
     return of(library)
 
 
-def of(library: Library) -> ByteLevel:
-    found = ByteLevel.of(json.loads(library.backend.to_str()), library)
+def of(library: LibraryEncoder) -> ByteLevelEncoder:
+    found = ByteLevelEncoder.of(json.loads(library.backend.to_str()), library)
     assert found
     return found
 
 
-def test_the_ids_are_those_of_the_library(library: Library, by_tiktoken: ByteLevel) -> None:
+def test_the_ids_are_those_of_the_library(
+    library: LibraryEncoder, by_tiktoken: ByteLevelEncoder
+) -> None:
     assert by_tiktoken.encode(TEXTS) == library.encode(TEXTS)
     assert pickle.loads(pickle.dumps(by_tiktoken._tiktoken)).encode_ordinary(TEXTS[0])
 
 
-def test_whatever_the_text(library: Library, by_tiktoken: ByteLevel) -> None:
+def test_whatever_the_text(library: LibraryEncoder, by_tiktoken: ByteLevelEncoder) -> None:
     alphabet = st.one_of(st.sampled_from(list(CLUSTERED)), st.characters(codec="utf-8"))
 
     @settings(max_examples=300, deadline=None)
@@ -102,7 +106,9 @@ def test_whatever_the_text(library: Library, by_tiktoken: ByteLevel) -> None:
     check()
 
 
-def test_the_same_character_again_and_again(library: Library, by_tiktoken: ByteLevel) -> None:
+def test_the_same_character_again_and_again(
+    library: LibraryEncoder, by_tiktoken: ByteLevelEncoder
+) -> None:
     texts = [
         unit * count
         for unit in ("a", " ", "\n", "=", "한", "的", "aab", "1")
@@ -112,13 +118,13 @@ def test_the_same_character_again_and_again(library: Library, by_tiktoken: ByteL
 
 
 def test_a_run_that_tiktoken_cannot_take_is_left_to_the_library() -> None:
-    library = Library(trained(), "uint16")
+    library = LibraryEncoder(trained(), "uint16")
     texts = ["a" + " " * 1_200_000 + "b", "short"]
     assert of(library).encode(texts) == library.encode(texts)
 
 
 def test_what_the_two_may_see_differently_is_left_to_the_library() -> None:
-    library = Library(trained(), "uint16")
+    library = LibraryEncoder(trained(), "uint16")
     shortcut, texts = of(library), ["we go", "a\u31f0b \U00030000", "😀"]
     assert shortcut.encode(texts) == library.encode(texts)
     assert shortcut.unsettled == {"\U00030000"}  # a letter since Unicode 13
@@ -126,7 +132,7 @@ def test_what_the_two_may_see_differently_is_left_to_the_library() -> None:
 
 @pytest.mark.slow
 def test_every_settled_character_wherever_it_stands(
-    library: Library, by_tiktoken: ByteLevel
+    library: LibraryEncoder, by_tiktoken: ByteLevelEncoder
 ) -> None:
     places = "{0}|a{0}b|A{0}B| {0}|'{0}|1{0}1|{0}{0} {0}\n{0}.{0} . {0}"
     settled = [chr(code) for code in range(0x110000) if is_settled(chr(code))]
@@ -141,12 +147,12 @@ def test_tokens_that_merges_do_not_lead_to_are_never_given() -> None:
     merges = [("a", "b"), ("b", "c"), ("a", "bc")]
     backend = trained()
     backend.model = bpe(["ab", "bc", "abc"], merges)
-    library = Library(backend, "uint16")
+    library = LibraryEncoder(backend, "uint16")
     assert of(library).encode(["abc abcabc xbc"]) == library.encode(["abc abcabc xbc"])
     backend.model = bpe(
         ["ab", "bc", "abc"], merges, ignore_merges=True
     )  # now `abc` is found as a whole word, and only so
-    assert ByteLevel.of(json.loads(backend.to_str()), library) is None
+    assert ByteLevelEncoder.of(json.loads(backend.to_str()), library) is None
 
 
 def test_tokenizers_that_are_not_known_to_be_the_same_are_left_alone() -> None:
@@ -158,12 +164,12 @@ def test_tokenizers_that_are_not_known_to_be_the_same_are_left_alone() -> None:
         trained(),
     )
     added.add_tokens([AddedToken("go home", special=False)])
-    prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    prefixed.pre_tokenizer = pre_tokenizers.ByteLevelEncoder(add_prefix_space=True)
     lower.normalizer = normalizers.Lowercase()
     cut.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\w+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.ByteLevelEncoder(add_prefix_space=False, use_regex=False),
         ]
     )
     twice = trained()
@@ -171,12 +177,15 @@ def test_tokenizers_that_are_not_known_to_be_the_same_are_left_alone() -> None:
         ["ab", "abc", "bc"], [("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")]
     )  # `abc` has two ranks
     for backend in (added, prefixed, lower, joined, cut, twice):
-        assert ByteLevel.of(json.loads(backend.to_str()), Library(backend, "uint16")) is None
+        assert (
+            ByteLevelEncoder.of(json.loads(backend.to_str()), LibraryEncoder(backend, "uint16"))
+            is None
+        )
 
 
 def test_special_tokens_in_a_text_are_text() -> None:
     backend = trained()
     backend.add_special_tokens(["<|end|>"])
-    library = Library(backend, "uint16")
+    library = LibraryEncoder(backend, "uint16")
     ids = np.frombuffer(of(library).encode(["we <|end|> go"])[0], "uint16")
     assert backend.token_to_id("<|end|>") not in ids

@@ -6,26 +6,26 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.byte_level import ByteLevel
-from cpt_merge.data.encoding import Checked, text_encoder
-from cpt_merge.data.library import Library
+from cpt_merge.data.byte_level import ByteLevelEncoder
+from cpt_merge.data.encoders import LibraryEncoder
+from cpt_merge.data.encoding import VerifiedEncoder, text_encoder
 from tests.data.test_byte_level import trained
 
 
 def test_byte_level_bpe_goes_by_tiktoken_and_others_by_the_library() -> None:
     shortcut = text_encoder(trained(), "uint16")
-    assert isinstance(shortcut, Checked)
-    assert isinstance(shortcut.shortcut, ByteLevel)
+    assert isinstance(shortcut, VerifiedEncoder)
+    assert isinstance(shortcut.shortcut, ByteLevelEncoder)
     words = Tokenizer(models.WordLevel({"we": 0, "go": 1}, unk_token="go"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.normalizer = normalizers.Lowercase()
     encoder = text_encoder(words, "uint16")
-    assert isinstance(encoder, Library)
+    assert isinstance(encoder, LibraryEncoder)
     assert encoder.encode(["We go"]) == [b"\0\0\1\0"]
 
 
 def test_a_shortcut_that_is_wrong_after_all_ends_the_stage() -> None:
-    library = Library(trained(), "uint16")
+    library = LibraryEncoder(trained(), "uint16")
 
     class Wrong:
         def encode(self, texts: list[str]) -> list[bytes]:
@@ -34,4 +34,4 @@ def test_a_shortcut_that_is_wrong_after_all_ends_the_stage() -> None:
     with pytest.raises(
         UserError, match="the shortcut to the tokens of 'we go' is wrong; report this bug"
     ):
-        Checked(Wrong(), library).encode(["we go", "a longer text"])
+        VerifiedEncoder(Wrong(), library).encode(["we go", "a longer text"])

@@ -20,11 +20,12 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
 from cpt_merge.data import parts as parts_module
 from cpt_merge.data import tokenise
+from cpt_merge.data.encoding import DocumentEncoder
 from cpt_merge.data.join import first_occurrences
 from cpt_merge.data.packing import PackedDocuments
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.data.store import Store
-from cpt_merge.data.tokenise import Encoder, Interval, Plan, blocks, write_store
+from cpt_merge.data.tokenise import Interval, Plan, blocks, write_store
 from tests.training.conftest import WORDS, make_model, write_text
 
 
@@ -291,7 +292,7 @@ def test_a_bos_that_the_tokenizer_adds_is_the_prefix(tmp_path: Path, model: Path
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
     backend.save(str(tmp_path / "bos" / "tokenizer.json"))
-    encoder = Encoder.read(tmp_path / "bos")
+    encoder = DocumentEncoder.read(tmp_path / "bos")
     tokens, lengths = encoder(["we go", "home"])
     assert tokens[0] == tokens[lengths[0]] == tokenizer.bos_token_id
     assert tokens[-1] == tokens[lengths[0] - 1] == tokenizer.eos_token_id
@@ -303,7 +304,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path, model: Path) -> None
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no eos token"):
-        Encoder.read(tmp_path)
+        DocumentEncoder.read(tmp_path)
 
 
 def test_ids_beyond_two_bytes(tmp_path: Path, model: Path) -> None:

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from cpt_merge.data import words as module
-from cpt_merge.data.library import Library
-from cpt_merge.data.words import WORD, Words
+from cpt_merge.data.encoders import WORD, LibraryEncoder, WordEncoder
 from tests.real_tokenizers import BASES
 from tests.training.texts import TEXTS
 
 
 @pytest.fixture(scope="module", params=["mistral", "mistral with a prefix"])
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> LibraryEncoder:
     from transformers import AutoTokenizer
 
     folder: Path = tmp_path_factory.mktemp("tokenizer")
@@ -29,11 +30,11 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
-    return Library(backend, "uint16")
+    return LibraryEncoder(backend, "uint16")
 
 
-def of(library: Library) -> Words:
-    found = Words.of(json.loads(library.backend.to_str()), library)
+def of(library: LibraryEncoder) -> WordEncoder:
+    found = WordEncoder.of(json.loads(library.backend.to_str()), library)
     assert found
     return found
 
@@ -44,13 +45,13 @@ def every_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONG_WORDS", 1e9)
 
 
-def test_words_have_the_tokens_of_the_text(library: Library, every_word: None) -> None:
+def test_words_have_the_tokens_of_the_text(library: LibraryEncoder, every_word: None) -> None:
     words = of(library)
     assert words.encode(TEXTS) == library.encode(TEXTS)
     assert words.encode(TEXTS[::-1]) == library.encode(TEXTS[::-1]), "remembered ones too"
 
 
-def test_whatever_the_text(library: Library, every_word: None) -> None:
+def test_whatever_the_text(library: LibraryEncoder, every_word: None) -> None:
     words = of(library)
     alphabet = st.one_of(
         st.sampled_from(list("  \n\r\t'sa가一.,1▁\u0301\u3000\u00a0\x1c\x85\u200b")),
@@ -67,7 +68,7 @@ def test_whatever_the_text(library: Library, every_word: None) -> None:
 
 
 def test_what_is_remembered_is_limited(
-    library: Library, monkeypatch: pytest.MonkeyPatch, every_word: None
+    library: LibraryEncoder, monkeypatch: pytest.MonkeyPatch, every_word: None
 ) -> None:
     monkeypatch.setattr(module, "MEMO_WORDS", 50)
     words, generator = of(library), random.Random(0)
@@ -77,7 +78,7 @@ def test_what_is_remembered_is_limited(
         assert len(words._memo) <= 50
 
 
-def test_tokenizers_that_may_join_words_are_not_cut(library: Library) -> None:
+def test_tokenizers_that_may_join_words_are_not_cut(library: LibraryEncoder) -> None:
     joined = Tokenizer(models.BPE(vocab={"a": 0, "▁": 1, "a▁": 2}, merges=[("a", "▁")]))
     joined.normalizer = normalizers.Replace(" ", "▁")
     added = Tokenizer.from_str(library.backend.to_str())
@@ -85,4 +86,6 @@ def test_tokenizers_that_may_join_words_are_not_cut(library: Library) -> None:
     cut = Tokenizer.from_str(library.backend.to_str())
     cut.pre_tokenizer = pre_tokenizers.Whitespace()
     for backend in (joined, added, cut):
-        assert Words.of(json.loads(backend.to_str()), Library(backend, "uint16")) is None
+        assert (
+            WordEncoder.of(json.loads(backend.to_str()), LibraryEncoder(backend, "uint16")) is None
+        )

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 from tokenizers import Tokenizer
-
-from cpt_merge.data.library import Library
 
 MEMO_WORDS = 2**18  # that are remembered, for each process
 LONG_WORDS = (
@@ -32,22 +33,46 @@ _SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _PREFIX = {"type": "Prepend", "prepend": "▁"}  # of the text, so no part of a word's tokens
 
 
-class Words:
+class TextEncoder(Protocol):
+    """Turns texts into the bytes of their token ids, without special tokens; names of special tokens are text."""
+
+    def encode(self, texts: list[str]) -> list[bytes]:
+        """The ids of each text, as integers of the dtype that the encoder was made for."""
+
+
+@dataclass(frozen=True)
+class LibraryEncoder:
+    """A tokenizer of the library."""
+
+    backend: Tokenizer
+    dtype: str
+
+    def encode(self, texts: list[str]) -> list[bytes]:
+        """See `TextEncoder`."""
+        self.backend.encode_special_tokens = True  # no part of what is pickled
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        code = {2: "H", 4: "I"}[
+            np.dtype(self.dtype).itemsize
+        ]  # for a few ids an array is faster than numpy
+        return [array(code, encoding.ids).tobytes() for encoding in encodings]
+
+
+class WordEncoder:
     """Turns texts into the bytes of their token ids."""
 
-    def __init__(self, library: Library, of_words: Library, lead: str) -> None:
+    def __init__(self, library: LibraryEncoder, of_words: LibraryEncoder, lead: str) -> None:
         self.library, self.of_words, self._lead = library, of_words, lead
         self._memo: dict[str, bytes] = {}
 
     @staticmethod
-    def of(definition: Mapping[str, Any], library: Library) -> Words | None:
+    def of(definition: Mapping[str, Any], library: LibraryEncoder) -> WordEncoder | None:
         """None where a tokenizer.json is not known to give no token that reaches from a word over a space."""
         if not never_joins_over_spaces(definition):
             return None
         if _PREFIX not in _steps(definition["normalizer"], "normalizers"):
-            return Words(library, library, "")
+            return WordEncoder(library, library, "")
         without = Tokenizer.from_str(json.dumps({**definition, "normalizer": _SPACE}))
-        return Words(library, Library(without, library.dtype), " ")
+        return WordEncoder(library, LibraryEncoder(without, library.dtype), " ")
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """The ids of each text."""
