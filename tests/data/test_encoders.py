@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from cpt_merge.data import words as module
+from cpt_merge.data import encoders as module
 from cpt_merge.data.encoders import WORD, LibraryEncoder, WordEncoder
 from tests.real_tokenizers import BASES
 from tests.training.texts import TEXTS
