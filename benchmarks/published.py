@@ -1,4 +1,4 @@
-"""Published training speeds: set-ups as their sources give them, for `benchmarks.scaling`."""
+"""Published training speeds with the settings of their sources, for `benchmarks.scaling`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cpt_merge.training.memory import ModelShape
 
 
 @dataclass(frozen=True)
-class Row:
-    """A published run. `replicas` 1: FSDP; else HSDP."""
+class PublishedRun:
+    """A published run. `replicas` 1: FSDP; more: HSDP."""
 
     source: str
     model: str
@@ -20,25 +20,25 @@ class Row:
     gpu: str
     gpus: int
     published: float  # tokens per second and GPU
-    network: float | None = None  # Gbit/s of a node; None: not said, 400 for each GPU
+    network: float | None = None  # Gbit/s of a node; None: not published, 400 per GPU
     gpus_per_node: int = 8
     replicas: int = 1
     note: str = ""
-    fitted: str = ""  # the constant that this run decides
+    fitted: str = ""  # the constant that was fitted on this run
 
     @property
     def cluster(self) -> Cluster:
-        """What it ran on."""
+        """The cluster that it ran on."""
         per_node = min(self.gpus, self.gpus_per_node)
         return Cluster.of(self.gpu, self.gpus // per_node, per_node, self.network)
 
     def estimate(self) -> StepEstimate:
-        """What the model says."""
+        """The model's estimate."""
         return estimate_step(self.shape, self.work, self.cluster, self.replicas)
 
     @property
-    def off(self) -> float:
-        """Estimated over published tokens per second, less 1."""
+    def error(self) -> float:
+        """Estimated over published tokens per second, minus 1."""
         return self.estimate().tokens_per_second_per_device / self.published - 1
 
     @property
@@ -46,22 +46,23 @@ class Row:
         """What distinguishes the run."""
         work = self.work
         words = [f"{work.sequence_length}", f"{work.micro_batch_size:g} x {work.micro_batches}"]
-        words += ["compiled"] if work.compile else []
-        words += ["fp8"] if work.fp8 else []
-        words += (
-            [f"{work.activation_checkpointing} AC"]
-            if work.activation_checkpointing != "none"
-            else []
-        )
-        return ", ".join(
-            [*words, *(["HSDP"] if self.replicas > 1 else []), *([self.note] if self.note else [])]
-        )
+        if work.compile:
+            words.append("compiled")
+        if work.fp8:
+            words.append("fp8")
+        if work.activation_checkpointing != "none":
+            words.append(f"{work.activation_checkpointing} AC")
+        if self.replicas > 1:
+            words.append("HSDP")
+        if self.note:
+            words.append(self.note)
+        return ", ".join(words)
 
 
 def llama(
     vocabulary: int, width: int, layers: int, heads: int, key_value_heads: int, intermediate: int
 ) -> ModelShape:
-    """A LLaMA with embedding and head of its own, its parameters counted."""
+    """A LLaMA with separate embedding and head."""
     key_value = width // heads * key_value_heads
     layer = width * (2 * width + 2 * key_value + 3 * intermediate + 2)
     parameters = layers * layer + 2 * vocabulary * width + width
@@ -71,7 +72,10 @@ def llama(
 
 
 def mpt(parameters: int, width: int, layers: int) -> ModelShape:
-    """An MPT of llm-foundry's yamls: tied, heads of 128. Its MLP of 4 h has no gate: 2 c i bytes are 3 c (2/3 i)."""
+    """An MPT of llm-foundry's yamls: tied, heads of 128.
+
+    Its MLP of width 4 h has no gate: its 2 c i bytes count as 3 c (2/3 i) of a gated one.
+    """
     return ModelShape(
         parameters, 50_368, width, layers, 1, 8 * width // 3, width // 128, width, width
     )
@@ -90,8 +94,8 @@ MPT_30B = mpt(29_975_214_080, 7168, 48)
 MPT_70B = mpt(64_862_437_376, 8192, 80)
 
 
-def rows() -> list[Row]:
-    """All that the model can describe; in brackets the row of research/training.md, section 2, where it has one."""
+def published_runs() -> list[PublishedRun]:
+    """All runs that the model can describe."""
     return [
         *_torchtitan(),
         *_fms(),
@@ -102,15 +106,15 @@ def rows() -> list[Row]:
     ]
 
 
-def _torchtitan() -> Iterator[Row]:
-    """[1-5] benchmarks/llama3_h100_202412_torchtitan.md and llama3-8b_h200_202506_trainy-whitefiber.md."""
+def _torchtitan() -> Iterator[PublishedRun]:
+    """benchmarks/llama3_h100_202412_torchtitan.md, llama3-8b_h200_202506_trainy-whitefiber.md."""
     eager = Workload(8192, 2, 1, activation_checkpointing="selective")
     compiled = replace(eager, compile=True)
     fp8 = replace(compiled, fp8=True)
     for work, small, large in ((eager, 5762, 5605), (compiled, 6667, 6514), (fp8, 8532, 8380)):
         for gpus, published in ((8, small), (128, large)):
             fitted = "STRAGGLER" if work is compiled else ""
-            yield Row(
+            yield PublishedRun(
                 "torchtitan",
                 "Llama 3.1 8B",
                 LLAMA_8B,
@@ -122,36 +126,48 @@ def _torchtitan() -> Iterator[Row]:
                 fitted=fitted,
             )
     for gpus, published in ((32, 10_938), (64, 10_753)):
-        yield Row("torchtitan", "Llama 3.1 8B", LLAMA_8B, fp8, "h200", gpus, published, 3200)
+        yield PublishedRun(
+            "torchtitan", "Llama 3.1 8B", LLAMA_8B, fp8, "h200", gpus, published, 3200
+        )
 
 
-def _fms() -> Iterator[Row]:
-    """[6] The README of fms-fsdp, rows of 4,096; bf16 reduction. What is recomputed: from its HFU over MFU."""
+def _fms() -> Iterator[PublishedRun]:
+    """fms-fsdp's README: sequences of 4,096, reduction in bf16.
+
+    What is recomputed follows from its HFU over its MFU.
+    """
+    models = (
+        ("Llama 2 7B", LLAMA_2_7B, "none", True),
+        ("Llama 2 13B", LLAMA_2_13B, "selective", False),
+        ("Llama 34B", LLAMA_34B, "full", False),
+        ("Llama 2 70B", LLAMA_2_70B, "full", False),
+    )
     for gpu, gpus, network, speeds in (
-        ("a100", 128, 400, (4550, 2150, 820, 410)), ("h100", 96, 800, (9600, 4850, 1830, 890)),
-    ):  # fmt: skip
-        for (name, shape, recompute, replicas), published in zip(
-            (
-                ("Llama 2 7B", LLAMA_2_7B, "none", gpus // 8), ("Llama 2 13B", LLAMA_2_13B, "selective", 1),
-                ("Llama 34B", LLAMA_34B, "full", 1), ("Llama 2 70B", LLAMA_2_70B, "full", 1),
-            ), speeds, strict=True,
-        ):  # fmt: skip
+        ("a100", 128, 400, (4550, 2150, 820, 410)),
+        ("h100", 96, 800, (9600, 4850, 1830, 890)),
+    ):
+        for (name, shape, recomputed, hsdp), published in zip(models, speeds, strict=True):
             work = Workload(
-                4096, 2, 1, activation_checkpointing=recompute, compile=True, reduce_bytes=2
+                4096, 2, 1, activation_checkpointing=recomputed, compile=True, reduce_bytes=2
             )
-            yield Row(
+            replicas = gpus // 8 if hsdp else 1
+            yield PublishedRun(
                 "fms-fsdp", name, shape, work, gpu, gpus, published, network, replicas=replicas
             )
 
 
 def _mpt(
-    length: int, rows: int, micro_batches: int, recompute: str = "none", pure: bool = False
+    length: int,
+    micro_batch_size: int,
+    micro_batches: int,
+    recompute: str = "none",
+    pure: bool = False,
 ) -> Workload:
-    """llm-foundry's: norms and activations are fused kernels, so it counts as compiled; PURE reduces in bf16."""
+    """A run of llm-foundry: fused norms and activations count as compiled; PURE reduces in bf16."""
     precision = "pure-bf16" if pure else "bf16"
     return Workload(
         length,
-        rows,
+        micro_batch_size,
         micro_batches,
         precision,
         recompute,
@@ -160,10 +176,11 @@ def _mpt(
     )
 
 
-def _llm_foundry_hopper() -> Iterator[Row]:
-    """[7, 9] llm-foundry's scripts/train/benchmarking/README.md; the network of its H100s is not said."""
+def _llm_foundry_hopper() -> Iterator[PublishedRun]:
+    """llm-foundry's scripts/train/benchmarking/README.md; the H100s' network is not published."""
     for shape, name, work, runs in (
-        (MPT_7B, "MPT 7B", _mpt(2048, 6, 1), ((8, 10_643), (128, 10_475), (256, 10_119), (512, 9670))),
+        (MPT_7B, "MPT 7B", _mpt(2048, 6, 1), ((8, 10_643), (128, 10_475), (256, 10_119),
+                                              (512, 9670))),
         (MPT_7B, "MPT 7B", _mpt(4096, 16, 2, "full"), ((8, 8611),)),
         (MPT_7B, "MPT 7B", _mpt(8192, 8, 2, "full"), ((8, 6935),)),
         (MPT_3B, "MPT 3B", _mpt(2048, 6, 3), ((32, 23_021), (64, 22_525))),
@@ -174,31 +191,40 @@ def _llm_foundry_hopper() -> Iterator[Row]:
     ):  # fmt: skip
         for gpus, published in runs:
             fitted = {4792: "interference", 5080: "matmul_share"}.get(published, "")
-            yield Row("llm-foundry", name, shape, work, "h100", gpus, published, fitted=fitted)
+            yield PublishedRun(
+                "llm-foundry", name, shape, work, "h100", gpus, published, fitted=fitted
+            )
 
 
-def _llm_foundry_ampere() -> Iterator[Row]:
-    """[8] The same page; nodes of 8 A100s with 1,600 Gbit/s."""
+def _llm_foundry_ampere() -> Iterator[PublishedRun]:
+    """The same page; nodes of 8 A100s with 1,600 Gbit/s."""
+    small, large, full = "a100-40gb", "a100", "full"
     for gpu, shape, name, work, runs in (
-        ("a100", MPT_7B, "MPT 7B", _mpt(2048, 6, 2), ((8, 4641),)),
-        ("a100", MPT_7B, "MPT 7B", _mpt(4096, 16, 2, "full"), ((8, 3684),)),
-        ("a100", MPT_13B, "MPT 13B", _mpt(2048, 2, 3), ((8, 2262),)),
-        ("a100-40gb", MPT_7B, "MPT 7B", _mpt(2048, 18, 1, "full", True), ((32, 3725), (64, 3665), (128, 3623))),
-        ("a100-40gb", MPT_13B, "MPT 13B", _mpt(2048, 16, 1, "full", True), ((64, 1976), (128, 1972))),
-        ("a100-40gb", MPT_30B, "MPT 30B", _mpt(2048, 6, 1, "full", True), ((128, 865),)),
-        ("a100-40gb", MPT_70B, "MPT 70B", _mpt(2048, 4, 1, "full", True), ((128, 376),)),
-        ("a100-40gb", MPT_70B, "MPT 70B", _mpt(2048, 2, 1, "full", True), ((64, 276),)),
+        (large, MPT_7B, "MPT 7B", _mpt(2048, 6, 2), ((8, 4641),)),
+        (large, MPT_7B, "MPT 7B", _mpt(4096, 16, 2, full), ((8, 3684),)),
+        (large, MPT_13B, "MPT 13B", _mpt(2048, 2, 3), ((8, 2262),)),
+        (small, MPT_7B, "MPT 7B", _mpt(2048, 18, 1, full, True), ((32, 3725), (64, 3665),
+                                                                  (128, 3623))),
+        (small, MPT_13B, "MPT 13B", _mpt(2048, 16, 1, full, True), ((64, 1976), (128, 1972))),
+        (small, MPT_30B, "MPT 30B", _mpt(2048, 6, 1, full, True), ((128, 865),)),
+        (small, MPT_70B, "MPT 70B", _mpt(2048, 4, 1, full, True), ((128, 376),)),
+        (small, MPT_70B, "MPT 70B", _mpt(2048, 2, 1, full, True), ((64, 276),)),
     ):  # fmt: skip
         for gpus, published in runs:
             fitted = {2262: "interference", 1972: "matmul_share"}.get(published, "")
-            yield Row("llm-foundry", name, shape, work, gpu, gpus, published, 1600, fitted=fitted)
+            yield PublishedRun(
+                "llm-foundry", name, shape, work, gpu, gpus, published, 1600, fitted=fitted
+            )
 
 
-def blind() -> list[Row]:
-    """More of llm-foundry's page: predicted once, when form and constants stood, and not looked at before."""
+def blind() -> list[PublishedRun]:
+    """More runs of llm-foundry's page, on which neither the model nor its constants depend."""
     full = "full"
     return [
-        Row("llm-foundry", name, shape, work, gpu, gpus, published, None if gpu == "h100" else 1600)
+        PublishedRun(
+            "llm-foundry", name, shape, work, gpu, gpus, published,
+            None if gpu == "h100" else 1600,
+        )
         for gpu, shape, name, work, gpus, published in (
             ("h100", MPT_3B, "MPT 3B", _mpt(2048, 10, 3), 16, 24_142),
             ("h100", MPT_3B, "MPT 3B", _mpt(4096, 5, 6), 8, 20_964),
@@ -230,8 +256,8 @@ def blind() -> list[Row]:
     ]  # fmt: skip
 
 
-def _kempner() -> Iterator[Row]:
-    """[10] KempnerForge's benchmarks/mfu_scaling: 4 H200s a node; its network is "NDR 400 Gbit/s", here one per GPU."""
+def _kempner() -> Iterator[PublishedRun]:
+    """KempnerForge's benchmarks/mfu_scaling: 4 H200s a node, NDR 400 Gbit/s (taken per GPU)."""
     for gpus, per_micro_batch, published in (
         (1, 2, 10_471),
         (2, 2, 18_728 / 2),
@@ -244,24 +270,24 @@ def _kempner() -> Iterator[Row]:
             activation_checkpointing="full",
             compile=True,
         )
-        yield Row(
+        yield PublishedRun(
             "KempnerForge", "Llama 3 8B", LLAMA_8B, work, "h200", gpus, published, gpus_per_node=4
         )
     larger = Workload(4096, 4, 4, activation_checkpointing="full")
-    yield Row(
+    yield PublishedRun(
         "KempnerForge", "Llama 3 13B", KEMPNER_13B, larger, "h200", 8, 35_405 / 8, gpus_per_node=4
     )
 
 
-def _others() -> Iterator[Row]:
-    """[11] Megatron-Bridge's performance summary (25.11); [13] accelerate's examples/torch_native_parallelism."""
+def _others() -> Iterator[PublishedRun]:
+    """Megatron-Bridge's performance summary (25.11), accelerate's torch_native_parallelism."""
     megatron = Workload(8192, 1, 16, compile=True, fp8=True)
-    yield Row(
+    yield PublishedRun(
         "Megatron-Bridge", "Llama 3 8B", LLAMA_8B, megatron, "h100", 8, 14_451, note="its kernels"
     )
     plain = Workload(8192, 1, 1, compile=True)
     for work, published in ((plain, 8000), (replace(plain, fp8=True), 10_000)):
-        yield Row(
+        yield PublishedRun(
             "accelerate",
             "Llama 3.1 8B",
             LLAMA_8B,
@@ -273,15 +299,15 @@ def _others() -> Iterator[Row]:
         )
 
 
-def beyond() -> list[Row]:
-    """What the model does not describe, or of which too little is known: for what it says all the same."""
+def beyond() -> list[PublishedRun]:
+    """Runs that the model does not describe, or of which too little is published."""
     guess = Workload(8192, 1, 8, activation_checkpointing="full")
     smol = llama(128_256, 2048, 36, 16, 4, 11_008)
     tied = replace(smol, parameters=smol.parameters - smol.vocabulary * smol.width, matrices=1)
     tensor_parallel = Workload(4096, 1.5, 1, compile=True)
     return [
-        Row(
-            "TAIDE [14]",
+        PublishedRun(
+            "TAIDE",
             "Llama 3 8B",
             LLAMA_8B,
             guess,
@@ -290,8 +316,8 @@ def beyond() -> list[Row]:
             5113,
             note="set-up not published: a guess",
         ),
-        Row(
-            "SmolLM3 [16]",
+        PublishedRun(
+            "SmolLM3",
             "SmolLM3 3B",
             tied,
             tensor_parallel,

@@ -1,4 +1,7 @@
-"""The model of training's speed on this machine: what one process reaches and gloo carries, and FSDP2 on two by it."""
+"""The model of training speed on this machine.
+
+It predicts FSDP2 on two processes from the speed of one process and the bandwidth of gloo.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ import numpy as np
 from benchmarks.training import Contender, free_port
 from benchmarks.training_contenders import Case, Interval
 from benchmarks.training_inputs import Inputs
+from cpt_merge.cluster.plan import PARTS
 from cpt_merge.cluster.scaling import (
     LINK_SHARE,
     MEMORY_SHARE,
     START_LATENCY,
     Cluster,
-    Gpu,
+    GpuSpec,
     StepEstimate,
     Workload,
     estimate_step,
@@ -29,43 +33,43 @@ from cpt_merge.training.memory import ModelShape
 
 LENGTH, MICRO_BATCHES = 512, 2
 COPIED = 2**24
-SMALL, LARGE = 2**14, 2**21  # numbers in a collective, that latency and bandwidth follow from
+SMALL, LARGE = 2**14, 2**21  # numbers in a collective; latency and bandwidth follow from both
 
 
 def predict(folder: Path, size: str, rounds: int) -> None:
-    """Print a step of FSDP2 on two processes, as it is and as it should be, by medians and by the fastest rounds.
+    """Print the measured and the predicted step of FSDP2 on two processes.
 
-    It should be: computing as in two independent processes at a time, and communicating as gloo does. On a machine that
-    others use, the fastest rounds are the least disturbed ones.
+    The prediction: computing as fast as two independent processes at a time, communicating as fast
+    as gloo. Medians and fastest rounds are compared: on a machine that others use, the fastest are
+    the least disturbed ones.
     """
     shape, work = _shape(Inputs.of(folder, size).model), Workload(LENGTH, 1, MICRO_BATCHES, "fp32")
     steps, (small, large), copies = _steps(folder, size, rounds), _links(), _copies()
     for name, pick in (("median", median), ("fastest", min)):
-        seconds = {who: pick(values) for who, values in steps.items()}
+        seconds = {case: pick(values) for case, values in steps.items()}
         estimate, words = _estimate(
             shape, work, seconds["two at a time"], pick(small), pick(large), pick(copies)
         )
-        off = estimate.seconds / seconds["FSDP2 on two"] - 1
+        error = estimate.seconds / seconds["FSDP2 on two"] - 1
         print(f"{size}, {name}: {words}")
+        measured = ", ".join(f"{case} {1000 * value:.0f} ms" for case, value in seconds.items())
+        print(f"  measured: {measured}")
         print(
-            "  measured: "
-            + ", ".join(f"{who} {1000 * value:.0f} ms" for who, value in seconds.items())
-        )
-        print(
-            f"  FSDP2 on two, predicted: {1000 * estimate.seconds:.0f} ms, off {off:+.0%}: {_parts(estimate)}"
+            f"  FSDP2 on two, predicted: {1000 * estimate.seconds:.0f} ms, error {error:+.0%}: "
+            + ", ".join(f"{part} {1000 * getattr(estimate, part):.0f}" for part in PARTS)
         )
 
 
 def _estimate(
     shape: ModelShape, work: Workload, alone: float, small: float, large: float, copy: float
 ) -> tuple[StepEstimate, str]:
-    """The prediction, and what it follows from in words: seconds of a step, of two collectives and of a copy."""
+    """(prediction, its inputs in words), from seconds of a step, two collectives and a copy."""
     bandwidth = (LARGE - SMALL) * 4 / 2 / (large - small)
     latency = small - SMALL * 4 / 2 / bandwidth
     memory = 2 * 8 * COPIED / copy
-    processor = Gpu(
-        "cpu", 1e12, 1.0, 1.0, 0, memory / MEMORY_SHARE, bandwidth / LINK_SHARE, 1e9, interference=1.0, fp8=False,
-        hop=max(0.0, latency - START_LATENCY),
+    processor = GpuSpec(
+        "cpu", 1e12, 1.0, 1.0, 0, memory / MEMORY_SHARE, bandwidth / LINK_SHARE, 1e9,
+        interference=1.0, fp8=False, hop=max(0.0, latency - START_LATENCY),
     )  # fmt: skip
     processor = _as_fast(processor, shape, work, alone)
     words = (
@@ -75,25 +79,11 @@ def _estimate(
     return estimate_step(shape, work, Cluster(processor, 1, 2, 1.0)), words
 
 
-def _as_fast(processor: Gpu, shape: ModelShape, work: Workload, seconds: float) -> Gpu:
-    """With the FLOP/s at which a step of one process takes so long."""
+def _as_fast(processor: GpuSpec, shape: ModelShape, work: Workload, seconds: float) -> GpuSpec:
+    """The processor with the FLOP/s at which a step of one process takes so many seconds."""
     found = estimate_step(shape, work, Cluster(processor, 1, 1, 1.0))
     left = seconds - found.elementwise - found.optimizer
     return replace(processor, peak=processor.peak * (found.matmul + found.attention) / left)
-
-
-def _parts(estimate: StepEstimate) -> str:
-    names = (
-        "matmul",
-        "attention",
-        "elementwise",
-        "copies",
-        "optimizer",
-        "exposed",
-        "contention",
-        "stragglers",
-    )
-    return ", ".join(f"{name} {1000 * getattr(estimate, name):.0f}" for name in names)
 
 
 def _shape(model: Path) -> ModelShape:
@@ -106,19 +96,11 @@ def _shape(model: Path) -> ModelShape:
 
 
 def _steps(folder: Path, size: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step in each round, in which everybody trains an interval, in turn."""
+    """Seconds of a step in each round; in a round, each case trains an interval, in turn."""
 
     def case(processes: int) -> Case:
-        return Case(
-            Inputs.of(folder, size),
-            "fp32",
-            processes,
-            LENGTH,
-            MICRO_BATCHES * processes,
-            1,
-            2,
-            rounds,
-        )
+        inputs, sequences = Inputs.of(folder, size), MICRO_BATCHES * processes
+        return Case(inputs, "fp32", processes, LENGTH, sequences, 1, 2, rounds)
 
     pair, sharded = [Contender("bare", case(1)) for _ in range(2)], Contender("bare", case(2))
     alone = Contender("bare", case(1))
@@ -135,12 +117,12 @@ def _steps(folder: Path, size: str, rounds: int) -> dict[str, list[float]]:
 
 
 def _seconds(intervals: list[Interval], steps: int) -> float:
-    """Of a step, less what the process waited for a CPU that others had."""
+    """Seconds of a step, without the time that the process waited for a CPU."""
     return max(each.wall - each.delay for each in intervals) / steps
 
 
 def _copies() -> list[float]:
-    """Seconds in which one process copies `COPIED` fp64 numbers."""
+    """Seconds that one process takes to copy `COPIED` fp64 numbers."""
     source, target = np.ones(COPIED), np.empty(COPIED)
     times = []
     for _ in range(9):
@@ -151,7 +133,7 @@ def _copies() -> list[float]:
 
 
 def _links() -> tuple[list[float], list[float]]:
-    """Seconds of an all-gather or reduce-scatter of two processes, of `SMALL` and of `LARGE` fp32 numbers."""
+    """Seconds of a collective of two processes, with `SMALL` and with `LARGE` fp32 numbers."""
     context, port = multiprocessing.get_context("spawn"), free_port()
     mine, theirs = context.Pipe()
     processes = [

@@ -1,4 +1,7 @@
-"""`cpt-merge plan --gpu`: how long training would take on a cluster that is not here, under FSDP and HSDP."""
+"""`cpt-merge plan --gpu`: training time on a cluster that is not here, under FSDP and HSDP.
+
+`cluster/scaling.py` has the model of speed; this module prints its estimates for a recipe.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,13 @@ from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.memory import MemoryEstimate, ModelShape
 
 DAY = 24.0  # hours
-LIMIT = 256  # nodes up to which a crossing is looked for
+MOST_NODES = 256  # up to which HSDP is compared with FSDP
+PARTS = "matmul attention elementwise copies optimizer exposed contention stragglers".split()
 
 
 @dataclass(frozen=True)
-class Request:
-    """The cluster that is asked about."""
+class ClusterOptions:
+    """The cluster that the command line describes."""
 
     gpu: str
     nodes: int = 1
@@ -39,11 +43,11 @@ class Request:
 
     @property
     def cluster(self) -> Cluster:
-        """Raises `UserError` for a GPU that is not known."""
+        """Raises `UserError` for an unknown GPU."""
         return Cluster.of(self.gpu, self.nodes, self.gpus_per_node, self.network)
 
     def workload(self, config: TrainingConfig) -> Workload:
-        """What each GPU does. Raises `UserError` for what does not fit together."""
+        """The work of each GPU. Raises `UserError` for settings that contradict each other."""
         gpu = self.cluster.gpu
         if config.fp8 and not gpu.fp8:
             raise UserError(
@@ -53,8 +57,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A layout of a cluster, and what it costs."""
+class LayoutCost:
+    """The cost of FSDP (one replica) or HSDP (several) on a cluster."""
 
     replicas: int
     step: StepEstimate
@@ -62,62 +66,58 @@ class Column:
     fits: bool
 
     @property
-    def title(self) -> str:
-        """Its name."""
-        return "FSDP" if self.replicas == 1 else f"HSDP, {self.replicas} replicas"
+    def name(self) -> str:
+        """FSDP or HSDP."""
+        return "FSDP" if self.replicas == 1 else "HSDP"
 
 
-def columns(shape: ModelShape, work: Workload, cluster: Cluster) -> list[Column]:
-    """FSDP over all GPUs; and on several nodes HSDP with a replica a node."""
+def layout_costs(shape: ModelShape, work: Workload, cluster: Cluster) -> list[LayoutCost]:
+    """FSDP over all GPUs and, on several nodes, HSDP with one replica per node."""
     found = []
     for replicas in sorted({1, cluster.nodes}):
-        step, memory = (
-            estimate_step(shape, work, cluster, replicas),
-            memory_on(shape, work, cluster, replicas),
-        )
-        found.append(Column(replicas, step, memory, fits(memory, cluster.gpu)))
+        step = estimate_step(shape, work, cluster, replicas)
+        memory = memory_on(shape, work, cluster, replicas)
+        found.append(LayoutCost(replicas, step, memory, fits(memory, cluster.gpu)))
     return found
 
 
 def show_cluster(
-    console: Console, shape: ModelShape, config: TrainingConfig, request: Request
+    console: Console, shape: ModelShape, config: TrainingConfig, options: ClusterOptions
 ) -> None:
-    """The step, the run, memory and checkpoints on the cluster; and the same on other numbers of nodes."""
-    cluster, work = request.cluster, request.workload(config)
+    """Print speed, memory and checkpoints on the cluster, and speed on other numbers of nodes."""
+    cluster, work = options.cluster, options.workload(config)
     network = f", {cluster.network * 8 / GIGA:,.0f} Gbit/s a node" if cluster.nodes > 1 else ""
     console.print(
-        f"\n[bold]estimate[/] for {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}{network}: "
-        f"{work.micro_batches} micro-batches of {work.micro_batch_size:g} sequences on each GPU; "
-        "how far off such estimates are: docs/scaling.md"
+        f"\n[bold]estimate[/] for {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
+        f"{network}: {work.micro_batches} micro-batches of {work.micro_batch_size:g} sequences on "
+        "each GPU; docs/scaling.md says how accurate such estimates are"
     )
-    found = columns(shape, work, cluster)
-    _print_details(console, found, _details(shape, work, cluster, config, request, found))
-    _print_sweep(console, shape, config, cluster)
-    console.print(_crossing(shape, work, cluster), markup=False)
-
-
-def _details(
-    shape: ModelShape,
-    work: Workload,
-    cluster: Cluster,
-    config: TrainingConfig,
-    request: Request,
-    found: list[Column],
-) -> Iterator[tuple[str, list[str]]]:
-    """Rows of the first table: what, and its value for each column."""
-    steps = [column.step for column in found]
-    for name in (
-        "matmul",
-        "attention",
-        "elementwise",
-        "copies",
-        "optimizer",
-        "exposed",
-        "contention",
-        "stragglers",
+    costs = layout_costs(shape, work, cluster)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    for cost in costs:
+        replicas = f", {cost.replicas} replicas" if cost.replicas > 1 else ""
+        table.add_column(cost.name + replicas, justify="right")
+    for rows in (
+        _speed(costs, config),
+        _memory(costs, cluster),
+        _checkpoints(costs, shape, config, options),
     ):
-        label = {"exposed": "exposed communication"}.get(name, name)
-        yield f"  {label}", [f"{getattr(step, name) * 1000:,.1f} ms" for step in steps]
+        for label, values in rows:
+            table.add_row(label, *values)
+    console.print(table)
+    console.print(_other_nodes(shape, config, cluster))
+    console.print(_where_hsdp_wins(shape, work, cluster), markup=False)
+
+
+Rows = Iterator[tuple[str, list[str]]]  # a label, and its value for each layout
+
+
+def _speed(costs: list[LayoutCost], config: TrainingConfig) -> Rows:
+    steps = [cost.step for cost in costs]
+    for part in PARTS:
+        label = "exposed communication" if part == "exposed" else part
+        yield f"  {label}", [f"{getattr(step, part) * 1000:,.1f} ms" for step in steps]
     yield "one step", [f"{step.seconds:,.3f} s" for step in steps]
     yield "tokens per second", [f"{step.tokens_per_second:,.0f}" for step in steps]
     yield "per GPU", [f"{step.tokens_per_second_per_device:,.0f}" for step in steps]
@@ -125,114 +125,95 @@ def _details(
     yield "exposed communication", [f"{step.exposed_share:.1%}" for step in steps]
     hours = [step.hours(config.steps * config.tokens_per_step) for step in steps]
     yield f"{config.tokens / GIGA:,.2f} G tokens", [f"{each / DAY:,.2f} days" for each in hours]
-    yield "", [f"{each * cluster.ranks:,.0f} GPU-hours" for each in hours]
-    for name in vars(found[0].memory):
-        yield (
-            f"  {name.replace('_', ' ')}",
-            [f"{getattr(column.memory, name) / GIGA:,.2f} GB" for column in found],
-        )
-    yield "memory at once", [_memory(column, cluster) for column in found]
-    costs = [
-        checkpoint_cost(shape, work, cluster, column.replicas, request.storage * GIGA)
-        for column in found
+    yield "", [f"{each * steps[0].ranks:,.0f} GPU-hours" for each in hours]
+
+
+def _memory(costs: list[LayoutCost], cluster: Cluster) -> Rows:
+    for part in vars(costs[0].memory):
+        values = [f"{getattr(cost.memory, part) / GIGA:,.2f} GB" for cost in costs]
+        yield f"  {part.replace('_', ' ')}", values
+    values = []
+    for cost in costs:
+        total = f"{cost.memory.total / GIGA:,.1f} of {cluster.gpu.memory / GIGA:,.0f} GB"
+        values.append(total if cost.fits else f"[red]{total}: does not fit[/]")
+    yield "memory at once", values
+
+
+def _checkpoints(
+    costs: list[LayoutCost], shape: ModelShape, config: TrainingConfig, options: ClusterOptions
+) -> Rows:
+    cluster, work = options.cluster, options.workload(config)
+    saves = [
+        checkpoint_cost(shape, work, cluster, cost.replicas, options.storage * GIGA)
+        for cost in costs
     ]
-    yield "a checkpoint", [f"{cost.size / GIGA:,.1f} GB" for cost in costs]
-    yield "  training waits at least", [f"{cost.stall:,.2f} s" for cost in costs]
-    yield (
-        f"  on disk ({request.storage:g} GB/s)",
-        [f"after {cost.background:,.0f} s" for cost in costs],
-    )
+    yield "a checkpoint", [f"{save.size / GIGA:,.1f} GB" for save in saves]
+    yield "  training waits at least", [f"{save.stall:,.2f} s" for save in saves]
+    on_disk = [f"after {save.background:,.0f} s" for save in saves]
+    yield f"  on disk ({options.storage:g} GB/s)", on_disk
     if config.checkpoints.asynchronous:
-        every = [config.checkpoints.every * step.seconds for step in steps]
-        yield (
-            "  one every",
-            [
-                f"{each / 60:,.0f} min"
-                + (" [red]sooner than it is on disk[/]" if each < cost.background else "")
-                for each, cost in zip(every, costs, strict=True)
-            ],
-        )
+        values = []
+        for cost, save in zip(costs, saves, strict=True):
+            every = config.checkpoints.every * cost.step.seconds
+            warning = " [red]sooner than it is on disk[/]" if every < save.background else ""
+            values.append(f"{every / 60:,.0f} min{warning}")
+        yield "  one every", values
 
 
-def _memory(column: Column, cluster: Cluster) -> str:
-    words = f"{column.memory.total / GIGA:,.1f} of {cluster.gpu.memory / GIGA:,.0f} GB"
-    return words if column.fits else f"[red]{words}: does not fit[/]"
-
-
-def _print_details(
-    console: Console, found: list[Column], rows: Iterator[tuple[str, list[str]]]
-) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column()
-    for column in found:
-        table.add_column(column.title, justify="right")
-    for label, values in rows:
-        table.add_row(label, *values)
-    console.print(table)
-
-
-def _print_sweep(
-    console: Console, shape: ModelShape, config: TrainingConfig, cluster: Cluster
-) -> None:
-    """The recipe's batch on 1, 2, 4, ... nodes, as far as it gives every GPU a row."""
+def _other_nodes(shape: ModelShape, config: TrainingConfig, cluster: Cluster) -> Table:
+    """The recipe's batch on 1, 2, 4, ... nodes, as long as every GPU has a sequence."""
     table = Table(
         box=None,
         padding=(0, 2, 0, 0),
         title="the same batch on other numbers of nodes; micro: micro-batches of a step",
         title_justify="left",
     )
-    for title in (
-        "nodes",
-        "GPUs",
-        "micro",
-        "FSDP tok/s/GPU",
-        "GB",
-        "HSDP tok/s/GPU",
-        "GB",
-        "days",
-        "faster",
-    ):
+    speed_and_memory = ("FSDP tok/s/GPU", "GB", "HSDP tok/s/GPU", "GB")
+    for title in ("nodes", "GPUs", "micro", *speed_and_memory, "days", "faster"):
         table.add_column(title, justify="right")
     nodes = 1
     while nodes * cluster.gpus_per_node <= config.global_batch_size:
         larger = replace(cluster, nodes=nodes)
+        cells = [str(nodes), str(larger.ranks)]
         try:
-            table.add_row(*_sweep_row(shape, Workload.of(config, larger.ranks), larger, config))
+            work = Workload.of(config, larger.ranks)
         except UserError:
-            table.add_row(str(nodes), str(larger.ranks), "-", "batch does not divide")
+            table.add_row(*cells, "-", "batch does not divide")
+        else:
+            costs = layout_costs(shape, work, larger)
+            table.add_row(*cells, str(work.micro_batches), *_cells(costs, config))
         nodes *= 2
-    console.print(table)
+    return table
 
 
-def _sweep_row(
-    shape: ModelShape, work: Workload, cluster: Cluster, config: TrainingConfig
-) -> list[str]:
-    found = columns(shape, work, cluster)
-    cells = [str(cluster.nodes), str(cluster.ranks), str(work.micro_batches)]
-    for column in found:
-        speed = f"{column.step.tokens_per_second_per_device:,.0f}"
-        cells += [
-            speed if column.fits else f"[red]{speed}[/]",
-            f"{column.memory.total / GIGA:,.0f}",
-        ]
-    cells += ["", ""] * (2 - len(found))
-    usable = [column for column in found if column.fits]
+def _cells(costs: list[LayoutCost], config: TrainingConfig) -> list[str]:
+    """Speed and memory of FSDP and HSDP, days, the faster one."""
+    cells = []
+    for cost in costs:
+        speed = f"{cost.step.tokens_per_second_per_device:,.0f}"
+        cells.append(speed if cost.fits else f"[red]{speed}[/]")
+        cells.append(f"{cost.memory.total / GIGA:,.0f}")
+    cells += ["", ""] * (2 - len(costs))
+    usable = [cost for cost in costs if cost.fits]
     if not usable:
         return [*cells, "-", "[red]neither fits[/]"]
-    best = min(usable, key=lambda column: column.step.seconds)
+    best = min(usable, key=lambda cost: cost.step.seconds)
     days = best.step.hours(config.steps * config.tokens_per_step) / DAY
-    name = "FSDP" if best.replicas == 1 else "HSDP"
-    return [*cells, f"{days:,.2f}", name if len(usable) == len(found) else f"only {name} fits"]
+    return [
+        *cells,
+        f"{days:,.2f}",
+        best.name if len(usable) == len(costs) else f"only {best.name} fits",
+    ]
 
 
-def _crossing(shape: ModelShape, work: Workload, cluster: Cluster) -> str:
-    """Where HSDP wins, in words."""
-    same = f"With {work.micro_batches} micro-batches of {work.micro_batch_size:g} sequences on every GPU"
-    ranges = hsdp_ranges(shape, work, cluster, LIMIT)
+def _where_hsdp_wins(shape: ModelShape, work: Workload, cluster: Cluster) -> str:
+    batch = f"{work.micro_batches} micro-batches of {work.micro_batch_size:g} sequences"
+    same = f"With {batch} on every GPU"
+    ranges = hsdp_ranges(shape, work, cluster, MOST_NODES)
     if not ranges:
-        return f"{same}, FSDP is the faster one on any number of nodes up to {LIMIT}."
+        return f"{same}, FSDP is faster on any number of nodes up to {MOST_NODES}."
     words = [
-        f"from {first} nodes on" if last == LIMIT else f"on {first} to {last} nodes"
+        f"from {first} nodes on" if last == MOST_NODES else f"on {first} to {last} nodes"
         for first, last in ranges
     ]
-    return f"{same}, HSDP is the faster one {', '.join(words)}; less than 2 % apart they are alike."
+    return f"{same}, HSDP is faster {', '.join(words)}; differences below 2 % do not count."

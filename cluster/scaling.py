@@ -1,7 +1,8 @@
-"""How long a training step takes on a cluster, under FSDP and HSDP: from shapes, datasheets and the constants below.
+"""How long a training step takes on a cluster under FSDP or HSDP, from shapes and datasheets.
 
-A roofline per layer and collectives by bandwidth and latency, as FSDP2 overlaps them. docs/scaling.md says where each
-constant comes from, which were fitted to which published run, and how far off the others are. Needs no torch.
+A roofline per layer, and collectives by bandwidth and latency, overlapped as FSDP2 does.
+docs/scaling.md says where each constant comes from, which published runs were used to fit it, and
+how accurate the estimates of other runs are. Needs no torch.
 """
 
 from __future__ import annotations
@@ -15,49 +16,52 @@ from cpt_merge.training.flops import PEAKS, TERA, mfu
 from cpt_merge.training.memory import MemoryEstimate, MemorySetup, ModelShape, estimate_memory
 
 GIGA = 1e9
-LINK_SHARE = 0.8  # of a link's nominal rate that large NCCL messages reach (235 of 300 GB/s on A100s: ml-engineering)
-MEMORY_SHARE = 0.8  # of a GPU's nominal memory bandwidth that elementwise kernels reach; assumed
-START_LATENCY = (
-    8.4e-6  # s for a collective; this and the two hops: NCCL's tuning.cc, ring, Simple protocol
-)
-LINK_HOP = 3.4e-6  # s from GPU to GPU within a node
-NETWORK_HOP = 14.0e-6  # s from node to node
+LINK_SHARE = 0.8  # of a link's rate, for large NCCL messages (235 of 300 GB/s: ml-engineering)
+MEMORY_SHARE = 0.8  # of a GPU's nominal memory bandwidth, for elementwise kernels; assumed
+# Seconds per collective and per hop within a node and between nodes: NCCL's tuning.cc, ring, Simple
+START_LATENCY = 8.4e-6
+LINK_HOP = 3.4e-6
+NETWORK_HOP = 14.0e-6
 STRAGGLER = 0.0253  # standard deviation of a GPU's step, as a share of it; fitted
 RESERVE = 2e9  # bytes of a GPU that allocator and libraries take (see `estimate_memory`)
-GBIT_PER_GPU = 400.0  # network where none is named: one 400 Gbit/s adapter per GPU
+GBIT_PER_GPU = 400.0  # network where none is given: one 400 Gbit/s adapter per GPU
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """A device. Rates are datasheets', in FLOP/s and bytes/s; shares say what of them training reaches."""
+class GpuSpec:
+    """A device: datasheets' rates in FLOP/s and bytes/s, and the shares that training reaches."""
 
     name: str
     peak: float  # dense, in the compute type
-    matmul_share: (
-        float  # of the peak, in matrix products within a training step; fitted, once per chip
-    )
+    matmul_share: float  # of the peak, in a step's matrix products; fitted once per chip
     attention_share: float  # of the peak, in flash attention, forward and backward
     memory: float  # bytes
     bandwidth: float  # of its memory
     link: float  # to the other GPUs of its node, one direction
-    host_link: float  # to the host's memory, as pinned copies reach it
-    interference: float  # computing time that bytes on their way take, over their time at the link's rate; fitted
+    host_link: float  # to the host's memory, for pinned copies
+    interference: float  # computing lost to hidden traffic, over its time on the link; fitted
     fp8: bool  # whether it has float8 matmuls
-    hop: float = LINK_HOP  # s
+    hop: float = LINK_HOP  # seconds
 
     def stream(self, size: float) -> float:
-        """Seconds to read or write so many bytes of its memory."""
+        """Seconds to read or write `size` bytes of its memory."""
         return size / (self.bandwidth * MEMORY_SHARE)
 
 
-# matmul_share and interference: fitted on two published runs each of A100 and H100 (docs/scaling.md); H200 is the chip
-# of H100. attention_share: FlashAttention-2 reaches 50-73 % on A100 (Dao, 2023) and 298-335 TFLOP/s, causal, on H100.
-# host_link: PCIe 4 and 5 of 16 lanes, 31 and 63 GB/s, four fifths of it.
-_AMPERE = Gpu(
+# matmul_share and interference are fitted on two published runs each of A100 and H100
+# (docs/scaling.md); the H200 has the H100's chip. attention_share: FlashAttention-2 reaches 50-73 %
+# on A100 (Dao, 2023) and 298-335 TFLOP/s, causal, on H100. host_link: four fifths of PCIe 4 and 5
+# x16, 31 and 63 GB/s.
+_AMPERE = GpuSpec(
     "a100", PEAKS["A100"] * TERA, 0.8016, 0.55, 80e9, 2.039e12, 300e9, 25e9, 0.561, fp8=False
 )
-_HOPPER = Gpu(
+_HOPPER = GpuSpec(
     "h100", PEAKS["H100"] * TERA, 0.6948, 0.33, 80e9, 3.35e12, 450e9, 50e9, 0.788, fp8=True
+)
+# Meta's Grand Teton: 96 GB of HBM2e, 500 W; its peak is "between SXM and NVL" (torchtitan), here
+# NVL's
+_GRAND_TETON = replace(
+    _HOPPER, name="h100-500w", peak=PEAKS["H100 NVL"] * TERA, memory=96e9, bandwidth=2.4e12
 )
 GPUS = {
     gpu.name: gpu
@@ -65,42 +69,37 @@ GPUS = {
         replace(_AMPERE, name="a100-40gb", memory=40e9, bandwidth=1.555e12),
         _AMPERE,  # SXM, 80 GB
         _HOPPER,  # SXM5, 700 W
-        # Meta's Grand Teton: 96 GB of HBM2e, 500 W; its peak is "between SXM and NVL" (torchtitan), here NVL's
-        replace(
-            _HOPPER, name="h100-500w", peak=PEAKS["H100 NVL"] * TERA, memory=96e9, bandwidth=2.4e12
-        ),
+        _GRAND_TETON,
         replace(_HOPPER, name="h200", memory=141e9, bandwidth=4.8e12),
     )
 }
-
-
-def find_gpu(name: str) -> Gpu:
-    """A GPU by its name. Raises `UserError` with the known ones."""
-    if name.lower() not in GPUS:
-        raise UserError(
-            f"the GPU {name!r} is not known to the model of speed; use one of {', '.join(GPUS)}."
-        )
-    return GPUS[name.lower()]
 
 
 @dataclass(frozen=True)
 class Cluster:
     """Nodes of equal GPUs."""
 
-    gpu: Gpu
+    gpu: GpuSpec
     nodes: int
     gpus_per_node: int
     network: float  # of one node, bytes/s in one direction
 
     @staticmethod
     def of(gpu: str, nodes: int, gpus_per_node: int, network_gbit: float | None = None) -> Cluster:
-        """By the GPU's name, and the network of one node in Gbit/s (by default 400 for each of its GPUs)."""
+        """From a GPU's name and the network of a node in Gbit/s (by default 400 per GPU).
+
+        Raises `UserError` for an unknown GPU.
+        """
+        if gpu.lower() not in GPUS:
+            raise UserError(
+                f"the speed of the GPU {gpu!r} is not known; use one of {', '.join(GPUS)}."
+            )
         gbit = network_gbit or GBIT_PER_GPU * gpus_per_node
-        return Cluster(find_gpu(gpu), nodes, gpus_per_node, gbit * GIGA / 8)
+        return Cluster(GPUS[gpu.lower()], nodes, gpus_per_node, gbit * GIGA / 8)
 
     @property
     def ranks(self) -> int:
-        """GPUs, each with one process."""
+        """The number of GPUs, each with one process."""
         return self.nodes * self.gpus_per_node
 
 
@@ -109,7 +108,7 @@ class Workload:
     """What one GPU does in one step."""
 
     sequence_length: int
-    micro_batch_size: float  # a mean: the last micro-batch of a step may be a smaller one
+    micro_batch_size: float  # a mean: the last micro-batch of a step may be smaller
     micro_batches: int
     precision: str = "bf16"
     activation_checkpointing: str = "none"
@@ -117,29 +116,35 @@ class Workload:
     fp8: bool = False
     loss_chunk: int = 1024
     attention: str = "flash"
-    reduce_bytes: int = (
-        4  # of a gradient on its way; ours are reduced in fp32, some published runs in bf16
-    )
+    reduce_bytes: int = 4  # per reduced gradient; ours are fp32, those of some published runs bf16
 
     @staticmethod
     def of(config: TrainingConfig, ranks: int) -> Workload:
-        """A recipe's, on so many GPUs. Raises `UserError` if its batch does not divide over them."""
+        """A recipe's workload on so many GPUs. Raises `UserError` if its batch does not divide."""
         if config.global_batch_size % ranks:
             possible = -(-config.global_batch_size // ranks) * ranks
             raise UserError(
-                f"training.global_batch_size = {config.global_batch_size} does not divide "
-                f"over {ranks} GPUs; set {possible}."
+                f"training.global_batch_size = {config.global_batch_size} does not divide over "
+                f"{ranks} GPUs; set {possible}."
             )
         if config.precision == "fp32":
             raise UserError(
-                "the model of a GPU's speed knows bf16 only; set training.precision to bf16 or pure-bf16."
+                "the speed of GPUs can be estimated for bf16 only; "
+                "set training.precision to bf16 or pure-bf16."
             )
-        rows = config.global_batch_size // ranks
-        micro_batches = -(-rows // config.micro_batch_size)
+        sequences = config.global_batch_size // ranks
+        micro_batches = -(-sequences // config.micro_batch_size)
         return Workload(
-            config.sequence_length, rows / micro_batches, micro_batches, config.precision,
-            config.activation_checkpointing, config.compile, config.fp8, config.loss_chunk, config.attention,
-        )  # fmt: skip
+            sequence_length=config.sequence_length,
+            micro_batch_size=sequences / micro_batches,
+            micro_batches=micro_batches,
+            precision=config.precision,
+            activation_checkpointing=config.activation_checkpointing,
+            compile=config.compile,
+            fp8=config.fp8,
+            loss_chunk=config.loss_chunk,
+            attention=config.attention,
+        )
 
     @property
     def compute(self) -> int:
@@ -157,16 +162,17 @@ class Workload:
         return self.sequence_length * self.micro_batch_size
 
     def memory_setup(self, shards: int) -> MemorySetup:
-        """The same for `estimate_memory`."""
+        """The setup for `estimate_memory`, on one of `shards` GPUs that share a model."""
+        sequences = math.ceil(self.micro_batch_size)
         return MemorySetup(
-            "fsdp2", shards, self.precision, self.sequence_length, math.ceil(self.micro_batch_size),
-            self.micro_batches, self.loss_chunk, self.activation_checkpointing, self.attention, self.compile,
+            "fsdp2", shards, self.precision, self.sequence_length, sequences, self.micro_batches,
+            self.loss_chunk, self.activation_checkpointing, self.attention, self.compile,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Seconds of one GPU by what bounds them."""
+    """Seconds of one GPU, by what bounds them."""
 
     matmul: float = 0.0
     attention: float = 0.0
@@ -178,7 +184,7 @@ class Compute:
         return self.matmul + self.attention + self.memory
 
     def times(self, matmul: float, attention: float, memory: float) -> Compute:
-        """Each part by a factor."""
+        """Each part multiplied by a factor."""
         return Compute(self.matmul * matmul, self.attention * attention, self.memory * memory)
 
     def __add__(self, other: Compute) -> Compute:
@@ -187,17 +193,19 @@ class Compute:
         )
 
 
-# What the backward pass computes again of the forward pass: matmuls, attention, elementwise (training/recompute.py)
+# What the backward pass recomputes of the forward pass: matmuls, attention, elementwise
+# (training/model/recompute.py)
 RECOMPUTED = {"none": (0.0, 0.0, 0.0), "selective": (0.5, 0.0, 1.0), "full": (1.0, 1.0, 1.0)}
 
 
-def layer_compute(shape: ModelShape, work: Workload, gpu: Gpu) -> tuple[Compute, Compute]:
+def layer_compute(shape: ModelShape, work: Workload, gpu: GpuSpec) -> tuple[Compute, Compute]:
     """(forward, backward) of one decoder layer for one micro-batch.
 
-    Forward, for a token: 2 FLOPs per parameter; causal attention, 2 q s (half of 4 q s; query width q, row length s);
-    and `elementwise_bytes`. Backward: twice the matmuls and the elementwise, 2.5 times the attention, which flash
-    attention computes again (Dao, FlashAttention-2, 2023, section 4.1); and what is recomputed. fp8 doubles the
-    matmuls' rate.
+    Forward, per token: 2 FLOPs per parameter; causal attention, 2 q s FLOPs (half of 4 q s; query
+    width q, sequence length s); and `elementwise_bytes`. Backward: twice the matmuls and the
+    elementwise part, 2.5 times the attention, which flash attention recomputes (Dao,
+    FlashAttention-2, 2023, section 4.1), and what activation checkpointing recomputes. fp8 doubles
+    the rate of the matmuls.
     """
     rate = gpu.peak * gpu.matmul_share * (2 if work.fp8 else 1)
     forward = Compute(
@@ -205,24 +213,24 @@ def layer_compute(shape: ModelShape, work: Workload, gpu: Gpu) -> tuple[Compute,
         work.tokens * 2 * shape.query * work.sequence_length / (gpu.peak * gpu.attention_share),
         gpu.stream(work.tokens * elementwise_bytes(shape, work)),
     )
-    return forward, forward.times(2, 2.5, 2) + forward.times(
-        *RECOMPUTED[work.activation_checkpointing]
-    )
+    recomputed = forward.times(*RECOMPUTED[work.activation_checkpointing])
+    return forward, forward.times(2, 2.5, 2) + recomputed
 
 
 def elementwise_bytes(shape: ModelShape, work: Workload) -> float:
-    """Bytes that what is no matmul reads and writes, for a token in the forward pass of a LLaMA layer.
+    """Bytes that a LLaMA layer reads and writes outside of matmuls, per token of the forward pass.
 
     For width h, query and key width q + k, MLP width i and c bytes of the compute type:
 
                             compiled    one kernel per operation
-        two norms           4 c h       2 (28 + 4 c) h      to fp32, square, mean, scale, back, weight
+        two norms           4 c h       2 (28 + 4 c) h   to fp32, square, mean, scale, back
         rotary embedding    2 c (q+k)   10 c (q+k)
         two residual sums   6 c h       6 c h
         gated activation    3 c i       5 c i
 
-    fp8: inputs and, backward, gradients of each matmul are read twice and written once, 5 bytes an element; a third of
-    it is counted here, as the backward pass counts twice this size.
+    fp8: the inputs of each matmul and, backward, the gradients are read twice and written once, 5
+    bytes an element. A third of it is counted here, because the backward pass counts this size
+    twice.
     """
     c, h, i, rotated = work.compute, shape.width, shape.intermediate, shape.query + shape.key_value
     if work.compile:
@@ -233,8 +241,8 @@ def elementwise_bytes(shape: ModelShape, work: Workload) -> float:
     return size + (cast if work.fp8 else 0)
 
 
-def head_compute(shape: ModelShape, work: Workload, gpu: Gpu) -> Compute:
-    """Head and loss of one micro-batch, forward and backward: 6 V h FLOPs a token and 12 + 3 c bytes per logit."""
+def head_compute(shape: ModelShape, work: Workload, gpu: GpuSpec) -> Compute:
+    """Head and loss of a micro-batch: 6 V h FLOPs a token, 12 + 3 c bytes a logit."""
     flops = 6 * shape.vocabulary * shape.width
     return Compute(
         matmul=work.tokens * flops / (gpu.peak * gpu.matmul_share),
@@ -244,26 +252,26 @@ def head_compute(shape: ModelShape, work: Workload, gpu: Gpu) -> Compute:
 
 @dataclass(frozen=True)
 class Ring:
-    """Ranks that a collective joins, on `nodes` nodes; every GPU of these nodes is in such a ring at the same time."""
+    """Ranks of a collective on `nodes` nodes. Each GPU of these nodes is in one such ring."""
 
     ranks: int
     nodes: int
 
     def seconds(self, size: float, cluster: Cluster, passes: int = 1) -> float:
-        """All-gather or reduce-scatter of `size` bytes (the whole tensor); an all-reduce is two passes.
+        """All-gather or reduce-scatter of a tensor of `size` bytes; an all-reduce is two passes.
 
             passes * ((n - 1) / n * size / bandwidth + latency)       (Thakur et al., 2005: ring)
 
-        Between nodes a ring has the part of the node's network that falls to its ranks there: FSDP over all GPUs has it
-        whole, as each node takes the tensor in once; HSDP's rings, one for each GPU of a node, share it.
+        Between nodes, a ring has the part of a node's network that its ranks there account for:
+        FSDP over all GPUs has all of it, since each node receives the tensor once; HSDP's rings,
+        one for each GPU of a node, share it.
         """
         if self.ranks == 1:
             return 0.0
         bandwidth = cluster.gpu.link
         if self.nodes > 1:
-            bandwidth = min(
-                bandwidth, cluster.network * self.ranks / self.nodes / cluster.gpus_per_node
-            )
+            network = cluster.network * self.ranks / self.nodes / cluster.gpus_per_node
+            bandwidth = min(bandwidth, network)
         hops = cluster.gpu.hop * (self.ranks - self.nodes) + NETWORK_HOP * (self.nodes - 1)
         return passes * (self.moved(size) / (bandwidth * LINK_SHARE) + hops + START_LATENCY)
 
@@ -273,8 +281,8 @@ class Ring:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """FSDP over all GPUs (one replica), or HSDP: replicas of the model, each sharded over neighbouring GPUs."""
+class Sharding:
+    """FSDP over all GPUs (one replica), or HSDP: replicas, each sharded over neighbouring GPUs."""
 
     cluster: Cluster
     replicas: int = 1
@@ -283,13 +291,13 @@ class Layout:
         ranks, node = self.cluster.ranks, self.cluster.gpus_per_node
         if ranks % self.replicas or (self.shards % node and node % self.shards):
             raise UserError(
-                f"{self.replicas} replicas do not divide {self.cluster.nodes} nodes of {node} GPUs evenly; "
-                f"use {self.cluster.nodes}, one a node."
+                f"{self.replicas} replicas do not divide {self.cluster.nodes} nodes of {node} GPUs "
+                f"evenly; use {self.cluster.nodes}, one a node."
             )
 
     @property
     def shards(self) -> int:
-        """GPUs of one replica."""
+        """The number of GPUs of one replica."""
         return self.cluster.ranks // self.replicas
 
     @property
@@ -299,21 +307,19 @@ class Layout:
 
     @property
     def replica_ring(self) -> Ring:
-        """The GPUs that hold the same shard."""
+        """The GPUs that have the same shard."""
         return Ring(self.replicas, min(self.replicas, self.cluster.nodes))
 
     def gather(self, size: float) -> Traffic:
-        """Parameters of `size` bytes."""
+        """Gather parameters of `size` bytes."""
         return self._on(self.shard_ring, size)
 
-    def reduce(self, size: float, everywhere: bool) -> Traffic:
-        """Gradients of `size` bytes, into shards; `everywhere`: and the shards over the replicas."""
+    def reduce(self, size: float, over_replicas: bool) -> Traffic:
+        """Reduce gradients of `size` bytes into shards, and the shards over the replicas."""
         traffic = self._on(self.shard_ring, size)
-        return (
-            traffic + self._on(self.replica_ring, size / self.shards, passes=2)
-            if everywhere
-            else traffic
-        )
+        if over_replicas:
+            traffic += self._on(self.replica_ring, size / self.shards, passes=2)
+        return traffic
 
     def _on(self, ring: Ring, size: float, passes: int = 1) -> Traffic:
         seconds = ring.seconds(size, self.cluster, passes)
@@ -323,7 +329,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Seconds that links within the nodes and the network between them are busy; they are at the same time."""
+    """Seconds that the links within nodes and, at the same time, the network are busy."""
 
     link: float
     network: float
@@ -331,7 +337,7 @@ class Traffic:
 
     @property
     def seconds(self) -> float:
-        """Until both are done."""
+        """Seconds until both are done."""
         return max(self.link, self.network)
 
     def __add__(self, other: Traffic) -> Traffic:
@@ -339,11 +345,11 @@ class Traffic:
             self.link + other.link, self.network + other.network, self.moved + other.moved
         )
 
-    def beside(self, computing: float) -> tuple[float, float]:
-        """(seconds that outlast so much computing, share that is hidden by it)."""
-        return max(0.0, self.seconds - computing), min(
-            1.0, computing / self.seconds
-        ) if self.seconds else 0.0
+    def hidden_by(self, computing: float) -> tuple[float, float]:
+        """(seconds that remain after so much computing, share of the traffic that it hides)."""
+        if not self.seconds:
+            return 0.0, 0.0
+        return max(0.0, self.seconds - computing), min(1.0, computing / self.seconds)
 
 
 @dataclass(frozen=True)
@@ -359,13 +365,13 @@ class StepEstimate:
     elementwise: float  # norms, activations, rotary embedding, loss: bound by memory
     copies: float  # of gathered parameters and of gradients, within the GPU
     optimizer: float
-    exposed: float  # communication that nothing hides
-    contention: float  # what hidden communication slows down
+    exposed: float  # communication that no computing hides
+    contention: float  # computing time lost to hidden communication
     stragglers: float  # waiting for the slowest GPU
 
     @property
     def seconds(self) -> float:
-        """Of the step."""
+        """The whole step."""
         computing = self.matmul + self.attention + self.elementwise + self.copies + self.optimizer
         return computing + self.exposed + self.contention + self.stragglers
 
@@ -386,7 +392,7 @@ class StepEstimate:
 
     @property
     def exposed_share(self) -> float:
-        """Share of the step in which GPUs only wait for communication."""
+        """The share of the step in which GPUs only wait for communication."""
         return self.exposed / self.seconds
 
     def hours(self, tokens: float) -> float:
@@ -395,7 +401,7 @@ class StepEstimate:
 
 
 def flops_of(shape: ModelShape, sequence_length: int) -> float:
-    """FLOPs per token, forward and backward, by `training.flops.flops_per_token`'s formula."""
+    """FLOPs per token, forward and backward, by the formula of `training.flops.flops_per_token`."""
     lookup = shape.vocabulary * shape.width if shape.matrices == 2 else 0
     return 6 * (shape.parameters - lookup) + 12 * shape.layers * shape.query * sequence_length
 
@@ -405,118 +411,117 @@ def estimate_step(
 ) -> StepEstimate:
     """One step of FSDP over all GPUs, or of HSDP with several replicas.
 
-    A layer's collectives run while the layer before it computes, so of them max(0, communication - computing) shows;
-    all of it does before the first layer (embedding and head are gathered) and after the last (the embedding's
-    gradient). What is hidden takes `interference` of the computing. HSDP reduces over its replicas in the last
-    micro-batch only (training/backends/torch_native.py).
+    A layer's collectives run while the layer before it computes, so max(0, communication -
+    computing) of them is exposed. All communication is exposed before the first layer (gathering
+    embedding and head) and after the last (the embedding's gradient). Hidden communication costs
+    `interference` of computing. HSDP reduces over its replicas in the last micro-batch only
+    (training/distributed/fsdp.py).
     """
-    layout, gpu, count = Layout(cluster, replicas), cluster.gpu, work.micro_batches
+    sharding, gpu, count = Sharding(cluster, replicas), cluster.gpu, work.micro_batches
     forward, backward = layer_compute(shape, work, gpu)
     computing = (forward + backward).times(*[shape.layers] * 3) + head_compute(shape, work, gpu)
-    overlap = [
-        _overlap(shape, work, layout, forward, backward, everywhere) for everywhere in (False, True)
-    ]
-    exposed, contention = (overlap[0][part] * (count - 1) + overlap[1][part] for part in (0, 1))
-    sharded = layout.shards > 1
-    copied = (
-        gpu.stream((5 * work.compute + 4) * shape.parameters) if sharded else 0.0
-    )  # 2 gathers, 1 reduction
-    slowest = STRAGGLER * math.sqrt(
-        2 * math.log(cluster.ranks)
-    )  # expected maximum of so many normal variables
+    first, last = (
+        _overlap(shape, work, sharding, forward, backward, over_replicas)
+        for over_replicas in (False, True)
+    )
+    exposed, contention = (first[part] * (count - 1) + last[part] for part in (0, 1))
+    copied = 0.0
+    if sharding.shards > 1:  # out of two gathers, into one reduction
+        copied = gpu.stream((5 * work.compute + 4) * shape.parameters)
+    # The expected maximum of so many normal variables
+    slowest = STRAGGLER * math.sqrt(2 * math.log(cluster.ranks))
     return StepEstimate(
-        cluster.ranks, work.tokens * count * cluster.ranks, flops_of(shape, work.sequence_length), gpu.peak,
-        count * computing.matmul, count * computing.attention, count * computing.memory, count * copied,
-        gpu.stream(10 * work.master * shape.parameters / layout.shards),  # AdamW reads 4 and writes 3, clipping 3
-        exposed, contention, slowest * count * computing.total,
-    )  # fmt: skip
+        ranks=cluster.ranks,
+        tokens=work.tokens * count * cluster.ranks,
+        flops=flops_of(shape, work.sequence_length),
+        peak=gpu.peak,
+        matmul=count * computing.matmul,
+        attention=count * computing.attention,
+        elementwise=count * computing.memory,
+        copies=count * copied,
+        # AdamW reads 4 numbers and writes 3, clipping reads and writes 3
+        optimizer=gpu.stream(10 * work.master * shape.parameters / sharding.shards),
+        exposed=exposed,
+        contention=contention,
+        stragglers=slowest * count * computing.total,
+    )
 
 
 def _overlap(
     shape: ModelShape,
     work: Workload,
-    layout: Layout,
+    sharding: Sharding,
     forward: Compute,
     backward: Compute,
-    everywhere: bool,
+    over_replicas: bool,
 ) -> tuple[float, float]:
     """(exposed, contention) of one micro-batch, in seconds."""
     layer, vocabulary = shape.layer_parameters, shape.vocabulary * shape.width
-    gathered = layout.gather(work.compute * layer)
-    reduced = layout.reduce(work.reduce_bytes * layer, everywhere)
-    exposed = layout.gather(work.compute * vocabulary * shape.matrices).seconds
-    exposed += layout.reduce(work.reduce_bytes * vocabulary, everywhere).seconds
+    gathered = sharding.gather(work.compute * layer)
+    reduced = sharding.reduce(work.reduce_bytes * layer, over_replicas)
+    exposed = sharding.gather(work.compute * vocabulary * shape.matrices).seconds
+    exposed += sharding.reduce(work.reduce_bytes * vocabulary, over_replicas).seconds
     taken = 0.0
-    if (
-        shape.matrices == 2
-    ):  # the embedding is gathered again in the backward pass, the head's gradient reduced early
-        again = layout.gather(work.compute * vocabulary) + layout.reduce(
-            work.reduce_bytes * vocabulary, everywhere
-        )
+    if shape.matrices == 2:
+        # The backward pass gathers the embedding again, and reduces the head's gradient early
+        again = sharding.gather(work.compute * vocabulary)
+        again += sharding.reduce(work.reduce_bytes * vocabulary, over_replicas)
         taken += again.moved
     for computing, traffic in ((forward, gathered), (backward, gathered + reduced)):
-        outlasting, hidden = traffic.beside(computing.total)
-        exposed += shape.layers * outlasting
+        remaining, hidden = traffic.hidden_by(computing.total)
+        exposed += shape.layers * remaining
         taken += shape.layers * hidden * traffic.moved
-    return exposed, layout.cluster.gpu.interference * taken
+    return exposed, sharding.cluster.gpu.interference * taken
 
 
 def memory_on(
     shape: ModelShape, work: Workload, cluster: Cluster, replicas: int = 1
 ) -> MemoryEstimate:
     """Memory of one rank; HSDP's shards are larger than FSDP's, as fewer GPUs share a replica."""
-    return estimate_memory(shape, work.memory_setup(Layout(cluster, replicas).shards))
+    return estimate_memory(shape, work.memory_setup(Sharding(cluster, replicas).shards))
 
 
-def fits(memory: MemoryEstimate, gpu: Gpu) -> bool:
-    """Whether a GPU has that much memory, and what allocator and libraries need."""
+def fits(memory: MemoryEstimate, gpu: GpuSpec) -> bool:
+    """Whether a GPU has that much memory and what allocator and libraries need."""
     return memory.total + RESERVE <= gpu.memory
 
 
 def hsdp_ranges(
     shape: ModelShape, work: Workload, cluster: Cluster, limit: int = 256
 ) -> list[tuple[int, int]]:
-    """(first, last) numbers of nodes, up to the limit, on which HSDP with a replica a node is faster than FSDP.
+    """(first, last) numbers of nodes on which HSDP with a replica per node is faster than FSDP.
 
-    Every GPU keeps its micro-batches, so the batch grows with the nodes. HSDP may win on two nodes, where its
-    all-reduce is cheapest, and lose on more.
+    Every GPU keeps its micro-batches, so the batch grows with the nodes, up to `limit` of them.
+    HSDP may win on two nodes, where its all-reduce is cheapest, and lose on more.
     """
     ranges: list[tuple[int, int]] = []
     for nodes in range(2, limit + 1):
         larger = replace(cluster, nodes=nodes)
-        if (
-            estimate_step(shape, work, larger, nodes).seconds
-            < estimate_step(shape, work, larger).seconds
-        ):
+        hsdp = estimate_step(shape, work, larger, nodes).seconds
+        if hsdp < estimate_step(shape, work, larger).seconds:
             first = ranges.pop()[0] if ranges and ranges[-1][1] == nodes - 1 else nodes
             ranges.append((first, nodes))
     return ranges
 
 
-def crossing(shape: ModelShape, work: Workload, cluster: Cluster, limit: int = 256) -> int | None:
-    """The smallest number of nodes on which HSDP is faster than FSDP, or None up to the limit; see `hsdp_ranges`."""
-    ranges = hsdp_ranges(shape, work, cluster, limit)
-    return ranges[0][0] if ranges else None
-
-
 @dataclass(frozen=True)
 class CheckpointCost:
-    """A checkpoint: its bytes, and the seconds that it takes."""
+    """A checkpoint's bytes, and the seconds that it takes."""
 
     size: float  # master weights and two moments
-    stall: float  # training waits for the copy of the shards to the host; the least that it can be
+    stall: float  # a lower bound: training waits while the shards are copied to the host
     background: float  # until it is on disk
 
 
 def checkpoint_cost(
     shape: ModelShape, work: Workload, cluster: Cluster, replicas: int, storage: float
 ) -> CheckpointCost:
-    """Of an asynchronous checkpoint, to storage of so many bytes/s in all.
+    """The cost of an asynchronous checkpoint, to storage of so many bytes/s in all.
 
-    The stall is bandwidth alone: size / shards / the link to the host. Planning comes on top: 0.78 s were published for
-    70 B parameters on 1,856 GPUs with pinned memory and cached plans, where this gives 0.01 s.
+    The stall follows from bandwidth alone: size / shards / link to the host. Planning comes on top:
+    0.78 s were published for 70 B parameters on 1,856 GPUs with pinned memory and cached plans,
+    where this gives 0.01 s.
     """
     size = 3.0 * work.master * shape.parameters
-    return CheckpointCost(
-        size, size / Layout(cluster, replicas).shards / cluster.gpu.host_link, size / storage
-    )
+    shards = Sharding(cluster, replicas).shards
+    return CheckpointCost(size, size / shards / cluster.gpu.host_link, size / storage)

@@ -310,7 +310,7 @@ def plan(
     With --gpu for a cluster that is not here: tokens per second, days and GPU-hours, memory, checkpoints, under FSDP
     and HSDP, on that many nodes and on 1, 2, 4, ...
     """
-    from cpt_merge.cluster.plan import Request
+    from cpt_merge.cluster.plan import ClusterOptions
     from cpt_merge.launcher.plan import show_plan
     from cpt_merge.launcher.recipe import load_recipe
 
@@ -325,7 +325,7 @@ def plan(
         raise UserError(
             "--nodes, --gpus-per-node, --network and --storage belong to --gpu NAME; add it."
         )
-    show_plan(load_recipe(recipe, overrides or []), Request(gpu, **given) if gpu else None)
+    show_plan(load_recipe(recipe, overrides or []), ClusterOptions(gpu, **given) if gpu else None)
 
 
 @app.command(cls=RecipeCommand)
@@ -352,12 +352,13 @@ def preflight(
 
     With --judge, the exit code is 2 if more than launch.spare_nodes are not.
     """
-    from cpt_merge.cluster.preflight.command import Request
+    from cpt_merge.cluster.preflight.command import PreflightOptions
     from cpt_merge.cluster.preflight.command import preflight as run_preflight
     from cpt_merge.launcher.recipe import load_recipe
 
     named = [node for node in (nodes or "").split(",") if node]
-    run_preflight(load_recipe(recipe, overrides or []), Request(begin, network, judge, named, wait))
+    options = PreflightOptions(begin, network, judge, named, wait)
+    run_preflight(load_recipe(recipe, overrides or []), options)
 
 
 @app.command(cls=RecipeCommand)

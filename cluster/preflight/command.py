@@ -1,4 +1,4 @@
-"""`cpt-merge preflight`: which of the calls it is."""
+"""`cpt-merge preflight`: dispatches to the call that its options name."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import os
 from dataclasses import dataclass
 
 from cpt_merge.cluster.preflight.begin import begin
-from cpt_merge.cluster.preflight.judge import judge_nodes, pass_sentence
+from cpt_merge.cluster.preflight.judgement import announce, judge_nodes
 from cpt_merge.cluster.preflight.links import judge_network
 from cpt_merge.cluster.preflight.network import check_network
 from cpt_merge.cluster.preflight.node import check_node
-from cpt_merge.cluster.preflight.report import node_name
+from cpt_merge.cluster.preflight.reports import node_name
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import console
 from cpt_merge.launcher.recipe import Recipe
 
-ENDS_AFTER = 4  # steps of the network test, `wait` seconds each, after which its processes have all said something
+NETWORK_STEPS = 4  # of the network test, `wait` seconds each; then each process has reported
 
 
 @dataclass(frozen=True)
-class Request:
+class PreflightOptions:
     """The options of the command."""
 
     begin: bool
@@ -29,37 +29,33 @@ class Request:
     wait: float  # seconds
 
 
-def preflight(recipe: Recipe, request: Request) -> None:
-    """One call of the preflight; outside Slurm, without options, all checks of this machine."""
-    if (request.begin and (request.judge or request.network)) or bool(
-        request.nodes
-    ) != request.judge:
+def preflight(recipe: Recipe, options: PreflightOptions) -> None:
+    """One call of the preflight. Outside Slurm, without options: all checks of this machine."""
+    in_job = "SLURM_JOB_ID" in os.environ
+    if (options.begin and (options.judge or options.network)) or (
+        bool(options.nodes) != options.judge
+    ):
         raise UserError(
-            "give --begin, --network, `--judge --nodes A,B`, `--judge --network --nodes A,B`, or none."
+            "give --begin, --network, `--judge --nodes A,B`, `--judge --network --nodes A,B`, "
+            "or none of them."
         )
-    if request.begin:
+    if options.begin:
         begin(recipe)
-    elif request.judge and request.network:
-        pass_sentence(
-            recipe, judge_network(recipe, request.nodes, ENDS_AFTER * request.wait), network=True
-        )
-    elif request.judge:
-        pass_sentence(recipe, judge_nodes(recipe, request.nodes, request.wait), network=False)
-    elif request.network and "SLURM_JOB_ID" not in os.environ:
+    elif options.judge and options.network:
+        wait = NETWORK_STEPS * options.wait
+        announce(recipe, judge_network(recipe, options.nodes, wait), network=True)
+    elif options.judge:
+        announce(recipe, judge_nodes(recipe, options.nodes, options.wait))
+    elif in_job:
+        try:
+            (check_network if options.network else check_node)(recipe, options.wait)
+        except UserError as error:  # the task succeeds all the same: --judge decides for the job
+            console.print(f"preflight: {node_name()}: {error}", markup=False)
+    elif options.network:
         raise UserError(
             "--network measures between the tasks of a Slurm job; call it by srun within one."
         )
-    elif request.network or "SLURM_JOB_ID" in os.environ:
-        _take_part(recipe, request)
     else:
         begin(recipe)
-        check_node(recipe, request.wait)
-        pass_sentence(recipe, judge_nodes(recipe, [node_name()], request.wait), network=False)
-
-
-def _take_part(recipe: Recipe, request: Request) -> None:
-    """The part of one task. It ends well whatever it finds: what that means for the job, the judge says."""
-    try:
-        (check_network if request.network else check_node)(recipe, request.wait)
-    except UserError as error:
-        console.print(f"preflight: {node_name()}: {error}", markup=False)
+        check_node(recipe, options.wait)
+        announce(recipe, judge_nodes(recipe, [node_name()], options.wait))

@@ -1,4 +1,4 @@
-"""`cpt-merge plan --gpu`: a cluster that is not here, from a recipe and the headers of its base."""
+"""`cpt-merge plan --gpu`: speed on a cluster, from a recipe and the headers of its base."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cpt_merge.cluster.plan import Request
+from cpt_merge.cluster.plan import ClusterOptions
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.cli import main
 from cpt_merge.launcher.plan import show_plan
@@ -17,7 +17,7 @@ from cpt_merge.launcher.recipe import load_recipe
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe over a Llama of 1.2 B parameters of which there are headers only: the file is a hole."""
+    """A recipe of a Llama of 1.2 B parameters; its file has headers and a hole."""
     folder = tmp_path_factory.mktemp("plan")
     write_headers(folder / "base")
     for language in ("ko", "en"):
@@ -54,7 +54,7 @@ def write_headers(folder: Path) -> None:
 
 
 def planned(
-    path: Path, capsys: pytest.CaptureFixture[str], request: Request | None, *overrides: str
+    path: Path, capsys: pytest.CaptureFixture[str], request: ClusterOptions | None, *overrides: str
 ) -> str:
     """The output, with single spaces."""
     show_plan(load_recipe(path, list(overrides)), request)
@@ -64,7 +64,7 @@ def planned(
 def test_a_cluster_is_estimated_with_both_layouts(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = planned(path, capsys, Request("h100", nodes=4))
+    words = planned(path, capsys, ClusterOptions("h100", nodes=4))
     assert "4 x 8 h100, 3,200 Gbit/s a node: 4 micro-batches of 2 sequences on each GPU" in words
     assert "FSDP HSDP, 4 replicas" in words
     for part in (
@@ -78,56 +78,57 @@ def test_a_cluster_is_estimated_with_both_layouts(
     ):
         assert part in words
     assert "nodes GPUs micro FSDP tok/s/GPU GB HSDP tok/s/GPU GB days faster" in words
-    assert "16 128 1" in words  # as far as every GPU has a row
+    assert "16 128 1" in words  # as long as every GPU has a sequence
     assert "With 4 micro-batches of 2 sequences on every GPU, " in words
 
 
 def test_one_node_needs_no_network_and_has_one_layout(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = planned(path, capsys, Request("a100"))
+    words = planned(path, capsys, ClusterOptions("a100"))
     assert "estimate for 1 x 8 a100: 16 micro-batches" in words
     assert "HSDP, " not in words.partition("one step")[0]
 
 
-def test_what_does_not_fit_is_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = planned(path, capsys, Request("a100-40gb"), "training.micro_batch_size=32")
+def test_what_does_not_fit_is_marked(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = planned(path, capsys, ClusterOptions("a100-40gb"), "training.micro_batch_size=32")
     assert "of 40 GB: does not fit" in words
     assert "neither fits" in words
 
 
-def test_a_checkpoint_that_is_not_on_disk_when_the_next_begins_is_said(
+def test_a_checkpoint_that_begins_before_the_last_one_is_on_disk_is_marked(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "sooner than it is on disk" in planned(
-        path, capsys, Request("h100", storage=0.01), "training.checkpoints.every=1"
+        path, capsys, ClusterOptions("h100", storage=0.01), "training.checkpoints.every=1"
     )
-    assert "sooner" not in planned(path, capsys, Request("h100"))
+    assert "sooner" not in planned(path, capsys, ClusterOptions("h100"))
 
 
-def test_deepspeed_is_not_estimated_and_said(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_deepspeed_is_not_estimated(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = planned(
-        path, capsys, Request("h100"), "launch.accelerate_config=recipes/accelerate/zero3.yaml"
+        path,
+        capsys,
+        ClusterOptions("h100"),
+        "launch.accelerate_config=recipes/accelerate/zero3.yaml",
     )
-    assert "asks for DeepSpeed; the estimate is of FSDP2 and HSDP" in words
+    assert "asks for DeepSpeed; the estimate is for FSDP2 and HSDP" in words
 
 
 @pytest.mark.parametrize(
     ("request_", "overrides", "sentence"),
     [
-        (Request("v100"), [], "the GPU 'v100' is not known to the model of speed; use one of a100-40gb, a100, h100"),
-        (Request("h100", nodes=3), [], "training.global_batch_size = 256 does not divide over 24 GPUs; set 264"),
-        (Request("h100"), ["training.precision=fp32"], "knows bf16 only; set training.precision"),
-        (Request("a100"), ["training.fp8=true"], "a100 has no float8 matmuls"),
+        (ClusterOptions("v100"), [], "the speed of the GPU 'v100' is not known; use one of a100-40gb, a100, h100"),
+        (ClusterOptions("h100", nodes=3), [], "training.global_batch_size = 256 does not divide over 24 GPUs; set 264"),
+        (ClusterOptions("h100"), ["training.precision=fp32"], "for bf16 only; set training.precision"),
+        (ClusterOptions("a100"), ["training.fp8=true"], "a100 has no float8 matmuls"),
         (None, ["training.sequence_length=16384"], "training.sequence_length = 16384 but the model has 8192 positions; lower it"),
     ],
 )  # fmt: skip
 def test_contradictions_are_one_sentence_before_anything_else(
     path: Path,
     capsys: pytest.CaptureFixture[str],
-    request_: Request | None,
+    request_: ClusterOptions | None,
     overrides: list[str],
     sentence: str,
 ) -> None:
@@ -141,9 +142,9 @@ def test_a_model_with_experts_is_not_estimated(path: Path, tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 8}))
     (tmp_path / "model.safetensors").symlink_to(path.parent / "base" / "model.safetensors")
     with pytest.raises(
-        UserError, match="has experts, and the model of speed knows dense models only"
+        UserError, match="has experts, but speed can be estimated for dense models only"
     ):
-        show_plan(load_recipe(path, [f"models.base={tmp_path}"]), Request("h100"))
+        show_plan(load_recipe(path, [f"models.base={tmp_path}"]), ClusterOptions("h100"))
 
 
 def test_the_command_takes_the_cluster_as_options(

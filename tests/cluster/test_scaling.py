@@ -1,4 +1,4 @@
-"""The model of a step's speed: laws that hold whatever its constants, and how far it is off what was published."""
+"""The model of a step's speed: what holds for any constants, and its errors on published runs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,18 +7,18 @@ from statistics import median
 import pytest
 from transformers import LlamaConfig
 
-from benchmarks.published import LLAMA_2_7B, LLAMA_8B, blind, rows
+from benchmarks.published import LLAMA_2_7B, LLAMA_8B, blind, published_runs
 from benchmarks.scaling import fit, summary, table
 from cpt_merge.cluster import scaling
+from cpt_merge.cluster.plan import PARTS
 from cpt_merge.cluster.scaling import (
     GPUS,
     Cluster,
-    Layout,
     Ring,
+    Sharding,
     StepEstimate,
     Workload,
     checkpoint_cost,
-    crossing,
     estimate_step,
     fits,
     hsdp_ranges,
@@ -40,23 +40,6 @@ def step(
     gpu: str = "h100",
 ) -> StepEstimate:
     return estimate_step(LLAMA_8B, work, Cluster.of(gpu, nodes, 8, network), replicas)
-
-
-def parts(estimate: StepEstimate) -> float:
-    names = (
-        "matmul",
-        "attention",
-        "elementwise",
-        "copies",
-        "optimizer",
-        "exposed",
-        "contention",
-        "stragglers",
-    )
-    return sum(getattr(estimate, name) for name in names)
-
-
-# Laws
 
 
 @pytest.mark.parametrize("replicas", [1, 4])
@@ -155,7 +138,7 @@ def test_micro_batches_repeat_all_but_the_optimizer_and_hsdps_all_reduce() -> No
 
 def test_the_parts_are_the_step_and_rates_follow_from_it() -> None:
     found = step()
-    assert parts(found) == pytest.approx(found.seconds)
+    assert sum(getattr(found, part) for part in PARTS) == pytest.approx(found.seconds)
     assert found.tokens == 4 * 8 * 2 * 2 * 4096
     assert found.tokens_per_second_per_device * 32 == pytest.approx(found.tokens / found.seconds)
     assert found.hours(found.tokens) * 3600 == pytest.approx(found.seconds)
@@ -198,23 +181,26 @@ def test_fsdp_has_a_nodes_whole_network_and_hsdps_rings_share_it() -> None:
 
 def test_layouts_know_which_gpus_meet() -> None:
     cluster = Cluster.of("h100", 4, 8)
-    assert (Layout(cluster).shard_ring, Layout(cluster).replica_ring) == (Ring(32, 4), Ring(1, 1))
-    assert (Layout(cluster, 4).shard_ring, Layout(cluster, 4).replica_ring) == (
+    assert (Sharding(cluster).shard_ring, Sharding(cluster).replica_ring) == (
+        Ring(32, 4),
+        Ring(1, 1),
+    )
+    assert (Sharding(cluster, 4).shard_ring, Sharding(cluster, 4).replica_ring) == (
         Ring(8, 1),
         Ring(4, 4),
     )
-    assert (Layout(cluster, 2).shard_ring, Layout(cluster, 2).replica_ring) == (
+    assert (Sharding(cluster, 2).shard_ring, Sharding(cluster, 2).replica_ring) == (
         Ring(16, 2),
         Ring(2, 2),
     )
-    assert (Layout(cluster, 8).shard_ring, Layout(cluster, 8).replica_ring) == (
+    assert (Sharding(cluster, 8).shard_ring, Sharding(cluster, 8).replica_ring) == (
         Ring(4, 1),
         Ring(8, 4),
     )
     with pytest.raises(
         UserError, match="5 replicas do not divide 4 nodes of 8 GPUs evenly; use 4, one a node"
     ):
-        Layout(cluster, 5)
+        Sharding(cluster, 5)
 
 
 # HSDP against FSDP
@@ -222,19 +208,18 @@ def test_layouts_know_which_gpus_meet() -> None:
 
 def test_hsdp_wins_on_a_slow_network_once_gradients_are_accumulated() -> None:
     slow = Cluster.of("h100", 1, 8, 200)
-    assert crossing(LLAMA_8B, replace(WORK, micro_batches=8), slow) == 2
+    assert hsdp_ranges(LLAMA_8B, replace(WORK, micro_batches=8), slow, 8) == [(2, 8)]
     fsdp, hsdp = (
         step(nodes=8, network=200, replicas=r, work=replace(WORK, micro_batches=8)) for r in (1, 8)
     )
     assert hsdp.seconds < 0.6 * fsdp.seconds
 
 
-def test_a_crossing_is_where_the_first_range_begins_and_in_ranges_hsdp_wins() -> None:
+def test_hsdp_is_faster_exactly_in_the_ranges() -> None:
     cluster = Cluster.of("h100", 1, 8, 200)
     work = replace(WORK, micro_batches=1)
     ranges = hsdp_ranges(LLAMA_8B, work, cluster, 32)
     assert ranges
-    assert crossing(LLAMA_8B, work, cluster, 32) == ranges[0][0]
     for nodes in range(2, 33):
         faster = step(nodes, 200, nodes, work).seconds < step(nodes, 200, 1, work).seconds
         assert faster == any(first <= nodes <= last for first, last in ranges)
@@ -243,11 +228,9 @@ def test_a_crossing_is_where_the_first_range_begins_and_in_ranges_hsdp_wins() ->
     )  # its all-reduce grows with the nodes: HSDP may win on few and lose on many
 
 
-def test_no_crossing_is_none() -> None:
-    assert (
-        crossing(LLAMA_8B, replace(WORK, micro_batches=1), Cluster.of("h100-500w", 1, 8, 6400), 8)
-        is None
-    )
+def test_with_a_fast_network_and_one_micro_batch_hsdp_never_wins() -> None:
+    fast = Cluster.of("h100-500w", 1, 8, 6400)
+    assert hsdp_ranges(LLAMA_8B, replace(WORK, micro_batches=1), fast, 8) == []
 
 
 # Checkpoints
@@ -266,7 +249,7 @@ def test_a_checkpoint_is_three_numbers_a_parameter() -> None:
     )
 
 
-# What is asked
+# Recipes
 
 
 def test_a_recipe_is_divided_over_the_gpus() -> None:
@@ -280,23 +263,23 @@ def test_a_recipe_is_divided_over_the_gpus() -> None:
         UserError, match="global_batch_size = 256 does not divide over 24 GPUs; set 264"
     ):
         Workload.of(config, 24)
-    with pytest.raises(UserError, match="knows bf16 only"):
+    with pytest.raises(UserError, match="for bf16 only"):
         Workload.of(config.model_copy(update={"precision": "fp32"}), 64)
 
 
 def test_an_unknown_gpu_lists_the_known() -> None:
     with pytest.raises(
-        UserError, match=r"'b300' is not known .* a100-40gb, a100, h100, h100-500w, h200"
+        UserError, match=r"'b300' is not known; use one of a100-40gb, a100, h100, h100-500w, h200"
     ):
         Cluster.of("b300", 1, 8)
     assert Cluster.of("H100", 1, 8).gpu is GPUS["h100"]
 
 
-# What was published
+# Published runs
 
 
-def test_the_constants_are_what_the_marked_runs_give() -> None:
-    found = fit(rows())
+def test_the_constants_follow_from_the_runs_marked_as_fitted() -> None:
+    found = fit(published_runs())
     kept = {
         "STRAGGLER": scaling.STRAGGLER,
         **{f"{name} {field}": getattr(GPUS[name], field) for name in ("a100", "h100") for field in ("matmul_share", "interference")},
@@ -305,32 +288,32 @@ def test_the_constants_are_what_the_marked_runs_give() -> None:
     assert found.keys() == kept.keys()
 
 
-def test_estimates_of_runs_that_nothing_was_fitted_on() -> None:
-    held = [row for row in rows() if not row.fitted]
-    assert len(held) > 8 * (len(rows()) - len(held))
-    off = sorted(abs(row.off) for row in held)
-    assert median(off) < 0.035
-    assert sum(each < 0.15 for each in off) >= 43
-    assert off[-1] < 0.31
+def test_errors_on_runs_that_were_not_used_for_fitting() -> None:
+    held = [run for run in published_runs() if not run.fitted]
+    assert len(held) > 8 * (len(published_runs()) - len(held))
+    errors = sorted(abs(run.error) for run in held)
+    assert median(errors) < 0.035
+    assert sum(each < 0.15 for each in errors) >= 43
+    assert errors[-1] < 0.31
 
 
-def test_estimates_of_runs_that_were_not_looked_at_before() -> None:
-    off = [abs(row.off) for row in blind()]
-    assert median(off) < 0.055
-    assert sum(each < 0.15 for each in off) >= 22
+def test_errors_on_runs_that_the_model_does_not_depend_on() -> None:
+    errors = [abs(run.error) for run in blind()]
+    assert median(errors) < 0.055
+    assert sum(each < 0.15 for each in errors) >= 22
 
 
 @pytest.mark.parametrize(
-    "row",
-    [row for row in rows() if row.source == "torchtitan"],
-    ids=lambda row: f"{row.gpu}-{row.gpus}-{row.setting}",
+    "run",
+    [run for run in published_runs() if run.source == "torchtitan"],
+    ids=lambda run: f"{run.gpu}-{run.gpus}-{run.setting}",
 )
-def test_fsdp2_as_we_use_it_is_met_within_five_percent(row) -> None:
-    assert abs(row.off) < 0.05
+def test_errors_on_fsdp2_are_below_five_percent(run) -> None:
+    assert abs(run.error) < 0.05
 
 
 def test_the_page_shows_this_model() -> None:
     page = DOCS.read_text(encoding="utf-8")
-    for published in (rows(), blind()):
+    for published in (published_runs(), blind()):
         assert table(published) in page
         assert summary(published) in page

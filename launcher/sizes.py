@@ -1,0 +1,112 @@
+"""The sizes of a recipe's run (model, rows, memory, disk), without loading a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.models import hub_errors, is_local, model_directory
+from cpt_merge.core.world import World
+from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.start import accelerate_config, backend_environment
+from cpt_merge.tokenizer_ext.given import count_entries
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.flops import experts
+from cpt_merge.training.memory import ZERO_STRATEGIES, MemorySetup, ModelShape
+
+GB = 1e9
+
+
+def shape_of(directory: Path, name: str) -> ModelShape:
+    """The shape of a model on this machine; `name` is what an error message calls it."""
+    checkpoint = Checkpoint.open(directory)
+    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    return ModelShape.from_config(checkpoint.config, parameters, name)
+
+
+def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
+    """The base model's shape, from its configuration and the headers of its files, also on the hub.
+
+    Raises `UserError` if the recipe's sequences are longer than the model has positions, or if it
+    has experts and must be `dense`.
+    """
+    name = recipe.models.base
+    if is_local(name):
+        config = Checkpoint.open(model_directory(name)).config
+        shape = shape_of(model_directory(name), name)
+    else:
+        from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+        with hub_errors(name):
+            path = Path(hf_hub_download(name, "config.json"))
+            parameters = sum(get_safetensors_metadata(name).parameter_count.values())
+        config = json.loads(path.read_text(encoding="utf-8"))
+        shape = ModelShape.from_config(config, parameters, name)
+    recipe.training.check_positions(config)
+    if dense and experts(SimpleNamespace(**config)) > 1:
+        raise UserError(
+            f"{name} has experts, but speed can be estimated for dense models only; "
+            "leave out --gpu."
+        )
+    return shape
+
+
+def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
+    """The most rows that the extended vocabulary can have: a piece of two languages is added once.
+
+    A list without a size counts with its entries; the pieces that lead to them are not known yet.
+    """
+    config = recipe.tokenizer
+    lists = [
+        Path(path)
+        for language, path in config.pieces_from.items()
+        if language not in config.new_pieces
+    ]
+    pieces = sum(config.new_pieces.values()) + sum(map(count_entries, lists))
+    multiple = config.pad_to_multiple
+    return -(-(shape.vocabulary + pieces) // multiple) * multiple
+
+
+def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
+    """How the recipe's accelerate configuration divides memory over so many processes."""
+    from cpt_merge.training.distributed.parallel import asked_for
+
+    asked = asked_for(backend_environment(accelerate_config(recipe)))
+    if asked.backend == "deepspeed":
+        strategy = ZERO_STRATEGIES[asked.zero_stage]
+        return MemorySetup.of(recipe.training, strategy, processes, processes)
+    if processes == 1 and not recipe.launch.accelerate_config:
+        return MemorySetup.of(recipe.training, "single", 1, 1)
+    _, shards = asked.mesh_shape(World(size=processes))
+    return MemorySetup.of(recipe.training, "fsdp2", processes, shards)
+
+
+@dataclass(frozen=True)
+class DiskNeeded:
+    """Bytes that a run writes: models in 16 bits (resized, trained, merged) and checkpoints."""
+
+    model: float
+    checkpoint: float
+    kept: int  # checkpoints
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return 3 * self.model + self.kept * self.checkpoint
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total / GB:,.2f} GB: three models of {self.model / GB:,.2f}, "
+            f"{self.kept} checkpoints of {self.checkpoint / GB:,.2f}"
+        )
+
+
+def disk_needed(shape: ModelShape, config: TrainingConfig) -> DiskNeeded:
+    """The disk space of a run of a model of this shape."""
+    checkpoint = shape.parameters * (6 if config.precision == "pure-bf16" else 12)
+    return DiskNeeded(shape.parameters * 2, checkpoint, config.checkpoints.keep)
