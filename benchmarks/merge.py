@@ -38,7 +38,7 @@ from benchmarks import peers
 from benchmarks.checkpoints import Shape
 from benchmarks.checkpoints import prepare as prepare_models
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.merge.thinning import magnitude_threshold
+from cpt_merge.merge.methods.ties import magnitude_threshold
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 READ_BLOCK = 1 << 22

@@ -33,8 +33,8 @@ from cpt_merge.evaluation.models import load_model
 from cpt_merge.evaluation.reading import parse_instruction, read_conversations
 from cpt_merge.evaluation.sweep.model import MergedModel
 from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.files import merge_directories as merge
 from cpt_merge.merge.plan import MergeInputs, plan
-from cpt_merge.merge.run import run as merge
 from cpt_merge.tracking import Tracker
 
 RATIOS = (0.5, 0.8, 1.0)

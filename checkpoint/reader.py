@@ -126,6 +126,15 @@ class Checkpoint:
         """`read`, widened to float32. Raises `UserError` for types that are no plain floats."""
         return widen(self.read(name, start_row, stop_row), self.info(name).dtype)
 
+    def mean_row(self, name: str) -> Float32:
+        """The mean of a matrix's rows, summed in float64; shape (width,)."""
+        info = self.info(name)
+        total = np.zeros(info.row_size)
+        for start in range(0, info.shape[0], 1024):
+            rows = self.read_float32(name, start, min(start + 1024, info.shape[0]))
+            total += rows.reshape(-1, info.row_size).sum(axis=0, dtype=np.float64)
+        return (total / info.shape[0]).astype(np.float32)
+
     def gather_float32(self, name: str, rows: NDArray[np.int64]) -> Float32:
         """The given rows in the given order, float32, shape (len(rows), row size); neighbours are read at once."""
         info = self.info(name)

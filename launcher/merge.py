@@ -20,7 +20,7 @@ from cpt_merge.core.progress import say
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.fit import RefusedError
 from cpt_merge.merge.plan import MergeInputs, MergePlan, bytes_read, describe_rule, plan
-from cpt_merge.merge.tokens import describe
+from cpt_merge.merge.rows import describe
 
 PLAN_WORD = "plan"
 
@@ -131,19 +131,20 @@ def _inputs(request: Request) -> MergeInputs:
 
 
 def _merge_directories(request: Request) -> None:
-    from cpt_merge.merge.run import run
-    from cpt_merge.tracking import Tracker
+    from cpt_merge.merge.files import keep_freed_memory, merge_directories
 
     inputs = _inputs(request)
     if request.out is None:
         raise UserError("give the directory of the merged model, --out DIR.")
     with _file_errors(request.out):
-        run(_config(request), inputs, request.out, Tracker())
+        keep_freed_memory()
+        merge_directories(_config(request), inputs, request.out)
     say(f"merge: done -> {request.out}; talk to it with `cpt-merge chat {request.out}`")
 
 
 def _extract(request: Request) -> None:
     from cpt_merge.merge.extract import extract
+    from cpt_merge.merge.files import keep_freed_memory
 
     if request.base is None or request.chat is None or request.out is None:
         raise UserError("--extract needs --base DIR, --chat DIR and --out DIR.")
@@ -157,6 +158,7 @@ def _extract(request: Request) -> None:
         raise UserError(f"--extract takes dtype and shard_size only; leave out {', '.join(shown)}.")
     base, chat = model_directory(request.base), model_directory(request.chat)
     with _file_errors(request.out):
+        keep_freed_memory()
         extract(base, chat, request.out, config.dtype or "float32", config.shard_bytes)
 
 

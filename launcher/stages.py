@@ -162,15 +162,16 @@ TRAINING = Stage(
 
 
 def _merge(context: StageContext, tracker: Tracker) -> dict[str, Any]:
+    from cpt_merge.merge.files import keep_freed_memory, merge_directories
     from cpt_merge.merge.plan import MergeInputs
     from cpt_merge.merge.report import made_in_memory
-    from cpt_merge.merge.run import run
 
     paths = context.run
     if context.world.is_main and made_in_memory(paths.merged):
         shutil.rmtree(paths.merged)  # by a hook that ended before the stage was recorded
     inputs = MergeInputs(paths.cpt, paths.base, paths.chat, paths.tokenizer)
-    return run(paths.recipe.merge, inputs, paths.merged, tracker)
+    keep_freed_memory()
+    return merge_directories(paths.recipe.merge, inputs, paths.merged, tracker)
 
 
 MERGE = Stage(

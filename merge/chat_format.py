@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from cpt_merge.checkpoint.model_files import CONFIG_FILE, GENERATION_FILE
 from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles, read_stop_ids
 from cpt_merge.core.progress import say
-from cpt_merge.merge.tokens import OutputTokens
 
 CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -29,18 +29,18 @@ class ChatFormat:
 class _Ids:
     """Ids of one tokenizer as ids of the output's, by token string; without tokens ids are taken as equal."""
 
-    def __init__(self, tokenizer: TokenizerFiles, tokens: OutputTokens | None) -> None:
-        self.tokenizer, self.tokens = tokenizer, tokens
+    def __init__(self, tokenizer: TokenizerFiles, rows: Mapping[str, int] | None) -> None:
+        self.tokenizer, self.rows = tokenizer, rows
 
     def map(self, ids: list[int]) -> list[int]:
         """One that has no token in the output is said and left out."""
-        if self.tokens is None:
+        if self.rows is None:
             return ids
         found = []
         for number in ids:
             token = self.tokenizer.tokens.get(number)
-            if token is not None and token in self.tokens.ids:
-                found.append(self.tokens.ids[token])
+            if token is not None and token in self.rows:
+                found.append(self.rows[token])
             else:
                 say(
                     f"merge: {self.tokenizer.directory} names the id {number}, which has no token in the output; "
@@ -50,14 +50,14 @@ class _Ids:
 
 
 def read_format(
-    base: TokenizerFiles, chat: TokenizerFiles, tokens: OutputTokens | None
+    base: TokenizerFiles, chat: TokenizerFiles, rows: Mapping[str, int] | None
 ) -> ChatFormat:
-    """The chat model's format. `tokens` is None where rows meet by position."""
-    of_chat, of_base = _Ids(chat, tokens), _Ids(base, tokens)
-    roles = _roles(chat, tokens)
+    """The chat model's format. `rows` maps the output's tokens to their rows; None where rows meet by position."""
+    of_chat, of_base = _Ids(chat, rows), _Ids(base, rows)
+    roles = _roles(chat, rows)
     stops = of_chat.map(read_stop_ids(chat.directory))
-    if tokens is not None and "eos_token" in roles:
-        stops.append(tokens.ids[roles["eos_token"]])
+    if rows is not None and "eos_token" in roles:
+        stops.append(rows[roles["eos_token"]])
     stops = list(dict.fromkeys([*stops, *of_base.map(read_stop_ids(base.directory))]))
     if chat.other_templates:
         say(
@@ -70,14 +70,14 @@ def read_format(
     return ChatFormat(stops, special, roles, chat.chat_template)
 
 
-def _roles(chat: TokenizerFiles, tokens: OutputTokens | None) -> dict[str, str]:
+def _roles(chat: TokenizerFiles, rows: Mapping[str, int] | None) -> dict[str, str]:
     """bos, eos and pad. A token that the tokenizer itself does not have is said and left out."""
     found = {}
     for role in CARRIED_ROLES:
         token = chat.roles.get(role)
         if token is None:
             continue
-        if tokens is None or token in tokens.ids:
+        if rows is None or token in rows:
             found[role] = token
         else:
             say(

@@ -34,20 +34,18 @@ from cpt_merge.core.artifact import fingerprint, installed_versions, write_json,
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.core.world import find_world
-from cpt_merge.merge.align import (
+from cpt_merge.merge.card import LICENCE_FIELDS, front_matter
+from cpt_merge.merge.files import MAX_THREADS
+from cpt_merge.merge.fit import open_fitting
+from cpt_merge.merge.rows import (
+    OutputTokens,
     Role,
     RowAlignment,
-    RowPairs,
     align_by_position,
     align_rows,
     unshared_tokens,
 )
-from cpt_merge.merge.card import LICENCE_FIELDS, front_matter
-from cpt_merge.merge.engine import MAX_THREADS
-from cpt_merge.merge.fit import open_fitting
-from cpt_merge.merge.slices import keep_freed_memory
-from cpt_merge.merge.tokens import OutputTokens
-from cpt_merge.merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair, sample_digest
+from cpt_merge.merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair, RowPairs, sample_digest
 
 BLOCK = 1 << 19  # elements
 
@@ -71,7 +69,6 @@ def extract(
         if name not in names
     ]
     writer = CheckpointWriter(out.absolute(), CheckpointLayout.by_size(specs, shard_bytes, STEM))
-    keep_freed_memory()
     squares = dict.fromkeys(names, 0.0)
     with (
         writer.alone(),

@@ -21,8 +21,8 @@ from cpt_merge.core.progress import say
 from cpt_merge.merge import report
 from cpt_merge.merge.card import model_card
 from cpt_merge.merge.chat_format import SPECIAL_IDS
+from cpt_merge.merge.norms import Statistics
 from cpt_merge.merge.plan import MergePlan
-from cpt_merge.merge.statistics import Statistics
 from cpt_merge.merge.vectors import Extracted
 
 

@@ -16,19 +16,12 @@ from cpt_merge.checkpoint.export import LocalShard, check_shard, writing_togethe
 from cpt_merge.checkpoint.writer import CheckpointWriter
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
-from cpt_merge.merge import finish, report, statistics
+from cpt_merge.merge import finish, norms, report
 from cpt_merge.merge.config import MergeConfig
+from cpt_merge.merge.methods.combine import TensorRange
+from cpt_merge.merge.norms import Statistics, Sums
 from cpt_merge.merge.plan import MergeInputs, MergePlan, plan
-from cpt_merge.merge.ranges import (
-    TensorRange,
-    as_json,
-    joined,
-    needs_gate,
-    needs_thresholds,
-    thresholds,
-)
-from cpt_merge.merge.slices import NoOutput, SliceMerger
-from cpt_merge.merge.statistics import Statistics, Sums
+from cpt_merge.merge.slices import NoOutput, SliceMerger, as_json, joined, thresholds
 from cpt_merge.merge.vectors import check_base
 from cpt_merge.tracking import Tracker
 
@@ -61,10 +54,10 @@ def merge_shards(
             for of_vector, of_shard in zip(own, sums, strict=True):
                 of_vector.setdefault(shard.name, Sums())
                 of_vector[shard.name] += of_shard
-        statistics.save(own, writer.directory, ranks.rank)
+        norms.save(own, writer.directory, ranks.rank)
     results: dict[str, Any] = {}
     if ranks.is_main:
-        collected = statistics.collect(writer.directory, len(the_plan.vectors))
+        collected = norms.collect(writer.directory, len(the_plan.vectors))
         results = finish.write_merged(
             the_plan, collected, writer.directory, report.IN_MEMORY, cpt="start of CPT"
         )
@@ -94,23 +87,17 @@ def find_ranges(
     """What TIES and the gate must know of whole tensors. The thresholds, which the files decide, are divided over the
     ranks by tensors; of the gate's range each rank knows its own part. Then everything is exchanged.
     """
-    tensors = [
-        tensor
-        for tensor in the_plan.tensors
-        if needs_thresholds(the_plan, tensor) or needs_gate(tensor)
-    ]
+    tensors = the_plan.seen_whole()
     if not tensors:
         return {}
     found = {tensor.name: TensorRange([]) for tensor in tensors}
     for tensor in tensors[ranks.rank :: ranks.size]:
         found[tensor.name].thresholds = thresholds(the_plan, tensor)
-    merger, by_name = (
-        SliceMerger(the_plan, NoOutput(), {}),
-        {tensor.name: tensor for tensor in tensors},
-    )
+    merger = SliceMerger(the_plan, NoOutput(), {})
+    gated = {tensor.name: tensor for tensor in tensors if tensor.gated}
     for shard in shards:
-        if shard.name in by_name and needs_gate(by_name[shard.name]):
-            low, high = merger.gate_range(by_name[shard.name], shard.start, shard.stop, shard.read)
+        if (of_shard := gated.get(shard.name)) is not None:
+            low, high = merger.gate_range(of_shard, shard.start, shard.stop, shard.read)
             here = found[shard.name]
             here.low, here.high = min(here.low, low), max(here.high, high)
     return joined(ranks.gather(as_json(found)))

@@ -15,7 +15,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from cpt_merge.merge.statistics import Sums
+from cpt_merge.merge.norms import Sums
 
 SYNC_BYTES = 512_000_000  # written between two syncs
 

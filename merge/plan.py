@@ -22,13 +22,12 @@ from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.models import model_directory
 from cpt_merge.core.progress import say
-from cpt_merge.merge.align import RowAlignment
 from cpt_merge.merge.chat_format import ChatFormat
 from cpt_merge.merge.config import MergeConfig, VectorConfig
 from cpt_merge.merge.fit import RefusedError, collected, fit_problems
+from cpt_merge.merge.rows import RowAlignment, meet
 from cpt_merge.merge.rules import Treatment, rule_problems, treatment_of
 from cpt_merge.merge.vectors import Extracted, Pair, Vector
-from cpt_merge.merge.vocabularies import meet
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,21 @@ class PlannedTensor:
         """The tensor's name."""
         return self.spec.name
 
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.spec.shape)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the gate lowers the vector here."""
+        return self.treatment is not None and self.treatment.gate
+
+    @property
+    def gets_vector(self) -> bool:
+        """Whether the vectors are added to it."""
+        return self.treatment is not None and self.treatment.action == "add"
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -97,6 +111,11 @@ class MergePlan:
     def cpt_rows(self) -> int:
         """Rows of CPT's matrices; the output's may be more."""
         return vocabulary_rows(self.cpt)
+
+    def seen_whole(self) -> list[PlannedTensor]:
+        """The tensors of which something must be known as a whole, before the first element is merged."""
+        ties = self.config.method == "ties"
+        return [tensor for tensor in self.tensors if tensor.gated or (ties and tensor.gets_vector)]
 
     def models(self) -> dict[str, Checkpoint]:
         """Every checkpoint that is read."""
@@ -296,8 +315,3 @@ def bytes_read(the_plan: MergePlan, tensor: PlannedTensor) -> int:
         for vector in the_plan.vectors:
             needed += [model.tensors[tensor.name] for model in vector.source.models.values()]
     return sum(info.nbytes for info in needed)
-
-
-def elements(tensor: PlannedTensor) -> int:
-    """Number of elements of the output's tensor."""
-    return math.prod(tensor.spec.shape)

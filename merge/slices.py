@@ -6,35 +6,29 @@ the vocabulary. Everything is computed in chunks that stay in a core's cache.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from types import EllipsisType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import Array, Float32, rounded
 from cpt_merge.core.errors import UserError
-from cpt_merge.merge import gate
-from cpt_merge.merge.align import Role, RowPairs
-from cpt_merge.merge.combine import Place, combine, gate_factor
+from cpt_merge.merge.methods.combine import Place, TensorRange, combine
+from cpt_merge.merge.methods.gate import gate, movement
+from cpt_merge.merge.methods.ties import magnitude_threshold
+from cpt_merge.merge.norms import Sums
 from cpt_merge.merge.plan import MergePlan, PlannedTensor, PlannedVector
-from cpt_merge.merge.ranges import TensorRange
+from cpt_merge.merge.rows import Role, RowAlignment
 from cpt_merge.merge.rules import Treatment
-from cpt_merge.merge.statistics import Sums
-from cpt_merge.merge.vectors import Difference, Extracted, mean_rows
-from cpt_merge.tokenizer_ext.embeddings.initialisers import OldRows
+from cpt_merge.merge.vectors import Difference, Extracted, RowPairs, mean_rows
 
-CHUNK = (
-    1 << 18
-)  # elements; in float32 a megabyte. Half of it takes 30 % more processor time, in calls
-
-_M_ARENA_MAX = -8  # of glibc's malloc.h
+STEP = 1 << 18  # elements that are read at a time to find a threshold
+CHUNK = 1 << 18  # elements: one megabyte in float32. Half of it costs 30 % more processor time
 
 ReadCpt = Callable[[int, int], Float32]
 
@@ -80,8 +74,7 @@ class SliceMerger:
 
     def __init__(self, plan: MergePlan, output: Output, ranges: dict[str, TensorRange]) -> None:
         self.plan, self.output, self.ranges = plan, output, ranges
-        self._mean_row = cache(lambda name: OldRows(plan.cpt, name).mean)
-        keep_freed_memory()
+        self._mean_row = cache(plan.cpt.mean_row)
 
     def merge(self, tensor: PlannedTensor, start: int, stop: int, read_cpt: ReadCpt) -> list[Sums]:
         """Merge elements [start, stop) and write them; `read_cpt(a, b)` gives CPT's elements [a, b) in float32.
@@ -115,7 +108,7 @@ class SliceMerger:
             else:
                 part = Part(vector.source.elements(tensor.name, first, last))
             if cpt.size and part.base is not None:
-                change = gate.moved(cpt, part.base)
+                change = movement(cpt, part.base)
                 low, high = min(low, float(change.min())), max(high, float(change.max()))
         return low, high
 
@@ -187,14 +180,16 @@ class SliceMerger:
             _check_finite(tensor.name, of_vector, vector, cpt, part)
         if treatment.action == "replace":
             return chat()
-        factor = None
+        factors = None
         if treatment.gate:
-            factor = np.ones_like(cpt)  # also for rows that the base does not have
+            factors = np.ones_like(cpt)  # also for rows that the base does not have
             known, base = parts[0].shared, parts[0].base
-            factor[known] = gate_factor(cpt[known], None if base is None else base[known], whole)
-        return combine(
-            self.plan.config, treatment, place, cpt, [part.values for part in parts], factor, whole
-        )
+            assert base is not None, "the plan refuses a gate without a base"
+            assert whole is not None, f"{tensor.name} has no range for its gate"
+            change = movement(cpt[known], base[known])
+            factors[known] = gate(change, whole.low, whole.high)
+        vectors = [part.values for part in parts]
+        return combine(self.plan.config, treatment, place, cpt, vectors, factors, whole)
 
     def _moved_rows(self, treatment: Treatment, here: slice) -> NDArray[np.bool_]:
         """Which of some rows get something from a vector."""
@@ -236,27 +231,6 @@ class SliceMerger:
         return Part(Difference(values, base), shared)
 
 
-def keep_freed_memory() -> None:
-    """Let malloc keep the chunks' buffers between chunks; otherwise half of the time goes into page faults.
-
-    glibc returns freed memory to the kernel beyond thresholds that grow with the largest mapped block that was ever
-    freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). So one is freed, untouched. And all threads shall share one
-    arena (M_ARENA_MAX): what lies on top of the others is not given back.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
-    np.empty(31 << 20, np.uint8)
-
-
-def give_back_freed_memory() -> None:
-    """Let malloc return what is free, before something else (the figure) needs memory of its own."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def _check_finite(name: str, sums: Sums, vector: PlannedVector, cpt: Float32, part: Part) -> None:
     """Raise `UserError` naming the model that holds NaN or Inf."""
     if sums.finite:
@@ -271,3 +245,49 @@ def _check_finite(name: str, sums: Sums, vector: PlannedVector, cpt: Float32, pa
 def _treatment(tensor: PlannedTensor) -> Treatment:
     assert tensor.treatment is not None, f"{tensor.name} is copied, not merged"
     return tensor.treatment
+
+
+def thresholds(plan: MergePlan, tensor: PlannedTensor) -> list[float]:
+    """For each vector the magnitude that the wanted share of its elements reaches."""
+    density = plan.config.density
+    if plan.config.method != "ties" or density is None or not tensor.gets_vector:
+        return []
+    return [
+        magnitude_threshold(lambda vector=vector: _vector_parts(tensor, vector), density)  # type: ignore[misc]
+        for vector in plan.vectors
+    ]
+
+
+def _vector_parts(tensor: PlannedTensor, vector: PlannedVector) -> Iterator[Float32]:
+    """All elements that the vector has of a tensor."""
+    if tensor.by_token:
+        for rows in shared_rows(vector.rows, tensor.spec.shape):
+            yield vector.source.rows(tensor.name, rows).values
+        return
+    for start in range(0, tensor.size, STEP):
+        yield vector.source.elements(tensor.name, start, min(start + STEP, tensor.size)).values
+
+
+def shared_rows(alignment: RowAlignment, shape: tuple[int, ...]) -> Iterator[RowPairs]:
+    """The rows that a vector shares with the output, some at a time."""
+    shared = np.flatnonzero(alignment.role == Role.SHARED)
+    step = max(STEP // math.prod(shape[1:]), 1)
+    for start in range(0, len(shared), step):
+        part = shared[start : start + step]
+        yield RowPairs(alignment.base[part], alignment.chat[part])
+
+
+def joined(parts: Iterable[dict[str, Any]]) -> dict[str, TensorRange]:
+    """One range for each tensor, from those that several processes saved."""
+    found: dict[str, TensorRange] = {}
+    for part in parts:
+        for name, values in part.items():
+            here = found.setdefault(name, TensorRange([]))
+            here.thresholds = values["thresholds"] or here.thresholds
+            here.low, here.high = min(here.low, values["low"]), max(here.high, values["high"])
+    return found
+
+
+def as_json(ranges: dict[str, TensorRange]) -> dict[str, Any]:
+    """The opposite of `joined`."""
+    return {name: asdict(of_tensor) for name, of_tensor in ranges.items()}

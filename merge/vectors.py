@@ -9,18 +9,29 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import Array, Float32, widen
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
 from cpt_merge.checkpoint.tensor_kinds import model_tensors
 from cpt_merge.core.errors import UserError
-from cpt_merge.merge import formula as kernel
-from cpt_merge.merge.align import RowPairs, Rows
+from cpt_merge.merge import formula
 
 STEM = "vector"  # of the weight files' names: no loader takes them for a model
 VECTOR_FILE = "vector.json"
 BASE_FOLDER = "base"  # in a vector's directory: tokenizer and configuration of the base
+
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RowPairs:
+    """Rows that belong together: `base[i]` and `chat[i]` are one token's."""
+
+    base: Rows
+    chat: Rows
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,12 @@ class Pair:
     def elements(self, name: str, start: int, stop: int) -> Difference:
         """Elements [start, stop) in storage order."""
         base = _float32(self.base, name, start, stop)
-        return Difference(kernel.vector(_float32(self.chat, name, start, stop), base), base)
+        return Difference(formula.vector(_float32(self.chat, name, start, stop), base), base)
 
     def rows(self, name: str, rows: RowPairs) -> Difference:
         """Rows of a matrix, shape (rows, width)."""
         base = self.base.gather_float32(name, rows.base)
-        return Difference(kernel.vector(self.chat.gather_float32(name, rows.chat), base), base)
+        return Difference(formula.vector(self.chat.gather_float32(name, rows.chat), base), base)
 
     def chat_rows(self, name: str, rows: Rows) -> Float32:
         """Rows of the chat model."""

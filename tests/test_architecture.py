@@ -97,7 +97,7 @@ def test_only_tracking_imports_wandb() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["launcher.cli", "launcher.plan", "merge.run", "checkpoint.reader"],
+    ["launcher.cli", "launcher.plan", "merge.files", "checkpoint.reader"],
 )
 def test_the_command_line_and_the_file_merge_start_without_torch(module: str) -> None:
     heavy = ("torch", "transformers", "datasets", "wandb")

@@ -21,9 +21,9 @@ from cpt_merge.evaluation.chat_template import ChatTemplate, read_chat_template,
 from cpt_merge.evaluation.models import LoadedModel, load_model
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.finish import write_all_but_weights
-from cpt_merge.merge.in_memory import merge_into, ranges_of
+from cpt_merge.merge.memory import merge_into, ranges_of
+from cpt_merge.merge.methods.combine import TensorRange
 from cpt_merge.merge.plan import MergePlan, plan_again
-from cpt_merge.merge.ranges import TensorRange
 
 
 class MergedModel:

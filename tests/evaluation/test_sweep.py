@@ -22,8 +22,8 @@ from cpt_merge.evaluation.sweep.points import Point
 from cpt_merge.evaluation.sweep.recommend import rate, recommend
 from cpt_merge.evaluation.sweep.run import SweepInputs, run
 from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.files import merge_directories as merge
 from cpt_merge.merge.plan import MergeInputs, plan
-from cpt_merge.merge.run import run as merge
 from cpt_merge.tracking import Tracker, TrackingConfig, read_log, start_tracker
 from tests.distributed import run_ranks
 from tests.evaluation.conftest import TEMPLATE, make_model

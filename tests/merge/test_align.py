@@ -5,7 +5,8 @@ import pytest
 
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
 from cpt_merge.core.errors import UserError
-from cpt_merge.merge.align import (
+from cpt_merge.merge.fit import RefusedError
+from cpt_merge.merge.rows import (
     Role,
     add_constituents,
     align_by_position,
@@ -13,9 +14,8 @@ from cpt_merge.merge.align import (
     check_map,
     check_rows,
     lost_tokens,
+    output_tokens,
 )
-from cpt_merge.merge.fit import RefusedError
-from cpt_merge.merge.tokens import output_tokens
 from tests.merge.conftest import BASE_ROWS, CHAT_ROWS, CPT_ROWS, NEW, pieces_of, write_tokenizer
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs
-from cpt_merge.merge.run import run
 from tests.merge.conftest import draw, save_weights, shapes, write_config
 from tests.merge.test_merge_run import load
 
@@ -68,7 +68,7 @@ def test_equal_to_the_authors_arithmetic(weights, tmp_path, tracker, ratios, ski
             }
         )
     inputs = MergeInputs(tmp_path / "cpt", tmp_path / "base", tmp_path / "chat", tmp_path / "cpt")
-    run(config, inputs, tmp_path / "out", tracker)
+    merge_directories(config, inputs, tmp_path / "out", tracker)
     merged, theirs = load(tmp_path / "out"), published(weights, ratios, skip_embed)
     for name, values in merged.items():
         if values.dtype == torch.float32:

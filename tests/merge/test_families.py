@@ -7,8 +7,8 @@ import torch
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs
-from cpt_merge.merge.run import run
 from tests.merge.conftest import pieces_of, write_tokenizer
 from tests.merge.test_merge_run import load
 
@@ -55,7 +55,9 @@ def test_a_family_merges_and_loads(family, tmp_path, tracker, capfd):
     for model in ("base", "chat", "cpt"):
         write_tokenizer(tmp_path / model, "base" if model != "chat" else "chat")
     inputs = MergeInputs(tmp_path / "cpt", tmp_path / "base", tmp_path / "chat", tmp_path / "cpt")
-    run(MergeConfig(ratio=0.7, shard_size=20e3 / 1e9), inputs, tmp_path / "out", tracker)
+    merge_directories(
+        MergeConfig(ratio=0.7, shard_size=20e3 / 1e9), inputs, tmp_path / "out", tracker
+    )
 
     model, loading = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True
@@ -81,7 +83,7 @@ def test_families_do_not_mix(tmp_path, tracker):
     build(tmp_path / "chat", "qwen3", 0)
     inputs = MergeInputs(tmp_path / "base", tmp_path / "base", tmp_path / "chat", tmp_path / "base")
     with pytest.raises(UserError, match="architectures llama in cpt, llama in base, qwen3 in chat"):
-        run(MergeConfig(), inputs, tmp_path / "out", tracker)
+        merge_directories(MergeConfig(), inputs, tmp_path / "out", tracker)
 
 
 def test_rotary_tables_of_old_conversions_are_left_out_and_said(untied, tmp_path, tracker, capsys):
@@ -92,7 +94,7 @@ def test_rotary_tables_of_old_conversions_are_left_out_and_said(untied, tmp_path
         for layer in range(2)
     }
     save_file({**untied.weights["base"], **tables}, untied.base / "model.safetensors")
-    run(
+    merge_directories(
         MergeConfig(),
         MergeInputs(untied.cpt, untied.base, untied.chat, untied.tokenizer),
         tmp_path / "out",

@@ -12,8 +12,8 @@ import pytest
 from cpt_merge.checkpoint.writer import CheckpointLayout, CheckpointWriter, TensorSpec
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.extract import extract
+from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs
-from cpt_merge.merge.run import run
 from tests.merge.test_merge_run import digest
 
 SHAPES = {
@@ -75,7 +75,7 @@ def models(tmp_path):
 @pytest.mark.parametrize(("settings", "expected"), list(GOLDEN.values()), ids=list(GOLDEN))
 def test_the_bytes_are_these(models, tracker, settings, expected):
     inputs = MergeInputs(models / "cpt", models / "base", models / "chat", models / "cpt")
-    run(MergeConfig(**settings), inputs, models / "out", tracker)
+    merge_directories(MergeConfig(**settings), inputs, models / "out", tracker)
     assert digest(models / "out")[:16] == expected
 
 

@@ -5,7 +5,7 @@ import torch
 
 from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.merge import MergeConfig
-from cpt_merge.merge.in_memory import merge_into, merge_shard, ranges_of
+from cpt_merge.merge.memory import merge_into, merge_shard, ranges_of
 from cpt_merge.merge.plan import plan, plan_again
 from tests.merge.test_merge_run import inputs_of, load, merge
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
-from cpt_merge.merge import MergeConfig, engine, slices
+from cpt_merge.merge import MergeConfig, files, slices
 from cpt_merge.merge.config import RuleConfig
+from cpt_merge.merge.files import digest as digest_of_plan
+from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs, describe_rule, plan
-from cpt_merge.merge.run import digest as digest_of_plan
-from cpt_merge.merge.run import run
 from cpt_merge.merge.work import Work
 from cpt_merge.tracking.events import Alert
 from tests.merge.conftest import (
@@ -39,7 +39,7 @@ def inputs_of(family):
 
 
 def merge(family, out, tracker, **config):
-    return run(MergeConfig(**config), inputs_of(family), out, tracker)
+    return merge_directories(MergeConfig(**config), inputs_of(family), out, tracker)
 
 
 def load(directory):
@@ -146,8 +146,8 @@ def test_bytes_do_not_depend_on_threads_or_chunks(untied, tmp_path, tracker, mon
         [(64, 1000, 4), (7, 333, 3), (1 << 17, 32, 1)]
     ):
         monkeypatch.setattr(slices, "CHUNK", chunk)
-        monkeypatch.setattr(engine, "BLOCK", block)
-        monkeypatch.setattr(engine, "MAX_THREADS", threads)
+        monkeypatch.setattr(files, "BLOCK", block)
+        monkeypatch.setattr(files, "MAX_THREADS", threads)
         merge(untied, tmp_path / f"other{number}", tracker, **settings)
         assert digest(tmp_path / f"other{number}") == digest(tmp_path / "one")
 
@@ -404,10 +404,10 @@ def test_rows_without_tokenizer_must_be_equally_many(untied, tmp_path, tracker):
 
 def test_a_directory_in_use_is_refused(untied, tmp_path, tracker):
     with pytest.raises(UserError, match="is the chat model itself"):
-        run(MergeConfig(), inputs_of(untied), untied.chat, tracker)
+        merge_directories(MergeConfig(), inputs_of(untied), untied.chat, tracker)
     assert Checkpoint.open(untied.chat)
     with pytest.raises(UserError, match="not empty"):
-        run(MergeConfig(), inputs_of(untied), untied.tokenizer, tracker)
+        merge_directories(MergeConfig(), inputs_of(untied), untied.tokenizer, tracker)
 
 
 def test_a_rule_that_matches_nothing_is_refused(untied, tmp_path, tracker):
@@ -421,10 +421,7 @@ def test_a_rule_that_matches_nothing_is_refused(untied, tmp_path, tracker):
 
 def test_memory_does_not_grow_with_the_model(untied, tmp_path, monkeypatch):
     """Law 8."""
-    monkeypatch.setattr(engine, "MAX_THREADS", 1)
-    monkeypatch.setattr(
-        slices, "keep_freed_memory", lambda: None
-    )  # tracemalloc counts its untouched block
+    monkeypatch.setattr(files, "MAX_THREADS", 1)
     peaks = []
     for rows in (2_000, 8_000, 32_000):
         for model in ("cpt", "base", "chat"):
@@ -434,7 +431,7 @@ def test_memory_does_not_grow_with_the_model(untied, tmp_path, monkeypatch):
         work = Work(tmp_path / f"out{rows}", the_plan.layout(), digest_of_plan(the_plan), World())
         work.open()
         tracemalloc.start()
-        engine.merge_files(the_plan, work)
+        files.merge_files(the_plan, work)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         work.abandon("", useless=True)
@@ -444,7 +441,7 @@ def test_memory_does_not_grow_with_the_model(untied, tmp_path, monkeypatch):
 
 def test_the_file_merge_needs_no_torch():
     code = (
-        "import sys, merge, merge.run, merge.plan, merge.embeddings\n"
+        "import sys, cpt_merge.merge.files, cpt_merge.merge.extract\n"
         "print(sorted({'torch', 'transformers', 'matplotlib', 'tokenizers'} & set(sys.modules)))"
     )
     result = subprocess.run(

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cpt_merge.merge import gate
-from cpt_merge.merge.election import elected_mean
-from cpt_merge.merge.thinning import draw_kept, keep_drawn, keep_largest, magnitude_threshold
+from cpt_merge.merge.methods import gate
+from cpt_merge.merge.methods.dare import draw_kept, keep_drawn
+from cpt_merge.merge.methods.ties import elected_mean, keep_largest, magnitude_threshold
 
 floats = st.floats(-100, 100, width=32)
 vectors = arrays(np.float32, st.integers(1, 200), elements=floats)

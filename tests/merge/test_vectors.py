@@ -8,8 +8,8 @@ import torch
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.extract import extract
+from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs, plan
-from cpt_merge.merge.run import run
 from tests.merge.conftest import (
     CHAT_ROWS,
     CPT_ROWS,
@@ -94,7 +94,7 @@ def test_taking_the_vector_away_again_is_forgetting(untied, tmp_path, tracker):
     for file in ("vocabulary_map.json",):
         (untied.tokenizer / file).unlink()
     inputs = MergeInputs(tmp_path / "there", untied.base, untied.chat, untied.tokenizer)
-    run(MergeConfig(ratio=-1.0, dtype="float32"), inputs, tmp_path / "back", tracker)
+    merge_directories(MergeConfig(ratio=-1.0, dtype="float32"), inputs, tmp_path / "back", tracker)
     torch.testing.assert_close(
         load(tmp_path / "back")[BODY], untied.weights["cpt"][BODY].float(), rtol=0, atol=1e-6
     )
@@ -195,7 +195,9 @@ def with_vector(family, vector, base=None):
 ], ids=["add", "ties", "dare"])  # fmt: skip
 def test_a_vector_gives_the_same_bytes_as_the_pair(family, vector, tmp_path, tracker, settings):
     merge(family, tmp_path / "pair", tracker, **settings)
-    run(MergeConfig(**settings), with_vector(family, vector), tmp_path / "out", tracker)
+    merge_directories(
+        MergeConfig(**settings), with_vector(family, vector), tmp_path / "out", tracker
+    )
     assert digest(tmp_path / "out") == digest(tmp_path / "pair")
     for file in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "pair" / file).read_bytes(), (
@@ -209,7 +211,7 @@ def test_a_vector_can_be_sent_elsewhere(family, vector, tmp_path, tracker):
     inputs = with_vector(family, vector.rename(tmp_path / "moved"))
     for model in ("base", "chat"):
         (family.root / model).rename(family.root / f"{model}-gone")
-    results = run(MergeConfig(), inputs, tmp_path / "out", tracker)
+    results = merge_directories(MergeConfig(), inputs, tmp_path / "out", tracker)
     assert digest(tmp_path / "out") == digest(tmp_path / "pair")
     assert results["overall"]["vector"] == pytest.approx(
         0.1, abs=0.02
@@ -220,7 +222,9 @@ def test_a_vector_can_be_sent_elsewhere(family, vector, tmp_path, tracker):
 def test_with_the_base_beside_it_a_vector_can_be_gated_and_compared(
     family, vector, tmp_path, tracker
 ):
-    run(MergeConfig(gate=True), with_vector(family, vector, family.base), tmp_path / "out", tracker)
+    merge_directories(
+        MergeConfig(gate=True), with_vector(family, vector, family.base), tmp_path / "out", tracker
+    )
     merge(family, tmp_path / "pair", tracker, gate=True)
     assert digest(tmp_path / "out") == digest(tmp_path / "pair")
 
@@ -231,7 +235,7 @@ def test_another_base_beside_a_vector_is_refused(untied, tmp_path, tracker):
     weights[BODY][0, 0] += 1
     save_weights(weights, untied.base)
     with pytest.raises(UserError, match="is not the base"):
-        run(
+        merge_directories(
             MergeConfig(gate=True),
             with_vector(untied, tmp_path / "vector", untied.base),
             tmp_path / "out",
@@ -255,14 +259,18 @@ def test_a_vector_is_no_model(vector):
 def test_a_smaller_vector(untied, tmp_path, tracker):
     extract(untied.base, untied.chat, tmp_path / "vector", "bfloat16", shard_bytes=8_000)
     assert len(list((tmp_path / "vector").glob("vector-*.safetensors"))) > 2
-    run(MergeConfig(), with_vector(untied, tmp_path / "vector"), tmp_path / "out", tracker)
+    merge_directories(
+        MergeConfig(), with_vector(untied, tmp_path / "vector"), tmp_path / "out", tracker
+    )
     expected = untied.weights["cpt"][BODY].float() + difference(untied, BODY).bfloat16().float()
     assert torch.equal(load(tmp_path / "out")[BODY], expected.bfloat16())
 
 
 def test_a_directory_without_a_vector_is_refused(untied, tmp_path, tracker):
     with pytest.raises(UserError, match="merge --extract"):
-        run(MergeConfig(), with_vector(untied, untied.chat), tmp_path / "out", tracker)
+        merge_directories(
+            MergeConfig(), with_vector(untied, untied.chat), tmp_path / "out", tracker
+        )
 
 
 def test_the_card_of_a_vector_carries_licences(untied, tmp_path):

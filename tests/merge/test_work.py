@@ -16,11 +16,11 @@ from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
 from cpt_merge.merge import MergeConfig
-from cpt_merge.merge.engine import divide, on_threads
+from cpt_merge.merge.files import digest as digest_of_plan
+from cpt_merge.merge.files import divide, on_threads
 from cpt_merge.merge.journal import read_blocks, trusted
+from cpt_merge.merge.norms import Sums
 from cpt_merge.merge.plan import plan
-from cpt_merge.merge.run import digest as digest_of_plan
-from cpt_merge.merge.statistics import Sums
 from cpt_merge.merge.work import Work
 from tests.merge.conftest import save_weights
 from tests.merge.test_merge_run import digest, inputs_of, load, merge
@@ -30,8 +30,8 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from cpt_merge.launcher.cli import main
-from cpt_merge.merge import engine, journal
-engine.BLOCK = 128
+from cpt_merge.merge import files, journal
+files.BLOCK = 128
 note = journal.Journal.note
 def slow(self, *arguments):
     note(self, *arguments)
@@ -251,7 +251,7 @@ def test_a_line_that_was_cut_off_does_not_count(work):
 
 
 def test_blocks_hold_whole_rows_where_rows_matter(untied, monkeypatch):
-    monkeypatch.setattr("cpt_merge.merge.engine.BLOCK", 100)
+    monkeypatch.setattr("cpt_merge.merge.files.BLOCK", 100)
     the_plan = plan(MergeConfig(), inputs_of(untied))
     blocks = divide(the_plan)
     assert [block.number for block in blocks] == list(range(len(blocks)))

@@ -46,10 +46,7 @@ class OldRows:
     @cached_property
     def mean(self) -> Float32:
         """The mean row, shape (width,)."""
-        total = np.zeros(self.width)
-        for rows in self.batches():
-            total += rows.sum(axis=0, dtype=np.float64)
-        return (total / self.rows).astype(np.float32)
+        return self._base.mean_row(self._name)
 
     @cached_property
     def mean_norm(self) -> float:

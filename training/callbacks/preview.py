@@ -17,9 +17,8 @@ from pathlib import Path
 from cpt_merge.core.artifact import read_json_lines, write_json_lines
 from cpt_merge.core.progress import say
 from cpt_merge.merge.hook import find_ranges
-from cpt_merge.merge.in_memory import merge_shard
+from cpt_merge.merge.memory import merge_shard
 from cpt_merge.merge.plan import MergePlan
-from cpt_merge.merge.ranges import needs_gate
 from cpt_merge.tracking import Cell, Tracker
 from cpt_merge.training.callbacks.continuations import continue_greedily
 from cpt_merge.training.config import PreviewConfig
@@ -69,9 +68,8 @@ class Preview:
     def show(self, backend: Backend, step: int, tokens: int) -> None:
         """Merge, ask, score, and put everything back; `tokens` were read so far. Called by all processes."""
         started = time.monotonic()
-        gated = any(
-            map(needs_gate, self.plan.tensors)
-        )  # else the shards, which ZeRO has to gather, are not looked at
+        # without a gate the shards, which ZeRO has to gather, are not looked at
+        gated = any(tensor.gated for tensor in self.plan.tensors)
         ranges = find_ranges(self.plan, backend.shards() if gated else [], self.parallel)
         with backend.replaced(partial(merge_shard, self.plan, ranges=ranges)):
             replies = continue_greedily(

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.files import merge_directories as merge
 from cpt_merge.merge.plan import MergeInputs
-from cpt_merge.merge.run import run as merge
 from cpt_merge.tracking import Tracker
 from cpt_merge.training.distributed.replaced import replaced
 from tests.distributed import run_ranks

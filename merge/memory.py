@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cpt_merge.checkpoint.dtypes import Array
 from cpt_merge.checkpoint.export import LocalShard
-from cpt_merge.merge.engine import divide, look_at, on_threads, run_block
+from cpt_merge.merge.files import divide, look_at, on_threads, run_block
+from cpt_merge.merge.methods.combine import TensorRange
 from cpt_merge.merge.plan import MergePlan
-from cpt_merge.merge.ranges import TensorRange, needs_gate, needs_thresholds
 from cpt_merge.merge.slices import NoOutput, SliceMerger
 
 VIEWS = {"BF16": torch.bfloat16}  # stored by numpy as another type of the same size
@@ -65,10 +65,7 @@ def merge_shard(plan: MergePlan, shard: LocalShard, ranges: dict[str, TensorRang
 
 def ranges_of(plan: MergePlan, known: Mapping[str, TensorRange]) -> dict[str, TensorRange]:
     """What TIES and the gate must know of whole tensors, from the files. Ratios do not change what is `known`."""
-    tensors = [
-        tensor for tensor in plan.tensors if needs_thresholds(plan, tensor) or needs_gate(tensor)
-    ]
-    new = [tensor for tensor in tensors if tensor.name not in known]
+    new = [tensor for tensor in plan.seen_whole() if tensor.name not in known]
     merger = SliceMerger(plan, NoOutput(), {})
     found = on_threads(lambda number: look_at(merger, new[number]), len(new))
     return {

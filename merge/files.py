@@ -1,39 +1,119 @@
-"""The file carrier: stream checkpoints through the kernel into a new one, in memory set by the chunk.
+"""The merge from files: checkpoints are streamed through the formula into a new one, in memory set by the chunk.
 
-The output is divided into blocks, the blocks over the processes, and each process's over its threads. The bytes depend
-on none of that.
+The output is divided into blocks, the blocks among the processes, and those of a process among its threads. The bytes
+depend on none of that.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
 
 from cpt_merge.checkpoint.dtypes import Float32, widen
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.core.progress import Meter
+from cpt_merge.core.artifact import fingerprint
+from cpt_merge.core.errors import Interrupted, UserError
+from cpt_merge.core.progress import Meter, say
+from cpt_merge.core.world import find_world
+from cpt_merge.merge import finish, norms, report
+from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.journal import BlockSums
-from cpt_merge.merge.plan import MergePlan, PlannedTensor, elements
-from cpt_merge.merge.ranges import (
-    TensorRange,
-    as_json,
-    joined,
-    needs_gate,
-    needs_thresholds,
-    thresholds,
-)
-from cpt_merge.merge.slices import ReadCpt, SliceMerger
-from cpt_merge.merge.statistics import Statistics, Sums
-from cpt_merge.merge.work import Work
+from cpt_merge.merge.methods.combine import TensorRange
+from cpt_merge.merge.norms import Statistics, Sums
+from cpt_merge.merge.plan import MergeInputs, MergePlan, PlannedTensor, check_output, plan
+from cpt_merge.merge.rows import describe
+from cpt_merge.merge.slices import ReadCpt, SliceMerger, as_json, joined, thresholds
+from cpt_merge.merge.vectors import check_base
+from cpt_merge.merge.work import Work, staging
+from cpt_merge.tracking import Tracker
 
 BLOCK = 1 << 22  # elements; what one thread does at a time
 MAX_THREADS = 4  # more only wait for the disk
+ORDER = "1"  # changes with the order of the arithmetic or of the blocks: unfinished merges of another one are of no use
+M_ARENA_MAX = -8  # of glibc's malloc.h
 
 T = TypeVar("T")
+
+
+def merge_directories(
+    config: MergeConfig, inputs: MergeInputs, out: Path, tracker: Tracker | None = None
+) -> dict[str, Any]:
+    """Write `cpt + ratio * (chat - base)` to `out` and return the numbers that are worth a summary.
+
+    Called by one process, or by all processes of a launcher, which divide the work; the results are returned on rank 0.
+    `out` is missing or empty; what a killed run left next to it is continued. Raises `RefusedError` with everything
+    that does not fit, `Interrupted` if a signal stopped the merge; the same call continues it.
+    """
+    world, out = find_world(), out.absolute()
+    the_plan = plan(config, inputs)
+    the_digest = digest(the_plan)
+    if world.is_main:
+        staging(out, the_digest).finish_commit()
+    finished = report.read_finished(out, the_digest)
+    if finished is not None:
+        say(f"merge: {out} holds the result of this very merge already")
+        return finished if world.is_main else {}
+    check_output(the_plan, out)
+    for vector in the_plan.vectors:
+        check_base(vector.source)
+    if world.is_main:
+        for line in describe(the_plan.changes, the_plan.cpt_rows, the_plan.rows):
+            say(f"merge: {line}")
+        report.warn(norms.warnings(the_plan, norms.sample(the_plan)))
+    _return_freed_memory()  # the vocabularies
+    work = Work(out, the_plan.layout(), the_digest, world)
+    return _merge(the_plan, work, tracker or Tracker())
+
+
+def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
+    """Raises `Interrupted` where the work can be continued, `UserError` where it is of no use."""
+    try:
+        work.open()
+        statistics = merge_files(the_plan, work)
+        if not work.world.is_main:
+            work.close()
+            work.wait_for(
+                lambda: report.read_finished(work.out, work.digest) is not None,
+                "the first process to finish",
+            )
+            return {}
+        _return_freed_memory()
+        results = finish.write_merged(the_plan, statistics, work.directory, work.digest)
+        work.publish()
+    except (KeyboardInterrupt, Interrupted) as stop:
+        sentence = f"the merge was stopped; the same command continues it (from {work.directory})."
+        work.abandon(sentence)
+        raise Interrupted(sentence, getattr(stop, "reason", "SIGINT")) from None
+    except UserError as error:
+        work.abandon(str(error), useless=True)
+        raise
+    except BaseException as error:
+        work.abandon(f"a process of this merge failed ({error}); the same command continues it.")
+        raise
+    report.log(results, work.out, tracker)
+    return results
+
+
+def digest(the_plan: MergePlan) -> str:
+    """What tells this merge from others: rules, inputs, layout."""
+    models = {label: fingerprint(model.directory) for label, model in the_plan.models().items()}
+    headers = [header.hex() for header in the_plan.layout().headers.values()]
+    text = json.dumps(
+        [ORDER, the_plan.config.model_dump(), models, fingerprint(the_plan.tokenizer), headers],
+        sort_keys=True,
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -48,14 +128,14 @@ class Block:
     @property
     def nbytes(self) -> int:
         """Bytes of the output."""
-        return (self.stop - self.start) * self.tensor.spec.nbytes // max(elements(self.tensor), 1)
+        return (self.stop - self.start) * self.tensor.spec.nbytes // max(self.tensor.size, 1)
 
 
 def divide(plan: MergePlan) -> list[Block]:
     """All elements of all tensors, in the order in which they are stored."""
     found: list[Block] = []
     for tensor in plan.tensors:
-        size = elements(tensor)
+        size = tensor.size
         width = size // max(tensor.spec.shape[0], 1) if tensor.by_token and tensor.spec.shape else 1
         step = max(BLOCK // max(width, 1), 1) * max(width, 1)
         for start in range(0, size, step):
@@ -115,16 +195,10 @@ def _summed(plan: MergePlan, blocks: list[Block], sums: dict[int, BlockSums]) ->
 
 def _find_ranges(plan: MergePlan, work: Work) -> dict[str, TensorRange]:
     """What TIES and the gate must know of whole tensors: each process looks at some, all get everything."""
-    tensors = [
-        tensor for tensor in plan.tensors if needs_thresholds(plan, tensor) or needs_gate(tensor)
-    ]
+    tensors = plan.seen_whole()
     if not tensors:
         return {}
-    own = [
-        tensor
-        for number, tensor in enumerate(tensors)
-        if number % work.world.size == work.world.rank
-    ]
+    own = tensors[work.world.rank :: work.world.size]
     merger, found = SliceMerger(plan, work.files, {}), dict[str, TensorRange]()
 
     with Meter("merge: looking at whole tensors", len(own), "tensors") as meter:
@@ -138,9 +212,9 @@ def _find_ranges(plan: MergePlan, work: Work) -> dict[str, TensorRange]:
 def look_at(merger: SliceMerger, tensor: PlannedTensor) -> TensorRange:
     """What must be known of a whole tensor, from the files."""
     found = TensorRange(thresholds(merger.plan, tensor))
-    if needs_gate(tensor):
+    if tensor.gated:
         read = cpt_reader(merger.plan.cpt, tensor.name)
-        found.low, found.high = merger.gate_range(tensor, 0, elements(tensor), read)
+        found.low, found.high = merger.gate_range(tensor, 0, tensor.size, read)
     return found
 
 
@@ -173,3 +247,25 @@ def _read_ahead(plan: MergePlan, blocks: list[Block]) -> None:
             size = model.tensors[block.tensor.name].size
             if block.start < size:
                 model.expect(block.tensor.name, block.start, min(block.stop, size))
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep the buffers of chunks between chunks; otherwise page faults take half of the time.
+
+    This changes settings of the whole process, so only commands that do nothing but merge files call it. glibc returns
+    freed memory to the kernel beyond thresholds that grow with the largest mapped block that was ever freed, up to
+    32 MiB (mallopt(3), M_MMAP_THRESHOLD): one is freed here, untouched. And all threads share one arena (M_ARENA_MAX),
+    because the free memory on top of the others is not returned.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
+    np.empty(31 << 20, np.uint8)
+
+
+def _return_freed_memory() -> None:
+    """Let malloc return what is free, before something else needs memory."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
