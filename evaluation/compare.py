@@ -1,4 +1,5 @@
-"""All models side by side: intervals, differences to the baseline, and what compares replies with the baseline's."""
+"""All models side by side: intervals, differences to the baseline, and what compares replies with
+the baseline's."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def choose_baseline(models: Sequence[str], wanted: str | None) -> str:
 def compare_replies(
     results: Sequence[ModelResult], evaluators: Sequence[Evaluator], baseline: str, ranks: Ranks
 ) -> list[ModelResult]:
-    """The results, with what evaluators find when they compare a model's replies with the baseline's."""
+    """The results, with what evaluators find when they compare a model's replies with the
+    baseline's."""
     theirs = next(result for result in results if result.name == baseline)
     return [
         result if result is theirs else _compared(result, theirs, evaluators, ranks)

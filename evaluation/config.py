@@ -18,7 +18,7 @@ BUILT_IN = "built-in"
 
 
 class ClassifierConfig(Section):
-    """A text classification model of the Hugging Face kind."""
+    """A text classification model from the Hugging Face hub or a directory."""
 
     model: str = key(..., "directory or hub id of a sequence classification model")
     labels: list[str] = key(["toxic"], "its labels that count as toxic", min_length=1)
@@ -28,49 +28,50 @@ class ModerationConfig(Section):
     """An OpenAI-compatible moderation endpoint (POST URL/moderations)."""
 
     url: str = key(
-        ..., "base of the endpoint, such as https://api.openai.com/v1", pattern="^https?://"
+        ..., "base URL of the endpoint, such as https://api.openai.com/v1", pattern="^https?://"
     )
     model: str = key(..., "name of the moderation model")
     key_variable: str = key(
-        "OPENAI_API_KEY", "environment variable that holds the key; without it none is sent"
+        "OPENAI_API_KEY", "environment variable with the API key; if it is not set, none is sent"
     )
-    timeout: float = key(30.0, "longest wait for one answer", unit="seconds", gt=0)
+    timeout: float = key(30.0, "longest time for one answer", unit="seconds", gt=0)
     attempts: int = key(
-        5, "attempts at one reply, with growing pauses; then the endpoint counts as dead", ge=1
+        5, "attempts at one reply, with growing pauses; then the endpoint is given up", ge=1
     )
 
 
 class SafetyConfig(Section):
-    """What is asked for safety's sake, and who scores the replies."""
+    """Prompts that provoke unsafe replies, and who scores these."""
 
     prompts: str = key(
         BUILT_IN,
-        'jsonl file of prompts, {"language", "messages", "category"} a line; built-in: a few that provoke',
+        'jsonl file of prompts, a line: {"language", "messages", "category"}; or built-in',
     )
     lists: dict[str, str] = key(
-        {}, "word list of a language instead of the built-in one, a file with a word a line"
+        {}, "language -> file with one toxic word per line, instead of the built-in list"
     )
-    classifier: ClassifierConfig | None = key(None, "a classification model that scores as well")
-    moderation: ModerationConfig | None = key(None, "a moderation endpoint that scores as well")
+    classifier: ClassifierConfig | None = key(None, "a classification model as another scorer")
+    moderation: ModerationConfig | None = key(None, "a moderation endpoint as another scorer")
 
 
 class PriceConfig(Section):
-    """What tokens cost, in any currency."""
+    """What an endpoint charges, in any currency."""
 
-    prompt: float = key(..., "of what is sent", unit="per million tokens", ge=0)
-    completion: float = key(..., "of what is answered", unit="per million tokens", ge=0)
+    prompt: float = key(..., "price of prompts", unit="per million tokens", ge=0)
+    completion: float = key(..., "price of answers", unit="per million tokens", ge=0)
 
 
 class JudgePromptsConfig(Section):
-    """What a judge is asked, instead of the built-in prompts (evaluation/judge/prompts.py)."""
+    """The judge's prompts, instead of the built-in ones in evaluation/judge/prompts.py."""
 
     mark: str | None = key(
         None,
-        "for a mark: text with {conversation}, {language}, {reference}; the answer ends with a line SCORE: 7",
+        "for a mark: text with {conversation}, {language}, {reference}; answers end with SCORE: 7",
     )
     comparison: str | None = key(
         None,
-        "for a comparison: text with {conversation_a}, {conversation_b}, ...; it ends with VERDICT: A, B or tie",
+        "for a comparison: text with {conversation_a}, {conversation_b}, {language}, {reference}; "
+        "answers end with VERDICT: A, B or tie",
     )
     safety: str | None = key(
         None,
@@ -87,7 +88,7 @@ class JudgePromptsConfig(Section):
         )
         missing = [name for name in needed if prompt is not None and name not in prompt]
         if missing:
-            raise ValueError(f"it has no {' and '.join(missing)}; say where they belong")
+            raise ValueError(f"{' and '.join(missing)} is missing; put it where the replies belong")
         return prompt
 
 
@@ -95,58 +96,59 @@ class JudgeEndpointConfig(Section):
     """A language model behind an OpenAI-compatible endpoint (POST URL/chat/completions)."""
 
     url: str = key(
-        ..., "base of the endpoint, such as http://localhost:8000/v1", pattern="^https?://"
+        ..., "base URL of the endpoint, such as http://localhost:8000/v1", pattern="^https?://"
     )
-    model: str = key(..., "name of the model that judges", min_length=1)
+    model: str = key(..., "name of the judging model", min_length=1)
     key_variable: str = key(
-        "OPENAI_API_KEY", "environment variable that holds the key; without it none is sent"
+        "OPENAI_API_KEY", "environment variable with the API key; if it is not set, none is sent"
     )
-    timeout: float = key(120.0, "longest wait for one answer", unit="seconds", gt=0)
+    timeout: float = key(120.0, "longest time for one answer", unit="seconds", gt=0)
     attempts: int = key(
-        5, "attempts at one prompt, with growing pauses; then the endpoint counts as dead", ge=1
+        5, "attempts at one prompt, with growing pauses; then the endpoint is given up", ge=1
     )
     request: dict[str, Any] = key(
-        {"temperature": 0, "max_tokens": 1024}, "further fields of every request"
+        {"temperature": 0, "max_tokens": 1024}, "other fields of every request"
     )
-    price: PriceConfig | None = key(None, "what tokens cost; without it no cost is reported")
+    price: PriceConfig | None = key(None, "price of tokens; without it no cost is reported")
 
 
 class JudgeConfig(JudgeEndpointConfig):
-    """A judge of replies, and what it judges."""
+    """A judge of replies, and what it is asked."""
 
     questions: str | None = key(
         None,
-        'chat: jsonl file of open questions, {"language", "turns": ["..."], "category", "reference"} a line',
+        "chat: jsonl file of open questions, a line: "
+        '{"language", "turns": ["..."], "category", "reference"}',
     )
     modes: list[Literal["mark", "comparison"]] = key(
-        ["mark"], "mark: 1 to 10 for each reply; comparison: with the baseline's replies, both in either place",
+        ["mark"],
+        "mark: 1 to 10 for each reply; comparison: with the baseline's replies, in both orders",
         min_length=1,
-    )  # fmt: skip
-    prompts: JudgePromptsConfig = key(JudgePromptsConfig(), "prompts")
+    )
+    prompts: JudgePromptsConfig = key(JudgePromptsConfig(), "the judge's prompts")
     second: JudgeEndpointConfig | None = key(
-        None, "a second judge that is asked the same: do the two agree?"
+        None, "a second judge for the same questions; the agreement of both is reported"
     )
-    at_once: int = key(
-        8, "requests of one process that wait for an answer together", unit="requests", ge=1
-    )
-    cache: str = key("~/.cache/cpt-merge/judge", "folder where answers are kept, by what was asked")
+    at_once: int = key(8, "requests that one process sends at the same time", unit="requests", ge=1)
+    cache: str = key("~/.cache/cpt-merge/judge", "folder with the answers to earlier requests")
 
 
 class KnowledgeConfig(Section):
-    """Tasks of lm-eval; they need the extra `eval`."""
+    """Tasks of lm-eval, which the extra `eval` installs."""
 
     tasks: dict[str, str] = key(
-        {}, "lm-eval's tasks or groups, each with its language: {kmmlu: ko, mmlu: en}"
+        {}, "lm-eval's tasks or groups with their languages: {kmmlu: ko, mmlu: en}"
     )
-    folder: str | None = key(None, "folder with further tasks, in lm-eval's YAML format")
+    folder: str | None = key(None, "folder with more tasks, in lm-eval's YAML format")
     few_shot: int | None = key(
-        None, "examples before a question; if not set: as many as the task says", ge=0
+        None, "examples before a question; if not set: the task's own number", ge=0
     )
     limit: int | None = key(
-        None, "questions of each task, the first ones; if not set: all", unit="questions", gt=0
+        None, "number of questions of each task; if not set: all", unit="questions", gt=0
     )
     chat_template: bool = key(
-        False, "ask in the chat template, examples as turns; false: plain text, as for base models"
+        False,
+        "use the chat template, with examples as turns; false: plain text, as for base models",
     )
 
     @field_validator("tasks")
@@ -155,7 +157,7 @@ class KnowledgeConfig(Section):
         return dict(zip(tasks, known_languages(tasks.values()), strict=True))
 
     def check_installed(self) -> None:
-        """Raises `UserError` if there are tasks and no lm-eval."""
+        """Raise `UserError` if there are tasks but lm-eval is not installed."""
         if self.tasks and find_spec("lm_eval") is None:
             raise UserError(
                 "evaluation.knowledge needs lm-eval, which is not installed; "
@@ -164,7 +166,7 @@ class KnowledgeConfig(Section):
 
 
 def known_languages(tags: Iterable[str]) -> list[str]:
-    """The tags as they are written here. Raises `ValueError` for one that is not known."""
+    """The canonical tags. Raises `ValueError` for an unknown one."""
     try:
         return [find_language(tag).tag for tag in tags]
     except UserError as error:
@@ -175,56 +177,53 @@ OF_A_RECIPE = frozenset(("base", "chat", "cpt", "merged"))
 
 
 class EvaluationConfig(Section):
-    """What the models are asked, and how much text they are measured on."""
+    """What is measured, on which prompts and how much text."""
 
     suites: list[Suite] = key(
         ["language", "form"],
-        "language: bits per byte of held-out text; form: do replies stop, stay in the language, keep the chat format; "
-        "chat: form, instructions, dialogues, and open questions for a judge; "
-        "knowledge: tasks of lm-eval; safety: form, and toxicity of replies that were provoked",
+        "language: bits per byte of held-out text; form: do replies stop, stay in the language and "
+        "keep the chat format; chat: form, instructions, dialogues, open questions for a judge; "
+        "knowledge: tasks of lm-eval; safety: form, and toxicity of provoked replies",
         min_length=1,
     )
     languages: list[str] = key(
         [],
-        "languages that are asked about; if not set: the corpus's, of the built-in prompts, and all of a file",
+        "languages of the prompts; if not set: the corpus's for built-in prompts, all for a file",
     )
     prompts: str | None = key(
         None,
-        'form, chat: jsonl file of prompts, {"language": "ko", "messages": [...]} a line; asked for their form',
+        "form, chat: jsonl file of prompts whose replies are checked for their form, a line: "
+        '{"language": "ko", "messages": [...]}',
     )
     instructions: str = key(
         BUILT_IN,
-        'chat: jsonl file of prompts with checks, {"language", "messages", "checks"} a line; or built-in',
+        'chat: jsonl file of prompts with checks, a line: {"language", "messages", "checks"}; '
+        "or built-in",
     )
     dialogues: str = key(
         BUILT_IN,
-        'chat: jsonl file of dialogues, {"language", "turns": [{"user", "checks"}]} a line; or built-in',
+        'chat: jsonl file of dialogues, a line: {"language", "turns": [{"user", "checks"}]}; '
+        "or built-in",
     )
     safety: SafetyConfig = key(SafetyConfig(), "safety")
     knowledge: KnowledgeConfig = key(KnowledgeConfig(), "knowledge")
     judge: JudgeConfig | None = key(
-        None, "chat: who marks or compares replies to open questions; safety: who calls them unsafe"
+        None,
+        "chat: who marks or compares replies to open questions; safety: who calls replies unsafe",
     )
     models: dict[str, str] = key(
         {},
-        "further models of a recipe, shown behind base, chat, cpt and merged: name -> directory or hub id",
+        "name -> directory or hub id of more models, listed after base, chat, cpt and merged",
     )
     baseline: str | None = key(
         None,
-        "model that the others are compared with; if not set: `base`, or the first where there is none",
+        "the model that others are compared with; if not set: `base`, or the first one",
     )
-    max_prompts: int = key(
-        50,
-        "prompts per language of each evaluator, the first ones of its file",
-        unit="prompts",
-        gt=0,
-    )
+    max_prompts: int = key(50, "number of prompts per language and evaluator", unit="prompts", gt=0)
     max_new_tokens: int = key(256, "longest reply", unit="tokens", gt=0)
-    temperature: float = key(0.0, "0: greedy; else sampled at this temperature", ge=0)
-    top_p: float = key(
-        1.0, "sampling only: share of the probability that is kept (nucleus)", gt=0, le=1
-    )
-    repetition_penalty: float = key(1.0, "1: none; applies to greedy decoding too", gt=0)
+    temperature: float = key(0.0, "0: greedy; otherwise replies are sampled", ge=0)
+    top_p: float = key(1.0, "sampling: probability mass that is kept (nucleus)", gt=0, le=1)
+    repetition_penalty: float = key(1.0, "1: none; also applies to greedy decoding", gt=0)
     documents: int = key(
         200, "held-out documents per language for bits per byte", unit="documents", gt=0
     )
@@ -233,13 +232,11 @@ class EvaluationConfig(Section):
     )
     context: int = key(
         1024,
-        "window and stride of bits per byte; at most the positions of every model",
+        "window and stride of bits per byte; limited by the positions of every model",
         unit="tokens",
         ge=2,
     )
-    batch_size: int = key(
-        16, "prompts, or windows of text, that one process takes through the model at once", gt=0
-    )
+    batch_size: int = key(16, "prompts, or windows of text, per batch and process", gt=0)
     samples_shown: int = key(
         2, "prompts per language whose replies are printed, evenly spread", unit="prompts", ge=0
     )
@@ -258,11 +255,11 @@ class EvaluationConfig(Section):
                 f"{', '.join(taken)}: the recipe's own model has this name; choose another"
             )
         if wrong := [name for name in models if not regex.fullmatch(r"\w[\w.-]*", name)]:
-            raise ValueError(f"{wrong[0]!r} is no name of a model: letters, digits, . _ and -")
+            raise ValueError(f"model name {wrong[0]!r} is not made of letters, digits, . _ and -")
         return models
 
     def files(self) -> dict[str, str]:
-        """The files and folders that the settings name, by key, those that the suites do not read too."""
+        """The files and folders in the settings, by key, even if no chosen suite reads them."""
         named = {
             "prompts": self.prompts,
             "instructions": self.instructions,

@@ -1,4 +1,5 @@
-"""What an evaluation found: each model's measurements and replies, and the metrics of all models side by side."""
+"""What an evaluation found: each model's measurements and replies, and the metrics of all models
+side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ Differences = dict[str, dict[str, dict[str, PairedDifference]]]
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation with a model's replies, and what its own evaluator and those that read all found."""
+    """A conversation with a model's replies, and what its own evaluator and those that read all
+    found."""
 
     evaluator: str
     exchange: Exchange
@@ -68,7 +70,8 @@ class ModelResult:
 
     @property
     def details(self) -> dict[str, Any]:
-        """What evaluators add to results.json; entries of two evaluators under one name are joined."""
+        """What evaluators add to results.json; entries of two evaluators under one name are
+        joined."""
         found: dict[str, Any] = {}
         for findings in self.findings:
             for name, value in findings.details.items():

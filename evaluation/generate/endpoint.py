@@ -1,4 +1,5 @@
-"""Requests to an HTTP endpoint that speaks OpenAI's JSON, with retries. Keys come from environment variables."""
+"""Requests to an HTTP endpoint that speaks OpenAI's JSON, with retries. Keys come from environment
+variables."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ SHOWN_CHARACTERS = 200  # of the text that comes with an error
 class EndpointError(Exception):
     """There is no usable answer.
 
-    `dead`: the endpoint cannot be reached or refuses every request. `refused`: it answers that the request is wrong,
-    so another attempt would not help.
+    `dead`: the endpoint cannot be reached or refuses every request. `refused`: it answers that the
+    request is wrong, so another attempt would not help.
     """
 
     def __init__(self, text: str, dead: bool, refused: bool = False) -> None:
@@ -37,7 +38,8 @@ class EndpointError(Exception):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests go. `url` is the base, such as https://api.openai.com/v1 or http://localhost:8000/v1."""
+    """Where requests go. `url` is the base, such as https://api.openai.com/v1 or
+    http://localhost:8000/v1."""
 
     url: str
     key_variable: str  # environment variable with the key; if it is not set, no key is sent
@@ -50,7 +52,8 @@ class Endpoint:
         return httpx.Client(timeout=self.timeout)
 
     def post(self, path: str, payload: Mapping[str, Any]) -> Any:
-        """The endpoint's answer, parsed from JSON. Raises `EndpointError` when no attempt succeeds."""
+        """The endpoint's answer, parsed from JSON. Raises `EndpointError` when no attempt
+        succeeds."""
         address = f"{self.url}/{path}"
         for attempt in range(1, self.attempts + 1):
             try:
@@ -76,7 +79,8 @@ class Endpoint:
         raise AssertionError("unreachable")
 
     def _send(self, path: str, payload: Mapping[str, Any]) -> tuple[int, bytes, str | None]:
-        """Status, body and Retry-After. Raises httpx's errors, also if the whole takes longer than the timeout."""
+        """Status, body and Retry-After. Raises httpx's errors, also if the whole takes longer than
+        the timeout."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable, "").strip():
             headers["Authorization"] = f"Bearer {key}"

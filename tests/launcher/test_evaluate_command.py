@@ -58,7 +58,7 @@ BAD = [
             ["a=A"],
             out=OUT,
         ),
-        "it has no {conversation}; say where they belong",
+        "{conversation} is missing; put it where the replies belong",
     ),
     (
         Request(["evaluation.knowledge.tasks={kmmlu: kr}"], ["a=A"], out=OUT),

@@ -59,7 +59,7 @@ def test_the_recipes_prompts():
     prompts = prompts_of(JudgePromptsConfig(mark="{conversation}: [[1]] to [[10]]?"))
     assert prompts["mark"] == "{conversation}: [[1]] to [[10]]?"
     assert "{conversation_b}" in prompts["comparison"], "the built-in one"
-    with pytest.raises(ValueError, match=r"it has no \{conversation_b\}; say where"):
+    with pytest.raises(ValueError, match=r"\{conversation_b\} is missing; put it"):
         JudgePromptsConfig(comparison="{conversation_a}")
 
 
