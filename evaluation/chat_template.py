@@ -57,7 +57,8 @@ def first_template(models: Mapping[str, Path]) -> ChatTemplate:
 def template_for(loaded: LoadedModel, directory: Path, chat: ChatTemplate) -> ChatTemplate:
     """A model's own template; the chat model's for one that has none, said in a line.
 
-    With a template that is not its own, a model may also end its reply with the chat model's end tokens, by their name.
+    With a template that is not its own, a model may also end its reply with the chat model's end
+    tokens, by their name.
     """
     tokenizer = loaded.tokenizer
     own_ends = end_tokens(directory, tokenizer)
@@ -77,7 +78,10 @@ def template_for(loaded: LoadedModel, directory: Path, chat: ChatTemplate) -> Ch
 def check_prompts(
     models: Mapping[str, Path], chat: ChatTemplate, conversations: Sequence[Conversation]
 ) -> None:
-    """Render every first turn for every model, before any is loaded. Raises `UserError` for what a template refuses."""
+    """Render every first turn for every model, before any is loaded.
+
+    Raises `UserError` for what a template refuses.
+    """
     for name, directory in models.items():
         tokenizer = load_tokenizer(directory)
         for conversation in conversations:
@@ -92,7 +96,10 @@ def check_prompts(
 
 
 def render(tokenizer: Any, template: str, messages: Sequence[Message]) -> str:
-    """The text of a conversation up to where the reply begins. Raises `UserError` where the template refuses it."""
+    """The text of a conversation up to where the reply begins.
+
+    Raises `UserError` where the template refuses it.
+    """
     try:
         return str(
             tokenizer.apply_chat_template(

@@ -22,7 +22,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of one conversation; a single prompt is one of one turn. Each turn sees the model's own replies."""
+    """The turns of one conversation; a single prompt is one of one turn.
+
+    Each turn sees the model's own replies.
+    """
 
     language: str  # that it is written in
     turns: tuple[Turn, ...]

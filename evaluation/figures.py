@@ -1,4 +1,7 @@
-"""Figures of an evaluation, as PNG. Languages are named by their tags: a machine may have no Chinese or Korean font."""
+"""Figures of an evaluation, as PNG.
+
+Languages are named by their tags: a machine may have no Chinese or Korean font.
+"""
 
 from __future__ import annotations
 

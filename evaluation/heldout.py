@@ -23,8 +23,8 @@ def languages_of(text: Text) -> list[str]:
 def read_documents(config: EvaluationConfig, text: Text) -> dict[str, list[str]]:
     """Documents by language, until `documents` or `max_bytes` are reached.
 
-    The document that would pass `max_bytes` is cut there, at a whole character. Raises `UserError` for a language
-    without any.
+    The document that would pass `max_bytes` is cut there, at a whole character. Raises `UserError`
+    for a language without any.
     """
     found = {}
     for language in languages_of(text):

@@ -269,7 +269,10 @@ def _cell(metric: Metric, estimate: Estimate | None, difference: PairedDifferenc
 
 
 def show_breakdowns(results: Results) -> None:
-    """Parts of metrics (turns, categories): a table per language and metric, models across. Long ones are not shown."""
+    """Parts of metrics (turns, categories): a table per language and metric, models across.
+
+    Long ones are not shown.
+    """
     seen = dict.fromkeys((names[1], names[2]) for *names, _ in each(results.breakdowns))
     for language, metric in seen:
         of_models = {

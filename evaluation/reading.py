@@ -35,8 +35,9 @@ def read_conversations(
 ) -> list[Conversation]:
     """The first `limit` conversations of each language, in file order.
 
-    `key` is the recipe's that named the file. `languages`: only these, all if empty. For the path "built-in" the
-    packaged files of `built_in`, one per language, are read. Raises `UserError` that names file, line and field.
+    `key` is the recipe's that named the file. `languages`: only these, all if empty. For the path
+    "built-in" the packaged files of `built_in`, one per language, are read. Raises `UserError` that
+    names file, line and field.
     """
     if path == BUILT_IN:
         found = list(_built_in(built_in, parse, languages))

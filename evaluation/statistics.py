@@ -1,8 +1,9 @@
 """Bootstrap intervals (Efron, 1979): how far a metric would move on other documents or prompts.
 
-The percentile interval is too narrow for few units: of 100 intervals over 7 units only 88 would hold the truth. Its
-quantiles are moved outwards as far as Student's t is wider than the normal distribution (Hesterberg, "What Teachers
-Should Know About the Bootstrap", 2015, the expanded percentile interval).
+The percentile interval is too narrow for few units: of 100 intervals over 7 units only 88 would
+hold the truth. Its quantiles are moved outwards as far as Student's t is wider than the normal
+distribution (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, the expanded
+percentile interval).
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference(Estimate):
-    """A metric of one model minus another's, over the same units. `beyond`: its interval does not hold 0."""
+    """A metric of one model minus another's, over the same units.
+
+    `beyond`: its interval does not hold 0.
+    """
 
     beyond: bool
 

@@ -1,4 +1,7 @@
-"""Suites: named groups of evaluators. A new one is a file in `evaluators/`, a maker here, and its name in a suite."""
+"""Suites: named groups of evaluators.
+
+A new one is a file in `evaluators/`, a maker here, and its name in a suite.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,10 @@ def make_evaluators(setup: Setup) -> list[Evaluator]:
 
 
 def metrics_of_replies(setup: Setup) -> list[tuple[str, Metric, list[str]]]:
-    """What will be reported of replies: (evaluator, metric, languages asked in). Prompts are read, text is not."""
+    """What will be reported of replies: (evaluator, metric, languages asked in).
+
+    Prompts are read, text is not.
+    """
     names = dict.fromkeys(
         name
         for suite in setup.config.suites

@@ -86,7 +86,10 @@ def ends_with(reply: str, *, text: str) -> bool:
 
 @check("repeats_first", _not_blank)
 def repeats_first(reply: str, *, text: str) -> bool:
-    """The reply begins with the request, word for word, and goes on after it. Quotation marks around it are allowed."""
+    """The reply begins with the request, word for word, and goes on after it.
+
+    Quotation marks around it are allowed.
+    """
     opened, wanted = plain(reply).lstrip("\"'“‘「『*> "), plain(text)
     return opened.startswith(wanted) and bool(opened[len(wanted) :].strip(TRAILING))
 

@@ -51,7 +51,10 @@ def count_numbered(reply: str) -> int:
 
 @count("sections")
 def count_sections(reply: str, *, heading: str) -> int:
-    """Lines that begin with a heading: {"heading": "第"}, "Section", "#". Markdown's marks before it do not matter."""
+    """Lines that begin with a heading: {"heading": "第"}, "Section", "#".
+
+    Markdown's marks before it do not matter.
+    """
     lines = (
         line.lstrip("#*_【[ \t") if not heading.startswith("#") else line
         for line in reply.splitlines()

@@ -6,8 +6,8 @@
     @count("sentences")                       # takes at_least, at_most and exactly
     def count_sentences(reply: str) -> int: ...
 
-Arguments are checked when prompts are read, by the function's own types, so a wrong one is found before a model is
-loaded. An empty reply passes no check.
+Arguments are checked when prompts are read, by the function's own types, so a wrong one is found
+before a model is loaded. An empty reply passes no check.
 """
 
 from __future__ import annotations
@@ -155,7 +155,10 @@ def _limits_make_sense(**arguments: Any) -> None:
 
 
 def parse_check(row: Any, where: str) -> Check:
-    """A check of a row like {"name": "sentences", "exactly": 3}. Raises `UserError` that says what exists."""
+    """A check of a row like {"name": "sentences", "exactly": 3}.
+
+    Raises `UserError` that says what exists.
+    """
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         raise UserError(
             f'{where}: each of "checks" is {{"name": ..., arguments}}, not {str(row)[:80]}.'

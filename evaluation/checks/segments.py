@@ -38,10 +38,12 @@ MARKERS = regex.compile(rf"(?:{NUMBER.pattern}|{BULLET.pattern})", regex.M)
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text. A line's end ends one too, so a title and a list's item count as one each.
+    """The sentences of a text.
 
-    The mark of a list's item is no sentence. What a quotation ends with does not end the sentence around it if that
-    goes on at once (「好。」他說。) or with a small letter ("Stop!" she said.). An ellipsis within a line ends nothing.
+    A line's end ends one too, so a title and a list's item count as one each. The mark of a list's
+    item is no sentence. What a quotation ends with does not end the sentence around it if that goes
+    on at once (「好。」他說。) or with a small letter ("Stop!" she said.). An ellipsis within a line ends
+    nothing.
     """
     found: list[str] = []
     for line in RULE.sub("", text).splitlines():
@@ -86,7 +88,10 @@ def _full_stop(line: str, start: int, stop: int, follows: str) -> bool:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The parts between blank lines (and lines across the page). Without any blank line, each line is one."""
+    """The parts between blank lines (and lines across the page).
+
+    Without any blank line, each line is one.
+    """
     text = RULE.sub("", text).strip()
     divider = r"\n[ \t　]*\n" if regex.search(r"\n[ \t　]*\n", text) else r"\n"
     return [part.strip() for part in regex.split(divider, text) if part.strip()]
@@ -98,7 +103,10 @@ def bullets(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers that lines begin with: 1. 1) (1) 1、 ① 1번 and 一、, also bold; not of lists within a list."""
+    """The numbers that lines begin with: 1.
+
+    1) (1) 1、 ① 1번 and 一、, also bold; not of lists within a list.
+    """
     found = [
         (len(match[0]) - len(match[0].lstrip(" \t")), _number(match))
         for match in NUMBER.finditer(text)
@@ -124,7 +132,10 @@ def _number(match: regex.Match[str]) -> int:
 
 
 def words(text: str) -> list[str]:
-    """What stands between spaces and has a letter or digit (in Korean: 어절). Of Chinese it makes no sense."""
+    """What stands between spaces and has a letter or digit (in Korean: 어절).
+
+    Of Chinese it makes no sense.
+    """
     return [word for word in text.split() if regex.search(r"[\p{L}\p{N}]", word)]
 
 

@@ -1,8 +1,9 @@
 """Dialogue of several turns, without a judge: later turns need what earlier ones said.
 
-Each turn is answered with the model's own earlier replies before it, and checked like an instruction (strictly). A fact
-that was recalled, a correction that was heeded, "the second of your list": what can be seen by words. Needs dialogues
-of 2 to 5 turns; turns without checks only lead on.
+Each turn is answered with the model's own earlier replies before it, and checked like an
+instruction (strictly). A fact that was recalled, a correction that was heeded, "the second of your
+list": what can be seen by words. Needs dialogues of 2 to 5 turns; turns without checks only lead
+on.
 """
 
 from __future__ import annotations

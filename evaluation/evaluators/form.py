@@ -1,10 +1,12 @@
 """The form of a reply: what can be said of any, whatever was asked.
 
-`chat`, the headline, is the share of replies that are all of: ended by the model itself, in the language that was asked
-for, in chat format. No baseline enters: each is a property of the one reply. They say whether a model behaves like a
-chat model in the language, not whether what it says is true or helpful.
+`chat`, the headline, is the share of replies that are all of: ended by the model itself, in the
+language that was asked for, in chat format. No baseline enters: each is a property of the one
+reply. They say whether a model behaves like a chat model in the language, not whether what it says
+is true or helpful.
 
-Asks `evaluation.prompts`, where it is set, and reads the replies to everything that the other evaluators ask too.
+Asks `evaluation.prompts`, where it is set, and reads the replies to everything that the other
+evaluators ask too.
 """
 
 from __future__ import annotations

@@ -61,7 +61,10 @@ class JudgePanel:
 
 
 class JudgeEvaluator(Evaluator):
-    """Marks, and comparisons with the baseline. Without a bench its metrics are not run, for `reason`."""
+    """Marks, and comparisons with the baseline.
+
+    Without a bench its metrics are not run, for `reason`.
+    """
 
     name = "judge"
 
@@ -211,7 +214,10 @@ def _of_silence(ours: Exchange, theirs: Exchange) -> JudgeVerdict[float]:
 
 
 def both_places(in_order: JudgeVerdict[str], swapped: JudgeVerdict[str]) -> JudgeVerdict[float]:
-    """The model was A in `in_order` and B in `swapped`. Preferred in both: a win; in neither: a loss; else a tie."""
+    """The model was A in `in_order` and B in `swapped`.
+
+    Preferred in both: a win; in neither: a loss; else a tie.
+    """
     said = f"as A: {in_order.said} as B: {swapped.said}"
     if in_order.value is None or swapped.value is None:
         return JudgeVerdict(

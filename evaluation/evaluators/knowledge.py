@@ -40,12 +40,18 @@ NO_TASKS = "no tasks are named; set evaluation.knowledge.tasks"
 
 
 class KnowledgeEvaluator(Evaluator):
-    """Every metric of every task that is a mean over questions. Needs lm-eval (the extra `eval`)."""
+    """Every metric of every task that is a mean over questions.
+
+    Needs lm-eval (the extra `eval`).
+    """
 
     name = "knowledge"
 
     def __init__(self, config: KnowledgeConfig, seed: int, batch_size: int) -> None:
-        """Tasks are loaded here, their data too. Raises `UserError` for what lm-eval does not know or cannot load."""
+        """Tasks are loaded here, their data too.
+
+        Raises `UserError` for what lm-eval does not know or cannot load.
+        """
         self._config, self._batch_size = config, batch_size
         self.metrics: list[Metric] = []  # found when the first model is measured
         self._loaded = load_tasks(config, seed) if config.tasks else {}
@@ -129,7 +135,10 @@ def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
 def lm_eval_model(
     loaded: LoadedModel, ranks: Ranks, batch_size: int, template: ChatTemplate | None
 ) -> Any:
-    """The model as lm-eval wants it. Every process asks it for everything and gets all answers, computing its share."""
+    """The model as lm-eval wants it.
+
+    Every process asks it for everything and gets all answers, computing its share.
+    """
     from lm_eval.models.huggingface import HFLM
 
     class DividedModel(HFLM):  # type: ignore[misc, unused-ignore]

@@ -2,14 +2,15 @@
 
     bits per byte = sum over documents of  sum_i -log2 p(x_i | x_w .. x_{i-1})   /   sum over documents of UTF-8 bytes
 
-x_1 .. x_n are a document's tokens in the model's own tokenizer, without special tokens; x_0 is bos (eos where a
-tokenizer has no bos), which is given and not predicted. Windows of `context` tokens follow each other without overlap
-of what is predicted: w = context * floor((i - 1) / context), so the first token of a window sees one token and the last
-sees `context`. That is lm-eval's `loglikelihood_rolling`. The end of the document is not predicted: whether a text ends
-is a matter of how it was cut.
+x_1 .. x_n are a document's tokens in the model's own tokenizer, without special tokens; x_0 is bos
+(eos where a tokenizer has no bos), which is given and not predicted. Windows of `context` tokens
+follow each other without overlap of what is predicted: w = context * floor((i - 1) / context), so
+the first token of a window sees one token and the last sees `context`. That is lm-eval's
+`loglikelihood_rolling`. The end of the document is not predicted: whether a text ends is a matter
+of how it was cut.
 
-The window is counted in tokens, so a tokenizer with longer pieces sees more text in it. That is part of what it is
-good for; it matters for documents longer than the context only.
+The window is counted in tokens, so a tokenizer with longer pieces sees more text in it. That is
+part of what it is good for; it matters for documents longer than the context only.
 """
 
 from __future__ import annotations
@@ -108,7 +109,10 @@ def measure_documents(
     ranks: Ranks,
     label: str,
 ) -> list[DocumentBits]:
-    """The cost of every document, on every process. Raises `UserError` if the tokenizer has neither bos nor eos."""
+    """The cost of every document, on every process.
+
+    Raises `UserError` if the tokenizer has neither bos nor eos.
+    """
     first = first_token(loaded)
     tokens = [loaded.encode(text) for text in documents]
     windows = [

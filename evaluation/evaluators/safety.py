@@ -1,8 +1,9 @@
 """Safety: how often replies to given prompts are toxic, by whatever scorers are conmetricd.
 
-Needs prompts (with a category, perhaps) and at least one scorer; each scorer is a metric of its own, named for what its
-values are. A reply that a scorer cannot score (an empty one, an endpoint that is dead or answers nonsense) is left out
-of its metric and counted; if none could be scored, the metric is reported as not run.
+Needs prompts (with a category, perhaps) and at least one scorer; each scorer is a metric of its
+own, named for what its values are. A reply that a scorer cannot score (an empty one, an endpoint
+that is dead or answers nonsense) is left out of its metric and counted; if none could be scored,
+the metric is reported as not run.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ AGREEMENT = Metric(
 class SafetyEvaluator(Evaluator):
     """The mean of each scorer's values, and by category.
 
-    `judges` are two scorers of the same replies, whose agreement is reported; `not_run` is what was asked for and
-    cannot be had at all.
+    `judges` are two scorers of the same replies, whose agreement is reported; `not_run` is what was
+    asked for and cannot be had at all.
     """
 
     name = "safety"

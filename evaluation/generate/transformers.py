@@ -1,7 +1,8 @@
 """Replies, generated in batches of prompts of like length; conversations are answered turn by turn.
 
-All conversations that have a first turn are answered together, then all that have a second, ..., so that batches stay
-full. Batches are formed before they are divided over the processes, so no reply depends on how many there are.
+All conversations that have a first turn are answered together, then all that have a second, ..., so
+that batches stay full. Batches are formed before they are divided over the processes, so no reply
+depends on how many there are.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def converse(
     config: EvaluationConfig,
     ranks: Ranks,
 ) -> Generation:
-    """Answer every turn of every conversation, on every process. The model's own replies go into the next turn."""
+    """Answer every turn of every conversation, on every process.
+
+    The model's own replies go into the next turn.
+    """
     histories: list[list[Message]] = [[] for _ in conversations]
     replies: list[list[Reply]] = [[] for _ in conversations]
     start = time.monotonic()
@@ -86,7 +90,8 @@ def generate(
 ) -> list[Reply]:
     """Reply to rendered prompts, on every process. `ends` are the tokens that end a reply.
 
-    A prompt that leaves no room in the model's positions is not answered: its reply is empty and did not stop.
+    A prompt that leaves no room in the model's positions is not answered: its reply is empty and
+    did not stop.
     """
     ids = [loaded.encode(prompt) for prompt in prompts]
     room = [min(config.max_new_tokens, loaded.positions - len(prompt)) for prompt in ids]

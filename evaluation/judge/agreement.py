@@ -22,7 +22,10 @@ def kappa(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float | None:
 
 
 def rank_correlation(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """Spearman's: the correlation of ranks, ties sharing their mean rank. None if one judge gives one mark only."""
+    """Spearman's: the correlation of ranks, ties sharing their mean rank.
+
+    None if one judge gives one mark only.
+    """
     if len(set(ours)) < 2 or len(set(theirs)) < 2:
         return None
     return float(np.corrcoef(_ranks(ours), _ranks(theirs))[0, 1])

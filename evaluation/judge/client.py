@@ -1,4 +1,7 @@
-"""A judge: any endpoint with OpenAI's chat completions. Its answers are kept on disk by what was asked."""
+"""A judge: any endpoint with OpenAI's chat completions.
+
+Its answers are kept on disk by what was asked.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ NO_COMPLETION = "the endpoint's answer is no chat completion"
 
 @dataclass(frozen=True)
 class Usage:
-    """What answers took. Tokens are those of requests that were sent, as the endpoint counted them."""
+    """What answers took.
+
+    Tokens are those of requests that were sent, as the endpoint counted them.
+    """
 
     sent: int = 0
     cached: int = 0  # answers that were on the disk
@@ -77,9 +83,10 @@ class Judge:
         self._endpoint = Endpoint(config.url, config.key_variable, config.timeout, config.attempts)
 
     def check(self) -> None:
-        """Ask for a word, before hours are spent on replies. Raises `UserError` for an endpoint that refuses.
+        """Ask for a word, before hours are spent on replies.
 
-        One that cannot be reached may be there later: that is said, and the judge's metrics are not run if it is not.
+        Raises `UserError` for an endpoint that refuses. One that cannot be reached may be there
+        later: that is said, and the judge's metrics are not run if it is not.
         """
         if self._checked:
             return

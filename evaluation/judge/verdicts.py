@@ -1,7 +1,7 @@
 """How a judge's verdict is read: the last line of its answer that has the form which was asked for.
 
-So a judge may think aloud before it, and repeat the form while it does. An answer without a verdict is nonsense: it is
-recorded and counted, and is no verdict of any kind.
+So a judge may think aloud before it, and repeat the form while it does. An answer without a verdict
+is nonsense: it is recorded and counted, and is no verdict of any kind.
 """
 
 from __future__ import annotations

@@ -24,7 +24,10 @@ POSITIONS = 512  # where a model does not say how many it has
 
 
 def positions_of(config: Any) -> int:
-    """How many tokens a classifier takes. Of RoBERTa's kind the first positions, to the padding's id, are not used."""
+    """How many tokens a classifier takes.
+
+    Of RoBERTa's kind the first positions, to the padding's id, are not used.
+    """
     positions = int(getattr(config, "max_position_embeddings", POSITIONS))
     return positions - (config.pad_token_id + 1) if "roberta" in config.model_type else positions
 
@@ -32,9 +35,10 @@ def positions_of(config: Any) -> int:
 class ClassifierScorer(Scorer):
     """The probability that a reply has any of `labels`.
 
-    Of a model whose labels exclude each other (softmax) it is the sum over them, of one whose labels do not
-    (`problem_type: multi_label_classification`, or a single label: sigmoid) the largest. A long reply is cut at the
-    model's positions. Raises `UserError` for a label that the model has not.
+    Of a model whose labels exclude each other (softmax) it is the sum over them, of one whose
+    labels do not (`problem_type: multi_label_classification`, or a single label: sigmoid) the
+    largest. A long reply is cut at the model's positions. Raises `UserError` for a label that the
+    model has not.
     """
 
     def __init__(self, name: str, labels: Sequence[str], batch_size: int) -> None:

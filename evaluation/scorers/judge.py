@@ -1,4 +1,7 @@
-"""A judge that calls replies safe or unsafe. It sees the prompt too: a polite yes to a bad request is unsafe."""
+"""A judge that calls replies safe or unsafe.
+
+It sees the prompt too: a polite yes to a bad request is unsafe.
+"""
 
 from __future__ import annotations
 

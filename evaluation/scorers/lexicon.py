@@ -1,6 +1,7 @@
-"""Word lists: the share of replies that hold a word of the list. Offline, exact, and blind to all else.
+"""Word lists: the share of replies that hold a word of the list.
 
-It is called lexicon rate and not toxicity: a threat in polite words has none of them, a quotation may have one.
+Offline, exact, and blind to all else. It is called lexicon rate and not toxicity: a threat in
+polite words has none of them, a quotation may have one.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def normal(text: str) -> str:
 
 
 def read_lists(given: Mapping[str, str], languages: Sequence[str]) -> dict[str, list[str]]:
-    """The list of each language: the given file, else the built-in one, else none. English's is always among them."""
+    """The list of each language: the given file, else the built-in one, else none.
+
+    English's is always among them.
+    """
     found = {}
     for language in dict.fromkeys([*languages, "en"]):
         if language in given:

@@ -17,7 +17,10 @@ AT_ONCE = 8  # requests
 
 
 class ModerationScorer(Scorer):
-    """1 for a reply that the endpoint flags. Once it is dead (all attempts at one reply failed), nothing is sent."""
+    """1 for a reply that the endpoint flags.
+
+    Once it is dead (all attempts at one reply failed), nothing is sent.
+    """
 
     def __init__(self, endpoint: Endpoint, model: str) -> None:
         self._endpoint, self._model = endpoint, model

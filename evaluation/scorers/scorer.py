@@ -16,7 +16,10 @@ EMPTY = "the reply is empty"
 
 @dataclass(frozen=True)
 class Score:
-    """A value in 0..1, more is worse; None where it could not be had. `reason`: why not, or what was found."""
+    """A value in 0..1, more is worse; None where it could not be had.
+
+    `reason`: why not, or what was found.
+    """
 
     value: float | None
     reason: str = ""
@@ -31,7 +34,10 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
-        """A score for each exchange, in order, the same on every process. An empty reply has none."""
+        """A score for each exchange, in order, the same on every process.
+
+        An empty reply has none.
+        """
 
     def details(self) -> Mapping[str, Any]:
         """What the last call of `score` took, for results.json."""

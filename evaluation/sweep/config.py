@@ -101,7 +101,10 @@ class SweepConfig(Section):
 
 
 def spell_out(text: str) -> list[float]:
-    """`0:1.2:0.1` as 0, 0.1, ..., 1.2: decimal, so that 0.3 is 0.3; `0.5,1` as these two. Raises `ValueError`."""
+    """`0:1.2:0.1` as 0, 0.1, ..., 1.2: decimal, so that 0.3 is 0.3; `0.5,1` as these two.
+
+    Raises `ValueError`.
+    """
     try:
         if ":" not in text:
             return [float(part) for part in text.split(",")]

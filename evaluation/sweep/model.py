@@ -1,7 +1,9 @@
-"""The chat model in memory, at one ratio after the other. Nothing but its tokenizer and configuration goes to disk.
+"""The chat model in memory, at one ratio after the other.
 
-Every ratio is merged anew from the checkpoints, which the operating system keeps in memory: the weights of one ratio
-are never the start of the next, so no rounding adds up, and the model holds what a merge at that ratio would write.
+Nothing but its tokenizer and configuration goes to disk. Every ratio is merged anew from the
+checkpoints, which the operating system keeps in memory: the weights of one ratio are never the
+start of the next, so no rounding adds up, and the model holds what a merge at that ratio would
+write.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The points of a sweep: a merge and what was measured of it. Each is kept on disk as soon as it is done."""
+"""The points of a sweep: a merge and what was measured of it.
+
+Each is kept on disk as soon as it is done.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,10 @@ def name_of(ratios: Mapping[str, float]) -> str:
 def merge_config(
     recipe: MergeConfig, ratios: Mapping[str, float], per_layer: float | str | None
 ) -> MergeConfig:
-    """The recipe's merge at other ratios. Its own rules go first, as exceptions; a ratio of a kind is a rule behind."""
+    """The recipe's merge at other ratios.
+
+    Its own rules go first, as exceptions; a ratio of a kind is a rule behind.
+    """
 
     def shaped(ratio: float) -> float | str:
         return ratio if per_layer is None else f"{ratio!r} * ({per_layer})"

@@ -19,7 +19,10 @@ from cpt_merge.evaluation.sweep.points import Point
 
 @dataclass(frozen=True)
 class RatedPoint:
-    """A point by the rule. `excess`: by how much it breaks the limits, in all; `broken` names them."""
+    """A point by the rule.
+
+    `excess`: by how much it breaks the limits, in all; `broken` names them.
+    """
 
     point: Point
     quality: float
@@ -48,7 +51,10 @@ def drawn_metrics(rule: RecommendConfig) -> list[str]:
 def rate(
     point: Point, rule: RecommendConfig, languages: Sequence[str], at_zero: Point
 ) -> RatedPoint:
-    """Judge a point. Raises `UserError` if a metric of the rule was not measured in any of the languages."""
+    """Judge a point.
+
+    Raises `UserError` if a metric of the rule was not measured in any of the languages.
+    """
     found, excess = list[str](), 0.0
     for metric, limit in rule.at_least.items():
         value = _mean(point, metric, languages)

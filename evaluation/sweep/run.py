@@ -36,7 +36,10 @@ from cpt_merge.tracking import Tracker
 
 @dataclass(frozen=True)
 class SweepInputs:
-    """What a sweep reads. `languages` are the new ones; `fingerprints` tell these inputs from others."""
+    """What a sweep reads.
+
+    `languages` are the new ones; `fingerprints` tell these inputs from others.
+    """
 
     merge: MergeInputs
     text: Text
@@ -68,7 +71,10 @@ def run(
 
 
 def of_one_model(setup: Setup) -> dict[str, list[str]]:
-    """The metrics that one model by itself will have, and the languages of each. A comparison takes two."""
+    """The metrics that one model by itself will have, and the languages of each.
+
+    A comparison takes two.
+    """
     metrics = metrics_of_replies(setup)
     bits = {BITS: languages_of(setup.text)} if "language" in setup.config.suites else {}
     return bits | {

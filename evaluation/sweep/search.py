@@ -1,7 +1,8 @@
 """A budgeted search over ratios by kind of module: a tree-structured Parzen estimator, from optuna.
 
-The sweep's own points are where it starts from: one ratio for all kinds is a place in the same space. A suggestion is a
-function of the points before it and of the seed, so that a search that was cut short goes on as it would have.
+The sweep's own points are where it starts from: one ratio for all kinds is a place in the same
+space. A suggestion is a function of the points before it and of the seed, so that a search that was
+cut short goes on as it would have.
 """
 
 from __future__ import annotations
