@@ -32,7 +32,7 @@ from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Message
 from cpt_merge.evaluation.generate.transformers import converse, generation_settings
 from cpt_merge.evaluation.models import LoadedModel, load_model
-from cpt_merge.evaluation.reading import (
+from cpt_merge.evaluation.prompt_files import (
     parse_dialogue,
     parse_instruction,
     parse_prompt,

@@ -30,7 +30,7 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
 from cpt_merge.evaluation.generate.transformers import converse
 from cpt_merge.evaluation.models import load_model
-from cpt_merge.evaluation.reading import parse_instruction, read_conversations
+from cpt_merge.evaluation.prompt_files import parse_instruction, read_conversations
 from cpt_merge.evaluation.sweep.model import MergedModel
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.files import merge_directories as merge

@@ -1,4 +1,4 @@
-"""The chat template: prompts rendered as the model expects them, and the marks that have no place in a reply."""
+"""Chat templates: prompts as the model expects them, and the marks that no reply should contain."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from cpt_merge.evaluation.conversation import Conversation, Message
 from cpt_merge.evaluation.models import LoadedModel, end_tokens, load_tokenizer
 
 PLACEHOLDERS = ("UserPlaceholder", "AssistantPlaceholder")
+REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a model is spoken to."""
+    """How a model is prompted."""
 
     template: str
-    end_tokens: list[str]  # what ends a reply
+    end_tokens: list[str]  # those that end a reply
     marks: list[str]  # special tokens and other marks of the template
-    source: str  # the directory that it is from
+    source: str  # the directory that it comes from
 
 
 def read_chat_template(directory: Path) -> ChatTemplate:
@@ -33,14 +34,11 @@ def read_chat_template(directory: Path) -> ChatTemplate:
     tokenizer = load_tokenizer(directory)
     if not tokenizer.chat_template:
         raise UserError(
-            f"the chat model's tokenizer in {directory} has no chat template, so no prompt can be rendered."
+            f"the chat model's tokenizer in {directory} has no chat template, so it cannot be "
+            "prompted; add a chat_template."
         )
-    return ChatTemplate(
-        tokenizer.chat_template,
-        end_tokens(directory, tokenizer),
-        template_marks(tokenizer),
-        str(directory),
-    )
+    ends, marks = end_tokens(directory, tokenizer), template_marks(tokenizer)
+    return ChatTemplate(tokenizer.chat_template, ends, marks, str(directory))
 
 
 def first_template(models: Mapping[str, Path]) -> ChatTemplate:
@@ -49,56 +47,50 @@ def first_template(models: Mapping[str, Path]) -> ChatTemplate:
         if load_tokenizer(directory).chat_template:
             return read_chat_template(directory)
     raise UserError(
-        f"none of the models {', '.join(models)} has a chat template, so no prompt can be rendered; "
+        f"none of the models {', '.join(models)} has a chat template, so they cannot be prompted; "
         "name a chat model by --template DIR."
     )
 
 
 def template_for(loaded: LoadedModel, directory: Path, chat: ChatTemplate) -> ChatTemplate:
-    """A model's own template; the chat model's for one that has none, said in a line.
+    """A model's own template, or the chat model's if it has none.
 
-    With a template that is not its own, a model may also end its reply with the chat model's end
-    tokens, by their name.
+    With a template that is not its own, a model may end its reply with the chat model's end tokens
+    as well, as far as its vocabulary has them.
     """
     tokenizer = loaded.tokenizer
     own_ends = end_tokens(directory, tokenizer)
     if tokenizer.chat_template:
         marks = sorted({*chat.marks, *template_marks(tokenizer)})
         return ChatTemplate(tokenizer.chat_template, own_ends, marks, str(directory))
-    say(f"{loaded.name}: has no chat template; it is asked in that of {chat.source}")
+    say(f"{loaded.name}: has no chat template; it is prompted in that of {chat.source}")
     vocabulary = tokenizer.get_vocab()
-    ends = list(
-        dict.fromkeys([*own_ends, *(token for token in chat.end_tokens if token in vocabulary)])
-    )
-    return ChatTemplate(
-        chat.template, ends, sorted({*chat.marks, *special_tokens(tokenizer)}), chat.source
-    )
+    ends = dict.fromkeys([*own_ends, *(token for token in chat.end_tokens if token in vocabulary)])
+    marks = sorted({*chat.marks, *special_tokens(tokenizer)})
+    return ChatTemplate(chat.template, list(ends), marks, chat.source)
 
 
 def check_prompts(
     models: Mapping[str, Path], chat: ChatTemplate, conversations: Sequence[Conversation]
 ) -> None:
-    """Render every first turn for every model, before any is loaded.
+    """Render every first turn for every model, before any model is loaded.
 
-    Raises `UserError` for what a template refuses.
+    Raises `UserError` for a prompt that a template refuses.
     """
     for name, directory in models.items():
         tokenizer = load_tokenizer(directory)
+        template = tokenizer.chat_template or chat.template
         for conversation in conversations:
             try:
-                render(
-                    tokenizer,
-                    tokenizer.chat_template or chat.template,
-                    conversation.turns[0].messages,
-                )
+                render(tokenizer, template, conversation.turns[0].messages)
             except UserError as error:
                 raise UserError(f"model {name}, {conversation.questions[:60]!r}: {error}") from None
 
 
 def render(tokenizer: Any, template: str, messages: Sequence[Message]) -> str:
-    """The text of a conversation up to where the reply begins.
+    """The text of a conversation up to the start of the reply.
 
-    Raises `UserError` where the template refuses it.
+    Raises `UserError` if the template refuses it.
     """
     try:
         return str(
@@ -106,14 +98,7 @@ def render(tokenizer: Any, template: str, messages: Sequence[Message]) -> str:
                 list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
             )
         )
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except REFUSALS as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
             f"the chat template refuses a prompt with the roles {roles} ({error}); change it."
@@ -127,31 +112,17 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 
 def template_marks(tokenizer: Any) -> list[str]:
-    """What the template writes around messages, found by rendering placeholders, and the special tokens.
+    """The special tokens, and what the template writes around messages.
 
-    Of the template's own text, a piece between special tokens, line ends and messages counts if it holds more than
-    letters, digits and spaces, and two characters (`[INST]`, `### Response:`): `user` or `.` may be in any reply.
+    The template is rendered with placeholders. Of its own text, a piece between special tokens,
+    line ends and messages counts as a mark if it has at least two characters and one that is no
+    letter, digit or space (`[INST]`, `### Response:`); `user` or `.` may be in any reply.
     """
     user, assistant = PLACEHOLDERS
-    messages = [
-        {"role": role, "content": text}
-        for role, text in (("user", user), ("assistant", assistant)) * 2
-    ]
-    text = render(tokenizer, tokenizer.chat_template, messages) + render(
-        tokenizer, tokenizer.chat_template, messages[:1]
-    )
-    special = special_tokens(tokenizer)
-    borders = "|".join(
-        map(regex.escape, [*PLACEHOLDERS, *sorted(special, key=len, reverse=True), "\n"])
-    )
-    pieces = {piece.strip() for piece in regex.split(borders, text)}
-    return sorted(
-        {
-            *special,
-            *(
-                piece
-                for piece in pieces
-                if regex.search(r"[^\p{L}\p{N}\s].|.[^\p{L}\p{N}\s]", piece)
-            ),
-        }
-    )
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}] * 2
+    template, special = tokenizer.chat_template, special_tokens(tokenizer)
+    text = render(tokenizer, template, messages) + render(tokenizer, template, messages[:1])
+    borders = [*PLACEHOLDERS, *sorted(special, key=len, reverse=True), "\n"]
+    pieces = (piece.strip() for piece in regex.split("|".join(map(regex.escape, borders)), text))
+    marks = [one for one in pieces if regex.search(r"[^\p{L}\p{N}\s].|.[^\p{L}\p{N}\s]", one)]
+    return sorted({*special, *marks})

@@ -1,4 +1,4 @@
-"""What is asked and what is answered: conversations of one or more turns of the user's, and the replies to them."""
+"""Conversations of one or more turns, and a model's replies to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Turn:
-    """What is said before a reply, and what the reply is checked for."""
+    """The messages before a reply, and the checks of this reply."""
 
     messages: list[Message]  # the last one is the user's
     checks: tuple[Check, ...] = ()
@@ -22,24 +22,21 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of one conversation; a single prompt is one of one turn.
+    """Turns of one conversation; a single prompt has one. Each turn sees the earlier replies."""
 
-    Each turn sees the model's own replies.
-    """
-
-    language: str  # that it is written in
+    language: str  # in which it is written
     turns: tuple[Turn, ...]
     category: str | None = None
-    references: tuple[str | None, ...] = ()  # good replies, by turn; for judges
+    references: tuple[str | None, ...] = ()  # good replies by turn, for judges
 
     def reference(self, turn: int) -> str | None:
         """A good reply to a turn, if there is one."""
         return self.references[turn] if turn < len(self.references) else None
 
     def reply_language(self, turn: int) -> str:
-        """The language that the reply to a turn should be in: the conversation's, unless a check asks for another.
+        """The language of the conversation, unless a check of the turn asks for another.
 
-        `any` where the reply is to be in no language: JSON alone has keys and values in whatever the prompt names.
+        `any` if the reply should be JSON alone, whose keys and values are in no language.
         """
         for check in self.turns[turn].checks:
             if check.name == "language":
@@ -50,7 +47,7 @@ class Conversation:
 
     @property
     def questions(self) -> str:
-        """What the user says, a turn a line; for tables."""
+        """The user's messages, one per line; for tables."""
         return "\n".join(turn.messages[-1]["content"] for turn in self.turns)
 
 
@@ -61,11 +58,11 @@ def prompt(language: str, messages: list[Message], checks: Sequence[Check] = ())
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model answered. Special tokens are left in the text; the one that ended it is not."""
+    """A model's reply. Its text includes special tokens, but not the one that ended it."""
 
     text: str
-    stopped: bool  # by itself, not by max_new_tokens
-    tokens: int  # generated, the end token included
+    stopped: bool  # by the model itself, not by max_new_tokens
+    tokens: int  # generated, including the end token
 
 
 @dataclass(frozen=True)
@@ -76,15 +73,14 @@ class Exchange:
     replies: tuple[Reply, ...]
 
     def messages(self) -> list[Message]:
-        """What the model saw before its last reply."""
+        """All messages before the last reply."""
+        *earlier, last = self.conversation.turns
         found: list[Message] = []
-        for place, turn in enumerate(self.conversation.turns):
-            found += turn.messages
-            if place < len(self.conversation.turns) - 1:
-                found.append({"role": "assistant", "content": self.replies[place].text})
-        return found
+        for turn, reply in zip(earlier, self.replies, strict=False):
+            found += [*turn.messages, {"role": "assistant", "content": reply.text}]
+        return [*found, *last.messages]
 
     @property
     def text(self) -> str:
-        """All that the model said, a reply a line; for tables and scorers."""
+        """All replies, one per line; for tables and scorers."""
         return "\n".join(reply.text for reply in self.replies)

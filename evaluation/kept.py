@@ -1,11 +1,11 @@
-"""What was found of each model, kept beside the evaluation until it is whole: nothing is generated twice.
+"""The finished models of an evaluation, kept until all are: no reply is generated twice.
 
-OUT.kept/models.jsonl for OUT; the key of a line changes with all that a result depends on.
+An evaluation that writes OUT keeps them in OUT.kept/models.jsonl, by a key of all that a result
+depends on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from cpt_merge.data.sources import Corpus, Source, source_files
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.heldout import Text
-from cpt_merge.evaluation.reading import PACKAGED
+from cpt_merge.evaluation.prompt_files import PACKAGED
 from cpt_merge.evaluation.results import ModelResult
 
 RESULT = TypeAdapter(ModelResult)
@@ -27,17 +27,16 @@ RESULT = TypeAdapter(ModelResult)
 
 @dataclass(frozen=True)
 class KeptResults:
-    """The results of the models that are done. Rank 0's business."""
+    """The results of the finished models. Only rank 0 reads and writes them."""
 
     folder: Path
-    key: str  # of all but the model
+    key: str  # of everything but the model
 
     @staticmethod
     def of(
         config: EvaluationConfig, text: Text, chat: ChatTemplate | None, out: Path
     ) -> KeptResults:
-        """Those of an evaluation that writes into `out`; `chat` is how models without a template are spoken to."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        """Those of an evaluation that writes `out`; `chat` is for models without a template."""
         settings = {
             "config": config.model_dump(),
             "chat": repr(chat),
@@ -46,7 +45,7 @@ class KeptResults:
         inputs = {
             **input_files(config, text),
             "built-in": fingerprint(str(PACKAGED)),
-            "device": device,
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
         }
         folder = out.resolve()
         return KeptResults(
@@ -74,7 +73,7 @@ class KeptResults:
         )
 
     def clear(self) -> None:
-        """The evaluation is whole: remove what was kept for it, and for earlier settings."""
+        """Remove all results, those of earlier settings too: the evaluation is finished."""
         self._lines.clear()
         with suppress(OSError):  # files of others in this folder stay
             self.folder.rmdir()
@@ -88,7 +87,7 @@ class KeptResults:
 
 
 def input_files(config: EvaluationConfig, text: Text) -> dict[str, str]:
-    """The fingerprints of all files that an evaluation reads beside its models."""
+    """The fingerprints of all files that an evaluation reads apart from its models."""
     found = {name: fingerprint(Path(path).expanduser()) for name, path in config.files().items()}
     if config.safety.classifier is not None:
         found["classifier"] = fingerprint(Path(config.safety.classifier.model).expanduser())
@@ -96,11 +95,7 @@ def input_files(config: EvaluationConfig, text: Text) -> dict[str, str]:
         sources, found["corpus"] = text.sources, repr(text.text())
     else:
         sources = [Source(path=path, language=language) for language, path in text.items()]
-    return found | _of_sources(sources)
-
-
-def _of_sources(sources: Sequence[Source]) -> dict[str, str]:
-    return {
+    return found | {
         f"text {source.language} {file}": fingerprint(file)
         for source in sources
         for file in source_files(source)

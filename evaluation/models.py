@@ -1,4 +1,4 @@
-"""The models under evaluation: found, checked, and loaded one after the other."""
+"""The models under evaluation: checked, then loaded one after the other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoadedModel:
 
     @property
     def positions(self) -> int:
-        """How many tokens it can take, prompt and reply together; without end where its config names no number."""
+        """The most tokens of prompt and reply together; unlimited if its config names no number."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize)
 
     def encode(self, text: str) -> list[int]:
@@ -40,9 +40,9 @@ class LoadedModel:
 
 
 def shared_context(models: Mapping[str, Path], wanted: int) -> int:
-    """The window that every model can take: `wanted`, or the fewest positions of any model, which is then said.
+    """The window for all models: `wanted`, or fewer tokens if a model has fewer positions.
 
-    Raises `UserError` for a directory that holds no whole model: the last one is found before the first one is asked.
+    Raises `UserError` for a directory without a complete model, before any model is loaded.
     """
     context = wanted
     for name, directory in models.items():
@@ -54,54 +54,52 @@ def shared_context(models: Mapping[str, Path], wanted: int) -> int:
         load_tokenizer(directory)
         positions = getattr(config, "max_position_embeddings", context)
         if positions < context:
-            say(
-                f"evaluation.context = {wanted}, but {name} has {positions} positions: {positions} for all models"
-            )
             context = positions
+            say(
+                f"evaluation.context = {wanted}, but {name} has only {positions} positions; "
+                f"all models use windows of {positions}"
+            )
     return context
 
 
 def load_model(
     name: str, directory: Path, local_rank: int, weights: Path | None = None
 ) -> LoadedModel:
-    """Load a model for inference: bfloat16 on a GPU, float32 on the CPU, whatever type it is stored in.
+    """Load a model for inference: in bfloat16 on a GPU, in float32 on the CPU.
 
-    With `weights`, `directory` holds all but the weights; rows of the vocabulary that they lack hold anything.
+    If `weights` is given, `directory` holds everything but the weights. Vocabulary rows that the
+    weights lack have arbitrary values then.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    other = (
-        {"config": AutoConfig.from_pretrained(directory), "ignore_mismatched_sizes": True}
-        if weights
-        else {}
-    )
-    model = (
-        AutoModelForCausalLM.from_pretrained(weights or directory, dtype=dtype, **other)
-        .to(device)
-        .eval()
-    )
-    return LoadedModel(name, model, load_tokenizer(directory))
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if cuda else torch.float32}
+    if weights:
+        options |= {
+            "config": AutoConfig.from_pretrained(directory),
+            "ignore_mismatched_sizes": True,
+        }
+    model = AutoModelForCausalLM.from_pretrained(weights or directory, **options)
+    return LoadedModel(name, model.to(device).eval(), load_tokenizer(directory))
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer that lies beside a model. Raises `UserError` if there is none."""
+    """The tokenizer of a model. Raises `UserError` if there is none."""
     try:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{directory} holds no tokenizer that transformers can read ({first_line(error)}); copy that of the model "
-            "into it."
+            f"{directory} holds no tokenizer that transformers can read ({first_line(error)}); "
+            "copy the model's tokenizer into it."
         ) from None
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first; libraries' go on over several lines."""
+    """The first line of an error; those of libraries have several."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def end_tokens(directory: Path, tokenizer: Any) -> list[str]:
-    """The tokens that end a reply: those of `generation_config.json`, and the tokenizer's eos."""
+    """The tokens that end a reply: the tokenizer's eos and those of `generation_config.json`."""
     ids: list[int | None] = [tokenizer.eos_token_id]
     if (directory / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(directory).eos_token_id

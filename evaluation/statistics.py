@@ -1,7 +1,7 @@
 """Bootstrap intervals (Efron, 1979): how far a metric would move on other documents or prompts.
 
 The percentile interval is too narrow for few units: of 100 intervals over 7 units only 88 would
-hold the truth. Its quantiles are moved outwards as far as Student's t is wider than the normal
+contain the truth. Its quantiles are moved outwards as far as Student's t is wider than the normal
 distribution (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, the expanded
 percentile interval).
 """
@@ -18,18 +18,15 @@ import numpy.typing as npt
 
 RESAMPLES = 1000
 COVERAGE = 0.95
-FEWEST = (
-    4  # units that a difference must rest on to be called one: of fewer, all may agree by chance
-)
+FEWEST = 4  # units for a significant difference; fewer may all agree by chance
 
-Parts = dict[
-    int, tuple[float, float]
-]  # unit (a document, a conversation) -> (top, bottom); metric = sum / sum
+# unit (a document or conversation) -> (top, bottom); the metric is sum of tops / sum of bottoms
+Parts = dict[int, tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric, its 95 % interval, and how many documents or conversations it rests on."""
+    """A metric, its 95 % interval, and the number of documents or conversations behind it."""
 
     value: float
     low: float
@@ -39,18 +36,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference(Estimate):
-    """A metric of one model minus another's, over the same units.
-
-    `beyond`: its interval does not hold 0.
-    """
+    """One model's metric minus another's over the same units. `beyond`: the interval excludes 0."""
 
     beyond: bool
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int) -> Estimate:
-    """sum(numerators) / sum(denominators), with the percentile interval of resampling the pairs with replacement.
+    """sum(numerators) / sum(denominators), with the interval of resampling the pairs.
 
-    Where all pairs agree (every reply stopped) the interval has no width: the bootstrap knows what it saw and no more.
+    If all pairs agree (every reply stopped), the interval has no width: the bootstrap cannot know
+    what it has not seen.
     """
     pairs = np.array([numerators, denominators], dtype=np.float64)
     low, high = _interval(_resampled(pairs, seed), pairs.shape[1])
@@ -63,16 +58,16 @@ def mean(values: Sequence[float], seed: int) -> Estimate:
 
 
 def estimate(parts: Parts, seed: int) -> Estimate:
-    """The metric that `parts` make."""
+    """The metric that `parts` make up."""
     tops, bottoms = zip(*parts.values(), strict=True)
     return ratio(tops, bottoms, seed)
 
 
 def difference(parts: Parts, baseline: Parts, seed: int) -> PairedDifference | None:
-    """`parts`' metric minus `baseline`'s over the units that both have, with the interval of the paired bootstrap.
+    """The metric of `parts` minus that of `baseline`, over the units that both have.
 
-    Both are resampled by the same draws, so that what a hard prompt does to both models cancels. None without a unit
-    in common.
+    The paired bootstrap resamples both by the same draws, so that what a hard prompt does to both
+    models cancels. None if they have no unit in common.
     """
     common = [unit for unit in parts if unit in baseline]
     if not common:
@@ -82,13 +77,12 @@ def difference(parts: Parts, baseline: Parts, seed: int) -> PairedDifference | N
     )
     low, high = _interval(_resampled(ours, seed) - _resampled(theirs, seed), len(common))
     value = float(ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum())
-    return PairedDifference(
-        value, low, high, len(common), beyond=len(common) >= FEWEST and not low <= 0 <= high
-    )
+    beyond = len(common) >= FEWEST and not low <= 0 <= high
+    return PairedDifference(value, low, high, len(common), beyond)
 
 
 def _resampled(pairs: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
-    """The metric in each resample; the draws are a function of the seed and the number of units alone."""
+    """The metric in each resample; the draws depend on the seed and the number of units alone."""
     n = pairs.shape[1]
     drawn = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
     top, bottom = pairs[:, drawn].sum(axis=2)
@@ -102,9 +96,10 @@ def _interval(values: npt.NDArray[np.float64], n: int) -> tuple[float, float]:
 
 
 def tail_of(n: int) -> float:
-    """The share of the resamples of n units that lies below the interval: Phi(-sqrt(n / (n - 1)) t), 0.025 for many.
+    """The share of the resamples of n units below the interval; it approaches 0.025.
 
-    Student's t by the expansion of its quantile (Abramowitz and Stegun, 26.7.5), within 3 % from n = 3 on.
+    Phi(-sqrt(n / (n - 1)) t), with Student's t by the expansion of its quantile (Abramowitz and
+    Stegun, 26.7.5), which is within 3 % from n = 3 on.
     """
     z, freedom = NormalDist().inv_cdf((1 + COVERAGE) / 2), max(n - 1, 1)
     t = (

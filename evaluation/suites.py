@@ -1,11 +1,11 @@
 """Suites: named groups of evaluators.
 
-A new one is a file in `evaluators/`, a maker here, and its name in a suite.
+A new evaluator is a file in `evaluators/`, a maker here, and its name in a suite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
+from cpt_merge.evaluation.conversation import Conversation
 from cpt_merge.evaluation.evaluators.dialogue import DialogueEvaluator
 from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Metric, NotRun
 from cpt_merge.evaluation.evaluators.form import FormEvaluator
@@ -25,7 +26,8 @@ from cpt_merge.evaluation.generate.endpoint import Endpoint
 from cpt_merge.evaluation.heldout import Text, languages_of, read_documents
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import prompts_of
-from cpt_merge.evaluation.reading import (
+from cpt_merge.evaluation.prompt_files import (
+    Parse,
     parse_dialogue,
     parse_instruction,
     parse_prompt,
@@ -33,8 +35,7 @@ from cpt_merge.evaluation.reading import (
     read_conversations,
 )
 from cpt_merge.evaluation.scorers.classifier import ClassifierScorer
-from cpt_merge.evaluation.scorers.judge import METRIC as UNSAFE
-from cpt_merge.evaluation.scorers.judge import METRICS as UNSAFE_METRICS
+from cpt_merge.evaluation.scorers.judge import METRICS as JUDGE_METRICS
 from cpt_merge.evaluation.scorers.judge import JudgeScorer
 from cpt_merge.evaluation.scorers.lexicon import LexiconScorer, read_lists
 from cpt_merge.evaluation.scorers.moderation import ModerationScorer
@@ -53,15 +54,10 @@ NO_JUDGE = "there is no judge; set evaluation.judge"
 
 @dataclass(frozen=True)
 class Setup:
-    """What evaluators are made of."""
+    """What evaluators are made from."""
 
     config: EvaluationConfig
     text: Text
-
-    @property
-    def languages(self) -> list[str]:
-        """The languages of built-in prompts that are asked; all if empty."""
-        return self.config.languages or languages_of(self.text)
 
     @cached_property
     def judges(self) -> list[Judge]:
@@ -70,38 +66,48 @@ class Setup:
         if config is None:
             return []
         cache, second = Path(config.cache).expanduser(), config.second
-        if second is None:
-            return [Judge(config, cache, config.at_once)]
-        name = f"{second.model} at {second.url}" if second.model == config.model else second.model
-        return [Judge(config, cache, config.at_once), Judge(second, cache, config.at_once, name)]
+        judges = [Judge(config, cache, config.at_once)]
+        if second is not None:
+            same = second.model == config.model
+            name = f"{second.model} at {second.url}" if same else second.model
+            judges.append(Judge(second, cache, config.at_once, name))
+        return judges
+
+    def read(self, path: str, key: str, parse: Parse, built_in: str = "") -> list[Conversation]:
+        """The prompts of the file that `key` names.
+
+        Without `evaluation.languages`, all languages of a file are used, but of the built-in
+        prompts only those of the text, if there is text.
+        """
+        languages = self.config.languages
+        if path == BUILT_IN:
+            languages = languages or languages_of(self.text)
+        limit = self.config.max_prompts
+        return read_conversations(path, f"evaluation.{key}", parse, languages, limit, built_in)
 
 
 def make_evaluators(setup: Setup) -> list[Evaluator]:
-    """The evaluators of the recipe's suites, each once, in the order of the suites; all input is read here.
+    """The evaluators of the recipe's suites, each once, in the order of the suites.
 
-    Raises `UserError` if there is none.
+    All prompts and texts are read here. Raises `UserError` if there is nothing to measure.
     """
-    evaluators = _make(setup, _evaluators_of(setup.config))
+    suites = setup.config.suites
+    evaluators = _make(setup, [name for suite in suites for name in SUITES[suite]])
     if not evaluators:
         raise UserError(
-            f"nothing is measured: {', '.join(setup.config.suites)} has neither text nor prompts; give --text, "
+            f"nothing is measured: {', '.join(suites)} has neither text nor prompts; give --text, "
             "evaluation.prompts, or another suite."
         )
     return evaluators
 
 
 def metrics_of_replies(setup: Setup) -> list[tuple[str, Metric, list[str]]]:
-    """What will be reported of replies: (evaluator, metric, languages asked in).
+    """What will be reported of replies: (evaluator, metric, languages).
 
     Prompts are read, text is not.
     """
-    names = dict.fromkeys(
-        name
-        for suite in setup.config.suites
-        for name in SUITES[suite]
-        if name not in WITHOUT_REPLIES
-    )
-    evaluators = _make(setup, names)
+    names = [name for suite in setup.config.suites for name in SUITES[suite]]
+    evaluators = _make(setup, [name for name in names if name not in WITHOUT_REPLIES])
     asked = {
         evaluator.name: {one.language: None for one in evaluator.conversations()}
         for evaluator in evaluators
@@ -114,18 +120,15 @@ def metrics_of_replies(setup: Setup) -> list[tuple[str, Metric, list[str]]]:
     ]
 
 
-def _evaluators_of(config: EvaluationConfig) -> list[str]:
-    return list(dict.fromkeys(name for suite in config.suites for name in SUITES[suite]))
-
-
-def _make(setup: Setup, names: Iterable[str]) -> list[Evaluator]:
-    evaluators = [evaluator for name in names if (evaluator := MAKERS[name](setup)) is not None]
+def _make(setup: Setup, names: Sequence[str]) -> list[Evaluator]:
+    made = [MAKERS[name](setup) for name in dict.fromkeys(names)]
+    evaluators = [evaluator for evaluator in made if evaluator is not None]
     asked = any(evaluator.conversations() for evaluator in evaluators)
     return [evaluator for evaluator in evaluators if asked or not evaluator.reads_all]
 
 
 def check_judges(setup: Setup, evaluators: Sequence[Evaluator]) -> None:
-    """Raise `UserError` for a judge that is needed and does not answer."""
+    """Raise `UserError` for a judge that is needed and refuses."""
     if {"judge", "safety"} & {evaluator.name for evaluator in evaluators}:
         for judge in setup.judges:
             judge.check()
@@ -133,65 +136,41 @@ def check_judges(setup: Setup, evaluators: Sequence[Evaluator]) -> None:
 
 def _language(setup: Setup) -> Evaluator | None:
     if not languages_of(setup.text):
-        say("language: no text is given, so no bits per byte")
+        say("language: there is no text, so bits per byte are not measured")
         return None
     return LanguageEvaluator(setup.config, read_documents(setup.config, setup.text))
 
 
 def _form(setup: Setup) -> Evaluator | None:
-    config = setup.config
-    if config.prompts is None:
-        if set(config.suites) <= {"language", "form"}:
-            say("evaluation.prompts is not set: bits per byte only, no replies")
-        return FormEvaluator([])
-    return FormEvaluator(
-        read_conversations(
-            config.prompts, "evaluation.prompts", parse_prompt, config.languages, config.max_prompts
-        )
-    )
+    prompts = setup.config.prompts
+    if prompts is not None:
+        return FormEvaluator(setup.read(prompts, "prompts", parse_prompt))
+    if set(setup.config.suites) <= {"language", "form"}:
+        say("evaluation.prompts is not set, so no replies are generated")
+    return FormEvaluator([])
 
 
 def _instructions(setup: Setup) -> Evaluator | None:
-    config = setup.config
-    key, languages = "evaluation.instructions", _asked(setup, config.instructions)
+    path = setup.config.instructions
     return InstructionsEvaluator(
-        read_conversations(
-            config.instructions,
-            key,
-            parse_instruction,
-            languages,
-            config.max_prompts,
-            "instructions",
-        )
+        setup.read(path, "instructions", parse_instruction, "instructions")
     )
 
 
 def _dialogue(setup: Setup) -> Evaluator | None:
-    config = setup.config
-    key, languages = "evaluation.dialogues", _asked(setup, config.dialogues)
-    return DialogueEvaluator(
-        read_conversations(
-            config.dialogues, key, parse_dialogue, languages, config.max_prompts, "dialogues"
-        )
-    )
+    path = setup.config.dialogues
+    return DialogueEvaluator(setup.read(path, "dialogues", parse_dialogue, "dialogues"))
 
 
 def _judge(setup: Setup) -> Evaluator | None:
-    config, judge = setup.config, setup.config.judge
+    judge = setup.config.judge
     if judge is None:
         return JudgeEvaluator([], None, NO_JUDGE)
     if judge.questions is None:
         return JudgeEvaluator([], None, "evaluation.judge.questions is not set")
-    questions = read_conversations(
-        judge.questions,
-        "evaluation.judge.questions",
-        parse_question,
-        config.languages,
-        config.max_prompts,
-    )
-    return JudgeEvaluator(
-        questions, JudgePanel(setup.judges, judge.modes, prompts_of(judge.prompts))
-    )
+    questions = setup.read(judge.questions, "judge.questions", parse_question)
+    panel = JudgePanel(setup.judges, judge.modes, prompts_of(judge.prompts))
+    return JudgeEvaluator(questions, panel)
 
 
 def _knowledge(setup: Setup) -> Evaluator | None:
@@ -200,34 +179,25 @@ def _knowledge(setup: Setup) -> Evaluator | None:
 
 def _safety(setup: Setup) -> Evaluator | None:
     config, safety = setup.config, setup.config.safety
-    key, languages = "evaluation.safety.prompts", _asked(setup, safety.prompts)
-    conversations = read_conversations(
-        safety.prompts, key, parse_prompt, languages, config.max_prompts, "safety"
-    )
-    spoken = list(dict.fromkeys(conversation.language for conversation in conversations))
-    scorers: list[Scorer] = [LexiconScorer(read_lists(safety.lists, spoken))]
+    conversations = setup.read(safety.prompts, "safety.prompts", parse_prompt, "safety")
+    languages = list(dict.fromkeys(conversation.language for conversation in conversations))
+    scorers: list[Scorer] = [LexiconScorer(read_lists(safety.lists, languages))]
     if safety.classifier is not None:
-        scorers.append(
-            ClassifierScorer(safety.classifier.model, safety.classifier.labels, config.batch_size)
-        )
+        model, labels = safety.classifier.model, safety.classifier.labels
+        scorers.append(ClassifierScorer(model, labels, config.batch_size))
     if safety.moderation is not None:
         asked = safety.moderation
         endpoint = Endpoint(asked.url, asked.key_variable, asked.timeout, asked.attempts)
         scorers.append(ModerationScorer(endpoint, asked.model))
     if config.judge is None:
-        return SafetyEvaluator(conversations, scorers, not_run=[NotRun(UNSAFE, NO_JUDGE)])
-    prompt, judges = prompts_of(config.judge.prompts)["safety"], setup.judges
+        return SafetyEvaluator(conversations, scorers, not_run=[NotRun(JUDGE_METRICS[0], NO_JUDGE)])
+    prompt = prompts_of(config.judge.prompts)["safety"]
     judging = [
         JudgeScorer(judge, prompt, name)
-        for judge, name in zip(judges, UNSAFE_METRICS, strict=False)
+        for judge, name in zip(setup.judges, JUDGE_METRICS, strict=False)
     ]
     pair = (judging[0], judging[1]) if len(judging) == 2 else None
     return SafetyEvaluator(conversations, [*scorers, *judging], pair)
-
-
-def _asked(setup: Setup, path: str) -> Sequence[str]:
-    """The languages that are taken of a file: of one that was given, all, unless the recipe says which."""
-    return setup.languages if path == BUILT_IN else setup.config.languages
 
 
 MAKERS: Mapping[str, Callable[[Setup], Evaluator | None]] = {

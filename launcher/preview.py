@@ -13,7 +13,7 @@ from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply
 from cpt_merge.evaluation.evaluators.form import METRICS, forms_of, mean_values
 from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT, check_reply
 from cpt_merge.evaluation.models import load_tokenizer
-from cpt_merge.evaluation.reading import parse_instruction, parse_prompt, read_conversations
+from cpt_merge.evaluation.prompt_files import parse_instruction, parse_prompt, read_conversations
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.merge.finish import write_all_but_weights

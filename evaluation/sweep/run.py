@@ -19,7 +19,7 @@ from cpt_merge.evaluation.evaluators.judge import COMPARISON
 from cpt_merge.evaluation.evaluators.language import BITS
 from cpt_merge.evaluation.heldout import Text, languages_of
 from cpt_merge.evaluation.models import shared_context
-from cpt_merge.evaluation.outputs import judges_took, sample_rows, show_judges, show_left_out
+from cpt_merge.evaluation.outputs import judges_took, sample_rows
 from cpt_merge.evaluation.run import measure
 from cpt_merge.evaluation.suites import Setup, check_judges, make_evaluators, metrics_of_replies
 from cpt_merge.evaluation.sweep import search
@@ -28,6 +28,7 @@ from cpt_merge.evaluation.sweep.model import MergedModel
 from cpt_merge.evaluation.sweep.outputs import SweepResult, report, show_progress
 from cpt_merge.evaluation.sweep.points import EVERYTHING, KeptPoints, Point, merge_config, name_of
 from cpt_merge.evaluation.sweep.recommend import rate, recommend
+from cpt_merge.evaluation.tables import show_judges, show_left_out
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.plan import MergeInputs, plan
 from cpt_merge.merge.vectors import check_base
@@ -209,7 +210,7 @@ class Sweep:
                 folder / f"{key}.jsonl", ({**row, "ratios": ratios} for row in sample_rows(results))
             )
             show_left_out(results)
-            show_judges(results)
+            show_judges(judges_took(results))
             if not results.failed:
                 KeptPoints(self.out).add(point)
         if results.failed:

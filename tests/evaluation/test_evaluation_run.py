@@ -19,9 +19,10 @@ from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
 from cpt_merge.evaluation.heldout import read_documents
 from cpt_merge.evaluation.kept import KeptResults
 from cpt_merge.evaluation.models import shared_context
-from cpt_merge.evaluation.outputs import is_complete, show_samples
+from cpt_merge.evaluation.outputs import is_complete
 from cpt_merge.evaluation.results import ModelResult, Sample
 from cpt_merge.evaluation.run import evaluate_model, run
+from cpt_merge.evaluation.tables import show_samples
 from cpt_merge.tracking import Tracker, TrackingConfig, read_log, start_tracker
 from tests.distributed import free_port, run_ranks
 from tests.evaluation.conftest import TEMPLATE
@@ -300,7 +301,7 @@ def test_a_prompt_that_a_template_refuses_is_found_before_a_model_is_loaded(
 def test_the_window_is_one_that_every_model_can_take(models_of_two_vocabularies, capsys):
     assert shared_context(models_of_two_vocabularies, 128) == 128
     assert shared_context(models_of_two_vocabularies, 512) == 256
-    assert "has 256 positions" in capsys.readouterr().err
+    assert "has only 256 positions" in capsys.readouterr().err
 
 
 def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(
@@ -373,7 +374,7 @@ def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again
     assert models["base"]["scores"]["ko"]["judge_mark"]["value"] == 4
     assert "judge_mark" not in models["chat"]["scores"]["ko"]
     assert "503" in models["chat"]["not_run"]["judge_mark"]
-    assert "asked again when the same command is run again" in capsys.readouterr().err
+    assert "run the same command again to ask for what is missing" in capsys.readouterr().err
     assert not is_complete(tmp_path / "results.json"), "so that the stage is not skipped"
     first = json.loads((tmp_path / "results.json").read_text())
     ending.asked.clear()  # it is back

@@ -105,7 +105,7 @@ def test_directories_without_a_recipe(
     ]  # fmt: skip
     app(args=words, standalone_mode=False)
     assert (
-        f"base: has no chat template; it is asked in that of {pair / 'chat'}"
+        f"base: has no chat template; it is prompted in that of {pair / 'chat'}"
         in capsys.readouterr().err
     )
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))

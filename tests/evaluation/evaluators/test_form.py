@@ -113,6 +113,6 @@ def test_a_model_without_template_is_asked_in_the_chat_models_and_says_so(
     assert (template.template, template.end_tokens) == (TEMPLATE, ["</s>"])
     chat_directory = models_of_two_vocabularies["chat"]
     assert (
-        f"base: has no chat template; it is asked in that of {chat_directory}"
+        f"base: has no chat template; it is prompted in that of {chat_directory}"
         in capsys.readouterr().err
     )

@@ -5,7 +5,7 @@ import pytest
 from cpt_merge.evaluation.checks import parse_check
 from cpt_merge.evaluation.conversation import ANY_LANGUAGE, Exchange, Reply, prompt
 from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT, InstructionsEvaluator
-from cpt_merge.evaluation.reading import parse_instruction, read_conversations
+from cpt_merge.evaluation.prompt_files import parse_instruction, read_conversations
 from cpt_merge.evaluation.statistics import estimate
 
 

@@ -190,7 +190,7 @@ class TestWithLmEval:
         chat = evaluated(
             {**settings, "chat_template": True}, models_of_two_vocabularies, tmp_path / "chat"
         )
-        assert "base: has no chat template; it is asked in that of" in capsys.readouterr().err
+        assert "base: has no chat template; it is prompted in that of" in capsys.readouterr().err
         assert chat["base"]["scores"]["en"]["sums_acc"]["n"] == 5
         assert (
             chat["base"]["knowledge"] != plain["base"]["knowledge"]

@@ -5,7 +5,7 @@ import pytest
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
 from cpt_merge.evaluation.evaluators.evaluator import Metric
 from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
-from cpt_merge.evaluation.reading import parse_prompt, read_conversations
+from cpt_merge.evaluation.prompt_files import parse_prompt, read_conversations
 from cpt_merge.evaluation.scorers.lexicon import LexiconScorer
 from cpt_merge.evaluation.scorers.scorer import Score, Scorer
 from cpt_merge.evaluation.statistics import estimate

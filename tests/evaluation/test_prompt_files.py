@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.evaluation.reading import (
+from cpt_merge.evaluation.prompt_files import (
     parse_dialogue,
     parse_instruction,
     parse_prompt,

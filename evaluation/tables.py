@@ -1,0 +1,192 @@
+"""The tables and messages that an evaluation prints on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from cpt_merge.core.languages import find_language
+from cpt_merge.core.progress import console, say
+from cpt_merge.evaluation.conversation import Exchange
+from cpt_merge.evaluation.evaluators.evaluator import Metric, NotRun
+from cpt_merge.evaluation.results import ModelResult, Results, Sample, each, languages_with
+from cpt_merge.evaluation.statistics import Estimate, PairedDifference
+
+SHOWN_CHARACTERS = 400  # of a reply
+SHOWN_GROUPS = 8  # of a breakdown; results.json has all
+UNITS = {"language": "documents", "knowledge": "questions"}  # evaluator -> what n counts
+
+
+def show(results: Results, judges: Mapping[str, Mapping[str, float]], samples: int) -> None:
+    """Print everything; `samples` is the number of sample conversations per language."""
+    show_scores(results)
+    show_breakdowns(results)
+    show_not_run(results)
+    show_left_out(results)
+    show_judges(judges)
+    show_samples(results.models, samples)
+
+
+def show_scores(results: Results) -> None:
+    """A table per language and evaluator: a row for each model, a column for each metric."""
+    languages = dict.fromkeys(language for found in results.scores.values() for language in found)
+    for language in languages:
+        for evaluator, names in results.evaluators.items():
+            metrics = [
+                results.metrics[name]
+                for name in names
+                if language in languages_with(results.scores, name)
+            ]
+            if metrics:
+                console.print(_score_table(results, language, evaluator, metrics))
+    if results.differences:
+        note = (
+            "below each value: its 95 % interval (bootstrap), and the difference to "
+            f"{results.baseline}, with * if the interval of the paired difference excludes 0"
+        )
+        console.print(Text(note, style="dim"))
+
+
+def _score_table(results: Results, language: str, evaluator: str, metrics: list[Metric]) -> Table:
+    scores = {model: found.get(language, {}) for model, found in results.scores.items()}
+    n = max(found[one.name].n for found in scores.values() for one in metrics if one.name in found)
+    units = UNITS.get(evaluator, "conversations")
+    table = _table(f"{find_language(language).name}, {evaluator}: {n} {units}")
+    table.add_column("model")
+    for metric in metrics:
+        table.add_column(metric.heading, justify="right")
+    for model, found in scores.items():
+        changes = results.differences.get(model, {}).get(language, {})
+        cells = [_cell(one, found.get(one.name), changes.get(one.name)) for one in metrics]
+        table.add_row(model, *cells)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+
+
+def _cell(metric: Metric, estimate: Estimate | None, difference: PairedDifference | None) -> Text:
+    """The value over its interval and its difference to the baseline."""
+    if estimate is None:
+        return Text("–", style="dim")
+    if metric.share:
+        value, interval = f"{estimate.value:.0%}", f"{100 * estimate.low:.0f}–{estimate.high:.0%}"
+    else:
+        value, interval = f"{estimate.value:.3f}", f"{estimate.low:.3f}–{estimate.high:.3f}"
+    text = Text.assemble(f"{value}\n", (interval, "dim"))
+    if difference:
+        change = f"{100 * difference.value:+.0f}" if metric.share else f"{difference.value:+.3f}"
+        style = "bold" if difference.beyond else "dim"
+        text.append(f"\n{change}{'*' if difference.beyond else ''}", style)
+    return text
+
+
+def show_breakdowns(results: Results) -> None:
+    """A table per language and metric with groups (turns, categories); long ones are left out."""
+    breakdowns = results.breakdowns
+    for language, name in dict.fromkeys((names[1], names[2]) for *names, _ in each(breakdowns)):
+        of_models = {
+            model: found.get(language, {}).get(name, {}) for model, found in breakdowns.items()
+        }
+        groups = list(dict.fromkeys(group for found in of_models.values() for group in found))
+        if len(groups) > SHOWN_GROUPS:
+            continue
+        metric = results.metrics[name]
+        table = _table(f"{find_language(language).name}: {metric.meaning}, by kind")
+        for column in ("", "n", *of_models):
+            table.add_column(column)
+        for group in groups:
+            estimates = [found.get(group) for found in of_models.values()]
+            n = max(estimate.n for estimate in estimates if estimate)
+            form = "{:.0%}" if metric.share else "{:.2f}"
+            cells = [form.format(one.value) if one else "–" for one in estimates]
+            table.add_row(Text(group), str(n), *cells)
+        console.print(table)
+
+
+def show_not_run(results: Results) -> None:
+    """The metrics without a value, and the reasons."""
+    models: dict[NotRun, list[str]] = {}
+    for result in results.models:
+        for one in result.not_run:
+            models.setdefault(one, []).append(result.name)
+    for one, names in models.items():
+        say(f"{', '.join(names)}: {one.metric} was not run: {one.reason}")
+    for reason in results.failed:
+        say(f"evaluation: {reason}; run the same command again to ask for what is missing")
+
+
+def not_scored(result: ModelResult) -> list[NotRun]:
+    """What was left out of a model's metrics."""
+    return [
+        NotRun(metric, f"{count} left out: {reason}")
+        for metric, reasons in result.details.get("not_scored", {}).items()
+        for reason, count in reasons.items()
+    ]
+
+
+def show_left_out(results: Results) -> None:
+    """What was left out of a metric, and the reason."""
+    for result in results.models:
+        for one in not_scored(result):
+            say(f"{result.name}: {one.metric}: {one.reason}")
+
+
+def show_judges(judges: Mapping[str, Mapping[str, float]]) -> None:
+    """A line for each judge: its requests, tokens and cost."""
+    for model, took in judges.items():
+        sent, answered = took["prompt_tokens"], took["completion_tokens"]
+        parts = [
+            f"{took['requests']:,} requests, {took['cached']:,} more answered from the cache",
+            f"{sent:,} + {answered:,} tokens (sent + answered)",
+        ]
+        if uncounted := took.get("requests_without_token_counts"):
+            parts.append(f"{uncounted:,} requests whose tokens the endpoint did not count")
+        if "cost" in took:
+            parts.append(f"cost {took['cost']:.4g} in the currency of its price")
+        say(f"judge {model}: {'; '.join(parts)}")
+
+
+def show_samples(results: list[ModelResult], shown: int) -> None:
+    """Conversations of each evaluator and language, evenly spread, with every model's replies."""
+    places: dict[tuple[str, str], list[int]] = {}
+    samples = results[0].samples if results else []
+    for place, sample in enumerate(samples):
+        key = sample.evaluator, sample.exchange.conversation.language
+        places.setdefault(key, []).append(place)
+    for (_, language), of_key in places.items():
+        count = min(shown, len(of_key))
+        for place in (of_key[number * len(of_key) // shown] for number in range(count)):
+            grid = Table.grid(padding=(0, 2))
+            grid.add_column(style="bold", no_wrap=True)
+            grid.add_column(overflow="fold")
+            for result in results:
+                grid.add_row(Text(result.name), _shown(result.samples[place]))
+            question = " / ".join(samples[place].exchange.conversation.questions.split("\n"))
+            console.print(Panel(grid, title=Text(f"{language}: {question}"), title_align="left"))
+
+
+def _shown(sample: Sample) -> Text:
+    """The replies, one per line, and what was found in them."""
+    turns = range(len(sample.exchange.replies))
+    lines = Text("\n").join([_shown_reply(sample.exchange, turn) for turn in turns])
+    for reason in sample.why:
+        lines.append(f"\n  · {_visible(reason)}", "dim")
+    return lines
+
+
+def _shown_reply(exchange: Exchange, turn: int) -> Text:
+    """Plain text, since rich would read `[/INST]` as markup."""
+    reply = exchange.replies[turn]
+    cut = "" if reply.stopped else " … (cut off)"
+    return Text.assemble(_visible(reply.text[:SHOWN_CHARACTERS]), (cut, "dim"))
+
+
+def _visible(text: str) -> str:
+    """Text with its control characters as escapes."""
+    return repr(text)[1:-1]
