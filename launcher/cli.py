@@ -428,11 +428,18 @@ app.add_typer(job, name="job", hidden=True)
 
 @job.command()
 def begin(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Open the folder of this start of the job, and print it. Exit code 2 if another attempt is of no use."""
+    """Open the folder of this start of the job. Exit code 2 if the job should not start.
+
+    Prints the folder, then a line "SPREAD COMMAND" for each step of the pipeline.
+    """
     from cpt_merge.cluster.attempts import begin as begin_attempt
     from cpt_merge.launcher.recipe import load_recipe
+    from cpt_merge.launcher.stages import STAGES
 
     print(begin_attempt(load_recipe(recipe, overrides or [])))
+    for stage in STAGES:
+        print(stage.spread, stage.command)
+    print("once report")
 
 
 @job.command()

@@ -1,23 +1,23 @@
 # shellcheck shell=bash disable=SC2154,SC2034
-# Sourced by cpt_merge.sh. Is every node fit for the run? What is looked at, and what it says, is in docs/slurm.md.
-# Bad nodes are left out as far as launch.spare_nodes allows; with more of them the job ends.
+# Sourced by cpt_merge.sh: is every node fit for the run? docs/slurm.md lists what is checked. Bad nodes are left out
+# as far as launch.spare_nodes allows; with more of them the job ends.
 
 preflight() {
     [[ ${CPT_MERGE_PREFLIGHT:-yes} == yes ]] || return 0
     local bad node
     once preflight "$@" --begin || return
-    for node in $nodes; do # one srun for all would end the tasks of all as soon as it cannot start one on a dead node
+    for node in $nodes; do # one srun for all would end all tasks as soon as it cannot start one on a dead node
         "${run[@]}" --nodes=1 --ntasks=1 --nodelist="$node" "${cli[@]}" preflight "$@" &
     done
     bad=$(once preflight "$@" --judge --nodes "$(paste -sd, <<<"$nodes")") || return
-    use_no_more "$bad"
+    leave_out_nodes "$bad"
     each "$tasks" "${cli[@]}" preflight "$@" --network &
     bad=$(once preflight "$@" --judge --network --nodes "$(paste -sd, <<<"$nodes")") || return
-    use_no_more "$bad"
+    leave_out_nodes "$bad"
 }
 
-# Without these nodes (A,B), and without what still runs on them.
-use_no_more() {
+# Do without these nodes (A,B) from now on, and end what still runs on them.
+leave_out_nodes() {
     if [[ -n $1 ]]; then
         nodes=$(grep -vxF "${1//,/$'\n'}" <<<"$nodes")
         leave_out=(--exclude="$1")

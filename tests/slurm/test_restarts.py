@@ -116,7 +116,7 @@ def test_the_same_failure_three_times_ends_the_requeueing_and_says_why(
     assert job.restarts == 2
     assert job.fields["ExitCode"] == "2:0"
     assert "first on rank 3 on node2: it was ended from outside (Killed)" in job.log
-    assert "The same 3 times in a row, without progress; it is not tried again." in job.log
+    assert "The same 3 times in a row, without progress; the job is not tried again." in job.log
     assert (
         "3: allocating more and more" in job.log
     )  # the log of the rank that failed first, repeated

@@ -56,7 +56,7 @@ def test_a_bad_node_is_named_and_left_out_where_allowed(
         assert job.wait_for_end(300) == "COMPLETED", job.log
     finally:
         cluster.on("node1", "umount", str(temporary))
-    assert "preflight: going on without node1 (launch.spare_nodes = 1)" in job.log
+    assert "preflight: continuing without node1 (launch.spare_nodes = 1)" in job.log
     assert {path.name.split("-")[-1] for path in (runs / "demo" / "slurm").glob(f"{job.id}-0/train-*.log")} == {
         "node2.log", "node3.log",
     }  # fmt: skip
