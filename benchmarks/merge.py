@@ -112,7 +112,7 @@ def merge_command(folder: Path, cpt: str, out: Path, *settings: str) -> list[str
         "--out",
         str(out),
     ]
-    return [str(Path(sys.executable).with_name("cpt-merge")), "merge", *models, *settings]
+    return [str(Path(sys.executable).with_name("cpt-merge")), "merge-models", *models, *settings]
 
 
 def input_files(folder: Path, cpt: str = "cpt") -> list[Path]:

@@ -10,23 +10,38 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from cpt_merge import __version__
 from cpt_merge.core.deadline import STOP_AT, parse_stop_at
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import console
+from cpt_merge.launcher.stages import (
+    DATA,
+    EMBEDDINGS,
+    EVALUATION,
+    MERGE,
+    SWEEP,
+    TOKENIZER,
+    TRAINING,
+)
+
+if TYPE_CHECKING:
+    from cpt_merge.launcher.stage import Stage
 from cpt_merge.core.world import find_world
 
 USAGE_ERROR, INTERRUPTED = 2, 75
 
 app = typer.Typer(
-    name="cpt-merge", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-    help="From an English base model, its chat sibling and text in a new language to a chat model in that language.",
+    name="cpt-merge", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )  # fmt: skip
 
+PLAN_HELP = (
+    "write nothing: list every tensor with its rule and bytes, or all that prevents the merge"
+)
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")]
 StopAt = Annotated[
     str | None,
@@ -35,24 +50,32 @@ StopAt = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="overrides")
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value ...]", help="overrides of its keys"),
+]
+MergeSettings = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value ...]", help="settings of the merge")
 ]
 
 
-class RecipeCommand(TyperCommand):
-    """A command that takes a recipe: its help lists every key."""
-
-    def format_epilog(self, context: Any, formatter: Any) -> None:
-        """The keys of the recipe, after the options."""
-        from cpt_merge.launcher.recipe import Recipe
-        from cpt_merge.launcher.reference import as_text
-
-        formatter.write(f"\nEvery key of a recipe, and of an override:\n{as_text(Recipe)}\n")
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"cpt-merge {__version__}")
+        raise typer.Exit
 
 
-@app.command(cls=RecipeCommand)
+@app.callback(epilog="Exit codes: 0 done; 2 an error to fix; 75 stopped, with everything saved.")
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="the version")
+    ] = False,
+) -> None:
+    """From an English base model, its chat sibling and text in a new language to a chat model in that language."""
+
+
+@app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None) -> None:
-    """All stages; finished ones are skipped, a cut-short one continues."""
+    """Run all stages; finished ones are skipped, an interrupted one continues."""
     _remember_deadline(stop_at)
     from cpt_merge.launcher.pipeline import run_pipeline
     from cpt_merge.launcher.run import Run
@@ -69,182 +92,52 @@ def _remember_deadline(stop_at: str | None) -> None:
         os.environ[STOP_AT] = str(parse_stop_at(stop_at, datetime.now()))
 
 
-def _stage(name: str, recipe: Path, overrides: list[str] | None) -> None:
+def _run_stage(stage: Stage, recipe: Path, overrides: list[str] | None) -> None:
     from cpt_merge.launcher.execute import run_stage
     from cpt_merge.launcher.run import Run
-    from cpt_merge.launcher.stages import find_stage
 
-    run_stage(Run.load(recipe, overrides or []), find_stage(name))
-
-
-@app.command(cls=RecipeCommand)
-def tokenizer(
-    recipe: Annotated[
-        Path | None, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")
-    ] = None,
-    overrides: Overrides = None,
-    check: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="prove an extended tokenizer instead")
-    ] = None,
-    against: Annotated[
-        Path | None, typer.Option(metavar="BASE", help="--check: the base's directory")
-    ] = None,
-    chat: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="--check: the chat model's directory")
-    ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="--check: text to read as well")
-    ] = None,
-    language: Annotated[
-        list[str] | None, typer.Option(metavar="TAG", help="--check: what it was extended for")
-    ] = None,
-) -> None:
-    """Extend the base's tokenizer with pieces of the new languages, or check one that is there.
-
-    With --check, the exit code is 1 if the tokenizer breaks a law.
-    """
-    if check is None and recipe is not None:
-        if against or chat or text or language:
-            raise UserError(
-                "--against, --chat, --text and --language belong to --check DIR; leave them out."
-            )
-        _stage("tokenizer", recipe, overrides)
-        return
-    if check is None or against is None or recipe is not None:
-        raise UserError("give a RECIPE, or `--check DIR --against BASE` without one.")
-    from cpt_merge.tokenizer_ext.check import check as check_tokenizer
-
-    checked = check_tokenizer(check, against, chat, text or [], language or [])
-    raise typer.Exit(0 if checked.whole else 1)
+    run_stage(Run.load(recipe, overrides or []), stage)
 
 
-@app.command(cls=RecipeCommand)
-def embeddings(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Resize the base's embedding and head, and initialise the new rows."""
-    _stage("embeddings", recipe, overrides)
+def _add_stage(stage: Stage) -> None:
+    @app.command(stage.command, help=stage.help)
+    def command(recipe: RecipePath, overrides: Overrides = None) -> None:
+        _run_stage(stage, recipe, overrides)
 
 
-@app.command(cls=RecipeCommand)
-def data(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Tokenise the text into the token store."""
-    _stage("data", recipe, overrides)
+_add_stage(TOKENIZER)
+_add_stage(EMBEDDINGS)
+_add_stage(DATA)
 
 
-@app.command(cls=RecipeCommand)
+@app.command(TRAINING.command, help=TRAINING.help)
 def train(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None) -> None:
-    """Continual pretraining, with the post-training hook that adds the chat vector."""
+    """The training stage, which also ends at a given time."""
     _remember_deadline(stop_at)
-    _stage("train", recipe, overrides)
+    _run_stage(TRAINING, recipe, overrides)
 
 
-class MergeCommand(TyperCommand):
-    """The merge needs no recipe: its help lists the keys of that section alone."""
-
-    def format_epilog(self, context: Any, formatter: Any) -> None:
-        """The keys of the merge section, after the options."""
-        from cpt_merge.launcher.reference import as_text
-        from cpt_merge.merge.config import MergeConfig
-
-        formatter.write(
-            f"\nSettings, as key=value (in a recipe's override: merge.key=value):\n{as_text(MergeConfig)}\n"
-        )
-
-
-@app.command(cls=MergeCommand)
+@app.command(MERGE.command, help=MERGE.help)
 def merge(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="[plan] [RECIPE] [key=value ...]")
-    ] = None,
-    cpt: Annotated[
-        str | None, typer.Option(metavar="DIR", help="without a recipe: the trained model")
-    ] = None,
-    base: Annotated[str | None, typer.Option(metavar="DIR", help="the pair's base")] = None,
-    chat: Annotated[str | None, typer.Option(metavar="DIR", help="the pair's chat model")] = None,
-    ratio: Annotated[
-        str | None, typer.Option(help="how much of the vector, 1.0 if not set")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="the merged model; missing or empty")
-    ] = None,
-    vector: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="an extracted vector instead of the pair")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="CPT's tokenizer, if not in --cpt")
-    ] = None,
-    extract: Annotated[
-        bool, typer.Option("--extract", help="write chat - base itself to --out")
-    ] = False,
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help=PLAN_HELP)] = False,
 ) -> None:
-    """Add the chat vector to a trained checkpoint, from files.
+    """The merge stage, or its plan."""
+    _one_thread_for_numpy()
+    if not plan:
+        _run_stage(MERGE, recipe, overrides)
+        return
+    from cpt_merge.launcher.merge_models import show_stage_plan
+    from cpt_merge.launcher.run import Run
 
-    With a RECIPE this is its merge stage. Without one: --cpt, --base, --chat (or --vector) and --out; settings are the
-    keys of the recipe's `merge` section, as key=value. With `plan` first nothing is written: every tensor is listed
-    with its rule and bytes, or all that stands against the merge.
-    """
-    # the merge divides its work over threads itself; numpy's would only wait for one another (read at numpy's import)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from cpt_merge.launcher.merge import Request
-    from cpt_merge.launcher.merge import merge as run_merge
-
-    run_merge(Request(words or [], cpt, base, chat, vector, tokenizer, ratio, out, extract))
+    show_stage_plan(Run.load(recipe, overrides or []))
 
 
-class EvaluateCommand(TyperCommand):
-    """The evaluation needs no recipe: its help lists the keys of that section alone; an option may have many values."""
-
-    def format_epilog(self, context: Any, formatter: Any) -> None:
-        """The keys of the evaluation section, after the options."""
-        from cpt_merge.evaluation.config import EvaluationConfig
-        from cpt_merge.launcher.reference import as_text
-
-        keys = as_text(EvaluationConfig, "evaluation.")
-        formatter.write(
-            f"\nSettings, as evaluation.key=value; with a RECIPE, any key of it:\n{keys}\n"
-        )
-
-    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
-        """`--models base=A cpt=B` is `--models base=A --models cpt=B`."""
-        from cpt_merge.launcher.evaluate import one_value_each
-
-        return super().parse_args(context, one_value_each(arguments))
+_add_stage(EVALUATION)
 
 
-@app.command(cls=EvaluateCommand)
-def evaluate(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE] [section.key=value ...]")
-    ] = None,
-    models: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR ...", help="without a recipe: the models, in this order"),
-    ] = None,
-    suite: Annotated[
-        str | None, typer.Option(metavar="A,B", help="language, form, chat, knowledge, safety")
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TAG=FILE ...", help="held-out text of a language, read whole"),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="whose chat template models without one are asked in"),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="results.json, samples, pictures, log")
-    ] = None,
-) -> None:
-    """Evaluate base, chat, CPT and merged model: bits per byte, form of replies, chat, knowledge, safety.
-
-    With a RECIPE this is its evaluation stage. Without one: --models and --out; bits per byte need --text.
-    """
-    from cpt_merge.launcher.evaluate import Request
-    from cpt_merge.launcher.evaluate import evaluate as run_evaluation
-
-    run_evaluation(Request(words or [], models or [], suite, text or [], template, out))
-
-
-@app.command(cls=RecipeCommand)
+@app.command()
 def sweep(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -267,9 +160,9 @@ def sweep(
         ),
     ] = None,
 ) -> None:
-    """Try ratios of the chat vector on the trained model, in memory: measure each, draw the curves, recommend one.
+    """Find the ratio of the chat vector on the trained model, in memory: measure each ratio, recommend one.
 
-    Points that are done are kept; the same command goes on, another one adds to them.
+    Points that were measured are kept: the same command continues, another one adds to them.
     """
     given = {
         "ratios": ratios and f'"{ratios}"',  # YAML 1.1 would read 0:1:0.5 as a time
@@ -277,10 +170,127 @@ def sweep(
         "search.trials": search,
     }
     options = [f"sweep.{name}={value}" for name, value in given.items() if value is not None]
-    _stage("sweep", recipe, [*(overrides or []), *options])
+    _run_stage(SWEEP, recipe, [*(overrides or []), *options])
 
 
-@app.command(cls=RecipeCommand)
+@app.command("merge-models")
+def merge_models(
+    cpt: Annotated[str, typer.Option(metavar="DIR", help="the trained model")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the merged model; missing or empty")],
+    settings: MergeSettings = None,
+    base: Annotated[str | None, typer.Option(metavar="DIR", help="the pair's base")] = None,
+    chat: Annotated[str | None, typer.Option(metavar="DIR", help="the pair's chat model")] = None,
+    vector: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="an extracted vector instead of the pair")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="CPT's tokenizer, if not in --cpt")
+    ] = None,
+    ratio: Annotated[
+        str | None, typer.Option(help="how much of the vector, 1.0 if not set")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help=PLAN_HELP)] = False,
+) -> None:
+    """Add the chat vector to any trained checkpoint, from files; needs no recipe.
+
+    Give --base and --chat, or --vector. Settings are the keys of a recipe's `merge` section
+    (`cpt-merge keys merge`), as key=value.
+    """
+    _one_thread_for_numpy()
+    from cpt_merge.launcher import merge_models as command
+
+    asked = command.inputs_of(cpt, base, chat, vector, tokenizer)
+    config = command.config_of(settings or [], ratio)
+    command.show_plan(config, asked, out) if plan else command.merge(config, asked, out)
+
+
+@app.command("extract-vector")
+def extract_vector(
+    base: Annotated[str, typer.Option(metavar="DIR", help="the pair's base")],
+    chat: Annotated[str, typer.Option(metavar="DIR", help="the pair's chat model")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the vector; missing or empty")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="dtype and shard_size")
+    ] = None,
+) -> None:
+    """Write the chat vector, chat - base, itself: to keep, to share, or to merge several times."""
+    _one_thread_for_numpy()
+    from cpt_merge.launcher.merge_models import extract
+
+    extract(base, chat, out, settings or [])
+
+
+def _one_thread_for_numpy() -> None:
+    """The merge divides its work over threads itself. numpy reads the variable when it is imported."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@app.command("evaluate-models")
+def evaluate_models(
+    model: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=DIR", help="a model and the name to show; give one or more"),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="for results.json, samples, pictures, log")
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[evaluation.key=value ...]", help="settings")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="A,B", help="language, form, chat, knowledge, safety")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TAG=FILE", help="held-out text of a language, for bits per byte"),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="a model whose chat template the ones without use"),
+    ] = None,
+) -> None:
+    """Evaluate any models; needs no recipe. `cpt-merge keys evaluation` lists the settings."""
+    from cpt_merge.launcher.evaluate_models import evaluate
+
+    evaluate(model, out, settings or [], suite, text or [], template)
+
+
+@app.command("check-tokenizer")
+def check_tokenizer(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="an extended tokenizer")],
+    against: Annotated[Path, typer.Option(metavar="BASE", help="the base's directory")],
+    chat: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="the chat model's directory")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="text to read as well")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(metavar="TAG", help="what it was extended for")
+    ] = None,
+) -> None:
+    """Prove an extended tokenizer, also one that others made. Exit code 1 if it breaks an invariant."""
+    from cpt_merge.tokenizer_ext.check import check
+
+    checked = check(directory, against, chat, text or [], language or [])
+    raise typer.Exit(0 if checked.whole else 1)
+
+
+@app.command()
+def keys(
+    section: Annotated[
+        str,
+        typer.Argument(metavar="[SECTION]", help="such as training or merge.rules; all if not set"),
+    ] = "",
+) -> None:
+    """List the keys of a recipe, with type, unit, default and meaning."""
+    from cpt_merge.launcher.recipe import Recipe
+    from cpt_merge.launcher.reference import as_text
+
+    print(as_text(Recipe, section))
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -328,7 +338,7 @@ def plan(
     show_plan(load_recipe(recipe, overrides or []), ClusterOptions(gpu, **given) if gpu else None)
 
 
-@app.command(cls=RecipeCommand)
+@app.command()
 def preflight(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -361,7 +371,7 @@ def preflight(
     run_preflight(load_recipe(recipe, overrides or []), options)
 
 
-@app.command(cls=RecipeCommand)
+@app.command()
 def submit(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -411,7 +421,7 @@ def sync(
     upload_run(folder)
 
 
-@app.command(cls=RecipeCommand)
+@app.command()
 def status(recipe: RecipePath, overrides: Overrides = None) -> None:
     """How far a run is: its job, stage, step, rate, time left, newest checkpoint, W&B link."""
     from cpt_merge.launcher.recipe import load_recipe
@@ -482,7 +492,7 @@ def report(
     )
 
 
-@app.command(cls=RecipeCommand)
+@app.command()
 def dashboard(
     recipe: RecipePath,
     overrides: Overrides = None,

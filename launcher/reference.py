@@ -1,4 +1,4 @@
-"""Every key of the recipe with unit, default and meaning: for `--help` and docs/recipe.md, generated from the types."""
+"""Every key of the recipe, from the types: for `cpt-merge keys` and docs/recipe.md."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cpt_merge.core.config import Section, inner_sections, unit_of
+from cpt_merge.core.errors import UserError
 
 HEADER = """# The recipe: every key
 
-Generated from the types by `make docs`; `cpt-merge run --help` shows the same. A recipe is one YAML file with these
+Generated from the types by `make docs`; `cpt-merge keys` shows the same. A recipe is one YAML file with these
 sections; any key can be overridden on the command line: `cpt-merge run RECIPE training.tokens=1_000_000`.
 Relative paths are relative to the directory that the command is called in.
 
@@ -78,12 +79,16 @@ def _type_name(annotation: Any) -> str:
     return names.get(name, name)
 
 
-def as_text(section: type[Section], prefix: str = "") -> str:
-    """The keys for a terminal, one a line, behind `prefix`."""
+def as_text(section: type[Section], within: str = "") -> str:
+    """The keys for a terminal: all, or those of one section. Raises `UserError` for an unknown one."""
     lines = []
-    for item in recipe_keys(section, prefix):
+    for item in recipe_keys(section):
+        if within and not f"{item.path}.".replace("[]", "").startswith(f"{within}."):
+            continue
         detail = ", ".join(part for part in (item.type, item.unit, _default_words(item)) if part)
-        lines.append(f"  {item.path}\n      {item.text} ({detail})")
+        lines.append(f"{item.path}\n    {item.text} ({detail})")
+    if not lines:
+        raise UserError(f"a recipe has no section {within}; `cpt-merge keys` lists all keys.")
     return "\n".join(lines)
 
 

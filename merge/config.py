@@ -97,7 +97,7 @@ class RuleConfig(Section):
 
 
 class VectorConfig(Section):
-    """One more vector that is added: `chat - base` of another pair, or one that `merge --extract` wrote."""
+    """One more vector that is added: `chat - base` of another pair, or one that `extract-vector` wrote."""
 
     chat: str | None = key(None, "the pair's chat model: a directory or a hub id")
     base: str | None = key(None, "the pair's base model")

@@ -188,5 +188,5 @@ def _card(pair: Pair, dtype: Dtype) -> str:
         "",
     ]
     return "\n".join(
-        [*lines, "    cpt-merge merge --cpt CPT --vector THIS --ratio 1.0 --out OUT", ""]
+        [*lines, "    cpt-merge merge-models --cpt CPT --vector THIS --ratio 1.0 --out OUT", ""]
     )

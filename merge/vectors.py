@@ -1,4 +1,4 @@
-"""Where a chat vector's numbers come from: a pair of models, or a directory that `merge --extract` wrote."""
+"""Where a chat vector's numbers come from: a pair of models, or a directory that `extract-vector` wrote."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Extracted:
         """Raises `UserError` where there is no vector."""
         if not (directory / VECTOR_FILE).is_file():
             raise UserError(
-                f"{directory} holds no {VECTOR_FILE}; make a vector with `cpt-merge merge --extract`."
+                f"{directory} holds no {VECTOR_FILE}; make a vector with `cpt-merge extract-vector`."
             )
         description = read_json(directory / VECTOR_FILE)
         if not {"base_types", "base_squares"} <= description.keys():

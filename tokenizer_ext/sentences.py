@@ -1,6 +1,7 @@
 """A few plain sentences in languages that a user may have no text of, written for this purpose.
 
-They show how an extension changes the languages that share its scripts, and give `--check` something to read.
+They show how an extension changes the languages that share its scripts, and give
+`cpt-merge check-tokenizer` something to read.
 """
 
 SENTENCES: dict[str, list[str]] = {

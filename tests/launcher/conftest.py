@@ -3,8 +3,6 @@
 import io
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cpt_merge.launcher.recipe import Recipe, load_recipe
+from tests.command_line import cpt_merge
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,11 +114,6 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
 @pytest.fixture(scope="session")
 def recipe(recipe_path: Path) -> Recipe:
     return load_recipe(recipe_path, [])
-
-
-def cpt_merge(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cpt_merge.launcher.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
 
 
 @pytest.fixture(scope="session")

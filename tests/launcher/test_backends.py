@@ -13,7 +13,8 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.start import backend_environment
 from cpt_merge.training.distributed.deepspeed import zero_section
 from cpt_merge.training.distributed.parallel import Asked, asked_for
-from tests.launcher.conftest import ROOT, cpt_merge
+from tests.command_line import cpt_merge
+from tests.launcher.conftest import ROOT
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 ASKED = {

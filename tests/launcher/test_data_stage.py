@@ -11,8 +11,8 @@ from cpt_merge.core.artifact import read_record
 from cpt_merge.launcher.recipe import load_recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stages import STAGES
+from tests.command_line import cpt_merge
 from tests.data.test_tokenise import digest
-from tests.launcher.conftest import cpt_merge
 
 
 def test_how_much_of_a_source_is_trained_on_concerns_training_alone(recipe_path: Path) -> None:

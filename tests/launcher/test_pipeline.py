@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import cpt_merge.evaluation.config
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.launcher.execute import execute
 from cpt_merge.launcher.pipeline import check_inputs
@@ -20,7 +19,7 @@ from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import prepare
 from cpt_merge.launcher.stages import TOKENIZER
 from cpt_merge.tracking import read_log
-from tests.launcher.conftest import cpt_merge
+from tests.command_line import cpt_merge
 from tests.processes import Processes
 
 
@@ -280,7 +279,7 @@ def test_a_list_of_pieces_is_an_input_of_the_tokenizer_stage(
 def test_what_the_evaluation_lacks_is_found_before_training(
     recipe_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpt_merge.evaluation.config, "find_spec", lambda name: None)
+    monkeypatch.setattr("cpt_merge.evaluation.config.find_spec", lambda name: None)
     tasks = "evaluation.knowledge.tasks={kmmlu: ko}"
     check_inputs(load_recipe(recipe_path, [tasks]))  # the suite is not asked for
     with pytest.raises(UserError, match="needs lm-eval, which is not installed"):

@@ -19,7 +19,7 @@ from cpt_merge.launcher.recipe import Recipe, load_recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import prepare
 from cpt_merge.launcher.stages import SWEEP
-from tests.launcher.conftest import cpt_merge
+from tests.command_line import cpt_merge
 
 EVERY = "training.preview.every=2"
 

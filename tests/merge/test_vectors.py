@@ -267,7 +267,7 @@ def test_a_smaller_vector(untied, tmp_path, tracker):
 
 
 def test_a_directory_without_a_vector_is_refused(untied, tmp_path, tracker):
-    with pytest.raises(UserError, match="merge --extract"):
+    with pytest.raises(UserError, match="extract-vector"):
         merge_directories(
             MergeConfig(), with_vector(untied, untied.chat), tmp_path / "out", tracker
         )

@@ -56,7 +56,7 @@ def start(family, out, *settings, pause=0.004, **environment):
         sys.executable,
         "-c",
         SLOW.format(pause=pause),
-        "merge",
+        "merge-models",
         *models,
         "--out",
         out,

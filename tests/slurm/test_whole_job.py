@@ -70,7 +70,7 @@ def test_a_merge_over_three_nodes_has_the_digest_of_one_process(
         f"--base={inputs / 'base'}",
         f"--chat={inputs / 'chat'}",
     ]
-    command = [sys.executable, "-m", "cpt_merge.launcher.cli", "merge", *models]
+    command = [sys.executable, "-m", "cpt_merge", "merge-models", *models]
     subprocess.run([*command, f"--out={tmp_path / 'alone'}"], cwd=ROOT, check=True)
     cluster.slurm(
         "srun",

@@ -1,4 +1,4 @@
-"""`cpt-merge tokenizer --check`: the proofs on tokenizers that others made."""
+"""`cpt-merge check-tokenizer`: the proofs on tokenizers that others made."""
 
 import json
 import shutil
@@ -192,28 +192,14 @@ def test_two_texts_of_one_name(sp, tmp_path) -> None:
 
 
 def test_exit_codes(sp, tmp_path, capsys) -> None:
-    arguments = ["tokenizer", "--check", str(sp.out), "--against", str(sp.base)]
+    arguments = ["check-tokenizer", str(sp.out), "--against", str(sp.base)]
     assert main(arguments) == 0
     tokenizer = AutoTokenizer.from_pretrained(sp.base)
     tokenizer.add_tokens(WORDS)
     tokenizer.save_pretrained(tmp_path)
-    assert main(["tokenizer", "--check", str(tmp_path), "--against", str(sp.base)]) == 1
-    assert main(["tokenizer", "--check", str(tmp_path / "nothing"), "--against", str(sp.base)]) == 2
+    assert main(["check-tokenizer", str(tmp_path), "--against", str(sp.base)]) == 1
+    assert main(["check-tokenizer", str(tmp_path / "nothing"), "--against", str(sp.base)]) == 2
     assert "holds neither tokenizer.json nor tokenizer.model" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["--check", "x"],
-        ["r.yaml", "--check", "x", "--against", "y"],
-        ["r.yaml", "--against", "y"],
-    ],
-)
-def test_half_a_command_is_one_sentence(arguments, capsys) -> None:
-    assert main(["tokenizer", *arguments]) == 2
-    assert "--check" in capsys.readouterr().err
 
 
 def test_a_text_that_is_not_there(sp) -> None:
