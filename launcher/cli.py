@@ -79,7 +79,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None)
     _remember_deadline(stop_at)
     from cpt_merge.launcher.pipeline import run_pipeline
     from cpt_merge.launcher.run import Run
-    from cpt_merge.report.run_view import report as write_report
+    from cpt_merge.report import report as write_report
 
     loaded = Run.load(recipe, overrides or [])
     run_pipeline(loaded)
@@ -485,7 +485,7 @@ def report(
 ) -> None:
     """Tables and figures of a finished or running run: on the terminal, and as one HTML page in its folder."""
     from cpt_merge.launcher.recipe import load_recipe
-    from cpt_merge.report.run_view import report as write_report
+    from cpt_merge.report import report as write_report
 
     write_report(
         load_recipe(run, overrides or []).directory if run.suffix in (".yaml", ".yml") else run

@@ -1,1 +1,22 @@
-"""One view of a run: in the terminal and as a self-contained HTML page."""
+"""The report of a run: read from disk (`view`), on the terminal, and as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from cpt_merge.core.artifact import write_text
+from cpt_merge.core.progress import say
+from cpt_merge.report.page import render_page
+from cpt_merge.report.terminal import show_run
+from cpt_merge.report.view import read_run
+
+PAGE = "report.html"
+
+
+def report(run: Path) -> None:
+    """Print an overview of a run and write `report.html` into its folder. Raises `UserError` for an unknown run."""
+    view = read_run(run)
+    show_run(view)
+    write_text(run / PAGE, render_page(view, time.time()))
+    say(f"report: {run / PAGE}")

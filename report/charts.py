@@ -1,39 +1,47 @@
-"""The charts of the report's page: which there are, what they are called, and in which colour what is drawn."""
+"""The charts of the report's page: which there are, their titles, and the colours of what they show."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from markupsafe import Markup
 
-from cpt_merge.report.bars import NARROW, WIDE, Bar, Series, draw_bars
+from cpt_merge.report.bars import NARROW, WIDE, Bar, BarSeries, draw_bars
 from cpt_merge.report.curves import (
     MOST_POINTS,
-    Form,
-    Line,
-    draw_chart,
+    ChartForm,
+    Curve,
+    draw_curves,
     is_logarithmic,
     percent,
     short,
 )
-from cpt_merge.report.headline import scores_of
-from cpt_merge.report.run_view import RunView, columns_of, metrics_of, number, previewed_metrics
-from cpt_merge.tracking import STEP, StageLog
+from cpt_merge.report.view import (
+    MetricText,
+    RunView,
+    metric_text,
+    metrics_of,
+    number,
+    previewed_metrics,
+    scores_of,
+)
+from cpt_merge.tracking import STEP, Cell, StageLog
 
+T = TypeVar("T")
 AXES = {"step": STEP, "tokens": "train/tokens"}  # what the curves can be drawn over
-MODELS = ("base", "chat", "cpt", "merged")  # with a colour of their own, the same everywhere
+MODELS = ("base", "chat", "cpt", "merged")  # models with a fixed colour
 FURTHER_MODELS, LANGUAGE_COLOURS, PLAIN_COLOURS = 3, 6, 2
-NARROW_BARS = 20  # more than these in one chart need a wider one
+NARROW_BARS = 20  # more bars than these in one chart need a wider one
 OPEN_PREVIEWS = 2  # charts of the preview that are not folded
-SWEPT = ["language", "ratio"]  # how the columns of a sweep's curve begin
+SWEPT = ["language", "ratio"]  # the first columns of a sweep's curve
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart of the training's metrics: those whose names begin and end so."""
+    """A chart of training metrics: of those whose names begin with `begin` and end with `end`."""
 
     title: str
     unit: str
@@ -48,15 +56,13 @@ class Plot:
         """Whether a metric belongs into this chart."""
         return name.startswith(self.begin) and name.endswith(self.end)
 
-    def line_name(self, name: str) -> str:
-        """What a metric is called in this chart."""
-        return name.removeprefix(self.begin).removesuffix(self.end).strip("/_").replace("_", " ")
-
 
 PLOTS = (
     Plot("Loss", "nats per token", "train/loss", may_be_log=True),
-    Plot("Held-out bits per byte", "bits per byte; dashed: the base with its own tokenizer", "valid/", "/bits_per_byte",
-         may_be_log=True),
+    Plot(
+        "Held-out bits per byte", "bits per byte; dashed: the base with its own tokenizer",
+        "valid/", "/bits_per_byte", may_be_log=True,
+    ),
     Plot("Held-out loss", "nats per token; not comparable across tokenizers", "valid/", "/loss"),
     Plot("Gradient norm", "before clipping", "train/gradient_norm", may_be_log=True),
     Plot("Learning rate", "", "train/learning_rate", from_zero=True),
@@ -71,8 +77,8 @@ PLOTS = (
 
 
 @dataclass(frozen=True)
-class Key:
-    """A line of a legend."""
+class LegendKey:
+    """One entry of a legend."""
 
     name: str
     colour: str
@@ -82,184 +88,151 @@ class Key:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart, drawn over each axis that there are values for."""
+    """One chart, drawn over each axis for which there are values."""
 
     title: str
     unit: str
-    keys: list[Key]
+    keys: list[LegendKey]
     drawings: dict[str, Markup]  # axis -> SVG
     notes: list[str] = field(default_factory=list)
     aside: bool = False
 
 
 class Palette:
-    """A class of the style sheet for everything that has a colour of its own."""
+    """Classes of the style sheet for the models and languages."""
 
     def __init__(self, view: RunView) -> None:
-        scores = columns_of(view.log("evaluation"), "eval/scores", "model")
-        names = dict.fromkeys(str(name) for (name,) in scores)
-        further = [name for name in names if name not in MODELS]
+        further = [name for name in models_of(view.log("evaluation")) if name not in MODELS]
         self._models = {name: f"k-{name}" for name in MODELS}
         self._models |= {name: f"k-m{place % FURTHER_MODELS}" for place, name in enumerate(further)}
-        sources = settings(view).get("corpus", {}).get("sources", [])
-        self._languages = {
-            name: place
-            for place, name in enumerate(dict.fromkeys(one["language"] for one in sources))
-        }
+        sources = view.recipe.get("corpus", {}).get("sources", [])
+        languages = dict.fromkeys(source["language"] for source in sources)
+        self._languages = {name: place for place, name in enumerate(languages)}
 
     def model(self, name: str) -> str:
-        """Of a model."""
+        """The class of a model."""
         return self._models.get(name, "k-n0")
 
     def language(self, name: str) -> str:
-        """Of a language."""
+        """The class of a language."""
         place = self._languages.setdefault(name, len(self._languages))
         return f"k-l{place % LANGUAGE_COLOURS}"
 
-
-def settings(view: RunView) -> Mapping[str, Any]:
-    """The recipe, as the newest stage logged it."""
-    for stage in reversed(view.stages):
-        found: dict[str, Any] = stage.log.run.get("settings", {})
-        if found:
-            return dict(found.get("recipe", found))
-    return {}
+    def curves(self, points: Iterable[tuple[Cell, Cell, Cell]]) -> list[Curve]:
+        """A curve for each language of (language, x, y); values that are no numbers are left out."""
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for language, x, y in points:
+            if isinstance(x, int | float) and isinstance(y, int | float):
+                curves.setdefault(str(language), []).append((float(x), float(y)))
+        return [Curve(name, found, self.language(name)) for name, found in curves.items()]
 
 
 def models_of(log: StageLog) -> list[str]:
     """The models of an evaluation."""
-    table = log.tables.get("eval/scores")
-    return list(dict.fromkeys(str(row[0]) for row in table.rows)) if table else []
+    return list(dict.fromkeys(str(row["model"]) for row in log.records("eval/scores")))
 
 
-def languages_of(log: StageLog) -> list[str]:
-    """The languages of an evaluation."""
-    return list(dict.fromkeys(language for _, _, language in scores_of(log)))
+def has_wide_bars(log: StageLog) -> bool:
+    """Whether an evaluation's charts need two columns instead of three."""
+    languages = {language for _, _, language in scores_of(log)}
+    return len(models_of(log)) * len(languages) > NARROW_BARS
 
 
 def score_charts(log: StageLog, palette: Palette) -> list[Chart]:
-    """A chart per metric of an evaluation: groups of languages, a bar per model."""
-    table = log.tables.get("eval/scores")
-    rows = [dict(zip(table.columns, cells, strict=True)) for cells in table.rows] if table else []
-    known = {}
-    for row in rows:
-        numbers = [
-            value
-            for name in ("value", "low", "high")
-            if isinstance(value := row[name], int | float)
-        ]
+    """A chart for each metric of an evaluation: groups of languages, a bar for each model."""
+    bars: dict[str, dict[tuple[str, str], Bar]] = {}  # metric -> (model, language) -> bar
+    for row in log.records("eval/scores"):
+        numbers = [x for x in (row["value"], row["low"], row["high"]) if isinstance(x, int | float)]
         if len(numbers) == 3 and all(map(math.isfinite, numbers)):
-            known[str(row["metric"]), str(row["model"]), str(row["language"])] = Bar(*numbers)
-    charts, metrics = [], metrics_of(log)
-    for metric in sorted(
-        {metric for metric, _, _ in known}, key=lambda name: [*metrics, name].index(name)
-    ):
-        title, unit, share = metrics.get(metric, (metric, "", False))
-        languages = list(dict.fromkeys(language for one, _, language in known if one == metric))
+            names = str(row["model"]), str(row["language"])
+            bars.setdefault(str(row["metric"]), {})[names] = Bar(*numbers)
+    charts, texts = [], metrics_of(log)
+    for metric, found in _in_order(bars, texts):
+        text = metric_text(texts, metric)
+        languages = list(dict.fromkeys(language for _, language in found))
         series = [
-            Series(
-                name,
-                [known.get((metric, name, language)) for language in languages],
-                palette.model(name),
-            )
+            BarSeries(name, [found.get((name, one)) for one in languages], palette.model(name))
             for name in models_of(log)
         ]
         size = WIDE if len(languages) * len(series) > NARROW_BARS else NARROW
-        charts.append(
-            Chart(
-                title, unit, [], {"bars": Markup(draw_bars(title, languages, series, share, size))}
-            )
-        )
+        drawing = Markup(draw_bars(text.title, languages, series, text.is_share, size))
+        charts.append(Chart(text.title, text.meaning, [], {"bars": drawing}))
     return charts
 
 
 def training_charts(log: StageLog, palette: Palette) -> list[Chart]:
-    """The training curves: the known ones, then every other metric that is not constant; previews are apart."""
+    """The training curves: the known ones, then every other metric that is not constant. Previews are apart."""
     of_previews = {name for names in previewed_metrics(log).values() for name in names.values()}
-    names = [
-        name for name in dict.fromkeys(name for row in log.rows for name in row) if name != "time"
-    ]
     plots = list(PLOTS)
-    for name in names:
-        values = [row[name] for row in log.rows if name in row]
-        apart = name in (STEP, *AXES.values(), "train/bytes") or name in of_previews
-        if not apart and not any(plot.holds(name) for plot in plots):
-            plots += [Plot(name, "", name, aside=True)] if len(set(values)) > 1 else []
-    charts = [
-        _training_chart(plot, log, [name for name in names if plot.holds(name)], palette)
+    for name in log.metrics:
+        apart = name in (*AXES.values(), "train/bytes") or name in of_previews
+        if apart or any(plot.holds(name) for plot in plots):
+            continue
+        if len({row[name] for row in log.rows if name in row}) > 1:
+            plots.append(Plot(name, "", name, aside=True))
+    return _drawn(
+        _training_chart(plot, log, [name for name in log.metrics if plot.holds(name)], palette)
         for plot in plots
-    ]
-    return [chart for chart in charts if chart.drawings]
+    )
 
 
-def preview_charts(
-    log: StageLog, about: Mapping[str, tuple[str, str, bool]], palette: Palette
-) -> list[Chart]:
-    """What the chat model was at each preview, a chart per metric, a line per language; `about` is `metrics_of`."""
-    found = previewed_metrics(log)
+def preview_charts(log: StageLog, metrics: dict[str, MetricText], palette: Palette) -> list[Chart]:
+    """How the chat model was at each preview: a chart for each metric, a line for each language."""
     charts = []
-    for place, metric in enumerate(found):
-        title, unit, share = about.get(metric, (metric.replace("_", " ").capitalize(), "", True))
+    for place, (metric, names) in enumerate(previewed_metrics(log).items()):
+        text = metric_text(metrics, metric, is_share=True)
+        aside = place >= OPEN_PREVIEWS
         plot = Plot(
-            title,
-            unit,
-            "preview/",
-            f"/{metric}",
-            from_zero=True,
-            share=share,
-            aside=place >= OPEN_PREVIEWS,
-        )
-        charts.append(_training_chart(plot, log, list(found[metric].values()), palette))
-    return [chart for chart in charts if chart.drawings]
+            text.title, text.meaning, "preview/", f"/{metric}",
+            from_zero=True, share=text.is_share, aside=aside,
+        )  # fmt: skip
+        charts.append(_training_chart(plot, log, list(names.values()), palette))
+    return _drawn(charts)
 
 
 def _training_chart(plot: Plot, log: StageLog, names: Sequence[str], palette: Palette) -> Chart:
-    lines = {name: _line_form(plot, name, place, palette) for place, name in enumerate(names)}
-    drawings, notes, newest = (
-        {},
-        [],
-        {name: log.series(name)[-1][1] for name in names if log.series(name)},
-    )
+    text = percent if plot.share else number
+    keys = {name: _key(plot, name, place, palette) for place, name in enumerate(names)}
+    drawings, notes, newest = {}, [], {}
     for label, axis in AXES.items():
-        drawn = [
-            Line(one.name, log.series(name, by=axis), one.colour, one.dashed)
-            for name, one in lines.items()
+        form = ChartForm(label, plot.from_zero, plot.may_be_log, plot.share)
+        curves = [
+            Curve(key.name, log.series(name, by=axis), key.colour, key.dashed)
+            for name, key in keys.items()
         ]
-        form = Form(label, plot.from_zero, plot.may_be_log, plot.share)
-        drawing = draw_chart(plot.title, [line for line in drawn if line.points], form)
-        if drawing:
+        if drawing := draw_curves(plot.title, [curve for curve in curves if curve.points], form):
             drawings[label] = Markup(drawing)
-        if label == "step":
-            notes = _notes(drawn, form)
-    form_y = percent if plot.share else number
-    keys = [
-        Key(one.name, one.colour, form_y(newest[name]), one.dashed)
-        for name, one in lines.items()
-        if name in newest
+        if axis == STEP:
+            notes = _notes(curves, form)
+            newest = {curve.name: text(curve.points[-1][1]) for curve in curves if curve.points}
+    legend = [
+        LegendKey(key.name, key.colour, newest[key.name], key.dashed)
+        for key in keys.values()
+        if key.name in newest
     ]
-    return Chart(plot.title, plot.unit, keys, drawings, notes, plot.aside)
+    return Chart(plot.title, plot.unit, legend, drawings, notes, plot.aside)
 
 
-def _line_form(plot: Plot, name: str, place: int, palette: Palette) -> Key:
+def _key(plot: Plot, name: str, place: int, palette: Palette) -> LegendKey:
+    """Name and colour of a metric in a chart."""
     if name.startswith(("valid/", "preview/")) and name.count("/") == 2:
         language = name.split("/")[1]
         of_base = language.endswith("_base")
         language = language.removesuffix("_base")
-        return Key(
-            f"{language}, base" if of_base else language, palette.language(language), dashed=of_base
-        )
-    if plot.begin == "train/learning_rate":
-        return Key(plot.line_name(name) or "layers", f"k-n{place % PLAIN_COLOURS}")
-    return Key(plot.line_name(name) or plot.title.lower(), f"k-n{place % PLAIN_COLOURS}")
+        shown = f"{language}, base" if of_base else language
+        return LegendKey(shown, palette.language(language), dashed=of_base)
+    rest = name.removeprefix(plot.begin).removesuffix(plot.end).strip("/_").replace("_", " ")
+    whole = "layers" if plot.begin == "train/learning_rate" else plot.title.lower()
+    return LegendKey(rest or whole, f"k-n{place % PLAIN_COLOURS}")
 
 
-def _notes(lines: Sequence[Line], form: Form) -> list[str]:
-    notes = ["logarithmic scale"] if is_logarithmic(lines, form) else []
-    for line in lines:
-        odd = sum(not math.isfinite(y) for _, y in line.points)
+def _notes(curves: Sequence[Curve], form: ChartForm) -> list[str]:
+    notes = ["logarithmic scale"] if is_logarithmic(curves, form) else []
+    for curve in curves:
+        odd = sum(not math.isfinite(y) for _, y in curve.points)
         if odd:
-            notes.append(f"{line.name}: {odd:,} of {len(line.points):,} values are not finite")
-    longest = max((len(line.points) for line in lines), default=0)
+            notes.append(f"{curve.name}: {odd:,} of {len(curve.points):,} values are not finite")
+    longest = max((len(curve.points) for curve in curves), default=0)
     if longest > MOST_POINTS:
         notes.append(f"extremes of {longest:,} rows")
     return notes
@@ -268,133 +241,130 @@ def _notes(lines: Sequence[Line], form: Form) -> list[str]:
 def tokenizer_charts(log: StageLog, palette: Palette) -> list[Chart]:
     """Tokens per character before and after, and what each further piece brings."""
     charts = []
-    fertility = columns_of(log, "tokenizer/fertility", "language", "tok/char base", "tok/char new")
-    if fertility:
-        languages = [str(row[0]) for row in fertility]
+    fertility = log.records("tokenizer/fertility")
+    if fertility and "tok/char new" in fertility[0]:
         series = [
-            Series(
-                name,
-                [Bar(*[float(row[place] or 0)] * 3) for row in fertility],
-                palette.model(colour),
+            BarSeries(
+                name, [Bar.exact(row[f"tok/char {column}"]) for row in fertility], palette.model(of)
             )
-            for place, name, colour in ((1, "base", "base"), (2, "extended", "cpt"))
+            for name, column, of in (("base", "base", "base"), ("extended", "new", "cpt"))
         ]
-        drawing = Markup(draw_bars("Tokens per character", languages, series, size=WIDE))
-        keys = [Key(one.name, one.colour) for one in series]
-        charts.append(
-            Chart(
-                "Tokens per character", "of held-out text; lower is better", keys, {"bars": drawing}
-            )
-        )
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for language, size, value in columns_of(
-        log, "tokenizer/gain curve", "language", "new pieces", "tok/char"
-    ):
-        curves.setdefault(str(language), []).append((float(size or 0), float(value or 0)))
-    lines = [Line(name, points, palette.language(name)) for name, points in curves.items()]
-    drawing = Markup(draw_chart("Gain", lines, Form("new pieces", from_zero=True)))
-    if drawing:
-        keys = [Key(line.name, line.colour, short(line.points[-1][1])) for line in lines]
-        charts.append(
-            Chart(
-                "What each further piece brings", "tokens per character", keys, {"curve": drawing}
-            )
-        )
-    return charts
+        languages = [str(row["language"]) for row in fertility]
+        title = "Tokens per character"
+        drawing = Markup(draw_bars(title, languages, series, size=WIDE))
+        keys = [LegendKey(one.name, one.colour) for one in series]
+        charts.append(Chart(title, "of held-out text; lower is better", keys, {"bars": drawing}))
+    curves = palette.curves(
+        (row["language"], row["new pieces"], row["tok/char"])
+        for row in log.records("tokenizer/gain curve")
+    )
+    keys = [LegendKey(one.name, one.colour, short(one.points[-1][1])) for one in curves]
+    form, title = ChartForm("new pieces", from_zero=True), "What each further piece brings"
+    charts.append(_curve_chart(title, "tokens per character", keys, curves, form))
+    return _drawn(charts)
 
 
 def data_charts(log: StageLog, palette: Palette) -> list[Chart]:
     """How long the documents of each source are."""
-    rows = columns_of(
-        log, "data/document lengths", "source", "log2 of tokens", "share of documents"
-    )
-    curves: dict[str, dict[int, float]] = {}
-    for source, power, share in rows:
-        curves.setdefault(str(source), {})[int(power or 0)] = float(share or 0)
-    powers = sorted({power for curve in curves.values() for power in curve})
+    shares: dict[str, dict[int, float]] = {}
+    for row in log.records("data/document lengths"):
+        of_source = shares.setdefault(str(row["source"]), {})
+        of_source[int(row["log2 of tokens"] or 0)] = float(row["share of documents"] or 0)
+    powers = {power for of_source in shares.values() for power in of_source}
     if not powers:
         return []
-    sizes, languages, lines = range(powers[0], powers[-1] + 1), set(), []
-    for name, curve in curves.items():
-        points = [(float(place), curve.get(power, 0.0)) for place, power in enumerate(sizes)]
+    sizes, colours, curves = range(min(powers), max(powers) + 1), set[str](), []
+    for name, of_source in shares.items():
+        points = [(float(place), of_source.get(power, 0.0)) for place, power in enumerate(sizes)]
         colour = palette.language(name.partition(":")[0])  # a source is named LANGUAGE:FILE
-        lines.append(Line(name, points, colour, dashed=colour in languages))
-        languages.add(colour)
-    form = Form(
-        "tokens, from", from_zero=True, share=True, categories=[number(2**power) for power in sizes]
-    )
-    drawing = Markup(draw_chart("Document lengths", lines, form))
-    keys = [Key(line.name, line.colour, dashed=line.dashed) for line in lines]
-    return [Chart("Document lengths", "share of a source's documents", keys, {"curve": drawing})]
+        curves.append(Curve(name, points, colour, dashed=colour in colours))
+        colours.add(colour)
+    labels = [number(2**power) for power in sizes]
+    form = ChartForm("tokens, from", from_zero=True, share=True, categories=labels)
+    keys = [LegendKey(curve.name, curve.colour, dashed=curve.dashed) for curve in curves]
+    title, unit = "Document lengths", "share of a source's documents"
+    return _drawn([_curve_chart(title, unit, keys, curves, form)])
 
 
 def merge_charts(log: StageLog, palette: Palette) -> list[Chart]:
-    """Norms and cosine by layer; parts that are no layer stand apart."""
-    names = {"vector / base": "chat vector", "cpt change / base": "CPT change", "cosine": "cosine"}
-    rows = columns_of(log, "merge/layers", "part", *names)
-    parts = [str(row[0]) for row in rows]
-    lines = {}
-    for place, (column, name) in enumerate(names.items(), start=1):
+    """Norms and cosine by layer, with gaps around parts that are not layers."""
+    rows = log.records("merge/layers")
+    parts = [str(row["part"]) for row in rows]
+
+    def curve(name: str, column: str, colour: str) -> Curve:
+        values = [row[column] for row in rows]
         points = [
-            (float(x), math.nan if row[place] is None else float(str(row[place])))
-            for x, row in enumerate(rows)
+            (float(x), float(value) if isinstance(value, int | float) else math.nan)
+            for x, value in enumerate(values)
         ]
-        colour = {
-            "vector / base": palette.model("chat"),
-            "cpt change / base": palette.model("cpt"),
-        }.get(column, "k-n0")
-        lines[column] = Line(name, list(_apart(points, parts)), colour)
+        return Curve(name, list(_with_gaps(points, parts)), colour)
+
+    lengths = [
+        curve("chat vector", "vector / base", palette.model("chat")),
+        curve("CPT change", "cpt change / base", palette.model("cpt")),
+    ]
+    cosine = [curve("cosine", "cosine", "k-n0")]
+    between = "between chat vector and CPT change"
+    return _drawn(
+        _curve_chart(
+            title, unit, [LegendKey(one.name, one.colour) for one in curves], curves,
+            ChartForm("layer", from_zero=from_zero, categories=parts),
+        )
+        for title, unit, curves, from_zero in (
+            ("Length of the changes", "share of the base's norm", lengths, True),
+            ("Cosine", between, cosine, False),
+        )
+    )  # fmt: skip
+
+
+def sweep_charts(log: StageLog, metrics: dict[str, MetricText], palette: Palette) -> list[Chart]:
+    """What a sweep measured over the ratio: a chart for each metric, a line for each language."""
+    recommended = log.summary.get("sweep/recommended_ratio")
+    notes = [] if recommended is None else [f"dashed: {number(recommended)}, recommended"]
+    tables = {
+        name.removeprefix("sweep/"): table
+        for name, table in log.tables.items()
+        if table.columns[:2] == SWEPT
+    }
     charts = []
-    for title, unit, columns, from_zero in (
-        (
-            "Length of the changes",
-            "share of the base's norm",
-            ["vector / base", "cpt change / base"],
-            True,
-        ),
-        ("Cosine", "between chat vector and CPT change", ["cosine"], False),
-    ):
-        drawn = [lines[column] for column in columns]
-        drawing = draw_chart(title, drawn, Form("layer", from_zero=from_zero, categories=parts))
-        if drawing:
-            keys = [Key(line.name, line.colour) for line in drawn]
-            charts.append(Chart(title, unit, keys, {"curve": Markup(drawing)}))
-    return charts
+    for metric, table in _in_order(tables, metrics):
+        text = metric_text(metrics, metric)
+        curves = palette.curves(
+            (row["language"], row["ratio"], row.get(metric)) for row in table.records
+        )
+        keys = [LegendKey(curve.name, curve.colour) for curve in curves]
+        form = ChartForm("ratio", text.is_share, share=text.is_share, mark=recommended)
+        charts.append(_curve_chart(text.title, text.meaning, keys, curves, form, notes))
+    return _drawn(charts)
 
 
-def _apart(
+def _in_order(values: dict[str, T], metrics: dict[str, MetricText]) -> list[tuple[str, T]]:
+    """By metric: known ones first, in their order."""
+    return sorted(values.items(), key=lambda item: [*metrics, item[0]].index(item[0]))
+
+
+def _curve_chart(
+    title: str,
+    unit: str,
+    keys: list[LegendKey],
+    curves: Sequence[Curve],
+    form: ChartForm,
+    notes: Sequence[str] = (),
+) -> Chart:
+    drawing = draw_curves(title, curves, form)
+    drawings = {"curve": Markup(drawing)} if drawing else {}
+    return Chart(title, unit, keys, drawings, list(notes))
+
+
+def _drawn(charts: Iterable[Chart]) -> list[Chart]:
+    """The charts that have anything to show."""
+    return [chart for chart in charts if chart.drawings]
+
+
+def _with_gaps(
     points: Sequence[tuple[float, float]], parts: Sequence[str]
 ) -> Iterator[tuple[float, float]]:
-    """With gaps around what is no numbered layer."""
     for place, point in enumerate(points):
         if place and not (parts[place].isdigit() and parts[place - 1].isdigit()):
             yield point[0] - 0.5, math.nan
         yield point
-
-
-def sweep_charts(
-    log: StageLog, about: Mapping[str, tuple[str, str, bool]], palette: Palette
-) -> list[Chart]:
-    """What a sweep measured over the ratio, a chart per metric, a line per language, and what it recommends."""
-    recommended = log.summary.get("sweep/recommended_ratio")
-    names = [
-        name.removeprefix("sweep/")
-        for name, table in log.tables.items()
-        if table.columns[:2] == SWEPT
-    ]
-    charts = []
-    for metric in sorted(names, key=lambda name: [*about, name].index(name)):
-        title, unit, share = about.get(metric, (metric.replace("_", " ").capitalize(), "", False))
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for language, ratio, value in columns_of(log, f"sweep/{metric}", *SWEPT, metric):
-            if isinstance(ratio, int | float) and isinstance(value, int | float):
-                curves.setdefault(str(language), []).append((float(ratio), float(value)))
-        lines = [Line(name, points, palette.language(name)) for name, points in curves.items()]
-        drawing = draw_chart(
-            title, lines, Form("ratio", from_zero=share, share=share, mark=recommended)
-        )
-        if drawing:
-            keys = [Key(line.name, line.colour) for line in lines]
-            notes = [] if recommended is None else [f"dashed: {number(recommended)}, recommended"]
-            charts.append(Chart(title, unit, keys, {"curve": Markup(drawing)}, notes))
-    return charts

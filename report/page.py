@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing but itself: no network, no script, figures as data URIs."""
+"""The report as one HTML page without network or script: charts are inline SVG, pictures data URIs."""
 
 from __future__ import annotations
 
@@ -15,32 +15,27 @@ from typing import Any, TypeVar
 from jinja2 import Environment, Template
 
 from cpt_merge.report.charts import (
-    NARROW_BARS,
     Chart,
     Palette,
     data_charts,
-    languages_of,
+    has_wide_bars,
     merge_charts,
     models_of,
     preview_charts,
     score_charts,
-    settings,
     sweep_charts,
     tokenizer_charts,
     training_charts,
 )
-from cpt_merge.report.headline import progress, scores_of, strip, tiles, verdict
-from cpt_merge.report.run_view import (
+from cpt_merge.report.headline import run_state, stage_marks, tiles, training_progress
+from cpt_merge.report.view import (
     RunView,
     StageView,
-    columns_of,
     duration,
-    is_notice,
-    matters,
     metrics_of,
     number,
-    preview_rows,
-    ratios_of,
+    scores_of,
+    sweep_table,
 )
 from cpt_merge.tracking import Cell, StageLog, Table
 
@@ -96,70 +91,47 @@ class StageSection:
 def render_page(view: RunView, now: float) -> str:
     """The page, as of the time `now`."""
     evaluation, training, palette = view.log("evaluation"), view.log("training"), Palette(view)
-    about = metrics_of(evaluation)
+    metrics = metrics_of(evaluation)
+    draw = {"tokenizer": tokenizer_charts, "data": data_charts, "merge": merge_charts}
+    sections = []
+    for stage in view.stages:
+        charts = draw[stage.name](stage.log, palette) if stage.name in draw else []
+        sections.append(_section(stage, charts))
+    sweep = view.sweep and _section(view.sweep, sweep_charts(view.sweep.log, metrics, palette))
     return _template().render(
         view=view,
         written=time.strftime("%Y-%m-%d %H:%M", time.localtime(now)),
-        recipe=settings(view),
         group=next((stage.log.run.get("group") for stage in view.stages if stage.log.run), ""),
-        verdict=verdict(view, now),
-        progress=progress(view),
-        strip=strip(view),
+        state=run_state(view, now),
+        progress=training_progress(view),
+        strip=stage_marks(view),
         tiles=tiles(view),
-        alerts=alerts(view),
-        notices=[
-            (_clock(float(alert["time"])), alert["title"], alert["text"])
-            for stage in view.logged
-            for alert in stage.log.alerts
-            if is_notice(stage, alert)
-        ],
         artifacts=[
-            (stage.name, "reads" if one.used else "leaves", one.kind, one.name, one.uri, one.digest)
+            (stage.name, "reads" if one.used else "makes", one.kind, one.name, one.uri, one.digest)
             for stage in view.logged
             for one in stage.log.artifacts
         ],
         models=[(name, palette.model(name)) for name in models_of(evaluation)],
         palette=palette,
         bars=score_charts(evaluation, palette),
+        wide_bars=has_wide_bars(evaluation),
         charts=training_charts(training, palette),
-        preview_charts=preview_charts(training, about, palette),
-        previews=previews(training),
-        questions=questions(evaluation),
-        continuations=continuations(training),
-        sections=[section_of(stage, _stage_charts(stage, palette)) for stage in view.stages],
-        sweep=section_of(view.sweep, sweep_charts(view.sweep.log, about, palette)) if view.sweep else None,
-        ratios=ratios_of(view),
-        origins=origins(view),
-        settings=json.dumps(settings(view), indent=2, ensure_ascii=False),
-        wide_bars=len(models_of(evaluation)) * len(languages_of(evaluation)) > NARROW_BARS,
-        shown_prompts=SHOWN_PROMPTS, most_prompts=MOST_PROMPTS, most_rows=MOST_ROWS,
-    )  # fmt: skip
-
-
-def alerts(view: RunView) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(stage, title, [(time, text), ...]) of every matter, the newest first."""
-    return [
-        (matter.stage, matter.title, [(_clock(when), text) for when, text in reversed(matter.said)])
-        for matter in matters(view)
-    ]
-
-
-def _clock(when: float) -> str:
-    """Month, day and time here; nothing for what was not noted."""
-    if not when:
-        return ""
-    return time.strftime("%m-%d %H:%M:%S", time.localtime(when))
-
-
-def _stage_charts(stage: StageView, palette: Palette) -> list[Chart]:
-    draw = {"tokenizer": tokenizer_charts, "data": data_charts, "merge": merge_charts}.get(
-        stage.name
+        preview_charts=preview_charts(training, metrics, palette),
+        previews=_previews(training),
+        questions=_questions(evaluation),
+        continuations=_continuations(training),
+        sections=sections,
+        sweep=sweep,
+        ratios=sweep_table(view),
+        origins=_origins(view),
+        settings=_json(view.recipe),
+        shown_prompts=SHOWN_PROMPTS,
+        most_prompts=MOST_PROMPTS,
+        most_rows=MOST_ROWS,
     )
-    return draw(stage.log, palette) if draw else []
 
 
-def section_of(stage: StageView, charts: list[Chart]) -> StageSection:
-    """A stage's own part of the page."""
+def _section(stage: StageView, charts: list[Chart]) -> StageSection:
     tables = {name: table for name, table in stage.log.tables.items() if name not in OWN_PLACE}
     drawn = bool(charts) or stage.name in ("training", "evaluation")
     shown = {f"{model}/{language}/{metric}" for metric, model, language in scores_of(stage.log)}
@@ -169,7 +141,7 @@ def section_of(stage: StageView, charts: list[Chart]) -> StageSection:
         charts,
         tables,
         [name for name in small if not drawn or name.endswith(("examples", "not_run"))],
-        {name: data_uri(path) for name, path in stage.log.images.items()},
+        {name: _data_uri(path) for name, path in stage.log.images.items()},
         _metrics(stage.log, shown),
         _results(stage, shown),
         {name: _content(path) for name, path in stage.log.files.items()},
@@ -216,18 +188,14 @@ def _spread(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             )
 
 
-def questions(log: StageLog) -> dict[str, list[Question]]:
+def _questions(log: StageLog) -> dict[str, list[Question]]:
     """By language, the prompts with every model's reply side by side."""
-    table = log.tables.get("eval/samples")
     found: dict[str, dict[str, list[dict[str, Cell]]]] = {}
-    for cells in table.rows if table else []:
-        row = dict(zip(table.columns, cells, strict=True)) if table else {}
+    for row in log.records("eval/samples"):
         prompts = found.setdefault(str(row["language"]), {})
         if str(row["prompt"]) in prompts or len(prompts) < MOST_PROMPTS:
             replies = prompts.setdefault(str(row["prompt"]), [])
-            if all(
-                reply["model"] != row["model"] for reply in replies
-            ):  # the same prompt may be asked twice
+            if all(reply["model"] != row["model"] for reply in replies):  # a prompt may come twice
                 replies.append({**row, "reply": _cut(str(row["reply"]))})
     return {
         language: [Question(prompt, replies) for prompt, replies in prompts.items()]
@@ -235,27 +203,19 @@ def questions(log: StageLog) -> dict[str, list[Question]]:
     }
 
 
-def _cut(text: str) -> str:
-    """A reply as it is shown: line breaks before its first word as signs, and no longer than it may be."""
-    words = text.lstrip("\n")
-    text, over = "⏎" * (len(text) - len(words)) + words, len(words) - MOST_CHARACTERS
-    return f"{text[:MOST_CHARACTERS]} … ({over:,} more characters)" if over > 0 else text
-
-
-def continuations(log: StageLog) -> list[tuple[str, str, list[tuple[Cell, str]]]]:
-    """(language, prompt, [(step, continuation), ...]) of held-out text; of many steps, evenly spread ones."""
+def _continuations(log: StageLog) -> list[tuple[str, str, list[tuple[Cell, str]]]]:
+    """(language, prompt, [(step, continuation), ...]) of held-out text; evenly spread ones of many steps."""
     found: dict[tuple[str, str], list[tuple[Cell, str]]] = {}
-    for step, language, prompt, text in columns_of(
-        log, "train/continuations", "step", "language", "prompt", "continuation"
-    ):
-        found.setdefault((str(language), str(prompt)), []).append((step, _cut(str(text))))
-    return [(*names, _spread_evenly(said)) for names, said in found.items()]
+    for row in log.records("train/continuations"):
+        names = str(row["language"]), str(row["prompt"])
+        found.setdefault(names, []).append((row["step"], _cut(str(row["continuation"]))))
+    return [(*names, _spread_evenly(texts)) for names, texts in found.items()]
 
 
-def previews(log: StageLog) -> dict[str, list[Previewed]]:
-    """By language, the prompts with the chat model's reply at the newest step and at evenly spread ones before it."""
+def _previews(log: StageLog) -> dict[str, list[Previewed]]:
+    """By language, the prompts with the chat model's reply at the newest step and at evenly spread earlier ones."""
     found: dict[tuple[str, str], list[dict[str, Cell]]] = {}
-    for row in preview_rows(log):
+    for row in log.records("preview/replies"):
         names = str(row["language"]), str(row["prompt"])
         found.setdefault(names, []).append({**row, "reply": _cut(str(row["reply"]))})
     asked: dict[str, list[Previewed]] = {}
@@ -263,6 +223,13 @@ def previews(log: StageLog) -> dict[str, list[Previewed]]:
         *earlier, newest = _spread_evenly(replies)
         asked.setdefault(language, []).append(Previewed(prompt, newest, earlier))
     return asked
+
+
+def _cut(text: str) -> str:
+    """A reply for display: leading line breaks as signs, and no longer than allowed."""
+    words = text.lstrip("\n")
+    text, over = "⏎" * (len(text) - len(words)) + words, len(words) - MOST_CHARACTERS
+    return f"{text[:MOST_CHARACTERS]} … ({over:,} more characters)" if over > 0 else text
 
 
 def _spread_evenly(said: list[T]) -> list[T]:
@@ -274,8 +241,7 @@ def _spread_evenly(said: list[T]) -> list[T]:
     ]
 
 
-def data_uri(path: Path) -> str:
-    """A picture as text."""
+def _data_uri(path: Path) -> str:
     return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
@@ -294,21 +260,25 @@ def _template() -> Template:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def origins(view: RunView) -> list[tuple[str, str]]:
-    """Of every stage all that is known of where its result comes from, as JSON; the recipe is shown once, apart."""
+def _origins(view: RunView) -> list[tuple[str, str]]:
+    """Everything known about where each stage's result comes from, as JSON; the recipe is displayed once, apart."""
     found = []
     for stage in view.logged:
-        run = dict(stage.log.run)
-        run["settings"] = {
-            name: value for name, value in run.get("settings", {}).items() if name != "recipe"
-        }
-        recorded = (
-            {"inputs": stage.record.inputs, "versions": stage.record.versions}
-            if stage.record
-            else {}
-        )
-        found.append((stage.name, json.dumps({**run, **recorded}, indent=2, ensure_ascii=False)))
+        settings = stage.log.run.get("settings", {})
+        known = {**stage.log.run, "settings": {k: v for k, v in settings.items() if k != "recipe"}}
+        if stage.record:
+            known |= {"inputs": stage.record.inputs, "versions": stage.record.versions}
+        found.append((stage.name, _json(known)))
     return found
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False)
+
+
+def _clock(when: float) -> str:
+    """Month, day and local time; empty if unknown."""
+    return time.strftime("%m-%d %H:%M:%S", time.localtime(when)) if when else ""
 
 
 def _lang(tag: str) -> str:

@@ -29,6 +29,11 @@ class Table:
     columns: list[str]
     rows: list[list[Cell]]
 
+    @property
+    def records(self) -> list[dict[str, Cell]]:
+        """The rows as dictionaries by column."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
 
 @dataclass(frozen=True)
 class Curves(Table):

@@ -15,14 +15,15 @@ from matplotlib.figure import Figure
 from cpt_merge.core.artifact import StageRecord, write_json, write_record
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.stages import STAGES
-from cpt_merge.report.bars import Bar, Series, draw_bars
-from cpt_merge.report.curves import MOST_POINTS, Axis, Form, Line, draw_chart, thin
-from cpt_merge.report.run_view import duration, number, read_run, report, score_pivots
+from cpt_merge.report import report
+from cpt_merge.report.bars import Bar, BarSeries, draw_bars
+from cpt_merge.report.curves import MOST_POINTS, Axis, ChartForm, Curve, draw_curves, thin
+from cpt_merge.report.view import Pivot, duration, number, read_run, score_pivots
 from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
 
 LOCAL = TrackingConfig(mode="disabled")
 HOSTILE = "<script>alert(1)</script> [/INST] 서울"
-STEP_FORM = Form("step")
+STEP_FORM = ChartForm("step")
 TRAINING = {"tokens": 6400, "sequence_length": 16, "global_batch_size": 4}  # 100 steps
 SCORES = ["model", "language", "metric", "value", "low", "high", "n"]
 
@@ -130,7 +131,7 @@ def test_terminal_and_page_of_a_running_run(run, capsys):
     assert HOSTILE in page.text
     assert '"b&b"' in page.text
     for words in ("training is running or cut short", "training: step 58 of 100", "left at the newest rate",
-                  "embeddings not begun", "Good replies, ko 50 %"):  # fmt: skip
+                  "embeddings not started", "Good replies, ko 50 %"):  # fmt: skip
         assert words in page.words
 
 
@@ -148,7 +149,7 @@ def test_the_page_needs_nothing_but_itself(run):
 
 def test_figures_are_drawn_as_the_evaluation_says_that_they_are(run):
     evaluation = read_log(run / "evaluation" / "log")
-    assert score_pivots(evaluation)["chat"][1][0] == ["base", "50%"], (
+    assert score_pivots(evaluation)["chat"].rows[0] == ["base", "50%"], (
         "an older log, without eval/metrics"
     )
     rows = [
@@ -168,8 +169,8 @@ def test_figures_are_drawn_as_the_evaluation_says_that_they_are(run):
     )
     pivots = score_pivots(read_log(run / "evaluation" / "log"))
     assert pivots == {
-        "turns": (["ko"], [["merged", "25%"]]),
-        "judge_score": (["ko"], [["merged", "7.500"]]),
+        "turns": Pivot(["ko"], [["merged", "25%"]]),
+        "judge_score": Pivot(["ko"], [["merged", "7.500"]]),
     }
     report(run)
     page = Page(run)
@@ -227,7 +228,7 @@ def test_everything_that_a_real_run_logs_is_on_its_page(finished):
     page = assert_everything_is_shown(finished, [stage.name for stage in STAGES])
     assert "all 6 stages are finished" in page.words
     for chart in ("Loss by step", "Held-out bits per byte by tokens", "Learning rate by step", "Tokens per character",
-                  "Gain by new pieces", "Length of the changes by layer", "Good replies", "Bits per byte"):  # fmt: skip
+                  "What each further piece brings by new pieces", "Length of the changes by layer", "Good replies", "Bits per byte"):  # fmt: skip
         assert page.chart(chart)
 
 
@@ -239,7 +240,7 @@ def test_alerts_stand_above_all_else_those_of_one_matter_together(run, capsys):
     report(run)
     words = Page(run).words
     assert "loss spike , 4 times, the last: step 43: loss 9" in words
-    assert "alert: loss spike: step 43: loss 9 (and 3 before it)" in capsys.readouterr().err
+    assert "alert: loss spike: step 43: loss 9 (and 3 earlier)" in capsys.readouterr().err
     assert (
         words.index("loss spike") < words.index("non-finite gradient") < words.index("Good replies")
     )
@@ -249,7 +250,7 @@ def test_a_stage_that_failed_or_was_stopped_says_so_until_it_is_started_again(ru
     log = run / "training" / "log"
     for word, says in (
         ("failed", "training failed"),
-        ("stopped", "training is stopped, its last sign"),
+        ("stopped", "training is stopped; its last sign"),
     ):
         training = start(run, "training")
         training.resume_from(60)
@@ -453,32 +454,38 @@ def test_lengths_of_documents_are_drawn_by_powers_of_two(run):
 
 
 def test_unknown_run(tmp_path, run):
-    with pytest.raises(UserError, match=r"runs/dmo holds no stage of a run; .*; runs there: demo"):
+    with pytest.raises(
+        UserError, match=r"runs/dmo contains no stage of a run; .*; runs in .*: demo"
+    ):
         report(run.parent / "dmo")
-    with pytest.raises(UserError, match="holds no stage of a run"):
+    with pytest.raises(UserError, match="contains no stage of a run"):
         report(tmp_path / "no" / "where")
 
 
 def test_a_value_that_is_not_finite_leaves_a_gap_and_is_counted(run):
     points = [(0.0, 1.0), (1.0, 2.0), (2.0, math.nan), (3.0, 2.0), (4.0, math.inf), (5.0, 1.0)]
-    drawn = draw_chart("loss", [Line("loss", points)], STEP_FORM)
+    drawn = draw_curves("loss", [Curve("loss", points)], STEP_FORM)
     assert [len(found.split()) for found in re.findall(r'points="([^"]*)"', drawn)] == [2, 1, 1]
     assert not re.search(r'="nan"|nan,|,nan', drawn)
     assert drawn.count('class="odd"') == 2
-    assert draw_chart("loss", [Line("loss", [(0.0, math.nan)])], STEP_FORM) == ""
+    assert draw_curves("loss", [Curve("loss", [(0.0, math.nan)])], STEP_FORM) == ""
     report(run)
     assert "loss: 1 of 30 values are not finite" in Page(run).words
 
 
 def test_curves_of_one_point_and_of_equal_values_are_drawn():
     for points in ([(7.0, 3.0)], [(0.0, 0.0), (9.0, 0.0)]):
-        for form in (STEP_FORM, Form("step", from_zero=True), Form("step", may_be_log=True)):
-            assert "<circle" in draw_chart("t", [Line("a", points)], form)
+        for form in (
+            STEP_FORM,
+            ChartForm("step", from_zero=True),
+            ChartForm("step", may_be_log=True),
+        ):
+            assert "<circle" in draw_curves("t", [Curve("a", points)], form)
 
 
 def test_the_values_of_all_lines_show_under_the_pointer():
-    lines = [Line("ko", [(0.0, 4.0), (9.0, 1.5)]), Line("zh_tw", [(0.0, 3.0), (9.0, 1.25)])]
-    assert "<title>step 9\nko: 1.5\nzh_tw: 1.25</title>" in draw_chart("t", lines, STEP_FORM)
+    lines = [Curve("ko", [(0.0, 4.0), (9.0, 1.5)]), Curve("zh_tw", [(0.0, 3.0), (9.0, 1.25)])]
+    assert "<title>step 9\nko: 1.5\nzh_tw: 1.25</title>" in draw_curves("t", lines, STEP_FORM)
 
 
 def test_values_far_apart_get_a_logarithmic_axis():
@@ -489,11 +496,14 @@ def test_values_far_apart_get_a_logarithmic_axis():
 
 def test_bars_have_their_interval_and_value():
     drawn = draw_bars(
-        "t", ["ko", "en"], [Series("merged", [Bar(0.92, 0.8, 1.0), None], "k-merged")], share=True
+        "t",
+        ["ko", "en"],
+        [BarSeries("merged", [Bar(0.92, 0.8, 1.0), None], "k-merged")],
+        share=True,
     )
     assert drawn.count("<rect") == drawn.count('class="interval"') == 1
     assert "<title>merged, ko: 92 % (80 % to 100 %)</title>" in drawn
-    assert draw_bars("t", ["ko"], [Series("merged", [None], "k-merged")]) == ""
+    assert draw_bars("t", ["ko"], [BarSeries("merged", [None], "k-merged")]) == ""
 
 
 def test_long_curves_keep_their_extremes_and_their_end():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_merge.report.run_view import report
+from cpt_merge.report import report
 from cpt_merge.tracking import Tracker
 from tests.report.test_report import SCORES, Page, finish, start, train
 

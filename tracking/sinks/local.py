@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from cpt_merge.tracking.events import (
     STEP,
     Alert,
     Artifact,
+    Cell,
     Event,
     File,
     Image,
@@ -66,6 +68,24 @@ class StageLog:
     def series(self, metric: str, by: str = STEP) -> list[tuple[float, float]]:
         """(x, value) of every row that has both `metric` and `by`, in the order logged."""
         return [(row[by], row[metric]) for row in self.rows if metric in row and by in row]
+
+    def records(self, table: str) -> list[dict[str, Cell]]:
+        """The rows of a table as dictionaries by column; none if it was not logged."""
+        return self.tables[table].records if table in self.tables else []
+
+    @cached_property
+    def newest(self) -> dict[str, float]:
+        """The newest value of every metric."""
+        values: dict[str, float] = {}
+        for row in self.rows:
+            values.update(row)
+        values.pop("time", None)
+        return values
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics, in the order of their first rows."""
+        return list(self.newest)
 
 
 class LocalLog:
