@@ -28,14 +28,13 @@ from cpt_merge.core.progress import Meter, say
 from cpt_merge.core.world import find_world
 from cpt_merge.merge import finish, norms, report
 from cpt_merge.merge.config import MergeConfig
-from cpt_merge.merge.journal import BlockSums
 from cpt_merge.merge.methods.combine import TensorRange
 from cpt_merge.merge.norms import Statistics, Sums
 from cpt_merge.merge.plan import MergeInputs, MergePlan, PlannedTensor, check_output, plan
 from cpt_merge.merge.rows import describe
 from cpt_merge.merge.slices import ReadCpt, SliceMerger, as_json, joined, thresholds
 from cpt_merge.merge.vectors import check_base
-from cpt_merge.merge.work import Work, staging
+from cpt_merge.merge.work import BlockSums, Work, staging
 from cpt_merge.tracking import Tracker
 
 BLOCK = 1 << 22  # elements; what one thread does at a time

@@ -4,10 +4,8 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,171 +13,147 @@ from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
-from cpt_merge.merge import MergeConfig
+from cpt_merge.merge import MergeConfig, files
 from cpt_merge.merge.files import digest as digest_of_plan
 from cpt_merge.merge.files import divide, on_threads
-from cpt_merge.merge.journal import read_blocks, trusted
 from cpt_merge.merge.norms import Sums
 from cpt_merge.merge.plan import plan
-from cpt_merge.merge.work import Work
+from cpt_merge.merge.work import Work, read_blocks, written_blocks
 from tests.merge.conftest import save_weights
 from tests.merge.test_merge_run import digest, inputs_of, load, merge
 
-# A merge as users run it, but in small blocks and slow enough to be killed in between.
-SLOW = """
+ADD = {"ratio": 0.7}
+TIES = {"method": "ties", "density": 0.5, "gate": True}
+BLOCK = 64  # elements, so that the small models have several hundred blocks
+
+# The command as users run it, but with small blocks, and held for ever after so many of them
+MERGE = """
 import sys, time
-from pathlib import Path
 from cpt_merge.launcher.cli import main
-from cpt_merge.merge import files, journal
-files.BLOCK = 128
-note = journal.Journal.note
-def slow(self, *arguments):
+from cpt_merge.merge import files, work
+files.BLOCK = {block}
+note = work.Journal.note
+def note_and_hold(self, *arguments):
     note(self, *arguments)
-    time.sleep({pause})
-journal.Journal.note = slow
+    if self._noted >= {hold}:
+        time.sleep(3600)
+work.Journal.note = note_and_hold
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def start(family, out, *settings, pause=0.004, **environment):
-    models = [
-        "--cpt",
-        family.cpt,
-        "--base",
-        family.base,
-        "--chat",
-        family.chat,
-        "--tokenizer",
-        family.tokenizer,
-    ]
-    command = [
-        sys.executable,
-        "-c",
-        SLOW.format(pause=pause),
-        "merge-models",
-        *models,
-        "--out",
-        out,
-        *settings,
-    ]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def command(processes):
+    """Starts `cpt-merge merge-models`; the process never writes more than `hold` blocks."""
+
+    def start(family, out, hold=10**9, **settings):
+        environment = {name: settings.pop(name) for name in list(settings) if name.isupper()}
+        models = ["--cpt", family.cpt, "--base", family.base, "--chat", family.chat]
+        overrides = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+        return processes.python(
+            "-c", MERGE.format(block=BLOCK, hold=hold), "merge-models", *models,
+            "--tokenizer", family.tokenizer, "--out", out, *overrides, env=environment,
+        )  # fmt: skip
+
+    return start
+
+
+def environment_of(rank, size):
+    return {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
 
 
 def blocks_written(out):
-    return sum(
-        path.read_text().count('"block"')
-        for path in out.with_name(out.name + ".tmp").glob("written-*.jsonl")
-    )
+    journals = out.with_name(out.name + ".tmp").glob("written-*.jsonl")
+    return sum(path.read_text().count('"block"') for path in journals)
 
 
-def wait_for(condition, process):
-    """Until it holds. Fails if the process ends before, or after a minute."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-@pytest.mark.parametrize(
-    "settings", [["ratio=0.7"], ["method=ties", "density=0.5", "gate=true"]], ids=["add", "ties"]
-)
-def test_killed_again_and_again_it_ends_in_the_same_bytes(untied, tmp_path, settings):
-    undisturbed = start(untied, tmp_path / "whole", *settings, pause=0)
-    assert undisturbed.wait() == 0, undisturbed.stderr.read()
+@pytest.mark.parametrize("settings", [ADD, TIES], ids=["add", "ties"])
+def test_killed_again_and_again_it_ends_in_the_same_bytes(
+    untied, tmp_path, tracker, command, settings
+):
+    merge(untied, tmp_path / "whole", tracker, **settings)
     out, moments = tmp_path / "out", random.Random(0)
-    for kill in range(4):
-        process, wanted = (
-            start(untied, out, *settings),
-            blocks_written(out) + moments.randint(5, 25),
-        )
-        wait_for(lambda wanted=wanted: blocks_written(out) >= wanted, process)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"kill {kill} came too late"
+    for _ in range(3):
+        drawn = moments.randint(3, 25)
+        wanted = blocks_written(out) + drawn
+        process = command(untied, out, hold=drawn + 20, **settings)
+        process.wait_until(lambda wanted=wanted: blocks_written(out) >= wanted, f"{wanted} blocks")
+        process.kill()
+        assert process.returncode == -signal.SIGKILL
         assert not out.exists()
-    last = start(untied, out, *settings, pause=0)
-    assert last.wait() == 0
-    assert "continuing what was cut short" in last.stderr.read()
+    last = command(untied, out, **settings)
+    assert last.finish() == 0, last.stderr
+    assert "continuing the unfinished merge" in last.stderr
     assert digest(out) == digest(tmp_path / "whole")
-    assert (out / "merge_report.json").read_text() == (
-        tmp_path / "whole" / "merge_report.json"
-    ).read_text()
     assert not out.with_name("out.tmp").exists()
 
 
-def test_what_was_written_is_not_written_again(untied, tmp_path):
+def test_what_was_written_is_not_written_again(untied, tmp_path, command):
     out = tmp_path / "out"
-    process = start(untied, out)
-    wait_for(lambda: blocks_written(out) >= 40, process)
+    process = command(untied, out, hold=40)
+    process.wait_until(lambda: blocks_written(out) >= 40)
     process.kill()
-    process.wait()
-    before, (first,) = blocks_written(out), out.with_name("out.tmp").glob("written-*.jsonl")
-    again = start(untied, out)
-    wait_for(lambda: blocks_written(out) > before, again)
+    (first,) = out.with_name("out.tmp").glob("written-*.jsonl")
+    again = command(untied, out, hold=5)
+    again.wait_until(lambda: blocks_written(out) >= 45)
     again.kill()
-    again.wait()
-    done = dict(trusted(first.read_bytes())).keys()
+    done = dict(written_blocks(first.read_bytes())).keys()
     (second,) = set(out.with_name("out.tmp").glob("written-*.jsonl")) - {first}
-    assert done.isdisjoint(dict(trusted(second.read_bytes())))
+    assert done.isdisjoint(dict(written_blocks(second.read_bytes())))
+
+
+@pytest.fixture
+def threads_as_ranks(monkeypatch):
+    """Runs `work()` in threads, each of which finds itself to be one process of several."""
+    here = threading.local()
+    monkeypatch.setattr(files, "find_world", lambda: here.world)
+
+    def run(size, work):
+        def of_rank(rank):
+            here.world = World(rank, size, rank, "torchrun")
+            return work()
+
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(of_rank, range(size)))
+
+    return run
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize(
-    "settings", [["ratio=0.7"], ["method=ties", "density=0.5", "gate=true"]], ids=["add", "ties"]
-)
-def test_processes_share_the_work_and_give_the_same_bytes(family, tmp_path, size, settings):
-    assert start(family, tmp_path / "one", *settings, pause=0).wait() == 0
+@pytest.mark.parametrize("settings", [ADD, TIES], ids=["add", "ties"])
+def test_any_number_of_processes_gives_the_same_bytes(
+    family, tmp_path, tracker, monkeypatch, threads_as_ranks, size, settings
+):
+    monkeypatch.setattr(files, "BLOCK", BLOCK)
+    threads_as_ranks(1, lambda: merge(family, tmp_path / "one", tracker, **settings))
     out = tmp_path / "several"
-    processes = [
-        start(
-            family,
-            out,
-            *settings,
-            pause=0,
-            RANK=str(rank),
-            WORLD_SIZE=str(size),
-            LOCAL_RANK=str(rank),
-        )
-        for rank in range(size)
-    ]
-    for process in processes:
-        assert process.wait(timeout=60) == 0, process.stderr.read()
+    results = threads_as_ranks(size, lambda: merge(family, out, tracker, **settings))
+    assert results[1:] == [{}] * (size - 1)
     assert digest(out) == digest(tmp_path / "one")
-    assert (out / "merge_report.json").read_bytes() == (
-        tmp_path / "one" / "merge_report.json"
-    ).read_bytes()
+    report = (out / "merge_report.json").read_bytes()
+    assert report == (tmp_path / "one" / "merge_report.json").read_bytes()
 
 
-def test_killed_with_two_processes_it_continues_with_one(untied, tmp_path):
-    out, ranks = (
-        tmp_path / "out",
-        [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"} for rank in (0, 1)],
-    )
-    processes = [start(untied, out, **environment) for environment in ranks]
-    wait_for(lambda: blocks_written(out) >= 30, processes[0])
-    for process in processes:
+def test_killed_with_two_processes_it_continues_with_one(untied, tmp_path, tracker, command):
+    out = tmp_path / "out"
+    both = [command(untied, out, hold=30, **ADD, **environment_of(rank, 2)) for rank in (0, 1)]
+    both[0].wait_until(lambda: blocks_written(out) >= 60)
+    for process in both:
         process.kill()
-        process.wait()
-    assert start(untied, out, pause=0).wait() == 0
-    assert start(untied, tmp_path / "whole", pause=0).wait() == 0
+    again = command(untied, out, **ADD)
+    assert again.finish() == 0, again.stderr
+    merge(untied, tmp_path / "whole", tracker, **ADD)
     assert digest(out) == digest(tmp_path / "whole")
 
 
-def test_ctrl_c_keeps_what_is_done(untied, tmp_path):
+def test_ctrl_c_keeps_what_is_done(untied, tmp_path, command):
     out = tmp_path / "out"
-    process = start(
-        untied, out, pause=0.05
-    )  # long enough for the signal to come before the end, also on a busy machine
-    wait_for(lambda: blocks_written(out) >= 20, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 75
-    assert "the same command continues it" in process.stderr.read()
-    assert blocks_written(out) >= 20
+    process = command(untied, out, hold=20)
+    process.wait_until(lambda: blocks_written(out) >= 20)
+    process.signal(signal.SIGINT)
+    assert process.finish() == 75
+    assert "the same command continues it" in process.stderr
+    assert blocks_written(out) == 20
 
 
 def test_the_same_command_again_has_nothing_to_do(untied, tmp_path, tracker, capsys):
@@ -237,8 +211,8 @@ def test_after_a_crash_of_the_machine_only_synced_blocks_count(work):
     (journal,) = work.directory.glob("written-*.jsonl")
     lines = journal.read_bytes().split(b"\n")
     lines[0] = json.dumps({"boot": "another start"}).encode()
-    assert [block for block, _ in trusted(b"\n".join(lines))] == [0, 1, 2]
-    assert dict(trusted(journal.read_bytes()))[3] == [Sums(3.5)]
+    assert [block for block, _ in written_blocks(b"\n".join(lines))] == [0, 1, 2]
+    assert dict(written_blocks(journal.read_bytes()))[3] == [Sums(3.5)]
     work.close()
 
 
@@ -246,7 +220,7 @@ def test_a_line_that_was_cut_off_does_not_count(work):
     work.open()
     work.journal.note(0, [Sums()], 1)
     (journal,) = work.directory.glob("written-*.jsonl")
-    assert dict(trusted(journal.read_bytes() + b'{"block": 1, "su')) == {0: [Sums()]}
+    assert dict(written_blocks(journal.read_bytes() + b'{"block": 1, "su')) == {0: [Sums()]}
     work.close()
 
 
@@ -261,7 +235,7 @@ def test_blocks_hold_whole_rows_where_rows_matter(untied, monkeypatch):
     assert sum(block.nbytes for block in blocks) == the_plan.layout().nbytes
 
 
-# --- what the first version got wrong ---
+# --- cut short while publishing, and after crashes of the machine ---
 
 
 @pytest.mark.parametrize("moment", ["before the name", "after the name"])
@@ -322,11 +296,11 @@ def test_blocks_of_a_killed_process_count_on_other_machines_once_they_were_synce
     work.journal.note(0, [Sums(1)], 1)
     work.close()
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr("cpt_merge.merge.journal.boot", lambda: "another machine")
+        elsewhere.setattr("cpt_merge.merge.work.boot", lambda: "another machine")
         assert read_blocks(work.directory) == {}
     work.open()  # on the same machine again
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr("cpt_merge.merge.journal.boot", lambda: "another machine")
+        elsewhere.setattr("cpt_merge.merge.work.boot", lambda: "another machine")
         assert read_blocks(work.directory) == {0: [Sums(1)]}
     work.close()
 
@@ -344,19 +318,33 @@ def test_a_write_that_failed_in_the_background_is_not_forgotten(work, monkeypatc
     work.close()
 
 
-def test_when_one_process_gives_up_the_others_do(untied, tmp_path):
-    """NaN in a block of the second process: both end with the same sentence, and nothing is left."""
+# --- one process fails ---
+
+
+def test_when_one_process_fails_the_others_stop(untied, tmp_path, command):
+    """NaN in a block of one process: all end with the same sentence, and nothing is left."""
     weights = {name: values.clone() for name, values in untied.weights["chat"].items()}
     weights["model.norm.weight"][0] = float("nan")  # the last blocks
     save_weights(weights, untied.chat)
-    processes = [
-        start(untied, tmp_path / "out", pause=0, RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK="0")
-        for rank in range(3)
-    ]
-    for process in processes:
-        assert process.wait(timeout=60) == 2
+    several = [command(untied, tmp_path / "out", **environment_of(rank, 2)) for rank in range(2)]
+    assert [process.finish() for process in several] == [2, 2]
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.tmp").exists()
+
+
+@pytest.mark.parametrize("taken", ["out", "out.tmp"])
+def test_an_output_that_is_in_use_ends_all_processes(
+    untied, tmp_path, tracker, threads_as_ranks, taken
+):
+    (tmp_path / taken).mkdir()
+    (tmp_path / taken / "mine").touch()
+
+    def refused():
+        with pytest.raises(UserError, match=r"is in the way|is not empty"):
+            merge(untied, tmp_path / "out", tracker)
+
+    threads_as_ranks(2, refused)
+    assert (tmp_path / taken / "mine").exists()
 
 
 def test_a_process_that_begins_when_all_is_over_learns_why(untied, tmp_path):
@@ -380,29 +368,8 @@ def test_a_process_that_begins_when_all_is_over_learns_why(untied, tmp_path):
     first.abandon("", useless=True)
 
 
-def test_what_stops_the_first_process_from_beginning_ends_all(untied, tmp_path):
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "mine").touch()
-    processes = [
-        start(untied, tmp_path / "out", pause=0, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=60) for process in processes] == [2, 2]
-    assert (tmp_path / "out.tmp" / "mine").exists()
-
-
-def test_a_refused_output_ends_all_processes(untied, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
-    processes = [
-        start(untied, tmp_path / "out", pause=0, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=60) for process in processes] == [2, 2]
-
-
 def test_few_blocks_are_under_way_at_once():
-    """Law 8: what is submitted does not grow with the model."""
+    """Invariant "flat memory": what is submitted does not grow with the model."""
     under_way, most = 0, 0
     lock = threading.Lock()
 
