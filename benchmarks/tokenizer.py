@@ -28,13 +28,13 @@ from tokenizers import Tokenizer
 
 from benchmarks.text import write_like
 from cpt_merge.data.sources import Corpus, Source
-from cpt_merge.tokenizer_ext import TokenizerConfig, grow
-from cpt_merge.tokenizer_ext.base import read_base
-from cpt_merge.tokenizer_ext.rows import lay_out
-from cpt_merge.tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
-from cpt_merge.tokenizer_ext.sentencepiece_bpe import NORMAL
-from cpt_merge.tokenizer_ext.verify import LAWS, read_case
-from cpt_merge.tokenizer_ext.write import write_tokenizer
+from cpt_merge.tokenizer_ext import TokenizerConfig
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base
+from cpt_merge.tokenizer_ext.families.sentencepiece import NORMAL
+from cpt_merge.tokenizer_ext.learn import grow
+from cpt_merge.tokenizer_ext.verify.invariants import LAWS, read_case
+from cpt_merge.tokenizer_ext.verify.samples import heldout_texts, scripts_of, take_samples
+from cpt_merge.tokenizer_ext.writing import lay_out, write_tokenizer
 from tests.real_tokenizers import BASES
 
 NEW_PIECES = {"zh_tw": 8_000, "ko": 8_000}
@@ -169,7 +169,7 @@ def growth(
 @app.command()
 def others(folder: Path) -> None:
     """Words as added tokens, and a Unigram model appended with score 0 (as published ones are), under our laws."""
-    from cpt_merge.tokenizer_ext.check import check
+    from cpt_merge.tokenizer_ext.verify.check_tokenizer import check_tokenizer
 
     text = folder / "zh_tw.txt"
     made = {"add_tokens": _with_added_tokens, "appended unigram": _with_appended_unigram}
@@ -180,7 +180,7 @@ def others(folder: Path) -> None:
             BASES["mistral"](base)
             out.mkdir()
             make(base, text, out)
-            checked = check(out, base, None, [text, folder / "en.txt"], ["zh_tw"])
+            checked = check_tokenizer(out, base, None, [text, folder / "en.txt"], ["zh_tw"])
             results[name] = {
                 proof.law: [proof.checked, len(proof.failures)] for proof in checked.proofs
             }
@@ -243,22 +243,22 @@ def _learn_timed(
     start: Any, text: Path, language: str, config: TokenizerConfig
 ) -> tuple[float, dict[str, Any]]:
     """(seconds, what the Counter of distinct words took: their number, and megabytes by `sys.getsizeof`)."""
-    from cpt_merge.tokenizer_ext import words
+    from cpt_merge.tokenizer_ext.learn import word_counts
 
     counted: dict[str, Any] = {}
-    take_over = words.Words.of
+    take_over = word_counts.Words.of
 
-    def measured(counts: Any) -> words.Words:
+    def measured(counts: Any) -> word_counts.Words:
         size = sys.getsizeof(counts) + sum(map(sys.getsizeof, counts))
         counted.update(words=len(counts), counter_mb=round(size / 1e6))
         return take_over(counts)
 
-    words.Words.of = measured  # type: ignore[method-assign]
+    word_counts.Words.of = measured  # type: ignore[method-assign]
     begun = time.perf_counter()
     grow.learn_languages(
         start, Corpus(sources=[Source(path=str(text), language=language)], heldout=0.001), config
     )
-    words.Words.of = take_over  # type: ignore[method-assign]
+    word_counts.Words.of = take_over  # type: ignore[method-assign]
     return round(time.perf_counter() - begun, 1), counted
 
 

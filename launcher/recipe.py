@@ -14,8 +14,8 @@ from cpt_merge.data.config import DataConfig
 from cpt_merge.data.sources import Corpus
 from cpt_merge.evaluation import EvaluationConfig
 from cpt_merge.evaluation.sweep.config import SweepConfig
-from cpt_merge.merge import EmbeddingsConfig, MergeConfig
-from cpt_merge.tokenizer_ext import TokenizerConfig
+from cpt_merge.merge import MergeConfig
+from cpt_merge.tokenizer_ext import EmbeddingsConfig, TokenizerConfig
 from cpt_merge.tracking import TrackingConfig
 from cpt_merge.training import TrainingConfig
 

@@ -48,11 +48,13 @@ def prompt_inputs(recipe: Recipe) -> dict[str, str]:
 
 
 def _extend_tokenizer(context: StageContext, tracker: Tracker) -> dict[str, Any]:
-    from cpt_merge.tokenizer_ext.run import run
+    from cpt_merge.tokenizer_ext.extend import extend_tokenizer
 
     paths, recipe = context.run, context.run.recipe
     paths.tokenizer.mkdir(parents=True)
-    return run(recipe.tokenizer, paths.base, paths.chat, recipe.corpus, paths.tokenizer, tracker)
+    return extend_tokenizer(
+        recipe.tokenizer, paths.base, recipe.corpus, paths.tokenizer, paths.chat, tracker
+    )
 
 
 def _tokenizer_inputs(run: Run) -> dict[str, str]:
@@ -76,12 +78,14 @@ TOKENIZER = Stage(
 
 
 def _initialise_rows(context: StageContext, tracker: Tracker) -> dict[str, Any]:
-    from cpt_merge.tokenizer_ext.embeddings.run import run
+    from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
 
     paths, recipe = context.run, context.run.recipe
     paths.resized.mkdir(parents=True)
     text = new_text(recipe)
-    return run(recipe.embeddings, paths.base, paths.tokenizer, text, paths.resized, tracker)
+    return resize_embeddings(
+        recipe.embeddings, paths.base, paths.tokenizer, paths.resized, text, tracker
+    )
 
 
 def _embeddings_config(recipe: Recipe) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Embedding rows and the chat vector: `merged = cpt + ratio * (chat - base)`, from files or from the trained shards."""
 
-from cpt_merge.merge.config import EmbeddingsConfig, MergeConfig
+from cpt_merge.merge.config import MergeConfig
 
-__all__ = ["EmbeddingsConfig", "MergeConfig"]
+__all__ = ["MergeConfig"]

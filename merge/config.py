@@ -1,4 +1,4 @@
-"""The recipe's `embeddings` and `merge` sections."""
+"""The recipe's `merge` section."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from cpt_merge.checkpoint.tensor_kinds import Kind
 from cpt_merge.core.config import Section, key
 from cpt_merge.merge.expressions import evaluate
 
-Method = Literal["constituents", "ends", "focus", "mean", "gaussian", "random"]
 Combination = Literal["add", "ties", "dare", "dare_ties"]
 
 
@@ -28,31 +27,6 @@ def _evaluates(ratio: Any) -> float | str:
 
 Ratio = Annotated[float | str, BeforeValidator(_evaluates)]
 """A number, or an expression of the layer (`merge/expressions.py`)."""
-
-
-class EmbeddingsConfig(Section):
-    """What the rows of new pieces start from, before continual pretraining."""
-
-    input: Method = key(
-        "constituents",
-        "input embedding; constituents: mean of the pieces that spelt it before; ends: that mean, leaning on the last "
-        "of them (head: the first); focus: that mean and those of tokens like it in the new text; mean: mean of the "
-        "old rows; "
-        "gaussian: drawn with the old rows' mean and covariance; random: isotropic, with the old rows' norm",
-    )
-    head: Method = key(
-        "constituents",
-        "output head, by the same methods; a tied model has no rows of its own there",
-    )
-    focus_characters: int = key(
-        20_000_000, "focus: text read per language", unit="characters", gt=0
-    )
-    seed: int = key(0, "seed of everything that is drawn", ge=0)
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether a method reads the new text."""
-        return "focus" in (self.input, self.head)
 
 
 class RuleConfig(Section):

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cpt_merge.core.byte_alphabet import LETTERS
-from cpt_merge.tokenizer_ext.fast import AddedToken, Content
+from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken, Content
 
 QWEN_ROWS = 151_936  # of Qwen's published matrices; the tokenizer has fewer ids
 CHATML = (

@@ -15,11 +15,11 @@ from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.distributed import Ranks, joined
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
-from cpt_merge.data.sources import Corpus, Source
-from cpt_merge.merge import EmbeddingsConfig, MergeConfig
+from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.hook import merge_shards
 from cpt_merge.merge.plan import MergeInputs
-from cpt_merge.tokenizer_ext.embeddings.run import run as resize
+from cpt_merge.tokenizer_ext import EmbeddingsConfig
+from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
 from cpt_merge.tracking import Tracker
 from tests.distributed import run_ranks
 from tests.merge.conftest import CPT_ROWS, make_family
@@ -59,8 +59,7 @@ def shards_of(weights, rank, size):
 def resized(family):
     out = family.root / "resized"
     if not out.exists():
-        unread = Corpus(sources=[Source(path="text.txt", language="en")])
-        resize(EmbeddingsConfig(), family.base, family.tokenizer, unread, out, Tracker())
+        resize_embeddings(EmbeddingsConfig(), family.base, family.tokenizer, out)
     return out
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from cpt_merge.data.sources import Corpus
-from cpt_merge.tokenizer_ext import run
-from cpt_merge.tokenizer_ext.base import read_base
-from cpt_merge.tokenizer_ext.fast import AddedToken, add_tokens
-from cpt_merge.tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
-from cpt_merge.tokenizer_ext.sentencepiece_bpe import fast_content, read_proto
-from cpt_merge.tokenizer_ext.verify import Case, read_case
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base
+from cpt_merge.tokenizer_ext.extend import extend_tokenizer
+from cpt_merge.tokenizer_ext.families.sentencepiece import fast_content, read_proto
+from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken, add_tokens
+from cpt_merge.tokenizer_ext.verify import samples
+from cpt_merge.tokenizer_ext.verify.invariants import Case, read_case
+from cpt_merge.tokenizer_ext.verify.samples import heldout_texts, scripts_of, take_samples
 from cpt_merge.tracking import Tracker
 from tests.recording import Recording
 from tests.tokenizer_ext.small_tokenizers import (
@@ -26,6 +27,14 @@ from tests.tokenizer_ext.small_tokenizers import (
     write_base,
     write_corpus,
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_mixed_texts():
+    """Prove on 500 random mixtures instead of 20,000; the slow tests of real bases take all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "MIXED_TEXTS", 500)
+        yield
 
 
 @dataclass(frozen=True)
@@ -105,12 +114,12 @@ def pieces_of(model: bytes) -> int:
 
 def extend(base: Path, chat: Path, corpus: Corpus, out: Path) -> Extended:
     recording = Recording()
-    results = run(CONFIG, base, chat, corpus, out, Tracker([recording]))
+    results = extend_tokenizer(CONFIG, base, corpus, out, chat, Tracker([recording]))
     start = read_base(base)
-    samples = take_samples(
+    found = take_samples(
         heldout_texts(corpus), scripts_of(CONFIG.new_pieces), ["學生", "질문", " 질문"]
     )
-    case = read_case(start, out, chat, replace(samples, mixed=samples.mixed[:300]))
+    case = read_case(start, out, chat, replace(found, mixed=found.mixed[:300]))
     return Extended(base, chat, out, results, recording, case)
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.tokenizer_ext import TokenizerConfig
-from cpt_merge.tokenizer_ext.fast import AddedToken
+from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken
 
 CONFIG = TokenizerConfig(new_pieces={"zh_tw": 150, "ko": 200}, min_frequency=2)
 

@@ -8,10 +8,10 @@ from cpt_merge.core.byte_alphabet import LETTERS
 from cpt_merge.core.config import parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.sources import Corpus, Source
-from cpt_merge.tokenizer_ext import TokenizerConfig, run
-from cpt_merge.tokenizer_ext.base import read_base, read_chat_tokens
-from cpt_merge.tokenizer_ext.documents import documents
-from cpt_merge.tracking import Tracker
+from cpt_merge.tokenizer_ext import TokenizerConfig
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base, read_chat_tokens
+from cpt_merge.tokenizer_ext.extend import extend_tokenizer
+from cpt_merge.tokenizer_ext.learn.word_counts import read_documents
 from tests.tokenizer_ext.small_tokenizers import (
     CONFIG,
     byte_level_content,
@@ -27,20 +27,15 @@ def source(folder, text: str, language: str = "zh_tw") -> Corpus:
 
 
 def stage(base, corpus, folder, **sizes: int) -> None:
-    run(
-        TokenizerConfig(new_pieces=sizes, min_frequency=1),
-        base,
-        None,
-        corpus,
-        folder / "out",
-        Tracker(),
+    extend_tokenizer(
+        TokenizerConfig(new_pieces=sizes, min_frequency=1), base, corpus, folder / "out"
     )
 
 
 def test_a_directory_that_holds_something_is_left_alone(sp_base, corpus, tmp_path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty; remove what is there"):
-        run(CONFIG, sp_base, None, corpus, tmp_path)
+        extend_tokenizer(CONFIG, sp_base, corpus, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -78,7 +73,7 @@ def test_a_lone_surrogate(tmp_path) -> None:
 
     corpus = Broken(sources=[Source(path="x.txt", language="zh_tw")])
     with pytest.raises(UserError, match=r"x.txt: train document 2 holds a lone surrogate"):
-        list(documents(corpus, "zh_tw", "train", 1000))
+        list(read_documents(corpus, "zh_tw", "train", 1000))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +184,9 @@ def test_text_that_gives_no_piece_at_all(sp_base, tmp_path) -> None:
     """Korean by mistake, with a few Han letters in it."""
     corpus = source(tmp_path, "".join(f"中 질문과 대답 {i}\n" for i in range(9)))
     with pytest.raises(UserError, match="gives not one new piece: it has hardly any Han letters"):
-        run(TokenizerConfig(new_pieces={"zh_tw": 10}), sp_base, None, corpus, tmp_path / "out")
+        extend_tokenizer(
+            TokenizerConfig(new_pieces={"zh_tw": 10}), sp_base, corpus, tmp_path / "out"
+        )
 
 
 @pytest.mark.parametrize(
@@ -221,12 +218,12 @@ def test_a_chat_model_of_another_base(sp_base, bl_base) -> None:
 
 
 def test_a_broken_law_leaves_the_directory_empty(sp_base, corpus, tmp_path, monkeypatch) -> None:
-    from cpt_merge.tokenizer_ext import verify
+    from cpt_merge.tokenizer_ext.verify import invariants
 
-    broken = verify.Proof("nothing is broken", 1, ["'x'"])
-    monkeypatch.setattr(verify, "LAWS", (lambda case: broken,))
+    broken = invariants.Proof("nothing is broken", 1, ["'x'"])
+    monkeypatch.setattr(invariants, "LAWS", (lambda case: broken,))
     with pytest.raises(UserError, match="breaks the law that nothing is broken"):
-        run(CONFIG, sp_base, None, corpus, tmp_path / "out")
+        extend_tokenizer(CONFIG, sp_base, corpus, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -247,7 +244,7 @@ def test_truncation_and_padding_of_a_base_are_not_of_the_vocabulary(
         "pad_token": "<|endoftext|>",
     }  # fmt: skip
     base = write_base(tmp_path / "base", read_base(bl_base).rows, content=content)
-    run(CONFIG, base, None, corpus, tmp_path / "out")
+    extend_tokenizer(CONFIG, base, corpus, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text())["truncation"] is None
 
 
@@ -256,7 +253,7 @@ def test_a_chat_template_in_the_new_language(bl_base, corpus, tmp_path) -> None:
     base = read_base(bl_base)
     template = "<|im_start|>system\n學生和老師的問題<|im_end|>{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     chat = write_base(tmp_path / "chat", base.rows, content=base.content, chat_template=template)
-    run(CONFIG, bl_base, chat, corpus, tmp_path / "out")
+    extend_tokenizer(CONFIG, bl_base, corpus, tmp_path / "out", chat)
     proofs = json.loads((tmp_path / "out" / "report.json").read_text())["proofs"]
     assert [proof["failures"] for proof in proofs if "chat templates" in proof["law"]] == [[]]
 
@@ -267,4 +264,4 @@ def test_a_chat_template_that_cannot_be_rendered(bl_base, corpus, tmp_path) -> N
     chat = write_base(tmp_path / "chat", base.rows, content=base.content, chat_template=template)
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="cannot be rendered: never"):
-        run(CONFIG, bl_base, chat, corpus, tmp_path / "out", Tracker())
+        extend_tokenizer(CONFIG, bl_base, corpus, tmp_path / "out", chat)

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.cli import main
-from cpt_merge.tokenizer_ext.check import check, guess_scripts
-from cpt_merge.tokenizer_ext.verify import Proof
+from cpt_merge.tokenizer_ext.verify.check_tokenizer import check_tokenizer, guess_scripts
+from cpt_merge.tokenizer_ext.verify.invariants import Proof
 
 WORDS = ["學生", "圖書館", "老師的", "질문", "대답은"]
 
@@ -26,7 +26,7 @@ def text(corpus) -> Path:
 
 
 def test_our_own_keeps_every_law(extended, text) -> None:
-    checked = check(extended.out, extended.base, extended.chat, [text])
+    checked = check_tokenizer(extended.out, extended.base, extended.chat, [text])
     assert checked.whole
     assert (
         checked.fertility[0].tokens_per_character[1]
@@ -37,7 +37,7 @@ def test_our_own_keeps_every_law(extended, text) -> None:
 def test_without_the_vocabulary_map_as_well(extended, tmp_path) -> None:
     out = shutil.copytree(extended.out, tmp_path / "out")
     (out / "vocabulary_map.json").unlink()
-    assert check(out, extended.base).whole
+    assert check_tokenizer(out, extended.base).whole
 
 
 def test_add_tokens_is_found_out(extended, tmp_path, capsys) -> None:
@@ -45,7 +45,7 @@ def test_add_tokens_is_found_out(extended, tmp_path, capsys) -> None:
     tokenizer = AutoTokenizer.from_pretrained(extended.base)
     tokenizer.add_tokens(WORDS)
     tokenizer.save_pretrained(tmp_path / "naive")
-    laws = broken(check(tmp_path / "naive", extended.base).proofs)
+    laws = broken(check_tokenizer(tmp_path / "naive", extended.base).proofs)
     assert "new words are pieces of the model, not added tokens" in laws
     assert "broken: new words are pieces" in capsys.readouterr().err
 
@@ -67,7 +67,7 @@ def test_a_unigram_model_appended_with_score_0_is_found_out(sp_base, tmp_path) -
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"})
     )
-    laws = broken(check(folder, sp_base).proofs)
+    laws = broken(check_tokenizer(folder, sp_base).proofs)
     assert {
         "every new piece can be produced",
         "text without the new scripts is tokenized as before",
@@ -75,7 +75,7 @@ def test_a_unigram_model_appended_with_score_0_is_found_out(sp_base, tmp_path) -
 
 
 def test_another_base_is_found_out(sp, bl_base) -> None:
-    assert "old tokens keep their ids and merges" in broken(check(sp.out, bl_base).proofs)
+    assert "old tokens keep their ids and merges" in broken(check_tokenizer(sp.out, bl_base).proofs)
 
 
 def test_two_files_that_disagree_are_a_broken_law(sp, tmp_path) -> None:
@@ -87,7 +87,7 @@ def test_two_files_that_disagree_are_a_broken_law(sp, tmp_path) -> None:
         proto.pieces[new[-1]].piece,
     )
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
-    laws = broken(check(out, sp.base).proofs)
+    laws = broken(check_tokenizer(out, sp.base).proofs)
     assert "tokenizer.model and tokenizer.json have equal ids and merges" in laws
 
 
@@ -128,7 +128,7 @@ def test_an_english_piece_is_found_whatever_the_samples_hold(extended, tmp_path,
     )
     if not with_map:
         (out / "vocabulary_map.json").unlink()
-    laws = broken(check(out, extended.base, extended.chat).proofs)
+    laws = broken(check_tokenizer(out, extended.base, extended.chat).proofs)
     assert (
         "every row has exactly one token"
         if with_map
@@ -141,11 +141,11 @@ def test_other_roles_and_a_lost_beginning_are_found(sp, tmp_path) -> None:
     out = shutil.copytree(sp.out, tmp_path / "roles")
     settings = json.loads((out / "tokenizer_config.json").read_text())
     (out / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<s>"}))
-    assert law in broken(check(out, sp.base, sp.chat).proofs)
+    assert law in broken(check_tokenizer(out, sp.base, sp.chat).proofs)
     out = shutil.copytree(sp.out, tmp_path / "bos")
     content = json.loads((out / "tokenizer.json").read_text())
     (out / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
-    assert law in broken(check(out, sp.base, sp.chat).proofs)
+    assert law in broken(check_tokenizer(out, sp.base, sp.chat).proofs)
 
 
 def test_a_model_that_sentencepiece_refuses_is_a_broken_law(sp, tmp_path) -> None:
@@ -153,7 +153,7 @@ def test_a_model_that_sentencepiece_refuses_is_a_broken_law(sp, tmp_path) -> Non
     proto = sentencepiece_model_pb2.ModelProto.FromString((out / "tokenizer.model").read_bytes())
     next(piece for piece in proto.pieces if piece.type == 6).type = 1
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
-    laws = broken(check(out, sp.base, sp.chat).proofs)
+    laws = broken(check_tokenizer(out, sp.base, sp.chat).proofs)
     assert {
         "SentencePiece and the fast tokenizer agree",
         "old pieces of tokenizer.model are untouched",
@@ -162,7 +162,7 @@ def test_a_model_that_sentencepiece_refuses_is_a_broken_law(sp, tmp_path) -> Non
 
 def test_a_chat_directory_that_is_not_there(sp) -> None:
     with pytest.raises(UserError, match="--chat nowhere is no directory"):
-        check(sp.out, sp.base, Path("nowhere"))
+        check_tokenizer(sp.out, sp.base, Path("nowhere"))
 
 
 def test_scripts_beyond_the_known_languages_are_guessed() -> None:
@@ -178,7 +178,7 @@ def test_words_with_marks_are_words(sp_base, tmp_path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(sp_base)
     tokenizer.add_tokens(["नमस्ते", "สวัสดี"])
     tokenizer.save_pretrained(tmp_path)
-    checked = check(tmp_path, sp_base)
+    checked = check_tokenizer(tmp_path, sp_base)
     assert "new words are pieces of the model, not added tokens" in broken(checked.proofs)
 
 
@@ -188,7 +188,7 @@ def test_two_texts_of_one_name(sp, tmp_path) -> None:
     for path in paths:
         path.write_text("x\n")
     with pytest.raises(UserError, match="have the same name"):
-        check(sp.out, sp.base, texts=paths)
+        check_tokenizer(sp.out, sp.base, texts=paths)
 
 
 def test_exit_codes(sp, tmp_path, capsys) -> None:
@@ -204,4 +204,4 @@ def test_exit_codes(sp, tmp_path, capsys) -> None:
 
 def test_a_text_that_is_not_there(sp) -> None:
     with pytest.raises(UserError, match=r"--text nowhere.txt does not exist"):
-        check(sp.out, sp.base, texts=[Path("nowhere.txt")])
+        check_tokenizer(sp.out, sp.base, texts=[Path("nowhere.txt")])

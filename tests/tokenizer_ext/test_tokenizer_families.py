@@ -12,20 +12,25 @@ from tokenizers import Tokenizer
 
 from cpt_merge.core.byte_alphabet import LETTERS
 from cpt_merge.core.languages import find_language
-from cpt_merge.tokenizer_ext import run
-from cpt_merge.tokenizer_ext.base import read_base, read_chat_tokens
-from cpt_merge.tokenizer_ext.byte_level import ByteLevelBpe, begins_only
-from cpt_merge.tokenizer_ext.fast import AddedToken, build, ids_of, look_up_whole_words, merges_of
-from cpt_merge.tokenizer_ext.scripts import Scripts
-from cpt_merge.tokenizer_ext.sentencepiece_bpe import (
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base, read_chat_tokens
+from cpt_merge.tokenizer_ext.extend import extend_tokenizer
+from cpt_merge.tokenizer_ext.families.byte_level import ByteLevelBpe, begins_only
+from cpt_merge.tokenizer_ext.families.sentencepiece import (
     NORMAL,
     SentencePieceBpe,
     extend_proto,
     fast_content,
     read_proto,
 )
-from cpt_merge.tokenizer_ext.verify import Case
-from cpt_merge.tracking import Tracker
+from cpt_merge.tokenizer_ext.families.tokenizer_json import (
+    AddedToken,
+    build,
+    ids_of,
+    look_up_whole_words,
+    merges_of,
+)
+from cpt_merge.tokenizer_ext.learn.scripts import Scripts
+from cpt_merge.tokenizer_ext.verify.invariants import Case
 from tests.tokenizer_ext.small_tokenizers import (
     CHINESE,
     CONFIG,
@@ -175,7 +180,7 @@ def test_both_files_side_by_side_give_the_same_as_the_model_alone(
         tmp_path / "base", rows, content=read_base(sp_base).content, proto=sp_model, **settings_
     )
     (tmp_path / "out").mkdir()
-    run(CONFIG, base, sp.chat, corpus, tmp_path / "out", Tracker())
+    extend_tokenizer(CONFIG, base, corpus, tmp_path / "out", sp.chat)
     for name in ("tokenizer.json", "tokenizer.model", "vocabulary_map.json"):
         assert (tmp_path / "out" / name).read_bytes() == (sp.out / name).read_bytes()
 
@@ -186,7 +191,7 @@ def test_a_base_with_the_fast_file_only(sp, sp_base, corpus, tmp_path) -> None:
         tmp_path / "base", sp.case.map.base_rows, content=content, bos_token="<s>", eos_token="</s>"
     )
     (tmp_path / "out").mkdir()
-    run(CONFIG, base, sp.chat, corpus, tmp_path / "out", Tracker())
+    extend_tokenizer(CONFIG, base, corpus, tmp_path / "out", sp.chat)
     assert not (tmp_path / "out" / "tokenizer.model").exists()
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
         sp.out / "tokenizer.json"
@@ -276,7 +281,7 @@ def test_a_tokenizer_like_llama_3(bl, corpus, tmp_path) -> None:
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, to_bytes]}
     base = write_base(tmp_path / "base", bl.case.map.base_rows, content=content)
     (tmp_path / "out").mkdir()
-    run(CONFIG, base, None, corpus, tmp_path / "out", Tracker())
+    extend_tokenizer(CONFIG, base, corpus, tmp_path / "out")
     assert (
         json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["ignore_merges"]
         is True

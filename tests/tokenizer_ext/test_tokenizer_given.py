@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
-from cpt_merge.tokenizer_ext import TokenizerConfig, run
-from cpt_merge.tokenizer_ext.base import read_base
-from cpt_merge.tokenizer_ext.fast import build_model, extend_model, merges_of
-from cpt_merge.tokenizer_ext.given import Speller, read_given, replay
-from cpt_merge.tokenizer_ext.scripts import Scripts
-from cpt_merge.tracking import Tracker
+from cpt_merge.tokenizer_ext import TokenizerConfig
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base
+from cpt_merge.tokenizer_ext.extend import extend_tokenizer
+from cpt_merge.tokenizer_ext.families.tokenizer_json import build_model, extend_model, merges_of
+from cpt_merge.tokenizer_ext.learn.scripts import Scripts
+from cpt_merge.tokenizer_ext.learn.word_lists import Speller, read_given, replay
 from tests.tokenizer_ext.small_tokenizers import (
     CHINESE,
     train_sentencepiece,
@@ -49,7 +49,7 @@ def test_all_words_of_a_list_become_pieces(base, corpus, tmp_path) -> None:
     config = TokenizerConfig(
         pieces_from={"zh_tw": str(write_list(tmp_path, words))}, character_coverage=0.001
     )
-    run(config, base, None, corpus, tmp_path / "out", Tracker())
+    extend_tokenizer(config, base, corpus, tmp_path / "out")
     made = new_pieces(tmp_path / "out", base)
     assert set(words) <= set(made)
     assert all(
@@ -64,7 +64,7 @@ def test_learning_fills_up_what_a_list_leaves(base, corpus, tmp_path) -> None:
     config = TokenizerConfig(
         new_pieces={"ko": 150}, pieces_from={"ko": str(write_list(tmp_path, words))}, min_frequency=2
     )  # fmt: skip
-    run(config, base, None, corpus, tmp_path / "out", Tracker())
+    extend_tokenizer(config, base, corpus, tmp_path / "out")
     made = new_pieces(tmp_path / "out", base)
     assert len(made) == 150
     assert set(words) <= set(made)
@@ -81,7 +81,7 @@ def test_a_list_that_is_longer_than_the_room_is_taken_from_its_start(
         pieces_from={"zh_tw": str(write_list(tmp_path, words))},
         character_coverage=0.01,
     )
-    run(config, sp_base, None, corpus, tmp_path / "out", Tracker())
+    extend_tokenizer(config, sp_base, corpus, tmp_path / "out")
     made = new_pieces(tmp_path / "out", sp_base)
     assert words[0] in made
     assert words[-1] not in made
@@ -101,7 +101,7 @@ def test_a_sentencepiece_model_of_any_kind_gives_its_pieces(sp_base, corpus, tmp
     entries = read_given(model, HAN)
     assert len(entries) > 20
     config = TokenizerConfig(pieces_from={"zh_tw": str(model)}, character_coverage=0.01)
-    run(config, sp_base, None, corpus, tmp_path / "out", Tracker())
+    extend_tokenizer(config, sp_base, corpus, tmp_path / "out")
     known = read_base(sp_base).ids
     assert set(entries) <= {*new_pieces(tmp_path / "out", sp_base), *known}
 
@@ -161,7 +161,7 @@ def test_an_entry_that_the_base_cuts_or_changes_is_left_out(
     base = write_base(tmp_path / "base", read_base(bl_base).rows, content=content)
     words = ["圖書館", "二〇二三年"]
     config = TokenizerConfig(pieces_from={"zh_tw": str(write_list(tmp_path, words))})
-    run(config, base, None, corpus, tmp_path / "out", Tracker())
+    extend_tokenizer(config, base, corpus, tmp_path / "out")
     made = new_pieces(tmp_path / "out", base)
     assert "圖書館" in made
     assert "二〇二三年" not in made

@@ -10,16 +10,15 @@ import pytest
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
-from cpt_merge.tokenizer_ext import count, run
-from cpt_merge.tokenizer_ext.base import read_base
-from cpt_merge.tokenizer_ext.count import count_words
-from cpt_merge.tokenizer_ext.documents import documents
-from cpt_merge.tokenizer_ext.fast import build, build_model, extend_model
-from cpt_merge.tokenizer_ext.grow import idle_leaves, learn_languages
-from cpt_merge.tokenizer_ext.learn import Growth
-from cpt_merge.tokenizer_ext.measure import gain_curve, measure_fertility
-from cpt_merge.tokenizer_ext.scripts import Scripts
-from cpt_merge.tokenizer_ext.words import Words
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base
+from cpt_merge.tokenizer_ext.extend import extend_tokenizer
+from cpt_merge.tokenizer_ext.families.tokenizer_json import build, build_model, extend_model
+from cpt_merge.tokenizer_ext.fertility import gain_curve, measure_fertility
+from cpt_merge.tokenizer_ext.learn import word_counts
+from cpt_merge.tokenizer_ext.learn.bpe import Growth
+from cpt_merge.tokenizer_ext.learn.grow import idle_leaves, learn_languages
+from cpt_merge.tokenizer_ext.learn.scripts import Scripts
+from cpt_merge.tokenizer_ext.learn.word_counts import Words, count_words, read_documents
 from tests.tokenizer_ext.small_tokenizers import CONFIG
 
 
@@ -41,8 +40,8 @@ def test_several_processes_count_what_one_counts(splitter, monkeypatch) -> None:
         for number in range(3_000)
     ]
     alone = count_words(texts, splitter, "alone")
-    monkeypatch.setattr(count, "BLOCK", 2_000)
-    monkeypatch.setattr(count, "BLOCKS_ALONE", 1)
+    monkeypatch.setattr(word_counts, "BLOCK", 2_000)
+    monkeypatch.setattr(word_counts, "BLOCKS_ALONE", 1)
     together = count_words(iter(texts), splitter, "together")
     assert (
         as_counter(alone)
@@ -64,7 +63,7 @@ class Killed:
 
 
 def test_a_counting_process_that_is_killed_is_one_sentence(monkeypatch) -> None:
-    monkeypatch.setattr(count, "BLOCK", 2)
+    monkeypatch.setattr(word_counts, "BLOCK", 2)
     with pytest.raises(UserError, match="most likely for lack of memory"):
         count_words(["abc"] * 20, Killed(os.getpid()), "killed")
 
@@ -87,7 +86,7 @@ def test_a_leaf_that_the_text_hardly_uses_is_found() -> None:
 
 def test_idle_leaves_are_dropped_and_their_places_filled(sp_base, corpus, monkeypatch) -> None:
     """A piece that was taken for idle is not learnt again, and another takes its place."""
-    from cpt_merge.tokenizer_ext import grow
+    from cpt_merge.tokenizer_ext.learn import grow
 
     base = read_base(sp_base)
     before = learn_languages(base, corpus, CONFIG)[0]
@@ -152,13 +151,8 @@ def test_the_gain_curve_of_a_language_does_not_count_later_pieces(
     sizes = {"zh_tw": 80, "zh_cn": 60}
     curves = []
     for name, new_pieces in (("one", {"zh_tw": 80}), ("both", sizes)):
-        run(
-            CONFIG.model_copy(update={"new_pieces": new_pieces}),
-            sp_base,
-            None,
-            both,
-            tmp_path / name,
-        )
+        config = CONFIG.model_copy(update={"new_pieces": new_pieces})
+        extend_tokenizer(config, sp_base, both, tmp_path / name)
         curves.append(
             json.loads((tmp_path / name / "report.json").read_text())["usefulness"][0]["curve"]
         )
@@ -176,7 +170,7 @@ def test_usage_counts_the_words_as_the_tokenizer_splits_them(extended, corpus) -
     learned = learn_languages(base, corpus, replace_languages(["zh_tw"]))[0]
     words = as_counter(
         count_words(
-            documents(corpus, "zh_tw", "train", 10**9),
+            read_documents(corpus, "zh_tw", "train", 10**9),
             base.family.splitter(Scripts(find_language("zh_tw"))),
             "",
         )

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpt_merge.tokenizer_ext.fast import build_model, extend_model, merges_of
-from cpt_merge.tokenizer_ext.learn import ContinuedBpe, Growth
-from cpt_merge.tokenizer_ext.symbols import BREAK, Symbols, WordArrays, pair_keys
+from cpt_merge.tokenizer_ext.families.tokenizer_json import build_model, extend_model, merges_of
+from cpt_merge.tokenizer_ext.learn.bpe import ContinuedBpe, Growth
+from cpt_merge.tokenizer_ext.learn.symbols import BREAK, Symbols, WordArrays, pair_keys
 
 LETTERS = "abc"
 WORDS = st.dictionaries(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.tokenizer_ext import verify
-from cpt_merge.tokenizer_ext.fast import AddedToken, add_tokens
-from cpt_merge.tokenizer_ext.verify import Case, prove, require
+from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken, add_tokens
+from cpt_merge.tokenizer_ext.verify import invariants
+from cpt_merge.tokenizer_ext.verify.invariants import Case, prove, require
 from tests.tokenizer_ext.small_tokenizers import ENGLISH
 
 
@@ -28,7 +28,7 @@ def rewritten(case: Case, folder: Path, change: Callable[[dict], None]) -> Case:
 
 
 def broken(case: Case) -> set[str]:
-    return {law.__name__ for law in verify.LAWS if law(case).failures}
+    return {law.__name__ for law in invariants.LAWS if law(case).failures}
 
 
 def test_nothing_is_broken_to_begin_with(extended) -> None:
@@ -58,7 +58,7 @@ def test_add_tokens_is_no_extension(extended, tmp_path) -> None:
     case = rewritten(extended.case, tmp_path, change)
     assert "new_pieces_are_reachable" in broken(case)
     with pytest.raises(UserError, match="every new piece can be produced"):
-        require([verify.new_pieces_are_reachable(case)])
+        require([invariants.new_pieces_are_reachable(case)])
 
 
 def test_a_word_that_is_looked_up_but_not_merged_is_found(bl, tmp_path) -> None:
@@ -70,14 +70,14 @@ def test_a_word_that_is_looked_up_but_not_merged_is_found(bl, tmp_path) -> None:
 
     case = rewritten(bl.case, tmp_path, change)
     case = replace(case, samples=replace(case.samples, mixed=["water"]))
-    assert verify.merges_alone_give_the_same(case).failures
+    assert invariants.merges_alone_give_the_same(case).failures
 
 
 def test_wrong_constituents_are_found(extended) -> None:
     first, *others = extended.case.map.new
     wrong = replace(first, constituents=first.constituents[:-1])
     case = replace(extended.case, map=replace(extended.case.map, new=[wrong, *others]))
-    assert len(verify.constituents_spell_their_piece(case).failures) == 1
+    assert len(invariants.constituents_spell_their_piece(case).failures) == 1
 
 
 def test_a_moved_id_is_found(extended, tmp_path) -> None:
@@ -107,7 +107,7 @@ def test_a_piece_without_merges_is_found(extended, tmp_path) -> None:
 
     case = rewritten(extended.case, tmp_path, change)
     with pytest.raises(UserError, match=piece):
-        require([verify.new_pieces_are_reachable(case)])
+        require([invariants.new_pieces_are_reachable(case)])
 
 
 def test_new_merges_before_the_old_ones_are_found(extended, tmp_path) -> None:
@@ -150,7 +150,7 @@ def test_a_changed_old_piece_is_found(sp) -> None:
     proto = type(sp.case.proto)()
     proto.CopyFrom(sp.case.proto)
     proto.pieces[400].score -= 0.5
-    proof = verify.old_pieces_stay(replace(sp.case, proto=proto))
+    proof = invariants.old_pieces_stay(replace(sp.case, proto=proto))
     assert proof.failures == [f"piece 400 {proto.pieces[400].piece!r} changed"]
 
 

@@ -12,10 +12,9 @@ from tokenizers import Tokenizer
 
 from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
 from cpt_merge.core.languages import script_pattern
-from cpt_merge.tokenizer_ext import run
-from cpt_merge.tokenizer_ext.base import read_base
-from cpt_merge.tokenizer_ext.fast import build
-from cpt_merge.tracking import Tracker
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base
+from cpt_merge.tokenizer_ext.extend import extend_tokenizer
+from cpt_merge.tokenizer_ext.families.tokenizer_json import build
 from tests.real_tokenizers import BASES, QWEN_ROWS
 from tests.tokenizer_ext.small_tokenizers import CHINESE, CONFIG, KOREAN
 
@@ -41,7 +40,7 @@ def extended_real(corpus, tmp_path_factory):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             BASES[name](folder / "base")
-            run(CONFIG, folder / "base", None, corpus, folder / "out", Tracker())
+            extend_tokenizer(CONFIG, folder / "base", corpus, folder / "out")
             model = folder / "out" / "tokenizer.model"
             processor = SentencePieceProcessor(model_file=str(model)) if model.is_file() else None
             after = Tokenizer.from_file(str(folder / "out" / "tokenizer.json"))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from cpt_merge.tokenizer_ext.base import read_base
-from cpt_merge.tokenizer_ext.fast import AddedToken
-from cpt_merge.tokenizer_ext.rows import lay_out, map_rows
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base
+from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken
+from cpt_merge.tokenizer_ext.writing import lay_out, map_rows
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from cpt_merge.checkpoint.vocabulary_map import VocabularyMap, read_tokens
-from cpt_merge.tokenizer_ext.base import read_base
-from cpt_merge.tokenizer_ext.verify import prove
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base
+from cpt_merge.tokenizer_ext.verify.invariants import prove
 from cpt_merge.tracking.events import Image, Summary
 
 

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from cpt_merge.tokenizer_ext import run
-from cpt_merge.tokenizer_ext.samples import CODE, mixed_texts
-from cpt_merge.tokenizer_ext.sentences import SENTENCES
-from cpt_merge.tracking import Tracker
+from cpt_merge.tokenizer_ext.extend import extend_tokenizer
+from cpt_merge.tokenizer_ext.verify.samples import CODE, SENTENCES, mixed_texts
 from tests.real_tokenizers import BASES
 from tests.tokenizer_ext.small_tokenizers import CONFIG
 
@@ -69,7 +67,7 @@ def read_with(python: Path, tokenizer: Path, texts: list[str], folder: Path) -> 
 @pytest.mark.parametrize("name", ["mistral", "mistral_v3", "qwen"])
 def test_both_read_the_same(name, python_4, corpus, tmp_path) -> None:
     BASES[name](tmp_path / "base")
-    run(CONFIG, tmp_path / "base", None, corpus, tmp_path / "out", Tracker())
+    extend_tokenizer(CONFIG, tmp_path / "base", corpus, tmp_path / "out")
     texts = [
         *CODE,
         *(line for lines in SENTENCES.values() for line in lines),

@@ -11,10 +11,12 @@ from cpt_merge.checkpoint.vocabulary_map import NewPiece, VocabularyMap
 from cpt_merge.core.artifact import StageRecord, write_record
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.sources import Corpus, Source
-from cpt_merge.merge import EmbeddingsConfig
-from cpt_merge.tokenizer_ext.embeddings.focus import sparsemax, train_space
-from cpt_merge.tokenizer_ext.embeddings.initialisers import INITIALISERS, OldRows, Task
-from cpt_merge.tokenizer_ext.embeddings.run import run
+from cpt_merge.tokenizer_ext import EmbeddingsConfig
+from cpt_merge.tokenizer_ext.embeddings.methods import INITIALISERS
+from cpt_merge.tokenizer_ext.embeddings.methods.method import NewRows
+from cpt_merge.tokenizer_ext.embeddings.old_rows import OldRows
+from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
+from cpt_merge.tokenizer_ext.embeddings.token_space import sparsemax, train_space
 from cpt_merge.tracking.events import Summary
 from tests.merge.conftest import BASE_ROWS, CPT_ROWS, NEW, make_family, save_weights
 from tests.merge.test_merge_run import load
@@ -35,7 +37,9 @@ def resize(family, out, tracker, **config):
     text = family.root / "text.txt"
     text.write_text("\n".join(SENTENCES * 10))
     corpus = Corpus(sources=[Source(path=str(text), language="en")])
-    return run(EmbeddingsConfig(**config), family.base, family.tokenizer, corpus, out, tracker)
+    return resize_embeddings(
+        EmbeddingsConfig(**config), family.base, family.tokenizer, out, corpus, tracker
+    )
 
 
 def pieces(family):
@@ -125,24 +129,20 @@ def test_focus_says_how_many_pieces_the_text_does_not_show(untied, tmp_path, tra
 
 def test_the_text_is_read_for_focus_only(untied, tmp_path, tracker):
     nowhere = Corpus(sources=[Source(path="./missing.txt", language="en")])
-    arguments = (untied.base, untied.tokenizer, nowhere)
-    run(EmbeddingsConfig(input="ends", head="mean"), *arguments, tmp_path / "ends", tracker)
+    models = (untied.base, untied.tokenizer)
+    resize_embeddings(
+        EmbeddingsConfig(input="ends", head="mean"), *models, tmp_path / "ends", nowhere
+    )
     with pytest.raises(UserError, match=r"missing\.txt does not exist"):
-        run(EmbeddingsConfig(head="focus"), *arguments, tmp_path / "focus", tracker)
+        resize_embeddings(EmbeddingsConfig(head="focus"), *models, tmp_path / "focus", nowhere)
     assert not (tmp_path / "focus").exists()
 
 
 def test_focus_without_enough_text_is_the_mean_of_the_constituents(untied, tmp_path, tracker):
     (tmp_path / "short.txt").write_text("the ing")
     corpus = Corpus(sources=[Source(path=str(tmp_path / "short.txt"), language="en")])
-    run(
-        EmbeddingsConfig(input="focus"),
-        untied.base,
-        untied.tokenizer,
-        corpus,
-        tmp_path / "out",
-        tracker,
-    )
+    config = EmbeddingsConfig(input="focus")
+    resize_embeddings(config, untied.base, untied.tokenizer, tmp_path / "out", corpus)
     base, weights = (
         untied.weights["base"][MATRICES[0]].float(),
         load(tmp_path / "out")[MATRICES[0]].float(),
@@ -221,12 +221,14 @@ def test_the_moments_of_what_is_drawn(tmp_path):
     rows = load(tmp_path)["x"].numpy().astype("f8")
     many = [NewPiece(number, "", [0]) for number in range(20_000)]
     drawn = np.concatenate(
-        list(INITIALISERS["gaussian"](Task(many, old, np.random.default_rng(0))))
+        list(INITIALISERS["gaussian"](NewRows(many, old, np.random.default_rng(0))))
     )
     np.testing.assert_allclose(old.mean, rows.mean(0), rtol=1e-5)
     np.testing.assert_allclose(drawn.mean(0), rows.mean(0), atol=0.1)
     np.testing.assert_allclose(np.cov(drawn.T), np.cov(rows.T), atol=0.4)
-    drawn = np.concatenate(list(INITIALISERS["random"](Task(many, old, np.random.default_rng(0)))))
+    drawn = np.concatenate(
+        list(INITIALISERS["random"](NewRows(many, old, np.random.default_rng(0))))
+    )
     np.testing.assert_allclose(drawn.mean(0), 0, atol=0.1)
     assert np.sqrt((drawn**2).sum(1).mean()) == pytest.approx(old.mean_norm, rel=0.02)
 
@@ -291,7 +293,7 @@ def test_the_result_loads_and_goes_on(untied, tmp_path, tracker, recording):
 
 def test_a_map_for_another_base_is_refused(untied, tmp_path, tracker):
     VocabularyMap(BASE_ROWS - 1, BASE_ROWS - 1, [], [], []).save(untied.tokenizer)
-    with pytest.raises(UserError, match=r"has 38 rows .* 37"):
+    with pytest.raises(UserError, match=r"has 38 rows, .* 37"):
         resize(untied, tmp_path / "out", tracker)
     assert not (tmp_path / "out").exists()
 

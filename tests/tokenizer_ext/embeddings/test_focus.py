@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cpt_merge.data.sources import Corpus, Source
-from cpt_merge.tokenizer_ext.embeddings.focus import (
+from cpt_merge.tokenizer_ext.embeddings.token_space import (
     SymmetricMatrix,
     count_pairs,
     factorise,
@@ -67,7 +67,7 @@ def test_tokens_without_a_number_keep_their_place():
 def test_counting_in_parts_gives_the_same(monkeypatch):
     documents = [np.random.default_rng(number).integers(0, 9, 30) for number in range(20)]
     whole = count_pairs(documents, 9)
-    monkeypatch.setattr("cpt_merge.tokenizer_ext.embeddings.focus._CHUNK", 50)
+    monkeypatch.setattr("cpt_merge.tokenizer_ext.embeddings.token_space._CHUNK", 50)
     np.testing.assert_allclose(dense(count_pairs(documents, 9)), dense(whole), rtol=1e-6)
 
 
@@ -83,7 +83,7 @@ def test_the_product_with_a_dense_matrix(monkeypatch):
     right = np.random.default_rng(1).standard_normal((12, 3)).astype(np.float32)
     np.testing.assert_allclose(matrix @ right, whole @ right, atol=1e-4)
     monkeypatch.setattr(
-        "cpt_merge.tokenizer_ext.embeddings.focus._ENTRIES", 7
+        "cpt_merge.tokenizer_ext.embeddings.token_space._ENTRIES", 7
     )  # parts that end within a row
     np.testing.assert_allclose(matrix @ right, whole @ right, atol=1e-4)
 

@@ -16,11 +16,9 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.data.sources import Corpus
-from cpt_merge.tokenizer_ext.base import Base
+from cpt_merge.tokenizer_ext.base_tokenizer import Base
 from cpt_merge.tokenizer_ext.config import TokenizerConfig
-from cpt_merge.tokenizer_ext.count import count_words
-from cpt_merge.tokenizer_ext.documents import documents
-from cpt_merge.tokenizer_ext.fast import (
+from cpt_merge.tokenizer_ext.families.tokenizer_json import (
     Content,
     Merge,
     added_tokens_of,
@@ -28,11 +26,11 @@ from cpt_merge.tokenizer_ext.fast import (
     extend_model,
     merges_of,
 )
-from cpt_merge.tokenizer_ext.given import Replayed, read_given, replay
-from cpt_merge.tokenizer_ext.learn import ContinuedBpe, Growth
-from cpt_merge.tokenizer_ext.scripts import Scripts
-from cpt_merge.tokenizer_ext.symbols import BREAK, WordArrays
-from cpt_merge.tokenizer_ext.words import SEPARATOR, Words
+from cpt_merge.tokenizer_ext.learn.bpe import ContinuedBpe, Growth
+from cpt_merge.tokenizer_ext.learn.scripts import Scripts
+from cpt_merge.tokenizer_ext.learn.symbols import BREAK, WordArrays
+from cpt_merge.tokenizer_ext.learn.word_counts import SEPARATOR, Words, count_words, read_documents
+from cpt_merge.tokenizer_ext.learn.word_lists import Replayed, read_given, replay
 
 BLOCKS_AT_ONCE = 8  # of words that are split
 SHOWN = 3  # examples in a message
@@ -64,7 +62,7 @@ def learn_languages(base: Base, corpus: Corpus, config: TokenizerConfig) -> list
     for language in scripts:
         earlier = [piece for one in learned for piece in one.pieces]
         grower = Grower(base, earlier, scripts[language], config)
-        texts = documents(corpus, language, "train", config.max_characters)
+        texts = read_documents(corpus, language, "train", config.max_characters)
         words = count_words(texts, base.family.splitter(scripts[language]), f"counting {language}")
         learned.append(grower.grow(words, lists.get(language, [])))
     return learned

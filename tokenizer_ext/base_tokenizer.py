@@ -11,17 +11,9 @@ from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.tokenizer_files import token_text
 from cpt_merge.core.byte_alphabet import LETTERS
 from cpt_merge.core.errors import UserError
-from cpt_merge.tokenizer_ext.byte_level import ByteLevelBpe
-from cpt_merge.tokenizer_ext.family import Family
-from cpt_merge.tokenizer_ext.fast import (
-    AddedToken,
-    Content,
-    added_tokens_of,
-    build,
-    ids_of,
-    merges_of,
-)
-from cpt_merge.tokenizer_ext.sentencepiece_bpe import (
+from cpt_merge.tokenizer_ext.families.byte_level import ByteLevelBpe
+from cpt_merge.tokenizer_ext.families.family import Family
+from cpt_merge.tokenizer_ext.families.sentencepiece import (
     MODEL_FILE,
     NORMAL,
     Proto,
@@ -30,6 +22,14 @@ from cpt_merge.tokenizer_ext.sentencepiece_bpe import (
     merges_by_score,
     read_proto,
     role_tokens,
+)
+from cpt_merge.tokenizer_ext.families.tokenizer_json import (
+    AddedToken,
+    Content,
+    added_tokens_of,
+    build,
+    ids_of,
+    merges_of,
 )
 
 FAST_FILE = "tokenizer.json"
@@ -230,7 +230,7 @@ def _family(directory: Path, content: Content, proto: Proto | None) -> Family:
         )
     if model.get("byte_fallback"):
         return SentencePieceBpe(content, proto)
-    if proto is None and _has_byte_level(content.get("pre_tokenizer")):
+    if proto is None and has_byte_level(content.get("pre_tokenizer")):
         missing = [
             byte
             for byte, letter in LETTERS.items()
@@ -247,10 +247,11 @@ def _family(directory: Path, content: Content, proto: Proto | None) -> Family:
     )
 
 
-def _has_byte_level(part: dict[str, Any] | None) -> bool:
+def has_byte_level(part: dict[str, Any] | None) -> bool:
+    """Whether a pre-tokenizer of `tokenizer.json`, or a part of it, writes bytes as letters."""
     if part is None:
         return False
-    return part["type"] == "ByteLevel" or any(map(_has_byte_level, part.get("pretokenizers", ())))
+    return part["type"] == "ByteLevel" or any(map(has_byte_level, part.get("pretokenizers", ())))
 
 
 def _post_processor(content: Content, settings: dict[str, Any]) -> Any:

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpt_merge.core.progress import Meter, timed
-from cpt_merge.tokenizer_ext.fast import Merge
-from cpt_merge.tokenizer_ext.symbols import (
+from cpt_merge.tokenizer_ext.families.tokenizer_json import Merge
+from cpt_merge.tokenizer_ext.learn.symbols import (
     Ints,
     Places,
     Symbols,

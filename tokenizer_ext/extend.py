@@ -4,32 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say, timed
 from cpt_merge.data.sources import Corpus
-from cpt_merge.tokenizer_ext.base import read_base, read_chat_tokens
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base, read_chat_tokens
 from cpt_merge.tokenizer_ext.config import TokenizerConfig
-from cpt_merge.tokenizer_ext.fast import AddedToken
-from cpt_merge.tokenizer_ext.grow import learn_languages
-from cpt_merge.tokenizer_ext.report import Report, make_report, publish
-from cpt_merge.tokenizer_ext.rows import Layout, lay_out
-from cpt_merge.tokenizer_ext.samples import heldout_texts, scripts_of, take_samples
-from cpt_merge.tokenizer_ext.verify import prove, read_case, require
-from cpt_merge.tokenizer_ext.write import write_tokenizer
-
-if TYPE_CHECKING:
-    from cpt_merge.tracking import Tracker
+from cpt_merge.tokenizer_ext.extension_report import Report, make_report, publish
+from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken
+from cpt_merge.tokenizer_ext.learn.grow import learn_languages
+from cpt_merge.tokenizer_ext.verify.invariants import prove, read_case, require
+from cpt_merge.tokenizer_ext.verify.samples import heldout_texts, scripts_of, take_samples
+from cpt_merge.tokenizer_ext.writing import RowLayout, lay_out, write_tokenizer
+from cpt_merge.tracking import Tracker
 
 
-def run(
+def extend_tokenizer(
     config: TokenizerConfig,
     base: Path,
-    chat: Path | None,
     corpus: Corpus,
     out: Path,
+    chat: Path | None = None,
     tracker: Tracker | None = None,
 ) -> dict[str, Any]:
     """Extend the tokenizer in `base` with pieces learnt from `corpus` and write it into the empty directory `out`.
@@ -37,6 +34,7 @@ def run(
     Tokens that only the tokenizer in `chat` has keep their ids. Returns numbers for a summary. Raises `UserError` for
     input that cannot be used, and if a guarantee does not hold on what was written; `out` then stays empty.
     """
+    tracker = tracker or Tracker()
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UserError(f"{out} is not empty; remove what is there, or give another directory.")
@@ -61,12 +59,11 @@ def run(
     report = make_report(case, learned, config.new_pieces, proofs)
     publish(report, out, tracker)
     results = summarize(start.rows, layout, report)
-    if tracker:
-        tracker.summary({f"tokenizer/{name}": value for name, value in results.items()})
+    tracker.summary({f"tokenizer/{name}": value for name, value in results.items()})
     return results
 
 
-def _say_moved(chat_tokens: Sequence[AddedToken], layout: Layout) -> None:
+def _say_moved(chat_tokens: Sequence[AddedToken], layout: RowLayout) -> None:
     """The chat model's tokens whose ids the base uses for others."""
     ids = {token.content: token.id for token in layout.added}
     for token in chat_tokens:
@@ -76,7 +73,7 @@ def _say_moved(chat_tokens: Sequence[AddedToken], layout: Layout) -> None:
             )
 
 
-def summarize(base_rows: int, layout: Layout, report: Report) -> dict[str, Any]:
+def summarize(base_rows: int, layout: RowLayout, report: Report) -> dict[str, Any]:
     """The numbers that are worth reading without opening the artifact."""
     results: dict[str, Any] = {
         "base_rows": base_rows,

@@ -6,13 +6,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
-from cpt_merge.tokenizer_ext.fast import Content
-from cpt_merge.tokenizer_ext.scripts import Scripts
-from cpt_merge.tokenizer_ext.words import Words
-
-Splitter = Callable[
-    [str], list[str]
-]  # a document's words, in the alphabet of the vocabulary; can be sent to a process
+from cpt_merge.tokenizer_ext.families.tokenizer_json import Content
+from cpt_merge.tokenizer_ext.learn.scripts import Scripts
+from cpt_merge.tokenizer_ext.learn.word_counts import Splitter, Words
 
 
 class Family(Protocol):

@@ -12,18 +12,18 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import SCRIPTS, script_pattern
 from cpt_merge.core.progress import say, timed
 from cpt_merge.data.sources import Source, read_source
-from cpt_merge.tokenizer_ext.base import read_base, read_tokenizer
-from cpt_merge.tokenizer_ext.fast import added_tokens_of
-from cpt_merge.tokenizer_ext.measure import Fertility, measure_fertility
-from cpt_merge.tokenizer_ext.report import (
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base, read_tokenizer
+from cpt_merge.tokenizer_ext.extension_report import (
     FERTILITY_COLUMNS,
     PROOF_COLUMNS,
     fertility_rows,
     proof_rows,
     show,
 )
-from cpt_merge.tokenizer_ext.samples import HELDOUT_CHARACTERS, scripts_of, take_samples
-from cpt_merge.tokenizer_ext.verify import SHOWN, Case, Proof, prove, read_case
+from cpt_merge.tokenizer_ext.families.tokenizer_json import added_tokens_of
+from cpt_merge.tokenizer_ext.fertility import Fertility, measure_fertility
+from cpt_merge.tokenizer_ext.verify.invariants import SHOWN, Case, Proof, prove, read_case
+from cpt_merge.tokenizer_ext.verify.samples import HELDOUT_CHARACTERS, scripts_of, take_samples
 
 TARGET_SHARE = (
     0.01  # of the new tokens with letters of a script, for it to be one that they were made for
@@ -31,7 +31,7 @@ TARGET_SHARE = (
 
 
 @dataclass(frozen=True)
-class Checked:
+class TokenizerVerdict:
     """What was found."""
 
     proofs: list[Proof]
@@ -43,13 +43,13 @@ class Checked:
         return not any(proof.failures for proof in self.proofs)
 
 
-def check(
+def check_tokenizer(
     directory: Path,
     base: Path,
     chat: Path | None = None,
     texts: Sequence[Path] = (),
     languages: Sequence[str] = (),
-) -> Checked:
+) -> TokenizerVerdict:
     """Prove what can be proven of the tokenizer in `directory`, and print it.
 
     `texts` are files to read beside some built-in sentences; `languages` are those it was extended for, by default
@@ -84,8 +84,8 @@ def check(
         measure_fertility(case, f"{name} (sentences)", some)
         for name, some in samples.sentences.items()
     ]
-    _show(Checked(proofs, fertility))
-    return Checked(proofs, fertility)
+    _show(TokenizerVerdict(proofs, fertility))
+    return TokenizerVerdict(proofs, fertility)
 
 
 def guess_scripts(words: Sequence[str]) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def _read(path: Path) -> list[str]:
     return [text for text in texts if text]
 
 
-def _show(checked: Checked) -> None:
+def _show(checked: TokenizerVerdict) -> None:
     show("fertility", FERTILITY_COLUMNS, fertility_rows(checked.fertility))
     show("proofs", PROOF_COLUMNS, proof_rows(checked.proofs))
     for proof in checked.proofs:

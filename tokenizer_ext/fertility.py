@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from cpt_merge.core.languages import find_language
-from cpt_merge.tokenizer_ext.base import Base
-from cpt_merge.tokenizer_ext.grow import Learned, Pieces
-from cpt_merge.tokenizer_ext.verify import Case
+from cpt_merge.tokenizer_ext.base_tokenizer import Base
+from cpt_merge.tokenizer_ext.learn.grow import Learned, Pieces
+from cpt_merge.tokenizer_ext.verify.invariants import Case
 
 CURVE_POINTS = 16
 EXAMPLES = 3  # per language

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from cpt_merge.core.artifact import write_json
+from cpt_merge.core.palette import LANGUAGE_COLOURS, MODEL_COLOURS
 from cpt_merge.core.progress import console, say
-from cpt_merge.tokenizer_ext.figure import draw
-from cpt_merge.tokenizer_ext.grow import Learned
-from cpt_merge.tokenizer_ext.measure import (
+from cpt_merge.tokenizer_ext.fertility import (
     Example,
     Fertility,
     Usefulness,
@@ -23,10 +22,9 @@ from cpt_merge.tokenizer_ext.measure import (
     measure_usefulness,
     split_examples,
 )
-from cpt_merge.tokenizer_ext.verify import Case, Proof
-
-if TYPE_CHECKING:
-    from cpt_merge.tracking import Tracker
+from cpt_merge.tokenizer_ext.learn.grow import Learned
+from cpt_merge.tokenizer_ext.verify.invariants import Case, Proof
+from cpt_merge.tracking import Tracker
 
 REPORT_FILE = "report.json"
 FIGURE_FILE = "report.png"
@@ -79,7 +77,7 @@ def make_report(
     return Report(list(measured.values()), drift, usefulness, examples, proofs)
 
 
-def publish(report: Report, out: Path, tracker: Tracker | None) -> None:
+def publish(report: Report, out: Path, tracker: Tracker) -> None:
     """Write `report.json` and `report.png`, print the tables, and hand everything to the tracker."""
     content = asdict(report)
     for one in (*content["fertility"], *content["drift"]):
@@ -88,14 +86,12 @@ def publish(report: Report, out: Path, tracker: Tracker | None) -> None:
     draw(report.fertility, report.usefulness, out / FIGURE_FILE)
     for name, columns, rows in tables(report):
         show(name, columns, rows)
-        if tracker:
-            tracker.table(f"tokenizer/{name}", columns, rows)
-    if tracker:
-        tracker.curves(
-            "tokenizer/gain curve", ["language", "new pieces", "tok/char"], curve_rows(report)
-        )
-        tracker.image("tokenizer/report", out / FIGURE_FILE)
-        tracker.file(f"tokenizer-{REPORT_FILE}", out / REPORT_FILE)
+        tracker.table(f"tokenizer/{name}", columns, rows)
+    tracker.curves(
+        "tokenizer/gain curve", ["language", "new pieces", "tok/char"], curve_rows(report)
+    )
+    tracker.image("tokenizer/report", out / FIGURE_FILE)
+    tracker.file(f"tokenizer-{REPORT_FILE}", out / REPORT_FILE)
 
 
 Rows = list[list[Any]]
@@ -174,3 +170,54 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     console.print(table)
+
+
+def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path: Path) -> None:
+    """Left: tokens per character before and after. Right: what each further piece brings."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)
+    bars, curves = figure.subplots(1, 2)
+    languages = [one.language for one in fertility]
+    kinds = ((-0.2, "base", MODEL_COLOURS["base"]), (0.2, "extended", MODEL_COLOURS["cpt"]))
+    for which, (offset, label, colour) in enumerate(kinds):
+        values = [one.tokens_per_character[which] for one in fertility]
+        drawn = bars.bar(
+            [place + offset for place in range(len(languages))],
+            values,
+            0.38,
+            label=label,
+            color=colour,
+        )
+        bars.bar_label(drawn, fmt="%.2f", fontsize=8)
+    bars.set_xticks(range(len(languages)), languages)
+    bars.set_ylabel("tokens per character")
+    bars.set_title("Held-out text")
+    bars.margins(y=0.2)
+    bars.legend(frameon=False, loc="upper right", ncols=2)
+    coloured = list(dict.fromkeys([*languages, *(one.language for one in usefulness)]))
+    for one in usefulness:
+        sizes, gained = [size for size, _ in one.curve], [value for _, value in one.curve]
+        colour = LANGUAGE_COLOURS[coloured.index(one.language) % len(LANGUAGE_COLOURS)]
+        curves.plot(sizes, gained, marker="o", markersize=3, label=one.language, color=colour)
+        if one.curve and one.characters:
+            height = dict(one.curve)[one.characters]
+            curves.plot(one.characters, height, "o", markersize=9, fillstyle="none", color=colour)
+    curves.set_ylim(bottom=0)
+    curves.set_xlabel("new pieces")
+    curves.set_ylabel("tokens per character")
+    curves.set_title("What each further piece brings")
+    if any(one.characters for one in usefulness):
+        curves.plot(
+            [],
+            [],
+            "o",
+            markersize=9,
+            fillstyle="none",
+            color="gray",
+            label="end of single characters",
+        )
+    curves.legend(frameon=False)
+    for axes in (bars, curves):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)

@@ -13,10 +13,9 @@ from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from cpt_merge.core.byte_alphabet import BYTES, LETTERS, to_bytes
-from cpt_merge.tokenizer_ext.family import Splitter
-from cpt_merge.tokenizer_ext.fast import Content, build, merges_of
-from cpt_merge.tokenizer_ext.scripts import Scripts
-from cpt_merge.tokenizer_ext.words import Words
+from cpt_merge.tokenizer_ext.families.tokenizer_json import Content, build, merges_of
+from cpt_merge.tokenizer_ext.learn.scripts import Scripts
+from cpt_merge.tokenizer_ext.learn.word_counts import Splitter, Words
 
 SPACE = LETTERS[0x20]
 _UNDECODED = re.compile(

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.tokenizer_ext.family import Splitter
-from cpt_merge.tokenizer_ext.fast import AddedToken, Content, added_tokens_of, merges_of, splits
-from cpt_merge.tokenizer_ext.scripts import Scripts
-from cpt_merge.tokenizer_ext.words import Words
+from cpt_merge.tokenizer_ext.families.tokenizer_json import (
+    AddedToken,
+    Content,
+    added_tokens_of,
+    merges_of,
+    splits,
+)
+from cpt_merge.tokenizer_ext.learn.scripts import Scripts
+from cpt_merge.tokenizer_ext.learn.word_counts import Splitter, Words
 
 MODEL_FILE = "tokenizer.model"
 SPACE = "▁"

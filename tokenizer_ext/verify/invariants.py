@@ -21,8 +21,9 @@ from cpt_merge.checkpoint.tokenizer_files import SPECIAL_ROLES, TokenizerFiles, 
 from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import script_pattern
-from cpt_merge.tokenizer_ext.base import FAST_FILE, Base, disagreements, read_tokenizer
-from cpt_merge.tokenizer_ext.fast import (
+from cpt_merge.tokenizer_ext.base_tokenizer import FAST_FILE, Base, disagreements, read_tokenizer
+from cpt_merge.tokenizer_ext.families.sentencepiece import Proto
+from cpt_merge.tokenizer_ext.families.tokenizer_json import (
     Content,
     added_tokens_of,
     build,
@@ -30,8 +31,7 @@ from cpt_merge.tokenizer_ext.fast import (
     ids_of,
     merges_of,
 )
-from cpt_merge.tokenizer_ext.samples import Samples
-from cpt_merge.tokenizer_ext.sentencepiece_bpe import Proto
+from cpt_merge.tokenizer_ext.verify.samples import Samples
 
 CONVERSATION = [
     {"role": "user", "content": "Hello! What is 2 + 2?"},

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
-from cpt_merge.tokenizer_ext.fast import Merge
-from cpt_merge.tokenizer_ext.scripts import Scripts
-from cpt_merge.tokenizer_ext.sentencepiece_bpe import NORMAL, SPACE, parse_proto
+from cpt_merge.tokenizer_ext.families.sentencepiece import NORMAL, SPACE, parse_proto
+from cpt_merge.tokenizer_ext.families.tokenizer_json import Merge
+from cpt_merge.tokenizer_ext.learn.scripts import Scripts
 
 SHOWN = 3  # entries in a message
 LONGEST = 50  # characters of an entry; SentencePiece refuses pieces of some hundred

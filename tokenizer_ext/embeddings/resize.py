@@ -1,0 +1,244 @@
+"""Give the base model rows for a longer vocabulary: only matrices with a row per token change, and only by new rows.
+
+Old rows stay equal bit for bit (invariant "old ids fixed"). Rows of new pieces are initialised by one of the `methods`;
+the chat model's special tokens, whose rows the merge later takes from the chat model, and padding start from the mean
+of the old rows.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpt_merge.checkpoint.dtypes import narrow
+from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.model_files import GENERATION_FILE, copy_files, resize_config
+from cpt_merge.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import kind_of, model_tensors
+from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
+from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
+from cpt_merge.checkpoint.writer import CheckpointLayout, CheckpointWriter, TensorSpec, write_index
+from cpt_merge.core.artifact import write_json
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import Meter, say, timed
+from cpt_merge.data.sources import Corpus
+from cpt_merge.tokenizer_ext.embeddings.config import EmbeddingsConfig
+from cpt_merge.tokenizer_ext.embeddings.methods import INITIALISERS
+from cpt_merge.tokenizer_ext.embeddings.methods.auto import letterless_tokens
+from cpt_merge.tokenizer_ext.embeddings.methods.method import NewRows, Use
+from cpt_merge.tokenizer_ext.embeddings.old_rows import OldRows
+from cpt_merge.tokenizer_ext.embeddings.token_space import MINIMUM, TokenSpace, train_space
+from cpt_merge.tracking import Cell, Tracker
+
+_BLOCK = 1 << 22  # elements copied at a time
+_NORM_COLUMNS = ["matrix", "mean norm of old rows", "of new pieces", "new / old"]
+
+
+def resize_embeddings(
+    config: EmbeddingsConfig,
+    base: Path,
+    tokenizer: Path,
+    out: Path,
+    corpus: Corpus | None = None,
+    tracker: Tracker | None = None,
+) -> dict[str, Any]:
+    """Write the model in `base` with rows for the extended `tokenizer` to `out`, which is missing or empty.
+
+    `tokenizer` is a directory that `extend_tokenizer` wrote. `corpus` is text in the new languages; only the method
+    `focus` reads it. Returns the number of rows of each kind, and for each matrix the mean norms of old and new rows.
+    Raises `UserError` if the vocabulary map was made for another base.
+    """
+    source, vocabulary = Checkpoint.open(base), VocabularyMap.load(tokenizer)
+    resize = _Resize(config, source, vocabulary, tokenizer)
+    resize.check()
+    layout = resize.layout()
+    space = resize.token_space(corpus)
+    writer = CheckpointWriter(out, layout)
+    norms: dict[str, dict[str, float]] = {}
+    with writer.alone(), Meter("embeddings", layout.nbytes / 1e6, "MB") as meter:
+        for name, info in layout.tensors.items():
+            _copy(source, name, writer)
+            if name in resize.matrices:
+                norms[kind_of(name)] = resize.append(name, writer, space)
+            meter.advance(info.nbytes / 1e6)
+        writer.close()
+        linked = resize.link_unchanged_files(writer.directory)
+        if linked or list(layout.headers) != [SINGLE_FILE]:
+            total = sum(layout.tensors.get(name, info).nbytes for name, info in resize.kept.items())
+            files = {name: _as_safetensors(info.file) for name, info in resize.kept.items()}
+            write_index(writer.directory / INDEX_FILE, files, total)
+        write_json(writer.directory / "config.json", resize_config(source.config, vocabulary.rows))
+        copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], writer.directory)
+        copy_files([base / GENERATION_FILE], writer.directory)
+        writer.publish()
+    say(
+        f"embeddings: {vocabulary.base_rows:,} -> {vocabulary.rows:,} rows; "
+        f"{len(resize.changed_files)} files written, {linked} linked"
+    )
+    results = _row_counts(vocabulary)
+    results |= {f"{kind}_norms": norm for kind, norm in norms.items()}
+    rows: list[list[Cell]] = [
+        [kind, norm["old"], norm["new"], norm["new"] / norm["old"]] for kind, norm in norms.items()
+    ]
+    tracker = tracker or Tracker()
+    tracker.summary({f"embeddings/{name}": value for name, value in results.items()})
+    tracker.table("embeddings/norms", _NORM_COLUMNS, rows)
+    return results
+
+
+@dataclass(frozen=True)
+class _Resize:
+    """A base, the map of its longer vocabulary, and what follows from the two."""
+
+    config: EmbeddingsConfig
+    source: Checkpoint
+    vocabulary: VocabularyMap
+    tokenizer: Path
+
+    @cached_property
+    def kept(self) -> Mapping[str, TensorInfo]:
+        """The tensors of the output by name."""
+        return model_tensors(self.source)
+
+    @cached_property
+    def matrices(self) -> list[str]:
+        """The tensors with a row per token."""
+        return [name for name in self.kept if kind_of(name) in ("embed", "head")]
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the input embedding is the output head, too."""
+        return not any(
+            kind_of(name) == "head" and len(self.kept[name].shape) > 1 for name in self.matrices
+        )
+
+    @cached_property
+    def changed_files(self) -> list[str]:
+        """The base's files that hold such a matrix, or a tied head that is dropped, or are not safetensors."""
+        return sorted(
+            {
+                info.file
+                for name, info in self.source.tensors.items()
+                if name in self.matrices
+                or name not in self.kept
+                or info.file != _as_safetensors(info.file)
+            }
+        )
+
+    def check(self) -> None:
+        """Raise `UserError` for a base without matrices, or one that the map was not made for."""
+        if not self.matrices:
+            raise UserError(
+                f"{self.source.directory} has no embedding matrix with a known name; report its tensor names."
+            )
+        for name in self.matrices:
+            rows = self.source.tensors[name].shape[0]
+            if rows != self.vocabulary.base_rows:
+                raise UserError(
+                    f"{name} of {self.source.directory} has {rows} rows, but the vocabulary map was made for "
+                    f"{self.vocabulary.base_rows}; make the tokenizer again with this base."
+                )
+
+    def layout(self) -> CheckpointLayout:
+        """The files to write."""
+        specs: dict[str, list[TensorSpec]] = {_as_safetensors(f): [] for f in self.changed_files}
+        for name, info in self.kept.items():
+            if info.file in self.changed_files:
+                rows = self.vocabulary.rows if name in self.matrices else info.shape[0]
+                shape = (rows, *info.shape[1:]) if info.shape else info.shape
+                specs[_as_safetensors(info.file)].append(TensorSpec(name, info.dtype, shape))
+        return CheckpointLayout.of_files(specs)
+
+    def token_space(self, corpus: Corpus | None) -> TokenSpace | None:
+        """The space of the new text's tokens, where a method needs it. Reports how many new pieces are not in it."""
+        if not self.config.needs_text:
+            return None
+        if corpus is None:
+            raise UserError("the method focus reads text in the new languages; give a corpus.")
+        config, new = self.config, self.vocabulary.new
+        with timed("embeddings: the new text's tokens"):
+            space = train_space(
+                corpus, self.tokenizer, self.vocabulary.rows, config.focus_characters, config.seed
+            )
+        unknown = sum(not space.known[piece.id] for piece in new)
+        say(
+            f"embeddings: {unknown:,} of {len(new):,} new pieces occur less than {MINIMUM} times in the text that "
+            "focus reads; they start from their constituents alone"
+        )
+        return space
+
+    @cached_property
+    def letterless(self) -> frozenset[int]:
+        """The constituents that hold no whole letter."""
+        constituents = {id_ for piece in self.vocabulary.new for id_ in piece.constituents}
+        return letterless_tokens(self.tokenizer, constituents)
+
+    def append(
+        self, name: str, writer: CheckpointWriter, space: TokenSpace | None
+    ) -> dict[str, float]:
+        """Write the new rows of a matrix. Returns the mean norms of the old rows and of the new pieces' rows."""
+        config, info, old = self.config, writer.layout.tensors[name], OldRows(self.source, name)
+        use: Use = "head" if kind_of(name) == "head" else "both" if self.tied else "input"
+        method = config.head if use == "head" else config.input
+        if len(info.shape) == 1:
+            method = "mean"  # a bias has no directions
+        task = NewRows(
+            pieces=self.vocabulary.new,
+            old=old,
+            random=np.random.default_rng([config.seed, use == "head"]),
+            use=use,
+            space=space,
+            letterless=self.letterless if method == "auto" else frozenset(),
+        )
+        number, norms = 0, 0.0
+        for rows in INITIALISERS[method](task):
+            for row in rows:
+                writer.write(name, task.pieces[number].id, narrow(row, info.dtype))
+                number, norms = number + 1, norms + float(np.linalg.norm(row))
+        for id_ in [token.id for token in self.vocabulary.chat] + self.vocabulary.padding:
+            writer.write(name, id_, narrow(old.mean, info.dtype))
+        return {"old": round(old.mean_norm, 4), "new": round(norms / max(number, 1), 4)}
+
+    def link_unchanged_files(self, directory: Path) -> int:
+        """Hard-link the files that do not change, or copy them to another file system. Returns their number."""
+        files = sorted({info.file for info in self.kept.values()} - set(self.changed_files))
+        for file in files:
+            original = (
+                self.source.directory / file
+            ).resolve()  # the hub's cache has symbolic links
+            try:
+                os.link(original, directory / file)
+            except OSError:
+                shutil.copyfile(original, directory / file)
+        return len(files)
+
+
+def _as_safetensors(file: str) -> str:
+    """The name of a file of weights in the output: `pytorch_model.bin` becomes `model.safetensors`."""
+    if file.endswith(".safetensors"):
+        return file
+    return f"{Path(file).stem.replace('pytorch_model', 'model')}.safetensors"
+
+
+def _copy(source: Checkpoint, name: str, writer: CheckpointWriter) -> None:
+    """Copy a tensor's elements; in a matrix that grows these are the first ones."""
+    size = source.tensors[name].size
+    for start in range(0, size, _BLOCK):
+        writer.write_flat(name, start, source.read_flat(name, start, min(start + _BLOCK, size)))
+
+
+def _row_counts(vocabulary: VocabularyMap) -> dict[str, Any]:
+    return {
+        "rows": vocabulary.rows,
+        "old": vocabulary.base_rows,
+        "new": len(vocabulary.new),
+        "chat": len(vocabulary.chat),
+        "padding": len(vocabulary.padding),
+    }

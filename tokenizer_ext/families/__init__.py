@@ -1,0 +1,1 @@
+"""The two families of BPE tokenizers that can be extended, and the format of `tokenizer.json`."""
