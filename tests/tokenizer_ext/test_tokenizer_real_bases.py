@@ -15,10 +15,15 @@ from cpt_merge.core.languages import script_pattern
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base
 from cpt_merge.tokenizer_ext.extend import extend_tokenizer
 from cpt_merge.tokenizer_ext.families.tokenizer_json import build
+from cpt_merge.tokenizer_ext.verify import samples
 from tests.real_tokenizers import BASES, QWEN_ROWS
 from tests.tokenizer_ext.small_tokenizers import CHINESE, CONFIG, KOREAN
 
 SCRIPTS = script_pattern(("Han", "Hangul"))
+
+
+SLOW_TO_BUILD = ["qwen", "mistral_v3", "tekken"]
+MIXED_TEXTS = (2_000, samples.MIXED_TEXTS)  # in the quick suite, and in the slow one
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ def extended_real(corpus, tmp_path_factory):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             BASES[name](folder / "base")
-            extend_tokenizer(CONFIG, folder / "base", corpus, folder / "out")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(samples, "MIXED_TEXTS", MIXED_TEXTS[name in SLOW_TO_BUILD])
+                extend_tokenizer(CONFIG, folder / "base", corpus, folder / "out")
             model = folder / "out" / "tokenizer.model"
             processor = SentencePieceProcessor(model_file=str(model)) if model.is_file() else None
             after = Tokenizer.from_file(str(folder / "out" / "tokenizer.json"))
@@ -52,7 +59,6 @@ def extended_real(corpus, tmp_path_factory):
     return extend
 
 
-SLOW_TO_BUILD = ["qwen", "mistral_v3", "tekken"]
 NAMES = ["mistral", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_BUILD)]
 
 
@@ -66,9 +72,9 @@ def test_a_real_base_keeps_every_law(real) -> None:
     assert all(not proof["failures"] for proof in report["proofs"])
     checked = {proof["law"]: proof["checked"] for proof in report["proofs"]}
     assert checked["every new piece can be produced"] >= 100
-    assert checked["text comes back when it is decoded"] > 20_000
+    assert checked["text comes back when it is decoded"] > 2_000
     if real.processor:
-        assert checked["SentencePiece and the fast tokenizer agree"] > 20_000
+        assert checked["SentencePiece and the fast tokenizer agree"] > 2_000
     assert VocabularyMap.load(real.out).rows % 64 == 0
 
 
