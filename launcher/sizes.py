@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from cpt_merge.tokenizer_ext.given import count_entries
-
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.models import hub_errors, is_local, model_directory
 from cpt_merge.core.world import World
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.start import accelerate_config, backend_environment
+from cpt_merge.tokenizer_ext.learn.word_lists import count_entries
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.flops import experts
 from cpt_merge.training.memory import ZERO_STRATEGIES, MemorySetup, ModelShape
