@@ -271,6 +271,8 @@ def check_tokenizer(
 ) -> None:
     """Prove an extended tokenizer, also one that others made. Exit code 1 if it breaks an invariant."""
 
+    from cpt_merge.tokenizer_ext.verify import check_tokenizer as checks
+
     checked = checks.check_tokenizer(directory, against, chat, text or [], language or [])
     raise typer.Exit(0 if checked.whole else 1)
 
