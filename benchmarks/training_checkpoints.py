@@ -27,15 +27,17 @@ def measure_saves(case: Case, folder: Path, rounds: int) -> tuple[int, list[Save
     from cpt_merge.data.packing import TrainingSequences
     from cpt_merge.data.store import Store
     from cpt_merge.training.config import CheckpointConfig, TrainingConfig
-    from cpt_merge.training.distributed.build import Start, build_backend
+    from cpt_merge.training.distributed.build import build_backend
     from cpt_merge.training.distributed.checkpoint import Checkpoints, TrainState
     from cpt_merge.training.distributed.parallel import start_parallel
-    from cpt_merge.training.phases import phases_of
+    from cpt_merge.training.phases import PhaseSetup, phases_of
 
     ask_for_fsdp(case)
     os.sync()
     config, parallel = TrainingConfig(**settings(case)), start_parallel()
-    backend = build_backend(Start(config, phases_of(config)[0], case.inputs.model, 0), parallel)
+    backend = build_backend(
+        PhaseSetup(config, phases_of(config)[0], case.inputs.model, 0), parallel
+    )
     batch = TrainingSequences(Store.open(case.inputs.store), case.length, 0).batch(
         [parallel.world.rank]
     )
@@ -60,7 +62,7 @@ def measure_saves(case: Case, folder: Path, rounds: int) -> tuple[int, list[Save
             quiet = step()
             parallel.barrier()
             started = time.perf_counter()
-            checkpoints.save(backend, TrainState(number, 0, 0, 0, "benchmark"))
+            checkpoints.save(backend, TrainState("benchmark", number))
             stall = time.perf_counter() - started
             during = step()
             checkpoints.finish()

@@ -161,7 +161,8 @@ class _Intervals:
 def ours(case: Case, folder: Path, turn: Turn) -> None:
     """The training stage as it is."""
     from cpt_merge.training.config import TrainingConfig
-    from cpt_merge.training.run import TrainingInputs, run
+    from cpt_merge.training.inputs import TrainingInputs
+    from cpt_merge.training.run import run
 
     ask_for_fsdp(case)
     inputs = TrainingInputs(case.inputs.model, case.inputs.model, case.inputs.store, "benchmark")
@@ -173,16 +174,15 @@ def bare(case: Case, folder: Path, turn: Turn) -> None:
     import torch
 
     from cpt_merge.training.config import TrainingConfig
-    from cpt_merge.training.distributed.build import Start
     from cpt_merge.training.distributed.fsdp import TorchBackend
     from cpt_merge.training.distributed.parallel import start_parallel
-    from cpt_merge.training.phases import phases_of
+    from cpt_merge.training.phases import PhaseSetup, phases_of
     from cpt_merge.training.prefetch import micro_batches
 
     ask_for_fsdp(case)
     config, parallel = TrainingConfig(**settings(case)), start_parallel()
     backend = TorchBackend.build(
-        Start(config, phases_of(config)[0], case.inputs.model, 0), parallel
+        PhaseSetup(config, phases_of(config)[0], case.inputs.model, 0), parallel
     )
     rows, size = _training_rows(case), case.processes
     steps = []

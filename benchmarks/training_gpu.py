@@ -26,19 +26,23 @@ class GpuResult:
 def measure_gpu(case: Case, steps: int, changes: dict[str, Any]) -> GpuResult:
     """Train `steps` steps after 5 that warm up. Raises `SystemExit` without a GPU."""
     import torch
+    from transformers import AutoConfig
 
+    from cpt_merge.checkpoint.reader import Checkpoint
     from cpt_merge.data.packing import TrainingSequences
     from cpt_merge.data.store import Store
     from cpt_merge.training.config import TrainingConfig
-    from cpt_merge.training.distributed.build import Start, build_backend
+    from cpt_merge.training.distributed.build import build_backend
     from cpt_merge.training.distributed.parallel import start_parallel
-    from cpt_merge.training.phases import phases_of
-    from cpt_merge.training.start import throughput_of
+    from cpt_merge.training.flops import flops_per_token, peak_flops
+    from cpt_merge.training.phases import PhaseSetup, phases_of
 
     if not torch.cuda.is_available():
         raise SystemExit("no GPU here: torch.cuda.is_available() is false")
     config, parallel = TrainingConfig(**{**settings(case), **changes}), start_parallel()
-    backend = build_backend(Start(config, phases_of(config)[0], case.inputs.model, 0), parallel)
+    backend = build_backend(
+        PhaseSetup(config, phases_of(config)[0], case.inputs.model, 0), parallel
+    )
     rows = TrainingSequences(Store.open(case.inputs.store), case.length, 0)
 
     def step(number: int) -> float:
@@ -58,12 +62,16 @@ def measure_gpu(case: Case, steps: int, changes: dict[str, Any]) -> GpuResult:
 
     seconds = median([step(number) for number in range(steps + 5)][5:])
     rate = case.global_batch_size * case.length / seconds
-    throughput = throughput_of(config, case.inputs.model, parallel)
-    assert throughput.flops_per_token
-    assert throughput.peak
+    model, device = case.inputs.model, torch.cuda.get_device_name()
+    peak = peak_flops(device)
+    flops = flops_per_token(
+        AutoConfig.from_pretrained(model), Checkpoint.open(model).parameters, case.length
+    )
+    assert peak, f"the peak of {device} is not known"
+    assert flops, f"the FLOPs of {model} are not known"
     profile, idle = _profile(lambda: [step(number) for number in range(3)])
     return GpuResult(
-        torch.cuda.get_device_name(), seconds, rate, rate * throughput.flops_per_token / throughput.peak,
+        device, seconds, rate, rate * flops / peak,
         torch.cuda.max_memory_allocated() / 1e9, profile, idle,
     )  # fmt: skip
 

@@ -70,6 +70,11 @@ class Checkpoint:
         """The content of config.json. Raises `UserError` if it is missing or no JSON."""
         return read_json(self.directory / "config.json")
 
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(info.size for info in self.tensors.values())
+
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies. Raises `UserError` if there is none of that name."""
         if name not in self.tensors:

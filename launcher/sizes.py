@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +24,7 @@ GB = 1e9
 def shape_of(directory: Path, name: str) -> ModelShape:
     """The shape of a model on this machine; `name` is what an error message calls it."""
     checkpoint = Checkpoint.open(directory)
-    parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    return ModelShape.from_config(checkpoint.config, parameters, name)
+    return ModelShape.from_config(checkpoint.config, checkpoint.parameters, name)
 
 
 def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
@@ -74,9 +72,9 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
 
 def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
     """How the recipe's accelerate configuration divides memory over so many processes."""
-    from cpt_merge.training.distributed.parallel import asked_for
+    from cpt_merge.training.distributed.parallel import backend_settings
 
-    asked = asked_for(backend_environment(accelerate_config(recipe)))
+    asked = backend_settings(backend_environment(accelerate_config(recipe)))
     if asked.backend == "deepspeed":
         strategy = ZERO_STRATEGIES[asked.zero_stage]
         return MemorySetup.of(recipe.training, strategy, processes, processes)

@@ -137,7 +137,8 @@ def _train(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     from cpt_merge.launcher.hook import post_training_hook
     from cpt_merge.launcher.preview import preview_of
     from cpt_merge.launcher.start import use_backend
-    from cpt_merge.training.run import TrainingInputs, run
+    from cpt_merge.training.inputs import TrainingInputs
+    from cpt_merge.training.run import run
 
     paths, recipe = context.run, context.run.recipe
     use_backend(recipe)

@@ -15,7 +15,7 @@ class ScheduleConfig(Section):
     """The learning rate over the run, as a factor of its peak."""
 
     shape: Literal["cosine", "linear", "wsd"] = key(
-        "cosine", "decay: cosine, linear, or warmup-stable-decay"
+        "cosine", "how it decays: cosine, linear, or wsd (warmup, stable, decay)"
     )
     warmup: float = key(0.05, "share of the steps in which the rate rises linearly", ge=0, lt=1)
     decay: float = key(
@@ -35,28 +35,26 @@ class OptimizerConfig(Section):
 
     learning_rate: float = key(2e-5, "peak learning rate", gt=0)
     embedding_learning_rate: float | None = key(
-        None,
-        "peak learning rate of the embedding and head matrices; the same as the others' if not set",
-        gt=0,
+        None, "peak learning rate of embedding and head; learning_rate if not set", gt=0
     )
     beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = key(0.95, "decay of the second moment", ge=0, lt=1)
     epsilon: float = key(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = key(
-        0.1, "decoupled weight decay, on matrices only (not on norms and biases)", ge=0
+        0.1, "decoupled weight decay of matrices; norms and biases do not decay", ge=0
     )
     clip: float = key(1.0, "largest norm of the gradient", gt=0)
 
 
 class PhaseConfig(Section):
-    """A part of the run in which only some of the weights are trained, with an optimizer of its own."""
+    """A part of the run that trains only some of the weights, with an optimizer of its own."""
 
     train: Literal["new_rows", "vocabulary", "all"] = key(
         ...,
         "new_rows: the rows of the new tokens; vocabulary: embedding and head; all: every weight",
     )
     tokens: int | None = key(
-        None, "its budget; the last phase takes what is left if not set", unit="tokens", gt=0
+        None, "its budget; the last phase takes the rest if not set", unit="tokens", gt=0
     )
     learning_rate: float | None = key(
         None, "peak learning rate; optimizer.learning_rate if not set", gt=0
@@ -81,30 +79,33 @@ class CheckpointConfig(Section):
     )
     asynchronous: bool = key(
         True,
-        "write while training goes on, from a copy of the shards in the memory of the CPU (not with DeepSpeed)",
+        "write during training, from a copy of the shards in CPU memory (not with DeepSpeed)",
     )
 
     @model_validator(mode="after")
     def _kept_ones_are_made(self) -> CheckpointConfig:
         if self.keep_every and self.keep_every % self.every:
             raise ValueError(
-                f"keep_every = {self.keep_every} is no multiple of every = {self.every}; set a multiple"
+                f"keep_every = {self.keep_every} is no multiple of every = {self.every}; "
+                "set a multiple"
             )
         return self
 
 
 class PreviewConfig(Section):
-    """A look at the chat model that is coming, while training goes on."""
+    """A preview of the chat model during training."""
 
     every: int | None = key(
         None,
-        "steps between two previews, also at step 0 and the end: the chat vector is added to the weights in memory as "
-        "`merge` says, prompts are answered, and the weights put back bit for bit; none if not set",
-        unit="steps", gt=0,
-    )  # fmt: skip
+        "steps between two previews, also at step 0 and at the end: the chat vector is added to "
+        "the weights in memory as `merge` says, prompts are answered, and the weights are "
+        "restored bit for bit; no previews if not set",
+        unit="steps",
+        gt=0,
+    )
     prompts: int = key(
         4,
-        "prompts per language, the first of evaluation.prompts, or else of evaluation.instructions",
+        "prompts per language: the first of evaluation.prompts, or else of evaluation.instructions",
         gt=0,
     )
     max_new_tokens: int = key(64, "longest reply", unit="tokens", gt=0)
@@ -125,23 +126,24 @@ class TrainingConfig(Section):
         "bf16", "bf16: bf16 compute, fp32 master weights and reduction; pure-bf16: bf16 throughout"
     )
     optimizer: OptimizerConfig = key(OptimizerConfig(), "AdamW")
-    schedule: ScheduleConfig = key(ScheduleConfig(), "learning rate schedule, of each phase")
+    schedule: ScheduleConfig = key(ScheduleConfig(), "learning rate schedule of each phase")
     phases: list[PhaseConfig] = key(
         [], "what is trained one after the other; every weight all the time if not set"
     )
     fp8: bool = key(
-        False, "float8 matmuls in the decoder layers, by torchao; GPUs of capability 8.9 and newer"
+        False,
+        "float8 matmuls in the decoder layers, by torchao; needs a GPU of capability 8.9 or newer",
     )
     activation_checkpointing: Literal["none", "full", "selective"] = key(
         "none",
-        "what the backward pass computes again, to save memory: nothing; each layer; or each layer but for its "
-        "attention and every second matmul",
+        "what the backward pass computes again to save memory: nothing; each layer; or each layer "
+        "except its attention and every second matmul",
     )
     compile: bool = key(False, "torch.compile each decoder layer")
     attention: Literal["flash", "sdpa", "flex", "eager"] = key(
         "flash",
-        "flash: document by document (a GPU's variable-length kernel, bf16 only; on a CPU sdpa per document); "
-        "sdpa, flex, eager: transformers' own, with a mask",
+        "flash: document by document (on a GPU a variable-length kernel, bf16 only; on a CPU sdpa "
+        "per document); sdpa, flex, eager: those of transformers, with a mask",
     )
     loss_chunk: int = key(
         1024, "tokens whose logits exist at once in the head and the loss", unit="tokens", gt=0
@@ -149,7 +151,7 @@ class TrainingConfig(Section):
     log_every: int = key(10, "steps between two rows of metrics", unit="steps", gt=0)
     evaluate_every: int = key(
         200,
-        "steps between two held-out evaluations; also at step 0 and the end",
+        "steps between two held-out evaluations; also at step 0 and at the end",
         unit="steps",
         gt=0,
     )
@@ -161,17 +163,18 @@ class TrainingConfig(Section):
         "held-out documents per language of which each evaluation shows a continuation; 0: none",
         ge=0,
     )
-    preview: PreviewConfig = key(PreviewConfig(), "the chat model, live")
+    preview: PreviewConfig = key(PreviewConfig(), "the chat model during training")
     checkpoints: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
     max_skipped_steps: int = key(
         5,
-        "steps in a row with a non-finite gradient after which training stops",
+        "consecutive steps with a non-finite gradient after which training stops",
         unit="steps",
         gt=0,
     )
     spike_sigma: float = key(
         6.0,
-        "a loss this many standard deviations over the last 128 steps' mean is reported with its samples",
+        "a loss this many standard deviations above the mean of the last 128 steps is reported "
+        "with its sequences",
         gt=0,
     )
     watchdog: float = key(
@@ -182,7 +185,7 @@ class TrainingConfig(Section):
     )
     stop_margin: float = key(
         120.0,
-        "time before --stop-at, or the end of the Slurm job, at which to save and stop",
+        "time before --stop-at, or before the end of the Slurm job, at which to save and stop",
         unit="s",
         ge=0,
     )
@@ -207,13 +210,44 @@ class TrainingConfig(Section):
         """Optimizer steps of the whole run."""
         return -(-self.tokens // self.tokens_per_step)
 
+    def micro_batches(self, processes: int) -> int:
+        """Micro-batches of each process in one step."""
+        return -(-self.global_batch_size // (processes * self.micro_batch_size))
+
     def check_processes(self, processes: int, note: str = "") -> None:
-        """Raises `UserError` if the sequences of a step do not divide over so many processes; `note` says which."""
+        """Raises `UserError` if a batch does not divide over the processes; `note` names them."""
         if self.global_batch_size % processes:
             raise UserError(
                 f"training.global_batch_size = {self.global_batch_size} does not divide over "
                 f"{processes} processes{note}; set a multiple."
             )
+
+    def check_positions(self, model: Mapping[str, Any]) -> None:
+        """Raises `UserError` if a sequence has more tokens than the model has positions.
+
+        `model` has the values of its config.json.
+        """
+        positions = model.get("max_position_embeddings") or self.sequence_length
+        if self.sequence_length > positions:
+            raise UserError(
+                f"training.sequence_length = {self.sequence_length} but the model has "
+                f"{positions} positions; lower it."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the trained weights. Others may change when a run continues."""
+        names = {
+            "sequence_length",
+            "global_batch_size",
+            "tokens",
+            "precision",
+            "fp8",
+            "optimizer",
+            "schedule",
+            "phases",
+            "seed",
+        }
+        return self.model_dump(include=names)
 
     @model_validator(mode="after")
     def _phases_fit(self) -> TrainingConfig:
@@ -229,29 +263,7 @@ class TrainingConfig(Section):
             )
         if budgets and budgets[-1] is not None and planned < self.tokens:
             raise ValueError(
-                f"`phases` take {planned:,} of {self.tokens:,} tokens; leave out the last one's, it takes the rest"
+                f"`phases` take {planned:,} of {self.tokens:,} tokens; "
+                "leave out the last one's tokens so that it takes the rest"
             )
         return self
-
-    def check_positions(self, model: Mapping[str, Any]) -> None:
-        """Raises `UserError` if a model, given by the values of its config.json, has fewer positions than a sequence."""
-        positions = model.get("max_position_embeddings") or self.sequence_length
-        if self.sequence_length > positions:
-            raise UserError(
-                f"training.sequence_length = {self.sequence_length} but the model has {positions} positions; lower it."
-            )
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that the trained weights follow from. The others may change between two attempts of a run."""
-        names = {
-            "sequence_length",
-            "global_batch_size",
-            "tokens",
-            "precision",
-            "fp8",
-            "optimizer",
-            "schedule",
-            "phases",
-            "seed",
-        }
-        return self.model_dump(include=names)

@@ -1,4 +1,4 @@
-"""Model FLOPs: what a token costs by formula, what a GPU can do by datasheet, and the share between them (MFU)."""
+"""Model FLOPs: of a token by formula, of a GPU by its datasheet, and the share (MFU)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from cpt_merge.core.progress import say
 
 TERA = 1e12
 
-# Dense bf16 TFLOP/s with fp32 accumulation. Datasheets that print the number "with sparsity" are halved. A key's words
-# must all be in the device's name; the key with the most words wins. AMD: MI250X is two devices, each half of the card.
+# Dense bf16 TFLOP/s with fp32 accumulation. Datasheets that print the number "with sparsity" are
+# halved. A key's words must all be in the device's name; the key with the most words wins. AMD:
+# MI250X is two devices, each half of the card.
 PEAKS: dict[str, float] = {
     "A100": 312.0,  # NVIDIA A100 datasheet; SXM and PCIe alike
     "A800": 312.0,  # A100 with less NVLink
@@ -50,13 +51,14 @@ PEAKS: dict[str, float] = {
     "MI355X": 2500.0,  # AMD MI355X datasheet
 }
 
-# A name with one of these that is not in the key is another, slower device: a part of a GPU, or another chip.
+# A name with one of these that is not in the key is another, slower device: a part of a GPU, or
+# another chip.
 OTHERS = {"MIG", "LAPTOP", "MOBILE", "MAX", "TI", "SUPER", "D", "PCIE", "NVL"}
 ALIKE = {"A100", "A800", "A30", "A40", "A10"}  # sold on PCIe at the same peak
 
 
 def peak_flops(device_name: str) -> float:
-    """Dense bf16 FLOP/s of a GPU, by the name that torch gives it. Raises `UserError` for one that is not known."""
+    """Dense bf16 FLOP/s of a GPU, by torch's name for it. Raises `UserError` for an unknown GPU."""
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
     known = [key for key in PEAKS if set(key.split()) <= words]
     key = max(known, key=lambda name: len(name.split()), default="")
@@ -72,27 +74,31 @@ def peak_flops(device_name: str) -> float:
 def flops_per_token(
     config: Any, parameters: int, sequence_length: int, frozen: int = 0
 ) -> float | None:
-    """FLOPs that training on one token takes, forward and backward; None, with a line, for what the formula is not of.
+    """FLOPs that training takes per token, forward and backward.
 
-    `config` is the transformers configuration, `parameters` counts the model's, a tied matrix once; `frozen` of
-    them, all outside the embedding, take no gradient.
+    `config` is the transformers configuration, `parameters` the number of parameters with a tied
+    matrix counted once; `frozen` of them, all outside the embedding, have no gradient.
 
-        6 * (parameters - input embedding) - 2 * frozen + 12 * layers * heads * head_dim * sequence_length
+        6 * (parameters - input embedding) - 2 * frozen + 12 * layers * heads * head_dim * length
 
-    (Chowdhery et al., PaLM, 2022, appendix B; torchtitan counts alike.) A matrix costs 2 FLOPs per parameter forward,
-    2 for the gradient of its input and 2 for its own, which a frozen one does not need. The input embedding is a
-    look-up; where it is tied to the head, the head is what is counted. Attention is counted as if every token saw the
-    whole row, without discount for causality, documents or sliding windows; recomputation is not counted.
+    (Chowdhery et al., PaLM, 2022, appendix B; torchtitan counts alike.) A matrix costs 2 FLOPs per
+    parameter forward, 2 for the gradient of its input and 2 for its own, which a frozen one does
+    not need. The input embedding is a look-up; where it is tied to the head, the head counts.
+    Attention counts as if every token saw the whole sequence, without discount for causality,
+    documents or sliding windows; recomputation does not count. None, with a message, for models
+    that the formula does not describe.
     """
     config = config.get_text_config()
     if experts(config) > 1:
         say(
-            "MFU is not reported: the model has experts, and the formula would count those that a token does not use."
+            "MFU is not reported: the model has experts, "
+            "and the formula would count those that a token does not use."
         )
         return None
     if not getattr(config, "num_attention_heads", None):
         say(
-            f"MFU is not reported: the formula is of attention models, and {type(config).__name__} names no heads."
+            "MFU is not reported: the formula is for attention models, "
+            f"and {type(config).__name__} names no heads."
         )
         return None
     heads = config.num_attention_heads
@@ -103,7 +109,7 @@ def flops_per_token(
 
 
 def experts(config: Any) -> int:
-    """Experts of a layer, by any of the names that configurations give their number; 0 for a dense model."""
+    """Experts of a layer, under any of the names in configurations; 0 for a dense model."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return max(int(getattr(config, name, None) or 0) for name in names)
 

@@ -1,4 +1,4 @@
-"""The memory that training takes on one process, from shapes and settings alone; and the memory that there is."""
+"""The memory that training takes on one process, by shape and settings, and what is available."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ZERO_BUCKET = 5e8  # elements; DeepSpeed's default reduce_bucket_size
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a decoder that its memory follows from."""
+    """The numbers of a decoder that decide its memory."""
 
     parameters: int  # a tied matrix once
     vocabulary: int
@@ -36,11 +36,12 @@ class ModelShape:
 
     @staticmethod
     def from_config(config: Mapping[str, Any], parameters: int, name: str) -> ModelShape:
-        """From the values of a config.json. Raises `UserError`, with the model's `name`, if one is missing."""
+        """From the values of a config.json. Raises `UserError` with `name` if one is missing."""
         for wanted in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if wanted not in config:
                 raise UserError(
-                    f"config.json of {name} has no {wanted}; only decoder language models can be planned."
+                    f"config.json of {name} has no {wanted}; "
+                    "only decoder language models can be planned."
                 )
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head = config.get("head_dim") or width // heads
@@ -76,10 +77,10 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class MemorySetup:
-    """What the memory of one process follows from, beside the model."""
+    """What decides the memory of one process, besides the model."""
 
     strategy: Strategy
-    shards: int  # processes that the parameters are divided over; 1: not divided. HSDP: those of one replica
+    shards: int  # processes that share the parameters (HSDP: of one replica); 1: not divided
     precision: str
     sequence_length: int
     micro_batch_size: int
@@ -99,7 +100,7 @@ class MemorySetup:
             config.precision,
             config.sequence_length,
             config.micro_batch_size,
-            -(-config.global_batch_size // (processes * config.micro_batch_size)),
+            config.micro_batches(processes),
             config.loss_chunk,
             config.activation_checkpointing,
             config.attention,
@@ -123,22 +124,23 @@ class MemorySetup:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one process, by part. The parts are not all there at once: see `total`."""
+    """Bytes on one process, by part. Not all parts exist at the same time: see `total`."""
 
     parameters: float
     gradients: float
     optimizer: float
-    gathered_forward: float  # what is there undivided at the end of the forward pass, and what earlier micro-batches left
-    gathered_backward: float  # what is there undivided at the end of the backward pass
+    # not divided at the end of the forward pass, with the gradients of earlier micro-batches
+    gathered_forward: float
+    gathered_backward: float  # not divided at the end of the backward pass
     activations: float
-    recomputed: float  # activations of one layer, where the backward pass makes them again
+    recomputed: float  # activations of one layer, if the backward pass computes them again
     logits: float
 
     @property
     def total(self) -> float:
-        """The peak: when the loss is computed or the last layer made again, or when the backward pass ends.
+        """The peak: at the loss (or the last layer recomputed), or at the end of the backward pass.
 
-        In between activations go as gradients come, so the peak lies at one of the two ends.
+        In between, activations are freed as gradients appear, so the peak is at one of the two.
         """
         loss = self.gathered_forward + self.activations + max(self.logits, self.recomputed)
         end = self.gathered_backward + self.gradients + self.recomputed
@@ -146,10 +148,11 @@ class MemoryEstimate:
 
 
 def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
-    """Memory of one process, without the allocator's fragments and the libraries' own buffers (1-2 GB on a GPU).
+    """Memory of one process.
 
-    Parameters, gradients and optimizer are exact up to the padding of the last shard; `_single`, `_fsdp2` and `_zero`
-    say what is divided. Only what is trained has gradients and moments.
+    The allocator's fragments and the libraries' own buffers (1-2 GB on a GPU) are not included.
+    Parameters, gradients and optimizer are exact up to the padding of the last shard; `_single`,
+    `_fsdp2` and `_zero` say what is divided. Only trained weights have gradients and moments.
     """
     if setup.strategy == "single":
         parameters, gradients, optimizer, forward, backward = _single(shape, setup)
@@ -171,9 +174,11 @@ def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
 
 
 def _single(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
-    """One process without FSDP2, letters as in `_fsdp2`: m P, m T and 2 m T; and where the compute type is not the
-    master's a copy of all parameters in it, c P, and backward the gradient of the largest matrix on its way, c V h.
-    Forward the gradients of earlier micro-batches, m T, are there too.
+    """One process without FSDP2, letters as in `_fsdp2`: m P, m T and 2 m T.
+
+    If the compute type is not the master's: a copy of all parameters in it, c P, and in the
+    backward pass the gradient of the largest matrix, c V h. In the forward pass also the gradients
+    of earlier micro-batches, m T.
     """
     master, c = (2 if setup.precision == "pure-bf16" else 4), setup.compute
     trained = setup.trained(shape)
@@ -191,15 +196,17 @@ def _single(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float,
 
 
 def _fsdp2(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
-    """FSDP2, and HSDP with the shards of one replica. With N shards, P parameters, T of them trained, m bytes of the
-    master type (4; pure-bf16: 2) and c of the compute type:
+    """FSDP2, and HSDP with the shards of one replica.
+
+    With N shards, P parameters of which T are trained, m bytes of the master type (4; pure-bf16: 2)
+    and c bytes of the compute type:
 
         parameters m P / N    gradients m T / N    optimizer (AdamW's two moments) 2 m T / N
 
-    Gathered forward, in the compute type: the root unit (embedding and head), which stays until the backward pass ends,
-    and two layers, the current and the next; besides the gradients of earlier micro-batches, m T / N. Backward also the
-    gradients of the root and of one layer, and one unit's in fp32 on the way into the reduction, which follows every
-    micro-batch.
+    Gathered in the forward pass, in the compute type: the root unit (embedding and head), which
+    stays until the backward pass ends, and two layers, the current and the next; also the gradients
+    of earlier micro-batches, m T / N. In the backward pass also the gradients of the root and of
+    one layer, and one unit's in fp32 for the reduction, which follows every micro-batch.
     """
     master, c = (2 if setup.precision == "pure-bf16" else 4), setup.compute
     layer, vocabulary, trained = (
@@ -219,16 +226,18 @@ def _zero(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, f
     """DeepSpeed's ZeRO (Rajbhandari et al., ZeRO, 2020, section 3), letters as in `_fsdp2`:
 
         parameters c P, from stage 3 / N    gradients c T, from stage 2 / N
-        optimizer 12 T / N from stage 1: fp32 master weights and AdamW's two moments, for fp32 training too
+        optimizer 12 T / N, from stage 1: fp32 masters and two moments, for fp32 training too
 
-    Gathered forward: the gradients of earlier micro-batches; for stage 3 embedding, head and two layers in the compute
-    type, and the gradients that it holds at any time. Backward the optimizer's gradient in fp32, 4 T / N, and two
-    buckets of the reduction. Counted in DeepSpeed 0.19 on two CPU processes, bf16: 8.3, 8.3 and 10.0 bytes per
-    parameter after a step of stages 1, 2, 3, where this says 8.0, 8.0 and 10.0.
+    Gathered in the forward pass: the gradients of earlier micro-batches; for stage 3 embedding,
+    head and two layers in the compute type, and the gradients that it always holds. In the backward
+    pass the optimizer's gradient in fp32, 4 T / N, and two buckets of the reduction. Counted in
+    DeepSpeed 0.19 on two CPU processes, bf16: 8.3, 8.3 and 10.0 bytes per parameter after a step of
+    stages 1, 2, 3; this gives 8.0, 8.0 and 10.0.
     """
     if setup.precision == "pure-bf16":
         raise UserError(
-            "training.precision: pure-bf16 is not DeepSpeed's, which keeps fp32 masters; set bf16."
+            "training.precision: pure-bf16 is not possible with DeepSpeed, "
+            "which keeps fp32 masters; set bf16."
         )
     stage, c, trained = int(setup.strategy[-1]), setup.compute, setup.trained(shape)
     parameters = c * shape.parameters / (setup.shards if stage == 3 else 1)
@@ -242,29 +251,26 @@ def _zero(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, f
 
 
 def _activations(shape: ModelShape, setup: MemorySetup) -> tuple[float, float]:
-    """What autograd keeps of one micro-batch, the final norm included, and what is made again of one layer."""
+    """What autograd keeps of one micro-batch with the final norm, and what one layer recomputes."""
     whole = _kept_by_layer(shape, setup)
     final = (4 + 2 * setup.compute) * shape.width
     if setup.activation_checkpointing == "none":
         return setup.tokens * (shape.layers * whole + final), 0
     kept = setup.compute * shape.width  # the input of the layer
-    if (
-        setup.activation_checkpointing == "selective"
-    ):  # and the results of attention and of every second matmul
-        products = (
-            shape.query + shape.key_value + shape.intermediate + shape.width
-        )  # q, v, gate, down
+    if setup.activation_checkpointing == "selective":  # attention and every second matmul
+        q, v, gate, down = shape.query, shape.key_value, shape.intermediate, shape.width
+        products = q + v + gate + down
         kept += setup.compute * (shape.query + products) + 4 * shape.heads
     return setup.tokens * (shape.layers * kept + final), setup.tokens * whole
 
 
 def _kept_by_layer(shape: ModelShape, setup: MemorySetup) -> float:
-    """Bytes that autograd keeps of one token in one layer of transformers' LLaMA, counted in its graph.
+    """Bytes that autograd keeps of one token in a layer of LLaMA, counted in transformers' graph.
 
-    For width h, query width q, MLP width i and c bytes of the compute type: two norms in fp32 (4 h each, and 4 for the
-    root), gate, its activation and up (3 c i). Matrices that are trained keep their input, norms their normalised
-    one: 4 c h + c i. Attention: see `_kept_by_attention`. Compiled, a layer computes what its norms keep in fp32 and
-    the activation of the gate again: 2 (4 h) + c i less.
+    For width h, MLP width i and c bytes of the compute type: two norms in fp32 (4 h each, and 4 for
+    the root), and the gate, its activation and up (3 c i). Trained matrices keep their input, and
+    trained norms the normalised one: 4 c h + c i. Attention: see `_kept_by_attention`. A compiled
+    layer computes the norms in fp32 and the gate's activation again, so it keeps 8 h + c i less.
     """
     c, h, i = setup.compute, shape.width, shape.intermediate
     norms, gated = (0, 2 * c * i) if setup.compile else (8 * h, 3 * c * i)
@@ -273,10 +279,11 @@ def _kept_by_layer(shape: ModelShape, setup: MemorySetup) -> float:
 
 
 def _kept_by_attention(shape: ModelShape, setup: MemorySetup) -> float:
-    """For heads a, row length s: flash attention keeps q, k, v, its output and an fp32 number per head.
+    """The same of its attention, for a heads, sequence length s and query width q.
 
-    sdpa, given a mask for packed documents, repeats keys and values to the width of q and keeps the mask in the
-    compute type: c s. eager keeps the weights, in fp32 and in the compute type: a s (4 + c).
+    flash keeps q, k, v, its output and an fp32 number per head. sdpa, given a mask for packed
+    documents, repeats keys and values to the width q and keeps the mask in the compute type: c s.
+    eager keeps the weights in fp32 and in the compute type: a s (4 + c).
     """
     c, q, s = setup.compute, shape.query, setup.sequence_length
     if setup.attention == "eager":
@@ -288,11 +295,12 @@ def _kept_by_attention(shape: ModelShape, setup: MemorySetup) -> float:
 
 
 def _logits(shape: ModelShape, setup: MemorySetup) -> float:
-    """The head and the loss (training/loss.py), for chunks of t tokens, vocabulary V, width h and c bytes.
+    """The head and the loss (training/model/loss.py).
 
-    A chunk: its logits in fp32, which become its gradient, and that in the compute type if it is another one; beside
-    the gradient of the head, 4 V h. With bf16 what the chunk adds to that gradient is there at once too, when the fp32
-    logits are gone: c t V + 8 V h. The gradient of the hidden states besides.
+    For chunks of t tokens, vocabulary V, width h and c bytes: a chunk's logits in fp32, which
+    become its gradient, and that in the compute type if it is another one; also the gradient of the
+    head, 4 V h, and of the hidden states. With bf16, the chunk's part of the head's gradient exists
+    at the same time when the fp32 logits are gone: c t V + 8 V h.
     """
     c, hidden = setup.compute, setup.compute * setup.tokens * shape.width
     chunk = min(setup.loss_chunk, setup.tokens) * shape.vocabulary
@@ -303,7 +311,7 @@ def _logits(shape: ModelShape, setup: MemorySetup) -> float:
 
 
 def available_memory(device: torch.device, environment: Mapping[str, str] = os.environ) -> int:
-    """Bytes that this process can have: the GPU's total, or its share of what the node or the job has free."""
+    """Bytes that this process can use: the GPU's total, or its share of the free memory."""
     if device.type == "cuda":
         import torch
 
@@ -340,7 +348,7 @@ def _cgroup_limits(root: Path = Path("/")) -> list[int]:
 
 
 def _processes_on_node(environment: Mapping[str, str]) -> int:
-    """Processes that share this node. Slurm writes `4(x2),3` for two nodes of four and one of three."""
+    """Processes on this node. Slurm writes `4(x2),3` for two nodes with four and one with three."""
     if "LOCAL_WORLD_SIZE" in environment:
         return int(environment["LOCAL_WORLD_SIZE"])
     counts = re.sub(r"\(x\d+\)", "", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))

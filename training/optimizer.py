@@ -7,15 +7,18 @@ import math
 import torch
 
 from cpt_merge.training.config import OptimizerConfig, ScheduleConfig
-from cpt_merge.training.model.build import CausalLM
+from cpt_merge.training.model.build import CausalLM, full_shape
 from cpt_merge.training.phases import Phase, vocabulary_matrices
 
 
 def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> torch.optim.AdamW:
-    """AdamW over the weights that the phase trains: matrices decay, norms and biases do not; embedding and head have
-    their own rate, and do not decay while rows of theirs are frozen.
+    """AdamW over the weights that the phase trains.
 
-    Every group keeps its peak rate under `peak`, and under `part` what it holds: layers or vocabulary.
+    Matrices decay, norms and biases do not. Embedding and head have their own rate; they do not
+    decay while some of their rows are frozen.
+
+    Every group keeps its peak rate under `peak`, and under `part` what it holds: layers or
+    vocabulary.
     """
     groups: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
     vocabulary = {id(parameter) for parameter in vocabulary_matrices(module)}
@@ -51,12 +54,6 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The rates as they are now, by the names that they are logged under."""
     names = {"layers": "train/learning_rate", "vocabulary": "train/learning_rate_vocabulary"}
     return {names[group["part"]]: float(group["lr"]) for group in optimizer.param_groups}
-
-
-def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of a parameter, of which ZeRO 3 shows only a part."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
 
 
 def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:

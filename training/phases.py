@@ -1,18 +1,21 @@
-"""Phases: which weights are trained in which steps.
+"""Phases: which steps train which weights.
 
-For a new vocabulary it can pay to train only its rows first, then embedding and head, then everything, so that what the
-base knows is not disturbed by rows that mean nothing yet (Kim et al., Efficient and Effective Vocabulary Expansion
-Towards Multilingual Large Language Models, 2024). Each phase is a run of its own over the same stream of rows: a fresh
-optimizer, its own schedule. What a phase does not train does not move by one bit:
+For a new vocabulary it can pay to train only its rows first, then embedding and head, then
+everything, so that what the base knows is not disturbed by rows that mean nothing yet (Kim et al.,
+Efficient and Effective Vocabulary Expansion Towards Multilingual Large Language Models, 2024). Each
+phase is a run of its own over the same stream of rows: a fresh optimizer, its own schedule. What a
+phase does not train does not move by one bit:
 
 - a weight that is not trained needs no gradient and is not given to the optimizer;
-- an old row of a matrix whose new rows are trained gets a gradient of zero (`CausalLM.frozen_rows`), so that Adam's
-  moments stay zero and its update is 0 / (0 + epsilon); and the matrix is not decayed in that phase.
+- an old row of a matrix whose new rows are trained gets a gradient of zero
+  (`CausalLM.frozen_rows`), so that Adam's moments stay zero and its update is 0 / (0 + epsilon);
+  the matrix does not decay in that phase.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -39,10 +42,20 @@ class Phase:
         return self.stop - self.start
 
 
+@dataclass(frozen=True)
+class PhaseSetup:
+    """What the model and optimizer of a phase are built from."""
+
+    config: TrainingConfig
+    phase: Phase
+    model: Path  # the checkpoint whose weights are loaded
+    base_rows: int  # rows of the vocabulary before its extension, if only new rows are trained
+
+
 def phases_of(config: TrainingConfig) -> list[Phase]:
     """The phases of a run, which divide its steps; a single one if the recipe names none.
 
-    A budget is rounded up to whole steps, as the run's is. Raises `UserError` if that leaves a phase without a step.
+    Budgets are rounded up to whole steps. Raises `UserError` if that leaves a phase without a step.
     """
     optimizer = config.optimizer
     rate, embedding_rate = (
@@ -61,7 +74,8 @@ def phases_of(config: TrainingConfig) -> list[Phase]:
         if start == stop:
             raise UserError(
                 f"training.phases.{place} has no step left: the ones before it, in whole steps of "
-                f"{config.tokens_per_step:,} tokens, take all of training.tokens; raise that or lower their tokens."
+                f"{config.tokens_per_step:,} tokens, take all of training.tokens; "
+                "raise that or lower their tokens."
             )
         found.append(Phase(place, phase.train, start, stop, own, own_embedding))
         start = stop
@@ -69,7 +83,7 @@ def phases_of(config: TrainingConfig) -> list[Phase]:
 
 
 def select_trained(module: CausalLM, phase: Phase, base_rows: int) -> None:
-    """Only what the phase trains requires a gradient. `base_rows`: the rows of the vocabulary before its extension."""
+    """Require gradients only of what the phase trains. `base_rows` as in `PhaseSetup`."""
     vocabulary = {id(parameter) for parameter in vocabulary_matrices(module)}
     for parameter in module.parameters():
         parameter.requires_grad_(phase.train == "all" or id(parameter) in vocabulary)
@@ -77,5 +91,5 @@ def select_trained(module: CausalLM, phase: Phase, base_rows: int) -> None:
 
 
 def vocabulary_matrices(module: CausalLM) -> list[nn.Parameter]:
-    """Embedding and head; the same matrix twice where they are tied."""
+    """Embedding and head; the same matrix twice if they are tied."""
     return [module.model.get_input_embeddings().weight, module.model.get_output_embeddings().weight]

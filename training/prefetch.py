@@ -1,4 +1,4 @@
-"""Micro-batches made ahead of the training, in a thread, so that the device does not wait for the disk."""
+"""A thread prepares micro-batches ahead of time, so that the device never waits for the disk."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ AHEAD = 3  # micro-batches
 def micro_batches(
     first: int, global_batch_size: int, micro_batch_size: int, parallel: Parallel
 ) -> list[list[int]]:
-    """This process's rows of the step whose first row of the run is `first`, by micro-batch.
+    """The indices of this process's sequences in the step that starts with `first`, by micro-batch.
 
-    Every process has the same number of micro-batches; the rows of a step are dealt out in turn.
+    Every process has the same number of micro-batches; a step's sequences are dealt out in turn.
     """
-    mine = range(first + parallel.world.rank, first + global_batch_size, parallel.world.size)
+    mine = range(first + parallel.rank, first + global_batch_size, parallel.size)
     return [
         list(mine[start : start + micro_batch_size])
         for start in range(0, len(mine), micro_batch_size)
@@ -29,13 +29,13 @@ def micro_batches(
 
 
 class Prefetcher:
-    """The micro-batches of one process from a step on. `with` ends its thread."""
+    """The micro-batches of one process; leaving the `with` block ends its thread."""
 
     def __init__(
-        self, rows: TrainingSequences, plan: Iterator[list[int]], device: torch.device
+        self, sequences: TrainingSequences, plan: Iterator[list[int]], device: torch.device
     ) -> None:
-        """`plan` yields the rows of each micro-batch, in order."""
-        self._rows, self._plan, self._device = rows, plan, device
+        """`plan` yields the indices of each micro-batch, in order."""
+        self._sequences, self._plan, self._device = sequences, plan, device
         self._pool = ThreadPoolExecutor(1, "batches")
         self._pending: deque[Future[Batch]] = deque()
 
@@ -52,5 +52,5 @@ class Prefetcher:
         return self._pending.popleft().result().to(self._device)
 
     def _make(self, indices: list[int]) -> Batch:
-        batch = self._rows.batch(indices)
+        batch = self._sequences.batch(indices)
         return batch.pin_memory() if self._device.type == "cuda" else batch

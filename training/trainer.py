@@ -1,230 +1,217 @@
-"""The training loop."""
+"""The training loop: build, loop, step.
+
+What happens next to the steps (evaluation, previews, logging, checkpoints and so on) is done by
+callbacks, whose order `training/callbacks/callback.py` documents.
+"""
 
 from __future__ import annotations
 
-import gc
 import itertools
-from dataclasses import dataclass, replace
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import Meter, say
-from cpt_merge.data.packing import TrainingSequences
+from cpt_merge.checkpoint.dtypes import Dtype
+from cpt_merge.checkpoint.export import LocalShard, export_shards
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.errors import Interrupted
+from cpt_merge.core.progress import say
 from cpt_merge.tracking import Tracker
-from cpt_merge.training.callbacks.observe import Observer
-from cpt_merge.training.callbacks.preview import Preview
-from cpt_merge.training.callbacks.throughput import Throughput
-from cpt_merge.training.callbacks.watchdog import Watchdog
+from cpt_merge.training.callbacks.callback import Callback, StepResult
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.distributed.backend import Backend, StepOutcome
+from cpt_merge.training.distributed.backend import Backend
+from cpt_merge.training.distributed.build import build_backend
 from cpt_merge.training.distributed.checkpoint import Checkpoints, TrainState
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.distributed.stopping import StopRequest
+from cpt_merge.training.inputs import TrainingInputs, first_new_row, open_sequences
 from cpt_merge.training.optimizer import rate_factor
-from cpt_merge.training.phases import Phase
+from cpt_merge.training.phases import Phase, PhaseSetup, phases_of
 from cpt_merge.training.prefetch import Prefetcher, micro_batches
-
-COLLECT_STEPS = 200  # steps between two collections of garbage, at the same step on all processes
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did, still on the device."""
-
-    loss: Tensor  # nats per target, over all processes
-    targets: int
-    outcome: StepOutcome
+from cpt_merge.training.summary import startup_summary
 
 
-@dataclass
 class Trainer:
-    """Everything that a step needs."""
+    """A run of training over all its phases. All processes call its methods together."""
 
-    config: TrainingConfig
+    stop: StopRequest
     phase: Phase
     backend: Backend
-    rows: TrainingSequences
-    bytes_per_token: float
-    checkpoints: Checkpoints
-    observer: Observer
-    throughput: Throughput
-    watchdog: Watchdog
-    parallel: Parallel
-    tracker: Tracker
-    preview: Preview | None = None
-    skipped: int = 0  # steps in a row that were left out
-    _unread: tuple[int, StepResult] | None = None  # a step whose outcome is still on the device
+    batches: Prefetcher
+    result: StepResult
 
-    def train(self, state: TrainState, stop: StopRequest) -> TrainState:
-        """Train from `state` to the end of the phase, or until asked to stop. A checkpoint is saved in either case."""
-        config = self.config
-        plan = itertools.chain.from_iterable(
-            map(self._micro_batches, range(state.step, self.phase.stop))
-        )
-        with (
-            Meter("train", config.steps, "steps", done=state.step) as meter,
-            Prefetcher(self.rows, plan, self.parallel.device) as batches,
-            _collecting_garbage_together(),
-        ):
-            while True:
-                if self._owes_observation(state):
-                    with self.throughput.paused():
-                        if not self.observer.observe(self.backend, state, stop):
-                            break  # the next attempt owes it
-                    state = replace(state, observed=state.step)
-                    self.watchdog.beat(f"the evaluation after step {state.step}")
-                if self._owes_preview(state) and not stop.agreed():
-                    self._preview(state)
-                    state = replace(state, previewed=state.step)
-                if state.step and state.step % config.checkpoints.every == 0:
-                    self._save(state)
-                if state.step == self.phase.stop:
-                    break
-                result = self.step(state, batches, stop)
-                if result is None:
-                    break
-                state = self._advance(state, result)
-                meter.advance(1)
-                self.watchdog.beat(f"step {state.step}")
-                if state.step % config.log_every == 0 or state.step == self.phase.stop:
-                    meter.note = self._log(state, result)
-                if state.step % COLLECT_STEPS == 0:
-                    gc.collect()
-        self._save(state)
-        self.checkpoints.finish()
-        return state
+    def __init__(
+        self,
+        config: TrainingConfig,
+        inputs: TrainingInputs,
+        out: Path,
+        tracker: Tracker,
+        parallel: Parallel,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        """Check that everything fits, and open it. Raises `UserError` with what does not."""
+        config.check_positions(Checkpoint.open(inputs.model).config)
+        config.check_processes(parallel.size)
+        self.config, self.inputs, self.out = config, inputs, out
+        self.tracker, self.parallel, self.callbacks = tracker, parallel, callbacks
+        self.phases = phases_of(config)
+        self.base_rows = first_new_row(inputs, self.phases)
+        self.sequences, self.shares = open_sequences(config, inputs)
+        self.checkpoints = Checkpoints(out / "checkpoints", config.checkpoints, parallel)
+        self.checkpoints.start()
+        self.state = TrainState(key=inputs.key)
+        self._unread: StepResult | None = None  # the last step, if its outcome was not looked at
+        for callback in callbacks:
+            callback.attach(self)
 
-    def _owes_observation(self, state: TrainState) -> bool:
-        due = state.step % self.config.evaluate_every == 0 or state.step == self.config.steps
-        return due and state.observed < state.step
+    def train(self) -> None:
+        """Train phase after phase, from the newest checkpoint on.
 
-    def _owes_preview(self, state: TrainState) -> bool:
-        return (
-            self.preview is not None
-            and self.preview.is_due(state.step, self.config.steps)
-            and state.previewed < state.step
-        )
-
-    def _preview(self, state: TrainState) -> None:
-        """Show the chat model; of weights that are not finite none can be made, and training itself will say so."""
-        assert self.preview is not None
-        self._read_outcome()
-        if self.parallel.any(not self.backend.weights_are_finite()):
-            return
-        with self.throughput.paused():
-            self.preview.show(self.backend, state.step, state.tokens)
-        self.watchdog.beat(f"the preview after step {state.step}")
-
-    def step(self, state: TrainState, batches: Prefetcher, stop: StopRequest) -> StepResult | None:
-        """One optimizer step over `global_batch_size` rows of the run, this process taking its share of them.
-
-        None if all processes agreed to stop before its end; then nothing has changed.
+        Raises `Interrupted` when the run was asked to stop; everything is saved then.
         """
-        config, first = self.config, state.step * self.config.global_batch_size
-        targets = self.rows.targets(range(first, first + config.global_batch_size))
-        total = torch.zeros((), device=self.parallel.device)
+        with StopRequest(self.parallel, self.config.stop_margin) as self.stop:
+            saved = self.checkpoints.read_state(self.inputs.key)
+            self.state = saved or self.state
+            self.tracker.resume_from(self.state.step)
+            for callback in self.callbacks:
+                callback.load_state_dict(self.state.callbacks.get(callback.name, {}))
+            for phase in self.phases[self._first_phase(saved) :]:
+                self.phase = phase
+                self._build(saved if saved and saved.phase == phase.number else None)
+                self._train_phase()
+                if self.stop.was_asked():
+                    text = f"after step {self.state.step} of {self.config.steps}"
+                    raise Interrupted(
+                        f"training stopped {text} ({self.stop.reason}); it is saved.",
+                        self.stop.reason,
+                    )
+                if phase is not self.phases[-1]:
+                    self.export(self.backend.shards(), self._exported(phase), "float32")
+                    self.backend.close()
+
+    def _first_phase(self, saved: TrainState | None) -> int:
+        """The checkpoint's phase, or the next one if that one's weights were exported already."""
+        if saved is None:
+            return 0
+        phase = self.phases[saved.phase]
+        over = saved.step == phase.stop and phase is not self.phases[-1]
+        exported = over and self.parallel.any((self._exported(phase) / "config.json").is_file())
+        return saved.phase + 1 if exported else saved.phase
+
+    def _build(self, saved: TrainState | None) -> None:
+        """Model and optimizer of a phase; `saved` is the state of a checkpoint of this phase."""
+        phase = self.phase
+        fresh = saved is None and phase.number > 0  # otherwise any model of these shapes will do
+        source = self._exported(self.phases[phase.number - 1]) if fresh else self.inputs.model
+        setup = PhaseSetup(self.config, phase, source, self.base_rows)
+        self.backend = build_backend(setup, self.parallel)
+        say(startup_summary(setup, self.backend, self.parallel, self.shares))
+        if saved:
+            self.checkpoints.load(self.backend, saved)
+        self.state = replace(self.state, phase=phase.number)
+
+    def _train_phase(self) -> None:
+        """Steps until the end of the phase, or until all processes agree to stop."""
+        plan = itertools.chain.from_iterable(
+            map(self._micro_batches, range(self.state.step, self.phase.stop))
+        )
+        with ExitStack() as stack:
+            self.batches = Prefetcher(self.sequences, plan, self.parallel.device)
+            stack.enter_context(self.batches)
+            for callback in self.callbacks:
+                stack.enter_context(callback.phase())
+            self._between_steps()
+            while self.state.step < self.phase.stop and not self.stop.stopping and self.step():
+                for callback in self.callbacks:
+                    callback.after_step()
+                self._between_steps()
+
+    def _between_steps(self) -> None:
+        for callback in self.callbacks:
+            callback.between_steps()
+
+    def step(self) -> bool:
+        """One optimizer step over `global_batch_size` sequences; this process takes its share.
+
+        False if all processes agreed to stop before its end; then nothing has changed.
+        """
+        config, state = self.config, self.state
+        first = state.step * config.global_batch_size
+        targets = self.sequences.targets(range(first, first + config.global_batch_size))
+        loss = torch.zeros((), device=self.parallel.device)
         micro = self._micro_batches(state.step)
         for number in range(len(micro)):
-            if self.checkpoints.failed:
-                stop.report_trouble()
-            if stop.agreed():
+            for callback in self.callbacks:
+                callback.before_micro_batch()
+            if self.stop.agreed():
                 self.backend.discard_gradients()
-                return None
-            with self.throughput.waiting_for_data():
-                batch = batches.next()
-            total += self.backend.backward(batch, 1 / targets, last=number == len(micro) - 1)
-        self._read_outcome()  # of the step before: by now the device has got there, so nobody waits
-        dist.all_reduce(total)
+                return False
+            with self.timing("data"):
+                batch = self.batches.next()
+            loss += self.backend.backward(batch, 1 / targets, last=number == len(micro) - 1)
+        self.read_outcome()  # of the step before: by now the device has finished it
+        dist.all_reduce(loss)
         factor = rate_factor(state.step - self.phase.start, self.phase.steps, config.schedule)
         outcome = self.backend.step(factor)
-        self.throughput.count_step()
-        return StepResult(total, targets, outcome)
+        self.state = replace(
+            state,
+            step=state.step + 1,
+            tokens=state.tokens + config.tokens_per_step,
+            targets=state.targets + targets,
+        )
+        self.result = self._unread = StepResult(self.state.step, loss, targets, outcome)
+        return True
 
     def _micro_batches(self, step: int) -> list[list[int]]:
-        config = self.config
-        return micro_batches(
-            step * config.global_batch_size,
-            config.global_batch_size,
-            config.micro_batch_size,
-            self.parallel,
-        )
+        size = self.config.global_batch_size
+        return micro_batches(step * size, size, self.config.micro_batch_size, self.parallel)
 
-    def _advance(self, state: TrainState, result: StepResult) -> TrainState:
-        """The state after a step."""
-        self._unread = (state.step + 1, result)
-        tokens, targets = state.tokens + self.config.tokens_per_step, state.targets + result.targets
-        return replace(state, step=state.step + 1, tokens=tokens, targets=targets)
-
-    def _read_outcome(self) -> None:
-        """Look at what the last step found, if that has not been done; the same on all processes."""
+    def read_outcome(self) -> None:
+        """See `TrainerView`."""
         if self._unread is None:
             return
-        (step, result), self._unread = self._unread, None
-        self.observer.look_for_spike(step, float(result.loss))
-        if bool(result.outcome.finite):
-            self.skipped = 0
-            return
-        self.skipped += 1
-        say(f"training: step {step} left out: its gradient is not finite ({self.skipped} in a row)")
-        self.tracker.alert("non-finite gradient", f"step {step} left out, {self.skipped} in a row")
-        if self.skipped >= self.config.max_skipped_steps:
-            self.checkpoints.finish()
-            raise UserError(
-                f"{self.skipped} steps in a row had a non-finite gradient (training.max_skipped_steps); the last good "
-                f"checkpoint is {self.checkpoints.newest() or 'none'}; lower training.optimizer.learning_rate or look "
-                "at the data."
-            )
+        result, self._unread = self._unread, None
+        for callback in self.callbacks:
+            callback.outcome(result.step, float(result.loss), bool(result.outcome.finite))
 
-    def _log(self, state: TrainState, result: StepResult) -> str:
-        """Send a row of metrics. Returns the short form, for the progress line."""
-        self._read_outcome()
-        loss = float(result.loss)
-        metrics = {
-            "train/loss": loss,
-            "train/gradient_norm": float(result.outcome.gradient_norm),
-            "train/tokens": float(state.tokens),
-            "train/bytes": state.tokens * self.bytes_per_token,
-            "train/phase": float(self.phase.number + 1),
-            **self.backend.learning_rates(),
-            **self.throughput.metrics(),
-        }
-        self.tracker.log(metrics, step=state.step)
-        return f"loss {loss:.3f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """See `TrainerView`."""
+        start = time.monotonic()
+        yield
+        for callback in self.callbacks:
+            callback.spent(what, time.monotonic() - start)
 
-    def _save(self, state: TrainState) -> None:
-        with self.throughput.stalled_by_checkpoint():
-            self._check_finite(state)  # before older checkpoints make room for this one
-            layout, spikes = self.backend.layout, self.observer.spikes.state_dict()
-            logged = self.tracker.record()
-            state = replace(
-                state, layout=layout, spikes=spikes, skipped=self.skipped, tracking=logged
-            )
-            self.checkpoints.save(self.backend, state)
+    def state_to_save(self) -> TrainState:
+        """See `TrainerView`."""
+        states = {callback.name: callback.state_dict() for callback in self.callbacks}
+        return replace(
+            self.state,
+            layout=self.backend.layout,
+            tracking=self.tracker.record(),
+            callbacks={name: state for name, state in states.items() if state},
+        )
 
-    def _check_finite(self, state: TrainState) -> None:
-        """Raises `UserError` if the weights are not finite: neither a checkpoint nor a model is made of them."""
-        self._read_outcome()
-        if self.parallel.any(not self.backend.weights_are_finite()):
-            self.tracker.alert(
-                "training diverged", f"the weights are not finite after step {state.step}"
-            )
-            self.checkpoints.finish()
-            raise UserError(
-                f"training diverged before step {state.step} (the weights are not finite); the last good "
-                f"checkpoint is {self.checkpoints.newest() or 'none'}; lower training.optimizer.learning_rate or look "
-                "at the data."
-            )
+    def export(self, shards: list[LocalShard], directory: Path, dtype: Dtype | None = None) -> None:
+        """Write a Hugging Face checkpoint; in the model's own types if no type is given."""
+        if self.parallel.is_main:  # what an attempt left that was killed after the export
+            shutil.rmtree(directory, ignore_errors=True)
+        self.parallel.barrier()
+        export_shards(
+            shards, self.inputs.model, self.inputs.tokenizer, directory, self.parallel, dtype
+        )
 
+    def _exported(self, phase: Phase) -> Path:
+        return self.out / f"phase-{phase.number + 1}"
 
-class _collecting_garbage_together:  # noqa: N801 - reads as a sentence in a `with`
-    """Python's collector pauses one process at a time, and all wait for it; here all collect at the same steps."""
-
-    def __enter__(self) -> None:
-        gc.collect()
-        gc.disable()
-
-    def __exit__(self, *_: object) -> None:
-        gc.enable()
+    def remove_phases(self) -> None:
+        """Remove the weights between phases, which nobody needs once the last one is exported."""
+        if self.parallel.is_main:
+            for phase in self.phases:
+                shutil.rmtree(self._exported(phase), ignore_errors=True)

@@ -9,9 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from cpt_merge.data.packing import IGNORED, Batch
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.distributed.fsdp import prepare_layers
 from cpt_merge.training.model.attention import _by_document, _by_kernel, check_attention
-from cpt_merge.training.model.build import CausalLM, build_model, load_weights
+from cpt_merge.training.model.build import CausalLM, build_model, load_weights, prepare_layers
 from cpt_merge.training.model.loss import Head, cross_entropy_sum
 from tests.training.conftest import CONFIG
 

@@ -12,10 +12,10 @@ from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
 from cpt_merge.launcher.start import backend_environment
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.distributed.build import Start, build_backend
+from cpt_merge.training.distributed.build import build_backend
 from cpt_merge.training.distributed.parallel import start_parallel
 from cpt_merge.training.memory import MemorySetup, ModelShape, estimate_memory
-from cpt_merge.training.phases import phases_of
+from cpt_merge.training.phases import PhaseSetup, phases_of
 from tests.distributed import run_ranks
 from tests.training.runs import ROOT, Job, reference_steps, train_steps, weights
 
@@ -98,7 +98,7 @@ def test_stopped_and_resumed_it_is_bit_for_bit_the_same(
 def peak_and_estimate(model: Path, store: Path, changes: dict[str, Any]) -> tuple[float, float]:
     """GB at most in three steps, and what `training.memory` says."""
     config, parallel = TrainingConfig(**changes), start_parallel()
-    backend = build_backend(Start(config, phases_of(config)[0], model, 0), parallel)
+    backend = build_backend(PhaseSetup(config, phases_of(config)[0], model, 0), parallel)
     rows = TrainingSequences(Store.open(store), config.sequence_length, 0)
     for step in range(3):
         for micro in range(2):

@@ -12,18 +12,18 @@ import pytest
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.start import backend_environment
 from cpt_merge.training.distributed.deepspeed import zero_section
-from cpt_merge.training.distributed.parallel import Asked, asked_for
+from cpt_merge.training.distributed.parallel import BackendSettings, backend_settings
 from tests.command_line import cpt_merge
 from tests.launcher.conftest import ROOT
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 ASKED = {
-    "fsdp2": Asked("fsdp2"),
-    "hsdp": Asked("fsdp2", replicas=2, shards=2),
-    "zero1": Asked("deepspeed", zero_stage=1),
-    "zero2": Asked("deepspeed", zero_stage=2),
-    "zero3": Asked("deepspeed", zero_stage=3),
-    "cpu": Asked(),
+    "fsdp2": BackendSettings("fsdp2"),
+    "hsdp": BackendSettings("fsdp2", replicas=2, shards=2),
+    "zero1": BackendSettings("deepspeed", zero_stage=1),
+    "zero2": BackendSettings("deepspeed", zero_stage=2),
+    "zero3": BackendSettings("deepspeed", zero_stage=3),
+    "cpu": BackendSettings(),
 }
 ACTIVE = {
     "fsdp2": (2, "FSDP2: 2 shards, 2 processes"),
@@ -37,7 +37,7 @@ ACTIVE = {
 
 @pytest.mark.parametrize("name", ASKED)
 def test_a_file_read_by_the_processes_says_what_accelerate_says(name: str) -> None:
-    assert asked_for(backend_environment(CONFIGS / f"{name}.yaml")) == ASKED[name]
+    assert backend_settings(backend_environment(CONFIGS / f"{name}.yaml")) == ASKED[name]
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_accelerate_says_the_same(name: str, tmp_path: Path) -> None:
         environment = {
             key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE")
         }
-    assert asked_for(environment) == ASKED[name]
+    assert backend_settings(environment) == ASKED[name]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_accelerate_says_the_same(name: str, tmp_path: Path) -> None:
 )
 def test_what_is_not_there_is_refused(environment: dict[str, str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        asked_for(environment)
+        backend_settings(environment)
 
 
 def test_offloading_is_refused_in_deepspeeds_own_file_too(tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ def test_offloading_is_refused_in_deepspeeds_own_file_too(tmp_path: Path) -> Non
         "offload_param": {"device": "none"},
     }
     settings.write_text(json.dumps({"zero_optimization": section}))
-    assert zero_section(Asked("deepspeed", zero_config=str(settings))) == section
+    assert zero_section(BackendSettings("deepspeed", zero_config=str(settings))) == section
     settings.write_text(
         json.dumps({"zero_optimization": section | {"offload_optimizer": {"device": "cpu"}}})
     )
     with pytest.raises(UserError, match="asks for offload_optimizer, which is not supported"):
-        zero_section(Asked("deepspeed", zero_config=str(settings)))
+        zero_section(BackendSettings("deepspeed", zero_config=str(settings)))
 
 
 @pytest.mark.slow

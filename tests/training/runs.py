@@ -23,8 +23,9 @@ from cpt_merge.merge.plan import MergeInputs, MergePlan
 from cpt_merge.tracking import Cell, Tracker
 from cpt_merge.training.callbacks.preview import Interview
 from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.inputs import TrainingInputs
 from cpt_merge.training.optimizer import rate_factor
-from cpt_merge.training.run import TrainingInputs, run
+from cpt_merge.training.run import run
 from tests.recording import Recording
 from tests.training.conftest import CONFIG
 

@@ -65,9 +65,9 @@ def phase_model(out: Path, number: int) -> dict[str, torch.Tensor]:
 
 
 def keep_phases() -> None:
-    from cpt_merge.training.run import Training
+    from cpt_merge.training.trainer import Trainer
 
-    Training.remove_phases = lambda self: None  # type: ignore[method-assign]
+    Trainer.remove_phases = lambda self: None  # type: ignore[method-assign]
 
 
 def train_and_keep(job: Job) -> dict[int, float]:
@@ -170,6 +170,6 @@ def test_a_run_that_was_killed_when_all_was_done_exports_again(
 
 def test_new_rows_need_to_be_known(model: Path, store: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        AssertionError, match=r"has no vocabulary_map\.json, so no row is known to be new"
+        AssertionError, match=r"has no vocabulary_map\.json, so nothing tells which rows are new"
     ):
         run_ranks(train, 1, Job(model, store, tmp_path, {"phases": PHASES}))

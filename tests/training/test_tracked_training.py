@@ -22,7 +22,8 @@ def train_online(url: str, model: Path, store: Path, corpus: Corpus, out: Path) 
     }
     os.environ |= {"OMP_NUM_THREADS": "1"}
     from cpt_merge.training.config import TrainingConfig
-    from cpt_merge.training.run import TrainingInputs, run
+    from cpt_merge.training.inputs import TrainingInputs
+    from cpt_merge.training.run import run
 
     config = TrainingConfig(
         **{**CONFIG, "tokens": 32 * 8 * 120, "evaluate_every": 20, "checkpoints": {"every": 10}}

@@ -149,7 +149,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(
     state = json.loads(
         (tmp_path / "checkpoints" / "step-00000012" / "train_state.json").read_text()
     )
-    assert state["skipped"] == 0
+    assert state["callbacks"]["nonfinite"]["in_a_row"] == 0
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,8 @@ def test_a_single_such_step_ends_nothing(
     )[0]
     assert [step for step, loss in losses.items() if loss != loss] == [step + 1]
     state = json.loads(max((tmp_path / "checkpoints").glob("step-*/train_state.json")).read_text())
-    assert (state["step"], state["skipped"]) == (max(losses), max(losses) == step + 1)
+    in_a_row = state["callbacks"]["nonfinite"]["in_a_row"]
+    assert (state["step"], in_a_row) == (max(losses), max(losses) == step + 1)
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
@@ -185,7 +186,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(
     run_ranks(train, 1, job)
     state = next((tmp_path / "checkpoints").glob("step-*/train_state.json"))
     state.write_text(state.read_text().replace('"key": "key"', '"key": "other"'))
-    with pytest.raises(AssertionError, match="is of another configuration or model"):
+    with pytest.raises(AssertionError, match="belongs to another configuration or model"):
         run_ranks(train, 1, job)
 
 
@@ -196,7 +197,7 @@ def test_what_does_not_fit_is_one_sentence(model: Path, store: Path, tmp_path: P
         run_ranks(train, 2, Job(model, store, tmp_path, {"global_batch_size": 7}))
     with pytest.raises(AssertionError, match="2 processes do not make 2 replicas of 2 shards"):
         run_ranks(train, 2, Job(model, store, tmp_path, backend="hsdp"))
-    with pytest.raises(UserError, match="fewer than one row"):
+    with pytest.raises(UserError, match="fewer than one sequence"):
         TrainingSequences(Store.open(store), 100_000, 0)
 
 

@@ -1,87 +1,91 @@
-"""How fast training is and what it waits for, since the last report."""
+"""How fast training is, and what it waits for, since the metrics were logged last."""
 
 from __future__ import annotations
 
 import resource
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers import AutoConfig
 
-from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.distributed.parallel import Parallel
-from cpt_merge.training.flops import mfu
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.training.callbacks.callback import Callback, TrainerView
+from cpt_merge.training.flops import flops_per_token, mfu, peak_flops
+
+PAUSES = ("evaluation", "continuations", "preview")  # no part of training
 
 
-class Throughput:
-    """Counts steps and seconds of an interval. What lies in `paused` (evaluation) is no part of it.
+class Throughput(Callback):
+    """Counts steps and seconds between two times that metrics are logged; pauses are left out.
 
-    `flops_per_token` and `peak` (FLOP/s of one device) are those of `training.flops`; without both there is no MFU.
+    MFU needs FLOPs per token and the device's peak (`training.flops`); on a CPU the peak is known
+    only from `peak_tflops`.
     """
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        parallel: Parallel,
-        flops_per_token: float | None = None,
-        peak: float | None = None,
-    ) -> None:
-        self.config, self.parallel = config, parallel
-        self.flops_per_token, self.peak = flops_per_token, peak
-        self.restart()
+    name = "throughput"
 
-    def restart(self) -> None:
-        """Begin a new interval."""
+    flops_per_token: float | None = None
+    peak: float | None = None  # FLOP/s of one device
+
+    def attach(self, trainer: TrainerView) -> None:
+        """See `Callback`."""
+        super().attach(trainer)
+        config, device = trainer.config, trainer.parallel.device
+        if config.peak_tflops:
+            self.peak = config.peak_tflops * 1e12
+        elif device.type == "cuda":
+            self.peak = peak_flops(torch.cuda.get_device_name(device))
+        if self.peak:
+            model = trainer.inputs.model
+            parameters = Checkpoint.open(model).parameters
+            shape = AutoConfig.from_pretrained(model)
+            self.flops_per_token = flops_per_token(shape, parameters, config.sequence_length)
+
+    @contextmanager
+    def phase(self) -> Iterator[None]:
+        """See `Callback`."""
+        self._restart()
+        yield
+
+    def _restart(self) -> None:
         self._start, self._steps = time.monotonic(), 0
-        self._paused = self._waited = self._stalled = 0.0
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
-    def count_step(self) -> None:
-        """One step is done."""
+    def after_step(self) -> None:
+        """See `Callback`."""
         self._steps += 1
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around what is not training."""
-        start = time.monotonic()
-        yield
-        self._paused += time.monotonic() - start
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Around asking for the next batch."""
-        start = time.monotonic()
-        yield
-        self._waited += time.monotonic() - start
-
-    @contextmanager
-    def stalled_by_checkpoint(self) -> Iterator[None]:
-        """Around the part of saving that the training waits for."""
-        start = time.monotonic()
-        yield
-        self._stalled += time.monotonic() - start
+    def spent(self, what: str, seconds: float) -> None:
+        """See `Callback`."""
+        self._seconds[what] += seconds
 
     def metrics(self) -> dict[str, float]:
-        """`train/...` of this interval, the same on all processes, which call it together; begins a new one.
+        """`train/...` of this interval, the same on all processes; starts a new interval.
 
-        - `tokens_per_second`, `..._per_device`: by the clock of the slowest process; time stalled by checkpoints counts
+        - `tokens_per_second`, `..._per_device`: by the clock of the slowest process; the time that
+          checkpoints stall training counts
         - `mfu`: share of the device's peak, 0 .. 1
-        - `step_seconds_median`, `step_seconds_max`: over the processes, of each one's mean step without checkpoints.
-          A step ends in a collective, so the processes wait for each other in it: the two part where one is late in
-          what it does outside steps, and a slow device raises both
-        - `data_wait_share`: share of the time spent waiting for batches, of the process that waits most
+        - `step_seconds_median`, `step_seconds_max`: over the processes, of each one's mean step
+          without checkpoints. Processes wait for each other in a step, so a slow device raises
+          both; they differ if a process is late outside its steps
+        - `data_wait_share`: share of the time spent waiting for batches, of the process that waits
+          most
         - `checkpoint_stall_seconds`, `peak_memory_gb` (since the start): the largest of any process
         """
-        seconds = time.monotonic() - self._start - self._paused
-        peak_bytes = float(peak_memory(self.parallel.device))
-        mine = [seconds, self._waited, self._stalled, peak_bytes]
-        walls, waits, stalls, peaks = zip(*self.parallel.gather(mine), strict=True)
+        config, parallel, spent = self.trainer.config, self.trainer.parallel, self._seconds
+        seconds = time.monotonic() - self._start - sum(spent[what] for what in PAUSES)
+        peak_bytes = float(peak_memory(parallel.device))
+        mine = [seconds, spent["data"], spent["checkpoint"], peak_bytes]
+        walls, waits, stalls, peaks = zip(*parallel.gather(mine), strict=True)
         steps = max(self._steps, 1)
         means = [(wall - stall) / steps for wall, stall in zip(walls, stalls, strict=True)]
-        rate = self._steps * self.config.tokens_per_step / max(walls)
-        per_device = rate / self.parallel.world.size
-        self.restart()
+        rate = self._steps * config.tokens_per_step / max(walls)
+        per_device = rate / parallel.size
+        self._restart()
         metrics = {
             "train/tokens_per_second": rate,
             "train/tokens_per_second_per_device": per_device,

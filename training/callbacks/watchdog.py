@@ -1,4 +1,4 @@
-"""A watchdog: when no step ends for a while, every process writes where it hangs, before a collective times out."""
+"""A watchdog: if no step ends for a while, every process writes where it hangs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from cpt_merge.training.callbacks.callback import Callback
+
 
 class Watchdog:
-    """Writes the stacks of all threads to `folder`/stacks-rank-NNNNN.txt if no beat comes for `seconds`. Never kills.
+    """Writes all threads' stacks to `folder`/stacks-rank-NNNNN.txt after `seconds` without a beat.
 
-    A daemon thread looks at the clock: it runs while the main thread waits in a call that releases the GIL, as
-    collectives and CUDA do. For a main thread that holds the GIL there is faulthandler's timer, a C thread, which fires
-    half as late again and adds the stacks without a line of ours. `seconds` has to be longer than whatever lies
-    between two beats (a step, a compilation, an evaluation, a checkpoint), and shorter than the timeout of collectives.
+    It never ends a process. A daemon thread watches the clock: it runs while the main thread waits
+    in a call that releases the GIL, as collectives and CUDA do. If the main thread holds the GIL,
+    faulthandler's timer, a C thread, writes the stacks after 1.75 times as long, without a
+    message. `seconds` must be longer than anything between two beats (a step, a compilation, an
+    evaluation, a checkpoint) and shorter than the timeout of collectives.
 
-    `alarm` is called, in the daemon thread, once for each time that the process hangs.
+    `alarm` is called in the daemon thread, once for each time that the process hangs.
     """
 
     def __init__(
@@ -69,10 +73,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(1.75 * self.seconds, repeat=True, file=self._file)
 
     def _watch(self) -> None:
-        silent, alarmed = (
-            None,
-            0,
-        )  # the beat after which nothing came, and how often that was reported
+        silent, alarmed = None, 0  # the last beat before a silence, and how often that was reported
         while not self._done.wait(min(1.0, self.seconds / 4)):
             beat = self._beat
             what, since = beat
@@ -86,24 +87,50 @@ class Watchdog:
     def _report(self, what: str, waited: float, first: bool) -> None:
         assert self._file
         host = socket.gethostname()
-        print(
-            f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  {host}, rank {self.rank}: {waited:.0f} s after {what!r}",
-            file=self._file,
-            flush=True,
-        )
+        when = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        line = f"{when}  {host}, rank {self.rank}: {waited:.0f} s after {what!r}"
+        print(line, file=self._file, flush=True)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
-        self._arm(time.monotonic())  # this thread could run, so the timer in C has nothing to add
-        text = f"rank {self.rank} on {host}: nothing for {waited:.0f} s after {what!r}; stacks are in {self.path}"
+        self._arm(time.monotonic())  # this thread runs, so the timer has nothing to add
+        text = (
+            f"rank {self.rank} on {host}: nothing for {waited:.0f} s after {what!r}; "
+            f"stacks are in {self.path}"
+        )
         print(
             text, file=sys.stderr, flush=True
-        )  # on every rank: the one that hangs is rarely the first
+        )  # on every rank: rank 0 is rarely the one that hangs
         if first:
             self._call(text)
 
     def _call(self, text: str) -> None:
         try:
             self.alarm(text)
-        except (
-            Exception
-        ) as error:  # an alarm that fails must end neither this thread nor the training
+        except Exception as error:  # a failing alarm must end neither this thread nor the training
             print(f"the alarm of the watchdog failed: {error!r}", file=sys.stderr, flush=True)
+
+
+class StepWatchdog(Callback):
+    """Watches the steps of a phase; the end of another callback's work is a sign of life too."""
+
+    name = "watchdog"
+
+    @contextmanager
+    def phase(self) -> Iterator[None]:
+        """See `Callback`."""
+        trainer = self.trainer
+        with Watchdog(
+            trainer.config.watchdog,
+            trainer.out / "stacks",
+            trainer.parallel.rank,
+            lambda text: trainer.tracker.alert("no step ends", text),
+        ) as self._watchdog:
+            yield
+
+    def after_step(self) -> None:
+        """See `Callback`."""
+        self._watchdog.beat(f"step {self.trainer.state.step}")
+
+    def spent(self, what: str, seconds: float) -> None:
+        """See `Callback`."""
+        if what != "data":
+            self._watchdog.beat(f"the {what} after step {self.trainer.state.step}")

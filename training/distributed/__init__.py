@@ -1,5 +1,10 @@
-"""Several processes, one training run: what shards a model and its optimizer, steps them, and saves them.
+"""What shards a model and its optimizer over processes, steps them, saves them and stops them.
 
-fsdp.py        FSDP2, HSDP, and one process without sharding: torch's own modules, optimizer and checkpoints
-deepspeed.py   DeepSpeed ZeRO 1, 2 and 3
+backend.py      what the loop asks of a backend
+fsdp.py         FSDP2, HSDP, and one process without sharding (compute_copy.py)
+deepspeed.py    DeepSpeed ZeRO 1, 2 and 3
+build.py        which of them
+checkpoint.py   checkpoints of a run in progress
+stopping.py     all processes stop at the same micro-batch
+parallel.py     process groups, device, mesh
 """

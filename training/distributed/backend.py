@@ -1,14 +1,15 @@
-"""What the loop asks of a backend."""
+"""What the loop asks of a backend, and what backends share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cpt_merge.checkpoint.export import LocalShard
@@ -19,14 +20,17 @@ from cpt_merge.training.memory import Strategy
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step did; the same on all processes. Tensors, so that nobody waits for the device."""
+    """What a step did, the same on all processes; tensors, so that nobody waits for the device."""
 
     gradient_norm: Tensor  # of the whole gradient, before clipping
-    finite: Tensor  # bool: the step was taken; False: norm not finite, nothing has changed
+    finite: Tensor  # bool: the step was taken; False: the norm is not finite, nothing has changed
 
 
 class Backend(Protocol):
-    """A model and its optimizer over all processes. Every method is a collective: all processes call it together."""
+    """A model and its optimizer over all processes.
+
+    Every method is a collective unless it says otherwise: all processes call it together.
+    """
 
     layout: str  # names who can load its checkpoints
     strategy: Strategy  # how memory is divided
@@ -36,16 +40,19 @@ class Backend(Protocol):
         """Sum of the cross-entropies of this process's batch, in nats; no gradient."""
 
     def logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
-        """Logits [rows, vocabulary] after place `last[row]` of `input_ids` [rows, length], float32; no gradient."""
+        """Logits [sequences, vocabulary], float32, no gradient.
+
+        They follow place `last[i]` of sequence `input_ids[i]`; `input_ids` is [sequences, length].
+        """
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
-        """Add the gradient of `scale` times the summed loss of all processes' batches. Returns this process's share.
+        """Add the gradient of `scale` times the summed loss of all processes' batches.
 
-        `last`: no other micro-batch follows before `step`.
+        `last`: no other micro-batch follows before `step`. Returns this process's part of the loss.
         """
 
     def step(self, factor: float) -> StepOutcome:
-        """Clip, take an optimizer step at `factor` times the peak learning rates, and clear the gradient.
+        """Clip, take an optimizer step at `factor` times the peak rates, and clear the gradient.
 
         A gradient that is not finite changes nothing: neither weights nor moments.
         """
@@ -54,12 +61,12 @@ class Backend(Protocol):
         """Forget the micro-batches since the last step."""
 
     def learning_rates(self) -> dict[str, float]:
-        """The rates of the last step, by the name they are logged under."""
+        """The rates of the last step, by the names that they are logged under."""
 
     def save(self, directory: Path, asynchronous: bool) -> Future[None]:
-        """Write weights and optimizer into `directory`; done when the bytes of all processes are on disk.
+        """Write weights and optimizer, as they are now, into `directory`.
 
-        What is written is the state at the time of the call.
+        The future is done when the bytes of all processes are on disk.
         """
 
     def writes_asynchronously(self, config: CheckpointConfig) -> bool:
@@ -78,14 +85,33 @@ class Backend(Protocol):
         """This process's part of the weights; each row is held by one process."""
 
     def replaced(self, replace: Callable[[LocalShard], Tensor]) -> AbstractContextManager[None]:
-        """Within the block the model runs with other weights: what `replace` makes of each shard of the masters.
+        """Run the model with other weights: what `replace` makes of each shard of the masters.
 
-        Nothing is trained there. Afterwards every bit of what runs is what it was; the masters never change. What it
-        was lies in the memory of the CPU meanwhile.
+        Nothing is trained within the block. The masters never change, and afterwards the weights
+        that run are restored bit for bit; they are kept in CPU memory during the block.
         """
 
     def describe(self) -> dict[str, str]:
-        """Lines of the start block."""
+        """Lines of the startup summary."""
 
     def close(self) -> None:
         """Free the memory."""
+
+
+@contextmanager
+def replaced(replacements: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Other values in some tensors within the block, and then the old ones again, bit for bit.
+
+    `replacements` gives a tensor and its values one after the other. An error in it restores the
+    tensors that were replaced before.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        try:
+            for tensor, values in replacements:
+                kept.append((tensor, tensor.detach().to("cpu", copy=True)))
+                tensor.copy_(values)
+            yield
+        finally:
+            for tensor, before in kept:
+                tensor.copy_(before)

@@ -1,12 +1,12 @@
-"""Checkpoints of a run in progress: written beside, marked complete last, renamed; found again after any interruption.
+"""Checkpoints of a run in progress, which any interruption leaves usable.
 
     checkpoints/step-00000200/
       ...                      weights and optimizer, in the backend's own format
-      train_state.json         step, tokens, digest of what the run is made of
+      train_state.json         step, tokens, digest of configuration and inputs
 
-A directory without train_state.json is not a checkpoint: the file is written after all others are on disk, and before
-the rename. All that follows the copy of the shards is done by a thread while training goes on; what fails there is
-told by `failed`, and raised where all processes have agreed that something did.
+A directory without train_state.json is no checkpoint: that file is written when all others are on
+disk, and before the directory gets its name. A thread does everything after the copy of the shards
+during training. An error there sets `failed`, and is raised once all processes have agreed on it.
 """
 
 from __future__ import annotations
@@ -35,18 +35,15 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run is. Rows of the data are counted, so the next row follows from `step` alone."""
+    """Where a run is. The next sequence of the data follows from `step` alone."""
 
-    step: int  # optimizer steps done
-    tokens: int  # tokens read
-    targets: int  # targets trained on
-    skipped: int  # steps in a row left out because their gradient was not finite
     key: str  # digest of the stage's configuration and inputs
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # tokens read
+    targets: int = 0  # targets trained on
     phase: int = 0  # the phase that it was saved in
-    observed: int = -1  # the last step at which the held-out text was measured
-    previewed: int = -1  # the last step at which the chat model was looked at
     layout: str = ""  # who can load it (`Backend.layout`)
-    spikes: dict[str, Any] = field(default_factory=dict)  # what the search for spikes remembers
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # their states by name
     tracking: dict[str, str] = field(default_factory=dict)  # mode, W&B run id and group
 
 
@@ -59,10 +56,10 @@ class Checkpoints:
     parallel: Parallel
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
-    _saved: int = 0  # step of the newest one, complete or being written; of step 0, where nothing is trained, is none
+    _saved: int = 0  # step of the newest one, complete or being written; step 0 is never saved
 
     def start(self) -> None:
-        """Remove what an attempt that was killed left half written; before anything is saved."""
+        """Remove what a killed attempt left half written; call it before anything is saved."""
         if self.parallel.world.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.glob("step-*"):
@@ -73,9 +70,10 @@ class Checkpoints:
         self.parallel.barrier()
 
     def save(self, backend: Backend, state: TrainState) -> None:
-        """Begin to write the checkpoint of a step; called by all processes. Waits for one that is still being written.
+        """Begin to write the checkpoint of a step, once the one before is complete; a collective.
 
-        Raises `UserError` if the disk has no room for it, or if the one before failed; older checkpoints stay.
+        Raises `UserError` if the disk has no room for it, or if the one before failed; older
+        checkpoints stay.
         """
         if state.step == self._saved:
             return
@@ -92,14 +90,11 @@ class Checkpoints:
         try:
             pending = backend.save(staging.directory, self.config.asynchronous)
         except (OSError, RuntimeError, CheckpointException) as error:
-            if not backend.writes_asynchronously(
-                self.config
-            ):  # others may wait within it; the launcher ends them
+            if not backend.writes_asynchronously(self.config):
+                # the other processes may wait in the save; the launcher ends them
                 raise self._not_written(error) from error
             self._error = error
-        if self.parallel.any(
-            self.failed
-        ):  # to copy the shards: on one process, the others would wait for its part
+        if self.parallel.any(self.failed):  # one process cannot copy; the others would wait for it
             raise self._not_written(self._error)
         self._saved = state.step
         self._thread = threading.Thread(
@@ -110,9 +105,9 @@ class Checkpoints:
             self.finish()
 
     def _commit(self, pending: Future[None], staging: Staging, state: TrainState) -> None:
-        """When the bytes of all processes are on disk, process 0 marks, renames, and removes the oldest."""
+        """Complete a checkpoint and remove the oldest one, once all bytes are on disk."""
         try:
-            pending.result()  # process 0's is done when everybody's bytes are: it has written the index of all files
+            pending.result()  # rank 0's is done when all are: it writes the index of all files
             if not self.parallel.world.is_main:
                 return
             write_json(staging.directory / STATE_FILE, asdict(state))
@@ -136,7 +131,10 @@ class Checkpoints:
         return self._error is not None
 
     def finish(self) -> None:
-        """Wait until what is being written is complete; a collective. Raises `UserError` if that failed."""
+        """Wait for the checkpoint that is being written; a collective.
+
+        Raises `UserError` if it failed.
+        """
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -147,7 +145,8 @@ class Checkpoints:
         last = self.newest()
         return UserError(
             f"a checkpoint could not be written to {self.directory} ({_short(error)}); "
-            f"{last.name if last else 'no checkpoint'} is kept; mend that and run the same command again."
+            f"{last.name if last else 'no checkpoint'} is kept; "
+            "fix the cause and run the same command again."
         )
 
     def _check_room(self, needed: int) -> None:
@@ -156,9 +155,10 @@ class Checkpoints:
         if self.parallel.any(self.parallel.world.is_main and free < needed):
             last = self.newest()
             raise UserError(
-                f"a checkpoint takes {needed / GB:,.2f} GB and {self.directory} has {free / GB:,.2f} GB left; "
-                f"{last.name if last else 'no checkpoint'} is kept; free disk space, or lower "
-                "training.checkpoints.keep, and run the same command again."
+                f"a checkpoint takes {needed / GB:,.2f} GB and {self.directory} has "
+                f"{free / GB:,.2f} GB left; {last.name if last else 'no checkpoint'} is kept; "
+                "free disk space, or lower training.checkpoints.keep, "
+                "and run the same command again."
             )
 
     def complete(self) -> list[Path]:
@@ -176,8 +176,9 @@ class Checkpoints:
     def read_state(self, key: str) -> TrainState | None:
         """The state of the newest complete checkpoint; None where there is none.
 
-        A collective: process 0 looks, for another node may still see a shared disk as it was. Raises `UserError` if it
-        belongs to another configuration or model, or is damaged.
+        A collective in which only rank 0 looks, since another node may see an older state of a
+        shared disk. Raises `UserError` if it is damaged or belongs to another configuration or
+        model.
         """
         newest = self.parallel.broadcast(self.newest)
         if newest is None:
@@ -191,7 +192,8 @@ class Checkpoints:
             ) from None
         if state.key != key:
             raise UserError(
-                f"{newest} is of another configuration or model; remove {self.directory} or give the run a new name."
+                f"{newest} belongs to another configuration or model; "
+                f"remove {self.directory} or give the run a new name."
             )
         self._saved = state.step
         return state
@@ -204,8 +206,9 @@ class Checkpoints:
         newest = self.directory / f"step-{state.step:08d}"
         if state.layout != backend.layout:
             raise UserError(
-                f"{newest} was written by {state.layout} and cannot be loaded by {backend.layout}; start as before "
-                "(same backend; with DeepSpeed the same stage and number of processes too)."
+                f"{newest} was written by {state.layout} and cannot be loaded by "
+                f"{backend.layout}; start as before "
+                "(same backend; with DeepSpeed also the same stage and number of processes)."
             )
         started = time.monotonic()
         try:
@@ -219,11 +222,13 @@ class Checkpoints:
             CheckpointException,
         ) as error:
             raise UserError(
-                f"{newest} cannot be loaded ({_short(error)}); remove it to continue from the one before."
+                f"{newest} cannot be loaded ({_short(error)}); "
+                "remove it to continue from the one before."
             ) from error
         if self.parallel.any(not backend.weights_are_finite()):
             raise UserError(
-                f"{newest} is damaged (its weights are not finite); remove it to continue from the one before."
+                f"{newest} is damaged (its weights are not finite); "
+                "remove it to continue from the one before."
             )
         say(f"training: continues from {newest.name}, loaded in {time.monotonic() - started:.1f} s")
 

@@ -1,9 +1,9 @@
-"""bf16 compute over fp32 masters on one process: the model that runs is a bf16 copy of the one that is trained.
+"""bf16 compute over fp32 masters on one process: a bf16 copy of the trained model runs.
 
-FSDP2 does the same on a group of one, but gathers and reduces there as if it were one of many: for every micro-batch it
-copies each parameter and each gradient several times. Here a parameter is cast once a step, and a gradient once a
-micro-batch. It takes 2 bytes a parameter more, all the time; where they are missing, ask for FSDP2 on one process
-(recipes/accelerate/fsdp2.yaml), whose numbers are the same and whose checkpoints are interchangeable.
+FSDP2 on a group of one gives the same numbers, but copies each parameter and each gradient several
+times per micro-batch. Here a parameter is cast once per step, and a gradient once per micro-batch.
+The copy takes 2 bytes per parameter all the time. Where memory is short, use FSDP2 on one process
+(recipes/accelerate/fsdp2.yaml); its checkpoints are interchangeable.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from cpt_merge.training.model.build import CausalLM
 
 
 class ComputeCopy:
-    """A bf16 copy of a model, `module`, whose gradients are added to the master's, in fp32."""
+    """A bf16 copy of a model, `module`; its gradients are added to the master's in fp32."""
 
     def __init__(self, master: CausalLM) -> None:
-        """Copies the master while its parameters are still meta tensors, so that no memory is taken yet."""
+        """Copy the master while its parameters are meta tensors and take no memory."""
         self.master, self.module = master, copy.deepcopy(master)
         self._copies: list[Tensor] = []  # of what is trained
         self._masters: list[Tensor] = []
 
     def materialise(self, device: torch.device) -> None:
-        """Take the weights of the master, which are loaded now."""
+        """Take the weights of the master, which are loaded by now."""
         copies = {
             id(mine): nn.Parameter(mine.detach().bfloat16()) for mine in self.master.parameters()
         }
@@ -47,7 +47,7 @@ class ComputeCopy:
                 self._masters.append(mine.detach())
 
     def refresh(self) -> None:
-        """Take the master's weights again, after a step."""
+        """Take the master's weights again after a step."""
         torch._foreach_copy_(self._copies, self._masters)
 
 

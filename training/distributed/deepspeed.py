@@ -1,7 +1,8 @@
-"""DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients, parameters divided over the processes.
+"""DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients and parameters are divided over processes.
 
-DeepSpeed's engine owns gradients, clipping and the step; the loop gives it the scaled loss and asks it what it did. Its
-checkpoints are its own and synchronous, and can be loaded by the same stage on the same number of processes only.
+DeepSpeed's engine owns gradients, clipping and the step; the loop gives it the scaled loss and
+reads what it did. Its checkpoints have their own format, are written synchronously, and can be
+loaded only by the same ZeRO stage on the same number of processes.
 """
 
 from __future__ import annotations
@@ -24,68 +25,64 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
 from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
-from cpt_merge.training.distributed.backend import StepOutcome
-from cpt_merge.training.distributed.build import Start
-from cpt_merge.training.distributed.fsdp import describe_model, prepare_layers, whole_rows
-from cpt_merge.training.distributed.parallel import Asked, Parallel
-from cpt_merge.training.distributed.replaced import replaced
+from cpt_merge.training.distributed.backend import StepOutcome, replaced
+from cpt_merge.training.distributed.parallel import BackendSettings, Parallel
 from cpt_merge.training.memory import ZERO_STRATEGIES
 from cpt_merge.training.model.attention import check_attention
 from cpt_merge.training.model.build import (
     CausalLM,
     WeightSource,
     build_model,
+    describe_model,
+    full_shape,
     load_weights,
     named_local_parameters,
+    one_document_each,
+    prepare_layers,
 )
-from cpt_merge.training.model.compiled import uncompiled
-from cpt_merge.training.optimizer import build_optimizer, full_shape, learning_rates, set_rate
-from cpt_merge.training.phases import select_trained
+from cpt_merge.training.model.compile import uncompiled
+from cpt_merge.training.optimizer import build_optimizer, learning_rates, set_rate
+from cpt_merge.training.phases import PhaseSetup, select_trained
 
 TAG = "deepspeed"
 
 
 class ZeroBackend:
-    """See `training.backends.backend.Backend`."""
+    """See `training.distributed.backend.Backend`."""
 
     def __init__(
-        self, engine: Any, optimizer: torch.optim.AdamW, start: Start, parallel: Parallel
+        self, engine: Any, optimizer: torch.optim.AdamW, setup: PhaseSetup, parallel: Parallel
     ) -> None:
-        self.engine, self.optimizer, self.start, self.parallel = engine, optimizer, start, parallel
+        self.engine, self.optimizer, self.setup, self.parallel = engine, optimizer, setup, parallel
         self.stage: int = engine.zero_optimization_stage()
-        self.layout = f"DeepSpeed ZeRO {self.stage} on {parallel.world.size} processes"
+        self.layout = f"DeepSpeed ZeRO {self.stage} on {parallel.size} processes"
         self.strategy = ZERO_STRATEGIES[self.stage]
-        self.shard_count = parallel.world.size
+        self.shard_count = parallel.size
 
     @staticmethod
-    def build(start: Start, parallel: Parallel) -> ZeroBackend:
-        """Load the weights (from ZeRO 3 on a tensor at a time is whole, before that all of them are), then shard."""
+    def build(setup: PhaseSetup, parallel: Parallel) -> ZeroBackend:
+        """Load the weights (with ZeRO 3 tensor by tensor), then shard."""
         deepspeed = _import_deepspeed(parallel.device)
-        settings = engine_settings(start.config, parallel)
+        settings = engine_settings(setup.config, parallel)
         stage = settings["zero_optimization"]["stage"]
-        module = build_model(start.model, start.config)
-        select_trained(module, start.phase, start.base_rows)
-        prepare_layers(module, start.config)
+        module = build_model(setup.model, setup.config)
+        select_trained(module, setup.phase, setup.base_rows)
+        prepare_layers(module, setup.config)
         if stage == 3:
-            _load_partitioned(module, start.model, settings, parallel.device)
+            _load_partitioned(module, setup.model, settings, parallel.device)
         else:
-            load_weights(module, start.model, parallel.device)
+            load_weights(module, setup.model, parallel.device)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        optimizer = build_optimizer(module, start.config.optimizer, start.phase)
+        optimizer = build_optimizer(module, setup.config.optimizer, setup.phase)
         with _named_in_environment(parallel.world):
             engine, wrapped, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, dist_init_required=False
             )
-        for (
-            name,
-            buffer,
-        ) in (
-            module.named_buffers()
-        ):  # DeepSpeed casts them too: rotary frequencies would lose digits
-            buffer.data = buffers[name]
+        for name, buffer in module.named_buffers():
+            buffer.data = buffers[name]  # DeepSpeed's cast would cost rotary frequencies digits
         _prove_zero(engine, stage, parallel)
-        check_attention(engine, start.config, parallel.device)
-        return ZeroBackend(engine, wrapped, start, parallel)
+        check_attention(engine, setup.config, parallel.device)
+        return ZeroBackend(engine, wrapped, setup, parallel)
 
     @property
     def module(self) -> CausalLM:
@@ -107,20 +104,22 @@ class ZeroBackend:
     def logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
         """See `Backend`."""
         self.engine.eval()
-        logits: Tensor = self.engine(whole_rows(input_ids).to(self.parallel.device), last=last)
+        logits: Tensor = self.engine(
+            one_document_each(input_ids).to(self.parallel.device), last=last
+        )
         self.engine.train()
         return logits
 
     def backward(self, batch: Batch, scale: float, last: bool) -> Tensor:
         """See `Backend`."""
-        size = self.parallel.world.size  # DeepSpeed averages over the processes
+        size = self.parallel.size  # DeepSpeed averages over the processes
         self.engine.set_gradient_accumulation_boundary(last)
         loss = self.engine(batch) * (scale * size)
         self.engine.backward(loss, scale_wrt_gas=False)
         return loss.detach() / size  # type: ignore[no-any-return]
 
     def step(self, factor: float) -> StepOutcome:
-        """See `Backend`. DeepSpeed itself leaves out a step whose gradient is not finite."""
+        """See `Backend`. DeepSpeed itself skips a step whose gradient is not finite."""
         set_rate(self.optimizer, factor)
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
@@ -139,7 +138,7 @@ class ZeroBackend:
         self.engine.save_checkpoint(str(directory), tag=TAG)
         for path in directory.rglob("*"):
             if path.is_file() and (
-                f"rank_{self.parallel.world.rank}_" in path.name or self.parallel.world.is_main
+                f"rank_{self.parallel.rank}_" in path.name or self.parallel.is_main
             ):
                 fsync(path)
         self.parallel.barrier()
@@ -155,7 +154,7 @@ class ZeroBackend:
         """See `Backend`."""
         found, _ = self.engine.load_checkpoint(str(directory), tag=TAG)
         if found is None:
-            raise ValueError("DeepSpeed finds no checkpoint in it")
+            raise ValueError("DeepSpeed finds no checkpoint there")
 
     def state_bytes(self) -> int:
         """See `Backend`."""
@@ -165,7 +164,7 @@ class ZeroBackend:
             for n, parameter in zip(count, self.module.parameters(), strict=True)
             if parameter.requires_grad
         ]
-        return sum(count) * (4 if self.start.config.precision == "fp32" else 2) + 12 * sum(trained)
+        return sum(count) * (4 if self.setup.config.precision == "fp32" else 2) + 12 * sum(trained)
 
     def weights_are_finite(self) -> bool:
         """See `Backend`."""
@@ -176,10 +175,10 @@ class ZeroBackend:
         return all(bool(part.isfinite().all()) for part in parts)
 
     def shards(self) -> list[LocalShard]:
-        """See `Backend`. The fp32 masters are gathered one tensor at a time, and each process keeps its rows."""
+        """See `Backend`. Masters (fp32) are gathered tensor by tensor; a process keeps its rows."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        rank, size = self.parallel.world.rank, self.parallel.world.size
+        rank, size = self.parallel.rank, self.parallel.size
         found = []
         for name, parameter in named_local_parameters(self.module):
             whole = (
@@ -196,8 +195,8 @@ class ZeroBackend:
 
     @contextmanager
     def replaced(self, replace: Callable[[LocalShard], Tensor]) -> Iterator[None]:
-        """See `Backend`. Each process makes its rows, and gives them to the others, a tensor at a time."""
-        self.engine.empty_partition_cache()  # ZeRO 3: what is gathered would not be what its parts are
+        """See `Backend`. Each process makes its rows and sends them to all, tensor by tensor."""
+        self.engine.empty_partition_cache()  # ZeRO 3: gathered tensors must not outlive this
         with replaced(self._replacements(replace)):
             try:
                 yield
@@ -207,7 +206,7 @@ class ZeroBackend:
     def _replacements(
         self, replace: Callable[[LocalShard], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What this process runs with, and its new values: whole parameters, or (ZeRO 3) its part of each."""
+        """What runs here, and its new values: whole parameters, or (ZeRO 3) parts of them."""
         for shard, (_, parameter) in zip(
             self.shards(), named_local_parameters(self.module), strict=True
         ):
@@ -216,13 +215,13 @@ class ZeroBackend:
             if part is None:
                 yield parameter.data, whole
             else:
-                start = part.ds_numel * self.parallel.world.rank
+                start = part.ds_numel * self.parallel.rank
                 values = whole.view(-1)[start : start + part.ds_numel]
                 yield part[: len(values)], values
 
     def _joined(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """All rows of a tensor, from the processes that hold them as `shards` divides them."""
-        size = self.parallel.world.size
+        """All rows of a tensor, gathered from the processes as `shards` divides them."""
+        size = self.parallel.size
         padded = torch.zeros((-(-shape[0] // size), *shape[1:]), dtype=rows.dtype)
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(size)]
@@ -236,10 +235,11 @@ class ZeroBackend:
             2: "optimizer and gradients",
             3: "optimizer, gradients and parameters",
         }[self.stage]
-        size = self.parallel.world.size
+        size = self.parallel.size
         return {
-            **describe_model(self.module, self.start.config, self.parallel.device),
-            "backend": f"DeepSpeed ZeRO {self.stage}: {what} divided over {size} process{'es' if size > 1 else ''}",
+            **describe_model(self.module, self.setup.config, self.parallel.device),
+            "backend": f"DeepSpeed ZeRO {self.stage}: {what} divided over {size} "
+            f"process{'es' if size > 1 else ''}",
         }
 
     def close(self) -> None:
@@ -248,17 +248,22 @@ class ZeroBackend:
 
 
 def engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any]:
-    """DeepSpeed's configuration: batches, precision and clipping from the recipe, ZeRO from the accelerate config."""
+    """DeepSpeed's configuration.
+
+    Batches, precision and clipping come from the recipe, ZeRO from the accelerate config.
+    """
     if config.precision == "pure-bf16":
         raise UserError(
-            "training.precision: pure-bf16 is not DeepSpeed's, which keeps fp32 masters; set bf16 or fp32."
+            "training.precision: pure-bf16 is not possible with DeepSpeed, which keeps fp32 "
+            "masters; "
+            "set bf16 or fp32."
         )
-    micro = -(-config.global_batch_size // (parallel.world.size * config.micro_batch_size))
+    micro = config.micro_batches(parallel.size)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": micro,
         "gradient_clipping": config.optimizer.clip,
-        "zero_optimization": zero_section(parallel.asked),
+        "zero_optimization": zero_section(parallel.settings),
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW
         "steps_per_print": 10**9,
     }
@@ -268,25 +273,28 @@ def engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any
     return settings
 
 
-def zero_section(asked: Asked) -> dict[str, Any]:
-    """DeepSpeed's `zero_optimization`. Raises `UserError` for a file without a stage, or one that offloads."""
-    if not asked.zero_config:
-        return {"stage": asked.zero_stage}
+def zero_section(settings: BackendSettings) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`.
+
+    Raises `UserError` for a file that has no stage or offloads.
+    """
+    if not settings.zero_config:
+        return {"stage": settings.zero_stage}
     try:
-        section = json.loads(Path(asked.zero_config).read_text(encoding="utf-8"))[
+        section = json.loads(Path(settings.zero_config).read_text(encoding="utf-8"))[
             "zero_optimization"
         ]
         if section["stage"] not in ZERO_STRATEGIES:
             raise ValueError(f"stage is {section['stage']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"the DeepSpeed configuration {asked.zero_config} gives no ZeRO stage of 1, 2 or 3 ({error}); set "
-            "zero_optimization.stage there."
+            f"the DeepSpeed configuration {settings.zero_config} gives no ZeRO stage of 1, 2 or 3 "
+            f"({error}); set zero_optimization.stage there."
         ) from None
     for name in ("offload_optimizer", "offload_param"):
         if (section.get(name) or {}).get("device", "none") != "none":
             raise UserError(
-                f"{asked.zero_config} asks for {name}, which is not supported; take it out."
+                f"{settings.zero_config} asks for {name}, which is not supported; remove it."
             )
     return {name: value for name, value in section.items() if value != "auto"}
 
@@ -303,15 +311,15 @@ def _import_deepspeed(device: torch.device) -> Any:
             "pip install -c constraints.txt -e '.[deepspeed]'"
         ) from None
     if device.type == "cpu":
-        # DeepSpeed would compile collectives for one node at first use (46 s), and wait for ever for the lock of a
-        # compilation that was killed
+        # DeepSpeed would compile collectives for one node at first use (46 s), and wait for ever
+        # for the lock of a compilation that was killed
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 @contextmanager
 def _named_in_environment(world: World) -> Iterator[None]:
-    """DeepSpeed's engine asks the environment who it is, whoever started the processes."""
+    """Rank and world size in the environment, from which DeepSpeed's engine reads them."""
     names = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
     missing = [name for name in names if name not in os.environ]
     os.environ.update({name: str(names[name]) for name in missing})
@@ -325,7 +333,7 @@ def _named_in_environment(world: World) -> Iterator[None]:
 def _load_partitioned(
     module: CausalLM, directory: Path, settings: dict[str, Any], device: torch.device
 ) -> None:
-    """Load for ZeRO 3: each process reads a tensor whole, keeps its part, and forgets it before the next one."""
+    """Load for ZeRO 3: each process reads a whole tensor and keeps its part before the next one."""
     from deepspeed.runtime.zero import Init
 
     source = WeightSource.open(module, directory, device)
@@ -343,7 +351,7 @@ def _load_partitioned(
 
 
 class _Alone(nn.Module):
-    """A module's own parameters, without those of the modules within it."""
+    """A module's own parameters, without those of its submodules."""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -359,9 +367,10 @@ def _gathered(parameter: Tensor) -> Tensor:
 
 
 def _prove_zero(engine: Any, stage: int, parallel: Parallel) -> None:
-    """Law 7: what was asked for is active, or the run stops."""
+    """No silent fallback: what was asked for is active, or the run stops."""
     active = engine.zero_optimization_stage(), engine.dp_world_size
-    if active != (stage, parallel.world.size):
+    if active != (stage, parallel.size):
         raise UserError(
-            f"ZeRO {stage} on {parallel.world.size} processes was asked for, DeepSpeed runs {active}; report this."
+            f"ZeRO {stage} on {parallel.size} processes was asked for, but DeepSpeed runs "
+            f"{active}; report this with the log."
         )

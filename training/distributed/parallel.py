@@ -1,4 +1,4 @@
-"""Where the processes meet: what the launcher asked for, process groups, device, mesh."""
+"""The processes of a run: the backend that accelerate's configuration names, groups, and device."""
 
 from __future__ import annotations
 
@@ -19,23 +19,21 @@ from cpt_merge.core.torch_compat import set_timeout
 from cpt_merge.core.world import World, find_world
 
 EXAMPLES = "recipes/accelerate"
-# Of a collective: longer than the slowest checkpoint; the watchdog speaks before
+# Of a collective: longer than the slowest checkpoint. The watchdog reports long before.
 TIMEOUT = timedelta(minutes=60)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The backend that accelerate's configuration asks for, as its launcher passes it on in the environment."""
+class BackendSettings:
+    """The backend that accelerate's configuration names, read from the environment."""
 
     backend: Literal["none", "fsdp2", "deepspeed"] = "none"
-    replicas: int = 1  # HSDP: groups of processes that each hold the whole model, sharded within
-    shards: int | None = (
-        None  # FSDP2: processes that share a copy; all that there are in a group if None
-    )
+    replicas: int = 1  # HSDP: groups of processes, each of which holds the whole model in shards
+    shards: int | None = None  # FSDP2: processes of a group; None: as many as there are
     reshard: bool = True  # FSDP2: free a layer's gathered weights after its forward pass
     zero_stage: int = 0
-    zero_config: str | None = None  # DeepSpeed's own JSON, whose `zero_optimization` is taken
-    mixed_precision: str = "no"  # as accelerate was told; must not contradict the recipe
+    zero_config: str | None = None  # DeepSpeed's own JSON, of which `zero_optimization` counts
+    mixed_precision: str = "no"  # accelerate's setting; must not contradict the recipe
 
     def mesh_shape(self, world: World) -> tuple[int, int]:
         """(replicas, shards) of this world. Raises `UserError` if its size does not fit."""
@@ -44,13 +42,14 @@ class Asked:
             raise UserError(
                 f"{world.size} processes do not make {self.replicas} replicas"
                 + (f" of {self.shards} shards" if self.shards else "")
-                + "; set dp_replicate_size (and dp_shard_size) in the accelerate config so that they multiply to it."
+                + "; set dp_replicate_size (and dp_shard_size) in the accelerate config "
+                "so that their product is the number of processes."
             )
         return self.replicas, shards
 
 
-def asked_for(environment: Mapping[str, str] = os.environ) -> Asked:
-    """What the environment asks for. Raises `UserError` for what is not there, instead of doing something else."""
+def backend_settings(environment: Mapping[str, str] = os.environ) -> BackendSettings:
+    """The settings in the environment. Raises `UserError` for those that are not supported."""
     mixed = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return _deepspeed(environment, mixed)
@@ -59,32 +58,36 @@ def asked_for(environment: Mapping[str, str] = os.environ) -> Asked:
     if find_world(environment).size > 1:
         raise UserError(
             "several processes were started without a backend; use one of "
-            f"{EXAMPLES}/(fsdp2|hsdp|zero1|zero2|zero3).yaml, as accelerate's --config_file or the recipe's "
-            "launch.accelerate_config, or one process."
+            f"{EXAMPLES}/(fsdp2|hsdp|zero1|zero2|zero3).yaml, as accelerate's --config_file or "
+            "the recipe's launch.accelerate_config, or start one process."
         )
-    return Asked(mixed_precision=mixed)
+    return BackendSettings(mixed_precision=mixed)
 
 
-def _fsdp(environment: Mapping[str, str], mixed: str) -> Asked:
+def _fsdp(environment: Mapping[str, str], mixed: str) -> BackendSettings:
     if environment.get("FSDP_VERSION", "1") != "2":
         raise UserError(
-            f"the accelerate config asks for FSDP 1; set fsdp_version: 2 as in {EXAMPLES}/fsdp2.yaml."
+            "the accelerate config asks for FSDP 1; "
+            f"set fsdp_version: 2 as in {EXAMPLES}/fsdp2.yaml."
         )
     if environment.get("FSDP_OFFLOAD_PARAMS") == "true":
         raise UserError(
-            "the accelerate config asks for fsdp_offload_params, which is not supported; set it to false."
+            "the accelerate config asks for fsdp_offload_params, which is not supported; "
+            "set it to false."
         )
     if environment.get("FSDP_ACTIVATION_CHECKPOINTING") == "true":
         raise UserError(
-            "set the recipe's training.activation_checkpointing instead of fsdp_activation_checkpointing."
+            "set the recipe's training.activation_checkpointing "
+            "instead of fsdp_activation_checkpointing."
         )
     for kind in ("TP", "CP", "SP"):
         if int(environment.get(f"PARALLELISM_CONFIG_{kind}_SIZE") or 1) > 1:
             raise UserError(
-                f"the accelerate config asks for {kind.lower()}_size > 1, which is not supported; set it to 1."
+                f"the accelerate config asks for {kind.lower()}_size > 1, "
+                "which is not supported; set it to 1."
             )
     shards = int(environment.get("PARALLELISM_CONFIG_DP_SHARD_SIZE") or 1)
-    return Asked(
+    return BackendSettings(
         "fsdp2",
         replicas=int(environment.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1),
         shards=shards if shards > 1 else None,
@@ -93,7 +96,7 @@ def _fsdp(environment: Mapping[str, str], mixed: str) -> Asked:
     )
 
 
-def _deepspeed(environment: Mapping[str, str], mixed: str) -> Asked:
+def _deepspeed(environment: Mapping[str, str], mixed: str) -> BackendSettings:
     for what in ("OPTIMIZER", "PARAM"):
         if environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") not in (
             "none",
@@ -109,17 +112,17 @@ def _deepspeed(environment: Mapping[str, str], mixed: str) -> Asked:
         raise UserError(
             f"the accelerate config asks for ZeRO stage {stage}; set zero_stage to 1, 2 or 3."
         )
-    return Asked("deepspeed", zero_stage=stage, zero_config=config, mixed_precision=mixed)
+    return BackendSettings("deepspeed", zero_stage=stage, zero_config=config, mixed_precision=mixed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel(Ranks):
-    """This process among the others, with its device and the groups that training needs.
+    """This process among all, with its device and the groups that training needs.
 
-    `group`, of the decisions, is a gloo group that never shares a queue with the training.
+    `group`, which decides, is a gloo group that never shares a queue with the training.
     """
 
-    asked: Asked
+    settings: BackendSettings
     device: torch.device
     mesh: DeviceMesh  # ("replicate", "shard")
     checkpoint_group: dist.ProcessGroup  # gloo, for checkpoints written while training continues
@@ -131,9 +134,9 @@ class Parallel(Ranks):
 
 
 def start_parallel(timeout: timedelta = TIMEOUT) -> Parallel:
-    """Join the other processes. One process alone is a group of one, so that all take one path."""
-    asked, world = asked_for(), find_world()
-    shape = asked.mesh_shape(world)
+    """Join the other processes. One process alone is a group of one, so there is one code path."""
+    settings, world = backend_settings(), find_world()
+    shape = settings.mesh_shape(world)
     device = _device(world)
     start_process_group("nccl" if device.type == "cuda" else "gloo", timeout)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
@@ -141,12 +144,17 @@ def start_parallel(timeout: timedelta = TIMEOUT) -> Parallel:
         set_timeout(mesh.get_group(name), timeout)
     side, checkpoints = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return Parallel(
-        world=world, group=side, asked=asked, device=device, mesh=mesh, checkpoint_group=checkpoints
+        world=world,
+        group=side,
+        settings=settings,
+        device=device,
+        mesh=mesh,
+        checkpoint_group=checkpoints,
     )
 
 
 def _device(world: World) -> torch.device:
-    """The GPU of this process, or the CPU where there is none or accelerate's config says `use_cpu`."""
+    """The GPU of this process; the CPU if there is none or accelerate's config says `use_cpu`."""
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return torch.device("cpu")
     device = torch.device("cuda", gpu_of(world, torch.cuda.device_count()))
@@ -155,11 +163,12 @@ def _device(world: World) -> torch.device:
 
 
 def gpu_of(world: World, visible: int) -> int:
-    """Which of the `visible` GPUs this process takes. Raises `UserError` if there is none for it."""
+    """Which of the `visible` GPUs this process takes. Raises `UserError` if none is left for it."""
     if visible == 1 and world.launcher == "slurm":
-        return 0  # `srun --gpus-per-task=1` shows every task its own one only
+        return 0  # with `srun --gpus-per-task=1` every task sees only its own
     if world.local_rank >= visible:
         raise UserError(
-            f"process {world.local_rank} of this node has no GPU, {visible} can be seen; start one process per GPU."
+            f"process {world.local_rank} of this node has no GPU, since {visible} are visible; "
+            "start one process per GPU."
         )
     return world.local_rank

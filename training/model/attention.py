@@ -1,12 +1,12 @@
-"""Attention within documents only, by four implementations, and the proof that the chosen one does so.
+"""Attention within documents only: four implementations, and a check of the one that is chosen.
 
-    flash   only what is needed is computed, document by document: on a GPU by torch's variable-length flash kernel,
-            on a CPU by one causal sdpa call per document. No mask is made.
-    sdpa    torch's scaled_dot_product_attention with a mask [rows, 1, length, length]
+    flash   document by document, without a mask: on a GPU by torch's variable-length flash kernel,
+            on a CPU by one causal sdpa call per document
+    sdpa    torch's scaled_dot_product_attention with a mask [sequences, 1, length, length]
     flex    torch's flex_attention with a block mask, compiled
-    eager   matmul and softmax written out; for what no other supports
+    eager   matmul and softmax written out; for models that support no other
 
-All but `flash` are transformers' own; they find documents by the position ids.
+All but `flash` are those of transformers, which finds documents by the position ids.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "
 """The recipe's name -> transformers' name."""
 
 TOLERANCE = 1e-5
-"""Relative difference of a loss that what it must not depend on may make. Measured: none where documents are apart, in
-float32 and bfloat16, and 1.6e-4 or more in random models of 7 families where they are not."""
+"""Relative change of a loss that still counts as none. Measured on random models of 7 families: no
+change in float32 and bfloat16 where documents are apart, and 1.6e-4 or more where they are not."""
 
 
 def document_attention(
@@ -49,16 +49,17 @@ def document_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each document, called by transformers' attention layers.
 
-    `query` [rows, heads, length, width], `key` and `value` with as many or fewer heads; the result is
-    [rows, length, heads, width]. `cu_seq_lens_q` is `Batch.cu_seqlens`, `max_length_q` its `max_length`.
-    Raises `UserError` for a model that asks for what is not computed here.
+    `query` is [sequences, heads, length, width]; `key` and `value` have as many or fewer heads. The
+    result is [sequences, length, heads, width]. `cu_seq_lens_q` is `Batch.cu_seqlens` and
+    `max_length_q` its `max_length`. Raises `UserError` for a model that needs more than this.
     """
     wanted = [name for name in ("softcap", "s_aux", "position_bias") if other.get(name) is not None]
     wanted += ["dropout"] if dropout else []
     if wanted or cu_seq_lens_q is None or max_length_q is None:
         lacking = f"needs {wanted[0]}" if wanted else "does not pass on where documents begin"
         raise UserError(
-            f"attention: flash does not fit this model, whose attention {lacking}; set eager or sdpa."
+            f"attention: flash does not fit this model, whose attention {lacking}; "
+            "set eager or sdpa."
         )
     window = (
         sliding_window if sliding_window is not None and sliding_window < max_length_q else None
@@ -83,9 +84,7 @@ def _by_kernel(
     window: int | None,
 ) -> Tensor:
     """All documents at once: tensors [tokens, heads, width]."""
-    before = (
-        -1 if window is None else window - 1
-    )  # how many earlier tokens a token sees, besides itself
+    before = -1 if window is None else window - 1  # earlier tokens that a token sees
     out = varlen_attn(
         query, key, value, cu, cu, longest, longest,
         scale=scale, window_size=(before, 0), enable_gqa=query.shape[1] != key.shape[1],
@@ -122,7 +121,7 @@ def _by_document(
 def _by_mask(
     query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float | None, window: int | None
 ) -> Tensor:
-    """The same without a loop, for torch.compile on a CPU: tensors [rows, heads, length, width]."""
+    """The same without a loop, for torch.compile on a CPU: [sequences, heads, length, width]."""
     rows, heads, length, _ = query.shape
     places = torch.arange(rows * length, device=cu.device, dtype=cu.dtype)
     document = torch.searchsorted(cu, places, right=True).view(rows, 1, length)
@@ -140,33 +139,34 @@ def _band(size: int, window: int, device: torch.device) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
-AttentionInterface.register(
-    IMPLEMENTATIONS["flash"], document_attention
-)  # no mask is registered, so none is made
+# No mask is registered under this name, so none is made.
+AttentionInterface.register(IMPLEMENTATIONS["flash"], document_attention)
 
 
 def attention_arguments(batch: Batch, model_config: Any) -> dict[str, Any]:
-    """What the decoder is given for attention besides the position ids."""
+    """What the attention needs of a batch besides the position ids."""
     if model_config._attn_implementation != IMPLEMENTATIONS["flash"]:
         return {}
     return {"cu_seq_lens_q": batch.cu_seqlens, "max_length_q": batch.max_length}
 
 
 def describe_attention(config: TrainingConfig, device: torch.device) -> str:
-    """The attention for the start block."""
+    """The attention for the startup summary."""
     if config.attention != "flash":
         return config.attention
     if device.type == "cuda":
         return "flash (torch's variable-length kernel)"
-    return f"flash (on a CPU{' and compiled: sdpa with a mask' if config.compile else ': sdpa per document'})"
+    compiled = " and compiled: sdpa with a mask"
+    return f"flash (on a CPU{compiled if config.compile else ': sdpa per document'})"
 
 
 def check_supported(model: Any, config: TrainingConfig) -> None:
-    """Raises `UserError` if a model of transformers is not set to the implementation, or cannot go without masks."""
+    """Raises `UserError` if a model does not use the implementation, or needs more than it does."""
     name = type(model).__name__
     if model.config._attn_implementation != IMPLEMENTATIONS[config.attention]:
         raise UserError(
-            f"attention: {config.attention} is not what {name} uses ({model.config._attn_implementation}); set eager."
+            f"attention: {config.attention} is not what {name} uses "
+            f"({model.config._attn_implementation}); set eager."
         )
     text = model.config.get_text_config(decoder=True)
     unknown = set(getattr(text, "layer_types", None) or ()) - {
@@ -175,8 +175,8 @@ def check_supported(model: Any, config: TrainingConfig) -> None:
     }
     if unknown:
         raise UserError(
-            f"{name} has layers of kind {sorted(unknown)[0]}, in which packed documents see each other; "
-            "such models cannot be trained here."
+            f"{name} has layers of kind {sorted(unknown)[0]}, in which packed documents see each "
+            "other; such models cannot be trained."
         )
     if config.attention != "flash":
         return
@@ -192,20 +192,23 @@ def check_supported(model: Any, config: TrainingConfig) -> None:
 def check_attention(
     module: Callable[[Batch], Tensor], config: TrainingConfig, device: torch.device
 ) -> None:
-    """Law 7: run the loaded model on a micro-batch of two documents a row, and see that they and time are kept apart.
+    """No silent fallback: the model must not let a token see another document or later tokens.
 
-    Rows and length are those of training, so that compiled layers are not compiled for other shapes first: they would
-    be slower after. Called by all processes. Raises `UserError` if a document's loss depends on the document before it
-    or on later tokens, or if the implementation does not run here.
+    The model runs on a micro-batch of sequences of two documents, of training's shape, since layers
+    that were compiled for another shape first would be slower. Called by all processes. Raises
+    `UserError` if a document's loss depends on the document before it or on later tokens, or if the
+    implementation does not run here.
     """
     if config.attention == "flex" and device.type != "cuda":
         raise UserError(
-            "attention: flex trains on GPUs only (torch has no backward pass of it for others); set flash."
+            "attention: flex trains on GPUs only, since torch has no backward pass for others; "
+            "set flash."
         )
     if config.attention == "flash" and device.type == "cuda":
         if config.precision == "fp32":
             raise UserError(
-                "attention: flash computes in bf16 only; set training.precision: bf16, or attention: sdpa."
+                "attention: flash computes in bf16 only; "
+                "set training.precision: bf16, or attention: sdpa."
             )
         _check_kernel(device)
     rows, length = config.micro_batch_size, max(config.sequence_length, 16)
@@ -232,7 +235,7 @@ def check_attention(
 
 
 def _two_documents(rows: int, length: int) -> Batch:
-    """Rows of two documents; the second one has 8 tokens, the first 6 of which have targets."""
+    """Sequences of two documents; the second has 8 tokens, of which the first 6 have targets."""
     ids = (5 + torch.arange(rows * length) % 32).view(rows, length)
     labels = ids.roll(-1, 1)
     labels[:, :-8] = labels[:, -2:] = IGNORED
@@ -241,7 +244,7 @@ def _two_documents(rows: int, length: int) -> Batch:
 
 
 def _check_kernel(device: torch.device) -> None:
-    """Raises `UserError` if a GPU's kernel does not compute what the loop over documents does, with a window too."""
+    """Raises `UserError` if the GPU's kernel and the loop over documents give different results."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(48, heads, 64, generator=generator).bfloat16() for heads in (4, 2, 2)

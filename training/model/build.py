@@ -1,4 +1,4 @@
-"""The model: a causal language model of transformers under our loss, its weights loaded shard by shard."""
+"""The model: a causal language model of transformers, with our loss, loaded shard by shard."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ from cpt_merge.checkpoint.model_names import stored_names
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
-from cpt_merge.data.packing import Batch
+from cpt_merge.data.packing import IGNORED, Batch
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.model.attention import IMPLEMENTATIONS, attention_arguments, check_supported
+from cpt_merge.training.model.attention import (
+    IMPLEMENTATIONS,
+    attention_arguments,
+    check_supported,
+    describe_attention,
+)
+from cpt_merge.training.model.compile import compile_layers
 from cpt_merge.training.model.fp8 import convert_to_fp8
 from cpt_merge.training.model.head import find_head_form
 from cpt_merge.training.model.loss import Head, cross_entropy_sum
+from cpt_merge.training.model.recompute import apply_recompute
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -30,8 +37,9 @@ TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 class CausalLM(nn.Module):
     """A causal LM whose forward pass gives the loss.
 
-    The head is applied within this module's forward, so that under FSDP its weight is gathered there, and the logits
-    are made in chunks. Dropout is off: a run then has no random state but its data order, and resumes exactly.
+    The head is applied in this module's forward pass, so that FSDP gathers its weight there and the
+    logits are made in chunks. Dropout is off, so the order of the data is the only random state of
+    a run, which therefore resumes exactly.
     """
 
     model: Any  # a PreTrainedModel; transformers has no types
@@ -42,9 +50,9 @@ class CausalLM(nn.Module):
         self.loss_chunk, self.compiled_loss = loss_chunk, compiled_loss
         self.form = find_head_form(model)
         self.frozen_rows = 0
-        """The rows 0 .. frozen_rows - 1 of embedding and head get no gradient: exactly zero."""
+        """Rows 0 .. frozen_rows - 1 of embedding and head get a gradient of exactly zero."""
         self.stored_names: dict[str, str] = {}
-        """The model's name -> the name in the checkpoint that the weights were loaded from."""
+        """The name in the model -> the name in the checkpoint that was loaded."""
         model.get_input_embeddings().register_forward_hook(self._freeze)
 
     @property
@@ -54,7 +62,7 @@ class CausalLM(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The output head as it is now; under FSDP, to be used within `forward` only."""
+        """The output head as it is now; with FSDP, usable in `forward` only."""
         output = self.model.get_output_embeddings()
         bias = getattr(output, "bias", None)
         return Head(output.weight, bias, self.form.scale, self.form.softcap, self.frozen_rows)
@@ -62,7 +70,8 @@ class CausalLM(nn.Module):
     def forward(self, batch: Batch, last: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropies of the batch's targets, in nats.
 
-        With `last`, instead the float32 logits [rows, vocabulary] of one position of each row; no others are made.
+        With `last`, instead the float32 logits [sequences, vocabulary] of one position of each
+        sequence; no others are made.
         """
         hidden = self.model.get_decoder()(
             input_ids=batch.input_ids,
@@ -83,7 +92,7 @@ class CausalLM(nn.Module):
         )
 
     def train(self, mode: bool = True) -> CausalLM:
-        """Training mode for this module; the model within stays in evaluation mode, so that nothing in it is random."""
+        """Training mode for this module; the inner model stays in evaluation mode: no dropout."""
         super().train(mode)
         self.model.eval()
         return self
@@ -95,7 +104,7 @@ class CausalLM(nn.Module):
 
 
 def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
-    """The model of a checkpoint with its parameters on the meta device: shapes without memory.
+    """The model of a checkpoint with its parameters on the meta device, where they take no memory.
 
     Raises `UserError` for a model that cannot be trained as the configuration says.
     """
@@ -106,20 +115,16 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
             model = AutoModelForCausalLM.from_config(
                 model_config, dtype=dtype, attn_implementation=IMPLEMENTATIONS[config.attention]
             )
-    except (
-        ValueError,
-        ImportError,
-        KeyError,
-    ) as error:  # no causal model, or one without this attention
-        own = isinstance(error, KeyError)  # it chooses among attention classes of its own
+    except (ValueError, ImportError, KeyError) as error:
+        own = isinstance(error, KeyError)  # the model chooses among its own attention classes
         reason = "it has no such attention" if own else str(error).strip().split(". ")[0][:200]
         raise UserError(
-            f"the model in {directory} cannot be built with attention: {config.attention} ({reason}); "
-            "set training.attention to eager, or use a causal language model."
+            f"the model in {directory} cannot be built with attention: {config.attention} "
+            f"({reason}); set training.attention to eager, or use a causal language model."
         ) from None
     model.tie_weights()
     check_supported(model, config)
-    _say_what_is_left_out(model_config.get_text_config(decoder=True))
+    _report_unused_settings(model_config.get_text_config(decoder=True))
     if config.fp8:
         convert_to_fp8(
             decoder_layers(model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,11 +132,12 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
     return CausalLM(model, config.loss_chunk, config.compile).train()
 
 
-def _say_what_is_left_out(config: Any) -> None:
+def _report_unused_settings(config: Any) -> None:
     dropout = [name for name, value in config.to_dict().items() if _is_dropout(name) and value]
     if dropout:
         say(
-            f"model: {', '.join(dropout)} of its config.json are not used; training is without dropout"
+            f"model: {', '.join(dropout)} of its config.json are ignored, "
+            "since training has no dropout"
         )
     if getattr(config, "router_aux_loss_coef", None) or getattr(config, "num_local_experts", None):
         say("model: the auxiliary loss of its expert routers is not added to the loss")
@@ -144,7 +150,7 @@ def _is_dropout(name: str) -> bool:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a model of transformers: the one list of `num_hidden_layers` modules in its decoder.
+    """The decoder layers of a model: the list of `num_hidden_layers` modules in its decoder.
 
     Raises `UserError` if there is none.
     """
@@ -154,15 +160,16 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(
-        f"{type(model).__name__} has no list of {count} decoder layers; it cannot be trained here."
+        f"{type(model).__name__} has no list of {count} decoder layers; it cannot be trained."
     )
 
 
 def load_weights(module: CausalLM, directory: Path, device: torch.device) -> None:
-    """Fill the (sharded) meta parameters from a checkpoint; every process reads only its own rows.
+    """Fill the (sharded) meta parameters from a checkpoint; every process reads only its rows.
 
-    Buffers that a checkpoint holds are read whole; the others were computed when the model was built.
-    Raises `UserError` for a tensor that the checkpoint lacks or holds in another shape or type.
+    Buffers that a checkpoint holds are read whole; the others were computed when the model was
+    built. Raises `UserError` for a tensor that the checkpoint lacks or holds in another shape or
+    type.
     """
     source = WeightSource.open(module, directory, device)
     state: dict[str, Any] = {}
@@ -180,13 +187,14 @@ def load_weights(module: CausalLM, directory: Path, device: torch.device) -> Non
     unused = sorted(source.checkpoint.tensors.keys() - module.stored_names.values())
     if unused:
         say(
-            f"model: {len(unused)} tensors of {directory} are not part of the model and not used: {unused[0]}, ..."
+            f"model: {len(unused)} tensors of {directory} are not part of the model "
+            f"and are ignored: {unused[0]}, ..."
         )
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A checkpoint, by the model's names."""
+    """A checkpoint whose tensors are found by the model's names."""
 
     checkpoint: Checkpoint
     names: dict[str, str]
@@ -194,24 +202,26 @@ class WeightSource:
 
     @staticmethod
     def open(module: CausalLM, directory: Path, device: torch.device) -> WeightSource:
-        """The checkpoint in `directory`; the module learns under which names it stores its tensors."""
+        """Open the checkpoint in `directory`, and tell the module its names."""
         checkpoint = Checkpoint.open(directory)
         module.stored_names = stored_names(module.model, checkpoint.tensors, directory)
         return WeightSource(checkpoint, module.stored_names, device)
 
     def load(self, name: str, target: Tensor) -> Tensor:
-        """The values of a parameter or buffer like `target`; of a sharded one, this process's rows."""
+        """Values for `target`; of a sharded one, this process's rows."""
         stored_name, directory = self.names.get(name, name), self.checkpoint.directory
         info = self.checkpoint.tensors.get(stored_name)
         if info is None or tuple(info.shape) != tuple(target.shape):
             found = f"in shape {tuple(info.shape)}" if info else "not at all"
             raise UserError(
-                f"{directory} holds {stored_name} {found}, the model needs {tuple(target.shape)}; "
+                f"{directory} holds {stored_name} {found}, but the model needs "
+                f"{tuple(target.shape)}; "
                 "use a checkpoint of the architecture that its config.json names."
             )
         if target.is_floating_point() and info.dtype not in TORCH_DTYPES:
             raise UserError(
-                f"{directory} holds {stored_name} as {info.dtype}; convert the checkpoint to bfloat16."
+                f"{directory} holds {stored_name} as {info.dtype}; "
+                "convert the checkpoint to bfloat16."
             )
         stored = torch.from_numpy(self.checkpoint.read(stored_name, *local_rows(target)))
         if info.dtype in TORCH_DTYPES:
@@ -245,3 +255,48 @@ def named_local_parameters(module: CausalLM) -> Iterator[tuple[str, nn.Parameter
     """(checkpoint name, parameter) of every parameter, tied ones once."""
     for name, parameter in module.model.named_parameters():
         yield module.stored_names.get(name, name), parameter
+
+
+def prepare_layers(module: CausalLM, config: TrainingConfig) -> None:
+    """Activation checkpointing, then compilation; call it before sharding."""
+    apply_recompute(module.layers, config.activation_checkpointing)
+    if config.compile:
+        compile_layers(module.layers)
+
+
+def one_document_each(input_ids: Tensor) -> Batch:
+    """A batch of sequences that are one document each, without targets."""
+    positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+    return Batch.of(input_ids, torch.full_like(input_ids, IGNORED), positions.contiguous())
+
+
+def describe_model(
+    module: CausalLM, config: TrainingConfig, device: torch.device
+) -> dict[str, str]:
+    """Lines of the startup summary: what is computed, and how."""
+    count = sum(full_shape(parameter).numel() for parameter in module.parameters())
+    trained = sum(
+        full_shape(parameter).numel()
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    )
+    name, rows = type(module.model).__name__, module.frozen_rows
+    return {
+        "model": f"{name}, {count / 1e6:,.1f} M parameters"
+        + (f", {trained / 1e6:,.1f} M trained" if trained < count else "")
+        + (f", of embedding and head the rows from {rows:,} on" if rows else ""),
+        "precision": {
+            "bf16": "bf16 compute, fp32 master weights, fp32 reduction",
+            "fp32": "fp32",
+            "pure-bf16": "bf16 throughout",
+        }[config.precision] + (", fp8 matmuls in the layers" if config.fp8 else ""),
+        "attention": describe_attention(config, device),
+        "layers": ("compiled" if config.compile else "not compiled")
+        + f", activation checkpointing {config.activation_checkpointing}",
+    }  # fmt: skip
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The whole shape of a parameter, of which ZeRO 3 shows only a part."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

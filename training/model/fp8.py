@@ -1,8 +1,8 @@
 """Linear layers of the decoder in float8, by torchao, on GPUs that compute in it.
 
-Scaled by row: each token by its own largest value. One scale per tensor, torchao's default, would let a token's result
-depend on all others of the batch, documents that it must not see and later tokens included; `check_attention` refuses
-that. Weights stay in their master type.
+Values are scaled by row: each token by its own largest value. With one scale per tensor, torchao's
+default, a token's result would depend on all others of the batch, including documents that it must
+not see and later tokens; `check_attention` refuses that. Weights stay in their master type.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ CAPABILITY = (8, 9)  # the first NVIDIA GPUs with float8 matmuls: Ada and Hopper
 
 
 def convert_to_fp8(layers: nn.ModuleList, device: torch.device) -> None:
-    """Replace the layers' `nn.Linear` by float8 ones, before compiling and sharding. Embedding and head stay.
+    """Replace the layers' `nn.Linear` by float8 ones; call it before compiling and sharding.
 
     Raises `UserError` where the GPU or torchao is missing.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         raise UserError(
-            f"training.fp8 needs a GPU of capability {CAPABILITY[0]}.{CAPABILITY[1]}; set it to false."
+            f"training.fp8 needs a GPU of capability {CAPABILITY[0]}.{CAPABILITY[1]}; "
+            "set it to false."
         )
     try:
         float8 = importlib.import_module("torchao.float8")

@@ -1,4 +1,4 @@
-"""What a model does between its decoder and its logits, found by asking it."""
+"""What a model does between its decoder and its logits, found by measuring it."""
 
 from __future__ import annotations
 
@@ -18,44 +18,42 @@ _TOKENS, _ROWS = 4, 32  # of the probe
 
 @dataclass(frozen=True)
 class HeadForm:
-    """Scale and cap of the logits, as `training.loss.Head` states them."""
+    """Scale and cap of the logits, as in `training.model.loss.Head`."""
 
     scale: float = 1.0
     softcap: float | None = None
 
 
 class _Hidden(BaseModelOutputWithPast):  # type: ignore[misc]
-    """A decoder's output of which only the hidden states are there."""
+    """A decoder's output that has only the hidden states."""
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
 def find_head_form(model: Any) -> HeadForm:
-    """How a model of transformers makes logits of hidden states; its parameters may be on the meta device.
+    """How a model computes logits from hidden states; its parameters may be on the meta device.
 
-    Families differ in names and in whether they divide or multiply (`logit_scale`, `logits_scaling`,
-    `lm_head_multiplier`), so the scale is measured: the model's own forward runs with a given hidden state in place of
-    its decoder and a small matrix in place of its head, and the result must be the formula's.
-    Raises `UserError` for a model with another kind of head.
+    Families name the scale differently (`logit_scale`, `logits_scaling`, `lm_head_multiplier`), and
+    some divide by it. So the scale is measured: the model's own forward pass runs with a given
+    hidden state in place of its decoder and a small matrix in place of its head, and the result
+    must match the formula. Raises `UserError` for a model with another kind of head.
     """
     name, head = type(model).__name__, model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), Tensor) or head.weight.ndim != 2:
-        raise UserError(
-            f"{name} has no output head of one matrix; such models cannot be trained here."
-        )
+        raise UserError(f"{name} has no output head of one matrix; such models cannot be trained.")
     softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, _TOKENS, head.weight.shape[1], generator=generator, dtype=torch.float64)
     matrix = torch.randn(_ROWS, head.weight.shape[1], generator=generator, dtype=torch.float64)
-    matrix /= head.weight.shape[1] ** 0.5  # logits of about 1, so that a cap is not reached
+    matrix /= head.weight.shape[1] ** 0.5  # logits of about 1, below any cap
     plain = hidden @ matrix.T
     try:
         with torch.no_grad(), _replaced(model.get_decoder(), hidden), _replaced(head, matrix):
             logits = model(
                 input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False
             ).logits
-        digits = 12 if logits.dtype == torch.float64 else 7  # some models turn logits into float32
+        digits = 12 if logits.dtype == torch.float64 else 7  # some models return float32
         logits = logits.double()
         bare = logits if softcap is None else softcap * torch.atanh(logits / softcap)
         form = HeadForm(
@@ -75,14 +73,14 @@ def find_head_form(model: Any) -> HeadForm:
             str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         )
         raise UserError(
-            f"{name} makes its logits in its own way ({reason}); such models cannot be trained here."
+            f"{name} makes its logits in its own way ({reason}); such models cannot be trained."
         ) from None
     return form
 
 
 @contextmanager
 def _replaced(module: nn.Module, value: Tensor) -> Iterator[None]:
-    """Within the block a decoder gives `value` whatever it is called with, and a head multiplies by it."""
+    """Within the block a decoder returns `value`, and a head multiplies by it."""
 
     def decoder(*_: Any, **__: Any) -> _Hidden:
         return _Hidden(last_hidden_state=value)

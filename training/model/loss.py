@@ -16,7 +16,8 @@ from cpt_merge.data.packing import IGNORED
 class Head:
     """How a hidden state h becomes logits: z = softcap * tanh(scale * (h W^T + b) / softcap).
 
-    Without `softcap`, z = scale * (h W^T + b). The rows 0 .. frozen_rows - 1 of W and b get no gradient.
+    Without `softcap`, z = scale * (h W^T + b). Rows 0 .. frozen_rows - 1 of W and b get no
+    gradient.
     """
 
     weight: Tensor  # [vocabulary, width]
@@ -45,8 +46,9 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Sum over the targets of -ln p(target), in nats, float32.
 
-    `hidden` [tokens, width], `labels` [tokens] with IGNORED where there is no target; `chunk` tokens are taken at a
-    time. May be differentiated once. With `compiled`, torch.compile makes what lies between the matmuls of training.
+    `hidden` is [tokens, width], `labels` [tokens] with IGNORED where there is no target. `chunk`
+    tokens are computed at a time. The result can be differentiated once. With `compiled`,
+    torch.compile handles what is between the matmuls of training.
     """
     if torch.is_grad_enabled():
         total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -63,18 +65,27 @@ def cross_entropy_sum(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies; its gradients are computed in the forward pass, chunk by chunk.
 
-    For logits z, softmax p and one-hot targets y, a = h W^T + b: d loss / dz = p - y, and with
-    dz / da = scale * (1 - (z / softcap)^2) =: s, g = (p - y) s: d loss / dh = g W, d loss / dW = sum over tokens of
-    g^T h, d loss / db = sum over tokens of g. Peak memory: a chunk of logits in float32 and one in the type of the
-    matmuls, if that is another, and the float32 gradient of W.
+    With a = h W^T + b, logits z, softmax p and one-hot targets y:
+
+        g = d loss / da = (p - y) * scale * (1 - (z / softcap)^2)
+        d loss / dh = g W    d loss / dW = sum over tokens of g^T h    d loss / db = sum of g
+
+    Peak memory: a chunk of logits in float32, one in the type of the matmuls if that is another,
+    and the float32 gradient of W.
     """
 
     @staticmethod
     def forward(
-        context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, labels: Tensor, chunk: int,
+        context: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        labels: Tensor,
+        chunk: int,
         compiled: bool,
-    ) -> Tensor:  # fmt: skip
-        """The loss; all gradients are made here and kept, for an upstream gradient of 1."""
+    ) -> Tensor:
+        """The loss. All gradients are computed here and kept, for an upstream gradient of 1."""
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
         weight_gradient = torch.empty_like(weight, dtype=_accumulator(weight))
@@ -115,7 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_gradient(
     logits: Tensor, target: Tensor, head: Head, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(sum of -ln p(target), its gradient by h W^T + b in `dtype`) of a chunk of logits, which are overwritten."""
+    """(sum of -ln p(target), its gradient by h W^T + b in `dtype`); overwrites `logits`."""
     slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
     kept = (target != IGNORED).unsqueeze(1).to(logits.dtype)
     place = target.clamp_min(0).unsqueeze(1)
@@ -132,8 +143,10 @@ def _loss_and_gradient(
 def _compiled_loss_and_gradient(
     logits: Tensor, target: Tensor, head: Head, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The same, to be compiled: where the other form reads and writes all logits for every operation, this one reads
-    them twice and writes the gradient once. Uncompiled it would hold several tensors of their size.
+    """The same to be compiled: it reads the logits twice and writes the gradient once.
+
+    The other form reads and writes all logits in every operation; this one, if it were not
+    compiled, would hold several tensors of their size.
     """
     kept, place = target != IGNORED, target.clamp_min(0)
     log_total = torch.logsumexp(logits, 1)
@@ -152,7 +165,7 @@ def _accumulator(weight: Tensor) -> torch.dtype:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32 (or wider). On a GPU the product of two bfloat16 matrices is not rounded in between."""
+    """a b in float32 or wider; on a GPU without rounding a bfloat16 product in between."""
     wide = _accumulator(a)
     if a.dtype != wide and a.is_cuda:
         return torch.mm(a, b, out_dtype=wide)
@@ -160,7 +173,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a b, or total = a b if it is the first; what `total` held before does not matter then."""
+    """total += a b; total = a b for the first chunk, whatever `total` held before."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
     elif first:

@@ -1,8 +1,8 @@
-"""Activation checkpointing: what the forward pass keeps for the backward pass, layer by layer.
+"""Activation checkpointing: what the forward pass of a layer keeps for the backward pass.
 
-none        every activation
-full        each layer's input; the layer is computed again in the backward pass
-selective   besides, the results of attention and of every second matmul; what is cheap is computed again
+none        every activation full        each layer's input; the layer is computed again in the
+backward pass selective   also the results of attention and of every second matmul; the cheap rest
+is computed again
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ ATTENTION = {
 
 
 def apply_recompute(layers: nn.ModuleList, mode: Recompute) -> None:
-    """Let each layer's forward pass keep only what `mode` says. Before compiling and sharding; names do not change.
+    """Let each layer keep only what `mode` says. Call it before compiling and sharding.
 
     There is no dropout, so random states are not restored.
     """
     if mode == "none":
         return
     for layer in layers:
-        # the instance's forward, not a wrapping module: parameters keep their names, decoders find a layer's attributes
+        # replacing forward keeps the parameters' names and the attributes that decoders look for
         layer.forward = _recomputed(layer.forward, mode)
 
 
 def _recomputed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
-    """A plain function, which torch.compile traces; a partial object it would leave alone."""
+    """A plain function, which torch.compile traces; it would skip a `functools.partial`."""
     contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
 
     def recomputed(*arguments: Any, **names: Any) -> Any:
@@ -58,7 +58,7 @@ def _recomputed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., A
 
 
 def _selective_contexts() -> tuple[Any, Any]:
-    """One policy for the forward pass and one for the recomputation, each with its own count of matmuls."""
+    """A policy that counts matmuls in the forward pass and in the recomputation separately."""
     return create_selective_checkpoint_contexts(_policy())  # type: ignore[no-any-return, no-untyped-call]
 
 

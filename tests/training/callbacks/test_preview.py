@@ -11,7 +11,7 @@ from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.files import merge_directories as merge
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tracking import Tracker
-from cpt_merge.training.distributed.replaced import replaced
+from cpt_merge.training.distributed.backend import replaced
 from tests.distributed import run_ranks
 from tests.training.runs import PROMPTS, Job, assert_same_weights, train, train_steps, weights
 

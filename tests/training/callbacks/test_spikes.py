@@ -91,6 +91,6 @@ def test_the_record_names_the_rows_of_the_step_and_is_written_once(tmp_path: Pat
     one, two = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     assert one == {
         "step": 5, "loss": 9.5, "mean": 2.0, "deviation": 0.1,
-        "first_index": 10, "last_index": 11, "rows": [["위키", 17], ["web", 3]],
+        "first_index": 10, "last_index": 11, "sequences": [["위키", 17], ["web", 3]],
     }  # fmt: skip
     assert two["loss"] is None

@@ -1,6 +1,7 @@
 """Rates, waits and stalls, from processes of which one is slower."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,17 +23,19 @@ def an_interval() -> list[dict[str, float]]:
     ask_for("fsdp2")
     parallel = start_parallel()
     slow = 1 + 2 * parallel.world.rank
-    throughput = Throughput(CONFIG, parallel, flops_per_token=1e6, peak=1e9)
-    for _ in range(5):
-        with throughput.waiting_for_data():
-            time.sleep(0.02 * slow)
-        time.sleep(0.02 * slow)
-        throughput.count_step()
-    with throughput.paused():
+    throughput = Throughput()
+    throughput.trainer = SimpleNamespace(config=CONFIG, parallel=parallel)  # type: ignore[assignment]
+    throughput.flops_per_token, throughput.peak = 1e6, 1e9
+    with throughput.phase():
+        for _ in range(5):
+            time.sleep(0.04 * slow)
+            throughput.spent("data", 0.02 * slow)
+            throughput.after_step()
         time.sleep(0.3)
-    with throughput.stalled_by_checkpoint():
+        throughput.spent("evaluation", 0.3)
         time.sleep(0.1 * slow)
-    found = [throughput.metrics(), throughput.metrics()]
+        throughput.spent("checkpoint", 0.1 * slow)
+        found = [throughput.metrics(), throughput.metrics()]
     stop_process_group()
     return found
 
@@ -58,7 +61,10 @@ def test_an_interval_is_told_alike_by_all_processes_and_forgotten() -> None:
 def without_a_peak() -> dict[str, float]:
     ask_for("fsdp2")
     parallel = start_parallel()
-    metrics = Throughput(CONFIG, parallel, flops_per_token=1e6).metrics()
+    throughput = Throughput()
+    throughput.trainer = SimpleNamespace(config=CONFIG, parallel=parallel)  # type: ignore[assignment]
+    with throughput.phase():
+        metrics = throughput.metrics()
     stop_process_group()
     return metrics
 

@@ -85,7 +85,7 @@ def test_a_process_that_holds_the_interpreter_is_seen_too(tmp_path: Path) -> Non
     code = f"""
         import re
         from pathlib import Path
-        from training.watchdog import Watchdog
+        from cpt_merge.training.callbacks.watchdog import Watchdog
 
         def stuck():
             re.match("(a|aa)+$", "a" * 60 + "b")

@@ -49,5 +49,5 @@ def test_each_process_has_its_gpu(launcher: str, local_rank: int, visible: int, 
 
 
 def test_more_processes_than_gpus_are_refused() -> None:
-    with pytest.raises(UserError, match="process 4 of this node has no GPU, 4 can be seen"):
+    with pytest.raises(UserError, match="process 4 of this node has no GPU, since 4 are visible"):
         gpu_of(World(4, 8, 4, "torchrun"), 4)

@@ -60,7 +60,7 @@ class SlowBackend:
 
 
 def state(step: int, **changes: Any) -> TrainState:
-    return TrainState(step, 0, 0, 0, "key", layout="slow", **changes)
+    return TrainState("key", step, layout="slow", **changes)
 
 
 def checkpoints_in(folder: Path, **settings: Any) -> Checkpoints:

@@ -124,7 +124,7 @@ def test_a_second_backward_pass_is_refused() -> None:
 
 PEAK = """
 import resource, torch
-from training.loss import Head, cross_entropy_sum
+from cpt_merge.training.model.loss import Head, cross_entropy_sum
 hidden, weight = torch.randn({tokens}, 16, requires_grad=True), torch.randn(10000, 16, requires_grad=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 cross_entropy_sum(hidden, Head(weight), torch.zeros({tokens}, dtype=torch.long), 128).backward()

@@ -1,4 +1,4 @@
-"""torch.compile: each decoder layer, one graph for all of them, for the training step alone."""
+"""torch.compile for the decoder layers, which share one graph, in the training step only."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torch import Tensor, nn
 
 
 def compile_layers(layers: nn.ModuleList) -> None:
-    """Compile when they first run."""
+    """Compile the layers when they first run."""
     for layer in layers:
-        layer.compile(
-            fullgraph=True
-        )  # or torch would silently run what it cannot compile uncompiled
+        layer.compile(fullgraph=True)  # otherwise torch silently skips what it cannot compile
 
 
 def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Within it compiled layers run as they were before compiling.
+    """Run a function with layers that are not compiled.
 
-    For what is not training: its shapes are many, and torch.compile would answer them with code for any shape, which
-    the training would then use too.
+    Outside training there are many shapes, for which torch.compile would make code for any shape,
+    and training would use that slower code too.
     """
 
     @wraps(function)

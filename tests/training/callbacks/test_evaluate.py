@@ -1,4 +1,4 @@
-"""The line of the base beside the curves: measured once for each number of held-out rows."""
+"""The base's bits per byte, with which training is compared, are measured once for each number of sequences."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from cpt_merge.core.distributed import stop_process_group
 from cpt_merge.data.sources import Corpus
 from cpt_merge.data.store import Store
 from cpt_merge.data.tokenise import write_store
-from cpt_merge.training.callbacks.reference import FILE, reference_line
+from cpt_merge.training.callbacks.evaluate import REFERENCE_FILE, reference_line
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.parallel import start_parallel
 from tests.distributed import run_ranks
@@ -34,15 +34,15 @@ def measured(base: Path, store: Path, out: Path, rows: int) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_it_is_kept_and_measured_again_on_other_rows(
+def test_it_is_kept_and_measured_again_on_other_sequences(
     model: Path, store_with_base: Path, tmp_path: Path
 ) -> None:
     found = run_ranks(measured, 2, model, store_with_base, tmp_path, 6)
     assert found[0] == found[1]
     assert found[0].keys() == {"ko", "en"}
-    kept = json.loads((tmp_path / FILE).read_text())
+    kept = json.loads((tmp_path / REFERENCE_FILE).read_text())
     kept["bits_per_byte"]["ko"] = 1.0
-    (tmp_path / FILE).write_text(json.dumps(kept))
+    (tmp_path / REFERENCE_FILE).write_text(json.dumps(kept))
     assert run_ranks(measured, 1, model, store_with_base, tmp_path, 6)[0]["ko"] == 1.0
     assert run_ranks(measured, 1, model, store_with_base, tmp_path, 2)[0]["ko"] not in (
         1.0,

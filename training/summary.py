@@ -1,0 +1,58 @@
+"""What is active when a phase starts, read from the objects and not from the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.data.mixture import SourceShare, describe
+from cpt_merge.training.distributed.backend import Backend
+from cpt_merge.training.distributed.parallel import Parallel
+from cpt_merge.training.memory import MemorySetup, ModelShape, available_memory, estimate_memory
+from cpt_merge.training.phases import PhaseSetup
+
+GB = 1e9
+
+
+def startup_summary(
+    setup: PhaseSetup, backend: Backend, parallel: Parallel, shares: Sequence[SourceShare]
+) -> str:
+    """Lines of `name  what is active`."""
+    config, phase, device = setup.config, setup.phase, parallel.device
+    micro_batches = config.micro_batches(parallel.size)
+    written = (
+        ", written during training" if backend.writes_asynchronously(config.checkpoints) else ""
+    )
+    lines = {
+        **backend.describe(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "step": f"{config.global_batch_size} sequences of {config.sequence_length} = "
+        f"{config.tokens_per_step:,} tokens; each process {micro_batches} "
+        f"micro-batch{'es' if micro_batches > 1 else ''} of {config.micro_batch_size} sequences",
+        "run": f"{config.steps:,} steps, {config.steps * config.tokens_per_step:,} tokens",
+        "text": "\n              ".join(describe(shares)),
+        "phase": f"{phase.number + 1}: steps {phase.start + 1:,} to {phase.stop:,} train "
+        f"{phase.train}, learning rate {phase.learning_rate:g}, "
+        f"embedding and head {phase.embedding_learning_rate:g}",
+        "checkpoints": f"every {config.checkpoints.every} steps, "
+        f"{backend.state_bytes() / GB:,.2f} GB each{written}",
+        "memory": memory_line(setup, backend, parallel),
+    }
+    lines["device"] += f", started by {parallel.world.launcher}"
+    return "\n".join(f"  {name:<11} {text}" for name, text in lines.items())
+
+
+def memory_line(setup: PhaseSetup, backend: Backend, parallel: Parallel) -> str:
+    """The estimated memory of one process, and what it can have."""
+    checkpoint = Checkpoint.open(setup.model)
+    shape = ModelShape.from_config(checkpoint.config, checkpoint.parameters, str(setup.model))
+    memory = replace(
+        MemorySetup.of(setup.config, backend.strategy, parallel.size, backend.shard_count),
+        vocabulary_only=setup.phase.train != "all",
+    )
+    needed, there = estimate_memory(shape, memory).total, available_memory(parallel.device)
+    warning = "; MORE THAN IS AVAILABLE" if needed > there else ""
+    return f"about {needed / GB:,.2f} GB per process, {there / GB:,.2f} GB available{warning}"
