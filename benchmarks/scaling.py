@@ -90,8 +90,8 @@ def summary(runs: list[PublishedRun]) -> str:
     )
     worst = max(held_out, key=lambda run: abs(run.error))
     return (
-        f"{len(held_out)} of {len(runs)} runs held out: "
-        f"median error {median(errors):.1%}, {counted}; "
+        f"{len(held_out)} of {len(runs)} runs held out: median error {median(errors):.1%}, "
+        f"{counted};\n"
         f"worst {worst.error:+.0%} ({worst.source}, {worst.model} on {worst.gpus} {worst.gpu})."
     )
 
