@@ -49,7 +49,7 @@ def started(restart: int = 0, job: int = 7, **more: str) -> dict[str, str]:
 def attempt(
     recipe: Recipe, restart: int = 0, *, code: int | None = 1, failure: str = "", killed: str = ""
 ) -> str:
-    """One attempt from begin to end. Returns what follows; nothing if nobody ends it (code None)."""
+    """One attempt from begin to end. Returns what follows; nothing without an end (code None)."""
     folder = begin(recipe, started(restart))
     if failure:
         fails(folder, 0, failure)

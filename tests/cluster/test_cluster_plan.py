@@ -25,9 +25,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = {
         "name": "planned", "runs": str(folder / "runs"),
         "models": {"base": str(folder / "base"), "chat": str(folder / "base")},
-        "corpus": {"sources": [{"path": str(folder / f"{name}.txt"), "language": name} for name in ("ko", "en")]},
+        "corpus": {
+            "sources": [
+                {"path": str(folder / f"{name}.txt"), "language": name} for name in ("ko", "en")
+            ]
+        },
         "tokenizer": {"new_pieces": {"ko": 1000}},
-        "training": {"tokens": 10**9, "sequence_length": 4096, "global_batch_size": 256, "micro_batch_size": 2},
+        "training": {
+            "tokens": 10**9, "sequence_length": 4096, "global_batch_size": 256,
+            "micro_batch_size": 2,
+        },
     }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -36,8 +43,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_headers(folder: Path) -> None:
     folder.mkdir()
-    config = {"vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-              "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}  # fmt: skip
+    config = {
+        "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     shapes = {"model.embed_tokens.weight": [32_000, 2048], "lm_head.weight": [32_000, 2048]}
     for layer in range(16):
@@ -116,24 +126,33 @@ def test_deepspeed_is_not_estimated(path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("request_", "overrides", "sentence"),
+    ("gpu", "override", "sentence"),
     [
-        (ClusterOptions("v100"), [], "the speed of the GPU 'v100' is not known; use one of a100-40gb, a100, h100"),
-        (ClusterOptions("h100", nodes=3), [], "training.global_batch_size = 256 does not divide over 24 GPUs; set 264"),
-        (ClusterOptions("h100"), ["training.precision=fp32"], "for bf16 only; set training.precision"),
-        (ClusterOptions("a100"), ["training.fp8=true"], "a100 has no float8 matmuls"),
-        (None, ["training.sequence_length=16384"], "training.sequence_length = 16384 but the model has 8192 positions; lower it"),
+        (
+            "v100",
+            None,
+            "the speed of the GPU 'v100' is not known; use one of a100-40gb, a100, h100",
+        ),
+        ("h100", "training.global_batch_size=100", "= 100 does not divide over 8 GPUs; set 104"),
+        ("h100", "training.precision=fp32", "for bf16 only; set training.precision"),
+        ("a100", "training.fp8=true", "a100 has no float8 matmuls"),
+        (
+            None,
+            "training.sequence_length=16384",
+            "= 16384 but the model has 8192 positions; lower it",
+        ),
     ],
-)  # fmt: skip
+)
 def test_contradictions_are_one_sentence_before_anything_else(
     path: Path,
     capsys: pytest.CaptureFixture[str],
-    request_: ClusterOptions | None,
-    overrides: list[str],
+    gpu: str | None,
+    override: str | None,
     sentence: str,
 ) -> None:
+    recipe = load_recipe(path, [override] if override else [])
     with pytest.raises(UserError, match=sentence):
-        show_plan(load_recipe(path, overrides), request_)
+        show_plan(recipe, ClusterOptions(gpu) if gpu else None)
     assert capsys.readouterr().out == ""
 
 

@@ -149,10 +149,14 @@ def test_the_parts_are_the_step_and_rates_follow_from_it() -> None:
 def test_mfu_is_counted_as_training_counts_it() -> None:
     for shape in (LLAMA_8B, LLAMA_2_7B):
         config = LlamaConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, tie_word_embeddings=False,
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.width,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
             num_key_value_heads=shape.key_value * shape.heads // shape.query,
-        )  # fmt: skip
+            tie_word_embeddings=False,
+        )
         assert scaling.flops_of(shape, 4096) == flops_per_token(config, shape.parameters, 4096)
 
 
@@ -280,10 +284,10 @@ def test_an_unknown_gpu_lists_the_known() -> None:
 
 def test_the_constants_follow_from_the_runs_marked_as_fitted() -> None:
     found = fit(published_runs())
-    kept = {
-        "STRAGGLER": scaling.STRAGGLER,
-        **{f"{name} {field}": getattr(GPUS[name], field) for name in ("a100", "h100") for field in ("matmul_share", "interference")},
-    }  # fmt: skip
+    kept = {"STRAGGLER": scaling.STRAGGLER}
+    for name in ("a100", "h100"):
+        kept[f"{name} matmul_share"] = GPUS[name].matmul_share
+        kept[f"{name} interference"] = GPUS[name].interference
     assert found == pytest.approx(kept, rel=0.005)
     assert found.keys() == kept.keys()
 

@@ -23,17 +23,23 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """  # KillWait is Slurm's default (mini-slurm's own is 5)
 
 
-class Cluster:
-    """N nodes. Everything that it started is gone after `down`."""
+class SlurmCluster:
+    """A cluster of N nodes. `down` ends everything that it has started."""
 
-    def __init__(self, nodes: int) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="cms-", dir="/tmp"))  # sockets want a short path
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="cms-", dir="/tmp"))  # sockets need a short path
         (self.folder / "extra.conf").write_text(CONFIGURATION)
         self.environment = {
-            **os.environ, "MINI_SLURM_DIR": str(self.folder / "s"), "MINI_SLURM_EXTRA": str(self.folder / "extra.conf"),
-            "MINI_SLURM_SUBNET": "10.98.78", "OMP_NUM_THREADS": "1",  # six processes share this machine's cores
+            **os.environ,
+            "MINI_SLURM_DIR": str(self.folder / "s"),
+            "MINI_SLURM_EXTRA": str(self.folder / "extra.conf"),
+            "MINI_SLURM_SUBNET": "10.98.78",
+            "OMP_NUM_THREADS": "1",  # six processes share this machine's cores
         }  # fmt: skip
         self._crashed: set[str] = set()
+
+    def up(self, nodes: int) -> None:
+        """Start so many nodes."""
         self._mini_slurm("up", str(nodes))
 
     def _mini_slurm(self, *words: str) -> str:
@@ -50,68 +56,57 @@ class Cluster:
         return done.stdout
 
     def slurm(self, *words: str, **environment: str) -> str:
-        """A Slurm command on the login node; what it printed."""
+        """Run a Slurm command on the login node; returns its output."""
         done = subprocess.run(
-            [SCRIPT, "exec", *words], env={**self.environment, **environment}, cwd=ROOT, capture_output=True, text=True,
-            timeout=60, check=False,
+            [SCRIPT, "exec", *words], env={**self.environment, **environment}, cwd=ROOT,
+            capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout.strip()
 
     def on(self, node: str, *words: str) -> subprocess.CompletedProcess[str]:
-        """A command on a node, past Slurm: `ps`, `kill`."""
+        """Run a command on a node, without Slurm: `ps`, `kill`."""
         box = (self.folder / "s" / "pid" / f"box-{node}").read_text().split()[0]
         first = subprocess.run(
             ["pgrep", "-P", box], capture_output=True, text=True, check=True
         ).stdout.strip()
-        command = [
-            "nsenter",
-            "-t",
-            first,
-            "--net",
-            "--uts",
-            "--mount",
-            "--ipc",
-            "--pid",
-            "--root",
-            *words,
-        ]
+        namespaces = "--net --uts --mount --ipc --pid --root".split()
+        command = ["nsenter", "-t", first, *namespaces, *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     def crash(self, node: str) -> None:
-        """Pull the plug."""
+        """Switch a node off without warning."""
         self._mini_slurm("crash", node)
         self._crashed.add(node)
 
     def boot(self, node: str) -> None:
-        """Switch it on again."""
+        """Switch a node on again."""
         self._mini_slurm("boot", node)
         self._crashed.discard(node)
 
     def restore(self) -> None:
-        """All nodes up and no jobs, whatever a test has left behind."""
+        """Cancel all jobs and start all nodes, whatever a test has left behind."""
         self.slurm("scancel", "--user", "root")
         for node in sorted(self._crashed):
             self.boot(node)
 
     def down(self) -> None:
-        """Stop everything, jobs first."""
-        self.slurm("scancel", "--user", "root")
+        """Stop everything, jobs included."""
         self._mini_slurm("down")
         shutil.rmtree(self.folder)
 
 
 @dataclass
-class Job:
+class SlurmJob:
     """A submitted job."""
 
-    cluster: Cluster
+    cluster: SlurmCluster
     id: str
     log_path: Path
 
     @property
     def fields(self) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """The fields of `scontrol show job`."""
         shown = self.cluster.slurm("scontrol", "show", "job", "-o", self.id)
         return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
@@ -122,20 +117,18 @@ class Job:
 
     @property
     def restarts(self) -> int:
-        """How often it was requeued."""
+        """The number of its requeues."""
         return int(self.fields["Restarts"])
 
     @property
     def log(self) -> str:
-        """What it has printed."""
-        return (
-            self.log_path.read_text(encoding="utf-8", errors="replace")
-            if self.log_path.is_file()
-            else ""
-        )
+        """Its output so far."""
+        if not self.log_path.is_file():
+            return ""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def wait(self, done: Callable[[], object], seconds: float, what: str) -> None:
-        """Until `done()` is true. The job's log is shown where that takes longer than `seconds`."""
+        """Wait until `done()` is true. Fails with the job's log after `seconds`."""
         end = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < end, (
@@ -144,19 +137,18 @@ class Job:
             time.sleep(0.2)
 
     def wait_for_log(self, text: str, seconds: float, times: int = 1) -> None:
-        """Until the log holds `text` so many times."""
+        """Wait until the log contains `text` so many times."""
         self.wait(lambda: self.log.count(text) >= times, seconds, f"{text!r} in the log")
 
     def wait_for_end(self, seconds: float) -> str:
-        """Until Slurm is done with it. Returns its state."""
+        """Wait until the job has ended. Returns its state."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait(lambda: self.state in ends, seconds, "the end of the job")
         return self.state
 
 
-def submit(cluster: Cluster, log: Path, *words: str | Path, **environment: str) -> Job:
+def submit(cluster: SlurmCluster, log: Path, *words: str | Path, **environment: str) -> SlurmJob:
     """`sbatch` with the job's output in `log`."""
-    printed = cluster.slurm(
-        "sbatch", "--parsable", f"--output={log}", *map(str, words), **environment
-    )
-    return Job(cluster, printed.split(";")[0], log)
+    options = ["--parsable", f"--output={log}"]
+    printed = cluster.slurm("sbatch", *options, *map(str, words), **environment)
+    return SlurmJob(cluster, printed.split(";")[0], log)

@@ -1,4 +1,4 @@
-"""A cluster of three nodes, the demo's models and text, and a run of theirs that is ready to be trained."""
+"""A cluster of three nodes, the demo's models and text, and a run that is ready for training."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.slurm.cluster import ROOT, Cluster, Job, submit
+from tests.slurm.cluster import ROOT, SlurmCluster, SlurmJob, submit
 from tests.slurm.jobs import SCRIPT, start
 
 INPUTS = ROOT / "runs" / "demo-inputs"
 SETTINGS = {
-    "tokenizer": {"new_pieces": {"zh_tw": 900, "ko": 600}, "min_frequency": 3, "character_coverage": 0.98},
+    "tokenizer": {
+        "new_pieces": {"zh_tw": 900, "ko": 600}, "min_frequency": 3, "character_coverage": 0.98,
+    },
     "training": {
-        "tokens": 128 * 12 * 48, "sequence_length": 128, "global_batch_size": 12, "micro_batch_size": 2, "precision": "fp32",
-        "optimizer": {"learning_rate": 1e-3}, "log_every": 1, "evaluate_every": 24, "evaluate_sequences": 12,
-        "continuations": 0, "checkpoints": {"every": 8},
+        "tokens": 128 * 12 * 48, "sequence_length": 128, "global_batch_size": 12,
+        "micro_batch_size": 2, "precision": "fp32", "optimizer": {"learning_rate": 1e-3},
+        "log_every": 1, "evaluate_every": 24, "evaluate_sequences": 12, "continuations": 0,
+        "checkpoints": {"every": 8},
     },
     "evaluation": {"max_new_tokens": 8, "samples_shown": 1},
     "tracking": {"mode": "offline"},
@@ -32,17 +35,14 @@ SETTINGS = {
 @pytest.fixture(scope="session")
 def inputs() -> Path:
     """The demo's models and text; made once, which takes minutes."""
-    subprocess.run(
-        [sys.executable, "-m", "cpt_merge.recipes.demo.prepare", "--out", str(INPUTS)],
-        cwd=ROOT,
-        check=True,
-    )
+    command = [sys.executable, "-m", "cpt_merge.recipes.demo.prepare", "--out", str(INPUTS)]
+    subprocess.run(command, cwd=ROOT, check=True)
     return INPUTS
 
 
 @pytest.fixture(scope="session")
 def recipe_path(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's recipe with fewer pieces, tokens and prompts; `runs` has to be given as an override."""
+    """The demo's recipe with fewer pieces, tokens and prompts; needs `runs` as an override."""
     recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
     folder = tmp_path_factory.mktemp("recipe")
     prompts = (inputs / "prompts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -60,18 +60,8 @@ def prepared(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A run whose tokenizer, embedding and data stages are finished."""
     runs = tmp_path_factory.mktemp("prepared")
     for command in ("tokenizer", "embeddings", "data"):
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "cpt_merge.launcher.cli",
-                command,
-                str(recipe_path),
-                f"runs={runs}",
-            ],
-            cwd=ROOT,
-            check=True,
-        )
+        words = ["-m", "cpt_merge.launcher.cli", command, str(recipe_path), f"runs={runs}"]
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
     return runs
 
 
@@ -83,27 +73,33 @@ def runs(prepared: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster() -> Iterator[SlurmCluster]:
     """Three nodes of four CPUs."""
     if os.geteuid() != 0:
         pytest.skip("the nodes of the throw-away cluster are network namespaces, which need root")
-    cluster = Cluster(3)
-    yield cluster
-    cluster.down()
+    cluster = SlurmCluster()
+    try:
+        cluster.up(3)
+        yield cluster
+    finally:
+        cluster.down()
 
 
 @pytest.fixture(autouse=True)
-def _whole(cluster: Cluster) -> Iterator[None]:
-    """One test's failure is not the next one's."""
+def _whole(cluster: SlurmCluster) -> Iterator[None]:
+    """Keep one test's failure from causing the next one's."""
     yield
     cluster.restore()
 
 
 @pytest.fixture(scope="session")
 def undisturbed(
-    cluster: Cluster, recipe_path: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory
+    cluster: SlurmCluster,
+    recipe_path: Path,
+    prepared: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The runs folder of a training on 2 x 2 that nothing happened to."""
+    """The runs folder of an undisturbed training on 2 x 2 tasks."""
     runs = tmp_path_factory.mktemp("undisturbed") / "runs"
     shutil.copytree(prepared, runs)
     job = start(cluster, recipe_path, runs)
@@ -113,19 +109,12 @@ def undisturbed(
 
 @pytest.fixture(scope="session")
 def by_sbatch(
-    cluster: Cluster, recipe_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Job]:
+    cluster: SlurmCluster, recipe_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, SlurmJob]:
     """The run of one job, from nothing, over 2 nodes of 2 tasks."""
     folder = tmp_path_factory.mktemp("by-sbatch")
     runs = folder / "runs"
-    job = submit(
-        cluster,
-        folder / "job.log",
-        "--nodes=2",
-        "--ntasks-per-node=2",
-        SCRIPT,
-        recipe_path,
-        f"runs={runs}",
-    )
+    words = ["--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}"]
+    job = submit(cluster, folder / "job.log", *words)
     assert job.wait_for_end(480) == "COMPLETED", job.log
     return runs / "demo", job

@@ -1,5 +1,7 @@
-"""A training on two nodes of two tasks goes through every kind of interruption and ends with the weights of one that
-was left alone. What each costs is written to /tmp/cpt-merge-slurm.json, for the table of docs/slurm.md.
+"""Training on two nodes of two tasks survives every kind of interruption.
+
+It ends with the weights of an undisturbed training. The cost of each interruption is written to
+/tmp/cpt-merge-slurm.json, for the table of docs/slurm.md.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Job
+from tests.slurm.cluster import SlurmCluster, SlurmJob
 from tests.slurm.jobs import (
     chat_model,
     curve,
@@ -25,66 +27,61 @@ from tests.slurm.jobs import (
 pytestmark = pytest.mark.slurm
 
 
-def killed_task(cluster: Cluster, job: Job) -> None:
+def killed_task(cluster: SlurmCluster, job: SlurmJob) -> None:
     """kill -9 of one task of training on the second node."""
     found = cluster.on("node2", "pgrep", "-f", "launcher.cli train").stdout.split()
     assert cluster.on("node2", "kill", "-9", found[-1]).returncode == 0
 
 
-def killed_batch_script(cluster: Cluster, job: Job) -> None:
+def killed_batch_script(cluster: SlurmCluster, job: SlurmJob) -> None:
     found = cluster.on("node1", "pgrep", "-f", "slurm_script").stdout.split()
     assert cluster.on("node1", "kill", "-9", *found).returncode == 0
 
 
-def requeued_by_hand(cluster: Cluster, job: Job) -> None:
+def requeued_by_hand(cluster: SlurmCluster, job: SlurmJob) -> None:
     cluster.slurm("scontrol", "requeue", job.id)
 
 
-def signalled(cluster: Cluster, job: Job) -> None:
-    """scancel --signal=TERM: the processes are told to stop, the job goes on."""
+def signalled(cluster: SlurmCluster, job: SlurmJob) -> None:
+    """scancel --signal=TERM: the processes are asked to stop, the job is not cancelled."""
     cluster.slurm("scancel", "--signal=TERM", job.id)
 
 
-def warned(cluster: Cluster, job: Job) -> None:
-    """What `--signal=USR1@...` does before the time limit."""
+def warned(cluster: SlurmCluster, job: SlurmJob) -> None:
+    """As `--signal=USR1@...` before the time limit."""
     cluster.slurm("scancel", "--signal=USR1", job.id)
 
 
-def preempted(cluster: Cluster, job: Job) -> None:
-    """A job of a partition that goes before takes the nodes: SIGTERM, the partition's GraceTime, the requeue."""
-    cluster.slurm(
-        "sbatch",
-        "--partition=urgent",
-        "--nodes=3",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap=sleep 5",
-    )
+def preempted(cluster: SlurmCluster, job: SlurmJob) -> None:
+    """A job of a higher partition takes the nodes: SIGTERM, the partition's GraceTime, requeue."""
+    options = "--partition=urgent --nodes=3 --exclusive --output=/dev/null".split()
+    cluster.slurm("sbatch", *options, "--wrap=sleep 5")
 
 
-def crashed_node(cluster: Cluster, job: Job) -> None:
-    """The second node is gone at once, and comes back."""
+def crashed_node(cluster: SlurmCluster, job: SlurmJob) -> None:
+    """The second node is lost without warning, and comes back."""
     cluster.crash("node2")
     time.sleep(1)
     cluster.boot("node2")
 
 
-def crashed_first_node(cluster: Cluster, job: Job) -> None:
+def crashed_first_node(cluster: SlurmCluster, job: SlurmJob) -> None:
     """The node of the batch script and of rank 0."""
     cluster.crash("node1")
     time.sleep(1)
     cluster.boot("node1")
 
 
-INTERRUPTIONS: list[Callable[[Cluster, Job], None]] = [
-    signalled, warned, requeued_by_hand, preempted, killed_task, killed_batch_script, crashed_node, crashed_first_node,
+INTERRUPTIONS: list[Callable[[SlurmCluster, SlurmJob], None]] = [
+    signalled, warned, requeued_by_hand, preempted, killed_task, killed_batch_script, crashed_node,
+    crashed_first_node,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("interrupt", INTERRUPTIONS)
 def test_an_interrupted_job_ends_with_the_same_weights(
-    interrupt: Callable[[Cluster, Job], None],
-    cluster: Cluster,
+    interrupt: Callable[[SlurmCluster, SlurmJob], None],
+    cluster: SlurmCluster,
     recipe_path: Path,
     runs: Path,
     undisturbed: Path,

@@ -1,4 +1,4 @@
-"""Time limits, other numbers of nodes, a node lost while a checkpoint is written, crash loops, chains and arrays."""
+"""Time limits, other numbers of nodes, lost nodes, crash loops, chains and arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import ROOT, Cluster, Job, submit
+from tests.slurm.cluster import ROOT, SlurmCluster, SlurmJob, submit
 from tests.slurm.conftest import SETTINGS
 from tests.slurm.jobs import (
     SCRIPT,
@@ -28,11 +28,12 @@ from tests.slurm.jobs import (
 
 pytestmark = pytest.mark.slurm
 
-LONG = f"training.tokens={7 * SETTINGS['training']['tokens']}"  # several jobs of two minutes on any machine
+# Several jobs of two minutes on any machine
+LONG = f"training.tokens={7 * SETTINGS['training']['tokens']}"
 
 
 def test_a_time_limit_that_is_hit_twice_costs_nothing(
-    cluster: Cluster, recipe_path: Path, runs: Path, prepared: Path, tmp_path: Path
+    cluster: SlurmCluster, recipe_path: Path, runs: Path, prepared: Path, tmp_path: Path
 ) -> None:
     undisturbed = tmp_path / "undisturbed" / "runs"
     shutil.copytree(prepared, undisturbed)
@@ -50,15 +51,16 @@ def test_a_time_limit_that_is_hit_twice_costs_nothing(
 
 
 def test_restarts_on_fewer_and_on_more_nodes_keep_the_order_of_samples(
-    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+    cluster: SlurmCluster, recipe_path: Path, runs: Path, undisturbed: Path
 ) -> None:
-    # two (pretend) GPUs, so two tasks: with --ntasks-per-node Slurm keeps the number of tasks, and waits for the node
+    # Two (pretend) GPUs give two tasks. With --ntasks-per-node Slurm would keep the number of tasks
+    # and wait for the node.
     job = start(cluster, recipe_path, runs, nodes="2-3", two="gpus-per-node")
     job.wait_for_log("6 shards, 6 processes", 120)
     wait_for_step(job, runs, 12)
     cluster.crash("node3")
     job.wait_for_log("4 shards, 4 processes", 200)
-    cluster.boot("node3")  # before a quick machine is through
+    cluster.boot("node3")  # before a fast machine has finished
     job.wait_for_log("training: continues from", 60)
     wait_for_step(job, runs, resumed_at(job, 1) + 4)
     cluster.slurm("scontrol", "requeue", job.id)
@@ -66,16 +68,15 @@ def test_restarts_on_fewer_and_on_more_nodes_keep_the_order_of_samples(
     assert job.wait_for_end(400) == "COMPLETED", job.log
     steps, losses = zip(*curve(runs), strict=True)
     assert steps == tuple(range(1, len(steps) + 1))
-    # the same samples in the same order: the sums differ in the last digits only, as they are added in another order
+    # The same samples in the same order. Sums are added in another order, so last digits differ.
     assert losses == pytest.approx([loss for _, loss in curve(undisturbed)], rel=2e-4)
 
 
 def test_a_node_that_is_lost_while_a_checkpoint_is_written(
-    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+    cluster: SlurmCluster, recipe_path: Path, runs: Path, undisturbed: Path
 ) -> None:
-    job = start(
-        cluster, recipe_path, runs, more=["training.checkpoints.every=1"]
-    )  # so that one is nearly always written
+    every_step = ["training.checkpoints.every=1"]  # so that one is nearly always being written
+    job = start(cluster, recipe_path, runs, more=every_step)
     checkpoints = runs / "demo" / "training" / "checkpoints"
     for attempt in itertools.count(1):
         wait_for_step(job, runs, 10)
@@ -93,7 +94,7 @@ def test_a_node_that_is_lost_while_a_checkpoint_is_written(
     assert curve(runs) == curve(undisturbed)
 
 
-def _wait_for_unfinished(job: Job, checkpoints: Path) -> None:
+def _wait_for_unfinished(job: SlurmJob, checkpoints: Path) -> None:
     end = time.monotonic() + 120
     while not list(checkpoints.glob("step-*.tmp")):
         assert time.monotonic() < end, job.log
@@ -101,13 +102,16 @@ def _wait_for_unfinished(job: Job, checkpoints: Path) -> None:
 
 
 def test_the_same_failure_three_times_ends_the_requeueing_and_says_why(
-    cluster: Cluster, recipe_path: Path, runs: Path, tmp_path: Path
+    cluster: SlurmCluster, recipe_path: Path, runs: Path, tmp_path: Path
 ) -> None:
     """A rank that is killed each time, as one that runs out of memory is."""
     python = tmp_path / "python"
     python.write_text(
         "#!/usr/bin/env bash\n"
-        '[[ "$*" == *"cli train"* && $SLURM_PROCID == 3 ]] && { echo "allocating more and more"; kill -9 $$; }\n'
+        'if [[ "$*" == *"cli train"* && $SLURM_PROCID == 3 ]]; then\n'
+        '    echo "allocating more and more"\n'
+        "    kill -9 $$\n"
+        "fi\n"
         f'exec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
@@ -117,20 +121,21 @@ def test_the_same_failure_three_times_ends_the_requeueing_and_says_why(
     assert job.fields["ExitCode"] == "2:0"
     assert "first on rank 3 on node2: it was ended from outside (Killed)" in job.log
     assert "The same 3 times in a row, without progress; the job is not tried again." in job.log
-    assert (
-        "3: allocating more and more" in job.log
-    )  # the log of the rank that failed first, repeated
+    assert "3: allocating more and more" in job.log, "the log of the rank that failed first"
 
 
 def test_a_chain_for_sites_where_jobs_may_not_requeue_themselves(
-    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+    cluster: SlurmCluster, recipe_path: Path, runs: Path, undisturbed: Path
 ) -> None:
     options = ["--no-requeue", f"--output={runs.parent}/job-%j.log", "--signal=USR1@30"]
-    words = [sys.executable, "-m", "cpt_merge.launcher.cli", "submit", recipe_path, f"runs={runs}", "--nodes=2",
-             "--tasks-per-node=2", "--chain=3", *(f"--sbatch={option}" for option in options)]  # fmt: skip
+    words = [
+        sys.executable, "-m", "cpt_merge.launcher.cli", "submit", recipe_path, f"runs={runs}",
+        "--nodes=2", "--tasks-per-node=2", "--chain=3",
+        *(f"--sbatch={option}" for option in options),
+    ]  # fmt: skip
     printed = cluster.slurm(*map(str, words), CPT_MERGE_PREFLIGHT="no")
     first, second, third = (
-        Job(cluster, id, runs.parent / f"job-{id}.log") for id in printed.split()
+        SlurmJob(cluster, id, runs.parent / f"job-{id}.log") for id in printed.split()
     )
     wait_for_step(first, runs, 12)
     cluster.slurm("scancel", "--signal=TERM", first.id)
@@ -142,19 +147,18 @@ def test_a_chain_for_sites_where_jobs_may_not_requeue_themselves(
 
 
 def test_an_array_whose_tasks_follow_one_another(
-    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+    cluster: SlurmCluster, recipe_path: Path, runs: Path, undisturbed: Path
 ) -> None:
     log = runs.parent / "job-%a.log"
-    job = submit(
-        cluster, log, "--array=1-3%1", "--no-requeue", "--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path,
-        f"runs={runs}", CPT_MERGE_PREFLIGHT="no",
-    )  # fmt: skip
+    options = "--array=1-3%1 --no-requeue --nodes=2 --ntasks-per-node=2".split()
+    words = [*options, SCRIPT, recipe_path, f"runs={runs}"]
+    job = submit(cluster, log, *words, CPT_MERGE_PREFLIGHT="no")
     tasks = [
-        Job(cluster, f"{job.id}_{number}", runs.parent / f"job-{number}.log")
+        SlurmJob(cluster, f"{job.id}_{number}", runs.parent / f"job-{number}.log")
         for number in (1, 2, 3)
     ]
     wait_for_step(tasks[0], runs, 12)
-    # Slurm 22.05 signals an array's task, and then says that it could not
+    # Slurm 22.05 signals an array's task, and then reports that it could not
     cluster.slurm("bash", "-c", f"scancel --quiet --signal=TERM {tasks[0].id} || true")
     assert tasks[1].wait_for_end(300) == "COMPLETED", tasks[1].log
     assert tasks[2].wait_for_end(90) == "COMPLETED"
@@ -163,14 +167,13 @@ def test_an_array_whose_tasks_follow_one_another(
 
 
 def test_a_second_job_of_a_run_does_not_disturb_the_first(
-    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+    cluster: SlurmCluster, recipe_path: Path, runs: Path, undisturbed: Path
 ) -> None:
     first = start(cluster, recipe_path, runs)
     wait_for_step(first, runs, 12)
-    second = submit(
-        cluster, runs.parent / "second.log", "--nodes=1", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}",
-        CPT_MERGE_PREFLIGHT="no",
-    )  # fmt: skip
+    words = ["--nodes=1", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}"]
+    log = runs.parent / "second.log"
+    second = submit(cluster, log, *words, CPT_MERGE_PREFLIGHT="no")
     assert second.wait_for_end(60) == "FAILED"
     assert f"is in use by job {first.id} on node[1-2] (running)" in second.log
     cluster.slurm("scancel", "--signal=TERM", first.id)
@@ -181,7 +184,7 @@ def test_a_second_job_of_a_run_does_not_disturb_the_first(
 
 @pytest.mark.parametrize("seconds", [0.1, 0.8, 1.6])
 def test_a_job_that_is_cancelled_at_its_very_start_stays_cancelled(
-    seconds: float, cluster: Cluster, recipe_path: Path, runs: Path
+    seconds: float, cluster: SlurmCluster, recipe_path: Path, runs: Path
 ) -> None:
     job = start(cluster, recipe_path, runs)
     job.wait(lambda: job.state == "RUNNING", 60, "its start")
@@ -192,17 +195,11 @@ def test_a_job_that_is_cancelled_at_its_very_start_stays_cancelled(
     assert (job.state, job.restarts) == ("CANCELLED", 0)
 
 
-def test_status_says_how_far_it_is(cluster: Cluster, recipe_path: Path, runs: Path) -> None:
+def test_status_shows_the_progress(cluster: SlurmCluster, recipe_path: Path, runs: Path) -> None:
     job = start(cluster, recipe_path, runs, "--time=30")
     wait_for_step(job, runs, 9)
-    words = [
-        sys.executable,
-        "-m",
-        "cpt_merge.launcher.cli",
-        "status",
-        str(recipe_path),
-        f"runs={runs}",
-    ]
+    status = ["-m", "cpt_merge.launcher.cli", "status", str(recipe_path), f"runs={runs}"]
+    words = [sys.executable, *status]
     shown = re.sub(r"\s+", " ", cluster.slurm(*words))
     assert re.search(
         rf"job {job.id}, running on node\[1-2\], (29|28|27):\d\d left of its time", shown

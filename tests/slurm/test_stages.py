@@ -1,4 +1,4 @@
-"""The stages before and after training: each is stopped once in its midst. And a node that preflight finds bad."""
+"""A stop in the middle of the other stages, and a node that the preflight finds bad."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, submit
+from tests.slurm.cluster import SlurmCluster, submit
 from tests.slurm.jobs import MODELS, SCRIPT, differing, start, weights
 
 pytestmark = pytest.mark.slurm
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.slurm
 STOPPED = ("tokenizer", "data", "evaluation")  # the others take a second or two
 
 
-def test_a_signal_in_any_stage_costs_that_stage_at_most(
-    cluster: Cluster, recipe_path: Path, tmp_path: Path, by_sbatch: tuple[Path, object]
+def test_a_signal_in_any_stage_costs_at_most_that_stage(
+    cluster: SlurmCluster, recipe_path: Path, tmp_path: Path, by_sbatch: tuple[Path, object]
 ) -> None:
     runs = tmp_path / "runs"
     words = ["--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}"]
@@ -36,9 +36,9 @@ def test_a_signal_in_any_stage_costs_that_stage_at_most(
 
 
 def test_a_bad_node_is_named_and_left_out_where_allowed(
-    cluster: Cluster, recipe_path: Path, runs: Path, undisturbed: Path
+    cluster: SlurmCluster, recipe_path: Path, runs: Path, undisturbed: Path
 ) -> None:
-    """The first node's disk for temporary files is nearly full; the batch script runs there, so it is the hardest."""
+    """The first node's temporary disk is nearly full. The batch script runs there."""
     temporary = runs.parent / "tmp"
     temporary.mkdir()
     mounted = cluster.on("node1", "mount", "-t", "tmpfs", "-o", "size=100m", "none", str(temporary))
@@ -57,7 +57,6 @@ def test_a_bad_node_is_named_and_left_out_where_allowed(
     finally:
         cluster.on("node1", "umount", str(temporary))
     assert "preflight: continuing without node1 (launch.spare_nodes = 1)" in job.log
-    assert {path.name.split("-")[-1] for path in (runs / "demo" / "slurm").glob(f"{job.id}-0/train-*.log")} == {
-        "node2.log", "node3.log",
-    }  # fmt: skip
+    logs = (runs / "demo" / "slurm").glob(f"{job.id}-0/train-*.log")
+    assert {path.name.split("-")[-1] for path in logs} == {"node2.log", "node3.log"}
     assert weights(runs) == weights(undisturbed)

@@ -1,4 +1,4 @@
-"""From text to chat model by sbatch alone; the same bytes as on one machine; a merge by three nodes."""
+"""From text to chat model by sbatch: the same bytes as on one machine; a merge by three nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import ROOT, Cluster, Job
+from tests.slurm.cluster import ROOT, SlurmCluster, SlurmJob
 from tests.slurm.jobs import MODELS, differing
 
 pytestmark = pytest.mark.slurm
@@ -21,34 +21,24 @@ pytestmark = pytest.mark.slurm
 def one_machine(
     recipe_path: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The run on this machine, in as many processes: by torchrun."""
+    """The run on this machine with as many processes, started by torchrun."""
     runs = tmp_path_factory.mktemp("one-machine") / "runs"
     shutil.copytree(prepared, runs)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=4",
-        "-m",
-        "cpt_merge.training",
-    ]
-    subprocess.run(
-        [*command, str(recipe_path), f"runs={runs}"],
-        cwd=ROOT,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4"]
+    training = ["-m", "cpt_merge.training", str(recipe_path), f"runs={runs}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, *training], cwd=ROOT, check=True, env=environment)
     return runs / "demo"
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_models_are_those_of_one_machine(
-    model: str, by_sbatch: tuple[Path, Job], one_machine: Path
+    model: str, by_sbatch: tuple[Path, SlurmJob], one_machine: Path
 ) -> None:
     assert not differing(by_sbatch[0] / model, one_machine / model)
 
 
-def test_all_of_the_pipeline_has_run_over_both_nodes(by_sbatch: tuple[Path, Job]) -> None:
+def test_all_of_the_pipeline_has_run_over_both_nodes(by_sbatch: tuple[Path, SlurmJob]) -> None:
     run, job = by_sbatch
     assert "FSDP2: 4 shards, 4 processes" in job.log
     assert "preflight: 2 nodes" in job.log
@@ -63,21 +53,12 @@ def test_all_of_the_pipeline_has_run_over_both_nodes(by_sbatch: tuple[Path, Job]
 
 
 def test_a_merge_over_three_nodes_has_the_digest_of_one_process(
-    cluster: Cluster, one_machine: Path, inputs: Path, tmp_path: Path
+    cluster: SlurmCluster, one_machine: Path, inputs: Path, tmp_path: Path
 ) -> None:
-    models = [
-        f"--cpt={one_machine / 'training' / 'cpt'}",
-        f"--base={inputs / 'base'}",
-        f"--chat={inputs / 'chat'}",
-    ]
+    cpt = one_machine / "training" / "cpt"
+    models = [f"--cpt={cpt}", f"--base={inputs / 'base'}", f"--chat={inputs / 'chat'}"]
     command = [sys.executable, "-m", "cpt_merge", "merge-models", *models]
     subprocess.run([*command, f"--out={tmp_path / 'alone'}"], cwd=ROOT, check=True)
-    cluster.slurm(
-        "srun",
-        "--nodes=3",
-        "--ntasks-per-node=2",
-        "--ntasks=6",
-        *command,
-        f"--out={tmp_path / 'nodes'}",
-    )
+    srun = "srun --nodes=3 --ntasks-per-node=2 --ntasks=6".split()
+    cluster.slurm(*srun, *command, f"--out={tmp_path / 'nodes'}")
     assert not differing(tmp_path / "alone", tmp_path / "nodes")

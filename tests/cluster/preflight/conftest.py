@@ -1,4 +1,4 @@
-"""A Slurm job as its first node sees it, with reports written by hand where no real node can give them."""
+"""A Slurm job as its first node sees it, with reports by hand where no real node can give them."""
 
 from __future__ import annotations
 

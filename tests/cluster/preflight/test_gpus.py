@@ -1,4 +1,4 @@
-"""The node's GPUs: nvidia-smi's answers, what the job was given, and a product that must be right."""
+"""The GPUs of a node: nvidia-smi's answers, Slurm's number of them, a product that must be right."""
 
 from __future__ import annotations
 
