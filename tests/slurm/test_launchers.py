@@ -1,4 +1,4 @@
-"""torchrun and accelerate inside sbatch, as in docs/slurm.md: stopped, resubmitted, equal weights."""
+"""torchrun and accelerate inside sbatch, as in docs/slurm.md: stopped, resubmitted, same bytes."""
 
 from __future__ import annotations
 

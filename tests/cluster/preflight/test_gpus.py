@@ -1,4 +1,4 @@
-"""The GPUs of a node: nvidia-smi's answers, Slurm's number of them, a product that must be right."""
+"""The GPUs of a node: nvidia-smi's answers, Slurm's number of them, a product that is right."""
 
 from __future__ import annotations
 
