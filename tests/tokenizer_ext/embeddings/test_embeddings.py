@@ -13,6 +13,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.tokenizer_ext import EmbeddingsConfig
 from cpt_merge.tokenizer_ext.embeddings.methods import INITIALISERS
+from cpt_merge.tokenizer_ext.embeddings.methods.auto import letterless_tokens
 from cpt_merge.tokenizer_ext.embeddings.methods.method import NewRows
 from cpt_merge.tokenizer_ext.embeddings.old_rows import OldRows
 from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
@@ -63,7 +64,7 @@ def test_old_rows_are_the_base_s_bit_for_bit(family, tmp_path, tracker, method):
 def test_constituents_have_the_direction_of_their_mean_and_the_norm_of_the_old_rows(
     untied, tmp_path, tracker
 ):
-    resize(untied, tmp_path / "out", tracker)
+    resize(untied, tmp_path / "out", tracker, input="constituents", head="constituents")
     for name in MATRICES:
         base, weights = untied.weights["base"][name].float(), load(tmp_path / "out")[name].float()
         norm = base.norm(dim=1).mean()
@@ -84,6 +85,50 @@ def test_ends_lean_on_the_last_constituent_in_the_input_and_on_the_first_in_the_
                 piece.constituents[end]
             ]
             assert torch.allclose(weights[piece.id], expected, rtol=2**-8, atol=1e-6), piece
+
+
+def test_auto_is_ends_for_pieces_with_letters_and_constituents_for_pieces_of_bytes(
+    untied, tmp_path, tracker
+):
+    """The constituents of `all` become bytes; those of the other pieces keep their letters."""
+    path = untied.tokenizer / "tokenizer.json"
+    content, vocabulary = json.loads(path.read_text()), untied.vocabulary
+    of_bytes = next(piece for piece in vocabulary.new if piece.piece == "all")
+    for letter, byte in zip(("a", "l"), ("<0xE4>", "<0xB8>"), strict=True):
+        content["model"]["vocab"][byte] = content["model"]["vocab"].pop(letter)
+    content["model"]["merges"] = []
+    path.write_text(json.dumps(content))
+    made = {}
+    for method in ("auto", "ends", "constituents"):
+        resize(untied, tmp_path / method, tracker, input=method, head=method)
+        made[method] = load(tmp_path / method)
+    for name in MATRICES:
+        for piece in vocabulary.new:
+            like = "constituents" if piece == of_bytes else "ends"
+            expected, found = made[like][name][piece.id], made["auto"][name][piece.id]
+            assert torch.allclose(found.float(), expected.float(), rtol=0.05, atol=0.01), piece
+        assert not torch.equal(made["ends"][name][of_bytes.id], made["auto"][name][of_bytes.id])
+
+
+@pytest.mark.parametrize(
+    ("token", "byte_level", "letterless"),
+    [
+        ("<0xE4>", False, True),
+        ("▁", False, True),
+        ("。", False, True),
+        ("中", False, False),
+        ("▁the", False, False),
+        ("ä¸", True, True),  # two bytes of a character
+        ("Ġ", True, True),
+        ("ä¸Ń", True, False),  # 中
+        ("ä¸Ńå", True, False),  # a character and the beginning of the next
+    ],
+)
+def test_which_tokens_hold_no_whole_letter(token, byte_level, letterless, tmp_path):
+    pre_tokenizer = {"type": "ByteLevel"} if byte_level else None
+    content = {"model": {"vocab": {token: 7}}, "pre_tokenizer": pre_tokenizer}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert letterless_tokens(tmp_path, [7]) == ({7} if letterless else set())
 
 
 def test_ends_of_a_tied_matrix_lean_on_neither(tmp_path, tracker):
@@ -181,7 +226,7 @@ def test_the_text_is_an_input_of_the_stage_for_focus_only(untied, tmp_path):
     assert focus != before[1]
 
 
-@pytest.mark.parametrize("method", ["constituents", "ends", "focus"])
+@pytest.mark.parametrize("method", ["auto", "constituents", "ends", "focus"])
 def test_rows_that_would_be_equal_come_apart(family, tmp_path, tracker, method):
     assert sorted(NEW["ed"]) == sorted(NEW["de"])
     resize(family, tmp_path / "out", tracker, input=method)
