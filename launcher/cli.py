@@ -508,7 +508,7 @@ def dashboard(
     """A W&B workspace of the run: a section per stage. One of the same name that this made before is replaced."""
     from cpt_merge.launcher.dashboard import pipeline_of
     from cpt_merge.launcher.recipe import load_recipe
-    from cpt_merge.tracking.dashboard import dashboard as make_dashboard
+    from cpt_merge.tracking.workspace import dashboard as make_dashboard
 
     loaded = load_recipe(recipe, overrides or [])
     make_dashboard(

@@ -1,4 +1,4 @@
-"""What a recipe's W&B workspace shows: the names of its metrics, from the recipe and the prompts that it names."""
+"""What a recipe's W&B workspace contains: the names of its metrics, from the recipe and prompts."""
 
 from __future__ import annotations
 
@@ -12,66 +12,55 @@ from cpt_merge.evaluation.sweep.recommend import drawn_metrics
 from cpt_merge.launcher.identity import IDS_FILE, group_name
 from cpt_merge.launcher.preview import read_prompts
 from cpt_merge.launcher.recipe import Recipe
-from cpt_merge.tracking.dashboard import Pipeline, ReplyMetric
+from cpt_merge.tracking.workspace import Pipeline, ReplyMetric
 
 
 def pipeline_of(recipe: Recipe) -> Pipeline:
-    """The pipeline as the dashboard needs it. Prompts are read; a wrong one is a `UserError`."""
+    """The pipeline as the dashboard needs it. Reads the prompts; `UserError` if they are wrong."""
+    found = metrics_of_replies(Setup(recipe.evaluation, recipe.corpus))
     metrics = [
         ReplyMetric(
-            metric.name,
-            f"{evaluator.capitalize()}: {metric.heading}",
-            "share" if metric.share else "",
+            one.name,
+            f"{evaluator.capitalize()}: {one.heading}",
+            "share" if one.share else "",
             languages,
         )
-        for evaluator, metric, languages in metrics_of_replies(
-            Setup(recipe.evaluation, recipe.corpus)
-        )
+        for evaluator, one, languages in found
     ]
     names = [BITS] * ("language" in recipe.evaluation.suites) + [metric.name for metric in metrics]
     if not (recipe.directory / IDS_FILE).is_file():
-        say(
-            f"dashboard: nothing was logged from {recipe.directory} yet; it shows what will be logged from there"
-        )
+        say(f"dashboard: {recipe.directory} has logged nothing yet; its next runs will be shown")
     return Pipeline(
-        group_name(recipe.name, recipe.directory), recipe.corpus.languages(), metrics, figures_for(names),
-        previewed=_previewed(recipe), swept=_swept(recipe),
-    )  # fmt: skip
+        group_name(recipe.name, recipe.directory),
+        recipe.corpus.languages(),
+        metrics,
+        figures_for(names),
+        previewed=_previewed(recipe),
+        swept=_swept(recipe),
+    )
 
 
 def _previewed(recipe: Recipe) -> list[ReplyMetric]:
-    """What is logged of a preview's replies: their form and, where prompts have them, the checks that they pass."""
+    """What a preview logs of its replies: their form and, if prompts have them, the checks."""
     if recipe.training.preview.every is None:
         return []
     asked = read_prompts(recipe)
-    everywhere = list(dict.fromkeys(one.language for one in asked))
+    languages = list(dict.fromkeys(one.language for one in asked))
     checked = list(dict.fromkeys(one.language for one in asked if one.turns[0].checks))
-    of_form = [
-        ReplyMetric(one.name, f"Preview: {one.heading}", "share", everywhere) for one in FORM
-    ]
-    of_checks = ReplyMetric(
-        CHECKS_STRICT.name, f"Preview: {CHECKS_STRICT.meaning}", "share", checked
-    )
-    return [*of_form, of_checks] if checked else of_form
+    texts = [(one.name, one.heading, languages) for one in FORM]
+    texts += [(CHECKS_STRICT.name, CHECKS_STRICT.meaning, checked)] * bool(checked)
+    return [ReplyMetric(name, f"Preview: {text}", "share", of) for name, text, of in texts]
 
 
 def _swept(recipe: Recipe) -> dict[str, str]:
-    """What a sweep draws over the ratio, if the recipe has a section for it or the run was swept already."""
+    """What a sweep draws over the ratio; empty if the recipe has no sweep and there was none."""
     if "sweep" not in recipe.model_fields_set and not (recipe.directory / "sweep").exists():
         return {}
     rule, suites = recipe.sweep.recommend, recipe.sweep.suites
-    measured = recipe.evaluation.model_copy(update={"suites": suites})
-    known = {
-        one.name: one.heading for _, one, _ in metrics_of_replies(Setup(measured, recipe.corpus))
-    }
-    known |= {BITS: METRIC.heading} if "language" in suites else {}
-    of_rule = {
-        rule.quality,
-        *rule.at_least,
-        *rule.at_most,
-    }  # a sweep that did not measure one of these would stop
-    return {
-        name: known.get(name, name).capitalize()
-        for name in drawn_metrics(rule)
-        if name in known or name in of_rule
-    }
+    setup = Setup(recipe.evaluation.model_copy(update={"suites": suites}), recipe.corpus)
+    titles = {one.name: one.heading for _, one, _ in metrics_of_replies(setup)}
+    titles |= {BITS: METRIC.heading} if "language" in suites else {}
+    # a sweep that did not measure a metric of the rule would stop
+    of_rule = {rule.quality, *rule.at_least, *rule.at_most}
+    drawn = [name for name in drawn_metrics(rule) if name in titles or name in of_rule]
+    return {name: titles.get(name, name).capitalize() for name in drawn}

@@ -1,4 +1,4 @@
-"""The report of a run: read from disk (`view`), on the terminal, and as one HTML page that needs no network."""
+"""The report of a run: read from disk (`view`), printed, and written as one HTML page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ PAGE = "report.html"
 
 
 def report(run: Path) -> None:
-    """Print an overview of a run and write `report.html` into its folder. Raises `UserError` for an unknown run."""
+    """Print an overview of a run and write `report.html` into its folder.
+
+    Raises `UserError` for an unknown run.
+    """
     view = read_run(run)
     show_run(view)
     write_text(run / PAGE, render_page(view, time.time()))

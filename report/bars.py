@@ -1,4 +1,4 @@
-"""Groups of bars as inline SVG: a group for each language, a bar for each model, a thin line for its 95 % interval."""
+"""Bars as inline SVG: a group for each language, a bar with its interval for each model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def draw_bars(
     share: bool = False,
     size: tuple[int, int] = NARROW,
 ) -> str:
-    """An SVG element. With `share`, values are parts of one. Values have to be finite and not negative."""
+    """An SVG element. With `share`, values are parts of one.
+
+    Values have to be finite and not negative.
+    """
     total_width, height = size
     known = [bar for one in series for bar in one.bars if bar]
     if not known:

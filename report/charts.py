@@ -1,4 +1,4 @@
-"""The charts of the report's page: which there are, their titles, and the colours of what they show."""
+"""The charts of the report's page: which there are, their titles and their colours."""
 
 from __future__ import annotations
 
@@ -57,23 +57,30 @@ class Plot:
         return name.startswith(self.begin) and name.endswith(self.end)
 
 
+def _machine(title: str, unit: str, begin: str, share: bool = False) -> Plot:
+    return Plot(title, unit, begin, from_zero=True, share=share, aside=True)
+
+
 PLOTS = (
     Plot("Loss", "nats per token", "train/loss", may_be_log=True),
     Plot(
-        "Held-out bits per byte", "bits per byte; dashed: the base with its own tokenizer",
-        "valid/", "/bits_per_byte", may_be_log=True,
+        "Held-out bits per byte",
+        "bits per byte; dashed: the base with its own tokenizer",
+        "valid/",
+        "/bits_per_byte",
+        may_be_log=True,
     ),
     Plot("Held-out loss", "nats per token; not comparable across tokenizers", "valid/", "/loss"),
     Plot("Gradient norm", "before clipping", "train/gradient_norm", may_be_log=True),
     Plot("Learning rate", "", "train/learning_rate", from_zero=True),
     Plot("Throughput", "tokens per second", "train/tokens_per_second", from_zero=True),
-    Plot("MFU", "share of the device's peak", "train/mfu", from_zero=True, share=True, aside=True),
-    Plot("Time of a step", "s, over the processes", "train/step_seconds_", from_zero=True, aside=True),
-    Plot("Peak memory", "GB, of the process with most", "train/peak_memory_gb", from_zero=True, aside=True),
-    Plot("Waiting for data", "share of the time", "train/data_wait_share", from_zero=True, share=True, aside=True),
-    Plot("Stalled by checkpoints", "s between two rows", "train/checkpoint_stall_seconds", from_zero=True, aside=True),
-    Plot("Time of a preview", "s", "preview/seconds", from_zero=True, aside=True),
-)  # fmt: skip
+    _machine("MFU", "share of the device's peak", "train/mfu", share=True),
+    _machine("Time of a step", "s, over the processes", "train/step_seconds_"),
+    _machine("Peak memory", "GB, of the process with most", "train/peak_memory_gb"),
+    _machine("Waiting for data", "share of the time", "train/data_wait_share", share=True),
+    _machine("Stalled by checkpoints", "s between two rows", "train/checkpoint_stall_seconds"),
+    _machine("Time of a preview", "s", "preview/seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class Palette:
         return f"k-l{place % LANGUAGE_COLOURS}"
 
     def curves(self, points: Iterable[tuple[Cell, Cell, Cell]]) -> list[Curve]:
-        """A curve for each language of (language, x, y); values that are no numbers are left out."""
+        """A curve for each language of (language, x, y), without values that are not numbers."""
         curves: dict[str, list[tuple[float, float]]] = {}
         for language, x, y in points:
             if isinstance(x, int | float) and isinstance(y, int | float):
@@ -161,7 +168,10 @@ def score_charts(log: StageLog, palette: Palette) -> list[Chart]:
 
 
 def training_charts(log: StageLog, palette: Palette) -> list[Chart]:
-    """The training curves: the known ones, then every other metric that is not constant. Previews are apart."""
+    """The training curves: the known ones, then every other metric that is not constant.
+
+    Previews are apart.
+    """
     of_previews = {name for names in previewed_metrics(log).values() for name in names.values()}
     plots = list(PLOTS)
     for name in log.metrics:

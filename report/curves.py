@@ -1,4 +1,4 @@
-"""Curves as inline SVG without a library or script: lines, grid, axes, and the values under the pointer."""
+"""Curves as inline SVG without library or script: lines, grid, axes, values under the pointer."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def is_logarithmic(curves: Sequence[Curve], form: ChartForm) -> bool:
 
 
 def _y_axis(values: Sequence[float], form: ChartForm) -> Axis:
-    """The y axis with room for all values; logarithmic if it may be and they are positive and far apart."""
+    """The y axis with room for all values; logarithmic if allowed and they are far apart."""
     low, high, bottom = min(values), max(values), HEIGHT - BOTTOM
     if form.may_be_log and low > 0 and high / low >= LOG_RATIO:
         return Axis(low / 1.15, high * 1.15, bottom, TOP, logarithmic=True)
@@ -122,7 +122,7 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
-    """At most `MOST_POINTS`: of each stretch its lowest and highest value, and one that is not finite.
+    """At most `MOST_POINTS`: of each stretch the lowest, the highest and one that is not finite.
 
     A spike or a NaN of a single step so remains visible. The last point is always kept.
     """

@@ -159,7 +159,7 @@ def tiles(view: RunView) -> list[Tile]:
 
 
 def _evaluated(scores: Mapping[tuple[str, str, str], float]) -> Iterator[Tile]:
-    """For each language, the good replies (if there are replies) and the bits per byte of every model."""
+    """For each language, good replies (if there are replies) and bits per byte of every model."""
     models = list(dict.fromkeys(model for _, model, _ in scores))
     for language in dict.fromkeys(language for _, _, language in scores):
         chat, bits = (

@@ -1,4 +1,4 @@
-"""The report as one HTML page without network or script: charts are inline SVG, pictures data URIs."""
+"""The report as one HTML page: charts are inline SVG, pictures data URIs, no script."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _content(path: Path) -> str:
 
 
 def _metrics(log: StageLog, shown: Collection[str]) -> list[tuple[str, int, float, float, float]]:
-    """Of every metric not `shown` before: how often it was logged, its newest, smallest and largest value."""
+    """For every metric not `shown` before: number of rows, newest, smallest and largest value."""
     values: dict[str, list[float]] = {}
     for row in log.rows:
         for name, value in row.items():
@@ -204,7 +204,7 @@ def _questions(log: StageLog) -> dict[str, list[Question]]:
 
 
 def _continuations(log: StageLog) -> list[tuple[str, str, list[tuple[Cell, str]]]]:
-    """(language, prompt, [(step, continuation), ...]) of held-out text; evenly spread ones of many steps."""
+    """(language, prompt, [(step, continuation), ...]) of held-out text, at evenly spread steps."""
     found: dict[tuple[str, str], list[tuple[Cell, str]]] = {}
     for row in log.records("train/continuations"):
         names = str(row["language"]), str(row["prompt"])
@@ -213,7 +213,7 @@ def _continuations(log: StageLog) -> list[tuple[str, str, list[tuple[Cell, str]]
 
 
 def _previews(log: StageLog) -> dict[str, list[Previewed]]:
-    """By language, the prompts with the chat model's reply at the newest step and at evenly spread earlier ones."""
+    """By language, the prompts with the newest reply and evenly spread earlier ones."""
     found: dict[tuple[str, str], list[dict[str, Cell]]] = {}
     for row in log.records("preview/replies"):
         names = str(row["language"]), str(row["prompt"])
@@ -261,7 +261,7 @@ def _template() -> Template:
 
 
 def _origins(view: RunView) -> list[tuple[str, str]]:
-    """Everything known about where each stage's result comes from, as JSON; the recipe is displayed once, apart."""
+    """For each stage, where its result comes from, as JSON; the recipe is displayed once, apart."""
     found = []
     for stage in view.logged:
         settings = stage.log.run.get("settings", {})
@@ -306,6 +306,6 @@ def _counted(reply: Mapping[str, Cell]) -> str:
 
 
 def _badges(reply: Mapping[str, Cell]) -> list[tuple[str, bool]]:
-    """The yes-or-no properties of a reply, in words; of several replies of a dialogue each has to have it."""
+    """The yes-or-no properties of a reply, in words; every turn of a dialogue has to have them."""
     held = {name: reply[name] == 1 for name in BADGES if name in reply}
     return [(words[not held[name]], held[name]) for name, words in BADGES.items() if name in held]

@@ -1,4 +1,4 @@
-"""Read everything that a finished or running run has left on disk, as one view for the terminal and the page."""
+"""Read what a finished or running run has left on disk, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class StageView:
 
     @property
     def state(self) -> str:
-        """finished, failed, stopped, or unknown: without a record and a last alert, it may run or have been killed."""
+        """How the stage ended; the disk does not tell running from cut short."""
         if self.record:
             return "finished"
         return self.end[0] if self.end else "running or cut short"
 
     @property
     def key(self) -> str | None:
-        """The key by which later stages identify this stage's result; None if its log does not contain one."""
+        """The key by which later stages identify this stage's result; None if unknown."""
         key = self.record.key if self.record else self.log.run.get("settings", {}).get("key")
         return None if key is None else str(key)
 
@@ -69,7 +69,7 @@ class StageView:
 
     @property
     def continued(self) -> bool:
-        """Whether its last attempt continued an earlier one: the first row is older than the start."""
+        """Whether its last attempt continued an earlier one: rows are older than its start."""
         return bool(self.log.rows) and float(self.log.rows[0]["time"]) < self.started
 
     @property
@@ -134,7 +134,7 @@ class RunView:
 
     @cached_property
     def older(self) -> dict[str, list[str]]:
-        """For each finished stage with outdated inputs: which inputs have been made anew or changed since."""
+        """For each finished stage with outdated inputs, those inputs."""
         finished = [(view, view.record) for view in self.stages if view.record]
         newest: dict[str, str] = {}
         for _, record in sorted(finished, key=lambda one: one[1].finished):
@@ -156,7 +156,7 @@ class RunView:
         return found
 
     def note(self, stage: str) -> str:
-        """What has to be displayed with the numbers of a stage that has outdated inputs; else empty."""
+        """The warning next to the numbers of a stage with outdated inputs; else empty."""
         return f"from older inputs: {', '.join(self.older[stage])}" if stage in self.older else ""
 
     @property
@@ -218,19 +218,16 @@ class MetricText:
 
 
 METRICS = {
-    "chat": MetricText(
-        "Good replies", "stop by themselves, are in the prompt's language, keep the chat format", True
-    ),
-    "bits_per_byte": MetricText("Bits per byte", "of held-out text; lower is better", False),
-    "stopped": MetricText("Replies that stop by themselves", "before the token limit", True),
-    "in_language": MetricText("Replies in the prompt's language", "by script", True),
-    "keeps_format": MetricText(
-        "Replies that keep the chat format", "no marker of the template in the text", True
-    ),
-    "repetition": MetricText(
-        "Repetition", "share of a reply that repeats itself; lower is better", True
-    ),
-}  # fmt: skip
+    name: MetricText(title, meaning, name != "bits_per_byte")
+    for name, title, meaning in (
+        ("chat", "Good replies", "stop, are in the prompt's language and keep the chat format"),
+        ("bits_per_byte", "Bits per byte", "of held-out text; lower is better"),
+        ("stopped", "Replies that stop by themselves", "before the token limit"),
+        ("in_language", "Replies in the prompt's language", "by script"),
+        ("keeps_format", "Replies that keep the chat format", "no marker of the template in them"),
+        ("repetition", "Repetition", "share of a reply that repeats itself; lower is better"),
+    )
+}
 
 
 def metrics_of(log: StageLog) -> dict[str, MetricText]:

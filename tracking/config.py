@@ -12,14 +12,15 @@ class TrackingConfig(Section):
 
     mode: Literal["auto", "online", "offline", "disabled"] = key(
         "auto",
-        "auto: online if there is an API key and the server answers, else offline; online: like auto, but a missing "
-        "key is an error, and WANDB_MODE is ignored; disabled: only the local log",
+        "auto: online if there is an API key and the server answers, else offline; online: like "
+        "auto, but a missing key is an error, and WANDB_MODE is ignored; disabled: only the local "
+        "log",
     )
     project: str = key("cpt-merge", "W&B project")
     entity: str | None = key(None, "W&B team or user; your default one if not set")
     tags: list[str] = key([], "W&B tags of every run of the pipeline")
     system_metrics: Literal["first", "nodes"] = key(
         "first",
-        "what W&B measures of the machine (GPU, memory, network) in training: first: on the node of rank 0; "
-        "nodes: on every node, each in a run of its own in the group, of type `system`",
+        "where W&B measures the machine (GPU, memory, network) in training: first: on the node of "
+        "rank 0; nodes: on every node, each in a separate run of type `system` in the group",
     )

@@ -16,7 +16,7 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Scalars:
-    """One row of metrics by name (`train/loss`); `STEP` is one of the names where there is a step."""
+    """One row of metrics by name (`train/loss`), `STEP` among them if the row has a step."""
 
     values: Row
 
@@ -73,7 +73,10 @@ class Alert:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A directory or file that the stage used or made. Its digest tells versions of the same name apart."""
+    """A directory or file that the stage used or made.
+
+    Its digest tells versions of the same name apart.
+    """
 
     name: str
     kind: str  # text, tokenizer, model or store

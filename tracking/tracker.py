@@ -1,14 +1,19 @@
-"""What stages log through. Rank 0 logs to the local log and to W&B; the trackers of other ranks have no sinks.
+"""What stages log through.
 
-An earlier attempt of the same stage has left rows in the local log. The first event decides what happens to them:
+Rank 0 logs to the local log and to W&B; the trackers of other ranks have no sinks.
 
-- After `resume_from(step)`, rows up to the checkpoint's step stay and later ones are cut off, because those steps are
-  repeated. The local log then contains each step once, as it led to the final model.
+An earlier attempt of the same stage has left rows in the local log. The first event decides what
+happens to them:
+
+- After `resume_from(step)`, rows up to the checkpoint's step stay and later ones are cut off,
+  because those steps are repeated. The local log then contains each step once, as it led to the
+  final model.
 - Without it, or with step 0, the stage starts over, and so does its local log.
 
-W&B gets the same. Rows that stay and that it lacks (a kill loses the last second) are sent again. Rows that it has
-cannot be taken back, so what it has of a step is not sent again, metric by metric: of a repeated step, W&B keeps the
-first attempt's value. Resuming is exact, so with the same world size both values are equal.
+W&B gets the same. Rows that stay and that it lacks (a kill loses the last second) are sent again.
+Rows that it has cannot be taken back, so what it has of a step is not sent again, metric by metric:
+of a repeated step, W&B keeps the first attempt's value. Resuming is exact, so with the same world
+size both values are equal.
 """
 
 from __future__ import annotations
@@ -44,7 +49,10 @@ NODE_RUN = "system"  # the job type of a run that only measures a node
 
 
 class Tracker:
-    """One stage's log: turns each call into an event for every sink. `Tracker()` has none and drops everything."""
+    """One stage's log: turns each call into an event for every sink.
+
+    `Tracker()` has none and drops everything.
+    """
 
     def __init__(self, sinks: Sequence[Sink] = (), record: Mapping[str, str] | None = None) -> None:
         self._sinks = sinks
@@ -53,11 +61,17 @@ class Tracker:
         self._early: list[Alert] = []  # alerts from before it was decided which rows are kept
 
     def resume_from(self, step: int) -> None:
-        """Say that the stage continues from a checkpoint of `step`, or starts over (0). Call it before logging."""
+        """Say that the stage continues from a checkpoint of `step`, or starts over (0).
+
+        Call it before logging.
+        """
         self._begin(step or None)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log scalars by name (`group/name`). `step`, the optimizer step, becomes `train/step`, not W&B's own step."""
+        """Log scalars by name (`group/name`).
+
+        `step`, the optimizer step, becomes `train/step`, not W&B's own step.
+        """
         row = {
             name: value if isinstance(value, int) else float(value)
             for name, value in metrics.items()
@@ -87,7 +101,8 @@ class Tracker:
     def artifact(self, artifact: Artifact) -> None:
         """Record what the stage used or made, from which W&B draws the lineage. Nothing is copied.
 
-        It may be called before `resume_from`: inputs are known before it is known where the stage continues.
+        It may be called before `resume_from`: inputs are known before it is known where the stage
+        continues.
         """
         self._send(Artifact(**without_secrets(asdict(artifact))))
 
@@ -140,11 +155,13 @@ def start_tracker(
     settings: dict[str, Any],
     run_id: str,
 ) -> Tracker:
-    """The tracker of one stage. All its files are under `directory`, which must not move before it is uploaded.
+    """The tracker of one stage.
 
-    `run_id` is derived from the run, so that a second attempt continues the same W&B run; `group` joins the stages
-    of a pipeline; `settings` is what W&B displays as the run's config. Raises `UserError` if the mode is online and
-    there is no API key.
+    All its files are under `directory`, which must not move before it is uploaded.
+
+    `run_id` is derived from the run, so that a second attempt continues the same W&B run; `group`
+    joins the stages of a pipeline; `settings` is what W&B displays as the run's config. Raises
+    `UserError` if the mode is online and there is no API key.
     """
     world = find_world()
     run = RunIdentity(stage, run_name, group, run_id, without_secrets(settings))
@@ -183,8 +200,9 @@ def _open(config: TrackingConfig, run: RunIdentity, directory: Path) -> tuple[Se
 class NodeSink:
     """One per node other than rank 0's, on request: W&B measures the node, and no event is logged.
 
-    Each node has a run of its own in the group, because offline W&B has no runs of several processes. The run is
-    opened by `begin`: earlier, rank 0 may still be preparing the stage's folder.
+    Each node has a run of its own in the group, because offline W&B has no runs of several
+    processes. The run is opened by `begin`: earlier, rank 0 may still be preparing the stage's
+    folder.
     """
 
     def __init__(self, open_sinks: Callable[[], Sequence[Sink]]) -> None:

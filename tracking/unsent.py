@@ -1,4 +1,4 @@
-"""Does a log hold what W&B has not got?"""
+"""Whether a log contains anything that is not at W&B. Does not import wandb without need."""
 
 from __future__ import annotations
 

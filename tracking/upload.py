@@ -1,4 +1,4 @@
-"""Uploading afterwards what a stage could not upload: no network, a server that did not answer, a kill."""
+"""Upload later what a stage could not upload: no network, a server that did not answer, a kill."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from cpt_merge.tracking.wandb_compat import is_offline
 
 
 def upload(directory: Path) -> bool:
-    """Upload what W&B does not have of a stage's log. Returns whether there was anything. No process may be logging.
+    """Upload what W&B does not have of a stage's log. Returns whether there was anything.
 
-    An online attempt that was cut short is continued: the server says how many rows it has, and the others are sent
-    from the local log. (`wandb sync --include-online` would append all its rows once more.) Then the offline
-    attempts are given to `wandb sync`, and rows that they lack (a full disk, a service that was gone) follow from the
-    local log.
+    No process may be logging.
+
+    An online attempt that was cut short is continued: the server says how many rows it has, and the
+    others are sent from the local log. (`wandb sync --include-online` would append all its rows
+    once more.) Then the offline attempts are given to `wandb sync`, and rows that they lack (a full
+    disk, a service that was gone) follow from the local log.
     """
     log = read_log(directory)
     run = RunIdentity(**{field.name: log.run[field.name] for field in fields(RunIdentity)})

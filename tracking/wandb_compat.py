@@ -1,7 +1,8 @@
 """What this project uses of wandb that is not its public API. Tested with wandb 0.31.
 
-When wandb is updated, check this module: the service process, artifacts by reference without a server, the lookup of
-API keys, and the files of an attempt (names, transaction log, the marker of `wandb sync`).
+When wandb is updated, check this module: the service process, artifacts by reference without a
+server, the lookup of API keys, and the files of an attempt (names, transaction log, the marker of
+`wandb sync`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cpt_merge.tracking.events import Artifact
 
 
 def find_key() -> bool:
-    """Whether there is an API key for the configured server: in the environment, a netrc file or wandb's settings."""
+    """Whether the environment, a netrc file or wandb's settings have a key for the server."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     settings = wandb.setup().settings
@@ -46,7 +47,10 @@ def kill_service() -> None:
 
 
 def forget_service() -> None:
-    """Let wandb start another service. Its teardown tells the old one to end, and exits if that is gone."""
+    """Let wandb start another service.
+
+    Its teardown tells the old one to end, and exits if that is gone.
+    """
     with suppress(Exception, SystemExit):
         wandb.teardown()
 
@@ -58,7 +62,7 @@ def service_has_ended() -> bool:
 
 
 def service_ends_soon() -> bool:
-    """Whether the service has ended or ends within a second: a call may fail before the end is visible."""
+    """Whether the service ends within a second: a call may fail before the end is visible."""
     for _ in range(10):
         if service_has_ended():
             return True
@@ -76,7 +80,7 @@ def _service_process() -> Any:
 
 
 def log_artifact(run: Any, artifact: Artifact) -> None:
-    """Log a reference to a directory or file under this project's digest; none of its bytes are read."""
+    """Log a reference to a directory or file by this project's digest, without reading it."""
     made = wandb.Artifact(artifact.name, type=artifact.kind, metadata=asdict(artifact))
     # the entry's name contains the digest, so that other content is another version
     made.add_reference(artifact.uri, name=artifact.digest.replace(":", "-"), checksum=False)
@@ -93,7 +97,7 @@ _WHOLE, _LAST, _FILLER = 1, 4, 0
 
 
 def attempt_folders(directory: Path, run_id: str = "*") -> list[Path]:
-    """The folders of a run's attempts (without an id: of every run's) in `directory`, in the order of their starts."""
+    """The folders of the attempts of a run (by default of all), in the order of their starts."""
     found = (directory / "wandb").glob(f"*run-*-{run_id}")
     return sorted(
         (path for path in found if not path.is_symlink()),

@@ -11,7 +11,7 @@ from cpt_merge.launcher.dashboard import pipeline_of
 from cpt_merge.launcher.preview import make_interview, read_prompts
 from cpt_merge.launcher.recipe import Recipe, load_recipe
 from cpt_merge.tracking import read_log
-from cpt_merge.tracking.dashboard import Panel, layout
+from cpt_merge.tracking.workspace import Panel, layout
 from tests.command_line import cpt_merge
 from tests.launcher.conftest import ROOT
 from tests.tracking.wandb_log import attempts, items, records

@@ -32,7 +32,7 @@ def test_a_run_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_logs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no log of a stage"):
+    with pytest.raises(UserError, match="has no log of a stage"):
         sync(tmp_path)
 
 
@@ -64,7 +64,7 @@ def test_a_run_without_wandb_is_not_called_uploaded(
             config, stage, f"demo-{stage}", "demo", tmp_path / stage / "log", {}, stage
         ).finish()
     with pytest.raises(
-        UserError, match=r"nothing to upload, since it was logged with tracking.mode: disabled"
+        UserError, match=r"nothing to upload, because it was logged with tracking.mode: disabled"
     ):
         sync(tmp_path)
     write_json(tmp_path / "data" / "log" / "run.json", {
@@ -72,5 +72,5 @@ def test_a_run_without_wandb_is_not_called_uploaded(
     })  # fmt: skip
     sync(tmp_path)
     said = capfd.readouterr().err
-    assert "W&B has nothing of tokenizer: logged with tracking.mode: disabled" in said
-    assert "W&B: all else is uploaded" in said
+    assert "nothing to upload of tokenizer: logged with tracking.mode: disabled" in said
+    assert "W&B: everything else is uploaded" in said

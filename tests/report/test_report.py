@@ -1,4 +1,4 @@
-"""`cpt-merge report`: what it makes of the folder of a finished, a running, a failed and an unknown run."""
+"""`cpt-merge report` of the folder of a finished, a running, a failed and an unknown run."""
 
 import json
 import math

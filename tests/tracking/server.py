@@ -1,9 +1,10 @@
 """A small W&B server for the tests: what wandb-core 0.31 asks for, recorded from it, and no more.
 
-History is kept as a W&B server keeps it: lines at the offsets that the client names, so a client that begins at the
-wrong offset overwrites rows (`overwritten`) or leaves a hole (`None` in `history`). A run that exists is told to
-the client when it resumes, with its number of lines and its last one. It is ours: what it proves of wandb's client
-holds for any server that keeps lines by offset, and nothing here was compared with W&B's own server.
+History is kept as a W&B server keeps it: lines at the offsets that the client names, so a client
+that begins at the wrong offset overwrites rows (`overwritten`) or leaves a hole (`None` in
+`history`). A run that exists is told to the client when it resumes, with its number of lines and
+its last one. It is ours: what it proves of wandb's client holds for any server that keeps lines by
+offset, and nothing here was compared with W&B's own server.
 """
 
 import gzip
@@ -83,7 +84,10 @@ class ServerArtifact:
 
 
 class WandbServer:
-    """The server, on a free port of 127.0.0.1. `stop` and `start` may be called again: the port stays its own."""
+    """The server, on a free port of 127.0.0.1.
+
+    `stop` and `start` may be called again: the port stays its own.
+    """
 
     def __init__(self) -> None:
         self.runs: dict[str, ServerRun] = {}

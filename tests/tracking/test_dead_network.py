@@ -1,4 +1,4 @@
-"""The server goes away while a run logs: nothing waits for it, the run ends in bounded time, and `sync` uploads the rest."""
+"""The server disappears while a run logs: nothing waits for it, and `sync` uploads the rest."""
 
 import subprocess
 import sys
@@ -61,7 +61,7 @@ def test_a_server_that_goes_away_slows_nothing_and_sync_uploads_the_rest(
     assert run.overwritten == 0
     assert any("continuations" in name for name in run.files) == media
     sync(tmp_path)
-    assert "W&B: all is uploaded" in capfd.readouterr().err
+    assert "W&B: everything is uploaded" in capfd.readouterr().err
     assert len(run.rows("train/loss")) == STEPS
 
 

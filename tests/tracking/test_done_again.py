@@ -1,4 +1,4 @@
-"""A stage that is done again: in its run where it was cut short, in a run of its own where it was finished."""
+"""A stage that is repeated: in the same run if it was cut short, in a new run if it was finished."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.launcher.test_identity import log
 def test_a_result_that_is_made_once_more_has_a_run_of_its_own(
     mode: str, tmp_path: Path, server
 ) -> None:
-    """Merged at ratio 1, at 0.8, and at 1 again: W&B would put the last one's rows behind those of the first."""
+    """Merged at ratio 1, 0.8, and 1 again: W&B would append the last rows to those of the first."""
     ids = []
     for number, ratio in enumerate(("11111111", "88888888", "11111111")):
         with stage_folder(tmp_path / "merge", MERGE, ratio):

@@ -1,4 +1,4 @@
-"""SIGKILL and resume: W&B's rows equal what was logged, offline, after `wandb sync`, and online against our server."""
+"""SIGKILL and resume: W&B's rows equal what was logged, online, offline and after `wandb sync`."""
 
 import os
 import random
@@ -133,7 +133,10 @@ def sync(*runs: Path) -> str:
 def test_a_log_that_a_kill_cut_anywhere_is_repaired_so_that_sync_goes_on(
     tmp_path: Path, server
 ) -> None:
-    """wandb writes by blocks: a kill may leave a part of a record, or no record. `wandb sync` would stop there."""
+    """wandb writes by blocks: a kill may leave a part of a record, or no record.
+
+    `wandb sync` would stop there.
+    """
     attempt(tmp_path, "offline", None)
     (log,) = attempts(tmp_path)
     data, whole = log.read_bytes(), list(read_rows(log))

@@ -1,4 +1,4 @@
-"""Reading back what wandb wrote, apart from the code under test: wandb's own `leet inspect`, or its protobuf records."""
+"""Read what wandb wrote without the code under test: by `leet inspect` or protobuf records."""
 
 import json
 import os
@@ -13,7 +13,7 @@ BLOCK, HEAD = 32768, 7
 
 
 def records(log: Path) -> list[Record]:
-    """Every whole record of a transaction log (LevelDB's framing after seven bytes of W&B's own)."""
+    """Every whole record of a transaction log (LevelDB's framing after seven bytes of header)."""
     data, place, found, parts = log.read_bytes(), HEAD, [], b""
     while place + HEAD <= len(data):
         if BLOCK - place % BLOCK < HEAD:
@@ -31,7 +31,7 @@ def records(log: Path) -> list[Record]:
 
 
 def attempts(directory: Path) -> list[Path]:
-    """The transaction logs of all attempts under a tracker's directory, in the order of their starts."""
+    """The transaction logs of all attempts in a tracker's directory, in the order of their starts."""
     wandb.teardown()  # this process's service closes its logs a moment after a run's finish
     logs = [
         path

@@ -11,9 +11,10 @@ class Sink(Protocol):
     """One destination of a stage's events. No call waits for a network."""
 
     def begin(self, kept: float | None) -> None:
-        """Decide about the rows of earlier attempts, once: keep those up to step `kept`, or none of them (None).
+        """Keep the rows of earlier attempts up to step `kept` (None: no rows). Called once.
 
-        `math.inf` keeps all: the stage ends before it knew where it continues. Only artifacts are written before.
+        `math.inf` keeps all: the stage ends before it knew where it continues. Only artifacts are
+        written earlier.
         """
 
     def write(self, event: Event) -> None:

@@ -1,12 +1,12 @@
-"""The local log: what a stage logged, as plain files that can be read without a network and without wandb.
+"""The local log: what a stage logged, as plain files that can be read without wandb.
 
-    run.json         who logged: stage, run name, group, run id, settings, W&B mode and address, start time
-    metrics.jsonl    one row per call: {"time": Unix seconds, "train/step": 10, "train/loss": 2.1}; NaN as NaN
+    run.json         stage, run name, group, run id, settings, W&B mode and address, start time
+    metrics.jsonl    one row per call: {"time": Unix seconds, "train/step": 10, "train/loss": 2.1}
     tables/NAME.json {"columns": [...], "rows": [[...], ...]}
     images/NAME.png  a copy of each picture, so that the log can be moved
     summary.json     final values
     alerts.jsonl     {"time", "title", "text"}
-    artifacts.json   what the stage used and made: {"artifacts": [{"name", "kind", "uri", "digest", "used"}]}
+    artifacts.json   used and made: {"artifacts": [{"name", "kind", "uri", "digest", "used"}]}
     files/NAME       a copy of each small file
 
 Every row is handed to the file system before `write` returns, so that a killed process loses none.
@@ -108,8 +108,8 @@ class LocalLog:
     def begin(self, kept: float | None) -> None:
         """Cut off what an earlier attempt logged after step `kept` (None: all of it).
 
-        The cut is at the first row of a later step: rows are in the order of time, so rows without a step that follow
-        it belong to what will be repeated.
+        The cut is at the first row of a later step: rows are in the order of time, so rows without
+        a step that follow it belong to what will be repeated.
         """
         metrics, alerts = self.directory / "metrics.jsonl", self.directory / "alerts.jsonl"
         rows: list[Row] = []
@@ -171,7 +171,10 @@ def read_run(directory: Path) -> dict[str, Any]:
 
 
 def read_log(directory: Path) -> StageLog:
-    """What a stage logged into `directory` so far; empty where nothing is. A half-written last row is left out."""
+    """What a stage logged into `directory` so far; empty where nothing is.
+
+    A half-written last row is left out.
+    """
     return StageLog(
         run=read_run(directory),
         rows=_read_lines(directory / "metrics.jsonl"),

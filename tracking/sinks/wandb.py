@@ -1,9 +1,10 @@
 """Weights & Biases, online or offline.
 
-Measured with wandb 0.31 and guarded against here: rows are lost on a kill unless the log is flushed every second; W&B's
-own step drops or shifts rows after a resume, so it is never used; tables are copied to the home directory unless told
-otherwise; after a failed start online, the run id stays taken until wandb is torn down; Slurm sends its signals to all
-processes of a task, and SIGTERM ends wandb's service before the training has logged its last rows.
+Measured with wandb 0.31 and guarded against here: rows are lost on a kill unless the log is flushed
+every second; W&B's own step drops or shifts rows after a resume, so it is never used; tables are
+copied to the home directory unless told otherwise; after a failed start online, the run id stays
+taken until wandb is torn down; Slurm sends its signals to all processes of a task, and SIGTERM ends
+wandb's service before the training has logged its last rows.
 """
 
 from __future__ import annotations
@@ -75,51 +76,16 @@ _open_runs: set[str] = set()  # ids; the merge's run is open within training's
 
 
 def start_wandb(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbSink | None:
-    """Open the stage's W&B run under `directory`, and say in one line which way. None: only the local log.
+    """Open the stage's W&B run in `directory` and print its mode. None: only the local log.
 
-    Raises `UserError` if `mode: online` finds no key. A server that does not answer never stops a stage:
-    the run is then offline.
+    Raises `UserError` if the mode is online and there is no key. A server that does not answer
+    never stops a stage: the run is then offline.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for attempt in not_uploaded(directory, run.run_id):
         repair(attempt)
-    os.environ["WANDB_DATA_DIR"] = str(
-        directory / "wandb"
-    )  # where tables are staged; sync needs them
     with _without_slurm_signal():
         return _start(config, run, directory)
-
-
-@contextmanager
-def _without_slurm_signal() -> Iterator[None]:
-    """Threads and processes that are started within do not get SIGUSR1, Slurm's warning: they inherit the mask."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-def check_reachable(config: TrackingConfig) -> None:
-    """Raises `UserError` if the server does not answer or there is no key for it."""
-    settings = _environment()
-    mode, reason = _choose_mode(
-        config.model_copy(update={"mode": "online"}), "online", settings.base_url
-    )
-    if mode != "online":
-        raise UserError(f"W&B cannot be reached ({reason}); try again when it can.")
-
-
-def continue_online(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbSink:
-    """Open a run that has ended once more, to upload what is missing. Raises `UserError` where that cannot be."""
-    os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")
-    check_reachable(config)
-    try:
-        return WandbSink(partial(_init, config, run, directory, "online"), run, directory, "online")
-    except wandb.Error as error:
-        raise UserError(
-            f"W&B cannot be reached ({str(error).splitlines()[0]}); try again when it can."
-        ) from None
 
 
 def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbSink | None:
@@ -129,26 +95,44 @@ def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbSi
     mode, reason = _choose_mode(config, defaults.mode, defaults.base_url)
     if mode == "online":
         try:
-            sink = WandbSink(partial(_init, config, run, directory, mode), run, directory, mode)
+            sink = WandbSink(config, run, directory, mode)
         except wandb.Error as error:
             mode, reason = "offline", str(error).splitlines()[0]
             if _open_runs:
                 say(f"W&B: {run.stage} has only its local log ({reason})")
                 return None
-            wandb.teardown()  # frees the run id, and would end the other runs
+            wandb.teardown()  # frees the run id; it would end other runs
         else:
             say(f"W&B: online, {sink.run.url}")
             return sink
-    sink = WandbSink(partial(_init, config, run, directory, mode), run, directory, mode)
+    sink = WandbSink(config, run, directory, mode)
     say(f"W&B: offline ({reason})")
     return sink
 
 
+def check_reachable(config: TrackingConfig) -> None:
+    """Raise `UserError` if the server does not answer or there is no key for it."""
+    online = config.model_copy(update={"mode": "online"})
+    mode, reason = _choose_mode(online, "online", _environment().base_url)
+    if mode != "online":
+        raise UserError(f"W&B cannot be reached ({reason}); try again when it can.")
+
+
+def continue_online(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbSink:
+    """Open a run that has ended once more, to upload what is missing. `UserError` if it fails."""
+    check_reachable(config)
+    try:
+        return WandbSink(config, run, directory, "online")
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"W&B cannot be reached ({reason}); try again when it can.") from None
+
+
 def _environment() -> wandb.Settings:
-    """wandb's settings: its own, and those of the environment. Raises `UserError` if those are wrong."""
+    """wandb's settings, with those of the environment. `UserError` if those are wrong."""
     try:
         return wandb.setup(settings=wandb.Settings(silent=True)).settings
-    except ValueError as error:  # pydantic's are of that kind; their second line names the setting, the third the fault
+    except ValueError as error:  # pydantic's: line 2 names the setting, line 3 the error
         reason = " ".join(without_secrets(str(error)).split("\n")[1:3])
         raise UserError(
             f"the environment's WANDB_* variables: {reason}; fix or unset them."
@@ -169,32 +153,25 @@ def _choose_mode(config: TrackingConfig, environment_mode: str, server: str) -> 
             )
         return "offline", "no API key"
     if not _answers(server):
-        return "offline", f"{_without_user(server)} does not answer"
+        scheme, found, rest = server.rpartition("://")
+        address = scheme + found + rest.rpartition("@")[2]  # without a name and password
+        return "offline", f"{address} does not answer"
     return "online", ""
 
 
-def _without_user(address: str) -> str:
-    """An address without the name and password that it may hold."""
-    scheme, found, rest = address.rpartition("://")
-    return scheme + found + rest.rpartition("@")[2]
-
-
 def _answers(server: str) -> bool:
-    """True if the server answers at all, directly or through the proxy that the environment names."""
+    """True if the server answers at all, directly or through the environment's proxy."""
     try:
         urllib.request.urlopen(server, timeout=PROBE_TIMEOUT).close()
     except urllib.error.HTTPError:
         return True
-    except (
-        OSError,
-        ValueError,
-        http.client.HTTPException,
-    ):  # also an address that is none, and what speaks no HTTP
+    except (OSError, ValueError, http.client.HTTPException):  # also a malformed address
         return False
     return True
 
 
-def _init(config: TrackingConfig, run: RunIdentity, directory: Path, mode: Mode) -> Any:
+def _open_run(config: TrackingConfig, run: RunIdentity, directory: Path, mode: Mode) -> Any:
+    os.environ["WANDB_DATA_DIR"] = str(directory / "wandb")  # where tables are staged for sync
     return wandb.init(
         project=config.project,
         entity=config.entity,
@@ -209,32 +186,44 @@ def _init(config: TrackingConfig, run: RunIdentity, directory: Path, mode: Mode)
         resume="allow",
         settings=wandb.Settings(
             silent=True,
-            reinit="create_new",  # the merge logs to a run of its own while training's is still open
+            reinit="create_new",  # the merge's run is opened while training's is open
             init_timeout=INIT_TIMEOUT,
             finish_timeout=FINISH_TIMEOUT,
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=1,
-            console="off",  # what a stage prints may hold anything, and lies in its own log
-            disable_git=True,  # a remote's address may hold a token
+            console="off",  # what a stage prints may contain anything
+            disable_git=True,  # a remote's address may contain a token
             disable_code=True,
-            x_disable_meta=without_secrets(sys.argv)
-            != sys.argv,  # the command line is a part of it
+            x_disable_meta=without_secrets(sys.argv) != sys.argv,  # contains the command line
         ),
     )
 
 
-class WandbSink:
-    """One W&B run. A thread of its own speaks to wandb, so that a stage never waits for the network or for wandb.
+@contextmanager
+def _without_slurm_signal() -> Iterator[None]:
+    """Keep SIGUSR1, Slurm's warning, from threads and processes started within: mask it."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
-    Whatever happens to wandb, the stage continues with its local log. A service that was ended (by SIGTERM to all
-    processes of a Slurm task) is started again, and the run continued.
+
+class WandbSink:
+    """One W&B run.
+
+    A thread of its own speaks to wandb, so that a stage never waits for the network or for wandb.
+
+    Whatever happens to wandb, the stage continues with its local log. A service that was ended (by
+    SIGTERM to all processes of a Slurm task) is started again, and the run continued.
     """
 
     def __init__(
-        self, open_run: Callable[[], Any], run: RunIdentity, directory: Path, mode: Mode
+        self, config: TrackingConfig, run: RunIdentity, directory: Path, mode: Mode
     ) -> None:
-        self._open, self._run_id, self._directory = open_run, run.run_id, directory
-        self.run = open_run()
+        self._open = partial(_open_run, config, run, directory, mode)
+        self._run_id, self._directory = run.run_id, directory
+        self.run = self._open()
         self._journal = Journal(Path(self.run.settings.sync_dir))
         self.mode: str = mode
         self.url: str = (self.run.url or "") if mode == "online" else ""
@@ -315,7 +304,7 @@ class WandbSink:
             say(f"W&B: to upload the rest later: {later}")
 
     def _complain(self, error: Exception) -> None:
-        """Report something that was left out, once: without names of temporary files, which differ for each table."""
+        """Report something that was left out, once, without names of temporary files."""
         reason = isinstance(error, OSError) and error.strerror
         text = f"left something out ({reason or f'{type(error).__name__}: {error}'})"
         if text not in self._complaints:
@@ -371,7 +360,7 @@ class WandbSink:
 
     def _log(self, row: Mapping[str, Any]) -> None:
         if STEP in row and not self._has_steps:
-            # only in runs that have steps: in others every chart would wait for an axis that never comes
+            # only in runs with steps: in others every chart would wait for its axis
             self.run.define_metric(STEP)
             self.run.define_metric(TOKENS)
             self.run.define_metric("*", step_metric=STEP, step_sync=False)
@@ -380,7 +369,7 @@ class WandbSink:
         self.run.log(dict(row))
 
     def _medium(self, event: Table | Image) -> Any:
-        """wandb's form of a table, chart or picture; a chart appears in the run's workspace by itself."""
+        """wandb's form of a table, chart (which the workspace displays by itself) or picture."""
         if isinstance(event, Image):
             return wandb.Image(str(stored(self._directory, event)))
         if not isinstance(event, Curves):

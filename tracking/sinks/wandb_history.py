@@ -1,9 +1,10 @@
 """Which rows W&B has of a run, according to what every attempt left next to its local log.
 
-Of an offline attempt, these are the rows in its transaction log (`run-ID.wandb`). A kill costs it the last second;
-`wandb sync` uploads the rest once the log is repaired. Of an online attempt the server got a first part, and it reports
-how much when the run is opened again (`starting_step`, W&B's own count of rows). Which rows these are is recorded in
-our own journal: the server may have rows that wandb had not yet written to its log when it was killed.
+Of an offline attempt, these are the rows in its transaction log (`run-ID.wandb`). A kill costs it
+the last second; `wandb sync` uploads the rest once the log is repaired. Of an online attempt the
+server got a first part, and it reports how much when the run is opened again (`starting_step`,
+W&B's own count of rows). Which rows these are is recorded in our own journal: the server may have
+rows that wandb had not yet written to its log when it was killed.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def row_key(row: Mapping[str, float]) -> RowKey:
 
 
 def repair(attempt: Path) -> None:
-    """Make the log of an attempt that has ended acceptable to `wandb sync`: cut off an incomplete record.
+    """Cut an incomplete record off the log of an attempt that has ended, for `wandb sync`.
 
-    wandb writes by blocks, so that a kill may leave the first part of a record. `wandb sync` then reports it, skips all
-    later attempts of the run, and exits with 0. It does the same for a log without a record; that attempt is removed.
+    wandb writes by blocks, so that a kill may leave the first part of a record. `wandb sync` then
+    reports it, skips all later attempts of the run, and exits with 0. It does the same for a log
+    without a record; that attempt is removed.
     """
     log = transaction_log(attempt)
     data = log.read_bytes() if log.is_file() else b""
@@ -49,7 +51,7 @@ def repair(attempt: Path) -> None:
 
 
 def not_uploaded(directory: Path, run_id: str) -> list[Path]:
-    """Offline attempts that `wandb sync` has not uploaded, and the last online one if it was not uploaded to its end."""
+    """Offline attempts that are not uploaded, and the last online one if it was cut short."""
     found = attempt_folders(directory, run_id)
     online = [path for path in found if not is_offline(path)][-1:]
     return [
@@ -62,7 +64,8 @@ def not_uploaded(directory: Path, run_id: str) -> list[Path]:
 def of_other_runs(directory: Path, run_id: str) -> list[Path]:
     """Offline attempts of other runs in a stage's log that `wandb sync` has not uploaded.
 
-    A sweep, and an evaluation without a recipe, keep their folder for other settings, which are another run.
+    A sweep, and an evaluation without a recipe, keep their folder for other settings, which are
+    another run.
     """
     mine = attempt_folders(directory, run_id)
     return [
@@ -75,7 +78,8 @@ def of_other_runs(directory: Path, run_id: str) -> list[Path]:
 class Journal:
     """The rows that an attempt has given to wandb, each written before it is given.
 
-    In rows.jsonl, {"names": [...]} is a kind of row, and [row number by W&B's count, step, number of its kind] a row.
+    In rows.jsonl, {"names": [...]} is a kind of row, and [row number by W&B's count, step, number
+    of its kind] a row.
     """
 
     def __init__(self, attempt: Path) -> None:
@@ -105,7 +109,10 @@ def _read_journal(attempt: Path) -> Iterator[tuple[int, RowKey]]:
 
 
 class Held:
-    """The rows that W&B has: for each step, the names of its metrics. What is logged again is taken out."""
+    """The rows that W&B has: for each step, the names of its metrics.
+
+    What is logged again is taken out.
+    """
 
     def __init__(self, rows: Iterable[RowKey] = ()) -> None:
         self._rows: dict[float | None, list[frozenset[str]]] = {}
@@ -117,9 +124,12 @@ class Held:
             self._rows.setdefault(step, []).append(names)
 
     def without(self, row: Mapping[str, float]) -> dict[str, float]:
-        """What is new in a row: without the metrics that W&B has of its step, which are taken out. Empty if it has all.
+        """What is new in a row: without the metrics that W&B has of its step, which are taken out.
 
-        A repeated step need not have the same metrics: how long a checkpoint took is in the row after it.
+        Empty if it has all.
+
+        A repeated step need not have the same metrics: how long a checkpoint took is in the row
+        after it.
         """
         step, names = row_key(row)
         held = self._rows.get(step, [])
@@ -138,8 +148,8 @@ class Held:
 def held_rows(directory: Path, run_id: str, starting_step: int | None) -> Held:
     """The rows that W&B has, or will have when the offline attempts are synced.
 
-    `starting_step` is how many rows the server has of the online attempts, or None if it was not asked; then what an
-    online attempt logged counts as held.
+    `starting_step` is how many rows the server has of the online attempts, or None if it was not
+    asked; then what an online attempt logged counts as held.
     """
     held = Held()
     online: dict[int, RowKey] = {}
@@ -147,7 +157,7 @@ def held_rows(directory: Path, run_id: str, starting_step: int | None) -> Held:
         if is_offline(attempt):
             held.add(key for _, key in read_rows(transaction_log(attempt)))
         elif rows := list(_read_journal(attempt)):
-            # it began where the server's rows ended, so later rows of earlier attempts never got there
+            # it began where the server's rows ended, so later rows before it never arrived
             first = rows[0][0]
             online = {step: key for step, key in online.items() if step < first} | dict(rows)
     held.add(key for step, key in online.items() if starting_step is None or step < starting_step)

@@ -1,4 +1,4 @@
-"""Weights & Biases offline: what was logged is in its log, also after a kill; nothing is doubled; no key is written."""
+"""W&B offline: its log contains what was logged, once, also after a kill, and no key."""
 
 import socket
 import subprocess
@@ -166,7 +166,7 @@ def test_online_without_a_key_is_an_error(tmp_path):
 
 
 def test_slurms_signals_end_neither_the_service_nor_the_rows_after_them(tmp_path):
-    """Slurm signals all processes of a task, wandb's service too; then the training logs its last rows."""
+    """Slurm signals all processes of a task, wandb's service too, before training logs its last rows."""
     code = f"""
 import os, signal, subprocess, sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The workspace as W&B's own library writes and reads it, alone and by way of a small recording server."""
+"""The workspace as W&B's own library writes and reads it, alone and through a recording server."""
 
 import http.server
 import json
@@ -10,7 +10,7 @@ import pytest
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.tracking import STEP, TrackingConfig
-from cpt_merge.tracking.dashboard import (
+from cpt_merge.tracking.workspace import (
     Pipeline,
     ReplyMetric,
     as_json,
@@ -207,7 +207,7 @@ def test_without_a_key_it_says_so(library):
 def test_a_server_that_refuses_is_one_sentence(library, monkeypatch, deaf_server):
     monkeypatch.setenv("WANDB_BASE_URL", deaf_server)
     monkeypatch.setenv("WANDB_API_KEY", "f" * 40)
-    with pytest.raises(UserError, match="W&B did not take the dashboard of project p"):
+    with pytest.raises(UserError, match="W&B did not accept the dashboard of project p"):
         dashboard(ONLINE, PIPELINE, "demo", dry_run=False)
 
 
