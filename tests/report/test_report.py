@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from cpt_merge.core.artifact import StageRecord, write_json, write_record
 from cpt_merge.core.errors import UserError
-from cpt_merge.launcher.stages import STAGES
 from cpt_merge.report import report
 from cpt_merge.report.bars import Bar, BarSeries, draw_bars
 from cpt_merge.report.curves import MOST_POINTS, Axis, ChartForm, Curve, draw_curves, thin
@@ -221,15 +220,6 @@ def test_everything_that_was_logged_is_on_the_page(run):
     report(run)
     page = assert_everything_is_shown(run, ["tokenizer", "training", "evaluation"])
     assert "nested.within 17" in page.words
-
-
-def test_everything_that_a_real_run_logs_is_on_its_page(finished):
-    report(finished)
-    page = assert_everything_is_shown(finished, [stage.name for stage in STAGES])
-    assert "all 6 stages are finished" in page.words
-    for chart in ("Loss by step", "Held-out bits per byte by tokens", "Learning rate by step", "Tokens per character",
-                  "What each further piece brings by new pieces", "Length of the changes by layer", "Good replies", "Bits per byte"):  # fmt: skip
-        assert page.chart(chart)
 
 
 def test_alerts_stand_above_all_else_those_of_one_matter_together(run, capsys):

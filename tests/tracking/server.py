@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,6 +124,13 @@ class WandbServer:
         for connection in self._server.connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+
+    def wait_until(self, condition: Callable[[], Any]) -> None:
+        """Wait for something that a client sends."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, "the server has waited for a minute"
+            time.sleep(0.02)
 
     def graphql(self, query: str, values: Json) -> Json | None:
         """The data of one answer; None for a call that is not known."""

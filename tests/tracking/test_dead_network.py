@@ -1,7 +1,6 @@
 """The server disappears while a run logs: nothing waits for it, and `sync` uploads the rest."""
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def test_a_server_that_goes_away_slows_nothing_and_sync_uploads_the_rest(
             tracker.table("train/continuations", ["step"], [[step]])
         slowest = max(slowest, time.monotonic() - began)
         if step == STEPS // 3:
-            time.sleep(0.7)  # so that the server has some of it
+            server.wait_until(lambda: "cut" in server.runs and server.runs["cut"].history)
             if way == "stopped":
                 server.stop()
             server.hangs = True
@@ -86,34 +85,29 @@ def test_a_stage_cut_off_and_continued_offline_is_synced_in_order(
     assert server.runs["cut"].rows("train/loss") == [(step, float(step)) for step in range(1, 31)]
 
 
-def test_a_process_ends_without_waiting_for_a_server_that_is_gone(tmp_path: Path, server) -> None:
-    """wandb's own end would wait for as long as its uploads are tried again."""
+def test_a_process_ends_without_waiting_for_a_server_that_is_gone(
+    tmp_path: Path, server, processes
+) -> None:
+    """wandb's own end would wait for as long as its uploads are retried."""
     code = f"""
 from pathlib import Path
 from cpt_merge.tracking import TrackingConfig, start_tracker
 from cpt_merge.tracking.sinks import wandb as wandb_sink
 wandb_sink.FINISH_TIMEOUT = wandb_sink.FINISH_MARGIN = 0.5
-tracker = start_tracker(TrackingConfig(), "training", "demo", "g", Path({str(tmp_path)!r}), {{}}, "cut")
+out = Path({str(tmp_path)!r})
+tracker = start_tracker(TrackingConfig(), "training", "demo", "g", out, {{}}, "cut")
 print("open", flush=True)
 input()
 tracker.log({{"train/loss": 1.0}}, step=1)
 tracker.finish()
 print("finished", flush=True)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout
-    assert process.stdout.readline() == "open\n"
+    process = processes.python("-c", code, stdin=subprocess.PIPE)
+    process.wait_for("open")
     server.hangs = True
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == "finished\n"
-    _, errors = process.communicate(timeout=10)
-    assert process.returncode == 0
+    process.write("\n")
+    process.wait_for("finished")
+    assert process.finish(limit=10) == 0
+    errors = process.stderr
     assert "Traceback" not in errors, errors
     assert len(attempts(tmp_path)) == 1

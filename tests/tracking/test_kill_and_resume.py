@@ -2,8 +2,6 @@
 
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 import wandb
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.tracking import read_log
+from cpt_merge.tracking import TrackingConfig, read_log, start_tracker
 from cpt_merge.tracking.sinks.wandb_history import read_rows, repair
 from cpt_merge.tracking.upload import upload
 from cpt_merge.tracking.wandb_compat import record_ends
@@ -20,7 +18,7 @@ from tests.tracking.wandb_log import attempts, history, items
 
 STEPS, EVERY = 120, 20
 
-# A stage in miniature: rows, another kind of row at every checkpoint, and a file that says where to go on.
+# A stage in miniature: rows, another kind of row at every checkpoint, and a file to resume from.
 STAGE = f"""
 import sys, time
 from pathlib import Path
@@ -50,19 +48,30 @@ EXPECTED = {
 }
 
 
-def attempt(out: Path, mode: str, seconds: float | None) -> int:
-    """Run the stage, killed `seconds` after it began to log. Returns the last step that it said."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", STAGE, str(out), mode], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout
-    process.stdout.readline()
-    if seconds is not None:
+def attempt(processes, out: Path, mode: str, seconds: float | None = None) -> int:
+    """Run the stage, killed `seconds` after it began to log. Returns the last step that it printed."""
+    process = processes.python("-c", STAGE, out, mode)
+    if seconds is None:
+        assert process.finish() == 0, process.stderr
+    else:
+        process.wait_for("ready")
         time.sleep(seconds)
         process.kill()
-    steps = [int(line) for line in process.stdout if line.endswith("\n")]
-    assert process.wait() in ((0,) if seconds is None else (-9, 0))
-    return steps[-1] if steps else 0
+    return int(process.stdout.rpartition("\n")[0].split()[-1].replace("ready", "0"))
+
+
+def log_offline(out: Path, steps: int = STEPS) -> Path:
+    """Log in this process what the stage logs. Returns the transaction log."""
+    config = TrackingConfig(mode="offline")
+    tracker = start_tracker(config, "training", "demo", "g", out, {}, "killed")
+    tracker.log({"valid/loss": 0.0}, step=0)
+    for step in range(1, steps + 1):
+        tracker.log({"train/loss": float(step)}, step=step)
+        if step % EVERY == 0:
+            tracker.log({"valid/loss": float(step)}, step=step)
+    tracker.finish()
+    (log,) = attempts(out)
+    return log
 
 
 def kills(count: int, seed: int) -> list[float]:
@@ -78,15 +87,14 @@ CASES = [
 
 @pytest.mark.parametrize("after", CASES)
 def test_offline_and_synced_rows_equal_what_was_logged(
-    after: list[float], tmp_path: Path, server
+    after: list[float], tmp_path: Path, server, processes
 ) -> None:
-    for seconds in after:
-        attempt(tmp_path, "offline", seconds)
-    attempt(tmp_path, "offline", None)
+    for seconds in (*after, None):
+        attempt(processes, tmp_path, "offline", seconds)
     for metric, rows in EXPECTED.items():
         assert read_log(tmp_path).series(metric) == rows
         assert history(tmp_path, metric) == rows
-    sync(*(log.parent for log in attempts(tmp_path)))
+    sync(processes, *(log.parent for log in attempts(tmp_path)))
     run = server.runs["killed"]
     assert (run.group, run.job_type, run.overwritten) == ("g", "training", 0)
     assert [row["_step"] for row in run.history] == list(range(len(run.history)))
@@ -95,10 +103,11 @@ def test_offline_and_synced_rows_equal_what_was_logged(
 
 
 @pytest.mark.parametrize("after", CASES)
-def test_online_rows_equal_what_was_logged(after: list[float], tmp_path: Path, server) -> None:
-    for seconds in after:
-        attempt(tmp_path, "online", seconds)
-    attempt(tmp_path, "online", None)
+def test_online_rows_equal_what_was_logged(
+    after: list[float], tmp_path: Path, server, processes
+) -> None:
+    for seconds in (*after, None):
+        attempt(processes, tmp_path, "online", seconds)
     run = server.runs["killed"]
     assert run.overwritten == 0
     assert [row["_step"] for row in run.history] == list(range(len(run.history)))
@@ -110,35 +119,29 @@ def test_online_rows_equal_what_was_logged(after: list[float], tmp_path: Path, s
 
 
 def test_sigkill_costs_wandbs_log_at_most_two_seconds_and_the_local_log_nothing(
-    tmp_path: Path,
+    tmp_path: Path, processes
 ) -> None:
-    """Two: one of the flush, one of a busy machine. The resumed stage sends them again."""
-    done = attempt(tmp_path, "offline", 2.2)
-    assert [step for step, _ in read_log(tmp_path).series("train/loss")][:done] == list(
-        range(1, done + 1)
-    )
+    """One second of the flush, one of a busy machine. The resumed stage sends the rows again."""
+    done = attempt(processes, tmp_path, "offline", 2.2)
+    logged = [step for step, _ in read_log(tmp_path).series("train/loss")]
+    assert logged[:done] == list(range(1, done + 1))
     kept = [item["train/step"] for item in items(attempts(tmp_path)[0]) if "train/loss" in item]
     assert kept == list(range(1, len(kept) + 1))
     assert done - len(kept) <= 2.0 / 0.02
 
 
-def sync(*runs: Path) -> str:
-    command = [sys.executable, "-m", "wandb", "sync", *map(str, runs)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd=runs[0].parent
-    )  # it leaves a folder
+def sync(processes, *runs: Path) -> str:
+    """The output of `wandb sync`, which leaves a folder where it is called."""
+    done = processes.run_python("-m", "wandb", "sync", *runs, cwd=runs[0].parent)
+    assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
 
-def test_a_log_that_a_kill_cut_anywhere_is_repaired_so_that_sync_goes_on(
-    tmp_path: Path, server
+def test_a_log_that_a_kill_cut_anywhere_is_repaired_so_that_sync_continues(
+    tmp_path: Path, server, processes
 ) -> None:
-    """wandb writes by blocks: a kill may leave a part of a record, or no record.
-
-    `wandb sync` would stop there.
-    """
-    attempt(tmp_path, "offline", None)
-    (log,) = attempts(tmp_path)
+    """wandb writes by blocks: a kill may leave a part of a record, or none. `wandb sync` would stop."""
+    log = log_offline(tmp_path, steps=500)
     data, whole = log.read_bytes(), list(read_rows(log))
     assert [step for step, _ in whole] == [item["_step"] for item in items(log)]
     assert len(data) > 32768, "more than a block"
@@ -151,11 +154,12 @@ def test_a_log_that_a_kill_cut_anywhere_is_repaired_so_that_sync_goes_on(
         assert log.is_file() == (size > 60), "an attempt that logged nothing is removed"
         assert list(read_rows(log)) == rows == whole[: len(rows)]
     log.write_bytes(data[:32775])
-    log.parent.joinpath(log.name + ".synced").unlink(missing_ok=True)
-    assert "incomplete record" in sync(log.parent), "what it is repaired for"
+    synced = log.with_name(log.name + ".synced")
+    synced.unlink(missing_ok=True)
+    assert "incomplete record" in sync(processes, log.parent), "the reason for the repair"
     repair(log.parent)
-    assert "incomplete record" not in sync(log.parent)
-    assert log.parent.joinpath(log.name + ".synced").is_file()
+    assert "incomplete record" not in sync(processes, log.parent)
+    assert synced.is_file()
 
 
 SERVICE = f"""
@@ -168,7 +172,8 @@ def kill_the_service():
         time.sleep(float(moment))
         subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "wandb-core"])
 
-tracker = start_tracker(TrackingConfig(mode=sys.argv[2]), "training", "demo", "g", Path(sys.argv[1]), {{}}, "killed")
+config, out = TrackingConfig(mode=sys.argv[2]), Path(sys.argv[1])
+tracker = start_tracker(config, "training", "demo", "g", out, {{}}, "killed")
 tracker.resume_from(0)
 tracker.log({{"valid/loss": 0.0}}, step=0)
 threading.Thread(target=kill_the_service, daemon=True).start()
@@ -188,13 +193,12 @@ tracker.finish()
     "moments", ["1.5", pytest.param("1,1.5", marks=pytest.mark.slow)], ids=["once", "twice"]
 )
 def test_a_service_that_is_killed_costs_no_row_and_doubles_none(
-    moments: str, mode: str, tmp_path: Path, server
+    moments: str, mode: str, tmp_path: Path, server, processes
 ) -> None:
-    command = [sys.executable, "-c", SERVICE, str(tmp_path), mode, moments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = processes.run_python("-c", SERVICE, tmp_path, mode, moments)
     assert done.returncode == 0, done.stderr
     if mode == "offline":
-        sync(*(log.parent for log in attempts(tmp_path)))
+        sync(processes, *(log.parent for log in attempts(tmp_path)))
     run = server.runs["killed"]
     for metric, expected in EXPECTED.items():
         assert run.rows(metric) == expected
@@ -202,9 +206,8 @@ def test_a_service_that_is_killed_costs_no_row_and_doubles_none(
 
 
 def test_rows_that_the_offline_log_lacks_follow_from_the_local_log(tmp_path: Path, server) -> None:
-    """As after a full disk, or a service that could not be had again."""
-    attempt(tmp_path, "offline", None)
-    (log,) = attempts(tmp_path)
+    """As after a full disk, or a service that could not be started again."""
+    log = log_offline(tmp_path)
     ends = record_ends(log.read_bytes())
     os.truncate(log, ends[len(ends) // 2])
     upload(tmp_path)
@@ -213,7 +216,7 @@ def test_rows_that_the_offline_log_lacks_follow_from_the_local_log(tmp_path: Pat
 
 
 def test_a_server_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
-    attempt(tmp_path, "offline", None)
+    log_offline(tmp_path, steps=1)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     for address in ("http://127.0.0.1:1", "http://bob:hunter2@127.0.0.1:1"):
         monkeypatch.setenv("WANDB_BASE_URL", address)

@@ -1,7 +1,6 @@
 """No key, token or password in any byte of a log: local, W&B's on disk, or what a server gets."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,9 @@ tracker.finish()
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_no_secret_in_any_byte_of_a_log(mode: str, tmp_path: Path, server, monkeypatch) -> None:
+def test_no_secret_in_any_byte_of_a_log(
+    mode: str, tmp_path: Path, server, monkeypatch, processes
+) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     if mode == "offline":
@@ -44,13 +45,14 @@ def test_no_secret_in_any_byte_of_a_log(mode: str, tmp_path: Path, server, monke
     script = tmp_path / "stage.py"
     script.write_text(STAGE)
     log = tmp_path / "log"
-    command = [sys.executable, str(script), str(log), f"hub.token={SECRETS['HF_TOKEN']}"]
     repository = tmp_path / "repository"
     subprocess.run(["git", "init", "-q", str(repository)], check=True)
     remote = f"https://me:{IN_ADDRESS}@host/project.git"
     subprocess.run(["git", "-C", str(repository), "remote", "add", "origin", remote], check=True)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    subprocess.run(command, check=True, cwd=repository, stdout=subprocess.DEVNULL)
+    token = f"hub.token={SECRETS['HF_TOKEN']}"
+    done = processes.run_python(script, log, token, cwd=repository)
+    assert done.returncode == 0, done.stderr
 
     written = {
         str(path): path.read_bytes()

@@ -1,8 +1,6 @@
 """W&B offline: its log contains what was logged, once, also after a kill, and no key."""
 
 import socket
-import subprocess
-import sys
 
 import matplotlib.image
 import pytest
@@ -165,44 +163,61 @@ def test_online_without_a_key_is_an_error(tmp_path):
         start(tmp_path, TrackingConfig(mode="online"))
 
 
-def test_slurms_signals_end_neither_the_service_nor_the_rows_after_them(tmp_path):
-    """Slurm signals all processes of a task, wandb's service too, before training logs its last rows."""
-    code = f"""
-import os, signal, subprocess, sys, time
+END = """
+import os, subprocess, time
 from pathlib import Path
+
+def find_service():
+    own = ["pgrep", "-P", str(os.getpid()), "wandb-core"]
+    (found,) = subprocess.run(own, capture_output=True, text=True).stdout.split()
+    return int(found)
+
+def wait_for_end(process):
+    for _ in range(500):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.02)
+    raise TimeoutError
+"""
+
+
+def test_slurms_signals_end_neither_the_service_nor_the_rows_after_them(tmp_path, processes):
+    """Slurm signals all processes of a task, wandb's service too, before the last rows."""
+    code = f"""{END}
+import signal
 from cpt_merge.tracking import TrackingConfig, start_tracker
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda *_: None)
-tracker = start_tracker(TrackingConfig(mode="offline"), "training", "demo", "g", Path({str(tmp_path)!r}), {{}}, "id")
+config, out = TrackingConfig(mode="offline"), Path({str(tmp_path)!r})
+tracker = start_tracker(config, "training", "demo", "g", out, {{}}, "id")
 tracker.log({{"train/loss": 1.0}}, step=1)
-time.sleep(1.5)  # what is younger than a second is lost with the service
-own = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
-assert own
-for pid in [*own, os.getpid()]:
+time.sleep(1.5)  # rows younger than a second are lost with the service
+service = find_service()
+for pid in (service, os.getpid()):
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        try:
-            os.kill(int(pid), number)
-        except ProcessLookupError:
-            pass  # pgrep itself
-time.sleep(0.5)
+        os.kill(pid, number)
+wait_for_end(service)
 tracker.log({{"train/loss": 2.0}}, step=2)
 tracker.finish()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = processes.run_python("-c", code)
     assert done.returncode == 0, done.stderr
     assert "only the local log" not in done.stderr
     assert history(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
-def test_a_service_that_cannot_be_had_again_is_said_once_and_the_local_log_goes_on(tmp_path):
-    code = f"""
-import os, subprocess, time
-from pathlib import Path
-import wandb
+def test_a_service_that_cannot_be_started_again_is_reported_once(tmp_path, processes):
+    code = f"""{END}
 from cpt_merge.tracking import TrackingConfig, start_tracker
-tracker = start_tracker(TrackingConfig(mode="offline"), "training", "demo", "g", Path({str(tmp_path)!r}), {{}}, "id")
-subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "wandb-core"], check=True)
-time.sleep(0.5)
+config, out = TrackingConfig(mode="offline"), Path({str(tmp_path)!r})
+tracker = start_tracker(config, "training", "demo", "g", out, {{}}, "id")
+service = find_service()
+os.kill(service, 9)
+wait_for_end(service)
 from wandb.sdk.lib.service import service_process
 service_process.get_core_path = lambda: "/nowhere"
 for step in range(1, 4):
@@ -211,7 +226,7 @@ for step in range(1, 4):
 tracker.finish()
 os._exit(0)  # wandb's own end would complain about its service
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = processes.run_python("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("only the local log") == 1, done.stderr
     assert read_log(tmp_path).series("train/loss") == [(1, 1.0), (2, 1.0), (3, 1.0)]

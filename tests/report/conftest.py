@@ -1,1 +1,0 @@
-from tests.launcher.conftest import finished, pair, recipe, recipe_path  # noqa: F401
