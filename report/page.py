@@ -152,7 +152,9 @@ def _content(path: Path) -> str:
     """A logged file's text, or its beginning."""
     text = path.read_text(encoding="utf-8", errors="replace")
     over = len(text) - FILE_CHARACTERS
-    return f"{text[:FILE_CHARACTERS]}\n… ({over:,} more characters in {path})" if over > 0 else text
+    if over <= 0:
+        return text
+    return f"{text[:FILE_CHARACTERS]}\n… ({over:,} more characters in {path})"
 
 
 def _metrics(log: StageLog, shown: Collection[str]) -> list[tuple[str, int, float, float, float]]:

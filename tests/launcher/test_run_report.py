@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cpt_merge.launcher.stages import STAGES
 from cpt_merge.report import report
-from tests.report.test_report import assert_everything_is_shown
+from tests.report.runs import assert_everything_is_shown
 
 
 def test_everything_that_a_real_run_logs_is_on_its_page(finished: Path) -> None:

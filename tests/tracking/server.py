@@ -55,13 +55,20 @@ class ServerRun:
         """What `RunResumeStatus` asks for."""
         config = {name: {"value": value} for name, value in self.config.items()}
         return {
-            "id": f"run{self.number}", "name": self.name, "displayName": self.display_name, "tags": self.tags,
-            "notes": None, "config": json.dumps(config), "wandbConfig": json.dumps({"t": 1}),
-            "summaryMetrics": json.dumps(self.summary), "historyLineCount": len(self.history),
-            "eventsLineCount": len(self.events), "logLineCount": len(self.log),
+            "id": f"run{self.number}",
+            "name": self.name,
+            "displayName": self.display_name,
+            "tags": self.tags,
+            "notes": None,
+            "config": json.dumps(config),
+            "wandbConfig": json.dumps({"t": 1}),
+            "summaryMetrics": json.dumps(self.summary),
+            "historyLineCount": len(self.history),
+            "eventsLineCount": len(self.events),
+            "logLineCount": len(self.log),
             "historyTail": json.dumps([json.dumps(row) for row in self.history[-1:]]),
             "eventsTail": json.dumps([json.dumps(row) for row in self.events[-1:]]),
-        }  # fmt: skip
+        }
 
 
 @dataclass
@@ -187,11 +194,17 @@ class WandbServer:
             "name": values["project"],
             "entity": {"id": "entity", "name": "tester"},
         }
+        config = {key: {"value": value} for key, value in run.config.items()}
         bucket = {
-            "id": f"run{run.number}", "name": name, "displayName": run.display_name, "description": None,
-            "config": json.dumps({key: {"value": value} for key, value in run.config.items()}), "sweepName": None,
-            "project": project, "historyLineCount": len(run.history),
-        }  # fmt: skip
+            "id": f"run{run.number}",
+            "name": name,
+            "displayName": run.display_name,
+            "description": None,
+            "config": json.dumps(config),
+            "sweepName": None,
+            "project": project,
+            "historyLineCount": len(run.history),
+        }
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
     def _CreateRunFiles(self, values: Json) -> Json:  # noqa: N802
@@ -372,7 +385,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        # the key is what a server is given to know its user: it belongs into that header, and nowhere else
+        # the key belongs into this header, by which a server knows its user, and nowhere else
         shown = [
             f"{name}: {value}" for name, value in self.headers.items() if name != "Authorization"
         ]

@@ -1,4 +1,4 @@
-"""A stage that is repeated: in the same run if it was cut short, in a new run if it was finished."""
+"""A repeated stage: in the same run if it was cut short, in a new run if it was finished."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_result_that_is_made_once_more_has_a_run_of_its_own(
         with stage_folder(tmp_path / "merge", MERGE, ratio):
             ids.append(log(tmp_path, "merge", ratio, mode, value=10.0 * number))
             if mode == "offline":
-                wandb.teardown()  # `finish` returns a moment before the service has closed the transaction log
+                wandb.teardown()  # waits until the service has closed the transaction log
                 assert upload(tmp_path / "merge" / "log")
             (tmp_path / "merge" / "stage.json").write_text("{}")
     assert ids[2] == f"{ids[0]}-2"

@@ -49,7 +49,7 @@ EXPECTED = {
 
 
 def attempt(processes, out: Path, mode: str, seconds: float | None = None) -> int:
-    """Run the stage, killed `seconds` after it began to log. Returns the last step that it printed."""
+    """Run the stage, killed `seconds` after its first row. Returns the last printed step."""
     process = processes.python("-c", STAGE, out, mode)
     if seconds is None:
         assert process.finish() == 0, process.stderr
@@ -140,7 +140,7 @@ def sync(processes, *runs: Path) -> str:
 def test_a_log_that_a_kill_cut_anywhere_is_repaired_so_that_sync_continues(
     tmp_path: Path, server, processes
 ) -> None:
-    """wandb writes by blocks: a kill may leave a part of a record, or none. `wandb sync` would stop."""
+    """wandb writes by blocks, so that a kill may leave a part of a record, or no record."""
     log = log_offline(tmp_path, steps=500)
     data, whole = log.read_bytes(), list(read_rows(log))
     assert [step for step, _ in whole] == [item["_step"] for item in items(log)]

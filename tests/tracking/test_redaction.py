@@ -22,7 +22,8 @@ from cpt_merge.launcher.identity import origin
 from cpt_merge.tracking import TrackingConfig, start_tracker
 from cpt_merge.tracking import Artifact
 address = "https://me:{IN_ADDRESS}@host/data.jsonl"
-recipe = {{"corpus": {{"sources": [{{"path": address}}]}}, "endpoint": "https://host/v1?api_key=" + os.environ["MY_PASSWORD"]}}
+endpoint = "https://host/v1?api_key=" + os.environ["MY_PASSWORD"]
+recipe = {{"corpus": {{"sources": [{{"path": address}}]}}, "endpoint": endpoint}}
 settings = {{"recipe": recipe, "inputs": {{"text " + address: "0"}}, "origin": origin()}}
 tracking = TrackingConfig(tags=["by " + os.environ["HF_TOKEN"]])
 tracker = start_tracker(tracking, "training", "demo", "g", Path(sys.argv[1]), settings, "secret")
@@ -100,9 +101,21 @@ def test_what_is_hidden_and_what_is_not(text: object, shown: object) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["PGPASSWORD", "GITHUB_PAT", "DB_PASS", "OPENAI_APIKEY", "DBPASS", "MYSQL_PWD", "SLURM_JWT", "HFTOKEN", "GPG_PASSPHRASE",
-     "AWS_ACCESS_KEY_ID", "HF_TOKENS", "openaiApiKey"],
-)  # fmt: skip
+    [
+        "PGPASSWORD",
+        "GITHUB_PAT",
+        "DB_PASS",
+        "OPENAI_APIKEY",
+        "DBPASS",
+        "MYSQL_PWD",
+        "SLURM_JWT",
+        "HFTOKEN",
+        "GPG_PASSPHRASE",
+        "AWS_ACCESS_KEY_ID",
+        "HF_TOKENS",
+        "openaiApiKey",
+    ],
+)
 def test_values_of_variables_with_such_names_are_hidden(name: str) -> None:
     assert without_secrets("at abcdefgh1.", {name: "abcdefgh1"}) == "at ***."
 

@@ -31,7 +31,7 @@ def records(log: Path) -> list[Record]:
 
 
 def attempts(directory: Path) -> list[Path]:
-    """The transaction logs of all attempts in a tracker's directory, in the order of their starts."""
+    """The transaction logs of all attempts in a tracker's directory, oldest first."""
     wandb.teardown()  # this process's service closes its logs a moment after a run's finish
     logs = [
         path

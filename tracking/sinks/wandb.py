@@ -46,7 +46,7 @@ from cpt_merge.tracking.redaction import without_secrets
 from cpt_merge.tracking.sinks.local import RunIdentity, read_log, stored
 from cpt_merge.tracking.sinks.wandb_history import (
     Held,
-    Journal,
+    RowJournal,
     held_rows,
     not_uploaded,
     repair,
@@ -224,7 +224,7 @@ class WandbSink:
         self._open = partial(_open_run, config, run, directory, mode)
         self._run_id, self._directory = run.run_id, directory
         self.run = self._open()
-        self._journal = Journal(Path(self.run.settings.sync_dir))
+        self._journal = RowJournal(Path(self.run.settings.sync_dir))
         self.mode: str = mode
         self.url: str = (self.run.url or "") if mode == "online" else ""
         self._starting_step = self.run.starting_step if mode == "online" else None
@@ -320,7 +320,7 @@ class WandbSink:
             self.run, self._has_steps = self._open(), False
         at_server = self.run.starting_step if self.mode == "online" else None
         arrived = held_rows(self._directory, self._run_id, at_server)
-        self._journal = Journal(Path(self.run.settings.sync_dir))
+        self._journal = RowJournal(Path(self.run.settings.sync_dir))
         for row in read_log(self._directory).rows[: self._given]:
             if new := arrived.without(_without_time(row)):
                 self._log(new)

@@ -75,7 +75,7 @@ def of_other_runs(directory: Path, run_id: str) -> list[Path]:
     ]
 
 
-class Journal:
+class RowJournal:
     """The rows that an attempt has given to wandb, each written before it is given.
 
     In rows.jsonl, {"names": [...]} is a kind of row, and [row number by W&B's count, step, number
@@ -83,7 +83,8 @@ class Journal:
     """
 
     def __init__(self, attempt: Path) -> None:
-        self._file = open(attempt / JOURNAL, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - as long as the run
+        path = attempt / JOURNAL
+        self._file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._kinds: dict[frozenset[str], int] = {}
 
     def write(self, number: int, key: RowKey) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from cpt_merge.report import report
 from cpt_merge.tracking import Tracker
-from tests.report.test_report import SCORES, Page, finish, start, train
+from tests.report.runs import SCORES, Page, finish, start, train
 
 REPLIES = [
     "step",
@@ -92,7 +92,7 @@ def test_the_preview_has_curves_and_its_newest_replies(
     assert '<polyline class="k-l1"' in page.chart("Good replies by step")
     assert page.words.count("step 50") >= 2
     newest, earlier = page.words.index("<ko> at 50"), page.words.index("<ko> at 40")
-    assert newest < page.words.index("before (5)") < earlier
+    assert newest < page.words.index("earlier (5)") < earlier
     assert "25 % repeated" in page.words
     assert "Preview of the chat model 100 % good replies at step 50" in page.words, (
         "the run is not evaluated"
