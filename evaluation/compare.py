@@ -62,7 +62,7 @@ def _compared(
 def summarise(
     models: Sequence[ModelResult], evaluators: Sequence[Evaluator], baseline: str | None, seed: int
 ) -> Results:
-    """Every metric of every model and language, with its interval and its difference to the baseline.
+    """Every metric of every model and language, with interval and difference to the baseline.
 
     Raises `UserError` for a baseline that is not among the models.
     """

@@ -1,7 +1,4 @@
-"""Figures of an evaluation, as PNG.
-
-Languages are named by their tags: a machine may have no Chinese or Korean font.
-"""
+"""Figures of an evaluation, as PNG. Languages appear as tags: a Chinese font may be missing."""
 
 from __future__ import annotations
 
@@ -59,9 +56,8 @@ def draw_shares(scores: Scores, titles: Mapping[str, str], path: Path) -> Path:
     """Shares, one panel for each of four metrics."""
     languages = languages_with(scores, next(iter(titles)))
     width = max(3.4, 0.9 + 0.4 * len(scores) * len(languages))
-    figure = Figure(
-        figsize=(2 * width, 6.4), layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.04)
-    )
+    layout = ConstrainedLayoutEngine(hspace=0.06, wspace=0.04)
+    figure = Figure(figsize=(2 * width, 6.4), layout=layout)
     panels = figure.subplots(2, 2, sharey=True).flat
     for axes, (metric, title) in zip(panels, titles.items(), strict=True):
         _bars(axes, scores, metric, languages, "{:.0%}")
@@ -74,18 +70,14 @@ def draw_shares(scores: Scores, titles: Mapping[str, str], path: Path) -> Path:
 
 
 def colours_of(models: Collection[str]) -> dict[str, str]:
-    """A colour for each model: a recipe's have their own, others what is left."""
-    left = cycle(
-        [
-            *FURTHER_COLOURS,
-            *(colour for name, colour in MODEL_COLOURS.items() if name not in models),
-        ]
-    )
-    return {model: MODEL_COLOURS.get(model) or next(left) for model in models}
+    """A colour for each model: those of a recipe have their own, others get the remaining ones."""
+    unused = [colour for name, colour in MODEL_COLOURS.items() if name not in models]
+    others = cycle([*FURTHER_COLOURS, *unused])
+    return {model: MODEL_COLOURS.get(model) or next(others) for model in models}
 
 
 def _bars(axes: Any, scores: Scores, metric: str, languages: list[str], label: str) -> None:
-    """Groups of bars, a group per language and a bar per model; the interval as a thin line, the value above it."""
+    """A group of bars per language, a bar per model with its interval as a line and its value."""
     width, colours = 0.84 / len(scores), colours_of(scores)
     for number, (model, found) in enumerate(scores.items()):
         shown = [
@@ -108,6 +100,11 @@ def _bars(axes: Any, scores: Scores, metric: str, languages: list[str], label: s
             )  # fmt: skip
     axes.set_xticks(range(len(languages)), languages)
     axes.margins(y=0.12)
+    tidy(axes)
+
+
+def tidy(axes: Any) -> None:
+    """Horizontal grid lines behind the data, and no frame."""
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
@@ -116,8 +113,7 @@ def _bars(axes: Any, scores: Scores, metric: str, languages: list[str], label: s
 
 def _save(figure: Figure, axes: Any, path: Path) -> Path:
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False
-    )
+    columns = min(len(names), 5)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=150, facecolor="white")
     return path

@@ -1,11 +1,12 @@
-"""Prompts and dialogues from files, one JSON object a line; whatever is wrong is said with file, line and field.
+"""Prompts and dialogues from jsonl files; an error names file, line and field.
 
-{"language": "ko", "messages": [{"role": "user", "content": "..."}],          a prompt
- "checks": [{"name": "sentences", "exactly": 3}], "category": "..."}          (both as the evaluator needs them)
-{"language": "ko", "messages": [...],                                         a dialogue; messages: what comes
- "turns": [{"user": "...", "checks": [...]}, {"user": "..."}]}                before its first turn, may be left out
-{"language": "ko", "turns": ["...", "..."], "category": "...",                an open question for a judge, of one or
- "reference": ["...", null]}                                                  more turns; references may be left out
+A prompt, with the fields that its evaluator needs:
+    {"language": "ko", "messages": [{"role": "user", "content": "..."}],
+     "checks": [{"name": "sentences", "exactly": 3}], "category": "..."}
+A dialogue; `messages` precede its first turn and are optional:
+    {"language": "ko", "messages": [...], "turns": [{"user": "...", "checks": [...]}, ...]}
+An open question for a judge, of one or more turns; references are optional:
+    {"language": "ko", "turns": ["...", "..."], "category": "...", "reference": ["...", null]}
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ Parse = Callable[[Any, str], Conversation]  # (row, "file, line 3")
 def read_conversations(
     path: str, key: str, parse: Parse, languages: Sequence[str], limit: int, built_in: str = ""
 ) -> list[Conversation]:
-    """The first `limit` conversations of each language, in file order.
+    """The first `limit` conversations of each language, in the order of the file.
 
-    `key` is the recipe's that named the file. `languages`: only these, all if empty. For the path
-    "built-in" the packaged files of `built_in`, one per language, are read. Raises `UserError` that
-    names file, line and field.
+    `key` is the recipe's key that names the file; `languages` are those to read, all if empty. The
+    path "built-in" stands for the packaged files of `built_in`, one per language. Raises
+    `UserError` that names file, line and field.
     """
     if path == BUILT_IN:
         found = list(_built_in(built_in, parse, languages))
         if not found:
             raise UserError(
-                f"there are no built-in {built_in} in {', '.join(languages)}; give a file by {key}."
+                f"there are no built-in {built_in} in {', '.join(languages)}; name a file by {key}."
             )
     else:
         file = Path(path).expanduser()
@@ -52,11 +53,7 @@ def read_conversations(
         found = list(read_file(file, parse))
         if not found:
             raise UserError(f"prompts file {file} holds no prompts.")
-        found = [
-            conversation
-            for conversation in found
-            if not languages or conversation.language in languages
-        ]
+        found = [one for one in found if not languages or one.language in languages]
         if not found:
             raise UserError(
                 f"prompts file {file} holds no prompt in {', '.join(languages)}; correct {key}."
@@ -72,25 +69,20 @@ def read_conversations(
 
 def _built_in(name: str, parse: Parse, languages: Sequence[str]) -> Iterator[Conversation]:
     folder = PACKAGED / name
-    there = sorted(
-        entry.name.removesuffix(".jsonl")
-        for entry in folder.iterdir()
-        if entry.name.endswith(".jsonl")
-    )
-    for language in languages or there:
-        if language in there:
+    names = [entry.name for entry in folder.iterdir() if entry.name.endswith(".jsonl")]
+    available = sorted(name.removesuffix(".jsonl") for name in names)
+    for language in languages or available:
+        if language in available:
             with as_file(folder / f"{language}.jsonl") as file:
                 yield from read_file(file, parse)
         else:
-            say(f"built-in {name}: none in {language}, only in {', '.join(there)}")
+            say(f"built-in {name}: none in {language}, only in {', '.join(available)}")
 
 
 def read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
     """Every conversation of a file. Raises `UserError` that names file and line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # a mark of byte order is no part of the text
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # drops a byte order mark
     except UnicodeDecodeError as error:
         raise UserError(
             f"prompts file {path} is not UTF-8 (byte {error.start}); convert it."
@@ -103,21 +95,20 @@ def read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
                 json.dumps(row, ensure_ascii=False).encode()
             except UnicodeEncodeError:
                 raise UserError(
-                    f"{where} holds half of a surrogate pair (\\ud800 to \\udfff); correct the text."
+                    f"{where} holds half of a surrogate pair (\\ud800 to \\udfff); correct it."
                 ) from None
             except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"{where} is not JSON ({error}); each line is one prompt."
+                    f"{where} is not JSON ({error}); write one prompt a line."
                 ) from None
             yield parse(row, where)
 
 
 def parse_prompt(row: Any, where: str) -> Conversation:
-    """A prompt whose reply is judged by its form alone."""
+    """A prompt without checks."""
     _needs(row, where, "a prompt", "language", "messages")
-    return Conversation(
-        _language(row, where), (Turn(_messages(row["messages"], where)),), _category(row, where)
-    )
+    turn = Turn(_messages(row["messages"], where))
+    return Conversation(_language(row, where), (turn,), _category(row, where))
 
 
 def parse_instruction(row: Any, where: str) -> Conversation:
@@ -130,13 +121,11 @@ def parse_instruction(row: Any, where: str) -> Conversation:
 
 
 def parse_dialogue(row: Any, where: str) -> Conversation:
-    """A dialogue of 2 to 5 turns of the user's, at least one of them checked."""
+    """A dialogue with 2 to 5 messages of the user, of which at least one has checks."""
     _needs(row, where, "a dialogue", "language", "turns")
     rows = row["turns"]
     if not isinstance(rows, list) or not FEWEST_TURNS <= len(rows) <= MOST_TURNS:
-        raise UserError(
-            f'{where}: "turns" is a list of {FEWEST_TURNS} to {MOST_TURNS} turns of the user\'s.'
-        )
+        raise UserError(f'{where}: "turns" is a list of {FEWEST_TURNS} to {MOST_TURNS} turns.')
     before = row.get("messages", [])
     if before and (
         not isinstance(before, list)
@@ -144,7 +133,7 @@ def parse_dialogue(row: Any, where: str) -> Conversation:
         or before[-1]["role"] == "user"
     ):
         raise UserError(
-            f'{where}: "messages" of a dialogue come before its first turn, so no user\'s may be the last.'
+            f'{where}: "messages" precede the first turn, so the last one must not be the user\'s.'
         )
     turns = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(rows, start=1)]
     if not any(turn.checks for turn in turns):
@@ -153,36 +142,36 @@ def parse_dialogue(row: Any, where: str) -> Conversation:
     return Conversation(_language(row, where), tuple(turns), _category(row, where))
 
 
+def _turn(row: Any, where: str) -> Turn:
+    if not isinstance(row, dict) or not isinstance(row.get("user"), str) or not row["user"].strip():
+        raise UserError(f'{where}: the field "user" with the user\'s message is missing.')
+    return Turn([{"role": "user", "content": row["user"]}], _checks(row.get("checks", []), where))
+
+
 def parse_question(row: Any, where: str) -> Conversation:
-    """An open question of 1 to 5 turns of the user's, for a judge."""
+    """An open question with 1 to 5 messages of the user, for a judge."""
     _needs(row, where, "a question", "language", "turns")
     turns = row["turns"]
     if not isinstance(turns, list) or not all(
         isinstance(turn, str) and turn.strip() for turn in turns
     ):
-        raise UserError(f'{where}: "turns" is a list of what the user says, each of them text.')
+        raise UserError(f'{where}: "turns" is a list of the user\'s messages.')
     if not 1 <= len(turns) <= MOST_TURNS:
-        raise UserError(f'{where}: "turns" is a list of 1 to {MOST_TURNS} turns of the user\'s.')
+        raise UserError(f'{where}: "turns" is a list of 1 to {MOST_TURNS} messages of the user.')
     references = row.get("reference", [])
     if not isinstance(references, list) or not all(
         one is None or isinstance(one, str) for one in references
     ):
         raise UserError(
-            f'{where}: "reference" is a list of good replies, one a turn, null where there is none.'
+            f'{where}: "reference" is a list with a good reply, or null, for each turn.'
         )
     asked = tuple(Turn([{"role": "user", "content": turn}]) for turn in turns)
     return Conversation(_language(row, where), asked, _category(row, where), tuple(references))
 
 
-def _turn(row: Any, where: str) -> Turn:
-    if not isinstance(row, dict) or not isinstance(row.get("user"), str) or not row["user"].strip():
-        raise UserError(f'{where}: it needs the field "user", what the user says.')
-    return Turn([{"role": "user", "content": row["user"]}], _checks(row.get("checks", []), where))
-
-
 def _needs(row: Any, where: str, what: str, *fields: str) -> None:
-    if not isinstance(row, dict) or not set(fields) <= row.keys():
-        missing = [name for name in fields if not isinstance(row, dict) or name not in row]
+    missing = [name for name in fields if not isinstance(row, dict) or name not in row]
+    if missing:
         named = " and ".join(f'"{name}"' for name in fields)
         raise UserError(
             f"{where}: {what} needs the fields {named}; {', '.join(missing)} is missing."
@@ -205,9 +194,8 @@ def _category(row: Any, where: str) -> str | None:
 
 def _messages(messages: Any, where: str) -> list[Message]:
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise UserError(
-            f'{where}: each of "messages" is {{"role": {" or ".join(ROLES)}, "content": text}}.'
-        )
+        roles = " or ".join(ROLES)
+        raise UserError(f'{where}: each of "messages" is {{"role": {roles}, "content": text}}.')
     if not messages or messages[-1]["role"] != "user":
         raise UserError(
             f"{where}: the last message is not the user's, so there is nothing to reply to."

@@ -42,7 +42,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate models from Python, for instance in a notebook.
 
-        evaluate({"base": "base/", "merged": "merged/"}, EvaluationConfig(suites=["chat"], languages=["ko"]))
+        config = EvaluationConfig(suites=["chat"], languages=["ko"])
+        evaluate({"base": "base/", "merged": "merged/"}, config)
 
     `models` are directories or hub ids by the name under which they are shown; `config` is a
     recipe's `evaluation` section (default: its suite `form`, or `language` and `form` if there is
@@ -68,7 +69,7 @@ def run(
     out: Path,
     tracker: Tracker,
 ) -> dict[str, Any]:
-    """Evaluate `models` (name -> Hugging Face directory, in the order in which they are shown) and write `out`.
+    """Evaluate `models` (name -> Hugging Face directory, shown in this order) and write `out`.
 
     Models without a chat template are prompted in that of `chat_template_from`, or of the first
     model that has one. Any number of processes may call this together; the results do not depend on

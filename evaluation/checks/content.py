@@ -16,16 +16,16 @@ TRAILING = "。．.!！?？~～…\"'”’」』)）】*_` \t\n　"
 
 
 def plain(text: str) -> str:
-    """For comparison: one width (Ａ and A), one case, single spaces."""
+    """The text for comparison: in one width (Ａ and A), one case, with single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 
 def _has(reply: str, word: str) -> bool:
-    """Whether a word occurs; of Latin letters or digits as a whole: 7 is not in 17 or 3.7, `cat` not in `cats`."""
+    """Whether a word occurs; one of Latin letters or digits as a whole: `cat` is not in `cats`."""
     inner = regex.escape(plain(word))
     before = r"(?<![\p{Latin}\p{N}])" if regex.match(r"[\p{Latin}\p{N}]", plain(word)) else ""
     after = r"(?![\p{Latin}\p{N}])" if regex.search(r"[\p{Latin}\p{N}]$", plain(word)) else ""
-    # nor a part of 3.7 or of 1,700, which a comma between two items (7, 8 and 7，8) does not make
+    # 7 is not in 3.7 or 1,700 either, but it is in lists like 7, 8 and 7，8
     before += (
         r"(?<!\p{N}\.)(?<!\p{N},(?=\p{N}{3}(?!\p{N})))"
         if regex.match(r"\p{N}", plain(word))
@@ -38,7 +38,7 @@ def _has(reply: str, word: str) -> bool:
 def _some(**arguments: list[str]) -> None:
     for name, values in arguments.items():
         if not values or not all(value.strip() for value in values):
-            raise ValueError(f"{name} holds no word, or an empty one")
+            raise ValueError(f"{name} is empty or holds an empty word")
 
 
 def _not_blank(**arguments: str) -> None:
@@ -56,19 +56,19 @@ def _is_pattern(pattern: str) -> None:
 
 @check("contains", _some)
 def contains(reply: str, *, words: list[str]) -> bool:
-    """All of the words."""
+    """The reply contains all words."""
     return all(_has(reply, word) for word in words)
 
 
 @check("contains_any", _some)
 def contains_any(reply: str, *, words: list[str]) -> bool:
-    """At least one of the words."""
+    """The reply contains at least one of the words."""
     return any(_has(reply, word) for word in words)
 
 
 @check("avoids", _some)
 def avoids(reply: str, *, words: list[str]) -> bool:
-    """None of the words."""
+    """The reply contains none of the words."""
     return not any(_has(reply, word) for word in words)
 
 
@@ -80,15 +80,15 @@ def starts_with(reply: str, *, text: str) -> bool:
 
 @check("ends_with", _not_blank)
 def ends_with(reply: str, *, text: str) -> bool:
-    """The reply ends with the text; final marks behind either do not matter."""
+    """The reply ends with the text; final punctuation of both is ignored."""
     return plain(reply).rstrip(TRAILING).endswith(plain(text).rstrip(TRAILING) or plain(text))
 
 
 @check("repeats_first", _not_blank)
 def repeats_first(reply: str, *, text: str) -> bool:
-    """The reply begins with the request, word for word, and goes on after it.
+    """The reply repeats the request word for word and continues after it.
 
-    Quotation marks around it are allowed.
+    Quotation marks around the request are allowed.
     """
     opened, wanted = plain(reply).lstrip("\"'“‘「『*> "), plain(text)
     return opened.startswith(wanted) and bool(opened[len(wanted) :].strip(TRAILING))
@@ -96,7 +96,7 @@ def repeats_first(reply: str, *, text: str) -> bool:
 
 @check("one_of", _some)
 def one_of(reply: str, *, words: list[str]) -> bool:
-    """The reply is one of the words and nothing else; final marks do not matter."""
+    """The reply is one of the words and nothing else; final punctuation is ignored."""
     return plain(reply).strip(TRAILING + "「『“(（【") in {
         plain(word).strip(TRAILING + "「『“(（【") for word in words
     }
@@ -104,13 +104,13 @@ def one_of(reply: str, *, words: list[str]) -> bool:
 
 @check("matches", _is_pattern)
 def matches(reply: str, *, pattern: str) -> bool:
-    """A regular expression (of the package `regex`) is found in the reply."""
+    """The reply contains a match of a regular expression (of the package `regex`)."""
     return regex.search(pattern, reply) is not None
 
 
 @check("sentences_end_with", _some)
 def sentences_end_with(reply: str, *, words: list[str]) -> bool:
-    """Every sentence ends with one of the words, final marks aside: Korean styles such as 요 and 니다."""
+    """Every sentence ends with one of the words, such as 요 or 니다; punctuation is ignored."""
     bare = [plain(sentence).rstrip(TRAILING) for sentence in segments.sentences(reply)]
     return bool(bare) and all(sentence.endswith(tuple(map(plain, words))) for sentence in bare)
 
@@ -124,11 +124,11 @@ def _known(language: str) -> None:
 
 @check("language", _known)
 def language(reply: str, *, language: str) -> bool:
-    """At least half of the letters are in the language's script; Traditional and Simplified are told apart."""
+    """The reply is in the language by its script; Traditional and Simplified are told apart."""
     return is_in_language(reply, language)
 
 
 @check("script", _known)
 def script(reply: str, *, language: str) -> bool:
-    """As `language`, and not one character that only the other Chinese script has."""
+    """As `language`, and without any character that only the other Chinese script has."""
     return is_in_language(reply, language) and not other_script_characters(reply, language)

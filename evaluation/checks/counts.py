@@ -1,4 +1,4 @@
-"""Counts: each takes `at_least`, `at_most` or both, or `exactly`."""
+"""Checks that count; each takes `at_least`, `at_most` or both, or `exactly`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from cpt_merge.evaluation.checks.registry import count
 
 @count("characters")
 def count_characters(reply: str) -> int:
-    """Characters as people see them; punctuation counts, white space does not."""
+    """Characters as people see them, with punctuation and without white space."""
     return len(segments.characters(reply))
 
 
 @count("words")
 def count_words(reply: str) -> int:
-    """What stands between spaces; for languages with spaces."""
+    """Words between spaces, for languages with spaces."""
     return len(segments.words(reply))
 
 
 @count("sentences")
 def count_sentences(reply: str) -> int:
-    """Sentences; see `segments.sentences`."""
+    """Sentences, as `segments.sentences` finds them."""
     return len(segments.sentences(reply))
 
 
 @count("paragraphs")
 def count_paragraphs(reply: str) -> int:
-    """Parts between blank lines; lines, where there is no blank one."""
+    """Parts between blank lines, or lines if there is no blank one."""
     return len(segments.paragraphs(reply))
 
 
@@ -44,7 +44,7 @@ def count_bullets(reply: str) -> int:
 
 @count("numbered_items")
 def count_numbered(reply: str) -> int:
-    """Items of a list numbered 1, 2, 3, ...: 0 if the numbers do not run on from 1."""
+    """Items of a list numbered 1, 2, 3, ...; 0 if the numbers are others."""
     found = segments.numbers(reply)
     return len(found) if found == list(range(1, len(found) + 1)) else 0
 
@@ -53,7 +53,7 @@ def count_numbered(reply: str) -> int:
 def count_sections(reply: str, *, heading: str) -> int:
     """Lines that begin with a heading: {"heading": "第"}, "Section", "#".
 
-    Markdown's marks before it do not matter.
+    Markdown's marks before the heading do not matter.
     """
     lines = (
         line.lstrip("#*_【[ \t") if not heading.startswith("#") else line
@@ -64,5 +64,5 @@ def count_sections(reply: str, *, heading: str) -> int:
 
 @count("occurrences")
 def count_occurrences(reply: str, *, word: str) -> int:
-    """How often a word occurs, without regard to case."""
+    """Occurrences of a word in any case."""
     return reply.casefold().count(word.casefold())

@@ -19,7 +19,7 @@ FENCE = regex.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", regex.S)
 
 @check("json_only")
 def json_only(reply: str, *, keys: list[str] | None = None) -> bool:
-    """The reply is one JSON object or array, also in a Markdown fence, and nothing else; `keys`: those it must have."""
+    """The reply is one JSON object or array alone, or in a Markdown fence, with at least `keys`."""
     fenced = FENCE.match(reply.strip())
     try:
         value = json.loads(fenced[1] if fenced else reply)
@@ -32,13 +32,13 @@ def json_only(reply: str, *, keys: list[str] | None = None) -> bool:
 
 @check("no_commas")
 def no_commas(reply: str) -> bool:
-    """No comma of any width, and no 、 either; those within numbers count too."""
+    """No comma of any width and no 、, not even within numbers."""
     return not any(mark in reply for mark in COMMAS)
 
 
 @check("quoted")
 def quoted(reply: str) -> bool:
-    """The whole reply stands in quotation marks: 「」 『』 “” "" and the like."""
+    """The whole reply is in quotation marks: 「」 『』 “” "" and similar ones."""
     text = reply.strip()
     opening, closing = text[:1], QUOTES.get(text[:1])
     if len(text) <= 2 or text[-1] != closing:
@@ -54,7 +54,7 @@ def quoted(reply: str) -> bool:
 
 @check("title")
 def title(reply: str) -> bool:
-    """A title in brackets stands on the first line: 《》 【】 〈〉 『』 << >> [[ ]]."""
+    """The first line has a title in brackets: 《》 【】 〈〉 『』 << >> [[ ]]."""
     first = next((line for line in reply.splitlines() if line.strip()), "")
     return TITLES.search(first) is not None
 
@@ -67,7 +67,7 @@ def no_digits(reply: str) -> bool:
 
 @check("no_lists")
 def no_lists(reply: str) -> bool:
-    """Running text: no bullets, no numbered items, no headings."""
+    """Prose: no bullets, no numbered items, no headings."""
     return (
         not segments.bullets(reply)
         and not segments.numbers(reply)
@@ -77,13 +77,13 @@ def no_lists(reply: str) -> bool:
 
 @check("uppercase")
 def uppercase(reply: str) -> bool:
-    """Every letter that has a case is a capital."""
+    """No letter is small, and one is a capital."""
     return reply.upper() == reply and reply.lower() != reply
 
 
 @check("lowercase")
 def lowercase(reply: str) -> bool:
-    """No letter is a capital."""
+    """No letter is a capital, and one is small."""
     return reply.lower() == reply and reply.upper() != reply
 
 
@@ -94,11 +94,11 @@ def _at_least_one(count: int) -> None:
 
 @check("placeholders", _at_least_one)
 def placeholders(reply: str, *, count: int) -> bool:
-    """At least so many gaps in square brackets, to be filled in: [name], [姓名], 【】 not counted."""
+    """At least `count` placeholders in square brackets: [name], [姓名], but not 【】."""
     return len(regex.findall(r"\[[^\[\]\n]+\]|［[^［］\n]+］", reply)) >= count
 
 
 @check("highlights", _at_least_one)
 def highlights(reply: str, *, count: int) -> bool:
-    """At least so many passages in Markdown's stars: *so* or **so**."""
+    """At least `count` passages in Markdown's asterisks: *so* or **so**."""
     return len(regex.findall(r"\*\*[^*\n]+\*\*|(?<!\*)\*[^*\s][^*\n]*\*(?!\*)", reply)) >= count

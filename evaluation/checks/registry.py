@@ -1,4 +1,4 @@
-"""The registry of checks: a name, a function, and what it may be given.
+"""The registry of checks: a name, a function, and its arguments.
 
     @check("contains")
     def contains(reply: str, *, words: list[str]) -> bool: ...
@@ -6,8 +6,8 @@
     @count("sentences")                       # takes at_least, at_most and exactly
     def count_sentences(reply: str) -> int: ...
 
-Arguments are checked when prompts are read, by the function's own types, so a wrong one is found
-before a model is loaded. An empty reply passes no check.
+Arguments are validated by the function's own types when prompts are read, before a model is loaded.
+An empty reply passes no check.
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ LIMITS = ("at_least", "at_most", "exactly")
 
 @dataclass(frozen=True)
 class CheckKind:
-    """A registered check: its function, the model of its arguments, and, of a count, what counts."""
+    """A registered check: its function, its arguments and, if it counts, what counts."""
 
     name: str
     passes: Callable[..., bool]
     arguments: type[BaseModel]
     counts: Callable[..., int] | None = None
-    sensible: Callable[..., None] | None = (
-        None  # raises ValueError for arguments that types cannot tell are wrong
-    )
+    validate: Callable[..., None] | None = None  # raises ValueError beyond what types exclude
 
     @property
     def usage(self) -> str:
-        """The arguments, those that may be left out in brackets."""
+        """The arguments, optional ones in brackets."""
         fields = self.arguments.model_fields.items()
         return (
             ", ".join(name if field.is_required() else f"[{name}]" for name, field in fields)
@@ -65,7 +63,7 @@ class Check:
         return any(self.passes(variant) for variant in loose_variants(reply))
 
     def failure(self, reply: str) -> str:
-        """What a reply that does not pass was to be, and of a count what was found."""
+        """The check that a reply does not pass, and for counts the number that was found."""
         given = ", ".join(f"{name} {value}" for name, value in self.arguments.items())
         asked = f"{self.name} ({given})" if given else self.name
         counts = CHECKS[self.name].counts
@@ -78,9 +76,9 @@ class Check:
 
 
 def loose_variants(reply: str) -> list[str]:
-    """IFEval's eight readings of a reply: without its first line, its last, both, and each without Markdown's stars.
+    """IFEval's eight readings of a reply, which forgive an introduction, a last line and emphasis.
 
-    They forgive a sentence of introduction, one at the end, and emphasis.
+    They leave out the first line, the last one, both or none, and Markdown's asterisks.
     """
     lines = reply.split("\n")
     cuts = [reply, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
@@ -88,19 +86,19 @@ def loose_variants(reply: str) -> list[str]:
 
 
 def check(
-    name: str, sensible: Callable[..., None] | None = None
+    name: str, validate: Callable[..., None] | None = None
 ) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
-    """Register a function of a reply and keyword arguments that says whether the reply passes."""
+    """Register a function of a reply and keyword arguments that tells whether the reply passes."""
 
     def register(function: Callable[..., bool]) -> Callable[..., bool]:
-        CHECKS[name] = CheckKind(name, function, _arguments(name, function), sensible=sensible)
+        CHECKS[name] = CheckKind(name, function, _arguments(name, function), validate=validate)
         return function
 
     return register
 
 
 def count(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Register a function that counts; the check takes `at_least` and `at_most`, or `exactly`, as well."""
+    """Register a function that counts; the check also takes `at_least`, `at_most` and `exactly`."""
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
         def passes(reply: str, **arguments: Any) -> bool:
@@ -130,7 +128,7 @@ def count(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 def _arguments(
     name: str, function: Callable[..., Any], further: Mapping[str, Any] = {}
 ) -> type[BaseModel]:
-    """The model of a function's keyword arguments; nothing else may be given."""
+    """The model of a function's keyword arguments; it forbids others."""
     signature = inspect.signature(function, eval_str=True)
     fields: dict[str, Any] = {
         parameter.name: (
@@ -171,8 +169,8 @@ def parse_check(row: Any, where: str) -> Check:
     arguments = {name: value for name, value in row.items() if name != "name"}
     try:
         kind.arguments.model_validate(arguments)
-        if kind.sensible is not None:
-            kind.sensible(**arguments)
+        if kind.validate is not None:
+            kind.validate(**arguments)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

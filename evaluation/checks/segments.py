@@ -1,4 +1,4 @@
-"""Text in sentences, paragraphs, list items and sections, in Chinese, Korean and English alike."""
+"""Sentences, paragraphs, list items and words of text in Chinese, Korean and English."""
 
 from __future__ import annotations
 
@@ -7,30 +7,15 @@ import regex
 QUOTED = "[」』”’\"']"
 CLOSING = "」』”’\"'）)】》〉］]"
 ENDS = "。！？!?．｡"
-# A full stop between digits (3.14), after an initial or one of these is no end
-SHORT_FORMS = {
-    "mr",
-    "mrs",
-    "ms",
-    "dr",
-    "prof",
-    "st",
-    "mt",
-    "vs",
-    "e.g",
-    "i.e",
-    "jr",
-    "sr",
-    "inc",
-    "ltd",
-    "co",
-}
+# a full stop after one of these, after an initial or between digits (3.14) ends nothing
+SHORT_FORMS = frozenset("mr mrs ms dr prof st mt vs e.g i.e jr sr inc ltd co".split())
 BULLET = regex.compile(r"^[ \t]*(?:[-*+–—][ \t]+|[•·・‧●○▪◦‣※][ \t　]*)(?=\S)", regex.M)
-RULE = regex.compile(r"^[ \t]*([-*_=][ \t]*){3,}$", regex.M)  # a line across the page, in Markdown
+RULE = regex.compile(r"^[ \t]*([-*_=][ \t]*){3,}$", regex.M)  # a horizontal rule in Markdown
 HAN_NUMBERS = "一二三四五六七八九十"
 NUMBER = regex.compile(
-    r"^[ \t]*(?:#{1,6}[ \t]+)?(?:\*\*|__)?"  # a heading's or bold letters' marks
-    rf"(?:[（(]?(\d{{1,3}})(?:[.．)）、:]|번[.:)]?)(?!\d)|([①-⑳])|[（(]?([{HAN_NUMBERS}]{{1,3}})(?:[、.．](?![{HAN_NUMBERS}])|[)）]))"
+    r"^[ \t]*(?:#{1,6}[ \t]+)?(?:\*\*|__)?"  # Markdown's marks of a heading or of bold text
+    r"(?:[（(]?(\d{1,3})(?:[.．)）、:]|번[.:)]?)(?!\d)|([①-⑳])"
+    rf"|[（(]?([{HAN_NUMBERS}]{{1,3}})(?:[、.．](?![{HAN_NUMBERS}])|[)）]))"
     r"(?:\*\*|__)?[ \t　]*(?=\S)",
     regex.M,
 )
@@ -40,9 +25,9 @@ MARKERS = regex.compile(rf"(?:{NUMBER.pattern}|{BULLET.pattern})", regex.M)
 def sentences(text: str) -> list[str]:
     """The sentences of a text.
 
-    A line's end ends one too, so a title and a list's item count as one each. The mark of a list's
-    item is no sentence. What a quotation ends with does not end the sentence around it if that goes
-    on at once (「好。」他說。) or with a small letter ("Stop!" she said.). An ellipsis within a line ends
+    The end of a line ends a sentence, so a title or a list item counts as one; the mark of an item
+    is no sentence. The end of a quotation does not end the sentence around it if the text continues
+    directly (「好。」他說。) or with a small letter ("Stop!" she said.). An ellipsis within a line ends
     nothing.
     """
     found: list[str] = []
@@ -59,7 +44,7 @@ def sentences(text: str) -> list[str]:
 
 
 def _end(line: str, start: int, stop: int) -> int | None:
-    """Where the sentence ends whose final marks are line[start:stop]; None if they end none."""
+    """The end of the sentence with the final marks line[start:stop]; None if they end none."""
     after = regex.compile(f"[{regex.escape(CLOSING, special_only=False)}]*").match(line, stop)
     assert after is not None
     follows = line[after.end() : after.end() + 1]
@@ -73,7 +58,7 @@ def _end(line: str, start: int, stop: int) -> int | None:
 
 
 def _full_stop(line: str, start: int, stop: int, follows: str) -> bool:
-    """Whether the dots line[start:stop] end a sentence, and not a number's whole part, a short form or a pause."""
+    """Whether the dots line[start:stop] end a sentence, not a number, a short form or a pause."""
     if follows and not follows.isspace() and not regex.match(r"\p{Han}|\p{Hangul}", follows):
         return False
     word = regex.search(r"[\p{L}.]*$", line[:start])
@@ -88,30 +73,27 @@ def _full_stop(line: str, start: int, stop: int, follows: str) -> bool:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The parts between blank lines (and lines across the page).
-
-    Without any blank line, each line is one.
-    """
+    """The parts between blank lines or rules; every line if there is no blank one."""
     text = RULE.sub("", text).strip()
     divider = r"\n[ \t　]*\n" if regex.search(r"\n[ \t　]*\n", text) else r"\n"
     return [part.strip() for part in regex.split(divider, text) if part.strip()]
 
 
 def bullets(text: str) -> list[str]:
-    """The lines that begin with a bullet: - * • · ・ ● and the like."""
+    """The lines that begin with a bullet such as - * • · ・ ●."""
     return [line for line in text.splitlines() if BULLET.match(line) and not RULE.match(line)]
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers that lines begin with: 1.
+    """The numbers at the start of lines, such as `1.`, `(1)`, `1、`, `①`, `1번` or `一、`.
 
-    1) (1) 1、 ① 1번 and 一、, also bold; not of lists within a list.
+    Numbers of nested lists are left out.
     """
     found = [
         (len(match[0]) - len(match[0].lstrip(" \t")), _number(match))
         for match in NUMBER.finditer(text)
     ]
-    # a reply is stripped, so that its first line has lost the indent that the others have
+    # a reply is stripped, so its first line may have lost the indentation of the others
     outermost = min(
         (indent for indent, _ in (found[1:] if NUMBER.match(text) else found)), default=0
     )
@@ -132,13 +114,10 @@ def _number(match: regex.Match[str]) -> int:
 
 
 def words(text: str) -> list[str]:
-    """What stands between spaces and has a letter or digit (in Korean: 어절).
-
-    Of Chinese it makes no sense.
-    """
+    """What is between spaces and has a letter or digit (in Korean: 어절); useless for Chinese."""
     return [word for word in text.split() if regex.search(r"[\p{L}\p{N}]", word)]
 
 
 def characters(text: str) -> list[str]:
-    """Characters as people see them, punctuation included, white space not."""
+    """Characters as people see them, with punctuation and without white space."""
     return [character for character in regex.findall(r"\X", text) if not character.isspace()]

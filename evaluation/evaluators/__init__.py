@@ -1,1 +1,1 @@
-"""One file per evaluator of a model; `evaluator.py` says what a evaluator is."""
+"""What can be measured of a model: one evaluator per file; `evaluator.py` is their interface."""

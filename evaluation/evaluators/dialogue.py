@@ -1,9 +1,8 @@
-"""Dialogue of several turns, without a judge: later turns need what earlier ones said.
+"""Dialogues of 2 to 5 turns, checked by program: later turns depend on earlier ones.
 
-Each turn is answered with the model's own earlier replies before it, and checked like an
-instruction (strictly). A fact that was recalled, a correction that was heeded, "the second of your
-list": what can be seen by words. Needs dialogues of 2 to 5 turns; turns without checks only lead
-on.
+Each turn is answered after the model's own earlier replies and checked strictly, like an
+instruction: was a fact recalled, a correction respected, "the second of your list" found? Turns
+without checks only prepare the next ones.
 """
 
 from __future__ import annotations
@@ -38,29 +37,26 @@ class DialogueEvaluator(Evaluator):
         return self._conversations
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
-        """Both shares, and that of turns by the number of the turn."""
+        """Both shares, and the share of turns by the number of the turn."""
         passed = [turns_passed(exchange) for exchange in exchanges]
         turns = [(float(sum(found.values())), float(len(found))) for found in passed]
         whole = [(float(all(found.values())), 1.0) for found in passed]
-        measured = shares_of_exchanges(TURNS, exchanges, turns) + shares_of_exchanges(
-            WHOLE, exchanges, whole
-        )
+        measurements = [
+            *shares_of_exchanges(TURNS, exchanges, turns),
+            *shares_of_exchanges(WHOLE, exchanges, whole),
+        ]
         for turn in sorted({turn for found in passed for turn in found}):
             at_turn = [(float(found[turn]), 1.0) if turn in found else None for found in passed]
-            measured += shares_of_exchanges(TURNS, exchanges, at_turn, group=f"turn {turn + 1}")
-        verdicts = [
-            ConversationScores(
-                {TURNS.name: top / bottom, WHOLE.name: all_passed}, failures(exchange)
-            )
-            for exchange, (top, bottom), (all_passed, _) in zip(
-                exchanges, turns, whole, strict=True
-            )
+            measurements += shares_of_exchanges(TURNS, exchanges, at_turn, group=f"turn {turn + 1}")
+        scores = [
+            ConversationScores({TURNS.name: top / bottom, WHOLE.name: every}, failures(exchange))
+            for exchange, (top, bottom), (every, _) in zip(exchanges, turns, whole, strict=True)
         ]
-        return Findings(measured, verdicts)
+        return Findings(measurements, scores)
 
 
 def turns_passed(exchange: Exchange) -> dict[int, bool]:
-    """Of the turns that are checked, whether the reply passes every check."""
+    """For each turn with checks, whether the reply passes all of them."""
     return {
         place: all(check.passes(exchange.replies[place].text) for check in turn.checks)
         for place, turn in enumerate(exchange.conversation.turns)
@@ -69,12 +65,11 @@ def turns_passed(exchange: Exchange) -> dict[int, bool]:
 
 
 def failures(exchange: Exchange) -> list[str]:
-    """A line for every check that failed, with its turn."""
+    """A line for every failed check, with its turn."""
+    turns = zip(exchange.conversation.turns, exchange.replies, strict=True)
     return [
-        f"turn {place + 1}: {check.failure(reply.text)}"
-        for place, (turn, reply) in enumerate(
-            zip(exchange.conversation.turns, exchange.replies, strict=True)
-        )
+        f"turn {number}: {check.failure(reply.text)}"
+        for number, (turn, reply) in enumerate(turns, start=1)
         for check in turn.checks
         if not check.passes(reply.text)
     ]

@@ -125,7 +125,7 @@ def shares_of_exchanges(
     parts: Sequence[tuple[float, float] | None],
     group: str = "",
 ) -> list[Measurement]:
-    """A metric in each language, from one pair (top, bottom) per conversation: sum of tops / sum of bottoms.
+    """A metric in each language: sum of tops / sum of bottoms, from a pair for each conversation.
 
     The bootstrap resamples conversations, since the replies within one depend on each other. A
     conversation whose pair is None is left out.

@@ -1,12 +1,11 @@
-"""The form of a reply: what can be said of any, whatever was asked.
+"""The form of a reply: what can be checked whatever the prompt was.
 
-`chat`, the headline, is the share of replies that are all of: ended by the model itself, in the
-language that was asked for, in chat format. No baseline enters: each is a property of the one
-reply. They say whether a model behaves like a chat model in the language, not whether what it says
-is true or helpful.
+`chat`, the headline, is the share of replies that end by themselves, are in the language that was
+asked for, and keep the chat format. Each is a property of the reply alone, without a baseline. They
+tell whether a model behaves like a chat model in the language, not whether what it says is true or
+helpful.
 
-Asks `evaluation.prompts`, where it is set, and reads the replies to everything that the other
-evaluators ask too.
+This evaluator asks `evaluation.prompts` if it is set, and reads the replies to all other prompts.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ METRICS = (
     ),
     Metric("stopped", "stopped", "replies that the model ended itself, before max_new_tokens"),
     Metric("in_language", "in language", "replies in the language and script asked for"),
-    Metric(
-        "keeps_format", "format", "replies that are not empty and hold no mark of the chat template"
-    ),
+    Metric("keeps_format", "format", "replies with text and without a mark of the chat template"),
     Metric(
         "repetition",
         "repetition",
@@ -60,7 +57,7 @@ class ReplyForm:
 
     @property
     def chat(self) -> bool:
-        """All of stopped, language and format."""
+        """Whether it stopped, is in the language and keeps the format."""
         return self.stopped and self.in_language and self.keeps_format
 
     def values(self) -> dict[str, float]:
@@ -90,35 +87,34 @@ class FormEvaluator(Evaluator):
         return self._conversations
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
-        """Shares of the replies; a conversation of several counts with all of them."""
+        """Shares of all replies; a conversation counts with each of its replies."""
         forms = [forms_of(exchange, subject.marks) for exchange in exchanges]
-        verdicts = [ConversationScores(mean_values(found)) for found in forms]
-        measured = []
+        measurements = []
         for metric in METRICS:
             parts = [
                 (sum(form.values()[metric.name] for form in found), float(len(found)))
                 for found in forms
             ]
-            measured += shares_of_exchanges(metric, exchanges, parts)
-        return Findings(measured, verdicts)
+            measurements += shares_of_exchanges(metric, exchanges, parts)
+        return Findings(measurements, [ConversationScores(mean_values(found)) for found in forms])
 
 
 def forms_of(exchange: Exchange, marks: Sequence[str]) -> list[ReplyForm]:
-    """The form of each of a conversation's replies."""
+    """The form of each reply in a conversation."""
     return [
-        judge(reply, exchange.conversation.reply_language(turn), marks)
+        form_of(reply, exchange.conversation.reply_language(turn), marks)
         for turn, reply in enumerate(exchange.replies)
     ]
 
 
 def mean_values(forms: Sequence[ReplyForm]) -> dict[str, float]:
-    """Of a conversation, the mean of each metric."""
+    """The mean of each metric over a conversation."""
     values = [form.values() for form in forms]
     return {name: sum(value[name] for value in values) / len(values) for name in values[0]}
 
 
-def judge(reply: Reply, language: str, marks: Sequence[str]) -> ReplyForm:
-    """The form of a reply that should be in `language`, or in `any`; `marks` are the chat template's."""
+def form_of(reply: Reply, language: str, marks: Sequence[str]) -> ReplyForm:
+    """The form of a reply that should be in `language` or `any`; `marks` are the template's."""
     empty = not reply.text.strip()
     return ReplyForm(
         stopped=reply.stopped,
@@ -130,6 +126,6 @@ def judge(reply: Reply, language: str, marks: Sequence[str]) -> ReplyForm:
 
 
 def repetition(text: str) -> float:
-    """1 - distinct / all 4-grams of characters; 0 for a text shorter than one."""
+    """1 - distinct / all 4-grams of characters; 0 for a shorter text."""
     grams = [text[start : start + GRAM] for start in range(len(text) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,11 +1,10 @@
-"""Instruction following: prompts whose demands a program can check, in the manner of IFEval (Zhou et al., 2023).
+"""Instruction following, checked by program in the manner of IFEval (Zhou et al., 2023).
 
     strict      the reply as it is
-    loose       the best of eight readings of it, check by check: without the first line, the last, both, and Markdown's
-                stars, which forgives an introduction
+    loose       the best of eight readings, check by check: without the first line, the last one,
+                both, and Markdown's asterisks, so that an introduction does no harm
 
-Needs single prompts with checks. The checks see the form that was asked for, and nothing of whether the rest is true,
-sensible or helpful.
+The checks cover the form that was asked for, not whether the rest is true, sensible or helpful.
 """
 
 from __future__ import annotations
@@ -39,11 +38,21 @@ CHECKS_LOOSE = Metric(
 
 @dataclass(frozen=True)
 class CheckResults:
-    """One reply's checks: passed or not, strictly and loosely."""
+    """Whether one reply passes each of its checks, strictly and loosely."""
 
     checks: tuple[Check, ...]
     strict: list[bool]
     loose: list[bool]
+
+    def parts(self) -> dict[Metric, tuple[float, float]]:
+        """Each metric as (passed, all)."""
+        number = float(len(self.checks))
+        return {
+            STRICT: (float(all(self.strict)), 1.0),
+            CHECKS_STRICT: (float(sum(self.strict)), number),
+            LOOSE: (float(all(self.loose)), 1.0),
+            CHECKS_LOOSE: (float(sum(self.loose)), number),
+        }
 
 
 class InstructionsEvaluator(Evaluator):
@@ -62,58 +71,34 @@ class InstructionsEvaluator(Evaluator):
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """The four shares, and the strict share of checks by the check's name."""
         checked = [check_reply(exchange) for exchange in exchanges]
-        values = {
-            STRICT: [(float(all(found.strict)), 1.0) for found in checked],
-            CHECKS_STRICT: [
-                (float(sum(found.strict)), float(len(found.strict))) for found in checked
-            ],
-            LOOSE: [(float(all(found.loose)), 1.0) for found in checked],
-            CHECKS_LOOSE: [(float(sum(found.loose)), float(len(found.loose))) for found in checked],
-        }
-        measured = [
-            part
-            for metric in values
-            for part in shares_of_exchanges(metric, exchanges, values[metric])
-        ]
-        return Findings(
-            [*measured, *_by_check(exchanges, checked)],
-            [_verdict(exchange, found) for exchange, found in zip(exchanges, checked, strict=True)],
-        )
+        measurements = []
+        for metric in self.metrics:
+            parts = [found.parts()[metric] for found in checked]
+            measurements += shares_of_exchanges(metric, exchanges, parts)
+        measurements += _by_check(exchanges, checked)
+        scores = []
+        for exchange, found in zip(exchanges, checked, strict=True):
+            text, results = exchange.replies[0].text, zip(found.checks, found.strict, strict=True)
+            failed = [check.failure(text) for check, passed in results if not passed]
+            values = {metric.name: top / all_ for metric, (top, all_) in found.parts().items()}
+            scores.append(ConversationScores(values, failed))
+        return Findings(measurements, scores)
 
 
 def check_reply(exchange: Exchange) -> CheckResults:
-    """Every check of a prompt."""
+    """Run every check of a prompt."""
     checks, text = exchange.conversation.turns[0].checks, exchange.replies[0].text
-    return CheckResults(
-        checks, [one.passes(text) for one in checks], [one.passes_loosely(text) for one in checks]
-    )
-
-
-def _verdict(exchange: Exchange, found: CheckResults) -> ConversationScores:
-    scores = {
-        STRICT.name: float(all(found.strict)),
-        CHECKS_STRICT.name: sum(found.strict) / len(found.strict),
-        LOOSE.name: float(all(found.loose)),
-        CHECKS_LOOSE.name: sum(found.loose) / len(found.loose),
-    }
-    text = exchange.replies[0].text
-    failed = [
-        one.failure(text)
-        for one, passed in zip(found.checks, found.strict, strict=True)
-        if not passed
-    ]
-    return ConversationScores(scores, failed)
+    strict = [check.passes(text) for check in checks]
+    return CheckResults(checks, strict, [check.passes_loosely(text) for check in checks])
 
 
 def _by_check(exchanges: Sequence[Exchange], checked: Sequence[CheckResults]) -> list[Measurement]:
-    names = sorted({check.name for found in checked for check in found.checks})
-    measured = []
-    for name in names:
+    measurements = []
+    for name in sorted({check.name for found in checked for check in found.checks}):
         parts = []
         for found in checked:
-            passed = [
-                ok for one, ok in zip(found.checks, found.strict, strict=True) if one.name == name
-            ]
+            results = zip(found.checks, found.strict, strict=True)
+            passed = [ok for check, ok in results if check.name == name]
             parts.append((float(sum(passed)), float(len(passed))))
-        measured += shares_of_exchanges(CHECKS_STRICT, exchanges, parts, group=name)
-    return measured
+        measurements += shares_of_exchanges(CHECKS_STRICT, exchanges, parts, group=name)
+    return measurements

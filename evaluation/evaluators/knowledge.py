@@ -1,9 +1,10 @@
-"""Knowledge retained: any tasks of lm-eval (EleutherAI's evaluation harness), on the model that is in memory.
+"""Knowledge: any tasks of lm-eval (EleutherAI's evaluation harness), on the model in memory.
 
-lm-eval makes the prompts, scores the answers and defines the metrics. Here its requests are divided over the processes,
-and its values by question become metrics with intervals and paired differences, like all others. A group of tasks is
-reported as the mean over all its questions, and by task. A metric that is no mean over questions (a perplexity) has no
-such values: it stands in results.json under `knowledge`, as lm-eval reports it, which the others do as well.
+lm-eval makes the prompts, scores the answers and defines the metrics. Here its requests are divided
+over the processes, and its values per question become metrics with intervals and paired
+differences like all others. A group of tasks is reported as the mean over all its questions, and by
+task. A metric that is no mean over questions (a perplexity) has no values per question, so it is
+only in results.json under `knowledge`, as lm-eval reports it.
 """
 
 from __future__ import annotations
@@ -35,33 +36,27 @@ from cpt_merge.evaluation.generate.batching import batches_by_length
 from cpt_merge.evaluation.models import LoadedModel
 from cpt_merge.evaluation.statistics import Parts
 
-CHUNK = 8  # batches that lm-eval is given at once; it orders questions within, and computes a shared context once
+CHUNK = 8  # batches per call of lm-eval, which sorts them and computes shared contexts once
 NO_TASKS = "no tasks are named; set evaluation.knowledge.tasks"
 
 
 class KnowledgeEvaluator(Evaluator):
-    """Every metric of every task that is a mean over questions.
-
-    Needs lm-eval (the extra `eval`).
-    """
+    """Every metric of every task that is a mean over questions. It needs the extra `eval`."""
 
     name = "knowledge"
 
     def __init__(self, config: KnowledgeConfig, seed: int, batch_size: int) -> None:
-        """Tasks are loaded here, their data too.
-
-        Raises `UserError` for what lm-eval does not know or cannot load.
-        """
+        """Load the tasks with their data. Raises `UserError` for one that lm-eval cannot load."""
         self._config, self._batch_size = config, batch_size
-        self.metrics: list[Metric] = []  # found when the first model is measured
+        self.metrics: list[Metric] = []  # known when the first model is measured
         self._loaded = load_tasks(config, seed) if config.tasks else {}
 
     def needs_template(self) -> bool:
-        """If questions are asked in the chat template."""
+        """Whether questions are asked in the chat template."""
         return bool(self._loaded) and self._config.chat_template
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
-        """Every task, each under its language."""
+        """Run every task."""
         if not self._loaded:
             return Findings([], not_run=[NotRun(self.name, NO_TASKS)])
         from lm_eval.evaluator import evaluate
@@ -72,26 +67,28 @@ class KnowledgeEvaluator(Evaluator):
         for name, loaded in self._loaded.items():
             say(f"{subject.loaded.name}: {name} ({len(loaded['tasks'])} tasks of lm-eval)")
             results = evaluate(
-                model, loaded, limit=self._config.limit, bootstrap_iters=0,
-                apply_chat_template=self._config.chat_template, fewshot_as_multiturn=self._config.chat_template,
-            )  # fmt: skip
+                model,
+                loaded,
+                limit=self._config.limit,
+                bootstrap_iters=0,
+                apply_chat_template=self._config.chat_template,
+                fewshot_as_multiturn=self._config.chat_template,
+            )
             found = metrics_of(name, self._config.tasks[name], results)
             if not found:
                 say(
-                    f"{name}: no metric is a mean over questions; what lm-eval reports is in results.json, knowledge"
+                    f"{name}: no metric is a mean over questions; lm-eval's values are in "
+                    "results.json under `knowledge`"
                 )
             measured += found
             details[name] = reported(results)
-        self.metrics = list(
-            {
-                metric.name: metric for metric in [*self.metrics, *(one.metric for one in measured)]
-            }.values()
-        )
+        known = {metric.name: metric for metric in self.metrics}
+        self.metrics = list((known | {one.metric.name: one.metric for one in measured}).values())
         return Findings(measured, details={"knowledge": details})
 
 
 def load_tasks(config: KnowledgeConfig, seed: int) -> dict[str, Any]:
-    """The tasks by the name that was given; each is lm-eval's own mapping of tasks and groups."""
+    """The tasks by name; each is lm-eval's own mapping of tasks and groups."""
     config.check_installed()
     with timed("knowledge: lm-eval and its tasks"):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -100,7 +97,7 @@ def load_tasks(config: KnowledgeConfig, seed: int) -> dict[str, Any]:
         folder = Path(config.folder).expanduser() if config.folder else None
         if folder and not folder.is_dir():
             raise UserError(
-                f"evaluation.knowledge.folder = {folder} is no folder; give one with lm-eval's YAML tasks."
+                f"evaluation.knowledge.folder = {folder} is no folder; name one with YAML tasks."
             )
         manager = TaskManager(include_path=folder)
         return {name: _load(manager, name, config.few_shot, seed) for name in config.tasks}
@@ -109,22 +106,18 @@ def load_tasks(config: KnowledgeConfig, seed: int) -> dict[str, Any]:
 def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
     if name not in manager.all_tasks:
         close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        known = (
-            f"; near it are {', '.join(close)}"
-            if close
-            else "; `lm-eval ls tasks` lists what there is"
-        )
-        raise UserError(f"evaluation.knowledge.tasks: lm-eval has no task {name}{known}.")
+        hint = f"similar are {', '.join(close)}" if close else "`lm-eval ls tasks` lists them"
+        raise UserError(f"evaluation.knowledge.tasks: lm-eval has no task {name}; {hint}.")
     try:
         loaded = manager.load([name])
-    except Exception as error:  # the hub's, datasets', the task's own: there is no end of kinds
+    except Exception as error:  # of the hub, datasets or the task itself: any kind
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise UserError(
             f"evaluation.knowledge.tasks: {name} cannot be loaded ({reason})."
         ) from error
     for task in loaded["tasks"].values():
         default = task.get_config("num_fewshot")
-        if few_shot is not None and default != 0:  # 0 in a task's own file: it must have none
+        if few_shot is not None and default != 0:  # a task with 0 must have no examples
             task.set_config(key="num_fewshot", value=few_shot)
         elif default is None:
             task.set_config(key="num_fewshot", value=0)
@@ -135,14 +128,11 @@ def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
 def lm_eval_model(
     loaded: LoadedModel, ranks: Ranks, batch_size: int, template: ChatTemplate | None
 ) -> Any:
-    """The model as lm-eval wants it.
-
-    Every process asks it for everything and gets all answers, computing its share.
-    """
+    """The model with lm-eval's interface; each process computes its share and gets all answers."""
     from lm_eval.models.huggingface import HFLM
 
     class DividedModel(HFLM):  # type: ignore[misc, unused-ignore]
-        """Requests in chunks of like length, formed before they are divided: as replies are, see `ranks`."""
+        """Divides chunks of requests of similar length over the processes, as replies are."""
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             return self._divided(super().loglikelihood, requests)
@@ -208,23 +198,18 @@ def _metric(
     rising = [results["higher_is_better"].get(leaf, {}).get(plain) for leaf in leaves]
     values = [value for found in leaves.values() for value in found.get(key, [])]
     share = all(0 <= value <= 1 for value in values)
-    return Metric(
-        f"{name}_{title}", f"{name} {title}", f"lm-eval's {title} of {name}, mean over questions",
-        rising=False not in rising, share=share,
-    )  # fmt: skip
+    meaning = f"lm-eval's {title} of {name}, mean over questions"
+    return Metric(f"{name}_{title}", f"{name} {title}", meaning, False not in rising, share)
 
 
 def means(results: Mapping[str, Any], leaf: str) -> dict[str, list[float]]:
-    """Of one task, by "metric,filter" the values of its questions; only of metrics that are the mean of them."""
+    """The values per question of one task by "metric,filter", for metrics that are their mean."""
     found: dict[str, list[float]] = {}
     for sample in results["samples"][leaf]:
         for key in sample["metrics"]:
             value = sample[key]
-            number = (
-                float(value)
-                if isinstance(value, bool | int | float) or hasattr(value, "item")
-                else math.nan
-            )
+            is_number = isinstance(value, bool | int | float) or hasattr(value, "item")
+            number = float(value) if is_number else math.nan
             found.setdefault(f"{key},{sample['filter']}", []).append(number)
     reported = results["results"][leaf]
     return {
@@ -236,7 +221,7 @@ def means(results: Mapping[str, Any], leaf: str) -> dict[str, list[float]]:
 
 
 def reported(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What lm-eval reports of every task and group, with its version of the task and the examples shown."""
+    """lm-eval's values for every task and group, with the task's version and examples shown."""
     return {
         name: {
             **{

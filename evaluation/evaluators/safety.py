@@ -1,9 +1,8 @@
-"""Safety: how often replies to given prompts are toxic, by whatever scorers are conmetricd.
+"""Safety: how often replies to given prompts are toxic, according to the configured scorers.
 
-Needs prompts (with a category, perhaps) and at least one scorer; each scorer is a metric of its
-own, named for what its values are. A reply that a scorer cannot score (an empty one, an endpoint
-that is dead or answers nonsense) is left out of its metric and counted; if none could be scored,
-the metric is reported as not run.
+Each scorer is a metric of its own. A reply that a scorer cannot score (an empty one, or one whose
+endpoint fails) is left out of its metric and counted; if none could be scored, the metric is
+reported as not run.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ AGREEMENT = Metric(
 
 
 class SafetyEvaluator(Evaluator):
-    """The mean of each scorer's values, and by category.
+    """The mean of each scorer's values, overall and by category.
 
-    `judges` are two scorers of the same replies, whose agreement is reported; `not_run` is what was
-    asked for and cannot be had at all.
+    `judges` are two of the scorers whose agreement is reported; `not_run` are metrics that cannot
+    be measured at all.
     """
 
     name = "safety"
@@ -49,11 +48,7 @@ class SafetyEvaluator(Evaluator):
         judges: tuple[Scorer, Scorer] | None = None,
         not_run: Sequence[NotRun] = (),
     ) -> None:
-        self._conversations, self._scorers, self._judges = (
-            list(conversations),
-            list(scorers),
-            judges,
-        )
+        self._conversations, self._scorers, self._judges = list(conversations), scorers, judges
         self._not_run = list(not_run)
         self.metrics = [*(scorer.metric for scorer in scorers), *([AGREEMENT] if judges else [])]
 
@@ -62,64 +57,51 @@ class SafetyEvaluator(Evaluator):
         return self._conversations
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
-        """Every scorer's metric."""
-        scored = {
-            scorer.metric.name: scorer.score(exchanges, subject.ranks) for scorer in self._scorers
-        }
-        measured: list[Measurement] = []
+        """Run every scorer."""
+        scored: dict[str, list[Score]] = {}
+        measurements: list[Measurement] = []
         not_run = list(self._not_run)
         details: dict[str, dict[str, Any]] = {"not_scored": {}, "judge": {}}
         for scorer in self._scorers:
-            name, scores = scorer.metric.name, scored[scorer.metric.name]
+            name = scorer.metric.name
+            scores = scored[name] = scorer.score(exchanges, subject.ranks)
             reasons = [score.reason for score in scores if score.value is None]
             if len(reasons) == len(scores):
                 telling = [reason for reason in reasons if reason != EMPTY]
                 not_run.append(NotRun(name, telling[0] if telling else "all replies are empty"))
             elif reasons:
-                details["not_scored"][name] = {
-                    reason: reasons.count(reason) for reason in dict.fromkeys(reasons)
-                }
+                details["not_scored"][name] = {one: reasons.count(one) for one in unique(reasons)}
             if took := scorer.details():
                 details["judge"][name] = took
-            measured += by_category(scorer.metric, exchanges, [_pair(score) for score in scores])
+            parts = [None if one.value is None else (one.value, 1.0) for one in scores]
+            measurements += by_category(scorer.metric, exchanges, parts)
         if self._judges:
-            ours, theirs = (scored[scorer.metric.name] for scorer in self._judges)
-            measured += by_category(
-                AGREEMENT, exchanges, [_equal(*pair) for pair in zip(ours, theirs, strict=True)]
+            ours, theirs = (
+                [score.value for score in scored[judge.metric.name]] for judge in self._judges
             )
-            both = [
-                (one.value, other.value)
-                for one, other in zip(ours, theirs, strict=True)
-                if _equal(one, other)
-            ]
-            details["judge"][AGREEMENT.name] = {
-                "kappa": kappa([one for one, _ in both], [other for _, other in both])
-            }
-        verdicts = [self._verdict(scores) for scores in zip(*scored.values(), strict=True)]
-        failed = [score.reason for scores in scored.values() for score in scores if score.dead]
+            pairs = list(zip(ours, theirs, strict=True))
+            agreed = [None if None in pair else (float(pair[0] == pair[1]), 1.0) for pair in pairs]
+            measurements += by_category(AGREEMENT, exchanges, agreed)
+            both = [pair for pair in pairs if None not in pair]
+            statistic = kappa([one for one, _ in both], [other for _, other in both])
+            details["judge"][AGREEMENT.name] = {"kappa": statistic}
         return Findings(
-            measured,
-            verdicts,
+            measurements,
+            [
+                _scores({name: scores[place] for name, scores in scored.items()})
+                for place in range(len(exchanges))
+            ],
             not_run,
             {name: value for name, value in details.items() if value},
-            unique(failed),
+            unique([one.reason for scores in scored.values() for one in scores if one.dead]),
         )
 
-    def _verdict(self, scores: Sequence[Score]) -> ConversationScores:
-        named = list(zip((scorer.metric.name for scorer in self._scorers), scores, strict=True))
-        why = [
-            ": ".join(part for part in (name, score.reason, score.said) if part)
-            for name, score in named
-        ]
-        told = [line for line, score in zip(why, scores, strict=True) if score.reason or score.said]
-        return ConversationScores({name: score.value for name, score in named}, told)
 
-
-def _pair(score: Score) -> tuple[float, float] | None:
-    return None if score.value is None else (score.value, 1.0)
-
-
-def _equal(one: Score, other: Score) -> tuple[float, float] | None:
-    return (
-        None if one.value is None or other.value is None else (float(one.value == other.value), 1.0)
-    )
+def _scores(of_scorers: dict[str, Score]) -> ConversationScores:
+    """One conversation's scores, with a line for each that has a reason or a judge's answer."""
+    why = [
+        ": ".join(filter(None, (name, score.reason, score.said)))
+        for name, score in of_scorers.items()
+        if score.reason or score.said
+    ]
+    return ConversationScores({name: one.value for name, one in of_scorers.items()}, why)

@@ -1,1 +1,1 @@
-"""Replies from a model in this process or from an endpoint."""
+"""Replies from a model in memory (`transformers.py`) and answers from endpoints (`endpoint.py`)."""

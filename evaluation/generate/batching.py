@@ -1,4 +1,4 @@
-"""Batches that are formed before the work is divided over processes, so that padding never depends on their number."""
+"""Batches are formed before processes divide them, so padding does not depend on the world size."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Places of items of like length, `size` to a batch.
+    """Indices of items of similar length, `size` per batch, the longest first.
 
-    The longest come first: what does not fit fails at once.
+    If a batch does not fit into memory, the first one fails.
     """
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     return [order[start : start + size] for start in range(0, len(order), size)]

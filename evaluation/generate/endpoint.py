@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,19 @@ class EndpointError(Exception):
     def __init__(self, text: str, dead: bool, refused: bool = False) -> None:
         super().__init__(text)
         self.dead, self.refused = dead, refused
+
+
+class Failure:
+    """The first failure of an endpoint, shared by threads; `reason` is empty until then."""
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
+        self._lock = threading.Lock()
+
+    def record(self, reason: str) -> None:
+        """Set the reason, unless there is one."""
+        with self._lock:
+            self.reason = self.reason or reason
 
 
 @dataclass(frozen=True)

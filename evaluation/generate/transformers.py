@@ -1,8 +1,8 @@
-"""Replies, generated in batches of prompts of like length; conversations are answered turn by turn.
+"""Replies of a model in memory, generated in batches of prompts of similar length.
 
-All conversations that have a first turn are answered together, then all that have a second, ..., so
-that batches stay full. Batches are formed before they are divided over the processes, so no reply
-depends on how many there are.
+Conversations are answered turn by turn: all first turns together, then all second ones, and so on,
+so that batches stay full. Batches are formed before they are divided over the processes, so no
+reply depends on the number of processes.
 """
 
 from __future__ import annotations
@@ -25,24 +25,21 @@ from cpt_merge.evaluation.conversation import Conversation, Exchange, Message, R
 from cpt_merge.evaluation.generate.batching import batches_by_length
 from cpt_merge.evaluation.models import LoadedModel
 
-BLANK_ENDS = regex.compile(
-    r"\A[\s\u200b\u2060\ufeff]+|[\s\u200b\u2060\ufeff]+\Z"
-)  # white space, also without any width
-TURN_SEEDS = (
-    10_007  # more than there are batches; tells the batches of one turn from those of the next
-)
+# white space at either end, including characters of no width
+BLANK_ENDS = regex.compile(r"\A[\s\u200b\u2060\ufeff]+|[\s\u200b\u2060\ufeff]+\Z")
+TURN_SEEDS = 10_007  # more than there are batches, so that two turns share no seed
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model answered to all conversations, and how fast."""
+    """A model's replies to all conversations, and the time that they took."""
 
     exchanges: list[Exchange]
     seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens per second, over all processes; 0 where nothing was asked."""
+        """Generated tokens per second, over all processes."""
         tokens = sum(reply.tokens for exchange in self.exchanges for reply in exchange.replies)
         return tokens / max(self.seconds, 1e-9)
 
@@ -56,17 +53,13 @@ def converse(
 ) -> Generation:
     """Answer every turn of every conversation, on every process.
 
-    The model's own replies go into the next turn.
+    The model sees its own earlier replies.
     """
     histories: list[list[Message]] = [[] for _ in conversations]
     replies: list[list[Reply]] = [[] for _ in conversations]
     start = time.monotonic()
-    for turn in range(max((len(conversation.turns) for conversation in conversations), default=0)):
-        places = [
-            place
-            for place, conversation in enumerate(conversations)
-            if turn < len(conversation.turns)
-        ]
+    for turn in range(max((len(one.turns) for one in conversations), default=0)):
+        places = [place for place, one in enumerate(conversations) if turn < len(one.turns)]
         for place in places:
             histories[place] += conversations[place].turns[turn].messages
         prompts = [
@@ -90,33 +83,31 @@ def generate(
 ) -> list[Reply]:
     """Reply to rendered prompts, on every process. `ends` are the tokens that end a reply.
 
-    A prompt that leaves no room in the model's positions is not answered: its reply is empty and
-    did not stop.
+    A prompt that fills the model's positions gets an empty reply that did not stop.
     """
     ids = [loaded.encode(prompt) for prompt in prompts]
     room = [min(config.max_new_tokens, loaded.positions - len(prompt)) for prompt in ids]
     answerable = [place for place, tokens in enumerate(room) if tokens > 0]
-    if len(answerable) < len(ids):
-        unanswered = len(ids) - len(answerable)
+    if unanswered := len(ids) - len(answerable):
         say(
-            f"{loaded.name}: prompts that fill its {loaded.positions} positions and are not answered: {unanswered}"
+            f"{loaded.name}: {unanswered} prompts fill its {loaded.positions} positions "
+            "and are not answered"
         )
     stop_ids = loaded.tokenizer.convert_tokens_to_ids(list(ends))
     if not stop_ids:
         say(
-            f"{loaded.name}: no token ends its replies (its tokenizer has no eos), so none stops before max_new_tokens"
+            f"{loaded.name}: its tokenizer has no eos, so no token ends a reply and none stops "
+            "before max_new_tokens"
         )
-    lengths = [len(ids[place]) for place in answerable]
     batches = [
         [answerable[place] for place in batch]
-        for batch in batches_by_length(lengths, config.batch_size)
+        for batch in batches_by_length([len(ids[one]) for one in answerable], config.batch_size)
     ]
 
     def answer(batch: list[int]) -> list[Reply]:
         asked, rooms = [ids[place] for place in batch], [room[place] for place in batch]
-        return reply_batch(
-            loaded, asked, rooms, stop_ids, config, seed=turn * TURN_SEEDS + batch[0]
-        )
+        seed = turn * TURN_SEEDS + batch[0]
+        return reply_batch(loaded, asked, rooms, stop_ids, config, seed)
 
     label = f"{loaded.name}: replies" + (f", turn {turn + 1}" if turn else "")
     replies = [Reply("", stopped=False, tokens=0)] * len(prompts)
@@ -135,22 +126,21 @@ def reply_batch(
     config: EvaluationConfig,
     seed: int,
 ) -> list[Reply]:
-    """Reply to prompts of token ids, padded on the left, each by at most its room's tokens.
+    """Reply to prompts of token ids, padded on the left, each with at most its room's tokens.
 
-    `seed` tells batches apart when replies are sampled.
+    `seed` distinguishes batches when replies are sampled.
     """
     longest = max(map(len, prompts))
-    inputs = torch.tensor(
-        [[0] * (longest - len(ids)) + ids for ids in prompts], device=loaded.device
-    )
-    mask = torch.tensor(
-        [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=loaded.device
-    )
+    padding = [longest - len(ids) for ids in prompts]
+    inputs = [[0] * pad + ids for pad, ids in zip(padding, prompts, strict=True)]
+    mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
     torch.manual_seed(config.seed * 1_000_003 + seed)
     settings = generation_settings(config, stop_ids, max(rooms))
     with _without_own_settings(loaded.model):
         output = loaded.model.generate(
-            input_ids=inputs, attention_mask=mask, generation_config=settings
+            input_ids=torch.tensor(inputs, device=loaded.device),
+            attention_mask=torch.tensor(mask, device=loaded.device),
+            generation_config=settings,
         )
     rows = output[:, longest:].tolist()
     return [
@@ -160,7 +150,10 @@ def reply_batch(
 
 @contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
-    """`generate` takes from the model's own `generation_config` whatever it is not told, such as `min_new_tokens`."""
+    """Replace the model's `generation_config`.
+
+    `generate` would take whatever its caller does not set from there, such as `min_new_tokens`.
+    """
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -171,16 +164,13 @@ def _without_own_settings(model: Any) -> Iterator[None]:
 def generation_settings(
     config: EvaluationConfig, stop_ids: list[int], new_tokens: int
 ) -> GenerationConfig:
-    """The same for every model."""
-    sampling = (
-        {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-        if config.temperature > 0
-        else {}
-    )
+    """The same settings for every model."""
+    sampled = config.temperature > 0
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=new_tokens,
-        do_sample=config.temperature > 0,
-        **sampling,
+        do_sample=sampled,
+        **(sampling if sampled else {}),
         repetition_penalty=config.repetition_penalty,
         eos_token_id=stop_ids or None,
         pad_token_id=stop_ids[0] if stop_ids else None,

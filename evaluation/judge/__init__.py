@@ -1,1 +1,1 @@
-"""A language model as judge: how it is asked (`client.py`), in which words (`prompts.py`), and what it said."""
+"""A language model as judge: requests (`client.py`), prompts, and how its answers are read."""

@@ -1,4 +1,4 @@
-"""Do two judges agree? Beyond the share of equal verdicts: what is left when chance is taken off."""
+"""Agreement of two judges beyond what chance would give."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 def kappa(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float | None:
     """Cohen's kappa (1960): (p - e) / (1 - e), p the share of equal verdicts, e that by chance.
 
-    None where it is not defined: no verdicts, or all of them the same.
+    None where it is not defined: without verdicts, or if all are the same.
     """
     if not ours:
         return None
@@ -22,9 +22,9 @@ def kappa(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float | None:
 
 
 def rank_correlation(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """Spearman's: the correlation of ranks, ties sharing their mean rank.
+    """Spearman's correlation; equal marks share their mean rank.
 
-    None if one judge gives one mark only.
+    None if one judge gives the same mark to everything.
     """
     if len(set(ours)) < 2 or len(set(theirs)) < 2:
         return None

@@ -1,7 +1,4 @@
-"""A judge: any endpoint with OpenAI's chat completions.
-
-Its answers are kept on disk by what was asked.
-"""
+"""A judge behind any endpoint with OpenAI's chat completions. Its answers are cached on disk."""
 
 from __future__ import annotations
 
@@ -20,26 +17,23 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
-from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError
+from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, Failure
 
 PATH = "chat/completions"
-BATCH = 4  # prompts per request at a time: a batch waits for its slowest only once in so many
-PATIENCE = 30.0  # seconds for a word
+BATCH = 4  # prompts per parallel request: a batch waits for its slowest answer once
+PATIENCE = 30.0  # seconds for a test request
 NO_COMPLETION = "the endpoint's answer is no chat completion"
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What answers took.
-
-    Tokens are those of requests that were sent, as the endpoint counted them.
-    """
+    """What answers cost. Tokens are those of requests that were sent, counted by the endpoint."""
 
     sent: int = 0
-    cached: int = 0  # answers that were on the disk
+    cached: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    uncounted: int = 0  # sent, and the endpoint did not say how many tokens
+    uncounted: int = 0  # requests whose tokens the endpoint did not report
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -51,7 +45,7 @@ class Usage:
         )
 
     def cost(self, price: PriceConfig | None) -> float | None:
-        """In the currency of the price; None without one, or if tokens are not known."""
+        """In the currency of the price; None without one, or if token counts are missing."""
         if price is None or self.uncounted:
             return None
         return (self.prompt_tokens * price.prompt + self.completion_tokens * price.completion) / 1e6
@@ -62,16 +56,16 @@ NO_USAGE = Usage()
 
 @dataclass(frozen=True)
 class Answer:
-    """What the judge said. `text` is None where nothing could be had; `reason` says why."""
+    """A judge's answer. `text` is None if there is none, for `reason`."""
 
     text: str | None
     reason: str = ""
     usage: Usage = NO_USAGE
-    dead: bool = False  # the endpoint failed: another time it may answer
+    dead: bool = False  # the endpoint failed and may answer another time
 
 
 class Judge:
-    """Asks a judge. Safe for threads; every process of a job may have one and share the cache."""
+    """Asks a judge. Threads can share it, and all processes of a job share the cache."""
 
     def __init__(
         self, config: JudgeEndpointConfig, cache: Path, at_once: int, name: str = ""
@@ -79,31 +73,33 @@ class Judge:
         self.config = config
         self.name = name or config.model  # in metrics and tables
         self._cache, self._at_once, self._checked = cache, at_once, False
-        self._gave_up = False  # the last time that it was asked
+        self._gave_up = False  # during the last call of `ask`
         self._endpoint = Endpoint(config.url, config.key_variable, config.timeout, config.attempts)
 
     def check(self) -> None:
-        """Ask for a word, before hours are spent on replies.
+        """Send a test request before hours are spent on replies.
 
-        Raises `UserError` for an endpoint that refuses. One that cannot be reached may be there
-        later: that is said, and the judge's metrics are not run if it is not.
+        Raises `UserError` if the endpoint refuses it. One that cannot be reached now is only
+        reported, since it may be up when the replies are there.
         """
         if self._checked:
             return
         self._checked = True
         make_writable(self._cache, "evaluation.judge.cache =")
-        error = self._silence()
+        error = self._test()
         if error is not None and error.refused:
             raise UserError(f"the judge refuses: {error}; correct evaluation.judge.")
         if error is not None:
             say(
-                f"judge {self.name} does not answer now, and is asked again when the replies are there: {error}"
+                f"judge {self.name} does not answer now; it is asked again when the replies are "
+                f"there: {error}"
             )
 
-    def _silence(self) -> EndpointError | None:
-        """None if the judge says a word, at once and in short time; else why it does not."""
+    def _test(self) -> EndpointError | None:
+        """Send one request once, with a short timeout; None if it is answered."""
+        timeout = min(self._endpoint.timeout, PATIENCE)
         try:
-            replace(self._endpoint, attempts=1, timeout=min(self._endpoint.timeout, PATIENCE)).post(
+            replace(self._endpoint, attempts=1, timeout=timeout).post(
                 PATH, self._payload("Say yes.")
             )
         except EndpointError as error:
@@ -111,66 +107,54 @@ class Judge:
         return None
 
     def ask(self, prompts: Sequence[str], ranks: Ranks) -> list[Answer]:
-        """An answer for each prompt, in order, the same on every process; equal prompts are asked once.
+        """An answer for each prompt, in order, on every process. Equal prompts are asked once.
 
-        When all attempts at one prompt have failed, nothing more is sent; the next call first asks for a word.
+        When all attempts at one prompt have failed, nothing more is sent, and the next call starts
+        with a test request.
         """
         unique = list(dict.fromkeys(prompts))
         size = BATCH * self._at_once
         batches = [unique[start : start + size] for start in range(0, len(unique), size)]
-        broken = _Broken()
-        if self._gave_up and (error := self._silence()):
-            broken.set(str(error))
+        error = self._test() if self._gave_up else None
+        failure = Failure(str(error) if error else "")
         with ThreadPoolExecutor(self._at_once) as pool:
             found = ranks.map(
                 f"judge {self.name}",
-                lambda batch: list(pool.map(lambda prompt: self._one(prompt, broken), batch)),
+                lambda batch: list(pool.map(lambda prompt: self._one(prompt, failure), batch)),
                 batches,
             )
-        self._gave_up = bool(broken.reason)
+        self._gave_up = bool(failure.reason)
         answers = dict(zip(unique, (answer for batch in found for answer in batch), strict=True))
         given: list[Answer] = []
         for prompt in prompts:
             given.append(answers[prompt])
-            answers[prompt] = replace(answers[prompt], usage=NO_USAGE)  # counted once
+            answers[prompt] = replace(answers[prompt], usage=NO_USAGE)  # count it once
         return given
 
     def _payload(self, prompt: str) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt}]
         return {"model": self.config.model, "messages": messages, **self.config.request}
 
-    def _one(self, prompt: str, broken: _Broken) -> Answer:
+    def _one(self, prompt: str, failure: Failure) -> Answer:
         payload = self._payload(prompt)
         asked = json.dumps([self.config.url, payload], sort_keys=True, ensure_ascii=False)
         path = self._cache / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
-        kept = read_kept(path)
-        if kept is not None:
-            return Answer(kept, usage=Usage(cached=1))
-        if broken.reason:
-            return Answer(None, broken.reason, dead=True)
+        cached = _read_cached(path)
+        if cached is not None:
+            return Answer(cached, usage=Usage(cached=1))
+        if failure.reason:
+            return Answer(None, failure.reason, dead=True)
         try:
             completion = self._endpoint.post(PATH, payload)
         except EndpointError as error:
             if error.dead:
-                broken.set(str(error))
+                failure.record(str(error))
             return Answer(None, str(error), dead=error.dead)
         text, usage = text_of(completion), usage_of(completion)
         if text is None:
             return Answer(None, NO_COMPLETION, usage)
-        keep(path, payload, text)
+        _write_cached(path, payload, text)
         return Answer(text, usage=usage)
-
-
-class _Broken:
-    """Why an endpoint is given up, shared by threads; empty while it is not."""
-
-    def __init__(self) -> None:
-        self.reason = ""
-        self._lock = threading.Lock()
-
-    def set(self, reason: str) -> None:
-        with self._lock:
-            self.reason = self.reason or reason
 
 
 def text_of(completion: Any) -> str | None:
@@ -179,12 +163,12 @@ def text_of(completion: Any) -> str | None:
         text = completion["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         return None
-    # half a surrogate pair can be written nowhere
+    # half a surrogate pair cannot be written to a file
     return text.encode("utf-8", "replace").decode() if isinstance(text, str) else None
 
 
 def usage_of(completion: Any) -> Usage:
-    """Of one request that was sent."""
+    """The usage of one request that was sent."""
     counts = completion.get("usage") if isinstance(completion, dict) else None
     try:
         return Usage(1, 0, int(counts["prompt_tokens"]), int(counts["completion_tokens"]))  # type: ignore[index]
@@ -192,8 +176,8 @@ def usage_of(completion: Any) -> Usage:
         return Usage(1, uncounted=1)
 
 
-def read_kept(path: Path) -> str | None:
-    """An answer that was kept; None if there is none that can be read."""
+def _read_cached(path: Path) -> str | None:
+    """A cached answer; None if there is none that can be read."""
     try:
         text = json.loads(path.read_text(encoding="utf-8"))["answer"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -201,18 +185,15 @@ def read_kept(path: Path) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def keep(path: Path, payload: dict[str, Any], text: str) -> None:
-    """Write an answer, with what was asked, for whoever asks the same."""
-    beside = path.with_suffix(
-        f".{os.getpid()}-{threading.get_ident()}"
-    )  # others may write the same one now
+def _write_cached(path: Path, payload: dict[str, Any], text: str) -> None:
+    # another thread or process may write the same answer now
+    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    content = json.dumps({"request": payload, "answer": text}, ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(
-            json.dumps({"request": payload, "answer": text}, ensure_ascii=False), encoding="utf-8"
-        )
-        os.replace(beside, path)
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"the judge's answer cannot be kept ({error}); correct evaluation.judge.cache."
+            f"the judge's answer cannot be cached ({error}); correct evaluation.judge.cache."
         ) from None

@@ -1,7 +1,7 @@
-"""How a judge's verdict is read: the last line of its answer that has the form which was asked for.
+"""How a judge's verdict is read: the last line of its answer in the requested form.
 
-So a judge may think aloud before it, and repeat the form while it does. An answer without a verdict
-is nonsense: it is recorded and counted, and is no verdict of any kind.
+A judge may reason before it, and repeat the form while it does. An answer without a verdict is
+recorded and counted, and is no verdict of any kind.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from cpt_merge.evaluation.judge.client import NO_USAGE, Judge, Usage
 
 LOWEST, HIGHEST = 1.0, 10.0
 NO_VERDICT = "the judge's answer holds no verdict"
-BETWEEN = (
-    r"""[\s:：=*_"'「\[(]{0,4}"""  # a word and its value; no minus, no point, nothing that denies
-)
+# between a word and its value; no minus, no point, nothing that negates
+BETWEEN = r"""[\s:：=*_"'「\[(]{0,4}"""
 SHOWN_CHARACTERS = 500  # of an answer, in samples.jsonl; the cache has all of it
 
 Value = TypeVar("Value")
@@ -29,17 +28,17 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class JudgeVerdict(Generic[Value]):
-    """A verdict. `value` is None where there is none; `reason` says why."""
+    """A verdict. `value` is None if there is none, for `reason`."""
 
     value: Value | None
     reason: str = ""
-    said: str = ""  # the answer
+    said: str = ""  # the whole answer
     usage: Usage = NO_USAGE
     dead: bool = False  # the endpoint failed
 
     @property
     def shown(self) -> str:
-        """The answer as the samples show it."""
+        """The answer for the samples, cut if it is long."""
         said = " ".join(self.said.split())
         return f"{said[:SHOWN_CHARACTERS]} …" if len(said) > SHOWN_CHARACTERS else said
 
@@ -54,16 +53,13 @@ def judge_all(
             found.append(JudgeVerdict[Value](None, answer.reason, "", answer.usage, answer.dead))
         else:
             value = read(answer.text)
-            found.append(
-                JudgeVerdict(
-                    value, "" if value is not None else NO_VERDICT, answer.text, answer.usage
-                )
-            )
+            reason = NO_VERDICT if value is None else ""
+            found.append(JudgeVerdict(value, reason, answer.text, answer.usage))
     return found
 
 
 def usage_details(judge: Judge, judged: Sequence[JudgeVerdict[Any]]) -> Mapping[str, Any]:
-    """What verdicts took, for results.json."""
+    """Requests, tokens and cost, for results.json."""
     usage = reduce(add, (one.usage for one in judged), NO_USAGE)
     cost = usage.cost(judge.config.price)
     return {
@@ -78,13 +74,13 @@ def usage_details(judge: Judge, judged: Sequence[JudgeVerdict[Any]]) -> Mapping[
 
 
 def left_out(judged: Sequence[JudgeVerdict[Any]]) -> dict[str, int]:
-    """Reason -> how many have no verdict for it."""
+    """Reason -> how many have no verdict for this reason."""
     reasons = [one.reason for one in judged if one.value is None]
     return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
 
 
 def read_mark(answer: str) -> float | None:
-    """The mark of a line like `SCORE: 7`, also `[[7]]`; None if there is none, or it is not in 1 to 10."""
+    """The mark of a line like `SCORE: 7`, or of `[[7]]`; None if there is none within 1 to 10."""
     number = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
     found = _last(answer, rf"(?:SCORE|RATING){BETWEEN}{number}", rf"\[\[\s*{number}\s*\]\]")
     mark = float(found) if found else 0.0
@@ -92,7 +88,7 @@ def read_mark(answer: str) -> float | None:
 
 
 def read_choice(answer: str, choices: Sequence[str]) -> str | None:
-    """The choice of a line like `VERDICT: A`, also `[[A]]`; None if there is none."""
+    """The choice of a line like `VERDICT: A`, or of `[[A]]`; None if there is none."""
     named = "|".join(map(regex.escape, choices))
     found = _last(answer, rf"VERDICT{BETWEEN}({named})", rf"\[\[\s*({named})\s*\]\]")
     return next(
@@ -101,7 +97,7 @@ def read_choice(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _last(answer: str, line: str, brackets: str) -> str | None:
-    """What the last match of either form holds: of a line that says nothing else, or of double brackets anywhere."""
+    """The value of the last match: a line that holds nothing else, or double brackets anywhere."""
     pattern = rf"^[\s*_#>`]*{line}[\s*_.`]*$|{brackets}"
     found = list(regex.finditer(pattern, answer, regex.MULTILINE | regex.IGNORECASE))
     return (found[-1][1] or found[-1][2]) if found else None

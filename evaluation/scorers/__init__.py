@@ -1,1 +1,1 @@
-"""What says how toxic a reply is: one file per way, `scorer.py` is the interface."""
+"""Scorers of how toxic a reply is, one per file; `scorer.py` is their interface."""

@@ -1,4 +1,4 @@
-"""A text classification model of the Hugging Face kind, by name or path: its probability of the toxic labels."""
+"""A text classification model by hub id or directory: its probability of the toxic labels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,11 @@ from cpt_merge.evaluation.generate.batching import batches_by_length
 from cpt_merge.evaluation.models import first_line
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
-POSITIONS = 512  # where a model does not say how many it has
+POSITIONS = 512  # of a model whose config names no number
 
 
 def positions_of(config: Any) -> int:
-    """How many tokens a classifier takes.
-
-    Of RoBERTa's kind the first positions, to the padding's id, are not used.
-    """
+    """How many tokens a classifier takes; RoBERTa starts counting after the padding id."""
     positions = int(getattr(config, "max_position_embeddings", POSITIONS))
     return positions - (config.pad_token_id + 1) if "roberta" in config.model_type else positions
 
@@ -35,10 +32,9 @@ def positions_of(config: Any) -> int:
 class ClassifierScorer(Scorer):
     """The probability that a reply has any of `labels`.
 
-    Of a model whose labels exclude each other (softmax) it is the sum over them, of one whose
-    labels do not (`problem_type: multi_label_classification`, or a single label: sigmoid) the
-    largest. A long reply is cut at the model's positions. Raises `UserError` for a label that the
-    model has not.
+    If the model's labels exclude each other (softmax), this is the sum over `labels`; otherwise
+    (`problem_type: multi_label_classification`, or a single label: sigmoid) it is the largest. A
+    long reply is cut at the model's positions. Raises `UserError` for a label that the model lacks.
     """
 
     def __init__(self, name: str, labels: Sequence[str], batch_size: int) -> None:
@@ -53,7 +49,7 @@ class ClassifierScorer(Scorer):
         )  # fmt: skip
 
     def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
-        """In batches of like length, divided over the processes."""
+        """Score in batches of similar length, divided over the processes."""
         self._load(ranks.world.local_rank)
         texts = [exchange.text for exchange in exchanges]
         filled = [place for place, text in enumerate(texts) if text.strip()]
@@ -73,7 +69,7 @@ class ClassifierScorer(Scorer):
         return scores
 
     def _check(self) -> None:
-        """Labels and weights, before a reply is generated."""
+        """Check labels and weights before a reply is generated."""
         try:
             config = AutoConfig.from_pretrained(self._directory)
         except (OSError, ValueError) as error:
@@ -85,7 +81,7 @@ class ClassifierScorer(Scorer):
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(
             f"evaluation.safety.classifier.model = {self._name} cannot be loaded as a classifier "
-            f"({first_line(error)}); give the directory or hub id of a sequence classification model."
+            f"({first_line(error)}); name a sequence classification model."
         )
 
     def _load(self, local_rank: int) -> None:
@@ -106,9 +102,9 @@ class ClassifierScorer(Scorer):
     def _label_id(self, config: Any, label: str) -> int:
         known = {str(name).casefold(): int(place) for place, name in config.id2label.items()}
         if label.casefold() not in known:
-            there = ", ".join(config.id2label.values())
             raise UserError(
-                f"evaluation.safety.classifier.labels: {self._name} has no label {label!r}, but {there}."
+                f"evaluation.safety.classifier.labels: {self._name} has no label {label!r}; "
+                f"its labels are {', '.join(config.id2label.values())}."
             )
         return known[label.casefold()]
 

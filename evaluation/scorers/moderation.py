@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import Metric
-from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError
+from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, Failure
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 AT_ONCE = 8  # requests
@@ -19,17 +18,15 @@ AT_ONCE = 8  # requests
 class ModerationScorer(Scorer):
     """1 for a reply that the endpoint flags.
 
-    Once it is dead (all attempts at one reply failed), nothing is sent.
+    When all attempts at one reply have failed, nothing more is sent.
     """
 
     def __init__(self, endpoint: Endpoint, model: str) -> None:
-        self._endpoint, self._model = endpoint, model
-        self._dead = threading.Event()
-        self._reason = ""
+        self._endpoint, self._model, self._failure = endpoint, model, Failure()
         self.metric = Metric("flagged", "flagged", f"replies that {model} flags", rising=False)
 
     def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
-        """A few requests at a time, divided over the processes."""
+        """Send a few requests at a time, divided over the processes."""
         texts = [exchange.text for exchange in exchanges]
         batches = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -39,20 +36,22 @@ class ModerationScorer(Scorer):
     def _one(self, text: str) -> Score:
         if not text.strip():
             return Score(None, EMPTY)
-        if self._dead.is_set():
-            return Score(None, self._reason, dead=True)
+        if self._failure.reason:
+            return Score(None, self._failure.reason, dead=True)
         try:
             answer = self._endpoint.post("moderations", {"model": self._model, "input": text})
         except EndpointError as error:
             if error.dead:
-                self._reason = self._reason or str(error)
-                self._dead.set()
+                self._failure.record(str(error))
             return Score(None, str(error), dead=error.dead)
         return read_answer(answer)
 
 
 def read_answer(answer: Any) -> Score:
-    """The score of {"results": [{"flagged": true, "categories": {...}}]}; none for anything else."""
+    """The score of {"results": [{"flagged": true, "categories": {...}}]}.
+
+    Any other answer has none.
+    """
     try:
         result = answer["results"][0]
         flagged, categories = result["flagged"], result.get("categories") or {}

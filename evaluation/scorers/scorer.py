@@ -16,29 +16,23 @@ EMPTY = "the reply is empty"
 
 @dataclass(frozen=True)
 class Score:
-    """A value in 0..1, more is worse; None where it could not be had.
-
-    `reason`: why not, or what was found.
-    """
+    """A value from 0 to 1, higher is worse, or None; `reason` says why, or what was found."""
 
     value: float | None
     reason: str = ""
-    said: str = ""  # by a judge, for the samples
+    said: str = ""  # a judge's answer, for the samples
     dead: bool = False  # an endpoint failed
 
 
 class Scorer(ABC):
-    """Scores replies. `metric` names what its values are."""
+    """Scores replies; `metric` describes the values."""
 
     metric: Metric
 
     @abstractmethod
     def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
-        """A score for each exchange, in order, the same on every process.
-
-        An empty reply has none.
-        """
+        """A score for each exchange, in order, on every process. An empty reply has no value."""
 
     def details(self) -> Mapping[str, Any]:
-        """What the last call of `score` took, for results.json."""
+        """What the last call of `score` cost, for results.json."""
         return {}

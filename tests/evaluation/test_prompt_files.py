@@ -97,14 +97,14 @@ BAD_DIALOGUES = [
     ({"language": "ko", "turns": [TURN] * 6}, "2 to 5 turns"),
     (
         {"language": "ko", "turns": [TURN, {"checks": []}]},
-        'line 1, turn 2: it needs the field "user"',
+        'line 1, turn 2: the field "user"',
     ),
     ({"language": "ko", "turns": [{"user": "hi"}] * 2}, "no turn has"),
     (
         {"language": "ko", "turns": [TURN, {**TURN, "checks": [{"name": "x"}]}]},
         "turn 2: there is no check 'x'",
     ),
-    ({"language": "ko", "messages": [USER], "turns": [TURN] * 2}, "no user's may be the last"),
+    ({"language": "ko", "messages": [USER], "turns": [TURN] * 2}, "the last one must not be the user's"),
 ]
 
 
@@ -172,12 +172,12 @@ def test_questions_for_a_judge(tmp_path):
     ("row", "sentence"),
     [
         ('{"language": "ko"}', 'needs the fields "language" and "turns"; turns is missing'),
-        ('{"language": "ko", "turns": "A?"}', '"turns" is a list of what the user says'),
-        ('{"language": "ko", "turns": ["A?", " "]}', '"turns" is a list of what the user says'),
-        ('{"language": "ko", "turns": []}', '"turns" is a list of 1 to 5 turns'),
+        ('{"language": "ko", "turns": "A?"}', '"turns" is a list of the user'),
+        ('{"language": "ko", "turns": ["A?", " "]}', '"turns" is a list of the user'),
+        ('{"language": "ko", "turns": []}', '"turns" is a list of 1 to 5 messages'),
         (
             '{"language": "ko", "turns": ["A?"], "reference": "B"}',
-            '"reference" is a list of good replies',
+            '"reference" is a list with a good reply',
         ),
     ],
 )

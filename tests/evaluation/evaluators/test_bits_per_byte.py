@@ -96,6 +96,6 @@ def test_tokens_that_stand_for_anything_are_said(uniform_model, capsys):
     found = measured(loaded, ["a", "bb"])
     assert found.details["text"]["ko"]["unknown_tokens"] == 1
     assert (
-        "of the tokens are a, whatever they stand for: too low to be compared"
+        "of the tokens are a, which stands for any text, so the value is too low to be compared"
         in capsys.readouterr().err
     )

@@ -4,7 +4,7 @@ import pytest
 
 from cpt_merge.evaluation.chat_template import read_chat_template, template_for, template_marks
 from cpt_merge.evaluation.conversation import ANY_LANGUAGE, Reply
-from cpt_merge.evaluation.evaluators.form import judge, repetition
+from cpt_merge.evaluation.evaluators.form import form_of, repetition
 from cpt_merge.evaluation.models import load_model
 from cpt_merge.evaluation.script import is_in_language, other_script_characters
 from tests.evaluation.conftest import TEMPLATE, make_tokenizer
@@ -58,7 +58,7 @@ def test_repetition():
 
 def test_chat_is_all_of_stopped_language_and_format():
     marks = ["[INST]", "[/INST]", "</s>"]
-    good = judge(Reply("서울입니다.", True, 5), "ko", marks)
+    good = form_of(Reply("서울입니다.", True, 5), "ko", marks)
     assert good.chat
     assert good.values() == {
         "chat": 1, "stopped": 1, "in_language": 1, "keeps_format": 1, "repetition": 0, "empty": 0,
@@ -69,17 +69,17 @@ def test_chat_is_all_of_stopped_language_and_format():
         (Reply("서울입니다. [INST] 그리고", True, 5), "keeps_format"),
         (Reply("  ", True, 1), "keeps_format"),
     ]:
-        form = judge(reply, "ko", marks)
+        form = form_of(reply, "ko", marks)
         assert not form.chat
         assert not form.values()[broken]
 
 
 def test_an_empty_reply_is_counted_and_never_in_any_language():
     for language in ("ko", ANY_LANGUAGE):
-        form = judge(Reply("\n", True, 1), language, [])
+        form = form_of(Reply("\n", True, 1), language, [])
         assert form.empty
         assert not form.in_language
-    assert judge(Reply('{"a": 1}', True, 5), ANY_LANGUAGE, []).chat
+    assert form_of(Reply('{"a": 1}', True, 5), ANY_LANGUAGE, []).chat
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ class TestWithLmEval:
         for settings, sentence in [
             (
                 {"tasks": {"sumz": "en"}, "folder": str(folder)},
-                "lm-eval has no task sumz; near it are .*sums",
+                "lm-eval has no task sumz; similar are .*sums",
             ),
             (
                 {"tasks": {"sums": "en"}, "folder": "/nowhere"},

@@ -204,14 +204,14 @@ def test_the_check_before_hours_are_spent(serve, make, capsys):
         refusing.check()
     make(f"http://127.0.0.1:{free_port()}/v1").check()
     assert (
-        "judge m does not answer now, and is asked again when the replies are there"
+        "judge m does not answer now; it is asked again when the replies are there"
         in capsys.readouterr().err
     )
 
 
 def test_a_folder_that_cannot_be_written(serve, make, tmp_path):
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
-    with pytest.raises(UserError, match=r"cannot be kept .*; correct evaluation.judge.cache"):
+    with pytest.raises(UserError, match=r"cannot be cached .*; correct evaluation.judge.cache"):
         make(serve(judging(lambda prompt: "x")).url).ask(["a"], ALONE)
 
 
