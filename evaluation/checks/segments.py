@@ -27,8 +27,8 @@ def sentences(text: str) -> list[str]:
 
     The end of a line ends a sentence, so a title or a list item counts as one; the mark of an item
     is no sentence. The end of a quotation does not end the sentence around it if the text continues
-    directly (「好。」他說。) or with a small letter ("Stop!" she said.). An ellipsis within a line ends
-    nothing.
+    directly (「好。」他說。) or with a small letter ("Stop!" she said.). An ellipsis within a line
+    ends nothing.
     """
     found: list[str] = []
     for line in RULE.sub("", text).splitlines():

@@ -75,7 +75,7 @@ BAD_INSTRUCTIONS = [
     ({**INSTRUCTION, "checks": [{"name": "sentences", "exactly": 2, "at_least": 1}]}, "or exactly"),
     ({**INSTRUCTION, "checks": [{"name": "sentences", "at_least": 3, "at_most": 2}]}, "admit no number"),
     ({**INSTRUCTION, "checks": [{"name": "contains", "word": ["a"]}]}, "check 'contains', word.*it takes words|words: field required"),
-    ({**INSTRUCTION, "checks": [{"name": "contains", "words": []}]}, "holds no word"),
+    ({**INSTRUCTION, "checks": [{"name": "contains", "words": []}]}, "is empty or holds an empty word"),
     ({**INSTRUCTION, "checks": [{"name": "matches", "pattern": "("}]}, "is no regular expression"),
     ({**INSTRUCTION, "checks": [{"name": "language", "language": "kr"}]}, "language 'kr' is not known"),
 ]  # fmt: skip
