@@ -104,7 +104,10 @@ BAD_DIALOGUES = [
         {"language": "ko", "turns": [TURN, {**TURN, "checks": [{"name": "x"}]}]},
         "turn 2: there is no check 'x'",
     ),
-    ({"language": "ko", "messages": [USER], "turns": [TURN] * 2}, "the last one must not be the user's"),
+    (
+        {"language": "ko", "messages": [USER], "turns": [TURN] * 2},
+        "the last one must not be the user's",
+    ),
 ]
 
 

@@ -69,7 +69,9 @@ def test_batches_equal_one_by_one_and_an_empty_reply_has_no_score(classifier):
 
 
 def test_a_label_that_it_has_not_and_a_directory_that_is_none(classifier, tmp_path):
-    with pytest.raises(UserError, match="has no label 'hate'; its labels are neutral, Toxic, threat"):
+    with pytest.raises(
+        UserError, match="has no label 'hate'; its labels are neutral, Toxic, threat"
+    ):
         ClassifierScorer(str(classifier), ["hate"], 3)
     with pytest.raises(UserError, match="does not exist"):
         ClassifierScorer(str(tmp_path / "none"), ["toxic"], 3)
