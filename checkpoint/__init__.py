@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints on disk: read lazily, written in place by any number of processes, without a model."""
+"""Hugging Face checkpoints on disk, read lazily and written by any number of processes."""

@@ -1,4 +1,4 @@
-"""Trained shards to a Hugging Face checkpoint, written by all ranks: each writes its own rows, nothing is gathered."""
+"""Trained shards to a Hugging Face checkpoint: each rank writes its own rows."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _CHUNK = 1 << 18  # elements converted at a time
 
 @dataclass(frozen=True)
 class LocalShard:
-    """Rows [start_row, start_row + len(values)) of a trained tensor of the given global shape; may be empty.
+    """Rows [start_row, start_row + len(values)) of a trained tensor; `shape` is that of the whole.
 
-    A tensor that several ranks hold is passed by one of them. A tied head is not passed.
+    May be empty. A tensor that several ranks have is passed by one of them; a tied head is not
+    passed.
     """
 
     name: str
@@ -62,16 +63,16 @@ def export_shards(
     dtype: Dtype | None = None,
     shard_size: int = SHARD_BYTES,
 ) -> None:
-    """Write the trained model as a Hugging Face checkpoint.
+    """Write the trained model as a Hugging Face checkpoint; a collective.
 
-    `like` is the checkpoint that training started from: names, shapes, types (unless `dtype` is given) and
-    configuration are its own. Raises `UserError` if a shard does not fit it, or if a row comes twice or not at all.
+    Names, shapes, configuration and (without `dtype`) types are those of `like`, the checkpoint
+    that training started from. Raises `UserError` if a shard does not fit it, or if a row is
+    written twice or never.
     """
     source = Checkpoint.open(like)
+    wanted = TORCH_NAMES[dtype] if dtype else None
     specs = [
-        TensorSpec(
-            name, TORCH_NAMES[dtype] if dtype and info.dtype in FLOATS else info.dtype, info.shape
-        )
+        TensorSpec(name, (wanted if info.dtype in FLOATS else None) or info.dtype, info.shape)
         for name, info in model_tensors(source).items()
     ]
     writer = CheckpointWriter(out, CheckpointLayout.by_size(specs, shard_size), ranks.rank)
@@ -92,16 +93,15 @@ def export_shards(
 
 @contextmanager
 def writing_together(writer: CheckpointWriter, like: Checkpoint, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 prepares, all write within the block; it ends when the data of all ranks is on disk."""
+    """Rank 0 prepares, all ranks write in the block; afterwards the data of all is on disk."""
     if ranks.is_main:
         writer.prepare()
     ranks.barrier()
     yield
-    if ranks.is_main:  # masks and the like, which nobody trains
-        writer.copy(
-            like,
-            [name for name, info in writer.layout.tensors.items() if info.dtype not in FLOATS],
-        )
+    if ranks.is_main:
+        tensors = writer.layout.tensors.items()
+        untrained = [name for name, info in tensors if info.dtype not in FLOATS]  # masks
+        writer.copy(like, untrained)
     writer.close()
     ranks.barrier()
 

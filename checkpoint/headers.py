@@ -1,6 +1,7 @@
 """Where the tensors of a safetensors file are.
 
-The format: a file is 8 bytes (length n, little endian), n bytes of JSON `{name: {dtype, shape, data_offsets}}`, data.
+The format: 8 bytes (length n, little endian), n bytes of JSON
+`{name: {dtype, shape, data_offsets}}`, data.
 https://github.com/huggingface/safetensors#format
 """
 
@@ -15,12 +16,12 @@ from typing import Any
 from cpt_merge.checkpoint.dtypes import STORED
 from cpt_merge.core.errors import UserError
 
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes at `offset` of `file`, row after row."""
+    """Where a tensor is stored: `nbytes` bytes at `offset` of `file`, row after row."""
 
     name: str
     dtype: str  # as in the header: BF16, F32, ...
@@ -42,13 +43,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class StridedInfo(TensorInfo):
-    """A tensor whose elements do not lie one after the other: a transposed one, a part of another, a repeated one."""
+    """A tensor whose elements are not contiguous: a transposed view, a slice, an expanded one."""
 
     strides: tuple[int, ...]  # bytes from an element to the next, per dimension
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, in storage order. Raises `UserError` if the file is damaged."""
+    """The tensors of a safetensors file, in storage order. Raises `UserError` if it is damaged."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -64,13 +65,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no whole safetensors file ({error}); copy or download it again."
+            f"{path} is not a complete safetensors file ({error}); copy or download it again."
         ) from None
     return {info.name: info for info in sorted(infos, key=lambda info: info.offset)}
 
 
 def _tensor_info(file: str, name: str, entry: dict[str, Any], data: int, size: int) -> TensorInfo:
-    """One entry of a header whose data starts at byte `data` of a file of `size` bytes. Raises `ValueError`."""
+    """One entry of a header. The data starts at byte `data` of a file of `size` bytes."""
     (start, stop), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
     if dtype not in STORED:
         raise ValueError(f"{name} has the unknown type {dtype}")
@@ -79,5 +80,5 @@ def _tensor_info(file: str, name: str, entry: dict[str, Any], data: int, size: i
     if stop - start != math.prod(shape) * STORED[dtype].itemsize:
         raise ValueError(f"{name} has {stop - start} bytes, which {dtype} {shape} does not fill")
     if not 0 <= start <= stop or data + stop > size:
-        raise ValueError(f"{name} lies in bytes {data + start} to {data + stop} of {size}")
+        raise ValueError(f"{name} is in bytes {data + start} to {data + stop} of {size}")
     return TensorInfo(name, dtype, shape, file, data + start, stop - start)

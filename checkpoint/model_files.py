@@ -16,18 +16,16 @@ GENERATION_FILE = "generation_config.json"
 
 
 def model_config(source: Checkpoint, layout: CheckpointLayout) -> dict[str, Any]:
-    """config.json of `source`, for tensors of the layout's types."""
+    """The config.json of `source`, with the type that most tensors of the layout have."""
     types = Counter(info.dtype for info in layout.tensors.values() if info.dtype in FLOATS)
     names = {stored: name for name, stored in TORCH_NAMES.items()}
-    config = dict(source.config)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = names[
-        types.most_common(1)[0][0]
-    ]
-    return config
+    config = source.config
+    field = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, field: names[types.most_common(1)[0][0]]}
 
 
 def resize_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
-    """A config.json with another number of embedding rows, also where it lies in a `text_config`."""
+    """A config.json with another number of embedding rows, also inside a `text_config`."""
     resized = {**config, "vocab_size": rows}
     if "vocab_size" in config.get("text_config", {}):
         resized["text_config"] = {**config["text_config"], "vocab_size": rows}
@@ -35,7 +33,7 @@ def resize_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def copy_files(paths: list[Path], directory: Path) -> None:
-    """Copy those of the files that exist."""
+    """Copy the files that exist."""
     for path in paths:
         if path.is_file():
             shutil.copyfile(path, directory / path.name)

@@ -1,4 +1,8 @@
-"""Under which name a checkpoint holds what a model of transformers calls by another."""
+"""Compatibility: the names under which a checkpoint stores the tensors of a transformers model.
+
+Uses `conversion_mapping` and `core_model_loading` of transformers, which are not a documented API.
+Tested with transformers 5.23.0.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,11 @@ from cpt_merge.core.errors import UserError
 
 
 def stored_names(model: Any, tensors: Iterable[str], directory: Path) -> dict[str, str]:
-    """The model's name -> the checkpoint's name, of every tensor of the checkpoint that is part of the model.
+    """The model's name -> the checkpoint's name, for every tensor of the checkpoint in the model.
 
-    Names differ where transformers renames when it loads (GPT-NeoX: `embed_out` is `lm_head`), or where the decoder
-    was saved alone (GPT-2: `wte` is `transformer.wte`). Raises `UserError` for tensors that it rearranges as well.
+    Names differ if transformers renames tensors when it loads them (GPT-NeoX: `embed_out` is
+    `lm_head`), or if the decoder was saved alone (GPT-2: `wte` is `transformer.wte`). Raises
+    `UserError` for tensors that transformers also rearranges.
     """
     state, mapping = model.state_dict(), get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -28,8 +33,8 @@ def stored_names(model: Any, tensors: Iterable[str], directory: Path) -> dict[st
         )
         if pattern is not None and name in state:
             raise UserError(
-                f"{directory} holds {stored}, which transformers rearranges into {name} of {type(model).__name__} when "
-                "it loads it; such models cannot be trained here."
+                f"{directory} contains {stored}, which transformers rearranges into {name} of "
+                f"{type(model).__name__} when it loads it; such models cannot be trained here."
             )
         name = name if name in state else stored
         if name in state:

@@ -1,7 +1,6 @@
-"""Read a Hugging Face checkpoint lazily: headers first, then any rows of any tensor, without torch or a model.
+"""Read a Hugging Face checkpoint lazily: first the headers, then any rows of any tensor.
 
-The format: a file is 8 bytes (length n, little endian), n bytes of JSON `{name: {dtype, shape, data_offsets}}`, data.
-https://github.com/huggingface/safetensors#format
+Neither torch nor a model is needed for safetensors; .bin files need torch for their headers.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass
 class Checkpoint:
-    """The weights of a directory, safetensors or .bin. Reading is safe from several threads."""
+    """The weights of a directory, safetensors or .bin. Several threads may read at once."""
 
     directory: Path
     tensors: dict[str, TensorInfo]
@@ -43,7 +42,7 @@ class Checkpoint:
     def open(directory: Path, stem: str = "model") -> Checkpoint:
         """Read and check the headers of the files whose names begin with `stem`.
 
-        Raises `UserError` naming the file that is missing or damaged.
+        Raises `UserError` that names a missing or damaged file.
         """
         directory = Path(directory)
         if read_marker(directory) is not None:
@@ -55,19 +54,17 @@ class Checkpoint:
             return Checkpoint(directory, read_header(single))
         if index.is_file():
             return Checkpoint(directory, _read_indexed(index))
-        pickled, pickled_index = (
-            directory / f"pytorch_{stem}.bin",
-            directory / f"pytorch_{stem}.bin.index.json",
-        )
-        if pickled.is_file() or pickled_index.is_file():
-            whole = pickled.is_file()
-            tensors = read_pickled(pickled) if whole else _read_indexed(pickled_index, read_pickled)
-            return Checkpoint(directory, tensors)
+        pickled = directory / f"pytorch_{stem}.bin"
+        if pickled.is_file():
+            return Checkpoint(directory, read_pickled(pickled))
+        pickled_index = directory / f"pytorch_{stem}.bin.index.json"
+        if pickled_index.is_file():
+            return Checkpoint(directory, _read_indexed(pickled_index, read_pickled))
         raise UserError(_nothing_there(directory))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of config.json. Raises `UserError` if it is missing or no JSON."""
+        """The content of config.json. Raises `UserError` if it is missing or damaged."""
         return read_json(self.directory / "config.json")
 
     @property
@@ -76,15 +73,16 @@ class Checkpoint:
         return sum(info.size for info in self.tensors.values())
 
     def info(self, name: str) -> TensorInfo:
-        """Where a tensor lies. Raises `UserError` if there is none of that name."""
+        """Where a tensor is stored. Raises `UserError` if there is none of that name."""
         if name not in self.tensors:
             raise UserError(
-                f"{self.directory} holds no tensor {name}; use a checkpoint of the same architecture."
+                f"{self.directory} contains no tensor {name}; use a checkpoint of the same "
+                "architecture."
             )
         return self.tensors[name]
 
     def read_flat(self, name: str, start: int, stop: int) -> Array:
-        """Elements [start, stop) in storage order, as stored (bfloat16 as uint16), in a new array."""
+        """Elements [start, stop) in row-major order, as stored (bfloat16 as uint16)."""
         info = self.info(name)
         if not 0 <= start <= stop <= info.size:
             raise IndexError(f"{name} has {info.size} elements, asked for [{start}, {stop})")
@@ -107,7 +105,7 @@ class Checkpoint:
         return values
 
     def expect(self, name: str, start: int, stop: int) -> None:
-        """Tell the system that elements [start, stop) will soon be read, so that a slow disk fetches them meanwhile."""
+        """Ask the operating system to fetch elements [start, stop), which will be read soon."""
         info = self.info(name)
         itemsize = STORED[info.dtype].itemsize
         if hasattr(os, "posix_fadvise"):
@@ -119,7 +117,7 @@ class Checkpoint:
             )
 
     def read(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Array:
-        """Rows [start_row, stop_row) of dimension 0 as stored, shape (rows, ...). A scalar has one row, shape ()."""
+        """Rows [start_row, stop_row) as stored, shape (rows, ...); a scalar has shape ()."""
         info = self.info(name)
         if not info.shape:
             return self.read_flat(name, 0, 1).reshape(())
@@ -128,7 +126,7 @@ class Checkpoint:
         return flat.reshape(stop_row - start_row, *info.shape[1:])
 
     def read_float32(self, name: str, start_row: int = 0, stop_row: int | None = None) -> Float32:
-        """`read`, widened to float32. Raises `UserError` for types that are no plain floats."""
+        """`read`, widened to float32. Raises `UserError` for types other than plain floats."""
         return widen(self.read(name, start_row, stop_row), self.info(name).dtype)
 
     def mean_row(self, name: str) -> Float32:
@@ -141,7 +139,7 @@ class Checkpoint:
         return (total / info.shape[0]).astype(np.float32)
 
     def gather_float32(self, name: str, rows: NDArray[np.int64]) -> Float32:
-        """The given rows in the given order, float32, shape (len(rows), row size); neighbours are read at once."""
+        """The given rows in the given order, float32, shape (len(rows), row size)."""
         info = self.info(name)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         if len(rows) and not len(breaks):
@@ -161,7 +159,7 @@ class Checkpoint:
 
 
 def index_file(stem: str) -> str:
-    """The index of weights in several files `<stem>-00001-of-0000N.safetensors`."""
+    """The name of the index of files `<stem>-00001-of-0000N.safetensors`."""
     return f"{stem}.safetensors.index.json"
 
 
@@ -177,32 +175,40 @@ def _read_indexed(
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise UserError(
-                f"{index} names {file!r}, which is no file of its own folder; do not use this checkpoint."
+                f"{index} names {file!r}, which is outside its own folder; do not use this "
+                "checkpoint."
             )
     for file in sorted(set(weight_map.values())):
         if not (directory / file).is_file():
             raise UserError(
-                f"{directory / file} is missing, {index.name} names it; copy or download it."
+                f"{directory / file} is missing, but {index.name} names it; copy or download it."
             )
         headers[file] = read(directory / file)
     for name, file in weight_map.items():
         if name not in headers[file]:
             raise UserError(
-                f"{directory / file} holds no {name}, though {index.name} says so; download it again."
+                f"{directory / file} contains no {name}, although {index.name} says so; download "
+                "it again."
             )
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def _nothing_there(directory: Path) -> str:
     if any(directory.glob("pytorch_model*.bin")):
-        return f"{directory} holds .bin weights without pytorch_model.bin.index.json; copy or download it again."
+        return (
+            f"{directory} contains .bin weights without pytorch_model.bin.index.json; copy or "
+            "download it again."
+        )
     if not directory.is_dir():
         return f"{directory} does not exist; give the directory of a checkpoint."
-    return f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give the directory of a checkpoint."
+    return (
+        f"{directory} contains neither {SINGLE_FILE} nor {INDEX_FILE}; give the directory of a "
+        "checkpoint."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` if the file is missing or holds something else."""
+    """A JSON object. Raises `UserError` if the file is missing or contains something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -212,5 +218,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy or download it again.") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object; copy or download it again.")
+        raise UserError(f"{path} is not a JSON object; copy or download it again.")
     return value

@@ -1,4 +1,4 @@
-"""What a tensor is, by its name: embedding, head, norm, a part of which layer; which ones a loader uses."""
+"""What a tensor is, judged by its name, and which tensors of a checkpoint a loader uses."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def kind_of(name: str) -> Kind:
 
 
 def is_by_token(name: str) -> bool:
-    """Whether a tensor has a row for each token."""
+    """Whether a tensor has one row per token."""
     return kind_of(name) in ("embed", "head")
 
 
 def layer_of(name: str) -> int | None:
-    """The decoder layer of a tensor, None outside the layers."""
+    """The decoder layer of a tensor; None for tensors outside the layers."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
 
@@ -46,18 +46,18 @@ def count_layers(names: Iterable[str]) -> int:
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the model's head is its embedding; without a word about it in config.json, if no head is stored."""
+    """Whether the head is the embedding: as config.json says, else if no head is stored."""
     tied = checkpoint.config.get("tie_word_embeddings")
-    return (
-        not any(kind_of(name) == "head" for name in checkpoint.tensors)
-        if tied is None
-        else bool(tied)
-    )
+    if tied is not None:
+        return bool(tied)
+    return not any(kind_of(name) == "head" for name in checkpoint.tensors)
 
 
 def model_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The tensors that a loader uses: without a head that is stored although it is tied, and without the rotary
-    frequencies that old conversions of LLaMA store, which loaders compute anew.
+    """The tensors that a loader uses.
+
+    Left out are a head that is stored although it is tied, and the rotary frequencies in old
+    conversions of LLaMA, which loaders compute themselves.
     """
     tied = is_tied(checkpoint)
     return {
@@ -73,5 +73,6 @@ def vocabulary_rows(checkpoint: Checkpoint) -> int:
         if kind_of(name) == "embed":
             return info.shape[0]
     raise UserError(
-        f"{checkpoint.directory} holds no embedding matrix that is known by name; report its tensor names."
+        f"{checkpoint.directory} contains no embedding matrix with a known name; report its tensor "
+        "names."
     )

@@ -1,6 +1,6 @@
-"""Give a tokenizer whole tokens that it lacks: appended after all others, or in the place of reserved ones.
+"""Give a tokenizer the special tokens of a chat format: appended, or in place of reserved tokens.
 
-For the special tokens of a chat format only. Vocabulary is never added like this (`tokenizer_ext` extends the model).
+Vocabulary is never added like this; `tokenizer_ext` extends the model of the tokenizer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.checkpoint.reader import read_json
-from cpt_merge.checkpoint.vocabulary_map import read_tokens
+from cpt_merge.checkpoint.tokenizer_files import read_tokens
 from cpt_merge.core.artifact import write_json, write_text
 from cpt_merge.core.errors import UserError
 
@@ -37,17 +37,15 @@ class TokenChanges:
 
 
 def apply(changes: TokenChanges, directory: Path, origin: Path) -> None:
-    """Change the tokenizer's files in `directory`; how the tokens behave (strip, special) is as in `origin`'s.
+    """Change the tokenizer's files in `directory`; its new tokens behave as those in `origin`.
 
-    Raises `UserError` if the tokenizer, read back, has one of them elsewhere.
+    Raises `UserError` if the tokenizer, read back, has one of the tokens at another id.
     """
     if not changes:
         return
     before, behaviour = read_tokens(directory).ids, _behaviour(origin)
-    new = {
-        token: {**_PLAIN, **behaviour.get(token, {})}
-        for token in [*changes.appended, *changes.renamed]
-    }
+    tokens = [*changes.appended, *changes.renamed]
+    new = {token: {**_PLAIN, **behaviour.get(token, {})} for token in tokens}
     if (directory / "tokenizer.json").is_file():
         _change_fast(changes, new, directory / "tokenizer.json")
     else:
@@ -55,17 +53,12 @@ def apply(changes: TokenChanges, directory: Path, origin: Path) -> None:
         known = read_json(listed) if listed.is_file() else {}
         write_json(listed, {**_renamed_keys(known, changes), **changes.appended})
     _change_settings(changes, new, directory / "tokenizer_config.json")
-    _prove(
-        {
-            **changes.appended,
-            **{token: before[reserved] for token, reserved in changes.renamed.items()},
-        },
-        directory,
-    )
+    replaced = {token: before[reserved] for token, reserved in changes.renamed.items()}
+    _verify({**changes.appended, **replaced}, directory)
 
 
 def _behaviour(origin: Path) -> dict[str, dict[str, Any]]:
-    """Token -> how it is matched, as a tokenizer.json says."""
+    """Token -> how a tokenizer.json says that it is matched."""
     path = origin / "tokenizer.json"
     tokens = read_json(path).get("added_tokens", []) if path.is_file() else []
     return {
@@ -88,9 +81,7 @@ def _change_fast(changes: TokenChanges, new: Mapping[str, dict[str, Any]], path:
     ]
     content["added_tokens"] = sorted(tokens, key=lambda entry: int(entry["id"]))
     vocabulary = content["model"]["vocab"]
-    if isinstance(
-        vocabulary, dict
-    ):  # added tokens that are not in it get their ids by counting, past any hole
+    if isinstance(vocabulary, dict):  # tokens outside of it get consecutive ids, without holes
         added = {entry["content"]: entry["id"] for entry in content["added_tokens"]}
         content["model"]["vocab"] = {**_renamed_keys(vocabulary, changes), **added}
     write_text(path, json.dumps(content, ensure_ascii=False, indent=1))
@@ -102,9 +93,9 @@ def _renamed_keys(values: Mapping[str, Any], changes: TokenChanges) -> dict[str,
 
 
 def _change_settings(changes: TokenChanges, new: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """`added_tokens_decoder`, where the settings have one, or where there is no tokenizer.json to say it.
+    """Change `added_tokens_decoder`, if the settings have one or there is no tokenizer.json.
 
-    A renamed token is renamed wherever the settings name it: a loader would add it again under its old name.
+    A renamed token is renamed everywhere: a loader would add it again under its old name.
     """
     becomes = {reserved: token for token, reserved in changes.renamed.items()}
     for file in (path, path.with_name("special_tokens_map.json")):
@@ -124,7 +115,7 @@ def _change_settings(changes: TokenChanges, new: Mapping[str, dict[str, Any]], p
 
 
 def _renamed(value: Any, becomes: Mapping[str, str]) -> Any:
-    """JSON with some strings in place of others, at any depth."""
+    """JSON with some strings replaced, at any depth."""
     if isinstance(value, str):
         return becomes.get(value, value)
     if isinstance(value, list):
@@ -134,8 +125,8 @@ def _renamed(value: Any, becomes: Mapping[str, str]) -> Any:
     return value
 
 
-def _prove(expected: Mapping[str, int], directory: Path) -> None:
-    """By the tokenizers library where it reads the files, since it gives ids of its own to what it finds odd."""
+def _verify(expected: Mapping[str, int], directory: Path) -> None:
+    """With the tokenizers library where it reads the files: it may give tokens other ids."""
     if (directory / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
@@ -148,6 +139,7 @@ def _prove(expected: Mapping[str, int], directory: Path) -> None:
     wrong = [token for token, number in expected.items() if found.get(token) != number]
     if wrong:
         raise UserError(
-            f"{directory} cannot hold {', '.join(map(repr, wrong))} where the rows of the merged model would be; "
-            "extend the tokenizer with `cpt-merge tokenizer RECIPE`, which adds the chat model's tokens."
+            f"{directory} cannot have {', '.join(map(repr, wrong))} at the ids of their rows in "
+            "the merged model; extend the tokenizer with `cpt-merge tokenizer RECIPE`, which adds "
+            "the chat model's tokens."
         )

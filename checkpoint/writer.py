@@ -1,14 +1,14 @@
-"""Write a checkpoint in place: the layout is computed first, then any number of processes write rows at their offsets.
+"""Write a checkpoint in place: any number of processes write rows at their offsets.
 
-All writing happens in `<out>.tmp`, which takes the name `out` at the end, after a proof that every element was written
-exactly once. The order of calls:
+The layout is computed first. All writing happens in `<out>.tmp`, which takes the name `out` at the
+end, after a proof that every element was written exactly once. The order of calls:
 
     one process     writer.prepare()      the directory, every header, the room on disk
     every process   writer.write(...)     any rows, in any order, from any thread
-    every process   writer.close()        its data is on disk, and so is the list of what it wrote
+    every process   writer.close()        its data and the list of what it wrote are on disk
     one process     writer.publish()      proof, index, fsync, rename
 
-Between these lines the processes must wait for one another.
+Between these calls the processes must wait for each other.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from cpt_merge.core.errors import UserError
 SHARD_BYTES = 5_000_000_000
 
 _JOURNALS = "written-*.json"
-# written by the processes of a run for one another; no part of the result
+# files that processes write for each other; not part of the result
 SCRATCH = ("written-*", "ranges-*", "statistics-*", "failed-*", "stopped-*")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written. `dtype` as in a safetensors header."""
+    """A tensor to write. `dtype` as in a safetensors header."""
 
     name: str
     dtype: str
@@ -50,43 +50,45 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that its elements take."""
+        """Size of its elements."""
         return math.prod(self.shape) * STORED[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Where every tensor will lie. Equal for equal tensors, whatever their order, so that all processes agree on it."""
+    """Where every tensor will be stored. It does not depend on the order of the tensors."""
 
     tensors: dict[str, TensorInfo]
     headers: dict[str, bytes]  # file -> its first bytes
-    index: str | None  # the file that says which tensor lies where
+    index: str | None  # the name of the index file
 
     @staticmethod
     def by_size(
         specs: Iterable[TensorSpec], shard_bytes: int = SHARD_BYTES, stem: str = "model"
     ) -> CheckpointLayout:
-        """Files of at most `shard_bytes` (a larger tensor has one to itself), named as transformers names them."""
+        """Files of at most `shard_bytes` or one tensor, with the names that transformers uses."""
         shards: list[list[TensorSpec]] = [[]]
+        filled = 0
         for spec in sorted(specs, key=lambda spec: natural(spec.name)):
-            if shards[-1] and sum(other.nbytes for other in shards[-1]) + spec.nbytes > shard_bytes:
+            if shards[-1] and filled + spec.nbytes > shard_bytes:
                 shards.append([])
+                filled = 0
             shards[-1].append(spec)
+            filled += spec.nbytes
         if len(shards) == 1:
             return CheckpointLayout.of_files({f"{stem}.safetensors": shards[0]})
-        names = [
-            f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            for number in range(1, len(shards) + 1)
-        ]
-        return CheckpointLayout.of_files(
-            dict(zip(names, shards, strict=True)), index=index_file(stem)
-        )
+        count = len(shards)
+        files = {
+            f"{stem}-{number:05d}-of-{count:05d}.safetensors": shard
+            for number, shard in enumerate(shards, start=1)
+        }
+        return CheckpointLayout.of_files(files, index=index_file(stem))
 
     @staticmethod
     def of_files(
         files: Mapping[str, Iterable[TensorSpec]], index: str | None = None
     ) -> CheckpointLayout:
-        """Given files with given tensors, and the name of their index or none."""
+        """The given files with the given tensors, and the name of their index."""
         tensors: dict[str, TensorInfo] = {}
         headers: dict[str, bytes] = {}
         for file, specs in files.items():
@@ -96,11 +98,11 @@ class CheckpointLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def file_size(self, file: str) -> int:
-        """Bytes of one file."""
+        """Size of one file."""
         data = sum(info.nbytes for info in self.tensors.values() if info.file == file)
         return len(self.headers[file]) + data
 
@@ -108,20 +110,17 @@ class CheckpointLayout:
 def _lay_out(file: str, specs: Iterable[TensorSpec]) -> tuple[bytes, list[TensorInfo]]:
     """The header of a file, and its tensors in storage order.
 
-    Wide types come first, so that every element is aligned; the header is padded to a multiple of 8 bytes, as
-    safetensors does it.
+    Wide types come first so that every element is aligned; the header is padded to a multiple of 8
+    bytes, as in the safetensors library.
     """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     ordered = sorted(specs, key=lambda spec: (-STORED[spec.dtype].itemsize, natural(spec.name)))
     offset, starts = 0, []
     for spec in ordered:
+        span = [offset, offset + spec.nbytes]
         starts.append(offset)
-        offset += spec.nbytes
-        entries[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [starts[-1], offset],
-        }
+        offset = span[1]
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": span}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
@@ -133,12 +132,12 @@ def _lay_out(file: str, specs: Iterable[TensorSpec]) -> tuple[bytes, list[Tensor
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key of tensor names that puts `layers.2` before `layers.10`."""
+    """A sort key that puts `layers.2` before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 class CheckpointFiles:
-    """The files of a checkpoint that is being written: any part of any tensor, from any thread or process."""
+    """The files of an unfinished checkpoint; any thread or process writes any part of a tensor."""
 
     def __init__(self, directory: Path, layout: CheckpointLayout) -> None:
         self.directory, self.layout = directory, layout
@@ -151,7 +150,7 @@ class CheckpointFiles:
         self.lay_out()
 
     def lay_out(self) -> None:
-        """Give every file its size and its header. What lies behind the header stays as it is."""
+        """Give every file its size and its header; the data after the header stays as it is."""
         for file, header in self.layout.headers.items():
             handle = os.open(self.directory / file, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
@@ -163,11 +162,11 @@ class CheckpointFiles:
         fsync(self.directory)
 
     def write(self, name: str, start_row: int, rows: Array) -> None:
-        """Write rows of dimension 0 from `start_row` on, in the type they are stored in."""
+        """Write rows of dimension 0 from `start_row` on, in the stored type."""
         self.write_flat(name, start_row * self.layout.tensors[name].row_size, rows)
 
     def write_flat(self, name: str, start: int, values: Array) -> None:
-        """Write elements from `start` on, in storage order and in the type they are stored in."""
+        """Write elements from `start` on, in row-major order and in the stored type."""
         info = self.layout.tensors[name]
         if values.dtype != STORED[info.dtype] or start < 0 or start + values.size > info.size:
             raise ValueError(f"{values.size} {values.dtype} at {start} do not fit {info}")
@@ -183,7 +182,7 @@ class CheckpointFiles:
             self.write_flat(name, 0, source.read_flat(name, 0, source.info(name).size))
 
     def sync(self) -> None:
-        """Make what was written so far durable. Others may write meanwhile."""
+        """Make everything written so far durable. Other threads may write at the same time."""
         with self._lock:
             handles = list(self._handles.values())
         for handle in handles:
@@ -210,25 +209,24 @@ class CheckpointFiles:
 
 
 class CheckpointWriter(CheckpointFiles):
-    """Writes one checkpoint, as one of several processes (`rank` tells them apart), and proves it whole."""
+    """Writes one checkpoint as one of several processes, and proves that it is complete."""
 
     def __init__(self, out: Path, layout: CheckpointLayout, rank: int = 0) -> None:
         self.staging = Staging(out, scratch=SCRATCH)
         super().__init__(self.staging.directory, layout)  # other files may be added to it
         self.rank = rank
-        self._written: dict[str, dict[int, int]] = defaultdict(
-            dict
-        )  # tensor -> {stop: start}, in elements
-        self._notes = threading.Lock()
+        # tensor -> {stop: start} of the intervals that were written, in elements
+        self._written: dict[str, dict[int, int]] = defaultdict(dict)
+        self._written_lock = threading.Lock()
 
     def prepare(self) -> None:
-        """Make the directory, every file at its full size. Raises `UserError` if `out` is in use or the disk full."""
+        """Make the directory with every file. Raises `UserError` if it is in use or lacks room."""
         self.staging.begin(self.create)
 
     def write_flat(self, name: str, start: int, values: Array) -> None:
-        """Write elements from `start` on, in storage order and in the type they are stored in."""
+        """Write elements from `start` on, in row-major order and in the stored type."""
         super().write_flat(name, start, values)
-        with self._notes:  # [start, stop), joined to the part that ends where it starts
+        with self._written_lock:  # joins the interval to the one that ends at its start
             ends = self._written[name]
             if values.size and start + values.size in ends:
                 raise UserError(
@@ -237,7 +235,7 @@ class CheckpointWriter(CheckpointFiles):
             ends[start + values.size] = ends.pop(start, start)
 
     def close(self) -> None:
-        """Make what was written durable, then say what it was in `written-<rank>.json`. Frees the file handles."""
+        """Make the data durable, then list it in `written-<rank>.json`. Closes the files."""
         self.sync()
         self.release()
         parts = {
@@ -247,7 +245,7 @@ class CheckpointWriter(CheckpointFiles):
         write_json(self.directory / f"written-{self.rank:05d}.json", parts)
 
     def publish(self) -> None:
-        """Prove that nothing is missing, write the index, and let the directory take its name."""
+        """Prove that nothing is missing, write the index, and give the directory its name."""
         journals = sorted(self.directory.glob(_JOURNALS))
         _prove_whole(self.layout, [json.loads(journal.read_text()) for journal in journals])
         self.write_index()
@@ -255,7 +253,7 @@ class CheckpointWriter(CheckpointFiles):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """For one process: prepare, then the block, which closes and publishes; if it fails, nothing is left behind."""
+        """For one process: prepare, then the block, which publishes. A failure leaves no files."""
         self.prepare()
         try:
             yield
@@ -266,22 +264,21 @@ class CheckpointWriter(CheckpointFiles):
 
 
 def write_index(path: Path, files: Mapping[str, str], total_size: int) -> None:
-    """Write a `model.safetensors.index.json`: which file holds which tensor, and the bytes of all."""
+    """Write a `model.safetensors.index.json`: the file of each tensor, and the size of all."""
     weight_map = {name: files[name] for name in sorted(files, key=natural)}
     write_json(path, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def check_room(directory: Path, layout: CheckpointLayout) -> None:
-    """Raise `UserError` if the disk has no room for the layout's files. `directory` or a parent of it is there."""
+    """Raise `UserError` if the disk of `directory`, which may not exist yet, lacks room."""
     while not directory.exists():
         directory = directory.parent
-    needed, free = (
-        sum(layout.file_size(file) for file in layout.headers),
-        shutil.disk_usage(directory).free,
-    )
+    needed = sum(layout.file_size(file) for file in layout.headers)
+    free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
-            f"{directory} has {free / 1e6:,.1f} MB free, the checkpoint needs {needed / 1e6:,.1f} MB; free some."
+            f"{directory} has {free / 1e6:,.1f} MB free, the checkpoint needs "
+            f"{needed / 1e6:,.1f} MB; free some."
         )
 
 
@@ -289,16 +286,14 @@ def _prove_whole(layout: CheckpointLayout, journals: list[dict[str, list[list[in
     """Raise `UserError` naming the first tensor that was not written exactly once."""
     for name, info in layout.tensors.items():
         reached = 0
-        for start, stop in sorted(
-            tuple(part) for journal in journals for part in journal.get(name, [])
-        ):
+        for start, stop in sorted(part for journal in journals for part in journal.get(name, [])):
             if stop > start and start != reached:
+                first, last = sorted((start, reached))
                 what = "twice" if start < reached else "never"
-                raise UserError(
-                    f"elements {min(start, reached)} to {max(start, reached)} of {name} were written {what}."
-                )
+                raise UserError(f"elements {first} to {last} of {name} were written {what}.")
             reached = max(reached, stop)
         if reached != info.size:
             raise UserError(
-                f"elements {reached} to {info.size} of {name} were never written; the output is not kept."
+                f"elements {reached} to {info.size} of {name} were never written; the output is "
+                "not kept."
             )

@@ -1,1 +1,1 @@
-"""What every stage needs: errors, the typed configuration, text sources, artifacts, progress, the process world."""
+"""What every stage needs: errors, typed configuration, artifacts, progress, processes."""

@@ -1,7 +1,11 @@
-"""What a stage leaves behind: a directory, complete once its `stage.json` is there, which is written last.
+"""Files and directories that survive a kill, and the record that a finished stage leaves.
 
-A stage is skipped when the `stage.json` that it left has the same key: a digest of its configuration and of the
-fingerprints of its inputs.
+Invariant "nothing half-written": everything is written under a temporary name, synced to disk, and
+renamed; the marker of an unfinished directory is removed last. A killed run leaves the last good
+state and continues from it.
+
+A stage's directory is complete once it contains `stage.json`. The stage is skipped if its key there
+is unchanged: a digest of its configuration and of the fingerprints of its inputs.
 """
 
 from __future__ import annotations
@@ -26,15 +30,8 @@ from cpt_merge.core.progress import say
 
 STAGE_FILE = "stage.json"
 UNFINISHED_FILE = "unfinished"
-RECORDED_PACKAGES = (
-    "cpt-merge",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "sentencepiece",
-    "wandb",
+_PACKAGES = (
+    "cpt-merge torch transformers accelerate datasets tokenizers sentencepiece wandb".split()
 )
 
 
@@ -48,9 +45,7 @@ class StageRecord:
     inputs: dict[str, str]  # name -> fingerprint
     seconds: float = 0.0
     finished: str = ""  # UTC, ISO 8601
-    results: dict[str, Any] = field(
-        default_factory=dict
-    )  # numbers worth reading without opening the artifact
+    results: dict[str, Any] = field(default_factory=dict)  # numbers for a summary
     tracking: dict[str, Any] = field(default_factory=dict)  # mode, run id, group
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -62,7 +57,7 @@ def stage_key(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) 
 
 
 def read_record(directory: Path) -> StageRecord | None:
-    """The record of a finished stage, or None where it is not finished."""
+    """The record of a finished stage; None if the stage is not finished."""
     path = directory / STAGE_FILE
     if not path.is_file():
         return None
@@ -70,12 +65,12 @@ def read_record(directory: Path) -> StageRecord | None:
         return StageRecord(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); remove {directory} to make it again."
+            f"{path} cannot be read ({error}); remove {directory} to run the stage again."
         ) from None
 
 
 def write_record(directory: Path, record: StageRecord, started: float) -> StageRecord:
-    """Mark `directory` as complete. `started` is `time.time()` at the stage's start. Returns what was written."""
+    """Mark a stage's directory as complete. `started` is `time.time()` at the stage's start."""
     complete = StageRecord(
         **{
             **asdict(record),
@@ -89,9 +84,9 @@ def write_record(directory: Path, record: StageRecord, started: float) -> StageR
 
 
 def installed_versions() -> dict[str, str]:
-    """Python's version and those of the packages that a result may depend on."""
+    """The versions of Python and of the packages that a result may depend on."""
     found = {"python": platform.python_version()}
-    for name in RECORDED_PACKAGES:
+    for name in _PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -161,7 +156,7 @@ def make_writable(folder: Path, named: str) -> None:
 
 
 def read_marker(directory: Path) -> str | None:
-    """The key of the unfinished work in a directory; None if the directory is finished or missing."""
+    """The key of the unfinished work in a directory; None if it is finished or missing."""
     try:
         return (directory / UNFINISHED_FILE).read_text(encoding="utf-8")
     except OSError:
@@ -346,11 +341,11 @@ class KeptLines:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A digest that changes when a file or directory does, without reading gigabytes.
+    """A digest that changes when a file or directory changes, without reading gigabytes.
 
-    A finished stage's directory is known by its key. Of other directories, small files count with their content
-    and large ones (over 16 MiB: weights, corpora) by size, modification time and first 64 KiB. What is not a local
-    path (a hub id) stands for itself.
+    The directory of a finished stage is identified by its key. In other directories, files up to
+    16 MiB count with their content, larger ones (weights, corpora) with their size, modification
+    time and first 64 KiB. A name that is not a local path (a hub id) stands for itself.
     """
     path = Path(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Typed recipe sections: what every stage's configuration is built from."""
+"""Typed sections of a recipe, from which the configuration of every stage is built."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Section(BaseModel):
 
 
 def key(default: Any, doc: str, *, unit: str | None = None, **constraints: Any) -> Any:
-    """One key of a section: its default (`...` for a required one), what it is, and its unit.
+    """One key of a section: its default (`...` if it is required), its description, its unit.
 
-    `constraints` are pydantic's (`ge=0`, `gt=0`, `le=1`, ...). docs/recipe.md is generated from these.
+    `constraints` are pydantic's (`ge=0`, `gt=0`, ...). docs/recipe.md is generated from these.
     """
     extra: Any = {"unit": unit} if unit else None
     if isinstance(default, (list, dict)):
@@ -45,7 +45,7 @@ def unit_of(field: FieldInfo) -> str | None:
 
 
 def parse_section(section: type[S], values: dict[str, Any], where: str) -> S:
-    """Build `section` from plain values. Raises `UserError` with one sentence for the first thing that is wrong."""
+    """Build a section from plain values. Raises `UserError` that names the first wrong one."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
@@ -65,7 +65,7 @@ def _sentence(section: type[Section], error: ValidationError) -> str:
 
 
 def _nearest(section: type[Section], location: tuple[int | str, ...]) -> str:
-    """`; did you mean ...?` for the known key that is most like the unknown one."""
+    """The known key that is most similar to the unknown one, or else all keys of that section."""
     known = known_keys(section)
     wanted = ".".join(str(part) for part in location if isinstance(part, str))
     siblings = [name for name in known if name.rpartition(".")[0] == wanted.rpartition(".")[0]]
@@ -79,17 +79,14 @@ def _nearest(section: type[Section], location: tuple[int | str, ...]) -> str:
             name for name in known if name == close[0] or name.rpartition(".")[2] == close[0]
         )
         return f"; the nearest known key is `{full}`"
-    return (
-        f"; known keys there: {', '.join(name.rpartition('.')[2] for name in siblings)}"
-        if siblings
-        else ""
-    )
+    names = ", ".join(name.rpartition(".")[2] for name in siblings)
+    return f"; known keys there: {names}" if siblings else ""
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one dotted key. Numbers in the path are places in a list: `corpus.sources.0.weight=2`.
+    """Set one dotted key. Numbers index a list: `corpus.sources.0.weight=2`.
 
-    Raises `UserError` for what is no `key=value`.
+    Raises `UserError` for anything that does not have the form `key=value`.
     """
     path, separator, text = override.partition("=")
     parts = path.split(".")
@@ -115,12 +112,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 def _place(items: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise UserError(f"override {override!r}: {part!r} is no place in a list of {len(items)}.")
+        raise UserError(
+            f"override {override!r}: {part!r} is not an index into a list of {len(items)}."
+        )
     return int(part)
 
 
 def known_keys(section: type[Section], prefix: str = "") -> list[str]:
-    """Every key of a section and of the sections within it, dotted."""
+    """All dotted keys of a section and of the sections inside it."""
     keys: list[str] = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
@@ -130,7 +129,7 @@ def known_keys(section: type[Section], prefix: str = "") -> list[str]:
 
 
 def inner_sections(field: FieldInfo) -> list[type[Section]]:
-    """The sections that a field's annotation holds: itself, in a list, in a mapping, or as an option."""
+    """The sections in a field's annotation, also inside lists, mappings and optional values."""
     found: list[type[Section]] = []
     pending: list[Any] = [field.annotation]
     while pending:

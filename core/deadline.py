@@ -1,4 +1,4 @@
-"""When the time of this process ends: by `--stop-at`, or at the end of the Slurm job, whichever is first."""
+"""When this process must stop: at `--stop-at` or at the end of the Slurm job."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from datetime import datetime, timedelta
 
 from cpt_merge.core.errors import UserError
 
-STOP_AT = "CPT_MERGE_STOP_AT"  # seconds since 1970; set by `--stop-at`, inherited by the processes that are started
-JOB_END = "SLURM_JOB_END_TIME"  # set by Slurm, in the same unit
+# both in seconds since 1970; the first is set by `--stop-at` and inherited by child processes
+STOP_AT = "CPT_MERGE_STOP_AT"
+JOB_END = "SLURM_JOB_END_TIME"
 
 
 def parse_stop_at(text: str, now: datetime) -> float:
-    """Seconds since 1970 of `2026-11-24T18:00` (local time), `18:00` (the next one), or `+90m`, `+8h` from `now`.
+    """Seconds since 1970 of `2026-11-24T18:00` (local time), `18:00` (the next one), `+90m`, `+8h`.
 
-    Raises `UserError` for anything else, and for what is past.
+    Raises `UserError` for anything else, and for a time in the past.
     """
     units = {"s": "seconds", "m": "minutes", "h": "hours"}
     try:
@@ -29,15 +30,15 @@ def parse_stop_at(text: str, now: datetime) -> float:
             moment = datetime.fromisoformat(text)
     except (ValueError, KeyError):
         raise UserError(
-            f"--stop-at {text} is no time; write 2026-11-24T18:00, 18:00, +90m or +8h."
+            f"--stop-at {text} is not a time; write 2026-11-24T18:00, 18:00, +90m or +8h."
         ) from None
     if moment.timestamp() <= now.timestamp():
-        raise UserError(f"--stop-at {text} is past; it is {now:%Y-%m-%dT%H:%M} now.")
+        raise UserError(f"--stop-at {text} is in the past; it is {now:%Y-%m-%dT%H:%M} now.")
     return moment.timestamp()
 
 
 def deadline(environment: Mapping[str, str] = os.environ) -> float:
-    """Seconds since 1970; infinite where nothing ends. Raises `UserError` for a variable that is no time."""
+    """Seconds since 1970; infinite without a limit. Raises `UserError` for a malformed variable."""
     found = float("inf")
     for name in (STOP_AT, JOB_END):
         if text := environment.get(name):
@@ -45,6 +46,6 @@ def deadline(environment: Mapping[str, str] = os.environ) -> float:
                 found = min(found, float(text))
             except ValueError:
                 raise UserError(
-                    f"{name}={text} is no time in seconds since 1970; unset it."
+                    f"{name}={text} is not a time in seconds since 1970; unset it."
                 ) from None
     return found

@@ -1,19 +1,19 @@
-"""The one exception that is meant for people."""
+"""The exceptions that are meant for users."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend. The text is one sentence: what, where, what to do.
+    """Something that the user can fix. The text is one sentence: what, where, what to do.
 
     The command line prints it without a traceback and exits with code 2.
     """
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """Work was stopped on request, its state is saved, and the same command continues it. Exit code 75.
+    """Work was stopped on request and the same command continues it. Exit code 75.
 
-    `reason`: the signal, or what else asked for it.
+    `reason` is the signal, or what else asked for the stop.
     """
 
     def __init__(self, text: str, reason: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Languages and scripts, as far as the stages need them: which characters are written in which script."""
+"""Languages, their scripts, and which characters belong to a script."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpt_merge.core.errors import UserError
 
 @dataclass(frozen=True)
 class Language:
-    """A language by its tag (`zh_tw`) and the Unicode scripts it is written in, the main one first."""
+    """A language with its tag (`zh_tw`) and its Unicode scripts, the main one first."""
 
     tag: str
     name: str
@@ -35,61 +35,36 @@ LANGUAGES = {
         Language("en", "English", ("Latin",)),
     )
 }
-SCRIPTS_OF_CODE = {  # ISO 15924 codes of more than one Unicode script, or of one that is known here by its name
-    "Hani": ("Han",), "Hans": ("Han",), "Hant": ("Han",), "Jpan": ("Han", "Hiragana", "Katakana"),
-    "Hang": ("Hangul",), "Kore": ("Hangul",), "Hira": ("Hiragana",), "Kana": ("Katakana",), "Latn": ("Latin",),
+# ISO 15924 codes that are not Unicode script names, or that stand for several scripts
+_SCRIPTS_OF_CODE = {
+    "Hani": ("Han",), "Hans": ("Han",), "Hant": ("Han",),
+    "Jpan": ("Han", "Hiragana", "Katakana"),
+    "Hang": ("Hangul",), "Kore": ("Hangul",), "Hira": ("Hiragana",),
+    "Kana": ("Katakana",), "Latn": ("Latin",),
     "Laoo": ("Lao",), "Khmr": ("Khmer",), "Mymr": ("Myanmar",), "Tibt": ("Tibetan",),
 }  # fmt: skip
-SCRIPTS = (
-    "Han",
-    "Hangul",
-    "Hiragana",
-    "Katakana",
-    "Bopomofo",
-    "Arabic",
-    "Armenian",
-    "Bengali",
-    "Cyrillic",
-    "Devanagari",
-    "Ethiopic",
-    "Georgian",
-    "Greek",
-    "Gujarati",
-    "Gurmukhi",
-    "Hebrew",
-    "Kannada",
-    "Khmer",
-    "Lao",
-    "Latin",
-    "Malayalam",
-    "Mongolian",
-    "Myanmar",
-    "Oriya",
-    "Sinhala",
-    "Syriac",
-    "Tamil",
-    "Telugu",
-    "Thaana",
-    "Thai",
-    "Tibetan",
-)  # in wide use today
-_NO_SCRIPT = {"Zyyy", "Zinh", "Zzzz"}  # codes for what belongs to all scripts or to none
+SCRIPTS = (  # in wide use today
+    "Han Hangul Hiragana Katakana Bopomofo Arabic Armenian Bengali Cyrillic Devanagari "
+    "Ethiopic Georgian Greek Gujarati Gurmukhi Hebrew Kannada Khmer Lao Latin Malayalam "
+    "Mongolian Myanmar Oriya Sinhala Syriac Tamil Telugu Thaana Thai Tibetan"
+).split()
+_NO_SCRIPT = {"Zyyy", "Zinh", "Zzzz"}  # codes of characters that belong to all scripts or to none
 _TAG_WITH_SCRIPT = regex.compile("[a-z]{2,3}[_-]([A-Z][a-z]{3})")
 
 
 def find_language(tag: str) -> Language:
-    """The language of a tag: a known one, or any code with the script it is written in (`th_Thai`, `hin_Deva`).
+    """The language of a tag: a known tag, or any language code with its script (`th_Thai`).
 
-    The script is an ISO 15924 code, as in FLORES and BCP 47. Raises `UserError` for a tag that is neither.
+    The script is an ISO 15924 code, as in FLORES and BCP 47. Raises `UserError` for other tags.
     """
     if tag in LANGUAGES:
         return LANGUAGES[tag]
     found = _TAG_WITH_SCRIPT.fullmatch(tag)
-    scripts = SCRIPTS_OF_CODE.get(found[1], (found[1],)) if found else ()
+    scripts = _SCRIPTS_OF_CODE.get(found[1], (found[1],)) if found else ()
     if not all(map(_is_script, scripts)) or not scripts:
         raise UserError(
-            f"language {tag!r} is not known; the known ones are {', '.join(LANGUAGES)}, and any other language's code "
-            "with its script's, such as th_Thai."
+            f"language {tag!r} is not known; use one of {', '.join(LANGUAGES)}, or the code of "
+            "another language with its script, such as th_Thai."
         )
     return Language(tag, tag, scripts)
 
@@ -106,10 +81,10 @@ def _is_script(name: str) -> bool:
 
 @cache
 def script_pattern(scripts: tuple[str, ...]) -> regex.Pattern[str]:
-    """A pattern for one letter or mark of any of the Unicode scripts; it matches nothing where there is none.
+    """A pattern for one letter or mark of any of the scripts; without scripts it matches nothing.
 
-    To a script belong also those that it shares with few others (Script_Extensions: `ー` of the two Kana, Arabic's
-    vowel signs), but not the modifiers and accents of all Europe, nor any digits or punctuation.
+    A script includes characters that it shares with few others (Script_Extensions: `ー` of the two
+    Kana, Arabic vowel signs), but no accents and modifiers of Latin, no digits, no punctuation.
     """
     own = r"[\p{Script=%s}&&[\p{L}\p{M}\p{Nl}]]"  # Nl: 〇
     shared = r"[[\p{Script_Extensions=%s}&&[\p{L}\p{M}]]--[\u02B0-\u036F]]"
@@ -118,7 +93,7 @@ def script_pattern(scripts: tuple[str, ...]) -> regex.Pattern[str]:
 
 
 def script_share(text: str, scripts: tuple[str, ...]) -> float:
-    """Share of a text's letters that belong to the scripts; 0 where it has no letters at all."""
+    """The share of a text's letters that belong to the scripts; 0 for a text without letters."""
     letters = regex.findall(r"\p{L}", text)
     if not letters:
         return 0.0

@@ -1,4 +1,9 @@
-"""A lock that ends with the process that holds it."""
+"""A lock between processes that ends with the process that holds it.
+
+The `filelock` package was weighed and is not used: on a file system without flock it silently takes
+a lock that outlives a killed process, it leaves lock files behind, and it does not say who holds a
+lock.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,9 @@ from cpt_merge.core.errors import UserError
 
 
 class Lock:
-    """Held from `take` to `release` or to the end of the process, on a file of its own that says who holds it.
+    """Held from `take` to `release`, or to the end of the process. The lock file names the holder.
 
-    `what` is locked, in the words of a message; `advice` is what to do if another process has it.
+    `what` is locked, in the words of a message; `advice` says what to do if it is in use.
     """
 
     def __init__(self, path: Path, what: Path, advice: str) -> None:
@@ -21,7 +26,7 @@ class Lock:
         self._handle: int | None = None
 
     def take(self) -> None:
-        """Raises `UserError` if another process holds it."""
+        """Raises `UserError` if another process holds the lock."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -33,26 +38,27 @@ class Lock:
                 raise UserError(
                     f"{self.what} is in use by {holder}; wait for it, or {self.advice}."
                 ) from None
-            if self._is_still_there(handle):
+            if self._is_current(handle):
                 break
-            os.close(handle)  # its holder removed it in between
+            os.close(handle)  # the previous holder removed the file in the meantime
         self._handle = handle
         os.truncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     @property
     def held(self) -> bool:
-        """Whether this process holds it."""
+        """Whether this process holds the lock."""
         return self._handle is not None
 
     def release(self) -> None:
-        """Let others in."""
+        """Let other processes take the lock."""
         if self._handle is not None:
             self.path.unlink(missing_ok=True)
             os.close(self._handle)
             self._handle = None
 
-    def _is_still_there(self, handle: int) -> bool:
+    def _is_current(self, handle: int) -> bool:
+        """Whether the open file is still the one at the path."""
         try:
             return os.stat(self.path).st_ino == os.fstat(handle).st_ino
         except FileNotFoundError:

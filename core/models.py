@@ -1,4 +1,4 @@
-"""Models by hub id or local path."""
+"""Finds models by hub id or local path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEEDED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README
 
 
 def is_local(name: str) -> bool:
-    """True for the name of a directory, there or not; False for what can only be a hub id (org/model)."""
+    """False for what can only be a hub id (org/model); True for a path, existing or not."""
     return (
         Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1
     )
@@ -23,13 +23,13 @@ def is_local(name: str) -> bool:
 def model_directory(name: str) -> Path:
     """The local directory of a model; a hub id is downloaded into the hub's cache.
 
-    Raises `UserError` if it is neither a directory with a config.json nor a model that the hub has.
+    Raises `UserError` if the name is neither a directory with a config.json nor a model on the hub.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
-                f"{path} holds no config.json; give the directory of a Hugging Face model."
+                f"{path} contains no config.json; give the directory of a Hugging Face model."
             )
         return path
     if is_local(name):
@@ -48,7 +48,7 @@ def model_directory(name: str) -> Path:
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """What the hub answers instead of the model, in one sentence."""
+    """Turn the errors of the hub client into a `UserError` that names the model."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -65,5 +65,5 @@ def hub_errors(name: str) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         said = shorten(reason, 200, placeholder=" ...")
         raise UserError(
-            f"model {name} is no local directory and the hub did not give it ({said})."
+            f"model {name} is not a local directory and could not be downloaded ({said})."
         ) from None

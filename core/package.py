@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1]  # `cpt_merge/`, with recipes/ and slurm/ in it
+PACKAGE = Path(__file__).parents[1]  # the folder `cpt_merge/`, which contains recipes/ and slurm/
 
 
 def checkout() -> Path | None:
-    """The root of the git checkout that the package is imported from; None for an installed wheel."""
+    """The root of the git checkout that contains the package; None for an installed wheel."""
     root = Path(__file__).resolve().parents[1]
     return root if (root / ".git").exists() else None

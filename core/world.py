@@ -1,7 +1,7 @@
-"""Which process am I: alone, under torchrun or `accelerate launch`, or a Slurm task?
+"""Which process this is: alone, under torchrun or `accelerate launch`, or a Slurm task.
 
-Everything is read from the environment inside the process itself; a variable that is missing or contradicts
-another is an error, never a fallback to localhost.
+The environment of the process decides. A variable that is missing or contradicts another one is an
+error; there is no fallback to localhost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class World:
 
 
 def find_world(environment: Mapping[str, str] = os.environ) -> World:
-    """The process world that the environment describes. Raises `UserError` if it is half described."""
+    """The world that the environment describes. Raises `UserError` if variables are missing."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _checked(environment, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
@@ -40,24 +40,25 @@ def find_world(environment: Mapping[str, str] = os.environ) -> World:
         )
     if environment.get("SLURM_STEP_ID", "").isdigit() and "SLURM_STEP_NUM_TASKS" not in environment:
         raise UserError(
-            "SLURM_STEP_ID is set but SLURM_STEP_NUM_TASKS is not; start by srun, or unset SLURM_STEP_ID."
+            "SLURM_STEP_ID is set but SLURM_STEP_NUM_TASKS is not; start with srun, or unset "
+            "SLURM_STEP_ID."
         )
     return World()
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the processes meet: a port of the node that rank 0 runs on."""
+    """Where the processes meet: a port on the node of rank 0."""
 
     address: str
     port: int
 
 
 def find_rendezvous(world: World, environment: Mapping[str, str] = os.environ) -> Rendezvous:
-    """Where the processes of this world meet. Raises `UserError` if nobody says, or it cannot be.
+    """Where the processes of this world meet. Raises `UserError` if that is unknown or unusable.
 
-    torchrun and accelerate set MASTER_ADDR and MASTER_PORT. Under srun both follow from Slurm's variables, the same in
-    every task, so that nothing has to be passed on; either may be set all the same.
+    torchrun and accelerate set MASTER_ADDR and MASTER_PORT. Under srun both follow from Slurm's
+    variables, which are equal in every task; either may also be set by the user.
     """
     address, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
     if world.launcher == "slurm":
@@ -65,15 +66,15 @@ def find_rendezvous(world: World, environment: Mapping[str, str] = os.environ) -
         port = port or str(job_port(environment.get("SLURM_JOB_ID", "")))
     if not address or not port.isdigit():
         raise UserError(
-            f"MASTER_ADDR is {address!r} and MASTER_PORT {port!r}, so the processes cannot meet; start with accelerate "
-            "launch, torchrun or srun, or set both."
+            f"MASTER_ADDR is {address!r} and MASTER_PORT {port!r}, so the processes cannot meet; "
+            "start with accelerate launch, torchrun or srun, or set both."
         )
     try:
         socket.getaddrinfo(address, int(port))
     except OSError as error:
         raise UserError(
-            f"{socket.gethostname()} cannot resolve {address}, the node of rank 0 ({error.strerror}); mend the name "
-            "service, or set MASTER_ADDR to an address of it."
+            f"{socket.gethostname()} cannot resolve {address}, the node of rank 0 "
+            f"({error.strerror}); fix the name service, or set MASTER_ADDR to its address."
         ) from None
     if world.is_main and world.launcher == "slurm":
         _check_free(int(port))
@@ -81,20 +82,21 @@ def find_rendezvous(world: World, environment: Mapping[str, str] = os.environ) -
 
 
 def job_port(job: str) -> int:
-    """A port that follows from a Slurm job's id: 15000 .. 29999, below the ports that Linux hands out by itself."""
+    """A port that follows from a Slurm job's id: 15000 .. 29999, below Linux's ephemeral ports."""
     if not job.isdigit():
         raise UserError(
-            f"SLURM_JOB_ID is {job!r}, which is no number; start by sbatch and srun, or set MASTER_PORT."
+            f"SLURM_JOB_ID is {job!r}, which is not a number; start with sbatch and srun, or set "
+            "MASTER_PORT."
         )
     return 15000 + int(job) % 15000
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a Slurm node list: gpu07 of `gpu[07-09,12],login1`. Raises `UserError` for anything else."""
+    """The first name of a Slurm node list: gpu07 of `gpu[07-09,12],login1`."""
     found = re.match(r"([^\[\],\s]+)(?:\[(\d+)[^\[\]]*\]([^\[\],]*))?(?:,|$)", nodes)
     if not found:
         raise UserError(
-            f"SLURM_STEP_NODELIST is {nodes!r}, so no node is known to be the first; set MASTER_ADDR."
+            f"SLURM_STEP_NODELIST is {nodes!r}, so the first node is unknown; set MASTER_ADDR."
         )
     prefix, number, suffix = found.groups(default="")
     return prefix + number + suffix
@@ -107,7 +109,8 @@ def _check_free(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise UserError(
-                f"port {port} of {socket.gethostname()} cannot be used ({error.strerror}); set MASTER_PORT to another."
+                f"port {port} of {socket.gethostname()} cannot be used ({error.strerror}); set "
+                "MASTER_PORT to another."
             ) from None
 
 
@@ -118,14 +121,15 @@ def _checked(
         text = environment.get(name, "")
         if not text.isdigit():
             raise UserError(
-                f"the environment names a {launcher} process but {name} is {text!r}; "
-                "start with accelerate launch, torchrun or srun, or unset RANK and WORLD_SIZE."
+                f"the environment describes a {launcher} process but {name} is {text!r}; start "
+                "with accelerate launch, torchrun or srun, or unset RANK and WORLD_SIZE."
             )
         return int(text)
 
     world = World(number(rank), number(size), number(local_rank), launcher)
     if world.rank >= world.size:
         raise UserError(
-            f"{rank}={world.rank} does not fit {size}={world.size}; the launcher's variables contradict."
+            f"{rank}={world.rank} does not fit {size}={world.size}; the launcher's variables "
+            "contradict each other."
         )
     return world

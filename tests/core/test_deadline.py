@@ -33,5 +33,5 @@ def test_what_is_no_time_or_past_is_refused(text: str) -> None:
 def test_the_first_of_both_counts() -> None:
     assert deadline({}) == float("inf")
     assert deadline({"SLURM_JOB_END_TIME": "200", "CPT_MERGE_STOP_AT": "100.5"}) == 100.5
-    with pytest.raises(UserError, match="SLURM_JOB_END_TIME=later is no time"):
+    with pytest.raises(UserError, match="SLURM_JOB_END_TIME=later is not a time"):
         deadline({"SLURM_JOB_END_TIME": "later"})

@@ -22,10 +22,10 @@ CLUSTERED = "  \n\r\t'sSaAé1²½가한字がǅʰ.,/_\u0301\u3000\u00a0\x1c\x85\
 
 def trained(*steps: pre_tokenizers.PreTokenizer, use_regex: bool = True) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    letters = pre_tokenizers.ByteLevelEncoder(add_prefix_space=False, use_regex=use_regex)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, letters]) if steps else letters
     trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevelEncoder.alphabet()
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     return tokenizer
@@ -34,7 +34,7 @@ def trained(*steps: pre_tokenizers.PreTokenizer, use_regex: bool = True) -> Toke
 def bpe(
     pieces: list[str], merges: list[tuple[str, str]], ignore_merges: bool = False
 ) -> models.BPE:
-    letters = sorted(pre_tokenizers.ByteLevelEncoder.alphabet())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {piece: number for number, piece in enumerate([*letters, *pieces])}
     return models.BPE(vocab, merges, ignore_merges=ignore_merges)
 
@@ -164,12 +164,12 @@ def test_tokenizers_that_are_not_known_to_be_the_same_are_left_alone() -> None:
         trained(),
     )
     added.add_tokens([AddedToken("go home", special=False)])
-    prefixed.pre_tokenizer = pre_tokenizers.ByteLevelEncoder(add_prefix_space=True)
+    prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     lower.normalizer = normalizers.Lowercase()
     cut.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\w+"), "isolated"),
-            pre_tokenizers.ByteLevelEncoder(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     twice = trained()

@@ -62,7 +62,7 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ("training.tokens=many", "`training.tokens` = 'many'"),
         ("training.tokens=-1", "`training.tokens` = -1"),
         ("training.schedule.shape=step", "`training.schedule.shape`"),
-        ("corpus.sources.7.weight=1", "'7' is no place in a list of 2"),
+        ("corpus.sources.7.weight=1", "'7' is not an index into a list of 2"),
         ("corpus.sources.0.language=kr", "language 'kr' is not known"),
         (
             "tokenizer.new_pieces.zh_tw=10",
