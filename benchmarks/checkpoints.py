@@ -1,4 +1,7 @@
-"""Checkpoints of a Llama's shapes with random weights, for benchmarks: base, chat, and CPT with two vocabularies."""
+"""Random checkpoints with the shapes of a Llama, for benchmarks.
+
+There are a base, a chat model, and CPT models with two vocabularies.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class Shape:
 
 
 def prepare(directory: Path, shape: Shape = Shape()) -> None:
-    """Write base, chat, cpt (32,000 rows) and cpt48k (48,000) into `directory`; what is there already is kept."""
+    """Write base, chat, cpt (32,000 rows) and cpt48k (48,000) into `directory`, if missing."""
     base, chat, cpt, long = (directory / name for name in ("base", "chat", "cpt", "cpt48k"))
     _model(base, shape, 32_000, None, 0.02, 0)
     _model(chat, shape, 32_000, base, 0.002, 1)
@@ -65,54 +68,47 @@ def _model(
         for name, info in writer.layout.tensors.items():
             for start in range(0, info.size, _BLOCK):
                 stop = min(start + _BLOCK, info.size)
-                values: Float32 = random.standard_normal(stop - start, np.float32) * np.float32(
-                    scale
-                )
-                if source is not None and start < source.info(name).size:
-                    known = widen(
-                        source.read_flat(name, start, min(stop, source.info(name).size)), "BF16"
-                    )
+                values: Float32 = random.standard_normal(stop - start, np.float32)
+                values *= np.float32(scale)
+                if source is not None and start < (size := source.info(name).size):
+                    known = widen(source.read_flat(name, start, min(stop, size)), "BF16")
                     values[: len(known)] += known
                 writer.write_flat(name, start, narrow(values, "BF16"))
         writer.close()
         _write_json(writer.directory / "config.json", _config(shape, rows))
         _write_json(writer.directory / "tokenizer.json", word_tokenizer(rows))
-        _write_json(
-            writer.directory / "tokenizer_config.json",
-            {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-        )
+        roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        _write_json(writer.directory / "tokenizer_config.json", roles)
         writer.publish()
 
 
 def _config(shape: Shape, rows: int) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": rows,
-        "hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
-        "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
+        "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
     }  # fmt: skip
 
 
 def word_tokenizer(rows: int) -> dict[str, object]:
-    """A tokenizer.json of `rows` made-up words: ids 0 .. 2 are unknown, begin and end."""
-    plain = {
-        "special": True,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-    }
+    """A tokenizer.json of `rows` invented words; ids 0 .. 2 are unknown, begin and end."""
+    plain = {"special": True} | dict.fromkeys(
+        ("single_word", "lstrip", "rstrip", "normalized"), False
+    )
     special = [
         {"id": number, "content": token, **plain}
         for number, token in enumerate(["<unk>", "<s>", "</s>"])
     ]
     tokens = ["<unk>", "<s>", "</s>", *(f"t{number}" for number in range(3, rows))]
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+        "normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None,
+        "decoder": None,
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>",
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+                  "byte_fallback": False, "ignore_merges": True,
                   "vocab": {token: number for number, token in enumerate(tokens)}, "merges": []},
     }  # fmt: skip
 

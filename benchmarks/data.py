@@ -1,12 +1,14 @@
-"""The data side of training, measured.
+"""Measures the data side of training.
 
-    python -m benchmarks.data speed DIR      tokenise and pack: the store against `datasets.map` and `group_texts`
-    python -m benchmarks.data open DIR       a store of 10 GB that is really written: process start to first batch
-    python -m benchmarks.data place DIR      the rows of the first step, and of step 1,000,000 (of the store of `open`)
+    python -m benchmarks.data speed DIR   tokenise and pack, compared with `datasets.map` and
+                                          `group_texts`
+    python -m benchmarks.data open DIR    from process start to the first batch of a 10 GB store
+    python -m benchmarks.data place DIR   the sequences of the first step and of step 1,000,000, in
+                                          the store of `open`
 
-DIR holds `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt` (real text; a document is 20 lines). Tokenizers are real ones
-from packages (tests/real_tokenizers.py). Results are printed and written to DIR/data-*.json; DIR/data is removed at the
-end, but not by `open`.
+DIR contains `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt` (real text; a document is 20 lines).
+The tokenizers are real ones from packages (tests/real_tokenizers.py). Results are printed and
+written to DIR/data-*.json; `speed` and `place` remove DIR/data at the end.
 """
 
 from __future__ import annotations
@@ -43,11 +45,11 @@ from cpt_merge.data.tokenise import write_store
 from tests.real_tokenizers import BASES
 
 LANGUAGES = ("en", "ko", "zh_tw", "zh_cn")
-LINES = 20  # of a document
-ROUNDS = 3  # both ways take turns
-LENGTH = 1024  # of a packed row
+LINES = 20  # per document
+ROUNDS = 3  # of both ways, alternating
+LENGTH = 1024  # of a packed sequence
 STORE_TOKENS = 5_000_000_000  # two bytes each
-BATCH = 256  # rows
+BATCH = 256  # sequences
 
 FIRST_BATCH = """
 import json, sys, time
@@ -55,14 +57,14 @@ started = time.time() - float(sys.argv[2])
 import torch
 torch_imported = time.time() - float(sys.argv[2])
 from pathlib import Path
-from training.packing import TrainingSequences
-from training.store import Store
+from cpt_merge.data.packing import TrainingSequences
+from cpt_merge.data.store import Store
 imported = time.time() - float(sys.argv[2])
 rows = TrainingSequences(Store.open(Path(sys.argv[1])), 4096, seed=0)
 rows.targets(range(256))
 rows.batch(range(8))
 whole = time.time() - float(sys.argv[2])
-print(json.dumps({"python": started, "import torch": torch_imported - started, "import training":
+print(json.dumps({"python": started, "import torch": torch_imported - started, "import cpt_merge.data":
     imported - torch_imported, "open and read": whole - imported, "first batch after": whole}))
 """
 
@@ -73,7 +75,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def speed(
     folder: Path, processes: int = os.cpu_count() or 1, tokenizers: str = "mistral,qwen"
 ) -> None:
-    """Tokens per second of both ways, with the same processes: by the clock, and (complete with one) by processor."""
+    """Tokens per second of both ways, by the clock and by CPU time (complete with one process)."""
     files = _documents(folder)
     results: dict[str, Any] = {
         "processes": processes,
@@ -108,14 +110,14 @@ def _rates(
     folder: Path,
     processes: int,
 ) -> tuple[float, float]:
-    """Tokens per second by the clock, and per second on a processor: of this process and those that it has ended."""
+    """Tokens per second by the clock, and by the CPU time of this process and its children."""
     start, processor = time.perf_counter(), sum(os.times()[:4])
     tokens = way(files, tokenizer, folder, processes)
     return tokens / (time.perf_counter() - start), tokens / (sum(os.times()[:4]) - processor)
 
 
 def store_way(files: list[Path], tokenizer: Path, folder: Path, processes: int) -> int:
-    """Tokens of our way, from the text files to the finished store."""
+    """From text files to the finished store; returns the number of tokens."""
     corpus = Corpus(
         sources=[Source(path=str(file), language=file.stem) for file in files], heldout=0.001
     )
@@ -126,7 +128,7 @@ def store_way(files: list[Path], tokenizer: Path, folder: Path, processes: int) 
 
 
 def run_clm_way(files: list[Path], tokenizer: Path, folder: Path, processes: int) -> int:
-    """Tokens of the way of transformers' run_clm example, from the text files to rows in Arrow files."""
+    """As in transformers' run_clm example, from text files to Arrow files; returns the tokens."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -152,7 +154,7 @@ def run_clm_way(files: list[Path], tokenizer: Path, folder: Path, processes: int
 
 
 def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-    """Documents end to end, cut into rows of LENGTH; what is left of every thousand documents is dropped."""
+    """Concatenate documents and cut them into LENGTH; the rest of every 1,000 is dropped."""
     joined = {name: list(chain(*values)) for name, values in examples.items()}
     total = len(joined["input_ids"]) // LENGTH * LENGTH
     rows = {
@@ -164,7 +166,7 @@ def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int
 
 @app.command("open")
 def open_store(folder: Path) -> None:
-    """Seconds from the start of a process to the first batch of a store of 10 GB, with cold and with warm pages."""
+    """Seconds from the start of a process to the first batch, with cold and with warm pages."""
     store = folder / "data" / "large"
     if not (store / STORE_FILE).is_file():
         _write_large(store)
@@ -174,35 +176,26 @@ def open_store(folder: Path) -> None:
             if temperature == "cold":
                 _forget(store)
             command = [sys.executable, "-c", FIRST_BATCH, str(store), repr(time.time())]
-            found.append(
-                json.loads(
-                    subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                )
-            )
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found.append(json.loads(done.stdout))
     size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
-    summary = {
+    summary: dict[str, Any] = {
         name: {part: round(median(one[part] for one in found), 3) for part in found[0]}
         for name, found in results.items()
     }
-    _finish(
-        folder,
-        "open",
-        {"gigabytes": round(size / 1e9, 1), "median": summary, "rounds": results},
-        keep=True,
-    )
+    summary = {"gigabytes": round(size / 1e9, 1), "median": summary, "rounds": results}
+    _finish(folder, "open", summary, keep=True)
 
 
 @app.command()
 def place(folder: Path) -> None:
-    """Milliseconds to find, count and read the rows of a step, at the start of a run and far into it."""
+    """Milliseconds to find, count and read the sequences of a step, early and late in a run."""
     rows = TrainingSequences(Store.open(folder / "data" / "large"), 4096, seed=0)
     results: dict[str, Any] = {}
     for step in (0, 1_000_000):
         found: dict[str, list[float]] = {"places": [], "targets": [], "read": []}
         for number in range(7):
-            first = (
-                step + number * 5
-            ) * BATCH  # every step is in a block of its own, so that nothing is at hand
+            first = (step + number * 5) * BATCH  # each in another block, so that nothing is cached
             indices = range(first, first + BATCH)
             found["places"].append(_milliseconds(lambda: rows.order.places(np.asarray(indices))))  # noqa: B023
             found["targets"].append(_milliseconds(lambda: rows.targets(indices)))  # noqa: B023
@@ -269,7 +262,7 @@ def _write_large(store: Path) -> None:
 
 
 def _forget(store: Path) -> None:
-    """Ask the system to drop the files' pages."""
+    """Ask the operating system to drop the pages of the files."""
     for file in store.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:

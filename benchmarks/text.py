@@ -1,8 +1,9 @@
-"""Text of any length that is like a given one, for measuring how learning grows with it.
+"""Writes text of any length that resembles a given text, to measure how learning scales with it.
 
-A chain walks through the given text: from each character on it goes on behind another place where the same two
-characters stand. So two and three characters in a row are as frequent as in the text, while longer runs are nearly all
-new, as they are in real text; now and then it jumps anywhere, which makes pairs that the text does not have.
+A chain walks through the given text: after each character it continues at another place where the
+same two characters occur. So two and three successive characters are as frequent as in the given
+text, while longer runs are nearly all new, as in real text. Sometimes it jumps to a random place,
+which makes pairs that the given text lacks.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-LENGTH = 300  # characters of a document
-CHAINS = 400_000  # at once
-JUMPS = 0.02  # share of the characters after which a chain goes on anywhere
+LENGTH = 300  # characters per document
+CHAINS = 400_000  # at the same time
+JUMPS = 0.02  # share of the characters after which a chain jumps
 
 
 def write_like(source: Path, size: int, out: Path, seed: int = 0) -> None:
-    """Write about `size` bytes of text like that of `source` to `out`, a document of 300 characters a line."""
+    """Write about `size` bytes of text to `out`, one document of LENGTH characters per line."""
     text = np.frombuffer(
         source.read_text(encoding="utf-8").replace("\n", "。").encode("utf-32-le"), np.uint32
     )
@@ -35,10 +36,8 @@ def write_like(source: Path, size: int, out: Path, seed: int = 0) -> None:
             place = random.integers(0, last, chains)
             characters = np.empty((chains, LENGTH), np.uint32)
             for step in range(LENGTH):
-                place = (
-                    order[starts[place] + (random.random(chains) * counts[place]).astype(np.int64)]
-                    + 1
-                )
+                chosen = (random.random(chains) * counts[place]).astype(np.int64)
+                place = order[starts[place] + chosen] + 1
                 jump = random.random(chains) < JUMPS
                 place = np.where(jump, random.integers(0, last, chains), np.minimum(place, last))
                 characters[:, step] = text[place + 1]

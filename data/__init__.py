@@ -1,1 +1,1 @@
-"""Text to token store to training sequences: sources, tokenising, mixture, order, packing."""
+"""From text to training sequences: sources, tokenising, store, mixture, order, packing."""

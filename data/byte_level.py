@@ -1,17 +1,21 @@
-r"""Byte-level BPE by tiktoken: the ids of the tokenizers library in a fraction of its time.
+r"""Byte-level BPE with tiktoken: the ids of the tokenizers library in a fraction of the time.
 
-tiktoken merges the neighbours whose joined bytes have the lowest rank; the tokenizers library merges the pair that
-comes first in its list. Both give the same if a token's rank is the place of its merge, and only tokens have a rank
-that their own bytes are merged to. For let x and y be neighbours that together are such a token t, but no listed pair:
-the merges of t's bytes alone, which do lead to t, join at some point two pieces across the border between x and y. Both
-pieces stood there in the text as well, at the same point, and would have been joined, so that there were no x and y.
+tiktoken merges the neighbours whose joined bytes have the lowest rank; the tokenizers library
+merges the pair that comes first in its list. Both give the same ids if the rank of a token is the
+position of its merge, and only tokens have a rank to which their own bytes are merged. Proof: let x
+and y be neighbours that together spell such a token t, without being a listed pair. The merges of
+t's bytes alone lead to t, so at some point they join two pieces across the border between x and y.
+The same two pieces stood in the text at the same point and would have been joined, so x and y
+cannot exist.
 
-The two know different versions of Unicode. So texts with a character about which they may not agree (`is_settled`), and
-texts with a run that tiktoken's regular expressions cannot take, are left to the tokenizers library.
+The two libraries know different versions of Unicode. Texts with a character about which they may
+disagree (`is_settled`), and texts with a run that tiktoken's regular expressions cannot process,
+are left to the tokenizers library.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -27,7 +31,7 @@ from cpt_merge.core.byte_alphabet import BYTES, LETTERS, to_bytes
 from cpt_merge.data.encoders import LibraryEncoder
 
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-RUN = re.compile(r"\s{100000}|\S{100000}")  # tiktoken's expressions give up at a million
+RUN = re.compile(r"\s{100000}|\S{100000}")  # tiktoken fails at a million
 _START = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_3, QWEN = (_START + numbers + _END for numbers in (r"\p{N}{1,3}", r"\p{N}"))
@@ -38,45 +42,42 @@ TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT_2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's between digits, each of which stands alone (SmolLM): for it, the text ends in front of a digit
+# GPT-2's pattern between digits, which are words of their own (SmolLM): text ends before a digit
 DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
 @dataclass
 class ByteLevelEncoder:
-    """Turns texts into the bytes of their token ids."""
+    """Encodes texts with tiktoken."""
 
     pattern: str
-    ranks: dict[bytes, int]  # of every token that merges lead to; a byte's come first
+    ranks: dict[bytes, int]  # of every token that merges lead to; bytes come first
     ids: Any  # array: rank -> id
     library: LibraryEncoder
-    settled: set[str] = field(default_factory=set)  # of the characters met so far
+    settled: set[str] = field(default_factory=set)  # of the characters seen so far
     unsettled: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(definition: Mapping[str, Any], library: LibraryEncoder) -> ByteLevelEncoder | None:
-        """None where a tokenizer.json is not known to be reproduced exactly."""
+        """None unless a tokenizer.json proves that tiktoken gives the same ids."""
         model, pattern = definition["model"], pattern_of(definition)
         if pattern is None or not _is_plain(model):
             return None
         merged = _merged(model)
-        letters = [
-            LETTERS[byte]
-            for byte in range(256)
-            if byte not in NEVER_IN_UTF8 or LETTERS[byte] in model["vocab"]
-        ]
-        if merged is None or not all(letter in model["vocab"] for letter in letters):
+        vocabulary = model["vocab"]
+        needed = {LETTERS[byte] for byte in range(256) if byte not in NEVER_IN_UTF8}
+        letters = [LETTERS[byte] for byte in range(256) if LETTERS[byte] in vocabulary]
+        if merged is None or not needed <= vocabulary.keys():
             return None
         proper = _proper(model, merged, library.backend)
+        pieces = [*letters, *proper]
         if model["ignore_merges"] and not _are_cut(
-            model["vocab"].keys() - {*proper, *letters}, library.backend
+            vocabulary.keys() - set(pieces), library.backend
         ):
             return None
-        pieces = [*letters, *proper]
-        ids = np.array([model["vocab"][piece] for piece in pieces], library.dtype)
-        return ByteLevelEncoder(
-            pattern, {to_bytes(piece): rank for rank, piece in enumerate(pieces)}, ids, library
-        )
+        ids = np.array([vocabulary[piece] for piece in pieces], library.dtype)
+        ranks = {to_bytes(piece): rank for rank, piece in enumerate(pieces)}
+        return ByteLevelEncoder(pattern, ranks, ids, library)
 
     @cached_property
     def _tiktoken(self) -> tiktoken.Encoding:
@@ -85,16 +86,14 @@ class ByteLevelEncoder:
         )
 
     def encode(self, texts: list[str]) -> list[bytes]:
-        """The ids of each text."""
+        """See `TextEncoder`."""
         for character in set().union(*texts) - self.settled - self.unsettled:
             (self.settled if is_settled(character) else self.unsettled).add(character)
-        left = [number for number, text in enumerate(texts) if self._is_left(text)]
-        by_library = dict(
-            zip(left, self.library.encode([texts[number] for number in left]), strict=True)
-        )
+        left = [self._is_left(text) for text in texts]
+        by_library = iter(self.library.encode(list(itertools.compress(texts, left))))
         return [
-            by_library[number] if number in by_library else self._encode(text)
-            for number, text in enumerate(texts)
+            next(by_library) if is_left else self._encode(text)
+            for text, is_left in zip(texts, left, strict=True)
         ]
 
     def _encode(self, text: str) -> bytes:
@@ -105,25 +104,22 @@ class ByteLevelEncoder:
         return encoded
 
     def _is_left(self, text: str) -> bool:
-        return not self.unsettled.isdisjoint(text) or (
-            len(text) >= 100_000 and RUN.search(text) is not None
-        )
+        is_long = len(text) >= 100_000 and RUN.search(text) is not None
+        return is_long or not self.unsettled.isdisjoint(text)
 
 
 def is_settled(character: str) -> bool:
-    """Whether every version of Unicode from 3.2 on takes a character for a letter, a digit, a space or something else.
+    """Whether every version of Unicode from 3.2 on puts a character into the same class.
 
-    A symbol that is new is no letter, digit or space, and neither is a character that a version does not know.
+    The classes are letters, digits, spaces and others. New symbols are others, and so are
+    characters that a version does not know.
     """
-    category = unicodedata.category(character)
-    return category[0] in "SP" or category == unicodedata.ucd_3_2_0.category(character) not in (
-        "Cn",
-        "Cs",
-    )
+    category, earlier = (u.category(character) for u in (unicodedata, unicodedata.ucd_3_2_0))
+    return category[0] in "SP" or (category == earlier and category not in ("Cn", "Cs"))
 
 
 def pattern_of(definition: Mapping[str, Any]) -> str | None:
-    """The regular expression that cuts texts into words, where it is known that both libraries cut alike."""
+    """The regular expression that cuts texts into words, if both libraries cut alike."""
     steps = list(_flat(definition["pre_tokenizer"], "pretokenizers"))
     normalizers = list(_flat(definition["normalizer"], "normalizers"))
     plain = all(step["type"] == "NFC" for step in normalizers) and all(
@@ -150,17 +146,13 @@ def _is_plain(model: Mapping[str, Any]) -> bool:
 
 
 def _merged(model: Mapping[str, Any]) -> list[str] | None:
-    """The products of the merges in order; None if one comes twice with others in between (it has no one rank)."""
-    adjacent = ["".join(pair) for pair in model["merges"]]
-    products = list(dict.fromkeys(adjacent))
-    changes = sum(
-        product != before for before, product in zip(["", *adjacent], adjacent, strict=False)
-    )
-    return products if changes == len(products) else None
+    """The products of the merges in order; None if one occurs in two places (it has no rank)."""
+    runs = [product for product, _ in itertools.groupby(map("".join, model["merges"]))]
+    return runs if len(set(runs)) == len(runs) else None
 
 
 def _proper(model: Mapping[str, Any], products: list[str], backend: Tokenizer) -> list[str]:
-    """The products that their own bytes are merged to; the others are never met but as whole words."""
+    """The products to which their own bytes are merged; others occur only as whole words."""
     merging = backend.model
     if model["ignore_merges"]:
         merging = models.BPE(model["vocab"], [tuple(pair) for pair in model["merges"]])
@@ -168,7 +160,7 @@ def _proper(model: Mapping[str, Any], products: list[str], backend: Tokenizer) -
 
 
 def _are_cut(pieces: Iterable[str], backend: Tokenizer) -> bool:
-    """Whether every one of the pieces is cut into several words, so that none is ever looked up as a whole."""
+    """Whether every piece is cut into several words, so that none is looked up as a whole."""
     return all(
         not BYTES.keys() >= set(piece)
         or len(backend.pre_tokenizer.pre_tokenize_str(to_bytes(piece).decode(errors="replace"))) > 1
@@ -177,7 +169,7 @@ def _are_cut(pieces: Iterable[str], backend: Tokenizer) -> bool:
 
 
 def _flat(step: Mapping[str, Any] | None, name: str) -> Iterable[Mapping[str, Any]]:
-    """The steps of a sequence, however nested."""
+    """The steps of a sequence, at any depth."""
     if step is None:
         return
     if step["type"] == "Sequence":

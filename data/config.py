@@ -10,9 +10,9 @@ class DataConfig(Section):
 
     processes: int | None = key(
         None,
-        "tokenising processes on each node; all its cores, but fewer for little text, if not set",
+        "tokenising processes on each node; if not set, one per core, and fewer for little text",
         gt=0,
     )
     deduplicate: bool = key(
-        False, "leave out documents whose exact text, normalised, an earlier one of any source has"
+        False, "leave out documents with the same normalised text as an earlier one of any source"
     )

@@ -1,11 +1,10 @@
-r"""Tokens of words that were met before: an exact shortcut for SentencePiece BPE whose pieces never join over spaces.
+"""Texts to token ids: the tokenizers library, and a shortcut that remembers words.
 
-A tokenizer library looks at every character of every text again; but most words of a text were in the text before it.
-So texts are cut in front of spaces, and only words that are new are tokenised. That gives the same tokens if no token
-reaches over such a cut, which is so if there is no pre-tokenizer (spaces become U+2581) and no piece has U+2581 behind
-another character.
-
-A cut has a word character or ASCII punctuation in front of it.
+A tokenizer library looks at every character of every text, but most words of a text occurred
+before. `WordEncoder` cuts texts in front of spaces and tokenises only new words. This is exact for
+SentencePiece BPE if no token reaches across such a cut: there is no pre-tokenizer (spaces become
+U+2581) and no piece has U+2581 after another character. A cut follows a word character or ASCII
+punctuation.
 """
 
 from __future__ import annotations
@@ -20,13 +19,11 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-MEMO_WORDS = 2**18  # that are remembered, for each process
-LONG_WORDS = (
-    8.0  # characters for each space above which whole texts are tokenised: Chinese has few spaces
-)
-NEW_WORDS = 0.25  # share of new words above which they are
+MEMO_WORDS = 2**18  # words that a process remembers
+# whole texts are tokenised above so many characters per space (Chinese), or share of new words
+LONG_WORDS, NEW_WORDS = 8.0, 0.25
 
-# spaces and what follows up to the next space, and on over spaces that are no cut
+# spaces and what follows up to the next cut
 WORD = re.compile(r" *[^ ]+(?:(?<![\w!-~]) +[^ ]*)*| +")
 
 _SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -34,31 +31,30 @@ _PREFIX = {"type": "Prepend", "prepend": "▁"}  # of the text, so no part of a 
 
 
 class TextEncoder(Protocol):
-    """Turns texts into the bytes of their token ids, without special tokens; names of special tokens are text."""
+    """Encodes texts without adding special tokens; names of special tokens are ordinary text."""
 
     def encode(self, texts: list[str]) -> list[bytes]:
-        """The ids of each text, as integers of the dtype that the encoder was made for."""
+        """The ids of each text, as the bytes of integers of the encoder's dtype."""
 
 
 @dataclass(frozen=True)
 class LibraryEncoder:
-    """A tokenizer of the library."""
+    """Encodes whole texts with the tokenizers library."""
 
     backend: Tokenizer
     dtype: str
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """See `TextEncoder`."""
-        self.backend.encode_special_tokens = True  # no part of what is pickled
+        self.backend.encode_special_tokens = True  # is lost when the tokenizer is pickled
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        code = {2: "H", 4: "I"}[
-            np.dtype(self.dtype).itemsize
-        ]  # for a few ids an array is faster than numpy
+        # for few ids, array is faster than numpy
+        code = {2: "H", 4: "I"}[np.dtype(self.dtype).itemsize]
         return [array(code, encoding.ids).tobytes() for encoding in encodings]
 
 
 class WordEncoder:
-    """Turns texts into the bytes of their token ids."""
+    """Encodes texts word by word and remembers the words."""
 
     def __init__(self, library: LibraryEncoder, of_words: LibraryEncoder, lead: str) -> None:
         self.library, self.of_words, self._lead = library, of_words, lead
@@ -66,7 +62,7 @@ class WordEncoder:
 
     @staticmethod
     def of(definition: Mapping[str, Any], library: LibraryEncoder) -> WordEncoder | None:
-        """None where a tokenizer.json is not known to give no token that reaches from a word over a space."""
+        """None unless a tokenizer.json proves that no token reaches across a cut."""
         if not never_joins_over_spaces(definition):
             return None
         if _PREFIX not in _steps(definition["normalizer"], "normalizers"):
@@ -75,7 +71,7 @@ class WordEncoder:
         return WordEncoder(library, LibraryEncoder(without, library.dtype), " ")
 
     def encode(self, texts: list[str]) -> list[bytes]:
-        """The ids of each text."""
+        """See `TextEncoder`."""
         spaces, characters = sum(text.count(" ") for text in texts), sum(map(len, texts))
         if characters > LONG_WORDS * spaces:
             return self.library.encode(texts)
@@ -91,13 +87,10 @@ class WordEncoder:
 
 
 def never_joins_over_spaces(definition: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json is known to give no token that reaches from a word over a space."""
+    """Whether a tokenizer.json proves that no token reaches from a word across a space."""
     model, normalizers = definition["model"], _steps(definition["normalizer"], "normalizers")
-    if (
-        model["type"] != "BPE"
-        or model["dropout"]
-        or not all(token["special"] for token in definition["added_tokens"])
-    ):
+    special = all(token["special"] for token in definition["added_tokens"])
+    if model["type"] != "BPE" or model["dropout"] or not special:
         return False
     if normalizers not in ([_SPACE], [_PREFIX, _SPACE]) or definition["pre_tokenizer"]:
         return False
@@ -105,7 +98,7 @@ def never_joins_over_spaces(definition: Mapping[str, Any]) -> bool:
 
 
 def _steps(step: Mapping[str, Any] | None, name: str) -> list[Any]:
-    """A sequence's steps, or the one step, or none."""
+    """The steps of a sequence, or the single step, or nothing."""
     if step is None:
         return []
     return list(step[name]) if step["type"] == "Sequence" else [step]

@@ -22,13 +22,13 @@ from cpt_merge.data.store import Integers, TokenizerInfo, Tokens, tokenizer_fing
 
 @dataclass(frozen=True)
 class VerifiedEncoder:
-    """A shortcut, watched by the library."""
+    """A shortcut that is compared with the library on one text of every block."""
 
     shortcut: TextEncoder
     library: LibraryEncoder
 
     def encode(self, texts: list[str]) -> list[bytes]:
-        """See `TextEncoder`. Raises `UserError` if the shortcut is not exact after all."""
+        """See `TextEncoder`. Raises `UserError` if the shortcut is not exact."""
         encoded = self.shortcut.encode(texts)
         shortest = min(range(len(texts)), key=lambda number: len(texts[number]))
         if self.library.encode([texts[shortest]])[0] != encoded[shortest]:
@@ -49,7 +49,7 @@ def text_encoder(backend: Tokenizer, dtype: str) -> TextEncoder:
 class DocumentEncoder:
     """A tokenizer that turns texts into documents: `[prefix] tokens [eos]`.
 
-    A special token's name in a text, such as `</s>`, is text like any other and does not become the special token.
+    The name of a special token in a text, such as `</s>`, is ordinary text.
     """
 
     info: TokenizerInfo
@@ -59,13 +59,13 @@ class DocumentEncoder:
 
     @staticmethod
     def read(directory: Path) -> DocumentEncoder:
-        """Raises `UserError` for a tokenizer without eos, or without a fast implementation."""
+        """Raises `UserError` for a tokenizer without eos or without a fast implementation."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
-                f"the tokenizer in {directory} has no fast implementation; give it a tokenizer.json."
+                f"the tokenizer in {directory} has no fast implementation; add a tokenizer.json."
             )
         if tokenizer.eos_token_id is None:
             raise UserError(

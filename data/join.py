@@ -1,4 +1,4 @@
-"""Parts to store: the blocks in the order of their numbers, without the documents that were there before."""
+"""From parts to a store: the blocks in order, without duplicates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cpt_merge.data.store import (
 )
 
 Keep = npt.NDArray[np.bool_]
-Pieces = list[list[int]]  # of each source, the numbers of its pieces
+Pieces = list[list[int]]  # the numbers of the pieces of each source
 
 
 def join(
@@ -33,7 +33,7 @@ def join(
     out: Path,
     deduplicate: bool,
 ) -> list[SourceInfo]:
-    """Write every split of every source under `out`. Raises `UserError` for a source without training text."""
+    """Write all sources under `out`. Raises `UserError` for one without training text."""
     keep = {split: _first_ones(parts, pieces, split) for split in tokenizers} if deduplicate else {}
     found = []
     for number, source in enumerate(sources):
@@ -53,8 +53,8 @@ def join(
         empty = sum(int(block[2]) for block in blocks)
         if not counts["train"].documents:
             raise UserError(
-                f"text source {source.path} yields no training text ({empty:,} documents are empty, {dropped:,} "
-                "duplicates); give it text or take it out."
+                f"text source {source.path} yields no training text ({empty:,} documents are "
+                f"empty, {dropped:,} duplicates); give it text or remove it."
             )
         splits = {split: counts.get(split) for split in SPLITS}
         found.append(SourceInfo(source.name, source.language, folder, empty, dropped, **splits))  # type: ignore[arg-type]
@@ -82,7 +82,8 @@ def _write(
     counts = writer.close()
     if counts.largest >= tokenizer.rows:
         raise UserError(
-            f"{folder} holds token {counts.largest} of a tokenizer with {tokenizer.rows} rows; repair it."
+            f"{folder} contains token {counts.largest}, but its tokenizer has {tokenizer.rows} "
+            "rows; fix the tokenizer."
         )
     return counts
 
@@ -96,11 +97,10 @@ def _blocks(parts: Parts, pieces: list[int], split: StoreSplit) -> Iterator[Enco
 
 
 def _first_ones(parts: Parts, pieces: Pieces, split: StoreSplit) -> list[Keep]:
-    """For each source, which of its documents are the first with their text, over all sources in order."""
+    """For each source, which documents are the first with their text in all sources."""
+    none = np.zeros((0, 2), np.uint64)
     hashes = [
-        np.concatenate(
-            [np.zeros((0, 2), np.uint64), *(e.hashes for e in _blocks(parts, of_source, split))]
-        )
+        np.concatenate([none, *(encoded.hashes for encoded in _blocks(parts, of_source, split))])
         for of_source in pieces
     ]
     keep = first_occurrences(np.concatenate(hashes))
@@ -108,8 +108,11 @@ def _first_ones(parts: Parts, pieces: Pieces, split: StoreSplit) -> list[Keep]:
 
 
 def first_occurrences(hashes: npt.NDArray[np.uint64]) -> Keep:
-    """Which rows of `hashes` [documents, 2] stand there for the first time. Takes about 50 bytes a row meanwhile."""
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones stay in order
+    """Which rows of `hashes` [documents, 2] occur for the first time.
+
+    Takes about 50 bytes of memory per row.
+    """
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal rows keep their order
     ordered = hashes[order]
     keep = np.ones(len(hashes), np.bool_)
     keep[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)

@@ -1,4 +1,4 @@
-"""How much of each source a run trains on: weights, epochs, token budgets, and shares of languages."""
+"""How much of each source a run reads: weights, epochs, token budgets, shares of languages."""
 
 from __future__ import annotations
 
@@ -9,36 +9,34 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.data.store import Store
 
-SLACK = 0.005  # of the tokens: by so much budgets may miss them and are scaled, since a run is whole steps
+SLACK = 0.005  # budgets may miss the tokens by this share and are scaled: a run is whole steps
 
 
 @dataclass(frozen=True)
 class SourceShare:
-    """What a run takes of one source. `share` is of all its tokens; all shares sum to 1."""
+    """What a run reads of one source. `share` is of all tokens of the run; all shares sum to 1."""
 
     name: str
     language: str
     share: float
     tokens: float
-    epochs: float  # how many times over it is read; 0 where its size is not known
+    epochs: float  # how many times it is read; 0 if its size is unknown
 
 
 def mixture(corpus: Corpus, available: Sequence[int | None], tokens: int) -> list[SourceShare]:
-    """The shares of a run of `tokens` tokens over sources that hold `available` training tokens (None: not known).
+    """The shares of the sources in a run of `tokens` tokens.
 
-    Within each language's share (`corpus.shares`; without it, within all) sources with `tokens` or `epochs` take
-    those, and the others divide what is left by their weights. Raises `UserError` for what cannot be.
+    `available` are the training tokens of each source (None: unknown). Within the share of each
+    language (`corpus.shares`; without it, within all tokens) sources with `tokens` or `epochs` take
+    that amount, and the others divide the rest by their weights. Raises `UserError` for amounts
+    that do not fit.
     """
     groups = [(f"{tokens:,}", float(tokens), corpus.sources)]
     if corpus.shares:
-        groups = [
-            (
-                f"{share * tokens:,.0f} to {language} (corpus.shares)",
-                share * tokens,
-                corpus.of_language(language),
-            )
-            for language, share in corpus.shares.items()
-        ]
+        groups = []
+        for language, share in corpus.shares.items():
+            label = f"{share * tokens:,.0f} to {language} (corpus.shares)"
+            groups.append((label, share * tokens, corpus.of_language(language)))
     sizes = dict(zip(map(id, corpus.sources), available, strict=True))
     taken: dict[int, float] = {}
     for label, total, sources in groups:
@@ -53,26 +51,23 @@ def mixture(corpus: Corpus, available: Sequence[int | None], tokens: int) -> lis
 
 
 def _divide(label: str, total: float, sources: list[tuple[Source, int | None]]) -> dict[int, float]:
-    """Tokens of each source (by its id) of a group that has `total` of them."""
-    budgets = {
-        id(source): budget
-        for source, size in sources
-        if (budget := _budget(source, size)) is not None
-    }
-    weights = {
-        id(source): source.weight or 1.0 for source, _ in sources if id(source) not in budgets
-    }
+    """The tokens of each source (by its id) of a group that has `total` tokens."""
+    wanted = {id(source): _budget(source, size) for source, size in sources}
+    budgets = {source: budget for source, budget in wanted.items() if budget is not None}
+    weights = {id(one): one.weight or 1.0 for one, _ in sources if id(one) not in budgets}
     fixed = sum(budgets.values())
     names = ", ".join(source.name for source, _ in sources)
     if fixed > total * (1 + SLACK) or (weights and fixed >= total):
         raise UserError(
-            f"`tokens` and `epochs` of {names} ask for {fixed:,.0f} tokens, but training.tokens is {label}; "
-            f"{'they leave nothing for the sources with weights; ' if weights else ''}lower them or raise it."
+            f"`tokens` and `epochs` of {names} ask for {fixed:,.0f} tokens, but training.tokens is "
+            f"{label}; {'they leave nothing for the sources with weights; ' if weights else ''}"
+            "lower them or raise it."
         )
     if not weights and fixed < total * (1 - SLACK):
         raise UserError(
-            f"`tokens` and `epochs` of {names} ask for {fixed:,.0f} tokens, but training.tokens is {label} and no "
-            "source takes the rest by weight; lower training.tokens or give one source a weight."
+            f"`tokens` and `epochs` of {names} ask for {fixed:,.0f} tokens, but training.tokens is "
+            f"{label} and no source takes the rest by weight; lower training.tokens or give one "
+            "source a weight."
         )
     if not weights:
         return {source: budget * total / fixed for source, budget in budgets.items()}
@@ -87,14 +82,14 @@ def _budget(source: Source, size: int | None) -> float | None:
         return None
     if size is None:
         raise UserError(
-            f"{source.name} has epochs = {source.epochs:g}, but how many tokens it holds is known only after "
-            "`cpt-merge data RECIPE`; run it first."
+            f"{source.name} has epochs = {source.epochs:g}, but its number of tokens is known only "
+            "after `cpt-merge data RECIPE`; run it first."
         )
     return source.epochs * size
 
 
 def by_size(store: Store) -> list[SourceShare]:
-    """The shares of a run that takes from each source in proportion to its size."""
+    """The shares of a run that reads each source in proportion to its size."""
     total = sum(source.train.tokens for source in store.info.sources)
     return [
         SourceShare(
@@ -105,7 +100,7 @@ def by_size(store: Store) -> list[SourceShare]:
 
 
 def bytes_per_token(store: Store, shares: Sequence[SourceShare]) -> float:
-    """UTF-8 bytes of text that a token of the run stands for, on average."""
+    """The mean number of UTF-8 bytes of text per token of the run."""
     return sum(
         share.share * source.train.bytes / source.train.tokens
         for share, source in zip(shares, store.info.sources, strict=True)
@@ -113,7 +108,7 @@ def bytes_per_token(store: Store, shares: Sequence[SourceShare]) -> float:
 
 
 def describe(shares: Sequence[SourceShare]) -> list[str]:
-    """A line for each source: share, tokens, epochs."""
+    """One line per source: share, tokens, epochs."""
     width = max(len(share.name) for share in shares)
     return [
         f"{share.name:{width}}  {share.share:7.2%}  {share.tokens:15,.0f} tokens"

@@ -1,6 +1,7 @@
-"""Which packed row is the i-th of the run: a pure function of (seed, i), the same at any world size, after any resume.
+"""Which packed sequence is the i-th of the run: a pure function of (seed, i).
 
-Rows are fixed windows of a source's token file, so a row is found without reading what comes before it.
+It does not depend on the world size or on resuming (invariant "exact resume"). Sequences are fixed
+windows of the token file of a source, so each is found without reading what comes before it.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ import numpy.typing as npt
 
 from cpt_merge.core.errors import UserError
 
-BLOCK = 1024  # rows that are shuffled together
+BLOCK = 1024  # sequences that are shuffled together
 LEVELS = 30
-HORIZON = BLOCK << LEVELS  # rows, about 10^12; more than any run has
+HORIZON = BLOCK << LEVELS  # sequences, about 10^12; more than any run has
 
 Integers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 
 def mix(values: Words) -> Words:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit words that scatters all bits."""
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), a bijection of 64-bit words."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def keys(seed: int, *numbers: int | Integers) -> Words:
-    """A 64-bit word for each tuple of numbers, scattered by `mix`."""
+    """A pseudo-random 64-bit word for each tuple of numbers, by `mix`."""
     word = mix(np.asarray([seed % 2**64], np.uint64))
     for number in numbers:
         word = mix(word + np.uint64(0x9E3779B97F4A7C15) + np.asarray(number).astype(np.uint64))
@@ -37,10 +38,11 @@ def keys(seed: int, *numbers: int | Integers) -> Words:
 
 
 def permuted(indices: Integers, size: int, key: Words) -> Integers:
-    """Where pseudo-random permutations of `range(size)`, named by `key`, take each index; no table is kept.
+    """Where the pseudo-random permutation of `range(size)` named by `key` takes each index.
 
-    A four-round Feistel network on the next even power of two, walked until the value falls in range (Black and
-    Rogaway, Ciphers with Arbitrary Finite Domains, 2002). `key` is one word, or one for each index.
+    A four-round Feistel network on the next even power of two, applied until the value is in range
+    (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002), so no table is needed. `key`
+    is one word, or one for each index.
     """
     half = np.uint64(max((size - 1).bit_length() + 1, 2) // 2)
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -50,41 +52,37 @@ def permuted(indices: Integers, size: int, key: Words) -> Integers:
     while outside.any():
         left, right = values[outside] >> half, values[outside] & mask
         for word in rounds:
-            left, right = (
-                right,
-                left ^ (mix(right + np.broadcast_to(word, values.shape)[outside]) & mask),
-            )
+            key_here = np.broadcast_to(word, values.shape)[outside]
+            left, right = right, left ^ (mix(right + key_here) & mask)
         values[outside] = left << half | right
         outside = values >= size
     return values.astype(np.int64)
 
 
 class SequenceOrder:
-    """The order of the rows of a run over several sources.
+    """The order of the sequences of a run over several sources.
 
-    Each source has its share of the rows in every block of `BLOCK` rows, to the row, and also over any number of
-    blocks, to a few rows, however small the share. Within a block rows are shuffled; each source runs through a fresh
-    permutation of its rows in every epoch.
+    Each source has its share of every block of `BLOCK` sequences, to within one sequence, and its
+    share of any number of blocks, to within a few. Sequences are shuffled within a block; in every
+    epoch a source goes through a new permutation of its sequences.
     """
 
-    def __init__(self, rows: Sequence[int], shares: Sequence[float], seed: int) -> None:
-        """`rows[s]` is the number of packed rows of source s, `shares[s]` its share of the mixture, in any unit.
+    def __init__(self, counts: Sequence[int], shares: Sequence[float], seed: int) -> None:
+        """`counts[s]`: packed sequences of source s; `shares[s]`: its share, in any unit.
 
-        Raises `UserError` for a share that no run is long enough to see.
+        Raises `UserError` for a share that is too small for any run.
         """
-        self.rows, self.seed = np.asarray(rows, np.int64), seed
+        self.counts, self.seed = np.asarray(counts, np.int64), seed
         self._whole = _apportion(shares, HORIZON)
         for source, quota in enumerate(self._whole):
             if quota == 0:
                 raise UserError(
                     f"the share of corpus.sources.{source} is under 1/{HORIZON:,}; raise it."
                 )
-        self._shuffled = lru_cache(maxsize=64)(
-            self._shuffle
-        )  # blocks; safe to call from several threads
+        self._shuffled = lru_cache(maxsize=64)(self._shuffle)  # several threads may call it
 
     def places(self, indices: Integers) -> tuple[Integers, Integers]:
-        """(sources, rows within them) of these rows of the run."""
+        """(sources, sequences within them) of these sequences of the run."""
         blocks, offsets = np.divmod(indices, BLOCK)
         sources, nth = np.empty_like(indices), np.empty_like(indices)
         for block in np.unique(blocks):
@@ -94,14 +92,13 @@ class SequenceOrder:
         found = np.empty_like(indices)
         for source in np.unique(sources):
             mine = sources == source
-            epoch, position = np.divmod(nth[mine], self.rows[source])
-            found[mine] = permuted(
-                position, int(self.rows[source]), keys(self.seed, int(source), epoch)
-            )
+            epoch, position = np.divmod(nth[mine], self.counts[source])
+            key = keys(self.seed, int(source), epoch)
+            found[mine] = permuted(position, int(self.counts[source]), key)
         return sources, found
 
     def _shuffle(self, block: int) -> tuple[Integers, Integers]:
-        """The sources of a block in order, and how many rows of the same source came before each in the run."""
+        """The sources of a block in order, and each one's number among its source's sequences."""
         before, quota = self.quotas(block)
         order = np.argsort(keys(self.seed, -1, block, np.arange(BLOCK)), kind="stable")
         sources = np.repeat(np.arange(len(quota)), quota)
@@ -111,19 +108,18 @@ class SequenceOrder:
         shuffled = sources[order]
         by_source = np.argsort(shuffled, kind="stable")
         counted = np.empty(BLOCK, np.int64)
-        counted[by_source] = nth  # `nth` is in the order of the sources, and rising within each
+        counted[by_source] = nth  # `nth` is ordered by source and increases within each
         return shuffled, counted
 
     def quotas(self, block: int) -> tuple[Integers, Integers]:
-        """(rows of each source before the block, rows of each source in it).
+        """(sequences of each source before the block, sequences of each source in it).
 
-        The horizon's rows are halved again and again, towards the block. Sources with an odd number have their odd row
-        in the left and in the right half by turns, so every half is full, and has each source's share to within a row.
+        The sequences of the horizon are halved repeatedly, towards the block. Sources with an odd
+        number put the odd sequence into the left and the right half alternately, so that every half
+        is full and has the share of each source to within one sequence.
         """
         if not 0 <= block < 1 << LEVELS:
-            raise UserError(
-                f"a run of more than {HORIZON:,} rows is not possible; lower training.tokens."
-            )
+            raise UserError(f"a run has at most {HORIZON:,} sequences; lower training.tokens.")
         here, before = self._whole, np.zeros(len(self._whole), np.int64)
         for level in reversed(range(LEVELS)):
             odd = here & 1

@@ -1,12 +1,14 @@
-"""Tokenised blocks on their way into a store: parts that any process writes and any later one continues from.
+"""Tokenised blocks on their way into a store: parts that any process writes and reads.
 
-    OUT.parts/unfinished               a digest of what the store is made of; the marker of `core.artifact.Staging`
-    OUT.parts/part-*/blocks.npy        int64 [blocks, 6]: piece, block, empty documents, documents of each split
-    OUT.parts/part-*/ends.npy          int64 [ends, 2]: a piece that was read to its end, how many blocks it has
-    OUT.parts/part-*/SPLIT-*.npy       the blocks' documents one after the other: tokens, lengths, bytes, hashes
+    OUT.parts/unfinished          the marker of `core.artifact.Staging`: the digest of the store
+    OUT.parts/part-*/blocks.npy   int64 [blocks, 6]: piece, block, empty documents, documents of
+                                  each split
+    OUT.parts/part-*/ends.npy     int64 [ends, 2]: a piece that was read to its end, its blocks
+    OUT.parts/part-*/SPLIT-*.npy  the blocks' documents one after the other: tokens, lengths, bytes,
+                                  hashes
 
-A part takes its name when all of it is on disk, so what is there counts. Which process made a block does not matter:
-blocks are joined by their numbers (`training/join.py`).
+A part takes its name when all of it is on disk. Which process made a block does not matter: blocks
+are joined by their numbers (`data/join.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ import numpy.typing as npt
 from cpt_merge.core.artifact import Staging
 from cpt_merge.data.store import SPLITS, Integers, StoreSplit, Tokens
 
-PART_BYTES = 64_000_000  # of tokens, in one part
+PART_BYTES = 64_000_000  # of tokens in one part
 
 Place = tuple[int, int]  # (piece, block)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents one after the other. `hashes` are the 128 bits of each document's text, [documents, 2]."""
+    """Documents one after the other. `hashes` [documents, 2]: 128 bits of each document's text."""
 
     tokens: Tokens
     lengths: Integers
@@ -39,7 +41,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Block:
-    """Some documents of a piece in succession, tokenised and divided into splits; `empty` ones are left out."""
+    """Successive documents of a piece, tokenised and divided into splits, without `empty` ones."""
 
     place: Place
     empty: int
@@ -47,7 +49,7 @@ class Block:
 
 
 class PartWriter:
-    """Gathers the blocks of one process and writes them as parts."""
+    """Collects the blocks of one process and writes them as parts."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -56,25 +58,25 @@ class PartWriter:
         self._size = 0
 
     def add(self, block: Block) -> None:
-        """A block, written now or later."""
+        """Take a block, and write a part if there is enough."""
         self._blocks.append(block)
         self._size += sum(encoded.tokens.nbytes for encoded in block.splits.values())
         if self._size >= PART_BYTES:
             self.flush()
 
     def end(self, piece: int, blocks: int) -> None:
-        """The piece was read to its end."""
+        """Note that a piece was read to its end."""
         self._ends.append((piece, blocks))
 
     def flush(self) -> None:
-        """Write what was gathered."""
+        """Write what was collected."""
         if not self._blocks and not self._ends:
             return
         name = secrets.token_hex(8)
-        rows = [
-            [*block.place, block.empty, *(len(block.splits[split].lengths) if split in block.splits else 0
-             for split in SPLITS)] for block in self._blocks
-        ]  # fmt: skip
+        rows = []
+        for block in self._blocks:
+            counts = [len(block.splits[s].lengths) if s in block.splits else 0 for s in SPLITS]
+            rows.append([*block.place, block.empty, *counts])
         with Staging(self.directory / f"part-{name}").filling() as part:
             np.save(part / "blocks.npy", np.asarray(rows, np.int64).reshape(-1, 3 + len(SPLITS)))
             np.save(part / "ends.npy", np.asarray(self._ends, np.int64).reshape(-1, 2))
@@ -87,7 +89,7 @@ class PartWriter:
 
 
 class Part:
-    """A part that was written; its arrays are memory-mapped when they are asked for."""
+    """A part on disk; its arrays are memory-mapped at the first use."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -100,7 +102,7 @@ class Part:
         self._starts: dict[StoreSplit, Integers] = {}
 
     def read(self, row: int, split: StoreSplit) -> Encoded | None:
-        """The documents of one split of the block in `row`; None where there are none."""
+        """The documents of one split of the block in `row`; None if there are none."""
         first, last = self._documents[row : row + 2, SPLITS.index(split)]
         if first == last:
             return None
@@ -109,35 +111,33 @@ class Part:
             self._arrays[split] = Encoded(*(np.load(name, mmap_mode="r") for name in names))
             self._starts[split] = np.concatenate([[0], np.cumsum(self._arrays[split].lengths)])
         whole, starts = self._arrays[split], self._starts[split]
-        return Encoded(
-            whole.tokens[starts[first] : starts[last]], whole.lengths[first:last], whole.bytes[first:last],
-            whole.hashes[first:last],
-        )  # fmt: skip
+        tokens = whole.tokens[starts[first] : starts[last]]
+        here = slice(first, last)
+        return Encoded(tokens, whole.lengths[here], whole.bytes[here], whole.hashes[here])
 
 
 class Parts:
-    """All parts that are there."""
+    """All parts in a folder."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.rows: dict[Place, tuple[Part, int]] = {}  # where a block is
-        self.totals: dict[int, int] = {}  # blocks of the pieces that were read to their end
+        self.totals: dict[int, int] = {}  # pieces that were read to their end -> their blocks
         self._known: set[str] = set()
 
-    def look(self) -> Parts:
-        """Take in the parts that came since the last look."""
+    def update(self) -> Parts:
+        """Take in new parts."""
         for path in sorted(self.directory.glob("part-*")):
             if path.name not in self._known and not path.suffix:
                 part = Part(path)
                 self._known.add(path.name)
-                self.rows.update(
-                    {(int(b[0]), int(b[1])): (part, row) for row, b in enumerate(part.blocks)}
-                )
-                self.totals.update({int(piece): int(blocks) for piece, blocks in part.ends})
+                for row, (piece, block) in enumerate(part.blocks[:, :2].tolist()):
+                    self.rows[piece, block] = (part, row)
+                self.totals.update(part.ends.tolist())
         return self
 
     def is_complete(self, pieces: int) -> bool:
-        """Whether every block of so many pieces is there."""
+        """Whether every block of all `pieces` is there."""
         return len(self.totals) == pieces and sum(self.totals.values()) == len(self.rows)
 
     def of_piece(self, piece: int) -> Iterator[tuple[Part, int]]:

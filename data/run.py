@@ -1,4 +1,4 @@
-"""The data stage: text and tokenizer to token store."""
+"""The data stage: from text and a tokenizer to the token store."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cpt_merge.data.store import StoreInfo
 from cpt_merge.data.tokenise import write_store
 from cpt_merge.tracking import Cell, Tracker
 
-BLOCK = 1 << 20  # documents looked at at a time
-PROCESS_BYTES = 4_000_000  # of text for each process, where their number is not set: starting one takes a second or two
+_BLOCK = 1 << 20  # documents whose lengths are counted at a time
+_PROCESS_BYTES = 4_000_000  # least text per process, since starting one takes a second or two
 
 
 def run(
@@ -28,38 +28,38 @@ def run(
     tracker: Tracker,
     base: Path | None = None,
 ) -> dict[str, Any]:
-    """Tokenise every source into the store `out`. Returns the totals.
+    """Tokenise every source into the store `out` and return the totals.
 
-    With `base`, the original base model's directory, the held-out text is also stored in that model's tokens.
+    With `base`, the directory of the original base model, the held-out text is also stored in the
+    tokens of that model.
     """
-    processes = config.processes or _processes(corpus)
+    processes, world = config.processes or _processes(corpus), find_world()
     say(f"  tokenising in {processes} process(es)")
     info = write_store(
-        corpus,
-        tokenizer,
-        out,
-        base=base,
-        processes=processes,
-        deduplicate=config.deduplicate,
-        world=find_world(),
-    )
-    columns = [
-        "source",
-        "documents",
-        "tokens",
-        "MB",
-        "bytes per token",
-        "held-out documents",
-        "empty",
-        "duplicates",
-    ]
-    rows = _rows(info)
-    tracker.table("data/sources", columns, rows)
-    for name, documents, tokens, size, ratio, heldout, empty, duplicates in rows:
+        corpus, tokenizer, out, base=base, processes=processes, deduplicate=config.deduplicate,
+        world=world,
+    )  # fmt: skip
+    rows: list[list[Cell]] = []
+    for source in info.sources:
+        train, heldout = source.train, source.heldout.documents
+        megabytes, ratio = round(train.bytes / 1e6, 2), round(train.bytes / train.tokens, 2)
+        rows.append(
+            [
+                source.name, train.documents, train.tokens, megabytes, ratio, heldout, source.empty,
+                source.duplicates,
+            ]
+        )  # fmt: skip
         say(
-            f"  {name}: {documents:,} documents ({heldout} held out), {tokens:,} tokens, {size} MB, "
-            f"{ratio} bytes/token; left out: {empty:,} empty, {duplicates:,} duplicates"
+            f"  {source.name}: {train.documents:,} documents ({heldout} held out), "
+            f"{train.tokens:,} tokens, {megabytes} MB, {ratio} bytes/token; "
+            f"left out: {source.empty:,} empty, {source.duplicates:,} duplicates"
         )
+    tracker.table(
+        "data/sources",
+        ["source", "documents", "tokens", "MB", "bytes per token", "held-out documents", "empty",
+         "duplicates"],
+        rows,
+    )  # fmt: skip
     totals = {
         "documents": sum(source.train.documents for source in info.sources),
         "tokens": sum(source.train.tokens for source in info.sources),
@@ -69,41 +69,30 @@ def run(
         "duplicates": sum(source.duplicates for source in info.sources),
     }
     tracker.summary({f"data/{name}": value for name, value in totals.items()})
-    if find_world().is_main:
+    if world.is_main:
         columns = ["source", "log2 of tokens", "share of documents"]
         tracker.curves("data/document lengths", columns, _lengths(info, out))
     return totals
 
 
 def _processes(corpus: Corpus) -> int:
-    """As many as this process may use cores, but not for a little text."""
+    """One per core that this process may use, but fewer for little text."""
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
     files = [source_files(source) for source in corpus.sources]
-    if not all(files):  # a hub dataset, of unknown size
+    if not all(files):  # a hub dataset has an unknown size
         return cores
     size = sum(file.stat().st_size for of_source in files for file in of_source)
-    return max(1, min(cores, size // PROCESS_BYTES))
-
-
-def _rows(info: StoreInfo) -> list[list[Cell]]:
-    return [
-        [
-            source.name, source.train.documents, source.train.tokens, round(source.train.bytes / 1e6, 2),
-            round(source.train.bytes / source.train.tokens, 2), source.heldout.documents, source.empty,
-            source.duplicates,
-        ]
-        for source in info.sources
-    ]  # fmt: skip
+    return max(1, min(cores, size // _PROCESS_BYTES))
 
 
 def _lengths(info: StoreInfo, store: Path) -> list[list[Cell]]:
-    """For each source the share of its documents that have 2^n to 2^(n+1) - 1 tokens."""
+    """For each source, the share of its documents that have 2^n to 2^(n+1) - 1 tokens."""
     rows: list[list[Cell]] = []
     for source in info.sources:
         starts = np.load(store / source.folder / "train" / "starts.npy", mmap_mode="r")
         counts = np.zeros(64, np.int64)
-        for first in range(0, len(starts) - 1, BLOCK):
-            lengths = np.diff(starts[first : first + BLOCK + 1])
+        for first in range(0, len(starts) - 1, _BLOCK):
+            lengths = np.diff(starts[first : first + _BLOCK + 1])
             counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
         used = np.flatnonzero(counts)
         if len(used):

@@ -1,7 +1,7 @@
-"""Text sources: files or hub datasets of documents, read through `datasets`, with a held-out part by document hash.
+"""Text sources: files or hub datasets of documents, read through `datasets`.
 
-The held-out part is a pure function of a document's text, so the tokenizer, the training data and the evaluation
-agree on it without a file that lists it.
+A document is held out by the hash of its text, so the tokenizer, the training data and the
+evaluation agree on the held-out part without a file that lists it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from cpt_merge.core.progress import say
 
 Split = Literal["train", "heldout"]
 HASH_RANGE = 1_000_000
-READ_ROWS = 1000  # rows that are taken from `datasets` at a time
+READ_ROWS = 1000  # rows taken from `datasets` at a time
 
 _FORMATS = {
-    ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".csv": "csv",
+    ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text",
+    ".csv": "csv",
 }  # fmt: skip
 _COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
-_AMOUNTS = ("weight", "epochs", "tokens")  # keys of a source that say how much of it is trained on
+_AMOUNTS = ("weight", "epochs", "tokens")  # keys of a source that set how much training reads of it
 
 
 class Source(Section):
@@ -40,9 +41,9 @@ class Source(Section):
     path: str = key(..., "a file, a directory, a glob, or a dataset's hub id")
     language: str = key(
         ...,
-        "language tag: zh_tw, zh_cn, zh_hk, ko, ja, en, or any code with its script's, such as th_Thai",
+        "language tag: zh_tw, zh_cn, zh_hk, ko, ja, en, or a code with its script, such as th_Thai",
     )
-    field: str = key("text", "the column that holds a document's text")
+    field: str = key("text", "the column with the text of a document")
     subset: str | None = key(None, "configuration name of a hub dataset")
     split: str = key("train", "split of a hub dataset")
     limit: int | None = key(
@@ -50,11 +51,12 @@ class Source(Section):
     )
     weight: float | None = key(
         None,
-        "share of what sources with `epochs` or `tokens` leave, relative to the other weights; 1 if not set",
+        "share of what sources with `epochs` or `tokens` leave, relative to the other weights; "
+        "1 if not set",
         gt=0,
     )
     epochs: float | None = key(
-        None, "train on the source this many times over, instead of a weight", gt=0
+        None, "train on the source this many times, instead of a weight", gt=0
     )
     tokens: int | None = key(
         None, "train on this many tokens of it, instead of a weight", unit="tokens", gt=0
@@ -77,7 +79,7 @@ class Source(Section):
 
     @property
     def name(self) -> str:
-        """What logs and tables call this source: the language and the last part of its path."""
+        """The name in logs and tables: the language and the last part of the path."""
         return f"{self.language}:{Path(self.path).name.split('.')[0]}"
 
 
@@ -88,12 +90,12 @@ class Corpus(Section):
         ..., "the text, new languages and English replay alike", min_length=1
     )
     heldout: float = key(
-        0.01, "share of the documents, by hash, that is never trained on", gt=0, lt=0.5
+        0.01, "share of the documents, by hash, that training never reads", gt=0, lt=0.5
     )
     normalization: Literal["NFC", "none"] = key("NFC", "Unicode normalization of every document")
     shares: dict[str, float] = key(
-        {}, "share of the training tokens of each language, such as {ko: 0.85, en: 0.15}; a language's sources divide "
-        "its share; if not set, all sources divide all tokens",
+        {}, "each language's share of the training tokens, such as {ko: 0.85, en: 0.15}, divided "
+        "among the sources of the language; if not set, all sources divide all tokens",
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -102,8 +104,8 @@ class Corpus(Section):
             return self
         if set(self.shares) != set(self.languages()):
             raise ValueError(
-                f"`corpus.shares` is of {', '.join(self.shares)} but the sources are in {', '.join(self.languages())}; "
-                "give each language its share"
+                f"`corpus.shares` names {', '.join(self.shares)} but the sources are in "
+                f"{', '.join(self.languages())}; give each language a share"
             )
         total = sum(self.shares.values())
         if min(self.shares.values()) <= 0 or not math.isclose(total, 1, abs_tol=1e-6):
@@ -113,11 +115,11 @@ class Corpus(Section):
         return self
 
     def text(self) -> dict[str, Any]:
-        """What decides which documents there are, for a stage's key."""
+        """The settings that decide which documents exist, for the key of a stage."""
         return self.model_dump(exclude={"shares": True, "sources": {"__all__": set(_AMOUNTS)}})
 
     def amounts(self) -> dict[str, Any]:
-        """What decides how much of each source is trained on, for a stage's key."""
+        """The settings that decide how much of each source is read, for the key of a stage."""
         return self.model_dump(include={"shares": True, "sources": {"__all__": set(_AMOUNTS)}})
 
     def languages(self) -> list[str]:
@@ -125,11 +127,12 @@ class Corpus(Section):
         return list(dict.fromkeys(source.language for source in self.sources))
 
     def of_language(self, language: str) -> list[Source]:
-        """The sources in one language. Raises `UserError` where there are none."""
+        """The sources in one language. Raises `UserError` if there are none."""
         found = [source for source in self.sources if source.language == language]
         if not found:
             raise UserError(
-                f"corpus.sources holds no text in {language!r}; add a source with language: {language}."
+                f"corpus.sources has no text in {language!r}; add a source with language: "
+                f"{language}."
             )
         return found
 
@@ -144,13 +147,13 @@ class Corpus(Section):
                 yield text
 
     def prepare(self, text: str) -> str:
-        """The text as it is used: normalised; nothing if it is all white space."""
+        """The normalised text; empty if it is all white space."""
         if self.normalization != "none":
             text = unicodedata.normalize(self.normalization, text)
         return text if text.strip() else ""
 
     def is_heldout(self, text: str) -> bool:
-        """True for the documents whose hash falls in the held-out share."""
+        """Whether the hash of a document falls in the held-out share."""
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest, "little") % HASH_RANGE < self.heldout * HASH_RANGE
 
@@ -158,22 +161,20 @@ class Corpus(Section):
 def source_files(source: Source) -> list[Path]:
     """The local files of a source, sorted; empty for a hub dataset.
 
-    A path is local if it exists, holds a wildcard, starts with `.`, `/` or `~`, or ends like a file of text;
-    anything else is a hub id.
+    A path is local if it exists, contains a wildcard, starts with `.`, `/` or `~`, or has a known
+    ending; anything else is a hub id.
     """
     path = Path(source.path).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if _format_of(file))
         if not files:
             raise UserError(
-                f"{path} holds no {', '.join(_FORMATS)} file; point the source at the text."
+                f"{path} contains no {', '.join(_FORMATS)} file; point the source at the text."
             )
         return files
     if any(character in source.path for character in "*?["):
-        root = Path(path.anchor) if path.is_absolute() else Path()
-        files = sorted(
-            root.glob(str(path.relative_to(path.anchor) if path.is_absolute() else path))
-        )
+        pattern = str(path.relative_to(path.anchor))
+        files = sorted(Path(path.anchor).glob(pattern))
         if not files:
             raise UserError(f"no file matches the source path {source.path!r}.")
         return files
@@ -186,16 +187,16 @@ def source_files(source: Source) -> list[Path]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source that is read on its own; the pieces in order are the source."""
+    """A part of a source that is read separately; the pieces in order are the source."""
 
     source: Source
     files: tuple[Path, ...]  # empty for a hub dataset
-    size: int  # bytes on disk; of a hub dataset's piece 0
-    shard: tuple[int, int] = (0, 1)  # (which, of how many), of a hub dataset
+    size: int  # bytes on disk; 0 for a hub dataset
+    shard: tuple[int, int] = (0, 1)  # (which, of how many) of a hub dataset
 
 
 def source_pieces(source: Source) -> list[Piece]:
-    """The pieces of a source: its files, or its shards on the hub; a source with a `limit` is one piece."""
+    """The files of a source, or its shards on the hub; a source with a `limit` is one piece."""
     found = source_files(source)
     for file in found:
         if file.stat().st_size == 0:
@@ -209,25 +210,27 @@ def source_pieces(source: Source) -> list[Piece]:
 
 
 def read_source(source: Source) -> Iterator[str]:
-    """Every document of a source, streamed; one without text is "". Raises `UserError` that names the file."""
+    """Every document of a source, streamed; "" for a document without text.
+
+    Raises `UserError` that names an unreadable file.
+    """
     for piece in source_pieces(source):
         yield from read_piece(piece)
 
 
 def read_piece(piece: Piece) -> Iterator[str]:
-    """Every document of a piece, streamed; one without text is "". Raises `UserError` that names the file."""
-    texts: Iterator[str] = itertools.chain.from_iterable(
-        _read_file(file, piece.source) for file in piece.files
-    )
-    if not piece.files:
+    """Every document of a piece, as `read_source` gives them."""
+    source = piece.source
+    texts: Iterator[str]
+    if piece.files:
+        texts = itertools.chain.from_iterable(_read_file(file, source) for file in piece.files)
+    else:
         which, shards = piece.shard
-        dataset = _open_hub(piece.source)
+        dataset = _open_hub(source)
         texts = _column(
-            dataset if shards == 1 else dataset.shard(shards, which),
-            piece.source,
-            piece.source.path,
+            dataset if shards == 1 else dataset.shard(shards, which), source, source.path
         )
-    yield from itertools.islice(texts, piece.source.limit)
+    yield from itertools.islice(texts, source.limit)
 
 
 def _open_hub(source: Source) -> Any:
@@ -242,33 +245,25 @@ def _read_file(file: Path, source: Source) -> Iterator[str]:
     kind = _format_of(file)
     if kind is None:
         raise UserError(
-            f"{file}: the ending is none of {', '.join(_FORMATS)} (also compressed); convert it."
+            f"{file}: its ending is none of {', '.join(_FORMATS)} (also compressed); convert it."
         )
-    options: dict[str, Any] = {
-        "data_files": {"train": str(file)},
-        "split": "train",
-        "streaming": True,
-    }
+    files: Any = {"train": str(file)}
     try:
-        yield from _column(datasets.load_dataset(kind, **options), source, str(file))
+        dataset = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+        yield from _column(dataset, source, str(file))
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # datasets wraps what the file readers raise in several classes of its own
+    except Exception as error:  # datasets wraps the errors of file readers in several classes
         cause = _root_cause(error)
         if isinstance(cause, UnicodeDecodeError):
             raise UserError(
                 f"{file} is not UTF-8 (byte {cause.start}: {cause.reason}); convert it."
             ) from None
-        line = (
-            _line_with_lone_surrogate(file)
-            if kind == "json" and file.suffix not in _COMPRESSIONS
-            else None
-        )
+        plain_json = kind == "json" and file.suffix not in _COMPRESSIONS
+        line = _line_with_lone_surrogate(file) if plain_json else None
         if line:
             raise UserError(
-                f"{file}: line {line} holds a lone surrogate, so it is no Unicode text; repair it."
+                f"{file}: line {line} contains a lone surrogate, which is not Unicode text; fix it."
             ) from None
         raise UserError(
             f"{file} cannot be read as {kind}: {str(cause) or type(cause).__name__}."
@@ -276,26 +271,26 @@ def _read_file(file: Path, source: Source) -> Iterator[str]:
 
 
 def _column(dataset: Any, source: Source, where: str) -> Iterator[str]:
-    """The texts of a dataset's column, taken as Arrow tables: a dictionary for each row costs more than reading it."""
+    """The texts of a column, read as Arrow tables: one dictionary per row would be slower."""
     first = 1
     for table in dataset.with_format("arrow").iter(READ_ROWS):
         if source.field not in table.column_names:
             raise UserError(
-                f"{where}: there is no column {source.field!r} but {', '.join(table.column_names)}; "
-                "set the source's `field`."
+                f"{where}: there is no column {source.field!r} but "
+                f"{', '.join(table.column_names)}; set the source's `field`."
             )
         for number, text in enumerate(table.column(source.field).to_pylist(), start=first):
             if text is None or isinstance(text, str):
                 yield text or ""
             else:
                 raise UserError(
-                    f"{where}: column {source.field!r} of row {number} is no text; set `field`."
+                    f"{where}: column {source.field!r} of row {number} is not text; set `field`."
                 )
         first += len(table)
 
 
 def _line_with_lone_surrogate(file: Path) -> int | None:
-    """The first line of a JSON-lines file that is good JSON of bad Unicode, for which readers have odd messages."""
+    """The first line of a JSON-lines file that is valid JSON but invalid Unicode."""
     with open(file, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             try:

@@ -1,15 +1,17 @@
-"""The token store: every document tokenised once, in flat memory-mapped files with document boundaries and byte counts.
+"""The token store: every document tokenised once, in flat memory-mapped files.
 
     store/
-      store.json                      digest, tokenizers, the sources in order with their counts; written last
+      store.json                      digest, tokenizers, sources in order with counts; written last
       00-<source>/train/tokens.bin    uint16 or uint32, all documents one after the other
-      00-<source>/train/starts.npy    int64 [documents + 1], where each document begins in tokens.bin; last: the end
+      00-<source>/train/starts.npy    int64 [documents + 1], where each document begins in
+                                      tokens.bin, and the end
       00-<source>/train/bytes.npy     int64 [documents], UTF-8 bytes of each document's text
       00-<source>/heldout/...         the held-out documents of the same source
-      00-<source>/reference/...       the held-out documents again, in the tokens of the original base's tokenizer
+      00-<source>/reference/...       the held-out documents in the tokens of the original base
 
-A document is stored as `[prefix] tokens [eos]`, where the prefix is the tokenizer's bos if it adds one, otherwise eos;
-so every token of the text has something to be predicted from. `training/tokenise.py` writes stores.
+A document is stored as `[prefix] tokens [eos]`. The prefix is the tokenizer's bos if it adds one,
+otherwise eos, so that every token of the text is predicted from something. `data/tokenise.py`
+writes stores.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from cpt_merge.core.artifact import fingerprint
 from cpt_merge.core.errors import UserError
 
 STORE_FILE = "store.json"
-MAKE_AGAIN = "remove the stage's folder (runs/NAME/data) and run `cpt-merge data RECIPE` again."
+MAKE_AGAIN = (
+    "remove the folder of the stage (runs/NAME/data) and run `cpt-merge data RECIPE` again."
+)
 
 StoreSplit = Literal["train", "heldout", "reference"]
 SPLITS: tuple[StoreSplit, ...] = ("train", "heldout", "reference")
@@ -37,7 +41,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The tokenizer of a split. `rows` is its largest id + 1, whether or not the text has that id."""
+    """The tokenizer of a split. `rows` is its largest id + 1, even if the text lacks that id."""
 
     fingerprint: str
     rows: int
@@ -46,7 +50,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What one split of a source holds. `largest` is the largest token id in it, -1 where there is none."""
+    """The contents of one split of a source. `largest` is its largest token id, or -1."""
 
     documents: int
     tokens: int
@@ -56,7 +60,10 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One source in `store.json`. `folder` is relative to the store; `empty` and `duplicates` were left out."""
+    """A source in `store.json`. `folder` is relative to the store.
+
+    `empty` and `duplicates` count documents that were left out.
+    """
 
     name: str
     language: str
@@ -68,10 +75,10 @@ class SourceInfo:
     reference: SplitCounts | None
 
     def counts(self, split: StoreSplit) -> SplitCounts:
-        """The counts of a split. Raises `UserError` for a reference split that the store lacks."""
+        """The counts of a split. Raises `UserError` for a missing reference split."""
         found: SplitCounts | None = getattr(self, split)
         if found is None:
-            raise UserError(f"the token store holds no {split} text of {self.name}; {MAKE_AGAIN}")
+            raise UserError(f"the token store has no {split} text of {self.name}; {MAKE_AGAIN}")
         return found
 
 
@@ -79,17 +86,17 @@ class SourceInfo:
 class StoreInfo:
     """The content of `store.json`."""
 
-    digest: str  # of the text, the tokenizers and the settings that the store was made with
+    digest: str  # of the text, the tokenizers and the settings
     tokenizer: TokenizerInfo
     reference: TokenizerInfo | None  # of the original base
     sources: list[SourceInfo]
 
     def of(self, split: StoreSplit) -> TokenizerInfo:
-        """The tokenizer of a split. Raises `UserError` for a reference split that the store lacks."""
+        """The tokenizer of a split. Raises `UserError` for a missing reference split."""
         if split != "reference":
             return self.tokenizer
         if self.reference is None:
-            raise UserError(f"the token store holds no text in the base's tokens; {MAKE_AGAIN}")
+            raise UserError(f"the token store has no text in the base's tokens; {MAKE_AGAIN}")
         return self.reference
 
 
@@ -103,7 +110,7 @@ class SplitWriter:
         self._lengths, self._bytes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
 
     def add(self, tokens: Tokens, lengths: Integers, sizes: Integers) -> None:
-        """Documents one after the other, with prefix and eos; how many tokens and UTF-8 bytes each has."""
+        """Append documents with prefix and eos; `lengths` in tokens, `sizes` in UTF-8 bytes."""
         if not len(tokens):
             return
         self.largest = max(self.largest, int(tokens.max()))
@@ -112,12 +119,12 @@ class SplitWriter:
         self._bytes.append(np.asarray(sizes, np.int64))
 
     def close(self) -> SplitCounts:
-        """Write the index files, and see that all is on disk."""
+        """Write the index files and make everything durable."""
         _close_synced(self._file)
         lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._bytes)
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         for name, values in (("starts", starts), ("bytes", sizes)):
-            file: IO[bytes] = open(self.folder / f"{name}.npy", "wb")  # noqa: SIM115 - closed in the next lines
+            file: IO[bytes] = open(self.folder / f"{name}.npy", "wb")  # noqa: SIM115 - as above
             np.save(file, values)
             _close_synced(file)
         return SplitCounts(len(sizes), int(starts[-1]), int(sizes.sum()), self.largest)
@@ -130,9 +137,9 @@ def _close_synced(file: IO[bytes]) -> None:
 
 
 class Documents:
-    """One split of one source, memory-mapped: opening reads nothing but the ends of the index.
+    """One split of one source, memory-mapped: opening reads only the ends of the index.
 
-    Raises `UserError` for files that are missing, cut off, or do not fit `counts`.
+    Raises `UserError` for files that are missing, incomplete, or do not fit `counts`.
     """
 
     def __init__(self, folder: Path, dtype: str, counts: SplitCounts) -> None:
@@ -150,7 +157,7 @@ class Documents:
             raise UserError(f"{path} has {size} bytes, not {expected}; {MAKE_AGAIN}")
         if len(self.bytes) != counts.documents or len(self.starts) != counts.documents + 1:
             raise UserError(
-                f"the index in {folder} is not of {counts.documents} documents; {MAKE_AGAIN}"
+                f"the index in {folder} does not have {counts.documents} documents; {MAKE_AGAIN}"
             )
         if self.starts[0] != 0 or self.starts[-1] != counts.tokens:
             raise UserError(
@@ -172,7 +179,7 @@ class Store:
 
     @staticmethod
     def open(directory: Path) -> Store:
-        """Read `store.json`. Raises `UserError` where there is none."""
+        """Read `store.json`. Raises `UserError` if it is missing or damaged."""
         path = directory / STORE_FILE
         if not path.is_file():
             raise UserError(f"{path} does not exist; run `cpt-merge data RECIPE` first.")
@@ -188,34 +195,37 @@ class Store:
         )
 
     def check_tokenizer(self, tokenizer: Path) -> None:
-        """Raises `UserError` if the store was made with another tokenizer."""
+        """Raise `UserError` if the store was made with another tokenizer."""
         if tokenizer_fingerprint(tokenizer) != self.info.tokenizer.fingerprint:
             raise UserError(
-                f"the token store {self.directory} was made with another tokenizer than {tokenizer}; "
-                "run `cpt-merge data RECIPE` again."
+                f"the token store {self.directory} was made with another tokenizer than "
+                f"{tokenizer}; run `cpt-merge data RECIPE` again."
             )
 
     def check_vocabulary(self, rows: int, split: StoreSplit = "train") -> None:
-        """Raises `UserError` if a split (`heldout` counts as `train`) has a token that a model of `rows` rows lacks."""
+        """Raise `UserError` if the tokens of a split do not fit a model of `rows` rows.
+
+        `train` includes `heldout`.
+        """
         for source in self.info.sources:
-            splits: tuple[StoreSplit, ...] = (
-                ("reference",) if split == "reference" else ("train", "heldout")
-            )
-            largest = max(source.counts(part).largest for part in splits)
+            largest = source.counts(split).largest
+            if split == "train":
+                largest = max(largest, source.heldout.largest)
             if largest >= rows:
                 raise UserError(
-                    f"the token store {self.directory} holds token {largest} in {source.name} but the model has "
-                    f"{rows} rows; use the model and the store that were made with the same tokenizer."
+                    f"the token store {self.directory} contains token {largest} in {source.name} "
+                    f"but the model has {rows} rows; use a model and a store of the same tokenizer."
                 )
 
 
 def tokenizer_fingerprint(directory: Path) -> str:
-    """A digest of the tokenizer in a directory. Raises `UserError` where there is none."""
+    """A digest of the tokenizer in a directory. Raises `UserError` if there is none."""
     for name in ("tokenizer.json", "tokenizer.model"):
         if (directory / name).is_file():
             return fingerprint(directory / name)
     raise UserError(
-        f"{directory} holds neither tokenizer.json nor tokenizer.model; give a model's directory."
+        f"{directory} contains neither tokenizer.json nor tokenizer.model; give the directory of a "
+        "model."
     )
 
 

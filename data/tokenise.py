@@ -1,10 +1,11 @@
-"""Text to token store, divided over processes and nodes that agree on nothing: the bytes are the same for any number.
+"""Text to token store, divided over processes and nodes; the bytes do not depend on the division.
 
-The text is laid out on the line from 0 to 1, each piece (a file) as long as it is large, and every process has an
-interval of that line. Block number b of a piece lies at the piece's start plus frac(b * golden ratio) of its length,
-which spreads the blocks evenly; a process reads the pieces that its interval meets and tokenises the blocks that lie
-in it. So a corpus of many files is divided by files, a single file by blocks, and reading a block without tokenising
-it is what a division costs. Tokenised blocks go into parts (`training/parts.py`), which the first process joins.
+The text is laid out on the line from 0 to 1: each piece (a file) takes a length in proportion to
+its size, and every process has an interval of that line. Block number b of a piece is at the start
+of the piece plus frac(b * golden ratio) of its length, which spreads the blocks evenly. A process
+reads the pieces that its interval meets and tokenises the blocks inside it. So a corpus of many
+files is divided by files and a single file by blocks; the cost is that processes read blocks that
+they do not tokenise. Tokenised blocks go into parts (`data/parts.py`), which rank 0 joins.
 """
 
 from __future__ import annotations
@@ -34,27 +35,25 @@ from cpt_merge.data.store import (  # fmt: skip
 )
 from cpt_merge.data.workers import Report, run_in_processes
 
-BLOCK_DOCUMENTS, BLOCK_CHARACTERS = (
-    1000,
-    2**20,
-)  # a block ends with the document that reaches one of them
-HUB_PIECE = 256_000_000  # bytes that a shard of a hub dataset counts as
+# a block ends with the document that reaches one of these
+BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 1000, 2**20
+HUB_PIECE = 256_000_000  # assumed size of a shard of a hub dataset, in bytes
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be tokenised, and how it is laid out on the line from 0 to 1."""
+    """The text to tokenise, and its layout on the line from 0 to 1."""
 
     corpus: Corpus
     pieces: list[Piece]
     starts: list[float]  # of each piece on the line; the last is 1
-    of_source: list[list[int]]  # of each source, the numbers of its pieces
-    encoders: dict[StoreSplit, DocumentEncoder]  # `train` is also the held-out text's
+    of_source: list[list[int]]  # the numbers of the pieces of each source
+    encoders: dict[StoreSplit, DocumentEncoder]  # `train` also encodes the held-out text
 
     @staticmethod
     def make(corpus: Corpus, tokenizer: Path, base: Path | None = None) -> Plan:
-        """The plan for a corpus. Raises `UserError` for text that is not there."""
+        """The plan for a corpus. Raises `UserError` for missing text."""
         by_source = [source_pieces(source) for source in corpus.sources]
         pieces = [piece for pieces in by_source for piece in pieces]
         ends = np.cumsum([piece.size or HUB_PIECE for piece in pieces], dtype=float)
@@ -67,7 +66,7 @@ class Plan:
         return Plan(corpus, pieces, starts, of_source, encoders)
 
     def position(self, place: Place) -> float:
-        """Where a block lies. The shards of hub datasets are not divided: each is downloaded once."""
+        """Where a block is. Shards of hub datasets are not divided: each is downloaded once."""
         piece, block = place
         within = (block + 0.5) * GOLDEN % 1 if self.pieces[piece].files else 0.5
         return self.starts[piece] + within * (self.starts[piece + 1] - self.starts[piece])
@@ -82,36 +81,36 @@ class Interval:
 
     @staticmethod
     def of(world: World, worker: int, workers: int) -> Interval:
-        """Of one of a node's `workers` processes; nodes may have different numbers of them."""
+        """The interval of a worker; nodes may have different numbers of `workers`."""
         last = worker + 1 == workers and world.rank + 1 == world.size
         ends = [(world.rank + number / workers) / world.size for number in (worker, worker + 1)]
         return Interval(
             ends[0], 2.0 if last else ends[1]
-        )  # a sum that rounds to 1 lies in the last one's
+        )  # positions that round to 1 are in the last
 
     def __contains__(self, position: float) -> bool:
         return self.start <= position < self.end
 
     def meets(self, start: float, end: float) -> bool:
-        """Whether some of [start, end) lies within."""
+        """Whether it overlaps [start, end)."""
         return start < self.end and end > self.start
 
 
 def tokenise_share(
     plan: Plan, parts: Path, world: World, workers: int, worker: int, report: Report
 ) -> None:
-    """Tokenise the blocks of one process that are not there yet."""
-    mine, there = Interval.of(world, worker, workers), Parts(parts).look()
+    """Tokenise the missing blocks of one process."""
+    mine, done = Interval.of(world, worker, workers), Parts(parts).update()
     writer = PartWriter(parts)
     for number, piece in enumerate(plan.pieces):
-        if not mine.meets(plan.starts[number], plan.starts[number + 1]) or _is_there(
-            plan, number, mine, there
-        ):
+        if not mine.meets(plan.starts[number], plan.starts[number + 1]):
+            continue
+        if _is_done(plan, number, mine, done):
             continue
         block = -1
         for block, texts in enumerate(blocks(read_piece(piece))):
             place = (number, block)
-            if plan.position(place) in mine and place not in there.rows:
+            if plan.position(place) in mine and place not in done.rows:
                 made = encode_block(place, texts, plan.corpus, plan.encoders)
                 writer.add(made)
                 report(len(texts), sum(len(made.splits[split].tokens) for split in made.splits))
@@ -119,16 +118,16 @@ def tokenise_share(
     writer.flush()
 
 
-def _is_there(plan: Plan, piece: int, mine: Interval, there: Parts) -> bool:
-    """Whether all blocks of the piece that lie in the interval were tokenised by an earlier attempt."""
-    places = ((piece, block) for block in range(there.totals.get(piece, 0)))
-    return piece in there.totals and all(
-        place in there.rows for place in places if plan.position(place) in mine
+def _is_done(plan: Plan, piece: int, mine: Interval, done: Parts) -> bool:
+    """Whether an earlier attempt tokenised all blocks of the piece in the interval."""
+    places = ((piece, block) for block in range(done.totals.get(piece, 0)))
+    return piece in done.totals and all(
+        place in done.rows for place in places if plan.position(place) in mine
     )
 
 
 def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in blocks, each up to BLOCK_DOCUMENTS of them or about BLOCK_CHARACTERS."""
+    """The texts in blocks of up to BLOCK_DOCUMENTS texts or about BLOCK_CHARACTERS."""
     block: list[str] = []
     size = 0
     for text in texts:
@@ -144,7 +143,7 @@ def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 def encode_block(
     place: Place, texts: list[str], corpus: Corpus, encoders: dict[StoreSplit, DocumentEncoder]
 ) -> Block:
-    """Normalise, divide and tokenise the texts of a block."""
+    """Normalise the texts of a block, divide them into splits, and tokenise them."""
     prepared = [text for text in map(corpus.prepare, texts) if text]
     divided: dict[StoreSplit, list[str]] = {"train": [], "heldout": []}
     for text in prepared:
@@ -177,10 +176,11 @@ def write_store(
     deduplicate: bool = False,
     world: World = World(),  # noqa: B008 - immutable
 ) -> StoreInfo:
-    """Tokenise the corpus into a store at `out`, in `processes` processes on this node and in all nodes of `world`.
+    """Tokenise the corpus into a store at `out`, together with all nodes of `world`.
 
-    `base` is the original base model's directory, for the `reference` split. Where a store of the same digest was
-    begun, it is continued. Raises `UserError` for a source without training text.
+    `base` is the directory of the original base model, for the `reference` split; `processes` are
+    those on this node. An unfinished store with the same digest is continued. Raises `UserError`
+    for a source without training text.
     """
     plan = Plan.make(corpus, tokenizer, base)
     staging = staging_of(out, _digest(plan, deduplicate))
@@ -189,7 +189,7 @@ def write_store(
     if _is_finished(staging):
         return Store.open(out).info
     _open_parts(staging, world)
-    if _is_finished(staging):  # by the others, before this process began
+    if _is_finished(staging):  # by other nodes, before this process began
         return Store.open(out).info
     with Meter("tokenise", None, "documents") as meter:
         tokens = 0
@@ -204,10 +204,12 @@ def write_store(
             partial(tokenise_share, plan, staging.directory, world, processes), processes, report
         )
     if not world.is_main:
-        wait_for(lambda: _is_finished(staging), "the other tasks of this step")
+        wait_for(lambda: _is_finished(staging), "the other tasks of this job step")
         return Store.open(out).info
     parts = Parts(staging.directory)
-    wait_for(lambda: parts.look().is_complete(len(plan.pieces)), "the other tasks of this step")
+    wait_for(
+        lambda: parts.update().is_complete(len(plan.pieces)), "the other tasks of this job step"
+    )
     with timed("join"):
         info = _join(parts, plan, staging, deduplicate)
         staging.commit()
@@ -229,7 +231,7 @@ def _join(parts: Parts, plan: Plan, staging: Staging, deduplicate: bool) -> Stor
 
 
 def _digest(plan: Plan, deduplicate: bool) -> str:
-    """Names what the store is made of, and how the text is cut into blocks."""
+    """A digest of everything that the store depends on, and of how text is cut into blocks."""
     settings = {
         "text": plan.corpus.text(),
         "deduplicate": deduplicate,
@@ -241,7 +243,7 @@ def _digest(plan: Plan, deduplicate: bool) -> str:
 
 
 def staging_of(out: Path, digest: str) -> Staging:
-    """Where the parts of a store are collected, and the store is joined from them."""
+    """Where the parts of a store are collected and joined."""
     return Staging(out, digest, suffix=".parts", scratch=("part-*",), replace=True)
 
 
@@ -251,9 +253,11 @@ def _is_finished(staging: Staging) -> bool:
 
 
 def _open_parts(staging: Staging, world: World) -> None:
-    """Let the first process make the folder of the parts, or find it as an earlier attempt left it."""
+    """The first process makes the folder of the parts, or finds that of an earlier attempt."""
     if not world.is_main:
-        wait_for(lambda: staging.is_begun or _is_finished(staging), "the other tasks of this step")
+        wait_for(
+            lambda: staging.is_begun or _is_finished(staging), "the other tasks of this job step"
+        )
     elif staging.begin():
-        done = len(Parts(staging.directory).look().rows)
+        done = len(Parts(staging.directory).update().rows)
         say(f"continuing an unfinished store: {done:,} blocks are tokenised")

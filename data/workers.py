@@ -1,4 +1,4 @@
-"""A task in several processes on this machine, with progress, and an end to all of them when one fails."""
+"""A task in several processes on this machine, with progress. If one fails, all end."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from cpt_merge.core.errors import UserError
 Report = Callable[[int, int], None]  # (documents, tokens) done
 Task = Callable[[int, Report], None]  # (which of the processes, report)
 
-_PRELOADED = ["datasets", "cpt_merge.data.tokenise"]  # imported once, before the processes part
+# imported once by the server that forks the processes
+_PRELOADED = ["datasets", "cpt_merge.data.tokenise"]
 _POLL = 0.5  # seconds
 
 
 def run_in_processes(task: Task, processes: int, report: Report) -> None:
-    """`task(number, report)` for every number below `processes`, each in a process of its own; a single one in this.
+    """Call `task(number, report)` for every number below `processes`, each in its own process.
 
-    Raises what the first failing one raised, after ending the others. `task` has to be picklable.
+    A single task runs in this process. Raises what the first failing task raised, after ending the
+    others. `task` must be picklable.
     """
     if processes == 1:
         with _one_thread():
@@ -56,8 +58,9 @@ def _listen(queue: Any, workers: list[Any], report: Report) -> None:
             for worker in workers:
                 if worker.exitcode not in (None, 0):
                     raise UserError(
-                        f"a tokenising process was killed (exit code {worker.exitcode}), often for want of memory; "
-                        "lower data.processes and run the same command again, which continues."
+                        f"a tokenising process was killed (exit code {worker.exitcode}), often "
+                        "because memory ran out; lower data.processes and run the same command "
+                        "again, which continues."
                     ) from None
             continue
         if kind == "error":
@@ -73,7 +76,7 @@ def _child(task: Task, number: int, queue: Any) -> None:
 
     def report(documents: int, tokens: int) -> None:
         if parent is not None and not parent.is_alive():
-            sys.exit(1)  # nobody is left to join what this process would write
+            sys.exit(1)  # no process is left that would join the parts
         queue.put(("report", (documents, tokens)))
 
     try:
@@ -88,7 +91,10 @@ def _child(task: Task, number: int, queue: Any) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """No threads within: the processes use the cores. (tokenizers reads its variable at every call.)"""
+    """Switch off threads, since the processes use the cores.
+
+    tokenizers reads its variable at every call.
+    """
     import pyarrow  # type: ignore[import-untyped]
 
     name, cores = "TOKENIZERS_PARALLELISM", pyarrow.cpu_count()

@@ -114,5 +114,5 @@ def test_a_lone_surrogate_in_json_is_named_by_its_line(tmp_path) -> None:
         '{"text": "fine"}\n{"text": "not \\ud800 fine"}\n{"text": "\\ud83d\\ude42 fine"}\n'
     )
     source = Source(path=str(path), language="en")
-    with pytest.raises(UserError, match="line 2 holds a lone surrogate"):
+    with pytest.raises(UserError, match="line 2 contains a lone surrogate"):
         list(read_source(source))

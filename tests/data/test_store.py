@@ -43,7 +43,7 @@ def test_a_store_with_tokens_that_the_model_lacks_is_refused(store: Path) -> Non
     largest = max(max(info.train.largest, info.heldout.largest) for info in opened.info.sources)
     opened.check_vocabulary(largest + 1)
     with pytest.raises(
-        UserError, match=rf"holds token {largest} in .* but the model has {largest} rows"
+        UserError, match=rf"contains token {largest} in .* but the model has {largest} rows"
     ):
         opened.check_vocabulary(largest)
 
@@ -74,7 +74,7 @@ def test_tokens_that_were_not_written_are_found_when_they_are_read(copy: Path) -
     path = first_folder(copy) / "tokens.bin"
     path.write_bytes(b"\xff" * path.stat().st_size)
     rows = TrainingSequences(Store.open(copy), 32, 0, [1.0, 1e-6])
-    with pytest.raises(UserError, match=r"holds token 65535 where \d+ was the largest"):
+    with pytest.raises(UserError, match=r"contains token 65535, but \d+ was the largest"):
         rows.batch(range(8))
 
 

@@ -240,7 +240,7 @@ def test_the_reference_split_is_the_heldout_text_in_the_base_s_tokens(
     assert [tokenizer.decode(ids[1:-1]) for ids in ids_of(tmp_path / "store", "reference")] == texts
     assert opened.info.reference is not None
     opened.check_vocabulary(opened.info.reference.rows, "reference")
-    with pytest.raises(UserError, match="holds no text in the base's tokens"):
+    with pytest.raises(UserError, match="has no text in the base's tokens"):
         write_store(corpus, model, tmp_path / "without").of("reference")
 
 
