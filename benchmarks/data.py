@@ -64,8 +64,9 @@ rows = TrainingSequences(Store.open(Path(sys.argv[1])), 4096, seed=0)
 rows.targets(range(256))
 rows.batch(range(8))
 whole = time.time() - float(sys.argv[2])
-print(json.dumps({"python": started, "import torch": torch_imported - started, "import cpt_merge.data":
-    imported - torch_imported, "open and read": whole - imported, "first batch after": whole}))
+print(json.dumps({"python": started, "import torch": torch_imported - started,
+    "import cpt_merge.data": imported - torch_imported, "open and read": whole - imported,
+    "first batch after": whole}))
 """
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

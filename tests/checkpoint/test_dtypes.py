@@ -1,3 +1,5 @@
+"""bfloat16 in numpy rounds as torch does, and widening is exact."""
+
 import numpy as np
 import pytest
 import torch

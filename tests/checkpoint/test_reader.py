@@ -1,3 +1,5 @@
+"""Rows are read as they were saved; a damaged checkpoint is an error that names the file."""
+
 import json
 import struct
 

@@ -1,3 +1,5 @@
+"""Tokens, roles, chat template and stop ids of a tokenizer's files."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""Checkpoints written by any number of processes: the same bytes, every element exactly once."""
+
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +105,6 @@ def test_a_row_that_two_wrote_is_found(tmp_path):
 
 
 def test_nothing_half_written_is_taken_for_a_checkpoint(tmp_path):
-    """Law 4."""
     writer = CheckpointWriter(tmp_path / "out", CheckpointLayout.by_size(SPECS))
     writer.prepare()
     write_all(writer)

@@ -1,4 +1,4 @@
-"""Artifacts: nothing half-written is seen, and keys change with what they are keys of."""
+"""Invariant "nothing half-written": staged directories, kept results; keys and fingerprints."""
 
 import contextlib
 import os

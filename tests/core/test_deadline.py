@@ -1,4 +1,4 @@
-"""Deadlines: by the command line or by Slurm, whichever is first."""
+"""Deadlines come from the command line or from Slurm; the earlier one counts."""
 
 from datetime import datetime
 

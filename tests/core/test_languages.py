@@ -1,4 +1,4 @@
-"""Languages by tag, and which characters belong to their scripts."""
+"""Languages by tag, and the characters of their scripts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Where am I: alone, torchrun, Slurm; half a description is an error."""
+"""Which process this is: alone, torchrun or Slurm; an incomplete environment is an error."""
 
 import socket
 

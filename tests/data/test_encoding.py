@@ -1,4 +1,4 @@
-"""Which way to the tokens a tokenizer gets, and that it is watched."""
+"""The choice of an encoder for a tokenizer, and the comparison with the library."""
 
 from __future__ import annotations
 

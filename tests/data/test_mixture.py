@@ -1,4 +1,4 @@
-"""Weights, epochs, budgets and shares of languages; contradictions are one sentence with numbers."""
+"""Weights, epochs, budgets and shares of languages; amounts that do not fit are an error."""
 
 from typing import Any
 
@@ -77,7 +77,7 @@ def test_a_contradiction_within_a_language_is_named() -> None:
 
 def test_epochs_of_a_source_that_is_not_tokenised_yet() -> None:
     with pytest.raises(
-        UserError, match=r"epochs = 2, but how many tokens it holds is known only after"
+        UserError, match=r"epochs = 2, but its number of tokens is known only after"
     ):
         mixture(corpus({"epochs": 2}, {}), [None, None], 1000)
 
@@ -87,7 +87,7 @@ def test_epochs_of_a_source_that_is_not_tokenised_yet() -> None:
     [
         ({"weight": 1, "tokens": 5}, {}, "has weight and tokens; set one of them"),
         ({}, {"shares": {"ko": 0.5}}, "sum to 0.5; they must be positive and sum to 1"),
-        ({}, {"shares": {"en": 1.0}}, "is of en but the sources are in ko"),
+        ({}, {"shares": {"en": 1.0}}, "names en but the sources are in ko"),
     ],
 )
 def test_what_a_recipe_cannot_say(

@@ -1,4 +1,4 @@
-"""The order of rows is a pure function of (seed, index), with exact shares and whole epochs."""
+"""The order of sequences is a function of (seed, index), with exact shares and whole epochs."""
 
 from collections import Counter
 from itertools import pairwise
@@ -12,8 +12,8 @@ from cpt_merge.data.order import BLOCK, HORIZON, SequenceOrder, keys, permuted
 
 
 def places(order: SequenceOrder, start: int, stop: int) -> list[tuple[int, int]]:
-    sources, rows = order.places(np.arange(start, stop))
-    return list(zip(sources.tolist(), rows.tolist(), strict=True))
+    sources, numbers = order.places(np.arange(start, stop))
+    return list(zip(sources.tolist(), numbers.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000])
@@ -33,9 +33,9 @@ def test_a_permutation_is_named_by_its_key() -> None:
 
 
 def test_permuted_looks_random() -> None:
-    """Of 2,000 permutations of 50, every element stands in every place about 40 times (chi squared, 2,401 degrees)."""
+    """Over 2,000 permutations of 50, every element is in every place about 40 times."""
     index, seeds = np.tile(np.arange(50), 2000), np.repeat(np.arange(2000), 50)
-    counts = np.zeros((50, 50))
+    counts = np.zeros((50, 50))  # chi squared with 2,401 degrees of freedom
     np.add.at(counts, (index, permuted(index, 50, keys(0, seeds))), 1)
     assert 2401 - 5 * 69 < ((counts - 40) ** 2 / 40).sum() < 2401 + 5 * 69
 
@@ -60,7 +60,7 @@ def test_shares_are_exact_to_a_row_in_every_block() -> None:
 def test_shares_are_exact_to_a_few_rows_over_the_run_however_small() -> None:
     shares = np.asarray([0.9, 0.09999, 0.00001])
     order = SequenceOrder([50, 70, 9], shares.tolist(), seed=3)
-    found = [order.quotas(block) for block in range(2000)]
+    found = [order.quotas(block) for block in range(500)]
     for (before, quota), (after, _) in pairwise(found):
         assert (before + quota == after).all()
         assert quota.sum() == BLOCK
@@ -87,5 +87,5 @@ def test_seeds_give_different_orders() -> None:
 def test_a_share_too_small_to_be_seen_and_a_run_too_long_are_refused() -> None:
     with pytest.raises(UserError, match=r"corpus.sources.1 is under 1/"):
         SequenceOrder([10, 10], [1.0, 1e-14], seed=0)
-    with pytest.raises(UserError, match="a run of more than"):
+    with pytest.raises(UserError, match="a run has at most"):
         SequenceOrder([10], [1.0], seed=0).places(np.asarray([HORIZON]))

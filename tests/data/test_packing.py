@@ -1,4 +1,4 @@
-"""Packed rows: every token once, documents apart, targets counted without reading."""
+"""Packed sequences: every token once, documents apart, targets counted without reading."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Text sources: formats, held-out part, and one sentence for each thing that can be wrong."""
+"""Text sources: formats, the held-out part, and an error for everything that can be wrong."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Opening a token store: what is damaged, or does not fit, is one sentence."""
+"""Opening a token store: a damaged or unsuitable one is an error."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def test_a_damaged_index_is_refused(copy: Path, name: str) -> None:
     with pytest.raises(UserError, match="is damaged"):
         opened.documents(opened.info.sources[0], "train")
     np.save(path, np.zeros(3, np.int64))
-    with pytest.raises(UserError, match="is not of"):
+    with pytest.raises(UserError, match="does not have"):
         opened.documents(opened.info.sources[0], "train")
 
 
