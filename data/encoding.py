@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.byte_level import ByteLevelEncoder
+from cpt_merge.data.byte_level_encoder import ByteLevelEncoder
 from cpt_merge.data.encoders import LibraryEncoder, TextEncoder, WordEncoder
 from cpt_merge.data.store import Integers, TokenizerInfo, Tokens, tokenizer_fingerprint
 

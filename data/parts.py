@@ -40,7 +40,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Block:
+class TokenBlock:
     """Successive documents of a piece, tokenised and divided into splits, without `empty` ones."""
 
     place: Place
@@ -53,11 +53,11 @@ class PartWriter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._blocks: list[Block] = []
+        self._blocks: list[TokenBlock] = []
         self._ends: list[Place] = []
         self._size = 0
 
-    def add(self, block: Block) -> None:
+    def add(self, block: TokenBlock) -> None:
         """Take a block, and write a part if there is enough."""
         self._blocks.append(block)
         self._size += sum(encoded.tokens.nbytes for encoded in block.splits.values())
@@ -88,7 +88,7 @@ class PartWriter:
         self._blocks, self._ends, self._size = [], [], 0
 
 
-class Part:
+class StoredPart:
     """A part on disk; its arrays are memory-mapped at the first use."""
 
     def __init__(self, directory: Path) -> None:
@@ -121,7 +121,7 @@ class Parts:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.rows: dict[Place, tuple[Part, int]] = {}  # where a block is
+        self.rows: dict[Place, tuple[StoredPart, int]] = {}  # where a block is
         self.totals: dict[int, int] = {}  # pieces that were read to their end -> their blocks
         self._known: set[str] = set()
 
@@ -129,7 +129,7 @@ class Parts:
         """Take in new parts."""
         for path in sorted(self.directory.glob("part-*")):
             if path.name not in self._known and not path.suffix:
-                part = Part(path)
+                part = StoredPart(path)
                 self._known.add(path.name)
                 for row, (piece, block) in enumerate(part.blocks[:, :2].tolist()):
                     self.rows[piece, block] = (part, row)
@@ -140,7 +140,7 @@ class Parts:
         """Whether every block of all `pieces` is there."""
         return len(self.totals) == pieces and sum(self.totals.values()) == len(self.rows)
 
-    def of_piece(self, piece: int) -> Iterator[tuple[Part, int]]:
+    def of_piece(self, piece: int) -> Iterator[tuple[StoredPart, int]]:
         """(part, row) of a complete piece's blocks, in order."""
         for block in range(self.totals[piece]):
             yield self.rows[piece, block]

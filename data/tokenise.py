@@ -1,7 +1,7 @@
 """Text to token store, divided over processes and nodes; the bytes do not depend on the division.
 
 The text is laid out on the line from 0 to 1: each piece (a file) takes a length in proportion to
-its size, and every process has an interval of that line. Block number b of a piece is at the start
+its size, and every process has an interval of that line. TokenBlock number b of a piece is at the start
 of the piece plus frac(b * golden ratio) of its length, which spreads the blocks evenly. A process
 reads the pieces that its interval meets and tokenises the blocks inside it. So a corpus of many
 files is divided by files and a single file by blocks; the cost is that processes read blocks that
@@ -24,7 +24,7 @@ from cpt_merge.core.progress import Meter, say, timed
 from cpt_merge.core.world import World
 from cpt_merge.data.encoding import DocumentEncoder
 from cpt_merge.data.join import join
-from cpt_merge.data.parts import Block, Encoded, Parts, PartWriter, Place
+from cpt_merge.data.parts import Encoded, Parts, PartWriter, Place, TokenBlock
 from cpt_merge.data.sources import Corpus, Piece, read_piece, source_pieces
 from cpt_merge.data.store import (  # fmt: skip
     STORE_FILE,
@@ -142,7 +142,7 @@ def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def encode_block(
     place: Place, texts: list[str], corpus: Corpus, encoders: dict[StoreSplit, DocumentEncoder]
-) -> Block:
+) -> TokenBlock:
     """Normalise the texts of a block, divide them into splits, and tokenise them."""
     prepared = [text for text in map(corpus.prepare, texts) if text]
     divided: dict[StoreSplit, list[str]] = {"train": [], "heldout": []}
@@ -155,7 +155,7 @@ def encode_block(
         for split, of_split in divided.items()
         if of_split
     }
-    return Block(place, len(texts) - len(prepared), splits)
+    return TokenBlock(place, len(texts) - len(prepared), splits)
 
 
 def _encode(texts: list[str], encoder: DocumentEncoder) -> Encoded:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.distributed import Ranks, joined
-from cpt_merge.core.models import model_directory
+from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import timed
 from cpt_merge.evaluation.chat_template import (
     ChatTemplate,

@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, StoppingCriteriaList
 
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.models import is_local, model_directory
+from cpt_merge.core.hub import is_local, model_directory
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.chat_template import render
 from cpt_merge.evaluation.conversation import Message

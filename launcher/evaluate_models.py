@@ -9,8 +9,8 @@ from typing import Any
 from cpt_merge.core.artifact import fingerprint, make_writable, stage_key
 from cpt_merge.core.config import Section, apply_override, key, parse_section
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.hub import model_directory
 from cpt_merge.core.languages import find_language
-from cpt_merge.core.models import model_directory
 from cpt_merge.core.progress import say
 from cpt_merge.core.world import find_world
 from cpt_merge.evaluation.config import EvaluationConfig

@@ -14,7 +14,7 @@ from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.checkpoint.tokenizer_files import has_tokenizer
 from cpt_merge.core.config import apply_override, parse_section
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.models import model_directory
+from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import say
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.fit import RefusedError

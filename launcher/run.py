@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from cpt_merge.core.artifact import fingerprint
+from cpt_merge.core.hub import model_directory
 from cpt_merge.core.lock import Lock
-from cpt_merge.core.models import model_directory
 from cpt_merge.core.world import find_world
 from cpt_merge.launcher.recipe import Recipe, load_recipe
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.models import hub_errors, is_local, model_directory
+from cpt_merge.core.hub import hub_errors, is_local, model_directory
 from cpt_merge.core.world import World
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.start import accelerate_config, backend_environment

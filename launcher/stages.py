@@ -29,7 +29,7 @@ def new_text(recipe: Recipe) -> Corpus:
 
 def vector_inputs(recipe: Recipe) -> dict[str, str]:
     """The fingerprints of further chat vectors."""
-    from cpt_merge.core.models import model_directory
+    from cpt_merge.core.hub import model_directory
 
     return {
         f"vector {number} {name}": fingerprint(

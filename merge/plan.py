@@ -20,7 +20,7 @@ from cpt_merge.checkpoint.token_changes import TokenChanges
 from cpt_merge.checkpoint.writer import CheckpointLayout, TensorSpec, check_room, natural
 from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.models import model_directory
+from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import say
 from cpt_merge.merge.chat_format import ChatFormat
 from cpt_merge.merge.config import MergeConfig, VectorConfig

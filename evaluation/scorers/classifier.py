@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.models import model_directory
+from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import timed
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import Metric

@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.byte_level import ByteLevelEncoder
+from cpt_merge.data.byte_level_encoder import ByteLevelEncoder
 from cpt_merge.data.encoders import LibraryEncoder
 from cpt_merge.data.encoding import VerifiedEncoder, text_encoder
-from tests.data.test_byte_level import trained
+from tests.data.test_byte_level_encoder import trained
 
 
 def test_byte_level_bpe_goes_by_tiktoken_and_others_by_the_library() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from cpt_merge.data.byte_level import LLAMA_3, QWEN, TEKKEN, ByteLevelEncoder, is_settled
+from cpt_merge.data.byte_level_encoder import LLAMA_3, QWEN, TEKKEN, ByteLevelEncoder, is_settled
 from cpt_merge.data.encoders import LibraryEncoder
 from tests.real_tokenizers import BASES
 from tests.training.texts import TEXTS
