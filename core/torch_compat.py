@@ -1,4 +1,4 @@
-"""Private functions of torch that this project needs. Tested with torch 2.13.0; a new version may move them."""
+"""Compatibility: private functions of torch that this project needs. Tested with torch 2.13."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def memory_store() -> Store:
-    """A store within this process, for a process group of one: no port is opened."""
+    """A store inside this process, for a process group of one; it opens no port."""
     from torch._C._distributed_c10d import HashStore
 
     return HashStore()
@@ -20,7 +20,7 @@ def memory_store() -> Store:
 def set_timeout(group: ProcessGroup, timeout: timedelta) -> None:
     """Change how long a collective of an existing group may take.
 
-    A device mesh creates its groups with torch's own timeout (10 minutes with NCCL) and takes no other.
+    A device mesh creates its groups with torch's default timeout (10 minutes with NCCL).
     """
     from torch.distributed.distributed_c10d import _set_pg_timeout
 

@@ -1,7 +1,7 @@
 """Text to token store, divided over processes and nodes; the bytes do not depend on the division.
 
 The text is laid out on the line from 0 to 1: each piece (a file) takes a length in proportion to
-its size, and every process has an interval of that line. TokenBlock number b of a piece is at the start
+its size, and every process has an interval of that line. Block number b of a piece is at the start
 of the piece plus frac(b * golden ratio) of its length, which spreads the blocks evenly. A process
 reads the pieces that its interval meets and tokenises the blocks inside it. So a corpus of many
 files is divided by files and a single file by blocks; the cost is that processes read blocks that
