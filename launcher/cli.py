@@ -292,6 +292,19 @@ def keys(
 
 
 @app.command()
+def example(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="demo if not set")] = "demo",
+) -> None:
+    """Print a recipe of the package, to start from: cpt-merge example NAME > my.yaml."""
+    from cpt_merge.launcher.recipe import example_recipes
+
+    found = example_recipes()
+    if name not in found:
+        raise UserError(f"there is no example {name}; there are {', '.join(found)}.")
+    print(found[name].read_text(encoding="utf-8"), end="")
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,

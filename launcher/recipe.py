@@ -10,6 +10,7 @@ from pydantic import field_validator, model_validator
 
 from cpt_merge.core.config import Section, apply_override, key, parse_section
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.package import PACKAGE
 from cpt_merge.data.config import DataConfig
 from cpt_merge.data.sources import Corpus
 from cpt_merge.evaluation import EvaluationConfig
@@ -37,7 +38,8 @@ class LaunchConfig(Section):
     )
     accelerate_config: str | None = key(
         None,
-        "accelerate's configuration file, which decides the backend; recipes/accelerate/fsdp2.yaml if not set",
+        "accelerate's configuration, which decides the backend: cpu, fsdp2, hsdp, zero1, zero2, zero3 "
+        "(recipes/accelerate), or a file; fsdp2 if not set",
     )
     spare_nodes: int = key(
         0,
@@ -96,13 +98,18 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     )
 
 
+def example_recipes() -> dict[str, Path]:
+    """The recipes of the package, by name."""
+    return {path.stem: path for path in sorted((PACKAGE / "recipes").glob("*.yaml"))}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises `UserError` if it is missing, is not UTF-8 or is no mapping."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"recipe {path} does not exist; the ones that come along are in recipes/."
+            f"{path} does not exist; `cpt-merge example` prints a recipe to start from."
         ) from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}.") from None

@@ -16,7 +16,7 @@ from cpt_merge.launcher.stage import StageContext
 READ_BY_US = (
     "CPT_MERGE_READ_ACCELERATE_CONFIG"  # set where we did what `accelerate launch` would have done
 )
-FSDP2_CONFIG = PACKAGE / "recipes" / "accelerate" / "fsdp2.yaml"
+ACCELERATE_CONFIGS = PACKAGE / "recipes" / "accelerate"
 
 
 def local_processes(recipe: Recipe) -> int:
@@ -35,15 +35,17 @@ def local_processes(recipe: Recipe) -> int:
 
 def accelerate_config(recipe: Recipe) -> Path:
     """The accelerate configuration file. Raises `UserError` if it is not there, or is none."""
-    name = recipe.launch.accelerate_config
-    path = Path(name).expanduser() if name else FSDP2_CONFIG
+    name = recipe.launch.accelerate_config or "fsdp2"
+    packaged = {path.stem: path for path in ACCELERATE_CONFIGS.glob("*.yaml")}
+    path = packaged.get(name) or Path(name).expanduser()
     if not path.is_file():
         raise UserError(
-            f"launch.accelerate_config = {path} does not exist; leave it out, or write one."
+            f"launch.accelerate_config = {name} does not exist; leave it out, write one, or name one "
+            f"of {', '.join(sorted(packaged))}."
         )
     if "distributed_type" not in read_yaml(path):
         raise UserError(
-            f"launch.accelerate_config = {path} has no distributed_type; see {FSDP2_CONFIG}."
+            f"launch.accelerate_config = {path} has no distributed_type; see {packaged['fsdp2']}."
         )
     return path
 
