@@ -23,12 +23,13 @@ if TYPE_CHECKING:
         run_stage,
     )
     from cpt_merge.launcher.recipe import Recipe
+    from cpt_merge.tokenizer_ext.verify.check_tokenizer import check_tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Corpus", "EvaluationConfig", "Interrupted", "Recipe", "UserError", "evaluate", "extend_tokenizer", "load_recipe",
-    "merge_in_memory", "merge_models", "resize_embeddings", "run_stage",
+    "Corpus", "EvaluationConfig", "Interrupted", "Recipe", "UserError", "check_tokenizer", "evaluate",
+    "extend_tokenizer", "load_recipe", "merge_in_memory", "merge_models", "resize_embeddings", "run_stage",
 ]  # fmt: skip
 
 _MODULES = {
@@ -37,6 +38,7 @@ _MODULES = {
     "Interrupted": "core.errors",
     "Recipe": "launcher.recipe",
     "UserError": "core.errors",
+    "check_tokenizer": "tokenizer_ext.verify.check_tokenizer",
     "evaluate": "evaluation.run",
 }  # and launcher.api for all others
 

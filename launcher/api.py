@@ -13,8 +13,8 @@ from cpt_merge.core.config import parse_section
 from cpt_merge.core.models import model_directory
 from cpt_merge.data.sources import Corpus
 from cpt_merge.launcher import recipe as recipes
-from cpt_merge.merge.config import EmbeddingsConfig, MergeConfig
-from cpt_merge.tokenizer_ext import TokenizerConfig
+from cpt_merge.merge.config import MergeConfig
+from cpt_merge.tokenizer_ext import EmbeddingsConfig, TokenizerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,11 +57,12 @@ def extend_tokenizer(
     `text` gives a text file by language. Tokens that only `chat` has keep their ids. `settings` are
     the keys of a recipe's `tokenizer` section. Returns numbers for a summary.
     """
-    from cpt_merge.tokenizer_ext.run import run
+    from cpt_merge.tokenizer_ext import extend
 
     config = parse_section(TokenizerConfig, settings, "the tokenizer's settings")
     chat_directory = model_directory(str(chat)) if chat else None
-    return run(config, model_directory(str(base)), chat_directory, _corpus(text), Path(out))
+    directory = model_directory(str(base))
+    return extend.extend_tokenizer(config, directory, _corpus(text), Path(out), chat_directory)
 
 
 def resize_embeddings(
@@ -74,13 +75,11 @@ def resize_embeddings(
     `embeddings` section, say (`input="constituents"`). `text` in the new languages is needed for
     the method `focus`. Returns row counts and norms.
     """
-    from cpt_merge.tokenizer_ext.embeddings.run import run
-    from cpt_merge.tracking import Tracker
+    from cpt_merge.tokenizer_ext.embeddings import resize
 
     config = parse_section(EmbeddingsConfig, settings, "the embeddings' settings")
-    corpus = _corpus(text) if text else Corpus.model_construct(sources=[])
-    directory = model_directory(str(base))
-    return run(config, directory, Path(tokenizer), corpus, Path(out), Tracker())
+    corpus, directory = _corpus(text) if text else None, model_directory(str(base))
+    return resize.resize_embeddings(config, directory, Path(tokenizer), Path(out), corpus)
 
 
 def merge_models(
