@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt_merge.core.config import parse_section
-from cpt_merge.core.models import model_directory
+from cpt_merge.core.hub import model_directory
 from cpt_merge.data.sources import Corpus
 from cpt_merge.launcher import recipe as recipes
 from cpt_merge.merge.config import MergeConfig
