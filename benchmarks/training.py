@@ -1,9 +1,9 @@
-"""Training, measured.
+"""Benchmarks of training.
 
-    python -m benchmarks.training prepare DIR [--size 3b]     random Llamas and token stores
-    python -m benchmarks.training trainer DIR                 speed and memory beside Trainer and a bare loop
-    python -m benchmarks.training checkpoint DIR              how long a save holds up training
-    python -m benchmarks.training gpu DIR --size 3b           MFU on one GPU, and a profile that shows the rest
+    python -m benchmarks.training prepare DIR [--size 3b]    random Llamas and token stores
+    python -m benchmarks.training trainer DIR                speed and memory of three contenders
+    python -m benchmarks.training checkpoint DIR             how long a save holds up training
+    python -m benchmarks.training gpu DIR --size 3b          MFU on one GPU, and a profile
 
 Results are printed and written to DIR/training-*.json.
 """
@@ -43,7 +43,7 @@ def prepare(
     tokens: int = 2_000_000,
     document: int = training_inputs.MEDIAN_DOCUMENT,
 ) -> None:
-    """Make the inputs of a size, or those that a CPU can train; what is there is kept."""
+    """Make the inputs of a size, or those that a CPU can train, unless they exist."""
     for name in [size] if size else ["small", "long-vocabulary"]:
         training_inputs.prepare(folder, name, tokens, document)
 
@@ -53,7 +53,7 @@ def trainer(
     folder: Path, rounds: int = 3, intervals: int = 5, sizes: str = "small,long-vocabulary",
     precisions: str = "fp32,bf16", processes: str = "1,2",
 ) -> None:  # fmt: skip
-    """The same model on the same rows by three contenders in turn, in every precision and number of processes."""
+    """Three contenders train the same model in turn, in every precision and number of processes."""
     os.environ["OMP_NUM_THREADS"] = "1"
     results: dict[str, dict[str, Any]] = {}
     _show_header()
@@ -116,7 +116,7 @@ def free_port() -> int:
 
 
 def _round(case: Case, number: int) -> Iterator[dict[str, list[Interval]]]:
-    """Fresh processes of every contender; interval for interval, what each found. The order changes every time."""
+    """Start every contender, and let them train interval by interval in changing order."""
     contenders = {name: Contender(name, case) for name in NAMES}
     for turn in range(case.intervals):
         shift = (number + turn) % len(NAMES)
@@ -164,7 +164,7 @@ def _ratios(seconds: dict[str, list[float]], other: str) -> list[float]:
 
 def _show_header() -> None:
     print(
-        "our speed over theirs: by the wall clock, without the waiting for a CPU that others had, by CPU time; memory"
+        "our speed over theirs: by the wall clock, without waiting for a CPU, by CPU time; memory"
     )
 
 
@@ -184,7 +184,7 @@ def _show(name: str, summary: dict[str, Any]) -> None:
 def checkpoint(
     folder: Path, rounds: int = 5, processes: str = "1,2", size: str = "long-vocabulary"
 ) -> None:
-    """The stall of an asynchronous save against a synchronous one of the same state, after the first."""
+    """Compare the stall of an asynchronous save with that of a synchronous one."""
     os.environ["OMP_NUM_THREADS"] = "1"
     results = {}
     for count in map(int, processes.split(",")):
@@ -206,8 +206,9 @@ def checkpoint(
         )
         slower = median(save.step / save.quiet_step for save in kinds[False])
         print(
-            f"{count} process{'es' if count > 1 else ''}, {nbytes / 1e9:.2f} GB: synchronous {stalls[True]:.2f} s, "
-            f"stall {stalls[False]:.3f} s, {share:.1%}; a step while it is written takes {slower:.2f} times as long",
+            f"{count} process{'es' if count > 1 else ''}, {nbytes / 1e9:.2f} GB: "
+            f"synchronous {stalls[True]:.2f} s, stall {stalls[False]:.3f} s, {share:.1%}; "
+            f"a step during the write takes {slower:.2f} times as long",
             flush=True,
         )
         results[count] = [asdict(save) for save in saves]
@@ -221,28 +222,36 @@ def _saves(case: Case, rank: int, port: int, out: Path, rounds: int) -> tuple[in
 
 @app.command()
 def gpu(
-    folder: Path, size: str = "3b", length: int = 4096, global_batch_size: int = 8,
-    micro_batch_size: int = 2, steps: int = 20, compile_layers: bool = True, recompute: str = "none",
-    loss_chunk: int = 4096, fp8: bool = False,
-) -> None:  # fmt: skip
+    folder: Path,
+    size: str = "3b",
+    length: int = 4096,
+    global_batch_size: int = 8,
+    micro_batch_size: int = 2,
+    steps: int = 20,
+    compile_layers: bool = True,
+    recompute: str = "none",
+    loss_chunk: int = 4096,
+    fp8: bool = False,
+) -> None:
     """MFU of bf16 training on one GPU, and the kernels that take most of its time."""
     case = Case(
         Inputs.of(folder, size), "bf16", 1, length, global_batch_size, micro_batch_size, 10**6, 1
     )
     changes = {
-        "compile": compile_layers, "activation_checkpointing": recompute, "loss_chunk": loss_chunk, "fp8": fp8,
-    }  # fmt: skip
+        "compile": compile_layers,
+        "activation_checkpointing": recompute,
+        "loss_chunk": loss_chunk,
+        "fp8": fp8,
+    }
     found = measure_gpu(case, steps, changes)
     print(
         f"{found.device}: {size}, sequence {length}, {global_batch_size} sequences a step in "
         f"micro-batches of {micro_batch_size}"
     )
     print(
-        f"{found.seconds:.3f} s a step, {found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.3f}, ",
-        end="",
-    )
-    print(
-        f"{found.peak_gb:.1f} GB at most; no kernel ran in {found.idle:.1%} of the time; of the rest:"
+        f"{found.seconds:.3f} s a step, {found.tokens_per_second:,.0f} tokens/s, "
+        f"MFU {found.mfu:.3f}, {found.peak_gb:.1f} GB at most; "
+        f"no kernel ran in {found.idle:.1%} of the time; of the rest:"
     )
     for kernel, share in found.profile:
         print(f"{share:7.1%}  {kernel}")

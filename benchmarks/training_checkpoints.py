@@ -1,4 +1,4 @@
-"""How long a save holds up training: the asynchronous one and the synchronous one of the same state, in turn."""
+"""How long an asynchronous and a synchronous save of the same state hold up training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.training_contenders import Case, ask_for_fsdp, settings
 
 @dataclass(frozen=True)
 class Save:
-    """Seconds that a save held up training, until its bytes were on disk, and of a step while it was written."""
+    """Seconds that a save held up training, until it was on disk, and of a step meanwhile."""
 
     synchronous: bool
     stall: float
@@ -23,7 +23,7 @@ class Save:
 
 
 def measure_saves(case: Case, folder: Path, rounds: int) -> tuple[int, list[Save]]:
-    """(bytes of a checkpoint, saves of both kinds in turn after the first of each), by one of the processes."""
+    """(bytes of a checkpoint, saves of both kinds in turn after the first of each) on a process."""
     from cpt_merge.data.packing import TrainingSequences
     from cpt_merge.data.store import Store
     from cpt_merge.training.config import CheckpointConfig, TrainingConfig

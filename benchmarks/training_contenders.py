@@ -1,7 +1,7 @@
-"""What trains the same model on the same packed rows, one interval of steps at a time: ours, a bare loop, Trainer.
+"""Three contenders train the same model on the same packed sequences: ours, a bare loop, Trainer.
 
-A contender's processes are started afresh, warm up, and then wait: `Turn` lets them train one interval when the
-benchmark says so. So contenders take turns within seconds, and what else the machine does meets them alike.
+Fresh processes of each warm up and then wait. `Turn` lets them train one interval of steps at a
+time, so they take turns within seconds and other work on the machine affects all alike.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Interval:
     delay: float  # of `wall`, while the main thread could run but others had the CPUs
     cpu: float  # of all threads
     peak: float
-    loss: float  # of its last step, or of its steps on average with Trainer: to see that the same is trained
+    loss: float  # of its last step (Trainer: a mean), which shows that all train the same
 
 
 class Finished(Exception):  # noqa: N818 - not an error
@@ -91,23 +91,27 @@ class Turn:
 
 
 def run_queue_delay() -> float:
-    """Seconds that this thread has waited for a CPU that others had."""
+    """Seconds that this thread has waited for a CPU."""
     return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 def peak_megabytes() -> float:
-    """Peak resident memory of this process since it became this program (ru_maxrss counts its parent's too)."""
+    """Peak resident memory of this process (ru_maxrss would count its parent's too)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith("VmHWM"))
 
 
 def join(case: Case, rank: int, port: int) -> None:
-    """Say who this process is, as torchrun would."""
-    if case.processes > 1:  # one alone is nobody's rank: Trainer would wrap its model in DDP
+    """Set rank and world size, as torchrun would."""
+    if case.processes > 1:  # a single one with a rank would make Trainer wrap its model in DDP
         os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(case.processes), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(case.processes),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        )  # fmt: skip
+            RANK=str(rank),
+            WORLD_SIZE=str(case.processes),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(case.processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
 
 
 def enter(name: str, case: Case, rank: int, port: int, connection: Connection) -> None:
@@ -120,19 +124,25 @@ def enter(name: str, case: Case, rank: int, port: int, connection: Connection) -
         pass
     finally:
         shutil.rmtree(folder)
-    os._exit(0)  # process groups in the middle of a run are not taken down one by one
+    os._exit(0)  # do not take down process groups in the middle of a run
 
 
 def settings(case: Case) -> dict[str, Any]:
     """The recipe's `training` section."""
     return {
-        "sequence_length": case.length, "global_batch_size": case.global_batch_size,
+        "sequence_length": case.length,
+        "global_batch_size": case.global_batch_size,
         "micro_batch_size": case.micro_batch_size,
-        "tokens": case.length * case.global_batch_size * (case.steps + 1), "precision": case.precision,
+        "tokens": case.length * case.global_batch_size * (case.steps + 1),
+        "precision": case.precision,
         "optimizer": {"learning_rate": RATE, "beta1": BETAS[0], "beta2": BETAS[1], "clip": CLIP},
-        "schedule": {"warmup": 0, "final": 1.0}, "log_every": case.interval,
-        "evaluate_every": 10**6, "evaluate_sequences": 1, "continuations": 0, "checkpoints": {"every": 10**6},
-    }  # fmt: skip
+        "schedule": {"warmup": 0, "final": 1.0},
+        "log_every": case.interval,
+        "evaluate_every": 10**6,
+        "evaluate_sequences": 1,
+        "continuations": 0,
+        "checkpoints": {"every": 10**6},
+    }
 
 
 def ask_for_fsdp(case: Case) -> None:
@@ -170,7 +180,7 @@ def ours(case: Case, folder: Path, turn: Turn) -> None:
 
 
 def bare(case: Case, folder: Path, turn: Turn) -> None:
-    """Forward, backward, clip, step of our model on tensors that are there: what a loop cannot be faster than."""
+    """Forward, backward, clip, step of our model on tensors in memory: no loop can be faster."""
     import torch
 
     from cpt_merge.training.config import TrainingConfig
@@ -184,7 +194,7 @@ def bare(case: Case, folder: Path, turn: Turn) -> None:
     backend = TorchBackend.build(
         PhaseSetup(config, phases_of(config)[0], case.inputs.model, 0), parallel
     )
-    rows, size = _training_rows(case), case.processes
+    rows, size = _sequences(case), case.processes
     steps = []
     for step in range(case.steps):
         first = step * case.global_batch_size
@@ -208,7 +218,7 @@ def bare(case: Case, folder: Path, turn: Turn) -> None:
 
 
 def trainer(case: Case, folder: Path, turn: Turn) -> None:
-    """transformers.Trainer with the settings that its documentation gives for this: sdpa, packed by position ids."""
+    """transformers.Trainer as its documentation advises: sdpa, packed by position ids."""
     import torch
     from torch.distributed.fsdp import FSDPModule
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -225,17 +235,32 @@ def trainer(case: Case, folder: Path, turn: Turn) -> None:
         _let_trainer_shard() if case.processes > 1 else {"use_cpu": not torch.cuda.is_available()}
     )
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=case.steps + 1, per_device_train_batch_size=case.micro_batch_size,
-        gradient_accumulation_steps=case.global_batch_size // (case.processes * case.micro_batch_size),
-        learning_rate=RATE, weight_decay=0.1, adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP,
+        output_dir=str(folder),
+        max_steps=case.steps + 1,
+        per_device_train_batch_size=case.micro_batch_size,
+        gradient_accumulation_steps=(
+            case.global_batch_size // (case.processes * case.micro_batch_size)
+        ),
+        learning_rate=RATE,
+        weight_decay=0.1,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        max_grad_norm=CLIP,
         optim="adamw_torch_fused",
-        lr_scheduler_type="constant", bf16=case.precision == "bf16", logging_steps=case.interval, save_strategy="no",
-        report_to=[], disable_tqdm=True, remove_unused_columns=False, train_sampling_strategy="sequential", **sharding,
-    )  # fmt: skip
+        lr_scheduler_type="constant",
+        bf16=case.precision == "bf16",
+        logging_steps=case.interval,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+        **sharding,
+    )
     model = AutoModelForCausalLM.from_pretrained(
         case.inputs.model, dtype=torch.float32, use_cache=False
     )
-    rows = _training_rows(case)
+    rows = _sequences(case)
 
     class Packed(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         def __len__(self) -> int:
@@ -244,16 +269,21 @@ def trainer(case: Case, folder: Path, turn: Turn) -> None:
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             batch = rows.batch([index])
             labels = batch.labels[0]
-            return {"input_ids": batch.input_ids[0], "position_ids": batch.position_ids[0], "labels": labels,
-                    "shift_labels": labels}  # fmt: skip
+            return {
+                "input_ids": batch.input_ids[0],
+                "position_ids": batch.position_ids[0],
+                "labels": labels,
+                "shift_labels": labels,
+            }
 
     runner = Trainer(model=model, args=arguments, train_dataset=Packed(), callbacks=[Log()])
     runner.train()
 
 
 def _let_trainer_shard() -> dict[str, Any]:
-    """FSDP2 for Trainer. On a CPU it would quietly be DDP: accelerate knows no FSDP without an accelerator, so there
-    it is told that gloo processes are as good as GPUs (a private method of accelerate 1.15).
+    """FSDP2 for Trainer. On a CPU, accelerate would silently use DDP.
+
+    So it is told that gloo processes are as good as GPUs (a private method of accelerate 1.15).
     """
     import torch
 
@@ -271,7 +301,7 @@ def _let_trainer_shard() -> dict[str, Any]:
     }
 
 
-def _training_rows(case: Case) -> Any:
+def _sequences(case: Case) -> Any:
     from cpt_merge.data.packing import TrainingSequences
     from cpt_merge.data.store import Store
 

@@ -61,8 +61,10 @@ class Inputs:
 
 
 def prepare(folder: Path, name: str, tokens: int, document: int = MEDIAN_DOCUMENT) -> None:
-    """Make the inputs of a size; what is there is kept. `document` is the median length of documents, in tokens: their
-    lengths are log-normal, as those of web pages and articles are.
+    """Make the inputs of a size unless they exist.
+
+    `document` is the median length of documents in tokens. Lengths are log-normal, as those of web
+    pages and articles.
     """
     inputs, size = Inputs.of(folder, name), SIZES[name]
     if not (inputs.model / "config.json").is_file():
@@ -84,7 +86,8 @@ def make_model(directory: Path, size: Size) -> None:
     )
     config = LlamaConfig(
         vocab_size=size.rows, hidden_size=size.hidden, intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.key_value_heads,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads,
+        num_key_value_heads=size.key_value_heads,
         max_position_embeddings=size.positions, bos_token_id=BOS, eos_token_id=EOS,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -95,7 +98,7 @@ def make_model(directory: Path, size: Size) -> None:
 
 
 def _make_store(inputs: Inputs, size: Size, tokens: int, document: int) -> None:
-    """Documents of random tokens: what they say changes neither the time nor the memory of a step."""
+    """Documents of random tokens, which cost a step as much time and memory as real ones."""
     random = np.random.default_rng(0)
     dtype = "uint16" if size.rows <= 2**16 else "uint32"
     counts = {

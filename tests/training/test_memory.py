@@ -107,10 +107,13 @@ def shard_and_step(
 @pytest.mark.parametrize(
     ("precision", "tied", "vocabulary_only", "size", "replicas"),
     [
-        ("bf16", False, False, 2, 1), ("bf16", True, True, 2, 1), ("fp32", False, False, 1, 1),
-        ("pure-bf16", False, False, 2, 1), ("bf16", False, False, 4, 2),
+        ("bf16", True, True, 2, 1),
+        pytest.param("bf16", False, False, 2, 1, marks=pytest.mark.slow),
+        pytest.param("fp32", False, False, 1, 1, marks=pytest.mark.slow),
+        pytest.param("pure-bf16", False, False, 2, 1, marks=pytest.mark.slow),
+        pytest.param("bf16", False, False, 4, 2, marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_what_is_divided_is_exact(
     precision: str, tied: bool, vocabulary_only: bool, size: int, replicas: int
 ) -> None:
@@ -273,15 +276,20 @@ def whole_steps(store: Path, sizes: dict[str, Any], asked: MemorySetup) -> tuple
     ("changes", "sizes"),
     [
         ({}, {}),
-        ({"precision": "fp32", "micro_batches": 2}, {}),
-        ({"precision": "pure-bf16", "activation_checkpointing": "full"}, {}),
         ({"strategy": "single", "shards": 1, "micro_batches": 2}, {}),
-        ({"strategy": "single", "shards": 1, "activation_checkpointing": "full"}, {}),
-        # fp32: a CPU copies what it adds in another type, and a GPU does not
-        ({"precision": "fp32", "activation_checkpointing": "full", "micro_batches": 2}, {}),
-        (
-            {"precision": "fp32", "loss_chunk": 32},
-            {"vocab_size": 16_384, "tie_word_embeddings": True},
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                ({"precision": "fp32", "micro_batches": 2}, {}),
+                ({"precision": "pure-bf16", "activation_checkpointing": "full"}, {}),
+                ({"strategy": "single", "shards": 1, "activation_checkpointing": "full"}, {}),
+                # fp32: a CPU copies what it adds in another type, and a GPU does not
+                ({"precision": "fp32", "activation_checkpointing": "full", "micro_batches": 2}, {}),
+                (
+                    {"precision": "fp32", "loss_chunk": 32},
+                    {"vocab_size": 16_384, "tie_word_embeddings": True},
+                ),
+            )
         ),
     ],
 )

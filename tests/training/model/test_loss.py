@@ -37,8 +37,15 @@ def plain(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("chunk", "compiled"), [(1, False), (5, False), (16, False), (100, False), (16, True)],
-)  # fmt: skip
+    ("chunk", "compiled"),
+    [
+        (1, False),
+        (5, False),
+        (16, False),
+        (100, False),
+        pytest.param(16, True, marks=pytest.mark.slow),  # torch.compile calls a C++ compiler
+    ],
+)
 @pytest.mark.parametrize(
     ("scale", "softcap", "biased"), [(1.0, None, False), (0.25, None, True), (3.0, 2.0, True)]
 )
