@@ -29,12 +29,9 @@ def run_ranks(
     if torch.cuda.is_available():
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     else:
-        context = multiprocessing.get_context(
-            "forkserver"
-        )  # a clean process that has imported the slow packages once
-        context.set_forkserver_preload(
-            ["torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "datasets"]
-        )
+        # a clean process that has imported the slow packages once
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preloaded"])
     queue: Any = context.Queue()
     port = free_port()
     processes = [

@@ -1,8 +1,11 @@
-"""A tiny model, its tokenizer and a token store, made once per session."""
+"""A tiny model, its tokenizer, a token store and runs of training, made once per session."""
 
 import json
 import random
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from cpt_merge.data.tokenise import write_store
 CONFIG: dict[str, Any] = {
     "sequence_length": 32, "global_batch_size": 8, "micro_batch_size": 2, "tokens": 32 * 8 * 12, "precision": "fp32",
     "log_every": 1, "evaluate_every": 6, "evaluate_sequences": 6, "checkpoints": {"every": 4}, "loss_chunk": 20,
+    "continuations": 0,
     # Adam's first steps are the signs of the gradients; a large epsilon keeps rounding noise from flipping them
     "optimizer": {"learning_rate": 0.01, "clip": 0.5, "epsilon": 1e-4},
 }  # fmt: skip
@@ -120,3 +124,40 @@ def store(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus, model: Path)
     folder = tmp_path_factory.mktemp("data") / "store"
     write_store(corpus, model, folder)
     return folder
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run of `tests.training.runs.Job` without changes, and what it logged by step."""
+
+    out: Path
+    steps: dict[int, tuple[float, float]]  # loss and gradient norm
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {step: loss for step, (loss, _) in self.steps.items()}
+
+    def copied_to(self, out: Path) -> Path:
+        """A copy whose checkpoints a test may change, or continue from."""
+        shutil.copytree(self.out, out)
+        return out
+
+
+@pytest.fixture(scope="session")
+def finished(
+    model: Path, tied_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., FinishedRun]:
+    """`finished(backend, size, tied, stop_after)`: each run is made once; do not change its files."""
+    from tests.distributed import run_ranks
+    from tests.training.runs import Job, train_steps
+
+    @cache
+    def run(
+        backend: str = "fsdp2", size: int = 1, tied: bool = False, stop_after: int = 0
+    ) -> FinishedRun:
+        out = tmp_path_factory.mktemp("run") / "out"
+        chosen = tied_model if tied else model
+        job = Job(chosen, store, out, backend=backend, stop_after=stop_after)
+        return FinishedRun(out, run_ranks(train_steps, size, job)[0])
+
+    return run

@@ -1,7 +1,8 @@
-"""The training stage in real processes: equal to a plain reference, exact on resume, the same rows at any world size."""
+"""The training stage in real processes: equal to plain torch, exact on resume, at any world size."""
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
 from cpt_merge.launcher.start import backend_environment
 from tests.distributed import run_ranks
+from tests.training.conftest import FinishedRun
 from tests.training.runs import (
     ROOT,
     Job,
@@ -19,7 +21,6 @@ from tests.training.runs import (
     reference_losses,
     reference_steps,
     train,
-    train_steps,
 )
 
 BACKENDS = [("fsdp2", 1), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
@@ -41,12 +42,17 @@ def backends(*quick: tuple[str, int]) -> list[object]:
     "tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"]
 )
 def test_equals_a_plain_single_process_reference(
-    backend: str, size: int, tied: bool, model: Path, tied_model: Path, store: Path, tmp_path: Path
+    backend: str,
+    size: int,
+    tied: bool,
+    model: Path,
+    tied_model: Path,
+    store: Path,
+    finished: Callable[..., FinishedRun],
 ) -> None:
-    """Gradient norms too: clipping hides a gradient that is wrong by a factor from the losses."""
-    chosen = tied_model if tied else model
-    steps = run_ranks(train_steps, size, Job(chosen, store, tmp_path, backend=backend))[0]
-    expected = reference_steps(chosen, store)
+    """Gradient norms too, since clipping hides a wrong factor of the gradient from the losses."""
+    steps = finished(backend, size, tied).steps
+    expected = reference_steps(tied_model if tied else model, store)
     assert list(steps) == list(expected) == list(range(1, 13))
     assert steps[12][0] < steps[1][0] - 0.5
     for step, (loss, norm) in steps.items():
@@ -56,17 +62,21 @@ def test_equals_a_plain_single_process_reference(
 
 @pytest.mark.parametrize(("backend", "size"), backends(("fsdp2", 2)))
 def test_stopped_by_a_signal_to_one_rank_and_resumed_it_is_bit_for_bit_the_same(
-    backend: str, size: int, model: Path, store: Path, tmp_path: Path
+    backend: str,
+    size: int,
+    model: Path,
+    store: Path,
+    finished: Callable[..., FinishedRun],
+    tmp_path: Path,
 ) -> None:
-    whole = run_ranks(train, size, Job(model, store, tmp_path / "whole", backend=backend))[0]
-    parts = tmp_path / "parts"
-    first = run_ranks(train, size, Job(model, store, parts, backend=backend, stop_after=5))[0]
+    whole, stopped = finished(backend, size), finished(backend, size, stop_after=5)
+    first, parts = stopped.losses, stopped.copied_to(tmp_path / "parts")
     assert max(first) in (5, 6)
     assert not (parts / "cpt").exists()
     second = run_ranks(train, size, Job(model, store, parts, backend=backend))[0]
     assert min(second) == max(first) + 1
-    assert {**first, **second} == whole
-    assert_same_weights(tmp_path / "whole", parts)
+    assert {**first, **second} == whole.losses
+    assert_same_weights(whole.out, parts)
 
 
 @pytest.mark.parametrize(
@@ -79,13 +89,15 @@ def test_stopped_by_a_signal_to_one_rank_and_resumed_it_is_bit_for_bit_the_same(
     ],
 )
 def test_a_checkpoint_continues_at_another_size_and_layout(
-    before: tuple[str, int], after: tuple[str, int], model: Path, store: Path, tmp_path: Path
+    before: tuple[str, int],
+    after: tuple[str, int],
+    model: Path,
+    store: Path,
+    finished: Callable[..., FinishedRun],
+    tmp_path: Path,
 ) -> None:
-    whole = run_ranks(train, 1, Job(model, store, tmp_path / "whole"))[0]
-    parts = tmp_path / "parts"
-    first = run_ranks(train, before[1], Job(model, store, parts, backend=before[0], stop_after=5))[
-        0
-    ]
+    whole, stopped = finished().losses, finished(*before, stop_after=5)
+    first, parts = stopped.losses, stopped.copied_to(tmp_path / "parts")
     second = run_ranks(train, after[1], Job(model, store, parts, backend=after[0]))[0]
     assert min(second) == max(first) + 1
     assert max(second) == 12
@@ -180,14 +192,13 @@ def test_after_too_many_such_steps_it_stops_and_names_the_last_good_checkpoint(
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(
-    model: Path, store: Path, tmp_path: Path
+    model: Path, store: Path, finished: Callable[..., FinishedRun], tmp_path: Path
 ) -> None:
-    job = Job(model, store, tmp_path, {"tokens": 32 * 8})
-    run_ranks(train, 1, job)
-    state = next((tmp_path / "checkpoints").glob("step-*/train_state.json"))
+    out = finished().copied_to(tmp_path / "out")
+    state = max((out / "checkpoints").glob("step-*/train_state.json"))
     state.write_text(state.read_text().replace('"key": "key"', '"key": "other"'))
     with pytest.raises(AssertionError, match="belongs to another configuration or model"):
-        run_ranks(train, 1, job)
+        run_ranks(train, 1, Job(model, store, out))
 
 
 def test_what_does_not_fit_is_one_sentence(model: Path, store: Path, tmp_path: Path) -> None:

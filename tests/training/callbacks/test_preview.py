@@ -1,4 +1,4 @@
-"""The preview: training does not notice it, and it shows the chat model that the hook would make at that step."""
+"""The preview changes nothing in training, and shows the chat model that the hook would make."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cpt_merge.core.artifact import read_json_lines
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.files import merge_directories as merge
 from cpt_merge.merge.plan import MergeInputs
@@ -64,12 +65,17 @@ def test_training_is_the_same_with_and_without(
     tmp_path: Path,
 ) -> None:
     changes = {"precision": precision}
+    more = {**changes, **EVERY, "continuations": 1}
     plain = Job(model, store, tmp_path / "plain", changes, backend)
-    shown = Job(model, store, tmp_path / "shown", {**changes, **EVERY}, backend, chat=chat_model)
+    shown = Job(model, store, tmp_path / "shown", more, backend, chat=chat_model)
     without, with_it = run_ranks(train_steps, size, plain), run_ranks(train_steps, size, shown)
     assert with_it == without
     assert_same_weights(plain.out, shown.out)
     assert list(rows_of(shown.out)) == [0, 5, 10, 12]
+    continued = read_json_lines(shown.out / "continuations.jsonl")
+    assert [row[:2] for row in continued] == [
+        [n, name] for n in (0, 6, 12) for name in ("ko", "en")
+    ]
     if precision == "fp32":
         base, chat = (
             AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model, chat_model)

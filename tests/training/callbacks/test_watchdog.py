@@ -1,8 +1,7 @@
 """The watchdog, with processes that really hang."""
 
-import subprocess
-import sys
-import textwrap
+import multiprocessing
+import re
 import threading
 import time
 from pathlib import Path
@@ -80,31 +79,24 @@ def test_a_second_silence_is_a_second_alarm_and_an_alarm_may_fail(
     )
 
 
+def stuck(folder: Path) -> None:
+    """The search for a match that does not exist is one C call, which lets no other thread run."""
+    with Watchdog(0.3, folder, 0, lambda text: None):
+        re.match("(a|aa)+$", "a" * 60 + "b")
+
+
 def test_a_process_that_holds_the_interpreter_is_seen_too(tmp_path: Path) -> None:
-    """The search for a match that is not there is one C call, which lets no other thread run."""
-    code = f"""
-        import re
-        from pathlib import Path
-        from cpt_merge.training.callbacks.watchdog import Watchdog
-
-        def stuck():
-            re.match("(a|aa)+$", "a" * 60 + "b")
-
-        with Watchdog(0.3, Path({str(tmp_path)!r}), 0, lambda text: None):
-            stuck()
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.DEVNULL
-    )
+    process = multiprocessing.get_context("forkserver").Process(target=stuck, args=(tmp_path,))
+    process.start()
     path, deadline = tmp_path / "stacks-rank-00000.txt", time.monotonic() + 60
     try:
         while not (path.is_file() and "in stuck" in path.read_text()):
-            assert process.poll() is None, "it was not stuck for long enough"
+            assert process.is_alive(), "it was not stuck for long enough"
             assert time.monotonic() < deadline
             time.sleep(0.1)
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def test_a_beat_costs_a_training_step_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cpt_merge.training.config import CheckpointConfig
 from cpt_merge.training.distributed.checkpoint import STATE_FILE, Checkpoints, TrainState
 from cpt_merge.training.distributed.parallel import start_parallel
 from tests.distributed import run_ranks
+from tests.training.conftest import FinishedRun
 from tests.training.runs import Job, ask_for, assert_same_weights, train
 
 
@@ -223,12 +225,9 @@ def train_on_a_disk_that_fills(job: Job) -> None:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(
-    model: Path, store: Path, tmp_path: Path
+    model: Path, store: Path, finished: Callable[..., FinishedRun], tmp_path: Path
 ) -> None:
-    whole = run_ranks(train, 1, Job(model, store, tmp_path / "whole"))[0]
-    job = Job(model, store, tmp_path / "parts", stop_after=9)
-    run_ranks(train, 1, job)
-    job.stop_after = 0
+    job = Job(model, store, finished(stop_after=9).copied_to(tmp_path / "parts"))
     newest = sorted((job.out / "checkpoints").glob("step-*"))[-1]
     shard = next(newest.glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:100])
@@ -237,16 +236,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(
     ):
         run_ranks(train, 1, job)
     shutil.rmtree(newest)
-    assert run_ranks(train, 1, job)[0] == {step: loss for step, loss in whole.items() if step > 8}
+    rest = {step: loss for step, loss in finished().losses.items() if step > 8}
+    assert run_ranks(train, 1, job)[0] == rest
 
 
 def test_a_checkpoint_whose_numbers_were_changed_on_disk_is_found(
-    model: Path, store: Path, tmp_path: Path
+    model: Path, store: Path, finished: Callable[..., FinishedRun], tmp_path: Path
 ) -> None:
-    job = Job(model, store, tmp_path, stop_after=9)
-    run_ranks(train, 1, job)
-    job.stop_after = 0
-    newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+    job = Job(model, store, finished(stop_after=9).copied_to(tmp_path / "out"))
+    newest = sorted((job.out / "checkpoints").glob("step-*"))[-1]
     reader = FileSystemReader(newest)
     embedding = {"model": {"model.model.embed_tokens.weight": torch.zeros(301, 32)}}
     load(embedding, storage_reader=reader)
@@ -257,15 +255,15 @@ def test_a_checkpoint_whose_numbers_were_changed_on_disk_is_found(
         run_ranks(train, 1, job)
 
 
-def test_a_checkpoint_without_its_marker_is_none(model: Path, store: Path, tmp_path: Path) -> None:
-    job = Job(model, store, tmp_path, stop_after=9)
-    run_ranks(train, 1, job)
-    job.stop_after = 0
-    newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+def test_a_checkpoint_without_its_marker_is_none(
+    model: Path, store: Path, finished: Callable[..., FinishedRun], tmp_path: Path
+) -> None:
+    job = Job(model, store, finished(stop_after=9).copied_to(tmp_path / "out"))
+    newest = sorted((job.out / "checkpoints").glob("step-*"))[-1]
     (newest / STATE_FILE).unlink()
     assert min(run_ranks(train, 1, job)[0]) == 9
     assert (
-        json.loads((tmp_path / "checkpoints/step-00000012" / STATE_FILE).read_text())["step"] == 12
+        json.loads((job.out / "checkpoints/step-00000012" / STATE_FILE).read_text())["step"] == 12
     )
 
 

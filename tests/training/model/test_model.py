@@ -282,10 +282,16 @@ def load_sharded(
 
 
 @pytest.mark.parametrize(
-    ("shape", "names"),
-    [((2,), ("shard",)), ((1, 2), ("replicate", "shard")), ((2, 1), ("replicate", "shard"))],
+    ("shape", "names", "tied"),
+    [
+        ((2,), ("shard",), False),
+        ((1, 2), ("replicate", "shard"), True),
+        pytest.param((2,), ("shard",), True, marks=pytest.mark.slow),
+        pytest.param((1, 2), ("replicate", "shard"), False, marks=pytest.mark.slow),
+        pytest.param((2, 1), ("replicate", "shard"), False, marks=pytest.mark.slow),
+        pytest.param((2, 1), ("replicate", "shard"), True, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("tied", [False, True])
 def test_each_process_reads_its_rows(
     shape: tuple[int, ...], names: tuple[str, ...], tied: bool, tmp_path: Path
 ) -> None:
