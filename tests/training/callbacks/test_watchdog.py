@@ -19,7 +19,7 @@ def oversleep() -> None:
 
 
 def one_oversleeps(folder: Path) -> list[str]:
-    """Rank 1 is late for a collective, in which rank 0 waits for it; the alarms of this rank."""
+    """Rank 1 is late for a collective in which rank 0 waits; returns the alarms of this rank."""
     dist.init_process_group("gloo")
     rank, alarms = dist.get_rank(), list[str]()
     with Watchdog(0.5, folder, rank, alarms.append) as watchdog:
@@ -49,8 +49,8 @@ def test_every_rank_writes_where_it_hangs(tmp_path: Path) -> None:
 def test_beats_keep_it_quiet_and_leave_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Watchdog(1, tmp_path, 0, pytest.fail) as watchdog:
-        for step in range(15):
+    with Watchdog(2, tmp_path, 0, pytest.fail) as watchdog:
+        for step in range(25):
             time.sleep(0.1)
             watchdog.beat(f"step {step}")
     assert not list(tmp_path.iterdir())
@@ -67,9 +67,12 @@ def test_a_second_silence_is_a_second_alarm_and_an_alarm_may_fail(
         raise OSError("no network")
 
     with Watchdog(0.5, tmp_path, 3, alarm) as watchdog:
-        for what in ("step 1", "step 2"):
+        for number, what in enumerate(("step 1", "step 2"), 1):
             watchdog.beat(what)
-            time.sleep(0.75)
+            deadline = time.monotonic() + 60
+            while len(alarms) < number:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
     assert ["'step 1'" in alarms[0], "'step 2'" in alarms[1]] == [True, True]
     lines = capsys.readouterr().err.splitlines()
     assert sum("rank 3 on" in line and "stacks-rank-00003.txt" in line for line in lines) == 2
@@ -101,7 +104,7 @@ def test_a_process_that_holds_the_interpreter_is_seen_too(tmp_path: Path) -> Non
 
 def test_a_beat_costs_a_training_step_nothing(tmp_path: Path) -> None:
     with Watchdog(60, tmp_path, 0, pytest.fail) as watchdog:
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(1000):
             watchdog.beat("step")
-        assert (time.perf_counter() - start) / 1000 < 50e-6
+        assert (time.thread_time() - start) / 1000 < 50e-6

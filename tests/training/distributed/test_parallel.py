@@ -24,7 +24,9 @@ def timeouts(backend: str) -> set[timedelta]:
     return found
 
 
-@pytest.mark.parametrize(("backend", "size"), [("fsdp2", 2), ("hsdp", 4)])
+@pytest.mark.parametrize(
+    ("backend", "size"), [("fsdp2", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)]
+)
 def test_every_group_waits_for_an_hour(backend: str, size: int) -> None:
     assert run_ranks(timeouts, size, backend) == [{timedelta(hours=1)}] * size
 

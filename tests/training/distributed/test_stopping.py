@@ -1,4 +1,4 @@
-"""A request to stop, to any one rank at any moment: all save at the same micro-batch and the run goes on exactly."""
+"""A request to stop, at any rank and moment: all save at one micro-batch and resume exactly."""
 
 import os
 import time
@@ -38,7 +38,7 @@ def train_until(job: Job, seconds: float) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_a_deadline_is_a_request(model: Path, store: Path, tmp_path: Path) -> None:
-    """`--stop-at`, or the end of the Slurm job, less the margin."""
+    """`--stop-at` or the end of the Slurm job, minus the margin."""
     job = Job(
         model, store, tmp_path, {"tokens": 32 * 8 * 100_000, "stop_margin": 60}, stop_after=10**9
     )
@@ -51,29 +51,32 @@ def test_a_deadline_is_a_request(model: Path, store: Path, tmp_path: Path) -> No
 def test_before_the_first_step_there_is_nothing_to_save(
     model: Path, store: Path, tmp_path: Path
 ) -> None:
-    """The state of an optimizer that has made no step cannot be written: torch makes one to have one."""
+    """torch cannot write the state of an optimizer before its first step without making one."""
     whole = run_ranks(train, 2, Job(model, store, tmp_path / "whole"))[0]
     job = Job(model, store, tmp_path / "parts", stop_after=10**9)
     assert run_ranks(train_until, 2, job, 0.0)[0] == {}
     assert run_ranks(train, 2, job)[0] == whole
 
 
-def votes(asking: int, trouble: bool = False) -> list[bool]:
+REQUESTS = [(1, "asked"), (1, "trouble"), (None, "")]  # the rank that wants to stop, and why
+
+
+def votes() -> list[list[bool]]:
+    """For each request, what four votes give; the rank asks after the first one."""
     ask_for("fsdp2")
-    parallel = start_parallel()
-    with StopRequest(parallel, 0) as stop:
-        found = [stop.agreed()]
-        if parallel.world.rank == asking:
-            if trouble:
+    parallel, found = start_parallel(), []
+    for rank, reason in REQUESTS:
+        with StopRequest(parallel, 0) as stop:
+            given = [stop.agreed()]
+            if parallel.rank == rank and reason == "trouble":
                 stop.report_trouble()
-            else:
-                stop.reason = "asked"
-        found += [stop.agreed(), stop.agreed(), stop.agreed()]
+            elif parallel.rank == rank:
+                stop.reason = reason
+            found.append(given + [stop.agreed() for _ in range(3)])
     stop_process_group()
     return found
 
 
 def test_one_vote_is_enough_and_known_to_all_at_the_same_call() -> None:
-    assert run_ranks(votes, 2, 1) == [[False, False, True, True]] * 2
-    assert run_ranks(votes, 2, 1, True) == [[False, False, True, True]] * 2
-    assert run_ranks(votes, 2, 5) == [[False] * 4] * 2
+    agreed = [False, False, True, True]
+    assert run_ranks(votes, 2) == [[agreed, agreed, [False] * 4]] * 2
