@@ -24,7 +24,10 @@ def free_port() -> int:
 def run_ranks(
     function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 120
 ) -> list[Any]:
-    """`function(*arguments)` in `size` processes; the results by rank. The first failure is raised with its traceback."""
+    """The results of `function(*arguments)` in `size` processes, by rank.
+
+    The first failure is raised with its traceback.
+    """
     context: Any
     if torch.cuda.is_available():
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -83,9 +86,7 @@ def _child(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    torch.set_num_threads(
-        1
-    )  # OMP_NUM_THREADS would come too late: torch is there since before the fork
+    torch.set_num_threads(1)  # torch was imported before the fork, so OMP_NUM_THREADS is too late
     try:
         queue.put((rank, function(*arguments), None))
     except BaseException:

@@ -47,7 +47,7 @@ class OptimizerConfig(Section):
 
 
 class PhaseConfig(Section):
-    """A part of the run that trains only some of the weights, with an optimizer of its own."""
+    """A part of the run that trains only some of the weights, with its own optimizer."""
 
     train: Literal["new_rows", "vocabulary", "all"] = key(
         ...,

@@ -1,10 +1,10 @@
 """Phases: which steps train which weights.
 
-For a new vocabulary it can pay to train only its rows first, then embedding and head, then
-everything, so that what the base knows is not disturbed by rows that mean nothing yet (Kim et al.,
+For a new vocabulary it can pay to train only its rows first, then embedding and head, and then all
+weights, so that rows which mean nothing yet do not disturb what the base knows (Kim et al.,
 Efficient and Effective Vocabulary Expansion Towards Multilingual Large Language Models, 2024). Each
-phase is a run of its own over the same stream of rows: a fresh optimizer, its own schedule. What a
-phase does not train does not move by one bit:
+phase has a fresh optimizer and its own schedule; the stream of sequences continues. What a phase
+does not train stays equal bit for bit:
 
 - a weight that is not trained needs no gradient and is not given to the optimizer;
 - an old row of a matrix whose new rows are trained gets a gradient of zero

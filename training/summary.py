@@ -39,13 +39,13 @@ def startup_summary(
         f"embedding and head {phase.embedding_learning_rate:g}",
         "checkpoints": f"every {config.checkpoints.every} steps, "
         f"{backend.state_bytes() / GB:,.2f} GB each{written}",
-        "memory": memory_line(setup, backend, parallel),
+        "memory": _memory_line(setup, backend, parallel),
     }
     lines["device"] += f", started by {parallel.world.launcher}"
     return "\n".join(f"  {name:<11} {text}" for name, text in lines.items())
 
 
-def memory_line(setup: PhaseSetup, backend: Backend, parallel: Parallel) -> str:
+def _memory_line(setup: PhaseSetup, backend: Backend, parallel: Parallel) -> str:
     """The estimated memory of one process, and what it can have."""
     checkpoint = Checkpoint.open(setup.model)
     shape = ModelShape.from_config(checkpoint.config, checkpoint.parameters, str(setup.model))

@@ -1,4 +1,4 @@
-"""One model on a GPU: by every attention, recomputation and compiled, what float32 on the CPU says."""
+"""One model on a GPU, with every attention and recomputation, against float32 on a CPU."""
 
 from pathlib import Path
 from typing import Any

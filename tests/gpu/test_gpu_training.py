@@ -1,4 +1,4 @@
-"""The training stage on one GPU, by every backend: it learns as on the CPU, resumes, exports, waits for nothing."""
+"""The training stage on one GPU with every backend: learns as on a CPU, resumes, exports."""
 
 import importlib.util
 import os

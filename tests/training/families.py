@@ -86,7 +86,7 @@ def make_family(folder: Path, family: str, tied: bool, **changes: Any) -> Any:
 def documents(
     rows: int, lengths: tuple[int, ...] = (7, 12, 1, 13), vocabulary: int = 100, seed: int = 0
 ) -> Batch:
-    """Rows of documents of these lengths, shifted by one document from row to row."""
+    """Sequences with documents of these lengths, shifted by one document each."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, vocabulary, (rows, sum(lengths)), generator=generator)
     labels, positions = ids.roll(-1, 1), torch.empty_like(ids)
@@ -98,7 +98,7 @@ def documents(
 
 
 def apart(batch: Batch) -> list[Batch]:
-    """Each document of the batch as a batch of its own."""
+    """Each document of the batch as a separate batch."""
     parts, (rows, length) = [], batch.input_ids.shape
     for row in range(rows):
         starts = [*torch.where(batch.position_ids[row] == 0)[0].tolist(), length]

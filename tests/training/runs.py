@@ -1,4 +1,4 @@
-"""Runs of the training stage on the tiny model, in the process that calls (one of the ranks)."""
+"""Runs of the training stage on the tiny model, in the calling process (one of the ranks)."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Job:
-    """What is trained, and what happens on the way."""
+    """What is trained, and what happens during the run."""
 
     model: Path
     store: Path
@@ -93,7 +93,7 @@ PROMPTS = [[0, 40, 41], [0, 50, 51, 52, 53], [0, 60]]
 
 
 def previewed_by(job: Job) -> tuple[MergePlan, Interview] | None:
-    """The preview of a job that has a chat model: the replies' ids are the rows of its table, `replies` a metric."""
+    """The preview of a job with a chat model; its table has the ids of the replies."""
     if job.chat is None:
         return None
 
@@ -126,7 +126,7 @@ def signal_when(tracker: Tracker, step: int) -> None:
 
 
 def signal_within(what: str) -> None:
-    """SIGTERM for this process from inside an evaluation, or while a checkpoint is being written."""
+    """SIGTERM for this process during an evaluation or while a checkpoint is written."""
     from cpt_merge.training.distributed.checkpoint import Checkpoints
     from cpt_merge.training.distributed.fsdp import TorchBackend
 
@@ -143,7 +143,7 @@ def signal_within(what: str) -> None:
 
 
 def kill_self(job: Job) -> None:
-    """SIGKILL for this process, in the middle of whatever it is doing."""
+    """SIGKILL for this process once the file of the job exists."""
     folder = job.out / "checkpoints"
     while True:
         steps = [
@@ -157,7 +157,7 @@ def kill_self(job: Job) -> None:
 
 
 def poison_batches(job: Job) -> None:
-    """Rank 0 finds rows of these steps whose loss is NaN: an embedding row that only they use would be the same."""
+    """On rank 0, make the loss of certain sequences NaN."""
     from cpt_merge.training.model.build import CausalLM
 
     forward: Callable[..., torch.Tensor] = CausalLM.forward
@@ -184,7 +184,7 @@ def reference_losses(model_path: Path, store: Path) -> dict[int, float]:
 
 
 def reference_steps(model_path: Path, store: Path) -> dict[int, tuple[float, float]]:
-    """The same training in plain torch, one process, whole batches, logits all at once: loss and gradient norm."""
+    """The same in plain torch, on one process with whole batches: loss and gradient norm."""
     config = TrainingConfig(**CONFIG)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     matrices = [p for p in model.parameters() if p.ndim > 1]

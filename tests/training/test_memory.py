@@ -1,4 +1,4 @@
-"""The estimate against what a real model holds: parameters, gradients and optimizer to the byte, activations closely."""
+"""The estimate against a real model: parameters, gradients and optimizer exactly, activations nearly."""
 
 import gc
 from pathlib import Path
@@ -66,8 +66,8 @@ def freeze_layers(model: nn.Module) -> None:
         parameter.requires_grad_("embed_tokens" in name or "lm_head" in name)
 
 
-def packed_rows() -> dict[str, Tensor]:
-    """Two documents in each row."""
+def packed_sequences() -> dict[str, Tensor]:
+    """Two documents in each sequence."""
     positions = torch.arange(LENGTH // 2).repeat(ROWS, 2)
     return {"input_ids": torch.randint(0, 512, (ROWS, LENGTH)), "position_ids": positions}
 
@@ -93,7 +93,7 @@ def shard_and_step(
         fully_shard(unit, mesh=mesh if replicas > 1 else mesh["shard"], mp_policy=policy)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
-    model(**packed_rows(), use_cache=False).logits.float().square().mean().backward()
+    model(**packed_sequences(), use_cache=False).logits.float().square().mean().backward()
     optimizer.step()
     moments = [
         state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
@@ -154,7 +154,7 @@ def test_zero_has_fp32_masters_always() -> None:
 
 
 def kept_bytes(model: LlamaForCausalLM) -> int:
-    """Bytes that autograd keeps for the backward pass of the decoder and the loss, without parameters, each storage once."""
+    """Bytes that autograd keeps for the backward pass, each storage once, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}  # the tensors are held, so that no address comes twice
 
@@ -164,7 +164,9 @@ def kept_bytes(model: LlamaForCausalLM) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        pack(model.model(**packed_rows(), use_cache=False).last_hidden_state)  # the loss keeps it
+        pack(
+            model.model(**packed_sequences(), use_cache=False).last_hidden_state
+        )  # the loss keeps it
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -231,7 +233,7 @@ def test_the_peak_of_the_loss_is_what_is_said() -> None:
 
 
 def whole_steps(store: Path, sizes: dict[str, Any], asked: MemorySetup) -> tuple[int, int]:
-    """(parameters of the model, bytes on this rank at the peak of a step) of our loss under FSDP2 or alone."""
+    """(parameters of the model, bytes on this rank at the peak of a step)."""
     torch.distributed.init_process_group("gloo")
     dtype = torch.bfloat16 if asked.precision == "pure-bf16" else torch.float32
     model = LlamaForCausalLM._from_config(

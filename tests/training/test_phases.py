@@ -1,4 +1,4 @@
-"""Phases: what a phase does not train does not move by one bit, and a run through phases resumes exactly."""
+"""What a phase does not train stays equal bit for bit, and a run through phases resumes exactly."""
 
 import os
 import signal
@@ -126,11 +126,11 @@ def test_a_run_through_phases_resumes_exactly(
     assert {**first, **second} == whole
     assert set(first).isdisjoint(second)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
-    assert not list(tmp_path.glob("*/phase-*")), "what lies between phases is removed at the end"
+    assert not list(tmp_path.glob("*/phase-*")), "weights between phases are removed at the end"
 
 
 def train_and_stop_between_phases(job: Job) -> dict[int, float]:
-    """The signal comes when the first phase is exported and the second one has no checkpoint of its own."""
+    """The signal comes when the first phase is exported and the second has no checkpoint yet."""
     from cpt_merge.training.distributed.fsdp import TorchBackend
 
     close = TorchBackend.close
@@ -159,7 +159,7 @@ def test_stopped_between_two_phases_the_second_one_begins_with_the_export(
 def test_a_run_that_was_killed_when_all_was_done_exports_again(
     backend: str, model: Path, store: Path, tmp_path: Path
 ) -> None:
-    """What lies between phases is gone by then; the last phase's frozen weights are the checkpoint's."""
+    """The weights between phases are gone by then; frozen weights come from the checkpoint."""
     phases = [{"train": "all", "tokens": 8 * ROW}, {"train": "vocabulary"}]
     job = Job(model, store, tmp_path, {"phases": phases}, backend)
     run_ranks(train, 2, job)

@@ -1,4 +1,4 @@
-"""The real training stage, killed and resumed while it logs online: the server's rows are those that were logged."""
+"""Training that is killed and resumed while it logs online: the server has the rows that were logged."""
 
 import multiprocessing
 import os

@@ -154,7 +154,7 @@ def test_deepspeed_says_what_its_checkpoints_need(model: Path, store: Path, tmp_
 def test_a_step_whose_gradient_is_not_finite_changes_nothing(
     model: Path, store: Path, tmp_path: Path
 ) -> None:
-    """One rank's NaN: the step is left out on all, counted, and the run goes on as if it had not been."""
+    """One rank's NaN: all ranks skip the step and count it, and the run continues."""
     losses = run_ranks(train, 2, Job(model, store, tmp_path, poison=range(5, 7)))[0]
     assert [step for step, loss in losses.items() if loss != loss] == [6, 7]
     assert losses[12] < losses[1] - 0.5

@@ -41,7 +41,7 @@ class HeldoutText:
         )
 
 
-def heldout_sequences(
+def _heldout_sequences(
     store: Store, config: TrainingConfig, split: StoreSplit = "heldout"
 ) -> list[HeldoutText]:
     """For each language up to `evaluate_sequences` sequences, from its sources in order."""
@@ -79,7 +79,7 @@ class LanguageLoss:
     bits_per_byte: float  # sum of -log2 p(token) / UTF-8 bytes; comparable across tokenizers
 
 
-def validate(
+def _validate(
     loss_of: Callable[[Batch], Tensor],
     heldout: list[HeldoutText],
     micro_batch: int,
@@ -135,7 +135,9 @@ def reference_line(
     kept = parallel.broadcast(lambda: _kept(path, config.evaluate_sequences))
     if kept is not None:
         return kept
-    heldout = heldout_sequences(store, config, "reference") if base and store.info.reference else []
+    heldout = (
+        _heldout_sequences(store, config, "reference") if base and store.info.reference else []
+    )
     if base is None or not heldout:
         say("training: no reference line, since the store holds no text in the base's own tokens")
         return {}
@@ -150,7 +152,7 @@ def reference_line(
             loss: Tensor = module(batch)
             return loss
 
-        losses = validate(loss_of, heldout, config.micro_batch_size, parallel, lambda: False)
+        losses = _validate(loss_of, heldout, config.micro_batch_size, parallel, lambda: False)
     assert losses is not None, "nothing stops it"
     found = {language: loss.bits_per_byte for language, loss in losses.items()}
     if parallel.is_main:
@@ -180,7 +182,7 @@ class HeldoutEvaluation(PeriodicCallback):
         """See `Callback`. Measures the base, if that has not been done."""
         super().attach(trainer)
         config, store = trainer.config, trainer.sequences.store
-        self.heldout = heldout_sequences(store, config)
+        self.heldout = _heldout_sequences(store, config)
         self.reference = reference_line(
             trainer.inputs.base, store, config, trainer.parallel, trainer.out
         )
@@ -188,7 +190,7 @@ class HeldoutEvaluation(PeriodicCallback):
     def look(self) -> bool:
         """See `PeriodicCallback`."""
         trainer, state, started = self.trainer, self.trainer.state, time.monotonic()
-        found = validate(
+        found = _validate(
             trainer.backend.loss,
             self.heldout,
             trainer.config.micro_batch_size,

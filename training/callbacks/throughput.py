@@ -78,7 +78,7 @@ class Throughput(Callback):
         """
         config, parallel, spent = self.trainer.config, self.trainer.parallel, self._seconds
         seconds = time.monotonic() - self._start - sum(spent[what] for what in PAUSES)
-        peak_bytes = float(peak_memory(parallel.device))
+        peak_bytes = float(_peak_memory(parallel.device))
         mine = [seconds, spent["data"], spent["checkpoint"], peak_bytes]
         walls, waits, stalls, peaks = zip(*parallel.gather(mine), strict=True)
         steps = max(self._steps, 1)
@@ -102,7 +102,7 @@ class Throughput(Callback):
         return metrics
 
 
-def peak_memory(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int:
     """Peak bytes of this process: of the device's allocator, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

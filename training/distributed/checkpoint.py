@@ -122,7 +122,7 @@ class Checkpoints:
         return [
             path
             for path in self.complete()[: -self.config.keep]
-            if not every or step_of(path) % every
+            if not every or int(path.name.removeprefix("step-")) % every
         ]
 
     @property
@@ -231,11 +231,6 @@ class Checkpoints:
                 "remove it to continue from the one before."
             )
         say(f"training: continues from {newest.name}, loaded in {time.monotonic() - started:.1f} s")
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _short(error: BaseException | None) -> str:

@@ -63,7 +63,7 @@ class ZeroBackend:
     def build(setup: PhaseSetup, parallel: Parallel) -> ZeroBackend:
         """Load the weights (with ZeRO 3 tensor by tensor), then shard."""
         deepspeed = _import_deepspeed(parallel.device)
-        settings = engine_settings(setup.config, parallel)
+        settings = _engine_settings(setup.config, parallel)
         stage = settings["zero_optimization"]["stage"]
         module = build_model(setup.model, setup.config)
         select_trained(module, setup.phase, setup.base_rows)
@@ -247,7 +247,7 @@ class ZeroBackend:
         self.engine.destroy()
 
 
-def engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any]:
+def _engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
     Batches, precision and clipping come from the recipe, ZeRO from the accelerate config.

@@ -202,7 +202,7 @@ class TorchBackend:
         """See `Backend`."""
         reshard(self.module)
         return all(
-            bool(local_part(parameter).isfinite().all()) for parameter in self.module.parameters()
+            bool(_local_part(parameter).isfinite().all()) for parameter in self.module.parameters()
         )
 
     def shards(self) -> list[LocalShard]:
@@ -217,7 +217,7 @@ class TorchBackend:
         found = []
         for name, parameter in named_local_parameters(self.module):
             start, stop = local_rows(parameter)
-            values = local_part(parameter)[: stop - start]
+            values = _local_part(parameter)[: stop - start]
             found.append(LocalShard(name, tuple(parameter.shape), start, values))
         return found
 
@@ -227,7 +227,7 @@ class TorchBackend:
         shards = self._local_shards()
         pairs = zip(shards, self.running.parameters(), strict=True)
         with replaced(
-            (local_part(parameter)[: len(shard.values)], replace(shard))
+            (_local_part(parameter)[: len(shard.values)], replace(shard))
             for shard, parameter in pairs
         ):
             try:
@@ -238,7 +238,7 @@ class TorchBackend:
     def describe(self) -> dict[str, str]:
         """See `Backend`."""
         model = describe_model(self.module, self.setup.config, self.parallel.device)
-        return {**model, "backend": describe_backend(self.module, self.parallel)}
+        return {**model, "backend": _describe_backend(self.module, self.parallel)}
 
     def close(self) -> None:
         """See `Backend`."""
@@ -297,7 +297,7 @@ def _prove_sharded(module: CausalLM, parallel: Parallel) -> None:
             )
 
 
-def describe_backend(module: CausalLM, parallel: Parallel) -> str:
+def _describe_backend(module: CausalLM, parallel: Parallel) -> str:
     """How the module is sharded, as found on the module itself."""
     if not isinstance(module, FSDPModule):
         return "one process, not sharded"
@@ -307,6 +307,6 @@ def describe_backend(module: CausalLM, parallel: Parallel) -> str:
     return f"FSDP2: {shards} shards, {size} process{'es' if size > 1 else ''}"
 
 
-def local_part(parameter: Tensor) -> Tensor:
+def _local_part(parameter: Tensor) -> Tensor:
     """The rows of a parameter that this process holds."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data

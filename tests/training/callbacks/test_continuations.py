@@ -1,4 +1,4 @@
-"""Greedy continuations: those of transformers' own `generate`, from a whole model and from a sharded one."""
+"""Greedy continuations equal those of transformers' `generate`, with whole and sharded models."""
 
 from collections.abc import Callable
 from pathlib import Path

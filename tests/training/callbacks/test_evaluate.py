@@ -1,4 +1,4 @@
-"""The base's bits per byte, with which training is compared, are measured once for each number of sequences."""
+"""The bits per byte of the base, with which training is compared, are measured once."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packed documents do not see each other, whatever the attention, the family and the number of rows."""
+"""Packed documents do not see each other, in every attention and family."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def loaded(folder: Path, attention: str, **changes: Any) -> CausalLM:
 def test_packed_documents_cost_what_they_cost_alone(
     attention: str, family: str, rows: int, tmp_path: Path
 ) -> None:
-    """Grouped-query heads (llama), sliding windows shorter than a document (mistral, gemma3), full heads (gpt2)."""
+    """Grouped heads (llama), sliding windows shorter than a document (mistral, gemma3), full (gpt2)."""
     make_family(tmp_path, family, tied=rows == 2)
     module = loaded(tmp_path, attention)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_layers_that_carry_a_state_along_the_row_are_refused(tmp_path: Path) -> 
         build_model(tmp_path, TrainingConfig(**{**CONFIG, "attention": "sdpa"}))
 
 
-def test_the_start_block_says_what_runs_on_a_cpu() -> None:
+def test_the_startup_summary_says_what_runs_on_a_cpu() -> None:
     describe = [describe_attention(TrainingConfig(**{**CONFIG, **changes}), CPU) for changes in (
         {"attention": "sdpa"}, {"attention": "flash"}, {"attention": "flash", "compile": True})]  # fmt: skip
     assert describe == [

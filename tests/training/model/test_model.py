@@ -1,4 +1,4 @@
-"""Any causal LM of transformers under our loss: equal to transformers' own, loaded by rows, frozen where it shall be."""
+"""Causal LMs of transformers with our loss: equal to transformers, loaded by rows, partly frozen."""
 
 import json
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_a_model_without_layers_is_refused(tmp_path: Path) -> None:
 def test_frozen_rows_get_no_gradient_and_the_others_the_same(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
-    """gemma2 scales its embeddings within the module, gpt2 adds positions after it, phi's head has a bias."""
+    """gemma2 scales embeddings within the module, gpt2 adds positions later, phi's head has a bias."""
     make_family(tmp_path, family, tied)
     free, frozen = loaded(tmp_path), loaded(tmp_path)
     frozen.frozen_rows = 60
@@ -187,7 +187,7 @@ def test_weights_come_from_any_float_type(dtype: torch.dtype, tmp_path: Path) ->
 def test_buffers_equal_those_that_transformers_loads(
     family: str, precision: str, tmp_path: Path
 ) -> None:
-    """Rotary frequencies, embedding scales: made when the model is built, though its parameters are on meta."""
+    """Rotary frequencies and embedding scales are computed, although parameters are on meta."""
     make_family(tmp_path, family, tied=True)
     dtype = torch.bfloat16 if precision == "pure-bf16" else torch.float32
     expected = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).named_buffers())
@@ -252,7 +252,7 @@ def test_an_unknown_architecture_is_one_sentence(tmp_path: Path) -> None:
 def load_sharded(
     folder: Path, shape: tuple[int, ...], names: tuple[str, ...]
 ) -> dict[str, list[float]]:
-    """Shards over a mesh, loads, freezes and goes back once: the whole weights, their gradients, and the rows read."""
+    """Weights and gradients of a sharded model after a backward pass, and the rows that were read."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

@@ -127,7 +127,7 @@ def compiled_and_sharded(
 def test_compiled_sharded_and_recomputed_layers_give_the_plain_losses(
     mode: Recompute, attention: str, size: int, tmp_path: Path
 ) -> None:
-    """Each layer is one graph (`fullgraph`): were recomputation not traced, torch would leave the layer uncompiled."""
+    """Each layer is one graph (`fullgraph`), so recomputation must be traced too."""
     make_family(tmp_path, "llama", tied=False)
     expected = run_ranks(compiled_and_sharded, size, tmp_path, "none", attention, False)
     found = run_ranks(compiled_and_sharded, size, tmp_path, mode, attention, True, timeout=300)
