@@ -54,7 +54,7 @@ def backend_environment(path: Path) -> dict[str, str]:
     """What `accelerate launch --config_file path` tells its processes about the backend, for other ways to start them.
 
     Under torchrun and srun nobody reads the file for the processes; they read it themselves, so that it decides there
-    as well. Only what `training.parallel.backend_settings` looks at is given.
+    as well. Only what `training.distributed.parallel.backend_settings` looks at is given.
     """
     values = read_yaml(path)
     kind = str(values.get("distributed_type", "NO")).upper()
