@@ -1,7 +1,6 @@
-"""The chunked loss equals the plain one, value and gradients, and its memory is a chunk's."""
+"""The chunked loss equals the plain one, value and gradients, with the memory of a chunk."""
 
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 
 from cpt_merge.data.packing import IGNORED
 from cpt_merge.training.model.loss import Head, cross_entropy_sum
+from tests.distributed import run_ranks
 
 TOKENS, WIDTH, VOCABULARY = 33, 8, 50
 
@@ -81,7 +81,7 @@ def test_frozen_rows_get_no_gradient_and_the_others_the_same(frozen: int) -> Non
 
 
 def test_in_bfloat16_the_loss_is_float32_and_gradients_are_summed_in_float32() -> None:
-    """Of many equal chunks the sum in bfloat16 would stand still at 256 times a chunk's gradient."""
+    """In bfloat16, a sum of equal chunks would stop at 256 times a chunk's gradient."""
     torch.manual_seed(0)
     hidden = torch.randn(1, WIDTH).bfloat16().repeat(1024, 1).requires_grad_()
     weight = torch.randn(VOCABULARY, WIDTH).bfloat16().requires_grad_()
@@ -129,24 +129,17 @@ def test_a_second_backward_pass_is_refused() -> None:
         loss.backward()
 
 
-PEAK = """
-import resource, torch
-from cpt_merge.training.model.loss import Head, cross_entropy_sum
-hidden, weight = torch.randn({tokens}, 16, requires_grad=True), torch.randn(10000, 16, requires_grad=True)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-cross_entropy_sum(hidden, Head(weight), torch.zeros({tokens}, dtype=torch.long), 128).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-"""
+def peak_of_a_step(tokens: int) -> int:
+    """Bytes by which the loss of so many tokens raises the peak of this process's memory."""
+    hidden, weight = (torch.randn(size, 16, requires_grad=True) for size in (tokens, 10_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    labels = torch.zeros(tokens, dtype=torch.long)
+    cross_entropy_sum(hidden, Head(weight), labels, 128).backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 def test_peak_memory_does_not_grow_with_vocabulary_times_tokens() -> None:
-    """8 times the tokens are 143 MB more of logits, and here under a tenth of that."""
-    few, many = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", PEAK.format(tokens=tokens)], check=True, capture_output=True
-            ).stdout
-        )
-        for tokens in (512, 4096)
-    )
-    assert many - few < 0.1 * (4096 - 512) * 10000 * 4
+    """8 times the tokens have 143 MB more of logits; the peak grows by less than a tenth of that."""
+    few, many = (run_ranks(peak_of_a_step, 1, tokens)[0] for tokens in (512, 4096))
+    assert few > 128 * 10_000 * 4, "a chunk's logits are seen"
+    assert many - few < 0.1 * (4096 - 512) * 10_000 * 4

@@ -234,7 +234,7 @@ def test_what_the_model_lacks_or_does_not_need_is_said(
     for changed, what in ((None, "not at all"), (torch.zeros(5, 32), r"in shape \(5, 32\)")):
         rest = {name: tensor for name, tensor in stored.items() if name != "lm_head.weight"}
         save_file(rest if changed is None else {**rest, "lm_head.weight": changed}, file)
-        with pytest.raises(UserError, match=f"holds lm_head.weight {what}, the model needs"):
+        with pytest.raises(UserError, match=f"holds lm_head.weight {what}, but the model needs"):
             loaded(tmp_path)
     save_file({**stored, "lm_head.weight": torch.zeros(100, 32, dtype=torch.int8)}, file)
     with pytest.raises(UserError, match=r"holds lm_head\.weight as I8"):
