@@ -37,7 +37,7 @@ SHARD_BYTES = 5_000_000_000
 
 _JOURNALS = "written-*.json"
 # files that processes write for each other; not part of the result
-SCRATCH = ("written-*", "ranges-*", "statistics-*", "failed-*", "stopped-*")
+SCRATCH = ("written-*", "ranges-*", "failed-*", "stopped-*")
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,8 @@ TRAINING = Stage(
 
 def _merge(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     from cpt_merge.merge.files import keep_freed_memory, merge_directories
+    from cpt_merge.merge.merge_report import made_in_memory
     from cpt_merge.merge.plan import MergeInputs
-    from cpt_merge.merge.report import made_in_memory
 
     paths = context.run
     if context.world.is_main and made_in_memory(paths.merged):

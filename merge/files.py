@@ -26,7 +26,7 @@ from cpt_merge.core.artifact import fingerprint
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.core.world import find_world
-from cpt_merge.merge import finish, norms, report
+from cpt_merge.merge import finish, merge_report, norms
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.methods.combine import TensorRange
 from cpt_merge.merge.norms import Statistics, Sums
@@ -59,7 +59,7 @@ def merge_directories(
     the_digest = digest(the_plan)
     if world.is_main:
         staging(out, the_digest).finish_commit()
-    finished = report.read_finished(out, the_digest)
+    finished = merge_report.read_finished(out, the_digest)
     if finished is not None:
         say(f"merge: {out} holds the result of this very merge already")
         return finished if world.is_main else {}
@@ -69,7 +69,7 @@ def merge_directories(
     if world.is_main:
         for line in describe(the_plan.changes, the_plan.cpt_rows, the_plan.rows):
             say(f"merge: {line}")
-        report.warn(norms.warnings(the_plan, norms.sample(the_plan)))
+        merge_report.warn(norms.warnings(the_plan, norms.sample(the_plan)))
     _return_freed_memory()  # the vocabularies
     work = Work(out, the_plan.layout(), the_digest, world)
     return _merge(the_plan, work, tracker or Tracker())
@@ -83,7 +83,7 @@ def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
         if not work.world.is_main:
             work.close()
             work.wait_for(
-                lambda: report.read_finished(work.out, work.digest) is not None,
+                lambda: merge_report.read_finished(work.out, work.digest) is not None,
                 "the first process to finish",
             )
             return {}
@@ -100,7 +100,7 @@ def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
     except BaseException as error:
         work.abandon(f"a process of this merge failed ({error}); the same command continues it.")
         raise
-    report.log(results, work.out, tracker)
+    merge_report.log(results, work.out, tracker)
     return results
 
 

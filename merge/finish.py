@@ -18,7 +18,7 @@ from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
 from cpt_merge.core.progress import say
-from cpt_merge.merge import report
+from cpt_merge.merge import merge_report
 from cpt_merge.merge.card import model_card
 from cpt_merge.merge.chat_format import SPECIAL_IDS
 from cpt_merge.merge.norms import Statistics
@@ -51,7 +51,7 @@ def write_merged(
         "stop_ids": plan.format.stop_ids,
     }
     _add_known_norms(plan, statistics)
-    results = report.write(plan, statistics, origin, directory)
+    results = merge_report.write(plan, statistics, origin, directory)
     write_text(directory / "README.md", model_card(plan, origin, results))
     return results
 

@@ -1,8 +1,8 @@
-"""The carrier into memory: merged slices go into tensors that are there already, of any type and on any device.
+"""The merge in memory: merged slices go into tensors that exist already, of any type and on any device.
 
-For whoever wants the chat model for a while and not on disk: the ratio sweep, from files, and the preview during
-training, from shards. Every element is computed and rounded as for a file, and then converted to the tensor's type, so
-that the tensors hold what a loader would have made of the merged checkpoint.
+For a chat model that is needed for a while and not on disk: the ratio sweep merges from files, the preview during
+training from shards, a notebook from a model. Every element is computed and rounded as for a file and then converted
+to the tensor's type, so the tensors hold what a loader would make of the merged checkpoint.
 """
 
 from __future__ import annotations
@@ -14,61 +14,89 @@ import torch
 from torch import Tensor
 
 from cpt_merge.checkpoint.dtypes import Array
-from cpt_merge.checkpoint.export import LocalShard
+from cpt_merge.checkpoint.export import LocalShard, check_shard
+from cpt_merge.core.distributed import Ranks
+from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.files import divide, look_at, on_threads, run_block
+from cpt_merge.merge.hook import find_ranges, plan_for_shards
 from cpt_merge.merge.methods.combine import TensorRange
-from cpt_merge.merge.plan import MergePlan
+from cpt_merge.merge.plan import MergeInputs, MergePlan
 from cpt_merge.merge.slices import NoOutput, SliceMerger
 
-VIEWS = {"BF16": torch.bfloat16}  # stored by numpy as another type of the same size
+VIEWS = {"BF16": torch.bfloat16}  # numpy holds these as another type of the same size
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """An output of `SliceMerger`: tensors by their names in the checkpoint, each from its element `first[name]` on."""
+class MemoryOutput:
+    """An output of `SliceMerger`: tensors by their names in the checkpoint."""
 
     tensors: Mapping[str, Tensor]
-    types: Mapping[str, str]  # of the slices, as in a safetensors header
-    first: int = 0  # the element of the whole tensor that the tensors begin with
+    plan: MergePlan
+    first: int = 0  # the element of the whole tensor at which each of the tensors begins
 
     def write_flat(self, name: str, start: int, values: Array) -> None:
         """See `merge.slices.Output`."""
         merged = torch.from_numpy(values)
-        merged = merged.view(VIEWS[self.types[name]]) if self.types[name] in VIEWS else merged
+        dtype = self.plan.by_name[name].spec.dtype
         start -= self.first
-        self.tensors[name].view(-1)[start : start + values.size].copy_(merged)
+        target = self.tensors[name].view(-1)[start : start + values.size]
+        target.copy_(merged.view(VIEWS[dtype]) if dtype in VIEWS else merged)
 
 
-def stored_types(plan: MergePlan) -> dict[str, str]:
-    """The types of the merged model's tensors."""
-    return {tensor.name: tensor.spec.dtype for tensor in plan.tensors}
+def merge_model(model: torch.nn.Module, config: MergeConfig, inputs: MergeInputs) -> MergePlan:
+    """Add the chat vector to the weights of a transformers model, in place.
+
+    `inputs.cpt` is the checkpoint that the model was loaded from; its weights may have been trained
+    since. Returns the plan: `plan.format` holds the chat template and the ids that end a reply, and
+    `merge.finish.write_all_but_weights` writes the tokenizer and the configuration. Raises
+    `UserError` if the models do not fit together, or if the output would need rows that the model
+    does not have.
+    """
+    from cpt_merge.checkpoint.model_names import stored_names
+
+    plan, state = plan_for_shards(config, inputs), model.state_dict()
+    names = stored_names(model, plan.by_name, inputs.cpt)
+    shards = {
+        name: LocalShard(stored, tuple(state[name].shape), 0, state[name])
+        for name, stored in names.items()
+        if plan.by_name[stored].treatment is not None
+    }
+    for shard in shards.values():
+        check_shard(shard, plan.layout(), inputs.cpt)
+    ranges = find_ranges(plan, list(shards.values()), Ranks())
+    with torch.no_grad():
+        for name, shard in shards.items():
+            state[name].copy_(merge_shard(plan, shard, ranges))
+    return plan
 
 
 def merge_into(
     plan: MergePlan, tensors: Mapping[str, Tensor], ranges: dict[str, TensorRange]
 ) -> None:
-    """Merge from files into contiguous `tensors` without gradients, by the plan's names. `ranges`: see `ranges_of`."""
-    merger = SliceMerger(plan, Tensors(tensors, stored_types(plan)), ranges)
+    """Merge from files into contiguous `tensors` without gradients, by the plan's names.
+
+    `ranges`: see `ranges_of`.
+    """
+    merger = SliceMerger(plan, MemoryOutput(tensors, plan), ranges)
     blocks = [block for block in divide(plan) if block.tensor.name in tensors]
     for _ in on_threads(lambda place: run_block(merger, blocks, place), len(blocks)):
         pass
 
 
 def merge_shard(plan: MergePlan, shard: LocalShard, ranges: dict[str, TensorRange]) -> Tensor:
-    """The merged elements of a trained shard, in float32 on the CPU. `ranges`: see `merge.hook.find_ranges`."""
+    """The merged elements of a trained shard, in float32 on the CPU. `ranges`: see `find_ranges`."""
     merged = torch.empty(shard.values.shape, dtype=torch.float32)
-    tensor = next(tensor for tensor in plan.tensors if tensor.name == shard.name)
-    output = Tensors({shard.name: merged}, {shard.name: tensor.spec.dtype}, shard.start)
-    SliceMerger(plan, output, ranges).merge(tensor, shard.start, shard.stop, shard.read)
+    merger = SliceMerger(plan, MemoryOutput({shard.name: merged}, plan, shard.start), ranges)
+    merger.merge(plan.by_name[shard.name], shard.start, shard.stop, shard.read)
     return merged
 
 
 def ranges_of(plan: MergePlan, known: Mapping[str, TensorRange]) -> dict[str, TensorRange]:
-    """What TIES and the gate must know of whole tensors, from the files. Ratios do not change what is `known`."""
+    """What TIES and the gate must know of whole tensors, from the files; `known` ranges are kept.
+
+    Ratios do not change ranges.
+    """
     new = [tensor for tensor in plan.seen_whole() if tensor.name not in known]
     merger = SliceMerger(plan, NoOutput(), {})
     found = on_threads(lambda number: look_at(merger, new[number]), len(new))
-    return {
-        **known,
-        **{tensor.name: of_tensor for tensor, of_tensor in zip(new, found, strict=True)},
-    }
+    return {**known, **dict(zip((tensor.name for tensor in new), found, strict=True))}

@@ -1,29 +1,28 @@
-"""How long the chat vector and CPT's own change are, and how far they point the same way; summed while streaming.
+"""How long the chat vector and CPT's own change are, and how far they point the same way.
 
-From these lengths follows whether `base` is the ancestor of both models, and whether CPT holds the vector already.
+The sums are taken while the merge streams. They also tell whether `base` is the ancestor of both
+models, and whether CPT contains the vector already.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from cpt_merge.checkpoint.dtypes import Float32, widen
 from cpt_merge.checkpoint.tensor_kinds import kind_of, layer_of
-from cpt_merge.core.artifact import write_json
 from cpt_merge.merge.plan import MergePlan
 
-_FILES = "statistics-*.json"
 SAMPLE = 1 << 16  # elements of each tensor, from its middle
 
-UNRELATED = 1.0  # |model - base| / |base|; about 1.4 for models that have nothing in common, below 0.3 for siblings
+# |model - base| / |base|: about 1.4 for unrelated models, below 0.3 for siblings
+UNRELATED = 1.0
+# How many times CPT contains the vector: about 1 if it started from chat, about 0 if from base
+CONTAINED = 0.5
 BODY = ("attention", "mlp", "other")
-CONTAINED = 0.5  # times the vector; about 1 if CPT started from the chat model, about 0 if it started from base
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Sums:
 
     @property
     def finite(self) -> bool:
-        """False where one of the elements was NaN or Inf (or beyond any sane size)."""
+        """False if one of the elements was NaN or Inf (or of absurd size)."""
         return math.isfinite(self.base + self.vector + self.change)
 
     def __iadd__(self, other: Sums) -> Sums:
@@ -71,13 +70,12 @@ class Sums:
     @property
     def cosine(self) -> float:
         """Between chat - base and cpt - base."""
-        return (
-            self.dot / math.sqrt(self.vector * self.change) if self.vector and self.change else 0.0
-        )
+        squared = self.vector * self.change
+        return self.dot / math.sqrt(squared) if self.vector and self.change else 0.0
 
     @property
     def contained(self) -> float:
-        """How many times the vector lies in cpt already: its coefficient in the projection of cpt - base."""
+        """How many times CPT contains the vector: its coefficient in the projection of cpt - base."""
         return self.dot / self.vector if self.vector else 0.0
 
 
@@ -92,8 +90,24 @@ def total(parts: Iterable[Sums]) -> Sums:
     return result
 
 
+def add_sums(statistics: Sequence[Statistics], tensor: str, sums: Iterable[Sums]) -> None:
+    """Add the sums of some elements of a tensor, one for each vector."""
+    for of_vector, of_elements in zip(statistics, sums, strict=True):
+        of_vector.setdefault(tensor, Sums())
+        of_vector[tensor] += of_elements
+
+
+def total_of_ranks(parts: Sequence[Sequence[Statistics]]) -> list[Statistics]:
+    """The sums of all ranks, added in the order of the ranks."""
+    statistics: list[Statistics] = [{} for _ in parts[0]]
+    for part in parts:
+        for tensor in part[0]:
+            add_sums(statistics, tensor, [of_vector[tensor] for of_vector in part])
+    return statistics
+
+
 def by_layer(statistics: Statistics) -> dict[str, Sums]:
-    """`embed`, the layers in order, then what lies outside them."""
+    """`embed`, the layers in order, then the tensors outside the layers."""
     layers = sorted({layer for name in statistics if (layer := layer_of(name)) is not None})
     groups = ["embed", *[str(layer) for layer in layers], "norm", "head", "other"]
     found = {
@@ -117,36 +131,19 @@ def _group(name: str) -> str:
     return kind_of(name) if layer is None else str(layer)
 
 
-def save(statistics: list[Statistics], directory: Path, rank: int) -> None:
-    """Leave one process's part for `collect`: the statistics of every vector."""
-    values = [{name: asdict(sums) for name, sums in of_vector.items()} for of_vector in statistics]
-    write_json(directory / f"statistics-{rank:05d}.json", values)
-
-
-def collect(directory: Path, vectors: int) -> list[Statistics]:
-    """The sum of what all processes saved; removes their files."""
-    statistics: list[Statistics] = [{} for _ in range(vectors)]
-    for file in sorted(directory.glob(_FILES)):
-        for of_vector, values in zip(statistics, json.loads(file.read_text()), strict=True):
-            for name, sums in values.items():
-                of_vector.setdefault(name, Sums())
-                of_vector[name] += Sums(**sums)
-        file.unlink()
-    return statistics
+# --- ancestry ---
 
 
 def sample(plan: MergePlan) -> list[Statistics]:
-    """Statistics of a small part of every tensor, for each vector, read in a moment."""
+    """Statistics of a small part of every tensor, for each vector; this takes a moment."""
     statistics: list[Statistics] = [{} for _ in plan.vectors]
     for tensor in plan.tensors:
         if tensor.by_token or tensor.treatment is None:
             continue
-        size = plan.cpt.tensors[tensor.name].size
-        start = max((size - SAMPLE) // 2, 0)
-        stop = min(start + SAMPLE, size)
-        cpt = widen(
-            plan.cpt.read_flat(tensor.name, start, stop), plan.cpt.tensors[tensor.name].dtype
-        )
+        info = plan.cpt.tensors[tensor.name]
+        start = max((info.size - SAMPLE) // 2, 0)
+        stop = min(start + SAMPLE, info.size)
+        cpt = widen(plan.cpt.read_flat(tensor.name, start, stop), info.dtype)
         for vector, of_vector in zip(plan.vectors, statistics, strict=True):
             difference = vector.source.elements(tensor.name, start, stop)
             of_vector[tensor.name] = Sums()
@@ -164,8 +161,10 @@ def warnings(plan: MergePlan, statistics: list[Statistics]) -> list[str]:
 
 
 def _warnings(statistics: Statistics) -> list[str]:
-    """Of one vector. Only the matrices of the layers count: any training moves the vocabulary's rows and the norms in
-    like ways, so these lie along the vector even in a model that never saw it.
+    """The warnings of one vector.
+
+    Only the matrices of the layers count: any training changes the vocabulary's rows and the norms
+    in similar ways, so their change points along the vector even in a model that never saw it.
     """
     sums = total(sums for name, sums in statistics.items() if kind_of(name) in BODY)
     found = []
@@ -173,15 +172,18 @@ def _warnings(statistics: Statistics) -> list[str]:
         found.append("chat equals base: there is no vector to add; check the two models.")
     if sums.vector_share > UNRELATED:
         found.append(
-            f"|chat - base| is {sums.vector_share:.2f} of |base|: base is probably not chat's ancestor."
+            f"|chat - base| is {sums.vector_share:.2f} of |base|: base is probably not chat's "
+            "ancestor."
         )
     if sums.change_share > UNRELATED:
         found.append(
-            f"|cpt - base| is {sums.change_share:.2f} of |base|: base is probably not the CPT model's ancestor."
+            f"|cpt - base| is {sums.change_share:.2f} of |base|: base is probably not the CPT "
+            "model's ancestor."
         )
     elif sums.contained > CONTAINED:
         found.append(
-            f"cpt holds {sums.contained:.2f} times the chat vector already (cosine {sums.cosine:.2f}): "
-            "it was probably trained from the chat model, and would get the vector twice."
+            f"cpt contains {sums.contained:.2f} times the chat vector already (cosine "
+            f"{sums.cosine:.2f}): it was probably trained from the chat model, and would get the "
+            "vector twice."
         )
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
@@ -32,16 +33,22 @@ from cpt_merge.merge.vectors import Extracted, Pair, Vector
 
 @dataclass(frozen=True)
 class MergeInputs:
-    """The directories of a merge. The first vector is the pair `base` and `chat`, or `vector` (then without `chat`).
+    """The directories of a merge.
 
-    `tokenizer` holds CPT's tokenizer and its vocabulary map, if it has one.
+    The first vector is the pair `base` and `chat`, or `vector` without `chat`. `tokenizer` holds
+    CPT's tokenizer, with its vocabulary map if it has one; None: they are in `cpt`.
     """
 
     cpt: Path
-    base: Path | None
-    chat: Path | None
-    tokenizer: Path
+    base: Path | None = None
+    chat: Path | None = None
+    tokenizer: Path | None = None
     vector: Path | None = None
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where CPT's tokenizer is."""
+        return self.tokenizer or self.cpt
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,11 @@ class MergePlan:
         """Rows of CPT's matrices; the output's may be more."""
         return vocabulary_rows(self.cpt)
 
+    @cached_property
+    def by_name(self) -> dict[str, PlannedTensor]:
+        """Name -> tensor."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
     def seen_whole(self) -> list[PlannedTensor]:
         """The tensors of which something must be known as a whole, before the first element is merged."""
         ties = self.config.method == "ties"
@@ -141,7 +153,7 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     problems += rule_problems(names, config)
     meeting = None
     with collected(problems):
-        meeting = meet(config, models, inputs.tokenizer, sources)
+        meeting = meet(config, models, inputs.tokenizer_directory, sources)
     if out is not None:
         problems += _output_problems(models, out)
     if problems or meeting is None:
@@ -153,7 +165,7 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     rows, layers = meeting.rows[0].rows, count_layers(names)
     planned = [_planned(tensors["cpt"][name], sources[0], rows, config, layers) for name in names]
     the_plan = MergePlan(
-        config, cpt, vectors, inputs.tokenizer, meeting.changes, meeting.format, planned
+        config, cpt, vectors, inputs.tokenizer_directory, meeting.changes, meeting.format, planned
     )
     if out is not None:
         check_output(the_plan, out)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from cpt_merge.checkpoint.vocabulary_map import ChatToken, NewPiece, VocabularyMap
-from cpt_merge.merge import report
+from cpt_merge.merge import merge_report
 from cpt_merge.tracking import Tracker
 from tests.recording import Recording
 
@@ -41,7 +41,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|eot|>{% endfo
 Weights = dict[str, torch.Tensor]
 
 
-DRAW = report.draw
+DRAW = merge_report.draw
 
 
 @dataclass
@@ -204,7 +204,7 @@ def untied(tmp_path: Path) -> Family:
 @pytest.fixture(autouse=True)
 def real_draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Tests do without the figure; those that want it put this in its place again."""
-    monkeypatch.setattr(report, "draw", lambda layers, path: path.touch())
+    monkeypatch.setattr(merge_report, "draw", lambda layers, path: path.touch())
     return DRAW
 
 

@@ -13,7 +13,7 @@ from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs
 from tests.merge.conftest import draw, save_weights, shapes, write_config
-from tests.merge.test_merge_run import load
+from tests.merge.test_merge_files import load
 
 SKIP_EMBED = [{"kinds": ["embed", "head"], "action": "skip"}]
 

@@ -10,7 +10,7 @@ from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs
 from tests.merge.conftest import pieces_of, write_tokenizer
-from tests.merge.test_merge_run import load
+from tests.merge.test_merge_files import load
 
 SMALL = {
     "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

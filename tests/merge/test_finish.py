@@ -4,7 +4,7 @@ from cpt_merge.merge import MergeConfig, finish
 from cpt_merge.merge.card import model_card
 from cpt_merge.merge.plan import plan
 from tests.merge.conftest import write_config
-from tests.merge.test_merge_run import inputs_of
+from tests.merge.test_merge_files import inputs_of
 
 
 def differences(family, **chat):

@@ -14,7 +14,7 @@ from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.extract import extract
 from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs
-from tests.merge.test_merge_run import digest
+from tests.merge.test_merge_files import digest
 
 SHAPES = {
     "model.embed_tokens.weight": (97, 24), "model.layers.0.self_attn.q_proj.weight": (24, 24),

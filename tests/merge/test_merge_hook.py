@@ -23,7 +23,7 @@ from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
 from cpt_merge.tracking import Tracker
 from tests.distributed import run_ranks
 from tests.merge.conftest import CPT_ROWS, make_family
-from tests.merge.test_merge_run import digest, load, merge
+from tests.merge.test_merge_files import digest, load, merge
 
 
 def masters(family, seed=None):

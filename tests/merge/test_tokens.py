@@ -10,8 +10,8 @@ from cpt_merge.checkpoint.token_changes import TokenChanges, apply
 from cpt_merge.checkpoint.tokenizer_files import read_tokens
 from cpt_merge.core.errors import UserError
 from tests.merge.conftest import CPT_ROWS, make_family, pieces_of, save_weights, write_config
-from tests.merge.test_align import edit_tokenizer
-from tests.merge.test_merge_run import load, merge
+from tests.merge.test_merge_files import load, merge
+from tests.merge.test_rows import edit_tokenizer
 from tests.real_tokenizers import BASES
 
 TOOL = {"content": "<|tool|>", "single_word": False, "lstrip": True, "rstrip": False, "normalized": False,

@@ -21,8 +21,8 @@ from tests.merge.conftest import (
     write_config,
     write_tokenizer,
 )  # fmt: skip
-from tests.merge.test_align import add, edit_tokenizer
-from tests.merge.test_merge_run import EOT, IM_START, digest, inputs_of, load, merge
+from tests.merge.test_merge_files import EOT, IM_START, digest, inputs_of, load, merge
+from tests.merge.test_rows import add, edit_tokenizer
 
 BODY = "model.layers.1.mlp.up_proj.weight"
 

@@ -20,7 +20,7 @@ from cpt_merge.merge.norms import Sums
 from cpt_merge.merge.plan import plan
 from cpt_merge.merge.work import Work, read_blocks, written_blocks
 from tests.merge.conftest import save_weights
-from tests.merge.test_merge_run import digest, inputs_of, load, merge
+from tests.merge.test_merge_files import digest, inputs_of, load, merge
 
 ADD = {"ratio": 0.7}
 TIES = {"method": "ties", "density": 0.5, "gate": True}

@@ -20,7 +20,7 @@ from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
 from cpt_merge.tokenizer_ext.embeddings.token_space import sparsemax, train_space
 from cpt_merge.tracking.events import Summary
 from tests.merge.conftest import BASE_ROWS, CPT_ROWS, NEW, make_family, save_weights
-from tests.merge.test_merge_run import load
+from tests.merge.test_merge_files import load
 
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 

@@ -1,13 +1,13 @@
-"""The carrier into memory: the tensors of the merged checkpoint, whatever the ratio before was."""
+"""The merge in memory: the tensors of the merged checkpoint, whatever the ratio before was."""
 
 import pytest
 import torch
 
 from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.merge import MergeConfig
-from cpt_merge.merge.memory import merge_into, merge_shard, ranges_of
-from cpt_merge.merge.plan import plan, plan_again
-from tests.merge.test_merge_run import inputs_of, load, merge
+from cpt_merge.merge.memory import merge_into, merge_model, merge_shard, ranges_of
+from cpt_merge.merge.plan import MergeInputs, plan, plan_again
+from tests.merge.test_merge_files import inputs_of, load, merge
 
 
 def empty_like(the_plan, dtype):
@@ -49,6 +49,20 @@ def test_a_shard_is_merged_as_it_is_in_the_whole(family, tmp_path, tracker):
                 the_plan, LocalShard(name, tuple(values.shape), start, rows.float()), {}
             )
             assert torch.equal(found, merged[name][start : start + len(rows)].float()), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"gate": True}], ids=["plain", "gate"])
+def test_a_model_in_memory_gets_the_weights_of_the_files(family, tmp_path, tracker, settings):
+    from transformers import AutoModelForCausalLM
+
+    merge(family, tmp_path / "out", tracker, ratio=0.7, **settings)
+    model = AutoModelForCausalLM.from_pretrained(family.cpt)
+    inputs = MergeInputs(family.cpt, family.base, family.chat, family.tokenizer)
+    the_plan = merge_model(model, MergeConfig(ratio=0.7, **settings), inputs)
+    assert the_plan.format.stop_ids == [2, 35]
+    state = model.state_dict()
+    for name, values in load(tmp_path / "out").items():
+        assert torch.equal(state[name], values), name
 
 
 def test_rules_that_decide_nothing_are_refused_here_too(family):

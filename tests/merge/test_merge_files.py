@@ -231,7 +231,7 @@ def test_the_result_is_a_chat_model(family, tmp_path, tracker):
 def test_report_card_figure_and_tracker(
     untied, tmp_path, tracker, recording, real_draw, monkeypatch
 ):
-    monkeypatch.setattr("cpt_merge.merge.report.draw", real_draw)
+    monkeypatch.setattr("cpt_merge.merge.merge_report.draw", real_draw)
     (untied.base / "README.md").write_text("---\nlicense: llama3\nlicense_name: x\n---\ntext")
     (untied.chat / "README.md").write_text("---\nlicense: llama3\n---\n")
     write_config(untied.chat, 40, False, rope_theta=5e5)
