@@ -1,8 +1,9 @@
 """What the processes of a job do together. `core/world.py` says which of them this one is.
 
-Decisions and results are exchanged by collectives of a gloo group (`Ranks`), which never share a queue with the
-training. Only where no process group can exist (a merge of files, which runs without torch; text that is tokenised by
-independent tasks; the check of a cluster before anything runs) do processes wait for files (`wait_for`, `publish`).
+Decisions and results are exchanged by collectives of a gloo group (`Ranks`), which never share a
+queue with the training. Only where no process group can exist (a merge of files, which runs without
+torch; text that is tokenised by independent tasks; the check of a cluster before anything runs) do
+processes wait for files (`wait_for`, `publish`).
 """
 
 from __future__ import annotations
@@ -95,9 +96,10 @@ class Ranks:
         return values
 
     def map(self, label: str, work: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
-        """`work(item)` for every item, in the order of the items, on every process; each is computed by one process.
+        """`work(item)` for every item, in order, on every process; one process computes each.
 
-        Results do not depend on the number of processes if an item is a whole batch, formed before it is divided.
+        Results do not depend on the number of processes if an item is a whole batch, formed before
+        it is divided.
         """
         mine = range(self.rank, len(items), self.size)
         done: dict[int, Value] = {}
@@ -110,10 +112,10 @@ class Ranks:
 
 
 def start_process_group(backend: str, timeout: timedelta) -> World:
-    """Start torch's default process group with the other processes of this job: the one place that does.
+    """Start torch's default process group with the other processes of this job.
 
-    A process alone becomes a group of one, so that what needs a group has one path. Raises `UserError` if the
-    environment does not say where the processes meet.
+    A process alone becomes a group of one, so that what needs a group has one path. Raises
+    `UserError` if the environment does not say where the processes meet.
     """
     import torch.distributed as dist
 
@@ -140,7 +142,9 @@ def stop_process_group() -> None:
 
 @contextmanager
 def joined(timeout: timedelta = ONE_DAY) -> Iterator[Ranks]:
-    """The processes of this job, for work that shares results and no weights. One process alone needs no group.
+    """The processes of this job, for work that shares results and no weights.
+
+    One process alone needs no group.
 
     The processes meet only when the slowest is done: hence the long timeout.
     """
@@ -168,8 +172,8 @@ def wait_for(
 ) -> bool:
     """Look until `condition` holds, less and less often; whether it does within `timeout` seconds.
 
-    `what` completes the message "waiting for ...", which appears after half a minute. `check` is called between two
-    looks and raises if waiting is in vain, because another process has failed.
+    `what` completes the message "waiting for ...", which appears after half a minute. `check` is
+    called between two looks and raises if waiting is in vain, because another process has failed.
     """
     started, pause, announced = time.monotonic(), FIRST_PAUSE, False
     while not condition():
@@ -193,7 +197,10 @@ def publish(directory: Path, name: str, world: World, value: Any) -> None:
 def collect(
     directory: Path, name: str, world: World, check: Callable[[], None] = lambda: None
 ) -> list[Any]:
-    """Wait until all processes have published their value; the values by rank. `check` as in `wait_for`."""
+    """Wait until all processes have published a value; the values by rank.
+
+    `check`: see `wait_for`.
+    """
     paths = [_published(directory, name, rank, world.size) for rank in range(world.size)]
     wait_for(
         lambda: all(path.is_file() for path in paths), f"all {world.size} processes", check=check

@@ -1,4 +1,7 @@
-"""Embedding rows and the chat vector: `merged = cpt + ratio * (chat - base)`, from files or from the trained shards."""
+"""The chat vector.
+
+`merged = cpt + ratio * (chat - base)`, from files, shards or models in memory.
+"""
 
 from cpt_merge.merge.config import MergeConfig
 

@@ -1,4 +1,4 @@
-"""README.md of a merged model: what was merged, how, from what, and under which licences."""
+"""README.md of a merged model: what was merged, how, from which models, under which licences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
 def model_card(plan: MergePlan, origin: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """The text."""
+    """The text of README.md."""
     licences = parents_licences(plan)
     lines = ["---", _front(licences), "---", "", "# Chat model by chat vector", ""]
     lines += [f"`{formula(plan)}`, made with cpt-merge.", ""]
@@ -63,7 +63,11 @@ def parents_licences(plan: MergePlan) -> dict[str, dict[str, Any]]:
 
 
 def _front(licences: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the hub reads. One licence for all that state one is carried with its fields; else they are listed."""
+    """The YAML that the hub reads.
+
+    If all parents that state a licence state the same, its fields are carried over; otherwise the
+    licences are listed.
+    """
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "chat-vector"]}
     stated = [fields for fields in licences.values() if "license" in fields]
     names = {str(fields["license"]) for fields in stated}

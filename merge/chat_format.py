@@ -1,4 +1,4 @@
-"""What ends replies and begins turns: stop ids, special ids, roles and template of the chat model, in output ids."""
+"""The chat model's format in the output's ids: stop ids, special ids, roles and template."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """`stop_ids`: every id that ends a reply. `special_ids`: configuration file -> its special ids."""
+    """How turns begin and replies end."""
 
-    stop_ids: list[int]
-    special_ids: dict[str, dict[str, Any]]
+    stop_ids: list[int]  # every id that ends a reply
+    special_ids: dict[str, dict[str, Any]]  # configuration file -> its special ids
     roles: dict[str, str]
     template: str | None
 
 
 class _Ids:
-    """Ids of one tokenizer as ids of the output's, by token string; without tokens ids are taken as equal."""
+    """Maps ids of one tokenizer to the output's by token string; without tokens ids are equal."""
 
     def __init__(self, tokenizer: TokenizerFiles, rows: Mapping[str, int] | None) -> None:
         self.tokenizer, self.rows = tokenizer, rows
 
     def map(self, ids: list[int]) -> list[int]:
-        """One that has no token in the output is said and left out."""
+        """Ids that have no token in the output are left out, with a message."""
         if self.rows is None:
             return ids
         found = []
@@ -43,8 +43,9 @@ class _Ids:
                 found.append(self.rows[token])
             else:
                 say(
-                    f"merge: {self.tokenizer.directory} names the id {number}, which has no token in the output; "
-                    "it is left out"
+                    f"merge: {self.tokenizer.directory} names the id {number}, which has no token "
+                    "in the output; "
+                    "the id is left out"
                 )
         return found
 
@@ -52,7 +53,10 @@ class _Ids:
 def read_format(
     base: TokenizerFiles, chat: TokenizerFiles, rows: Mapping[str, int] | None
 ) -> ChatFormat:
-    """The chat model's format. `rows` maps the output's tokens to their rows; None where rows meet by position."""
+    """The chat model's format.
+
+    `rows` maps the output's tokens to their rows; None where rows meet by position.
+    """
     of_chat, of_base = _Ids(chat, rows), _Ids(base, rows)
     roles = _roles(chat, rows)
     stops = of_chat.map(read_stop_ids(chat.directory))
@@ -61,7 +65,8 @@ def read_format(
     stops = list(dict.fromkeys([*stops, *of_base.map(read_stop_ids(base.directory))]))
     if chat.other_templates:
         say(
-            f"merge: only the default chat template is carried; left out: {', '.join(chat.other_templates)}"
+            "merge: only the default chat template is carried over; left out: "
+            f"{', '.join(chat.other_templates)}"
         )
     special = {
         name: _special_ids(chat.directory / name, of_chat, stops)
@@ -71,7 +76,7 @@ def read_format(
 
 
 def _roles(chat: TokenizerFiles, rows: Mapping[str, int] | None) -> dict[str, str]:
-    """bos, eos and pad. A token that the tokenizer itself does not have is said and left out."""
+    """bos, eos and pad. A token that the tokenizer does not contain is left out, with a message."""
     found = {}
     for role in CARRIED_ROLES:
         token = chat.roles.get(role)
@@ -81,7 +86,8 @@ def _roles(chat: TokenizerFiles, rows: Mapping[str, int] | None) -> dict[str, st
             found[role] = token
         else:
             say(
-                f"merge: {chat.directory} names {token!r} as its {role}, which it does not have; it is left out"
+                f"merge: {chat.directory} names {token!r} as its {role}, which it does not "
+                "contain; it is left out"
             )
     return found
 

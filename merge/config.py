@@ -16,7 +16,7 @@ Combination = Literal["add", "ties", "dare", "dare_ties"]
 
 
 def _evaluates(ratio: Any) -> float | str:
-    """Checked before pydantic tries one type after the other, which would give two messages."""
+    """Check before pydantic tries one type after the other, which would give two messages."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float, str)):
         raise ValueError("neither a number nor an expression of the layer, such as `ramp(0.3, 1)`")
     for layers in (1, 40):
@@ -30,7 +30,7 @@ Ratio = Annotated[float | str, BeforeValidator(_evaluates)]
 
 
 class RuleConfig(Section):
-    """What is done with the tensors that match all of `pattern`, `kinds` and `layers` (those that are set)."""
+    """What happens to the tensors that match `pattern`, `kinds` and `layers`, if they are set."""
 
     pattern: str | None = key(None, "regular expression that is searched in the tensor's name")
     kinds: list[Kind] = key([], "module kinds: attention, mlp, norm, embed, head, other")
@@ -39,7 +39,8 @@ class RuleConfig(Section):
     )
     action: Literal["add", "skip", "replace"] = key(
         "add",
-        "add: add ratio times the vector; skip: keep the CPT tensor; replace: take the chat model's",
+        "add: add ratio times the vector; skip: keep the CPT tensor; replace: take the chat "
+        "model's",
     )
     ratio: Ratio | None = key(
         None, "ratio for `add`, a number or an expression; the section's if not set"
@@ -71,7 +72,7 @@ class RuleConfig(Section):
 
 
 class VectorConfig(Section):
-    """One more vector that is added: `chat - base` of another pair, or one that `extract-vector` wrote."""
+    """A further vector: `chat - base` of another pair, or one that `extract-vector` wrote."""
 
     chat: str | None = key(None, "the pair's chat model: a directory or a hub id")
     base: str | None = key(None, "the pair's base model")
@@ -101,7 +102,8 @@ class MergeConfig(Section):
 
     ratio: Ratio = key(
         1.0,
-        "how much of the chat vector is added; lower it if replies drift into English. A number, or an expression of "
+        "how much of the chat vector is added; lower it if replies drift into English. A number, "
+        "or an expression of "
         "the layer: `ramp(0.3, 1)`, `1 - 0.5 * depth`, `max(0.2, 1 - layer / 40)`",
     )
     rules: list[RuleConfig] = key([], "exceptions; the first that matches a tensor decides")
@@ -109,7 +111,8 @@ class MergeConfig(Section):
     vectors: list[VectorConfig] = key([], "further vectors, added to the same model")
     method: Combination = key(
         "add",
-        "how vectors are thinned and joined; add: as they are; ties: the largest `density` of each, signs elected; "
+        "how vectors are thinned and joined; add: as they are; ties: the largest `density` of "
+        "each, signs elected; "
         "dare: a random `density` of each, enlarged to the same mean; dare_ties: both",
     )
     density: float | None = key(
@@ -118,11 +121,13 @@ class MergeConfig(Section):
     seed: int = key(0, "seed of what dare draws", ge=0)
     new_rows: Literal["keep", "constituents"] = key(
         "keep",
-        "rows of new pieces; keep: as trained; constituents: add the mean vector of their constituents' rows",
+        "rows of new pieces; keep: as trained; constituents: add the mean vector of their "
+        "constituents' rows",
     )
     token_map: dict[str, str] = key(
         {},
-        "token of the chat model -> token of CPT that becomes it: the row is taken from chat, the id stays",
+        "token of the chat model -> token of CPT that becomes it: the row is taken from chat, the "
+        "id stays",
     )
     dtype: Dtype | None = key(
         None, "type of the output's tensors; the base's, tensor by tensor, if not set"

@@ -1,11 +1,13 @@
-"""Ratios that depend on the layer: `0.8`, `ramp(0.3, 1)`, `1 - 0.5 * depth`, `max(0.2, 1 - layer / 40)`.
+"""Ratios that depend on the layer: `ramp(0.3, 1)`, `1 - 0.5 * depth`, `max(0.2, 1 - layer / 40)`.
 
-    layer    the tensor's decoder layer, counted from 0; the embedding counts as the first, norm and head as the last
+    layer    the tensor's decoder layer, counted from 0; the embedding counts as the first layer,
+             the final norm and the head as the last
     layers   how many there are
     depth    layer / (layers - 1): 0 in the first layer, 1 in the last
     ramp(a, b)   from a in the first layer to b in the last: a + (b - a) * depth
 
-Numbers, + - * /, parentheses, and min, max, abs beside these. Evaluated once a tensor, in double precision.
+Besides these: numbers, + - * /, parentheses, min, max, abs. Evaluated once for each tensor, in
+double precision.
 """
 
 from __future__ import annotations
@@ -25,17 +27,17 @@ _NAMES = ("layer", "layers", "depth")
 
 
 def evaluate(ratio: float | str, layer: int, layers: int) -> float:
-    """The ratio in a layer. Raises `ValueError` with a sentence for what is no such expression."""
+    """The ratio in a layer. Raises `ValueError` with a sentence for anything else."""
     if not isinstance(ratio, str):
         try:
             return _finite(float(ratio), ratio, layer, layers)
         except OverflowError:
-            raise ValueError("a ratio beyond any number") from None
+            raise ValueError("the ratio is too large") from None
     names = {"layer": float(layer), "layers": float(layers), "depth": layer / max(layers - 1, 1)}
     try:
         value = _value(ast.parse(ratio.strip(), mode="eval").body, names)
     except SyntaxError:
-        raise ValueError(f"{ratio!r} is no arithmetic expression") from None
+        raise ValueError(f"{ratio!r} is not an arithmetic expression") from None
     except ZeroDivisionError:
         raise ValueError(f"{ratio!r} divides by zero in layer {layer} of {layers}") from None
     except (TypeError, RecursionError, MemoryError, OverflowError):
@@ -48,7 +50,7 @@ def evaluate(ratio: float | str, layer: int, layers: int) -> float:
 def _finite(value: float, ratio: float | str, layer: int, layers: int) -> float:
     if not abs(value) <= _LARGEST:
         raise ValueError(
-            f"{ratio!r} is {value} in layer {layer} of {layers}, no finite number in float32"
+            f"{ratio!r} is {value} in layer {layer} of {layers}, which is not finite in float32"
         )
     return value
 

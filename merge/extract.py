@@ -1,12 +1,12 @@
-"""Write a chat vector as a directory of its own, to keep, to share, and to add to other models.
+"""Write a chat vector to a directory, to keep, to share, and to add to other models.
 
-    vector.safetensors    chat - base, with the chat model's names and rows (or several files and an index); rows of
-                          the chat format's tokens hold the chat model's rows themselves
-    vector.json           what it is made of, and what a merge must know of the base
+    vector.safetensors    chat - base, with the chat model's names and rows (or several files and
+                          an index); rows of the chat format's tokens are the chat model's own rows
+    vector.json           what it was made from, and what a merge must know of the base
     config.json, ...      the chat model's configuration, tokenizer and template
     base/                 the base's configuration and tokenizer, by which rows are aligned
 
-In float32 (the default) a merge with it gives the same bytes as one with the pair.
+In float32, the default, a merge with the vector gives the same bytes as a merge with the pair.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ BLOCK = 1 << 19  # elements
 def extract(
     base: Path, chat: Path, out: Path, dtype: Dtype = "float32", shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write `chat - base` to `out` (missing or empty). Raises `UserError` for a pair that does not fit."""
+    """Write `chat - base` to `out`, which is missing or empty.
+
+    Raises `UserError` if they do not fit.
+    """
     if find_world().size > 1:
         raise UserError("--extract is the work of one process; start it without a launcher.")
     models = open_fitting({"base": base, "chat": chat})
@@ -92,13 +95,15 @@ def _align(pair: Pair) -> RowAlignment:
     count = vocabulary_rows(pair.chat)
     if base is None and chat is None and vocabulary_rows(pair.base) == count:
         say(
-            f"merge: neither directory has a tokenizer; the {count} rows of the two models are taken as equal"
+            f"merge: neither directory has a tokenizer; the {count} rows of the two models are "
+            "treated as the same tokens"
         )
         return align_by_position(count)
     if base is None or chat is None:
         missing = pair.base.directory if base is None else pair.chat.directory
         raise UserError(
-            f"no tokenizer.json or tokenizer.model in {missing}, by which rows could meet; put it there."
+            f"no tokenizer.json or tokenizer.model in {missing}, by which rows could be aligned; "
+            "put it there."
         )
     for problem in unshared_tokens(base, chat):
         raise UserError(f"{problem}.")
@@ -131,7 +136,10 @@ def _extract(pair: Pair, spec: TensorSpec, rows: RowAlignment, writer: Checkpoin
 def _vocabulary_rows(
     pair: Pair, name: str, first: int, last: int, rows: RowAlignment
 ) -> tuple[Float32, Float32]:
-    """Chat's rows [first, last): the difference where base has the token, the row itself where it is of the format."""
+    """Chat's rows [first, last), and the base's rows of the tokens that base has.
+
+    Rows of tokens that base has are the difference; rows of the chat format are the chat model's.
+    """
     shared, of_format = rows.role[first:last] == Role.SHARED, rows.role[first:last] == Role.CHAT
     difference = pair.rows(
         name, RowPairs(rows.base[first:last][shared], rows.chat[first:last][shared])
@@ -184,7 +192,8 @@ def _card(pair: Pair, dtype: Dtype) -> str:
     lines += [
         "# Chat vector",
         "",
-        f"{names}, in {dtype}, made with cpt-merge. No model: loaders refuse it. Add it to one",
+        f"{names}, in {dtype}, made with cpt-merge. This is not a model, and loaders refuse it. "
+        "Add it to a model",
         "",
     ]
     return "\n".join(

@@ -1,7 +1,7 @@
-"""The merge from files: checkpoints are streamed through the formula into a new one, in memory set by the chunk.
+"""The merge from files: checkpoints are streamed into a new one, in memory set by the chunk.
 
-The output is divided into blocks, the blocks among the processes, and those of a process among its threads. The bytes
-depend on none of that.
+The output is divided into blocks, the blocks among the processes, and those of a process among its
+threads. The bytes depend on none of that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from cpt_merge.tracking import Tracker
 
 BLOCK = 1 << 22  # elements; what one thread does at a time
 MAX_THREADS = 4  # more only wait for the disk
-ORDER = "1"  # changes with the order of the arithmetic or of the blocks: unfinished merges of another one are of no use
+# Changes with the order of the arithmetic or of the blocks: older unfinished merges are of no use
+ORDER = "1"
 M_ARENA_MAX = -8  # of glibc's malloc.h
 
 T = TypeVar("T")
@@ -50,9 +51,10 @@ def merge_directories(
 ) -> dict[str, Any]:
     """Write `cpt + ratio * (chat - base)` to `out` and return the numbers that are worth a summary.
 
-    Called by one process, or by all processes of a launcher, which divide the work; the results are returned on rank 0.
-    `out` is missing or empty; what a killed run left next to it is continued. Raises `RefusedError` with everything
-    that does not fit, `Interrupted` if a signal stopped the merge; the same call continues it.
+    Called by one process, or by all processes of a launcher, which divide the work; the results are
+    returned on rank 0. `out` is missing or empty; what a killed run left next to it is continued.
+    Raises `RefusedError` with everything that does not fit, `Interrupted` if a signal stopped the
+    merge; the same call continues it.
     """
     world, out = find_world(), out.absolute()
     the_plan = plan(config, inputs)
@@ -61,7 +63,7 @@ def merge_directories(
         staging(out, the_digest).finish_commit()
     finished = merge_report.read_finished(out, the_digest)
     if finished is not None:
-        say(f"merge: {out} holds the result of this very merge already")
+        say(f"merge: {out} holds the result of this merge already")
         return finished if world.is_main else {}
     check_output(the_plan, out)
     for vector in the_plan.vectors:
@@ -70,7 +72,7 @@ def merge_directories(
         for line in describe(the_plan.changes, the_plan.cpt_rows, the_plan.rows):
             say(f"merge: {line}")
         merge_report.warn(norms.warnings(the_plan, norms.sample(the_plan)))
-    _return_freed_memory()  # the vocabularies
+    _return_freed_memory()  # of the vocabularies
     work = Work(out, the_plan.layout(), the_digest, world)
     return _merge(the_plan, work, tracker or Tracker())
 
@@ -105,7 +107,7 @@ def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
 
 
 def digest(the_plan: MergePlan) -> str:
-    """What tells this merge from others: rules, inputs, layout."""
+    """Identifies a merge: its rules, inputs and layout."""
     models = {label: fingerprint(model.directory) for label, model in the_plan.models().items()}
     headers = [header.hex() for header in the_plan.layout().headers.values()]
     text = json.dumps(
@@ -131,7 +133,7 @@ class Block:
 
 
 def divide(plan: MergePlan) -> list[Block]:
-    """All elements of all tensors, in the order in which they are stored."""
+    """All elements of all tensors as blocks, in the order in which they are stored."""
     found: list[Block] = []
     for tensor in plan.tensors:
         size = tensor.size
@@ -143,7 +145,10 @@ def divide(plan: MergePlan) -> list[Block]:
 
 
 def merge_files(plan: MergePlan, work: Work) -> list[Statistics]:
-    """Merge what is not merged yet. Returns every vector's statistics on the first process, nothing on the others."""
+    """Merge the blocks that are not merged yet.
+
+    Returns the statistics of every vector on the first process, and nothing on the others.
+    """
     blocks, world = divide(plan), work.world
     done = work.finished_blocks()
     own = [block for block in blocks if block.number % world.size == world.rank]
@@ -166,7 +171,7 @@ def merge_files(plan: MergePlan, work: Work) -> list[Statistics]:
 
 
 def on_threads(run: Callable[[int], T], count: int) -> Iterator[T]:
-    """run(0), run(1), ... in order; few are under way at once, however many there are."""
+    """run(0), run(1), ... in order. Only a few run at once, however many there are."""
     threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[T]] = deque()
@@ -183,7 +188,10 @@ def on_threads(run: Callable[[int], T], count: int) -> Iterator[T]:
 
 
 def _summed(plan: MergePlan, blocks: list[Block], sums: dict[int, BlockSums]) -> list[Statistics]:
-    """Added in the order of the blocks, so that the division of the work does not show."""
+    """The sums of the blocks, added in their order.
+
+    They do not depend on the number of processes.
+    """
     statistics: list[Statistics] = [{} for _ in plan.vectors]
     for block in blocks:
         for of_vector, of_block in zip(statistics, sums[block.number], strict=True):
@@ -193,7 +201,7 @@ def _summed(plan: MergePlan, blocks: list[Block], sums: dict[int, BlockSums]) ->
 
 
 def _find_ranges(plan: MergePlan, work: Work) -> dict[str, TensorRange]:
-    """What TIES and the gate must know of whole tensors: each process looks at some, all get everything."""
+    """What TIES and the gate must know of whole tensors; the processes divide the tensors."""
     tensors = plan.seen_whole()
     if not tensors:
         return {}
@@ -227,7 +235,7 @@ def cpt_reader(cpt: Checkpoint, name: str) -> ReadCpt:
 
 
 def run_block(merger: SliceMerger, pending: list[Block], place: int) -> tuple[Block, BlockSums]:
-    """Merge one of the blocks, while the disk fetches what is needed a little later."""
+    """Merge one of the blocks, while the disk fetches what a later block needs."""
     plan, block = merger.plan, pending[place]
     _read_ahead(plan, pending[place + MAX_THREADS : place + MAX_THREADS + 1])
     name = block.tensor.name
@@ -240,7 +248,7 @@ def run_block(merger: SliceMerger, pending: list[Block], place: int) -> tuple[Bl
 
 
 def _read_ahead(plan: MergePlan, blocks: list[Block]) -> None:
-    """Rows that meet by token lie at other places in each model, but mostly near."""
+    """Rows that meet by token are at other places in each model, but mostly close."""
     for block in blocks:
         for model in plan.models().values():
             size = model.tensors[block.tensor.name].size
@@ -249,12 +257,13 @@ def _read_ahead(plan: MergePlan, blocks: list[Block]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep the buffers of chunks between chunks; otherwise page faults take half of the time.
+    """Let malloc keep buffers between chunks; otherwise page faults take half of the time.
 
-    This changes settings of the whole process, so only commands that do nothing but merge files call it. glibc returns
-    freed memory to the kernel beyond thresholds that grow with the largest mapped block that was ever freed, up to
-    32 MiB (mallopt(3), M_MMAP_THRESHOLD): one is freed here, untouched. And all threads share one arena (M_ARENA_MAX),
-    because the free memory on top of the others is not returned.
+    This changes settings of the whole process, so only commands that do nothing but merge files
+    call it. glibc returns freed memory to the kernel beyond thresholds that grow with the largest
+    mapped block that was ever freed, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): one is freed
+    here, untouched. And all threads share one arena (M_ARENA_MAX), because the free memory on top
+    of the others is not returned.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""All that makes weights a model: configuration, stop ids, tokenizer with the chat template, model card."""
+"""What makes weights a chat model: configuration, tokenizer, chat template, model card."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from cpt_merge.merge.vectors import Extracted
 def write_merged(
     plan: MergePlan, statistics: list[Statistics], directory: Path, digest: str, cpt: str = "cpt"
 ) -> dict[str, Any]:
-    """Complete the chat model in `directory` and return the results, which merge_report.json holds in full.
+    """Complete the chat model in `directory`; the results in short, merge_report.json has all.
 
-    `digest` is the merge's, `cpt` says what the plan's CPT directory is to the result.
+    `digest` identifies the merge; `cpt` is the role of the plan's CPT directory in the report.
     """
     write_all_but_weights(plan, directory)
     differences = config_differences(plan)
     for difference in differences:
-        say(f"merge: {difference}; the output has cpt's")
+        say(f"merge: {difference}; the output has the value of cpt")
     inputs = {
         cpt if label == "cpt" else label: model.directory for label, model in plan.models().items()
     }
@@ -57,7 +57,7 @@ def write_merged(
 
 
 def write_all_but_weights(plan: MergePlan, directory: Path) -> None:
-    """Configuration, stop ids, tokenizer and chat template of the chat model."""
+    """Write configuration, stop ids, tokenizer and chat template of the chat model."""
     config = model_config(plan.cpt, plan.layout())
     if plan.rows != plan.cpt_rows:
         config = resize_config(config, plan.rows)
@@ -67,7 +67,7 @@ def write_all_but_weights(plan: MergePlan, directory: Path) -> None:
 
 
 def _add_known_norms(plan: MergePlan, statistics: list[Statistics]) -> None:
-    """An extracted vector says how long its base was, so that its own length can be told in proportion."""
+    """Take the base's norms from an extracted vector, whose own norms are reported as shares."""
     for vector, of_vector in zip(plan.vectors, statistics, strict=True):
         if isinstance(vector.source, Extracted) and vector.source.base is None:
             squares = vector.source.description["base_squares"]
@@ -84,11 +84,12 @@ def generation_config(plan: MergePlan) -> dict[str, Any]:
     settings = (
         read_json(of_chat) if of_chat.is_file() else read_json(of_cpt) if of_cpt.is_file() else {}
     )
-    if of_chat.is_file():  # its ids count in another vocabulary
+    if of_chat.is_file():  # its ids belong to another vocabulary
         others = sorted(name for name in settings.keys() & OTHER_IDS if settings[name] is not None)
         if others:
             say(
-                f"merge: {', '.join(others)} of {of_chat} name ids of the chat model's own vocabulary; left out"
+                f"merge: {', '.join(others)} of {of_chat} contain ids of the chat model's own "
+                "vocabulary; left out"
             )
         settings = {
             name: value
@@ -99,7 +100,7 @@ def generation_config(plan: MergePlan) -> dict[str, Any]:
 
 
 def write_tokenizer(plan: MergePlan, directory: Path) -> None:
-    """The extended tokenizer, with the chat model's template, its special tokens, and its bos, eos and pad."""
+    """The extended tokenizer with the chat model's template, special tokens, bos, eos and pad."""
     copy_files([plan.tokenizer / name for name in TOKENIZER_FILES], directory)
     chat = plan.chat.source.chat_directory
     token_changes.apply(plan.changes, directory, chat)
@@ -107,12 +108,12 @@ def write_tokenizer(plan: MergePlan, directory: Path) -> None:
         if (directory / name).is_file():
             config = {**read_json(directory / name), **plan.format.roles}
             if plan.format.template:
-                config.pop("chat_template", None)  # it has a file of its own
+                config.pop("chat_template", None)  # it has its own file
             write_json(directory / name, config)
     if plan.format.template:
         write_text(directory / "chat_template.jinja", plan.format.template)
     else:
-        say(f"merge: {chat} has no chat template, so the output has none of its")
+        say(f"merge: {chat} has no chat template, so the output has none")
 
 
 OTHER_IDS = {
@@ -120,16 +121,17 @@ OTHER_IDS = {
     "forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "decoder_start_token_id",
     "no_timestamps_token_id", "stop_token_ids",
 }  # fmt: skip
-"""What else a generation_config.json says in ids."""
+"""Other fields of a generation_config.json that hold ids."""
 
 EXPECTED_TO_DIFFER = {
-    "_name_or_path", "architectures", "vocab_size", "torch_dtype", "dtype", "transformers_version", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "model_type", "_attn_implementation_autoset",
+    "_name_or_path", "architectures", "vocab_size", "torch_dtype", "dtype", "transformers_version",
+    "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+    "model_type", "_attn_implementation_autoset",
 }  # fmt: skip
-"""Fields of config.json that say nothing about how the weights compute, or that the merge sets or checks itself."""
+"""Fields of config.json that do not affect the computation, or that the merge sets or checks."""
 
 SAID_BY_ABSENCE = {"rope_theta", "rope_scaling", "sliding_window"}
-"""Fields that mean something where they are missing; of the others, only configurations that have them are compared."""
+"""Fields whose absence matters. Others are compared among the configurations that have them."""
 
 
 def config_differences(plan: MergePlan) -> list[str]:
@@ -157,7 +159,7 @@ def config_differences(plan: MergePlan) -> list[str]:
 
 
 def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`: the earlier form."""
+    """With `rope_theta` and `rope_scaling`, for which transformers 5 writes `rope_parameters`."""
     flat = {**config, **config.get("text_config", {})}
     rope = dict(flat.pop("rope_parameters", None) or {})
     theta = rope.pop("rope_theta", flat.get("rope_theta"))

@@ -1,4 +1,4 @@
-"""Whether checkpoints fit together, tensor by tensor: everything that does not, not only the first thing."""
+"""Whether checkpoints fit together, tensor by tensor. All problems are collected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN_PROBLEMS = 5
 
 
 class RefusedError(UserError):
-    """Everything that stands against a merge, as one sentence and as a list."""
+    """Everything that prevents a merge, as one sentence and as a list."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -28,7 +28,7 @@ class RefusedError(UserError):
 
 @contextmanager
 def collected(problems: list[str]) -> Iterator[None]:
-    """Add what goes wrong within the block to a list."""
+    """Add the `UserError` of the block, if there is one, to a list."""
     try:
         yield
     except UserError as error:
@@ -36,7 +36,7 @@ def collected(problems: list[str]) -> Iterator[None]:
 
 
 def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
-    """Open checkpoints that are to be computed with, tensor by tensor.
+    """Open checkpoints that are combined tensor by tensor.
 
     Raises `RefusedError` with all problems: architectures, names, shapes, types.
     """
@@ -52,7 +52,7 @@ def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
 def fit_problems(
     models: Mapping[str, Checkpoint], tensors: Mapping[str, Mapping[str, TensorInfo]]
 ) -> list[str]:
-    """Why tensors of these models cannot be computed with one another."""
+    """Why the tensors of these models cannot be combined."""
     problems = [
         *_architecture_problems(models),
         *_row_problems(tensors),
@@ -77,7 +77,7 @@ def _architecture_problems(models: Mapping[str, Checkpoint]) -> list[str]:
 
 
 def _row_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
-    """Embedding and head of one model have a row for each of the same tokens."""
+    """Embedding and head of one model must have the same number of rows."""
     problems = []
     for label, of_model in tensors.items():
         rows = {
@@ -96,14 +96,14 @@ def _row_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
 def _name_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
     everything = sorted(set().union(*tensors.values()), key=natural)
     return [
-        f"{name} is missing in {' and '.join(label for label in tensors if name not in tensors[label])}"
+        f"{name} is missing in {' and '.join(without)}"
         for name in everything
-        if any(name not in of_model for of_model in tensors.values())
+        if (without := [label for label, of_model in tensors.items() if name not in of_model])
     ]
 
 
 def _shape_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
-    """Shapes differ (but for the number of rows of a vocabulary matrix), or a type cannot be computed with."""
+    """Shapes that differ, except in vocabulary rows, and types without arithmetic."""
     problems = []
     for name in sorted(
         set.intersection(*(set(of_model) for of_model in tensors.values())), key=natural

@@ -1,15 +1,15 @@
-"""The chat vector, in float32 and in one written order: the one place of the formula.
+"""The chat vector, in float32 and in one written order. The formula is only here.
 
     d = chat - base        the vector
     p = ratio * d
     s = cpt + p            rounded once afterwards, to the output's type
 
-Huang et al., Chat Vector: A Simple Approach to Equip LLMs with Instruction Following and Model Alignment in New
-Languages, ACL 2024 (https://aclanthology.org/2024.acl-long.590).
+Huang et al., Chat Vector: A Simple Approach to Equip LLMs with Instruction Following and Model
+Alignment in New Languages, ACL 2024 (https://aclanthology.org/2024.acl-long.590).
 
-Each line is one operation on whole arrays, so that no compiler fuses the product into the sum (a fused multiply-add
-rounds once where this rounds twice, and changes about 0.01 % of the bfloat16 results). Written with operators only, for
-numpy arrays and torch tensors of float32 alike, with the same bits.
+Each line is one operation on whole arrays, so that no compiler fuses the product into the sum: a
+fused multiply-add rounds once where this rounds twice, and changes about 0.01 % of the bfloat16
+results. The functions use operators only and give the same bits for numpy arrays and torch tensors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The merge of trained shards: the chat vector is added to them by all ranks, and nothing is gathered.
+"""The merge of trained shards: all ranks add the chat vector, and no weights are gathered.
 
-Each rank takes its own rows in the type they were trained in (fp32 masters: one rounding), reads only the same rows of
-base and chat, and writes only them. The arithmetic is that of the merge from files, on the CPU, so the bytes are equal;
-it waits for the disk anyway.
+Each rank takes its own rows in the type they were trained in (fp32 masters: one rounding), reads
+only the same rows of base and chat, and writes only them. The arithmetic is that of the merge from
+files, on the CPU, so the bytes are equal; it waits for the disk anyway.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def merge_shards(
 ) -> dict[str, Any]:
     """Add the chat vector to the trained shards and write the chat model. Every rank calls it.
 
-    `inputs.cpt` is the resized base that training started from, `inputs.base` the original base with its own tokenizer.
-    Returns the results on rank 0 and nothing on the others. Raises `UserError` as `merge.plan.plan` and
-    `checkpoint.export.export_shards` do.
+    `inputs.cpt` is the resized base that training started from, `inputs.base` the original base
+    with its own tokenizer. Returns the results on rank 0 and nothing on the others. Raises
+    `UserError` as `merge.plan.plan` and `checkpoint.export.export_shards` do.
     """
     the_plan = plan_for_shards(config, inputs)
     writer = CheckpointWriter(out, the_plan.layout(), ranks.rank)
@@ -64,7 +64,7 @@ def merge_shards(
 
 
 def plan_for_shards(config: MergeConfig, inputs: MergeInputs) -> MergePlan:
-    """The plan of a merge of shards. Raises `UserError` also if the output would need rows that were not trained."""
+    """The plan for trained shards. Raises `UserError` also if the output needs untrained rows."""
     the_plan = plan(config, inputs)
     for vector in the_plan.vectors:
         check_base(vector.source)
@@ -82,8 +82,8 @@ def find_ranges(
 ) -> dict[str, TensorRange]:
     """What TIES and the gate must know of whole tensors. Every rank calls it.
 
-    The files alone decide the thresholds, whose tensors are divided over the ranks; of a gate's range each rank knows
-    the part of its own shards. Then everything is exchanged.
+    The files alone decide the thresholds, whose tensors are divided over the ranks; of a gate's
+    range each rank knows the part of its own shards. Then everything is exchanged.
     """
     tensors = the_plan.seen_whole()
     if not tensors:

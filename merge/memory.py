@@ -1,8 +1,9 @@
-"""The merge in memory: merged slices go into tensors that exist already, of any type and on any device.
+"""The merge in memory: merged slices go into existing tensors, of any type and on any device.
 
-For a chat model that is needed for a while and not on disk: the ratio sweep merges from files, the preview during
-training from shards, a notebook from a model. Every element is computed and rounded as for a file and then converted
-to the tensor's type, so the tensors hold what a loader would make of the merged checkpoint.
+For a chat model that is needed for a while and not on disk: the ratio sweep merges from files, the
+preview during training from shards, a notebook from a model. Every element is computed and rounded
+as for a file and then converted to the tensor's type, so the tensors hold what a loader would make
+of the merged checkpoint.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def merge_into(
 
 
 def merge_shard(plan: MergePlan, shard: LocalShard, ranges: dict[str, TensorRange]) -> Tensor:
-    """The merged elements of a trained shard, in float32 on the CPU. `ranges`: see `find_ranges`."""
+    """The merged elements of a trained shard, in float32 on the CPU; see `find_ranges`."""
     merged = torch.empty(shard.values.shape, dtype=torch.float32)
     merger = SliceMerger(plan, MemoryOutput({shard.name: merged}, plan, shard.start), ranges)
     merger.merge(plan.by_name[shard.name], shard.start, shard.stop, shard.read)

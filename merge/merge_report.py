@@ -1,4 +1,4 @@
-"""merge_report.json, the figure, and what the tracker gets."""
+"""merge_report.json, the figure of norms and cosines, and what is tracked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REPORT_FILE = "merge_report.json"
-IN_MEMORY = "in memory"  # the hook's in place of a digest: nothing tells one state of the shards from another
+IN_MEMORY = "in memory"  # instead of a digest: nothing identifies a state of trained shards
 SHORT_FORM = ("ratio", "rows", "chat_tokens", "overall", "warnings")
 FIGURE_FILE = "merge_norms.png"
 
@@ -39,7 +39,7 @@ COLUMNS = ("part", "vector / base", "cpt change / base", "cosine", "vector alrea
 def write(
     plan: MergePlan, statistics: list[Statistics], origin: Mapping[str, Any], directory: Path
 ) -> dict[str, Any]:
-    """Write merge_report.json and the figure. Returns its short form: what a summary shows."""
+    """Write merge_report.json and the figure. Returns the short form for a summary."""
     rows, of_chat = plan.chat.rows, statistics[0]
     compared = [has_base(vector) for vector in plan.vectors]
     results = {
@@ -84,7 +84,7 @@ def write(
 
 
 def made_in_memory(directory: Path) -> bool:
-    """Whether the hook made what is there."""
+    """Whether the directory was made by the post-training hook."""
     return _read(directory).get("digest") == IN_MEMORY
 
 
@@ -97,7 +97,7 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def _is_whole(directory: Path) -> bool:
-    """Whether the weights are there."""
+    """Whether the weights are complete."""
     try:
         Checkpoint.open(directory)
     except UserError:
@@ -111,7 +111,7 @@ def has_base(vector: PlannedVector) -> bool:
 
 
 def read_finished(directory: Path, digest: str) -> dict[str, Any] | None:
-    """The short form of a finished merge's results; None if `directory` does not hold the merge with this digest."""
+    """The short form of the results of a finished merge; None if `directory` holds another one."""
     full = _read(directory)
     if full.get("digest") != digest or not _is_whole(directory):
         return None
@@ -120,7 +120,7 @@ def read_finished(directory: Path, digest: str) -> dict[str, Any] | None:
 
 
 def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
-    """Say the result in two lines and give everything to the tracker."""
+    """Print the result in two lines and track everything."""
     counts = ", ".join(f"{count:,} {role}" for role, count in results["rows"].items() if count)
     say(
         f"merge: rows {counts}"
@@ -149,7 +149,7 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
     tracker.table("merge/rows", ("role", "rows"), list(results["rows"].items()))
     tracker.image("merge/norms", out / FIGURE_FILE)
     tracker.file(REPORT_FILE, out / REPORT_FILE)
-    # the counts under another name than their table's: W&B keeps both in one place
+    # not under the name of the table of counts: W&B keeps tables and summaries in one place
     tracker.summary(
         {
             "merge/row_counts": results["rows"],
@@ -161,19 +161,19 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
 
 
 def _rules(tensors: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int]]:
-    """What was done to how many tensors of each kind."""
+    """How many tensors of each kind got which rule."""
     counted = Counter((kind_of(name), tensor["rule"]) for name, tensor in tensors.items())
     return [(*found, count) for found, count in counted.items()]
 
 
 def warn(warnings: list[str]) -> None:
-    """Say each warning."""
+    """Print each warning."""
     for warning in warnings:
         say(f"merge: WARNING: {warning}")
 
 
 def _shares(sums: Sums, compared: bool) -> dict[str, float]:
-    """Rounded, for people. What compares CPT with the base is left out where the base was not there."""
+    """Rounded shares. What compares CPT with the base is left out if the base is unknown."""
     values = {"vector": sums.vector_share}
     if compared:
         values |= {"change": sums.change_share, "cosine": sums.cosine, "contained": sums.contained}
@@ -181,7 +181,7 @@ def _shares(sums: Sums, compared: bool) -> dict[str, float]:
 
 
 def draw(layers: Mapping[str, Mapping[str, Sums]], path: Path) -> None:
-    """Lengths of vectors and CPT change relative to the base, and their cosine: layers as a line, the rest beside it.
+    """Draw the lengths of the vectors and of CPT's change relative to the base, and their cosine.
 
     `layers`: vector -> part of the model -> sums.
     """
@@ -225,7 +225,7 @@ def draw(layers: Mapping[str, Mapping[str, Sums]], path: Path) -> None:
 
 
 def _draw_parts(axes: Axes, values: Mapping[str, float], color: str, label: str) -> None:
-    """One value for each layer and for what lies outside them (embed before, norm and head after)."""
+    """Draw one value for each layer, and for embed to the left and norm and head to the right."""
     layers = [name for name in values if name.isdigit()]
     gap = max(1.0, len(layers) / 8)
     places = {name: float(number) for number, name in enumerate(layers)}

@@ -75,7 +75,7 @@ class Sums:
 
     @property
     def contained(self) -> float:
-        """How many times CPT contains the vector: its coefficient in the projection of cpt - base."""
+        """How many times CPT contains the vector: the projection of cpt - base on it."""
         return self.dot / self.vector if self.vector else 0.0
 
 

@@ -1,4 +1,4 @@
-"""What a merge will do with every tensor, and what stands against it; only headers and tokenizers are read."""
+"""What a merge does with every tensor, and what prevents it. Reads only headers and tokenizers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class MergeInputs:
 
 @dataclass(frozen=True)
 class PlannedVector:
-    """A vector, and how its rows meet the output's."""
+    """A vector, and how its rows are aligned with the output's."""
 
     label: str
     source: Vector
@@ -62,7 +62,7 @@ class PlannedVector:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the output. `treatment` is None for what is no float: it is copied from CPT."""
+    """One tensor of the output. `treatment` is None for integers, which are copied from CPT."""
 
     spec: TensorSpec
     treatment: Treatment | None
@@ -91,9 +91,10 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The whole merge. `cpt` gives names and shapes; its values may come from elsewhere (the hook).
+    """The whole merge. `cpt` gives names and shapes; its values may come from elsewhere.
 
-    It holds what was decided by the tokenizers, not their vocabularies, which take more memory than the merge.
+    The plan holds what follows from the tokenizers, not their vocabularies, which need more memory
+    than the merge.
     """
 
     config: MergeConfig
@@ -125,7 +126,7 @@ class MergePlan:
         return {tensor.name: tensor for tensor in self.tensors}
 
     def seen_whole(self) -> list[PlannedTensor]:
-        """The tensors of which something must be known as a whole, before the first element is merged."""
+        """The tensors that must be looked at as a whole before their first element is merged."""
         ties = self.config.method == "ties"
         return [tensor for tensor in self.tensors if tensor.gated or (ties and tensor.gets_vector)]
 
@@ -141,9 +142,10 @@ class MergePlan:
 
 
 def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> MergePlan:
-    """Plan a merge; with `out`, the output is looked at as well.
+    """Plan a merge; with `out`, the output is checked as well.
 
-    Raises `RefusedError` with everything that stands against it: names, shapes, types, tokens, rules, output, disk.
+    Raises `RefusedError` with everything that prevents it: names, shapes, types, tokens, rules,
+    output, disk.
     """
     cpt, sources = _open(config, inputs)
     models = _labelled(cpt, sources)
@@ -173,7 +175,10 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
 
 
 def plan_again(the_plan: MergePlan, config: MergeConfig) -> MergePlan:
-    """The same models and rows under other ratios and rules. Raises `RefusedError` for rules that decide nothing."""
+    """The same models and rows with other ratios and rules.
+
+    Raises `RefusedError` for rules without effect.
+    """
     names = [tensor.name for tensor in the_plan.tensors]
     problems = rule_problems(names, config)
     if problems:
@@ -189,7 +194,7 @@ def plan_again(the_plan: MergePlan, config: MergeConfig) -> MergePlan:
 
 
 def _labelled(cpt: Checkpoint, sources: Sequence[Vector]) -> dict[str, Checkpoint]:
-    """Every checkpoint that is read, by what it is called in messages."""
+    """Every checkpoint that is read, by its name in messages."""
     found = {"cpt": cpt}
     for number, source in enumerate(sources):
         suffix = "" if number == 0 else f" of vector {number + 1}"
@@ -198,7 +203,7 @@ def _labelled(cpt: Checkpoint, sources: Sequence[Vector]) -> dict[str, Checkpoin
 
 
 def _open(config: MergeConfig, inputs: MergeInputs) -> tuple[Checkpoint, list[Vector]]:
-    """All checkpoints. Raises `RefusedError` naming each that cannot be opened."""
+    """Open all checkpoints. Raises `RefusedError` naming each that cannot be opened."""
     problems: list[str] = []
     cpt, sources = None, list[Vector]()
     with collected(problems):
@@ -237,23 +242,27 @@ def _used_tensors(model: Checkpoint) -> dict[str, TensorInfo]:
     unused = [name for name in model.tensors if name.endswith("rotary_emb.inv_freq")]
     if unused:
         say(
-            f"merge: {model.directory} stores {len(unused)} rotary tables, which loaders compute anew; left out"
+            f"merge: {model.directory} stores {len(unused)} rotary tables; left out, because "
+            "loaders compute them"
         )
     return found
 
 
 def _lacking_problems(config: MergeConfig, sources: list[Vector]) -> list[str]:
-    """What an extracted vector cannot do, since it holds neither base nor chat."""
+    """What an extracted vector cannot do, because it contains neither base nor chat."""
     first = sources[0]
     if not isinstance(first, Extracted):
         return []
     problems = []
     if any(rule.action == "replace" for rule in config.rules):
         problems.append(
-            f"a rule replaces by the chat model, which {first.stored.directory} does not hold; use the pair"
+            f"a rule replaces by the chat model, which {first.stored.directory} does not contain; "
+            "use the pair"
         )
     if first.base is None and (config.gate or any(rule.gate for rule in config.rules)):
-        problems.append("the gate compares CPT with the base; give the base beside the vector")
+        problems.append(
+            "the gate compares CPT with the base; give the base together with the vector"
+        )
     return problems
 
 
@@ -277,9 +286,9 @@ def _base_type(source: Vector, name: str) -> str:
 
 
 def check_output(the_plan: MergePlan, out: Path) -> None:
-    """Raise `RefusedError` for an output that is in use, or an input, or a disk without room for it."""
+    """Raise `RefusedError` if the output is in use, is an input, or does not fit on the disk."""
     problems = _output_problems(the_plan.models(), out)
-    if not Staging(out).directory.exists():  # an unfinished merge has taken its room already
+    if not Staging(out).directory.exists():  # an unfinished merge has its room already
         with collected(problems):
             check_room(out, the_plan.layout())
     if problems:
@@ -294,7 +303,8 @@ def _output_problems(models: Mapping[str, Checkpoint], out: Path) -> list[str]:
             return [f"the output {out} is the {label} model itself; choose another directory"]
         if here.is_relative_to(there) or there.is_relative_to(here):
             return [
-                f"the output {out} and the {label} model {there} lie one in the other; choose another directory"
+                f"the output {out} and the {label} model {there} are inside each other; choose "
+                "another directory"
             ]
     with collected(problems):
         Staging(out).check_target()

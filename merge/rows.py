@@ -1,27 +1,31 @@
-"""How rows meet by token: the merged model's tokens, and which row of base and chat belongs to each of its rows.
+"""How rows meet by token: the merged model's tokens, and the rows of base and chat for each.
 
-Rows meet by token string, never by position. For each vector, every row of the output is treated in one of these ways:
+Rows meet by token string, never by position. For each vector, every row of the output is treated in
+one of these ways:
 
     shared       the token is in CPT, base and chat: the tensor's rule applies
-    new          only CPT has it: kept as trained, or given the mean vector of its constituents (`new_rows`)
+    new          only CPT has it: kept as trained, or given the mean vector of its constituents
+                 (`new_rows`)
     chat         part of the chat format: taken from the chat model, whatever the rule and the ratio
     unmatched    base has it and chat does not, an added token that nobody uses: kept
     padding      no token: kept; rows beyond CPT's hold the mean of CPT's rows
 
-Part of the chat format are the tokens that the chat tokenizer adds to the base's, and the added tokens that its
-template or its stop ids name, unless they are the base's own bos, eos, unk or pad. The base may have them too
-(<|eot_id|> of Llama 3) but has not trained them: their difference is no vector, and CPT's row is no place to start
-from. (The authors' code pastes the base's rows there and scales them.) The format is that of the first vector's chat
-model: a further vector leaves these rows as they are.
+Part of the chat format are the tokens that the chat tokenizer adds to the base's, and the added
+tokens that its template or its stop ids name, unless they are the base's own bos, eos, unk or pad.
+The base may have them too (<|eot_id|> of Llama 3) but has not trained them: their difference is no
+vector, and CPT's row is no place to start from. (The authors' code pastes the base's rows there and
+scales them.) The format is that of the first vector's chat model: a further vector leaves these
+rows as they are.
 
 A token of the chat format that CPT's tokenizer lacks gets its place in this order:
 
     token_map    what the recipe says: it becomes that token of CPT
-    reserved     the chat model gave a reserved token of the base this name (same id, the old name is gone): CPT's
-                 reserved token gets it too
+    reserved     the chat model gave a reserved token of the base this name (same id, the old name
+                 is gone): CPT's reserved token gets it too
     appended     after all of CPT's tokens, in rows that no token uses or in new ones
 
-Ids that CPT has never change. Anything else that cannot be aligned is an error that names the tokens.
+Ids that CPT has never change. Anything else that cannot be aligned is an error that names the
+tokens.
 """
 
 from __future__ import annotations
@@ -47,13 +51,13 @@ from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.fit import RefusedError, collected
 from cpt_merge.merge.vectors import RowPairs, Rows, Vector
 
-# New rows come in multiples of this where CPT's rows did, so that tensor cores and shards divide them
+# New rows come in multiples of this if CPT's rows do, so that tensor cores and shards divide them
 ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class OutputTokens:
-    """Token -> row of the output's matrices, how many rows these have, and how the tokenizer has to change."""
+    """The tokens of the output: their rows, the number of rows, and the tokenizer's changes."""
 
     ids: dict[str, int]
     rows: int
@@ -121,7 +125,8 @@ def _check_token_map(
             raise UserError(f"{where}: {cpt.directory} has {token!r} already; leave it out.")
         if reserved not in cpt.added:
             raise UserError(
-                f"{where}: {cpt.directory} has no special token {reserved!r} to become it; correct it."
+                f"{where}: {cpt.directory} has no special token {reserved!r} to become it; correct "
+                "it."
             )
     if len(set(token_map.values())) < len(token_map):
         raise UserError("merge.token_map gives one token of CPT to two of chat; correct it.")
@@ -167,7 +172,7 @@ class RowAlignment:
 
     @cached_property
     def has_vector(self) -> NDArray[np.bool_]:
-        """Which rows the vector has a part in."""
+        """The rows that get something from the vector."""
         found: NDArray[np.bool_] = self.role == Role.SHARED
         found[list(self.constituents)] = True
         return found
@@ -183,7 +188,7 @@ class RowAlignment:
 
 
 def align_by_position(rows: int) -> RowAlignment:
-    """All rows shared, as they lie: for models without tokenizers and with equally many rows."""
+    """All rows shared by position, for models without tokenizers and with equally many rows."""
     everything = np.arange(rows)
     return RowAlignment(np.full(rows, Role.SHARED, np.uint8), everything, everything)
 
@@ -195,16 +200,16 @@ def align_rows(
     map: VocabularyMap | None,
     first: bool = True,
 ) -> RowAlignment:
-    """Align one vector by token string. `first` says that its chat model's format is the output's."""
+    """Align one vector by token string. `first`: its chat model's format is the output's."""
     of_format = format_tokens(base, chat)
     if first and map:
         of_format |= {token.token for token in map.chat}
     rows = np.fromiter(output.ids.values(), np.int64, len(output.ids))
     in_base, in_chat = _rows_of(output, base), _rows_of(output, chat)
     role = np.where(in_base < 0, Role.NEW, np.where(in_chat < 0, Role.UNMATCHED, Role.SHARED))
-    alignment = RowAlignment(
-        np.full(output.rows, Role.PADDING, np.uint8), np.full(output.rows, -1), np.full(output.rows, -1)
-    )  # fmt: skip
+    nowhere = np.full(output.rows, -1)
+    padding = np.full(output.rows, Role.PADDING, np.uint8)
+    alignment = RowAlignment(padding, nowhere, nowhere.copy())
     alignment.role[rows], alignment.base[rows], alignment.chat[rows] = role, in_base, in_chat
     format_rows = sorted(output.ids[token] for token in of_format if token in output.ids)
     alignment.role[format_rows] = Role.CHAT if first else Role.UNMATCHED
@@ -243,9 +248,12 @@ def check_rows(tokenizer: TokenizerFiles, rows: int) -> None:
 def lost_tokens(
     cpt: Path, output: OutputTokens, base: TokenizerFiles, chat: TokenizerFiles, first: bool = True
 ) -> list[str]:
-    """A sentence for each kind of token that has no counterpart. `cpt` is where CPT's tokenizer lies.
+    """A sentence for each kind of token without counterpart.
 
-    The special tokens of a further vector's models are not needed: the format is the first's. They are said.
+    `cpt`: the directory of CPT's tokenizer.
+
+    The special tokens of a further vector's models are not needed, because the format is that of
+    the first vector: they only cause a message.
     """
     gone = set(output.changes.renamed.values())
     problems = []
@@ -269,7 +277,8 @@ def unshared_tokens(base: TokenizerFiles, chat: TokenizerFiles) -> list[str]:
     if not lost:
         return []
     return [
-        f"{chat.directory} and {base.directory} do not share {_named(lost)}; give the base of this chat model"
+        f"{chat.directory} and {base.directory} do not share {_named(lost)}; give this chat "
+        "model's own base"
     ]
 
 
@@ -282,7 +291,8 @@ def _without_added(tokens: list[str], tokenizer: TokenizerFiles) -> list[str]:
     special = [token for token in tokens if token in tokenizer.added]
     if special:
         say(
-            f"merge: {_named(special)} of {tokenizer.directory} are not in the output, whose format is another's"
+            f"merge: {_named(special)} of {tokenizer.directory} are not in the output, which has "
+            "another chat format"
         )
     return [token for token in tokens if token not in tokenizer.added]
 
@@ -294,22 +304,26 @@ def check_map(map: VocabularyMap | None, output: OutputTokens, chat: TokenizerFi
     for token in map.chat:
         if chat.ids.get(token.token) != token.chat_id or output.ids.get(token.token) != token.id:
             raise UserError(
-                f"the vocabulary map has {token.token!r} at {token.chat_id}, {chat.directory} has it elsewhere; "
+                f"the vocabulary map has {token.token!r} at {token.chat_id}, {chat.directory} has "
+                "it at another id; "
                 "make the tokenizer again with this chat model."
             )
     if map.rows > output.rows:
         raise UserError(
-            f"the vocabulary map has {map.rows} rows, the model {output.rows}; use the map of this model."
+            f"the vocabulary map has {map.rows} rows, the model {output.rows}; use the map of this "
+            "model."
         )
     for piece in map.new:
         if not all(number in output.tokens for number in piece.constituents):
             raise UserError(
-                f"the vocabulary map spells {piece.piece!r} by ids {piece.constituents}, which have no tokens; "
+                f"the vocabulary map spells {piece.piece!r} with ids {piece.constituents}, which "
+                "have no tokens; "
                 "use the map that was written with this tokenizer."
             )
         if output.ids.get(piece.piece) != piece.id:
             raise UserError(
-                f"the vocabulary map has {piece.piece!r} at {piece.id}, the tokenizer beside it has it elsewhere; "
+                f"the vocabulary map has {piece.piece!r} at {piece.id}, its tokenizer has it at "
+                "another id; "
                 "use the map that was written with this tokenizer."
             )
 
@@ -321,7 +335,7 @@ def add_constituents(
     base: TokenizerFiles,
     chat: TokenizerFiles,
 ) -> None:
-    """Find for each new row the rows of its constituents in base and chat. Old ids are the base's (law 1)."""
+    """Find for each new row the rows of its constituents in base and chat."""
     left_out = 0
     for piece in map.new:
         tokens = [output.tokens[row] for row in piece.constituents]
@@ -333,7 +347,8 @@ def add_constituents(
             left_out += 1
     if left_out:
         say(
-            f"merge: {left_out} new pieces have constituents that {chat.directory} lacks; they are kept as trained"
+            f"merge: {left_out} new pieces keep their trained rows, because {chat.directory} lacks "
+            "some of their constituents"
         )
 
 
@@ -346,7 +361,7 @@ def _named(tokens: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Meeting:
-    """How the tokenizer changes, the chat format, and each vector's rows."""
+    """What follows from the tokenizers: their changes, the chat format, and each vector's rows."""
 
     changes: TokenChanges
     format: ChatFormat
@@ -367,7 +382,7 @@ def meet(
     tokenizer: Path,
     sources: Sequence[Vector],
 ) -> Meeting:
-    """Align every vector with CPT by their tokenizers. `models` are all that are read, CPT among them as `cpt`.
+    """Align every vector with CPT by their tokenizers. `models` are all models, `cpt` among them.
 
     Raises `RefusedError` with everything that cannot be aligned.
     """
@@ -383,7 +398,8 @@ def meet(
     pairs = [Tokenizers(base, chat) for base, chat in zip(others[::2], others[1::2], strict=True)]
     map_of_rows = VocabularyMap.load(tokenizer) if (tokenizer / MAP_FILE).is_file() else None
     problems = [
-        f"{tokenizer.directory} has {tokenizer.odd}; load it with transformers, look at its ids, and save it again"
+        f"{tokenizer.directory} has {tokenizer.odd}; load it with transformers, check its ids, and "
+        "save it again"
         for tokenizer in whole
         if tokenizer.odd
     ]
@@ -398,7 +414,8 @@ def meet(
         check_map(map_of_rows, tokens, pairs[0].chat)
     if config.new_rows == "constituents" and map_of_rows is None:
         problems.append(
-            f"{tokenizer} holds no {MAP_FILE}, which new_rows: constituents needs; set new_rows: keep"
+            f"{tokenizer} holds no {MAP_FILE}, which new_rows: constituents needs; set new_rows: "
+            "keep"
         )
     for number, pair in enumerate(pairs):
         problems += lost_tokens(extended.directory, tokens, pair.base, pair.chat, number == 0)
@@ -416,9 +433,9 @@ def meet(
 def _all_or_none(
     files: list[TokenizerFiles | None], directories: list[Path], rows: dict[str, int]
 ) -> list[TokenizerFiles] | None:
-    """All tokenizers, or None where there are none and all models have equally many rows.
+    """All tokenizers, or None if there are none and all models have equally many rows.
 
-    Raises `UserError` where rows cannot be told.
+    Raises `UserError` if rows cannot be aligned.
     """
     present = [tokenizer for tokenizer in files if tokenizer is not None]
     if len(present) == len(files):
@@ -429,24 +446,30 @@ def _all_or_none(
     named = ", ".join(str(directory) for directory in missing)
     if present or any((directory / "vocab.json").is_file() for directory in missing):
         raise UserError(
-            f"no tokenizer.json or tokenizer.model in {named}, by which rows could meet; put it there "
-            "(a vocab.json with merges.txt becomes one by AutoTokenizer and save_pretrained)."
+            f"no tokenizer.json or tokenizer.model in {named}, by which rows could be aligned; put "
+            "it there "
+            "(AutoTokenizer and save_pretrained convert a vocab.json with merges.txt)."
         )
     if len(set(rows.values())) > 1:
         *others, last = (f"{count} ({label})" for label, count in rows.items())
         raise UserError(
-            f"the embeddings have {', '.join(others)} and {last} rows, which only each model's tokenizer can match; "
-            f"put it beside the weights ({named})."
+            f"the embeddings have {', '.join(others)} and {last} rows, which only each model's "
+            "tokenizer can align; "
+            f"put it next to the weights ({named})."
         )
-    say(f"merge: no tokenizer in {named}; the {rows['cpt']} rows of the models are taken as equal")
+    say(
+        f"merge: no tokenizer in {named}; the {rows['cpt']} rows of the models are treated as the "
+        "same tokens"
+    )
     return None
 
 
 def _by_position(config: MergeConfig, count: int, sources: Sequence[Vector]) -> Meeting:
-    """No directory has a tokenizer."""
+    """Align rows by position, because no directory has a tokenizer."""
     if config.token_map or config.new_rows == "constituents":
         raise UserError(
-            "token_map and new_rows: constituents need tokenizers, and there are none; leave them out."
+            "token_map and new_rows: constituents need tokenizers, and no model has one; leave "
+            "them out."
         )
     rows = align_by_position(count)
     format = read_format(

@@ -16,7 +16,7 @@ Action = Literal["add", "skip", "replace"]
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done with one tensor. `ratios` has one for each vector; they mean something for `add` only."""
+    """What happens to one tensor. `ratios` has one for each vector, and matters for `add` only."""
 
     action: Action
     ratios: tuple[float, ...]
@@ -24,7 +24,7 @@ class Treatment:
 
 
 def treatment_of(name: str, config: MergeConfig, layers: int) -> Treatment:
-    """What the first matching rules say, or else the sections. `layers` is the model's number of them."""
+    """The treatment by the first matching rules, or else by the section. `layers`: of the model."""
     rule = _first(config.rules, name)
     action = rule.action if rule else "add"
     gate = config.gate if rule is None or rule.gate is None else rule.gate
@@ -38,7 +38,7 @@ def treatment_of(name: str, config: MergeConfig, layers: int) -> Treatment:
 def _ratio(
     rule: RuleConfig | None, ratio: Ratio, name: str, layers: int, where: str = "merge"
 ) -> float:
-    """Of one vector. `skip` of a further vector leaves that one out."""
+    """The ratio of one vector. `skip` of a further vector leaves that one out."""
     if rule is not None and rule.action != "add":
         return 0.0
     wanted = ratio if rule is None or rule.ratio is None else rule.ratio
@@ -52,7 +52,7 @@ def _ratio(
 
 
 def rule_problems(names: list[str], config: MergeConfig) -> list[str]:
-    """A sentence for each rule that decides nothing: it would be silently without effect."""
+    """A sentence for each rule that would silently have no effect."""
     places = {"merge.rules": config.rules}
     places |= {
         f"merge.vectors.{number}.rules": vector.rules
@@ -69,7 +69,8 @@ def rule_problems(names: list[str], config: MergeConfig) -> list[str]:
                 )
             elif all(_first(rules, name) is not rule for name in matched):
                 problems.append(
-                    f"{where} decides nothing, an earlier rule always does; put it first or leave it out"
+                    f"{where} decides nothing, because earlier rules do; put it first or leave it "
+                    "out"
                 )
     return problems
 

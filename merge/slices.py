@@ -1,7 +1,8 @@
-"""Merge any slice of any tensor: what the file carrier and the carrier in memory share, so that their bytes are equal.
+"""Merge any slice of any tensor. Files, shards and models share this, so their bytes are equal.
 
-Both give float32 values of the CPT model; the slice's part of each vector is read here, by token for the matrices of
-the vocabulary. Everything is computed in chunks that stay in a core's cache.
+The caller gives float32 values of the CPT model. The slice's part of each vector is read here, by
+token for the matrices of the vocabulary. Everything is computed in chunks that fit in a core's
+cache.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ class Output(Protocol):
     """Where merged slices go: the files of a checkpoint, or memory. Called from several threads."""
 
     def write_flat(self, name: str, start: int, values: Array) -> None:
-        """Take elements from `start` on, in storage order and in the type that the plan says."""
+        """Take elements from `start` on, in storage order and in the type of the plan."""
 
 
 class NoOutput:
-    """For a look at whole tensors, before anything is merged."""
+    """For looking at whole tensors before anything is merged."""
 
     def write_flat(self, name: str, start: int, values: Array) -> None:
-        """Nothing is to be written yet."""
+        """Never called."""
         raise NotImplementedError(name)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A vector's part in some elements, and which of them it shares with CPT: all, or some of the rows."""
+    """A vector's part in some elements; `shared` selects the rows that base and chat both have."""
 
     difference: Difference
     shared: EllipsisType | NDArray[np.bool_] = ...
@@ -77,10 +78,10 @@ class SliceMerger:
         self._mean_row = cache(plan.cpt.mean_row)
 
     def merge(self, tensor: PlannedTensor, start: int, stop: int, read_cpt: ReadCpt) -> list[Sums]:
-        """Merge elements [start, stop) and write them; `read_cpt(a, b)` gives CPT's elements [a, b) in float32.
+        """Merge elements [start, stop) and write them; `read_cpt` gives CPT's elements in float32.
 
-        A slice of a vocabulary matrix holds whole rows. Returns the sums for each vector. Raises `UserError` for NaN
-        or Inf.
+        A slice of a vocabulary matrix consists of whole rows. Returns the sums of each vector.
+        Raises `UserError` for NaN or Inf.
         """
         sums = [Sums() for _ in self.plan.vectors]
         for first, last in self._chunks(tensor, start, stop):
@@ -94,7 +95,7 @@ class SliceMerger:
     def gate_range(
         self, tensor: PlannedTensor, start: int, stop: int, read_cpt: ReadCpt
     ) -> tuple[float, float]:
-        """The least and the greatest |cpt - base| of elements [start, stop); (inf, -inf) where there is no base."""
+        """The least and the greatest |cpt - base| of [start, stop); (inf, -inf) without a base."""
         low, high, vector = math.inf, -math.inf, self.plan.chat
         for first, last in self._chunks(tensor, start, stop):
             cpt = self._read_cpt(tensor, first, last, read_cpt)
@@ -122,7 +123,7 @@ class SliceMerger:
         return math.prod(tensor.spec.shape[1:])
 
     def _read_cpt(self, tensor: PlannedTensor, first: int, last: int, read_cpt: ReadCpt) -> Float32:
-        """CPT's elements; rows that CPT does not have hold the mean of its rows."""
+        """CPT's elements; rows that CPT does not have are the mean of its rows."""
         known = self.plan.cpt.tensors[tensor.name].size
         if last <= known:
             return read_cpt(first, last)
@@ -148,7 +149,7 @@ class SliceMerger:
     def _merge_rows(
         self, tensor: PlannedTensor, first: int, cpt: Float32, sums: list[Sums]
     ) -> Float32:
-        """Rows of a vocabulary matrix, from the one that begins with element `first`, each as its role says."""
+        """Rows of a vocabulary matrix from element `first` on, each treated by its role."""
         name, source, alignment = tensor.name, self.plan.chat.source, self.plan.chat.rows
         here = slice(first // cpt.shape[1], first // cpt.shape[1] + len(cpt))
         transplanted = alignment.role[here] == Role.CHAT
@@ -172,7 +173,7 @@ class SliceMerger:
         chat: Callable[[], Float32],
         sums: list[Sums],
     ) -> Float32:
-        """What the tensor's rule makes of some elements; `chat` reads the chat model's own."""
+        """Apply the tensor's rule to some elements; `chat` reads the chat model's own."""
         treatment, whole = _treatment(tensor), self.ranges.get(tensor.name)
         for vector, part, of_vector in zip(self.plan.vectors, parts, sums, strict=True):
             base = None if part.base is None else part.base[part.shared]
@@ -192,7 +193,7 @@ class SliceMerger:
         return combine(self.plan.config, treatment, place, cpt, vectors, factors, whole)
 
     def _moved_rows(self, treatment: Treatment, here: slice) -> NDArray[np.bool_]:
-        """Which of some rows get something from a vector."""
+        """Which rows get something from a vector."""
         if treatment.action == "skip":
             return np.zeros(here.stop - here.start, np.bool_)
         if treatment.action == "replace":
@@ -206,7 +207,7 @@ class SliceMerger:
     def _rows(
         self, tensor: PlannedTensor, vector: PlannedVector, here: slice, moved: NDArray[np.bool_]
     ) -> Part:
-        """A vector's part in the moved ones of some rows: 0 where it has none, the mean of its constituents' if new."""
+        """A vector's part in the moved rows: 0 if none, the constituents' mean for a new row."""
         alignment, name = vector.rows, tensor.name
         shared = alignment.role[here][moved] == Role.SHARED
         pairs = RowPairs(alignment.base[here][moved][shared], alignment.chat[here][moved][shared])
@@ -278,7 +279,7 @@ def shared_rows(alignment: RowAlignment, shape: tuple[int, ...]) -> Iterator[Row
 
 
 def joined(parts: Iterable[dict[str, Any]]) -> dict[str, TensorRange]:
-    """One range for each tensor, from those that several processes saved."""
+    """One range for each tensor, from the ranges of several processes."""
     found: dict[str, TensorRange] = {}
     for part in parts:
         for name, values in part.items():

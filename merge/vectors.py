@@ -1,4 +1,4 @@
-"""Where a chat vector's numbers come from: a pair of models, or a directory that `extract-vector` wrote."""
+"""The sources of a chat vector: a pair of models, or a directory that `extract-vector` wrote."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Extracted:
-    """A vector that was written before. `base` is optional: only what compares with it needs it."""
+    """A vector that was written before. Only what compares with the base needs `base`."""
 
     stored: Checkpoint
     base: Checkpoint | None
@@ -130,14 +130,15 @@ class Extracted:
 
     @staticmethod
     def open(directory: Path, base: Path | None) -> Extracted:
-        """Raises `UserError` where there is no vector."""
+        """Raises `UserError` if the directory has no vector."""
         if not (directory / VECTOR_FILE).is_file():
             raise UserError(
-                f"{directory} holds no {VECTOR_FILE}; make a vector with `cpt-merge extract-vector`."
+                f"{directory} holds no {VECTOR_FILE}; make a vector with `cpt-merge "
+                "extract-vector`."
             )
         description = read_json(directory / VECTOR_FILE)
         if not {"base_types", "base_squares"} <= description.keys():
-            raise UserError(f"{directory / VECTOR_FILE} is not whole; make the vector again.")
+            raise UserError(f"{directory / VECTOR_FILE} is incomplete; make the vector again.")
         return Extracted(
             Checkpoint.open(directory, STEM), Checkpoint.open(base) if base else None, description
         )
@@ -173,16 +174,16 @@ class Extracted:
         return Difference(self.stored.gather_float32(name, rows.chat), base)
 
     def chat_rows(self, name: str, rows: Rows) -> Float32:
-        """Rows of the format's tokens, which the vector holds as they are in the chat model."""
+        """Rows of the format's tokens, which the vector stores as in the chat model."""
         return self.stored.gather_float32(name, rows)
 
     def chat_elements(self, name: str, start: int, stop: int) -> Float32:
-        """An extracted vector does not hold the chat model; the plan refuses what would need it."""
+        """Never called: the plan refuses rules that need the chat model itself."""
         raise NotImplementedError(name)
 
 
 def sample_digest(base: Checkpoint) -> str:
-    """sha256 of the first elements of every tensor: tells a base from another without reading it."""
+    """sha256 of the first elements of every tensor: identifies a base without reading all of it."""
     found = hashlib.sha256()
     for name, info in sorted(model_tensors(base).items()):
         found.update(name.encode() + base.read_flat(name, 0, min(info.size, 64)).tobytes())
@@ -190,18 +191,19 @@ def sample_digest(base: Checkpoint) -> str:
 
 
 def check_base(vector: Vector) -> None:
-    """Raise `UserError` if the base that was given beside an extracted vector is not the one it was made with."""
+    """Raise `UserError` if an extracted vector comes with another base than it was made from."""
     if not isinstance(vector, Extracted) or vector.base is None:
         return
     if vector.description.get("base_sample") != sample_digest(vector.base):
         raise UserError(
             f"{vector.base.directory} is not the base that {vector.stored.directory} was made with "
-            f"({vector.description.get('models', {}).get('base', {}).get('name')}); give that one, or none."
+            f"({vector.description.get('models', {}).get('base', {}).get('name')}); give that one, "
+            "or none."
         )
 
 
 def mean_rows(vector: Vector, name: str, groups: list[RowPairs]) -> Float32:
-    """For each group of rows the mean of their vectors, shape (groups, width): added in their order, then divided."""
+    """The mean vector of each group of rows, shape (groups, width), added in their order."""
     means = np.empty((len(groups), vector.tensors[name].row_size), np.float32)
     for number, group in enumerate(groups):
         values = vector.rows(name, group).values

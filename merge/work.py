@@ -1,19 +1,20 @@
 """A file merge in progress: processes share its directory, and a killed merge continues from it.
 
-Everything here is a function of the plan's digest, so the processes need no agreement. The directory `OUT.tmp` holds,
-next to the files of the output:
+Everything here is a function of the plan's digest, so the processes need no agreement. The
+directory `OUT.tmp` holds, next to the files of the output:
 
-    unfinished           the marker with the digest (`core.artifact.Staging`): written when all files have their size
-                         and header, removed last
+    unfinished           the marker with the digest (`core.artifact.Staging`): written when all
+                         files have their size and header, removed last
     written-*.jsonl      what is written; blocks that are written twice get the same bytes
     ranges-*.json        what one process found out about whole tensors
-    failed-*, stopped-*  why a process stopped, so that the others stop too; after `failed` the work is of no use
+    failed-*, stopped-*  why a process stopped, so that the others stop too; after `failed` the work
+                         is of no use
 
 Only the first process makes the directory and renames it; meanwhile it holds a lock.
 
-A journal has one line for each block, written after the block's bytes. The bytes may still be in the system's memory
-then, so a line counts in two cases: a later line says that so many blocks were synced to disk, or the machine has not
-been restarted since.
+A journal has one line for each block, written after the block's bytes. The bytes may still be in
+the system's memory then, so a line counts in two cases: a later line says that so many blocks were
+synced to disk, or the machine has not been restarted since.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ BlockSums = list[Sums]  # one for each vector
 
 
 class Work:
-    """The directory of a merge. `digest` tells merges apart; `world` says which of several processes this is."""
+    """The directory of a merge, which `digest` identifies, as one process of `world` sees it."""
 
     def __init__(self, out: Path, layout: CheckpointLayout, digest: str, world: World) -> None:
         self.out, self.digest, self.world = out, digest, world
@@ -60,7 +61,10 @@ class Work:
         self.opened = False
 
     def open(self) -> None:
-        """Make the directory, or find it as an earlier attempt left it. Raises `UserError` if it is in use."""
+        """Make the directory, or continue an earlier attempt's.
+
+        Raises `UserError` if it is in use.
+        """
         if self.world.is_main:
             self._lock.take()
             self._failure.unlink(missing_ok=True)
@@ -104,7 +108,7 @@ class Work:
         return collect(self.directory, name, self.world, self._raise_failure)
 
     def abandon(self, reason: str, useless: bool = False) -> None:
-        """Tell the other processes why, and release everything. `useless` work is removed, other work can continue."""
+        """Tell the other processes why, and release everything; `useless` work is removed."""
         if self.opened and self.world.size > 1:
             kind = "failed" if useless else "stopped"
             with suppress(FileNotFoundError):  # the first process has removed everything already
@@ -177,7 +181,7 @@ class Journal:
             self.start_sync()
 
     def start_sync(self) -> None:
-        """Make durable, in the background, what this process has noted. Raises an error of the sync before."""
+        """Sync in the background what this process has noted. Raises the error of the last sync."""
         self.finish_sync()
         self._unsynced = 0
         self._syncing = self._syncer.submit(self._sync, self._noted)
@@ -210,7 +214,7 @@ def read_blocks(directory: Path) -> dict[int, BlockSums]:
 
 
 def sync_earlier_blocks(directory: Path, sync: Callable[[], None]) -> None:
-    """Make durable what earlier processes of this machine noted, and note so for processes of other machines."""
+    """Sync what earlier processes of this machine noted, and note so for other machines."""
     pending = {
         path: len(blocks)
         for path in directory.glob("written-*.jsonl")

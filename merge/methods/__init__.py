@@ -1,1 +1,1 @@
-"""How vectors are thinned, gated and joined before they are added: TIES, DARE and the gate, one file each."""
+"""How vectors are thinned, gated and joined: TIES, DARE and the gate, one file each."""

@@ -1,4 +1,4 @@
-"""What the recipe's method makes of corresponding elements of CPT and of the vectors."""
+"""Combine corresponding elements of CPT and of the vectors by the recipe's method."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class Place:
-    """Which elements of a tensor: [start, start + count), or those of their rows that `rows` selects."""
+    """Elements [start, start + count) of a tensor, or only their rows that `rows` selects."""
 
     tensor: str
     start: int
@@ -49,7 +49,7 @@ def combine(
     gate: Float32 | None,
     whole: TensorRange | None,
 ) -> Float32:
-    """Thin, gate, scale, join: the elements of the merged tensor, not yet rounded. All arrays have one shape.
+    """Thin, gate, scale, join: elements of the merged tensor, not yet rounded; all of one shape.
 
     `gate` holds the factors of `methods/gate.py`, `whole` what is known of the whole tensor.
     """

@@ -1,6 +1,7 @@
-"""DARE: keep a random share of a vector's elements and enlarge them, so that the expected vector stays the same.
+"""DARE: keep a random share of a vector's elements, enlarged to the same expected vector.
 
-Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch, ICML 2024.
+Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free
+Lunch, ICML 2024.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ _PER_COUNTER = 8  # 32-bit numbers that Philox makes from one counter
 
 
 def draw_kept(density: float, stream: str, start: int, count: int) -> NDArray[np.bool_]:
-    """Which of the elements [start, start + count) are kept: a function of their places and the stream alone.
+    """Which of the elements [start, start + count) are kept: a function of places and stream.
 
-    Philox is counter-based (Salmon et al., SC 2011), so any part can be drawn without the parts before it.
+    Philox is counter-based (Salmon et al., SC 2011), so any part can be drawn without the parts
+    before it.
     """
     first = start // _PER_COUNTER
     counters = math.ceil((start + count) / _PER_COUNTER) - first

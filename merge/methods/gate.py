@@ -1,13 +1,13 @@
 """The gate: lower the vector, element by element, where CPT moved most.
 
-    m = (|cpt - base| - low) / (high - low)      low and high: the least and the greatest in the tensor
-    gate = 1 - sigmoid(12 m - 6)                 0.998 where CPT moved least, 0.002 where it moved most
+    m = (|cpt - base| - low) / (high - low)    low, high: least and greatest in the tensor
+    gate = 1 - sigmoid(12 m - 6)               0.998 where CPT moved least, 0.002 where most
 
 maywell, EasyLLMFeaturePorter (https://huggingface.co/blog/maywell/llm-feature-transfer).
 
-The sigmoid is read from a table, linearly between its points (error below 1e-6). The table is computed in decimal
-arithmetic and everything else is single float32 operations, so the bytes are the same on every processor, which no
-library promises for exp.
+The sigmoid is read from a table, linearly between its points (error below 1e-6). The table is
+computed in decimal arithmetic and everything else is single float32 operations, so the bytes are
+the same on every processor, which no library promises for exp.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TIES: trim every vector to its largest elements, elect a sign for each element, and average what has that sign.
+"""TIES: trim vectors to their largest elements, elect signs, average what has the elected sign.
 
 Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023.
 """
@@ -16,10 +16,11 @@ from cpt_merge.checkpoint.dtypes import Float32
 def magnitude_threshold(parts: Callable[[], Iterable[Float32]], density: float) -> float:
     """The magnitude that the largest int(density * n) elements, at least one, reach.
 
-    Exact, in two passes, without holding the elements: `parts` reads them anew at each call. Non-negative floats are
-    ordered as their bits, so the first pass counts by the upper half of the bits and the second one, within the half
-    that holds the threshold, by the lower half. With equal magnitudes at the threshold a few more elements reach it:
-    which of them to drop would depend on the order.
+    Exact, in two passes, without holding the elements: `parts` reads them anew at each call.
+    Non-negative floats are ordered as their bits, so the first pass counts by the upper half of the
+    bits and the second one, within the half that holds the threshold, by the lower half. With equal
+    magnitudes at the threshold a few more elements reach it: which of them to drop would depend on
+    the order.
     """
     upper = np.zeros(1 << 16, np.int64)
     for part in parts():
@@ -41,7 +42,7 @@ def _bits(part: Float32) -> NDArray[np.uint32]:
 
 
 def _reached(counts: NDArray[np.int64], wanted: int) -> tuple[int, int]:
-    """The highest bin down to which there are at least `wanted` elements, and how many are above it."""
+    """The highest bin from which on there are `wanted` elements, and how many are above it."""
     from_above = counts[::-1].cumsum()
     place = int(np.searchsorted(from_above, wanted))
     return len(counts) - 1 - place, int(from_above[place - 1]) if place else 0
@@ -54,9 +55,10 @@ def keep_largest(d: Float32, threshold: float) -> Float32:
 
 
 def elected_mean(scaled: Sequence[Float32]) -> Float32:
-    """The mean of those vectors (each times its ratio) that have the elected sign, the sign of their sum.
+    """The mean of the vectors, each times its ratio, that have the elected sign: that of their sum.
 
-    With one ratio for all this is the paper's disjoint mean times that ratio. A single vector comes back as it is.
+    With one ratio for all this is the paper's disjoint mean times that ratio. A single vector comes
+    back as it is.
     """
     total = scaled[0].copy()
     for values in scaled[1:]:
