@@ -279,7 +279,7 @@ def test_without_tokenizers_equal_rows_are_taken_as_equal(tmp_path, tracker, cap
     (family.tokenizer / "tokenizer.json").unlink()
     results = merge(family, tmp_path / "out", tracker)
     assert results["rows"]["shared"] == CPT_ROWS
-    assert "taken as equal" in capsys.readouterr().err
+    assert "treated as the same tokens" in capsys.readouterr().err
 
 
 # --- ancestry ---

@@ -245,7 +245,7 @@ def test_another_base_beside_a_vector_is_refused(untied, tmp_path, tracker):
 
 def test_what_a_vector_cannot_do_is_refused_in_one_list(family, vector):
     config = MergeConfig(gate=True, rules=[{"kinds": ["norm"], "action": "replace"}])
-    with pytest.raises(UserError, match=r"replaces by the chat model.*give the base beside"):
+    with pytest.raises(UserError, match=r"replaces by the chat model.*give the base together"):
         plan(config, with_vector(family, vector))
 
 
