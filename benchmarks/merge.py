@@ -1,16 +1,16 @@
 """The merge, measured.
 
-    python -m benchmarks.merge prepare DIR                        models of 1.1 B parameters in bf16, about 9 GB
-    python -m benchmarks.merge speed DIR [--venv V] [--scripts S] against the disk, and the peers side by side
-    python -m benchmarks.merge cold DIR                           inputs that are not in the page cache
-    python -m benchmarks.merge memory DIR                         peak memory, and with three times the layers
-    python -m benchmarks.merge processes DIR                      one and two processes, one core each
-    python -m benchmarks.merge kill DIR                           killed ten times, then compared with undisturbed
-    python -m benchmarks.merge methods DIR                        TIES, DARE, the gate, two vectors
-    python -m benchmarks.merge compare DIR V S                    results element by element with the peers'
+    python -m benchmarks.merge prepare DIR          models of 1.1 B parameters in bf16: about 9 GB
+    python -m benchmarks.merge speed DIR            against the disk and (--venv V, --scripts S) peers
+    python -m benchmarks.merge cold DIR             inputs outside the page cache
+    python -m benchmarks.merge memory DIR           peak memory, also with three times the layers
+    python -m benchmarks.merge processes DIR        one and two processes, one core each
+    python -m benchmarks.merge kill DIR             killed ten times, compared with undisturbed
+    python -m benchmarks.merge methods DIR          TIES, DARE, the gate, two vectors
+    python -m benchmarks.merge compare DIR V S      results compared with the peers' by element
 
-Peers: V is a virtual environment with mergekit (pip install mergekit==0.1.5), S a clone of aqweteddy/ChatVector.
-Results are printed and written to DIR/merge-*.json.
+Peers: V is a virtual environment with mergekit (pip install mergekit==0.1.5), S a clone of
+aqweteddy/ChatVector. Results are printed and written to DIR/merge-*.json.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ READ_BLOCK = 1 << 22
 
 @dataclass
 class Cost:
-    """What one command took: seconds of wall and of CPU, peak resident and peak anonymous memory in MB."""
+    """Seconds of wall and CPU of one command, its peak resident and anonymous memory in MB."""
 
     wall: float
     cpu: float
@@ -74,7 +74,7 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> Co
 
 
 class _Sampler:
-    """Peak anonymous memory of a process, looked at every 20 ms."""
+    """Peak anonymous memory of a process, sampled every 20 ms."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.megabytes, self._running = pid, 0.0, True
@@ -100,7 +100,7 @@ class _Sampler:
 
 
 def merge_command(folder: Path, cpt: str, out: Path, *settings: str) -> list[str]:
-    """Ours, as a user types it."""
+    """Our command as a user types it."""
     base, chat = folder / "base", folder / "chat"
     models = [
         "--cpt",
@@ -133,7 +133,7 @@ def read_all(files: list[Path]) -> float:
 
 
 def write_durably(path: Path, nbytes: int) -> float:
-    """Seconds to write that much and have it on disk, as a merge does."""
+    """Seconds to write so many bytes durably, as a merge does."""
     started, block = time.perf_counter(), os.urandom(READ_BLOCK)
     with open(path, "wb", buffering=0) as handle:
         for _ in range(nbytes // READ_BLOCK):
@@ -156,7 +156,7 @@ def digest(directory: Path) -> str:
 
 @app.command()
 def prepare(folder: Path) -> None:
-    """Make the models; those that are there are kept."""
+    """Make the models; existing ones are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     prepare_models(folder)
 
@@ -178,9 +178,7 @@ def speed(
         "ours": lambda: measure(merge_command(folder, "cpt", out)),
         "ours, 48,000 rows": lambda: measure(merge_command(folder, "cpt48k", out)),
         "ours, --help": lambda: measure([*merge_command(folder, "cpt", out)[:2], "--help"]),
-        "ours, plan": lambda: measure(
-            [*merge_command(folder, "cpt", out)[:2], "plan", *merge_command(folder, "cpt", out)[2:]]
-        ),
+        "ours, --plan": lambda: measure(merge_command(folder, "cpt", out, "--plan")),
     }
     others = _peers(folder, out, venv, scripts)
     results: dict[str, list[dict[str, float]]] = {}
@@ -218,7 +216,7 @@ def _peers(
 
 
 def _peer_cost(peer: peers.Peer) -> Cost:
-    """All commands of a peer: times add up, of the memory the larger counts."""
+    """The cost of all commands of a peer: the sum of the times and the largest memory."""
     costs = [measure(command, dict(peer.environment)) for command in peer.commands]
     return Cost(
         sum(cost.wall for cost in costs),
@@ -229,9 +227,8 @@ def _peer_cost(peer: peers.Peer) -> Cost:
 
 
 def _show(results: dict[str, list[dict[str, float]]]) -> None:
-    print(
-        f"\n{'median':40}{'wall s':>10}{'CPU s':>10}{'RSS MB':>10}{'anon MB':>10}{'wall / read+write':>20}"
-    )
+    columns = "".join(f"{name:>10}" for name in ("wall s", "CPU s", "RSS MB", "anon MB"))
+    print(f"\n{'median':40}{columns}{'wall / read+write':>20}")
     raw = results.get("read 3, write 1", [])
     for name, costs in results.items():
         medians = [
@@ -324,7 +321,7 @@ def _run_processes(command: list[str], count: int) -> None:
 
 @app.command()
 def kill(folder: Path, times: int = 10) -> None:
-    """Kill merges at random moments and go on with the same command; compare with an undisturbed run."""
+    """Kill merges at random moments and continue them; compare with an undisturbed run."""
     out, command = folder / "out", merge_command(folder, "cpt", folder / "out")
     shutil.rmtree(out, ignore_errors=True)
     undisturbed = measure(command).wall
@@ -346,7 +343,8 @@ def kill(folder: Path, times: int = 10) -> None:
         print(results[-1], flush=True)
     shutil.rmtree(out, ignore_errors=True)
     print(
-        f"{sum(result['same'] for result in results)} of {times} end in the digest of the undisturbed run"
+        f"{sum(result['same'] for result in results)} of {times} end in the digest of the "
+        "undisturbed run"
     )
     (folder / "merge-kill.json").write_text(json.dumps(results))
 
@@ -357,13 +355,18 @@ def _blocks(directory: Path) -> int:
 
 @app.command()
 def methods(folder: Path) -> None:
-    """What the other methods cost beside plain addition."""
+    """What the other methods cost compared with plain addition."""
     out = folder / "out"
     second = f"vectors=[{{base: {folder / 'base'}, chat: {folder / 'chat'}, ratio: 0.5}}]"
+    ties = ["method=ties", "density=0.2"]
     cases = {
-        "add": [], "two vectors": [second], "gate": ["gate=true"], "ties": ["method=ties", "density=0.2"],
-        "dare": ["method=dare", "density=0.2"], "ties, two vectors": ["method=ties", "density=0.2", second],
-    }  # fmt: skip
+        "add": [],
+        "two vectors": [second],
+        "gate": ["gate=true"],
+        "ties": ties,
+        "dare": ["method=dare", "density=0.2"],
+        "ties, two vectors": [*ties, second],
+    }
     results = {}
     for name, settings in cases.items():
         shutil.rmtree(out, ignore_errors=True)
@@ -375,11 +378,12 @@ def methods(folder: Path) -> None:
 
 @app.command()
 def compare(folder: Path, venv: Path, scripts: Path) -> None:
-    """The same merge by ours and by a peer, small models: how many elements differ, and by how many units (ulp).
+    """The same merge of small models by ours and by a peer: how many elements differ, and how far.
 
-    A unit is that of the largest operand, the vector among them. For TIES base and CPT are one model, since mergekit
-    adds the vectors to the base; elements whose magnitude is just the threshold are left out, for which of them are
-    kept is arbitrary there.
+    Differences are in units of the last place of the largest operand, including the vector. For
+    TIES base and CPT are one model, since mergekit adds the vectors to the base; elements whose
+    magnitude equals the threshold are not compared, because mergekit keeps an arbitrary choice of
+    them.
     """
     models = folder / "small"
     models.mkdir(parents=True, exist_ok=True)
@@ -392,24 +396,31 @@ def compare(folder: Path, venv: Path, scripts: Path) -> None:
     of_chat, second = [peers.Vector(chat, 1.0, 0.2)], [peers.Vector(cpt, 1.0, 0.2)]
     of_cpt = f"vectors=[{{base: {base}, chat: {cpt}, ratio: 0.7}}]"
     ties = ["ratio=0.7", "method=ties", "density=0.2"]
+    theirs = (models / f"theirs{number}" for number in range(1, 10))
+    task, linear = peers.mergekit_task_arithmetic, peers.mergekit_linear
+    authors, trimmed = peers.chat_vector, peers.mergekit_ties
+    both = [*of_chat, *second]
     cases: dict[str, tuple[peers.Peer, str, list[str]]] = {
         "task_arithmetic, 1.0": (
-            peers.mergekit_task_arithmetic(venv, cpt, base, chat, 1.0, models / "theirs1"), "cpt", []),
+            task(venv, cpt, base, chat, 1.0, next(theirs)), "cpt", []),
         "task_arithmetic, 0.7": (
-            peers.mergekit_task_arithmetic(venv, cpt, base, chat, 0.7, models / "theirs2"), "cpt", ["ratio=0.7"]),
+            task(venv, cpt, base, chat, 0.7, next(theirs)), "cpt", ["ratio=0.7"]),
         "task_arithmetic, 48,000 rows": (
-            peers.mergekit_task_arithmetic(venv, long, base, chat, 1.0, models / "theirs3", long), "cpt48k", []),
-        "linear, 0.7": (peers.mergekit_linear(venv, cpt, base, chat, 0.7, models / "theirs4"), "cpt", ["ratio=0.7"]),
-        "authors, 1.0": (peers.chat_vector(venv, scripts, cpt, pair, [1.0], models / "theirs5", False), "cpt", []),
+            task(venv, long, base, chat, 1.0, next(theirs), long), "cpt48k", []),
+        "linear, 0.7": (
+            linear(venv, cpt, base, chat, 0.7, next(theirs)), "cpt", ["ratio=0.7"]),
+        "authors, 1.0": (
+            authors(venv, scripts, cpt, pair, [1.0], next(theirs), False), "cpt", []),
         "authors, 0.7, skip_embed": (
-            peers.chat_vector(venv, scripts, cpt, pair, [0.7], models / "theirs6", True), "cpt", ["ratio=0.7", skip]),
+            authors(venv, scripts, cpt, pair, [0.7], next(theirs), True), "cpt", ["ratio=0.7",
+            skip]),
         "authors, two vectors": (
-            peers.chat_vector(venv, scripts, cpt, pair * 2, [1.0, -0.3], models / "theirs7", False), "cpt", [other]),
+            authors(venv, scripts, cpt, pair * 2, [1.0, -0.3], next(theirs), False), "cpt",
+            [other]),
         "ties, one vector": (
-            peers.mergekit_ties(venv, base, of_chat, models / "theirs8", 0.7, True, None), "base", ties),
+            trimmed(venv, base, of_chat, next(theirs), 0.7, True, None), "base", ties),
         "ties, two vectors": (
-            peers.mergekit_ties(venv, base, [*of_chat, *second], models / "theirs9", 0.7, True, None), "base",
-            [*ties, of_cpt]),
+            trimmed(venv, base, both, next(theirs), 0.7, True, None), "base", [*ties, of_cpt]),
     }  # fmt: skip
     for name, (peer, start, settings) in cases.items():
         shutil.rmtree(peer.out, ignore_errors=True)
@@ -427,7 +438,7 @@ def compare(folder: Path, venv: Path, scripts: Path) -> None:
 def _difference(
     out: Path, theirs: Path, start: Path, vectors: list[tuple[Path, Path]], density: float | None
 ) -> dict[str, float]:
-    """Elements compared, share that differs, and the largest difference in units of the largest operand."""
+    """Elements compared, percentage that differs, and the largest difference in units."""
     ours, peer, origin = (Checkpoint.open(path) for path in (out, theirs, start))
     compared = differing = 0
     largest = 0.0
@@ -443,7 +454,8 @@ def _difference(
             magnitude = np.pad(np.abs(d), (0, info.size - d.size))
             operands.append(magnitude)
             if density is not None:
-                counted &= magnitude != magnitude_threshold(lambda d=d: [d], density)  # type: ignore[misc]
+                threshold = magnitude_threshold(lambda d=d: [d], density)  # type: ignore[misc]
+                counted &= magnitude != threshold
         unit = 2.0 ** (np.floor(np.log2(np.maximum(np.max(operands, axis=0), 1e-30))) - 7)
         difference = (np.abs(a - b) / unit)[counted]
         compared, differing = compared + int(counted.sum()), differing + int((difference > 0).sum())

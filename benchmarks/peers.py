@@ -1,8 +1,9 @@
-"""The other tools that merge checkpoints, as command lines: mergekit and the scripts of the Chat Vector paper.
+"""Command lines of other tools that merge: mergekit and the scripts of the Chat Vector paper.
 
-Each function writes what the tool reads (mergekit: `OUT.yml` beside `OUT`) and returns the commands, for the timing
-and the comparison of results; nothing is run here. mergekit sits in a virtual environment of its own (`venv`), the
-scripts' dependencies too. Both want an `out` that isn't there yet: mergekit leaves an old file in it as it was.
+Each function writes what the tool reads (mergekit: `OUT.yml` next to `OUT`) and returns the
+commands, for the timing and the comparison of results; nothing runs here. mergekit is in its own
+virtual environment (`venv`), the scripts' dependencies too. Both want an `out` that isn't there
+yet: mergekit leaves an old file in it as it was.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 import yaml
 
 TUNED = ("--quiet", "--async-write", "--write-threads", "2", "--out-shard-size", "500M")
-"""mergekit's flags that took the least time and memory (500M are bytes); --write-threads is read and ignored."""
+"""mergekit's flags with the least time and memory (500M are bytes); it ignores --write-threads."""
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Commands to run one after the other, the variables to add to the environment, and where the result lies."""
+    """Commands to run in order, variables to add to the environment, and the result's directory."""
 
     name: str
     commands: list[list[str]]
@@ -32,7 +33,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Vector:
-    """A model of which mergekit takes the difference from its base model, with a weight and the share that is kept."""
+    """A model whose difference from the base mergekit adds, with a weight and a density."""
 
     model: Path
     weight: float = 1.0
@@ -49,7 +50,7 @@ def mergekit_task_arithmetic(
     tokenizer: Path | None = None,
     flags: Sequence[str] = (),
 ) -> Peer:
-    """base + 1 (cpt - base) + ratio (chat - base) in float32, as issue 248 has it but for the dtype.
+    """base + 1 (cpt - base) + ratio (chat - base) in float32, as in issue 248 but for the dtype.
 
     For a longer vocabulary of `cpt` name it as `tokenizer` too. The config is the base model's.
     """
@@ -69,7 +70,9 @@ def mergekit_linear(
     out: Path,
     tokenizer: Path | None = None,
 ) -> Peer:
-    """1 cpt + ratio chat - ratio base: bfloat16 tensors, summed in float32. mergekit's best accurate recipe.
+    """1 cpt + ratio chat - ratio base: bfloat16 tensors, summed in float32.
+
+    mergekit's best accurate recipe.
 
     For a longer vocabulary of `cpt` name it as `tokenizer` too.
     """
@@ -99,8 +102,9 @@ def mergekit_ties(
 ) -> Peer:
     """base + scale TIES(each vector's model - base), in float32. `scale` is mergekit's `lambda`.
 
-    Every vector is measured from `base`, which also takes the sum: mergekit can't add TIES of vectors from one model
-    to another model. For a merged chat model give the CPT model as a vector of density 1.
+    Every vector is measured from `base`, which also takes the sum: mergekit can't add TIES of
+    vectors from one model to another model. For a merged chat model give the CPT model as a vector
+    of density 1.
     """
     parameters = {"normalize": normalize, "lambda": scale}
     config = _of_vectors("ties", base, vectors, parameters, tokenizer)
@@ -117,8 +121,10 @@ def mergekit_dare_linear(
     seed: int = 0,
     tokenizer: Path | None = None,
 ) -> Peer:
-    """base + scale (sum of weight DARE(each vector's model - base)), in float32. `rescale` restores the sum of
-    magnitudes tensor by tensor, which isn't the paper's division by the density.
+    """base + scale (sum of weight DARE(each vector's model - base)), in float32.
+
+    `rescale` restores the sum of magnitudes tensor by tensor, which isn't the paper's division by
+    the density.
     """
     config = _of_vectors(
         "dare_linear", base, vectors, {"rescale": rescale, "lambda": scale}, tokenizer
@@ -137,10 +143,11 @@ def chat_vector(
     out: Path,
     skip_embed: bool = False,
 ) -> Peer:
-    """The authors' scripts: extract a vector of each (base, chat) pair, then add them to `cpt`, each with its ratio.
+    """The authors' scripts: extract the vector of each (base, chat) pair, add each with its ratio.
 
-    The vectors are written beside `out` as `OUT.vector0` and so on, larger than the models. `skip_embed` is needed
-    where `cpt` has more rows; it leaves both vocabulary matrices as they are.
+    The vectors are written next to `out` as `OUT.vector0` and so on, larger than the models.
+    `skip_embed` is needed where `cpt` has more rows; it leaves both vocabulary matrices as they
+    are.
     """
     if len(pairs) != len(ratios):
         raise ValueError(

@@ -46,7 +46,8 @@ def test_a_step_without_its_size_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("node1", "node1"), ("gpu[07-09,12],login1", "gpu07"), ("a-b.c1,d", "a-b.c1"), ("r[1-2]n[3-4]", None), ("", None),
+    [("node1", "node1"), ("gpu[07-09,12],login1", "gpu07"), ("a-b.c1,d", "a-b.c1"), ("r[1-2]n[3-4]",
+     None), ("", None),
      ("x[3]-ib,y", "x3-ib")],
 )  # fmt: skip
 def test_the_first_of_a_node_list(nodes: str, first: str | None) -> None:
@@ -74,7 +75,8 @@ def test_what_is_set_comes_first() -> None:
     ("launcher", "environment", "sentence"),
     [("torchrun", {}, "MASTER_ADDR"), ("slurm", {"SLURM_JOB_ID": "1"}, "SLURM_STEP_NODELIST"),
      ("slurm", {"SLURM_STEP_NODELIST": "localhost"}, "SLURM_JOB_ID"),
-     ("slurm", {**STEP, "SLURM_STEP_NODELIST": "no-such-node.invalid"}, "cannot resolve no-such-node.invalid")],
+     ("slurm", {**STEP, "SLURM_STEP_NODELIST": "no-such-node.invalid"},
+      "cannot resolve no-such-node.invalid")],
 )  # fmt: skip
 def test_nobody_meets_at_localhost_because_a_variable_is_missing(
     launcher: str, environment: dict[str, str], sentence: str

@@ -1,8 +1,9 @@
-"""A small Llama family without a hub: base, its chat sibling and a CPT model, each with a tokenizer of its own.
+"""A small Llama family: base, its chat sibling and a CPT model, each with its own tokenizer.
 
-The vocabularies differ on purpose. Base: 3 specials, 26 letters, merges, `<|eot|>` that base never trained; 2 padding
-rows. Chat: the same and `<|im_start|>`, at an id that CPT gives to a new piece. CPT: base's pieces at their ids, 5 new
-pieces, `<|im_start|>` elsewhere, padding to a multiple of 16.
+The vocabularies differ on purpose. Base: 3 specials, 26 letters, merges, `<|eot|>` that base never
+trained; 2 padding rows. Chat: the same and `<|im_start|>`, at an id that CPT gives to a new piece.
+CPT: base's pieces at their ids, 5 new pieces, `<|im_start|>` elsewhere, padding to a multiple of
+16.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ NEW = {
 NEW_MERGES = ["in g", "e d", "l y", "d e", "a ll", "l l"]
 BASE_PIECES = ["<unk>", "<s>", "</s>", *LETTERS, *MERGED, "<|eot|>"]
 BASE_ROWS, CHAT_ROWS, CPT_ROWS = 38, 40, 48
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|eot|>{% endfor %}{{ eos_token if false }}"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['content'] }}<|eot|>{% endfor %}"
+    "{{ eos_token if false }}"
+)
 
 Weights = dict[str, torch.Tensor]
 
@@ -92,11 +96,14 @@ def write_tokenizer(directory: Path, model: str) -> None:
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
         "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
         "added_tokens": [
-            {"id": ids[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+            {"id": ids[token], "content": token, "single_word": False, "lstrip": False,
+             "rstrip": False,
              "normalized": False, "special": True} for token in added
         ],
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>",
+        "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": False,
                   "vocab": ids, "merges": [merge.split() for merge in merges]},
     }  # fmt: skip
     config = {
@@ -113,10 +120,14 @@ def write_tokenizer(directory: Path, model: str) -> None:
 
 def write_config(directory: Path, rows: int, tied: bool, **more: Any) -> None:
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MIDDLE,
-        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "vocab_size": rows, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2, "rope_theta": 10000.0,
-        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "bfloat16", **more,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+        "intermediate_size": MIDDLE,
+        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": rows, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "torch_dtype": "bfloat16", **more,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
 
@@ -126,9 +137,12 @@ def shapes(rows: int, tied: bool) -> dict[str, tuple[int, ...]]:
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         for name, shape in {
-            "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (16, HIDDEN), "self_attn.v_proj": (16, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (MIDDLE, HIDDEN), "mlp.up_proj": (MIDDLE, HIDDEN),
-            "mlp.down_proj": (HIDDEN, MIDDLE), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
+            "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (16, HIDDEN),
+            "self_attn.v_proj": (16, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (MIDDLE, HIDDEN),
+            "mlp.up_proj": (MIDDLE, HIDDEN),
+            "mlp.down_proj": (HIDDEN, MIDDLE), "input_layernorm": (HIDDEN,),
+            "post_attention_layernorm": (HIDDEN,),
         }.items():  # fmt: skip
             found[prefix + name + ".weight"] = shape
     found["model.norm.weight"] = (HIDDEN,)
@@ -203,7 +217,7 @@ def untied(tmp_path: Path) -> Family:
 
 @pytest.fixture(autouse=True)
 def real_draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Tests do without the figure; those that want it put this in its place again."""
+    """Tests skip the figure; those that need it put this function back."""
     monkeypatch.setattr(merge_report, "draw", lambda layers, path: path.touch())
     return DRAW
 

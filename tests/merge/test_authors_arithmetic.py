@@ -1,9 +1,11 @@
-"""The arithmetic that the paper's authors published (github.com/aqweteddy/ChatVector), restated, beside this one.
+"""The arithmetic that the authors published (github.com/aqweteddy/ChatVector), against ours.
 
-Theirs: the vector is computed and stored in the checkpoints' own type, then `p += ratio * v` for one vector after the
-other. In float32 that is this merge's order of operations, so the bytes are equal. In bfloat16 theirs rounds the
-difference, the product and each sum; results then differ by a unit in the last place of the largest operand (the vector is one) for each vector.
-Where vocabularies have equal rows, that is, and without the chat format, which they take from the base by mistake.
+Theirs: the vector is computed and stored in the checkpoints' own type, then `p += ratio * v` for
+one vector after the other. In float32 that is this merge's order of operations, so the bytes are
+equal. In bfloat16 theirs rounds the difference, the product and each sum; results then differ by a
+unit in the last place of the largest operand (the vector is one) for each vector. Where
+vocabularies have equal rows, that is, and without the chat format, which they take from the base by
+mistake.
 """
 
 import pytest

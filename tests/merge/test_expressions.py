@@ -26,9 +26,12 @@ def test_a_ratio_of_the_layer(ratio, layer, value):
 @pytest.mark.parametrize(
     ("ratio", "word"),
     [
-        ("__import__('os')", "not known"), ("layer.real", "not known"), ("2 ** 9", "not known"), ("ramp(1)", "not known"),
-        ("1 / layer", "divides by zero"), ("0.5 0.7", "not an arithmetic"), ("", "not an arithmetic"), ("'a'", "not known"),
-        ("True", "not known"), ("1e400", "inf"), ("min()", "cannot be evaluated"), ("(" * 500 + ")" * 500, "cannot be evaluated|not an arithmetic"),
+        ("__import__('os')", "not known"), ("layer.real", "not known"), ("2 ** 9", "not known"),
+        ("ramp(1)", "not known"),
+        ("1 / layer", "divides by zero"), ("0.5 0.7", "not an arithmetic"), ("",
+         "not an arithmetic"), ("'a'", "not known"),
+        ("True", "not known"), ("1e400", "inf"), ("min()", "cannot be evaluated"),
+        ("(" * 500 + ")" * 500, "cannot be evaluated|not an arithmetic"),
     ],
 )  # fmt: skip
 def test_what_is_no_ratio_is_refused(ratio, word):

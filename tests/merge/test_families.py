@@ -1,4 +1,7 @@
-"""Models that transformers itself builds and saves: every family merges by name, loads, and computes what it should."""
+"""Models that transformers itself builds and saves.
+
+Every family merges by name, loads, and computes what it should.
+"""
 
 import json
 
@@ -13,8 +16,10 @@ from tests.merge.conftest import pieces_of, write_tokenizer
 from tests.merge.test_merge_files import load
 
 SMALL = {
-    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": 1,
+    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": None,
+    "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
 FAMILIES = {

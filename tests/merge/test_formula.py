@@ -9,7 +9,10 @@ from cpt_merge.merge import formula as kernel
 
 
 def drawn(count=100_000):
-    """Values that bfloat16 has, of about 0.004 to 0.06, from integer arithmetic alone, so the same on every machine."""
+    """bfloat16 values of about 0.004 to 0.06, from integer arithmetic alone.
+
+    The same everywhere.
+    """
 
     def values(seed):
         bits = (np.arange(count, dtype=np.uint32) + np.uint32(seed)) * np.uint32(2654435761)
@@ -31,7 +34,7 @@ def merged(cpt, base, chat, ratio):
     [(1.0, "0f57ed5e75433a87"), (0.7, "63c826f61353c2e2"), (-0.3, "426445275a4535fd")],
 )
 def test_golden_bytes(ratio, digest):
-    """Law 3. These digests may never change: the same inputs give the same model, on any machine."""
+    """Invariant "one rounding": these digests never change, on any machine."""
     result = narrow(merged(*drawn(), ratio), "BF16")
     assert hashlib.sha256(result.tobytes()).hexdigest()[:16] == digest
 
@@ -48,7 +51,11 @@ def test_torch_gives_the_bits_of_numpy(ratio):
 def test_every_step_is_rounded_to_float32_and_none_is_fused():
     cpt, base, chat = drawn()
     ratio = np.float32(0.7)
-    exact = lambda a, b, op: op(a.astype("f8"), b.astype("f8")).astype("f4")  # noqa: E731 - one rounding from float64
+
+    def exact(a, b, op):
+        """One rounding from float64."""
+        return op(a.astype("f8"), b.astype("f8")).astype("f4")
+
     d = exact(chat, base, np.subtract)
     expected = exact(cpt, exact(d, np.full_like(d, ratio), np.multiply), np.add)
     result = merged(cpt, base, chat, 0.7)

@@ -1,7 +1,7 @@
 """Bytes that must never change: inputs made of integers, outputs known by their digests.
 
-A change of the written order of the arithmetic (`merge/kernel.py`), of the rounding, of what is drawn, shows here. So does
-a processor or a library that computes otherwise.
+A change of the written order of the arithmetic (`merge/kernel.py`), of the rounding, of what is
+drawn, shows here. So does a processor or a library that computes otherwise.
 """
 
 import json

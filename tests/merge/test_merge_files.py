@@ -71,7 +71,7 @@ def test_every_tensor_follows_the_formula(family, tmp_path, tracker, ratio):
 
 @pytest.mark.parametrize("ratio", [1.0, 0.7, 0.0])
 def test_rows_of_the_vocabulary_meet_by_token(family, tmp_path, tracker, ratio):
-    """Laws 2 and 3 for the embedding and the head."""
+    """Invariants "rows meet by token" and "one rounding" for the embedding and the head."""
     merge(family, tmp_path / "out", tracker, ratio=ratio)
     for name in ("model.embed_tokens.weight", *([] if family.tied else ["lm_head.weight"])):
         merged = load(tmp_path / "out")[name]
@@ -138,7 +138,7 @@ def test_rules(untied, tmp_path, tracker):
     ids=["add", "ties and a gate", "dare_ties"],
 )
 def test_bytes_do_not_depend_on_threads_or_chunks(untied, tmp_path, tracker, monkeypatch, settings):
-    """Law 3."""
+    """Invariant "one rounding"."""
     second = {"base": str(untied.base), "chat": str(untied.chat), "ratio": -0.3}
     settings = {**settings, "vectors": [second]}
     merge(untied, tmp_path / "one", tracker, **settings)
@@ -252,7 +252,8 @@ def test_report_card_figure_and_tracker(
     assert (tmp_path / "out" / "merge_norms.png").read_bytes().startswith(b"\x89PNG")
     shown = recording.tables
     assert recording.names == {
-        "merge/layers", "merge/norms", "merge/length by layer", "merge/cosine by layer", "merge/rules", "merge/rows",
+        "merge/layers", "merge/norms", "merge/length by layer", "merge/cosine by layer",
+        "merge/rules", "merge/rows",
         "merge_report.json",
     }  # fmt: skip
     assert [row["layer"] for row in shown["merge/length by layer"]] == [0, 1, 0, 1]
@@ -355,7 +356,8 @@ def test_all_problems_come_in_one_list(untied, tmp_path, tracker):
     weights["model.extra.weight"] = weights.pop("model.layers.1.mlp.up_proj.weight")
     save_weights(weights, untied.chat)
     write_config(untied.chat, 40, False, model_type="mistral")
-    refused(untied, tmp_path, tracker, "mistral in chat", "layers.1.mlp.up_proj.weight is missing in chat",
+    refused(untied, tmp_path, tracker, "mistral in chat",
+    "layers.1.mlp.up_proj.weight is missing in chat",
             "model.extra.weight is missing in cpt and base", "(3, 4) in chat")  # fmt: skip
 
 
@@ -420,7 +422,7 @@ def test_a_rule_that_matches_nothing_is_refused(untied, tmp_path, tracker):
 
 
 def test_memory_does_not_grow_with_the_model(untied, tmp_path, monkeypatch):
-    """Law 8."""
+    """Invariant "flat memory"."""
     monkeypatch.setattr(files, "MAX_THREADS", 1)
     peaks = []
     for rows in (2_000, 8_000, 32_000):

@@ -1,4 +1,4 @@
-"""The carrier in memory against the file carrier: equal bytes, whatever the ranks."""
+"""The merge of shards against the merge of files: equal bytes, whatever the ranks."""
 
 import os
 import threading
@@ -27,7 +27,10 @@ from tests.merge.test_merge_files import digest, load, merge
 
 
 def masters(family, seed=None):
-    """fp32 master weights: exactly CPT's values, or (with a seed) values that bfloat16 does not have."""
+    """fp32 master weights.
+
+    Exactly CPT's values, or (with a seed) values that bfloat16 does not have.
+    """
     weights = {name: values.float() for name, values in family.weights["cpt"].items()}
     if seed is not None:
         random = torch.Generator().manual_seed(seed)
@@ -39,7 +42,10 @@ def masters(family, seed=None):
 
 
 def shards_of(weights, rank, size):
-    """Rows divided unevenly: as FSDP2 does it (torch.chunk), but the first rank gives its rows of norms to the last."""
+    """Rows divided unevenly.
+
+    As FSDP2 does it (torch.chunk), but the first rank gives its rows of norms to the last.
+    """
     shards = []
     for name, values in weights.items():
         bounds = [0, *torch.tensor([len(part) for part in values.chunk(size)]).cumsum(0).tolist()]
@@ -111,7 +117,7 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", list(SETTINGS.values()), ids=list(SETTINGS))
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_hook_and_files_give_equal_bytes(family, tmp_path, tracker, size, settings):
-    """Law 3."""
+    """Invariant "one rounding"."""
     second = {"base": str(family.base), "chat": str(family.chat), "ratio": -0.2}
     config = MergeConfig(**settings, vectors=[] if "shard_size" in settings else [second])
     weights = masters(family)

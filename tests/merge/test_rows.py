@@ -50,7 +50,7 @@ def edit_tokenizer(directory, change):
 
 
 def test_rows_meet_by_token(untied):
-    """Law 2: chat's id 38 is <|im_start|>, CPT's id 38 is a new piece; neither gets the other's row."""
+    """Chat's id 38 is <|im_start|>, CPT's id 38 is a new piece; neither gets the other's row."""
     alignment = align(untied)
     cpt, chat = pieces_of("cpt"), pieces_of("chat")
     assert chat[38] == "<|im_start|>"

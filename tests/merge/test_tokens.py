@@ -1,4 +1,7 @@
-"""Tokens of the chat format that CPT's tokenizer lacks: named, appended, mapped; and the tokenizer that comes out."""
+"""Tokens of the chat format that CPT's tokenizer lacks.
+
+Named, appended, mapped; and the tokenizer that comes out.
+"""
 
 import json
 
@@ -14,7 +17,8 @@ from tests.merge.test_merge_files import load, merge
 from tests.merge.test_rows import edit_tokenizer
 from tests.real_tokenizers import BASES
 
-TOOL = {"content": "<|tool|>", "single_word": False, "lstrip": True, "rstrip": False, "normalized": False,
+TOOL = {"content": "<|tool|>", "single_word": False, "lstrip": True, "rstrip": False,
+"normalized": False,
         "special": True}  # fmt: skip
 
 
@@ -55,10 +59,14 @@ def test_a_token_that_cpt_lacks_is_appended_in_a_padding_row(with_tool, tmp_path
 def test_where_no_row_is_left_the_matrices_grow(tmp_path, tracker):
     family = make_family(tmp_path / "models")
     lacking = pieces_of("cpt")[:-1]
-    edit_tokenizer(
-        family.tokenizer, lambda content: content["added_tokens"].pop([t["content"] for t in content["added_tokens"]].index("<|im_start|>"))
-    )  # fmt: skip
-    edit_tokenizer(family.tokenizer, lambda content: content["model"]["vocab"].pop("<|im_start|>"))
+
+    def remove(content):
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["content"] != "<|im_start|>"
+        ]
+        del content["model"]["vocab"]["<|im_start|>"]
+
+    edit_tokenizer(family.tokenizer, remove)
     (family.tokenizer / "vocabulary_map.json").unlink()
     rows = len(lacking)
     cpt = {

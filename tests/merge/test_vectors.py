@@ -191,7 +191,8 @@ def with_vector(family, vector, base=None):
 
 
 @pytest.mark.parametrize("settings", [
-    {"ratio": 0.7, "new_rows": "constituents"}, {"method": "ties", "density": 0.3}, {"method": "dare", "density": 0.3},
+    {"ratio": 0.7, "new_rows": "constituents"}, {"method": "ties", "density": 0.3},
+    {"method": "dare", "density": 0.3},
 ], ids=["add", "ties", "dare"])  # fmt: skip
 def test_a_vector_gives_the_same_bytes_as_the_pair(family, vector, tmp_path, tracker, settings):
     merge(family, tmp_path / "pair", tracker, **settings)
@@ -219,9 +220,7 @@ def test_a_vector_can_be_sent_elsewhere(family, vector, tmp_path, tracker):
     assert "change" not in results["overall"]
 
 
-def test_with_the_base_beside_it_a_vector_can_be_gated_and_compared(
-    family, vector, tmp_path, tracker
-):
+def test_with_its_base_a_vector_can_be_gated_and_compared(family, vector, tmp_path, tracker):
     merge_directories(
         MergeConfig(gate=True), with_vector(family, vector, family.base), tmp_path / "out", tracker
     )
@@ -229,7 +228,7 @@ def test_with_the_base_beside_it_a_vector_can_be_gated_and_compared(
     assert digest(tmp_path / "out") == digest(tmp_path / "pair")
 
 
-def test_another_base_beside_a_vector_is_refused(untied, tmp_path, tracker):
+def test_a_vector_with_another_base_is_refused(untied, tmp_path, tracker):
     extract(untied.base, untied.chat, tmp_path / "vector")
     weights = {name: values.clone() for name, values in untied.weights["base"].items()}
     weights[BODY][0, 0] += 1

@@ -1,4 +1,7 @@
-"""A merge that is killed, continued, shared by processes: always the bytes of an undisturbed one."""
+"""A merge that is killed, continued, shared by processes.
+
+Always the bytes of an undisturbed one.
+"""
 
 import json
 import os
@@ -291,7 +294,7 @@ def test_a_header_that_a_crash_of_the_machine_lost_is_written_again(
 def test_blocks_of_a_killed_process_count_on_other_machines_once_they_were_synced(
     work, monkeypatch
 ):
-    """Rank 1 takes up its own work on its machine; rank 0 on another sees the same blocks as finished."""
+    """A rank continues on its machine; ranks on others then see its blocks as finished."""
     work.open()
     work.journal.note(0, [Sums(1)], 1)
     work.close()
