@@ -1,8 +1,8 @@
 """Tokenizer extension, measured.
 
-    python -m benchmarks.tokenizer corpora DIR     real text: time, fertility, the laws over all lines, encoding speed
+    python -m benchmarks.tokenizer corpora DIR     real text: time, fertility, all invariants, encoding speed
     python -m benchmarks.tokenizer growth DIR      time and memory of learning, from 10 MB to 1 GB
-    python -m benchmarks.tokenizer others DIR      the laws on two other ways to extend Mistral's tokenizer
+    python -m benchmarks.tokenizer others DIR      the invariants on two other ways to extend Mistral's tokenizer
 
 DIR holds `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt`, a document a line. Bases are real tokenizers from packages
 (tests/real_tokenizers.py). Results are printed and written to DIR/tokenizer-*.json.
@@ -32,7 +32,7 @@ from cpt_merge.tokenizer_ext import TokenizerConfig
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base
 from cpt_merge.tokenizer_ext.families.sentencepiece import NORMAL
 from cpt_merge.tokenizer_ext.learn import grow
-from cpt_merge.tokenizer_ext.verify.invariants import LAWS, read_case
+from cpt_merge.tokenizer_ext.verify.invariants import INVARIANTS, read_case
 from cpt_merge.tokenizer_ext.verify.samples import heldout_texts, scripts_of, take_samples
 from cpt_merge.tokenizer_ext.writing import lay_out, write_tokenizer
 from tests.real_tokenizers import BASES
@@ -87,14 +87,14 @@ def _measure(name: str, corpus: Corpus, folder: Path) -> dict[str, Any]:
     case = read_case(
         base, folder / "out", None, take_samples(every_line, scripts_of(NEW_PIECES), readable)
     )
-    proofs = [law(case) for law in LAWS]
+    proofs = [invariant(case) for invariant in INVARIANTS]
     heldout = heldout_texts(corpus)
     fertility = {
         language: _fertility(case.before, case.after, texts) for language, texts in heldout.items()
     }
     return {
         "learning_seconds": round(seconds, 1),
-        "laws": {proof.law: [proof.checked, len(proof.failures)] for proof in proofs},
+        "invariants": {proof.invariant: [proof.checked, len(proof.failures)] for proof in proofs},
         "tokens_per_character": fertility,
         "english_lines_changed": _changed(case.before, case.after, every_line["en"]),
         "speed": {
@@ -168,7 +168,7 @@ def growth(
 
 @app.command()
 def others(folder: Path) -> None:
-    """Words as added tokens, and a Unigram model appended with score 0 (as published ones are), under our laws."""
+    """Words as added tokens, and a Unigram model appended with score 0 (as published ones are), under our invariants."""
     from cpt_merge.tokenizer_ext.verify.check_tokenizer import check_tokenizer
 
     text = folder / "zh_tw.txt"
@@ -182,7 +182,7 @@ def others(folder: Path) -> None:
             make(base, text, out)
             checked = check_tokenizer(out, base, None, [text, folder / "en.txt"], ["zh_tw"])
             results[name] = {
-                proof.law: [proof.checked, len(proof.failures)] for proof in checked.proofs
+                proof.invariant: [proof.checked, len(proof.failures)] for proof in checked.proofs
             }
     print(json.dumps(results, indent=2))
     (folder / "tokenizer-others.json").write_text(json.dumps(results, indent=2))

@@ -1,4 +1,4 @@
-"""What is read from the base's directory, and from the chat model's: tokenizer files, rows, the tokens of their own."""
+"""Read the tokenizers of the base and of the chat model, and check that they can be extended."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Base:
 
     directory: Path
     rows: int  # of the embedding matrix; may be more than the tokenizer has ids
-    content: Content  # tokenizer.json, or what it would be where there is only tokenizer.model
+    content: Content  # tokenizer.json, or its equivalent made from tokenizer.model
     proto: Proto | None  # tokenizer.model, of SentencePiece bases
     settings: dict[str, Any]  # tokenizer_config.json
     family: Family
@@ -56,9 +56,9 @@ class Base:
 
 
 def read_base(directory: Path, rows: int | None = None) -> Base:
-    """Read a base, with the rows of its config.json if they are not given.
+    """Read a base; `rows` defaults to the number in its config.json.
 
-    Raises `UserError` for one that cannot be extended, or whose files contradict each other.
+    Raises `UserError` if it cannot be extended, or if its files contradict each other.
     """
     content, proto = read_tokenizer(directory)
     contradictions = disagreements(content, proto)
@@ -75,7 +75,7 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     ]
     if moved:
         raise UserError(
-            f"{directory / FAST_FILE} lists {moved[0].content!r} at id {moved[0].id}, but it is read as id "
+            f"{directory / FAST_FILE} lists {moved[0].content!r} at id {moved[0].id}, but it loads as id "
             f"{loaded.token_to_id(moved[0].content)}; add it to the model's vocab at its id."
         )
     _check_distinct(directory, content)
@@ -83,15 +83,15 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     if beyond:
         raise UserError(
             f"{directory}: the tokenizer has {', '.join(map(repr, beyond[:5]))} at ids beyond the {rows} rows of "
-            "config.json's vocab_size; take the tokenizer that belongs to these weights."
+            "config.json's vocab_size; use the tokenizer that belongs to these weights."
         )
     return Base(directory, rows, content, proto, settings, _family(directory, content, proto))
 
 
 def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
-    """The tokens that the chat model's tokenizer has and the base's has not, with the chat model's ids.
+    """The tokens that only the chat model's tokenizer has, with the chat model's ids.
 
-    Raises `UserError` if they are more than added tokens: then the chat model was not tuned from this base.
+    Raises `UserError` unless all of them are added tokens: otherwise the chat model was not tuned from this base.
     """
     content, _ = read_tokenizer(directory)
     _check_distinct(directory, content)
@@ -101,14 +101,14 @@ def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
     pieces = [token for token in own if token not in added]
     if pieces:
         raise UserError(
-            f"the chat tokenizer in {directory} has {len(pieces)} pieces that the base's has not "
-            f"({', '.join(map(repr, pieces[:5]))}); take the base that the chat model was tuned from."
+            f"the chat tokenizer in {directory} has {len(pieces)} pieces that the base's lacks "
+            f"({', '.join(map(repr, pieces[:5]))}); use the base that the chat model was tuned from."
         )
     return sorted((added[token] for token in own), key=lambda token: token.id)
 
 
 def _check_shape(fast: Path, content: Content) -> None:
-    """Raises `UserError` for a `tokenizer.json` that lacks what every one has, or that `tokenizers` refuses."""
+    """Raise `UserError` for an incomplete `tokenizer.json`, or one that `tokenizers` refuses."""
     model = content["model"]
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise UserError(f"{fast} has no vocab or no merges in its model; download it again.")
@@ -121,7 +121,7 @@ def _check_shape(fast: Path, content: Content) -> None:
 
 
 def _check_distinct(directory: Path, content: Content) -> None:
-    """Raises `UserError` where two tokens have one id: they would share a row."""
+    """Raise `UserError` if two tokens have the same id: they would share a row."""
     names: dict[int, str] = {}
     for token, id_ in ids_of(content).items():
         if id_ in names:
@@ -142,9 +142,9 @@ def _read_rows(directory: Path) -> int:
 
 
 def _read_settings(directory: Path, content: Content, proto: Proto | None) -> dict[str, Any]:
-    """`tokenizer_config.json`, with what `tokenizer.model` says where it is silent.
+    """`tokenizer_config.json`, completed from `tokenizer.model`.
 
-    Where there is only the latter, a text begins with `<s>` unless told otherwise, as LlamaTokenizer has it.
+    With `tokenizer.model` only, a text begins with `<s>` by default, as in LlamaTokenizer.
     """
     path = directory / SETTINGS_FILE
     settings = role_tokens(proto) if proto is not None else {}
@@ -162,9 +162,9 @@ def _read_settings(directory: Path, content: Content, proto: Proto | None) -> di
 
 
 def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
-    """The content of `tokenizer.json`, made from `tokenizer.model` where there is only that, and the latter parsed.
+    """The content of `tokenizer.json`, or its equivalent made from `tokenizer.model`, and the parsed `tokenizer.model`.
 
-    Raises `UserError` where both are missing, or one is damaged or no BPE.
+    Raises `UserError` if both are missing, or if one is damaged or not BPE.
     """
     fast, model = directory / FAST_FILE, directory / MODEL_FILE
     if not fast.is_file() and not model.is_file():
@@ -174,15 +174,10 @@ def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
     proto = read_proto(model) if model.is_file() else None
     if not fast.is_file():
         return _with_added_tokens(fast_content(proto, model), directory), proto
-    content = {
-        **read_json(fast),
-        "truncation": None,
-        "padding": None,
-    }  # settings of a use, not of the vocabulary
+    # Truncation and padding are settings of one use, not of the vocabulary.
+    content = {**read_json(fast), "truncation": None, "padding": None}
     parts = content.get("model") or {}
-    kind = parts.get(
-        "type", "BPE" if "merges" in parts else "unknown"
-    )  # older files leave the type out
+    kind = parts.get("type", "BPE" if "merges" in parts else "unknown")  # old files omit the type
     if kind != "BPE":
         raise UserError(
             f"{fast} is a {kind} tokenizer; only BPE can be extended, so choose a base with one."
@@ -192,7 +187,7 @@ def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
 
 
 def _with_added_tokens(content: Content, directory: Path) -> Content:
-    """`content` with the added tokens that a directory without `tokenizer.json` lists in one of two other files."""
+    """`content` with the added tokens that a directory without `tokenizer.json` lists in other files."""
     settings, listed = directory / SETTINGS_FILE, directory / "added_tokens.json"
     described = read_json(settings).get("added_tokens_decoder", {}) if settings.is_file() else {}
     tokens = {token["content"]: AddedToken(int(id_), **token) for id_, token in described.items()}
@@ -204,7 +199,7 @@ def _with_added_tokens(content: Content, directory: Path) -> Content:
 
 
 def disagreements(content: Content, proto: Proto | None) -> list[str]:
-    """Where `tokenizer.json` has other ids or merges than `tokenizer.model`, or not in the order of its scores."""
+    """Differences in ids or merges between `tokenizer.json` and `tokenizer.model`, whose scores give the order."""
     if proto is None:
         return []
     ids = ids_of(content)
@@ -255,10 +250,10 @@ def has_byte_level(part: dict[str, Any] | None) -> bool:
 
 
 def _post_processor(content: Content, settings: dict[str, Any]) -> Any:
-    """The post-processor that adds what `add_bos_token` and `add_eos_token` ask for.
+    """A post-processor that adds what `add_bos_token` and `add_eos_token` ask for.
 
-    `PreTrainedTokenizerFast` reads these two from tokenizer_config.json in transformers 5 but not in 4; a
-    post-processor in tokenizer.json is read alike by both.
+    `PreTrainedTokenizerFast` reads these two keys in transformers 5 but not in 4; both read a post-processor in
+    tokenizer.json.
     """
     roles = [role for role in ("bos", "eos") if settings.get(f"add_{role}_token") is not None]
     if not roles:
@@ -276,7 +271,7 @@ def _post_processor(content: Content, settings: dict[str, Any]) -> Any:
 
 
 def _template(wanted: dict[str, str], ids: dict[str, int]) -> dict[str, Any]:
-    """TemplateProcessing that sets the wanted tokens (`bos`, `eos` -> token) around a text."""
+    """A TemplateProcessing that puts the wanted tokens (`bos`, `eos` -> token) around a text."""
 
     def around(sequence: str, type_id: int) -> list[dict[str, Any]]:
         def special(name: str) -> list[dict[str, Any]]:

@@ -12,24 +12,23 @@ from cpt_merge.core.languages import find_language
 
 
 class TokenizerConfig(Section):
-    """Learn new pieces from the text and extend the base's tokenizer with them."""
+    """How new pieces are learnt and added to the base's tokenizer."""
 
     new_pieces: dict[str, int] = key(
-        {}, "language -> how many pieces to add for it; learnt in this order, a piece is added once"
+        {},
+        "language -> number of pieces to add for it; languages are learnt in this order, and a piece is added once",
     )
     pieces_from: dict[str, str] = key(
-        {}, "language -> file: a word list (one a line) or a SentencePiece model; its entries come first, and where "
-        "`new_pieces` says no more, nothing is learnt",
+        {}, "language -> file: a word list (one a line) or a SentencePiece model. Its entries are added first; without "
+        "`new_pieces` for the language, nothing else is learnt",
     )  # fmt: skip
     min_frequency: int = key(
-        5, "how often two neighbours must meet in the text to become a piece", ge=1
+        5, "how often two neighbours must occur in the text to become a piece", ge=1
     )
-    max_piece_length: int = key(
-        8, "longest new piece that is learnt", unit="characters", ge=1, le=50
-    )
+    max_piece_length: int = key(8, "longest piece that is learnt", unit="characters", ge=1, le=50)
     character_coverage: float = key(
         0.9998,
-        "share of the text's characters that get a piece of their own (SentencePiece bases)",
+        "share of the text's characters that become pieces themselves (SentencePiece bases)",
         gt=0,
         le=1,
     )
@@ -38,14 +37,14 @@ class TokenizerConfig(Section):
     )
     max_characters: int = key(
         100_000_000,
-        "text counted for each language, from its start",
+        "text that is counted for each language, from its start",
         unit="characters",
         gt=0,
         lt=2**31,
     )
 
     def languages(self) -> list[str]:
-        """The languages that get pieces, in the order in which they are made."""
+        """The languages that get pieces, in the order in which they are learnt."""
         return list(dict.fromkeys([*self.new_pieces, *self.pieces_from]))
 
     @field_validator("new_pieces")

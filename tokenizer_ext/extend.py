@@ -1,4 +1,4 @@
-"""The stage: learn, extend, write, read back, prove, report."""
+"""Extend a tokenizer: learn pieces, write, read back, prove, report."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def extend_tokenizer(
     chat: Path | None = None,
     tracker: Tracker | None = None,
 ) -> dict[str, Any]:
-    """Extend the tokenizer in `base` with pieces learnt from `corpus` and write it into the empty directory `out`.
+    """Extend the tokenizer in `base` with pieces learnt from `corpus`, and write it into the empty directory `out`.
 
-    Tokens that only the tokenizer in `chat` has keep their ids. Returns numbers for a summary. Raises `UserError` for
-    input that cannot be used, and if a guarantee does not hold on what was written; `out` then stays empty.
+    Tokens that only the tokenizer in `chat` has keep their ids. Returns the numbers of the summary. Raises `UserError`
+    for unusable input, or if an invariant does not hold on the written files; `out` then stays empty. Long text is
+    counted in several processes, so a script that calls this needs an `if __name__ == "__main__":` guard.
     """
     tracker = tracker or Tracker()
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        raise UserError(f"{out} is not empty; remove what is there, or give another directory.")
+        raise UserError(f"{out} is not empty; empty it, or give another directory.")
     start = read_base(base)
     chat_tokens = read_chat_tokens(chat, start) if chat else []
     say(f"tokenizer of {base}: {start.family.name}, {len(start.ids):,} tokens, {start.rows:,} rows")
@@ -51,7 +52,7 @@ def extend_tokenizer(
     _say_moved(chat_tokens, layout)
     readable = [start.family.readable(piece) for piece in pieces]
     samples = take_samples(heldout_texts(corpus), scripts_of(config.languages()), readable)
-    with Staging(out).filling() as folder, timed("proving the tokenizer that was written"):
+    with Staging(out).filling() as folder, timed("proving the written tokenizer"):
         write_tokenizer(start, layout, folder)
         proofs = prove(read_case(start, folder, chat, samples))
         require(proofs)
@@ -64,17 +65,18 @@ def extend_tokenizer(
 
 
 def _say_moved(chat_tokens: Sequence[AddedToken], layout: RowLayout) -> None:
-    """The chat model's tokens whose ids the base uses for others."""
+    """Report the chat model's tokens whose ids the base uses for others."""
     ids = {token.content: token.id for token in layout.added}
     for token in chat_tokens:
         if ids[token.content] != token.id:
             say(
-                f"{token.content!r} of the chat model moves from id {token.id}, the base's, to {ids[token.content]}"
+                f"{token.content!r} of the chat model moves from id {token.id}, which the base uses, "
+                f"to {ids[token.content]}"
             )
 
 
 def summarize(base_rows: int, layout: RowLayout, report: Report) -> dict[str, Any]:
-    """The numbers that are worth reading without opening the artifact."""
+    """The numbers of the summary."""
     results: dict[str, Any] = {
         "base_rows": base_rows,
         "rows": layout.rows,

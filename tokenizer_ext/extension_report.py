@@ -1,4 +1,4 @@
-"""The report: tables on the terminal, `report.json`, a figure, and all of it to the tracker."""
+"""The report of an extension: tables on the terminal, `report.json`, a picture, and all of it for the tracker."""
 
 from __future__ import annotations
 
@@ -32,12 +32,10 @@ FIGURE_FILE = "report.png"
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is shown."""
+    """Everything that the report shows."""
 
     fertility: list[Fertility]  # of the corpus' languages
-    drift: list[
-        Fertility
-    ]  # of languages that got no pieces, but may share a script with one that did
+    drift: list[Fertility]  # of languages without new pieces, which may share a script with another
     usefulness: list[Usefulness]
     examples: list[Example]
     proofs: list[Proof]
@@ -46,7 +44,7 @@ class Report:
 def make_report(
     case: Case, learned: Sequence[Learned], asked: Mapping[str, int], proofs: list[Proof]
 ) -> Report:
-    """Measure on the held-out documents, and on a few sentences of other languages."""
+    """Measure on the held-out documents and on a few sentences of other languages."""
     samples = case.samples
     measured = {
         name: measure_fertility(case, name, texts) for name, texts in samples.texts.items() if texts
@@ -69,7 +67,7 @@ def make_report(
     for useful in usefulness:
         if not useful.curve:
             say(
-                f"{useful.language}: no document is held out, so there is no gain curve; raise corpus.heldout for one"
+                f"{useful.language}: no document is held out, so there is no gain curve; raise corpus.heldout"
             )
     examples = [
         example for name in languages for example in split_examples(case, name, samples.texts[name])
@@ -78,7 +76,7 @@ def make_report(
 
 
 def publish(report: Report, out: Path, tracker: Tracker) -> None:
-    """Write `report.json` and `report.png`, print the tables, and hand everything to the tracker."""
+    """Write `report.json` and `report.png`, print the tables, and log everything."""
     content = asdict(report)
     for one in (*content["fertility"], *content["drift"]):
         del one["tokens"]
@@ -98,7 +96,7 @@ Rows = list[list[Any]]
 
 
 def tables(report: Report) -> list[tuple[str, list[str], Rows]]:
-    """Name, columns and rows of every table that is printed."""
+    """Name, columns and rows of every printed table."""
     pieces = [
         [
             one.language, one.asked, one.found, one.characters, one.given, one.pruned,
@@ -126,11 +124,11 @@ FERTILITY_COLUMNS = [
     "bytes/tok new",
     "changed",
 ]
-PROOF_COLUMNS = ["law", "checked", "broken"]
+PROOF_COLUMNS = ["invariant", "checked", "broken"]
 
 
 def fertility_rows(fertility: Sequence[Fertility]) -> Rows:
-    """A row for each language."""
+    """One row per language."""
     return [
         [
             one.language,
@@ -142,8 +140,8 @@ def fertility_rows(fertility: Sequence[Fertility]) -> Rows:
 
 
 def proof_rows(proofs: Sequence[Proof]) -> Rows:
-    """A row for each law."""
-    return [[proof.law, proof.checked, len(proof.failures)] for proof in proofs]
+    """One row per invariant."""
+    return [[proof.invariant, proof.checked, len(proof.failures)] for proof in proofs]
 
 
 def curve_rows(report: Report) -> Rows:
@@ -173,7 +171,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 
 
 def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path: Path) -> None:
-    """Left: tokens per character before and after. Right: what each further piece brings."""
+    """Draw tokens per character before and after (left), and the gain of each further piece (right)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)

@@ -1,4 +1,4 @@
-"""What the extension is worth: fertility before and after, the use of the new pieces, texts split both ways."""
+"""What an extension achieves: fertility before and after, use of the new pieces, texts split by both tokenizers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from cpt_merge.tokenizer_ext.verify.invariants import Case
 CURVE_POINTS = 16
 EXAMPLES = 3  # per language
 EXAMPLE_LENGTHS = range(8, 25)  # characters
-EXAMPLE_TOKENS = 12  # shown of one example; text that only bytes can spell has many
+EXAMPLE_TOKENS = 12  # shown of one example; text in bytes has many
 
 
 @dataclass(frozen=True)
 class Fertility:
-    """One language's texts. Pairs are (with the base, with the extended tokenizer)."""
+    """One language's texts. Pairs are (base, extended tokenizer)."""
 
     language: str
     documents: int
     characters: int
     tokens_per_character: tuple[float, float]
     bytes_per_token: tuple[float, float]
-    changed: float  # share of the documents whose tokens differ
+    changed: float  # share of the documents that are tokenized differently
     tokens: Counter[str]  # how often the extended tokenizer uses each token
 
 
@@ -39,19 +39,17 @@ class Usefulness:
     language: str
     asked: int
     found: int
-    characters: int  # single characters among them, there for coverage
-    given: int  # from a list, with the steps towards them
-    pruned: int  # learnt and left out again
-    used_in_training: float  # share of the pieces that the counted text is spelt with in the end
-    used_in_heldout: float  # share of the pieces that any held-out text is spelt with
-    curve: list[
-        tuple[int, float]
-    ]  # number of pieces, tokens per character of the language's held-out text
+    characters: int  # single characters among them, for coverage
+    given: int  # from a list, including the steps towards its entries
+    pruned: int  # learnt and dropped again
+    used_in_training: float  # share of the pieces that occur in the counted text in the end
+    used_in_heldout: float  # share of the pieces that occur in any held-out text
+    curve: list[tuple[int, float]]  # (number of pieces, tokens per character of held-out text)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text as the two tokenizers split it."""
+    """A text as both tokenizers split it."""
 
     language: str
     before: str
@@ -59,7 +57,7 @@ class Example:
 
 
 def measure_fertility(case: Case, language: str, texts: Sequence[str]) -> Fertility:
-    """Both tokenizers on some texts, at least one."""
+    """Measure both tokenizers on at least one text."""
     before, after = (
         [
             encoding.ids
@@ -85,7 +83,7 @@ def measure_fertility(case: Case, language: str, texts: Sequence[str]) -> Fertil
 def measure_usefulness(
     case: Case, learned: Learned, later: Pieces, asked: int, fertility: Mapping[str, Fertility]
 ) -> Usefulness:
-    """How the pieces of one language are used, and what each further one saves before there are `later` ones."""
+    """Measure how the pieces of one language are used, and what each of them saves before the `later` ones."""
     number = max(len(learned.pieces), 1)
     seen = set[str]().union(*(one.tokens for one in fertility.values()))
     own = fertility.get(learned.language)
@@ -105,12 +103,12 @@ def measure_usefulness(
 def gain_curve(
     pieces: Pieces, later: Pieces, text: Fertility, characters: int
 ) -> list[tuple[int, float]]:
-    """(number of pieces, tokens per character) for the first so many of `pieces`, from none to all.
+    """(number of pieces, tokens per character) with the first n of `pieces`, for n from none to all.
 
-    One of the points is at the `characters` that lead. The pieces that `later` languages have added do not count.
+    One point is at the number of leading single `characters`. Pieces that `later` languages add do not count.
 
-    What is merged last can be taken apart again: with fewer pieces a text is split as with all, but that each of the
-    later pieces is the two that it is merged from, and so on. A single character is its bytes.
+    A split with fewer pieces follows from the split with all of them: each missing piece falls back to the two pieces
+    that it is merged from, and so on; a single character falls back to its bytes.
     """
     points = sorted(
         {
@@ -127,11 +125,9 @@ def gain_curve(
 
 
 def _more_tokens(pieces: Pieces, counts: Counter[str], size: int) -> int:
-    """How many more tokens there are with only the first `size` pieces."""
+    """How many more tokens there are with the first `size` pieces only."""
     length: dict[str, int] = {}
-    for rank, (piece, halves) in enumerate(
-        pieces.items()
-    ):  # halves come before what is merged from them
+    for rank, (piece, halves) in enumerate(pieces.items()):  # halves precede the merged piece
         if rank < size:
             length[piece] = 1
         else:
@@ -142,7 +138,7 @@ def _more_tokens(pieces: Pieces, counts: Counter[str], size: int) -> int:
 
 
 def split_examples(case: Case, language: str, texts: Sequence[str]) -> list[Example]:
-    """A few lines of the texts, split by both tokenizers."""
+    """Split a few lines of the texts with both tokenizers."""
     starts = [line[: EXAMPLE_LENGTHS[-1]] for text in texts for line in text.splitlines()]
     letter = find_language(language).letters
     fitting = [start for start in starts if len(start) in EXAMPLE_LENGTHS and letter.search(start)]

@@ -25,7 +25,7 @@ from cpt_merge.tokenizer_ext.families.tokenizer_json import (
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
-# What PreTrainedTokenizerFast must not read: tokenizer.json already says it, or it belongs to another class.
+# Not for PreTrainedTokenizerFast: tokenizer.json contains it already, or it belongs to another class.
 DROPPED_SETTINGS = {
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "auto_map", "backend", "is_local",
     "legacy", "name_or_path", "sp_model_kwargs", "tokenizer_file", "use_default_system_prompt", "vocab_size",
@@ -34,7 +34,7 @@ DROPPED_SETTINGS = {
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Every row from the base's last on, and names for the base's rows that had none."""
+    """All rows beyond the base's, and names for rows of the base without a token."""
 
     rows: int
     pieces: dict[str, int]  # new piece -> id, the first merged first
@@ -46,12 +46,12 @@ class RowLayout:
 def lay_out(
     base: Base, chat_tokens: Sequence[AddedToken], pieces: Sequence[str], multiple: int
 ) -> RowLayout:
-    """Give every token its row.
+    """Assign a row to every token.
 
-    The base's rows stay as they are, those without a token included: they get reserved names, as `tokenizers` gives a
-    token that is added later the id that equals the number of tokens, so a hole would let it collide. A token of the
-    chat model keeps its id unless the base uses it. New pieces take the free rows beyond the base's. The number of
-    rows is rounded up to `multiple`, and what is left is reserved.
+    The base's rows stay, including rows without a token: those get reserved names, because `tokenizers` gives a token
+    that is added later the id equal to the number of tokens, which would collide if there were gaps. A token of the
+    chat model keeps its id unless the base uses that id. New pieces take the free rows beyond the base's. The number
+    of rows is rounded up to `multiple`, and rows left over are reserved.
     """
     taken = set(base.ids.values())
     kept = [token for token in chat_tokens if token.id not in taken]
@@ -84,10 +84,10 @@ def _reserved_names(existing: set[str]) -> Iterator[str]:
 
 
 def map_rows(base: Base, layout: RowLayout) -> VocabularyMap:
-    """The map that the embedding rows and the merge read.
+    """The map from rows to the base's tokens, for the embeddings and the merge.
 
-    A piece's constituents come from the base's merges alone. The whole tokenizer would put the dummy prefix `▁` among
-    them, which is no part of the piece.
+    A piece's constituents come from the base's merges alone, because the whole tokenizer would add the dummy prefix `▁`,
+    which is no part of the piece.
     """
     spelling = build_model(base.content)
     constituents = spelling.encode_batch(list(layout.pieces), add_special_tokens=False)
@@ -99,7 +99,7 @@ def map_rows(base: Base, layout: RowLayout) -> VocabularyMap:
 
 
 def write_tokenizer(base: Base, layout: RowLayout, out: Path) -> None:
-    """Write the tokenizer's files and `vocabulary_map.json` into `out`."""
+    """Write the files of the extended tokenizer, and `vocabulary_map.json`, into `out`."""
     content = extend_model(base.content, layout.pieces, base.family.settled())
     content = look_up_whole_words(add_tokens(content, layout.added))
     write_text(out / FAST_FILE, json.dumps(content, ensure_ascii=False, indent=1))
@@ -113,10 +113,10 @@ def write_tokenizer(base: Base, layout: RowLayout, out: Path) -> None:
 
 
 def extended_settings(base: Base) -> dict[str, Any]:
-    """`tokenizer_config.json` such that transformers 4.57 and 5 read the tokenizer alike.
+    """A `tokenizer_config.json` with which transformers 4.57 and 5 read the same tokenizer.
 
     `PreTrainedTokenizerFast` takes `tokenizer.json` as it is; the `LlamaTokenizer` of transformers 5 rebuilds it and
-    loses one leading space. Cleaning up spaces, which 4.57 does unless told not to, would break the round trip.
+    loses one leading space. By default, 4.57 cleans up spaces, which would break the round trip.
     """
     kept = {name: value for name, value in base.settings.items() if name not in DROPPED_SETTINGS}
     return {

@@ -221,8 +221,8 @@ def test_a_broken_law_leaves_the_directory_empty(sp_base, corpus, tmp_path, monk
     from cpt_merge.tokenizer_ext.verify import invariants
 
     broken = invariants.Proof("nothing is broken", 1, ["'x'"])
-    monkeypatch.setattr(invariants, "LAWS", (lambda case: broken,))
-    with pytest.raises(UserError, match="breaks the law that nothing is broken"):
+    monkeypatch.setattr(invariants, "INVARIANTS", (lambda case: broken,))
+    with pytest.raises(UserError, match="breaks the invariant that nothing is broken"):
         extend_tokenizer(CONFIG, sp_base, corpus, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -255,7 +255,7 @@ def test_a_chat_template_in_the_new_language(bl_base, corpus, tmp_path) -> None:
     chat = write_base(tmp_path / "chat", base.rows, content=base.content, chat_template=template)
     extend_tokenizer(CONFIG, bl_base, corpus, tmp_path / "out", chat)
     proofs = json.loads((tmp_path / "out" / "report.json").read_text())["proofs"]
-    assert [proof["failures"] for proof in proofs if "chat templates" in proof["law"]] == [[]]
+    assert [proof["failures"] for proof in proofs if "chat templates" in proof["invariant"]] == [[]]
 
 
 def test_a_chat_template_that_cannot_be_rendered(bl_base, corpus, tmp_path) -> None:

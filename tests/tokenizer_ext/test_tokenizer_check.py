@@ -17,7 +17,7 @@ WORDS = ["學生", "圖書館", "老師的", "질문", "대답은"]
 
 
 def broken(proofs: list[Proof]) -> set[str]:
-    return {proof.law for proof in proofs if proof.failures}
+    return {proof.invariant for proof in proofs if proof.failures}
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def test_add_tokens_is_found_out(extended, tmp_path, capsys) -> None:
     tokenizer = AutoTokenizer.from_pretrained(extended.base)
     tokenizer.add_tokens(WORDS)
     tokenizer.save_pretrained(tmp_path / "naive")
-    laws = broken(check_tokenizer(tmp_path / "naive", extended.base).proofs)
-    assert "new words are pieces of the model, not added tokens" in laws
+    found = broken(check_tokenizer(tmp_path / "naive", extended.base).proofs)
+    assert "new words are pieces of the model, not added tokens" in found
     assert "broken: new words are pieces" in capsys.readouterr().err
 
 
@@ -67,11 +67,11 @@ def test_a_unigram_model_appended_with_score_0_is_found_out(sp_base, tmp_path) -
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"})
     )
-    laws = broken(check_tokenizer(folder, sp_base).proofs)
+    found = broken(check_tokenizer(folder, sp_base).proofs)
     assert {
         "every new piece can be produced",
         "text without the new scripts is tokenized as before",
-    } <= laws
+    } <= found
 
 
 def test_another_base_is_found_out(sp, bl_base) -> None:
@@ -87,8 +87,8 @@ def test_two_files_that_disagree_are_a_broken_law(sp, tmp_path) -> None:
         proto.pieces[new[-1]].piece,
     )
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
-    laws = broken(check_tokenizer(out, sp.base).proofs)
-    assert "tokenizer.model and tokenizer.json have equal ids and merges" in laws
+    found = broken(check_tokenizer(out, sp.base).proofs)
+    assert "tokenizer.model and tokenizer.json have equal ids and merges" in found
 
 
 def test_the_scripts_are_guessed_from_the_new_tokens() -> None:
@@ -128,24 +128,24 @@ def test_an_english_piece_is_found_whatever_the_samples_hold(extended, tmp_path,
     )
     if not with_map:
         (out / "vocabulary_map.json").unlink()
-    laws = broken(check_tokenizer(out, extended.base, extended.chat).proofs)
+    found = broken(check_tokenizer(out, extended.base, extended.chat).proofs)
     assert (
         "every row has exactly one token"
         if with_map
         else "every new piece holds a letter of the new scripts"
-    ) in laws
+    ) in found
 
 
 def test_other_roles_and_a_lost_beginning_are_found(sp, tmp_path) -> None:
-    law = "roles of special tokens are the base's"
+    invariant = "roles of special tokens are the base's"
     out = shutil.copytree(sp.out, tmp_path / "roles")
     settings = json.loads((out / "tokenizer_config.json").read_text())
     (out / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<s>"}))
-    assert law in broken(check_tokenizer(out, sp.base, sp.chat).proofs)
+    assert invariant in broken(check_tokenizer(out, sp.base, sp.chat).proofs)
     out = shutil.copytree(sp.out, tmp_path / "bos")
     content = json.loads((out / "tokenizer.json").read_text())
     (out / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
-    assert law in broken(check_tokenizer(out, sp.base, sp.chat).proofs)
+    assert invariant in broken(check_tokenizer(out, sp.base, sp.chat).proofs)
 
 
 def test_a_model_that_sentencepiece_refuses_is_a_broken_law(sp, tmp_path) -> None:
@@ -153,11 +153,11 @@ def test_a_model_that_sentencepiece_refuses_is_a_broken_law(sp, tmp_path) -> Non
     proto = sentencepiece_model_pb2.ModelProto.FromString((out / "tokenizer.model").read_bytes())
     next(piece for piece in proto.pieces if piece.type == 6).type = 1
     (out / "tokenizer.model").write_bytes(proto.SerializeToString())
-    laws = broken(check_tokenizer(out, sp.base, sp.chat).proofs)
+    found = broken(check_tokenizer(out, sp.base, sp.chat).proofs)
     assert {
         "SentencePiece and the fast tokenizer agree",
         "old pieces of tokenizer.model are untouched",
-    } <= laws
+    } <= found
 
 
 def test_a_chat_directory_that_is_not_there(sp) -> None:

@@ -1,4 +1,4 @@
-"""Every law fails when it is broken."""
+"""The proof of every invariant fails when the invariant is broken."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def rewritten(case: Case, folder: Path, change: Callable[[dict], None]) -> Case:
 
 
 def broken(case: Case) -> set[str]:
-    return {law.__name__ for law in invariants.LAWS if law(case).failures}
+    return {invariant.__name__ for invariant in invariants.INVARIANTS if invariant(case).failures}
 
 
 def test_nothing_is_broken_to_begin_with(extended) -> None:
@@ -85,8 +85,8 @@ def test_a_moved_id_is_found(extended, tmp_path) -> None:
         vocabulary = content["model"]["vocab"]
         vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
 
-    laws = broken(rewritten(extended.case, tmp_path, change))
-    assert {"old_ids_stay", "plain_text_is_unchanged"} <= laws
+    found = broken(rewritten(extended.case, tmp_path, change))
+    assert {"old_ids_stay", "plain_text_is_unchanged"} <= found
 
 
 def test_an_old_merge_out_of_place_is_found(extended, tmp_path) -> None:
@@ -133,8 +133,8 @@ def test_a_decoder_that_eats_spaces_is_found(sp, tmp_path) -> None:
         content["normalizer"] = {"type": "Sequence", "normalizers": [
             {"type": "Strip", "strip_left": True, "strip_right": False}, *content["normalizer"]["normalizers"]]}  # fmt: skip
 
-    laws = broken(rewritten(sp.case, tmp_path, change))
-    assert {"text_round_trips", "sentencepiece_agrees"} <= laws
+    found = broken(rewritten(sp.case, tmp_path, change))
+    assert {"text_round_trips", "sentencepiece_agrees"} <= found
 
 
 def test_files_that_disagree_are_found(sp, tmp_path) -> None:

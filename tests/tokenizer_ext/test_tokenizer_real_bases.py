@@ -38,7 +38,7 @@ class Real:
 
 @pytest.fixture(scope="session")
 def extended_real(corpus, tmp_path_factory):
-    """Name -> the base of that name, extended once in the session. The stage proves its laws itself."""
+    """Name -> the base of that name, extended once in the session. The stage proves its invariants itself."""
     made: dict[str, Real] = {}
 
     def extend(name: str) -> Real:
@@ -70,7 +70,7 @@ def real(request, extended_real) -> Real:
 def test_a_real_base_keeps_every_law(real) -> None:
     report = json.loads((real.out / "report.json").read_text())
     assert all(not proof["failures"] for proof in report["proofs"])
-    checked = {proof["law"]: proof["checked"] for proof in report["proofs"]}
+    checked = {proof["invariant"]: proof["checked"] for proof in report["proofs"]}
     assert checked["every new piece can be produced"] >= 100
     assert checked["text comes back when it is decoded"] > 2_000
     if real.processor:

@@ -15,8 +15,8 @@ from cpt_merge.tracking.events import Image, Summary
 
 def test_all_laws_hold_on_what_was_written(extended) -> None:
     proofs = prove(extended.case)
-    assert [proof.law for proof in proofs if proof.failures] == []
-    unchecked = {proof.law for proof in proofs if not proof.checked}
+    assert [proof.invariant for proof in proofs if proof.failures] == []
+    unchecked = {proof.invariant for proof in proofs if not proof.checked}
     assert unchecked == (
         {"looking up whole words gives what merging gives"} if extended.case.proto is not None else {
             "old pieces of tokenizer.model are untouched", "SentencePiece and the fast tokenizer agree",

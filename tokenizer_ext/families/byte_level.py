@@ -1,4 +1,4 @@
-"""Byte-level BPE (GPT-2, LLaMA-3, Qwen, SmolLM): the model reads UTF-8 bytes, each written as one printable letter."""
+"""Byte-level BPE (GPT-2, LLaMA-3, Qwen, SmolLM): the model reads UTF-8 bytes, each as one printable letter."""
 
 from __future__ import annotations
 
@@ -18,21 +18,19 @@ from cpt_merge.tokenizer_ext.learn.scripts import Scripts
 from cpt_merge.tokenizer_ext.learn.word_counts import Splitter, Words
 
 SPACE = LETTERS[0x20]
-_UNDECODED = re.compile(
-    "[\udc80-\udcff]"
-)  # what "surrogateescape" makes of a byte that is part of no character
+_UNDECODED = re.compile("[\udc80-\udcff]")  # bytes of incomplete characters ("surrogateescape")
 
 
 @dataclass(frozen=True)
 class PreTokens:
-    """The pre-tokens of a text that hold a character of the scripts, in the byte alphabet."""
+    """The pre-tokens of a text with a character of the scripts, in the byte alphabet."""
 
     normalizer: Normalizer | None
     pre_tokenizer: PreTokenizer
     scripts: Scripts
 
     def __call__(self, text: str) -> list[str]:
-        """All of one document."""
+        """Those of one document."""
         letters = self.scripts.letter
         if not letters.search(text):
             return []
@@ -42,7 +40,7 @@ class PreTokens:
 
 
 class ByteLevelBpe:
-    """A base whose pre-tokenizer maps bytes to letters."""
+    """A base whose pre-tokenizer writes bytes as letters."""
 
     name = "byte-level BPE"
 
@@ -51,13 +49,14 @@ class ByteLevelBpe:
         self._tokenizer = build(content)
 
     def splitter(self, scripts: Scripts) -> Splitter:
-        """The tokenizer's own pre-tokens that hold a character of the script."""
+        """The tokenizer's own pre-tokens with a character of the script."""
         return PreTokens(self._tokenizer.normalizer, self._tokenizer.pre_tokenizer, scripts)
 
     def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
-        """Whole characters of the script, or the beginning of one; never the end of one before another.
+        """Whole characters of the script or the beginning of one, but no end of a character before another.
 
-        A space may come first, also where the language has none: the base's own merges join it to the first byte.
+        A leading space is admitted even for scripts without spaces, because the base's merges join it to the first
+        byte.
         """
 
         @cache
@@ -78,13 +77,13 @@ class ByteLevelBpe:
         return {}
 
     def is_one_word(self, text: str) -> bool:
-        """Whether it is normal and one pre-token."""
+        """Whether it is normalized and one pre-token."""
         normalizer = self._tokenizer.normalizer
         normal = normalizer.normalize_str(text) if normalizer else text
         return normal == text and len(self._tokenizer.pre_tokenizer.pre_tokenize_str(text)) == 1
 
     def spells(self, piece: str) -> bool:
-        """Always: every piece is made of bytes."""
+        """Always true: every piece is made of bytes."""
         return True
 
     def settled(self) -> int:
@@ -92,11 +91,11 @@ class ByteLevelBpe:
         return len(merges_of(self._content))
 
     def written(self, text: str) -> str:
-        """A letter for each byte."""
+        """One letter per byte."""
         return "".join(map(LETTERS.__getitem__, text.encode()))
 
     def spelt(self, piece: str) -> bytes:
-        """A byte for each letter; the UTF-8 of a special token."""
+        """One byte per letter; the UTF-8 of a special token."""
         return (
             bytes(BYTES[letter] for letter in piece)
             if set(piece) <= BYTES.keys()
@@ -104,7 +103,7 @@ class ByteLevelBpe:
         )
 
     def readable(self, piece: str) -> str:
-        """The text of the bytes; special tokens as they are."""
+        """The text of the bytes; special tokens unchanged."""
         try:
             spelt = to_bytes(piece)
         except KeyError:
@@ -115,13 +114,13 @@ class ByteLevelBpe:
         )
 
     def write_model(self, content: Content, pieces: dict[str, int], rows: int, out: Path) -> None:
-        """Nothing: `tokenizer.json` is all there is."""
+        """Nothing: there is only `tokenizer.json`."""
 
 
 def begins_only(spelt: bytes, scripts: Scripts) -> bool:
-    """Whether every assigned character whose UTF-8 begins with these bytes is of the script.
+    """Whether every assigned character whose UTF-8 begins with these bytes belongs to the scripts.
 
-    A beginning that other scripts share (`E3 80` of Han's 々 and of CJK punctuation) would change their text.
+    A beginning that is shared with other scripts (`E3 80`: Han's 々 and CJK punctuation) would change their text.
     """
     lead = spelt[0]
     length = (

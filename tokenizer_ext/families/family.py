@@ -1,4 +1,4 @@
-"""What the two families of BPE tokenizers have to answer; all else is written once, over this interface."""
+"""The interface of the two families of BPE tokenizers; everything else is written once, on top of it."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ class Family(Protocol):
     name: str
 
     def splitter(self, scripts: Scripts) -> Splitter:
-        """Finds the parts of a document that pieces are learnt from."""
+        """The function that finds the parts of a document that pieces are learnt from."""
 
     def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
-        """Whether a string, spelt by two neighbours within a word, may be a piece of up to `max_length` characters."""
+        """The test whether a string that two neighbours in a word spell may become a piece.
+
+        It may have up to `max_length` characters.
+        """
 
     def needed_characters(
         self, words: Words, coverage: float, vocabulary: Collection[str]
     ) -> dict[str, int]:
-        """The characters that must become pieces before pairs are counted, and how often each occurs."""
+        """The characters that must become pieces before pairs are counted, with their frequencies."""
 
     def is_one_word(self, text: str) -> bool:
-        """Whether merges ever see the text as it is, in one piece."""
+        """Whether the text reaches the merges unchanged and in one part."""
 
     def spells(self, piece: str) -> bool:
-        """Whether a piece stands for itself within a word, and not for one byte of a character that is no piece."""
+        """Whether a piece stands for itself within a word, and not for a byte of a character without a piece."""
 
     def settled(self) -> int:
-        """How many of the base's merges come before those of new pieces."""
+        """The number of the base's merges that precede those of new pieces."""
 
     def written(self, text: str) -> str:
-        """Text in the alphabet of the vocabulary."""
+        """The text in the alphabet of the vocabulary."""
 
     def spelt(self, piece: str) -> bytes:
         """The bytes that a piece stands for."""
 
     def readable(self, piece: str) -> str:
-        """A piece as text; bytes that are no whole character as `<E4><B8>`."""
+        """A piece as text, with bytes of incomplete characters as `<E4><B8>`."""
 
     def write_model(self, content: Content, pieces: dict[str, int], rows: int, out: Path) -> None:
-        """Write what the family keeps beside `tokenizer.json`. `content` is that of the extended `tokenizer.json`."""
+        """Write the family's files besides `tokenizer.json`, whose extended `content` is given."""

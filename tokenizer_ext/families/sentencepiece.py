@@ -24,26 +24,24 @@ MODEL_FILE = "tokenizer.model"
 SPACE = "▁"
 BPE_MODEL = 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
-EXACT = (
-    2.0**24
-)  # up to here float32 holds every integer; LLaMA-2's whitespace runs have -1e9, far beyond
+EXACT = 2.0**24  # float32 has every integer up to here; LLaMA-2 scores whitespace runs -1e9
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
-Proto = Any  # sentencepiece.ModelProto; protobuf generates the class when it is imported
+Proto = Any  # sentencepiece.ModelProto; protobuf generates the class at import
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of the scripts in a text, each with the space before it where the script's words have one.
+    """The runs of the scripts in a text, each with a preceding space where the script separates words by spaces.
 
-    A document begins with a space, as the dummy prefix makes it.
+    A document begins with a space, like the dummy prefix.
     """
 
     scripts: Scripts
 
     def __call__(self, text: str) -> list[str]:
-        """All of one document."""
+        """Those of one document."""
         runs: list[str] = self.scripts.word.findall(SPACE + text.replace(" ", SPACE))
         return runs
 
@@ -62,20 +60,20 @@ class SentencePieceBpe:
         }
 
     def splitter(self, scripts: Scripts) -> Splitter:
-        """Runs of the script."""
+        """Runs of the scripts."""
         return Runs(scripts)
 
     def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
-        """Any part of a run that is short enough."""
+        """Any part of a run, up to the maximum length."""
         return lambda piece: len(piece.removeprefix(SPACE)) <= max_length
 
     def needed_characters(
         self, words: Words, coverage: float, vocabulary: Collection[str]
     ) -> dict[str, int]:
-        """The most frequent characters that make up `coverage` of the text, less those in the vocabulary.
+        """The most frequent characters that make up `coverage` of the text, without those in the vocabulary.
 
-        Every character of a piece has to be a piece: SentencePiece merges characters that are none, `tokenizers` has
-        turned them into bytes by then.
+        Every character of a piece must be a piece: SentencePiece would merge other characters, but `tokenizers` turns
+        them into bytes first.
         """
         counts = words.characters()
         needed: dict[str, int] = {}
@@ -89,30 +87,30 @@ class SentencePieceBpe:
         return needed
 
     def is_one_word(self, text: str) -> bool:
-        """Always: nothing is cut, and only spaces are changed."""
+        """Always true: nothing is cut, and only spaces change."""
         return True
 
     def spells(self, piece: str) -> bool:
-        """Whether it is no byte."""
+        """Whether it is not a byte."""
         return not _BYTE.fullmatch(piece)
 
     def settled(self) -> int:
-        """All merges but those at the end that make whitespace runs which LLaMA-2 scores far below every word."""
+        """All merges except those of whitespace runs at the end, which LLaMA-2 scores far below every word."""
         merges = merges_of(self._content)
         while merges and self._ranks_last("".join(merges[-1])):
             merges.pop()
         return len(merges)
 
     def _ranks_last(self, piece: str) -> bool:
-        """Whether the score is beyond those of words; without `tokenizer.model`, whether it is a whitespace run."""
+        """Whether it is scored below every word; without `tokenizer.model`, whether it is a whitespace run."""
         return piece in self._lowest if self._proto is not None else not piece.strip(SPACE)
 
     def written(self, text: str) -> str:
-        """A space as `▁`."""
+        """With `▁` for spaces."""
         return text.replace(" ", SPACE)
 
     def spelt(self, piece: str) -> bytes:
-        """Its UTF-8, or the byte that it stands for."""
+        """Its UTF-8, or its byte."""
         byte = _BYTE.fullmatch(piece)
         return bytes.fromhex(byte[1]) if byte else piece.encode()
 
@@ -122,7 +120,7 @@ class SentencePieceBpe:
         return f"<{byte[1]}>" if byte else piece.replace(SPACE, " ")
 
     def write_model(self, content: Content, pieces: dict[str, int], rows: int, out: Path) -> None:
-        """Write `tokenizer.model` where the base has one."""
+        """Write `tokenizer.model` if the base has one."""
         if self._proto is not None:
             (out / MODEL_FILE).write_bytes(
                 extend_proto(self._proto, content, pieces, rows).SerializeToString()
@@ -130,7 +128,7 @@ class SentencePieceBpe:
 
 
 def parse_proto(path: Path) -> Proto:
-    """Parse a SentencePiece model of any kind. Raises `UserError` for one that is missing or damaged."""
+    """Parse a SentencePiece model of any kind. Raises `UserError` if it is missing or damaged."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -148,7 +146,7 @@ def parse_proto(path: Path) -> Proto:
 
 
 def read_proto(path: Path) -> Proto:
-    """Parse a base's `tokenizer.model`. Raises `UserError` if it is damaged or is not BPE with byte fallback."""
+    """Parse a base's `tokenizer.model`. Raises `UserError` if it is damaged or not BPE with byte fallback."""
     proto = parse_proto(path)
     if proto.trainer_spec.model_type != BPE_MODEL:
         kind = proto.trainer_spec.DESCRIPTOR.enum_types_by_name["ModelType"].values_by_number
@@ -164,10 +162,10 @@ def read_proto(path: Path) -> Proto:
 
 
 def extend_proto(proto: Proto, content: Content, pieces: dict[str, int], rows: int) -> Proto:
-    """A copy of `proto` with a piece for every id below `rows`, named as in `content`; old pieces are not touched.
+    """A copy of `proto` with a piece for every id below `rows`, named as in `content`. Old pieces do not change.
 
-    Scores of new pieces are whole numbers below the lowest score of an old merge, one each: old merges finish first,
-    and no two are equal in float32. Added tokens are CONTROL pieces, or USER_DEFINED where they are not special.
+    Scores of new pieces are distinct integers below the lowest score of an old merge, so old merges come first and no
+    two scores are equal in float32. Added tokens are CONTROL pieces if they are special, else USER_DEFINED.
     """
     extended = type(proto)()
     extended.CopyFrom(proto)
@@ -189,22 +187,22 @@ def extend_proto(proto: Proto, content: Content, pieces: dict[str, int], rows: i
 
 
 def _lowest_score(proto: Proto) -> float:
-    """The lowest score of a merge, rounded down. Scores beyond exact integers are those of whitespace runs."""
+    """The lowest score of a merge, rounded down. Lower scores than -EXACT are those of whitespace runs."""
     scores = [piece.score for piece in proto.pieces if piece.type == NORMAL]
     return float(math.floor(min(score for score in scores if score >= -EXACT)))
 
 
 def fast_content(proto: Proto, path: Path) -> Content:
-    """The `tokenizer.json` of a base that has only `tokenizer.model`.
+    """The `tokenizer.json` for a base that has only `tokenizer.model`.
 
-    The pipeline of the original LLaMA conversion: the normalizer alone prepends and replaces, with no pre-tokenizer.
-    (The `LlamaTokenizer` of transformers 5 uses Metaspace instead, which loses one leading space.)
+    As in the original LLaMA conversion, the normalizer prepends and replaces, and there is no pre-tokenizer. (The
+    `LlamaTokenizer` of transformers 5 uses Metaspace instead, which loses one leading space.)
     """
     spec = proto.normalizer_spec
     if spec.precompiled_charsmap or spec.remove_extra_whitespaces or not spec.escape_whitespaces:
         raise UserError(
             f"{path} normalizes text ({spec.name}), which has no exact counterpart in tokenizer.json; "
-            "put the base's own tokenizer.json beside it."
+            "put the base's own tokenizer.json next to it."
         )
     vocabulary = {piece.piece: id_ for id_, piece in enumerate(proto.pieces)}
     prefix = [{"type": "Prepend", "prepend": SPACE}] if spec.add_dummy_prefix else []
@@ -263,8 +261,9 @@ def _added_tokens(proto: Proto) -> list[AddedToken]:
 def merges_by_score(proto: Proto) -> list[tuple[str, str]]:
     """All splits of all pieces, by descending score of the piece, then by the ids of the halves.
 
-    Pieces of equal score (LLaMA-2's whitespace runs) come longest first: SentencePiece merges the leftmost of equals,
-    so that a run grows from its left end, and by rank it only does so if growing comes before starting another.
+    Pieces of equal score (LLaMA-2's whitespace runs) come longest first. SentencePiece merges the leftmost of equal
+    candidates, so a run grows from its left end; merging by rank does the same only if growing a run ranks before
+    starting another.
     """
     ids = {piece.piece: id_ for id_, piece in enumerate(proto.pieces) if piece.type == NORMAL}
     merges = [

@@ -1,4 +1,4 @@
-"""`tokenizer.json`: read the parts of a BPE tokenizer and extend them, without moving anything that is there."""
+"""`tokenizer.json`: read the parts of a BPE tokenizer, and extend them without moving existing entries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Merge = tuple[str, str]
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before the model sees it: an entry of `added_tokens`."""
+    """An entry of `added_tokens`: a token that is cut out of the text before the model sees it."""
 
     id: int
     content: str
@@ -43,7 +43,7 @@ def build_model(content: Content) -> Tokenizer:
 
 
 def merges_of(content: Content) -> list[Merge]:
-    """The merges in order, from either way of writing them (`"a b"` before tokenizers 0.20, `["a", "b"]` since)."""
+    """The merges in order, from either format (`"a b"` before tokenizers 0.20, `["a", "b"]` since)."""
     pairs = (
         merge.split(" ") if isinstance(merge, str) else merge
         for merge in content["model"]["merges"]
@@ -74,10 +74,10 @@ def splits(piece: str, vocabulary: Collection[str]) -> Iterator[Merge]:
 
 
 def extend_model(content: Content, pieces: Mapping[str, int], settled: int) -> Content:
-    """`content` with new pieces (piece -> id, the first merged first).
+    """`content` with new pieces (piece -> id, in the order of their merges).
 
-    Their merges are all of their splits, after the first `settled` old merges: with all splits, merging by rank is
-    merging by concatenated string, as SentencePiece does. Old merges are as they were.
+    Every split of a new piece is a merge, after the first `settled` old merges. With all splits, merging by rank equals
+    merging by concatenated string, as SentencePiece does. Old merges do not change.
     """
     vocabulary = {**content["model"]["vocab"], **pieces}
     old = [list(merge) for merge in merges_of(content)]
@@ -101,10 +101,10 @@ def _merges_of_new(pieces: Mapping[str, int], vocabulary: Mapping[str, int]) -> 
 
 
 def add_tokens(content: Content, tokens: Sequence[AddedToken]) -> Content:
-    """`content` with more added tokens, and every added token in the model's vocabulary as well.
+    """`content` with more added tokens, and with every added token in the model's vocabulary as well.
 
-    Without the latter `tokenizers` gives added tokens their ids anew, counted from the size of the vocabulary, and a
-    larger vocabulary moves all of them (256 of LLaMA-3's 256).
+    Otherwise `tokenizers` numbers added tokens from the size of the vocabulary on, and a larger vocabulary moves all of
+    them (256 of LLaMA-3's 256).
     """
     added = [*added_tokens_of(content), *tokens]
     vocabulary = {**content["model"]["vocab"], **{token.content: token.id for token in added}}
@@ -114,10 +114,10 @@ def add_tokens(content: Content, tokens: Sequence[AddedToken]) -> Content:
 
 
 def look_up_whole_words(content: Content) -> Content:
-    """`content` such that a pre-token that is a piece is found at once, without merging, where that changes no ids.
+    """`content` with `ignore_merges`, if this changes no ids: pre-tokens that are pieces are looked up, not merged.
 
-    It changes none if all pieces merge to themselves, and no added token could be a pre-token. English is encoded a
-    third faster then (benchmarks/tokenizer.py).
+    It changes none if all pieces merge to themselves and no added token can be a pre-token. English is then encoded a
+    third faster (benchmarks/tokenizer.py).
     """
     if content.get("pre_tokenizer") is None or content["model"].get("ignore_merges"):
         return content

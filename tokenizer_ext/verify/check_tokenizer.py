@@ -1,4 +1,4 @@
-"""The proofs on anybody's extended tokenizer, held against its base."""
+"""The proofs on any extended tokenizer, compared with its base."""
 
 from __future__ import annotations
 
@@ -25,21 +25,19 @@ from cpt_merge.tokenizer_ext.fertility import Fertility, measure_fertility
 from cpt_merge.tokenizer_ext.verify.invariants import SHOWN, Case, Proof, prove, read_case
 from cpt_merge.tokenizer_ext.verify.samples import HELDOUT_CHARACTERS, scripts_of, take_samples
 
-TARGET_SHARE = (
-    0.01  # of the new tokens with letters of a script, for it to be one that they were made for
-)
+TARGET_SHARE = 0.01  # of the new tokens have letters of a script that they were made for
 
 
 @dataclass(frozen=True)
 class TokenizerVerdict:
-    """What was found."""
+    """The proofs, and the fertility on each text."""
 
     proofs: list[Proof]
     fertility: list[Fertility]
 
     @property
     def whole(self) -> bool:
-        """Whether every law holds."""
+        """Whether every invariant holds."""
         return not any(proof.failures for proof in self.proofs)
 
 
@@ -50,11 +48,11 @@ def check_tokenizer(
     texts: Sequence[Path] = (),
     languages: Sequence[str] = (),
 ) -> TokenizerVerdict:
-    """Prove what can be proven of the tokenizer in `directory`, and print it.
+    """Prove the invariants of the tokenizer in `directory`, as far as they apply, and print the result.
 
-    `texts` are files to read beside some built-in sentences; `languages` are those it was extended for, by default
-    all whose scripts (in wide use, Latin apart) its new tokens are in. Raises `UserError` for files that
-    cannot be read at all.
+    `texts` are files that are read in addition to built-in sentences. `languages` are those the tokenizer was extended
+    for; by default, all whose scripts occur in its new tokens (scripts in wide use, except Latin). Raises `UserError`
+    for files that cannot be read.
     """
     if chat and not chat.is_dir():
         raise UserError(f"--chat {chat} is no directory; give the chat model's, or leave it out.")
@@ -89,7 +87,7 @@ def check_tokenizer(
 
 
 def guess_scripts(words: Sequence[str]) -> tuple[str, ...]:
-    """The scripts in wide use, Latin apart, that more than one in a hundred of the words has letters of."""
+    """The scripts in wide use, except Latin, whose letters occur in more than one word in a hundred."""
     return tuple(
         script
         for script in SCRIPTS
@@ -100,14 +98,12 @@ def guess_scripts(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _checked(paths: Sequence[Path]) -> Sequence[Path]:
-    """The paths, if all are there and have names of their own."""
+    """Raise `UserError` unless all paths exist and have different names; return them."""
     for path in paths:
         if not path.exists():
             raise UserError(f"--text {path} does not exist; correct the path.")
     if len({path.stem for path in paths}) < len(paths):
-        raise UserError(
-            "two --text files have the same name, by which the tables call them; rename one."
-        )
+        raise UserError("two --text files have the same name, which the tables use; rename one.")
     return paths
 
 
@@ -128,10 +124,10 @@ def _show(checked: TokenizerVerdict) -> None:
     for proof in checked.proofs:
         if proof.failures:
             more = len(proof.failures) - SHOWN
-            say(f"broken: {proof.law}")
+            say(f"broken: {proof.invariant}")
             for line in [
                 *proof.failures[:SHOWN],
                 *([f"... and {more:,} more"] if more > 0 else []),
             ]:
                 say(f"  {line}")
-    say("every law holds" if checked.whole else "not every law holds")
+    say("every invariant holds" if checked.whole else "not every invariant holds")

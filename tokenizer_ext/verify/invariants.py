@@ -1,7 +1,7 @@
-"""The guarantees of an extended tokenizer, proven on the files that were written.
+"""The invariants of an extended tokenizer, proven on the files that were written.
 
-Every law is one function of a `Case`, all that was read back from disk. It counts what it checked and lists what
-broke it.
+Each invariant is one function of a `Case`, which holds everything that was read back from disk. The function counts its
+checks and lists the failures. All of them together prove the project's invariant "old ids fixed".
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ SHOWN = 5  # examples in a message
 
 @dataclass(frozen=True)
 class Proof:
-    """How a law fared: how many things were checked, and a line for each that broke it."""
+    """The result for one invariant: the number of checks, and a line for each failure."""
 
-    law: str
+    invariant: str
     checked: int
     failures: list[str]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An extended tokenizer as it lies on disk, and what it is held against."""
+    """An extended tokenizer as read from disk, and what it is compared with."""
 
     base: Base
     directory: Path
     content: Content
     proto: Proto | None
-    pieces: dict[str, int]  # the model's pieces that the base has not
-    map: VocabularyMap | None  # None for a tokenizer that was made by others
+    pieces: dict[str, int]  # pieces of the model that the base lacks
+    map: VocabularyMap | None  # None for a tokenizer that another tool made
     chat: Path | None
     samples: Samples
 
@@ -108,23 +108,23 @@ def read_case(base: Base, directory: Path, chat: Path | None, samples: Samples) 
 
 
 def prove(case: Case) -> list[Proof]:
-    """Check every law."""
-    return [law(case) for law in LAWS]
+    """Check every invariant."""
+    return [invariant(case) for invariant in INVARIANTS]
 
 
 def require(proofs: Sequence[Proof]) -> None:
-    """Raise `UserError` that names the tokens or texts of the first law that is broken."""
+    """Raise a `UserError` that names the tokens or texts that break the first broken invariant."""
     for proof in proofs:
         if proof.failures:
             raise UserError(
-                f"the extended tokenizer breaks the law that {proof.law}: {len(proof.failures)} times in "
+                f"the extended tokenizer breaks the invariant that {proof.invariant}: {len(proof.failures)} times in "
                 f"{proof.checked} checks ({'; '.join(proof.failures[:SHOWN])}); "
-                "nothing is kept, so choose another base or report this."
+                "nothing was kept; choose another base, or report this."
             )
 
 
 def old_ids_stay(case: Case) -> Proof:
-    """Every token of the base has its id, and every old merge its place among the old merges."""
+    """Every token of the base keeps its id, and the old merges keep their order."""
     ids = ids_of(case.content)
     old = case.base.ids
     failures = [
@@ -141,29 +141,31 @@ def old_ids_stay(case: Case) -> Proof:
 
 
 def old_pieces_stay(case: Case) -> Proof:
-    """The old pieces of `tokenizer.model` are equal byte for byte, and so is its normalizer."""
-    law = "old pieces of tokenizer.model are untouched"
+    """The old pieces of `tokenizer.model` and its normalizer are equal byte for byte."""
+    invariant = "old pieces of tokenizer.model are untouched"
     old, new = case.base.proto, case.proto
     if old is None:
-        return Proof(law, 0, [])
+        return Proof(invariant, 0, [])
     if new is None:
-        return Proof(law, len(old.pieces), ["tokenizer.model is missing"])
+        return Proof(invariant, len(old.pieces), ["tokenizer.model is missing"])
     failures = [
         f"piece {id_} {before.piece!r} changed"
         for id_, (before, after) in enumerate(zip(old.pieces, new.pieces, strict=False))
         if before.SerializeToString() != after.SerializeToString()
     ]
     if len(new.pieces) < len(old.pieces):
-        failures.append(f"tokenizer.model has {len(new.pieces)} pieces, and had {len(old.pieces)}")
+        failures.append(
+            f"tokenizer.model has {len(new.pieces)} pieces instead of {len(old.pieces)}"
+        )
     if case.map and len(new.pieces) != case.map.rows:
         failures.append(f"tokenizer.model has {len(new.pieces)} pieces for {case.map.rows} rows")
     if old.normalizer_spec != new.normalizer_spec:
         failures.append("the normalizer changed")
-    return Proof(law, len(old.pieces), failures)
+    return Proof(invariant, len(old.pieces), failures)
 
 
 def rows_are_named(case: Case) -> Proof:
-    """Every row has a token and every token a row: ids are 0 .. rows - 1, without a hole."""
+    """Every row has one token and every token one row: the ids are 0 .. rows - 1, without gaps."""
     tokens = ids_of(case.content)
     ids = sorted(tokens.values())
     names = case.names
@@ -176,13 +178,13 @@ def rows_are_named(case: Case) -> Proof:
         added = {token.content for token in added_tokens_of(case.content)}
         outside = {*case.base.ids, *added, *case.pieces}
         failures += [
-            f"{token!r} is a piece that the map does not list"
+            f"{token!r} is a piece that is missing in the map"
             for token in tokens
             if token not in outside
         ]
         unnamed = [row for row in case.map.padding if names.get(row) not in added]
         failures += [
-            f"row {row} is padding to the map, but {names.get(row)!r} is a piece" for row in unnamed
+            f"row {row} is padding in the map, but {names.get(row)!r} is a piece" for row in unnamed
         ]
         failures += [
             f"row {id_} is {names.get(id_)!r}, not {token!r}"
@@ -193,7 +195,7 @@ def rows_are_named(case: Case) -> Proof:
 
 
 def constituents_spell_their_piece(case: Case) -> Proof:
-    """The base tokens that the vocabulary map gives for a new piece have the bytes of the piece, and no others."""
+    """The base tokens that the map lists for a new piece spell exactly its bytes."""
     names = {id_: token for token, id_ in case.base.ids.items()}
     spelt, new = case.base.family.spelt, case.map.new if case.map else []
     failures = [
@@ -205,7 +207,7 @@ def constituents_spell_their_piece(case: Case) -> Proof:
 
 
 def files_agree(case: Case) -> Proof:
-    """`tokenizer.json` has the pieces of `tokenizer.model` at the same ids, and merges by its scores."""
+    """`tokenizer.json` has the pieces of `tokenizer.model` at the same ids, and its merges follow the scores."""
     checked = len(case.proto.pieces) if case.proto is not None else 0
     return Proof(
         "tokenizer.model and tokenizer.json have equal ids and merges",
@@ -215,22 +217,22 @@ def files_agree(case: Case) -> Proof:
 
 
 def merges_alone_give_the_same(case: Case) -> Proof:
-    """Looking up whole words (`ignore_merges`), where the base does not, changes no ids."""
-    law = "looking up whole words gives what merging gives"
+    """Looking up whole words (`ignore_merges`) changes no ids where only the extension does it."""
+    invariant = "looking up whole words gives what merging gives"
     model = case.content["model"]
     if not model.get("ignore_merges") or case.base.content["model"].get("ignore_merges"):
-        return Proof(law, 0, [])
+        return Proof(invariant, 0, [])
     merging = build({**case.content, "model": {**model, "ignore_merges": False}})
     texts = case.samples.everything
     return Proof(
-        law,
+        invariant,
         len(texts),
         _differences(case, texts, _encode(merging, texts), _encode(case.after, texts)),
     )
 
 
 def no_word_is_an_added_token(case: Case) -> Proof:
-    """New vocabulary is in the model. Added tokens cut the text before any merge, and are cut out of longer words."""
+    """New words are in the model. Added tokens are cut out of the text before any merge, even out of longer words."""
     chat = TokenizerFiles.read(case.chat) if case.chat else None
     known = {**case.base.ids, **(chat.ids if chat else {})}
     added = [token for token in added_tokens_of(case.content) if token.content not in known]
@@ -239,12 +241,12 @@ def no_word_is_an_added_token(case: Case) -> Proof:
         for token in added
         if not token.special and _WORD.fullmatch(token.content.strip(" ▁"))
     ]
-    law = "new words are pieces of the model, not added tokens"
-    return Proof(law, len(added) + len(case.pieces), list(map(repr, words)))
+    invariant = "new words are pieces of the model, not added tokens"
+    return Proof(invariant, len(added) + len(case.pieces), list(map(repr, words)))
 
 
 def new_pieces_are_of_the_scripts(case: Case) -> Proof:
-    """A new piece holds a letter of the learnt scripts, or is a part of a character; others would change other text."""
+    """A new piece holds a letter of the learnt scripts or is part of a character; others would change other text."""
     letters = script_pattern(case.samples.scripts)
     failures = []
     for piece in case.pieces:
@@ -258,10 +260,10 @@ def new_pieces_are_of_the_scripts(case: Case) -> Proof:
 
 
 def roles_stay(case: Case) -> Proof:
-    """Which tokens begin and end a text, and which token has which role (bos, eos, unk, pad), is as in the base."""
-    law = "roles of special tokens are the base's"
+    """The tokens around a text and the roles of tokens (bos, eos, unk, pad) are those of the base."""
+    invariant = "roles of special tokens are the base's"
     if not (case.directory / FAST_FILE).is_file():
-        return Proof(law, 0, [])  # LlamaTokenizer's code decides it, not the files
+        return Proof(invariant, 0, [])  # the code of LlamaTokenizer decides this, not the files
     texts = ["", "Hello world."]
     before, after = (
         [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
@@ -275,13 +277,14 @@ def roles_stay(case: Case) -> Proof:
         f"the {role} is {roles.get(role)!r}, not {token!r}" for role, token in wanted.items()
         if token is not None and roles.get(role) != token
     ]  # fmt: skip
-    return Proof(law, len(texts) + len(wanted), failures)
+    return Proof(invariant, len(texts) + len(wanted), failures)
 
 
 def new_pieces_are_reachable(case: Case) -> Proof:
-    """A new piece, encoded alone and without a dummy prefix, is itself.
+    """A new piece that is encoded alone, without a dummy prefix, is one token.
 
-    That is enough: text around it can only take characters from its edges, so what is not reached alone never is.
+    This is sufficient: surrounding text can only take characters from a piece's edges, so a piece that is not reached
+    alone is never reached.
     """
     pieces = list(case.pieces)
     expected = [[id_] for id_ in case.pieces.values()]
@@ -306,7 +309,7 @@ def new_pieces_are_reachable(case: Case) -> Proof:
 
 
 def text_round_trips(case: Case) -> Proof:
-    """Decoding gives the text back, or what the base gives back (it turns a literal `▁` into a space, or to NFC)."""
+    """Decoding returns the text, or what the base returns: it may turn a literal `▁` into a space, or apply NFC."""
     texts = case.samples.everything
     decoded = case.after.decode_batch(_encode(case.after, texts), skip_special_tokens=False)
     inexact = [
@@ -323,20 +326,20 @@ def text_round_trips(case: Case) -> Proof:
 
 
 def plain_text_is_unchanged(case: Case) -> Proof:
-    """Text without a character of the learnt scripts has the same ids as before: English, code, all else."""
+    """Text without a character of the learnt scripts (English, code, ...) has the same ids as before."""
     texts = case.samples.plain
     failures = _differences(case, texts, _encode(case.before, texts), _encode(case.after, texts))
     return Proof("text without the new scripts is tokenized as before", len(texts), failures)
 
 
 def sentencepiece_agrees(case: Case) -> Proof:
-    """`tokenizer.model` under SentencePiece and `tokenizer.json` under tokenizers give the same ids.
+    """SentencePiece with `tokenizer.model` and tokenizers with `tokenizer.json` give the same ids.
 
-    Texts with an added token in them are left out: SentencePiece does not look for those by design.
+    Texts that contain an added token are skipped, because SentencePiece does not look for those.
     """
-    law = "SentencePiece and the fast tokenizer agree"
+    invariant = "SentencePiece and the fast tokenizer agree"
     if case.proto is None:
-        return Proof(law, 0, [])
+        return Proof(invariant, 0, [])
     added = {token.id for token in added_tokens_of(case.content)}
     everything = case.samples.everything
     both = zip(everything, _encode(case.after, everything), strict=True)
@@ -345,12 +348,14 @@ def sentencepiece_agrees(case: Case) -> Proof:
     try:
         expected = _sentencepiece(case.proto).encode(texts)
     except RuntimeError as error:
-        return Proof(law, len(texts), [f"SentencePiece refuses tokenizer.model ({error})"])
-    return Proof(law, len(texts), _differences(case, texts, expected, [ids for _, ids in fast]))
+        return Proof(invariant, len(texts), [f"SentencePiece refuses tokenizer.model ({error})"])
+    return Proof(
+        invariant, len(texts), _differences(case, texts, expected, [ids for _, ids in fast])
+    )
 
 
 def special_tokens_stay(case: Case) -> Proof:
-    """Special tokens, and a conversation in the base's and in the chat model's template, keep their ids."""
+    """Special tokens and a conversation in the base's and the chat model's template keep their ids."""
     tokens = [token.content for token in added_tokens_of(case.base.content)]
     texts = [*tokens, *(f"Hello{token}world" for token in tokens)]
     failures = _differences(case, texts, _encode(case.before, texts), _encode(case.after, texts))
@@ -367,7 +372,7 @@ def special_tokens_stay(case: Case) -> Proof:
             found = _encode(case.after, [text])[0]
             if script_pattern(case.samples.scripts).search(
                 text
-            ):  # its text is to change, its special tokens are not
+            ):  # its text may change, its special tokens may not
                 special = {ids.get(token, -1) for token in files.added}
                 expected, found = (
                     [id_ for id_ in some if id_ in special] for some in (expected, found)
@@ -378,16 +383,14 @@ def special_tokens_stay(case: Case) -> Proof:
 
 
 def transformers_agrees(case: Case) -> Proof:
-    """`AutoTokenizer` reads the directory as what `tokenizer.json` says, special tokens around the text included."""
+    """`AutoTokenizer` gives the ids of `tokenizer.json`, special tokens around the text included."""
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(
         case.directory, model_max_length=sys.maxsize
     )  # no warning about long texts
     texts = case.samples.everything[:: max(1, len(case.samples.everything) // 2000)]
-    special = (
-        case.map is not None
-    )  # which special tokens others put around a text is not known here
+    special = case.map is not None  # another tool's special tokens around a text are unknown here
     expected = [
         encoding.ids for encoding in case.after.encode_batch_fast(texts, add_special_tokens=special)
     ]
@@ -399,7 +402,7 @@ def transformers_agrees(case: Case) -> Proof:
     return Proof("transformers reads the tokenizer as it was written", len(texts), failures)
 
 
-LAWS: tuple[Callable[[Case], Proof], ...] = (
+INVARIANTS: tuple[Callable[[Case], Proof], ...] = (
     old_ids_stay,
     old_pieces_stay,
     files_agree,

@@ -1,4 +1,4 @@
-"""The text that an extended tokenizer is proven and measured on."""
+"""The text on which an extended tokenizer is proven and measured."""
 
 from __future__ import annotations
 
@@ -94,19 +94,17 @@ SENTENCES: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Samples:
-    """What is proven and measured on."""
+    """Texts of several kinds."""
 
-    texts: dict[
-        str, list[str]
-    ]  # by language, or by whatever name they came under: held-out documents
-    sentences: dict[str, list[str]]  # of languages that `texts` has not
-    plain: list[str]  # what of all this holds no letter of the scripts that were learnt
+    texts: dict[str, list[str]]  # held-out documents by language, or files by name
+    sentences: dict[str, list[str]]  # by language, for languages without `texts`
+    plain: list[str]  # the part of all this without a letter of the learnt scripts
     mixed: list[str]  # random mixtures of new pieces and everything else
-    scripts: tuple[str, ...]  # that were learnt
+    scripts: tuple[str, ...]  # the learnt ones
 
     @property
     def everything(self) -> list[str]:
-        """All of them, the documents first."""
+        """All texts, the documents first."""
         named = [*self.texts.values(), *self.sentences.values()]
         return [*(text for texts in named for text in texts), *self.plain, *self.mixed]
 
@@ -114,7 +112,7 @@ class Samples:
 def take_samples(
     texts: dict[str, list[str]], scripts: tuple[str, ...], pieces: Sequence[str]
 ) -> Samples:
-    """Samples for a tokenizer that has learnt pieces of `scripts`; `pieces` are new ones, as text."""
+    """Samples for a tokenizer with new `pieces` (as text) of `scripts`."""
     sentences = {
         language: lines for language, lines in SENTENCES.items() if not texts.get(language)
     }
@@ -143,7 +141,7 @@ def scripts_of(languages: Iterable[str]) -> tuple[str, ...]:
 
 
 def _plain_parts(text: str, scripts: tuple[str, ...]) -> list[str]:
-    """The whole text if it holds no character of the scripts, else those of its lines that hold none."""
+    """The text if it has no character of the scripts, else its lines that have none."""
     letters: regex.Pattern[str] = script_pattern(scripts)
     if not letters.search(text):
         return [text]
@@ -151,7 +149,7 @@ def _plain_parts(text: str, scripts: tuple[str, ...]) -> list[str]:
 
 
 def mixed_texts(pieces: Sequence[str], number: int) -> list[str]:
-    """Random strings of pieces, other scripts, emoji, combining marks, spaces, control characters; always the same."""
+    """Random strings of pieces, other scripts, emoji, marks, spaces and control characters; always the same ones."""
     random = Random(0)
     fragments = [*FRAGMENTS, *CODE]
     return [

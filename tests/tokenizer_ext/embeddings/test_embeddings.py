@@ -49,7 +49,7 @@ def pieces(family):
 
 @pytest.mark.parametrize("method", list(INITIALISERS))
 def test_old_rows_are_the_base_s_bit_for_bit(family, tmp_path, tracker, method):
-    """Law 1."""
+    """Invariant 1."""
     resize(family, tmp_path / "out", tracker, input=method, head=method)
     weights = load(tmp_path / "out")
     assert set(weights) == set(family.weights["base"])
