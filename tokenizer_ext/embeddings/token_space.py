@@ -1,11 +1,11 @@
-"""The tokens of the new text in a space of their own, where those in like company lie close: what `focus` goes by.
+"""An auxiliary space in which tokens with similar contexts in the new text are close; `focus` uses it.
 
-FOCUS (Dobler and de Melo, EMNLP 2023, https://aclanthology.org/2023.emnlp-main.829) gives a new piece the weighted
-mean of old tokens' rows. The weights are the sparsemax of the cosines between piece and old tokens in an auxiliary
-space that is trained on the new text, as the extended tokenizer cuts it. There it is fastText; here what word2vec's
-skip-gram factorises implicitly is factorised explicitly (Levy and Goldberg, NeurIPS 2014): positive pointwise mutual
-information of tokens within a window, truncated to its largest singular values. That takes numpy alone, and one seed
-decides it.
+FOCUS (Dobler and de Melo, EMNLP 2023, https://aclanthology.org/2023.emnlp-main.829) gives a new piece the weighted mean
+of old tokens' rows. The weights are the sparsemax of the cosines between the piece and old tokens in an auxiliary space
+that is trained on the new text, as the extended tokenizer splits it. FOCUS trains the space with fastText. Here, the
+matrix that word2vec's skip-gram factorises implicitly is factorised explicitly (Levy and Goldberg, NeurIPS 2014): the
+positive pointwise mutual information of tokens within a window, truncated to its largest singular values. This needs
+numpy only, and a seed decides the result.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from cpt_merge.data.sources import Corpus
 
 Ids = NDArray[np.int64]
 
-WINDOW = 5  # tokens to either side; a pair d apart counts 1/d, as word2vec's shrinking windows do on average
-MINIMUM = 5  # occurrences; of rarer tokens nothing can be said
+WINDOW = 5  # tokens to either side; a pair at distance d counts 1/d, like word2vec's random windows
+MINIMUM = 5  # occurrences; rarer tokens get no vector
 DIMENSIONS = 100
 OVERSAMPLING, POWERS = 10, 3  # of the randomised factorisation
 _DOCUMENTS = 1000  # tokenised at once
@@ -35,7 +35,7 @@ _ENTRIES = 1 << 16  # matrix entries multiplied at once
 
 @dataclass(frozen=True)
 class TokenSpace:
-    """Unit vectors of the tokens, shape (rows, dimensions); zeros for tokens that the text has too rarely."""
+    """Unit vectors of the tokens, shape (rows, dimensions); zeros for tokens that are too rare in the text."""
 
     vectors: Float32
 
@@ -45,21 +45,20 @@ class TokenSpace:
         return np.array(self.vectors.any(axis=1))
 
     def weights(self, tokens: Sequence[int], others: Sequence[int]) -> Float32:
-        """How much each of the others is like each token, shape (tokens, others): sparsemax of their cosines.
+        """The similarity of the others to each token, shape (tokens, others): the sparsemax of their cosines.
 
-        A token is not like itself.
+        A token has weight 0 for itself.
         """
         cosines = self.vectors[list(tokens)] @ self.vectors[list(others)].T
-        cosines[
-            np.equal.outer(np.array(tokens, np.int64), np.array(others, np.int64))
-        ] = -2  # below all cosines
+        same = np.equal.outer(np.array(tokens, np.int64), np.array(others, np.int64))
+        cosines[same] = -2  # below all cosines
         return sparsemax(cosines)
 
 
 def train_space(
     corpus: Corpus, tokenizer: Path, rows: int, characters: int, seed: int
 ) -> TokenSpace:
-    """The space of the `rows` tokens of a tokenizer, from at most `characters` of training text per language."""
+    """Train the space of the `rows` tokens of a tokenizer on up to `characters` of text per language."""
     documents = list(read_tokens(corpus, tokenizer, characters))
     occurrences = np.bincount(np.concatenate([*documents, np.empty(0, np.int32)]), minlength=rows)
     frequent = np.flatnonzero(occurrences >= MINIMUM)
@@ -76,7 +75,7 @@ def train_space(
 
 
 def read_tokens(corpus: Corpus, tokenizer: Path, characters: int) -> Iterator[NDArray[np.int32]]:
-    """The training documents as token ids, from the start of each language until `characters` of it were read."""
+    """The training documents as token ids, up to `characters` of each language."""
     from tokenizers import Tokenizer
 
     encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
@@ -120,7 +119,7 @@ class SymmetricMatrix:
 
 
 def count_pairs(documents: Iterable[Ids], size: int, window: int = WINDOW) -> SymmetricMatrix:
-    """How often two of `size` tokens lie within `window` of each other, each pair weighted by 1 / distance."""
+    """How often two of `size` tokens are within `window` of each other, each pair weighted by 1 / distance."""
     keys, counts = np.empty(0, np.int64), np.empty(0)
     for stream in _streams(documents, window):
         found, weights = [keys], [counts]
@@ -138,7 +137,7 @@ def count_pairs(documents: Iterable[Ids], size: int, window: int = WINDOW) -> Sy
 
 
 def _streams(documents: Iterable[Ids], window: int) -> Iterator[Ids]:
-    """Documents end to end, a window of -1 between them, in arrays of about `_CHUNK` tokens."""
+    """Documents end to end, separated by a window of -1, in arrays of about `_CHUNK` tokens."""
     gap, parts, length = np.full(window, -1, np.int64), list[Ids](), 0
     for document in documents:
         parts += [document, gap]
@@ -151,7 +150,7 @@ def _streams(documents: Iterable[Ids], window: int) -> Iterator[Ids]:
 
 
 def _sum_equal(keys: Ids, values: NDArray[np.float64]) -> tuple[Ids, NDArray[np.float64]]:
-    """The different keys in order, each with the sum of its values."""
+    """The distinct keys in order, each with the sum of its values."""
     order = np.argsort(keys, kind="stable")
     keys, values = keys[order], values[order]
     firsts = np.flatnonzero(np.diff(keys, prepend=-1))
@@ -189,7 +188,7 @@ def factorise(matrix: SymmetricMatrix, dimensions: int, random: np.random.Genera
 
 
 def sparsemax(scores: Float32) -> Float32:
-    """For each row, the point of the simplex that is nearest to it: most entries are 0, they sum to 1.
+    """For each row, the nearest point of the simplex: most entries are 0, and they sum to 1.
 
     Martins and Astudillo, ICML 2016, algorithm 1.
     """

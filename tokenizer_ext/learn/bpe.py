@@ -1,17 +1,17 @@
-"""Continued byte-pair encoding: go on merging where a tokenizer's own merges end.
+"""Continued byte-pair encoding: keep merging where a tokenizer's own merges end.
 
-The plain algorithm (Sennrich et al., 2016): again and again the most frequent pair of neighbours becomes a piece.
+The algorithm is that of Sennrich et al. (2016): the most frequent pair of neighbours becomes a piece, again and again.
 
-What lies within a string is merged in the same order wherever the string stands, as long as no merge reaches across its
-ends. Three things follow:
+A string is merged in the same order wherever it occurs, as long as no merge crosses its ends. Three things follow:
 
-- Two neighbours that spell a string are the same two everywhere. So pairs can be counted by their halves, although
-  SentencePiece merges any two neighbours whose concatenation is a piece (bpe_model.cc).
-- A piece that is found here is reachable: encoded alone, it is spelt by the same merges.
-- All occurrences of a pair come about in one step, and after that they only become fewer. A pair that is rare then is
-  never counted, and no piece reaches across a pair that is rare at the start.
+- Two neighbours that spell a string are the same two everywhere. Pairs can therefore be counted by their halves,
+  although SentencePiece merges any two neighbours whose concatenation is a piece (bpe_model.cc).
+- A piece that is found here is reachable: encoded alone, it results from the same merges.
+- All occurrences of a pair arise in one step, and then become fewer. A pair that is rare when it arises is never
+  counted, and no piece crosses a pair that is rare at the start.
 
-The tokenizer's own pieces that its merges do not lead to (LLaMA-3 has 588) stay so: their strings are no candidates.
+Pieces of the tokenizer that its own merges do not reach (LLaMA-3 has 588) stay unreachable: their strings are no
+candidates.
 """
 
 from __future__ import annotations
@@ -38,18 +38,17 @@ from cpt_merge.tokenizer_ext.learn.symbols import (
 
 @dataclass(frozen=True)
 class Growth:
-    """The pieces that were found, the first merged first, and what they do to the counted words."""
+    """The learnt pieces in the order of their merges, and their effect on the counted words."""
 
     pieces: dict[str, Merge]  # piece -> the two that it is merged from
-    usage: dict[str, int]  # token -> how often it stands in the text when all merging is done
+    usage: dict[str, int]  # token -> its frequency in the text after all merges
 
 
 class ContinuedBpe:
-    """Learns pieces beyond a vocabulary's own.
+    """Learns pieces beyond those of a vocabulary.
 
-    `names[id]` is a piece of it, "" where there is none. `words` are as its tokenizer splits them now, and are used up.
-    `admits` says whether a string may become a piece.
-    A candidate must occur `min_frequency` times.
+    `names[id]` is a piece of the vocabulary, or "" for an unused id. `words` are split as its tokenizer splits them, and
+    are consumed. `admits` tells whether a string may become a piece; a candidate must occur `min_frequency` times.
     """
 
     def __init__(
@@ -63,14 +62,13 @@ class ContinuedBpe:
         self._ids = {name: id_ for id_, name in enumerate(self._names)}
         self._admits = admits
         self._min_frequency = min_frequency
-        self._counts: dict[int, int] = {}  # pair that may become a piece -> how often it occurs
-        self._heap: list[
-            tuple[int, str, int]
-        ] = []  # (-count, string, pair); counts may have fallen since
+        self._counts: dict[int, int] = {}  # candidate pair -> frequency
+        # (-count, string, pair); a count may have fallen since its entry was added
+        self._heap: list[tuple[int, str, int]] = []
         self._symbols = Symbols(words)
 
     def learn(self, size: int, label: str = "learning") -> Growth:
-        """Up to `size` pieces; fewer where no candidate is left. Progress is shown as `label`."""
+        """Learn up to `size` pieces, fewer if no candidate is left. `label` names the progress display."""
         pieces: dict[str, Merge] = {}
         with timed(f"{label}: counting pairs"):
             self._count_pairs()
@@ -86,7 +84,7 @@ class ContinuedBpe:
         )
 
     def _count_pairs(self) -> None:
-        """Count all pairs, and part the words where a rare one stands."""
+        """Count all pairs, and divide the words at rare ones."""
         keys, counts = self._symbols.count_pairs()
         kept = counts >= self._min_frequency
         self._symbols.keep_together(keys[kept])
@@ -94,7 +92,7 @@ class ContinuedBpe:
         self._gain(keys[kept], counts[kept])
 
     def _pop_best(self) -> int | None:
-        """The most frequent candidate, the first in code point order among equals. Counts that fell are put back."""
+        """The most frequent candidate; of equal ones, the first by code points. Entries with old counts are put back."""
         while self._heap:
             negative, text, pair = heapq.heappop(self._heap)
             count = self._counts.get(pair, 0)
@@ -115,13 +113,12 @@ class ContinuedBpe:
         self._merge_at_once(_without_overlaps(places, self._symbols.following(places)), piece)
 
     def _merge_at_once(self, places: Places, piece: int) -> None:
-        """Merge each symbol at `places` with the one behind it."""
+        """Merge each symbol at `places` with the following one."""
         symbols = self._symbols
         gone = symbols.following(places)
         before, after = symbols.preceding(places), symbols.following(gone)
-        first = np.ones(
-            len(places), bool
-        )  # the others stand right behind a merged pair, which counts that border
+        # The others directly follow a merged pair, which counts the border between them.
+        first = np.ones(len(places), bool)
         first[1:] = places[1:] != after[:-1]
         weights = symbols.weight[places]
         both = np.concatenate([weights[first], weights])
@@ -132,19 +129,19 @@ class ContinuedBpe:
     def _pairs_at(
         self, left: Sequence[Places], right: Sequence[Places], weights: Ints
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(pairs, how often) of the symbols at `left` and `right`, BREAKs left out."""
+        """(pairs, frequencies) of the symbols at `left` and `right`, without BREAKs."""
         left_, right_ = (self._symbols.symbol[np.concatenate(places)] for places in (left, right))
         within = (left_ >= 0) & (right_ >= 0)
         return sum_by_key(pair_keys(left_[within], right_[within]), weights[within])
 
     def _lose(self, pairs: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """Count pairs down; those that were rare are not counted."""
+        """Reduce the counts of candidates."""
         for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
             if pair in self._counts:
                 self._counts[pair] -= count
 
     def _gain(self, pairs: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """Make candidates of pairs that are frequent enough and admitted."""
+        """Make candidates of the pairs that are frequent enough and admitted."""
         frequent = counts >= self._min_frequency
         for pair, count in zip(pairs[frequent].tolist(), counts[frequent].tolist(), strict=True):
             left, right = split_key(pair)
@@ -155,9 +152,9 @@ class ContinuedBpe:
 
 
 def _without_overlaps(places: Places, behind: Places) -> Places:
-    """Of pairs that share a symbol (`aaa`), every second from the left, as merging in turn leaves them.
+    """Of pairs that share a symbol (`aaa`), every second from the left, as with one merge after another.
 
-    `behind` is where the right halves begin.
+    `behind` are the places of the right halves.
     """
     shared = np.zeros(len(places), bool)
     shared[1:] = behind[:-1] == places[1:]

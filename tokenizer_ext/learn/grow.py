@@ -1,4 +1,4 @@
-"""The new pieces of one language after the other: characters first, then a given list, then what the text teaches."""
+"""The new pieces, one language after another: characters first, then a given list, then learnt pieces."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ Pieces = dict[
 
 @dataclass(frozen=True)
 class Learned:
-    """What one language adds."""
+    """The pieces that one language adds."""
 
     language: str
     pieces: Pieces  # the first merged first
-    characters: int  # single characters for coverage; they lead
-    given: int  # pieces from a list and steps towards them; they come next
-    pruned: int  # pieces that were learnt and dropped again
-    usage: Counter[str]  # token -> how often the counted words are spelt with it in the end
+    characters: int  # leading single characters, for coverage
+    given: int  # then pieces from a list, and steps towards them
+    pruned: int  # learnt pieces that were dropped again
+    usage: Counter[str]  # token -> its frequency in the counted words in the end
 
 
 def learn_languages(base: Base, corpus: Corpus, config: TokenizerConfig) -> list[Learned]:
-    """Learn every language in turn, each upon what the ones before it have added."""
+    """Learn each language in turn, on top of the pieces of the languages before it."""
     scripts = {language: Scripts(find_language(language)) for language in config.languages()}
     lists = {
         language: read_given(Path(path), scripts[language])
@@ -70,7 +70,7 @@ def learn_languages(base: Base, corpus: Corpus, config: TokenizerConfig) -> list
 
 @dataclass(frozen=True)
 class Grower:
-    """Finds the pieces of one language, beyond the base's and those that `earlier` languages have added."""
+    """Finds the pieces of one language beyond those of the base and of `earlier` languages."""
 
     base: Base
     earlier: Sequence[str]
@@ -84,11 +84,11 @@ class Grower:
 
     @property
     def size(self) -> int | None:
-        """How many pieces are asked for; None for all that a list makes."""
+        """The number of pieces asked for; None: all that a list makes."""
         return self.config.new_pieces.get(self.language)
 
     def grow(self, words: Words, entries: Sequence[str]) -> Learned:
-        """The pieces that the counted words need, that the list `entries` makes, and that are learnt."""
+        """The needed characters, the pieces of the list `entries`, and learnt pieces."""
         characters = self._characters(words)
         given = self._given(entries, characters) if entries else {}
         pieces: Pieces = {**characters, **given}
@@ -104,11 +104,11 @@ class Grower:
             if not idle:
                 break
             say(
-                f"{self.language}: {len(idle):,} pieces are hardly used in the end (tokenizer.min_frequency); left out"
+                f"{self.language}: {len(idle):,} pieces are rarely used in the end (tokenizer.min_frequency) and left out"
             )
         if size and not pieces:
             raise UserError(
-                f"the text in {self.language!r} gives not one new piece: it has hardly any "
+                f"the text in {self.language!r} gives no new piece: it has hardly any "
                 f"{' or '.join(self.scripts.language.scripts)} letters; correct `language` in corpus.sources, "
                 "add text, or lower tokenizer.min_frequency."
             )
@@ -122,7 +122,7 @@ class Grower:
         )
 
     def _characters(self, words: Words) -> Pieces:
-        """The characters that must be pieces before anything is merged."""
+        """The characters that must be pieces before the first merge."""
         if not words.blocks:
             raise UserError(
                 f"the text in {self.language!r} holds no {' or '.join(self.scripts.language.scripts)} letter; "
@@ -140,7 +140,7 @@ class Grower:
         return dict.fromkeys(needed)
 
     def _given(self, entries: Sequence[str], characters: Pieces) -> Pieces:
-        """The pieces that the list makes, as many as there is room for."""
+        """The pieces of the list, as many as there is room for."""
         apart = [entry for entry in entries if not self.base.family.is_one_word(entry)]
         if apart:
             shown = ", ".join(apart[:SHOWN])
@@ -200,9 +200,9 @@ def with_pieces(base: Base, pieces: Sequence[str]) -> Content:
 def _split_words(
     tokenizer: Tokenizer, spells: Sequence[bool], words: Words, label: str
 ) -> WordArrays:
-    """The words as the tokenizer, which has only merges, splits them.
+    """The words as split by a tokenizer that has only merges.
 
-    Bytes of a character without a piece are a break: a piece may only contain characters that are pieces.
+    Bytes of a character without a piece become a BREAK, because a piece may only contain characters that are pieces.
     """
     tokenizer.pre_tokenizer = Split(SEPARATOR, "removed")
     kept = np.where(spells, np.arange(len(spells)), BREAK).astype(np.int32)
@@ -210,9 +210,8 @@ def _split_words(
     with Meter(label, words.distinct(), "words") as meter:
         for start in range(0, len(words.blocks), BLOCKS_AT_ONCE):
             texts, frequencies = zip(*words.blocks[start : start + BLOCKS_AT_ONCE], strict=True)
-            encodings = tokenizer.encode_batch(
-                texts, add_special_tokens=False
-            )  # encode_batch_fast gives no word_ids
+            # encode_batch_fast gives no word_ids
+            encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
             lengths = np.concatenate(
                 [np.bincount(np.array(one.word_ids, np.int64)) for one in encodings]
             )
@@ -223,7 +222,7 @@ def _split_words(
 
 
 def idle_leaves(growth: Growth, min_frequency: int) -> set[str]:
-    """The learnt pieces that the text hardly uses in the end, and that no other learnt piece is made of."""
+    """The learnt pieces that are rare in the end and are no part of another learnt piece."""
     parts = {half for halves in growth.pieces.values() for half in halves}
     return {
         piece

@@ -1,6 +1,6 @@
-"""The scripts that new pieces are learnt in, and may consist of.
+"""The scripts in which new pieces are learnt.
 
-No digits, Latin letters or punctuation, whatever the text is full of: text without the scripts is then left alone.
+Pieces contain no digits, no Latin letters and no punctuation, so that text without these scripts does not change.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ WRITTEN_WITHOUT_SPACES = {
 
 @dataclass(frozen=True)
 class Scripts:
-    """The scripts of one language, with their patterns compiled once."""
+    """The scripts of one language, with compiled patterns."""
 
     language: Language
 
     @property
     def set_words_apart(self) -> bool:
-        """Whether words are set apart by spaces."""
+        """Whether spaces separate words."""
         return not WRITTEN_WITHOUT_SPACES & set(self.language.scripts)
 
     @cached_property
@@ -42,19 +42,19 @@ class Scripts:
 
     @cached_property
     def run(self) -> regex.Pattern[str]:
-        """One character or more."""
+        """One or more characters."""
         return regex.compile(f"{self.letter.pattern}+", regex.V1)
 
     @cached_property
     def word(self) -> regex.Pattern[str]:
-        """A run, with a `▁` before it where words are set apart by spaces.
+        """A run, with an optional preceding `▁` if spaces separate words.
 
-        Before a script written without spaces, a space would only teach the habits of badly wrapped text.
+        In a script without spaces, a preceding space is mostly an artefact of wrapped lines.
         """
         return regex.compile(
             f"▁?{self.run.pattern}" if self.set_words_apart else self.run.pattern, regex.V1
         )
 
     def spell(self, text: str) -> bool:
-        """Whether the text is not empty and all of it belongs to the scripts."""
+        """Whether the text is a non-empty run of the scripts."""
         return self.run.fullmatch(text) is not None

@@ -1,13 +1,13 @@
-"""Many words as flat arrays of symbols, in which pairs are found, counted and merged by the thousand.
+"""Many words as flat arrays of symbols, so that pairs are found, counted and merged by the thousand.
 
     slot      0  1  2  3  4  5  6
     symbol    |  a  b  .  |  a  |         "a bc |", "a |": `bc` was merged and covers two slots
     span      1  1  2  2  1  1  1
 
 A slot holds the symbol that begins there, BREAK between words, or INSIDE within a longer symbol. `span` is a symbol's
-length in slots; it stands at the symbol's first and at its last slot, so that both neighbours are found at once.
-13 bytes a slot, 4 of them the places of each symbol. A span is one byte: pieces of at most 255 slots, which
-`max_piece_length` keeps to (50 characters of 4 bytes and a space).
+length in slots, stored at its first and its last slot, so that both neighbours are found without a search. A slot takes
+13 bytes, 4 of them for the places of each symbol. A span is one byte, so a piece has at most 255 slots;
+`max_piece_length` guarantees this (50 characters of 4 bytes and a space).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Places = NDArray[np.int64]
 
 
 def pair_keys(left: Ints, right: Ints) -> NDArray[np.int64]:
-    """One number for each pair of symbols."""
+    """Pairs of symbols as one number each."""
     return (left.astype(np.int64) << 32) | right
 
 
 def split_key(key: int) -> tuple[int, int]:
-    """The pair that `pair_keys` made a number of."""
+    """The pair of a number from `pair_keys`."""
     return key >> 32, key & 0xFFFFFFFF
 
 
@@ -45,20 +45,20 @@ def sum_by_key(
 
 @dataclass
 class WordArrays:
-    """Words as they are collected: blocks of symbols, a BREAK behind each word, and its frequency in each slot."""
+    """Collected words: blocks of symbols with a BREAK after each word, and the word's frequency in each slot."""
 
     symbols: list[NDArray[np.int32]] = field(default_factory=lambda: [np.array([BREAK], np.int32)])
     weights: list[NDArray[np.int32]] = field(default_factory=lambda: [np.zeros(1, np.int32)])
 
     def add(self, symbols: NDArray[np.int32], lengths: Ints, frequencies: Ints) -> None:
-        """A block of words, end to end. `lengths` counts each word's symbols without the BREAK behind it."""
+        """Add a block of words, end to end. `lengths` are the words' numbers of symbols, without the BREAK."""
         ends = np.cumsum(lengths)
         self.symbols.append(np.insert(symbols, ends, BREAK).astype(np.int32))
         self.weights.append(np.repeat(frequencies, lengths + 1).astype(np.int32))
 
 
 def _joined(blocks: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """One array of all blocks, which are given up one by one."""
+    """All blocks as one array; each block is released once it is copied."""
     whole = np.empty(sum(map(len, blocks)), np.int32)
     end = len(whole)
     while blocks:
@@ -71,7 +71,7 @@ def _joined(blocks: list[NDArray[np.int32]]) -> NDArray[np.int32]:
 def _with_inserted(
     values: NDArray[np.int32], cuts: Places, new: NDArray[np.int32]
 ) -> NDArray[np.int32]:
-    """`values` with a new one before each of the sorted `cuts`; `np.insert` would need ten times the memory."""
+    """`values` with one of `new` before each of the sorted `cuts`. `np.insert` alone needs ten times the memory."""
     whole = np.empty(len(values) + len(cuts), np.int32)
     for start in range(0, len(values), BLOCK):
         first, last = np.searchsorted(cuts, (start, start + BLOCK))
@@ -81,7 +81,7 @@ def _with_inserted(
 
 
 class Symbols:
-    """The words while they are merged."""
+    """The words during merging."""
 
     def __init__(self, words: WordArrays) -> None:
         self.symbol = _joined(words.symbols)
@@ -90,7 +90,7 @@ class Symbols:
         self._places: list[Places] = []
 
     def keep_together(self, pairs: NDArray[np.int64]) -> None:
-        """Put a BREAK into every pair that is not listed (sorted keys). Only before the first merge."""
+        """Insert a BREAK into every pair that is not among the sorted keys `pairs`. Only before the first merge."""
         pairs = np.append(pairs, np.iinfo(np.int64).max)
         others = [
             left[pairs[np.searchsorted(pairs, keys)] != keys] + 1
@@ -102,7 +102,7 @@ class Symbols:
         self.span = np.ones(len(self.symbol), np.uint8)
 
     def count_pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(keys, how often the pair stands in the text) of all pairs, before the first merge."""
+        """(keys, frequencies) of all pairs, before the first merge."""
         keys, sums = np.zeros(0, np.int64), np.zeros(0, np.int64)
         for _, part, weights in self._adjacent():
             more, counts = sum_by_key(part, weights)

@@ -21,24 +21,27 @@ from cpt_merge.data.sources import Corpus, Split
 Splitter = Callable[[str], list[str]]
 """Finds a document's words, in the alphabet of the vocabulary; can be sent to a process."""
 
-SEPARATOR = "\n"  # in no word: runs of a script have no line break, and in the byte alphabet it is another letter
+SEPARATOR = "\n"  # not in words: runs have no line breaks, the byte alphabet writes them as letters
 WORDS_IN_A_BLOCK = 1_024
 BLOCK = 1_000_000  # characters that are counted at once
-BLOCKS_ALONE = 4  # so many are counted in this process, before others are worth starting
+BLOCKS_ALONE = 4  # counted in this process before others are started
 MAX_PROCESSES = 32  # one process reads the text for all
 
-_splitter: Splitter  # of a counting process
+_splitter: Splitter  # in a counting process
 
 
 @dataclass(frozen=True)
 class Words:
-    """Distinct words and how often each occurs, in blocks: the words joined by SEPARATOR, and their frequencies."""
+    """Distinct words and their frequencies, in blocks: the words joined by SEPARATOR, and an array.
+
+    A Counter of them takes five times the memory.
+    """
 
     blocks: list[tuple[str, NDArray[np.int32]]]
 
     @staticmethod
     def of(counts: Counter[str]) -> Words:
-        """Take over `counts`, which is empty afterwards."""
+        """Take over `counts`, and leave it empty."""
         blocks = []
         while counts:
             taken = [counts.popitem() for _ in range(min(WORDS_IN_A_BLOCK, len(counts)))]
@@ -51,11 +54,11 @@ class Words:
         return Words(blocks)
 
     def distinct(self) -> int:
-        """How many different words there are."""
+        """The number of distinct words."""
         return sum(len(frequencies) for _, frequencies in self.blocks)
 
     def characters(self) -> Counter[str]:
-        """How often each character occurs in the text's words."""
+        """The frequency of each character in all words of the text."""
         counts: Counter[str] = Counter()
         for text, frequencies in self.blocks:
             codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -74,9 +77,9 @@ class Words:
 def read_documents(
     corpus: Corpus, language: str, split: Split, max_characters: int
 ) -> Iterator[str]:
-    """Documents in one language, from the start of each source in turn, until `max_characters` have been given.
+    """Yield documents in one language, source by source, until they have `max_characters`.
 
-    Raises `UserError` for a document that is no Unicode text.
+    Raises `UserError` for a document that is not valid Unicode text.
     """
     left = max_characters
     for source in corpus.of_language(language):
@@ -85,7 +88,7 @@ def read_documents(
                 text.encode()
             except UnicodeEncodeError:
                 raise UserError(
-                    f"{source.path}: {split} document {number} holds a lone surrogate, so it is no Unicode text; "
+                    f"{source.path}: {split} document {number} holds a lone surrogate, so it is not valid Unicode; "
                     "repair or remove it."
                 ) from None
             yield text
@@ -95,7 +98,7 @@ def read_documents(
 
 
 def count_words(texts: Iterable[str], splitter: Splitter, label: str) -> Words:
-    """How often each word occurs."""
+    """Count the words of all texts; `label` names the progress display."""
     words: Counter[str] = Counter()
     blocks = _blocks(texts)
     with Meter(label, None, "characters") as meter:
@@ -125,7 +128,7 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 def _count_elsewhere(
     blocks: Iterator[list[str]], splitter: Splitter
 ) -> Iterator[tuple[int, dict[str, int]]]:
-    """(characters, counts) of every block, in order, from as many processes as there are cores for."""
+    """(characters, counts) of every block, in order, from one process per core."""
     first = next(blocks, None)
     if first is None:
         return
@@ -145,8 +148,8 @@ def _count_elsewhere(
                 yield size, counts.result()
     except BrokenProcessPool:
         raise UserError(
-            "a process that counts words was ended from outside, most likely for lack of memory; give the job more, "
-            "lower tokenizer.max_characters, or see that a script that calls tokenizer_ext has a __main__ guard."
+            "a process that counts words was killed, most likely for lack of memory; give the job more memory, "
+            "lower tokenizer.max_characters, or add a __main__ guard to a script that calls extend_tokenizer."
         ) from None
 
 

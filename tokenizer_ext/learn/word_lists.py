@@ -1,4 +1,4 @@
-"""Pieces that somebody else chose: a word list, or the pieces of a SentencePiece model."""
+"""Pieces chosen by the user: a word list, or the pieces of a SentencePiece model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ LONGEST = 50  # characters of an entry; SentencePiece refuses pieces of some hun
 
 
 def read_given(path: Path, scripts: Scripts) -> list[str]:
-    """The entries of a list, the most important first, without those that hold other characters than the scripts'.
+    """The entries of a list, the most important first, without entries that have characters of other scripts.
 
-    A `.model` file is read as a SentencePiece model, by descending score. Anything else is a list of one word a line,
-    what follows a tab left out; a space at a line's start belongs to the word. Where words are not set apart by spaces,
-    a space before an entry is dropped. Raises `UserError` if nothing is left.
+    A `.model` file is read as a SentencePiece model, by descending score. Any other file is a list of one word per line,
+    without what follows a tab; a leading space belongs to the word, but is dropped for scripts without spaces between
+    words. Raises `UserError` if nothing is left.
     """
     entries = _entries(path)
     if not scripts.set_words_apart:
         entries = [entry.removeprefix(" ") for entry in entries]
     long = [entry for entry in entries if len(entry) > LONGEST]
     if long:
-        say(f"{path}: {len(long):,} entries are longer than {LONGEST} characters and left out")
+        say(f"{path}: {len(long):,} entries are longer than {LONGEST} characters and are left out")
     entries = [entry for entry in entries if len(entry) <= LONGEST]
     fitting = [entry for entry in entries if scripts.spell(entry.removeprefix(" "))]
     others = [entry for entry in entries if entry and not scripts.spell(entry.removeprefix(" "))]
@@ -47,7 +47,7 @@ def read_given(path: Path, scripts: Scripts) -> list[str]:
 
 
 def count_entries(path: Path) -> int:
-    """How many entries a list has, fitting or not."""
+    """The number of entries in a list, whether usable or not."""
     return len(list(filter(None, _entries(path))))
 
 
@@ -77,25 +77,23 @@ def _lines(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Replayed:
-    """The pieces that a list makes."""
+    """The pieces made from a list."""
 
-    pieces: dict[
-        str, Merge | None
-    ]  # piece -> the two that it is merged from, None for a letter; in order
-    steps: int  # pieces that are not on the list, but on the way to one that is
-    unreachable: list[str]  # entries that no admitted merges lead to
+    pieces: dict[str, Merge | None]  # in order; piece -> its two parts, None for a letter
+    steps: int  # number of pieces that are not in the list, but lead to one that is
+    unreachable: list[str]  # entries to which no admitted merges lead
     left: int  # entries for which there was no room
 
 
 class Speller:
-    """Splits a word as the tokenizer does: the merge of lowest rank first, the leftmost among equals."""
+    """Splits a word as the tokenizer does: the merge of lowest rank first, the leftmost of equal ones."""
 
     def __init__(self, merges: Sequence[Merge]) -> None:
         self._rank = {merge: rank for rank, merge in reversed(list(enumerate(merges)))}
         self._new: dict[str, int] = {}
 
     def add(self, piece: str) -> None:
-        """Every way to spell `piece` in two is a merge from now on, after all others."""
+        """Make every split of `piece` into two a merge, after all others."""
         self._new[piece] = len(self._rank) + len(self._new)
 
     def forget(self, piece: str) -> None:
@@ -125,9 +123,9 @@ def replay(
     known: Collection[str],
     admits: Callable[[str], bool],
 ) -> Replayed:
-    """Make pieces of entries (in the alphabet of the vocabulary), in their order, `size` pieces at most.
+    """Make up to `size` pieces of entries (in the alphabet of the vocabulary), in their order.
 
-    What is added later merges later, so an entry that is whole stays whole.
+    Later pieces merge later, so an entry that is one piece stays one piece.
     """
     speller = Speller(merges)
     wanted = frozenset(entries)
@@ -155,9 +153,9 @@ def replay(
 def _make_whole(
     speller: Speller, entry: str, admits: Callable[[str], bool], wanted: Collection[str]
 ) -> dict[str, Merge] | None:
-    """The pieces to add so that `entry` becomes one symbol, or None where they would have to be what is not admitted.
+    """The pieces that make `entry` one symbol, or None if that takes pieces that are not admitted.
 
-    Neighbours are merged that spell another entry, or else the shortest string, from the left.
+    Neighbours that spell another entry are merged first, then those with the shortest string, from the left.
     """
     steps: dict[str, Merge] = {}
     while len(symbols := speller.split(entry)) > 1:
