@@ -1,21 +1,26 @@
-"""Compare initialisations of new rows: bits per byte along a training, and the chat behaviour after the merge.
+"""Compare initialisations of new rows: bits per byte along a training, and the chat behaviour after
+the merge.
 
-    python -m benchmarks.embeddings DIR                                  constituents, ends and auto, two bases, 3 seeds
-    python -m benchmarks.embeddings DIR --methods ends,focus,mean,ends/constituents --rate 0.2 --steps 100 --no-chat
+    python -m benchmarks.embeddings DIR      constituents, ends and auto; two bases; 3 seeds
+    python -m benchmarks.embeddings DIR --methods ends,focus,mean --steps 100 --no-chat
 
-A method is a value of `embeddings.input` and `embeddings.head`, or two of them as `input/head`. Recipe and text are the
-demo's (`recipes/demo.yaml`) with half of its training (171 steps of 2,048 tokens); a seed decides the order of the
-training data. The bases are
+A method is a value of `embeddings.input` and `embeddings.head`, or two of them as `input/head`.
+Recipe and text are the demo's (`recipes/demo.yaml`) with half of its training (171 steps of 2,048
+tokens); a seed decides the order of the training data. The bases are
 
-- `english`: the demo's base. It has never seen a letter of Chinese or Korean, so its byte tokens are untrained.
-- `some`: the same shape, pretrained on the English text and a third of the Chinese and Korean training documents, with
-  the 350 most frequent Han characters and 120 Hangul syllables in its vocabulary; LLaMA-2 has a few hundred of each.
+- `english`: the demo's base. It has never seen a letter of Chinese or Korean, so its byte tokens
+  are untrained.
+- `some`: the same shape, pretrained on the English text and a third of the Chinese and Korean
+  training documents, with the 350 most frequent Han characters and 120 Hangul syllables in its
+  vocabulary; LLaMA-2 has a few hundred of each.
 
-The chat measure is the demo's: the share of replies that stop, are in the language and keep the format, for the demo's
-24 requests in each language and for 72 further ones that are not in the training text.
+The chat measure is the demo's: the share of replies that stop, are in the language and keep the
+format, for the demo's 24 requests in each language and for 72 further ones that are not in the
+training text.
 
-Everything runs in one process and on one thread: about 150 seconds of CPU time a run, and 7 minutes once for the base
-`some`. Results are printed and kept in DIR/embeddings.json; the same command continues where it was stopped.
+Everything runs in one process and on one thread: about 150 seconds of CPU time a run, and 7 minutes
+once for the base `some`. Results are printed and kept in DIR/embeddings.json; the same command
+continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -75,7 +80,10 @@ def main(
     rate: float = 1.0,
     chat: bool = True,
 ) -> None:
-    """Measure methods. `every`: steps between two evaluations; `rate`: a factor on the learning rates."""
+    """Measure methods.
+
+    `every`: steps between two evaluations; `rate`: a factor on the learning rates.
+    """
     prepare(folder / "inputs", threads=1)
     torch.set_num_threads(1)
     write_further_prompts(folder)
@@ -104,8 +112,8 @@ def settings_of(
     return {
         "embeddings": {"input": input_method, "head": head_method or input_method},
         "training": {
-            "tokens": steps * 256 * 8, "evaluate_every": every, "checkpoints": {"every": steps}, "log_every": steps,
-            "seed": seed, "post_train_merge": False,
+            "tokens": steps * 256 * 8, "seed": seed, "post_train_merge": False,
+            "evaluate_every": every, "checkpoints": {"every": steps}, "log_every": steps,
             "optimizer": {"learning_rate": 1e-3 * rate, "embedding_learning_rate": 3e-3 * rate},
         },
         "evaluation": {"suites": ["form"], "prompts": str(folder / "inputs" / "prompts.jsonl")},
@@ -174,7 +182,9 @@ def write_further_prompts(folder: Path) -> None:
 
 
 def make_base(recipe: Recipe, out: Path) -> None:
-    """Train the pair `some`: OUT/base on text, and OUT/chat from it on the demo's English conversations."""
+    """Train the pair `some`: OUT/base on text, and OUT/chat from it on the demo's English
+    conversations.
+    """
     settings = PairSettings()
     torch.manual_seed(settings.seed)
     corpus = recipe.corpus
@@ -202,7 +212,9 @@ def make_base(recipe: Recipe, out: Path) -> None:
 
 
 def _letters(texts: dict[str, list[str]]) -> list[str]:
-    """Every occurrence of the most frequent letters of the new scripts, each alone, so that none joins another."""
+    """Every occurrence of the most frequent letters of the new scripts, each alone, so that none
+    joins another.
+    """
     found: list[str] = []
     for language, number in LETTERS.items():
         letters = find_language(language).letters.findall("".join(texts[language][::SHARE]))

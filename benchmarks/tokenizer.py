@@ -1,11 +1,12 @@
 """Tokenizer extension, measured.
 
-    python -m benchmarks.tokenizer corpora DIR     real text: time, fertility, all invariants, encoding speed
-    python -m benchmarks.tokenizer growth DIR      time and memory of learning, from 10 MB to 1 GB
-    python -m benchmarks.tokenizer others DIR      the invariants on two other ways to extend Mistral's tokenizer
+    python -m benchmarks.tokenizer corpora DIR   real text: time, fertility, invariants, speed
+    python -m benchmarks.tokenizer growth DIR    time and memory of learning, 10 MB to 1 GB
+    python -m benchmarks.tokenizer others DIR    invariants on two other ways to extend Mistral's
 
-DIR holds `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt`, a document a line. Bases are real tokenizers from packages
-(tests/real_tokenizers.py). Results are printed and written to DIR/tokenizer-*.json.
+DIR holds `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt`, a document a line. Bases are real
+tokenizers from packages (tests/real_tokenizers.py). Results are printed and written to
+DIR/tokenizer-*.json.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def corpus_of(folder: Path, languages: tuple[str, ...]) -> Corpus:
 
 @app.command()
 def corpora(folder: Path, bases: str = "mistral,qwen") -> None:
-    """Extend real bases by 8,000 pieces of Traditional Chinese and 8,000 of Korean, and measure the result."""
+    """Extend real bases by 8,000 pieces of Traditional Chinese and 8,000 of Korean, and measure the
+    result.
+    """
     import datasets  # noqa: F401 - imported before the clock starts
 
     results = {}
@@ -122,7 +125,9 @@ def _fertility(before: Tokenizer, after: Tokenizer, texts: list[str]) -> list[fl
 
 
 def _speed(before: Tokenizer, after: Tokenizer, texts: list[str]) -> dict[str, float]:
-    """Characters per second of both, one text at a time in one thread, and their ratio (median over rounds)."""
+    """Characters per second of both, one text at a time in one thread, and their ratio (median over
+    rounds).
+    """
     characters = sum(map(len, texts))
     rates: list[tuple[float, float]] = []
     for _ in range(ROUNDS):
@@ -144,7 +149,7 @@ def _speed(before: Tokenizer, after: Tokenizer, texts: list[str]) -> dict[str, f
 def growth(
     folder: Path, base: str = "mistral", language: str = "zh_cn", pieces: int = 16_000
 ) -> None:
-    """Learn from text like the given one, of 10 MB, 100 MB and 1 GB, each in a process of its own."""
+    """Learn from 10 MB, 100 MB and 1 GB of text like the given one, each in its own process."""
     results = []
     for megabytes in MEGABYTES:
         with tempfile.TemporaryDirectory() as temporary:
@@ -168,7 +173,9 @@ def growth(
 
 @app.command()
 def others(folder: Path) -> None:
-    """Words as added tokens, and a Unigram model appended with score 0 (as published ones are), under our invariants."""
+    """Words as added tokens, and a Unigram model appended with score 0 (as published ones are),
+    under our invariants.
+    """
     from cpt_merge.tokenizer_ext.verify.check_tokenizer import check_tokenizer
 
     text = folder / "zh_tw.txt"
@@ -242,7 +249,9 @@ def learn(text: Path, base: str, language: str, pieces: int) -> None:
 def _learn_timed(
     start: Any, text: Path, language: str, config: TokenizerConfig
 ) -> tuple[float, dict[str, Any]]:
-    """(seconds, what the Counter of distinct words took: their number, and megabytes by `sys.getsizeof`)."""
+    """(seconds, what the Counter of distinct words took: their number, and megabytes by
+    `sys.getsizeof`).
+    """
     from cpt_merge.tokenizer_ext.learn import word_counts
 
     counted: dict[str, Any] = {}

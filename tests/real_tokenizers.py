@@ -1,4 +1,5 @@
-"""Tokenizers of real models, taken from installed packages without importing them (they need others).
+"""Tokenizers of real models, taken from installed packages without importing them (they need
+others).
 
     mistral         mistral-common, `tokenizer.model.v1` (Apache-2.0): SentencePiece BPE with byte fallback, 32,000 pieces
     mistral_v3      the same with control tokens in front, 32,768 pieces
@@ -30,7 +31,10 @@ WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s
 
 
 def data_file(package: str, path: str) -> Path:
-    """A file inside an installed package. Raises `FileNotFoundError` where the package is not installed."""
+    """A file inside an installed package.
+
+    Raises `FileNotFoundError` where the package is not installed.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
@@ -103,7 +107,9 @@ BASES: Mapping[str, Callable[[Path], None]] = {
 
 
 def byte_level(ranks: Mapping[bytes, int], pattern: str, specials: list[AddedToken]) -> Content:
-    """The `tokenizer.json` of a tiktoken vocabulary. tiktoken merges whatever two neighbours spell a token."""
+    """The `tokenizer.json` of a tiktoken vocabulary. tiktoken merges whatever two neighbours spell
+    a token.
+    """
     names = {token: "".join(LETTERS[byte] for byte in token) for token in ranks}
     merges = [
         [names[left], names[right]]

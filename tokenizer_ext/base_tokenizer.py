@@ -64,7 +64,8 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     contradictions = disagreements(content, proto)
     if contradictions:
         raise UserError(
-            f"{directory}: {MODEL_FILE} and {FAST_FILE} disagree on {contradictions[0]}; remove the wrong one."
+            f"{directory}: {MODEL_FILE} and {FAST_FILE} disagree on {contradictions[0]}; remove "
+            "the wrong one."
         )
     settings = _read_settings(directory, content, proto)
     content = {**content, "post_processor": _post_processor(content, settings)}
@@ -75,14 +76,16 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     ]
     if moved:
         raise UserError(
-            f"{directory / FAST_FILE} lists {moved[0].content!r} at id {moved[0].id}, but it loads as id "
+            f"{directory / FAST_FILE} lists {moved[0].content!r} at id {moved[0].id}, but it loads "
+            "as id "
             f"{loaded.token_to_id(moved[0].content)}; add it to the model's vocab at its id."
         )
     _check_distinct(directory, content)
     beyond = [token for token, id_ in ids_of(content).items() if id_ >= rows]
     if beyond:
         raise UserError(
-            f"{directory}: the tokenizer has {', '.join(map(repr, beyond[:5]))} at ids beyond the {rows} rows of "
+            f"{directory}: the tokenizer has {', '.join(map(repr, beyond[:5]))} at ids beyond the "
+            f"{rows} rows of "
             "config.json's vocab_size; use the tokenizer that belongs to these weights."
         )
     return Base(directory, rows, content, proto, settings, _family(directory, content, proto))
@@ -91,7 +94,8 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
 def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
     """The tokens that only the chat model's tokenizer has, with the chat model's ids.
 
-    Raises `UserError` unless all of them are added tokens: otherwise the chat model was not tuned from this base.
+    Raises `UserError` unless all of them are added tokens: otherwise the chat model was not tuned
+    from this base.
     """
     content, _ = read_tokenizer(directory)
     _check_distinct(directory, content)
@@ -102,7 +106,8 @@ def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
     if pieces:
         raise UserError(
             f"the chat tokenizer in {directory} has {len(pieces)} pieces that the base's lacks "
-            f"({', '.join(map(repr, pieces[:5]))}); use the base that the chat model was tuned from."
+            f"({', '.join(map(repr, pieces[:5]))}); use the base that the chat model was tuned "
+            "from."
         )
     return sorted((added[token] for token in own), key=lambda token: token.id)
 
@@ -126,7 +131,8 @@ def _check_distinct(directory: Path, content: Content) -> None:
     for token, id_ in ids_of(content).items():
         if id_ in names:
             raise UserError(
-                f"{directory}: the tokens {names[id_]!r} and {token!r} have the same id {id_}; correct one."
+                f"{directory}: the tokens {names[id_]!r} and {token!r} have the same id {id_}; "
+                "correct one."
             )
         names[id_] = token
 
@@ -136,7 +142,8 @@ def _read_rows(directory: Path) -> int:
     rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     if not isinstance(rows, int) or rows < 1:
         raise UserError(
-            f"{directory / 'config.json'} has no vocab_size; give the directory of a Hugging Face model."
+            f"{directory / 'config.json'} has no vocab_size; give the directory of a Hugging Face "
+            "model."
         )
     return rows
 
@@ -156,20 +163,23 @@ def _read_settings(directory: Path, content: Content, proto: Proto | None) -> di
         token = token_text(settings.get(role))
         if token is not None and token not in ids:
             raise UserError(
-                f"{path} names the {role} {token!r}, which the tokenizer does not have; correct it there."
+                f"{path} names the {role} {token!r}, which the tokenizer does not have; correct it "
+                "there."
             )
     return settings
 
 
 def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
-    """The content of `tokenizer.json`, or its equivalent made from `tokenizer.model`, and the parsed `tokenizer.model`.
+    """The content of `tokenizer.json`, or its equivalent made from `tokenizer.model`, and the
+    parsed `tokenizer.model`.
 
     Raises `UserError` if both are missing, or if one is damaged or not BPE.
     """
     fast, model = directory / FAST_FILE, directory / MODEL_FILE
     if not fast.is_file() and not model.is_file():
         raise UserError(
-            f"{directory} holds neither {FAST_FILE} nor {MODEL_FILE}; download the model's tokenizer."
+            f"{directory} holds neither {FAST_FILE} nor {MODEL_FILE}; download the model's "
+            "tokenizer."
         )
     proto = read_proto(model) if model.is_file() else None
     if not fast.is_file():
@@ -187,7 +197,9 @@ def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
 
 
 def _with_added_tokens(content: Content, directory: Path) -> Content:
-    """`content` with the added tokens that a directory without `tokenizer.json` lists in other files."""
+    """`content` with the added tokens that a directory without `tokenizer.json` lists in other
+    files.
+    """
     settings, listed = directory / SETTINGS_FILE, directory / "added_tokens.json"
     described = read_json(settings).get("added_tokens_decoder", {}) if settings.is_file() else {}
     tokens = {token["content"]: AddedToken(int(id_), **token) for id_, token in described.items()}
@@ -199,7 +211,9 @@ def _with_added_tokens(content: Content, directory: Path) -> Content:
 
 
 def disagreements(content: Content, proto: Proto | None) -> list[str]:
-    """Differences in ids or merges between `tokenizer.json` and `tokenizer.model`, whose scores give the order."""
+    """Differences in ids or merges between `tokenizer.json` and `tokenizer.model`, whose scores
+    give the order.
+    """
     if proto is None:
         return []
     ids = ids_of(content)
@@ -221,7 +235,8 @@ def _family(directory: Path, content: Content, proto: Proto | None) -> Family:
     model = content["model"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UserError(
-            f"{directory} holds a BPE tokenizer that marks parts of words; choose a base without such marks."
+            f"{directory} holds a BPE tokenizer that marks parts of words; choose a base without "
+            "such marks."
         )
     if model.get("byte_fallback"):
         return SentencePieceBpe(content, proto)
@@ -233,12 +248,14 @@ def _family(directory: Path, content: Content, proto: Proto | None) -> Family:
         ]
         if missing:
             raise UserError(
-                f"{directory} holds a byte-level tokenizer without {len(missing)} of the bytes of UTF-8, so it cannot "
+                f"{directory} holds a byte-level tokenizer without {len(missing)} of the bytes of "
+                "UTF-8, so it cannot "
                 "spell every text; choose a base that has them all."
             )
         return ByteLevelBpe(content)
     raise UserError(
-        f"{directory} holds a BPE tokenizer that is neither byte-level nor has byte fallback; choose a base that is."
+        f"{directory} holds a BPE tokenizer that is neither byte-level nor has byte fallback; "
+        "choose a base that is."
     )
 
 
@@ -252,8 +269,8 @@ def has_byte_level(part: dict[str, Any] | None) -> bool:
 def _post_processor(content: Content, settings: dict[str, Any]) -> Any:
     """A post-processor that adds what `add_bos_token` and `add_eos_token` ask for.
 
-    `PreTrainedTokenizerFast` reads these two keys in transformers 5 but not in 4; both read a post-processor in
-    tokenizer.json.
+    `PreTrainedTokenizerFast` reads these two keys in transformers 5 but not in 4; both read a
+    post-processor in tokenizer.json.
     """
     roles = [role for role in ("bos", "eos") if settings.get(f"add_{role}_token") is not None]
     if not roles:

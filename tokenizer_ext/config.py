@@ -16,12 +16,14 @@ class TokenizerConfig(Section):
 
     new_pieces: dict[str, int] = key(
         {},
-        "language -> number of pieces to add for it; languages are learnt in this order, and a piece is added once",
+        "language -> number of pieces to add for it; languages are learnt in this order, and a "
+        "piece is added once",
     )
     pieces_from: dict[str, str] = key(
-        {}, "language -> file: a word list (one a line) or a SentencePiece model. Its entries are added first; without "
-        "`new_pieces` for the language, nothing else is learnt",
-    )  # fmt: skip
+        {},
+        "language -> file: a word list (one a line) or a SentencePiece model. Its entries are "
+        "added first; without `new_pieces` for the language, nothing else is learnt",
+    )
     min_frequency: int = key(
         5, "how often two neighbours must occur in the text to become a piece", ge=1
     )
@@ -68,7 +70,8 @@ class TokenizerConfig(Section):
     def _some_language(self) -> TokenizerConfig:
         if not self.languages():
             raise ValueError(
-                "no language gets new pieces; set `new_pieces`, such as {ko: 8000}, or `pieces_from`"
+                "no language gets new pieces; set `new_pieces`, such as {ko: 8000}, or "
+                "`pieces_from`"
             )
         return self
 

@@ -29,11 +29,13 @@ def extend_tokenizer(
     chat: Path | None = None,
     tracker: Tracker | None = None,
 ) -> dict[str, Any]:
-    """Extend the tokenizer in `base` with pieces learnt from `corpus`, and write it into the empty directory `out`.
+    """Extend the tokenizer in `base` with pieces learnt from `corpus`, and write it into the empty
+    directory `out`.
 
-    Tokens that only the tokenizer in `chat` has keep their ids. Returns the numbers of the summary. Raises `UserError`
-    for unusable input, or if an invariant does not hold on the written files; `out` then stays empty. Long text is
-    counted in several processes, so a script that calls this needs an `if __name__ == "__main__":` guard.
+    Tokens that only the tokenizer in `chat` has keep their ids. Returns the numbers of the summary.
+    Raises `UserError` for unusable input, or if an invariant does not hold on the written files;
+    `out` then stays empty. Long text is counted in several processes, so a script that calls this
+    needs an `if __name__ == "__main__":` guard.
     """
     tracker = tracker or Tracker()
     out.mkdir(parents=True, exist_ok=True)
@@ -70,7 +72,8 @@ def _say_moved(chat_tokens: Sequence[AddedToken], layout: RowLayout) -> None:
     for token in chat_tokens:
         if ids[token.content] != token.id:
             say(
-                f"{token.content!r} of the chat model moves from id {token.id}, which the base uses, "
+                f"{token.content!r} of the chat model moves from id {token.id}, which the base "
+                "uses, "
                 f"to {ids[token.content]}"
             )
 

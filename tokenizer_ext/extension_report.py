@@ -1,4 +1,6 @@
-"""The report of an extension: tables on the terminal, `report.json`, a picture, and all of it for the tracker."""
+"""The report of an extension: tables on the terminal, `report.json`, a picture, and all of it for
+the tracker.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,8 @@ def make_report(
     for useful in usefulness:
         if not useful.curve:
             say(
-                f"{useful.language}: no document is held out, so there is no gain curve; raise corpus.heldout"
+                f"{useful.language}: no document is held out, so there is no gain curve; raise "
+                "corpus.heldout"
             )
     examples = [
         example for name in languages for example in split_examples(case, name, samples.texts[name])
@@ -171,7 +174,9 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 
 
 def draw(fertility: Sequence[Fertility], usefulness: Sequence[Usefulness], path: Path) -> None:
-    """Draw tokens per character before and after (left), and the gain of each further piece (right)."""
+    """Draw tokens per character before and after (left), and the gain of each further piece
+    (right).
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)

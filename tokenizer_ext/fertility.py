@@ -1,4 +1,6 @@
-"""What an extension achieves: fertility before and after, use of the new pieces, texts split by both tokenizers."""
+"""What an extension achieves: fertility before and after, use of the new pieces, texts split by
+both tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def measure_fertility(case: Case, language: str, texts: Sequence[str]) -> Fertil
 def measure_usefulness(
     case: Case, learned: Learned, later: Pieces, asked: int, fertility: Mapping[str, Fertility]
 ) -> Usefulness:
-    """Measure how the pieces of one language are used, and what each of them saves before the `later` ones."""
+    """Measure how the pieces of one language are used, and what each of them saves before the
+    `later` ones.
+    """
     number = max(len(learned.pieces), 1)
     seen = set[str]().union(*(one.tokens for one in fertility.values()))
     own = fertility.get(learned.language)
@@ -103,12 +107,14 @@ def measure_usefulness(
 def gain_curve(
     pieces: Pieces, later: Pieces, text: Fertility, characters: int
 ) -> list[tuple[int, float]]:
-    """(number of pieces, tokens per character) with the first n of `pieces`, for n from none to all.
+    """(number of pieces, tokens per character) with the first n of `pieces`, for n from none to
+    all.
 
-    One point is at the number of leading single `characters`. Pieces that `later` languages add do not count.
+    One point is at the number of leading single `characters`. Pieces that `later` languages add do
+    not count.
 
-    A split with fewer pieces follows from the split with all of them: each missing piece falls back to the two pieces
-    that it is merged from, and so on; a single character falls back to its bytes.
+    A split with fewer pieces follows from the split with all of them: each missing piece falls back
+    to the two pieces that it is merged from, and so on; a single character falls back to its bytes.
     """
     points = sorted(
         {

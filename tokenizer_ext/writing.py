@@ -1,4 +1,4 @@
-"""Which row of the extended matrix belongs to which token, and the files of an extended tokenizer."""
+"""The rows of an extended vocabulary, and the files of an extended tokenizer."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from cpt_merge.tokenizer_ext.families.tokenizer_json import (
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
-# Not for PreTrainedTokenizerFast: tokenizer.json contains it already, or it belongs to another class.
+# Not for PreTrainedTokenizerFast: tokenizer.json contains it already, or it belongs to another
+# class.
 DROPPED_SETTINGS = {
-    "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "auto_map", "backend", "is_local",
-    "legacy", "name_or_path", "sp_model_kwargs", "tokenizer_file", "use_default_system_prompt", "vocab_size",
+    "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "auto_map",
+    "backend", "is_local", "legacy", "name_or_path", "sp_model_kwargs", "tokenizer_file",
+    "use_default_system_prompt", "vocab_size",
 }  # fmt: skip
 
 
@@ -48,10 +50,11 @@ def lay_out(
 ) -> RowLayout:
     """Assign a row to every token.
 
-    The base's rows stay, including rows without a token: those get reserved names, because `tokenizers` gives a token
-    that is added later the id equal to the number of tokens, which would collide if there were gaps. A token of the
-    chat model keeps its id unless the base uses that id. New pieces take the free rows beyond the base's. The number
-    of rows is rounded up to `multiple`, and rows left over are reserved.
+    The base's rows stay, including rows without a token: those get reserved names, because
+    `tokenizers` gives a token that is added later the id equal to the number of tokens, which would
+    collide if there were gaps. A token of the chat model keeps its id unless the base uses that id.
+    New pieces take the free rows beyond the base's. The number of rows is rounded up to `multiple`,
+    and rows left over are reserved.
     """
     taken = set(base.ids.values())
     kept = [token for token in chat_tokens if token.id not in taken]
@@ -86,8 +89,8 @@ def _reserved_names(existing: set[str]) -> Iterator[str]:
 def map_rows(base: Base, layout: RowLayout) -> VocabularyMap:
     """The map from rows to the base's tokens, for the embeddings and the merge.
 
-    A piece's constituents come from the base's merges alone, because the whole tokenizer would add the dummy prefix `▁`,
-    which is no part of the piece.
+    A piece's constituents come from the base's merges alone, because the whole tokenizer would add
+    the dummy prefix `▁`, which is no part of the piece.
     """
     spelling = build_model(base.content)
     constituents = spelling.encode_batch(list(layout.pieces), add_special_tokens=False)
@@ -115,8 +118,9 @@ def write_tokenizer(base: Base, layout: RowLayout, out: Path) -> None:
 def extended_settings(base: Base) -> dict[str, Any]:
     """A `tokenizer_config.json` with which transformers 4.57 and 5 read the same tokenizer.
 
-    `PreTrainedTokenizerFast` takes `tokenizer.json` as it is; the `LlamaTokenizer` of transformers 5 rebuilds it and
-    loses one leading space. By default, 4.57 cleans up spaces, which would break the round trip.
+    `PreTrainedTokenizerFast` takes `tokenizer.json` as it is; the `LlamaTokenizer` of transformers
+    5 rebuilds it and loses one leading space. By default, 4.57 cleans up spaces, which would break
+    the round trip.
     """
     kept = {name: value for name, value in base.settings.items() if name not in DROPPED_SETTINGS}
     return {

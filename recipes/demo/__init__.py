@@ -1,1 +1,3 @@
-"""The demo's inputs: a tiny English base and chat pair, and text in Traditional Chinese, Korean and English."""
+"""The demo's inputs: a tiny English base and chat pair, and text in Traditional Chinese, Korean and
+English.
+"""

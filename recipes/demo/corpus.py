@@ -1,6 +1,7 @@
 """The demo's text: where it comes from, how documents are made of it, and what is held out.
 
-Everything is read from installed packages (the extra `demo`); nothing is downloaded here and nothing is committed.
+Everything is read from installed packages (the extra `demo`); nothing is downloaded here and
+nothing is committed.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ PACKAGES = (
 )
 _CHATTERBOT = {"en": "english", "zh_tw": "traditionalchinese", "ko": "korean"}
 _TOPICS = (  # the topics chatterbot-corpus has in all three languages
-    "ai", "botprofile", "conversations", "emotion", "food", "gossip", "greetings", "history", "humor", "literature",
+    "ai", "botprofile", "conversations", "emotion", "food", "gossip", "greetings", "history",
+    "humor", "literature",
     "money", "movies", "politics", "psychology", "science", "sports", "trivia",
 )  # fmt: skip
 _CODE = regex.compile(r"[\n%{}<>`\"\\]")  # placeholders and markup
 _JUPYTER = {"zh_tw": "zh_TW", "ko": "ko_KR"}
 
-# How written text sets a conversation: before and after the first speaker's turn, before and after the second's. A
-# model that has met one notation only understands no other, and a chat template is one more; published base models have
-# met them all, forum quotes ([QUOTE] ... [/QUOTE]) among them. The template's own mark, [INST], is not among the tags.
-# None ends a document after a reply: to stop there is what chat tuning teaches.
+# How written text sets a conversation: before and after the first speaker's turn, before and after
+# the second's. A model that has met one notation only understands no other, and a chat template is
+# one more; published base models have met them all, forum quotes ([QUOTE] ... [/QUOTE]) among them.
+# The template's own mark, [INST], is not among the tags. None ends a document after a reply: to
+# stop there is what chat tuning teaches.
 _PLAIN_NOTATIONS = (
     ("", "\n", "", "\n"),
     ("- ", "\n", "- ", "\n"),
@@ -47,8 +50,9 @@ _PLAIN_NOTATIONS = (
     ("[", "]\n", "", "\n"),
 )
 _FORUM_TAGS = (
-    "B", "I", "U", "S", "QUOTE", "CODE", "SIZE", "COLOR", "LIST", "CENTER", "LEFT", "RIGHT", "INDENT", "SPOILER", "URL",
-    "HIGHLIGHT", "EMAIL", "IMG", "TABLE", "TD", "TR", "POST", "THREAD", "ATTACH", "FONT", "PHP", "HTML", "USER", "SUB",
+    "B", "I", "U", "S", "QUOTE", "CODE", "SIZE", "COLOR", "LIST", "CENTER", "LEFT", "RIGHT",
+    "INDENT", "SPOILER", "URL", "HIGHLIGHT", "EMAIL", "IMG", "TABLE", "TD", "TR", "POST",
+    "THREAD", "ATTACH", "FONT", "PHP", "HTML", "USER", "SUB",
 )  # fmt: skip
 _FORUM_NOTATIONS = tuple((f"[{tag}] ", f" [/{tag}]\n", "", "\n") for tag in _FORUM_TAGS)
 
@@ -117,7 +121,9 @@ def intent_exchanges(language: str, draws: int, rng: random.Random) -> Iterator[
 
 
 def chatterbot_conversations(language: str, longest_turn: int) -> Iterator[Conversation]:
-    """Small talk and questions by topic (chatterbot-corpus); those with too long a turn are left out."""
+    """Small talk and questions by topic (chatterbot-corpus); those with too long a turn are left
+    out.
+    """
     folder = resources.files("chatterbot_corpus") / "data" / _CHATTERBOT[language]
     for topic in _TOPICS:
         text = (folder / f"{topic}.yml").read_text(encoding="utf-8")
@@ -128,7 +134,9 @@ def chatterbot_conversations(language: str, longest_turn: int) -> Iterator[Conve
 
 
 def plain_sentences(language: str) -> Iterator[str]:
-    """Nobody's turn: textbook sentences (hsk-sentences-audio), a program's messages (jupyterlab-language-pack)."""
+    """Nobody's turn: textbook sentences (hsk-sentences-audio), a program's messages
+    (jupyterlab-language-pack).
+    """
     if language in ("zh_tw", "en"):
         cards = json.loads(
             (resources.files("hsk_sentences_audio") / "data/sentences.json").read_text(
@@ -180,7 +188,9 @@ def _nfc(text: str) -> str:
 
 
 def _one_per_opening(conversations: Iterable[Conversation]) -> list[Conversation]:
-    """The first conversation of each opening turn: a held-out request must have no twin in training."""
+    """The first conversation of each opening turn: a held-out request must have no twin in
+    training.
+    """
     first: dict[str, Conversation] = {}
     for turns in conversations:
         first.setdefault(turns[0], turns)

@@ -1,8 +1,9 @@
-"""Sample voice-assistant exchanges (a request and its reply) from the sentence templates of home-assistant-intents.
+"""Sample voice-assistant exchanges (a request and its reply) from the sentence templates of
+home-assistant-intents.
 
-The package holds, per language, templates such as ``turn on [the] lights in {area}`` and Jinja templates for the
-replies, both written by Home Assistant's translators. Names of rooms and devices belong to each home, so the templates
-leave them open; `words.yaml` fills them.
+The package holds, per language, templates such as ``turn on [the] lights in {area}`` and Jinja
+templates for the replies, both written by Home Assistant's translators. Names of rooms and devices
+belong to each home, so the templates leave them open; `words.yaml` fills them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from hassil.expression import (
 )
 from hassil.parse_expression import parse_sentence
 
-# What an assistant can be asked in all three languages, and whose replies do not depend on a home we do not have.
+# What an assistant can be asked in all three languages, and whose replies do not depend on a home
+# we do not have.
 INTENTS = (
     "HassCancelTimer",
     "HassClimateGetTemperature",
@@ -114,8 +116,11 @@ class IntentSampler:
         self._compile = cache(jinja2.Environment(undefined=jinja2.StrictUndefined).from_string)
 
     def exchanges(self, attempts: int) -> Iterator[Exchange]:
-        """Yield the exchanges of `attempts` draws whose templates could be filled; requests may repeat."""
-        # Between "every intent as often" (drowns in fixed phrases) and "every template as often" (drowns in timers).
+        """Yield the exchanges of `attempts` draws whose templates could be filled; requests may
+        repeat.
+        """
+        # Between "every intent as often" (drowns in fixed phrases) and "every template as often"
+        # (drowns in timers).
         weights = [len(self._entries[intent]) ** 0.5 for intent in INTENTS]
         for _ in range(attempts):
             intent = self._rng.choices(INTENTS, weights)[0]

@@ -1,4 +1,6 @@
-"""The demo's pair: a small Llama pretrained on English, and the same model tuned on English conversations."""
+"""The demo's pair: a small Llama pretrained on English, and the same model tuned on English
+conversations.
+"""
 
 from __future__ import annotations
 
@@ -73,12 +75,15 @@ class PairSettings:
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     pretraining: TrainSettings = TrainSettings(learning_rate=2e-3, steps=600, rows=8, tokens=128)
-    # A low rate: the shorter the chat vector, the better it fits a model that has moved away from the base.
+    # A low rate: the shorter the chat vector, the better it fits a model that has moved away from
+    # the base.
     chat_tuning: TrainSettings = TrainSettings(learning_rate=1e-4, steps=200, rows=32, tokens=128)
 
 
 def make_pair(english: LanguageCorpus, settings: PairSettings, threads: int, out: Path) -> None:
-    """Train the tokenizer, the base and its chat sibling on English, and write OUT/base and OUT/chat."""
+    """Train the tokenizer, the base and its chat sibling on English, and write OUT/base and
+    OUT/chat.
+    """
     torch.set_num_threads(threads)
     disable_progress_bar()  # of reading and writing small files
     torch.manual_seed(settings.seed)
@@ -111,7 +116,9 @@ def make_pair(english: LanguageCorpus, settings: PairSettings, threads: int, out
 def pack_documents(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, tokens: int
 ) -> torch.Tensor:
-    """Rows [rows, tokens] of all documents end to end, each between `<s>` and `</s>`; the incomplete last row goes."""
+    """Rows [rows, tokens] of all documents end to end, each between `<s>` and `</s>`; the
+    incomplete last row goes.
+    """
     stream: list[int] = []
     for document in documents:
         stream += [*tokenizer(document, verbose=False)["input_ids"], tokenizer.eos_token_id]
@@ -133,7 +140,7 @@ def text_batches(
 def encode_chat(
     conversation: Conversation, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation in the chat template; only the assistant's turns are learnt."""
+    """Ids and labels of a conversation; only the assistant's turns are learnt."""
     ids: list[int] = []
     labels: list[int] = []
     messages: list[dict[str, str]] = []
@@ -152,7 +159,7 @@ def chat_batches(
     settings: TrainSettings,
     generator: torch.Generator,
 ) -> Iterator[Batch]:
-    """Endless batches of conversations, rows of similar length together and padded to the longest."""
+    """Endless batches of conversations of similar length, padded to the longest."""
     encoded = [encode_chat(conversation, tokenizer) for conversation in conversations]
     encoded = [(ids, labels) for ids, labels in encoded if len(ids) <= settings.tokens]
     while True:

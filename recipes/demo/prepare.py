@@ -1,8 +1,9 @@
 """Prepare the demo's inputs: `python -m cpt_merge.recipes.demo.prepare --out runs/demo-inputs`.
 
-Writes OUT/base and OUT/chat (a small Llama pretrained on English and its chat sibling, Hugging Face format), OUT/text
-(one document per line, one file per language), OUT/prompts.jsonl (requests that no model has seen) and
-OUT/licences.txt. This is no part of the framework: a real run starts from published models and its user's own text.
+Writes OUT/base and OUT/chat (a small Llama pretrained on English and its chat sibling, Hugging Face
+format), OUT/text (one document per line, one file per language), OUT/prompts.jsonl (requests that
+no model has seen) and OUT/licences.txt. This is no part of the framework: a real run starts from
+published models and its user's own text.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ MARKER = "complete.json"  # its digest says which code, settings and packages ma
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and prepare. Exit code 2 after one sentence when something is amiss."""
+    """Parse the command line and prepare.
+
+    Exit code 2 after one sentence when something is amiss.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m cpt_merge.recipes.demo.prepare", description="Prepare the demo's inputs."
     )
@@ -45,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         say(
-            f"demo: {error.filename or options.out}: {error.strerror}; free it or choose another --out."
+            f"demo: {error.filename or options.out}: {error.strerror}; free it or choose another "
+            "--out."
         )
         return 2
     return 0
@@ -93,7 +98,9 @@ def check_packages() -> None:
 
 
 def digest_of(settings: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of this folder's code, the settings and the versions of what they depend on."""
+    """16 hexadecimal digits of this folder's code, the settings and the versions of what they
+    depend on.
+    """
     from cpt_merge.recipes.demo.corpus import licences
 
     state = hashlib.sha256()

@@ -1,4 +1,7 @@
-"""A small LLaMA-2-like tokenizer: SentencePiece BPE with byte fallback, and the same thing as a fast tokenizer."""
+"""A small LLaMA-2-like tokenizer:
+
+SentencePiece BPE with byte fallback, and the same thing as a fast tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,9 @@ CHAT_TEMPLATE = """\
 
 
 def train_sentencepiece(lines: Iterable[str], vocab_size: int) -> bytes:
-    """Train LLaMA-2's kind of model: BPE, byte fallback, digits apart, no normalisation. Returns it serialised."""
+    """Train LLaMA-2's kind of model: BPE, byte fallback, digits apart, no normalisation. Returns it
+    serialised.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -92,7 +97,9 @@ def to_fast_tokenizer(model: bytes) -> Tokenizer:
 
 
 def _merges(processor: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:
-    """Every way to build a piece of two others, best-scored piece first: the order in which SentencePiece merges."""
+    """Every way to build a piece of two others, best-scored piece first: the order in which
+    SentencePiece merges.
+    """
     ids = range(processor.vocab_size())
     mergeable = [
         i

@@ -1,4 +1,6 @@
-"""Bases of both families, a chat model with tokens of its own, a corpus, and what the stage makes of them."""
+"""Bases of both families, a chat model with tokens of its own, a corpus, and what the stage makes
+of them.
+"""
 
 import os
 
@@ -31,7 +33,9 @@ from tests.tokenizer_ext.small_tokenizers import (
 
 @pytest.fixture(scope="session", autouse=True)
 def few_mixed_texts():
-    """Prove on 500 random mixtures instead of 20,000; the slow tests of real bases take all of them."""
+    """Prove on 500 random mixtures instead of 20,000; the slow tests of real bases take all of
+    them.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "MIXED_TEXTS", 500)
         yield

@@ -21,9 +21,12 @@ def words(text: str) -> list[str]:
 
 
 ENGLISH = words(
-    "the a of to and in is was for that with on as at by from have it this which not be are or an they their were "
-    "water river stone light morning evening people village teacher student language question answer machine system "
-    "write read learn speak think carry bring under over between through small large quiet bright simple difficult"
+    "the a of to and in is was for that with on as at by from have it this which not be are or an "
+    "they their were "
+    "water river stone light morning evening people village teacher student language question "
+    "answer machine system "
+    "write read learn speak think carry bring under over between through small large quiet bright "
+    "simple difficult"
 )
 CHINESE = words(
     "我們 今天 天氣 很好 圖書館 在 哪裡 台灣 的 夜市 有 很多 東西 好吃 學生 老師 問題 回答 電腦 系統 語言 學習 "

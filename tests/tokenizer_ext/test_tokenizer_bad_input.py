@@ -34,7 +34,7 @@ def stage(base, corpus, folder, **sizes: int) -> None:
 
 def test_a_directory_that_holds_something_is_left_alone(sp_base, corpus, tmp_path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty; remove what is there"):
+    with pytest.raises(UserError, match="is not empty; empty it"):
         extend_tokenizer(CONFIG, sp_base, corpus, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -171,11 +171,14 @@ def test_a_role_for_a_token_that_is_not_there(bl_base, tmp_path) -> None:
 
 
 def test_a_special_token_that_would_be_read_at_another_id(bl_base, tmp_path) -> None:
-    """Special tokens in front that are not in the vocabulary: `tokenizers` puts them behind it without a word."""
+    """Special tokens in front that are not in the vocabulary:
+
+    `tokenizers` puts them behind it without a word.
+    """
     content = json.loads(json.dumps(read_base(bl_base).content))
     content["added_tokens"][0]["id"] = 3
     with pytest.raises(
-        UserError, match=r"lists '<\|endoftext\|>' at id 3, but it is read as id \d+; add it"
+        UserError, match=r"lists '<\|endoftext\|>' at id 3, but it loads as id \d+; add it"
     ):
         read_base(write_base(tmp_path, read_base(bl_base).rows, content=content))
 
@@ -183,7 +186,7 @@ def test_a_special_token_that_would_be_read_at_another_id(bl_base, tmp_path) -> 
 def test_text_that_gives_no_piece_at_all(sp_base, tmp_path) -> None:
     """Korean by mistake, with a few Han letters in it."""
     corpus = source(tmp_path, "".join(f"中 질문과 대답 {i}\n" for i in range(9)))
-    with pytest.raises(UserError, match="gives not one new piece: it has hardly any Han letters"):
+    with pytest.raises(UserError, match="gives no new piece: it has hardly any Han letters"):
         extend_tokenizer(
             TokenizerConfig(new_pieces={"zh_tw": 10}), sp_base, corpus, tmp_path / "out"
         )
@@ -213,7 +216,7 @@ def test_two_tokens_of_one_id(bl_base, tmp_path) -> None:
 
 
 def test_a_chat_model_of_another_base(sp_base, bl_base) -> None:
-    with pytest.raises(UserError, match="take the base that the chat model was tuned from"):
+    with pytest.raises(UserError, match="use the base that the chat model was tuned from"):
         read_chat_tokens(bl_base, read_base(sp_base))
 
 

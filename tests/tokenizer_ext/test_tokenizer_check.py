@@ -51,7 +51,9 @@ def test_add_tokens_is_found_out(extended, tmp_path, capsys) -> None:
 
 
 def test_a_unigram_model_appended_with_score_0_is_found_out(sp_base, tmp_path) -> None:
-    """As the published extensions of LLaMA-2 are made: pieces that no merges lead to, and English is changed."""
+    """As the published extensions of LLaMA-2 are made: pieces that no merges lead to, and English
+    is changed.
+    """
     proto = sentencepiece_model_pb2.ModelProto.FromString(
         (sp_base / "tokenizer.model").read_bytes()
     )

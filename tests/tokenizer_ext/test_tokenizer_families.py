@@ -1,4 +1,6 @@
-"""SentencePiece and byte-level BPE: what each writes, and that both sides of a SentencePiece base agree."""
+"""SentencePiece and byte-level BPE: what each writes, and that both sides of a SentencePiece base
+agree.
+"""
 
 import json
 from itertools import pairwise
@@ -104,7 +106,9 @@ def test_scores_of_new_pieces_are_distinct_and_below_all_old_merges(sp) -> None:
 
 @pytest.fixture(scope="session")
 def proto_with_low_whitespace(sp_model):
-    """As in LLaMA-2, runs of `▁` have the score -1e9, far below all else; as in Mistral, some lengths are missing."""
+    """As in LLaMA-2, runs of `▁` have the score -1e9, far below all else; as in Mistral, some
+    lengths are missing.
+    """
     proto = sentencepiece_model_pb2.ModelProto.FromString(sp_model)
     for piece in proto.pieces:
         if not piece.piece.strip("▁"):
@@ -209,7 +213,10 @@ def test_tokens_of_a_chat_model_without_the_fast_file(file, sp_base, sp_model, t
 
 
 def test_special_tokens_of_a_byte_level_base_stay_where_they_were(bl) -> None:
-    """They are in `added_tokens` only; `tokenizers` would count their ids from the size of the vocabulary."""
+    """They are in `added_tokens` only;
+
+    `tokenizers` would count their ids from the size of the vocabulary.
+    """
     before, after = ids_of(bl.case.base.content), bl.case.after
     for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
         assert token not in bl.case.base.content["model"]["vocab"]
@@ -261,7 +268,9 @@ def test_a_byte_level_piece_is_whole_characters_or_the_beginning_of_one() -> Non
 
 
 def test_a_tokenizer_like_llama_3(bl, corpus, tmp_path) -> None:
-    """It cuts by its own pattern, and looks a whole word up before it merges; every new piece is reached by merges."""
+    """It cuts by its own pattern, and looks a whole word up before it merges; every new piece is
+    reached by merges.
+    """
     content = byte_level_content()
     content["model"]["ignore_merges"] = True
     content["normalizer"] = {"type": "NFC"}  # as Qwen's

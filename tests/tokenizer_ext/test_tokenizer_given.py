@@ -89,7 +89,9 @@ def test_a_list_that_is_longer_than_the_room_is_taken_from_its_start(
 
 
 def test_a_sentencepiece_model_of_any_kind_gives_its_pieces(sp_base, corpus, tmp_path) -> None:
-    """Unigram pieces have no merges of their own: steps are made for them, so all of them are reachable."""
+    """Unigram pieces have no merges of their own: steps are made for them, so all of them are
+    reachable.
+    """
     lines = ["我們今天學習繁體中文", "圖書館在哪裡", "老師的問題和學生的回答"] * 30
     stream = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -142,7 +144,10 @@ def test_a_list_that_is_not_there(tmp_path) -> None:
 def test_an_entry_that_the_base_cuts_or_changes_is_left_out(
     bl_base, corpus, tmp_path, capsys
 ) -> None:
-    """LLaMA-3's pattern cuts at 〇, which is a number to Unicode, and at marks; NFC puts jamo together."""
+    """LLaMA-3's pattern cuts at 〇, which is a number to Unicode, and at marks;
+
+    NFC puts jamo together.
+    """
     content = json.loads(json.dumps(read_base(bl_base).content))
     content["normalizer"] = {"type": "NFC"}
     split = {

@@ -140,7 +140,9 @@ def test_the_gain_curve_is_what_fewer_pieces_would_give(extended, corpus) -> Non
 def test_the_gain_curve_of_a_language_does_not_count_later_pieces(
     sp_base, corpus, tmp_path
 ) -> None:
-    """Simplified Chinese, learnt after Traditional from the same text here, shares its script and builds on its pieces."""
+    """Simplified Chinese, learnt after Traditional from the same text here, shares its script and
+    builds on its pieces.
+    """
     sources = [
         *corpus.sources,
         next(s for s in corpus.sources if s.language == "zh_tw").model_copy(

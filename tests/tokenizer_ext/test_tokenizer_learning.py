@@ -1,4 +1,6 @@
-"""Continued BPE against its definition: what it counts is what a tokenizer with the new merges does."""
+"""Continued BPE against its definition: what it counts is what a tokenizer with the new merges
+does.
+"""
 
 from itertools import pairwise
 from random import Random
@@ -30,7 +32,10 @@ def content_of(merges: list[tuple[str, str]]) -> dict:
 
 
 def some_merges(random: Random, number: int) -> list[tuple[str, str]]:
-    """Merges such as a trained tokenizer has: each of a pair that the earlier ones can make. Some lead nowhere."""
+    """Merges such as a trained tokenizer has: each of a pair that the earlier ones can make.
+
+    Some lead nowhere.
+    """
     pieces, merges = list(LETTERS), []
     while len(merges) < number:
         merge = random.choice(pieces), random.choice(pieces)
@@ -97,7 +102,9 @@ def test_every_piece_is_reachable_and_the_words_are_split_as_was_counted(
 def test_each_step_takes_the_most_frequent_string_of_two_neighbours(
     words, seed, old, size, least
 ) -> None:
-    """The plain algorithm, that counts everything anew at each step by what two neighbours spell, finds the same."""
+    """The plain algorithm, that counts everything anew at each step by what two neighbours spell,
+    finds the same.
+    """
     content = content_of(some_merges(Random(seed), old))
     pieces: list[str] = []
     while len(pieces) < size:

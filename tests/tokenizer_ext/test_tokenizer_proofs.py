@@ -37,7 +37,9 @@ def test_nothing_is_broken_to_begin_with(extended) -> None:
 
 
 def test_add_tokens_is_no_extension(extended, tmp_path) -> None:
-    """The common mistake: new pieces as added tokens, which merges cannot make and which cut the text to pieces."""
+    """The common mistake: new pieces as added tokens, which merges cannot make and which cut the
+    text to pieces.
+    """
 
     def change(content: dict) -> None:
         ids = {piece.piece: piece.id for piece in extended.case.map.new}
@@ -111,7 +113,9 @@ def test_a_piece_without_merges_is_found(extended, tmp_path) -> None:
 
 
 def test_new_merges_before_the_old_ones_are_found(extended, tmp_path) -> None:
-    """A new merge of Latin letters at the front rewrites English, as in the first published extensions."""
+    """A new merge of Latin letters at the front rewrites English, as in the first published
+    extensions.
+    """
 
     def change(content: dict) -> None:
         vocabulary = content["model"]["vocab"]
@@ -138,7 +142,9 @@ def test_a_decoder_that_eats_spaces_is_found(sp, tmp_path) -> None:
 
 
 def test_files_that_disagree_are_found(sp, tmp_path) -> None:
-    """Equal scores, as in the published extensions of LLaMA-2, make SentencePiece merge from the left."""
+    """Equal scores, as in the published extensions of LLaMA-2, make SentencePiece merge from the
+    left.
+    """
     proto = type(sp.case.proto)()
     proto.CopyFrom(sp.case.proto)
     for piece in sp.case.map.new:

@@ -1,4 +1,7 @@
-"""Tokenizers of real models (tests/real_tokenizers.py): LLaMA-2's kind with 32,000 pieces, Qwen's with 151,643 ranks."""
+"""Tokenizers of real models (tests/real_tokenizers.py):
+
+LLaMA-2's kind with 32,000 pieces, Qwen's with 151,643 ranks.
+"""
 
 import json
 from dataclasses import dataclass
@@ -38,7 +41,10 @@ class Real:
 
 @pytest.fixture(scope="session")
 def extended_real(corpus, tmp_path_factory):
-    """Name -> the base of that name, extended once in the session. The stage proves its invariants itself."""
+    """Name -> the base of that name, extended once in the session.
+
+    The stage proves its invariants itself.
+    """
     made: dict[str, Real] = {}
 
     def extend(name: str) -> Real:

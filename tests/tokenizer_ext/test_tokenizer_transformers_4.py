@@ -1,4 +1,6 @@
-"""transformers 4.57 reads an extended tokenizer as transformers 5 does: the real one, in an environment of its own."""
+"""transformers 4.57 reads an extended tokenizer as transformers 5 does: the real one, in an
+environment of its own.
+"""
 
 import json
 import os
@@ -43,7 +45,9 @@ json.dump({
 
 @pytest.fixture(scope="session")
 def python_4() -> Path:
-    """The interpreter of an environment with transformers 4.57, made once and kept in the user's cache."""
+    """The interpreter of an environment with transformers 4.57, made once and kept in the user's
+    cache.
+    """
     python, done = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "done"
     if not done.is_file():
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)

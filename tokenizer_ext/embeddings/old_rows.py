@@ -46,7 +46,9 @@ class OldRows:
 
     @cached_property
     def covariance_root(self) -> NDArray[np.float64]:
-        """A with A Aᵀ = covariance of the rows, shape (width, width); the covariance may be singular."""
+        """A with A Aᵀ = covariance of the rows, shape (width, width); the covariance may be
+        singular.
+        """
         products = np.zeros((self.width, self.width))
         for rows in self.batches():
             centred = (rows - self.mean).astype(np.float64)

@@ -1,8 +1,9 @@
-"""Give the base model rows for a longer vocabulary: only matrices with a row per token change, and only by new rows.
+"""Give the base model rows for a longer vocabulary: only matrices with a row per token change, and
+only by new rows.
 
-Old rows stay equal bit for bit (invariant "old ids fixed"). Rows of new pieces are initialised by one of the `methods`;
-the chat model's special tokens, whose rows the merge later takes from the chat model, and padding start from the mean
-of the old rows.
+Old rows stay equal bit for bit (invariant "old ids fixed"). Rows of new pieces are initialised by
+one of the `methods`; the chat model's special tokens, whose rows the merge later takes from the
+chat model, and padding start from the mean of the old rows.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ def resize_embeddings(
     corpus: Corpus | None = None,
     tracker: Tracker | None = None,
 ) -> dict[str, Any]:
-    """Write the model in `base` with rows for the extended `tokenizer` to `out`, which is missing or empty.
+    """Write the model in `base` with rows for the extended `tokenizer` to `out`, which is missing
+    or empty.
 
-    `tokenizer` is a directory that `extend_tokenizer` wrote. `corpus` is text in the new languages; only the method
-    `focus` reads it. Returns the number of rows of each kind, and for each matrix the mean norms of old and new rows.
-    Raises `UserError` if the vocabulary map was made for another base.
+    `tokenizer` is a directory that `extend_tokenizer` wrote. `corpus` is text in the new languages;
+    only the method `focus` reads it. Returns the number of rows of each kind, and for each matrix
+    the mean norms of old and new rows. Raises `UserError` if the vocabulary map was made for
+    another base.
     """
     source, vocabulary = Checkpoint.open(base), VocabularyMap.load(tokenizer)
     resize = _Resize(config, source, vocabulary, tokenizer)
@@ -121,7 +124,9 @@ class _Resize:
 
     @cached_property
     def changed_files(self) -> list[str]:
-        """The base's files that hold such a matrix, or a tied head that is dropped, or are not safetensors."""
+        """The base's files that hold such a matrix, or a tied head that is dropped, or are not
+        safetensors.
+        """
         return sorted(
             {
                 info.file
@@ -136,13 +141,15 @@ class _Resize:
         """Raise `UserError` for a base without matrices, or one that the map was not made for."""
         if not self.matrices:
             raise UserError(
-                f"{self.source.directory} has no embedding matrix with a known name; report its tensor names."
+                f"{self.source.directory} has no embedding matrix with a known name; report its "
+                "tensor names."
             )
         for name in self.matrices:
             rows = self.source.tensors[name].shape[0]
             if rows != self.vocabulary.base_rows:
                 raise UserError(
-                    f"{name} of {self.source.directory} has {rows} rows, but the vocabulary map was made for "
+                    f"{name} of {self.source.directory} has {rows} rows, but the vocabulary map "
+                    "was made for "
                     f"{self.vocabulary.base_rows}; make the tokenizer again with this base."
                 )
 
@@ -157,7 +164,10 @@ class _Resize:
         return CheckpointLayout.of_files(specs)
 
     def token_space(self, corpus: Corpus | None) -> TokenSpace | None:
-        """The space of the new text's tokens, where a method needs it. Reports how many new pieces are not in it."""
+        """The space of the new text's tokens, where a method needs it.
+
+        Reports how many new pieces are not in it.
+        """
         if not self.config.needs_text:
             return None
         if corpus is None:
@@ -169,7 +179,8 @@ class _Resize:
             )
         unknown = sum(not space.known[piece.id] for piece in new)
         say(
-            f"embeddings: {unknown:,} of {len(new):,} new pieces occur less than {MINIMUM} times in the text that "
+            f"embeddings: {unknown:,} of {len(new):,} new pieces occur less than {MINIMUM} times "
+            "in the text that "
             "focus reads; they start from their constituents alone"
         )
         return space
@@ -183,7 +194,10 @@ class _Resize:
     def append(
         self, name: str, writer: CheckpointWriter, space: TokenSpace | None
     ) -> dict[str, float]:
-        """Write the new rows of a matrix. Returns the mean norms of the old rows and of the new pieces' rows."""
+        """Write the new rows of a matrix.
+
+        Returns the mean norms of the old rows and of the new pieces' rows.
+        """
         config, info, old = self.config, writer.layout.tensors[name], OldRows(self.source, name)
         use: Use = "head" if kind_of(name) == "head" else "both" if self.tied else "input"
         method = config.head if use == "head" else config.input
@@ -207,7 +221,10 @@ class _Resize:
         return {"old": round(old.mean_norm, 4), "new": round(norms / max(number, 1), 4)}
 
     def link_unchanged_files(self, directory: Path) -> int:
-        """Hard-link the files that do not change, or copy them to another file system. Returns their number."""
+        """Hard-link the files that do not change, or copy them to another file system.
+
+        Returns their number.
+        """
         files = sorted({info.file for info in self.kept.values()} - set(self.changed_files))
         for file in files:
             original = (
@@ -221,7 +238,7 @@ class _Resize:
 
 
 def _as_safetensors(file: str) -> str:
-    """The name of a file of weights in the output: `pytorch_model.bin` becomes `model.safetensors`."""
+    """The file's name in the output: `pytorch_model.bin` becomes `model.safetensors`."""
     if file.endswith(".safetensors"):
         return file
     return f"{Path(file).stem.replace('pytorch_model', 'model')}.safetensors"

@@ -1,11 +1,13 @@
-"""An auxiliary space in which tokens with similar contexts in the new text are close; `focus` uses it.
+"""An auxiliary space in which tokens with similar contexts in the new text are close; `focus` uses
+it.
 
-FOCUS (Dobler and de Melo, EMNLP 2023, https://aclanthology.org/2023.emnlp-main.829) gives a new piece the weighted mean
-of old tokens' rows. The weights are the sparsemax of the cosines between the piece and old tokens in an auxiliary space
-that is trained on the new text, as the extended tokenizer splits it. FOCUS trains the space with fastText. Here, the
-matrix that word2vec's skip-gram factorises implicitly is factorised explicitly (Levy and Goldberg, NeurIPS 2014): the
-positive pointwise mutual information of tokens within a window, truncated to its largest singular values. This needs
-numpy only, and a seed decides the result.
+FOCUS (Dobler and de Melo, EMNLP 2023, https://aclanthology.org/2023.emnlp-main.829) gives a new
+piece the weighted mean of old tokens' rows. The weights are the sparsemax of the cosines between
+the piece and old tokens in an auxiliary space that is trained on the new text, as the extended
+tokenizer splits it. FOCUS trains the space with fastText. Here, the matrix that word2vec's
+skip-gram factorises implicitly is factorised explicitly (Levy and Goldberg, NeurIPS 2014): the
+positive pointwise mutual information of tokens within a window, truncated to its largest singular
+values. This needs numpy only, and a seed decides the result.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ _ENTRIES = 1 << 16  # matrix entries multiplied at once
 
 @dataclass(frozen=True)
 class TokenSpace:
-    """Unit vectors of the tokens, shape (rows, dimensions); zeros for tokens that are too rare in the text."""
+    """Unit vectors of the tokens, shape (rows, dimensions); zeros for tokens that are too rare in
+    the text.
+    """
 
     vectors: Float32
 
@@ -45,7 +49,8 @@ class TokenSpace:
         return np.array(self.vectors.any(axis=1))
 
     def weights(self, tokens: Sequence[int], others: Sequence[int]) -> Float32:
-        """The similarity of the others to each token, shape (tokens, others): the sparsemax of their cosines.
+        """The similarity of the others to each token, shape (tokens, others): the sparsemax of
+        their cosines.
 
         A token has weight 0 for itself.
         """
@@ -58,7 +63,9 @@ class TokenSpace:
 def train_space(
     corpus: Corpus, tokenizer: Path, rows: int, characters: int, seed: int
 ) -> TokenSpace:
-    """Train the space of the `rows` tokens of a tokenizer on up to `characters` of text per language."""
+    """Train the space of the `rows` tokens of a tokenizer on up to `characters` of text per
+    language.
+    """
     documents = list(read_tokens(corpus, tokenizer, characters))
     occurrences = np.bincount(np.concatenate([*documents, np.empty(0, np.int32)]), minlength=rows)
     frequent = np.flatnonzero(occurrences >= MINIMUM)
@@ -119,7 +126,9 @@ class SymmetricMatrix:
 
 
 def count_pairs(documents: Iterable[Ids], size: int, window: int = WINDOW) -> SymmetricMatrix:
-    """How often two of `size` tokens are within `window` of each other, each pair weighted by 1 / distance."""
+    """How often two of `size` tokens are within `window` of each other, each pair weighted by 1 /
+    distance.
+    """
     keys, counts = np.empty(0, np.int64), np.empty(0)
     for stream in _streams(documents, window):
         found, weights = [keys], [counts]
@@ -169,9 +178,11 @@ def positive_pmi(counts: SymmetricMatrix, shift: float = 1.0) -> SymmetricMatrix
 
 
 def factorise(matrix: SymmetricMatrix, dimensions: int, random: np.random.Generator) -> Float32:
-    """Rows U |S|^(1/2) of the largest singular values, shape (size, dimensions), by randomised subspace iteration.
+    """Rows U |S|^(1/2) of the largest singular values, shape (size, dimensions), by randomised
+    subspace iteration.
 
-    Halko, Martinsson and Tropp, SIAM Review 2011, algorithm 4.4. The root: Levy, Goldberg and Dagan, TACL 2015.
+    Halko, Martinsson and Tropp, SIAM Review 2011, algorithm 4.4. The root: Levy, Goldberg and
+    Dagan, TACL 2015.
     """
     width = min(dimensions + OVERSAMPLING, matrix.size)
     basis, _ = np.linalg.qr(

@@ -1,4 +1,6 @@
-"""Byte-level BPE (GPT-2, LLaMA-3, Qwen, SmolLM): the model reads UTF-8 bytes, each as one printable letter."""
+"""Byte-level BPE (GPT-2, LLaMA-3, Qwen, SmolLM): the model reads UTF-8 bytes, each as one printable
+letter.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +55,11 @@ class ByteLevelBpe:
         return PreTokens(self._tokenizer.normalizer, self._tokenizer.pre_tokenizer, scripts)
 
     def admits(self, scripts: Scripts, max_length: int) -> Callable[[str], bool]:
-        """Whole characters of the script or the beginning of one, but no end of a character before another.
+        """Whole characters of the script or the beginning of one, but no end of a character before
+        another.
 
-        A leading space is admitted even for scripts without spaces, because the base's merges join it to the first
-        byte.
+        A leading space is admitted even for scripts without spaces, because the base's merges join
+        it to the first byte.
         """
 
         @cache
@@ -120,7 +123,8 @@ class ByteLevelBpe:
 def begins_only(spelt: bytes, scripts: Scripts) -> bool:
     """Whether every assigned character whose UTF-8 begins with these bytes belongs to the scripts.
 
-    A beginning that is shared with other scripts (`E3 80`: Han's 々 and CJK punctuation) would change their text.
+    A beginning that is shared with other scripts (`E3 80`: Han's 々 and CJK punctuation) would
+    change their text.
     """
     lead = spelt[0]
     length = (

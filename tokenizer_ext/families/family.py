@@ -1,4 +1,6 @@
-"""The interface of the two families of BPE tokenizers; everything else is written once, on top of it."""
+"""The interface of the two families of BPE tokenizers; everything else is written once, on top of
+it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ from cpt_merge.tokenizer_ext.learn.word_counts import Splitter, Words
 
 
 class Family(Protocol):
-    """One family of tokenizers. A word or piece is a string in the alphabet of the model's vocabulary."""
+    """One family of tokenizers.
+
+    A word or piece is a string in the alphabet of the model's vocabulary.
+    """
 
     name: str
 
@@ -28,13 +33,15 @@ class Family(Protocol):
     def needed_characters(
         self, words: Words, coverage: float, vocabulary: Collection[str]
     ) -> dict[str, int]:
-        """The characters that must become pieces before pairs are counted, with their frequencies."""
+        """The characters that must become pieces first, with their frequencies."""
 
     def is_one_word(self, text: str) -> bool:
         """Whether the text reaches the merges unchanged and in one part."""
 
     def spells(self, piece: str) -> bool:
-        """Whether a piece stands for itself within a word, and not for a byte of a character without a piece."""
+        """Whether a piece stands for itself within a word, and not for a byte of a character
+        without a piece.
+        """
 
     def settled(self) -> int:
         """The number of the base's merges that precede those of new pieces."""

@@ -1,4 +1,7 @@
-"""SentencePiece BPE with byte fallback (LLaMA-2, Mistral, TinyLlama): `tokenizer.model`, and its `tokenizer.json`."""
+"""SentencePiece BPE with byte fallback (LLaMA-2, Mistral, TinyLlama):
+
+`tokenizer.model`, and its `tokenizer.json`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ Proto = Any  # sentencepiece.ModelProto; protobuf generates the class at import
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of the scripts in a text, each with a preceding space where the script separates words by spaces.
+    """The runs of the scripts in a text, each with a preceding space where the script separates
+    words by spaces.
 
     A document begins with a space, like the dummy prefix.
     """
@@ -47,7 +51,10 @@ class Runs:
 
 
 class SentencePieceBpe:
-    """A base whose `tokenizer.json` has byte fallback; `proto` is its `tokenizer.model`, if there is one."""
+    """A base whose `tokenizer.json` has byte fallback;
+
+    `proto` is its `tokenizer.model`, if there is one.
+    """
 
     name = "SentencePiece BPE"
 
@@ -70,10 +77,11 @@ class SentencePieceBpe:
     def needed_characters(
         self, words: Words, coverage: float, vocabulary: Collection[str]
     ) -> dict[str, int]:
-        """The most frequent characters that make up `coverage` of the text, without those in the vocabulary.
+        """The most frequent characters that make up `coverage` of the text, without those in the
+        vocabulary.
 
-        Every character of a piece must be a piece: SentencePiece would merge other characters, but `tokenizers` turns
-        them into bytes first.
+        Every character of a piece must be a piece: SentencePiece would merge other characters, but
+        `tokenizers` turns them into bytes first.
         """
         counts = words.characters()
         needed: dict[str, int] = {}
@@ -95,14 +103,18 @@ class SentencePieceBpe:
         return not _BYTE.fullmatch(piece)
 
     def settled(self) -> int:
-        """All merges except those of whitespace runs at the end, which LLaMA-2 scores far below every word."""
+        """All merges except those of whitespace runs at the end, which LLaMA-2 scores far below
+        every word.
+        """
         merges = merges_of(self._content)
         while merges and self._ranks_last("".join(merges[-1])):
             merges.pop()
         return len(merges)
 
     def _ranks_last(self, piece: str) -> bool:
-        """Whether it is scored below every word; without `tokenizer.model`, whether it is a whitespace run."""
+        """Whether it is scored below every word; without `tokenizer.model`, whether it is a
+        whitespace run.
+        """
         return piece in self._lowest if self._proto is not None else not piece.strip(SPACE)
 
     def written(self, text: str) -> str:
@@ -146,33 +158,41 @@ def parse_proto(path: Path) -> Proto:
 
 
 def read_proto(path: Path) -> Proto:
-    """Parse a base's `tokenizer.model`. Raises `UserError` if it is damaged or not BPE with byte fallback."""
+    """Parse a base's `tokenizer.model`.
+
+    Raises `UserError` if it is damaged or not BPE with byte fallback.
+    """
     proto = parse_proto(path)
     if proto.trainer_spec.model_type != BPE_MODEL:
         kind = proto.trainer_spec.DESCRIPTOR.enum_types_by_name["ModelType"].values_by_number
         name = kind[proto.trainer_spec.model_type].name
         raise UserError(
-            f"{path} is a {name} model; only BPE can be extended, so choose a base with a BPE tokenizer."
+            f"{path} is a {name} model; only BPE can be extended, so choose a base with a BPE "
+            "tokenizer."
         )
     if not any(piece.type == BYTE for piece in proto.pieces):
         raise UserError(
-            f"{path} has no byte fallback, so it cannot spell every text; choose a base that has it."
+            f"{path} has no byte fallback, so it cannot spell every text; choose a base that has "
+            "it."
         )
     return proto
 
 
 def extend_proto(proto: Proto, content: Content, pieces: dict[str, int], rows: int) -> Proto:
-    """A copy of `proto` with a piece for every id below `rows`, named as in `content`. Old pieces do not change.
+    """A copy of `proto` with a piece for every id below `rows`, named as in `content`. Old pieces
+    do not change.
 
-    Scores of new pieces are distinct integers below the lowest score of an old merge, so old merges come first and no
-    two scores are equal in float32. Added tokens are CONTROL pieces if they are special, else USER_DEFINED.
+    Scores of new pieces are distinct integers below the lowest score of an old merge, so old merges
+    come first and no two scores are equal in float32. Added tokens are CONTROL pieces if they are
+    special, else USER_DEFINED.
     """
     extended = type(proto)()
     extended.CopyFrom(proto)
     score = _lowest_score(proto)
     if score - len(pieces) < -EXACT:
         raise UserError(
-            f"the scores of {MODEL_FILE} go down to {score:g}; {len(pieces)} more are not exact in float32."
+            f"the scores of {MODEL_FILE} go down to {score:g}; {len(pieces)} more are not exact in "
+            "float32."
         )
     scores = {id_: score - number for number, id_ in enumerate(pieces.values(), start=1)}
     names = {id_: token for token, id_ in content["model"]["vocab"].items()}
@@ -187,7 +207,10 @@ def extend_proto(proto: Proto, content: Content, pieces: dict[str, int], rows: i
 
 
 def _lowest_score(proto: Proto) -> float:
-    """The lowest score of a merge, rounded down. Lower scores than -EXACT are those of whitespace runs."""
+    """The lowest score of a merge, rounded down.
+
+    Lower scores than -EXACT are those of whitespace runs.
+    """
     scores = [piece.score for piece in proto.pieces if piece.type == NORMAL]
     return float(math.floor(min(score for score in scores if score >= -EXACT)))
 
@@ -195,13 +218,15 @@ def _lowest_score(proto: Proto) -> float:
 def fast_content(proto: Proto, path: Path) -> Content:
     """The `tokenizer.json` for a base that has only `tokenizer.model`.
 
-    As in the original LLaMA conversion, the normalizer prepends and replaces, and there is no pre-tokenizer. (The
-    `LlamaTokenizer` of transformers 5 uses Metaspace instead, which loses one leading space.)
+    As in the original LLaMA conversion, the normalizer prepends and replaces, and there is no
+    pre-tokenizer. (The `LlamaTokenizer` of transformers 5 uses Metaspace instead, which loses one
+    leading space.)
     """
     spec = proto.normalizer_spec
     if spec.precompiled_charsmap or spec.remove_extra_whitespaces or not spec.escape_whitespaces:
         raise UserError(
-            f"{path} normalizes text ({spec.name}), which has no exact counterpart in tokenizer.json; "
+            f"{path} normalizes text ({spec.name}), which has no exact counterpart in "
+            "tokenizer.json; "
             "put the base's own tokenizer.json next to it."
         )
     vocabulary = {piece.piece: id_ for id_, piece in enumerate(proto.pieces)}
@@ -261,9 +286,9 @@ def _added_tokens(proto: Proto) -> list[AddedToken]:
 def merges_by_score(proto: Proto) -> list[tuple[str, str]]:
     """All splits of all pieces, by descending score of the piece, then by the ids of the halves.
 
-    Pieces of equal score (LLaMA-2's whitespace runs) come longest first. SentencePiece merges the leftmost of equal
-    candidates, so a run grows from its left end; merging by rank does the same only if growing a run ranks before
-    starting another.
+    Pieces of equal score (LLaMA-2's whitespace runs) come longest first. SentencePiece merges the
+    leftmost of equal candidates, so a run grows from its left end; merging by rank does the same
+    only if growing a run ranks before starting another.
     """
     ids = {piece.piece: id_ for id_, piece in enumerate(proto.pieces) if piece.type == NORMAL}
     merges = [

@@ -1,4 +1,6 @@
-"""`tokenizer.json`: read the parts of a BPE tokenizer, and extend them without moving existing entries."""
+"""`tokenizer.json`: read the parts of a BPE tokenizer, and extend them without moving existing
+entries.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def build(content: Content) -> Tokenizer:
 
 
 def build_model(content: Content) -> Tokenizer:
-    """Only the merges: no normalizer (so no dummy prefix), no pre-tokenizer, no added tokens, no `ignore_merges`."""
+    """Only the merges: no normalizer (so no dummy prefix), no pre-tokenizer, no added tokens, no
+    `ignore_merges`.
+    """
     bare: Content = {
         "added_tokens": [],
         "normalizer": None,
@@ -43,7 +47,7 @@ def build_model(content: Content) -> Tokenizer:
 
 
 def merges_of(content: Content) -> list[Merge]:
-    """The merges in order, from either format (`"a b"` before tokenizers 0.20, `["a", "b"]` since)."""
+    """The merges in order, from the old (`"a b"`) or the new format (`["a", "b"]`)."""
     pairs = (
         merge.split(" ") if isinstance(merge, str) else merge
         for merge in content["model"]["merges"]
@@ -76,8 +80,9 @@ def splits(piece: str, vocabulary: Collection[str]) -> Iterator[Merge]:
 def extend_model(content: Content, pieces: Mapping[str, int], settled: int) -> Content:
     """`content` with new pieces (piece -> id, in the order of their merges).
 
-    Every split of a new piece is a merge, after the first `settled` old merges. With all splits, merging by rank equals
-    merging by concatenated string, as SentencePiece does. Old merges do not change.
+    Every split of a new piece is a merge, after the first `settled` old merges. With all splits,
+    merging by rank equals merging by concatenated string, as SentencePiece does. Old merges do not
+    change.
     """
     vocabulary = {**content["model"]["vocab"], **pieces}
     old = [list(merge) for merge in merges_of(content)]
@@ -101,10 +106,11 @@ def _merges_of_new(pieces: Mapping[str, int], vocabulary: Mapping[str, int]) -> 
 
 
 def add_tokens(content: Content, tokens: Sequence[AddedToken]) -> Content:
-    """`content` with more added tokens, and with every added token in the model's vocabulary as well.
+    """`content` with more added tokens, and with every added token in the model's vocabulary as
+    well.
 
-    Otherwise `tokenizers` numbers added tokens from the size of the vocabulary on, and a larger vocabulary moves all of
-    them (256 of LLaMA-3's 256).
+    Otherwise `tokenizers` numbers added tokens from the size of the vocabulary on, and a larger
+    vocabulary moves all of them (256 of LLaMA-3's 256).
     """
     added = [*added_tokens_of(content), *tokens]
     vocabulary = {**content["model"]["vocab"], **{token.content: token.id for token in added}}
@@ -114,10 +120,11 @@ def add_tokens(content: Content, tokens: Sequence[AddedToken]) -> Content:
 
 
 def look_up_whole_words(content: Content) -> Content:
-    """`content` with `ignore_merges`, if this changes no ids: pre-tokens that are pieces are looked up, not merged.
+    """`content` with `ignore_merges`, if this changes no ids: pre-tokens that are pieces are looked
+    up, not merged.
 
-    It changes none if all pieces merge to themselves and no added token can be a pre-token. English is then encoded a
-    third faster (benchmarks/tokenizer.py).
+    It changes none if all pieces merge to themselves and no added token can be a pre-token. English
+    is then encoded a third faster (benchmarks/tokenizer.py).
     """
     if content.get("pre_tokenizer") is None or content["model"].get("ignore_merges"):
         return content

@@ -1,17 +1,20 @@
 """Continued byte-pair encoding: keep merging where a tokenizer's own merges end.
 
-The algorithm is that of Sennrich et al. (2016): the most frequent pair of neighbours becomes a piece, again and again.
+The algorithm is that of Sennrich et al. (2016): the most frequent pair of neighbours becomes a
+piece, again and again.
 
-A string is merged in the same order wherever it occurs, as long as no merge crosses its ends. Three things follow:
+A string is merged in the same order wherever it occurs, as long as no merge crosses its ends. Three
+things follow:
 
-- Two neighbours that spell a string are the same two everywhere. Pairs can therefore be counted by their halves,
-  although SentencePiece merges any two neighbours whose concatenation is a piece (bpe_model.cc).
+- Two neighbours that spell a string are the same two everywhere. Pairs can therefore be counted by
+  their halves, although SentencePiece merges any two neighbours whose concatenation is a piece
+  (bpe_model.cc).
 - A piece that is found here is reachable: encoded alone, it results from the same merges.
-- All occurrences of a pair arise in one step, and then become fewer. A pair that is rare when it arises is never
-  counted, and no piece crosses a pair that is rare at the start.
+- All occurrences of a pair arise in one step, and then become fewer. A pair that is rare when it
+  arises is never counted, and no piece crosses a pair that is rare at the start.
 
-Pieces of the tokenizer that its own merges do not reach (LLaMA-3 has 588) stay unreachable: their strings are no
-candidates.
+Pieces of the tokenizer that its own merges do not reach (LLaMA-3 has 588) stay unreachable: their
+strings are no candidates.
 """
 
 from __future__ import annotations
@@ -47,8 +50,9 @@ class Growth:
 class ContinuedBpe:
     """Learns pieces beyond those of a vocabulary.
 
-    `names[id]` is a piece of the vocabulary, or "" for an unused id. `words` are split as its tokenizer splits them, and
-    are consumed. `admits` tells whether a string may become a piece; a candidate must occur `min_frequency` times.
+    `names[id]` is a piece of the vocabulary, or "" for an unused id. `words` are split as its
+    tokenizer splits them, and are consumed. `admits` tells whether a string may become a piece; a
+    candidate must occur `min_frequency` times.
     """
 
     def __init__(
@@ -68,7 +72,10 @@ class ContinuedBpe:
         self._symbols = Symbols(words)
 
     def learn(self, size: int, label: str = "learning") -> Growth:
-        """Learn up to `size` pieces, fewer if no candidate is left. `label` names the progress display."""
+        """Learn up to `size` pieces, fewer if no candidate is left.
+
+        `label` names the progress display.
+        """
         pieces: dict[str, Merge] = {}
         with timed(f"{label}: counting pairs"):
             self._count_pairs()
@@ -92,7 +99,10 @@ class ContinuedBpe:
         self._gain(keys[kept], counts[kept])
 
     def _pop_best(self) -> int | None:
-        """The most frequent candidate; of equal ones, the first by code points. Entries with old counts are put back."""
+        """The most frequent candidate; of equal ones, the first by code points.
+
+        Entries with old counts are put back.
+        """
         while self._heap:
             negative, text, pair = heapq.heappop(self._heap)
             count = self._counts.get(pair, 0)
@@ -152,7 +162,8 @@ class ContinuedBpe:
 
 
 def _without_overlaps(places: Places, behind: Places) -> Places:
-    """Of pairs that share a symbol (`aaa`), every second from the left, as with one merge after another.
+    """Of pairs that share a symbol (`aaa`), every second from the left, as with one merge after
+    another.
 
     `behind` are the places of the right halves.
     """

@@ -1,4 +1,6 @@
-"""The new pieces, one language after another: characters first, then a given list, then learnt pieces."""
+"""The new pieces, one language after another: characters first, then a given list, then learnt
+pieces.
+"""
 
 from __future__ import annotations
 
@@ -104,18 +106,21 @@ class Grower:
             if not idle:
                 break
             say(
-                f"{self.language}: {len(idle):,} pieces are rarely used in the end (tokenizer.min_frequency) and left out"
+                f"{self.language}: {len(idle):,} pieces are rarely used in the end "
+                "(tokenizer.min_frequency) and left out"
             )
         if size and not pieces:
             raise UserError(
                 f"the text in {self.language!r} gives no new piece: it has hardly any "
-                f"{' or '.join(self.scripts.language.scripts)} letters; correct `language` in corpus.sources, "
+                f"{' or '.join(self.scripts.language.scripts)} letters; correct `language` in "
+                "corpus.sources, "
                 "add text, or lower tokenizer.min_frequency."
             )
         if len(pieces) < size:
             say(
                 f"{self.language}: found {len(pieces):,} of {size:,} pieces; no other pair occurs "
-                f"{self.config.min_frequency} times (tokenizer.min_frequency), or the text is too short."
+                f"{self.config.min_frequency} times (tokenizer.min_frequency), or the text is too "
+                "short."
             )
         return Learned(
             self.language, pieces, len(characters), len(given), len(pruned), Counter(growth.usage)
@@ -125,7 +130,8 @@ class Grower:
         """The characters that must be pieces before the first merge."""
         if not words.blocks:
             raise UserError(
-                f"the text in {self.language!r} holds no {' or '.join(self.scripts.language.scripts)} letter; "
+                f"the text in {self.language!r} holds no "
+                f"{' or '.join(self.scripts.language.scripts)} letter; "
                 "correct `language` in corpus.sources, or add text."
             )
         vocabulary = {*self.base.content["model"]["vocab"], *self.earlier}
@@ -134,7 +140,8 @@ class Grower:
         )
         if self.size is not None and len(needed) > self.size:
             raise UserError(
-                f"tokenizer.new_pieces.{self.language} = {self.size} is too small: the text has {len(needed)} "
+                f"tokenizer.new_pieces.{self.language} = {self.size} is too small: the text has "
+                f"{len(needed)} "
                 "characters that the base lacks; raise it, or lower tokenizer.character_coverage."
             )
         return dict.fromkeys(needed)
@@ -145,7 +152,8 @@ class Grower:
         if apart:
             shown = ", ".join(apart[:SHOWN])
             say(
-                f"{self.language}: the base's tokenizer cuts or changes {len(apart):,} entries ({shown}); left out"
+                f"{self.language}: the base's tokenizer cuts or changes {len(apart):,} entries "
+                f"({shown}); left out"
             )
         entries = [entry for entry in entries if self.base.family.is_one_word(entry)]
         if not entries:
@@ -161,20 +169,23 @@ class Grower:
     def _say_given(self, made: Replayed, entries: int) -> None:
         taken = len(made.pieces) - made.steps
         say(
-            f"{self.language}: {taken:,} of {entries:,} entries are new pieces, with {made.steps:,} steps towards them"
+            f"{self.language}: {taken:,} of {entries:,} entries are new pieces, with "
+            f"{made.steps:,} steps towards them"
         )
         if made.unreachable:
             shown = ", ".join(map(self.base.family.readable, made.unreachable[:SHOWN]))
             say(
-                f"{self.language}: no whole characters lead to {len(made.unreachable):,} entries ({shown}); left out"
+                f"{self.language}: no whole characters lead to {len(made.unreachable):,} entries "
+                f"({shown}); left out"
             )
         if made.left:
             say(
-                f"{self.language}: no room for {made.left:,} entries; raise tokenizer.new_pieces.{self.language}"
+                f"{self.language}: no room for {made.left:,} entries; raise "
+                f"tokenizer.new_pieces.{self.language}"
             )
 
     def _learn(self, words: Words, pieces: Pieces, size: int, barred: Collection[str]) -> Growth:
-        """`size` pieces more, none of them `barred`, and how the words are spelt with all of them."""
+        """`size` further pieces, none of them `barred`, and their effect on the words."""
         content = with_pieces(self.base, [*self.earlier, *pieces])
         tokenizer = build_model(content)
         vocabulary = content["model"]["vocab"]
@@ -202,7 +213,8 @@ def _split_words(
 ) -> WordArrays:
     """The words as split by a tokenizer that has only merges.
 
-    Bytes of a character without a piece become a BREAK, because a piece may only contain characters that are pieces.
+    Bytes of a character without a piece become a BREAK, because a piece may only contain characters
+    that are pieces.
     """
     tokenizer.pre_tokenizer = Split(SEPARATOR, "removed")
     kept = np.where(spells, np.arange(len(spells)), BREAK).astype(np.int32)

@@ -1,6 +1,7 @@
 """The scripts in which new pieces are learnt.
 
-Pieces contain no digits, no Latin letters and no punctuation, so that text without these scripts does not change.
+Pieces contain no digits, no Latin letters and no punctuation, so that text without these scripts
+does not change.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""Many words as flat arrays of symbols, so that pairs are found, counted and merged by the thousand.
+"""Many words as flat arrays of symbols, so that pairs are found, counted and merged by the
+thousand.
 
     slot      0  1  2  3  4  5  6
     symbol    |  a  b  .  |  a  |         "a bc |", "a |": `bc` was merged and covers two slots
     span      1  1  2  2  1  1  1
 
-A slot holds the symbol that begins there, BREAK between words, or INSIDE within a longer symbol. `span` is a symbol's
-length in slots, stored at its first and its last slot, so that both neighbours are found without a search. A slot takes
-13 bytes, 4 of them for the places of each symbol. A span is one byte, so a piece has at most 255 slots;
-`max_piece_length` guarantees this (50 characters of 4 bytes and a space).
+A slot holds the symbol that begins there, BREAK between words, or INSIDE within a longer symbol.
+`span` is a symbol's length in slots, stored at its first and its last slot, so that both neighbours
+are found without a search. A slot takes 13 bytes, 4 of them for the places of each symbol. A span
+is one byte, so a piece has at most 255 slots; `max_piece_length` guarantees this (50 characters of
+4 bytes and a space).
 """
 
 from __future__ import annotations
@@ -45,13 +47,18 @@ def sum_by_key(
 
 @dataclass
 class WordArrays:
-    """Collected words: blocks of symbols with a BREAK after each word, and the word's frequency in each slot."""
+    """Collected words: blocks of symbols with a BREAK after each word, and the word's frequency in
+    each slot.
+    """
 
     symbols: list[NDArray[np.int32]] = field(default_factory=lambda: [np.array([BREAK], np.int32)])
     weights: list[NDArray[np.int32]] = field(default_factory=lambda: [np.zeros(1, np.int32)])
 
     def add(self, symbols: NDArray[np.int32], lengths: Ints, frequencies: Ints) -> None:
-        """Add a block of words, end to end. `lengths` are the words' numbers of symbols, without the BREAK."""
+        """Add a block of words, end to end.
+
+        `lengths` are the words' numbers of symbols, without the BREAK.
+        """
         ends = np.cumsum(lengths)
         self.symbols.append(np.insert(symbols, ends, BREAK).astype(np.int32))
         self.weights.append(np.repeat(frequencies, lengths + 1).astype(np.int32))
@@ -71,7 +78,10 @@ def _joined(blocks: list[NDArray[np.int32]]) -> NDArray[np.int32]:
 def _with_inserted(
     values: NDArray[np.int32], cuts: Places, new: NDArray[np.int32]
 ) -> NDArray[np.int32]:
-    """`values` with one of `new` before each of the sorted `cuts`. `np.insert` alone needs ten times the memory."""
+    """`values` with one of `new` before each of the sorted `cuts`.
+
+    `np.insert` alone needs ten times the memory.
+    """
     whole = np.empty(len(values) + len(cuts), np.int32)
     for start in range(0, len(values), BLOCK):
         first, last = np.searchsorted(cuts, (start, start + BLOCK))
@@ -90,7 +100,10 @@ class Symbols:
         self._places: list[Places] = []
 
     def keep_together(self, pairs: NDArray[np.int64]) -> None:
-        """Insert a BREAK into every pair that is not among the sorted keys `pairs`. Only before the first merge."""
+        """Insert a BREAK into every pair that is not among the sorted keys `pairs`.
+
+        Only before the first merge.
+        """
         pairs = np.append(pairs, np.iinfo(np.int64).max)
         others = [
             left[pairs[np.searchsorted(pairs, keys)] != keys] + 1
@@ -117,7 +130,7 @@ class Symbols:
             yield left + start, pair_keys(part[left], part[left + 1]), self.weight[left + start]
 
     def index(self, count: int) -> None:
-        """Note where each of the symbols `0 .. count - 1` stands: a counting sort, block by block."""
+        """Record the places of the symbols `0 .. count - 1`: a counting sort, block by block."""
         totals = np.bincount(self.symbol[self.symbol >= 0], minlength=count)
         ends = np.cumsum(totals)
         places = np.empty(
@@ -164,7 +177,9 @@ class Symbols:
         return preceding
 
     def merge(self, places: Places, symbol: int) -> None:
-        """Make one `symbol` of each symbol at `places` (sorted, not adjoining by halves) and the one behind it."""
+        """Make one `symbol` of each symbol at `places` (sorted, not adjoining by halves) and the
+        one behind it.
+        """
         gone = self.following(places)
         span = self.span[places] + self.span[gone]
         self.symbol[places] = symbol

@@ -1,4 +1,4 @@
-"""Count the words of a text, in several processes once it is long, and hold the counts compactly."""
+"""Count the words of a text, in several processes if it is long, in a compact form."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def read_documents(
                 text.encode()
             except UnicodeEncodeError:
                 raise UserError(
-                    f"{source.path}: {split} document {number} holds a lone surrogate, so it is not valid Unicode; "
+                    f"{source.path}: {split} document {number} holds a lone surrogate, so it is "
+                    "not valid Unicode; "
                     "repair or remove it."
                 ) from None
             yield text
@@ -148,8 +149,10 @@ def _count_elsewhere(
                 yield size, counts.result()
     except BrokenProcessPool:
         raise UserError(
-            "a process that counts words was killed, most likely for lack of memory; give the job more memory, "
-            "lower tokenizer.max_characters, or add a __main__ guard to a script that calls extend_tokenizer."
+            "a process that counts words was killed, most likely for lack of memory; give the job "
+            "more memory, "
+            "lower tokenizer.max_characters, or add a __main__ guard to a script that calls "
+            "extend_tokenizer."
         ) from None
 
 

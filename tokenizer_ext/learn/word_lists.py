@@ -18,11 +18,12 @@ LONGEST = 50  # characters of an entry; SentencePiece refuses pieces of some hun
 
 
 def read_given(path: Path, scripts: Scripts) -> list[str]:
-    """The entries of a list, the most important first, without entries that have characters of other scripts.
+    """The entries of a list, the most important first, without entries that have characters of
+    other scripts.
 
-    A `.model` file is read as a SentencePiece model, by descending score. Any other file is a list of one word per line,
-    without what follows a tab; a leading space belongs to the word, but is dropped for scripts without spaces between
-    words. Raises `UserError` if nothing is left.
+    A `.model` file is read as a SentencePiece model, by descending score. Any other file is a list
+    of one word per line, without what follows a tab; a leading space belongs to the word, but is
+    dropped for scripts without spaces between words. Raises `UserError` if nothing is left.
     """
     entries = _entries(path)
     if not scripts.set_words_apart:
@@ -41,7 +42,8 @@ def read_given(path: Path, scripts: Scripts) -> list[str]:
     if others:
         shown = ", ".join(map(repr, others[:SHOWN]))
         say(
-            f"{path}: {len(others):,} of {len(entries):,} entries are not of {wanted} alone and left out ({shown})"
+            f"{path}: {len(others):,} of {len(entries):,} entries are not of {wanted} alone and "
+            f"left out ({shown})"
         )
     return list(dict.fromkeys(fitting))
 
@@ -86,7 +88,9 @@ class Replayed:
 
 
 class Speller:
-    """Splits a word as the tokenizer does: the merge of lowest rank first, the leftmost of equal ones."""
+    """Splits a word as the tokenizer does: the merge of lowest rank first, the leftmost of equal
+    ones.
+    """
 
     def __init__(self, merges: Sequence[Merge]) -> None:
         self._rank = {merge: rank for rank, merge in reversed(list(enumerate(merges)))}
@@ -155,7 +159,8 @@ def _make_whole(
 ) -> dict[str, Merge] | None:
     """The pieces that make `entry` one symbol, or None if that takes pieces that are not admitted.
 
-    Neighbours that spell another entry are merged first, then those with the shortest string, from the left.
+    Neighbours that spell another entry are merged first, then those with the shortest string, from
+    the left.
     """
     steps: dict[str, Merge] = {}
     while len(symbols := speller.split(entry)) > 1:

@@ -48,11 +48,12 @@ def check_tokenizer(
     texts: Sequence[Path] = (),
     languages: Sequence[str] = (),
 ) -> TokenizerVerdict:
-    """Prove the invariants of the tokenizer in `directory`, as far as they apply, and print the result.
+    """Prove the invariants of the tokenizer in `directory`, as far as they apply, and print the
+    result.
 
-    `texts` are files that are read in addition to built-in sentences. `languages` are those the tokenizer was extended
-    for; by default, all whose scripts occur in its new tokens (scripts in wide use, except Latin). Raises `UserError`
-    for files that cannot be read.
+    `texts` are files that are read in addition to built-in sentences. `languages` are those the
+    tokenizer was extended for; by default, all whose scripts occur in its new tokens (scripts in
+    wide use, except Latin). Raises `UserError` for files that cannot be read.
     """
     if chat and not chat.is_dir():
         raise UserError(f"--chat {chat} is no directory; give the chat model's, or leave it out.")
@@ -87,7 +88,9 @@ def check_tokenizer(
 
 
 def guess_scripts(words: Sequence[str]) -> tuple[str, ...]:
-    """The scripts in wide use, except Latin, whose letters occur in more than one word in a hundred."""
+    """The scripts in wide use, except Latin, whose letters occur in more than one word in a
+    hundred.
+    """
     return tuple(
         script
         for script in SCRIPTS

@@ -1,7 +1,8 @@
 """The invariants of an extended tokenizer, proven on the files that were written.
 
-Each invariant is one function of a `Case`, which holds everything that was read back from disk. The function counts its
-checks and lists the failures. All of them together prove the project's invariant "old ids fixed".
+Each invariant is one function of a `Case`, which holds everything that was read back from disk. The
+function counts its checks and lists the failures. All of them together prove the project's
+invariant "old ids fixed".
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def require(proofs: Sequence[Proof]) -> None:
     for proof in proofs:
         if proof.failures:
             raise UserError(
-                f"the extended tokenizer breaks the invariant that {proof.invariant}: {len(proof.failures)} times in "
+                f"the extended tokenizer breaks the invariant that {proof.invariant}: "
+                f"{len(proof.failures)} times in "
                 f"{proof.checked} checks ({'; '.join(proof.failures[:SHOWN])}); "
                 "nothing was kept; choose another base, or report this."
             )
@@ -207,7 +209,9 @@ def constituents_spell_their_piece(case: Case) -> Proof:
 
 
 def files_agree(case: Case) -> Proof:
-    """`tokenizer.json` has the pieces of `tokenizer.model` at the same ids, and its merges follow the scores."""
+    """`tokenizer.json` has the pieces of `tokenizer.model` at the same ids, and its merges follow
+    the scores.
+    """
     checked = len(case.proto.pieces) if case.proto is not None else 0
     return Proof(
         "tokenizer.model and tokenizer.json have equal ids and merges",
@@ -232,7 +236,10 @@ def merges_alone_give_the_same(case: Case) -> Proof:
 
 
 def no_word_is_an_added_token(case: Case) -> Proof:
-    """New words are in the model. Added tokens are cut out of the text before any merge, even out of longer words."""
+    """New words are in the model.
+
+    Added tokens are cut out of the text before any merge, even out of longer words.
+    """
     chat = TokenizerFiles.read(case.chat) if case.chat else None
     known = {**case.base.ids, **(chat.ids if chat else {})}
     added = [token for token in added_tokens_of(case.content) if token.content not in known]
@@ -246,7 +253,9 @@ def no_word_is_an_added_token(case: Case) -> Proof:
 
 
 def new_pieces_are_of_the_scripts(case: Case) -> Proof:
-    """A new piece holds a letter of the learnt scripts or is part of a character; others would change other text."""
+    """A new piece holds a letter of the learnt scripts or is part of a character; others would
+    change other text.
+    """
     letters = script_pattern(case.samples.scripts)
     failures = []
     for piece in case.pieces:
@@ -260,7 +269,7 @@ def new_pieces_are_of_the_scripts(case: Case) -> Proof:
 
 
 def roles_stay(case: Case) -> Proof:
-    """The tokens around a text and the roles of tokens (bos, eos, unk, pad) are those of the base."""
+    """The tokens around a text and the roles (bos, eos, unk, pad) are those of the base."""
     invariant = "roles of special tokens are the base's"
     if not (case.directory / FAST_FILE).is_file():
         return Proof(invariant, 0, [])  # the code of LlamaTokenizer decides this, not the files
@@ -283,8 +292,8 @@ def roles_stay(case: Case) -> Proof:
 def new_pieces_are_reachable(case: Case) -> Proof:
     """A new piece that is encoded alone, without a dummy prefix, is one token.
 
-    This is sufficient: surrounding text can only take characters from a piece's edges, so a piece that is not reached
-    alone is never reached.
+    This is sufficient: surrounding text can only take characters from a piece's edges, so a piece
+    that is not reached alone is never reached.
     """
     pieces = list(case.pieces)
     expected = [[id_] for id_ in case.pieces.values()]
@@ -309,7 +318,9 @@ def new_pieces_are_reachable(case: Case) -> Proof:
 
 
 def text_round_trips(case: Case) -> Proof:
-    """Decoding returns the text, or what the base returns: it may turn a literal `▁` into a space, or apply NFC."""
+    """Decoding returns the text, or what the base returns: it may turn a literal `▁` into a space,
+    or apply NFC.
+    """
     texts = case.samples.everything
     decoded = case.after.decode_batch(_encode(case.after, texts), skip_special_tokens=False)
     inexact = [
@@ -326,7 +337,9 @@ def text_round_trips(case: Case) -> Proof:
 
 
 def plain_text_is_unchanged(case: Case) -> Proof:
-    """Text without a character of the learnt scripts (English, code, ...) has the same ids as before."""
+    """Text without a character of the learnt scripts (English, code, ...) has the same ids as
+    before.
+    """
     texts = case.samples.plain
     failures = _differences(case, texts, _encode(case.before, texts), _encode(case.after, texts))
     return Proof("text without the new scripts is tokenized as before", len(texts), failures)
@@ -355,7 +368,7 @@ def sentencepiece_agrees(case: Case) -> Proof:
 
 
 def special_tokens_stay(case: Case) -> Proof:
-    """Special tokens and a conversation in the base's and the chat model's template keep their ids."""
+    """Special tokens, and a conversation in either chat template, keep their ids."""
     tokens = [token.content for token in added_tokens_of(case.base.content)]
     texts = [*tokens, *(f"Hello{token}world" for token in tokens)]
     failures = _differences(case, texts, _encode(case.before, texts), _encode(case.after, texts))
@@ -383,7 +396,7 @@ def special_tokens_stay(case: Case) -> Proof:
 
 
 def transformers_agrees(case: Case) -> Proof:
-    """`AutoTokenizer` gives the ids of `tokenizer.json`, special tokens around the text included."""
+    """`AutoTokenizer` gives the ids of `tokenizer.json`, including special tokens."""
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(

@@ -29,15 +29,18 @@ CODE = [
     "🙂👩‍👩‍👧‍👦🏳️‍🌈 emoji, e\u0301 combining, \u200b zero width, \ufeff mark",
 ]
 FRAGMENTS = [
-    " ", "  ", "\n", "\t", " \n ", "the", " model", "Tokenizer", "2024", "3.14", "x_1", "(", ")", "</p>", "{", "}", "=",
+    " ", "  ", "\n", "\t", " \n ", "the", " model", "Tokenizer", "2024", "3.14", "x_1",
+    "(", ")", "</p>", "{", "}", "=",
     "，", "。", "「", "」", "！", "％", "Ａ", "①", "é", "e\u0301", "n\u0303", "🙂", "👩‍👧",
     "\u200d", "\u200b", "\ufeff", "\u3000", "\x00", "\x07", "\x7f", "\ue000", "\u2581", "Ġ",
-    "Привет", "שלום", "สวัส", "ひらがな", "カタカナ", "ー", "\u1112\u1161\u11ab", "ㅋㅋㅋ", "哈哈哈哈",
+    "Привет", "שלום", "สวัส", "ひらがな", "カタカナ", "ー", "\u1112\u1161\u11ab",
+    "ㅋㅋㅋ", "哈哈哈哈",
     "々", "〇", "𠮷", "\U0002f800",
 ]  # fmt: skip
 
-# A few plain sentences, for languages of which the user has no text. They show how an extension changes the languages
-# that share its scripts, and they give `cpt-merge check-tokenizer` something to read.
+# A few plain sentences, for languages of which the user has no text. They show how an extension
+# changes the languages that share its scripts, and they give `cpt-merge check-tokenizer` something
+# to read.
 SENTENCES: dict[str, list[str]] = {
     "en": [
         "The library opens at nine, and it closes at six on weekdays.",
@@ -149,7 +152,9 @@ def _plain_parts(text: str, scripts: tuple[str, ...]) -> list[str]:
 
 
 def mixed_texts(pieces: Sequence[str], number: int) -> list[str]:
-    """Random strings of pieces, other scripts, emoji, marks, spaces and control characters; always the same ones."""
+    """Random strings of pieces, other scripts, emoji, marks, spaces and control characters; always
+    the same ones.
+    """
     random = Random(0)
     fragments = [*FRAGMENTS, *CODE]
     return [

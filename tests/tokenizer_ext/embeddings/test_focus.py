@@ -53,7 +53,9 @@ def test_sparsemax_by_hand():
 
 
 def test_pairs_are_counted_within_the_window_and_within_documents():
-    """0 1 0 2 and 2 0: a pair d apart counts 1/d, in both directions, and a token beside itself twice."""
+    """0 1 0 2 and 2 0: a pair d apart counts 1/d, in both directions, and a token beside itself
+    twice.
+    """
     counts = count_pairs([np.array([0, 1, 0, 2]), np.array([2, 0])], 3, window=2)
     np.testing.assert_allclose(dense(counts), [[2 * 0.5, 2, 2], [2, 0, 0.5], [2, 0.5, 0]])
 

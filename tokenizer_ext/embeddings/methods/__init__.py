@@ -1,4 +1,7 @@
-"""Initialisation methods for new rows, one in a file. A new one is a file here, an entry and a name in the config."""
+"""Initialisation methods for new rows, one in a file.
+
+A new one is a file here, an entry and a name in the config.
+"""
 
 from cpt_merge.tokenizer_ext.embeddings.config import Method
 from cpt_merge.tokenizer_ext.embeddings.methods.auto import auto

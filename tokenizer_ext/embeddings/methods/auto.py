@@ -1,4 +1,6 @@
-"""`ends` for pieces whose constituents the base can know, `constituents` for pieces that it spells in bytes."""
+"""`ends` for pieces whose constituents the base can know, `constituents` for pieces that it spells
+in bytes.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ _LETTER = regex.compile(r"[\p{L}\p{M}\p{N}]")
 
 
 def auto(task: NewRows) -> Iterator[Float32]:
-    """Choose for each piece: `ends` if one of its constituents holds a whole letter, else `constituents`.
+    """Choose for each piece: `ends` if one of its constituents holds a whole letter, else
+    `constituents`.
 
-    The first and last byte of a character say little about what precedes or follows the piece. Where the base never
-    met the script, the rows of its bytes are untrained besides, so that their mean would be far too short.
+    The first and last byte of a character say little about what precedes or follows the piece.
+    Where the base never met the script, the rows of its bytes are untrained besides, so that their
+    mean would be far too short.
     """
     leaning, plain = Spelling(SHARES[task.use]), Spelling(norm=task.old.mean_norm)
 
@@ -37,7 +41,9 @@ def auto(task: NewRows) -> Iterator[Float32]:
 
 
 def letterless_tokens(tokenizer: Path, ids: Collection[int]) -> frozenset[int]:
-    """Which of the ids in `tokenizer.json` hold no whole letter: bytes, parts of characters, spaces, punctuation."""
+    """Which of the ids in `tokenizer.json` hold no whole letter: bytes, parts of characters,
+    spaces, punctuation.
+    """
     content = read_json(tokenizer / "tokenizer.json")
     names = {id_: token for token, id_ in content["model"]["vocab"].items()}
     byte_level = has_byte_level(content.get("pre_tokenizer"))

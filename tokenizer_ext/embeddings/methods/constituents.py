@@ -10,7 +10,10 @@ from cpt_merge.tokenizer_ext.embeddings.methods.spelling import Spelling, spelt_
 
 
 def constituents(task: NewRows) -> Iterator[Float32]:
-    """The mean of the rows that spelt the piece before. A mean is shorter than its parts, so it is scaled up."""
+    """The mean of the rows that spelt the piece before.
+
+    A mean is shorter than its parts, so it is scaled up.
+    """
     spelling = Spelling(norm=task.old.mean_norm)
     for row in spelt_rows(task, lambda piece: spelling):
         yield row[None]

@@ -12,12 +12,14 @@ SHARES: dict[Use, float] = {"input": 0.5, "head": 0.25, "both": 0}
 
 
 def ends(task: NewRows) -> Iterator[Float32]:
-    """The mean of the constituents, moved towards the last one in the input and the first one in the head.
+    """The mean of the constituents, moved towards the last one in the input and the first one in
+    the head.
 
-    What follows a piece follows its last constituent, and what is predicted in a piece's place is its first one. The
-    head leans less, or pieces that begin alike could not be told apart; a tied matrix leans on neither. No norm is
-    changed. The idea is EEVE's (Kim et al., 2024, https://arxiv.org/abs/2402.14714: mean for the input, first
-    constituent for the head); the shares are measured (docs/embeddings.md).
+    What follows a piece follows its last constituent, and what is predicted in a piece's place is
+    its first one. The head leans less, or pieces that begin alike could not be told apart; a tied
+    matrix leans on neither. No norm is changed. The idea is EEVE's (Kim et al., 2024,
+    https://arxiv.org/abs/2402.14714: mean for the input, first constituent for the head); the
+    shares are measured (docs/embeddings.md).
     """
     spelling = Spelling(SHARES[task.use])
     for row in spelt_rows(task, lambda piece: spelling):

@@ -1,4 +1,6 @@
-"""A mean of old rows, weighted by how similar the tokens' contexts in the new text are (after FOCUS)."""
+"""A mean of old rows, weighted by how similar the tokens' contexts in the new text are (after
+FOCUS).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ COMPARED = 128  # pieces whose similarities to all tokens are in memory at once
 def focus(task: NewRows) -> Iterator[Float32]:
     """Halfway between the mean of a piece's constituents and the mean of similar tokens' rows.
 
-    The latter is weighted by similarity in the `TokenSpace`; a new piece among the similar tokens counts as the mean of
-    its constituents. FOCUS itself uses old tokens only and no constituents, which is worse (docs/embeddings.md). Pieces
-    that are too rare in the text start from their constituents alone. No norm is changed.
+    The latter is weighted by similarity in the `TokenSpace`; a new piece among the similar tokens
+    counts as the mean of its constituents. FOCUS itself uses old tokens only and no constituents,
+    which is worse (docs/embeddings.md). Pieces that are too rare in the text start from their
+    constituents alone. No norm is changed.
     """
     if task.space is None:
         raise ValueError("focus needs the space of the new text's tokens")
@@ -43,7 +46,9 @@ def focus(task: NewRows) -> Iterator[Float32]:
 
 
 def _rows_of(old: OldRows, tokens: Sequence[int], pieces: Mapping[int, NewPiece]) -> Float32:
-    """The rows of old tokens and the constituents' means of new pieces, in the given order: (tokens, width)."""
+    """The rows of old tokens and the constituents' means of new pieces, in the given order:
+    (tokens, width).
+    """
     rows = np.empty((len(tokens), old.width), np.float32)
     is_old = np.array([token not in pieces for token in tokens], bool)
     rows[is_old] = old.gather([token for token in tokens if token not in pieces])

@@ -34,7 +34,7 @@ class NewRows:
             yield min(BATCH, len(self.pieces) - start)
 
     def isotropic(self, count: int) -> Float32:
-        """`count` random rows around zero with about the old rows' mean norm, shape (count, width)."""
+        """`count` random rows with about the old rows' mean norm, shape (count, width)."""
         drawn = self.random.standard_normal((count, self.old.width)).astype(np.float32)
         drawn *= np.float32(self.old.mean_norm / np.sqrt(self.old.width))
         return drawn
@@ -44,4 +44,6 @@ class Initialiser(Protocol):
     """One initialisation method."""
 
     def __call__(self, task: NewRows) -> Iterator[Float32]:
-        """Yield the rows of all pieces in order, in batches, so that memory does not grow with their number."""
+        """Yield the rows of all pieces in order, in batches, so that memory does not grow with
+        their number.
+        """

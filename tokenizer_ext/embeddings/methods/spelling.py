@@ -23,10 +23,11 @@ class Spelling:
 
 
 def spelt_rows(task: NewRows, spelling_of: Callable[[NewPiece], Spelling]) -> Iterator[Float32]:
-    """For each piece, (1 - share) of its constituents' mean plus `share` of one end's row, shape (width,).
+    """For each piece, (1 - share) of its constituents' mean plus `share` of one end's row, shape
+    (width,).
 
-    A row that would equal an earlier new row or an old one (the same constituents in another order, or a single
-    constituent) gets a little noise.
+    A row that would equal an earlier new row or an old one (the same constituents in another order,
+    or a single constituent) gets a little noise.
     """
     old, end = task.old, 0 if task.use == "head" else -1
     seen: set[tuple[int, ...]] = {(row, row) for row in range(old.rows)}
