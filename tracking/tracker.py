@@ -200,7 +200,7 @@ def _open(config: TrackingConfig, run: RunIdentity, directory: Path) -> tuple[Se
 class NodeSink:
     """One per node other than rank 0's, on request: W&B measures the node, and no event is logged.
 
-    Each node has a run of its own in the group, because offline W&B has no runs of several
+    Each node has its own run in the group, because offline W&B has no runs of several
     processes. The run is opened by `begin`: earlier, rank 0 may still be preparing the stage's
     folder.
     """

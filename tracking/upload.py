@@ -25,46 +25,39 @@ from cpt_merge.tracking.wandb_compat import is_offline
 
 
 def upload(directory: Path) -> bool:
-    """Upload what W&B does not have of a stage's log. Returns whether there was anything.
+    """Upload what W&B lacks of a stage's log. Returns whether there was anything.
 
-    No process may be logging.
-
-    An online attempt that was cut short is continued: the server says how many rows it has, and the
-    others are sent from the local log. (`wandb sync --include-online` would append all its rows
-    once more.) Then the offline attempts are given to `wandb sync`, and rows that they lack (a full
-    disk, a service that was gone) follow from the local log.
+    No process may be logging. An online attempt that was cut short is continued: the server reports
+    how many rows it has, and the others are sent from the local log. (`wandb sync --include-online`
+    would append all its rows a second time.) Then `wandb sync` uploads the offline attempts, and
+    rows that they lack (a full disk, a service that ended) follow from the local log.
     """
     log = read_log(directory)
     run = RunIdentity(**{field.name: log.run[field.name] for field in fields(RunIdentity)})
-    for attempt in (*of_other_runs(directory, run.run_id), *not_uploaded(directory, run.run_id)):
+
+    def left() -> list[Path]:
+        return [*of_other_runs(directory, run.run_id), *not_uploaded(directory, run.run_id)]
+
+    for attempt in left():
         repair(attempt)
-    others, left = of_other_runs(directory, run.run_id), not_uploaded(directory, run.run_id)
-    if not others and not left:
+    attempts = left()  # a repair may remove an empty one
+    if not attempts:
         return False
     config = parse_section(TrackingConfig, log.run["tracking"], str(directory / "run.json"))
     check_reachable(config)
-    if any(not is_offline(path) for path in left):
-        say(f"W&B: {run.run_name}: what is missing of its {len(log.rows):,} rows")
+    offline = [path for path in attempts if is_offline(path)]
+    if len(offline) < len(attempts):
+        say(f"W&B: {run.run_name}: the rest of its {len(log.rows):,} rows")
         _send(log, continue_online(config, run, directory.absolute()))
-    offline = [*others, *(path for path in left if is_offline(path))]
     if offline:
         say(f"W&B: {run.run_name}: {len(offline)} offline attempt(s)")
-        command = [
-            sys.executable,
-            "-m",
-            "wandb",
-            "sync",
-            *(str(path.absolute()) for path in offline),
-        ]
-        subprocess.run(command, cwd=directory, check=False)  # it says itself what it does
-    still = [*of_other_runs(directory, run.run_id), *not_uploaded(directory, run.run_id)]
-    if still:
-        raise UserError(f"W&B has not got all of {', '.join(map(str, still))}; try again.")
+        paths = [str(path.absolute()) for path in offline]
+        # it prints its own errors
+        subprocess.run([sys.executable, "-m", "wandb", "sync", *paths], cwd=directory, check=False)
+    if still := left():
+        raise UserError(f"W&B does not have all of {', '.join(map(str, still))}; try again.")
     held = held_rows(directory, run.run_id, None)
-    missing = sum(
-        bool(held.without({name: x for name, x in row.items() if name != "time"}))
-        for row in log.rows
-    )
+    missing = sum(bool(held.without(row)) for row in log.rows)
     if offline and missing:
         say(f"W&B: {run.run_name}: {missing:,} rows that its offline attempts lack")
         _send(log, continue_online(config, run, directory.absolute()))
@@ -72,7 +65,7 @@ def upload(directory: Path) -> bool:
 
 
 def _send(log: StageLog, sink: WandbSink) -> None:
-    """Send the rows that are missing; everything else is replaced by itself."""
+    """Send the missing rows, and everything else again, which replaces what W&B has."""
     sink.begin(math.inf)
     events: list[Event] = [
         *log.tables.values(),

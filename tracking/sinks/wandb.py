@@ -212,8 +212,7 @@ def _without_slurm_signal() -> Iterator[None]:
 class WandbSink:
     """One W&B run.
 
-    A thread of its own speaks to wandb, so that a stage never waits for the network or for wandb.
-
+    A separate thread speaks to wandb, so that a stage never waits for the network or for wandb.
     Whatever happens to wandb, the stage continues with its local log. A service that was ended (by
     SIGTERM to all processes of a Slurm task) is started again, and the run continued.
     """
@@ -231,9 +230,7 @@ class WandbSink:
         self._has_steps = False
         self._step: float | None = None  # of the newest row
         self._held = Held()  # rows that W&B already has and that will be logged again
-        self._given = (
-            0  # rows of the local log that this run was given; a service that ends may lose some
-        )
+        self._given = 0  # how many rows of the local log it has, unless the service lost some
         self._media: dict[str, tuple[float | None, Table | Image]] = {}  # the newest, with steps
         self._lost, self._finished = threading.Event(), False
         self._complaints: set[str] = set()
@@ -322,7 +319,7 @@ class WandbSink:
         arrived = held_rows(self._directory, self._run_id, at_server)
         self._journal = RowJournal(Path(self.run.settings.sync_dir))
         for row in read_log(self._directory).rows[: self._given]:
-            if new := arrived.without(_without_time(row)):
+            if new := arrived.without(row):
                 self._log(new)
         for name, (step, event) in self._media.items():
             if arrived.without(_at_step(step, {name: 0.0})):
@@ -331,7 +328,7 @@ class WandbSink:
     def _begin(self, rows: Sequence[Row]) -> None:
         self._held = held_rows(self._directory, self._run_id, self._starting_step)
         for row in rows:
-            self._log_new(_without_time(row))
+            self._log_new(row)
 
     def _send(self, event: Event) -> None:
         match event:
@@ -386,10 +383,6 @@ class WandbSink:
             title=event.name,
             xname=event.columns[1],
         )
-
-
-def _without_time(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name != "time"}
 
 
 def _at_step(step: float | None, row: dict[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Held:
             self._rows.setdefault(step, []).append(names)
 
     def without(self, row: Mapping[str, float]) -> dict[str, float]:
-        """What is new in a row: without the metrics that W&B has of its step, which are taken out.
+        """What is new in a row: without its time and the metrics that W&B has of its step.
 
         Empty if it has all.
 
