@@ -39,7 +39,7 @@ source "$scripts/read_site.sh"
 set -euo pipefail
 
 read -ra run <<<"srun --overlap ${CPT_MERGE_SRUN:-}"
-read -ra cli <<<"${CPT_MERGE_PYTHON:-.venv/bin/python} -m cpt_merge.launcher.cli"
+read -ra cli <<<"${CPT_MERGE_PYTHON:-.venv/bin/python} -m cpt_merge"
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # the nodes in use: the preflight may leave some out
 leave_out=()                                           # srun's option for the others
 cpus=$SLURM_CPUS_ON_NODE

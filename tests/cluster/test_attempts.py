@@ -211,7 +211,7 @@ def test_a_signal_ends_any_command_cleanly_and_rank_0_reports_for_all(
         "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0",
         ATTEMPT: str(folder), BATCH: f"here:{os.getpid()}", "SLURMD_NODENAME": "here",
     }  # fmt: skip
-    process = processes.python("-m", "cpt_merge.launcher.cli", "train", pipe, env=task)
+    process = processes.python("-m", "cpt_merge", "train", pipe, env=task)
     with pipe.open("w"):  # returns when the command has opened the other end
         process.signal(signal.SIGUSR1)
         assert process.finish() == code

@@ -60,7 +60,7 @@ def prepared(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A run whose tokenizer, embedding and data stages are finished."""
     runs = tmp_path_factory.mktemp("prepared")
     for command in ("tokenizer", "embeddings", "data"):
-        words = ["-m", "cpt_merge.launcher.cli", command, str(recipe_path), f"runs={runs}"]
+        words = ["-m", "cpt_merge", command, str(recipe_path), f"runs={runs}"]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
     return runs
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slurm
 
 def killed_task(cluster: SlurmCluster, job: SlurmJob) -> None:
     """kill -9 of one task of training on the second node."""
-    found = cluster.on("node2", "pgrep", "-f", "launcher.cli train").stdout.split()
+    found = cluster.on("node2", "pgrep", "-f", "cpt_merge train").stdout.split()
     assert cluster.on("node2", "kill", "-9", found[-1]).returncode == 0
 
 

@@ -108,7 +108,7 @@ def test_the_same_failure_three_times_ends_the_requeueing_and_says_why(
     python = tmp_path / "python"
     python.write_text(
         "#!/usr/bin/env bash\n"
-        'if [[ "$*" == *"cli train"* && $SLURM_PROCID == 3 ]]; then\n'
+        'if [[ "$*" == *"cpt_merge train"* && $SLURM_PROCID == 3 ]]; then\n'
         '    echo "allocating more and more"\n'
         "    kill -9 $$\n"
         "fi\n"
@@ -129,7 +129,7 @@ def test_a_chain_for_sites_where_jobs_may_not_requeue_themselves(
 ) -> None:
     options = ["--no-requeue", f"--output={runs.parent}/job-%j.log", "--signal=USR1@30"]
     words = [
-        sys.executable, "-m", "cpt_merge.launcher.cli", "submit", recipe_path, f"runs={runs}",
+        sys.executable, "-m", "cpt_merge", "submit", recipe_path, f"runs={runs}",
         "--nodes=2", "--tasks-per-node=2", "--chain=3",
         *(f"--sbatch={option}" for option in options),
     ]  # fmt: skip
@@ -198,7 +198,7 @@ def test_a_job_that_is_cancelled_at_its_very_start_stays_cancelled(
 def test_status_shows_the_progress(cluster: SlurmCluster, recipe_path: Path, runs: Path) -> None:
     job = start(cluster, recipe_path, runs, "--time=30")
     wait_for_step(job, runs, 9)
-    status = ["-m", "cpt_merge.launcher.cli", "status", str(recipe_path), f"runs={runs}"]
+    status = ["-m", "cpt_merge", "status", str(recipe_path), f"runs={runs}"]
     words = [sys.executable, *status]
     shown = re.sub(r"\s+", " ", cluster.slurm(*words))
     assert re.search(
