@@ -103,7 +103,7 @@ def undisturbed(
     runs = tmp_path_factory.mktemp("undisturbed") / "runs"
     shutil.copytree(prepared, runs)
     job = start(cluster, recipe_path, runs)
-    assert job.wait_for_end(300) == "COMPLETED", job.log
+    assert job.wait_for_end() == "COMPLETED", job.log
     return runs
 
 
@@ -116,5 +116,5 @@ def by_sbatch(
     runs = folder / "runs"
     words = ["--nodes=2", "--ntasks-per-node=2", SCRIPT, recipe_path, f"runs={runs}"]
     job = submit(cluster, folder / "job.log", *words)
-    assert job.wait_for_end(480) == "COMPLETED", job.log
+    assert job.wait_for_end() == "COMPLETED", job.log
     return runs / "demo", job

@@ -37,7 +37,7 @@ def rows(runs: Path) -> list[dict[str, float]]:
 
 
 def wait_for_step(job: SlurmJob, runs: Path, step: int) -> None:
-    job.wait(lambda: any(row["train/step"] >= step for row in rows(runs)), 150, f"step {step}")
+    job.wait(lambda: any(row["train/step"] >= step for row in rows(runs)), f"step {step}")
 
 
 def weights(runs: Path) -> bytes:

@@ -90,9 +90,9 @@ def test_an_interrupted_job_ends_with_the_same_weights(
     wait_for_step(job, runs, 20)
     reached, before = rows(runs)[-1]["train/step"], time.time()
     interrupt(cluster, job)
-    job.wait(lambda: job.restarts == 1, 120, "the requeue")
+    job.wait(lambda: job.restarts == 1, "requeue")
     requeued = time.time()
-    assert job.wait_for_end(300) == "COMPLETED", job.log
+    assert job.wait_for_end() == "COMPLETED", job.log
     assert weights(runs) == weights(undisturbed)
     assert chat_model(runs) == chat_model(undisturbed)
     assert curve(runs) == curve(undisturbed)

@@ -43,10 +43,10 @@ def test_a_launcher_inside_sbatch(
     first = submit(cluster, runs.parent / "1.log", "--nodes=2", "--cpus-per-task=4", script)
     wait_for_step(first, runs, 12)
     cluster.slurm("scancel", "--signal=TERM", first.id)
-    first.wait_for_end(120)
+    first.wait_for_end()
     assert "training stopped after step" in first.log, first.log
     second = submit(cluster, runs.parent / "2.log", "--nodes=2", "--cpus-per-task=4", script)
-    assert second.wait_for_end(300) == "COMPLETED", second.log
+    assert second.wait_for_end() == "COMPLETED", second.log
     assert "training: continues from step-" in second.log
     assert "FSDP2: 4 shards, 4 processes" in second.log
     assert weights(runs) == weights(undisturbed)

@@ -25,12 +25,12 @@ def test_a_signal_in_any_stage_costs_at_most_that_stage(
             runs / "demo" / stage / "log" / "run.json",
             runs / "demo" / stage / "stage.json",
         )
-        job.wait(begun.is_file, 200, f"the {stage} stage")
+        job.wait(begun.is_file, f"{stage} stage")
         assert not done.exists()
         cluster.slurm("scancel", "--signal=TERM", job.id)
-        job.wait(lambda count=count: job.restarts == count, 60, "the requeue")
+        job.wait(lambda count=count: job.restarts == count, "requeue")
         assert not done.exists()
-    assert job.wait_for_end(300) == "COMPLETED", job.log
+    assert job.wait_for_end() == "COMPLETED", job.log
     for model in MODELS:
         assert not differing(by_sbatch[0] / model, runs / "demo" / model)
 
@@ -46,14 +46,14 @@ def test_a_bad_node_is_named_and_left_out_where_allowed(
     environment = {"nodes": "3", "preflight": "yes", "TMPDIR": str(temporary)}
     try:
         refused = start(cluster, recipe_path, runs, **environment)
-        assert refused.wait_for_end(120) == "FAILED"
+        assert refused.wait_for_end() == "FAILED"
         assert "BAD   node1: " in refused.log
         assert "preflight: node1 cannot be used" in refused.log
         assert refused.restarts == 0  # another start would say the same
         assert refused.fields["ExitCode"] == "2:0"
         refused.log_path.unlink()
         job = start(cluster, recipe_path, runs, **environment, more=["launch.spare_nodes=1"])
-        assert job.wait_for_end(300) == "COMPLETED", job.log
+        assert job.wait_for_end() == "COMPLETED", job.log
     finally:
         cluster.on("node1", "umount", str(temporary))
     assert "preflight: continuing without node1 (launch.spare_nodes = 1)" in job.log
