@@ -169,7 +169,7 @@ def test_fingerprints_change_with_content_names_and_stage_keys(tmp_path: Path) -
 
 
 def test_rows_with_any_line_end_within_are_read_back(tmp_path: Path) -> None:
-    """Training reads such tables when it resumes: text from the web holds U+2028, which is a line end to Python."""
+    """Text from the web holds U+2028, which ends a line for Python, but not in these files."""
     rows = [[1, "a\u2028b\u2029c\x85d\r\ne"], [2, "둘"]]
     write_json_lines(tmp_path / "rows.jsonl", rows)
     assert read_json_lines(tmp_path / "rows.jsonl") == rows
