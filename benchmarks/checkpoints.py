@@ -74,12 +74,10 @@ def _model(
                     known = widen(source.read_flat(name, start, min(stop, size)), "BF16")
                     values[: len(known)] += known
                 writer.write_flat(name, start, narrow(values, "BF16"))
-        writer.close()
         _write_json(writer.directory / "config.json", _config(shape, rows))
         _write_json(writer.directory / "tokenizer.json", word_tokenizer(rows))
         roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
         _write_json(writer.directory / "tokenizer_config.json", roles)
-        writer.publish()
 
 
 def _config(shape: Shape, rows: int) -> dict[str, object]:

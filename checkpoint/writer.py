@@ -253,10 +253,12 @@ class CheckpointWriter(CheckpointFiles):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """For one process: prepare, then the block, which publishes. A failure leaves no files."""
+        """For one process: prepare, the block, close and publish. A failure leaves no files."""
         self.prepare()
         try:
             yield
+            self.close()
+            self.publish()
         except BaseException:
             self.release()
             self.staging.discard()

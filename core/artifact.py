@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,13 +71,11 @@ def read_record(directory: Path) -> StageRecord | None:
 
 def write_record(directory: Path, record: StageRecord, started: float) -> StageRecord:
     """Mark a stage's directory as complete. `started` is `time.time()` at the stage's start."""
-    complete = StageRecord(
-        **{
-            **asdict(record),
-            "seconds": round(time.time() - started, 2),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": installed_versions(),
-        }
+    complete = replace(
+        record,
+        seconds=round(time.time() - started, 2),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=installed_versions(),
     )
     write_json(directory / STAGE_FILE, asdict(complete))
     return complete

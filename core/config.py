@@ -27,15 +27,11 @@ def key(default: Any, doc: str, *, unit: str | None = None, **constraints: Any) 
 
     `constraints` are pydantic's (`ge=0`, `gt=0`, ...). docs/recipe.md is generated from these.
     """
-    extra: Any = {"unit": unit} if unit else None
+    extra = {"unit": unit} if unit else None
+    options: Any = {"description": doc, "json_schema_extra": extra, **constraints}
     if isinstance(default, (list, dict)):
-        return Field(
-            default_factory=lambda: default.copy(),
-            description=doc,
-            json_schema_extra=extra,
-            **constraints,
-        )
-    return Field(default, description=doc, json_schema_extra=extra, **constraints)
+        return Field(default_factory=default.copy, **options)
+    return Field(default, **options)
 
 
 def unit_of(field: FieldInfo) -> str | None:
@@ -68,17 +64,16 @@ def _nearest(section: type[Section], location: tuple[int | str, ...]) -> str:
     """The known key that is most similar to the unknown one, or else all keys of that section."""
     known = known_keys(section)
     wanted = ".".join(str(part) for part in location if isinstance(part, str))
-    siblings = [name for name in known if name.rpartition(".")[0] == wanted.rpartition(".")[0]]
-    close = difflib.get_close_matches(
-        wanted, siblings, n=1, cutoff=0.5
-    ) or difflib.get_close_matches(
-        wanted.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1, cutoff=0.6
-    )
+    parent, _, last = wanted.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    close = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.5)
+    if not close:
+        by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
+        last_names = [name.rpartition(".")[2] for name in known]
+        found = difflib.get_close_matches(last, last_names, n=1, cutoff=0.6)
+        close = [by_last[name] for name in found]
     if close:
-        full = next(
-            name for name in known if name == close[0] or name.rpartition(".")[2] == close[0]
-        )
-        return f"; the nearest known key is `{full}`"
+        return f"; the nearest known key is `{close[0]}`"
     names = ", ".join(name.rpartition(".")[2] for name in siblings)
     return f"; known keys there: {names}" if siblings else ""
 

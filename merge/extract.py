@@ -83,9 +83,7 @@ def extract(
         ):
             squares[spec.name] = square
             meter.advance()
-        writer.close()
         _describe(pair, squares, dtype, writer.directory)
-        writer.publish()
     say(f"merge: the chat vector is in {out}; add it with --vector {out}")
 
 

@@ -65,10 +65,8 @@ def models(tmp_path):
         with writer.alone():
             for place, (name, info) in enumerate(writer.layout.tensors.items()):
                 writer.write_flat(name, 0, bits(100 * number + place, info.size, dtype))
-            writer.close()
             config = {"model_type": "llama", "tie_word_embeddings": False, "vocab_size": 97}
             (writer.directory / "config.json").write_text(json.dumps(config))
-            writer.publish()
     return tmp_path
 
 

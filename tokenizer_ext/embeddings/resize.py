@@ -71,7 +71,6 @@ def resize_embeddings(
             if name in resize.matrices:
                 norms[kind_of(name)] = resize.append(name, writer, space)
             meter.advance(info.nbytes / 1e6)
-        writer.close()
         linked = resize.link_unchanged_files(writer.directory)
         if linked or list(layout.headers) != [SINGLE_FILE]:
             total = sum(layout.tensors.get(name, info).nbytes for name, info in resize.kept.items())
@@ -80,7 +79,6 @@ def resize_embeddings(
         write_json(writer.directory / "config.json", resize_config(source.config, vocabulary.rows))
         copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], writer.directory)
         copy_files([base / GENERATION_FILE], writer.directory)
-        writer.publish()
     say(
         f"embeddings: {vocabulary.base_rows:,} -> {vocabulary.rows:,} rows; "
         f"{len(resize.changed_files)} files written, {linked} linked"
