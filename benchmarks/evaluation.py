@@ -1,12 +1,13 @@
-"""Generation for evaluation, measured: batches by length against one prompt after the other.
+"""Generation for the evaluation: batches by length against one prompt after the other.
 
-    python -m benchmarks.evaluation MODEL [--template CHAT] [--prompts FILE] [--languages en,ko] [--out FILE]
+    python -m benchmarks.evaluation MODEL [--template CHAT] [--prompts FILE] [--languages en,ko]
+                                    [--out FILE]
 
-MODEL is a model's directory (runs/demo-inputs/chat); one without a chat template is asked in CHAT's. Both ways answer
-the built-in instructions and dialogues, or the prompts of a file, greedily, with the same tokens to stop at; they take
-turns, and the ratio is that of each round. The loop is what one would write first: `model.generate` for each prompt, a
-dialogue's turns in order. It has no padding, so its replies may differ where two tokens are nearly as likely; the share
-that is equal is reported.
+MODEL is a model's directory (runs/demo-inputs/chat), prompted in CHAT's template if it has none.
+Both ways answer the built-in instructions and dialogues, or the prompts of a file, greedily and
+with the same end tokens. They take turns, and the ratio is that of each round. The loop is the
+obvious one: `model.generate` for each prompt, a dialogue's turns in order. It has no padding, so
+replies may differ if two tokens are nearly as likely; the share of equal replies is reported.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from cpt_merge.evaluation.prompt_files import (
     read_conversations,
 )
 
-Texts = list[list[str]]  # of each conversation, its replies
+Texts = list[list[str]]  # the replies of each conversation
 
 
 def one_by_one(
@@ -48,7 +49,7 @@ def one_by_one(
     conversations: list[Conversation],
     config: EvaluationConfig,
 ) -> tuple[Texts, int]:
-    """The replies, and how many tokens were generated."""
+    """The replies, and the number of generated tokens."""
     stop_ids = loaded.tokenizer.convert_tokens_to_ids(template.end_tokens)
     settings = generation_settings(config, stop_ids, config.max_new_tokens)
     texts: Texts = []
@@ -81,7 +82,7 @@ def batched(
     conversations: list[Conversation],
     config: EvaluationConfig,
 ) -> tuple[Texts, int]:
-    """As the evaluation does it."""
+    """The evaluation's way."""
     exchanges = converse(loaded, template, conversations, config, Ranks()).exchanges
     texts = [[reply.text for reply in exchange.replies] for exchange in exchanges]
     return texts, sum(reply.tokens for exchange in exchanges for reply in exchange.replies)
@@ -97,7 +98,7 @@ def main(
     rounds: int = 3,
     out: Path | None = None,
 ) -> None:
-    """Print, and write to `out`, seconds and tokens per second of both ways, and their ratios."""
+    """Print seconds and tokens per second of both ways and their ratios; write them to `out`."""
     asked = languages.split(",")
     config = EvaluationConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
     if prompts:
@@ -114,7 +115,7 @@ def main(
             ),
         ]
     loaded = load_model("model", model, 0)
-    spoken_to = template_for(loaded, model, read_chat_template(template or model))
+    used = template_for(loaded, model, read_chat_template(template or model))
     found: dict[str, Any] = {
         "threads": torch.get_num_threads(), "conversations": len(conversations),
         "turns": sum(len(one.turns) for one in conversations), "rounds": [],
@@ -124,7 +125,7 @@ def main(
         measured: dict[str, Any] = {}
         for way in (one_by_one, batched):
             start = time.monotonic()
-            texts[way], tokens = way(loaded, spoken_to, conversations, config)
+            texts[way], tokens = way(loaded, used, conversations, config)
             seconds = time.monotonic() - start
             measured[way.__name__] = {
                 "seconds": round(seconds, 2),

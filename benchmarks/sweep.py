@@ -1,11 +1,12 @@
-"""What a point of the ratio sweep costs: its merge in memory, beside its generation, and beside a merge through files.
+"""The cost of a point of the ratio sweep: merging in memory, generating, and merging through files.
 
     python -m benchmarks.sweep DIR [--size 135m] [--prompts 32] [--new-tokens 128] [--out FILE]
 
-Random Llamas (base, chat, CPT; made in DIR when they are not there) are merged at three ratios. Of each: the seconds of
-the merge in memory; of replies to the built-in instructions, all as long as `--new-tokens`, since random models do not
-stop; and of what a sweep would do otherwise, merge to disk and load. One pass over the weights, the measure that the
-merge is held against, is reading the three checkpoints from the page cache and converting them to float32.
+Random Llamas (base, chat and CPT, made in DIR if they do not exist) are merged at three ratios. It
+measures the seconds of the merge in memory, of replies to the built-in instructions (all of
+`--new-tokens` tokens, since random models do not stop), and of merging to disk and loading instead.
+The reference is one pass over the weights: reading the three checkpoints from the page cache and
+converting them to float32.
 """
 
 from __future__ import annotations
@@ -42,14 +43,13 @@ TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}
 
 
 def make_models(folder: Path, size: str) -> MergeInputs:
-    """The base, and two that differ a little from it."""
+    """The base, and two models that differ a little from it."""
     base, chat, cpt = (folder / size / name for name in ("base", "chat", "cpt"))
     if not (base / "config.json").is_file():
         make_model(base, SIZES[size])
-        save_file(
-            {name: values.bfloat16() for name, values in load_file(base / "model.safetensors").items()},
-            base / "model.safetensors", {"format": "pt"},
-        )  # fmt: skip
+        path = base / "model.safetensors"
+        weights = {name: values.bfloat16() for name, values in load_file(path).items()}
+        save_file(weights, path, {"format": "pt"})
     for seed, sibling in enumerate((chat, cpt), start=1):
         if not (sibling / "config.json").is_file():
             shutil.copytree(base, sibling)
@@ -64,7 +64,7 @@ def make_models(folder: Path, size: str) -> MergeInputs:
 
 
 def one_pass(inputs: MergeInputs) -> float:
-    """Seconds to read all three checkpoints and convert them to float32, in one thread."""
+    """Seconds to read all three checkpoints and convert them to float32, with one thread."""
     started = time.monotonic()
     assert inputs.base is not None
     assert inputs.chat is not None
@@ -72,14 +72,13 @@ def one_pass(inputs: MergeInputs) -> float:
         checkpoint = Checkpoint.open(directory)
         for name, info in checkpoint.tensors.items():
             for first in range(0, info.size, 1 << 20):
-                widen(
-                    checkpoint.read_flat(name, first, min(first + (1 << 20), info.size)), info.dtype
-                )
+                last = min(first + (1 << 20), info.size)
+                widen(checkpoint.read_flat(name, first, last), info.dtype)
     return time.monotonic() - started
 
 
 def through_files(inputs: MergeInputs, ratio: float, out: Path) -> float:
-    """Seconds of a merge to disk and of loading what it wrote."""
+    """Seconds to merge to disk and load the result."""
     shutil.rmtree(out, ignore_errors=True)
     started = time.monotonic()
     merge(MergeConfig(ratio=ratio), inputs, out, Tracker())
@@ -99,14 +98,8 @@ def measure(inputs: MergeInputs, folder: Path, prompts: int, new_tokens: int) ->
         merging = model.merge(MergeConfig(ratio=ratio))
         generation = converse(model.loaded, model.template, asked, config, ranks)
         files = through_files(inputs, ratio, folder / "merged")
-        rows.append(
-            {
-                "pass": one_pass(inputs),
-                "merge": merging,
-                "generation": generation.seconds,
-                "files": files,
-            }
-        )
+        seconds = {"pass": one_pass(inputs), "merge": merging, "files": files}
+        rows.append({**seconds, "generation": generation.seconds})
     found = {name: round(median(row[name] for row in rows), 3) for name in rows[0]}
     parameters = sum(info.size for info in Checkpoint.open(inputs.cpt).tensors.values())
     return {

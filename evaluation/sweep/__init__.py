@@ -1,1 +1,1 @@
-"""The ratio sweep: the chat vector at one ratio after the other, in memory, and what becomes of the chat model."""
+"""The ratio sweep: merge the chat vector at one ratio after the other in memory, and measure."""

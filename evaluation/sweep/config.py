@@ -12,43 +12,37 @@ from cpt_merge.core.config import Section, key
 from cpt_merge.evaluation.config import Suite
 from cpt_merge.merge.config import Ratio
 
-MOST_RATIOS = 1000  # more is a slip of the pen: 0:1.2:0.0001
+MOST_RATIOS = 1000  # more is a typing error such as 0:1.2:0.0001
 
 
 class RecommendConfig(Section):
-    """The rule that a ratio is recommended by. Metrics are means over the new languages."""
+    """The rule for the recommended ratio. Metrics are means over the new languages."""
 
-    quality: str = key("chat", "metric of results.json that should be large")
+    quality: str = key("chat", "metric of results.json that should be high")
     tolerance: float = key(
         0.02,
-        "ratios whose quality is this little below the best are as good; the smallest of them is recommended",
+        "ratios this close to the best quality count as equally good; the smallest is recommended",
         ge=0,
     )
-    at_least: dict[str, float] = key(
-        {}, "metrics that must reach a value, such as in_language: 0.9"
-    )
-    at_most: dict[str, float] = key(
-        {}, "metrics that must not pass a value, such as repetition: 0.3"
-    )
+    at_least: dict[str, float] = key({}, "lower limits of metrics, such as in_language: 0.9")
+    at_most: dict[str, float] = key({}, "upper limits of metrics, such as repetition: 0.3")
     bits_per_byte_rise: float | None = key(
-        0.1, "how much bits per byte may rise over ratio 0, as a share; without limit if null", ge=0
+        0.1, "allowed rise of bits per byte over ratio 0, as a share; null: no limit", ge=0
     )
 
 
 class SearchConfig(Section):
-    """After the sweep: a search over ratios of each kind of module, by optuna's TPE (Bergstra et al., 2011)."""
+    """After the sweep: a search over ratios by kind of module, by TPE (Bergstra et al., 2011)."""
 
-    trials: int = key(
-        0, "its budget, in merges that are evaluated; 0: no search", unit="merges", ge=0
-    )
+    trials: int = key(0, "number of merges that are evaluated; 0: no search", unit="merges", ge=0)
     kinds: list[Kind] = key(
         ["attention", "mlp", "norm", "embed", "head"],
-        "kinds that have a ratio of their own; the others keep merge.ratio. A tied model has no head",
+        "kinds with a ratio of their own; others keep merge.ratio. A tied model has no head",
         min_length=1,
     )
-    low: float = key(0.0, "smallest ratio tried")
-    high: float = key(1.2, "largest ratio tried")
-    step: float = key(0.05, "ratios tried are this far apart", gt=0)
+    low: float = key(0.0, "smallest ratio")
+    high: float = key(1.2, "largest ratio")
+    step: float = key(0.05, "distance between ratios", gt=0)
     seed: int = key(0, "seed of the search", ge=0)
 
     @model_validator(mode="after")
@@ -59,29 +53,28 @@ class SearchConfig(Section):
 
 
 class SweepConfig(Section):
-    """`cpt-merge sweep`: which ratios are tried, what is measured of each, and which one is recommended."""
+    """`cpt-merge sweep`: the ratios, what is measured at each, and which one is recommended."""
 
     ratios: list[float] = key(
         "0:1.2:0.1",
-        'ratios of the chat vector, "first:last:step" in quotes or a list; merge.rules stay as they are',
+        'ratios of the chat vector, "first:last:step" in quotes or a list; merge.rules still apply',
     )
     per_layer: Ratio | None = key(
-        None,
-        "expression of the layer that every ratio is multiplied by, such as `ramp(0.3, 1)`; 1 if not set",
+        None, "expression of the layer, such as `ramp(0.3, 1)`, that multiplies every ratio"
     )
     suites: list[Suite] = key(
         ["language", "chat"],
-        "what is measured; all else, such as evaluation.prompts, is as in `evaluation`",
+        "what is measured; everything else, such as evaluation.prompts, is as in `evaluation`",
         min_length=1,
     )
     max_prompts: int | None = key(
         None,
-        "prompts per language of each evaluator; evaluation.max_prompts if not set",
+        "number of prompts per language and evaluator; if not set: evaluation.max_prompts",
         unit="prompts",
         gt=0,
     )
-    recommend: RecommendConfig = key(RecommendConfig(), "the rule")
-    search: SearchConfig = key(SearchConfig(), "ratios per kind of module")
+    recommend: RecommendConfig = key(RecommendConfig(), "the rule for the recommended ratio")
+    search: SearchConfig = key(SearchConfig(), "search over ratios by kind of module")
 
     @field_validator("ratios", mode="before")
     @classmethod
@@ -96,7 +89,7 @@ class SweepConfig(Section):
     @classmethod
     def _each_once(cls, ratios: list[float]) -> list[float]:
         if not ratios:
-            raise ValueError("no ratio at all; name some")
+            raise ValueError("there is no ratio; name some")
         return sorted(set(ratios))
 
 

@@ -1,9 +1,8 @@
 """The chat model in memory, at one ratio after the other.
 
-Nothing but its tokenizer and configuration goes to disk. Every ratio is merged anew from the
-checkpoints, which the operating system keeps in memory: the weights of one ratio are never the
-start of the next, so no rounding adds up, and the model holds what a merge at that ratio would
-write.
+Only its tokenizer and configuration are written to disk. Every ratio is merged from the
+checkpoints, which the operating system caches, and never from the weights of the ratio before:
+rounding does not add up, and the model equals what a merge at that ratio would write.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from cpt_merge.merge.plan import MergePlan, plan_again
 
 
 class MergedModel:
-    """A model and its chat template; its weights mean something after `merge` only."""
+    """A model and its chat template. Call `merge` before using the weights."""
 
     def __init__(self, the_plan: MergePlan, local_rank: int) -> None:
         """Raises `UserError` if the chat model has no chat template."""
         if the_plan.format.template is None:
             raise UserError(
-                f"{the_plan.chat.source.chat_directory} has no chat template, so the merged model cannot be asked "
-                "anything; add a chat_template to its tokenizer."
+                f"{the_plan.chat.source.chat_directory} has no chat template, so the merged model "
+                "cannot be prompted; add a chat_template to its tokenizer."
             )
         self.plan = the_plan
         with (
@@ -58,11 +57,11 @@ class MergedModel:
 
     @property
     def kinds(self) -> set[str]:
-        """The kinds of modules that the model has."""
+        """The kinds of modules in the model."""
         return {kind_of(tensor.name) for tensor in self.plan.tensors}
 
     def merge(self, config: MergeConfig) -> float:
-        """Give the model the weights of this merge. Returns the seconds that it took."""
+        """Set the model's weights to those of this merge. Returns the seconds that it took."""
         started = time.monotonic()
         the_plan = plan_again(self.plan, config)
         self._ranges = ranges_of(the_plan, self._ranges)

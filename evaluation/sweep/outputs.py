@@ -1,4 +1,4 @@
-"""What a sweep leaves: results.json, curves.png, a table on the terminal, tables and curves in the tracker."""
+"""What a sweep leaves: results.json, curves.png, and tables on the terminal and in the tracker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cpt_merge.evaluation.sweep.points import Point
 from cpt_merge.evaluation.sweep.recommend import RatedPoint, Recommendation, drawn_metrics
 from cpt_merge.tracking import Cell, Tracker
 
-BEYOND = "beyond the limits"  # column of the limits that a point breaks
+BEYOND = "beyond the limits"  # the column with the limits that a point breaks
 
 
 @dataclass
@@ -35,15 +35,14 @@ class SweepResult:
     recommendation: Recommendation | None = None
 
     @property
-    def line(self) -> list[Point]:
-        """The points with one ratio, by ratio."""
-        found = [one.point for one in self.rated if one.point.ratio is not None]
-        return sorted(found, key=lambda point: point.ratio or 0.0)
+    def by_ratio(self) -> list[RatedPoint]:
+        """All points: those with one ratio by ratio, then those of the search."""
+        return sorted(self.rated, key=lambda one: (one.point.ratio is None, one.point.ratio or 0.0))
 
     @property
-    def by_ratio(self) -> list[RatedPoint]:
-        """All points: those with one ratio by ratio, then the search's."""
-        return sorted(self.rated, key=lambda one: (one.point.ratio is None, one.point.ratio or 0.0))
+    def line(self) -> list[Point]:
+        """The points with one ratio, by ratio."""
+        return [one.point for one in self.by_ratio if one.point.ratio is not None]
 
     @property
     def recommended(self) -> Point | None:
@@ -52,54 +51,54 @@ class SweepResult:
 
     @property
     def shown(self) -> dict[str, bool]:
-        """The metrics that are drawn, and whether they are shares: those of the rule, language share, bits per byte."""
-        others = {
-            metric.name
-            for evaluator in self.evaluators
-            for metric in evaluator.metrics
-            if not metric.share
-        }
+        """The metrics that are drawn, and whether each is a share."""
+        metrics = (metric for evaluator in self.evaluators for metric in evaluator.metrics)
+        others = {metric.name for metric in metrics if not metric.share}
         return {name: name not in others for name in drawn_metrics(self.config.recommend)}
 
     def summary(self) -> dict[str, Any]:
-        """The numbers that are worth a summary."""
+        """The numbers for a summary of the run."""
         quality = self.config.recommend.quality
-        best = self.recommended
         values = {f"{quality}/{one.point.name}": round(one.quality, 4) for one in self.rated}
-        return {**values, "recommended": best.ratios if best else None, "points": len(self.rated)}
+        best = self.recommended.ratios if self.recommended else None
+        return {**values, "recommended": best, "points": len(self.rated)}
 
 
 def report(found: SweepResult, out: Path, tracker: Tracker, final: bool) -> None:
-    """Write and send what there is; `final`: and draw it, and show it."""
+    """Write and track the sweep so far; with `final`, draw and print it as well."""
     write_json(out / "results.json", content(found))
     _track(found, tracker)
     if not final:
         return
     best = found.recommended
-    picture = draw_curves(found.line, found.shown, best.ratio if best else None, out / "curves.png")
-    if picture:
-        tracker.image("sweep/curves", picture)
+    curves = draw_curves(found.line, found.shown, best.ratio if best else None, out / "curves.png")
+    if curves:
+        tracker.image("sweep/curves", curves)
     tracker.file("sweep-results.json", out / "results.json")
-    if found.recommendation:
-        tracker.summary({"sweep/recommendation": found.recommendation.sentence})
     if best and best.ratio is not None:
         tracker.summary({"sweep/recommended_ratio": best.ratio})
     console.print(table(found))
-    _say_cost([one.point for one in found.rated])
+    merging, measuring = (
+        sum(getattr(one.point, name) for one in found.rated) / len(found.rated)
+        for name in ("merge_seconds", "evaluation_seconds")
+    )
+    say(
+        f"sweep: {len(found.rated)} points; per point, merging took {merging:.1f} s and "
+        f"measuring {measuring:.1f} s"
+    )
     if found.recommendation:
+        tracker.summary({"sweep/recommendation": found.recommendation.sentence})
         say(f"sweep: {found.recommendation.sentence}")
 
 
 def content(found: SweepResult) -> dict[str, Any]:
     """results.json."""
-    best = found.recommended
+    recommendation = found.recommendation
     return {
         "config": found.config.model_dump(),
         "languages": list(found.languages),
-        "recommended": best.ratios if best else None,
-        "why": found.recommendation.sentence
-        if found.recommendation
-        else "the sweep is not finished",
+        "recommended": found.recommended.ratios if found.recommended else None,
+        "why": recommendation.sentence if recommendation else "the sweep is not finished",
         "points": [
             {
                 **asdict(one.point),
@@ -113,26 +112,26 @@ def content(found: SweepResult) -> dict[str, Any]:
 
 
 def _track(found: SweepResult, tracker: Tracker) -> None:
-    """A table of all metrics, one of what the rule goes by, and a chart of each metric that it is about."""
+    """Send a table of all metrics, one of the rule's metrics, and a chart for each of these."""
     columns = ["ratio", "language", "metric", "value", "low", "high", "n"]
     rows: list[list[Cell]] = [
         [one.point.name, language, name, *asdict(estimate).values()]
         for one in found.rated
-        for language, metrics in one.point.figures.items()
+        for language, metrics in one.point.metrics.items()
         for name, estimate in metrics.items()
     ]
     tracker.table("sweep/points", columns, rows)
-    means: list[list[Cell]] = [
-        [one.point.name, *(one.point.mean(name, found.languages) for name in found.shown), ", ".join(one.broken),
-         one.point is found.recommended]
-        for one in found.by_ratio
-    ]  # fmt: skip
-    tracker.table("sweep/ratios", ["ratio", *found.shown, BEYOND, "recommended"], means)
+    ratios: list[list[Cell]] = []
+    for one in found.by_ratio:
+        means = [one.point.mean(name, found.languages) for name in found.shown]
+        broken, recommended = ", ".join(one.broken), one.point is found.recommended
+        ratios.append([one.point.name, *means, broken, recommended])
+    tracker.table("sweep/ratios", ["ratio", *found.shown, BEYOND, "recommended"], ratios)
     for name in found.shown:
         curve: list[list[Cell]] = [
             [language, point.ratio, metrics[name].value]
             for point in found.line
-            for language, metrics in point.figures.items()
+            for language, metrics in point.metrics.items()
             if name in metrics
         ]
         if curve:
@@ -140,51 +139,31 @@ def _track(found: SweepResult, tracker: Tracker) -> None:
 
 
 def show_progress(found: SweepResult) -> None:
-    """A line for the newest point."""
+    """Print a line for the newest point."""
     newest = found.rated[-1]
-    of_rule = f"{found.config.recommend.quality} {newest.quality:.3f}"
+    parts = [f"{found.config.recommend.quality} {newest.quality:.3f}"]
     bits = newest.point.mean(BITS, found.languages)
-    seconds = f"merged in {newest.point.merge_seconds:.1f} s, measured in {newest.point.evaluation_seconds:.1f} s"
-    shown = [
-        of_rule,
-        *([f"bits per byte {bits:.3f}"] if bits is not None else []),
-        *newest.broken,
-        seconds,
-    ]
-    say(f"sweep: {newest.point.name}: {', '.join(shown)}")
+    if bits is not None:
+        parts.append(f"bits per byte {bits:.3f}")
+    merging, measuring = newest.point.merge_seconds, newest.point.evaluation_seconds
+    parts += [*newest.broken, f"merged in {merging:.1f} s, measured in {measuring:.1f} s"]
+    say(f"sweep: {newest.point.name}: {', '.join(parts)}")
 
 
 def table(found: SweepResult) -> Table:
-    """A row for each point: the rule's metrics, means over the new languages, and what stands against it."""
-    made = Table(
-        "ratio",
-        title="means over " + ", ".join(found.languages),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    """A row for each point: the rule's metrics, means over the new languages, and broken limits."""
+    title = "means over " + ", ".join(found.languages)
+    made = Table("ratio", title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in found.shown:
         made.add_column("bits/byte" if name == BITS else name.replace("_", " "), justify="right")
     made.add_column(BEYOND)
     for one in found.by_ratio:
-        values = [
-            (one.point.mean(name, found.languages), share) for name, share in found.shown.items()
-        ]
-        cells = [
-            "" if value is None else f"{value:.0%}" if share else f"{value:.3f}"
-            for value, share in values
-        ]
+        cells = []
+        for name, share in found.shown.items():
+            value = one.point.mean(name, found.languages)
+            form = "{:.0%}" if share else "{:.3f}"
+            cells.append("" if value is None else form.format(value))
         chosen = one.point is found.recommended
         row = [one.point.name + (" ←" if chosen else ""), *cells, ", ".join(one.broken)]
         made.add_row(*map(Text, row), style="bold" if chosen else "")
     return made
-
-
-def _say_cost(points: Sequence[Point]) -> None:
-    merging, measuring = (
-        sum(getattr(one, name) for one in points)
-        for name in ("merge_seconds", "evaluation_seconds")
-    )
-    say(
-        f"sweep: {len(points)} points; merging took {merging / len(points):.1f} s a point, "
-        f"measuring {measuring / len(points):.1f} s"
-    )

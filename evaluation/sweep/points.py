@@ -1,7 +1,4 @@
-"""The points of a sweep: a merge and what was measured of it.
-
-Each is kept on disk as soon as it is done.
-"""
+"""The points of a sweep: a merge and what was measured of it. Each is kept when it is done."""
 
 from __future__ import annotations
 
@@ -16,24 +13,20 @@ from cpt_merge.core.artifact import KeptLines
 from cpt_merge.evaluation.statistics import Estimate
 from cpt_merge.merge.config import MergeConfig, RuleConfig
 
-EVERYTHING = "all"  # the one kind of a point that has one ratio
+EVERYTHING = "all"  # the only kind of a point with one ratio
 
 
 @dataclass(frozen=True)
 class Point:
-    """One merge. `ratios`: of every kind that has its own, or the one of `all`."""
+    """One merge. `ratios` are by kind of module, or the one of `all`."""
 
-    key: str  # digest of all that its figures depend on
+    key: str  # digest of all that its metrics depend on
     ratios: dict[str, float]
-    figures: dict[str, dict[str, Estimate]]  # language -> figure
-    merge_seconds: float  # adding the vector to the model in memory
+    metrics: dict[str, dict[str, Estimate]]  # language -> metric
+    merge_seconds: float  # for adding the vector to the model in memory
     evaluation_seconds: float
-    judges: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # requests, tokens and cost of each
-    not_scored: dict[str, dict[str, int]] = field(
-        default_factory=dict
-    )  # figure -> why something was left out -> times
+    judges: dict[str, dict[str, float]] = field(default_factory=dict)  # requests, tokens, cost
+    not_scored: dict[str, dict[str, int]] = field(default_factory=dict)  # metric -> reason -> times
 
     @property
     def ratio(self) -> float | None:
@@ -45,14 +38,14 @@ class Point:
         """For tables and log lines."""
         return name_of(self.ratios)
 
-    def mean(self, figure: str, languages: Sequence[str]) -> float | None:
-        """A figure's mean over those of the languages that it was measured in; None if there is none."""
-        values = [
-            self.figures[one][figure].value
-            for one in languages
-            if figure in self.figures.get(one, {})
-        ]
+    def mean(self, metric: str, languages: Sequence[str]) -> float | None:
+        """A metric's mean over the languages in which it was measured; None if there are none."""
+        found = [self.metrics[one] for one in languages if metric in self.metrics.get(one, {})]
+        values = [of_language[metric].value for of_language in found]
         return sum(values) / len(values) if values else None
+
+
+POINT = TypeAdapter(Point)
 
 
 def name_of(ratios: Mapping[str, float]) -> str:
@@ -65,42 +58,32 @@ def name_of(ratios: Mapping[str, float]) -> str:
 def merge_config(
     recipe: MergeConfig, ratios: Mapping[str, float], per_layer: float | str | None
 ) -> MergeConfig:
-    """The recipe's merge at other ratios.
-
-    Its own rules go first, as exceptions; a ratio of a kind is a rule behind.
-    """
+    """The recipe's merge at other ratios. Ratios of kinds are rules after the recipe's own."""
 
     def shaped(ratio: float) -> float | str:
         return ratio if per_layer is None else f"{ratio!r} * ({per_layer})"
 
     if EVERYTHING in ratios:
-        changes: dict[str, Any] = {"ratio": shaped(ratios[EVERYTHING])}
-    else:
-        of_kinds = [
-            RuleConfig.model_validate({"kinds": [kind], "ratio": shaped(r)})
-            for kind, r in ratios.items()
-        ]
-        changes = {"rules": [*recipe.rules, *of_kinds]}
-    return recipe.model_copy(update=changes)
+        return recipe.model_copy(update={"ratio": shaped(ratios[EVERYTHING])})
+    of_kinds = [
+        RuleConfig.model_validate({"kinds": [kind], "ratio": shaped(ratio)})
+        for kind, ratio in ratios.items()
+    ]
+    return recipe.model_copy(update={"rules": [*recipe.rules, *of_kinds]})
 
 
 class KeptPoints:
-    """points.jsonl: every point that is measured, one on a line."""
+    """points.jsonl: every measured point, one per line."""
 
     def __init__(self, folder: Path) -> None:
         self._kept = KeptLines(folder / "points.jsonl")
 
     def read(self) -> dict[str, Point]:
         """All points by key."""
-        return {
-            key: POINT.validate_python({"key": key, **row})
-            for key, row in self._kept.read().items()
-        }
+        rows = self._kept.read().items()
+        return {key: POINT.validate_python({"key": key, **row}) for key, row in rows}
 
     def add(self, point: Point) -> None:
         """Keep a point."""
-        row = asdict(point)
+        row: dict[str, Any] = asdict(point)
         self._kept.add(row.pop("key"), row)
-
-
-POINT = TypeAdapter(Point)

@@ -1,9 +1,9 @@
-"""The sweep: every ratio is merged in memory and measured; then the search, the curves, and the recommendation."""
+"""The sweep: merge every ratio in memory and measure it; then search, draw and recommend."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,7 @@ from cpt_merge.tracking import Tracker
 
 @dataclass(frozen=True)
 class SweepInputs:
-    """What a sweep reads.
-
-    `languages` are the new ones; `fingerprints` tell these inputs from others.
-    """
+    """What a sweep reads. `languages` are the new ones; `fingerprints` identify all inputs."""
 
     merge: MergeInputs
     text: Text
@@ -56,26 +53,24 @@ def run(
     out: Path,
     tracker: Tracker,
 ) -> dict[str, Any]:
-    """Measure the chat model at every ratio, and write results.json, curves.png and samples into `out`.
+    """Measure the chat model at every ratio, and write results.json, curves.png and samples.
 
-    Any number of processes may call this together. Points that are in `out` already, made of equal inputs and settings,
-    are not measured again. Returns what is worth a summary. Raises `UserError`, also for a rule that names no metric.
+    Any number of processes may call this together. Points in `out` with the same inputs and
+    settings are not measured again. Returns the numbers for a summary. Raises `UserError`, also for
+    a rule that names an unknown metric.
     """
     if config.search.trials:
         search.check_installed()
     sweep = Sweep.prepare(config, evaluation, merge, inputs, out)
     with joined() as ranks:
-        found = sweep.through(ranks, tracker)
-        if ranks.world.is_main:
+        found = sweep.measure_all(ranks, tracker)
+        if ranks.is_main:
             report(found, out, tracker, final=True)
     return found.summary()
 
 
-def of_one_model(setup: Setup) -> dict[str, list[str]]:
-    """The metrics that one model by itself will have, and the languages of each.
-
-    A comparison takes two.
-    """
+def metrics_of_one_model(setup: Setup) -> dict[str, list[str]]:
+    """The metrics of one model alone with their languages; comparisons need two models."""
     metrics = metrics_of_replies(setup)
     bits = {BITS: languages_of(setup.text)} if "language" in setup.config.suites else {}
     return bits | {
@@ -86,27 +81,28 @@ def of_one_model(setup: Setup) -> dict[str, list[str]]:
 def check_rule(
     config: SweepConfig, metrics: Mapping[str, Sequence[str]], new: Sequence[str]
 ) -> None:
-    """Raise `UserError` for a rule about what is not measured, or not in any of the new languages."""
+    """Raise `UserError` if a metric of the rule is not measured in any of the new languages."""
     rule = config.recommend
     for name in (rule.quality, *rule.at_least, *rule.at_most):
         if name not in metrics:
             raise UserError(
-                f"sweep.recommend names {name}, which sweep.suites {', '.join(config.suites)} do not measure; they "
-                f"measure {', '.join(metrics)}."
+                f"sweep.recommend names {name}, which sweep.suites {', '.join(config.suites)} do "
+                f"not measure; they measure {', '.join(metrics)}."
             )
         if not set(new) & set(metrics[name]):
+            measured = ", ".join(metrics[name]) or "no language"
             raise UserError(
-                f"sweep.recommend names {name}, which is measured in {', '.join(metrics[name]) or 'no language'} only; "
-                f"choose another metric, or give prompts in {' or '.join(new)}."
+                f"sweep.recommend names {name}, which is measured in {measured} only; choose "
+                f"another metric, or give prompts in {' or '.join(new)}."
             )
 
 
 @dataclass
 class Sweep:
-    """A sweep that is ready to begin."""
+    """A sweep that is ready to start."""
 
     config: SweepConfig
-    evaluation: EvaluationConfig  # as the points are measured
+    evaluation: EvaluationConfig  # the settings for the points
     merge: MergeConfig
     inputs: SweepInputs
     evaluators: Sequence[Evaluator]
@@ -122,47 +118,45 @@ class Sweep:
     ) -> Sweep:
         """Check what can be checked before a model is loaded."""
         context = shared_context({"cpt": inputs.merge.cpt}, evaluation.context)
-        changes: dict[str, Any] = {
-            "suites": config.suites,
-            "context": context,
-            "models": {},
-        }  # it has its own model
+        changes: dict[str, Any] = {"suites": config.suites, "context": context, "models": {}}
         if config.max_prompts is not None:
             changes["max_prompts"] = config.max_prompts
         measured = evaluation.model_copy(update=changes)
         setup = Setup(measured, inputs.text)
         evaluators = make_evaluators(setup)
-        if "knowledge" not in config.suites:  # whose metrics are known when it has run
-            check_rule(config, of_one_model(setup), inputs.languages)
+        if "knowledge" not in config.suites:  # its metrics are not known before it has run
+            check_rule(config, metrics_of_one_model(setup), inputs.languages)
         check_judges(setup, evaluators)
         return Sweep(config, measured, merge, inputs, evaluators, out)
 
-    def through(self, ranks: Ranks, tracker: Tracker) -> SweepResult:
-        """All points, on every process."""
+    def measure_all(self, ranks: Ranks, tracker: Tracker) -> SweepResult:
+        """Measure all points, on every process."""
         the_plan = plan(self.merge, self.inputs.merge)
         for vector in the_plan.vectors:
             check_base(vector.source)
         model = MergedModel(the_plan, ranks.world.local_rank)
-        kept = ranks.broadcast(KeptPoints(self.out).read)
+        kept = ranks.broadcast(lambda: KeptPoints(self.out).read())
         found = SweepResult(self.config, self.inputs.languages, self.evaluators, [])
 
         def take(ratios: dict[str, float]) -> None:
             point = self._point(ratios, model, kept, ranks)
-            kept[point.key] = point  # a search may come back to it
+            kept[point.key] = point  # the search may suggest it again
             at_zero = found.rated[0].point if found.rated else point
             found.rated.append(rate(point, self.config.recommend, self.inputs.languages, at_zero))
-            if ranks.world.is_main:
+            if ranks.is_main:
                 report(found, self.out, tracker, final=False)
                 show_progress(found)
 
         kinds = [kind for kind in self.config.search.kinds if kind in model.kinds]
         if self.config.search.trials and not kinds:
             named = ", ".join(self.config.search.kinds)
-            raise UserError(
-                f"sweep.search.kinds are {named}, which the model does not have; name others."
-            )
-        ratios = {0.0, *self.config.ratios, *self._ratios_of(kept.values())}
-        for ratio in sorted(ratios, key=lambda ratio: (ratio != 0, ratio)):
+            raise UserError(f"sweep.search.kinds are {named}, which the model lacks; name others.")
+        earlier = [
+            point.ratio
+            for point in kept.values()
+            if point.ratio is not None and self._identify(point.ratios)[1] == point.key
+        ]  # a sweep adds to the one before it, if the settings are the same
+        for ratio in sorted({0.0, *self.config.ratios, *earlier}, key=lambda one: (one != 0, one)):
             take({EVERYTHING: ratio})  # 0 first: the others are compared with it
         for number in range(self.config.search.trials):
             take(search.suggest(self.config.search, kinds, found.rated, number))
@@ -175,14 +169,6 @@ class Sweep:
         settings = {"merge": config.model_dump(), "evaluation": self.evaluation.model_dump()}
         return config, stage_key("sweep point", settings, self.inputs.fingerprints)
 
-    def _ratios_of(self, points: Iterable[Point]) -> list[float]:
-        """The ratios that were measured before, with the settings of now: a sweep adds to the one before it."""
-        return [
-            point.ratio
-            for point in points
-            if point.ratio is not None and self._identify(point.ratios)[1] == point.key
-        ]
-
     def _point(
         self,
         ratios: dict[str, float],
@@ -190,31 +176,32 @@ class Sweep:
         kept: Mapping[str, Point],
         ranks: Ranks,
     ) -> Point:
-        """The point of these ratios: kept from before, or measured now and kept."""
+        """The point of these ratios: kept from before, or measured and kept now."""
         config, key = self._identify(ratios)
         if key in kept:
-            say(f"sweep: {name_of(ratios)} is done already")
+            say(f"sweep: {name_of(ratios)} is already measured")
             return kept[key]
         merge_seconds = model.merge(config)
         started = time.monotonic()
         subject = Subject(model.loaded, None, ranks, model.template)
         result = measure(subject, self.evaluation, self.evaluators)
         results = summarise([result], self.evaluators, None, self.evaluation.seed)
+        seconds, took = time.monotonic() - started, judges_took(results)
+        left_out = result.details.get("not_scored", {})
         metrics = results.scores[result.name]
-        seconds, left_out = time.monotonic() - started, result.details.get("not_scored", {})
-        point = Point(key, ratios, metrics, merge_seconds, seconds, judges_took(results), left_out)
-        if ranks.world.is_main:
+        point = Point(key, ratios, metrics, merge_seconds, seconds, took, left_out)
+        if ranks.is_main:
             folder = self.out / "samples"
             folder.mkdir(parents=True, exist_ok=True)
-            write_json_lines(
-                folder / f"{key}.jsonl", ({**row, "ratios": ratios} for row in sample_rows(results))
-            )
+            rows = ({**row, "ratios": ratios} for row in sample_rows(results))
+            write_json_lines(folder / f"{key}.jsonl", rows)
             show_left_out(results)
-            show_judges(judges_took(results))
+            show_judges(took)
             if not results.failed:
                 KeptPoints(self.out).add(point)
         if results.failed:
             raise UserError(
-                f"{results.failed[0]}; mend that and run the same command, which goes on at ratio {name_of(ratios)}."
+                f"{results.failed[0]}; fix that and run the same command, which continues at ratio "
+                f"{name_of(ratios)}."
             )
         return point

@@ -1,8 +1,8 @@
-"""A budgeted search over ratios by kind of module: a tree-structured Parzen estimator, from optuna.
+"""A search over ratios by kind of module: optuna's tree-structured Parzen estimator.
 
-The sweep's own points are where it starts from: one ratio for all kinds is a place in the same
-space. A suggestion is a function of the points before it and of the seed, so that a search that was
-cut short goes on as it would have.
+It starts from the sweep's own points: one ratio for all kinds is a place in the same space. A
+suggestion depends on the earlier points and the seed alone, so an interrupted search continues as
+if it had not been.
 """
 
 from __future__ import annotations
@@ -16,43 +16,39 @@ from cpt_merge.evaluation.sweep.recommend import RatedPoint
 
 
 def check_installed() -> None:
-    """Raise `UserError` without optuna."""
+    """Raise `UserError` if optuna is not installed."""
     try:
         import optuna  # noqa: F401
     except ImportError:
         raise UserError(
-            "sweep.search needs optuna, which is not installed; pip install -c constraints.txt -e '.[search]' "
-            "or set sweep.search.trials to 0."
+            "sweep.search needs optuna, which is not installed; run pip install -c constraints.txt "
+            "-e '.[search]', or set sweep.search.trials to 0."
         ) from None
 
 
 def suggest(
     config: SearchConfig, kinds: Sequence[str], before: Sequence[RatedPoint], number: int
 ) -> dict[str, float]:
-    """The ratios that trial `number` (from 0) should try, by kind."""
+    """The ratios of trial `number` (from 0), by kind."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    spaces = {
-        kind: optuna.distributions.FloatDistribution(config.low, config.high, step=config.step)
-        for kind in kinds
-    }
-    study = optuna.create_study(
-        direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.seed + number)
-    )
+    distribution = optuna.distributions.FloatDistribution(config.low, config.high, step=config.step)
+    spaces = dict.fromkeys(kinds, distribution)
+    sampler = optuna.samplers.TPESampler(seed=config.seed + number)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
     for rated in before:
         params = _by_kind(rated.point.ratios, kinds)
-        if all(_is_in(config, ratio) for ratio in params.values()):
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params=params, distributions=dict(spaces), value=rated.score
-                )
+        if all(_is_in_range(config, ratio) for ratio in params.values()):
+            trial = optuna.trial.create_trial(
+                params=params, distributions=dict(spaces), value=rated.score
             )
+            study.add_trial(trial)
     asked = study.ask(dict(spaces))
     return {kind: round(float(asked.params[kind]), 6) for kind in kinds}
 
 
-def _is_in(config: SearchConfig, ratio: float) -> bool:
+def _is_in_range(config: SearchConfig, ratio: float) -> bool:
     steps = (ratio - config.low) / config.step
     return config.low <= ratio <= config.high and abs(steps - round(steps)) < 1e-6
 

@@ -21,6 +21,7 @@ from cpt_merge.evaluation.kept import KeptResults
 from cpt_merge.evaluation.models import shared_context
 from cpt_merge.evaluation.outputs import is_complete
 from cpt_merge.evaluation.results import ModelResult, Sample
+from cpt_merge.evaluation.run import evaluate as evaluate_from_python
 from cpt_merge.evaluation.run import evaluate_model, run
 from cpt_merge.evaluation.tables import show_samples
 from cpt_merge.tracking import Tracker, TrackingConfig, read_log, start_tracker
@@ -69,6 +70,19 @@ def test_what_it_writes_and_returns(
     assert "Korean, language: 6 documents" in shown
     assert "Korean, form: 2 conversations" in shown
     assert "base: has no chat template" in shown
+
+
+def test_the_call_for_notebooks_needs_neither_tracker_nor_folder(
+    models_of_two_vocabularies, prompts_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = EvaluationConfig(suites=["form"], prompts=str(prompts_file), **SETTINGS)
+    models = {name: str(path) for name, path in models_of_two_vocabularies.items()}
+    found = evaluate_from_python(models, config)
+    assert found.keys() >= {"base/ko/chat", "chat/en/stopped"}
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="nothing is measured"):
+        evaluate_from_python(models)
 
 
 def test_replies_with_marks_and_control_characters_are_shown_as_they_are(capsys):
@@ -259,7 +273,7 @@ def test_bad_models(models_of_two_vocabularies, corpus, prompts_file, tmp_path):
         ({"base": base}, base, {"baseline": "chat"}, "evaluation.baseline = chat is none of the models; they are base"),
         ({"base": base}, base, {"suites": ["chat"], "languages": ["ja"]}, "prompts file .* holds no prompt in ja"),
         ({"base": base}, base, {"suites": ["chat"], "languages": ["ja"], "prompts": None},
-         "there are no built-in instructions in ja; give a file by evaluation.instructions"),
+         "there are no built-in instructions in ja; name a file by evaluation.instructions"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             run(

@@ -151,10 +151,10 @@ def test_the_command_sweeps_a_finished_run_in_two_processes(
     merged = json.loads((finished / "evaluation" / "results.json").read_text())["models"]["merged"][
         "scores"
     ]
-    at_1 = results["points"][2]["figures"]
+    at_1 = results["points"][2]["metrics"]
     # the hook merged fp32 masters, a sweep starts from CPT as it was exported: bf16, so one rounding more
     for end, value in merged["ko"]["bits_per_byte"].items():
         assert at_1["ko"]["bits_per_byte"][end] == pytest.approx(value, rel=1e-3)
     assert "sweep: recommended: " in done.stderr
     again = cpt_merge("sweep", recipe_path, *words)
-    assert again.stderr.count("is done already") == 3
+    assert again.stderr.count("is already measured") == 3

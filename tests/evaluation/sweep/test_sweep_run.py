@@ -114,8 +114,8 @@ def test_a_sweep_leaves_results_curves_and_samples(inputs, evaluation, tmp_path)
     assert results["recommended"] == summary["recommended"]
     assert summary["points"] == 3
     for point in results["points"]:
-        assert set(point["figures"]) == {"zh_tw", "ko", "en"}
-        assert set(point["figures"]["ko"]) >= {
+        assert set(point["metrics"]) == {"zh_tw", "ko", "en"}
+        assert set(point["metrics"]["ko"]) >= {
             "bits_per_byte",
             "chat",
             "in_language",
@@ -157,7 +157,7 @@ def test_its_log_says_what_the_rule_goes_by(inputs, evaluation, tmp_path):
     )
     for row, point in zip(table.rows, results["points"], strict=True):
         of_new = [
-            point["figures"][language]["bits_per_byte"]["value"] for language in ("ko", "zh_tw")
+            point["metrics"][language]["bits_per_byte"]["value"] for language in ("ko", "zh_tw")
         ]
         assert row[2] == pytest.approx(sum(of_new) / 2)
     assert log.summary["sweep/recommendation"] == results["why"]
@@ -231,7 +231,7 @@ def test_a_point_that_a_judge_left_out_is_not_kept(
         update={"judge": rated.judge.model_copy(update={"cache": str(tmp_path / "another")})}
     )
     with pytest.raises(
-        UserError, match=r"503 .*mend that and run the same command, which goes on at ratio 0\."
+        UserError, match=r"503 .*fix that and run the same command, which continues at ratio 0\."
     ):
         sweep(inputs, elsewhere, tmp_path / "out", **rule)
     alive.append(True)
@@ -271,7 +271,7 @@ def test_the_search_keeps_its_budget_and_goes_on_as_it_would_have(
 
 def test_a_search_over_kinds_that_the_model_lacks_is_refused(inputs, evaluation, tmp_path):
     pytest.importorskip("optuna")
-    with pytest.raises(UserError, match=r"search\.kinds are other, which the model does not have"):
+    with pytest.raises(UserError, match=r"search\.kinds are other, which the model lacks"):
         sweep(inputs, evaluation, tmp_path / "out", search={"trials": 1, "kinds": ["other"]})
 
 
@@ -279,7 +279,7 @@ def test_a_chat_model_without_a_template_is_one_sentence(inputs, evaluation, tmp
     chat = shutil.copytree(inputs.merge.chat, tmp_path / "chat")
     (chat / "chat_template.jinja").unlink()
     with pytest.raises(
-        UserError, match=r"has no chat template, so the merged model cannot be asked anything"
+        UserError, match=r"has no chat template, so the merged model cannot be prompted"
     ):
         sweep(replace(inputs, merge=replace(inputs.merge, chat=chat)), evaluation, tmp_path / "out")
 
@@ -349,7 +349,7 @@ def test_the_best_that_keeps_the_limits_and_of_equals_the_smallest():
 def test_where_every_ratio_breaks_a_limit_none_is_recommended():
     chosen, sentence = recommended(LINE, at_least={"chat": 0.95})
     assert chosen is None
-    assert "every one breaks a limit of sweep.recommend; nearest is 1 (chat 0.9 < 0.95" in sentence
+    assert "every one breaks a limit of sweep.recommend; the nearest is 1 (chat 0.9 < 0.95" in sentence
 
 
 def test_ratios_by_kind_must_be_clearly_better():
