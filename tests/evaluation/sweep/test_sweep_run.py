@@ -349,7 +349,9 @@ def test_the_best_that_keeps_the_limits_and_of_equals_the_smallest():
 def test_where_every_ratio_breaks_a_limit_none_is_recommended():
     chosen, sentence = recommended(LINE, at_least={"chat": 0.95})
     assert chosen is None
-    assert "every one breaks a limit of sweep.recommend; the nearest is 1 (chat 0.9 < 0.95" in sentence
+    assert (
+        "every one breaks a limit of sweep.recommend; the nearest is 1 (chat 0.9 < 0.95" in sentence
+    )
 
 
 def test_ratios_by_kind_must_be_clearly_better():
