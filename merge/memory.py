@@ -36,7 +36,7 @@ class MemoryOutput:
     first: int = 0  # the element of the whole tensor at which each of the tensors begins
 
     def write_flat(self, name: str, start: int, values: Array) -> None:
-        """See `merge.slices.Output`."""
+        """See `merge.slices.SliceOutput`."""
         merged = torch.from_numpy(values)
         dtype = self.plan.by_name[name].spec.dtype
         start -= self.first

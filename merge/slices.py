@@ -34,7 +34,7 @@ CHUNK = 1 << 18  # elements: one megabyte in float32. Half of it costs 30 % more
 ReadCpt = Callable[[int, int], Float32]
 
 
-class Output(Protocol):
+class SliceOutput(Protocol):
     """Where merged slices go: the files of a checkpoint, or memory. Called from several threads."""
 
     def write_flat(self, name: str, start: int, values: Array) -> None:
@@ -73,7 +73,9 @@ class SliceMerger:
     `ranges` has those tensors of which something must be known as a whole.
     """
 
-    def __init__(self, plan: MergePlan, output: Output, ranges: dict[str, TensorRange]) -> None:
+    def __init__(
+        self, plan: MergePlan, output: SliceOutput, ranges: dict[str, TensorRange]
+    ) -> None:
         self.plan, self.output, self.ranges = plan, output, ranges
         self._mean_row = cache(plan.cpt.mean_row)
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from cpt_merge.checkpoint.vocabulary_map import ChatToken, NewPiece, VocabularyMap
-from cpt_merge.merge import merge_report
+from cpt_merge.merge import files, merge_report
 from cpt_merge.tracking import Tracker
 from tests.recording import Recording
 
@@ -217,8 +217,12 @@ def untied(tmp_path: Path) -> Family:
 
 @pytest.fixture(autouse=True)
 def real_draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Tests skip the figure; those that need it put this function back."""
+    """Tests skip the figure and the garbage collection, which take longer than a small merge.
+
+    Those that need the figure put this function back.
+    """
     monkeypatch.setattr(merge_report, "draw", lambda layers, path: path.touch())
+    monkeypatch.setattr(files, "_return_freed_memory", lambda: None)
     return DRAW
 
 

@@ -115,7 +115,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", list(SETTINGS.values()), ids=list(SETTINGS))
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 3])
 def test_hook_and_files_give_equal_bytes(family, tmp_path, tracker, size, settings):
     """Invariant "one rounding"."""
     second = {"base": str(family.base), "chat": str(family.chat), "ratio": -0.2}

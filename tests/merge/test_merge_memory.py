@@ -26,7 +26,7 @@ def empty_like(the_plan, dtype):
 def test_equal_to_the_files_in_any_order_of_ratios(family, tmp_path, tracker, settings):
     first = plan(MergeConfig(**settings), inputs_of(family))
     tensors, ranges = empty_like(first, torch.float32), {}
-    for ratio in (0.3, 1.0, "ramp(0.2, 1.1)", 0.0):
+    for ratio in (0.3, "ramp(0.2, 1.1)"):
         config = MergeConfig(ratio=ratio, **settings)
         the_plan = plan_again(first, config)
         ranges = ranges_of(the_plan, ranges)

@@ -70,13 +70,16 @@ def blocks_written(out):
     return sum(path.read_text().count('"block"') for path in journals)
 
 
-@pytest.mark.parametrize("settings", [ADD, TIES], ids=["add", "ties"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(ADD, id="add"), pytest.param(TIES, id="ties", marks=pytest.mark.slow)],
+)
 def test_killed_again_and_again_it_ends_in_the_same_bytes(
     untied, tmp_path, tracker, command, settings
 ):
     merge(untied, tmp_path / "whole", tracker, **settings)
     out, moments = tmp_path / "out", random.Random(0)
-    for _ in range(3):
+    for _ in range(2):
         drawn = moments.randint(3, 25)
         wanted = blocks_written(out) + drawn
         process = command(untied, out, hold=drawn + 20, **settings)
@@ -122,7 +125,7 @@ def threads_as_ranks(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [3])
 @pytest.mark.parametrize("settings", [ADD, TIES], ids=["add", "ties"])
 def test_any_number_of_processes_gives_the_same_bytes(
     family, tmp_path, tracker, monkeypatch, threads_as_ranks, size, settings
