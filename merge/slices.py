@@ -89,9 +89,8 @@ class SliceMerger:
         for first, last in self._chunks(tensor, start, stop):
             cpt = self._read_cpt(tensor, first, last, read_cpt)
             merged = self._merge_chunk(tensor, first, cpt, sums)
-            self.output.write_flat(
-                tensor.name, first, rounded(merged, tensor.spec.dtype, tensor.name)
-            )
+            stored = rounded(merged, tensor.spec.dtype, tensor.name)
+            self.output.write_flat(tensor.name, first, stored)
         return sums
 
     def gate_range(
@@ -104,10 +103,8 @@ class SliceMerger:
             if tensor.by_token:
                 here = slice(first // self._width(tensor), last // self._width(tensor))
                 shared = vector.rows.role[here] == Role.SHARED
-                cpt, part = (
-                    cpt.reshape(len(shared), -1)[shared],
-                    self._rows(tensor, vector, here, shared),
-                )
+                cpt = cpt.reshape(len(shared), -1)[shared]
+                part = self._rows(tensor, vector, here, shared)
             else:
                 part = Part(vector.source.elements(tensor.name, first, last))
             if cpt.size and part.base is not None:
