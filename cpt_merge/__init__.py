@@ -1,7 +1,7 @@
-"""From an English base model, its chat sibling and text in a new language to a chat model in that language.
+"""Turn an English base and chat pair and text in a new language into a chat model in that language.
 
-The names below are for notebooks and scripts (docs/api.md). They are imported when they are first used, so
-`import cpt_merge` itself takes no time and needs no torch.
+The names below are for notebooks and scripts (docs/api.md). They are imported when they are first
+used, so `import cpt_merge` is fast and needs no torch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Corpus", "EvaluationConfig", "Interrupted", "Recipe", "UserError", "check_tokenizer", "evaluate",
-    "extend_tokenizer", "load_recipe", "merge_in_memory", "merge_models", "resize_embeddings", "run_stage",
+    "Corpus", "EvaluationConfig", "Interrupted", "Recipe", "UserError", "check_tokenizer",
+    "evaluate", "extend_tokenizer", "load_recipe", "merge_in_memory", "merge_models",
+    "resize_embeddings", "run_stage",
 ]  # fmt: skip
 
 _MODULES = {

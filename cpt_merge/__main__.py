@@ -1,4 +1,4 @@
-"""`python -m cpt_merge COMMAND`: the same as `cpt-merge COMMAND`, also under accelerate, torchrun and srun."""
+"""`python -m cpt_merge COMMAND` is `cpt-merge COMMAND`, also under accelerate and srun."""
 
 from cpt_merge.launcher.cli import main
 

@@ -1,4 +1,4 @@
-"""The calls of `import cpt_merge`, for notebooks and scripts. `cpt_merge/__init__.py` imports them lazily.
+"""The calls of `import cpt_merge`, for notebooks and scripts; it imports them lazily.
 
 Models are directories or hub ids. Errors that the user can fix are `UserError`s of one sentence.
 """

@@ -1,4 +1,4 @@
-"""`cpt-merge chat`: talk to a model in the terminal. Replies go to stdout as they come, everything else to stderr."""
+"""`cpt-merge chat`: talk to a model in the terminal. Replies go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -23,26 +23,28 @@ from cpt_merge.evaluation.chat_template import render
 from cpt_merge.evaluation.conversation import Message
 from cpt_merge.evaluation.models import LoadedModel, load_model, load_tokenizer
 
-HELP = "/clear: a new conversation   /undo: take the last exchange back   /exit or Ctrl-D: end   Ctrl-C: stop a reply"
-UNFINISHED_CHARACTER = "\ufffd"  # what bytes decode to that are no whole character yet
+HELP = (
+    "/clear: start a new conversation   /undo: remove the last exchange   "
+    "/exit or Ctrl-D: end   Ctrl-C: stop a reply"
+)
+UNFINISHED_CHARACTER = "\ufffd"  # incomplete bytes decode to it
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """What the command line decides."""
+    """The options of the command line."""
 
     system: str | None
     max_new_tokens: int
-    temperature: (
-        float | None
-    )  # 0: the likeliest token; None: as the model's generation_config.json says
-    seed: int | None  # None: other replies each time
+    temperature: float | None  # 0: greedy; None: that of the model's generation_config.json
+    seed: int | None  # None: replies differ each time
 
 
 def chat(name: str, settings: ChatSettings) -> None:
-    """Talk to a model, a directory or a hub id, until the user ends it or stdin does.
+    """Talk to a model (a directory or a hub id) until the user or the end of stdin ends it.
 
-    Raises `UserError` for what is no chat model; where stdin is no terminal, also for a turn that cannot be answered.
+    Raises `UserError` if it is not a chat model and, if stdin is not a terminal, for a turn that
+    cannot be answered.
     """
     conversation = Conversation(_load(name, settings), settings)
     if settings.seed is None:
@@ -51,9 +53,7 @@ def chat(name: str, settings: ChatSettings) -> None:
         torch.manual_seed(settings.seed)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # half a character, typed or piped, is no reason to end
+            stream.reconfigure(errors="replace")  # half a character must not end the program
     terminal = sys.stdin.isatty()
     for line in _lines(terminal):
         try:
@@ -62,37 +62,33 @@ def chat(name: str, settings: ChatSettings) -> None:
         except (UserError, KeyboardInterrupt) as error:
             if not terminal:
                 raise
-            say(str(error) or "(stopped; this turn is left out of the conversation)")
+            say(str(error) or "(stopped; this turn is not part of the conversation)")
 
 
 def _load(name: str, settings: ChatSettings) -> LoadedModel:
-    """The model, after a look at all that can be wrong with it before its weights are read."""
+    """Load the model, after checking everything that can be wrong with it."""
     if is_local(name) and not Path(name).expanduser().is_dir():
         raise UserError(
             f"{name} does not exist; give the directory of a model, or its hub id (org/model)."
         )
     directory = model_directory(name)
     try:
-        # otherwise transformers asks on the terminal whether it may run the model's own code
+        # without the argument, transformers asks on the terminal whether to run the model's code
         AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(
-            f"{directory} holds no model that transformers can load ({reason})."
-        ) from None
+        raise UserError(f"transformers cannot load a model from {directory} ({reason}).") from None
     tokenizer = load_tokenizer(directory)
     if not tokenizer.chat_template:
         raise UserError(
-            f"{directory} has no chat template, as base models have none; give a chat model, or put a template into it "
-            "as chat_template.jinja."
+            f"{directory} has no chat template, so it is probably a base model; give a chat model, "
+            "or add a template as chat_template.jinja."
         )
     _render(tokenizer, [*_opening(settings), {"role": "user", "content": "?"}])
     Checkpoint.open(directory)
     loaded = load_model(name, directory, local_rank=0)
-    loaded.model.generation_config.max_length = (
-        None  # of prompt and reply; the limits here are others
-    )
-    say(f"{name} on {loaded.device}; /help says what else there is than to talk")
+    loaded.model.generation_config.max_length = None  # the limits are those of `_fit`
+    say(f"{name} on {loaded.device}; /help lists the commands")
     return loaded
 
 
@@ -106,12 +102,12 @@ def _render(tokenizer: Any, messages: list[Message]) -> str:
 
 
 def _lines(terminal: bool) -> Iterator[str]:
-    """What the user says, a line at a time. On a terminal Ctrl-C forgets the line, and Ctrl-D ends."""
+    """The user's lines. On a terminal, Ctrl-C discards the line and Ctrl-D ends."""
     if not terminal:
         yield from (line for line in map(str.strip, sys.stdin) if line)
         return
     with suppress(ImportError):
-        import readline  # noqa: F401 - from now on, input() edits lines, also where a character is several bytes
+        import readline  # noqa: F401 - lets input() edit lines, also of multi-byte characters
     while True:
         try:
             line = _ask().strip()
@@ -129,7 +125,7 @@ def _ask() -> str:
     """A line from the terminal. Raises `EOFError` at Ctrl-D."""
     if sys.stdout.isatty():
         return input("> ")
-    print("> ", end="", file=sys.stderr, flush=True)  # input() would write it among the replies
+    print("> ", end="", file=sys.stderr, flush=True)  # input() would write it to stdout
     line = sys.stdin.readline()
     if not line:
         raise EOFError
@@ -137,32 +133,32 @@ def _ask() -> str:
 
 
 def _obey(conversation: Conversation, line: str) -> bool:
-    """Do what a line says. False if it says to end."""
+    """Execute a command or answer. Returns False at the end of the program."""
     if not line.startswith("/"):
         conversation.answer(line)
     elif line in ("/exit", "/quit"):
         return False
     elif line == "/clear":
         conversation.turns.clear()
-        say("(a new conversation)")
+        say("(new conversation)")
     elif line == "/undo":
         del conversation.turns[-2:]
         say(f"(exchanges left: {len(conversation.turns) // 2})")
     else:
-        say(HELP if line == "/help" else f"{line} is no command. {HELP}")
+        say(HELP if line == "/help" else f"{line} is not a command. {HELP}")
     return True
 
 
 @dataclass
 class Conversation:
-    """A dialogue with a model: the turns so far, which alternate between user and assistant."""
+    """A dialogue with a model; its turns alternate between user and assistant."""
 
     loaded: LoadedModel
     settings: ChatSettings
     turns: list[Message] = field(default_factory=list)
 
     def answer(self, text: str) -> None:
-        """Write the reply to `text` to stdout, and keep both. Raises `UserError` if the text is too long."""
+        """Write the reply to stdout and keep both. Raises `UserError` if the text is too long."""
         self.turns, prompt = self._fit([*self.turns, {"role": "user", "content": text}])
         room = self.settings.max_new_tokens
         if self.context is not None:
@@ -170,13 +166,13 @@ class Conversation:
         try:
             reply = self._generate(prompt, room)
         except BaseException:
-            self.turns.pop()  # the user's, which has no reply
+            self.turns.pop()  # the user's turn, which has no reply
             raise
         self.turns.append({"role": "assistant", "content": reply})
 
     @property
     def context(self) -> int | None:
-        """How many tokens the model takes; None if its configuration does not say."""
+        """The longest input in tokens; None if the model's configuration does not limit it."""
         positions = getattr(
             self.loaded.model.config.get_text_config(), "max_position_embeddings", None
         )
@@ -184,15 +180,16 @@ class Conversation:
 
     @property
     def stop_ids(self) -> list[int]:
-        """The tokens that end a reply: those of the model's generation settings, and the tokenizer's eos."""
+        """The tokens that end a reply: the model's generation settings' and the tokenizer's eos."""
         ids = self.loaded.model.generation_config.eos_token_id
         found = [*(ids if isinstance(ids, list) else [ids]), self.loaded.tokenizer.eos_token_id]
         return list(dict.fromkeys(number for number in found if number is not None))
 
     def _fit(self, turns: list[Message]) -> tuple[list[Message], list[int]]:
-        """The turns and their tokens, without the oldest exchanges if they would leave too little for the reply.
+        """The turns and their tokens, without the oldest exchanges if the reply needs their room.
 
-        That is a quarter of the context, or `max_new_tokens` if fewer. Raises `UserError` if the last turn is too long.
+        A reply gets at least a quarter of the context, or `max_new_tokens` if that is less. Raises
+        `UserError` if the last turn is too long.
         """
         dropped, prompt = 0, self._encode(turns)
         if self.context is None:
@@ -203,12 +200,10 @@ class Conversation:
             prompt = self._encode(turns)
         if len(prompt) >= self.context:
             raise UserError(
-                f"this turn makes {len(prompt)} tokens and the model takes {self.context}; shorten it."
+                f"this turn has {len(prompt)} tokens, the model takes {self.context}; shorten it."
             )
         if dropped:
-            say(
-                f"(the model takes {self.context} tokens: the oldest of the dialogue is dropped, exchanges: {dropped})"
-            )
+            say(f"(the model takes {self.context} tokens; oldest exchanges dropped: {dropped})")
         return turns, prompt
 
     def _encode(self, turns: list[Message]) -> list[int]:
@@ -217,7 +212,7 @@ class Conversation:
         )
 
     def _generate(self, prompt: list[int], room: int) -> str:
-        """Write a reply of at most `room` tokens to stdout and return it. Ctrl-C ends it early."""
+        """Write a reply of at most `room` tokens to stdout and return it. Ctrl-C stops it."""
         inputs = torch.tensor([prompt], device=self.loaded.device)
         streamer = ReplyStreamer(self.loaded.tokenizer, self.stop_ids, _write)
         with _interruptible() as asked:
@@ -233,12 +228,13 @@ class Conversation:
             say("(stopped)")
         elif not streamer.stopped:
             say(
-                f"(cut off after {len(streamer.ids)} tokens; --max-new-tokens and the model's context are the limits)"
+                f"(cut off after {len(streamer.ids)} tokens; the limits are --max-new-tokens "
+                "and the model's context)"
             )
         return streamer.text.strip()
 
     def _generation_config(self, room: int) -> GenerationConfig:
-        """What is decided here; transformers takes the rest from the model's generation_config.json."""
+        """Our settings; transformers takes all others from the model's generation_config.json."""
         stop_ids, temperature = self.stop_ids, self.settings.temperature
         settings: dict[str, Any] = {
             "max_new_tokens": room,
@@ -255,18 +251,19 @@ class Conversation:
 
 
 class ReplyStreamer:
-    """A streamer for `generate` that hands text on as soon as its tokens spell whole characters.
+    """A streamer for `generate` that writes text as soon as its tokens spell whole characters.
 
-    transformers' TextStreamer waits for a space, so that Korean comes by words and Japanese not before the end, and
-    with SentencePiece it loses the space that begins a line. Special tokens are not in the text.
+    transformers' TextStreamer waits for spaces, so Korean appears word by word and Japanese at the
+    end; with SentencePiece it also loses the space at the beginning of a line. Special tokens are
+    not in the text.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: list[int], write: Callable[[str], None]) -> None:
-        self.ids: list[int] = []  # of the reply, without the one that stops it
+        self.ids: list[int] = []  # of the reply, without the stop token
         self.stopped = False
         self._tokenizer, self._stop_ids, self._write = tokenizer, frozenset(stop_ids), write
         self._in_prompt = True
-        self._start = self._written = 0  # the last piece that was written is of ids[start:written]
+        self._start = self._written = 0  # the last text written is that of ids[start:written]
 
     @property
     def text(self) -> str:
@@ -274,7 +271,7 @@ class ReplyStreamer:
         return self._decode(self.ids)
 
     def put(self, tokens: torch.Tensor) -> None:
-        """Take new tokens, shape (1,) or (1, length). The first ones are the prompt."""
+        """Take new tokens, of shape (1,) or (1, length). The first call passes the prompt."""
         if self._in_prompt:
             self._in_prompt = False
             return
@@ -282,19 +279,17 @@ class ReplyStreamer:
             self.stopped = self.stopped or number in self._stop_ids
             if not self.stopped:
                 self.ids.append(number)
-        self._hand_on()
+        self._write_new()
 
     def end(self) -> None:
-        """Hand on what is left, though it be half a character."""
-        self._hand_on(all_of_it=True)
+        """Write what is left, even an incomplete character."""
+        self._write_new(complete=True)
 
-    def _hand_on(self, all_of_it: bool = False) -> None:
-        """Hand on what the new tokens add to the piece before them: a token's text depends on what stands before it."""
-        before, text = (
-            self._decode(self.ids[self._start : self._written]),
-            self._decode(self.ids[self._start :]),
-        )
-        if len(text) > len(before) and (all_of_it or not text.endswith(UNFINISHED_CHARACTER)):
+    def _write_new(self, complete: bool = False) -> None:
+        """Write what the new tokens add: the text of a token depends on those before it."""
+        before = self._decode(self.ids[self._start : self._written])
+        text = self._decode(self.ids[self._start :])
+        if len(text) > len(before) and (complete or not text.endswith(UNFINISHED_CHARACTER)):
             self._write(text[len(before) :])
             self._start, self._written = self._written, len(self.ids)
 
@@ -311,7 +306,7 @@ def _write(text: str) -> None:
 
 
 def _when(asked: threading.Event) -> Callable[..., torch.Tensor]:
-    """A stopping criterion: as soon as it was asked for."""
+    """A stopping criterion: the event is set."""
 
     def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.full((ids.shape[0],), asked.is_set(), dtype=torch.bool, device=ids.device)
@@ -321,7 +316,7 @@ def _when(asked: threading.Event) -> Callable[..., torch.Tensor]:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, to end at the next token with all in order; a second one is a `KeyboardInterrupt`."""
+    """Ctrl-C sets the event, which ends the reply at the next token; a second one raises."""
     asked = threading.Event()
 
     def ask(number: int, frame: Any) -> None:

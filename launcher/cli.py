@@ -1,4 +1,7 @@
-"""The command line: `cpt-merge COMMAND`, and `python -m STAGE`, which is the same."""
+"""The command line: `cpt-merge COMMAND`, which is also `python -m cpt_merge COMMAND`.
+
+Each command imports what it needs when it is called, so `--help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +48,7 @@ PLAN_HELP = (
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")]
 StopAt = Annotated[
     str | None,
-    typer.Option(
-        metavar="TIME", help="save and stop training before then: 2026-11-24T18:00, 18:00, +8h"
-    ),
+    typer.Option(metavar="TIME", help="save and stop before then: 2026-11-24T18:00, 18:00, +8h"),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -70,7 +71,7 @@ def options(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="the version")
     ] = False,
 ) -> None:
-    """From an English base model, its chat sibling and text in a new language to a chat model in that language."""
+    """Turn a base and chat pair and text in a new language into a chat model in that language."""
 
 
 @app.command()
@@ -87,7 +88,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None)
 
 
 def _remember_deadline(stop_at: str | None) -> None:
-    """For this process and those that it starts."""
+    """Set the deadline of this process and of those that it starts."""
     if stop_at:
         os.environ[STOP_AT] = str(parse_stop_at(stop_at, datetime.now()))
 
@@ -112,7 +113,7 @@ _add_stage(DATA)
 
 @app.command(TRAINING.command, help=TRAINING.help)
 def train(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None) -> None:
-    """The training stage, which also ends at a given time."""
+    """The training stage."""
     _remember_deadline(stop_at)
     _run_stage(TRAINING, recipe, overrides)
 
@@ -160,9 +161,9 @@ def sweep(
         ),
     ] = None,
 ) -> None:
-    """Find the ratio of the chat vector on the trained model, in memory: measure each ratio, recommend one.
+    """Measure the chat model at several ratios, in memory, and recommend one.
 
-    Points that were measured are kept: the same command continues, another one adds to them.
+    Results are kept: the same command continues, another one adds to them.
     """
     given = {
         "ratios": ratios and f'"{ratios}"',  # YAML 1.1 would read 0:1:0.5 as a time
@@ -221,7 +222,7 @@ def extract_vector(
 
 
 def _one_thread_for_numpy() -> None:
-    """The merge divides its work over threads itself. numpy reads the variable when it is imported."""
+    """The merge has its own threads. numpy reads the variable when it is imported."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
@@ -269,7 +270,7 @@ def check_tokenizer(
         list[str] | None, typer.Option(metavar="TAG", help="what it was extended for")
     ] = None,
 ) -> None:
-    """Prove an extended tokenizer, also one that others made. Exit code 1 if it breaks an invariant."""
+    """Prove an extended tokenizer, whoever made it. Exit code 1 if it breaks an invariant."""
 
     from cpt_merge.tokenizer_ext.verify import check_tokenizer as checks
 
@@ -329,10 +330,10 @@ def plan(
         ),
     ] = None,
 ) -> None:
-    """What would be done: stages, sizes, memory per rank, tokens per step. No model is loaded.
+    """Show stages, sizes, memory per rank and tokens per step. No model is loaded.
 
-    With --gpu for a cluster that is not here: tokens per second, days and GPU-hours, memory, checkpoints, under FSDP
-    and HSDP, on that many nodes and on 1, 2, 4, ...
+    With --gpu, estimate for another cluster: tokens per second, days and GPU-hours, memory and
+    checkpoints, under FSDP and HSDP, on that many nodes and on 1, 2, 4, ...
     """
     from cpt_merge.cluster.plan import ClusterOptions
     from cpt_merge.launcher.plan import show_plan
@@ -372,7 +373,7 @@ def preflight(
         float, typer.Option(metavar="SECONDS", min=0, help="how long to wait for the others")
     ] = 120,
 ) -> None:
-    """Is every node of a Slurm job fit for the run? Outside Slurm: is this machine?
+    """Check that every node of a Slurm job, or this machine, is fit for the run.
 
     With --judge, the exit code is 2 if more than launch.spare_nodes are not.
     """
@@ -409,7 +410,7 @@ def submit(
         bool, typer.Option("--dry-run", help="print the call, submit nothing")
     ] = False,
 ) -> None:
-    """Submit the whole pipeline to Slurm: `sbatch slurm/cpt_merge.sh RECIPE`."""
+    """Submit the whole pipeline to Slurm."""
     from cpt_merge.launcher.recipe import load_recipe
     from cpt_merge.launcher.submit import Submission
     from cpt_merge.launcher.submit import submit as submit_jobs
@@ -429,7 +430,10 @@ def sync(
         Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo")
     ],
 ) -> None:
-    """Upload to W&B what a run could not upload: logged offline, cut off from the network, killed."""
+    """Upload to W&B what a run could not upload.
+
+    It was logged offline, lost its network, or was killed.
+    """
     from cpt_merge.launcher.sync import sync as upload_run
 
     upload_run(folder)
@@ -437,7 +441,7 @@ def sync(
 
 @app.command()
 def status(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """How far a run is: its job, stage, step, rate, time left, newest checkpoint, W&B link."""
+    """Show a run's job, stage, step, rate, time left, newest checkpoint and W&B link."""
     from cpt_merge.launcher.recipe import load_recipe
     from cpt_merge.launcher.status import show_status
 
@@ -484,7 +488,7 @@ def end(
 
 @app.command()
 def doctor() -> None:
-    """What this machine has, what is missing, and the command that mends it."""
+    """Show what this machine has, what is missing, and how to fix it."""
     from cpt_merge.launcher.doctor import show_doctor
 
     raise typer.Exit(0 if show_doctor() else 1)
@@ -497,7 +501,7 @@ def report(
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Tables and figures of a finished or running run: on the terminal, and as one HTML page in its folder."""
+    """Show a finished or running run: on the terminal, and as an HTML page in its folder."""
     from cpt_merge.launcher.recipe import load_recipe
     from cpt_merge.report import report as write_report
 
@@ -518,7 +522,10 @@ def dashboard(
         bool, typer.Option("--dry-run", help="print it as JSON, save nothing")
     ] = False,
 ) -> None:
-    """A W&B workspace of the run: a section per stage. One of the same name that this made before is replaced."""
+    """Save a W&B workspace of the run, with a section per stage.
+
+    It replaces an earlier one that this command made under the same name.
+    """
     from cpt_merge.launcher.dashboard import pipeline_of
     from cpt_merge.launcher.recipe import load_recipe
     from cpt_merge.tracking.workspace import dashboard as make_dashboard
@@ -544,7 +551,7 @@ def chat(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="for the same replies again")] = None,
 ) -> None:
-    """Talk to a model, on the GPU if there is one. Each line of stdin is a turn, so it can be piped too."""
+    """Talk to a model, on the GPU if there is one. Each line of stdin is a turn."""
     from cpt_merge.launcher.chat import ChatSettings
     from cpt_merge.launcher.chat import chat as talk
 
@@ -552,12 +559,12 @@ def chat(
 
 
 def stage_main(command: str) -> int:
-    """The entry point of `python -m STAGE ...`: `cpt-merge COMMAND ...` with the same arguments."""
+    """The entry point of `python -m cpt_merge.STAGE`: `cpt-merge COMMAND`."""
     return main([command, *sys.argv[1:]])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Exit code 0, 2 for what the user can mend, 75 for stopped early with everything saved."""
+    """Run a command. Exit code 0; 2 for what the user can fix; 75 if stopped and saved."""
     from cpt_merge.cluster.attempts import note_failure, note_stop
 
     _stop_on_signals()
@@ -568,7 +575,7 @@ def main(arguments: list[str] | None = None) -> int:
         note_failure(command, error)
         try:
             _print_once(str(error))
-        except UserError:  # the launcher's variables are what is wrong
+        except UserError:  # the launcher's variables are the error
             console.print(f"cpt-merge: {error}", markup=False)
         return USAGE_ERROR
     except Interrupted as stop:
@@ -584,21 +591,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stop_on_signals() -> None:
-    """Slurm's warnings end a command in order, wherever it is; the training loop has a gentler way of its own."""
+    """Slurm's warnings raise `Interrupted`; the training loop has its own, gentler handlers."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        raise Interrupted(f"stopped by {name}; the same command goes on where it can.", name)
+        raise Interrupted(f"stopped by {name}; the same command continues where it can.", name)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
 
 
 def _code_of_a_stop() -> int:
-    """75; but 0 where it would be taken for a crash, and the other processes killed before they have ended in order.
+    """75, or 0 where another code counts as a crash and gets the other processes killed too early.
 
-    torchrun and accelerate take any code but 0 for one, and so does `srun --kill-on-bad-exit`: there the first process,
-    which has the most to do at the end, speaks for all.
+    torchrun and accelerate take any code but 0 for a crash. So does `srun --kill-on-bad-exit`:
+    there, only the first process ends with 75, since it has the most to do at the end.
     """
     from cpt_merge.launcher.start import started_by_accelerate
 
@@ -609,17 +616,13 @@ def _code_of_a_stop() -> int:
 
 
 def _print_once(sentence: str) -> None:
-    """Print to stderr; of the processes of one launcher that all say the same, one prints."""
+    """Print to stderr, once for all processes of a launcher that have the same message."""
     if not sentence:
         return
     if find_world().launcher != "alone":
         name = hashlib.sha256(f"{os.getppid()}{sentence}".encode()).hexdigest()[:16]
         try:
-            os.close(
-                os.open(
-                    Path(tempfile.gettempdir()) / f"cpt-merge-said-{name}", os.O_CREAT | os.O_EXCL
-                )
-            )
+            (Path(tempfile.gettempdir()) / f"cpt-merge-said-{name}").touch(exist_ok=False)
         except FileExistsError:
             return
     console.print(f"cpt-merge: {sentence}", markup=False)

@@ -1,4 +1,4 @@
-"""`cpt-merge doctor`: what this machine has, what is missing, and the command that mends it."""
+"""`cpt-merge doctor`: what this machine has, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,24 @@ from rich.table import Table
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import find_world
 
+INSTALL = "pip install -c constraints.txt -e ."
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, and how to mend it (empty: nothing to mend)."""
+    """One line of the output."""
 
     subject: str
     found: str
-    mend: str = ""
-    fatal: bool = False
+    fix: str = ""  # empty if nothing is wrong
+    fatal: bool = False  # no run can start
+
+    @property
+    def mark(self) -> str:
+        """The word at the beginning of the line."""
+        if self.fatal:
+            return "[red]missing[/]"
+        return "[yellow]note[/]" if self.fix else "[green]ok[/]"
 
 
 def show_doctor() -> bool:
@@ -32,22 +41,17 @@ def show_doctor() -> bool:
     findings = [finding for check in CHECKS for finding in check()]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for finding in findings:
-        mark = (
-            "[red]missing[/]"
-            if finding.fatal
-            else "[yellow]note[/]"
-            if finding.mend
-            else "[green]ok[/]"
-        )
-        table.add_row(
-            mark, finding.subject, finding.found + (f"\n  {finding.mend}" if finding.mend else "")
-        )
+        text = f"{finding.found}\n  {finding.fix}" if finding.fix else finding.found
+        table.add_row(finding.mark, finding.subject, text)
     Console().print(table)
     return not any(finding.fatal for finding in findings)
 
 
 def requirements() -> list[Requirement]:
-    """All that pyproject.toml names, its extras too. Raises `PackageNotFoundError` if cpt-merge is not installed."""
+    """The requirements of pyproject.toml, with its extras.
+
+    Raises `PackageNotFoundError` if cpt-merge is not installed.
+    """
     return [Requirement(text) for text in requires("cpt-merge") or []]
 
 
@@ -55,12 +59,7 @@ def _packages() -> Iterator[Finding]:
     try:
         needed = requirements()
     except PackageNotFoundError:
-        yield Finding(
-            "cpt-merge",
-            "not installed in this Python",
-            "pip install -c constraints.txt -e .",
-            fatal=True,
-        )
+        yield Finding("cpt-merge", "not installed in this Python", INSTALL, fatal=True)
         return
     wrong = []
     for requirement in needed:
@@ -74,9 +73,7 @@ def _packages() -> Iterator[Finding]:
         if not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement.name} {found} is not {requirement.specifier}")
     if wrong:
-        yield Finding(
-            "packages", "; ".join(wrong), "pip install -c constraints.txt -e .", fatal=True
-        )
+        yield Finding("packages", "; ".join(wrong), INSTALL, fatal=True)
     else:
         shown = ("torch", "transformers", "accelerate", "datasets", "wandb")
         yield Finding("packages", ", ".join(f"{name} {version(name)}" for name in shown))
@@ -100,15 +97,12 @@ def _devices() -> Iterator[Finding]:
         )
     else:
         built = torch.version.cuda
-        found = f"none that torch sees ({'CUDA ' + built + ' build' if built else 'CPU build'} of torch)"
-        driver = shutil.which("nvidia-smi")
+        build = f"CUDA {built} build" if built else "CPU build"
+        driver = shutil.which("nvidia-smi") and not built
+        fix = "a driver is installed: install a CUDA build of torch" if driver else ""
+        yield Finding("GPU", f"none that torch can use ({build} of torch)", fix)
         yield Finding(
-            "GPU",
-            found,
-            "the driver is here: install a CUDA build of torch" if driver and not built else "",
-        )
-        yield Finding(
-            "backend", "gloo on CPU: right for the demo and the tests, slow for real models"
+            "backend", "gloo on CPU: enough for the demo and the tests, slow for real models"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     yield Finding("CPU", f"{os.cpu_count()} cores, {memory:.0f} GB memory")
@@ -119,12 +113,12 @@ def _processes() -> Iterator[Finding]:
         world = find_world()
         yield Finding("process", f"rank {world.rank} of {world.size}, started by {world.launcher}")
     except UserError as error:
-        yield Finding("process", "the launcher's variables are half set", str(error), fatal=True)
+        yield Finding("process", "the launcher's variables are incomplete", str(error), fatal=True)
 
 
 def _slurm() -> Iterator[Finding]:
     if not shutil.which("sbatch"):
-        yield Finding("Slurm", "not here (only needed for sbatch slurm/cpt_merge.sh)")
+        yield Finding("Slurm", "not available (only `cpt-merge submit` needs it)")
         return
     try:
         nodes = subprocess.run(
@@ -135,9 +129,8 @@ def _slurm() -> Iterator[Finding]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        yield Finding(
-            "Slurm", "sinfo does not answer within 10 s", "ask the cluster's administrators"
-        )
+        fix = "ask the cluster's administrators"
+        yield Finding("Slurm", "sinfo does not answer within 10 s", fix)
         return
     if nodes.returncode:
         yield Finding("Slurm", nodes.stderr.strip()[:120], "log in to a node where sinfo works")
@@ -150,25 +143,20 @@ def _tracking() -> Iterator[Finding]:
 
     if find_key():
         yield Finding(
-            "W&B", "a key is there: runs are logged online when the server can be reached"
+            "W&B", "a key is available: runs are logged online when the server can be reached"
         )
     else:
         yield Finding(
             "W&B",
-            "no key: runs are logged offline, to be sent later by `wandb sync`",
+            "no key: runs are logged offline; `cpt-merge sync` uploads them later",
             "wandb login",
         )
 
 
 def _disk() -> Iterator[Finding]:
-    usage = shutil.disk_usage(".")
-    free = usage.free / 1e9
-    mend = (
-        ""
-        if free > 5
-        else "free some: a 7B model in bf16 takes 14 GB, a checkpoint of its training 81 GB"
-    )
-    yield Finding("disk here", f"{free:,.0f} GB free", mend)
+    free = shutil.disk_usage(".").free / 1e9
+    advice = "free some: a 7B model in bf16 takes 14 GB, a checkpoint of its training 81 GB"
+    yield Finding("disk", f"{free:,.0f} GB free here", "" if free > 5 else advice)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

@@ -22,7 +22,7 @@ from cpt_merge.tracking import Tracker
 def run_stage(run: Run, stage: Stage) -> None:
     """Run one stage, in one or more processes; skip it if its result is available.
 
-    Raises `Interrupted` if it was asked to stop before its end, `UserError` for what the user can fix.
+    Raises `Interrupted` if it was asked to stop, `UserError` for what the user can fix.
     """
     with _file_errors(run, stage), run.locked():
         context = prepare(run, stage)
@@ -40,7 +40,7 @@ def run_stage(run: Run, stage: Stage) -> None:
 
 
 def execute(context: StageContext) -> None:
-    """Run a stage in this process, as the other processes of its world do, and record its result."""
+    """Run a stage in this process (all processes of its world do) and record its result."""
     stage, main = context.stage, context.world.is_main
     say(f"── {stage.name} ──")
     started = time.time()
@@ -109,7 +109,8 @@ def _file_errors(run: Run, stage: Stage) -> Iterator[None]:
         folders = run.recipe.directory.glob("*/stage.json")
         records = filter(None, (read_record(path.parent) for path in folders))
         finished = [one.stage for one in sorted(records, key=lambda record: record.finished)]
+        kept = ", ".join(dict.fromkeys(finished)) or "nothing yet"
         raise UserError(
             f"{stage.name}: {reason}: {error.filename or run.folder(stage.name)}; fix that and run "
-            f"the same command again (finished and kept: {', '.join(dict.fromkeys(finished)) or 'nothing yet'})."
+            f"the same command again (finished and kept: {kept})."
         ) from error

@@ -17,7 +17,7 @@ from cpt_merge.training.run import Hook
 
 
 def post_training_hook(training: StageContext, merge_stage: Stage) -> Hook | None:
-    """What training calls with its shards; None where the recipe leaves the merge to the merge stage.
+    """What training calls with its shards; None if the recipe leaves the merge to its stage.
 
     It runs the merge stage in another way, and leaves it finished under the same key: file merge
     and hook make equal bytes from equal inputs, so the pipeline then skips the stage.

@@ -1,9 +1,10 @@
-"""Under which ids the stages of a run are in W&B: the same after every resume, new for each new result.
+"""The ids of a run's stages at W&B: the same after every resume, new for each new result.
 
-RUN/wandb.json keeps them: {"digest": "3f9a01", "logs": {"demo-3f9a01-merge-0123abcd": 2}}. The digest
-is drawn when something is first logged from the folder, so a folder that was removed and made again is
-another group. A result that is made again with settings that were used before (merged at ratio 1, then
-0.8, then 1) has its own log and therefore its own W&B run: W&B would append its rows to the first one's.
+RUN/wandb.json keeps them: {"digest": "3f9a01", "logs": {"demo-3f9a01-merge-0123abcd": 2}}. The
+digest is drawn when something is first logged from the folder, so a folder that was removed and
+made again is another group. A result that is made again with settings that were used before (merged
+at ratio 1, then 0.8, then 1) has its own log and its own W&B run, because W&B would append its rows
+to those of the first.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def origin() -> dict[str, Any]:
 
 
 def _code() -> dict[str, Any]:
-    """The commit of this project and whether files differ from it; unknown for an installed package."""
+    """The commit of this project and whether files differ from it; unknown for a wheel."""
     folder = checkout()
     if not shutil.which("git") or not folder:
         return {"commit": "not known"}

@@ -1,7 +1,7 @@
-"""From text to chat model: what each stage uses and what it leaves, for W&B's graph of artifacts.
+"""What each stage uses and leaves, for W&B's graph of artifacts.
 
-An artifact is a name, an address and the digest that the pipeline knows it by. A stage that uses what another left
-names it alike, so that W&B takes both for the same version.
+An artifact has a name, an address and the digest by which the pipeline knows it. A stage that uses
+the output of another one gives it the same name, so W&B takes both for the same version.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def used(context: StageContext) -> list[Artifact]:
             label = _name(f"model-{further}", str(path))
             found.append(Artifact(label, "model", path.as_uri(), digest, True))
         elif name.startswith("text "):
-            short = _digest(digest, 16)  # of a source's files, one digest each
+            short = _digest(digest, 16)  # the digest joins those of all files
             path_of = name.removeprefix("text ")
             sources = [one for one in run.recipe.corpus.sources if one.path == path_of]
             found += [
@@ -59,7 +59,7 @@ def _of_stage(run: Run, output: Output, digest: str, used: bool) -> Artifact:
 
 
 def _text_name(source: Source) -> str:
-    """Of each source its own: language, the last part of the path that is no pattern, and a digest that tells apart."""
+    """Unique for each source: language, last part of the path that is not a pattern, digest."""
     parts = [part for part in Path(source.path).parts if not set(part) & set("*?[/~")]
     stem = parts[-1].split(".")[0] if parts else ""
     text = f"text-{source.language}" + (f"-{stem}" if stem != source.language else "")
@@ -67,7 +67,7 @@ def _text_name(source: Source) -> str:
 
 
 def _address(path: str, digest: str) -> str:
-    """A dataset of the hub, where no local file was found; else the file or directory, of a pattern the one before."""
+    """A dataset of the hub if no local file was found; else the file or a pattern's directory."""
     if digest == f"hub:{path}" and HUB_ID.fullmatch(path):
         return f"https://huggingface.co/datasets/{path}"
     whole = Path(path).expanduser().absolute()
@@ -75,7 +75,7 @@ def _address(path: str, digest: str) -> str:
 
 
 def _name(text: str, identity: str = "") -> str:
-    """As W&B takes it, up to 128 characters; with a digest of `identity`, or of a text that had to be changed."""
+    """A name that W&B accepts, with a digest of `identity` or of a text that had to be changed."""
     name = re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)[:120].strip("-")
     return f"{name}-{_digest(identity or text, 6)}" if identity or name != text else name
 

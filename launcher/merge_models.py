@@ -95,7 +95,7 @@ def _file_errors(out: Path) -> Iterator[None]:
 
 
 def show_stage_plan(run: Run) -> None:
-    """Print the plan of a recipe's merge stage; before training, with the model that it starts from."""
+    """Print the plan of a recipe's merge; before training, with the model that it starts from."""
     trained = (run.cpt / "config.json").is_file()
     if not trained:
         say(
@@ -107,7 +107,7 @@ def show_stage_plan(run: Run) -> None:
 
 
 def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> None:
-    """Print what would be done with every tensor. Raises `UserError` after a list of all that would be refused."""
+    """Print what would be done with every tensor, or raise `UserError` after a list of problems."""
     console = Console(highlight=False, soft_wrap=True)
     try:
         the_plan = plan(config, inputs, out)
@@ -140,22 +140,13 @@ def _table(the_plan: MergePlan) -> list[str]:
         read, written = read + of_tensor, written + tensor.spec.nbytes
         shape = " x ".join(map(str, tensor.spec.shape))
         rows.append(
-            (tensor.name, kind_of(tensor.name), describe_rule(the_plan, tensor), tensor.spec.dtype, shape,
-             f"{of_tensor:,}", f"{tensor.spec.nbytes:,}")
+            (tensor.name, kind_of(tensor.name), describe_rule(the_plan, tensor), tensor.spec.dtype,
+             shape, f"{of_tensor:,}", f"{tensor.spec.nbytes:,}")
         )  # fmt: skip
     files = len(the_plan.layout().headers)
     plural = "" if files == 1 else "s"
-    rows.append(
-        (
-            f"{len(the_plan.tensors)} tensors in {files} file{plural}",
-            "",
-            "",
-            "",
-            "",
-            f"{read:,}",
-            f"{written:,}",
-        )
-    )
+    total = f"{len(the_plan.tensors)} tensors in {files} file{plural}"
+    rows.append((total, "", "", "", "", f"{read:,}", f"{written:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(7)]
     return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
 

@@ -17,7 +17,7 @@ from cpt_merge.merge.fit import open_fitting
 
 
 def run_pipeline(run: Run) -> None:
-    """Run all stages in order. Errors that would stop a late stage are raised before the first one."""
+    """Run all stages in order. Errors that would stop a late stage are raised first."""
     check_inputs(run.recipe)
     processes = local_processes(run.recipe) if run.recipe.launch.processes else 1
     run.recipe.training.check_processes(processes, " (launch.processes)")

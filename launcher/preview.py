@@ -1,4 +1,4 @@
-"""The preview during training: the recipe's merge, and the evaluation's prompts and scores, for the training stage."""
+"""What training needs for its preview of the chat model: the merge's plan, prompts and scores."""
 
 from __future__ import annotations
 
@@ -22,20 +22,15 @@ from cpt_merge.merge.plan import MergeInputs, MergePlan
 from cpt_merge.tracking import Cell
 from cpt_merge.training.callbacks.preview import Interview
 
-COLUMNS = (
-    "step",
-    "language",
-    "prompt",
-    "reply",
-    *(metric.name for metric in METRICS),
-    CHECKS_STRICT.name,
-)
+SCORES = (*(metric.name for metric in METRICS), CHECKS_STRICT.name)
+COLUMNS = ("step", "language", "prompt", "reply", *SCORES)
 
 
 def preview_of(run: Run) -> tuple[MergePlan, Interview] | None:
-    """What training needs to show the chat model; None where the recipe does not ask for it.
+    """The plan and the interview of the recipe's preview; None if it has none.
 
-    Raises `UserError` for a pair that cannot be merged, a chat model without a template, prompts that do not fit.
+    Raises `UserError` for a pair that cannot be merged, a chat model without a template, or
+    unusable prompts.
     """
     recipe, settings = run.recipe, run.recipe.training.preview
     if settings.every is None:
@@ -55,8 +50,8 @@ def check_previewed(chat: Path, template: str | None) -> None:
     """Raise `UserError` for a chat model that a preview cannot ask."""
     if template is None:
         raise UserError(
-            f"{chat} has no chat template, which training.preview needs; add a chat_template to its "
-            "tokenizer, or leave training.preview.every out."
+            f"{chat} has no chat template, which training.preview needs; add a chat_template to "
+            "its tokenizer, or leave training.preview.every out."
         )
 
 
@@ -65,23 +60,18 @@ def read_prompts(recipe: Recipe) -> list[Conversation]:
     asked, count = recipe.evaluation, recipe.training.preview.prompts
     languages = asked.languages or recipe.corpus.languages()
     if asked.prompts is not None:
-        return read_conversations(
-            asked.prompts, "evaluation.prompts", parse_prompt, languages, count
-        )
+        place = "evaluation.prompts"
+        return read_conversations(asked.prompts, place, parse_prompt, languages, count)
+    place = "evaluation.instructions"
     return read_conversations(
-        asked.instructions,
-        "evaluation.instructions",
-        parse_instruction,
-        languages,
-        count,
-        "instructions",
+        asked.instructions, place, parse_instruction, languages, count, "instructions"
     )
 
 
 def make_interview(
     conversations: Sequence[Conversation], tokenizer: Any, template: ChatTemplate
 ) -> Interview:
-    """Prompts in the merged model's ids, and the form of replies and the checks that they pass, by language."""
+    """The prompts in the merged model's ids, and a function that scores the replies by language."""
     texts = [render(tokenizer, template.template, one.turns[0].messages) for one in conversations]
     prompts = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     ends = frozenset(tokenizer.convert_tokens_to_ids(template.end_tokens))
@@ -94,7 +84,7 @@ def make_interview(
         scores = [_scores(exchange, template.marks) for exchange in exchanges]
         rows: list[list[Cell]] = [
             [exchange.conversation.language, exchange.conversation.questions, exchange.text,
-             *(values.get(name) for name in COLUMNS[4:])]
+             *(values.get(name) for name in SCORES)]
             for exchange, values in zip(exchanges, scores, strict=True)
         ]  # fmt: skip
         return _means(exchanges, scores), rows

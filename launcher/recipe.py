@@ -31,26 +31,26 @@ class Models(Section):
 
 
 class LaunchConfig(Section):
-    """How training and evaluation are started on one machine. On Slurm, srun decides instead."""
+    """How training and evaluation are started on one machine. On Slurm, srun decides."""
 
     processes: int | None = key(
         None, "processes on this machine; all its GPUs (or 1 without) if not set", gt=0
     )
     accelerate_config: str | None = key(
         None,
-        "accelerate's configuration, which decides the backend: cpu, fsdp2, hsdp, zero1, zero2, zero3 "
-        "(recipes/accelerate), or a file; fsdp2 if not set",
+        "accelerate's configuration, which decides the backend: cpu, fsdp2, hsdp, zero1, zero2 or "
+        "zero3 (see recipes/accelerate), or a file; fsdp2 if not set",
     )
     spare_nodes: int = key(
         0,
-        "on Slurm: bad nodes that the preflight may leave out of the job and go on",
+        "on Slurm: how many bad nodes the preflight may exclude from the job",
         unit="nodes",
         ge=0,
     )
 
 
 class Recipe(Section):
-    """Everything that a run is made of. Relative paths are relative to the directory the command is called in."""
+    """All settings of a run. Relative paths start at the current directory of the command."""
 
     name: str = key(..., "name of the run: its folder under `runs`, its group in W&B")
     runs: str = key("runs", "folder that holds the runs")
@@ -78,7 +78,8 @@ class Recipe(Section):
         missing = set(self.tokenizer.languages()) - set(self.corpus.languages())
         if missing:
             raise ValueError(
-                f"`tokenizer` is to extend by {', '.join(sorted(missing))} but corpus.sources has no such text"
+                f"`tokenizer` extends by {', '.join(sorted(missing))} but corpus.sources has no "
+                "such text"
             )
         return self
 
@@ -89,7 +90,7 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """Read a recipe and apply `section.key=value` overrides. Raises `UserError` with one sentence."""
+    """Read a recipe and apply overrides `section.key=value`. Raises `UserError`."""
     values = read_yaml(path)
     for override in overrides:
         apply_override(values, override)
@@ -104,7 +105,7 @@ def example_recipes() -> dict[str, Path]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises `UserError` if it is missing, is not UTF-8 or is no mapping."""
+    """The mapping in a YAML file. Raises `UserError` if there is none."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -118,5 +119,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
-        raise UserError(f"recipe {path} is no mapping of sections; see docs/recipe.md.")
+        raise UserError(f"recipe {path} is not a mapping of sections; see docs/recipe.md.")
     return values

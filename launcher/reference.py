@@ -16,9 +16,10 @@ from cpt_merge.core.errors import UserError
 
 HEADER = """# The recipe: every key
 
-Generated from the types by `make docs`; `cpt-merge keys` shows the same. A recipe is one YAML file with these
-sections; any key can be overridden on the command line: `cpt-merge run RECIPE training.tokens=1_000_000`.
-Relative paths are relative to the directory that the command is called in.
+Generated from the types by `make docs`; `cpt-merge keys [SECTION]` shows the same. A recipe is one
+YAML file with these sections. Any key can be overridden on the command line:
+`cpt-merge run RECIPE training.tokens=1_000_000`. Relative paths start at the directory that the
+command is called in.
 
 """
 
@@ -35,7 +36,7 @@ class KeyInfo:
 
 
 def recipe_keys(section: type[Section], prefix: str = "") -> Iterator[KeyInfo]:
-    """The keys of a section and of the sections within it, depth first. A list's items are written `[]`."""
+    """The keys of a section and those within it, depth first; `[]` stands for a list's items."""
     for name, field in section.model_fields.items():
         path = prefix + name
         inner = inner_sections(field)
@@ -80,7 +81,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def as_text(section: type[Section], within: str = "") -> str:
-    """The keys for a terminal: all, or those of one section. Raises `UserError` for an unknown one."""
+    """The keys of all or one section, for a terminal. Raises `UserError` for an unknown section."""
     lines = []
     for item in recipe_keys(section):
         if within and not f"{item.path}.".replace("[]", "").startswith(f"{within}."):

@@ -90,9 +90,9 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the run's folder. Raises `UserError` if another one works in it.
+        """Keep other processes out of the run's folder. Raises `UserError` if another works in it.
 
-        The processes that are started within the block may enter, since they inherit the environment.
+        Processes that are started within the block may enter: they inherit the environment.
         """
         path = (self.recipe.directory / LOCK_FILE).absolute()
         if os.environ.get(LOCK_VARIABLE) == str(path) or not find_world().is_main:

@@ -1,4 +1,4 @@
-"""What a stage is, and a stage that is about to run. The stages themselves are listed in `stages.py`."""
+"""What a stage is, and a stage that is about to run. `stages.py` lists the stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """What a stage makes for later stages: its kind, and the attribute of `Run` that holds its path."""
+    """What a stage makes for later stages: its kind, and the attribute of `Run` with its path."""
 
     kind: Literal["tokenizer", "model", "store"]
     attribute: str
@@ -27,7 +27,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. Its `config` and the fingerprints of all that it reads decide whether it has to run."""
+    """One stage. `config` and the fingerprints of what it reads decide whether it has to run."""
 
     name: str  # also its folder in the run's folder
     command: str  # `cpt-merge COMMAND`
@@ -78,16 +78,15 @@ class StageContext:
         return self.run.folder(self.stage.name)
 
     def finished(self) -> StageRecord | None:
-        """The stage's record, if its result is available and was made from this config and these inputs."""
+        """The record of the result with this key; None if it is missing or incomplete."""
         record = read_record(self.folder)
-        complete = record is not None and record.key == self.key
-        return (
-            record if complete and self.stage.is_complete(self.folder / self.stage.marker) else None
-        )
+        if record is None or record.key != self.key:
+            return None
+        return record if self.stage.is_complete(self.folder / self.stage.marker) else None
 
 
 def prepare(run: Run, stage: Stage, known: Mapping[str, str] | None = None) -> StageContext:
-    """The context of a stage. `known` gives the fingerprints of inputs whose stage is about to finish.
+    """The context of a stage. `known` are fingerprints of inputs that are about to be finished.
 
     Raises `UserError` if a stage that it needs is not finished.
     """
@@ -98,7 +97,7 @@ def prepare(run: Run, stage: Stage, known: Mapping[str, str] | None = None) -> S
 
 
 def is_up_to_date(run: Run, stage: Stage) -> bool:
-    """Whether the stage and all stages that it builds on are finished with the recipe as it is now."""
+    """Whether the stage and all stages that it builds on are finished for this recipe."""
     try:
         finished = prepare(run, stage).finished()
     except UserError:

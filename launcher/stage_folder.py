@@ -1,4 +1,7 @@
-"""The folder of a stage that is about to run: continue in it, empty it, or keep what other settings made."""
+"""The folder of a stage that is about to run: continue in it, empty it, or move it aside.
+
+`core.artifact.Staging` cannot be used: W&B's files name the log's path, so it must not move.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def _was_begun(folder: Path, key: str) -> bool:
 
 
 def _remove(result: Path, folder: Path) -> None:
-    """Remove a stage's result, except for a log that W&B lacks, which is kept next to the stage's `folder`."""
+    """Remove a result, but move a log that W&B lacks to a place next to the stage's `folder`."""
     log = result / LOG
     if holds_unsent(log):
         places = (folder.with_name(f"{folder.name}.unsent-{number}") for number in range(1, 1000))

@@ -13,14 +13,15 @@ from cpt_merge.core.world import find_world
 from cpt_merge.launcher.recipe import Recipe, read_yaml
 from cpt_merge.launcher.stage import StageContext
 
-READ_BY_US = (
-    "CPT_MERGE_READ_ACCELERATE_CONFIG"  # set where we did what `accelerate launch` would have done
-)
+READ_BY_US = "CPT_MERGE_READ_ACCELERATE_CONFIG"  # set where we did accelerate's work
 ACCELERATE_CONFIGS = PACKAGE / "recipes" / "accelerate"
 
 
 def local_processes(recipe: Recipe) -> int:
-    """How many processes a distributed stage gets on this machine. Raises `UserError` for more than fit."""
+    """How many processes a distributed stage gets on this machine.
+
+    Raises `UserError` for more than fit.
+    """
     import torch
 
     gpus = torch.cuda.device_count()
@@ -34,14 +35,14 @@ def local_processes(recipe: Recipe) -> int:
 
 
 def accelerate_config(recipe: Recipe) -> Path:
-    """The accelerate configuration file. Raises `UserError` if it is not there, or is none."""
+    """The accelerate configuration file. Raises `UserError` if it is missing or something else."""
     name = recipe.launch.accelerate_config or "fsdp2"
     packaged = {path.stem: path for path in ACCELERATE_CONFIGS.glob("*.yaml")}
     path = packaged.get(name) or Path(name).expanduser()
     if not path.is_file():
         raise UserError(
-            f"launch.accelerate_config = {name} does not exist; leave it out, write one, or name one "
-            f"of {', '.join(sorted(packaged))}."
+            f"launch.accelerate_config = {name} does not exist; leave it out, write one, or name "
+            f"one of {', '.join(sorted(packaged))}."
         )
     if "distributed_type" not in read_yaml(path):
         raise UserError(
@@ -51,10 +52,10 @@ def accelerate_config(recipe: Recipe) -> Path:
 
 
 def backend_environment(path: Path) -> dict[str, str]:
-    """What `accelerate launch --config_file path` tells its processes about the backend, for other ways to start them.
+    """The variables by which `accelerate launch --config_file path` tells processes their backend.
 
-    Under torchrun and srun nobody reads the file for the processes; they read it themselves, so that it decides there
-    as well. Only what `training.distributed.parallel.backend_settings` looks at is given.
+    torchrun and srun do not read the file, so there the processes read it themselves. Only the
+    variables that `training.distributed.parallel.backend_settings` reads are set.
     """
     values = read_yaml(path)
     kind = str(values.get("distributed_type", "NO")).upper()
@@ -79,14 +80,14 @@ def backend_environment(path: Path) -> dict[str, str]:
 
 
 def started_by_accelerate() -> bool:
-    """Whether `accelerate launch` started this process, also if it is the only one."""
+    """Whether `accelerate launch` started this process, even if it is the only one."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ and READ_BY_US not in os.environ
 
 
 def use_backend(recipe: Recipe) -> None:
-    """Let the recipe's accelerate configuration decide where `accelerate launch` has not done so.
+    """Apply the recipe's accelerate configuration if `accelerate launch` has not.
 
-    One process that was started by nobody, of a recipe that names no configuration, needs no backend.
+    A single process needs no backend, unless the recipe names a configuration.
     """
     if not started_by_accelerate() and (find_world().size > 1 or recipe.launch.accelerate_config):
         os.environ.update(backend_environment(accelerate_config(recipe)) | {READ_BY_US: "true"})
@@ -111,23 +112,21 @@ def start_processes(context: StageContext, processes: int) -> None:
     stage = context.stage
     assert stage.module is not None
     arguments = [
-        "--config_file", str(accelerate_config(context.run.recipe)), "--num_processes", str(processes),
-        "-m", stage.module, *context.run.words,
+        "--config_file", str(accelerate_config(context.run.recipe)),
+        "--num_processes", str(processes), "-m", stage.module, *context.run.words,
     ]  # fmt: skip
     say(f"accelerate launch {' '.join(arguments)}")
-    # Time for all ranks to save after a signal, before torchrun kills them
+    # time for all ranks to save after a signal, before torchrun kills them
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the sentence below says it
+    # the error below replaces torchrun's messages
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     settings = launch_command_parser().parse_args(arguments)
-    settings.signals_to_handle = (
-        "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and Slurm's warning
-    )
+    # torchrun's own signals, and Slurm's warning
+    settings.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     try:
         launch_command(settings)
     except SignalException as stop:
-        # torchrun has passed the signal on and waited until the processes had saved and ended
+        # torchrun has passed the signal on, and the processes have saved and ended
         raise Interrupted(
             f"{stage.name} was stopped before its end; the same command continues it.",
             stop.sigval.name,
@@ -135,8 +134,8 @@ def start_processes(context: StageContext, processes: int) -> None:
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
         if first.exitcode == 2:
-            raise UserError("") from None  # the process itself said why
+            raise UserError("") from None  # the process has printed the reason
         raise UserError(
-            f"{stage.name}: rank {rank} ended with code {first.exitcode}; its output above says why; "
-            "the same command continues from the last checkpoint."
+            f"{stage.name}: rank {rank} ended with code {first.exitcode}; its output above has the "
+            "reason; the same command continues from the last checkpoint."
         ) from None
