@@ -133,7 +133,7 @@ class SlurmJob:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def wait(self, done: Callable[[], object], what: str) -> None:
-        """Wait until `done()` is true. Fails with the job's log when the job ends, or at the limit."""
+        """Wait until `done()` is true. Fails with the log when the job ends first."""
         limit = time.monotonic() + LIMIT
         for number in itertools.count():
             if done():
