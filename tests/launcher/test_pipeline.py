@@ -57,7 +57,8 @@ def test_a_changed_setting_runs_again_what_depends_on_it(
 ) -> None:
     shutil.copytree(finished, tmp_path / "runs" / "tiny")
     further = f"evaluation.models.again={finished / 'merge' / 'chat'}"
-    done = cpt_merge("run", recipe_path, f"runs={tmp_path / 'runs'}", "merge.ratio=0.5", further)
+    settings = [f"runs={tmp_path / 'runs'}", "merge.ratio=0.5", "launch.processes=1", further]
+    done = cpt_merge("run", recipe_path, *settings)
     assert done.returncode == 0, done.stderr
     skipped = [
         line.split(":")[0] for line in done.stderr.splitlines() if "finished already" in line

@@ -66,7 +66,7 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ("corpus.sources.0.language=kr", "language 'kr' is not known"),
         (
             "tokenizer.new_pieces.zh_tw=10",
-            "`tokenizer` is to extend by zh_tw but corpus.sources has no such text",
+            "`tokenizer` extends by zh_tw but corpus.sources has no such text",
         ),
         ("name=a/b", "one folder name"),
         ("training.tokens", "not of the form section.key=value"),
@@ -84,7 +84,7 @@ def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, override: str, sen
     ("content", "sentence"),
     [
         ("a: [", "is not YAML"),
-        ("- a", "no mapping of sections"),
+        ("- a", "not a mapping of sections"),
         ("name: x", "`models` is missing"),
     ],
 )
