@@ -1,7 +1,7 @@
 """The merge, measured.
 
     python -m benchmarks.merge prepare DIR          models of 1.1 B parameters in bf16: about 9 GB
-    python -m benchmarks.merge speed DIR            against the disk and (--venv V, --scripts S) peers
+    python -m benchmarks.merge speed DIR            against disk and (--venv V, --scripts S) peers
     python -m benchmarks.merge cold DIR             inputs outside the page cache
     python -m benchmarks.merge memory DIR           peak memory, also with three times the layers
     python -m benchmarks.merge processes DIR        one and two processes, one core each
