@@ -163,7 +163,7 @@ def test_experts_are_named_in_words(tmp_path: Path, capsys: pytest.CaptureFixtur
     make_family(tmp_path, "mixtral", tied=False)
     with pytest.raises(
         UserError,
-        match=r"holds .*experts.0.w1.weight, which transformers rearranges into .*gate_up",
+        match=r"contains .*experts.0.w1.weight, which transformers rearranges into .*gate_up",
     ):
         loaded(tmp_path)
     assert "auxiliary loss of its expert routers is not added" in capsys.readouterr().err
