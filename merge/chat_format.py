@@ -44,8 +44,7 @@ class _Ids:
             else:
                 say(
                     f"merge: {self.tokenizer.directory} names the id {number}, which has no token "
-                    "in the output; "
-                    "the id is left out"
+                    "in the output; the id is left out"
                 )
         return found
 

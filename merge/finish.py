@@ -77,12 +77,10 @@ def _add_known_norms(plan: MergePlan, statistics: list[Statistics]) -> None:
 
 def generation_config(plan: MergePlan) -> dict[str, Any]:
     """How to sample, from the chat model (else from CPT), with all stop ids."""
-    of_chat, of_cpt = (
-        plan.chat.source.chat_directory / GENERATION_FILE,
-        plan.cpt.directory / GENERATION_FILE,
-    )
-    settings = (
-        read_json(of_chat) if of_chat.is_file() else read_json(of_cpt) if of_cpt.is_file() else {}
+    of_chat = plan.chat.source.chat_directory / GENERATION_FILE
+    of_cpt = plan.cpt.directory / GENERATION_FILE
+    settings: dict[str, Any] = next(
+        (read_json(path) for path in (of_chat, of_cpt) if path.is_file()), {}
     )
     if of_chat.is_file():  # its ids belong to another vocabulary
         others = sorted(name for name in settings.keys() & OTHER_IDS if settings[name] is not None)
@@ -91,11 +89,8 @@ def generation_config(plan: MergePlan) -> dict[str, Any]:
                 f"merge: {', '.join(others)} of {of_chat} contain ids of the chat model's own "
                 "vocabulary; left out"
             )
-        settings = {
-            name: value
-            for name, value in settings.items()
-            if name not in OTHER_IDS.union(SPECIAL_IDS)
-        }
+        ids = OTHER_IDS.union(SPECIAL_IDS)
+        settings = {name: value for name, value in settings.items() if name not in ids}
     return {**settings, **plan.format.special_ids[GENERATION_FILE]}
 
 

@@ -145,25 +145,18 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
             if part.isdigit() and share in shares
         ]
         tracker.curves(f"merge/{name} by layer", ("curve", "layer", name), values)
-    tracker.table("merge/rules", ("kind", "rule", "tensors"), _rules(_read(out)["tensors"]))
+    tensors = _read(out)["tensors"]
+    rules = Counter((kind_of(name), tensor["rule"]) for name, tensor in tensors.items())
+    counted = [(*kind_and_rule, count) for kind_and_rule, count in rules.items()]
+    tracker.table("merge/rules", ("kind", "rule", "tensors"), counted)
     tracker.table("merge/rows", ("role", "rows"), list(results["rows"].items()))
     tracker.image("merge/norms", out / FIGURE_FILE)
     tracker.file(REPORT_FILE, out / REPORT_FILE)
     # not under the name of the table of counts: W&B keeps tables and summaries in one place
-    tracker.summary(
-        {
-            "merge/row_counts": results["rows"],
-            **{f"merge/{one}": results[one] for one in ("ratio", "overall")},
-        }
-    )
+    shown_first = {f"merge/{one}": results[one] for one in ("ratio", "overall")}
+    tracker.summary({"merge/row_counts": results["rows"], **shown_first})
     for warning in results["warnings"]:
         tracker.alert("merge", warning)
-
-
-def _rules(tensors: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int]]:
-    """How many tensors of each kind got which rule."""
-    counted = Counter((kind_of(name), tensor["rule"]) for name, tensor in tensors.items())
-    return [(*found, count) for found, count in counted.items()]
 
 
 def warn(warnings: list[str]) -> None:

@@ -24,7 +24,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import say
 from cpt_merge.merge.chat_format import ChatFormat
-from cpt_merge.merge.config import MergeConfig, VectorConfig
+from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.fit import RefusedError, collected, fit_problems
 from cpt_merge.merge.rows import RowAlignment, meet
 from cpt_merge.merge.rules import Treatment, rule_problems, treatment_of
@@ -211,18 +211,14 @@ def _open(config: MergeConfig, inputs: MergeInputs) -> tuple[Checkpoint, list[Ve
         _ = cpt.config
     with collected(problems):
         sources.append(_open_vector(inputs.vector, inputs.base, inputs.chat))
-    for vector in config.vectors:
+    for one in config.vectors:
         with collected(problems):
-            sources.append(_open_vector(*_directories(vector)))
+            vector = Path(one.vector).expanduser() if one.vector else None
+            base, chat = (model_directory(name) if name else None for name in (one.base, one.chat))
+            sources.append(_open_vector(vector, base, chat))
     if problems or cpt is None:
         raise RefusedError(problems)
     return cpt, sources
-
-
-def _directories(vector: VectorConfig) -> tuple[Path | None, Path | None, Path | None]:
-    vector_directory = Path(vector.vector).expanduser() if vector.vector else None
-    base = model_directory(vector.base) if vector.base else None
-    return vector_directory, base, model_directory(vector.chat) if vector.chat else None
 
 
 def _open_vector(vector: Path | None, base: Path | None, chat: Path | None) -> Vector:
@@ -273,16 +269,15 @@ def _planned(
     shape = (rows, *cpt.shape[1:]) if by_token else cpt.shape
     if cpt.dtype not in FLOATS:
         return PlannedTensor(TensorSpec(cpt.name, cpt.dtype, cpt.shape), None, by_token)
-    dtype = TORCH_NAMES[config.dtype] if config.dtype else _base_type(source, cpt.name)
+    if config.dtype:
+        dtype = TORCH_NAMES[config.dtype]
+    elif isinstance(source, Extracted):
+        dtype = str(source.description["base_types"][cpt.name])
+    else:
+        dtype = source.models["base"].tensors[cpt.name].dtype
     return PlannedTensor(
         TensorSpec(cpt.name, dtype, shape), treatment_of(cpt.name, config, layers), by_token
     )
-
-
-def _base_type(source: Vector, name: str) -> str:
-    if isinstance(source, Extracted):
-        return str(source.description["base_types"][name])
-    return source.models["base"].tensors[name].dtype
 
 
 def check_output(the_plan: MergePlan, out: Path) -> None:

@@ -305,8 +305,7 @@ def check_map(map: VocabularyMap | None, output: OutputTokens, chat: TokenizerFi
         if chat.ids.get(token.token) != token.chat_id or output.ids.get(token.token) != token.id:
             raise UserError(
                 f"the vocabulary map has {token.token!r} at {token.chat_id}, {chat.directory} has "
-                "it at another id; "
-                "make the tokenizer again with this chat model."
+                "it at another id; make the tokenizer again with this chat model."
             )
     if map.rows > output.rows:
         raise UserError(
@@ -317,14 +316,12 @@ def check_map(map: VocabularyMap | None, output: OutputTokens, chat: TokenizerFi
         if not all(number in output.tokens for number in piece.constituents):
             raise UserError(
                 f"the vocabulary map spells {piece.piece!r} with ids {piece.constituents}, which "
-                "have no tokens; "
-                "use the map that was written with this tokenizer."
+                "have no tokens; use the map that was written with this tokenizer."
             )
         if output.ids.get(piece.piece) != piece.id:
             raise UserError(
                 f"the vocabulary map has {piece.piece!r} at {piece.id}, its tokenizer has it at "
-                "another id; "
-                "use the map that was written with this tokenizer."
+                "another id; use the map that was written with this tokenizer."
             )
 
 
@@ -447,15 +444,13 @@ def _all_or_none(
     if present or any((directory / "vocab.json").is_file() for directory in missing):
         raise UserError(
             f"no tokenizer.json or tokenizer.model in {named}, by which rows could be aligned; put "
-            "it there "
-            "(AutoTokenizer and save_pretrained convert a vocab.json with merges.txt)."
+            "it there (AutoTokenizer and save_pretrained convert a vocab.json with merges.txt)."
         )
     if len(set(rows.values())) > 1:
         *others, last = (f"{count} ({label})" for label, count in rows.items())
         raise UserError(
             f"the embeddings have {', '.join(others)} and {last} rows, which only each model's "
-            "tokenizer can align; "
-            f"put it next to the weights ({named})."
+            f"tokenizer can align; put it next to the weights ({named})."
         )
     say(
         f"merge: no tokenizer in {named}; the {rows['cpt']} rows of the models are treated as the "

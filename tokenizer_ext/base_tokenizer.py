@@ -77,8 +77,7 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     if moved:
         raise UserError(
             f"{directory / FAST_FILE} lists {moved[0].content!r} at id {moved[0].id}, but it loads "
-            "as id "
-            f"{loaded.token_to_id(moved[0].content)}; add it to the model's vocab at its id."
+            f"as id {loaded.token_to_id(moved[0].content)}; add it to the model's vocab at its id."
         )
     _check_distinct(directory, content)
     beyond = [token for token, id_ in ids_of(content).items() if id_ >= rows]
@@ -249,8 +248,7 @@ def _family(directory: Path, content: Content, proto: Proto | None) -> Family:
         if missing:
             raise UserError(
                 f"{directory} holds a byte-level tokenizer without {len(missing)} of the bytes of "
-                "UTF-8, so it cannot "
-                "spell every text; choose a base that has them all."
+                "UTF-8, so it cannot spell every text; choose a base that has them all."
             )
         return ByteLevelBpe(content)
     raise UserError(

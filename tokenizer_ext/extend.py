@@ -73,8 +73,7 @@ def _say_moved(chat_tokens: Sequence[AddedToken], layout: RowLayout) -> None:
         if ids[token.content] != token.id:
             say(
                 f"{token.content!r} of the chat model moves from id {token.id}, which the base "
-                "uses, "
-                f"to {ids[token.content]}"
+                f"uses, to {ids[token.content]}"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -66,7 +66,8 @@ def lay_out(
     taken |= {*ids.values(), *(token.id for token in placed)}
     rows = -(-max(base.rows, *(id_ + 1 for id_ in taken)) // multiple) * multiple
     unnamed = [id_ for id_ in range(rows) if id_ not in taken]
-    names = _reserved_names({*base.ids, *ids, *(token.content for token in placed)})
+    named = {*base.ids, *ids, *(token.content for token in placed)}
+    names = (name for name in map("<|reserved_{}|>".format, count()) if name not in named)
     reserved = [AddedToken(id_, next(names)) for id_ in unnamed]
     chat_ids = {token.content: token.id for token in chat_tokens}
     return RowLayout(
@@ -80,10 +81,6 @@ def lay_out(
         ],
         padding=[id_ for id_ in unnamed if id_ >= base.rows],
     )
-
-
-def _reserved_names(existing: set[str]) -> Iterator[str]:
-    return (name for name in map("<|reserved_{}|>".format, count()) if name not in existing)
 
 
 def map_rows(base: Base, layout: RowLayout) -> VocabularyMap:

@@ -68,9 +68,7 @@ class CorpusSettings:
     seed: int = 0
     intent_draws: int = 16_000  # per language; about two thirds become distinct exchanges
     conversations_per_scene: int = 5  # set in one notation
-    scenes_per_document: int = (
-        8  # long documents: the text must not teach a model to stop after a reply
-    )
+    scenes_per_document: int = 8  # long: the text must not teach a model to stop after a reply
     sentences_per_document: int = 40
     intent_prompts: int = 18  # held out, per language
     chatterbot_prompts: int = 6  # held out, per language
@@ -108,7 +106,7 @@ def build_language(language: str, settings: CorpusSettings) -> LanguageCorpus:
     rng.shuffle(sentences)
     documents = [
         *_set_conversations(conversations, settings, rng),
-        *_set_sentences(sentences, settings),
+        *("\n".join(chosen) for chosen in _chunks(sentences, settings.sentences_per_document)),
     ]
     rng.shuffle(documents)
     return LanguageCorpus(documents, conversations, prompts)
@@ -138,15 +136,10 @@ def plain_sentences(language: str) -> Iterator[str]:
     (jupyterlab-language-pack).
     """
     if language in ("zh_tw", "en"):
-        cards = json.loads(
-            (resources.files("hsk_sentences_audio") / "data/sentences.json").read_text(
-                encoding="utf-8"
-            )
-        )
-        for card in cards:
-            yield _nfc(
-                (card["traditional"] if language == "zh_tw" else card["translation"]["en"]).strip()
-            )
+        file = resources.files("hsk_sentences_audio") / "data/sentences.json"
+        for card in json.loads(file.read_text(encoding="utf-8")):
+            text = card["traditional"] if language == "zh_tw" else card["translation"]["en"]
+            yield _nfc(text.strip())
     if language in _JUPYTER:
         yield from map(_nfc, _jupyter_messages(_JUPYTER[language]))
 
@@ -216,11 +209,6 @@ def _set_conversation(turns: Conversation, notation: tuple[str, str, str, str]) 
         f"{before}{turn}{after}" if index % 2 == 0 else f"{before_reply}{turn}{after_reply}"
         for index, turn in enumerate(turns[: len(turns) // 2 * 2])
     )
-
-
-def _set_sentences(sentences: Sequence[str], settings: CorpusSettings) -> Iterator[str]:
-    for chosen in _chunks(sentences, settings.sentences_per_document):
-        yield "\n".join(chosen)
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

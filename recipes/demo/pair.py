@@ -99,12 +99,8 @@ def make_pair(english: LanguageCorpus, settings: PairSettings, threads: int, out
 
     model = settings.model.build()
     rows = pack_documents(english.documents, tokenizer, settings.pretraining.tokens)
-    train(
-        model,
-        text_batches(rows, settings.pretraining, generator),
-        settings.pretraining,
-        "pretraining",
-    )
+    texts = text_batches(rows, settings.pretraining, generator)
+    train(model, texts, settings.pretraining, "pretraining")
     save_model(model, out / "base")
     # The chat model starts from what was saved, rounded weights and all, as a published one does.
     model = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)

@@ -15,16 +15,12 @@ class EmbeddingsConfig(Section):
     input: Method = key(
         "auto",
         "method of the input embedding. auto: `ends` for pieces with a constituent that holds a "
-        "letter, "
-        "`constituents` for pieces that the base spells in bytes; constituents: mean of the rows "
-        "of the tokens that "
-        "spelt the piece before, scaled to the old rows' mean norm; ends: that mean, unscaled and "
-        "leaning on the "
-        "last constituent (head: the first); focus: mean of the constituents and of tokens with "
-        "similar contexts "
-        "in the new text; mean: mean of all old rows; gaussian: drawn with the old rows' mean and "
-        "covariance; "
-        "random: isotropic, with the old rows' mean norm",
+        "letter, `constituents` for pieces that the base spells in bytes; constituents: mean of "
+        "the rows of the tokens that spelt the piece before, scaled to the old rows' mean norm; "
+        "ends: that mean, unscaled and leaning on the last constituent (head: the first); focus: "
+        "mean of the constituents and of tokens with similar contexts in the new text; mean: mean "
+        "of all old rows; gaussian: drawn with the old rows' mean and covariance; random: "
+        "isotropic, with the old rows' mean norm",
     )
     head: Method = key(
         "auto", "method of the output head; a tied model has one matrix, which uses `input`"

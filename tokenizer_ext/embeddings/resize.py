@@ -178,8 +178,7 @@ class _Resize:
         unknown = sum(not space.known[piece.id] for piece in new)
         say(
             f"embeddings: {unknown:,} of {len(new):,} new pieces occur less than {MINIMUM} times "
-            "in the text that "
-            "focus reads; they start from their constituents alone"
+            "in the text that focus reads; they start from their constituents alone"
         )
         return space
 
@@ -225,9 +224,7 @@ class _Resize:
         """
         files = sorted({info.file for info in self.kept.values()} - set(self.changed_files))
         for file in files:
-            original = (
-                self.source.directory / file
-            ).resolve()  # the hub's cache has symbolic links
+            original = (self.source.directory / file).resolve()  # the hub's cache has symlinks
             try:
                 os.link(original, directory / file)
             except OSError:

@@ -135,7 +135,10 @@ def begins_only(spelt: bytes, scripts: Scripts) -> bool:
         return False
     characters = [spelt + rest for rest in _continuations(missing)]
     decoded = "".join(character.decode("utf-8", "ignore") for character in characters)
-    return scripts.spell("".join(filter(_is_assigned, decoded)))
+    unassigned = ("Cn", "Cs", "Co")
+    return scripts.spell(
+        "".join(letter for letter in decoded if unicodedata.category(letter) not in unassigned)
+    )
 
 
 def _continuations(count: int) -> list[bytes]:
@@ -144,7 +147,3 @@ def _continuations(count: int) -> list[bytes]:
     return [
         bytes([byte]) + rest for byte in range(0x80, 0xC0) for rest in _continuations(count - 1)
     ]
-
-
-def _is_assigned(character: str) -> bool:
-    return unicodedata.category(character) not in ("Cn", "Cs", "Co")

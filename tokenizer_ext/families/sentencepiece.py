@@ -226,8 +226,7 @@ def fast_content(proto: Proto, path: Path) -> Content:
     if spec.precompiled_charsmap or spec.remove_extra_whitespaces or not spec.escape_whitespaces:
         raise UserError(
             f"{path} normalizes text ({spec.name}), which has no exact counterpart in "
-            "tokenizer.json; "
-            "put the base's own tokenizer.json next to it."
+            "tokenizer.json; put the base's own tokenizer.json next to it."
         )
     vocabulary = {piece.piece: id_ for id_, piece in enumerate(proto.pieces)}
     prefix = [{"type": "Prepend", "prepend": SPACE}] if spec.add_dummy_prefix else []

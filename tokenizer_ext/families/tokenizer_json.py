@@ -86,7 +86,11 @@ def extend_model(content: Content, pieces: Mapping[str, int], settled: int) -> C
     """
     vocabulary = {**content["model"]["vocab"], **pieces}
     old = [list(merge) for merge in merges_of(content)]
-    new = [list(merge) for merge in _merges_of_new(pieces, vocabulary)]
+    new = [
+        list(merge)
+        for piece in pieces
+        for merge in sorted(splits(piece, vocabulary), key=lambda two: [vocabulary[x] for x in two])
+    ]
     return {
         **content,
         "model": {
@@ -95,14 +99,6 @@ def extend_model(content: Content, pieces: Mapping[str, int], settled: int) -> C
             "merges": old[:settled] + new + old[settled:],
         },
     }
-
-
-def _merges_of_new(pieces: Mapping[str, int], vocabulary: Mapping[str, int]) -> Iterator[Merge]:
-    for piece in pieces:
-        yield from sorted(
-            splits(piece, vocabulary),
-            key=lambda merge: (vocabulary[merge[0]], vocabulary[merge[1]]),
-        )
 
 
 def add_tokens(content: Content, tokens: Sequence[AddedToken]) -> Content:

@@ -113,8 +113,7 @@ class Grower:
             raise UserError(
                 f"the text in {self.language!r} gives no new piece: it has hardly any "
                 f"{' or '.join(self.scripts.language.scripts)} letters; correct `language` in "
-                "corpus.sources, "
-                "add text, or lower tokenizer.min_frequency."
+                "corpus.sources, add text, or lower tokenizer.min_frequency."
             )
         if len(pieces) < size:
             say(

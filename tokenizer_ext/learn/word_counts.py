@@ -89,8 +89,7 @@ def read_documents(
             except UnicodeEncodeError:
                 raise UserError(
                     f"{source.path}: {split} document {number} holds a lone surrogate, so it is "
-                    "not valid Unicode; "
-                    "repair or remove it."
+                    "not valid Unicode; repair or remove it."
                 ) from None
             yield text
             left -= len(text)
@@ -150,9 +149,8 @@ def _count_elsewhere(
     except BrokenProcessPool:
         raise UserError(
             "a process that counts words was killed, most likely for lack of memory; give the job "
-            "more memory, "
-            "lower tokenizer.max_characters, or add a __main__ guard to a script that calls "
-            "extend_tokenizer."
+            "more memory, lower tokenizer.max_characters, or add a __main__ guard to a script that "
+            "calls extend_tokenizer."
         ) from None
 
 

@@ -54,15 +54,11 @@ def count_entries(path: Path) -> int:
 
 
 def _entries(path: Path) -> list[str]:
-    return _model_pieces(path) if path.suffix == ".model" else _lines(path)
-
-
-def _model_pieces(path: Path) -> list[str]:
-    proto = parse_proto(path)
-    pieces = [piece for piece in proto.pieces if piece.type == NORMAL]
-    return [
-        piece.piece.replace(SPACE, " ") for piece in sorted(pieces, key=lambda piece: -piece.score)
-    ]
+    if path.suffix != ".model":
+        return _lines(path)
+    pieces = [piece for piece in parse_proto(path).pieces if piece.type == NORMAL]
+    pieces.sort(key=lambda piece: -piece.score)
+    return [piece.piece.replace(SPACE, " ") for piece in pieces]
 
 
 def _lines(path: Path) -> list[str]:

@@ -128,9 +128,8 @@ def _show(checked: TokenizerVerdict) -> None:
         if proof.failures:
             more = len(proof.failures) - SHOWN
             say(f"broken: {proof.invariant}")
-            for line in [
-                *proof.failures[:SHOWN],
-                *([f"... and {more:,} more"] if more > 0 else []),
-            ]:
-                say(f"  {line}")
+            for failure in proof.failures[:SHOWN]:
+                say(f"  {failure}")
+            if more > 0:
+                say(f"  ... and {more:,} more")
     say("every invariant holds" if checked.whole else "not every invariant holds")

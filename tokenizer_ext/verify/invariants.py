@@ -283,9 +283,10 @@ def roles_stay(case: Case) -> Proof:
     roles = files.roles if files else {}
     wanted = {role: token_text(case.base.settings.get(role)) for role in SPECIAL_ROLES}
     failures += [
-        f"the {role} is {roles.get(role)!r}, not {token!r}" for role, token in wanted.items()
+        f"the {role} is {roles.get(role)!r}, not {token!r}"
+        for role, token in wanted.items()
         if token is not None and roles.get(role) != token
-    ]  # fmt: skip
+    ]
     return Proof(invariant, len(texts) + len(wanted), failures)
 
 
