@@ -1,9 +1,9 @@
 """Activation checkpointing: what the forward pass of a layer keeps for the backward pass.
 
-    none        every activation
-    full        each layer's input; the layer is computed again in the backward pass
-    selective   also the results of attention and of every second matmul; the rest, which is cheap,
-                is computed again
+none        every activation
+full        each layer's input; the layer is computed again in the backward pass
+selective   also the results of attention and of every second matmul; the rest, which is cheap,
+            is computed again
 """
 
 from __future__ import annotations
