@@ -104,10 +104,30 @@ def example_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted((PACKAGE / "recipes").glob("*.yaml"))}
 
 
+class _RepeatedKeyError(yaml.YAMLError):
+    """A mapping has the same key twice."""
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Refuses a repeated key: YAML's safe loader silently takes the last of several equal ones."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping. Raises `_RepeatedKeyError`."""
+        seen: set[str] = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode):
+                if name.value in seen:
+                    line = name.start_mark.line + 1
+                    raise _RepeatedKeyError(f"line {line}: the key `{name.value}` occurs twice")
+                seen.add(name.value)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises `UserError` if there is none."""
+    """The mapping in a YAML file. Raises `UserError` if there is none, or if a key is repeated."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist; `cpt-merge example` prints a recipe to start from."
@@ -116,6 +136,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path} is not UTF-8 (byte {error.start}); convert it.") from None
+    except _RepeatedKeyError as error:
+        raise UserError(f"recipe {path}, {error}; remove one of them.") from None
     except yaml.YAMLError as error:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):

@@ -86,6 +86,8 @@ def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, override: str, sen
         ("a: [", "is not YAML"),
         ("- a", "not a mapping of sections"),
         ("name: x", "`models` is missing"),
+        ("training:\n  tokens: 1\n  tokens: 2", "line 3: the key `tokens` occurs twice"),
+        ("name: x\nmodels: {}\nname: y", "line 3: the key `name` occurs twice"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_sentence(
