@@ -13,13 +13,20 @@ from tests.distributed import run_ranks
 
 
 def everything(items: list[int]) -> dict[str, object]:
+    computed = []
+
+    def square(item: int) -> int:
+        computed.append(item)
+        return item * item
+
     with joined() as ranks:
         found = {
             "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
             "broadcast": ranks.broadcast(lambda: f"by rank {ranks.rank}"),
             "gather": ranks.gather(ranks.rank * 10),
             "total": ranks.total(0.5 + ranks.rank),
-            "map": ranks.map("squares", lambda item: item * item, items),
+            "map": ranks.map("squares", square, items),
+            "computed": sorted(item for by_rank in ranks.gather(computed) for item in by_rank),
             "main": ranks.is_main,
         }
         with joined() as again:  # within a group that exists: nothing is closed too early
@@ -39,6 +46,7 @@ def test_all_processes_get_the_same() -> None:
         "gather": [0, 10],
         "total": 2.0,
         "map": [1, 4, 9, 16, 25],
+        "computed": [1, 2, 3, 4, 5],  # each by one process
     }
 
 
