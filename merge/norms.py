@@ -1,7 +1,7 @@
 """How long the chat vector and CPT's own change are, and how far they point the same way.
 
-The sums are taken while the merge streams. They also tell whether `base` is the ancestor of both
-models, and whether CPT contains the vector already.
+The sums are taken while the merge streams, by default of one element in sixteen. They also tell
+whether `base` is the ancestor of both models, and whether CPT contains the vector already.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import Float32, widen
 from cpt_merge.checkpoint.tensor_kinds import kind_of, layer_of
 from cpt_merge.merge.plan import MergePlan
 
 SAMPLE = 1 << 16  # elements of each tensor, from its middle
+# The sample of a merge: the first WINDOW of every PERIOD elements of a tensor, so that it depends
+# neither on chunks nor on shards
+WINDOW, PERIOD = 1 << 14, 1 << 18
 
 # |model - base| / |base|: about 1.4 for unrelated models, below 0.3 for siblings
 UNRELATED = 1.0
@@ -27,17 +31,23 @@ BODY = ("attention", "mlp", "other")
 
 @dataclass
 class Sums:
-    """Sums over elements: base², vector² (chat - base), change² (cpt - base), vector * change."""
+    """Sums over elements: base², vector² (chat - base), change² (cpt - base), vector * change.
+
+    `counted` of `elements` elements are in the sums.
+    """
 
     base: float = 0.0
     vector: float = 0.0
     change: float = 0.0
     dot: float = 0.0
+    counted: int = 0
+    elements: int = 0
 
     def count(self, cpt: Float32, base: Float32 | None, vector: Float32) -> None:
-        """Add the sums of one chunk. Without the base, only the vector's."""
+        """Add the sums of some elements. Without the base, only the vector's."""
         v = vector.reshape(-1)
         self.vector += float(np.dot(v, v))
+        self.counted += v.size
         if base is None:
             return
         b, c = base.reshape(-1), (cpt - base).reshape(-1)
@@ -45,16 +55,25 @@ class Sums:
         self.change += float(np.dot(c, c))
         self.dot += float(np.dot(v, c))
 
-    @property
-    def finite(self) -> bool:
-        """False if one of the elements was NaN or Inf (or of absurd size)."""
-        return math.isfinite(self.base + self.vector + self.change)
+    def scaled(self) -> Sums:
+        """The sums of all elements, as far as the counted ones tell."""
+        scale = self.elements / self.counted if self.counted else 0.0
+        return Sums(
+            self.base * scale,
+            self.vector * scale,
+            self.change * scale,
+            self.dot * scale,
+            self.elements,
+            self.elements,
+        )
 
     def __iadd__(self, other: Sums) -> Sums:
         self.base += other.base
         self.vector += other.vector
         self.change += other.change
         self.dot += other.dot
+        self.counted += other.counted
+        self.elements += other.elements
         return self
 
     @property
@@ -83,11 +102,24 @@ Statistics = dict[str, Sums]  # tensor -> sums, of one vector
 
 
 def total(parts: Iterable[Sums]) -> Sums:
-    """The sum of several."""
+    """The sum over several tensors."""
     result = Sums()
     for part in parts:
-        result += part
+        result += part.scaled()
     return result
+
+
+def windows(start: int, count: int) -> list[slice]:
+    """Where the sampled elements are among `count` elements of a tensor from `start` on."""
+    firsts = range(start - start % PERIOD, start + count, PERIOD)
+    bounds = [(max(first - start, 0), min(first + WINDOW - start, count)) for first in firsts]
+    return [slice(first, last) for first, last in bounds if first < last]
+
+
+def sampled_rows(rows: NDArray[np.int64], width: int) -> NDArray[np.bool_]:
+    """Which rows of a matrix are in the sample: those that begin in a window."""
+    found: NDArray[np.bool_] = rows * width % PERIOD < WINDOW
+    return found
 
 
 def add_sums(statistics: Sequence[Statistics], tensor: str, sums: Iterable[Sums]) -> None:
@@ -146,7 +178,7 @@ def sample(plan: MergePlan) -> list[Statistics]:
         cpt = widen(plan.cpt.read_flat(tensor.name, start, stop), info.dtype)
         for vector, of_vector in zip(plan.vectors, statistics, strict=True):
             difference = vector.source.elements(tensor.name, start, stop)
-            of_vector[tensor.name] = Sums()
+            of_vector[tensor.name] = Sums(elements=info.size)
             of_vector[tensor.name].count(cpt, difference.base, difference.values)
     return statistics
 

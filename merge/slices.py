@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cpt_merge.checkpoint.dtypes import Array, Float32, rounded
+from cpt_merge.checkpoint.dtypes import Array, Float32, is_finite, rounded
+from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
+from cpt_merge.merge import norms
 from cpt_merge.merge.methods.combine import Place, TensorRange, combine
 from cpt_merge.merge.methods.gate import gate, movement
 from cpt_merge.merge.methods.ties import magnitude_threshold
@@ -26,7 +28,7 @@ from cpt_merge.merge.norms import Sums
 from cpt_merge.merge.plan import MergePlan, PlannedTensor, PlannedVector
 from cpt_merge.merge.rows import Role, RowAlignment
 from cpt_merge.merge.rules import Treatment
-from cpt_merge.merge.vectors import Difference, Extracted, RowPairs, mean_rows
+from cpt_merge.merge.vectors import Difference, RowPairs, mean_rows
 
 STEP = 1 << 18  # elements that are read at a time to find a threshold
 CHUNK = 1 << 18  # elements: one megabyte in float32. Half of it costs 30 % more processor time
@@ -89,7 +91,11 @@ class SliceMerger:
         for first, last in self._chunks(tensor, start, stop):
             cpt = self._read_cpt(tensor, first, last, read_cpt)
             merged = self._merge_chunk(tensor, first, cpt, sums)
-            stored = rounded(merged, tensor.spec.dtype, tensor.name)
+            try:
+                stored = rounded(merged, tensor.spec.dtype, tensor.name)
+            except UserError:
+                self._check_models(tensor, cpt)
+                raise
             self.output.write_flat(tensor.name, first, stored)
         return sums
 
@@ -174,12 +180,14 @@ class SliceMerger:
     ) -> Float32:
         """Apply the tensor's rule to some elements; `chat` reads the chat model's own."""
         treatment, whole = _treatment(tensor), self.ranges.get(tensor.name)
-        for vector, part, of_vector in zip(self.plan.vectors, parts, sums, strict=True):
-            base = None if part.base is None else part.base[part.shared]
-            of_vector.count(cpt[part.shared], base, part.values[part.shared])
-            _check_finite(tensor.name, of_vector, vector, cpt, part)
+        for part, of_vector in zip(parts, sums, strict=True):
+            self._count(place, cpt, part, of_vector)
         if treatment.action == "replace":
             return chat()
+        if self.plan.config.method != "add" and not all(
+            np.isfinite(part.values).all() for part in parts
+        ):  # thinning would hide it
+            self._check_models(tensor, cpt)
         factors = None
         if treatment.gate:
             factors = np.ones_like(cpt)  # also for rows that the base does not have
@@ -190,6 +198,37 @@ class SliceMerger:
             factors[known] = gate(change, whole.low, whole.high)
         vectors = [part.values for part in parts]
         return combine(self.plan.config, treatment, place, cpt, vectors, factors, whole)
+
+    def _count(self, place: Place, cpt: Float32, part: Part, sums: Sums) -> None:
+        """Add what the sample has of some elements, or all of them, to the sums of a vector."""
+        everything = self.plan.config.statistics == "all"
+        if place.rows is None:
+            sums.elements += place.count
+            for here in [slice(None)] if everything else norms.windows(place.start, place.count):
+                base = None if part.base is None else part.base[here]
+                sums.count(cpt[here], base, part.values[here])
+            return
+        width = cpt.shape[1]
+        shared = np.ones(len(cpt), np.bool_) if part.shared is ... else part.shared
+        sums.elements += int(shared.sum()) * width
+        numbers = np.flatnonzero(place.rows) + place.start // width
+        picked = shared if everything else shared & norms.sampled_rows(numbers, width)
+        base = None if part.base is None else part.base[picked]
+        sums.count(cpt[picked], base, part.values[picked])
+
+    def _check_models(self, tensor: PlannedTensor, cpt: Float32) -> None:
+        """Raise `UserError` naming the models whose tensor holds NaN or Inf, if any does."""
+        damaged = [] if np.isfinite(cpt).all() else ["the cpt model"]
+        for label, model in self.plan.models().items():
+            if label != "cpt" and not _is_finite(model, tensor.name):
+                damaged.append(
+                    f"the {label} model" if label in ("base", "chat") else f"the {label}"
+                )
+        if damaged:
+            models = " and of ".join(damaged)
+            raise UserError(
+                f"{tensor.name} of {models} holds NaN or Inf; use a checkpoint without."
+            )
 
     def _moved_rows(self, treatment: Treatment, here: slice) -> NDArray[np.bool_]:
         """Which rows get something from a vector."""
@@ -231,15 +270,13 @@ class SliceMerger:
         return Part(Difference(values, base), shared)
 
 
-def _check_finite(name: str, sums: Sums, vector: PlannedVector, cpt: Float32, part: Part) -> None:
-    """Raise `UserError` naming the model that holds NaN or Inf."""
-    if sums.finite:
-        return
-    of_vector = "vector" if isinstance(vector.source, Extracted) else "chat model"
-    parts = {"cpt model": cpt, "base model": part.base, of_vector: part.values}
-    for label, values in parts.items():
-        if values is not None and not np.isfinite(values).all():
-            raise UserError(f"{name} of the {label} holds NaN or Inf; use a checkpoint without.")
+def _is_finite(model: Checkpoint, name: str) -> bool:
+    info = model.tensors[name]
+    starts = range(0, info.size, STEP)
+    return all(
+        is_finite(model.read_flat(name, start, min(start + STEP, info.size)), info.dtype)
+        for start in starts
+    )
 
 
 def _treatment(tensor: PlannedTensor) -> Treatment:

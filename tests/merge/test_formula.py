@@ -1,4 +1,5 @@
 import hashlib
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def drawn(count=100_000):
 
 
 def merged(cpt, base, chat, ratio):
-    return kernel.add(cpt, kernel.vector(chat, base), ratio)
+    return kernel.add(cpt, kernel.vector(deepcopy(chat), base), ratio)  # it is overwritten
 
 
 @pytest.mark.parametrize(
