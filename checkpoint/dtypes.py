@@ -37,7 +37,8 @@ _EXPONENT = {
 def widen(stored: Array, dtype: str) -> Float32:
     """Stored elements of one of `FLOATS` as float32; exact."""
     if dtype == "BF16":
-        return stored.view(bfloat16).astype(np.float32)
+        wide: Float32 = stored.view(bfloat16).astype(np.float32)
+        return wide
     if dtype not in FLOATS:
         raise UserError(
             f"type {dtype} is not supported in arithmetic; convert the checkpoint to bfloat16."
