@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import math
+import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +35,7 @@ _FORMATS = {
     ".csv": "csv",
 }  # fmt: skip
 _COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
+_JSON_FAILURE = re.compile(r"Failed to load JSON from file '(.+)' with error ")  # of `datasets`
 _AMOUNTS = ("weight", "epochs", "tokens")  # keys of a source that set how much training reads of it
 
 
@@ -249,8 +253,9 @@ def _read_file(file: Path, source: Source) -> Iterator[str]:
         )
     files: Any = {"train": str(file)}
     try:
-        dataset = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
-        yield from _column(dataset, source, str(file))
+        with json_errors():
+            dataset = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+            yield from _column(dataset, source, str(file))
     except UserError:
         raise
     except Exception as error:  # datasets wraps the errors of file readers in several classes
@@ -258,12 +263,6 @@ def _read_file(file: Path, source: Source) -> Iterator[str]:
         if isinstance(cause, UnicodeDecodeError):
             raise UserError(
                 f"{file} is not UTF-8 (byte {cause.start}: {cause.reason}); convert it."
-            ) from None
-        plain_json = kind == "json" and file.suffix not in _COMPRESSIONS
-        line = _line_with_lone_surrogate(file) if plain_json else None
-        if line:
-            raise UserError(
-                f"{file}: line {line} contains a lone surrogate, which is not Unicode text; fix it."
             ) from None
         raise UserError(
             f"{file} cannot be read as {kind}: {str(cause) or type(cause).__name__}."
@@ -289,17 +288,57 @@ def _column(dataset: Any, source: Source, where: str) -> Iterator[str]:
         first += len(table)
 
 
-def _line_with_lone_surrogate(file: Path) -> int | None:
-    """The first line of a JSON-lines file that is valid JSON but invalid Unicode."""
-    with open(file, encoding="utf-8", errors="replace") as lines:
+@contextmanager
+def json_errors() -> Iterator[None]:
+    """Name file and line of what `datasets` cannot read as JSON lines.
+
+    It logs the name of the file and raises an error that counts bytes. Raises `UserError`.
+    """
+    logger, files = logging.getLogger("datasets.packaged_modules.json.json"), list[str]()
+
+    def hold_back(record: logging.LogRecord) -> bool:
+        found = _JSON_FAILURE.match(record.getMessage())
+        files.extend(found.groups() if found else ())
+        return not found
+
+    logger.addFilter(hold_back)
+    try:
+        yield
+    except Exception:
+        for file in map(Path, files):
+            if file.is_file() and (problem := _first_bad_line(file)):
+                raise UserError(f"{file}: {problem}; fix it.") from None
+        raise
+    finally:
+        logger.removeFilter(hold_back)
+
+
+def _first_bad_line(file: Path) -> str | None:
+    """What is wrong with the first bad line of a file; None if none is bad, or if one value extends over all lines."""
+    with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
-                json.dumps(json.loads(line), ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                return number
-            except ValueError:
+            if number == 1 and line.strip() in ("[", "{"):
                 return None
+            try:
+                if line.strip():
+                    parse_json_line(line)
+            except ValueError as error:
+                return f"line {number} {error}"
     return None
+
+
+def parse_json_line(line: str) -> Any:
+    """The value of a line. Raises `ValueError` that says what is wrong with the line."""
+    try:
+        value = json.loads(line)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("contains a lone surrogate, which is not Unicode text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg}: character {error.pos + 1})") from None
+    except RecursionError:
+        raise ValueError("is not JSON that can be read (too deeply nested)") from None
+    return value
 
 
 def _format_of(file: Path) -> str | None:

@@ -11,7 +11,6 @@ An open question for a judge, of one or more turns; references are optional:
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import as_file, files
@@ -21,6 +20,7 @@ from typing import Any
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import say
+from cpt_merge.data.sources import parse_json_line
 from cpt_merge.evaluation.checks import Check, parse_check
 from cpt_merge.evaluation.config import BUILT_IN
 from cpt_merge.evaluation.conversation import ROLES, Conversation, Message, Turn
@@ -91,16 +91,9 @@ def read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                raise UserError(
-                    f"{where} holds half of a surrogate pair (\\ud800 to \\udfff); correct it."
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{where} is not JSON ({error}); write one prompt a line."
-                ) from None
+                row = parse_json_line(line)
+            except ValueError as error:
+                raise UserError(f"{where} {error}; write one prompt per line.") from None
             yield parse(row, where)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say, timed
+from cpt_merge.data.sources import json_errors
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.config import KnowledgeConfig
 from cpt_merge.evaluation.conversation import Exchange
@@ -109,7 +110,10 @@ def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
         hint = f"similar are {', '.join(close)}" if close else "`lm-eval ls tasks` lists them"
         raise UserError(f"evaluation.knowledge.tasks: lm-eval has no task {name}; {hint}.")
     try:
-        loaded = manager.load([name])
+        with json_errors():
+            loaded = manager.load([name])
+    except UserError as error:
+        raise UserError(f"evaluation.knowledge.tasks: {name}: {error}") from None
     except Exception as error:  # of the hub, datasets or the task itself: any kind
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise UserError(

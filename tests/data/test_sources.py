@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import unicodedata
 from pathlib import Path
 
@@ -116,3 +117,14 @@ def test_a_lone_surrogate_in_json_is_named_by_its_line(tmp_path) -> None:
     source = Source(path=str(path), language="en")
     with pytest.raises(UserError, match="line 2 contains a lone surrogate"):
         list(read_source(source))
+
+
+def test_a_line_that_is_not_json_is_named_in_one_sentence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text.jsonl"
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [caplog.handler])
+    path.write_text('{"text": "fine"}\n{"text": oops}\n')
+    with pytest.raises(UserError, match=r"text.jsonl: line 2 is not JSON \(Expecting value: .* 10"):
+        list(read_source(Source(path=str(path), language="en")))
+    assert "Failed to load" not in caplog.text

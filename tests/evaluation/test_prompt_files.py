@@ -44,11 +44,11 @@ def test_bad_prompts(tmp_path, row, sentence):
     ("content", "sentence"),
     [
         (None, "does not exist"),
-        (b"{", "is not JSON"),
+        (b'\n{"a": oops}', r"jsonl, line 2 is not JSON \(Expecting value: character 7\); write"),
         (b"\xff\xfe", "not UTF-8"),
         (b"\n", "no prompts"),
         (b"[" * 100_000, "is not JSON"),
-        (b'{"a": "\\ud83d"}', "line 1 holds half"),
+        (b'{"a": "\\ud83d"}', "line 1 contains a lone surrogate"),
     ],
 )
 def test_bad_prompts_file(tmp_path, content, sentence):

@@ -1,7 +1,10 @@
 """Tasks of lm-eval: on a tiny model with tasks that lie in a folder, and what its values become. No network."""
 
 import json
+import logging
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import yaml
 
@@ -11,6 +14,7 @@ from cpt_merge.evaluation.config import EvaluationConfig, KnowledgeConfig
 from cpt_merge.evaluation.evaluators.knowledge import (
     NO_TASKS,
     KnowledgeEvaluator,
+    _load,
     load_tasks,
     means,
     metrics_of,
@@ -115,6 +119,20 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
         UserError, match=r"lm-eval, which is not installed; run pip install .*\[eval\]"
     ):
         KnowledgeEvaluator(KnowledgeConfig(tasks={"kmmlu": "ko"}), 0, 4)
+
+
+def test_a_line_of_a_task_that_is_not_json_is_named_in_one_sentence(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    path = tmp_path / "sums.jsonl"
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [caplog.handler])
+    path.write_text('{"question": "1 + 1"}\n{"question": oops}\n')
+    manager = SimpleNamespace(
+        all_tasks=["sums"],
+        load=lambda names: datasets.load_dataset("json", data_files=str(path), cache_dir=tmp_path),
+    )
+    with pytest.raises(UserError, match=r"knowledge.tasks: sums: .*sums.jsonl: line 2 is not JSON"):
+        _load(manager, "sums", None, 0)
+    assert "Failed to load" not in caplog.text
 
 
 def test_a_language_that_is_not_known():
