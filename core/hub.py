@@ -14,10 +14,12 @@ NEEDED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README
 
 
 def is_local(name: str) -> bool:
-    """False for what can only be a hub id (org/model); True for a path, existing or not."""
-    return (
-        Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1
-    )
+    """False for what can only be a hub id (org/model); True for a path, existing or not.
+
+    If the folder org exists here, org/model is a path, probably a misspelt one.
+    """
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    return looks_local or Path(name).parent.is_dir()
 
 
 def model_directory(name: str) -> Path:
@@ -34,7 +36,8 @@ def model_directory(name: str) -> Path:
         return path
     if is_local(name):
         raise UserError(
-            f"model {name} does not exist; give a directory, or a hub id like org/model."
+            f"model {name} does not exist here; give a directory, or a hub id like org/model (whose "
+            "first part is not the name of a folder here)."
         )
     from huggingface_hub import snapshot_download
 

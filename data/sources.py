@@ -165,8 +165,8 @@ class Corpus(Section):
 def source_files(source: Source) -> list[Path]:
     """The local files of a source, sorted; empty for a hub dataset.
 
-    A path is local if it exists, contains a wildcard, starts with `.`, `/` or `~`, or has a known
-    ending; anything else is a hub id.
+    A path is local if it exists, contains a wildcard, starts with `.`, `/` or `~`, has a known
+    ending, or is in a folder that exists; anything else is a hub id.
     """
     path = Path(source.path).expanduser()
     if path.is_dir():
@@ -184,7 +184,9 @@ def source_files(source: Source) -> list[Path]:
         return files
     if path.is_file():
         return [path]
-    if source.path.startswith((".", "/", "~")) or _format_of(path) or source.path.count("/") > 1:
+    looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
+    in_a_folder = "/" in source.path and path.parent.is_dir()
+    if looks_local or in_a_folder or _format_of(path):
         raise UserError(f"text source {source.path} does not exist; correct corpus.sources.")
     return []
 

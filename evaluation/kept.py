@@ -47,10 +47,7 @@ class KeptResults:
             "built-in": fingerprint(str(PACKAGED)),
             "device": "cuda" if torch.cuda.is_available() else "cpu",
         }
-        folder = out.resolve()
-        return KeptResults(
-            folder.with_name(f"{folder.name}.kept"), stage_key("evaluated", settings, inputs)
-        )
+        return KeptResults(kept_folder(out), stage_key("evaluated", settings, inputs))
 
     def read(self, name: str, directory: Path) -> ModelResult | None:
         """What an evaluation that was cut short found of this model."""
@@ -84,6 +81,12 @@ class KeptResults:
 
     def _key_of(self, name: str, directory: Path) -> str:
         return stage_key(self.key, {"name": name}, {"model": fingerprint(directory)})
+
+
+def kept_folder(out: Path) -> Path:
+    """Where an evaluation that writes `out` keeps the results of finished models."""
+    folder = out.resolve()
+    return folder.with_name(f"{folder.name}.kept")
 
 
 def input_files(config: EvaluationConfig, text: Text) -> dict[str, str]:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, StoppingCriteriaList
 
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.hub import is_local, model_directory
+from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.chat_template import render
 from cpt_merge.evaluation.conversation import Message
@@ -67,10 +67,6 @@ def chat(name: str, settings: ChatSettings) -> None:
 
 def _load(name: str, settings: ChatSettings) -> LoadedModel:
     """Load the model, after checking everything that can be wrong with it."""
-    if is_local(name) and not Path(name).expanduser().is_dir():
-        raise UserError(
-            f"{name} does not exist; give the directory of a model, or its hub id (org/model)."
-        )
     directory = model_directory(name)
     try:
         # without the argument, transformers asks on the terminal whether to run the model's code

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +45,39 @@ def evaluate(
     from cpt_merge.launcher.execute import closing_on_error
     from cpt_merge.launcher.identity import open_tracker
 
-    if find_world().is_main:
-        make_writable(out, "--out")
-        if (out / "results.json").exists():
-            say(f"evaluation: {out} holds an earlier evaluation, which this one replaces")
-    config = {
-        "models": {name: str(path) for name, path in directories.items()}, **given.model_dump()
-    }  # fmt: skip
-    inputs = {name: fingerprint(path) for name, path in directories.items()}
-    inputs |= input_files(given.evaluation, texts)
-    inputs["template"] = fingerprint(template_of) if template_of else ""
-    tracker = open_tracker(
-        given.tracking, "evaluation", out.resolve().name, out, out / "log",
-        stage_key("evaluation", config, inputs), config,
-    )  # fmt: skip
-    with closing_on_error(tracker, "evaluation"):
-        run(given.evaluation, directories, texts, template_of, out, tracker)
-    tracker.finish()
+    with _removed_on_failure(out):
+        if find_world().is_main:
+            make_writable(out, "--out")
+            if (out / "results.json").exists():
+                say(f"evaluation: {out} holds an earlier evaluation, which this one replaces")
+        config = {
+            "models": {name: str(path) for name, path in directories.items()}, **given.model_dump()
+        }  # fmt: skip
+        inputs = {name: fingerprint(path) for name, path in directories.items()}
+        inputs |= input_files(given.evaluation, texts)
+        inputs["template"] = fingerprint(template_of) if template_of else ""
+        tracker = open_tracker(
+            given.tracking, "evaluation", out.resolve().name, out, out / "log",
+            stage_key("evaluation", config, inputs), config,
+        )  # fmt: skip
+        with closing_on_error(tracker, "evaluation"):
+            run(given.evaluation, directories, texts, template_of, out, tracker)
+        tracker.finish()
     say(f"evaluation: done -> {out}")
+
+
+@contextmanager
+def _removed_on_failure(out: Path) -> Iterator[None]:
+    """If the block creates `out` and fails before a model is measured, `out` is removed again."""
+    from cpt_merge.evaluation.kept import kept_folder
+
+    is_new = find_world().is_main and not out.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and not (out / "results.json").exists() and not kept_folder(out).exists():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _settings(words: Sequence[str], suites: str | None) -> EvaluationSettings:

@@ -63,6 +63,17 @@ def test_bad_places(pair: Path, tmp_path: Path) -> None:
         evaluate(models, out, [])
 
 
+def test_an_evaluation_that_fails_before_a_model_is_measured_leaves_nothing(
+    pair: Path, tmp_path: Path
+) -> None:
+    models, out, mine = [f"a={pair / 'chat'}"], tmp_path / "out", tmp_path / "mine"
+    mine.mkdir()
+    for folder in (out, mine):
+        with pytest.raises(UserError, match="no.jsonl does not exist"):
+            evaluate(models, folder, ["evaluation.prompts=no.jsonl"], "form")
+    assert list(tmp_path.iterdir()) == [mine], "a folder that was there before stays"
+
+
 def test_directories_without_a_recipe(
     pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
