@@ -38,6 +38,7 @@ from benchmarks import peers
 from benchmarks.checkpoints import Shape
 from benchmarks.checkpoints import prepare as prepare_models
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.progress import counted
 from cpt_merge.merge.methods.ties import magnitude_threshold
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -294,7 +295,9 @@ def processes(folder: Path, rounds: int = 3) -> None:
             digests.add(digest(out))
             print(f"round {number + 1}: {count} processes {results[count][-1]:.2f} s", flush=True)
     shutil.rmtree(out, ignore_errors=True)
-    print(f"speed-up {median(results[1]) / median(results[2]):.2f}; {len(digests)} digest(s)")
+    print(
+        f"speed-up {median(results[1]) / median(results[2]):.2f}; {counted(len(digests), 'digest')}"
+    )
     (folder / "merge-processes.json").write_text(
         json.dumps({"seconds": results, "digests": len(digests)})
     )
@@ -393,7 +396,7 @@ def compare(folder: Path, venv: Path, scripts: Path) -> None:
     pair = [(base, chat)]
     skip = "rules=[{kinds: [embed, head], action: skip}]"
     other = f"vectors=[{{base: {base}, chat: {chat}, ratio: -0.3}}]"
-    of_chat, second = [peers.Vector(chat, 1.0, 0.2)], [peers.Vector(cpt, 1.0, 0.2)]
+    of_chat, second = [peers.PeerVector(chat, 1.0, 0.2)], [peers.PeerVector(cpt, 1.0, 0.2)]
     of_cpt = f"vectors=[{{base: {base}, chat: {cpt}, ratio: 0.7}}]"
     ties = ["ratio=0.7", "method=ties", "density=0.2"]
     theirs = (models / f"theirs{number}" for number in range(1, 10))

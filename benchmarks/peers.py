@@ -32,7 +32,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Vector:
+class PeerVector:
     """A model whose difference from the base mergekit adds, with a weight and a density."""
 
     model: Path
@@ -54,7 +54,9 @@ def mergekit_task_arithmetic(
 
     For a longer vocabulary of `cpt` name it as `tokenizer` too. The config is the base model's.
     """
-    config = _of_vectors("task_arithmetic", base, [Vector(cpt), Vector(chat, ratio)], {}, tokenizer)
+    config = _of_vectors(
+        "task_arithmetic", base, [PeerVector(cpt), PeerVector(chat, ratio)], {}, tokenizer
+    )
     for model in config["models"]:
         del model["parameters"]["density"]
     name = "mergekit task_arithmetic float32" + (", tuned" if flags == TUNED else "")
@@ -94,7 +96,7 @@ def mergekit_linear(
 def mergekit_ties(
     venv: Path,
     base: Path,
-    vectors: Sequence[Vector],
+    vectors: Sequence[PeerVector],
     out: Path,
     scale: float = 1.0,
     normalize: bool = True,
@@ -114,7 +116,7 @@ def mergekit_ties(
 def mergekit_dare_linear(
     venv: Path,
     base: Path,
-    vectors: Sequence[Vector],
+    vectors: Sequence[PeerVector],
     out: Path,
     scale: float = 1.0,
     rescale: bool = True,
@@ -169,13 +171,13 @@ def chat_vector(
         repr([*ratios]),
     ]
     commands.append([*add, *(["--skip_embed", "True"] if skip_embed else [])])
-    return Peer("Chat Vector scripts" + (", skip_embed" if skip_embed else ""), commands, out)
+    return Peer("Chat PeerVector scripts" + (", skip_embed" if skip_embed else ""), commands, out)
 
 
 def _of_vectors(
     method: str,
     base: Path,
-    vectors: Sequence[Vector],
+    vectors: Sequence[PeerVector],
     parameters: dict[str, Any],
     tokenizer: Path | None,
 ) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _bisect(function: Callable[[float], float], high: float) -> float:
 
 
 @dataclass(frozen=True)
-class Curve:
+class ScalingCurve:
     """Speed over the number of nodes, and the published runs on it."""
 
     name: str
@@ -197,15 +197,15 @@ def draw(path: Path) -> None:
     pyplot.close(figure)
 
 
-def _torchtitan() -> Iterator[Curve]:
+def _torchtitan() -> Iterator[ScalingCurve]:
     found = [run for run in published_runs() if run.gpu == "h100-500w"]
     settings = {"eager": (False, False), "compiled": (True, False), "fp8": (True, True)}
     for name, setting in settings.items():
         runs = [run for run in found if (run.work.compile, run.work.fp8) == setting]
-        yield Curve(name, LLAMA_8B, runs[0].work, runs[0].cluster, runs)
+        yield ScalingCurve(name, LLAMA_8B, runs[0].work, runs[0].cluster, runs)
 
 
-def _accumulated(model: str, source: str, shape: ModelShape) -> Iterator[Curve]:
+def _accumulated(model: str, source: str, shape: ModelShape) -> Iterator[ScalingCurve]:
     """The runs of a model on H100 with one micro-batch, and the estimate with four."""
     runs = [
         run
@@ -214,19 +214,21 @@ def _accumulated(model: str, source: str, shape: ModelShape) -> Iterator[Curve]:
         and run.work.micro_batches == 1
     ]
     first = runs[0]
-    yield Curve("1 micro-batch", shape, first.work, first.cluster, runs)
-    yield Curve("4 micro-batches", shape, replace(first.work, micro_batches=4), first.cluster)
+    yield ScalingCurve("1 micro-batch", shape, first.work, first.cluster, runs)
+    yield ScalingCurve(
+        "4 micro-batches", shape, replace(first.work, micro_batches=4), first.cluster
+    )
 
 
-def _slow_network() -> Iterator[Curve]:
+def _slow_network() -> Iterator[ScalingCurve]:
     work = Workload(4096, 2, 1, activation_checkpointing="selective", compile=True)
     cluster = Cluster.of("h100", 1, 8, 200)
     for count in (1, 2, 8):
         name = f"{count} micro-batch{'es' if count > 1 else ''}"
-        yield Curve(name, LLAMA_8B, replace(work, micro_batches=count), cluster)
+        yield ScalingCurve(name, LLAMA_8B, replace(work, micro_batches=count), cluster)
 
 
-def _panel(axis: Any, title: str, curves: Iterator[Curve]) -> None:
+def _panel(axis: Any, title: str, curves: Iterator[ScalingCurve]) -> None:
     for number, curve in enumerate(curves):
         color = f"C{number}"
         speeds = {layout: curve.speeds(layout) for layout in ("FSDP", "HSDP")}

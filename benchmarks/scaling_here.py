@@ -16,7 +16,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks.training import Contender, free_port
-from benchmarks.training_contenders import Case, Interval
+from benchmarks.training_contenders import TimedInterval, TrainingCase
 from benchmarks.training_inputs import Inputs
 from cpt_merge.cluster.plan import PARTS
 from cpt_merge.cluster.scaling import (
@@ -98,9 +98,9 @@ def _shape(model: Path) -> ModelShape:
 def _steps(folder: Path, size: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of a step in each round; in a round, each case trains an interval, in turn."""
 
-    def case(processes: int) -> Case:
+    def case(processes: int) -> TrainingCase:
         inputs, sequences = Inputs.of(folder, size), MICRO_BATCHES * processes
-        return Case(inputs, "fp32", processes, LENGTH, sequences, 1, 2, rounds)
+        return TrainingCase(inputs, "fp32", processes, LENGTH, sequences, 1, 2, rounds)
 
     pair, sharded = [Contender("bare", case(1)) for _ in range(2)], Contender("bare", case(2))
     alone = Contender("bare", case(1))
@@ -116,7 +116,7 @@ def _steps(folder: Path, size: str, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def _seconds(intervals: list[Interval], steps: int) -> float:
+def _seconds(intervals: list[TimedInterval], steps: int) -> float:
     """Seconds of a step, without the time that the process waited for a CPU."""
     return max(each.wall - each.delay for each in intervals) / steps
 

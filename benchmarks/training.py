@@ -27,7 +27,7 @@ import typer
 
 from benchmarks import training_inputs
 from benchmarks.training_checkpoints import Save, measure_saves
-from benchmarks.training_contenders import Case, Interval, enter, join
+from benchmarks.training_contenders import TimedInterval, TrainingCase, enter, join
 from benchmarks.training_gpu import measure_gpu
 from benchmarks.training_inputs import Inputs
 
@@ -61,7 +61,9 @@ def trainer(
         sizes.split(","), precisions.split(","), processes.split(",")
     ):
         steps = 2 if size == "small" else 1
-        case = Case(Inputs.of(folder, size), precision, int(count), LENGTH, 2, 1, steps, intervals)
+        case = TrainingCase(
+            Inputs.of(folder, size), precision, int(count), LENGTH, 2, 1, steps, intervals
+        )
         found = [interval for number in range(rounds) for interval in _round(case, number)]
         name = f"{size}, {precision}, {count}"
         results[name] = _summary(case, found)
@@ -72,7 +74,7 @@ def trainer(
 class Contender:
     """The processes of one contender, which train when they are told to."""
 
-    def __init__(self, name: str, case: Case) -> None:
+    def __init__(self, name: str, case: TrainingCase) -> None:
         context, port = multiprocessing.get_context("spawn"), free_port()
         self.connections: list[Connection] = []
         self.processes = []
@@ -87,7 +89,7 @@ class Contender:
             self.processes.append(process)
         self.warmed_up = self.wait()
 
-    def interval(self) -> list[Interval]:
+    def interval(self) -> list[TimedInterval]:
         """Train one interval; what each process found."""
         self.start()
         return self.wait()
@@ -97,7 +99,7 @@ class Contender:
         for connection in self.connections:
             connection.send(None)
 
-    def wait(self) -> list[Interval]:
+    def wait(self) -> list[TimedInterval]:
         """The end of an interval. Raises EOFError if a process died."""
         return [connection.recv() for connection in self.connections]
 
@@ -115,7 +117,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _round(case: Case, number: int) -> Iterator[dict[str, list[Interval]]]:
+def _round(case: TrainingCase, number: int) -> Iterator[dict[str, list[TimedInterval]]]:
     """Start every contender, and let them train interval by interval in changing order."""
     contenders = {name: Contender(name, case) for name in NAMES}
     for turn in range(case.intervals):
@@ -127,14 +129,14 @@ def _round(case: Case, number: int) -> Iterator[dict[str, list[Interval]]]:
         contender.end()
 
 
-def _check_same(found: dict[str, list[Interval]]) -> None:
+def _check_same(found: dict[str, list[TimedInterval]]) -> None:
     """All train the same: their losses agree (Trainer's is a mean over the interval's steps)."""
     losses = {name: intervals[0].loss for name, intervals in found.items()}
     if max(losses.values()) - min(losses.values()) > 0.05:
         raise SystemExit(f"the contenders do not train the same: losses {losses}")
 
 
-def _summary(case: Case, found: list[dict[str, list[Interval]]]) -> dict[str, Any]:
+def _summary(case: TrainingCase, found: list[dict[str, list[TimedInterval]]]) -> dict[str, Any]:
     """Medians over all intervals; a ratio is taken within one turn of the contenders."""
     walls = {name: [max(one.wall for one in turn[name]) for turn in found] for name in NAMES}
     alone = {
@@ -188,7 +190,7 @@ def checkpoint(
     os.environ["OMP_NUM_THREADS"] = "1"
     results = {}
     for count in map(int, processes.split(",")):
-        case = Case(Inputs.of(folder, size), "fp32", count, LENGTH, count, 1, 1, 1)
+        case = TrainingCase(Inputs.of(folder, size), "fp32", count, LENGTH, count, 1, 1, 1)
         with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
             port = free_port()
             work = [
@@ -215,7 +217,9 @@ def checkpoint(
     (folder / "training-checkpoint.json").write_text(json.dumps(results, indent=1))
 
 
-def _saves(case: Case, rank: int, port: int, out: Path, rounds: int) -> tuple[int, list[Save]]:
+def _saves(
+    case: TrainingCase, rank: int, port: int, out: Path, rounds: int
+) -> tuple[int, list[Save]]:
     join(case, rank, port)
     return measure_saves(case, out, rounds)
 
@@ -234,7 +238,7 @@ def gpu(
     fp8: bool = False,
 ) -> None:
     """MFU of bf16 training on one GPU, and the kernels that take most of its time."""
-    case = Case(
+    case = TrainingCase(
         Inputs.of(folder, size), "bf16", 1, length, global_batch_size, micro_batch_size, 10**6, 1
     )
     changes = {

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.training_contenders import Case, ask_for_fsdp, settings
+from benchmarks.training_contenders import TrainingCase, ask_for_fsdp, settings
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Save:
     quiet_step: float  # of a step while nothing is written
 
 
-def measure_saves(case: Case, folder: Path, rounds: int) -> tuple[int, list[Save]]:
+def measure_saves(case: TrainingCase, folder: Path, rounds: int) -> tuple[int, list[Save]]:
     """(bytes of a checkpoint, saves of both kinds in turn after the first of each) on a process."""
     from cpt_merge.data.packing import TrainingSequences
     from cpt_merge.data.store import Store

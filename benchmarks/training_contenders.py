@@ -1,7 +1,7 @@
 """Three contenders train the same model on the same packed sequences: ours, a bare loop, Trainer.
 
-Fresh processes of each warm up and then wait. `Turn` lets them train one interval of steps at a
-time, so they take turns within seconds and other work on the machine affects all alike.
+Fresh processes of each warm up and then wait. `TimedTurn` lets them train one interval of steps at
+a time, so they take turns within seconds and other work on the machine affects all alike.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RATE, BETAS, CLIP = 1e-4, (0.9, 0.95), 1.0
 
 
 @dataclass(frozen=True)
-class Case:
+class TrainingCase:
     """What is trained, and how."""
 
     inputs: Inputs
@@ -49,7 +49,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Interval:
+class TimedInterval:
     """What a process found in one interval. Seconds, and MB of peak resident memory."""
 
     wall: float
@@ -63,10 +63,10 @@ class Finished(Exception):  # noqa: N818 - not an error
     """All intervals are done."""
 
 
-class Turn:
+class TimedTurn:
     """Called by a contender at the end of each interval: reports it, and waits for the next."""
 
-    def __init__(self, connection: Connection, case: Case) -> None:
+    def __init__(self, connection: Connection, case: TrainingCase) -> None:
         self.connection, self.left = connection, case.intervals + 1
         self._start()
 
@@ -81,7 +81,7 @@ class Turn:
         """Raises `Finished` after the last interval."""
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         self.connection.send(
-            Interval(wall, run_queue_delay() - self._delay, cpu, peak_megabytes(), loss)
+            TimedInterval(wall, run_queue_delay() - self._delay, cpu, peak_megabytes(), loss)
         )
         self.left -= 1
         if not self.left:
@@ -101,7 +101,7 @@ def peak_megabytes() -> float:
     return next(int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith("VmHWM"))
 
 
-def join(case: Case, rank: int, port: int) -> None:
+def join(case: TrainingCase, rank: int, port: int) -> None:
     """Set rank and world size, as torchrun would."""
     if case.processes > 1:  # a single one with a rank would make Trainer wrap its model in DDP
         os.environ.update(
@@ -114,12 +114,12 @@ def join(case: Case, rank: int, port: int) -> None:
         )
 
 
-def enter(name: str, case: Case, rank: int, port: int, connection: Connection) -> None:
+def enter(name: str, case: TrainingCase, rank: int, port: int, connection: Connection) -> None:
     """The body of a contender's process."""
     join(case, rank, port)
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     try:
-        CONTENDERS[name](case, folder, Turn(connection, case))
+        CONTENDERS[name](case, folder, TimedTurn(connection, case))
     except Finished:
         pass
     finally:
@@ -127,7 +127,7 @@ def enter(name: str, case: Case, rank: int, port: int, connection: Connection) -
     os._exit(0)  # do not take down process groups in the middle of a run
 
 
-def settings(case: Case) -> dict[str, Any]:
+def settings(case: TrainingCase) -> dict[str, Any]:
     """The recipe's `training` section."""
     return {
         "sequence_length": case.length,
@@ -145,7 +145,7 @@ def settings(case: Case) -> dict[str, Any]:
     }
 
 
-def ask_for_fsdp(case: Case) -> None:
+def ask_for_fsdp(case: TrainingCase) -> None:
     """Several processes shard by FSDP2."""
     from cpt_merge.launcher.start import backend_environment
 
@@ -156,7 +156,7 @@ def ask_for_fsdp(case: Case) -> None:
 class _Intervals:
     """A sink that ends an interval with each row of training metrics."""
 
-    def __init__(self, turn: Turn) -> None:
+    def __init__(self, turn: TimedTurn) -> None:
         self.turn = turn
 
     def begin(self, kept: float | None) -> None: ...
@@ -168,7 +168,7 @@ class _Intervals:
     def finish(self, failed: bool) -> None: ...
 
 
-def ours(case: Case, folder: Path, turn: Turn) -> None:
+def ours(case: TrainingCase, folder: Path, turn: TimedTurn) -> None:
     """The training stage as it is."""
     from cpt_merge.training.config import TrainingConfig
     from cpt_merge.training.inputs import TrainingInputs
@@ -179,7 +179,7 @@ def ours(case: Case, folder: Path, turn: Turn) -> None:
     run(TrainingConfig(**settings(case)), inputs, folder, Tracker([_Intervals(turn)]), None)
 
 
-def bare(case: Case, folder: Path, turn: Turn) -> None:
+def bare(case: TrainingCase, folder: Path, turn: TimedTurn) -> None:
     """Forward, backward, clip, step of our model on tensors in memory: no loop can be faster."""
     import torch
 
@@ -217,7 +217,7 @@ def bare(case: Case, folder: Path, turn: Turn) -> None:
             turn(parallel.total(total) / size)
 
 
-def trainer(case: Case, folder: Path, turn: Turn) -> None:
+def trainer(case: TrainingCase, folder: Path, turn: TimedTurn) -> None:
     """transformers.Trainer as its documentation advises: sdpa, packed by position ids."""
     import torch
     from torch.distributed.fsdp import FSDPModule
@@ -301,14 +301,14 @@ def _let_trainer_shard() -> dict[str, Any]:
     }
 
 
-def _sequences(case: Case) -> Any:
+def _sequences(case: TrainingCase) -> Any:
     from cpt_merge.data.packing import TrainingSequences
     from cpt_merge.data.store import Store
 
     return TrainingSequences(Store.open(case.inputs.store), case.length, 0)
 
 
-CONTENDERS: dict[str, Callable[[Case, Path, Turn], None]] = {
+CONTENDERS: dict[str, Callable[[TrainingCase, Path, TimedTurn], None]] = {
     "ours": ours,
     "bare": bare,
     "trainer": trainer,

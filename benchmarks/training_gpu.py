@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.training_contenders import Case, settings
+from benchmarks.training_contenders import TrainingCase, settings
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class GpuResult:
     idle: float  # share of the profiled steps in which no kernel ran
 
 
-def measure_gpu(case: Case, steps: int, changes: dict[str, Any]) -> GpuResult:
+def measure_gpu(case: TrainingCase, steps: int, changes: dict[str, Any]) -> GpuResult:
     """Train `steps` steps after 5 that warm up. Raises `SystemExit` without a GPU."""
     import torch
     from transformers import AutoConfig

@@ -36,8 +36,8 @@ def model_directory(name: str) -> Path:
         return path
     if is_local(name):
         raise UserError(
-            f"model {name} does not exist here; give a directory, or a hub id like org/model (whose "
-            "first part is not the name of a folder here)."
+            f"model {name} does not exist here; give a directory, or a hub id like org/model "
+            "(whose first part must not be a folder here)."
         )
     from huggingface_hub import snapshot_download
 

@@ -31,6 +31,12 @@ def say(message: str) -> None:
         console.print(message, markup=False)
 
 
+def counted(count: float, noun: str) -> str:
+    """A number with its noun: `1 prompt`, `1,200 prompts`, `2 processes`."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch", "x")) else "s"
+    return f"{count:,} {noun}{ending}"
+
+
 class Meter:
     """A context manager that counts work against a total (None: unknown) and shows the progress.
 

@@ -316,7 +316,7 @@ def json_errors() -> Iterator[None]:
 
 
 def _first_bad_line(file: Path) -> str | None:
-    """What is wrong with the first bad line of a file; None if none is bad, or if one value extends over all lines."""
+    """What is wrong with the first bad line; None if no line is, or one value has several lines."""
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1 and line.strip() in ("[", "{"):

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cpt_merge.core.languages import find_language
-from cpt_merge.core.progress import console, say
+from cpt_merge.core.progress import console, counted, say
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import Metric, NotRun
 from cpt_merge.evaluation.results import ModelResult, Results, Sample, each, languages_with
@@ -18,7 +18,7 @@ from cpt_merge.evaluation.statistics import Estimate, PairedDifference
 
 SHOWN_CHARACTERS = 400  # of a reply
 SHOWN_GROUPS = 8  # of a breakdown; results.json has all
-UNITS = {"language": "documents", "knowledge": "questions"}  # evaluator -> what n counts
+UNITS = {"language": "document", "knowledge": "question"}  # evaluator -> what n counts
 
 
 def show(results: Results, judges: Mapping[str, Mapping[str, float]], samples: int) -> None:
@@ -54,8 +54,8 @@ def show_scores(results: Results) -> None:
 def _score_table(results: Results, language: str, evaluator: str, metrics: list[Metric]) -> Table:
     scores = {model: found.get(language, {}) for model, found in results.scores.items()}
     n = max(found[one.name].n for found in scores.values() for one in metrics if one.name in found)
-    units = UNITS.get(evaluator, "conversations")
-    table = _table(f"{find_language(language).name}, {evaluator}: {n} {units}")
+    units = counted(n, UNITS.get(evaluator, "conversation"))
+    table = _table(f"{find_language(language).name}, {evaluator}: {units}")
     table.add_column("model")
     for metric in metrics:
         table.add_column(metric.heading, justify="right")
@@ -141,12 +141,13 @@ def show_judges(judges: Mapping[str, Mapping[str, float]]) -> None:
     """A line for each judge: its requests, tokens and cost."""
     for model, took in judges.items():
         sent, answered = took["prompt_tokens"], took["completion_tokens"]
+        requests = counted(took["requests"], "request")
         parts = [
-            f"{took['requests']:,} requests, {took['cached']:,} more answered from the cache",
+            f"{requests}, {took['cached']:,} more answered from the cache",
             f"{sent:,} + {answered:,} tokens (sent + answered)",
         ]
         if uncounted := took.get("requests_without_token_counts"):
-            parts.append(f"{uncounted:,} requests whose tokens the endpoint did not count")
+            parts.append(f"{counted(uncounted, 'request')} whose tokens the endpoint did not count")
         if "cost" in took:
             parts.append(f"cost {took['cost']:.4g} in the currency of its price")
         say(f"judge {model}: {'; '.join(parts)}")

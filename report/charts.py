@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
+from cpt_merge.core.progress import counted
 from cpt_merge.report.bars import NARROW, WIDE, Bar, BarSeries, draw_bars
 from cpt_merge.report.curves import (
     MOST_POINTS,
@@ -241,7 +242,9 @@ def _notes(curves: Sequence[Curve], form: ChartForm) -> list[str]:
     for curve in curves:
         odd = sum(not math.isfinite(y) for _, y in curve.points)
         if odd:
-            notes.append(f"{curve.name}: {odd:,} of {len(curve.points):,} values are not finite")
+            notes.append(
+                f"{curve.name}: {odd:,} of {counted(len(curve.points), 'value')} not finite"
+            )
     longest = max((len(curve.points) for curve in curves), default=0)
     if longest > MOST_POINTS:
         notes.append(f"extremes of {longest:,} rows")

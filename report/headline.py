@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cpt_merge.core.progress import counted
 from cpt_merge.launcher.stages import STAGES
 from cpt_merge.report.view import (
     SWEEP,
@@ -222,7 +223,7 @@ def _trained(log: StageLog) -> Iterator[Tile]:
     rates = [row["train/tokens_per_second"] for row in log.rows if "train/tokens_per_second" in row]
     steps, tokens = planned_steps(log), log.newest.get("train/tokens")
     step = f"step {points[-1][0]:,.0f}" + (f" of {steps:,}" if steps else "")
-    notes = [step + (f", {tokens:,.0f} tokens" if tokens is not None else "")]
+    notes = [step + (f", {counted(int(tokens), 'token')}" if tokens is not None else "")]
     notes += [f"median of {statistics.median(rates):,.0f} tokens per second"] if rates else []
     about = f"nats per token, from {number(points[0][1])}"
     yield Tile("Training loss", number(points[-1][1]), about, notes)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, Template
 
+from cpt_merge.core.progress import counted
 from cpt_merge.report.charts import (
     Chart,
     Palette,
@@ -154,7 +155,7 @@ def _content(path: Path) -> str:
     over = len(text) - FILE_CHARACTERS
     if over <= 0:
         return text
-    return f"{text[:FILE_CHARACTERS]}\n… ({over:,} more characters in {path})"
+    return f"{text[:FILE_CHARACTERS]}\n… ({counted(over, 'more character')} in {path})"
 
 
 def _metrics(log: StageLog, shown: Collection[str]) -> list[tuple[str, int, float, float, float]]:
@@ -231,7 +232,7 @@ def _cut(text: str) -> str:
     """A reply for display: leading line breaks as signs, and no longer than allowed."""
     words = text.lstrip("\n")
     text, over = "⏎" * (len(text) - len(words)) + words, len(words) - MOST_CHARACTERS
-    return f"{text[:MOST_CHARACTERS]} … ({over:,} more characters)" if over > 0 else text
+    return f"{text[:MOST_CHARACTERS]} … ({counted(over, 'more character')})" if over > 0 else text
 
 
 def _spread_evenly(said: list[T]) -> list[T]:
@@ -257,7 +258,8 @@ def _template() -> Template:
         lang=_lang,
         numeric=_numeric,
         clock=_clock,
-        counted=_counted,
+        measured=_measured,
+        counted=counted,
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
@@ -297,9 +299,9 @@ def _numeric(table: Table) -> list[bool]:
     return [bool(kind) and kind <= {int, float} for kind in kinds]
 
 
-def _counted(reply: Mapping[str, Cell]) -> str:
+def _measured(reply: Mapping[str, Cell]) -> str:
     """How long a reply is and how much of it repeats itself."""
-    parts = [f"{number(reply['tokens'])} tokens"] if "tokens" in reply else []
+    parts = [counted(int(reply["tokens"] or 0), "token")] if "tokens" in reply else []
     repetition = reply.get("repetition")
     parts += [f"{100 * repetition:.0f} % repeated"] if isinstance(repetition, float) else []
     checks = reply.get("instruction_checks")

@@ -20,7 +20,7 @@ from typing import Any
 
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say, timed
+from cpt_merge.core.progress import counted, say, timed
 from cpt_merge.data.sources import json_errors
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.config import KnowledgeConfig
@@ -66,7 +66,8 @@ class KnowledgeEvaluator(Evaluator):
         measured: list[Measurement] = []
         details: dict[str, Any] = {}
         for name, loaded in self._loaded.items():
-            say(f"{subject.loaded.name}: {name} ({len(loaded['tasks'])} tasks of lm-eval)")
+            tasks = counted(len(loaded["tasks"]), "task")
+            say(f"{subject.loaded.name}: {name} ({tasks} of lm-eval)")
             results = evaluate(
                 model,
                 loaded,

@@ -37,7 +37,7 @@ class EndpointError(Exception):
         self.dead, self.refused = dead, refused
 
 
-class Failure:
+class FirstFailure:
     """The first failure of an endpoint, shared by threads; `reason` is empty until then."""
 
     def __init__(self, reason: str = "") -> None:

@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from cpt_merge.core.distributed import Ranks
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import counted, say
 from cpt_merge.evaluation.chat_template import ChatTemplate, render
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Message, Reply
@@ -90,8 +90,8 @@ def generate(
     answerable = [place for place, tokens in enumerate(room) if tokens > 0]
     if unanswered := len(ids) - len(answerable):
         say(
-            f"{loaded.name}: {unanswered} prompts fill its {loaded.positions} positions "
-            "and are not answered"
+            f"{loaded.name}: no reply to {counted(unanswered, 'prompt')} as long as its "
+            f"{loaded.positions} positions"
         )
     stop_ids = loaded.tokenizer.convert_tokens_to_ids(list(ends))
     if not stop_ids:

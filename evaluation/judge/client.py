@@ -17,7 +17,7 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
-from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, Failure
+from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, FirstFailure
 
 PATH = "chat/completions"
 BATCH = 4  # prompts per parallel request: a batch waits for its slowest answer once
@@ -116,7 +116,7 @@ class Judge:
         size = BATCH * self._at_once
         batches = [unique[start : start + size] for start in range(0, len(unique), size)]
         error = self._test() if self._gave_up else None
-        failure = Failure(str(error) if error else "")
+        failure = FirstFailure(str(error) if error else "")
         with ThreadPoolExecutor(self._at_once) as pool:
             found = ranks.map(
                 f"judge {self.name}",
@@ -135,7 +135,7 @@ class Judge:
         messages = [{"role": "user", "content": prompt}]
         return {"model": self.config.model, "messages": messages, **self.config.request}
 
-    def _one(self, prompt: str, failure: Failure) -> Answer:
+    def _one(self, prompt: str, failure: FirstFailure) -> Answer:
         payload = self._payload(prompt)
         asked = json.dumps([self.config.url, payload], sort_keys=True, ensure_ascii=False)
         path = self._cache / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"

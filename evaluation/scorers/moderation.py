@@ -9,7 +9,7 @@ from typing import Any
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import Metric
-from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, Failure
+from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, FirstFailure
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 AT_ONCE = 8  # requests
@@ -22,7 +22,7 @@ class ModerationScorer(Scorer):
     """
 
     def __init__(self, endpoint: Endpoint, model: str) -> None:
-        self._endpoint, self._model, self._failure = endpoint, model, Failure()
+        self._endpoint, self._model, self._failure = endpoint, model, FirstFailure()
         self.metric = Metric("flagged", "flagged", f"replies that {model} flags", rising=False)
 
     def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cpt_merge.core.artifact import write_json
-from cpt_merge.core.progress import console, say
+from cpt_merge.core.progress import console, counted, say
 from cpt_merge.evaluation.evaluators.evaluator import Evaluator
 from cpt_merge.evaluation.evaluators.language import BITS
 from cpt_merge.evaluation.sweep.config import SweepConfig
@@ -83,7 +83,7 @@ def report(found: SweepResult, out: Path, tracker: Tracker, final: bool) -> None
         for name in ("merge_seconds", "evaluation_seconds")
     )
     say(
-        f"sweep: {len(found.rated)} points; per point, merging took {merging:.1f} s and "
+        f"sweep: {counted(len(found.rated), 'point')}; per point, merging took {merging:.1f} s and "
         f"measuring {measuring:.1f} s"
     )
     if found.recommendation:

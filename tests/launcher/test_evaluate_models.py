@@ -69,7 +69,7 @@ def test_an_evaluation_that_fails_before_a_model_is_measured_leaves_nothing(
     models, out, mine = [f"a={pair / 'chat'}"], tmp_path / "out", tmp_path / "mine"
     mine.mkdir()
     for folder in (out, mine):
-        with pytest.raises(UserError, match="no.jsonl does not exist"):
+        with pytest.raises(UserError, match=r"no\.jsonl does not exist"):
             evaluate(models, folder, ["evaluation.prompts=no.jsonl"], "form")
     assert list(tmp_path.iterdir()) == [mine], "a folder that was there before stays"
 

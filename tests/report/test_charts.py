@@ -70,4 +70,4 @@ def test_a_long_run_stays_a_small_page_and_its_spike_stays_visible(run, monkeypa
 
 def test_values_that_are_not_finite_are_counted(run):
     report(run)
-    assert "loss: 1 of 30 values are not finite" in Page(run).words
+    assert "loss: 1 of 30 values not finite" in Page(run).words

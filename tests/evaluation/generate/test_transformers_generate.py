@@ -129,4 +129,4 @@ def test_a_prompt_that_fills_the_models_positions_is_not_answered_and_one_near_i
     assert (replies[0].tokens, replies[0].text, replies[0].stopped) == (0, "", False)
     assert 0 < replies[1].tokens <= 6
     assert replies[2].tokens > 6
-    assert "1 prompts fill its 256 positions and are not answered" in capsys.readouterr().err
+    assert "no reply to 1 prompt as long as its 256 positions" in capsys.readouterr().err

@@ -224,7 +224,7 @@ def test_a_point_that_a_judge_left_out_is_not_kept(
     assert len(measured) == 2
     points = json.loads((tmp_path / "out" / "results.json").read_text())["points"]
     assert points[0]["judges"]["m"]["requests"] == 1
-    assert "judge m: 1 requests, 0 more answered from the cache" in capsys.readouterr().err
+    assert "judge m: 1 request, 0 more answered from the cache" in capsys.readouterr().err
     alive.clear()
     (tmp_path / "another").mkdir()
     elsewhere = rated.model_copy(
