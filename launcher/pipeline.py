@@ -13,6 +13,8 @@ from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stages import STAGES
 from cpt_merge.launcher.start import accelerate_config, local_processes
+from cpt_merge.merge import merge_report
+from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.fit import open_fitting
 
 
@@ -32,6 +34,7 @@ def check_inputs(recipe: Recipe) -> None:
     """
     run = Run(recipe)
     open_fitting({"base": run.base, "chat": run.chat})
+    merge_report.warn(pair_warnings(run.base, run.chat))
     run.corpus_inputs()
     run.further_models()
     for name, path in recipe.evaluation.files().items():

@@ -34,6 +34,8 @@ from cpt_merge.core.artifact import fingerprint, installed_versions, write_json,
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.core.world import find_world
+from cpt_merge.merge import merge_report
+from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.card import LICENCE_FIELDS, front_matter
 from cpt_merge.merge.files import MAX_THREADS
 from cpt_merge.merge.fit import open_fitting
@@ -60,6 +62,7 @@ def extract(
     if find_world().size > 1:
         raise UserError("--extract is the work of one process; start it without a launcher.")
     models = open_fitting({"base": base, "chat": chat})
+    merge_report.warn(pair_warnings(base, chat))
     pair = Pair(models["base"], models["chat"])
     rows = _align(pair)
     names = sorted(

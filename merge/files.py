@@ -26,7 +26,7 @@ from cpt_merge.core.artifact import fingerprint
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.core.world import find_world
-from cpt_merge.merge import finish, merge_report, norms
+from cpt_merge.merge import ancestry, finish, merge_report
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.methods.combine import TensorRange
 from cpt_merge.merge.norms import Statistics, Sums
@@ -71,7 +71,7 @@ def merge_directories(
     if world.is_main:
         for line in describe(the_plan.changes, the_plan.cpt_rows, the_plan.rows):
             say(f"merge: {line}")
-        merge_report.warn(norms.warnings(the_plan, norms.sample(the_plan)))
+        merge_report.warn(ancestry.warnings(the_plan, ancestry.sample(the_plan)))
     _return_freed_memory()  # of the vocabularies
     work = Work(out, the_plan.layout(), the_digest, world)
     return _merge(the_plan, work, tracker or Tracker())

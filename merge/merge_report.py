@@ -15,7 +15,7 @@ from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.palette import MODEL_COLOURS
 from cpt_merge.core.progress import say
-from cpt_merge.merge import norms
+from cpt_merge.merge import ancestry
 from cpt_merge.merge.norms import Statistics, Sums, by_kind, by_layer, total
 from cpt_merge.merge.plan import MergePlan, PlannedVector, describe_rule
 from cpt_merge.tracking import Tracker
@@ -47,7 +47,7 @@ def write(
         "rows": rows.counts(),
         "chat_tokens": rows.chat_tokens,
         "overall": _shares(total(of_chat.values()), compared[0]),
-        "warnings": norms.warnings(plan, statistics),
+        "warnings": ancestry.warnings(plan, statistics),
     }
     layers = {
         vector.label: by_layer(part) for vector, part in zip(plan.vectors, statistics, strict=True)

@@ -1,7 +1,6 @@
 """How long the chat vector and CPT's own change are, and how far they point the same way.
 
-The sums are taken while the merge streams, by default of one element in sixteen. They also tell
-whether `base` is the ancestor of both models, and whether CPT contains the vector already.
+The sums are taken while the merge streams, by default of one element in sixteen.
 """
 
 from __future__ import annotations
@@ -13,20 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cpt_merge.checkpoint.dtypes import Float32, widen
+from cpt_merge.checkpoint.dtypes import Float32
 from cpt_merge.checkpoint.tensor_kinds import kind_of, layer_of
-from cpt_merge.merge.plan import MergePlan
 
-SAMPLE = 1 << 16  # elements of each tensor, from its middle
 # The sample of a merge: the first WINDOW of every PERIOD elements of a tensor, so that it depends
 # neither on chunks nor on shards
 WINDOW, PERIOD = 1 << 14, 1 << 18
-
-# |model - base| / |base|: about 1.4 for unrelated models, below 0.3 for siblings
-UNRELATED = 1.0
-# How many times CPT contains the vector: about 1 if it started from chat, about 0 if from base
-CONTAINED = 0.5
-BODY = ("attention", "mlp", "other")
 
 
 @dataclass
@@ -161,61 +152,3 @@ def by_kind(statistics: Statistics) -> dict[str, Sums]:
 def _group(name: str) -> str:
     layer = layer_of(name)
     return kind_of(name) if layer is None else str(layer)
-
-
-# --- ancestry ---
-
-
-def sample(plan: MergePlan) -> list[Statistics]:
-    """Statistics of a small part of every tensor, for each vector; this takes a moment."""
-    statistics: list[Statistics] = [{} for _ in plan.vectors]
-    for tensor in plan.tensors:
-        if tensor.by_token or tensor.treatment is None:
-            continue
-        info = plan.cpt.tensors[tensor.name]
-        start = max((info.size - SAMPLE) // 2, 0)
-        stop = min(start + SAMPLE, info.size)
-        cpt = widen(plan.cpt.read_flat(tensor.name, start, stop), info.dtype)
-        for vector, of_vector in zip(plan.vectors, statistics, strict=True):
-            difference = vector.source.elements(tensor.name, start, stop)
-            of_vector[tensor.name] = Sums(elements=info.size)
-            of_vector[tensor.name].count(cpt, difference.base, difference.values)
-    return statistics
-
-
-def warnings(plan: MergePlan, statistics: list[Statistics]) -> list[str]:
-    """One sentence for each thing that is probably wrong with the choice of models."""
-    found = []
-    for vector, of_vector in zip(plan.vectors, statistics, strict=True):
-        prefix = "" if vector is plan.chat else f"{vector.label}: "
-        found += [prefix + warning for warning in _warnings(of_vector)] if of_vector else []
-    return found
-
-
-def _warnings(statistics: Statistics) -> list[str]:
-    """The warnings of one vector.
-
-    Only the matrices of the layers count: any training changes the vocabulary's rows and the norms
-    in similar ways, so their change points along the vector even in a model that never saw it.
-    """
-    sums = total(sums for name, sums in statistics.items() if kind_of(name) in BODY)
-    found = []
-    if total(statistics.values()).vector == 0:
-        found.append("chat equals base: there is no vector to add; check the two models.")
-    if sums.vector_share > UNRELATED:
-        found.append(
-            f"|chat - base| is {sums.vector_share:.2f} of |base|: base is probably not chat's "
-            "ancestor."
-        )
-    if sums.change_share > UNRELATED:
-        found.append(
-            f"|cpt - base| is {sums.change_share:.2f} of |base|: base is probably not the CPT "
-            "model's ancestor."
-        )
-    elif sums.contained > CONTAINED:
-        found.append(
-            f"cpt contains {sums.contained:.2f} times the chat vector already (cosine "
-            f"{sums.cosine:.2f}): it was probably trained from the chat model, and would get the "
-            "vector twice."
-        )
-    return found

@@ -375,6 +375,16 @@ def test_nan_and_inf_are_named_with_their_tensor(untied, tmp_path, tracker, mode
     refused(untied, tmp_path, tracker, f"model.layers.1.mlp.up_proj.weight of the {model} model")
 
 
+@pytest.mark.parametrize("method", ["ties", "dare", "dare_ties"])
+def test_a_method_that_thins_the_vector_does_not_hide_nan(untied, tmp_path, tracker, method):
+    weights = {name: values.clone() for name, values in untied.weights["chat"].items()}
+    weights["model.layers.1.mlp.up_proj.weight"][5, 7] = float("nan")
+    save_weights(weights, untied.chat)
+    refused(
+        untied, tmp_path, tracker, "up_proj.weight of the chat model", method=method, density=0.01
+    )
+
+
 def test_nan_in_a_kept_row_is_named(untied, tmp_path, tracker):
     weights = {name: values.clone() for name, values in untied.weights["cpt"].items()}
     weights["lm_head.weight"][39, 0] = float("nan")
