@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from cpt_merge.core.errors import UserError
 
 S = TypeVar("S", bound="Section")
+MOST_SHOWN = 80  # characters of a wrong value
 
 
 class Section(BaseModel):
@@ -41,41 +48,154 @@ def unit_of(field: FieldInfo) -> str | None:
 
 
 def parse_section(section: type[S], values: dict[str, Any], where: str) -> S:
-    """Build a section from plain values. Raises `UserError` that names the first wrong one."""
+    """Build a section from plain values. Raises `UserError` that names what is wrong."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(section, error)}") from None
+        raise UserError(f"{where}: {_sentence(section, error.errors())}") from None
 
 
-def _sentence(section: type[Section], error: ValidationError) -> str:
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"unknown key `{path}`{_nearest(section, first['loc'])}{more}."
-    if first["type"] == "missing":
-        return f"`{path}` is missing; set it{more}."
-    message = first["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"`{path}` = {first['input']!r}: {message}{more}." if path else f"{message}{more}."
+def _sentence(section: type[Section], errors: list[ErrorDetails]) -> str:
+    """What is wrong: the first unknown key, or else all missing keys, or else the first value."""
+    unknown = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
+    missing = [_dotted(error["loc"]) for error in errors if _is_missing_key(error)]
+    told = 1
+    if unknown:
+        text, near = _unknown_key(section, unknown[0], missing)
+        told += near in missing
+    elif missing:
+        told = len(missing)
+        names = _listed([f"`{name}`" for name in missing], "and")
+        text = f"{names} is missing; set it" if told == 1 else f"{names} are missing; set them"
+    else:
+        text = _wrong_value(section, errors[0])
+    more = f" (and {len(errors) - told} more)" if len(errors) > told else ""
+    return f"{text}{more}."
 
 
-def _nearest(section: type[Section], location: tuple[int | str, ...]) -> str:
-    """The known key that is most similar to the unknown one, or else all keys of that section."""
+def _is_missing_key(error: ErrorDetails) -> bool:
+    """Not a missing item of a list that has a fixed length."""
+    return error["type"] == "missing" and isinstance(error["loc"][-1], str)
+
+
+def _unknown_key(
+    section: type[Section], location: Sequence[int | str], missing: Sequence[str]
+) -> tuple[str, str]:
+    """The sentence about an unknown key, and the known key that it resembles most.
+
+    Missing keys next to it are tried first, then all keys next to it, then keys elsewhere.
+    """
     known = known_keys(section)
-    wanted = ".".join(str(part) for part in location if isinstance(part, str))
+    wanted = ".".join(part for part in location if isinstance(part, str))
     parent, _, last = wanted.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    close = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.5)
-    if not close:
-        by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
-        last_names = [name.rpartition(".")[2] for name in known]
-        found = difflib.get_close_matches(last, last_names, n=1, cutoff=0.6)
-        close = [by_last[name] for name in found]
+    by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
+    close = (
+        difflib.get_close_matches(wanted, [name for name in siblings if name in missing], 1, 0.6)
+        or difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.5)
+        or [by_last[name] for name in difflib.get_close_matches(last, list(by_last), n=1)]
+    )
+    text = f"unknown key `{_dotted(location)}`"
     if close:
-        return f"; the nearest known key is `{close[0]}`"
+        absent = ", which is missing" if close[0] in missing else ""
+        return f"{text}; the nearest known key is `{close[0]}`{absent}", close[0]
     names = ", ".join(name.rpartition(".")[2] for name in siblings)
-    return f"; known keys there: {names}" if siblings else ""
+    return text + (f"; known keys there: {names}" if siblings else ""), ""
+
+
+def _wrong_value(section: type[Section], error: ErrorDetails) -> str:
+    """The key, its value, and what is allowed. What our own validators say is kept."""
+    location, value = error["loc"], error["input"]
+    if error["type"] == "invalid_key" or location[-1:] == ("[key]",):
+        place = location[: -2 if location[-1] == "[key]" else -1]
+        inside = f" in `{_dotted(place)}`" if place else ""
+        return f"the key {_yaml(value)}{inside} is not text; put it in quotes"
+    if error["type"] == "missing":
+        location = location[:-1]
+    if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ").rstrip(".")
+        shown = "" if isinstance(value, (dict, Section)) else f" = {_yaml(value)}"
+        return f"`{_dotted(location)}`{shown}: {message}" if location else message
+    return f"`{_dotted(location)}` = {_yaml(value)}, but it must be {_allowed(section, location)}"
+
+
+def _yaml(value: Any) -> str:
+    """A value as a recipe writes it, shortened."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def _allowed(section: type[Section], location: Sequence[int | str]) -> str:
+    """What the value at a location may be, such as `a whole number above 0`."""
+    annotation: Any = section
+    limits: list[Any] = []
+    for part in location:
+        annotation = _without_none(annotation)
+        if _is_section(annotation):
+            field = annotation.model_fields[part]
+            annotation, limits = field.annotation, field.metadata
+        else:
+            annotation, limits = typing.get_args(annotation)[-1], []
+    words = {
+        "gt": "above", "ge": "at least", "lt": "below", "le": "at most",
+        "min_length": "of length at least", "pattern": "that matches",
+    }  # fmt: skip
+    found = [
+        f"{word} {getattr(limit, name):{',' if name in ('lt', 'le') else ''}}"
+        for limit in limits
+        for name, word in words.items()
+        if getattr(limit, name, None) is not None
+    ]
+    kind = type_name(annotation)
+    if typing.get_origin(_without_none(annotation)) is typing.Literal:
+        kind = f"one of {kind.replace(' or ', ', ')}"
+    elif " -> " in kind:
+        kind = f"a mapping {kind}"
+    elif kind not in ("text", "true or false"):
+        kind = f"a {kind}"
+    return f"{kind} {' and '.join(found)}".rstrip()
+
+
+def _without_none(annotation: Any) -> Any:
+    """The type of an optional value; any other type as it is."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(one for one in typing.get_args(annotation) if one is not type(None))
+    return annotation
+
+
+def type_name(annotation: Any) -> str:
+    """A type in words, for messages and the reference."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(one) for one in arguments if one is not type(None))
+    if origin in (list, tuple):
+        count, items = f"{len(arguments)} " * (origin is tuple), type_name(arguments[0])
+        return f"list of {count}{items}{'s' * items.endswith(('number', 'section'))}"
+    if origin is dict:
+        return f"{type_name(arguments[0])} -> {type_name(arguments[1])}"
+    if origin is typing.Annotated:
+        return type_name(arguments[0])
+    if _is_section(annotation):
+        return "section"
+    name = getattr(annotation, "__name__", str(annotation))
+    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
+    return names.get(name, name)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    return ".".join(map(str, location))
+
+
+def _listed(words: Sequence[str], conjunction: str) -> str:
+    """`a, b and c`."""
+    *others, last = words
+    return f"{', '.join(others)} {conjunction} {last}" if others else last
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -87,6 +207,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     parts = path.split(".")
     if not separator or not all(parts):
         raise UserError(f"override {override!r} is not of the form section.key=value.")
+    dotted = re.sub(r"\[(\d+)\]", r".\1", path)
+    if dotted != path:
+        raise UserError(f"override {override!r}: an item of a list is written {dotted}={text}.")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -129,7 +252,7 @@ def inner_sections(field: FieldInfo) -> list[type[Section]]:
     pending: list[Any] = [field.annotation]
     while pending:
         annotation = pending.pop()
-        if isinstance(annotation, type) and issubclass(annotation, Section):
+        if _is_section(annotation):
             found.append(annotation)
         pending.extend(getattr(annotation, "__args__", ()))
     return found

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from cpt_merge.core.config import Section, inner_sections, unit_of
+from cpt_merge.core.config import Section, inner_sections, type_name, unit_of
 from cpt_merge.core.errors import UserError
 
 HEADER = """# The recipe: every key
@@ -42,7 +40,7 @@ def recipe_keys(section: type[Section], prefix: str = "") -> Iterator[KeyInfo]:
         inner = inner_sections(field)
         yield KeyInfo(
             path,
-            _type_name(field.annotation),
+            type_name(field.annotation),
             _default(field, bool(inner)),
             unit_of(field) or "",
             field.description or "",
@@ -59,25 +57,6 @@ def _default(field: FieldInfo, has_sections: bool) -> str:
         return ""
     value = field.get_default(call_default_factory=True)
     return "not set" if value is None or value is PydanticUndefined else str(value)
-
-
-def _type_name(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return " or ".join(str(value) for value in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(value) for value in arguments if value is not type(None))
-    if origin is list:
-        return f"list of {_type_name(arguments[0])}"
-    if origin is dict:
-        return f"{_type_name(arguments[0])} -> {_type_name(arguments[1])}"
-    if origin is typing.Annotated:
-        return _type_name(arguments[0])
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return "section"
-    name = getattr(annotation, "__name__", str(annotation))
-    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
-    return names.get(name, name)
 
 
 def as_text(section: type[Section], within: str = "") -> str:

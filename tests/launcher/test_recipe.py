@@ -59,10 +59,37 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ),
         ("training.optimiser.clip=1", "nearest known key is `training.optimizer`"),
         ("traning.tokens=5", "nearest known key is `training`"),
-        ("training.tokens=many", "`training.tokens` = 'many'"),
-        ("training.tokens=-1", "`training.tokens` = -1"),
-        ("training.schedule.shape=step", "`training.schedule.shape`"),
+        (
+            "training.tokens=many",
+            "`training.tokens` = 'many', but it must be a whole number above 0.",
+        ),
+        ("training.tokens=-1", "`training.tokens` = -1, but it must be a whole number above 0."),
+        ("training.tokens=", "`training.tokens` = null, but it must be a whole number above 0."),
+        ("corpus.heldout=.nan", "= nan, but it must be a number above 0 and below 0.5."),
+        (
+            "training.schedule.shape=step",
+            "`training.schedule.shape` = 'step', but it must be one of cosine, linear, wsd.",
+        ),
+        ("data.deduplicate=maybe", "`data.deduplicate` = 'maybe', but it must be true or false."),
+        ("merge.rules=[{layers: [1]}]", "= [1], but it must be a list of 2 whole numbers."),
+        ("merge.rules=[{kinds: [mpl]}]", "`merge.rules.0.kinds.0` = 'mpl', but it must be one of"),
+        ("tokenizer.new_pieces=5", "= 5, but it must be a mapping text -> whole number."),
+        ("tokenizer.new_pieces.ko=x", "`tokenizer.new_pieces.ko` = 'x', but it must be a whole"),
+        ("tokenizer.new_pieces={no: 3}", "the key false in `tokenizer.new_pieces` is not text"),
+        ("evaluation.safety.classifier=3", "= 3, but it must be a section."),
+        ("evaluation.judge={url: x, model: m}", "= 'x', but it must be text that matches ^https?"),
+        ("corpus.sources=[]", "= [], but it must be a list of sections of length at least 1."),
+        (
+            "training={token: 5}",
+            "`training.token`; the nearest known key is `training.tokens`, which is missing.",
+        ),
+        (
+            "models={bsae: a, chta: b}",
+            "unknown key `models.bsae`; the nearest known key is "
+            "`models.base`, which is missing (and 2 more).",
+        ),
         ("corpus.sources.7.weight=1", "'7' is not an index into a list of 2"),
+        ("corpus.sources[0].path=x", "an item of a list is written corpus.sources.0.path=x."),
         ("corpus.sources.0.language=kr", "language 'kr' is not known"),
         (
             "tokenizer.new_pieces.zh_tw=10",
@@ -78,6 +105,14 @@ def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, override: str, sen
         load_recipe(write(tmp_path, MINIMAL), [override])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+    assert "Input should" not in str(error.value)  # pydantic's words
+
+
+def test_a_long_value_is_shortened_in_a_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(write(tmp_path, MINIMAL), [f"training.tokens={'x' * 5000}"])
+    assert "x..., but it must be" in str(error.value)
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -85,7 +120,7 @@ def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, override: str, sen
     [
         ("a: [", "is not YAML"),
         ("- a", "not a mapping of sections"),
-        ("name: x", "`models` is missing"),
+        ("name: x", "`models`, `corpus`, `tokenizer` and `training` are missing; set them."),
         ("training:\n  tokens: 1\n  tokens: 2", "line 3: the key `tokens` occurs twice"),
         ("name: x\nmodels: {}\nname: y", "line 3: the key `name` occurs twice"),
     ],
