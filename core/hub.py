@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
@@ -52,21 +51,41 @@ def model_directory(name: str) -> Path:
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Turn the errors of the hub client into a `UserError` that names the model."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     try:
         yield
-    except RepositoryNotFoundError:
+    except errors.GatedRepoError:
         raise UserError(
-            f"model {name} is neither a local directory nor on the hub; correct the name."
+            f"model {name} is gated; accept its terms at https://huggingface.co/{name}, then run "
+            "`hf auth login`."
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        said = shorten(reason, 200, placeholder=" ...")
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(
-            f"model {name} is not a local directory and could not be downloaded ({said})."
+            f"model {name} is neither a local directory nor on the hub; correct the name, or run "
+            "`hf auth login` if it is private."
+        ) from None
+    except errors.NotASafetensorsRepoError:
+        raise UserError(
+            f"model {name} has no safetensors files on the hub; download it and give its directory."
+        ) from None
+    except errors.HfHubHTTPError as error:
+        code = error.response.status_code
+        raise UserError(
+            f"the hub refuses to send model {name} (HTTP {code}); try again later, or download it "
+            "in another way and give its directory."
+        ) from None
+    except (
+        errors.LocalEntryNotFoundError,
+        ConnectionError,
+        errors.HTTPError,  # type: ignore[attr-defined]  # the HTTP library's own class
+    ):
+        raise UserError(
+            f"model {name} is not a local directory, and the hub cannot be reached; correct the "
+            f"path, or run `hf download {name}` where there is a network."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"model {name} could not be downloaded: {error.strerror or type(error).__name__}; fix "
+            "that and run the same command again."
         ) from None

@@ -29,6 +29,11 @@ class World:
         """True on the one process that prints, logs and writes metadata."""
         return self.rank == 0
 
+    @property
+    def started(self) -> str:
+        """How the process was started, in words."""
+        return "started alone" if self.launcher == "alone" else f"started by {self.launcher}"
+
 
 def find_world(environment: Mapping[str, str] = os.environ) -> World:
     """The world that the environment describes. Raises `UserError` if variables are missing."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import sys
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ from cpt_merge import __version__
 from cpt_merge.core.deadline import STOP_AT, parse_stop_at
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import console
+from cpt_merge.core.world import find_world
 from cpt_merge.launcher.stages import (
     DATA,
     EMBEDDINGS,
@@ -33,9 +34,10 @@ from cpt_merge.launcher.stages import (
 
 if TYPE_CHECKING:
     from cpt_merge.launcher.stage import Stage
-from cpt_merge.core.world import find_world
 
 USAGE_ERROR, INTERRUPTED = 2, 75
+WITHOUT_RECIPE = {"merge": "merge-models", "evaluate": "evaluate-models"}
+_SAID: list[socket.socket] = []  # names that this process has taken until its end
 
 app = typer.Typer(
     name="cpt-merge", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -46,6 +48,9 @@ PLAN_HELP = (
     "write nothing: list every tensor with its rule and bytes, or all that prevents the merge"
 )
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="a run's recipe, or its folder, such as runs/demo")
+]
 StopAt = Annotated[
     str | None,
     typer.Option(metavar="TIME", help="save and stop before then: 2026-11-24T18:00, 18:00, +8h"),
@@ -440,12 +445,11 @@ def sync(
 
 
 @app.command()
-def status(recipe: RecipePath, overrides: Overrides = None) -> None:
+def status(run: RunPath, overrides: Overrides = None) -> None:
     """Show a run's job, stage, step, rate, time left, newest checkpoint and W&B link."""
-    from cpt_merge.launcher.recipe import load_recipe
     from cpt_merge.launcher.status import show_status
 
-    show_status(load_recipe(recipe, overrides or []))
+    show_status(run, overrides or [])
 
 
 job = typer.Typer(
@@ -495,12 +499,7 @@ def doctor() -> None:
 
 
 @app.command()
-def report(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo, or its recipe")
-    ],
-    overrides: Overrides = None,
-) -> None:
+def report(run: RunPath, overrides: Overrides = None) -> None:
     """Show a finished or running run: on the terminal, and as an HTML page in its folder."""
     from cpt_merge.launcher.recipe import load_recipe
     from cpt_merge.report import report as write_report
@@ -568,8 +567,9 @@ def main(arguments: list[str] | None = None) -> int:
     from cpt_merge.cluster.attempts import note_failure, note_stop
 
     _stop_on_signals()
-    command = next(iter(arguments or sys.argv[1:]), "")
+    command, *words = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
+        _check_options(command, words)
         app(args=arguments)
     except UserError as error:
         note_failure(command, error)
@@ -588,6 +588,16 @@ def main(arguments: list[str] | None = None) -> int:
         note_failure(command, error)
         raise
     return 0
+
+
+def _check_options(command: str, words: list[str]) -> None:
+    """Raise `UserError` for options that a command has only in the form that needs no recipe."""
+    option = next((word for word in words if word.startswith("--")), "--help").partition("=")[0]
+    if command in WITHOUT_RECIPE and option not in ("--help", "--plan"):
+        raise UserError(
+            f"`cpt-merge {command}` takes a recipe and has no {option}; for models without a "
+            f"recipe there is `cpt-merge {WITHOUT_RECIPE[command]}` (see its --help)."
+        )
 
 
 def _stop_on_signals() -> None:
@@ -616,15 +626,22 @@ def _code_of_a_stop() -> int:
 
 
 def _print_once(sentence: str) -> None:
-    """Print to stderr, once for all processes of a launcher that have the same message."""
+    """Print to stderr, once for all processes of a launcher that have the same message.
+
+    The first one takes a name in Linux's abstract namespace of sockets, which is free again when
+    that process ends: unlike a file, it cannot be left behind.
+    """
     if not sentence:
         return
     if find_world().launcher != "alone":
-        name = hashlib.sha256(f"{os.getppid()}{sentence}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{os.getppid()}{sentence}".encode()).hexdigest()
+        taken = socket.socket(socket.AF_UNIX)
         try:
-            (Path(tempfile.gettempdir()) / f"cpt-merge-said-{name}").touch(exist_ok=False)
-        except FileExistsError:
+            taken.bind(f"\0cpt-merge-said-{name}")
+        except OSError:
+            taken.close()
             return
+        _SAID.append(taken)
     console.print(f"cpt-merge: {sentence}", markup=False)
 
 

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from textwrap import shorten
 
 from packaging.requirements import Requirement
 from rich.console import Console
@@ -17,6 +18,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import find_world
 
 INSTALL = "pip install -c constraints.txt -e ."
+MOST_GROUPS = 6  # of nodes in the same partition and state that are shown
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _devices() -> Iterator[Finding]:
 def _processes() -> Iterator[Finding]:
     try:
         world = find_world()
-        yield Finding("process", f"rank {world.rank} of {world.size}, started by {world.launcher}")
+        yield Finding("process", f"rank {world.rank} of {world.size}, {world.started}")
     except UserError as error:
         yield Finding("process", "the launcher's variables are incomplete", str(error), fatal=True)
 
@@ -120,22 +122,22 @@ def _slurm() -> Iterator[Finding]:
     if not shutil.which("sbatch"):
         yield Finding("Slurm", "not available (only `cpt-merge submit` needs it)")
         return
+    command = ["sinfo", "-h", "-o", "%P %D %t"]
     try:
-        nodes = subprocess.run(
-            ["sinfo", "-h", "-o", "%P %D %t"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        fix = "ask the cluster's administrators"
-        yield Finding("Slurm", "sinfo does not answer within 10 s", fix)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        slow = isinstance(error, subprocess.TimeoutExpired)
+        found = "sinfo does not answer within 10 s" if slow else "sinfo cannot be started"
+        yield Finding("Slurm", found, "ask the cluster's administrators")
         return
-    if nodes.returncode:
-        yield Finding("Slurm", nodes.stderr.strip()[:120], "log in to a node where sinfo works")
+    if done.returncode:
+        reason = "; ".join(dict.fromkeys(done.stderr.split("\n"))).strip("; ")
+        fix = "log in to a node where sinfo works"
+        yield Finding("Slurm", shorten(reason, 300, placeholder=" ..."), fix)
     else:
-        yield Finding("Slurm", "; ".join(nodes.stdout.split("\n")[:6]).strip("; "))
+        groups = done.stdout.splitlines()
+        more = f"; {len(groups) - MOST_GROUPS} more" if len(groups) > MOST_GROUPS else ""
+        yield Finding("Slurm", "; ".join(groups[:MOST_GROUPS]) + more)
 
 
 def _tracking() -> Iterator[Finding]:

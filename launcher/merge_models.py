@@ -112,7 +112,9 @@ def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> Non
     try:
         the_plan = plan(config, inputs, out)
     except RefusedError as refused:
-        console.print(f"{len(refused.problems)} problem(s) prevent this merge:")
+        count = len(refused.problems)
+        subject = "one problem prevents" if count == 1 else f"{count} problems prevent"
+        console.print(f"{subject} this merge:")
         for problem in refused.problems:
             console.print(f"  - {escape(problem)}")
         raise UserError("nothing would be merged; fix what is listed above.") from None

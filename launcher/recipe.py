@@ -132,7 +132,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} does not exist; `cpt-merge example` prints a recipe to start from."
         ) from None
-    except (IsADirectoryError, PermissionError) as error:
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory; give a recipe, which is a YAML file.") from None
+    except PermissionError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path} is not UTF-8 (byte {error.start}); convert it.") from None

@@ -10,26 +10,51 @@ from typing import Any
 from cpt_merge.cluster.attempts import attempts
 from cpt_merge.cluster.slurm import describe_job
 from cpt_merge.core.artifact import read_record
+from cpt_merge.core.config import parse_section
 from cpt_merge.core.errors import UserError
-from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.recipe import load_recipe
 from cpt_merge.launcher.stages import STAGES
 from cpt_merge.tracking import STEP, read_log
+from cpt_merge.training import TrainingConfig
 
 Lines = list[tuple[str, str]]  # (label, text)
 
 
-def show_status(recipe: Recipe) -> None:
-    """Print job, stage, step, rate, time left, newest checkpoint and the run's pages at W&B."""
-    run = recipe.directory
-    if not run.is_dir():
-        raise UserError(
-            f"{run} does not exist: no job of this recipe has started yet "
-            "(squeue --me lists those that wait)."
-        )
-    lines = [*_job(run), *_stage(run), *_training(recipe), *_links(run)]
+def show_status(run: Path, overrides: list[str]) -> None:
+    """Print job, stage, step, rate, time left, newest checkpoint and the run's pages at W&B.
+
+    `run` is a recipe or the folder of a run, whose logs hold its recipe. Raises `UserError`.
+    """
+    if run.is_dir():
+        if overrides:
+            raise UserError(f"{run} is a run's folder; give its recipe to override keys.")
+        folder, training = run, _training_config(run)
+    else:
+        recipe = load_recipe(run, overrides)
+        folder, training = recipe.directory, recipe.training
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} does not exist: no job of this recipe has started yet "
+                "(squeue --me lists those that wait)."
+            )
+    lines = [*_job(folder), *_stage(folder), *_training(folder / "training", training)]
+    lines += _links(folder)
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         print(f"{label:{width}}  {text}")  # unwrapped, so that paths can be copied
+
+
+def _training_config(run: Path) -> TrainingConfig:
+    """The training section of the newest log. Raises `UserError` if the folder has no log."""
+    logs = [run / stage.name / "log" / "run.json" for stage in STAGES]
+    logs = sorted(filter(Path.is_file, logs), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        raise UserError(
+            f"{run} has no log of a stage, so its recipe is not known; write "
+            "`cpt-merge status RECIPE`."
+        )
+    settings = json.loads(logs[-1].read_text(encoding="utf-8"))["settings"]
+    return parse_section(TrainingConfig, settings["recipe"]["training"], str(logs[-1]))
 
 
 def _job(run: Path) -> Lines:
@@ -59,8 +84,8 @@ def _stage(run: Path) -> Lines:
     ]
 
 
-def _training(recipe: Recipe) -> Lines:
-    folder, now = recipe.directory / "training", time.time()
+def _training(folder: Path, config: TrainingConfig) -> Lines:
+    now = time.time()
     newest = max(folder.glob("checkpoints/step-*/train_state.json"), default=None)
     checkpoint = "none"
     if newest:
@@ -69,9 +94,9 @@ def _training(recipe: Recipe) -> Lines:
     rows = [row for row in read_log(folder / "log").rows if "train/loss" in row]
     if not rows:
         return lines
-    row, steps = rows[-1], recipe.training.steps
+    row, steps = rows[-1], config.steps
     rate = row["train/tokens_per_second"]
-    left = (steps - row[STEP]) * recipe.training.tokens_per_step / rate if rate else 0.0
+    left = (steps - row[STEP]) * config.tokens_per_step / rate if rate else 0.0
     step = (
         f"{row[STEP]:,.0f} of {steps:,}, loss {row['train/loss']:.3f}, {rate:,.0f} tokens/s, "
         f"{_duration(left)} left at that rate, logged {_duration(now - row['time'])} ago"

@@ -41,7 +41,7 @@ def startup_summary(
         f"{backend.state_bytes() / GB:,.2f} GB each{written}",
         "memory": _memory_line(setup, backend, parallel),
     }
-    lines["device"] += f", started by {parallel.world.launcher}"
+    lines["device"] += f", {parallel.world.started}"
     return "\n".join(f"  {name:<11} {text}" for name, text in lines.items())
 
 
