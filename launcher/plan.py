@@ -15,12 +15,13 @@ from cpt_merge.cluster.plan import ClusterOptions, show_cluster
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.mixture import describe, mixture
 from cpt_merge.data.sources import source_files
+from cpt_merge.launcher.inputs import check_inputs, check_numbers
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.sizes import disk_needed, extended_rows, memory_setup, read_shape
 from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import STAGES
-from cpt_merge.launcher.start import accelerate_config, backend_environment, local_processes
+from cpt_merge.launcher.start import accelerate_config, backend_environment, check_local_batch
 from cpt_merge.training.memory import ModelShape, estimate_memory
 
 GB = 1e9
@@ -31,6 +32,11 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
     run, config = Run(recipe), recipe.training
     if cluster:
         cluster.workload(config)  # raises for contradictions before anything is printed
+        check_numbers(recipe)
+        processes = 0
+    else:
+        check_inputs(recipe, download=False)
+        processes = check_local_batch(recipe)
     base = read_shape(recipe, dense=cluster is not None)
     shape = base.resized(extended_rows(recipe, base))
     console = Console(highlight=False)
@@ -47,8 +53,8 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
         "extended", f"{shape.parameters / 1e6:,.1f} M parameters, at most {shape.vocabulary:,} rows"
     )
     table.add_row("training", f"{config.steps:,} steps of {config.tokens_per_step:,} tokens")
-    if not cluster:
-        _add_memory(table, recipe, shape)
+    if processes:
+        _add_memory(table, recipe, shape, processes)
     table.add_row("disk", str(disk_needed(shape, config)))
     console.print(table)
     if cluster:
@@ -59,9 +65,8 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
         show_cluster(console, shape, config, cluster)
 
 
-def _add_memory(table: Table, recipe: Recipe, shape: ModelShape) -> None:
+def _add_memory(table: Table, recipe: Recipe, shape: ModelShape, processes: int) -> None:
     """What each process of this machine does and needs."""
-    processes = local_processes(recipe)
     setup = memory_setup(recipe, processes)
     memory = estimate_memory(shape, setup)
     parts = ", ".join(

@@ -34,6 +34,14 @@ def local_processes(recipe: Recipe) -> int:
     return wanted
 
 
+def check_local_batch(recipe: Recipe) -> int:
+    """The processes of this machine. Raises `UserError` if a batch does not divide over them."""
+    world = find_world()
+    processes = local_processes(recipe) if world.launcher == "alone" else world.size
+    recipe.training.check_processes(processes, " of this machine (launch.processes)")
+    return processes
+
+
 def accelerate_config(recipe: Recipe) -> Path:
     """The accelerate configuration file. Raises `UserError` if it is missing or something else."""
     name = recipe.launch.accelerate_config or "fsdp2"

@@ -8,7 +8,7 @@ import shutil
 from cpt_merge.cluster.preflight.reports import NONCE_FILE, folder_of, node_name
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
-from cpt_merge.launcher.pipeline import check_inputs
+from cpt_merge.launcher.inputs import check_inputs
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.sizes import disk_needed, extended_rows, shape_of

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.launcher.execute import execute
-from cpt_merge.launcher.pipeline import check_inputs
+from cpt_merge.launcher.inputs import check_inputs
 from cpt_merge.launcher.recipe import Recipe, load_recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import prepare
@@ -244,6 +244,92 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert done.returncode == 2, done.stderr
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "tokenizer.new_pieces.ko=3_000_000_000",
+            "asks for more pieces than characters are counted",
+        ),
+        ("training.tokens=999_999_999_999_999_999", "and a run has at most"),
+        ("training.phases=[{train: vocabulary, tokens: 1530}, {train: all}]", "has no step left"),
+        ("training.global_batch_size=7", "does not divide over 2 processes of this machine"),
+        ("evaluation.baseline=sft", "evaluation.baseline = sft is none of the models"),
+        (
+            "corpus.sources.0.weight=null corpus.sources.0.tokens=9_999_999_999",
+            "lower them or raise it",
+        ),
+        ("evaluation.prompts=/nowhere.jsonl", "evaluation.prompts = /nowhere.jsonl does not exist"),
+        (
+            "tokenizer.pieces_from={ko: /nowhere}",
+            "tokenizer.pieces_from.ko = /nowhere does not exist",
+        ),
+        ("models.chat=/nowhere", "model /nowhere does not exist"),
+        ("evaluation.models.sft=/nowhere", "model /nowhere does not exist"),
+    ],
+)
+def test_plan_refuses_what_would_stop_a_late_stage(
+    recipe_path: Path, tmp_path: Path, override: str, sentence: str
+) -> None:
+    done = cpt_merge("plan", recipe_path, f"runs={tmp_path}", *override.split(" corpus", 1)[:1],
+                     *[f"corpus{rest}" for rest in override.split(" corpus", 1)[1:]])  # fmt: skip
+    assert done.returncode == 2, done.stdout
+    assert sentence in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_plan_downloads_no_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on the hub is not checked; everything else is."""
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("download")
+    )
+    models = recipe.models.model_copy(update={"chat": "org/model"})
+    check_inputs(recipe.model_copy(update={"models": models}), download=False)
+
+
+@pytest.mark.parametrize("overrides", [[], ["training.tokens=1"]])
+def test_status_takes_the_folder_of_a_run(
+    finished: Path, recipe_path: Path, overrides: list[str]
+) -> None:
+    by_recipe = cpt_merge("status", recipe_path)
+    by_folder = cpt_merge("status", finished, *overrides)
+    if overrides:
+        assert by_folder.returncode == 2
+        assert "give its recipe to override keys" in by_folder.stderr
+    else:
+        assert by_folder.returncode == 0, by_folder.stderr
+        assert "6 of 6, loss" in by_folder.stdout
+        assert by_folder.stdout.split("logged")[0] == by_recipe.stdout.split("logged")[0]
+
+
+def test_status_of_a_folder_without_a_log_says_what_to_write(tmp_path: Path) -> None:
+    done = cpt_merge("status", tmp_path)
+    assert done.returncode == 2
+    assert "so its recipe is not known; write `cpt-merge status RECIPE`" in done.stderr
+
+
+def test_a_folder_where_a_recipe_belongs_is_named(tmp_path: Path) -> None:
+    done = cpt_merge("plan", tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path} is a directory; give a recipe" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "other"),
+    [
+        (["merge", "--cpt", "a", "--base", "b"], "cpt-merge merge-models"),
+        (["merge", "--ratio=1", "r.yaml"], "cpt-merge merge-models"),
+        (["evaluate", "--models", "a=b"], "cpt-merge evaluate-models"),
+        (["evaluate", "--model", "a=b"], "cpt-merge evaluate-models"),
+    ],
+)
+def test_options_of_a_command_without_a_recipe_point_to_it(words: list[str], other: str) -> None:
+    done = cpt_merge(*words)
+    assert done.returncode == 2
+    assert f"takes a recipe and has no {words[1].partition('=')[0]}" in done.stderr
+    assert other in done.stderr
 
 
 def test_plan_and_doctor_and_report(finished: Path, recipe_path: Path) -> None:

@@ -13,7 +13,7 @@ from cpt_merge.evaluation.checks import parse_check
 from cpt_merge.evaluation.conversation import prompt
 from cpt_merge.evaluation.models import load_tokenizer
 from cpt_merge.launcher.cli import main
-from cpt_merge.launcher.pipeline import check_inputs
+from cpt_merge.launcher.inputs import check_inputs
 from cpt_merge.launcher.preview import COLUMNS, make_interview, preview_of, read_prompts
 from cpt_merge.launcher.recipe import Recipe, load_recipe
 from cpt_merge.launcher.run import Run
