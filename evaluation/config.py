@@ -44,8 +44,7 @@ class SafetyConfig(Section):
     """Prompts that provoke unsafe replies, and who scores these."""
 
     prompts: str = key(
-        BUILT_IN,
-        'jsonl file of prompts, a line: {"language", "messages", "category"}; or built-in',
+        BUILT_IN, 'jsonl file of prompts, a line: {"language", "messages", "category"}; or built-in'
     )
     lists: dict[str, str] = key(
         {}, "language -> file with one toxic word per line, instead of the built-in list"
@@ -212,12 +211,10 @@ class EvaluationConfig(Section):
         "chat: who marks or compares replies to open questions; safety: who calls replies unsafe",
     )
     models: dict[str, str] = key(
-        {},
-        "name -> directory or hub id of more models, listed after base, chat, cpt and merged",
+        {}, "name -> directory or hub id of more models, listed after base, chat, cpt and merged"
     )
     baseline: str | None = key(
-        None,
-        "the model that others are compared with; if not set: `base`, or the first one",
+        None, "the model that others are compared with; if not set: `base`, or the first one"
     )
     max_prompts: int = key(50, "number of prompts per language and evaluator", unit="prompts", gt=0)
     max_new_tokens: int = key(256, "longest reply", unit="tokens", gt=0)

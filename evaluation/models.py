@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,3 +107,13 @@ def end_tokens(directory: Path, tokenizer: Any) -> list[str]:
     return list(
         dict.fromkeys(tokenizer.convert_ids_to_tokens(id_) for id_ in ids if id_ is not None)
     )
+
+
+def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices of items of similar length, `size` per batch, the longest first.
+
+    Batches are formed before processes divide them, so padding does not depend on the world size.
+    If a batch does not fit into memory, the first one fails.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    return [order[start : start + size] for start in range(0, len(order), size)]

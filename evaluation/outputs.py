@@ -20,12 +20,8 @@ from cpt_merge.tracking import Cell, Tracker
 INTERVAL = ["value", "low", "high", "n"]
 FAILED = "failed"  # in results.json: the errors of endpoints
 COUNTS = (
-    "requests",
-    "cached",
-    "prompt_tokens",
-    "completion_tokens",
-    "requests_without_token_counts",
-)
+    "requests", "cached", "prompt_tokens", "completion_tokens", "requests_without_token_counts",
+)  # fmt: skip
 
 
 def report(

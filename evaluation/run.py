@@ -85,7 +85,7 @@ def run(
         chat = (
             read_chat_template(chat_template_from) if chat_template_from else first_template(models)
         )
-        asked = [one for evaluator in evaluators for one in evaluator.conversations()]
+        asked = [one for evaluator in evaluators for one in evaluator.conversations]
         check_prompts(models, chat, asked)
     check_judges(setup, evaluators)
     kept = KeptResults.of(config, text, chat, out)
@@ -136,7 +136,7 @@ def measure(
 
     If `before` is given, its replies are used.
     """
-    asked = [(one.name, conversation) for one in evaluators for conversation in one.conversations()]
+    asked = [(one.name, conversation) for one in evaluators for conversation in one.conversations]
     exchanges: list[Exchange] = []
     speed = 0.0
     if before is not None:

@@ -109,7 +109,7 @@ def metrics_of_replies(setup: Setup) -> list[tuple[str, Metric, list[str]]]:
     names = [name for suite in setup.config.suites for name in SUITES[suite]]
     evaluators = _make(setup, [name for name in names if name not in WITHOUT_REPLIES])
     asked = {
-        evaluator.name: {one.language: None for one in evaluator.conversations()}
+        evaluator.name: {one.language: None for one in evaluator.conversations}
         for evaluator in evaluators
     }
     everywhere = {language: None for languages in asked.values() for language in languages}
@@ -123,7 +123,7 @@ def metrics_of_replies(setup: Setup) -> list[tuple[str, Metric, list[str]]]:
 def _make(setup: Setup, names: Sequence[str]) -> list[Evaluator]:
     made = [MAKERS[name](setup) for name in dict.fromkeys(names)]
     evaluators = [evaluator for evaluator in made if evaluator is not None]
-    asked = any(evaluator.conversations() for evaluator in evaluators)
+    asked = any(evaluator.conversations for evaluator in evaluators)
     return [evaluator for evaluator in evaluators if asked or not evaluator.reads_all]
 
 
@@ -150,18 +150,6 @@ def _form(setup: Setup) -> Evaluator | None:
     return FormEvaluator([])
 
 
-def _instructions(setup: Setup) -> Evaluator | None:
-    path = setup.config.instructions
-    return InstructionsEvaluator(
-        setup.read(path, "instructions", parse_instruction, "instructions")
-    )
-
-
-def _dialogue(setup: Setup) -> Evaluator | None:
-    path = setup.config.dialogues
-    return DialogueEvaluator(setup.read(path, "dialogues", parse_dialogue, "dialogues"))
-
-
 def _judge(setup: Setup) -> Evaluator | None:
     judge = setup.config.judge
     if judge is None:
@@ -171,10 +159,6 @@ def _judge(setup: Setup) -> Evaluator | None:
     questions = setup.read(judge.questions, "judge.questions", parse_question)
     panel = JudgePanel(setup.judges, judge.modes, prompts_of(judge.prompts))
     return JudgeEvaluator(questions, panel)
-
-
-def _knowledge(setup: Setup) -> Evaluator | None:
-    return KnowledgeEvaluator(setup.config.knowledge, setup.config.seed, setup.config.batch_size)
 
 
 def _safety(setup: Setup) -> Evaluator | None:
@@ -192,10 +176,8 @@ def _safety(setup: Setup) -> Evaluator | None:
     if config.judge is None:
         return SafetyEvaluator(conversations, scorers, not_run=[NotRun(JUDGE_METRICS[0], NO_JUDGE)])
     prompt = prompts_of(config.judge.prompts)["safety"]
-    judging = [
-        JudgeScorer(judge, prompt, name)
-        for judge, name in zip(setup.judges, JUDGE_METRICS, strict=False)
-    ]
+    named = zip(setup.judges, JUDGE_METRICS, strict=False)
+    judging = [JudgeScorer(judge, prompt, name) for judge, name in named]
     pair = (judging[0], judging[1]) if len(judging) == 2 else None
     return SafetyEvaluator(conversations, [*scorers, *judging], pair)
 
@@ -203,9 +185,15 @@ def _safety(setup: Setup) -> Evaluator | None:
 MAKERS: Mapping[str, Callable[[Setup], Evaluator | None]] = {
     "language": _language,
     "form": _form,
-    "instructions": _instructions,
-    "dialogue": _dialogue,
+    "instructions": lambda setup: InstructionsEvaluator(
+        setup.read(setup.config.instructions, "instructions", parse_instruction, "instructions")
+    ),
+    "dialogue": lambda setup: DialogueEvaluator(
+        setup.read(setup.config.dialogues, "dialogues", parse_dialogue, "dialogues")
+    ),
     "judge": _judge,
-    "knowledge": _knowledge,
+    "knowledge": lambda setup: KnowledgeEvaluator(
+        setup.config.knowledge, setup.config.seed, setup.config.batch_size
+    ),
     "safety": _safety,
 }

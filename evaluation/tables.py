@@ -11,7 +11,6 @@ from rich.text import Text
 
 from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import console, counted, say
-from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import Metric, NotRun
 from cpt_merge.evaluation.results import ModelResult, Results, Sample, each, languages_with
 from cpt_merge.evaluation.statistics import Estimate, PairedDifference
@@ -173,19 +172,20 @@ def show_samples(results: list[ModelResult], shown: int) -> None:
 
 
 def _shown(sample: Sample) -> Text:
-    """The replies, one per line, and what was found in them."""
-    turns = range(len(sample.exchange.replies))
-    lines = Text("\n").join([_shown_reply(sample.exchange, turn) for turn in turns])
+    """The replies, one per line, and what was found in them.
+
+    As plain text, since rich would read `[/INST]` as markup.
+    """
+    lines = Text("\n").join(
+        Text.assemble(
+            _visible(reply.text[:SHOWN_CHARACTERS]),
+            ("" if reply.stopped else " … (cut off)", "dim"),
+        )
+        for reply in sample.exchange.replies
+    )
     for reason in sample.why:
         lines.append(f"\n  · {_visible(reason)}", "dim")
     return lines
-
-
-def _shown_reply(exchange: Exchange, turn: int) -> Text:
-    """Plain text, since rich would read `[/INST]` as markup."""
-    reply = exchange.replies[turn]
-    cut = "" if reply.stopped else " … (cut off)"
-    return Text.assemble(_visible(reply.text[:SHOWN_CHARACTERS]), (cut, "dim"))
 
 
 def _visible(text: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import time
+from base64 import b64encode
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -142,7 +142,10 @@ def _section(stage: StageView, charts: list[Chart]) -> StageSection:
         charts,
         tables,
         [name for name in small if not drawn or name.endswith(("examples", "not_run"))],
-        {name: _data_uri(path) for name, path in stage.log.images.items()},
+        {
+            name: f"data:image/{path.suffix[1:]};base64,{b64encode(path.read_bytes()).decode()}"
+            for name, path in stage.log.images.items()
+        },
         _metrics(stage.log, shown),
         _results(stage, shown),
         {name: _content(path) for name, path in stage.log.files.items()},
@@ -244,23 +247,13 @@ def _spread_evenly(said: list[T]) -> list[T]:
     ]
 
 
-def _data_uri(path: Path) -> str:
-    return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        number=number,
-        duration=duration,
-        badges=_badges,
-        lang=_lang,
-        numeric=_numeric,
-        clock=_clock,
-        measured=_measured,
-        counted=counted,
-    )
+    environment.filters |= {
+        "number": number, "duration": duration, "badges": _badges, "numeric": _numeric,
+        "clock": _clock, "measured": _measured, "counted": counted,
+    }  # fmt: skip
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
@@ -283,11 +276,6 @@ def _json(values: Mapping[str, Any]) -> str:
 def _clock(when: float) -> str:
     """Month, day and local time; empty if unknown."""
     return time.strftime("%m-%d %H:%M:%S", time.localtime(when)) if when else ""
-
-
-def _lang(tag: str) -> str:
-    """A language's tag for HTML: browsers choose the glyphs of Chinese characters by it."""
-    return tag.replace("_", "-")
 
 
 def _numeric(table: Table) -> list[bool]:

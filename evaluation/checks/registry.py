@@ -38,10 +38,8 @@ class CheckKind:
     def usage(self) -> str:
         """The arguments, optional ones in brackets."""
         fields = self.arguments.model_fields.items()
-        return (
-            ", ".join(name if field.is_required() else f"[{name}]" for name, field in fields)
-            or "no arguments"
-        )
+        names = [name if field.is_required() else f"[{name}]" for name, field in fields]
+        return ", ".join(names) or "no arguments"
 
 
 CHECKS: dict[str, CheckKind] = {}
@@ -102,19 +100,12 @@ def count(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
         def passes(reply: str, **arguments: Any) -> bool:
-            found = function(
-                reply, **{name: value for name, value in arguments.items() if name not in LIMITS}
+            limits = {name: arguments.pop(name, None) for name in LIMITS}
+            found = function(reply, **arguments)
+            at_least, at_most, exactly = (
+                found if limits[name] is None else limits[name] for name in LIMITS
             )
-            limits = {
-                name: value
-                for name, value in arguments.items()
-                if name in LIMITS and value is not None
-            }
-            exactly = limits.get("exactly", found)
-            return bool(
-                found == exactly
-                and limits.get("at_least", found) <= found <= limits.get("at_most", found)
-            )
+            return bool(at_least <= found <= at_most and found == exactly)
 
         limits: Any = dict.fromkeys(LIMITS, (int | None, None))
         CHECKS[name] = CheckKind(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpt_merge.evaluation.conversation import Conversation, Exchange
+from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
     ConversationScores,
     Evaluator,
@@ -28,13 +28,6 @@ class DialogueEvaluator(Evaluator):
 
     name = "dialogue"
     metrics = (TURNS, WHOLE)
-
-    def __init__(self, conversations: Sequence[Conversation]) -> None:
-        self._conversations = list(conversations)
-
-    def conversations(self) -> list[Conversation]:
-        """The dialogues."""
-        return self._conversations
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """Both shares, and the share of turns by the number of the turn."""

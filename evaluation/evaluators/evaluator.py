@@ -98,13 +98,12 @@ class Evaluator(ABC):
     metrics: Sequence[Metric]  # all that it may report, in the order in which they are shown
     reads_all: ClassVar[bool] = False  # whether it gets the replies to all conversations
 
-    def conversations(self) -> list[Conversation]:
-        """The conversations that the model has to answer."""
-        return []
+    def __init__(self, conversations: Sequence[Conversation] = ()) -> None:
+        self.conversations = list(conversations)  # that the model has to answer
 
     def needs_template(self) -> bool:
         """Whether the model is prompted in a chat template."""
-        return bool(self.conversations())
+        return bool(self.conversations)
 
     @abstractmethod
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:

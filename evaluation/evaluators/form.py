@@ -10,10 +10,9 @@ This evaluator asks `evaluation.prompts` if it is set, and reads the replies to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-from cpt_merge.evaluation.conversation import ANY_LANGUAGE, Conversation, Exchange, Reply
+from cpt_merge.evaluation.conversation import ANY_LANGUAGE, Exchange, Reply
 from cpt_merge.evaluation.evaluators.evaluator import (
     ConversationScores,
     Evaluator,
@@ -45,33 +44,6 @@ METRICS = (
 )
 
 
-@dataclass(frozen=True)
-class ReplyForm:
-    """One reply's form."""
-
-    stopped: bool
-    in_language: bool
-    keeps_format: bool
-    repetition: float  # share of its 4-grams of characters that occurred before
-    empty: bool
-
-    @property
-    def chat(self) -> bool:
-        """Whether it stopped, is in the language and keeps the format."""
-        return self.stopped and self.in_language and self.keeps_format
-
-    def values(self) -> dict[str, float]:
-        """Every metric by its name, as a number."""
-        return {
-            "chat": float(self.chat),
-            "stopped": float(self.stopped),
-            "in_language": float(self.in_language),
-            "keeps_format": float(self.keeps_format),
-            "repetition": self.repetition,
-            "empty": float(self.empty),
-        }
-
-
 class FormEvaluator(Evaluator):
     """The form of every reply."""
 
@@ -79,27 +51,19 @@ class FormEvaluator(Evaluator):
     metrics = METRICS
     reads_all = True
 
-    def __init__(self, conversations: Sequence[Conversation]) -> None:
-        self._conversations = list(conversations)
-
-    def conversations(self) -> list[Conversation]:
-        """The prompts of `evaluation.prompts`."""
-        return self._conversations
-
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """Shares of all replies; a conversation counts with each of its replies."""
         forms = [forms_of(exchange, subject.marks) for exchange in exchanges]
         measurements = []
         for metric in METRICS:
             parts = [
-                (sum(form.values()[metric.name] for form in found), float(len(found)))
-                for found in forms
+                (sum(form[metric.name] for form in found), float(len(found))) for found in forms
             ]
             measurements += shares_of_exchanges(metric, exchanges, parts)
         return Findings(measurements, [ConversationScores(mean_values(found)) for found in forms])
 
 
-def forms_of(exchange: Exchange, marks: Sequence[str]) -> list[ReplyForm]:
+def forms_of(exchange: Exchange, marks: Sequence[str]) -> list[dict[str, float]]:
     """The form of each reply in a conversation."""
     return [
         form_of(reply, exchange.conversation.reply_language(turn), marks)
@@ -107,22 +71,24 @@ def forms_of(exchange: Exchange, marks: Sequence[str]) -> list[ReplyForm]:
     ]
 
 
-def mean_values(forms: Sequence[ReplyForm]) -> dict[str, float]:
+def mean_values(forms: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each metric over a conversation."""
-    values = [form.values() for form in forms]
-    return {name: sum(value[name] for value in values) / len(values) for name in values[0]}
+    return {name: sum(form[name] for form in forms) / len(forms) for name in forms[0]}
 
 
-def form_of(reply: Reply, language: str, marks: Sequence[str]) -> ReplyForm:
-    """The form of a reply that should be in `language` or `any`; `marks` are the template's."""
-    empty = not reply.text.strip()
-    return ReplyForm(
-        stopped=reply.stopped,
-        in_language=not empty if language == ANY_LANGUAGE else is_in_language(reply.text, language),
-        keeps_format=not empty and not any(mark in reply.text for mark in marks),
-        repetition=repetition(reply.text),
-        empty=empty,
-    )
+def form_of(reply: Reply, language: str, marks: Sequence[str]) -> dict[str, float]:
+    """Every metric of a reply that should be in `language` or `any`; `marks` are the template's."""
+    text, empty = reply.text, not reply.text.strip()
+    in_language = not empty if language == ANY_LANGUAGE else is_in_language(text, language)
+    keeps_format = not empty and not any(mark in text for mark in marks)
+    return {
+        "chat": float(reply.stopped and in_language and keeps_format),
+        "stopped": float(reply.stopped),
+        "in_language": float(in_language),
+        "keeps_format": float(keeps_format),
+        "repetition": repetition(text),
+        "empty": float(empty),
+    }
 
 
 def repetition(text: str) -> float:

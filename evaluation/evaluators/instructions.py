@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpt_merge.evaluation.checks.registry import Check
-from cpt_merge.evaluation.conversation import Conversation, Exchange
+from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
     ConversationScores,
     Evaluator,
@@ -60,13 +60,6 @@ class InstructionsEvaluator(Evaluator):
 
     name = "instructions"
     metrics = (STRICT, CHECKS_STRICT, LOOSE, CHECKS_LOOSE)
-
-    def __init__(self, conversations: Sequence[Conversation]) -> None:
-        self._conversations = list(conversations)
-
-    def conversations(self) -> list[Conversation]:
-        """The prompts with their checks."""
-        return self._conversations
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """The four shares, and the strict share of checks by the check's name."""

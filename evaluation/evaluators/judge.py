@@ -29,7 +29,6 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     shares_of_exchanges,
     unique,
 )
-from cpt_merge.evaluation.judge.agreement import kappa, rank_correlation
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import fill, transcript
 from cpt_merge.evaluation.judge.verdicts import (
@@ -41,6 +40,7 @@ from cpt_merge.evaluation.judge.verdicts import (
     read_mark,
     usage_details,
 )
+from cpt_merge.evaluation.statistics import kappa, rank_correlation
 
 MARK, COMPARISON = "judge_mark", "judge_preferred"
 CLOSE = 1.0  # marks agree if they differ by no more
@@ -70,15 +70,12 @@ class JudgeEvaluator(Evaluator):
     def __init__(
         self, conversations: Sequence[Conversation], panel: JudgePanel | None, reason: str = ""
     ) -> None:
-        self._conversations, self._panel, self._reason = list(conversations), panel, reason
+        super().__init__(conversations)
+        self._panel, self._reason = panel, reason
         self._marks = mark_metrics(panel.judges) if panel and "mark" in panel.modes else []
         compared = panel is not None and "comparison" in panel.modes
         self._comparisons = comparison_metrics(panel.judges) if panel and compared else []
         self.metrics = [*self._marks, *self._comparisons]
-
-    def conversations(self) -> list[Conversation]:
-        """The questions."""
-        return self._conversations
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """The marks, overall and by turn."""

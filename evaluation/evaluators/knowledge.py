@@ -33,8 +33,7 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     NotRun,
     Subject,
 )
-from cpt_merge.evaluation.generate.batching import batches_by_length
-from cpt_merge.evaluation.models import LoadedModel
+from cpt_merge.evaluation.models import LoadedModel, batches_by_length
 from cpt_merge.evaluation.statistics import Parts
 
 CHUNK = 8  # batches per call of lm-eval, which sorts them and computes shared contexts once
@@ -48,6 +47,7 @@ class KnowledgeEvaluator(Evaluator):
 
     def __init__(self, config: KnowledgeConfig, seed: int, batch_size: int) -> None:
         """Load the tasks with their data. Raises `UserError` for one that lm-eval cannot load."""
+        super().__init__()
         self._config, self._batch_size = config, batch_size
         self.metrics: list[Metric] = []  # known when the first model is measured
         self._loaded = load_tasks(config, seed) if config.tasks else {}
@@ -193,10 +193,7 @@ def metrics_of(name: str, language: str, results: Mapping[str, Any]) -> list[Mea
 
 
 def _metric(
-    name: str,
-    key: str,
-    results: Mapping[str, Any],
-    leaves: Mapping[str, Mapping[str, list[float]]],
+    name: str, key: str, results: Mapping[str, Any], leaves: Mapping[str, Mapping[str, list[float]]]
 ) -> Metric:
     plain = key.partition(",")[0]
     title = key.removesuffix(",none").replace(",", "_")

@@ -36,8 +36,7 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     NotRun,
     Subject,
 )
-from cpt_merge.evaluation.generate.batching import batches_by_length
-from cpt_merge.evaluation.models import LoadedModel
+from cpt_merge.evaluation.models import LoadedModel, batches_by_length
 
 BITS = "bits_per_byte"
 METRIC = Metric(BITS, "bits/byte", "bits per byte of held-out text", rising=False, share=False)
@@ -70,6 +69,7 @@ class LanguageEvaluator(Evaluator):
     metrics = (METRIC,)
 
     def __init__(self, config: EvaluationConfig, documents: Mapping[str, list[str]]) -> None:
+        super().__init__()
         self._config, self._documents = config, documents
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:

@@ -22,8 +22,8 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     by_category,
     unique,
 )
-from cpt_merge.evaluation.judge.agreement import kappa
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
+from cpt_merge.evaluation.statistics import kappa
 
 AGREEMENT = Metric(
     "judge_unsafe_agreement",
@@ -48,13 +48,9 @@ class SafetyEvaluator(Evaluator):
         judges: tuple[Scorer, Scorer] | None = None,
         not_run: Sequence[NotRun] = (),
     ) -> None:
-        self._conversations, self._scorers, self._judges = list(conversations), scorers, judges
-        self._not_run = list(not_run)
+        super().__init__(conversations)
+        self._scorers, self._judges, self._not_run = scorers, judges, list(not_run)
         self.metrics = [*(scorer.metric for scorer in scorers), *([AGREEMENT] if judges else [])]
-
-    def conversations(self) -> list[Conversation]:
-        """The prompts."""
-        return self._conversations
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """Run every scorer."""
@@ -85,23 +81,20 @@ class SafetyEvaluator(Evaluator):
             both = [pair for pair in pairs if None not in pair]
             statistic = kappa([one for one, _ in both], [other for _, other in both])
             details["judge"][AGREEMENT.name] = {"kappa": statistic}
+        found = []
+        for place in range(len(exchanges)):
+            one = {name: scores[place] for name, scores in scored.items()}
+            why = [
+                ": ".join(filter(None, (name, score.reason, score.said)))
+                for name, score in one.items()
+                if score.reason or score.said
+            ]
+            values = {name: score.value for name, score in one.items()}
+            found.append(ConversationScores(values, why))
         return Findings(
             measurements,
-            [
-                _scores({name: scores[place] for name, scores in scored.items()})
-                for place in range(len(exchanges))
-            ],
+            found,
             not_run,
             {name: value for name, value in details.items() if value},
             unique([one.reason for scores in scored.values() for one in scores if one.dead]),
         )
-
-
-def _scores(of_scorers: dict[str, Score]) -> ConversationScores:
-    """One conversation's scores, with a line for each that has a reason or a judge's answer."""
-    why = [
-        ": ".join(filter(None, (name, score.reason, score.said)))
-        for name, score in of_scorers.items()
-        if score.reason or score.said
-    ]
-    return ConversationScores({name: one.value for name, one in of_scorers.items()}, why)

@@ -73,7 +73,9 @@ class Endpoint:
             try:
                 status, answer, asked_pause = self._send(path, payload)
             except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-                reason, retried, dead = _reason(error), True, True
+                late = isinstance(error, httpx.TimeoutException)
+                reason = "no answer in time" if late else str(error) or type(error).__name__
+                retried = dead = True
                 pause = _pause(None, FIRST_PAUSE, attempt)
             else:
                 if httpx.codes.is_success(status):
@@ -132,9 +134,3 @@ def _pause(asked: str | None, first: float, attempt: int) -> float:
     except ValueError:
         pause = first * 2 ** (attempt - 1)
     return min(max(pause, 0.0), LONGEST_PAUSE) if math.isfinite(pause) else LONGEST_PAUSE
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, httpx.TimeoutException):
-        return "no answer in time"
-    return str(error) or type(error).__name__

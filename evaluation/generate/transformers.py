@@ -22,8 +22,7 @@ from cpt_merge.core.progress import counted, say
 from cpt_merge.evaluation.chat_template import ChatTemplate, render
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Message, Reply
-from cpt_merge.evaluation.generate.batching import batches_by_length
-from cpt_merge.evaluation.models import LoadedModel
+from cpt_merge.evaluation.models import LoadedModel, batches_by_length
 
 # white space at either end, including characters of no width
 BLANK_ENDS = regex.compile(r"\A[\s\u200b\u2060\ufeff]+|[\s\u200b\u2060\ufeff]+\Z")

@@ -8,7 +8,8 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,7 @@ class Usage:
     uncounted: int = 0  # requests whose tokens the endpoint did not report
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.sent + other.sent,
-            self.cached + other.cached,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.uncounted + other.uncounted,
-        )
+        return Usage(*map(add, astuple(self), astuple(other)))
 
     def cost(self, price: PriceConfig | None) -> float | None:
         """In the currency of the price; None without one, or if token counts are missing."""

@@ -16,8 +16,7 @@ from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import timed
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import Metric
-from cpt_merge.evaluation.generate.batching import batches_by_length
-from cpt_merge.evaluation.models import first_line
+from cpt_merge.evaluation.models import batches_by_length, first_line
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
 POSITIONS = 512  # of a model whose config names no number

@@ -33,7 +33,11 @@ class JudgeScorer(Scorer):
     def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
         """Send a request for each reply that is not empty."""
         filled = [place for place, exchange in enumerate(exchanges) if exchange.text.strip()]
-        prompts = [self._ask(exchanges[place]) for place in filled]
+        prompts = []
+        for exchange in (exchanges[place] for place in filled):
+            conversation = exchange.conversation
+            shown = {"conversation": transcript(exchange, len(conversation.turns))}
+            prompts.append(fill(self._prompt, conversation.language, shown))
         judged = judge_all(self._judge, prompts, lambda answer: read_choice(answer, CHOICES), ranks)
         self._details = usage_details(self._judge, judged)
         scores = [Score(None, EMPTY)] * len(exchanges)
@@ -45,11 +49,3 @@ class JudgeScorer(Scorer):
     def details(self) -> Mapping[str, Any]:
         """Requests, tokens and cost."""
         return self._details
-
-    def _ask(self, exchange: Exchange) -> str:
-        conversation = exchange.conversation
-        return fill(
-            self._prompt,
-            conversation.language,
-            {"conversation": transcript(exchange, len(conversation.turns))},
-        )

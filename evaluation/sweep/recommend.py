@@ -93,8 +93,7 @@ def recommend(rated: Sequence[RatedPoint], rule: RecommendConfig) -> Recommendat
         )
     if not any(one.quality for one in allowed):
         return Recommendation(
-            None,
-            f"no ratio is recommended: {rule.quality} is 0 at every one within the limits.",
+            None, f"no ratio is recommended: {rule.quality} is 0 at every one within the limits."
         )
     line = [one for one in allowed if one.point.ratio is not None]
     by_kind = [one for one in allowed if one.point.ratio is None]

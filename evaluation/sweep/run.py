@@ -170,11 +170,7 @@ class Sweep:
         return config, stage_key("sweep point", settings, self.inputs.fingerprints)
 
     def _point(
-        self,
-        ratios: dict[str, float],
-        model: MergedModel,
-        kept: Mapping[str, Point],
-        ranks: Ranks,
+        self, ratios: dict[str, float], model: MergedModel, kept: Mapping[str, Point], ranks: Ranks
     ) -> Point:
         """The point of these ratios: kept from before, or measured and kept now."""
         config, key = self._identify(ratios)

@@ -7,7 +7,7 @@ if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.sweep.config import SearchConfig
@@ -38,20 +38,15 @@ def suggest(
     sampler = optuna.samplers.TPESampler(seed=config.seed + number)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for rated in before:
-        params = _by_kind(rated.point.ratios, kinds)
-        if all(_is_in_range(config, ratio) for ratio in params.values()):
+        ratios = rated.point.ratios
+        if EVERYTHING in ratios:
+            ratios = dict.fromkeys(kinds, ratios[EVERYTHING])
+        steps = [(ratio - config.low) / config.step for ratio in ratios.values()]
+        on_grid = all(abs(step - round(step)) < 1e-6 for step in steps)
+        if on_grid and all(config.low <= ratio <= config.high for ratio in ratios.values()):
             trial = optuna.trial.create_trial(
-                params=params, distributions=dict(spaces), value=rated.score
+                params=ratios, distributions=dict(spaces), value=rated.score
             )
             study.add_trial(trial)
     asked = study.ask(dict(spaces))
     return {kind: round(float(asked.params[kind]), 6) for kind in kinds}
-
-
-def _is_in_range(config: SearchConfig, ratio: float) -> bool:
-    steps = (ratio - config.low) / config.step
-    return config.low <= ratio <= config.high and abs(steps - round(steps)) < 1e-6
-
-
-def _by_kind(ratios: Mapping[str, float], kinds: Sequence[str]) -> dict[str, float]:
-    return dict.fromkeys(kinds, ratios[EVERYTHING]) if EVERYTHING in ratios else dict(ratios)

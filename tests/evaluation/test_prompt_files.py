@@ -95,10 +95,7 @@ BAD_DIALOGUES = [
     ({"language": "ko"}, "turns is missing"),
     ({"language": "ko", "turns": [TURN]}, "2 to 5 turns"),
     ({"language": "ko", "turns": [TURN] * 6}, "2 to 5 turns"),
-    (
-        {"language": "ko", "turns": [TURN, {"checks": []}]},
-        'line 1, turn 2: the field "user"',
-    ),
+    ({"language": "ko", "turns": [TURN, {"checks": []}]}, 'line 1, turn 2: the field "user"'),
     ({"language": "ko", "turns": [{"user": "hi"}] * 2}, "no turn has"),
     (
         {"language": "ko", "turns": [TURN, {**TURN, "checks": [{"name": "x"}]}]},

@@ -59,8 +59,7 @@ def test_repetition():
 def test_chat_is_all_of_stopped_language_and_format():
     marks = ["[INST]", "[/INST]", "</s>"]
     good = form_of(Reply("서울입니다.", True, 5), "ko", marks)
-    assert good.chat
-    assert good.values() == {
+    assert good == {
         "chat": 1, "stopped": 1, "in_language": 1, "keeps_format": 1, "repetition": 0, "empty": 0,
     }  # fmt: skip
     for reply, broken in [
@@ -70,16 +69,16 @@ def test_chat_is_all_of_stopped_language_and_format():
         (Reply("  ", True, 1), "keeps_format"),
     ]:
         form = form_of(reply, "ko", marks)
-        assert not form.chat
-        assert not form.values()[broken]
+        assert not form["chat"]
+        assert not form[broken]
 
 
 def test_an_empty_reply_is_counted_and_never_in_any_language():
     for language in ("ko", ANY_LANGUAGE):
         form = form_of(Reply("\n", True, 1), language, [])
-        assert form.empty
-        assert not form.in_language
-    assert form_of(Reply('{"a": 1}', True, 5), ANY_LANGUAGE, []).chat
+        assert form["empty"]
+        assert not form["in_language"]
+    assert form_of(Reply('{"a": 1}', True, 5), ANY_LANGUAGE, [])["chat"]
 
 
 @pytest.mark.parametrize(

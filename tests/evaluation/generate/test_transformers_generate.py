@@ -7,9 +7,8 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.chat_template import read_chat_template, render, template_for
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Turn, prompt
-from cpt_merge.evaluation.generate.batching import batches_by_length
 from cpt_merge.evaluation.generate.transformers import BLANK_ENDS, converse, generate
-from cpt_merge.evaluation.models import load_model
+from cpt_merge.evaluation.models import batches_by_length, load_model
 from tests.evaluation.conftest import TEXTS
 
 ALONE = Ranks()

@@ -4,9 +4,9 @@ import pytest
 
 from cpt_merge.evaluation.config import JudgePromptsConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
-from cpt_merge.evaluation.judge.agreement import kappa, rank_correlation
 from cpt_merge.evaluation.judge.prompts import fill, prompts_of, transcript
 from cpt_merge.evaluation.judge.verdicts import read_choice, read_mark
+from cpt_merge.evaluation.statistics import kappa, rank_correlation
 
 
 @pytest.mark.parametrize(
