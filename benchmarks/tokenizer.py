@@ -28,10 +28,10 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from benchmarks.text import write_like
+from cpt_merge.checkpoint.sentencepiece_model import NORMAL
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.tokenizer_ext import TokenizerConfig
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base
-from cpt_merge.tokenizer_ext.families.sentencepiece import NORMAL
 from cpt_merge.tokenizer_ext.learn import grow
 from cpt_merge.tokenizer_ext.verify.invariants import INVARIANTS, read_case
 from cpt_merge.tokenizer_ext.verify.samples import heldout_texts, scripts_of, take_samples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.checkpoint.token_ids import has_tokenizer, read_tokens
 from cpt_merge.core.errors import UserError
 
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -45,7 +45,7 @@ class TokenizerFiles:
     @cached_property
     def roles(self) -> dict[str, str]:
         """Role (`bos_token`, ...) -> token string, for the roles that have a token."""
-        values = {**_read_if_there(self.directory / "special_tokens_map.json"), **self._config}
+        values = {**read_if_there(self.directory / "special_tokens_map.json"), **self._config}
         found = {role: token_text(values.get(role)) for role in SPECIAL_ROLES}
         return {role: token for role, token in found.items() if token is not None}
 
@@ -75,7 +75,7 @@ class TokenizerFiles:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        return _read_if_there(self.directory / "tokenizer_config.json")
+        return read_if_there(self.directory / "tokenizer_config.json")
 
     def format_tokens(self) -> set[str]:
         """The added tokens that the template names, literally or by role, and the stop tokens."""
@@ -99,7 +99,7 @@ def token_text(value: Any) -> str | None:
 def read_stop_ids(directory: Path) -> list[int]:
     """The ids that end a reply, from generation_config.json or else config.json."""
     for file in ("generation_config.json", "config.json"):
-        ids = _read_if_there(directory / file).get("eos_token_id")
+        ids = read_if_there(directory / file).get("eos_token_id")
         if ids is not None:
             try:
                 return [int(number) for number in (ids if isinstance(ids, list) else [ids])]
@@ -110,111 +110,6 @@ def read_stop_ids(directory: Path) -> list[int]:
     return []
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
+def read_if_there(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no file."""
     return read_json(path) if path.is_file() else {}
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """Token string -> id; `added` are the tokens outside the vocabulary proper (specials)."""
-
-    ids: dict[str, int]
-    added: frozenset[str]
-    odd: str | None = None  # a token that loaders read at another id than the file says
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether the directory contains a tokenizer whose tokens can be read."""
-    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-
-
-def read_tokens(directory: Path) -> TokenIds:
-    """The tokens of a directory's `tokenizer.json`, or else of its `tokenizer.model`.
-
-    Raises `UserError` if there is neither, or if the file is damaged.
-    """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        return _read_sentencepiece(directory)
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = _without_merges(text) or json.loads(text)
-        vocabulary, added = content["model"]["vocab"], content["added_tokens"]
-        if isinstance(vocabulary, list):
-            raise UserError(
-                f"{path} has a {content['model']['type']} vocabulary; only BPE is supported."
-            )
-        ids = {**vocabulary, **{token["content"]: token["id"] for token in added}}
-        if not all(isinstance(number, int) and number >= 0 for number in ids.values()):
-            raise ValueError("an id is not a whole number from 0 on")
-        return TokenIds(
-            ids, frozenset(token["content"] for token in added), _odd_number(vocabulary, added)
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a tokenizer.json ({error}); save the tokenizer again."
-        ) from None
-
-
-def _odd_number(vocabulary: dict[str, int], added: list[dict[str, Any]]) -> str | None:
-    """The first added token to which the tokenizers library gives another id than the file says.
-
-    The library numbers added tokens that are not in the vocabulary consecutively from its size on.
-    """
-    following = len(vocabulary)
-    for token in added:
-        number = vocabulary.get(token["content"])
-        if number is None:
-            number, following = following, following + 1
-        if number != token["id"]:
-            return f"{token['content']!r} at {token['id']}, but loaders read it at {number}"
-    return None
-
-
-_MERGES = re.compile(r'(?<!\\)"merges"\s*:\s*\[')  # quotes inside a string would be escaped
-
-
-def _without_merges(text: str) -> dict[str, Any] | None:
-    """A tokenizer.json parsed without its merges, which are most of it; None if that fails."""
-    found = _MERGES.search(text)
-    if found is None:
-        return None
-    try:
-        content: dict[str, Any] = json.loads(
-            text[: found.start()] + '"merges": [' + text[text.rindex("]") :]
-        )
-    except ValueError:
-        return None
-    return content if "added_tokens" in content and "vocab" in content.get("model", {}) else None
-
-
-def _read_sentencepiece(directory: Path) -> TokenIds:
-    import sentencepiece
-
-    path = directory / "tokenizer.model"
-    if not path.is_file():
-        raise UserError(
-            f"{directory} contains no tokenizer.json or tokenizer.model; put the tokenizer there."
-        )
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError):
-        raise UserError(f"{path} is not a SentencePiece model; put the right file there.") from None
-    ids = {model.id_to_piece(number): number for number in range(model.vocab_size())}
-    control = {piece for piece, n in ids.items() if model.is_control(n) or model.is_unknown(n)}
-    beyond = _listed_added_tokens(directory)
-    return TokenIds({**ids, **beyond}, frozenset(control | beyond.keys()))
-
-
-def _listed_added_tokens(directory: Path) -> dict[str, int]:
-    """The added tokens that a directory without `tokenizer.json` lists."""
-    older, config = directory / "added_tokens.json", directory / "tokenizer_config.json"
-    try:
-        found: dict[str, int] = _read_if_there(older)
-        if listed := _read_if_there(config).get("added_tokens_decoder"):
-            found |= {token["content"]: int(number) for number, token in listed.items()}
-        return {str(token): int(number) for token, number in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{older} or {config} lists added tokens that cannot be read ({error}); save it again."
-        ) from None

@@ -16,6 +16,7 @@ from cpt_merge.launcher.start import accelerate_config
 from cpt_merge.merge import merge_report
 from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.fit import open_fitting
+from cpt_merge.tokenizer_ext.base_tokenizer import check_pair
 
 
 def check_inputs(recipe: Recipe, download: bool = True) -> None:
@@ -45,6 +46,7 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
 
 def _check_models(run: Run) -> None:
     open_fitting({"base": run.base, "chat": run.chat})
+    check_pair(run.base, run.chat)
     merge_report.warn(pair_warnings(run.base, run.chat))
     run.further_models()
     if run.recipe.training.preview.every is not None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cpt_merge.checkpoint.tensor_kinds import kind_of
-from cpt_merge.checkpoint.tokenizer_files import has_tokenizer
+from cpt_merge.checkpoint.token_ids import has_tokenizer
 from cpt_merge.core.config import apply_override, parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory

@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,7 +82,10 @@ def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
     """Raises `Interrupted` where the work can be continued, `UserError` where it is of no use."""
     try:
         work.open()
-        statistics = merge_files(the_plan, work)
+        with finish.loading_tokenizer(the_plan) if work.world.is_main else nullcontext() as check:
+            statistics = merge_files(the_plan, work)
+            if check:
+                check()
         if not work.world.is_main:
             work.close()
             work.wait_for(

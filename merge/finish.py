@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cpt_merge.checkpoint import token_changes
+from cpt_merge.checkpoint.loaded_tokenizer import loading
 from cpt_merge.checkpoint.model_files import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -15,6 +18,7 @@ from cpt_merge.checkpoint.model_files import (
     resize_config,
 )
 from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.checkpoint.token_ids import has_tokenizer
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
 from cpt_merge.core.progress import say
@@ -63,7 +67,11 @@ def write_all_but_weights(plan: MergePlan, directory: Path) -> None:
         config = resize_config(config, plan.rows)
     write_json(directory / CONFIG_FILE, {**config, **plan.format.special_ids[CONFIG_FILE]})
     write_json(directory / GENERATION_FILE, generation_config(plan))
-    write_tokenizer(plan, directory)
+    for sentence in write_tokenizer(plan, directory):
+        say(f"merge: {sentence}")
+    if not plan.format.template:
+        chat = plan.chat.source.chat_directory
+        say(f"merge: {chat} has no chat template, so the output has none")
 
 
 def _add_known_norms(plan: MergePlan, statistics: list[Statistics]) -> None:
@@ -94,8 +102,11 @@ def generation_config(plan: MergePlan) -> dict[str, Any]:
     return {**settings, **plan.format.special_ids[GENERATION_FILE]}
 
 
-def write_tokenizer(plan: MergePlan, directory: Path) -> None:
-    """The extended tokenizer with the chat model's template, special tokens, bos, eos and pad."""
+def write_tokenizer(plan: MergePlan, directory: Path) -> list[str]:
+    """The extended tokenizer with the chat model's template, special tokens, bos, eos and pad.
+
+    Returns a sentence for whatever is left out.
+    """
     copy_files([plan.tokenizer / name for name in TOKENIZER_FILES], directory)
     chat = plan.chat.source.chat_directory
     token_changes.apply(plan.changes, directory, chat)
@@ -107,8 +118,24 @@ def write_tokenizer(plan: MergePlan, directory: Path) -> None:
             write_json(directory / name, config)
     if plan.format.template:
         write_text(directory / "chat_template.jinja", plan.format.template)
-    else:
-        say(f"merge: {chat} has no chat template, so the output has none")
+    return token_changes.drop_unknown(directory) if has_tokenizer(directory) else []
+
+
+@contextmanager
+def loading_tokenizer(plan: MergePlan) -> Iterator[Callable[[], None]]:
+    """Load the output's tokenizer with transformers while the block does something else.
+
+    Yields a function that waits for it and raises `UserError` if a token has another id there.
+    """
+    with TemporaryDirectory() as folder:
+        directory = Path(folder)
+        copy_files([plan.cpt.directory / CONFIG_FILE], directory)
+        write_tokenizer(plan, directory)
+        if not has_tokenizer(directory):
+            yield lambda: None
+            return
+        with loading(directory, plan.chat.source.chat_directory) as check:
+            yield lambda: check.require_none(str(plan.tokenizer))
 
 
 OTHER_IDS = {

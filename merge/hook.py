@@ -40,6 +40,8 @@ def merge_shards(
     `UserError` as `merge.plan.plan` and `checkpoint.export.export_shards` do.
     """
     the_plan = plan_for_shards(config, inputs)
+    with finish.loading_tokenizer(the_plan) as check:
+        check()
     writer = CheckpointWriter(out, the_plan.layout(), ranks.rank)
     own: list[Statistics] = [{} for _ in the_plan.vectors]
     with writing_together(writer, the_plan.cpt, ranks):

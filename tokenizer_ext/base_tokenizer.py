@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.checkpoint.sentencepiece_model import MODEL_FILE, NORMAL, Proto, is_tiktoken
+from cpt_merge.checkpoint.token_ids import read_tokens
 from cpt_merge.checkpoint.tokenizer_files import token_text
 from cpt_merge.core.byte_alphabet import LETTERS
 from cpt_merge.core.errors import UserError
 from cpt_merge.tokenizer_ext.families.byte_level import ByteLevelBpe
 from cpt_merge.tokenizer_ext.families.family import Family
 from cpt_merge.tokenizer_ext.families.sentencepiece import (
-    MODEL_FILE,
-    NORMAL,
-    Proto,
     SentencePieceBpe,
     fast_content,
     merges_by_score,
@@ -61,6 +60,7 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     Raises `UserError` if it cannot be extended, or if its files contradict each other.
     """
     content, proto = read_tokenizer(directory)
+    read_tokens(directory)  # raises if two files disagree on a token or its id
     contradictions = disagreements(content, proto)
     if contradictions:
         raise UserError(
@@ -90,6 +90,14 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     return Base(directory, rows, content, proto, settings, _family(directory, content, proto))
 
 
+def check_pair(base: Path, chat: Path) -> None:
+    """Raise `UserError` if the base's tokenizer cannot be extended together with the chat model's.
+
+    Reads the files only, so that it is known before any text is counted.
+    """
+    read_chat_tokens(chat, read_base(base))
+
+
 def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
     """The tokens that only the chat model's tokenizer has, with the chat model's ids.
 
@@ -97,6 +105,7 @@ def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
     from this base.
     """
     content, _ = read_tokenizer(directory)
+    read_tokens(directory)  # raises if two files disagree on a token or its id
     _check_distinct(directory, content)
     known = base.ids
     added = {token.content: token for token in added_tokens_of(content)}
@@ -180,7 +189,8 @@ def read_tokenizer(directory: Path) -> tuple[Content, Proto | None]:
             f"{directory} holds neither {FAST_FILE} nor {MODEL_FILE}; download the model's "
             "tokenizer."
         )
-    proto = read_proto(model) if model.is_file() else None
+    ignored = fast.is_file() and model.is_file() and is_tiktoken(model)  # loaders ignore it, too
+    proto = read_proto(model) if model.is_file() and not ignored else None
     if not fast.is_file():
         return _with_added_tokens(fast_content(proto, model), directory), proto
     # Truncation and padding are settings of one use, not of the vocabulary.

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from cpt_merge.checkpoint.token_changes import TokenChanges, apply
-from cpt_merge.checkpoint.tokenizer_files import read_tokens
+from cpt_merge.checkpoint.token_ids import read_tokens
 from cpt_merge.core.errors import UserError
 from tests.merge.conftest import CPT_ROWS, make_family, pieces_of, save_weights, write_config
 from tests.merge.test_merge_files import load, merge

@@ -6,7 +6,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from cpt_merge.checkpoint.tokenizer_files import read_tokens
+from cpt_merge.checkpoint.token_ids import read_tokens
 from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base
 from cpt_merge.tokenizer_ext.verify.invariants import prove

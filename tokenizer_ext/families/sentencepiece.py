@@ -12,6 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpt_merge.checkpoint.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    MODEL_FILE,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Proto,
+    parse_proto,
+)
 from cpt_merge.core.errors import UserError
 from cpt_merge.tokenizer_ext.families.tokenizer_json import (
     AddedToken,
@@ -23,15 +33,11 @@ from cpt_merge.tokenizer_ext.families.tokenizer_json import (
 from cpt_merge.tokenizer_ext.learn.scripts import Scripts
 from cpt_merge.tokenizer_ext.learn.word_counts import Splitter, Words
 
-MODEL_FILE = "tokenizer.model"
 SPACE = "▁"
 BPE_MODEL = 2  # TrainerSpec.ModelType
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
 EXACT = 2.0**24  # float32 has every integer up to here; LLaMA-2 scores whitespace runs -1e9
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
-
-Proto = Any  # sentencepiece.ModelProto; protobuf generates the class at import
 
 
 @dataclass(frozen=True)
@@ -137,24 +143,6 @@ class SentencePieceBpe:
             (out / MODEL_FILE).write_bytes(
                 extend_proto(self._proto, content, pieces, rows).SerializeToString()
             )
-
-
-def parse_proto(path: Path) -> Proto:
-    """Parse a SentencePiece model of any kind. Raises `UserError` if it is missing or damaged."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    try:
-        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); correct the path.") from None
-    except DecodeError:
-        raise UserError(
-            f"{path} is not a SentencePiece model, or is damaged; download it again."
-        ) from None
-    if not proto.pieces:
-        raise UserError(f"{path} holds no pieces; download it again.")
-    return proto
 
 
 def read_proto(path: Path) -> Proto:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from cpt_merge.checkpoint.sentencepiece_model import NORMAL, parse_proto
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
-from cpt_merge.tokenizer_ext.families.sentencepiece import NORMAL, SPACE, parse_proto
+from cpt_merge.tokenizer_ext.families.sentencepiece import SPACE
 from cpt_merge.tokenizer_ext.families.tokenizer_json import Merge
 from cpt_merge.tokenizer_ext.learn.scripts import Scripts
 
