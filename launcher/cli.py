@@ -179,6 +179,35 @@ def sweep(
     _run_stage(SWEEP, recipe, [*(overrides or []), *options])
 
 
+@app.command()
+def export(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the model; missing or empty")],
+    overrides: Overrides = None,
+    step: Annotated[
+        int | None, typer.Option(metavar="N", help="the checkpoint's step; the newest if not set")
+    ] = None,
+    average: Annotated[
+        str | None,
+        typer.Option(metavar="N..M", help="the average of all checkpoints of steps N to M"),
+    ] = None,
+) -> None:
+    """Make a model of a training checkpoint, or of the average of several. Needs no GPU.
+
+    The training may go on meanwhile. The model is a directory that merge-models, evaluate-models
+    and transformers take.
+    """
+    from cpt_merge.launcher.run import Run
+    from cpt_merge.training.saved import choose_steps, export_checkpoints
+
+    chosen = Run.load(recipe, overrides or [])
+    training = chosen.folder("training")
+    checkpoints = choose_steps(training / "checkpoints", step, average)
+    export_checkpoints(
+        chosen.recipe.training, chosen.resized, chosen.tokenizer, checkpoints, out.absolute()
+    )
+
+
 @app.command("merge-models")
 def merge_models(
     cpt: Annotated[str, typer.Option(metavar="DIR", help="the trained model")],

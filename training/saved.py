@@ -1,0 +1,160 @@
+"""A Hugging Face model from training checkpoints: one of them, or the average of several.
+
+Everything is read from files, tensor by tensor, on the CPU of one process, whatever number of
+processes wrote the checkpoints. Memory holds the largest tensor in float32, and of an average two.
+
+The average of checkpoints along a run at a constant learning rate is often better than each of
+them and predicts what decaying the rate would bring: Li et al., Model Merging in Pre-training of
+Large Language Models, 2025 (https://arxiv.org/abs/2505.12082).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from pickle import PickleError
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from cpt_merge.checkpoint.export import LocalShard, export_shards
+from cpt_merge.core.distributed import Ranks
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import Meter, say
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.checkpoint import STATE_FILE
+from cpt_merge.training.distributed.deepspeed import TAG
+from cpt_merge.training.model.build import WeightSource, build_model
+
+ReadTensor = Callable[[str], Tensor]
+
+
+def choose_steps(directory: Path, step: int | None, average: str | None) -> list[Path]:
+    """The checkpoints of one step (by default the newest), or of all steps `N..M`.
+
+    Raises `UserError` for steps that are not there, naming those that are.
+    """
+    complete = {
+        int(path.name.removeprefix("step-")): path
+        for path in sorted(directory.glob("step-*"))
+        if not path.suffix and (path / STATE_FILE).is_file()
+    }
+    if not complete:
+        raise UserError(f"{directory} holds no complete checkpoint; train first.")
+    known = ", ".join(map(str, complete))
+    if average is not None:
+        first, dots, last = average.partition("..")
+        if step is not None or not dots or not (first.isdecimal() and last.isdecimal()):
+            raise UserError("--average takes two steps, as in 500..2000, and no --step with it.")
+        chosen = [path for at, path in complete.items() if int(first) <= at <= int(last)]
+        if len(chosen) < 2:
+            raise UserError(
+                f"--average {average} has {len(chosen)} of the checkpoints in {directory}, which "
+                f"are of the steps {known}; choose a range with at least two."
+            )
+        return chosen
+    wanted = max(complete) if step is None else step
+    if wanted not in complete:
+        raise UserError(
+            f"{directory} has no checkpoint of step {wanted}; there are {known}. "
+            "training.checkpoints.keep and keep_every decide which are kept."
+        )
+    return [complete[wanted]]
+
+
+def export_checkpoints(
+    config: TrainingConfig, like: Path, tokenizer: Path, checkpoints: Sequence[Path], out: Path
+) -> None:
+    """Write the mean of the checkpoints' weights as a model to `out`.
+
+    Names, types and configuration are those of `like`, the model that training started from.
+    Raises `UserError` for a checkpoint that is damaged or belongs to another model.
+    """
+    module = build_model(like, config)
+    WeightSource.open(module, like, torch.device("cpu"))  # finds the names in `like`
+    names = [path.name for path in checkpoints]
+    say(f"export: {' + '.join(names)}" + (f", divided by {len(names)}" if len(names) > 1 else ""))
+    readers = [open_checkpoint(path) for path in checkpoints]
+    parameters: dict[str, Tensor] = dict(module.model.named_parameters())
+
+    def shards() -> Iterator[LocalShard]:
+        with Meter("export", len(parameters), "tensors") as meter:
+            for name, parameter in parameters.items():
+                values = _mean(f"model.{name}", readers)
+                if values.shape != parameter.shape:
+                    raise UserError(
+                        f"{name} has the shape {tuple(values.shape)} in {checkpoints[0]} and "
+                        f"{tuple(parameter.shape)} in {like}; they belong to different runs."
+                    )
+                yield LocalShard(module.stored_names[name], tuple(values.shape), 0, values)
+                meter.advance()
+
+    export_shards(shards(), like, tokenizer, out, Ranks())
+
+
+def _mean(name: str, readers: Sequence[ReadTensor]) -> Tensor:
+    """The mean of a tensor over checkpoints, in float32."""
+    mean = readers[0](name).float()
+    for read in readers[1:]:
+        mean += read(name)
+    return mean.div_(len(readers)) if len(readers) > 1 else mean
+
+
+def open_checkpoint(directory: Path) -> ReadTensor:
+    """What reads a tensor of a checkpoint by its name in `CausalLM`, in the type of the masters.
+
+    Raises `UserError` if the checkpoint is damaged; so does the function.
+    """
+    layout = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))["layout"]
+    open_it = _open_zero if layout.startswith("DeepSpeed") else _open_fsdp
+    with _damage_named(directory):
+        read = open_it(directory)
+
+    def read_named(name: str) -> Tensor:
+        with _damage_named(directory):
+            return read(name)
+
+    return read_named
+
+
+def _open_fsdp(directory: Path) -> ReadTensor:
+    tensors = FileSystemReader(directory).read_metadata().state_dict_metadata
+
+    def read(name: str) -> Tensor:
+        stored = tensors[f"model.{name}"]
+        assert isinstance(stored, TensorStorageMetadata), f"{name} is no tensor"
+        values = torch.empty(stored.size, dtype=stored.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
+            load({f"model.{name}": values}, storage_reader=FileSystemReader(directory))
+        return values
+
+    return read
+
+
+def _open_zero(directory: Path) -> ReadTensor:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with redirect_stdout(io.StringIO()):  # it prints what it finds
+        tensors = get_fp32_state_dict_from_zero_checkpoint(str(directory), TAG, lazy_mode=True)
+    return lambda name: tensors[name].contiguous().detach()
+
+
+@contextmanager
+def _damage_named(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (
+        OSError, RuntimeError, ValueError, KeyError, AttributeError, EOFError, PickleError,
+        CheckpointException,
+    ) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(f"{directory} cannot be read ({reason}); choose another step.") from error
