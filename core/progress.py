@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +36,17 @@ def counted(count: float, noun: str) -> str:
     """A number with its noun: `1 prompt`, `1,200 prompts`, `2 processes`."""
     ending = "" if count == 1 else "es" if noun.endswith(("s", "ch", "x")) else "s"
     return f"{count:,} {noun}{ending}"
+
+
+def silence_bars() -> None:
+    """Switch off the bars of Hugging Face's libraries and tqdm unless a terminal shows them.
+
+    Call it before these libraries are imported. Processes that this one starts inherit it.
+    """
+    if not sys.stderr.isatty():
+        for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")  # transformers obeys the hub's
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 class Meter:

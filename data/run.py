@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import counted, say
 from cpt_merge.core.world import find_world
 from cpt_merge.data.config import DataConfig
 from cpt_merge.data.sources import Corpus, source_files
@@ -34,7 +34,7 @@ def run(
     tokens of that model.
     """
     processes, world = config.processes or _processes(corpus), find_world()
-    say(f"  tokenising in {processes} process(es)")
+    say(f"  tokenising in {counted(processes, 'process')}")
     info = write_store(
         corpus, tokenizer, out, base=base, processes=processes, deduplicate=config.deduplicate,
         world=world,

@@ -29,6 +29,7 @@ from cpt_merge.core.progress import say
 Split = Literal["train", "heldout"]
 HASH_RANGE = 1_000_000
 READ_ROWS = 1000  # rows taken from `datasets` at a time
+HEAD_LINES = 20  # lines of each file that `check_text` reads
 
 _FORMATS = {
     ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text",
@@ -191,6 +192,20 @@ def source_files(source: Source) -> list[Path]:
     return []
 
 
+def check_text(corpus: Corpus) -> None:
+    """Look at the first lines of every local source. Raises `UserError` for what is no text."""
+    for source in corpus.sources:
+        files = source_files(source)
+        filled = [file for file in files if file.stat().st_size]
+        lines = [file for file in filled if ".jsonl" in file.suffixes]
+        found = [_check_lines(file, source.field, HEAD_LINES) for file in lines]
+        if others := [file for file in filled if ".jsonl" not in file.suffixes]:
+            # only one, since opening a file of another format takes longer
+            found.append(next(_read_file(others[0], source), None) is not None)
+        if files and not any(found):
+            raise UserError(f"text source {source.path} is empty; correct corpus.sources.")
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of a source that is read separately; the pieces in order are the source."""
@@ -258,10 +273,14 @@ def _read_file(file: Path, source: Source) -> Iterator[str]:
         with json_errors():
             dataset = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
             yield from _column(dataset, source, str(file))
-    except UserError:
-        raise
     except Exception as error:  # datasets wraps the errors of file readers in several classes
-        cause = _root_cause(error)
+        if kind == "json":
+            _check_lines(file, source.field)  # names the line
+        if isinstance(error, UserError):
+            raise
+        cause: BaseException = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
         if isinstance(cause, UnicodeDecodeError):
             raise UserError(
                 f"{file} is not UTF-8 (byte {cause.start}: {cause.reason}); convert it."
@@ -280,8 +299,11 @@ def _column(dataset: Any, source: Source, where: str) -> Iterator[str]:
                 f"{where}: there is no column {source.field!r} but "
                 f"{', '.join(table.column_names)}; set the source's `field`."
             )
-        for number, text in enumerate(table.column(source.field).to_pylist(), start=first):
-            if text is None or isinstance(text, str):
+        column = table.column(source.field)
+        # of values of several types, datasets makes JSON, in which text is in quotation marks
+        as_json = str(column.type) == "extension<arrow.json>"
+        for number, text in enumerate(column.to_pylist(), start=first):
+            if not as_json and (text is None or isinstance(text, str)):
                 yield text or ""
             else:
                 raise UserError(
@@ -308,25 +330,52 @@ def json_errors() -> Iterator[None]:
         yield
     except Exception:
         for file in map(Path, files):
-            if file.is_file() and (problem := _first_bad_line(file)):
-                raise UserError(f"{file}: {problem}; fix it.") from None
+            if file.is_file():
+                _check_lines(file)
         raise
     finally:
         logger.removeFilter(hold_back)
 
 
-def _first_bad_line(file: Path) -> str | None:
-    """What is wrong with the first bad line; None if no line is, or one value has several lines."""
-    with open(file, encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1 and line.strip() in ("[", "{"):
-                return None
+def _check_lines(file: Path, field: str | None = None, most: int | None = None) -> bool:
+    """Whether a JSON-lines file has documents in its first `most` lines that are not blank.
+
+    Raises `UserError` with the number of the first bad line. A line without the field is bad if no
+    line has it; otherwise it is an empty document.
+    """
+    import fsspec  # type: ignore[import-untyped]
+
+    lacking: str | None = None
+    with fsspec.open(str(file), "rb", compression="infer") as lines:
+        filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        for count, (number, line) in enumerate(itertools.islice(filled, most)):
             try:
-                if line.strip():
-                    parse_json_line(line)
+                document = parse_json_line(line.decode("utf-8-sig"))
+                wrong = "" if isinstance(document, dict) else "is not a JSON object"
+            except UnicodeDecodeError:
+                wrong = "is not UTF-8"
             except ValueError as error:
-                return f"line {number} {error}"
-    return None
+                wrong = str(error)
+            whole = line.startswith(b"[") or line.strip() == b"{" or ".jsonl" not in file.suffixes
+            if wrong and not count and whole:
+                return True  # one JSON value for the whole file, which datasets reads too
+            if wrong:
+                raise UserError(f"{file}: line {number} {wrong}; fix it.") from None
+            if field is None:
+                continue
+            if not isinstance(document.get(field, ""), str | None):
+                raise UserError(
+                    f"{file}: field {field!r} of line {number} is not text; fix it, or set the "
+                    "source's `field`."
+                )
+            if field in document:
+                lacking = ""
+            elif lacking is None:
+                names = ", ".join(document) or "none"
+                lacking = f"line {number} has no field {field!r} but {names}"
+    if lacking:
+        raise UserError(f"{file}: {lacking}; set the source's `field`.")
+    return lacking is not None
 
 
 def parse_json_line(line: str) -> Any:
@@ -346,9 +395,3 @@ def parse_json_line(line: str) -> Any:
 def _format_of(file: Path) -> str | None:
     suffixes = [suffix for suffix in file.suffixes if suffix not in _COMPRESSIONS]
     return _FORMATS.get(suffixes[-1]) if suffixes else None
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return error

@@ -20,7 +20,7 @@ import typer
 from cpt_merge import __version__
 from cpt_merge.core.deadline import STOP_AT, parse_stop_at
 from cpt_merge.core.errors import Interrupted, UserError
-from cpt_merge.core.progress import console
+from cpt_merge.core.progress import console, silence_bars
 from cpt_merge.core.world import find_world
 from cpt_merge.launcher.stages import (
     DATA,
@@ -595,6 +595,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit code 0; 2 for what the user can fix; 75 if stopped and saved."""
     from cpt_merge.cluster.attempts import note_failure, note_stop
 
+    silence_bars()
     _stop_on_signals()
     command, *words = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:

@@ -9,7 +9,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import is_local
 from cpt_merge.data.mixture import mixture
 from cpt_merge.data.order import HORIZON
-from cpt_merge.data.sources import source_files
+from cpt_merge.data.sources import check_text
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.start import accelerate_config
@@ -20,14 +20,13 @@ from cpt_merge.tokenizer_ext.base_tokenizer import check_pair
 
 
 def check_inputs(recipe: Recipe, download: bool = True) -> None:
-    """Raise `UserError` for a pair that does not fit, missing text, lists or prompts, or numbers
-    that are impossible.
+    """Raise `UserError` for a pair that does not fit, missing lists or prompts, text that cannot be
+    read, or numbers that are impossible.
 
     Models on the hub are downloaded, or else not checked.
     """
     check_numbers(recipe)
-    for source in recipe.corpus.sources:
-        source_files(source)
+    check_text(recipe.corpus)
     files = {f"evaluation.{name}": path for name, path in recipe.evaluation.files().items()}
     lists = recipe.tokenizer.pieces_from.items()
     for name, path in {

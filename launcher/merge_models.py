@@ -15,7 +15,7 @@ from cpt_merge.checkpoint.token_ids import has_tokenizer
 from cpt_merge.core.config import apply_override, parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import counted, say
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.fit import RefusedError
 from cpt_merge.merge.plan import MergeInputs, MergePlan, bytes_read, describe_rule, plan
@@ -146,8 +146,7 @@ def _table(the_plan: MergePlan) -> list[str]:
              shape, f"{of_tensor:,}", f"{tensor.spec.nbytes:,}")
         )  # fmt: skip
     files = len(the_plan.layout().headers)
-    plural = "" if files == 1 else "s"
-    total = f"{len(the_plan.tensors)} tensors in {files} file{plural}"
+    total = f"{len(the_plan.tensors)} tensors in {counted(files, 'file')}"
     rows.append((total, "", "", "", "", f"{read:,}", f"{written:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(7)]
     return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]

@@ -116,7 +116,7 @@ class Tracker:
             self._early.append(event)
 
     def finish(self, failed: bool = False) -> None:
-        """Flush and close; after an offline run it prints the `wandb sync` command."""
+        """Flush and close; after an offline run it prints the `cpt-merge sync` command."""
         if self._early:
             self._begin(math.inf)
         for sink in self._sinks:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cpt_merge.core.config import parse_section
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import counted, say
 from cpt_merge.tracking.config import TrackingConfig
 from cpt_merge.tracking.events import Event, File, Image, Summary
 from cpt_merge.tracking.sinks.local import RunIdentity, StageLog, read_log
@@ -50,7 +50,7 @@ def upload(directory: Path) -> bool:
         say(f"W&B: {run.run_name}: the rest of its {len(log.rows):,} rows")
         _send(log, continue_online(config, run, directory.absolute()))
     if offline:
-        say(f"W&B: {run.run_name}: {len(offline)} offline attempt(s)")
+        say(f"W&B: {run.run_name}: {counted(len(offline), 'offline attempt')}")
         paths = [str(path.absolute()) for path in offline]
         # it prints its own errors
         subprocess.run([sys.executable, "-m", "wandb", "sync", *paths], cwd=directory, check=False)

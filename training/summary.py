@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.progress import counted
 from cpt_merge.data.mixture import SourceShare, describe
 from cpt_merge.training.distributed.backend import Backend
 from cpt_merge.training.distributed.parallel import Parallel
@@ -26,12 +27,13 @@ def startup_summary(
     written = (
         ", written during training" if backend.writes_asynchronously(config.checkpoints) else ""
     )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     lines = {
         **backend.describe(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": f"{name}, {parallel.world.started}",
         "step": f"{config.global_batch_size} sequences of {config.sequence_length} = "
-        f"{config.tokens_per_step:,} tokens; each process {micro_batches} "
-        f"micro-batch{'es' if micro_batches > 1 else ''} of {config.micro_batch_size} sequences",
+        f"{config.tokens_per_step:,} tokens; each process "
+        f"{counted(micro_batches, 'micro-batch')} of {config.micro_batch_size} sequences",
         "run": f"{config.steps:,} steps, {config.steps * config.tokens_per_step:,} tokens",
         "text": "\n              ".join(describe(shares)),
         "phase": f"{phase.number + 1}: steps {phase.start + 1:,} to {phase.stop:,} train "
@@ -41,7 +43,6 @@ def startup_summary(
         f"{backend.state_bytes() / GB:,.2f} GB each{written}",
         "memory": _memory_line(setup, backend, parallel),
     }
-    lines["device"] += f", {parallel.world.started}"
     return "\n".join(f"  {name:<11} {text}" for name, text in lines.items())
 
 

@@ -1,6 +1,17 @@
-"""Messages name amounts with a proper plural."""
+"""What people see of progress: amounts with a proper plural, and bars on terminals only."""
+
+import subprocess
+import sys
 
 from cpt_merge.core.progress import counted
+
+LIBRARIES = """
+from cpt_merge.core.progress import silence_bars
+silence_bars()
+import datasets, tqdm, transformers
+for bar in (datasets.utils.tqdm, tqdm.tqdm, transformers.utils.logging.tqdm):
+    assert list(bar(range(3))) == [0, 1, 2]
+"""
 
 
 def test_a_number_and_its_noun() -> None:
@@ -8,3 +19,9 @@ def test_a_number_and_its_noun() -> None:
     assert [counted(*one) for one in counts] == [
         "0 prompts", "1 prompt", "1,200 prompts", "1 process", "2 processes",
     ]  # fmt: skip
+
+
+def test_libraries_draw_no_bars_into_a_pipe() -> None:
+    command = [sys.executable, "-c", LIBRARIES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -3,13 +3,14 @@
 import gzip
 import json
 import logging
+import re
 import unicodedata
 from pathlib import Path
 
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.sources import Corpus, Source, read_source
+from cpt_merge.data.sources import Corpus, Source, check_text, read_source
 
 
 def jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
@@ -85,7 +86,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_and_a_missing_column_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
         list(read_source(Source(path=str(tmp_path / "nowhere.jsonl"), language="ko")))
-    with pytest.raises(UserError, match="no column 'text' but content"):
+    with pytest.raises(UserError, match="line 1 has no field 'text' but content"):
         list(
             read_source(
                 Source(path=str(jsonl(tmp_path / "a.jsonl", ["x"], "content")), language="ko")
@@ -109,14 +110,62 @@ def test_an_empty_file_is_said_and_passed_over(
     assert "a.jsonl is empty" in capsys.readouterr().err
 
 
-def test_a_lone_surrogate_in_json_is_named_by_its_line(tmp_path) -> None:
-    path = tmp_path / "text.jsonl"
-    path.write_text(
-        '{"text": "fine"}\n{"text": "not \\ud800 fine"}\n{"text": "\\ud83d\\ude42 fine"}\n'
-    )
+LINES = {  # the lines of a file, and the sentence about it
+    "text\n": "line 1 is not JSON (Expecting value: character 1)",
+    '\n{"text": "x"}\n{"text":\n': "line 3 is not JSON (Expecting value: character 10)",
+    '{"text": "fine"}\n"text"\n': "line 2 is not a JSON object",
+    '{"text": "fine"}\n{"text": 3}\n': "field 'text' of line 2 is not text",
+    '\n{"content": "x", "id": 1}\n': "line 2 has no field 'text' but content, id",
+    '{"text": "fine"}\n{"text": "not \\ud800 fine"}\n{"text": "\\ud83d\\ude42"}\n': "line 2 contains a lone surrogate",
+    '{"text": "fine"}\n{"text": "\udcb0"}\n': "line 2 is not UTF-8",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "text.jsonl.gz"])
+@pytest.mark.parametrize(("lines", "sentence"), LINES.items())
+def test_a_bad_line_is_named_before_and_while_the_text_is_read(
+    tmp_path: Path, name: str, lines: str, sentence: str
+) -> None:
+    path = tmp_path / name
+    content = lines.encode(errors="surrogateescape")
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     source = Source(path=str(path), language="en")
-    with pytest.raises(UserError, match="line 2 contains a lone surrogate"):
+    expected = re.escape(f"{path}: {sentence}")
+    with pytest.raises(UserError, match=expected):
+        check_text(Corpus(sources=[source]))
+    with pytest.raises(UserError, match=expected):
         list(read_source(source))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("blank.jsonl", '{"text": "x"}\n\n{"text": "y"}\n'),
+        ("array.json", '[{"text": "x"},\n{"text": "y"}]'),
+        ("array.jsonl", '["x",\n"y"]'),
+        ("some.jsonl", '{"id": 1}\n{"text": "x"}\n{"text": null}\n{"text": "y"}\n'),
+        ("lines.txt", "x\ny\n"),
+    ],
+)
+def test_what_can_be_read_passes_the_check(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    source = Source(path=str(tmp_path / name), language="en")
+    check_text(Corpus(sources=[source]))
+    assert [text for text in read_source(source) if text] == ["x", "y"]
+
+
+def test_a_source_without_documents_is_refused(tmp_path: Path) -> None:
+    for number, content in enumerate(("", "\n\n")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(content)
+        with pytest.raises(UserError, match=rf"text source {path} is empty"):
+            check_text(Corpus(sources=[Source(path=str(path), language="en")]))
+
+
+def test_columns_of_other_formats_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("content\nx\n")
+    with pytest.raises(UserError, match=r"a\.csv: there is no column 'text' but content"):
+        check_text(Corpus(sources=[Source(path=str(tmp_path), language="en")]))
 
 
 def test_a_line_that_is_not_json_is_named_in_one_sentence(

@@ -332,6 +332,18 @@ def test_options_of_a_command_without_a_recipe_point_to_it(words: list[str], oth
     assert other in done.stderr
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_text_that_cannot_be_read_is_found_before_any_stage(
+    recipe_path: Path, tmp_path: Path, command: str
+) -> None:
+    text = tmp_path / "ko.jsonl"
+    text.write_text('{"text": "가나다"}\nno json\n', encoding="utf-8")
+    done = cpt_merge(command, recipe_path, f"runs={tmp_path}", f"corpus.sources.0.path={text}")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"{text}: line 2 is not JSON" in done.stderr
+
+
 def test_plan_and_doctor_and_report(finished: Path, recipe_path: Path) -> None:
     planned = cpt_merge("plan", recipe_path)
     assert planned.returncode == 0, planned.stderr

@@ -46,7 +46,7 @@ def test_a_server_that_goes_away_slows_nothing_and_sync_uploads_the_rest(
         (step, float(step)) for step in range(1, STEPS + 1)
     ]
     assert (
-        f"not everything was uploaded; later, run: cpt-merge sync {tmp_path}"
+        f"not everything was uploaded; upload it later with: cpt-merge sync {tmp_path}"
         in capfd.readouterr().err
     )
 

@@ -258,13 +258,12 @@ class WandbSink:
             self._lost.set()
             if not _open_runs:
                 kill_service()
-        left = not_uploaded(self._directory, self._run_id)
-        if any(not is_offline(path) for path in left):
-            later = f"cpt-merge sync {shlex.quote(_typed(self._directory))}"
-            say(f"W&B: not everything was uploaded; later, run: {later}")
-        elif left:
-            later = f"wandb sync {shlex.join(_typed(path) for path in left)}"
-            say(f"W&B: logged offline; upload it with: {later}")
+        if left := not_uploaded(self._directory, self._run_id):
+            offline = all(map(is_offline, left))
+            what = (
+                "logged offline; upload it" if offline else "not everything was uploaded; upload it"
+            )
+            say(f"W&B: {what} later with: {self._sync_command()}")
 
     def _finish(self, failed: bool) -> None:
         with suppress(TimeoutError):
@@ -297,8 +296,13 @@ class WandbSink:
             self._lost.set()
             reason = f"{type(error).__name__}: {error}"
             say(f"W&B: its service has ended ({reason}); from here on there is only the local log")
-            later = f"cpt-merge sync {shlex.quote(_typed(self._directory))}"
-            say(f"W&B: to upload the rest later: {later}")
+            say(f"W&B: upload the rest later with: {self._sync_command()}")
+
+    def _sync_command(self) -> str:
+        """What the user types, from here, to upload what W&B lacks."""
+        path, here = self._directory, Path.cwd()
+        path = path.relative_to(here) if path.is_relative_to(here) else path
+        return f"cpt-merge sync {shlex.quote(str(path))}"
 
     def _complain(self, error: Exception) -> None:
         """Report something that was left out, once, without names of temporary files."""
@@ -387,8 +391,3 @@ class WandbSink:
 
 def _at_step(step: float | None, row: dict[str, Any]) -> dict[str, Any]:
     return row if step is None else {**row, STEP: step}
-
-
-def _typed(path: Path) -> str:
-    """The path as the user would type it from here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.core.artifact import fsync
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import counted
 from cpt_merge.core.world import World
 from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
@@ -238,8 +239,8 @@ class ZeroBackend:
         size = self.parallel.size
         return {
             **describe_model(self.module, self.setup.config, self.parallel.device),
-            "backend": f"DeepSpeed ZeRO {self.stage}: {what} divided over {size} "
-            f"process{'es' if size > 1 else ''}",
+            "backend": f"DeepSpeed ZeRO {self.stage}: {what} divided over "
+            f"{counted(size, 'process')}",
         }
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import counted
 from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
 from cpt_merge.training.distributed.backend import StepOutcome, replaced
@@ -304,7 +305,7 @@ def _describe_backend(module: CausalLM, parallel: Parallel) -> str:
     (replicas, shards), size = parallel.mesh.shape, parallel.size
     if replicas > 1:
         return f"HSDP: {replicas} replicas of {shards} shards, {size} processes"
-    return f"FSDP2: {shards} shards, {size} process{'es' if size > 1 else ''}"
+    return f"FSDP2: {shards} shards, {counted(size, 'process')}"
 
 
 def _local_part(parameter: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_rows_in_the_wandb_log_equal_what_was_logged(tmp_path, capfd):
     assert {"glob_name": "*", "step_metric": "train/step"}.items() <= metrics[-1].items()
     assert any(record["type"] == "alert" for record in shown)
     printed = capfd.readouterr().err
-    assert f"wandb sync {next((tmp_path / 'wandb').glob('offline-run-*'))}" in printed
+    assert f"W&B: logged offline; upload it later with: cpt-merge sync {tmp_path}\n" in printed
     assert len(printed.splitlines()) == 2, printed
 
 
