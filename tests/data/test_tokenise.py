@@ -394,7 +394,7 @@ def test_what_a_process_meets_is_raised_in_the_first(tmp_path: Path, model: Path
     write_text(tmp_path / "a.jsonl", "en", 100)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xb0\xa1"}\n')
     sources = [Source(path=str(tmp_path / name), language="en") for name in ("a.jsonl", "b.jsonl")]
-    with pytest.raises(UserError, match=r"b\.jsonl is not UTF-8"):
+    with pytest.raises(UserError, match=r"b\.jsonl: line 1 is not UTF-8"):
         write_store(Corpus(sources=sources), model, tmp_path / "store", processes=2)
 
 
