@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Dtype, Float32, rounded
+from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Dtype, Float32, rounded, widen
+from cpt_merge.checkpoint.loaded import open_model
 from cpt_merge.checkpoint.model_files import CONFIG_FILE, GENERATION_FILE, copy_files, model_config
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.tensor_kinds import model_tensors
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
 from cpt_merge.checkpoint.writer import SHARD_BYTES, CheckpointLayout, CheckpointWriter, TensorSpec
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
 
 _CHUNK = 1 << 18  # elements converted at a time
 
@@ -54,6 +55,19 @@ class LocalShard:
         return values
 
 
+@dataclass(frozen=True)
+class StoredShard(LocalShard):
+    """A whole tensor that training does not change, read from its checkpoint; no values here."""
+
+    source: Checkpoint
+
+    def read(self, first: int, last: int) -> Float32:
+        """Elements [first, last), in float32."""
+        return widen(
+            self.source.read_flat(self.name, first, last), self.source.info(self.name).dtype
+        )
+
+
 def export_shards(
     shards: Iterable[LocalShard],
     like: Path,
@@ -69,11 +83,11 @@ def export_shards(
     that training started from. Raises `UserError` if a shard does not fit it, or if a row is
     written twice or never.
     """
-    source = Checkpoint.open(like)
+    source = open_model(like)
     wanted = TORCH_NAMES[dtype] if dtype else None
     specs = [
         TensorSpec(name, (wanted if info.dtype in FLOATS else None) or info.dtype, info.shape)
-        for name, info in model_tensors(source).items()
+        for name, info in source.tensors.items()
     ]
     writer = CheckpointWriter(out, CheckpointLayout.by_size(specs, shard_size), ranks.rank)
     with writing_together(writer, source, ranks):
@@ -81,14 +95,33 @@ def export_shards(
             check_shard(shard, writer.layout, like)
             for first in range(shard.start, shard.stop, _CHUNK):
                 values = shard.read(first, min(first + _CHUNK, shard.stop))
-                stored = rounded(values, writer.layout.tensors[shard.name].dtype, shard.name)
-                writer.write_flat(shard.name, first, stored)
+                narrow = rounded(values, writer.layout.tensors[shard.name].dtype, shard.name)
+                writer.write_flat(shard.name, first, narrow)
     if ranks.is_main:
         write_json(writer.directory / CONFIG_FILE, model_config(source, writer.layout))
         others = [tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)]
         copy_files([like / GENERATION_FILE, *others], writer.directory)
         writer.publish()
     ranks.barrier()
+
+
+def untrained_shards(model: Path, trained: Container[str], ranks: Ranks) -> list[StoredShard]:
+    """What a checkpoint has besides the trained parameters, on the first rank; one line names it.
+
+    These are buffers, and modules that are not built for training, such as a vision tower.
+    """
+    source = open_model(model)
+    found = [
+        StoredShard(name, info.shape, 0, torch.empty(info.shape, device="meta"), source)
+        for name, info in source.tensors.items()
+        if info.dtype in FLOATS and name not in trained
+    ]
+    if found:
+        say(
+            f"model: {len(found)} tensors of {model} are not trained and stay as they are: "
+            f"{found[0].name}{', ...' if found[1:] else ''}"
+        )
+    return found if ranks.is_main else []
 
 
 @contextmanager

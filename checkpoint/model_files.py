@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
+from cpt_merge.checkpoint.loaded import TEXT_SECTIONS, tie_config
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.checkpoint.writer import CheckpointLayout
 
 CONFIG_FILE = "config.json"
@@ -16,19 +18,24 @@ GENERATION_FILE = "generation_config.json"
 
 
 def model_config(source: Checkpoint, layout: CheckpointLayout) -> dict[str, Any]:
-    """The config.json of `source`, with the type that most tensors of the layout have."""
+    """The config.json of `source`, with the type that most tensors of the layout have.
+
+    It says whether the layout has a head of its own.
+    """
     types = Counter(info.dtype for info in layout.tensors.values() if info.dtype in FLOATS)
     names = {stored: name for name, stored in TORCH_NAMES.items()}
-    config = source.config
+    tied = not any(kind_of(name) == "head" for name in layout.tensors)
+    config = tie_config(source.config, tied)
     field = "torch_dtype" if "torch_dtype" in config else "dtype"
     return {**config, field: names[types.most_common(1)[0][0]]}
 
 
 def resize_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
-    """A config.json with another number of embedding rows, also inside a `text_config`."""
+    """A config.json with another number of embedding rows, also for a nested text decoder."""
     resized = {**config, "vocab_size": rows}
-    if "vocab_size" in config.get("text_config", {}):
-        resized["text_config"] = {**config["text_config"], "vocab_size": rows}
+    for section in TEXT_SECTIONS:
+        if "vocab_size" in (config.get(section) or {}):
+            resized[section] = {**config[section], "vocab_size": rows}
     return resized
 
 

@@ -1,4 +1,4 @@
-"""What a tensor is, judged by its name, and which tensors of a checkpoint a loader uses."""
+"""What a tensor is and which decoder layer it belongs to, judged by its name."""
 
 from __future__ import annotations
 
@@ -6,27 +6,110 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
-from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 
-Kind = Literal["attention", "mlp", "norm", "embed", "head", "other"]
-
-# the first pattern that is found decides: q_norm is inside self_attn
-_PATTERNS: list[tuple[Kind, re.Pattern[str]]] = [
-    ("embed", re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.")),
-    ("head", re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")),
-    ("norm", re.compile(r"(norm\w*|ln_\w+)\.(weight|bias)$")),
-    ("attention", re.compile(r"\.(self_attn|attn|attention|self_attention)\.")),
-    ("mlp", re.compile(r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts)\.")),
+Kind = Literal[
+    "attention",
+    "linear_attn",
+    "mamba",
+    "mixer",
+    "mlp",
+    "experts",
+    "router",
+    "norm",
+    "embed",
+    "head",
+    "vision",
+    "audio",
+    "projector",
+    "other",
 ]
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+OTHER_MODALITIES: tuple[Kind, ...] = ("vision", "audio", "projector")
+"""Kinds outside the text decoder: towers, and what connects them to it."""
+
+# the first pattern that is found decides; a projector may be inside a tower
+_MODALITIES: list[tuple[Kind, re.Pattern[str]]] = [
+    (
+        "projector",
+        re.compile(
+            r"(^|\.)(\w*projector|\w*aligner|\w*resampler\w*|\w*connector|\w*merger\w*|qformer"
+            r"|(multi)?modal(ity)?_projection"
+            r"|(vision|visual|image|img|audio|speech|language|image_to_text)_proj(ection)?(_\w+)?"
+            r"|(up|down)_proj_for_(speech|vision_speech)|vision_(language_)?adapter|mm_\w+"
+            r"|image_pooling_2d|image_newline|view_sepe?rator|embed_(vision|audio)|glb_GN|sub_GN"
+            r"|(global|sub)_img_feature_extensor|query_tokens)(\.|$)|^(model\.)?mlp1\."
+        ),
+    ),
+    (
+        "audio",
+        re.compile(
+            r"(^|\.)(audio|speech|acoustic|codec|talker|token2wav|code2wav|tts|apm"
+            r"|semantic_tokenizer|word_timestamp)(_\w+)?(\.|$)"
+            r"|^(model\.)?encoder\.(input_linear|out|out_mid"
+            r"|layers\.\d+\.(ff1|ff2|conv|attn|post_norm))\."
+        ),
+    ),
+    (
+        "vision",
+        re.compile(
+            r"(^|\.)((high_res_)?vision|visual|image|img|video|vit|vpm|vqmodel|generation"
+            r")(_\w+)?(\.|$)"
+        ),
+    ),
+]
+_KINDS: list[tuple[Kind, re.Pattern[str]]] = [
+    (
+        "embed",
+        re.compile(
+            r"(^|\.)(embed_tokens(_per_layer)?|wte|embed_in|word_embeddings|tok_embeddings"
+            r"|tokens_embed|embeddings|shared)\.weight$"
+        ),
+    ),
+    ("head", re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer)\.(weight|bias)$|^head\.")),
+    ("norm", re.compile(r"(norm\w*|\.ln_?\w+)\.(weight|bias)$")),
+    (
+        "router",
+        re.compile(
+            r"\.(router|shared_expert_gate|moe_statics)\."
+            r"|\.(mlp|moe|block_sparse_moe|feed_forward|ffn|mixer)\.(gate|wg|expert_bias)(\.|$)"
+            r"|\.e_score_correction_bias$"
+        ),
+    ),
+    (
+        "experts",
+        re.compile(r"\.(shared_)?experts?\.|\.(mlp|moe|block_sparse_moe)\.(input|output)_linear\."),
+    ),
+    ("linear_attn", re.compile(r"\.(linear_attn|linear_attention|delta_net|temporal_block)\.")),
+    ("mamba", re.compile(r"\.(mamba|mamba_decoder|ssm)\.")),
+    ("mixer", re.compile(r"\.(mixer|conv|short_conv)\.")),
+    (
+        "mlp",
+        re.compile(
+            r"\.(\w*mlp|feed_forward|ffn|block_sparse_moe|moe)\.|\.(fc1|fc2)\.|cross_attn_mlp_gate$"
+        ),
+    ),
+    (
+        "attention",
+        re.compile(
+            r"\.((self_|cross_|inter_)?attn|(self_|inter)?attention|encoder_attn)\."
+            r"|cross_attn_attn_gate$"
+        ),
+    ),
+]
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
+_PREDICTION = re.compile(r"(^|\.)(mtp\w*|nextn\w*)\.")
 
 
 def kind_of(name: str) -> Kind:
     """The module kind of a tensor."""
-    found: Kind = next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "other")
-    return "other" if found == "head" and layer_of(name) is not None else found
+    other = next((kind for kind, pattern in _MODALITIES if pattern.search(name)), None)
+    if other is not None:
+        return other
+    found: Kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
+    inside = layer_of(name) is not None or _PREDICTION.search(name) is not None
+    return "other" if inside and found in ("embed", "head") else found
 
 
 def is_by_token(name: str) -> bool:
@@ -35,44 +118,44 @@ def is_by_token(name: str) -> bool:
 
 
 def layer_of(name: str) -> int | None:
-    """The decoder layer of a tensor; None for tensors outside the layers."""
+    """The text decoder's layer of a tensor; None for tensors outside these layers."""
+    if _PREDICTION.search(name) or any(pattern.search(name) for _, pattern in _MODALITIES):
+        return None
     found = _LAYER.search(name)
     return int(found[1]) if found else None
 
 
 def count_layers(names: Iterable[str]) -> int:
-    """How many decoder layers the tensors belong to."""
+    """How many layers of the text decoder the tensors belong to."""
     return max((layer + 1 for name in names if (layer := layer_of(name)) is not None), default=0)
 
 
-def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the head is the embedding: as config.json says, else if no head is stored."""
-    tied = checkpoint.config.get("tie_word_embeddings")
-    if tied is not None:
-        return bool(tied)
-    return not any(kind_of(name) == "head" for name in checkpoint.tensors)
+def is_per_layer_table(name: str) -> bool:
+    """Whether this is a further table by token, for the layers (Gemma 3n), not the embedding."""
+    return name.endswith("embed_tokens_per_layer.weight")
 
 
-def model_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The tensors that a loader uses.
+def embedding_of(checkpoint: Checkpoint) -> str | None:
+    """The name of the embedding matrix; None if no name is known."""
+    names = (name for name in checkpoint.tensors if kind_of(name) == "embed")
+    return next((name for name in names if not is_per_layer_table(name)), None)
 
-    Left out are a head that is stored although it is tied, and the rotary frequencies in old
-    conversions of LLaMA, which loaders compute themselves.
-    """
-    tied = is_tied(checkpoint)
-    return {
-        name: info
+
+def heads_of(checkpoint: Checkpoint) -> list[str]:
+    """The names of the matrices that make logits."""
+    return [
+        name
         for name, info in checkpoint.tensors.items()
-        if not (tied and kind_of(name) == "head") and not name.endswith("rotary_emb.inv_freq")
-    }
+        if kind_of(name) == "head" and len(info.shape) == 2
+    ]
 
 
 def vocabulary_rows(checkpoint: Checkpoint) -> int:
     """Rows of the embedding matrix. Raises `UserError` if there is none."""
-    for name, info in checkpoint.tensors.items():
-        if kind_of(name) == "embed":
-            return info.shape[0]
-    raise UserError(
-        f"{checkpoint.directory} contains no embedding matrix with a known name; report its tensor "
-        "names."
-    )
+    name = embedding_of(checkpoint)
+    if name is None:
+        raise UserError(
+            f"{checkpoint.directory} contains no embedding matrix with a known name; report its "
+            "tensor names."
+        )
+    return checkpoint.tensors[name].shape[0]

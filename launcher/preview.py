@@ -18,6 +18,7 @@ from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.merge.finish import write_all_but_weights
 from cpt_merge.merge.hook import plan_for_shards
+from cpt_merge.merge.memory import check_ties
 from cpt_merge.merge.plan import MergeInputs, MergePlan
 from cpt_merge.tracking import Cell
 from cpt_merge.training.callbacks.preview import Interview
@@ -39,6 +40,7 @@ def preview_of(run: Run) -> tuple[MergePlan, Interview] | None:
     the_plan = plan_for_shards(
         recipe.merge, MergeInputs(run.resized, run.base, run.chat, run.tokenizer)
     )
+    check_ties(the_plan)
     check_previewed(run.chat, the_plan.format.template)
     with tempfile.TemporaryDirectory() as name:  # the tokenizer as the merged model will have it
         write_all_but_weights(the_plan, Path(name))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpt_merge.checkpoint.dtypes import FLOATS, widen
+from cpt_merge.checkpoint.loaded import open_model
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
 from cpt_merge.checkpoint.tensor_kinds import is_by_token, kind_of
 from cpt_merge.merge.norms import Statistics, Sums, total
@@ -26,14 +27,14 @@ ALIGNED = 0.2  # the cosine below which a long change "contains" a short one by 
 LARGEST_RATIO = 2.0  # published merges use 0.3 to 1.2
 # Any training changes the vocabulary's rows and the norms in similar ways, so their change points
 # along the vector even in a model that never saw it: only the matrices of the layers count
-BODY = ("attention", "mlp", "other")
+BODY = ("attention", "linear_attn", "mamba", "mixer", "mlp", "experts", "router", "other")
 
 
 def sample(plan: MergePlan) -> list[Statistics]:
     """Statistics of a small part of every tensor, for each vector; this takes a moment."""
     statistics: list[Statistics] = [{} for _ in plan.vectors]
     for tensor in plan.tensors:
-        if tensor.by_token or tensor.treatment is None:
+        if tensor.by_token or tensor.treatment is None or tensor.treatment.action == "skip":
             continue
         for vector, of_vector in zip(plan.vectors, statistics, strict=True):
             of_vector[tensor.name] = _sample(plan.cpt, vector.source, tensor.name)
@@ -71,7 +72,7 @@ def warnings(plan: MergePlan, statistics: list[Statistics]) -> list[str]:
 
 def pair_warnings(base: Path, chat: Path) -> list[str]:
     """What is probably wrong with a base and its chat model, before there is a CPT model."""
-    pair = Pair(Checkpoint.open(base), Checkpoint.open(chat))
+    pair = Pair(open_model(base), open_model(chat))
     statistics: Statistics = {
         name: _sample(pair.base, pair, name)
         for name, info in pair.base.tensors.items()

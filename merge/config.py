@@ -33,7 +33,7 @@ class RuleConfig(Section):
     """What happens to the tensors that match `pattern`, `kinds` and `layers`, if they are set."""
 
     pattern: str | None = key(None, "regular expression that is searched in the tensor's name")
-    kinds: list[Kind] = key([], "module kinds: attention, mlp, norm, embed, head, other")
+    kinds: list[Kind] = key([], "kinds of modules, by the names of their tensors")
     layers: tuple[int, int] | None = key(
         None, "first and last decoder layer, both included, counted from 0"
     )

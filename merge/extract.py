@@ -20,7 +20,7 @@ import yaml
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Dtype, Float32, rounded
 from cpt_merge.checkpoint.model_files import CONFIG_FILE, GENERATION_FILE, copy_files
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.tensor_kinds import is_by_token, model_tensors, vocabulary_rows
+from cpt_merge.checkpoint.tensor_kinds import is_by_token, vocabulary_rows
 from cpt_merge.checkpoint.token_changes import TokenChanges
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
 from cpt_merge.checkpoint.writer import (
@@ -164,7 +164,7 @@ def _describe(pair: Pair, squares: dict[str, float], dtype: Dtype, directory: Pa
                 for label, model in models.items()
             },
             "versions": installed_versions(),
-            "base_types": {name: info.dtype for name, info in model_tensors(pair.base).items()},
+            "base_types": {name: info.dtype for name, info in pair.base.tensors.items()},
             "base_squares": squares,
             "base_sample": sample_digest(pair.base),
         },

@@ -255,6 +255,8 @@ def _read_ahead(plan: MergePlan, blocks: list[Block]) -> None:
     """Rows that meet by token are at other places in each model, but mostly close."""
     for block in blocks:
         for model in plan.models().values():
+            if block.tensor.name not in model.tensors:
+                continue
             size = model.tensors[block.tensor.name].size
             if block.start < size:
                 model.expect(block.tensor.name, block.start, min(block.stop, size))

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from cpt_merge.checkpoint.dtypes import FLOATS
 from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.loaded import open_model, with_head
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.tensor_kinds import is_by_token, is_tied, model_tensors
+from cpt_merge.checkpoint.tensor_kinds import (
+    OTHER_MODALITIES,
+    embedding_of,
+    heads_of,
+    is_by_token,
+    kind_of,
+)
 from cpt_merge.checkpoint.writer import natural
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
 
 _SHOWN_PROBLEMS = 5
 
@@ -40,22 +48,48 @@ def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
 
     Raises `RefusedError` with all problems: architectures, names, shapes, types.
     """
-    models = {label: Checkpoint.open(directory) for label, directory in directories.items()}
-    problems = fit_problems(
-        models, {label: model_tensors(model) for label, model in models.items()}
-    )
+    models = {label: open_model(directory) for label, directory in directories.items()}
+    head = missing_head(models)
+    if head:
+        models = {label: with_head(model, head) for label, model in models.items()}
+    problems = fit_problems(models, lambda name: kind_of(name) not in OTHER_MODALITIES)
     if problems:
         raise RefusedError(problems)
     return models
 
 
-def fit_problems(
-    models: Mapping[str, Checkpoint], tensors: Mapping[str, Mapping[str, TensorInfo]]
-) -> list[str]:
-    """Why the tensors of these models cannot be combined."""
+def missing_head(models: Mapping[str, Checkpoint]) -> str | None:
+    """The name of the head that some of the models have, if the others are tied; says so."""
+    heads = {label: heads_of(model) for label, model in models.items()}
+    tied = [label for label, found in heads.items() if not found]
+    own = [label for label, found in heads.items() if found]
+    if not tied or not own:
+        return None
+    head = heads[own[0]][0]
+    say(
+        f"merge: {' and '.join(own)} {_have(own)} a head of {_their(own)} own, "
+        f"{' and '.join(tied)} {_have(tied)} not; there, {head} is the embedding"
+    )
+    return head
+
+
+def _have(labels: list[str]) -> str:
+    return "has" if len(labels) == 1 else "have"
+
+
+def _their(labels: list[str]) -> str:
+    return "its" if len(labels) == 1 else "their"
+
+
+def fit_problems(models: Mapping[str, Checkpoint], is_needed: Callable[[str], bool]) -> list[str]:
+    """Why these models cannot be combined. Tensors that are not needed may differ."""
+    tensors = {
+        label: {name: info for name, info in model.tensors.items() if is_needed(name)}
+        for label, model in models.items()
+    }
     problems = [
         *_architecture_problems(models),
-        *_row_problems(tensors),
+        *_row_problems(models),
         *_name_problems(tensors),
         *_shape_problems(tensors),
     ]
@@ -70,26 +104,21 @@ def _architecture_problems(models: Mapping[str, Checkpoint]) -> list[str]:
     types = {label: model.config.get("model_type") for label, model in models.items()}
     if len(set(types.values())) > 1:
         problems.append("architectures " + _listed(types))
-    tied = {label: is_tied(model) for label, model in models.items()}
-    if len(set(tied.values())) > 1:
-        problems.append("tied head " + _listed(tied))
     return problems
 
 
-def _row_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
-    """Embedding and head of one model must have the same number of rows."""
+def _row_problems(models: Mapping[str, Checkpoint]) -> list[str]:
+    """No matrix of the vocabulary may have more rows than the embedding."""
     problems = []
-    for label, of_model in tensors.items():
-        rows = {
-            name: info.shape[0]
-            for name, info in of_model.items()
-            if is_by_token(name) and info.shape
-        }
-        if len(set(rows.values())) > 1:
-            listed = ", ".join(f"{count} in {name}" for name, count in rows.items())
-            problems.append(
-                f"{label} has different numbers of rows in its vocabulary's matrices: {listed}"
-            )
+    for label, model in models.items():
+        name = embedding_of(model)
+        rows = model.tensors[name].shape[0] if name else 0
+        for other, info in model.tensors.items():
+            if name and is_by_token(other) and info.shape and info.shape[0] > rows:
+                problems.append(
+                    f"{label} has different numbers of rows in its vocabulary's matrices: "
+                    f"{rows} in {name}, {info.shape[0]} in {other}"
+                )
     return problems
 
 

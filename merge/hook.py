@@ -8,10 +8,16 @@ files, on the CPU, so the bytes are equal; it waits for the disk anyway.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cpt_merge.checkpoint.export import LocalShard, check_shard, writing_together
+from cpt_merge.checkpoint.export import (
+    LocalShard,
+    check_shard,
+    writing_together,
+)
+from cpt_merge.checkpoint.tensor_kinds import embedding_of
 from cpt_merge.checkpoint.writer import CheckpointWriter
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
@@ -43,6 +49,7 @@ def merge_shards(
     with finish.loading_tokenizer(the_plan) as check:
         check()
     writer = CheckpointWriter(out, the_plan.layout(), ranks.rank)
+    shards = _with_tied_head(the_plan, shards)
     own: list[Statistics] = [{} for _ in the_plan.vectors]
     with writing_together(writer, the_plan.cpt, ranks):
         for shard in shards:
@@ -63,6 +70,13 @@ def merge_shards(
         merge_report.log(results, out, tracker)
     ranks.barrier()
     return results
+
+
+def _with_tied_head(the_plan: MergePlan, shards: Sequence[LocalShard]) -> list[LocalShard]:
+    """The shards, and those of the embedding as shards of a head that only the output has."""
+    head, embedding = the_plan.tied_head, embedding_of(the_plan.cpt)
+    copies = [replace(shard, name=head) for shard in shards if head and shard.name == embedding]
+    return [*shards, *copies]
 
 
 def plan_for_shards(config: MergeConfig, inputs: MergeInputs) -> MergePlan:

@@ -17,6 +17,7 @@ from torch import Tensor
 from cpt_merge.checkpoint.dtypes import Array
 from cpt_merge.checkpoint.export import LocalShard, check_shard
 from cpt_merge.core.distributed import Ranks
+from cpt_merge.core.errors import UserError
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.files import divide, look_at, on_threads, run_block
 from cpt_merge.merge.hook import find_ranges, plan_for_shards
@@ -56,6 +57,7 @@ def merge_model(model: torch.nn.Module, config: MergeConfig, inputs: MergeInputs
     from cpt_merge.checkpoint.model_names import stored_names
 
     plan, state = plan_for_shards(config, inputs), model.state_dict()
+    check_ties(plan)
     names = stored_names(model, plan.by_name, inputs.cpt)
     shards = {
         name: LocalShard(stored, tuple(state[name].shape), 0, state[name])
@@ -69,6 +71,15 @@ def merge_model(model: torch.nn.Module, config: MergeConfig, inputs: MergeInputs
         for name, shard in shards.items():
             state[name].copy_(merge_shard(plan, shard, ranges))
     return plan
+
+
+def check_ties(plan: MergePlan) -> None:
+    """Raise `UserError` if a model in memory is tied and the merged one cannot be."""
+    if plan.tied_head:
+        raise UserError(
+            f"the head of {plan.cpt.directory} is its embedding, but base or chat has a head of "
+            "its own, so the merged model needs one; merge from files."
+        )
 
 
 def merge_into(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import Float32
-from cpt_merge.checkpoint.tensor_kinds import kind_of, layer_of
+from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of, layer_of
 
 # The sample of a merge: the first WINDOW of every PERIOD elements of a tensor, so that it depends
 # neither on chunks nor on shards
@@ -132,7 +132,8 @@ def total_of_ranks(parts: Sequence[Sequence[Statistics]]) -> list[Statistics]:
 def by_layer(statistics: Statistics) -> dict[str, Sums]:
     """`embed`, the layers in order, then the tensors outside the layers."""
     layers = sorted({layer for name in statistics if (layer := layer_of(name)) is not None})
-    groups = ["embed", *[str(layer) for layer in layers], "norm", "head", "other"]
+    groups = ["embed", *[str(layer) for layer in layers], "norm", "head", *OTHER_MODALITIES]
+    groups.append("other")
     found = {
         group: total(sums for name, sums in statistics.items() if _group(name) == group)
         for group in groups

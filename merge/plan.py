@@ -9,12 +9,15 @@ from functools import cached_property
 from pathlib import Path
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.loaded import open_model, with_head
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import (
+    OTHER_MODALITIES,
     count_layers,
+    embedding_of,
+    heads_of,
     is_by_token,
-    model_tensors,
+    kind_of,
     vocabulary_rows,
 )
 from cpt_merge.checkpoint.token_changes import TokenChanges
@@ -25,9 +28,15 @@ from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import say
 from cpt_merge.merge.chat_format import ChatFormat
 from cpt_merge.merge.config import MergeConfig
-from cpt_merge.merge.fit import RefusedError, collected, fit_problems
-from cpt_merge.merge.rows import RowAlignment, meet
-from cpt_merge.merge.rules import Treatment, rule_problems, treatment_of
+from cpt_merge.merge.fit import RefusedError, collected, fit_problems, missing_head
+from cpt_merge.merge.rows import Role, RowAlignment, meet
+from cpt_merge.merge.rules import (
+    Treatment,
+    action_of,
+    rule_problems,
+    skipped_by_default,
+    treatment_of,
+)
 from cpt_merge.merge.vectors import Extracted, Pair, Vector
 
 
@@ -116,6 +125,16 @@ class MergePlan:
         return self.vectors[0]
 
     @property
+    def tied_head(self) -> str | None:
+        """The head of the output if CPT has none of its own: there, the embedding is the head."""
+        embedding = self.cpt.tensors[embedding_of(self.cpt) or ""]
+        places = {name: self.cpt.tensors[name] for name in heads_of(self.cpt)}
+        alike = [
+            name for name, info in places.items() if replace(info, name=embedding.name) == embedding
+        ]
+        return alike[0] if alike else None
+
+    @property
     def cpt_rows(self) -> int:
         """Rows of CPT's matrices; the output's may be more."""
         return vocabulary_rows(self.cpt)
@@ -147,15 +166,21 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     Raises `RefusedError` with everything that prevents it: names, shapes, types, tokens, rules,
     output, disk.
     """
-    cpt, sources = _open(config, inputs)
+    cpt, sources = _with_heads(*_open(config, inputs))
     models = _labelled(cpt, sources)
-    tensors = {label: _used_tensors(model) for label, model in models.items()}
-    names = sorted(tensors["cpt"], key=natural)
-    problems = fit_problems(models, tensors) + _lacking_problems(config, sources)
-    problems += rule_problems(names, config)
+    names = sorted(cpt.tensors, key=natural)
+    needed = {name for name in names if action_of(name, config) != "skip"}
+    problems = fit_problems(models, lambda name: name in needed or _is_lost(name, cpt))
+    problems += _lacking_problems(config, sources) + rule_problems(names, config)
     meeting = None
     with collected(problems):
         meeting = meet(config, models, inputs.tokenizer_directory, sources)
+    if meeting is not None and not problems:
+        problems += [
+            problem
+            for source, rows in zip(sources, meeting.rows, strict=True)
+            for problem in short_table_problems(cpt, source, rows)
+        ]
     if out is not None:
         problems += _output_problems(models, out)
     if problems or meeting is None:
@@ -165,7 +190,8 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
         for number, (source, rows) in enumerate(zip(sources, meeting.rows, strict=True))
     ]
     rows, layers = meeting.rows[0].rows, count_layers(names)
-    planned = [_planned(tensors["cpt"][name], sources[0], rows, config, layers) for name in names]
+    planned = [_planned(cpt, name, sources[0], rows, config, layers) for name in names]
+    _say_skipped(names, config, models)
     the_plan = MergePlan(
         config, cpt, vectors, inputs.tokenizer_directory, meeting.changes, meeting.format, planned
     )
@@ -207,8 +233,7 @@ def _open(config: MergeConfig, inputs: MergeInputs) -> tuple[Checkpoint, list[Ve
     problems: list[str] = []
     cpt, sources = None, list[Vector]()
     with collected(problems):
-        cpt = Checkpoint.open(inputs.cpt)
-        _ = cpt.config
+        cpt = open_model(inputs.cpt)
     with collected(problems):
         sources.append(_open_vector(inputs.vector, inputs.base, inputs.chat))
     for one in config.vectors:
@@ -228,20 +253,70 @@ def _open_vector(vector: Path | None, base: Path | None, chat: Path | None) -> V
         raise UserError(
             "a chat vector needs both a base and a chat model, or a vector's directory; give them."
         )
-    pair = Pair(Checkpoint.open(base), Checkpoint.open(chat))
-    _ = pair.base.config, pair.chat.config
-    return pair
+    return Pair(open_model(base), open_model(chat))
 
 
-def _used_tensors(model: Checkpoint) -> dict[str, TensorInfo]:
-    found = model_tensors(model)
-    unused = [name for name in model.tensors if name.endswith("rotary_emb.inv_freq")]
-    if unused:
+def _with_heads(cpt: Checkpoint, sources: list[Vector]) -> tuple[Checkpoint, list[Vector]]:
+    """All models with a head if one of them has one; the head of a tied model is its embedding."""
+    head = missing_head(_labelled(cpt, sources))
+    if head is None:
+        return cpt, sources
+    return with_head(cpt, head), [source.with_head(head) for source in sources]
+
+
+def _is_lost(name: str, cpt: Checkpoint) -> bool:
+    """Whether the output would lack a tensor of base or chat that belongs to the text decoder."""
+    return name not in cpt.tensors and kind_of(name) not in OTHER_MODALITIES
+
+
+def _say_skipped(names: list[str], config: MergeConfig, models: Mapping[str, Checkpoint]) -> None:
+    """Say which towers and projectors get no vector, and which the output does not have."""
+    skipped = skipped_by_default(names, config)
+    if skipped:
+        listed = " and ".join(f"{count} of {kind}" for kind, count in skipped.items())
+        kinds = ", ".join(skipped)
         say(
-            f"merge: {model.directory} stores {len(unused)} rotary tables; left out, because "
-            "loaders compute them"
+            f"merge: {sum(skipped.values())} tensors outside the text decoder ({listed}) stay "
+            f"CPT's; a rule with kinds: [{kinds}] and action: add gives them the vector"
         )
-    return found
+    for label, model in models.items():
+        lost = [name for name in model.tensors if name not in models["cpt"].tensors]
+        if lost:
+            say(
+                f"merge: {len(lost)} tensors of {label} that are no part of CPT are left out "
+                f"({lost[0]}, ...)"
+            )
+
+
+def short_table_problems(cpt: Checkpoint, source: Vector, rows: RowAlignment) -> list[str]:
+    """A sentence for each matrix of the vocabulary whose rows do not reach all of its tokens.
+
+    Some have fewer rows than the embedding: the head of Mllama, the tables for the layers of
+    Gemma 3n. They are merged as long as no token needs another row.
+    """
+    whole, problems = vocabulary_rows(cpt), []
+    for name, info in cpt.tensors.items():
+        if not is_by_token(name) or any(name not in m.tensors for m in source.models.values()):
+            continue
+        counts = {label: model.tensors[name].shape[0] for label, model in source.models.items()}
+        others = {label: vocabulary_rows(model) for label, model in source.models.items()}
+        if info.shape[0] == whole and counts == others:
+            continue
+        role = rows.role[: info.shape[0]]
+        short = f"{name} has {info.shape[0]} rows where the embedding has {whole}"
+        if rows.rows > whole:
+            problems.append(f"{short}, and cannot get rows for further tokens; use a CPT model "
+                            "whose tokenizer has the chat model's tokens")  # fmt: skip
+        elif (
+            (rows.chat[: len(role)][role == Role.SHARED] >= min(counts.values())).any()
+            or (rows.base[: len(role)][role == Role.SHARED] >= min(counts.values())).any()
+            or (rows.chat[: len(role)][role == Role.CHAT] >= min(counts.values())).any()
+        ):
+            problems.append(
+                f"{short}, and base or chat have fewer than its tokens need; use models of the "
+                "same vocabulary"
+            )
+    return problems
 
 
 def _lacking_problems(config: MergeConfig, sources: list[Vector]) -> list[str]:
@@ -263,21 +338,26 @@ def _lacking_problems(config: MergeConfig, sources: list[Vector]) -> list[str]:
 
 
 def _planned(
-    cpt: TensorInfo, source: Vector, rows: int, config: MergeConfig, layers: int
+    cpt: Checkpoint, name: str, source: Vector, rows: int, config: MergeConfig, layers: int
 ) -> PlannedTensor:
-    by_token = is_by_token(cpt.name)
-    shape = (rows, *cpt.shape[1:]) if by_token else cpt.shape
-    if cpt.dtype not in FLOATS:
-        return PlannedTensor(TensorSpec(cpt.name, cpt.dtype, cpt.shape), None, by_token)
-    if config.dtype:
-        dtype = TORCH_NAMES[config.dtype]
-    elif isinstance(source, Extracted):
-        dtype = str(source.description["base_types"][cpt.name])
-    else:
-        dtype = source.models["base"].tensors[cpt.name].dtype
-    return PlannedTensor(
-        TensorSpec(cpt.name, dtype, shape), treatment_of(cpt.name, config, layers), by_token
-    )
+    info, by_token = cpt.tensors[name], is_by_token(name)
+    grows = by_token and info.shape[0] == vocabulary_rows(cpt)
+    shape = (rows, *info.shape[1:]) if grows else info.shape
+    if info.dtype not in FLOATS:
+        return PlannedTensor(TensorSpec(name, info.dtype, info.shape), None, by_token)
+    treatment = treatment_of(name, config, layers)
+    dtype = TORCH_NAMES[config.dtype] if config.dtype else _base_type(cpt, name, source)
+    return PlannedTensor(TensorSpec(name, dtype, shape), treatment, by_token)
+
+
+def _base_type(cpt: Checkpoint, name: str, source: Vector) -> str:
+    """The type of the base's tensor, or CPT's where the base has none."""
+    if isinstance(source, Extracted):
+        names = [name] if kind_of(name) != "head" else [name, embedding_of(cpt) or name]
+        known = (source.base_type(one) for one in names)
+        return next((dtype for dtype in known if dtype), cpt.tensors[name].dtype)
+    info = source.models["base"].tensors.get(name)
+    return info.dtype if info and info.dtype in FLOATS else cpt.tensors[name].dtype
 
 
 def check_output(the_plan: MergePlan, out: Path) -> None:

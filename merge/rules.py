@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from cpt_merge.checkpoint.tensor_kinds import kind_of, layer_of
+from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of, layer_of
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge.config import MergeConfig, Ratio, RuleConfig
 from cpt_merge.merge.expressions import evaluate
@@ -23,10 +23,26 @@ class Treatment:
     gate: bool = False
 
 
+def action_of(name: str, config: MergeConfig) -> Action:
+    """The action of the first matching rule.
+
+    Without a rule, what is not part of the text decoder is skipped.
+    """
+    rule = _first(config.rules, name)
+    if rule is None:
+        return "skip" if kind_of(name) in OTHER_MODALITIES else "add"
+    return rule.action
+
+
+def skipped_by_default(names: list[str], config: MergeConfig) -> dict[str, int]:
+    """Kind -> number of tensors that are skipped although no rule says so."""
+    kinds = [kind_of(name) for name in names if _first(config.rules, name) is None]
+    return {kind: kinds.count(kind) for kind in OTHER_MODALITIES if kind in kinds}
+
+
 def treatment_of(name: str, config: MergeConfig, layers: int) -> Treatment:
     """The treatment by the first matching rules, or else by the section. `layers`: of the model."""
-    rule = _first(config.rules, name)
-    action = rule.action if rule else "add"
+    rule, action = _first(config.rules, name), action_of(name, config)
     gate = config.gate if rule is None or rule.gate is None else rule.gate
     ratios = [_ratio(rule, config.ratio, name, layers)]
     for number, vector in enumerate(config.vectors):

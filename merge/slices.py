@@ -307,7 +307,7 @@ def _vector_parts(tensor: PlannedTensor, vector: PlannedVector) -> Iterator[Floa
 
 def shared_rows(alignment: RowAlignment, shape: tuple[int, ...]) -> Iterator[RowPairs]:
     """The rows that a vector shares with the output, some at a time."""
-    shared = np.flatnonzero(alignment.role == Role.SHARED)
+    shared = np.flatnonzero(alignment.role[: shape[0]] == Role.SHARED)
     step = max(STEP // math.prod(shape[1:]), 1)
     for start in range(0, len(shared), step):
         part = shared[start : start + step]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import Array, Float32, widen
 from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.loaded import open_model, with_head
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
-from cpt_merge.checkpoint.tensor_kinds import model_tensors
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import formula
 
@@ -73,6 +73,9 @@ class Vector(Protocol):
     def chat_elements(self, name: str, start: int, stop: int) -> Float32:
         """Elements of the chat model itself."""
 
+    def with_head(self, head: str) -> Vector:
+        """The same with the embedding as a head of this name where a head is tied."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -99,7 +102,7 @@ class Pair:
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The chat model's."""
-        return model_tensors(self.chat)
+        return self.chat.tensors
 
     def elements(self, name: str, start: int, stop: int) -> Difference:
         """Elements [start, stop) in storage order."""
@@ -118,6 +121,10 @@ class Pair:
     def chat_elements(self, name: str, start: int, stop: int) -> Float32:
         """Elements of the chat model."""
         return _float32(self.chat, name, start, stop)
+
+    def with_head(self, head: str) -> Pair:
+        """The same pair with a head in both models."""
+        return Pair(with_head(self.base, head), with_head(self.chat, head))
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Extracted:
         if not {"base_types", "base_squares"} <= description.keys():
             raise UserError(f"{directory / VECTOR_FILE} is incomplete; make the vector again.")
         return Extracted(
-            Checkpoint.open(directory, STEM), Checkpoint.open(base) if base else None, description
+            Checkpoint.open(directory, STEM), open_model(base) if base else None, description
         )
 
     @property
@@ -181,11 +188,21 @@ class Extracted:
         """Never called: the plan refuses rules that need the chat model itself."""
         raise NotImplementedError(name)
 
+    def with_head(self, head: str) -> Extracted:
+        """The same vector with a head."""
+        base = with_head(self.base, head) if self.base else None
+        return replace(self, stored=with_head(self.stored, head), base=base)
+
+    def base_type(self, name: str) -> str | None:
+        """The type that the base stores a tensor in; None if the base has no such tensor."""
+        found = self.description["base_types"].get(name)
+        return None if found is None else str(found)
+
 
 def sample_digest(base: Checkpoint) -> str:
     """sha256 of the first elements of every tensor: identifies a base without reading all of it."""
     found = hashlib.sha256()
-    for name, info in sorted(model_tensors(base).items()):
+    for name, info in sorted(open_model(base.directory).tensors.items()):
         found.update(name.encode() + base.read_flat(name, 0, min(info.size, 64)).tobytes())
     return found.hexdigest()
 

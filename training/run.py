@@ -69,7 +69,7 @@ def run(
         callbacks = default_callbacks(config, previewed)
         trainer = Trainer(config, inputs, out, tracker, parallel, callbacks)
         trainer.train()
-        shards = trainer.backend.shards()
+        shards = trainer.shards()
         with timed("export of the trained model"):
             trainer.export(shards, out / "cpt")
         if hook:

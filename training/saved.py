@@ -15,6 +15,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from itertools import chain
 from pathlib import Path
 from pickle import PickleError
 
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from cpt_merge.checkpoint.export import LocalShard, export_shards
+from cpt_merge.checkpoint.export import LocalShard, export_shards, untrained_shards
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
@@ -97,7 +98,9 @@ def export_checkpoints(
                 yield LocalShard(module.stored_names[name], tuple(values.shape), 0, values)
                 meter.advance()
 
-    export_shards(shards(), like, tokenizer, out, Ranks())
+    trained = {module.stored_names[name] for name in parameters}
+    everything = chain(shards(), untrained_shards(like, trained, Ranks()))
+    export_shards(everything, like, tokenizer, out, Ranks())
 
 
 def _mean(name: str, readers: Sequence[ReadTensor]) -> Tensor:

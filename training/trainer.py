@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from cpt_merge.checkpoint.dtypes import Dtype
-from cpt_merge.checkpoint.export import LocalShard, export_shards
+from cpt_merge.checkpoint.export import LocalShard, export_shards, untrained_shards
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import Interrupted
 from cpt_merge.core.progress import say
@@ -92,7 +92,7 @@ class Trainer:
                         self.stop.reason,
                     )
                 if phase is not self.phases[-1]:
-                    self.export(self.backend.shards(), self._exported(phase), "float32")
+                    self.export(self.shards(), self._exported(phase), "float32")
                     self.backend.close()
 
     def _first_phase(self, saved: TrainState | None) -> int:
@@ -197,6 +197,12 @@ class Trainer:
             tracking=self.tracker.record(),
             callbacks={name: state for name, state in states.items() if state},
         )
+
+    def shards(self) -> list[LocalShard]:
+        """This process's part of the model; what is not trained is the first rank's."""
+        trained = self.backend.parameter_names()
+        untrained = untrained_shards(self.inputs.model, trained, self.parallel)
+        return [*self.backend.shards(), *untrained]
 
     def export(self, shards: list[LocalShard], directory: Path, dtype: Dtype | None = None) -> None:
         """Write a Hugging Face checkpoint; in the model's own types if no type is given."""

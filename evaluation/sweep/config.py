@@ -36,8 +36,8 @@ class SearchConfig(Section):
 
     trials: int = key(0, "number of merges that are evaluated; 0: no search", unit="merges", ge=0)
     kinds: list[Kind] = key(
-        ["attention", "mlp", "norm", "embed", "head"],
-        "kinds with a ratio of their own; others keep merge.ratio. A tied model has no head",
+        ["attention", "linear_attn", "mamba", "mixer", "mlp", "experts", "norm", "embed", "head"],
+        "kinds with a ratio of their own, as far as the model has them; others keep merge.ratio",
         min_length=1,
     )
     low: float = key(0.0, "smallest ratio")

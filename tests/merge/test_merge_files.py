@@ -361,11 +361,6 @@ def test_all_problems_come_in_one_list(untied, tmp_path, tracker):
             "model.extra.weight is missing in cpt and base", "(3, 4) in chat")  # fmt: skip
 
 
-def test_a_tied_and_an_untied_model_do_not_fit(untied, tmp_path, tracker):
-    write_config(untied.base, 38, True)
-    refused(untied, tmp_path, tracker, "tied head", "True in base")
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("model", ["cpt", "base", "chat"])
 def test_nan_and_inf_are_named_with_their_tensor(untied, tmp_path, tracker, model, bad):

@@ -17,7 +17,7 @@ from cpt_merge.merge.rules import Treatment, rule_problems, treatment_of
         ("model.layers.3.self_attn.q_norm.weight", "norm", 3),  # Qwen 3
         ("model.layers.3.pre_feedforward_layernorm.weight", "norm", 3),  # Gemma 2
         ("model.layers.0.self_attn.q_proj.bias", "attention", 0),  # Qwen 2
-        ("model.layers.0.mlp.experts.7.up_proj.weight", "mlp", 0),
+        ("model.layers.0.mlp.experts.7.up_proj.weight", "experts", 0),
         ("model.language_model.layers.2.mlp.down_proj.weight", "mlp", 2),
         ("transformer.wte.weight", "embed", None),
         ("transformer.h.4.ln_1.weight", "norm", 4),

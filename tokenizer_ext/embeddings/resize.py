@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from cpt_merge.checkpoint.dtypes import narrow
-from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.loaded import is_tied, loaded, tie_config
 from cpt_merge.checkpoint.model_files import GENERATION_FILE, copy_files, resize_config
 from cpt_merge.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
-from cpt_merge.checkpoint.tensor_kinds import kind_of, model_tensors
+from cpt_merge.checkpoint.tensor_kinds import is_by_token, kind_of, vocabulary_rows
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
 from cpt_merge.checkpoint.writer import CheckpointLayout, CheckpointWriter, TensorSpec, write_index
@@ -39,6 +38,7 @@ from cpt_merge.tokenizer_ext.embeddings.token_space import MINIMUM, TokenSpace, 
 from cpt_merge.tracking import Cell, Tracker
 
 _BLOCK = 1 << 22  # elements copied at a time
+_NOT_RESIZED = ("embed_tokens_per_layer.weight", ".tid2eid")  # Gemma 3n, DeepSeek V4
 _NORM_COLUMNS = ["matrix", "mean norm of old rows", "of new pieces", "new / old"]
 
 
@@ -58,8 +58,9 @@ def resize_embeddings(
     the mean norms of old and new rows. Raises `UserError` if the vocabulary map was made for
     another base.
     """
-    source, vocabulary = Checkpoint.open(base), VocabularyMap.load(tokenizer)
-    resize = _Resize(config, source, vocabulary, tokenizer)
+    stored, vocabulary = Checkpoint.open(base), VocabularyMap.load(tokenizer)
+    source = loaded(stored)
+    resize = _Resize(config, source, stored, vocabulary, tokenizer)
     resize.check()
     layout = resize.layout()
     space = resize.token_space(corpus)
@@ -73,10 +74,11 @@ def resize_embeddings(
             meter.advance(info.nbytes / 1e6)
         linked = resize.link_unchanged_files(writer.directory)
         if linked or list(layout.headers) != [SINGLE_FILE]:
-            total = sum(layout.tensors.get(name, info).nbytes for name, info in resize.kept.items())
-            files = {name: _as_safetensors(info.file) for name, info in resize.kept.items()}
+            kept = source.tensors.items()
+            total = sum(layout.tensors.get(name, info).nbytes for name, info in kept)
+            files = {name: _as_safetensors(info.file) for name, info in kept}
             write_index(writer.directory / INDEX_FILE, files, total)
-        write_json(writer.directory / "config.json", resize_config(source.config, vocabulary.rows))
+        write_json(writer.directory / "config.json", resize.model_config())
         copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], writer.directory)
         copy_files([base / GENERATION_FILE], writer.directory)
     say(
@@ -99,62 +101,63 @@ class _Resize:
     """A base, the map of its longer vocabulary, and what follows from the two."""
 
     config: EmbeddingsConfig
-    source: Checkpoint
+    source: Checkpoint  # with the tensors that loaders use; the output has these
+    stored: Checkpoint  # with all tensors
     vocabulary: VocabularyMap
     tokenizer: Path
 
     @cached_property
-    def kept(self) -> Mapping[str, TensorInfo]:
-        """The tensors of the output by name."""
-        return model_tensors(self.source)
-
-    @cached_property
     def matrices(self) -> list[str]:
-        """The tensors with a row per token."""
-        return [name for name in self.kept if kind_of(name) in ("embed", "head")]
+        """The tensors with a row per token that get new rows."""
+        if self.vocabulary.rows == self.vocabulary.base_rows:
+            return []
+        return [name for name in self.source.tensors if is_by_token(name)]
 
     @cached_property
     def tied(self) -> bool:
         """Whether the input embedding is the output head, too."""
-        return not any(
-            kind_of(name) == "head" and len(self.kept[name].shape) > 1 for name in self.matrices
-        )
+        return is_tied(self.source)
 
     @cached_property
     def changed_files(self) -> list[str]:
-        """The base's files that hold such a matrix, or a tied head that is dropped, or are not
+        """The base's files that hold such a matrix or a tensor that is dropped, or are not
         safetensors.
         """
+        everything = {**self.stored.tensors, **self.source.tensors}
         return sorted(
             {
                 info.file
-                for name, info in self.source.tensors.items()
+                for name, info in everything.items()
                 if name in self.matrices
-                or name not in self.kept
+                or name not in self.source.tensors
+                or name not in self.stored.tensors
                 or info.file != _as_safetensors(info.file)
             }
         )
 
     def check(self) -> None:
-        """Raise `UserError` for a base without matrices, or one that the map was not made for."""
-        if not self.matrices:
+        """Raise `UserError` for a base that cannot grow, or one that the map was not made for."""
+        rows = vocabulary_rows(self.source)
+        if self.matrices:
+            check_resizable(self.source)
+        if rows != self.vocabulary.base_rows:
             raise UserError(
-                f"{self.source.directory} has no embedding matrix with a known name; report its "
-                "tensor names."
+                f"the embedding of {self.source.directory} has {rows} rows, but the vocabulary "
+                f"map was made for {self.vocabulary.base_rows}; make the tokenizer again with "
+                "this base."
             )
-        for name in self.matrices:
-            rows = self.source.tensors[name].shape[0]
-            if rows != self.vocabulary.base_rows:
-                raise UserError(
-                    f"{name} of {self.source.directory} has {rows} rows, but the vocabulary map "
-                    "was made for "
-                    f"{self.vocabulary.base_rows}; make the tokenizer again with this base."
-                )
+
+    def model_config(self) -> dict[str, Any]:
+        """The config.json of the output."""
+        config = self.source.config
+        if self.matrices:
+            config = resize_config(config, self.vocabulary.rows)
+        return tie_config(config, self.tied)
 
     def layout(self) -> CheckpointLayout:
         """The files to write."""
         specs: dict[str, list[TensorSpec]] = {_as_safetensors(f): [] for f in self.changed_files}
-        for name, info in self.kept.items():
+        for name, info in self.source.tensors.items():
             if info.file in self.changed_files:
                 rows = self.vocabulary.rows if name in self.matrices else info.shape[0]
                 shape = (rows, *info.shape[1:]) if info.shape else info.shape
@@ -222,14 +225,34 @@ class _Resize:
 
         Returns their number.
         """
-        files = sorted({info.file for info in self.kept.values()} - set(self.changed_files))
-        for file in files:
+        files = {info.file for info in self.source.tensors.values()} - set(self.changed_files)
+        for file in sorted(files):
             original = (self.source.directory / file).resolve()  # the hub's cache has symlinks
             try:
                 os.link(original, directory / file)
             except OSError:
                 shutil.copyfile(original, directory / file)
         return len(files)
+
+
+def check_resizable(model: Checkpoint) -> None:
+    """Raise `UserError` for a loaded model whose vocabulary cannot grow.
+
+    Each of its tables by token needs one row for each row of the embedding, and a place in its
+    configuration that says how many there are.
+    """
+    rows = vocabulary_rows(model)
+    for name, info in model.tensors.items():
+        if name.endswith(_NOT_RESIZED):
+            reason = "is a further table with a row for each token, which cannot be extended"
+        elif is_by_token(name) and info.shape[0] != rows:
+            reason = f"has {info.shape[0]} rows where the embedding has {rows}"
+        else:
+            continue
+        raise UserError(
+            f"{name} of {model.directory} {reason}; use another base, or train this one on its "
+            "own vocabulary."
+        )
 
 
 def _as_safetensors(file: str) -> str:

@@ -81,6 +81,9 @@ class Backend(Protocol):
     def weights_are_finite(self) -> bool:
         """Whether this process's weights are; not a collective."""
 
+    def parameter_names(self) -> set[str]:
+        """The names of all parameters in the checkpoint; not a collective."""
+
     def shards(self) -> list[LocalShard]:
         """This process's part of the weights; each row is held by one process."""
 

@@ -175,6 +175,10 @@ class ZeroBackend:
         )
         return all(bool(part.isfinite().all()) for part in parts)
 
+    def parameter_names(self) -> set[str]:
+        """See `Backend`."""
+        return {name for name, _ in named_local_parameters(self.module)}
+
     def shards(self) -> list[LocalShard]:
         """See `Backend`. Masters (fp32) are gathered tensor by tensor; a process keeps its rows."""
         from deepspeed.utils import safe_get_full_fp32_param

@@ -206,6 +206,10 @@ class TorchBackend:
             bool(_local_part(parameter).isfinite().all()) for parameter in self.module.parameters()
         )
 
+    def parameter_names(self) -> set[str]:
+        """See `Backend`."""
+        return {name for name, _ in named_local_parameters(self.module)}
+
     def shards(self) -> list[LocalShard]:
         """See `Backend`. With HSDP, the first replica has them."""
         sharded = isinstance(self.module, FSDPModule)

@@ -1,0 +1,202 @@
+"""A checkpoint as loaders see it: without tensors that they ignore, its head tied or not.
+
+Every stage opens models here, so that all of them agree on which tensors a model has.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpt_merge.checkpoint.dtypes import FLOATS
+from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import embedding_of, heads_of, layer_of
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+
+TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Sections of config.json that describe the text decoder of a model with more modalities."""
+
+_TIE = "tie_word_embeddings"
+_BLOCK = 1 << 20  # elements compared at a time
+_MASK = re.compile(r"\.(attn|attention|self_attention|crossattention)\.(bias|masked_bias)$")
+_COMPUTED = re.compile(
+    r"(?<!rotary_embeddings\.)inv_freq$|(^|\.)position_ids$|\.token_type_ids$"
+    r"|rotary\w*\.(cos|sin)\w*$|\.attn\.(embed_positions|causal_mask)$|\.embed_scale$"
+    r"|\.mup_vector$|^model\.normalizer$|(^|\.)(en|de)coder\.version$|\._extra_state$"
+)
+_PREDICTION = re.compile(r"(^|\.)mtp(_\w+)?\.")
+_PREDICTION_PART = re.compile(r"\.(enorm|hnorm|eh_proj|shared_head|embed_tokens)\b")
+
+
+def open_model(directory: Path) -> Checkpoint:
+    """Open a model as loaders see it. Raises `UserError` if it is damaged or lacks its head."""
+    return loaded(Checkpoint.open(directory))
+
+
+def loaded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors that loaders use; one line names the others.
+
+    A stored head that equals the embedding is left out if it is tied. One that differs is kept
+    whatever config.json says, as transformers does when it loads the model.
+    """
+    ignored = _ignored(checkpoint)
+    if ignored:
+        _say_once(
+            f"{checkpoint.directory}: left out {_named(ignored)}, because transformers does not "
+            "load them"
+        )
+    kept = {name: info for name, info in checkpoint.tensors.items() if name not in ignored}
+    return _with_head_as_loaded(replace(checkpoint, tensors=kept))
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the head of a loaded checkpoint is its embedding."""
+    return not heads_of(checkpoint)
+
+
+def with_head(checkpoint: Checkpoint, head: str) -> Checkpoint:
+    """A tied checkpoint with its embedding as a head of this name as well."""
+    name = embedding_of(checkpoint)
+    if name is None or heads_of(checkpoint):
+        return checkpoint
+    alias = replace(checkpoint.tensors[name], name=head)
+    return replace(checkpoint, tensors={**checkpoint.tensors, head: alias})
+
+
+def tie_config(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """A config.json that says in all places whether the head is tied.
+
+    One that denies it stays as it is if there is no head, because such a model makes no logits.
+    """
+    if tied and _states_tie(config) is False:
+        return dict(config)
+    stated = {**config, _TIE: tied}
+    for section in TEXT_SECTIONS:
+        if isinstance(config.get(section), dict):
+            stated[section] = {**config[section], _TIE: tied}
+    return stated
+
+
+def _states_tie(config: Mapping[str, Any]) -> bool | None:
+    """What config.json says: tied if one place says so; None if none says anything."""
+    sections = [config, *(config.get(name) or {} for name in TEXT_SECTIONS)]
+    stated = [bool(section[_TIE]) for section in sections if _TIE in section]
+    return any(stated) if stated else None
+
+
+def _with_head_as_loaded(checkpoint: Checkpoint) -> Checkpoint:
+    heads, stated = heads_of(checkpoint), _states_tie(checkpoint.config)
+    embedding = embedding_of(checkpoint)
+    if not heads:
+        if stated is False and _makes_logits(checkpoint.config):
+            raise UserError(
+                f"{checkpoint.directory} has no output head, although its config.json says that "
+                "the head is not tied to the embedding; use a complete checkpoint, or set "
+                "tie_word_embeddings to true if it is tied."
+            )
+        return checkpoint
+    if embedding is None:
+        return checkpoint if stated is False else _embedding_from_head(checkpoint, heads[0])
+    equal = [head for head in heads if stated is not False and _equal(checkpoint, embedding, head)]
+    if stated and len(equal) < len(heads):
+        other = next(head for head in heads if head not in equal)
+        _say_once(
+            f"{checkpoint.directory}: {other} differs from {embedding}, although config.json ties "
+            "them; it is kept as a head of its own, as transformers does"
+        )
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in equal}
+    return replace(checkpoint, tensors=tensors)
+
+
+def _embedding_from_head(checkpoint: Checkpoint, head: str) -> Checkpoint:
+    """A tied checkpoint in which only the head was stored, as loaders read it."""
+    prefix = next((name.partition("layers.")[0] for name in checkpoint.tensors
+                   if layer_of(name) is not None and "layers." in name), None)  # fmt: skip
+    if prefix is None:
+        return checkpoint
+    name = f"{prefix}embed_tokens.weight"
+    others = {other: info for other, info in checkpoint.tensors.items() if other != head}
+    alias = replace(checkpoint.tensors[head], name=name)
+    return replace(checkpoint, tensors={name: alias, **others})
+
+
+def _makes_logits(config: Mapping[str, Any]) -> bool:
+    names = config.get("architectures") or []
+    return any(str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in names)
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two matrices hold the same numbers."""
+    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
+    if first.shape != second.shape or not {first.dtype, second.dtype} <= set(FLOATS):
+        return False
+    step = max(_BLOCK // max(first.row_size, 1), 1)
+    return all(
+        np.array_equal(
+            checkpoint.read_float32(one, row, min(row + step, first.shape[0])),
+            checkpoint.read_float32(other, row, min(row + step, first.shape[0])),
+        )
+        for row in range(0, first.shape[0], step)
+    )
+
+
+# --- what loaders ignore ---
+
+
+def _ignored(checkpoint: Checkpoint) -> list[str]:
+    """The stored tensors that transformers does not load.
+
+    These are buffers that it computes (masks of attention, rotary tables, positions), and modules
+    that it does not build: the prediction of further tokens, as one block (`mtp.`) or as a layer
+    after the last one.
+    """
+    beyond = set(_prediction_layers(checkpoint))
+    return [
+        name
+        for name, info in checkpoint.tensors.items()
+        if layer_of(name) in beyond or _PREDICTION.search(name) or _is_computed(name, info)
+    ]
+
+
+def _is_computed(name: str, info: TensorInfo) -> bool:
+    if _MASK.search(name):
+        return name.endswith("masked_bias") or len(info.shape) > 2
+    return _COMPUTED.search(name) is not None
+
+
+def _prediction_layers(checkpoint: Checkpoint) -> Iterator[int]:
+    """The numbers of layers after the decoder's last one that predict further tokens."""
+    count = text_layers(checkpoint.config) or math.inf
+    for name in checkpoint.tensors:
+        layer = layer_of(name)
+        if layer is not None and layer >= count and _PREDICTION_PART.search(name):
+            yield layer
+
+
+def text_layers(config: Mapping[str, Any]) -> int | None:
+    """How many layers the text decoder has according to config.json."""
+    nested = [config.get(name) or {} for name in TEXT_SECTIONS]
+    for section in (*nested, config):
+        for field in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+            if isinstance(section.get(field), int):
+                return int(section[field])
+    return None
+
+
+def _named(names: list[str]) -> str:
+    plural = "s" if len(names) > 1 else ""
+    return f"{len(names)} tensor{plural} ({names[0]}{', ...' if plural else ''})"
+
+
+@cache
+def _say_once(message: str) -> None:
+    say(message)
