@@ -153,7 +153,7 @@ class KnowledgeConfig(Section):
     @field_validator("tasks")
     @classmethod
     def _known(cls, tasks: dict[str, str]) -> dict[str, str]:
-        return dict(zip(tasks, known_languages(tasks.values()), strict=True))
+        return dict(zip(tasks, _known_languages(tasks.values()), strict=True))
 
     def check_installed(self) -> None:
         """Raise `UserError` if there are tasks but lm-eval is not installed."""
@@ -164,7 +164,7 @@ class KnowledgeConfig(Section):
             )
 
 
-def known_languages(tags: Iterable[str]) -> list[str]:
+def _known_languages(tags: Iterable[str]) -> list[str]:
     """The canonical tags. Raises `ValueError` for an unknown one."""
     try:
         return [find_language(tag).tag for tag in tags]
@@ -242,7 +242,7 @@ class EvaluationConfig(Section):
     @field_validator("languages")
     @classmethod
     def _known(cls, tags: list[str]) -> list[str]:
-        return known_languages(tags)
+        return _known_languages(tags)
 
     @field_validator("models")
     @classmethod

@@ -69,7 +69,7 @@ def draw_shares(scores: Scores, titles: Mapping[str, str], path: Path) -> Path:
     return _save(figure, axes, path)
 
 
-def colours_of(models: Collection[str]) -> dict[str, str]:
+def _colours_of(models: Collection[str]) -> dict[str, str]:
     """A colour for each model: those of a recipe have their own, others get the remaining ones."""
     unused = [colour for name, colour in MODEL_COLOURS.items() if name not in models]
     others = cycle([*FURTHER_COLOURS, *unused])
@@ -78,7 +78,7 @@ def colours_of(models: Collection[str]) -> dict[str, str]:
 
 def _bars(axes: Any, scores: Scores, metric: str, languages: list[str], label: str) -> None:
     """A group of bars per language, a bar per model with its interval as a line and its value."""
-    width, colours = 0.84 / len(scores), colours_of(scores)
+    width, colours = 0.84 / len(scores), _colours_of(scores)
     for number, (model, found) in enumerate(scores.items()):
         shown = [
             (place, found[language][metric])

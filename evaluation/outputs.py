@@ -32,7 +32,7 @@ def report(
     tracker: Tracker,
 ) -> None:
     """Write, track and print everything."""
-    write_json(out / "results.json", results_content(config, models, results))
+    write_json(out / "results.json", _results_content(config, models, results))
     write_json_lines(out / "samples.jsonl", sample_rows(results))
     track(results, draw(results, out), tracker)
     tracker.file("evaluation-results.json", out / "results.json")
@@ -61,7 +61,7 @@ def draw(results: Results, out: Path) -> dict[str, Path]:
     return drawn
 
 
-def results_content(
+def _results_content(
     config: EvaluationConfig, models: Mapping[str, Path], results: Results
 ) -> dict[str, Any]:
     """results.json: every metric with its interval and n, details, and the settings."""

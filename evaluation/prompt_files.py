@@ -50,7 +50,7 @@ def read_conversations(
         file = Path(path).expanduser()
         if not file.is_file():
             raise UserError(f"prompts file {file} does not exist; correct {key}.")
-        found = list(read_file(file, parse))
+        found = list(_read_file(file, parse))
         if not found:
             raise UserError(f"prompts file {file} holds no prompts.")
         found = [one for one in found if not languages or one.language in languages]
@@ -74,12 +74,12 @@ def _built_in(name: str, parse: Parse, languages: Sequence[str]) -> Iterator[Con
     for language in languages or available:
         if language in available:
             with as_file(folder / f"{language}.jsonl") as file:
-                yield from read_file(file, parse)
+                yield from _read_file(file, parse)
         else:
             say(f"built-in {name}: none in {language}, only in {', '.join(available)}")
 
 
-def read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
+def _read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
     """Every conversation of a file. Raises `UserError` that names file and line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # drops a byte order mark

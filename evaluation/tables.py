@@ -22,15 +22,15 @@ UNITS = {"language": "document", "knowledge": "question"}  # evaluator -> what n
 
 def show(results: Results, judges: Mapping[str, Mapping[str, float]], samples: int) -> None:
     """Print everything; `samples` is the number of sample conversations per language."""
-    show_scores(results)
-    show_breakdowns(results)
-    show_not_run(results)
+    _show_scores(results)
+    _show_breakdowns(results)
+    _show_not_run(results)
     show_left_out(results)
     show_judges(judges)
     show_samples(results.models, samples)
 
 
-def show_scores(results: Results) -> None:
+def _show_scores(results: Results) -> None:
     """A table per language and evaluator: a row for each model, a column for each metric."""
     languages = dict.fromkeys(language for found in results.scores.values() for language in found)
     for language in languages:
@@ -85,7 +85,7 @@ def _cell(metric: Metric, estimate: Estimate | None, difference: PairedDifferenc
     return text
 
 
-def show_breakdowns(results: Results) -> None:
+def _show_breakdowns(results: Results) -> None:
     """A table per language and metric with groups (turns, categories); long ones are left out."""
     breakdowns = results.breakdowns
     for language, name in dict.fromkeys((names[1], names[2]) for *names, _ in each(breakdowns)):
@@ -108,7 +108,7 @@ def show_breakdowns(results: Results) -> None:
         console.print(table)
 
 
-def show_not_run(results: Results) -> None:
+def _show_not_run(results: Results) -> None:
     """The metrics without a value, and the reasons."""
     models: dict[NotRun, list[str]] = {}
     for result in results.models:

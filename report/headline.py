@@ -111,7 +111,7 @@ def _mark(view: RunView, name: str, stage: StageView | None) -> StageMark:
 def training_progress(view: RunView) -> TrainingProgress | None:
     """The progress of a training that is not finished and has logged a step."""
     stage = next((one for one in view.stages if one.name == "training"), None)
-    steps = planned_steps(stage.log) if stage else None
+    steps = _planned_steps(stage.log) if stage else None
     if stage is None or stage.record or steps is None:
         return None
     rows = [row for row in stage.log.rows if "train/tokens_per_second" in row and STEP in row]
@@ -124,7 +124,7 @@ def training_progress(view: RunView) -> TrainingProgress | None:
     return TrainingProgress(step, steps, duration(tokens / rate) if runs else "")
 
 
-def planned_steps(log: StageLog) -> int | None:
+def _planned_steps(log: StageLog) -> int | None:
     """The steps of the whole training, from its recipe."""
     config = _training(log)
     try:
@@ -221,7 +221,7 @@ def _trained(log: StageLog) -> Iterator[Tile]:
     if not points:
         return
     rates = [row["train/tokens_per_second"] for row in log.rows if "train/tokens_per_second" in row]
-    steps, tokens = planned_steps(log), log.newest.get("train/tokens")
+    steps, tokens = _planned_steps(log), log.newest.get("train/tokens")
     step = f"step {points[-1][0]:,.0f}" + (f" of {steps:,}" if steps else "")
     notes = [step + (f", {counted(int(tokens), 'token')}" if tokens is not None else "")]
     notes += [f"median of {statistics.median(rates):,.0f} tokens per second"] if rates else []

@@ -31,7 +31,7 @@ class DialogueEvaluator(Evaluator):
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """Both shares, and the share of turns by the number of the turn."""
-        passed = [turns_passed(exchange) for exchange in exchanges]
+        passed = [_turns_passed(exchange) for exchange in exchanges]
         turns = [(float(sum(found.values())), float(len(found))) for found in passed]
         whole = [(float(all(found.values())), 1.0) for found in passed]
         measurements = [
@@ -48,7 +48,7 @@ class DialogueEvaluator(Evaluator):
         return Findings(measurements, scores)
 
 
-def turns_passed(exchange: Exchange) -> dict[int, bool]:
+def _turns_passed(exchange: Exchange) -> dict[int, bool]:
     """For each turn with checks, whether the reply passes all of them."""
     return {
         place: all(check.passes(exchange.replies[place].text) for check in turn.checks)

@@ -72,9 +72,9 @@ class JudgeEvaluator(Evaluator):
     ) -> None:
         super().__init__(conversations)
         self._panel, self._reason = panel, reason
-        self._marks = mark_metrics(panel.judges) if panel and "mark" in panel.modes else []
+        self._marks = _mark_metrics(panel.judges) if panel and "mark" in panel.modes else []
         compared = panel is not None and "comparison" in panel.modes
-        self._comparisons = comparison_metrics(panel.judges) if panel and compared else []
+        self._comparisons = _comparison_metrics(panel.judges) if panel and compared else []
         self.metrics = [*self._marks, *self._comparisons]
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
@@ -85,7 +85,7 @@ class JudgeEvaluator(Evaluator):
             return Findings([])
         prompt = self._panel.prompts["mark"]
         found = [mark(judge, prompt, exchanges, subject.ranks) for judge in self._panel.judges]
-        findings = findings_of(exchanges, self._marks, found, tolerance=CLOSE)
+        findings = _findings_of(exchanges, self._marks, found, tolerance=CLOSE)
         values = known(found[0][0])
         for turn in range(max(len(one.replies) for one in exchanges)):
             of_turn = {place: value for place, value in values.items() if place[1] == turn}
@@ -104,10 +104,10 @@ class JudgeEvaluator(Evaluator):
             return None
         prompt = self._panel.prompts["comparison"]
         found = [prefer(judge, prompt, exchanges, baseline, ranks) for judge in self._panel.judges]
-        return findings_of(exchanges, self._comparisons, found, tolerance=0.0)
+        return _findings_of(exchanges, self._comparisons, found, tolerance=0.0)
 
 
-def mark_metrics(judges: Sequence[Judge]) -> list[Metric]:
+def _mark_metrics(judges: Sequence[Judge]) -> list[Metric]:
     """The metric of each judge, and that of their agreement."""
     own = [
         Metric(name, f"mark, {judge.name}", f"mean mark by {judge.name}, 1 to 10", share=False)
@@ -117,7 +117,7 @@ def mark_metrics(judges: Sequence[Judge]) -> list[Metric]:
     return [*own, Metric(f"{MARK}_agreement", "marks agree", meaning)] if len(own) > 1 else own
 
 
-def comparison_metrics(judges: Sequence[Judge]) -> list[Metric]:
+def _comparison_metrics(judges: Sequence[Judge]) -> list[Metric]:
     """The metric of each judge, and that of their agreement."""
     own = [
         Metric(
@@ -174,7 +174,7 @@ def prefer(
         value = TIE if we == they else WIN if we else LOSS  # replaced below if both have text
         verdicts[place, 0] = JudgeVerdict(value if works else None, EMPTY)
     for place, both in zip(asked, both_orders, strict=True):
-        verdicts[place, 0] = both_places(*both)
+        verdicts[place, 0] = _both_places(*both)
     changed = sum(
         one.value == other.value != "tie" and one.value is not None for one, other in both_orders
     )
@@ -197,7 +197,7 @@ def _works(judged: Sequence[JudgeVerdict[Any]]) -> bool:
     )
 
 
-def both_places(in_order: JudgeVerdict[str], swapped: JudgeVerdict[str]) -> JudgeVerdict[float]:
+def _both_places(in_order: JudgeVerdict[str], swapped: JudgeVerdict[str]) -> JudgeVerdict[float]:
     """The verdict of two orders: the model was A in `in_order` and B in `swapped`."""
     said = f"as A: {in_order.said} as B: {swapped.said}"
     if in_order.value is None or swapped.value is None:
@@ -207,7 +207,7 @@ def both_places(in_order: JudgeVerdict[str], swapped: JudgeVerdict[str]) -> Judg
     return JudgeVerdict(outcomes.get((in_order.value, swapped.value), TIE), "", said)
 
 
-def findings_of(
+def _findings_of(
     exchanges: Sequence[Exchange],
     metrics: Sequence[Metric],
     found: Sequence[Judged],

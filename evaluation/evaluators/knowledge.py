@@ -62,7 +62,7 @@ class KnowledgeEvaluator(Evaluator):
             return Findings([], not_run=[NotRun(self.name, NO_TASKS)])
         from lm_eval.evaluator import evaluate
 
-        model = lm_eval_model(subject.loaded, subject.ranks, self._batch_size, subject.template)
+        model = _lm_eval_model(subject.loaded, subject.ranks, self._batch_size, subject.template)
         measured: list[Measurement] = []
         details: dict[str, Any] = {}
         for name, loaded in self._loaded.items():
@@ -130,7 +130,7 @@ def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
     return loaded
 
 
-def lm_eval_model(
+def _lm_eval_model(
     loaded: LoadedModel, ranks: Ranks, batch_size: int, template: ChatTemplate | None
 ) -> Any:
     """The model with lm-eval's interface; each process computes its share and gets all answers."""

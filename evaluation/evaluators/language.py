@@ -112,7 +112,7 @@ def measure_documents(
 
     Raises `UserError` if the tokenizer has neither bos nor eos.
     """
-    first = first_token(loaded)
+    first = _first_token(loaded)
     tokens = [loaded.encode(text) for text in documents]
     windows = [
         window
@@ -137,7 +137,7 @@ def measure_documents(
     ]
 
 
-def first_token(loaded: LoadedModel) -> int:
+def _first_token(loaded: LoadedModel) -> int:
     """x_0: bos, or eos if the tokenizer has no bos."""
     for token in (loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id):
         if token is not None:

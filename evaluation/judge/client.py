@@ -145,14 +145,14 @@ class Judge:
             if error.dead:
                 failure.record(str(error))
             return Answer(None, str(error), dead=error.dead)
-        text, usage = text_of(completion), usage_of(completion)
+        text, usage = _text_of(completion), _usage_of(completion)
         if text is None:
             return Answer(None, NO_COMPLETION, usage)
         _write_cached(path, payload, text)
         return Answer(text, usage=usage)
 
 
-def text_of(completion: Any) -> str | None:
+def _text_of(completion: Any) -> str | None:
     """The text of {"choices": [{"message": {"content": "..."}}]}; None of anything else."""
     try:
         text = completion["choices"][0]["message"]["content"]
@@ -162,7 +162,7 @@ def text_of(completion: Any) -> str | None:
     return text.encode("utf-8", "replace").decode() if isinstance(text, str) else None
 
 
-def usage_of(completion: Any) -> Usage:
+def _usage_of(completion: Any) -> Usage:
     """The usage of one request that was sent."""
     counts = completion.get("usage") if isinstance(completion, dict) else None
     try:

@@ -35,7 +35,7 @@ class LexiconScorer(Scorer):
 
     def __init__(self, lists: Mapping[str, Sequence[str]]) -> None:
         self._patterns = {
-            language: compile_list(words) for language, words in lists.items() if words
+            language: _compile_list(words) for language, words in lists.items() if words
         }
 
     def score(self, exchanges: Sequence[Exchange], ranks: Ranks) -> list[Score]:
@@ -58,7 +58,7 @@ class LexiconScorer(Scorer):
         return Score(0.0)
 
 
-def compile_list(words: Sequence[str]) -> regex.Pattern[str]:
+def _compile_list(words: Sequence[str]) -> regex.Pattern[str]:
     """A pattern for any of the words: whole words in Latin letters, in other scripts anywhere."""
     alternatives = [
         rf"(?<![\p{{Latin}}\p{{N}}]){regex.escape(word)}(?![\p{{Latin}}\p{{N}}])"

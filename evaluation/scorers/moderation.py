@@ -44,10 +44,10 @@ class ModerationScorer(Scorer):
             if error.dead:
                 self._failure.record(str(error))
             return Score(None, str(error), dead=error.dead)
-        return read_answer(answer)
+        return _read_answer(answer)
 
 
-def read_answer(answer: Any) -> Score:
+def _read_answer(answer: Any) -> Score:
     """The score of {"results": [{"flagged": true, "categories": {...}}]}.
 
     Any other answer has none.

@@ -80,7 +80,7 @@ class SweepConfig(Section):
     @classmethod
     def _spelt_out(cls, ratios: Any) -> Any:
         if isinstance(ratios, str):
-            return spell_out(ratios)
+            return _spell_out(ratios)
         if isinstance(ratios, (int, float)):  # YAML 1.1 reads 0:1:0.1 as a time of day
             raise ValueError('no range; write "first:last:step" in quotes, or a list')
         return ratios
@@ -93,7 +93,7 @@ class SweepConfig(Section):
         return sorted(set(ratios))
 
 
-def spell_out(text: str) -> list[float]:
+def _spell_out(text: str) -> list[float]:
     """`0:1.2:0.1` as 0, 0.1, ..., 1.2: decimal, so that 0.3 is 0.3; `0.5,1` as these two.
 
     Raises `ValueError`.

@@ -61,14 +61,14 @@ def rate(
         if value > limit:
             broken.append(f"{metric} {value:.3g} > {limit:g}")
             excess += value - limit
-    rise = rise_of(point, at_zero, languages)
+    rise = _rise_of(point, at_zero, languages)
     if rule.bits_per_byte_rise is not None and rise is not None and rise > rule.bits_per_byte_rise:
         broken.append(f"bits per byte {rise:+.1%}")
         excess += rise - rule.bits_per_byte_rise
     return RatedPoint(point, _mean(point, rule.quality, languages), excess, broken)
 
 
-def rise_of(point: Point, at_zero: Point, languages: Sequence[str]) -> float | None:
+def _rise_of(point: Point, at_zero: Point, languages: Sequence[str]) -> float | None:
     """The rise of bits per byte over ratio 0 as a share, mean over languages.
 
     None if bits per byte were not measured.

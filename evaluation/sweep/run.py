@@ -69,7 +69,7 @@ def run(
     return found.summary()
 
 
-def metrics_of_one_model(setup: Setup) -> dict[str, list[str]]:
+def _metrics_of_one_model(setup: Setup) -> dict[str, list[str]]:
     """The metrics of one model alone with their languages; comparisons need two models."""
     metrics = metrics_of_replies(setup)
     bits = {BITS: languages_of(setup.text)} if "language" in setup.config.suites else {}
@@ -78,7 +78,7 @@ def metrics_of_one_model(setup: Setup) -> dict[str, list[str]]:
     }
 
 
-def check_rule(
+def _check_rule(
     config: SweepConfig, metrics: Mapping[str, Sequence[str]], new: Sequence[str]
 ) -> None:
     """Raise `UserError` if a metric of the rule is not measured in any of the new languages."""
@@ -125,7 +125,7 @@ class Sweep:
         setup = Setup(measured, inputs.text)
         evaluators = make_evaluators(setup)
         if "knowledge" not in config.suites:  # its metrics are not known before it has run
-            check_rule(config, metrics_of_one_model(setup), inputs.languages)
+            _check_rule(config, _metrics_of_one_model(setup), inputs.languages)
         check_judges(setup, evaluators)
         return Sweep(config, measured, merge, inputs, evaluators, out)
 
