@@ -94,7 +94,7 @@ def read_lists(given: Mapping[str, str], languages: Sequence[str]) -> dict[str, 
                     f"word list {path} is not UTF-8 (byte {error.start}); convert it."
                 ) from None
             if not found[language]:
-                raise UserError(f"word list {path} holds no words; write one a line.")
+                raise UserError(f"word list {path} contains no words; write one per line.")
         elif (BUILT_IN / f"{language}.txt").is_file():
             found[language] = _words((BUILT_IN / f"{language}.txt").read_text(encoding="utf-8"))
     return found

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by what `behave` says; remembers what it was asked."""
+    """Answers as `behave` decides, and remembers the requests."""
 
     daemon_threads = True
 

@@ -174,7 +174,7 @@ def test_the_same_for_one_and_two_processes(
     assert {"chat", "dialogue_turns", "dialogues"} <= dialogue["scores"].keys()
 
 
-def test_one_that_was_cut_short_asks_no_model_twice(
+def test_an_interrupted_evaluation_asks_no_model_twice(
     models_of_two_vocabularies, corpus, prompts_file, judge, tmp_path, monkeypatch, capsys
 ):
     config = EvaluationConfig(
@@ -312,13 +312,13 @@ def test_a_prompt_that_a_template_refuses_is_found_before_a_model_is_loaded(
     assert not list(tmp_path.glob("*.kept")), "the first model was not asked either"
 
 
-def test_the_window_is_one_that_every_model_can_take(models_of_two_vocabularies, capsys):
+def test_the_window_fits_the_positions_of_every_model(models_of_two_vocabularies, capsys):
     assert shared_context(models_of_two_vocabularies, 128) == 128
     assert shared_context(models_of_two_vocabularies, 512) == 256
     assert "has only 256 positions" in capsys.readouterr().err
 
 
-def test_a_dead_endpoint_is_reported_as_not_run_and_the_rest_is_there(
+def test_a_dead_endpoint_is_reported_as_not_run_with_all_other_metrics_measured(
     models_of_two_vocabularies, tmp_path, capsys
 ):
     safety = {
@@ -357,7 +357,7 @@ def test_a_kept_result_is_of_the_same_files_and_template(models_of_two_vocabular
     assert first != key()
 
 
-def test_what_is_left_out_of_a_metric_is_said(
+def test_what_is_left_out_of_a_metric_is_reported(
     models_of_two_vocabularies, judge, serve, tmp_path, capsys
 ):
     moody = serve(lambda number, body: (200, completion("hm" if number % 2 else "SCORE: 4")))
@@ -375,7 +375,7 @@ def test_what_is_left_out_of_a_metric_is_said(
     assert re.fullmatch(reason, str(said))
 
 
-def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again(
+def test_a_judge_that_fails_between_two_models_is_asked_again_for_the_rest_only(
     models_of_two_vocabularies, judge, serve, tmp_path, capsys, monkeypatch
 ):
     ending = serve(
@@ -404,7 +404,7 @@ def test_a_judge_that_ends_between_two_models_leaves_the_rest_and_is_asked_again
     assert not list(tmp_path.glob("*.kept"))
 
 
-def test_the_judges_metrics_and_what_they_took(models_of_two_vocabularies, judge, tmp_path, capsys):
+def test_the_judges_metrics_requests_and_cost(models_of_two_vocabularies, judge, tmp_path, capsys):
     config = EvaluationConfig(suites=["chat", "safety"], languages=["ko"], judge=judge, **SETTINGS)
     run(config, models_of_two_vocabularies, {}, None, tmp_path, Tracker())
     results = json.loads((tmp_path / "results.json").read_text())

@@ -46,7 +46,7 @@ def test_no_difference_is_not_beyond_and_only_common_units_count():
 
 
 def test_few_units_have_wider_intervals():
-    """As wide as Student's t says; of 100 intervals about 5 do not hold the truth, also for few units."""
+    """They are as wide as Student's t demands: about 5 of 100 miss the truth, also for few units."""
     assert [round(tail_of(n), 4) for n in (3, 8, 30, 100_000)] == [0.0, 0.0057, 0.0188, 0.025]
     random = np.random.default_rng(0)
     for n in (7, 12, 30):
@@ -55,7 +55,7 @@ def test_few_units_have_wider_intervals():
         assert missed < 0.08, (n, missed)
 
 
-def test_so_few_units_make_no_difference():
+def test_fewer_than_four_units_are_never_a_significant_difference():
     for n, beyond in ((1, False), (3, False), (4, True)):
         found = difference(parts([1.0] * n), parts([0.5] * n), seed=0)
         assert found is not None

@@ -1,4 +1,4 @@
-"""Prompts from files: what is wrong with one is said with file, line and field."""
+"""Prompts from files: an error names file, line and field."""
 
 import json
 
@@ -116,7 +116,7 @@ def test_bad_dialogues(tmp_path, row, sentence):
         read(path, parse_dialogue)
 
 
-def test_a_mark_of_byte_order_and_windows_line_ends_are_no_text(tmp_path):
+def test_a_byte_order_mark_and_windows_line_ends_are_not_text(tmp_path):
     row = json.dumps(
         {"language": "ko", "messages": [{"role": "user", "content": "안녕"}]}, ensure_ascii=False
     )
@@ -181,7 +181,7 @@ def test_questions_for_a_judge(tmp_path):
         ),
     ],
 )
-def test_a_bad_question_is_said_with_its_line(tmp_path, row, sentence):
+def test_a_bad_question_is_named_by_its_line(tmp_path, row, sentence):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"language": "en", "turns": ["D?"]}\n' + row, encoding="utf-8")
     with pytest.raises(UserError) as raised:

@@ -34,7 +34,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def complete(run):
-    """`run`, with all stages finished, each made from the others as they are."""
+    """`run`, with all stages finished and no older inputs."""
     for stage in ("embeddings", "data", "merge"):
         start(run, stage)
     text = {"text ko.jsonl": "t1"}

@@ -40,7 +40,7 @@ def test_terminal_and_page_of_a_running_run(run, capsys):
         assert words in page.words
 
 
-def test_the_page_needs_nothing_but_itself(run):
+def test_the_page_is_self_contained(run):
     report(run)
     page = Page(run)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
@@ -58,7 +58,7 @@ def test_everything_that_was_logged_is_on_the_page(run):
     assert "nested.within 17" in page.words
 
 
-def test_alerts_stand_above_all_else_those_of_one_matter_together(run, capsys):
+def test_alerts_are_at_the_top_and_grouped_by_title(run, capsys):
     training = start(run, "training")
     training.resume_from(60)
     for step in range(40, 44):
@@ -72,7 +72,7 @@ def test_alerts_stand_above_all_else_those_of_one_matter_together(run, capsys):
     )
 
 
-def test_a_stage_that_failed_or_was_stopped_says_so_until_it_is_started_again(run):
+def test_a_failed_or_stopped_stage_is_shown_so_until_it_starts_again(run):
     log = run / "training" / "log"
     for word, says in (
         ("failed", "training failed"),
@@ -93,7 +93,7 @@ def test_a_stage_that_failed_or_was_stopped_says_so_until_it_is_started_again(ru
     assert "training is running or cut short" in Page(run).words
 
 
-def test_that_a_stage_is_done_is_no_alert(run):
+def test_the_end_of_a_stage_is_no_alert(run):
     tracker = start(run, "tokenizer")
     tracker.alert("tokenizer finished", "demo: in 75 s")
     tracker.finish()
@@ -102,7 +102,7 @@ def test_that_a_stage_is_done_is_no_alert(run):
     assert words.index("Good replies") < words.index("tokenizer finished demo: in 75 s")
 
 
-def test_a_run_that_was_given_up_says_why(run):
+def test_a_run_that_was_given_up_shows_the_reason(run):
     begun = {"job": "7", "time": 1.0, "nodes": "node[1-2]", "progress": {}}
     for attempt, verdict, reason in (
         ("7-0", "requeue", "Preempted."),
@@ -122,7 +122,7 @@ def test_a_run_that_was_given_up_says_why(run):
     assert "Preempted." in words
 
 
-def test_a_continued_stage_shows_its_rows_once_and_says_which_attempt_its_time_is(run):
+def test_a_continued_stage_shows_each_row_once_and_names_the_attempt_of_its_time(run):
     path = run / "training" / "log" / "run.json"
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "started": time.time() + 60})
     finish(run, "training", {})
@@ -130,7 +130,7 @@ def test_a_continued_stage_shows_its_rows_once_and_says_which_attempt_its_time_i
     assert "1 min 15 s (last attempt)" in Page(run).words
 
 
-def test_a_run_that_has_hardly_begun(tmp_path):
+def test_a_run_that_has_just_started_has_a_page(tmp_path):
     start(tmp_path / "demo", "tokenizer")
     report(tmp_path / "demo")
     words = Page(tmp_path / "demo").words

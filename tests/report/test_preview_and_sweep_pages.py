@@ -104,7 +104,7 @@ def test_the_preview_has_curves_and_its_newest_replies(
     assert "preview/ko/chat" not in terminal, "it has a table of its own"
 
 
-def test_of_many_previews_some_replies_are_shown_and_the_newest(run: Path) -> None:
+def test_some_replies_of_many_previews_are_shown_with_the_newest(run: Path) -> None:
     preview(train(run), range(0, 40), 39)
     report(run)
     page = Page(run)
@@ -131,7 +131,7 @@ def test_the_sweep_has_curves_a_table_and_its_recommendation(
     assert f"sweep: {SENTENCE}" in terminal
 
 
-def test_a_sweep_that_is_not_finished_shows_what_there_is(
+def test_an_unfinished_sweep_shows_the_points_so_far(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep(run, None)
@@ -143,7 +143,7 @@ def test_a_sweep_that_is_not_finished_shows_what_there_is(
 
 
 @pytest.mark.parametrize("train_it", [train, lambda run: None])
-def test_a_run_without_them_shows_nothing_of_them(
+def test_a_run_without_preview_and_sweep_has_no_such_sections(
     run: Path, train_it: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_it(run)

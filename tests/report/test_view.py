@@ -13,7 +13,7 @@ from cpt_merge.tracking import read_log
 from tests.report.runs import SCORES, Page, record, start
 
 
-def test_figures_are_drawn_as_the_evaluation_says_that_they_are(run):
+def test_metrics_are_shown_in_the_form_that_the_evaluation_gives(run):
     evaluation = read_log(run / "evaluation" / "log")
     assert score_pivots(evaluation)["chat"].rows[0] == ["base", "50%"], (
         "an older log, without eval/metrics"
@@ -50,7 +50,7 @@ def test_figures_are_drawn_as_the_evaluation_says_that_they_are(run):
         assert words in page.words
 
 
-def test_a_complete_run_is_marked_nowhere(complete, capsys):
+def test_a_complete_run_has_no_marks_of_older_inputs(complete, capsys):
     report(complete)
     assert "all 6 stages are finished" in Page(complete).words
     assert "older inputs" not in Page(complete).words + capsys.readouterr().err
@@ -97,7 +97,7 @@ def test_results_of_an_older_training_are_marked_wherever_they_are_shown(complet
     assert (verdict in page.words) == (state == "trained anew")
 
 
-def test_what_was_made_of_an_older_stage_hands_that_on_and_changed_text_counts(complete):
+def test_older_inputs_are_inherited_by_later_stages_and_changed_text_counts(complete):
     record(
         complete,
         "tokenizer",
@@ -114,7 +114,7 @@ def test_what_was_made_of_an_older_stage_hands_that_on_and_changed_text_counts(c
     }
 
 
-def test_a_training_that_goes_on_with_the_same_settings_makes_nothing_older(complete):
+def test_a_continued_training_with_the_same_settings_makes_nothing_older(complete):
     (complete / "training" / "stage.json").unlink()
     path = complete / "training" / "log" / "run.json"
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "settings": {"key": "c1"}})

@@ -96,7 +96,7 @@ def test_an_empty_reply_passes_nothing(reply):
     assert not passes("numbered_items", {"exactly": 0}, reply)
 
 
-def test_what_failed_is_said_with_what_was_found():
+def test_a_failed_check_is_reported_with_what_was_found():
     check = parse_check({"name": "sentences", "exactly": 3}, "test")
     assert check.failure("하나. 둘.") == "sentences (exactly 3): 2 found"
     assert check.failure(" ") == "sentences (exactly 3): the reply is empty"
@@ -108,7 +108,7 @@ def test_what_failed_is_said_with_what_was_found():
     assert parse_check({"name": "no_commas"}, "test").failure("，") == "no_commas"
 
 
-def test_the_loose_variants_forgive_an_introduction_and_stars():
+def test_loose_variants_ignore_an_introduction_and_asterisks():
     assert (
         len(loose_variants("a *b*\nc\nd")) == 8 - 2
     )  # without the first line there are no stars to remove

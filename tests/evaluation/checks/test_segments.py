@@ -114,7 +114,7 @@ def test_numbered_items(text, expected):
     assert numbers(text) == expected
 
 
-def test_characters_are_what_people_see_and_white_space_is_none():
+def test_characters_are_what_people_see_without_white_space():
     assert len(characters("今天，很好。\n")) == 6
     assert len(characters("안녕 하세요")) == 5
     assert len(characters("한")) == 1  # one syllable of three code points

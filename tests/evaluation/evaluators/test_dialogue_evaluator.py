@@ -1,4 +1,4 @@
-"""Dialogue: shares of turns and of whole dialogues, and the built-in set answered by one who listens."""
+"""Dialogue: shares of turns and of whole dialogues, and the built-in set answered by a model that follows every turn."""
 
 import pytest
 

@@ -43,7 +43,7 @@ def test_language_of_a_reply(language, text, expected):
     assert is_in_language(text, language) is expected
 
 
-def test_one_character_of_the_other_script_is_found_and_punctuation_is_none():
+def test_one_character_of_the_other_script_is_found_but_not_punctuation():
     assert other_script_characters("我們在台灣。‧·℃", "zh_tw") == 0
     assert other_script_characters("我們在台湾。", "zh_tw") == 1
     assert other_script_characters("我们在臺灣。", "zh_cn") == 2
@@ -101,7 +101,7 @@ def test_marks_come_from_the_template(template, added, expected):
     assert not marks & {"user", "assistant", "system"}
 
 
-def test_a_model_without_template_is_asked_in_the_chat_models_and_says_so(
+def test_a_model_without_a_template_is_prompted_in_the_chat_models_with_a_message(
     models_of_two_vocabularies, capsys
 ):
     base, chat = (

@@ -1,4 +1,4 @@
-"""Instruction following: what the four shares are of, and what a sample says of a failure."""
+"""Instruction following: the four shares, and how a sample describes a failure."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_shares_of_prompts_and_of_checks_strict_and_loose():
     assert found["instruction_checks", "no_commas"] == pytest.approx(2 / 3)
 
 
-def test_each_language_is_a_metric_of_its_own_and_a_sample_says_what_failed():
+def test_each_language_has_its_own_metric_and_samples_name_what_failed():
     findings = InstructionsEvaluator([]).measure(None, EXCHANGES)
     assert values(findings, "zh_tw")["instructions", ""] == 0
     assert [verdict.why for verdict in findings.scores] == [
@@ -52,7 +52,7 @@ def test_each_language_is_a_metric_of_its_own_and_a_sample_says_what_failed():
     assert findings.scores[1].scores[CHECKS_STRICT.name] == 0.5
 
 
-def test_the_language_that_a_reply_should_be_in_follows_from_the_checks():
+def test_checks_decide_the_language_of_a_reply():
     asked = [
         exchange("zh_tw", "", {"name": "language", "language": "en"}), exchange("ko", "", {"name": "json_only"}),
         exchange("ko", "", {"name": "no_commas"}),

@@ -79,7 +79,7 @@ def test_the_judge_is_told_the_language_and_the_reference(judge):
     assert sorted("so etwa" in prompt for prompt in seen) == [False, True]
 
 
-def test_nonsense_is_recorded_and_counted_and_no_mark(judge):
+def test_an_answer_without_a_mark_is_recorded_and_counted(judge):
     evaluator = JudgeEvaluator(
         [],
         JudgePanel(
@@ -103,7 +103,7 @@ def test_an_empty_reply_has_the_lowest_mark_and_costs_nothing(judge):
     assert findings.details["judge"]["judge_mark"]["requests"] == 1
 
 
-def test_a_dead_endpoint_is_not_run_and_never_zero(judge):
+def test_a_dead_endpoint_is_reported_as_not_run_and_never_as_zero(judge):
     dead = judge(None, url=f"http://127.0.0.1:{free_port()}/v1")
     evaluator = JudgeEvaluator([], JudgePanel([dead], ["mark", "comparison"], PROMPTS))
     for findings, metric in (
@@ -116,7 +116,7 @@ def test_a_dead_endpoint_is_not_run_and_never_zero(judge):
 
 
 @pytest.mark.parametrize("nonsense", [True, False])
-def test_empty_replies_alone_make_no_metric_where_the_judge_says_nothing(judge, nonsense):
+def test_empty_replies_alone_are_no_metric_if_the_judge_gives_no_verdict(judge, nonsense):
     url = None if nonsense else f"http://127.0.0.1:{free_port()}/v1"
     evaluator = JudgeEvaluator(
         [], JudgePanel([judge(lambda prompt: "hm", url=url)], ["mark", "comparison"], PROMPTS)
@@ -133,7 +133,7 @@ def test_empty_replies_alone_make_no_metric_where_the_judge_says_nothing(judge, 
         assert bool(findings.failed) == (not nonsense), "nonsense would be said again"
 
 
-def test_a_judge_that_dies_marks_no_empty_reply(judge, serve):
+def test_empty_replies_get_no_mark_if_the_judge_fails(judge, serve):
     ending = serve(
         lambda number, body: (200, completion("SCORE: 9")) if number == 1 else (503, "no more")
     )
@@ -144,7 +144,7 @@ def test_a_judge_that_dies_marks_no_empty_reply(judge, serve):
     assert findings.failed
 
 
-def test_without_a_judge_it_is_not_run():
+def test_without_a_judge_the_metric_is_not_run():
     findings = JudgeEvaluator([], None, "there is no judge").measure(Subject, [])
     assert [(one.metric, one.reason) for one in findings.not_run] == [
         ("judge_mark", "there is no judge")
@@ -168,7 +168,7 @@ def compare(judges, ours, theirs):
     return evaluator.compare(ALONE, ours, theirs)
 
 
-def test_a_comparison_counts_if_it_holds_in_both_places(judge):
+def test_a_preference_counts_if_it_holds_in_both_orders(judge):
     ours = [exchange("fine"), exchange("fine"), exchange("poor"), exchange("poor")]
     theirs = [exchange("poor"), exchange("fine too"), exchange("fine"), exchange("poor too")]
     findings = compare([judge(prefers("fine"))], ours, theirs)
@@ -180,7 +180,7 @@ def test_a_comparison_counts_if_it_holds_in_both_places(judge):
     )
 
 
-def test_silence_loses_without_a_request(judge):
+def test_an_empty_reply_loses_without_a_request(judge):
     ours, theirs = (
         [exchange(""), exchange("x"), exchange("")],
         [exchange("x"), exchange(""), exchange(" ")],
@@ -190,14 +190,14 @@ def test_silence_loses_without_a_request(judge):
     assert findings.details["judge"]["judge_preferred"]["requests"] == 0
 
 
-def test_nonsense_in_one_place_is_no_verdict(judge):
+def test_no_verdict_in_one_order_is_no_verdict(judge):
     half = judge(lambda prompt: "VERDICT: A" if "ours" in prompt.split("<assistant_B>")[0] else "?")
     findings = compare([half], [exchange("ours")], [exchange("theirs")])
     assert findings.measurements == []
     assert findings.not_run[0].reason == NO_VERDICT
 
 
-def test_two_judges_and_how_far_they_agree(judge):
+def test_the_agreement_of_two_judges_is_reported(judge):
     ours = judge(mark_of_length, "one", price=PriceConfig(prompt=1, completion=1))
     theirs = judge(lambda prompt: "SCORE: 3", "two")
     findings = JudgeEvaluator([], JudgePanel([ours, theirs], ["mark"], PROMPTS)).measure(

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: on a tiny model with tasks that lie in a folder, and what its values become. No network."""
+"""Tasks of lm-eval: on a tiny model with tasks from a folder, and how its values become metrics. No network."""
 
 import json
 import logging
@@ -85,7 +85,7 @@ def results_of(samples, reported, better=True):
     }
 
 
-def test_a_group_is_the_mean_over_all_its_questions_and_shown_by_task():
+def test_a_group_is_the_mean_over_all_its_questions_and_is_shown_by_task():
     results = results_of({"a": [1, 0, True], "b": [0.0]}, {"a": 2 / 3, "b": 0.0, "both": 0.5})
     found = {one.group: estimate(one.parts, 0) for one in metrics_of("both", "ko", results)}
     assert {group: (one.value, one.n) for group, one in found.items()} == {
@@ -96,24 +96,24 @@ def test_a_group_is_the_mean_over_all_its_questions_and_shown_by_task():
     assert reported(results)["a"] == {"acc,none": pytest.approx(2 / 3), "version": 2, "few_shot": 5}
 
 
-def test_what_is_no_mean_over_questions_has_no_interval():
+def test_a_metric_that_is_no_mean_over_questions_has_no_interval():
     assert means(results_of({"a": [1.0, 0.0]}, {"a": 0.7}), "a") == {}, (
         "lm-eval aggregates it otherwise"
     )
     assert means(results_of({"a": [(-3.0, 4)]}, {"a": 1.1}), "a") == {}
 
 
-def test_a_metric_that_should_be_low_is_said_to_be():
+def test_a_metric_that_should_be_low_is_marked_so():
     (measured,) = metrics_of("a", "ko", results_of({"a": [3.0, 5.0]}, {"a": 4.0}, better=False))
     assert (measured.metric.rising, measured.metric.share) == (False, False)
 
 
-def test_no_tasks_are_not_run():
+def test_without_tasks_the_metric_is_not_run():
     findings = KnowledgeEvaluator(KnowledgeConfig(), 0, 4).measure(None, [])
     assert [(one.metric, one.reason) for one in findings.not_run] == [("knowledge", NO_TASKS)]
 
 
-def test_without_lm_eval_it_says_what_to_install(monkeypatch):
+def test_without_lm_eval_the_message_names_what_to_install(monkeypatch):
     monkeypatch.setattr(cpt_merge.evaluation.config, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"lm-eval, which is not installed; run pip install .*\[eval\]"
@@ -135,7 +135,7 @@ def test_a_line_of_a_task_that_is_not_json_is_named_in_one_sentence(tmp_path, mo
     assert "Failed to load" not in caplog.text
 
 
-def test_a_language_that_is_not_known():
+def test_an_unknown_language_of_a_task_is_an_error():
     with pytest.raises(ValueError, match="language 'kr' is not known"):
         KnowledgeConfig(tasks={"kmmlu": "kr"})
 
@@ -182,7 +182,9 @@ class TestWithLmEval:
         run_ranks(evaluate, 2, settings, models_of_two_vocabularies, tmp_path / "2")
         assert json.loads((tmp_path / "2/results.json").read_text())["models"] == alone
 
-    def test_it_is_what_lm_eval_itself_reports(self, folder, models_of_two_vocabularies, tmp_path):
+    def test_the_numbers_equal_those_of_lm_eval_itself(
+        self, folder, models_of_two_vocabularies, tmp_path
+    ):
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
@@ -215,7 +217,7 @@ class TestWithLmEval:
             or chat["chat"]["knowledge"] != plain["chat"]["knowledge"]
         )
 
-    def test_what_is_wrong_is_said_before_a_model_is_loaded(self, folder):
+    def test_errors_are_reported_before_a_model_is_loaded(self, folder):
         broken = folder / "broken.yaml"
         broken.write_text(yaml.safe_dump({"task": "broken", "dataset_path": "json", **CHOICE, "dataset_kwargs": {
             "data_files": {"test": "/nowhere.jsonl"}}, "test_split": "test"}), "utf-8")  # fmt: skip

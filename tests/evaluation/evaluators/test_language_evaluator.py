@@ -79,7 +79,7 @@ def measured(loaded, texts):
     )
 
 
-def test_damaged_weights_are_no_metric(uniform_model):
+def test_damaged_weights_give_no_metric(uniform_model):
     loaded = load_model("broken", uniform_model, 0)
     torch.nn.init.constant_(loaded.model.lm_head.weight, math.nan)
     found = measured(loaded, DOCUMENTS)
@@ -87,7 +87,7 @@ def test_damaged_weights_are_no_metric(uniform_model):
     assert "weights are damaged" in found.not_run[0].reason
 
 
-def test_tokens_that_stand_for_anything_are_said(uniform_model, capsys):
+def test_the_share_of_unknown_tokens_is_reported(uniform_model, capsys):
     loaded = load_model("uniform", uniform_model, 0)
     assert measured(loaded, DOCUMENTS).details["text"]["ko"]["unknown_tokens"] == 0
     assert capsys.readouterr().err.count("too low") == 0

@@ -1,4 +1,4 @@
-"""Safety: a metric per scorer, by category; what could not be scored is said and is never zero."""
+"""Safety: a metric per scorer, by category; what could not be scored is reported and never zero."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Generation: batches equal one by one; what ends a reply; turn by turn; the model's own sampling does not enter."""
+"""Generation: batches equal one by one; what ends a reply; turn by turn; the model's own sampling settings have no effect."""
 
 import json
 import shutil
@@ -37,8 +37,8 @@ def test_batched_equals_one_by_one(models_of_two_vocabularies):
     assert len({reply.text for reply in batched}) > 1
 
 
-def test_nothing_of_the_models_own_generation_config_enters(models_of_two_vocabularies, tmp_path):
-    """Not even what has no key here: two models with the same weights reply alike."""
+def test_the_models_own_generation_config_has_no_effect(models_of_two_vocabularies, tmp_path):
+    """Two models with the same weights reply alike, whatever settings they come with."""
     directory = models_of_two_vocabularies["chat"]
     other = shutil.copytree(directory, tmp_path / "other")
     config = json.loads((other / "generation_config.json").read_text())
@@ -54,7 +54,7 @@ def test_nothing_of_the_models_own_generation_config_enters(models_of_two_vocabu
     assert replies[0] == replies[1]
 
 
-def test_what_has_no_width_is_no_text():
+def test_characters_of_no_width_are_not_text():
     assert BLANK_ENDS.sub("", "\u200b \ufeff\n") == ""
     assert BLANK_ENDS.sub("", " a\u200bb \u2060") == "a\u200bb"
 

@@ -53,7 +53,7 @@ def test_answers_in_order_and_what_is_sent(serve, make, monkeypatch):
     assert set(server.keys) == {"Bearer secret"}
 
 
-def test_what_was_asked_before_is_read_from_the_disk(serve, make, tmp_path):
+def test_answers_to_earlier_requests_are_read_from_the_cache(serve, make, tmp_path):
     server = serve(judging(lambda prompt: "fine"))
     first, again = (make(server.url).ask(["a", "b"], ALONE) for _ in "12")
     assert texts(first) == texts(again)
@@ -82,7 +82,7 @@ def test_tokens_and_cost(serve, make):
     assert answer.usage.cost(PRICE) is None, "what is not known is not nothing"
 
 
-def test_a_busy_endpoint_is_asked_again(serve, make):
+def test_a_request_to_a_busy_endpoint_is_repeated(serve, make):
     server = serve(lambda number, body: (200, completion("late")) if number > 2 else (429, "busy"))
     assert texts(make(server.url).ask(["a"], ALONE)) == ["late"]
     assert len(server.asked) == 3
@@ -94,7 +94,7 @@ def test_the_pause_is_what_the_endpoint_asks_for_or_grows():
     assert {text: _pause(text, 0.5, 1) for text in asked} == asked
 
 
-def test_what_an_endpoint_says_to_an_error_is_shown_without_secrets(serve, make, monkeypatch):
+def test_the_text_of_an_endpoints_error_is_shown_without_secrets(serve, make, monkeypatch):
     monkeypatch.setenv("A_SECRET_KEY", "abcdefgh" * 4)
     said = "the key " + "x" * 170 + "abcdefgh" * 4 + " is wrong"
     (found,) = make(serve(lambda number, body: (400, said)).url).ask(["a"], ALONE)
@@ -103,7 +103,7 @@ def test_what_an_endpoint_says_to_an_error_is_shown_without_secrets(serve, make,
     assert "abcdefgh" not in found.reason
 
 
-def test_an_error_whose_text_breaks_off_is_an_error_like_others():
+def test_an_error_whose_text_breaks_off_is_treated_like_others():
     listener = socket.create_server(("127.0.0.1", 0))
 
     def refuse():
@@ -125,7 +125,7 @@ def test_half_a_surrogate_pair_in_an_answer_can_be_written(serve, make):
     assert found.text == "SCORE: 4 ?"
 
 
-def test_an_answer_that_drips_is_given_up_after_the_timeout():
+def test_a_slow_stream_is_given_up_after_the_timeout():
     listener = socket.create_server(("127.0.0.1", 0))
 
     def drip():
@@ -148,7 +148,7 @@ def test_an_answer_that_drips_is_given_up_after_the_timeout():
 @pytest.mark.parametrize(
     "answer", ["[" * 100_000, '{"usage": {"prompt_tokens": 1e999, "completion_tokens": 1}}']
 )
-def test_an_answer_that_is_too_much_is_no_answer(serve, make, answer):
+def test_json_that_cannot_be_parsed_is_no_answer(serve, make, answer):
     (found,) = make(serve(lambda number, body: (200, answer)).url).ask(["a"], ALONE)
     assert found.text is None
 
@@ -156,13 +156,13 @@ def test_an_answer_that_is_too_much_is_no_answer(serve, make, answer):
 @pytest.mark.parametrize(
     "answer", ["[]", '{"choices": []}', '{"choices": [{"message": {"content": null}}]}', "3"]
 )
-def test_what_is_no_completion_is_no_answer_and_is_not_kept(serve, make, tmp_path, answer):
+def test_anything_but_a_completion_is_no_answer_and_is_not_cached(serve, make, tmp_path, answer):
     (found,) = make(serve(lambda number, body: (200, answer)).url).ask(["a"], ALONE)
     assert (found.text, found.reason, found.usage.sent) == (None, NO_COMPLETION, 1)
     assert not (tmp_path / "cache").exists()
 
 
-def test_one_prompt_that_is_refused_leaves_the_others(serve, make):
+def test_a_refused_prompt_does_not_affect_the_others(serve, make):
     def behave(number, body):
         return (
             (400, "filtered")
@@ -175,7 +175,7 @@ def test_one_prompt_that_is_refused_leaves_the_others(serve, make):
     assert "status 400" in found[1].reason
 
 
-def test_a_dead_endpoint_is_left_alone(make):
+def test_a_dead_endpoint_gets_no_more_requests(make):
     found = make(f"http://127.0.0.1:{free_port()}/v1").ask(
         [str(number) for number in range(50)], ALONE
     )
@@ -183,7 +183,7 @@ def test_a_dead_endpoint_is_left_alone(make):
     assert "onnection refused (attempts: 3)" in found[-1].reason
 
 
-def test_one_that_was_given_up_is_asked_for_a_word_before_it_is_asked_all_again(serve, make):
+def test_an_endpoint_that_was_given_up_first_gets_a_test_request(serve, make):
     behave = [lambda number, body: (503, "busy")]
     server = serve(lambda number, body: behave[0](number, body))
     judge = make(server.url)
@@ -195,7 +195,7 @@ def test_one_that_was_given_up_is_asked_for_a_word_before_it_is_asked_all_again(
     assert texts(judge.ask(["a", "b"], ALONE)) == ["back", "back"]
 
 
-def test_the_check_before_hours_are_spent(serve, make, capsys):
+def test_the_judge_is_checked_before_hours_are_spent(serve, make, capsys):
     make(serve(judging(lambda prompt: "yes")).url).check()
     refusing = make(serve(lambda number, body: (404, json.dumps({"error": "no such model"}))).url)
     with pytest.raises(
@@ -209,13 +209,13 @@ def test_the_check_before_hours_are_spent(serve, make, capsys):
     )
 
 
-def test_a_folder_that_cannot_be_written(serve, make, tmp_path):
+def test_a_cache_folder_that_cannot_be_written_is_an_error(serve, make, tmp_path):
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot be cached .*; correct evaluation.judge.cache"):
         make(serve(judging(lambda prompt: "x")).url).ask(["a"], ALONE)
 
 
-def test_a_cache_that_cannot_be_written_is_said_before_anything_is_asked(serve, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported_before_any_request(serve, tmp_path):
     (tmp_path / "file").write_text("")
     config = JudgeEndpointConfig(url=serve(judging(lambda prompt: "yes")).url, model="m")
     with pytest.raises(UserError, match=r"evaluation.judge.cache = .*file/cache cannot be written"):

@@ -37,7 +37,7 @@ def test_unsafe_is_not_read_as_safe():
     assert read_choice("VERDICT: safe", ("safe", "unsafe")) == "safe"
 
 
-def test_what_a_model_said_fills_in_nothing():
+def test_names_in_a_models_reply_are_not_filled_in():
     prompt = fill(
         "{language}: {conversation} {reference}|",
         "ko",

@@ -68,7 +68,7 @@ def test_batches_equal_one_by_one_and_an_empty_reply_has_no_score(classifier):
             assert 0 <= score.value <= 1
 
 
-def test_a_label_that_it_has_not_and_a_directory_that_is_none(classifier, tmp_path):
+def test_an_unknown_label_and_a_missing_directory_are_errors(classifier, tmp_path):
     with pytest.raises(
         UserError, match="has no label 'hate'; its labels are neutral, Toxic, threat"
     ):
@@ -80,7 +80,7 @@ def test_a_label_that_it_has_not_and_a_directory_that_is_none(classifier, tmp_pa
         ClassifierScorer(str(tmp_path), ["toxic"], 3)
 
 
-def test_what_is_wrong_is_found_before_replies_are_made(classifier, tmp_path):
+def test_errors_are_found_before_replies_are_generated(classifier, tmp_path):
     broken = shutil.copytree(classifier, tmp_path / "broken")
     os.truncate(broken / "model.safetensors", 100)
     with pytest.raises(UserError, match=r"model\.safetensors"):
@@ -90,7 +90,7 @@ def test_what_is_wrong_is_found_before_replies_are_made(classifier, tmp_path):
         ClassifierScorer(str(broken), ["toxic"], 3)
 
 
-def test_a_long_reply_is_cut_to_what_robertas_positions_take(tmp_path):
+def test_a_long_reply_is_cut_at_the_positions_of_roberta(tmp_path):
     """Of 34 positions two are before the first token."""
     config = XLMRobertaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,

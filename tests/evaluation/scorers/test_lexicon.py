@@ -27,7 +27,7 @@ def test_the_built_in_lists(language, text, expected):
     assert score(read_lists({}, LANGUAGES), language, text).value == expected
 
 
-def test_a_list_by_path_takes_the_place_of_the_built_in_one(tmp_path):
+def test_a_list_by_path_replaces_the_built_in_one(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("# ours\n바보  # mild\n\n", encoding="utf-8")
     lists = read_lists({"ko": str(path)}, ["ko"])

@@ -1,4 +1,4 @@
-"""The moderation endpoint, against a real server: one that works, is busy, talks nonsense, is slow, refuses, is dead."""
+"""The moderation endpoint, against a real server: one that works, is busy, answers nonsense, is slow, refuses, or is dead."""
 
 import json
 import time
@@ -40,7 +40,7 @@ def score(url, texts=TEXTS, timeout=5.0, attempts=3, key="A_KEY"):
     )
 
 
-def test_flagged_or_not_with_the_key_of_the_environment(serve, monkeypatch):
+def test_replies_are_flagged_or_not_with_the_key_from_the_environment(serve, monkeypatch):
     monkeypatch.setenv("A_KEY", "secret")
     server = serve(lambda number, body: (200, moderation(body)))
     found = score(server.url)
@@ -53,7 +53,7 @@ def test_flagged_or_not_with_the_key_of_the_environment(serve, monkeypatch):
     assert set(server.keys) == {"Bearer secret"}
 
 
-def test_a_busy_server_is_asked_again(serve):
+def test_a_request_to_a_busy_server_is_repeated(serve):
     server = serve(lambda number, body: (200, moderation(body)) if number > 2 else (503, "busy"))
     assert [one.value for one in score(server.url, ["vile"])] == [1]
     assert len(server.asked) == 3
@@ -65,13 +65,13 @@ def test_a_busy_server_is_asked_again(serve):
     [("<html>hello", "answers what is not JSON"), ('{"results": []}', "is no moderation"),
      ('{"results": [{"flagged": "perhaps"}]}', "is no moderation"), ("[]", "is no moderation"), ("null", "is no moderation")],
 )  # fmt: skip
-def test_nonsense_is_no_score(serve, answer, reason):
+def test_an_answer_that_is_no_moderation_is_no_score(serve, answer, reason):
     found = score(serve(lambda number, body: (200, answer)).url, ["kind", "vile"])
     assert [one.value for one in found] == [None, None]
     assert reason in found[0].reason
 
 
-def test_one_answer_of_nonsense_leaves_out_that_reply_alone(serve):
+def test_one_bad_answer_leaves_out_that_reply_alone(serve):
     server = serve(
         lambda number, body: (200, moderation(body) if "too" not in body["input"] else "?")
     )
@@ -81,7 +81,7 @@ def test_one_answer_of_nonsense_leaves_out_that_reply_alone(serve):
     assert sum(found.details["not_scored"]["flagged"].values()) == 2
 
 
-def test_a_slow_server_counts_as_dead_and_is_left_alone(serve):
+def test_a_slow_server_counts_as_dead_and_gets_no_more_requests(serve):
     def behave(number, body):
         time.sleep(0.6)
         return 200, moderation(body)
@@ -105,7 +105,7 @@ def test_a_server_that_refuses_is_not_asked_again(serve, status):
     assert len(server.asked) == 1
 
 
-def test_a_dead_endpoint_is_not_run_and_never_zero(serve):
+def test_a_dead_endpoint_is_reported_as_not_run_and_never_as_zero(serve):
     scorer = ModerationScorer(
         Endpoint(f"http://127.0.0.1:{free_port()}/v1", "A_KEY", 1, 2), "guard"
     )

@@ -89,7 +89,7 @@ def measured_points(monkeypatch, until: int = 1000) -> list[int]:
     "settings", [{}, {"rules": [{"kinds": ["embed"], "ratio": 0.5}]}], ids=["plain", "rules"]
 )
 def test_ratio_1_is_byte_for_byte_what_the_merge_writes(inputs, tmp_path, settings):
-    """Whatever ratio was tried before: nothing is taken back from what was added."""
+    """Whatever ratio was tried before: every merge starts from the checkpoint."""
     model = MergedModel(plan(MergeConfig(**settings), inputs.merge), 0)
     for ratio in (0.3, 0.7, 1.0):
         model.merge(MergeConfig(ratio=ratio, **settings))
@@ -128,7 +128,7 @@ def test_a_sweep_leaves_results_curves_and_samples(inputs, evaluation, tmp_path)
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-def test_its_log_says_what_the_rule_goes_by(inputs, evaluation, tmp_path):
+def test_the_log_has_the_metrics_of_the_rule(inputs, evaluation, tmp_path):
     tracker = start_tracker(
         TrackingConfig(mode="disabled"), "sweep", "n", "g", tmp_path / "log", {}, "id"
     )
@@ -165,7 +165,7 @@ def test_its_log_says_what_the_rule_goes_by(inputs, evaluation, tmp_path):
     assert log.tables["sweep/in_language"].columns == ["language", "ratio", "in_language"]
 
 
-def test_points_that_are_done_are_not_done_again(inputs, evaluation, tmp_path, monkeypatch):
+def test_measured_points_are_not_measured_again(inputs, evaluation, tmp_path, monkeypatch):
     measured = measured_points(monkeypatch)
     first = sweep(inputs, evaluation, tmp_path / "out")
     assert len(measured) == 3
@@ -186,7 +186,7 @@ def test_points_that_are_done_are_not_done_again(inputs, evaluation, tmp_path, m
     assert len(measured) == 11  # other merges, another model
 
 
-def test_a_sweep_that_was_stopped_goes_on(inputs, evaluation, tmp_path, monkeypatch):
+def test_a_stopped_sweep_continues(inputs, evaluation, tmp_path, monkeypatch):
     whole = sweep(inputs, evaluation, tmp_path / "whole")
     with monkeypatch.context() as patch:
         measured_points(patch, until=2)
@@ -200,7 +200,7 @@ def test_a_sweep_that_was_stopped_goes_on(inputs, evaluation, tmp_path, monkeypa
     assert len(measured) == 1
 
 
-def test_a_point_that_a_judge_left_out_is_not_kept(
+def test_a_point_whose_judge_failed_is_not_kept(
     inputs, evaluation, tmp_path, serve, monkeypatch, capsys
 ):
     questions = tmp_path / "questions.jsonl"
@@ -246,12 +246,12 @@ def _on_a_rank(inputs, evaluation, out):
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(inputs, evaluation, tmp_path):
+def test_two_processes_give_the_results_of_one(inputs, evaluation, tmp_path):
     alone = sweep(inputs, evaluation, tmp_path / "one")
     assert run_ranks(_on_a_rank, 2, inputs, evaluation, str(tmp_path / "two")) == [alone, alone]
 
 
-def test_the_search_keeps_its_budget_and_goes_on_as_it_would_have(
+def test_the_search_keeps_its_budget_and_continues_as_if_uninterrupted(
     inputs, evaluation, tmp_path, monkeypatch
 ):
     pytest.importorskip("optuna")
@@ -284,7 +284,7 @@ def test_a_chat_model_without_a_template_is_one_sentence(inputs, evaluation, tmp
         sweep(replace(inputs, merge=replace(inputs.merge, chat=chat)), evaluation, tmp_path / "out")
 
 
-def test_a_rule_about_something_else_is_refused_before_a_model_is_loaded(
+def test_a_rule_with_a_metric_that_is_not_measured_is_refused_before_a_model_is_loaded(
     inputs, evaluation, tmp_path
 ):
     with pytest.raises(
@@ -304,7 +304,7 @@ def test_ratios_are_decimal_and_each_once(ratios, expected):
 @pytest.mark.parametrize(
     "ratios", ["0:1", "a:b:c", "1:0:0.1", "0:1:0", "0:1:-1", "0:1:0.00001", 60.1, [], "nan:1:1"]
 )
-def test_what_is_no_range_of_ratios_is_refused(ratios):
+def test_text_that_is_no_range_of_ratios_is_refused(ratios):
     with pytest.raises(ValidationError, match="ratios"):
         SweepConfig(ratios=ratios)
 
@@ -334,7 +334,7 @@ LINE = [
 ]
 
 
-def test_the_best_that_keeps_the_limits_and_of_equals_the_smallest():
+def test_the_smallest_of_the_best_ratios_within_the_limits_is_recommended():
     assert recommended(LINE)[0] == {"all": 0.6}
     assert recommended(LINE, tolerance=0.001)[0] == {"all": 0.8}
     assert recommended(LINE, bits_per_byte_rise=None)[0] == {"all": 1.0}
@@ -346,7 +346,7 @@ def test_the_best_that_keeps_the_limits_and_of_equals_the_smallest():
     }
 
 
-def test_where_every_ratio_breaks_a_limit_none_is_recommended():
+def test_no_ratio_is_recommended_if_each_breaks_a_limit():
     chosen, sentence = recommended(LINE, at_least={"chat": 0.95})
     assert chosen is None
     assert (
