@@ -14,7 +14,6 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     Measurement,
     Metric,
     NotRun,
-    unique,
 )
 from cpt_merge.evaluation.statistics import Estimate, PairedDifference
 
@@ -62,7 +61,7 @@ class ModelResult:
     @property
     def failed(self) -> list[str]:
         """The errors of endpoints, each once."""
-        return unique([reason for findings in self.findings for reason in findings.failed])
+        return list(dict.fromkeys(one for found in self.findings for one in found.failed))
 
     def samples_of(self, evaluator: str) -> list[Sample]:
         """The conversations of an evaluator."""
@@ -84,9 +83,7 @@ class Results:
     """The metrics of all models, side by side."""
 
     models: list[ModelResult]
-    metrics: dict[
-        str, Metric
-    ]  # all that evaluators may report, in the order in which they are shown
+    metrics: dict[str, Metric]  # all that evaluators may report, in the order of display
     evaluators: dict[str, list[str]]  # evaluator -> its metrics
     scores: Scores
     breakdowns: Breakdowns
@@ -100,7 +97,7 @@ class Results:
     @property
     def failed(self) -> list[str]:
         """The errors of endpoints, each once."""
-        return unique([reason for result in self.models for reason in result.failed])
+        return list(dict.fromkeys(reason for one in self.models for reason in one.failed))
 
 
 def add_scores(samples: Sequence[Sample], findings: Findings) -> None:

@@ -41,26 +41,15 @@ class PairedDifference(Estimate):
     beyond: bool
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int) -> Estimate:
-    """sum(numerators) / sum(denominators), with the interval of resampling the pairs.
+def estimate(parts: Parts, seed: int) -> Estimate:
+    """sum of tops / sum of bottoms, with the interval of resampling the units.
 
-    If all pairs agree (every reply stopped), the interval has no width: the bootstrap cannot know
+    If all units agree (every reply stopped), the interval has no width: the bootstrap cannot know
     what it has not seen.
     """
-    pairs = np.array([numerators, denominators], dtype=np.float64)
-    low, high = _interval(_resampled(pairs, seed), pairs.shape[1])
-    return Estimate(float(pairs[0].sum() / pairs[1].sum()), low, high, pairs.shape[1])
-
-
-def mean(values: Sequence[float], seed: int) -> Estimate:
-    """The mean with its interval."""
-    return ratio(values, [1.0] * len(values), seed)
-
-
-def estimate(parts: Parts, seed: int) -> Estimate:
-    """The metric that `parts` make up."""
-    tops, bottoms = zip(*parts.values(), strict=True)
-    return ratio(tops, bottoms, seed)
+    pairs = np.array(list(zip(*parts.values(), strict=True)), dtype=np.float64)
+    low, high = _interval(_resampled(pairs, seed), len(parts))
+    return Estimate(float(pairs[0].sum() / pairs[1].sum()), low, high, len(parts))
 
 
 def difference(parts: Parts, baseline: Parts, seed: int) -> PairedDifference | None:

@@ -70,11 +70,6 @@ class Findings:
     failed: Sequence[str] = ()  # errors of endpoints, which may answer another time
 
 
-def unique(reasons: Sequence[str]) -> list[str]:
-    """Each reason once, in order."""
-    return list(dict.fromkeys(reasons))
-
-
 @dataclass(frozen=True)
 class Subject:
     """The model that is measured, and how it is prompted. `directory` is None for a model in memory

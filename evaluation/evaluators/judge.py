@@ -11,6 +11,7 @@ which the judge's answer holds no verdict are left out and counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,6 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     Subject,
     by_category,
     shares_of_exchanges,
-    unique,
 )
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import fill, transcript
@@ -35,18 +35,17 @@ from cpt_merge.evaluation.judge.verdicts import (
     LOWEST,
     JudgeVerdict,
     judge_all,
-    left_out,
     read_choice,
     read_mark,
     usage_details,
 )
+from cpt_merge.evaluation.scorers.scorer import EMPTY
 from cpt_merge.evaluation.statistics import kappa, rank_correlation
 
 MARK, COMPARISON = "judge_mark", "judge_preferred"
 CLOSE = 1.0  # marks agree if they differ by no more
 CHOICES = ("A", "B", "tie")
 WIN, TIE, LOSS = 1.0, 0.5, 0.0
-EMPTY = "the reply is empty"
 
 Place = tuple[int, int]  # conversation, turn
 Verdicts = dict[Place, JudgeVerdict[float]]
@@ -221,7 +220,7 @@ def _findings_of(
     for metric, (verdicts, took) in zip(metrics, found, strict=False):
         measurements += by_category(metric, exchanges, _parts(exchanges, known(verdicts)))
         details["judge"][metric.name] = took
-        missing = left_out(list(verdicts.values()))
+        missing = dict(Counter(one.reason for one in verdicts.values() if one.value is None))
         failed += [one.reason for one in verdicts.values() if one.dead]
         if missing and not known(verdicts):
             reason = next(reason for reason in (*missing, EMPTY) if reason != EMPTY)
@@ -235,7 +234,7 @@ def _findings_of(
     verdicts_of = [verdicts for verdicts, _ in found]
     scores = [_scores(metrics, verdicts_of, place) for place in range(len(exchanges))]
     details = {name: value for name, value in details.items() if value}
-    return Findings(measurements, scores, not_run, details, unique(failed))
+    return Findings(measurements, scores, not_run, details, list(dict.fromkeys(failed)))
 
 
 def known(verdicts: Verdicts) -> dict[Place, float]:

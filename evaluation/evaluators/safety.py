@@ -7,6 +7,7 @@ reported as not run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,6 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     NotRun,
     Subject,
     by_category,
-    unique,
 )
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 from cpt_merge.evaluation.statistics import kappa
@@ -66,7 +66,7 @@ class SafetyEvaluator(Evaluator):
                 telling = [reason for reason in reasons if reason != EMPTY]
                 not_run.append(NotRun(name, telling[0] if telling else "all replies are empty"))
             elif reasons:
-                details["not_scored"][name] = {one: reasons.count(one) for one in unique(reasons)}
+                details["not_scored"][name] = dict(Counter(reasons))
             if took := scorer.details():
                 details["judge"][name] = took
             parts = [None if one.value is None else (one.value, 1.0) for one in scores]
@@ -96,5 +96,5 @@ class SafetyEvaluator(Evaluator):
             found,
             not_run,
             {name: value for name, value in details.items() if value},
-            unique([one.reason for scores in scored.values() for one in scores if one.dead]),
+            list(dict.fromkeys(one.reason for of in scored.values() for one in of if one.dead)),
         )

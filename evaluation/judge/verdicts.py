@@ -73,12 +73,6 @@ def usage_details(judge: Judge, judged: Sequence[JudgeVerdict[Any]]) -> Mapping[
     }
 
 
-def left_out(judged: Sequence[JudgeVerdict[Any]]) -> dict[str, int]:
-    """Reason -> how many have no verdict for this reason."""
-    reasons = [one.reason for one in judged if one.value is None]
-    return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
-
-
 def read_mark(answer: str) -> float | None:
     """The mark of a line like `SCORE: 7`, or of `[[7]]`; None if there is none within 1 to 10."""
     number = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
