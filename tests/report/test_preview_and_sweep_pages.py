@@ -143,7 +143,7 @@ def test_an_unfinished_sweep_shows_the_points_so_far(
 
 
 @pytest.mark.parametrize("train_it", [train, lambda run: None])
-def test_a_run_without_preview_and_sweep_has_no_such_sections(
+def test_a_run_without_them_has_no_such_sections(
     run: Path, train_it: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_it(run)
