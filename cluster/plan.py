@@ -57,7 +57,7 @@ class ClusterOptions:
 
 
 @dataclass(frozen=True)
-class LayoutCost:
+class _LayoutCost:
     """The cost of FSDP (one replica) or HSDP (several) on a cluster."""
 
     replicas: int
@@ -71,13 +71,13 @@ class LayoutCost:
         return "FSDP" if self.replicas == 1 else "HSDP"
 
 
-def layout_costs(shape: ModelShape, work: Workload, cluster: Cluster) -> list[LayoutCost]:
+def _layout_costs(shape: ModelShape, work: Workload, cluster: Cluster) -> list[_LayoutCost]:
     """FSDP over all GPUs and, on several nodes, HSDP with one replica per node."""
     found = []
     for replicas in sorted({1, cluster.nodes}):
         step = estimate_step(shape, work, cluster, replicas)
         memory = memory_on(shape, work, cluster, replicas)
-        found.append(LayoutCost(replicas, step, memory, fits(memory, cluster.gpu)))
+        found.append(_LayoutCost(replicas, step, memory, fits(memory, cluster.gpu)))
     return found
 
 
@@ -92,7 +92,7 @@ def show_cluster(
         f"{network}: {work.micro_batches} micro-batches of {work.micro_batch_size:g} sequences on "
         "each GPU; docs/scaling.md says how accurate such estimates are"
     )
-    costs = layout_costs(shape, work, cluster)
+    costs = _layout_costs(shape, work, cluster)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column()
     for cost in costs:
@@ -113,7 +113,7 @@ def show_cluster(
 Rows = Iterator[tuple[str, list[str]]]  # a label, and its value for each layout
 
 
-def _speed(costs: list[LayoutCost], config: TrainingConfig) -> Rows:
+def _speed(costs: list[_LayoutCost], config: TrainingConfig) -> Rows:
     steps = [cost.step for cost in costs]
     for part in PARTS:
         label = "exposed communication" if part == "exposed" else part
@@ -128,7 +128,7 @@ def _speed(costs: list[LayoutCost], config: TrainingConfig) -> Rows:
     yield "", [f"{each * steps[0].ranks:,.0f} GPU-hours" for each in hours]
 
 
-def _memory(costs: list[LayoutCost], cluster: Cluster) -> Rows:
+def _memory(costs: list[_LayoutCost], cluster: Cluster) -> Rows:
     for part in vars(costs[0].memory):
         values = [f"{getattr(cost.memory, part) / GIGA:,.2f} GB" for cost in costs]
         yield f"  {part.replace('_', ' ')}", values
@@ -140,7 +140,7 @@ def _memory(costs: list[LayoutCost], cluster: Cluster) -> Rows:
 
 
 def _checkpoints(
-    costs: list[LayoutCost], shape: ModelShape, config: TrainingConfig, options: ClusterOptions
+    costs: list[_LayoutCost], shape: ModelShape, config: TrainingConfig, options: ClusterOptions
 ) -> Rows:
     cluster, work = options.cluster, options.workload(config)
     saves = [
@@ -180,13 +180,13 @@ def _other_nodes(shape: ModelShape, config: TrainingConfig, cluster: Cluster) ->
         except UserError:
             table.add_row(*cells, "-", "batch does not divide")
         else:
-            costs = layout_costs(shape, work, larger)
+            costs = _layout_costs(shape, work, larger)
             table.add_row(*cells, str(work.micro_batches), *_cells(costs, config))
         nodes *= 2
     return table
 
 
-def _cells(costs: list[LayoutCost], config: TrainingConfig) -> list[str]:
+def _cells(costs: list[_LayoutCost], config: TrainingConfig) -> list[str]:
     """Speed and memory of FSDP and HSDP, days, the faster one."""
     cells = []
     for cost in costs:

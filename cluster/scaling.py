@@ -202,7 +202,7 @@ def layer_compute(shape: ModelShape, work: Workload, gpu: GpuSpec) -> tuple[Comp
     """(forward, backward) of one decoder layer for one micro-batch.
 
     Forward, per token: 2 FLOPs per parameter; causal attention, 2 q s FLOPs (half of 4 q s; query
-    width q, sequence length s); and `elementwise_bytes`. Backward: twice the matmuls and the
+    width q, sequence length s); and `_elementwise_bytes`. Backward: twice the matmuls and the
     elementwise part, 2.5 times the attention, which flash attention recomputes (Dao,
     FlashAttention-2, 2023, section 4.1), and what activation checkpointing recomputes. fp8 doubles
     the rate of the matmuls.
@@ -211,13 +211,13 @@ def layer_compute(shape: ModelShape, work: Workload, gpu: GpuSpec) -> tuple[Comp
     forward = Compute(
         work.tokens * 2 * shape.layer_parameters / rate,
         work.tokens * 2 * shape.query * work.sequence_length / (gpu.peak * gpu.attention_share),
-        gpu.stream(work.tokens * elementwise_bytes(shape, work)),
+        gpu.stream(work.tokens * _elementwise_bytes(shape, work)),
     )
     recomputed = forward.times(*RECOMPUTED[work.activation_checkpointing])
     return forward, forward.times(2, 2.5, 2) + recomputed
 
 
-def elementwise_bytes(shape: ModelShape, work: Workload) -> float:
+def _elementwise_bytes(shape: ModelShape, work: Workload) -> float:
     """Bytes that a LLaMA layer reads and writes outside of matmuls, per token of the forward pass.
 
     For width h, query and key width q + k, MLP width i and c bytes of the compute type:
@@ -241,7 +241,7 @@ def elementwise_bytes(shape: ModelShape, work: Workload) -> float:
     return size + (cast if work.fp8 else 0)
 
 
-def head_compute(shape: ModelShape, work: Workload, gpu: GpuSpec) -> Compute:
+def _head_compute(shape: ModelShape, work: Workload, gpu: GpuSpec) -> Compute:
     """Head and loss of a micro-batch: 6 V h FLOPs a token, 12 + 3 c bytes a logit."""
     flops = 6 * shape.vocabulary * shape.width
     return Compute(
@@ -419,7 +419,7 @@ def estimate_step(
     """
     sharding, gpu, count = Sharding(cluster, replicas), cluster.gpu, work.micro_batches
     forward, backward = layer_compute(shape, work, gpu)
-    computing = (forward + backward).times(*[shape.layers] * 3) + head_compute(shape, work, gpu)
+    computing = (forward + backward).times(*[shape.layers] * 3) + _head_compute(shape, work, gpu)
     first, last = (
         _overlap(shape, work, sharding, forward, backward, over_replicas)
         for over_replicas in (False, True)

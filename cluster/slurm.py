@@ -15,12 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIMEOUT = 30  # seconds for squeue and scontrol; a busy controller may not answer at all
-HAS_PROCESSES = (
-    "RUNNING",
-    "SUSPENDED",
-    "CONFIGURING",
-    "STOPPED",
-)  # states of a job that is at work
+HAS_PROCESSES = "RUNNING SUSPENDED CONFIGURING STOPPED".split()  # states of a job at work
 SIGNAL_OF = {138: "SIGUSR1", 143: "SIGTERM"}  # srun's exit code after a signal ended a task
 
 _TASK_ENDED = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<how>.+)")
@@ -58,13 +53,8 @@ def describe_job(job: str) -> str:
 def requeue(job: str) -> str:
     """Put a running job back into the queue. Returns the reason if that fails, else nothing."""
     try:
-        done = subprocess.run(
-            ["scontrol", "requeue", job],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=TIMEOUT,
-        )
+        command = ["scontrol", "requeue", job]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return done.stderr.strip()

@@ -85,7 +85,7 @@ def _unknown_key(
 
     Missing keys next to it are tried first, then all keys next to it, then keys elsewhere.
     """
-    known = known_keys(section)
+    known = _known_keys(section)
     wanted = ".".join(part for part in location if isinstance(part, str))
     parent, _, last = wanted.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
@@ -236,13 +236,13 @@ def _place(items: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def known_keys(section: type[Section], prefix: str = "") -> list[str]:
+def _known_keys(section: type[Section], prefix: str = "") -> list[str]:
     """All dotted keys of a section and of the sections inside it."""
     keys: list[str] = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
         for inner in inner_sections(field):
-            keys.extend(known_keys(inner, prefix + name + "."))
+            keys.extend(_known_keys(inner, prefix + name + "."))
     return keys
 
 

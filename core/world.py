@@ -68,7 +68,7 @@ def find_rendezvous(world: World, environment: Mapping[str, str] = os.environ) -
     address, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
     if world.launcher == "slurm":
         address = address or first_host(environment.get("SLURM_STEP_NODELIST", ""))
-        port = port or str(job_port(environment.get("SLURM_JOB_ID", "")))
+        port = port or str(_job_port(environment.get("SLURM_JOB_ID", "")))
     if not address or not port.isdigit():
         raise UserError(
             f"MASTER_ADDR is {address!r} and MASTER_PORT {port!r}, so the processes cannot meet; "
@@ -86,7 +86,7 @@ def find_rendezvous(world: World, environment: Mapping[str, str] = os.environ) -
     return Rendezvous(address, int(port))
 
 
-def job_port(job: str) -> int:
+def _job_port(job: str) -> int:
     """A port that follows from a Slurm job's id: 15000 .. 29999, below Linux's ephemeral ports."""
     if not job.isdigit():
         raise UserError(

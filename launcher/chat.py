@@ -45,7 +45,7 @@ def chat(name: str, settings: ChatSettings) -> None:
     Raises `UserError` if it is not a chat model and, if stdin is not a terminal, for a turn that
     cannot be answered.
     """
-    conversation = Conversation(_load(name, settings), settings)
+    dialogue = Dialogue(_load(name, settings), settings)
     if settings.seed is None:
         torch.seed()
     else:
@@ -56,7 +56,7 @@ def chat(name: str, settings: ChatSettings) -> None:
     terminal = sys.stdin.isatty()
     for line in _lines(terminal):
         try:
-            if not _obey(conversation, line):
+            if not _obey(dialogue, line):
                 return
         except (UserError, KeyboardInterrupt) as error:
             if not terminal:
@@ -127,25 +127,25 @@ def _ask() -> str:
     return line
 
 
-def _obey(conversation: Conversation, line: str) -> bool:
+def _obey(dialogue: Dialogue, line: str) -> bool:
     """Execute a command or answer. Returns False at the end of the program."""
     if not line.startswith("/"):
-        conversation.answer(line)
+        dialogue.answer(line)
     elif line in ("/exit", "/quit"):
         return False
     elif line == "/clear":
-        conversation.turns.clear()
+        dialogue.turns.clear()
         say("(new conversation)")
     elif line == "/undo":
-        del conversation.turns[-2:]
-        say(f"(exchanges left: {len(conversation.turns) // 2})")
+        del dialogue.turns[-2:]
+        say(f"(exchanges left: {len(dialogue.turns) // 2})")
     else:
         say(HELP if line == "/help" else f"{line} is not a command. {HELP}")
     return True
 
 
 @dataclass
-class Conversation:
+class Dialogue:
     """A dialogue with a model; its turns alternate between user and assistant."""
 
     loaded: LoadedModel
@@ -202,20 +202,24 @@ class Conversation:
         return turns, prompt
 
     def _encode(self, turns: list[Message]) -> list[int]:
-        return self.loaded.encode(
-            _render(self.loaded.tokenizer, [*_opening(self.settings), *turns])
-        )
+        messages = [*_opening(self.settings), *turns]
+        return self.loaded.encode(_render(self.loaded.tokenizer, messages))
 
     def _generate(self, prompt: list[int], room: int) -> str:
         """Write a reply of at most `room` tokens to stdout and return it. Ctrl-C stops it."""
         inputs = torch.tensor([prompt], device=self.loaded.device)
+        asked = threading.Event()
+
+        def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.full((ids.shape[0],), asked.is_set(), dtype=torch.bool, device=ids.device)
+
         streamer = ReplyStreamer(self.loaded.tokenizer, self.stop_ids, _write)
-        with _interruptible() as asked:
+        with _interruptible(asked):
             self.loaded.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=self._generation_config(room),
-                stopping_criteria=StoppingCriteriaList([_when(asked)]),
+                stopping_criteria=StoppingCriteriaList([stop]),
                 streamer=streamer,
             )
         _write("\n")
@@ -300,19 +304,9 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _when(asked: threading.Event) -> Callable[..., torch.Tensor]:
-    """A stopping criterion: the event is set."""
-
-    def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((ids.shape[0],), asked.is_set(), dtype=torch.bool, device=ids.device)
-
-    return stop
-
-
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def _interruptible(asked: threading.Event) -> Iterator[None]:
     """Ctrl-C sets the event, which ends the reply at the next token; a second one raises."""
-    asked = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
         asked.set()
@@ -320,6 +314,6 @@ def _interruptible() -> Iterator[threading.Event]:
 
     before = signal.signal(signal.SIGINT, ask)
     try:
-        yield asked
+        yield
     finally:
         signal.signal(signal.SIGINT, before)

@@ -22,15 +22,7 @@ from cpt_merge.core.deadline import STOP_AT, parse_stop_at
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import console, silence_bars
 from cpt_merge.core.world import find_world
-from cpt_merge.launcher.stages import (
-    DATA,
-    EMBEDDINGS,
-    EVALUATION,
-    MERGE,
-    SWEEP,
-    TOKENIZER,
-    TRAINING,
-)
+from cpt_merge.launcher import stages
 
 if TYPE_CHECKING:
     from cpt_merge.launcher.stage import Stage
@@ -111,19 +103,19 @@ def _add_stage(stage: Stage) -> None:
         _run_stage(stage, recipe, overrides)
 
 
-_add_stage(TOKENIZER)
-_add_stage(EMBEDDINGS)
-_add_stage(DATA)
+_add_stage(stages.TOKENIZER)
+_add_stage(stages.EMBEDDINGS)
+_add_stage(stages.DATA)
 
 
-@app.command(TRAINING.command, help=TRAINING.help)
+@app.command(stages.TRAINING.command, help=stages.TRAINING.help)
 def train(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None) -> None:
     """The training stage."""
     _remember_deadline(stop_at)
-    _run_stage(TRAINING, recipe, overrides)
+    _run_stage(stages.TRAINING, recipe, overrides)
 
 
-@app.command(MERGE.command, help=MERGE.help)
+@app.command(stages.MERGE.command, help=stages.MERGE.help)
 def merge(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -132,7 +124,7 @@ def merge(
     """The merge stage, or its plan."""
     _one_thread_for_numpy()
     if not plan:
-        _run_stage(MERGE, recipe, overrides)
+        _run_stage(stages.MERGE, recipe, overrides)
         return
     from cpt_merge.launcher.merge_models import show_stage_plan
     from cpt_merge.launcher.run import Run
@@ -140,7 +132,7 @@ def merge(
     show_stage_plan(Run.load(recipe, overrides or []))
 
 
-_add_stage(EVALUATION)
+_add_stage(stages.EVALUATION)
 
 
 @app.command()
@@ -176,7 +168,7 @@ def sweep(
         "search.trials": search,
     }
     options = [f"sweep.{name}={value}" for name, value in given.items() if value is not None]
-    _run_stage(SWEEP, recipe, [*(overrides or []), *options])
+    _run_stage(stages.SWEEP, recipe, [*(overrides or []), *options])
 
 
 @app.command()
@@ -373,12 +365,8 @@ def plan(
     from cpt_merge.launcher.plan import show_plan
     from cpt_merge.launcher.recipe import load_recipe
 
-    options = {
-        "nodes": nodes,
-        "gpus_per_node": gpus_per_node,
-        "network": network,
-        "storage": storage,
-    }
+    numbers = {"nodes": nodes, "gpus_per_node": gpus_per_node}
+    options = {**numbers, "network": network, "storage": storage}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if given and gpu is None:
         raise UserError(
@@ -495,10 +483,9 @@ def begin(recipe: RecipePath, overrides: Overrides = None) -> None:
     """
     from cpt_merge.cluster.attempts import begin as begin_attempt
     from cpt_merge.launcher.recipe import load_recipe
-    from cpt_merge.launcher.stages import STAGES
 
     print(begin_attempt(load_recipe(recipe, overrides or [])))
-    for stage in STAGES:
+    for stage in stages.STAGES:
         print(stage.spread, stage.command)
     print("once report")
 

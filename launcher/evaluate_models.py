@@ -19,7 +19,7 @@ from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.tracking import TrackingConfig
 
 
-class EvaluationSettings(Section):
+class _EvaluationSettings(Section):
     """The sections of a recipe that an evaluation without one may set."""
 
     evaluation: EvaluationConfig = key(EvaluationConfig(suites=["form"]), "evaluation")
@@ -80,7 +80,7 @@ def _removed_on_failure(out: Path) -> Iterator[None]:
         raise
 
 
-def _settings(words: Sequence[str], suites: str | None) -> EvaluationSettings:
+def _settings(words: Sequence[str], suites: str | None) -> _EvaluationSettings:
     values: dict[str, Any] = {"evaluation": {}, "tracking": {"mode": "disabled"}}
     for word in words:
         apply_override(values, word)
@@ -88,7 +88,7 @@ def _settings(words: Sequence[str], suites: str | None) -> EvaluationSettings:
         raise UserError("--suite and evaluation.suites say the same; leave out one.")
     if suites is not None:
         values["evaluation"]["suites"] = [name.strip() for name in suites.split(",")]
-    return parse_section(EvaluationSettings, values, "the evaluation's settings")
+    return parse_section(_EvaluationSettings, values, "the evaluation's settings")
 
 
 def _pairs(option: str, words: Sequence[str]) -> dict[str, str]:

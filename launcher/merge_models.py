@@ -149,11 +149,7 @@ def _table(the_plan: MergePlan) -> list[str]:
     total = f"{len(the_plan.tensors)} tensors in {counted(files, 'file')}"
     rows.append((total, "", "", "", "", f"{read:,}", f"{written:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(7)]
-    return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    return [
-        cell.rjust(width) if column >= 5 else cell.ljust(width)
-        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
+    form = "  ".join(
+        f"{{:{'>' if column >= 5 else '<'}{width}}}" for column, width in enumerate(widths)
+    )
+    return [form.format(*row).rstrip() for row in rows]

@@ -65,15 +65,13 @@ def as_text(section: type[Section], within: str = "") -> str:
     for item in recipe_keys(section):
         if within and not f"{item.path}.".replace("[]", "").startswith(f"{within}."):
             continue
-        detail = ", ".join(part for part in (item.type, item.unit, _default_words(item)) if part)
+        given = item.default in ("", "required")
+        default = item.default if given else f"default {item.default}"
+        detail = ", ".join(part for part in (item.type, item.unit, default) if part)
         lines.append(f"{item.path}\n    {item.text} ({detail})")
     if not lines:
         raise UserError(f"a recipe has no section {within}; `cpt-merge keys` lists all keys.")
     return "\n".join(lines)
-
-
-def _default_words(item: KeyInfo) -> str:
-    return item.default if item.default in ("", "required") else f"default {item.default}"
 
 
 def as_markdown(section: type[Section]) -> str:
@@ -81,25 +79,16 @@ def as_markdown(section: type[Section]) -> str:
     groups: dict[str, list[KeyInfo]] = {}
     for item in recipe_keys(section):
         name = item.path.partition(".")[0]
-        groups.setdefault(
-            name if inner_sections(section.model_fields[name]) else "the run", []
-        ).append(item)
+        group = name if inner_sections(section.model_fields[name]) else "the run"
+        groups.setdefault(group, []).append(item)
+    head = "| key | type | default | unit | meaning |\n|---|---|---|---|---|"
     parts = []
     for name, items in groups.items():
         rows = [
             f"| `{i.path}` | {i.type} | {i.default} | {i.unit} | {i.text.replace('|', '/')} |"
             for i in items
         ]
-        parts.append(
-            "\n".join(
-                [
-                    f"## {name}\n",
-                    "| key | type | default | unit | meaning |",
-                    "|---|---|---|---|---|",
-                    *rows,
-                ]
-            )
-        )
+        parts.append("\n".join([f"## {name}\n", head, *rows]))
     return "\n\n".join(parts) + "\n"
 
 

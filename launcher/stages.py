@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from cpt_merge.tracking import Tracker
 
 
-def new_text(recipe: Recipe) -> Corpus:
+def _new_text(recipe: Recipe) -> Corpus:
     """The text in the languages that the tokenizer is extended by."""
     languages = recipe.tokenizer.languages()
     sources = [source for source in recipe.corpus.sources if source.language in languages]
     return recipe.corpus.model_copy(update={"sources": sources})
 
 
-def vector_inputs(recipe: Recipe) -> dict[str, str]:
+def _vector_inputs(recipe: Recipe) -> dict[str, str]:
     """The fingerprints of further chat vectors."""
     from cpt_merge.core.hub import model_directory
 
@@ -41,7 +41,7 @@ def vector_inputs(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def prompt_inputs(recipe: Recipe) -> dict[str, str]:
+def _prompt_inputs(recipe: Recipe) -> dict[str, str]:
     """The fingerprints of the files that the evaluation asks from."""
     files = recipe.evaluation.files()
     return {name: fingerprint(Path(path).expanduser()) for name, path in files.items()}
@@ -82,14 +82,14 @@ def _initialise_rows(context: StageContext, tracker: Tracker) -> dict[str, Any]:
 
     paths, recipe = context.run, context.run.recipe
     paths.resized.mkdir(parents=True)
-    text = new_text(recipe)
+    text = _new_text(recipe)
     return resize_embeddings(
         recipe.embeddings, paths.base, paths.tokenizer, paths.resized, text, tracker
     )
 
 
 def _embeddings_config(recipe: Recipe) -> dict[str, Any]:
-    text = {"corpus": new_text(recipe).text()} if recipe.embeddings.needs_text else {}
+    text = {"corpus": _new_text(recipe).text()} if recipe.embeddings.needs_text else {}
     return {"embeddings": recipe.embeddings.model_dump(), **text}
 
 
@@ -185,7 +185,7 @@ MERGE = Stage(
     help="Add the chat vector to the trained model, from files.",
     config=lambda r: r.merge.model_dump(),
     inputs={"cpt": TRAINING, "tokenizer": TOKENIZER},
-    reads=lambda run: {**run.pair_inputs(), **vector_inputs(run.recipe)},
+    reads=lambda run: {**run.pair_inputs(), **_vector_inputs(run.recipe)},
     run=_merge,
     marker="chat/config.json",
     output=Output("model", "merged"),
@@ -205,7 +205,7 @@ def _evaluate(context: StageContext, tracker: Tracker) -> dict[str, Any]:
 
 def _evaluation_inputs(run: Run) -> dict[str, str]:
     further = {f"model {name}": fingerprint(path) for name, path in run.further_models().items()}
-    return {**run.pair_inputs(), **prompt_inputs(run.recipe), **run.corpus_inputs(), **further}
+    return {**run.pair_inputs(), **_prompt_inputs(run.recipe), **run.corpus_inputs(), **further}
 
 
 def _nothing_failed(results: Path) -> bool:
@@ -244,7 +244,7 @@ def _sweep(context: StageContext, tracker: Tracker) -> dict[str, Any]:
 
 
 def _sweep_inputs(run: Run) -> dict[str, str]:
-    return {**MERGE.reads(run), **prompt_inputs(run.recipe), **run.corpus_inputs()}
+    return {**MERGE.reads(run), **_prompt_inputs(run.recipe), **run.corpus_inputs()}
 
 
 # Not part of the pipeline: it may follow the training at any time. It keeps each point by a key.

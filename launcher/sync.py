@@ -34,7 +34,13 @@ def sync(folder: Path) -> None:
             lock.take()
             stack.callback(lock.release)
         uploaded = [log for log in logs if upload(log)]
-    local = [log for log in logs if log not in uploaded and _is_only_local(log)]
+    local = [  # neither the last attempt nor an earlier one was to go to W&B
+        log
+        for log in logs
+        if log not in uploaded
+        and read_log(log).run.get("mode") == "disabled"
+        and not any((log / "wandb").glob("*run-*"))
+    ]
     if len(local) == len(logs):
         raise UserError(
             f"{folder}: there is nothing to upload, because it was logged with tracking.mode: "
@@ -47,11 +53,6 @@ def sync(folder: Path) -> None:
         say(f"W&B: {len(uploaded)} of {len(logs)} logs had something to upload")
     else:
         say(f"W&B: {'everything else' if local else 'everything'} is uploaded")
-
-
-def _is_only_local(log: Path) -> bool:
-    """Whether neither the last attempt of a log nor an earlier one was to go to W&B."""
-    return read_log(log).run.get("mode") == "disabled" and not any((log / "wandb").glob("*run-*"))
 
 
 def _place(log: Path) -> tuple[Path, int, bool, Path]:

@@ -20,13 +20,13 @@ GB = 1e9
 def begin(recipe: Recipe) -> None:
     """Check the inputs and the disk, and open an empty folder of reports. Raises `UserError`."""
     check_inputs(recipe)
-    check_disk(Run(recipe))
+    _check_disk(Run(recipe))
     folder = folder_of(recipe)
     shutil.rmtree(folder, ignore_errors=True)
     write_json(folder / NONCE_FILE, {"nonce": secrets.token_hex(8), "node": node_name()})
 
 
-def check_disk(run: Run) -> None:
+def _check_disk(run: Run) -> None:
     """Raises `UserError` if the run's disk has no room for what the run has still to write."""
     recipe = run.recipe
     base = shape_of(run.base, recipe.models.base)

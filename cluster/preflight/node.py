@@ -52,7 +52,7 @@ def check_node(recipe: Recipe, wait: float) -> None:
         raise UserError(report.problems[0])
 
 
-def check_shared(report: NodeReport, recipe: Recipe, wait: float) -> None:
+def _check_shared(report: NodeReport, recipe: Recipe, wait: float) -> None:
     """Read the first node's nonce. The judge proves the other direction by reading this report."""
     path = folder_of(recipe) / NONCE_FILE
     if wait_for(path.is_file, str(path), timeout=wait):
@@ -64,7 +64,7 @@ def check_shared(report: NodeReport, recipe: Recipe, wait: float) -> None:
         )
 
 
-def check_clock(report: NodeReport, recipe: Recipe, wait: float) -> None:
+def _check_clock(report: NodeReport, recipe: Recipe, wait: float) -> None:
     """Compare the node's clock with the date of a file, which a file server sets for all nodes.
 
     The difference is 0 if the date is between the times before and after writing. Some parallel
@@ -111,8 +111,8 @@ def memory(meminfo: str, environment: Mapping[str, str] = os.environ) -> tuple[f
 
 # The checks that may hang come last
 CHECKS: dict[str, Callable[[NodeReport, Recipe, float], None]] = {
-    "shared file system": check_shared,
-    "clock": check_clock,
+    "shared file system": _check_shared,
+    "clock": _check_clock,
     "software": check_software,
     "memory and temporary disk": check_room,
     "GPUs": check_gpus,

@@ -19,7 +19,7 @@ def check_software(report: NodeReport, recipe: Recipe, wait: float) -> None:
     digest = code_digest(PACKAGE)
     report.same["code"] = {"digest": digest}
     report.same["recipe"] = {"digest": stage_key("recipe", recipe.model_dump(mode="json"), {})}
-    report.same["packages"] = package_versions()
+    report.same["packages"] = _package_versions()
     report.facts.append(f"code {digest[:8]}")
 
 
@@ -34,7 +34,7 @@ def code_digest(package: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def package_versions() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     """The versions of Python and of all packages in pyproject.toml, optional ones included."""
     found = {"python": platform.python_version()}
     for name in sorted({requirement.name for requirement in requirements()}):
