@@ -23,6 +23,7 @@ from cpt_merge.cluster.scaling import (
     memory_on,
 )
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import counted
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.memory import MemoryEstimate, ModelShape
 
@@ -89,8 +90,8 @@ def show_cluster(
     network = f", {cluster.network * 8 / GIGA:,.0f} Gbit/s a node" if cluster.nodes > 1 else ""
     console.print(
         f"\n[bold]estimate[/] for {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
-        f"{network}: {work.micro_batches} micro-batches of {work.micro_batch_size:g} sequences on "
-        "each GPU; docs/scaling.md says how accurate such estimates are"
+        f"{network}: {_batch(work)} on each GPU; docs/scaling.md says how accurate such estimates "
+        "are"
     )
     costs = _layout_costs(shape, work, cluster)
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -206,9 +207,13 @@ def _cells(costs: list[_LayoutCost], config: TrainingConfig) -> list[str]:
     ]
 
 
+def _batch(work: Workload) -> str:
+    batches, size = counted(work.micro_batches, "micro-batch"), work.micro_batch_size
+    return f"{batches} of {counted(int(size) if size == int(size) else size, 'sequence')}"
+
+
 def _where_hsdp_wins(shape: ModelShape, work: Workload, cluster: Cluster) -> str:
-    batch = f"{work.micro_batches} micro-batches of {work.micro_batch_size:g} sequences"
-    same = f"With {batch} on every GPU"
+    same = f"With {_batch(work)} on every GPU"
     ranges = hsdp_ranges(shape, work, cluster, MOST_NODES)
     if not ranges:
         return f"{same}, FSDP is faster on any number of nodes up to {MOST_NODES}."

@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, StoppingCriteriaList
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import counted, say
 from cpt_merge.evaluation.chat_template import render
 from cpt_merge.evaluation.conversation import Message
 from cpt_merge.evaluation.models import LoadedModel, load_model, load_tokenizer
@@ -227,8 +227,8 @@ class Dialogue:
             say("(stopped)")
         elif not streamer.stopped:
             say(
-                f"(cut off after {len(streamer.ids)} tokens; the limits are --max-new-tokens "
-                "and the model's context)"
+                f"(cut off after {counted(len(streamer.ids), 'token')}; the limits are "
+                "--max-new-tokens and the model's context)"
             )
         return streamer.text.strip()
 

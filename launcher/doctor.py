@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import counted
 from cpt_merge.core.world import find_world
 
 INSTALL = "pip install -c constraints.txt -e ."
@@ -107,7 +108,7 @@ def _devices() -> Iterator[Finding]:
             "backend", "gloo on CPU: enough for the demo and the tests, slow for real models"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    yield Finding("CPU", f"{os.cpu_count()} cores, {memory:.0f} GB memory")
+    yield Finding("CPU", f"{counted(os.cpu_count() or 1, 'core')}, {memory:.0f} GB memory")
 
 
 def _processes() -> Iterator[Finding]:

@@ -113,8 +113,8 @@ def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> Non
         the_plan = plan(config, inputs, out)
     except RefusedError as refused:
         count = len(refused.problems)
-        subject = "one problem prevents" if count == 1 else f"{count} problems prevent"
-        console.print(f"{subject} this merge:")
+        verb = "prevents" if count == 1 else "prevent"
+        console.print(f"{counted(count, 'problem')} {verb} this merge:")
         for problem in refused.problems:
             console.print(f"  - {escape(problem)}")
         raise UserError("nothing would be merged; fix what is listed above.") from None
@@ -145,8 +145,8 @@ def _table(the_plan: MergePlan) -> list[str]:
             (tensor.name, kind_of(tensor.name), describe_rule(the_plan, tensor), tensor.spec.dtype,
              shape, f"{of_tensor:,}", f"{tensor.spec.nbytes:,}")
         )  # fmt: skip
-    files = len(the_plan.layout().headers)
-    total = f"{len(the_plan.tensors)} tensors in {counted(files, 'file')}"
+    files = counted(len(the_plan.layout().headers), "file")
+    total = f"{counted(len(the_plan.tensors), 'tensor')} in {files}"
     rows.append((total, "", "", "", "", f"{read:,}", f"{written:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(7)]
     form = "  ".join(

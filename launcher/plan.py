@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cpt_merge.cluster.plan import ClusterOptions, show_cluster
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import counted
 from cpt_merge.data.mixture import describe, mixture
 from cpt_merge.data.sources import source_files
 from cpt_merge.launcher.inputs import check_inputs, check_numbers
@@ -52,7 +53,9 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
     table.add_row(
         "extended", f"{shape.parameters / 1e6:,.1f} M parameters, at most {shape.vocabulary:,} rows"
     )
-    table.add_row("training", f"{config.steps:,} steps of {config.tokens_per_step:,} tokens")
+    table.add_row(
+        "training", f"{counted(config.steps, 'step')} of {config.tokens_per_step:,} tokens"
+    )
     if processes:
         _add_memory(table, recipe, shape, processes)
     table.add_row("disk", str(disk_needed(shape, config)))
@@ -72,10 +75,11 @@ def _add_memory(table: Table, recipe: Recipe, shape: ModelShape, processes: int)
     parts = ", ".join(
         f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items()
     )
-    sequences = recipe.training.micro_batch_size
+    batches = counted(setup.micro_batches, "micro-batch")
+    sequences = counted(recipe.training.micro_batch_size, "sequence")
     table.add_row(
         "processes",
-        f"{processes}, each {setup.micro_batches} micro-batches of {sequences} sequences a step",
+        f"{processes}, each {batches} of {sequences} a step",
     )
     table.add_row("memory per rank", f"{memory.total / GB:,.2f} GB at once, of: {parts}")
 

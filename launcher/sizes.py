@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import hub_errors, is_local, model_directory
+from cpt_merge.core.progress import counted
 from cpt_merge.core.world import World
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.start import accelerate_config, backend_environment
@@ -100,7 +101,7 @@ class DiskNeeded:
     def __str__(self) -> str:
         return (
             f"{self.total / GB:,.2f} GB: three models of {self.model / GB:,.2f}, "
-            f"{self.kept} checkpoints of {self.checkpoint / GB:,.2f}"
+            f"{counted(self.kept, 'checkpoint')} of {self.checkpoint / GB:,.2f}"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.package import PACKAGE
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import counted, say
 from cpt_merge.core.world import find_world
 from cpt_merge.launcher.recipe import Recipe, read_yaml
 from cpt_merge.launcher.stage import StageContext
@@ -25,11 +25,11 @@ def _local_processes(recipe: Recipe) -> int:
     import torch
 
     gpus = torch.cuda.device_count()
-    places, kind = (gpus, "GPUs") if gpus else (os.cpu_count() or 1, "CPU cores")
+    places, kind = (gpus, "GPU") if gpus else (os.cpu_count() or 1, "CPU core")
     wanted = recipe.launch.processes or (gpus or 1)
     if wanted > places:
         raise UserError(
-            f"launch.processes = {wanted} but this machine has {places} {kind}; lower it."
+            f"launch.processes = {wanted} but this machine has {counted(places, kind)}; lower it."
         )
     return wanted
 

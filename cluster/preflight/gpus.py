@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpt_merge.cluster.preflight.reports import NodeReport
+from cpt_merge.core.progress import counted
 from cpt_merge.launcher.recipe import Recipe, read_yaml
 from cpt_merge.launcher.start import accelerate_config
 
@@ -94,7 +95,7 @@ def faults(gpus: list[GpuStatus], strange: list[str]) -> list[str]:
     for gpu in gpus:
         if gpu.uncorrected:
             found.append(
-                f"GPU {gpu.index} counts {gpu.uncorrected} uncorrected ECC errors; "
+                f"GPU {gpu.index} counts {counted(gpu.uncorrected, 'uncorrected ECC error')}; "
                 "have it reset or replaced."
             )
         if gpu.used is not None and gpu.used > USED_BY_OTHERS:
@@ -111,9 +112,9 @@ def _check_with_torch(report: NodeReport, asked: int) -> None:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked and count != asked:
         report.problems.append(
-            f"Slurm gave {asked} GPUs and torch ({torch.version.cuda or 'CPU'} build) sees {count}"
-            "; look at nvidia-smi there, install a CUDA build of torch, or set use_cpu in the "
-            "accelerate config."
+            f"Slurm gave {counted(asked, 'GPU')} and torch ({torch.version.cuda or 'CPU'} build) "
+            f"sees {count}; look at nvidia-smi there, install a CUDA build of torch, or set "
+            "use_cpu in the accelerate config."
         )
     names = Counter(torch.cuda.get_device_name(number) for number in range(count))
     kinds = ", ".join(f"{times} x {name}" for name, times in sorted(names.items())) or "no GPU"

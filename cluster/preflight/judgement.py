@@ -13,7 +13,7 @@ from cpt_merge.cluster.preflight.reports import NONCE_FILE, NodeReport, folder_o
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.distributed import wait_for
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import counted, say
 from cpt_merge.launcher.recipe import Recipe
 
 JUDGEMENT_FILE = "judgement.json"
@@ -147,7 +147,7 @@ def announce(recipe: Recipe, judgement: Judgement, network: bool = False) -> Non
     if network and path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))["bad"]
         earlier = {node: faults for node, faults in saved.items() if node not in judgement.nodes}
-    nodes = f"{len(judgement.nodes)} node{'s' * (len(judgement.nodes) != 1)}"
+    nodes = counted(len(judgement.nodes), "node")
     say(f"preflight{' (network)' if network else ''}: {nodes}, reports in {path.parent}")
     for node in judgement.nodes:
         for sentence in judgement.faults.get(node, []):

@@ -31,6 +31,11 @@ def test_nvidia_smis_answer_is_read_line_by_line() -> None:
     assert "71,234 MiB of GPU 1 are in use" in faults[2]
 
 
+def test_one_error_is_not_several() -> None:
+    found, _ = gpus.parse("0, GPU-aa11, NVIDIA H100 80GB HBM3, 580.95.05, 4, 1", None)
+    assert "counts 1 uncorrected ECC error;" in gpus.faults(found, [])[0]
+
+
 @pytest.mark.parametrize(
     ("visible", "wanted"),
     [("0,2", ["0", "2"]), ("GPU-bb22", ["1"]), ("GPU-c", ["2"]), ("", []), ("NoDevFiles", [])],
