@@ -77,10 +77,7 @@ def _add_memory(table: Table, recipe: Recipe, shape: ModelShape, processes: int)
     )
     batches = counted(setup.micro_batches, "micro-batch")
     sequences = counted(recipe.training.micro_batch_size, "sequence")
-    table.add_row(
-        "processes",
-        f"{processes}, each {batches} of {sequences} a step",
-    )
+    table.add_row("processes", f"{processes}, each {batches} of {sequences} a step")
     table.add_row("memory per rank", f"{memory.total / GB:,.2f} GB at once, of: {parts}")
 
 

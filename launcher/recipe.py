@@ -42,10 +42,7 @@ class LaunchConfig(Section):
         "zero3 (see recipes/accelerate), or a file; fsdp2 if not set",
     )
     spare_nodes: int = key(
-        0,
-        "on Slurm: how many bad nodes the preflight may exclude from the job",
-        unit="nodes",
-        ge=0,
+        0, "on Slurm: how many bad nodes the preflight may exclude from the job", unit="nodes", ge=0
     )
 
 

@@ -80,8 +80,7 @@ def _blame_the_first_to_stop(
         error = _error(reports[node])
         if step < 0:
             judgement.blame(
-                node,
-                f"a process of it did not start the network test{error}; look at its own log.",
+                node, f"a process of it did not start the network test{error}; look at its own log."
             )
         elif step == least:
             judgement.blame(

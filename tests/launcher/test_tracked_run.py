@@ -36,11 +36,7 @@ def test_one_group_and_a_run_for_each_stage_whose_id_is_in_its_record(
         assert written
         assert (run.run_group, run.job_type) == (group_name(recipe.name, recipe.directory), stage)
         assert run.run_id == f"{run.run_group}-{stage}-{written.key[:8]}"
-        assert written.tracking == {
-            "mode": "offline",
-            "run_id": run.run_id,
-            "group": run.run_group,
-        }
+        assert written.tracking == {"mode": "offline", "run_id": run.run_id, "group": run.run_group}
 
 
 def test_every_checkpoint_names_the_wandb_run(finished: Path) -> None:
