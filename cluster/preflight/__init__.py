@@ -1,6 +1,6 @@
 """Checks before a job uses its nodes: is each fit, and is the network between them fast?
 
-    --begin             once, on the first node     begin.py      inputs and disk; writes the nonce
+    --begin             once, on the first node     command.py    inputs and disk; writes the nonce
     (no option)         one srun for each node      node.py       what a node finds out about itself
     --judge --nodes     on the first node           judgement.py  compares the nodes, names bad ones
     --network           training's task layout      network.py    joins, measures all-reduces
