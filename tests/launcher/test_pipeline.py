@@ -247,34 +247,33 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("overrides", "sentence"),
     [
         (
-            "tokenizer.new_pieces.ko=3_000_000_000",
+            ["tokenizer.new_pieces.ko=3_000_000_000"],
             "asks for more pieces than characters are counted",
         ),
-        ("training.tokens=999_999_999_999_999_999", "and a run has at most"),
-        ("training.phases=[{train: vocabulary, tokens: 1530}, {train: all}]", "has no step left"),
-        ("training.global_batch_size=7", "does not divide over 2 processes of this machine"),
-        ("evaluation.baseline=sft", "evaluation.baseline = sft is none of the models"),
+        (["training.tokens=999_999_999_999_999_999"], "and a run has at most"),
+        (["training.phases=[{train: vocabulary, tokens: 1530}, {train: all}]"], "has no step left"),
+        (["training.global_batch_size=7"], "does not divide over 2 processes of this machine"),
+        (["evaluation.baseline=sft"], "evaluation.baseline = sft is none of the models"),
         (
-            "corpus.sources.0.weight=null corpus.sources.0.tokens=9_999_999_999",
+            ["corpus.sources.0.weight=null", "corpus.sources.0.tokens=9_999_999_999"],
             "lower them or raise it",
         ),
-        ("evaluation.prompts=/nowhere.jsonl", "evaluation.prompts = /nowhere.jsonl does not exist"),
         (
-            "tokenizer.pieces_from={ko: /nowhere}",
-            "tokenizer.pieces_from.ko = /nowhere does not exist",
+            ["evaluation.prompts=/nowhere.jsonl"],
+            "evaluation.prompts = /nowhere.jsonl does not exist",
         ),
-        ("models.chat=/nowhere", "model /nowhere does not exist"),
-        ("evaluation.models.sft=/nowhere", "model /nowhere does not exist"),
+        (["tokenizer.pieces_from={ko: /nowhere}"], "pieces_from.ko = /nowhere does not exist"),
+        (["models.chat=/nowhere"], "model /nowhere does not exist"),
+        (["evaluation.models.sft=/nowhere"], "model /nowhere does not exist"),
     ],
 )
 def test_plan_refuses_what_would_stop_a_late_stage(
-    recipe_path: Path, tmp_path: Path, override: str, sentence: str
+    recipe_path: Path, tmp_path: Path, overrides: list[str], sentence: str
 ) -> None:
-    done = cpt_merge("plan", recipe_path, f"runs={tmp_path}", *override.split(" corpus", 1)[:1],
-                     *[f"corpus{rest}" for rest in override.split(" corpus", 1)[1:]])  # fmt: skip
+    done = cpt_merge("plan", recipe_path, f"runs={tmp_path}", *overrides)
     assert done.returncode == 2, done.stdout
     assert sentence in done.stderr
     assert done.stdout == ""
