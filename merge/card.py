@@ -42,7 +42,7 @@ def model_card(plan: MergePlan, origin: Mapping[str, Any], results: Mapping[str,
         + ".",
         "",
     ]
-    return "\n".join([*lines, "![Norms and cosines by layer](merge_norms.png)", ""])
+    return "\n".join([*lines, "![Norms and cosines by layer](merge_norms.svg)", ""])
 
 
 def formula(plan: MergePlan) -> str:

@@ -7,26 +7,22 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.palette import MODEL_COLOURS
 from cpt_merge.core.progress import say
-from cpt_merge.merge import ancestry
+from cpt_merge.merge import ancestry, figure
 from cpt_merge.merge.norms import Statistics, Sums, by_kind, by_layer, total
 from cpt_merge.merge.plan import MergePlan, PlannedVector, describe_rule
 from cpt_merge.tracking import Tracker
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 REPORT_FILE = "merge_report.json"
 IN_MEMORY = "in memory"  # instead of a digest: nothing identifies a state of trained shards
 SHORT_FORM = ("ratio", "rows", "chat_tokens", "overall", "warnings")
-FIGURE_FILE = "merge_norms.png"
+FIGURE_FILE = "merge_norms.svg"
 
 SHARES = ("vector", "change", "cosine", "contained")
 CURVES = {
@@ -79,7 +75,7 @@ def write(
         "tensors": tensors,
     }
     write_json(directory / REPORT_FILE, full)
-    draw(layers, directory / FIGURE_FILE)
+    figure.draw(layers, directory / FIGURE_FILE)
     return {**results, "layers": of_vectors[plan.chat.label]["layers"]}
 
 
@@ -150,7 +146,6 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
     counted = [(*kind_and_rule, count) for kind_and_rule, count in rules.items()]
     tracker.table("merge/rules", ("kind", "rule", "tensors"), counted)
     tracker.table("merge/rows", ("role", "rows"), list(results["rows"].items()))
-    tracker.image("merge/norms", out / FIGURE_FILE)
     tracker.file(REPORT_FILE, out / REPORT_FILE)
     # not under the name of the table of counts: W&B keeps tables and summaries in one place
     shown_first = {f"merge/{one}": results[one] for one in ("ratio", "overall")}
@@ -171,77 +166,3 @@ def _shares(sums: Sums, compared: bool) -> dict[str, float]:
     if compared:
         values |= {"change": sums.change_share, "cosine": sums.cosine, "contained": sums.contained}
     return {name: round(value, 6) for name, value in values.items()}
-
-
-def draw(layers: Mapping[str, Mapping[str, Sums]], path: Path) -> None:
-    """Draw the lengths of the vectors and of CPT's change relative to the base, and their cosine.
-
-    `layers`: vector -> part of the model -> sums.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    lengths, cosine = figure.subplots(1, 2)
-    colors = {
-        label: MODEL_COLOURS["chat"] if number == 0 else f"C{number + 2}"
-        for number, label in enumerate(layers)
-    }
-    for label, parts in layers.items():
-        shares = {name: sums.vector_share for name, sums in parts.items()}
-        _draw_parts(lengths, shares, colors[label], f"{label}, |chat - base| / |base|")
-    first = next(iter(layers.values()))
-    if any(sums.change for sums in first.values()):
-        change = "CPT's change, |cpt - base| / |base|"
-        _draw_parts(
-            lengths,
-            {name: sums.change_share for name, sums in first.items()},
-            MODEL_COLOURS["cpt"],
-            change,
-        )
-    lengths.set_title("Length of the changes", fontsize=10)
-    lengths.set_ylim(0, (1.25 + 0.08 * len(layers)) * lengths.get_ylim()[1])  # room for the legend
-    lengths.legend(frameon=False, fontsize=8, loc="upper center", ncols=1)
-    cosine.axhline(0, color="0.7", lw=0.8)
-    largest = max(
-        [0.2, *(abs(sums.cosine) for parts in layers.values() for sums in parts.values())]
-    )
-    for label, parts in layers.items():
-        color = "#33597d" if len(layers) == 1 else colors[label]
-        _draw_parts(cosine, {name: sums.cosine for name, sums in parts.items()}, color, label)
-    cosine.set_title("Cosine between vector and CPT's change", fontsize=10)
-    cosine.set_ylim(-1.1 * largest, 1.1 * largest)
-    if len(layers) > 1:
-        cosine.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _draw_parts(axes: Axes, values: Mapping[str, float], color: str, label: str) -> None:
-    """Draw one value for each layer, and for embed to the left and norm and head to the right."""
-    layers = [name for name in values if name.isdigit()]
-    gap = max(1.0, len(layers) / 8)
-    places = {name: float(number) for number, name in enumerate(layers)}
-    outside = [name for name in values if name not in places]
-    after = [name for name in outside if name != "embed"]
-    places |= {"embed": -gap} if "embed" in outside else {}
-    places |= {name: len(layers) - 1 + gap * (number + 1) for number, name in enumerate(after)}
-    axes.plot(
-        [places[name] for name in layers],
-        [values[name] for name in layers],
-        "o-",
-        ms=3,
-        color=color,
-        label=label,
-    )
-    axes.plot(
-        [places[name] for name in outside],
-        [values[name] for name in outside],
-        "D",
-        ms=5,
-        color=color,
-    )
-    shown = [*outside, *layers[:: max(len(layers) // 8, 1)]]
-    axes.set_xticks([places[name] for name in shown], shown, fontsize=8)
-    axes.set_xlabel("layer")
-    axes.spines[["top", "right"]].set_visible(False)

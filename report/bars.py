@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from cpt_merge.report.curves import BOTTOM, LEFT, RIGHT, TOP, Axis, grid, percent, short
+from cpt_merge.core.curves import BOTTOM, LEFT, RIGHT, TOP, Axis, grid, percent, short
 from cpt_merge.tracking import Cell
 
 NARROW, WIDE = (380, 210), (520, 240)  # user units: in a grid of three columns, and of two

@@ -9,9 +9,7 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
-from cpt_merge.core.progress import counted
-from cpt_merge.report.bars import NARROW, WIDE, Bar, BarSeries, draw_bars
-from cpt_merge.report.curves import (
+from cpt_merge.core.curves import (
     MOST_POINTS,
     ChartForm,
     Curve,
@@ -20,6 +18,8 @@ from cpt_merge.report.curves import (
     percent,
     short,
 )
+from cpt_merge.core.progress import counted
+from cpt_merge.report.bars import NARROW, WIDE, Bar, BarSeries, draw_bars
 from cpt_merge.report.view import (
     MetricText,
     RunView,

@@ -187,7 +187,6 @@ def _merge() -> PanelSection:
     panels = [
         Panel("Norms by layer", "chart", ["merge/length by layer"], "layer"),
         Panel("Cosine by layer", "chart", ["merge/cosine by layer"], "layer"),
-        Panel("Norms and cosine, also outside the layers", "images", ["merge/norms"]),
         Panel("Layers", "table", ["merge/layers"]),
         Panel(norms_title, "bars", norms, "of the base's norm"),
         Panel("Cosine, and share of the vector that CPT contains", "bars", cosine),

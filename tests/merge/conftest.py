@@ -9,7 +9,7 @@ CPT: base's pieces at their ids, 5 new pieces, `<|im_start|>` elsewhere, padding
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from cpt_merge.checkpoint.vocabulary_map import ChatToken, NewPiece, VocabularyMap
-from cpt_merge.merge import files, merge_report
+from cpt_merge.merge import files
 from cpt_merge.tracking import Tracker
 from tests.recording import Recording
 
@@ -43,9 +43,6 @@ TEMPLATE = (
 )
 
 Weights = dict[str, torch.Tensor]
-
-
-DRAW = merge_report.draw
 
 
 @dataclass
@@ -216,14 +213,9 @@ def untied(tmp_path: Path) -> Family:
 
 
 @pytest.fixture(autouse=True)
-def real_draw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Tests skip the figure and the garbage collection, which take longer than a small merge.
-
-    Those that need the figure put this function back.
-    """
-    monkeypatch.setattr(merge_report, "draw", lambda layers, path: path.touch())
+def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than a small merge."""
     monkeypatch.setattr(files, "_return_freed_memory", lambda: None)
-    return DRAW
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
@@ -228,10 +229,7 @@ def test_the_result_is_a_chat_model(family, tmp_path, tracker):
     assert tokenizer.convert_tokens_to_ids("ing") == 38
 
 
-def test_report_card_figure_and_tracker(
-    untied, tmp_path, tracker, recording, real_draw, monkeypatch
-):
-    monkeypatch.setattr("cpt_merge.merge.merge_report.draw", real_draw)
+def test_report_card_figure_and_tracker(untied, tmp_path, tracker, recording):
     (untied.base / "README.md").write_text("---\nlicense: llama3\nlicense_name: x\n---\ntext")
     (untied.chat / "README.md").write_text("---\nlicense: llama3\n---\n")
     write_config(untied.chat, 40, False, rope_theta=5e5)
@@ -249,10 +247,13 @@ def test_report_card_figure_and_tracker(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: llama3" in card
     assert "cpt + 0.7 * (chat - base)" in card
-    assert (tmp_path / "out" / "merge_norms.png").read_bytes().startswith(b"\x89PNG")
+    figure = ElementTree.parse(tmp_path / "out" / "merge_norms.svg")
+    words = "".join(figure.getroot().itertext())
+    assert "chat vector: |chat - base| / |base|" in words
+    assert "CPT's change: |cpt - base| / |base|" in words
     shown = recording.tables
     assert recording.names == {
-        "merge/layers", "merge/norms", "merge/length by layer", "merge/cosine by layer",
+        "merge/layers", "merge/length by layer", "merge/cosine by layer",
         "merge/rules", "merge/rows",
         "merge_report.json",
     }  # fmt: skip

@@ -1,1 +1,1 @@
-from tests.merge.conftest import family, real_draw, recording, tracker, untied  # noqa: F401
+from tests.merge.conftest import family, no_garbage_collection, recording, tracker, untied  # noqa: F401

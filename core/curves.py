@@ -39,6 +39,7 @@ class ChartForm:
     share: bool = False  # values are parts of one, displayed in percent
     categories: Sequence[str] = ()  # names of x = 0, 1, ...
     mark: float | None = None  # where on the x axis there is a vertical line
+    include: Sequence[float] = ()  # values that the y axis reaches in any case
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def draw_curves(title: str, curves: Sequence[Curve], form: ChartForm) -> str:
     xs = [x for curve in curves for x, _ in curve.points]
     margin = 0.04 if form.categories else 0
     x_axis = Axis(*_padded(min(xs), max(xs), margin), LEFT, WIDTH - RIGHT)
-    y_axis = _y_axis(finite, form)
+    y_axis = _y_axis([*finite, *form.include], form)
     text = percent if form.share else short
     label = escape(form.x_label)
     parts = [

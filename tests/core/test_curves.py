@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from cpt_merge.report.curves import MOST_POINTS, Axis, ChartForm, Curve, draw_curves, thin
+from cpt_merge.core.curves import MOST_POINTS, Axis, ChartForm, Curve, draw_curves, thin
 
 STEP_FORM = ChartForm("step")
 
