@@ -95,17 +95,10 @@ class MemorySetup:
     def of(config: TrainingConfig, strategy: Strategy, processes: int, shards: int) -> MemorySetup:
         """The setup of a configuration on so many processes."""
         return MemorySetup(
-            strategy,
-            shards,
-            config.precision,
-            config.sequence_length,
-            config.micro_batch_size,
-            config.micro_batches(processes),
-            config.loss_chunk,
-            config.activation_checkpointing,
-            config.attention,
-            config.compile,
-        )
+            strategy, shards, config.precision, config.sequence_length, config.micro_batch_size,
+            config.micro_batches(processes), config.loss_chunk, config.activation_checkpointing,
+            config.attention, config.compile,
+        )  # fmt: skip
 
     @property
     def compute(self) -> int:
@@ -154,22 +147,9 @@ def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
     Parameters, gradients and optimizer are exact up to the padding of the last shard; `_single`,
     `_fsdp2` and `_zero` say what is divided. Only trained weights have gradients and moments.
     """
-    if setup.strategy == "single":
-        parameters, gradients, optimizer, forward, backward = _single(shape, setup)
-    elif setup.strategy == "fsdp2":
-        parameters, gradients, optimizer, forward, backward = _fsdp2(shape, setup)
-    else:
-        parameters, gradients, optimizer, forward, backward = _zero(shape, setup)
-    activations, recomputed = _activations(shape, setup)
+    divided = {"single": _single, "fsdp2": _fsdp2}.get(setup.strategy, _zero)
     return MemoryEstimate(
-        parameters,
-        gradients,
-        optimizer,
-        forward,
-        backward,
-        activations,
-        recomputed,
-        _logits(shape, setup),
+        *divided(shape, setup), *_activations(shape, setup), _logits(shape, setup)
     )
 
 

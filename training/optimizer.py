@@ -35,19 +35,14 @@ def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> 
     rates = {"vocabulary": phase.embedding_learning_rate, "layers": phase.learning_rate}
     return torch.optim.AdamW(
         [
-            {
-                "params": members,
-                "lr": rates[part],
-                "peak": rates[part],
-                "part": part,
-                "weight_decay": decay,
-            }
+            {"params": members, "lr": rates[part], "peak": rates[part], "part": part,
+             "weight_decay": decay}
             for (part, decay), members in groups.items()
         ],
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         fused=True,
-    )
+    )  # fmt: skip
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

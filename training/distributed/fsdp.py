@@ -75,10 +75,8 @@ class TorchBackend:
     @staticmethod
     def build(setup: PhaseSetup, parallel: Parallel) -> TorchBackend:
         """Select, shard, load, in this order, so that no process ever holds more than its part."""
-        module, sharded = (
-            build_model(setup.model, setup.config),
-            parallel.settings.backend == "fsdp2",
-        )
+        module = build_model(setup.model, setup.config)
+        sharded = parallel.settings.backend == "fsdp2"
         select_trained(module, setup.phase, setup.base_rows)
         copy = ComputeCopy(module) if setup.config.precision == "bf16" and not sharded else None
         running = copy.module if copy else module
@@ -178,11 +176,9 @@ class TorchBackend:
             process_group=self.parallel.checkpoint_group,
         )
         set_state_dict(
-            self.module,
-            self.optimizer,
-            model_state_dict=state["model"],
+            self.module, self.optimizer, model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
-        )
+        )  # fmt: skip
         if self.copy:
             self.copy.refresh()
 
