@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cpt_merge.cluster import slurm
 from cpt_merge.core.artifact import read_record, write_json
@@ -32,8 +32,10 @@ from cpt_merge.core.distributed import wait_for
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import say
 from cpt_merge.core.world import find_world
-from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.stages import STAGES
+
+if TYPE_CHECKING:
+    from cpt_merge.launcher.recipe import Recipe
 
 ATTEMPT = "CPT_MERGE_ATTEMPT"  # the attempt's folder; the batch script sets it for its processes
 BATCH = "CPT_MERGE_BATCH"  # NODE:PID of the batch script; set likewise
