@@ -20,7 +20,11 @@ STORED: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("<i1"),
     "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("<u1"),
     "BOOL": np.dtype("?"), "F8_E4M3": np.dtype("<u1"), "F8_E5M2": np.dtype("<u1"),
+    "F8_E4M3FNUZ": np.dtype("<u1"), "F8_E5M2FNUZ": np.dtype("<u1"), "F8_E8M0": np.dtype("<u1"),
+    "C64": np.dtype("<c8"),
 }  # fmt: skip
+
+PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # types that share bytes; never read
 
 FLOATS = ("F32", "F16", "BF16")  # the types of arithmetic; all widen to float32 exactly
 
@@ -32,6 +36,12 @@ TORCH_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _EXPONENT = {
     "F32": (0x7F80_0000, np.uint32), "F16": (0x7C00, np.uint16), "BF16": (0x7F80, np.uint16),
 }  # fmt: skip
+
+
+def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """The size of a tensor in a file. Raises `KeyError` for an unknown type."""
+    bits = PACKED_BITS.get(dtype) or 8 * STORED[dtype].itemsize
+    return math.prod(shape) * bits // 8
 
 
 def widen(stored: Array, dtype: str) -> Float32:

@@ -86,7 +86,9 @@ def export_shards(
     source = open_model(like)
     wanted = TORCH_NAMES[dtype] if dtype else None
     specs = [
-        TensorSpec(name, (wanted if info.dtype in FLOATS else None) or info.dtype, info.shape)
+        TensorSpec(
+            name, (wanted if info.dtype in FLOATS else None) or info.copied_dtype, info.shape
+        )
         for name, info in source.tensors.items()
     ]
     writer = CheckpointWriter(out, CheckpointLayout.by_size(specs, shard_size), ranks.rank)

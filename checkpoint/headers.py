@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt_merge.checkpoint.dtypes import STORED
+from cpt_merge.checkpoint.dtypes import PACKED_BITS, STORED, stored_bytes
 from cpt_merge.core.errors import UserError
 
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -40,6 +40,16 @@ class TensorInfo:
         """Number of elements in one row of dimension 0 (a scalar is one row)."""
         return math.prod(self.shape[1:])
 
+    @property
+    def copied_dtype(self) -> str:
+        """The type in which a copy of the tensor is written."""
+        return self.dtype
+
+    @property
+    def files(self) -> set[str]:
+        """The files that hold its elements."""
+        return {self.file}
+
 
 @dataclass(frozen=True)
 class StridedInfo(TensorInfo):
@@ -59,7 +69,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         infos = [
-            _tensor_info(path.name, name, entry, 8 + length, size) for name, entry in header.items()
+            _tensor_info(path, name, entry, 8 + length, size) for name, entry in header.items()
         ]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
@@ -70,15 +80,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {info.name: info for info in sorted(infos, key=lambda info: info.offset)}
 
 
-def _tensor_info(file: str, name: str, entry: dict[str, Any], data: int, size: int) -> TensorInfo:
+def _tensor_info(path: Path, name: str, entry: dict[str, Any], data: int, size: int) -> TensorInfo:
     """One entry of a header. The data starts at byte `data` of a file of `size` bytes."""
     (start, stop), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
-    if dtype not in STORED:
-        raise ValueError(f"{name} has the unknown type {dtype}")
+    if dtype not in STORED and dtype not in PACKED_BITS:
+        raise UserError(
+            f"{path} stores {name} as {dtype}, a type that this program does not know; convert the "
+            "model to bfloat16."
+        )
     if any(not isinstance(length, int) or length < 0 for length in shape):
         raise ValueError(f"{name} has the shape {shape}")
-    if stop - start != math.prod(shape) * STORED[dtype].itemsize:
+    if stop - start != stored_bytes(dtype, shape):
         raise ValueError(f"{name} has {stop - start} bytes, which {dtype} {shape} does not fill")
     if not 0 <= start <= stop or data + stop > size:
         raise ValueError(f"{name} is in bytes {data + start} to {data + stop} of {size}")
-    return TensorInfo(name, dtype, shape, file, data + start, stop - start)
+    return TensorInfo(name, dtype, shape, path.name, data + start, stop - start)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import FileIO
@@ -19,9 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpt_merge.checkpoint.dtypes import STORED, Array, Float32, widen
+from cpt_merge.checkpoint.derived import DerivedInfo
+from cpt_merge.checkpoint.dtypes import STORED, Array, Float32, rounded, widen
 from cpt_merge.checkpoint.headers import StridedInfo, TensorInfo, read_header
 from cpt_merge.checkpoint.pickled import read_pickled
+from cpt_merge.checkpoint.plain_names import plain_name, plain_names
+from cpt_merge.checkpoint.quantised import plain_config, plain_tensors
 from cpt_merge.core.artifact import read_marker
 from cpt_merge.core.errors import UserError
 
@@ -35,6 +38,7 @@ class Checkpoint:
 
     directory: Path
     tensors: dict[str, TensorInfo]
+    unchanged_files: frozenset[str]  # those that contain `tensors` as they are, and nothing else
     _files: dict[str, FileIO] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -42,30 +46,23 @@ class Checkpoint:
     def open(directory: Path, stem: str = "model") -> Checkpoint:
         """Read and check the headers of the files whose names begin with `stem`.
 
-        Raises `UserError` that names a missing or damaged file.
+        Quantised weights are read as float32. Raises `UserError` that names a missing or damaged
+        file, or a method that is not dequantised here.
         """
         directory = Path(directory)
-        if read_marker(directory) is not None:
-            raise UserError(
-                f"{directory} was never finished; run the command that writes it again."
-            )
-        single, index = directory / f"{stem}.safetensors", directory / index_file(stem)
-        if single.is_file():
-            return Checkpoint(directory, read_header(single))
-        if index.is_file():
-            return Checkpoint(directory, _read_indexed(index))
-        pickled = directory / f"pytorch_{stem}.bin"
-        if pickled.is_file():
-            return Checkpoint(directory, read_pickled(pickled))
-        pickled_index = directory / f"pytorch_{stem}.bin.index.json"
-        if pickled_index.is_file():
-            return Checkpoint(directory, _read_indexed(pickled_index, read_pickled))
-        raise UserError(_nothing_there(directory))
+        stored = stored_tensors(directory, stem)
+        path = directory / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        tensors = plain_tensors(directory, plain_names(directory, stored), config)
+        return Checkpoint(directory, tensors, _unchanged_files(stored, tensors))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of config.json. Raises `UserError` if it is missing or damaged."""
-        return read_json(self.directory / "config.json")
+        """The content of config.json, without quantisation.
+
+        Raises `UserError` if it is missing or damaged.
+        """
+        return plain_config(read_json(self.directory / "config.json"))
 
     @property
     def parameters(self) -> int:
@@ -86,12 +83,25 @@ class Checkpoint:
         info = self.info(name)
         if not 0 <= start <= stop <= info.size:
             raise IndexError(f"{name} has {info.size} elements, asked for [{start}, {stop})")
+        return self._elements(info, start, stop)
+
+    def read_copied(self, name: str, start: int, stop: int) -> Array:
+        """`read_flat` in the type in which copies are written (`TensorInfo.copied_dtype`)."""
+        info, values = self.info(name), self.read_flat(name, start, stop)
+        if info.copied_dtype == info.dtype:
+            return values
+        return rounded(values, info.copied_dtype, name)
+
+    def _elements(self, info: TensorInfo, start: int, stop: int) -> Array:
+        """Elements of a tensor of `tensors`, or of a part of one."""
+        if isinstance(info, DerivedInfo):
+            return info.compute(self._elements, start, stop)
         if isinstance(info, StridedInfo):
             mapped = np.memmap(self.directory / info.file, mode="r")
             elements: Array = np.ndarray(
                 info.shape, STORED[info.dtype], mapped, info.offset, info.strides
             )
-            return elements.flat[start:stop]
+            return elements.ravel() if stop - start == info.size else elements.flat[start:stop]
         values = np.empty(stop - start, STORED[info.dtype])
         view = values.view(np.uint8).data
         offset, file = info.offset + start * values.itemsize, self._file(info.file)
@@ -99,7 +109,8 @@ class Checkpoint:
             count = os.preadv(file.fileno(), [view], offset)
             if count == 0:
                 raise UserError(
-                    f"{self.directory / info.file} ends within {name}; copy or download it again."
+                    f"{self.directory / info.file} ends within {info.name}; copy or download it "
+                    "again."
                 )
             view, offset = view[count:], offset + count
         return values
@@ -107,6 +118,8 @@ class Checkpoint:
     def expect(self, name: str, start: int, stop: int) -> None:
         """Ask the operating system to fetch elements [start, stop), which will be read soon."""
         info = self.info(name)
+        if isinstance(info, DerivedInfo):
+            return
         itemsize = STORED[info.dtype].itemsize
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(
@@ -156,6 +169,49 @@ class Checkpoint:
             if name not in self._files:
                 self._files[name] = FileIO(self.directory / name)
             return self._files[name]
+
+
+def stored_tensors(directory: Path, stem: str = "model") -> dict[str, TensorInfo]:
+    """The tensors that the files of a checkpoint contain, by the names that they have there.
+
+    Raises `UserError` that names a missing or damaged file.
+    """
+    if read_marker(directory) is not None:
+        raise UserError(f"{directory} was never finished; run the command that writes it again.")
+    single, index = directory / f"{stem}.safetensors", directory / index_file(stem)
+    if single.is_file():
+        return read_header(single)
+    if index.is_file():
+        return _read_indexed(index)
+    pickled = directory / f"pytorch_{stem}.bin"
+    if pickled.is_file():
+        return read_pickled(pickled)
+    pickled_index = directory / f"pytorch_{stem}.bin.index.json"
+    if pickled_index.is_file():
+        return _read_indexed(pickled_index, read_pickled)
+    raise UserError(_nothing_there(directory))
+
+
+def check_complete(directory: Path) -> None:
+    """Raise `UserError` unless the directory is a model that transformers can load by its names.
+
+    It may be quantised: transformers knows methods that are not dequantised here.
+    """
+    stored = stored_tensors(directory)
+    read_json(directory / "config.json")
+    odd = next((name for name in stored if name != plain_name(name)), None)
+    if odd is not None:
+        raise UserError(
+            f"{directory} was saved with its wrapper ({odd}), and transformers does not find such "
+            f"names; save the model without it, so that this tensor is {plain_name(odd)}."
+        )
+
+
+def _unchanged_files(
+    stored: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]
+) -> frozenset[str]:
+    changed = {info.file for name, info in stored.items() if tensors.get(name) is not info}
+    return frozenset({info.file for info in stored.values()} - changed)
 
 
 def index_file(stem: str) -> str:

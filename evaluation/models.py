@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.reader import check_complete
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 
@@ -47,7 +47,7 @@ def shared_context(models: Mapping[str, Path], wanted: int) -> int:
     context = wanted
     for name, directory in models.items():
         try:
-            _ = Checkpoint.open(directory).config
+            check_complete(directory)
             config = AutoConfig.from_pretrained(directory)
         except (UserError, OSError, ValueError) as error:
             raise UserError(f"model {name}: {first_line(error)}") from None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, StoppingCriteriaList
 
-from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.reader import check_complete
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import counted, say
@@ -80,7 +80,7 @@ def _load(name: str, settings: ChatSettings) -> LoadedModel:
             "or add a template as chat_template.jinja."
         )
     _render(tokenizer, [*_opening(settings), {"role": "user", "content": "?"}])
-    Checkpoint.open(directory)
+    check_complete(directory)
     loaded = load_model(name, directory, local_rank=0)
     loaded.model.generation_config.max_length = None  # the limits are those of `_fit`
     say(f"{name} on {loaded.device}; /help lists the commands")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from cpt_merge.checkpoint.quantised import refuse_by_config
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import hub_errors, is_local, model_directory
@@ -45,6 +46,7 @@ def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
             path = Path(hf_hub_download(name, "config.json"))
             parameters = sum(get_safetensors_metadata(name).parameter_count.values())
         config = json.loads(path.read_text(encoding="utf-8"))
+        refuse_by_config(name, config)
         shape = ModelShape.from_config(config, parameters, name)
     recipe.training.check_positions(config)
     if dense and experts(SimpleNamespace(**config)) > 1:

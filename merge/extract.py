@@ -164,7 +164,7 @@ def _describe(pair: Pair, squares: dict[str, float], dtype: Dtype, directory: Pa
                 for label, model in models.items()
             },
             "versions": installed_versions(),
-            "base_types": {name: info.dtype for name, info in pair.base.tensors.items()},
+            "base_types": {name: info.copied_dtype for name, info in pair.base.tensors.items()},
             "base_squares": squares,
             "base_sample": sample_digest(pair.base),
         },
@@ -176,7 +176,8 @@ def _describe(pair: Pair, squares: dict[str, float], dtype: Dtype, directory: Pa
 
 
 def _copy_model_files(model: Checkpoint, directory: Path) -> None:
-    names = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+    write_json(directory / CONFIG_FILE, model.config)
+    names = (GENERATION_FILE, *TOKENIZER_FILES)
     copy_files([model.directory / name for name in names], directory)
 
 

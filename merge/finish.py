@@ -158,13 +158,8 @@ SAID_BY_ABSENCE = {"rope_theta", "rope_scaling", "sliding_window"}
 
 def config_differences(plan: MergePlan) -> list[str]:
     """`field is a in cpt, b in chat` for every field of config.json in which the models differ."""
-    source = plan.chat.source
-    paths = {
-        "cpt": plan.cpt.directory,
-        "base": source.base_directory,
-        "chat": source.chat_directory,
-    }
-    configs = {label: _normal(read_json(path / CONFIG_FILE)) for label, path in paths.items()}
+    stored = {"cpt": plan.cpt.config, **plan.chat.source.configs}
+    configs = {label: _normal(config) for label, config in stored.items()}
     found = []
     for name in sorted(set().union(*configs.values()) - EXPECTED_TO_DIFFER):
         stated = {

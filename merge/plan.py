@@ -355,9 +355,9 @@ def _base_type(cpt: Checkpoint, name: str, source: Vector) -> str:
     if isinstance(source, Extracted):
         names = [name] if kind_of(name) != "head" else [name, embedding_of(cpt) or name]
         known = (source.base_type(one) for one in names)
-        return next((dtype for dtype in known if dtype), cpt.tensors[name].dtype)
+        return next((dtype for dtype in known if dtype), cpt.tensors[name].copied_dtype)
     info = source.models["base"].tensors.get(name)
-    return info.dtype if info and info.dtype in FLOATS else cpt.tensors[name].dtype
+    return (info if info and info.dtype in FLOATS else cpt.tensors[name]).copied_dtype
 
 
 def check_output(the_plan: MergePlan, out: Path) -> None:

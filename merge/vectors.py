@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cpt_merge.checkpoint.dtypes import Array, Float32, widen
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.loaded import open_model, with_head
+from cpt_merge.checkpoint.model_files import CONFIG_FILE
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import formula
@@ -52,6 +53,10 @@ class Vector(Protocol):
     @property
     def base_directory(self) -> Path:
         """Configuration and tokenizer of the base."""
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """The content of config.json of `base` and `chat`."""
 
     @property
     def models(self) -> Mapping[str, Checkpoint]:
@@ -93,6 +98,11 @@ class Pair:
     def base_directory(self) -> Path:
         """The base's."""
         return self.base.directory
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of both."""
+        return {"base": self.base.config, "chat": self.chat.config}
 
     @property
     def models(self) -> Mapping[str, Checkpoint]:
@@ -159,6 +169,11 @@ class Extracted:
     def base_directory(self) -> Path:
         """A folder in it holds the base's."""
         return self.stored.directory / BASE_FOLDER
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of both, as the vector's directory keeps them."""
+        return {"base": read_json(self.base_directory / CONFIG_FILE), "chat": self.stored.config}
 
     @property
     def models(self) -> Mapping[str, Checkpoint]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.reader import check_complete
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
@@ -73,7 +73,7 @@ class ClassifierScorer(Scorer):
             config = AutoConfig.from_pretrained(self._directory)
         except (OSError, ValueError) as error:
             raise self._unreadable(error) from None
-        Checkpoint.open(self._directory)
+        check_complete(self._directory)
         for label in self._labels:
             self._label_id(config, label)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from cpt_merge.checkpoint.dtypes import STORED
 from cpt_merge.checkpoint.pickled import TYPES
-from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.reader import Checkpoint, stored_tensors
 from cpt_merge.core.errors import UserError
 
 BIN, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -151,7 +151,8 @@ def test_a_model_saved_as_bin(tmp_path):
 @pytest.mark.parametrize("torch_name", TYPES)
 def test_every_type_that_safetensors_has(tmp_path, torch_name):
     values = torch.arange(6).to(getattr(torch, torch_name)).reshape(2, 3)
-    checkpoint = Checkpoint.open(saved(tmp_path / "typed", {"x": values}))
+    directory = saved(tmp_path / "typed", {"x": values})
+    checkpoint = Checkpoint(directory, stored_tensors(directory), frozenset())
     assert checkpoint.read("x").dtype == STORED[checkpoint.info("x").dtype]
     assert checkpoint.read("x").tobytes() == bytes(values.view(torch.uint8).flatten().tolist())
 
@@ -303,7 +304,7 @@ def test_neither_opening_nor_reading_keeps_the_file_in_memory(tmp_path):
     code = f"""
 import resource, sys, torch
 from pathlib import Path
-from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.reader import Checkpoint, stored_tensors
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 total = sum(float(checkpoint.read_flat("a", at, at + (1 << 18)).sum()) for at in range(0, {elements}, 1 << 18))
@@ -322,7 +323,7 @@ def test_torch_is_imported_only_when_a_bin_is_read(single, safe):
 import sys
 from pathlib import Path
 import cpt_merge.checkpoint.pickled
-from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.reader import Checkpoint, stored_tensors
 Checkpoint.open(Path(sys.argv[1])).read("a.weight")
 print("torch" in sys.modules)
 Checkpoint.open(Path(sys.argv[2])).read("a.weight")

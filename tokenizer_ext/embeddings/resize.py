@@ -120,8 +120,8 @@ class _Resize:
 
     @cached_property
     def changed_files(self) -> list[str]:
-        """The base's files that hold such a matrix or a tensor that is dropped, or are not
-        safetensors.
+        """The base's files that hold such a matrix, a tensor that is dropped, or tensors in another
+        form than they are written.
         """
         everything = {**self.stored.tensors, **self.source.tensors}
         return sorted(
@@ -131,6 +131,7 @@ class _Resize:
                 if name in self.matrices
                 or name not in self.source.tensors
                 or name not in self.stored.tensors
+                or not info.files <= self.stored.unchanged_files
                 or info.file != _as_safetensors(info.file)
             }
         )
@@ -161,7 +162,7 @@ class _Resize:
             if info.file in self.changed_files:
                 rows = self.vocabulary.rows if name in self.matrices else info.shape[0]
                 shape = (rows, *info.shape[1:]) if info.shape else info.shape
-                specs[_as_safetensors(info.file)].append(TensorSpec(name, info.dtype, shape))
+                specs[_as_safetensors(info.file)].append(TensorSpec(name, info.copied_dtype, shape))
         return CheckpointLayout.of_files(specs)
 
     def token_space(self, corpus: Corpus | None) -> TokenSpace | None:
@@ -266,7 +267,7 @@ def _copy(source: Checkpoint, name: str, writer: CheckpointWriter) -> None:
     """Copy a tensor's elements; in a matrix that grows these are the first ones."""
     size = source.tensors[name].size
     for start in range(0, size, _BLOCK):
-        writer.write_flat(name, start, source.read_flat(name, start, min(start + _BLOCK, size)))
+        writer.write_flat(name, start, source.read_copied(name, start, min(start + _BLOCK, size)))
 
 
 def _row_counts(vocabulary: VocabularyMap) -> dict[str, Any]:
