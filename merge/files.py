@@ -39,7 +39,7 @@ from cpt_merge.merge.work import BlockSums, Work, staging
 from cpt_merge.tracking import Tracker
 
 BLOCK = 1 << 22  # elements; what one thread does at a time
-MAX_THREADS = 4  # more only wait for the disk
+MAX_THREADS = 8  # each needs 5 MB, and more would only wait for the disk
 # Changes with the order of the arithmetic or of the blocks: older unfinished merges are of no use
 ORDER = "2"
 M_ARENA_MAX = -8  # of glibc's malloc.h
