@@ -155,6 +155,12 @@ def digest(directory: Path) -> str:
     return found.hexdigest()
 
 
+def processor() -> str:
+    """The model of the processor, as the kernel knows it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
+
+
 @app.command()
 def prepare(folder: Path) -> None:
     """Make the models; existing ones are kept."""
@@ -195,7 +201,8 @@ def speed(
         print(f"round {number + 1}: read {read:.2f} s, write {write:.2f} s", flush=True)
     shutil.rmtree(out, ignore_errors=True)
     _show(results)
-    (folder / "merge-speed.json").write_text(json.dumps(results, indent=1))
+    found = {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "seconds": results}
+    (folder / "merge-speed.json").write_text(json.dumps(found, indent=1))
 
 
 def _peers(
@@ -229,7 +236,8 @@ def _peer_cost(peer: peers.Peer) -> Cost:
 
 def _show(results: dict[str, list[dict[str, float]]]) -> None:
     columns = "".join(f"{name:>10}" for name in ("wall s", "CPU s", "RSS MB", "anon MB"))
-    print(f"\n{'median':40}{columns}{'wall / read+write':>20}")
+    print(f"\n{processor()}, {len(os.sched_getaffinity(0))} cores")
+    print(f"{'median':40}{columns}{'wall / read+write':>20}")
     raw = results.get("read 3, write 1", [])
     for name, costs in results.items():
         medians = [
