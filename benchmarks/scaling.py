@@ -1,6 +1,6 @@
 """The model of training speed (cluster/scaling.py) against published runs and against this machine.
 
-python -m benchmarks.scaling                 the tables and the figure of docs/scaling.md
+python -m benchmarks.scaling                 every run, and the table and the figure of docs/scaling.md
 python -m benchmarks.scaling measure DIR     two processes here; DIR: see benchmarks.training
 """
 
@@ -47,6 +47,7 @@ def compare(context: typer.Context) -> None:
     for runs in (published_runs(), blind()):
         print(f"{table(runs)}\n\n{summary(runs)}\n")
     print(f"{table(beyond())}\n")
+    print(f"{by_source([*published_runs(), *blind()])}\n")
     constants = ", ".join(f"{name} {value:.4f}" for name, value in fit(published_runs()).items())
     print(f"refitted: {constants}")
     draw(FIGURE)
@@ -77,6 +78,20 @@ def table(runs: list[PublishedRun]) -> str:
         )
         cells = [first.source, first.model, first.setting, first.gpu, *map(" / ".join, values)]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_source(runs: list[PublishedRun]) -> str:
+    """The errors of the runs that were not used for fitting, by source and GPU, as Markdown."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        if not run.fitted:
+            groups.setdefault((run.source, run.gpu), []).append(100 * run.error)
+    lines = ["| source | GPU | runs | median error % | errors % |", "|---|---|---|---|---|"]
+    for (source, gpu), errors in groups.items():
+        extremes = " to ".join(f"{value:+.0f}" for value in sorted({min(errors), max(errors)}))
+        middle = f"{median(map(abs, errors)):.0f}"
+        lines.append(f"| {source} | {gpu} | {len(errors)} | {middle} | {extremes} |")
     return "\n".join(lines)
 
 
