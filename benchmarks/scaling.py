@@ -1,6 +1,6 @@
 """The model of training speed (cluster/scaling.py) against published runs and against this machine.
 
-python -m benchmarks.scaling                 every run, and the table and the figure of docs/scaling.md
+python -m benchmarks.scaling                 all runs; table and figure of docs/scaling.md
 python -m benchmarks.scaling measure DIR     two processes here; DIR: see benchmarks.training
 """
 
