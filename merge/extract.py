@@ -60,7 +60,7 @@ def extract(
     Raises `UserError` if they do not fit.
     """
     if find_world().size > 1:
-        raise UserError("--extract is the work of one process; start it without a launcher.")
+        raise UserError("extract-vector is the work of one process; start it without a launcher.")
     models = open_fitting({"base": base, "chat": chat})
     merge_report.warn(pair_warnings(base, chat))
     pair = Pair(models["base"], models["chat"])
