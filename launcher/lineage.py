@@ -10,6 +10,7 @@ import hashlib
 import re
 from pathlib import Path
 
+from cpt_merge.core.hub import model_directory
 from cpt_merge.data.sources import Source
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import Output, StageContext
@@ -29,7 +30,7 @@ def used(context: StageContext) -> list[Artifact]:
     run, found = context.run, list[Artifact]()
     for name, digest in context.inputs.items():
         made = context.stage.inputs.get(name)
-        if made and made.output:
+        if made and made.output and digest.startswith("stage:"):
             found.append(_of_stage(run, made.output, digest, used=True))
         elif name in ("base", "chat"):
             model = run.base if name == "base" else run.chat
@@ -41,6 +42,9 @@ def used(context: StageContext) -> list[Artifact]:
             path = run.further_models()[further].absolute()
             label = _name(f"model-{further}", str(path))
             found.append(Artifact(label, "model", path.as_uri(), digest, True))
+        elif name == "cpt":
+            path = model_directory(run.recipe.sweep.cpt or "").absolute()
+            found.append(Artifact(_name("cpt", str(path)), "model", path.as_uri(), digest, True))
         elif name.startswith("text "):
             short = _digest(digest, 16)  # the digest joins those of all files
             path_of = name.removeprefix("text ")

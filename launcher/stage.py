@@ -34,7 +34,8 @@ class Stage:
     help: str
     config: Callable[[Recipe], Mapping[str, Any]]
     inputs: Mapping[str, Stage]  # what it reads of earlier stages, by the name of the input
-    reads: Callable[[Run], dict[str, str]]  # the fingerprints of everything else that it reads
+    # the fingerprints of everything else that it reads, or that takes the place of an input
+    reads: Callable[[Run], dict[str, str]]
     run: Callable[[StageContext, Tracker], dict[str, Any]]  # fills its folder, returns its results
     marker: str  # a file in its folder; a stage that lacks it is not finished
     output: Output | None = None
@@ -90,9 +91,13 @@ def prepare(run: Run, stage: Stage, known: Mapping[str, str] | None = None) -> S
 
     Raises `UserError` if a stage that it needs is not finished.
     """
-    config, known = dict(stage.config(run.recipe)), known or {}
-    made = {name: known.get(name) or other.fingerprint(run) for name, other in stage.inputs.items()}
-    inputs = {**made, **stage.reads(run)}
+    config, known, read = dict(stage.config(run.recipe)), known or {}, stage.reads(run)
+    made = {
+        name: known.get(name) or other.fingerprint(run)
+        for name, other in stage.inputs.items()
+        if name not in read
+    }
+    inputs = {**made, **read}
     return StageContext(run, stage, config, inputs, stage_key(stage.name, config, inputs))
 
 

@@ -237,14 +237,21 @@ def _sweep(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     from cpt_merge.merge.plan import MergeInputs
 
     paths, recipe = context.run, context.run.recipe
-    merge = MergeInputs(paths.cpt, paths.base, paths.chat, paths.tokenizer)
+    merge = MergeInputs(_swept(paths), paths.base, paths.chat, paths.tokenizer)
     inputs = SweepInputs(merge, recipe.corpus, recipe.tokenizer.languages(), context.inputs)
     settings = recipe.sweep, recipe.evaluation, recipe.merge
     return run(*settings, inputs, context.folder, tracker)
 
 
+def _swept(run: Run) -> Path:
+    from cpt_merge.core.hub import model_directory
+
+    return model_directory(run.recipe.sweep.cpt) if run.recipe.sweep.cpt else run.cpt
+
+
 def _sweep_inputs(run: Run) -> dict[str, str]:
-    return {**MERGE.reads(run), **_prompt_inputs(run.recipe), **run.corpus_inputs()}
+    other = {"cpt": fingerprint(_swept(run))} if run.recipe.sweep.cpt else {}
+    return {**other, **MERGE.reads(run), **_prompt_inputs(run.recipe), **run.corpus_inputs()}
 
 
 # Not part of the pipeline: it may follow the training at any time. It keeps each point by a key.

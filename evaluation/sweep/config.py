@@ -73,6 +73,11 @@ class SweepConfig(Section):
         unit="prompts",
         gt=0,
     )
+    cpt: str | None = key(
+        None,
+        "another trained model of this run, such as one of `cpt-merge export`; if not set: the one "
+        "that the training made",
+    )
     recommend: RecommendConfig = key(RecommendConfig(), "the rule for the recommended ratio")
     search: SearchConfig = key(SearchConfig(), "search over ratios by kind of module")
 

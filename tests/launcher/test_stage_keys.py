@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from cpt_merge.core.artifact import StageRecord, write_record
+from cpt_merge.core.artifact import StageRecord, fingerprint, write_record
+from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.lineage import used
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import prepare
-from cpt_merge.launcher.stages import STAGES, find_stage
+from cpt_merge.launcher.stages import STAGES, SWEEP, find_stage
 
 BUILDS_ON = {
     "tokenizer": set(),
@@ -49,3 +51,19 @@ def test_a_stage_comes_after_all_that_it_builds_on() -> None:
     assert set(names) == set(BUILDS_ON)
     for name, others in BUILDS_ON.items():
         assert all(names.index(other) < names.index(name) for other in others)
+
+
+def test_a_sweep_of_an_exported_model_does_not_wait_for_the_training(
+    recipe: Recipe, pair: Path, tmp_path: Path
+) -> None:
+    other = recipe.sweep.model_copy(update={"cpt": str(pair / "base")})
+    run = Run(recipe.model_copy(update={"runs": str(tmp_path), "sweep": other}))
+    run.folder("tokenizer").mkdir(parents=True)
+    finish(run, "tokenizer", "first")
+    context = prepare(run, SWEEP)
+    assert context.inputs["cpt"] == fingerprint(pair / "base")
+    assert [artifact.digest for artifact in used(context) if artifact.name.startswith("cpt-")] == [
+        fingerprint(pair / "base")
+    ]
+    with pytest.raises(UserError, match="training is not finished"):
+        prepare(Run(recipe.model_copy(update={"runs": str(tmp_path)})), SWEEP)
