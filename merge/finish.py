@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -80,7 +81,7 @@ def _add_known_norms(plan: MergePlan, statistics: list[Statistics]) -> None:
         if isinstance(vector.source, Extracted) and vector.source.base is None:
             squares = vector.source.description["base_squares"]
             for name, sums in of_vector.items():
-                sums.base = float(squares.get(name, 0.0))
+                of_vector[name] = replace(sums.scaled(), base=float(squares.get(name, 0.0)))
 
 
 def generation_config(plan: MergePlan) -> dict[str, Any]:
