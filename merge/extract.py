@@ -38,7 +38,8 @@ from cpt_merge.merge import merge_report
 from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.card import LICENCE_FIELDS, front_matter
 from cpt_merge.merge.files import MAX_THREADS
-from cpt_merge.merge.fit import open_fitting
+from cpt_merge.merge.fit import RefusedError, open_fitting
+from cpt_merge.merge.plan import short_table_problems
 from cpt_merge.merge.rows import (
     OutputTokens,
     Role,
@@ -65,13 +66,16 @@ def extract(
     merge_report.warn(pair_warnings(base, chat))
     pair = Pair(models["base"], models["chat"])
     rows = _align(pair)
-    names = sorted(
-        (name for name, info in pair.tensors.items() if info.dtype in FLOATS), key=natural
-    )
-    specs = [TensorSpec(name, TORCH_NAMES[dtype], pair.tensors[name].shape) for name in names]
+    if problems := short_table_problems(pair.chat, pair, rows):
+        raise RefusedError(problems)
+    shared = {name: info for name, info in pair.tensors.items() if name in pair.base.tensors}
+    if lost := len(pair.chat.tensors.keys() ^ pair.base.tensors.keys()):
+        say(f"merge: {lost} tensors that base or chat lacks are no part of the vector")
+    names = sorted((name for name, info in shared.items() if info.dtype in FLOATS), key=natural)
+    specs = [TensorSpec(name, TORCH_NAMES[dtype], shared[name].shape) for name in names]
     specs += [
         TensorSpec(name, info.dtype, info.shape)
-        for name, info in pair.tensors.items()
+        for name, info in shared.items()
         if name not in names
     ]
     writer = CheckpointWriter(out.absolute(), CheckpointLayout.by_size(specs, shard_bytes, STEM))

@@ -1,0 +1,204 @@
+"""Models with towers, and models whose tables by token are not all of one size."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from cpt_merge.checkpoint.vocabulary_map import NewPiece, VocabularyMap
+from cpt_merge.core.errors import UserError
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.config import RuleConfig
+from cpt_merge.merge.extract import extract
+from cpt_merge.merge.files import merge_directories
+from cpt_merge.merge.plan import MergeInputs
+from cpt_merge.tokenizer_ext import EmbeddingsConfig
+from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
+from tests.merge.conftest import write_tokenizer
+from tests.merge.test_merge_files import digest, load
+
+TEXT = {
+    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TOWER = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "num_attention_heads": 2,
+    "image_size": 8, "patch_size": 4,
+}  # fmt: skip
+
+
+def llava():
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=47,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def gemma3():
+    config = transformers.Gemma3Config(
+        vision_config=transformers.SiglipVisionConfig(**TOWER).to_dict(),
+        text_config=transformers.Gemma3TextConfig(**TEXT).to_dict(),
+        mm_tokens_per_image=4,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def mllama():
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_global_layers": 2,
+        "attention_heads": 2, "image_size": 8, "patch_size": 4, "intermediate_layers_indices": [0],
+        "vision_output_dim": 32, "supported_aspect_ratios": [[1, 1]],
+    }  # fmt: skip
+    text = {**TEXT, "cross_attention_layers": [1], "tie_word_embeddings": False}
+    text.pop("head_dim")
+    config = transformers.MllamaConfig(
+        vision_config=vision, text_config=transformers.models.mllama.MllamaTextConfig(**text)
+    )
+    return transformers.MllamaForConditionalGeneration(config)
+
+
+def gemma3n():
+    sizes = {
+        **TEXT, "vocab_size_per_layer_input": 44, "hidden_size_per_layer_input": 4,
+        "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
+        "intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 4,
+    }  # fmt: skip
+    return transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**sizes))
+
+
+def make(build, root):
+    """base, and chat and cpt near it, as transformers saves them; all with base's tokenizer."""
+    weights = {}
+    for seed, name in enumerate(("base", "chat", "cpt")):
+        torch.manual_seed(0)
+        model = build()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters() if seed else ():
+                parameter += 0.01 * torch.randn_like(parameter)
+        model.save_pretrained(root / name)
+        write_tokenizer(root / name, "base")
+        weights[name] = load(root / name)
+    return weights
+
+
+def inputs_of(root):
+    return MergeInputs(root / "cpt", root / "base", root / "chat", root / "cpt")
+
+
+def merged(root, out, **config):
+    merge_directories(MergeConfig(**config), inputs_of(root), root / out)
+    return load(root / out)
+
+
+def close(found, weights, name, ratio):
+    expected = weights["cpt"][name] + (weights["chat"][name] - weights["base"][name]) * ratio
+    return torch.equal(found[name], expected)
+
+
+@pytest.mark.parametrize("build", [llava, gemma3])
+def test_layers_are_the_text_decoder_s_and_towers_get_no_vector(build, tmp_path, capsys):
+    weights = make(build, tmp_path)
+    found = merged(tmp_path, "out", ratio="ramp(0, 1)")
+    assert set(found) == set(weights["cpt"])
+    towers = [n for n in found if "vision" in n or "projector" in n]
+    layers = {n: int("layers.1." in n) for n in found if ".layers." in n and n not in towers}
+    assert towers
+    assert layers
+    for name in towers:
+        assert torch.equal(found[name], weights["cpt"][name]), name
+    for name, ratio in layers.items():
+        assert close(found, weights, name, ratio), name
+    said = capsys.readouterr().err
+    assert f"{len(towers)} tensors outside the text decoder" in said
+    assert "a rule with kinds: [vision, projector] and action: add" in said
+
+    rules = [RuleConfig(kinds=["vision"], ratio=0.5), RuleConfig(layers=(1, 1), action="skip")]
+    found = merged(tmp_path, "ruled", rules=rules)
+    for name in towers:
+        assert close(found, weights, name, 0.5 if "vision_tower" in name else 0.0), name
+    for name, skipped in layers.items():
+        assert close(found, weights, name, 1 - skipped), name
+    model = getattr(
+        transformers, json.loads((tmp_path / "out/config.json").read_text())["architectures"][0]
+    )
+    _, loading = model.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+
+
+def test_base_and_chat_need_no_towers(tmp_path, capsys):
+    weights = make(llava, tmp_path)
+    for name in ("base", "chat"):
+        text = {
+            n: v for n, v in weights[name].items() if "vision" not in n and "projector" not in n
+        }
+        save_file(text, tmp_path / name / "model.safetensors", {"format": "pt"})
+    found = merged(tmp_path, "out")
+    assert set(found) == set(weights["cpt"])
+    extract(tmp_path / "base", tmp_path / "chat", tmp_path / "vector")
+    inputs = MergeInputs(tmp_path / "cpt", None, None, tmp_path / "cpt", tmp_path / "vector")
+    merge_directories(MergeConfig(), inputs, tmp_path / "from vector")
+    assert digest(tmp_path / "from vector") == digest(tmp_path / "out")
+
+
+def test_towers_that_cpt_lacks_are_left_out_and_said(tmp_path, capsys):
+    weights = make(llava, tmp_path)
+    text = {n: v for n, v in weights["cpt"].items() if "vision" not in n and "projector" not in n}
+    save_file(text, tmp_path / "cpt" / "model.safetensors", {"format": "pt"})
+    assert set(merged(tmp_path, "out")) == set(text)
+    assert "tensors of base that are no part of CPT are left out (" in capsys.readouterr().err
+
+
+def test_a_tower_of_one_model_is_no_part_of_its_vector(tmp_path):
+    weights = make(llava, tmp_path)
+    text = {n: v for n, v in weights["base"].items() if "vision" not in n and "projector" not in n}
+    save_file(text, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    extract(tmp_path / "base", tmp_path / "chat", tmp_path / "vector")
+    assert set(load(tmp_path / "vector")) == set(text)
+
+
+@pytest.mark.parametrize(
+    ("build", "table", "rows"),
+    [(mllama, "lm_head.weight", 48), (gemma3n, "model.embed_tokens_per_layer.weight", 44)],
+)
+def test_a_table_with_fewer_rows_merges_and_cannot_be_resized(build, table, rows, tmp_path):
+    weights = make(build, tmp_path)
+    stored = next(name for name in weights["cpt"] if name.endswith(table.removeprefix("model.")))
+    found = merged(tmp_path, "out", ratio=0.5)
+    assert len(found[stored]) == rows
+    plain = [row for row in range(rows) if row != 35]  # 35 is <|eot|>, a token of the chat format
+    expected = weights["cpt"][stored] + (weights["chat"][stored] - weights["base"][stored]) * 0.5
+    assert torch.equal(found[stored][plain[:35]], expected[plain[:35]])
+
+    embedding = 56 if build is mllama else 48
+    write_tokenizer(tmp_path / "longer", "cpt")
+    pieces = [NewPiece(id, f"n{id}", [3]) for id in range(embedding, embedding + 8)]
+    VocabularyMap(embedding, embedding + 8, pieces, [], []).save(tmp_path / "longer")
+    with pytest.raises(UserError, match=stored):
+        resize_embeddings(
+            EmbeddingsConfig(), tmp_path / "base", tmp_path / "longer", tmp_path / "r"
+        )
+
+
+def test_a_table_that_cannot_get_the_chat_model_s_tokens_is_named(tmp_path):
+    make(mllama, tmp_path)
+    fillers = [f"<f{number}>" for number in range(36, 56)]
+    tokens = {
+        "base": fillers[:-1], "cpt": fillers, "chat": [*fillers[:-1], "<|im_start|>"],
+    }  # fmt: skip
+    for name, added in tokens.items():
+        path = tmp_path / name / "tokenizer.json"
+        content = json.loads(path.read_text())
+        first = content["added_tokens"][0]
+        content["added_tokens"] += [
+            {**first, "id": number, "content": token} for number, token in enumerate(added, 36)
+        ]
+        path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="48 rows where the embedding has 56, and cannot get rows"):
+        merged(tmp_path, "out")
