@@ -25,6 +25,13 @@ from cpt_merge.core.progress import say
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Sections of config.json that describe the text decoder of a model with more modalities."""
 
+_OTHER_NAMES = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "intermediate_size": ("n_inner", "ffn_dim", "d_ff"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "n_ctx"),
+}
 _TIE = "tie_word_embeddings"
 _BLOCK = 1 << 20  # elements compared at a time
 _MASK = re.compile(r"\.(attn|attention|self_attention|crossattention)\.(bias|masked_bias)$")
@@ -40,6 +47,11 @@ _PREDICTION_PART = re.compile(r"\.(enorm|hnorm|eh_proj|shared_head|embed_tokens)
 def open_model(directory: Path) -> Checkpoint:
     """Open a model as loaders see it. Raises `UserError` if it is damaged or lacks its head."""
     return loaded(Checkpoint.open(directory))
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has files of weights; a tokenizer's has none."""
+    return any(next(directory.glob(kind), None) for kind in ("*.safetensors", "pytorch_model*.bin"))
 
 
 def loaded(checkpoint: Checkpoint) -> Checkpoint:
@@ -175,21 +187,23 @@ def _is_computed(name: str, info: TensorInfo) -> bool:
 
 def _prediction_layers(checkpoint: Checkpoint) -> Iterator[int]:
     """The numbers of layers after the decoder's last one that predict further tokens."""
-    count = text_layers(checkpoint.config) or math.inf
+    count = text_section(checkpoint.config).get("num_hidden_layers", math.inf)
     for name in checkpoint.tensors:
         layer = layer_of(name)
         if layer is not None and layer >= count and _PREDICTION_PART.search(name):
             yield layer
 
 
-def text_layers(config: Mapping[str, Any]) -> int | None:
-    """How many layers the text decoder has according to config.json."""
-    nested = [config.get(name) or {} for name in TEXT_SECTIONS]
-    for section in (*nested, config):
-        for field in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            if isinstance(section.get(field), int):
-                return int(section[field])
-    return None
+def text_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the text decoder, by the names that most families use."""
+    found = dict(config)
+    for section in TEXT_SECTIONS:
+        found |= config.get(section) or {}
+    for name, others in _OTHER_NAMES.items():
+        if found.get(name) is None:
+            known = [found[other] for other in others if found.get(other) is not None]
+            found |= {name: known[0]} if known else {}
+    return found
 
 
 def _named(names: list[str]) -> str:

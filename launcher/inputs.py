@@ -17,6 +17,7 @@ from cpt_merge.merge import merge_report
 from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.fit import open_fitting
 from cpt_merge.tokenizer_ext.base_tokenizer import check_pair
+from cpt_merge.tokenizer_ext.embeddings.resize import check_resizable
 
 
 def check_inputs(recipe: Recipe, download: bool = True) -> None:
@@ -44,7 +45,9 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
 
 
 def _check_models(run: Run) -> None:
-    open_fitting({"base": run.base, "chat": run.chat})
+    models = open_fitting({"base": run.base, "chat": run.chat})
+    if run.recipe.tokenizer.languages():
+        check_resizable(models["base"])
     check_pair(run.base, run.chat)
     merge_report.warn(pair_warnings(run.base, run.chat))
     run.further_models()

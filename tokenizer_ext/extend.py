@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt_merge.checkpoint.loaded import has_weights, open_model
 from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say, timed
 from cpt_merge.data.sources import Corpus
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base, read_chat_tokens
 from cpt_merge.tokenizer_ext.config import TokenizerConfig
+from cpt_merge.tokenizer_ext.embeddings.resize import check_resizable
 from cpt_merge.tokenizer_ext.extension_report import Report, make_report, publish
 from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken
 from cpt_merge.tokenizer_ext.learn.grow import learn_languages
@@ -41,6 +43,8 @@ def extend_tokenizer(
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UserError(f"{out} is not empty; empty it, or give another directory.")
+    if has_weights(base):
+        check_resizable(open_model(base))
     start = read_base(base)
     chat_tokens = read_chat_tokens(chat, start) if chat else []
     say(f"tokenizer of {base}: {start.family.name}, {len(start.ids):,} tokens, {start.rows:,} rows")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 
@@ -227,7 +228,7 @@ class TrainingConfig(Section):
 
         `model` has the values of its config.json.
         """
-        positions = model.get("max_position_embeddings") or self.sequence_length
+        positions = text_section(model).get("max_position_embeddings") or self.sequence_length
         if self.sequence_length > positions:
             raise UserError(
                 f"training.sequence_length = {self.sequence_length} but the model has "

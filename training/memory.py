@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.config import TrainingConfig
 
@@ -37,6 +38,7 @@ class ModelShape:
     @staticmethod
     def from_config(config: Mapping[str, Any], parameters: int, name: str) -> ModelShape:
         """From the values of a config.json. Raises `UserError` with `name` if one is missing."""
+        config = text_section(config)
         for wanted in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if wanted not in config:
                 raise UserError(

@@ -160,8 +160,8 @@ class _Resize:
         specs: dict[str, list[TensorSpec]] = {_as_safetensors(f): [] for f in self.changed_files}
         for name, info in self.source.tensors.items():
             if info.file in self.changed_files:
-                rows = self.vocabulary.rows if name in self.matrices else info.shape[0]
-                shape = (rows, *info.shape[1:]) if info.shape else info.shape
+                grows = name in self.matrices
+                shape = (self.vocabulary.rows, *info.shape[1:]) if grows else info.shape
                 specs[_as_safetensors(info.file)].append(TensorSpec(name, info.copied_dtype, shape))
         return CheckpointLayout.of_files(specs)
 
