@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from cpt_merge.checkpoint.dtypes import FLOATS
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import embedding_of, heads_of, layer_of
+from cpt_merge.checkpoint.text_sections import TEXT_SECTIONS
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say
-
-TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Sections of config.json that describe the text decoder of a model with more modalities."""
+from cpt_merge.core.progress import say_once
 
 _OTHER_NAMES = {
     "hidden_size": ("n_embd", "d_model"),
@@ -44,9 +41,12 @@ _PREDICTION = re.compile(r"(^|\.)mtp(_\w+)?\.")
 _PREDICTION_PART = re.compile(r"\.(enorm|hnorm|eh_proj|shared_head|embed_tokens)\b")
 
 
-def open_model(directory: Path) -> Checkpoint:
-    """Open a model as loaders see it. Raises `UserError` if it is damaged or lacks its head."""
-    return loaded(Checkpoint.open(directory))
+def open_model(directory: Path, base: Path | None = None) -> Checkpoint:
+    """Open a model as loaders see it, a LoRA adapter of `base` too.
+
+    Raises `UserError` if it is damaged or lacks its head.
+    """
+    return loaded(Checkpoint.open(directory, base=base))
 
 
 def has_weights(directory: Path) -> bool:
@@ -62,7 +62,7 @@ def loaded(checkpoint: Checkpoint) -> Checkpoint:
     """
     ignored = _ignored(checkpoint)
     if ignored:
-        _say_once(
+        say_once(
             f"{checkpoint.directory}: left out {_named(ignored)}, because transformers does not "
             "load them"
         )
@@ -121,7 +121,7 @@ def _with_head_as_loaded(checkpoint: Checkpoint) -> Checkpoint:
     equal = [head for head in heads if stated is not False and _equal(checkpoint, embedding, head)]
     if stated and len(equal) < len(heads):
         other = next(head for head in heads if head not in equal)
-        _say_once(
+        say_once(
             f"{checkpoint.directory}: {other} differs from {embedding}, although config.json ties "
             "them; it is kept as a head of its own, as transformers does"
         )
@@ -209,8 +209,3 @@ def text_section(config: Mapping[str, Any]) -> dict[str, Any]:
 def _named(names: list[str]) -> str:
     plural = "s" if len(names) > 1 else ""
     return f"{len(names)} tensor{plural} ({names[0]}{', ...' if plural else ''})"
-
-
-@cache
-def _say_once(message: str) -> None:
-    say(message)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from cpt_merge.checkpoint.loaded import TEXT_SECTIONS, tie_config
+from cpt_merge.checkpoint.loaded import tie_config
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.checkpoint.writer import CheckpointLayout
@@ -28,15 +28,6 @@ def model_config(source: Checkpoint, layout: CheckpointLayout) -> dict[str, Any]
     config = tie_config(source.config, tied)
     field = "torch_dtype" if "torch_dtype" in config else "dtype"
     return {**config, field: names[types.most_common(1)[0][0]]}
-
-
-def resize_config(config: dict[str, Any], rows: int) -> dict[str, Any]:
-    """A config.json with another number of embedding rows, also for a nested text decoder."""
-    resized = {**config, "vocab_size": rows}
-    for section in TEXT_SECTIONS:
-        if "vocab_size" in (config.get(section) or {}):
-            resized[section] = {**config[section], "vocab_size": rows}
-    return resized
 
 
 def copy_files(paths: list[Path], directory: Path) -> None:

@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,8 +21,9 @@ import numpy as np
 from cpt_merge.checkpoint.derived import DerivedInfo, ReadElements, window
 from cpt_merge.checkpoint.dtypes import FLOATS, PACKED_BITS, TORCH_NAMES, Array, Float32, widen
 from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.text_sections import TEXT_SECTIONS
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import say_once
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 
@@ -206,9 +206,9 @@ def plain_tensors(
         scales = [name for name in left if _ACTIVATION_SCALE.search(name)]
         left = {name: info for name, info in left.items() if name not in scales}
         more = f"; {len(scales)} scales of activations are left out" if scales else ""
-        _say_once(f"model {directory}: {len(tensors)} quantised tensors are read as float32{more}")
+        say_once(f"model {directory}: {len(tensors)} quantised tensors are read as float32{more}")
     elif method:
-        _say_once(
+        say_once(
             f"model {directory}: config.json names quantisation with {method}, but the weights are "
             "plain floats; the key is ignored"
         )
@@ -353,7 +353,7 @@ def _check_plain(directory: Path, tensors: Mapping[str, TensorInfo], method: str
 
 def _own_type(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
     """The type of the model: as config.json says, else that of most plain tensors."""
-    for part in (config, config.get("text_config") or {}):
+    for part in (config, *(config.get(name) or {} for name in TEXT_SECTIONS)):
         for key in ("torch_dtype", "dtype"):
             if part.get(key) in TORCH_NAMES:
                 return TORCH_NAMES[part[key]]
@@ -361,9 +361,3 @@ def _own_type(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str:
         info.dtype for info in tensors if info.dtype in FLOATS and "scale" not in info.name
     )
     return counts.most_common(1)[0][0] if counts else "BF16"
-
-
-@cache
-def _say_once(text: str) -> None:
-    """A model is opened several times."""
-    say(text)

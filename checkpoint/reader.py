@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import FileIO
 from itertools import pairwise
@@ -19,17 +19,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpt_merge.checkpoint.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    MERGE_IT,
+    adapted_tensors,
+    check_adapter,
+    find_base,
+    is_adapter,
+)
 from cpt_merge.checkpoint.derived import DerivedInfo
 from cpt_merge.checkpoint.dtypes import STORED, Array, Float32, rounded, widen
 from cpt_merge.checkpoint.headers import StridedInfo, TensorInfo, read_header
 from cpt_merge.checkpoint.pickled import read_pickled
 from cpt_merge.checkpoint.plain_names import plain_name, plain_names
 from cpt_merge.checkpoint.quantised import plain_config, plain_tensors
+from cpt_merge.checkpoint.text_sections import resize_config
 from cpt_merge.core.artifact import read_marker
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.foreign_formats import describe_file, describe_folder
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_WEIGHTS = (
+    SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 
 
 @dataclass
@@ -39,17 +53,21 @@ class Checkpoint:
     directory: Path
     tensors: dict[str, TensorInfo]
     unchanged_files: frozenset[str]  # those that contain `tensors` as they are, and nothing else
+    adapted: Checkpoint | None = None  # the base model, if the directory holds an adapter
     _files: dict[str, FileIO] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @staticmethod
-    def open(directory: Path, stem: str = "model") -> Checkpoint:
+    def open(directory: Path, stem: str = "model", base: Path | None = None) -> Checkpoint:
         """Read and check the headers of the files whose names begin with `stem`.
 
-        Quantised weights are read as float32. Raises `UserError` that names a missing or damaged
-        file, or a method that is not dequantised here.
+        Quantised weights are read as float32, and a LoRA adapter with the model that it belongs to:
+        the one that it names, else `base`. Raises `UserError` that names a missing or damaged file,
+        or what is not understood here.
         """
         directory = Path(directory)
+        if stem == "model" and is_adapter(directory):
+            return _open_adapter(directory, base)
         stored = stored_tensors(directory, stem)
         path = directory / "config.json"
         config = read_json(path) if path.is_file() else {}
@@ -62,7 +80,19 @@ class Checkpoint:
 
         Raises `UserError` if it is missing or damaged.
         """
-        return plain_config(read_json(self.directory / "config.json"))
+        if self.adapted is None:
+            return plain_config(read_json(self.directory / "config.json"))
+        config = self.adapted.config
+        for name, info in self.tensors.items():
+            of_base = self.adapted.tensors.get(name)
+            if of_base is not None and info.shape[:1] != of_base.shape[:1]:
+                config = resize_config(config, info.shape[0])
+        return config
+
+    @property
+    def directories(self) -> list[Path]:
+        """Where its files are; of files with the same name, the first one counts."""
+        return [self.directory, *(self.adapted.directories if self.adapted else [])]
 
     @property
     def parameters(self) -> int:
@@ -192,11 +222,43 @@ def stored_tensors(directory: Path, stem: str = "model") -> dict[str, TensorInfo
     raise UserError(_nothing_there(directory))
 
 
+def _open_adapter(directory: Path, at_hand: Path | None) -> Checkpoint:
+    """A LoRA adapter as the whole model that it makes of its base."""
+    whole = [name for name in _WEIGHTS if (directory / name).is_file()]
+    if whole:
+        raise UserError(
+            f"{directory} contains a whole model ({whole[0]}) and an adapter ({ADAPTER_CONFIG}); "
+            "remove the one that you do not mean."
+        )
+    config = read_json(directory / ADAPTER_CONFIG)
+    check_adapter(directory, config)
+    files = [directory / name for name in ADAPTER_FILES if (directory / name).is_file()]
+    if not files:
+        raise UserError(
+            f"{directory} contains {ADAPTER_CONFIG} but no {ADAPTER_FILES[0]}; copy or download it "
+            "again."
+        )
+    read = read_header if files[0].suffix == ".safetensors" else read_pickled
+    base = Checkpoint.open(find_base(directory, config, at_hand))
+    of_base = {name: _moved(info, base.directory) for name, info in base.tensors.items()}
+    tensors = adapted_tensors(directory, config, read(files[0]), of_base)
+    return Checkpoint(directory, tensors, frozenset(), base)
+
+
+def _moved(info: TensorInfo, directory: Path) -> TensorInfo:
+    """The same tensor, read from anywhere."""
+    moved = replace(info, file=str(directory.resolve() / info.file))
+    if isinstance(moved, DerivedInfo):
+        return replace(moved, parts=tuple(_moved(part, directory) for part in moved.parts))
+    return moved
+
+
 def check_complete(directory: Path) -> None:
     """Raise `UserError` unless the directory is a model that transformers can load by its names.
 
     It may be quantised: transformers knows methods that are not dequantised here.
     """
+    refuse_adapter(directory)
     stored = stored_tensors(directory)
     read_json(directory / "config.json")
     odd = next((name for name in stored if name != plain_name(name)), None)
@@ -204,6 +266,15 @@ def check_complete(directory: Path) -> None:
         raise UserError(
             f"{directory} was saved with its wrapper ({odd}), and transformers does not find such "
             f"names; save the model without it, so that this tensor is {plain_name(odd)}."
+        )
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raise `UserError` if the directory holds an adapter instead of a model."""
+    if is_adapter(directory):
+        raise UserError(
+            f"{directory} is a LoRA adapter, which only merge-models and extract-vector read; "
+            f"{MERGE_IT}."
         )
 
 
@@ -255,9 +326,11 @@ def _nothing_there(directory: Path) -> str:
             f"{directory} contains .bin weights without pytorch_model.bin.index.json; copy or "
             "download it again."
         )
+    if directory.is_file():
+        return describe_file(directory)
     if not directory.is_dir():
         return f"{directory} does not exist; give the directory of a checkpoint."
-    return (
+    return describe_folder(directory) or (
         f"{directory} contains neither {SINGLE_FILE} nor {INDEX_FILE}; give the directory of a "
         "checkpoint."
     )

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.checkpoint.reader import Checkpoint, read_json
 from cpt_merge.checkpoint.token_ids import has_tokenizer, read_tokens
 from cpt_merge.core.errors import UserError
 
@@ -87,6 +87,12 @@ class TokenizerFiles:
         stop_ids = read_stop_ids(self.directory)
         stops = {self.tokens[number] for number in stop_ids if number in self.tokens}
         return (literal | by_role | stops) & self.added
+
+
+def tokenizer_directory(model: Checkpoint) -> Path:
+    """Where a model's tokenizer is: an adapter may leave it to its base model."""
+    found = (directory for directory in model.directories if has_tokenizer(directory))
+    return next(found, model.directory)
 
 
 def token_text(value: Any) -> str | None:

@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.foreign_formats import describe_file, describe_folder
 from cpt_merge.core.progress import say
 
 NEEDED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md", "*.txt"]
+PICKLED_FILES = [*NEEDED_FILES, "pytorch_model*.bin", "adapter_model.bin"]
+# the same weights in other formats: folders (original/, metal/, onnx/), and Mistral's own files
+OTHER_COPIES = ["*/*", "consolidated*"]
 
 
 def is_local(name: str) -> bool:
@@ -24,28 +28,34 @@ def is_local(name: str) -> bool:
 def model_directory(name: str) -> Path:
     """The local directory of a model; a hub id is downloaded into the hub's cache.
 
-    Raises `UserError` if the name is neither a directory with a config.json nor a model on the hub.
+    Raises `UserError` if the name is neither a directory with a model or an adapter, nor one on the
+    hub.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(
-                f"{path} contains no config.json; give the directory of a Hugging Face model."
+                describe_folder(path)
+                or f"{path} contains no config.json; give the directory of a Hugging Face model."
             )
         return path
+    if path.is_file():
+        raise UserError(describe_file(path))
     if is_local(name):
         raise UserError(
             f"model {name} does not exist here; give a directory, or a hub id like org/model "
             "(whose first part must not be a folder here)."
         )
-    from huggingface_hub import snapshot_download
-
     say(f"model {name}: looking it up on the hub")
     with hub_errors(name):
-        path = Path(snapshot_download(name, allow_patterns=NEEDED_FILES))
-        if any(path.glob("*.safetensors")):
-            return path
-        return Path(snapshot_download(name, allow_patterns=[*NEEDED_FILES, "pytorch_model*.bin"]))
+        path = _download(name, NEEDED_FILES)
+        return path if any(path.glob("*.safetensors")) else _download(name, PICKLED_FILES)
+
+
+def _download(name: str, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_COPIES))
 
 
 @contextmanager

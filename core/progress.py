@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
 
 from rich.console import Console
@@ -30,6 +31,12 @@ def say(message: str) -> None:
     """Print one line to the user, from rank 0 only."""
     if find_world().is_main:
         console.print(message, markup=False)
+
+
+@cache
+def say_once(message: str) -> None:
+    """`say` what follows from an input that is read several times."""
+    say(message)
 
 
 def counted(count: float, noun: str) -> str:

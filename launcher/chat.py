@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, StoppingCriteriaList
 
-from cpt_merge.checkpoint.reader import check_complete
+from cpt_merge.checkpoint.reader import check_complete, refuse_adapter
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import counted, say
@@ -67,6 +67,7 @@ def chat(name: str, settings: ChatSettings) -> None:
 def _load(name: str, settings: ChatSettings) -> LoadedModel:
     """Load the model, after checking everything that can be wrong with it."""
     directory = model_directory(name)
+    refuse_adapter(directory)
     try:
         # without the argument, transformers asks on the terminal whether to run the model's code
         AutoConfig.from_pretrained(directory, trust_remote_code=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cpt_merge.checkpoint.reader import check_complete
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import is_local
@@ -45,6 +46,8 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
 
 
 def _check_models(run: Run) -> None:
+    for model in (run.base, run.chat):
+        check_complete(model)  # the evaluation loads both with transformers
     models = open_fitting({"base": run.base, "chat": run.chat})
     if run.recipe.tokenizer.languages():
         check_resizable(models["base"])

@@ -72,14 +72,14 @@ def warnings(plan: MergePlan, statistics: list[Statistics]) -> list[str]:
 
 def pair_warnings(base: Path, chat: Path) -> list[str]:
     """What is probably wrong with a base and its chat model, before there is a CPT model."""
-    pair = Pair(open_model(base), open_model(chat))
+    pair = Pair(open_model(base), open_model(chat, base))
     statistics: Statistics = {
         name: _sample(pair.base, pair, name)
         for name, info in pair.base.tensors.items()
         if name in pair.tensors and info.dtype in FLOATS and not is_by_token(name)
     }
     found = _warnings(statistics)
-    if has_chat_template(base) and not has_chat_template(chat):
+    if has_chat_template(base) and not has_chat_template(pair.chat_directory):
         found.append(
             f"{base} has a chat template and {chat} has none: models.base and models.chat are "
             "probably swapped."

@@ -96,7 +96,7 @@ def extract(
 
 def _align(pair: Pair) -> RowAlignment:
     """Chat's rows against base's. Raises `UserError` for tokens that only one of them has."""
-    base, chat = TokenizerFiles.read(pair.base.directory), TokenizerFiles.read(pair.chat.directory)
+    base, chat = TokenizerFiles.read(pair.base_directory), TokenizerFiles.read(pair.chat_directory)
     count = vocabulary_rows(pair.chat)
     if base is None and chat is None and vocabulary_rows(pair.base) == count:
         say(
@@ -182,7 +182,8 @@ def _describe(pair: Pair, squares: dict[str, float], dtype: Dtype, directory: Pa
 def _copy_model_files(model: Checkpoint, directory: Path) -> None:
     write_json(directory / CONFIG_FILE, model.config)
     names = (GENERATION_FILE, *TOKENIZER_FILES)
-    copy_files([model.directory / name for name in names], directory)
+    for source in reversed(model.directories):
+        copy_files([source / name for name in names], directory)
 
 
 def _card(pair: Pair, dtype: Dtype) -> str:

@@ -112,7 +112,10 @@ def _merge(the_plan: MergePlan, work: Work, tracker: Tracker) -> dict[str, Any]:
 
 def digest(the_plan: MergePlan) -> str:
     """Identifies a merge: its rules, inputs and layout."""
-    models = {label: fingerprint(model.directory) for label, model in the_plan.models().items()}
+    models = {
+        label: " ".join(map(fingerprint, model.directories))
+        for label, model in the_plan.models().items()
+    }
     headers = [header.hex() for header in the_plan.layout().headers.values()]
     text = json.dumps(
         [ORDER, the_plan.config.model_dump(), models, fingerprint(the_plan.tokenizer), headers],

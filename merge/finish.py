@@ -16,9 +16,9 @@ from cpt_merge.checkpoint.model_files import (
     GENERATION_FILE,
     copy_files,
     model_config,
-    resize_config,
 )
 from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.checkpoint.text_sections import resize_config
 from cpt_merge.checkpoint.token_ids import has_tokenizer
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
@@ -87,9 +87,9 @@ def _add_known_norms(plan: MergePlan, statistics: list[Statistics]) -> None:
 def generation_config(plan: MergePlan) -> dict[str, Any]:
     """How to sample, from the chat model (else from CPT), with all stop ids."""
     of_chat = plan.chat.source.chat_directory / GENERATION_FILE
-    of_cpt = plan.cpt.directory / GENERATION_FILE
+    of_cpt = [directory / GENERATION_FILE for directory in plan.cpt.directories]
     settings: dict[str, Any] = next(
-        (read_json(path) for path in (of_chat, of_cpt) if path.is_file()), {}
+        (read_json(path) for path in (of_chat, *of_cpt) if path.is_file()), {}
     )
     if of_chat.is_file():  # its ids belong to another vocabulary
         others = sorted(name for name in settings.keys() & OTHER_IDS if settings[name] is not None)
@@ -130,7 +130,7 @@ def loading_tokenizer(plan: MergePlan) -> Iterator[Callable[[], None]]:
     """
     with TemporaryDirectory() as folder:
         directory = Path(folder)
-        copy_files([plan.cpt.directory / CONFIG_FILE], directory)
+        write_json(directory / CONFIG_FILE, plan.cpt.config)
         write_tokenizer(plan, directory)
         if not has_tokenizer(directory):
             yield lambda: None

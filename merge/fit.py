@@ -48,7 +48,10 @@ def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
 
     Raises `RefusedError` with all problems: architectures, names, shapes, types.
     """
-    models = {label: open_model(directory) for label, directory in directories.items()}
+    models = {
+        label: open_model(directory, directories.get("base") if label != "base" else None)
+        for label, directory in directories.items()
+    }
     head = missing_head(models)
     if head:
         models = {label: with_head(model, head) for label, model in models.items()}

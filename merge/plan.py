@@ -21,6 +21,7 @@ from cpt_merge.checkpoint.tensor_kinds import (
     vocabulary_rows,
 )
 from cpt_merge.checkpoint.token_changes import TokenChanges
+from cpt_merge.checkpoint.tokenizer_files import tokenizer_directory
 from cpt_merge.checkpoint.writer import CheckpointLayout, TensorSpec, check_room, natural
 from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
@@ -168,13 +169,16 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     """
     cpt, sources = _with_heads(*_open(config, inputs))
     models = _labelled(cpt, sources)
+    tokenizer = inputs.tokenizer_directory
+    if tokenizer == inputs.cpt:
+        tokenizer = tokenizer_directory(cpt)
     names = sorted(cpt.tensors, key=natural)
     needed = {name for name in names if action_of(name, config) != "skip"}
     problems = fit_problems(models, lambda name: name in needed or _is_lost(name, cpt))
     problems += _lacking_problems(config, sources) + rule_problems(names, config)
     meeting = None
     with collected(problems):
-        meeting = meet(config, models, inputs.tokenizer_directory, sources)
+        meeting = meet(config, models, tokenizer, sources)
     if meeting is not None and not problems:
         problems += [
             problem
@@ -192,9 +196,7 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     rows, layers = meeting.rows[0].rows, count_layers(names)
     planned = [_planned(cpt, name, sources[0], rows, config, layers) for name in names]
     _say_skipped(names, config, models)
-    the_plan = MergePlan(
-        config, cpt, vectors, inputs.tokenizer_directory, meeting.changes, meeting.format, planned
-    )
+    the_plan = MergePlan(config, cpt, vectors, tokenizer, meeting.changes, meeting.format, planned)
     if out is not None:
         check_output(the_plan, out)
     return the_plan
@@ -233,7 +235,7 @@ def _open(config: MergeConfig, inputs: MergeInputs) -> tuple[Checkpoint, list[Ve
     problems: list[str] = []
     cpt, sources = None, list[Vector]()
     with collected(problems):
-        cpt = open_model(inputs.cpt)
+        cpt = open_model(inputs.cpt, inputs.base)
     with collected(problems):
         sources.append(_open_vector(inputs.vector, inputs.base, inputs.chat))
     for one in config.vectors:
@@ -253,7 +255,7 @@ def _open_vector(vector: Path | None, base: Path | None, chat: Path | None) -> V
         raise UserError(
             "a chat vector needs both a base and a chat model, or a vector's directory; give them."
         )
-    return Pair(open_model(base), open_model(chat))
+    return Pair(open_model(base), open_model(chat, base))
 
 
 def _with_heads(cpt: Checkpoint, sources: list[Vector]) -> tuple[Checkpoint, list[Vector]]:

@@ -444,19 +444,25 @@ def _all_or_none(
     if present or any((directory / "vocab.json").is_file() for directory in missing):
         raise UserError(
             f"no tokenizer.json or tokenizer.model in {named}, by which rows could be aligned; put "
-            "it there (AutoTokenizer and save_pretrained convert a vocab.json with merges.txt)."
+            "it there (AutoTokenizer and save_pretrained convert a vocab.json with merges.txt)"
+            f"{_or_tokenizer(directories[0] in missing)}."
         )
     if len(set(rows.values())) > 1:
         *others, last = (f"{count} ({label})" for label, count in rows.items())
         raise UserError(
             f"the embeddings have {', '.join(others)} and {last} rows, which only each model's "
-            f"tokenizer can align; put it next to the weights ({named})."
+            f"tokenizer can align; put it next to the weights ({named})"
+            f"{_or_tokenizer(directories[0] in missing)}."
         )
     say(
         f"merge: no tokenizer in {named}; the {rows['cpt']} rows of the models are treated as the "
         "same tokens"
     )
     return None
+
+
+def _or_tokenizer(cpt_lacks_it: bool) -> str:
+    return ", or name the directory of CPT's with --tokenizer" if cpt_lacks_it else ""
 
 
 def _by_position(config: MergeConfig, count: int, sources: Sequence[Vector]) -> Meeting:

@@ -16,6 +16,7 @@ from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.loaded import open_model, with_head
 from cpt_merge.checkpoint.model_files import CONFIG_FILE
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
+from cpt_merge.checkpoint.tokenizer_files import tokenizer_directory
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import formula
 
@@ -92,12 +93,12 @@ class Pair:
     @property
     def chat_directory(self) -> Path:
         """The chat model's."""
-        return self.chat.directory
+        return tokenizer_directory(self.chat)
 
     @property
     def base_directory(self) -> Path:
         """The base's."""
-        return self.base.directory
+        return tokenizer_directory(self.base)
 
     @property
     def configs(self) -> Mapping[str, Mapping[str, Any]]:

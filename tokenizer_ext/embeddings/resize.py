@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from cpt_merge.checkpoint.adapters import MERGE_IT
 from cpt_merge.checkpoint.dtypes import narrow
 from cpt_merge.checkpoint.loaded import is_tied, loaded, tie_config
-from cpt_merge.checkpoint.model_files import GENERATION_FILE, copy_files, resize_config
+from cpt_merge.checkpoint.model_files import GENERATION_FILE, copy_files
 from cpt_merge.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import is_by_token, kind_of, vocabulary_rows
+from cpt_merge.checkpoint.text_sections import resize_config
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
 from cpt_merge.checkpoint.writer import CheckpointLayout, CheckpointWriter, TensorSpec, write_index
@@ -138,6 +140,11 @@ class _Resize:
 
     def check(self) -> None:
         """Raise `UserError` for a base that cannot grow, or one that the map was not made for."""
+        if self.source.adapted is not None:
+            raise UserError(
+                f"{self.source.directory} is a LoRA adapter, and a base must be a whole model; "
+                f"{MERGE_IT}."
+            )
         rows = vocabulary_rows(self.source)
         if self.matrices:
             check_resizable(self.source)

@@ -1,0 +1,101 @@
+"""What is no checkpoint is recognised, and what a hub has twice is downloaded once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.hub import model_directory
+from tests.core.hub_server import hub
+
+FOLDERS = [
+    (["latest", "zero_to_fp32.py", "global_step9/mp_rank_00_model_states.pt"], "DeepSpeed",
+     "zero_to_fp32.py"),
+    (["mp_rank_00_model_states.pt"], "DeepSpeed", "zero_to_fp32.py"),
+    ([".metadata", "__0_0.distcp"], "DCP", "accelerate merge-weights"),
+    (["pytorch_model_fsdp_0/__0_0.distcp"], "DCP", "accelerate merge-weights"),
+    (["model-Q4_K_M.gguf"], "GGUF", "gguf_file='model-Q4_K_M.gguf'"),
+    (["consolidated.safetensors", "params.json"], "Mistral", "convert_mistral"),
+    (["consolidated.00.pth", "params.json"], "Meta", "convert_llama"),
+    (["iter_0000100/mp_rank_00/model_optim_rng.pt"], "Megatron", "Megatron-Bridge"),
+    (["llama-3-8b.safetensors"], "llama-3-8b.safetensors", "mv "),
+    (["model-00001-of-00002.safetensors"], "without model.safetensors.index.json", "again"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize(("files", "what", "how"), FOLDERS)
+def test_a_folder_of_another_format(
+    tmp_path: Path, files: list[str], what: str, how: str, config: bool
+) -> None:
+    for name in [*files, *(["config.json"] if config else [])]:
+        path = tmp_path / "model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    with pytest.raises(UserError) as caught:
+        Checkpoint.open(model_directory(str(tmp_path / "model")))
+    assert what in str(caught.value)
+    assert how in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llama.gguf", ("GGUF", "gguf_file='llama.gguf'")),
+        ("llama.safetensors", ("single file", "config.json")),
+        ("notes.txt", ("is a file", "directory")),
+    ],
+)
+def test_a_file_is_not_missing(tmp_path: Path, name: str, words: tuple[str, str]) -> None:
+    path = tmp_path / name
+    path.write_text("x")
+    for read in (lambda: model_directory(str(path)), lambda: Checkpoint.open(path)):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert all(word in str(caught.value) for word in words)
+        assert "not exist" not in str(caught.value)
+
+
+def test_a_file_of_a_model_names_its_directory(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"give its directory, {tmp_path}"):
+        model_directory(str(tmp_path / "model.safetensors"))
+
+
+def download(name: str, address: str, cache: Path) -> str:
+    """The directory of a model of the hub, in a process of its own."""
+    code = f"from cpt_merge.core.hub import model_directory; print(model_directory({name!r}))"
+    environment = {
+        **os.environ, "HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_other_copies_of_the_weights_are_not_downloaded(tmp_path: Path) -> None:
+    needed = ["config.json", "tokenizer.json", "model.safetensors", "preprocessor_config.json"]
+    others = [
+        "consolidated.safetensors", "original/consolidated.00.pth", "original/params.json",
+        "original/model.safetensors", "metal/model.bin", "onnx/config.json", "pytorch_model.bin",
+    ]  # fmt: skip
+    adapter = ["adapter_config.json", "adapter_model.bin", "original/adapter_model.bin"]
+    models = {
+        "org/whole": {name: name.encode() for name in [*needed, *others]},
+        "org/adapter": {name: name.encode() for name in adapter},
+    }
+    with hub(models) as (address, sent):
+        path = Path(download("org/whole", address, tmp_path))
+        assert sorted(file.name for file in path.iterdir()) == sorted(needed)
+        assert sent == set(needed)
+        sent.clear()
+        path = Path(download("org/adapter", address, tmp_path))
+        assert sorted(file.name for file in path.iterdir()) == adapter[:2]
