@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.vocabulary_map import NewPiece, VocabularyMap
@@ -17,7 +17,7 @@ from cpt_merge.tokenizer_ext.embeddings.methods.auto import letterless_tokens
 from cpt_merge.tokenizer_ext.embeddings.methods.method import NewRows
 from cpt_merge.tokenizer_ext.embeddings.old_rows import OldRows
 from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
-from cpt_merge.tokenizer_ext.embeddings.token_space import sparsemax, train_space
+from cpt_merge.tokenizer_ext.embeddings.token_space import TokenSpace, sparsemax, train_space
 from cpt_merge.tracking.events import Summary
 from tests.merge.conftest import BASE_ROWS, CPT_ROWS, NEW, make_family, save_weights
 from tests.merge.test_merge_files import load
@@ -232,6 +232,29 @@ def test_rows_that_would_be_equal_come_apart(family, tmp_path, tracker, method):
     resize(family, tmp_path / "out", tracker, input=method)
     rows = load(tmp_path / "out")["model.embed_tokens.weight"][pieces(family)]
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("use", ["input", "head", "both"])
+@pytest.mark.parametrize("method", ["auto", "constituents", "ends", "focus"])
+def test_rows_of_equal_means_come_apart(tmp_path, method, use):
+    """僅僅 had the row of 僅, and so had pieces of different bytes that nobody trained."""
+    torch.manual_seed(0)
+    base = torch.randn(40, 16).bfloat16()
+    base[20:24] = base[20]
+    save_file({"model.embed_tokens.weight": base}, tmp_path / "model.safetensors")
+    made_of = [[1, 2, 3], [1, 2, 3, 1, 2, 3], [1, 2, 3] * 3, [3, 1, 2], [5], [5, 5], [5, 5, 5]]
+    made_of += [[20, 6], [21, 6], [22, 6, 23, 6], [20, 21], [22], [2, 1, 1], [1, 2, 2]]
+    task = NewRows(
+        [NewPiece(40 + number, "", ids) for number, ids in enumerate(made_of)],
+        OldRows(Checkpoint.open(tmp_path), "model.embed_tokens.weight"),
+        np.random.default_rng(0),
+        use,
+        TokenSpace(np.zeros((40 + len(made_of), 3), np.float32)),
+    )
+    new = torch.from_numpy(np.concatenate(list(INITIALISERS[method](task))))
+    rows = torch.cat([base[:21].float(), base[24:].float(), new]).bfloat16().float()
+    distances = torch.cdist(rows, rows) + 9 * torch.eye(len(rows))
+    assert distances.min() > 0.005 * base.float().norm(dim=1).mean()
 
 
 def test_chat_tokens_and_padding_start_from_the_mean(untied, tmp_path, tracker):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
-from cpt_merge.checkpoint.dtypes import Float32
+from cpt_merge.checkpoint.dtypes import Float32, narrow
 from cpt_merge.checkpoint.vocabulary_map import NewPiece
 from cpt_merge.tokenizer_ext.embeddings.methods.method import NewRows
 
@@ -26,21 +29,37 @@ def spelt_rows(task: NewRows, spelling_of: Callable[[NewPiece], Spelling]) -> It
     """For each piece, (1 - share) of its constituents' mean plus `share` of one end's row, shape
     (width,).
 
-    A row that would equal an earlier new row or an old one (the same constituents in another order,
-    or a single constituent) gets a little noise.
+    A row that would equal an old row or an earlier new one gets a little noise. Equal are the rows
+    of the same constituents in another order, or as often repeated (a word and its reduplication
+    have one mean), of a single constituent, and of constituents whose rows are equal because nobody
+    trained them.
     """
     old, end = task.old, 0 if task.use == "head" else -1
-    seen: set[tuple[int, ...]] = {(row, row) for row in range(old.rows)}
+    seen = {frozenset({(_digest(row), Fraction(1))}) for rows in old.batches() for row in rows}
     for piece in task.pieces:
-        spelling, made_of = spelling_of(piece), sorted(piece.constituents)
-        rows = old.gather(piece.constituents) if made_of else old.mean[None]
+        spelling = spelling_of(piece)
+        rows = old.gather(piece.constituents) if piece.constituents else old.mean[None]
         row: Float32 = rows.mean(axis=0)
         row += np.float32(spelling.share) * (rows[end] - row)
         length = float(np.linalg.norm(row))
         if spelling.norm is not None and length > 0:
             row *= spelling.norm / length
-        leaning = [piece.constituents[end]] if spelling.share and made_of else made_of[:1]
-        if (key := (*made_of, *leaning)) in seen:
+        made_of = frozenset(_weights(rows, spelling.share, end).items())
+        if made_of in seen:
             row += task.isotropic(1)[0] * NOISE
-        seen.add(key)
+        seen.add(made_of)
         yield row
+
+
+def _weights(rows: Float32, share: float, end: int) -> dict[bytes, Fraction]:
+    """How much of each different row a new row holds, exactly."""
+    digests, weights = [_digest(row) for row in rows], defaultdict[bytes, Fraction](Fraction)
+    for digest in digests:
+        weights[digest] += (1 - Fraction(share)) / len(rows)
+    weights[digests[end]] += Fraction(share)
+    return weights
+
+
+def _digest(row: Float32) -> bytes:
+    """Identifies a row by its values as bfloat16, the coarsest type that they are stored in."""
+    return hashlib.blake2b(narrow(row, "BF16").tobytes(), digest_size=8).digest()
