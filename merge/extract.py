@@ -47,6 +47,7 @@ from cpt_merge.merge.rows import (
     align_by_position,
     align_rows,
     unshared_tokens,
+    with_rows,
 )
 from cpt_merge.merge.vectors import BASE_FOLDER, STEM, VECTOR_FILE, Pair, RowPairs, sample_digest
 
@@ -110,6 +111,8 @@ def _align(pair: Pair) -> RowAlignment:
             f"no tokenizer.json or tokenizer.model in {missing}, by which rows could be aligned; "
             "put it there."
         )
+    base = with_rows(base, vocabulary_rows(pair.base))
+    chat = with_rows(chat, count)
     for problem in unshared_tokens(base, chat):
         raise UserError(f"{problem}.")
     return align_rows(OutputTokens(chat.ids, count, TokenChanges()), base, chat, None)

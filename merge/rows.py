@@ -31,7 +31,7 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -135,6 +135,8 @@ def _check_token_map(
 def describe(changes: TokenChanges, cpt_rows: int, rows: int) -> list[str]:
     """A line for each kind of change."""
     lines = []
+    if rows > cpt_rows and not changes.appended:
+        lines.append("the tokenizer has added tokens beyond CPT's rows; they get the mean row")
     if changes.renamed:
         pairs = ", ".join(f"{reserved} -> {token}" for token, reserved in changes.renamed.items())
         lines.append(f"reserved tokens take the chat model's names: {pairs}")
@@ -236,13 +238,34 @@ def format_tokens(base: TokenizerFiles, chat: TokenizerFiles) -> set[str]:
 
 
 def check_rows(tokenizer: TokenizerFiles, rows: int) -> None:
-    """Raise `UserError` for a tokenizer with ids beyond its model's rows."""
-    if max(tokenizer.ids.values(), default=-1) >= rows:
-        beyond = [token for token, number in tokenizer.ids.items() if number >= rows]
+    """Raise `UserError` for a tokenizer with pieces beyond its model's rows.
+
+    An added token there is no sign of another tokenizer (Gemma-3 1B's `<image_soft_token>`).
+    """
+    beyond = [
+        token
+        for token, number in tokenizer.ids.items()
+        if number >= rows and token not in tokenizer.added
+    ]
+    if beyond:
         raise UserError(
             f"{tokenizer.directory} has {rows} embedding rows but {_named(beyond)} beyond them; "
             "use the tokenizer that belongs to the weights."
         )
+
+
+def with_rows(tokenizer: TokenizerFiles, rows: int | None) -> TokenizerFiles:
+    """Without the added tokens beyond the model's rows, with a message."""
+    if rows is None or max(tokenizer.ids.values(), default=-1) < rows:
+        return tokenizer
+    beyond = {token for token in tokenizer.added if tokenizer.ids[token] >= rows}
+    if beyond:
+        say(
+            f"merge: {_named(sorted(beyond))} of {tokenizer.directory} beyond the model's {rows} "
+            "rows; left out"
+        )
+    ids = {token: number for token, number in tokenizer.ids.items() if token not in beyond}
+    return replace(tokenizer, ids=ids, added=tokenizer.added - beyond)
 
 
 def lost_tokens(
@@ -392,6 +415,11 @@ def meet(
     if whole is None:
         return _by_position(config, all_rows["cpt"], sources)
     extended, *others = whole
+    all_of_pairs = [_rows_of_pair(source) for source in sources]
+    others = [
+        with_rows(tokenizer, rows)
+        for tokenizer, rows in zip(others, (n for pair in all_of_pairs for n in pair), strict=True)
+    ]
     pairs = [Tokenizers(base, chat) for base, chat in zip(others[::2], others[1::2], strict=True)]
     map_of_rows = VocabularyMap.load(tokenizer) if (tokenizer / MAP_FILE).is_file() else None
     problems = [
@@ -481,9 +509,15 @@ def _by_position(config: MergeConfig, count: int, sources: Sequence[Vector]) -> 
     return Meeting(TokenChanges(), format, [rows for _ in sources])
 
 
-def _check_tokenizers(source: Vector, tokenizers: Tokenizers, problems: list[str]) -> None:
+def _rows_of_pair(source: Vector) -> tuple[int | None, int]:
+    """The rows of base (None if only its tokenizer is here) and chat."""
     rows = {label: vocabulary_rows(model) for label, model in source.models.items()}
+    return rows.get("base"), rows["chat"] if "chat" in rows else rows["vector"]
+
+
+def _check_tokenizers(source: Vector, tokenizers: Tokenizers, problems: list[str]) -> None:
+    base, chat = _rows_of_pair(source)
     with collected(problems):
-        check_rows(tokenizers.base, rows.get("base", len(tokenizers.base.ids)))
+        check_rows(tokenizers.base, len(tokenizers.base.ids) if base is None else base)
     with collected(problems):
-        check_rows(tokenizers.chat, rows["chat"] if "chat" in rows else rows["vector"])
+        check_rows(tokenizers.chat, chat)

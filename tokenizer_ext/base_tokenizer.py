@@ -53,6 +53,11 @@ class Base:
         """Token -> id, added tokens included."""
         return ids_of(self.content)
 
+    @property
+    def rowless(self) -> dict[str, int]:
+        """The added tokens without a row (Gemma-3 1B's `<image_soft_token>`): they get one."""
+        return {token: id_ for token, id_ in self.ids.items() if id_ >= self.rows}
+
 
 def read_base(directory: Path, rows: int | None = None) -> Base:
     """Read a base; `rows` defaults to the number in its config.json.
@@ -61,12 +66,8 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     """
     content, proto = read_tokenizer(directory)
     read_tokens(directory)  # raises if two files disagree on a token or its id
-    contradictions = disagreements(content, proto)
-    if contradictions:
-        raise UserError(
-            f"{directory}: {MODEL_FILE} and {FAST_FILE} disagree on {contradictions[0]}; remove "
-            "the wrong one."
-        )
+    if disagreements(content, proto):
+        content = _with_merges_of(proto, content)
     settings = _read_settings(directory, content, proto)
     content = {**content, "post_processor": _post_processor(content, settings)}
     rows = _read_rows(directory) if rows is None else rows
@@ -80,7 +81,9 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
             f"as id {loaded.token_to_id(moved[0].content)}; add it to the model's vocab at its id."
         )
     _check_distinct(directory, content)
-    beyond = [token for token, id_ in ids_of(content).items() if id_ >= rows]
+    added = {token.content for token in added_tokens_of(content)}
+    ids = ids_of(content)
+    beyond = [token for token, id_ in ids.items() if id_ >= rows and token not in added]
     if beyond:
         raise UserError(
             f"{directory}: the tokenizer has {', '.join(map(repr, beyond[:5]))} at ids beyond the "
@@ -111,12 +114,15 @@ def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
     added = {token.content: token for token in added_tokens_of(content)}
     own = {token: id_ for token, id_ in ids_of(content).items() if token not in known}
     pieces = [token for token in own if token not in added]
-    if pieces:
-        raise UserError(
-            f"the chat tokenizer in {directory} has {len(pieces)} pieces that the base's lacks "
-            f"({', '.join(map(repr, pieces[:5]))}); use the base that the chat model was tuned "
-            "from."
-        )
+    special = {token.content for token in added_tokens_of(base.content)}
+    lost = known.keys() - ids_of(content).keys() - special
+    for some, what in ((pieces, "that the base's lacks"), (sorted(lost), "of the base's less")):
+        if some:
+            raise UserError(
+                f"the chat tokenizer in {directory} has {len(some)} pieces {what} "
+                f"({', '.join(map(repr, some[:5]))}); use the base that the chat model was tuned "
+                "from."
+            )
     return sorted((added[token] for token in own), key=lambda token: token.id)
 
 
@@ -238,6 +244,19 @@ def disagreements(content: Content, proto: Proto | None) -> list[str]:
     missing = {left + right for left, right in merges_by_score(proto)} - set(products)
     early = [after for before, after in pairwise(products) if scores[before] < scores[after]]
     return [f"the merges of {piece!r}" for piece in [*sorted(missing), *early]]
+
+
+def _with_merges_of(proto: Proto, content: Content) -> Content:
+    """`content` with the merges in the order of SentencePiece's scores.
+
+    transformers 5 orders the merges of a LLaMA-2 that it saves again by id, so that runs of spaces
+    merge before all words. The base was trained with the order of its scores.
+    """
+    ordered = merges_by_score(proto)
+    known = set(ordered)
+    others = [merge for merge in merges_of(content) if merge not in known]
+    merges = [list(merge) for merge in [*ordered, *others]]
+    return {**content, "model": {**content["model"], "merges": merges}}
 
 
 def _family(directory: Path, content: Content, proto: Proto | None) -> Family:

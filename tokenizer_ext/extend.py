@@ -17,6 +17,7 @@ from cpt_merge.tokenizer_ext.embeddings.resize import check_resizable
 from cpt_merge.tokenizer_ext.extension_report import Report, make_report, publish
 from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken
 from cpt_merge.tokenizer_ext.learn.grow import learn_languages
+from cpt_merge.tokenizer_ext.pipelines import say_differences
 from cpt_merge.tokenizer_ext.verify.invariants import prove, read_case, require
 from cpt_merge.tokenizer_ext.verify.samples import heldout_texts, scripts_of, take_samples
 from cpt_merge.tokenizer_ext.writing import RowLayout, lay_out, write_tokenizer
@@ -47,6 +48,7 @@ def extend_tokenizer(
         check_resizable(open_model(base))
     start = read_base(base)
     chat_tokens = read_chat_tokens(chat, start) if chat else []
+    say_differences(start, chat)
     say(f"tokenizer of {base}: {start.family.name}, {len(start.ids):,} tokens, {start.rows:,} rows")
     learned = learn_languages(start, corpus, config)
     pieces = [piece for language in learned for piece in language.pieces]
@@ -56,6 +58,8 @@ def extend_tokenizer(
         f"{len(layout.chat):,} tokens of the chat model alone, {len(layout.padding):,} reserved"
     )
     _say_moved(chat_tokens, layout)
+    for token, id_ in start.rowless.items():
+        say(f"{token!r} of the base has the id {id_}, beyond its rows; it gets the mean row")
     readable = [start.family.readable(piece) for piece in pieces]
     samples = take_samples(heldout_texts(corpus), scripts_of(config.languages()), readable)
     with Staging(out).filling() as folder, timed("proving the written tokenizer"):

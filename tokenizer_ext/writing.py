@@ -79,7 +79,7 @@ def lay_out(
             for token in placed
             if token.id >= base.rows
         ],
-        padding=[id_ for id_ in unnamed if id_ >= base.rows],
+        padding=sorted({*base.rowless.values(), *(id_ for id_ in unnamed if id_ >= base.rows)}),
     )
 
 

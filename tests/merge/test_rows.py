@@ -153,8 +153,8 @@ def test_a_map_of_another_chat_model_is_refused(untied):
     refused(untied, "<|im_start|>", "make the tokenizer again")
 
 
-def test_a_token_beyond_the_matrix_is_named(untied):
-    refused(untied, "'<|im_start|>'", "40", rows=40)
+def test_a_piece_beyond_the_matrix_is_named(untied):
+    refused(untied, "'all'", "40", rows=40)
 
 
 def test_the_fixture_s_base_is_the_cpt_tokenizer_s_beginning(tmp_path):

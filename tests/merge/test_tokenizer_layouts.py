@@ -17,6 +17,7 @@ from cpt_merge.checkpoint.loaded_tokenizer import Loading
 from cpt_merge.checkpoint.token_ids import read_tokens
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge.config import MergeConfig
+from cpt_merge.merge.extract import extract
 from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs
 from tests.merge.test_merge_files import load
@@ -226,6 +227,37 @@ def test_two_files_that_disagree_are_an_error_that_names_both(
     for file in (*files, str(folder)):
         assert file in str(caught.value)
     assert not family.out.exists()
+
+
+def add_beyond(folder: Path, number: int) -> None:
+    """As in Gemma-3 1B: an added token whose id is the number of rows."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert tokenizer.convert_tokens_to_ids("<image_soft_token>") == number
+    for file in ("added_tokens.json", "tokenizer.model"):
+        (folder / file).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+
+
+def test_an_added_token_beyond_the_rows_gets_one(family, tmp_path, capsys) -> None:
+    for model, more in (("base", 0), ("cpt", 1), ("chat", 2)):
+        add_beyond(getattr(family, model), family.rows + more)
+    out = merge(family)
+    tokenizer, merged = AutoTokenizer.from_pretrained(out), load(out)
+    row = tokenizer.convert_tokens_to_ids("<image_soft_token>")
+    assert row == family.rows + 1
+    assert max(tokenizer.get_vocab().values()) < len(merged["lm_head.weight"])
+    assert_rows_are_those_of_chat(family, out)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("'<image_soft_token>'") >= 2
+    extract(family.base, family.chat, tmp_path / "vector")
+
+
+def test_a_piece_beyond_the_rows_is_another_tokenizer(family) -> None:
+    extend_model(family.cpt / "tokenizer.model", {"學生": NORMAL, "老師": NORMAL})
+    (family.cpt / "added_tokens.json").unlink()
+    with pytest.raises(UserError, match=r"'老師'.* beyond them"):
+        merge(family)
 
 
 def test_reserved_pieces_that_a_list_of_added_tokens_renames_are_no_disagreement(family) -> None:

@@ -5,12 +5,33 @@ import json
 import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from cpt_merge.checkpoint.token_ids import read_tokens
 from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base
+from cpt_merge.tokenizer_ext.extend import extend_tokenizer
+from cpt_merge.tokenizer_ext.families.sentencepiece import fast_content, read_proto
+from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken, add_tokens
 from cpt_merge.tokenizer_ext.verify.invariants import prove
 from cpt_merge.tracking.events import Image, Summary
+from tests.tokenizer_ext.small_tokenizers import CONFIG, write_base
+
+
+def test_an_added_token_beyond_the_rows_gets_one(
+    sp_base, sp_model, corpus, tmp_path, capsys
+) -> None:
+    """As Gemma-3 1B's `<image_soft_token>`."""
+    rows = read_base(sp_base).rows
+    content = fast_content(read_proto(sp_base / "tokenizer.model"), sp_base)
+    content = add_tokens(content, [AddedToken(rows, "<image_soft_token>")])
+    base = write_base(tmp_path / "base", rows, content=content, proto=sp_model, bos_token="<s>")
+    extend_tokenizer(CONFIG, base, corpus, tmp_path / "out", base)
+    vocabulary = VocabularyMap.load(tmp_path / "out")
+    assert rows in vocabulary.padding
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<image_soft_token>") == rows
+    assert "'<image_soft_token>' of the base" in capsys.readouterr().err
 
 
 def test_all_laws_hold_on_what_was_written(extended) -> None:

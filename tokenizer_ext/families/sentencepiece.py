@@ -166,6 +166,13 @@ def read_proto(path: Path) -> Proto:
     return proto
 
 
+def processor(proto: Proto) -> Any:
+    """SentencePiece's own tokenizer."""
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
 def extend_proto(proto: Proto, content: Content, pieces: dict[str, int], rows: int) -> Proto:
     """A copy of `proto` with a piece for every id below `rows`, named as in `content`. Old pieces
     do not change.
