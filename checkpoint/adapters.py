@@ -45,6 +45,7 @@ _OF_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _PART = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
 _SAVED_MODULE = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _BODY = re.compile(r"^((model|language_model|text_model|transformer)\.)+")
 _QUANTISED_NAME = re.compile(r"(-unsloth)?-bnb-4bit$")
 
@@ -163,10 +164,11 @@ def adapted_tensors(
             )
         elif ".original_module." not in name:
             tensors[names.find(name, info.shape)] = info
+    replaced = sum(info is not base.get(name) for name, info in tensors.items())
     for module, parts in low_rank.items():
-        name = names.find(f"{module}.weight", None)
-        tensors[name] = _low_rank(directory, name, tensors[name], parts, config, module)
-    replaced = sum(info is not base.get(name) for name, info in tensors.items()) - len(low_rank)
+        name = names.find(f"{module}.weight", () if _HEAD.search(f"{module}.weight") else None)
+        weight = tensors.get(name) or names.embedding(name)
+        tensors[name] = _low_rank(directory, name, weight, parts, config, module)
     whole = f" and {counted(replaced, 'tensor')} of its own" if replaced else ""
     say_once(f"model {directory}: a LoRA adapter of {counted(len(low_rank), 'weight')}{whole}")
     return tensors
@@ -184,8 +186,19 @@ class _BaseNames:
         for name in base:
             self.bodies.setdefault(_BODY.sub("", name), []).append(name)
 
+    def embedding(self, head: str) -> TensorInfo:
+        """The embedding of a tied base, which the adapter changes as a head only."""
+        for name, info in self.base.items():
+            if _EMBEDDING.search(name):
+                return info
+        raise UserError(f"{self.directory} changes {head}, but its base model has no embedding.")
+
     def find(self, name: str, shape: tuple[int, ...] | None) -> str:
-        """The base's name. A whole tensor of this shape may have more rows, or be a new head."""
+        """The base's name.
+
+        A whole tensor, of this shape, may have more rows. A head may be new; without a shape, no
+        tensor may.
+        """
         found = [name] if name in self.base else self.bodies.get(_BODY.sub("", name), [])
         if not found and shape is not None and _HEAD.search(name):
             return name
@@ -195,7 +208,7 @@ class _BaseNames:
                 f"base_model_name_or_path in its {ADAPTER_CONFIG}."
             )
         of_base = self.base[found[0]].shape
-        if shape is not None and shape[1:] != of_base[1:]:
+        if shape and shape[1:] != of_base[1:]:
             raise UserError(
                 f"{self.directory} contains {name} in shape {shape}, its base model in shape "
                 f"{of_base}; correct base_model_name_or_path in its {ADAPTER_CONFIG}."

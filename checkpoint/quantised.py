@@ -105,7 +105,8 @@ _POWERS[255] = np.nan
 
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _FP4 = np.concatenate([_FP4, -_FP4])
-_FP4_PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], axis=1)  # low half first
+# the two values of a byte, low half first, as the bits of one element: gathered at once
+_FP4_PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], axis=1).view(np.uint64).ravel()
 
 
 def _scale_values(stored: Array, dtype: str) -> Float32:
@@ -167,7 +168,8 @@ class Mxfp4Info(DerivedInfo):
         blocks, scales = self.parts
         packed, exponents = window(blocks, *here, (0, _MX_GROUP // 2)), window(scales, *here)
         shape = (self.width, groups[1] - groups[0])
-        values = _FP4_PAIRS[read(packed, 0, packed.size)].reshape(*shape, _MX_GROUP)
+        pairs = _FP4_PAIRS[read(packed, 0, packed.size)]
+        values: Float32 = pairs.view(np.float32).reshape(*shape, _MX_GROUP)
         values *= _POWERS[read(exponents, 0, exponents.size)].reshape(*shape, 1)
         start = groups[0] * _MX_GROUP
         return values.reshape(self.width, -1).T[first - start : last - start]

@@ -8,6 +8,9 @@ _GGUF = (
     "`AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={file!r}).save_pretrained(OUT)`"
 )
 _FORMATS = (  # files in a folder, what it is, how it is converted; the first match counts
+    ("train_state.json", "a training checkpoint", "run `cpt-merge export RECIPE`"),
+    ("step-*/train_state.json", "a folder of training checkpoints",
+     "run `cpt-merge export RECIPE`"),
     ("zero_to_fp32.py", "a checkpoint of DeepSpeed",
      "run `python {path}/zero_to_fp32.py {path} OUT --safe_serialization`"),
     ("*zero_pp_rank_*_optim_states.pt", "the state of a DeepSpeed training",

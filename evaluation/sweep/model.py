@@ -44,9 +44,8 @@ class MergedModel:
         ):
             directory = Path(name)
             write_all_but_weights(the_plan, directory)
-            self.loaded: LoadedModel = load_model(
-                "merged", directory, local_rank, weights=the_plan.cpt.directory
-            )
+            weights = the_plan.cpt.directories[-1]  # for the shapes; an adapter has its base's
+            self.loaded: LoadedModel = load_model("merged", directory, local_rank, weights)
             self.template: ChatTemplate = template_for(
                 self.loaded, directory, read_chat_template(directory)
             )

@@ -131,6 +131,18 @@ def test_a_head_of_its_own_unties_a_tied_base(tmp_path):
     assert np.array_equal(found, head.float().numpy())
 
 
+def test_an_adapter_of_the_head_of_a_tied_base(tmp_path):
+    base = save_model(tmp_path / "base", "llama", tie_word_embeddings=True)
+    weight = load_file(base / "model.safetensors")["model.embed_tokens.weight"].float()
+    a, b = matrices(weight)
+    name = f"{PREFIX}lm_head.lora_"
+    adapter = save_adapter(tmp_path / "adapter", base, {f"{name}A.weight": a, f"{name}B.weight": b})
+    expected = (weight + ALPHA / RANK * (b @ a)).numpy()
+    model = open_model(adapter)
+    np.testing.assert_allclose(model.read_float32("lm_head.weight"), expected, 1e-5, 1e-4)
+    assert np.array_equal(model.read_float32("model.embed_tokens.weight"), weight.numpy())
+
+
 def test_an_adapter_of_the_embedding(tmp_path, base):
     random = torch.Generator().manual_seed(5)
     a, b = (torch.randn(shape, generator=random) for shape in ((RANK, ROWS), (64, RANK)))

@@ -13,6 +13,8 @@ from cpt_merge.core.hub import model_directory
 from tests.core.hub_server import hub
 
 FOLDERS = [
+    (["train_state.json", "shards/.metadata"], "training checkpoint", "cpt-merge export"),
+    (["step-00000200/train_state.json"], "training checkpoints", "cpt-merge export"),
     (["latest", "zero_to_fp32.py", "global_step9/mp_rank_00_model_states.pt"], "DeepSpeed",
      "zero_to_fp32.py"),
     (["mp_rank_00_model_states.pt"], "DeepSpeed", "zero_to_fp32.py"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cpt_merge
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.ancestry import pair_warnings
@@ -73,6 +74,9 @@ def test_adapters_as_cpt_and_as_chat(untied, tmp_path):
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    in_memory, _ = cpt_merge.merge_in_memory(untied.cpt, untied.base, untied.chat, ratio=0.5)
+    for name, values in in_memory.state_dict().items():
+        torch.testing.assert_close(values.bfloat16(), merged[name], rtol=0, atol=0)
 
 
 def test_the_vector_of_an_adapter(untied, tmp_path):
