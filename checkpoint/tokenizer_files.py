@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
 from cpt_merge.checkpoint.token_ids import has_tokenizer, read_tokens
+from cpt_merge.core.artifact import write_text
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
 
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -18,6 +21,11 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+
+
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATES_FOLDER = "additional_chat_templates"
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -50,28 +58,35 @@ class TokenizerFiles:
         return {role: token for role, token in found.items() if token is not None}
 
     @cached_property
-    def chat_template(self) -> str | None:
-        """The default chat template, from its own file or from tokenizer_config.json."""
-        path = self.directory / "chat_template.jinja"
-        if path.is_file():
-            try:
-                return path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it.") from None
-        template = self._config.get("chat_template")
-        if isinstance(template, list):
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default", next(iter(named.values()), None))
-        return template if isinstance(template, str) else None
+    def templates(self) -> dict[str, str]:
+        """Name -> chat template, the default one first.
 
-    @cached_property
-    def other_templates(self) -> list[str]:
-        """The names of chat templates other than the default one."""
-        template = self._config.get("chat_template")
-        listed = [entry.get("name") for entry in template] if isinstance(template, list) else []
-        folder = self.directory / "additional_chat_templates"
-        files = sorted(path.stem for path in folder.glob("*.jinja"))
-        return [name for name in map(str, [*listed, *files]) if name != "default"]
+        The default template is that of chat_template.jinja, tokenizer_config.json or the
+        processor's chat_template.json, whichever is there first; the first of several if none is
+        called so.
+        """
+        found: dict[str, str] = {}
+        listed = self._config.get("chat_template")
+        if isinstance(listed, list):
+            found |= {str(entry["name"]): entry["template"] for entry in listed}
+        for path in sorted((self.directory / TEMPLATES_FOLDER).glob("*.jinja")):
+            found[path.stem] = _read_template(path)
+        if isinstance(listed, str):
+            found[DEFAULT] = listed
+        own, processor = self.directory / TEMPLATE_FILE, self.directory / "chat_template.json"
+        if own.is_file():
+            found[DEFAULT] = _read_template(own)
+        elif DEFAULT not in found and processor.is_file():
+            template = read_json(processor).get("chat_template")
+            found |= {DEFAULT: template} if isinstance(template, str) else {}
+        default = DEFAULT if DEFAULT in found else next(iter(found), DEFAULT)
+        first = {DEFAULT: found.pop(default)} if default in found else {}
+        return {**first, **found}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The default chat template."""
+        return self.templates.get(DEFAULT)
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -79,7 +94,7 @@ class TokenizerFiles:
 
     def format_tokens(self) -> set[str]:
         """The added tokens that the template names, literally or by role, and the stop tokens."""
-        template = self.chat_template or ""
+        template = "\n".join(self.templates.values())
         literal = {token for token in self.added if token in template and not token.isspace()}
         by_role = {
             token for role, token in self.roles.items() if re.search(rf"\b{role}\b", template)
@@ -93,6 +108,24 @@ def tokenizer_directory(model: Checkpoint) -> Path:
     """Where a model's tokenizer is: an adapter may leave it to its base model."""
     found = (directory for directory in model.directories if has_tokenizer(directory))
     return next(found, model.directory)
+
+
+def write_templates(templates: Mapping[str, str], directory: Path) -> None:
+    """Write chat templates as transformers saves them."""
+    for name, template in templates.items():
+        if name == DEFAULT:
+            write_text(directory / TEMPLATE_FILE, template)
+        elif re.fullmatch(r"[\w-]+", name):  # it becomes a file's name
+            write_text(directory / TEMPLATES_FOLDER / f"{name}.jinja", template)
+        else:
+            say(f"the chat template {name!r} is left out, because no file can be called so")
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it.") from None
 
 
 def token_text(value: Any) -> str | None:

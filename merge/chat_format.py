@@ -9,7 +9,7 @@ from typing import Any
 
 from cpt_merge.checkpoint.model_files import CONFIG_FILE, GENERATION_FILE
 from cpt_merge.checkpoint.reader import read_json
-from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles, read_stop_ids
+from cpt_merge.checkpoint.tokenizer_files import DEFAULT, TokenizerFiles, read_stop_ids
 from cpt_merge.core.progress import say
 
 CARRIED_ROLES = ("bos_token", "eos_token", "pad_token")
@@ -23,7 +23,12 @@ class ChatFormat:
     stop_ids: list[int]  # every id that ends a reply
     special_ids: dict[str, dict[str, Any]]  # configuration file -> its special ids
     roles: dict[str, str]
-    template: str | None
+    templates: dict[str, str]  # by name, the default one first
+
+    @property
+    def template(self) -> str | None:
+        """The default chat template."""
+        return self.templates.get(DEFAULT)
 
 
 class _Ids:
@@ -62,16 +67,11 @@ def read_format(
     if rows is not None and "eos_token" in roles:
         stops.append(rows[roles["eos_token"]])
     stops = list(dict.fromkeys([*stops, *of_base.map(read_stop_ids(base.directory))]))
-    if chat.other_templates:
-        say(
-            "merge: only the default chat template is carried over; left out: "
-            f"{', '.join(chat.other_templates)}"
-        )
     special = {
         name: _special_ids(chat.directory / name, of_chat, stops)
         for name in (CONFIG_FILE, GENERATION_FILE)
     }
-    return ChatFormat(stops, special, roles, chat.chat_template)
+    return ChatFormat(stops, special, roles, chat.templates)
 
 
 def _roles(chat: TokenizerFiles, rows: Mapping[str, int] | None) -> dict[str, str]:

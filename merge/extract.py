@@ -22,7 +22,7 @@ from cpt_merge.checkpoint.model_files import CONFIG_FILE, GENERATION_FILE, copy_
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import is_by_token, vocabulary_rows
 from cpt_merge.checkpoint.token_changes import TokenChanges
-from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles
+from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, write_templates
 from cpt_merge.checkpoint.writer import (
     SHARD_BYTES,
     CheckpointLayout,
@@ -187,6 +187,7 @@ def _copy_model_files(model: Checkpoint, directory: Path) -> None:
     names = (GENERATION_FILE, *TOKENIZER_FILES)
     for source in reversed(model.directories):
         copy_files([source / name for name in names], directory)
+        write_templates(TokenizerFiles(source, {}, frozenset()).templates, directory)
 
 
 def _card(pair: Pair, dtype: Dtype) -> str:

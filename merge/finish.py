@@ -20,7 +20,7 @@ from cpt_merge.checkpoint.model_files import (
 from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.text_sections import resize_config
 from cpt_merge.checkpoint.token_ids import has_tokenizer
-from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
+from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, write_templates
 from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
 from cpt_merge.core.progress import say
 from cpt_merge.merge import merge_report
@@ -117,8 +117,7 @@ def write_tokenizer(plan: MergePlan, directory: Path) -> list[str]:
             if plan.format.template:
                 config.pop("chat_template", None)  # it has its own file
             write_json(directory / name, config)
-    if plan.format.template:
-        write_text(directory / "chat_template.jinja", plan.format.template)
+    write_templates(plan.format.templates, directory)
     return token_changes.drop_unknown(directory) if has_tokenizer(directory) else []
 
 

@@ -62,6 +62,7 @@ class OutputTokens:
     ids: dict[str, int]
     rows: int
     changes: TokenChanges
+    gone: frozenset[str] = frozenset()  # reserved tokens that CPT renamed
 
     @cached_property
     def tokens(self) -> dict[int, str]:
@@ -78,8 +79,10 @@ def output_tokens(
 ) -> OutputTokens:
     """The merged model's tokens. Raises `UserError` for a map that does not fit."""
     _check_token_map(token_map, cpt, chat)
+    gone = frozenset(_renamed_by_cpt(cpt, base) - chat.format_tokens())
     lacking = sorted(
-        (token for token in chat.added if token not in cpt.ids), key=lambda token: chat.ids[token]
+        (token for token in chat.added if token not in cpt.ids and token not in gone),
+        key=lambda token: chat.ids[token],
     )
     renamed = dict(token_map)
     for token in lacking:
@@ -102,9 +105,17 @@ def output_tokens(
     }
     for reserved in renamed.values():
         del ids[reserved]
-    return OutputTokens(
-        ids, _rows(cpt_rows, max(ids.values(), default=-1) + 1), TokenChanges(appended, renamed)
-    )
+    rows = _rows(cpt_rows, max(ids.values(), default=-1) + 1)
+    return OutputTokens(ids, rows, TokenChanges(appended, renamed), gone)
+
+
+def _renamed_by_cpt(cpt: TokenizerFiles, base: TokenizerFiles) -> set[str]:
+    """The base's added tokens that have another name in CPT, at the same id."""
+    return {
+        token
+        for token in base.added - cpt.ids.keys()
+        if (name := cpt.tokens.get(base.ids[token])) in cpt.added and name not in base.ids
+    }
 
 
 def _rows(cpt_rows: int, needed: int) -> int:
@@ -278,7 +289,9 @@ def lost_tokens(
     The special tokens of a further vector's models are not needed, because the format is that of
     the first vector: they only cause a message.
     """
-    gone = set(output.changes.renamed.values())
+    gone = output.gone.union(output.changes.renamed.values())
+    if output.gone and first:
+        say(f"merge: {cpt} renamed {_named(sorted(output.gone))}; their rows stay as trained")
     problems = []
     for tokenizer, advice in (
         (base, "extend the base's own tokenizer"),

@@ -270,3 +270,94 @@ def test_reserved_pieces_that_a_list_of_added_tokens_renames_are_no_disagreement
     tokens = read_tokens(family.cpt)
     assert tokens.ids["<|mine|>"] == family.rows
     assert "[UNUSED_7]" not in tokens.ids
+
+
+def save_fast(folder: Path, content: dict, **settings: object) -> None:
+    """`tokenizer.json` alone."""
+    for file in ("added_tokens.json", "tokenizer.model", "chat_template.jinja"):
+        (folder / file).unlink(missing_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def special(number: int, token: str) -> dict:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": token, **plain, "special": True}
+
+
+def test_unigram_tokenizers_meet_by_token(family) -> None:
+    """Only BPE can be extended, but a merge needs token strings and no more."""
+    pieces = [["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0]]
+    pieces += [[f"▁w{number}", -float(number)] for number in range(3, family.rows)]
+    shape = json.loads((family.chat / "tokenizer.json").read_text())
+    shape["model"] = {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": False}
+    own = [special(number, token) for number, token in enumerate(("<unk>", "<s>", "</s>"))]
+    chat = [
+        special(family.rows + n, token) for n, token in enumerate(("<|im_start|>", "<|im_end|>"))
+    ]
+    save_fast(family.base, {**shape, "added_tokens": own})
+    save_fast(family.cpt, {**shape, "added_tokens": [*own, special(family.rows, "[PAD]")]})
+    save_fast(family.chat, {**shape, "added_tokens": own + chat}, chat_template=CHAT_TEMPLATE)
+    out = merge(family)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == family.rows + 2
+    assert_rows_are_those_of_chat(family, out)
+
+
+def test_a_tiktoken_file_next_to_a_tokenizer_json_is_ignored(family) -> None:
+    """As Meta's and Moonshot's; alone it does not tell the special tokens."""
+    edit(family.cpt / "added_tokens.json", lambda content: content)
+    for folder in (family.base, family.cpt):
+        AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (family.cpt / "added_tokens.json").unlink()
+    for folder in (family.base, family.cpt, family.chat):
+        (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    assert_rows_are_those_of_chat(family, merge(family))
+    (family.cpt / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"is a tiktoken file.*tokenizer\.json"):
+        read_tokens(family.cpt)
+
+
+def test_the_processor_s_template_and_further_templates_are_carried_over(family) -> None:
+    (family.chat / "chat_template.jinja").unlink()
+    (family.chat / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    folder = family.chat / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("{{ messages }}tools")
+    tokenizer = AutoTokenizer.from_pretrained(merge(family))
+    assert tokenizer.chat_template == {"default": CHAT_TEMPLATE, "tool_use": "{{ messages }}tools"}
+
+
+def test_reserved_tokens_that_cpt_renamed_stay_its_own(family, capsys) -> None:
+    """They were put back behind all others, with the chat model's rows."""
+    for model, name in (
+        ("base", "<|reserved_1|>"),
+        ("cpt", "<|mine|>"),
+        ("chat", "<|reserved_1|>"),
+    ):
+        folder = getattr(family, model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for file in ("added_tokens.json", "tokenizer.model"):
+            (folder / file).unlink(missing_ok=True)
+
+        def name_it(content: dict, name: str = name) -> None:
+            vocabulary = content["model"]["vocab"]
+            old = next(token for token, number in vocabulary.items() if number == family.rows - 1)
+            del vocabulary[old]
+            merges = content["model"]["merges"]
+            content["model"]["merges"] = [one for one in merges if old not in (*one, "".join(one))]
+            vocabulary[name] = family.rows - 1
+            content["added_tokens"].append(special(family.rows - 1, name))
+
+        edit(folder / "tokenizer.json", name_it)
+    before = load(family.cpt)
+    out = merge(family)
+    tokenizer, merged = AutoTokenizer.from_pretrained(out), load(out)
+    assert tokenizer.convert_tokens_to_ids("<|mine|>") == family.rows - 1
+    assert "<|reserved_1|>" not in tokenizer.get_vocab()
+    for name in MATRICES:
+        assert torch.equal(merged[name][family.rows - 1], before[name][family.rows - 1])
+    assert "'<|reserved_1|>'" in capsys.readouterr().err
+    assert_rows_are_those_of_chat(family, out)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base
 from cpt_merge.tokenizer_ext.extend import extend_tokenizer
 from tests.tokenizer_ext.small_tokenizers import CHAT_TEMPLATE, CONFIG
 
@@ -69,3 +70,12 @@ def test_the_base_s_own_tokenizer_json(
     models = (saved_again / "tokenizer.model", tmp_path / "out" / "tokenizer.model")
     old, new = (SentencePieceProcessor(model_file=str(model)).encode(TEXTS) for model in models)
     assert old == new
+
+
+def test_a_tiktoken_file_next_to_the_base_s_tokenizer_json_is_ignored(bl_base, tmp_path) -> None:
+    """As Meta publishes LLaMA-3."""
+    shutil.copytree(bl_base, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    base = read_base(tmp_path / "base")
+    assert base.proto is None
+    assert base.ids == read_base(bl_base).ids
