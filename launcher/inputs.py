@@ -51,7 +51,10 @@ def _check_models(run: Run) -> None:
     models = open_fitting({"base": run.base, "chat": run.chat})
     if run.recipe.tokenizer.languages():
         check_resizable(models["base"])
-    check_pair(run.base, run.chat)
+        check_pair(run.base, run.chat)
+    else:
+        for model in (run.base, run.chat):
+            TokenizerFiles.read(model)
     merge_report.warn(pair_warnings(run.base, run.chat))
     run.further_models()
     if run.recipe.training.preview.every is not None:

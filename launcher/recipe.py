@@ -53,7 +53,9 @@ class Recipe(Section):
     runs: str = key("runs", "folder that holds the runs")
     models: Models = key(..., "the pair")
     corpus: Corpus = key(..., "the text")
-    tokenizer: TokenizerConfig = key(..., "tokenizer extension")
+    tokenizer: TokenizerConfig = key(
+        TokenizerConfig(), "tokenizer extension; without it the base's own tokenizer is kept"
+    )
     embeddings: EmbeddingsConfig = key(EmbeddingsConfig(), "initialisation of the new rows")
     data: DataConfig = key(DataConfig(), "token store")
     training: TrainingConfig = key(..., "continual pretraining")
@@ -79,6 +81,12 @@ class Recipe(Section):
                 "such text"
             )
         return self
+
+    @property
+    def new_languages(self) -> list[str]:
+        """The languages that get pieces; without any, those of the text except English."""
+        of_text = [tag for tag in self.corpus.languages() if tag != "en"]
+        return self.tokenizer.languages() or of_text or self.corpus.languages()
 
     @property
     def directory(self) -> Path:

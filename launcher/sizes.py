@@ -69,6 +69,8 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
         if language not in config.new_pieces
     ]
     pieces = sum(config.new_pieces.values()) + sum(map(count_entries, lists))
+    if not pieces:
+        return shape.vocabulary  # and a row for each token that only the chat model has
     multiple = config.pad_to_multiple
     return -(-(shape.vocabulary + pieces) // multiple) * multiple
 

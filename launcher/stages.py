@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def _new_text(recipe: Recipe) -> Corpus:
-    """The text in the languages that the tokenizer is extended by."""
-    languages = recipe.tokenizer.languages()
+    """The text in the new languages."""
+    languages = recipe.new_languages
     sources = [source for source in recipe.corpus.sources if source.language in languages]
     return recipe.corpus.model_copy(update={"sources": sources})
 
@@ -238,7 +238,7 @@ def _sweep(context: StageContext, tracker: Tracker) -> dict[str, Any]:
 
     paths, recipe = context.run, context.run.recipe
     merge = MergeInputs(_swept(paths), paths.base, paths.chat, paths.tokenizer)
-    inputs = SweepInputs(merge, recipe.corpus, recipe.tokenizer.languages(), context.inputs)
+    inputs = SweepInputs(merge, recipe.corpus, recipe.new_languages, context.inputs)
     settings = recipe.sweep, recipe.evaluation, recipe.merge
     return run(*settings, inputs, context.folder, tracker)
 

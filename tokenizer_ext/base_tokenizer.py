@@ -70,7 +70,7 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
         content = _with_merges_of(proto, content)
     settings = _read_settings(directory, content, proto)
     content = {**content, "post_processor": _post_processor(content, settings)}
-    rows = _read_rows(directory) if rows is None else rows
+    rows = read_rows(directory) if rows is None else rows
     loaded = build(content)
     moved = [
         token for token in added_tokens_of(content) if loaded.token_to_id(token.content) != token.id
@@ -151,7 +151,8 @@ def _check_distinct(directory: Path, content: Content) -> None:
         names[id_] = token
 
 
-def _read_rows(directory: Path) -> int:
+def read_rows(directory: Path) -> int:
+    """The rows of a model, from its config.json. Raises `UserError` if it does not say."""
     config = read_json(directory / "config.json")
     rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     if not isinstance(rows, int) or rows < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
@@ -17,7 +17,8 @@ class TokenizerConfig(Section):
     new_pieces: dict[str, int] = key(
         {},
         "language -> number of pieces to add for it; languages are learnt in this order, and a "
-        "piece is added once",
+        "piece is added once; without any, and without `pieces_from`, the base's own tokenizer is "
+        "kept",
     )
     pieces_from: dict[str, str] = key(
         {},
@@ -65,15 +66,6 @@ class TokenizerConfig(Section):
     def _lists(cls, lists: dict[str, str]) -> dict[str, str]:
         _check_known(lists)
         return lists
-
-    @model_validator(mode="after")
-    def _some_language(self) -> TokenizerConfig:
-        if not self.languages():
-            raise ValueError(
-                "no language gets new pieces; set `new_pieces`, such as {ko: 8000}, or "
-                "`pieces_from`"
-            )
-        return self
 
 
 def _check_known(tags: Iterable[str]) -> None:

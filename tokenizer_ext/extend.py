@@ -18,6 +18,7 @@ from cpt_merge.tokenizer_ext.extension_report import Report, make_report, publis
 from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken
 from cpt_merge.tokenizer_ext.learn.grow import learn_languages
 from cpt_merge.tokenizer_ext.pipelines import say_differences
+from cpt_merge.tokenizer_ext.unextended import keep_tokenizer
 from cpt_merge.tokenizer_ext.verify.invariants import prove, read_case, require
 from cpt_merge.tokenizer_ext.verify.samples import heldout_texts, scripts_of, take_samples
 from cpt_merge.tokenizer_ext.writing import RowLayout, lay_out, write_tokenizer
@@ -35,7 +36,8 @@ def extend_tokenizer(
     """Extend the tokenizer in `base` with pieces learnt from `corpus`, and write it into the empty
     directory `out`.
 
-    Tokens that only the tokenizer in `chat` has keep their ids. Returns the numbers of the summary.
+    Tokens that only the tokenizer in `chat` has keep their ids. A configuration without languages
+    keeps the base's own tokenizer. Returns the numbers of the summary.
     Raises `UserError` for unusable input, or if an invariant does not hold on the written files;
     `out` then stays empty. Long text is counted in several processes, so a script that calls this
     needs an `if __name__ == "__main__":` guard.
@@ -46,6 +48,8 @@ def extend_tokenizer(
         raise UserError(f"{out} is not empty; empty it, or give another directory.")
     if has_weights(base):
         check_resizable(open_model(base))
+    if not config.languages():
+        return _keep(config, base, out, chat, tracker)
     start = read_base(base)
     chat_tokens = read_chat_tokens(chat, start) if chat else []
     say_differences(start, chat)
@@ -70,6 +74,23 @@ def extend_tokenizer(
     report = make_report(case, learned, config.new_pieces, proofs)
     publish(report, out, tracker)
     results = summarize(start.rows, layout, report)
+    tracker.summary({f"tokenizer/{name}": value for name, value in results.items()})
+    return results
+
+
+def _keep(
+    config: TokenizerConfig, base: Path, out: Path, chat: Path | None, tracker: Tracker
+) -> dict[str, Any]:
+    """No new pieces: the base's own tokenizer, with the chat format's tokens."""
+    with Staging(out).filling() as folder:
+        vocabulary = keep_tokenizer(base, chat, folder, config.pad_to_multiple)
+    results: dict[str, Any] = {
+        "base_rows": vocabulary.base_rows,
+        "rows": vocabulary.rows,
+        "new_pieces": 0,
+        "chat_tokens": len(vocabulary.chat),
+        "padding_rows": len(vocabulary.padding),
+    }
     tracker.summary({f"tokenizer/{name}": value for name, value in results.items()})
     return results
 

@@ -120,7 +120,7 @@ def test_a_long_value_is_shortened_in_a_message(tmp_path: Path) -> None:
     [
         ("a: [", "is not YAML"),
         ("- a", "not a mapping of sections"),
-        ("name: x", "`models`, `corpus`, `tokenizer` and `training` are missing; set them."),
+        ("name: x", "`models`, `corpus` and `training` are missing; set them."),
         ("training:\n  tokens: 1\n  tokens: 2", "line 3: the key `tokens` occurs twice"),
         ("name: x\nmodels: {}\nname: y", "line 3: the key `name` occurs twice"),
     ],

@@ -81,8 +81,6 @@ def test_a_lone_surrogate(tmp_path) -> None:
     [
         ({"new_pieces": {"xx": 5}}, "language 'xx' is not known"),
         ({"new_pieces": {"ko": 0}}, "ask for at least 1"),
-        ({"new_pieces": {}}, "no language gets new pieces"),
-        ({}, "no language gets new pieces; set `new_pieces`"),
         ({"new_pieces": {"ko": 5}, "min_frequenzy": 2}, "min_frequency"),
     ],
 )

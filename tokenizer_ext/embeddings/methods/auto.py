@@ -44,6 +44,8 @@ def letterless_tokens(tokenizer: Path, ids: Collection[int]) -> frozenset[int]:
     """Which of the ids in `tokenizer.json` hold no whole letter: bytes, parts of characters,
     spaces, punctuation.
     """
+    if not ids:
+        return frozenset()
     content = read_json(tokenizer / "tokenizer.json")
     names = {id_: token for token, id_ in content["model"]["vocab"].items()}
     byte_level = has_byte_level(content.get("pre_tokenizer"))
