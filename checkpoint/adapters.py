@@ -47,7 +47,7 @@ _SAVED_MODULE = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _BODY = re.compile(r"^((model|language_model|text_model|transformer)\.)+")
-_QUANTISED_NAME = re.compile(r"(-unsloth)?-bnb-4bit$")
+_QUANTISED_NAME = re.compile(r"(-unsloth)?-bnb-[48]bit$")
 
 
 @dataclass(frozen=True)

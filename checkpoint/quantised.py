@@ -187,8 +187,6 @@ def plain_tensors(
     """
     quantisation = _quantisation(config)
     method = _method_name(quantisation)
-    if method in _NEVER_PLAIN or quantisation.get("transform_config"):
-        _refuse(directory, method)
     for key, refused in _REFUSED.items():
         found = next((name for name in stored if refused.marks and refused.marks.search(name)), "")
         if found:
@@ -215,6 +213,22 @@ def plain_tensors(
             "plain floats; the key is ignored"
         )
     return left | tensors
+
+
+def refuse_transformed(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raise `UserError` for methods with which not even plain weights are the model's.
+
+    Their files may hold more than tensors, so this comes before they are read.
+    """
+    quantisation = _quantisation(config)
+    method = _method_name(quantisation)
+    if method in _NEVER_PLAIN or quantisation.get("transform_config"):
+        _refuse(directory, method)
+
+
+def states_method(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that the model is quantised."""
+    return bool(_quantisation(config))
 
 
 def refuse_by_config(name: str, config: Mapping[str, Any]) -> None:

@@ -33,7 +33,12 @@ from cpt_merge.checkpoint.dtypes import STORED, Array, Float32, rounded, widen
 from cpt_merge.checkpoint.headers import StridedInfo, TensorInfo, read_header
 from cpt_merge.checkpoint.pickled import read_pickled
 from cpt_merge.checkpoint.plain_names import plain_name, plain_names
-from cpt_merge.checkpoint.quantised import plain_config, plain_tensors
+from cpt_merge.checkpoint.quantised import (
+    plain_config,
+    plain_tensors,
+    refuse_transformed,
+    states_method,
+)
 from cpt_merge.checkpoint.text_sections import resize_config
 from cpt_merge.core.artifact import read_marker
 from cpt_merge.core.errors import UserError
@@ -68,9 +73,10 @@ class Checkpoint:
         directory = Path(directory)
         if stem == "model" and is_adapter(directory):
             return _open_adapter(directory, base)
-        stored = stored_tensors(directory, stem)
         path = directory / "config.json"
         config = read_json(path) if path.is_file() else {}
+        refuse_transformed(directory, config)
+        stored = stored_tensors(directory, stem)
         tensors = plain_tensors(directory, plain_names(directory, stored), config)
         return Checkpoint(directory, tensors, _unchanged_files(stored, tensors))
 
@@ -259,8 +265,14 @@ def check_complete(directory: Path) -> None:
     It may be quantised: transformers knows methods that are not dequantised here.
     """
     refuse_adapter(directory)
-    stored = stored_tensors(directory)
-    read_json(directory / "config.json")
+    stored, config = stored_tensors(directory), read_json(directory / "config.json")
+    if not states_method(config):
+        for name, info in plain_tensors(directory, stored, config).items():
+            if isinstance(info, DerivedInfo):
+                raise UserError(
+                    f"{directory} contains {name} in quantised form, but its config.json does not "
+                    "say so, and transformers would not scale it; restore quantization_config."
+                )
     odd = next((name for name in stored if name != plain_name(name)), None)
     if odd is not None:
         raise UserError(

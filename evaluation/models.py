@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from cpt_merge.checkpoint.reader import check_complete
 from cpt_merge.core.errors import UserError
@@ -49,6 +50,7 @@ def shared_context(models: Mapping[str, Path], wanted: int) -> int:
         try:
             check_complete(directory)
             config = AutoConfig.from_pretrained(directory)
+            _check_quantiser(config)
         except (UserError, OSError, ValueError) as error:
             raise UserError(f"model {name}: {first_line(error)}") from None
         load_tokenizer(directory)
@@ -60,6 +62,20 @@ def shared_context(models: Mapping[str, Path], wanted: int) -> int:
                 f"all models use windows of {positions}"
             )
     return context
+
+
+def _check_quantiser(config: Any) -> None:
+    """Raise `UserError` if transformers lacks what it needs to load a quantised model."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    try:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment()
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"it is quantised, and transformers cannot load it here ({first_line(error)}); install "
+            "what is missing, or evaluate the model in 16 bits."
+        ) from None
 
 
 def load_model(

@@ -48,9 +48,12 @@ def _prompt_inputs(recipe: Recipe) -> dict[str, str]:
 
 
 def _extend_tokenizer(context: StageContext, tracker: Tracker) -> dict[str, Any]:
+    from cpt_merge.checkpoint.reader import Checkpoint
     from cpt_merge.tokenizer_ext.extend import extend_tokenizer
 
     paths, recipe = context.run, context.run.recipe
+    for model in (paths.base, paths.chat):
+        Checkpoint.open(model)  # its weights are needed by later stages
     paths.tokenizer.mkdir(parents=True)
     return extend_tokenizer(
         recipe.tokenizer, paths.base, recipe.corpus, paths.tokenizer, paths.chat, tracker

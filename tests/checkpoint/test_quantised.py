@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from cpt_merge.checkpoint.dtypes import widen
 from cpt_merge.checkpoint.quantised import FLOAT8
-from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.reader import Checkpoint, check_complete
 from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.models import shared_context
 from tests.checkpoint.published import edit_config, edit_weights, save_model, to_block_fp8, to_mxfp4
 
 
@@ -266,3 +267,23 @@ def test_a_configuration_that_outlived_quantisation_is_ignored(tmp_path, capsys)
     assert (
         "quantization_config" in json.loads((directory / "config.json").read_text())["text_config"]
     )
+
+
+@pytest.mark.parametrize("quantise", [four_bits, powers_of_two])
+def test_transformers_is_not_asked_for_quantised_weights_that_it_would_not_scale(
+    tmp_path, quantise
+):
+    """Without quantization_config it takes the stored numbers for the weights."""
+    directory = save_model(tmp_path / "model", "llama", num_hidden_layers=1)
+    check_complete(directory)
+
+    def change(weights):
+        for name in [name for name in weights if "_proj" in name]:
+            quantise(weights, name, weights[name])
+
+    edit_weights(directory, change)
+    with pytest.raises(UserError, match=r"bitsandbytes|restore quantization_config"):
+        check_complete(directory)
+    edit_config(directory, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UserError, match="model one: it is quantised, and transformers cannot"):
+        shared_context({"one": directory}, 64)

@@ -123,6 +123,22 @@ def test_a_header_that_lies_is_refused(single, change, word):
     refused(single, "model.safetensors", word)
 
 
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F12"])
+def test_a_type_that_is_not_read_is_no_damage(tmp_path, dtype):
+    save_file({"a.weight": torch.zeros(4, 8, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+
+    def change(header):
+        bits = {"F4": 4, "F6_E2M3": 6}.get(dtype, 8)
+        header["a.weight"].update(dtype=dtype, shape=[4, 8 * 8 // bits])
+        if bits == 6:
+            header["a.weight"].update(shape=[4, 8], data_offsets=[0, 24])
+
+    rewrite_header(tmp_path / "model.safetensors", change)
+    with pytest.raises(UserError, match=f"contains a.weight as {dtype}|a.weight as {dtype}") as one:
+        Checkpoint.open(tmp_path)
+    assert "again" not in str(one.value)
+
+
 @pytest.mark.parametrize(
     "file", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", 7]
 )
