@@ -178,6 +178,14 @@ def config_differences(plan: MergePlan) -> list[str]:
 def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     """With `rope_theta` and `rope_scaling`, for which transformers 5 writes `rope_parameters`."""
     flat = {**config, **config.get("text_config", {})}
+    for name in [name for name, value in flat.items() if name.endswith("_config")]:
+        nested = flat.pop(name)
+        if name != "text_config" and isinstance(nested, dict):
+            flat |= {
+                f"{name}.{field}": value
+                for field, value in nested.items()
+                if field not in EXPECTED_TO_DIFFER
+            }
     rope = dict(flat.pop("rope_parameters", None) or {})
     theta = rope.pop("rope_theta", flat.get("rope_theta"))
     if rope.get("rope_type") == "default":

@@ -9,7 +9,7 @@ from typing import Any
 from cpt_merge.checkpoint.loaded import has_weights, open_model
 from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say, timed
+from cpt_merge.core.progress import say
 from cpt_merge.data.sources import Corpus
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base, read_chat_tokens
 from cpt_merge.tokenizer_ext.config import TokenizerConfig
@@ -66,7 +66,7 @@ def extend_tokenizer(
         say(f"{token!r} of the base has the id {id_}, beyond its rows; it gets the mean row")
     readable = [start.family.readable(piece) for piece in pieces]
     samples = take_samples(heldout_texts(corpus), scripts_of(config.languages()), readable)
-    with Staging(out).filling() as folder, timed("proving the written tokenizer"):
+    with Staging(out).filling() as folder:
         write_tokenizer(start, layout, folder)
         proofs = prove(read_case(start, folder, chat, samples))
         require(proofs)

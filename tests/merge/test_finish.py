@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from cpt_merge.merge import MergeConfig, finish
@@ -56,3 +58,15 @@ def test_a_text_config_is_resized_too():
         "vocab_size": 8,
         "text_config": {"vocab_size": 8, "a": 1},
     }
+
+
+def test_another_vocabulary_size_in_a_nested_configuration_is_no_difference(untied):
+    """It was the whole of both configurations in one line."""
+    for model, rows in (("base", 38), ("chat", 40), ("cpt", 48)):
+        path = untied.root / model / "config.json"
+        config = json.loads(path.read_text())
+        config |= {"text_config": {"vocab_size": rows, "rope_theta": 10000.0}}
+        config |= {"vision_config": {"depth": 3 if model == "cpt" else 2, "width": 8}}
+        path.write_text(json.dumps(config))
+    found = finish.config_differences(plan(MergeConfig(), inputs_of(untied)))
+    assert found == ["vision_config.depth is 3 in cpt, 2 in base, 2 in chat"]

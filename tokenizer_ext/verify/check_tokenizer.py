@@ -10,7 +10,7 @@ from pathlib import Path
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import SCRIPTS, script_pattern
-from cpt_merge.core.progress import say, timed
+from cpt_merge.core.progress import say
 from cpt_merge.data.sources import Source, read_source
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base, read_tokenizer
 from cpt_merge.tokenizer_ext.extension_report import (
@@ -76,8 +76,7 @@ def check_tokenizer(
         case = read_case(start, directory, chat, samples)
     else:
         case = Case(start, directory, content, proto, pieces, None, chat, samples)
-    with timed("checking"):
-        proofs = prove(case)
+    proofs = prove(case)
     fertility = [measure_fertility(case, name, some) for name, some in read.items() if some]
     fertility += [
         measure_fertility(case, f"{name} (sentences)", some)

@@ -8,6 +8,7 @@ invariant "old ids fixed".
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,11 +18,12 @@ from pathlib import Path
 import regex
 from tokenizers import Tokenizer
 
-from cpt_merge.checkpoint.sentencepiece_model import Proto
+from cpt_merge.checkpoint.sentencepiece_model import NORMAL, Proto
 from cpt_merge.checkpoint.tokenizer_files import SPECIAL_ROLES, TokenizerFiles, token_text
 from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import script_pattern
+from cpt_merge.core.progress import Meter
 from cpt_merge.tokenizer_ext.base_tokenizer import FAST_FILE, Base, disagreements, read_tokenizer
 from cpt_merge.tokenizer_ext.families.sentencepiece import processor
 from cpt_merge.tokenizer_ext.families.tokenizer_json import (
@@ -111,7 +113,12 @@ def read_case(base: Base, directory: Path, chat: Path | None, samples: Samples) 
 
 def prove(case: Case) -> list[Proof]:
     """Check every invariant."""
-    return [invariant(case) for invariant in INVARIANTS]
+    proofs = []
+    with Meter("proving the tokenizer", len(INVARIANTS), "invariants") as meter:
+        for invariant in INVARIANTS:
+            proofs.append(invariant(case))
+            meter.advance()
+    return proofs
 
 
 def require(proofs: Sequence[Proof]) -> None:
@@ -127,7 +134,11 @@ def require(proofs: Sequence[Proof]) -> None:
 
 
 def old_ids_stay(case: Case) -> Proof:
-    """Every token of the base keeps its id, and the old merges keep their order."""
+    """Every token of the base keeps its id, and the old merges keep their order.
+
+    SentencePiece's scores leave the order of some merges open (LLaMA-2's runs of spaces have one
+    score), so files that are made from them may differ there.
+    """
     ids = ids_of(case.content)
     old = case.base.ids
     failures = [
@@ -135,12 +146,26 @@ def old_ids_stay(case: Case) -> Proof:
         for token, id_ in old.items()
         if ids.get(token) != id_
     ]
-    new_merges = iter(merges_of(case.content))
-    old_merges = merges_of(case.base.content)
-    lost = next((merge for merge in old_merges if merge not in new_merges), None)
+    open_ = _pieces_of_equal_score(case.proto if case.proto is not None else case.base.proto)
+    old_merges, all_new = merges_of(case.base.content), merges_of(case.content)
+    known, new_merges = set(all_new), iter(all_new)
+    lost = next(
+        (
+            merge
+            for merge in old_merges
+            if merge not in (known if "".join(merge) in open_ else new_merges)
+        ),
+        None,
+    )
     if lost:
         failures.append(f"the merge {lost} is missing or out of order")
     return Proof("old tokens keep their ids and merges", len(old) + len(old_merges), failures)
+
+
+def _pieces_of_equal_score(proto: Proto | None) -> set[str]:
+    pieces = [] if proto is None else [piece for piece in proto.pieces if piece.type == NORMAL]
+    scores = Counter(piece.score for piece in pieces)
+    return {piece.piece for piece in pieces if scores[piece.score] > 1}
 
 
 def old_pieces_stay(case: Case) -> Proof:
@@ -297,26 +322,30 @@ def new_pieces_are_reachable(case: Case) -> Proof:
     This is sufficient: surrounding text can only take characters from a piece's edges, so a piece
     that is not reached alone is never reached.
     """
-    pieces = list(case.pieces)
+    pieces, family = list(case.pieces), case.base.family
     expected = [[id_] for id_ in case.pieces.values()]
-    found = _encode(build_model(case.content), pieces)
-    failures = _differences(case, pieces, expected, found)
-    texts = [(piece, case.base.family.spelt(piece).decode(errors="ignore")) for piece in pieces]
-    whole = [text for piece, text in texts if text.encode() == case.base.family.spelt(piece)]
-    failures += [
-        f"{text!r} is cut or changed before merging"
-        for text in whole
-        if not case.base.family.is_one_word(text)
-    ]
+    encoded = {"": _encode(build_model(case.content), pieces)}
+    broken = []
     if case.proto is not None:
         bare = type(case.proto)()
         bare.CopyFrom(case.proto)
         bare.normalizer_spec.add_dummy_prefix = False
         try:
-            failures += _differences(case, pieces, expected, processor(bare).encode(pieces))
+            encoded[" in tokenizer.model"] = processor(bare).encode(pieces)
         except RuntimeError as error:
-            failures.append(f"SentencePiece refuses tokenizer.model ({error})")
-    return Proof("every new piece can be produced", len(pieces), failures)
+            broken.append(f"SentencePiece refuses tokenizer.model ({error})")
+    failures: dict[str, str] = {}  # one for each piece
+    for where, found in encoded.items():
+        for piece, one, other in zip(pieces, expected, found, strict=True):
+            if one != other:
+                reason = f"{_short(piece)} {_first_difference(case, one, other)}{where}"
+                failures.setdefault(piece, reason)
+    for piece in pieces:
+        text = family.spelt(piece).decode(errors="ignore")
+        whole = text.encode() == family.spelt(piece)
+        if whole and piece not in failures and not family.is_one_word(text):
+            failures[piece] = f"{text!r} is cut or changed before merging"
+    return Proof("every new piece can be produced", len(pieces), [*broken, *failures.values()])
 
 
 def text_round_trips(case: Case) -> Proof:

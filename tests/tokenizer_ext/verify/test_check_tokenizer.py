@@ -10,8 +10,10 @@ from transformers import AutoTokenizer
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.cli import main
+from cpt_merge.tokenizer_ext.families.sentencepiece import fast_content
 from cpt_merge.tokenizer_ext.verify.check_tokenizer import check_tokenizer, guess_scripts
 from cpt_merge.tokenizer_ext.verify.invariants import Proof
+from tests.tokenizer_ext.small_tokenizers import write_base
 
 WORDS = ["學生", "圖書館", "老師的", "질문", "대답은"]
 
@@ -207,3 +209,36 @@ def test_exit_codes(sp, tmp_path, capsys) -> None:
 def test_a_text_that_is_not_there(sp) -> None:
     with pytest.raises(UserError, match=r"--text nowhere.txt does not exist"):
         check_tokenizer(sp.out, sp.base, texts=[Path("nowhere.txt")])
+
+
+def test_a_piece_that_cannot_be_produced_counts_once(sp_base, tmp_path) -> None:
+    """Both files cannot produce it: a published extension had 1,328 instead of 657."""
+    path = sp_base / "tokenizer.model"
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    for piece in ("學生們", "圖書館"):
+        proto.pieces.add(piece=piece, score=0.0, type=1)
+    out = write_base(tmp_path / "out", len(proto.pieces), proto=proto.SerializeToString())
+    proofs = check_tokenizer(out, sp_base).proofs
+    proof = next(proof for proof in proofs if proof.invariant == "every new piece can be produced")
+    assert len(proof.failures) == proof.checked == 2
+
+
+@pytest.mark.parametrize("fast", ["base", "extended"])
+def test_runs_of_spaces_of_one_score_may_merge_in_another_order(sp_base, fast, tmp_path) -> None:
+    """LLaMA-2's have one score; its published tokenizer.json orders them by id."""
+    path = sp_base / "tokenizer.model"
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    for piece in proto.pieces:
+        if piece.type == 1 and len(piece.piece) > 1 and not piece.piece.strip("▁"):
+            piece.score = -1e9
+    model, rows = proto.SerializeToString(), len(proto.pieces)
+    alone = write_base(tmp_path / "alone", rows, proto=model, bos_token="<s>")
+    content = fast_content(proto, path)
+    merges = content["model"]["merges"]
+    runs = [merge for merge in merges if not "".join(merge).strip("▁")]
+    assert len(runs) > 1
+    content["model"]["merges"] = [one for one in merges if one not in runs] + runs[::-1]
+    other = write_base(tmp_path / "other", rows, content=content, bos_token="<s>")
+    base, extended = (other, alone) if fast == "base" else (alone, other)
+    proofs = check_tokenizer(extended, base).proofs
+    assert "old tokens keep their ids and merges" not in broken(proofs)
