@@ -68,7 +68,12 @@ _REFUSED = {  # `quant_method` in config.json; the first whose marks are found d
     "fp_quant": _Method("FP-Quant", "fp_quant", re.compile(r"\.(dqweight|forward_hadamard\w*)$")),
     "sinq": _Method("SINQ", "sinq"),
     "auto-round": _Method("AutoRound", "auto-round"),
+    "quark": _Method("Quark", "AMD's Quark"),
+    "modelopt": _Method("ModelOpt", "NVIDIA's Model Optimizer"),
 }  # fmt: skip
+
+_DEQUANTISED = {"fp8", "mxfp4"}
+_MAY_BE_FP8 = {"compressed-tensors", "modelopt", "quark"}
 
 # computed in another way than the plain weights say, even if these are stored
 _NEVER_PLAIN = {"bitnet", "fp_quant", "torchao"}
@@ -237,7 +242,7 @@ def refuse_by_config(name: str, config: Mapping[str, Any]) -> None:
     For models of which nothing else is known yet; its weights may turn out to be plain.
     """
     method = _method_name(_quantisation(config))
-    if method in _REFUSED and method != "compressed-tensors":
+    if method in _REFUSED and method not in _MAY_BE_FP8:
         _refuse(name, method)
 
 
@@ -357,7 +362,7 @@ def _check_plain(directory: Path, tensors: Mapping[str, TensorInfo], method: str
                 f"{directory} contains {name}, a scale of 8-bit weights, without such a weight; "
                 "the model was converted only in part: get it again."
             )
-        if method in _REFUSED and packed and integer:
+        if method and method not in _DEQUANTISED and packed and integer:
             _refuse(directory, method, info)
         if (packed and integer) or (small and not _ACTIVATION_SCALE.search(name)):
             reason = "without the scales that belong to it" if info.dtype in FLOAT8 else "quantised"

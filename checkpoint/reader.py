@@ -77,6 +77,7 @@ class Checkpoint:
         config = read_json(path) if path.is_file() else {}
         refuse_transformed(directory, config)
         stored = stored_tensors(directory, stem)
+        _check_gathered(directory, stored)
         tensors = plain_tensors(directory, plain_names(directory, stored), config)
         return Checkpoint(directory, tensors, _unchanged_files(stored, tensors))
 
@@ -257,6 +258,17 @@ def _moved(info: TensorInfo, directory: Path) -> TensorInfo:
     if isinstance(moved, DerivedInfo):
         return replace(moved, parts=tuple(_moved(part, directory) for part in moved.parts))
     return moved
+
+
+def _check_gathered(directory: Path, stored: Mapping[str, TensorInfo]) -> None:
+    """Raise `UserError` for what ZeRO-3 leaves of a model that it does not gather."""
+    empty = [name for name, info in stored.items() if info.size == 0]
+    if empty and (directory / "zero_to_fp32.py").is_file():
+        raise UserError(
+            f"{directory} contains {empty[0]} without elements, because DeepSpeed's ZeRO-3 keeps "
+            f"them elsewhere; run `python {directory}/zero_to_fp32.py {directory} OUT "
+            "--safe_serialization`."
+        )
 
 
 def check_complete(directory: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cpt_merge.checkpoint.dtypes import widen
-from cpt_merge.checkpoint.quantised import FLOAT8
+from cpt_merge.checkpoint.quantised import FLOAT8, refuse_by_config
 from cpt_merge.checkpoint.reader import Checkpoint, check_complete
 from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.models import shared_context
@@ -215,7 +215,8 @@ METHODS = [
     (packed, {"quant_method": "compressed-tensors"}, ("compressed-tensors", "run_compressed")),
     (packed, None, ("compressed-tensors",)),
     (integers, {"quant_method": "compressed-tensors"}, ("compressed-tensors", "I8")),
-    (integers, {"quant_method": "new"}, ("I8", "16-bit")),
+    (integers, {"quant_method": "new"}, ("'new'", "I8", "16-bit")),
+    (integers, {"quant_method": "quark"}, ("Quark", "AMD")),
     (integers, None, ("I8", "16-bit")),
     (nvfp4, None, ("NVFP4",)),
     (without_scales, {"quant_method": "fp8"}, ("F8_E4M3", "without the scales")),
@@ -287,3 +288,13 @@ def test_transformers_is_not_asked_for_quantised_weights_that_it_would_not_scale
     edit_config(directory, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UserError, match="model one: it is quantised, and transformers cannot"):
         shared_context({"one": directory}, 64)
+
+
+def test_of_a_model_on_the_hub_only_config_json_is_known():
+    fp8 = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    for config in ({}, fp8, {"quantization_config": {"quant_method": "mxfp4"}}):
+        refuse_by_config("org/model", config)
+    with pytest.raises(UserError, match="org/model is quantised with AWQ; use the 16-bit"):
+        refuse_by_config(
+            "org/model", {"text_config": {"quantization_config": {"quant_method": "awq"}}}
+        )

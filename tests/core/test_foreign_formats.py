@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
@@ -60,6 +62,14 @@ def test_a_file_is_not_missing(tmp_path: Path, name: str, words: tuple[str, str]
             read()
         assert all(word in str(caught.value) for word in words)
         assert "not exist" not in str(caught.value)
+
+
+def test_what_zero_3_leaves_of_a_model(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.zeros(0)}, tmp_path / "model.safetensors")
+    assert Checkpoint.open(tmp_path).info("a.weight").size == 0
+    (tmp_path / "zero_to_fp32.py").touch()
+    with pytest.raises(UserError, match=r"a.weight without elements.* run `python .*zero_to_fp32"):
+        Checkpoint.open(tmp_path)
 
 
 def test_a_file_of_a_model_names_its_directory(tmp_path: Path) -> None:
