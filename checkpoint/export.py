@@ -12,7 +12,13 @@ import torch
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Dtype, Float32, rounded, widen
 from cpt_merge.checkpoint.loaded import open_model
-from cpt_merge.checkpoint.model_files import CONFIG_FILE, GENERATION_FILE, copy_files, model_config
+from cpt_merge.checkpoint.model_files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    copy_companions,
+    copy_files,
+    model_config,
+)
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
@@ -103,6 +109,7 @@ def export_shards(
         write_json(writer.directory / CONFIG_FILE, model_config(source, writer.layout))
         others = [tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)]
         copy_files([like / GENERATION_FILE, *others], writer.directory)
+        copy_companions([like], writer.directory)
         writer.publish()
     ranks.barrier()
 

@@ -18,7 +18,12 @@ import numpy as np
 import yaml
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES, Dtype, Float32, rounded
-from cpt_merge.checkpoint.model_files import CONFIG_FILE, GENERATION_FILE, copy_files
+from cpt_merge.checkpoint.model_files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    copy_companions,
+    copy_files,
+)
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import is_by_token, vocabulary_rows
 from cpt_merge.checkpoint.token_changes import TokenChanges
@@ -188,6 +193,7 @@ def _copy_model_files(model: Checkpoint, directory: Path) -> None:
     for source in reversed(model.directories):
         copy_files([source / name for name in names], directory)
         write_templates(TokenizerFiles(source, {}, frozenset()).templates, directory)
+    copy_companions(model.directories, directory)
 
 
 def _card(pair: Pair, dtype: Dtype) -> str:

@@ -14,10 +14,12 @@ from cpt_merge.checkpoint.loaded_tokenizer import loading
 from cpt_merge.checkpoint.model_files import (
     CONFIG_FILE,
     GENERATION_FILE,
+    copy_companions,
     copy_files,
     model_config,
 )
 from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of
 from cpt_merge.checkpoint.text_sections import resize_config
 from cpt_merge.checkpoint.token_ids import has_tokenizer
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, write_templates
@@ -68,11 +70,19 @@ def write_all_but_weights(plan: MergePlan, directory: Path) -> None:
         config = resize_config(config, plan.rows)
     write_json(directory / CONFIG_FILE, {**config, **plan.format.special_ids[CONFIG_FILE]})
     write_json(directory / GENERATION_FILE, generation_config(plan))
+    copy_companions(_companions_of(plan), directory)
     for sentence in write_tokenizer(plan, directory):
         say(f"merge: {sentence}")
     if not plan.format.template:
         chat = plan.chat.source.chat_directory
         say(f"merge: {chat} has no chat template, so the output has none")
+
+
+def _companions_of(plan: MergePlan) -> list[Path]:
+    """Where the settings of processors come from: CPT, else chat or base if there is a tower."""
+    others = [plan.chat.source.chat_directory, plan.chat.source.base_directory]
+    tower = any(kind_of(tensor.name) in OTHER_MODALITIES for tensor in plan.tensors)
+    return [plan.cpt.directory, *(others if tower else [])]
 
 
 def _add_known_norms(plan: MergePlan, statistics: list[Statistics]) -> None:

@@ -7,7 +7,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from cpt_merge.checkpoint.export import LocalShard, export_shards
 from cpt_merge.checkpoint.vocabulary_map import NewPiece, VocabularyMap
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.config import RuleConfig
@@ -16,7 +18,7 @@ from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tokenizer_ext import EmbeddingsConfig
 from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
-from tests.merge.conftest import write_tokenizer
+from tests.merge.conftest import make_family, write_tokenizer
 from tests.merge.test_merge_files import digest, load
 
 TEXT = {
@@ -202,3 +204,47 @@ def test_a_table_that_cannot_get_the_chat_model_s_tokens_is_named(tmp_path):
         path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="48 rows where the embedding has 56, and cannot get rows"):
         merged(tmp_path, "out")
+
+
+def test_processors_come_along_and_code_is_named(tmp_path, capsys):
+    make(llava, tmp_path)
+    settings = {
+        "base": ["preprocessor_config.json", "video_preprocessor_config.json"],
+        "chat": ["preprocessor_config.json", "processor_config.json", "modeling_own.py"],
+        "cpt": ["preprocessor_config.json", "chat_template.json"],
+    }  # fmt: skip
+    for name, files in settings.items():
+        for file in files:
+            (tmp_path / name / file).write_text(json.dumps({"from": name}))
+    merged(tmp_path, "out")
+    origin = {
+        path.name: json.loads(path.read_text())["from"]
+        for path in (tmp_path / "out").glob("*processor_config.json")
+    }
+    assert origin == {
+        "preprocessor_config.json": "cpt",
+        "processor_config.json": "chat",
+        "video_preprocessor_config.json": "base",
+    }
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert not (tmp_path / "out" / "chat_template.json").exists()
+    assert "chat contains code that its model may need (modeling_own.py)" in capsys.readouterr().err
+
+    write_tokenizer(tmp_path / "longer", "cpt")
+    VocabularyMap(48, 50, [], [], [48, 49]).save(tmp_path / "longer")
+    resized = tmp_path / "resized"
+    resize_embeddings(EmbeddingsConfig(), tmp_path / "base", tmp_path / "longer", resized)
+    weights = {name: v.float() for name, v in load(resized).items()}
+    shards = [LocalShard(name, tuple(v.shape), 0, v) for name, v in weights.items()]
+    export_shards(shards, resized, tmp_path / "longer", tmp_path / "cpt 2", Ranks())
+    extract(tmp_path / "base", tmp_path / "chat", tmp_path / "vector")
+    assert {p.name for p in resized.glob("*processor*")} == set(settings["base"])
+    assert {p.name for p in (tmp_path / "cpt 2").glob("*processor*")} == set(settings["base"])
+    assert {p.name for p in (tmp_path / "vector").glob("*processor*")} == set(settings["chat"][:2])
+
+
+def test_a_text_model_gets_no_processors(tmp_path):
+    family = make_family(tmp_path / "models")
+    (family.chat / "preprocessor_config.json").write_text("{}")
+    merge_directories(MergeConfig(), inputs_of(family.root), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*processor*"))

@@ -20,7 +20,7 @@ import numpy as np
 from cpt_merge.checkpoint.adapters import MERGE_IT
 from cpt_merge.checkpoint.dtypes import narrow
 from cpt_merge.checkpoint.loaded import is_tied, loaded, tie_config
-from cpt_merge.checkpoint.model_files import GENERATION_FILE, copy_files
+from cpt_merge.checkpoint.model_files import GENERATION_FILE, copy_companions, copy_files
 from cpt_merge.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import is_by_token, kind_of, vocabulary_rows
 from cpt_merge.checkpoint.text_sections import resize_config
@@ -83,6 +83,7 @@ def resize_embeddings(
         write_json(writer.directory / "config.json", resize.model_config())
         copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], writer.directory)
         copy_files([base / GENERATION_FILE], writer.directory)
+        copy_companions([base], writer.directory)
     say(
         f"embeddings: {vocabulary.base_rows:,} -> {vocabulary.rows:,} rows; "
         f"{len(resize.changed_files)} files written, {linked} linked"
