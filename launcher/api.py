@@ -83,7 +83,7 @@ def resize_embeddings(
 
 
 def merge_models(
-    cpt: Model, base: Model, chat: Model, out: str | Path, *,
+    cpt: Model, base: Model | None, chat: Model, out: str | Path, *,
     tokenizer: str | Path | None = None, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `cpt + ratio * (chat - base)` to `out`, from files and with little memory.
@@ -91,7 +91,8 @@ def merge_models(
         merge_models("cpt", "base", "chat", "merged", ratio=0.8)
 
     `tokenizer` is CPT's, if it is not in its directory. `settings` are the keys of a recipe's
-    `merge` section. Returns the numbers of merge_report.json.
+    `merge` section; `base` may be None for the methods interpolate and slerp. Returns the numbers
+    of merge_report.json.
     """
     from cpt_merge.merge.files import merge_directories
 
@@ -100,7 +101,12 @@ def merge_models(
 
 
 def merge_in_memory(
-    cpt: Model, base: Model, chat: Model, *, tokenizer: str | Path | None = None, **settings: Any
+    cpt: Model,
+    base: Model | None,
+    chat: Model,
+    *,
+    tokenizer: str | Path | None = None,
+    **settings: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`cpt + ratio * (chat - base)` as a transformers model and its tokenizer; writes no weights.
 
@@ -117,12 +123,13 @@ def merge_in_memory(
 
 
 def _merge_inputs(
-    cpt: Model, base: Model, chat: Model, tokenizer: str | Path | None
+    cpt: Model, base: Model | None, chat: Model, tokenizer: str | Path | None
 ) -> MergeInputs:
     from cpt_merge.merge.plan import MergeInputs
 
-    trained, *pair = [model_directory(str(name)) for name in (cpt, base, chat)]
-    return MergeInputs(trained, pair[0], pair[1], Path(tokenizer) if tokenizer else trained)
+    trained, asked = model_directory(str(cpt)), model_directory(str(chat))
+    ancestor = model_directory(str(base)) if base else None
+    return MergeInputs(trained, ancestor, asked, Path(tokenizer) if tokenizer else trained)
 
 
 def _corpus(text: Mapping[str, str | Path] | Corpus) -> Corpus:

@@ -220,14 +220,15 @@ def merge_models(
 ) -> None:
     """Add the chat vector to any trained checkpoint, from files; needs no recipe.
 
-    Give --base and --chat, or --vector. Settings are the keys of a recipe's `merge` section
+    Give --base and --chat, or --vector; --chat alone for method=interpolate and method=slerp.
+    Settings are the keys of a recipe's `merge` section
     (`cpt-merge keys merge`), as key=value.
     """
     _one_thread_for_numpy()
     from cpt_merge.launcher import merge_models as command
 
-    asked = command.inputs_of(cpt, base, chat, vector, tokenizer)
     config = command.config_of(settings or [], ratio)
+    asked = command.inputs_of(config, cpt, base, chat, vector, tokenizer)
     command.show_plan(config, asked, out) if plan else command.merge(config, asked, out)
 
 

@@ -55,7 +55,8 @@ def _check_models(run: Run) -> None:
     else:
         for model in (run.base, run.chat):
             TokenizerFiles.read(model)
-    merge_report.warn(pair_warnings(run.base, run.chat))
+    if not run.recipe.merge.interpolates:
+        merge_report.warn(pair_warnings(run.base, run.chat))
     run.further_models()
     if run.recipe.training.preview.every is not None:
         from cpt_merge.launcher.preview import check_previewed

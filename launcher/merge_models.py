@@ -36,10 +36,21 @@ def config_of(settings: Sequence[str], ratio: str | None = None) -> MergeConfig:
 
 
 def inputs_of(
-    cpt: str, base: str | None, chat: str | None, vector: Path | None, tokenizer: Path | None
+    config: MergeConfig,
+    cpt: str,
+    base: str | None,
+    chat: str | None,
+    vector: Path | None,
+    tokenizer: Path | None,
 ) -> MergeInputs:
     """What a merge of directories reads. Raises `UserError`."""
-    if vector is None and (base is None or chat is None):
+    if config.interpolates:
+        if chat is None or vector is not None:
+            raise UserError(f"{config.method} leads to the chat model: give --chat DIR alone.")
+        if base is not None:
+            say(f"merge: {config.method} needs no base; {base} is not read")
+            base = None
+    elif vector is None and (base is None or chat is None):
         raise UserError(
             "give the pair, --base DIR and --chat DIR, or a vector's directory, --vector DIR."
         )

@@ -24,10 +24,21 @@ from cpt_merge.training import TrainingConfig
 class Models(Section):
     """The pair that the chat vector comes from."""
 
-    base: str = key(..., "the base model: a directory or a hub id")
+    base: str = key(
+        ...,
+        "the base model: a directory or a hub id; may be left out with merge.method interpolate or "
+        "slerp: training then starts from the chat model",
+    )
     chat: str = key(
         ..., "its chat sibling, trained from the very same base: a directory or a hub id"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _starts_somewhere(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("base") is None and "chat" in values:
+            return {**values, "base": values["chat"]}
+        return values
 
 
 class LaunchConfig(Section):
@@ -79,6 +90,15 @@ class Recipe(Section):
             raise ValueError(
                 f"`tokenizer` extends by {', '.join(sorted(missing))} but corpus.sources has no "
                 "such text"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_vector(self) -> Recipe:
+        if self.models.base == self.models.chat and not self.merge.interpolates:
+            raise ValueError(
+                "`models` has no base, or the chat model as base, so there is no chat vector; name "
+                "the base, or set merge.method to interpolate"
             )
         return self
 

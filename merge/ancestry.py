@@ -33,6 +33,8 @@ BODY = ("attention", "linear_attn", "mamba", "mixer", "mlp", "experts", "router"
 def sample(plan: MergePlan) -> list[Statistics]:
     """Statistics of a small part of every tensor, for each vector; this takes a moment."""
     statistics: list[Statistics] = [{} for _ in plan.vectors]
+    if plan.config.interpolates:
+        return statistics  # there is no base
     for tensor in plan.tensors:
         if tensor.by_token or tensor.treatment is None or tensor.treatment.action == "skip":
             continue
@@ -54,6 +56,8 @@ def _sample(cpt: Checkpoint, source: Vector, name: str) -> Sums:
 
 def warnings(plan: MergePlan, statistics: list[Statistics]) -> list[str]:
     """One sentence for each thing that is probably wrong with the choice of models or ratios."""
+    if plan.config.interpolates:
+        return _distance_warnings(statistics[0])
     found = _ratio_warnings(plan)
     for vector, of_vector in zip(plan.vectors, statistics, strict=True):
         prefix = "" if vector is plan.chat else f"{vector.label}: "
@@ -93,6 +97,17 @@ def has_chat_template(directory: Path) -> bool:
         return True
     settings = directory / "tokenizer_config.json"
     return settings.is_file() and bool(read_json(settings).get("chat_template"))
+
+
+def _distance_warnings(statistics: Statistics) -> list[str]:
+    """Whether CPT and the chat model are too far apart for a way between them."""
+    sums = total(sums for name, sums in statistics.items() if kind_of(name) in BODY)
+    if sums.vector_share <= UNRELATED:
+        return []
+    return [
+        f"|chat - cpt| is {sums.vector_share:.2f} of |cpt|: the two models are probably not "
+        "related, and what lies between them is of no use."
+    ]
 
 
 def _ratio_warnings(plan: MergePlan) -> list[str]:

@@ -47,6 +47,11 @@ def model_card(plan: MergePlan, origin: Mapping[str, Any], results: Mapping[str,
 
 def formula(plan: MergePlan) -> str:
     """`merged = cpt + 0.7 * (chat - base) + ...`."""
+    if plan.config.interpolates:
+        ratio = plan.config.ratio
+        return f"merged = cpt + {ratio} * (chat - cpt)" + (
+            ", on the arc between them (slerp)" if plan.config.method == "slerp" else ""
+        )
     ratios = [plan.config.ratio, *(vector.ratio for vector in plan.config.vectors)]
     terms = []
     for number, (ratio, vector) in enumerate(zip(ratios, plan.vectors, strict=True)):

@@ -12,7 +12,9 @@ from cpt_merge.checkpoint.tensor_kinds import Kind
 from cpt_merge.core.config import Section, key
 from cpt_merge.merge.expressions import evaluate
 
-Combination = Literal["add", "ties", "dare", "dare_ties"]
+Combination = Literal["add", "ties", "dare", "dare_ties", "interpolate", "slerp"]
+WITHOUT_BASE: tuple[Combination, ...] = ("interpolate", "slerp")
+"""Methods that lead from CPT to the chat model itself, and need no base."""
 
 
 def _evaluates(ratio: Any) -> float | str:
@@ -113,7 +115,8 @@ class MergeConfig(Section):
         "add",
         "how vectors are thinned and joined; add: as they are; ties: the largest `density` of "
         "each, signs elected; "
-        "dare: a random `density` of each, enlarged to the same mean; dare_ties: both",
+        "dare: a random `density` of each, enlarged to the same mean; dare_ties: both. Without a "
+        "base: interpolate: the straight line from CPT (ratio 0) to chat (ratio 1); slerp: the arc",
     )
     density: float | None = key(
         None, "share of each vector's elements that ties and dare keep", gt=0, le=1
@@ -141,13 +144,35 @@ class MergeConfig(Section):
 
     @model_validator(mode="after")
     def _density_goes_with_the_method(self) -> MergeConfig:
-        if (self.density is None) != (self.method == "add"):
+        thinned = self.method in ("ties", "dare", "dare_ties")
+        if (self.density is not None) != thinned:
             raise ValueError(
                 f"set a density together with ties or dare, and only then (method is {self.method})"
             )
         if self.seed and "dare" not in self.method:
             raise ValueError(f"a seed has no meaning for method {self.method}; leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _interpolation_stands_alone(self) -> MergeConfig:
+        if not self.interpolates:
+            return self
+        if "ratio" not in self.model_fields_set:
+            raise ValueError(
+                f"{self.method} needs a ratio: the chat model's share, from 0 to 1, such as 0.5"
+            )
+        if self.vectors or self.gate or any(rule.gate for rule in self.rules):
+            raise ValueError(
+                f"{self.method} leads to the chat model; leave out further vectors and gates"
+            )
+        if self.new_rows != "keep":
+            raise ValueError(f"new_rows: {self.new_rows} needs a base, which {self.method} has not")
+        return self
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether the merge leads from CPT to the chat model, without a base."""
+        return self.method in WITHOUT_BASE
 
     @property
     def shard_bytes(self) -> int:

@@ -229,6 +229,8 @@ def look_at(merger: SliceMerger, tensor: PlannedTensor) -> TensorRange:
     if tensor.gated:
         read = cpt_reader(merger.plan.cpt, tensor.name)
         found.low, found.high = merger.gate_range(tensor, 0, tensor.size, read)
+    if merger.plan.config.method == "slerp":
+        found.products = merger.products(tensor, cpt_reader(merger.plan.cpt, tensor.name))
     return found
 
 

@@ -81,6 +81,11 @@ def _with_tied_head(the_plan: MergePlan, shards: Sequence[LocalShard]) -> list[L
 
 def plan_for_shards(config: MergeConfig, inputs: MergeInputs) -> MergePlan:
     """The plan for trained shards. Raises `UserError` also if the output needs untrained rows."""
+    if config.method == "slerp":
+        raise UserError(
+            "slerp looks at whole tensors, of which a training process has a part; set "
+            "training.post_train_merge to false, and the merge stage merges the files."
+        )
     the_plan = plan(config, inputs)
     for vector in the_plan.vectors:
         check_base(vector.source)

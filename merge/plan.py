@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from cpt_merge.checkpoint.loaded import open_model, with_head
 from cpt_merge.checkpoint.reader import Checkpoint
@@ -38,7 +41,7 @@ from cpt_merge.merge.rules import (
     skipped_by_default,
     treatment_of,
 )
-from cpt_merge.merge.vectors import Extracted, Pair, Vector
+from cpt_merge.merge.vectors import Extracted, Pair, Rows, Towards, Vector
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,8 @@ class MergePlan:
 
     def seen_whole(self) -> list[PlannedTensor]:
         """The tensors that must be looked at as a whole before their first element is merged."""
-        ties = self.config.method == "ties"
-        return [tensor for tensor in self.tensors if tensor.gated or (ties and tensor.gets_vector)]
+        whole = self.config.method in ("ties", "slerp")
+        return [tensor for tensor in self.tensors if tensor.gated or (whole and tensor.gets_vector)]
 
     def models(self) -> dict[str, Checkpoint]:
         """Every checkpoint that is read."""
@@ -237,7 +240,7 @@ def _open(config: MergeConfig, inputs: MergeInputs) -> tuple[Checkpoint, list[Ve
     with collected(problems):
         cpt = open_model(inputs.cpt, inputs.base)
     with collected(problems):
-        sources.append(_open_vector(inputs.vector, inputs.base, inputs.chat))
+        sources.append(_open_first(config, inputs))
     for one in config.vectors:
         with collected(problems):
             vector = Path(one.vector).expanduser() if one.vector else None
@@ -246,6 +249,15 @@ def _open(config: MergeConfig, inputs: MergeInputs) -> tuple[Checkpoint, list[Ve
     if problems or cpt is None:
         raise RefusedError(problems)
     return cpt, sources
+
+
+def _open_first(config: MergeConfig, inputs: MergeInputs) -> Vector:
+    """The first vector, or the chat model itself for a method without a base."""
+    if not config.interpolates:
+        return _open_vector(inputs.vector, inputs.base, inputs.chat)
+    if inputs.chat is None:
+        raise UserError(f"{config.method} leads to the chat model; give it.")
+    return Towards(open_model(inputs.chat), inputs.tokenizer_directory)
 
 
 def _open_vector(vector: Path | None, base: Path | None, chat: Path | None) -> Vector:
@@ -309,10 +321,9 @@ def short_table_problems(cpt: Checkpoint, source: Vector, rows: RowAlignment) ->
         if rows.rows > whole:
             problems.append(f"{short}, and cannot get rows for further tokens; use a CPT model "
                             "whose tokenizer has the chat model's tokens")  # fmt: skip
-        elif (
-            (rows.chat[: len(role)][role == Role.SHARED] >= min(counts.values())).any()
-            or (rows.base[: len(role)][role == Role.SHARED] >= min(counts.values())).any()
-            or (rows.chat[: len(role)][role == Role.CHAT] >= min(counts.values())).any()
+        elif any(
+            _needs_row(rows.base if label == "base" else rows.chat, role, label, count)
+            for label, count in counts.items()
         ):
             problems.append(
                 f"{short}, and base or chat have fewer than its tokens need; use models of the "
@@ -339,6 +350,14 @@ def _lacking_problems(config: MergeConfig, sources: list[Vector]) -> list[str]:
     return problems
 
 
+def _needs_row(aligned: Rows, role: NDArray[np.uint8], label: str, count: int) -> bool:
+    """Whether a row of the output is aligned with a row that the model's matrix does not have."""
+    read = role == Role.SHARED
+    if label != "base":
+        read |= role == Role.CHAT
+    return bool((aligned[: len(role)][read] >= count).any())
+
+
 def _planned(
     cpt: Checkpoint, name: str, source: Vector, rows: int, config: MergeConfig, layers: int
 ) -> PlannedTensor:
@@ -358,7 +377,8 @@ def _base_type(cpt: Checkpoint, name: str, source: Vector) -> str:
         names = [name] if kind_of(name) != "head" else [name, embedding_of(cpt) or name]
         known = (source.base_type(one) for one in names)
         return next((dtype for dtype in known if dtype), cpt.tensors[name].copied_dtype)
-    info = source.models["base"].tensors.get(name)
+    base = source.models.get("base")
+    info = base.tensors.get(name) if base else None
     return (info if info and info.dtype in FLOATS else cpt.tensors[name]).copied_dtype
 
 
@@ -395,11 +415,10 @@ def describe_rule(the_plan: MergePlan, tensor: PlannedTensor) -> str:
         return "copy"
     if rule.action != "add":
         return {"skip": "keep", "replace": "chat's"}[rule.action]
-    method = (
-        ""
-        if the_plan.config.method == "add"
-        else f"{the_plan.config.method} {the_plan.config.density:g}: "
-    )
+    config = the_plan.config
+    if config.interpolates:
+        return f"{config.method} {rule.ratios[0]:.4g} to chat"
+    method = "" if config.density is None else f"{config.method} {config.density:g}: "
     terms = " ".join(
         f"{ratio:+.4g} {vector.label}"
         for ratio, vector in zip(rule.ratios, the_plan.vectors, strict=True)

@@ -433,6 +433,8 @@ def meet(
         with_rows(tokenizer, rows)
         for tokenizer, rows in zip(others, (n for pair in all_of_pairs for n in pair), strict=True)
     ]
+    if config.interpolates:
+        others[0] = _known_to(others[1], extended)
     pairs = [Tokenizers(base, chat) for base, chat in zip(others[::2], others[1::2], strict=True)]
     map_of_rows = VocabularyMap.load(tokenizer) if (tokenizer / MAP_FILE).is_file() else None
     problems = [
@@ -466,6 +468,13 @@ def meet(
         for alignment, pair in zip(rows, pairs, strict=True):
             add_constituents(alignment, map_of_rows, tokens, pair.base, pair.chat)
     return Meeting(tokens.changes, read_format(pairs[0].base, pairs[0].chat, tokens.ids), rows)
+
+
+def _known_to(chat: TokenizerFiles, extended: TokenizerFiles) -> TokenizerFiles:
+    """CPT's tokenizer without the pieces that the chat model lacks, in place of a base's."""
+    known = chat.ids.keys() | extended.added
+    ids = {token: number for token, number in extended.ids.items() if token in known}
+    return replace(extended, ids=ids)
 
 
 def _all_or_none(
@@ -530,7 +539,8 @@ def _rows_of_pair(source: Vector) -> tuple[int | None, int]:
 
 def _check_tokenizers(source: Vector, tokenizers: Tokenizers, problems: list[str]) -> None:
     base, chat = _rows_of_pair(source)
-    with collected(problems):
-        check_rows(tokenizers.base, len(tokenizers.base.ids) if base is None else base)
+    if base is not None:
+        with collected(problems):
+            check_rows(tokenizers.base, base)
     with collected(problems):
         check_rows(tokenizers.chat, chat)

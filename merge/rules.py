@@ -45,6 +45,11 @@ def treatment_of(name: str, config: MergeConfig, layers: int) -> Treatment:
     rule, action = _first(config.rules, name), action_of(name, config)
     gate = config.gate if rule is None or rule.gate is None else rule.gate
     ratios = [_ratio(rule, config.ratio, name, layers)]
+    if config.interpolates and not 0 <= ratios[0] <= 1:
+        raise UserError(
+            f"merge.ratio is {ratios[0]:g} for {name}, but {config.method} takes the chat model's "
+            "share, from 0 to 1; correct it."
+        )
     for number, vector in enumerate(config.vectors):
         where = f"merge.vectors.{number}"
         ratios.append(_ratio(_first(vector.rules, name), vector.ratio, name, layers, where))

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from cpt_merge.checkpoint.dtypes import Array, Float32, is_finite, rounded
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
-from cpt_merge.merge import norms
+from cpt_merge.merge import formula, norms
 from cpt_merge.merge.methods.combine import Place, TensorRange, combine
 from cpt_merge.merge.methods.gate import gate, movement
+from cpt_merge.merge.methods.slerp import Products
 from cpt_merge.merge.methods.ties import magnitude_threshold
 from cpt_merge.merge.norms import Sums
 from cpt_merge.merge.plan import MergePlan, PlannedTensor, PlannedVector
@@ -118,6 +119,20 @@ class SliceMerger:
                 low, high = min(low, float(change.min())), max(high, float(change.max()))
         return low, high
 
+    def products(self, tensor: PlannedTensor, read_cpt: ReadCpt) -> Products:
+        """What slerp must know of a whole tensor; of a vocabulary's, of the rows that both have."""
+        found, source, rows = Products(), self.plan.chat.source, self.plan.chat.rows
+        for first, last in self._chunks(tensor, 0, tensor.size):
+            cpt = self._read_cpt(tensor, first, last, read_cpt)
+            if not tensor.by_token:
+                found.count(cpt, source.chat_elements(tensor.name, first, last))
+                continue
+            here = slice(first // self._width(tensor), last // self._width(tensor))
+            shared = rows.role[here] == Role.SHARED
+            chat = source.chat_rows(tensor.name, rows.chat[here][shared])
+            found.count(cpt.reshape(len(shared), -1)[shared], chat)
+        return found
+
     def _chunks(self, tensor: PlannedTensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
         width = self._width(tensor)
         step = max(CHUNK // width, 1) * width if tensor.by_token else CHUNK
@@ -180,6 +195,13 @@ class SliceMerger:
     ) -> Float32:
         """Apply the tensor's rule to some elements; `chat` reads the chat model's own."""
         treatment, whole = _treatment(tensor), self.ranges.get(tensor.name)
+        slerp = self.plan.config.method == "slerp"
+        targets = [part.values.copy() for part in parts] if slerp else []
+        if self.plan.config.interpolates:  # CPT is where the way to the chat model starts
+            parts = [
+                Part(Difference(formula.vector(part.values, cpt), cpt), part.shared)
+                for part in parts
+            ]
         for part, of_vector in zip(parts, sums, strict=True):
             self._count(place, cpt, part, of_vector)
         if treatment.action == "replace":
@@ -196,7 +218,7 @@ class SliceMerger:
             assert whole is not None, f"{tensor.name} has no range for its gate"
             change = movement(cpt[known], base[known])
             factors[known] = gate(change, whole.low, whole.high)
-        vectors = [part.values for part in parts]
+        vectors = targets or [part.values for part in parts]
         return combine(self.plan.config, treatment, place, cpt, vectors, factors, whole)
 
     def _count(self, place: Place, cpt: Float32, part: Part, sums: Sums) -> None:
@@ -322,6 +344,7 @@ def joined(parts: Iterable[dict[str, Any]]) -> dict[str, TensorRange]:
             here = found.setdefault(name, TensorRange([]))
             here.thresholds = values["thresholds"] or here.thresholds
             here.low, here.high = min(here.low, values["low"]), max(here.high, values["high"])
+            here.products = Products(**values["products"]) if values["products"] else here.products
     return found
 
 

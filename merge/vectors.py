@@ -215,6 +215,62 @@ class Extracted:
         return None if found is None else str(found)
 
 
+@dataclass(frozen=True)
+class Towards:
+    """The chat model itself, as where CPT is led to; `values` are its own elements.
+
+    There is no base. Rows are aligned by the tokens that CPT and the chat model share.
+    """
+
+    chat: Checkpoint
+    tokenizer: Path  # CPT's
+
+    @property
+    def chat_directory(self) -> Path:
+        """The chat model's."""
+        return self.chat.directory
+
+    @property
+    def base_directory(self) -> Path:
+        """Where CPT's tokenizer is, because CPT is what the chat model is compared with."""
+        return self.tokenizer
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of the chat model."""
+        return {"chat": self.chat.config}
+
+    @property
+    def models(self) -> Mapping[str, Checkpoint]:
+        """The chat model."""
+        return {"chat": self.chat}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The chat model's."""
+        return self.chat.tensors
+
+    def elements(self, name: str, start: int, stop: int) -> Difference:
+        """Elements of the chat model."""
+        return Difference(_float32(self.chat, name, start, stop), None)
+
+    def rows(self, name: str, rows: RowPairs) -> Difference:
+        """Rows of the chat model."""
+        return Difference(self.chat.gather_float32(name, rows.chat), None)
+
+    def chat_rows(self, name: str, rows: Rows) -> Float32:
+        """Rows of the chat model."""
+        return self.chat.gather_float32(name, rows)
+
+    def chat_elements(self, name: str, start: int, stop: int) -> Float32:
+        """Elements of the chat model."""
+        return _float32(self.chat, name, start, stop)
+
+    def with_head(self, head: str) -> Towards:
+        """The same with a head."""
+        return replace(self, chat=with_head(self.chat, head))
+
+
 def sample_digest(base: Checkpoint) -> str:
     """sha256 of the first elements of every tensor: identifies a base without reading all of it."""
     found = hashlib.sha256()

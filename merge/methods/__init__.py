@@ -1,1 +1,1 @@
-"""How vectors are thinned, gated and joined: TIES, DARE and the gate, one file each."""
+"""How vectors are thinned, gated and joined: TIES, DARE, the gate and slerp, one file each."""

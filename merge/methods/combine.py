@@ -13,6 +13,7 @@ from cpt_merge.checkpoint.dtypes import Float32
 from cpt_merge.merge import formula
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.methods.dare import draw_kept, keep_drawn
+from cpt_merge.merge.methods.slerp import Products, slerp
 from cpt_merge.merge.methods.ties import elected_mean, keep_largest
 from cpt_merge.merge.rules import Treatment
 
@@ -24,6 +25,7 @@ class TensorRange:
     thresholds: list[float]  # TIES: for each vector the magnitude from which elements are kept
     low: float = math.inf  # gate: the least and the greatest |cpt - base|
     high: float = -math.inf
+    products: Products | None = None  # slerp
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,14 @@ def combine(
 ) -> Float32:
     """Thin, gate, scale, join: elements of the merged tensor, not yet rounded; all of one shape.
 
-    `gate` holds the factors of `methods/gate.py`, `whole` what is known of the whole tensor.
+    `gate` holds the factors of `methods/gate.py`, `whole` what is known of the whole tensor. For
+    slerp, `vectors` has the chat model's own elements.
     """
-    if config.method == "add" and gate is None:
+    if config.method == "slerp":
+        assert whole is not None, f"{place.tensor} was not looked at"
+        assert whole.products is not None, f"{place.tensor} has no angle"
+        return slerp(cpt, vectors[0], treatment.ratios[0], whole.products)
+    if config.method in ("add", "interpolate") and gate is None:
         return _sum(cpt, vectors, treatment.ratios)
     thinned = [_thin(config, number, place, d, whole) for number, d in enumerate(vectors)]
     if gate is not None:
