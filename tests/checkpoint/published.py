@@ -72,9 +72,9 @@ def to_block_fp8(directory: Path, block: tuple[int, int]) -> None:
     )  # fmt: skip
 
 
-def to_mxfp4(directory: Path) -> None:
+def to_mxfp4(directory: Path, seed: int = 3) -> None:
     """As gpt-oss is published: random values for the experts."""
-    random = torch.Generator().manual_seed(3)
+    random = torch.Generator().manual_seed(seed)
 
     def change(weights):
         for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:

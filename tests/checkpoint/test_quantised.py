@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cpt_merge.checkpoint.dtypes import widen
@@ -59,6 +59,38 @@ def test_block_fp8_is_read_as_transformers_reads_it(tmp_path):
     assert "quantization_config" not in checkpoint.config
     info = checkpoint.info("model.layers.0.mlp.down_proj.weight")
     assert (info.dtype, info.copied_dtype) == ("F32", "BF16")
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES = {
+    "qwen3_moe": {"num_experts": 4, **EXPERTS},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+        "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4, **EXPERTS,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_the_same_model_from_plain_weights(tmp_path, family):
+    """Transformers joins the experts, so its names are not the checkpoint's."""
+    quantised = save_model(
+        tmp_path / "model", family, tie_word_embeddings=False, **FAMILIES[family]
+    )
+    to_block_fp8(quantised, (16, 16))
+    checkpoint, plain = Checkpoint.open(quantised), tmp_path / "plain"
+    plain.mkdir()
+    found = {name: torch.from_numpy(values) for name, values in as_float32(checkpoint).items()}
+    save_file({name: values.bfloat16() for name, values in found.items()},
+              plain / "model.safetensors", {"format": "pt"})  # fmt: skip
+    (plain / "config.json").write_text(json.dumps(checkpoint.config))
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).state_dict()
+        for directory in (plain, quantised)
+    )
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name].float(), theirs[name].float()) for name in ours)
 
 
 def test_blocks_that_do_not_fill_a_matrix(tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.extract import extract
@@ -14,7 +16,7 @@ from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs, plan
 from cpt_merge.tokenizer_ext import EmbeddingsConfig
 from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
-from tests.checkpoint.published import edit_weights, to_block_fp8
+from tests.checkpoint.published import edit_weights, save_model, to_block_fp8, to_mxfp4
 from tests.merge.test_merge_files import inputs_of, load, merge
 
 
@@ -100,3 +102,22 @@ def test_only_one_quantised_model_is_named_for_what_it_is(untied, tmp_path):
         assert "missing" not in message
         assert "fit together" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_mxfp4_models_merge_with_a_plain_one(tmp_path):
+    """As gpt-oss: base and chat in MXFP4, CPT in bfloat16."""
+    experts = {"num_local_experts": 3, "intermediate_size": 96,
+               "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+    base, chat, cpt = (
+        save_model(tmp_path / name, "gpt_oss", seed, **experts)
+        for seed, name in enumerate(("base", "chat", "cpt"))
+    )
+    to_mxfp4(base, seed=3)
+    to_mxfp4(chat, seed=4)
+    merge_directories(MergeConfig(ratio=0.5), MergeInputs(cpt, base, chat), tmp_path / "out")
+    models = [Checkpoint.open(directory) for directory in (base, chat, cpt, tmp_path / "out")]
+    for name in models[2].tensors:
+        of_base, of_chat, of_cpt, merged = (model.read_float32(name) for model in models)
+        expected = torch.from_numpy(of_cpt + (of_chat - of_base) * np.float32(0.5)).bfloat16()
+        assert torch.equal(torch.from_numpy(merged).bfloat16(), expected), name
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
