@@ -23,6 +23,7 @@ from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of
 from cpt_merge.checkpoint.text_sections import resize_config
 from cpt_merge.checkpoint.token_ids import has_tokenizer
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, write_templates
+from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
 from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
 from cpt_merge.core.progress import say
 from cpt_merge.merge import merge_report
@@ -135,8 +136,13 @@ def write_tokenizer(plan: MergePlan, directory: Path) -> list[str]:
 def loading_tokenizer(plan: MergePlan) -> Iterator[Callable[[], None]]:
     """Load the output's tokenizer with transformers while the block does something else.
 
-    Yields a function that waits for it and raises `UserError` if a token has another id there.
+    Yields a function that waits for it and raises `UserError` if a token has another id there. The
+    tokenizer stage has loaded its own tokenizers in the same way, so one that the merge does not
+    change is not loaded again.
     """
+    if not plan.changes and (plan.tokenizer / MAP_FILE).is_file():
+        yield lambda: None
+        return
     with TemporaryDirectory() as folder:
         directory = Path(folder)
         write_json(directory / CONFIG_FILE, plan.cpt.config)
