@@ -23,7 +23,7 @@ from cpt_merge.checkpoint.dtypes import FLOATS, PACKED_BITS, TORCH_NAMES, Array,
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.text_sections import TEXT_SECTIONS
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say_once
+from cpt_merge.core.progress import counted, say_once
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 
@@ -210,8 +210,9 @@ def plain_tensors(
     if tensors:
         scales = [name for name in left if _ACTIVATION_SCALE.search(name)]
         left = {name: info for name, info in left.items() if name not in scales}
-        more = f"; {len(scales)} scales of activations are left out" if scales else ""
-        say_once(f"model {directory}: {len(tensors)} quantised tensors are read as float32{more}")
+        more = f", without {len(scales)} scales of activations" if scales else ""
+        found = counted(len(tensors), "quantised tensor")
+        say_once(f"model {directory}: {found} read as float32{more}")
     elif method:
         say_once(
             f"model {directory}: config.json names quantisation with {method}, but the weights are "
