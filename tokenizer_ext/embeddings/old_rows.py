@@ -27,9 +27,14 @@ class OldRows:
 
     def batches(self) -> Iterator[Float32]:
         """All rows, in order, in batches of shape (up to BATCH, width)."""
-        for start in range(0, self.rows, BATCH):
-            rows = self._base.read_float32(self._name, start, min(start + BATCH, self.rows))
-            yield rows.reshape(-1, self.width)
+        for number in range(-(-self.rows // BATCH)):
+            yield self.batch(number)
+
+    def batch(self, number: int) -> Float32:
+        """The rows from `number * BATCH` on, shape (up to BATCH, width)."""
+        start = number * BATCH
+        rows = self._base.read_float32(self._name, start, min(start + BATCH, self.rows))
+        return rows.reshape(-1, self.width)
 
     @cached_property
     def mean(self) -> Float32:

@@ -32,6 +32,7 @@ DIMENSIONS = 100
 OVERSAMPLING, POWERS = 10, 3  # of the randomised factorisation
 _DOCUMENTS = 1000  # tokenised at once
 _CHUNK = 1 << 20  # tokens counted at once
+_LARGEST = 1024  # scores of a row that are sorted first
 _ENTRIES = 1 << 16  # matrix entries multiplied at once
 
 
@@ -203,10 +204,14 @@ def sparsemax(scores: Float32) -> Float32:
 
     Martins and Astudillo, ICML 2016, algorithm 1.
     """
-    ordered = -np.sort(-scores, axis=1)
-    sums = np.cumsum(ordered, axis=1) - 1
-    ranks = np.arange(1, scores.shape[1] + 1)
-    support = (ranks * ordered > sums).sum(axis=1)
+    largest = min(_LARGEST, scores.shape[1])  # they contain the support, nearly always
+    for count in (largest, scores.shape[1]):
+        ordered = -np.sort(np.partition(-scores, count - 1, axis=1)[:, :count], axis=1)
+        sums = np.cumsum(ordered, axis=1) - 1
+        ranks = np.arange(1, count + 1)
+        support = (ranks * ordered > sums).sum(axis=1)
+        if (support < count).all():
+            break
     threshold = sums[np.arange(len(scores)), support - 1] / support
     weights: Float32 = np.maximum(scores - threshold[:, None], 0).astype(np.float32)
     return weights
