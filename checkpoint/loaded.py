@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ _OTHER_NAMES = {
     "intermediate_size": ("n_inner", "ffn_dim", "d_ff"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "n_ctx"),
 }
+_PREFIXES = re.compile(r"^((model|language_model|text_model|transformer)\.)+")
 _TIE = "tie_word_embeddings"
 _BLOCK = 1 << 20  # elements compared at a time
 _MASK = re.compile(r"\.(attn|attention|self_attention|crossattention)\.(bias|masked_bias)$")
@@ -82,6 +83,33 @@ def with_head(checkpoint: Checkpoint, head: str) -> Checkpoint:
         return checkpoint
     alias = replace(checkpoint.tensors[name], name=head)
     return replace(checkpoint, tensors={**checkpoint.tensors, head: alias})
+
+
+def named_like(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
+    """The checkpoint with the names of another one for the same tensors; one line says so.
+
+    Versions of transformers, and models with and without towers, put different prefixes in front of
+    the same names: `model.layers.`, `language_model.model.layers.`, `model.language_model.layers.`.
+    """
+    known = {_core_name(name): name for name in names}
+    renamed = {
+        name: known.get(_core_name(name), name) if name not in names else name
+        for name in checkpoint.tensors
+    }
+    changed = [name for name, new in renamed.items() if new != name]
+    distinct = len(known) == len(names) and len(set(renamed.values())) == len(renamed)
+    if not changed or not distinct:
+        return checkpoint
+    say_once(
+        f"{checkpoint.directory}: {changed[0]} is taken as {renamed[changed[0]]} of the other "
+        f"model, and {len(changed) - 1} others alike"
+    )
+    tensors = {renamed[name]: info for name, info in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors)
+
+
+def _core_name(name: str) -> str:
+    return _PREFIXES.sub("", name)
 
 
 def tie_config(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cpt_merge.checkpoint.dtypes import FLOATS
 from cpt_merge.checkpoint.headers import TensorInfo
-from cpt_merge.checkpoint.loaded import open_model, with_head
+from cpt_merge.checkpoint.loaded import named_like, open_model, text_section, with_head
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import (
     OTHER_MODALITIES,
@@ -52,6 +52,8 @@ def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
         label: open_model(directory, directories.get("base") if label != "base" else None)
         for label, directory in directories.items()
     }
+    *_, last = models.values()
+    models = {label: named_like(model, last.tensors) for label, model in models.items()}
     head = missing_head(models)
     if head:
         models = {label: with_head(model, head) for label, model in models.items()}
@@ -104,7 +106,7 @@ def fit_problems(models: Mapping[str, Checkpoint], is_needed: Callable[[str], bo
 
 def _architecture_problems(models: Mapping[str, Checkpoint]) -> list[str]:
     problems = []
-    types = {label: model.config.get("model_type") for label, model in models.items()}
+    types = {label: text_section(model.config).get("model_type") for label, model in models.items()}
     if len(set(types.values())) > 1:
         problems.append("architectures " + _listed(types))
     return problems

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from cpt_merge.checkpoint.loaded import open_model, with_head
+from cpt_merge.checkpoint.loaded import named_like, open_model, with_head
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import (
     OTHER_MODALITIES,
@@ -170,7 +170,7 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     Raises `RefusedError` with everything that prevents it: names, shapes, types, tokens, rules,
     output, disk.
     """
-    cpt, sources = _with_heads(*_open(config, inputs))
+    cpt, sources = _with_heads(*_with_names(*_open(config, inputs)))
     models = _labelled(cpt, sources)
     tokenizer = inputs.tokenizer_directory
     if tokenizer == inputs.cpt:
@@ -275,7 +275,18 @@ def _with_heads(cpt: Checkpoint, sources: list[Vector]) -> tuple[Checkpoint, lis
     head = missing_head(_labelled(cpt, sources))
     if head is None:
         return cpt, sources
-    return with_head(cpt, head), [source.with_head(head) for source in sources]
+    changed = [source.changed(lambda model: with_head(model, head)) for source in sources]
+    return with_head(cpt, head), changed
+
+
+def _with_names(cpt: Checkpoint, sources: list[Vector]) -> tuple[Checkpoint, list[Vector]]:
+    """All models with CPT's names; an extracted vector keeps those of its description."""
+    return cpt, [
+        source
+        if isinstance(source, Extracted)
+        else source.changed(lambda model: named_like(model, cpt.tensors))
+        for source in sources
+    ]
 
 
 def _is_lost(name: str, cpt: Checkpoint) -> bool:

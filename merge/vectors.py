@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import Array, Float32, widen
 from cpt_merge.checkpoint.headers import TensorInfo
-from cpt_merge.checkpoint.loaded import open_model, with_head
+from cpt_merge.checkpoint.loaded import open_model
 from cpt_merge.checkpoint.model_files import CONFIG_FILE
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
 from cpt_merge.checkpoint.tokenizer_files import tokenizer_directory
@@ -79,8 +79,8 @@ class Vector(Protocol):
     def chat_elements(self, name: str, start: int, stop: int) -> Float32:
         """Elements of the chat model itself."""
 
-    def with_head(self, head: str) -> Vector:
-        """The same with the embedding as a head of this name where a head is tied."""
+    def changed(self, change: Callable[[Checkpoint], Checkpoint]) -> Vector:
+        """The same with other checkpoints in place of its own."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ class Pair:
         """Elements of the chat model."""
         return _float32(self.chat, name, start, stop)
 
-    def with_head(self, head: str) -> Pair:
-        """The same pair with a head in both models."""
-        return Pair(with_head(self.base, head), with_head(self.chat, head))
+    def changed(self, change: Callable[[Checkpoint], Checkpoint]) -> Pair:
+        """The same pair with both models changed."""
+        return Pair(change(self.base), change(self.chat))
 
 
 @dataclass(frozen=True)
@@ -204,10 +204,10 @@ class Extracted:
         """Never called: the plan refuses rules that need the chat model itself."""
         raise NotImplementedError(name)
 
-    def with_head(self, head: str) -> Extracted:
-        """The same vector with a head."""
-        base = with_head(self.base, head) if self.base else None
-        return replace(self, stored=with_head(self.stored, head), base=base)
+    def changed(self, change: Callable[[Checkpoint], Checkpoint]) -> Extracted:
+        """The same with the vector and the base changed."""
+        base = change(self.base) if self.base else None
+        return replace(self, stored=change(self.stored), base=base)
 
     def base_type(self, name: str) -> str | None:
         """The type that the base stores a tensor in; None if the base has no such tensor."""
@@ -266,9 +266,9 @@ class Towards:
         """Elements of the chat model."""
         return _float32(self.chat, name, start, stop)
 
-    def with_head(self, head: str) -> Towards:
-        """The same with a head."""
-        return replace(self, chat=with_head(self.chat, head))
+    def changed(self, change: Callable[[Checkpoint], Checkpoint]) -> Towards:
+        """The same with the chat model changed."""
+        return replace(self, chat=change(self.chat))
 
 
 def sample_digest(base: Checkpoint) -> str:

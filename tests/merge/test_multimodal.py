@@ -248,3 +248,28 @@ def test_a_text_model_gets_no_processors(tmp_path):
     (family.chat / "preprocessor_config.json").write_text("{}")
     merge_directories(MergeConfig(), inputs_of(family.root), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*processor*"))
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model."])
+def test_the_same_tensors_under_other_prefixes(prefix, tmp_path, capsys):
+    """A model that another version of transformers saved, or its text decoder alone."""
+    weights = make(llava, tmp_path)
+    expected = merged(tmp_path, "out", ratio=0.5)
+    stored = next(name for name in weights["chat"] if "layers.0." in name and "vision" not in name)
+    own = stored.partition("layers.0.")[0]
+    other = "language_model.model." if own != "language_model.model." else "model.language_model."
+    new = prefix if prefix != own else other
+    for model in ("base", "chat"):
+        text = {
+            n: v for n, v in weights[model].items() if "vision" not in n and "projector" not in n
+        }
+        head = next(name for name in text if "lm_head" in name)
+        renamed = {name.replace(own, new, 1): v for name, v in text.items() if name != head}
+        renamed["lm_head.weight"] = text[head]
+        save_file(renamed, tmp_path / model / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "chat" / "config.json").read_text())["text_config"]
+    (tmp_path / "chat" / "config.json").write_text(json.dumps(config))
+    found = merged(tmp_path, "renamed", ratio=0.5)
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    assert "is taken as" in capsys.readouterr().err
+    extract(tmp_path / "base", tmp_path / "chat", tmp_path / "vector")
