@@ -13,7 +13,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
@@ -71,7 +70,7 @@ class Meter:
         self._bar = _bar() if self._shown and sys.stderr.isatty() else None
         if self._bar:
             self._task = self._bar.add_task(
-                label, total=total, completed=int(done), rate="", note=""
+                label, total=total, completed=int(done), amount=self._amount(), rate="", note=""
             )
 
     def __enter__(self) -> Meter:
@@ -94,9 +93,19 @@ class Meter:
         """Count `amount` more units as done."""
         self.done += amount
         if self._bar:
-            self._bar.update(self._task, completed=self.done, rate=self._rate(), note=self.note)
+            self._bar.update(
+                self._task,
+                completed=self.done,
+                amount=self._amount(),
+                rate=self._rate(),
+                note=self.note,
+            )
         elif self._shown and time.monotonic() - self._last_line >= LOG_INTERVAL:
             self._line()
+
+    def _amount(self) -> str:
+        total = f"/{_short(self.total)}" if self.total else ""
+        return f"{_short(self.done)}{total} {self.unit}"
 
     def _rate(self) -> str:
         rate = self._rate_value()
@@ -107,8 +116,7 @@ class Meter:
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        total = f"/{self.total:,.0f}" if self.total else ""
-        parts = [f"{self.label}: {self.done:,.0f}{total} {self.unit}", self._rate()]
+        parts = [f"{self.label}: {self._amount()}", self._rate()]
         if self.total and self.done < self.total and self._rate_value():
             parts.append(f"{(self.total - self.done) / self._rate_value():.0f} s left")
         else:
@@ -116,11 +124,16 @@ class Meter:
         console.print("  ".join([*parts, *([self.note] if self.note else [])]), markup=False)
 
 
+def _short(amount: float) -> str:
+    """1,234 or 0.0042."""
+    return f"{amount:,.0f}" if amount >= 10 or amount == int(amount) else f"{amount:.2g}"
+
+
 def _bar() -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[amount]}"),
         TextColumn("{task.fields[rate]}"),
     )
     return Progress(

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
-from cpt_merge.core.progress import counted
+import pytest
+
+from cpt_merge.core.progress import Meter, counted
 
 LIBRARIES = """
 from cpt_merge.core.progress import silence_bars
@@ -25,3 +27,17 @@ def test_libraries_draw_no_bars_into_a_pipe() -> None:
     command = [sys.executable, "-c", LIBRARIES]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("total", "unit", "shown"),
+    [
+        (0.0042, "MB", "0.0042/0.0042 MB"),
+        (123456.7, "MB", "123,457/123,457 MB"),
+        (5, "tensors", "5/5 tensors"),
+    ],
+)
+def test_an_amount_is_shown_with_its_digits(capsys, total, unit, shown):
+    with Meter("work", total, unit) as meter:
+        meter.advance(total)
+    assert f"work: {shown}" in capsys.readouterr().err
