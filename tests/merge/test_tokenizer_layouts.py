@@ -23,6 +23,9 @@ from cpt_merge.merge.plan import MergeInputs
 from tests.merge.test_merge_files import load
 from tests.tokenizer_ext.conftest import pieces_of
 from tests.tokenizer_ext.small_tokenizers import CHAT_TEMPLATE, train_sentencepiece
+from tests.tokenizer_ext.test_transformers_4 import python_4, read_with
+
+__all__ = ["python_4"]
 
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 CONTROL, NORMAL, USER_DEFINED = 3, 1, 4
@@ -118,6 +121,15 @@ def test_sentencepiece_with_added_tokens_json_and_a_chatml_chat_model(family, ca
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == family.rows + 2
     assert tokenizer.get_vocab() == read_tokens(out).ids
     assert_rows_are_those_of_chat(family, out)
+
+
+@pytest.mark.slow
+def test_transformers_4_reads_the_same(family, python_4, tmp_path) -> None:
+    texts = ["[PAD]", "<|im_start|>", "<|im_end|>"]
+    out = merge(family)
+    four = read_with(python_4, out, texts, tmp_path)
+    assert four["ids"] == AutoTokenizer.from_pretrained(out)(texts)["input_ids"]
+    assert [ids[-1] for ids in four["ids"]] == [family.rows + number for number in range(3)]
 
 
 def test_without_transformers_here_the_output_is_loaded_in_another_process(

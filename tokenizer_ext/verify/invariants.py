@@ -454,7 +454,9 @@ def _base_tokens(case: Case, directory: Path, text: str) -> list[str]:
 
 
 def transformers_agrees(case: Case) -> Proof:
-    """`AutoTokenizer` gives the ids of `tokenizer.json`, including special tokens."""
+    """`AutoTokenizer` gives every token its id and every role its token, and texts the ids of
+    `tokenizer.json`, including special tokens.
+    """
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(
@@ -468,9 +470,21 @@ def transformers_agrees(case: Case) -> Proof:
     failures = _differences(
         case, texts, expected, loaded(texts, add_special_tokens=special)["input_ids"]
     )
+    ids, vocabulary = ids_of(case.content), loaded.get_vocab()
+    failures += [
+        f"{token!r} has the id {vocabulary.get(token)}, not {id_}"
+        for token, id_ in ids.items()
+        if vocabulary.get(token) != id_
+    ]
+    failures += [
+        f"the {role} is {getattr(loaded, role)!r}, not {token!r}"
+        for role, token in TokenizerFiles(case.directory, {}, frozenset()).roles.items()
+        if getattr(loaded, role) != token
+    ]
     if case.map and len(loaded) != case.map.rows:
         failures.append(f"transformers counts {len(loaded)} tokens for {case.map.rows} rows")
-    return Proof("transformers reads the tokenizer as it was written", len(texts), failures)
+    checked = len(texts) + len(ids)
+    return Proof("transformers reads the tokenizer as it was written", checked, failures)
 
 
 INVARIANTS: tuple[Callable[[Case], Proof], ...] = (
