@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 
 _SHOWN_PROBLEMS = 5
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class RefusedError(UserError):
@@ -128,12 +130,27 @@ def _row_problems(models: Mapping[str, Checkpoint]) -> list[str]:
 
 
 def _name_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
-    everything = sorted(set().union(*tensors.values()), key=natural)
-    return [
+    layouts = {label: _expert_layout(of_model) for label, of_model in tensors.items()}
+    problems, everything = [], sorted(set().union(*tensors.values()), key=natural)
+    if len(set(layouts.values()) - {None}) > 1:
+        everything = [name for name in everything if ".experts." not in name]
+        problems.append(
+            f"the experts are stored {_listed(layouts)}; load and save all models with one version "
+            "of transformers"
+        )
+    return problems + [
         f"{name} is missing in {' and '.join(without)}"
         for name in everything
         if (without := [label for label, of_model in tensors.items() if name not in of_model])
     ]
+
+
+def _expert_layout(names: Iterable[str]) -> str | None:
+    """How a model stores its experts; None if it has none."""
+    experts = [name for name in names if ".experts." in name]
+    if not experts:
+        return None
+    return "one by one" if any(_ONE_EXPERT.search(name) for name in experts) else "together"
 
 
 def _shape_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:

@@ -12,7 +12,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs
-from tests.merge.conftest import pieces_of, write_tokenizer
+from tests.merge.conftest import pieces_of, save_weights, write_tokenizer
 from tests.merge.test_merge_files import load
 
 SMALL = {
@@ -110,3 +110,25 @@ def test_rotary_tables_of_old_conversions_are_left_out_and_said(untied, tmp_path
         in capsys.readouterr().err
     )
     assert not any("inv_freq" in name for name in load(tmp_path / "out"))
+
+
+def test_experts_in_two_layouts_are_one_sentence(tmp_path, tracker):
+    for model in ("base", "chat", "cpt"):
+        build(tmp_path / model, "mixtral", 0)
+        write_tokenizer(tmp_path / model, "base")
+    stored = load(tmp_path / "cpt")
+    experts = [name for name in stored if ".experts." in name]
+    one_by_one = any(".experts.0." in name for name in experts)
+    for name in experts:
+        values = stored.pop(name)
+        if one_by_one and ".experts.0." in name:
+            stored[name.replace(".experts.0.", ".experts.")] = torch.stack([values, values])
+        elif not one_by_one:
+            stored |= {name.replace(".experts.", f".experts.{n}."): v for n, v in enumerate(values)}
+    save_weights(stored, tmp_path / "cpt")
+    inputs = MergeInputs(tmp_path / "cpt", tmp_path / "base", tmp_path / "chat", tmp_path / "cpt")
+    with pytest.raises(
+        UserError, match=r"the experts are stored (together|one by one) in cpt"
+    ) as error:
+        merge_directories(MergeConfig(), inputs, tmp_path / "out", tracker)
+    assert "is missing" not in str(error.value)
