@@ -17,6 +17,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import counted, say
 from cpt_merge.merge.config import MergeConfig
+from cpt_merge.merge.finish import loading_tokenizer
 from cpt_merge.merge.fit import RefusedError
 from cpt_merge.merge.plan import MergeInputs, MergePlan, bytes_read, describe_rule, plan
 from cpt_merge.merge.rows import describe
@@ -129,6 +130,8 @@ def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> Non
         for problem in refused.problems:
             console.print(f"  - {escape(problem)}")
         raise UserError("nothing would be merged; fix what is listed above.") from None
+    with loading_tokenizer(the_plan) as check:
+        check()
     for row in _table(the_plan):
         console.print(escape(row))
     for line in describe(the_plan.changes, the_plan.cpt_rows, the_plan.rows):
