@@ -67,10 +67,10 @@ def draw(layers: Mapping[str, Mapping[str, Sums]], path: Path) -> None:
 
 
 def _points(parts: list[str], values: Mapping[str, float]) -> list[tuple[float, float]]:
-    """A point for each part, and gaps between the layers and what is outside of them."""
+    """A point for each part; only those of layers are joined."""
     points: list[tuple[float, float]] = []
     for place, part in enumerate(parts):
-        if place and part.isdigit() != parts[place - 1].isdigit():
+        if place and not (part.isdigit() and parts[place - 1].isdigit()):
             points.append((place - 0.5, math.nan))
         points.append((place, values.get(part, math.nan)))
     return points
