@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.writer import CheckpointLayout
 from cpt_merge.core.errors import UserError
 
 Kind = Literal[
@@ -141,8 +142,8 @@ def embedding_of(checkpoint: Checkpoint) -> str | None:
     return next((name for name in names if not is_per_layer_table(name)), None)
 
 
-def heads_of(checkpoint: Checkpoint) -> list[str]:
-    """The names of the matrices that make logits."""
+def heads_of(checkpoint: Checkpoint | CheckpointLayout) -> list[str]:
+    """The names of the matrices that make logits; a bias of the head is none."""
     return [
         name
         for name, info in checkpoint.tensors.items()

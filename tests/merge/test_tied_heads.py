@@ -17,7 +17,7 @@ from cpt_merge.merge.memory import merge_model
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tokenizer_ext import EmbeddingsConfig
 from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
-from tests.merge.conftest import make_family, pieces_of, save_weights
+from tests.merge.conftest import make_family, pieces_of, save_weights, write_tokenizer
 from tests.merge.test_merge_files import digest, load, merge
 from tests.merge.test_merge_hook import export, masters, merge_in_memory, resized, shards_of
 
@@ -196,3 +196,25 @@ def test_a_tied_model_in_memory_cannot_get_a_head(tied):
     inputs = MergeInputs(resized(tied), tied.base, tied.chat, tied.tokenizer)
     with pytest.raises(UserError, match="the merged model needs one; merge from files"):
         merge_model(model, MergeConfig(), inputs)
+
+
+def test_a_bias_does_not_untie_the_head(tmp_path, tracker):
+    """Phi and GPT-J have a bias in their head, which is no head of its own."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "n_positions": 64}
+    config = AutoConfig.for_model("gptj", **sizes, vocab_size=48, tie_word_embeddings=True)
+    for seed, name in enumerate(("base", "chat", "cpt")):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        torch.nn.init.normal_(model.lm_head.bias)
+        model.save_pretrained(tmp_path / name)
+        write_tokenizer(tmp_path / name, "base")
+    inputs = MergeInputs(tmp_path / "cpt", tmp_path / "base", tmp_path / "chat", None)
+    merge_directories(MergeConfig(), inputs, tmp_path / "out", tracker)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.transformer.wte.weight

@@ -72,7 +72,9 @@ def resize_embeddings(
         for name, info in layout.tensors.items():
             _copy(source, name, writer)
             if name in resize.matrices:
-                norms[kind_of(name)] = resize.append(name, writer, space)
+                of_rows = resize.append(name, writer, space)
+                if len(info.shape) == 2:  # no bias of the head
+                    norms[kind_of(name)] = of_rows
             meter.advance(info.nbytes / 1e6)
         linked = resize.link_unchanged_files(writer.directory)
         if linked or list(layout.headers) != [SINGLE_FILE]:
