@@ -5,7 +5,6 @@ Every stage opens models here, so that all of them agree on which tensors a mode
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -17,8 +16,9 @@ import numpy as np
 from cpt_merge.checkpoint.dtypes import FLOATS
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.tensor_kinds import embedding_of, heads_of, layer_of
+from cpt_merge.checkpoint.tensor_kinds import embedding_of, heads_of, kind_of, layer_of
 from cpt_merge.checkpoint.text_sections import TEXT_SECTIONS
+from cpt_merge.checkpoint.tie_defaults import UNTIED
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say_once
 
@@ -38,6 +38,9 @@ _COMPUTED = re.compile(
     r"|rotary\w*\.(cos|sin)\w*$|\.attn\.(embed_positions|causal_mask)$|\.embed_scale$"
     r"|\.mup_vector$|^model\.normalizer$|(^|\.)(en|de)coder\.version$|\._extra_state$"
 )
+_EMBEDDING_PART = re.compile(r"((en|de)coder\.)?(embeddings\.)?\w+\.weight$")
+_LAYER_STACK = re.compile(r"^(.*?)(?:encoder\.|decoder\.)?(?:layers|h|blocks|block|layer)\.\d+\.")
+_ENCODER_DECODER = ("is_encoder_decoder", "decoder_layers", "num_decoder_layers")
 _PREDICTION = re.compile(r"(^|\.)mtp(_\w+)?\.")
 _PREDICTION_PART = re.compile(r"\.(enorm|hnorm|eh_proj|shared_head|embed_tokens)\b")
 
@@ -137,12 +140,7 @@ def _with_head_as_loaded(checkpoint: Checkpoint) -> Checkpoint:
     heads, stated = heads_of(checkpoint), _states_tie(checkpoint.config)
     embedding = embedding_of(checkpoint)
     if not heads:
-        if stated is False and _makes_logits(checkpoint.config):
-            raise UserError(
-                f"{checkpoint.directory} has no output head, although its config.json says that "
-                "the head is not tied to the embedding; use a complete checkpoint, or set "
-                "tie_word_embeddings to true if it is tied."
-            )
+        _check_tied(checkpoint, stated)
         return checkpoint
     if embedding is None:
         return checkpoint if stated is False else _embedding_from_head(checkpoint, heads[0])
@@ -155,6 +153,38 @@ def _with_head_as_loaded(checkpoint: Checkpoint) -> Checkpoint:
         )
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in equal}
     return replace(checkpoint, tensors=tensors)
+
+
+def _check_tied(checkpoint: Checkpoint, stated: bool | None) -> None:
+    """Raise `UserError` if a model without a head makes logits and is not tied."""
+    config, where = checkpoint.config, checkpoint.directory
+    by_default = stated is None and config.get("model_type") in UNTIED
+    if not _makes_logits(config) or not (by_default or stated is False):
+        return
+    unknown = _like_a_head(checkpoint)
+    if unknown:
+        raise UserError(
+            f"{where} has no output head with a known name, and is not tied; {unknown[0]} may be "
+            "one: report its tensor names."
+        )
+    says = "says that the head is not tied to the embedding"
+    if by_default:
+        says = f"does not say that the head is tied, and that of {config['model_type']} is not"
+    raise UserError(
+        f"{where} has no output head, although its config.json {says}; use a complete checkpoint, "
+        f"or set {_TIE} to true if it is tied."
+    )
+
+
+def _like_a_head(checkpoint: Checkpoint) -> list[str]:
+    """Matrices of unknown kind that have the embedding's shape."""
+    embedding = embedding_of(checkpoint)
+    shape = checkpoint.tensors[embedding].shape if embedding else None
+    return [
+        name
+        for name, info in checkpoint.tensors.items()
+        if info.shape == shape and kind_of(name) == "other" and layer_of(name) is None
+    ]
 
 
 def _embedding_from_head(checkpoint: Checkpoint, head: str) -> Checkpoint:
@@ -196,10 +226,10 @@ def _ignored(checkpoint: Checkpoint) -> list[str]:
     """The stored tensors that transformers does not load.
 
     These are buffers that it computes (masks of attention, rotary tables, positions), and modules
-    that it does not build: the prediction of further tokens, as one block (`mtp.`) or as a layer
-    after the last one.
+    that it does not build: the prediction of further tokens (`mtp.`), and layers after the last one
+    that config.json counts.
     """
-    beyond = set(_prediction_layers(checkpoint))
+    beyond = set(_layers_beyond(checkpoint))
     return [
         name
         for name, info in checkpoint.tensors.items()
@@ -213,13 +243,26 @@ def _is_computed(name: str, info: TensorInfo) -> bool:
     return _COMPUTED.search(name) is not None
 
 
-def _prediction_layers(checkpoint: Checkpoint) -> Iterator[int]:
-    """The numbers of layers after the decoder's last one that predict further tokens."""
-    count = text_section(checkpoint.config).get("num_hidden_layers", math.inf)
+def _layers_beyond(checkpoint: Checkpoint) -> Iterator[int]:
+    """The numbers of layers after the text decoder's last one.
+
+    Layers that are not next to the embedding are counted only if they predict further tokens: they
+    may belong to a tower. The two halves of an encoder-decoder have a count each.
+    """
+    text = text_section(checkpoint.config)
+    count = text.get("num_hidden_layers")
+    if not isinstance(count, int):
+        return
+    embedding = embedding_of(checkpoint)
+    halves = any(text.get(name) for name in _ENCODER_DECODER)
+    body = _EMBEDDING_PART.sub("", embedding) if embedding and not halves else None
     for name in checkpoint.tensors:
         layer = layer_of(name)
-        if layer is not None and layer >= count and _PREDICTION_PART.search(name):
-            yield layer
+        if layer is not None and layer >= count:
+            stack = _LAYER_STACK.match(name)
+            beside = stack is not None and stack[1] == body
+            if beside or _PREDICTION_PART.search(name):
+                yield layer
 
 
 def text_section(config: Mapping[str, Any]) -> dict[str, Any]:

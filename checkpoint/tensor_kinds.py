@@ -68,7 +68,13 @@ _KINDS: list[tuple[Kind, re.Pattern[str]]] = [
             r"|tokens_embed|embeddings|shared)\.weight$"
         ),
     ),
-    ("head", re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer)\.(weight|bias)$|^head\.")),
+    (
+        "head",
+        re.compile(
+            r"(^|\.)(lm_head|embed_out|output|output_layer)\.(weight|bias)$|^head\."
+            r"|(^|lm_head\.|predictions\.)decoder\.(weight|bias)$"
+        ),
+    ),
     ("norm", re.compile(r"(norm\w*|\.ln_?\w+)\.(weight|bias)$")),
     (
         "router",

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cpt_merge.checkpoint.loaded import open_model
+from cpt_merge.checkpoint.loaded import is_tied, open_model
+from cpt_merge.checkpoint.tensor_kinds import is_by_token
+from cpt_merge.checkpoint.tie_defaults import UNTIED
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import MergeConfig
@@ -218,3 +220,56 @@ def test_a_bias_does_not_untie_the_head(tmp_path, tracker):
     assert not loading["missing_keys"]
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_family_without_a_tied_head_needs_one_even_if_its_config_is_silent(tied):
+    """As transformers, which would make a random head."""
+    config = json.loads((tied.cpt / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (tied.cpt / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"does not say that the head is tied, and that of llama"):
+        open_model(tied.cpt)
+    set_config(tied.cpt, model_type="gemma")
+    assert HEAD not in open_model(tied.cpt).tensors
+
+
+def test_the_families_without_a_tied_head_are_those_of_transformers():
+    from transformers import CONFIG_MAPPING
+
+    assert UNTIED & set(CONFIG_MAPPING) >= {"llama", "mistral", "qwen2", "gptj", "phi"}
+    tied = {n for n in UNTIED & set(CONFIG_MAPPING) if CONFIG_MAPPING[n]().tie_word_embeddings}
+    assert not tied
+
+
+def test_layers_that_config_json_does_not_count_are_left_out(untied, tmp_path, tracker, capsys):
+    for model in ("base", "chat", "cpt"):
+        set_config(untied.root / model, num_hidden_layers=1)
+    merge(untied, tmp_path / "out", tracker, ratio="ramp(0.5, 1)")
+    assert not any(".layers.1." in name for name in load(tmp_path / "out"))
+    assert "9 tensors (model.layers.1." in capsys.readouterr().err
+
+
+def test_layers_of_towers_and_halves_have_counts_of_their_own(untied):
+    extra = {f"{n}.layers.7.w.weight": torch.ones(2) for n in ("model.tower", "encoder")}
+    save_weights({**untied.weights["cpt"], **extra}, untied.cpt)
+    assert extra.keys() <= open_model(untied.cpt).tensors.keys()
+    set_config(untied.cpt, num_hidden_layers=1, decoder_layers=2)
+    assert any(".layers.1." in name for name in open_model(untied.cpt).tensors)
+
+
+@pytest.mark.parametrize("name", ["decoder.weight", "lm_head.decoder.weight"])
+def test_a_head_that_is_called_decoder(untied, name):
+    """ModernBERT and RoBERTa as decoders."""
+    weights = dict(untied.weights["cpt"])
+    weights[name] = weights.pop(HEAD)
+    save_weights(weights, untied.cpt)
+    assert is_by_token(name)
+    assert not is_tied(open_model(untied.cpt))
+
+
+def test_a_head_of_unknown_name_is_said_to_be_unknown(untied):
+    weights = dict(untied.weights["cpt"])
+    weights["prophet.weight"] = weights.pop(HEAD)
+    save_weights(weights, untied.cpt)
+    with pytest.raises(UserError, match="no output head with a known name.*prophet.weight may be"):
+        open_model(untied.cpt)
