@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ _OF_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _PART = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
 _SAVED_MODULE = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
+_HEAD_MATRIX = re.compile(r"(^|\.)(lm_head|embed_out|decoder)\.weight$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _BODY = re.compile(r"^((model|language_model|text_model|transformer)\.)+")
 _QUANTISED_NAME = re.compile(r"(-unsloth)?-bnb-[48]bit$")
@@ -165,6 +166,7 @@ def adapted_tensors(
         elif ".original_module." not in name:
             tensors[names.find(name, info.shape)] = info
     replaced = sum(info is not base.get(name) for name, info in tensors.items())
+    tensors |= _head_of_base(config, tensors, base)
     for module, parts in low_rank.items():
         name = names.find(f"{module}.weight", () if _HEAD.search(f"{module}.weight") else None)
         weight = tensors.get(name) or names.embedding(name)
@@ -172,6 +174,29 @@ def adapted_tensors(
     whole = f" and {counted(replaced, 'tensor')} of its own" if replaced else ""
     say_once(f"model {directory}: a LoRA adapter of {counted(len(low_rank), 'weight')}{whole}")
     return tensors
+
+
+def _head_of_base(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """The base's embedding as the head, if the adapter trained a copy as the embedding alone.
+
+    PEFT computes a tied model's logits with the matrix that it had before `modules_to_save`.
+    """
+    embedding = next((name for name in base if _EMBEDDING.search(name)), None)
+    if (
+        embedding is None
+        or config.get("ensure_weight_tying")
+        or any(map(_HEAD_MATRIX.search, tensors))
+    ):
+        return {}
+    module = embedding.removesuffix(".weight")
+    saved = any(module.endswith(str(name)) for name in config.get("modules_to_save") or [])
+    whole = tensors[embedding]
+    if not saved or whole is base[embedding] or whole.shape != base[embedding].shape:
+        return {}
+    head = "embed_out.weight" if module.endswith("embed_in") else "lm_head.weight"
+    return {head: replace(base[embedding], name=head)}
 
 
 class _BaseNames:

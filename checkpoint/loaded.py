@@ -167,11 +167,12 @@ def _check_tied(checkpoint: Checkpoint, stated: bool | None) -> None:
             f"{where} has no output head with a known name, and is not tied; {unknown[0]} may be "
             "one: report its tensor names."
         )
-    says = "says that the head is not tied to the embedding"
+    reason = "although its config.json says that the head is not tied to the embedding"
     if by_default:
-        says = f"does not say that the head is tied, and that of {config['model_type']} is not"
+        family = config["model_type"]
+        reason = f"and its config.json does not say that it is tied, which in {family} it is not"
     raise UserError(
-        f"{where} has no output head, although its config.json {says}; use a complete checkpoint, "
+        f"{where} has no output head, {reason}; use a complete checkpoint, "
         f"or set {_TIE} to true if it is tied."
     )
 

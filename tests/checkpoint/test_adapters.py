@@ -131,6 +131,38 @@ def test_a_head_of_its_own_unties_a_tied_base(tmp_path):
     assert np.array_equal(found, head.float().numpy())
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_trained_embedding_of_a_tied_base_leaves_the_head(tmp_path, together):
+    """PEFT's own logits are those of the model that is read here."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = save_model(tmp_path / "base", "llama", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = LoraConfig(
+        r=RANK, target_modules=["q_proj"], modules_to_save=["embed_tokens"],
+        ensure_weight_tying=together,
+    )  # fmt: skip
+    trained = get_peft_model(model, settings)
+    for values in trained.parameters():
+        if values.requires_grad:
+            values.data += 0.05
+    trained.save_pretrained(tmp_path / "adapter")
+    whole = open_model(tmp_path / "adapter", base)
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter"
+    )
+    read = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    head = torch.nn.Linear(64, ROWS, bias=False)
+    name = "lm_head.weight" if "lm_head.weight" in whole.tensors else "model.embed_tokens.weight"
+    head.weight.data = torch.from_numpy(whole.read_float32(name))
+    read.lm_head = head
+    weights = {n: torch.from_numpy(whole.read_float32(n)) for n in whole.tensors}
+    read.load_state_dict(weights, strict=False)
+    tokens = torch.tensor([[1, 5, 6, 9]])
+    torch.testing.assert_close(read(tokens).logits, again(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_of_the_head_of_a_tied_base(tmp_path):
     base = save_model(tmp_path / "base", "llama", tie_word_embeddings=True)
     weight = load_file(base / "model.safetensors")["model.embed_tokens.weight"].float()
