@@ -15,6 +15,7 @@ from typing import Any
 
 from cpt_merge.checkpoint.dtypes import PACKED_BITS, STORED, stored_bytes
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.foreign_formats import refuse_pointer
 
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
@@ -74,6 +75,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_pointer(path)
         raise UserError(
             f"{path} is not a complete safetensors file ({error}); copy or download it again."
         ) from None

@@ -18,6 +18,7 @@ from cpt_merge.checkpoint.dtypes import TORCH_NAMES
 from cpt_merge.checkpoint.headers import StridedInfo, TensorInfo
 from cpt_merge.checkpoint.mapped_files import mapping_start
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.foreign_formats import refuse_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,7 @@ def read_pickled(path: Path) -> dict[str, TensorInfo]:
 
 def _check_archive(path: Path) -> None:
     """Raises `UserError` for what torch cannot map, `ValueError` for what it would misread."""
+    refuse_pointer(path)
     with open(path, "rb") as file:
         if file.read(len(_ZIP_START)) != _ZIP_START:
             raise UserError(

@@ -42,7 +42,7 @@ from cpt_merge.checkpoint.quantised import (
 from cpt_merge.checkpoint.text_sections import resize_config
 from cpt_merge.core.artifact import read_marker
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.foreign_formats import describe_file, describe_folder
+from cpt_merge.core.foreign_formats import describe_file, describe_folder, refuse_pointer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -217,7 +217,9 @@ def stored_tensors(directory: Path, stem: str = "model") -> dict[str, TensorInfo
         raise UserError(f"{directory} was never finished; run the command that writes it again.")
     single, index = directory / f"{stem}.safetensors", directory / index_file(stem)
     if single.is_file():
-        return read_header(single)
+        stored = read_header(single)
+        _refuse_stray(single, index, stored)
+        return stored
     if index.is_file():
         return _read_indexed(index)
     pickled = directory / f"pytorch_{stem}.bin"
@@ -344,6 +346,30 @@ def _read_indexed(
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
+def _refuse_stray(single: Path, index: Path, stored: Mapping[str, TensorInfo]) -> None:
+    """Raise `UserError` if a complete index beside the single file names other tensors."""
+    listed = read_json(index).get("weight_map") if index.is_file() else None
+    if not isinstance(listed, dict) or listed.keys() == stored.keys():
+        return
+    shards = {str(file) for file in listed.values()} - {single.name}
+    if shards and all((single.parent / file).is_file() for file in shards):
+        other = min(listed.keys() ^ stored.keys())
+        raise UserError(
+            f"{single.parent} contains both {single.name}, which loaders read, and the shards of "
+            f"{index.name}, and only one of them has {other}; remove the one that is out of date "
+            f"({single}, or {index.name} with its shards)."
+        )
+
+
+def unlisted_in(directory: Path, name: str) -> str | None:
+    """The shard that holds a tensor that the index does not list, if there is one."""
+    index = directory / INDEX_FILE
+    if (directory / SINGLE_FILE).is_file() or not index.is_file():
+        return None
+    files = sorted({str(file) for file in read_json(index).get("weight_map", {}).values()})
+    return next((file for file in files if name in read_header(directory / file)), None)
+
+
 def _nothing_there(directory: Path) -> str:
     if any(directory.glob("pytorch_model*.bin")):
         return (
@@ -369,6 +395,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist; give the whole directory of a Hugging Face model."
         ) from None
     except (ValueError, OSError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path} cannot be read ({error}); copy or download it again.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; copy or download it again.")

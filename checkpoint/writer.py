@@ -278,9 +278,10 @@ def check_room(directory: Path, layout: CheckpointLayout) -> None:
     needed = sum(layout.file_size(file) for file in layout.headers)
     free = shutil.disk_usage(directory).free
     if needed > free:
+        digits = 1 if needed - free > 1e5 else 6  # so that the two numbers differ
         raise UserError(
-            f"{directory} has {free / 1e6:,.1f} MB free, the checkpoint needs "
-            f"{needed / 1e6:,.1f} MB; free some."
+            f"{directory} has {free / 1e6:,.{digits}f} MB free, the checkpoint needs "
+            f"{needed / 1e6:,.{digits}f} MB; free some."
         )
 
 

@@ -204,6 +204,12 @@ class Staging:
                 f"{self.target} is a link or a mount point, which cannot be replaced; "
                 "name a directory inside it."
             )
+        above = next(path for path in self.target.absolute().parents if path.exists())
+        if not above.is_dir():
+            raise UserError(
+                f"{self.target} cannot be written, because {above} is not a directory; choose "
+                "another output directory."
+            )
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
             raise UserError(
                 f"{self.target} exists and is not empty; choose another output directory or "

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cpt_merge.core.errors import UserError
+
 _GGUF = (
     "`AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={file!r}).save_pretrained(OUT)`"
 )
+_POINTER = b"version https://git-lfs"
 _FORMATS = (  # files in a folder, what it is, how it is converted; the first match counts
+    ("vector.json", "a vector that extract-vector wrote, and no model", "give it with --vector"),
     ("train_state.json", "a training checkpoint", "run `cpt-merge export RECIPE`"),
     ("step-*/train_state.json", "a folder of training checkpoints",
      "run `cpt-merge export RECIPE`"),
@@ -49,6 +53,20 @@ def describe_file(path: Path) -> str:
             "config.json and the tokenizer of its model, and give that directory."
         )
     return f"{path} is a file; give the directory of a Hugging Face model."
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise `UserError` for the pointer that git leaves where it did not download a large file."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError:
+        return
+    if start == _POINTER:
+        raise UserError(
+            f"{path} is only a pointer of git LFS to the file itself; run `git lfs pull` in "
+            f"{path.parent}, or download the model again."
+        )
 
 
 def describe_folder(path: Path) -> str | None:

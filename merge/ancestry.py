@@ -19,6 +19,7 @@ from cpt_merge.merge.plan import MergePlan
 from cpt_merge.merge.vectors import Difference, Pair, Vector
 
 SAMPLE = 1 << 16  # elements of each tensor, from its middle
+_BLOCK = 1 << 22  # elements compared at a time
 UNRELATED = 1.0  # |model - base| / |base|
 # From which share of one change in the other the two do not start at the base: about 1 if the
 # other end of the change is the ancestor, about 0 if the base is
@@ -63,6 +64,11 @@ def warnings(plan: MergePlan, statistics: list[Statistics]) -> list[str]:
         prefix = "" if vector is plan.chat else f"{vector.label}: "
         if of_vector:
             found += [prefix + warning for warning in _warnings(of_vector)]
+    if _equals_base(plan, statistics[0]):
+        found.append(
+            "cpt equals base: the output is the base with the chat vector, and at ratio 1 just the "
+            "chat model; check the two models."
+        )
     source = plan.chat.source
     if not has_chat_template(source.chat_directory):
         for label, directory in (("base", source.base_directory), ("cpt", plan.tokenizer)):
@@ -72,6 +78,27 @@ def warnings(plan: MergePlan, statistics: list[Statistics]) -> list[str]:
                     "swapped."
                 )
     return found
+
+
+def _equals_base(plan: MergePlan, statistics: Statistics) -> bool:
+    """Whether CPT never changed: neither the sampled elements nor a row of the vocabulary."""
+    base, sums = plan.chat.source.models.get("base"), total(statistics.values())
+    if base is None or not sums.base or sums.change:
+        return False
+    names = [tensor.name for tensor in plan.tensors if tensor.by_token]
+    return all(_same(plan.cpt, base, name) for name in names if name in base.tensors)
+
+
+def _same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Whether two models have the same matrix."""
+    info, found = one.tensors[name], other.tensors[name]
+    if (info.shape, info.dtype) != (found.shape, found.dtype):
+        return False
+    return all(
+        one.read_flat(name, start, min(start + _BLOCK, info.size)).tobytes()
+        == other.read_flat(name, start, min(start + _BLOCK, info.size)).tobytes()
+        for start in range(0, info.size, _BLOCK)
+    )
 
 
 def pair_warnings(base: Path, chat: Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from cpt_merge.checkpoint.dtypes import FLOATS
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.loaded import named_like, open_model, text_section, with_head
-from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.reader import Checkpoint, unlisted_in
 from cpt_merge.checkpoint.tensor_kinds import (
     OTHER_MODALITIES,
     embedding_of,
@@ -97,8 +97,9 @@ def fit_problems(models: Mapping[str, Checkpoint], is_needed: Callable[[str], bo
     problems = [
         *_architecture_problems(models),
         *_row_problems(models),
-        *_name_problems(tensors),
+        *_name_problems(tensors, {label: model.directory for label, model in models.items()}),
         *_shape_problems(tensors),
+        *_double_problems(tensors),
     ]
     if problems:
         places = " and ".join(f"{model.directory} ({label})" for label, model in models.items())
@@ -129,7 +130,9 @@ def _row_problems(models: Mapping[str, Checkpoint]) -> list[str]:
     return problems
 
 
-def _name_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+def _name_problems(
+    tensors: Mapping[str, Mapping[str, TensorInfo]], directories: Mapping[str, Path]
+) -> list[str]:
     layouts = {label: _expert_layout(of_model) for label, of_model in tensors.items()}
     problems, everything = [], sorted(set().union(*tensors.values()), key=natural)
     if len(set(layouts.values()) - {None}) > 1:
@@ -138,11 +141,13 @@ def _name_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]
             f"the experts are stored {_listed(layouts)}; load and save all models with one version "
             "of transformers"
         )
-    return problems + [
-        f"{name} is missing in {' and '.join(without)}"
-        for name in everything
-        if (without := [label for label, of_model in tensors.items() if name not in of_model])
-    ]
+    for name in everything:
+        without = [label for label, of_model in tensors.items() if name not in of_model]
+        if without:
+            found = [unlisted_in(directories[label], name) for label in without]
+            hints = [f" ({file} holds it: add it to the index there)" for file in found if file]
+            problems.append(f"{name} is missing in {' and '.join(without)}{''.join(hints[:1])}")
+    return problems
 
 
 def _expert_layout(names: Iterable[str]) -> str | None:
@@ -166,14 +171,29 @@ def _shape_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str
                 f"{name} has shapes "
                 + _listed({label: info.shape for label, info in infos.items()})
             )
-        floats = {info.dtype in FLOATS for info in infos.values()}
-        if floats == {True, False} or any(
-            info.dtype.startswith(("F8", "F64")) for info in infos.values()
-        ):
+        floats = {info.dtype in FLOATS for info in infos.values() if info.dtype != "F64"}
+        if floats == {True, False} or any(info.dtype.startswith("F8") for info in infos.values()):
             problems.append(
                 f"{name} has types " + _listed({label: info.dtype for label, info in infos.items()})
             )
     return problems
+
+
+def _double_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+    """One sentence for all tensors in float64, for which there is no arithmetic here."""
+    doubles = {
+        label: found
+        for label, of_model in tensors.items()
+        if (found := [name for name, info in of_model.items() if info.dtype == "F64"])
+    }
+    if not doubles:
+        return []
+    counts = _listed({label: f"{len(found)} tensors" for label, found in doubles.items()})
+    first = next(iter(doubles.values()))[0]
+    return [
+        f"{counts} ({first}, ...) are stored as float64; convert them to bfloat16 or float32 "
+        "(`AutoModelForCausalLM.from_pretrained(DIR, dtype='float32').save_pretrained(OUT)`)"
+    ]
 
 
 def _listed(values: Mapping[str, object]) -> str:

@@ -178,3 +178,19 @@ def test_a_missing_config_or_tensor_is_named(single):
         checkpoint.read("x.weight")
     with pytest.raises(IndexError):
         checkpoint.read("a.weight", 3, 9)
+
+
+def test_a_single_file_out_of_date_beside_a_complete_index_is_named(sharded, tensors):
+    stray = sharded / "model.safetensors"
+    save_file({"x": torch.zeros(2)}, stray)
+    with pytest.raises(UserError, match=rf"contains both model\.safetensors.*remove.*{stray}"):
+        Checkpoint.open(sharded)
+    save_file(tensors, stray)
+    assert set(Checkpoint.open(sharded).tensors) == set(tensors)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_says_how_to_get_the_file(tmp_path, file):
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=rf"{file} is only a pointer.*git lfs pull"):
+        Checkpoint.open(tmp_path)

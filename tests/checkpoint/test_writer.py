@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,3 +148,16 @@ def test_a_write_that_does_not_fit_is_refused(tmp_path):
         writer.write("layers.0.weight", 1, VALUES["layers.0.weight"])
     with pytest.raises(ValueError, match="do not fit"):
         writer.write("layers.0.weight", 0, VALUES["layers.0.weight"].astype("f8"))
+
+
+def test_room_that_hardly_differs_is_told_with_enough_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    layout = CheckpointLayout.by_size([TensorSpec("weight", "U8", (100_000,))])
+    with pytest.raises(UserError, match=r"0\.100000 MB free, the checkpoint needs 0\.10\d*[1-9]"):
+        CheckpointWriter(tmp_path / "out", layout).prepare()
+
+
+def test_an_output_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is not a directory; choose"):
+        CheckpointWriter(tmp_path / "file" / "a" / "out", CheckpointLayout.by_size(SPECS)).prepare()

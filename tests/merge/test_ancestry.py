@@ -1,15 +1,18 @@
 """Models in the wrong place are noticed by their weights and files."""
 
 import json
+import shutil
 from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from cpt_merge.core.errors import UserError
 from cpt_merge.merge.ancestry import pair_warnings, sample, warnings
 from cpt_merge.merge.config import MergeConfig
+from cpt_merge.merge.extract import extract
 from cpt_merge.merge.plan import MergeInputs, plan
 
 SHAPES = {
@@ -100,3 +103,38 @@ def test_the_pair_is_examined_before_there_is_a_cpt_model(family):
     assert "swapped" in pair_warnings(family / "chat", family / "base")[0]
     assert "not chat's ancestor" in pair_warnings(family / "stranger", family / "chat")[0]
     assert "chat equals base" in pair_warnings(family / "base", family / "base")[0]
+
+
+def test_a_cpt_model_that_equals_base_is_noticed(family):
+    assert "cpt equals base" in said(family, "base", "chat", "base")
+    shutil.copytree(family / "base", family / "copy")
+    assert "cpt equals base" in said(family, "base", "chat", "copy")
+    weights = load_file(family / "base" / "model.safetensors")
+    weights["model.embed_tokens.weight"][39, 63] += 1
+    save_file(weights, family / "copy" / "model.safetensors")  # it trained a row of the vocabulary
+    assert "cpt equals base" not in said(family, "base", "chat", "copy")
+
+
+def test_double_precision_is_one_sentence_with_what_to_do(family):
+    weights = load_file(family / "cpt" / "model.safetensors")
+    doubles = {name: values.double() for name, values in weights.items()}
+    save_file(doubles, family / "cpt" / "model.safetensors")
+    with pytest.raises(UserError, match=r"5 tensors in cpt .* as float64; convert them") as refused:
+        said(family, "base", "chat", "cpt")
+    assert len(refused.value.problems) == 1
+
+
+def test_a_vector_given_as_a_model_is_called_one(family):
+    extract(family / "base", family / "chat", family / "vector")
+    with pytest.raises(UserError, match=r"vector is a vector .* give it with --vector"):
+        said(family, "base", "chat", "vector")
+
+
+def test_a_tensor_that_only_the_index_lacks_is_found(family):
+    shard = "model-00001-of-00001.safetensors"
+    (family / "cpt" / "model.safetensors").rename(family / "cpt" / shard)
+    listed = {name: shard for name in SHAPES if name != "model.norm.weight"}
+    index = family / "cpt" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(UserError, match=f"norm.weight is missing in cpt .{shard} holds it: add it"):
+        said(family, "base", "chat", "cpt")
