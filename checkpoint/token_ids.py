@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +26,20 @@ from cpt_merge.checkpoint.sentencepiece_model import (
     parse_proto,
 )
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.foreign_formats import refuse_pointer
 
 FAST_FILE = "tokenizer.json"
 VOCABULARY_FILE = "vocab.json"
 ADDED_FILE = "added_tokens.json"
 SETTINGS_FILE = "tokenizer_config.json"
+SPECIALS_FILE = "special_tokens_map.json"
 DECODER = "added_tokens_decoder"  # in tokenizer_config.json
+
+_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_TOKENIZER_NAME = re.compile(
+    r"(?i)vocab|merges|tekken|tokeni[sz]|added_tokens|\.(model|spm|tiktoken|bpe|codes)(\.v\d+)?$"
+)
+_NO_TOKENIZER = (SETTINGS_FILE, "vocabulary_map.json")  # the map is ours
 
 _SPECIAL_NAME = re.compile(r"[<\[].+[>\]]")
 _SHOWN = 3  # tokens in a message
@@ -69,6 +77,61 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (FAST_FILE, MODEL_FILE))
 
 
+def refuse_unread(directory: Path) -> None:
+    """Raise `UserError` if a directory without a readable tokenizer has one in other files."""
+    names = sorted(
+        path.name
+        for path in directory.glob("*")
+        if _TOKENIZER_NAME.search(path.name) and path.name not in _NO_TOKENIZER and path.is_file()
+    )
+    settings = directory / SETTINGS_FILE
+    if settings.is_file() and read_json(settings).get("tokenizer_class"):
+        names.append(SETTINGS_FILE)
+    if not names or has_tokenizer(directory):
+        return
+    raise UserError(
+        f"no {FAST_FILE} or {MODEL_FILE} in {directory}, by which rows could be aligned, but only "
+        f"{', '.join(names)}; load and save that tokenizer with transformers' AutoTokenizer, which "
+        f"writes {FAST_FILE}, and put that there."
+    )
+
+
+def unlisted(directory: Path, known: Collection[str]) -> str | None:
+    """A sentence on the special tokens that only the settings name, whose ids loaders choose."""
+    places = []
+    for file in (SETTINGS_FILE, SPECIALS_FILE):
+        path = directory / file
+        named = _named_tokens(read_json(path)) if path.is_file() else []
+        found = [token for token in dict.fromkeys(named) if token not in known]
+        if found:
+            places.append(f"{file} names {', '.join(found)}")
+    if not places:
+        return None
+    return (
+        f"in {directory}, {' and '.join(places)}, but the files of the tokenizer itself do not, so "
+        "loaders give out new ids; load and save this tokenizer with transformers' AutoTokenizer, "
+        f"which writes them into {FAST_FILE}"
+    )
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The special tokens that a tokenizer's settings name, in their order."""
+    for name in _ROLES:
+        yield from _texts(settings.get(name))
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(name) or []
+        for value in more.values() if isinstance(more, dict) else more:
+            yield from _texts(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The text of a token in the settings, if it has one."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if isinstance(value, str) and value:
+        yield value
+
+
 def read_tokens(directory: Path) -> TokenIds:
     """The tokens of a directory's `tokenizer.json`, or else of its `tokenizer.model`.
 
@@ -97,6 +160,7 @@ def _read_fast(path: Path) -> TokenIds:
             ids, frozenset(token["content"] for token in added), _odd_number(vocabulary, added)
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_pointer(path)
         raise UserError(
             f"{path} is not a tokenizer.json ({error}); save the tokenizer again."
         ) from None

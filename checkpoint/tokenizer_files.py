@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
-from cpt_merge.checkpoint.token_ids import has_tokenizer, read_tokens
+from cpt_merge.checkpoint.token_ids import (
+    has_tokenizer,
+    read_tokens,
+    refuse_unread,
+    unlisted,
+)
 from cpt_merge.core.artifact import write_text
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
@@ -39,8 +44,12 @@ class TokenizerFiles:
 
     @staticmethod
     def read(directory: Path) -> TokenizerFiles | None:
-        """None if the directory has no tokenizer. Raises `UserError` if it is damaged."""
+        """None if the directory has no tokenizer.
+
+        Raises `UserError` if it is damaged, or in files that are not read here.
+        """
         if not has_tokenizer(directory):
+            refuse_unread(directory)
             return None
         tokens = read_tokens(directory)
         return TokenizerFiles(directory, tokens.ids, tokens.added, tokens.odd)
@@ -49,6 +58,12 @@ class TokenizerFiles:
     def tokens(self) -> dict[int, str]:
         """Id -> token string."""
         return {number: token for token, number in self.ids.items()}
+
+    def require_listed(self) -> None:
+        """Raise `UserError` if only the settings name a special token."""
+        problem = unlisted(self.directory, self.ids)
+        if problem:
+            raise UserError(f"{problem}.")
 
     @cached_property
     def roles(self) -> dict[str, str]:

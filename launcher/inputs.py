@@ -53,8 +53,10 @@ def _check_models(run: Run) -> None:
         check_resizable(models["base"])
         check_pair(run.base, run.chat)
     else:
-        for model in (run.base, run.chat):
-            TokenizerFiles.read(model)
+        TokenizerFiles.read(run.base)
+        chat = TokenizerFiles.read(run.chat)
+        if chat is not None:
+            chat.require_listed()
     if not run.recipe.merge.interpolates:
         merge_report.warn(pair_warnings(run.base, run.chat))
     run.further_models()

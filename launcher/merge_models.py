@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cpt_merge.checkpoint.tensor_kinds import kind_of
-from cpt_merge.checkpoint.token_ids import has_tokenizer
+from cpt_merge.checkpoint.token_ids import has_tokenizer, refuse_unread
 from cpt_merge.core.config import apply_override, parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
@@ -59,6 +59,7 @@ def inputs_of(
         raise UserError("--vector and --chat are two sources of one vector; leave out one.")
     trained = model_directory(cpt)
     if tokenizer is not None and not has_tokenizer(tokenizer):
+        refuse_unread(tokenizer)
         raise UserError(
             f"--tokenizer {tokenizer} holds no tokenizer.json or tokenizer.model; correct it."
         )

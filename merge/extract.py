@@ -116,6 +116,7 @@ def _align(pair: Pair) -> RowAlignment:
             f"no tokenizer.json or tokenizer.model in {missing}, by which rows could be aligned; "
             "put it there."
         )
+    chat.require_listed()
     base = with_rows(base, vocabulary_rows(pair.base))
     chat = with_rows(chat, count)
     for problem in unshared_tokens(base, chat):

@@ -445,6 +445,10 @@ def meet(
     ]
     for source, pair in zip(sources, pairs, strict=True):
         _check_tokenizers(source, pair, problems)
+    has_free_row = max(extended.ids.values(), default=-1) + 1 < all_rows["cpt"]
+    for one in [*([extended] if has_free_row else []), *whole[2::2]]:
+        with collected(problems):
+            one.require_listed()  # without a row for it, CPT's token is unused and is left out
     with collected(problems):
         check_rows(extended, all_rows["cpt"])
     tokens = output_tokens(
@@ -491,11 +495,10 @@ def _all_or_none(
         directory for directory, found in zip(directories, files, strict=True) if found is None
     ]
     named = ", ".join(str(directory) for directory in missing)
-    if present or any((directory / "vocab.json").is_file() for directory in missing):
+    if present:
         raise UserError(
             f"no tokenizer.json or tokenizer.model in {named}, by which rows could be aligned; put "
-            "it there (AutoTokenizer and save_pretrained convert a vocab.json with merges.txt)"
-            f"{_or_tokenizer(directories[0] in missing)}."
+            f"it there{_or_tokenizer(directories[0] in missing)}."
         )
     if len(set(rows.values())) > 1:
         *others, last = (f"{count} ({label})" for label, count in rows.items())

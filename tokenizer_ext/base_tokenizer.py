@@ -9,7 +9,7 @@ from typing import Any
 
 from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.sentencepiece_model import MODEL_FILE, NORMAL, Proto, is_tiktoken
-from cpt_merge.checkpoint.token_ids import read_tokens
+from cpt_merge.checkpoint.token_ids import read_tokens, unlisted
 from cpt_merge.checkpoint.tokenizer_files import token_text
 from cpt_merge.core.byte_alphabet import LETTERS
 from cpt_merge.core.errors import UserError
@@ -108,7 +108,9 @@ def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
     from this base.
     """
     content, _ = read_tokenizer(directory)
-    read_tokens(directory)  # raises if two files disagree on a token or its id
+    problem = unlisted(directory, read_tokens(directory).ids)  # raises if two files disagree
+    if problem:
+        raise UserError(f"{problem}.")
     _check_distinct(directory, content)
     known = base.ids
     added = {token.content: token for token in added_tokens_of(content)}

@@ -277,8 +277,9 @@ def test_without_tokenizers_equal_rows_are_taken_as_equal(tmp_path, tracker, cap
         weights = {name: values[:CPT_ROWS] for name, values in family.weights["cpt"].items()}
         save_weights(weights, family.root / model)
         write_config(family.root / model, CPT_ROWS, False)
-        (family.root / model / "tokenizer.json").unlink()
-    (family.tokenizer / "tokenizer.json").unlink()
+    for model in ("base", "chat", "cpt", "tokenizer"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (family.root / model / name).unlink()
     results = merge(family, tmp_path / "out", tracker)
     assert results["rows"]["shared"] == CPT_ROWS
     assert "treated as the same tokens" in capsys.readouterr().err
@@ -407,6 +408,8 @@ def test_rows_without_tokenizer_must_be_equally_many(untied, tmp_path, tracker):
     refused(untied, tmp_path, tracker, f"no tokenizer.json or tokenizer.model in {untied.chat}")
     for directory in (untied.base, untied.tokenizer):
         (directory / "tokenizer.json").unlink()
+    for directory in (untied.base, untied.chat, untied.tokenizer):
+        (directory / "tokenizer_config.json").unlink()
     refused(untied, tmp_path, tracker, "48 (cpt), 38 (base) and 40 (chat)", "tokenizer")
 
 

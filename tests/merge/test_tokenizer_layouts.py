@@ -171,6 +171,19 @@ def test_a_token_of_the_settings_that_the_tokenizer_lacks_is_left_out(family, ca
     assert "'<never>'" in capsys.readouterr().err
 
 
+def test_the_advice_for_tokens_that_only_the_settings_name_works(family) -> None:
+    names = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = json.loads((family.chat / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] not in names]
+    (family.chat / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": names}
+    (family.chat / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json names <\|im_start\|>, <\|im_end"):
+        merge(family)
+    AutoTokenizer.from_pretrained(family.chat).save_pretrained(family.chat)
+    assert_rows_are_those_of_chat(family, merge(family))
+
+
 def stale_fast(family: SimpleNamespace, folder: Path) -> None:
     """A tokenizer.json of before the extension, with a pad where the first new piece is."""
     fast = AutoTokenizer.from_pretrained(family.base)
