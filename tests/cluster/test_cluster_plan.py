@@ -19,12 +19,13 @@ from cpt_merge.launcher.recipe import load_recipe
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of a Llama of 1.2 B parameters; its file has headers and a hole."""
     folder = tmp_path_factory.mktemp("plan")
-    write_headers(folder / "base")
+    for model in ("base", "chat"):
+        write_headers(folder / model)
     for language in ("ko", "en"):
         (folder / f"{language}.txt").write_text("x\n")
     values = {
         "name": "planned", "runs": str(folder / "runs"),
-        "models": {"base": str(folder / "base"), "chat": str(folder / "base")},
+        "models": {"base": str(folder / "base"), "chat": str(folder / "chat")},
         "corpus": {
             "sources": [
                 {"path": str(folder / f"{name}.txt"), "language": name} for name in ("ko", "en")
