@@ -135,7 +135,7 @@ class MergeConfig(Section):
     statistics: Literal["sample", "all"] = key(
         "sample",
         "elements from which norms and cosines are computed; sample: one in sixteen, spread over "
-        "every tensor; all costs a tenth of a merge's time",
+        "every tensor",
     )
     dtype: Dtype | None = key(
         None, "type of the output's tensors; the base's, tensor by tensor, if not set"

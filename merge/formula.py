@@ -10,7 +10,7 @@ Alignment in New Languages, ACL 2024 (https://aclanthology.org/2024.acl-long.590
 Each line is one operation on whole arrays, so that no compiler fuses the product into the sum: a
 fused multiply-add rounds once where this rounds twice, and changes about 0.01 % of the bfloat16
 results. The functions use operators only and give the same bits for numpy arrays and torch tensors.
-They overwrite an argument: a merge spends its time in memory, and fresh arrays cost a tenth more.
+They overwrite an argument, because a merge spends its time in memory.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cpt_merge.checkpoint.dtypes import Array, Float32, is_finite, rounded
+from cpt_merge.checkpoint.dtypes import FLOATS, Array, Float32, is_finite, rounded
+from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import formula, norms
@@ -242,7 +243,8 @@ class SliceMerger:
         """Raise `UserError` naming the models whose tensor holds NaN or Inf, if any does."""
         damaged = [] if np.isfinite(cpt).all() else ["the cpt model"]
         for label, model in self.plan.models().items():
-            if label != "cpt" and not _is_finite(model, tensor.name):
+            here = model.tensors.get(tensor.name)  # a tower may be in CPT alone
+            if label != "cpt" and here and here.dtype in FLOATS and not _is_finite(model, here):
                 damaged.append(
                     f"the {label} model" if label in ("base", "chat") else f"the {label}"
                 )
@@ -292,12 +294,10 @@ class SliceMerger:
         return Part(Difference(values, base), shared)
 
 
-def _is_finite(model: Checkpoint, name: str) -> bool:
-    info = model.tensors[name]
-    starts = range(0, info.size, STEP)
+def _is_finite(model: Checkpoint, info: TensorInfo) -> bool:
     return all(
-        is_finite(model.read_flat(name, start, min(start + STEP, info.size)), info.dtype)
-        for start in starts
+        is_finite(model.read_flat(info.name, start, min(start + STEP, info.size)), info.dtype)
+        for start in range(0, info.size, STEP)
     )
 
 

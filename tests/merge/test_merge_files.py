@@ -382,6 +382,15 @@ def test_a_method_that_thins_the_vector_does_not_hide_nan(untied, tmp_path, trac
     )
 
 
+def test_nan_in_a_tower_that_only_cpt_has_is_named(untied, tmp_path, tracker):
+    weights = {
+        **untied.weights["cpt"],
+        "vision_tower.encoder.weight": torch.full((4, 4), torch.nan),
+    }
+    save_weights(weights, untied.cpt)
+    refused(untied, tmp_path, tracker, "vision_tower.encoder.weight of the cpt model holds NaN")
+
+
 def test_nan_in_a_kept_row_is_named(untied, tmp_path, tracker):
     weights = {name: values.clone() for name, values in untied.weights["cpt"].items()}
     weights["lm_head.weight"][39, 0] = float("nan")
