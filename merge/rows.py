@@ -437,20 +437,7 @@ def meet(
         others[0] = _known_to(others[1], extended)
     pairs = [Tokenizers(base, chat) for base, chat in zip(others[::2], others[1::2], strict=True)]
     map_of_rows = VocabularyMap.load(tokenizer) if (tokenizer / MAP_FILE).is_file() else None
-    problems = [
-        f"{tokenizer.directory} has {tokenizer.odd}; load it with transformers, check its ids, and "
-        "save it again"
-        for tokenizer in whole
-        if tokenizer.odd
-    ]
-    for source, pair in zip(sources, pairs, strict=True):
-        _check_tokenizers(source, pair, problems)
-    has_free_row = max(extended.ids.values(), default=-1) + 1 < all_rows["cpt"]
-    for one in [*([extended] if has_free_row else []), *whole[2::2]]:
-        with collected(problems):
-            one.require_listed()  # without a row for it, CPT's token is unused and is left out
-    with collected(problems):
-        check_rows(extended, all_rows["cpt"])
+    problems = _file_problems(whole, sources, pairs, all_rows["cpt"])
     tokens = output_tokens(
         extended, pairs[0].base, pairs[0].chat, all_rows["cpt"], config.token_map
     )
@@ -472,6 +459,31 @@ def meet(
         for alignment, pair in zip(rows, pairs, strict=True):
             add_constituents(alignment, map_of_rows, tokens, pair.base, pair.chat)
     return Meeting(tokens.changes, read_format(pairs[0].base, pairs[0].chat, tokens.ids), rows)
+
+
+def _file_problems(
+    whole: Sequence[TokenizerFiles],
+    sources: Sequence[Vector],
+    pairs: Sequence[Tokenizers],
+    cpt_rows: int,
+) -> list[str]:
+    """What is wrong with the tokenizers' files; `whole` are CPT's, then each pair's as stored."""
+    extended = whole[0]
+    problems = [
+        f"{tokenizer.directory} has {tokenizer.odd}; load it with transformers, check its ids, and "
+        "save it again"
+        for tokenizer in whole
+        if tokenizer.odd
+    ]
+    for source, pair in zip(sources, pairs, strict=True):
+        _check_tokenizers(source, pair, problems)
+    has_free_row = max(extended.ids.values(), default=-1) + 1 < cpt_rows
+    for one in [*([extended] if has_free_row else []), *whole[2::2]]:
+        with collected(problems):
+            one.require_listed()  # without a row for it, CPT's token is unused and is left out
+    with collected(problems):
+        check_rows(extended, cpt_rows)
+    return problems
 
 
 def _known_to(chat: TokenizerFiles, extended: TokenizerFiles) -> TokenizerFiles:
