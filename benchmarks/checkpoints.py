@@ -21,7 +21,7 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Shape:
-    """TinyLlama 1.1 B by default."""
+    """Those of TinyLlama 1.1 B by default."""
 
     layers: int = 22
     hidden: int = 2048
@@ -46,13 +46,18 @@ class Shape:
         return {**found, "model.norm.weight": (hidden,), "lm_head.weight": (rows, hidden)}
 
 
-def prepare(directory: Path, shape: Shape = Shape()) -> None:
-    """Write base, chat, cpt (32,000 rows) and cpt48k (48,000) into `directory`, if missing."""
-    base, chat, cpt, long = (directory / name for name in ("base", "chat", "cpt", "cpt48k"))
+TINYLLAMA = Shape()
+LLAMA2_7B = Shape(layers=32, hidden=4096, intermediate=11008, key_value=4096)
+
+
+def prepare(directory: Path, shape: Shape = TINYLLAMA, extended: bool = True) -> None:
+    """Write base, chat, cpt (32,000 rows) and, if `extended`, cpt48k (48,000), where missing."""
+    base, chat, cpt = (directory / name for name in ("base", "chat", "cpt"))
     _model(base, shape, 32_000, None, 0.02, 0)
     _model(chat, shape, 32_000, base, 0.002, 1)
     _model(cpt, shape, 32_000, base, 0.004, 2)
-    _model(long, shape, 48_000, base, 0.004, 3)
+    if extended:
+        _model(directory / "cpt48k", shape, 48_000, base, 0.004, 3)
 
 
 def _model(
@@ -84,7 +89,8 @@ def _config(shape: Shape, rows: int) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": rows,
         "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "num_hidden_layers": shape.layers, "num_attention_heads": 32,
+        "num_key_value_heads": 32 * shape.key_value // shape.hidden,
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu",
         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
         "torch_dtype": "bfloat16",

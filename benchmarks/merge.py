@@ -1,6 +1,8 @@
 """The merge, measured.
 
     python -m benchmarks.merge prepare DIR          models of 1.1 B parameters in bf16: about 9 GB
+        --shape llama2-7b --layers 4                1.07 B parameters in LLaMA-2-7B's matrices: 9 GB
+        --shape llama2-7b --no-extended             LLaMA-2-7B: 41 GB, and 14 GB for the output
     python -m benchmarks.merge speed DIR            against disk and (--venv V, --scripts S) peers
     python -m benchmarks.merge cold DIR             inputs outside the page cache
     python -m benchmarks.merge memory DIR           peak memory, also with three times the layers
@@ -26,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -35,7 +37,7 @@ import numpy as np
 import typer
 
 from benchmarks import peers
-from benchmarks.checkpoints import Shape
+from benchmarks.checkpoints import LLAMA2_7B, TINYLLAMA, Shape
 from benchmarks.checkpoints import prepare as prepare_models
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.progress import counted
@@ -43,6 +45,7 @@ from cpt_merge.merge.methods.ties import magnitude_threshold
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 READ_BLOCK = 1 << 22
+SHAPES = {"tinyllama": TINYLLAMA, "llama2-7b": LLAMA2_7B}
 
 
 @dataclass
@@ -162,10 +165,16 @@ def processor() -> str:
 
 
 @app.command()
-def prepare(folder: Path) -> None:
+def prepare(
+    folder: Path,
+    shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "tinyllama",
+    layers: Annotated[int | None, typer.Option(help="instead of the model's own")] = None,
+    extended: Annotated[bool, typer.Option(help="also a CPT model of 48,000 rows")] = True,
+) -> None:
     """Make the models; existing ones are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    prepare_models(folder)
+    chosen = SHAPES[shape]
+    prepare_models(folder, replace(chosen, layers=layers or chosen.layers), extended)
 
 
 @app.command()
@@ -183,10 +192,11 @@ def speed(
     )
     commands: dict[str, Callable[[], Cost]] = {
         "ours": lambda: measure(merge_command(folder, "cpt", out)),
-        "ours, 48,000 rows": lambda: measure(merge_command(folder, "cpt48k", out)),
         "ours, --help": lambda: measure([*merge_command(folder, "cpt", out)[:2], "--help"]),
         "ours, --plan": lambda: measure(merge_command(folder, "cpt", out, "--plan")),
     }
+    if (folder / "cpt48k").exists():
+        commands["ours, 48,000 rows"] = lambda: measure(merge_command(folder, "cpt48k", out))
     others = _peers(folder, out, venv, scripts)
     results: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds):
@@ -214,8 +224,9 @@ def _peers(
         found += [
             peers.mergekit_linear(venv, cpt, base, chat, 1.0, out),
             peers.mergekit_task_arithmetic(venv, cpt, base, chat, 1.0, out),
-            peers.mergekit_linear(venv, long, base, chat, 1.0, out, tokenizer=long),
         ]
+        if long.exists():
+            found.append(peers.mergekit_linear(venv, long, base, chat, 1.0, out, tokenizer=long))
         if scripts is not None:
             found.append(
                 peers.chat_vector(venv, scripts, cpt, [(base, chat)], [1.0], out, skip_embed=False)
