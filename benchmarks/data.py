@@ -252,9 +252,7 @@ def _write_large(store: Path) -> None:
             split: writer.close() for split, writer in writers.items()
         }
         sources.append(
-            SourceInfo(
-                str(number), "en", str(number), 0, 0, counts["train"], counts["heldout"], None
-            )
+            SourceInfo(str(number), "en", str(number), {}, counts["train"], counts["heldout"], None)
         )
     write_json(
         store / STORE_FILE,

@@ -107,7 +107,7 @@ def _make_store(inputs: Inputs, size: Size, tokens: int, document: int) -> None:
         )
         for split, share in (("train", tokens), ("heldout", 20_000))
     }
-    source = SourceInfo("random", "en", "00-random", 0, 0, counts["train"], counts["heldout"], None)
+    source = SourceInfo("random", "en", "00-random", {}, counts["train"], counts["heldout"], None)
     tokenizer = TokenizerInfo(fingerprint_of(inputs.model), size.rows, dtype)
     write_json(inputs.store / STORE_FILE, asdict(StoreInfo("benchmark", tokenizer, None, [source])))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.parts import Encoded, Parts
+from cpt_merge.data.parts import REASONS, Encoded, Parts
 from cpt_merge.data.sources import Source
 from cpt_merge.data.store import (
     SPLITS,
@@ -19,6 +20,7 @@ from cpt_merge.data.store import (
     SplitWriter,
     StoreSplit,
     TokenizerInfo,
+    describe_left_out,
 )
 
 Keep = npt.NDArray[np.bool_]
@@ -39,25 +41,24 @@ def join(
     for number, source in enumerate(sources):
         folder = f"{number:02d}-" + re.sub(r"[^\w.-]+", "-", source.name)
         counts: dict[StoreSplit, SplitCounts] = {}
-        dropped = 0
+        left_out = Counter[str](dict.fromkeys(REASONS, 0))
+        for piece in pieces[number]:
+            for part, row in parts.of_piece(piece):
+                left_out.update(part.left_out(row))
         for split, tokenizer in tokenizers.items():
             kept = keep[split][number] if deduplicate else None
             counts[split] = _write(
                 parts, pieces[number], split, tokenizer, out / folder / split, kept
             )
             if kept is not None and split != "reference":
-                dropped += int((~kept).sum())
-        blocks = [
-            part.blocks[row] for piece in pieces[number] for part, row in parts.of_piece(piece)
-        ]
-        empty = sum(int(block[2]) for block in blocks)
+                left_out["duplicates"] += int((~kept).sum())
         if not counts["train"].documents:
             raise UserError(
-                f"text source {source.path} yields no training text ({empty:,} documents are "
-                f"empty, {dropped:,} duplicates); give it text or remove it."
+                f"text source {source.path} yields no training text (left out: "
+                f"{describe_left_out(left_out)}); give it text or remove it."
             )
         splits = {split: counts.get(split) for split in SPLITS}
-        found.append(SourceInfo(source.name, source.language, folder, empty, dropped, **splits))  # type: ignore[arg-type]
+        found.append(SourceInfo(source.name, source.language, folder, dict(left_out), **splits))  # type: ignore[arg-type]
     return found
 
 

@@ -9,6 +9,8 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.data.store import Store
 
+MANY_EPOCHS = 4  # up to here repeated text is worth about as much as new (arXiv 2305.16264)
+MOST_EPOCHS = 8  # more have to be allowed
 SLACK = 0.005  # budgets may miss the tokens by this share and are scaled: a run is whole steps
 
 
@@ -86,6 +88,22 @@ def _budget(source: Source, size: int | None) -> float | None:
             "after `cpt-merge data RECIPE`; run it first."
         )
     return source.epochs * size
+
+
+def check_repeats(corpus: Corpus, shares: Sequence[SourceShare], bound: str = "") -> None:
+    """Raise `UserError` if a run reads a source very often without having been told to.
+
+    `bound` stands before the number of epochs in the message: "at least ".
+    """
+    if corpus.allow_repeats:
+        return
+    for source, share in zip(corpus.sources, shares, strict=True):
+        if source.epochs is None and share.epochs > MOST_EPOCHS:
+            raise UserError(
+                f"{share.name}: training.tokens would read this source {bound}{share.epochs:,.0f} "
+                f"times ({share.tokens:,.0f} tokens of {share.tokens / share.epochs:,.0f}); lower "
+                "training.tokens, add text, or set corpus.allow_repeats: true."
+            )
 
 
 def by_size(store: Store) -> list[SourceShare]:

@@ -1,8 +1,8 @@
 """Tokenised blocks on their way into a store: parts that any process writes and reads.
 
     OUT.parts/unfinished          the marker of `core.artifact.Staging`: the digest of the store
-    OUT.parts/part-*/blocks.npy   int64 [blocks, 6]: piece, block, empty documents, documents of
-                                  each split
+    OUT.parts/part-*/blocks.npy   int64 [blocks, 7]: piece, block, documents left out for each
+                                  reason, documents of each split
     OUT.parts/part-*/ends.npy     int64 [ends, 2]: a piece that was read to its end, its blocks
     OUT.parts/part-*/SPLIT-*.npy  the blocks' documents one after the other: tokens, lengths, bytes,
                                   hashes
@@ -25,6 +25,9 @@ from cpt_merge.core.artifact import Staging
 from cpt_merge.data.store import SPLITS, Integers, StoreSplit, Tokens
 
 PART_BYTES = 64_000_000  # of tokens in one part
+REASONS = ("bad_rows", "empty")  # why a document of a block is left out
+
+_FIRST_SPLIT = 2 + len(REASONS)  # column of `blocks`
 
 Place = tuple[int, int]  # (piece, block)
 
@@ -41,10 +44,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Successive documents of a piece, tokenised and divided into splits, without `empty` ones."""
+    """Successive documents of a piece, tokenised and divided into splits.
+
+    `left_out` is the number of the others for each of `REASONS`.
+    """
 
     place: Place
-    empty: int
+    left_out: tuple[int, ...]
     splits: dict[StoreSplit, Encoded]
 
 
@@ -76,9 +82,12 @@ class PartWriter:
         rows = []
         for block in self._blocks:
             counts = [len(block.splits[s].lengths) if s in block.splits else 0 for s in SPLITS]
-            rows.append([*block.place, block.empty, *counts])
+            rows.append([*block.place, *block.left_out, *counts])
         with Staging(self.directory / f"part-{name}").filling() as part:
-            np.save(part / "blocks.npy", np.asarray(rows, np.int64).reshape(-1, 3 + len(SPLITS)))
+            np.save(
+                part / "blocks.npy",
+                np.asarray(rows, np.int64).reshape(-1, _FIRST_SPLIT + len(SPLITS)),
+            )
             np.save(part / "ends.npy", np.asarray(self._ends, np.int64).reshape(-1, 2))
             for split in SPLITS:
                 encoded = [block.splits[split] for block in self._blocks if split in block.splits]
@@ -96,10 +105,14 @@ class StoredPart:
         self.blocks: Integers = np.load(directory / "blocks.npy")
         self.ends: Integers = np.load(directory / "ends.npy")
         self._documents = np.concatenate(
-            [np.zeros((1, len(SPLITS)), np.int64), np.cumsum(self.blocks[:, 3:], axis=0)]
+            [np.zeros((1, len(SPLITS)), np.int64), np.cumsum(self.blocks[:, _FIRST_SPLIT:], axis=0)]
         )
         self._arrays: dict[StoreSplit, Encoded] = {}
         self._starts: dict[StoreSplit, Integers] = {}
+
+    def left_out(self, row: int) -> dict[str, int]:
+        """How many documents of the block in `row` are left out, by reason."""
+        return dict(zip(REASONS, self.blocks[row, 2:_FIRST_SPLIT].tolist(), strict=True))
 
     def read(self, row: int, split: StoreSplit) -> Encoded | None:
         """The documents of one split of the block in `row`; None if there are none."""

@@ -12,7 +12,7 @@ from cpt_merge.core.progress import counted, say
 from cpt_merge.core.world import find_world
 from cpt_merge.data.config import DataConfig
 from cpt_merge.data.sources import Corpus, source_files
-from cpt_merge.data.store import StoreInfo
+from cpt_merge.data.store import StoreInfo, describe_left_out
 from cpt_merge.data.tokenise import write_store
 from cpt_merge.tracking import Cell, Tracker
 
@@ -39,25 +39,25 @@ def run(
         corpus, tokenizer, out, base=base, processes=processes, deduplicate=config.deduplicate,
         world=world,
     )  # fmt: skip
-    rows: list[list[Cell]] = []
+    rows, reasons = list[list[Cell]](), list(info.sources[0].left_out)
     for source in info.sources:
         train, heldout = source.train, source.heldout.documents
         megabytes, ratio = round(train.bytes / 1e6, 2), round(train.bytes / train.tokens, 2)
         rows.append(
             [
-                source.name, train.documents, train.tokens, megabytes, ratio, heldout, source.empty,
-                source.duplicates,
+                source.name, train.documents, train.tokens, megabytes, ratio, heldout,
+                *(source.left_out[reason] for reason in reasons),
             ]
         )  # fmt: skip
         say(
             f"  {source.name}: {train.documents:,} documents ({heldout} held out), "
             f"{train.tokens:,} tokens, {megabytes} MB, {ratio} bytes/token; "
-            f"left out: {source.empty:,} empty, {source.duplicates:,} duplicates"
+            f"left out: {describe_left_out(source.left_out)}"
         )
     tracker.table(
         "data/sources",
-        ["source", "documents", "tokens", "MB", "bytes per token", "held-out documents", "empty",
-         "duplicates"],
+        ["source", "documents", "tokens", "MB", "bytes per token", "held-out documents",
+         *(reason.replace("_", " ") for reason in reasons)],
         rows,
     )  # fmt: skip
     totals = {
@@ -65,8 +65,10 @@ def run(
         "tokens": sum(source.train.tokens for source in info.sources),
         "bytes": sum(source.train.bytes for source in info.sources),
         "heldout_documents": sum(source.heldout.documents for source in info.sources),
-        "empty_documents": sum(source.empty for source in info.sources),
-        "duplicates": sum(source.duplicates for source in info.sources),
+        **{
+            f"left_out.{reason}": sum(source.left_out[reason] for source in info.sources)
+            for reason in reasons
+        },
     }
     tracker.summary({f"data/{name}": value for name, value in totals.items()})
     if world.is_main:

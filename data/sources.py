@@ -1,4 +1,4 @@
-"""Text sources: files or hub datasets of documents, read through `datasets`.
+"""Text sources: files or hub datasets of documents, and what a corpus makes of them.
 
 A document is held out by the hash of its text, so the tokenizer, the training data and the
 evaluation agree on the held-out part without a file that lists it.
@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import logging
 import math
-import re
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,18 +21,12 @@ from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import say
+from cpt_merge.data.documents import SKIPPED, Layout, documents_of, read_documents
+from cpt_merge.data.files import find_files
+from cpt_merge.data.records import text_of
 
 Split = Literal["train", "heldout"]
 HASH_RANGE = 1_000_000
-READ_ROWS = 1000  # rows taken from `datasets` at a time
-HEAD_LINES = 20  # lines of each file that `check_text` reads
-
-_FORMATS = {
-    ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text",
-    ".csv": "csv",
-}  # fmt: skip
-_COMPRESSIONS = {".gz", ".zst", ".bz2", ".xz"}
-_JSON_FAILURE = re.compile(r"Failed to load JSON from file '(.+)' with error ")  # of `datasets`
 _AMOUNTS = ("weight", "epochs", "tokens")  # keys of a source that set how much training reads of it
 
 
@@ -48,9 +38,25 @@ class Source(Section):
         ...,
         "language tag: zh_tw, zh_cn, zh_hk, ko, ja, en, or a code with its script, such as th_Thai",
     )
-    field: str = key("text", "the column with the text of a document")
+    field: str = key(
+        "text",
+        "where a record has its text: a field, a field in a field (`doc.text`), or a template of "
+        "several (`{title}\\n\\n{text}`)",
+    )
+    conversations: bool = key(
+        False,
+        "records are conversations (`messages`, ShareGPT's `conversations`, or Alpaca's "
+        "`instruction`, `input` and `output`), whose turns become the paragraphs of a document",
+    )
+    whole_files: bool = key(
+        False, "each .txt or .md file is one document, instead of one document per line"
+    )
+    bad_rows: Literal["error", "skip"] = key(
+        "error", "what happens at a row that cannot be read or whose text is not a string; `skip` "
+        "leaves it out and counts it",
+    )  # fmt: skip
     subset: str | None = key(None, "configuration name of a hub dataset")
-    split: str = key("train", "split of a hub dataset")
+    split: str = key("train", "split of a dataset on the hub or of one that `save_to_disk` wrote")
     limit: int | None = key(
         None, "use only this many documents, from the start", unit="documents", gt=0
     )
@@ -76,11 +82,27 @@ class Source(Section):
             raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
+    def _readable(self) -> Source:
+        if self.conversations and self.field != "text":
+            raise ValueError(f"source {self.path} has conversations and a field; leave one out")
+        try:
+            text_of(self.field, self.conversations)
+        except ValueError as error:
+            raise ValueError(f"field {self.field!r} of source {self.path}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _one_amount(self) -> Source:
         given = [amount for amount in _AMOUNTS if getattr(self, amount) is not None]
         if len(given) > 1:
             raise ValueError(f"source {self.path} has {' and '.join(given)}; set one of them")
         return self
+
+    @property
+    def layout(self) -> Layout:
+        """How the documents are in the files."""
+        how = text_of(self.field, self.conversations)
+        return Layout(how, self.whole_files, self.bad_rows == "skip")
 
     @property
     def name(self) -> str:
@@ -103,6 +125,10 @@ class Corpus(Section):
         "among the sources of the language; if not set, all sources divide all tokens",
     )  # fmt: skip
 
+    allow_repeats: bool = key(
+        False, "let a run read a source more than 8 times because of `training.tokens`"
+    )
+
     @model_validator(mode="after")
     def _shares_fit(self) -> Corpus:
         if not self.shares:
@@ -121,7 +147,9 @@ class Corpus(Section):
 
     def text(self) -> dict[str, Any]:
         """The settings that decide which documents exist, for the key of a stage."""
-        return self.model_dump(exclude={"shares": True, "sources": {"__all__": set(_AMOUNTS)}})
+        return self.model_dump(
+            exclude={"shares": True, "allow_repeats": True, "sources": {"__all__": set(_AMOUNTS)}}
+        )
 
     def amounts(self) -> dict[str, Any]:
         """The settings that decide how much of each source is read, for the key of a stage."""
@@ -144,7 +172,7 @@ class Corpus(Section):
     def documents(self, source: Source, split: Split) -> Iterator[str]:
         """The documents of one split of a source, in file order. Empty documents are left out.
 
-        Raises `UserError` for a missing file, a missing column, or text that is not UTF-8.
+        Raises `UserError` for a missing file, a missing field, or a row that cannot be read.
         """
         for raw in read_source(source):
             text = self.prepare(raw)
@@ -164,46 +192,8 @@ class Corpus(Section):
 
 
 def source_files(source: Source) -> list[Path]:
-    """The local files of a source, sorted; empty for a hub dataset.
-
-    A path is local if it exists, contains a wildcard, starts with `.`, `/` or `~`, has a known
-    ending, or is in a folder that exists; anything else is a hub id.
-    """
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _format_of(file))
-        if not files:
-            raise UserError(
-                f"{path} contains no {', '.join(_FORMATS)} file; point the source at the text."
-            )
-        return files
-    if any(character in source.path for character in "*?["):
-        pattern = str(path.relative_to(path.anchor))
-        files = sorted(Path(path.anchor).glob(pattern))
-        if not files:
-            raise UserError(f"no file matches the source path {source.path!r}.")
-        return files
-    if path.is_file():
-        return [path]
-    looks_local = source.path.startswith((".", "/", "~")) or source.path.count("/") > 1
-    in_a_folder = "/" in source.path and path.parent.is_dir()
-    if looks_local or in_a_folder or _format_of(path):
-        raise UserError(f"text source {source.path} does not exist; correct corpus.sources.")
-    return []
-
-
-def check_text(corpus: Corpus) -> None:
-    """Look at the first lines of every local source. Raises `UserError` for what is no text."""
-    for source in corpus.sources:
-        files = source_files(source)
-        filled = [file for file in files if file.stat().st_size]
-        lines = [file for file in filled if ".jsonl" in file.suffixes]
-        found = [_check_lines(file, source.field, HEAD_LINES) for file in lines]
-        if others := [file for file in filled if ".jsonl" not in file.suffixes]:
-            # only one, since opening a file of another format takes longer
-            found.append(next(_read_file(others[0], source), None) is not None)
-        if files and not any(found):
-            raise UserError(f"text source {source.path} is empty; correct corpus.sources.")
+    """The local files of a source, sorted; empty for a hub dataset."""
+    return find_files(source.path, source.whole_files, source.split)
 
 
 @dataclass(frozen=True)
@@ -236,21 +226,18 @@ def read_source(source: Source) -> Iterator[str]:
     Raises `UserError` that names an unreadable file.
     """
     for piece in source_pieces(source):
-        yield from read_piece(piece)
+        yield from (text for text in read_piece(piece) if text is not SKIPPED)
 
 
-def read_piece(piece: Piece) -> Iterator[str]:
-    """Every document of a piece, as `read_source` gives them."""
+def read_piece(piece: Piece) -> Iterator[str | None]:
+    """Every document of a piece, also the rows that are skipped, as `read_documents` does."""
     source = piece.source
-    texts: Iterator[str]
+    texts: Iterator[str | None]
     if piece.files:
-        texts = itertools.chain.from_iterable(_read_file(file, source) for file in piece.files)
+        layout = source.layout
+        texts = itertools.chain.from_iterable(read_documents(file, layout) for file in piece.files)
     else:
-        which, shards = piece.shard
-        dataset = _open_hub(source)
-        texts = _column(
-            dataset if shards == 1 else dataset.shard(shards, which), source, source.path
-        )
+        texts = _read_shard(source, *piece.shard)
     yield from itertools.islice(texts, source.limit)
 
 
@@ -260,138 +247,7 @@ def _open_hub(source: Source) -> Any:
     return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
 
 
-def _read_file(file: Path, source: Source) -> Iterator[str]:
-    import datasets
-
-    kind = _format_of(file)
-    if kind is None:
-        raise UserError(
-            f"{file}: its ending is none of {', '.join(_FORMATS)} (also compressed); convert it."
-        )
-    files: Any = {"train": str(file)}
-    try:
-        with json_errors():
-            dataset = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
-            yield from _column(dataset, source, str(file))
-    except Exception as error:  # datasets wraps the errors of file readers in several classes
-        if kind == "json":
-            _check_lines(file, source.field)  # names the line
-        if isinstance(error, UserError):
-            raise
-        cause: BaseException = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-        if isinstance(cause, UnicodeDecodeError):
-            raise UserError(
-                f"{file} is not UTF-8 (byte {cause.start}: {cause.reason}); convert it."
-            ) from None
-        raise UserError(
-            f"{file} cannot be read as {kind}: {str(cause) or type(cause).__name__}."
-        ) from error
-
-
-def _column(dataset: Any, source: Source, where: str) -> Iterator[str]:
-    """The texts of a column, read as Arrow tables: one dictionary per row would be slower."""
-    first = 1
-    for table in dataset.with_format("arrow").iter(READ_ROWS):
-        if source.field not in table.column_names:
-            raise UserError(
-                f"{where}: there is no column {source.field!r} but "
-                f"{', '.join(table.column_names)}; set the source's `field`."
-            )
-        column = table.column(source.field)
-        # of values of several types, datasets makes JSON, in which text is in quotation marks
-        as_json = str(column.type) == "extension<arrow.json>"
-        for number, text in enumerate(column.to_pylist(), start=first):
-            if not as_json and (text is None or isinstance(text, str)):
-                yield text or ""
-            else:
-                raise UserError(
-                    f"{where}: column {source.field!r} of row {number} is not text; set `field`."
-                )
-        first += len(table)
-
-
-@contextmanager
-def json_errors() -> Iterator[None]:
-    """Name file and line of what `datasets` cannot read as JSON lines.
-
-    It logs the name of the file and raises an error that counts bytes. Raises `UserError`.
-    """
-    logger, files = logging.getLogger("datasets.packaged_modules.json.json"), list[str]()
-
-    def hold_back(record: logging.LogRecord) -> bool:
-        found = _JSON_FAILURE.match(record.getMessage())
-        files.extend(found.groups() if found else ())
-        return not found
-
-    logger.addFilter(hold_back)
-    try:
-        yield
-    except Exception:
-        for file in map(Path, files):
-            if file.is_file():
-                _check_lines(file)
-        raise
-    finally:
-        logger.removeFilter(hold_back)
-
-
-def _check_lines(file: Path, field: str | None = None, most: int | None = None) -> bool:
-    """Whether a JSON-lines file has documents in its first `most` lines that are not blank.
-
-    Raises `UserError` with the number of the first bad line. A line without the field is bad if no
-    line has it; otherwise it is an empty document.
-    """
-    import fsspec  # type: ignore[import-untyped]
-
-    lacking: str | None = None
-    with fsspec.open(str(file), "rb", compression="infer") as lines:
-        filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-        for count, (number, line) in enumerate(itertools.islice(filled, most)):
-            try:
-                document = parse_json_line(line.decode("utf-8-sig"))
-                wrong = "" if isinstance(document, dict) else "is not a JSON object"
-            except UnicodeDecodeError:
-                wrong = "is not UTF-8"
-            except ValueError as error:
-                wrong = str(error)
-            whole = line.startswith(b"[") or line.strip() == b"{" or ".jsonl" not in file.suffixes
-            if wrong and not count and whole:
-                return True  # one JSON value for the whole file, which datasets reads too
-            if wrong:
-                raise UserError(f"{file}: line {number} {wrong}; fix it.") from None
-            if field is None:
-                continue
-            if not isinstance(document.get(field, ""), str | None):
-                raise UserError(
-                    f"{file}: field {field!r} of line {number} is not text; fix it, or set the "
-                    "source's `field`."
-                )
-            if field in document:
-                lacking = ""
-            elif lacking is None:
-                names = ", ".join(document) or "none"
-                lacking = f"line {number} has no field {field!r} but {names}"
-    if lacking:
-        raise UserError(f"{file}: {lacking}; set the source's `field`.")
-    return lacking is not None
-
-
-def parse_json_line(line: str) -> Any:
-    """The value of a line. Raises `ValueError` that says what is wrong with the line."""
-    try:
-        value = json.loads(line)
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("contains a lone surrogate, which is not Unicode text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON ({error.msg}: character {error.pos + 1})") from None
-    except RecursionError:
-        raise ValueError("is not JSON that can be read (too deeply nested)") from None
-    return value
-
-
-def _format_of(file: Path) -> str | None:
-    suffixes = [suffix for suffix in file.suffixes if suffix not in _COMPRESSIONS]
-    return _FORMATS.get(suffixes[-1]) if suffixes else None
+def _read_shard(source: Source, which: int, shards: int) -> Iterator[str | None]:
+    dataset = _open_hub(source)
+    rows = enumerate(dataset if shards == 1 else dataset.shard(shards, which), start=1)
+    yield from documents_of(rows, f"{source.path}: row", source.layout)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -62,14 +63,14 @@ class SplitCounts:
 class SourceInfo:
     """A source in `store.json`. `folder` is relative to the store.
 
-    `empty` and `duplicates` count documents that were left out.
+    `left_out` counts the documents that are not in the store: bad_rows, empty and, if the store was
+    deduplicated, duplicates.
     """
 
     name: str
     language: str
     folder: str
-    empty: int
-    duplicates: int
+    left_out: dict[str, int]
     train: SplitCounts
     heldout: SplitCounts
     reference: SplitCounts | None
@@ -80,6 +81,14 @@ class SourceInfo:
         if found is None:
             raise UserError(f"the token store has no {split} text of {self.name}; {MAKE_AGAIN}")
         return found
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """Such as "3 empty, 12 duplicates"."""
+    counts = [
+        f"{count:,} {reason.replace('_', ' ')}" for reason, count in left_out.items() if count
+    ]
+    return ", ".join(counts) or "none"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from cpt_merge.core.artifact import Staging, fingerprint, stage_key, write_json
 from cpt_merge.core.distributed import wait_for
 from cpt_merge.core.progress import Meter, say, timed
 from cpt_merge.core.world import World
+from cpt_merge.data.documents import SKIPPED
 from cpt_merge.data.encoding import DocumentEncoder
 from cpt_merge.data.join import join
 from cpt_merge.data.parts import Encoded, Parts, PartWriter, Place, TokenBlock
@@ -126,13 +127,13 @@ def _is_done(plan: Plan, piece: int, mine: Interval, done: Parts) -> bool:
     )
 
 
-def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+def blocks(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
     """The texts in blocks of up to BLOCK_DOCUMENTS texts or about BLOCK_CHARACTERS."""
-    block: list[str] = []
+    block: list[str | None] = []
     size = 0
     for text in texts:
         block.append(text)
-        size += len(text)
+        size += len(text or "")
         if len(block) == BLOCK_DOCUMENTS or size >= BLOCK_CHARACTERS:
             yield block
             block, size = [], 0
@@ -141,10 +142,15 @@ def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def encode_block(
-    place: Place, texts: list[str], corpus: Corpus, encoders: dict[StoreSplit, DocumentEncoder]
+    place: Place,
+    texts: list[str | None],
+    corpus: Corpus,
+    encoders: dict[StoreSplit, DocumentEncoder],
 ) -> TokenBlock:
     """Normalise the texts of a block, divide them into splits, and tokenise them."""
-    prepared = [text for text in map(corpus.prepare, texts) if text]
+    read = [text for text in texts if text is not SKIPPED]
+    prepared = [text for text in map(corpus.prepare, read) if text]
+    left_out = (len(texts) - len(read), len(read) - len(prepared))
     divided: dict[StoreSplit, list[str]] = {"train": [], "heldout": []}
     for text in prepared:
         divided["heldout" if corpus.is_heldout(text) else "train"].append(text)
@@ -155,7 +161,7 @@ def encode_block(
         for split, of_split in divided.items()
         if of_split
     }
-    return TokenBlock(place, len(texts) - len(prepared), splits)
+    return TokenBlock(place, left_out, splits)
 
 
 def _encode(texts: list[str], encoder: DocumentEncoder) -> Encoded:

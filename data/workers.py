@@ -17,7 +17,7 @@ Report = Callable[[int, int], None]  # (documents, tokens) done
 Task = Callable[[int, Report], None]  # (which of the processes, report)
 
 # imported once by the server that forks the processes
-_PRELOADED = ["datasets", "cpt_merge.data.tokenise"]
+_PRELOADED = ["cpt_merge.data.tokenise"]
 _POLL = 0.5  # seconds
 
 
@@ -95,14 +95,10 @@ def _one_thread() -> Iterator[None]:
 
     tokenizers reads its variable at every call.
     """
-    import pyarrow  # type: ignore[import-untyped]
-
-    name, cores = "TOKENIZERS_PARALLELISM", pyarrow.cpu_count()
+    name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
-    pyarrow.set_cpu_count(1)
     try:
         yield
     finally:
-        pyarrow.set_cpu_count(cores)
         os.environ.pop(name) if before is None else os.environ.__setitem__(name, before)

@@ -20,7 +20,7 @@ from typing import Any
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import say
-from cpt_merge.data.sources import parse_json_line
+from cpt_merge.data.readers.json_records import parse_json
 from cpt_merge.evaluation.checks import Check, parse_check
 from cpt_merge.evaluation.config import BUILT_IN
 from cpt_merge.evaluation.conversation import ROLES, Conversation, Message, Turn
@@ -91,7 +91,7 @@ def _read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                row = parse_json_line(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise UserError(f"{where} {error}; write one prompt per line.") from None
             yield parse(row, where)

@@ -8,17 +8,18 @@ from cpt_merge.checkpoint.reader import check_complete
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import is_local
+from cpt_merge.data.check import check_budget, check_text
 from cpt_merge.data.mixture import mixture
 from cpt_merge.data.order import HORIZON
-from cpt_merge.data.sources import check_text
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.start import accelerate_config
 from cpt_merge.merge import merge_report
 from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.fit import open_fitting
-from cpt_merge.tokenizer_ext.base_tokenizer import check_pair
+from cpt_merge.tokenizer_ext.base_tokenizer import check_pair, read_tokenizer
 from cpt_merge.tokenizer_ext.embeddings.resize import check_resizable
+from cpt_merge.tokenizer_ext.families.tokenizer_json import build
 
 
 def check_inputs(recipe: Recipe, download: bool = True) -> None:
@@ -48,6 +49,8 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
 def _check_models(run: Run) -> None:
     for model in (run.base, run.chat):
         check_complete(model)  # the evaluation loads both with transformers
+    content, _ = read_tokenizer(run.base)
+    check_budget(run.recipe.corpus, run.recipe.training.tokens, build(content))
     models = open_fitting({"base": run.base, "chat": run.chat})
     if run.recipe.tokenizer.languages():
         check_resizable(models["base"])

@@ -114,7 +114,8 @@ def _embeddings() -> PanelSection:
 
 
 def _data() -> PanelSection:
-    counts = ("documents", "heldout_documents", "empty_documents", "duplicates")
+    left_out = [f"left_out.{reason}" for reason in ("bad_rows", "empty", "duplicates")]
+    counts = ("documents", "heldout_documents", *left_out)
     documents, lengths = [f"data/{name}" for name in counts], ["data/document lengths"]
     panels = [
         Panel("Sources", "table", ["data/sources"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.mixture import SourceShare, by_size, mixture
+from cpt_merge.data.mixture import SourceShare, by_size, check_repeats, mixture
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.sources import Corpus
 from cpt_merge.data.store import Store
@@ -39,7 +39,10 @@ def open_sequences(
     store.check_tokenizer(inputs.tokenizer)
     store.check_vocabulary(int(Checkpoint.open(inputs.model).config["vocab_size"]))
     available = [source.train.tokens for source in store.info.sources]
-    shares = mixture(inputs.corpus, available, config.tokens) if inputs.corpus else by_size(store)
+    shares = by_size(store)
+    if inputs.corpus:
+        shares = mixture(inputs.corpus, available, config.tokens)
+        check_repeats(inputs.corpus, shares)
     sequences = TrainingSequences(
         store, config.sequence_length, config.seed, [share.share for share in shares]
     )

@@ -13,15 +13,18 @@ import copy
 import difflib
 import logging
 import math
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted, say, timed
-from cpt_merge.data.sources import json_errors
+from cpt_merge.data.readers.json_records import read_json
+from cpt_merge.data.readers.rows import BadRow
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.config import KnowledgeConfig
 from cpt_merge.evaluation.conversation import Exchange
@@ -37,6 +40,7 @@ from cpt_merge.evaluation.models import LoadedModel, batches_by_length
 from cpt_merge.evaluation.statistics import Parts
 
 CHUNK = 8  # batches per call of lm-eval, which sorts them and computes shared contexts once
+JSON_FAILURE = re.compile(r"Failed to load JSON from file '(.+)' with error ")  # of `datasets`
 NO_TASKS = "no tasks are named; set evaluation.knowledge.tasks"
 
 
@@ -111,7 +115,7 @@ def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
         hint = f"similar are {', '.join(close)}" if close else "`lm-eval ls tasks` lists them"
         raise UserError(f"evaluation.knowledge.tasks: lm-eval has no task {name}; {hint}.")
     try:
-        with json_errors():
+        with _json_errors():
             loaded = manager.load([name])
     except UserError as error:
         raise UserError(f"evaluation.knowledge.tasks: {name}: {error}") from None
@@ -128,6 +132,32 @@ def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     return loaded
+
+
+@contextmanager
+def _json_errors() -> Iterator[None]:
+    """Name file and line of what `datasets` cannot read as JSON lines. Raises `UserError`.
+
+    `datasets` logs the name of the file and raises an error that counts bytes.
+    """
+    logger, files = logging.getLogger("datasets.packaged_modules.json.json"), list[str]()
+
+    def hold_back(record: logging.LogRecord) -> bool:
+        found = JSON_FAILURE.match(record.getMessage())
+        files.extend(found.groups() if found else ())
+        return not found
+
+    logger.addFilter(hold_back)
+    try:
+        yield
+    except Exception:
+        for file in filter(Path.is_file, map(Path, files)):
+            for number, row in read_json(file):
+                if isinstance(row, BadRow):
+                    raise UserError(f"{file}: line {number} {row.reason}; fix it.") from None
+        raise
+    finally:
+        logger.removeFilter(hold_back)
 
 
 def _lm_eval_model(

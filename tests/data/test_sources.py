@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import logging
 import re
 import unicodedata
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.sources import Corpus, Source, check_text, read_source
+from cpt_merge.data.check import check_text
+from cpt_merge.data.sources import Corpus, Source, read_piece, read_source, source_pieces
 
 
 def jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
@@ -112,9 +112,9 @@ def test_an_empty_file_is_said_and_passed_over(
 
 LINES = {  # the lines of a file, and the sentence about it
     "text\n": "line 1 is not JSON (Expecting value: character 1)",
-    '\n{"text": "x"}\n{"text":\n': "line 3 is not JSON (Expecting value: character 10)",
+    '\n{"text": "x"}\n{"text":\n': "line 3 is not JSON (Expecting value: character 9)",
     '{"text": "fine"}\n"text"\n': "line 2 is not a JSON object",
-    '{"text": "fine"}\n{"text": 3}\n': "field 'text' of line 2 is not text",
+    '{"text": "fine"}\n{"text": 3}\n': "line 2 has a field 'text' that is a number and not text",
     '\n{"content": "x", "id": 1}\n': "line 2 has no field 'text' but content, id",
     '{"text": "fine"}\n{"text": "not \\ud800 fine"}\n{"text": "\\ud83d\\ude42"}\n': "line 2 contains a lone surrogate",
     '{"text": "fine"}\n{"text": "\udcb0"}\n': "line 2 is not UTF-8",
@@ -164,16 +164,45 @@ def test_a_source_without_documents_is_refused(tmp_path: Path) -> None:
 
 def test_columns_of_other_formats_are_checked(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("content\nx\n")
-    with pytest.raises(UserError, match=r"a\.csv: there is no column 'text' but content"):
+    with pytest.raises(UserError, match=r"a\.csv: line 2 has no field 'text' but content"):
         check_text(Corpus(sources=[Source(path=str(tmp_path), language="en")]))
 
 
-def test_a_line_that_is_not_json_is_named_in_one_sentence(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "text.jsonl"
-    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [caplog.handler])
-    path.write_text('{"text": "fine"}\n{"text": oops}\n')
-    with pytest.raises(UserError, match=r"text.jsonl: line 2 is not JSON \(Expecting value: .* 10"):
-        list(read_source(Source(path=str(path), language="en")))
-    assert "Failed to load" not in caplog.text
+def test_bad_rows_are_left_out_on_request_and_their_neighbours_stay(tmp_path: Path) -> None:
+    lines = ['{"text": "가나"}', '{"text": 3}', '{"text": "x"}', "{", '{"text": null}', '"y"']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    source = Source(path=str(tmp_path / "a.jsonl"), language="ko", bad_rows="skip")
+    assert list(read_source(source)) == ["가나", "x", ""]
+    (piece,) = source_pieces(source)
+    assert list(read_piece(piece)) == ["가나", None, "x", None, "", None]
+    with pytest.raises(
+        UserError, match=r"line 2 has a field 'text' that is a number and not text;"
+    ):
+        list(read_source(source.model_copy(update={"bad_rows": "error"})))
+
+
+def test_a_field_may_be_nested_a_template_or_a_conversation(tmp_path: Path) -> None:
+    record = {
+        "doc": {"title": "제목", "text": "본문"},
+        "messages": [{"role": "user", "content": "?"}],
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    path = str(tmp_path / "a.jsonl")
+    for source, text in (
+        (Source(path=path, language="ko", field="doc.text"), "본문"),
+        (Source(path=path, language="ko", field="{doc.title}: {doc.text}"), "제목: 본문"),
+        (Source(path=path, language="ko", conversations=True), "?"),
+    ):
+        assert list(read_source(source)) == [text]
+    with pytest.raises(ValueError, match=r"field '\{doc\.title' of source"):
+        Source(path=path, language="ko", field="{doc.title")
+    with pytest.raises(ValueError, match="has conversations and a field"):
+        Source(path=path, language="ko", field="messages", conversations=True)
+
+
+def test_a_whole_file_is_a_document_on_request(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# 제목\n\n본문\n", encoding="utf-8")
+    source = Source(path=str(tmp_path / "a.md"), language="ko", whole_files=True)
+    assert list(read_source(source)) == ["# 제목\n\n본문\n"]
+    with pytest.raises(UserError, match=r"a\.md: its ending is none of"):
+        list(read_source(source.model_copy(update={"whole_files": False})))

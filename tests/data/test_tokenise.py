@@ -195,7 +195,7 @@ def test_duplicates_are_dropped_over_all_sources_and_the_first_is_kept(
     second = jsonl(tmp_path / "2.jsonl", [*decomposed, *texts[60:]])
     corpus = Corpus(sources=[first, second], heldout=0.2)
     info = write_store(corpus, model, tmp_path / "store", deduplicate=True)
-    assert [source.duplicates for source in info.sources] == [30, 20]
+    assert [source.left_out["duplicates"] for source in info.sources] == [30, 20]
     tokenizer = AutoTokenizer.from_pretrained(model)
     found = [
         [
@@ -251,7 +251,7 @@ def test_the_reference_split_is_the_heldout_text_in_the_base_s_tokens(
 def test_a_source_without_text_is_named(tmp_path: Path, model: Path) -> None:
     source = jsonl(tmp_path / "empty.jsonl", ["", "  \n\t", None])
     with pytest.raises(
-        UserError, match=r"empty\.jsonl yields no training text \(3 documents are empty"
+        UserError, match=r"empty\.jsonl yields no training text \(left out: 3 empty\)"
     ):
         write_store(Corpus(sources=[source]), model, tmp_path / "store")
     (tmp_path / "empty.jsonl").write_text("")
@@ -262,7 +262,7 @@ def test_a_source_without_text_is_named(tmp_path: Path, model: Path) -> None:
 def test_empty_documents_are_left_out_and_counted(tmp_path: Path, model: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", ["나는", "", " \u3000\n", None, "너를"])
     info = write_store(Corpus(sources=[source], heldout=1e-6), model, tmp_path / "store")
-    assert (info.sources[0].train.documents, info.sources[0].empty) == (2, 3)
+    assert (info.sources[0].train.documents, info.sources[0].left_out["empty"]) == (2, 3)
 
 
 def test_text_is_normalised(tmp_path: Path, model: Path) -> None:

@@ -1,0 +1,80 @@
+"""Looks at the beginning of all text, for what would stop or spoil a later stage."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.data.documents import SKIPPED, read_documents
+from cpt_merge.data.mixture import MANY_EPOCHS, check_repeats, mixture
+from cpt_merge.data.readers.arrow_tables import column_bytes
+from cpt_merge.data.readers.streams import expansion
+from cpt_merge.data.sources import Corpus, Source, read_source, source_files
+
+HEAD_ROWS = 20  # of each file
+SAMPLE_BYTES = 1_000_000  # of text, which are tokenised
+
+
+def check_text(corpus: Corpus) -> None:
+    """Look at the first rows of every local file. Raises `UserError` for what is no text."""
+    for source in corpus.sources:
+        files = source_files(source)
+        read = 0
+        for file in (one for one in files if one.stat().st_size):
+            head = itertools.islice(read_documents(file, source.layout), HEAD_ROWS)
+            read += sum(text is not SKIPPED for text in head)
+        if files and not read:
+            raise UserError(f"text source {source.path} is empty; correct corpus.sources.")
+
+
+def check_budget(corpus: Corpus, tokens: int, tokenizer: Tokenizer) -> None:
+    """Compare the tokens of a run with those that the text can have.
+
+    `tokenizer` is the base's: the extended one makes fewer tokens, so there are more epochs than
+    are estimated here. Raises `UserError` for too many epochs, unless the recipe allows them.
+    """
+    if any(source.epochs is not None for source in corpus.sources):
+        return  # how many tokens that is, is known when the text is tokenised
+    sizes = [tokens_at_most(source, tokenizer) for source in corpus.sources]
+    shares = mixture(corpus, sizes, tokens)
+    check_repeats(corpus, shares, "at least ")
+    for share in shares:
+        if share.epochs > MANY_EPOCHS:
+            say(
+                f"warning: {share.name} will be read {share.epochs:,.1f} times or more "
+                f"(about {share.tokens / share.epochs:,.0f} tokens at most); repeated text teaches "
+                "less each time."
+            )
+
+
+def tokens_at_most(source: Source, tokenizer: Tokenizer) -> int | None:
+    """About how many tokens a source has at most, from a sample of its text and the files' sizes.
+
+    None for a dataset on the hub.
+    """
+    files = source_files(source)
+    if not files:
+        return None
+    documents, size, tokens = 0, 0, 0
+    for text in read_source(source):
+        documents += 1
+        size += len(text.encode())
+        tokens += len(tokenizer.encode(text, add_special_tokens=False)) + 2  # prefix and eos
+        if size >= SAMPLE_BYTES:
+            break
+    else:
+        return tokens
+    whole = sum(_text_bytes_at_most(file, source) for file in files)
+    if source.limit is not None:
+        whole = min(whole, source.limit * size / documents)
+    return int(whole * tokens / size)
+
+
+def _text_bytes_at_most(file: Path, source: Source) -> float:
+    if file.suffix == ".parquet":
+        return column_bytes(file, source.layout.text_of.fields)
+    return file.stat().st_size * expansion(file)

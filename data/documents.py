@@ -1,0 +1,66 @@
+"""The documents of one file: rows to texts, with the place of everything that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.readers import FORMATS, format_of
+from cpt_merge.data.readers.rows import BadRow, Row
+from cpt_merge.data.records import TextOf
+
+SKIPPED = None  # stands for a bad row that is left out
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the documents of a source are in its files."""
+
+    text_of: TextOf
+    whole_files: bool = False
+    skip_bad_rows: bool = False
+
+
+def read_documents(file: Path, layout: Layout) -> Iterator[str | None]:
+    """Every document; "" for one without text, `SKIPPED` for a bad row that is to be left out.
+
+    Raises `UserError` with file and row for what cannot be read, and for a file none of whose
+    records has the field.
+    """
+    found = format_of(file, layout.whole_files)
+    if found is None:
+        endings = ".txt or .md" if layout.whole_files else ", ".join(FORMATS)
+        raise UserError(f"{file}: its ending is none of {endings} (also compressed); convert it.")
+    rows = found.read(file, layout.text_of.fields)
+    yield from documents_of(rows, f"{file}: {found.unit}", layout)
+
+
+def documents_of(rows: Iterable[Row], where: str, layout: Layout) -> Iterator[str | None]:
+    """As `read_documents`; `where` stands before the number of a row in messages."""
+    first_without, any_with = "", False
+    for number, record in rows:
+        text = record if isinstance(record, str | BadRow) else layout.text_of(record)
+        if isinstance(text, str):
+            any_with = True
+            yield text
+        elif text is None:
+            first_without = first_without or _without(f"{where} {number}", record, layout)
+            yield ""
+        elif layout.skip_bad_rows:
+            yield SKIPPED
+        else:
+            remedy = "`bad_rows: skip`" if text is record else "`field` or `bad_rows: skip`"
+            raise UserError(
+                f"{where} {number} {text.reason}; fix it, or set the source's {remedy}."
+            )
+    if first_without and not any_with:
+        raise UserError(f"{first_without}; set the source's `field`.")
+
+
+def _without(row: str, record: Any, layout: Layout) -> str:
+    wanted, there = layout.text_of.fields, ", ".join(record) or "none"
+    one = "field" if len(wanted) == 1 else "of the fields"
+    return f"{row} has no {one} {', '.join(map(repr, wanted))} but {there}"

@@ -1,0 +1,97 @@
+"""Which files a path names: a file, a directory, a glob, or a dataset that `datasets` saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import counted, say_once
+from cpt_merge.data.readers import FORMATS, WHOLE_FILES, format_of
+
+_SHOWN = 3  # names in a message
+_STATE, _DICT = "state.json", "dataset_dict.json"  # of `Dataset.save_to_disk`
+_ABOUT_DATASETS = {_STATE, _DICT, "dataset_info.json", "dataset_infos.json"}
+
+
+def find_files(path: str, whole_files: bool = False, split: str = "train") -> list[Path]:
+    """The local files of a source, sorted; empty if the path can only be a dataset's hub id.
+
+    A path is local if it exists, contains a wildcard, starts with `.`, `/` or `~`, has a known
+    ending, or is in a folder that exists. Raises `UserError` for a local path without text.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _in_directory(local, whole_files, split)
+    if any(character in path for character in "*?["):
+        pattern = str(local.relative_to(local.anchor))
+        found = sorted(file for file in Path(local.anchor).glob(pattern) if file.is_file())
+        files = found if _names_hidden(pattern) else _visible(path, found, Path(local.anchor))
+        if not files:
+            raise UserError(f"no file matches the source path {path!r}; correct corpus.sources.")
+        return files
+    if local.is_file():
+        return [local]
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    in_a_folder = "/" in path and local.parent.is_dir()
+    if looks_local or in_a_folder or format_of(local) or format_of(local, whole_files=True):
+        raise UserError(f"text source {path} does not exist; correct corpus.sources.")
+    return []
+
+
+def _in_directory(directory: Path, whole_files: bool, split: str) -> list[Path]:
+    if (directory / _DICT).is_file():
+        splits = json.loads((directory / _DICT).read_text())["splits"]
+        if split not in splits:
+            raise UserError(
+                f"{directory} has the splits {', '.join(splits)} and no {split!r}; set the "
+                "source's `split`."
+            )
+        directory = directory / split
+    if (directory / _STATE).is_file():
+        return _saved_dataset(directory)
+    found = sorted(file for file in directory.rglob("*") if file.is_file())
+    visible = _visible(str(directory), found, directory)
+    files = [
+        file
+        for file in visible
+        if format_of(file, whole_files) and file.name not in _ABOUT_DATASETS
+    ]
+    if not files:
+        endings = ", ".join(WHOLE_FILES if whole_files else FORMATS)
+        raise UserError(f"{directory} contains no {endings} file; point the source at the text.")
+    if others := [file for file in visible if file not in set(files)]:
+        _say_left_out(str(directory), others, "other file")
+    return files
+
+
+def _saved_dataset(directory: Path) -> list[Path]:
+    """The files of a directory that `Dataset.save_to_disk` wrote, in order."""
+    state = json.loads((directory / _STATE).read_text())
+    if state.get("_indices_data_files"):
+        raise UserError(
+            f"{directory} contains a selection of rows; save the dataset again after "
+            "`flatten_indices()`."
+        )
+    return [directory / entry["filename"] for entry in state["_data_files"]]
+
+
+def _visible(path: str, files: Iterable[Path], root: Path) -> list[Path]:
+    """Files neither hidden nor in hidden folders, such as .cache and .ipynb_checkpoints."""
+    visible, hidden = list[Path](), list[Path]()
+    for file in files:
+        (hidden if _names_hidden(str(file.relative_to(root))) else visible).append(file)
+    if hidden:
+        _say_left_out(path, hidden, "hidden file")
+    return visible
+
+
+def _names_hidden(path: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in Path(path).parts)
+
+
+def _say_left_out(path: str, files: list[Path], kind: str) -> None:
+    names = ", ".join(file.name for file in files[:_SHOWN])
+    more = ", ..." if len(files) > _SHOWN else ""
+    say_once(f"{path}: leaving out {counted(len(files), kind)} ({names}{more})")

@@ -1,0 +1,86 @@
+"""JSON: one record per line, or one value for the whole file."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.readers.rows import BadRow, Row
+from cpt_merge.data.readers.streams import lines, read_bytes
+
+
+def read_json(file: Path, fields: Sequence[str] = ()) -> Iterator[Row]:
+    """The records of a file, numbered by line, or by their place in an array.
+
+    An array may also contain the texts themselves. Raises `UserError` for a damaged file.
+    """
+    first = True
+    for number, line in enumerate(lines(file), start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.isspace():
+            continue
+        if first and (whole := _whole_file(file, line)) is not None:
+            yield from whole
+            return
+        first = False
+        yield number, _record(line)
+
+
+def _whole_file(file: Path, line: bytes) -> Iterator[Row] | None:
+    """The records of a file that is one value; None for one of which every line is a value.
+
+    `line` is the first one that is not blank.
+    """
+    start = line.lstrip()[:1]
+    if start != b"[" and not (start == b"{" and isinstance(_record(line), BadRow)):
+        return None
+    try:
+        value = parse_json(read_bytes(file))
+    except ValueError as error:
+        if start == b"{":  # a broken line, unless the whole file was one object
+            return None
+        raise UserError(f"{file} {error}; fix it, or write one record per line.") from None
+    elements = value if isinstance(value, list) else [value]
+    return ((number, _checked(element)) for number, element in enumerate(elements, start=1))
+
+
+def _checked(value: Any) -> Any:
+    return value if isinstance(value, dict | str) else BadRow("is neither an object nor text")
+
+
+def _record(line: bytes) -> Any:
+    try:
+        value = orjson.loads(line)
+    except ValueError:
+        try:
+            value = parse_json(line.rstrip())
+        except ValueError as error:
+            return BadRow(str(error))
+    return value if isinstance(value, dict) else BadRow("is not a JSON object")
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of UTF-8 text, also with NaN and long numbers, which orjson refuses.
+
+    Raises `ValueError` with a sentence's end that says what is wrong: "is not UTF-8".
+    """
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError("contains a lone surrogate, which is not Unicode text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg}: character {error.pos + 1})") from None
+    except RecursionError:
+        raise ValueError("is not JSON that can be read (too deeply nested)") from None
+    return value

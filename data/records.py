@@ -1,0 +1,123 @@
+"""From a record to the text of a document: a field, a template of fields, or a conversation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any, Protocol
+
+from cpt_merge.data.conversations import ALPACA, LISTS, read_turns
+from cpt_merge.data.readers.rows import BadRow, Record
+
+_KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_ABSENT = object()
+
+
+class TextOf(Protocol):
+    """Makes the text of a document from a record."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of which at least one must be in a record."""
+
+    def __call__(self, record: Record) -> str | BadRow | None:
+        """The text, "" for a record without any; None if the record has none of the fields."""
+
+
+@dataclass(frozen=True)
+class FieldText:
+    """The text in a field, or in a field within fields: `text`, `doc.text`."""
+
+    field: str
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The field."""
+        return (self.field,)
+
+    def __call__(self, record: Record) -> str | BadRow | None:
+        """See `TextOf`."""
+        value = find_value(record, self.field)
+        if isinstance(value, str | BadRow):
+            return value
+        if value is _ABSENT:
+            return None
+        return "" if value is None else _not_text(self.field, value)
+
+
+@dataclass(frozen=True)
+class TemplateText:
+    """Several fields joined by a template such as "{title}\\n\\n{text}"; absent ones are empty."""
+
+    parts: tuple[tuple[str, str], ...]  # (literal text, the field after it or "")
+
+    @staticmethod
+    def parse(template: str) -> TemplateText:
+        """Raises `ValueError` that says what is wrong with a template."""
+        parts = []
+        for literal, name, spec, conversion in Formatter().parse(template):
+            if name == "" or spec or conversion:
+                raise ValueError("may contain only fields like {title}; write {{ for a brace")
+            parts.append((literal, name or ""))
+        return TemplateText(tuple(parts))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of the template."""
+        return tuple(name for _, name in self.parts if name)
+
+    def __call__(self, record: Record) -> str | BadRow | None:
+        """See `TextOf`. White space at both ends is removed, since fields may be empty there."""
+        values = [find_value(record, name) if name else "" for _, name in self.parts]
+        for (_, name), value in zip(self.parts, values, strict=True):
+            if isinstance(value, BadRow):
+                return value
+            if value is not _ABSENT and value is not None and not isinstance(value, str):
+                return _not_text(name, value)
+        texts = [value if isinstance(value, str) else "" for value in values]
+        if all(find_value(record, name) is _ABSENT for name in self.fields):
+            return None
+        if not any(text.strip() for text in texts):
+            return ""
+        literals = (literal for literal, _ in self.parts)
+        return "".join(map(str.__add__, literals, texts)).strip()
+
+
+@dataclass(frozen=True)
+class ConversationText:
+    """The turns of a conversation as paragraphs."""
+
+    fields: tuple[str, ...] = (*LISTS, *ALPACA)
+
+    def __call__(self, record: Record) -> str | BadRow | None:
+        """See `TextOf`."""
+        turns = read_turns(record)
+        if turns is None:
+            return "" if any(name in record for name in self.fields) else None
+        return turns if isinstance(turns, BadRow) else "\n\n".join(turn.text for turn in turns)
+
+
+def text_of(field: str, conversations: bool) -> TextOf:
+    """How a source's records become text. Raises `ValueError` for a wrong template."""
+    if conversations:
+        return ConversationText()
+    return TemplateText.parse(field) if "{" in field or "}" in field else FieldText(field)
+
+
+def find_value(record: Record, path: str) -> Any:
+    """The value of a field: the name as it is, or names in each other with dots between them."""
+    if path in record:
+        return record[path]
+    value: Any = record
+    for name in path.split("."):
+        if value is None:
+            return None  # of an object that may be absent
+        if not isinstance(value, dict) or name not in value:
+            return _ABSENT
+        value = value[name]
+    return value
+
+
+def _not_text(field: str, value: Any) -> BadRow:
+    kind = _KINDS.get(type(value), type(value).__name__)
+    return BadRow(f"has a field {field!r} that is {kind} and not text")

@@ -1,0 +1,69 @@
+"""Which files a path names."""
+
+from pathlib import Path
+
+import pytest
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.files import find_files
+
+
+def make(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text('{"text": "x"}\n')
+
+
+def found(path: Path, root: Path, whole_files: bool = False) -> list[str]:
+    return [str(file.relative_to(root)) for file in find_files(str(path), whole_files)]
+
+
+def test_hidden_files_are_left_out_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hidden = (".cache/b.jsonl", "._a.jsonl", "sub/.ipynb_checkpoints/a.jsonl", ".b.txt")
+    make(tmp_path, "a.jsonl", "sub/c.jsonl.gz", "README.md", *hidden)
+    assert found(tmp_path, tmp_path) == ["a.jsonl", "sub/c.jsonl.gz"]
+    said = capsys.readouterr().err
+    assert "leaving out 4 hidden files (" in said
+    assert "leaving out 1 other file (README.md)" in said
+    assert found(tmp_path / "**" / "*.jsonl", tmp_path) == ["a.jsonl"]
+    assert found(tmp_path / ".cache" / "*", tmp_path) == [".cache/b.jsonl"]
+
+
+def test_a_folder_is_hidden_only_below_the_path_itself(tmp_path: Path) -> None:
+    root = tmp_path / ".data"
+    make(root, "a.jsonl")
+    assert found(root, root) == ["a.jsonl"]
+
+
+def test_markdown_is_text_only_where_files_are_documents(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt", "b.md", "c.jsonl")
+    assert found(tmp_path, tmp_path) == ["a.txt", "c.jsonl"]
+    assert found(tmp_path, tmp_path, whole_files=True) == ["a.txt", "b.md"]
+
+
+def test_what_datasets_saved_is_its_arrow_files_in_order(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_dict({"text": [str(number) for number in range(12)]})
+    one.save_to_disk(str(tmp_path / "one"), num_shards=11)
+    names = [file.name for file in find_files(str(tmp_path / "one"))]
+    assert names == [f"data-{number:05d}-of-00011.arrow" for number in range(11)]
+    datasets.DatasetDict(train=one, test=one).save_to_disk(str(tmp_path / "both"))
+    assert found(tmp_path / "both", tmp_path) == ["both/train/data-00000-of-00001.arrow"]
+    with pytest.raises(UserError, match="has the splits train, test and no 'dev'"):
+        find_files(str(tmp_path / "both"), split="dev")
+
+
+def test_a_path_without_text_is_named(tmp_path: Path) -> None:
+    make(tmp_path, "folder/a.pdf")
+    for path, sentence in (
+        (str(tmp_path / "folder"), "contains no .jsonl, "),
+        (str(tmp_path / "nowhere.jsonl"), "does not exist"),
+        (str(tmp_path / "*.jsonl"), "no file matches"),
+        ("nowhere.md", "does not exist"),
+        ("./nowhere", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            find_files(path)
+    assert find_files("org/dataset") == []
