@@ -9,6 +9,7 @@ from typing import Any
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.readers import FORMATS, format_of
+from cpt_merge.data.readers.arrow_tables import parquet_rows
 from cpt_merge.data.readers.rows import BadRow, Row
 from cpt_merge.data.records import TextOf
 
@@ -36,6 +37,16 @@ def read_documents(file: Path, layout: Layout) -> Iterator[str | None]:
         raise UserError(f"{file}: its ending is none of {endings} (also compressed); convert it.")
     rows = found.read(file, layout.text_of.fields)
     yield from documents_of(rows, f"{file}: {found.unit}", layout)
+
+
+def count_rows(files: Iterable[Path], layout: Layout) -> int:
+    """The number of documents in files, empty and bad ones included."""
+    return sum(
+        parquet_rows(file)
+        if file.suffix == ".parquet"
+        else sum(1 for _ in read_documents(file, layout))
+        for file in files
+    )
 
 
 def documents_of(rows: Iterable[Row], where: str, layout: Layout) -> Iterator[str | None]:

@@ -22,9 +22,13 @@ def find_files(path: str, whole_files: bool = False, split: str = "train") -> li
     ending, or is in a folder that exists. Raises `UserError` for a local path without text.
     """
     local = Path(path).expanduser()
+    if (local / _DICT).is_file():
+        local = _of_split(local, split)
+    elif split != "train" and (local.exists() or _has_wildcard(path)):
+        raise UserError(f"text source {path} has no splits, so no {split!r}; remove its `split`.")
     if local.is_dir():
-        return _in_directory(local, whole_files, split)
-    if any(character in path for character in "*?["):
+        return _in_directory(local, whole_files)
+    if _has_wildcard(path):
         pattern = str(local.relative_to(local.anchor))
         found = sorted(file for file in Path(local.anchor).glob(pattern) if file.is_file())
         files = found if _names_hidden(pattern) else _visible(path, found, Path(local.anchor))
@@ -40,15 +44,22 @@ def find_files(path: str, whole_files: bool = False, split: str = "train") -> li
     return []
 
 
-def _in_directory(directory: Path, whole_files: bool, split: str) -> list[Path]:
-    if (directory / _DICT).is_file():
-        splits = json.loads((directory / _DICT).read_text())["splits"]
-        if split not in splits:
-            raise UserError(
-                f"{directory} has the splits {', '.join(splits)} and no {split!r}; set the "
-                "source's `split`."
-            )
-        directory = directory / split
+def _has_wildcard(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _of_split(directory: Path, split: str) -> Path:
+    """The folder of a split of a directory that `DatasetDict.save_to_disk` wrote."""
+    splits = json.loads((directory / _DICT).read_text())["splits"]
+    if split not in splits:
+        raise UserError(
+            f"{directory} has the splits {', '.join(splits)} and no {split!r}; set the source's "
+            "`split`."
+        )
+    return directory / split
+
+
+def _in_directory(directory: Path, whole_files: bool) -> list[Path]:
     if (directory / _STATE).is_file():
         return _saved_dataset(directory)
     found = sorted(file for file in directory.rglob("*") if file.is_file())

@@ -20,10 +20,11 @@ from pydantic import field_validator, model_validator
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
-from cpt_merge.core.progress import say
-from cpt_merge.data.documents import SKIPPED, Layout, documents_of, read_documents
+from cpt_merge.core.progress import say_once
+from cpt_merge.data.documents import SKIPPED, Layout, count_rows, documents_of, read_documents
 from cpt_merge.data.files import find_files
 from cpt_merge.data.records import text_of
+from cpt_merge.data.splits import parse_split
 
 Split = Literal["train", "heldout"]
 HASH_RANGE = 1_000_000
@@ -56,7 +57,11 @@ class Source(Section):
         "leaves it out and counts it",
     )  # fmt: skip
     subset: str | None = key(None, "configuration name of a hub dataset")
-    split: str = key("train", "split of a dataset on the hub or of one that `save_to_disk` wrote")
+    split: str = key(
+        "train",
+        "split of a dataset on the hub or of one that `save_to_disk` wrote, or rows of it, as in "
+        "`train[:10%]` or `train[1000:2000]`",
+    )
     limit: int | None = key(
         None, "use only this many documents, from the start", unit="documents", gt=0
     )
@@ -89,6 +94,10 @@ class Source(Section):
             text_of(self.field, self.conversations)
         except ValueError as error:
             raise ValueError(f"field {self.field!r} of source {self.path}: {error}") from None
+        try:
+            parse_split(self.split)
+        except ValueError as error:
+            raise ValueError(f"split {self.split!r} of source {self.path} {error}") from None
         return self
 
     @model_validator(mode="after")
@@ -192,8 +201,9 @@ class Corpus(Section):
 
 
 def source_files(source: Source) -> list[Path]:
-    """The local files of a source, sorted; empty for a hub dataset."""
-    return find_files(source.path, source.whole_files, source.split)
+    """The local files of a source, in order; empty for a hub dataset."""
+    parts = dict.fromkeys(part.name for part in parse_split(source.split))
+    return [file for name in parts for file in find_files(source.path, source.whole_files, name)]
 
 
 @dataclass(frozen=True)
@@ -203,21 +213,40 @@ class Piece:
     source: Source
     files: tuple[Path, ...]  # empty for a hub dataset
     size: int  # bytes on disk; 0 for a hub dataset
+    rows: tuple[int, int | None] = (0, None)  # from which row to before which one; None: the end
     shard: tuple[int, int] = (0, 1)  # (which, of how many) of a hub dataset
 
 
 def source_pieces(source: Source) -> list[Piece]:
-    """The files of a source, or its shards on the hub; a source with a `limit` is one piece."""
-    found = source_files(source)
-    for file in found:
-        if file.stat().st_size == 0:
-            say(f"text file {file} is empty")
-    files = [file for file in found if file.stat().st_size]
-    if not found:
+    """The files of a source, or its shards on the hub.
+
+    A source with a `limit` is one piece, and so is a slice of a split.
+    """
+    if not source_files(source):
         shards = 1 if source.limit else int(_open_hub(source).num_shards)
-        return [Piece(source, (), 0, (shard, shards)) for shard in range(shards)]
-    parts = [tuple(files)] if source.limit else [(file,) for file in files]
-    return [Piece(source, part, sum(file.stat().st_size for file in part)) for part in parts]
+        return [Piece(source, (), 0, shard=(shard, shards)) for shard in range(shards)]
+    if source.limit is not None:
+        return [_piece(source, _filled(source_files(source)), (0, source.limit))]
+    pieces = []
+    for part in parse_split(source.split):
+        files = _filled(find_files(source.path, source.whole_files, part.name))
+        if part.is_whole:
+            pieces += [_piece(source, [file]) for file in files]
+        else:
+            total = count_rows(files, source.layout) if part.needs_total else 0
+            pieces.append(_piece(source, files, part.rows(total)))
+    return pieces
+
+
+def _filled(files: list[Path]) -> list[Path]:
+    for file in files:
+        if file.stat().st_size == 0:
+            say_once(f"text file {file} is empty")
+    return [file for file in files if file.stat().st_size]
+
+
+def _piece(source: Source, files: list[Path], rows: tuple[int, int | None] = (0, None)) -> Piece:
+    return Piece(source, tuple(files), sum(file.stat().st_size for file in files), rows)
 
 
 def read_source(source: Source) -> Iterator[str]:
@@ -238,7 +267,7 @@ def read_piece(piece: Piece) -> Iterator[str | None]:
         texts = itertools.chain.from_iterable(read_documents(file, layout) for file in piece.files)
     else:
         texts = _read_shard(source, *piece.shard)
-    yield from itertools.islice(texts, source.limit)
+    yield from itertools.islice(texts, *piece.rows)
 
 
 def _open_hub(source: Source) -> Any:

@@ -49,6 +49,14 @@ def read_arrow(file: Path, fields: Sequence[str] = ()) -> Iterator[Row]:
                 number += batch.num_rows
 
 
+def parquet_rows(file: Path) -> int:
+    """The number of rows of a Parquet file."""
+    import pyarrow.parquet as parquet
+
+    with _arrow_errors(file, "Parquet"):
+        return int(parquet.read_metadata(file).num_rows)
+
+
 def column_bytes(file: Path, fields: Sequence[str]) -> int:
     """The bytes of the needed columns of a Parquet file, decompressed."""
     import pyarrow.parquet as parquet
