@@ -41,7 +41,7 @@ def join(
     for number, source in enumerate(sources):
         folder = f"{number:02d}-" + re.sub(r"[^\w.-]+", "-", source.name)
         counts: dict[StoreSplit, SplitCounts] = {}
-        left_out = Counter[str](dict.fromkeys(REASONS, 0))
+        left_out = Counter[str](dict.fromkeys((*REASONS, "duplicates"), 0))
         for piece in pieces[number]:
             for part, row in parts.of_piece(piece):
                 left_out.update(part.left_out(row))

@@ -63,8 +63,8 @@ class SplitCounts:
 class SourceInfo:
     """A source in `store.json`. `folder` is relative to the store.
 
-    `left_out` counts the documents that are not in the store: bad_rows, empty and, if the store was
-    deduplicated, duplicates.
+    `left_out` counts the documents that are not in the store: bad_rows, empty and
+    duplicates.
     """
 
     name: str

@@ -103,6 +103,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(
     command = [
         f"runs={tmp_path / 'runs'}",
         "training.tokens=1_000_000",
+        "corpus.allow_repeats=true",
         "training.checkpoints.every=1000",
     ]
     process = processes.python("-m", "cpt_merge.launcher.cli", "train", recipe_path, *command)

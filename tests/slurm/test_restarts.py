@@ -29,7 +29,7 @@ from tests.slurm.jobs import (
 pytestmark = pytest.mark.slurm
 
 # Several jobs of two minutes on any machine
-LONG = f"training.tokens={7 * SETTINGS['training']['tokens']}"
+LONG = [f"training.tokens={7 * SETTINGS['training']['tokens']}", "corpus.allow_repeats=true"]
 
 
 def test_a_time_limit_that_is_hit_twice_costs_nothing(
@@ -37,10 +37,10 @@ def test_a_time_limit_that_is_hit_twice_costs_nothing(
 ) -> None:
     undisturbed = tmp_path / "undisturbed" / "runs"
     shutil.copytree(prepared, undisturbed)
-    alone = start(cluster, recipe_path, undisturbed, more=[LONG])
+    alone = start(cluster, recipe_path, undisturbed, more=LONG)
     assert alone.wait_for_end() == "COMPLETED", alone.log
     job = start(
-        cluster, recipe_path, runs, "--time=2", more=[LONG]
+        cluster, recipe_path, runs, "--time=2", more=LONG
     )  # Slurm's smallest unit is a minute
     assert job.wait_for_end() == "COMPLETED", job.log
     assert job.restarts >= 2
