@@ -166,11 +166,11 @@ def adapted_tensors(
         elif ".original_module." not in name:
             tensors[names.find(name, info.shape)] = info
     replaced = sum(info is not base.get(name) for name, info in tensors.items())
-    tensors |= _head_of_base(config, tensors, base)
     for module, parts in low_rank.items():
         name = names.find(f"{module}.weight", () if _HEAD.search(f"{module}.weight") else None)
         weight = tensors.get(name) or names.embedding(name)
         tensors[name] = _low_rank(directory, name, weight, parts, config, module)
+    tensors |= _head_of_base(config, tensors, base)
     whole = f" and {counted(replaced, 'tensor')} of its own" if replaced else ""
     say_once(f"model {directory}: a LoRA adapter of {counted(len(low_rank), 'weight')}{whole}")
     return tensors
@@ -179,9 +179,10 @@ def adapted_tensors(
 def _head_of_base(
     config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]
 ) -> dict[str, TensorInfo]:
-    """The base's embedding as the head, if the adapter trained a copy as the embedding alone.
+    """The base's embedding as the head, if the adapter trained the embedding alone.
 
-    PEFT computes a tied model's logits with the matrix that it had before `modules_to_save`.
+    PEFT computes a tied model's logits with the base's matrix, whether the embedding has a copy
+    (`modules_to_save`) or low-rank matrices.
     """
     embedding = next((name for name in base if _EMBEDDING.search(name)), None)
     if (
@@ -190,10 +191,10 @@ def _head_of_base(
         or any(map(_HEAD_MATRIX.search, tensors))
     ):
         return {}
-    module = embedding.removesuffix(".weight")
+    module, trained = embedding.removesuffix(".weight"), tensors[embedding]
     saved = any(module.endswith(str(name)) for name in config.get("modules_to_save") or [])
-    whole = tensors[embedding]
-    if not saved or whole is base[embedding] or whole.shape != base[embedding].shape:
+    alone = isinstance(trained, LowRankInfo) or (saved and trained is not base[embedding])
+    if not alone or trained.shape != base[embedding].shape:
         return {}
     head = "embed_out.weight" if module.endswith("embed_in") else "lm_head.weight"
     return {head: replace(base[embedding], name=head)}

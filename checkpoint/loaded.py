@@ -42,6 +42,9 @@ _EMBEDDING_PART = re.compile(r"((en|de)coder\.)?(embeddings\.)?\w+\.weight$")
 _LAYER_STACK = re.compile(r"^(.*?)(?:encoder\.|decoder\.)?(?:layers|h|blocks|block|layer)\.\d+\.")
 _ENCODER_DECODER = ("is_encoder_decoder", "decoder_layers", "num_decoder_layers")
 _PREDICTION = re.compile(r"(^|\.)mtp(_\w+)?\.")
+_PREDICTION_COUNTS = (
+    "num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules",
+)  # fmt: skip
 _PREDICTION_PART = re.compile(r"\.(enorm|hnorm|eh_proj|shared_head|embed_tokens)\b")
 
 
@@ -115,18 +118,31 @@ def _core_name(name: str) -> str:
     return _PREFIXES.sub("", name)
 
 
-def tie_config(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
-    """A config.json that says in all places whether the head is tied.
+def written_config(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """A config.json of the tensors that loaders use: it counts no blocks that predict further
+    tokens, and says in all places whether the head is tied.
 
-    One that denies it stays as it is if there is no head, because such a model makes no logits.
+    One that denies a tie stays as it is if there is no head, because such a model makes no logits.
     """
-    if tied and _states_tie(config) is False:
-        return dict(config)
-    stated = {**config, _TIE: tied}
+    denied = tied and _states_tie(config) is False
+    return _written_section(config, {} if denied else {_TIE: tied})
+
+
+def _written_section(config: Mapping[str, Any], stated: Mapping[str, bool]) -> dict[str, Any]:
+    """A config.json, or a section of one, with its sections."""
+    layers = config.get("num_hidden_layers")
+    beyond = sum(config.get(name) or 0 for name in _PREDICTION_COUNTS)
+    written = {
+        name: value[:layers]  # per layer: some families count the blocks in these lists, too
+        if isinstance(value, list) and beyond and len(value) == (layers or 0) + beyond
+        else value
+        for name, value in config.items()
+    }
+    written |= {name: type(config[name])() for name in _PREDICTION_COUNTS if config.get(name)}
     for section in TEXT_SECTIONS:
         if isinstance(config.get(section), dict):
-            stated[section] = {**config[section], _TIE: tied}
-    return stated
+            written[section] = _written_section(config[section], stated)
+    return {**written, **stated}
 
 
 def _states_tie(config: Mapping[str, Any]) -> bool | None:
@@ -270,7 +286,8 @@ def text_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the text decoder, by the names that most families use."""
     found = dict(config)
     for section in TEXT_SECTIONS:
-        found |= config.get(section) or {}
+        if isinstance(config.get(section), dict):
+            found |= text_section(config[section])
     for name, others in _OTHER_NAMES.items():
         if found.get(name) is None:
             known = [found[other] for other in others if found.get(other) is not None]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from cpt_merge.checkpoint.loaded import tie_config
+from cpt_merge.checkpoint.loaded import written_config
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import heads_of
 from cpt_merge.checkpoint.writer import CheckpointLayout
@@ -27,7 +27,7 @@ def model_config(source: Checkpoint, layout: CheckpointLayout) -> dict[str, Any]
     """
     types = Counter(info.dtype for info in layout.tensors.values() if info.dtype in FLOATS)
     names = {stored: name for name, stored in TORCH_NAMES.items()}
-    config = tie_config(source.config, tied=not heads_of(layout))
+    config = written_config(source.config, tied=not heads_of(layout))
     field = "torch_dtype" if "torch_dtype" in config else "dtype"
     return {**config, field: names[types.most_common(1)[0][0]]}
 

@@ -190,11 +190,13 @@ def export(
     and transformers take.
     """
     from cpt_merge.launcher.run import Run
-    from cpt_merge.training.saved import choose_steps, export_checkpoints
+    from cpt_merge.launcher.stage import prepare
+    from cpt_merge.training.saved import check_origin, choose_steps, export_checkpoints
 
     chosen = Run.load(recipe, overrides or [])
     training = chosen.folder("training")
     checkpoints = choose_steps(training / "checkpoints", step, average)
+    check_origin(checkpoints, prepare(chosen, stages.TRAINING).key)
     export_checkpoints(
         chosen.recipe.training, chosen.resized, chosen.tokenizer, checkpoints, out.absolute()
     )

@@ -47,19 +47,21 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
 
 
 def _check_models(run: Run) -> None:
+    from cpt_merge.training.model.build import check_trainable
+
     for model in (run.base, run.chat):
         check_complete(model)  # the evaluation loads both with transformers
     content, _ = read_tokenizer(run.base)
     check_budget(run.recipe.corpus, run.recipe.training.tokens, build(content))
     models = open_fitting({"base": run.base, "chat": run.chat})
+    check_trainable(run.base, run.recipe.training)
     if run.recipe.tokenizer.languages():
         check_resizable(models["base"])
         check_pair(run.base, run.chat)
     else:
-        TokenizerFiles.read(run.base)
-        chat = TokenizerFiles.read(run.chat)
-        if chat is not None:
-            chat.require_listed()
+        for tokenizer in map(TokenizerFiles.read, (run.base, run.chat)):
+            if tokenizer is not None:
+                tokenizer.require_listed()
     if not run.recipe.merge.interpolates:
         merge_report.warn(pair_warnings(run.base, run.chat))
     run.further_models()

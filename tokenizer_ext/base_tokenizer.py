@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from cpt_merge.checkpoint.loaded import has_weights, open_model, text_section
 from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.sentencepiece_model import MODEL_FILE, NORMAL, Proto, is_tiktoken
+from cpt_merge.checkpoint.tensor_kinds import vocabulary_rows
 from cpt_merge.checkpoint.token_ids import read_tokens, unlisted
 from cpt_merge.checkpoint.tokenizer_files import token_text
 from cpt_merge.core.byte_alphabet import LETTERS
@@ -69,6 +72,7 @@ def read_base(directory: Path, rows: int | None = None) -> Base:
     if disagreements(content, proto):
         content = _with_merges_of(proto, content)
     settings = _read_settings(directory, content, proto)
+    _require_listed(directory, ids_of(content))
     content = {**content, "post_processor": _post_processor(content, settings)}
     rows = read_rows(directory) if rows is None else rows
     loaded = build(content)
@@ -108,9 +112,7 @@ def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
     from this base.
     """
     content, _ = read_tokenizer(directory)
-    problem = unlisted(directory, read_tokens(directory).ids)  # raises if two files disagree
-    if problem:
-        raise UserError(f"{problem}.")
+    _require_listed(directory, read_tokens(directory).ids)  # raises if two files disagree
     _check_distinct(directory, content)
     known = base.ids
     added = {token.content: token for token in added_tokens_of(content)}
@@ -126,6 +128,13 @@ def read_chat_tokens(directory: Path, base: Base) -> list[AddedToken]:
                 "from."
             )
     return sorted((added[token] for token in own), key=lambda token: token.id)
+
+
+def _require_listed(directory: Path, known: Collection[str]) -> None:
+    """Raise `UserError` if only the settings name a special token: loaders choose its id."""
+    problem = unlisted(directory, known)
+    if problem:
+        raise UserError(f"{problem}.")
 
 
 def _check_shape(fast: Path, content: Content) -> None:
@@ -154,9 +163,13 @@ def _check_distinct(directory: Path, content: Content) -> None:
 
 
 def read_rows(directory: Path) -> int:
-    """The rows of a model, from its config.json. Raises `UserError` if it does not say."""
-    config = read_json(directory / "config.json")
-    rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    """The rows of a model, from its config.json, or from its weights if that leaves them out.
+
+    Raises `UserError` if neither says it.
+    """
+    rows = text_section(read_json(directory / "config.json")).get("vocab_size")
+    if rows is None and has_weights(directory):
+        rows = vocabulary_rows(open_model(directory))
     if not isinstance(rows, int) or rows < 1:
         raise UserError(
             f"{directory / 'config.json'} has no vocab_size; give the directory of a Hugging Face "

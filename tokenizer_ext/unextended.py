@@ -42,6 +42,7 @@ def keep_tokenizer(base: Path, chat: Path | None, out: Path, multiple: int) -> V
 def _copy(base: Path, chat: Path | None, out: Path, multiple: int) -> VocabularyMap:
     own, rows = TokenizerFiles.read(base), read_rows(base)
     assert own is not None
+    own.require_listed()
     of_chat = TokenizerFiles.read(chat) if chat else None
     appended = _appended(own, of_chat) if of_chat else {}
     copy_files([base / name for name in TOKENIZER_FILES], out)

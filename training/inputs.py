@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import vocabulary_rows
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.mixture import SourceShare, by_size, check_repeats, mixture
@@ -37,7 +38,7 @@ def open_sequences(
     """
     store = Store.open(inputs.store)
     store.check_tokenizer(inputs.tokenizer)
-    store.check_vocabulary(int(Checkpoint.open(inputs.model).config["vocab_size"]))
+    store.check_vocabulary(vocabulary_rows(Checkpoint.open(inputs.model)))
     available = [source.train.tokens for source in store.info.sources]
     shares = by_size(store)
     if inputs.corpus:

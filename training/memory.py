@@ -37,8 +37,11 @@ class ModelShape:
 
     @staticmethod
     def from_config(config: Mapping[str, Any], parameters: int, name: str) -> ModelShape:
-        """From the values of a config.json. Raises `UserError` with `name` if one is missing."""
-        config = text_section(config)
+        """From the values of a config.json. Raises `UserError` with `name` if one is missing.
+
+        What a family's published files leave out (Gemma 3) is the default of its class.
+        """
+        config = _with_defaults(text_section(config))
         for wanted in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if wanted not in config:
                 raise UserError(
@@ -75,6 +78,17 @@ class ModelShape:
     def layer_parameters(self) -> float:
         """Parameters of one decoder layer."""
         return (self.parameters - self.vocabulary_parameters) / max(self.layers, 1)
+
+
+def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values of a config.json, and those of its family's class for what it leaves out."""
+    from transformers import AutoConfig
+
+    try:
+        complete = AutoConfig.for_model(**config).to_dict()
+    except (TypeError, ValueError, KeyError, AttributeError):  # a family of another library
+        return config
+    return {**complete, **config}
 
 
 @dataclass(frozen=True)

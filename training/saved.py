@@ -46,7 +46,7 @@ def choose_steps(directory: Path, step: int | None, average: str | None) -> list
     complete = {
         int(path.name.removeprefix("step-")): path
         for path in sorted(directory.glob("step-*"))
-        if not path.suffix and (path / STATE_FILE).is_file()
+        if path.name.removeprefix("step-").isdecimal() and (path / STATE_FILE).is_file()
     }
     if not complete:
         raise UserError(f"{directory} holds no complete checkpoint; train first.")
@@ -69,6 +69,19 @@ def choose_steps(directory: Path, step: int | None, average: str | None) -> list
             "training.checkpoints.keep and keep_every decide which are kept."
         )
     return [complete[wanted]]
+
+
+def check_origin(checkpoints: Sequence[Path], key: str) -> None:
+    """Raise `UserError` unless the checkpoints belong to a training of this key.
+
+    Otherwise the model and the tokenizer that they are exported with may not be theirs.
+    """
+    for checkpoint in checkpoints:
+        if _read_state(checkpoint)["key"] != key:
+            raise UserError(
+                f"{checkpoint} was written with other settings or inputs than the recipe has now, "
+                "so its rows may be other tokens; export with the recipe as it was then."
+            )
 
 
 def export_checkpoints(
@@ -116,7 +129,7 @@ def open_checkpoint(directory: Path) -> ReadTensor:
 
     Raises `UserError` if the checkpoint is damaged; so does the function.
     """
-    layout = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))["layout"]
+    layout = _read_state(directory)["layout"]
     open_it = _open_zero if layout.startswith("DeepSpeed") else _open_fsdp
     with _damage_named(directory):
         read = open_it(directory)
@@ -126,6 +139,13 @@ def open_checkpoint(directory: Path) -> ReadTensor:
             return read(name)
 
     return read_named
+
+
+def _read_state(directory: Path) -> dict[str, str]:
+    """The layout of a checkpoint, and the key of its training."""
+    with _damage_named(directory):
+        state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+        return {name: str(state[name]) for name in ("layout", "key")}
 
 
 def _open_fsdp(directory: Path) -> ReadTensor:

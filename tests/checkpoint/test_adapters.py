@@ -132,17 +132,22 @@ def test_a_head_of_its_own_unties_a_tied_base(tmp_path):
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_a_trained_embedding_of_a_tied_base_leaves_the_head(tmp_path, together):
+@pytest.mark.parametrize(
+    "trained_as",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=["copy", "low-rank"],
+)
+def test_a_trained_embedding_of_a_tied_base_leaves_the_head(tmp_path, together, trained_as):
     """PEFT's own logits are those of the model that is read here."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = save_model(tmp_path / "base", "llama", tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = LoraConfig(
-        r=RANK, target_modules=["q_proj"], modules_to_save=["embed_tokens"],
-        ensure_weight_tying=together,
-    )  # fmt: skip
+    settings = LoraConfig(r=RANK, ensure_weight_tying=together, **trained_as)
     trained = get_peft_model(model, settings)
     for values in trained.parameters():
         if values.requires_grad:

@@ -17,6 +17,7 @@ from cpt_merge.merge.extract import extract
 from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tokenizer_ext import EmbeddingsConfig
+from cpt_merge.tokenizer_ext.base_tokenizer import read_rows
 from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
 from tests.merge.conftest import make_family, write_tokenizer
 from tests.merge.test_merge_files import digest, load
@@ -204,6 +205,26 @@ def test_a_table_that_cannot_get_the_chat_model_s_tokens_is_named(tmp_path):
         path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="48 rows where the embedding has 56, and cannot get rows"):
         merged(tmp_path, "out")
+
+
+def test_a_text_section_without_vocab_size_gets_one(tmp_path):
+    """Gemma-3 4B as published: without it, loaders take the default of the class."""
+    make(gemma3, tmp_path)
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["text_config"].pop("vocab_size") == 48
+    path.write_text(json.dumps(config))
+    assert read_rows(tmp_path / "base") == 48
+    write_tokenizer(tmp_path / "longer", "cpt")
+    VocabularyMap(48, 50, [], [], [48, 49]).save(tmp_path / "longer")
+    resize_embeddings(
+        EmbeddingsConfig(), tmp_path / "base", tmp_path / "longer", tmp_path / "resized"
+    )
+    model, loading = transformers.Gemma3ForConditionalGeneration.from_pretrained(
+        tmp_path / "resized", output_loading_info=True
+    )
+    assert not any(loading.values())
+    assert len(model.get_output_embeddings().weight) == model.config.text_config.vocab_size == 50
 
 
 def test_processors_come_along_and_code_is_named(tmp_path, capsys):

@@ -19,7 +19,14 @@ from cpt_merge.merge.memory import merge_model
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tokenizer_ext import EmbeddingsConfig
 from cpt_merge.tokenizer_ext.embeddings.resize import resize_embeddings
-from tests.merge.conftest import make_family, pieces_of, save_weights, write_tokenizer
+from tests.merge.conftest import (
+    HIDDEN,
+    LAYERS,
+    make_family,
+    pieces_of,
+    save_weights,
+    write_tokenizer,
+)
 from tests.merge.test_merge_files import digest, load, merge
 from tests.merge.test_merge_hook import export, masters, merge_in_memory, resized, shards_of
 
@@ -247,6 +254,20 @@ def test_layers_that_config_json_does_not_count_are_left_out(untied, tmp_path, t
     merge(untied, tmp_path / "out", tracker, ratio="ramp(0.5, 1)")
     assert not any(".layers.1." in name for name in load(tmp_path / "out"))
     assert "9 tensors (model.layers.1." in capsys.readouterr().err
+
+
+def test_blocks_that_are_left_out_are_not_counted_in_config_json(untied, tmp_path, tracker):
+    """DeepSeek and GLM; other families count them in lists by layer, too (Step)."""
+    fields = {"num_nextn_predict_layers": 1, "layer_types": ["full_attention"] * (LAYERS + 1)}
+    extra = {f"model.layers.{LAYERS}.eh_proj.weight": torch.ones(HIDDEN, 2 * HIDDEN)}
+    for model in ("base", "chat", "cpt"):
+        set_config(untied.root / model, **fields, num_hidden_layers=LAYERS)
+        save_weights({**untied.weights[model], **extra}, untied.root / model)
+    merge(untied, tmp_path / "out", tracker)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert config["layer_types"] == ["full_attention"] * LAYERS
+    assert config["tie_word_embeddings"] is False
 
 
 def test_layers_of_towers_and_halves_have_counts_of_their_own(untied):

@@ -165,6 +165,17 @@ def test_a_role_for_a_token_that_is_not_there(bl_base, tmp_path) -> None:
         read_base(write_base(tmp_path, base.rows, content=base.content, pad_token="<pad>"))
 
 
+@pytest.mark.parametrize("extended", [True, False])
+def test_a_token_that_only_the_base_s_settings_name(bl_base, corpus, tmp_path, extended) -> None:
+    """Loaders add it behind all others, beyond the rows."""
+    base = read_base(bl_base)
+    settings = {"additional_special_tokens": ["<|im_end|>", "<|tool|>"]}
+    odd = write_base(tmp_path / "base", base.rows, content=base.content, **settings)
+    config = CONFIG if extended else TokenizerConfig()
+    with pytest.raises(UserError, match=r"tokenizer_config.json names <\|tool\|>, but the files"):
+        extend_tokenizer(config, odd, corpus, tmp_path / "out")
+
+
 def test_a_special_token_that_would_be_read_at_another_id(bl_base, tmp_path) -> None:
     """Special tokens in front that are not in the vocabulary:
 

@@ -323,6 +323,23 @@ def test_a_configuration_without_heads_is_named() -> None:
         )
 
 
+def test_what_a_family_leaves_out_of_its_configuration_is_its_default() -> None:
+    """Gemma-3 4B as published."""
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+    }
+    shape = ModelShape.from_config({"model_type": "gemma3", "text_config": text}, 4 * 10**9, "it")
+    assert (shape.vocabulary, shape.matrices, shape.query, shape.key_value) == (
+        262_208,
+        1,
+        2048,
+        1024,
+    )
+
+
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

@@ -19,7 +19,7 @@ import numpy as np
 
 from cpt_merge.checkpoint.adapters import MERGE_IT
 from cpt_merge.checkpoint.dtypes import narrow
-from cpt_merge.checkpoint.loaded import is_tied, loaded, tie_config
+from cpt_merge.checkpoint.loaded import is_tied, loaded, written_config
 from cpt_merge.checkpoint.model_files import GENERATION_FILE, copy_companions, copy_files
 from cpt_merge.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import is_by_token, kind_of, vocabulary_rows
@@ -40,7 +40,10 @@ from cpt_merge.tokenizer_ext.embeddings.token_space import MINIMUM, TokenSpace, 
 from cpt_merge.tracking import Cell, Tracker
 
 _BLOCK = 1 << 22  # elements copied at a time
-_NOT_RESIZED = ("embed_tokens_per_layer.weight", ".tid2eid")  # Gemma 3n, DeepSeek V4
+_NOT_RESIZED = (
+    "embed_tokens_per_layer.weight", ".tid2eid",  # Gemma 3n, DeepSeek V4
+    "final_logits_bias", "predictions.bias", "generator_lm_head.bias",  # BART, BERT, ELECTRA
+)  # fmt: skip
 _NORM_COLUMNS = ["matrix", "mean norm of old rows", "of new pieces", "new / old"]
 
 
@@ -163,7 +166,7 @@ class _Resize:
         config = self.source.config
         if self.matrices:
             config = resize_config(config, self.vocabulary.rows)
-        return tie_config(config, self.tied)
+        return written_config(config, self.tied)
 
     def layout(self) -> CheckpointLayout:
         """The files to write."""

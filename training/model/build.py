@@ -11,8 +11,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.loaded import open_model
 from cpt_merge.checkpoint.model_names import stored_names
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
@@ -31,6 +33,7 @@ from cpt_merge.training.model.head import find_head_form
 from cpt_merge.training.model.loss import Head, cross_entropy_sum
 from cpt_merge.training.model.recompute import apply_recompute
 
+_NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining")
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -108,7 +111,7 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
 
     Raises `UserError` for a model that cannot be trained as the configuration says.
     """
-    model_config = AutoConfig.from_pretrained(directory)
+    model_config = _decoder_config(directory)
     dtype = torch.bfloat16 if config.precision == "pure-bf16" else torch.float32
     try:
         with init_empty_weights(include_buffers=False):
@@ -130,6 +133,39 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
             decoder_layers(model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
         )
     return CausalLM(model, config.loss_chunk, config.compile).train()
+
+
+def _decoder_config(directory: Path) -> Any:
+    """The configuration of a causal language model. Raises `UserError` for another model."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().split(". ")[0][:200]
+        raise UserError(
+            f"transformers cannot read the config.json of {directory} ({reason}); use a model that "
+            "it knows without code of its own."
+        ) from None
+    masked = [name for name in config.architectures or () if name.endswith(_NOT_CAUSAL)]
+    kind = "an encoder-decoder" if config.is_encoder_decoder else masked[0] if masked else None
+    if kind or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"the model in {directory} ({kind or type(config).__name__}) is no causal language "
+            "model, and only those can be trained; use another base."
+        )
+    return config
+
+
+def check_trainable(directory: Path, config: TrainingConfig) -> None:
+    """Raise `UserError` for a model that training would refuse at its start; no weight is read.
+
+    Whether fp8 runs is left to the machine that trains.
+    """
+    module = build_model(directory, config.model_copy(update={"fp8": False}))
+    checkpoint = open_model(directory)
+    names = stored_names(module.model, checkpoint.tensors, directory)
+    source = WeightSource(checkpoint, names, torch.device("cpu"))
+    for name, parameter in module.model.named_parameters():
+        source.find(name, parameter)
 
 
 def _report_unused_settings(config: Any) -> None:
@@ -207,8 +243,11 @@ class WeightSource:
         module.stored_names = stored_names(module.model, checkpoint.tensors, directory)
         return WeightSource(checkpoint, module.stored_names, device)
 
-    def load(self, name: str, target: Tensor) -> Tensor:
-        """Values for `target`; of a sharded one, this process's rows."""
+    def find(self, name: str, target: Tensor) -> TensorInfo:
+        """Where the values for `target` are stored.
+
+        Raises `UserError` if that is nowhere, or in another shape or a type without values.
+        """
         stored_name, directory = self.names.get(name, name), self.checkpoint.directory
         info = self.checkpoint.tensors.get(stored_name)
         if info is None or tuple(info.shape) != tuple(target.shape):
@@ -223,6 +262,11 @@ class WeightSource:
                 f"{directory} holds {stored_name} as {info.dtype}; "
                 "convert the checkpoint to bfloat16."
             )
+        return info
+
+    def load(self, name: str, target: Tensor) -> Tensor:
+        """Values for `target`; of a sharded one, this process's rows."""
+        info, stored_name = self.find(name, target), self.names.get(name, name)
         stored = torch.from_numpy(self.checkpoint.read(stored_name, *local_rows(target)))
         if info.dtype in TORCH_DTYPES:
             stored = stored.view(TORCH_DTYPES[info.dtype])

@@ -1,12 +1,14 @@
 """Causal LMs of transformers with our loss: equal to transformers, loaded by rows, partly frozen."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,14 +23,16 @@ from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.model.build import (
     CausalLM,
     build_model,
+    check_trainable,
     decoder_layers,
     load_weights,
     named_local_parameters,
 )
 from cpt_merge.training.model.head import HeadForm
 from tests.distributed import run_ranks
+from tests.merge.test_multimodal import mllama
 from tests.training.conftest import CONFIG
-from tests.training.families import FAMILIES, apart, documents, make_family
+from tests.training.families import FAMILIES, SIZES, apart, documents, make_family
 
 CPU = torch.device("cpu")
 REARRANGED = {
@@ -241,11 +245,58 @@ def test_what_the_model_lacks_or_does_not_need_is_said(
         loaded(tmp_path)
 
 
-def test_an_unknown_architecture_is_one_sentence(tmp_path: Path) -> None:
+SMALL = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+HALVES = {
+    "vocab_size": 100, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+}  # fmt: skip
+NOT_TRAINED: dict[str, tuple[Callable[[], Any], str]] = {
+    "encoder-decoder": (
+        lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**HALVES)),
+        r"\(an encoder-decoder\) is no causal language model",
+    ),
+    "masked": (
+        lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
+        r"\(BertForMaskedLM\) is no causal language model",
+    ),
+    "vision": (
+        lambda: transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+        ),
+        r"\(SiglipVisionConfig\) is no causal language model",
+    ),
+    "experts": (
+        lambda: transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(**SIZES, num_local_experts=2)
+        ),
+        "such models cannot be trained here",
+    ),
+    "cross-attention": (mllama, "MllamaForCausalLM .*; such models cannot be trained"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_TRAINED)
+def test_a_model_that_cannot_be_trained_is_refused_before_its_weights_are_read(
+    kind: str, tmp_path: Path
+) -> None:
+    build, sentence = NOT_TRAINED[kind]
+    build().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        check_trainable(tmp_path, TrainingConfig(**{**CONFIG, "attention": "eager"}))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - REARRANGED))
+def test_models_that_are_trained_pass_the_same_check(family: str, tmp_path: Path) -> None:
+    make_family(tmp_path, family, tied=False)
+    check_trainable(tmp_path, TrainingConfig(**{**CONFIG, "attention": "eager", "fp8": True}))
+
+
+@pytest.mark.parametrize("model_type", ["t5", "of_another_library"])
+def test_an_unknown_architecture_is_one_sentence(model_type: str, tmp_path: Path) -> None:
     make_family(tmp_path, "llama", tied=False)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
-    with pytest.raises(UserError, match=r"the model in .* cannot be built"):
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    with pytest.raises(UserError, match=r"is no causal language model|cannot read the config.json"):
         loaded(tmp_path)
 
 
