@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.hub_repository import identity
 from cpt_merge.core.progress import say
 
 STAGE_FILE = "stage.json"
@@ -347,15 +348,18 @@ class KeptLines:
 def fingerprint(path: str | Path) -> str:
     """A digest that changes when a file or directory changes, without reading gigabytes.
 
-    The directory of a finished stage is identified by its key. In other directories, files up to
-    16 MiB count with their content, larger ones (weights, corpora) with their size, modification
-    time and first 64 KiB. A name that is not a local path (a hub id) stands for itself.
+    The directory of a finished stage is identified by its key, a snapshot in the hub's cache by its
+    commit. In other directories, files up to 16 MiB count with their content, larger ones (weights,
+    corpora) with their size, modification time and first 64 KiB. A name that is not a local path (a
+    hub id) stands for itself.
     """
     path = Path(path)
     if not path.exists():
         return f"hub:{path}"
     if path.is_file():
         return _file_fingerprint(path)
+    if commit := identity(path):
+        return f"hub:{commit}"
     record = read_record(path)
     if record:
         return f"stage:{record.key}"

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
+from cpt_merge.core.artifact import fingerprint
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.foreign_formats import describe_file, describe_folder
-from cpt_merge.core.progress import say
+from cpt_merge.core.hub_repository import HubUnreachableError, Repository, Snapshot
+from cpt_merge.core.progress import say_once
 
-NEEDED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md", "*.txt"]
-PICKLED_FILES = [*NEEDED_FILES, "pytorch_model*.bin", "adapter_model.bin"]
+_NEEDED = ("*.json", "*.model", "*.jinja", "README.md", "*.txt")
+_WEIGHTS = "*.safetensors"
+_PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
 # the same weights in other formats: folders (original/, metal/, onnx/), and Mistral's own files
-OTHER_COPIES = ["*/*", "consolidated*"]
+_OTHER_COPIES = ("*/*", "consolidated*")
 
 
 def is_local(name: str) -> bool:
-    """False for what can only be a hub id (org/model); True for a path, existing or not.
+    """False for what can only be a hub id (org/model or org/model@revision); True for a path,
+    existing or not.
 
     If the folder org exists here, org/model is a path, probably a misspelt one.
     """
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    return looks_local or Path(name).parent.is_dir()
+    hub_id = name.partition("@")[0]
+    looks_local = name.startswith((".", "/", "~")) or hub_id.count("/") != 1
+    return looks_local or Path(name).exists() or Path(hub_id).parent.is_dir()
+
+
+def is_here(name: str) -> bool:
+    """Whether a model is a local path or complete in the hub's cache."""
+    return is_local(name) or is_complete(Repository.parse("model", name).cached())
+
+
+def is_complete(snapshot: Snapshot | None) -> bool:
+    """Whether the hub's cache has all files that are needed of a model."""
+    return snapshot is not None and not snapshot.missing(needed_files(snapshot.files))
 
 
 def model_directory(name: str) -> Path:
@@ -46,56 +62,46 @@ def model_directory(name: str) -> Path:
             f"model {name} does not exist here; give a directory, or a hub id like org/model "
             "(whose first part must not be a folder here)."
         )
-    say(f"model {name}: looking it up on the hub")
-    with hub_errors(name):
-        path = _download(name, NEEDED_FILES)
-        return path if any(path.glob("*.safetensors")) else _download(name, PICKLED_FILES)
-
-
-def _download(name: str, wanted: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_COPIES))
-
-
-@contextmanager
-def hub_errors(name: str) -> Iterator[None]:
-    """Turn the errors of the hub client into a `UserError` that names the model."""
-    from huggingface_hub import errors
-
+    repository = Repository.parse("model", name)
     try:
-        yield
-    except errors.GatedRepoError:
+        return download_model(repository.find())
+    except HubUnreachableError:
+        found = repository.unlisted()
+        if found is None:
+            raise
+    say_once(
+        f"{repository}: the hub cannot be reached; using what its cache has, {found}, which may be "
+        "incomplete (an older client left no list of its files)"
+    )
+    return found
+
+
+def model_fingerprint(name: str) -> str:
+    """The fingerprint of a model; for a hub id that is its commit, and nothing is downloaded."""
+    if not is_local(name):
+        with suppress(HubUnreachableError):
+            return f"hub:{Repository.parse('model', name).find().identity}"
+    return fingerprint(model_directory(name))
+
+
+def download_model(snapshot: Snapshot) -> Path:
+    """The directory of a model, with all files that are needed of it."""
+    names = needed_files(snapshot.files)
+    downloaded = snapshot.download(names)
+    paths = [path for path in map(snapshot.path, names) if path is not None]
+    if not paths:
         raise UserError(
-            f"model {name} is gated; accept its terms at https://huggingface.co/{name}, then run "
-            "`hf auth login`."
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(
-            f"model {name} is neither a local directory nor on the hub; correct the name, or run "
-            "`hf auth login` if it is private."
-        ) from None
-    except errors.NotASafetensorsRepoError:
-        raise UserError(
-            f"model {name} has no safetensors files on the hub; download it and give its directory."
-        ) from None
-    except errors.HfHubHTTPError as error:
-        code = error.response.status_code
-        raise UserError(
-            f"the hub refuses to send model {name} (HTTP {code}); try again later, or download it "
-            "in another way and give its directory."
-        ) from None
-    except (
-        errors.LocalEntryNotFoundError,
-        ConnectionError,
-        errors.HTTPError,  # type: ignore[attr-defined]  # the HTTP library's own class
-    ):
-        raise UserError(
-            f"model {name} is not a local directory, and the hub cannot be reached; correct the "
-            f"path, or run `hf download {name}` where there is a network."
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"model {name} could not be downloaded: {error.strerror or type(error).__name__}; fix "
-            "that and run the same command again."
-        ) from None
+            f"{snapshot.repository} contains no files of a model (it has "
+            f"{', '.join(sorted(snapshot.files)[:5]) or 'none'}); name another repository."
+        )
+    if not downloaded:
+        say_once(f"{snapshot.repository}: commit {snapshot.commit}, from the hub's cache")
+    return paths[0].parent
+
+
+def needed_files(names: Collection[str]) -> list[str]:
+    """The files of a model that are read: no second copy of the weights in another format."""
+    own = [name for name in sorted(names) if not any(fnmatch(name, one) for one in _OTHER_COPIES)]
+    weights = [name for name in own if fnmatch(name, _WEIGHTS)]
+    weights = weights or [name for name in own if any(fnmatch(name, x) for x in _PICKLED_WEIGHTS)]
+    return [name for name in own if any(fnmatch(name, one) for one in _NEEDED)] + weights

@@ -255,6 +255,12 @@ class EvaluationConfig(Section):
             raise ValueError(f"model name {wrong[0]!r} is not made of letters, digits, . _ and -")
         return models
 
+    @property
+    def classifier(self) -> str | None:
+        """The classification model that the chosen suites use: a directory or a hub id."""
+        chosen = self.safety.classifier if "safety" in self.suites else None
+        return chosen.model if chosen else None
+
     def files(self) -> dict[str, str]:
         """The files and folders in the settings, by key, even if no chosen suite reads them."""
         named = {

@@ -14,6 +14,7 @@ import torch
 from pydantic import TypeAdapter
 
 from cpt_merge.core.artifact import KeptLines, fingerprint, installed_versions, stage_key
+from cpt_merge.core.hub import model_fingerprint
 from cpt_merge.core.progress import say
 from cpt_merge.data.sources import Corpus, Source, source_files
 from cpt_merge.evaluation.chat_template import ChatTemplate
@@ -92,8 +93,8 @@ def kept_folder(out: Path) -> Path:
 def input_files(config: EvaluationConfig, text: Text) -> dict[str, str]:
     """The fingerprints of all files that an evaluation reads apart from its models."""
     found = {name: fingerprint(Path(path).expanduser()) for name, path in config.files().items()}
-    if config.safety.classifier is not None:
-        found["classifier"] = fingerprint(Path(config.safety.classifier.model).expanduser())
+    if config.classifier is not None:
+        found["classifier"] = model_fingerprint(config.classifier)
     if isinstance(text, Corpus):
         sources, found["corpus"] = text.sources, repr(text.text())
     else:

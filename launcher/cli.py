@@ -335,6 +335,19 @@ def example(
 
 
 @app.command()
+def fetch(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Download a recipe's models and data from the hub, for compute nodes without internet.
+
+    All stages read the hub's cache (in HF_HOME), which has to be on a file system that the nodes
+    see. What is complete there is not downloaded again; the same command continues.
+    """
+    from cpt_merge.launcher.fetch import fetch as fetch_all
+    from cpt_merge.launcher.recipe import load_recipe
+
+    fetch_all(load_recipe(recipe, overrides or []))
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -7,10 +7,11 @@ from pathlib import Path
 from cpt_merge.checkpoint.reader import check_complete
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.hub import is_local
+from cpt_merge.core.hub import is_here
 from cpt_merge.data.check import check_budget, check_text
 from cpt_merge.data.mixture import mixture
 from cpt_merge.data.order import HORIZON
+from cpt_merge.launcher.fetch import check_cache
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.start import accelerate_config
@@ -26,9 +27,10 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
     """Raise `UserError` for a pair that does not fit, missing lists or prompts, text that cannot be
     read, or numbers that are impossible.
 
-    Models on the hub are downloaded, or else not checked.
+    Models on the hub are downloaded, or else checked only if the hub's cache has them.
     """
     check_numbers(recipe)
+    check_cache(recipe)
     check_text(recipe.corpus)
     files = {f"evaluation.{name}": path for name, path in recipe.evaluation.files().items()}
     lists = recipe.tokenizer.pieces_from.items()
@@ -42,7 +44,7 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
         recipe.evaluation.knowledge.check_installed()
     accelerate_config(recipe)
     models = [recipe.models.base, recipe.models.chat, *recipe.evaluation.models.values()]
-    if download or all(map(is_local, models)):
+    if download or all(map(is_here, models)):
         _check_models(Run(recipe))
 
 

@@ -11,11 +11,13 @@ import re
 from pathlib import Path
 
 from cpt_merge.core.hub import model_directory
+from cpt_merge.core.hub_repository import identity
 from cpt_merge.data.sources import Source
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import Output, StageContext
 from cpt_merge.tracking import Artifact
 
+HUB = "https://huggingface.co"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # NAME or OWNER/NAME
 
 
@@ -35,16 +37,19 @@ def used(context: StageContext) -> list[Artifact]:
         elif name in ("base", "chat"):
             model = run.base if name == "base" else run.chat
             label = getattr(run.recipe.models, name).rstrip("/").split("/")[-1]
-            uri = model.absolute().as_uri()
+            if identity(model):
+                label = label.partition("@")[0]  # the digest has the commit
+            uri = _model_address(model)
             found.append(Artifact(_name(f"{name}-{label}"), "model", uri, digest, True))
         elif name.startswith("model "):
             further = name.removeprefix("model ")
             path = run.further_models()[further].absolute()
             label = _name(f"model-{further}", str(path))
-            found.append(Artifact(label, "model", path.as_uri(), digest, True))
+            found.append(Artifact(label, "model", _model_address(path), digest, True))
         elif name == "cpt":
             path = model_directory(run.recipe.sweep.cpt or "").absolute()
-            found.append(Artifact(_name("cpt", str(path)), "model", path.as_uri(), digest, True))
+            label, uri = _name("cpt", str(path)), _model_address(path)
+            found.append(Artifact(label, "model", uri, digest, True))
         elif name.startswith("text "):
             short = _digest(digest, 16)  # the digest joins those of all files
             path_of = name.removeprefix("text ")
@@ -70,10 +75,16 @@ def _text_name(source: Source) -> str:
     return _name(text, "\0".join([source.path, source.subset or "", source.split, source.field]))
 
 
+def _model_address(directory: Path) -> str:
+    """The commit's page, if the directory is in the hub's cache."""
+    name, _, commit = (identity(directory) or "").partition("@")
+    return f"{HUB}/{name}/tree/{commit}" if commit else directory.absolute().as_uri()
+
+
 def _address(path: str, digest: str) -> str:
     """A dataset of the hub if no local file was found; else the file or a pattern's directory."""
     if digest == f"hub:{path}" and HUB_ID.fullmatch(path):
-        return f"https://huggingface.co/datasets/{path}"
+        return f"{HUB}/datasets/{path}"
     whole = Path(path).expanduser().absolute()
     return next(one for one in (whole, *whole.parents) if one.exists()).as_uri()
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cpt_merge.core.artifact import fingerprint
-from cpt_merge.core.hub import model_directory
+from cpt_merge.core.hub import model_directory, model_fingerprint
 from cpt_merge.core.lock import Lock
 from cpt_merge.core.world import find_world
 from cpt_merge.launcher.recipe import Recipe, load_recipe
@@ -86,7 +86,8 @@ class Run:
 
     def pair_inputs(self) -> dict[str, str]:
         """The fingerprints of base and chat."""
-        return {"base": fingerprint(self.base), "chat": fingerprint(self.chat)}
+        models = self.recipe.models
+        return {"base": model_fingerprint(models.base), "chat": model_fingerprint(models.chat)}
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from cpt_merge.checkpoint.quantised import refuse_by_config
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.hub import hub_errors, is_local, model_directory
+from cpt_merge.core.hub import is_here, model_directory
+from cpt_merge.core.hub_repository import Repository, hub_errors
 from cpt_merge.core.progress import counted
 from cpt_merge.core.world import World
 from cpt_merge.launcher.recipe import Recipe
@@ -36,18 +38,11 @@ def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
     has experts and must be `dense`.
     """
     name = recipe.models.base
-    if is_local(name):
-        config = Checkpoint.open(model_directory(name)).config
-        shape = shape_of(model_directory(name), name)
+    if is_here(name):
+        directory = model_directory(name)
+        config, shape = Checkpoint.open(directory).config, shape_of(directory, name)
     else:
-        from huggingface_hub import get_safetensors_metadata, hf_hub_download
-
-        with hub_errors(name):
-            path = Path(hf_hub_download(name, "config.json"))
-            parameters = sum(get_safetensors_metadata(name).parameter_count.values())
-        config = json.loads(path.read_text(encoding="utf-8"))
-        refuse_by_config(name, config)
-        shape = ModelShape.from_config(config, parameters, name)
+        config, shape = _shape_on_the_hub(name)
     recipe.training.check_positions(config)
     if dense and experts(SimpleNamespace(**config)) > 1:
         raise UserError(
@@ -55,6 +50,24 @@ def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
             "leave out --gpu."
         )
     return shape
+
+
+def _shape_on_the_hub(name: str) -> tuple[dict[str, Any], ModelShape]:
+    """The configuration and the shape of a model whose weights are not downloaded."""
+    from huggingface_hub import get_safetensors_metadata
+
+    snapshot = Repository.parse("model", name).find()
+    path = snapshot.path("config.json") if "config.json" in snapshot.files else None
+    if path is None:
+        raise UserError(
+            f"{snapshot.repository} has no config.json on the hub; if it is an adapter, run "
+            "`cpt-merge fetch RECIPE` first."
+        )
+    with hub_errors(snapshot.repository):
+        about = get_safetensors_metadata(snapshot.repository.name, revision=snapshot.commit)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    refuse_by_config(name, config)
+    return config, ModelShape.from_config(config, sum(about.parameter_count.values()), name)
 
 
 def extended_rows(recipe: Recipe, shape: ModelShape) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt_merge.core.artifact import fingerprint
+from cpt_merge.core.hub import model_directory, model_fingerprint
 from cpt_merge.launcher.stage import Output, Stage, StageContext
 
 if TYPE_CHECKING:
@@ -29,11 +30,9 @@ def _new_text(recipe: Recipe) -> Corpus:
 
 def _vector_inputs(recipe: Recipe) -> dict[str, str]:
     """The fingerprints of further chat vectors."""
-    from cpt_merge.core.hub import model_directory
-
     return {
-        f"vector {number} {name}": fingerprint(
-            model_directory(path) if name != "vector" else Path(path).expanduser()
+        f"vector {number} {name}": (
+            fingerprint(Path(path).expanduser()) if name == "vector" else model_fingerprint(path)
         )
         for number, vector in enumerate(recipe.merge.vectors, start=2)
         for name, path in (("base", vector.base), ("chat", vector.chat), ("vector", vector.vector))
@@ -42,9 +41,10 @@ def _vector_inputs(recipe: Recipe) -> dict[str, str]:
 
 
 def _prompt_inputs(recipe: Recipe) -> dict[str, str]:
-    """The fingerprints of the files that the evaluation asks from."""
-    files = recipe.evaluation.files()
-    return {name: fingerprint(Path(path).expanduser()) for name, path in files.items()}
+    """The fingerprints of the files that the evaluation asks from, and of the classifier."""
+    files, classifier = recipe.evaluation.files(), recipe.evaluation.classifier
+    found = {name: fingerprint(Path(path).expanduser()) for name, path in files.items()}
+    return found | ({"classifier": model_fingerprint(classifier)} if classifier else {})
 
 
 def _extend_tokenizer(context: StageContext, tracker: Tracker) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _embeddings_config(recipe: Recipe) -> dict[str, Any]:
 
 def _embeddings_inputs(run: Run) -> dict[str, str]:
     text = run.corpus_inputs() if run.recipe.embeddings.needs_text else {}
-    return {"base": fingerprint(run.base), **text}
+    return {"base": model_fingerprint(run.recipe.models.base), **text}
 
 
 EMBEDDINGS = Stage(
@@ -207,7 +207,8 @@ def _evaluate(context: StageContext, tracker: Tracker) -> dict[str, Any]:
 
 
 def _evaluation_inputs(run: Run) -> dict[str, str]:
-    further = {f"model {name}": fingerprint(path) for name, path in run.further_models().items()}
+    evaluation = run.recipe.evaluation
+    further = {f"model {name}": model_fingerprint(path) for name, path in evaluation.models.items()}
     return {**run.pair_inputs(), **_prompt_inputs(run.recipe), **run.corpus_inputs(), **further}
 
 
@@ -247,13 +248,12 @@ def _sweep(context: StageContext, tracker: Tracker) -> dict[str, Any]:
 
 
 def _swept(run: Run) -> Path:
-    from cpt_merge.core.hub import model_directory
-
     return model_directory(run.recipe.sweep.cpt) if run.recipe.sweep.cpt else run.cpt
 
 
 def _sweep_inputs(run: Run) -> dict[str, str]:
-    other = {"cpt": fingerprint(_swept(run))} if run.recipe.sweep.cpt else {}
+    swept = run.recipe.sweep.cpt
+    other = {"cpt": model_fingerprint(swept)} if swept else {}
     return {**other, **MERGE.reads(run), **_prompt_inputs(run.recipe), **run.corpus_inputs()}
 
 

@@ -1,8 +1,5 @@
-"""What is no checkpoint is recognised, and what a hub has twice is downloaded once."""
+"""What is no checkpoint is recognised."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,6 @@ from safetensors.torch import save_file
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
-from tests.core.hub_server import hub
 
 FOLDERS = [
     (["train_state.json", "shards/.metadata"], "training checkpoint", "cpt-merge export"),
@@ -77,37 +73,3 @@ def test_a_file_of_a_model_names_its_directory(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=f"give its directory, {tmp_path}"):
         model_directory(str(tmp_path / "model.safetensors"))
-
-
-def download(name: str, address: str, cache: Path) -> str:
-    """The directory of a model of the hub, in a process of its own."""
-    code = f"from cpt_merge.core.hub import model_directory; print(model_directory({name!r}))"
-    environment = {
-        **os.environ, "HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_other_copies_of_the_weights_are_not_downloaded(tmp_path: Path) -> None:
-    needed = ["config.json", "tokenizer.json", "model.safetensors", "preprocessor_config.json"]
-    others = [
-        "consolidated.safetensors", "original/consolidated.00.pth", "original/params.json",
-        "original/model.safetensors", "metal/model.bin", "onnx/config.json", "pytorch_model.bin",
-    ]  # fmt: skip
-    adapter = ["adapter_config.json", "adapter_model.bin", "original/adapter_model.bin"]
-    models = {
-        "org/whole": {name: name.encode() for name in [*needed, *others]},
-        "org/adapter": {name: name.encode() for name in adapter},
-    }
-    with hub(models) as (address, sent):
-        path = Path(download("org/whole", address, tmp_path))
-        assert sorted(file.name for file in path.iterdir()) == sorted(needed)
-        assert sent == set(needed)
-        sent.clear()
-        path = Path(download("org/adapter", address, tmp_path))
-        assert sorted(file.name for file in path.iterdir()) == adapter[:2]

@@ -280,15 +280,6 @@ def test_plan_refuses_what_would_stop_a_late_stage(
     assert done.stdout == ""
 
 
-def test_a_plan_downloads_no_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is on the hub is not checked; everything else is."""
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("download")
-    )
-    models = recipe.models.model_copy(update={"chat": "org/model"})
-    check_inputs(recipe.model_copy(update={"models": models}), download=False)
-
-
 @pytest.mark.parametrize("overrides", [[], ["training.tokens=1"]])
 def test_status_takes_the_folder_of_a_run(
     finished: Path, recipe_path: Path, overrides: list[str]

@@ -1,0 +1,127 @@
+"""The files of a dataset on the hub, and which of them are a configuration and split of it.
+
+Only files are used: they are downloaded into the hub's cache and read as local ones. Which files
+belong to a configuration and split is decided by `datasets` itself. It treats a folder as it treats
+a repository, so it is given a folder of empty files with the names of the repository's: the list
+of a commit's files is in the cache, and the answer needs no network and no data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.hub_repository import Repository, Snapshot
+
+_CARDS = ("README.md", ".huggingface.yaml")  # where a repository lists configurations and splits
+_CONVERTED = "refs/convert/parquet"  # the branch in which the hub keeps datasets as parquet files
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One data file of a dataset on the hub."""
+
+    dataset: str  # owner/name
+    revision: str  # the commit
+    name: str  # in the repository
+    size: int  # bytes
+
+    def __str__(self) -> str:
+        return f"{self.dataset}@{self.revision[:7]}/{self.name}"
+
+    @property
+    def path(self) -> Path | None:
+        """Where the hub's cache has it; None if it is not complete there."""
+        return self._snapshot.path(self.name)
+
+    def download(self) -> Path:
+        """The file in the hub's cache; no request is made if it is there. Raises `UserError`."""
+        self._snapshot.download([self.name])
+        path = self.path
+        if path is None:
+            raise UserError(f"{self} is damaged in the hub's cache; remove it there.")
+        return path
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        repository = Repository("dataset", self.dataset, self.revision)
+        return Snapshot(repository, self.revision, {self.name: self.size})
+
+
+def hub_dataset_files(
+    dataset: str, subset: str | None, split: str, revision: str | None
+) -> list[HubFile]:
+    """The files of a split, in the order in which `datasets` reads them; none is downloaded.
+
+    `subset` is a configuration, or a folder of the repository. Raises `UserError` for a dataset
+    that does not exist, has no such configuration or split, or is a script.
+    """
+    snapshot = Repository("dataset", dataset, revision).find()
+    names = _names(snapshot.repository, snapshot.commit, subset, split)
+    return [HubFile(dataset, snapshot.commit, name, snapshot.files[name]) for name in names]
+
+
+@cache
+def _names(repository: Repository, commit: str, subset: str | None, split: str) -> list[str]:
+    snapshot = Repository(repository.kind, repository.name, commit).find()
+    script = f"{repository.name.rpartition('/')[2]}.py"
+    if script in snapshot.files:
+        raise UserError(
+            f"{repository} is a Python script ({script}), which is not executed; if the hub has "
+            f"converted it, use {repository.name}@{_CONVERTED} with `subset: CONFIGURATION`."
+        )
+    cards = [name for name in _CARDS if name in snapshot.files]
+    snapshot.download(cards)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve() / "repository"
+        _lay_out(folder, snapshot, cards)
+        files = _data_files(folder, repository, subset)
+        if split not in files:
+            raise UserError(
+                f"{repository} has no split {split!r} but {', '.join(files)}; set the source's "
+                "`split`."
+            )
+        return [Path(file).relative_to(folder).as_posix() for file in files[split]]
+
+
+def _lay_out(folder: Path, snapshot: Snapshot, cards: list[str]) -> None:
+    """Make empty files with the names of the repository's; those that describe it are copied."""
+    for name in snapshot.files:
+        parts = PurePosixPath(name).parts
+        if ".." in parts or parts[0] == "/":
+            raise UserError(f"{snapshot.repository} contains {name}, which leaves its folder.")
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = snapshot.path(name) if name in cards else None
+        path.write_bytes(stored.read_bytes() if stored else b"")
+
+
+def _data_files(folder: Path, repository: Repository, subset: str | None) -> dict[str, list[str]]:
+    """The paths of the files of each split of a configuration."""
+    import datasets
+
+    known: list[str] = []
+    try:
+        known = datasets.get_dataset_config_names(str(folder))
+        options: dict[str, Any] = {"name": subset}
+        if subset and subset not in known and (folder / subset).is_dir():
+            options = {"data_dir": subset}
+        builder = datasets.load_dataset_builder(
+            str(folder), cache_dir=str(folder.parent / "cache"), **options
+        )
+    except Exception as error:  # of any kind: README.md may contain anything
+        if known and subset not in known and (subset or len(known) > 1):
+            wrong = f"has no configuration {subset!r} but" if subset else "has the configurations"
+            raise UserError(
+                f"{repository} {wrong} {', '.join(known)}; set the source's `subset`."
+            ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{repository} contains no data files that `datasets` finds "
+            f"({reason.replace(f'{folder}', repository.name).rstrip('.')})."
+        ) from None
+    return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}

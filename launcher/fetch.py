@@ -1,0 +1,101 @@
+"""What a recipe needs of the hub: `cpt-merge fetch` downloads it into the hub's cache on a login
+node, and the checks before the first stage say what is missing there.
+"""
+
+from __future__ import annotations
+
+from cpt_merge.checkpoint.adapters import ADAPTER_CONFIG, find_base, is_adapter
+from cpt_merge.checkpoint.reader import read_json
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.hub import download_model, is_complete, is_local, needed_files
+from cpt_merge.core.hub_repository import HubUnreachableError, Repository, Snapshot, cache_folder
+from cpt_merge.core.progress import counted, say
+from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.run import Run
+
+
+def hub_models(recipe: Recipe) -> dict[str, Repository]:
+    """The models that are on the hub, by the recipe's key; each repository once."""
+    vectors, evaluation = recipe.merge.vectors, recipe.evaluation
+    named: dict[str, str | None] = {
+        "models.base": recipe.models.base,
+        "models.chat": recipe.models.chat,
+        **{f"merge.vectors[{place}].base": one.base for place, one in enumerate(vectors)},
+        **{f"merge.vectors[{place}].chat": one.chat for place, one in enumerate(vectors)},
+        "sweep.cpt": recipe.sweep.cpt,
+        **{f"evaluation.models.{name}": model for name, model in evaluation.models.items()},
+        "evaluation.safety.classifier.model": evaluation.classifier,
+    }
+    found: dict[str, Repository] = {}
+    for key, name in named.items():
+        if name and not is_local(name):
+            repository = Repository.parse("model", name)
+            if repository not in found.values():
+                found[key] = repository
+    return found
+
+
+def check_cache(recipe: Recipe) -> None:
+    """Raise `UserError` for what the hub does not have, and if the hub cannot be reached, for all
+    that its cache lacks. Nothing is downloaded, nor asked if the cache is complete.
+    """
+    lacking = {
+        f"{key} ({repository})": repository
+        for key, repository in hub_models(recipe).items()
+        if not is_complete(repository.cached())
+    }
+    for repository in lacking.values():
+        try:
+            repository.ask()
+        except HubUnreachableError as error:
+            raise UserError(
+                f"the hub cannot be reached ({error.reason}), and its cache {cache_folder()} lacks "
+                f"{', '.join(lacking)}; run `cpt-merge fetch RECIPE` where there is a network."
+            ) from None
+
+
+def fetch(recipe: Recipe) -> None:
+    """Download all that the recipe needs of the hub, and print commits and sizes.
+
+    All repositories are looked up before the first large file is downloaded. Raises `UserError`.
+    """
+    models = {key: _look_up(repository) for key, repository in hub_models(recipe).items()}
+    for snapshot in models.values():
+        _fetch_model(snapshot)
+    _fetch_adapted(Run(recipe))
+    if "knowledge" in recipe.evaluation.suites:
+        from cpt_merge.evaluation.evaluators.knowledge import load_tasks
+
+        load_tasks(recipe.evaluation.knowledge, recipe.evaluation.seed)
+    if models:
+        say(f"the hub's cache {cache_folder()} has all that the stages need; they need no network")
+    else:
+        say("the recipe needs nothing of the hub")
+
+
+def _look_up(repository: Repository) -> Snapshot:
+    """The newest commit; without a network, the cached one if it is complete."""
+    try:
+        return repository.newest()
+    except HubUnreachableError:
+        cached = repository.cached()
+        if cached is None or not is_complete(cached):
+            raise
+        say(f"{repository}: the hub cannot be reached, but its cache has all of it")
+        return cached
+
+
+def _fetch_model(snapshot: Snapshot) -> None:
+    names = needed_files(snapshot.files)
+    missing = len(snapshot.missing(names))
+    download_model(snapshot)
+    size = f"{counted(len(names), 'file')}, {snapshot.size(names) / 1e9:,.2f} GB"
+    print(f"{snapshot.repository}: commit {snapshot.commit}, {size} ({missing} downloaded)")
+
+
+def _fetch_adapted(run: Run) -> None:
+    """Download the models that adapters belong to."""
+    named = [run.base, run.chat, *run.further_models().values()]
+    for directory in filter(is_adapter, named):
+        base = None if directory == run.base else run.base
+        find_base(directory, read_json(directory / ADAPTER_CONFIG), base)

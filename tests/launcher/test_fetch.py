@@ -1,0 +1,151 @@
+"""`cpt-merge fetch` from a hub on this machine, and everything after it without a network; all in processes of their own."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cpt_merge.launcher.recipe import Recipe
+from tests.hub_server import HubServer, hub
+from tests.processes import Process, Processes
+
+MODELS = ["models.base=org/base", "models.chat=org/chat@v1"]
+KEY = """
+import sys
+from pathlib import Path
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stage import prepare
+from cpt_merge.launcher.stages import find_stage
+for base in sys.argv[2:]:
+    run = Run.load(Path(sys.argv[1]), [f"models.base={base}", "models.chat=org/chat"])
+    print(prepare(run, find_stage("tokenizer")).key)
+"""
+
+Command = Callable[..., Process]
+
+
+@pytest.fixture
+def server(pair: Path) -> Iterator[HubServer]:
+    """A hub with the pair, the chat model also as the tag v1."""
+    with hub() as started:
+        started.push_folder("model", "org/base", pair / "base")
+        started.push_folder("model", "org/chat", pair / "chat", tags=["v1"])
+        yield started
+
+
+@pytest.fixture
+def command(server: HubServer, processes: Processes, recipe_path: Path, tmp_path: Path) -> Command:
+    """Runs `cpt-merge COMMAND RECIPE OVERRIDES` with the models of the hub and an empty cache."""
+
+    def run(name: str, *overrides: str, wait: bool = True) -> Process:
+        start = processes.run_python if wait else processes.python
+        return start(
+            "-m", "cpt_merge", name, recipe_path, *MODELS, f"runs={tmp_path / 'runs'}",
+            "tracking.mode=disabled", *overrides, env=server.environment(tmp_path / "home"),
+        )  # fmt: skip
+
+    return run
+
+
+def close(server: HubServer) -> None:
+    server.shutdown()
+    server.server_close()
+
+
+def test_after_a_fetch_everything_works_without_a_network(
+    server: HubServer, command: Command, tmp_path: Path
+) -> None:
+    (files,) = server.repositories["model", "org/base"].commits.values()
+    files["onnx/model.onnx"] = b"the same weights once more"
+    done = command("fetch", "evaluation.models={other: org/chat}")
+    assert done.returncode == 0, done.stderr
+    commits = [next(iter(one.commits)) for one in server.repositories.values()]
+    assert f"model org/base: commit {commits[0]}, " in done.stdout
+    assert f"model org/chat@v1: commit {commits[1]}, " in done.stdout
+    assert "they need no network" in done.stderr
+    assert "onnx/model.onnx" not in server.downloads()
+    asked = len(server.downloads())
+    assert "(0 downloaded)" in command("fetch").stdout
+    assert len(server.downloads()) == asked
+    close(server)
+    for name in ("plan", "tokenizer", "fetch"):
+        done = command(name)
+        assert done.returncode == 0, done.stderr
+        assert "hub cannot be reached" in done.stderr if name == "fetch" else f"commit {commits[0]}, from the hub's cache" in done.stderr  # fmt: skip
+    record = json.loads((tmp_path / "runs" / "tiny" / "tokenizer" / "stage.json").read_text())
+    assert record["inputs"]["base"] == f"hub:org/base@{commits[0]}"
+    assert record["inputs"]["chat"] == f"hub:org/chat@{commits[1]}"
+    log = tmp_path / "runs" / "tiny" / "tokenizer" / "log"
+    lineage = "".join(path.read_text() for path in log.rglob("*.json*"))
+    assert f"https://huggingface.co/org/chat/tree/{commits[1]}" in lineage
+
+
+def test_a_killed_fetch_continues(server: HubServer, command: Command) -> None:
+    server.holds["model.safetensors"] = 100
+    killed = command("fetch", wait=False)
+    killed.wait_until(server.held.is_set, "the middle of the weights")
+    killed.signal(signal.SIGKILL)
+    killed.finish()
+    before = server.downloads()
+    server.holds.clear()
+    server.release.set()
+    done = command("fetch")
+    assert done.returncode == 0, done.stderr
+    again = server.downloads()[len(before) :]
+    assert again.count("model.safetensors") == 2
+    assert again.count("tokenizer.model") == 1, "that of the chat model; the base's was complete"
+
+
+def test_a_fetch_that_is_stopped_says_so(server: HubServer, command: Command) -> None:
+    server.holds["model.safetensors"] = 100
+    stopped = command("fetch", wait=False)
+    stopped.wait_until(server.held.is_set, "the middle of the weights")
+    stopped.signal(signal.SIGTERM)
+    server.release.set()
+    assert stopped.finish() == 75
+    assert "stopped by SIGTERM; the same command continues" in stopped.stderr
+
+
+@pytest.mark.parametrize("name", ["plan", "run", "preflight"])
+def test_what_the_cache_lacks_is_reported_before_the_first_stage(
+    server: HubServer, command: Command, name: str, tmp_path: Path
+) -> None:
+    fetched = command(
+        "fetch", "models.chat=org/base", "merge.method=interpolate", "merge.ratio=0.5"
+    )
+    assert fetched.returncode == 0, fetched.stderr
+    close(server)
+    done = command(name, "evaluation.models={other: org/other}")
+    assert done.returncode == 2
+    assert (
+        f"the hub cannot be reached (Connection refused), and its cache {tmp_path / 'home' / 'hub'} lacks "
+        "models.chat (model org/chat@v1), evaluation.models.other (model org/other); run `cpt-merge fetch RECIPE`"
+    ) in done.stderr
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_a_plan_finds_what_the_hub_lacks_and_downloads_no_weights(
+    server: HubServer, command: Command, tmp_path: Path
+) -> None:
+    planned = command("plan")
+    assert planned.returncode == 0, planned.stderr
+    assert "M parameters" in planned.stdout
+    assert not list((tmp_path / "home").rglob("model.safetensors"))
+    missing = command("plan", "evaluation.models={other: org/other}")
+    assert missing.returncode == 2
+    assert "model org/other is neither here nor on the hub" in missing.stderr
+
+
+def test_two_commits_of_a_model_are_two_keys(
+    server: HubServer, processes: Processes, recipe: Recipe, recipe_path: Path, pair: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    server.push_folder("model", "org/base", pair / "base", tags=["v2"])
+    first = next(iter(server.repositories["model", "org/base"].commits))
+    environment = server.environment(tmp_path / "home")
+    names = ["org/base@v2", f"org/base@{first}", "org/base@v2"]
+    done = processes.run_python("-c", KEY, recipe_path, *names, env=environment)
+    assert done.returncode == 0, done.stderr
+    newer, older, again = done.stdout.split()
+    assert newer == again != older
