@@ -73,7 +73,7 @@ def _in_directory(directory: Path, whole_files: bool) -> list[Path]:
         endings = ", ".join(WHOLE_FILES if whole_files else FORMATS)
         raise UserError(f"{directory} contains no {endings} file; point the source at the text.")
     if others := [file for file in visible if file not in set(files)]:
-        _say_left_out(str(directory), others, "other file")
+        say_left_out(str(directory), [file.name for file in others], "other file")
     return files
 
 
@@ -94,7 +94,7 @@ def _visible(path: str, files: Iterable[Path], root: Path) -> list[Path]:
     for file in files:
         (hidden if _names_hidden(str(file.relative_to(root))) else visible).append(file)
     if hidden:
-        _say_left_out(path, hidden, "hidden file")
+        say_left_out(path, [file.name for file in hidden], "hidden file")
     return visible
 
 
@@ -102,7 +102,7 @@ def _names_hidden(path: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in Path(path).parts)
 
 
-def _say_left_out(path: str, files: list[Path], kind: str) -> None:
-    names = ", ".join(file.name for file in files[:_SHOWN])
-    more = ", ..." if len(files) > _SHOWN else ""
-    say_once(f"{path}: leaving out {counted(len(files), kind)} ({names}{more})")
+def say_left_out(path: str, names: list[str], kind: str) -> None:
+    """Say once which files of a source are not read."""
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    say_once(f"{path}: leaving out {counted(len(names), kind)} ({shown})")

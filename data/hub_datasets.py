@@ -16,6 +16,8 @@ from typing import Any
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub_repository import Repository, Snapshot
+from cpt_merge.data.files import say_left_out
+from cpt_merge.data.readers import FORMATS, WHOLE_FILES, format_of
 
 _CARDS = ("README.md", ".huggingface.yaml")  # where a repository lists configurations and splits
 _CONVERTED = "refs/convert/parquet"  # the branch in which the hub keeps datasets as parquet files
@@ -53,16 +55,28 @@ class HubFile:
 
 
 def hub_dataset_files(
-    dataset: str, subset: str | None, split: str, revision: str | None
+    repository: Repository, subset: str | None, split: str, whole_files: bool = False
 ) -> list[HubFile]:
     """The files of a split, in the order in which `datasets` reads them; none is downloaded.
 
     `subset` is a configuration, or a folder of the repository. Raises `UserError` for a dataset
-    that does not exist, has no such configuration or split, or is a script.
+    that does not exist, has no such configuration or split, is a script, or is no text.
     """
-    snapshot = Repository("dataset", dataset, revision).find()
-    names = _names(snapshot.repository, snapshot.commit, subset, split)
-    return [HubFile(dataset, snapshot.commit, name, snapshot.files[name]) for name in names]
+    snapshot = repository.find()
+    names = _names(repository, snapshot.commit, subset, split)
+    readable = [name for name in names if format_of(Path(name), whole_files)]
+    others = [name for name in names if name not in set(readable)]
+    if not readable:
+        endings = ", ".join(WHOLE_FILES if whole_files else FORMATS)
+        raise UserError(
+            f"{repository} is no text that is read here: {names[0]} is none of {endings} (also "
+            "compressed); convert it."
+        )
+    if others:
+        say_left_out(str(repository), others, "other file")
+    return [
+        HubFile(repository.name, snapshot.commit, name, snapshot.files[name]) for name in readable
+    ]
 
 
 @cache
@@ -80,7 +94,7 @@ def _names(repository: Repository, commit: str, subset: str | None, split: str) 
         folder = Path(temporary).resolve() / "repository"
         _lay_out(folder, snapshot, cards)
         files = _data_files(folder, repository, subset)
-        if split not in files:
+        if not files.get(split):
             raise UserError(
                 f"{repository} has no split {split!r} but {', '.join(files)}; set the source's "
                 "`split`."
@@ -93,7 +107,7 @@ def _lay_out(folder: Path, snapshot: Snapshot, cards: list[str]) -> None:
     for name in snapshot.files:
         parts = PurePosixPath(name).parts
         if ".." in parts or parts[0] == "/":
-            raise UserError(f"{snapshot.repository} contains {name}, which leaves its folder.")
+            raise UserError(f"{snapshot} contains {name}, which leaves its folder.")
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         stored = snapshot.path(name) if name in cards else None

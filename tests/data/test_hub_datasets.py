@@ -12,10 +12,11 @@ from tests.processes import Process, Processes
 OURS = """
 import json, sys
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.hub_repository import Repository
 from cpt_merge.data.hub_datasets import hub_dataset_files
-for asked in json.loads(sys.argv[1]):
+for name, subset, split, revision in json.loads(sys.argv[1]):
     try:
-        files = hub_dataset_files(*asked)
+        files = hub_dataset_files(Repository("dataset", name, revision), subset, split)
         print(json.dumps([file.name for file in files]), *{file.revision for file in files})
     except UserError as error:
         print(error)
@@ -32,8 +33,10 @@ for name, subset, split, revision in json.loads(sys.argv[1]):
 DOWNLOAD = """
 import json, sys
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.hub_repository import Repository
 from cpt_merge.data.hub_datasets import hub_dataset_files
-for file in hub_dataset_files(*json.loads(sys.argv[1])[0]):
+name, subset, split, revision = json.loads(sys.argv[1])[0]
+for file in hub_dataset_files(Repository("dataset", name, revision), subset, split):
     try:
         print(file.path is not None, file.download().read_bytes().decode())
     except UserError as error:
@@ -131,8 +134,8 @@ def test_what_is_no_dataset_is_one_sentence(server: HubServer, ask: Ask) -> None
         ("org/script", None, "train", None): "dataset org/script is a Python script (script.py), which is not executed",
         ("org/empty", None, "train", None): "dataset org/empty contains no data files that `datasets` finds",
         ("org/broken", None, "train", None): "dataset org/broken contains no data files that `datasets` finds (",
-        ("org/pictures", None, "train", None): "dataset org/pictures: train/cat.png is none of .jsonl, ",
-        ("org/outside", None, "train", None): "dataset org/outside contains ../a.jsonl, which leaves its folder",
+        ("org/pictures", None, "train", None): "dataset org/pictures is no text that is read here: train/cat.png is none of .jsonl, ",
+        ("org/outside", None, "train", None): "dataset org/outside@",
         ("org/gated", None, "train", None): f"dataset org/gated is gated; accept its terms at {server.address}/datasets/org/gated, then",
         ("org/none", None, "train", None): "dataset org/none is neither here nor on the hub",
         ("org/yaml", None, "train", None): "dataset org/yaml has the configurations news, web, no; set",
