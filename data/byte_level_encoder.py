@@ -8,6 +8,8 @@ t's bytes alone lead to t, so at some point they join two pieces across the bord
 The same two pieces stood in the text at the same point and would have been joined, so x and y
 cannot exist.
 
+Long texts are cut in front of a space or mark between two letters: every pattern ends a word there.
+
 The two libraries know different versions of Unicode. Texts with a character about which they may
 disagree (`is_settled`), and texts with a run that tiktoken's regular expressions cannot process,
 are left to the tokenizers library.
@@ -31,6 +33,8 @@ from cpt_merge.core.byte_alphabet import BYTES, LETTERS, to_bytes
 from cpt_merge.data.encoders import LibraryEncoder
 
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+_LETTER = "[A-Za-z가-힣一-鿿]"  # letters in every version of Unicode, also after normalisation
+BORDER = re.compile(rf"(?<={_LETTER})(?=[ \n,.;:!?。，、；：！？]{_LETTER})")
 RUN = re.compile(r"\s{100000}|\S{100000}")  # tiktoken fails at a million
 _START = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -78,6 +82,15 @@ class ByteLevelEncoder:
         ids = np.array([vocabulary[piece] for piece in pieces], library.dtype)
         ranks = {to_bytes(piece): rank for rank, piece in enumerate(pieces)}
         return ByteLevelEncoder(pattern, ranks, ids, library)
+
+    @property
+    def border(self) -> re.Pattern[str]:
+        """See `Shortcut`."""
+        return BORDER
+
+    def encode_parts(self, parts: list[str]) -> bytes:
+        """See `Shortcut`."""
+        return b"".join(self.encode([part])[0] for part in parts)
 
     @cached_property
     def _tiktoken(self) -> tiktoken.Encoding:

@@ -4,7 +4,8 @@ A tokenizer library looks at every character of every text, but most words of a 
 before. `WordEncoder` cuts texts in front of spaces and tokenises only new words. This is exact for
 SentencePiece BPE if no token reaches across such a cut: there is no pre-tokenizer (spaces become
 U+2581) and no piece has U+2581 after another character. A cut follows a word character or ASCII
-punctuation.
+punctuation. Long texts are also cut after a punctuation mark that is a piece and that no piece has
+before another character.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,9 @@ LONG_WORDS, NEW_WORDS = 8.0, 0.25
 # spaces and what follows up to the next cut
 WORD = re.compile(r" *[^ ]+(?:(?<![\w!-~]) +[^ ]*)*| +")
 
+MARKS = "。！？，、；："
+_BEFORE_SPACE = r"(?<=[\w!-~])(?= )"
+
 _SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _PREFIX = {"type": "Prepend", "prepend": "▁"}  # of the text, so no part of a word's tokens
 
@@ -35,6 +39,17 @@ class TextEncoder(Protocol):
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """The ids of each text, as the bytes of integers of the encoder's dtype."""
+
+
+class Shortcut(TextEncoder, Protocol):
+    """An encoder that is proven to give the ids of the tokenizers library."""
+
+    @property
+    def border(self) -> re.Pattern[str]:
+        """The places across which no token reaches."""
+
+    def encode_parts(self, parts: list[str]) -> bytes:
+        """The ids of the text that was cut at borders into `parts`."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +71,10 @@ class LibraryEncoder:
 class WordEncoder:
     """Encodes texts word by word and remembers the words."""
 
-    def __init__(self, library: LibraryEncoder, of_words: LibraryEncoder, lead: str) -> None:
-        self.library, self.of_words, self._lead = library, of_words, lead
+    def __init__(
+        self, library: LibraryEncoder, of_words: LibraryEncoder, lead: str, border: re.Pattern[str]
+    ) -> None:
+        self.library, self.of_words, self._lead, self.border = library, of_words, lead, border
         self._memo: dict[str, bytes] = {}
 
     @staticmethod
@@ -65,10 +82,11 @@ class WordEncoder:
         """None unless a tokenizer.json proves that no token reaches across a cut."""
         if not never_joins_over_spaces(definition):
             return None
+        border = re.compile(_BEFORE_SPACE + _after_marks(definition["model"]["vocab"]))
         if _PREFIX not in _steps(definition["normalizer"], "normalizers"):
-            return WordEncoder(library, library, "")
+            return WordEncoder(library, library, "", border)
         without = Tokenizer.from_str(json.dumps({**definition, "normalizer": _SPACE}))
-        return WordEncoder(library, LibraryEncoder(without, library.dtype), " ")
+        return WordEncoder(library, LibraryEncoder(without, library.dtype), " ", border)
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """See `TextEncoder`."""
@@ -84,6 +102,19 @@ class WordEncoder:
             new = list(set().union(*words))
         self._memo.update(zip(new, self.of_words.encode(new), strict=True))
         return [b"".join(map(self._memo.__getitem__, of_text)) for of_text in words]
+
+    def encode_parts(self, parts: list[str]) -> bytes:
+        """See `Shortcut`."""
+        first, *others = parts
+        encoded = self.library.encode([first])
+        return b"".join([*encoded, *(self.of_words.encode([part])[0] for part in others)])
+
+
+def _after_marks(pieces: Collection[str]) -> str:
+    """An alternative of a border: after the marks that no piece has before another character."""
+    ending = {mark for mark in MARKS if mark in pieces}
+    ending -= {mark for mark in ending if any(mark in piece[:-1] for piece in pieces)}
+    return f"|(?<=[{''.join(sorted(ending))}])" if ending else ""
 
 
 def never_joins_over_spaces(definition: Mapping[str, Any]) -> bool:

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.byte_level_encoder import ByteLevelEncoder
-from cpt_merge.data.encoders import LibraryEncoder, TextEncoder, WordEncoder
+from cpt_merge.data.encoders import LibraryEncoder, Shortcut, TextEncoder, WordEncoder
+from cpt_merge.data.long_texts import LONGEST, cut
 from cpt_merge.data.store import Integers, TokenizerInfo, Tokens, tokenizer_fingerprint
 
 
@@ -24,18 +25,33 @@ from cpt_merge.data.store import Integers, TokenizerInfo, Tokens, tokenizer_fing
 class VerifiedEncoder:
     """A shortcut that is compared with the library on one text of every block."""
 
-    shortcut: TextEncoder
+    shortcut: Shortcut
     library: LibraryEncoder
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """See `TextEncoder`. Raises `UserError` if the shortcut is not exact."""
-        encoded = self.shortcut.encode(texts)
-        shortest = min(range(len(texts)), key=lambda number: len(texts[number]))
-        if self.library.encode([texts[shortest]])[0] != encoded[shortest]:
+        short = [text for text in texts if len(text) <= LONGEST]
+        encoded = self.shortcut.encode(short)
+        if short:
+            compared = min(range(len(short)), key=lambda number: len(short[number]))
+            self._compare(short[compared], encoded[compared])
+        if len(short) == len(texts):
+            return encoded
+        of_short = iter(encoded)
+        return [
+            next(of_short) if len(text) <= LONGEST else self._encode_long(text) for text in texts
+        ]
+
+    def _encode_long(self, text: str) -> bytes:
+        parts = cut(text, self.shortcut.border)
+        self._compare(parts[0], self.shortcut.encode([parts[0]])[0])
+        return self.shortcut.encode_parts(parts)
+
+    def _compare(self, text: str, encoded: bytes) -> None:
+        if self.library.encode([text])[0] != encoded:
             raise UserError(
-                f"the shortcut to the tokens of {texts[shortest][:80]!r} is wrong; report this bug."
+                f"the shortcut to the tokens of {text[:80]!r} is wrong; report this bug."
             )
-        return encoded
 
 
 def text_encoder(backend: Tokenizer, dtype: str) -> TextEncoder:

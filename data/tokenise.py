@@ -34,7 +34,7 @@ from cpt_merge.data.store import (  # fmt: skip
     StoreSplit,
     TokenizerInfo,
 )
-from cpt_merge.data.workers import Report, run_in_processes
+from cpt_merge.data.workers import Report, run_in_processes, start_server
 
 # a block ends with the document that reaches one of these
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 1000, 2**20
@@ -188,6 +188,8 @@ def write_store(
     those on this node. An unfinished store with the same digest is continued. Raises `UserError`
     for a source without training text.
     """
+    if processes > 1:
+        start_server()
     plan = Plan.make(corpus, tokenizer, base)
     staging = staging_of(out, _digest(plan, deduplicate))
     if world.is_main:

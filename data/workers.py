@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from queue import Empty
 from typing import Any
 
@@ -21,6 +22,12 @@ _PRELOADED = ["cpt_merge.data.tokenise"]
 _POLL = 0.5  # seconds
 
 
+def start_server() -> None:
+    """Begin to import what the processes need, while this one goes on."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    forkserver.ensure_running()
+
+
 def run_in_processes(task: Task, processes: int, report: Report) -> None:
     """Call `task(number, report)` for every number below `processes`, each in its own process.
 
@@ -31,8 +38,8 @@ def run_in_processes(task: Task, processes: int, report: Report) -> None:
         with _one_thread():
             task(0, report)
         return
+    start_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
     queue: Any = context.Queue()
     workers = [
         context.Process(target=_child, args=(task, number, queue), daemon=True)

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from cpt_merge.data.byte_level_encoder import LLAMA_3, QWEN, TEKKEN, ByteLevelEncoder, is_settled
 from cpt_merge.data.encoders import LibraryEncoder
+from cpt_merge.data.long_texts import cut
 from tests.real_tokenizers import BASES
 from tests.training.texts import TEXTS
 
@@ -201,3 +202,24 @@ def test_special_tokens_in_a_text_are_text() -> None:
     library = LibraryEncoder(backend, "uint16")
     ids = np.frombuffer(of(library).encode(["we <|end|> go"])[0], "uint16")
     assert backend.token_to_id("<|end|>") not in ids
+
+
+def test_long_texts_are_cut_without_a_trace(
+    library: LibraryEncoder, by_tiktoken: ByteLevelEncoder
+) -> None:
+    alphabet = st.one_of(
+        st.sampled_from(
+            [*"Aa가一", *" \n,.;:!?。，、；：！", "one. two", "'s", "\u0301", "\u1161", "1"]
+        ),
+        st.sampled_from(CLUSTERED),
+    )
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(alphabet, min_size=1, max_size=30).map("".join))
+    def check(text: str) -> None:
+        parts = cut(text, by_tiktoken.border, 1)
+        assert "".join(parts) == text
+        assert by_tiktoken.encode_parts(parts) == library.encode([text])[0], parts
+
+    check()
+    assert cut("one two。三 four", by_tiktoken.border, 1) == ["one", " two", "。三", " four"]

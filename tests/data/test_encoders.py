@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from cpt_merge.data import encoders as module
 from cpt_merge.data.encoders import WORD, LibraryEncoder, WordEncoder
+from cpt_merge.data.long_texts import cut
 from tests.real_tokenizers import BASES
 from tests.training.texts import TEXTS
 
@@ -89,3 +90,31 @@ def test_tokenizers_that_may_join_words_are_not_cut(library: LibraryEncoder) -> 
         assert (
             WordEncoder.of(json.loads(backend.to_str()), LibraryEncoder(backend, "uint16")) is None
         )
+
+
+def test_long_texts_are_cut_without_a_trace(library: LibraryEncoder) -> None:
+    words = of(library)
+    alphabet = st.sampled_from(
+        [*"Aa가一 。！？，、；：.,\n", "  ", "\u0301", "。▁", "’", "天地玄黃"]
+    )
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(alphabet, min_size=1, max_size=30).map("".join))
+    def check(text: str) -> None:
+        parts = cut(text, words.border, 1)
+        assert "".join(parts) == text
+        assert words.encode_parts(parts) == library.encode([text])[0], parts
+
+    check()
+    assert cut("one two。三", words.border, 1) == ["one", " two。", "三"]
+
+
+def test_marks_that_a_piece_joins_with_what_follows_are_no_borders(library: LibraryEncoder) -> None:
+    definition = json.loads(library.backend.to_str())
+    model = definition["model"]
+    model["vocab"]["。一"] = len(model["vocab"])
+    model["merges"].append(["。", "一"])
+    joining = LibraryEncoder(Tokenizer.from_str(json.dumps(definition)), "uint16")
+    words = of(joining)
+    assert cut("天。一，二", words.border, 1) == ["天。一，", "二"]
+    assert words.encode_parts(["天。一，", "二"]) == joining.encode(["天。一，二"])[0]
