@@ -16,3 +16,7 @@ class DataConfig(Section):
     deduplicate: bool = key(
         False, "leave out documents with the same normalised text as an earlier one of any source"
     )
+    keep_blocks: bool = key(
+        True, "keep the tokenised blocks next to the store, as large as it, so that only text that "
+        "is added later has to be tokenised",
+    )  # fmt: skip

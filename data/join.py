@@ -24,7 +24,7 @@ from cpt_merge.data.store import (
 )
 
 Keep = npt.NDArray[np.bool_]
-Pieces = list[list[int]]  # the numbers of the pieces of each source
+Pieces = list[list[str]]  # the keys of the pieces of each source
 
 
 def join(
@@ -64,7 +64,7 @@ def join(
 
 def _write(
     parts: Parts,
-    pieces: list[int],
+    pieces: list[str],
     split: StoreSplit,
     tokenizer: TokenizerInfo,
     folder: Path,
@@ -89,7 +89,7 @@ def _write(
     return counts
 
 
-def _blocks(parts: Parts, pieces: list[int], split: StoreSplit) -> Iterator[Encoded]:
+def _blocks(parts: Parts, pieces: list[str], split: StoreSplit) -> Iterator[Encoded]:
     for piece in pieces:
         for part, row in parts.of_piece(piece):
             encoded = part.read(row, split)

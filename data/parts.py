@@ -1,27 +1,29 @@
 """Tokenised blocks on their way into a store: parts that any process writes and reads.
 
-    OUT.parts/unfinished          the marker of `core.artifact.Staging`: the digest of the store
-    OUT.parts/part-*/blocks.npy   int64 [blocks, 7]: piece, block, documents left out for each
-                                  reason, documents of each split
-    OUT.parts/part-*/ends.npy     int64 [ends, 2]: a piece that was read to its end, its blocks
-    OUT.parts/part-*/SPLIT-*.npy  the blocks' documents one after the other: tokens, lengths, bytes,
-                                  hashes
+    PARTS/unfinished          the marker of `core.artifact.Staging`: tokenizers and settings
+    PARTS/part-*/blocks.npy   int64 [blocks, 7]: digest (2 numbers), documents left out for each
+                              reason, documents of each split
+    PARTS/part-*/pieces.json  pieces that were read to their ends: key -> digests of their blocks
+    PARTS/part-*/SPLIT-*.npy  the blocks' documents one after the other: tokens, lengths, bytes,
+                              hashes
 
-A part takes its name when all of it is on disk. Which process made a block does not matter: blocks
-are joined by their numbers (`data/join.py`).
+A part takes its name when all of it is on disk. A block is known by the digest of its text, so it
+does not matter which process made it, for which store, or in which file the text was: text that was
+tokenised once is never tokenised again, and only new text costs time.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from cpt_merge.core.artifact import Staging
+from cpt_merge.core.artifact import Staging, write_json
 from cpt_merge.data.store import SPLITS, Integers, StoreSplit, Tokens
 
 PART_BYTES = 64_000_000  # of tokens in one part
@@ -29,7 +31,7 @@ REASONS = ("bad_rows", "empty")  # why a document of a block is left out
 
 _FIRST_SPLIT = 2 + len(REASONS)  # column of `blocks`
 
-Place = tuple[int, int]  # (piece, block)
+Digest = bytes  # 16 bytes, of a block's text
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class TokenBlock:
     `left_out` is the number of the others for each of `REASONS`.
     """
 
-    place: Place
+    digest: Digest
     left_out: tuple[int, ...]
     splits: dict[StoreSplit, Encoded]
 
@@ -60,7 +62,7 @@ class PartWriter:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._blocks: list[TokenBlock] = []
-        self._ends: list[Place] = []
+        self._pieces: dict[str, list[Digest]] = {}
         self._size = 0
 
     def add(self, block: TokenBlock) -> None:
@@ -70,31 +72,32 @@ class PartWriter:
         if self._size >= PART_BYTES:
             self.flush()
 
-    def end(self, piece: int, blocks: int) -> None:
-        """Note that a piece was read to its end."""
-        self._ends.append((piece, blocks))
+    def end(self, piece: str, blocks: list[Digest]) -> None:
+        """Note which blocks a piece has, by its key."""
+        self._pieces[piece] = blocks
 
     def flush(self) -> None:
         """Write what was collected."""
-        if not self._blocks and not self._ends:
+        if not self._blocks and not self._pieces:
             return
         name = secrets.token_hex(8)
         rows = []
         for block in self._blocks:
             counts = [len(block.splits[s].lengths) if s in block.splits else 0 for s in SPLITS]
-            rows.append([*block.place, *block.left_out, *counts])
+            rows.append([*np.frombuffer(block.digest, np.int64), *block.left_out, *counts])
         with Staging(self.directory / f"part-{name}").filling() as part:
             np.save(
                 part / "blocks.npy",
                 np.asarray(rows, np.int64).reshape(-1, _FIRST_SPLIT + len(SPLITS)),
             )
-            np.save(part / "ends.npy", np.asarray(self._ends, np.int64).reshape(-1, 2))
+            named = {key: [one.hex() for one in blocks] for key, blocks in self._pieces.items()}
+            write_json(part / "pieces.json", named)
             for split in SPLITS:
                 encoded = [block.splits[split] for block in self._blocks if split in block.splits]
                 for field in fields(Encoded) if encoded else ():
                     values = np.concatenate([getattr(one, field.name) for one in encoded])
                     np.save(part / f"{split}-{field.name}.npy", values)
-        self._blocks, self._ends, self._size = [], [], 0
+        self._blocks, self._pieces, self._size = [], {}, 0
 
 
 class StoredPart:
@@ -103,7 +106,7 @@ class StoredPart:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.blocks: Integers = np.load(directory / "blocks.npy")
-        self.ends: Integers = np.load(directory / "ends.npy")
+        self.pieces: dict[str, list[str]] = json.loads((directory / "pieces.json").read_text())
         self._documents = np.concatenate(
             [np.zeros((1, len(SPLITS)), np.int64), np.cumsum(self.blocks[:, _FIRST_SPLIT:], axis=0)]
         )
@@ -134,8 +137,8 @@ class Parts:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.rows: dict[Place, tuple[StoredPart, int]] = {}  # where a block is
-        self.totals: dict[int, int] = {}  # pieces that were read to their end -> their blocks
+        self.rows: dict[Digest, tuple[StoredPart, int]] = {}  # where a block is
+        self.pieces: dict[str, list[Digest]] = {}  # of what was read to its end, by key
         self._known: set[str] = set()
 
     def update(self) -> Parts:
@@ -144,16 +147,28 @@ class Parts:
             if path.name not in self._known and not path.suffix:
                 part = StoredPart(path)
                 self._known.add(path.name)
-                for row, (piece, block) in enumerate(part.blocks[:, :2].tolist()):
-                    self.rows[piece, block] = (part, row)
-                self.totals.update(part.ends.tolist())
+                for row, digest in enumerate(part.blocks[:, :2]):
+                    self.rows[digest.tobytes()] = (part, row)
+                for key, blocks in part.pieces.items():
+                    self.pieces[key] = [bytes.fromhex(block) for block in blocks]
         return self
 
-    def is_complete(self, pieces: int) -> bool:
+    def is_complete(self, pieces: Iterable[str]) -> bool:
         """Whether every block of all `pieces` is there."""
-        return len(self.totals) == pieces and sum(self.totals.values()) == len(self.rows)
+        return all(
+            key in self.pieces and all(block in self.rows for block in self.pieces[key])
+            for key in pieces
+        )
 
-    def of_piece(self, piece: int) -> Iterator[tuple[StoredPart, int]]:
+    def of_piece(self, piece: str) -> Iterator[tuple[StoredPart, int]]:
         """(part, row) of a complete piece's blocks, in order."""
-        for block in range(self.totals[piece]):
-            yield self.rows[piece, block]
+        for block in self.pieces[piece]:
+            yield self.rows[block]
+
+    def remove_unused(self, pieces: Iterable[str]) -> None:
+        """Remove parts that have no block and no list of any of `pieces`."""
+        wanted = set(pieces)
+        used = {self.rows[block][0].directory for key in wanted for block in self.pieces[key]}
+        for part in {part for part, _ in self.rows.values()}:
+            if part.directory not in used and not wanted & part.pieces.keys():
+                Staging(part.directory).remove_target()

@@ -37,7 +37,7 @@ def run(
     say(f"  tokenising in {counted(processes, 'process')}")
     info = write_store(
         corpus, tokenizer, out, base=base, processes=processes, deduplicate=config.deduplicate,
-        world=world,
+        keep_blocks=config.keep_blocks, world=world,
     )  # fmt: skip
     rows, reasons = list[list[Cell]](), list(info.sources[0].left_out)
     for source in info.sources:

@@ -5,28 +5,31 @@ its size, and every process has an interval of that line. Block number b of a pi
 of the piece plus frac(b * golden ratio) of its length, which spreads the blocks evenly. A process
 reads the pieces that its interval meets and tokenises the blocks inside it. So a corpus of many
 files is divided by files and a single file by blocks; the cost is that processes read blocks that
-they do not tokenise. Tokenised blocks go into parts (`data/parts.py`), which rank 0 joins.
+they do not tokenise. Tokenised blocks go into parts (`data/parts.py`), which rank 0 joins and which
+stay for the next store: of a corpus that has grown, only the new blocks are tokenised.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cpt_merge.core.artifact import Staging, fingerprint, stage_key, write_json
 from cpt_merge.core.distributed import wait_for
-from cpt_merge.core.progress import Meter, say, timed
+from cpt_merge.core.progress import Meter, counted, say, timed
 from cpt_merge.core.world import World
 from cpt_merge.data.documents import SKIPPED
 from cpt_merge.data.encoding import DocumentEncoder
 from cpt_merge.data.join import join
-from cpt_merge.data.parts import Encoded, Parts, PartWriter, Place, TokenBlock
-from cpt_merge.data.sources import Corpus, Piece, read_piece, source_pieces
+from cpt_merge.data.parts import Digest, Encoded, Parts, PartWriter, TokenBlock
+from cpt_merge.data.sources import Corpus, Piece, Source, read_piece, source_pieces
 from cpt_merge.data.store import (  # fmt: skip
     STORE_FILE,
     Store,
@@ -48,8 +51,9 @@ class Plan:
 
     corpus: Corpus
     pieces: list[Piece]
+    keys: list[str]  # of the pieces: digests of their files and of how they are read
     starts: list[float]  # of each piece on the line; the last is 1
-    of_source: list[list[int]]  # the numbers of the pieces of each source
+    of_source: list[list[str]]  # the keys of the pieces of each source
     encoders: dict[StoreSplit, DocumentEncoder]  # `train` also encodes the held-out text
 
     @staticmethod
@@ -59,16 +63,15 @@ class Plan:
         pieces = [piece for pieces in by_source for piece in pieces]
         ends = np.cumsum([piece.size or HUB_PIECE for piece in pieces], dtype=float)
         starts = [0.0, *(ends / ends[-1]).tolist()] if pieces else [0.0]
-        numbers = iter(range(len(pieces)))
-        of_source = [[next(numbers) for _ in of] for of in by_source]
+        of_source = [[_key(piece) for piece in of] for of in by_source]
+        keys = [key for of in of_source for key in of]
         encoders: dict[StoreSplit, DocumentEncoder] = {"train": DocumentEncoder.read(tokenizer)}
         if base:
             encoders["reference"] = DocumentEncoder.read(base)
-        return Plan(corpus, pieces, starts, of_source, encoders)
+        return Plan(corpus, pieces, keys, starts, of_source, encoders)
 
-    def position(self, place: Place) -> float:
+    def position(self, piece: int, block: int) -> float:
         """Where a block is. Shards of hub datasets are not divided: each is downloaded once."""
-        piece, block = place
         within = (block + 0.5) * GOLDEN % 1 if self.pieces[piece].files else 0.5
         return self.starts[piece] + within * (self.starts[piece + 1] - self.starts[piece])
 
@@ -108,23 +111,55 @@ def tokenise_share(
             continue
         if _is_done(plan, number, mine, done):
             continue
-        block = -1
+        digests, treatment = list[Digest](), _treatment(piece.source)
         for block, texts in enumerate(blocks(read_piece(piece))):
-            place = (number, block)
-            if plan.position(place) in mine and place not in done.rows:
-                made = encode_block(place, texts, plan.corpus, plan.encoders)
+            digests.append(digest_of(texts, treatment))
+            if plan.position(number, block) in mine and digests[-1] not in done.rows:
+                made = encode_block(digests[-1], texts, plan.corpus, plan.encoders)
                 writer.add(made)
                 report(len(texts), sum(len(made.splits[split].tokens) for split in made.splits))
-        writer.end(number, block + 1)
+        writer.end(plan.keys[number], digests)
     writer.flush()
 
 
 def _is_done(plan: Plan, piece: int, mine: Interval, done: Parts) -> bool:
-    """Whether an earlier attempt tokenised all blocks of the piece in the interval."""
-    places = ((piece, block) for block in range(done.totals.get(piece, 0)))
-    return piece in done.totals and all(
-        place in done.rows for place in places if plan.position(place) in mine
+    """Whether the piece was read to its end, and its blocks in the interval were tokenised."""
+    digests = done.pieces.get(plan.keys[piece])
+    return digests is not None and all(
+        digest in done.rows
+        for block, digest in enumerate(digests)
+        if plan.position(piece, block) in mine
     )
+
+
+def _key(piece: Piece) -> str:
+    """A digest of what is read, and how."""
+    inputs = {str(number): fingerprint(file) for number, file in enumerate(piece.files)}
+    if not piece.files:
+        inputs = {"hub": f"{piece.source.path} {piece.source.subset} {piece.source.split}"}
+    reading = {"field", "conversations", "whole_files", "bad_rows"}
+    settings = {
+        "source": piece.source.model_dump(include=reading) | _treatment(piece.source),
+        "rows": piece.rows,
+        "shard": piece.shard,
+        "block": [BLOCK_DOCUMENTS, BLOCK_CHARACTERS],
+    }
+    return stage_key("piece", settings, inputs)
+
+
+def _treatment(source: Source) -> dict[str, Any]:
+    """The settings of a source that decide what becomes of a text, wherever it was read."""
+    return source.model_dump(include={"language"})
+
+
+def digest_of(texts: Iterable[str | None], treatment: Mapping[str, Any]) -> Digest:
+    """The digest of a block's texts and of what becomes of them."""
+    digest = hashlib.blake2b(json.dumps(treatment).encode(), digest_size=16)
+    for text in texts:
+        content = b"" if text is SKIPPED else text.encode("utf-8", "surrogatepass")
+        digest.update(b"%d " % (-1 if text is SKIPPED else len(content)))
+        digest.update(content)
+    return digest.digest()
 
 
 def blocks(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
@@ -142,7 +177,7 @@ def blocks(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
 
 
 def encode_block(
-    place: Place,
+    digest: Digest,
     texts: list[str | None],
     corpus: Corpus,
     encoders: dict[StoreSplit, DocumentEncoder],
@@ -161,7 +196,7 @@ def encode_block(
         for split, of_split in divided.items()
         if of_split
     }
-    return TokenBlock(place, left_out, splits)
+    return TokenBlock(digest, left_out, splits)
 
 
 def _encode(texts: list[str], encoder: DocumentEncoder) -> Encoded:
@@ -180,23 +215,25 @@ def write_store(
     base: Path | None = None,
     processes: int = 1,
     deduplicate: bool = False,
+    keep_blocks: bool = True,
     world: World = World(),  # noqa: B008 - immutable
 ) -> StoreInfo:
     """Tokenise the corpus into a store at `out`, together with all nodes of `world`.
 
     `base` is the directory of the original base model, for the `reference` split; `processes` are
-    those on this node. An unfinished store with the same digest is continued. Raises `UserError`
-    for a source without training text.
+    those on this node. Blocks of text that were tokenised before are not tokenised again; with
+    `keep_blocks` they are kept next to the store. Raises `UserError` for a source without training
+    text.
     """
     if processes > 1:
         start_server()
     plan = Plan.make(corpus, tokenizer, base)
-    staging = staging_of(out, _digest(plan, deduplicate))
+    staging, blocks = Staging(out, _digest(plan, deduplicate), replace=True), blocks_of(out, plan)
     if world.is_main:
         staging.finish_commit()
     if _is_finished(staging):
         return Store.open(out).info
-    _open_parts(staging, world)
+    _open_parts(blocks, staging, plan, world)
     if _is_finished(staging):  # by other nodes, before this process began
         return Store.open(out).info
     with Meter("tokenise", None, "documents") as meter:
@@ -209,31 +246,31 @@ def write_store(
             meter.advance(documents)
 
         run_in_processes(
-            partial(tokenise_share, plan, staging.directory, world, processes), processes, report
+            partial(tokenise_share, plan, blocks.directory, world, processes), processes, report
         )
     if not world.is_main:
         wait_for(lambda: _is_finished(staging), "the other tasks of this job step")
         return Store.open(out).info
-    parts = Parts(staging.directory)
-    wait_for(
-        lambda: parts.update().is_complete(len(plan.pieces)), "the other tasks of this job step"
-    )
-    with timed("join"):
-        info = _join(parts, plan, staging, deduplicate)
-        staging.commit()
+    parts = Parts(blocks.directory)
+    wait_for(lambda: parts.update().is_complete(plan.keys), "the other tasks of this job step")
+    with timed("join"), staging.filling() as store:
+        info = _join(parts, plan, store, staging.key, deduplicate)
+    if keep_blocks:
+        parts.remove_unused(plan.keys)
+    else:
+        blocks.discard()
     return info
 
 
-def _join(parts: Parts, plan: Plan, staging: Staging, deduplicate: bool) -> StoreInfo:
+def _join(parts: Parts, plan: Plan, out: Path, digest: str, deduplicate: bool) -> StoreInfo:
     infos = {split: encoder.info for split, encoder in plan.encoders.items()}
     by_split: dict[StoreSplit, TokenizerInfo] = {
         "train": infos["train"],
         "heldout": infos["train"],
         **infos,
     }
-    out, sources = staging.directory, plan.corpus.sources
-    found = join(parts, plan.of_source, sources, by_split, out, deduplicate)
-    info = StoreInfo(staging.key, infos["train"], infos.get("reference"), found)
+    found = join(parts, plan.of_source, plan.corpus.sources, by_split, out, deduplicate)
+    info = StoreInfo(digest, infos["train"], infos.get("reference"), found)
     write_json(out / STORE_FILE, asdict(info))
     return info
 
@@ -250,9 +287,15 @@ def _digest(plan: Plan, deduplicate: bool) -> str:
     return stage_key("store", settings, inputs)
 
 
-def staging_of(out: Path, digest: str) -> Staging:
-    """Where the parts of a store are collected and joined."""
-    return Staging(out, digest, suffix=".parts", scratch=("part-*",), replace=True)
+def blocks_of(out: Path, plan: Plan) -> Staging:
+    """Where the tokenised blocks of a store are, for one pair of tokenizers and one normalisation.
+
+    The directory is never finished: the next store of the run uses it again.
+    """
+    settings = plan.corpus.model_dump(include={"heldout", "normalization"})
+    tokenizers = {str(split): encoder.info.fingerprint for split, encoder in plan.encoders.items()}
+    key = stage_key("blocks", settings, tokenizers)
+    return Staging(out.with_name(f"{out.name}.blocks"), key, suffix="")
 
 
 def _is_finished(staging: Staging) -> bool:
@@ -260,12 +303,16 @@ def _is_finished(staging: Staging) -> bool:
     return (store / STORE_FILE).is_file() and Store.open(store).info.digest == staging.key
 
 
-def _open_parts(staging: Staging, world: World) -> None:
-    """The first process makes the folder of the parts, or finds that of an earlier attempt."""
+def _open_parts(blocks: Staging, staging: Staging, plan: Plan, world: World) -> None:
+    """The first process makes the folder of the blocks, or finds an earlier one."""
     if not world.is_main:
         wait_for(
-            lambda: staging.is_begun or _is_finished(staging), "the other tasks of this job step"
+            lambda: blocks.is_begun or _is_finished(staging), "the other tasks of this job step"
         )
-    elif staging.begin():
-        done = len(Parts(staging.directory).update().rows)
-        say(f"continuing an unfinished store: {done:,} blocks are tokenised")
+    elif blocks.begin():
+        parts = Parts(blocks.directory).update()
+        known = sum(key in parts.pieces for key in plan.keys)
+        say(
+            f"{counted(len(parts.rows), 'block')} of text were tokenised before; {known:,} of "
+            f"{counted(len(plan.keys), 'file')} are unchanged"
+        )

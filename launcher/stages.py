@@ -125,7 +125,10 @@ DATA = Stage(
     name="data",
     command="data",
     help="Tokenise the text into the token store.",
-    config=lambda r: {"data": r.data.model_dump(exclude={"processes"}), "corpus": r.corpus.text()},
+    config=lambda r: {
+        "data": r.data.model_dump(exclude={"processes", "keep_blocks"}),
+        "corpus": r.corpus.text(),
+    },
     inputs={"tokenizer": TOKENIZER},
     reads=lambda run: run.corpus_inputs(),
     run=_tokenise,

@@ -17,6 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks.checkpoints import word_tokenizer
+from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.world import World
 from cpt_merge.data import parts as parts_module
@@ -91,9 +92,10 @@ def rank(number: int, size: int, workers: int, corpus: Corpus, model: Path, out:
         workers
     ):  # the workers of one node, one after the other, as each would run in its process
         plan = Plan.make(corpus, model, model)
-        staging = tokenise.staging_of(out, tokenise._digest(plan, True))
-        tokenise._open_parts(staging, world)
-        tokenise.tokenise_share(plan, staging.directory, world, workers, worker, lambda *_: None)
+        parts = tokenise.blocks_of(out, plan)
+        store = Staging(out, tokenise._digest(plan, True))
+        tokenise._open_parts(parts, store, plan, world)
+        tokenise.tokenise_share(plan, parts.directory, world, workers, worker, lambda *_: None)
     write_store(corpus, model, out, base=model, deduplicate=True, world=world)
 
 
@@ -115,7 +117,8 @@ def test_nodes_write_the_same_bytes_as_one_process(
         node.join(60)
     assert [node.exitcode for node in nodes] == [0] * len(nodes)
     assert digest(tmp_path / "store") == digest(tmp_path / "alone")
-    assert not (tmp_path / "store.parts").exists()
+    write_store(corpus, model, tmp_path / "alone", base=model, keep_blocks=False)
+    assert not (tmp_path / "alone.blocks").exists()
 
 
 def test_every_position_belongs_to_one_process() -> None:
@@ -138,7 +141,7 @@ def test_a_single_file_is_divided_evenly_by_blocks(
     corpus: Corpus, model: Path, tmp_path: Path
 ) -> None:
     plan = Plan.make(corpus, model)
-    mine = [plan.position((0, block)) for block in range(1000)]
+    mine = [plan.position(0, block) for block in range(1000)]
     assert min(mine) >= plan.starts[0]
     assert max(mine) < plan.starts[1]
     counts = np.histogram(mine, bins=8, range=(plan.starts[0], plan.starts[1]))[0]
@@ -163,7 +166,7 @@ def test_a_killed_stage_keeps_what_it_tokenised(
 
     process = multiprocessing.get_context("fork").Process(target=killed)
     process.start()
-    folder = tmp_path / "store.parts"
+    folder = tmp_path / "store.blocks"
     while len([part for part in folder.glob("part-*") if not part.suffix]) < 8:
         time.sleep(0.01)
     os.kill(process.pid or 0, signal.SIGKILL)
@@ -172,18 +175,79 @@ def test_a_killed_stage_keeps_what_it_tokenised(
     made = []
     encode = tokenise.encode_block
     monkeypatch.setattr(
-        tokenise, "encode_block", lambda place, *rest: (made.append(place), encode(place, *rest))[1]
+        tokenise, "encode_block", lambda *block: (made.append(block), encode(*block))[1]
     )
     write_store(corpus, model, tmp_path / "store")
     assert 0 < len(made) <= 2 * 20 - 8
     assert digest(tmp_path / "store") == digest(tmp_path / "whole")
 
 
-def test_parts_of_other_settings_are_not_used(corpus: Corpus, model: Path, tmp_path: Path) -> None:
-    (tmp_path / "store.parts" / "part-0").mkdir(parents=True)
-    (tmp_path / "store.parts" / "unfinished").write_text("other")
+def test_blocks_of_another_tokenizer_are_not_used(
+    corpus: Corpus, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "store.blocks" / "part-0").mkdir(parents=True)
+    (tmp_path / "store.blocks" / "unfinished").write_text("other")
     write_store(corpus, model, tmp_path / "store")
     assert Store.open(tmp_path / "store").info.sources[0].train.documents > 300
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch, small_blocks: None) -> list[str]:
+    """The first texts of the blocks of 20 documents that are tokenised in this process."""
+    first, encode = list[str](), tokenise.encode_block
+
+    def noted(digest: bytes, texts: list[str | None], *rest: Any) -> Any:
+        first.append(str(texts[0]))
+        return encode(digest, texts, *rest)
+
+    monkeypatch.setattr(tokenise, "encode_block", noted)
+    return first
+
+
+def test_only_text_that_is_new_is_tokenised(
+    model: Path, tmp_path: Path, tokenised: list[str]
+) -> None:
+    texts = [f"we go home {number}" for number in range(100)]
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    corpus = Corpus(sources=[jsonl(first, [*texts[:70]])], heldout=0.2)
+    write_store(corpus, model, tmp_path / "store")
+    assert tokenised == [texts[number] for number in (0, 20, 40, 60)]
+
+    jsonl(first, [*texts[:90]])  # more text in the same file: the last block is another one
+    tokenised.clear()
+    write_store(corpus, model, tmp_path / "store")
+    assert tokenised == [texts[number] for number in (60, 80)]
+
+    sources = [*corpus.sources, jsonl(second, [*texts[90:]])]
+    more = corpus.model_copy(update={"sources": sources})
+    tokenised.clear()
+    write_store(more, model, tmp_path / "store", deduplicate=True)
+    assert tokenised == [texts[90]]
+
+    write_store(more, model, tmp_path / "alone", deduplicate=True)
+    assert digest(tmp_path / "store") == digest(tmp_path / "alone")
+
+
+def test_blocks_that_no_source_has_any_more_are_removed(
+    model: Path, tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts_module, "PART_BYTES", 1)  # a part for each block
+    path = tmp_path / "a.jsonl"
+    corpus = Corpus(sources=[jsonl(path, [f"we go {number}" for number in range(60)])])
+    write_store(corpus, model, tmp_path / "store")
+    jsonl(path, [f"we go home {number}" for number in range(20)])
+    write_store(corpus, model, tmp_path / "store")
+    parts = parts_module.Parts(tmp_path / "store.blocks").update()
+    assert len(parts.rows) == 1
+
+
+def test_a_source_in_another_language_has_blocks_of_its_own(
+    model: Path, tmp_path: Path, tokenised: list[str]
+) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["we go home"])
+    english = source.model_copy(update={"language": "en"})
+    write_store(Corpus(sources=[source, english], heldout=1e-6), model, tmp_path / "store")
+    assert tokenised == ["we go home", "we go home"]
 
 
 def test_duplicates_are_dropped_over_all_sources_and_the_first_is_kept(
@@ -371,10 +435,10 @@ def test_every_format_is_divided(
             jsonl(path / f"{number}.jsonl", texts[number * 20 : number * 20 + 20])
     corpus = Corpus(sources=[Source(path=str(path), language="en")], heldout=1e-6)
     plan = Plan.make(corpus, model)
-    staging = tokenise.staging_of(tmp_path / "store", tokenise._digest(plan, False))
-    staging.begin()
+    parts = tokenise.blocks_of(tmp_path / "store", plan)
+    parts.begin()
     for worker in range(3):
-        tokenise.tokenise_share(plan, staging.directory, World(), 3, worker, lambda *_: None)
+        tokenise.tokenise_share(plan, parts.directory, World(), 3, worker, lambda *_: None)
     write_store(corpus, model, tmp_path / "store")
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert [tokenizer.decode(ids[1:-1]) for ids in ids_of(tmp_path / "store")] == texts
