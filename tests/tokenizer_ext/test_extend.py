@@ -7,6 +7,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from cpt_merge.checkpoint.loaded_tokenizer import CONVERSATION
 from cpt_merge.checkpoint.token_ids import read_tokens
 from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base
@@ -15,7 +16,7 @@ from cpt_merge.tokenizer_ext.families.sentencepiece import fast_content, read_pr
 from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken, add_tokens
 from cpt_merge.tokenizer_ext.verify.invariants import prove
 from cpt_merge.tracking.events import Image, Summary
-from tests.tokenizer_ext.small_tokenizers import CONFIG, write_base
+from tests.tokenizer_ext.small_tokenizers import CHAT_TEMPLATE, CONFIG, write_base
 
 
 def test_an_added_token_beyond_the_rows_gets_one(
@@ -32,6 +33,21 @@ def test_an_added_token_beyond_the_rows_gets_one(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_tokens_to_ids("<image_soft_token>") == rows
     assert "'<image_soft_token>' of the base" in capsys.readouterr().err
+
+
+def test_special_tokens_that_strip_spaces(bl_base, corpus, tmp_path) -> None:
+    """As in Phi-3: the line's end behind a role belongs to the role's token."""
+    content = json.loads((bl_base / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["rstrip"] = True
+    rows = read_base(bl_base).rows
+    base = write_base(tmp_path / "base", rows, content=content, chat_template=CHAT_TEMPLATE)
+    extend_tokenizer(CONFIG, base, corpus, tmp_path / "out", base)
+    before, after = (
+        AutoTokenizer.from_pretrained(folder).apply_chat_template(CONVERSATION, return_dict=False)
+        for folder in (base, tmp_path / "out")
+    )
+    assert after == before
 
 
 def test_all_laws_hold_on_what_was_written(extended) -> None:

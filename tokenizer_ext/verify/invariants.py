@@ -447,10 +447,10 @@ def _base_tokens(case: Case, directory: Path, text: str) -> list[str]:
     own = [token for token in added_tokens_of(content) if token.content not in known]
     free = range(max(known.values()) + 1, sys.maxsize)
     placed = [replace(token, id=id_) for token, id_ in zip(own, free, strict=False)]
-    tokens: list[str] = (
-        build(add_tokens(case.base.content, placed)).encode(text, add_special_tokens=False).tokens
-    )
-    return tokens
+    tokenizer = build(add_tokens(case.base.content, placed))
+    # `Encoding.tokens` would include the spaces that an added token strips (`rstrip` of Phi-3)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return [tokenizer.id_to_token(id_) for id_ in ids]
 
 
 def transformers_agrees(case: Case) -> Proof:
