@@ -52,6 +52,26 @@ def load_tokenizer(directory: Path) -> Any:
         ) from None
 
 
+def check_loads(directory: Path) -> None:
+    """Raise `UserError` if transformers cannot load a model's tokenizer or render its template.
+
+    One that needs code or a package that is not here is not checked, with a message.
+    """
+    files = TokenizerFiles.read(directory)
+    if files is None:
+        return
+    try:
+        loaded = load_tokenizer(directory)
+    except UncheckedError as error:
+        say(f"the tokenizer in {directory} is not checked: transformers cannot load it ({error})")
+        return
+    if files.chat_template:
+        try:
+            render(loaded, files.chat_template)
+        except UserError as error:
+            raise UserError(f"{directory}: {error}; correct its chat template.") from None
+
+
 def loading_differences(directory: Path, chat: Path | None = None) -> list[str]:
     """How the tokenizer that transformers loads from `directory` differs from its files.
 

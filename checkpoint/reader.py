@@ -279,6 +279,8 @@ def check_complete(directory: Path) -> None:
     It may be quantised: transformers knows methods that are not dequantised here.
     """
     refuse_adapter(directory)
+    if (directory / "generation_config.json").is_file():
+        read_json(directory / "generation_config.json")  # the merge needs it at the very end
     stored, config = stored_tensors(directory), read_json(directory / "config.json")
     if not states_method(config):
         for name, info in plain_tensors(directory, stored, config).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cpt_merge.checkpoint.loaded_tokenizer import check_loads
 from cpt_merge.checkpoint.reader import check_complete
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
 from cpt_merge.core.errors import UserError
@@ -57,6 +58,10 @@ def _check_models(run: Run) -> None:
     check_budget(run.recipe.corpus, run.recipe.training.tokens, build(content))
     models = open_fitting({"base": run.base, "chat": run.chat})
     check_trainable(run.base, run.recipe.training)
+    if models["base"].config.get("model_type") == models["chat"].config.get("model_type"):
+        check_trainable(run.chat, run.recipe.training)  # the evaluation builds the same class
+    for model in (run.base, run.chat):
+        check_loads(model)
     if run.recipe.tokenizer.languages():
         check_resizable(models["base"])
         check_pair(run.base, run.chat)

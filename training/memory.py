@@ -43,7 +43,7 @@ class ModelShape:
         """
         config = _with_defaults(text_section(config))
         for wanted in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if wanted not in config:
+            if config.get(wanted) is None:
                 raise UserError(
                     f"config.json of {name} has no {wanted}; "
                     "only decoder language models can be planned."
@@ -86,7 +86,7 @@ def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
     try:
         complete = AutoConfig.for_model(**config).to_dict()
-    except (TypeError, ValueError, KeyError, AttributeError):  # a family of another library
+    except Exception:  # an unknown family, or values that training will name
         return config
     return {**complete, **config}
 

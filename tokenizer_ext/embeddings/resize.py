@@ -213,6 +213,11 @@ class _Resize:
         Returns the mean norms of the old rows and of the new pieces' rows.
         """
         config, info, old = self.config, writer.layout.tensors[name], OldRows(self.source, name)
+        if not np.isfinite(old.mean).all():
+            raise UserError(
+                f"{name} of {self.source.directory} contains NaN or Inf; download the model again, "
+                "or use another base."
+            )
         use: Use = "head" if kind_of(name) == "head" else "both" if self.tied else "input"
         method = config.head if use == "head" else config.input
         if len(info.shape) == 1:

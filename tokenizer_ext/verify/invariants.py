@@ -450,7 +450,7 @@ def _base_tokens(case: Case, directory: Path, text: str) -> list[str]:
     tokenizer = build(add_tokens(case.base.content, placed))
     # `Encoding.tokens` would include the spaces that an added token strips (`rstrip` of Phi-3)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    return [tokenizer.id_to_token(id_) for id_ in ids]
+    return [str(tokenizer.id_to_token(id_)) for id_ in ids]
 
 
 def transformers_agrees(case: Case) -> Proof:

@@ -119,8 +119,9 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
                 model_config, dtype=dtype, attn_implementation=IMPLEMENTATIONS[config.attention]
             )
     except (ValueError, ImportError, KeyError) as error:
-        own = isinstance(error, KeyError)  # the model chooses among its own attention classes
-        reason = "it has no such attention" if own else str(error).strip().split(". ")[0][:200]
+        # a model that chooses among its own attention classes
+        own = isinstance(error, KeyError) and error.args == (IMPLEMENTATIONS[config.attention],)
+        reason = "it has no such attention" if own else _reason(error)
         raise UserError(
             f"the model in {directory} cannot be built with attention: {config.attention} "
             f"({reason}); set training.attention to eager, or use a causal language model."
@@ -139,11 +140,11 @@ def _decoder_config(directory: Path) -> Any:
     """The configuration of a causal language model. Raises `UserError` for another model."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().split(". ")[0][:200]
+    except Exception as error:  # each class validates in its own way
         raise UserError(
-            f"transformers cannot read the config.json of {directory} ({reason}); use a model that "
-            "it knows without code of its own."
+            f"transformers cannot read the config.json of {directory} ({_reason(error)}); correct "
+            "it, or "
+            "use a model that transformers knows without code of its own."
         ) from None
     masked = [name for name in config.architectures or () if name.endswith(_NOT_CAUSAL)]
     kind = "an encoder-decoder" if config.is_encoder_decoder else masked[0] if masked else None
@@ -153,6 +154,11 @@ def _decoder_config(directory: Path) -> Any:
             "model, and only those can be trained; use another base."
         )
     return config
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split(". ")[0].split())[:200]
 
 
 def check_trainable(directory: Path, config: TrainingConfig) -> None:
