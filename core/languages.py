@@ -19,6 +19,11 @@ class Language:
     scripts: tuple[str, ...]
 
     @property
+    def has_spaces(self) -> bool:
+        """Whether spaces separate the words of a text."""
+        return self.scripts[0] not in _SCRIPTS_WITHOUT_SPACES
+
+    @property
     def letters(self) -> regex.Pattern[str]:
         """One character of the language's scripts."""
         return script_pattern(self.scripts)
@@ -48,6 +53,9 @@ SCRIPTS = (  # in wide use today
     "Ethiopic Georgian Greek Gujarati Gurmukhi Hebrew Kannada Khmer Lao Latin Malayalam "
     "Mongolian Myanmar Oriya Sinhala Syriac Tamil Telugu Thaana Thai Tibetan"
 ).split()
+_SCRIPTS_WITHOUT_SPACES = {
+    "Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan",
+}  # fmt: skip
 _NO_SCRIPT = {"Zyyy", "Zinh", "Zzzz"}  # codes of characters that belong to all scripts or to none
 _TAG_WITH_SCRIPT = regex.compile("[a-z]{2,3}[_-]([A-Z][a-z]{3})")
 

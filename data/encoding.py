@@ -70,6 +70,7 @@ class DocumentEncoder:
 
     info: TokenizerInfo
     texts: TextEncoder
+    backend: Tokenizer
     prefix: int
     eos: int
 
@@ -96,9 +97,8 @@ class DocumentEncoder:
         info = TokenizerInfo(
             tokenizer_fingerprint(directory), rows, "uint16" if rows <= 2**16 else "uint32"
         )
-        return DocumentEncoder(
-            info, text_encoder(backend, info.dtype), int(added[0]) if added else eos, eos
-        )
+        encoder, prefix = text_encoder(backend, info.dtype), int(added[0]) if added else eos
+        return DocumentEncoder(info, encoder, backend, prefix, eos)
 
     def __call__(self, texts: list[str]) -> tuple[Tokens, Integers]:
         """(the documents' tokens one after the other, how many each has)."""
@@ -107,3 +107,8 @@ class DocumentEncoder:
         documents = [prefix + ids + eos for ids in self.texts.encode(texts)]
         lengths = np.fromiter(map(len, documents), np.int64, len(documents)) // dtype.itemsize
         return np.frombuffer(b"".join(documents), dtype), lengths
+
+    def beginning(self, document: Tokens, tokens: int) -> str:
+        """The text of a document's first tokens."""
+        text: str = self.backend.decode(document[1:-1][:tokens].tolist())
+        return text.rstrip("\ufffd")  # a character that was cut

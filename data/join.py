@@ -1,17 +1,16 @@
-"""From parts to a store: the blocks in order, without duplicates."""
+"""From parts to a store: the selected documents in order."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.parts import REASONS, Encoded, Parts
+from cpt_merge.data.parts import REASONS, Parts
+from cpt_merge.data.selection import Keep, Pieces, Selection
 from cpt_merge.data.sources import Source
 from cpt_merge.data.store import (
     SPLITS,
@@ -23,9 +22,6 @@ from cpt_merge.data.store import (
     describe_left_out,
 )
 
-Keep = npt.NDArray[np.bool_]
-Pieces = list[list[str]]  # the keys of the pieces of each source
-
 
 def join(
     parts: Parts,
@@ -33,25 +29,22 @@ def join(
     sources: list[Source],
     tokenizers: dict[StoreSplit, TokenizerInfo],
     out: Path,
-    deduplicate: bool,
+    selection: Selection,
 ) -> list[SourceInfo]:
     """Write all sources under `out`. Raises `UserError` for one without training text."""
-    keep = {split: _first_ones(parts, pieces, split) for split in tokenizers} if deduplicate else {}
     found = []
     for number, source in enumerate(sources):
         folder = f"{number:02d}-" + re.sub(r"[^\w.-]+", "-", source.name)
         counts: dict[StoreSplit, SplitCounts] = {}
-        left_out = Counter[str](dict.fromkeys((*REASONS, "duplicates"), 0))
-        for piece in pieces[number]:
-            for part, row in parts.of_piece(piece):
-                left_out.update(part.left_out(row))
+        left_out = Counter[str](dict.fromkeys(REASONS, 0))
+        for part, row in parts.blocks(pieces[number]):
+            left_out.update(part.left_out(row))
+        left_out.update(selection.left_out[number])
         for split, tokenizer in tokenizers.items():
-            kept = keep[split][number] if deduplicate else None
+            keep = selection.of(split, number)
             counts[split] = _write(
-                parts, pieces[number], split, tokenizer, out / folder / split, kept
+                parts, pieces[number], split, tokenizer, out / folder / split, keep
             )
-            if kept is not None and split != "reference":
-                left_out["duplicates"] += int((~kept).sum())
         if not counts["train"].documents:
             raise UserError(
                 f"text source {source.path} yields no training text (left out: "
@@ -71,7 +64,7 @@ def _write(
     keep: Keep | None,
 ) -> SplitCounts:
     writer, first = SplitWriter(folder, tokenizer.dtype), 0
-    for encoded in _blocks(parts, pieces, split):
+    for encoded in parts.read(pieces, split):
         last = first + len(encoded.lengths)
         kept = keep[first:last] if keep is not None else None
         if kept is None or kept.all():
@@ -87,34 +80,3 @@ def _write(
             "rows; fix the tokenizer."
         )
     return counts
-
-
-def _blocks(parts: Parts, pieces: list[str], split: StoreSplit) -> Iterator[Encoded]:
-    for piece in pieces:
-        for part, row in parts.of_piece(piece):
-            encoded = part.read(row, split)
-            if encoded is not None:
-                yield encoded
-
-
-def _first_ones(parts: Parts, pieces: Pieces, split: StoreSplit) -> list[Keep]:
-    """For each source, which documents are the first with their text in all sources."""
-    none = np.zeros((0, 2), np.uint64)
-    hashes = [
-        np.concatenate([none, *(encoded.hashes for encoded in _blocks(parts, of_source, split))])
-        for of_source in pieces
-    ]
-    keep = first_occurrences(np.concatenate(hashes))
-    return np.split(keep, np.cumsum([len(of_source) for of_source in hashes])[:-1])
-
-
-def first_occurrences(hashes: npt.NDArray[np.uint64]) -> Keep:
-    """Which rows of `hashes` [documents, 2] occur for the first time.
-
-    Takes about 50 bytes of memory per row.
-    """
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal rows keep their order
-    ordered = hashes[order]
-    keep = np.ones(len(hashes), np.bool_)
-    keep[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return keep

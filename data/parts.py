@@ -5,7 +5,8 @@
                               reason, documents of each split
     PARTS/part-*/pieces.json  pieces that were read to their ends: key -> digests of their blocks
     PARTS/part-*/SPLIT-*.npy  the blocks' documents one after the other: tokens, lengths, bytes,
-                              hashes
+                              hashes; signatures [PERMUTATIONS, documents], if near-duplicates are
+                              looked for
 
 A part takes its name when all of it is on disk. A block is known by the digest of its text, so it
 does not matter which process made it, for which store, or in which file the text was: text that was
@@ -32,6 +33,8 @@ REASONS = ("bad_rows", "empty")  # why a document of a block is left out
 _FIRST_SPLIT = 2 + len(REASONS)  # column of `blocks`
 
 Digest = bytes  # 16 bytes, of a block's text
+Signatures = npt.NDArray[np.uint32]  # MinHash, [documents, PERMUTATIONS]
+Column = npt.NDArray[np.uint32]  # one number of the signature of each document
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class TokenBlock:
     digest: Digest
     left_out: tuple[int, ...]
     splits: dict[StoreSplit, Encoded]
+    signatures: dict[StoreSplit, Signatures]  # empty if near-duplicates are not looked for
 
 
 class PartWriter:
@@ -97,6 +101,12 @@ class PartWriter:
                 for field in fields(Encoded) if encoded else ():
                     values = np.concatenate([getattr(one, field.name) for one in encoded])
                     np.save(part / f"{split}-{field.name}.npy", values)
+                signatures = [
+                    block.signatures[split] for block in self._blocks if split in block.signatures
+                ]
+                if signatures:
+                    columns = np.ascontiguousarray(np.concatenate(signatures).T)
+                    np.save(part / f"{split}-signatures.npy", columns)
         self._blocks, self._pieces, self._size = [], {}, 0
 
 
@@ -112,6 +122,7 @@ class StoredPart:
         )
         self._arrays: dict[StoreSplit, Encoded] = {}
         self._starts: dict[StoreSplit, Integers] = {}
+        self._signatures: dict[StoreSplit, Signatures] = {}  # transposed
 
     def left_out(self, row: int) -> dict[str, int]:
         """How many documents of the block in `row` are left out, by reason."""
@@ -130,6 +141,16 @@ class StoredPart:
         tokens = whole.tokens[starts[first] : starts[last]]
         here = slice(first, last)
         return Encoded(tokens, whole.lengths[here], whole.bytes[here], whole.hashes[here])
+
+    def signature_column(self, row: int, split: StoreSplit, column: int) -> Column:
+        """One number of the signature of each document of the block in `row`."""
+        first, last = self._documents[row : row + 2, SPLITS.index(split)]
+        if first == last:
+            return np.zeros(0, np.uint32)
+        if split not in self._signatures:
+            path = self.directory / f"{split}-signatures.npy"
+            self._signatures[split] = np.load(path, mmap_mode="r")
+        return self._signatures[split][column, first:last]
 
 
 class Parts:
@@ -160,10 +181,21 @@ class Parts:
             for key in pieces
         )
 
-    def of_piece(self, piece: str) -> Iterator[tuple[StoredPart, int]]:
-        """(part, row) of a complete piece's blocks, in order."""
-        for block in self.pieces[piece]:
-            yield self.rows[block]
+    def blocks(self, pieces: Iterable[str]) -> Iterator[tuple[StoredPart, int]]:
+        """(part, row) of the blocks of complete pieces, in order."""
+        return (self.rows[block] for piece in pieces for block in self.pieces[piece])
+
+    def read(self, pieces: Iterable[str], split: StoreSplit) -> Iterator[Encoded]:
+        """The documents of one split of complete pieces, block by block."""
+        for part, row in self.blocks(pieces):
+            encoded = part.read(row, split)
+            if encoded is not None:
+                yield encoded
+
+    def signature_column(self, pieces: Iterable[str], split: StoreSplit, column: int) -> Column:
+        """One number of the signature of each document of one split of complete pieces."""
+        found = [part.signature_column(row, split, column) for part, row in self.blocks(pieces)]
+        return np.concatenate([np.zeros(0, np.uint32), *found])
 
     def remove_unused(self, pieces: Iterable[str]) -> None:
         """Remove parts that have no block and no list of any of `pieces`."""

@@ -11,8 +11,9 @@ import numpy as np
 from cpt_merge.core.progress import counted, say
 from cpt_merge.core.world import find_world
 from cpt_merge.data.config import DataConfig
+from cpt_merge.data.examples import Example, read_examples
 from cpt_merge.data.sources import Corpus, source_files
-from cpt_merge.data.store import StoreInfo, describe_left_out
+from cpt_merge.data.store import StoreInfo, describe_left_out, readable
 from cpt_merge.data.tokenise import write_store
 from cpt_merge.tracking import Cell, Tracker
 
@@ -37,7 +38,7 @@ def run(
     say(f"  tokenising in {counted(processes, 'process')}")
     info = write_store(
         corpus, tokenizer, out, base=base, processes=processes, deduplicate=config.deduplicate,
-        keep_blocks=config.keep_blocks, world=world,
+        near_duplicates=config.near_duplicates, keep_blocks=config.keep_blocks, world=world,
     )  # fmt: skip
     rows, reasons = list[list[Cell]](), list(info.sources[0].left_out)
     for source in info.sources:
@@ -57,9 +58,10 @@ def run(
     tracker.table(
         "data/sources",
         ["source", "documents", "tokens", "MB", "bytes per token", "held-out documents",
-         *(reason.replace("_", " ") for reason in reasons)],
+         *map(readable, reasons)],
         rows,
     )  # fmt: skip
+    _show_examples(read_examples(out), tracker)
     totals = {
         "documents": sum(source.train.documents for source in info.sources),
         "tokens": sum(source.train.tokens for source in info.sources),
@@ -75,6 +77,21 @@ def run(
         columns = ["source", "log2 of tokens", "share of documents"]
         tracker.curves("data/document lengths", columns, _lengths(info, out))
     return totals
+
+
+def _show_examples(examples: list[Example], tracker: Tracker) -> None:
+    if not examples:
+        return
+    seen = set[tuple[str, str]]()
+    for one in examples:
+        if (one.source, one.reason) not in seen:
+            like = f" is like {one.kept!r}" if one.kept else ""
+            say(f"  {one.source}: {readable(one.reason)}, for example {one.text!r}{like}")
+        seen.add((one.source, one.reason))
+    rows: list[list[Cell]] = [
+        [one.source, readable(one.reason), one.text, one.kept] for one in examples
+    ]
+    tracker.table("data/examples", ["source", "left out as", "text", "kept instead"], rows)
 
 
 def _processes(corpus: Corpus) -> int:

@@ -83,11 +83,14 @@ class SourceInfo:
         return found
 
 
+def readable(reason: str) -> str:
+    """A reason why documents are left out, in words."""
+    return reason.replace("_", " ")
+
+
 def describe_left_out(left_out: Mapping[str, int]) -> str:
     """Such as "3 empty, 12 duplicates"."""
-    counts = [
-        f"{count:,} {reason.replace('_', ' ')}" for reason, count in left_out.items() if count
-    ]
+    counts = [f"{count:,} {readable(reason)}" for reason, count in left_out.items() if count]
     return ", ".join(counts) or "none"
 
 

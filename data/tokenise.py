@@ -27,8 +27,11 @@ from cpt_merge.core.progress import Meter, counted, say, timed
 from cpt_merge.core.world import World
 from cpt_merge.data.documents import SKIPPED
 from cpt_merge.data.encoding import DocumentEncoder
+from cpt_merge.data.examples import Example, where_different, write_examples
 from cpt_merge.data.join import join
+from cpt_merge.data.minhash import ALGORITHM, PERMUTATIONS, SHINGLE, signatures
 from cpt_merge.data.parts import Digest, Encoded, Parts, PartWriter, TokenBlock
+from cpt_merge.data.selection import Selection, select
 from cpt_merge.data.sources import Corpus, Piece, Source, read_piece, source_pieces
 from cpt_merge.data.store import (  # fmt: skip
     STORE_FILE,
@@ -41,8 +44,11 @@ from cpt_merge.data.workers import Report, run_in_processes, start_server
 
 # a block ends with the document that reaches one of these
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 1000, 2**20
+EXAMPLE_TOKENS = 4000  # of a document, in which a difference is looked for
 HUB_PIECE = 256_000_000  # assumed size of a shard of a hub dataset, in bytes
 GOLDEN = (5**0.5 - 1) / 2
+
+_MINHASH = {"minhash": [ALGORITHM, PERMUTATIONS, SHINGLE]}
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,17 @@ class Plan:
     starts: list[float]  # of each piece on the line; the last is 1
     of_source: list[list[str]]  # the keys of the pieces of each source
     encoders: dict[StoreSplit, DocumentEncoder]  # `train` also encodes the held-out text
+    deduplicate: bool
+    near_duplicates: float | None  # the least similarity of those that are left out
 
     @staticmethod
-    def make(corpus: Corpus, tokenizer: Path, base: Path | None = None) -> Plan:
+    def make(
+        corpus: Corpus,
+        tokenizer: Path,
+        base: Path | None = None,
+        deduplicate: bool = False,
+        near_duplicates: float | None = None,
+    ) -> Plan:
         """The plan for a corpus. Raises `UserError` for missing text."""
         by_source = [source_pieces(source) for source in corpus.sources]
         pieces = [piece for pieces in by_source for piece in pieces]
@@ -68,7 +82,8 @@ class Plan:
         encoders: dict[StoreSplit, DocumentEncoder] = {"train": DocumentEncoder.read(tokenizer)}
         if base:
             encoders["reference"] = DocumentEncoder.read(base)
-        return Plan(corpus, pieces, keys, starts, of_source, encoders)
+        duplicates = (deduplicate, near_duplicates)
+        return Plan(corpus, pieces, keys, starts, of_source, encoders, *duplicates)
 
     def position(self, piece: int, block: int) -> float:
         """Where a block is. Shards of hub datasets are not divided: each is downloaded once."""
@@ -115,7 +130,7 @@ def tokenise_share(
         for block, texts in enumerate(blocks(read_piece(piece))):
             digests.append(digest_of(texts, treatment))
             if plan.position(number, block) in mine and digests[-1] not in done.rows:
-                made = encode_block(digests[-1], texts, plan.corpus, plan.encoders)
+                made = encode_block(digests[-1], texts, plan, piece.source)
                 writer.add(made)
                 report(len(texts), sum(len(made.splits[split].tokens) for split in made.splits))
         writer.end(plan.keys[number], digests)
@@ -176,19 +191,18 @@ def blocks(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
         yield block
 
 
-def encode_block(
-    digest: Digest,
-    texts: list[str | None],
-    corpus: Corpus,
-    encoders: dict[StoreSplit, DocumentEncoder],
-) -> TokenBlock:
+def encode_block(digest: Digest, texts: list[str | None], plan: Plan, source: Source) -> TokenBlock:
     """Normalise the texts of a block, divide them into splits, and tokenise them."""
+    corpus, encoders = plan.corpus, plan.encoders
     read = [text for text in texts if text is not SKIPPED]
     prepared = [text for text in map(corpus.prepare, read) if text]
     left_out = (len(texts) - len(read), len(read) - len(prepared))
     divided: dict[StoreSplit, list[str]] = {"train": [], "heldout": []}
     for text in prepared:
         divided["heldout" if corpus.is_heldout(text) else "train"].append(text)
+    compared = {}
+    if plan.near_duplicates is not None:
+        compared = {split: signatures(of, source.language) for split, of in divided.items() if of}
     if "reference" in encoders:
         divided["reference"] = divided["heldout"]
     splits = {
@@ -196,7 +210,7 @@ def encode_block(
         for split, of_split in divided.items()
         if of_split
     }
-    return TokenBlock(digest, left_out, splits)
+    return TokenBlock(digest, left_out, splits, compared)
 
 
 def _encode(texts: list[str], encoder: DocumentEncoder) -> Encoded:
@@ -215,6 +229,7 @@ def write_store(
     base: Path | None = None,
     processes: int = 1,
     deduplicate: bool = False,
+    near_duplicates: float | None = None,
     keep_blocks: bool = True,
     world: World = World(),  # noqa: B008 - immutable
 ) -> StoreInfo:
@@ -227,8 +242,8 @@ def write_store(
     """
     if processes > 1:
         start_server()
-    plan = Plan.make(corpus, tokenizer, base)
-    staging, blocks = Staging(out, _digest(plan, deduplicate), replace=True), blocks_of(out, plan)
+    plan = Plan.make(corpus, tokenizer, base, deduplicate, near_duplicates)
+    staging, blocks = Staging(out, _digest(plan), replace=True), blocks_of(out, plan)
     if world.is_main:
         staging.finish_commit()
     if _is_finished(staging):
@@ -254,7 +269,7 @@ def write_store(
     parts = Parts(blocks.directory)
     wait_for(lambda: parts.update().is_complete(plan.keys), "the other tasks of this job step")
     with timed("join"), staging.filling() as store:
-        info = _join(parts, plan, store, staging.key, deduplicate)
+        info = _join(parts, plan, store, staging.key)
     if keep_blocks:
         parts.remove_unused(plan.keys)
     else:
@@ -262,26 +277,38 @@ def write_store(
     return info
 
 
-def _join(parts: Parts, plan: Plan, out: Path, digest: str, deduplicate: bool) -> StoreInfo:
+def _join(parts: Parts, plan: Plan, out: Path, digest: str) -> StoreInfo:
     infos = {split: encoder.info for split, encoder in plan.encoders.items()}
     by_split: dict[StoreSplit, TokenizerInfo] = {
         "train": infos["train"],
         "heldout": infos["train"],
         **infos,
     }
-    found = join(parts, plan.of_source, plan.corpus.sources, by_split, out, deduplicate)
+    selection = select(parts, plan.of_source, plan.deduplicate, plan.near_duplicates)
+    found = join(parts, plan.of_source, plan.corpus.sources, by_split, out, selection)
+    write_examples(out, _examples(plan, selection))
     info = StoreInfo(digest, infos["train"], infos.get("reference"), found)
     write_json(out / STORE_FILE, asdict(info))
     return info
 
 
-def _digest(plan: Plan, deduplicate: bool) -> str:
+def _examples(plan: Plan, selection: Selection) -> Iterator[Example]:
+    encoder = plan.encoders["train"]
+    for pair in selection.pairs:
+        both = [encoder.beginning(one, EXAMPLE_TOKENS) for one in (pair.left_out, pair.kept)]
+        text, kept = where_different(*both)
+        yield Example(plan.corpus.sources[pair.source].name, "near_duplicates", text, kept)
+
+
+def _digest(plan: Plan) -> str:
     """A digest of everything that the store depends on, and of how text is cut into blocks."""
-    settings = {
+    settings: dict[str, Any] = {
         "text": plan.corpus.text(),
-        "deduplicate": deduplicate,
+        "deduplicate": plan.deduplicate,
         "block": [BLOCK_DOCUMENTS, BLOCK_CHARACTERS],
     }
+    if plan.near_duplicates is not None:
+        settings |= {"near_duplicates": plan.near_duplicates, **_MINHASH}
     inputs = {str(split): encoder.info.fingerprint for split, encoder in plan.encoders.items()}
     inputs |= {str(file): fingerprint(file) for piece in plan.pieces for file in piece.files}
     return stage_key("store", settings, inputs)
@@ -293,6 +320,8 @@ def blocks_of(out: Path, plan: Plan) -> Staging:
     The directory is never finished: the next store of the run uses it again.
     """
     settings = plan.corpus.model_dump(include={"heldout", "normalization"})
+    if plan.near_duplicates is not None:
+        settings |= _MINHASH
     tokenizers = {str(split): encoder.info.fingerprint for split, encoder in plan.encoders.items()}
     key = stage_key("blocks", settings, tokenizers)
     return Staging(out.with_name(f"{out.name}.blocks"), key, suffix="")

@@ -126,7 +126,7 @@ DATA = Stage(
     command="data",
     help="Tokenise the text into the token store.",
     config=lambda r: {
-        "data": r.data.model_dump(exclude={"processes", "keep_blocks"}),
+        "data": r.data.identity(),
         "corpus": r.corpus.text(),
     },
     inputs={"tokenizer": TOKENIZER},

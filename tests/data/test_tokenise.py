@@ -23,8 +23,8 @@ from cpt_merge.core.world import World
 from cpt_merge.data import parts as parts_module
 from cpt_merge.data import tokenise
 from cpt_merge.data.encoding import DocumentEncoder
-from cpt_merge.data.join import first_occurrences
 from cpt_merge.data.packing import PackedDocuments
+from cpt_merge.data.selection import first_occurrences
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.data.store import Store
 from cpt_merge.data.tokenise import Interval, Plan, blocks, write_store
@@ -91,9 +91,9 @@ def rank(number: int, size: int, workers: int, corpus: Corpus, model: Path, out:
     for worker in range(
         workers
     ):  # the workers of one node, one after the other, as each would run in its process
-        plan = Plan.make(corpus, model, model)
+        plan = Plan.make(corpus, model, model, deduplicate=True)
         parts = tokenise.blocks_of(out, plan)
-        store = Staging(out, tokenise._digest(plan, True))
+        store = Staging(out, tokenise._digest(plan))
         tokenise._open_parts(parts, store, plan, world)
         tokenise.tokenise_share(plan, parts.directory, world, workers, worker, lambda *_: None)
     write_store(corpus, model, out, base=model, deduplicate=True, world=world)
