@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from cpt_merge.checkpoint.loaded_tokenizer import check_loads
-from cpt_merge.checkpoint.reader import check_complete
+from cpt_merge.checkpoint.reader import check_complete, read_json
+from cpt_merge.checkpoint.token_ids import FAST_FILE
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import is_here
@@ -54,8 +57,7 @@ def _check_models(run: Run) -> None:
 
     for model in (run.base, run.chat):
         check_complete(model)  # the evaluation loads both with transformers
-    content, _ = read_tokenizer(run.base)
-    check_budget(run.recipe.corpus, run.recipe.training.tokens, build(content))
+    check_budget(run.recipe.corpus, run.recipe.training.tokens, _tokenizer_of_base(run))
     models = open_fitting({"base": run.base, "chat": run.chat})
     check_trainable(run.base, run.recipe.training)
     if models["base"].config.get("model_type") == models["chat"].config.get("model_type"):
@@ -77,6 +79,16 @@ def _check_models(run: Run) -> None:
 
         tokenizer = TokenizerFiles.read(run.chat)
         check_previewed(run.chat, tokenizer.chat_template if tokenizer else None)
+
+
+def _tokenizer_of_base(run: Run) -> Tokenizer:
+    """The base's tokenizer, which may be of any kind if it is not extended."""
+    fast = run.base / FAST_FILE
+    if run.recipe.tokenizer.languages() or not fast.is_file():
+        content, _ = read_tokenizer(run.base)
+        return build(content)
+    TokenizerFiles.read(run.base)  # raises for a damaged one
+    return build(read_json(fast))
 
 
 def check_numbers(recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.inputs import check_inputs
@@ -56,6 +57,29 @@ def test_a_damaged_model_is_one_sentence(damaged: Recipe, sentence: str) -> None
     with pytest.raises(UserError) as error:
         show_plan(damaged)
     assert sentence in str(error.value)
+
+
+def test_a_base_of_another_kind_is_accepted_on_its_own_vocabulary(
+    recipe_path: Path, pair: Path, tmp_path: Path
+) -> None:
+    """Unigram cannot be extended, but it can be trained on."""
+    unigram = Tokenizer(
+        models.Unigram([("<unk>", 0.0), *((chr(n), -1.0) for n in range(97, 123))], 0)
+    )
+    for name in ("base", "chat"):
+        shutil.copytree(pair / name, tmp_path / name)
+        (tmp_path / name / "tokenizer.model").unlink()
+        unigram.save(str(tmp_path / name / "tokenizer.json"))
+        (tmp_path / name / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
+        )
+    recipe = load_recipe(
+        recipe_path, [f"models.{name}={tmp_path / name}" for name in ("base", "chat")]
+    )
+    with pytest.raises(UserError, match="is a Unigram tokenizer"):
+        check_inputs(recipe)
+    own = recipe.tokenizer.model_copy(update={"new_pieces": {}})
+    check_inputs(recipe.model_copy(update={"tokenizer": own}))
 
 
 def test_the_pair_itself_is_accepted(recipe: Recipe) -> None:
