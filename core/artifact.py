@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.file_digests import file_digest
 from cpt_merge.core.hub_repository import identity
 from cpt_merge.core.progress import say
 
@@ -154,6 +155,21 @@ def make_writable(folder: Path, named: str) -> None:
         ) from None
 
 
+def check_writable(folder: Path, named: str) -> None:
+    """`make_writable` for a command that must write nothing: the permissions are looked at."""
+    place = existing_parent(folder)
+    reason = "" if place.is_dir() else f"{place} is not a directory"
+    if not reason and not os.access(place, os.W_OK | os.X_OK):
+        reason = f"{place} is read-only"
+    if reason:
+        raise UserError(f"{named} {folder} cannot be written ({reason}); choose another folder.")
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+
+
 def read_marker(directory: Path) -> str | None:
     """The key of the unfinished work in a directory; None if it is finished or missing."""
     try:
@@ -205,7 +221,7 @@ class Staging:
                 f"{self.target} is a link or a mount point, which cannot be replaced; "
                 "name a directory inside it."
             )
-        above = next(path for path in self.target.absolute().parents if path.exists())
+        above = existing_parent(self.target.parent)
         if not above.is_dir():
             raise UserError(
                 f"{self.target} cannot be written, because {above} is not a directory; choose "
@@ -346,18 +362,17 @@ class KeptLines:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A digest that changes when a file or directory changes, without reading gigabytes.
+    """A digest that changes when the content of a file or directory changes, and only then.
 
     The directory of a finished stage is identified by its key, a snapshot in the hub's cache by its
-    commit. In other directories, files up to 16 MiB count with their content, larger ones (weights,
-    corpora) with their size, modification time and first 64 KiB. A name that is not a local path (a
+    commit, files by `file_digest`; hidden files do not count. A name that is not a local path (a
     hub id) stands for itself.
     """
     path = Path(path)
     if not path.exists():
         return f"hub:{path}"
     if path.is_file():
-        return _file_fingerprint(path)
+        return file_digest(path)
     if commit := identity(path):
         return f"hub:{commit}"
     record = read_record(path)
@@ -365,16 +380,7 @@ def fingerprint(path: str | Path) -> str:
         return f"stage:{record.key}"
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{_file_fingerprint(file)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _file_fingerprint(path: Path) -> str:
-    stat = path.stat()
-    digest = hashlib.sha256(str(stat.st_size).encode())
-    with open(path, "rb") as file:
-        if stat.st_size <= 16 * 2**20:
-            digest.update(file.read())
-        else:
-            digest.update(f"{stat.st_mtime_ns}".encode() + file.read(65536))
+        name = file.relative_to(path)
+        if not any(part.startswith(".") for part in name.parts):  # the hub client's own notes
+            digest.update(f"{name}\0{file_digest(file)}\n".encode())
     return digest.hexdigest()[:16]

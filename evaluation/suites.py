@@ -120,6 +120,13 @@ def metrics_of_replies(setup: Setup) -> list[tuple[str, Metric, list[str]]]:
     ]
 
 
+def conversations_of(setup: Setup) -> list[Conversation]:
+    """All that the models will be asked. Prompts are read, text is not."""
+    names = [name for suite in setup.config.suites for name in SUITES[suite]]
+    evaluators = _make(setup, [name for name in names if name not in WITHOUT_REPLIES])
+    return [one for evaluator in evaluators for one in evaluator.conversations]
+
+
 def _make(setup: Setup, names: Sequence[str]) -> list[Evaluator]:
     made = [MAKERS[name](setup) for name in dict.fromkeys(names)]
     evaluators = [evaluator for evaluator in made if evaluator is not None]

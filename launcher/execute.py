@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from cpt_merge.core.artifact import StageRecord, installed_versions, read_record, write_record
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import say
+from cpt_merge.launcher.freshness import check_current
 from cpt_merge.launcher.identity import open_tracker, origin
 from cpt_merge.launcher.lineage import left, used
 from cpt_merge.launcher.run import Run
@@ -26,6 +27,9 @@ def run_stage(run: Run, stage: Stage) -> None:
     """
     with _file_errors(run, stage), run.locked():
         context = prepare(run, stage)
+        if context.world.is_main:
+            check_current(run, stage)
+            run.keep_digests()
         if not stage.accumulates and (record := context.finished()):
             say(f"{stage.name}: finished already ({record.finished}); skipped")
         elif (count := processes_to_start(context)) > 1:

@@ -6,79 +6,137 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from cpt_merge.checkpoint.loaded_tokenizer import check_loads
 from cpt_merge.checkpoint.reader import check_complete, read_json
 from cpt_merge.checkpoint.token_ids import FAST_FILE
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
+from cpt_merge.core.artifact import check_writable
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.hub import is_here
+from cpt_merge.core.hub import is_here, model_directory
 from cpt_merge.data.check import check_budget, check_text
 from cpt_merge.data.mixture import mixture
 from cpt_merge.data.order import HORIZON
 from cpt_merge.launcher.fetch import check_cache
+from cpt_merge.launcher.heavy_checks import heavy_checks
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.sizes import check_disk, shape_of
+from cpt_merge.launcher.stage import is_up_to_date
+from cpt_merge.launcher.stages import MERGE, TRAINING
 from cpt_merge.launcher.start import accelerate_config
 from cpt_merge.merge import merge_report
 from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.fit import open_fitting
+from cpt_merge.merge.plan import MergeInputs
+from cpt_merge.merge.plan import plan as plan_merge
 from cpt_merge.tokenizer_ext.base_tokenizer import check_pair, read_tokenizer
 from cpt_merge.tokenizer_ext.embeddings.resize import check_resizable
 from cpt_merge.tokenizer_ext.families.tokenizer_json import build
 
 
 def check_inputs(recipe: Recipe, download: bool = True) -> None:
-    """Raise `UserError` for a pair that does not fit, missing lists or prompts, text that cannot be
-    read, or numbers that are impossible.
+    """Raise `UserError` for a pair that does not fit or cannot be trained, missing lists or
+    prompts, text that cannot be read, numbers that are impossible, or a folder, a disk, a package
+    or a key that the run lacks.
 
-    Models on the hub are downloaded, or else checked only if the hub's cache has them.
+    Nothing is written. Models on the hub are downloaded, or else checked only if the hub's cache
+    has them. Without `download`, training may run on another machine with other GPUs.
     """
     check_numbers(recipe)
+    accelerate_config(recipe)
     check_cache(recipe)
-    check_text(recipe.corpus)
-    files = {f"evaluation.{name}": path for name, path in recipe.evaluation.files().items()}
-    lists = recipe.tokenizer.pieces_from.items()
-    for name, path in {
-        **files,
-        **{f"tokenizer.pieces_from.{tag}": path for tag, path in lists},
-    }.items():
-        if not Path(path).expanduser().exists():
-            raise UserError(f"{name} = {path} does not exist; correct it or leave it out.")
+    _check_files(recipe)
+    check_writable(recipe.directory, "the run's folder")
+    _check_tracking(recipe)
     if "knowledge" in recipe.evaluation.suites:
         recipe.evaluation.knowledge.check_installed()
-    accelerate_config(recipe)
-    models = [recipe.models.base, recipe.models.chat, *recipe.evaluation.models.values()]
-    if download or all(map(is_here, models)):
-        _check_models(Run(recipe))
+    if download or all(map(is_here, _models_of(recipe))):
+        run = Run(recipe)
+        _require_models(run)
+        with heavy_checks(run, here=download):
+            check_text(recipe.corpus)
+            _check_models(run)
+    else:
+        check_text(recipe.corpus)
+
+
+def _check_files(recipe: Recipe) -> None:
+    lists = recipe.tokenizer.pieces_from.items()
+    vectors = enumerate(recipe.merge.vectors)
+    named = {
+        **{f"evaluation.{name}": path for name, path in recipe.evaluation.files().items()},
+        **{f"tokenizer.pieces_from.{tag}": path for tag, path in lists},
+        **{f"merge.vectors.{n}.vector": one.vector for n, one in vectors if one.vector},
+    }
+    for name, path in named.items():
+        if not Path(path).expanduser().exists():
+            raise UserError(f"{name} = {path} does not exist; correct it or leave it out.")
+
+
+def _check_tracking(recipe: Recipe) -> None:
+    if recipe.tracking.mode == "online":
+        from cpt_merge.tracking.sinks.wandb import check_key  # takes a second to import
+
+        check_key(recipe.tracking)
+
+
+def _models_of(recipe: Recipe) -> list[str]:
+    """Every model that the recipe names."""
+    classifier = recipe.evaluation.safety.classifier
+    vectors = [name for one in recipe.merge.vectors for name in (one.base, one.chat) if name]
+    return [
+        recipe.models.base, recipe.models.chat, *recipe.evaluation.models.values(), *vectors,
+        *([classifier.model] if classifier else []),
+    ]  # fmt: skip
+
+
+def _require_models(run: Run) -> None:
+    """Find all models, downloading those of the hub. Raises `UserError` for one that is missing."""
+    for model in (run.base, run.chat):
+        check_complete(model)  # the evaluation loads both with transformers
+    for name in _models_of(run.recipe):
+        model_directory(name)
 
 
 def _check_models(run: Run) -> None:
-    from cpt_merge.training.model.build import check_trainable
-
-    for model in (run.base, run.chat):
-        check_complete(model)  # the evaluation loads both with transformers
-    check_budget(run.recipe.corpus, run.recipe.training.tokens, _tokenizer_of_base(run))
+    recipe = run.recipe
     models = open_fitting({"base": run.base, "chat": run.chat})
-    check_trainable(run.base, run.recipe.training)
-    if models["base"].config.get("model_type") == models["chat"].config.get("model_type"):
-        check_trainable(run.chat, run.recipe.training)  # the evaluation builds the same class
-    for model in (run.base, run.chat):
-        check_loads(model)
-    if run.recipe.tokenizer.languages():
+    recipe.training.check_positions(models["base"].config)
+    base, chat = _require_tokenizer(run.base, "base"), _require_tokenizer(run.chat, "chat")
+    check_budget(recipe.corpus, recipe.training.tokens, _tokenizer_of_base(run))
+    if recipe.tokenizer.languages():
         check_resizable(models["base"])
         check_pair(run.base, run.chat)
     else:
-        for tokenizer in map(TokenizerFiles.read, (run.base, run.chat)):
-            if tokenizer is not None:
-                tokenizer.require_listed()
-    if not run.recipe.merge.interpolates:
+        for tokenizer in (base, chat):
+            tokenizer.require_listed()
+        trains_new = any(phase.train == "new_rows" for phase in recipe.training.phases)
+        if trains_new and chat.ids.keys() <= base.ids.keys():
+            raise UserError(
+                "training.phases names new_rows but there will be none; set tokenizer.new_pieces, "
+                "or remove that phase."
+            )
+    if not recipe.merge.interpolates:
         merge_report.warn(pair_warnings(run.base, run.chat))
-    run.further_models()
-    if run.recipe.training.preview.every is not None:
+    if not is_up_to_date(run, MERGE):
+        # the base in place of the model that will be trained from it
+        plan_merge(recipe.merge, MergeInputs(run.base, run.base, run.chat))
+    if not is_up_to_date(run, TRAINING):
+        check_disk(run, shape_of(run.base, recipe.models.base))
+    if recipe.training.preview.every is not None:
         from cpt_merge.launcher.preview import check_previewed
 
-        tokenizer = TokenizerFiles.read(run.chat)
-        check_previewed(run.chat, tokenizer.chat_template if tokenizer else None)
+        check_previewed(run.chat, chat.chat_template)
+
+
+def _require_tokenizer(model: Path, name: str) -> TokenizerFiles:
+    """The tokenizer of a model of the pair. Raises `UserError` if it has none."""
+    found = TokenizerFiles.read(model)
+    if found is None:
+        raise UserError(
+            f"models.{name} = {model} has no tokenizer (tokenizer.json or tokenizer.model); copy "
+            "the model's tokenizer into it."
+        )
+    return found
 
 
 def _tokenizer_of_base(run: Run) -> Tokenizer:
@@ -87,7 +145,6 @@ def _tokenizer_of_base(run: Run) -> Tokenizer:
     if run.recipe.tokenizer.languages() or not fast.is_file():
         content, _ = read_tokenizer(run.base)
         return build(content)
-    TokenizerFiles.read(run.base)  # raises for a damaged one
     return build(read_json(fast))
 
 

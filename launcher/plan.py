@@ -34,11 +34,11 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
     if cluster:
         cluster.workload(config)  # raises for contradictions before anything is printed
         check_numbers(recipe)
-    base = read_shape(recipe, dense=cluster is not None)
     processes = 0
     if not cluster:
         check_inputs(recipe, download=False)
         processes = check_local_batch(recipe)
+    base = read_shape(recipe, dense=cluster is not None)
     shape = base.resized(extended_rows(recipe, base))
     console = Console(highlight=False)
     console.print(f"[bold]{recipe.name}[/]: {recipe.models.base} -> {run.merged}")

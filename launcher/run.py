@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cpt_merge.core.artifact import fingerprint
+from cpt_merge.core.artifact import fingerprint, write_text
+from cpt_merge.core.file_digests import known_digests, recall_digests
 from cpt_merge.core.hub import model_directory, model_fingerprint
 from cpt_merge.core.lock import Lock
 from cpt_merge.core.world import find_world
 from cpt_merge.launcher.recipe import Recipe, load_recipe
 
+DIGESTS_FILE = "digests.json"  # in a run's folder: the files that its stages read
 LOCK_FILE = ".lock"  # in a run's folder, while a process works there
 LOCK_VARIABLE = "CPT_MERGE_LOCK"  # its path, for the processes that a locked run starts
 
@@ -73,6 +75,16 @@ class Run:
     def further_models(self) -> dict[str, Path]:
         """The models that are evaluated in addition to the run's own, by name."""
         return {name: model_directory(path) for name, path in self.recipe.evaluation.models.items()}
+
+    def recall_digests(self) -> None:
+        """Know the digests of files that earlier processes read."""
+        path = self.recipe.directory / DIGESTS_FILE
+        if path.is_file():
+            recall_digests(path.read_text(encoding="utf-8"))
+
+    def keep_digests(self) -> None:
+        """Write the digests that are known, for later processes."""
+        write_text(self.recipe.directory / DIGESTS_FILE, known_digests())
 
     def corpus_inputs(self) -> dict[str, str]:
         """The fingerprints of all text."""

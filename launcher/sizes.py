@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +11,15 @@ from typing import Any
 
 from cpt_merge.checkpoint.quantised import refuse_by_config
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.artifact import existing_parent
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import is_here, model_directory
 from cpt_merge.core.hub_repository import Repository, hub_errors
 from cpt_merge.core.progress import counted
 from cpt_merge.core.world import World
 from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stages import STAGES
 from cpt_merge.launcher.start import accelerate_config, backend_environment
 from cpt_merge.tokenizer_ext.learn.word_lists import count_entries
 from cpt_merge.training.config import TrainingConfig
@@ -119,6 +123,28 @@ class DiskNeeded:
         return (
             f"{self.total / GB:,.2f} GB: three models of {self.model / GB:,.2f}, "
             f"{counted(self.kept, 'checkpoint')} of {self.checkpoint / GB:,.2f}"
+        )
+
+
+def check_disk(run: Run, shape: ModelShape) -> None:
+    """Raise `UserError` if the disk has no room for what a run has still to write.
+
+    `shape` is the base's.
+    """
+    recipe = run.recipe
+    needed = disk_needed(shape.resized(extended_rows(recipe, shape)), recipe.training)
+    written = sum(
+        path.stat().st_size
+        for stage in STAGES
+        for path in run.folder(stage.name).rglob("*")
+        if path.is_file()
+    )
+    free = shutil.disk_usage(existing_parent(recipe.directory)).free
+    if free < needed.total - written:
+        raise UserError(
+            f"{recipe.directory} has {free / GB:,.2f} GB left and the run takes {needed}, of which "
+            f"{written / GB:,.2f} GB are already written; free disk space, lower "
+            "training.checkpoints.keep, or move `runs`."
         )
 
 

@@ -91,6 +91,7 @@ def prepare(run: Run, stage: Stage, known: Mapping[str, str] | None = None) -> S
 
     Raises `UserError` if a stage that it needs is not finished.
     """
+    run.recall_digests()
     config, known, read = dict(stage.config(run.recipe)), known or {}, stage.reads(run)
     made = {
         name: known.get(name) or other.fingerprint(run)
@@ -103,6 +104,8 @@ def prepare(run: Run, stage: Stage, known: Mapping[str, str] | None = None) -> S
 
 def is_up_to_date(run: Run, stage: Stage) -> bool:
     """Whether the stage and all stages that it builds on are finished for this recipe."""
+    if read_record(run.folder(stage.name)) is None:
+        return False  # before its inputs are looked at, some of which may be on the hub
     try:
         finished = prepare(run, stage).finished()
     except UserError:

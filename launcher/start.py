@@ -9,7 +9,7 @@ from pathlib import Path
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.package import PACKAGE
 from cpt_merge.core.progress import counted, say
-from cpt_merge.core.world import find_world
+from cpt_merge.core.world import World, find_world
 from cpt_merge.launcher.recipe import Recipe, read_yaml
 from cpt_merge.launcher.stage import StageContext
 
@@ -35,10 +35,19 @@ def _local_processes(recipe: Recipe) -> int:
 
 
 def check_local_batch(recipe: Recipe) -> int:
-    """The processes of this machine. Raises `UserError` if a batch does not divide over them."""
+    """The processes of this machine.
+
+    Raises `UserError` if a batch or the backend's mesh does not divide over them.
+    """
     world = find_world()
     processes = _local_processes(recipe) if world.launcher == "alone" else world.size
     recipe.training.check_processes(processes, " of this machine (launch.processes)")
+    if world.launcher == "alone" and not started_by_accelerate():
+        from cpt_merge.training.distributed.parallel import backend_settings
+
+        ranks = {"RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_RANK": "0"}
+        asked = backend_settings(backend_environment(accelerate_config(recipe)) | ranks)
+        asked.mesh_shape(World(size=processes))
     return processes
 
 
@@ -99,6 +108,13 @@ def use_backend(recipe: Recipe) -> None:
     """
     if not started_by_accelerate() and (find_world().size > 1 or recipe.launch.accelerate_config):
         os.environ.update(backend_environment(accelerate_config(recipe)) | {READ_BY_US: "true"})
+
+
+def backend_variables(recipe: Recipe) -> dict[str, str]:
+    """The variables that the processes of training on this machine will have for their backend."""
+    if started_by_accelerate() or not recipe.launch.accelerate_config:
+        return {}  # they are in the environment, or those of FSDP2 as it is packaged
+    return backend_environment(accelerate_config(recipe))
 
 
 def processes_to_start(context: StageContext) -> int:

@@ -228,8 +228,8 @@ class TrainingConfig(Section):
 
         `model` has the values of its config.json.
         """
-        positions = text_section(model).get("max_position_embeddings") or self.sequence_length
-        if self.sequence_length > positions:
+        positions = positions_of(model)
+        if positions is not None and self.sequence_length > positions:
             raise UserError(
                 f"training.sequence_length = {self.sequence_length} but the model has "
                 f"{positions} positions; lower it."
@@ -268,3 +268,33 @@ class TrainingConfig(Section):
                 "leave out the last one's tokens so that it takes the rest"
             )
         return self
+
+
+_STRETCHED = ("linear", "dynamic", "yarn")  # rope types whose positions grow by their `factor`
+
+
+def positions_of(model: Mapping[str, Any]) -> int | None:
+    """The most tokens of a sequence, learned or rotated, by the values of a config.json.
+
+    None if it names no number (ALiBi, state-space models). Rotary positions that are stretched by a
+    factor reach that much further; some families name the stretched number, some the original one.
+    """
+    text = text_section(model)
+    named = text.get("max_position_embeddings")
+    if not isinstance(named, int):
+        return None
+    reach = [named]
+    for rope in _rope_settings(text):
+        kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+        if kind in _STRETCHED and isinstance(factor, int | float):
+            original = rope.get("original_max_position_embeddings") or named
+            reach.append(int(original * factor))
+    return max(reach)
+
+
+def _rope_settings(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The settings of rotary positions: one for the model, or one for each kind of layer."""
+    found = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        return []
+    return [found, *(one for one in found.values() if isinstance(one, Mapping))]

@@ -49,7 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def loaded(folder: Path, device: torch.device, **changes: Any) -> CausalLM:
     config = TrainingConfig(**{**CONFIG, **changes})
     module = build_model(folder, config)
-    prepare_layers(module, config)
+    prepare_layers(module, config, torch.device("cuda"))
     load_weights(module, folder, device)
     return module
 

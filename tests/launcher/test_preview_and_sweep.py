@@ -61,7 +61,8 @@ def test_a_chat_model_without_a_template_is_refused_before_the_first_stage(
         UserError, match=r"chat has no chat template, which training.preview needs; add a"
     ):
         check_inputs(load_recipe(recipe_path, [EVERY, f"models.chat={chat}"]))
-    check_inputs(load_recipe(recipe_path, [f"models.chat={chat}"]))  # nobody asks for one
+    unasked = [f"models.chat={chat}", "evaluation.suites=[language]"]
+    check_inputs(load_recipe(recipe_path, unasked))  # nobody asks for one
 
 
 def test_a_recipe_without_a_chat_sibling_is_refused(recipe_path: Path, tmp_path: Path) -> None:

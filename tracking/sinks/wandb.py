@@ -110,6 +110,20 @@ def _start(config: TrackingConfig, run: RunIdentity, directory: Path) -> WandbSi
     return sink
 
 
+def check_key(config: TrackingConfig) -> None:
+    """Raise `UserError` if the mode is online and there is no key; the server is not asked."""
+    if config.mode == "online":
+        _check_key(config, _environment().base_url)
+
+
+def _check_key(config: TrackingConfig, server: str) -> None:
+    if config.mode == "online" and not find_key():
+        raise UserError(
+            f"tracking.mode is online but there is no API key for {server}; run `wandb login`, "
+            "set WANDB_API_KEY, or choose tracking.mode=auto."
+        )
+
+
 def check_reachable(config: TrackingConfig) -> None:
     """Raise `UserError` if the server does not answer or there is no key for it."""
     online = config.model_copy(update={"mode": "online"})
@@ -146,11 +160,7 @@ def _choose_mode(config: TrackingConfig, environment_mode: str, server: str) -> 
     if config.mode == "auto" and environment_mode != "online":
         return "offline", f"WANDB_MODE={environment_mode}"
     if not find_key():
-        if config.mode == "online":
-            raise UserError(
-                f"tracking.mode is online but there is no API key for {server}; run `wandb login`, "
-                "set WANDB_API_KEY, or choose tracking.mode=auto."
-            )
+        _check_key(config, server)
         return "offline", "no API key"
     if not _answers(server):
         scheme, found, rest = server.rpartition("://")

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.backend import Backend
-from cpt_merge.training.distributed.parallel import Parallel
+from cpt_merge.training.distributed.parallel import BackendSettings, Parallel
 from cpt_merge.training.phases import PhaseSetup
 
 
 def build_backend(setup: PhaseSetup, parallel: Parallel) -> Backend:
-    """The backend that was asked for, with its weights loaded.
+    """The backend that was asked for, with its weights loaded. Raises as `check_backend` does."""
+    asked = parallel.settings
+    check_backend(asked, setup.config)
+    if asked.backend == "deepspeed":
+        from cpt_merge.training.distributed.deepspeed import ZeroBackend
 
-    Raises `UserError` if it is not available or contradicts the recipe.
-    """
-    precision, asked = setup.config.precision, parallel.settings
+        return ZeroBackend.build(setup, parallel)
+    from cpt_merge.training.distributed.fsdp import TorchBackend
+
+    return TorchBackend.build(setup, parallel)
+
+
+def check_backend(asked: BackendSettings, config: TrainingConfig) -> None:
+    """Raise `UserError` for a backend that is not available or contradicts the recipe."""
+    precision = config.precision
     wanted = {"bf16": "bf16", "pure-bf16": "bf16", "fp32": "no"}[precision]
     if asked.mixed_precision not in ("no", wanted):
         raise UserError(
@@ -22,9 +33,6 @@ def build_backend(setup: PhaseSetup, parallel: Parallel) -> Backend:
             "since the recipe decides."
         )
     if asked.backend == "deepspeed":
-        from cpt_merge.training.distributed.deepspeed import ZeroBackend
+        from cpt_merge.training.distributed.deepspeed import check_zero
 
-        return ZeroBackend.build(setup, parallel)
-    from cpt_merge.training.distributed.fsdp import TorchBackend
-
-    return TorchBackend.build(setup, parallel)
+        check_zero(asked, config)

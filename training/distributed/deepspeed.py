@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class ZeroBackend:
         stage = settings["zero_optimization"]["stage"]
         module = build_model(setup.model, setup.config)
         select_trained(module, setup.phase, setup.base_rows)
-        prepare_layers(module, setup.config)
+        prepare_layers(module, setup.config, parallel.device)
         if stage == 3:
             _load_partitioned(module, setup.model, settings, parallel.device)
         else:
@@ -252,17 +253,27 @@ class ZeroBackend:
         self.engine.destroy()
 
 
-def _engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any]:
-    """DeepSpeed's configuration.
-
-    Batches, precision and clipping come from the recipe, ZeRO from the accelerate config.
-    """
+def check_zero(settings: BackendSettings, config: TrainingConfig) -> None:
+    """Raise `UserError` if DeepSpeed is missing, or cannot do what the two configurations say."""
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "the accelerate config asks for DeepSpeed, which is not installed; "
+            "pip install -c constraints.txt -e '.[deepspeed]'"
+        )
     if config.precision == "pure-bf16":
         raise UserError(
             "training.precision: pure-bf16 is not possible with DeepSpeed, which keeps fp32 "
             "masters; "
             "set bf16 or fp32."
         )
+    zero_section(settings)
+
+
+def _engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Batches, precision and clipping come from the recipe, ZeRO from the accelerate config.
+    """
     micro = config.micro_batches(parallel.size)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
@@ -307,14 +318,9 @@ def zero_section(settings: BackendSettings) -> dict[str, Any]:
 def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ImportError:
-        raise UserError(
-            "the accelerate config asks for DeepSpeed, which is not installed; "
-            "pip install -c constraints.txt -e '.[deepspeed]'"
-        ) from None
+    import deepspeed
+    import deepspeed.ops
+
     if device.type == "cpu":
         # DeepSpeed would compile collectives for one node at first use (46 s), and wait for ever
         # for the lock of a compilation that was killed

@@ -80,7 +80,7 @@ class TorchBackend:
         select_trained(module, setup.phase, setup.base_rows)
         copy = ComputeCopy(module) if setup.config.precision == "bf16" and not sharded else None
         running = copy.module if copy else module
-        prepare_layers(running, setup.config)
+        prepare_layers(running, setup.config, parallel.device)
         if sharded:
             shard(module, setup.config, parallel)
         load_weights(module, setup.model, parallel.device)

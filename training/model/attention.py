@@ -188,6 +188,20 @@ def check_supported(model: Any, config: TrainingConfig) -> None:
         )
 
 
+def check_device(config: TrainingConfig, device: torch.device) -> None:
+    """Raises `UserError` if the implementation does not train on the device, whatever the model."""
+    if config.attention == "flex" and device.type != "cuda":
+        raise UserError(
+            "attention: flex trains on GPUs only, since torch has no backward pass for others; "
+            "set flash."
+        )
+    if config.attention == "flash" and device.type == "cuda" and config.precision == "fp32":
+        raise UserError(
+            "attention: flash computes in bf16 only; "
+            "set training.precision: bf16, or attention: sdpa."
+        )
+
+
 @torch.no_grad()
 def check_attention(
     module: Callable[[Batch], Tensor], config: TrainingConfig, device: torch.device
@@ -199,17 +213,8 @@ def check_attention(
     `UserError` if a document's loss depends on the document before it or on later tokens, or if the
     implementation does not run here.
     """
-    if config.attention == "flex" and device.type != "cuda":
-        raise UserError(
-            "attention: flex trains on GPUs only, since torch has no backward pass for others; "
-            "set flash."
-        )
+    check_device(config, device)
     if config.attention == "flash" and device.type == "cuda":
-        if config.precision == "fp32":
-            raise UserError(
-                "attention: flash computes in bf16 only; "
-                "set training.precision: bf16, or attention: sdpa."
-            )
         _check_kernel(device)
     rows, length = config.micro_batch_size, max(config.sequence_length, 16)
     batch = _two_documents(rows, length).to(device)

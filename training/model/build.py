@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from cpt_merge.checkpoint.headers import TensorInfo
-from cpt_merge.checkpoint.loaded import open_model
 from cpt_merge.checkpoint.model_names import stored_names
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
@@ -27,7 +26,7 @@ from cpt_merge.training.model.attention import (
     check_supported,
     describe_attention,
 )
-from cpt_merge.training.model.compile import compile_layers
+from cpt_merge.training.model.compile import check_compiler, compile_layers
 from cpt_merge.training.model.fp8 import convert_to_fp8
 from cpt_merge.training.model.head import find_head_form
 from cpt_merge.training.model.loss import Head, cross_entropy_sum
@@ -111,7 +110,11 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
 
     Raises `UserError` for a model that cannot be trained as the configuration says.
     """
-    model_config = _decoder_config(directory)
+    return build_from(read_model_config(directory), directory, config)
+
+
+def build_from(model_config: Any, directory: Path, config: TrainingConfig) -> CausalLM:
+    """The model of a configuration that was read; `directory` is what messages call it."""
     dtype = torch.bfloat16 if config.precision == "pure-bf16" else torch.float32
     try:
         with init_empty_weights(include_buffers=False):
@@ -136,21 +139,24 @@ def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
     return CausalLM(model, config.loss_chunk, config.compile).train()
 
 
-def _decoder_config(directory: Path) -> Any:
-    """The configuration of a causal language model. Raises `UserError` for another model."""
+def read_model_config(directory: Path, named: Path | None = None) -> Any:
+    """The configuration of a causal language model. Raises `UserError` for another model.
+
+    `named` is what messages call the directory.
+    """
+    named = named or directory
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # each class validates in its own way
         raise UserError(
-            f"transformers cannot read the config.json of {directory} ({_reason(error)}); correct "
-            "it, or "
-            "use a model that transformers knows without code of its own."
+            f"transformers cannot read the config.json of {named} ({_reason(error)}); correct "
+            "it, or use a model that transformers knows without code of its own."
         ) from None
     masked = [name for name in config.architectures or () if name.endswith(_NOT_CAUSAL)]
     kind = "an encoder-decoder" if config.is_encoder_decoder else masked[0] if masked else None
     if kind or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"the model in {directory} ({kind or type(config).__name__}) is no causal language "
+            f"the model in {named} ({kind or type(config).__name__}) is no causal language "
             "model, and only those can be trained; use another base."
         )
     return config
@@ -159,19 +165,6 @@ def _decoder_config(directory: Path) -> Any:
 def _reason(error: Exception) -> str:
     """The first sentence of an error, in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split(". ")[0].split())[:200]
-
-
-def check_trainable(directory: Path, config: TrainingConfig) -> None:
-    """Raise `UserError` for a model that training would refuse at its start; no weight is read.
-
-    Whether fp8 runs is left to the machine that trains.
-    """
-    module = build_model(directory, config.model_copy(update={"fp8": False}))
-    checkpoint = open_model(directory)
-    names = stored_names(module.model, checkpoint.tensors, directory)
-    source = WeightSource(checkpoint, names, torch.device("cpu"))
-    for name, parameter in module.model.named_parameters():
-        source.find(name, parameter)
 
 
 def _report_unused_settings(config: Any) -> None:
@@ -245,9 +238,14 @@ class WeightSource:
     @staticmethod
     def open(module: CausalLM, directory: Path, device: torch.device) -> WeightSource:
         """Open the checkpoint in `directory`, and tell the module its names."""
-        checkpoint = Checkpoint.open(directory)
-        module.stored_names = stored_names(module.model, checkpoint.tensors, directory)
-        return WeightSource(checkpoint, module.stored_names, device)
+        return WeightSource.of(module, Checkpoint.open(directory), device)
+
+    @staticmethod
+    def of(module: CausalLM, checkpoint: Checkpoint, device: torch.device) -> WeightSource:
+        """A checkpoint that is open."""
+        names = stored_names(module.model, checkpoint.tensors, checkpoint.directory)
+        module.stored_names = names
+        return WeightSource(checkpoint, names, device)
 
     def find(self, name: str, target: Tensor) -> TensorInfo:
         """Where the values for `target` are stored.
@@ -307,10 +305,11 @@ def named_local_parameters(module: CausalLM) -> Iterator[tuple[str, nn.Parameter
         yield module.stored_names.get(name, name), parameter
 
 
-def prepare_layers(module: CausalLM, config: TrainingConfig) -> None:
+def prepare_layers(module: CausalLM, config: TrainingConfig, device: torch.device) -> None:
     """Activation checkpointing, then compilation; call it before sharding."""
     apply_recompute(module.layers, config.activation_checkpointing)
     if config.compile:
+        check_compiler(device)
         compile_layers(module.layers)
 
 

@@ -9,11 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.torch_compat import compilers_missing
+
 
 def compile_layers(layers: nn.ModuleList) -> None:
     """Compile the layers when they first run."""
     for layer in layers:
         layer.compile(fullgraph=True)  # otherwise torch silently skips what it cannot compile
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise `UserError` if torch.compile cannot make code for the device on this machine."""
+    missing = compilers_missing(device)
+    if missing:
+        raise UserError(
+            f"training.compile needs {missing}, which this machine lacks; install it or set "
+            "compile to false."
+        )
 
 
 def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -8,6 +8,7 @@ not see and later tokens; `check_attention` refuses that. Weights stay in their 
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -22,19 +23,28 @@ def convert_to_fp8(layers: nn.ModuleList, device: torch.device) -> None:
 
     Raises `UserError` where the GPU or torchao is missing.
     """
+    check_capability(device)
+    check_torchao()
+    float8 = importlib.import_module("torchao.float8")
+    config = float8.Float8LinearConfig.from_recipe_name("rowwise")
+    float8.convert_to_float8_training(layers, config=config, module_filter_fn=_fits)
+
+
+def check_capability(device: torch.device) -> None:
+    """Raise `UserError` for a device without float8 matmuls."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         raise UserError(
             f"training.fp8 needs a GPU of capability {CAPABILITY[0]}.{CAPABILITY[1]}; "
             "set it to false."
         )
-    try:
-        float8 = importlib.import_module("torchao.float8")
-    except ImportError:
+
+
+def check_torchao() -> None:
+    """Raise `UserError` if torchao is not installed."""
+    if find_spec("torchao") is None:
         raise UserError(
             "training.fp8 needs torchao, which is not installed; install it or set fp8 to false."
-        ) from None
-    config = float8.Float8LinearConfig.from_recipe_name("rowwise")
-    float8.convert_to_float8_training(layers, config=config, module_filter_fn=_fits)
+        )
 
 
 def _fits(module: nn.Module, name: str) -> bool:

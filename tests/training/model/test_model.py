@@ -20,15 +20,16 @@ from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.packing import IGNORED
 from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.parallel import BackendSettings
 from cpt_merge.training.model.build import (
     CausalLM,
     build_model,
-    check_trainable,
     decoder_layers,
     load_weights,
     named_local_parameters,
 )
 from cpt_merge.training.model.head import HeadForm
+from cpt_merge.training.trainable import check_trainable
 from tests.distributed import run_ranks
 from tests.merge.test_multimodal import mllama
 from tests.training.conftest import CONFIG
@@ -275,6 +276,9 @@ NOT_TRAINED: dict[str, tuple[Callable[[], Any], str]] = {
 }  # fmt: skip
 
 
+EAGER = {**CONFIG, "attention": "eager"}
+
+
 @pytest.mark.parametrize("kind", NOT_TRAINED)
 def test_a_model_that_cannot_be_trained_is_refused_before_its_weights_are_read(
     kind: str, tmp_path: Path
@@ -282,13 +286,13 @@ def test_a_model_that_cannot_be_trained_is_refused_before_its_weights_are_read(
     build, sentence = NOT_TRAINED[kind]
     build().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=sentence):
-        check_trainable(tmp_path, TrainingConfig(**{**CONFIG, "attention": "eager"}))
+        check_trainable(tmp_path, TrainingConfig(**EAGER), BackendSettings(), CPU)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - REARRANGED))
 def test_models_that_are_trained_pass_the_same_check(family: str, tmp_path: Path) -> None:
     make_family(tmp_path, family, tied=False)
-    check_trainable(tmp_path, TrainingConfig(**{**CONFIG, "attention": "eager", "fp8": True}))
+    check_trainable(tmp_path, TrainingConfig(**EAGER), BackendSettings(), device=None)
 
 
 @pytest.mark.parametrize("model_type", ["t5", "of_another_library"])

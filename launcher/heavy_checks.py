@@ -1,0 +1,138 @@
+"""The checks of `inputs.py` that need torch and transformers, in a process of their own.
+
+Importing the two takes longer than all other checks, so they run next to those:
+
+    with heavy_checks(run):     starts this module in a process, with the recipe on stdin
+        ...                     the other checks
+                                waits; what the process refuses is raised as a `UserError` here
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
+from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stage import is_up_to_date
+from cpt_merge.launcher.stages import EVALUATION, TRAINING
+from cpt_merge.launcher.start import backend_variables
+
+REFUSED = 2
+ELSEWHERE = "--elsewhere"  # without a GPU here, training may be planned for another machine
+
+
+@contextmanager
+def heavy_checks(run: Run, here: bool) -> Iterator[None]:
+    """Run the checks while the block runs. Raises `UserError` after it for what they refuse.
+
+    Nothing is started if training and evaluation are done. `here`: they run on this machine.
+    """
+    if is_up_to_date(run, TRAINING) and is_up_to_date(run, EVALUATION):
+        yield
+        return
+    command = [sys.executable, "-m", __name__, *([] if here else [ELSEWHERE])]
+    with tempfile.TemporaryFile("w+") as recipe, tempfile.TemporaryFile("w+") as errors:
+        recipe.write(run.recipe.model_dump_json())
+        recipe.seek(0)
+        process = subprocess.Popen(
+            command, stdin=recipe, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        try:
+            yield
+            answer, _ = process.communicate()
+        finally:
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        _judge(process.returncode, answer.strip(), errors.read().strip())
+
+
+def _judge(code: int, answer: str, errors: str) -> None:
+    if code == REFUSED and answer:
+        raise UserError(answer.splitlines()[-1])
+    if code < 0:
+        say(f"the check of the models was ended by signal {-code}; the stages check them again")
+    elif code:
+        last = errors.splitlines()[-1] if errors else f"exit code {code}"
+        raise UserError(
+            f"the models cannot be used with the installed torch and transformers ({last[:300]}); "
+            "`cpt-merge doctor` shows the versions."
+        )
+
+
+def check(run: Run, here: bool) -> None:
+    """Raise `UserError` for what the late stages would refuse."""
+    if not is_up_to_date(run, TRAINING):
+        _check_training(run, here)
+    _check_chat(run)
+    _check_prompts(run)
+
+
+def _check_training(run: Run, here: bool) -> None:
+    import torch
+
+    from cpt_merge.training.distributed.parallel import backend_settings
+    from cpt_merge.training.trainable import check_trainable
+
+    variables = {**os.environ, **backend_variables(run.recipe)}
+    on_cpu = variables.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
+    known = here or on_cpu or device.type == "cuda"
+    asked = backend_settings(variables)
+    check_trainable(run.base, run.recipe.training, asked, device if known else None)
+
+
+def _check_chat(run: Run) -> None:
+    """Check that transformers loads the chat model, and the tokenizers and templates of the pair."""
+    from cpt_merge.checkpoint.loaded_tokenizer import check_loads
+    from cpt_merge.checkpoint.reader import read_json
+    from cpt_merge.training.trainable import check_model
+
+    kinds = {read_json(model / "config.json").get("model_type") for model in (run.base, run.chat)}
+    if len(kinds) == 1:  # the evaluation builds the class that training builds
+        check_model(run.chat, run.recipe.training)
+    for model in (run.base, run.chat):
+        check_loads(model)
+
+
+def _check_prompts(run: Run) -> None:
+    """Read the prompts of evaluation and preview, and render those for base and chat model."""
+    from cpt_merge.evaluation.chat_template import check_prompts, read_chat_template
+    from cpt_merge.evaluation.models import shared_context
+    from cpt_merge.evaluation.suites import Setup, conversations_of
+    from cpt_merge.launcher.preview import read_prompts
+
+    recipe = run.recipe
+    if recipe.training.preview.every is not None:
+        read_prompts(recipe)
+    asked = conversations_of(Setup(recipe.evaluation, recipe.corpus))
+    models = {"base": run.base, "chat": run.chat, **run.further_models()}
+    shared_context(models, recipe.evaluation.context)
+    if asked or _asks_lm_eval_in_template(recipe):
+        check_prompts(models, read_chat_template(run.chat), asked)
+
+
+def _asks_lm_eval_in_template(recipe: Recipe) -> bool:
+    knowledge = recipe.evaluation.knowledge
+    return "knowledge" in recipe.evaluation.suites and knowledge.chat_template
+
+
+def main() -> int:
+    """Check the recipe on stdin; what is refused goes to stdout."""
+    try:
+        check(Run(Recipe.model_validate_json(sys.stdin.read())), ELSEWHERE not in sys.argv)
+    except UserError as error:
+        print(error)
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

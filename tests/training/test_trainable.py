@@ -1,0 +1,177 @@
+"""What the start of training would refuse is known without the weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from cpt_merge.core.errors import UserError
+from cpt_merge.training.config import TrainingConfig, positions_of
+from cpt_merge.training.distributed.parallel import BackendSettings
+from cpt_merge.training.trainable import check_trainable
+from tests.training.conftest import CONFIG
+from tests.training.families import FAMILIES, GEMMA, SIZES, make_family
+
+CPU = torch.device("cpu")
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt-oss": ("GptOssConfig", {**SIZES, "head_dim": 8, "num_local_experts": 4}),
+    "bert": ("BertConfig", {**SIZES, "is_decoder": False}),
+    "gemma2-uncapped": (
+        "Gemma2Config", {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+}  # fmt: skip
+
+
+def check(folder: Path, asked: BackendSettings = BackendSettings(), **changes: Any) -> None:  # noqa: B008
+    check_trainable(folder, TrainingConfig(**{**CONFIG, **changes}), asked, CPU)
+
+
+def make(folder: Path, family: str) -> None:
+    if family not in OTHERS:
+        make_family(folder, family, tied=False)
+        return
+    name, values = OTHERS[family]
+    config = getattr(transformers, name)(**{**values, "tie_word_embeddings": False})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        (family, "eager" if family == "gemma2" else "sdpa" if family == "stablelm" else "flash")
+        for family in [*FAMILIES, "gemma2-uncapped"]
+        if family != "mixtral"
+    ],
+)
+def test_a_family_that_trains_is_let_through(family: str, attention: str, tmp_path: Path) -> None:
+    make(tmp_path, family)
+    check(tmp_path, attention=attention)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "sentence"),
+    [
+        ("gemma2", "flash", "caps its attention scores; set it to eager or flex"),
+        ("gemma2", "sdpa", "attention: sdpa"),
+        ("gpt-oss", "sdpa", "attention: sdpa"),
+        ("stablelm", "flash", "does not pass on where documents begin"),
+        ("falcon", "sdpa", "lets a document see the document before it"),
+        ("opt", "eager", "lets a document see the document before it"),
+        ("bert", "eager", "such models cannot be trained"),
+        ("llama", "flex", "flex trains on GPUs only"),
+        ("mixtral", "flash", "rearranges into"),
+    ],
+)
+def test_attention_that_a_model_does_not_support(
+    family: str, attention: str, sentence: str, tmp_path: Path
+) -> None:
+    make(tmp_path, family)
+    with pytest.raises(UserError, match=sentence):
+        check(tmp_path, attention=attention)
+
+
+def test_sinks_do_not_fit_flash(tmp_path: Path) -> None:
+    make(tmp_path, "gpt-oss")
+    with pytest.raises(UserError, match=r"needs s_aux; set eager|cannot be trained"):
+        check(tmp_path, attention="flash")
+
+
+def test_an_architecture_that_transformers_does_not_contain(tmp_path: Path) -> None:
+    make(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    stranger = {"model_type": "nonsense", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **stranger}))
+    with pytest.raises(UserError, match="transformers cannot read the config"):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda weights: weights.pop("model.norm.weight"), r"model\.norm\.weight not at all"),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.ones(31)}),
+            r"in shape \(31,\), but the model needs \(32,\)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_their_config(change: Any, sentence: str, tmp_path: Path) -> None:
+    make(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=sentence):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes", "sentence"),
+    [
+        ({"mixed_precision": "fp16"}, {}, "asks for mixed_precision: fp16"),
+        (
+            {"backend": "deepspeed", "zero_stage": 3},
+            {"precision": "pure-bf16"},
+            "DeepSpeed",  # which is not installed everywhere
+        ),
+        ({}, {"fp8": True}, "training.fp8 needs"),
+    ],
+)
+def test_backends_and_devices(
+    asked: dict[str, Any], changes: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    make(tmp_path, "llama")
+    with pytest.raises(UserError, match=sentence):
+        check(tmp_path, BackendSettings(**asked), **changes)
+
+
+def test_training_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    make(tmp_path, "llama")
+    monkeypatch.setattr(config.cpp, "cxx", ("/nowhere/g++",))
+    check(tmp_path)
+    with pytest.raises(UserError, match=r"training.compile needs a C\+\+ compiler"):
+        check(tmp_path, compile=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"n_positions": 1024}, 1024),
+        ({"max_seq_len": 2048}, 2048),
+        ({}, None),
+        ({"text_config": {"max_position_embeddings": 8192}}, 8192),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        (
+            {"max_position_embeddings": 131072, "rope_scaling": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            131072,
+        ),
+        (
+            {"max_position_embeddings": 32768, "rope_parameters": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            131072,
+        ),
+        (
+            {"max_position_embeddings": 131072, "rope_scaling": {
+                "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}},
+            131072,
+        ),
+        (
+            {"max_position_embeddings": 4096, "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0},
+                "sliding_attention": {"rope_type": "default"}}},
+            32768,
+        ),
+    ],
+)  # fmt: skip
+def test_how_far_the_positions_of_a_model_reach(
+    config: dict[str, Any], positions: int | None
+) -> None:
+    assert positions_of(config) == positions
