@@ -90,7 +90,7 @@ def _check_training(run: Run, here: bool) -> None:
 
 
 def _check_chat(run: Run) -> None:
-    """Check that transformers loads the chat model, and the tokenizers and templates of the pair."""
+    """Check that transformers loads the chat model, and the tokenizers of the pair."""
     from cpt_merge.checkpoint.loaded_tokenizer import check_loads
     from cpt_merge.checkpoint.reader import read_json
     from cpt_merge.training.trainable import check_model
