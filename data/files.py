@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,8 +63,7 @@ def _of_split(directory: Path, split: str) -> Path:
 def _in_directory(directory: Path, whole_files: bool) -> list[Path]:
     if (directory / _STATE).is_file():
         return _saved_dataset(directory)
-    found = sorted(file for file in directory.rglob("*") if file.is_file())
-    visible = _visible(str(directory), found, directory)
+    visible = _visible(str(directory), _all_files(directory), directory)
     files = [
         file
         for file in visible
@@ -75,6 +75,18 @@ def _in_directory(directory: Path, whole_files: bool) -> list[Path]:
     if others := [file for file in visible if file not in set(files)]:
         say_left_out(str(directory), [file.name for file in others], "other file")
     return files
+
+
+def _all_files(directory: Path) -> list[Path]:
+    """The files in a directory, in its folders, and in folders that are linked there."""
+    found, entered = list[Path](), set[str]()
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        entered.add(os.path.realpath(folder))
+        folders[:] = [
+            name for name in folders if os.path.realpath(Path(folder, name)) not in entered
+        ]
+        found += [file for name in names if (file := Path(folder, name)).is_file()]
+    return sorted(found)
 
 
 def _saved_dataset(directory: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import orjson
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.readers.rows import BadRow, Row
-from cpt_merge.data.readers.streams import lines, read_bytes
+from cpt_merge.data.readers.streams import lines, not_utf8, read_bytes
 
 
 def read_json(file: Path, fields: Sequence[str] = ()) -> Iterator[Row]:
@@ -75,8 +75,8 @@ def parse_json(content: bytes | str) -> Any:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError:
-        raise ValueError("is not UTF-8") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(not_utf8(error.object, error)) from None
     except UnicodeEncodeError:
         raise ValueError("contains a lone surrogate, which is not Unicode text") from None
     except json.JSONDecodeError as error:

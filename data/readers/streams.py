@@ -16,6 +16,11 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 LONGEST_LINE = 1 << 30  # bytes
 _BUFFER = 1 << 18
 _SAMPLE = 1 << 22
+_MAGIC = {  # how files of other kinds begin
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip data (.gz)",
+    b"\x28\xb5\x2f\xfd": "zstd data (.zst)", b"BZh": "bzip2 data (.bz2)",
+    b"\xfd7zXZ": "xz data (.xz)", b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet",
+}  # fmt: skip
 _CUT_OFF = ("Truncated compressed stream", "Compressed file ended before")  # pyarrow, lzma
 
 
@@ -90,6 +95,7 @@ def read_bytes(file: Path) -> bytes:
 
 def not_utf8(content: bytes, error: UnicodeDecodeError) -> str:
     """The end of a sentence about bytes that are no UTF-8 text."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "is UTF-16 and not UTF-8"
+    for magic, kind in _MAGIC.items():
+        if content.startswith(magic):
+            return f"is {kind} and not UTF-8"
     return f"is not UTF-8 (byte {error.start + 1}: {error.reason})"

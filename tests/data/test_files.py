@@ -37,6 +37,13 @@ def test_a_folder_is_hidden_only_below_the_path_itself(tmp_path: Path) -> None:
     assert found(root, root) == ["a.jsonl"]
 
 
+def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
+    make(tmp_path, "text/a.jsonl", "elsewhere/b.jsonl")
+    (tmp_path / "text" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "text")
+    assert found(tmp_path / "text", tmp_path) == ["text/a.jsonl", "text/more/b.jsonl"]
+
+
 def test_markdown_is_text_only_where_files_are_documents(tmp_path: Path) -> None:
     make(tmp_path, "a.txt", "b.md", "c.jsonl")
     assert found(tmp_path, tmp_path) == ["a.txt", "c.jsonl"]

@@ -46,7 +46,8 @@ def test_rows_have_the_numbers_of_their_lines(tmp_path: Path) -> None:
         (b'{"text": "a"} {"text": "b"}', "is not JSON (Extra data: character 15)"),
         (b'"text"', "is not a JSON object"),
         (b'{"text": "\\ud800"}', "contains a lone surrogate, which is not Unicode text"),
-        (b'{"text": "\xb0\xa1"}', "is not UTF-8"),
+        (b'{"text": "\xb0\xa1"}', "is not UTF-8 (byte 11: invalid start byte)"),
+        (b"\x1f\x8b\x08\x00", "is gzip data (.gz) and not UTF-8"),
         (b'{"text": ' + 100_000 * b"[", "is not JSON that can be read (too deeply nested)"),
     ],
 )
