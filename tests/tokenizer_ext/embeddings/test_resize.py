@@ -359,6 +359,24 @@ def test_the_result_loads_and_goes_on(untied, tmp_path, tracker, recording):
     assert {row["matrix"] for row in recording.tables["embeddings/norms"]} == {"embed", "head"}
 
 
+@pytest.mark.parametrize(
+    "name", ["final_logits_bias", "cls.predictions.bias", "generator_lm_head.bias"]
+)
+def test_another_table_by_token_is_named(untied, tmp_path, tracker, name):
+    save_weights({**untied.weights["base"], name: torch.zeros(BASE_ROWS)}, untied.base)
+    with pytest.raises(UserError, match=f"^{name} of .* cannot be extended"):
+        resize(untied, tmp_path / "out", tracker)
+
+
+def test_an_embedding_that_is_not_finite_is_refused(untied, tmp_path, tracker):
+    weights = {name: values.clone() for name, values in untied.weights["base"].items()}
+    weights["model.embed_tokens.weight"][3, 0] = torch.inf
+    save_weights(weights, untied.base)
+    with pytest.raises(UserError, match=r"embed_tokens.weight of .* contains NaN or Inf"):
+        resize(untied, tmp_path / "out", tracker)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_map_for_another_base_is_refused(untied, tmp_path, tracker):
     VocabularyMap(BASE_ROWS - 1, BASE_ROWS - 1, [], [], []).save(untied.tokenizer)
     with pytest.raises(UserError, match=r"has 38 rows, .* 37"):
