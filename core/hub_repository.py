@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import Meter, counted, say
@@ -85,7 +85,8 @@ class Repository:
             errors.HFValidationError,
         ):
             return None
-        return Snapshot(self, commit, {file.path: file.size for file in files})
+        listed = {file.path: StoredFile(file.size, file.blob_id) for file in files}
+        return Snapshot(self, commit, listed)
 
     def newest(self) -> Snapshot:
         """The commit that the revision has on the hub now, which the cache knows from then on.
@@ -137,13 +138,20 @@ class Repository:
             return None
 
 
+class StoredFile(NamedTuple):
+    """What the list of a commit says of a file."""
+
+    size: int  # bytes
+    blob: str  # git's digest of the content
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A commit of a repository, all of its files, and those of them that the cache has."""
 
     repository: Repository
     commit: str
-    files: Mapping[str, int] = field(repr=False)  # name -> bytes
+    files: Mapping[str, StoredFile] = field(repr=False)  # by name
 
     def __str__(self) -> str:
         return f"{self.repository.kind} {self.repository.name}@{self.commit[:7]}"
@@ -156,7 +164,7 @@ class Snapshot:
     def path(self, name: str) -> Path | None:
         """Where the cache has a file; None if it does not have it in its full size."""
         path = self._stored(name)
-        return path if path and path.stat().st_size == self.files[name] else None
+        return path if path and path.stat().st_size == self.files[name].size else None
 
     def _stored(self, name: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
@@ -173,7 +181,7 @@ class Snapshot:
 
     def size(self, names: Iterable[str]) -> int:
         """The bytes of some files."""
-        return sum(self.files[name] for name in names)
+        return sum(self.files[name].size for name in names)
 
     def download(self, names: Iterable[str]) -> int:
         """Download the files that the cache does not have, and return how many these were.
@@ -218,7 +226,9 @@ class Snapshot:
                 say(f"{self}: {name}: {_reason(error)}; downloading it again")
                 time.sleep(attempt)
             else:
-                bar.end_at(self.files[name])  # a file that another commit has too is not sent again
+                bar.end_at(
+                    self.files[name].size
+                )  # a file that another commit has too is not sent again
                 return
 
     def _check_space(self, missing: list[str]) -> None:

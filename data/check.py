@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -10,24 +10,33 @@ from tokenizers import Tokenizer
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.data.documents import SKIPPED, read_documents
+from cpt_merge.data.hub_datasets import at_hand, is_at_hand, size_of
 from cpt_merge.data.mixture import MANY_EPOCHS, check_repeats, mixture
 from cpt_merge.data.readers.arrow_tables import column_bytes
 from cpt_merge.data.readers.streams import expansion
 from cpt_merge.data.sources import Corpus, Source, read_source, source_files
 
 HEAD_ROWS = 20  # of each file
+MORE_ROWS = 10_000  # of the first file, if none of these has text
 SAMPLE_BYTES = 1_000_000  # of text, which are tokenised
 
 
-def check_text(corpus: Corpus) -> None:
-    """Look at the first rows of every local file. Raises `UserError` for what is no text."""
+def check_text(corpus: Corpus, download: bool = True) -> None:
+    """Look at the first rows of every file that is here. Raises `UserError` for what is no text.
+
+    Of a hub's dataset, the first file is downloaded, or else only those in the cache are looked at.
+    """
     for source in corpus.sources:
-        files = source_files(source)
-        read = 0
-        for file in (one for one in files if one.stat().st_size):
-            head = itertools.islice(read_documents(file, source.layout), HEAD_ROWS)
+        files = [file for file in source_files(source) if size_of(file)]
+        here = [file for file in files if is_at_hand(file) or (download and file == files[0])]
+        read = filled = 0
+        for file in map(at_hand, here):
+            head = list(islice(read_documents(file, source.layout), HEAD_ROWS))
             read += sum(text is not SKIPPED for text in head)
-        if files and not read:
+            filled += any(head)
+        if here and not filled:  # because no row has the field?
+            list(read_documents(at_hand(here[0]), source.layout, MORE_ROWS))
+        if not read and (here or not files):
             raise UserError(f"text source {source.path} is empty; correct corpus.sources.")
 
 
@@ -54,10 +63,10 @@ def check_budget(corpus: Corpus, tokens: int, tokenizer: Tokenizer) -> None:
 def tokens_at_most(source: Source, tokenizer: Tokenizer) -> int | None:
     """About how many tokens a source has at most, from a sample of its text and the files' sizes.
 
-    None for a dataset on the hub.
+    None for a dataset on the hub whose files are not all downloaded.
     """
     files = source_files(source)
-    if not files:
+    if not all(map(is_at_hand, files)):
         return None
     documents, size, tokens = 0, 0, 0
     for text in read_source(source):
@@ -68,7 +77,7 @@ def tokens_at_most(source: Source, tokenizer: Tokenizer) -> int | None:
             break
     else:
         return tokens
-    whole = sum(_text_bytes_at_most(file, source) for file in files)
+    whole = sum(_text_bytes_at_most(at_hand(file), source) for file in files)
     if source.limit is not None:
         whole = min(whole, source.limit * size / documents)
     return int(whole * tokens / size)

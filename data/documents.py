@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,17 @@ class Layout:
     skip_bad_rows: bool = False
 
 
-def read_documents(file: Path, layout: Layout) -> Iterator[str | None]:
+def read_documents(file: Path, layout: Layout, most: int | None = None) -> Iterator[str | None]:
     """Every document; "" for one without text, `SKIPPED` for a bad row that is to be left out.
 
-    Raises `UserError` with file and row for what cannot be read, and for a file none of whose
-    records has the field.
+    With `most`, as if the file ended after so many rows. Raises `UserError` with file and row for
+    what cannot be read, and for a file none of whose records has the field.
     """
     found = format_of(file, layout.whole_files)
     if found is None:
         endings = ".txt or .md" if layout.whole_files else ", ".join(FORMATS)
         raise UserError(f"{file}: its ending is none of {endings} (also compressed); convert it.")
-    rows = found.read(file, layout.text_of.fields)
+    rows = islice(found.read(file, layout.text_of.fields), most)
     yield from documents_of(rows, f"{file}: {found.unit}", layout)
 
 

@@ -16,6 +16,13 @@ _STATE, _DICT = "state.json", "dataset_dict.json"  # of `Dataset.save_to_disk`
 _ABOUT_DATASETS = {_STATE, _DICT, "dataset_info.json", "dataset_infos.json"}
 
 
+def plain_path(path: str) -> str:
+    """The path, or a hub's dataset without its revision: org/data of org/data@revision."""
+    name, _, revision = path.partition("@")
+    is_hub_id = name.count("/") <= 1 and not path.startswith((".", "/", "~"))
+    return name if revision and is_hub_id and not format_of(Path(path)) else path
+
+
 def find_files(path: str, whole_files: bool = False, split: str = "train") -> list[Path]:
     """The local files of a source, sorted; empty if the path can only be a dataset's hub id.
 
@@ -38,8 +45,9 @@ def find_files(path: str, whole_files: bool = False, split: str = "train") -> li
         return files
     if local.is_file():
         return [local]
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    in_a_folder = "/" in path and local.parent.is_dir()
+    hub_id = plain_path(path)
+    looks_local = path.startswith((".", "/", "~")) or hub_id.count("/") > 1
+    in_a_folder = "/" in path and Path(hub_id).parent.is_dir()
     if looks_local or in_a_folder or format_of(local) or format_of(local, whole_files=True):
         raise UserError(f"text source {path} does not exist; correct corpus.sources.")
     return []

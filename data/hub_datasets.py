@@ -8,14 +8,16 @@ of a commit's files is in the cache, and the answer needs no network and no data
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cpt_merge.core.artifact import fingerprint
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.hub_repository import Repository, Snapshot
+from cpt_merge.core.hub_repository import Repository, Snapshot, StoredFile
 from cpt_merge.data.files import say_left_out
 from cpt_merge.data.readers import FORMATS, WHOLE_FILES, format_of
 
@@ -30,10 +32,15 @@ class HubFile:
     dataset: str  # owner/name
     revision: str  # the commit
     name: str  # in the repository
-    size: int  # bytes
+    stored: StoredFile
 
     def __str__(self) -> str:
         return f"{self.dataset}@{self.revision[:7]}/{self.name}"
+
+    @property
+    def origin(self) -> str:
+        """The fingerprint of the dataset: its commit."""
+        return f"hub:{self.dataset}@{self.revision}"
 
     @property
     def path(self) -> Path | None:
@@ -51,7 +58,37 @@ class HubFile:
     @property
     def _snapshot(self) -> Snapshot:
         repository = Repository("dataset", self.dataset, self.revision)
-        return Snapshot(repository, self.revision, {self.name: self.size})
+        return Snapshot(repository, self.revision, {self.name: self.stored})
+
+
+TextFile = Path | HubFile
+
+
+def download_all(files: Sequence[HubFile]) -> None:
+    """Download files of one commit, several at a time. Raises `UserError`."""
+    repository = Repository("dataset", files[0].dataset, files[0].revision)
+    listed = {file.name: file.stored for file in files}
+    Snapshot(repository, files[0].revision, listed).download(listed)
+
+
+def at_hand(file: TextFile) -> Path:
+    """A file here; that of a hub's dataset is downloaded if the cache lacks it."""
+    return file.download() if isinstance(file, HubFile) else file
+
+
+def is_at_hand(file: TextFile) -> bool:
+    """Whether nothing has to be downloaded to read a file."""
+    return isinstance(file, Path) or file.path is not None
+
+
+def size_of(file: TextFile) -> int:
+    """The bytes of a file, here or on the hub."""
+    return file.stored.size if isinstance(file, HubFile) else file.stat().st_size
+
+
+def text_fingerprint(file: TextFile) -> str:
+    """The fingerprint of a file, which depends on its content alone."""
+    return f"hub:{file.stored.blob}" if isinstance(file, HubFile) else fingerprint(file)
 
 
 def hub_dataset_files(

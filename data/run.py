@@ -12,6 +12,7 @@ from cpt_merge.core.progress import counted, say
 from cpt_merge.core.world import find_world
 from cpt_merge.data.config import DataConfig
 from cpt_merge.data.examples import Example, read_examples
+from cpt_merge.data.hub_datasets import size_of
 from cpt_merge.data.sources import Corpus, source_files
 from cpt_merge.data.store import StoreInfo, describe_left_out, readable
 from cpt_merge.data.tokenise import write_store
@@ -97,10 +98,7 @@ def _show_examples(examples: list[Example], tracker: Tracker) -> None:
 def _processes(corpus: Corpus) -> int:
     """One per core that this process may use, but fewer for little text."""
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
-    files = [source_files(source) for source in corpus.sources]
-    if not all(files):  # a hub dataset has an unknown size
-        return cores
-    size = sum(file.stat().st_size for of_source in files for file in of_source)
+    size = sum(size_of(file) for source in corpus.sources for file in source_files(source))
     return max(1, min(cores, size // _PROCESS_BYTES))
 
 

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,12 @@ from pydantic import field_validator, model_validator
 
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.hub_repository import Repository
 from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import say_once
-from cpt_merge.data.documents import SKIPPED, Layout, count_rows, documents_of, read_documents
-from cpt_merge.data.files import find_files
+from cpt_merge.data.documents import SKIPPED, Layout, count_rows, read_documents
+from cpt_merge.data.files import find_files, plain_path
+from cpt_merge.data.hub_datasets import TextFile, at_hand, hub_dataset_files, size_of
 from cpt_merge.data.records import text_of
 from cpt_merge.data.splits import parse_split
 
@@ -34,7 +36,9 @@ _AMOUNTS = ("weight", "epochs", "tokens")  # keys of a source that set how much 
 class Source(Section):
     """One source of text in one language."""
 
-    path: str = key(..., "a file, a directory, a glob, or a dataset's hub id")
+    path: str = key(
+        ..., "a file, a directory, a glob, or a dataset on the hub: org/data or org/data@revision"
+    )
     language: str = key(
         ...,
         "language tag: zh_tw, zh_cn, zh_hk, ko, ja, en, or a code with its script, such as th_Thai",
@@ -56,7 +60,7 @@ class Source(Section):
         "error", "what happens at a row that cannot be read or whose text is not a string; `skip` "
         "leaves it out and counts it",
     )  # fmt: skip
-    subset: str | None = key(None, "configuration name of a hub dataset")
+    subset: str | None = key(None, "configuration of a dataset on the hub, or a folder of it")
     split: str = key(
         "train",
         "split of a dataset on the hub or of one that `save_to_disk` wrote, or rows of it, as in "
@@ -116,7 +120,7 @@ class Source(Section):
     @property
     def name(self) -> str:
         """The name in logs and tables: the language and the last part of the path."""
-        return f"{self.language}:{Path(self.path).name.split('.')[0]}"
+        return f"{self.language}:{Path(plain_path(self.path)).name.split('.')[0]}"
 
 
 class Corpus(Section):
@@ -200,10 +204,30 @@ class Corpus(Section):
         return int.from_bytes(digest, "little") % HASH_RANGE < self.heldout * HASH_RANGE
 
 
-def source_files(source: Source) -> list[Path]:
-    """The local files of a source, in order; empty for a hub dataset."""
-    parts = dict.fromkeys(part.name for part in parse_split(source.split))
-    return [file for name in parts for file in find_files(source.path, source.whole_files, name)]
+def source_files(source: Source) -> list[TextFile]:
+    """The files of a source, in order. Nothing is downloaded but the list of a hub's dataset."""
+    names = dict.fromkeys(part.name for part in parse_split(source.split))
+    return [file for name in names for file in _files_of_split(source, name)]
+
+
+def _files_of_split(source: Source, split: str) -> Sequence[TextFile]:
+    files = find_files(source.path, source.whole_files, split)
+    if files:
+        return files
+    repository = Repository.parse("dataset", source.path)
+    return hub_dataset_files(repository, source.subset, split, source.whole_files)
+
+
+def is_on_hub(source: Source) -> bool:
+    """Whether the path can only be a dataset's hub id."""
+    splits = parse_split(source.split)
+    return not find_files(source.path, source.whole_files, splits[0].name)
+
+
+def reads_all_files(source: Source) -> bool:
+    """Whether every file is read; a source with a limit, or a slice, may end before the last."""
+    parts = parse_split(source.split)
+    return source.limit is None and all(part.is_whole or part.needs_total for part in parts)
 
 
 @dataclass(frozen=True)
@@ -211,42 +235,37 @@ class Piece:
     """A part of a source that is read separately; the pieces in order are the source."""
 
     source: Source
-    files: tuple[Path, ...]  # empty for a hub dataset
-    size: int  # bytes on disk; 0 for a hub dataset
+    files: tuple[TextFile, ...]
+    size: int  # bytes of the files
     rows: tuple[int, int | None] = (0, None)  # from which row to before which one; None: the end
-    shard: tuple[int, int] = (0, 1)  # (which, of how many) of a hub dataset
 
 
 def source_pieces(source: Source) -> list[Piece]:
-    """The files of a source, or its shards on the hub.
-
-    A source with a `limit` is one piece, and so is a slice of a split.
-    """
-    if not source_files(source):
-        shards = 1 if source.limit else int(_open_hub(source).num_shards)
-        return [Piece(source, (), 0, shard=(shard, shards)) for shard in range(shards)]
+    """The files of a source. If it has a `limit` it is one piece, and so is a slice of a split."""
     if source.limit is not None:
         return [_piece(source, _filled(source_files(source)), (0, source.limit))]
     pieces = []
     for part in parse_split(source.split):
-        files = _filled(find_files(source.path, source.whole_files, part.name))
+        files = _filled(_files_of_split(source, part.name))
         if part.is_whole:
             pieces += [_piece(source, [file]) for file in files]
         else:
-            total = count_rows(files, source.layout) if part.needs_total else 0
+            total = count_rows(map(at_hand, files), source.layout) if part.needs_total else 0
             pieces.append(_piece(source, files, part.rows(total)))
     return pieces
 
 
-def _filled(files: list[Path]) -> list[Path]:
+def _filled(files: Sequence[TextFile]) -> list[TextFile]:
     for file in files:
-        if file.stat().st_size == 0:
+        if size_of(file) == 0:
             say_once(f"text file {file} is empty")
-    return [file for file in files if file.stat().st_size]
+    return [file for file in files if size_of(file)]
 
 
-def _piece(source: Source, files: list[Path], rows: tuple[int, int | None] = (0, None)) -> Piece:
-    return Piece(source, tuple(files), sum(file.stat().st_size for file in files), rows)
+def _piece(
+    source: Source, files: list[TextFile], rows: tuple[int, int | None] = (0, None)
+) -> Piece:
+    return Piece(source, tuple(files), sum(map(size_of, files)), rows)
 
 
 def read_source(source: Source) -> Iterator[str]:
@@ -259,24 +278,10 @@ def read_source(source: Source) -> Iterator[str]:
 
 
 def read_piece(piece: Piece) -> Iterator[str | None]:
-    """Every document of a piece, also the rows that are skipped, as `read_documents` does."""
-    source = piece.source
-    texts: Iterator[str | None]
-    if piece.files:
-        layout = source.layout
-        texts = itertools.chain.from_iterable(read_documents(file, layout) for file in piece.files)
-    else:
-        texts = _read_shard(source, *piece.shard)
+    """Every document of a piece, also the rows that are skipped, as `read_documents` does.
+
+    Files of a hub's dataset are downloaded when it is their turn.
+    """
+    layout = piece.source.layout
+    texts = (text for file in piece.files for text in read_documents(at_hand(file), layout))
     yield from itertools.islice(texts, *piece.rows)
-
-
-def _open_hub(source: Source) -> Any:
-    import datasets
-
-    return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
-
-
-def _read_shard(source: Source, which: int, shards: int) -> Iterator[str | None]:
-    dataset = _open_hub(source)
-    rows = enumerate(dataset if shards == 1 else dataset.shard(shards, which), start=1)
-    yield from documents_of(rows, f"{source.path}: row", source.layout)

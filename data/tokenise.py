@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from cpt_merge.core.artifact import Staging, fingerprint, stage_key, write_json
+from cpt_merge.core.artifact import Staging, stage_key, write_json
 from cpt_merge.core.distributed import wait_for
 from cpt_merge.core.progress import Meter, counted, say, timed
 from cpt_merge.core.world import World
 from cpt_merge.data.documents import SKIPPED
 from cpt_merge.data.encoding import DocumentEncoder
 from cpt_merge.data.examples import Example, where_different, write_examples
+from cpt_merge.data.hub_datasets import text_fingerprint
 from cpt_merge.data.join import join
 from cpt_merge.data.minhash import ALGORITHM, PERMUTATIONS, SHINGLE, signatures
 from cpt_merge.data.parts import Digest, Encoded, Parts, PartWriter, TokenBlock
@@ -45,7 +46,6 @@ from cpt_merge.data.workers import Report, run_in_processes, start_server
 # a block ends with the document that reaches one of these
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 1000, 2**20
 EXAMPLE_TOKENS = 4000  # of a document, in which a difference is looked for
-HUB_PIECE = 256_000_000  # assumed size of a shard of a hub dataset, in bytes
 GOLDEN = (5**0.5 - 1) / 2
 
 _MINHASH = {"minhash": [ALGORITHM, PERMUTATIONS, SHINGLE]}
@@ -75,7 +75,7 @@ class Plan:
         """The plan for a corpus. Raises `UserError` for missing text."""
         by_source = [source_pieces(source) for source in corpus.sources]
         pieces = [piece for pieces in by_source for piece in pieces]
-        ends = np.cumsum([piece.size or HUB_PIECE for piece in pieces], dtype=float)
+        ends = np.cumsum([piece.size for piece in pieces], dtype=float)
         starts = [0.0, *(ends / ends[-1]).tolist()] if pieces else [0.0]
         of_source = [[_key(piece) for piece in of] for of in by_source]
         keys = [key for of in of_source for key in of]
@@ -86,8 +86,8 @@ class Plan:
         return Plan(corpus, pieces, keys, starts, of_source, encoders, *duplicates)
 
     def position(self, piece: int, block: int) -> float:
-        """Where a block is. Shards of hub datasets are not divided: each is downloaded once."""
-        within = (block + 0.5) * GOLDEN % 1 if self.pieces[piece].files else 0.5
+        """Where a block is."""
+        within = (block + 0.5) * GOLDEN % 1
         return self.starts[piece] + within * (self.starts[piece + 1] - self.starts[piece])
 
 
@@ -149,14 +149,11 @@ def _is_done(plan: Plan, piece: int, mine: Interval, done: Parts) -> bool:
 
 def _key(piece: Piece) -> str:
     """A digest of what is read, and how."""
-    inputs = {str(number): fingerprint(file) for number, file in enumerate(piece.files)}
-    if not piece.files:
-        inputs = {"hub": f"{piece.source.path} {piece.source.subset} {piece.source.split}"}
+    inputs = {str(number): text_fingerprint(file) for number, file in enumerate(piece.files)}
     reading = {"field", "conversations", "whole_files", "bad_rows"}
     settings = {
         "source": piece.source.model_dump(include=reading) | _treatment(piece.source),
         "rows": piece.rows,
-        "shard": piece.shard,
         "block": [BLOCK_DOCUMENTS, BLOCK_CHARACTERS],
     }
     return stage_key("piece", settings, inputs)
@@ -310,7 +307,7 @@ def _digest(plan: Plan) -> str:
     if plan.near_duplicates is not None:
         settings |= {"near_duplicates": plan.near_duplicates, **_MINHASH}
     inputs = {str(split): encoder.info.fingerprint for split, encoder in plan.encoders.items()}
-    inputs |= {str(file): fingerprint(file) for piece in plan.pieces for file in piece.files}
+    inputs |= {str(file): text_fingerprint(file) for piece in plan.pieces for file in piece.files}
     return stage_key("store", settings, inputs)
 
 

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from cpt_merge.core.artifact import KeptLines, fingerprint, installed_versions, stage_key
 from cpt_merge.core.hub import model_fingerprint
 from cpt_merge.core.progress import say
+from cpt_merge.data.hub_datasets import text_fingerprint
 from cpt_merge.data.sources import Corpus, Source, source_files
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.config import EvaluationConfig
@@ -100,7 +101,7 @@ def input_files(config: EvaluationConfig, text: Text) -> dict[str, str]:
     else:
         sources = [Source(path=path, language=language) for language, path in text.items()]
     return found | {
-        f"text {source.language} {file}": fingerprint(file)
+        f"text {source.language} {file}": text_fingerprint(file)
         for source in sources
         for file in source_files(source)
     }

@@ -10,6 +10,8 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import download_model, is_complete, is_local, needed_files
 from cpt_merge.core.hub_repository import HubUnreachableError, Repository, Snapshot, cache_folder
 from cpt_merge.core.progress import counted, say
+from cpt_merge.data.hub_datasets import HubFile, TextFile, download_all, is_at_hand, size_of
+from cpt_merge.data.sources import Source, is_on_hub, read_source, reads_all_files, source_files
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 
@@ -35,6 +37,12 @@ def hub_models(recipe: Recipe) -> dict[str, Repository]:
     return found
 
 
+def hub_sources(recipe: Recipe) -> dict[str, Source]:
+    """The sources of text that are on the hub, by the recipe's key."""
+    sources = recipe.corpus.sources
+    return {f"corpus.sources[{place}]": one for place, one in enumerate(sources) if is_on_hub(one)}
+
+
 def check_cache(recipe: Recipe) -> None:
     """Raise `UserError` for what the hub does not have, and if the hub cannot be reached, for all
     that its cache lacks. Nothing is downloaded, nor asked if the cache is complete.
@@ -44,6 +52,10 @@ def check_cache(recipe: Recipe) -> None:
         for key, repository in hub_models(recipe).items()
         if not is_complete(repository.cached())
     }
+    for key, source in hub_sources(recipe).items():
+        repository = Repository.parse("dataset", source.path)
+        if repository.cached() is None or _missing(source):
+            lacking[f"{key} ({repository})"] = repository
     for repository in lacking.values():
         try:
             repository.ask()
@@ -54,34 +66,48 @@ def check_cache(recipe: Recipe) -> None:
             ) from None
 
 
+def _missing(source: Source) -> list[TextFile]:
+    """The files of a source that the cache lacks. A source that may end early needs the first."""
+    files = source_files(source)
+    needed = files if reads_all_files(source) else files[:1]
+    return [file for file in needed if not is_at_hand(file)]
+
+
 def fetch(recipe: Recipe) -> None:
     """Download all that the recipe needs of the hub, and print commits and sizes.
 
     All repositories are looked up before the first large file is downloaded. Raises `UserError`.
     """
-    models = {key: _look_up(repository) for key, repository in hub_models(recipe).items()}
-    for snapshot in models.values():
+    models = [_look_up(repository) for repository in hub_models(recipe).values()]
+    sources = list(hub_sources(recipe).values())
+    for repository in dict.fromkeys(Repository.parse("dataset", one.path) for one in sources):
+        _look_up(repository)
+    for source in sources:
+        source_files(source)
+    for snapshot in models:
         _fetch_model(snapshot)
     _fetch_adapted(Run(recipe))
+    for source in sources:
+        _fetch_text(source)
     if "knowledge" in recipe.evaluation.suites:
         from cpt_merge.evaluation.evaluators.knowledge import load_tasks
 
         load_tasks(recipe.evaluation.knowledge, recipe.evaluation.seed)
-    if models:
+    if models or sources:
         say(f"the hub's cache {cache_folder()} has all that the stages need; they need no network")
     else:
         say("the recipe needs nothing of the hub")
 
 
 def _look_up(repository: Repository) -> Snapshot:
-    """The newest commit; without a network, the cached one if it is complete."""
+    """The newest commit; without a network the cached one, of which everything may be there."""
     try:
         return repository.newest()
-    except HubUnreachableError:
+    except HubUnreachableError as error:
         cached = repository.cached()
-        if cached is None or not is_complete(cached):
+        if cached is None:
             raise
-        say(f"{repository}: the hub cannot be reached, but its cache has all of it")
+        say(f"{repository}: the hub cannot be reached ({error.reason}); its cache has {cached}")
         return cached
 
 
@@ -91,6 +117,23 @@ def _fetch_model(snapshot: Snapshot) -> None:
     download_model(snapshot)
     size = f"{counted(len(names), 'file')}, {snapshot.size(names) / 1e9:,.2f} GB"
     print(f"{snapshot.repository}: commit {snapshot.commit}, {size} ({missing} downloaded)")
+
+
+def _fetch_text(source: Source) -> None:
+    """Download the files of a source; if it may end early, those that are read."""
+    files = [file for file in source_files(source) if isinstance(file, HubFile)]
+    missing = sum(not is_at_hand(file) for file in files)
+    if reads_all_files(source):
+        download_all(files)
+    else:
+        for _ in read_source(source):
+            pass
+    here = [file for file in files if is_at_hand(file)]
+    missing -= len(files) - len(here)
+    part = "" if len(here) == len(files) else f" of {len(files):,}, as far as it is read"
+    size = f"{counted(len(here), 'file')}{part}, {sum(map(size_of, here)) / 1e9:,.2f} GB"
+    repository = Repository.parse("dataset", source.path)
+    print(f"{repository}: commit {files[0].revision}, {size} ({missing} downloaded)")
 
 
 def _fetch_adapted(run: Run) -> None:

@@ -53,10 +53,10 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
         run = Run(recipe)
         _require_models(run)
         with heavy_checks(run, here=download):
-            check_text(recipe.corpus)
+            check_text(recipe.corpus, download)
             _check_models(run)
     else:
-        check_text(recipe.corpus)
+        check_text(recipe.corpus, download)
 
 
 def _check_files(recipe: Recipe) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from cpt_merge.core.hub import model_directory
 from cpt_merge.core.hub_repository import identity
+from cpt_merge.data.files import plain_path
 from cpt_merge.data.sources import Source
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import Output, StageContext
 from cpt_merge.tracking import Artifact
 
 HUB = "https://huggingface.co"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # NAME or OWNER/NAME
 
 
 def left(context: StageContext) -> list[Artifact]:
@@ -69,7 +69,7 @@ def _of_stage(run: Run, output: Output, digest: str, used: bool) -> Artifact:
 
 def _text_name(source: Source) -> str:
     """Unique for each source: language, last part of the path that is not a pattern, digest."""
-    parts = [part for part in Path(source.path).parts if not set(part) & set("*?[/~")]
+    parts = [part for part in Path(plain_path(source.path)).parts if not set(part) & set("*?[/~")]
     stem = parts[-1].split(".")[0] if parts else ""
     text = f"text-{source.language}" + (f"-{stem}" if stem != source.language else "")
     return _name(text, "\0".join([source.path, source.subset or "", source.split, source.field]))
@@ -82,9 +82,10 @@ def _model_address(directory: Path) -> str:
 
 
 def _address(path: str, digest: str) -> str:
-    """A dataset of the hub if no local file was found; else the file or a pattern's directory."""
-    if digest == f"hub:{path}" and HUB_ID.fullmatch(path):
-        return f"{HUB}/datasets/{path}"
+    """A commit of a dataset on the hub; else the file or a pattern's directory."""
+    if digest.startswith("hub:"):
+        name, _, commit = digest.removeprefix("hub:").partition("@")
+        return f"{HUB}/datasets/{name}/tree/{commit}"
     whole = Path(path).expanduser().absolute()
     return next(one for one in (whole, *whole.parents) if one.exists()).as_uri()
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from cpt_merge.cluster.plan import ClusterOptions, show_cluster
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
+from cpt_merge.data.hub_datasets import HubFile, size_of
 from cpt_merge.data.mixture import describe, mixture
 from cpt_merge.data.sources import source_files
 from cpt_merge.launcher.inputs import check_inputs, check_numbers
@@ -86,7 +87,11 @@ def _print_text(console: Console, run: Run) -> None:
     corpus = run.recipe.corpus
     for source in corpus.sources:
         files = source_files(source)
-        size = f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB" if files else "hub"
+        size = f"{sum(map(size_of, files)) / 1e6:,.1f} MB"
+        on_hub = [file for file in files if isinstance(file, HubFile)]
+        if on_hub:
+            cached = sum(file.path is not None for file in on_hub)
+            size += f" in {counted(len(files), 'file')} on the hub, {cached} of them in its cache"
         console.print(f"text: {source.path} ({source.language}, {size})")
     available: list[int | None] = [None] * len(corpus.sources)
     store = run.store / "store.json"

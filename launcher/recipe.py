@@ -26,8 +26,8 @@ class Models(Section):
 
     base: str = key(
         ...,
-        "the base model: a directory or a hub id; may be left out with merge.method interpolate or "
-        "slerp: training then starts from the chat model",
+        "the base model: a directory or a hub id, org/model or org/model@revision; may be left out "
+        "with merge.method interpolate or slerp: training then starts from the chat model",
     )
     chat: str = key(
         ..., "its chat sibling, trained from the very same base: a directory or a hub id"

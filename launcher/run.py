@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cpt_merge.core.artifact import fingerprint, write_text
+from cpt_merge.core.artifact import write_text
 from cpt_merge.core.file_digests import known_digests, recall_digests
 from cpt_merge.core.hub import model_directory, model_fingerprint
 from cpt_merge.core.lock import Lock
@@ -88,12 +88,14 @@ class Run:
 
     def corpus_inputs(self) -> dict[str, str]:
         """The fingerprints of all text."""
+        from cpt_merge.data.hub_datasets import HubFile, text_fingerprint
         from cpt_merge.data.sources import source_files
 
         inputs = {}
         for source in self.recipe.corpus.sources:
-            digests = [fingerprint(file) for file in source_files(source)]
-            inputs[f"text {source.path}"] = " ".join(digests) or f"hub:{source.path}"
+            files = source_files(source)
+            of_commit = {file.origin for file in files if isinstance(file, HubFile)}
+            inputs[f"text {source.path}"] = " ".join(of_commit or map(text_fingerprint, files))
         return inputs
 
     def pair_inputs(self) -> dict[str, str]:

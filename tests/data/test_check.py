@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.check import check_budget, tokens_at_most
+from cpt_merge.data.check import HEAD_ROWS, MORE_ROWS, check_budget, check_text, tokens_at_most
 from cpt_merge.data.mixture import check_repeats, mixture
 from cpt_merge.data.sources import Corpus, Source
 
@@ -44,6 +44,20 @@ def write(path: Path, texts: list[str]) -> Source:
     return Source(path=str(path), language="en")
 
 
+@pytest.mark.parametrize(("without", "refused"), [(HEAD_ROWS + 1, False), (MORE_ROWS + 1, True)])
+def test_a_field_that_no_row_at_the_beginning_has_is_refused_without_reading_on(
+    tmp_path: Path, without: int, refused: bool
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"texts": "a"}\n' * without + '{"text": "b"}\n' * 5)
+    corpus = Corpus(sources=[Source(path=str(path), language="ko")])
+    if refused:
+        with pytest.raises(UserError, match="line 1 has no field 'text' but texts"):
+            check_text(corpus)
+    else:
+        check_text(corpus)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_the_tokens_of_a_file_are_estimated_from_a_sample(
     tmp_path: Path, tokenizer: Tokenizer, texts: list[str], name: str
@@ -57,7 +71,6 @@ def test_the_tokens_of_a_file_are_estimated_from_a_sample(
 def test_the_tokens_of_little_text_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = write(tmp_path / "a.jsonl", ["1 2 3", "4"])
     assert tokens_at_most(source, tokenizer) == 8
-    assert tokens_at_most(Source(path="org/data", language="en"), tokenizer) is None
 
 
 def test_a_budget_that_repeats_text_often_has_to_be_allowed(

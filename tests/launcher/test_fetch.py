@@ -5,10 +5,13 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from cpt_merge.launcher.recipe import Recipe
 from tests.hub_server import HubServer, hub
+from tests.launcher.conftest import sentences
 from tests.processes import Process, Processes
 
 MODELS = ["models.base=org/base", "models.chat=org/chat@v1"]
@@ -23,6 +26,20 @@ for base in sys.argv[2:]:
     print(prepare(run, find_stage("tokenizer")).key)
 """
 
+CARD = b"""---
+configs:
+- config_name: ko
+  data_files:
+  - {split: train, path: ko/train-*.parquet}
+  - {split: test, path: ko/test.parquet}
+- config_name: more
+  data_files: more/*.jsonl
+---
+"""
+TEXT = """corpus.sources=[
+    {path: org/text, subset: ko, language: ko, weight: 0.4},
+    {path: org/text@v1, subset: more, language: zh_tw, limit: 150}]"""
+
 Command = Callable[..., Process]
 
 
@@ -33,6 +50,23 @@ def server(pair: Path) -> Iterator[HubServer]:
         started.push_folder("model", "org/base", pair / "base")
         started.push_folder("model", "org/chat", pair / "chat", tags=["v1"])
         yield started
+
+
+@pytest.fixture
+def text(server: HubServer, tmp_path: Path) -> dict[str, list[str]]:
+    """A dataset on the hub: Korean in three parquet files, Chinese in three files of JSON lines."""
+    korean, chinese = sentences("ko", 300), sentences("zh_tw", 300)
+    files = {"README.md": CARD}
+    for number in range(3):
+        part = slice(number * 100, number * 100 + 100)
+        table = pyarrow.table({"id": range(100), "text": korean[part]})
+        pyarrow.parquet.write_table(table, tmp_path / "part.parquet")
+        files[f"ko/train-{number}.parquet"] = (tmp_path / "part.parquet").read_bytes()
+        lines = [json.dumps({"text": one}) for one in chinese[part]]
+        files[f"more/{number}.jsonl"] = "\n".join(lines).encode()
+    files["ko/test.parquet"] = files["ko/train-0.parquet"]
+    server.push("dataset", "org/text", files, tags=["v1"])
+    return {"ko": korean, "zh_tw": chinese[:150]}
 
 
 @pytest.fixture
@@ -149,3 +183,59 @@ def test_two_commits_of_a_model_are_two_keys(
     assert done.returncode == 0, done.stderr
     newer, older, again = done.stdout.split()
     assert newer == again != older
+
+
+def test_text_of_the_hub_is_fetched_and_tokenised_without_a_network(
+    server: HubServer, command: Command, text: dict[str, list[str]], tmp_path: Path
+) -> None:
+    done = command("fetch", TEXT)
+    assert done.returncode == 0, done.stderr
+    commit = next(iter(server.repositories["dataset", "org/text"].commits))
+    assert f"dataset org/text: commit {commit}, 3 files, 0.00 GB (3 downloaded)" in done.stdout
+    read = f"dataset org/text@v1: commit {commit}, 2 files of 3, as far as it is read, 0.00 GB (2 downloaded)"
+    assert read in done.stdout
+    data = [name for name in server.downloads() if name.startswith(("ko/", "more/"))]
+    assert sorted(data) == [*(f"ko/train-{n}.parquet" for n in range(3)), "more/0.jsonl", "more/1.jsonl"]  # fmt: skip
+    close(server)
+    planned = command("plan", TEXT)
+    assert planned.returncode == 0, planned.stderr
+    assert "in 3 files on the hub, 2 of them in its cache" in " ".join(planned.stdout.split())
+    for name in ("tokenizer", "data"):
+        done = command(name, TEXT)
+        assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "runs" / "tiny" / "data" / "stage.json").read_text())
+    assert record["inputs"]["text org/text"] == f"hub:org/text@{commit}"
+    assert record["inputs"]["text org/text@v1"] == f"hub:org/text@{commit}"
+    documents = record["results"]["documents"] + record["results"]["heldout_documents"]
+    assert documents == sum(map(len, text.values()))
+
+
+def test_a_half_fetched_dataset_is_not_taken_for_a_smaller_one(
+    server: HubServer, command: Command, text: dict[str, list[str]], tmp_path: Path
+) -> None:
+    assert command("fetch", TEXT).returncode == 0
+    for name in ("ko/train-1.parquet", "more/1.jsonl"):
+        (path,) = (tmp_path / "home").rglob(f"snapshots/*/{name}")
+        path.unlink()
+    close(server)
+    for name in ("plan", "run"):
+        done = command(name, TEXT)
+        assert done.returncode == 2
+        assert "lacks corpus.sources[0] (dataset org/text); run `cpt-merge fetch" in done.stderr
+    done = command("tokenizer", "tokenizer.new_pieces={zh_tw: 40}", TEXT)
+    assert done.returncode == 2
+    assert "and the hub cannot be reached (Connection refused)" in done.stderr
+
+
+def test_the_text_of_the_hub_is_checked_before_the_first_stage(
+    server: HubServer, command: Command, text: dict[str, list[str]]
+) -> None:
+    sources = "corpus.sources=[{path: org/text, subset: ko, field: texts, language: ko}, {path: org/text, subset: more, language: zh_tw}]"
+    done = command("run", sources)
+    assert done.returncode == 2
+    assert "row 1 has no field 'texts' but " in done.stderr
+    data = [name for name in server.downloads() if name.startswith(("ko/", "more/"))]
+    assert data == ["ko/train-0.parquet"], "one file is enough"
+    done = command("plan", sources.replace("subset: more", "subset: less"))
+    assert done.returncode == 2
+    assert "dataset org/text has no configuration 'less' but ko, more; set" in done.stderr

@@ -52,11 +52,9 @@ def test_every_source_has_a_name_of_its_own_that_wandb_takes(recipe: Recipe, her
         recipe,
         *({"path": path, "language": language} for path, language in languages.items()),
         {"path": "corpus/*.jsonl", "language": "ko"},
-        {"path": "wikimedia/wikipedia", "subset": "20231101.ko", "language": "ko"},
-        {"path": "wikimedia/wikipedia", "subset": "20231101.zh", "language": "ko"},
     )
     names = [one.name for one in found]
-    assert len(set(names)) == len(names) == len(languages) + 3
+    assert len(set(names)) == len(names) == len(languages) + 1
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", name) for name in names)
     assert [re.sub("-[0-9a-f]{6}$", "", name) for name in names[:7]] == [
         "text-ko-train", "text-zh_tw-train", "text-en-train", "text-en-train", "text-zh_tw", "text-zh_tw", "text-ko",
@@ -96,20 +94,24 @@ def test_local_text_has_a_local_address(
     assert Path(unquote(found.uri.removeprefix("file://"))) == here / address
 
 
-@pytest.mark.parametrize(
-    ("path", "is_hub"),
-    [
-        ("squad", True),
-        ("wikimedia/wikipedia", True),
-        ("my texts/ko", False),
-        ("말뭉치/한국어", False),
-    ],
-)
-def test_only_what_can_be_a_hub_id_has_an_address_at_the_hub(
-    path: str, is_hub: bool, recipe: Recipe, here: Path
-) -> None:
-    (found,) = artifacts(recipe, {"path": path, "language": "ko"})
-    assert found.uri == (f"https://huggingface.co/datasets/{path}" if is_hub else here.as_uri())
+def test_text_of_the_hub_is_its_commit(recipe: Recipe, here: Path) -> None:
+    sources = [
+        {"path": path, "subset": subset, "language": "ko"}
+        for path in ("wikimedia/wikipedia", "wikimedia/wikipedia@refs/pr/1")
+        for subset in ("20231101.ko", "20231101.zh")
+    ]
+    corpus = Corpus.model_validate({"sources": sources})
+    run = Run(recipe.model_copy(update={"corpus": corpus}))
+    commits = {"text wikimedia/wikipedia": "1" * 40, "text wikimedia/wikipedia@refs/pr/1": "2" * 40}
+    inputs = {name: f"hub:wikimedia/wikipedia@{commit}" for name, commit in commits.items()}
+    found = of_inputs(run, DATA, inputs)
+    assert len({one.name for one in found}) == 4
+    assert all(re.fullmatch("text-ko-wikipedia-[0-9a-f]{6}", one.name) for one in found)
+    assert [one.uri[-63:] for one in found] == [
+        f"wikimedia/wikipedia/tree/{commit}"[-63:] for commit in commits.values() for _ in range(2)
+    ]
+    assert found[0].uri.startswith("https://huggingface.co/datasets/wikimedia")
+    assert found[0].digest != found[2].digest
 
 
 def test_text_whose_folder_is_gone_since_is_not_taken_for_the_hub(
