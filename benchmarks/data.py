@@ -1,12 +1,14 @@
 """Measures the data side of training.
 
+    python -m benchmarks.data text DIR    write text like that of the demo (`make demo`)
     python -m benchmarks.data speed DIR   tokenise and pack, compared with `datasets.map` and
-                                          `group_texts`
+                                          `group_texts`, with datatrove (--datatrove: a virtual
+                                          environment with it), and with the tokenizers alone
     python -m benchmarks.data open DIR    from process start to the first batch of a 10 GB store
     python -m benchmarks.data place DIR   the sequences of the first step and of step 1,000,000, in
                                           the store of `open`
 
-DIR contains `zh_tw.txt`, `zh_cn.txt`, `ko.txt` and `en.txt` (real text; a document is 20 lines).
+DIR contains `zh_tw.txt`, `ko.txt` and `en.txt`; a document is 20 lines.
 The tokenizers are real ones from packages (tests/real_tokenizers.py). Results are printed and
 written to DIR/data-*.json; `speed` and `place` remove DIR/data at the end.
 """
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -28,7 +31,9 @@ from typing import Any
 
 import numpy as np
 import typer
+from tokenizers import Tokenizer
 
+from benchmarks.text import write_like
 from cpt_merge.core.artifact import write_json
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.sources import Corpus, Source
@@ -44,12 +49,29 @@ from cpt_merge.data.store import (
 from cpt_merge.data.tokenise import write_store
 from tests.real_tokenizers import BASES
 
-LANGUAGES = ("en", "ko", "zh_tw", "zh_cn")
+LANGUAGES = ("en", "ko", "zh_tw")
 LINES = 20  # per document
 ROUNDS = 3  # of both ways, alternating
 LENGTH = 1024  # of a packed sequence
 STORE_TOKENS = 5_000_000_000  # two bytes each
 BATCH = 256  # sequences
+
+DATATROVE = """
+import sys
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+def main():
+    texts, tokenizer, eos, out, processes = sys.argv[1:]
+    reader = JsonlReader(texts, glob_pattern="*.jsonl", shuffle_files=False)
+    tokens = DocumentTokenizer(
+        out, tokenizer_name_or_path=tokenizer, eos_token=eos, shuffle_documents=False
+    )
+    number = int(processes)
+    LocalPipelineExecutor([reader, tokens], number, number, logging_dir=out + "/logs").run()
+if __name__ == "__main__":
+    main()
+"""
 
 FIRST_BATCH = """
 import json, sys, time
@@ -69,14 +91,31 @@ print(json.dumps({"python": started, "import torch": torch_imported - started,
     "first batch after": whole}))
 """
 
+Way = Callable[[list[Path], Path, Path, int], int]  # (files, tokenizer, folder, processes)
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
+def text(folder: Path, megabytes: int = 20, like: Path = Path("runs/demo-inputs/text")) -> None:
+    """Text in three languages that resembles the demo's in its runs of three characters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for language in LANGUAGES:
+        rows = (like / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
+        given = folder / f"{language}.given"
+        given.write_text("\n".join(json.loads(row)["text"] for row in rows), encoding="utf-8")
+        size = megabytes * 1_000_000 // len(LANGUAGES)
+        write_like(given, size, folder / f"{language}.txt")
+
+
+@app.command()
 def speed(
-    folder: Path, processes: int = os.cpu_count() or 1, tokenizers: str = "mistral,qwen"
+    folder: Path,
+    processes: int = os.cpu_count() or 1,
+    tokenizers: str = "mistral,qwen",
+    datatrove: Path | None = None,
 ) -> None:
-    """Tokens per second of both ways, by the clock and by CPU time (complete with one process)."""
+    """Tokens per second of all ways, by the clock."""
     files = _documents(folder)
     results: dict[str, Any] = {
         "processes": processes,
@@ -84,37 +123,28 @@ def speed(
     }
     for name in tokenizers.split(","):
         tokenizer = _tokenizer(folder, name)
+        ways: dict[str, Way] = {"store": store_way, "run_clm": run_clm_way}
+        if datatrove:
+            ways["datatrove"] = partial(datatrove_way, datatrove)
         rounds = [
-            {
-                way.__name__: _rates(way, files, tokenizer, folder / "data", processes)
-                for way in (store_way, run_clm_way)
-            }
+            {way: _rate(ways[way], files, tokenizer, folder / "data", processes) for way in ways}
+            | {"tokenizers, one core": library_rate(files, tokenizer)}
             for _ in range(ROUNDS)
         ]
-        rates = {
-            way: [round(median(one[way][place] for one in rounds)) for place in (0, 1)]
-            for way in rounds[0]
+        rates = {way: round(median(one[way] for one in rounds)) for way in rounds[0]}
+        ratios = {
+            way: round(median(one["store"] / one[way] for one in rounds), 2) for way in rounds[0]
         }
-        ratios = [
-            round(median(one["store_way"][place] / one["run_clm_way"][place] for one in rounds), 2)
-            for place in (0, 1)
-        ]
-        results[name] = {"tokens_per_second": rates, "ratio": ratios, "rounds": rounds}
+        results[name] = {"tokens_per_second": rates, "store / way": ratios, "rounds": rounds}
         print(json.dumps({name: results[name]}, indent=2), flush=True)
     _finish(folder, "speed", results)
 
 
-def _rates(
-    way: Callable[[list[Path], Path, Path, int], int],
-    files: list[Path],
-    tokenizer: Path,
-    folder: Path,
-    processes: int,
-) -> tuple[float, float]:
-    """Tokens per second by the clock, and by the CPU time of this process and its children."""
-    start, processor = time.perf_counter(), sum(os.times()[:4])
+def _rate(way: Way, files: list[Path], tokenizer: Path, folder: Path, processes: int) -> float:
+    """Tokens per second."""
+    start = time.perf_counter()
     tokens = way(files, tokenizer, folder, processes)
-    return tokens / (time.perf_counter() - start), tokens / (sum(os.times()[:4]) - processor)
+    return tokens / (time.perf_counter() - start)
 
 
 def store_way(files: list[Path], tokenizer: Path, folder: Path, processes: int) -> int:
@@ -152,6 +182,33 @@ def run_clm_way(files: list[Path], tokenizer: Path, folder: Path, processes: int
     )
     rows = tokenised.map(group_texts, batched=True, num_proc=processes)
     return len(rows) * LENGTH
+
+
+def datatrove_way(
+    venv: Path, files: list[Path], tokenizer: Path, folder: Path, processes: int
+) -> int:
+    """datatrove's DocumentTokenizer without shuffling; its processes divide whole files."""
+    out = folder / "datatrove"
+    shutil.rmtree(out, ignore_errors=True)
+    (folder / "datatrove.py").write_text(DATATROVE)
+    eos = json.loads((tokenizer / "tokenizer_config.json").read_text())["eos_token"]
+    command = [venv / "bin" / "python", folder / "datatrove.py", files[0].parent,
+               tokenizer / "tokenizer.json", eos, out, processes]  # fmt: skip
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    rows = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab_size()
+    width = 2 if rows <= 2**16 else 4
+    return sum(file.stat().st_size for file in out.glob("*.ds")) // width
+
+
+def library_rate(files: list[Path], tokenizer: Path) -> float:
+    """Tokens per second of the tokenizers library alone, on one core and texts in memory."""
+    loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    texts = [json.loads(line)["text"] for file in files for line in file.open(encoding="utf-8")]
+    start, tokens = time.perf_counter(), 0
+    for first in range(0, len(texts), 100):
+        encodings = loaded.encode_batch_fast(texts[first : first + 100], add_special_tokens=False)
+        tokens += sum(map(len, encodings))
+    return tokens / (time.perf_counter() - start)
 
 
 def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
