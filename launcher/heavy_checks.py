@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import console, say
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date
@@ -51,12 +51,15 @@ def heavy_checks(run: Run, here: bool) -> Iterator[None]:
             process.kill()
             process.wait()
         errors.seek(0)
-        _judge(process.returncode, answer.strip(), errors.read().strip())
+        _judge(process.returncode, answer.splitlines(), errors.read().strip())
 
 
-def _judge(code: int, answer: str, errors: str) -> None:
-    if code == REFUSED and answer:
-        raise UserError(answer.splitlines()[-1])
+def _judge(code: int, answer: list[str], errors: str) -> None:
+    refusal = answer.pop() if code == REFUSED and answer else ""
+    for line in dict.fromkeys(answer):  # base and chat model give the same ones
+        say(line)
+    if refusal:
+        raise UserError(refusal)
     if code < 0:
         say(f"the check of the models was ended by signal {-code}; the stages check them again")
     elif code:
@@ -125,7 +128,8 @@ def _asks_lm_eval_in_template(recipe: Recipe) -> bool:
 
 
 def main() -> int:
-    """Check the recipe on stdin; what is refused goes to stdout."""
+    """Check the recipe on stdin; messages go to stdout, and last of all what is refused."""
+    console.file = sys.stdout
     try:
         check(Run(Recipe.model_validate_json(sys.stdin.read())), ELSEWHERE not in sys.argv)
     except UserError as error:

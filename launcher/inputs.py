@@ -81,12 +81,10 @@ def _check_tracking(recipe: Recipe) -> None:
 
 def _models_of(recipe: Recipe) -> list[str]:
     """Every model that the recipe names."""
-    classifier = recipe.evaluation.safety.classifier
-    vectors = [name for one in recipe.merge.vectors for name in (one.base, one.chat) if name]
-    return [
-        recipe.models.base, recipe.models.chat, *recipe.evaluation.models.values(), *vectors,
-        *([classifier.model] if classifier else []),
-    ]  # fmt: skip
+    vectors = [name for one in recipe.merge.vectors for name in (one.base, one.chat)]
+    evaluated = [*recipe.evaluation.models.values(), recipe.evaluation.classifier]
+    named = [recipe.models.base, recipe.models.chat, *vectors, *evaluated]
+    return [name for name in named if name]
 
 
 def _require_models(run: Run) -> None:

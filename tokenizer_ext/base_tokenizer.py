@@ -172,8 +172,8 @@ def read_rows(directory: Path) -> int:
         rows = vocabulary_rows(open_model(directory))
     if not isinstance(rows, int) or rows < 1:
         raise UserError(
-            f"{directory / 'config.json'} has no vocab_size; give the directory of a Hugging Face "
-            "model."
+            f"{directory / 'config.json'} has no vocab_size that is a number; give the directory "
+            "of a Hugging Face model."
         )
     return rows
 

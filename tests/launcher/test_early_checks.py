@@ -192,6 +192,15 @@ def test_a_folder_that_cannot_be_made(command: str, recipe_path: Path, tmp_path:
     assert f"cannot be written ({tmp_path / 'file'} is not a directory)" in done.stderr
 
 
+def test_what_the_checks_say_is_not_lost(recipe_path: Path, own_pair: Path) -> None:
+    for name in ("base", "chat"):
+        edit_json(own_pair / name / "config.json", attention_dropout=0.1)
+    models = [f"models.{name}={own_pair / name}" for name in ("base", "chat")]
+    done = cpt_merge("plan", recipe_path, f"runs={own_pair.parent / 'runs'}", *models)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("attention_dropout of its config.json are ignored") == 1
+
+
 def test_a_run_that_is_finished_is_not_checked_again(finished: Path, recipe_path: Path) -> None:
     """What would be refused now (a full disk, a lost compiler) does not matter any more."""
     done = cpt_merge("plan", recipe_path, "training.checkpoints.keep=1_000_000_000_000")
