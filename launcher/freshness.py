@@ -116,7 +116,9 @@ def _changed_input(
 
 
 def _changed_text(run: Run, path: str, before: list[str], now: list[str]) -> str:
-    """The digests of a source's files are in the order of their names."""
+    """The digests of a source's files are in their order; a commit of the hub has one for all."""
+    if len(before) == len(now) == 1:
+        return f"{path} has changed"
     from cpt_merge.data.sources import source_files
 
     files = {
@@ -126,10 +128,11 @@ def _changed_text(run: Run, path: str, before: list[str], now: list[str]) -> str
         for file, digest in zip(source_files(source), now, strict=False)
     }
     new = [str(file) for file, digest in files.items() if digest not in before]
-    if not new:
+    if len(new) > 1:
+        return f"{new[0]} and {len(new) - 1} more have changed"
+    if not new and len(now) < len(before):
         return f"{path} has lost {counted(len(before) - len(now), 'file')}"
-    others = f" and {len(new) - 1} more" if len(new) > 1 else ""
-    return f"{new[0]}{others} has changed" if not others else f"{new[0]}{others} have changed"
+    return f"{new[0] if new else path} has changed"
 
 
 def _files_since(directory: Path, finished: float) -> str:

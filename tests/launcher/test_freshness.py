@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.launcher.freshness import check_current
+from cpt_merge.launcher.freshness import _changed_text, check_current
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stages import DATA, EMBEDDINGS, EVALUATION, MERGE, STAGES, TRAINING
 from tests.command_line import cpt_merge
@@ -144,3 +144,28 @@ def test_a_stage_that_was_run_again(copied: Path) -> None:
     record.write_text(json.dumps({**json.loads(record.read_text()), "key": "0" * 16}))
     with pytest.raises(UserError, match="tokenizer has been run again"):
         check_current(Run.load(copied), TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (["1", "2"], ["1", "3"], "b.txt has changed"),
+        (["1", "2"], ["3", "4"], "a.txt and 1 more have changed"),
+        (["1", "2", "3"], ["1", "2"], "text has lost 1 file"),
+        (["2", "1"], ["1", "2"], "text has changed"),
+    ],
+)
+def test_which_files_of_a_source_have_changed(
+    before: list[str], now: list[str], said: str, copied: Path
+) -> None:
+    folder = copied.parent / "text"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text("가나")
+    run = Run.load(copied, [f"corpus.sources.0.path={folder}"])
+    assert _changed_text(run, str(folder), before, now).endswith(said)
+
+
+def test_another_commit_of_a_dataset_has_no_files_to_name(copied: Path) -> None:
+    run = Run.load(copied, ["corpus.sources.0.path=org/text"])
+    assert _changed_text(run, "org/text", ["hub:1"], ["hub:2"]) == "org/text has changed"
