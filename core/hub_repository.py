@@ -66,6 +66,11 @@ class Repository:
         folder = "datasets/" if self.kind == "dataset" else ""
         return f"{constants.ENDPOINT}/{folder}{self.name}"
 
+    @property
+    def folder(self) -> Path:
+        """Where the cache keeps it."""
+        return cache_folder() / f"{self.kind}s--{self.name.replace('/', '--')}"
+
     def find(self) -> Snapshot:
         """The commit that the cache knows; if it knows none, that of the hub."""
         return self.cached() or self.newest()
@@ -296,6 +301,12 @@ def identity(path: Path) -> str | None:
     if path.parent.name != "snapshots" or kind not in ("models", "datasets") or not name:
         return None
     return f"{name.replace('--', '/')}@{path.name}"
+
+
+def shown_name(directory: Path) -> str:
+    """What a model is called: in the hub's cache its repository, elsewhere its folder's name."""
+    found = identity(directory)
+    return found.partition("@")[0] if found else directory.name
 
 
 @contextmanager

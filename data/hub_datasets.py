@@ -8,14 +8,17 @@ of a commit's files is in the cache, and the answer needs no network and no data
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cpt_merge.core.artifact import fingerprint
+from cpt_merge.core.artifact import fingerprint, stage_key, write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub_repository import Repository, Snapshot, StoredFile
 from cpt_merge.data.files import say_left_out
@@ -100,7 +103,13 @@ def hub_dataset_files(
     that does not exist, has no such configuration or split, is a script, or is no text.
     """
     snapshot = repository.find()
-    names = _names(repository, snapshot.commit, subset, split)
+    splits = _splits(repository, snapshot.commit, subset)
+    names = splits.get(split, [])
+    if not names:
+        raise UserError(
+            f"{repository} has no split {split!r} but {', '.join(splits)}; set the source's "
+            "`split`."
+        )
     readable = [name for name in names if format_of(Path(name), whole_files)]
     others = [name for name in names if name not in set(readable)]
     if not readable:
@@ -117,7 +126,24 @@ def hub_dataset_files(
 
 
 @cache
-def _names(repository: Repository, commit: str, subset: str | None, split: str) -> list[str]:
+def _splits(repository: Repository, commit: str, subset: str | None) -> dict[str, list[str]]:
+    """The names of the files of each split. They are found once and kept next to the cached files:
+    `datasets` takes long for repositories of many files, and every process asks.
+    """
+    key = stage_key(
+        "splits", {"subset": subset}, {"commit": commit, "datasets": version("datasets")}
+    )
+    kept = repository.folder / "cpt-merge" / f"{key}.json"
+    if kept.is_file():
+        found: dict[str, list[str]] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    found = _find_splits(repository, commit, subset)
+    with suppress(OSError):  # of a cache that may only be read
+        write_json(kept, found)
+    return found
+
+
+def _find_splits(repository: Repository, commit: str, subset: str | None) -> dict[str, list[str]]:
     snapshot = Repository(repository.kind, repository.name, commit).find()
     script = f"{repository.name.rpartition('/')[2]}.py"
     if script in snapshot.files:
@@ -130,13 +156,22 @@ def _names(repository: Repository, commit: str, subset: str | None, split: str) 
     with TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve() / "repository"
         _lay_out(folder, snapshot, cards)
-        files = _data_files(folder, repository, subset)
-        if not files.get(split):
+        found = _data_files(folder, repository, subset)
+        outside = [one for files in found.values() for one in files if not _is_in(one, folder)]
+        if outside:
+            name = outside[0].removeprefix(f"{folder}/")
             raise UserError(
-                f"{repository} has no split {split!r} but {', '.join(files)}; set the source's "
-                "`split`."
+                f"{repository} names {name} as its data, which is not in the repository; download "
+                "it and name the files."
             )
-        return [Path(file).relative_to(folder).as_posix() for file in files[split]]
+        return {
+            split: [Path(file).relative_to(folder).as_posix() for file in files]
+            for split, files in found.items()
+        }
+
+
+def _is_in(file: str, folder: Path) -> bool:
+    return ".." not in Path(file).parts and Path(file).is_relative_to(folder)
 
 
 def _lay_out(folder: Path, snapshot: Snapshot, cards: list[str]) -> None:
@@ -157,14 +192,16 @@ def _data_files(folder: Path, repository: Repository, subset: str | None) -> dic
 
     known: list[str] = []
     try:
-        known = datasets.get_dataset_config_names(str(folder))
         options: dict[str, Any] = {"name": subset}
-        if subset and subset not in known and (folder / subset).is_dir():
-            options = {"data_dir": subset}
+        if subset and _is_in(str(folder / subset), folder) and (folder / subset).is_dir():
+            known = datasets.get_dataset_config_names(str(folder))
+            options = {"name" if subset in known else "data_dir": subset}
         builder = datasets.load_dataset_builder(
             str(folder), cache_dir=str(folder.parent / "cache"), **options
         )
     except Exception as error:  # of any kind: README.md may contain anything
+        with suppress(Exception):
+            known = datasets.get_dataset_config_names(str(folder))
         if known and subset not in known and (subset or len(known) > 1):
             wrong = f"has no configuration {subset!r} but" if subset else "has the configurations"
             raise UserError(

@@ -37,6 +37,7 @@ from cpt_merge.checkpoint.writer import (
 )
 from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.hub_repository import shown_name
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.core.world import find_world
 from cpt_merge.merge import merge_report
@@ -173,7 +174,10 @@ def _describe(pair: Pair, squares: dict[str, float], dtype: Dtype, directory: Pa
             "vector": "chat - base",
             "dtype": dtype,
             "models": {
-                label: {"name": model.directory.name, "fingerprint": fingerprint(model.directory)}
+                label: {
+                    "name": shown_name(model.directory),
+                    "fingerprint": fingerprint(model.directory),
+                }
                 for label, model in models.items()
             },
             "versions": installed_versions(),
@@ -200,7 +204,7 @@ def _copy_model_files(model: Checkpoint, directory: Path) -> None:
 def _card(pair: Pair, dtype: Dtype) -> str:
     licences = [front_matter(model.directory) for model in (pair.base, pair.chat)]
     front = {name: fields[name] for name in LICENCE_FIELDS for fields in licences if name in fields}
-    names = f"`{pair.chat.directory.name} - {pair.base.directory.name}`"
+    names = f"`{shown_name(pair.chat.directory)} - {shown_name(pair.base.directory)}`"
     lines = [
         "---",
         yaml.safe_dump({"tags": ["chat-vector"], **front}, sort_keys=False).strip(),

@@ -25,6 +25,7 @@ from cpt_merge.checkpoint.token_ids import has_tokenizer
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, write_templates
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
 from cpt_merge.core.artifact import fingerprint, installed_versions, write_json, write_text
+from cpt_merge.core.hub_repository import shown_name
 from cpt_merge.core.progress import say
 from cpt_merge.merge import merge_report
 from cpt_merge.merge.card import model_card
@@ -51,7 +52,7 @@ def write_merged(
     origin = {
         "digest": digest,
         "inputs": {
-            name: {"name": path.name, "fingerprint": fingerprint(path)}
+            name: {"name": shown_name(path), "fingerprint": fingerprint(path)}
             for name, path in inputs.items()
         },
         "versions": installed_versions(),

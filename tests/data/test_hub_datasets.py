@@ -20,6 +20,7 @@ for name, subset, split, revision in json.loads(sys.argv[1]):
         print(json.dumps([file.name for file in files]), *{file.revision for file in files})
     except UserError as error:
         print(error)
+print("datasets" in sys.modules, file=sys.stderr)
 """
 THEIRS = """
 import json, sys
@@ -103,6 +104,7 @@ def test_the_list_needs_no_network_and_a_file_that_is_missing_is_an_error(
     server: HubServer, ask: Ask, tmp_path: Path
 ) -> None:
     before = ask(OURS, ("org/yaml", "news", "train", None))
+    assert before.stderr.splitlines()[-1] == "True"
     assert "news/b.jsonl" not in server.downloads()
     (tmp_path / "home" / "datasets").mkdir(exist_ok=True)
     first = ask(DOWNLOAD, ("org/yaml", "news", "train", None))
@@ -111,7 +113,9 @@ def test_the_list_needs_no_network_and_a_file_that_is_missing_is_an_error(
     cached.unlink()
     server.shutdown()
     server.server_close()
-    assert ask(OURS, ("org/yaml", "news", "train", None)).stdout == before.stdout
+    known = ask(OURS, ("org/yaml", "news", "train", None))
+    assert known.stdout == before.stdout
+    assert known.stderr.splitlines()[-1] == "False", "the splits of a commit are found once"
     again = ask(DOWNLOAD, ("org/yaml", "news", "train", None)).stdout.splitlines()
     assert again[0] == again[2] == "True {}"
     assert "the hub cannot be reached (Connection refused)" in again[1]
@@ -128,6 +132,9 @@ def test_what_is_no_dataset_is_one_sentence(server: HubServer, ask: Ask) -> None
     server.push("dataset", "org/broken", {"README.md": b"---\nconfigs: [{]\n---", "a.txt": b""})
     server.push("dataset", "org/pictures", {"train/cat.png": b"", "train/dog.png": b""})
     server.push("dataset", "org/outside", {"../a.jsonl": b""})
+    for name, path in (("absolute", "/etc/host*"), ("above", "../../*/*.txt")):
+        card = f"---\nconfigs:\n- config_name: x\n  data_files: {path!r}\n---\n".encode()
+        server.push("dataset", f"org/{name}", {"README.md": card, "a.txt": b""})
     server.push("dataset", "org/gated", {"a.txt": b"", "README.md": b""})
     server.gated["org/gated"] = 401
     expected = {
@@ -136,6 +143,9 @@ def test_what_is_no_dataset_is_one_sentence(server: HubServer, ask: Ask) -> None
         ("org/broken", None, "train", None): "dataset org/broken contains no data files that `datasets` finds (",
         ("org/pictures", None, "train", None): "dataset org/pictures is no text that is read here: train/cat.png is none of .jsonl, ",
         ("org/outside", None, "train", None): "dataset org/outside@",
+        ("org/absolute", None, "train", None): "dataset org/absolute ",
+        ("org/above", None, "train", None): "dataset org/above ",
+        ("org/plain", "../org", "train", None): "dataset org/plain has no configuration '../org' but default",
         ("org/gated", None, "train", None): f"dataset org/gated is gated; accept its terms at {server.address}/datasets/org/gated, then",
         ("org/none", None, "train", None): "dataset org/none is neither here nor on the hub",
         ("org/yaml", None, "train", None): "dataset org/yaml has the configurations news, web, no; set",

@@ -239,3 +239,19 @@ def test_the_text_of_the_hub_is_checked_before_the_first_stage(
     done = command("plan", sources.replace("subset: more", "subset: less"))
     assert done.returncode == 2
     assert "dataset org/text has no configuration 'less' but ko, more; set" in done.stderr
+
+
+@pytest.mark.slow
+def test_after_a_fetch_no_stage_asks_the_hub(
+    server: HubServer, command: Command, text: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """A firewall may swallow what is sent, so a request that nobody needs takes long."""
+    settings = ["launch.processes=1", "evaluation.max_prompts=1", TEXT.replace(", limit: 150", "")]
+    assert command("fetch", *settings).returncode == 0
+    asked, server.silent = server.asked, True
+    for name in ("plan", "run", "preflight"):
+        done = command(name, *settings)
+        assert done.returncode == 0, done.stderr
+    assert server.asked == asked
+    report = json.loads((tmp_path / "runs/tiny/merge/chat/merge_report.json").read_text())
+    assert report["inputs"]["chat"]["name"] == "org/chat"
