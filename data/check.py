@@ -18,7 +18,7 @@ from cpt_merge.data.sources import Corpus, Source, read_source, source_files
 
 HEAD_ROWS = 20  # of each file
 MORE_ROWS = 10_000  # of the first file, if none of these has text
-SAMPLE_BYTES = 1_000_000  # of text, which are tokenised
+SAMPLE_BYTES = 200_000  # of text of each source, which are tokenised
 
 
 def check_text(corpus: Corpus, download: bool = True) -> None:

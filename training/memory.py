@@ -21,6 +21,9 @@ ZERO_STRATEGIES: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}  # b
 ZERO_BUCKET = 5e8  # elements; DeepSpeed's default reduce_bucket_size
 
 
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The numbers of a decoder that decide its memory."""
@@ -41,8 +44,10 @@ class ModelShape:
 
         What a family's published files leave out (Gemma 3) is the default of its class.
         """
-        config = _with_defaults(text_section(config))
-        for wanted in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        config = text_section(config)
+        if any(config.get(wanted) is None for wanted in NEEDED):
+            config = _with_defaults(config)
+        for wanted in NEEDED:
             if config.get(wanted) is None:
                 raise UserError(
                     f"config.json of {name} has no {wanted}; "
@@ -81,7 +86,10 @@ class ModelShape:
 
 
 def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values of a config.json, and those of its family's class for what it leaves out."""
+    """The values of a config.json, and those of its family's class for what it leaves out.
+
+    Importing the class takes seconds, so call it only if something is missing.
+    """
     from transformers import AutoConfig
 
     try:
