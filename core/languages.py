@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -102,7 +103,9 @@ def script_pattern(scripts: tuple[str, ...]) -> regex.Pattern[str]:
 
 def script_share(text: str, scripts: tuple[str, ...]) -> float:
     """The share of a text's letters that belong to the scripts; 0 for a text without letters."""
-    letters = regex.findall(r"\p{L}", text)
+    counts = Counter(text)
+    letters = regex.findall(r"\p{L}", "".join(counts))
     if not letters:
         return 0.0
-    return len(script_pattern(scripts).findall("".join(letters))) / len(letters)
+    own = script_pattern(scripts).findall("".join(letters))
+    return sum(map(counts.__getitem__, own)) / sum(map(counts.__getitem__, letters))

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.parts import REASONS, Parts
+from cpt_merge.data.parts import Parts
+from cpt_merge.data.preparation.notes import Notes
+from cpt_merge.data.preparation.steps import BAD_ROWS
 from cpt_merge.data.selection import Keep, Pieces, Selection
-from cpt_merge.data.sources import Source
+from cpt_merge.data.sources import Corpus
 from cpt_merge.data.store import (
     SPLITS,
     SourceInfo,
@@ -26,20 +28,24 @@ from cpt_merge.data.store import (
 def join(
     parts: Parts,
     pieces: Pieces,
-    sources: list[Source],
+    corpus: Corpus,
     tokenizers: dict[StoreSplit, TokenizerInfo],
     out: Path,
     selection: Selection,
-) -> list[SourceInfo]:
-    """Write all sources under `out`. Raises `UserError` for one without training text."""
-    found = []
-    for number, source in enumerate(sources):
+) -> tuple[list[SourceInfo], list[Notes]]:
+    """Write all sources under `out`; returns them, and what preparation did to their documents.
+
+    Raises `UserError` for a source without training text.
+    """
+    found, of_sources = [], []
+    for number, source in enumerate(corpus.sources):
         folder = f"{number:02d}-" + re.sub(r"[^\w.-]+", "-", source.name)
         counts: dict[StoreSplit, SplitCounts] = {}
-        left_out = Counter[str](dict.fromkeys(REASONS, 0))
+        notes = Notes(left_out=Counter({BAD_ROWS: 0}))
+        notes.add(corpus.preparation(source).no_notes())
         for part, row in parts.blocks(pieces[number]):
-            left_out.update(part.left_out(row))
-        left_out.update(selection.left_out[number])
+            notes.add(part.notes(row))
+        notes.left_out.update(selection.left_out[number])
         for split, tokenizer in tokenizers.items():
             keep = selection.of(split, number)
             counts[split] = _write(
@@ -48,11 +54,13 @@ def join(
         if not counts["train"].documents:
             raise UserError(
                 f"text source {source.path} yields no training text (left out: "
-                f"{describe_left_out(left_out)}); give it text or remove it."
+                f"{describe_left_out(notes.left_out)}); give it text or remove it."
             )
         splits = {split: counts.get(split) for split in SPLITS}
-        found.append(SourceInfo(source.name, source.language, folder, dict(left_out), **splits))  # type: ignore[arg-type]
-    return found
+        left_out = dict(notes.left_out)
+        found.append(SourceInfo(source.name, source.language, folder, left_out, **splits))  # type: ignore[arg-type]
+        of_sources.append(notes)
+    return found, of_sources
 
 
 def _write(

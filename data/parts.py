@@ -1,8 +1,8 @@
 """Tokenised blocks on their way into a store: parts that any process writes and reads.
 
     PARTS/unfinished          the marker of `core.artifact.Staging`: tokenizers and settings
-    PARTS/part-*/blocks.npy   int64 [blocks, 7]: digest (2 numbers), documents left out for each
-                              reason, documents of each split
+    PARTS/part-*/blocks.npy   int64 [blocks, 5]: digest (2 numbers), documents of each split
+    PARTS/part-*/notes.json   for each block, what preparation left out or changed
     PARTS/part-*/pieces.json  pieces that were read to their ends: key -> digests of their blocks
     PARTS/part-*/SPLIT-*.npy  the blocks' documents one after the other: tokens, lengths, bytes,
                               hashes; signatures [PERMUTATIONS, documents], if near-duplicates are
@@ -20,17 +20,18 @@ import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cpt_merge.core.artifact import Staging, write_json
+from cpt_merge.data.preparation.notes import Notes
 from cpt_merge.data.store import SPLITS, Integers, StoreSplit, Tokens
 
 PART_BYTES = 64_000_000  # of tokens in one part
-REASONS = ("bad_rows", "empty")  # why a document of a block is left out
 
-_FIRST_SPLIT = 2 + len(REASONS)  # column of `blocks`
+_FIRST_SPLIT = 2  # column of `blocks`
 
 Digest = bytes  # 16 bytes, of a block's text
 Signatures = npt.NDArray[np.uint32]  # MinHash, [documents, PERMUTATIONS]
@@ -49,13 +50,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """Successive documents of a piece, tokenised and divided into splits.
-
-    `left_out` is the number of the others for each of `REASONS`.
-    """
+    """Successive documents of a piece, tokenised and divided into splits."""
 
     digest: Digest
-    left_out: tuple[int, ...]
+    notes: Notes
     splits: dict[StoreSplit, Encoded]
     signatures: dict[StoreSplit, Signatures]  # empty if near-duplicates are not looked for
 
@@ -88,12 +86,13 @@ class PartWriter:
         rows = []
         for block in self._blocks:
             counts = [len(block.splits[s].lengths) if s in block.splits else 0 for s in SPLITS]
-            rows.append([*np.frombuffer(block.digest, np.int64), *block.left_out, *counts])
+            rows.append([*np.frombuffer(block.digest, np.int64), *counts])
         with Staging(self.directory / f"part-{name}").filling() as part:
             np.save(
                 part / "blocks.npy",
                 np.asarray(rows, np.int64).reshape(-1, _FIRST_SPLIT + len(SPLITS)),
             )
+            write_json(part / "notes.json", [block.notes.as_dict() for block in self._blocks])
             named = {key: [one.hex() for one in blocks] for key, blocks in self._pieces.items()}
             write_json(part / "pieces.json", named)
             for split in SPLITS:
@@ -123,10 +122,13 @@ class StoredPart:
         self._arrays: dict[StoreSplit, Encoded] = {}
         self._starts: dict[StoreSplit, Integers] = {}
         self._signatures: dict[StoreSplit, Signatures] = {}  # transposed
+        self._notes: list[dict[str, Any]] | None = None
 
-    def left_out(self, row: int) -> dict[str, int]:
-        """How many documents of the block in `row` are left out, by reason."""
-        return dict(zip(REASONS, self.blocks[row, 2:_FIRST_SPLIT].tolist(), strict=True))
+    def notes(self, row: int) -> Notes:
+        """What preparation left out or changed in the block in `row`."""
+        if self._notes is None:
+            self._notes = json.loads((self.directory / "notes.json").read_text(encoding="utf-8"))
+        return Notes.of(self._notes[row])
 
     def read(self, row: int, split: StoreSplit) -> Encoded | None:
         """The documents of one split of the block in `row`; None if there are none."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ import numpy as np
 from cpt_merge.core.progress import counted, say
 from cpt_merge.core.world import find_world
 from cpt_merge.data.config import DataConfig
-from cpt_merge.data.examples import Example, read_examples
 from cpt_merge.data.hub_datasets import size_of
+from cpt_merge.data.preparation.notes import Notes, read_notes
+from cpt_merge.data.preparation.summary import Effect, effects_of, show_preparation
 from cpt_merge.data.sources import Corpus, source_files
-from cpt_merge.data.store import StoreInfo, describe_left_out, readable
+from cpt_merge.data.store import StoreInfo, describe_left_out
 from cpt_merge.data.tokenise import write_store
 from cpt_merge.tracking import Cell, Tracker
 
@@ -41,37 +45,37 @@ def run(
         corpus, tokenizer, out, base=base, processes=processes, deduplicate=config.deduplicate,
         near_duplicates=config.near_duplicates, keep_blocks=config.keep_blocks, world=world,
     )  # fmt: skip
-    rows, reasons = list[list[Cell]](), list(info.sources[0].left_out)
+    rows = list[list[Cell]]()
     for source in info.sources:
         train, heldout = source.train, source.heldout.documents
         megabytes, ratio = round(train.bytes / 1e6, 2), round(train.bytes / train.tokens, 2)
+        left_out = sum(source.left_out.values())
         rows.append(
-            [
-                source.name, train.documents, train.tokens, megabytes, ratio, heldout,
-                *(source.left_out[reason] for reason in reasons),
-            ]
-        )  # fmt: skip
+            [source.name, train.documents, train.tokens, megabytes, ratio, heldout, left_out]
+        )
         say(
             f"  {source.name}: {train.documents:,} documents ({heldout} held out), "
             f"{train.tokens:,} tokens, {megabytes} MB, {ratio} bytes/token; "
             f"left out: {describe_left_out(source.left_out)}"
         )
-    tracker.table(
-        "data/sources",
-        ["source", "documents", "tokens", "MB", "bytes per token", "held-out documents",
-         *map(readable, reasons)],
-        rows,
-    )  # fmt: skip
-    _show_examples(read_examples(out), tracker)
+    columns = ["source", "documents", "tokens", "MB", "bytes per token", "held-out documents"]
+    tracker.table("data/sources", [*columns, "left out"], rows)
+    notes = read_notes(out)
+    effects = [
+        effect
+        for source, of_source in zip(info.sources, notes or repeat(Notes()), strict=False)
+        for effect in effects_of(source, of_source)
+    ]
+    tracker.table("data/preparation", Effect.columns(), [one.row() for one in effects])
+    if notes:
+        show_preparation(effects, info, notes, tracker)
     totals = {
         "documents": sum(source.train.documents for source in info.sources),
         "tokens": sum(source.train.tokens for source in info.sources),
         "bytes": sum(source.train.bytes for source in info.sources),
         "heldout_documents": sum(source.heldout.documents for source in info.sources),
-        **{
-            f"left_out.{reason}": sum(source.left_out[reason] for source in info.sources)
-            for reason in reasons
-        },
+        **_sums("left_out", [source.left_out for source in info.sources]),
+        **_sums("changed", [of_source.changed for of_source in notes]),
     }
     tracker.summary({f"data/{name}": value for name, value in totals.items()})
     if world.is_main:
@@ -80,19 +84,12 @@ def run(
     return totals
 
 
-def _show_examples(examples: list[Example], tracker: Tracker) -> None:
-    if not examples:
-        return
-    seen = set[tuple[str, str]]()
-    for one in examples:
-        if (one.source, one.reason) not in seen:
-            like = f" is like {one.kept!r}" if one.kept else ""
-            say(f"  {one.source}: {readable(one.reason)}, for example {one.text!r}{like}")
-        seen.add((one.source, one.reason))
-    rows: list[list[Cell]] = [
-        [one.source, readable(one.reason), one.text, one.kept] for one in examples
-    ]
-    tracker.table("data/examples", ["source", "left out as", "text", "kept instead"], rows)
+def _sums(name: str, of_sources: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The counts of all sources together, by step."""
+    sums = Counter[str]()
+    for counts in of_sources:
+        sums.update(counts)
+    return {f"{name}.{step}": count for step, count in sums.items()}
 
 
 def _processes(corpus: Corpus) -> int:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cpt_merge.data.examples import MOST_EXAMPLES
 from cpt_merge.data.near_duplicates import cluster_firsts
 from cpt_merge.data.parts import Column, Parts
+from cpt_merge.data.preparation.notes import MOST_EXAMPLES
 from cpt_merge.data.store import Integers, StoreSplit, Tokens
 
 Keep = npt.NDArray[np.bool_]

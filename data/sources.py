@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +24,21 @@ from cpt_merge.core.progress import say_once
 from cpt_merge.data.documents import SKIPPED, Layout, count_rows, read_documents
 from cpt_merge.data.files import find_files, plain_path
 from cpt_merge.data.hub_datasets import TextFile, at_hand, hub_dataset_files, size_of
+from cpt_merge.data.preparation import chinese
+from cpt_merge.data.preparation.filters import Filtering, QualityFilter
+from cpt_merge.data.preparation.notes import Notes
+from cpt_merge.data.preparation.personal_data import PersonalData, Replacement
+from cpt_merge.data.preparation.steps import Conversion, Preparation, Step
 from cpt_merge.data.records import text_of
 from cpt_merge.data.splits import parse_split
 
 Split = Literal["train", "heldout"]
 HASH_RANGE = 1_000_000
+_PREPARATION = {
+    "convert",
+    "filters",
+    "personal_data",
+}  # keys of steps that are off unless they are set
 _AMOUNTS = ("weight", "epochs", "tokens")  # keys of a source that set how much training reads of it
 
 
@@ -55,6 +64,11 @@ class Source(Section):
     )
     whole_files: bool = key(
         False, "each .txt or .md file is one document, instead of one document per line"
+    )
+    convert: chinese.Conversion | None = key(
+        None,
+        "OpenCC's conversion of Chinese text, such as s2twp (Simplified to Traditional with the "
+        "words of Taiwan) or t2s; of the source's language, which is that of the result",
     )
     bad_rows: Literal["error", "skip"] = key(
         "error", "what happens at a row that cannot be read or whose text is not a string; `skip` "
@@ -111,6 +125,12 @@ class Source(Section):
             raise ValueError(f"source {self.path} has {' and '.join(given)}; set one of them")
         return self
 
+    @model_validator(mode="after")
+    def _converts_to_its_language(self) -> Source:
+        if self.convert:
+            chinese.check_conversion(self.convert, self.language)
+        return self
+
     @property
     def layout(self) -> Layout:
         """How the documents are in the files."""
@@ -137,7 +157,15 @@ class Corpus(Section):
         {}, "each language's share of the training tokens, such as {ko: 0.85, en: 0.15}, divided "
         "among the sources of the language; if not set, all sources divide all tokens",
     )  # fmt: skip
-
+    filters: list[QualityFilter] = key(
+        [], "quality filters, each for the sources in one language; without one, none is applied"
+    )
+    personal_data: list[PersonalData] = key(
+        [],
+        "personal data that is replaced by placeholders such as `<EMAIL>`: email, ip_address "
+        "(public ones), phone (Korea, Taiwan, China, Japan, and +82, +886, +86, +81, +852), "
+        "kr_resident_number, tw_id_number, cn_id_number",
+    )
     allow_repeats: bool = key(
         False, "let a run read a source more than 8 times because of `training.tokens`"
     )
@@ -158,11 +186,31 @@ class Corpus(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _filters_fit(self) -> Corpus:
+        filtered = [one.language for one in self.filters]
+        for language in filtered:
+            if language not in self.languages():
+                raise ValueError(
+                    f"`corpus.filters` names {language}, but the sources are in "
+                    f"{', '.join(self.languages())}"
+                )
+            if filtered.count(language) > 1:
+                raise ValueError(f"`corpus.filters` has {language} twice; join the two")
+        return self
+
     def text(self) -> dict[str, Any]:
         """The settings that decide which documents exist, for the key of a stage."""
-        return self.model_dump(
+        values = self.model_dump(
             exclude={"shares": True, "allow_repeats": True, "sources": {"__all__": set(_AMOUNTS)}}
         )
+        # what is off decides nothing, and stages from before it existed keep their keys
+        values["filters"] = [asdict(one.thresholds()) for one in self.filters]
+        for section in (values, *values["sources"]):
+            for name in _PREPARATION & section.keys():
+                if not section[name]:
+                    del section[name]
+        return values
 
     def amounts(self) -> dict[str, Any]:
         """The settings that decide how much of each source is read, for the key of a stage."""
@@ -183,20 +231,31 @@ class Corpus(Section):
         return found
 
     def documents(self, source: Source, split: Split) -> Iterator[str]:
-        """The documents of one split of a source, in file order. Empty documents are left out.
+        """The documents of one split of a source, in file order, as preparation leaves them.
 
         Raises `UserError` for a missing file, a missing field, or a row that cannot be read.
         """
+        prepare, notes = self.preparation(source), Notes()
         for raw in read_source(source):
-            text = self.prepare(raw)
+            text = prepare(raw, notes)
             if text and self.is_heldout(text) == (split == "heldout"):
                 yield text
 
-    def prepare(self, text: str) -> str:
-        """The normalised text; empty if it is all white space."""
-        if self.normalization != "none":
-            text = unicodedata.normalize(self.normalization, text)
-        return text if text.strip() else ""
+    def preparation(self, source: Source) -> Preparation:
+        """What becomes of the texts of a source."""
+        return Preparation(self.normalization, self.steps(source))
+
+    def steps(self, source: Source) -> list[Step]:
+        """The steps that the recipe asks for, in order."""
+        steps = list[Step]()
+        if self.personal_data:  # first, since examples of later steps show the text
+            steps.append(Replacement(tuple(self.personal_data)))
+        if source.convert:
+            steps.append(Conversion(source.convert))
+        steps += [
+            Filtering(one.thresholds()) for one in self.filters if one.language == source.language
+        ]
+        return steps
 
     def is_heldout(self, text: str) -> bool:
         """Whether the hash of a document falls in the held-out share."""

@@ -27,12 +27,13 @@ from cpt_merge.core.progress import Meter, counted, say, timed
 from cpt_merge.core.world import World
 from cpt_merge.data.documents import SKIPPED
 from cpt_merge.data.encoding import DocumentEncoder
-from cpt_merge.data.examples import Example, where_different, write_examples
 from cpt_merge.data.hub_datasets import text_fingerprint
 from cpt_merge.data.join import join
 from cpt_merge.data.minhash import ALGORITHM, PERMUTATIONS, SHINGLE, signatures
 from cpt_merge.data.parts import Digest, Encoded, Parts, PartWriter, TokenBlock
-from cpt_merge.data.selection import Selection, select
+from cpt_merge.data.preparation.notes import Example, Notes, where_different, write_notes
+from cpt_merge.data.preparation.steps import BAD_ROWS
+from cpt_merge.data.selection import Pair, select
 from cpt_merge.data.sources import Corpus, Piece, Source, read_piece, source_pieces
 from cpt_merge.data.store import (  # fmt: skip
     STORE_FILE,
@@ -77,7 +78,7 @@ class Plan:
         pieces = [piece for pieces in by_source for piece in pieces]
         ends = np.cumsum([piece.size for piece in pieces], dtype=float)
         starts = [0.0, *(ends / ends[-1]).tolist()] if pieces else [0.0]
-        of_source = [[_key(piece) for piece in of] for of in by_source]
+        of_source = [[_key(corpus, piece) for piece in of] for of in by_source]
         keys = [key for of in of_source for key in of]
         encoders: dict[StoreSplit, DocumentEncoder] = {"train": DocumentEncoder.read(tokenizer)}
         if base:
@@ -126,7 +127,7 @@ def tokenise_share(
             continue
         if _is_done(plan, number, mine, done):
             continue
-        digests, treatment = list[Digest](), _treatment(piece.source)
+        digests, treatment = list[Digest](), _treatment(plan.corpus, piece.source)
         for block, texts in enumerate(blocks(read_piece(piece))):
             digests.append(digest_of(texts, treatment))
             if plan.position(number, block) in mine and digests[-1] not in done.rows:
@@ -147,21 +148,22 @@ def _is_done(plan: Plan, piece: int, mine: Interval, done: Parts) -> bool:
     )
 
 
-def _key(piece: Piece) -> str:
+def _key(corpus: Corpus, piece: Piece) -> str:
     """A digest of what is read, and how."""
     inputs = {str(number): text_fingerprint(file) for number, file in enumerate(piece.files)}
     reading = {"field", "conversations", "whole_files", "bad_rows"}
     settings = {
-        "source": piece.source.model_dump(include=reading) | _treatment(piece.source),
+        "source": piece.source.model_dump(include=reading) | _treatment(corpus, piece.source),
         "rows": piece.rows,
         "block": [BLOCK_DOCUMENTS, BLOCK_CHARACTERS],
     }
     return stage_key("piece", settings, inputs)
 
 
-def _treatment(source: Source) -> dict[str, Any]:
-    """The settings of a source that decide what becomes of a text, wherever it was read."""
-    return source.model_dump(include={"language"})
+def _treatment(corpus: Corpus, source: Source) -> dict[str, Any]:
+    """The settings that decide what becomes of a text of a source, wherever it was read."""
+    steps = [repr(step) for step in corpus.steps(source)]
+    return {"language": source.language} | ({"steps": steps} if steps else {})
 
 
 def digest_of(texts: Iterable[str | None], treatment: Mapping[str, Any]) -> Digest:
@@ -191,12 +193,13 @@ def blocks(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
 def encode_block(digest: Digest, texts: list[str | None], plan: Plan, source: Source) -> TokenBlock:
     """Normalise the texts of a block, divide them into splits, and tokenise them."""
     corpus, encoders = plan.corpus, plan.encoders
-    read = [text for text in texts if text is not SKIPPED]
-    prepared = [text for text in map(corpus.prepare, read) if text]
-    left_out = (len(texts) - len(read), len(read) - len(prepared))
+    notes, prepare = Notes(), corpus.preparation(source)
     divided: dict[StoreSplit, list[str]] = {"train": [], "heldout": []}
-    for text in prepared:
-        divided["heldout" if corpus.is_heldout(text) else "train"].append(text)
+    for raw in texts:
+        if raw is SKIPPED:
+            notes.left_out[BAD_ROWS] += 1
+        elif text := prepare(raw, notes):
+            divided["heldout" if corpus.is_heldout(text) else "train"].append(text)
     compared = {}
     if plan.near_duplicates is not None:
         compared = {split: signatures(of, source.language) for split, of in divided.items() if of}
@@ -207,7 +210,7 @@ def encode_block(digest: Digest, texts: list[str | None], plan: Plan, source: So
         for split, of_split in divided.items()
         if of_split
     }
-    return TokenBlock(digest, left_out, splits, compared)
+    return TokenBlock(digest, notes, splits, compared)
 
 
 def _encode(texts: list[str], encoder: DocumentEncoder) -> Encoded:
@@ -282,19 +285,19 @@ def _join(parts: Parts, plan: Plan, out: Path, digest: str) -> StoreInfo:
         **infos,
     }
     selection = select(parts, plan.of_source, plan.deduplicate, plan.near_duplicates)
-    found = join(parts, plan.of_source, plan.corpus.sources, by_split, out, selection)
-    write_examples(out, _examples(plan, selection))
+    found, notes = join(parts, plan.of_source, plan.corpus, by_split, out, selection)
+    if plan.near_duplicates is not None or any(map(plan.corpus.steps, plan.corpus.sources)):
+        _add_pairs(notes, selection.pairs, plan.encoders["train"])
+        write_notes(out, notes)
     info = StoreInfo(digest, infos["train"], infos.get("reference"), found)
     write_json(out / STORE_FILE, asdict(info))
     return info
 
 
-def _examples(plan: Plan, selection: Selection) -> Iterator[Example]:
-    encoder = plan.encoders["train"]
-    for pair in selection.pairs:
+def _add_pairs(of_sources: list[Notes], pairs: list[Pair], encoder: DocumentEncoder) -> None:
+    for pair in pairs:
         both = [encoder.beginning(one, EXAMPLE_TOKENS) for one in (pair.left_out, pair.kept)]
-        text, kept = where_different(*both)
-        yield Example(plan.corpus.sources[pair.source].name, "near_duplicates", text, kept)
+        of_sources[pair.source].examples.append(Example("near_duplicates", *where_different(*both)))
 
 
 def _digest(plan: Plan) -> str:

@@ -29,6 +29,7 @@ from cpt_merge.report.charts import (
     training_charts,
 )
 from cpt_merge.report.headline import run_state, stage_marks, tiles, training_progress
+from cpt_merge.report.preparation import effect_table
 from cpt_merge.report.view import (
     RunView,
     StageView,
@@ -48,7 +49,13 @@ FILE_CHARACTERS = 20_000  # of a logged file
 SHOWN_STEPS = 8  # of the continuations of one prompt, or of the previews' replies
 OPEN_ROWS, MOST_ROWS = 8, 300  # of a table: open at once up to, and at all
 # tables that are shown in a form of their own
-OWN_PLACE = ("eval/samples", "train/continuations", "preview/replies", "sweep/ratios")
+OWN_PLACE = (
+    "eval/samples",
+    "train/continuations",
+    "preview/replies",
+    "sweep/ratios",
+    "data/preparation",
+)
 
 # property -> what a reply is called that has it, and one that has not
 BADGES = {
@@ -124,6 +131,7 @@ def render_page(view: RunView, now: float) -> str:
         sections=sections,
         sweep=sweep,
         ratios=sweep_table(view),
+        effects=effect_table(view.log("data")),
         origins=_origins(view),
         settings=_json(view.recipe),
         shown_prompts=SHOWN_PROMPTS,

@@ -120,6 +120,7 @@ def _data() -> PanelSection:
     panels = [
         Panel("Sources", "table", ["data/sources"]),
         Panel("Documents: kept, held out, left out", "bars", documents, "documents"),
+        Panel("What was left out and changed", "table", ["data/preparation"]),
         Panel("Size", "bars", ["data/tokens", "data/bytes"]),
         Panel("Document lengths by source", "chart", lengths, "log2 of tokens"),
     ]

@@ -13,9 +13,9 @@ import pytest
 from cpt_merge.core.world import World
 from cpt_merge.data import minhash, tokenise
 from cpt_merge.data.config import DataConfig
-from cpt_merge.data.examples import read_examples
 from cpt_merge.data.minhash import PERMUTATIONS, shingles, signatures
 from cpt_merge.data.near_duplicates import cluster_firsts, rows_of_band
+from cpt_merge.data.preparation.notes import NOTES_FILE, read_notes
 from cpt_merge.data.run import run
 from cpt_merge.data.sources import Corpus, Source, read_source
 from cpt_merge.data.store import Store
@@ -217,16 +217,18 @@ def test_examples_show_what_was_left_out_and_what_is_kept(
 ) -> None:
     recording = Recording()
     run(DataConfig(near_duplicates=0.8), similar, model, tmp_path / "store", Tracker([recording]))
-    examples = read_examples(tmp_path / "store")
-    assert {one.source for one in examples} == {source.name for source in similar.sources}
+    of_sources = read_notes(tmp_path / "store")
+    assert all(notes.examples for notes in of_sources)
+    examples = [example for notes in of_sources for example in notes.examples]
     texts = [text for source in similar.sources for text in texts_of(similar, source)]
     for one in examples:
-        assert one.reason == "near_duplicates"
-        assert one.text != one.kept, "they show where the documents differ"
-        for shown in (one.text, one.kept):
+        assert one.step == "near_duplicates"
+        assert one.text != one.instead, "they show where the documents differ"
+        for shown in (one.text, one.instead):
             assert len(shown) <= 101
             assert any(shown.strip("…") in text for text in texts)
-    assert all(row["near duplicates"] for row in recording.tables["data/sources"])
+    steps = [row["step"] for row in recording.tables["data/preparation"] if row["documents"]]
+    assert steps == ["near duplicates"] * 2
     assert len(recording.tables["data/examples"]) == len(examples)
 
 
@@ -275,7 +277,7 @@ def test_without_it_nothing_of_a_store_changes(
 ) -> None:
     info = write_store(similar, model, tmp_path / "store")
     assert info.sources[0].left_out == {"bad_rows": 0, "empty": 0, "duplicates": 0}
-    assert not (tmp_path / "store" / "examples.json").exists()
+    assert not (tmp_path / "store" / NOTES_FILE).exists()
     assert DataConfig().identity() == {"deduplicate": False}
     other = write_store(similar, model, tmp_path / "other", near_duplicates=0.8)
     assert other.digest != info.digest == Store.open(tmp_path / "store").info.digest
