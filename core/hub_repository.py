@@ -30,6 +30,7 @@ DOWNLOADS = 8  # files at a time
 ATTEMPTS = 3  # at one file whose connection breaks; within one, the hub's client continues the file
 # files that are read before it is known which others are needed
 DESCRIPTIONS = ["README.md", ".huggingface.yaml", "config.json", "adapter_config.json"]
+_DAY = 86400.0  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -126,8 +127,19 @@ class Repository:
             found = HfApi().repo_info(
                 self.name, repo_type=self.kind, revision=self.revision,
                 timeout=constants.HF_HUB_ETAG_TIMEOUT,
+                expand=["sha"],  # type: ignore[arg-type]  # and no list of files
             )  # fmt: skip
             return str(found.id)
+
+    def remove_leftovers(self) -> None:
+        """Remove parts of files that killed downloads left, which the client never uses again.
+
+        A part that was written to within a day may belong to a download that runs.
+        """
+        for path in (self.folder / "blobs").glob("*.incomplete"):
+            if time.time() - path.stat().st_mtime > _DAY:
+                say(f"{self}: removing {path.name}, which a killed download left")
+                path.unlink(missing_ok=True)
 
     def unlisted(self) -> Path | None:
         """A snapshot in the cache without a list of its files, as older clients left it."""
@@ -196,6 +208,7 @@ class Snapshot:
         missing = self.missing(names)
         if not missing:
             return 0
+        self.repository.ask()  # the client tries for half a minute to reach a hub for each file
         self._check_space(missing)
         size = self.size(missing)
         scale, unit = (1e9, "GB") if size >= 1e10 else (1e6, "MB") if size >= 1e6 else (1e3, "kB")
@@ -375,8 +388,8 @@ def _unreachable(repository: Repository, error: BaseException) -> UserError:
     reason = _reason(error)
     return HubUnreachableError(
         f"{repository} is not here, nor in full in the hub's cache {cache_folder()}, and the hub "
-        f"cannot be reached ({reason}); correct the name, or run `cpt-merge fetch RECIPE` where "
-        "there is a network.",
+        f"cannot be reached ({reason}); correct the name, or run `cpt-merge fetch RECIPE` (or "
+        f"`hf download {repository.name}`) where there is a network.",
         reason,
     )
 

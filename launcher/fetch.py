@@ -18,19 +18,12 @@ from cpt_merge.launcher.run import Run
 
 def hub_models(recipe: Recipe) -> dict[str, Repository]:
     """The models that are on the hub, by the recipe's key; each repository once."""
-    vectors, evaluation = recipe.merge.vectors, recipe.evaluation
-    named: dict[str, str | None] = {
-        "models.base": recipe.models.base,
-        "models.chat": recipe.models.chat,
-        **{f"merge.vectors[{place}].base": one.base for place, one in enumerate(vectors)},
-        **{f"merge.vectors[{place}].chat": one.chat for place, one in enumerate(vectors)},
-        "sweep.cpt": recipe.sweep.cpt,
-        **{f"evaluation.models.{name}": model for name, model in evaluation.models.items()},
-        "evaluation.safety.classifier.model": evaluation.classifier,
-    }
+    named = recipe.named_models
+    if recipe.sweep.cpt:
+        named["sweep.cpt"] = recipe.sweep.cpt
     found: dict[str, Repository] = {}
     for key, name in named.items():
-        if name and not is_local(name):
+        if not is_local(name):
             repository = Repository.parse("model", name)
             if repository not in found.values():
                 found[key] = repository
@@ -101,6 +94,7 @@ def fetch(recipe: Recipe) -> None:
 
 def _look_up(repository: Repository) -> Snapshot:
     """The newest commit; without a network the cached one, of which everything may be there."""
+    repository.remove_leftovers()
     try:
         return repository.newest()
     except HubUnreachableError as error:

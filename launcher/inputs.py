@@ -49,7 +49,7 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
     _check_tracking(recipe)
     if "knowledge" in recipe.evaluation.suites:
         recipe.evaluation.knowledge.check_installed()
-    if download or all(map(is_here, _models_of(recipe))):
+    if download or all(map(is_here, recipe.named_models.values())):
         run = Run(recipe)
         _require_models(run)
         with heavy_checks(run, here=download):
@@ -79,19 +79,11 @@ def _check_tracking(recipe: Recipe) -> None:
         check_key(recipe.tracking)
 
 
-def _models_of(recipe: Recipe) -> list[str]:
-    """Every model that the recipe names."""
-    vectors = [name for one in recipe.merge.vectors for name in (one.base, one.chat)]
-    evaluated = [*recipe.evaluation.models.values(), recipe.evaluation.classifier]
-    named = [recipe.models.base, recipe.models.chat, *vectors, *evaluated]
-    return [name for name in named if name]
-
-
 def _require_models(run: Run) -> None:
     """Find all models, downloading those of the hub. Raises `UserError` for one that is missing."""
     for model in (run.base, run.chat):
         check_complete(model)  # the evaluation loads both with transformers
-    for name in _models_of(run.recipe):
+    for name in run.recipe.named_models.values():
         model_directory(name)
 
 

@@ -109,6 +109,20 @@ class Recipe(Section):
         return self.tokenizer.languages() or of_text or self.corpus.languages()
 
     @property
+    def named_models(self) -> dict[str, str]:
+        """Every model that the stages read, by its key: directories and hub ids."""
+        vectors, evaluation = self.merge.vectors, self.evaluation
+        named = {
+            "models.base": self.models.base,
+            "models.chat": self.models.chat,
+            **{f"merge.vectors[{place}].base": one.base for place, one in enumerate(vectors)},
+            **{f"merge.vectors[{place}].chat": one.chat for place, one in enumerate(vectors)},
+            **{f"evaluation.models.{name}": model for name, model in evaluation.models.items()},
+            "evaluation.safety.classifier.model": evaluation.classifier,
+        }
+        return {key: name for key, name in named.items() if name is not None}
+
+    @property
     def directory(self) -> Path:
         """The run's folder."""
         return Path(self.runs).expanduser() / self.name

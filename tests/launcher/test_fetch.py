@@ -1,6 +1,7 @@
 """`cpt-merge fetch` from a hub on this machine, and everything after it without a network; all in processes of their own."""
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,12 +117,21 @@ def test_after_a_fetch_everything_works_without_a_network(
     assert f"https://huggingface.co/org/chat/tree/{commits[1]}" in lineage
 
 
-def test_a_killed_fetch_continues(server: HubServer, command: Command) -> None:
+def test_a_killed_fetch_continues(
+    server: HubServer, command: Command, pair: Path, tmp_path: Path
+) -> None:
     server.holds["model.safetensors"] = 100
     killed = command("fetch", wait=False)
-    killed.wait_until(server.held.is_set, "the middle of the weights")
+    finished = len(list((pair / "base").iterdir())) - 1
+    cache = tmp_path / "home" / "hub" / "models--org--base"
+    killed.wait_until(
+        lambda: server.held.is_set() and len(list(cache.glob("snapshots/*/*"))) == finished,
+        "everything but the weights",
+    )
     killed.signal(signal.SIGKILL)
     killed.finish()
+    (part,) = cache.rglob("*.incomplete")
+    os.utime(part, (0, 0))
     before = server.downloads()
     server.holds.clear()
     server.release.set()
@@ -129,7 +139,9 @@ def test_a_killed_fetch_continues(server: HubServer, command: Command) -> None:
     assert done.returncode == 0, done.stderr
     again = server.downloads()[len(before) :]
     assert again.count("model.safetensors") == 2
-    assert again.count("tokenizer.model") == 1, "that of the chat model; the base's was complete"
+    assert again.count("tokenizer.model") <= 1, "that of the chat model; the base's was complete"
+    assert f"removing {part.name}, which a killed download left" in done.stderr
+    assert not list((tmp_path / "home").rglob("*.incomplete"))
 
 
 def test_a_fetch_that_is_stopped_says_so(server: HubServer, command: Command) -> None:
