@@ -103,9 +103,19 @@ def script_pattern(scripts: tuple[str, ...]) -> regex.Pattern[str]:
 
 def script_share(text: str, scripts: tuple[str, ...]) -> float:
     """The share of a text's letters that belong to the scripts; 0 for a text without letters."""
-    counts = Counter(text)
-    letters = regex.findall(r"\p{L}", "".join(counts))
-    if not letters:
-        return 0.0
-    own = script_pattern(scripts).findall("".join(letters))
-    return sum(map(counts.__getitem__, own)) / sum(map(counts.__getitem__, letters))
+    own, letters = 0, 0
+    for character, count in Counter(text).items():
+        if _is_letter(character):
+            letters += count
+            own += count * _is_of(character, scripts)
+    return own / letters if letters else 0.0
+
+
+@cache
+def _is_letter(character: str) -> bool:
+    return regex.match(r"\p{L}", character) is not None
+
+
+@cache
+def _is_of(character: str, scripts: tuple[str, ...]) -> bool:
+    return script_pattern(scripts).match(character) is not None
