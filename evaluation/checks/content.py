@@ -10,7 +10,8 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
 from cpt_merge.evaluation.checks import segments
 from cpt_merge.evaluation.checks.registry import check
-from cpt_merge.evaluation.script import is_in_language, other_script_characters
+from cpt_merge.evaluation.chinese import other_script_characters
+from cpt_merge.evaluation.reply_language import is_in_language
 
 TRAILING = "。．.!！?？~～…\"'”’」』)）】*_` \t\n　"
 
@@ -124,7 +125,7 @@ def _known(language: str) -> None:
 
 @check("language", _known)
 def language(reply: str, *, language: str) -> bool:
-    """The reply is in the language by its script; Traditional and Simplified are told apart."""
+    """The reply is in the language; Traditional and Simplified Chinese are told apart."""
     return is_in_language(reply, language)
 
 

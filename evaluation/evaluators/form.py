@@ -21,7 +21,7 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     Subject,
     shares_of_exchanges,
 )
-from cpt_merge.evaluation.script import is_in_language
+from cpt_merge.evaluation.reply_language import is_in_language
 
 GRAM = 4  # characters
 
