@@ -2,10 +2,10 @@
 
 import pytest
 
+from cpt_merge.evaluation.chinese import other_script_characters
 from cpt_merge.evaluation.conversation import Exchange, Reply
 from cpt_merge.evaluation.evaluators.dialogue import DialogueEvaluator
 from cpt_merge.evaluation.prompt_files import parse_dialogue, read_conversations
-from cpt_merge.evaluation.chinese import other_script_characters
 from cpt_merge.evaluation.reply_language import is_in_language
 from cpt_merge.evaluation.statistics import estimate
 

@@ -3,10 +3,10 @@
 import pytest
 
 from cpt_merge.evaluation.chat_template import read_chat_template, template_for, template_marks
+from cpt_merge.evaluation.chinese import other_script_characters
 from cpt_merge.evaluation.conversation import ANY_LANGUAGE, Reply
 from cpt_merge.evaluation.evaluators.form import form_of, repetition
 from cpt_merge.evaluation.models import load_model
-from cpt_merge.evaluation.chinese import other_script_characters
 from cpt_merge.evaluation.reply_language import is_in_language
 from tests.evaluation.conftest import TEMPLATE, make_tokenizer
 
