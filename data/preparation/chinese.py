@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ Conversion = Literal[
     "t2s", "tw2s", "tw2sp", "hk2s", "hk2sp", "t2jp",
 ]  # fmt: skip
 STEP = "converted"
+_STRETCH = 1 << 20  # characters that are converted at a time
 _SIMPLIFIED = {"t2s", "tw2s", "tw2sp", "hk2s", "hk2sp"}
 
 
@@ -30,8 +32,18 @@ def check_conversion(conversion: Conversion, language: str) -> None:
 def convert(text: str, conversion: str) -> str:
     """The converted text; what is not Chinese stays as it is."""
     converter = _converter(conversion)
-    # OpenCC ends at a NUL
-    return "\0".join(converter.convert(part) for part in text.split("\0"))
+    if len(text) <= _STRETCH and "\0" not in text:
+        return str(converter.convert(text))
+    # OpenCC ends at a NUL, and needs nine times as much memory as the text
+    return "".join(
+        part if part == "\0" else converter.convert(part) for part in _parts(_STRETCH).findall(text)
+    )
+
+
+@cache
+def _parts(length: int) -> re.Pattern[str]:
+    """NULs, and what is between them in parts of up to `length`, which end with lines."""
+    return re.compile(rf"\0|[^\0]{{0,{length - 1}}}\n|[^\0]{{1,{length}}}")
 
 
 @cache

@@ -122,10 +122,10 @@ class Thresholds:
 
 def _defaults(language: Language) -> dict[str, Any]:
     letters, repeated_lines, repeated_runs, ended_lines = {
-        "zh": (0.735, 0.287, 0.127, 0.106),
-        "ko": (0.791, 0.374, 0.127, 0.062),
-        "ja": (0.759, 0.375, 0.223, 0.167),
-    }.get(language.tag[:2], (0.8, 0.3, 0.1, 0.12))
+        ("Han",): (0.735, 0.287, 0.127, 0.106),
+        ("Hangul",): (0.791, 0.374, 0.127, 0.062),
+        ("Han", "Hiragana", "Katakana"): (0.759, 0.375, 0.223, 0.167),
+    }.get(language.scripts, (0.8, 0.3, 0.1, 0.12))
     length = 1 if language.has_spaces else 1.6  # of a word
     return {
         "min_length": round(50 * length),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from cpt_merge.data.preparation import chinese
 from cpt_merge.data.preparation.chinese import convert
 from cpt_merge.data.preparation.notes import Example, read_notes
 from cpt_merge.data.sources import Corpus, Source
@@ -27,6 +28,16 @@ def test_text_after_a_nul_is_not_lost() -> None:
     """OpenCC itself gives "a" for the first."""
     assert convert("a\0后面", "s2t") == "a\0後面"
     assert convert("后\0\0后\0", "s2t") == "後\0\0後\0"
+
+
+def test_a_long_text_is_converted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "鼠标里面的软件\n\n头发发展\n" * 50 + "后面"
+    whole = convert(text, "s2twp")
+    for length in (15, 100, 499):
+        monkeypatch.setattr(chinese, "_STRETCH", length)
+        assert convert(text, "s2twp") == whole
+    assert convert("后" * 1000, "s2t") == "後" * 1000, "a line that is longer"
+    assert convert("后\0" * 1000, "s2t") == "後\0" * 1000
 
 
 def source(path: Path, texts: list[str | None], **keys: Any) -> Source:

@@ -99,11 +99,15 @@ def test_defaults_are_those_that_were_published() -> None:
     """huggingface/fineweb-2, configs/{cmn_Hani,kor_Hang,jpn_Jpan}.yml: dup_line_frac, line_punct_thr."""
     found = {
         language: QualityFilter(language=language).thresholds()
-        for language in ("zh_tw", "zh_cn", "ko", "ja", "en", "th_Thai")
+        for language in ("zh_tw", "zh_cn", "ko", "ja", "en", "th_Thai", "zho_Hant", "kok_Deva")
     }
-    assert [found[one].repeated_lines for one in found] == [0.287, 0.287, 0.374, 0.375, 0.3, 0.3]
-    assert [found[one].ended_lines for one in found] == [0.106, 0.106, 0.062, 0.167, 0.12, 0.12]
-    assert [found[one].min_length for one in found] == [80, 80, 50, 80, 50, 80]
+    assert [found[one].repeated_lines for one in found] == [
+        0.287, 0.287, 0.374, 0.375, 0.3, 0.3, 0.287, 0.3
+    ]  # fmt: skip
+    assert [found[one].ended_lines for one in found] == [
+        0.106, 0.106, 0.062, 0.167, 0.12, 0.12, 0.106, 0.12
+    ]  # fmt: skip
+    assert [found[one].min_length for one in found] == [80, 80, 50, 80, 50, 80, 80, 50]
 
 
 def test_boilerplate_lines_are_removed_and_the_rest_stays() -> None:
