@@ -28,8 +28,11 @@ Kind = Literal["model", "dataset"]
 
 DOWNLOADS = 8  # files at a time
 ATTEMPTS = 3  # at one file whose connection breaks; within one, the hub's client continues the file
-# files that are read before it is known which others are needed
-DESCRIPTIONS = ["README.md", ".huggingface.yaml", "config.json", "adapter_config.json"]
+# files that are read before it is known which others are needed, and one that every repository
+# has: the client warns if there is nothing to download
+DESCRIPTIONS = [
+    "README.md", ".huggingface.yaml", "config.json", "adapter_config.json", ".gitattributes"
+]  # fmt: skip
 _DAY = 86400.0  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 from cpt_merge.checkpoint.adapters import ADAPTER_CONFIG, find_base, is_adapter
 from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.hub import download_model, is_complete, is_local, needed_files
+from cpt_merge.core.hub import download_model, is_complete, is_local, model_directory, needed_files
 from cpt_merge.core.hub_repository import HubUnreachableError, Repository, Snapshot, cache_folder
 from cpt_merge.core.progress import counted, say
 from cpt_merge.data.hub_datasets import HubFile, TextFile, download_all, is_at_hand, size_of
 from cpt_merge.data.sources import Source, is_on_hub, read_source, reads_all_files, source_files
 from cpt_merge.launcher.recipe import Recipe
-from cpt_merge.launcher.run import Run
 
 
 def hub_models(recipe: Recipe) -> dict[str, Repository]:
@@ -71,6 +70,8 @@ def fetch(recipe: Recipe) -> None:
 
     All repositories are looked up before the first large file is downloaded. Raises `UserError`.
     """
+    for name in filter(is_local, recipe.named_models.values()):
+        model_directory(name)  # raises for one that is missing
     models = [_look_up(repository) for repository in hub_models(recipe).values()]
     sources = list(hub_sources(recipe).values())
     for repository in dict.fromkeys(Repository.parse("dataset", one.path) for one in sources):
@@ -79,7 +80,7 @@ def fetch(recipe: Recipe) -> None:
         source_files(source)
     for snapshot in models:
         _fetch_model(snapshot)
-    _fetch_adapted(Run(recipe))
+    _fetch_adapted(recipe)
     for source in sources:
         _fetch_text(source)
     if "knowledge" in recipe.evaluation.suites:
@@ -109,7 +110,7 @@ def _fetch_model(snapshot: Snapshot) -> None:
     names = needed_files(snapshot.files)
     missing = len(snapshot.missing(names))
     download_model(snapshot)
-    size = f"{counted(len(names), 'file')}, {snapshot.size(names) / 1e9:,.2f} GB"
+    size = f"{counted(len(names), 'file')}, {_describe(snapshot.size(names))}"
     print(f"{snapshot.repository}: commit {snapshot.commit}, {size} ({missing} downloaded)")
 
 
@@ -125,14 +126,18 @@ def _fetch_text(source: Source) -> None:
     here = [file for file in files if is_at_hand(file)]
     missing -= len(files) - len(here)
     part = "" if len(here) == len(files) else f" of {len(files):,}, as far as it is read"
-    size = f"{counted(len(here), 'file')}{part}, {sum(map(size_of, here)) / 1e9:,.2f} GB"
+    size = f"{counted(len(here), 'file')}{part}, {_describe(sum(map(size_of, here)))}"
     repository = Repository.parse("dataset", source.path)
     print(f"{repository}: commit {files[0].revision}, {size} ({missing} downloaded)")
 
 
-def _fetch_adapted(run: Run) -> None:
+def _fetch_adapted(recipe: Recipe) -> None:
     """Download the models that adapters belong to."""
-    named = [run.base, run.chat, *run.further_models().values()]
-    for directory in filter(is_adapter, named):
-        base = None if directory == run.base else run.base
-        find_base(directory, read_json(directory / ADAPTER_CONFIG), base)
+    base = model_directory(recipe.models.base)
+    for directory in filter(is_adapter, map(model_directory, recipe.named_models.values())):
+        at_hand = None if directory == base else base
+        find_base(directory, read_json(directory / ADAPTER_CONFIG), at_hand)
+
+
+def _describe(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"

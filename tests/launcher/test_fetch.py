@@ -203,8 +203,8 @@ def test_text_of_the_hub_is_fetched_and_tokenised_without_a_network(
     done = command("fetch", TEXT)
     assert done.returncode == 0, done.stderr
     commit = next(iter(server.repositories["dataset", "org/text"].commits))
-    assert f"dataset org/text: commit {commit}, 3 files, 0.00 GB (3 downloaded)" in done.stdout
-    read = f"dataset org/text@v1: commit {commit}, 2 files of 3, as far as it is read, 0.00 GB (2 downloaded)"
+    assert f"dataset org/text: commit {commit}, 3 files, 0.02 MB (3 downloaded)" in done.stdout
+    read = f"dataset org/text@v1: commit {commit}, 2 files of 3, as far as it is read, 0.06 MB (2 downloaded)"
     assert read in done.stdout
     data = [name for name in server.downloads() if name.startswith(("ko/", "more/"))]
     assert sorted(data) == [*(f"ko/train-{n}.parquet" for n in range(3)), "more/0.jsonl", "more/1.jsonl"]  # fmt: skip
