@@ -79,8 +79,8 @@ class Notes:
     @staticmethod
     def of(values: Mapping[str, Any]) -> Notes:
         """From what `as_dict` gives."""
-        left_out, changed, places = map(
-            Counter[str], (values["left_out"], values["changed"], values["places"])
+        left_out, changed, places = (
+            Counter[str](values.get(name, {})) for name in ("left_out", "changed", "places")
         )
         return Notes(left_out, changed, places, [Example(**one) for one in values["examples"]])
 
@@ -101,11 +101,17 @@ def where_different(one: str, other: str) -> tuple[str, str]:
 
 
 def write_notes(store: Path, of_sources: Sequence[Notes]) -> None:
-    """Write the notes on each source into the folder of a store."""
-    write_json(store / NOTES_FILE, [notes.as_dict() for notes in of_sources])
+    """Write the notes on each source into the folder of a store.
+
+    What was left out is in `store.json`.
+    """
+    rest = [notes.as_dict() for notes in of_sources]
+    for notes in rest:
+        del notes["left_out"]
+    write_json(store / NOTES_FILE, rest)
 
 
 def read_notes(store: Path) -> list[Notes]:
-    """The notes on each source of a store; empty if no step was on."""
+    """What `write_notes` wrote; empty if no step was on."""
     path = store / NOTES_FILE
     return [Notes.of(one) for one in json.loads(path.read_text())] if path.is_file() else []

@@ -71,10 +71,10 @@ def test_what_was_converted_is_counted_with_examples(tmp_path: Path, model: Path
         ],
         heldout=1e-6,
     )
-    write_store(corpus, model, tmp_path / "store")
+    info = write_store(corpus, model, tmp_path / "store")
     first, second = read_notes(tmp_path / "store")
     assert first.changed == {"converted": 10}
-    assert first.left_out == {"bad_rows": 0, "empty": 1, "duplicates": 0}
+    assert info.sources[0].left_out == {"bad_rows": 0, "empty": 1, "duplicates": 0}
     assert first.examples[0] == Example("converted", "我的头发", "我的頭髮")
     assert len(first.examples) == 3
     assert not second.changed

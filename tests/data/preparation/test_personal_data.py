@@ -95,10 +95,10 @@ def test_every_stage_reads_placeholders_and_examples_show_no_data(
         filters=[{"language": "ko", "script": 0, "min_length": 3}],
     )
     assert set(corpus.documents(source, "train")) == {"전화 <PHONE> 메일 <EMAIL>"}
-    write_store(corpus, model, tmp_path / "store")
+    info = write_store(corpus, model, tmp_path / "store")
     (notes,) = read_notes(tmp_path / "store")
     assert notes.changed == {"email": 20, "phone": 20, "boilerplate_lines": 0}
-    assert notes.left_out["too_short"] == 1
+    assert info.sources[0].left_out["too_short"] == 1
     content = (tmp_path / "store" / "preparation.json").read_text(encoding="utf-8")
     assert "example.com" not in content
     assert "1234" not in content
