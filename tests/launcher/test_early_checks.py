@@ -1,5 +1,6 @@
 """What would stop a late stage is refused by `plan` and `run` before any stage has written."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -150,8 +151,14 @@ def refused(command: str, recipe_path: Path, pair: Path, broken: Broken) -> None
     assert not runs.exists()
 
 
-@pytest.mark.parametrize("command", ["plan", "run"])
-@pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        pytest.param(name, command, marks=pytest.mark.slow if command == unusual else [])
+        for name, unusual in zip(LIGHT, itertools.cycle(("plan", "run")), strict=False)
+        for command in ("plan", "run")
+    ],
+)
 def test_it_is_refused_before_the_first_stage(
     name: str, command: str, recipe_path: Path, own_pair: Path
 ) -> None:
