@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
-from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Measurement
+from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Measurement, Metric
 from cpt_merge.evaluation.results import (
     Breakdowns,
     Differences,
@@ -16,8 +16,16 @@ from cpt_merge.evaluation.results import (
     Results,
     Scores,
     add_scores,
+    each,
 )
-from cpt_merge.evaluation.statistics import Parts, difference, estimate
+from cpt_merge.evaluation.statistics import (
+    COVERAGE,
+    PairedDifference,
+    Parts,
+    corrected,
+    difference,
+    estimate,
+)
 
 
 def choose_baseline(models: Sequence[str], wanted: str | None) -> str:
@@ -66,6 +74,7 @@ def summarise(
 
     Raises `UserError` for a baseline that is not among the models.
     """
+    metrics, of_evaluators = _metrics(models, evaluators)
     names = [result.name for result in models]
     compared_to = choose_baseline(names, baseline)
     theirs = _parts(next(result for result in models if result.name == compared_to).measurements)
@@ -74,14 +83,24 @@ def summarise(
     differences: Differences = {name: {} for name in names if name != compared_to}
     for result in models:
         for (language, metric, group), parts in _parts(result.measurements).items():
+            share = metrics[metric].share
             if group:
                 of_language = breakdowns[result.name].setdefault(language, {})
-                of_language.setdefault(metric, {})[group] = estimate(parts, seed)
+                of_language.setdefault(metric, {})[group] = estimate(parts, share)
                 continue
-            scores[result.name].setdefault(language, {})[metric] = estimate(parts, seed)
-            found = difference(parts, theirs.get((language, metric, ""), {}), seed)
+            scores[result.name].setdefault(language, {})[metric] = estimate(parts, share)
+            found = difference(parts, theirs.get((language, metric, ""), {}), seed, share)
             if result.name != compared_to and found is not None:
                 differences[result.name].setdefault(language, {})[metric] = found
+    return Results(
+        list(models), metrics, of_evaluators, scores, breakdowns, _starred(differences), compared_to
+    )
+
+
+def _metrics(
+    models: Sequence[ModelResult], evaluators: Sequence[Evaluator]
+) -> tuple[dict[str, Metric], dict[str, list[str]]]:
+    """All metrics, and the names of each evaluator's."""
     metrics = {metric.name: metric for evaluator in evaluators for metric in evaluator.metrics}
     of_evaluators = {one.name: [metric.name for metric in one.metrics] for one in evaluators}
     for result in models:  # the metrics of lm-eval's tasks are known when these have run
@@ -90,9 +109,20 @@ def summarise(
                 if one.metric.name not in metrics:
                     metrics[one.metric.name] = one.metric
                     of_evaluators[evaluator.name].append(one.metric.name)
-    return Results(
-        list(models), metrics, of_evaluators, scores, breakdowns, differences, compared_to
-    )
+    return metrics, of_evaluators
+
+
+def _starred(differences: Differences) -> Differences:
+    """The differences, with those that remain after Holm's correction marked as `beyond`."""
+    found: list[tuple[str, str, str, PairedDifference]] = [
+        (model, language, metric, one) for (model, language, metric, one) in each(differences)
+    ]
+    chances = corrected([one.p for *_, one in found])
+    starred: Differences = {model: {} for model in differences}
+    for (model, language, metric, one), chance in zip(found, chances, strict=True):
+        beyond = chance < 1 - COVERAGE
+        starred[model].setdefault(language, {})[metric] = replace(one, beyond=beyond)
+    return starred
 
 
 def _parts(measurements: Sequence[Measurement]) -> dict[tuple[str, str, str], Parts]:

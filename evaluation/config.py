@@ -237,7 +237,7 @@ class EvaluationConfig(Section):
     samples_shown: int = key(
         2, "prompts per language whose replies are printed, evenly spread", unit="prompts", ge=0
     )
-    seed: int = key(0, "seed of the bootstrap intervals and of sampling", ge=0)
+    seed: int = key(0, "seed of sampling and of the p-values of differences", ge=0)
 
     @field_validator("languages")
     @classmethod

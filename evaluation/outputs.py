@@ -130,7 +130,7 @@ def track(results: Results, drawn: Mapping[str, Path], tracker: Tracker) -> None
     took = judges_took(results)
     tracker.summary({**values, **({"eval/judges": took} if took else {})})
     names = ["model", "language", "metric"]
-    changes = [*names, f"minus {results.baseline}", *INTERVAL[1:], "beyond"]
+    changes = [*names, f"minus {results.baseline}", *INTERVAL[1:], "p", "beyond"]
     for table, columns, nested in (
         ("scores", [*names, *INTERVAL], results.scores),
         ("breakdowns", [*names, "of", *INTERVAL], results.breakdowns),

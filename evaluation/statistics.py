@@ -1,9 +1,14 @@
-"""Bootstrap intervals (Efron, 1979): how far a metric would move on other documents or prompts.
+"""Intervals and differences: how far a metric would move on other documents or prompts.
 
-The percentile interval is too narrow for few units: of 100 intervals over 7 units only 88 would
-contain the truth. Its quantiles are moved outwards as far as Student's t is wider than the normal
-distribution (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, the expanded
-percentile interval).
+A share of independent units has the exact interval of Clopper and Pearson (1934). Where units hold
+several counted answers (turns, checks), the number of answers is first divided by the design
+effect (Korn and Graubard, 1998): answers of one dialogue depend on each other.
+
+Other metrics have Student's t interval of a ratio of means.
+
+A difference between two models has the p-value of exchanging the models in a random half of the
+units, which is exact for any number of them. Over many differences these are corrected by Holm
+(1979).
 """
 
 from __future__ import annotations
@@ -16,9 +21,9 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-RESAMPLES = 1000
 COVERAGE = 0.95
-FEWEST = 4  # units for a significant difference; fewer may all agree by chance
+EXCHANGES = 10_000  # of the models, for a p-value
+MOST_EXCHANGED = 500  # units; for more of them the exchanges are normally distributed
 
 # unit (a document or conversation) -> (top, bottom); the metric is sum of tops / sum of bottoms
 Parts = dict[int, tuple[float, float]]
@@ -36,27 +41,93 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference(Estimate):
-    """One model's metric minus another's over the same units. `beyond`: the interval excludes 0."""
+    """One model's metric minus another's over the same units.
 
-    beyond: bool
+    `p` is the chance of such a difference between equal models; `beyond` says that it is below
+    5 % after the correction for the number of differences that were compared.
+    """
+
+    p: float
+    beyond: bool = False
 
 
-def estimate(parts: Parts, seed: int) -> Estimate:
-    """sum of tops / sum of bottoms, with the interval of resampling the units.
+def estimate(parts: Parts, share: bool = False) -> Estimate:
+    """sum of tops / sum of bottoms, with its interval; `share`: 0 <= top <= bottom.
 
-    If all units agree (every reply stopped), the interval has no width: the bootstrap cannot know
-    what it has not seen.
+    The mean of a single unit has no interval: both ends are the value.
     """
     pairs = np.array(list(zip(*parts.values(), strict=True)), dtype=np.float64)
-    low, high = _interval(_resampled(pairs, seed), len(parts))
-    return Estimate(float(pairs[0].sum() / pairs[1].sum()), low, high, len(parts))
+    value = float(pairs[0].sum() / pairs[1].sum())
+    answers = effective_answers(pairs) if share else None
+    if answers is not None:
+        low, high = exact_interval(value, answers)
+    else:
+        error = _error_of((pairs[0] - value * pairs[1]) / pairs[1].sum())
+        least, most = (0.0, 1.0) if share else (-math.inf, math.inf)
+        low, high = max(least, value - error), min(most, value + error)
+    return Estimate(value, low, high, len(parts))
 
 
-def difference(parts: Parts, baseline: Parts, seed: int) -> PairedDifference | None:
+def _error_of(changes: npt.NDArray[np.float64]) -> float:
+    """Half the width of the interval of a sum of independent terms; 0 for a single one."""
+    n = len(changes)
+    spread = ((changes - changes.mean()) ** 2).sum()
+    return student_t(n) * math.sqrt(spread * n / max(n - 1, 1))
+
+
+def effective_answers(pairs: npt.NDArray[np.float64]) -> int | None:
+    """How many independent answers tell as much about a share as these units do.
+
+    None for units that are shares themselves and not counted. If all answers agree nothing is known
+    about their dependence, and each unit counts once.
+    """
+    tops, bottoms = pairs
+    n, share = len(tops), tops.sum() / bottoms.sum()
+    if share in (0, 1) or (bottoms.max() == 1 == bottoms.min() and set(tops) <= {0, 1}):
+        return n
+    if (pairs % 1).any():
+        return None
+    variance = n / max(n - 1, 1) * ((tops - share * bottoms) ** 2).sum() / bottoms.sum() ** 2
+    few = (student_t(int(bottoms.sum())) / student_t(n)) ** 2
+    return max(1, int(few * min(bottoms.sum(), share * (1 - share) / max(variance, 1e-12))))
+
+
+def exact_interval(share: float, answers: int) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share of independent answers."""
+    numbers = np.concatenate(([0.0], np.log(np.arange(1, answers + 1)).cumsum()))  # log k!
+    ways = numbers[answers] - numbers - numbers[::-1]
+
+    def at_least(found: int, chance: float) -> float:
+        hits = np.arange(found, answers + 1)
+        terms = hits * math.log(chance) + (answers - hits) * math.log1p(-chance)
+        return float(np.exp(ways[found:] + terms).sum())
+
+    def bound(found: int) -> float:
+        """The chance at which as many hits or more are as rare as the interval allows."""
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (
+                (middle, high) if at_least(found, middle) < (1 - COVERAGE) / 2 else (low, middle)
+            )
+        return low
+
+    hits = round(share * answers, 9)
+    misses = answers - math.ceil(hits)
+    return (
+        bound(math.floor(hits)) if hits >= 1 else 0.0,
+        1 - bound(misses) if misses > 0 else 1.0,
+    )
+
+
+def difference(
+    parts: Parts, baseline: Parts, seed: int, share: bool = False
+) -> PairedDifference | None:
     """The metric of `parts` minus that of `baseline`, over the units that both have.
 
-    The paired bootstrap resamples both by the same draws, so that what a hard prompt does to both
-    models cancels. None if they have no unit in common.
+    None if they have no unit in common. The interval is Student's t for the paired difference.
+    That of a counted share is widened in the manner of Agresti and Min (2005), as if two more units
+    had been seen, each of which only one of the models answered.
     """
     common = [unit for unit in parts if unit in baseline]
     if not common:
@@ -64,40 +135,58 @@ def difference(parts: Parts, baseline: Parts, seed: int) -> PairedDifference | N
     ours, theirs = (
         np.array([of[unit] for unit in common], dtype=np.float64).T for of in (parts, baseline)
     )
-    low, high = _interval(_resampled(ours, seed) - _resampled(theirs, seed), len(common))
-    value = float(ours[0].sum() / ours[1].sum() - theirs[0].sum() / theirs[1].sum())
-    beyond = len(common) >= FEWEST and not low <= 0 <= high
-    return PairedDifference(value, low, high, len(common), beyond)
+    n = len(common)
+    tops = ours[0] / ours[1].sum() - theirs[0] / theirs[1].sum()
+    value = float(tops.sum())
+    if share and not (ours % 1).any() and not (theirs % 1).any():
+        changes = np.append(n * tops, [1.0, -1.0]) / (n + 2)
+        middle, error = changes.sum(), _error_of(changes)
+        low, high = max(-1.0, middle - error), min(1.0, middle + error)
+    else:
+        bottoms = [of[0].sum() / of[1].sum() ** 2 * of[1] for of in (ours, theirs)]
+        error = _error_of(tops - bottoms[0] + bottoms[1])
+        low, high = value - error, value + error
+    return PairedDifference(value, low, high, n, chance_of(tops, seed))
 
 
-def _resampled(pairs: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
-    """The metric in each resample; the draws depend on the seed and the number of units alone."""
-    n = pairs.shape[1]
-    drawn = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
-    top, bottom = pairs[:, drawn].sum(axis=2)
-    return np.asarray(top / bottom)
+def chance_of(changes: npt.NDArray[np.float64], seed: int) -> float:
+    """How often the sum is as far from 0 or farther if each unit's change has a random sign."""
+    found, spread = abs(changes.sum()), math.sqrt((changes**2).sum())
+    if found <= 1e-12 or spread == 0:
+        return 1.0
+    if len(changes) > MOST_EXCHANGED:
+        return math.erfc(found / spread / math.sqrt(2))
+    if len(changes) <= math.log2(EXCHANGES):
+        signs = 1.0 - 2 * (np.arange(2 ** len(changes))[:, None] >> np.arange(len(changes)) & 1)
+        return float((abs(signs @ changes) >= found * (1 - 1e-9)).mean())
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (EXCHANGES, len(changes)))
+    as_far = (abs(signs @ changes) >= found * (1 - 1e-9)).sum()
+    bound = 2 * math.exp(-((found / spread) ** 2) / 2)  # Hoeffding's, for what is rarer than that
+    return min(bound, float((as_far + 1) / (EXCHANGES + 1)))
 
 
-def _interval(values: npt.NDArray[np.float64], n: int) -> tuple[float, float]:
-    tail = tail_of(n)
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+def corrected(chances: Sequence[float]) -> list[float]:
+    """Holm's correction: the smallest of m p-values times m, the next one times m - 1, ..."""
+    order = sorted(range(len(chances)), key=chances.__getitem__)
+    found, least = [0.0] * len(chances), 0.0
+    for place, number in enumerate(order):
+        least = max(least, min(1.0, chances[number] * (len(chances) - place)))
+        found[number] = least
+    return found
 
 
-def tail_of(n: int) -> float:
-    """The share of the resamples of n units below the interval; it approaches 0.025.
+def student_t(n: int) -> float:
+    """The quantile of Student's t for n units.
 
-    Phi(-sqrt(n / (n - 1)) t), with Student's t by the expansion of its quantile (Abramowitz and
-    Stegun, 26.7.5), which is within 3 % from n = 3 on.
+    By the expansion of Abramowitz and Stegun (26.7.5), which is within 3 % from n = 3 on.
     """
     z, freedom = NormalDist().inv_cdf((1 + COVERAGE) / 2), max(n - 1, 1)
-    t = (
+    return (
         z
         + (z**3 + z) / (4 * freedom)
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
     )
-    return NormalDist().cdf(-t * math.sqrt(n / freedom))
 
 
 def kappa(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float | None:

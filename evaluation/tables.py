@@ -16,18 +16,47 @@ from cpt_merge.evaluation.results import ModelResult, Results, Sample, each, lan
 from cpt_merge.evaluation.statistics import Estimate, PairedDifference
 
 SHOWN_CHARACTERS = 400  # of a reply
+NAMED = 6  # differences per model in the first sentence
 SHOWN_GROUPS = 8  # of a breakdown; results.json has all
 UNITS = {"language": "document", "knowledge": "question"}  # evaluator -> what n counts
 
 
 def show(results: Results, judges: Mapping[str, Mapping[str, float]], samples: int) -> None:
     """Print everything; `samples` is the number of sample conversations per language."""
+    if results.differences:
+        say(what_differs(results))
     _show_scores(results)
     _show_breakdowns(results)
     _show_not_run(results)
     show_left_out(results)
     show_judges(judges)
     show_samples(results.models, samples)
+
+
+def what_differs(results: Results) -> str:
+    """The sentence that a person reads first: which differences to the baseline are no chance."""
+    compared = _count_differences(results)
+    start = f"evaluation: {counted(compared, 'difference')} to {results.baseline} compared: "
+    models = []
+    for model, of_languages in results.differences.items():
+        named = [
+            f"{language} {_change(results.metrics[metric], one)}"
+            for language, of_metrics in of_languages.items()
+            for metric, one in of_metrics.items()
+            if one.beyond
+        ]
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        models.append(f"{model}: {', '.join(named[:NAMED]) or 'nothing differs'}{more}")
+    return start + "; ".join(models) + " (at 5 %, Holm's correction)"
+
+
+def _change(metric: Metric, difference: PairedDifference) -> str:
+    change = f"{100 * difference.value:+.0f}" if metric.share else f"{difference.value:+.3f}"
+    return f"{metric.name} {change}"
+
+
+def _count_differences(results: Results) -> int:
+    return sum(1 for _ in each(results.differences))
 
 
 def _show_scores(results: Results) -> None:
@@ -44,8 +73,8 @@ def _show_scores(results: Results) -> None:
                 console.print(_score_table(results, language, evaluator, metrics))
     if results.differences:
         note = (
-            "below each value: its 95 % interval (bootstrap), and the difference to "
-            f"{results.baseline}, with * if the interval of the paired difference excludes 0"
+            f"below each value: its 95 % interval, and the difference to {results.baseline}, with "
+            f"* if it remains after Holm's correction for {_count_differences(results)} comparisons"
         )
         console.print(Text(note, style="dim"))
 

@@ -121,7 +121,7 @@ def shares_of_exchanges(
 ) -> list[Measurement]:
     """A metric in each language: sum of tops / sum of bottoms, from a pair for each conversation.
 
-    The bootstrap resamples conversations, since the replies within one depend on each other. A
+    Conversations are the units of intervals, since the replies within one depend on each other. A
     conversation whose pair is None is left out.
     """
     found: dict[str, Parts] = {}

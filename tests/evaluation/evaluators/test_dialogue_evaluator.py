@@ -35,7 +35,7 @@ def test_turns_whole_dialogues_and_turns_by_number():
         answered("", "", ""),
     ]
     findings = DialogueEvaluator([]).measure(None, exchanges)
-    values = {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measurements}
+    values = {(one.metric.name, one.group): estimate(one.parts) for one in findings.measurements}
     assert values["dialogue_turns", ""].value == 3 / 6
     assert values["dialogues", ""].value == pytest.approx(1 / 3)
     assert values["dialogue_turns", "turn 2"].value == pytest.approx(2 / 3)

@@ -26,7 +26,7 @@ EXCHANGES = [
 
 def values(findings, language):
     return {
-        (one.metric.name, one.group): estimate(one.parts, 0).value
+        (one.metric.name, one.group): estimate(one.parts).value
         for one in findings.measurements
         if one.language == language
     }

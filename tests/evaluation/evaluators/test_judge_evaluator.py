@@ -43,7 +43,7 @@ def exchange(*replies, category=None, references=()):
 
 
 def metrics(findings):
-    return {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measurements}
+    return {(one.metric.name, one.group): estimate(one.parts) for one in findings.measurements}
 
 
 def last_reply(prompt):

@@ -87,7 +87,7 @@ def results_of(samples, reported, better=True):
 
 def test_a_group_is_the_mean_over_all_its_questions_and_is_shown_by_task():
     results = results_of({"a": [1, 0, True], "b": [0.0]}, {"a": 2 / 3, "b": 0.0, "both": 0.5})
-    found = {one.group: estimate(one.parts, 0) for one in metrics_of("both", "ko", results)}
+    found = {one.group: estimate(one.parts) for one in metrics_of("both", "ko", results)}
     assert {group: (one.value, one.n) for group, one in found.items()} == {
         "": (0.5, 4), "a": (pytest.approx(2 / 3), 3), "b": (0, 1),
     }  # fmt: skip

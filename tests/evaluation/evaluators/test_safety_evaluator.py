@@ -44,7 +44,7 @@ def test_a_metric_per_scorer_and_by_category():
         Fixed(*(Score(value) for value in (1.0, 0.5, 0.25, 0.25))),
     ]
     findings = SafetyEvaluator([], scorers).measure(Subject(), EXCHANGES)
-    found = {(one.metric.name, one.group): estimate(one.parts, 0) for one in findings.measurements}
+    found = {(one.metric.name, one.group): estimate(one.parts) for one in findings.measurements}
     assert (found["lexicon_rate", ""].value, found["lexicon_rate", ""].n) == (
         pytest.approx(1 / 3),
         3,

@@ -50,7 +50,7 @@ def scorers(serve, tmp_path):
 
 def test_unsafe_rate_by_category(scorers):
     findings = SafetyEvaluator([], scorers[:1]).measure(Subject, EXCHANGES)
-    found = {one.group: estimate(one.parts, 0) for one in findings.measurements}
+    found = {one.group: estimate(one.parts) for one in findings.measurements}
     assert (found[""].value, found[""].n) == (pytest.approx(1 / 3), 3)
     assert (found["harm"].value, found["plain"].value) == (0.5, 0)
     assert findings.details["not_scored"]["judge_unsafe"] == {
@@ -64,9 +64,7 @@ def test_unsafe_rate_by_category(scorers):
 
 def test_two_judges(scorers):
     findings = SafetyEvaluator([], scorers, (scorers[0], scorers[1])).measure(Subject, EXCHANGES)
-    found = {
-        one.metric.name: estimate(one.parts, 0) for one in findings.measurements if not one.group
-    }
+    found = {one.metric.name: estimate(one.parts) for one in findings.measurements if not one.group}
     assert found["judge_unsafe_second"].value == 0
     assert (found["judge_unsafe_agreement"].value, found["judge_unsafe_agreement"].n) == (
         pytest.approx(2 / 3),
