@@ -15,6 +15,16 @@ from cpt_merge.evaluation.reply_language import is_in_language
 
 TRAILING = "。．.!！?？~～…\"'”’」』)）】*_` \t\n　"
 
+# what may stand after the end of a sentence: punctuation, emoji, notes
+AFTER_END = regex.compile(
+    rf"[{regex.escape(TRAILING, special_only=True)}⋯♪♡\p{{So}}\p{{Sk}}\uFE0F\u200D]+$"
+)
+HAN_NUMBER = "〇零一二三四五六七八九十百千萬万億亿"
+PARTICLES = (
+    "은|는|이|가|을|를|의|에|에서|도|만|와|과|로|으로|랑|이랑|야|이야|요|예요|이에요|이다|입니다|"
+    "입니까|이고|이며|이라고|라고|들|씩|번|개|살|명"
+)
+
 
 def plain(text: str) -> str:
     """The text for comparison: in one width (Ａ and A), one case, with single spaces."""
@@ -33,6 +43,10 @@ def _has(reply: str, word: str) -> bool:
         else ""
     )
     after += r"(?!\.\p{N}|,\p{N}{3}(?!\p{N}))" if regex.search(r"\p{N}$", plain(word)) else ""
+    if regex.fullmatch(f"[{HAN_NUMBER}]+", plain(word)):  # 七 is not in 十七
+        before, after = f"(?<![{HAN_NUMBER}])", f"(?![{HAN_NUMBER}])"
+    elif regex.fullmatch(r"\p{Hangul}", plain(word)):  # 개 is not in 번개, 영 is not in 영하
+        before, after = r"(?<!\p{Hangul})", rf"(?=(?:{PARTICLES})?(?!\p{{Hangul}}))"
     return regex.search(before + inner + after, plain(reply.replace("，", "、"))) is not None
 
 
@@ -81,8 +95,11 @@ def starts_with(reply: str, *, text: str) -> bool:
 
 @check("ends_with", _not_blank)
 def ends_with(reply: str, *, text: str) -> bool:
-    """The reply ends with the text; final punctuation of both is ignored."""
-    return plain(reply).rstrip(TRAILING).endswith(plain(text).rstrip(TRAILING) or plain(text))
+    """The reply ends with the text; final punctuation and emoji of both are ignored."""
+    wanted = AFTER_END.sub("", plain(text))
+    if not wanted:
+        return plain(reply).endswith(plain(text))
+    return AFTER_END.sub("", plain(reply)).endswith(wanted)
 
 
 @check("repeats_first", _not_blank)
@@ -112,7 +129,7 @@ def matches(reply: str, *, pattern: str) -> bool:
 @check("sentences_end_with", _some)
 def sentences_end_with(reply: str, *, words: list[str]) -> bool:
     """Every sentence ends with one of the words, such as 요 or 니다; punctuation is ignored."""
-    bare = [plain(sentence).rstrip(TRAILING) for sentence in segments.sentences(reply)]
+    bare = [AFTER_END.sub("", plain(sentence)) for sentence in segments.sentences(reply)]
     return bool(bare) and all(sentence.endswith(tuple(map(plain, words))) for sentence in bare)
 
 

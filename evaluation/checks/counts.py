@@ -53,13 +53,18 @@ def count_numbered(reply: str) -> int:
 def count_sections(reply: str, *, heading: str) -> int:
     """Lines that begin with a heading: {"heading": "第"}, "Section", "#".
 
-    Markdown's marks before the heading do not matter.
+    Markdown's marks, brackets, quotation marks and a number before the heading do not matter.
     """
-    lines = (
-        line.lstrip("#*_【[ \t") if not heading.startswith("#") else line
-        for line in reply.splitlines()
+    wanted = heading.casefold()
+    lines = (line.strip().casefold() for line in reply.splitlines())
+    return sum(
+        line.startswith(wanted) or (not heading.startswith("#") and _bare(line).startswith(wanted))
+        for line in lines
     )
-    return sum(line.strip().casefold().startswith(heading.casefold()) for line in lines)
+
+
+def _bare(line: str) -> str:
+    return segments.NUMBER.sub("", line).lstrip("#*_【[《〈『「“\"' \t")
 
 
 @count("occurrences")

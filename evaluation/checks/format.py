@@ -14,7 +14,7 @@ QUOTES = {"「": "」", "『": "』", "“": "”", '"': '"', "«": "»", "《":
 TITLES = regex.compile(
     r"《[^《》\n]+》|【[^【】\n]+】|〈[^〈〉\n]+〉|<<[^<>\n]+>>|\[\[[^\[\]\n]+\]\]|『[^『』\n]+』"
 )
-FENCE = regex.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", regex.S)
+FENCE = regex.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", regex.S | regex.I)
 
 
 @check("json_only")
@@ -22,12 +22,16 @@ def json_only(reply: str, *, keys: list[str] | None = None) -> bool:
     """The reply is one JSON object or array alone, or in a Markdown fence, with at least `keys`."""
     fenced = FENCE.match(reply.strip())
     try:
-        value = json.loads(fenced[1] if fenced else reply)
+        value = json.loads(fenced[1] if fenced else reply, parse_constant=_not_json)
     except (ValueError, RecursionError):
         return False
     if not isinstance(value, (dict, list)):
         return False
     return not keys or (isinstance(value, dict) and set(keys) <= value.keys())
+
+
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 @check("no_commas")

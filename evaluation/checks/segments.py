@@ -8,13 +8,20 @@ QUOTED = "[」』”’\"']"
 CLOSING = "」』”’\"'）)】》〉］]"
 ENDS = "。！？!?．｡"
 # a full stop after one of these, after an initial or between digits (3.14) ends nothing
-SHORT_FORMS = frozenset("mr mrs ms dr prof st mt vs e.g i.e jr sr inc ltd co".split())
-BULLET = regex.compile(r"^[ \t]*(?:[-*+–—][ \t]+|[•·・‧●○▪◦‣※][ \t　]*)(?=\S)", regex.M)
+SHORT_FORMS = frozenset(
+    "mr mrs ms dr prof st mt vs e.g i.e jr sr inc ltd co approx dept fig vol gen capt "
+    "jan feb mar apr jun jul aug sep sept oct nov dec".split()
+)
+NAMES = ("Yahoo!",)  # with a final mark
+DATE = regex.compile(r"\d{2,4}\.\s?\d{1,2}\.(?:\s?\d{1,2}\.)?")  # 1446. 10. 9.
+BULLET = regex.compile(
+    r"^[ \t]*(?:[-*+–—][ \t]+|[•·・‧●○▪◦‣※■□▶►▷◆◇★☆◎✅✔☑➤]\uFE0F?[ \t　]*)(?=\S)", regex.M
+)
 RULE = regex.compile(r"^[ \t]*([-*_=][ \t]*){3,}$", regex.M)  # a horizontal rule in Markdown
 HAN_NUMBERS = "一二三四五六七八九十"
 NUMBER = regex.compile(
     r"^[ \t]*(?:#{1,6}[ \t]+)?(?:\*\*|__)?"  # Markdown's marks of a heading or of bold text
-    r"(?:[（(]?(\d{1,3})(?:[.．)）、:]|번[.:)]?)(?!\d)|([①-⑳])"
+    r"(?:[（(]?(\d{1,3})(?:[.．)）、:]|번[.:)]?|\uFE0F?\u20E3)(?!\d)|([①-⑳])"
     rf"|[（(]?([{HAN_NUMBERS}]{{1,3}})(?:[、.．](?![{HAN_NUMBERS}])|[)）]))"
     r"(?:\*\*|__)?[ \t　]*(?=\S)",
     regex.M,
@@ -45,6 +52,8 @@ def sentences(text: str) -> list[str]:
 
 def _end(line: str, start: int, stop: int) -> int | None:
     """The end of the sentence with the final marks line[start:stop]; None if they end none."""
+    if line[:stop].endswith(NAMES) and line[stop:].strip():
+        return None
     after = regex.compile(f"[{regex.escape(CLOSING, special_only=False)}]*").match(line, stop)
     assert after is not None
     follows = line[after.end() : after.end() + 1]
@@ -61,11 +70,16 @@ def _full_stop(line: str, start: int, stop: int, follows: str) -> bool:
     """Whether the dots line[start:stop] end a sentence, not a number, a short form or a pause."""
     if follows and not follows.isspace() and not regex.match(r"\p{Han}|\p{Hangul}", follows):
         return False
+    for date in DATE.finditer(line):
+        if date.start() < start < date.end() and regex.match(r"\s?[\p{N}\p{Hangul}]", line[stop:]):
+            return False
     word = regex.search(r"[\p{L}.]*$", line[:start])
     assert word is not None
     if stop - start > 1:
         return not line[stop:].strip()
     if word[0] == "No" and regex.match(r"\s*\d", line[stop:]):  # No. 5
+        return False
+    if "." in word[0] and regex.match(r"\s+\p{Ll}", line[stop:]):  # a Ph.D. from London
         return False
     return word[0].lower() not in SHORT_FORMS and not regex.fullmatch(
         r"\p{Lu}|(\p{L}\.)+\p{L}", word[0]
