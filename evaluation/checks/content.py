@@ -99,7 +99,7 @@ def ends_with(reply: str, *, text: str) -> bool:
     wanted = AFTER_END.sub("", plain(text))
     if not wanted:
         return plain(reply).endswith(plain(text))
-    return AFTER_END.sub("", plain(reply)).endswith(wanted)
+    return bool(AFTER_END.sub("", plain(reply)).endswith(wanted))
 
 
 @check("repeats_first", _not_blank)

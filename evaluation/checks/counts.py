@@ -64,7 +64,7 @@ def count_sections(reply: str, *, heading: str) -> int:
 
 
 def _bare(line: str) -> str:
-    return segments.NUMBER.sub("", line).lstrip("#*_【[《〈『「“\"' \t")
+    return str(segments.NUMBER.sub("", line)).lstrip("#*_【[《〈『「“\"' \t")
 
 
 @count("occurrences")
