@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
-from cpt_merge.data.documents import SKIPPED, read_documents
+from cpt_merge.data.documents import SKIPPED, read_documents, read_records
 from cpt_merge.data.hub_datasets import at_hand, is_at_hand, size_of
 from cpt_merge.data.mixture import MANY_EPOCHS, check_repeats, mixture
 from cpt_merge.data.readers.arrow_tables import column_bytes
 from cpt_merge.data.readers.streams import expansion
+from cpt_merge.data.records import TemplateText, absent_fields
 from cpt_merge.data.sources import Corpus, Source, read_source, source_files
 
 HEAD_ROWS = 20  # of each file
@@ -36,8 +38,21 @@ def check_text(corpus: Corpus, download: bool = True) -> None:
             filled += any(head)
         if here and not filled:  # because no row has the field?
             list(read_documents(at_hand(here[0]), source.layout, MORE_ROWS))
+        _warn_of_absent_fields(source, map(at_hand, here))
         if not read and (here or not files):
             raise UserError(f"text source {source.path} is empty; correct corpus.sources.")
+
+
+def _warn_of_absent_fields(source: Source, files: Iterable[Path]) -> None:
+    """A misspelt field of a template would be empty in every document."""
+    how = source.layout.text_of
+    if isinstance(how, TemplateText):
+        heads = (islice(read_records(file, source.layout), HEAD_ROWS) for file in files)
+        if absent := absent_fields(how.fields, chain.from_iterable(heads)):
+            say(
+                f"warning: the first rows of text source {source.path} have no field "
+                f"{' and no field '.join(map(repr, absent))}; it is empty in their documents."
+            )
 
 
 def check_budget(corpus: Corpus, tokens: int, tokenizer: Tokenizer) -> None:

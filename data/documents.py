@@ -11,7 +11,7 @@ from typing import Any
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.readers import FORMATS, format_of
 from cpt_merge.data.readers.arrow_tables import parquet_rows
-from cpt_merge.data.readers.rows import BadRow, Row
+from cpt_merge.data.readers.rows import BadRow, Record, Row
 from cpt_merge.data.records import TextOf
 
 SKIPPED = None  # stands for a bad row that is left out
@@ -32,12 +32,23 @@ def read_documents(file: Path, layout: Layout, most: int | None = None) -> Itera
     With `most`, as if the file ended after so many rows. Raises `UserError` with file and row for
     what cannot be read, and for a file none of whose records has the field.
     """
+    rows, unit = _rows(file, layout)
+    yield from documents_of(islice(rows, most), f"{file}: {unit}", layout)
+
+
+def read_records(file: Path, layout: Layout) -> Iterator[Record]:
+    """The rows that are records, as they are in the file."""
+    rows, _ = _rows(file, layout)
+    return (record for _, record in rows if isinstance(record, dict))
+
+
+def _rows(file: Path, layout: Layout) -> tuple[Iterator[Row], str]:
+    """The rows, and what they are called."""
     found = format_of(file, layout.whole_files)
     if found is None:
         endings = ".txt or .md" if layout.whole_files else ", ".join(FORMATS)
         raise UserError(f"{file}: its ending is none of {endings} (also compressed); convert it.")
-    rows = islice(found.read(file, layout.text_of.fields), most)
-    yield from documents_of(rows, f"{file}: {found.unit}", layout)
+    return found.read(file, layout.text_of.fields), found.unit
 
 
 def count_rows(files: Iterable[Path], layout: Layout) -> int:

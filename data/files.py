@@ -36,21 +36,44 @@ def find_files(path: str, whole_files: bool = False, split: str = "train") -> li
         raise UserError(f"text source {path} has no splits, so no {split!r}; remove its `split`.")
     if local.is_dir():
         return _in_directory(local, whole_files)
-    if _has_wildcard(path):
-        pattern = str(local.relative_to(local.anchor))
-        found = sorted(file for file in Path(local.anchor).glob(pattern) if file.is_file())
-        files = found if _names_hidden(pattern) else _visible(path, found, Path(local.anchor))
-        if not files:
-            raise UserError(f"no file matches the source path {path!r}; correct corpus.sources.")
-        return files
     if local.is_file():
         return [local]
+    if _has_wildcard(path):
+        return _matching(path, local, whole_files)
     hub_id = plain_path(path)
     looks_local = path.startswith((".", "/", "~")) or hub_id.count("/") > 1
     in_a_folder = "/" in path and Path(hub_id).parent.is_dir()
     if looks_local or in_a_folder or format_of(local) or format_of(local, whole_files=True):
         raise UserError(f"text source {path} does not exist; correct corpus.sources.")
     return []
+
+
+def _matching(path: str, pattern: Path, whole_files: bool) -> list[Path]:
+    """The files that match, and those in folders that are named like files, as Spark writes."""
+    root, below = Path(pattern.anchor), str(pattern.relative_to(pattern.anchor))
+    found = sorted(root.glob(below))
+    visible = found if _names_hidden(below) else _visible(path, found, root)
+    files, folders = list[Path](), list[Path]()
+    for entry in _existing(visible):
+        if not entry.is_dir():
+            files.append(entry)
+        elif format_of(entry, whole_files):
+            files += _in_directory(entry, whole_files)
+        else:
+            folders.append(entry)
+    if not files:
+        raise UserError(f"no file matches the source path {path!r}; correct corpus.sources.")
+    if folders and "**" not in path:
+        say_left_out(path, [folder.name for folder in folders], "folder")
+    return list(dict.fromkeys(files))
+
+
+def _existing(files: list[Path]) -> list[Path]:
+    """The files. Raises `UserError` for a link to a file that is not there."""
+    for file in files:
+        if not file.exists():
+            raise UserError(f"text file {file} is a link to nothing; repair or remove it.")
+    return files
 
 
 def _has_wildcard(path: str) -> bool:
@@ -77,6 +100,7 @@ def _in_directory(directory: Path, whole_files: bool) -> list[Path]:
         for file in visible
         if format_of(file, whole_files) and file.name not in _ABOUT_DATASETS
     ]
+    _existing(files)
     if not files:
         endings = ", ".join(WHOLE_FILES if whole_files else FORMATS)
         raise UserError(f"{directory} contains no {endings} file; point the source at the text.")
@@ -88,13 +112,17 @@ def _in_directory(directory: Path, whole_files: bool) -> list[Path]:
 def _all_files(directory: Path) -> list[Path]:
     """The files in a directory, in its folders, and in folders that are linked there."""
     found, entered = list[Path](), set[str]()
-    for folder, folders, names in os.walk(directory, followlinks=True):
+    for folder, folders, names in os.walk(directory, onerror=_refuse, followlinks=True):
         entered.add(os.path.realpath(folder))
         folders[:] = [
             name for name in folders if os.path.realpath(Path(folder, name)) not in entered
         ]
-        found += [file for name in names if (file := Path(folder, name)).is_file()]
-    return sorted(found)
+        found += [Path(folder, name) for name in names]
+    return sorted(file for file in found if file.is_file() or file.is_symlink())
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"folder {error.filename} cannot be read: {error.strerror}.") from error
 
 
 def _saved_dataset(directory: Path) -> list[Path]:

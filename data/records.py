@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any, Protocol
 
-from cpt_merge.data.conversations import ALPACA, LISTS, read_turns
+from cpt_merge.data.conversations import ALPACA, AROUND, LISTS, read_turns
 from cpt_merge.data.readers.rows import BadRow, Record
 
 _KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -18,7 +19,7 @@ class TextOf(Protocol):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of which at least one must be in a record."""
+        """The fields that are read."""
 
     def __call__(self, record: Record) -> str | BadRow | None:
         """The text, "" for a record without any; None if the record has none of the fields."""
@@ -87,13 +88,13 @@ class TemplateText:
 class ConversationText:
     """The turns of a conversation as paragraphs."""
 
-    fields: tuple[str, ...] = (*LISTS, *ALPACA)
+    fields: tuple[str, ...] = (*LISTS, *ALPACA, *AROUND)
 
     def __call__(self, record: Record) -> str | BadRow | None:
         """See `TextOf`."""
         turns = read_turns(record)
         if turns is None:
-            return "" if any(name in record for name in self.fields) else None
+            return "" if any(name in record for name in (*LISTS, *ALPACA)) else None
         return turns if isinstance(turns, BadRow) else "\n\n".join(turn.text for turn in turns)
 
 
@@ -102,6 +103,14 @@ def text_of(field: str, conversations: bool) -> TextOf:
     if conversations:
         return ConversationText()
     return TemplateText.parse(field) if "{" in field or "}" in field else FieldText(field)
+
+
+def absent_fields(fields: Iterable[str], records: Iterable[Record]) -> list[str]:
+    """The fields that are in none of the records."""
+    absent = list(fields)
+    for record in records:
+        absent = [field for field in absent if find_value(record, field) is _ABSENT]
+    return absent
 
 
 def find_value(record: Record, path: str) -> Any:

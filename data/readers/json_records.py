@@ -43,9 +43,11 @@ def _whole_file(file: Path, line: bytes) -> Iterator[Row] | None:
         return None
     try:
         value = parse_json(read_bytes(file))
-    except ValueError as error:
+    except (UserError, ValueError) as error:
         if start == b"{":  # a broken line, unless the whole file was one object
             return None
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{file} {error}; fix it, or write one record per line.") from None
     elements = value if isinstance(value, list) else [value]
     return ((number, _checked(element)) for number, element in enumerate(elements, start=1))

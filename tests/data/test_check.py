@@ -58,6 +58,19 @@ def test_a_field_that_no_row_at_the_beginning_has_is_refused_without_reading_on(
         check_text(corpus)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_field_of_a_template_that_no_row_has_is_warned_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    write(tmp_path / name, ["가", "나"])
+    for template, warned in (("{titel}\n{text}", True), ("{text} {text}", False)):
+        check_text(
+            Corpus(sources=[Source(path=str(tmp_path / name), language="ko", field=template)])
+        )
+        said = capsys.readouterr().err
+        assert ("have no field 'titel'; it is empty in their documents" in said) == warned
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_the_tokens_of_a_file_are_estimated_from_a_sample(
     tmp_path: Path, tokenizer: Tokenizer, texts: list[str], name: str

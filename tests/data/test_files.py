@@ -1,5 +1,7 @@
 """Which files a path names."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,49 @@ def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
     (tmp_path / "text" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "text")
     assert found(tmp_path / "text", tmp_path) == ["text/a.jsonl", "text/more/b.jsonl"]
+
+
+def test_a_link_to_nothing_is_text_that_is_missing(tmp_path: Path) -> None:
+    make(tmp_path, "a.jsonl")
+    (tmp_path / ".#a.jsonl").symlink_to("of-an-editor")
+    (tmp_path / "latest").symlink_to("nowhere")
+    assert found(tmp_path, tmp_path) == ["a.jsonl"]
+    (tmp_path / "b.jsonl").symlink_to("nowhere")
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(UserError, match=r"b\.jsonl is a link to nothing"):
+            found(path, tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_folder_that_may_not_be_read_is_an_error() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        root.chmod(0o755)
+        make(root, "a.jsonl", "secret/b.jsonl")
+        (root / "secret").chmod(0o700)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(UserError, match="secret cannot be read: Permission denied"):
+                find_files(name)
+        finally:
+            os.seteuid(0)
+
+
+def test_a_name_may_contain_the_signs_of_a_wildcard(tmp_path: Path) -> None:
+    make(tmp_path, "[2024] news.jsonl", "2 news.jsonl")
+    assert found(tmp_path / "[2024] news.jsonl", tmp_path) == ["[2024] news.jsonl"]
+    assert found(tmp_path / "[2]*", tmp_path) == ["2 news.jsonl"]
+
+
+def test_folders_that_match_are_read_if_they_are_named_like_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, "a.jsonl", "b.jsonl/part-0.jsonl", "b.jsonl/_SUCCESS", "c/d.jsonl")
+    assert found(tmp_path / "*", tmp_path) == ["a.jsonl", "b.jsonl/part-0.jsonl"]
+    assert "leaving out 1 folder (c)" in capsys.readouterr().err
+    assert found(tmp_path / "**" / "*.jsonl", tmp_path) == [
+        "a.jsonl", "b.jsonl/part-0.jsonl", "c/d.jsonl"
+    ]  # fmt: skip
 
 
 def test_markdown_is_text_only_where_files_are_documents(tmp_path: Path) -> None:

@@ -53,6 +53,15 @@ CONVERSATIONS: list[dict[str, object]] = [
                   {"role": "assistant", "content": "대답"}]},
     {"instruction": "물음", "input": "", "output": "대답"},
     {"instruction": "물음", "output": "대답", "text": "another rendering"},
+    {"messages": [{"role": "user", "text": "물음"}, {"role": "assistant", "text": "대답"}]},
+    {"messages": [], "conversations": [  # the columns of a table that joins two layouts
+        {"role": "user", "content": "물음", "from": None, "value": None},
+        {"role": None, "content": None, "from": "gpt", "value": "대답"}]},
+    {"system": "물음", "conversations": [{"from": "gpt", "value": "대답"}]},
+    {"system_prompt": "물음", "messages": [
+        {"role": "system", "content": "물음"}, {"role": "assistant", "content": "대답"}]},
+    {"instruction": "", "history": [["물음", "대답"]], "output": ""},
+    {"instruction": "물음", "context": "", "response": "대답"},
 ]  # fmt: skip
 
 
@@ -75,7 +84,16 @@ def test_alpacas_input_follows_its_instruction() -> None:
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "has a message 1 whose content is not text",
         ),
-        ({"instruction": 3}, "has a field 'instruction' that is not text"),
+        ({"messages": [{"role": "user", "body": "x"}]}, "has a message 1 without content"),
+        ({"instruction": 3, "output": ""}, "has a field 'instruction' that is not text"),
+        ({"instruction": "x", "output": 0}, "has a field 'output' that is not text"),
+        ({"instruction": "x", "answer": "y"}, "has neither 'output' nor 'response'"),
+        ({"prompt": "x", "response": "y"}, "has neither 'instruction' nor 'input'"),
+        ({"system": 3, "messages": []}, "has a field 'system' that is not text"),
+        (
+            {"history": 3, "instruction": "x", "output": "y"},
+            "has a field 'history' that is not a list of questions with answers",
+        ),
     ],
 )
 def test_a_conversation_that_cannot_be_read_is_bad(record: dict[str, object], reason: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.data.readers import streams
 from cpt_merge.data.readers.json_records import read_json
 from cpt_merge.data.readers.rows import BadRow
 
@@ -75,3 +76,14 @@ def test_a_broken_array_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"text": "x"},\n')
     with pytest.raises(UserError, match=r"a\.json is not JSON .*; fix it, or write one record"):
         list(read_json(tmp_path / "a.json"))
+
+
+def test_a_large_file_whose_first_line_is_broken_is_read_by_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "LONGEST_LINE", 100)
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "가\n' + '{"text": "나"}\n' * 20)
+    rows = list(read_json(file))
+    assert [number for number, row in rows if isinstance(row, BadRow)] == [1]
+    assert rows[1:] == [(number, {"text": "나"}) for number in range(2, 22)]
