@@ -35,12 +35,20 @@ def check_text(corpus: Corpus, download: bool = True) -> None:
         for file in map(at_hand, here):
             head = list(islice(read_documents(file, source.layout), HEAD_ROWS))
             read += sum(text is not SKIPPED for text in head)
-            filled += any(head)
+            filled += any(map(_has_text, head))
         if here and not filled:  # because no row has the field?
-            list(read_documents(at_hand(here[0]), source.layout, MORE_ROWS))
+            more = list(read_documents(at_hand(here[0]), source.layout, MORE_ROWS))
+            read += sum(text is not SKIPPED for text in more)
+            is_all = len(files) == 1 and len(more) < MORE_ROWS
+            if read and is_all and not any(map(_has_text, more)):
+                raise UserError(f"text source {source.path} has no text; correct corpus.sources.")
         _warn_of_absent_fields(source, map(at_hand, here))
         if not read and (here or not files):
             raise UserError(f"text source {source.path} is empty; correct corpus.sources.")
+
+
+def _has_text(text: str | None) -> bool:
+    return bool(text and text.strip())
 
 
 def _warn_of_absent_fields(source: Source, files: Iterable[Path]) -> None:

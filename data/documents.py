@@ -14,6 +14,7 @@ from cpt_merge.data.readers.arrow_tables import parquet_rows
 from cpt_merge.data.readers.rows import BadRow, Record, Row
 from cpt_merge.data.records import TextOf
 
+_SHOWN = 4  # fields in a message
 SKIPPED = None  # stands for a bad row that is left out
 
 
@@ -80,10 +81,12 @@ def documents_of(rows: Iterable[Row], where: str, layout: Layout) -> Iterator[st
                 f"{where} {number} {text.reason}; fix it, or set the source's {remedy}."
             )
     if first_without and not any_with:
-        raise UserError(f"{first_without}; set the source's `field`.")
+        raise UserError(f"{first_without}; set the source's `field` or `conversations`.")
 
 
 def _without(row: str, record: Any, layout: Layout) -> str:
     wanted, there = layout.text_of.fields, ", ".join(record) or "none"
-    one = "field" if len(wanted) == 1 else "of the fields"
-    return f"{row} has no {one} {', '.join(map(repr, wanted))} but {there}"
+    fields = ", ".join(map(repr, wanted[:_SHOWN])) + (", ..." if len(wanted) > _SHOWN else "")
+    return (
+        f"{row} has {'no field' if len(wanted) == 1 else 'none of the fields'} {fields} but {there}"
+    )

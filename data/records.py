@@ -10,7 +10,14 @@ from typing import Any, Protocol
 from cpt_merge.data.conversations import ALPACA, AROUND, LISTS, read_turns
 from cpt_merge.data.readers.rows import BadRow, Record
 
-_KINDS = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_KINDS = {
+    str: "text",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 _ABSENT = object()
 
 
@@ -60,6 +67,8 @@ class TemplateText:
             if name == "" or spec or conversion:
                 raise ValueError("may contain only fields like {title}; write {{ for a brace")
             parts.append((literal, name or ""))
+        if not any(name for _, name in parts):
+            raise ValueError("names no field")
         return TemplateText(tuple(parts))
 
     @property
@@ -102,6 +111,8 @@ def text_of(field: str, conversations: bool) -> TextOf:
     """How a source's records become text. Raises `ValueError` for a wrong template."""
     if conversations:
         return ConversationText()
+    if not field:
+        raise ValueError("names no field")
     return TemplateText.parse(field) if "{" in field or "}" in field else FieldText(field)
 
 
@@ -121,12 +132,19 @@ def find_value(record: Record, path: str) -> Any:
     for name in path.split("."):
         if value is None:
             return None  # of an object that may be absent
-        if not isinstance(value, dict) or name not in value:
+        if isinstance(value, BadRow):
+            return value
+        if not isinstance(value, dict):
+            return BadRow(f"has {_kind(value)} instead of an object with {name!r} of {path!r}")
+        if name not in value:
             return _ABSENT
         value = value[name]
     return value
 
 
 def _not_text(field: str, value: Any) -> BadRow:
-    kind = _KINDS.get(type(value), type(value).__name__)
-    return BadRow(f"has a field {field!r} that is {kind} and not text")
+    return BadRow(f"has a field {field!r} that is {_kind(value)} and not text")
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), type(value).__name__)

@@ -82,6 +82,8 @@ def _columns(file: Path, schema: Any, fields: Sequence[str]) -> tuple[list[str],
     wanted = {field if field in names else field.partition(".")[0] for field in fields}
     columns = [name for name in names if name in wanted] or names[:1]
     for name in columns:
+        if columns.count(name) > 1:
+            raise UserError(f"{file} has more than one column {name!r}; rename one.")
         kind = str(schema.field(name).type)
         if "arrow.json" in kind and not kind.startswith(_JSON):
             raise UserError(

@@ -14,6 +14,9 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.data.readers.rows import BadRow, Row
 from cpt_merge.data.readers.streams import lines, not_utf8, read_bytes
 
+_SURROGATE = "contains a lone surrogate, which is not Unicode text"
+_DIGITS = 4000  # of a number; Python refuses to read longer ones
+
 
 def read_json(file: Path, fields: Sequence[str] = ()) -> Iterator[Row]:
     """The records of a file, numbered by line, or by their place in an array.
@@ -24,7 +27,7 @@ def read_json(file: Path, fields: Sequence[str] = ()) -> Iterator[Row]:
     for number, line in enumerate(lines(file), start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        if line.isspace():
+        if not line.strip():
             continue
         if first and (whole := _whole_file(file, line)) is not None:
             yield from whole
@@ -42,7 +45,7 @@ def _whole_file(file: Path, line: bytes) -> Iterator[Row] | None:
     if start != b"[" and not (start == b"{" and isinstance(_record(line), BadRow)):
         return None
     try:
-        value = parse_json(read_bytes(file))
+        value = _without_surrogates(_parse(read_bytes(file)))
     except (UserError, ValueError) as error:
         if start == b"{":  # a broken line, unless the whole file was one object
             return None
@@ -54,7 +57,9 @@ def _whole_file(file: Path, line: bytes) -> Iterator[Row] | None:
 
 
 def _checked(value: Any) -> Any:
-    return value if isinstance(value, dict | str) else BadRow("is neither an object nor text")
+    return (
+        value if isinstance(value, dict | str | BadRow) else BadRow("is neither an object nor text")
+    )
 
 
 def _record(line: bytes) -> Any:
@@ -62,10 +67,29 @@ def _record(line: bytes) -> Any:
         value = orjson.loads(line)
     except ValueError:
         try:
-            value = parse_json(line.rstrip())
+            value = _without_surrogates(_parse(line.rstrip()))
         except ValueError as error:
             return BadRow(str(error))
     return value if isinstance(value, dict) else BadRow("is not a JSON object")
+
+
+def _number(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _DIGITS else float(digits)
+
+
+def _without_surrogates(value: Any) -> Any:
+    """The value, in which texts that are not Unicode are `BadRow`s."""
+    if isinstance(value, dict):
+        return {_name(key): _without_surrogates(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_surrogates(one) for one in value]
+    if isinstance(value, str) and _name(value) != value:
+        return BadRow(_SURROGATE)
+    return value
+
+
+def _name(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -73,16 +97,22 @@ def parse_json(content: bytes | str) -> Any:
 
     Raises `ValueError` with a sentence's end that says what is wrong: "is not UTF-8".
     """
+    value = _parse(content)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(_SURROGATE) from None
+    return value
+
+
+def _parse(content: bytes | str) -> Any:
+    """As `parse_json`, but a text may contain half a surrogate pair."""
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()
+        return json.loads(text, parse_int=_number)
     except UnicodeDecodeError as error:
         raise ValueError(not_utf8(error.object, error)) from None
-    except UnicodeEncodeError:
-        raise ValueError("contains a lone surrogate, which is not Unicode text") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg}: character {error.pos + 1})") from None
     except RecursionError:
         raise ValueError("is not JSON that can be read (too deeply nested)") from None
-    return value

@@ -7,7 +7,7 @@ import lzma
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from cpt_merge.core.errors import UserError
 
@@ -33,11 +33,48 @@ def open_plain(file: Path) -> BinaryIO:
 
 def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
     if compression == "xz":
-        return cast(BinaryIO, io.BufferedReader(lzma.open(raw), _BUFFER))
+        return cast(BinaryIO, io.BufferedReader(_XzStream(raw), _BUFFER))
     import pyarrow  # type: ignore[import-untyped]
 
     stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), compression)
     return cast(BinaryIO, io.BufferedReader(stream, _BUFFER))
+
+
+class _XzStream(io.RawIOBase):
+    """The decompressed bytes of xz streams; `lzma.open` ends without error where one is damaged."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._decoder = raw, lzma.LZMADecompressor()
+        self._left = b""  # after the last stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._decoder.eof and not self._begin_next():
+                return 0
+            compressed = b""
+            if self._decoder.needs_input:
+                compressed = self._left or self._raw.read(_BUFFER)
+                self._left = b""
+                if not compressed:
+                    raise EOFError("Compressed file ended before its end")
+            if content := self._decoder.decompress(compressed, len(buffer)):
+                buffer[: len(content)] = content
+                return len(content)
+
+    def _begin_next(self) -> bool:
+        """Whether another stream follows; zeros may be between them."""
+        self._left = self._decoder.unused_data.lstrip(b"\0")
+        while not self._left and (more := self._raw.read(_BUFFER)):
+            self._left = more.lstrip(b"\0")
+        self._decoder = lzma.LZMADecompressor() if self._left else self._decoder
+        return bool(self._left)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def expansion(file: Path) -> float:

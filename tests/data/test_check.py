@@ -58,6 +58,25 @@ def test_a_field_that_no_row_at_the_beginning_has_is_refused_without_reading_on(
         check_text(corpus)
 
 
+def test_bad_rows_at_the_beginning_hide_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("bad\n" * (HEAD_ROWS + 1) + '{"text": "x"}\n')
+    check_text(Corpus(sources=[Source(path=str(path), language="ko", bad_rows="skip")]))
+
+
+@pytest.mark.parametrize(
+    "content", ['{"text": null}\n', '{"text": " "}\n' * 30, '{"text": 1}\n{"text": ""}\n']
+)
+def test_rows_without_text_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    corpus = Corpus(sources=[Source(path=str(path), language="ko", bad_rows="skip")])
+    with pytest.raises(UserError, match=r"a\.jsonl has no text"):
+        check_text(corpus)
+    path.write_text(content + '{"text": "x"}\n')
+    check_text(corpus)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_a_field_of_a_template_that_no_row_has_is_warned_about(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

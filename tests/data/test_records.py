@@ -30,6 +30,12 @@ def test_a_value_that_is_not_text_is_bad(field: str, value: object, kind: str) -
     assert text_of(field, False)({"title": "x", "text": value}) == BadRow(reason)
 
 
+@pytest.mark.parametrize(("doc", "kind"), [("x", "text"), ([["text", "x"]], "a list")])
+def test_a_field_of_what_is_no_object_is_bad(doc: object, kind: str) -> None:
+    reason = f"has {kind} instead of an object with 'text' of 'doc.text'"
+    assert text_of("doc.text", False)({"doc": doc}) == BadRow(reason)
+
+
 def test_a_template_joins_fields() -> None:
     make = text_of("{meta.title}\n\n{text} {{x}}", False)
     assert make.fields == ("meta.title", "text")
@@ -39,7 +45,9 @@ def test_a_template_joins_fields() -> None:
     assert make({"content": "x"}) is None
 
 
-@pytest.mark.parametrize("template", ["{}", "{text!r}", "{text:>3}", "{text", "text}"])
+@pytest.mark.parametrize(
+    "template", ["", "{{text}}", "{}", "{text!r}", "{text:>3}", "{text", "text}"]
+)
 def test_a_wrong_template_is_refused(template: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         text_of(template, False)

@@ -80,3 +80,10 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-20] if name != "stream" else b"no arrow")
         with pytest.raises(UserError, match=rf"{name}\.arrow cannot be read as"):
             rows({name: file}, "text")
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    twice = pyarrow.table([pyarrow.array(["x"]), pyarrow.array(["y"])], names=["text", "text"])
+    for name, file in write(tmp_path, twice).items():
+        with pytest.raises(UserError, match=r"has more than one column 'text'; rename one"):
+            rows({name: file}, "text")

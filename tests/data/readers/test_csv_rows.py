@@ -34,6 +34,9 @@ def test_rows_have_the_numbers_of_their_first_lines(tmp_path: Path) -> None:
         ('text\nx\n"y\nz\n', "line 3 is not CSV"),  # a quotation mark without its partner
         ('text\n"x" y\n', "line 2 is not CSV"),
         ("text,id,text\nx,1,y\n", "more than one column 'text'"),
+        ("id;text\n1;x, y\n", "its cells are separated by ';' and not by ','; convert it"),
+        ("id\ttext\n1\tx\n", "separated by '\\\\t' .* name it .tsv"),
+        ("text\rx\r", r"line 1 is not CSV \(a CR without LF outside quotation marks\)"),
         ("text\n\udcb0\n", "line 2 is not UTF-8"),
     ],
 )

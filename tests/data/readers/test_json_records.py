@@ -46,7 +46,6 @@ def test_rows_have_the_numbers_of_their_lines(tmp_path: Path) -> None:
         (b'{"text":', "is not JSON (Expecting value: character 9)"),
         (b'{"text": "a"} {"text": "b"}', "is not JSON (Extra data: character 15)"),
         (b'"text"', "is not a JSON object"),
-        (b'{"text": "\\ud800"}', "contains a lone surrogate, which is not Unicode text"),
         (b'{"text": "\xb0\xa1"}', "is not UTF-8 (byte 11: invalid start byte)"),
         (b"\x1f\x8b\x08\x00", "is gzip data (.gz) and not UTF-8"),
         (b'{"text": ' + 100_000 * b"[", "is not JSON that can be read (too deeply nested)"),
@@ -87,3 +86,19 @@ def test_a_large_file_whose_first_line_is_broken_is_read_by_line(
     rows = list(read_json(file))
     assert [number for number, row in rows if isinstance(row, BadRow)] == [1]
     assert rows[1:] == [(number, {"text": "나"}) for number in range(2, 22)]
+
+
+def test_what_nobody_reads_may_be_cut_emoji_and_numbers_of_any_length(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = ('{"text": "a\\ud83d"}', '{"text": "b", "title": "\\ud83d"}',
+             '{"text": "c", "id": ' + 5000 * "9" + "}")  # fmt: skip
+    surrogate = BadRow("contains a lone surrogate, which is not Unicode text")
+    for content in ("\n".join(lines), f"[{','.join(lines)}]"):
+        file.write_text(content)
+        rows = [row for _, row in read_json(file)]
+        assert [row["text"] for row in rows if isinstance(row, dict)] == [surrogate, "b", "c"]
+
+
+def test_a_file_of_a_byte_order_mark_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf")
+    assert list(read_json(tmp_path / "a.jsonl")) == []

@@ -43,6 +43,21 @@ def test_a_file_that_is_cut_off_is_an_error(tmp_path: Path, ending: str) -> None
         list(lines(file))
 
 
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_damaged_frame_after_a_whole_one_is_an_error(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"a.txt.{ending}"
+    content = COMPRESS[ending](b"".join(LINES))
+    file.write_bytes(content + b"damaged" + content[7:])
+    with pytest.raises(UserError, match=rf"a\.txt\.{ending} cannot be decompressed"):
+        list(lines(file))
+
+
+def test_zeros_between_xz_streams_are_no_text(tmp_path: Path) -> None:
+    halves = [lzma.compress(b"".join(half)) for half in (LINES[:9000], LINES[9000:])]
+    (tmp_path / "a.txt.xz").write_bytes(bytes(4 << 20).join(halves) + bytes(4))
+    assert list(lines(tmp_path / "a.txt.xz")) == LINES
+
+
 def test_an_endless_line_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "LONGEST_LINE", 1 << 20)
     (tmp_path / "a.txt").write_bytes(b"x\n" + (1 << 20) * b"y" + b"\n")
