@@ -139,7 +139,8 @@ def weight_of_run(words: list[str]) -> float:
     small = [word for word in words if word == word.lower()]
     if plain & SENTENCE_WORDS and not TITLE_WORDS.issuperset(small):
         return SENTENCE_WORD * len(words)
-    return TERM * len(small) + NAME * (len(words) - len(small))
+    terms = [word for word in small if word not in TITLE_WORDS]
+    return TERM * len(terms) + NAME * (len(words) - len(terms))
 
 
 def _letters(text: str, script: str) -> int:

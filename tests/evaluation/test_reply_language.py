@@ -1,4 +1,4 @@
-"""Verdicts on 523 labelled replies, and how long they take.
+"""Verdicts on 524 labelled replies, and how long they take.
 
 `replies_by_language.jsonl` holds replies that are tricky on purpose, by language and kind. Those of
 kind `shared case` are the project's labelled cases, the others were written for this test.
