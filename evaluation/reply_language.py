@@ -58,7 +58,7 @@ RUN = regex.compile(rf"{WORD}\p{{Latin}}{WORD}(?:[ \t]+{WORD}[\p{{Latin}}\p{{N}}
 OTHER_SCRIPTS = regex.compile(rf"[\p{{L}}--[\p{{Latin}}\p{{Bopomofo}}{CJK}]]", regex.V1)
 # Words that make Latin words a sentence; those of a title (Lord of the Rings) alone do not
 TITLE_WORDS = frozenset(
-    "a an and at by de del der di du el for from in la le of on or the to van von with y".split()
+    "a an and at by da de del der di du el for from in la le of on or the to van von with y".split()
 )
 SENTENCE_WORDS = TITLE_WORDS | frozenset(
     "about am are as be been but can could did do does don't had has have he her here his how i "
