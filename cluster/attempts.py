@@ -285,7 +285,7 @@ def progress(recipe: Recipe) -> dict[str, Any]:
     return {
         "stages": [stage.name for stage in STAGES if read_record(run / stage.name)],
         "checkpoint": max((path.parent.name for path in states), default=""),
-        "data parts": len(list((run / "data").glob("*.blocks/part-*"))),
+        "data parts": len(list(run.glob("data.blocks/part-*"))),
     }
 
 

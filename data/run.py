@@ -33,8 +33,11 @@ def run(
     out: Path,
     tracker: Tracker,
     base: Path | None = None,
+    blocks_at: Path | None = None,
 ) -> dict[str, Any]:
     """Tokenise every source into the store `out` and return the totals.
+
+    `blocks_at` is where tokenised blocks are kept for the next store.
 
     With `base`, the directory of the original base model, the held-out text is also stored in the
     tokens of that model.
@@ -43,7 +46,8 @@ def run(
     say(f"  tokenising in {counted(processes, 'process')}")
     info = write_store(
         corpus, tokenizer, out, base=base, processes=processes, deduplicate=config.deduplicate,
-        near_duplicates=config.near_duplicates, keep_blocks=config.keep_blocks, world=world,
+        near_duplicates=config.near_duplicates, keep_blocks=config.keep_blocks,
+        blocks_at=blocks_at, world=world,
     )  # fmt: skip
     rows = list[list[Cell]]()
     for source in info.sources:

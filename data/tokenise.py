@@ -231,6 +231,7 @@ def write_store(
     deduplicate: bool = False,
     near_duplicates: float | None = None,
     keep_blocks: bool = True,
+    blocks_at: Path | None = None,
     world: World = World(),  # noqa: B008 - immutable
 ) -> StoreInfo:
     """Tokenise the corpus into a store at `out`, together with all nodes of `world`.
@@ -243,7 +244,8 @@ def write_store(
     if processes > 1:
         start_server()
     plan = Plan.make(corpus, tokenizer, base, deduplicate, near_duplicates)
-    staging, blocks = Staging(out, _digest(plan), replace=True), blocks_of(out, plan)
+    staging = Staging(out, _digest(plan), replace=True)
+    blocks = blocks_of(blocks_at or out.with_name(f"{out.name}.blocks"), plan)
     if world.is_main:
         staging.finish_commit()
     if _is_finished(staging):
@@ -314,17 +316,17 @@ def _digest(plan: Plan) -> str:
     return stage_key("store", settings, inputs)
 
 
-def blocks_of(out: Path, plan: Plan) -> Staging:
+def blocks_of(directory: Path, plan: Plan) -> Staging:
     """Where the tokenised blocks of a store are, for one pair of tokenizers and one normalisation.
 
-    The directory is never finished: the next store of the run uses it again.
+    The work is never finished: the next store of the run uses it again.
     """
     settings = plan.corpus.model_dump(include={"heldout", "normalization"})
     if plan.near_duplicates is not None:
         settings |= _MINHASH
     tokenizers = {str(split): encoder.info.fingerprint for split, encoder in plan.encoders.items()}
     key = stage_key("blocks", settings, tokenizers)
-    return Staging(out.with_name(f"{out.name}.blocks"), key, suffix="")
+    return Staging(directory, key, suffix="")
 
 
 def _is_finished(staging: Staging) -> bool:

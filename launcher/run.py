@@ -63,6 +63,11 @@ class Run:
         return self.folder("data") / "store"
 
     @property
+    def blocks(self) -> Path:
+        """Tokenised text for the next store; outside the stage's folder, which begins empty."""
+        return self.folder("data.blocks")
+
+    @property
     def cpt(self) -> Path:
         """The continually pretrained model."""
         return self.folder("training") / "cpt"

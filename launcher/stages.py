@@ -118,7 +118,9 @@ def _tokenise(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     from cpt_merge.data.run import run
 
     paths, recipe = context.run, context.run.recipe
-    return run(recipe.data, recipe.corpus, paths.tokenizer, paths.store, tracker, paths.base)
+    return run(
+        recipe.data, recipe.corpus, paths.tokenizer, paths.store, tracker, paths.base, paths.blocks
+    )
 
 
 DATA = Stage(

@@ -1,6 +1,7 @@
 """The data stage from the command line: several Slurm tasks, and what makes it run again."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,29 @@ def test_the_number_of_processes_does_not_make_another_store(recipe_path: Path) 
     assert all(dict(stage.config(one)) == dict(stage.config(other)) for stage in STAGES)
 
 
+def test_a_corpus_that_has_grown_costs_only_what_is_new(recipe_path: Path, tmp_path: Path) -> None:
+    for language in ("ko", "zh_tw", "en"):
+        shutil.copy(recipe_path.with_name(f"{language}.jsonl"), tmp_path)
+    overrides = [f"runs={tmp_path}", "name=grown", "data.processes=1"]
+    overrides += [
+        f"corpus.sources.{number}.path={tmp_path}/{language}.jsonl"
+        for number, language in enumerate(("ko", "zh_tw", "en"))
+    ]
+    assert cpt_merge("tokenizer", recipe_path, *overrides).returncode == 0
+    assert cpt_merge("data", recipe_path, *overrides).returncode == 0
+    with open(tmp_path / "ko.jsonl", "a", encoding="utf-8") as file:
+        file.write('\n{"text": "새로운 글"}\n')
+    done = cpt_merge("data", recipe_path, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "3 blocks of text were tokenised before; 2 of 3 files are unchanged" in done.stderr
+    run = Run(load_recipe(recipe_path, overrides))
+    grown = digest(run.store)
+    shutil.rmtree(run.blocks)
+    shutil.rmtree(run.folder("data"))
+    assert cpt_merge("data", recipe_path, *overrides).returncode == 0
+    assert digest(run.store) == grown
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tasks", [2])
 def test_slurm_tasks_share_the_work(tasks: int, recipe_path: Path, tmp_path: Path) -> None:
@@ -39,6 +63,7 @@ def test_slurm_tasks_share_the_work(tasks: int, recipe_path: Path, tmp_path: Pat
     run = Run(load_recipe(recipe_path, overrides))
     alone = digest(run.store)
     os.rename(run.folder("data"), tmp_path / "alone")
+    os.rename(run.blocks, tmp_path / "blocks")
     command = [sys.executable, "-m", "cpt_merge.launcher.cli", "data", str(recipe_path), *overrides]
     slurm = {"SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_LOCALID": "0"}
     processes = [
