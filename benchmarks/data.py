@@ -154,7 +154,7 @@ def store_way(files: list[Path], tokenizer: Path, folder: Path, processes: int) 
     )
     out = folder / "store"
     shutil.rmtree(out, ignore_errors=True)
-    info = write_store(corpus, tokenizer, out, processes=processes)
+    info = write_store(corpus, tokenizer, out, processes=processes, keep_blocks=False)
     return sum(source.train.tokens + source.heldout.tokens for source in info.sources)
 
 
@@ -190,9 +190,9 @@ def datatrove_way(
     """datatrove's DocumentTokenizer without shuffling; its processes divide whole files."""
     out = folder / "datatrove"
     shutil.rmtree(out, ignore_errors=True)
-    (folder / "datatrove.py").write_text(DATATROVE)
+    (folder / "tokenise_by_datatrove.py").write_text(DATATROVE)
     eos = json.loads((tokenizer / "tokenizer_config.json").read_text())["eos_token"]
-    command = [venv / "bin" / "python", folder / "datatrove.py", files[0].parent,
+    command = [venv / "bin" / "python", folder / "tokenise_by_datatrove.py", files[0].parent,
                tokenizer / "tokenizer.json", eos, out, processes]  # fmt: skip
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     rows = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab_size()
