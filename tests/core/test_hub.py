@@ -140,7 +140,9 @@ def test_a_download_continues_where_the_connection_was_cut(server: HubServer, fi
     assert weights[-2:] == [Request("GET", "model.safetensors", start) for start in (0, CHUNK)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_what_a_killed_download_finished_is_not_downloaded_again(
     server: HubServer, find: Find, number: int
 ) -> None:

@@ -169,7 +169,7 @@ def test_it_is_refused_before_the_first_stage(
     ("name", "command"),
     [
         pytest.param(
-            name, ("plan", "run")[number % 2], marks=pytest.mark.slow if number > 1 else []
+            name, ("plan", "run")[number % 2], marks=pytest.mark.slow if number > 0 else []
         )
         for number, name in enumerate(HEAVY)
     ],
@@ -180,7 +180,8 @@ def test_what_only_transformers_can_tell_is_refused_as_early(
     refused(command, recipe_path, own_pair, HEAVY[name])
 
 
-@pytest.mark.parametrize("command", ["plan", pytest.param("run", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["plan", "run"])
 def test_prompts_that_cannot_be_read_are_named_by_line(
     command: str, recipe_path: Path, own_pair: Path, tmp_path: Path
 ) -> None:
@@ -199,6 +200,7 @@ def test_a_folder_that_cannot_be_made(command: str, recipe_path: Path, tmp_path:
     assert f"cannot be written ({tmp_path / 'file'} is not a directory)" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_the_checks_say_is_not_lost(recipe_path: Path, own_pair: Path) -> None:
     for name in ("base", "chat"):
         edit_json(own_pair / name / "config.json", attention_dropout=0.1)

@@ -89,6 +89,7 @@ def close(server: HubServer) -> None:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_after_a_fetch_everything_works_without_a_network(
     server: HubServer, command: Command, tmp_path: Path
 ) -> None:
@@ -222,6 +223,7 @@ def test_text_of_the_hub_is_fetched_and_tokenised_without_a_network(
     assert documents == sum(map(len, text.values()))
 
 
+@pytest.mark.slow
 def test_a_half_fetched_dataset_is_not_taken_for_a_smaller_one(
     server: HubServer, command: Command, text: dict[str, list[str]], tmp_path: Path
 ) -> None:

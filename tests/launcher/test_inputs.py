@@ -51,14 +51,21 @@ def damaged(
     return load_recipe(recipe_path, [f"models.{name}={tmp_path / name}", f"runs={tmp_path}"])
 
 
-@pytest.mark.parametrize(("damaged", "sentence"), [(name, d[2]) for name, d in DAMAGES.items()],
-                         ids=DAMAGES, indirect=["damaged"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damaged", "sentence"),
+    [
+        pytest.param(name, sentence, id=name, marks=pytest.mark.slow if number > 1 else [])
+        for number, (name, (_, _, sentence)) in enumerate(DAMAGES.items())
+    ],
+    indirect=["damaged"],
+)
 def test_a_damaged_model_is_one_sentence(damaged: Recipe, sentence: str) -> None:
     with pytest.raises(UserError) as error:
         show_plan(damaged)
     assert sentence in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_base_of_another_kind_is_accepted_on_its_own_vocabulary(
     recipe_path: Path, pair: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ def own_recipe(recipe_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_without_new_pieces_ends_in_a_chat_model(own_recipe: Path) -> None:
     values = yaml.safe_load(own_recipe.read_text(encoding="utf-8"))
     done = cpt_merge("plan", own_recipe)
