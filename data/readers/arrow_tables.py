@@ -25,7 +25,7 @@ def read_parquet(file: Path, fields: Sequence[str] = ()) -> Iterator[Row]:
         number = 0
         for group in range(opened.num_row_groups):
             about = opened.metadata.row_group(group)
-            rows = batch_rows(about.total_byte_size, about.num_rows)
+            rows = rows_at_once(about.total_byte_size, about.num_rows)
             for batch in opened.iter_batches(rows, [group], columns, use_threads=False):
                 yield from _rows(batch, names, number)
                 number += batch.num_rows
@@ -43,7 +43,9 @@ def read_arrow(file: Path, fields: Sequence[str] = ()) -> Iterator[Row]:
         batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
         number = 0
         for whole in batches:
-            for start in range(0, whole.num_rows, rows := batch_rows(whole.nbytes, whole.num_rows)):
+            for start in range(
+                0, whole.num_rows, rows := rows_at_once(whole.nbytes, whole.num_rows)
+            ):
                 batch = whole.select(columns).slice(start, rows)
                 yield from _rows(batch, names, number)
                 number += batch.num_rows
@@ -92,7 +94,7 @@ def _columns(file: Path, schema: Any, fields: Sequence[str]) -> tuple[list[str],
     return names, columns
 
 
-def batch_rows(size: int, rows: int) -> int:
+def rows_at_once(size: int, rows: int) -> int:
     """How many of `rows` rows of `size` bytes are read at a time."""
     return max(1, min(MOST_ROWS, rows * BATCH_BYTES // max(size, 1)))
 

@@ -52,7 +52,7 @@ def test_batches_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     files = write(tmp_path, pyarrow.table({"text": texts}))
     for read in rows(files, "text").values():
         assert [(number, row["text"]) for number, row in read] == list(enumerate(texts, start=1))
-    assert arrow_tables.batch_rows(300_000_000, 300) == 1
+    assert arrow_tables.rows_at_once(300_000_000, 300) == 1
 
 
 def test_json_that_datasets_wrote_for_mixed_types_is_read_as_what_it_was(tmp_path: Path) -> None:
