@@ -4,6 +4,7 @@
     python -m benchmarks.data speed DIR   tokenise and pack, compared with `datasets.map` and
                                           `group_texts`, with datatrove (--datatrove: a virtual
                                           environment with it), and with the tokenizers alone
+    python -m benchmarks.data memory DIR  documents of 1 MB, few and many, and one of 50 MB
     python -m benchmarks.data open DIR    from process start to the first batch of a 10 GB store
     python -m benchmarks.data place DIR   the sequences of the first step and of step 1,000,000, in
                                           the store of `open`
@@ -73,6 +74,17 @@ if __name__ == "__main__":
     main()
 """
 
+PEAK = """
+import resource, sys, tempfile
+from pathlib import Path
+from cpt_merge.data.sources import Corpus, Source
+from cpt_merge.data.tokenise import write_store
+corpus = Corpus(sources=[Source(path=sys.argv[1], language="ko")], heldout=0.01)
+with tempfile.TemporaryDirectory() as folder:
+    write_store(corpus, Path(sys.argv[2]), Path(folder) / "store")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
 FIRST_BATCH = """
 import json, sys, time
 started = time.time() - float(sys.argv[2])
@@ -138,6 +150,28 @@ def speed(
         results[name] = {"tokens_per_second": rates, "store / way": ratios, "rounds": rounds}
         print(json.dumps({name: results[name]}, indent=2), flush=True)
     _finish(folder, "speed", results)
+
+
+@app.command()
+def memory(folder: Path, tokenizer: str = "mistral") -> None:
+    """Peak memory of stores of large documents, each written by a process of its own, in MB."""
+    (folder / "data").mkdir(exist_ok=True)
+    text = (folder / "ko.txt").read_text(encoding="utf-8").replace("\n", " ")
+    megabyte = len(text) * 1_000_000 // len(text.encode())
+    results = {"tokenizer": tokenizer}
+    for documents, size in ((30, 1), (120, 1), (1, 50)):
+        whole = text * (size * megabyte // len(text) + 1)
+        path = folder / "data" / "large.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            for number in range(documents):
+                start = number * 10_007 % (len(whole) - size * megabyte)
+                content = f"{number} {whole[start : start + size * megabyte]}"
+                file.write(json.dumps({"text": content}, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps({"text": f"{number}"}) + "\n" for number in range(100))
+        command = [sys.executable, "-c", PEAK, str(path), str(_tokenizer(folder, tokenizer))]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        results[f"{documents} documents of {size} MB"] = done.stdout.strip()
+    _finish(folder, "memory", results)
 
 
 def _rate(way: Way, files: list[Path], tokenizer: Path, folder: Path, processes: int) -> float:

@@ -162,14 +162,13 @@ class Parts:
         self.directory = directory
         self.rows: dict[Digest, tuple[StoredPart, int]] = {}  # where a block is
         self.pieces: dict[str, list[Digest]] = {}  # of what was read to its end, by key
-        self._known: set[str] = set()
+        self._known: dict[str, StoredPart] = {}  # by the name of its folder
 
     def update(self) -> Parts:
         """Take in new parts."""
         for path in sorted(self.directory.glob("part-*")):
             if path.name not in self._known and not path.suffix:
-                part = StoredPart(path)
-                self._known.add(path.name)
+                part = self._known[path.name] = StoredPart(path)
                 for row, digest in enumerate(part.blocks[:, :2]):
                     self.rows[digest.tobytes()] = (part, row)
                 for key, blocks in part.pieces.items():
@@ -203,6 +202,6 @@ class Parts:
         """Remove parts that have no block and no list of any of `pieces`."""
         wanted = set(pieces)
         used = {self.rows[block][0].directory for key in wanted for block in self.pieces[key]}
-        for part in {part for part, _ in self.rows.values()}:
+        for part in self._known.values():
             if part.directory not in used and not wanted & part.pieces.keys():
                 Staging(part.directory).remove_target()

@@ -37,10 +37,8 @@ def run(
 ) -> dict[str, Any]:
     """Tokenise every source into the store `out` and return the totals.
 
-    `blocks_at` is where tokenised blocks are kept for the next store.
-
     With `base`, the directory of the original base model, the held-out text is also stored in the
-    tokens of that model.
+    tokens of that model. `blocks_at` is where tokenised blocks are kept for the next store.
     """
     processes, world = config.processes or _processes(corpus), find_world()
     say(f"  tokenising in {counted(processes, 'process')}")

@@ -34,11 +34,7 @@ from cpt_merge.data.splits import parse_split
 
 Split = Literal["train", "heldout"]
 HASH_RANGE = 1_000_000
-_PREPARATION = {
-    "convert",
-    "filters",
-    "personal_data",
-}  # keys of steps that are off unless they are set
+_PREPARATION = {"convert", "filters", "personal_data"}  # keys of steps that are off by default
 _AMOUNTS = ("weight", "epochs", "tokens")  # keys of a source that set how much training reads of it
 
 

@@ -63,8 +63,8 @@ class SplitCounts:
 class SourceInfo:
     """A source in `store.json`. `folder` is relative to the store.
 
-    `left_out` counts the documents that are not in the store: bad_rows, empty and
-    duplicates.
+    `left_out` counts the documents that are not in the store, by reason: bad_rows, empty,
+    duplicates, and what the steps of preparation left out.
     """
 
     name: str

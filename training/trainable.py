@@ -20,6 +20,7 @@ from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.text_sections import TEXT_SECTIONS
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.build import check_backend
 from cpt_merge.training.distributed.parallel import BackendSettings
@@ -101,7 +102,7 @@ def _check_in_small(model_config: Any, config: TrainingConfig) -> None:
     """`check_attention` on a small model of the same architecture.
 
     An architecture that cannot be made small in this way is left to the start of training, which
-    checks the model itself.
+    checks the model itself, with a message.
     """
     try:
         torch.manual_seed(0)
@@ -114,7 +115,8 @@ def _check_in_small(model_config: Any, config: TrainingConfig) -> None:
             mean = 0.5 if parameter.ndim == 1 else 0.0
             torch.nn.init.normal_(parameter, mean=mean, std=0.3)
         module = CausalLM(model, config.loss_chunk).train()
-    except Exception:
+    except Exception as error:  # of the family's own code: any kind
+        _leave_to_training(config, error)
         return
     shape = {"micro_batch_size": 1, "sequence_length": 24}
     try:
@@ -122,8 +124,16 @@ def _check_in_small(model_config: Any, config: TrainingConfig) -> None:
     except UserError as error:
         if not isinstance(error.__cause__, RuntimeError):  # it ran, and the result is wrong
             raise
-    except Exception:
-        return
+        _leave_to_training(config, error.__cause__)
+    except Exception as error:  # as above
+        _leave_to_training(config, error)
+
+
+def _leave_to_training(config: TrainingConfig, error: BaseException) -> None:
+    say(
+        f"whether attention {config.attention!r} keeps packed documents apart is checked when "
+        f"training starts: a small model of this kind cannot be tried ({type(error).__name__})"
+    )
 
 
 def _in_small(settings: Mapping[str, Any]) -> dict[str, Any]:

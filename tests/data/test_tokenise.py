@@ -238,7 +238,7 @@ def test_blocks_that_no_source_has_any_more_are_removed(
     jsonl(path, [f"we go home {number}" for number in range(20)])
     write_store(corpus, model, tmp_path / "store")
     parts = parts_module.Parts(tmp_path / "store.blocks").update()
-    assert len(parts.rows) == 1
+    assert len(parts.rows) == len(parts.pieces) == 1
 
 
 def test_a_source_in_another_language_has_blocks_of_its_own(

@@ -20,6 +20,16 @@ CPU = torch.device("cpu")
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("GptOssConfig", {**SIZES, "head_dim": 8, "num_local_experts": 4}),
     "bert": ("BertConfig", {**SIZES, "is_decoder": False}),
+    "phi3-long": (  # its factors have the length of the model's own heads
+        "Phi3Config",
+        {
+            **SIZES, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
+            "pad_token_id": 0, "max_position_embeddings": 256,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8,
+                             "long_factor": [1.0] * 8},
+        },
+    ),
     "gemma2-uncapped": (
         "Gemma2Config", {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None},
     ),
@@ -51,6 +61,17 @@ def make(folder: Path, family: str) -> None:
 def test_a_family_that_trains_is_let_through(family: str, attention: str, tmp_path: Path) -> None:
     make(tmp_path, family)
     check(tmp_path, attention=attention)
+
+
+def test_an_architecture_that_cannot_be_made_small_is_left_to_training_with_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, "phi3-long")
+    check(tmp_path, attention="sdpa")
+    assert "keeps packed documents apart is checked when training starts" in capsys.readouterr().err
+    make(tmp_path / "llama", "llama")
+    check(tmp_path / "llama", attention="sdpa")
+    assert "checked when training starts" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
