@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cpt_merge.launcher.stages import STAGES
-from tests.launcher.conftest import pair, recipe, recipe_path  # noqa: F401
+from tests.launcher.conftest import pair, recipe, recipe_path, shared, texts  # noqa: F401
 from tests.processes import ROOT, Process, Processes
 
 pytestmark = pytest.mark.slow

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from dataclasses import dataclass
 
 from cpt_merge.cluster.preflight.judgement import announce, judge_nodes
 from cpt_merge.cluster.preflight.links import judge_network
 from cpt_merge.cluster.preflight.network import check_network
 from cpt_merge.cluster.preflight.node import check_node
-from cpt_merge.cluster.preflight.reports import NONCE_FILE, folder_of, node_name
-from cpt_merge.core.artifact import write_json
+from cpt_merge.cluster.preflight.reports import node_name, open_reports
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import console
 from cpt_merge.launcher.inputs import check_inputs
@@ -67,6 +64,4 @@ def preflight(recipe: Recipe, options: PreflightOptions) -> None:
 def _begin(recipe: Recipe) -> None:
     """Check the inputs, and open an empty folder of reports. Raises `UserError`."""
     check_inputs(recipe)
-    folder = folder_of(recipe)
-    shutil.rmtree(folder, ignore_errors=True)
-    write_json(folder / NONCE_FILE, {"nonce": secrets.token_hex(8), "node": node_name()})
+    open_reports(recipe)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,6 +25,13 @@ def folder_of(recipe: Recipe) -> Path:
     job = os.environ.get("SLURM_JOB_ID", "alone")
     restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
     return recipe.directory / "slurm" / "preflight" / f"{job}-{restart}"
+
+
+def open_reports(recipe: Recipe) -> None:
+    """Empty the folder of this job's reports, and write its nonce."""
+    folder = folder_of(recipe)
+    shutil.rmtree(folder, ignore_errors=True)
+    write_json(folder / NONCE_FILE, {"nonce": secrets.token_hex(8), "node": node_name()})
 
 
 def node_name() -> str:

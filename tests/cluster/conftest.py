@@ -1,1 +1,1 @@
-from tests.launcher.conftest import finished, pair, recipe, recipe_path  # noqa: F401
+from tests.launcher.conftest import finished, pair, recipe, recipe_path, shared, texts  # noqa: F401

@@ -3,12 +3,15 @@
 import io
 import json
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 import yaml
+from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cpt_merge.launcher.recipe import Recipe, load_recipe
@@ -57,8 +60,30 @@ def write_model(folder: Path, rows: int, shift: float) -> None:
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that the workers of pytest-xdist have in common."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder that `make` fills, in whichever worker comes first."""
+    made = folder.with_suffix(".made")
+    with FileLock(folder.with_suffix(".lock")):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair(shared: Path) -> Path:
+    return made_once(shared / "tiny-pair", write_pair)
+
+
+def write_pair(folder: Path) -> None:
     for name, shift in (("base", 0.0), ("chat", 0.01)):
         (folder / name).mkdir()
         write_tokenizer(folder / name)
@@ -71,24 +96,27 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
             config["chat_template"] = TEMPLATE
         (folder / name / "tokenizer_config.json").write_text(json.dumps(config))
         write_model(folder / name, proto.vocab_size(), shift)
-    return folder
 
 
-@pytest.fixture(scope="session")
-def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
-    """A recipe of a run that takes seconds; its run lies beside it."""
-    folder = tmp_path_factory.mktemp("run")
-    sources = []
-    for language, weight in (("ko", 0.4), ("zh_tw", 0.4), ("en", 0.2)):
-        path = folder / f"{language}.jsonl"
+LANGUAGES = {"ko": 0.4, "zh_tw": 0.4, "en": 0.2}
+
+
+def write_texts(folder: Path) -> None:
+    """Text in three languages, and a prompt in each."""
+    for language in LANGUAGES:
         rows = [json.dumps({"text": text}, ensure_ascii=False) for text in sentences(language, 400)]
-        path.write_text("\n".join(rows), encoding="utf-8")
-        sources.append({"path": str(path), "language": language, "weight": weight})
-    prompts = [
-        {"language": s["language"], "messages": [{"role": "user", "content": "가나 天地 go home"}]}
-        for s in sources
-    ]
+        (folder / f"{language}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    message = {"role": "user", "content": "가나 天地 go home"}
+    prompts = [{"language": language, "messages": [message]} for language in LANGUAGES]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
+
+
+def write_recipe(folder: Path, pair: Path, texts: Path) -> Path:
+    """A recipe of a run that takes seconds; its run lies beside it."""
+    sources = [
+        {"path": str(texts / f"{language}.jsonl"), "language": language, "weight": weight}
+        for language, weight in LANGUAGES.items()
+    ]
     values = {
         "name": "tiny",
         "runs": str(folder / "runs"),
@@ -100,7 +128,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
             "log_every": 2, "evaluate_every": 3, "checkpoints": {"every": 3}, "optimizer": {"learning_rate": 0.001},
         },
         "evaluation": {
-            "suites": ["language", "chat", "safety"], "prompts": str(folder / "prompts.jsonl"), "max_prompts": 2,
+            "suites": ["language", "chat", "safety"], "prompts": str(texts / "prompts.jsonl"), "max_prompts": 2,
             "max_new_tokens": 8, "context": 64,
         },
         "tracking": {"mode": "offline"},
@@ -112,16 +140,40 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def texts(shared: Path) -> Path:
+    return made_once(shared / "tiny-texts", write_texts)
+
+
+@pytest.fixture(scope="session")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory, pair: Path, texts: Path) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("tiny"), pair, texts)
+
+
+@pytest.fixture(scope="session")
 def recipe(recipe_path: Path) -> Recipe:
     return load_recipe(recipe_path, [])
 
 
 @pytest.fixture(scope="session")
-def finished(recipe_path: Path, recipe: Recipe) -> Path:
+def finished(shared: Path, recipe: Recipe, pair: Path, texts: Path) -> Path:
     """The folder of a finished run: trained by two processes, evaluated by this one."""
+    made = made_once(
+        shared / "tiny-run", lambda folder: make_run(write_recipe(folder, pair, texts))
+    )
+    shutil.copytree(made / "runs" / "tiny", recipe.directory, dirs_exist_ok=True)
+    adopt(recipe.directory, str(made), str(recipe.directory.parents[1]))
+    return recipe.directory
+
+
+def make_run(recipe_path: Path) -> None:
     for command in ("tokenizer", "embeddings", "data", "train"):
         done = cpt_merge(command, recipe_path)
         assert done.returncode == 0, done.stdout + done.stderr
     done = cpt_merge("run", recipe_path, "launch.processes=1")
     assert done.returncode == 0, done.stdout + done.stderr
-    return recipe.directory
+
+
+def adopt(run: Path, before: str, now: str) -> None:
+    """Let a copied run's records name the folder of inputs that are equal byte for byte."""
+    for record in run.glob("*/stage.json"):
+        record.write_text(record.read_text().replace(before, now))

@@ -31,9 +31,11 @@ def test_the_number_of_processes_does_not_make_another_store(recipe_path: Path) 
     assert all(dict(stage.config(one)) == dict(stage.config(other)) for stage in STAGES)
 
 
-def test_a_corpus_that_has_grown_costs_only_what_is_new(recipe_path: Path, tmp_path: Path) -> None:
+def test_a_corpus_that_has_grown_costs_only_what_is_new(
+    recipe_path: Path, texts: Path, tmp_path: Path
+) -> None:
     for language in ("ko", "zh_tw", "en"):
-        shutil.copy(recipe_path.with_name(f"{language}.jsonl"), tmp_path)
+        shutil.copy(texts / f"{language}.jsonl", tmp_path)
     overrides = [f"runs={tmp_path}", "name=grown", "data.processes=1"]
     overrides += [
         f"corpus.sources.{number}.path={tmp_path}/{language}.jsonl"

@@ -13,10 +13,11 @@ from cpt_merge.launcher.freshness import _changed_text, check_current
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stages import DATA, EMBEDDINGS, EVALUATION, MERGE, STAGES, TRAINING
 from tests.command_line import cpt_merge
+from tests.launcher.conftest import adopt
 
 
 @pytest.fixture
-def copied(finished: Path, recipe_path: Path, pair: Path, tmp_path: Path) -> Path:
+def copied(finished: Path, recipe_path: Path, pair: Path, texts: Path, tmp_path: Path) -> Path:
     """The recipe of a finished run whose models, text and prompts are its own."""
     values = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
     path = tmp_path / "tiny.yaml"
@@ -27,16 +28,10 @@ def copied(finished: Path, recipe_path: Path, pair: Path, tmp_path: Path) -> Pat
     for source in values["corpus"]["sources"]:
         source["path"] = shutil.copy(source["path"], tmp_path)
     path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
-    _adopt(path, tmp_path / "runs" / "tiny", recipe_path)
+    for before in (texts, recipe_path.parent):
+        adopt(tmp_path / "runs" / "tiny", str(before), str(tmp_path))
+    adopt(tmp_path / "runs" / "tiny", str(pair), str(tmp_path / "pair"))
     return path
-
-
-def _adopt(path: Path, folder: Path, original: Path) -> None:
-    """Let the records say that the run was made of the copies, which are equal byte for byte."""
-    before = str(original.parent)
-    for stage in STAGES:
-        record = folder / stage.name / "stage.json"
-        record.write_text(record.read_text().replace(before, str(path.parent)))
 
 
 def edit_text(recipe: Path) -> Path:
