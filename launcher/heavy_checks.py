@@ -81,7 +81,7 @@ def check(run: Run, here: bool) -> None:
 def _check_training(run: Run, here: bool) -> None:
     import torch
 
-    from cpt_merge.training.distributed.parallel import backend_settings
+    from cpt_merge.training.distributed.settings import backend_settings
     from cpt_merge.training.trainable import check_trainable
 
     variables = {**os.environ, **backend_variables(run.recipe)}

@@ -12,9 +12,9 @@ from cpt_merge.launcher.start import check_local_batch
 
 def run_pipeline(run: Run) -> None:
     """Run all stages in order. Errors that would stop a late stage are raised first."""
-    check_inputs(run.recipe)
     if not is_up_to_date(run, TRAINING):
         check_local_batch(run.recipe)
+    check_inputs(run.recipe)
     with run.locked():
         for stage in STAGES:
             run_stage(run, stage)

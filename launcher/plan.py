@@ -37,8 +37,8 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
         check_numbers(recipe)
     processes = 0
     if not cluster:
-        check_inputs(recipe, download=False)
         processes = check_local_batch(recipe)
+        check_inputs(recipe, download=False)
     base = read_shape(recipe, dense=cluster is not None)
     shape = base.resized(extended_rows(recipe, base))
     console = Console(highlight=False)

@@ -94,7 +94,7 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
 
 def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
     """How the recipe's accelerate configuration divides memory over so many processes."""
-    from cpt_merge.training.distributed.parallel import backend_settings
+    from cpt_merge.training.distributed.settings import backend_settings
 
     asked = backend_settings(backend_environment(accelerate_config(recipe)))
     if asked.backend == "deepspeed":

@@ -43,7 +43,7 @@ def check_local_batch(recipe: Recipe) -> int:
     processes = _local_processes(recipe) if world.launcher == "alone" else world.size
     recipe.training.check_processes(processes, " of this machine (launch.processes)")
     if world.launcher == "alone" and not started_by_accelerate():
-        from cpt_merge.training.distributed.parallel import backend_settings
+        from cpt_merge.training.distributed.settings import backend_settings
 
         ranks = {"RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_RANK": "0"}
         asked = backend_settings(backend_environment(accelerate_config(recipe)) | ranks)
@@ -72,7 +72,7 @@ def backend_environment(path: Path) -> dict[str, str]:
     """The variables by which `accelerate launch --config_file path` tells processes their backend.
 
     torchrun and srun do not read the file, so there the processes read it themselves. Only the
-    variables that `training.distributed.parallel.backend_settings` reads are set.
+    variables that `training.distributed.settings.backend_settings` reads are set.
     """
     values = read_yaml(path)
     kind = str(values.get("distributed_type", "NO")).upper()

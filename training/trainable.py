@@ -23,7 +23,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.build import check_backend
-from cpt_merge.training.distributed.parallel import BackendSettings
+from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.flops import peak_flops
 from cpt_merge.training.model.attention import IMPLEMENTATIONS, check_attention, check_device
 from cpt_merge.training.model.build import (

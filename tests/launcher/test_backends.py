@@ -12,7 +12,7 @@ import pytest
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.start import backend_environment
 from cpt_merge.training.distributed.deepspeed import zero_section
-from cpt_merge.training.distributed.parallel import BackendSettings, backend_settings
+from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
 from tests.command_line import cpt_merge
 from tests.launcher.conftest import ROOT
 

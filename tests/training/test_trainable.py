@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.config import TrainingConfig, positions_of
-from cpt_merge.training.distributed.parallel import BackendSettings
+from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.trainable import check_trainable
 from tests.training.conftest import CONFIG
 from tests.training.families import FAMILIES, GEMMA, SIZES, make_family

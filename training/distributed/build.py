@@ -5,7 +5,8 @@ from __future__ import annotations
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.backend import Backend
-from cpt_merge.training.distributed.parallel import BackendSettings, Parallel
+from cpt_merge.training.distributed.parallel import Parallel
+from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.phases import PhaseSetup
 
 

@@ -28,7 +28,8 @@ from cpt_merge.core.world import World
 from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
 from cpt_merge.training.distributed.backend import StepOutcome, replaced
-from cpt_merge.training.distributed.parallel import BackendSettings, Parallel
+from cpt_merge.training.distributed.parallel import Parallel
+from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.memory import ZERO_STRATEGIES
 from cpt_merge.training.model.attention import check_attention
 from cpt_merge.training.model.build import (

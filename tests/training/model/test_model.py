@@ -20,7 +20,7 @@ from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.packing import IGNORED
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.distributed.parallel import BackendSettings
+from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.model.build import (
     CausalLM,
     build_model,
