@@ -2,8 +2,9 @@
 
     python -m benchmarks.data text DIR    write text like that of the demo (`make demo`)
     python -m benchmarks.data speed DIR   tokenise and pack, compared with `datasets.map` and
-                                          `group_texts`, with datatrove (--datatrove: a virtual
-                                          environment with it), and with the tokenizers alone
+                                          `group_texts`, with datatrove and litdata (--datatrove,
+                                          --litdata: virtual environments with them), and with the
+                                          tokenizers alone
     python -m benchmarks.data memory DIR  documents of 1 MB, few and many, and one of 50 MB
     python -m benchmarks.data open DIR    from process start to the first batch of a 10 GB store
     python -m benchmarks.data place DIR   the sequences of the first step and of step 1,000,000, in
@@ -21,11 +22,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,9 +35,9 @@ import typer
 from tokenizers import Tokenizer
 
 from benchmarks.text import write_like
+from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.core.artifact import write_json
 from cpt_merge.data.packing import TrainingSequences
-from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.data.store import (
     STORE_FILE,
     SourceInfo,
@@ -47,32 +47,13 @@ from cpt_merge.data.store import (
     StoreInfo,
     TokenizerInfo,
 )
-from cpt_merge.data.tokenise import write_store
 from tests.real_tokenizers import BASES
 
 LANGUAGES = ("en", "ko", "zh_tw")
 LINES = 20  # per document
 ROUNDS = 3  # of both ways, alternating
-LENGTH = 1024  # of a packed sequence
 STORE_TOKENS = 5_000_000_000  # two bytes each
 BATCH = 256  # sequences
-
-DATATROVE = """
-import sys
-from datatrove.executor.local import LocalPipelineExecutor
-from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.tokens import DocumentTokenizer
-def main():
-    texts, tokenizer, eos, out, processes = sys.argv[1:]
-    reader = JsonlReader(texts, glob_pattern="*.jsonl", shuffle_files=False)
-    tokens = DocumentTokenizer(
-        out, tokenizer_name_or_path=tokenizer, eos_token=eos, shuffle_documents=False
-    )
-    number = int(processes)
-    LocalPipelineExecutor([reader, tokens], number, number, logging_dir=out + "/logs").run()
-if __name__ == "__main__":
-    main()
-"""
 
 PEAK = """
 import resource, sys, tempfile
@@ -103,8 +84,6 @@ print(json.dumps({"python": started, "import torch": torch_imported - started,
     "first batch after": whole}))
 """
 
-Way = Callable[[list[Path], Path, Path, int], int]  # (files, tokenizer, folder, processes)
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -126,21 +105,22 @@ def speed(
     processes: int = os.cpu_count() or 1,
     tokenizers: str = "mistral,qwen",
     datatrove: Path | None = None,
+    litdata: Path | None = None,
 ) -> None:
-    """Tokens per second of all ways, by the clock."""
-    files = _documents(folder)
-    results: dict[str, Any] = {
-        "processes": processes,
-        "megabytes": round(sum(f.stat().st_size for f in files) / 1e6),
+    """Tokens per second of all ways, by the clock, from the start of a process to its end."""
+    texts = _documents(folder)
+    pythons = {"store": Path(sys.executable), "run_clm": Path(sys.executable)} | {
+        way: venv / "bin" / "python"
+        for way, venv in (("datatrove", datatrove), ("litdata", litdata))
+        if venv
     }
+    size = sum(file.stat().st_size for file in texts.iterdir())
+    results: dict[str, Any] = {"processes": processes, "megabytes": round(size / 1e6)}
     for name in tokenizers.split(","):
         tokenizer = _tokenizer(folder, name)
-        ways: dict[str, Way] = {"store": store_way, "run_clm": run_clm_way}
-        if datatrove:
-            ways["datatrove"] = partial(datatrove_way, datatrove)
         rounds = [
-            {way: _rate(ways[way], files, tokenizer, folder / "data", processes) for way in ways}
-            | {"tokenizers, one core": library_rate(files, tokenizer)}
+            {way: _rate(way, pythons[way], texts, tokenizer, processes) for way in pythons}
+            | {"tokenizers, one core": library_rate(texts, tokenizer)}
             for _ in range(ROUNDS)
         ]
         rates = {way: round(median(one[way] for one in rounds)) for way in rounds[0]}
@@ -174,86 +154,33 @@ def memory(folder: Path, tokenizer: str = "mistral") -> None:
     _finish(folder, "memory", results)
 
 
-def _rate(way: Way, files: list[Path], tokenizer: Path, folder: Path, processes: int) -> float:
+def _rate(way: str, python: Path, texts: Path, tokenizer: Path, processes: int) -> float:
     """Tokens per second."""
-    start = time.perf_counter()
-    tokens = way(files, tokenizer, folder, processes)
-    return tokens / (time.perf_counter() - start)
+    script = Path(__file__).with_name("tokenising.py")
+    with tempfile.TemporaryDirectory(dir=texts.parent) as out:
+        command = [python, "-P", script, way, texts, tokenizer, out, processes]
+        environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+        start = time.perf_counter()
+        done = subprocess.run(
+            list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        seconds = time.perf_counter() - start
+    return int(done.stdout.split()[-1]) / seconds
 
 
-def store_way(files: list[Path], tokenizer: Path, folder: Path, processes: int) -> int:
-    """From text files to the finished store; returns the number of tokens."""
-    corpus = Corpus(
-        sources=[Source(path=str(file), language=file.stem) for file in files], heldout=0.001
-    )
-    out = folder / "store"
-    shutil.rmtree(out, ignore_errors=True)
-    info = write_store(corpus, tokenizer, out, processes=processes, keep_blocks=False)
-    return sum(source.train.tokens + source.heldout.tokens for source in info.sources)
-
-
-def run_clm_way(files: list[Path], tokenizer: Path, folder: Path, processes: int) -> int:
-    """As in transformers' run_clm example, from text files to Arrow files; returns the tokens."""
-    import datasets
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-    cache = folder / "cache"
-    shutil.rmtree(cache, ignore_errors=True)
-    datasets.disable_progress_bars()
-    text = datasets.load_dataset(
-        "json",
-        data_files=[str(file) for file in files],
-        split="train",
-        cache_dir=str(cache),
-        num_proc=processes,
-    )
-    tokenised = text.map(
-        lambda examples: loaded(examples["text"]),
-        batched=True,
-        num_proc=processes,
-        remove_columns=text.column_names,
-    )
-    rows = tokenised.map(group_texts, batched=True, num_proc=processes)
-    return len(rows) * LENGTH
-
-
-def datatrove_way(
-    venv: Path, files: list[Path], tokenizer: Path, folder: Path, processes: int
-) -> int:
-    """datatrove's DocumentTokenizer without shuffling; its processes divide whole files."""
-    out = folder / "datatrove"
-    shutil.rmtree(out, ignore_errors=True)
-    (folder / "tokenise_by_datatrove.py").write_text(DATATROVE)
-    eos = json.loads((tokenizer / "tokenizer_config.json").read_text())["eos_token"]
-    command = [venv / "bin" / "python", folder / "tokenise_by_datatrove.py", files[0].parent,
-               tokenizer / "tokenizer.json", eos, out, processes]  # fmt: skip
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    rows = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab_size()
-    width = 2 if rows <= 2**16 else 4
-    return sum(file.stat().st_size for file in out.glob("*.ds")) // width
-
-
-def library_rate(files: list[Path], tokenizer: Path) -> float:
+def library_rate(folder: Path, tokenizer: Path) -> float:
     """Tokens per second of the tokenizers library alone, on one core and texts in memory."""
     loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    texts = [json.loads(line)["text"] for file in files for line in file.open(encoding="utf-8")]
+    texts = [
+        json.loads(line)["text"]
+        for file in folder.iterdir()
+        for line in file.open(encoding="utf-8")
+    ]
     start, tokens = time.perf_counter(), 0
     for first in range(0, len(texts), 100):
         encodings = loaded.encode_batch_fast(texts[first : first + 100], add_special_tokens=False)
         tokens += sum(map(len, encodings))
     return tokens / (time.perf_counter() - start)
-
-
-def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-    """Concatenate documents and cut them into LENGTH; the rest of every 1,000 is dropped."""
-    joined = {name: list(chain(*values)) for name, values in examples.items()}
-    total = len(joined["input_ids"]) // LENGTH * LENGTH
-    rows = {
-        name: [values[i : i + LENGTH] for i in range(0, total, LENGTH)]
-        for name, values in joined.items()
-    }
-    return {**rows, "labels": rows["input_ids"].copy()}
 
 
 @app.command("open")
@@ -304,25 +231,31 @@ def _milliseconds(call: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _documents(folder: Path) -> list[Path]:
-    (folder / "data").mkdir(exist_ok=True)
-    files = []
+def _documents(folder: Path) -> Path:
+    """The folder of the texts as JSON lines."""
+    out = folder / "data" / "texts"
+    out.mkdir(parents=True, exist_ok=True)
     for language in LANGUAGES:
         lines = (folder / f"{language}.txt").read_text(encoding="utf-8").split("\n")
         texts = ["\n".join(lines[first : first + LINES]) for first in range(0, len(lines), LINES)]
-        files.append(folder / "data" / f"{language}.jsonl")
         rows = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-        files[-1].write_text("".join(rows), encoding="utf-8")
-    return files
+        (out / f"{language}.jsonl").write_text("".join(rows), encoding="utf-8")
+    return out
 
 
 def _tokenizer(folder: Path, name: str) -> Path:
+    """A tokenizer in the files that the tokenizer stage writes."""
     from transformers import AutoTokenizer
 
     directory = folder / "data" / name
     directory.mkdir(exist_ok=True)
     BASES[name](directory)
     AutoTokenizer.from_pretrained(directory).save_pretrained(directory)  # with a tokenizer.json
+    (directory / "config.json").unlink()
+    settings = read_json(directory / "tokenizer_config.json") | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }
+    write_json(directory / "tokenizer_config.json", settings)
     return directory
 
 

@@ -120,6 +120,18 @@ def render(loaded: Any, template: str | None = None) -> str:
         raise UserError(f"the chat template cannot be rendered: {error}") from None
 
 
+def start_without_torch(module: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """`python -m MODULE ARGUMENTS`, where the module keeps torch from being imported."""
+    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+
+
 class Loading:
     """`loading_differences` of a directory, in a process of its own unless transformers is here.
 
@@ -130,14 +142,7 @@ class Loading:
         self._directory, self._chat = directory, chat
         self._process: subprocess.Popen[str] | None = None
         if "transformers" not in sys.modules:
-            paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, directory, *([chat] if chat else [])],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            )
+            self._process = start_without_torch(__name__, directory, *([chat] if chat else []))
 
     def differences(self) -> list[str]:
         """Wait for the result. Raises `UserError` if transformers cannot load the tokenizer."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from cpt_merge.checkpoint.tokenizer_backend import TokenizerBackend
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.byte_level_encoder import ByteLevelEncoder
 from cpt_merge.data.encoders import LibraryEncoder, Shortcut, TextEncoder, WordEncoder
@@ -69,46 +72,37 @@ class DocumentEncoder:
     """
 
     info: TokenizerInfo
-    texts: TextEncoder
-    backend: Tokenizer
-    prefix: int
-    eos: int
+    tokenizer: TokenizerBackend
 
     @staticmethod
     def read(directory: Path) -> DocumentEncoder:
         """Raises `UserError` for a tokenizer without eos or without a fast implementation."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(
-                f"the tokenizer in {directory} has no fast implementation; add a tokenizer.json."
-            )
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"the tokenizer in {directory} has no eos token; set `eos_token` in its config."
-            )
-        added = tokenizer("", add_special_tokens=True)["input_ids"]
-        eos = int(tokenizer.eos_token_id)
-        backend: Tokenizer = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        rows = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        info = TokenizerInfo(
-            tokenizer_fingerprint(directory), rows, "uint16" if rows <= 2**16 else "uint32"
+        tokenizer = TokenizerBackend.read(directory)
+        rows = max(tokenizer.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        dtype = "uint16" if rows <= 2**16 else "uint32"
+        return DocumentEncoder(
+            TokenizerInfo(tokenizer_fingerprint(directory), rows, dtype), tokenizer
         )
-        encoder, prefix = text_encoder(backend, info.dtype), int(added[0]) if added else eos
-        return DocumentEncoder(info, encoder, backend, prefix, eos)
+
+    @cached_property
+    def texts(self) -> TextEncoder:
+        """Encodes the texts proper."""
+        return text_encoder(self.tokenizer.tokenizer, self.info.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DocumentEncoder, (self.info, self.tokenizer)
 
     def __call__(self, texts: list[str]) -> tuple[Tokens, Integers]:
         """(the documents' tokens one after the other, how many each has)."""
         dtype = np.dtype(self.info.dtype)
-        prefix, eos = (dtype.type(token).tobytes() for token in (self.prefix, self.eos))
-        documents = [prefix + ids + eos for ids in self.texts.encode(texts)]
+        eos = self.tokenizer.eos
+        front = eos if self.tokenizer.prefix is None else self.tokenizer.prefix
+        prefix, end = (dtype.type(token).tobytes() for token in (front, eos))
+        documents = [prefix + ids + end for ids in self.texts.encode(texts)]
         lengths = np.fromiter(map(len, documents), np.int64, len(documents)) // dtype.itemsize
         return np.frombuffer(b"".join(documents), dtype), lengths
 
     def beginning(self, document: Tokens, tokens: int) -> str:
         """The text of a document's first tokens."""
-        text: str = self.backend.decode(document[1:-1][:tokens].tolist())
+        text: str = self.tokenizer.tokenizer.decode(document[1:-1][:tokens].tolist())
         return text.rstrip("\ufffd")  # a character that was cut
