@@ -37,6 +37,8 @@ from tokenizers import Tokenizer
 from benchmarks.text import write_like
 from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.core.artifact import write_json
+from cpt_merge.data.byte_level_encoder import ByteLevelEncoder
+from cpt_merge.data.encoders import LibraryEncoder
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import (
     STORE_FILE,
@@ -47,6 +49,7 @@ from cpt_merge.data.store import (
     StoreInfo,
     TokenizerInfo,
 )
+from cpt_merge.data.workers import one_thread
 from tests.real_tokenizers import BASES
 
 LANGUAGES = ("en", "ko", "zh_tw")
@@ -72,6 +75,8 @@ started = time.time() - float(sys.argv[2])
 import torch
 torch_imported = time.time() - float(sys.argv[2])
 from pathlib import Path
+from cpt_merge.data.byte_level_encoder import ByteLevelEncoder
+from cpt_merge.data.encoders import LibraryEncoder
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
 imported = time.time() - float(sys.argv[2])
@@ -120,7 +125,7 @@ def speed(
         tokenizer = _tokenizer(folder, name)
         rounds = [
             {way: _rate(way, pythons[way], texts, tokenizer, processes) for way in pythons}
-            | {"tokenizers, one core": library_rate(texts, tokenizer)}
+            | library_rates(texts, tokenizer)
             for _ in range(ROUNDS)
         ]
         rates = {way: round(median(one[way] for one in rounds)) for way in rounds[0]}
@@ -168,19 +173,42 @@ def _rate(way: str, python: Path, texts: Path, tokenizer: Path, processes: int) 
     return int(done.stdout.split()[-1]) / seconds
 
 
-def library_rate(folder: Path, tokenizer: Path) -> float:
-    """Tokens per second of the tokenizers library alone, on one core and texts in memory."""
+def library_rates(folder: Path, tokenizer: Path) -> dict[str, float]:
+    """Tokens per second of the libraries alone, on one core and texts in memory."""
     loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     texts = [
         json.loads(line)["text"]
         for file in folder.iterdir()
         for line in file.open(encoding="utf-8")
     ]
-    start, tokens = time.perf_counter(), 0
-    for first in range(0, len(texts), 100):
-        encodings = loaded.encode_batch_fast(texts[first : first + 100], add_special_tokens=False)
-        tokens += sum(map(len, encodings))
-    return tokens / (time.perf_counter() - start)
+    with one_thread():
+        seconds, tokens = _timed(lambda: _encode_with(loaded, texts))
+    rates = {"tokenizers, one core": tokens / seconds}
+    library = LibraryEncoder(loaded, "uint32")
+    shortcut = ByteLevelEncoder.of(json.loads(loaded.to_str()), library)
+    if shortcut:
+        encoding = shortcut.by_tiktoken
+        seconds, tokens = _timed(lambda: sum(len(encoding.encode_to_numpy(one)) for one in texts))
+        rates["tiktoken, one core"] = tokens / seconds
+    return rates
+
+
+def _encode_with(tokenizer: Tokenizer, texts: list[str]) -> int:
+    """The number of tokens."""
+    return sum(
+        len(encoding)
+        for first in range(0, len(texts), 100)
+        for encoding in tokenizer.encode_batch_fast(
+            texts[first : first + 100], add_special_tokens=False
+        )
+    )
+
+
+def _timed(call: Callable[[], int]) -> tuple[float, int]:
+    """(seconds, result)"""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
 
 
 @app.command("open")

@@ -93,7 +93,8 @@ class ByteLevelEncoder:
         return b"".join(self.encode([part])[0] for part in parts)
 
     @cached_property
-    def _tiktoken(self) -> tiktoken.Encoding:
+    def by_tiktoken(self) -> tiktoken.Encoding:
+        """tiktoken's encoding, whose ids are positions in `ids`."""
         return tiktoken.Encoding(
             "", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={}
         )
@@ -113,7 +114,7 @@ class ByteLevelEncoder:
         normalizer = self.library.backend.normalizer  # NFC, or none
         if normalizer is not None and not unicodedata.is_normalized("NFC", text):
             text = normalizer.normalize_str(text)
-        encoded: bytes = self.ids[self._tiktoken.encode_to_numpy(text)].tobytes()
+        encoded: bytes = self.ids[self.by_tiktoken.encode_to_numpy(text)].tobytes()
         return encoded
 
     def _is_left(self, text: str) -> bool:

@@ -35,7 +35,7 @@ def run_in_processes(task: Task, processes: int, report: Report) -> None:
     others. `task` must be picklable.
     """
     if processes == 1:
-        with _one_thread():
+        with one_thread():
             task(0, report)
         return
     start_server()
@@ -87,7 +87,7 @@ def _child(task: Task, number: int, queue: Any) -> None:
         queue.put(("report", (documents, tokens)))
 
     try:
-        with _one_thread():
+        with one_thread():
             task(number, report)
         queue.put(("end", None))
     except (UserError, OSError) as error:
@@ -97,7 +97,7 @@ def _child(task: Task, number: int, queue: Any) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Switch off threads, since the processes use the cores.
 
     tokenizers reads its variable at every call.

@@ -115,7 +115,7 @@ def test_the_ids_are_those_of_the_library(
     library: LibraryEncoder, by_tiktoken: ByteLevelEncoder
 ) -> None:
     assert by_tiktoken.encode(TEXTS) == library.encode(TEXTS)
-    assert pickle.loads(pickle.dumps(by_tiktoken._tiktoken)).encode_ordinary(TEXTS[0])
+    assert pickle.loads(pickle.dumps(by_tiktoken.by_tiktoken)).encode_ordinary(TEXTS[0])
 
 
 def test_whatever_the_text(library: LibraryEncoder, by_tiktoken: ByteLevelEncoder) -> None:
