@@ -13,10 +13,8 @@ from cpt_merge.core.progress import say
 from cpt_merge.data.documents import SKIPPED, read_documents, read_records
 from cpt_merge.data.hub_datasets import at_hand, is_at_hand, size_of
 from cpt_merge.data.mixture import MANY_EPOCHS, check_repeats, mixture
-from cpt_merge.data.readers.arrow_tables import column_bytes
-from cpt_merge.data.readers.streams import expansion
 from cpt_merge.data.records import TemplateText, absent_fields
-from cpt_merge.data.sources import Corpus, Source, read_source, source_files
+from cpt_merge.data.sources import Corpus, Source, read_source, source_files, text_bytes_at_most
 
 HEAD_ROWS = 20  # of each file
 MORE_ROWS = 10_000  # of the first file, if none of these has text
@@ -100,13 +98,7 @@ def tokens_at_most(source: Source, tokenizer: Tokenizer) -> int | None:
             break
     else:
         return tokens
-    whole = sum(_text_bytes_at_most(at_hand(file), source) for file in files)
+    whole = sum(text_bytes_at_most(file, source) for file in files)
     if source.limit is not None:
         whole = min(whole, source.limit * size / documents)
     return int(whole * tokens / size)
-
-
-def _text_bytes_at_most(file: Path, source: Source) -> float:
-    if file.suffix == ".parquet":
-        return column_bytes(file, source.layout.text_of.fields)
-    return file.stat().st_size * expansion(file)

@@ -29,6 +29,8 @@ from cpt_merge.data.preparation.filters import Filtering, QualityFilter
 from cpt_merge.data.preparation.notes import Notes
 from cpt_merge.data.preparation.personal_data import PersonalData, Replacement
 from cpt_merge.data.preparation.steps import Conversion, Preparation, Step
+from cpt_merge.data.readers.arrow_tables import column_bytes
+from cpt_merge.data.readers.streams import expansion
 from cpt_merge.data.records import text_of
 from cpt_merge.data.splits import parse_split
 
@@ -294,6 +296,11 @@ class Piece:
     size: int  # bytes of the files
     rows: tuple[int, int | None] = (0, None)  # from which row to before which one; None: the end
 
+    def text_bytes_at_most(self) -> float:
+        """About how many bytes of text it has at most, judged by its first file."""
+        first = self.files[0]
+        return text_bytes_at_most(first, self.source) / size_of(first) * self.size
+
 
 def source_pieces(source: Source) -> list[Piece]:
     """The files of a source. If it has a `limit` it is one piece, and so is a slice of a split."""
@@ -321,6 +328,14 @@ def _piece(
     source: Source, files: list[TextFile], rows: tuple[int, int | None] = (0, None)
 ) -> Piece:
     return Piece(source, tuple(files), sum(map(size_of, files)), rows)
+
+
+def text_bytes_at_most(file: TextFile, source: Source) -> float:
+    """About how many bytes of text a file contains at most; it is downloaded if need be."""
+    path = at_hand(file)
+    if path.suffix == ".parquet":
+        return column_bytes(path, source.layout.text_of.fields)
+    return path.stat().st_size * expansion(path)
 
 
 def read_source(source: Source) -> Iterator[str]:

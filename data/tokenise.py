@@ -1,12 +1,8 @@
 """Text to token store, divided over processes and nodes; the bytes do not depend on the division.
 
-The text is laid out on the line from 0 to 1: each piece (a file) takes a length in proportion to
-its size, and every process has an interval of that line. Block number b of a piece is at the start
-of the piece plus frac(b * golden ratio) of its length, which spreads the blocks evenly. A process
-reads the pieces that its interval meets and tokenises the blocks inside it. So a corpus of many
-files is divided by files and a single file by blocks; the cost is that processes read blocks that
-they do not tokenise. Tokenised blocks go into parts (`data/parts.py`), which rank 0 joins and which
-stay for the next store: of a corpus that has grown, only the new blocks are tokenised.
+`data/division.py` says which process tokenises which blocks of text. Tokenised blocks go into parts
+(`data/parts.py`), which rank 0 joins and which stay for the next store: of a corpus that has grown,
+only the new blocks are tokenised.
 """
 
 from __future__ import annotations
@@ -25,6 +21,7 @@ from cpt_merge.core.artifact import Staging, stage_key, write_json
 from cpt_merge.core.distributed import wait_for
 from cpt_merge.core.progress import Meter, counted, say, timed
 from cpt_merge.core.world import World
+from cpt_merge.data.division import Interval, Line, Reading
 from cpt_merge.data.documents import SKIPPED
 from cpt_merge.data.encoding import DocumentEncoder
 from cpt_merge.data.hub_datasets import text_fingerprint
@@ -34,7 +31,13 @@ from cpt_merge.data.parts import Digest, Encoded, Parts, PartWriter, TokenBlock
 from cpt_merge.data.preparation.notes import Example, Notes, where_different, write_notes
 from cpt_merge.data.preparation.steps import BAD_ROWS
 from cpt_merge.data.selection import Pair, select
-from cpt_merge.data.sources import Corpus, Piece, Source, read_piece, source_pieces
+from cpt_merge.data.sources import (
+    Corpus,
+    Piece,
+    Source,
+    read_piece,
+    source_pieces,
+)  # fmt: skip
 from cpt_merge.data.store import (  # fmt: skip
     STORE_FILE,
     Store,
@@ -42,12 +45,11 @@ from cpt_merge.data.store import (  # fmt: skip
     StoreSplit,
     TokenizerInfo,
 )
-from cpt_merge.data.workers import Report, run_in_processes, start_server
+from cpt_merge.data.workers import Progress, Report, run_in_processes, start_server
 
 # a block ends with the document that reaches one of these
 BLOCK_DOCUMENTS, BLOCK_CHARACTERS = 1000, 2**20
 EXAMPLE_TOKENS = 4000  # of a document, in which a difference is looked for
-GOLDEN = (5**0.5 - 1) / 2
 
 _MINHASH = {"minhash": [ALGORITHM, PERMUTATIONS, SHINGLE]}
 
@@ -59,7 +61,7 @@ class Plan:
     corpus: Corpus
     pieces: list[Piece]
     keys: list[str]  # of the pieces: digests of their files and of how they are read
-    starts: list[float]  # of each piece on the line; the last is 1
+    line: Line  # on which the pieces are
     of_source: list[list[str]]  # the keys of the pieces of each source
     encoders: dict[StoreSplit, DocumentEncoder]  # `train` also encodes the held-out text
     deduplicate: bool
@@ -76,44 +78,14 @@ class Plan:
         """The plan for a corpus. Raises `UserError` for missing text."""
         by_source = [source_pieces(source) for source in corpus.sources]
         pieces = [piece for pieces in by_source for piece in pieces]
-        ends = np.cumsum([piece.size for piece in pieces], dtype=float)
-        starts = [0.0, *(ends / ends[-1]).tolist()] if pieces else [0.0]
+        line = Line.of([piece.size for piece in pieces])
         of_source = [[_key(corpus, piece) for piece in of] for of in by_source]
         keys = [key for of in of_source for key in of]
         encoders: dict[StoreSplit, DocumentEncoder] = {"train": DocumentEncoder.read(tokenizer)}
         if base:
             encoders["reference"] = DocumentEncoder.read(base)
         duplicates = (deduplicate, near_duplicates)
-        return Plan(corpus, pieces, keys, starts, of_source, encoders, *duplicates)
-
-    def position(self, piece: int, block: int) -> float:
-        """Where a block is."""
-        within = (block + 0.5) * GOLDEN % 1
-        return self.starts[piece] + within * (self.starts[piece + 1] - self.starts[piece])
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The part [start, end) of the line that belongs to one process."""
-
-    start: float
-    end: float
-
-    @staticmethod
-    def of(world: World, worker: int, workers: int) -> Interval:
-        """The interval of a worker; nodes may have different numbers of `workers`."""
-        last = worker + 1 == workers and world.rank + 1 == world.size
-        ends = [(world.rank + number / workers) / world.size for number in (worker, worker + 1)]
-        return Interval(
-            ends[0], 2.0 if last else ends[1]
-        )  # positions that round to 1 are in the last
-
-    def __contains__(self, position: float) -> bool:
-        return self.start <= position < self.end
-
-    def meets(self, start: float, end: float) -> bool:
-        """Whether it overlaps [start, end)."""
-        return start < self.end and end > self.start
+        return Plan(corpus, pieces, keys, line, of_source, encoders, *duplicates)
 
 
 def tokenise_share(
@@ -123,28 +95,46 @@ def tokenise_share(
     mine, done = Interval.of(world, worker, workers), Parts(parts).update()
     writer = PartWriter(parts)
     for number, piece in enumerate(plan.pieces):
-        if not mine.meets(plan.starts[number], plan.starts[number + 1]):
+        share = plan.line.bytes_in(mine, number)
+        if not share:
             continue
-        if _is_done(plan, number, mine, done):
+        if _is_done(plan, number, done, mine):
+            report(Progress(0, 0, share))
             continue
         digests, treatment = list[Digest](), _treatment(plan.corpus, piece.source)
+        reading = Reading(share, piece.text_bytes_at_most())
         for block, texts in enumerate(blocks(read_piece(piece))):
             digests.append(digest_of(texts, treatment))
-            if plan.position(number, block) in mine and digests[-1] not in done.rows:
+            read = reading.advance(sum(len(text.encode()) for text in texts if text))
+            progress = Progress(0, 0, read)
+            if plan.line.position(number, block) in mine and digests[-1] not in done.rows:
                 made = encode_block(digests[-1], texts, plan, piece.source)
                 writer.add(made)
-                report(len(texts), sum(len(made.splits[split].tokens) for split in made.splits))
+                tokens = sum(len(made.splits[split].tokens) for split in made.splits)
+                progress = Progress(len(texts), tokens, read)
+            report(progress)
         writer.end(plan.keys[number], digests)
+        report(Progress(0, 0, reading.finish()))
     writer.flush()
 
 
-def _is_done(plan: Plan, piece: int, mine: Interval, done: Parts) -> bool:
+def _is_done(plan: Plan, piece: int, done: Parts, mine: Interval) -> bool:
     """Whether the piece was read to its end, and its blocks in the interval were tokenised."""
     digests = done.pieces.get(plan.keys[piece])
     return digests is not None and all(
         digest in done.rows
         for block, digest in enumerate(digests)
-        if plan.position(piece, block) in mine
+        if plan.line.position(piece, block) in mine
+    )
+
+
+def _bytes_to_read(plan: Plan, parts: Path, world: World) -> float:
+    """How much of the text this node has to read."""
+    mine, done = Interval.of(world, 0, 1), Parts(parts).update()
+    return sum(
+        plan.line.bytes_in(mine, number)
+        for number in range(len(plan.pieces))
+        if not _is_done(plan, number, done, mine)
     )
 
 
@@ -253,14 +243,15 @@ def write_store(
     _open_parts(blocks, staging, plan, world)
     if _is_finished(staging):  # by other nodes, before this process began
         return Store.open(out).info
-    with Meter("tokenise", None, "documents") as meter:
-        tokens = 0
+    whole = _bytes_to_read(plan, blocks.directory, world)
+    with Meter("tokenise", whole / 1e6, "MB") as meter:
+        documents = tokens = 0
 
-        def report(documents: int, more: int) -> None:
-            nonlocal tokens
-            tokens += more
-            meter.note = f"{tokens:,} tokens"
-            meter.advance(documents)
+        def report(more: Progress) -> None:
+            nonlocal documents, tokens
+            documents, tokens = documents + more.documents, tokens + more.tokens
+            meter.note = f"{counted(documents, 'document')}, {counted(tokens, 'token')}"
+            meter.advance(more.bytes / 1e6)
 
         run_in_processes(
             partial(tokenise_share, plan, blocks.directory, world, processes), processes, report

@@ -8,13 +8,24 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from queue import Empty
 from typing import Any
 
 from cpt_merge.core.errors import UserError
 
-Report = Callable[[int, int], None]  # (documents, tokens) done
+
+@dataclass(frozen=True)
+class Progress:
+    """What was done since the last report."""
+
+    documents: int
+    tokens: int
+    bytes: float  # that were read
+
+
+Report = Callable[[Progress], None]
 Task = Callable[[int, Report], None]  # (which of the processes, report)
 
 # imported once by the server that forks the processes
@@ -75,16 +86,16 @@ def _listen(queue: Any, workers: list[Any], report: Report) -> None:
         if kind == "end":
             running -= 1
         else:
-            report(*value)
+            report(value)
 
 
 def _child(task: Task, number: int, queue: Any) -> None:
     parent = multiprocessing.parent_process()
 
-    def report(documents: int, tokens: int) -> None:
+    def report(done: Progress) -> None:
         if parent is not None and not parent.is_alive():
             sys.exit(1)  # no process is left that would join the parts
-        queue.put(("report", (documents, tokens)))
+        queue.put(("report", done))
 
     try:
         with one_thread():

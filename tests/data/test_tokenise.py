@@ -27,7 +27,7 @@ from cpt_merge.data.packing import PackedDocuments
 from cpt_merge.data.selection import first_occurrences
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.data.store import Store
-from cpt_merge.data.tokenise import Interval, Plan, blocks, write_store
+from cpt_merge.data.tokenise import Plan, blocks, write_store
 from tests.training.conftest import WORDS, make_model, write_text
 
 
@@ -119,33 +119,6 @@ def test_nodes_write_the_same_bytes_as_one_process(
     assert digest(tmp_path / "store") == digest(tmp_path / "alone")
     write_store(corpus, model, tmp_path / "alone", base=model, keep_blocks=False)
     assert not (tmp_path / "alone.blocks").exists()
-
-
-def test_every_position_belongs_to_one_process() -> None:
-    counts = [1, 4, 3]
-    intervals = [
-        Interval.of(World(rank, 3), worker, count)
-        for rank, count in enumerate(counts)
-        for worker in range(count)
-    ]
-    for position in [
-        0.0,
-        1.0,
-        *(i.start for i in intervals),
-        *(random.Random(0).random() for _ in range(1000)),
-    ]:
-        assert sum(position in interval for interval in intervals) == 1
-
-
-def test_a_single_file_is_divided_evenly_by_blocks(
-    corpus: Corpus, model: Path, tmp_path: Path
-) -> None:
-    plan = Plan.make(corpus, model)
-    mine = [plan.position(0, block) for block in range(1000)]
-    assert min(mine) >= plan.starts[0]
-    assert max(mine) < plan.starts[1]
-    counts = np.histogram(mine, bins=8, range=(plan.starts[0], plan.starts[1]))[0]
-    assert counts.min() > 120
 
 
 def test_a_killed_stage_keeps_what_it_tokenised(
