@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted, say_once
 from cpt_merge.data.readers import FORMATS, WHOLE_FILES, format_of
+from cpt_merge.data.readers.streams import COMPRESSIONS
 
 _SHOWN = 3  # names in a message
 _STATE, _DICT = "state.json", "dataset_dict.json"  # of `Dataset.save_to_disk`
@@ -35,11 +37,11 @@ def find_files(path: str, whole_files: bool = False, split: str = "train") -> li
     elif split != "train" and (local.exists() or _has_wildcard(path)):
         raise UserError(f"text source {path} has no splits, so no {split!r}; remove its `split`.")
     if local.is_dir():
-        return _in_directory(local, whole_files)
+        return _mention_twins(path, _in_directory(local, whole_files))
     if local.is_file():
         return [local]
     if _has_wildcard(path):
-        return _matching(path, local, whole_files)
+        return _mention_twins(path, _matching(path, local, whole_files))
     hub_id = plain_path(path)
     looks_local = path.startswith((".", "/", "~")) or hub_id.count("/") > 1
     in_a_folder = "/" in path and Path(hub_id).parent.is_dir()
@@ -73,6 +75,22 @@ def _existing(files: list[Path]) -> list[Path]:
     for file in files:
         if not file.exists():
             raise UserError(f"text file {file} is a link to nothing; repair or remove it.")
+    return files
+
+
+def _mention_twins(path: str, files: list[Path]) -> list[Path]:
+    """The files; those that are there compressed as well are mentioned."""
+    forms = defaultdict[Path, list[Path]](list)
+    for file in files:
+        compressed = file.suffix.lower() in COMPRESSIONS
+        forms[file.with_suffix("") if compressed else file].append(file)
+    twins = [found for found in forms.values() if len(found) > 1]
+    if twins:
+        names = " and ".join(file.name for file in twins[0])
+        say_once(
+            f"{path}: {counted(len(twins), 'file')} will be read in more than one form, such as "
+            f"{names}; if they are copies, remove one of each"
+        )
     return files
 
 

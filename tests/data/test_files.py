@@ -33,6 +33,18 @@ def test_hidden_files_are_left_out_with_a_message(
     assert found(tmp_path / ".cache" / "*", tmp_path) == [".cache/b.jsonl"]
 
 
+def test_a_file_next_to_its_compressed_copy_is_mentioned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, "a.jsonl", "a.jsonl.gz", "b/a.jsonl", "c.jsonl.zst", "c.jsonl.xz")
+    for path in (tmp_path, tmp_path / "**" / "*"):
+        assert len(found(path, tmp_path)) == 5
+        said = " ".join(capsys.readouterr().err.split())
+        assert "2 files will be read in more than one form, such as a.jsonl and a.jsonl.gz" in said
+    assert len(found(tmp_path / "*.jsonl", tmp_path)) == 1
+    assert capsys.readouterr().err == ""
+
+
 def test_a_folder_is_hidden_only_below_the_path_itself(tmp_path: Path) -> None:
     root = tmp_path / ".data"
     make(root, "a.jsonl")
