@@ -49,7 +49,7 @@ def shared_context(models: Mapping[str, Path], wanted: int) -> int:
     for name, directory in models.items():
         try:
             check_complete(directory)
-            config = AutoConfig.from_pretrained(directory)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
             _check_quantiser(config)
         except (UserError, OSError, ValueError) as error:
             raise UserError(f"model {name}: {first_line(error)}") from None
@@ -91,17 +91,19 @@ def load_model(
     options: dict[str, Any] = {"dtype": torch.bfloat16 if cuda else torch.float32}
     if weights:
         options |= {
-            "config": AutoConfig.from_pretrained(directory),
+            "config": AutoConfig.from_pretrained(directory, trust_remote_code=False),
             "ignore_mismatched_sizes": True,
         }
-    model = AutoModelForCausalLM.from_pretrained(weights or directory, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        weights or directory, trust_remote_code=False, **options
+    )
     return LoadedModel(name, model.to(device).eval(), load_tokenizer(directory))
 
 
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model. Raises `UserError` if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{directory} holds no tokenizer that transformers can read ({first_line(error)}); "

@@ -96,3 +96,21 @@ def test_the_command_line_and_the_file_merge_start_without_torch(module: str) ->
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_no_call_lets_transformers_run_a_models_own_code() -> None:
+    """Without `trust_remote_code=False`, transformers asks on the terminal, and `y` runs it."""
+    asking = []
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            of = node.func.value
+            loads = node.func.attr in ("from_pretrained", "from_config")
+            automatic = isinstance(of, ast.Name) and of.id.startswith("Auto")
+            values = {one.arg: one.value for one in node.keywords}
+            answer = values.get("trust_remote_code")
+            is_no = isinstance(answer, ast.Constant) and answer.value is False
+            if loads and automatic and of.id != "AutoHfQuantizer" and not is_no:
+                asking.append(f"{name}:{node.lineno}")
+    assert asking == []

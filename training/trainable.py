@@ -110,6 +110,7 @@ def _check_in_small(model_config: Any, config: TrainingConfig) -> None:
             type(model_config).from_dict(_in_small(model_config.to_dict())),
             dtype=torch.float32,
             attn_implementation=IMPLEMENTATIONS[config.attention],
+            trust_remote_code=False,
         )
         for parameter in model.parameters():  # far from uniform, so that every leak shows
             mean = 0.5 if parameter.ndim == 1 else 0.0

@@ -70,7 +70,7 @@ class ClassifierScorer(Scorer):
     def _check(self) -> None:
         """Check labels and weights before a reply is generated."""
         try:
-            config = AutoConfig.from_pretrained(self._directory)
+            config = AutoConfig.from_pretrained(self._directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise self._unreadable(error) from None
         check_complete(self._directory)
@@ -88,8 +88,12 @@ class ClassifierScorer(Scorer):
             return
         with timed(f"classifier: loading {self._directory}"):
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self._directory)
-                model = AutoModelForSequenceClassification.from_pretrained(self._directory)
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self._directory, trust_remote_code=False
+                )
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    self._directory, trust_remote_code=False
+                )
             except (OSError, ValueError) as error:
                 raise self._unreadable(error) from None
         self._ids = [self._label_id(model.config, label) for label in self._labels]

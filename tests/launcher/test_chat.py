@@ -259,6 +259,25 @@ def test_what_is_no_chat_model_is_said_in_a_sentence(
     one_sentence(talk(base, ["hello"], code=2)[1], str(base), "transformers")
 
 
+@pytest.mark.parametrize("of_the_tokenizer", [False, True])
+def test_a_models_own_code_does_not_run_whatever_stdin_says(
+    of_the_tokenizer: bool, talk: Talk, tmp_path: Path
+) -> None:
+    directory = write_model(tmp_path / "model", 100)
+    write_tokenizer(directory)
+    (directory / "own.py").write_text(f"open({str(tmp_path / 'has run')!r}, 'w')\n")
+    name = "tokenizer_config.json" if of_the_tokenizer else "config.json"
+    values = json.loads((directory / name).read_text())
+    if of_the_tokenizer:
+        values |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    else:
+        own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+        values |= {"model_type": "own", "auto_map": own}
+    (directory / name).write_text(json.dumps(values))
+    one_sentence(talk(directory, ["y", "y", "y"], code=2)[1], "transformers")
+    assert not (tmp_path / "has run").exists()
+
+
 def pieces(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop_ids: list[int]) -> list[str]:
     """What the streamer hands on, token by token."""
     written: list[str] = []

@@ -460,7 +460,7 @@ def transformers_agrees(case: Case) -> Proof:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(
-        case.directory, model_max_length=sys.maxsize
+        case.directory, model_max_length=sys.maxsize, trust_remote_code=False
     )  # no warning about long texts
     texts = case.samples.everything[:: max(1, len(case.samples.everything) // 2000)]
     special = case.map is not None  # another tool's special tokens around a text are unknown here
@@ -541,7 +541,7 @@ def _render(tokenizer: Path, template: str, owner: Path) -> str:
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     try:
         rendered = loaded.apply_chat_template(
             CONVERSATION, chat_template=template, tokenize=False, add_generation_prompt=True

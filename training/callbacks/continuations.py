@@ -126,7 +126,9 @@ class Continuations(PeriodicCallback):
         super().attach(trainer)
         store, count = trainer.sequences.store, trainer.config.continuations
         self.prompts = prompts_from(store, count, PROMPT_TOKENS)
-        self.tokenizer = AutoTokenizer.from_pretrained(trainer.inputs.tokenizer)
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            trainer.inputs.tokenizer, trust_remote_code=False
+        )
         self.shown: list[Sequence[Cell]] = []
 
     @property

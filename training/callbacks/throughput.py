@@ -42,7 +42,7 @@ class Throughput(Callback):
         if self.peak:
             model = trainer.inputs.model
             parameters = Checkpoint.open(model).parameters
-            shape = AutoConfig.from_pretrained(model)
+            shape = AutoConfig.from_pretrained(model, trust_remote_code=False)
             self.flops_per_token = flops_per_token(shape, parameters, config.sequence_length)
 
     @contextmanager

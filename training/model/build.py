@@ -119,7 +119,10 @@ def build_from(model_config: Any, directory: Path, config: TrainingConfig) -> Ca
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                model_config, dtype=dtype, attn_implementation=IMPLEMENTATIONS[config.attention]
+                model_config,
+                dtype=dtype,
+                attn_implementation=IMPLEMENTATIONS[config.attention],
+                trust_remote_code=False,
             )
     except (ValueError, ImportError, KeyError) as error:
         # a model that chooses among its own attention classes
