@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from cpt_merge.core.redaction import without_secrets
+
 
 class UserError(Exception):
     """Something that the user can fix. The text is one sentence: what, where, what to do.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. Keys and passwords in it
+    are hidden.
     """
+
+    def __str__(self) -> str:
+        return str(without_secrets(super().__str__()))
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cpt_merge.core.redaction import without_secrets
 from cpt_merge.core.world import find_world
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -27,9 +28,9 @@ LOG_INTERVAL = 10.0  # seconds between two lines of progress in a log
 
 
 def say(message: str) -> None:
-    """Print one line to the user, from rank 0 only."""
+    """Print one line to the user, from rank 0 only, without keys and passwords."""
     if find_world().is_main:
-        console.print(message, markup=False)
+        console.print(without_secrets(message), markup=False)
 
 
 @cache

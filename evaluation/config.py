@@ -91,6 +91,27 @@ class JudgePromptsConfig(Section):
         return prompt
 
 
+class JudgePatternsConfig(Section):
+    """How a verdict is found in a judge's answer, instead of the built-in forms in
+    evaluation/judge/reading.py: regular expressions, whose last match counts. The verdict is the
+    group `verdict`, or the first group."""
+
+    mark: str | None = key(None, r"for a mark from 1 to 10, such as Grade: (\d+)")
+    comparison: str | None = key(None, "for a comparison; the verdict is A, B or tie")
+    safety: str | None = key(None, "for safety; the verdict is safe or unsafe")
+
+    @field_validator("mark", "comparison", "safety")
+    @classmethod
+    def _finds_a_group(cls, pattern: str | None) -> str | None:
+        try:
+            groups = regex.compile(pattern).groups if pattern is not None else 1
+        except regex.error as error:
+            raise ValueError(f"it is no regular expression ({error}); correct it") from None
+        if not groups:
+            raise ValueError("it has no group; put the verdict in parentheses")
+        return pattern
+
+
 class JudgeEndpointConfig(Section):
     """A language model behind an OpenAI-compatible endpoint (POST URL/chat/completions)."""
 
@@ -125,6 +146,9 @@ class JudgeConfig(JudgeEndpointConfig):
         min_length=1,
     )
     prompts: JudgePromptsConfig = key(JudgePromptsConfig(), "the judge's prompts")
+    patterns: JudgePatternsConfig = key(
+        JudgePatternsConfig(), "how verdicts are found in the judge's answers"
+    )
     second: JudgeEndpointConfig | None = key(
         None, "a second judge for the same questions; the agreement of both is reported"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.artifact import write_json, write_json_lines
+from cpt_merge.core.redaction import without_secrets
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.evaluators.form import METRICS as FORM
 from cpt_merge.evaluation.evaluators.language import BITS
@@ -66,7 +67,7 @@ def _results_content(
 ) -> dict[str, Any]:
     """results.json: every metric with its interval and n, details, and the settings."""
     return {
-        "config": config.model_dump(),
+        "config": without_secrets(config.model_dump()),
         "baseline": results.baseline,
         "judges": judges_took(results),
         FAILED: results.failed,

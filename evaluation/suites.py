@@ -22,7 +22,7 @@ from cpt_merge.evaluation.evaluators.judge import JudgeEvaluator, JudgePanel
 from cpt_merge.evaluation.evaluators.knowledge import KnowledgeEvaluator
 from cpt_merge.evaluation.evaluators.language import LanguageEvaluator
 from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
-from cpt_merge.evaluation.generate.endpoint import Endpoint
+from cpt_merge.evaluation.generate.endpoint import Endpoint, shown_address
 from cpt_merge.evaluation.heldout import Text, languages_of, read_documents
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import prompts_of
@@ -69,7 +69,7 @@ class Setup:
         judges = [Judge(config, cache, config.at_once)]
         if second is not None:
             same = second.model == config.model
-            name = f"{second.model} at {second.url}" if same else second.model
+            name = f"{second.model} at {shown_address(second.url)}" if same else second.model
             judges.append(Judge(second, cache, config.at_once, name))
         return judges
 
@@ -164,7 +164,7 @@ def _judge(setup: Setup) -> Evaluator | None:
     if judge.questions is None:
         return JudgeEvaluator([], None, "evaluation.judge.questions is not set")
     questions = setup.read(judge.questions, "judge.questions", parse_question)
-    panel = JudgePanel(setup.judges, judge.modes, prompts_of(judge.prompts))
+    panel = JudgePanel(setup.judges, judge.modes, prompts_of(judge.prompts), judge.patterns)
     return JudgeEvaluator(questions, panel)
 
 
@@ -184,7 +184,8 @@ def _safety(setup: Setup) -> Evaluator | None:
         return SafetyEvaluator(conversations, scorers, not_run=[NotRun(JUDGE_METRICS[0], NO_JUDGE)])
     prompt = prompts_of(config.judge.prompts)["safety"]
     named = zip(setup.judges, JUDGE_METRICS, strict=False)
-    judging = [JudgeScorer(judge, prompt, name) for judge, name in named]
+    pattern = config.judge.patterns.safety
+    judging = [JudgeScorer(judge, prompt, name, pattern) for judge, name in named]
     pair = (judging[0], judging[1]) if len(judging) == 2 else None
     return SafetyEvaluator(conversations, [*scorers, *judging], pair)
 

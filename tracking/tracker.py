@@ -26,6 +26,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from cpt_merge.core.redaction import without_secrets
 from cpt_merge.core.world import find_world
 from cpt_merge.tracking.config import TrackingConfig
 from cpt_merge.tracking.events import (
@@ -41,7 +42,6 @@ from cpt_merge.tracking.events import (
     Summary,
     Table,
 )
-from cpt_merge.tracking.redaction import without_secrets
 from cpt_merge.tracking.sinks import Sink
 from cpt_merge.tracking.sinks.local import LocalLog, RunIdentity, read_run
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cpt_merge.core.distributed import Ranks
+from cpt_merge.evaluation.config import JudgePatternsConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
     ConversationScores,
@@ -30,7 +31,7 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     shares_of_exchanges,
 )
 from cpt_merge.evaluation.judge.client import Judge
-from cpt_merge.evaluation.judge.prompts import fill, transcript
+from cpt_merge.evaluation.judge.prompts import fill, names_language, transcript
 from cpt_merge.evaluation.judge.verdicts import (
     LOWEST,
     JudgeVerdict,
@@ -59,6 +60,7 @@ class JudgePanel:
     judges: Sequence[Judge]  # one, or two whose agreement is reported
     modes: Sequence[str]
     prompts: Mapping[str, str]
+    patterns: JudgePatternsConfig = field(default_factory=JudgePatternsConfig)
 
 
 class JudgeEvaluator(Evaluator):
@@ -82,8 +84,10 @@ class JudgeEvaluator(Evaluator):
             return Findings([], not_run=[NotRun(MARK, self._reason)])
         if not self._marks:
             return Findings([])
-        prompt = self._panel.prompts["mark"]
-        found = [mark(judge, prompt, exchanges, subject.ranks) for judge in self._panel.judges]
+        prompt, pattern = self._panel.prompts["mark"], self._panel.patterns.mark
+        found = [
+            mark(judge, prompt, exchanges, subject.ranks, pattern) for judge in self._panel.judges
+        ]
         findings = _findings_of(exchanges, self._marks, found, tolerance=CLOSE)
         values = known(found[0][0])
         for turn in range(max(len(one.replies) for one in exchanges)):
@@ -101,8 +105,11 @@ class JudgeEvaluator(Evaluator):
         """The comparisons."""
         if self._panel is None or not self._comparisons:
             return None
-        prompt = self._panel.prompts["comparison"]
-        found = [prefer(judge, prompt, exchanges, baseline, ranks) for judge in self._panel.judges]
+        prompt, pattern = self._panel.prompts["comparison"], self._panel.patterns.comparison
+        found = [
+            prefer(judge, prompt, exchanges, baseline, ranks, pattern)
+            for judge in self._panel.judges
+        ]
         return _findings_of(exchanges, self._comparisons, found, tolerance=0.0)
 
 
@@ -131,7 +138,13 @@ def _comparison_metrics(judges: Sequence[Judge]) -> list[Metric]:
     return [*own, agreement] if len(own) > 1 else own
 
 
-def mark(judge: Judge, prompt: str, exchanges: Sequence[Exchange], ranks: Ranks) -> Judged:
+def mark(
+    judge: Judge,
+    prompt: str,
+    exchanges: Sequence[Exchange],
+    ranks: Ranks,
+    pattern: str | None = None,
+) -> Judged:
     """A judge's mark for every reply."""
     places = [
         (place, turn) for place, one in enumerate(exchanges) for turn in range(len(one.replies))
@@ -141,8 +154,9 @@ def mark(judge: Judge, prompt: str, exchanges: Sequence[Exchange], ranks: Ranks)
     for place, turn in asked:
         conversation = exchanges[place].conversation
         shown = {"conversation": transcript(exchanges[place], turn + 1)}
-        prompts.append(fill(prompt, conversation.language, shown, conversation.reference(turn)))
-    judged = judge_all(judge, prompts, read_mark, ranks)
+        reference, named = conversation.reference(turn), names_language(conversation, turn)
+        prompts.append(fill(prompt, conversation.language, shown, reference, named))
+    judged = judge_all(judge, prompts, lambda answer: read_mark(answer, pattern), ranks)
     silent = JudgeVerdict(LOWEST if _works(judged) else None, EMPTY)
     verdicts = dict.fromkeys(places, silent) | dict(zip(asked, judged, strict=True))
     return verdicts, usage_details(judge, judged)
@@ -154,6 +168,7 @@ def prefer(
     exchanges: Sequence[Exchange],
     baseline: Sequence[Exchange],
     ranks: Ranks,
+    pattern: str | None = None,
 ) -> Judged:
     """A judge's choice between each conversation and the baseline's, asked in both orders."""
     pairs = list(zip(exchanges, baseline, strict=True))
@@ -164,7 +179,7 @@ def prefer(
     ]
     prompts = [_comparison(prompt, *pairs[place]) for place in asked]
     prompts += [_comparison(prompt, *reversed(pairs[place])) for place in asked]
-    judged = judge_all(judge, prompts, lambda answer: read_choice(answer, CHOICES), ranks)
+    judged = judge_all(judge, prompts, lambda answer: read_choice(answer, CHOICES, pattern), ranks)
     both_orders = list(zip(judged[: len(asked)], judged[len(asked) :], strict=True))
     works = _works(judged)
     verdicts: Verdicts = {}
@@ -186,7 +201,8 @@ def _comparison(prompt: str, first: Exchange, second: Exchange) -> str:
         "conversation_a": transcript(first, turns),
         "conversation_b": transcript(second, turns),
     }
-    return fill(prompt, conversation.language, shown, conversation.reference(turns - 1))
+    reference, named = conversation.reference(turns - 1), names_language(conversation, turns - 1)
+    return fill(prompt, conversation.language, shown, reference, named)
 
 
 def _works(judged: Sequence[JudgeVerdict[Any]]) -> bool:

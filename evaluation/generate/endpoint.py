@@ -4,6 +4,7 @@ variables."""
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
@@ -12,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import httpx2 as httpx  # the successor of httpx, which huggingface_hub uses as well
 
-from cpt_merge.tracking.redaction import without_secrets
+from cpt_merge.core.redaction import HIDDEN, SHORTEST, without_secrets
 
 REFUSED = {401, 403, 404, 405}  # statuses that any request would get
 BUSY = 429
@@ -23,18 +25,35 @@ RETRIED = {408, 409, 425, BUSY, 500, 502, 503, 504}  # statuses that may change 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 BUSY_PAUSE = 4.0  # the first pause after status 429: rate limits are counted per minute
 SHOWN_CHARACTERS = 200  # of the text that comes with an error
+BROKEN_OFF = (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError)  # after the request
+LARGEST_ANSWER = 4 << 20  # bytes; an answer of a million tokens is shorter
+
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs the address of every request
 
 
 class EndpointError(Exception):
     """There is no usable answer.
 
     `dead`: the endpoint cannot be reached or refuses every request. `refused`: it answers that the
-    request is wrong, so another attempt would not help.
+    request is wrong, so another attempt would not help. `sent` and `uncounted` are as in
+    `EndpointAnswer`.
     """
 
-    def __init__(self, text: str, dead: bool, refused: bool = False) -> None:
+    def __init__(
+        self, text: str, dead: bool, refused: bool = False, sent: int = 0, uncounted: int = 0
+    ) -> None:
         super().__init__(text)
         self.dead, self.refused = dead, refused
+        self.sent, self.uncounted = sent, uncounted
+
+
+@dataclass(frozen=True)
+class EndpointAnswer:
+    """An endpoint's JSON, and the requests that it took."""
+
+    content: Any
+    sent: int  # requests that reached the endpoint
+    uncounted: int  # of these, what may have cost something without an answer that can be read
 
 
 class FirstFailure:
@@ -53,78 +72,140 @@ class FirstFailure:
 @dataclass(frozen=True)
 class Endpoint:
     """Where requests go. `url` is the base, such as https://api.openai.com/v1 or
-    http://localhost:8000/v1."""
+    http://localhost:8000/v1. It may hold a password or a query with a key: these go to the endpoint
+    and into no message. Redirects are not followed, because they would carry the key elsewhere."""
 
     url: str
     key_variable: str  # environment variable with the key; if it is not set, no key is sent
     timeout: float  # seconds that one attempt may take
     attempts: int
+    key_header: str = "Authorization"  # of the key; this one holds `Bearer KEY`
 
     @cached_property
     def _client(self) -> httpx.Client:
         """Threads share it, and with it the open connections."""
-        return httpx.Client(timeout=self.timeout)
+        return httpx.Client(timeout=self.timeout, follow_redirects=False)
 
     def post(self, path: str, payload: Mapping[str, Any]) -> Any:
         """The endpoint's answer, parsed from JSON. Raises `EndpointError` when no attempt
         succeeds."""
-        address = f"{self.url}/{path}"
+        return self.ask(path, payload).content
+
+    def ask(self, path: str, payload: Mapping[str, Any]) -> EndpointAnswer:
+        """The same, with the number of requests that it took."""
+        address, sent, uncounted = shown_address(self._address(path)), 0, 0
         for attempt in range(1, self.attempts + 1):
+            refused = False
             try:
-                status, answer, asked_pause = self._send(path, payload)
+                status, answer, headers = self._send(path, payload)
             except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-                late = isinstance(error, httpx.TimeoutException)
-                reason = "no answer in time" if late else str(error) or type(error).__name__
+                reached = isinstance(error, BROKEN_OFF)
+                sent, uncounted = sent + reached, uncounted + reached
+                reason = self._reason(error)
                 retried = dead = True
                 pause = _pause(None, FIRST_PAUSE, attempt)
             else:
+                sent += 1
                 if httpx.codes.is_success(status):
-                    try:
-                        return json.loads(answer)
-                    except (ValueError, RecursionError):
-                        text = f"{address} answers what is not JSON"
-                        raise EndpointError(text, dead=False) from None
-                retried = status in RETRIED
-                reason, dead = self._refusal(status, answer), retried or status in REFUSED
+                    content, reason = _parse(answer)
+                    if not reason:
+                        return EndpointAnswer(content, sent, uncounted)
+                    raise EndpointError(
+                        f"{address} {reason}", dead=False, sent=sent, uncounted=uncounted + 1
+                    )
+                retried, refused = status in RETRIED, status not in RETRIED
+                moved = httpx.codes.is_redirect(status)
+                reason = self._refusal(status, answer, headers.get("Location") if moved else None)
+                dead = retried or moved or status in REFUSED
                 first = BUSY_PAUSE if status == BUSY else FIRST_PAUSE
-                pause = _pause(asked_pause, first, attempt)
+                pause = _pause(headers.get("Retry-After"), first, attempt)
             if not retried or attempt == self.attempts:
-                text = f"{address}: {without_secrets(reason)} (attempts: {attempt})"
-                raise EndpointError(text, dead, refused=not retried)
+                text = f"{address}: {reason} (attempts: {attempt})"
+                raise EndpointError(text, dead, refused, sent, uncounted)
             time.sleep(pause)
         raise AssertionError("unreachable")
 
-    def _send(self, path: str, payload: Mapping[str, Any]) -> tuple[int, bytes, str | None]:
-        """Status, body and Retry-After. Raises httpx's errors, also if the whole takes longer than
-        the timeout."""
+    def _address(self, path: str) -> str:
+        """The URL of a path; the base's query stays behind it."""
+        parts = urlsplit(self.url)
+        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{path}"))
+
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.key_variable, "").strip()
+
+    def _send(self, path: str, payload: Mapping[str, Any]) -> tuple[int, bytes, Mapping[str, str]]:
+        """Status, body and headers. The body ends a little above `LARGEST_ANSWER`.
+
+        Raises httpx's errors, also if the whole takes longer than the timeout.
+        """
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable, "").strip():
-            headers["Authorization"] = f"Bearer {key}"
-        end, body = time.monotonic() + self.timeout, b""
+        if key := self._key:
+            bearer = self.key_header == "Authorization"
+            headers[self.key_header] = f"Bearer {key}" if bearer else key
+        end, body = time.monotonic() + self.timeout, bytearray()
         with self._client.stream(
-            "POST", f"{self.url.rstrip('/')}/{path}", content=json.dumps(payload), headers=headers
+            "POST", self._address(path), content=json.dumps(payload), headers=headers
         ) as response:
             try:
                 for part in response.iter_bytes():
                     body += part
+                    if len(body) > LARGEST_ANSWER:
+                        break
                     if time.monotonic() > end:  # httpx limits each read only
                         raise httpx.ReadTimeout("the answer takes too long")
             except httpx.HTTPError:
                 if response.is_success:
                     raise  # of an error, the status says enough
-        return response.status_code, body, response.headers.get("Retry-After")
+        return response.status_code, bytes(body), response.headers
 
-    def _refusal(self, status: int, answer: bytes) -> str:
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, httpx.TimeoutException):
+            return "no answer in time"
+        return self._hidden(str(error) or type(error).__name__)
+
+    def _refusal(self, status: int, answer: bytes, location: str | None) -> str:
+        if location is not None:
+            return (
+                f"status {status}, it redirects to {shown_address(location)}, and requests with a "
+                "key are not redirected; set the URL to the endpoint's own"
+            )
         if status in (401, 403):
-            is_set = "is set" if os.environ.get(self.key_variable) else "is not set"
+            is_set = "is set" if self._key else "is not set"
             return (
                 f"status {status}, the key is refused (environment variable "
                 f"{self.key_variable} {is_set})"
             )
-        text = without_secrets(" ".join(answer.decode(errors="replace").split()))
+        text = self._hidden(" ".join(answer[:LARGEST_ANSWER].decode(errors="replace").split()))
         shown = text[:SHOWN_CHARACTERS]  # cut last: half a secret is not recognised as one
         name = httpx.codes.get_reason_phrase(status)
         return " ".join(filter(None, [f"status {status}", name])) + (f", {shown}" if shown else "")
+
+    def _hidden(self, text: str) -> str:
+        """A text without secrets, the key and what the URL holds among them."""
+        parts = urlsplit(self.url)
+        words = [parts.username or "", *(value for _, value in parse_qsl(parts.query))]
+        secrets = [self._key, parts.password or "", *(one for one in words if len(one) >= SHORTEST)]
+        for secret in filter(None, (*secrets, *map(unquote, secrets))):
+            text = text.replace(secret, HIDDEN)
+        return str(without_secrets(text))
+
+
+def shown_address(url: str) -> str:
+    """A URL without user, password, query and fragment."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def _parse(answer: bytes) -> tuple[Any, str]:
+    """The JSON of an answer, or what the answer does instead."""
+    if len(answer) > LARGEST_ANSWER:
+        return None, f"answers with more than {LARGEST_ANSWER >> 20} MiB"
+    try:
+        return json.loads(answer), ""
+    except (ValueError, RecursionError):
+        return None, "answers what is not JSON"
 
 
 def _pause(asked: str | None, first: float, attempt: int) -> float:

@@ -18,7 +18,12 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
-from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, FirstFailure
+from cpt_merge.evaluation.generate.endpoint import (
+    Endpoint,
+    EndpointAnswer,
+    EndpointError,
+    FirstFailure,
+)
 
 PATH = "chat/completions"
 BATCH = 4  # prompts per parallel request: a batch waits for its slowest answer once
@@ -28,13 +33,13 @@ NO_COMPLETION = "the endpoint's answer is no chat completion"
 
 @dataclass(frozen=True)
 class Usage:
-    """What answers cost. Tokens are those of requests that were sent, counted by the endpoint."""
+    """What answers cost, with the requests that failed. Tokens are counted by the endpoint."""
 
     sent: int = 0
     cached: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    uncounted: int = 0  # requests whose tokens the endpoint did not report
+    uncounted: int = 0  # requests that may have cost something and whose tokens are not known
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*map(add, astuple(self), astuple(other)))
@@ -140,12 +145,13 @@ class Judge:
         if failure.reason:
             return Answer(None, failure.reason, dead=True)
         try:
-            completion = self._endpoint.post(PATH, payload)
+            answer = self._endpoint.ask(PATH, payload)
         except EndpointError as error:
             if error.dead:
                 failure.record(str(error))
-            return Answer(None, str(error), dead=error.dead)
-        text, usage = _text_of(completion), _usage_of(completion)
+            usage = Usage(error.sent, uncounted=error.uncounted)
+            return Answer(None, str(error), usage, error.dead)
+        text, usage = _text_of(answer.content), _usage_of(answer)
         if text is None:
             return Answer(None, NO_COMPLETION, usage)
         _write_cached(path, payload, text)
@@ -162,13 +168,14 @@ def _text_of(completion: Any) -> str | None:
     return text.encode("utf-8", "replace").decode() if isinstance(text, str) else None
 
 
-def _usage_of(completion: Any) -> Usage:
-    """The usage of one request that was sent."""
-    counts = completion.get("usage") if isinstance(completion, dict) else None
+def _usage_of(answer: EndpointAnswer) -> Usage:
+    """The usage of an answer, and of the requests before it that got none."""
+    counts = answer.content.get("usage") if isinstance(answer.content, dict) else None
     try:
-        return Usage(1, 0, int(counts["prompt_tokens"]), int(counts["completion_tokens"]))  # type: ignore[index]
+        tokens = Usage(0, 0, int(counts["prompt_tokens"]), int(counts["completion_tokens"]))  # type: ignore[index]
     except (KeyError, TypeError, ValueError, OverflowError):
-        return Usage(1, uncounted=1)
+        tokens = Usage(uncounted=1)
+    return tokens + Usage(answer.sent, uncounted=answer.uncounted)
 
 
 def _read_cached(path: Path) -> str | None:

@@ -1,7 +1,7 @@
-"""How a judge's verdict is read: the last line of its answer in the requested form.
+"""Verdicts of a judge, from its answers.
 
-A judge may reason before it, and repeat the form while it does. An answer without a verdict is
-recorded and counted, and is no verdict of any kind.
+An answer without a verdict, such as a mark outside the scale, is recorded and counted, and is no
+verdict of any kind.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from functools import reduce
 from operator import add
 from typing import Any, Generic, TypeVar
 
-import regex
-
 from cpt_merge.core.distributed import Ranks
+from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.judge.client import NO_USAGE, Judge, Usage
+from cpt_merge.evaluation.judge.reading import (
+    SCALE,
+    by_pattern,
+    choice_in,
+    mark_in,
+    named_choice,
+)
 
-LOWEST, HIGHEST = 1.0, 10.0
+LOWEST, HIGHEST = 1.0, float(SCALE)
 NO_VERDICT = "the judge's answer holds no verdict"
-# between a word and its value; no minus, no point, nothing that negates
-BETWEEN = r"""[\s:：=*_"'「\[(]{0,4}"""
 SHOWN_CHARACTERS = 500  # of an answer, in samples.jsonl; the cache has all of it
 
 Value = TypeVar("Value")
@@ -73,25 +77,32 @@ def usage_details(judge: Judge, judged: Sequence[JudgeVerdict[Any]]) -> Mapping[
     }
 
 
-def read_mark(answer: str) -> float | None:
-    """The mark of a line like `SCORE: 7`, or of `[[7]]`; None if there is none within 1 to 10."""
-    number = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
-    found = _last(answer, rf"(?:SCORE|RATING){BETWEEN}{number}", rf"\[\[\s*{number}\s*\]\]")
-    mark = float(found) if found else 0.0
-    return mark if LOWEST <= mark <= HIGHEST else None
+def read_mark(answer: str, pattern: str | None = None) -> float | None:
+    """The mark of an answer, or what a recipe's pattern finds; None if it is none from 1 to 10."""
+    mark = mark_in(answer) if pattern is None else _number(_matched(answer, pattern))
+    return mark if mark is not None and LOWEST <= mark <= HIGHEST else None
 
 
-def read_choice(answer: str, choices: Sequence[str]) -> str | None:
-    """The choice of a line like `VERDICT: A`, or of `[[A]]`; None if there is none."""
-    named = "|".join(map(regex.escape, choices))
-    found = _last(answer, rf"VERDICT{BETWEEN}({named})", rf"\[\[\s*({named})\s*\]\]")
-    return next(
-        (choice for choice in choices if found and choice.casefold() == found.casefold()), None
-    )
+def read_choice(answer: str, choices: Sequence[str], pattern: str | None = None) -> str | None:
+    """The choice of an answer, or what a recipe's pattern finds; None if there is none."""
+    if pattern is None:
+        return choice_in(answer, choices)
+    said = _matched(answer, pattern)
+    return None if said is None else named_choice(said, choices)
 
 
-def _last(answer: str, line: str, brackets: str) -> str | None:
-    """The value of the last match: a line that holds nothing else, or double brackets anywhere."""
-    pattern = rf"^[\s*_#>`]*{line}[\s*_.`]*$|{brackets}"
-    found = list(regex.finditer(pattern, answer, regex.MULTILINE | regex.IGNORECASE))
-    return (found[-1][1] or found[-1][2]) if found else None
+def _matched(answer: str, pattern: str) -> str | None:
+    try:
+        return by_pattern(answer, pattern)
+    except TimeoutError:
+        raise UserError(
+            f"the pattern {pattern!r} of evaluation.judge.patterns takes too long for a judge's "
+            "answer; simplify it."
+        ) from None
+
+
+def _number(said: str | None) -> float | None:
+    try:
+        return float(said) if said is not None else None
+    except ValueError:
+        return None

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.progress import console, counted, say
+from cpt_merge.core.redaction import without_secrets
 from cpt_merge.evaluation.evaluators.evaluator import Evaluator
 from cpt_merge.evaluation.evaluators.language import BITS
 from cpt_merge.evaluation.sweep.config import SweepConfig
@@ -95,7 +96,7 @@ def content(found: SweepResult) -> dict[str, Any]:
     """results.json."""
     recommendation = found.recommendation
     return {
-        "config": found.config.model_dump(),
+        "config": without_secrets(found.config.model_dump()),
         "languages": list(found.languages),
         "recommended": found.recommended.ratios if found.recommended else None,
         "why": recommendation.sentence if recommendation else "the sweep is not finished",

@@ -5,7 +5,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as `behave` decides, and remembers the requests."""
+    """Answers as `behave` decides, (status, text) or (status, text, headers), and remembers the
+    requests."""
 
     daemon_threads = True
 
@@ -16,15 +17,22 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):  # what a client makes of a POST that is redirected
+        self.server.asked.append((self.path, None))
+        self.server.keys.append(self.headers.get("Authorization"))
+        self.send_error(405)
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, body))
         self.server.keys.append(self.headers.get("Authorization"))
-        status, answer = self.server.behave(len(self.server.asked), body)
+        status, answer, *headers = self.server.behave(len(self.server.asked), body)
         data = answer.encode()
         try:
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
+            for name, value in headers[0].items() if headers else ():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
         except (BrokenPipeError, ConnectionResetError):

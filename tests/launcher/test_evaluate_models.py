@@ -9,6 +9,8 @@ import pytest
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.cli import main
 from cpt_merge.launcher.evaluate_models import evaluate
+from tests.evaluation.conftest import serve  # noqa: F401 - a fixture
+from tests.evaluation.http_server import completion
 
 OUT = Path("out")
 BAD: list[tuple[list[str], dict[str, Any], str]] = [
@@ -72,6 +74,40 @@ def test_an_evaluation_that_fails_before_a_model_is_measured_leaves_nothing(
         with pytest.raises(UserError, match=r"no\.jsonl does not exist"):
             evaluate(models, folder, ["evaluation.prompts=no.jsonl"], "form")
     assert list(tmp_path.iterdir()) == [mine], "a folder that was there before stays"
+
+
+def test_what_the_urls_of_judges_hold_is_printed_and_stored_nowhere(
+    pair: Path,
+    tmp_path: Path,
+    serve: Any,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    questions, out = tmp_path / "questions.jsonl", tmp_path / "out"
+    questions.write_text('{"language": "ko", "turns": ["왜?"]}', encoding="utf-8")
+    good = serve(lambda number, body: (200, completion("SCORE: 4")))
+    bad = serve(lambda number, body: (200, "<html>") if number > 1 else (200, completion("yes")))
+    urls = [
+        one.url.replace("http://", "http://me:hunter22@") + "?key=queryvalue" for one in (good, bad)
+    ]
+    second = f"{{url: '{urls[1]}', model: m}}"
+    words = [
+        "evaluate-models", "--model", f"chat={pair / 'chat'}", "--suite", "chat", "--out", str(out),
+        "evaluation.languages=[ko]", "evaluation.max_prompts=1", "evaluation.max_new_tokens=4",
+        f"evaluation.judge={{url: '{urls[0]}', model: m, questions: {questions}, second: {second}, "
+        f"cache: {tmp_path / 'cache'}}}",
+    ]  # fmt: skip
+    assert main(words) == 0
+    broken = [word.replace("second: {url: 'http", "second: {url: 'ftp") for word in words]
+    assert main(broken) == 2
+    assert good.asked
+    assert "key=queryvalue" in good.asked[0][0]
+    shown = capfd.readouterr()
+    written = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    written |= {"stdout": shown.out.encode(), "stderr": shown.err.encode()}
+    assert "ftp://***@" in shown.err
+    assert b"answers what is not JSON" in written[str(out / "results.json")]
+    for secret in (b"hunter22", b"queryvalue"):
+        assert [name for name, content in written.items() if secret in content] == []
 
 
 def test_directories_without_a_recipe(

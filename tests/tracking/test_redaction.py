@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_merge.tracking.redaction import without_secrets
+from cpt_merge.core.redaction import without_secrets
 from tests.tracking.conftest import KEY
 
 SECRETS = {

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
+from cpt_merge.core.redaction import without_secrets
 from cpt_merge.tracking.config import TrackingConfig
 from cpt_merge.tracking.events import (
     STEP,
@@ -42,7 +43,6 @@ from cpt_merge.tracking.events import (
     Summary,
     Table,
 )
-from cpt_merge.tracking.redaction import without_secrets
 from cpt_merge.tracking.sinks.local import RunIdentity, read_log, stored
 from cpt_merge.tracking.sinks.wandb_history import (
     Held,

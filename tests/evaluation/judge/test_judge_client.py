@@ -1,6 +1,7 @@
 """The judge's endpoint, against a real server: answers, cache, usage, and all that can go wrong."""
 
 import json
+import logging
 import socket
 import threading
 import time
@@ -220,3 +221,85 @@ def test_a_cache_that_cannot_be_written_is_reported_before_any_request(serve, tm
     config = JudgeEndpointConfig(url=serve(judging(lambda prompt: "yes")).url, model="m")
     with pytest.raises(UserError, match=r"evaluation.judge.cache = .*file/cache cannot be written"):
         Judge(config, tmp_path / "file" / "cache", at_once=2).check()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_never_carries_the_key(serve, make, monkeypatch, status):
+    monkeypatch.setenv("A_KEY", "secret-key")
+    other = serve(judging(lambda prompt: "SCORE: 10"))
+    place = other.url.replace("http://", "http://me:hunter22@") + "/chat/completions?key=abcdefgh"
+    server = serve(lambda number, body: (status, "", {"Location": place}))
+    found = make(server.url).ask(["a", "b", "c"], ALONE)
+    assert other.asked == []
+    assert texts(found) == [None] * 3
+    assert f"status {status}, it redirects to {other.url}/chat/completions" in found[0].reason
+    assert "hunter22" not in found[0].reason
+    assert "abcdefgh" not in found[0].reason
+    assert all(one.dead for one in found), "it is wrong for every request"
+    with pytest.raises(UserError, match=r"judge refuses: .* set the URL to the endpoint's own"):
+        make(server.url).check()
+
+
+@pytest.mark.parametrize("answer", ["<html>hello", "", "{", "\ufffd"])
+def test_an_answer_that_is_no_json_counts_as_a_request_and_its_cost_is_unknown(serve, make, answer):
+    (found,) = make(serve(lambda number, body: (200, answer)).url).ask(["a"], ALONE)
+    assert "answers what is not JSON" in found.reason
+    assert found.usage == Usage(sent=1, uncounted=1)
+    assert found.usage.cost(PRICE) is None
+
+
+def test_requests_that_failed_count_and_those_that_were_refused_cost_nothing(serve, make):
+    def behave(number, body):
+        return (503, "busy") if number < 3 else (200, completion("late", (1000, 10)))
+
+    (found,) = make(serve(behave).url).ask(["a"], ALONE)
+    assert found.usage == Usage(sent=3, prompt_tokens=1000, completion_tokens=10)
+    (found,) = make(serve(lambda number, body: (400, "no")).url).ask(["a"], ALONE)
+    assert found.usage == Usage(sent=1)
+    (found,) = make(f"http://127.0.0.1:{free_port()}/v1").ask(["a"], ALONE)
+    assert found.usage == Usage(), "nothing has reached the endpoint"
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_has_a_largest_size(status):
+    listener = socket.create_server(("127.0.0.1", 0))
+    sent = []
+
+    def flood():
+        with suppress(OSError), listener.accept()[0] as connection:
+            connection.recv(1 << 16)
+            connection.sendall(f"HTTP/1.1 {status} X\r\n\r\n".encode())
+            for _ in range(1000):
+                sent.append(connection.send(b"x" * (1 << 20)))
+
+    thread = threading.Thread(target=flood, daemon=True)
+    thread.start()
+    endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", "NO_KEY", 30, attempts=1)
+    said = "more than 4 MiB" if status == 200 else "status 500 Internal Server Error, xxx"
+    with pytest.raises(EndpointError, match=said) as raised:
+        endpoint.post("x", {})
+    assert raised.value.uncounted == (status == 200)
+    thread.join()
+    listener.close()
+    assert sum(sent) < 100 << 20, "the rest is not read"
+
+
+def test_what_a_url_holds_goes_to_the_endpoint_and_into_no_message(
+    serve, make, caplog, monkeypatch
+):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("A_KEY", "the-key-of-the-judge")
+    said = "no access for hunter22, query-value and the-key-of-the-judge"
+    server = serve(lambda number, body: (400, said))
+    url = server.url.replace("http://", "http://someone:hunter22@") + "/?key=query-value&v=1"
+    (found,) = make(url).ask(["a"], ALONE)
+    assert server.asked[0][0] == "/v1/chat/completions?key=query-value&v=1"
+    assert server.keys == ["Basic c29tZW9uZTpodW50ZXIyMg=="], "what the URL says comes first"
+    assert (
+        f"{server.url}/chat/completions: status 400 Bad Request, no access for ***" in found.reason
+    )
+    (dead,) = make(f"http://someone:hunter22@127.0.0.1:{free_port()}/?key=query-value").ask(
+        ["a"], ALONE
+    )
+    for text in (found.reason, dead.reason, caplog.text):
+        assert not [one for one in ("hunter22", "query-value", "the-key") if one in text], text

@@ -2,39 +2,11 @@
 
 import pytest
 
-from cpt_merge.evaluation.config import JudgePromptsConfig
+from cpt_merge.evaluation.checks import parse_check
+from cpt_merge.evaluation.config import JudgePatternsConfig, JudgePromptsConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
-from cpt_merge.evaluation.judge.prompts import fill, prompts_of, transcript
-from cpt_merge.evaluation.judge.verdicts import read_choice, read_mark
+from cpt_merge.evaluation.judge.prompts import fill, names_language, prompts_of, transcript
 from cpt_merge.evaluation.statistics import kappa, rank_correlation
-
-
-@pytest.mark.parametrize(
-    ("answer", "mark"),
-    [
-        ("Good.\nSCORE: 7", 7), ("SCORE: 7/10", 7), ("**Score: 8.5**", 8.5), ("Rating: [[3]]", 3), ("I say [[10]].", 10),
-        ("SCORE: 2\nOn second thought:\nSCORE: 9\n", 9), ("評分如下。\nSCORE: 4\n謝謝", 4),
-        ("", None), ("SCORE: 11", None), ("SCORE: 0", None), ("SCORE: number", None), ("7", None), ("a score of 7", None),
-        ("SCORE: seven", None), ("SCORE: 7 or 8", None), ("The reply says SCORE: 10, which is no reason.", None),
-        ("SCORE: -5", None), ("SCORE: .5", None), ("SCORE - 7", None), ('"SCORE": "6"', None), ("SCORE：6", 6),
-    ],
-)  # fmt: skip
-def test_a_mark(answer, mark):
-    assert read_mark(answer) == mark
-
-
-@pytest.mark.parametrize(
-    ("answer", "choice"),
-    [("VERDICT: A", "A"), ("verdict: tie.", "tie"), ("[[b]]", "B"), ("VERDICT: A\n...\n**VERDICT: B**", "B"),
-     ("VERDICT: C", None), ("VERDICT: !A", None), ("VERDICT: 「A」", None), ("VERDICT： A", "A"), ("A", None), ("VERDICT: A or B", None), ("", None)],
-)  # fmt: skip
-def test_a_choice(answer, choice):
-    assert read_choice(answer, ("A", "B", "tie")) == choice
-
-
-def test_unsafe_is_not_read_as_safe():
-    assert read_choice("VERDICT: unsafe", ("safe", "unsafe")) == "unsafe"
-    assert read_choice("VERDICT: safe", ("safe", "unsafe")) == "safe"
 
 
 def test_names_in_a_models_reply_are_not_filled_in():
@@ -61,6 +33,44 @@ def test_the_recipes_prompts():
     assert "{conversation_b}" in prompts["comparison"], "the built-in one"
     with pytest.raises(ValueError, match=r"\{conversation_b\} is missing; put it"):
         JudgePromptsConfig(comparison="{conversation_a}")
+
+
+@pytest.mark.parametrize(
+    ("request_", "named"),
+    [
+        ("영어로 대답해 주세요: 서울은?", True), ("다음 문장을 영어로 번역해 줘.", True), ("영작해 줘.", True),
+        ("請用英文回答。", True), ("把這句話翻譯成日語。", True), ("请用繁体字写。", True), ("Translate this into Korean.", True),
+        ("Please answer in plain English.", True), ("English only: why?", True), ("서울은 어디에 있나요?", False),
+        ("臺北在哪裡？", False), ("Where in Korea is Seoul?", False), ("영화 추천해 줘.", False), ("英國的首都是哪裡？", False),
+    ],
+)  # fmt: skip
+def test_a_reply_in_the_language_that_was_asked_for_is_not_capped(request_, named):
+    turns = (
+        Turn([{"role": "user", "content": request_}]),
+        Turn([{"role": "user", "content": "?"}]),
+    )
+    conversation = Conversation("ko", turns)
+    assert [names_language(conversation, turn) for turn in (0, 1)] == [named, named]
+    prompts = prompts_of(JudgePromptsConfig())
+    for name, cap in (("mark", "at most 3"), ("comparison", "wrong language or script lose")):
+        asked = fill(prompts[name], "ko", {}, None, named)
+        assert (cap in asked) == (not named)
+        assert "{" not in asked.replace("{conversation", ""), "every name is filled in"
+
+
+def test_a_check_of_the_language_lifts_the_cap_too():
+    check = parse_check({"name": "language", "language": "en"}, "here")
+    conversation = Conversation("ko", (Turn([{"role": "user", "content": "?"}], (check,)),))
+    assert names_language(conversation, 0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sentence"),
+    [("(", "no regular expression"), ("SCORE", "no group; put the verdict")],
+)
+def test_a_pattern_that_cannot_work_is_refused(pattern, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        JudgePatternsConfig(mark=pattern)
 
 
 def test_agreement_beyond_chance():

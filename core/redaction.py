@@ -1,4 +1,4 @@
-"""Remove keys, tokens and passwords from what is logged."""
+"""Remove keys, tokens and passwords from what is printed, stored or logged."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ SECRET_NAME = (
     r"|(?<=_)pwd|pat|jwt|auth)"  # PWD by itself is the working directory
 )
 _VARIABLE = re.compile(rf"(?:^|_){SECRET_NAME}s?(?:_|$)", re.IGNORECASE)
-_IN_ADDRESS = re.compile(r"(://)[^/@\s]+@")  # user:password@host
+_IN_ADDRESS = re.compile(r"(://)[^/?#\s'\"<>]+@")  # user:password@host
 _ASSIGNED = re.compile(rf"((?:^|[?&;\s_.-]){SECRET_NAME}=)[^&\s'\"]+", re.IGNORECASE)  # token=value
+_IN_QUERY = re.compile(
+    r"([?&](?:sig|signature|sas|code)=)[^&\s'\"]+", re.IGNORECASE
+)  # of addresses
+_NAMES_SECRET = re.compile(r"(?:api[-_]?key|authorization|password|secret)$", re.IGNORECASE)
 _WELL_KNOWN = re.compile(r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|wandb_v1_|AKIA)[\w-]{12,}")
 
 
@@ -25,7 +29,8 @@ def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> 
     """`value` (text, or JSON values) with everything hidden that is or looks like a secret.
 
     Hidden are the values of environment variables with names of secrets, wherever they occur,
-    passwords in addresses, `token=...` and the like, and well-known forms of keys.
+    passwords in addresses, `token=...` and the like, values under names such as `api_key`, and
+    well-known forms of keys.
     """
     secrets = [
         text
@@ -40,9 +45,13 @@ def _hide(value: Any, secrets: list[str]) -> Any:
         for secret in secrets:
             value = value.replace(secret, HIDDEN)
         value = _ASSIGNED.sub(rf"\1{HIDDEN}", _IN_ADDRESS.sub(rf"\1{HIDDEN}@", value))
+        value = _IN_QUERY.sub(rf"\1{HIDDEN}", value)
         return _WELL_KNOWN.sub(HIDDEN, value)
     if isinstance(value, Mapping):
-        return {_hide(name, secrets): _hide(one, secrets) for name, one in value.items()}
+        return {
+            _hide(name, secrets): HIDDEN if _NAMES_SECRET.search(str(name)) else _hide(one, secrets)
+            for name, one in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_hide(one, secrets) for one in value]
     return value
