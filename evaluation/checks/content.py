@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import unicodedata
+from typing import Literal
 
 import regex
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
-from cpt_merge.evaluation.checks import segments
+from cpt_merge.evaluation.checks import keys, segments
+from cpt_merge.evaluation.checks.numerals import plain
+from cpt_merge.evaluation.checks.polarity import polarity
 from cpt_merge.evaluation.checks.registry import check
 from cpt_merge.evaluation.chinese import other_script_characters
 from cpt_merge.evaluation.reply_language import is_in_language
 
-TRAILING = "。．.!！?？~～…\"'”’」』)）】*_` \t\n　"
-
-# what may stand after the end of a sentence: punctuation, emoji, notes
+MARKS = "\"'“”‘’「」『』《》〈〉（）()【】［］[]*_`~～#>|"  # quotation marks, brackets, Markdown
+ENDS = "。．.!！?？…⋯‥,，、;；:："
+EMOJI = r"\p{So}\p{Sk}\p{Emoji_Presentation}\uFE0F\u200D\u20E3♪♫♬♡♥"
+LAUGHTER = "ㅋㅎㅠㅜ" + "".join(map(plain, "ㅋㅎㅠㅜ"))
+# what may stand after the last word: punctuation, emoji, notes, and Korean laughter
 AFTER_END = regex.compile(
-    rf"[{regex.escape(TRAILING, special_only=True)}⋯♪♡\p{{So}}\p{{Sk}}\uFE0F\u200D]+$"
+    rf"(?:[{regex.escape(MARKS + ENDS, special_only=False)}{EMOJI}\s^=<>\-–—·]|(?<!\p{{Hangul"
+    rf"}})[{LAUGHTER}]"
+    rf"|[{LAUGHTER}]{{2,}}|\([^()가-힣\p{{Han}}\p{{Latin}}\p{{N}}]{{2,}}\))+$"
 )
-HAN_NUMBER = "〇零一二三四五六七八九十百千萬万億亿"
-PARTICLES = (
-    "은|는|이|가|을|를|의|에|에서|도|만|와|과|로|으로|랑|이랑|야|이야|요|예요|이에요|이다|입니다|"
-    "입니까|이고|이며|이라고|라고|들|씩|번|개|살|명"
-)
+ASIDE = regex.compile(r"\([^()]*\)\W*$")
+BEFORE_START = regex.compile(rf"[{regex.escape(MARKS, special_only=False)}{EMOJI}\s]+")
 
 
-def plain(text: str) -> str:
-    """The text for comparison: in one width (Ａ and A), one case, with single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
-
-
-def _has(reply: str, word: str) -> bool:
-    """Whether a word occurs; one of Latin letters or digits as a whole: `cat` is not in `cats`."""
-    inner = regex.escape(plain(word))
-    before = r"(?<![\p{Latin}\p{N}])" if regex.match(r"[\p{Latin}\p{N}]", plain(word)) else ""
-    after = r"(?![\p{Latin}\p{N}])" if regex.search(r"[\p{Latin}\p{N}]$", plain(word)) else ""
-    # 7 is not in 3.7 or 1,700 either, but it is in lists like 7, 8 and 7，8
-    before += (
-        r"(?<!\p{N}\.)(?<!\p{N},(?=\p{N}{3}(?!\p{N})))"
-        if regex.match(r"\p{N}", plain(word))
-        else ""
-    )
-    after += r"(?!\.\p{N}|,\p{N}{3}(?!\p{N}))" if regex.search(r"\p{N}$", plain(word)) else ""
-    if regex.fullmatch(f"[{HAN_NUMBER}]+", plain(word)):  # 七 is not in 十七
-        before, after = f"(?<![{HAN_NUMBER}])", f"(?![{HAN_NUMBER}])"
-    elif regex.fullmatch(r"\p{Hangul}", plain(word)):  # 개 is not in 번개, 영 is not in 영하
-        before, after = r"(?<!\p{Hangul})", rf"(?=(?:{PARTICLES})?(?!\p{{Hangul}}))"
-    return regex.search(before + inner + after, plain(reply.replace("，", "、"))) is not None
+def _core(text: str) -> str:
+    """The plain text without marks before its first word and after its last one."""
+    text = plain(text)
+    opening = BEFORE_START.match(text)
+    return str(AFTER_END.sub("", text[opening.end() :] if opening else text))
 
 
 def _some(**arguments: list[str]) -> None:
@@ -71,33 +57,35 @@ def _is_pattern(pattern: str) -> None:
 
 @check("contains", _some)
 def contains(reply: str, *, words: list[str]) -> bool:
-    """The reply contains all words."""
-    return all(_has(reply, word) for word in words)
+    """The reply contains all words; one that it denies (不是 X, not X) does not count."""
+    return all(keys.affirms(reply, word) for word in words)
 
 
 @check("contains_any", _some)
 def contains_any(reply: str, *, words: list[str]) -> bool:
-    """The reply contains at least one of the words."""
-    return any(_has(reply, word) for word in words)
+    """The reply contains at least one of the words; one that it denies does not count."""
+    return any(keys.affirms(reply, word) for word in words)
 
 
 @check("avoids", _some)
 def avoids(reply: str, *, words: list[str]) -> bool:
-    """The reply contains none of the words."""
-    return not any(_has(reply, word) for word in words)
+    """The reply contains none of the words, denied or not."""
+    return not any(keys.holds(reply, word) for word in words)
 
 
 @check("starts_with", _not_blank)
 def starts_with(reply: str, *, text: str) -> bool:
-    """The reply begins with the text."""
-    return plain(reply).startswith(plain(text))
+    """The reply begins with the text; quotation marks and Markdown before it are ignored."""
+    opening = BEFORE_START.match(plain(reply))
+    opened = plain(reply)[opening.end() :] if opening else plain(reply)
+    return any(one.startswith(plain(text)) for one in (plain(reply), opened))
 
 
 @check("ends_with", _not_blank)
 def ends_with(reply: str, *, text: str) -> bool:
     """The reply ends with the text; final punctuation and emoji of both are ignored."""
     wanted = AFTER_END.sub("", plain(text))
-    if not wanted:
+    if not wanted:  # an emoji, or a mark
         return plain(reply).endswith(plain(text))
     return bool(AFTER_END.sub("", plain(reply)).endswith(wanted))
 
@@ -109,15 +97,19 @@ def repeats_first(reply: str, *, text: str) -> bool:
     Quotation marks around the request are allowed.
     """
     opened, wanted = plain(reply).lstrip("\"'“‘「『*> "), plain(text)
-    return opened.startswith(wanted) and bool(opened[len(wanted) :].strip(TRAILING))
+    return opened.startswith(wanted) and bool(AFTER_END.sub("", opened[len(wanted) :]))
 
 
 @check("one_of", _some)
 def one_of(reply: str, *, words: list[str]) -> bool:
-    """The reply is one of the words and nothing else; final punctuation is ignored."""
-    return plain(reply).strip(TRAILING + "「『“(（【") in {
-        plain(word).strip(TRAILING + "「『“(（【") for word in words
-    }
+    """The reply is one of the words and nothing else; punctuation and emoji are ignored."""
+    return _core(reply) in {_core(word) for word in words}
+
+
+@check("says")
+def says(reply: str, *, answer: Literal["yes", "no"]) -> bool:
+    """The reply says yes, or no, in its first words: 是的, 不會, 네, 아니요, No, it is not."""
+    return polarity(reply) == answer
 
 
 @check("matches", _is_pattern)
@@ -128,9 +120,15 @@ def matches(reply: str, *, pattern: str) -> bool:
 
 @check("sentences_end_with", _some)
 def sentences_end_with(reply: str, *, words: list[str]) -> bool:
-    """Every sentence ends with one of the words, such as 요 or 니다; punctuation is ignored."""
-    bare = [AFTER_END.sub("", plain(sentence)) for sentence in segments.sentences(reply)]
-    return bool(bare) and all(sentence.endswith(tuple(map(plain, words))) for sentence in bare)
+    """Every sentence ends with one of the words, such as 요 or 니다; punctuation is ignored.
+
+    So is a parenthesis after the end: 좋아요(웃음).
+    """
+    found, endings = segments.sentences(reply), tuple(map(plain, words))
+    return bool(found) and all(
+        any(AFTER_END.sub("", one).endswith(endings) for one in (text, ASIDE.sub("", text)))
+        for text in map(plain, found)
+    )
 
 
 def _known(language: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import regex
+
 from cpt_merge.evaluation.checks import segments
+from cpt_merge.evaluation.checks.numerals import plain
 from cpt_merge.evaluation.checks.registry import count
 
 
@@ -53,21 +56,30 @@ def count_numbered(reply: str) -> int:
 def count_sections(reply: str, *, heading: str) -> int:
     """Lines that begin with a heading: {"heading": "第"}, "Section", "#".
 
-    Markdown's marks, brackets, quotation marks and a number before the heading do not matter.
+    Markdown's marks, brackets, quotation marks, bullets, emoji and a number before it do not
+    matter.
     """
-    wanted = heading.casefold()
-    lines = (line.strip().casefold() for line in reply.splitlines())
+    wanted = plain(heading)
     return sum(
-        line.startswith(wanted) or (not heading.startswith("#") and _bare(line).startswith(wanted))
-        for line in lines
+        plain(line).startswith(wanted)
+        or (not heading.startswith("#") and _bare(line).startswith(wanted))
+        for line in reply.splitlines()
     )
 
 
 def _bare(line: str) -> str:
-    return str(segments.NUMBER.sub("", line)).lstrip("#*_【[《〈『「“\"' \t")
+    """The line from its first letter on, after a number such as `1.` or `Ⅱ.`."""
+    opening = (
+        rf"^(?:{segments.NUMBER.pattern}|[ \t]*[ⅠⅡⅢⅣⅤⅥⅦⅧⅨⅩIVXA-H]{{1,4}}[.)、]|<h\d>|[^"
+        rf"\p{{L}}\p{{N}}\n])+"
+    )
+    return plain(str(regex.sub(opening, "", line)))
 
 
 @count("occurrences")
 def count_occurrences(reply: str, *, word: str) -> int:
-    """Occurrences of a word in any case."""
-    return reply.casefold().count(word.casefold())
+    """Occurrences of a word in any case; in Latin letters, as a whole word."""
+    edge = r"[\p{Latin}\p{M}\p{N}]"
+    before = rf"(?<!{edge})" if regex.match(edge, word) else ""
+    after = rf"(?!{edge})" if regex.search(rf"{edge}$", word) else ""
+    return len(regex.findall(before + regex.escape(plain(word)) + after, plain(reply)))

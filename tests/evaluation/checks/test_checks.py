@@ -39,6 +39,8 @@ CASES = [
     ("one_of", {"words": ["是", "不是"]}, "「是」。", "是的"),
     ("one_of", {"words": ["B", "(C)"]}, "(B)", "(D)"),
     ("one_of", {"words": ["yes", "no"]}, "Yes.", "Yes, it is."),
+    ("says", {"answer": "yes"}, "是的，會。", "不是，不會。"),
+    ("says", {"answer": "no"}, "아니요, 물고기가 아니에요.", "네, 물고기예요."),
     ("matches", {"pattern": r"\d{4}년"}, "2024년이에요", "24년이에요"),
     ("sentences_end_with", {"words": ["요"]}, "한글날은 10월 9일이에요. 쉬는 날이에요!", "한글날이에요. 쉬는 날입니다."),
     ("sentences_end_with", {"words": ["니다", "까"]}, "어디입니까? 서울입니다.", "서울이다."),
@@ -113,7 +115,7 @@ def test_loose_variants_ignore_an_introduction_and_asterisks():
         len(loose_variants("a *b*\nc\nd")) == 8 - 2
     )  # without the first line there are no stars to remove
     check = parse_check({"name": "starts_with", "text": "親愛的老師"}, "test")
-    for reply in ("好的，以下是信：\n親愛的老師：您好", "**親愛的老師**：您好"):
+    for reply in ("好的，以下是信：\n親愛的老師：您好", "好的：\n**親愛**的老師：您好"):
         assert not check.passes(reply)
         assert check.passes_loosely(reply)
     assert not parse_check({"name": "avoids", "words": ["x"]}, "test").passes_loosely("x")
