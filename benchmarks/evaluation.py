@@ -26,7 +26,6 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.chat_template import (
     ChatTemplate,
     read_chat_template,
-    render,
     template_for,
 )
 from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
@@ -51,16 +50,14 @@ def one_by_one(
 ) -> tuple[Texts, int]:
     """The replies, and the number of generated tokens."""
     stop_ids = loaded.tokenizer.convert_tokens_to_ids(template.end_tokens)
-    settings = generation_settings(config, stop_ids, config.max_new_tokens)
+    settings = generation_settings(config, stop_ids, config.answer_tokens)
     texts: Texts = []
     tokens = 0
     for conversation in conversations:
         history: list[Message] = []
         for turn in conversation.turns:
             history += turn.messages
-            ids = torch.tensor(
-                [loaded.encode(render(loaded.tokenizer, template.template, history))]
-            )
+            ids = torch.tensor([loaded.encode(template.render(loaded.tokenizer, history))])
             with torch.inference_mode():
                 output = loaded.model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings

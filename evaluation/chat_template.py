@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from jinja2.exceptions import TemplateError
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
-from cpt_merge.evaluation.conversation import Conversation, Message
+from cpt_merge.evaluation.config import DEFAULTS, EVERY_MODEL, EvaluationConfig
+from cpt_merge.evaluation.conversation import Conversation, Message, Reply
 from cpt_merge.evaluation.models import LoadedModel, end_tokens, load_tokenizer
+from cpt_merge.evaluation.thoughts import Thoughts, find_thoughts, reasoning_field
 
 PLACEHOLDERS = ("UserPlaceholder", "AssistantPlaceholder")
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -27,67 +30,162 @@ class ChatTemplate:
     end_tokens: list[str]  # those that end a reply
     marks: list[str]  # special tokens and other marks of the template
     source: str  # the directory that it comes from
+    thoughts: Thoughts | None = None  # how thoughts are marked; None if there are none
+    variables: Mapping[str, Any] = field(default_factory=dict)  # such as enable_thinking
+
+    def render(self, tokenizer: Any, messages: Sequence[Message]) -> str:
+        """The text of a conversation up to the start of the reply. Raises `UserError`."""
+        return render(tokenizer, self.template, messages, self.variables)
+
+    def begins_thought(self, prompt: str) -> bool:
+        """Whether a rendered prompt has opened a thought, which the reply continues."""
+        return self.thoughts is not None and self.thoughts.begin_in(prompt)
+
+    def turn_of(self, reply: Reply) -> Message:
+        """A reply as a message of the conversation that follows."""
+        return turn_of(reply, self.template)
 
 
-def read_chat_template(directory: Path) -> ChatTemplate:
-    """The chat template of a model. Raises `UserError` if it has none."""
+def turn_of(reply: Reply, template: Any) -> Message:
+    """A reply as a message of the conversation that follows.
+
+    Its thoughts are left out, or given to a template that decides itself.
+    """
+    name = reasoning_field(template) if reply.thought else None
+    return {"role": "assistant", "content": reply.text, **({name: reply.thought} if name else {})}
+
+
+def read_chat_template(
+    directory: Path, config: EvaluationConfig = DEFAULTS, name: str = ""
+) -> ChatTemplate:
+    """The chat template of a model, which the recipe may know by a name.
+
+    Raises `UserError` if it has none.
+    """
     tokenizer = load_tokenizer(directory)
     if not tokenizer.chat_template:
         raise UserError(
             f"the chat model's tokenizer in {directory} has no chat template, so it cannot be "
             "prompted; add a chat_template."
         )
-    ends, marks = end_tokens(directory, tokenizer), template_marks(tokenizer)
-    return ChatTemplate(tokenizer.chat_template, ends, marks, str(directory))
+    return _own_template(tokenizer, directory, config, name)
 
 
-def first_template(models: Mapping[str, Path]) -> ChatTemplate:
+def _own_template(
+    tokenizer: Any, directory: Path, config: EvaluationConfig, name: str
+) -> ChatTemplate:
+    thoughts = find_thoughts(tokenizer, tokenizer.chat_template, config.thoughts)
+    return ChatTemplate(
+        tokenizer.chat_template,
+        end_tokens(directory, tokenizer),
+        _without_marks_of(thoughts, template_marks(tokenizer)),
+        str(directory),
+        thoughts,
+        config.template_variables(name),
+    )
+
+
+def first_template(models: Mapping[str, Path], config: EvaluationConfig = DEFAULTS) -> ChatTemplate:
     """The chat template of the first model that has one. Raises `UserError` if none has."""
-    for directory in models.values():
+    for name, directory in models.items():
         if load_tokenizer(directory).chat_template:
-            return read_chat_template(directory)
+            return read_chat_template(directory, config, name)
     raise UserError(
         f"none of the models {', '.join(models)} has a chat template, so they cannot be prompted; "
         "name a chat model by --template DIR."
     )
 
 
-def template_for(loaded: LoadedModel, directory: Path, chat: ChatTemplate) -> ChatTemplate:
+def template_for(
+    loaded: LoadedModel,
+    directory: Path,
+    chat: ChatTemplate,
+    config: EvaluationConfig = DEFAULTS,
+) -> ChatTemplate:
     """A model's own template, or the chat model's if it has none.
 
     With a template that is not its own, a model may end its reply with the chat model's end tokens
     as well, as far as its vocabulary has them.
     """
     tokenizer = loaded.tokenizer
-    own_ends = end_tokens(directory, tokenizer)
     if tokenizer.chat_template:
-        marks = sorted({*chat.marks, *template_marks(tokenizer)})
-        return ChatTemplate(tokenizer.chat_template, own_ends, marks, str(directory))
+        own = _own_template(tokenizer, directory, config, loaded.name)
+        return replace(own, marks=_without_marks_of(own.thoughts, [*chat.marks, *own.marks]))
     say(f"{loaded.name}: has no chat template; it is prompted in that of {chat.source}")
     vocabulary = tokenizer.get_vocab()
-    ends = dict.fromkeys([*own_ends, *(token for token in chat.end_tokens if token in vocabulary)])
-    marks = sorted({*chat.marks, *special_tokens(tokenizer)})
-    return ChatTemplate(chat.template, list(ends), marks, chat.source)
+    known = (token for token in chat.end_tokens if token in vocabulary)
+    thoughts = chat.thoughts or find_thoughts(tokenizer, None, config.thoughts)
+    return ChatTemplate(
+        chat.template,
+        list(dict.fromkeys([*end_tokens(directory, tokenizer), *known])),
+        _without_marks_of(thoughts, [*chat.marks, *special_tokens(tokenizer)]),
+        chat.source,
+        thoughts,
+        config.template_variables(loaded.name),
+    )
+
+
+def _without_marks_of(thoughts: Thoughts | None, marks: Sequence[str]) -> list[str]:
+    """The marks that no reply should contain: those of thoughts are allowed."""
+    if thoughts is None:
+        return sorted(set(marks))
+    left = {one: thoughts.without_marks(one) for one in marks}
+    return sorted({one for one, rest in left.items() if rest})
 
 
 def check_prompts(
-    models: Mapping[str, Path], chat: ChatTemplate, conversations: Sequence[Conversation]
+    models: Mapping[str, Path],
+    chat: ChatTemplate,
+    conversations: Sequence[Conversation],
+    config: EvaluationConfig = DEFAULTS,
 ) -> None:
     """Render every first turn for every model, before any model is loaded.
 
-    Raises `UserError` for a prompt that a template refuses.
+    Raises `UserError` for a prompt that a template refuses, and for a variable that it lacks.
     """
+    used: set[str] = set()
     for name, directory in models.items():
         tokenizer = load_tokenizer(directory)
         template = tokenizer.chat_template or chat.template
+        variables = config.template_variables(name)
+        own = config.chat_template_kwargs.get(name, {})
+        check_variables(f"evaluation.chat_template_kwargs.{name}", template, own)
+        used |= variables.keys() & _words(template)
         for conversation in conversations:
             try:
-                render(tokenizer, template, conversation.turns[0].messages)
+                render(tokenizer, template, conversation.turns[0].messages, variables)
             except UserError as error:
                 raise UserError(f"model {name}, {conversation.questions[:60]!r}: {error}") from None
+    unused = sorted(config.chat_template_kwargs.get(EVERY_MODEL, {}).keys() - used)
+    if unused:
+        raise UserError(
+            f"evaluation.chat_template_kwargs.{EVERY_MODEL}.{unused[0]}: no model's chat template "
+            "has this variable; correct or remove it."
+        )
 
 
-def render(tokenizer: Any, template: str, messages: Sequence[Message]) -> str:
+def check_variables(key: str, template: Any, variables: Mapping[str, Any]) -> None:
+    """Raise `UserError` for variables that the template lacks; `key` is where they are set."""
+    words = _words(template)
+    for variable in variables:
+        if variable not in words:
+            near = difflib.get_close_matches(variable, sorted(words), 1)
+            raise UserError(
+                f"{key}.{variable}: the chat template has no such variable; "
+                f"{f'the nearest is {near[0]}' if near else 'remove it'}."
+            )
+
+
+def _words(template: Any) -> set[str]:
+    return set(regex.findall(r"[A-Za-z_]\w*", str(template)))
+
+
+def render(
+    tokenizer: Any,
+    template: str,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """The text of a conversation up to the start of the reply.
 
     Raises `UserError` if the template refuses it.
@@ -95,7 +193,11 @@ def render(tokenizer: Any, template: str, messages: Sequence[Message]) -> str:
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
+                list(messages),
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **(variables or {}),
             )
         )
     except REFUSALS as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -196,7 +196,24 @@ def _known_languages(tags: Iterable[str]) -> list[str]:
         raise ValueError(str(error)) from None
 
 
-OF_A_RECIPE = frozenset(("base", "chat", "cpt", "merged"))
+class ThoughtMarksConfig(Section):
+    """What a reasoning model writes around its thoughts."""
+
+    open: str | None = key(
+        None, "mark before a thought; if not set: replies begin within it", min_length=1
+    )
+    close: str = key(..., "mark between a thought and the answer", min_length=1)
+
+
+MERGED = "merged"
+OF_A_RECIPE = frozenset(("base", "chat", "cpt", MERGED))
+EVERY_MODEL = "all"
+# what rendering passes itself, or passes to the tokenizer
+ARGUMENTS = frozenset((
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation",
+    "max_length", "messages", "padding", "return_dict", "return_tensors", "tokenize", "truncation",
+))  # fmt: skip
+MOST_TOKENS = 4  # of a character: its bytes of UTF-8
 
 
 class EvaluationConfig(Section):
@@ -241,7 +258,24 @@ class EvaluationConfig(Section):
         None, "the model that others are compared with; if not set: `base`, or the first one"
     )
     max_prompts: int = key(50, "number of prompts per language and evaluator", unit="prompts", gt=0)
-    max_new_tokens: int = key(256, "longest reply", unit="tokens", gt=0)
+    max_characters: int = key(
+        600, "longest reply without its thoughts, the same for all models", unit="characters", gt=0
+    )
+    max_new_tokens: int | None = key(
+        None,
+        "another limit of the same; if not set: 4 per character, more than any tokenizer needs",
+        unit="tokens",
+        gt=0,
+    )
+    max_thought_tokens: int = key(2048, "longest thoughts of a reply", unit="tokens", gt=0)
+    thoughts: list[ThoughtMarksConfig] = key(
+        [], "marks of thoughts, for reasoning models whose tokenizer does not tell"
+    )
+    chat_template_kwargs: dict[str, dict[str, Any]] = key(
+        {},
+        "model, or `all` -> variables for its chat template, such as "
+        "{merged: {enable_thinking: false}}",
+    )
     temperature: float = key(0.0, "0: greedy; otherwise replies are sampled", ge=0)
     top_p: float = key(1.0, "sampling: probability mass that is kept (nucleus)", gt=0, le=1)
     repetition_penalty: float = key(1.0, "1: none; also applies to greedy decoding", gt=0)
@@ -279,6 +313,33 @@ class EvaluationConfig(Section):
             raise ValueError(f"model name {wrong[0]!r} is not made of letters, digits, . _ and -")
         return models
 
+    def template_variables(self, model: str) -> dict[str, Any]:
+        """The variables that a model's chat template gets, those for all models among them."""
+        given = self.chat_template_kwargs
+        return {**given.get(EVERY_MODEL, {}), **given.get(model, {})}
+
+    def check_models(self, names: Sequence[str]) -> None:
+        """Raise `UserError` for template variables of a model that is not evaluated."""
+        for name in self.chat_template_kwargs:
+            if name != EVERY_MODEL and name not in names:
+                raise UserError(
+                    f"evaluation.chat_template_kwargs names {name}, which is none of the models; "
+                    f"they are {', '.join(names)} (and {EVERY_MODEL})."
+                )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_variables(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        own = {name for variables in given.values() for name in variables} & ARGUMENTS
+        if own:
+            raise ValueError(f"{min(own)} is set by the evaluation; leave it out")
+        return given
+
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens of a reply without its thoughts."""
+        return self.max_new_tokens or MOST_TOKENS * self.max_characters
+
     @property
     def classifier(self) -> str | None:
         """The classification model that the chosen suites use: a directory or a hub id."""
@@ -297,3 +358,6 @@ class EvaluationConfig(Section):
             **{f"safety.lists.{language}": path for language, path in self.safety.lists.items()},
         }
         return {name: path for name, path in named.items() if path is not None and path != BUILT_IN}
+
+
+DEFAULTS = EvaluationConfig()

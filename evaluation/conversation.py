@@ -58,11 +58,19 @@ def prompt(language: str, messages: list[Message], checks: Sequence[Check] = ())
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's reply. Its text includes special tokens, but not the one that ended it."""
+    """A model's reply. Its texts include special tokens, but not the one that ended it."""
 
-    text: str
-    stopped: bool  # by the model itself, not by max_new_tokens
-    tokens: int  # generated, including the end token
+    text: str  # the answer
+    stopped: bool  # by the model itself, not by a limit
+    tokens: int  # generated, including thoughts and the end token
+    thought: str = ""  # what a reasoning model wrote before the answer
+    thought_tokens: int = 0
+    within_thought: bool = False  # it ended within a thought, so there is no answer
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it has a thought that is not empty."""
+        return self.within_thought or bool(self.thought)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,11 @@ class Exchange:
         for turn, reply in zip(earlier, self.replies, strict=False):
             found += [*turn.messages, {"role": "assistant", "content": reply.text}]
         return [*found, *last.messages]
+
+    @property
+    def thought(self) -> str:
+        """The thoughts of all replies, for tables."""
+        return "\n".join(reply.thought for reply in self.replies if reply.thought)
 
     @property
     def text(self) -> str:

@@ -162,17 +162,21 @@ def track(results: Results, drawn: Mapping[str, Path], tracker: Tracker) -> None
 def _track_samples(results: Results, tracker: Tracker) -> None:
     form = [metric.name for metric in FORM]
     others = [name for name in results.metrics if name not in form and name != BITS]
+    others = [name for name in others if name not in results.evaluators.get("thoughts", [])]
+    thinks = any(one.exchange.thought for result in results.models for one in result.samples)
     rows: list[list[Cell]] = []
     for result in results.models:
         for sample in result.samples:
             exchange, scores = sample.exchange, sample.scores
             rows.append([
                 exchange.conversation.language, exchange.conversation.questions, result.name,
-                exchange.text, sum(reply.tokens for reply in exchange.replies),
+                *([exchange.thought] if thinks else []), exchange.text,
+                sum(reply.tokens for reply in exchange.replies),
                 *map(scores.get, form), sample.evaluator, *map(scores.get, others),
                 "\n".join(sample.why),
             ])  # fmt: skip
-    first = ["language", "prompt", "model", "reply", "tokens"]
+    thought = ["thought"] if thinks else []
+    first = ["language", "prompt", "model", *thought, "reply", "tokens"]
     if rows:
         tracker.table("eval/samples", [*first, *form, "evaluator", *others, "why"], rows)
 

@@ -77,16 +77,19 @@ def run(
     `model/language/metric` on every rank.
     """
     baseline = choose_baseline(list(models), config.baseline)
+    config.check_models(list(models))
     config = config.model_copy(update={"context": shared_context(models, config.context)})
     setup = Setup(config, text)
     evaluators = make_evaluators(setup)
     chat = None
     if any(evaluator.needs_template() for evaluator in evaluators):
         chat = (
-            read_chat_template(chat_template_from) if chat_template_from else first_template(models)
+            read_chat_template(chat_template_from, config)
+            if chat_template_from
+            else first_template(models, config)
         )
         asked = [one for evaluator in evaluators for one in evaluator.conversations]
-        check_prompts(models, chat, asked)
+        check_prompts(models, chat, asked, config)
     check_judges(setup, evaluators)
     kept = KeptResults.of(config, text, chat, out)
     with joined() as ranks:
@@ -122,7 +125,7 @@ def evaluate_model(
     """
     with timed(f"{name}: loading {directory}"):
         loaded = load_model(name, directory, ranks.world.local_rank)
-    template = template_for(loaded, directory, chat) if chat else None
+    template = template_for(loaded, directory, chat, config) if chat else None
     return measure(Subject(loaded, directory, ranks, template), config, evaluators, before)
 
 

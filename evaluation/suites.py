@@ -22,6 +22,7 @@ from cpt_merge.evaluation.evaluators.judge import JudgeEvaluator, JudgePanel
 from cpt_merge.evaluation.evaluators.knowledge import KnowledgeEvaluator
 from cpt_merge.evaluation.evaluators.language import LanguageEvaluator
 from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
+from cpt_merge.evaluation.evaluators.thoughts import ThoughtsEvaluator
 from cpt_merge.evaluation.generate.endpoint import Endpoint, shown_address
 from cpt_merge.evaluation.heldout import Text, languages_of, read_documents
 from cpt_merge.evaluation.judge.client import Judge
@@ -43,10 +44,10 @@ from cpt_merge.evaluation.scorers.scorer import Scorer
 
 SUITES: dict[str, tuple[str, ...]] = {
     "language": ("language",),
-    "form": ("form",),
-    "chat": ("form", "instructions", "dialogue", "judge"),
+    "form": ("form", "thoughts"),
+    "chat": ("form", "thoughts", "instructions", "dialogue", "judge"),
     "knowledge": ("knowledge",),
-    "safety": ("form", "safety"),
+    "safety": ("form", "thoughts", "safety"),
 }
 WITHOUT_REPLIES = ("language", "knowledge")
 NO_JUDGE = "there is no judge; set evaluation.judge"
@@ -193,6 +194,7 @@ def _safety(setup: Setup) -> Evaluator | None:
 MAKERS: Mapping[str, Callable[[Setup], Evaluator | None]] = {
     "language": _language,
     "form": _form,
+    "thoughts": lambda _: ThoughtsEvaluator(),
     "instructions": lambda setup: InstructionsEvaluator(
         setup.read(setup.config.instructions, "instructions", parse_instruction, "instructions")
     ),

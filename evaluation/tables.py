@@ -11,11 +11,13 @@ from rich.text import Text
 
 from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import console, counted, say
+from cpt_merge.evaluation.conversation import Reply
 from cpt_merge.evaluation.evaluators.evaluator import Metric, NotRun
 from cpt_merge.evaluation.results import ModelResult, Results, Sample, each, languages_with
 from cpt_merge.evaluation.statistics import Estimate, PairedDifference
 
 SHOWN_CHARACTERS = 400  # of a reply
+SHOWN_OF_THOUGHT = 160  # characters
 NAMED = 6  # differences per model in the first sentence
 SHOWN_GROUPS = 8  # of a breakdown; results.json has all
 UNITS = {"language": "document", "knowledge": "question"}  # evaluator -> what n counts
@@ -207,6 +209,7 @@ def _shown(sample: Sample) -> Text:
     """
     lines = Text("\n").join(
         Text.assemble(
+            (_thought(reply), "dim italic"),
             _visible(reply.text[:SHOWN_CHARACTERS]),
             ("" if reply.stopped else " … (cut off)", "dim"),
         )
@@ -215,6 +218,13 @@ def _shown(sample: Sample) -> Text:
     for reason in sample.why:
         lines.append(f"\n  · {_visible(reason)}", "dim")
     return lines
+
+
+def _thought(reply: Reply) -> str:
+    """The thought before an answer, shortened; empty if there is none."""
+    thought = _visible(reply.thought)
+    more = " …" if len(thought) > SHOWN_OF_THOUGHT else ""
+    return f"(thought: {thought[:SHOWN_OF_THOUGHT]}{more}) " if thought else ""
 
 
 def _visible(text: str) -> str:

@@ -6,21 +6,24 @@ import io
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoConfig, GenerationConfig, StoppingCriteriaList
 
 from cpt_merge.checkpoint.reader import check_complete, refuse_adapter
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import counted, say
-from cpt_merge.evaluation.chat_template import render
-from cpt_merge.evaluation.conversation import Message
+from cpt_merge.evaluation.chat_template import check_variables, render, special_tokens, turn_of
+from cpt_merge.evaluation.config import ARGUMENTS
+from cpt_merge.evaluation.conversation import Message, Reply
 from cpt_merge.evaluation.models import LoadedModel, load_model, load_tokenizer
+from cpt_merge.evaluation.thoughts import Thoughts, find_thoughts
 
 HELP = (
     "/clear: start a new conversation   /undo: remove the last exchange   "
@@ -35,8 +38,25 @@ class ChatSettings:
 
     system: str | None
     max_new_tokens: int
+    max_thought_tokens: int  # as many more, for a model that thinks
     temperature: float | None  # 0: greedy; None: that of the model's generation_config.json
     seed: int | None  # None: replies differ each time
+    variables: dict[str, Any]  # of the chat template
+
+
+def read_variables(text: str) -> dict[str, Any]:
+    """Variables of a chat template, written in YAML. Raises `UserError`."""
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise UserError(
+            f"--chat-template-kwargs {text} is no mapping; write '{{enable_thinking: false}}'."
+        )
+    if taken := ARGUMENTS & given.keys():
+        raise UserError(f"--chat-template-kwargs: {min(taken)} is set by the chat; leave it out.")
+    return given
 
 
 def chat(name: str, settings: ChatSettings) -> None:
@@ -80,7 +100,8 @@ def _load(name: str, settings: ChatSettings) -> LoadedModel:
             f"{directory} has no chat template, so it is probably a base model; give a chat model, "
             "or add a template as chat_template.jinja."
         )
-    _render(tokenizer, [*_opening(settings), {"role": "user", "content": "?"}])
+    check_variables("--chat-template-kwargs", tokenizer.chat_template, settings.variables)
+    _render(tokenizer, [*_opening(settings), {"role": "user", "content": "?"}], settings)
     check_complete(directory)
     loaded = load_model(name, directory, local_rank=0)
     loaded.model.generation_config.max_length = None  # the limits are those of `_fit`
@@ -92,9 +113,10 @@ def _opening(settings: ChatSettings) -> list[Message]:
     return [{"role": "system", "content": settings.system}] if settings.system else []
 
 
-def _render(tokenizer: Any, messages: list[Message]) -> str:
+def _render(tokenizer: Any, messages: list[Message], settings: ChatSettings) -> str:
     template = tokenizer.chat_template
-    return render(tokenizer, template if isinstance(template, str) else "default", messages)
+    chosen = template if isinstance(template, str) else "default"
+    return render(tokenizer, chosen, messages, settings.variables)
 
 
 def _lines(terminal: bool) -> Iterator[str]:
@@ -153,10 +175,16 @@ class Dialogue:
     settings: ChatSettings
     turns: list[Message] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        tokenizer = self.loaded.tokenizer
+        self.thoughts = find_thoughts(tokenizer, tokenizer.chat_template, [])
+
     def answer(self, text: str) -> None:
         """Write the reply to stdout and keep both. Raises `UserError` if the text is too long."""
         self.turns, prompt = self._fit([*self.turns, {"role": "user", "content": text}])
         room = self.settings.max_new_tokens
+        if self.thoughts:
+            room += self.settings.max_thought_tokens
         if self.context is not None:
             room = min(room, self.context - len(prompt))
         try:
@@ -164,7 +192,7 @@ class Dialogue:
         except BaseException:
             self.turns.pop()  # the user's turn, which has no reply
             raise
-        self.turns.append({"role": "assistant", "content": reply})
+        self.turns.append(turn_of(reply, self.loaded.tokenizer.chat_template))
 
     @property
     def context(self) -> int | None:
@@ -204,9 +232,9 @@ class Dialogue:
 
     def _encode(self, turns: list[Message]) -> list[int]:
         messages = [*_opening(self.settings), *turns]
-        return self.loaded.encode(_render(self.loaded.tokenizer, messages))
+        return self.loaded.encode(_render(self.loaded.tokenizer, messages, self.settings))
 
-    def _generate(self, prompt: list[int], room: int) -> str:
+    def _generate(self, prompt: list[int], room: int) -> Reply:
         """Write a reply of at most `room` tokens to stdout and return it. Ctrl-C stops it."""
         inputs = torch.tensor([prompt], device=self.loaded.device)
         asked = threading.Event()
@@ -214,7 +242,11 @@ class Dialogue:
         def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             return torch.full((ids.shape[0],), asked.is_set(), dtype=torch.bool, device=ids.device)
 
-        streamer = ReplyStreamer(self.loaded.tokenizer, self.stop_ids, _write)
+        divided = None
+        if self.thoughts:
+            begun = self.thoughts.begin_in(self.loaded.tokenizer.decode(prompt))
+            divided = DividedWriter(self.thoughts, begun, special_tokens(self.loaded.tokenizer))
+        streamer = ReplyStreamer(self.loaded.tokenizer, self.stop_ids, _write, divided)
         with _interruptible(asked):
             self.loaded.model.generate(
                 input_ids=inputs,
@@ -231,7 +263,8 @@ class Dialogue:
                 f"(cut off after {counted(len(streamer.ids), 'token')}; the limits are "
                 "--max-new-tokens and the model's context)"
             )
-        return streamer.text.strip()
+        thought = divided.thought if divided else ""
+        return Reply(streamer.text.strip(), streamer.stopped, len(streamer.ids), thought)
 
     def _generation_config(self, room: int) -> GenerationConfig:
         """Our settings; transformers takes all others from the model's generation_config.json."""
@@ -258,17 +291,26 @@ class ReplyStreamer:
     not in the text.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: list[int], write: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_ids: list[int],
+        write: Callable[[str], None],
+        divided: DividedWriter | None = None,
+    ) -> None:
+        """With `divided`, text goes there with its special tokens, and not to `write`."""
+        self._divided = divided
         self.ids: list[int] = []  # of the reply, without the stop token
         self.stopped = False
-        self._tokenizer, self._stop_ids, self._write = tokenizer, frozenset(stop_ids), write
+        self._tokenizer, self._stop_ids = tokenizer, frozenset(stop_ids)
+        self._write = divided.write if divided else write
         self._in_prompt = True
         self._start = self._written = 0  # the last text written is that of ids[start:written]
 
     @property
     def text(self) -> str:
-        """The reply so far."""
-        return self._decode(self.ids)
+        """The reply so far, without thoughts."""
+        return self._divided.answer if self._divided else self._decode(self.ids)
 
     def put(self, tokens: torch.Tensor) -> None:
         """Take new tokens, of shape (1,) or (1, length). The first call passes the prompt."""
@@ -284,6 +326,8 @@ class ReplyStreamer:
     def end(self) -> None:
         """Write what is left, even an incomplete character."""
         self._write_new(complete=True)
+        if self._divided:
+            self._divided.end()
 
     def _write_new(self, complete: bool = False) -> None:
         """Write what the new tokens add: the text of a token depends on those before it."""
@@ -296,9 +340,49 @@ class ReplyStreamer:
     def _decode(self, ids: list[int]) -> str:
         return str(
             self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                ids,
+                skip_special_tokens=self._divided is None,
+                clean_up_tokenization_spaces=False,
             )
         )
+
+
+class DividedWriter:
+    """Writes the answer of a reasoning model to stdout, and its thoughts to stderr."""
+
+    def __init__(self, thoughts: Thoughts, begun: bool, hidden: Sequence[str]) -> None:
+        """`hidden` are the special tokens, which are not written."""
+        self._thoughts, self._begun, self._hidden = thoughts, begun, hidden
+        self._text = self.answer = self.thought = ""
+
+    def write(self, text: str) -> None:
+        """Take the text that follows. What may be the beginning of a mark is held back."""
+        self._text += text
+        self._write_up_to(len(self._text) - self._thoughts.may_continue(self._text))
+
+    def end(self) -> None:
+        """Write what was held back."""
+        self._write_up_to(len(self._text))
+
+    def _write_up_to(self, place: int) -> None:
+        found = self._thoughts.divide(self._text[:place], self._begun)
+        thought, answer = self._shown(found.thought), self._shown(found.answer).lstrip()
+        if not self.thought and thought:
+            say("(thinking)")
+        if not answer.startswith(self.answer):  # only a later mark told that it was a thought
+            say("\n(this was a thought)")
+            self.answer = ""
+        elif thought.startswith(self.thought):
+            print(thought[len(self.thought) :], end="", file=sys.stderr, flush=True)
+        if answer and not self.answer and thought:
+            say("\n(answer)")
+        _write(answer[len(self.answer) :])
+        self.thought, self.answer = thought, answer
+
+    def _shown(self, text: str) -> str:
+        for token in self._hidden:
+            text = text.replace(token, "")
+        return text
 
 
 def _write(text: str) -> None:

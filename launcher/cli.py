@@ -574,6 +574,13 @@ def chat(
     ],
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="the system message")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="the longest reply")] = 1024,
+    max_thought_tokens: Annotated[
+        int, typer.Option(min=1, help="a reasoning model's thoughts may take as many more")
+    ] = 4096,
+    chat_template_kwargs: Annotated[
+        str,
+        typer.Option(metavar="YAML", help="for the template, such as '{enable_thinking: false}'"),
+    ] = "{}",
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -583,10 +590,12 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="for the same replies again")] = None,
 ) -> None:
     """Talk to a model, on the GPU if there is one. Each line of stdin is a turn."""
-    from cpt_merge.launcher.chat import ChatSettings
+    from cpt_merge.launcher.chat import ChatSettings, read_variables
     from cpt_merge.launcher.chat import chat as talk
 
-    talk(model, ChatSettings(system, max_new_tokens, temperature, seed))
+    variables = read_variables(chat_template_kwargs)
+    most = max_new_tokens, max_thought_tokens
+    talk(model, ChatSettings(system, *most, temperature, seed, variables))
 
 
 def stage_main(command: str) -> int:

@@ -6,6 +6,7 @@ from cpt_merge.core.progress import say
 from cpt_merge.evaluation.evaluators.form import METRICS as FORM
 from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT
 from cpt_merge.evaluation.evaluators.language import BITS, METRIC
+from cpt_merge.evaluation.evaluators.thoughts import ThoughtsEvaluator
 from cpt_merge.evaluation.figures import figures_for
 from cpt_merge.evaluation.suites import Setup, metrics_of_replies
 from cpt_merge.evaluation.sweep.recommend import drawn_metrics
@@ -26,6 +27,7 @@ def pipeline_of(recipe: Recipe) -> Pipeline:
             languages,
         )
         for evaluator, one, languages in found
+        if evaluator != ThoughtsEvaluator.name  # only some models have them, nor is there a chart
     ]
     names = [BITS] * ("language" in recipe.evaluation.suites) + [metric.name for metric in metrics]
     if not (recipe.directory / IDS_FILE).is_file():

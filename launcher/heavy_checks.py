@@ -119,7 +119,10 @@ def _check_prompts(run: Run) -> None:
     models = {"base": run.base, "chat": run.chat, **run.further_models()}
     shared_context(models, recipe.evaluation.context)
     if asked or _asks_lm_eval_in_template(recipe):
-        check_prompts(models, read_chat_template(run.chat), asked)
+        if recipe.evaluation.chat_template_kwargs:  # the models to come are prompted like these
+            models = {**models, "cpt": run.base, "merged": run.chat}
+        chat = read_chat_template(run.chat, recipe.evaluation)
+        check_prompts(models, chat, asked, recipe.evaluation)
 
 
 def _asks_lm_eval_in_template(recipe: Recipe) -> bool:

@@ -158,10 +158,11 @@ def check_numbers(recipe: Recipe) -> None:
         from cpt_merge.training.phases import phases_of
 
         phases_of(training)
+    models = ["base", "chat", "cpt", "merged", *recipe.evaluation.models]
+    recipe.evaluation.check_models(models)
     if recipe.evaluation.baseline is not None:
         from cpt_merge.evaluation.compare import choose_baseline
 
-        models = ["base", "chat", "cpt", "merged", *recipe.evaluation.models]
         choose_baseline(models, recipe.evaluation.baseline)
     if all(source.epochs is None for source in sources):  # else known when the text is tokenised
         mixture(recipe.corpus, [None] * len(sources), training.tokens)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.evaluation.chat_template import ChatTemplate, read_chat_template, render
-from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply
+from cpt_merge.evaluation.chat_template import ChatTemplate, check_prompts, read_chat_template
+from cpt_merge.evaluation.config import MERGED
+from cpt_merge.evaluation.conversation import Conversation, Exchange
 from cpt_merge.evaluation.evaluators.form import METRICS, forms_of, mean_values
 from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT, check_reply
+from cpt_merge.evaluation.generate.reader import ReplyLimits
+from cpt_merge.evaluation.generate.transformers import reader_for
 from cpt_merge.evaluation.models import load_tokenizer
 from cpt_merge.evaluation.prompt_files import parse_instruction, parse_prompt, read_conversations
 from cpt_merge.launcher.recipe import Recipe
@@ -44,8 +48,11 @@ def preview_of(run: Run) -> tuple[MergePlan, Interview] | None:
     check_previewed(run.chat, the_plan.format.template)
     with tempfile.TemporaryDirectory() as name:  # the tokenizer as the merged model will have it
         write_all_but_weights(the_plan, Path(name))
-        tokenizer, template = load_tokenizer(Path(name)), read_chat_template(Path(name))
-    return the_plan, make_interview(conversations, tokenizer, template)
+        tokenizer = load_tokenizer(Path(name))
+        template = read_chat_template(Path(name), recipe.evaluation, MERGED)
+        check_prompts({MERGED: Path(name)}, template, conversations, recipe.evaluation)
+    most = settings.max_new_tokens
+    return the_plan, make_interview(conversations, tokenizer, template, most)
 
 
 def check_previewed(chat: Path, template: str | None) -> None:
@@ -71,35 +78,33 @@ def read_prompts(recipe: Recipe) -> list[Conversation]:
 
 
 def make_interview(
-    conversations: Sequence[Conversation], tokenizer: Any, template: ChatTemplate
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    template: ChatTemplate,
+    new_tokens: int,
 ) -> Interview:
     """The prompts in the merged model's ids, and a function that scores the replies by language."""
-    texts = [render(tokenizer, template.template, one.turns[0].messages) for one in conversations]
+    texts = [template.render(tokenizer, one.turns[0].messages) for one in conversations]
     prompts = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-    ends = frozenset(tokenizer.convert_tokens_to_ids(template.end_tokens))
+    reader = reader_for(tokenizer, template, ReplyLimits(sys.maxsize, new_tokens, new_tokens))
+    thinks = template.thoughts is not None
 
     def score(replies: list[list[int]]) -> tuple[dict[str, float], list[list[Cell]]]:
         exchanges = [
-            Exchange(conversation, (_reply(tokenizer, ids, ends),))
-            for conversation, ids in zip(conversations, replies, strict=True)
+            Exchange(conversation, (reader.read(ids, template.begins_thought(text)),))
+            for conversation, text, ids in zip(conversations, texts, replies, strict=True)
         ]
         scores = [_scores(exchange, template.marks) for exchange in exchanges]
         rows: list[list[Cell]] = [
-            [exchange.conversation.language, exchange.conversation.questions, exchange.text,
+            [exchange.conversation.language, exchange.conversation.questions,
+             *([exchange.replies[0].thought] if thinks else []), exchange.text,
              *(values.get(name) for name in SCORES)]
             for exchange, values in zip(exchanges, scores, strict=True)
         ]  # fmt: skip
         return _means(exchanges, scores), rows
 
-    return Interview(prompts, ends, COLUMNS, score)
-
-
-def _reply(tokenizer: Any, ids: list[int], ends: frozenset[int]) -> Reply:
-    stopped = bool(ids) and ids[-1] in ends
-    text = tokenizer.decode(
-        ids[:-1] if stopped else ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    return Reply(text.strip(), stopped, len(ids))
+    columns = [*COLUMNS[:3], *(["thought"] if thinks else []), *COLUMNS[3:]]
+    return Interview(prompts, frozenset(reader.stop_ids), columns, score)
 
 
 def _scores(exchange: Exchange, marks: Sequence[str]) -> dict[str, float]:

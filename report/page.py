@@ -210,7 +210,7 @@ def _questions(log: StageLog) -> dict[str, list[Question]]:
         if str(row["prompt"]) in prompts or len(prompts) < MOST_PROMPTS:
             replies = prompts.setdefault(str(row["prompt"]), [])
             if all(reply["model"] != row["model"] for reply in replies):  # a prompt may come twice
-                replies.append({**row, "reply": _cut(str(row["reply"]))})
+                replies.append({**row, **_cut_texts(row)})
     return {
         language: [Question(prompt, replies) for prompt, replies in prompts.items()]
         for language, prompts in found.items()
@@ -231,12 +231,17 @@ def _previews(log: StageLog) -> dict[str, list[Previewed]]:
     found: dict[tuple[str, str], list[dict[str, Cell]]] = {}
     for row in log.records("preview/replies"):
         names = str(row["language"]), str(row["prompt"])
-        found.setdefault(names, []).append({**row, "reply": _cut(str(row["reply"]))})
+        found.setdefault(names, []).append({**row, **_cut_texts(row)})
     asked: dict[str, list[Previewed]] = {}
     for (language, prompt), replies in found.items():
         *earlier, newest = _spread_evenly(replies)
         asked.setdefault(language, []).append(Previewed(prompt, newest, earlier))
     return asked
+
+
+def _cut_texts(row: Mapping[str, Cell]) -> dict[str, Cell]:
+    """A reply and, if it has one, its thought for display."""
+    return {name: _cut(str(row[name])) for name in ("thought", "reply") if row.get(name)}
 
 
 def _cut(text: str) -> str:

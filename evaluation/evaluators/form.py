@@ -31,7 +31,7 @@ METRICS = (
         "chat",
         "replies that end by themselves, are in the language asked for and keep the chat format",
     ),
-    Metric("stopped", "stopped", "replies that the model ended itself, before max_new_tokens"),
+    Metric("stopped", "stopped", "replies that the model ended itself, before a limit"),
     Metric("in_language", "in language", "replies in the language and script asked for"),
     Metric("keeps_format", "format", "replies with text and without a mark of the chat template"),
     Metric(

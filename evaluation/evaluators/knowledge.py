@@ -196,10 +196,12 @@ def _lm_eval_model(
 
     positions = loaded.positions if loaded.positions < sys.maxsize else None
     tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval gives it a padding token
+    options: dict[str, Any] = {}
     if template is not None:
         tokenizer.chat_template = template.template
+        options["chat_template_args"] = dict(template.variables)
     return DividedModel(
-        loaded.model, tokenizer=tokenizer, batch_size=batch_size, max_length=positions
+        loaded.model, tokenizer=tokenizer, batch_size=batch_size, max_length=positions, **options
     )
 
 

@@ -8,24 +8,24 @@ reply depends on the number of processes.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import regex
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.progress import counted, say
-from cpt_merge.evaluation.chat_template import ChatTemplate, render
+from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Message, Reply
+from cpt_merge.evaluation.generate.reader import LimitsReached, ReplyLimits, ReplyReader
 from cpt_merge.evaluation.models import LoadedModel, batches_by_length
+from cpt_merge.evaluation.thoughts import undeclared_mark
 
-# white space at either end, including characters of no width
-BLANK_ENDS = regex.compile(r"\A[\s\u200b\u2060\ufeff]+|[\s\u200b\u2060\ufeff]+\Z")
 TURN_SEEDS = 10_007  # more than there are batches, so that two turns share no seed
 
 
@@ -61,42 +61,74 @@ def converse(
         places = [place for place, one in enumerate(conversations) if turn < len(one.turns)]
         for place in places:
             histories[place] += conversations[place].turns[turn].messages
-        prompts = [
-            render(loaded.tokenizer, template.template, histories[place]) for place in places
-        ]
-        found = generate(loaded, prompts, template.end_tokens, config, ranks, turn)
+        prompts = [template.render(loaded.tokenizer, histories[place]) for place in places]
+        found = generate(loaded, template, prompts, config, ranks, turn)
         for place, reply in zip(places, found, strict=True):
             replies[place].append(reply)
-            histories[place].append({"role": "assistant", "content": reply.text})
+            histories[place].append(template.turn_of(reply))
     exchanges = [Exchange(*pair) for pair in zip(conversations, map(tuple, replies), strict=True)]
+    for line in remarks([one for of_one in replies for one in of_one], template, config):
+        say(f"{loaded.name}: {line}")
     return Generation(exchanges, time.monotonic() - start)
+
+
+def remarks(
+    replies: Sequence[Reply], template: ChatTemplate, config: EvaluationConfig
+) -> Iterator[str]:
+    """What a reader of the metrics should know of how replies ended and thoughts were found."""
+    if endless := sum(reply.within_thought for reply in replies):
+        yield (
+            f"{endless} of {len(replies)} replies ended within a thought, so they have no answer "
+            f" (evaluation.max_thought_tokens = {config.max_thought_tokens})"
+        )
+    most = config.max_new_tokens
+    short = sum(
+        most is not None
+        and not (reply.stopped or reply.within_thought)
+        and reply.tokens - reply.thought_tokens == most
+        for reply in replies
+    )
+    if short:
+        yield (
+            f"{short} of {len(replies)} replies were cut off at "
+            f"evaluation.max_new_tokens = {most}, before evaluation.max_characters = "
+            f"{config.max_characters}: a tokenizer with longer tokens has more room"
+        )
+    marks = Counter(mark for reply in replies if (mark := undeclared_mark(reply.text)))
+    if marks and template.thoughts is None:
+        mark, count = marks.most_common(1)[0]
+        yield (
+            f"{count} of {len(replies)} replies have {mark}, though nothing in the tokenizer tells "
+            "that the model thinks; if these are thoughts, set evaluation.thoughts"
+        )
 
 
 def generate(
     loaded: LoadedModel,
+    template: ChatTemplate,
     prompts: Sequence[str],
-    ends: Sequence[str],
     config: EvaluationConfig,
     ranks: Ranks,
     turn: int = 0,
 ) -> list[Reply]:
-    """Reply to rendered prompts, on every process. `ends` are the tokens that end a reply.
+    """Reply to prompts that are rendered in the template, on every process.
 
     A prompt that fills the model's positions gets an empty reply that did not stop.
     """
+    reader = reader_for(loaded.tokenizer, template, ReplyLimits.of(config))
     ids = [loaded.encode(prompt) for prompt in prompts]
-    room = [min(config.max_new_tokens, loaded.positions - len(prompt)) for prompt in ids]
+    begun = [template.begins_thought(prompt) for prompt in prompts]
+    room = [min(reader.most_tokens, loaded.positions - len(prompt)) for prompt in ids]
     answerable = [place for place, tokens in enumerate(room) if tokens > 0]
     if unanswered := len(ids) - len(answerable):
         say(
             f"{loaded.name}: no reply to {counted(unanswered, 'prompt')} as long as its "
             f"{loaded.positions} positions"
         )
-    stop_ids = loaded.tokenizer.convert_tokens_to_ids(list(ends))
-    if not stop_ids:
+    if not reader.stop_ids:
         say(
             f"{loaded.name}: its tokenizer has no eos, so no token ends a reply and none stops "
-            "before max_new_tokens"
+            "before its limits"
         )
     batches = [
         [answerable[place] for place in batch]
@@ -104,9 +136,8 @@ def generate(
     ]
 
     def answer(batch: list[int]) -> list[Reply]:
-        asked, rooms = [ids[place] for place in batch], [room[place] for place in batch]
-        seed = turn * TURN_SEEDS + batch[0]
-        return reply_batch(loaded, asked, rooms, stop_ids, config, seed)
+        asked = [Asked(ids[place], room[place], begun[place]) for place in batch]
+        return reply_batch(loaded, reader, asked, config, turn * TURN_SEEDS + batch[0])
 
     label = f"{loaded.name}: replies" + (f", turn {turn + 1}" if turn else "")
     replies = [Reply("", stopped=False, tokens=0)] * len(prompts)
@@ -116,35 +147,49 @@ def generate(
     return replies
 
 
+def reader_for(tokenizer: Any, template: ChatTemplate, limits: ReplyLimits) -> ReplyReader:
+    """What reads the replies to prompts in a template."""
+    stop_ids = tuple(tokenizer.convert_tokens_to_ids(template.end_tokens))
+    return ReplyReader(tokenizer, stop_ids, template.thoughts, limits)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt in token ids, the most tokens of its reply, and whether it opens a thought."""
+
+    ids: list[int]
+    room: int
+    begun: bool
+
+
 @torch.inference_mode()
 def reply_batch(
     loaded: LoadedModel,
-    prompts: Sequence[list[int]],
-    rooms: Sequence[int],
-    stop_ids: list[int],
+    reader: ReplyReader,
+    asked: Sequence[Asked],
     config: EvaluationConfig,
     seed: int,
 ) -> list[Reply]:
-    """Reply to prompts of token ids, padded on the left, each with at most its room's tokens.
+    """Reply to prompts, padded on the left.
 
     `seed` distinguishes batches when replies are sampled.
     """
-    longest = max(map(len, prompts))
-    padding = [longest - len(ids) for ids in prompts]
-    inputs = [[0] * pad + ids for pad, ids in zip(padding, prompts, strict=True)]
+    longest = max(len(one.ids) for one in asked)
+    padding = [longest - len(one.ids) for one in asked]
+    inputs = [[0] * pad + one.ids for pad, one in zip(padding, asked, strict=True)]
     mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
     torch.manual_seed(config.seed * 1_000_003 + seed)
-    settings = generation_settings(config, stop_ids, max(rooms))
+    settings = generation_settings(config, reader.stop_ids, max(one.room for one in asked))
+    limits = LimitsReached(reader, longest, [one.begun for one in asked])
     with _without_own_settings(loaded.model):
         output = loaded.model.generate(
             input_ids=torch.tensor(inputs, device=loaded.device),
             attention_mask=torch.tensor(mask, device=loaded.device),
             generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([limits]),
         )
     rows = output[:, longest:].tolist()
-    return [
-        _reply(loaded, row[:room], set(stop_ids)) for row, room in zip(rows, rooms, strict=True)
-    ]
+    return [reader.read(row[: one.room], one.begun) for row, one in zip(rows, asked, strict=True)]
 
 
 @contextmanager
@@ -161,7 +206,7 @@ def _without_own_settings(model: Any) -> Iterator[None]:
 
 
 def generation_settings(
-    config: EvaluationConfig, stop_ids: list[int], new_tokens: int
+    config: EvaluationConfig, stop_ids: Sequence[int], new_tokens: int
 ) -> GenerationConfig:
     """The same settings for every model."""
     sampled = config.temperature > 0
@@ -171,14 +216,6 @@ def generation_settings(
         do_sample=sampled,
         **(sampling if sampled else {}),
         repetition_penalty=config.repetition_penalty,
-        eos_token_id=stop_ids or None,
+        eos_token_id=list(stop_ids) or None,
         pad_token_id=stop_ids[0] if stop_ids else None,
     )
-
-
-def _reply(loaded: LoadedModel, ids: list[int], stop_ids: set[int]) -> Reply:
-    end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
-    text = loaded.tokenizer.decode(
-        ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    return Reply(BLANK_ENDS.sub("", text), end is not None, len(ids) if end is None else end + 1)

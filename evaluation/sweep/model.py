@@ -18,7 +18,8 @@ from cpt_merge.checkpoint.model_names import stored_names
 from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import timed
-from cpt_merge.evaluation.chat_template import ChatTemplate, read_chat_template, template_for
+from cpt_merge.evaluation.chat_template import ChatTemplate, check_prompts, read_chat_template
+from cpt_merge.evaluation.config import DEFAULTS, MERGED, EvaluationConfig
 from cpt_merge.evaluation.models import LoadedModel, load_model
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.finish import write_all_but_weights
@@ -30,8 +31,14 @@ from cpt_merge.merge.plan import MergePlan, plan_again
 class MergedModel:
     """A model and its chat template. Call `merge` before using the weights."""
 
-    def __init__(self, the_plan: MergePlan, local_rank: int) -> None:
-        """Raises `UserError` if the chat model has no chat template."""
+    def __init__(
+        self,
+        the_plan: MergePlan,
+        local_rank: int,
+        evaluation: EvaluationConfig = DEFAULTS,
+    ) -> None:
+        """Raises `UserError` if the chat model has no chat template, or not one as `evaluation`
+        says."""
         if the_plan.format.template is None:
             raise UserError(
                 f"{the_plan.chat.source.chat_directory} has no chat template, so the merged model "
@@ -45,10 +52,9 @@ class MergedModel:
             directory = Path(name)
             write_all_but_weights(the_plan, directory)
             weights = the_plan.cpt.directories[-1]  # for the shapes; an adapter has its base's
-            self.loaded: LoadedModel = load_model("merged", directory, local_rank, weights)
-            self.template: ChatTemplate = template_for(
-                self.loaded, directory, read_chat_template(directory)
-            )
+            self.loaded: LoadedModel = load_model(MERGED, directory, local_rank, weights)
+            self.template: ChatTemplate = read_chat_template(directory, evaluation, MERGED)
+            check_prompts({MERGED: directory}, self.template, [], evaluation)
         state = self.loaded.model.state_dict()
         names = stored_names(self.loaded.model, the_plan.cpt.tensors, the_plan.cpt.directory)
         self._tensors: dict[str, Tensor] = {stored: state[name] for name, stored in names.items()}

@@ -134,7 +134,7 @@ class Sweep:
         the_plan = plan(self.merge, self.inputs.merge)
         for vector in the_plan.vectors:
             check_base(vector.source)
-        model = MergedModel(the_plan, ranks.world.local_rank)
+        model = MergedModel(the_plan, ranks.world.local_rank, self.evaluation)
         kept = ranks.broadcast(lambda: KeptPoints(self.out).read())
         found = SweepResult(self.config, self.inputs.languages, self.evaluators, [])
 

@@ -24,8 +24,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cpt_merge.evaluation.models import LoadedModel
 from cpt_merge.launcher.chat import ReplyStreamer
 from cpt_merge.launcher.cli import main
+from tests.evaluation.thinkers import write_thinker
 from tests.processes import LIMIT, ROOT, Processes
 
 SPECIAL = ["<s>", "</s>", "<stop>", "<mark>"]
@@ -376,3 +378,40 @@ def test_ctrl_c_stops_a_reply_and_not_the_program(terminal: Terminal) -> None:
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.process.wait(LIMIT) == 0
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    says = ["<thi", "nk>", "음,", "</thi", "nk>\n", "서울", "<s>", "입니다.", "</s>"]
+    directory = tmp_path_factory.mktemp("thinker")
+    return write_thinker(directory, says, after=["[/INST]", "</think>"])
+
+
+def test_thoughts_go_to_stderr_and_are_no_part_of_the_conversation(
+    talk: Talk, thinker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[str] = []
+    encode = LoadedModel.encode
+    monkeypatch.setattr(
+        LoadedModel, "encode", lambda self, text: prompts.append(text) or encode(self, text)
+    )
+    out, errors = talk(thinker, ["?", "!"], "--temperature", "0", "--max-new-tokens", "9")
+    assert out == "서울입니다.\n" * 2
+    assert "(thinking)\n음,\n(answer)\n" in errors
+    assert "think>" not in errors
+    assert prompts[-1] == "[user]?서울입니다.</s>[user]![/INST]"
+    out, errors = talk(thinker, ["?"], "--temperature", "0", "--max-new-tokens", "1",
+                       "--max-thought-tokens", "1")  # fmt: skip
+    assert out == "\n"
+    assert "cut off after 2 tokens" in errors
+
+
+def test_variables_of_the_template(talk: Talk, thinker: Path) -> None:
+    off = ("--chat-template-kwargs", "{enable_thinking: false}")
+    one_sentence(
+        talk(thinker, [], off[0], "{enable_thinkin: false}", code=2)[1],
+        "--chat-template-kwargs.enable_thinkin", "the nearest is enable_thinking",
+    )  # fmt: skip
+    one_sentence(talk(thinker, [], off[0], "false", code=2)[1], "is no mapping")
+    one_sentence(talk(thinker, [], off[0], "{tokenize: true}", code=2)[1], "tokenize is set")
+    assert talk(thinker, ["?"], "--temperature", "0", *off)[0] == "서울입니다.\n"

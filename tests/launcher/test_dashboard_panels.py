@@ -137,7 +137,7 @@ def test_a_preview_shows_all_that_is_made_of_its_replies(
     given = load_recipe(recipe_path, ["training.preview.every=2", *prompts])
     asked = read_prompts(given)
     interview = make_interview(
-        asked, load_tokenizer(pair / "chat"), read_chat_template(pair / "chat")
+        asked, load_tokenizer(pair / "chat"), read_chat_template(pair / "chat"), 8
     )
     metrics, _ = interview.score([[2]] * len(asked))
     expected = {f"preview/{name}" for name in metrics} | {"preview/replies", "preview/seconds"}

@@ -91,7 +91,7 @@ def test_replies_are_scored_by_form_and_by_their_checks(pair: Path) -> None:
         parse_check({"name": "contains", "words": [word]}, "here") for word in ("rice", "sleep")
     ]
     interview = make_interview(
-        [prompt("en", user, checks), prompt("en", user)], tokenizer, template
+        [prompt("en", user, checks), prompt("en", user)], tokenizer, template, 64
     )
     replies = [
         [*tokenizer.encode("we eat rice", add_special_tokens=False), 2],

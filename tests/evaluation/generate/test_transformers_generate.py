@@ -7,7 +7,7 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.chat_template import read_chat_template, render, template_for
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Turn, prompt
-from cpt_merge.evaluation.generate.transformers import BLANK_ENDS, converse, generate
+from cpt_merge.evaluation.generate.transformers import converse, generate
 from cpt_merge.evaluation.models import batches_by_length, load_model
 from tests.evaluation.conftest import TEXTS
 
@@ -21,9 +21,7 @@ def ask(loaded, directory, **settings):
         render(loaded.tokenizer, template.template, [{"role": "user", "content": text}])
         for text in PROMPTS
     ]
-    return generate(
-        loaded, texts, template.end_tokens, EvaluationConfig(max_new_tokens=24, **settings), ALONE
-    )
+    return generate(loaded, template, texts, EvaluationConfig(max_new_tokens=24, **settings), ALONE)
 
 
 def test_batched_equals_one_by_one(models_of_two_vocabularies):
@@ -52,11 +50,6 @@ def test_the_models_own_generation_config_has_no_effect(models_of_two_vocabulari
     (other / "generation_config.json").write_text(json.dumps({**config, **forced}))
     replies = [ask(load_model("chat", path, 0), directory) for path in (directory, other)]
     assert replies[0] == replies[1]
-
-
-def test_characters_of_no_width_are_not_text():
-    assert BLANK_ENDS.sub("", "\u200b \ufeff\n") == ""
-    assert BLANK_ENDS.sub("", " a\u200bb \u2060") == "a\u200bb"
 
 
 def test_sampling_is_a_function_of_the_seed(models_of_two_vocabularies):
@@ -113,7 +106,7 @@ def test_the_next_turn_sees_the_models_own_reply(models_of_two_vocabularies):
     ]
     for length in (1, 3, 5):
         text = render(loaded.tokenizer, template.template, seen[:length])
-        [alone] = generate(loaded, [text], template.end_tokens, config, ALONE)
+        [alone] = generate(loaded, template, [text], config, ALONE)
         assert exchanges[1].replies[length // 2] == alone
 
 
@@ -124,7 +117,8 @@ def test_a_prompt_that_fills_the_models_positions_is_not_answered_and_one_near_i
     loaded = load_model("chat", directory, 0)
     one = len(loaded.encode("x"))
     texts = ["x" * (256 // one), "x" * (250 // one), "x"]
-    replies = generate(loaded, texts, ["</s>"], EvaluationConfig(max_new_tokens=12), ALONE)
+    template = read_chat_template(directory)
+    replies = generate(loaded, template, texts, EvaluationConfig(max_new_tokens=12), ALONE)
     assert (replies[0].tokens, replies[0].text, replies[0].stopped) == (0, "", False)
     assert 0 < replies[1].tokens <= 6
     assert replies[2].tokens > 6
