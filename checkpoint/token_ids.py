@@ -35,7 +35,7 @@ SETTINGS_FILE = "tokenizer_config.json"
 SPECIALS_FILE = "special_tokens_map.json"
 DECODER = "added_tokens_decoder"  # in tokenizer_config.json
 
-_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+TOKEN_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _TOKENIZER_NAME = re.compile(
     r"(?i)vocab|merges|tekken|tokeni[sz]|added_tokens|\.(model|spm|tiktoken|bpe|codes)(\.v\d+)?$"
 )
@@ -116,7 +116,7 @@ def unlisted(directory: Path, known: Collection[str]) -> str | None:
 
 def _named_tokens(settings: Mapping[str, Any]) -> Iterator[str]:
     """The special tokens that a tokenizer's settings name, in their order."""
-    for name in _ROLES:
+    for name in TOKEN_ROLES:
         yield from _texts(settings.get(name))
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(name) or []

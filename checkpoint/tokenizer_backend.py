@@ -16,12 +16,25 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cpt_merge.checkpoint.loaded_tokenizer import load_tokenizer, start_without_torch
-from cpt_merge.checkpoint.token_ids import DECODER, FAST_FILE, SETTINGS_FILE, unlisted
+from cpt_merge.checkpoint.token_ids import (
+    ADDED_FILE,
+    FAST_FILE,
+    SETTINGS_FILE,
+    SPECIALS_FILE,
+    TOKEN_ROLES,
+    unlisted,
+)
 from cpt_merge.checkpoint.tokenizer_files import read_if_there, token_text
 from cpt_merge.core.errors import UserError
 
 _TAKES_THE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")  # two names of one class
-_CHANGES_IT = ("add_bos_token", "add_eos_token", "auto_map", "fix_mistral_regex", DECODER)
+_NAMES_TOKENS = {*TOKEN_ROLES, "additional_special_tokens", "extra_special_tokens"}
+_CHANGES_NOTHING = {  # settings of what happens before or after texts become tokens
+    "chat_template", "clean_up_tokenization_spaces", "errors", "max_length", "model_input_names",
+    "model_max_length", "padding_side", "processor_class", "spaces_between_special_tokens",
+    "split_special_tokens", "stride", "tokenizer_class", "truncation_side", "truncation_strategy",
+}  # fmt: skip
+_OTHER_FILES = (ADDED_FILE, "config.json")  # the second can make transformers choose another class
 
 
 @dataclass(frozen=True)
@@ -69,30 +82,38 @@ def _plain(definition: str) -> Tokenizer:
 def _as_it_is(directory: Path) -> TokenizerBackend | None:
     """The tokenizer of tokenizer.json, if transformers takes that as it is; else None.
 
-    So it is if the settings name the class that does so, change nothing, and name only tokens that
-    the file lists as added ones. A config.json could make transformers choose another class. This
-    is how the tokenizer stage writes its tokenizers; it saves the second that importing
-    transformers takes.
+    So it is if the settings name the class that does so, and nothing else that could change a
+    token, and if all special tokens that they name are special tokens of the file. This is how the
+    tokenizer stage writes its tokenizers; it saves the second that importing transformers takes.
+    Raises `UserError` for a damaged file.
     """
     path, settings = directory / FAST_FILE, read_if_there(directory / SETTINGS_FILE)
+    named = read_if_there(directory / SPECIALS_FILE)  # transformers prefers it to the settings
     eos = token_text(settings.get("eos_token"))
     if (
         settings.get("tokenizer_class") not in _TAKES_THE_FILE
-        or (directory / "config.json").exists()
-        or any(settings.get(name) is not None for name in _CHANGES_IT)
+        or any((directory / name).exists() for name in _OTHER_FILES)
+        or not settings.keys() <= _NAMES_TOKENS | _CHANGES_NOTHING
+        or not named.keys() <= _NAMES_TOKENS
         or eos is None
+        or token_text(named.get("eos_token", eos)) != eos
         or not path.is_file()
     ):
         return None
-    definition = path.read_text(encoding="utf-8")
-    tokenizer = _plain(definition)
-    added = {
-        token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()
+    try:
+        definition = path.read_text(encoding="utf-8")
+        tokenizer = _plain(definition)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"{path} cannot be read ({error}); copy or download it again.") from None
+    special = {
+        token.content: number
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special
     }
-    if eos not in added or unlisted(directory, added):
+    if eos not in special or unlisted(directory, special):
         return None
     front = tokenizer.encode("", add_special_tokens=True).ids
-    return TokenizerBackend(tokenizer, definition, front[0] if front else None, added[eos])
+    return TokenizerBackend(tokenizer, definition, front[0] if front else None, special[eos])
 
 
 def _loaded(directory: Path) -> TokenizerBackend:

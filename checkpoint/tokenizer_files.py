@@ -11,6 +11,9 @@ from typing import Any
 
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
 from cpt_merge.checkpoint.token_ids import (
+    DECODER,
+    SETTINGS_FILE,
+    SPECIALS_FILE,
     has_tokenizer,
     read_tokens,
     refuse_unread,
@@ -68,7 +71,7 @@ class TokenizerFiles:
     @cached_property
     def roles(self) -> dict[str, str]:
         """Role (`bos_token`, ...) -> token string, for the roles that have a token."""
-        values = {**read_if_there(self.directory / "special_tokens_map.json"), **self._config}
+        values = read_settings(self.directory)
         found = {role: token_text(values.get(role)) for role in SPECIAL_ROLES}
         return {role: token for role, token in found.items() if token is not None}
 
@@ -162,6 +165,16 @@ def read_stop_ids(directory: Path) -> list[int]:
                     f"{directory / file} has eos_token_id {ids!r}, not a token id; correct it."
                 ) from None
     return []
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The settings of a tokenizer, with the special tokens that transformers takes.
+
+    special_tokens_map.json counts more than tokenizer_config.json, unless that lists the added
+    tokens as well.
+    """
+    settings = read_if_there(directory / SETTINGS_FILE)
+    return settings if DECODER in settings else settings | read_if_there(directory / SPECIALS_FILE)
 
 
 def read_if_there(path: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from rich.progress import (
 from cpt_merge.core.redaction import without_secrets
 from cpt_merge.core.world import find_world
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+# without emoji, a name such as `ko:a:` stays as it is
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 LOG_INTERVAL = 10.0  # seconds between two lines of progress in a log
 
@@ -88,7 +89,7 @@ class Meter:
         if self._bar:
             self._bar.stop()
         elif self._shown and kind is None:
-            self._line()
+            self._line(ended=True)
 
     def advance(self, amount: float = 1) -> None:
         """Count `amount` more units as done."""
@@ -115,10 +116,10 @@ class Meter:
     def _rate_value(self) -> float:
         return (self.done - self._done_before) / max(time.monotonic() - self._start, 1e-9)
 
-    def _line(self) -> None:
+    def _line(self, ended: bool = False) -> None:
         self._last_line = time.monotonic()
         parts = [f"{self.label}: {self._amount()}", self._rate()]
-        if self.total and self.done < self.total and self._rate_value():
+        if not ended and self.total and self.done < self.total and self._rate_value():
             parts.append(f"{(self.total - self.done) / self._rate_value():.0f} s left")
         else:
             parts.append(f"{self._last_line - self._start:.1f} s")

@@ -65,11 +65,12 @@ def check_budget(corpus: Corpus, tokens: int, tokenizer: Tokenizer) -> None:
     """Compare the tokens of a run with those that the text can have.
 
     `tokenizer` is the base's: the extended one makes fewer tokens, so there are more epochs than
-    are estimated here. Raises `UserError` for too many epochs, unless the recipe allows them.
+    are estimated here. Raises `UserError` for too many epochs, unless the recipe allows them, and
+    for a source without documents.
     """
+    sizes = [tokens_at_most(source, tokenizer) for source in corpus.sources]
     if any(source.epochs is not None for source in corpus.sources):
         return  # how many tokens that is, is known when the text is tokenised
-    sizes = [tokens_at_most(source, tokenizer) for source in corpus.sources]
     shares = mixture(corpus, sizes, tokens)
     check_repeats(corpus, shares, "at least ")
     for share in shares:
@@ -84,7 +85,8 @@ def check_budget(corpus: Corpus, tokens: int, tokenizer: Tokenizer) -> None:
 def tokens_at_most(source: Source, tokenizer: Tokenizer) -> int | None:
     """About how many tokens a source has at most, from a sample of its text and the files' sizes.
 
-    None for a dataset on the hub whose files are not all downloaded.
+    None for a dataset on the hub whose files are not all downloaded. Raises `UserError` if there
+    are no documents, since a slice of a split is empty.
     """
     files = source_files(source)
     if not all(map(is_at_hand, files)):
@@ -97,6 +99,11 @@ def tokens_at_most(source: Source, tokenizer: Tokenizer) -> int | None:
         if size >= SAMPLE_BYTES:
             break
     else:
+        if not documents:
+            raise UserError(
+                f"text source {source.path} has no documents in its split {source.split!r}; "
+                "correct corpus.sources."
+            )
         return tokens
     whole = sum(text_bytes_at_most(file, source) for file in files)
     if source.limit is not None:

@@ -111,9 +111,14 @@ class Source(Section):
         except ValueError as error:
             raise ValueError(f"field {self.field!r} of source {self.path}: {error}") from None
         try:
-            parse_split(self.split)
+            parts = parse_split(self.split)
         except ValueError as error:
             raise ValueError(f"split {self.split!r} of source {self.path} {error}") from None
+        if self.limit is not None and not all(part.is_whole for part in parts):
+            raise ValueError(
+                f"source {self.path} has a limit and rows in its split {self.split!r}; leave one "
+                "out, as in `train[1000:2000]`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -121,7 +121,7 @@ def show_stage_plan(run: Run) -> None:
 
 def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> None:
     """Print what would be done with every tensor, or raise `UserError` after a list of problems."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     try:
         the_plan = plan(config, inputs, out)
     except RefusedError as refused:
@@ -141,7 +141,7 @@ def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> Non
         counts = ", ".join(
             f"{count:,} {role}" for role, count in vector.rows.counts().items() if count
         )
-        console.print(f"rows of the {vector.label}: {counts}")
+        console.print(escape(f"rows of the {vector.label}: {counts}"))
     if the_plan.chat.rows.chat_tokens:
         console.print(
             escape(f"rows from the chat model itself: {' '.join(the_plan.chat.rows.chat_tokens)}")

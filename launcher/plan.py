@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cpt_merge.cluster.plan import ClusterOptions, show_cluster
@@ -41,8 +42,9 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
         check_inputs(recipe, download=False)
     base = read_shape(recipe, dense=cluster is not None)
     shape = base.resized(extended_rows(recipe, base))
-    console = Console(highlight=False)
-    console.print(f"[bold]{recipe.name}[/]: {recipe.models.base} -> {run.merged}")
+    console = Console(highlight=False, emoji=False)
+    names = f"{recipe.models.base} -> {run.merged}"
+    console.print(f"[bold]{escape(recipe.name)}[/]: {escape(names)}", soft_wrap=True)
     states = [
         f"{stage.name} {'[green]done[/]' if is_up_to_date(run, stage) else '[yellow]to do[/]'}"
         for stage in STAGES
@@ -92,7 +94,8 @@ def _print_text(console: Console, run: Run) -> None:
         if on_hub:
             cached = sum(file.path is not None for file in on_hub)
             size += f" in {counted(len(files), 'file')} on the hub, {cached} of them in its cache"
-        console.print(f"text: {source.path} ({source.language}, {size})")
+        line = f"text: {source.path} ({source.language}, {size})"
+        console.print(line, markup=False, soft_wrap=True)
     available: list[int | None] = [None] * len(corpus.sources)
     store = run.store / "store.json"
     if store.is_file():
@@ -103,4 +106,4 @@ def _print_text(console: Console, run: Run) -> None:
     except UserError as error:
         lines = [str(error)]
     for line in lines:
-        console.print(f"mixture: {line}", markup=False)
+        console.print(f"mixture: {line}", markup=False, soft_wrap=True)

@@ -12,8 +12,8 @@ from cpt_merge.checkpoint.loaded import has_weights, open_model, text_section
 from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.sentencepiece_model import MODEL_FILE, NORMAL, Proto, is_tiktoken
 from cpt_merge.checkpoint.tensor_kinds import vocabulary_rows
-from cpt_merge.checkpoint.token_ids import read_tokens, unlisted
-from cpt_merge.checkpoint.tokenizer_files import token_text
+from cpt_merge.checkpoint.token_ids import SPECIALS_FILE, read_tokens, unlisted
+from cpt_merge.checkpoint.tokenizer_files import read_settings, token_text
 from cpt_merge.core.byte_alphabet import LETTERS
 from cpt_merge.core.errors import UserError
 from cpt_merge.tokenizer_ext.families.byte_level import ByteLevelBpe
@@ -48,7 +48,7 @@ class Base:
     rows: int  # of the embedding matrix; may be more than the tokenizer has ids
     content: Content  # tokenizer.json, or its equivalent made from tokenizer.model
     proto: Proto | None  # tokenizer.model, of SentencePiece bases
-    settings: dict[str, Any]  # tokenizer_config.json
+    settings: dict[str, Any]  # tokenizer_config.json, with the special tokens of other files
     family: Family
 
     @property
@@ -179,22 +179,21 @@ def read_rows(directory: Path) -> int:
 
 
 def _read_settings(directory: Path, content: Content, proto: Proto | None) -> dict[str, Any]:
-    """`tokenizer_config.json`, completed from `tokenizer.model`.
+    """The settings, completed from `tokenizer.model`.
 
     With `tokenizer.model` only, a text begins with `<s>` by default, as in LlamaTokenizer.
     """
-    path = directory / SETTINGS_FILE
     settings = role_tokens(proto) if proto is not None else {}
     if not (directory / FAST_FILE).is_file():
         settings["add_bos_token"] = True
-    settings |= read_json(path) if path.is_file() else {}
+    settings |= read_settings(directory)
     ids = ids_of(content)
     for role in (f"{name}_token" for name in ROLES):
         token = token_text(settings.get(role))
         if token is not None and token not in ids:
             raise UserError(
-                f"{path} names the {role} {token!r}, which the tokenizer does not have; correct it "
-                "there."
+                f"{directory / SETTINGS_FILE} or {SPECIALS_FILE} names the {role} {token!r}, which "
+                "the tokenizer does not have; correct it there."
             )
     return settings
 

@@ -10,7 +10,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.vocabulary_map import ChatToken, NewPiece, VocabularyMap
 from cpt_merge.core.artifact import write_json, write_text
 from cpt_merge.tokenizer_ext.base_tokenizer import FAST_FILE, ROLES, SETTINGS_FILE, Base
@@ -106,7 +105,7 @@ def write_tokenizer(base: Base, layout: RowLayout, out: Path) -> None:
     base.family.write_model(content, layout.pieces, layout.rows, out)
     settings = extended_settings(base)
     write_json(out / SETTINGS_FILE, settings)
-    write_json(out / SPECIAL_TOKENS_FILE, _special_tokens(base, settings))
+    write_json(out / SPECIAL_TOKENS_FILE, _special_tokens(settings))
     if (base.directory / TEMPLATE_FILE).is_file():
         shutil.copyfile(base.directory / TEMPLATE_FILE, out / TEMPLATE_FILE)
     map_rows(base, layout).save(out)
@@ -127,9 +126,7 @@ def extended_settings(base: Base) -> dict[str, Any]:
     }
 
 
-def _special_tokens(base: Base, settings: dict[str, Any]) -> dict[str, Any]:
-    path = base.directory / SPECIAL_TOKENS_FILE
-    if path.is_file():
-        return read_json(path)
+def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
+    """For loaders that read the tokens of the roles from a file of their own."""
     names = [*(f"{role}_token" for role in ROLES), "additional_special_tokens"]
     return {name: settings[name] for name in names if settings.get(name)}

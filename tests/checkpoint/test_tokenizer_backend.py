@@ -83,6 +83,10 @@ def test_a_real_tokenizer_is_read_as_transformers_reads_it(name: str, tmp_path: 
         ({"unk_token": "a"}, False),  # becomes an added token
         ({"tokenizer_class": "LlamaTokenizer"}, False),
         ({"tokenizer_class": None}, False),
+        ({"eos_token": "cab"}, False),  # becomes a special one
+        ({"extra_special_tokens": {"tool": "cab"}}, False),
+        ({"image_token": "<img>"}, False),  # gets a new id
+        ({"padding_side": "left", "split_special_tokens": True}, True),
     ],
 )
 def test_tokenizer_json_is_taken_as_it_is_only_where_transformers_does_so(
@@ -105,6 +109,37 @@ def test_a_post_processor_and_truncation_of_the_file(tmp_path: Path) -> None:
     assert read.prefix == tokenizer.token_to_id("<s>")
     assert len(read.tokenizer.encode("abcdefg", add_special_tokens=False).ids) == 7
     assert len(pickle.loads(pickle.dumps(read)).tokenizer.encode("abcdefg").ids) == 8
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "as_it_is"),
+    [
+        ({"special_tokens_map.json": {"eos_token": {"content": "</s>", "lstrip": True}}}, {}, True),
+        ({"special_tokens_map.json": {"eos_token": "<s>"}}, {}, False),
+        ({"special_tokens_map.json": {"pad_token": "<pad>"}}, {}, False),
+        ({"added_tokens.json": {"<more>": 11}}, {}, False),
+        ({"tokenizer.4.0.0.json": ...}, {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}, False),
+    ],
+)
+def test_other_files_that_transformers_reads_count(
+    files: dict[str, Any], settings: dict[str, Any], as_it_is: bool, tmp_path: Path
+) -> None:
+    write(tmp_path, small(), **settings)
+    other = small()
+    other.add_special_tokens(["<more>"])
+    for name, content in files.items():
+        text = other.to_str() if content is ... else json.dumps(content)
+        (tmp_path / name).write_text(text)
+    assert (tokenizer_backend._as_it_is(tmp_path) is not None) == as_it_is
+    require_same(TokenizerBackend.read(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"version": "1.0", "tru', b'"\xff"', b"[]", b"{}"])
+def test_a_damaged_file_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path, small()) / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{path} cannot be read .+ copy or download it again\.$"):
+        TokenizerBackend.read(tmp_path)
 
 
 def test_a_config_may_choose_another_class(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cpt_merge.core.progress import Meter, counted
+from cpt_merge.core.progress import Meter, counted, say
 
 LIBRARIES = """
 from cpt_merge.core.progress import silence_bars
@@ -41,3 +41,17 @@ def test_an_amount_is_shown_with_its_digits(capsys, total, unit, shown):
     with Meter("work", total, unit) as meter:
         meter.advance(total)
     assert f"work: {shown}" in capsys.readouterr().err
+
+
+def test_the_last_line_has_the_time_that_it_took(capsys):
+    """Also where the sum of many small amounts is a little less than the whole."""
+    with Meter("work", 1.0, "MB") as meter:
+        for _ in range(10):
+            meter.advance(0.1)
+    assert meter.done < 1
+    assert "left" not in capsys.readouterr().err
+
+
+def test_a_name_between_colons_is_no_emoji(capsys):
+    say("ko:a: [b] 3 documents")
+    assert capsys.readouterr().err == "ko:a: [b] 3 documents\n"

@@ -132,3 +132,14 @@ def test_allowing_repeats_changes_no_key_of_a_stage() -> None:
     strict, allowed = (Corpus(sources=[source], allow_repeats=allow) for allow in (False, True))  # type: ignore[list-item]
     assert strict.text() == allowed.text()
     assert strict.amounts() == allowed.amounts()
+
+
+@pytest.mark.parametrize("split", ["train[100:200]", "train[50%:20%]"])
+@pytest.mark.parametrize("amount", [{}, {"epochs": 2}])
+def test_a_slice_without_documents_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, split: str, amount: dict[str, int]
+) -> None:
+    path = write(tmp_path / "text.jsonl", ["1 2"] * 40).path
+    corpus = Corpus(sources=[Source(path=path, language="en", split=split, **amount)])
+    with pytest.raises(UserError, match=r"has no documents in its split 'train\["):
+        check_budget(corpus, 32, tokenizer)

@@ -162,6 +162,12 @@ def test_a_source_without_documents_is_refused(tmp_path: Path) -> None:
             check_text(Corpus(sources=[Source(path=str(path), language="en")]))
 
 
+def test_a_limit_and_rows_of_a_split_exclude_each_other() -> None:
+    assert Source(path="a.jsonl", language="en", split="train+test", limit=5).limit == 5
+    with pytest.raises(ValueError, match=r"has a limit and rows in its split 'train\[10:20\]'"):
+        Source(path="a.jsonl", language="en", split="train[10:20]", limit=5)
+
+
 def test_columns_of_other_formats_are_checked(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("content\nx\n")
     with pytest.raises(UserError, match=r"a\.csv: line 2 has no field 'text' but content"):

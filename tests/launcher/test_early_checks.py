@@ -215,3 +215,10 @@ def test_a_run_that_is_finished_is_not_checked_again(finished: Path, recipe_path
     done = cpt_merge("plan", recipe_path, "training.checkpoints.keep=1_000_000_000_000")
     assert done.returncode == 0, done.stderr
     assert AutoConfig.from_pretrained(finished / "merge" / "chat").model_type == "llama"
+
+
+def test_the_plan_shows_paths_as_they_are(recipe_path: Path, texts: Path) -> None:
+    """Brackets are no markup, and a long path is on one line."""
+    pattern = f"{texts}/[k]o.jsonl"
+    done = cpt_merge("plan", recipe_path, f"corpus.sources.0.path={pattern}")
+    assert f"text: {pattern} (" in done.stdout, done.stdout + done.stderr

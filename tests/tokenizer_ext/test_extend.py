@@ -1,6 +1,7 @@
 """The stage from end to end, and what it leaves behind."""
 
 import json
+import shutil
 
 import pytest
 from sentencepiece import SentencePieceProcessor
@@ -9,7 +10,9 @@ from transformers import AutoTokenizer
 
 from cpt_merge.checkpoint.loaded_tokenizer import CONVERSATION
 from cpt_merge.checkpoint.token_ids import read_tokens
+from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
 from cpt_merge.checkpoint.vocabulary_map import VocabularyMap
+from cpt_merge.core.artifact import write_json
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base
 from cpt_merge.tokenizer_ext.extend import extend_tokenizer
 from cpt_merge.tokenizer_ext.families.sentencepiece import fast_content, read_proto
@@ -183,3 +186,22 @@ def test_text_comes_back(extended, text) -> None:
         )
         == text
     )
+
+
+@pytest.mark.parametrize("lists_added", [False, True])
+def test_two_files_that_name_another_eos_are_read_as_transformers_reads_them(
+    sp_base, corpus, tmp_path, lists_added: bool
+) -> None:
+    """special_tokens_map.json counts more, unless the settings list the added tokens."""
+    base = shutil.copytree(sp_base, tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    if lists_added:
+        names = ("<unk>", "<s>", "</s>")
+        decoder = {str(n): {"content": name, "special": True} for n, name in enumerate(names)}
+        write_json(base / "tokenizer_config.json", settings | {"added_tokens_decoder": decoder})
+    write_json(base / "special_tokens_map.json", {"eos_token": "<unk>"})
+    expected = AutoTokenizer.from_pretrained(base).eos_token
+    assert expected == ("</s>" if lists_added else "<unk>")
+    assert TokenizerFiles(base, {}, frozenset()).roles["eos_token"] == expected
+    extend_tokenizer(CONFIG, base, corpus, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == expected
