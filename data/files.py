@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted, say_once
 from cpt_merge.data.readers import FORMATS, WHOLE_FILES, format_of
@@ -100,7 +101,7 @@ def _has_wildcard(path: str) -> bool:
 
 def _of_split(directory: Path, split: str) -> Path:
     """The folder of a split of a directory that `DatasetDict.save_to_disk` wrote."""
-    splits = json.loads((directory / _DICT).read_text())["splits"]
+    splits = _listed(directory / _DICT, "splits", str)
     if split not in splits:
         raise UserError(
             f"{directory} has the splits {', '.join(splits)} and no {split!r}; set the source's "
@@ -145,13 +146,25 @@ def _refuse(error: OSError) -> None:
 
 def _saved_dataset(directory: Path) -> list[Path]:
     """The files of a directory that `Dataset.save_to_disk` wrote, in order."""
-    state = json.loads((directory / _STATE).read_text())
-    if state.get("_indices_data_files"):
+    path = directory / _STATE
+    if read_json(path).get("_indices_data_files"):
         raise UserError(
             f"{directory} contains a selection of rows; save the dataset again after "
             "`flatten_indices()`."
         )
-    return [directory / entry["filename"] for entry in state["_data_files"]]
+    files = [directory / str(entry["filename"]) for entry in _listed(path, "_data_files", dict)]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{path} lists {file.name}, which is not there; copy it again.")
+    return files
+
+
+def _listed(path: Path, name: str, kind: type) -> list[Any]:
+    """A list in a file about a saved dataset. Raises `UserError` if it is damaged."""
+    found = read_json(path).get(name)
+    if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
+        raise UserError(f"{path} has no list {name!r}, as `save_to_disk` writes; save it again.")
+    return found
 
 
 def _visible(path: str, files: Iterable[Path], root: Path) -> list[Path]:

@@ -135,4 +135,4 @@ def _arrow_errors(file: Path, kind: str) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise UserError(f"{file} cannot be read as {kind} ({reason}).") from error
+        raise UserError(f"{file} cannot be read as {kind} ({reason}); get it again.") from error

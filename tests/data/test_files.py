@@ -119,6 +119,25 @@ def test_what_datasets_saved_is_its_arrow_files_in_order(tmp_path: Path) -> None
         find_files(str(tmp_path / "both"), split="dev")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("state.json", "{", r"state\.json cannot be read"),
+        ("state.json", "{}", r"state\.json has no list '_data_files'"),
+        ("state.json", '{"_data_files": ["a.arrow"]}', r"state\.json has no list '_data_files'"),
+        ("state.json", '{"_data_files": [{"filename": "a.arrow"}]}', r"lists a\.arrow, which is"),
+        ("dataset_dict.json", "{", r"dataset_dict\.json cannot be read"),
+        ("dataset_dict.json", '{"splits": 3}', r"dataset_dict\.json has no list 'splits'"),
+    ],
+)
+def test_damage_to_what_datasets_saved_is_one_sentence(
+    tmp_path: Path, file: str, content: str, sentence: str
+) -> None:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        find_files(str(tmp_path))
+
+
 def test_a_path_without_text_is_named(tmp_path: Path) -> None:
     make(tmp_path, "folder/a.pdf")
     for path, sentence in (
