@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from cpt_merge.data.minhash import ALGORITHM, PERMUTATIONS, SHINGLE, signatures
 from cpt_merge.data.parts import Digest, Encoded, Parts, PartWriter, TokenBlock
 from cpt_merge.data.preparation.notes import Example, Notes, where_different, write_notes
 from cpt_merge.data.preparation.steps import BAD_ROWS
+from cpt_merge.data.readers import endings
 from cpt_merge.data.selection import Pair, select
 from cpt_merge.data.sources import (
     Corpus,
@@ -89,13 +90,19 @@ class Plan:
 
 
 def tokenise_share(
-    plan: Plan, parts: Path, world: World, workers: int, worker: int, report: Report
+    plan: Plan,
+    unread: Sequence[int],
+    parts: Path,
+    world: World,
+    workers: int,
+    worker: int,
+    report: Report,
 ) -> None:
-    """Tokenise the missing blocks of one process."""
+    """Tokenise the missing blocks of one process in the pieces `unread`."""
     mine, done = Interval.of(world, worker, workers), Parts(parts).update()
     writer = PartWriter(parts)
-    for number, piece in enumerate(plan.pieces):
-        share = plan.line.bytes_in(mine, number)
+    for number in unread:
+        piece, share = plan.pieces[number], plan.line.bytes_in(mine, number)
         if not share:
             continue
         if _is_done(plan, number, done, mine):
@@ -128,14 +135,14 @@ def _is_done(plan: Plan, piece: int, done: Parts, mine: Interval) -> bool:
     )
 
 
-def _bytes_to_read(plan: Plan, parts: Path, world: World) -> float:
-    """How much of the text this node has to read."""
-    mine, done = Interval.of(world, 0, 1), Parts(parts).update()
-    return sum(
-        plan.line.bytes_in(mine, number)
-        for number in range(len(plan.pieces))
-        if not _is_done(plan, number, done, mine)
-    )
+def _unread(plan: Plan, parts: Path, node: Interval) -> list[int]:
+    """The numbers of the pieces that a node has to read."""
+    done, numbers = Parts(parts).update(), range(len(plan.pieces))
+    return [
+        number
+        for number in numbers
+        if plan.line.bytes_in(node, number) and not _is_done(plan, number, done, node)
+    ]
 
 
 def _key(corpus: Corpus, piece: Piece) -> str:
@@ -145,6 +152,7 @@ def _key(corpus: Corpus, piece: Piece) -> str:
     settings = {
         "source": piece.source.model_dump(include=reading) | _treatment(corpus, piece.source),
         "rows": piece.rows,
+        "endings": [endings(Path(str(file))) for file in piece.files],
         "block": [BLOCK_DOCUMENTS, BLOCK_CHARACTERS],
     }
     return stage_key("piece", settings, inputs)
@@ -243,7 +251,9 @@ def write_store(
     _open_parts(blocks, staging, plan, world)
     if _is_finished(staging):  # by other nodes, before this process began
         return Store.open(out).info
-    whole = _bytes_to_read(plan, blocks.directory, world)
+    node = Interval.of(world, 0, 1)
+    unread = _unread(plan, blocks.directory, node)
+    whole = sum(plan.line.bytes_in(node, number) for number in unread)
     with Meter("tokenise", whole / 1e6, "MB") as meter:
         documents = tokens = 0
 
@@ -254,7 +264,9 @@ def write_store(
             meter.advance(more.bytes / 1e6)
 
         run_in_processes(
-            partial(tokenise_share, plan, blocks.directory, world, processes), processes, report
+            partial(tokenise_share, plan, unread, blocks.directory, world, processes),
+            processes,
+            report,
         )
     if not world.is_main:
         wait_for(lambda: _is_finished(staging), "the other tasks of this job step")

@@ -37,13 +37,16 @@ FORMATS = {
 WHOLE_FILES = dict.fromkeys((".txt", ".md", ".markdown"), Format(read_whole, "document"))
 
 
+def endings(file: Path) -> tuple[str, str]:
+    """The endings of a name that say how a file is read: of its format, of its compression."""
+    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    return suffixes[-1] if suffixes else "", compression
+
+
 def format_of(file: Path, whole_files: bool = False) -> Format | None:
     """The format by the ending of the name, before that of a compression; None if unknown.
 
     With `whole_files`, only files that are one document each have a format.
     """
-    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    formats = WHOLE_FILES if whole_files else FORMATS
-    return formats.get(suffixes[-1]) if suffixes else None
+    return (WHOLE_FILES if whole_files else FORMATS).get(endings(file)[0])

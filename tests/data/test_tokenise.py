@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -95,7 +96,9 @@ def rank(number: int, size: int, workers: int, corpus: Corpus, model: Path, out:
         parts = tokenise.blocks_of(out, plan)
         store = Staging(out, tokenise._digest(plan))
         tokenise._open_parts(parts, store, plan, world)
-        tokenise.tokenise_share(plan, parts.directory, world, workers, worker, lambda *_: None)
+        tokenise.tokenise_share(
+            plan, range(len(plan.pieces)), parts.directory, world, workers, worker, lambda *_: None
+        )
     write_store(corpus, model, out, base=model, deduplicate=True, world=world)
 
 
@@ -199,6 +202,36 @@ def test_only_text_that_is_new_is_tokenised(
 
     write_store(more, model, tmp_path / "alone", deduplicate=True)
     assert digest(tmp_path / "store") == digest(tmp_path / "alone")
+
+
+def test_a_file_under_a_name_of_another_format_is_read_anew(tmp_path: Path, model: Path) -> None:
+    """Each line of JSON is a document of a .txt file, but a record of a .jsonl file."""
+    named = jsonl(tmp_path / "text.jsonl", [f"{word} {word}" for word in WORDS])
+    mistaken = Source(path=str(Path(named.path).with_suffix(".txt")), language="ko")
+    Path(named.path).rename(mistaken.path)
+    found = []
+    for source in (mistaken, named):
+        if source is named:
+            Path(mistaken.path).rename(named.path)
+        for blocks_at in (tmp_path / "blocks", Path(f"{source.path}.blocks")):
+            out = tmp_path / f"{len(found)}"
+            write_store(Corpus(sources=[source]), model, out, blocks_at=blocks_at)
+            found.append(ids_of(out))
+    assert found[0] == found[1] != found[2] == found[3]
+
+
+def test_the_progress_of_a_corpus_that_has_grown_is_of_what_is_new(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = list[Source]()
+    for number in range(3):
+        texts = [f"we go home {number} {line}" for line in range(99)]
+        sources.append(jsonl(tmp_path / f"{number}.jsonl", texts))
+        write_store(Corpus(sources=sources), model, tmp_path / "store")
+        (line,) = re.findall(
+            r"tokenise: (\S+)/(\S+) MB .* (\d+) documents", capsys.readouterr().err
+        )
+        assert line == (line[0], line[0], "99")
 
 
 def test_blocks_that_no_source_has_any_more_are_removed(
@@ -411,7 +444,9 @@ def test_every_format_is_divided(
     parts = tokenise.blocks_of(tmp_path / "store", plan)
     parts.begin()
     for worker in range(3):
-        tokenise.tokenise_share(plan, parts.directory, World(), 3, worker, lambda *_: None)
+        tokenise.tokenise_share(
+            plan, range(len(plan.pieces)), parts.directory, World(), 3, worker, lambda *_: None
+        )
     write_store(corpus, model, tmp_path / "store")
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert [tokenizer.decode(ids[1:-1]) for ids in ids_of(tmp_path / "store")] == texts
