@@ -82,7 +82,7 @@ TABLE = (  # metric, heading, as a share
     ("bits_per_byte", "bits per byte", False), ("chat", "chat", True), ("stopped", "stops", True),
     ("in_language", "in language", True), ("instruction_checks", "checks of instructions", True),
     ("instructions", "instructions", True), ("dialogue_turns", "turns of dialogues", True),
-    ("lexicon_rate", "lexicon rate", True),
+    ("refused_safe", "refused safe prompts", True),
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationInfo, field_validator
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
+from cpt_merge.evaluation.prompt_formats import without_format
 
 Suite = Literal["language", "form", "chat", "knowledge", "safety"]
 BUILT_IN = "built-in"
@@ -44,10 +45,12 @@ class SafetyConfig(Section):
     """Prompts that provoke unsafe replies, and who scores these."""
 
     prompts: str = key(
-        BUILT_IN, 'jsonl file of prompts, a line: {"language", "messages", "category"}; or built-in'
+        BUILT_IN,
+        'jsonl file of prompts, a line: {"language", "messages", "category", "safe"}; '
+        "or xstest:LANGUAGE:PATH, or built-in",
     )
     lists: dict[str, str] = key(
-        {}, "language -> file with one toxic word per line, instead of the built-in list"
+        {}, "language -> file with one toxic word per line; without lists no words are counted"
     )
     classifier: ClassifierConfig | None = key(None, "a classification model as another scorer")
     moderation: ModerationConfig | None = key(None, "a moderation endpoint as another scorer")
@@ -138,7 +141,8 @@ class JudgeConfig(JudgeEndpointConfig):
     questions: str | None = key(
         None,
         "chat: jsonl file of open questions, a line: "
-        '{"language", "turns": ["..."], "category", "reference"}',
+        '{"language", "turns": ["..."], "category", "reference", "messages"}; '
+        "or mt-bench:LANGUAGE:PATH, logickor:..., alignbench:...",
     )
     modes: list[Literal["mark", "comparison"]] = key(
         ["mark"],
@@ -223,7 +227,7 @@ class EvaluationConfig(Section):
         ["language", "form"],
         "language: bits per byte of held-out text; form: do replies stop, stay in the language and "
         "keep the chat format; chat: form, instructions, dialogues, open questions for a judge; "
-        "knowledge: tasks of lm-eval; safety: form, and toxicity of provoked replies",
+        "knowledge: tasks of lm-eval; safety: form, refusals, and toxicity of provoked replies",
         min_length=1,
     )
     languages: list[str] = key(
@@ -238,12 +242,12 @@ class EvaluationConfig(Section):
     instructions: str = key(
         BUILT_IN,
         'chat: jsonl file of prompts with checks, a line: {"language", "messages", "checks"}; '
-        "or built-in",
+        "or ifeval:LANGUAGE:PATH, or built-in",
     )
     dialogues: str = key(
         BUILT_IN,
         'chat: jsonl file of dialogues, a line: {"language", "turns": [{"user", "checks"}]}; '
-        "or built-in",
+        "or multi-if:PATH, or built-in",
     )
     safety: SafetyConfig = key(SafetyConfig(), "safety")
     knowledge: KnowledgeConfig = key(KnowledgeConfig(), "knowledge")
@@ -257,7 +261,7 @@ class EvaluationConfig(Section):
     baseline: str | None = key(
         None, "the model that others are compared with; if not set: `base`, or the first one"
     )
-    max_prompts: int = key(50, "number of prompts per language and evaluator", unit="prompts", gt=0)
+    max_prompts: int = key(60, "number of prompts per language and evaluator", unit="prompts", gt=0)
     max_characters: int = key(
         600, "longest reply without its thoughts, the same for all models", unit="characters", gt=0
     )
@@ -357,7 +361,11 @@ class EvaluationConfig(Section):
             "judge.questions": self.judge.questions if self.judge else None,
             **{f"safety.lists.{language}": path for language, path in self.safety.lists.items()},
         }
-        return {name: path for name, path in named.items() if path is not None and path != BUILT_IN}
+        return {
+            name: without_format(path)
+            for name, path in named.items()
+            if path is not None and path != BUILT_IN
+        }
 
 
 DEFAULTS = EvaluationConfig()

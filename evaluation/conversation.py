@@ -28,6 +28,7 @@ class Conversation:
     turns: tuple[Turn, ...]
     category: str | None = None
     references: tuple[str | None, ...] = ()  # good replies by turn, for judges
+    safe: bool | None = None  # whether a good model answers it; None if nobody said so
 
     def reference(self, turn: int) -> str | None:
         """A good reply to a turn, if there is one."""

@@ -1,12 +1,13 @@
-"""Prompts and dialogues from jsonl files; an error names file, line and field.
+"""Prompts and dialogues from files; an error names file, line and field.
 
 A prompt, with the fields that its evaluator needs:
     {"language": "ko", "messages": [{"role": "user", "content": "..."}],
-     "checks": [{"name": "sentences", "exactly": 3}], "category": "..."}
+     "checks": [{"name": "sentences", "exactly": 3}], "category": "...", "safe": true}
 A dialogue; `messages` precede its first turn and are optional:
     {"language": "ko", "messages": [...], "turns": [{"user": "...", "checks": [...]}, ...]}
-An open question for a judge, of one or more turns; references are optional:
+An open question for a judge, of one or more turns; messages and references are optional:
     {"language": "ko", "turns": ["...", "..."], "category": "...", "reference": ["...", null]}
+Any of them may have an "id" and a "comment", which are not used. Other fields are errors.
 """
 
 from __future__ import annotations
@@ -20,11 +21,20 @@ from typing import Any
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import say
-from cpt_merge.data.readers.json_records import parse_json
+from cpt_merge.data.readers.json_records import parse_json, read_json
+from cpt_merge.data.readers.rows import BadRow
 from cpt_merge.evaluation.checks import Check, parse_check
+from cpt_merge.evaluation.checks.registry import nearest
 from cpt_merge.evaluation.config import BUILT_IN
 from cpt_merge.evaluation.conversation import ROLES, Conversation, Message, Turn
+from cpt_merge.evaluation.prompt_formats import (
+    PromptFile,
+    UnsupportedRowError,
+    parse_path,
+    read_csv,
+)
 
+UNUSED = ("id", "comment")
 FEWEST_TURNS, MOST_TURNS = 2, 5
 PACKAGED = files("cpt_merge.evaluation") / "prompts"
 
@@ -47,10 +57,11 @@ def read_conversations(
                 f"there are no built-in {built_in} in {', '.join(languages)}; name a file by {key}."
             )
     else:
-        file = Path(path).expanduser()
+        asked = parse_path(path, key)
+        file = asked.path
         if not file.is_file():
             raise UserError(f"prompts file {file} does not exist; correct {key}.")
-        found = list(_read_file(file, parse))
+        found = list(_read_file(file, parse) if asked.format is None else _converted(asked, parse))
         if not found:
             raise UserError(f"prompts file {file} holds no prompts.")
         found = [one for one in found if not languages or one.language in languages]
@@ -64,6 +75,9 @@ def read_conversations(
         counts[conversation.language] += 1
         if counts[conversation.language] <= limit:
             kept.append(conversation)
+    if len(kept) < len(found):
+        most = ", ".join(f"{n} in {one}" for one, n in counts.items() if n > limit)
+        say(f"{key}: {path} has {most}; the first {limit} of each language are asked")
     return kept
 
 
@@ -97,16 +111,51 @@ def _read_file(path: Path, parse: Parse) -> Iterator[Conversation]:
             yield parse(row, where)
 
 
+def _converted(asked: PromptFile, parse: Parse) -> Iterator[Conversation]:
+    """Every conversation of a file in another project's format, without those left out.
+
+    Raises `UserError` that names file and line; what is left out is counted in a message.
+    """
+    assert asked.format is not None
+    rows = read_csv(asked.path) if asked.path.suffix == ".csv" else read_json(asked.path)
+    left_out: Counter[str] = Counter()
+    read = 0
+    for number, row in rows:
+        where = f"{asked.path}, line {number}"
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: {row if isinstance(row, BadRow) else 'it'} is no object.")
+        try:
+            converted = asked.format.convert(row)
+        except UnsupportedRowError as reason:
+            left_out[str(reason)] += 1
+            continue
+        except ValueError as error:
+            raise UserError(f"{where}: {error}.") from None
+        language = {"language": asked.language} if asked.language else {}
+        if asked.language and converted.get("language", asked.language) != asked.language:
+            continue
+        read += 1
+        yield parse({**converted, **language}, where)
+    if left_out:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.most_common())
+        sentence = f"{asked.path}: {left_out.total()} prompts cannot be checked here: {reasons}"
+        if not read:
+            raise UserError(f"{sentence}; none is left.")
+        say(f"{sentence}; they are left out, and {read} are left")
+
+
 def parse_prompt(row: Any, where: str) -> Conversation:
-    """A prompt without checks."""
-    _needs(row, where, "a prompt", "language", "messages")
-    turn = Turn(_messages(row["messages"], where))
-    return Conversation(_language(row, where), (turn,), _category(row, where))
+    """A prompt. Of its checks, only the language that they ask for is used."""
+    _fields(row, where, "a prompt", ("language", "messages"), ("category", "safe", "checks"))
+    turn = Turn(_messages(row["messages"], where), _checks(row.get("checks", []), where))
+    return Conversation(
+        _language(row, where), (turn,), _category(row, where), safe=_safe(row, where)
+    )
 
 
 def parse_instruction(row: Any, where: str) -> Conversation:
     """A prompt with at least one check."""
-    _needs(row, where, "an instruction", "language", "messages", "checks")
+    _fields(row, where, "an instruction", ("language", "messages", "checks"), ("category",))
     turn = Turn(_messages(row["messages"], where), _checks(row["checks"], where))
     if not turn.checks:
         raise UserError(f'{where}: "checks" is empty, so no reply could fail; add a check.')
@@ -115,35 +164,39 @@ def parse_instruction(row: Any, where: str) -> Conversation:
 
 def parse_dialogue(row: Any, where: str) -> Conversation:
     """A dialogue with 2 to 5 messages of the user, of which at least one has checks."""
-    _needs(row, where, "a dialogue", "language", "turns")
+    _fields(row, where, "a dialogue", ("language", "turns"), ("messages", "category"))
     rows = row["turns"]
     if not isinstance(rows, list) or not FEWEST_TURNS <= len(rows) <= MOST_TURNS:
         raise UserError(f'{where}: "turns" is a list of {FEWEST_TURNS} to {MOST_TURNS} turns.')
-    before = row.get("messages", [])
-    if before and (
-        not isinstance(before, list)
-        or not all(map(_is_message, before))
-        or before[-1]["role"] == "user"
-    ):
-        raise UserError(
-            f'{where}: "messages" precede the first turn, so the last one must not be the user\'s.'
-        )
+    before = _before(row, where)
     turns = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(rows, start=1)]
     if not any(turn.checks for turn in turns):
         raise UserError(f'{where}: no turn has "checks", so no reply could fail; add some.')
-    turns[0] = Turn([_message(message) for message in before] + turns[0].messages, turns[0].checks)
+    turns[0] = Turn(before + turns[0].messages, turns[0].checks)
     return Conversation(_language(row, where), tuple(turns), _category(row, where))
+
+
+def _before(row: Any, where: str) -> list[Message]:
+    """The messages before the first turn, such as a system prompt."""
+    before = row.get("messages", [])
+    if before and (_message_list(before, where)[-1]["role"] == "user"):
+        raise UserError(
+            f'{where}: "messages" precede the first turn, so the last one must not be the user\'s.'
+        )
+    return [_message(message) for message in before]
 
 
 def _turn(row: Any, where: str) -> Turn:
     if not isinstance(row, dict) or not isinstance(row.get("user"), str) or not row["user"].strip():
         raise UserError(f'{where}: the field "user" with the user\'s message is missing.')
+    _no_others(row, where, ("user", "checks"))
     return Turn([{"role": "user", "content": row["user"]}], _checks(row.get("checks", []), where))
 
 
 def parse_question(row: Any, where: str) -> Conversation:
     """An open question with 1 to 5 messages of the user, for a judge."""
-    _needs(row, where, "a question", "language", "turns")
+    optional = ("messages", "category", "reference")
+    _fields(row, where, "a question", ("language", "turns"), optional)
     turns = row["turns"]
     if not isinstance(turns, list) or not all(
         isinstance(turn, str) and turn.strip() for turn in turns
@@ -158,17 +211,36 @@ def parse_question(row: Any, where: str) -> Conversation:
         raise UserError(
             f'{where}: "reference" is a list with a good reply, or null, for each turn.'
         )
-    asked = tuple(Turn([{"role": "user", "content": turn}]) for turn in turns)
-    return Conversation(_language(row, where), asked, _category(row, where), tuple(references))
+    if len(references) > len(turns):
+        raise UserError(f'{where}: "reference" has more entries than "turns".')
+    asked = [Turn([{"role": "user", "content": turn}]) for turn in turns]
+    asked[0] = Turn(_before(row, where) + asked[0].messages)
+    category = _category(row, where)
+    return Conversation(_language(row, where), tuple(asked), category, tuple(references))
 
 
-def _needs(row: Any, where: str, what: str, *fields: str) -> None:
-    missing = [name for name in fields if not isinstance(row, dict) or name not in row]
+def _fields(
+    row: Any, where: str, what: str, needed: tuple[str, ...], optional: tuple[str, ...]
+) -> None:
+    """Raise `UserError` for a row that lacks a field, or has one that nobody would read."""
+    if isinstance(row, dict):  # a misspelt field first, since it is why another is missing
+        _no_others(row, where, (*needed, *optional, *UNUSED))
+    missing = [name for name in needed if not isinstance(row, dict) or name not in row]
     if missing:
-        named = " and ".join(f'"{name}"' for name in fields)
+        named = " and ".join(f'"{name}"' for name in needed)
         raise UserError(
             f"{where}: {what} needs the fields {named}; {', '.join(missing)} is missing."
         )
+
+
+def _no_others(row: dict[str, Any], where: str, known: tuple[str, ...]) -> None:
+    for name in row:
+        if name not in known:
+            fields = ", ".join(f'"{one}"' for one in known if one not in UNUSED)
+            raise UserError(
+                f'{where}: the field "{name}" is not known{nearest(name, known)}; '
+                f"there are {fields}."
+            )
 
 
 def _language(row: Any, where: str) -> str:
@@ -185,15 +257,29 @@ def _category(row: Any, where: str) -> str | None:
     return category
 
 
+def _safe(row: Any, where: str) -> bool | None:
+    safe = row.get("safe")
+    if safe is not None and not isinstance(safe, bool):
+        raise UserError(f'{where}: "safe" is true or false.')
+    return safe
+
+
 def _messages(messages: Any, where: str) -> list[Message]:
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        roles = " or ".join(ROLES)
-        raise UserError(f'{where}: each of "messages" is {{"role": {roles}, "content": text}}.')
+    messages = _message_list(messages, where)
     if not messages or messages[-1]["role"] != "user":
         raise UserError(
             f"{where}: the last message is not the user's, so there is nothing to reply to."
         )
     return [_message(message) for message in messages]
+
+
+def _message_list(messages: Any, where: str) -> list[Message]:
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        roles = " or ".join(ROLES)
+        raise UserError(f'{where}: each of "messages" is {{"role": {roles}, "content": text}}.')
+    for message in messages:
+        _no_others(message, where, ("role", "content"))
+    return messages
 
 
 def _message(message: Message) -> Message:

@@ -21,6 +21,7 @@ from cpt_merge.evaluation.evaluators.instructions import InstructionsEvaluator
 from cpt_merge.evaluation.evaluators.judge import JudgeEvaluator, JudgePanel
 from cpt_merge.evaluation.evaluators.knowledge import KnowledgeEvaluator
 from cpt_merge.evaluation.evaluators.language import LanguageEvaluator
+from cpt_merge.evaluation.evaluators.refusal import RefusalEvaluator
 from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
 from cpt_merge.evaluation.evaluators.thoughts import ThoughtsEvaluator
 from cpt_merge.evaluation.generate.endpoint import Endpoint, shown_address
@@ -47,7 +48,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "form": ("form", "thoughts"),
     "chat": ("form", "thoughts", "instructions", "dialogue", "judge"),
     "knowledge": ("knowledge",),
-    "safety": ("form", "thoughts", "safety"),
+    "safety": ("form", "thoughts", "safety", "refusal"),
 }
 WITHOUT_REPLIES = ("language", "knowledge")
 NO_JUDGE = "there is no judge; set evaluation.judge"
@@ -172,8 +173,7 @@ def _judge(setup: Setup) -> Evaluator | None:
 def _safety(setup: Setup) -> Evaluator | None:
     config, safety = setup.config, setup.config.safety
     conversations = setup.read(safety.prompts, "safety.prompts", parse_prompt, "safety")
-    languages = list(dict.fromkeys(conversation.language for conversation in conversations))
-    scorers: list[Scorer] = [LexiconScorer(read_lists(safety.lists, languages))]
+    scorers: list[Scorer] = [LexiconScorer(read_lists(safety.lists))] if safety.lists else []
     if safety.classifier is not None:
         model, labels = safety.classifier.model, safety.classifier.labels
         scorers.append(ClassifierScorer(model, labels, config.batch_size))
@@ -206,4 +206,5 @@ MAKERS: Mapping[str, Callable[[Setup], Evaluator | None]] = {
         setup.config.knowledge, setup.config.seed, setup.config.batch_size
     ),
     "safety": _safety,
+    "refusal": lambda setup: RefusalEvaluator(),
 }

@@ -81,6 +81,19 @@ def starts_with(reply: str, *, text: str) -> bool:
     return any(one.startswith(plain(text)) for one in (plain(reply), opened))
 
 
+def _is_paragraph(*, paragraph: int, text: str) -> None:
+    _not_blank(text=text)
+    if paragraph < 1:
+        raise ValueError("paragraph must be at least 1")
+
+
+@check("paragraph_starts_with", _is_paragraph)
+def paragraph_starts_with(reply: str, *, paragraph: int, text: str) -> bool:
+    """A paragraph, counted from 1, begins with the text."""
+    found = segments.paragraphs(reply)
+    return len(found) >= paragraph and starts_with(found[paragraph - 1], text=text)
+
+
 @check("ends_with", _not_blank)
 def ends_with(reply: str, *, text: str) -> bool:
     """The reply ends with the text; final punctuation and emoji of both are ignored."""

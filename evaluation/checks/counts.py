@@ -83,3 +83,15 @@ def count_occurrences(reply: str, *, word: str) -> int:
     before = rf"(?<!{edge})" if regex.match(edge, word) else ""
     after = rf"(?!{edge})" if regex.search(rf"{edge}$", word) else ""
     return len(regex.findall(before + regex.escape(plain(word)) + after, plain(reply)))
+
+
+@count("letters")
+def count_letters(reply: str, *, letter: str) -> int:
+    """How often a letter occurs, in any case and within words."""
+    return plain(reply).count(plain(letter))
+
+
+@count("capital_words")
+def count_capital_words(reply: str) -> int:
+    """Words whose letters are all capitals."""
+    return sum(word.upper() == word != word.lower() for word in segments.words(reply))

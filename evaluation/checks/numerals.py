@@ -225,8 +225,8 @@ def _value(text: str) -> Decimal | None:
             section += (current or Decimal(1)) * unit
         else:
             below = section + (current or 0)
-            if not below and not total:
-                return None
+            if not total and not below:
+                below = Decimal(1)  # 만 이천
             total = total + below * unit if below else total * unit  # 萬億
             section = Decimal(0)
         current, last = None, unit
@@ -339,7 +339,9 @@ READERS: tuple[tuple[regex.Pattern[str], Read], ...] = (
     ),
     (
         regex.compile(
-            rf"(?<!\p{{Hangul}})(?P<sign>{BELOW})?(?P<number>(?=\S*십|{SINO}{{3}}|{SINO}{{2}}\s?(?:{COUNTERS})){SINO}{{2,}}(?:(?<=[만억])\s{SINO}{{2,}})*){MORE}{AFTER_KOREAN}"
+            rf"(?<!\p{{Hangul}})(?P<sign>{BELOW})?"
+            rf"(?P<number>(?={SINO}*십|(?:{SINO}\s?){{3}}|{SINO}\s?{SINO}\s?(?:{COUNTERS}))"
+            rf"(?:{SINO}*[천만억조]\s)*{SINO}{{1,}}(?<={SINO}\s?{SINO})){MORE}{AFTER_KOREAN}"
         ),
         _read_mixed,
     ),

@@ -12,8 +12,9 @@ An empty reply passes no check.
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,12 @@ def _limits_make_sense(**arguments: Any) -> None:
         raise ValueError("its limits admit no number")
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A part of a sentence that suggests the known name that is most like a wrong one, if any."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
 def parse_check(row: Any, where: str) -> Check:
     """A check of a row like {"name": "sentences", "exactly": 3}.
 
@@ -155,7 +162,8 @@ def parse_check(row: Any, where: str) -> Check:
     kind = CHECKS.get(row["name"])
     if kind is None:
         raise UserError(
-            f"{where}: there is no check {row['name']!r}; there are {', '.join(sorted(CHECKS))}."
+            f"{where}: there is no check {row['name']!r}{nearest(row['name'], CHECKS)}; there are "
+            f"{', '.join(sorted(CHECKS))}."
         )
     arguments = {name: value for name, value in row.items() if name != "name"}
     try:
@@ -163,13 +171,12 @@ def parse_check(row: Any, where: str) -> Check:
         if kind.validate is not None:
             kind.validate(**arguments)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()
+        unknown = [one for one in errors if one["type"] == "extra_forbidden"]
+        first = (unknown or errors)[0]
         place = ".".join(map(str, first["loc"]))
-        reason = (
-            "is not one of its arguments"
-            if first["type"] == "extra_forbidden"
-            else first["msg"].lower()
-        )
+        near = nearest(place, [*kind.arguments.model_fields]) if unknown else ""
+        reason = f"is not one of its arguments{near}" if unknown else first["msg"].lower()
         raise UserError(
             f"{where}: check {kind.name!r}, {place}: {reason}; it takes {kind.usage}."
         ) from None

@@ -1,14 +1,13 @@
-"""Word lists: the share of replies that hold a word of the list.
+"""Word lists of the user's own: the share of replies that hold a word of the list.
 
-This works offline and sees nothing else. The metric is called lexicon rate and not toxicity: a
-polite threat has no such word, a quotation may have one.
+There is no built-in list: the metric is called lexicon rate and not toxicity, since a polite threat
+has no such word, a quotation may have one, and words in Chinese or Korean occur within others.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import regex
@@ -25,7 +24,6 @@ METRIC = Metric(
     "replies that hold a word of the list of toxic words",
     rising=False,
 )
-BUILT_IN = files("cpt_merge.evaluation") / "prompts" / "lexicon"
 
 
 class LexiconScorer(Scorer):
@@ -74,29 +72,23 @@ def normal(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
 
 
-def read_lists(given: Mapping[str, str], languages: Sequence[str]) -> dict[str, list[str]]:
-    """The list of each language and of English: the given file, or the built-in one, if any.
-
-    Raises `UserError` for a file that cannot be read or holds no words.
-    """
+def read_lists(given: Mapping[str, str]) -> dict[str, list[str]]:
+    """The list of each language. Raises `UserError` for a file that cannot be read or is empty."""
     found = {}
-    for language in dict.fromkeys([*languages, "en"]):
-        if language in given:
-            path = Path(given[language]).expanduser()
-            if not path.is_file():
-                raise UserError(
-                    f"word list {path} does not exist; correct evaluation.safety.lists.{language}."
-                )
-            try:
-                found[language] = _words(path.read_text(encoding="utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"word list {path} is not UTF-8 (byte {error.start}); convert it."
-                ) from None
-            if not found[language]:
-                raise UserError(f"word list {path} contains no words; write one per line.")
-        elif (BUILT_IN / f"{language}.txt").is_file():
-            found[language] = _words((BUILT_IN / f"{language}.txt").read_text(encoding="utf-8"))
+    for language, name in given.items():
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"word list {path} does not exist; correct evaluation.safety.lists.{language}."
+            )
+        try:
+            found[language] = _words(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"word list {path} is not UTF-8 (byte {error.start}); convert it."
+            ) from None
+        if not found[language]:
+            raise UserError(f"word list {path} contains no words; write one per line.")
     return found
 
 

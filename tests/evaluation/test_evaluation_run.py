@@ -155,11 +155,11 @@ def test_the_same_for_one_and_two_processes(
             assert model.pop("generated_tokens_per_second") > 0
     assert one == two
     scores, breakdowns = one["chat"]["scores"]["ko"], one["chat"]["breakdowns"]["ko"]
-    assert {name: scores[name]["n"] for name in ("bits_per_byte", "chat", "instructions", "dialogues", "lexicon_rate")} == {
-        "bits_per_byte": 6, "chat": 2 + 2 + 2 + 2 + 2, "instructions": 2, "dialogues": 2, "lexicon_rate": 2,
+    assert {name: scores[name]["n"] for name in ("bits_per_byte", "chat", "instructions", "dialogues", "judge_unsafe", "refused_safe")} == {
+        "bits_per_byte": 6, "chat": 2 + 2 + 2 + 2 + 2, "instructions": 2, "dialogues": 2, "judge_unsafe": 2, "refused_safe": 1,
     }  # fmt: skip
     assert set(breakdowns) == {
-        "instruction_checks", "dialogue_turns", "lexicon_rate", "judge_mark", "judge_preferred", "judge_unsafe",
+        "instruction_checks", "dialogue_turns", "refused_safe", "refused_unsafe", "judge_mark", "judge_preferred", "judge_unsafe",
     }  # fmt: skip
     assert one["chat"]["differences"]["ko"].keys() | {"judge_preferred"} == scores.keys()
     assert one["base"]["differences"] == {}, "it is what the others are compared with"
@@ -332,7 +332,7 @@ def test_a_dead_endpoint_is_reported_as_not_run_with_all_other_metrics_measured(
     returned = run(config, chat, {}, None, tmp_path, tracker)
     tracker.finish()
     assert "chat/ko/flagged" not in returned
-    assert "chat/ko/lexicon_rate" in returned
+    assert "chat/ko/refused_safe" in returned
     results = json.loads((tmp_path / "results.json").read_text())["models"]["chat"]
     assert "refused" in results["not_run"]["flagged"]
     rows = read_log(tmp_path / "log").tables["eval/not_run"].rows

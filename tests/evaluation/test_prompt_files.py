@@ -69,7 +69,7 @@ BAD_INSTRUCTIONS = [
     ({**INSTRUCTION, "checks": []}, 'line 2: "checks" is empty'),
     ({**INSTRUCTION, "checks": {}}, 'line 2: "checks" is a list'),
     ({**INSTRUCTION, "checks": ["sentences"]}, 'each of "checks" is .*, not sentences'),
-    ({**INSTRUCTION, "checks": [{"name": "sentence"}]}, "there is no check 'sentence'; there are avoids, bullets, .*sentences"),
+    ({**INSTRUCTION, "checks": [{"name": "sentence"}]}, "there is no check 'sentence' .*; there are avoids, bullets, .*sentences"),
     ({**INSTRUCTION, "checks": [{"name": "sentences"}]}, "check 'sentences': it needs at_least, at_most, both"),
     ({**INSTRUCTION, "checks": [{"name": "sentences", "exactly": "2"}]}, "exactly: .*integer; it takes .at_least., .at_most., .exactly."),
     ({**INSTRUCTION, "checks": [{"name": "sentences", "exactly": 2, "at_least": 1}]}, "or exactly"),
@@ -188,3 +188,54 @@ def test_a_bad_question_is_named_by_its_line(tmp_path, row, sentence):
         read_conversations(str(path), "key", parse_question, [], 9)
     assert f"{path}, line 2" in str(raised.value)
     assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "row", "sentence"),
+    [
+        (parse_prompt, {"language": "ko", "mesages": [USER]}, 'the field "mesages" is not known .did you mean "messages"'),
+        (parse_prompt, {"language": "ko", "messages": [{**USER, "name": "x"}]}, 'the field "name" is not known'),
+        (parse_prompt, {"language": "ko", "messages": [USER], "safe": "yes"}, '"safe" is true or false'),
+        (parse_instruction, {**INSTRUCTION, "categorie": "x"}, 'did you mean "category"'),
+        (parse_instruction, {**INSTRUCTION, "checks": [{"name": "sentence"}]}, 'did you mean "sentences"'),
+        (parse_instruction, {**INSTRUCTION, "checks": [{"name": "contains", "wrods": ["a"]}]}, 'did you mean "words"'),
+        (parse_dialogue, {"language": "ko", "turns": [TURN, {**TURN, "cheks": []}]}, 'turn 2: the field "cheks" .* "checks"'),
+        (parse_question, {"language": "ko", "turns": ["A?"], "references": ["B"]}, 'did you mean "reference"'),
+        (parse_question, {"language": "ko", "turns": ["A?"], "reference": ["B", "C"]}, "more entries"),
+        (parse_question, {"language": "ko", "turns": ["A?"], "messages": [USER]}, "must not be the user's"),
+    ],
+)  # fmt: skip
+def test_a_field_that_nobody_reads_is_an_error_with_the_nearest_name(
+    tmp_path, parse, row, sentence
+):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n" + json.dumps(row))
+    with pytest.raises(UserError, match=sentence) as raised:
+        read(path, parse)
+    assert f"{path}, line 2" in str(raised.value)
+
+
+def test_a_question_has_a_system_prompt_and_any_line_an_id(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    system = {"role": "system", "content": "be brief"}
+    row = {
+        "id": 7,
+        "language": "en",
+        "messages": [system],
+        "turns": ["A?", "B?"],
+        "comment": "ours",
+    }
+    path.write_text(json.dumps(row))
+    [question] = read(path, parse_question)
+    assert [turn.messages for turn in question.turns] == [
+        [system, {"role": "user", "content": "A?"}], [{"role": "user", "content": "B?"}],
+    ]  # fmt: skip
+
+
+def test_what_the_limit_leaves_out_is_said(tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join([json.dumps({"language": "ko", "messages": [USER]})] * 3))
+    read(path, limit=2)
+    assert "has 3 in ko; the first 2 of each language are asked" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -20,6 +20,9 @@ CASES = [
     ("sections", {"heading": "Section", "exactly": 2}, "Section 1\na\n**SECTION 2**\nb", "Section 1\na"),
     ("sections", {"heading": "#", "exactly": 2}, "# 一\n甲\n## 二\n乙", "一\n二"),
     ("occurrences", {"word": "香", "at_least": 2}, "好香，真的很香。", "好香。"),
+    ("letters", {"letter": "A", "exactly": 4}, "A banana", "an apple"),
+    ("capital_words", {"at_least": 2}, "I like NASA", "Nasa IS it"),
+    ("paragraph_starts_with", {"paragraph": 2, "text": "둘"}, "하나\n\n**둘**이에요", "둘\n\n하나"),
     ("contains", {"words": ["浪花", "月光"]}, "月光下的浪花", "月光下的海"),
     ("contains", {"words": ["7"]}, "７ 시예요", "17시예요"),  # digits and Latin words as a whole, of any width
     ("contains", {"words": ["cat"]}, "A CAT!", "a category"),

@@ -48,7 +48,7 @@ def test_turns_whole_dialogues_and_turns_by_number():
 @pytest.mark.parametrize("language", ["zh_tw", "zh_cn", "ko", "en"])
 def test_the_built_in_dialogues(language):
     found = read_conversations("built-in", "key", parse_dialogue, [language], 99, "dialogues")
-    assert len({one.questions for one in found}) == len(found) >= 12
+    assert len({one.questions for one in found}) == len(found) >= 50
     assert all(one.turns[-1].checks for one in found), (
         "a last turn without a check would be asked for nothing"
     )
@@ -70,6 +70,32 @@ RIGHT = {  # what one who listens would say to the last turn of some of them
     ("en", "And of Japan?"): ("Tokyo, meow!", "Meow, it is Tokyo."),
     ("en", "Thanks. Back to normal writing now: what colour is snow?"): ("Snow is white.", "SNOW IS WHITE."),
     ("en", "And that times 2?"): ("That makes 34.", "That makes 24."),
+    ("zh_tw", "車牌的後四碼是什麼？"): ("後四碼是 3817。", "後四碼是 3871。"),
+    ("zh_tw", "所以明天的會議在幾樓？"): ("在五樓，不是在二樓。", "會議在三樓。"),
+    ("zh_tw", "時間有變嗎？請先回答有或沒有。"): ("沒有，還是下午兩點。", "有，改了。"),
+    ("zh_tw", "我付三千元，要找我多少？"): ("要找您兩百元。", "要找您1,200元。"),
+    ("zh_tw", "花生醬吐司適合我嗎？請先回答適合或不適合。"): ("不適合，因為你對花生過敏。", "適合，很營養。"),
+    ("zh_tw", "夠不夠？請先回答夠或不夠。"): ("夠，還會剩三十元。", "不夠。"),
+    ("zh_tw", "蝙蝠也是這一類嗎？請先回答是或不是。"): ("是的，蝙蝠也是哺乳類。", "不是，牠是鳥類。"),
+    ("zh_tw", "剛剛的三個詞是什麼？"): ("鑰匙、雨傘和錢包。", "鑰匙、雨傘。"),
+    ("zh_cn", "我应该去几号站台？"): ("您应该去8号站台。", "您应该去六号站台。"),
+    ("zh_cn", "我今年多大？"): ("你今年十八岁。", "你今年28岁。"),
+    ("zh_cn", "还剩多少？"): ("还剩30元。", "还剩130元。"),
+    ("zh_cn", "海豚是鱼吗？先回答是或不是。"): ("不是，海豚是哺乳动物。", "是，海豚是鱼。"),
+    ("zh_cn", "开饭"): ("洗手", "好的，洗手吃饭！"),
+    ("ko", "그럼 회의는 몇 층에서 합니까?"): ("회의는 5층에서 합니다.", "회의는 3층에서 합니다."),
+    ("ko", "삼만 원을 내면 거스름돈은 얼마입니까?"): ("이천 원입니다.", "만 이천 원입니다."),
+    ("ko", "땅콩버터 토스트를 먹어도 됩니까? 네 또는 아니요로 먼저 답해 주십시오."): ("아니요, 위험합니다.", "네, 괜찮습니다."),
+    ("ko", "케이크에 여덟 개를 썼으면 몇 개가 남았어요?"): ("쉰두 개가 남았어요.", "두 개가 남았어요."),
+    ("ko", "가장 작은 사람은요? 이름만요."): ("하늘이예요.", "민호예요."),
+    ("ko", "모레는 무슨 요일이에요?"): ("금요일이에요.", "금요일이 아니라 목요일이에요."),
+    ("ko", "다섯 시에 일어나면 몇 시간입니까?"): ("열일곱 시간입니다.", "일곱 시간입니다."),
+    ("en", "Which room should I go to?"): ("Go to room 5.", "Go to room 3."),
+    ("en", "Can I eat peanut butter toast? Start with yes or no."): ("No, you are allergic.", "Yes, enjoy!"),
+    ("en", "I used eight for a cake. How many are left?"): ("Twenty-two eggs are left.", "Two are left."),
+    ("en", "And if I got up at five?"): ("Seventeen hours.", "Seven hours."),
+    ("en", "Is a bat one too? Start with yes or no."): ("Yes, bats are mammals.", "No, bats are birds."),
+    ("en", "Whose book is it? Only the name."): ("Tom's.", "It isn't Tom's."),
 }  # fmt: skip
 
 

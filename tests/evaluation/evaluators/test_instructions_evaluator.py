@@ -64,7 +64,7 @@ def test_checks_decide_the_language_of_a_reply():
 def test_the_built_in_prompts(language):
     found = read_conversations("built-in", "key", parse_instruction, [language], 99, "instructions")
     texts = [one.questions for one in found]
-    assert len(set(texts)) == len(found) >= 25
+    assert len(set(texts)) == len(found) >= 50
     assert len({check.name for one in found for check in one.turns[0].checks}) >= 20
     speaking = [one for one in found if one.reply_language(0) == language]
     for one in speaking:  # who answers in English follows no instruction of a Korean prompt

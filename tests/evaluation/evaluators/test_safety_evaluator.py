@@ -73,5 +73,9 @@ def test_a_scorer_that_scored_nothing_was_not_run():
 @pytest.mark.parametrize("language", ["zh_tw", "zh_cn", "ko", "en"])
 def test_the_built_in_prompts_have_categories(language):
     found = read_conversations("built-in", "key", parse_prompt, [language], 99, "safety")
-    assert len(found) >= 10
-    assert {one.category for one in found} == {"insult", "threat", "prejudice", "harm", "plain"}
+    assert len(found) >= 50
+    assert len([one for one in found if one.safe]) >= 25
+    assert len([one for one in found if one.safe is False]) >= 25
+    assert {one.safe for one in found[:2]} == {True, False}, "any limit keeps some of both"
+    unsafe = {"insult", "threat", "prejudice", "harm", "fraud", "privacy"}
+    assert {one.category for one in found if not one.safe} == unsafe
