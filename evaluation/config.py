@@ -289,13 +289,16 @@ class EvaluationConfig(Section):
     max_bytes: int = key(
         200_000, "held-out text per language for bits per byte", unit="bytes of UTF-8", gt=0
     )
-    context: int = key(
-        1024,
-        "window and stride of bits per byte; limited by the positions of every model",
+    context: int | None = key(
+        None,
+        "window and stride of bits per byte, at most the positions of every model; if not set: "
+        "training.sequence_length, or 1024 without a recipe",
         unit="tokens",
         ge=2,
     )
-    batch_size: int = key(16, "prompts, or windows of text, per batch and process", gt=0)
+    batch_size: int = key(
+        16, "prompts, or windows of up to 1024 tokens of text, per batch and process", gt=0
+    )
     samples_shown: int = key(
         2, "prompts per language whose replies are printed, evenly spread", unit="prompts", ge=0
     )

@@ -47,7 +47,7 @@ def draw_bits_per_byte(scores: Scores, path: Path) -> Path:
     figure = Figure(figsize=(width, 3.8), layout="constrained")
     axes = figure.subplots()
     _bars(axes, scores, BITS, languages, "{:.2f}")
-    axes.set_ylabel("bits per byte (lower is better)")
+    axes.set_ylabel("held-out bits per byte (lower is better)")
     axes.set_title("Held-out text", loc="left", fontweight="bold")
     return _save(figure, axes, path)
 

@@ -16,6 +16,8 @@ from cpt_merge.checkpoint.reader import check_complete
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 
+DEFAULT_CONTEXT = 1024  # of models from elsewhere
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -40,12 +42,22 @@ class LoadedModel:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def shared_context(models: Mapping[str, Path], wanted: int) -> int:
-    """The window for all models: `wanted`, or fewer tokens if a model has fewer positions.
+def shared_context(
+    models: Mapping[str, Path], wanted: int | None, trained_on: int | None = None
+) -> int:
+    """The window for all models, in tokens, at most the positions of each.
+
+    `wanted` is the recipe's; if it is None, the window is as long as the sequences of continued
+    pretraining, `trained_on`, which are None for models from elsewhere.
 
     Raises `UserError` for a directory without a complete model, before any model is loaded.
     """
-    context = wanted
+    context = wanted or trained_on or DEFAULT_CONTEXT
+    if trained_on is not None and context > trained_on:
+        say(
+            f"evaluation.context = {context} is longer than the sequences of continued pretraining "
+            f"({trained_on}), so the trained model is asked for what it was not trained on"
+        )
     for name, directory in models.items():
         try:
             check_complete(directory)
@@ -56,11 +68,11 @@ def shared_context(models: Mapping[str, Path], wanted: int) -> int:
         load_tokenizer(directory)
         positions = getattr(config, "max_position_embeddings", context)
         if positions < context:
-            context = positions
             say(
-                f"evaluation.context = {wanted}, but {name} has only {positions} positions; "
+                f"evaluation.context = {context}, but {name} has only {positions} positions; "
                 f"all models use windows of {positions}"
             )
+            context = positions
     return context
 
 

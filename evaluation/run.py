@@ -68,17 +68,20 @@ def run(
     chat_template_from: Path | None,
     out: Path,
     tracker: Tracker,
+    trained_on: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate `models` (name -> Hugging Face directory, shown in this order) and write `out`.
 
     Models without a chat template are prompted in that of `chat_template_from`, or of the first
-    model that has one. Any number of processes may call this together; the results do not depend on
+    model that has one. `trained_on` is the length of the sequences of continued pretraining, if it
+    is known. Any number of processes may call this together; the results do not depend on
     how many. Rank 0 writes results.json, samples.jsonl and figures. Returns the metrics by
     `model/language/metric` on every rank.
     """
     baseline = choose_baseline(list(models), config.baseline)
     config.check_models(list(models))
-    config = config.model_copy(update={"context": shared_context(models, config.context)})
+    context = shared_context(models, config.context, trained_on)
+    config = config.model_copy(update={"context": context})
     setup = Setup(config, text)
     evaluators = make_evaluators(setup)
     chat = None

@@ -117,7 +117,7 @@ def _check_prompts(run: Run) -> None:
         read_prompts(recipe)
     asked = conversations_of(Setup(recipe.evaluation, recipe.corpus))
     models = {"base": run.base, "chat": run.chat, **run.further_models()}
-    shared_context(models, recipe.evaluation.context)
+    shared_context(models, recipe.evaluation.context, recipe.training.sequence_length)
     if asked or _asks_lm_eval_in_template(recipe):
         if recipe.evaluation.chat_template_kwargs:  # the models to come are prompted like these
             models = {**models, "cpt": run.base, "merged": run.chat}

@@ -208,7 +208,10 @@ def _evaluate(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     paths, recipe = context.run, context.run.recipe
     own = {"base": paths.base, "chat": paths.chat, "cpt": paths.cpt, "merged": paths.merged}
     models = {**own, **paths.further_models()}
-    return run(recipe.evaluation, models, recipe.corpus, paths.chat, context.folder, tracker)
+    return run(
+        recipe.evaluation, models, recipe.corpus, paths.chat, context.folder, tracker,
+        recipe.training.sequence_length,
+    )  # fmt: skip
 
 
 def _evaluation_inputs(run: Run) -> dict[str, str]:
@@ -247,7 +250,8 @@ def _sweep(context: StageContext, tracker: Tracker) -> dict[str, Any]:
 
     paths, recipe = context.run, context.run.recipe
     merge = MergeInputs(_swept(paths), paths.base, paths.chat, paths.tokenizer)
-    inputs = SweepInputs(merge, recipe.corpus, recipe.new_languages, context.inputs)
+    trained_on = recipe.training.sequence_length
+    inputs = SweepInputs(merge, recipe.corpus, recipe.new_languages, context.inputs, trained_on)
     settings = recipe.sweep, recipe.evaluation, recipe.merge
     return run(*settings, inputs, context.folder, tracker)
 

@@ -65,7 +65,7 @@ def _machine(title: str, unit: str, begin: str, share: bool = False) -> Plot:
 PLOTS = (
     Plot("Loss", "nats per token", "train/loss", may_be_log=True),
     Plot(
-        "Held-out bits per byte",
+        "Validation bits per byte",
         "bits per byte; dashed: the base with its own tokenizer",
         "valid/",
         "/bits_per_byte",

@@ -202,7 +202,7 @@ def _previewed(log: StageLog) -> Iterator[Tile]:
 
 
 def _validated(log: StageLog) -> Iterator[Tile]:
-    """Of a run without evaluation: the newest held-out bits per byte, with the base's."""
+    """Of a run without evaluation: the newest validation bits per byte, with the base's."""
     for name in log.metrics:
         if not name.endswith("/bits_per_byte"):
             continue
@@ -213,7 +213,7 @@ def _validated(log: StageLog) -> Iterator[Tile]:
         notes = [f"base, with its own tokenizer: {base[-1][1]:.2f}"] if base else []
         notes.append(f"{points[0][1]:.2f} at step {points[0][0]:,.0f}")
         about = f"at step {points[-1][0]:,.0f}"
-        yield Tile(f"Held-out bits per byte, {language}", f"{points[-1][1]:.2f}", about, notes)
+        yield Tile(f"Validation bits per byte, {language}", f"{points[-1][1]:.2f}", about, notes)
 
 
 def _trained(log: StageLog) -> Iterator[Tile]:

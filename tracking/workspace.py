@@ -133,7 +133,7 @@ def _training(languages: Sequence[str]) -> PanelSection:
     rates = ["train/learning_rate", "train/learning_rate_vocabulary"]
     against_base = [
         Panel(
-            f"Held-out bits per byte, {language}, and of the base with its own tokenizer",
+            f"Validation bits per byte, {language}, and of the base with its own tokenizer",
             "curves",
             [f"valid/{language}/bits_per_byte", f"valid/{language}_base/bits_per_byte"],
             "bits per byte",
@@ -142,14 +142,14 @@ def _training(languages: Sequence[str]) -> PanelSection:
     ]
     panels = [
         Panel("Loss", "curves", ["train/loss"], "nats per token"),
-        Panel("Held-out bits per byte", "curves", bits, "bits per byte"),
+        Panel("Validation bits per byte", "curves", bits, "bits per byte"),
         Panel("Gradient norm", "curves", ["train/gradient_norm"]),
         *against_base,
         Panel("Held-out loss", "curves", loss, "nats per token"),
         Panel("Learning rates", "curves", rates),
         Panel("Phase", "curves", ["train/phase"]),
         Panel("Loss by tokens", "curves", ["train/loss"], "nats per token", x=TOKENS),
-        Panel("Held-out bits per byte by tokens", "curves", bits, "bits per byte", x=TOKENS),
+        Panel("Validation bits per byte by tokens", "curves", bits, "bits per byte", x=TOKENS),
         Panel("Tokens and bytes seen", "curves", [TOKENS, "train/bytes"]),
         Panel("Continuations of held-out text", "table", ["train/continuations"]),
     ]
@@ -218,7 +218,9 @@ def _evaluation(pipeline: Pipeline) -> PanelSection:
     panels = [
         Panel("Figures", "images", [f"eval/{name}" for name in pipeline.figures]),
         *(
-            Panel(f"Bits per byte, {one}", "bars", of("bits_per_byte", one), "bits per byte")
+            Panel(
+                f"Held-out bits per byte, {one}", "bars", of("bits_per_byte", one), "bits per byte"
+            )
             for one in pipeline.languages
         ),
         *(replies if pipeline.metrics else []),

@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text: a loss that is comparable across tokenizers.
+"""Held-out bits per byte: a loss that is comparable across tokenizers.
 
     bits per byte = sum over documents of  sum_i -log2 p(x_i | x_w .. x_{i-1})
                     / sum over documents of UTF-8 bytes
@@ -12,6 +12,8 @@ was cut.
 
 The window is counted in tokens, so longer tokens let the model see more text. That is part of a
 tokenizer's quality, and matters only for documents longer than the window.
+
+Training has validation bits per byte, which differ (`training/callbacks/evaluate.py`).
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
+from cpt_merge.evaluation.chunked_logits import token_losses
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
@@ -36,10 +38,10 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     NotRun,
     Subject,
 )
-from cpt_merge.evaluation.models import LoadedModel, batches_by_length
+from cpt_merge.evaluation.models import DEFAULT_CONTEXT, LoadedModel, batches_by_length
 
 BITS = "bits_per_byte"
-METRIC = Metric(BITS, "bits/byte", "bits per byte of held-out text", rising=False, share=False)
+METRIC = Metric(BITS, "bits/byte", "held-out bits per byte", rising=False, share=False)
 DAMAGED = NotRun(BITS, "the model's probabilities are not finite: its weights are damaged")
 
 
@@ -112,14 +114,15 @@ def measure_documents(
 
     Raises `UserError` if the tokenizer has neither bos nor eos.
     """
-    first = _first_token(loaded)
+    first, context = _first_token(loaded), config.context or DEFAULT_CONTEXT
     tokens = [loaded.encode(text) for text in documents]
     windows = [
         window
         for place, ids in enumerate(tokens)
-        for window in cut_windows(place, ids, first, config.context)
+        for window in cut_windows(place, ids, first, context)
     ]
-    batches = batches_by_length([len(window.inputs) for window in windows], config.batch_size)
+    at_once = max(1, config.batch_size * DEFAULT_CONTEXT // max(context, DEFAULT_CONTEXT))
+    batches = batches_by_length([len(window.inputs) for window in windows], at_once)
     measured = ranks.map(
         label, lambda batch: window_bits(loaded, [windows[place] for place in batch]), batches
     )
@@ -165,13 +168,12 @@ def window_bits(loaded: LoadedModel, windows: Sequence[Window]) -> list[float]:
     lengths = [len(window.inputs) for window in windows]
     inputs = [window.inputs + [0] * (longest - len(window.inputs)) for window in windows]
     mask = [[1] * length + [0] * (longest - length) for length in lengths]
-    logits = loaded.model(
-        input_ids=torch.tensor(inputs, device=loaded.device),
-        attention_mask=torch.tensor(mask, device=loaded.device),
-    ).logits
-    bits = []
-    for row, window in zip(logits, windows, strict=True):  # a whole batch in float32 may not fit
-        targets = torch.tensor(window.targets, device=loaded.device)
-        nats = F.cross_entropy(row[: len(window.targets)].float(), targets, reduction="none")
-        bits.append(float(nats.double().sum()) / math.log(2))
-    return bits
+    nats = token_losses(
+        loaded.model,
+        torch.tensor(inputs, device=loaded.device),
+        torch.tensor(mask, device=loaded.device),
+        torch.tensor([one for window in windows for one in window.targets], device=loaded.device),
+    )
+    return [
+        float(of_window.double().sum()) / math.log(2) for of_window in torch.split(nats, lengths)
+    ]

@@ -43,6 +43,7 @@ class SweepInputs:
     text: Text
     languages: Sequence[str]
     fingerprints: Mapping[str, str]
+    trained_on: int | None = None  # length of the sequences of continued pretraining
 
 
 def run(
@@ -117,7 +118,7 @@ class Sweep:
         out: Path,
     ) -> Sweep:
         """Check what can be checked before a model is loaded."""
-        context = shared_context({"cpt": inputs.merge.cpt}, evaluation.context)
+        context = shared_context({"cpt": inputs.merge.cpt}, evaluation.context, inputs.trained_on)
         changes: dict[str, Any] = {"suites": config.suites, "context": context, "models": {}}
         if config.max_prompts is not None:
             changes["max_prompts"] = config.max_prompts

@@ -12,7 +12,7 @@ def test_everything_that_a_real_run_logs_is_on_its_page(finished: Path) -> None:
     page = assert_everything_is_shown(finished, [stage.name for stage in STAGES])
     assert "all 6 stages are finished" in page.words
     for chart in (
-        "Loss by step", "Held-out bits per byte by tokens", "Learning rate by step",
+        "Loss by step", "Validation bits per byte by tokens", "Learning rate by step",
         "Tokens per character", "What each further piece brings by new pieces",
         "Length of the changes by layer", "Good replies", "Bits per byte",
     ):  # fmt: skip

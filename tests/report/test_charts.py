@@ -16,8 +16,8 @@ def test_a_model_and_a_language_have_one_colour_wherever_they_are_shown(run):
         '<div class="bar k-merged">',
     ):
         assert place in page.source
-    assert '<polyline class="k-l0"' in page.chart("Held-out bits per byte by step")
-    assert '<polyline class="k-l0 dashed"' in page.chart("Held-out bits per byte by step")
+    assert '<polyline class="k-l0"' in page.chart("Validation bits per byte by step")
+    assert '<polyline class="k-l0 dashed"' in page.chart("Validation bits per byte by step")
     assert '<i class="key k-l0"></i>ko' in page.source
     styles = page.source[: page.source.index("</style>")]
     used = {

@@ -187,10 +187,10 @@ def test_a_browser_draws_the_curves_in_light_and_dark(run, tmp_path, scheme, wid
         if line["width"] > 100 and line["stroke"] != "none":
             lines.setdefault(line["chart"], []).append(line["stroke"])
     assert len(lines["Loss by step"]) == 2, "one line, with a gap"
-    assert len(set(lines["Held-out bits per byte by step"])) == 2, (
+    assert len(set(lines["Validation bits per byte by step"])) == 2, (
         "two languages; the base has the colour of its own"
     )
-    assert len(lines["Held-out bits per byte by step"]) == 3
+    assert len(lines["Validation bits per byte by step"]) == 3
     assert lines["Learning rate by step"]
     assert not any(chart.endswith("by tokens") for chart in lines), "until it is chosen"
     visible = [bar for bar in found["bars"] if bar["height"] > 10]

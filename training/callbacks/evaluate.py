@@ -1,4 +1,9 @@
-"""Held-out loss and bits per byte of each language during training."""
+"""Validation: loss and bits per byte of held-out text in each language during training.
+
+They are called validation bits per byte, since they differ from the evaluation's held-out bits per
+byte: the first packed sequences of the held-out text, in windows of `sequence_length`, with the end
+of each document predicted as in training.
+"""
 
 from __future__ import annotations
 
@@ -141,7 +146,7 @@ def reference_line(
     if base is None or not heldout:
         say("training: no reference line, since the store holds no text in the base's own tokens")
         return {}
-    with timed(f"bits per byte of {base}"):
+    with timed(f"validation bits per byte of {base}"):
         module = build_model(base, config).requires_grad_(False)
         if parallel.size > 1 or config.precision == "bf16":
             shard(module, config, parallel)
@@ -209,5 +214,6 @@ class HeldoutEvaluation(PeriodicCallback):
         shown = ", ".join(
             f"{language} {loss.bits_per_byte:.3f}" for language, loss in found.items()
         )
-        say(f"step {state.step}: bits per byte {shown} ({time.monotonic() - started:.1f} s)")
+        seconds = time.monotonic() - started
+        say(f"step {state.step}: validation bits per byte {shown} ({seconds:.1f} s)")
         return True

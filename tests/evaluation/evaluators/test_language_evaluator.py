@@ -14,7 +14,7 @@ from cpt_merge.evaluation.evaluators.language import (
     cut_windows,
     measure_documents,
 )
-from cpt_merge.evaluation.models import load_model
+from cpt_merge.evaluation.models import load_model, shared_context
 
 DOCUMENTS = [
     "今天天氣很好，我們去公園散步。" * 5,
@@ -99,3 +99,16 @@ def test_the_share_of_unknown_tokens_is_reported(uniform_model, capsys):
         "of the tokens are a, which stands for any text, so the value is too low to be compared"
         in capsys.readouterr().err
     )
+
+
+def test_the_window_is_what_every_model_was_trained_on(models_of_two_vocabularies, capsys):
+    models = models_of_two_vocabularies  # with 256 positions
+    assert shared_context(models, None, trained_on=64) == 64
+    assert capsys.readouterr().err == ""
+    assert shared_context(models, 32, trained_on=64) == 32
+    assert capsys.readouterr().err == ""
+    assert shared_context(models, 128, trained_on=64) == 128
+    said = " ".join(capsys.readouterr().err.split())
+    assert "128 is longer than the sequences of continued pretraining (64)" in said
+    assert shared_context(models, None) == 256
+    assert "has only 256 positions" in capsys.readouterr().err
