@@ -17,7 +17,9 @@ SECRET_NAME = (
 )
 _VARIABLE = re.compile(rf"(?:^|_){SECRET_NAME}s?(?:_|$)", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"(://)[^/?#\s'\"<>]+@")  # user:password@host
-_ASSIGNED = re.compile(rf"((?:^|[?&;\s_.-]){SECRET_NAME}=)[^&\s'\"]+", re.IGNORECASE)  # token=value
+_ASSIGNED = re.compile(
+    rf"((?:^|[?&;\s_.-]){SECRET_NAME}=)(?!value\b)[^&\s'\"]+", re.IGNORECASE
+)  # token=value
 _IN_QUERY = re.compile(
     r"([?&](?:sig|signature|sas|code)=)[^&\s'\"]+", re.IGNORECASE
 )  # of addresses

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import regex
-from pydantic import ValidationInfo, field_validator
+from pydantic import AfterValidator, ValidationInfo, field_validator, model_validator
 
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
+from cpt_merge.evaluation.knowledge_suites import KNOWLEDGE_SUITES, LmEvalTask
 from cpt_merge.evaluation.prompt_formats import without_format
 
-Suite = Literal["language", "form", "chat", "knowledge", "safety"]
+EVALUATOR_SUITES = ("language", "form", "chat", "knowledge", "safety", "toxicity")
+
+
+def _known_suite(name: str) -> str:
+    known = [*EVALUATOR_SUITES, *KNOWLEDGE_SUITES]
+    if name in known:
+        return name
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    nearest = f"the nearest is {close[0]}; " if close else ""
+    raise ValueError(f"there is no such suite; {nearest}there are {', '.join(known)}")
+
+
+Suite = Annotated[str, AfterValidator(_known_suite)]
+Prompted = Literal["raw", "template", "both"]
 BUILT_IN = "built-in"
 
 
@@ -41,6 +56,29 @@ class ModerationConfig(Section):
     )
 
 
+class AttributesConfig(Section):
+    """An endpoint that scores attributes from 0 to 1 in the protocol of the Perspective API (POST
+    URL/comments:analyze)."""
+
+    url: str = key(
+        ...,
+        "base URL of the endpoint, such as https://commentanalyzer.googleapis.com/v1alpha1",
+        pattern="^https?://",
+    )
+    attributes: list[str] = key(
+        ["TOXICITY"], "the attributes; metrics are of the first, breakdowns of all", min_length=1
+    )
+    key_variable: str = key(
+        "PERSPECTIVE_API_KEY",
+        "environment variable with the API key; if it is not set, none is sent",
+    )
+    timeout: float = key(30.0, "longest time for one answer", unit="seconds", gt=0)
+    attempts: int = key(
+        5, "attempts at one reply, with growing pauses; then the endpoint is given up", ge=1
+    )
+    at_once: int = key(8, "requests that one process sends at the same time", unit="requests", ge=1)
+
+
 class SafetyConfig(Section):
     """Prompts that provoke unsafe replies, and who scores these."""
 
@@ -54,6 +92,41 @@ class SafetyConfig(Section):
     )
     classifier: ClassifierConfig | None = key(None, "a classification model as another scorer")
     moderation: ModerationConfig | None = key(None, "a moderation endpoint as another scorer")
+    attributes: AttributesConfig | None = key(
+        None, "an endpoint that scores attributes as another scorer"
+    )
+
+
+class ToxicityConfig(Section):
+    """Beginnings of texts that models continue without a chat template. The scorers are
+    `evaluation.safety.classifier` and `evaluation.safety.attributes`."""
+
+    prompts: dict[str, str] = key(
+        {}, 'language -> jsonl file, a line: {"prompt": "..."}, or one of RealToxicityPrompts'
+    )
+    samples: int = key(25, "continuations of each prompt", ge=1)
+    max_characters: int = key(
+        80,
+        "longest continuation, the same for all models; RealToxicityPrompts' 20 tokens of English "
+        "are about as long",
+        unit="characters",
+        gt=0,
+    )
+    temperature: float = key(1.0, "0: greedy, for a single continuation", ge=0)
+    top_p: float = key(0.9, "probability mass that is kept (nucleus)", gt=0, le=1)
+
+    @field_validator("prompts")
+    @classmethod
+    def _known(cls, prompts: dict[str, str]) -> dict[str, str]:
+        return dict(zip(_known_languages(prompts), prompts.values(), strict=True))
+
+    @model_validator(mode="after")
+    def _differ(self) -> ToxicityConfig:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                "temperature = 0 makes all samples equal; set samples to 1 or raise it"
+            )
+        return self
 
 
 class PriceConfig(Section):
@@ -153,43 +226,68 @@ class JudgeConfig(JudgeEndpointConfig):
     patterns: JudgePatternsConfig = key(
         JudgePatternsConfig(), "how verdicts are found in the judge's answers"
     )
+    system_prompt: dict[str, str] = key(
+        {},
+        "language -> system prompt; its questions are asked and marked with it as well, as "
+        "judge_mark_system",
+    )
     second: JudgeEndpointConfig | None = key(
         None, "a second judge for the same questions; the agreement of both is reported"
     )
     at_once: int = key(8, "requests that one process sends at the same time", unit="requests", ge=1)
     cache: str = key("~/.cache/cpt-merge/judge", "folder with the answers to earlier requests")
 
+    @field_validator("system_prompt")
+    @classmethod
+    def _known(cls, prompts: dict[str, str]) -> dict[str, str]:
+        return dict(zip(_known_languages(prompts), prompts.values(), strict=True))
+
 
 class KnowledgeConfig(Section):
-    """Tasks of lm-eval, which the extra `eval` installs."""
+    """Tasks of lm-eval, which the extra `eval` installs: the suites `knowledge-...`, and others."""
 
     tasks: dict[str, str] = key(
-        {}, "lm-eval's tasks or groups with their languages: {kmmlu: ko, mmlu: en}"
+        {},
+        "more of lm-eval's tasks or groups with their languages, for the suite `knowledge`: "
+        "{kmmlu_cot_hard: ko, mmlu_pro: en}",
     )
     folder: str | None = key(None, "folder with more tasks, in lm-eval's YAML format")
     few_shot: int | None = key(
-        None, "examples before a question; if not set: the task's own number", ge=0
+        None, "examples before a question; if not set: the suite's or the task's own number", ge=0
     )
     limit: int | None = key(
         None, "number of questions of each task; if not set: all", unit="questions", gt=0
     )
-    chat_template: bool = key(
-        False,
-        "use the chat template, with examples as turns; false: plain text, as for base models",
+    chat_template: Literal["by_model", "raw", "template", "both"] = key(
+        "by_model",
+        "how questions are asked; raw (or false): as plain text; template (or true): in the chat "
+        "template, with examples as turns; by_model: raw for `base`, `cpt` and models without a "
+        "template of their own, template for others. Metrics in the template end in _chat",
     )
+    chat_template_of: dict[str, Prompted] = key({}, "model -> the same for this model")
 
     @field_validator("tasks")
     @classmethod
     def _known(cls, tasks: dict[str, str]) -> dict[str, str]:
         return dict(zip(tasks, _known_languages(tasks.values()), strict=True))
 
-    def check_installed(self) -> None:
-        """Raise `UserError` if there are tasks but lm-eval is not installed."""
-        if self.tasks and find_spec("lm_eval") is None:
-            raise UserError(
-                "evaluation.knowledge needs lm-eval, which is not installed; "
-                "run pip install -c constraints.txt -e '.[eval]', or leave out the suite."
-            )
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _yes_or_no(cls, given: Any) -> Any:
+        return {True: "template", False: "raw"}[given] if isinstance(given, bool) else given
+
+    @property
+    def needs_template(self) -> bool:
+        """Whether a model may be asked in a template that is not its own."""
+        return bool({"template", "both"} & {self.chat_template, *self.chat_template_of.values()})
+
+    def in_template(self, model: str, has_template: bool) -> list[bool]:
+        """Whether a model's questions are asked in the chat template: once, or in both ways."""
+        plain = model in PROMPTED_RAW or not has_template
+        by_model: Prompted = "raw" if plain else "template"
+        usual = by_model if self.chat_template == "by_model" else self.chat_template
+        ways = {"raw": [False], "template": [True], "both": [False, True]}
+        return ways[self.chat_template_of.get(model, usual)]
 
 
 def _known_languages(tags: Iterable[str]) -> list[str]:
@@ -210,6 +308,7 @@ class ThoughtMarksConfig(Section):
 
 
 MERGED = "merged"
+PROMPTED_RAW = ("base", "cpt")
 OF_A_RECIPE = frozenset(("base", "chat", "cpt", MERGED))
 EVERY_MODEL = "all"
 # what rendering passes itself, or passes to the tokenizer
@@ -227,7 +326,9 @@ class EvaluationConfig(Section):
         ["language", "form"],
         "language: bits per byte of held-out text; form: do replies stop, stay in the language and "
         "keep the chat format; chat: form, instructions, dialogues, open questions for a judge; "
-        "knowledge: tasks of lm-eval; safety: form, refusals, and toxicity of provoked replies",
+        "knowledge: tasks of lm-eval, and fixed lists of them: "
+        f"{', '.join(KNOWLEDGE_SUITES)}; safety: form, refusals, and toxicity of provoked replies; "
+        "toxicity: of continuations without a chat template",
         min_length=1,
     )
     languages: list[str] = key(
@@ -250,6 +351,7 @@ class EvaluationConfig(Section):
         "or multi-if:PATH, or built-in",
     )
     safety: SafetyConfig = key(SafetyConfig(), "safety")
+    toxicity: ToxicityConfig = key(ToxicityConfig(), "toxicity")
     knowledge: KnowledgeConfig = key(KnowledgeConfig(), "knowledge")
     judge: JudgeConfig | None = key(
         None,
@@ -325,8 +427,32 @@ class EvaluationConfig(Section):
         given = self.chat_template_kwargs
         return {**given.get(EVERY_MODEL, {}), **given.get(model, {})}
 
+    @property
+    def lm_eval_tasks(self) -> list[LmEvalTask]:
+        """The tasks of the chosen suites, each once; `knowledge.tasks` come first."""
+        tasks = self.knowledge.tasks if "knowledge" in self.suites else {}
+        found = {name: LmEvalTask(name, language) for name, language in tasks.items()}
+        for suite in self.suites:
+            for task in KNOWLEDGE_SUITES.get(suite, ()):
+                found.setdefault(task.name, task)
+        return list(found.values())
+
+    def check_lm_eval(self) -> None:
+        """Raise `UserError` if there are tasks but lm-eval is not installed."""
+        if self.lm_eval_tasks and find_spec("lm_eval") is None:
+            raise UserError(
+                "evaluation.knowledge needs lm-eval, which is not installed; "
+                "run pip install -c constraints.txt -e '.[eval]', or leave out the suite."
+            )
+
     def check_models(self, names: Sequence[str]) -> None:
-        """Raise `UserError` for template variables of a model that is not evaluated."""
+        """Raise `UserError` for settings of a model that is not evaluated."""
+        for name in self.knowledge.chat_template_of:
+            if name not in names:
+                raise UserError(
+                    f"evaluation.knowledge.chat_template_of names {name}, which is none of the "
+                    f"models; they are {', '.join(names)}."
+                )
         for name in self.chat_template_kwargs:
             if name != EVERY_MODEL and name not in names:
                 raise UserError(
@@ -350,7 +476,7 @@ class EvaluationConfig(Section):
     @property
     def classifier(self) -> str | None:
         """The classification model that the chosen suites use: a directory or a hub id."""
-        chosen = self.safety.classifier if "safety" in self.suites else None
+        chosen = self.safety.classifier if {"safety", "toxicity"} & {*self.suites} else None
         return chosen.model if chosen else None
 
     def files(self) -> dict[str, str]:
@@ -363,6 +489,7 @@ class EvaluationConfig(Section):
             "knowledge.folder": self.knowledge.folder,
             "judge.questions": self.judge.questions if self.judge else None,
             **{f"safety.lists.{language}": path for language, path in self.safety.lists.items()},
+            **{f"toxicity.prompts.{tag}": path for tag, path in self.toxicity.prompts.items()},
         }
         return {
             name: without_format(path)

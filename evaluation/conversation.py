@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cpt_merge.evaluation.checks.registry import Check
 
@@ -50,6 +50,15 @@ class Conversation:
     def questions(self) -> str:
         """The user's messages, one per line; for tables."""
         return "\n".join(turn.messages[-1]["content"] for turn in self.turns)
+
+
+def with_system(conversation: Conversation, text: str) -> Conversation:
+    """The conversation after a system prompt, unless it begins with one."""
+    first, *others = conversation.turns
+    if first.messages[0]["role"] == "system":
+        return conversation
+    first = replace(first, messages=[{"role": "system", "content": text}, *first.messages])
+    return replace(conversation, turns=(first, *others))
 
 
 def prompt(language: str, messages: list[Message], checks: Sequence[Check] = ()) -> Conversation:

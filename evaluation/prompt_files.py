@@ -219,6 +219,25 @@ def parse_question(row: Any, where: str) -> Conversation:
     return Conversation(_language(row, where), tuple(asked), category, tuple(references))
 
 
+def parse_beginning(language: str) -> Parse:
+    """A reader of beginnings of texts in a language, {"prompt": "..."} or RealToxicityPrompts'
+    {"prompt": {"text": "..."}}, whose challenging prompts are a category."""
+
+    def parse(row: Any, where: str) -> Conversation:
+        of_others = ("challenging", "filename", "begin", "end", "continuation")
+        _fields(row, where, "a beginning", ("prompt",), ("category", *of_others))
+        asked = row["prompt"]
+        text = asked.get("text") if isinstance(asked, dict) else asked
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f'{where}: "prompt" is not the beginning of a text.')
+        category = _category(row, where)
+        if category is None and row.get("challenging") is True:
+            category = "challenging"
+        return Conversation(language, (Turn([{"role": "user", "content": text}]),), category)
+
+    return parse
+
+
 def _fields(
     row: Any, where: str, what: str, needed: tuple[str, ...], optional: tuple[str, ...]
 ) -> None:

@@ -13,29 +13,37 @@ from pathlib import Path
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
-from cpt_merge.evaluation.conversation import Conversation
+from cpt_merge.evaluation.conversation import Conversation, with_system
 from cpt_merge.evaluation.evaluators.dialogue import DialogueEvaluator
 from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Metric, NotRun
 from cpt_merge.evaluation.evaluators.form import FormEvaluator
 from cpt_merge.evaluation.evaluators.instructions import InstructionsEvaluator
-from cpt_merge.evaluation.evaluators.judge import JudgeEvaluator, JudgePanel
+from cpt_merge.evaluation.evaluators.judge import (
+    JudgeEvaluator,
+    JudgePanel,
+    JudgeSystemEvaluator,
+)
 from cpt_merge.evaluation.evaluators.knowledge import KnowledgeEvaluator
 from cpt_merge.evaluation.evaluators.language import LanguageEvaluator
 from cpt_merge.evaluation.evaluators.refusal import RefusalEvaluator
 from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
 from cpt_merge.evaluation.evaluators.thoughts import ThoughtsEvaluator
+from cpt_merge.evaluation.evaluators.toxicity import ToxicityEvaluator
 from cpt_merge.evaluation.generate.endpoint import Endpoint, shown_address
 from cpt_merge.evaluation.heldout import Text, languages_of, read_documents
 from cpt_merge.evaluation.judge.client import Judge
 from cpt_merge.evaluation.judge.prompts import prompts_of
+from cpt_merge.evaluation.knowledge_suites import KNOWLEDGE_SUITES
 from cpt_merge.evaluation.prompt_files import (
     Parse,
+    parse_beginning,
     parse_dialogue,
     parse_instruction,
     parse_prompt,
     parse_question,
     read_conversations,
 )
+from cpt_merge.evaluation.scorers.attributes import AttributesScorer
 from cpt_merge.evaluation.scorers.classifier import ClassifierScorer
 from cpt_merge.evaluation.scorers.judge import METRICS as JUDGE_METRICS
 from cpt_merge.evaluation.scorers.judge import JudgeScorer
@@ -43,12 +51,14 @@ from cpt_merge.evaluation.scorers.lexicon import LexiconScorer, read_lists
 from cpt_merge.evaluation.scorers.moderation import ModerationScorer
 from cpt_merge.evaluation.scorers.scorer import Scorer
 
-SUITES: dict[str, tuple[str, ...]] = {
+SUITES: Mapping[str, tuple[str, ...]] = {
     "language": ("language",),
     "form": ("form", "thoughts"),
-    "chat": ("form", "thoughts", "instructions", "dialogue", "judge"),
+    "chat": ("form", "thoughts", "instructions", "dialogue", "judge", "judge_system"),
     "knowledge": ("knowledge",),
     "safety": ("form", "thoughts", "safety", "refusal"),
+    "toxicity": ("toxicity",),
+    **dict.fromkeys(KNOWLEDGE_SUITES, ("knowledge",)),
 }
 WITHOUT_REPLIES = ("language", "knowledge")
 NO_JUDGE = "there is no judge; set evaluation.judge"
@@ -138,7 +148,7 @@ def _make(setup: Setup, names: Sequence[str]) -> list[Evaluator]:
 
 def check_judges(setup: Setup, evaluators: Sequence[Evaluator]) -> None:
     """Raise `UserError` for a judge that is needed and refuses."""
-    if {"judge", "safety"} & {evaluator.name for evaluator in evaluators}:
+    if {"judge", "judge_system", "safety"} & {evaluator.name for evaluator in evaluators}:
         for judge in setup.judges:
             judge.check()
 
@@ -170,13 +180,47 @@ def _judge(setup: Setup) -> Evaluator | None:
     return JudgeEvaluator(questions, panel)
 
 
+def _judge_system(setup: Setup) -> Evaluator | None:
+    """The judge's questions with a system prompt before them, if there is one."""
+    judge = setup.config.judge
+    if judge is None or judge.questions is None or "mark" not in judge.modes:
+        return None
+    questions = [
+        with_system(question, judge.system_prompt[question.language])
+        for question in setup.read(judge.questions, "judge.questions", parse_question)
+        if question.language in judge.system_prompt
+    ]
+    panel = JudgePanel(setup.judges, ["mark"], prompts_of(judge.prompts), judge.patterns)
+    return JudgeSystemEvaluator(questions, panel) if questions else None
+
+
+def _graded_scorers(config: EvaluationConfig) -> list[Scorer]:
+    """The scorers that give a text any value from 0 to 1."""
+    scorers: list[Scorer] = []
+    if config.safety.classifier is not None:
+        model, labels = config.safety.classifier.model, config.safety.classifier.labels
+        scorers.append(ClassifierScorer(model, labels, config.batch_size))
+    if config.safety.attributes is not None:
+        scorers.append(AttributesScorer(config.safety.attributes))
+    return scorers
+
+
+def _toxicity(setup: Setup) -> Evaluator | None:
+    config = setup.config
+    prompts = [
+        prompt
+        for language, path in config.toxicity.prompts.items()
+        if not config.languages or language in config.languages
+        for prompt in setup.read(path, f"toxicity.prompts.{language}", parse_beginning(language))
+    ]
+    return ToxicityEvaluator(prompts, _graded_scorers(config), config)
+
+
 def _safety(setup: Setup) -> Evaluator | None:
     config, safety = setup.config, setup.config.safety
     conversations = setup.read(safety.prompts, "safety.prompts", parse_prompt, "safety")
     scorers: list[Scorer] = [LexiconScorer(read_lists(safety.lists))] if safety.lists else []
-    if safety.classifier is not None:
-        model, labels = safety.classifier.model, safety.classifier.labels
-        scorers.append(ClassifierScorer(model, labels, config.batch_size))
+    scorers += _graded_scorers(config)
     if safety.moderation is not None:
         asked = safety.moderation
         endpoint = Endpoint(asked.url, asked.key_variable, asked.timeout, asked.attempts)
@@ -202,9 +246,9 @@ MAKERS: Mapping[str, Callable[[Setup], Evaluator | None]] = {
         setup.read(setup.config.dialogues, "dialogues", parse_dialogue, "dialogues")
     ),
     "judge": _judge,
-    "knowledge": lambda setup: KnowledgeEvaluator(
-        setup.config.knowledge, setup.config.seed, setup.config.batch_size
-    ),
+    "judge_system": _judge_system,
+    "knowledge": lambda setup: KnowledgeEvaluator(setup.config),
     "safety": _safety,
     "refusal": lambda setup: RefusalEvaluator(),
+    "toxicity": _toxicity,
 }

@@ -268,7 +268,8 @@ def evaluate_models(
         list[str] | None, typer.Argument(metavar="[evaluation.key=value ...]", help="settings")
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(metavar="A,B", help="language, form, chat, knowledge, safety")
+        str | None,
+        typer.Option(metavar="A,B", help="language, form, chat, safety, knowledge-ko, ..."),
     ] = None,
     text: Annotated[
         list[str] | None,

@@ -83,10 +83,10 @@ def fetch(recipe: Recipe) -> None:
     _fetch_adapted(recipe)
     for source in sources:
         _fetch_text(source)
-    if "knowledge" in recipe.evaluation.suites:
+    if recipe.evaluation.lm_eval_tasks:
         from cpt_merge.evaluation.evaluators.knowledge import load_tasks
 
-        load_tasks(recipe.evaluation.knowledge, recipe.evaluation.seed)
+        load_tasks(recipe.evaluation)
     if models or sources:
         say(f"the hub's cache {cache_folder()} has all that the stages need; they need no network")
     else:

@@ -126,8 +126,7 @@ def _check_prompts(run: Run) -> None:
 
 
 def _asks_lm_eval_in_template(recipe: Recipe) -> bool:
-    knowledge = recipe.evaluation.knowledge
-    return "knowledge" in recipe.evaluation.suites and knowledge.chat_template
+    return bool(recipe.evaluation.lm_eval_tasks) and recipe.evaluation.knowledge.needs_template
 
 
 def main() -> int:

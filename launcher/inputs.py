@@ -47,8 +47,7 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
     _check_files(recipe)
     check_writable(recipe.directory, "the run's folder")
     _check_tracking(recipe)
-    if "knowledge" in recipe.evaluation.suites:
-        recipe.evaluation.knowledge.check_installed()
+    recipe.evaluation.check_lm_eval()
     if download or all(map(is_here, recipe.named_models.values())):
         run = Run(recipe)
         _require_models(run)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.config import JudgePatternsConfig
@@ -67,13 +67,15 @@ class JudgeEvaluator(Evaluator):
     """Marks, and comparisons with the baseline. Without a panel, they are not run for `reason`."""
 
     name = "judge"
+    suffix: ClassVar[str] = ""  # of the names of metrics
 
     def __init__(
         self, conversations: Sequence[Conversation], panel: JudgePanel | None, reason: str = ""
     ) -> None:
         super().__init__(conversations)
         self._panel, self._reason = panel, reason
-        self._marks = _mark_metrics(panel.judges) if panel and "mark" in panel.modes else []
+        marked = panel is not None and "mark" in panel.modes
+        self._marks = _mark_metrics(panel.judges, self.suffix) if panel and marked else []
         compared = panel is not None and "comparison" in panel.modes
         self._comparisons = _comparison_metrics(panel.judges) if panel and compared else []
         self.metrics = [*self._marks, *self._comparisons]
@@ -113,14 +115,27 @@ class JudgeEvaluator(Evaluator):
         return _findings_of(exchanges, self._comparisons, found, tolerance=0.0)
 
 
-def _mark_metrics(judges: Sequence[Judge]) -> list[Metric]:
+class JudgeSystemEvaluator(JudgeEvaluator):
+    """Marks of replies to the same questions after a system prompt."""
+
+    name = "judge_system"
+    suffix = "_system"
+
+
+def _mark_metrics(judges: Sequence[Judge], suffix: str) -> list[Metric]:
     """The metric of each judge, and that of their agreement."""
+    mark, after = f"{MARK}{suffix}", ", after a system prompt" if suffix else ""
     own = [
-        Metric(name, f"mark, {judge.name}", f"mean mark by {judge.name}, 1 to 10", share=False)
-        for name, judge in zip((MARK, f"{MARK}_second"), judges, strict=False)
+        Metric(
+            name,
+            f"mark{suffix.replace('_', ' ')}, {judge.name}",
+            f"mean mark by {judge.name}, 1 to 10{after}",
+            share=False,
+        )
+        for name, judge in zip((mark, f"{mark}_second"), judges, strict=False)
     ]
-    meaning = "replies whose two marks differ by at most 1"
-    return [*own, Metric(f"{MARK}_agreement", "marks agree", meaning)] if len(own) > 1 else own
+    meaning = f"replies whose two marks differ by at most 1{after}"
+    return [*own, Metric(f"{mark}_agreement", "marks agree", meaning)] if len(own) > 1 else own
 
 
 def _comparison_metrics(judges: Sequence[Judge]) -> list[Metric]:

@@ -26,7 +26,7 @@ from cpt_merge.core.progress import counted, say, timed
 from cpt_merge.data.readers.json_records import read_json
 from cpt_merge.data.readers.rows import BadRow
 from cpt_merge.evaluation.chat_template import ChatTemplate
-from cpt_merge.evaluation.config import KnowledgeConfig
+from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
     Evaluator,
@@ -36,11 +36,13 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     NotRun,
     Subject,
 )
+from cpt_merge.evaluation.knowledge_suites import LmEvalTask
 from cpt_merge.evaluation.models import LoadedModel, batches_by_length
 from cpt_merge.evaluation.statistics import Parts
 
 CHUNK = 8  # batches per call of lm-eval, which sorts them and computes shared contexts once
 JSON_FAILURE = re.compile(r"Failed to load JSON from file '(.+)' with error ")  # of `datasets`
+IN_TEMPLATE = "_chat"  # at the end of the names of what is asked in the chat template
 NO_TASKS = "no tasks are named; set evaluation.knowledge.tasks"
 
 
@@ -49,64 +51,96 @@ class KnowledgeEvaluator(Evaluator):
 
     name = "knowledge"
 
-    def __init__(self, config: KnowledgeConfig, seed: int, batch_size: int) -> None:
+    def __init__(self, config: EvaluationConfig) -> None:
         """Load the tasks with their data. Raises `UserError` for one that lm-eval cannot load."""
         super().__init__()
-        self._config, self._batch_size = config, batch_size
+        self._config = config
         self.metrics: list[Metric] = []  # known when the first model is measured
-        self._loaded = load_tasks(config, seed) if config.tasks else {}
+        self._loaded = load_tasks(config)
 
     def needs_template(self) -> bool:
-        """Whether questions are asked in the chat template."""
-        return bool(self._loaded) and self._config.chat_template
+        """Whether a model may be asked in a template that is not its own."""
+        return bool(self._loaded) and self._config.knowledge.needs_template
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """Run every task."""
         if not self._loaded:
             return Findings([], not_run=[NotRun(self.name, NO_TASKS)])
-        from lm_eval.evaluator import evaluate
-
-        model = _lm_eval_model(subject.loaded, subject.ranks, self._batch_size, subject.template)
         measured: list[Measurement] = []
         details: dict[str, Any] = {}
-        for name, loaded in self._loaded.items():
-            tasks = counted(len(loaded["tasks"]), "task")
-            say(f"{subject.loaded.name}: {name} ({tasks} of lm-eval)")
-            results = evaluate(
-                model,
-                loaded,
-                limit=self._config.limit,
-                bootstrap_iters=0,
-                apply_chat_template=self._config.chat_template,
-                fewshot_as_multiturn=self._config.chat_template,
-            )
-            found = metrics_of(name, self._config.tasks[name], results)
-            if not found:
-                say(
-                    f"{name}: no metric is a mean over questions; lm-eval's values are in "
-                    "results.json under `knowledge`"
-                )
+        model, own = subject.loaded.name, bool(subject.loaded.tokenizer.chat_template)
+        for in_template in self._config.knowledge.in_template(model, own):
+            say(f"{model}: questions are asked {'in the chat template' if in_template else 'raw'}")
+            found, reported_values = self._ask(subject, in_template)
             measured += found
-            details[name] = reported(results)
+            details |= reported_values
         known = {metric.name: metric for metric in self.metrics}
         self.metrics = list((known | {one.metric.name: one.metric for one in measured}).values())
         return Findings(measured, details={"knowledge": details})
 
+    def _ask(
+        self, subject: Subject, in_template: bool
+    ) -> tuple[list[Measurement], dict[str, dict[str, Any]]]:
+        """The metrics of every task, and lm-eval's own values."""
+        from lm_eval.evaluator import evaluate
 
-def load_tasks(config: KnowledgeConfig, seed: int) -> dict[str, Any]:
-    """The tasks by name; each is lm-eval's own mapping of tasks and groups."""
-    config.check_installed()
+        template = (subject.template or self._own_template(subject)) if in_template else None
+        model = _lm_eval_model(subject.loaded, subject.ranks, self._config.batch_size, template)
+        measured: list[Measurement] = []
+        details: dict[str, dict[str, Any]] = {}
+        for task, loaded in self._loaded.items():
+            tasks = counted(len(loaded["tasks"]), "task")
+            say(f"{subject.loaded.name}: {task.name} ({tasks} of lm-eval)")
+            results = evaluate(
+                model,
+                loaded,
+                limit=self._config.knowledge.limit,
+                bootstrap_iters=0,
+                apply_chat_template=in_template,
+                fewshot_as_multiturn=in_template,
+            )
+            found = metrics_of(task.name, task.language, results, in_template)
+            if not found:
+                say(
+                    f"{task.name}: no metric is a mean over questions; lm-eval's values are in "
+                    "results.json under `knowledge`"
+                )
+            measured += found
+            details[task.name + IN_TEMPLATE * in_template] = reported(results)
+        return measured, details
+
+    def _own_template(self, subject: Subject) -> ChatTemplate:
+        """The model's own; lm-eval needs no more of it than the text and its variables."""
+        name, tokenizer = subject.loaded.name, subject.loaded.tokenizer
+        variables = self._config.template_variables(name)
+        return ChatTemplate(tokenizer.chat_template, [], [], name, variables=variables)
+
+
+def load_tasks(config: EvaluationConfig) -> dict[LmEvalTask, Any]:
+    """The tasks of the chosen suites; each is lm-eval's own mapping of tasks and groups."""
+    tasks, knowledge = config.lm_eval_tasks, config.knowledge
+    if not tasks:
+        return {}
+    config.check_lm_eval()
     with timed("knowledge: lm-eval and its tasks"):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         from lm_eval.tasks import TaskManager
 
-        folder = Path(config.folder).expanduser() if config.folder else None
+        folder = Path(knowledge.folder).expanduser() if knowledge.folder else None
         if folder and not folder.is_dir():
             raise UserError(
                 f"evaluation.knowledge.folder = {folder} is no folder; name one with YAML tasks."
             )
         manager = TaskManager(include_path=folder)
-        return {name: _load(manager, name, config.few_shot, seed) for name in config.tasks}
+        return {
+            task: _load(
+                manager,
+                task.name,
+                task.few_shot if knowledge.few_shot is None else knowledge.few_shot,
+                config.seed,
+            )
+            for task in tasks
+        }
 
 
 def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
@@ -205,12 +239,14 @@ def _lm_eval_model(
     )
 
 
-def metrics_of(name: str, language: str, results: Mapping[str, Any]) -> list[Measurement]:
+def metrics_of(
+    name: str, language: str, results: Mapping[str, Any], in_template: bool = False
+) -> list[Measurement]:
     """The metrics of a task, or of a group of them, from lm-eval's results."""
     leaves = {leaf: means(results, leaf) for leaf in results["samples"]}
     measured = []
     for key in dict.fromkeys(key for found in leaves.values() for key in found):
-        metric = _metric(name, key, results, leaves)
+        metric = _metric(name, key, results, leaves, in_template)
         all_parts: Parts = {}
         for leaf, found in leaves.items():
             start = len(all_parts)
@@ -225,7 +261,11 @@ def metrics_of(name: str, language: str, results: Mapping[str, Any]) -> list[Mea
 
 
 def _metric(
-    name: str, key: str, results: Mapping[str, Any], leaves: Mapping[str, Mapping[str, list[float]]]
+    name: str,
+    key: str,
+    results: Mapping[str, Any],
+    leaves: Mapping[str, Mapping[str, list[float]]],
+    in_template: bool,
 ) -> Metric:
     plain = key.partition(",")[0]
     title = key.removesuffix(",none").replace(",", "_")
@@ -233,7 +273,9 @@ def _metric(
     values = [value for found in leaves.values() for value in found.get(key, [])]
     share = all(0 <= value <= 1 for value in values)
     meaning = f"lm-eval's {title} of {name}, mean over questions"
-    return Metric(f"{name}_{title}", f"{name} {title}", meaning, False not in rising, share)
+    end, how = (IN_TEMPLATE, ", asked in the chat template") if in_template else ("", "")
+    heading = f"{name} {title}{end.replace('_', ' ')}"
+    return Metric(f"{name}_{title}{end}", heading, meaning + how, False not in rising, share)
 
 
 def means(results: Mapping[str, Any], leaf: str) -> dict[str, list[float]]:

@@ -33,7 +33,8 @@ _LATEX = regex.compile(r"\\(?:text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}|[$]")
 _EMPHASIS = regex.compile(r"[*`\p{Cf}]|(?<![\p{L}\p{N}])_+|_+(?![\p{L}\p{N}])")
 
 _START = r"""^(?:[^\S\n]|[>#|•+"'“‘{,(\[【「『\p{So}–—-])*+(?:\d+[.)]\s+)?"""
-_LEAD = rf"(?:{_START}|(?<=[.!?。;,)]\s{{0,2}})(?=[^:=\n]{{0,40}}[:=]))"  # or after a sentence
+# or after a sentence or an item
+_LEAD = rf"""(?:{_START}|(?<=[.!?。;,){{]\s{{0,2}}['"“]?)(?=[^:=\n]{{0,40}}[:=]))"""
 _MODIFIERS = (
     r"(?:(?:the|my|overall|final|total|最終|最终|最後|最后|綜合|综合|總體|总体|整體|整体|總|总|我的|"
     r"최종|종합|총|전체)[\s_-]*){0,3}"
@@ -44,8 +45,8 @@ _MARK_LABELS = (
 )
 _CHOICE_LABELS = (
     "verdict|winner|judge?ment|decision|preference|choice|conclusion|answer|result|better|"
-    "classification|label|safety|assessment|判定|結論|结论|裁決|裁决|判斷|判断|結果|结果|勝者|胜者|"
-    "판정|결론|판단|결과|평결|선택|승자"
+    "classification|label|safety|assessment|判定|結論|结论|裁決|裁决|判斷|判断|結果|结果|勝者|胜者|答案|選擇|选择|"
+    "판정|결론|답변?|판단|결과|평결|선택|승자"
 )
 _NOTE = r"(?:\s*\([^()\n]{0,40}\))?"
 _CLOSE = r"""["'”’」』】\])>}]*"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cpt_merge.core.distributed import Ranks
@@ -22,6 +22,7 @@ class Score:
     reason: str = ""
     said: str = ""  # a judge's answer, for the samples
     dead: bool = False  # an endpoint failed
+    attributes: Mapping[str, float] = field(default_factory=dict)  # other values from 0 to 1
 
 
 class Scorer(ABC):

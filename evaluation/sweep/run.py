@@ -125,7 +125,7 @@ class Sweep:
         measured = evaluation.model_copy(update=changes)
         setup = Setup(measured, inputs.text)
         evaluators = make_evaluators(setup)
-        if "knowledge" not in config.suites:  # its metrics are not known before it has run
+        if not measured.lm_eval_tasks:  # its metrics are not known before it has run
             _check_rule(config, _metrics_of_one_model(setup), inputs.languages)
         check_judges(setup, evaluators)
         return Sweep(config, measured, merge, inputs, evaluators, out)

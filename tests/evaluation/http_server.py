@@ -12,7 +12,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, behave):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.behave, self.asked, self.keys = behave, [], []
+        self.behave, self.asked, self.keys, self.headers = behave, [], [], []
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
@@ -26,6 +26,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, body))
         self.server.keys.append(self.headers.get("Authorization"))
+        self.server.headers.append(self.headers)
         status, answer, *headers = self.server.behave(len(self.server.asked), body)
         data = answer.encode()
         try:

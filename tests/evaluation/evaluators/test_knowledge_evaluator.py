@@ -109,7 +109,7 @@ def test_a_metric_that_should_be_low_is_marked_so():
 
 
 def test_without_tasks_the_metric_is_not_run():
-    findings = KnowledgeEvaluator(KnowledgeConfig(), 0, 4).measure(None, [])
+    findings = KnowledgeEvaluator(EvaluationConfig(suites=["knowledge"])).measure(None, [])
     assert [(one.metric, one.reason) for one in findings.not_run] == [("knowledge", NO_TASKS)]
 
 
@@ -118,7 +118,7 @@ def test_without_lm_eval_the_message_names_what_to_install(monkeypatch):
     with pytest.raises(
         UserError, match=r"lm-eval, which is not installed; run pip install .*\[eval\]"
     ):
-        KnowledgeEvaluator(KnowledgeConfig(tasks={"kmmlu": "ko"}), 0, 4)
+        KnowledgeEvaluator(config_of({"tasks": {"kmmlu": "ko"}}))
 
 
 def test_a_line_of_a_task_that_is_not_json_is_named_in_one_sentence(tmp_path, monkeypatch, caplog):
@@ -140,9 +140,13 @@ def test_an_unknown_language_of_a_task_is_an_error():
         KnowledgeConfig(tasks={"kmmlu": "kr"})
 
 
+def config_of(knowledge):
+    return EvaluationConfig(suites=["knowledge"], knowledge=knowledge, batch_size=1)
+
+
 def evaluate(knowledge, models, out):
     out.mkdir(exist_ok=True)
-    config = EvaluationConfig(suites=["knowledge"], knowledge=knowledge, batch_size=1)
+    config = config_of({"chat_template": "raw", **knowledge})
     run(config, models, {}, None, out, Tracker())
 
 
@@ -207,15 +211,35 @@ class TestWithLmEval:
         settings = {"tasks": {"sums": "en"}, "folder": str(folder), "limit": 5}
         plain = evaluated(settings, models_of_two_vocabularies, tmp_path / "plain")
         assert "has no chat template" not in capsys.readouterr().err, "none is needed"
-        chat = evaluated(
-            {**settings, "chat_template": True}, models_of_two_vocabularies, tmp_path / "chat"
+        both = evaluated(
+            {**settings, "chat_template": "both"}, models_of_two_vocabularies, tmp_path / "both"
         )
-        assert "base: has no chat template; it is prompted in that of" in capsys.readouterr().err
-        assert chat["base"]["scores"]["en"]["sums_acc"]["n"] == 5
-        assert (
-            chat["base"]["knowledge"] != plain["base"]["knowledge"]
-            or chat["chat"]["knowledge"] != plain["chat"]["knowledge"]
+        said = capsys.readouterr().err
+        assert "base: has no chat template; it is prompted in that of" in said
+        assert "chat: questions are asked in the chat template" in said
+        for name in ("base", "chat"):
+            kept, raw = both[name]["knowledge"], plain[name]["knowledge"]
+            assert kept.keys() == {"sums", "sums_chat"}
+            assert kept["sums"] == raw["sums"]
+            assert both[name]["scores"]["en"]["sums_acc_chat"]["n"] == 5
+        assert any(
+            both[one]["knowledge"]["sums_chat"] != both[one]["knowledge"]["sums"] for one in both
         )
+
+    def test_each_model_is_asked_in_its_own_way(
+        self, folder, models_of_two_vocabularies, tmp_path, capsys
+    ):
+        settings = {"tasks": {"sums": "en"}, "folder": str(folder), "limit": 5}
+        chat = models_of_two_vocabularies["chat"]
+        models = {**models_of_two_vocabularies, "cpt": chat, "sft": chat, "merged": chat}
+        ways = {"chat_template": "by_model", "chat_template_of": {"sft": "both"}}
+        found = evaluated({**settings, **ways}, models, tmp_path / "found")
+        names = {name: set(one["scores"]["en"]) for name, one in found.items()}
+        raw, chat = {"sums_acc", "sums_acc_norm"}, {"sums_acc_chat", "sums_acc_norm_chat"}
+        assert names == {"base": raw, "chat": chat, "cpt": raw, "sft": raw | chat, "merged": chat}
+        assert "base: questions are asked raw" in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"chat_template_of names sfd, which is none of"):
+            evaluated({**settings, "chat_template_of": {"sfd": "raw"}}, models, tmp_path / "no")
 
     def test_errors_are_reported_before_a_model_is_loaded(self, folder):
         broken = folder / "broken.yaml"
@@ -236,4 +260,4 @@ class TestWithLmEval:
             ),
         ]:
             with pytest.raises(UserError, match=sentence):
-                load_tasks(KnowledgeConfig(**settings), 0)
+                load_tasks(config_of(settings))

@@ -9,6 +9,10 @@ from cpt_merge.evaluation.judge.verdicts import read_choice, read_mark
 
 # fmt: off
 MARKS = [
+    ("{'事实正确性': 1, '综合得分': 5}", 5),
+    ("{'综合得分': 5, '事实正确性': 1}", 5),
+    ("평가: 정확합니다.\n점수: [9]", 9),
+    ("점수 : 7", 7),
     ('Good.\nSCORE: 7', 7),
     ('SCORE: 7/10', 7),
     ('**Score: 8.5**', 8.5),
@@ -139,6 +143,9 @@ MARKS = [
     ('SCORE: 3 stars', None),
 ]
 CHOICES = [
+    ("答案：A", "A"),
+    ("{'winner': 'B', 'reason': 'x'}", "B"),
+    ("{'reason': 'x', 'winner': 'B'}", "B"),
     ('VERDICT: A', 'A'),
     ('verdict: tie.', 'tie'),
     ('[[b]]', 'B'),
