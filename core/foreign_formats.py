@@ -65,7 +65,7 @@ def refuse_pointer(path: Path) -> None:
     if start == _POINTER:
         raise UserError(
             f"{path} is only a pointer of git LFS to the file itself; run `git lfs pull` in "
-            f"{path.parent}, or download the model again."
+            f"{path.parent}, or download it again."
         )
 
 

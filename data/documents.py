@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.foreign_formats import refuse_pointer
 from cpt_merge.data.readers import FORMATS, format_of
 from cpt_merge.data.readers.arrow_tables import parquet_rows
 from cpt_merge.data.readers.rows import BadRow, Record, Row
@@ -49,6 +50,7 @@ def _rows(file: Path, layout: Layout) -> tuple[Iterator[Row], str]:
     if found is None:
         endings = ".txt or .md" if layout.whole_files else ", ".join(FORMATS)
         raise UserError(f"{file}: its ending is none of {endings} (also compressed); convert it.")
+    refuse_pointer(file)
     return found.read(file, layout.text_of.fields), found.unit
 
 

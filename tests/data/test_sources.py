@@ -5,6 +5,7 @@ import json
 import re
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,6 +173,17 @@ def test_columns_of_other_formats_are_checked(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("content\nx\n")
     with pytest.raises(UserError, match=r"a\.csv: line 2 has no field 'text' but content"):
         check_text(Corpus(sources=[Source(path=str(tmp_path), language="en")]))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.jsonl.gz"])
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path: Path, name: str, bad_rows: Any) -> None:
+    """A clone without git lfs has these three lines in place of the file."""
+    lines = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / name).write_text(lines)
+    source = Source(path=str(tmp_path / name), language="ko", bad_rows=bad_rows)
+    with pytest.raises(UserError, match=rf"{name} is only a pointer of git LFS"):
+        check_text(Corpus(sources=[source]))
 
 
 def test_bad_rows_are_left_out_on_request_and_their_neighbours_stay(tmp_path: Path) -> None:
