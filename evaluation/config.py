@@ -215,7 +215,7 @@ class JudgeConfig(JudgeEndpointConfig):
         None,
         "chat: jsonl file of open questions, a line: "
         '{"language", "turns": ["..."], "category", "reference", "messages"}; '
-        "or mt-bench:LANGUAGE:PATH, logickor:..., alignbench:...",
+        "or mt-bench:LANGUAGE:PATH, logickor:..., alignbench:..., vicuna:...",
     )
     modes: list[Literal["mark", "comparison"]] = key(
         ["mark"],

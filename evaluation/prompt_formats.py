@@ -145,9 +145,9 @@ def _question(row: Row) -> Row:
 
 
 def _single_question(row: Row) -> Row:
-    """AlignBench: question, reference, category."""
+    """AlignBench: question, reference, category; Vicuna: text, category."""
     reference = row.get("reference")
-    converted: Row = {"turns": [_text(row, "question")]}
+    converted: Row = {"turns": [_text(row, "question", "text")]}
     if isinstance(reference, str) and reference.strip():
         converted["reference"] = [reference]
     return converted | _category(row, "category")
@@ -286,5 +286,6 @@ FORMATS: Mapping[str, Format] = {
     "mt-bench": Format(QUESTIONS, _question),
     "logickor": Format(QUESTIONS, _question),
     "alignbench": Format(QUESTIONS, _single_question),
+    "vicuna": Format(QUESTIONS, _single_question),
     "xstest": Format(("evaluation.safety.prompts",), _safety),
 }

@@ -31,7 +31,7 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     shares_of_exchanges,
 )
 from cpt_merge.evaluation.judge.client import Judge
-from cpt_merge.evaluation.judge.prompts import fill, names_language, transcript
+from cpt_merge.evaluation.judge.prompts import fill, names_other_language, transcript
 from cpt_merge.evaluation.judge.verdicts import (
     LOWEST,
     JudgeVerdict,
@@ -169,7 +169,7 @@ def mark(
     for place, turn in asked:
         conversation = exchanges[place].conversation
         shown = {"conversation": transcript(exchanges[place], turn + 1)}
-        reference, named = conversation.reference(turn), names_language(conversation, turn)
+        reference, named = conversation.reference(turn), names_other_language(conversation, turn)
         prompts.append(fill(prompt, conversation.language, shown, reference, named))
     judged = judge_all(judge, prompts, lambda answer: read_mark(answer, pattern), ranks)
     silent = JudgeVerdict(LOWEST if _works(judged) else None, EMPTY)
@@ -216,7 +216,10 @@ def _comparison(prompt: str, first: Exchange, second: Exchange) -> str:
         "conversation_a": transcript(first, turns),
         "conversation_b": transcript(second, turns),
     }
-    reference, named = conversation.reference(turns - 1), names_language(conversation, turns - 1)
+    reference, named = (
+        conversation.reference(turns - 1),
+        names_other_language(conversation, turns - 1),
+    )
     return fill(prompt, conversation.language, shown, reference, named)
 
 

@@ -80,14 +80,14 @@ def fill(
     language: str,
     conversations: Mapping[str, str],
     reference: str | None = None,
-    names_language: bool = False,
+    other_language: bool = False,
 ) -> str:
     """A prompt with its names filled in, in one pass: names in a model's reply have no effect.
 
-    With `names_language`, a reply in another language than the user's is not marked down.
+    With `other_language`, a reply in another language than the user's is not marked down.
     """
     name = find_language(language).name
-    rules = dict.fromkeys(RULES, AS_ASKED) if names_language else RULES
+    rules = dict.fromkeys(RULES, AS_ASKED) if other_language else RULES
     named = {
         **conversations,
         **{rule: text.replace("{language}", name) for rule, text in rules.items()},
@@ -117,14 +117,27 @@ _NAMES_LANGUAGE = regex.compile(
 )
 
 
-def names_language(conversation: Conversation, turn: int) -> bool:
-    """Whether a request up to this turn, or a check of its reply, names the reply's language."""
-    if conversation.reply_language(turn) != conversation.language:
+_OWN_NAMES = {
+    "zh_tw": "Chinese|Mandarin|中文|[國国華华][文語语]|[漢汉][語语]|繁[體体]|중국어|중문|번체",
+    "zh_cn": "Chinese|Mandarin|中文|[國国華华][文語语]|[漢汉][語语]|[簡简][體体]|중국어|중문|간체",
+    "ko": "Korean|[韓韩][文語语]|한국어|국문",
+    "en": "English|英[文語语]|영어|영문|영작",
+    "ja": "Japanese|日[文語语]|일본어",
+}
+
+
+def names_other_language(conversation: Conversation, turn: int) -> bool:
+    """Whether a request up to this turn names another language than the conversation's, or a check
+    of the reply asks for one."""
+    language = conversation.language
+    if conversation.reply_language(turn) != language:
         return True
+    own = _OWN_NAMES.get(language, find_language(language).name)
     return any(
-        _NAMES_LANGUAGE.search(message["content"])
+        regex.search(own, named[0], regex.IGNORECASE) is None
         for asked in conversation.turns[: turn + 1]
         for message in asked.messages
+        for named in _NAMES_LANGUAGE.finditer(message["content"])
     )
 
 

@@ -120,7 +120,7 @@ def test_multi_if(tmp_path, capsys):
     assert "language Hindi (1)" in " ".join(capsys.readouterr().err.split())
 
 
-def test_questions_of_mt_bench_logickor_and_alignbench(tmp_path):
+def test_questions_of_mt_bench_logickor_alignbench_and_vicuna(tmp_path):
     key = "evaluation.judge.questions"
     path = write(
         tmp_path / "mt.jsonl",
@@ -155,6 +155,11 @@ def test_questions_of_mt_bench_logickor_and_alignbench(tmp_path):
     )
     [asked] = read(f"alignbench:zh_cn:{path}", key)
     assert (asked.questions, asked.category, asked.reference(0)) == ("几?", "专业能力", "三")
+    path = write(
+        tmp_path / "vicuna.jsonl", [{"question_id": 1, "text": "為何?", "category": "generic"}]
+    )
+    [asked] = read(f"vicuna:zh_tw:{path}", key)
+    assert (asked.language, asked.questions, asked.category) == ("zh_tw", "為何?", "generic")
 
 
 def test_xstest(tmp_path):

@@ -110,11 +110,15 @@ def test_the_papers_protocol_on_a_model(models_of_two_vocabularies, serve, tmp_p
     url = serve(behave).url
     settings = the_papers_settings()
     questions, beginnings = tmp_path / "q.jsonl", tmp_path / "b.jsonl"
-    questions.write_text('{"language": "zh_tw", "turns": ["為什麼？"], "category": "generic"}')
+    questions.write_text('{"question_id": 1, "text": "為什麼？", "category": "generic"}')
     beginnings.write_text(
         "\n".join(json.dumps({**REAL, "prompt": {"text": text}}) for text in ("他說", "我"))
     )
-    settings["judge"] |= {"url": url, "questions": str(questions), "cache": str(tmp_path / "cache")}
+    settings["judge"] |= {
+        "url": url,
+        "questions": f"vicuna:zh_tw:{questions}",
+        "cache": str(tmp_path / "cache"),
+    }
     settings["safety"]["attributes"] |= {"url": url, "attributes": ["TOXICITY", "INSULT"]}
     settings["safety"] |= {"prompts": "built-in"}
     settings["toxicity"] |= {
@@ -138,6 +142,7 @@ def test_the_papers_protocol_on_a_model(models_of_two_vocabularies, serve, tmp_p
     assert results["models"]["chat"]["differences"]["zh_tw"]["attribute_expected_max"]["n"] == 2
     text = settings["judge"]["system_prompt"]["zh_tw"]
     assert [f"[system]\n{text}" in one for one in seen if "SCORE" in one].count(True) == 2
+    assert all("gets at most 3" in one for one in seen if "SCORE" in one), "one rule for both"
     again = run(config, models_of_two_vocabularies, {}, None, tmp_path / "again", Tracker())
     assert again["chat/zh_tw/attribute_expected_max"] == round(
         found["attribute_expected_max"]["value"], 4

@@ -5,7 +5,7 @@ import pytest
 from cpt_merge.evaluation.checks import parse_check
 from cpt_merge.evaluation.config import JudgePatternsConfig, JudgePromptsConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply, Turn
-from cpt_merge.evaluation.judge.prompts import fill, names_language, prompts_of, transcript
+from cpt_merge.evaluation.judge.prompts import fill, names_other_language, prompts_of, transcript
 from cpt_merge.evaluation.statistics import kappa, rank_correlation
 
 
@@ -39,8 +39,8 @@ def test_the_recipes_prompts():
     ("request_", "named"),
     [
         ("영어로 대답해 주세요: 서울은?", True), ("다음 문장을 영어로 번역해 줘.", True), ("영작해 줘.", True),
-        ("請用英文回答。", True), ("把這句話翻譯成日語。", True), ("请用繁体字写。", True), ("Translate this into Korean.", True),
-        ("Please answer in plain English.", True), ("English only: why?", True), ("서울은 어디에 있나요?", False),
+        ("請用英文回答。", True), ("把這句話翻譯成日語。", True), ("请用繁体字写。", True), ("Translate this into Korean.", False),
+        ("Please answer in plain English.", True), ("English only: why?", True), ("서울은 어디에 있나요?", False), ("한국어로 대답해 줘.", False), ("이 한국어 문장을 영어로 옮겨 줘.", True),
         ("臺北在哪裡？", False), ("Where in Korea is Seoul?", False), ("영화 추천해 줘.", False), ("英國的首都是哪裡？", False),
     ],
 )  # fmt: skip
@@ -50,7 +50,7 @@ def test_a_reply_in_the_language_that_was_asked_for_is_not_capped(request_, name
         Turn([{"role": "user", "content": "?"}]),
     )
     conversation = Conversation("ko", turns)
-    assert [names_language(conversation, turn) for turn in (0, 1)] == [named, named]
+    assert [names_other_language(conversation, turn) for turn in (0, 1)] == [named, named]
     prompts = prompts_of(JudgePromptsConfig())
     for name, cap in (("mark", "at most 3"), ("comparison", "wrong language or script lose")):
         asked = fill(prompts[name], "ko", {}, None, named)
@@ -61,7 +61,7 @@ def test_a_reply_in_the_language_that_was_asked_for_is_not_capped(request_, name
 def test_a_check_of_the_language_lifts_the_cap_too():
     check = parse_check({"name": "language", "language": "en"}, "here")
     conversation = Conversation("ko", (Turn([{"role": "user", "content": "?"}], (check,)),))
-    assert names_language(conversation, 0)
+    assert names_other_language(conversation, 0)
 
 
 @pytest.mark.parametrize(
