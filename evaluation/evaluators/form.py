@@ -21,9 +21,8 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     Subject,
     shares_of_exchanges,
 )
+from cpt_merge.evaluation.repetition import repetition
 from cpt_merge.evaluation.reply_language import is_in_language
-
-GRAM = 4  # characters
 
 METRICS = (
     Metric(
@@ -37,7 +36,7 @@ METRICS = (
     Metric(
         "repetition",
         "repetition",
-        "4-grams of characters that occurred in the reply before",
+        "runs of six words that occurred in the reply before",
         rising=False,
     ),
     Metric("empty", "empty", "replies without any text", rising=False),
@@ -89,9 +88,3 @@ def form_of(reply: Reply, language: str, marks: Sequence[str]) -> dict[str, floa
         "repetition": repetition(text),
         "empty": float(empty),
     }
-
-
-def repetition(text: str) -> float:
-    """1 - distinct / all 4-grams of characters; 0 for a shorter text."""
-    grams = [text[start : start + GRAM] for start in range(len(text) - GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -5,7 +5,7 @@ import pytest
 from cpt_merge.evaluation.chat_template import read_chat_template, template_for, template_marks
 from cpt_merge.evaluation.chinese import other_script_characters
 from cpt_merge.evaluation.conversation import ANY_LANGUAGE, Reply
-from cpt_merge.evaluation.evaluators.form import form_of, repetition
+from cpt_merge.evaluation.evaluators.form import form_of
 from cpt_merge.evaluation.models import load_model
 from cpt_merge.evaluation.reply_language import is_in_language
 from tests.evaluation.conftest import TEMPLATE, make_tokenizer
@@ -49,12 +49,6 @@ def test_one_character_of_the_other_script_is_found_but_not_punctuation():
     assert other_script_characters("我們在台湾。", "zh_tw") == 1
     assert other_script_characters("我们在臺灣。", "zh_cn") == 2
     assert other_script_characters("한국어", "ko") == 0
-
-
-def test_repetition():
-    assert repetition("") == repetition("abc") == repetition("abcdefgh") == 0
-    assert repetition("하하하하하하하하") == pytest.approx(1 - 1 / 5)
-    assert repetition("abcdabcd") == pytest.approx(1 - 4 / 5)
 
 
 def test_chat_is_all_of_stopped_language_and_format():
