@@ -17,7 +17,7 @@ from cpt_merge.evaluation.reply_language import is_in_language
 
 MARKS = "\"'“”‘’「」『』《》〈〉（）()【】［］[]*_`~～#>|"  # quotation marks, brackets, Markdown
 ENDS = "。．.!！?？…⋯‥,，、;；:："
-EMOJI = r"\p{So}\p{Sk}\p{Emoji_Presentation}\uFE0F\u200D\u20E3♪♫♬♡♥"
+EMOJI = r"\p{So}\p{Sk}\p{Emoji_Presentation}\uFE0F\u200D\u20E3♪♫♬♡♥\p{Cf}"
 LAUGHTER = "ㅋㅎㅠㅜ" + "".join(map(plain, "ㅋㅎㅠㅜ"))
 # what may stand after the last word: punctuation, emoji, notes, and Korean laughter
 AFTER_END = regex.compile(
@@ -96,11 +96,12 @@ def paragraph_starts_with(reply: str, *, paragraph: int, text: str) -> bool:
 
 @check("ends_with", _not_blank)
 def ends_with(reply: str, *, text: str) -> bool:
-    """The reply ends with the text; final punctuation and emoji of both are ignored."""
+    """The reply ends with the text; punctuation, emoji and an aside after it are ignored."""
     wanted = AFTER_END.sub("", plain(text))
     if not wanted:  # an emoji, or a mark
         return plain(reply).endswith(plain(text))
-    return bool(AFTER_END.sub("", plain(reply)).endswith(wanted))
+    text = plain(reply)
+    return any(AFTER_END.sub("", one).endswith(wanted) for one in (text, ASIDE.sub("", text)))
 
 
 @check("repeats_first", _not_blank)

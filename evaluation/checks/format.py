@@ -63,7 +63,7 @@ def no_commas(reply: str) -> bool:
 @check("quoted")
 def quoted(reply: str) -> bool:
     """The whole reply is in quotation marks: 「」 『』 “” "" and similar ones."""
-    text = reply.strip()
+    text = reply.strip().strip("*_").strip()
     opening, closing = text[:1], QUOTES.get(text[:1])
     if len(text) <= 2 or text[-1] != closing:
         return False

@@ -351,6 +351,7 @@ READERS: tuple[tuple[regex.Pattern[str], Read], ...] = (
         ),
         _read_mixed,
     ),
+    (regex.compile(rf"(?<=[섭화]씨\s?)(?P<number>{SINO}+)(?=\s?도)"), _read_mixed),
     (
         regex.compile(
             rf"(?<!\p{{Hangul}})(?P<number>[백천])(?=\s(?:{COUNTERS})"

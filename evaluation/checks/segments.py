@@ -22,7 +22,7 @@ SHORT_FORMS = frozenset(
     "mon tue wed thu fri "
     "a.m p.m ph.d m.d b.a m.a d.c u.s u.k u.s.a e.u u.n st".split()
 )
-BEFORE_NUMBERS = frozenset("no nos fig figs vol pp p ch sec art eq pop approx ca est".split())
+BEFORE_NUMBERS = frozenset("no nos fig figs vol pp p ch sec art eq pop approx ca c est".split())
 STARTERS = frozenset(
     "the a an it he she we they i you this that these those there here his her its our their "
     "my your "
@@ -51,9 +51,10 @@ SOFT_END = (
     rf"囉喵嘛])[~～]+(?=\s*\p{{Han}})|(?<=\p{{Han}})[~～]+(?=\s+\p{{Han}})"
 )
 MARK = regex.compile(rf"[{ENDS}]+|{DOTS}|{SOFT_END}")
-SYMBOLS = "•·・‧∙⋅●○◉▪▫◦‣⁃※■□▣▶►▷▸▹◆◇◈❖★☆✦✧◎☐☑☒✅✔✓✗✘❌➤➜➔➡→⇒»›◾◼◽◻🔸🔹🔷🔶🔴🔵🟢🟡👉☞✿❀♣♠♦ㆍ"
+SYMBOLS = "•＊·・‧∙⋅●○◉▪▫◦‣⁃※■□▣▶►▷▸▹◆◇◈❖★☆✦✧◎☐☑☒✅✔✓✗✘❌➤➜➔➡→⇒»›◾◼◽◻🔸🔹🔷🔶🔴🔵🟢🟡👉☞✿❀♣♠♦ㆍ"
 BULLET = regex.compile(
-    rf"^[ \t　]*(?:[-*+–—＊－][ \t　]+|ㅇ[ \t]+|-(?=[\p{{Han}}\p{{Hangul}}])|[{SYMBOLS}]\uFE0F?[ "
+    rf"^[ \t　]*(?:[-*+–—＊－][ \t　]+|[ㅇo][ \t]+|-(?=[\p{{Han}}\p{{Hangul}}])|[{SYMBOLS}]\u"
+    rf"FE0F?[ "
     rf"\t　]*)(?=\S)",
     regex.M,
 )
@@ -168,6 +169,8 @@ def _full_stop(line: str, start: int, stop: int, rest: str) -> bool:
     for date in DATE.finditer(line):
         if date.start() < start < date.end() and regex.match(r"\s?[\p{N}\p{Hangul}]", rest):
             return False
+    if regex.search(rf"(?:^|[.{ENDS}]\s+)\d{{1,2}}$", line[:start]):  # It is big. 2. It rains.
+        return False
     if LIST_IN_LINE.search(line) and regex.search(r"(?<![\p{N}.])\d{1,2}$", line[:start]):
         return False
     found = regex.search(r"[\p{Latin}\p{M}.]*$", line[:start])
