@@ -35,6 +35,10 @@ SPEAKER = regex.compile(  # “가자!” 그가 말했다. "Stop!" Tom said.
     r"\s+(?:[^.!?…]*?(?:말했|말하|물었|외쳤|대답했|속삭였|소리쳤)"
     r"|(?:[\p{L}’']+\s){0,3}(?:said|says|asked|cried|replied|shouted|whispered|answered)\b)"
 )
+# a number between sentences: It is big. 2. It rains.
+ITEM_IN_LINE = regex.compile(
+    rf"(?:^|[{ENDS}]\s+|(?:[\p{{Han}}\p{{Hangul}}]|\p{{L}}{{3}})\.\s+)\d{{1,2}}$"
+)
 LIST_IN_LINE = regex.compile(r"(?<![\p{N}.])1\.\s.*(?<![\p{N}.])2\.\s")
 BEGINNING = regex.compile(r"\s+[\"“'‘(*]*(\p{Lu}[\p{L}'’]*)")
 NAMES = (  # with a final mark
@@ -169,7 +173,7 @@ def _full_stop(line: str, start: int, stop: int, rest: str) -> bool:
     for date in DATE.finditer(line):
         if date.start() < start < date.end() and regex.match(r"\s?[\p{N}\p{Hangul}]", rest):
             return False
-    if regex.search(rf"(?:^|[.{ENDS}]\s+)\d{{1,2}}$", line[:start]):  # It is big. 2. It rains.
+    if ITEM_IN_LINE.search(line[:start]):
         return False
     if LIST_IN_LINE.search(line) and regex.search(r"(?<![\p{N}.])\d{1,2}$", line[:start]):
         return False
