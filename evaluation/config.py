@@ -251,6 +251,7 @@ class KnowledgeConfig(Section):
         "more of lm-eval's tasks or groups with their languages, for the suite `knowledge`: "
         "{kmmlu_cot_hard: ko, mmlu_pro: en}",
     )
+    without: list[str] = key([], "tasks of the chosen suites to leave out")
     folder: str | None = key(None, "folder with more tasks, in lm-eval's YAML format")
     few_shot: int | None = key(
         None, "examples before a question; if not set: the suite's or the task's own number", ge=0
@@ -430,12 +431,27 @@ class EvaluationConfig(Section):
     @property
     def lm_eval_tasks(self) -> list[LmEvalTask]:
         """The tasks of the chosen suites, each once; `knowledge.tasks` come first."""
+        named = self._named_tasks()
+        return [task for name, task in named.items() if name not in self.knowledge.without]
+
+    def _named_tasks(self) -> dict[str, LmEvalTask]:
         tasks = self.knowledge.tasks if "knowledge" in self.suites else {}
         found = {name: LmEvalTask(name, language) for name, language in tasks.items()}
         for suite in self.suites:
             for task in KNOWLEDGE_SUITES.get(suite, ()):
                 found.setdefault(task.name, task)
-        return list(found.values())
+        return found
+
+    @model_validator(mode="after")
+    def _leaves_out_what_is_there(self) -> EvaluationConfig:
+        named = self._named_tasks()
+        for name in self.knowledge.without if named else ():
+            if name not in named:
+                raise ValueError(
+                    f"knowledge.without names {name}, which is none of the tasks; they "
+                    f"are {', '.join(named)}"
+                )
+        return self
 
     def check_lm_eval(self) -> None:
         """Raise `UserError` if there are tasks but lm-eval is not installed."""

@@ -156,7 +156,8 @@ def _load(manager: Any, name: str, few_shot: int | None, seed: int) -> Any:
     except Exception as error:  # of the hub, datasets or the task itself: any kind
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise UserError(
-            f"evaluation.knowledge.tasks: {name} cannot be loaded ({reason})."
+            f"evaluation.knowledge.tasks: {name} cannot be loaded ({reason}); correct it, or leave "
+            f"it out with evaluation.knowledge.without=[{name}]."
         ) from error
     for task in loaded["tasks"].values():
         default = task.get_config("num_fewshot")

@@ -53,6 +53,13 @@ def test_the_tasks_of_a_recipe():
     assert {"haerae", "hrm8k"} < {task.name for task in both}
 
 
+def test_a_task_of_a_suite_can_be_left_out():
+    assert [one.name for one in tasks_of(["hard-ko"], without=["kmmlu_direct"])] == ["kmmlu_hard"]
+    assert tasks_of(["form"], without=["kmmlu_direct"]) == [], "another suite may be chosen later"
+    with pytest.raises(ValueError, match=r"without names kmlu, .* are kmmlu_direct, kmmlu_hard"):
+        tasks_of(["hard-ko"], without=["kmlu"])
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
