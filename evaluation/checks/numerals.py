@@ -9,7 +9,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from fractions import Fraction
 
 import regex
 
@@ -112,13 +111,13 @@ BELOW = (
 )
 SIGN = rf"(?P<sign>{MINUS}|{BELOW})?"
 DIGITS = (
-    r"(?<![\p{Latin}\p{N}_])(?<!\p{N}[.:/])(?<!\^)\d+(?:(?<!\d{4}),\d{3}(?:,\d{3})*(?!\d"
-    r"))?(?:\.\d+)?(?!\^)"
+    r"(?<![\p{Latin}\p{N}_])(?<!\p{N}[.:/])(?<!\^)"
+    r"\d+(?:(?<!\d{4}),\d{3}(?:,\d{3})*(?!\d))?(?:\.\d+)?(?!\^)"
 )
 HAN_DIGIT = "[〇零一二三四五六七八九兩两壹貳贰叁肆柒捌玖]"
 HAN = (
-    rf"(?:{DIGITS}|{HAN_DIGIT}|[十拾])(?:(?<=\d)\s?(?=[萬万億亿千百]))?(?:\d+|"
-    rf"[{''.join(HAN_DIGITS)}{''.join(HAN_UNITS)}])*"
+    rf"(?:{DIGITS}|{HAN_DIGIT}|[十拾])(?:(?<=\d)\s?(?=[萬万億亿千百]))?"
+    rf"(?:\d+|[{''.join(HAN_DIGITS)}{''.join(HAN_UNITS)}])*"
 )
 MORE = r"(?P<more>\s?[多幾几餘余](?!\p{Nd})|여(?=\s|명|개|년)|\s?몇)?"
 
@@ -159,7 +158,7 @@ def _unless_in_a_word(read: Read) -> Callable[[regex.Match[str]], str]:
     return replace
 
 
-def _shown(value: Decimal | int | Fraction, match: regex.Match[str]) -> str:
+def _shown(value: Decimal | int, match: regex.Match[str]) -> str:
     if match.groupdict().get("sign"):
         value = -value
     if isinstance(value, Decimal):
@@ -203,18 +202,24 @@ def _value(text: str) -> Decimal | None:
     """The value of 三千五百, 3천5백, 二〇二四 or 7萬; None for 七八 (seven or eight)."""
     tokens = regex.findall(r"\d+(?:,\d{3})*(?:\.\d+)?|\S", text)
     digits = [_digit(token) for token in tokens]
-    if all(digit is not None for digit in digits):
-        if len(tokens) == 1:
-            return digits[0]
-        if any(token[0].isdecimal() for token in tokens):
-            return None
-        if len(tokens) > 2 or {"〇", "零"} & set(tokens):
-            return Decimal("".join(str(digit) for digit in digits))
+    if None in digits:
+        return _with_units(tokens, digits)
+    if len(tokens) == 1:
+        return digits[0]
+    spelled = len(tokens) > 2 or {"〇", "零"} & set(tokens)
+    if not spelled or any(token[0].isdecimal() for token in tokens):
         return None
-    total, section, current, last = Decimal(0), Decimal(0), None, 1
+    return Decimal("".join(map(str, digits)))
+
+
+def _with_units(tokens: list[str], digits: list[Decimal | None]) -> Decimal | None:
+    """The value of digits and units; `digits` has None where a token is a unit."""
+    total = section = Decimal(0)  # above and below 萬
+    current: Decimal | None = None
+    last = 1
     for token, digit in zip(tokens, digits, strict=True):
         if digit is not None:
-            if current is not None and current != 0:
+            if current:
                 return None
             current = digit
             continue
@@ -222,7 +227,7 @@ def _value(text: str) -> Decimal | None:
         if unit is None:
             return None
         if unit < 10**4:
-            section += (current or Decimal(1)) * unit
+            section += (current or 1) * unit
         else:
             below = section + (current or 0)
             if not total and not below:
@@ -231,8 +236,7 @@ def _value(text: str) -> Decimal | None:
             section = Decimal(0)
         current, last = None, unit
     if current is not None:
-        follows_unit = len(tokens) > 1 and digits[-2] is None
-        short = follows_unit and last >= 100 and tokens[-1] in HAN_DIGITS
+        short = last >= 100 and digits[-2] is None and tokens[-1] in HAN_DIGITS
         section += current * last / 10 if short else current  # 三百五 is 350
     return total + section
 
@@ -297,8 +301,8 @@ NUMBER = rf"(?P<number>{HAN})"
 READERS: tuple[tuple[regex.Pattern[str], Read], ...] = (
     (
         regex.compile(
-            rf"{SIGN}(?P<number>{DIGITS}(?:\s?[십백천만억조]|(?<=[십백천만억조])\s?\d+"
-            rf")+)(?!\p{{L}}\d){MORE}"
+            rf"{SIGN}(?P<number>{DIGITS}(?:\s?[십백천만억조]|(?<=[십백천만억조])\s?\d+)+)"
+            rf"(?!\p{{L}}\d){MORE}"
         ),
         _read_mixed,
     ),
@@ -313,15 +317,16 @@ READERS: tuple[tuple[regex.Pattern[str], Read], ...] = (
     (regex.compile(rf"(?P<bottom>{HAN})分之(?P<top>{HAN})"), _read_parts),
     (
         regex.compile(
-            rf"{SIGN}(?P<number>{HAN})[點点](?P<decimals>{HAN_DIGIT}+)(?![分刻半十]|\p"
-            rf"{{N}}){MORE}"
+            rf"{SIGN}(?P<number>{HAN})[點点](?P<decimals>{HAN_DIGIT}+)"
+            rf"(?![分刻半十]|\p{{N}}){MORE}"
         ),
         _read_decimal,
     ),
     (regex.compile(rf"{SIGN}{NUMBER}(?<![\d.,]){MORE}"), _read_mixed),
     (
         regex.compile(
-            rf"{SIGN}(?P<digits>{DIGITS})(?!\.?\d)(?!\p{{Latin}}|_)(?:\s(?P<unit>hundred|thousand|million|billion|trillion)(?!\p{{L}}))?{MORE}"
+            rf"{SIGN}(?P<digits>{DIGITS})(?!\.?\d)(?!\p{{Latin}}|_)"
+            rf"(?:\s(?P<unit>{_any(ENGLISH_UNITS)})(?!\p{{L}}))?{MORE}"
         ),
         _read_digits,
     ),

@@ -57,9 +57,8 @@ SOFT_END = (
 MARK = regex.compile(rf"[{ENDS}]+|{DOTS}|{SOFT_END}")
 SYMBOLS = "•＊·・‧∙⋅●○◉▪▫◦‣⁃※■□▣▶►▷▸▹◆◇◈❖★☆✦✧◎☐☑☒✅✔✓✗✘❌➤➜➔➡→⇒»›◾◼◽◻🔸🔹🔷🔶🔴🔵🟢🟡👉☞✿❀♣♠♦ㆍ"
 BULLET = regex.compile(
-    rf"^[ \t　]*(?:[-*+–—＊－][ \t　]+|[ㅇo][ \t]+|-(?=[\p{{Han}}\p{{Hangul}}])|[{SYMBOLS}]\u"
-    rf"FE0F?[ "
-    rf"\t　]*)(?=\S)",
+    r"^[ \t　]*(?:[-*+–—＊－][ \t　]+|[ㅇo][ \t]+|-(?=[\p{Han}\p{Hangul}])"
+    rf"|[{SYMBOLS}]\uFE0F?[ \t　]*)(?=\S)",
     regex.M,
 )
 PICTOGRAM = regex.compile(
@@ -76,8 +75,8 @@ CIRCLED = {
 }
 NUMBER = regex.compile(
     r"^[ \t　]*(?:>[ \t]*)?(?:#{1,6}[ \t]+)?(?:\*\*|__)?"  # a heading, or bold
-    r"(?:[（(\[【]?(\d{1,3})(?:[.．。)）\]】、:：](?!\d)|(?:번|단계)[.:)：]?(?=[ \t*])|\uFE0F"
-    r"?\u20E3|번째[.:：])"
+    r"(?:[（(\[【]?(\d{1,3})(?:[.．。)）\]】、:：](?!\d)|(?:번|단계)[.:)：]?(?=[ \t*])"
+    r"|\uFE0F?\u20E3|번째[.:：])"
     rf"|([{''.join(CIRCLED)}])[.)]?"
     rf"|[（(]?([{HAN_NUMBERS}]{{1,3}})(?:[、.．：:](?![{HAN_NUMBERS}])|[)）])"
     rf"|(?:step|步驟|步骤|단계)[ \t]*(\d{{1,2}}|[{HAN_NUMBERS}]{{1,3}})[ \t]*[:：.、)—-]"
