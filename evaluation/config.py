@@ -14,7 +14,7 @@ from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
 from cpt_merge.evaluation.knowledge_suites import KNOWLEDGE_SUITES, LmEvalTask
-from cpt_merge.evaluation.prompt_formats import without_format
+from cpt_merge.evaluation.prompt_formats import check_format, without_format
 
 EVALUATOR_SUITES = ("language", "form", "chat", "knowledge", "safety", "toxicity")
 
@@ -92,6 +92,8 @@ class SafetyConfig(Section):
     )
     classifier: ClassifierConfig | None = key(None, "a classification model as another scorer")
     moderation: ModerationConfig | None = key(None, "a moderation endpoint as another scorer")
+
+    _format = field_validator("prompts")(check_format)
     attributes: AttributesConfig | None = key(
         None, "an endpoint that scores attributes as another scorer"
     )
@@ -222,6 +224,7 @@ class JudgeConfig(JudgeEndpointConfig):
         "mark: 1 to 10 for each reply; comparison: with the baseline's replies, in both orders",
         min_length=1,
     )
+    _format = field_validator("questions")(check_format)
     prompts: JudgePromptsConfig = key(JudgePromptsConfig(), "the judge's prompts")
     patterns: JudgePatternsConfig = key(
         JudgePatternsConfig(), "how verdicts are found in the judge's answers"
@@ -406,6 +409,8 @@ class EvaluationConfig(Section):
         2, "prompts per language whose replies are printed, evenly spread", unit="prompts", ge=0
     )
     seed: int = key(0, "seed of sampling and of the p-values of differences", ge=0)
+
+    _format = field_validator("instructions", "dialogues")(check_format)
 
     @field_validator("languages")
     @classmethod

@@ -21,10 +21,10 @@ from typing import Any
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import say
+from cpt_merge.core.spelling import nearest
 from cpt_merge.data.readers.json_records import parse_json, read_json
 from cpt_merge.data.readers.rows import BadRow
 from cpt_merge.evaluation.checks import Check, parse_check
-from cpt_merge.evaluation.checks.registry import nearest
 from cpt_merge.evaluation.config import BUILT_IN
 from cpt_merge.evaluation.conversation import ROLES, Conversation, Message, Turn
 from cpt_merge.evaluation.prompt_formats import (

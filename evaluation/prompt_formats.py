@@ -18,6 +18,7 @@ import regex
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
+from cpt_merge.core.spelling import nearest
 
 Row = dict[str, Any]
 
@@ -64,6 +65,20 @@ def parse_path(given: str, key: str) -> PromptFile:
     if not found.with_language:
         raise UserError(f"{key} = {given} names no language; write {name}:LANGUAGE:PATH.")
     return PromptFile(Path(rest).expanduser(), found)
+
+
+def check_format(given: str | None) -> str | None:
+    """The value of a key for prompts. Raises `ValueError` for a format that does not exist."""
+    if given is None:
+        return None
+    name, colon, _ = given.partition(":")
+    named = colon and regex.fullmatch(r"[\w-]{2,}", name) and not Path(given).expanduser().exists()
+    if named and name not in FORMATS:
+        formats = ", ".join(FORMATS)
+        raise ValueError(
+            f"there is no format {name!r}{nearest(name, FORMATS)}; there are {formats}"
+        )
+    return given
 
 
 def without_format(given: str) -> str:

@@ -12,15 +12,15 @@ An empty reply passes no check.
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.spelling import nearest
 
 LIMITS = ("at_least", "at_most", "exactly")
 
@@ -142,12 +142,6 @@ def _limits_make_sense(**arguments: Any) -> None:
         "at_most", 10**9
     ):
         raise ValueError("its limits admit no number")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A part of a sentence that suggests the known name that is most like a wrong one, if any."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f' (did you mean "{close[0]}"?)' if close else ""
 
 
 def parse_check(row: Any, where: str) -> Check:

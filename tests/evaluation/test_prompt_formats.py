@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.evaluation.config import EvaluationConfig, JudgeConfig
+from cpt_merge.evaluation.config import EvaluationConfig, JudgeConfig, SafetyConfig
 from cpt_merge.evaluation.prompt_files import (
     parse_dialogue,
     parse_instruction,
@@ -194,6 +194,15 @@ def test_one_sentence_for_a_file_that_is_not_as_its_format_says(tmp_path, given,
     path = write(tmp_path / "file.jsonl", [{"a": 1}])
     with pytest.raises(UserError, match=sentence):
         read(given.format(path), key)
+
+
+def test_a_misspelt_format_is_refused_with_the_nearest_name(tmp_path):
+    with pytest.raises(ValueError, match=r"no format 'ifevla' .did you mean .ifeval"):
+        EvaluationConfig(instructions="ifevla:ko:a.jsonl")
+    with pytest.raises(ValueError, match="no format 'xstset'"):
+        SafetyConfig(prompts="xstset:ko:a.csv")
+    (tmp_path / "a:b.jsonl").touch()
+    EvaluationConfig(instructions=str(tmp_path / "a:b.jsonl"))  # a path may have a colon
 
 
 def test_the_settings_name_the_file_without_its_format():
