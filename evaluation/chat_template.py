@@ -68,12 +68,13 @@ def read_chat_template(
             f"the chat model's tokenizer in {directory} has no chat template, so it cannot be "
             "prompted; add a chat_template."
         )
-    return _own_template(tokenizer, directory, config, name)
+    return own_template(tokenizer, directory, config, name)
 
 
-def _own_template(
+def own_template(
     tokenizer: Any, directory: Path, config: EvaluationConfig, name: str
 ) -> ChatTemplate:
+    """The chat template of a tokenizer that has one, for the model that the recipe calls `name`."""
     thoughts = find_thoughts(tokenizer, tokenizer.chat_template, config.thoughts)
     return ChatTemplate(
         tokenizer.chat_template,
@@ -109,7 +110,7 @@ def template_for(
     """
     tokenizer = loaded.tokenizer
     if tokenizer.chat_template:
-        own = _own_template(tokenizer, directory, config, loaded.name)
+        own = own_template(tokenizer, directory, config, loaded.name)
         return replace(own, marks=_without_marks_of(own.thoughts, [*chat.marks, *own.marks]))
     say(f"{loaded.name}: has no chat template; it is prompted in that of {chat.source}")
     vocabulary = tokenizer.get_vocab()

@@ -85,7 +85,7 @@ def run(
     setup = Setup(config, text)
     evaluators = make_evaluators(setup)
     chat = None
-    if any(evaluator.needs_template() for evaluator in evaluators):
+    if config.chat_template_kwargs or any(one.needs_template() for one in evaluators):
         chat = (
             read_chat_template(chat_template_from, config)
             if chat_template_from

@@ -25,7 +25,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted, say, timed
 from cpt_merge.data.readers.json_records import read_json
 from cpt_merge.data.readers.rows import BadRow
-from cpt_merge.evaluation.chat_template import ChatTemplate
+from cpt_merge.evaluation.chat_template import ChatTemplate, own_template
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import (
@@ -36,6 +36,7 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     NotRun,
     Subject,
 )
+from cpt_merge.evaluation.generate.lm_eval import answer_requests
 from cpt_merge.evaluation.knowledge_suites import LmEvalTask
 from cpt_merge.evaluation.models import LoadedModel, batches_by_length
 from cpt_merge.evaluation.statistics import Parts
@@ -85,7 +86,7 @@ class KnowledgeEvaluator(Evaluator):
         from lm_eval.evaluator import evaluate
 
         template = (subject.template or self._own_template(subject)) if in_template else None
-        model = _lm_eval_model(subject.loaded, subject.ranks, self._config.batch_size, template)
+        model = _lm_eval_model(subject.loaded, subject.ranks, self._config, template)
         measured: list[Measurement] = []
         details: dict[str, dict[str, Any]] = {}
         for task, loaded in self._loaded.items():
@@ -110,10 +111,10 @@ class KnowledgeEvaluator(Evaluator):
         return measured, details
 
     def _own_template(self, subject: Subject) -> ChatTemplate:
-        """The model's own; lm-eval needs no more of it than the text and its variables."""
-        name, tokenizer = subject.loaded.name, subject.loaded.tokenizer
-        variables = self._config.template_variables(name)
-        return ChatTemplate(tokenizer.chat_template, [], [], name, variables=variables)
+        """The model's own."""
+        assert subject.directory is not None, "only a sweep has none, and its models have templates"
+        loaded = subject.loaded
+        return own_template(loaded.tokenizer, subject.directory, self._config, loaded.name)
 
 
 def load_tasks(config: EvaluationConfig) -> dict[LmEvalTask, Any]:
@@ -196,7 +197,7 @@ def _json_errors() -> Iterator[None]:
 
 
 def _lm_eval_model(
-    loaded: LoadedModel, ranks: Ranks, batch_size: int, template: ChatTemplate | None
+    loaded: LoadedModel, ranks: Ranks, config: EvaluationConfig, template: ChatTemplate | None
 ) -> Any:
     """The model with lm-eval's interface; each process computes its share and gets all answers."""
     from lm_eval.models.huggingface import HFLM
@@ -205,6 +206,11 @@ def _lm_eval_model(
         """Divides chunks of requests of similar length over the processes, as replies are."""
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            if template and any(template.begins_thought(one.args[0]) for one in requests):
+                say(
+                    f"{loaded.name}: its chat template opens a thought, and lm-eval scores the "
+                    "choices within it; evaluation.chat_template_kwargs may switch thinking off"
+                )
             return self._divided(super().loglikelihood, requests)
 
         def loglikelihood_rolling(
@@ -213,11 +219,13 @@ def _lm_eval_model(
             return self._divided(super().loglikelihood_rolling, requests)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            if template is not None and template.thoughts is not None:
+                return answer_requests(loaded, template, requests, config, ranks)
             return self._divided(super().generate_until, requests)
 
         def _divided(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
             chunks = batches_by_length(
-                [len(request.args[0]) for request in requests], CHUNK * batch_size
+                [len(request.args[0]) for request in requests], CHUNK * config.batch_size
             )
             found = ranks.map(
                 f"{loaded.name}: knowledge",
@@ -236,7 +244,11 @@ def _lm_eval_model(
         tokenizer.chat_template = template.template
         options["chat_template_args"] = dict(template.variables)
     return DividedModel(
-        loaded.model, tokenizer=tokenizer, batch_size=batch_size, max_length=positions, **options
+        loaded.model,
+        tokenizer=tokenizer,
+        batch_size=config.batch_size,
+        max_length=positions,
+        **options,
     )
 
 

@@ -24,6 +24,7 @@ from cpt_merge.evaluation.run import run
 from cpt_merge.evaluation.statistics import estimate
 from cpt_merge.tracking import Tracker
 from tests.distributed import run_ranks
+from tests.evaluation.thinkers import OPENS_THOUGHT, write_thinker
 
 SUMS = [
     {"q": f"{a} + {b}", "options": [str(a + b), str(a + b + 1), str(a - b)]}
@@ -240,6 +241,26 @@ class TestWithLmEval:
         assert "base: questions are asked raw" in capsys.readouterr().err
         with pytest.raises(UserError, match=r"chat_template_of names sfd, which is none of"):
             evaluated({**settings, "chat_template_of": {"sfd": "raw"}}, models, tmp_path / "no")
+
+    def test_thoughts_are_no_answers_and_variables_reach_the_template(
+        self, folder, tmp_path, capsys
+    ):
+        """It answers 3, which is right for 3 of 12 sums, and would be cut off in its thought."""
+        thinks = ["<think>", "5\n6", "</think>", "3", "</s>"]
+        models = {
+            "chat": write_thinker(tmp_path / "chat", thinks),
+            "merged": write_thinker(tmp_path / "merged", ["3", "</s>"], after=["</think>"]),
+        }
+        settings = {"tasks": {"writing": "en"}, "folder": str(folder), "chat_template": "template"}
+        config = config_of(settings)
+        off = {"merged": {"enable_thinking": False}}
+        config = config.model_copy(update={"chat_template_kwargs": off})
+        found = run(config, models, {}, None, tmp_path / "out", Tracker())
+        assert found["chat/en/writing_exact_match_chat"] == 0.25
+        assert found["merged/en/writing_exact_match_chat"] == 0.25
+        opens = write_thinker(tmp_path / "opens", ["3", "</s>"], OPENS_THOUGHT, after=["\n"])
+        evaluate({**settings, "tasks": {"sums": "en"}}, {"chat": opens}, tmp_path / "choices")
+        assert "its chat template opens a thought" in " ".join(capsys.readouterr().err.split())
 
     def test_errors_are_reported_before_a_model_is_loaded(self, folder):
         broken = folder / "broken.yaml"
