@@ -30,7 +30,7 @@ _STYLE_TAGS = regex.compile(r"</?(?:b|strong|i|em|u|p|br|span|code)\b[^<>]*>", r
 _TAGGED = regex.compile(r"<(\w+)>\s*([^<>]*?)\s*</\1>")
 _BOXED = regex.compile(r"\\boxed\s*\{([^{}]*)\}")
 _LATEX = regex.compile(r"\\(?:text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}|[$]")
-_EMPHASIS = regex.compile(r"[*`\p{Cf}]|(?<![\p{L}\p{N}])_+|_+(?![\p{L}\p{N}])")
+_EMPHASIS = regex.compile(r"[*`\p{Cf}\p{So}\ufe0f\u20e3]|(?<![\p{L}\p{N}])_+|_+(?![\p{L}\p{N}])")
 
 _START = r"""^(?:[^\S\n]|[>#|•+"'“‘{,(\[【「『\p{So}–—-])*+(?:\d+[.)]\s+)?"""
 # or after a sentence or an item
@@ -79,8 +79,9 @@ _SPELLINGS = {
     r"(?:\s*>+\s*B)?",
     "B": r"(?:(?:assistant|model|response|answer|reply|助手|助理|模型|어시스턴트|모델)[\s_-]*)?B"
     r"(?:\s*>+\s*A)?",
-    "tie": r"(?:(?:a|an)\s+)?(?:tie|draw)|tied|equal|both(?:\s+equal(?:ly\s+good)?)?|A\s*=\s*B|"
-    r"平手|平局|무승부|동점",
+    "tie": r"(?:(?:a|an)\s+)?(?:tie|draw)|tied|equal(?:ly\s+good)?|no\s+winner|A\s*=\s*B|"
+    r"both(?:\s+(?:are\s+)?(?:equal(?:ly\s+good)?|good|bad))?|"
+    r"平手|平局|不相上下|一樣好|一样好|무승부|동점|동등",
     "safe": r"safe|安全的?|無害|无害|안전(?:함|합니다|하다|한)?|무해",
     "unsafe": r"unsafe|not\s+safe|un-safe|harmful|不安全的?|有害的?|불안전|유해|"
     r"안전하지\s*않(?:음|습니다|다|은)|위험(?:함|합니다|하다|한)?",
