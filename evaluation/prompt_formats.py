@@ -137,6 +137,8 @@ def _multi_turn(row: Row) -> Row:
         turns.append({"user": asked, "checks": _checks(ids, row.get(f"turn_{number}_kwargs"))})
     if not turns:
         raise ValueError('the field "turn_1_prompt" is missing')
+    if len(turns) == 1:
+        raise UnsupportedRowError("a dialogue of one turn")
     converted: Row = {"turns": turns}
     if "language" in row:
         name = _text(row, "language")

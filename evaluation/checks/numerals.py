@@ -83,7 +83,7 @@ PARTICLES = (
 )
 COPULA = (
     r"(?:입|이에|예|이었|였|이라|라|이죠|죠|이네|네|이군|군|이고|고|이며|며|인|이야|야|"
-    r"이다|다|요|임)\p{Hangul}*"
+    r"이다|다|이요|요|임)\p{Hangul}*"
 )
 AFTER_KOREAN = (
     rf"(?=\s?(?:{COUNTERS})(?:{PARTICLES}|{COPULA}|간|짜리|대)?(?!\p{{Hangul}})"
@@ -116,7 +116,7 @@ DIGITS = (
 )
 HAN_DIGIT = "[〇零一二三四五六七八九兩两壹貳贰叁肆柒捌玖]"
 HAN = (
-    rf"(?:{DIGITS}|{HAN_DIGIT}|[十拾])(?:(?<=\d)\s?(?=[萬万億亿千百]))?"
+    rf"(?:{DIGITS}|{HAN_DIGIT}|(?<![數数幾几])[十拾])(?:(?<=\d)\s?(?=[萬万億亿千百]))?"
     rf"(?:\d+|[{''.join(HAN_DIGITS)}{''.join(HAN_UNITS)}])*"
 )
 MORE = r"(?P<more>\s?[多幾几餘余](?!\p{Nd})|여(?=\s|명|개|년)|\s?몇)?"

@@ -31,7 +31,13 @@ def _numerals() -> regex.Pattern[str]:
 
 
 def _any_of(words: list[str]) -> regex.Pattern[str]:
-    return regex.compile("|".join(map(regex.escape, sorted(words, key=len, reverse=True))))
+    return regex.compile("|".join(map(_word, sorted(words, key=len, reverse=True))))
+
+
+def _word(written: str) -> str:
+    """十分!鐘 is 十分 where no 鐘 follows."""
+    word, excepted, following = written.partition("!")
+    return str(regex.escape(word)) + (f"(?![{following}])" if excepted else "")
 
 
 def within_other_sense(text: str, start: int, end: int, key: str = "") -> bool:

@@ -110,14 +110,16 @@ def test_multi_if(tmp_path, capsys):
         **turn(1, "你好", "punctuation:no_comma"), **turn(2, "再来", "startend:quotation"),
         "turn_3_prompt": None,
     }  # fmt: skip
-    path = write(tmp_path / "multi.jsonl", [row, {**row, "language": "Hindi"}])
+    single = {**row, "turn_2_prompt": "None"}
+    path = write(tmp_path / "multi.jsonl", [row, {**row, "language": "Hindi"}, single])
     [asked] = read(f"multi-if:{path}", "evaluation.dialogues")
     assert asked.language == "zh_cn"
     assert [[check.name for check in turn.checks] for turn in asked.turns] == [
         ["no_commas"],
         ["quoted"],
     ]
-    assert "language Hindi (1)" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "language Hindi (1), a dialogue of one turn (1)" in said
 
 
 def test_questions_of_mt_bench_logickor_alignbench_and_vicuna(tmp_path):
