@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpt_merge.core.artifact import Staging, write_json
+from cpt_merge.core.errors import UserError
 from cpt_merge.data.preparation.notes import Notes
 from cpt_merge.data.store import SPLITS, Integers, StoreSplit, Tokens
 
@@ -114,8 +116,9 @@ class StoredPart:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.blocks: Integers = np.load(directory / "blocks.npy")
-        self.pieces: dict[str, list[str]] = json.loads((directory / "pieces.json").read_text())
+        with _damage(directory):
+            self.blocks: Integers = np.load(directory / "blocks.npy")
+            self.pieces: dict[str, list[str]] = json.loads((directory / "pieces.json").read_text())
         self._documents = np.concatenate(
             [np.zeros((1, len(SPLITS)), np.int64), np.cumsum(self.blocks[:, _FIRST_SPLIT:], axis=0)]
         )
@@ -127,7 +130,9 @@ class StoredPart:
     def notes(self, row: int) -> Notes:
         """What preparation left out or changed in the block in `row`."""
         if self._notes is None:
-            self._notes = json.loads((self.directory / "notes.json").read_text(encoding="utf-8"))
+            with _damage(self.directory):
+                content = (self.directory / "notes.json").read_text(encoding="utf-8")
+                self._notes = json.loads(content)
         return Notes.of(self._notes[row])
 
     def read(self, row: int, split: StoreSplit) -> Encoded | None:
@@ -137,7 +142,8 @@ class StoredPart:
             return None
         if split not in self._arrays:
             names = [self.directory / f"{split}-{field.name}.npy" for field in fields(Encoded)]
-            self._arrays[split] = Encoded(*(np.load(name, mmap_mode="r") for name in names))
+            with _damage(self.directory):
+                self._arrays[split] = Encoded(*(np.load(name, mmap_mode="r") for name in names))
             self._starts[split] = np.concatenate([[0], np.cumsum(self._arrays[split].lengths)])
         whole, starts = self._arrays[split], self._starts[split]
         tokens = whole.tokens[starts[first] : starts[last]]
@@ -151,8 +157,21 @@ class StoredPart:
             return np.zeros(0, np.uint32)
         if split not in self._signatures:
             path = self.directory / f"{split}-signatures.npy"
-            self._signatures[split] = np.load(path, mmap_mode="r")
+            with _damage(self.directory):
+                self._signatures[split] = np.load(path, mmap_mode="r")
         return self._signatures[split][column, first:last]
+
+
+@contextmanager
+def _damage(part: Path) -> Iterator[None]:
+    """Turn the errors of files that are cut off or missing into a `UserError`."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{part} is damaged ({error}); remove it and run the same command again, which "
+            "tokenises its text again."
+        ) from error
 
 
 class Parts:

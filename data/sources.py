@@ -79,7 +79,10 @@ class Source(Section):
         "`train[:10%]` or `train[1000:2000]`",
     )
     limit: int | None = key(
-        None, "use only this many documents, from the start", unit="documents", gt=0
+        None,
+        "use only this many documents, from the start, empty ones and bad rows included",
+        unit="documents",
+        gt=0,
     )
     weight: float | None = key(
         None,

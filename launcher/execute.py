@@ -108,7 +108,8 @@ def _file_errors(run: Run, stage: Stage) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # numpy says how much it wrote, and not why it wrote no more
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "requested and" in str(error)
         reason = "no space left" if full else (error.strerror or str(error) or type(error).__name__)
         folders = run.recipe.directory.glob("*/stage.json")
         records = filter(None, (read_record(path.parent) for path in folders))

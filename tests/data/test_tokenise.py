@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import threading
 import time
@@ -232,6 +233,22 @@ def test_the_progress_of_a_corpus_that_has_grown_is_of_what_is_new(
             r"tokenise: (\S+)/(\S+) MB .* (\d+) documents", capsys.readouterr().err
         )
         assert line == (line[0], line[0], "99")
+
+
+@pytest.mark.parametrize("name", ["blocks.npy", "pieces.json", "notes.json", "train-tokens.npy"])
+def test_a_damaged_part_is_named_and_may_be_removed(tmp_path: Path, model: Path, name: str) -> None:
+    """As a machine leaves it that lost its power."""
+    source = jsonl(tmp_path / "text.jsonl", [f"we go home {line}" for line in range(99)])
+    write_store(Corpus(sources=[source]), model, tmp_path / "store")
+    before = digest(tmp_path / "store")
+    (part,) = (tmp_path / "store.blocks").glob("part-*")
+    os.truncate(part / name, 20)
+    (tmp_path / "store" / "store.json").unlink()
+    with pytest.raises(UserError, match=rf"^{part} is damaged .+; remove it and run"):
+        write_store(Corpus(sources=[source]), model, tmp_path / "store")
+    shutil.rmtree(part)
+    write_store(Corpus(sources=[source]), model, tmp_path / "store")
+    assert digest(tmp_path / "store") == before
 
 
 def test_blocks_that_no_source_has_any_more_are_removed(

@@ -1,6 +1,7 @@
 """The data stage from the command line: several Slurm tasks, and what makes it run again."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,21 @@ def test_a_corpus_that_has_grown_costs_only_what_is_new(
     shutil.rmtree(run.folder("data"))
     assert cpt_merge("data", recipe_path, *overrides).returncode == 0
     assert digest(run.store) == grown
+
+
+def test_a_file_that_cannot_be_written_to_its_end(recipe_path: Path, tmp_path: Path) -> None:
+    """numpy does not say that no space is left."""
+    overrides = [f"runs={tmp_path}", "name=full", "data.processes=1"]
+    assert cpt_merge("tokenizer", recipe_path, *overrides).returncode == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        done = cpt_merge("data", recipe_path, *overrides)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == 2
+    assert "data: no space left: " in done.stderr
+    assert "(finished and kept: tokenizer)" in done.stderr
 
 
 @pytest.mark.slow
