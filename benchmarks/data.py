@@ -111,6 +111,7 @@ def speed(
     tokenizers: str = "mistral,qwen",
     datatrove: Path | None = None,
     litdata: Path | None = None,
+    rounds: int = 3,
 ) -> None:
     """Tokens per second of all ways, by the clock, from the start of a process to its end."""
     texts = _documents(folder)
@@ -123,16 +124,17 @@ def speed(
     results: dict[str, Any] = {"processes": processes, "megabytes": round(size / 1e6)}
     for name in tokenizers.split(","):
         tokenizer = _tokenizer(folder, name)
-        rounds = [
+        measured = [
             {way: _rate(way, pythons[way], texts, tokenizer, processes) for way in pythons}
             | library_rates(texts, tokenizer)
-            for _ in range(ROUNDS)
+            for _ in range(rounds)
         ]
-        rates = {way: round(median(one[way] for one in rounds)) for way in rounds[0]}
+        rates = {way: round(median(one[way] for one in measured)) for way in measured[0]}
         ratios = {
-            way: round(median(one["store"] / one[way] for one in rounds), 2) for way in rounds[0]
+            way: round(median(one["store"] / one[way] for one in measured), 2)
+            for way in measured[0]
         }
-        results[name] = {"tokens_per_second": rates, "store / way": ratios, "rounds": rounds}
+        results[name] = {"tokens_per_second": rates, "store / way": ratios, "rounds": measured}
         print(json.dumps({name: results[name]}, indent=2), flush=True)
     _finish(folder, "speed", results)
 

@@ -21,8 +21,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 MEMO_WORDS = 2**18  # words that a process remembers
-# whole texts are tokenised above so many characters per space (Chinese), or share of new words
-LONG_WORDS, NEW_WORDS = 8.0, 0.25
+LONG_WORDS = 8.0  # characters per space, above which whole texts are tokenised (Chinese)
+# The most characters in new words with which the memory saves time: a new word takes three times as
+# long as within its text, and finding the words takes a third of the library's time.
+NEW_CHARACTERS = 0.2
+LONGEST_PAUSE = 32  # blocks
 
 # spaces and what follows up to the next cut
 WORD = re.compile(r" *[^ ]+(?:(?<![\w!-~]) +[^ ]*)*| +")
@@ -69,13 +72,18 @@ class LibraryEncoder:
 
 
 class WordEncoder:
-    """Encodes texts word by word and remembers the words."""
+    """Encodes texts word by word and remembers the words.
+
+    After a block with many new words the library encodes the next ones: 1, 3, 7, ... blocks, as
+    long as every try finds many.
+    """
 
     def __init__(
         self, library: LibraryEncoder, of_words: LibraryEncoder, lead: str, border: re.Pattern[str]
     ) -> None:
         self.library, self.of_words, self._lead, self.border = library, of_words, lead, border
         self._memo: dict[str, bytes] = {}
+        self._pause = self._paused = 0  # blocks that are, and were, left to the library
 
     @staticmethod
     def of(definition: Mapping[str, Any], library: LibraryEncoder) -> WordEncoder | None:
@@ -93,15 +101,24 @@ class WordEncoder:
         spaces, characters = sum(text.count(" ") for text in texts), sum(map(len, texts))
         if characters > LONG_WORDS * spaces:
             return self.library.encode(texts)
-        words = [WORD.findall(self._lead + text) for text in texts]
-        new = list(set().union(*words) - self._memo.keys())
-        if len(new) > NEW_WORDS * sum(map(len, words)):
+        if self._paused < self._pause:
+            self._paused += 1
             return self.library.encode(texts)
+        words = [WORD.findall(self._lead + text) for text in texts]
+        new = self._learn(set().union(*words))
+        worthwhile = new <= NEW_CHARACTERS * characters
+        self._pause = 0 if worthwhile else min(2 * self._pause + 1, LONGEST_PAUSE)
+        self._paused = 0
+        return [b"".join(map(self._memo.__getitem__, of_text)) for of_text in words]
+
+    def _learn(self, words: set[str]) -> int:
+        """Remember all words; the number of characters in new ones."""
+        new = list(words - self._memo.keys())
         if len(self._memo) + len(new) > MEMO_WORDS:
             self._memo.clear()
-            new = list(set().union(*words))
+            new = list(words)
         self._memo.update(zip(new, self.of_words.encode(new), strict=True))
-        return [b"".join(map(self._memo.__getitem__, of_text)) for of_text in words]
+        return sum(map(len, new))
 
     def encode_parts(self, parts: list[str]) -> bytes:
         """See `Shortcut`."""

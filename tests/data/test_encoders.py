@@ -42,7 +42,7 @@ def of(library: LibraryEncoder) -> WordEncoder:
 
 @pytest.fixture
 def every_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "NEW_WORDS", 1.0)
+    monkeypatch.setattr(module, "NEW_CHARACTERS", 1.0)
     monkeypatch.setattr(module, "LONG_WORDS", 1e9)
 
 
@@ -77,6 +77,24 @@ def test_what_is_remembered_is_limited(
         texts = [" ".join(str(generator.randint(0, 99)) for _ in range(20))]
         assert words.encode(texts) == library.encode(texts)
         assert len(words._memo) <= 50
+
+
+def test_blocks_of_new_words_are_left_to_the_library_for_longer_and_longer(
+    library: LibraryEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, tries = of(library), list[int]()
+    learn = WordEncoder._learn
+    monkeypatch.setattr(
+        WordEncoder, "_learn", lambda self, new: (tries.append(block), learn(self, new))[1]
+    )
+    for block in range(100):
+        texts = [f"{block}a {block}b {block}c"]
+        assert words.encode(texts) == library.encode(texts)
+    assert tries == [0, 2, 6, 14, 30, 62, 95]
+    tries.clear()
+    for block in range(40):  # noqa: B007 - the same words again and again
+        assert words.encode(["we go home"]) == library.encode(["we go home"])
+    assert tries[1:] == list(range(tries[0] + 2, 40)), "one more pause, then every block"
 
 
 def test_tokenizers_that_may_join_words_are_not_cut(library: LibraryEncoder) -> None:
