@@ -92,6 +92,8 @@ class ReplyReader:
 
     def _tokens_up_to(self, ids: Sequence[int], place: int) -> int:
         """How many tokens the text up to `place` takes."""
+        if place == 0:
+            return 0
         return bisect_left(range(len(ids)), place, key=lambda count: len(self._decode(ids[:count])))
 
     def _decode(self, ids: Sequence[int]) -> str:
