@@ -50,6 +50,7 @@ from cpt_merge.data.store import (
     TokenizerInfo,
 )
 from cpt_merge.data.workers import one_thread
+from cpt_merge.tokenizer_ext.writing import DROPPED_SETTINGS
 from tests.real_tokenizers import BASES
 
 LANGUAGES = ("en", "ko", "zh_tw")
@@ -282,9 +283,9 @@ def _tokenizer(folder: Path, name: str) -> Path:
     BASES[name](directory)
     AutoTokenizer.from_pretrained(directory).save_pretrained(directory)  # with a tokenizer.json
     (directory / "config.json").unlink()
-    settings = read_json(directory / "tokenizer_config.json") | {
-        "tokenizer_class": "PreTrainedTokenizerFast"
-    }
+    settings = read_json(directory / "tokenizer_config.json")
+    settings = {name: settings[name] for name in settings if name not in DROPPED_SETTINGS}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(directory / "tokenizer_config.json", settings)
     return directory
 

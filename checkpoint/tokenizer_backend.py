@@ -30,9 +30,10 @@ from cpt_merge.core.errors import UserError
 _TAKES_THE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")  # two names of one class
 _NAMES_TOKENS = {*TOKEN_ROLES, "additional_special_tokens", "extra_special_tokens"}
 _CHANGES_NOTHING = {  # settings of what happens before or after texts become tokens
-    "chat_template", "clean_up_tokenization_spaces", "errors", "max_length", "model_input_names",
-    "model_max_length", "padding_side", "processor_class", "spaces_between_special_tokens",
-    "split_special_tokens", "stride", "tokenizer_class", "truncation_side", "truncation_strategy",
+    "chat_template", "clean_up_tokenization_spaces", "errors", "is_local", "local_files_only",
+    "max_length", "model_input_names", "model_max_length", "padding_side", "processor_class",
+    "spaces_between_special_tokens", "split_special_tokens", "stride", "tokenizer_class",
+    "truncation_side", "truncation_strategy",
 }  # fmt: skip
 _OTHER_FILES = (ADDED_FILE, "config.json")  # the second can make transformers choose another class
 

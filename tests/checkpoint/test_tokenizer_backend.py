@@ -75,6 +75,7 @@ def test_a_real_tokenizer_is_read_as_transformers_reads_it(name: str, tmp_path: 
         ({}, True),
         ({"tokenizer_class": "TokenizersBackend", "bos_token": "<s>"}, True),
         ({"eos_token": {"content": "</s>", "__type": "AddedToken"}}, True),
+        ({"is_local": True, "local_files_only": False}, True),  # transformers 5 writes them
         ({"bos_token": "<s>", "add_bos_token": True}, False),
         ({"add_eos_token": True}, False),
         ({"pad_token": "<pad>"}, False),  # gets a new id
