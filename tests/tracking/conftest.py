@@ -2,6 +2,7 @@ import http.server
 import threading
 
 import pytest
+import wandb
 
 from tests.tracking.server import WandbServer
 
@@ -48,6 +49,7 @@ def deaf_server():
 @pytest.fixture
 def server(monkeypatch):
     """A W&B server of ours, and the environment that leads to it."""
+    wandb.teardown()  # an earlier test's service keeps that test's environment
     with WandbServer() as running:
         monkeypatch.setenv("WANDB_BASE_URL", running.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)

@@ -143,8 +143,9 @@ def test_an_english_piece_is_found_whatever_the_samples_hold(extended, tmp_path,
 def test_other_roles_and_a_lost_beginning_are_found(sp, tmp_path) -> None:
     invariant = "roles of special tokens are the base's"
     out = shutil.copytree(sp.out, tmp_path / "roles")
-    settings = json.loads((out / "tokenizer_config.json").read_text())
-    (out / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<s>"}))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second comes first
+        values = json.loads((out / name).read_text())
+        (out / name).write_text(json.dumps({**values, "eos_token": "<s>"}))
     assert invariant in broken(check_tokenizer(out, sp.base, sp.chat).proofs)
     out = shutil.copytree(sp.out, tmp_path / "bos")
     content = json.loads((out / "tokenizer.json").read_text())
