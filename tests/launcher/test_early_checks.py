@@ -118,7 +118,7 @@ HEAVY = {
     "no chat template": Broken("has no chat template", change=without_template),
     "an encoder": Broken(
         "such models cannot be trained",
-        ["training.attention=eager"],
+        ["training.attention=eager", "tokenizer.new_pieces={}"],
         of_family(BertConfig, **{**SIZES, "max_position_embeddings": 256, "is_decoder": False}),
     ),
     "fp8 without a GPU": Broken("training.fp8 needs", ["training.fp8=true"]),
