@@ -15,7 +15,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cpt_merge.checkpoint.loaded_tokenizer import load_tokenizer, start_without_torch
+from cpt_merge.checkpoint.loaded_tokenizer import (
+    UncheckedError,
+    load_tokenizer,
+    start_without_torch,
+)
 from cpt_merge.checkpoint.token_ids import (
     ADDED_FILE,
     FAST_FILE,
@@ -119,7 +123,14 @@ def _as_it_is(directory: Path) -> TokenizerBackend | None:
 
 def _loaded(directory: Path) -> TokenizerBackend:
     """The tokenizer of whichever class transformers chooses."""
-    tokenizer = load_tokenizer(directory)
+    try:
+        tokenizer = load_tokenizer(directory)
+    except UncheckedError as error:
+        raise UserError(
+            f"transformers cannot load the tokenizer in {directory} without the model's own code "
+            f"or a package that is not here ({error}); install the package, or save the tokenizer "
+            "with its own code as a tokenizer.json."
+        ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"the tokenizer in {directory} has no fast implementation; add a tokenizer.json."

@@ -251,23 +251,7 @@ def write_store(
     _open_parts(blocks, staging, plan, world)
     if _is_finished(staging):  # by other nodes, before this process began
         return Store.open(out).info
-    node = Interval.of(world, 0, 1)
-    unread = _unread(plan, blocks.directory, node)
-    whole = sum(plan.line.bytes_in(node, number) for number in unread)
-    with Meter("tokenise", whole / 1e6, "MB") as meter:
-        documents = tokens = 0
-
-        def report(more: Progress) -> None:
-            nonlocal documents, tokens
-            documents, tokens = documents + more.documents, tokens + more.tokens
-            meter.note = f"{counted(documents, 'document')}, {counted(tokens, 'token')}"
-            meter.advance(more.bytes / 1e6)
-
-        run_in_processes(
-            partial(tokenise_share, plan, unread, blocks.directory, world, processes),
-            processes,
-            report,
-        )
+    _tokenise_unread(plan, blocks.directory, world, processes)
     if not world.is_main:
         wait_for(lambda: _is_finished(staging), "the other tasks of this job step")
         return Store.open(out).info
@@ -280,6 +264,27 @@ def write_store(
     else:
         blocks.discard()
     return info
+
+
+def _tokenise_unread(plan: Plan, parts: Path, world: World, processes: int) -> None:
+    """Tokenise what this node has not read yet, in its processes, with progress."""
+    node = Interval.of(world, 0, 1)
+    unread = _unread(plan, parts, node)
+    whole = sum(plan.line.bytes_in(node, number) for number in unread)
+    with Meter("tokenise", whole / 1e6, "MB") as meter:
+        documents = tokens = 0
+
+        def report(more: Progress) -> None:
+            nonlocal documents, tokens
+            documents, tokens = documents + more.documents, tokens + more.tokens
+            meter.note = f"{counted(documents, 'document')}, {counted(tokens, 'token')}"
+            meter.advance(more.bytes / 1e6)
+
+        run_in_processes(
+            partial(tokenise_share, plan, unread, parts, world, processes),
+            processes,
+            report,
+        )
 
 
 def _join(parts: Parts, plan: Plan, out: Path, digest: str) -> StoreInfo:

@@ -149,6 +149,14 @@ def test_a_config_may_choose_another_class(tmp_path: Path) -> None:
     assert tokenizer_backend._as_it_is(tmp_path) is None
 
 
+def test_a_models_own_tokenizer_code_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    own = {"AutoTokenizer": ["own.Own", None]}
+    write(tmp_path, small(), tokenizer_class="Own", auto_map=own)
+    (tmp_path / "own.py").write_text("raise AssertionError('it has run')\n")
+    with pytest.raises(UserError, match=r"cannot load the tokenizer in .* without the model's own"):
+        TokenizerBackend.read(tmp_path)
+
+
 def test_without_transformers_here_another_process_loads_it(tmp_path: Path) -> None:
     """It gives what this process gives, and its refusals are refusals here."""
     write(tmp_path, small(), bos_token="<s>", add_bos_token=True)

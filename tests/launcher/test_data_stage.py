@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cpt_merge.core.artifact import read_record
+from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.execute import _file_errors
 from cpt_merge.launcher.recipe import load_recipe
 from cpt_merge.launcher.run import Run
-from cpt_merge.launcher.stages import STAGES
+from cpt_merge.launcher.stages import DATA, STAGES
 from tests.command_line import cpt_merge
 from tests.data.test_tokenise import digest
 
@@ -58,7 +61,7 @@ def test_a_corpus_that_has_grown_costs_only_what_is_new(
 
 
 def test_a_file_that_cannot_be_written_to_its_end(recipe_path: Path, tmp_path: Path) -> None:
-    """numpy does not say that no space is left."""
+    """The limit of a file's size stands in for the disk: the stage ends in one sentence."""
     overrides = [f"runs={tmp_path}", "name=full", "data.processes=1"]
     assert cpt_merge("tokenizer", recipe_path, *overrides).returncode == 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -70,6 +73,13 @@ def test_a_file_that_cannot_be_written_to_its_end(recipe_path: Path, tmp_path: P
     assert done.returncode == 2
     assert "data: no space left: " in done.stderr or "data: File too large: " in done.stderr
     assert "(finished and kept: tokenizer)" in done.stderr
+
+
+def test_numpy_does_not_say_that_no_space_is_left(recipe_path: Path) -> None:
+    run = Run(load_recipe(recipe_path, []))
+    full = pytest.raises(UserError, match="data: no space left: ")
+    with full, _file_errors(run, DATA), open("/dev/full", "wb") as device:
+        np.ones(100_000).tofile(device)
 
 
 @pytest.mark.slow
