@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpt_merge.checkpoint.text_models import text_decoder
+
 LOGITS_AT_ONCE = 2**26  # 256 MiB in float32
 TOKENS_AT_ONCE = 1024  # of a small vocabulary
 
@@ -26,7 +28,7 @@ def token_losses(model: Any, ids: Tensor, mask: Tensor, targets: Tensor) -> Tens
 
     `ids` and `mask` are [rows, length], `targets` is [places].
     """
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     if decoder is model or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
         return F.cross_entropy(logits.float(), targets, reduction="none")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from cpt_merge.checkpoint.reader import check_complete
+from cpt_merge.checkpoint.text_models import auto_class
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 
@@ -35,7 +36,7 @@ class LoadedModel:
     @property
     def positions(self) -> int:
         """The most tokens of prompt and reply together; unlimited if its config names no number."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize)
+        return _positions(self.model.config) or sys.maxsize
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone, without bos or eos."""
@@ -63,17 +64,34 @@ def shared_context(
             check_complete(directory)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
             _check_quantiser(config)
+            _class_of(directory, config)
         except (UserError, OSError, ValueError) as error:
             raise UserError(f"model {name}: {first_line(error)}") from None
         load_tokenizer(directory)
-        positions = getattr(config, "max_position_embeddings", context)
-        if positions < context:
+        positions = _positions(config)
+        if positions and positions < context:
             say(
                 f"evaluation.context = {context}, but {name} has only {positions} positions; "
                 f"all models use windows of {positions}"
             )
             context = positions
     return context
+
+
+def _positions(config: Any) -> int | None:
+    """The number of positions that a configuration of transformers names, if it names one."""
+    text = config.get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None)
+
+
+def _class_of(directory: Path, config: Any) -> Any:
+    """The class that loads a model. Raises `UserError` for one that writes no text."""
+    found = auto_class(config)
+    if found is None:
+        raise UserError(
+            f"{directory} ({type(config).__name__}) is no model that writes text; use another one."
+        )
+    return found
 
 
 def _check_quantiser(config: Any) -> None:
@@ -100,13 +118,11 @@ def load_model(
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     options: dict[str, Any] = {"dtype": torch.bfloat16 if cuda else torch.float32}
     if weights:
-        options |= {
-            "config": AutoConfig.from_pretrained(directory, trust_remote_code=False),
-            "ignore_mismatched_sizes": True,
-        }
-    model = AutoModelForCausalLM.from_pretrained(
+        options |= {"config": config, "ignore_mismatched_sizes": True}
+    model = _class_of(directory, config).from_pretrained(
         weights or directory, trust_remote_code=False, **options
     )
     return LoadedModel(name, model.to(device).eval(), load_tokenizer(directory))

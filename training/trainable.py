@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from cpt_merge.checkpoint.loaded import is_tied, open_model, text_section, written_config
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.text_models import auto_class
 from cpt_merge.checkpoint.text_sections import TEXT_SECTIONS
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
@@ -106,7 +106,7 @@ def _check_in_small(model_config: Any, config: TrainingConfig) -> None:
     """
     try:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(model_config).from_config(
             type(model_config).from_dict(_in_small(model_config.to_dict())),
             dtype=torch.float32,
             attn_implementation=IMPLEMENTATIONS[config.attention],

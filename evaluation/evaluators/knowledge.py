@@ -245,6 +245,7 @@ def _lm_eval_model(
         options["chat_template_args"] = dict(template.variables)
     return DividedModel(
         loaded.model,
+        backend="causal",  # wrappers of a text decoder, too
         tokenizer=tokenizer,
         batch_size=config.batch_size,
         max_length=positions,

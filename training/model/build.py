@@ -11,11 +11,17 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.model_names import stored_names
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.text_models import (
+    auto_class,
+    is_wrapper,
+    keep_text_decoder,
+    text_decoder,
+)
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.data.packing import IGNORED, Batch
@@ -51,6 +57,8 @@ class CausalLM(nn.Module):
         self.model = model
         self.loss_chunk, self.compiled_loss = loss_chunk, compiled_loss
         self.form = find_head_form(model)
+        decoder = text_decoder(model)
+        self.decoder_name = next(name for name, part in model.named_modules() if part is decoder)
         self.frozen_rows = 0
         """Rows 0 .. frozen_rows - 1 of embedding and head get a gradient of exactly zero."""
         self.stored_names: dict[str, str] = {}
@@ -75,7 +83,7 @@ class CausalLM(nn.Module):
         With `last`, instead the float32 logits [sequences, vocabulary] of one position of each
         sequence; no others are made.
         """
-        hidden = self.model.get_decoder()(
+        hidden = self.model.get_submodule(self.decoder_name)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
@@ -118,7 +126,7 @@ def build_from(model_config: Any, directory: Path, config: TrainingConfig) -> Ca
     dtype = torch.bfloat16 if config.precision == "pure-bf16" else torch.float32
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(model_config).from_config(
                 model_config,
                 dtype=dtype,
                 attn_implementation=IMPLEMENTATIONS[config.attention],
@@ -139,7 +147,10 @@ def build_from(model_config: Any, directory: Path, config: TrainingConfig) -> Ca
         convert_to_fp8(
             decoder_layers(model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
         )
-    return CausalLM(model, config.loss_chunk, config.compile).train()
+    module = CausalLM(model, config.loss_chunk, config.compile).train()
+    if is_wrapper(model):
+        keep_text_decoder(model)
+    return module
 
 
 def read_model_config(directory: Path, named: Path | None = None) -> Any:
@@ -157,10 +168,15 @@ def read_model_config(directory: Path, named: Path | None = None) -> Any:
         ) from None
     masked = [name for name in config.architectures or () if name.endswith(_NOT_CAUSAL)]
     kind = "an encoder-decoder" if config.is_encoder_decoder else masked[0] if masked else None
-    if kind or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if kind or auto_class(config) is None:
         raise UserError(
             f"the model in {named} ({kind or type(config).__name__}) is no causal language "
             "model, and only those can be trained; use another base."
+        )
+    if getattr(config.get_text_config(decoder=True), "cross_attention_layers", None):
+        raise UserError(
+            f"the text decoder in {named} has layers for images alone (cross_attention_layers), "
+            "through which no text passes; such models cannot be trained."
         )
     return config
 
@@ -192,7 +208,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
     Raises `UserError` if there is none.
     """
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     count = decoder.config.num_hidden_layers
     for module in decoder.children():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -225,8 +241,8 @@ def load_weights(module: CausalLM, directory: Path, device: torch.device) -> Non
     unused = sorted(source.checkpoint.tensors.keys() - module.stored_names.values())
     if unused:
         say(
-            f"model: {len(unused)} tensors of {directory} are not part of the model "
-            f"and are ignored: {unused[0]}, ..."
+            f"model: {len(unused)} tensors of {directory} are not loaded, because training does "
+            f"not use them: {unused[0]}, ..."
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from cpt_merge.checkpoint.text_models import text_decoder
 from cpt_merge.core.errors import UserError
 
 _TOKENS, _ROWS = 4, 32  # of the probe
@@ -49,7 +50,12 @@ def find_head_form(model: Any) -> HeadForm:
     matrix /= head.weight.shape[1] ** 0.5  # logits of about 1, below any cap
     plain = hidden @ matrix.T
     try:
-        with torch.no_grad(), _replaced(model.get_decoder(), hidden), _replaced(head, matrix):
+        with (
+            torch.no_grad(),
+            _replaced(model.get_input_embeddings(), torch.zeros_like(hidden)),
+            _replaced(text_decoder(model), _Hidden(last_hidden_state=hidden)),
+            _multiplying(head, matrix),
+        ):
             logits = model(
                 input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False
             ).logits
@@ -79,17 +85,20 @@ def find_head_form(model: Any) -> HeadForm:
 
 
 @contextmanager
-def _replaced(module: nn.Module, value: Tensor) -> Iterator[None]:
-    """Within the block a decoder returns `value`, and a head multiplies by it."""
-
-    def decoder(*_: Any, **__: Any) -> _Hidden:
-        return _Hidden(last_hidden_state=value)
-
-    def head(hidden: Tensor) -> Tensor:
-        return hidden @ value.T
-
-    module.forward = decoder if value.ndim == 3 else head
+def _replaced(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within the block a module returns `output`, whatever it is given."""
+    module.forward = lambda *_, **__: output
     try:
         yield
     finally:
         del module.forward
+
+
+@contextmanager
+def _multiplying(head: nn.Module, matrix: Tensor) -> Iterator[None]:
+    """Within the block a head multiplies by `matrix`."""
+    head.forward = lambda hidden: hidden @ matrix.T
+    try:
+        yield
+    finally:
+        del head.forward

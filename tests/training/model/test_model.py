@@ -272,7 +272,7 @@ NOT_TRAINED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "such models cannot be trained here",
     ),
-    "cross-attention": (mllama, "MllamaForCausalLM .*; such models cannot be trained"),
+    "cross-attention": (mllama, "layers for images alone .*; such models cannot be trained"),
 }  # fmt: skip
 
 

@@ -1,0 +1,76 @@
+"""Models of transformers that write text: which class loads them, and where their text decoder is.
+
+A *wrapper* is a model of images or sound around a text decoder: its configuration has a section
+for the decoder, and next to the decoder it has towers and what connects them to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+)
+
+
+def auto_class(config: Any) -> Any:
+    """The automatic class of transformers for a model that writes text; None for another model.
+
+    Some families of wrappers have a class for their text decoder alone, which reads it from the
+    wrapper's files; that one is taken.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForMultimodalLM if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else None
+
+
+def is_wrapper(model: Any) -> bool:
+    """Whether a model has more than a text decoder and its head."""
+    return model.config.get_text_config(decoder=True) is not model.config
+
+
+def text_decoder(model: Any) -> Any:
+    """The module that makes hidden states of token ids: it contains the layers and no head.
+
+    `get_decoder` of some classes returns a model with its head (BLIP-2), or the model itself
+    (Llama 4).
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    decoder = model.get_decoder()
+    while head is not None and any(part is head for part in decoder.modules()):
+        inner = next((m for m in decoder.children() if _contains(m, embedding)), None)
+        if inner is None or inner is embedding:
+            return decoder
+        decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    return decoder
+
+
+def keep_text_decoder(wrapper: Any) -> None:
+    """Remove towers, projectors and their parameters from a wrapper, which takes text alone then.
+
+    Its text decoder and its head keep their names.
+    """
+    kept = [text_decoder(wrapper), wrapper.get_output_embeddings()]
+    kept.append(wrapper.get_input_embeddings())
+    for part in _around(wrapper, kept):
+        for name, child in list(part.named_children()):
+            if not any(_contains(child, one) for one in kept):
+                setattr(part, name, None)
+        for name, _ in list(part.named_parameters(recurse=False)):
+            setattr(part, name, None)
+
+
+def _around(module: nn.Module, kept: list[nn.Module]) -> list[nn.Module]:
+    """The modules that contain one of the kept ones and are within none."""
+    if any(module is one for one in kept):
+        return []
+    inside = [child for child in module.children() if any(_contains(child, one) for one in kept)]
+    return [module, *(part for child in inside for part in _around(child, kept))]
+
+
+def _contains(module: nn.Module, part: nn.Module) -> bool:
+    return any(one is part for one in module.modules())

@@ -1,0 +1,102 @@
+"""Small random wrappers: text decoders with a tower of images or sound in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 301
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+}  # fmt: skip
+HEADS = {**TEXT, "head_dim": 8}
+SLIDING = {**HEADS, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
+TOWER: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+QWEN_TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+
+
+def _gemma3() -> Any:
+    return transformers.Gemma3Config(
+        vision_config=TOWER, text_config=SLIDING, mm_tokens_per_image=4, image_token_index=7
+    )
+
+
+def _mistral3() -> Any:
+    pixtral = {**TOWER, "model_type": "pixtral", "head_dim": 8}
+    return transformers.Mistral3Config(
+        vision_config=pixtral, text_config={**HEADS, "model_type": "mistral"}, image_token_index=7
+    )
+
+
+def _llava() -> Any:
+    clip, llama = {**TOWER, "model_type": "clip_vision_model"}, {**TEXT, "model_type": "llama"}
+    return transformers.LlavaConfig(vision_config=clip, text_config=llama, image_token_index=7)
+
+
+def _qwen2_5_vl() -> Any:
+    return transformers.Qwen2_5_VLConfig(
+        vision_config=QWEN_TOWER, text_config={**TEXT, "rope_parameters": MROPE}, image_token_id=7
+    )
+
+
+def _qwen3_vl() -> Any:
+    tower = {**QWEN_TOWER, "deepstack_visual_indexes": [0]}
+    return transformers.Qwen3VLConfig(
+        vision_config=tower, text_config={**HEADS, "rope_parameters": MROPE}, image_token_id=7
+    )
+
+
+def _llama4() -> Any:
+    text = {
+        **HEADS, "intermediate_size_mlp": 48, "moe_layers": [], "no_rope_layers": [1, 0],
+        "attention_chunk_size": 128, "layer_types": ["full_attention", "full_attention"],
+    }  # fmt: skip
+    tower = {**TOWER, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    return transformers.Llama4Config(vision_config=tower, text_config=text, image_token_index=7)
+
+
+def _voxtral() -> Any:
+    tower = {
+        "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_mel_bins": 8,
+        "max_source_positions": 8,
+    }  # fmt: skip
+    llama = {**TEXT, "model_type": "llama"}
+    return transformers.VoxtralConfig(audio_config=tower, text_config=llama, audio_token_id=7)
+
+
+WRAPPERS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "gemma3": ("Gemma3ForConditionalGeneration", _gemma3),
+    "mistral3": ("Mistral3ForConditionalGeneration", _mistral3),
+    "llava": ("LlavaForConditionalGeneration", _llava),
+    "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl),
+    "qwen3-vl": ("Qwen3VLForConditionalGeneration", _qwen3_vl),
+    "llama4": ("Llama4ForConditionalGeneration", _llama4),
+    "voxtral": ("VoxtralForConditionalGeneration", _voxtral),
+}
+
+
+def make_wrapper(folder: Path, family: str, tied: bool = False, seed: int = 0) -> Any:
+    """A random wrapper of the family, written to `folder` as transformers does, and returned."""
+    name, build = WRAPPERS[family]
+    config = build()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    model = getattr(transformers, name)._from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():  # far from uniform logits, so that every difference shows
+        torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
+    torch.manual_seed(seed)
+    with torch.no_grad():  # siblings of seed 0
+        for parameter in model.parameters() if seed else ():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return model
