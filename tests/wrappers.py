@@ -15,13 +15,24 @@ TEXT: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
 HEADS = {**TEXT, "head_dim": 8}
-SLIDING = {**HEADS, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
+SLIDING = {
+    **HEADS,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "query_pre_attn_scalar": 8,
+}
 TOWER: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
     "patch_size": 4,
 }  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-QWEN_TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+QWEN_TOWER = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+}
 
 
 def _gemma3() -> Any:
@@ -60,7 +71,12 @@ def _llama4() -> Any:
         **HEADS, "intermediate_size_mlp": 48, "moe_layers": [], "no_rope_layers": [1, 0],
         "attention_chunk_size": 128, "layer_types": ["full_attention", "full_attention"],
     }  # fmt: skip
-    tower = {**TOWER, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    tower = {
+        **TOWER,
+        "vision_output_dim": 16,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+    }
     return transformers.Llama4Config(vision_config=tower, text_config=text, image_token_index=7)
 
 
