@@ -30,8 +30,9 @@ from cpt_merge.evaluation.chat_template import (
 )
 from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Message
-from cpt_merge.evaluation.generate.transformers import converse, generation_settings
-from cpt_merge.evaluation.models import LoadedModel, load_model
+from cpt_merge.evaluation.generate.conversations import converse
+from cpt_merge.evaluation.generate.transformers import TransformersEngine, generation_settings
+from cpt_merge.evaluation.models import LanguageModel
 from cpt_merge.evaluation.prompt_files import (
     parse_dialogue,
     parse_instruction,
@@ -43,13 +44,13 @@ Texts = list[list[str]]  # the replies of each conversation
 
 
 def one_by_one(
-    loaded: LoadedModel,
+    model: LanguageModel,
     template: ChatTemplate,
     conversations: list[Conversation],
     config: EvaluationConfig,
 ) -> tuple[Texts, int]:
     """The replies, and the number of generated tokens."""
-    stop_ids = loaded.tokenizer.convert_tokens_to_ids(template.end_tokens)
+    stop_ids = model.tokenizer.convert_tokens_to_ids(template.end_tokens)
     settings = generation_settings(config, stop_ids, config.answer_tokens)
     texts: Texts = []
     tokens = 0
@@ -57,15 +58,15 @@ def one_by_one(
         history: list[Message] = []
         for turn in conversation.turns:
             history += turn.messages
-            ids = torch.tensor([loaded.encode(template.render(loaded.tokenizer, history))])
+            ids = torch.tensor([model.encode(template.render(model.tokenizer, history))])
             with torch.inference_mode():
-                output = loaded.model.generate(
+                output = model.loaded.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
                 )
             reply = output[0, ids.shape[1] :].tolist()
             tokens += len(reply)
             kept = [token for token in reply if token not in stop_ids]
-            text = loaded.tokenizer.decode(
+            text = model.tokenizer.decode(
                 kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
             ).strip()
             history.append({"role": "assistant", "content": text})
@@ -74,19 +75,20 @@ def one_by_one(
 
 
 def batched(
-    loaded: LoadedModel,
+    model: LanguageModel,
     template: ChatTemplate,
     conversations: list[Conversation],
     config: EvaluationConfig,
 ) -> tuple[Texts, int]:
     """The evaluation's way."""
-    exchanges = converse(loaded, template, conversations, config, Ranks()).exchanges
+    engine = TransformersEngine(model, Ranks())
+    exchanges = converse(engine, template, conversations, config).exchanges
     texts = [[reply.text for reply in exchange.replies] for exchange in exchanges]
     return texts, sum(reply.tokens for exchange in exchanges for reply in exchange.replies)
 
 
 def main(
-    model: Path,
+    directory: Path,
     template: Path | None = None,
     prompts: Path | None = None,
     languages: str = "zh_tw,ko,en",
@@ -111,8 +113,9 @@ def main(
                 BUILT_IN, "", parse_dialogue, asked, config.max_prompts, "dialogues"
             ),
         ]
-    loaded = load_model("model", model, 0)
-    used = template_for(loaded, model, read_chat_template(template or model))
+    model = LanguageModel.open("model", directory)
+    _ = model.loaded
+    used = template_for(model, directory, read_chat_template(template or directory))
     found: dict[str, Any] = {
         "threads": torch.get_num_threads(), "conversations": len(conversations),
         "turns": sum(len(one.turns) for one in conversations), "rounds": [],
@@ -122,7 +125,7 @@ def main(
         measured: dict[str, Any] = {}
         for way in (one_by_one, batched):
             start = time.monotonic()
-            texts[way], tokens = way(loaded, used, conversations, config)
+            texts[way], tokens = way(model, used, conversations, config)
             seconds = time.monotonic() - start
             measured[way.__name__] = {
                 "seconds": round(seconds, 2),

@@ -29,8 +29,9 @@ from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.config import BUILT_IN, EvaluationConfig
-from cpt_merge.evaluation.generate.transformers import converse
-from cpt_merge.evaluation.models import load_model
+from cpt_merge.evaluation.generate.conversations import converse
+from cpt_merge.evaluation.generate.transformers import TransformersEngine
+from cpt_merge.evaluation.models import LanguageModel
 from cpt_merge.evaluation.prompt_files import parse_instruction, read_conversations
 from cpt_merge.evaluation.sweep.model import MergedModel
 from cpt_merge.merge import MergeConfig
@@ -82,7 +83,7 @@ def through_files(inputs: MergeInputs, ratio: float, out: Path) -> float:
     shutil.rmtree(out, ignore_errors=True)
     started = time.monotonic()
     merge(MergeConfig(ratio=ratio), inputs, out, Tracker())
-    load_model("merged", out, 0)
+    _ = LanguageModel.open("merged", out).loaded
     return time.monotonic() - started
 
 
@@ -96,7 +97,7 @@ def measure(inputs: MergeInputs, folder: Path, prompts: int, new_tokens: int) ->
     rows = []
     for ratio in RATIOS:
         merging = model.merge(MergeConfig(ratio=ratio))
-        generation = converse(model.loaded, model.template, asked, config, ranks)
+        generation = converse(TransformersEngine(model.model, ranks), model.template, asked, config)
         files = through_files(inputs, ratio, folder / "merged")
         seconds = {"pass": one_pass(inputs), "merge": merging, "files": files}
         rows.append({**seconds, "generation": generation.seconds})
@@ -105,7 +106,7 @@ def measure(inputs: MergeInputs, folder: Path, prompts: int, new_tokens: int) ->
     return {
         "parameters": parameters,
         "prompts": len(asked),
-        "device": str(model.loaded.device),
+        "device": str(model.model.device),
         **found,
     }
 

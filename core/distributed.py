@@ -9,6 +9,7 @@ processes wait for files (`wait_for`, `publish`).
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +39,13 @@ QUIET = 30.0  # seconds of waiting until a message says what is waited for
 class Ranks:
     """The processes of a job. Every method is a collective: all of them call it, in the same order.
 
-    `Ranks()` is one process alone.
+    `Ranks()` is one process alone. With `stride` n, `map` gives work to every n-th process only:
+    the others lend it their GPUs.
     """
 
     world: World = field(default_factory=World)
     group: ProcessGroup | None = None  # gloo; None for one process alone
+    stride: int = 1
 
     @property
     def rank(self) -> int:
@@ -58,6 +61,11 @@ class Ranks:
     def is_main(self) -> bool:
         """True on the one process that prints, logs and writes metadata."""
         return self.world.is_main
+
+    @property
+    def works(self) -> bool:
+        """Whether `map` may give work to this process."""
+        return self.rank % self.stride == 0
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -101,7 +109,8 @@ class Ranks:
         Results do not depend on the number of processes if an item is a whole batch, formed before
         it is divided.
         """
-        mine = range(self.rank, len(items), self.size)
+        workers = math.ceil(self.size / self.stride)
+        mine = range(self.rank // self.stride, len(items), workers) if self.works else range(0)
         done: dict[int, Value] = {}
         with Meter(label, len(mine), "batches") as meter:
             for place in mine:

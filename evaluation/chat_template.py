@@ -15,7 +15,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.config import DEFAULTS, EVERY_MODEL, EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Message, Reply
-from cpt_merge.evaluation.models import LoadedModel, end_tokens, load_tokenizer
+from cpt_merge.evaluation.models import LanguageModel, end_tokens, load_tokenizer
 from cpt_merge.evaluation.thoughts import Thoughts, find_thoughts, reasoning_field
 
 PLACEHOLDERS = ("UserPlaceholder", "AssistantPlaceholder")
@@ -98,7 +98,7 @@ def first_template(models: Mapping[str, Path], config: EvaluationConfig = DEFAUL
 
 
 def template_for(
-    loaded: LoadedModel,
+    model: LanguageModel,
     directory: Path,
     chat: ChatTemplate,
     config: EvaluationConfig = DEFAULTS,
@@ -108,11 +108,11 @@ def template_for(
     With a template that is not its own, a model may end its reply with the chat model's end tokens
     as well, as far as its vocabulary has them.
     """
-    tokenizer = loaded.tokenizer
+    tokenizer = model.tokenizer
     if tokenizer.chat_template:
-        own = own_template(tokenizer, directory, config, loaded.name)
+        own = own_template(tokenizer, directory, config, model.name)
         return replace(own, marks=_without_marks_of(own.thoughts, [*chat.marks, *own.marks]))
-    say(f"{loaded.name}: has no chat template; it is prompted in that of {chat.source}")
+    say(f"{model.name}: has no chat template; it is prompted in that of {chat.source}")
     vocabulary = tokenizer.get_vocab()
     known = (token for token in chat.end_tokens if token in vocabulary)
     thoughts = chat.thoughts or find_thoughts(tokenizer, None, config.thoughts)
@@ -122,7 +122,7 @@ def template_for(
         _without_marks_of(thoughts, [*chat.marks, *special_tokens(tokenizer)]),
         chat.source,
         thoughts,
-        config.template_variables(loaded.name),
+        config.template_variables(model.name),
     )
 
 

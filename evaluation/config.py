@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
@@ -13,6 +14,13 @@ from pydantic import AfterValidator, ValidationInfo, field_validator, model_vali
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
+from cpt_merge.evaluation.generate.config import (
+    TRANSFORMERS,
+    VLLM,
+    EngineName,
+    ServerConfig,
+    VllmConfig,
+)
 from cpt_merge.evaluation.knowledge_suites import KNOWLEDGE_SUITES, LmEvalTask
 from cpt_merge.evaluation.prompt_formats import check_format, without_format
 
@@ -364,6 +372,21 @@ class EvaluationConfig(Section):
     models: dict[str, str] = key(
         {}, "name -> directory or hub id of more models, listed after base, chat, cpt and merged"
     )
+    engine: EngineName = key(
+        TRANSFORMERS,
+        "who generates replies: transformers; vllm, which is started for each model; or the URL of "
+        "a server with OpenAI's protocol, such as http://localhost:8000/v1. A sweep and previews "
+        "use transformers",
+    )
+    engine_of: dict[str, EngineName] = key({}, "model -> the same for this model")
+    server: ServerConfig = key(ServerConfig(), "how servers are asked")
+    vllm: VllmConfig = key(VllmConfig(), "how vLLM is started")
+    gpus_per_model: int | None = key(
+        None,
+        "GPUs that a copy of a model is spread over; if not set: as few as hold its weights",
+        unit="GPUs",
+        ge=1,
+    )
     baseline: str | None = key(
         None, "the model that others are compared with; if not set: `base`, or the first one"
     )
@@ -466,20 +489,35 @@ class EvaluationConfig(Section):
                 "run pip install -c constraints.txt -e '.[eval]', or leave out the suite."
             )
 
+    def check_vllm(self) -> None:
+        """Raise `UserError` if vLLM should generate replies and is not installed."""
+        program = self.vllm.command[0]
+        if VLLM in (self.engine, *self.engine_of.values()) and shutil.which(program) is None:
+            raise UserError(
+                f"evaluation.engine = {VLLM}, and there is no program {program} here; install vLLM "
+                "in an environment of its own and name its program in evaluation.vllm.command."
+            )
+
+    def engine_for(self, model: str) -> str:
+        """Who generates a model's replies: transformers, vllm, or a server's URL."""
+        return self.engine_of.get(model, self.engine)
+
     def check_models(self, names: Sequence[str]) -> None:
         """Raise `UserError` for settings of a model that is not evaluated."""
-        for name in self.knowledge.chat_template_of:
-            if name not in names:
-                raise UserError(
-                    f"evaluation.knowledge.chat_template_of names {name}, which is none of the "
-                    f"models; they are {', '.join(names)}."
-                )
-        for name in self.chat_template_kwargs:
-            if name != EVERY_MODEL and name not in names:
-                raise UserError(
-                    f"evaluation.chat_template_kwargs names {name}, which is none of the models; "
-                    f"they are {', '.join(names)} (and {EVERY_MODEL})."
-                )
+        given: dict[str, Iterable[str]] = {
+            "knowledge.chat_template_of": self.knowledge.chat_template_of,
+            "engine_of": self.engine_of,
+            "server.names": self.server.names,
+            "chat_template_kwargs": self.chat_template_kwargs.keys() - {EVERY_MODEL},
+        }
+        for place, of_models in given.items():
+            others = f" (and {EVERY_MODEL})" if place == "chat_template_kwargs" else ""
+            for name in of_models:
+                if name not in names:
+                    raise UserError(
+                        f"evaluation.{place} names {name}, which is none of the models; they are "
+                        f"{', '.join(names)}{others}."
+                    )
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,67 @@ from transformers.quantizers import AutoHfQuantizer
 from cpt_merge.checkpoint.reader import check_complete
 from cpt_merge.checkpoint.text_models import auto_class
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import say, timed
+from cpt_merge.evaluation.gpus import Gpus
 
 DEFAULT_CONTEXT = 1024  # of models from elsewhere
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A causal language model with its own tokenizer."""
+class LanguageModel:
+    """A causal language model with its own tokenizer. The weights are loaded when they are first
+    asked for: if a server answers, no process here needs them."""
 
     name: str
-    model: Any
     tokenizer: Any
+    config: Any
+    load: Callable[[], Any]
+
+    @staticmethod
+    def open(
+        name: str, directory: Path, gpus: Gpus | None = None, weights: Path | None = None
+    ) -> LanguageModel:
+        """A model for inference: in bfloat16 on GPUs, in float32 on the CPU.
+
+        `gpus` hold it; the default is the first one, if there are any. If `weights` is given,
+        `directory` holds everything but the weights. Vocabulary rows that the weights lack have
+        arbitrary values then.
+        """
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        place = gpus or Gpus.one(0)
+
+        def load() -> Any:
+            options: dict[str, Any] = {"dtype": torch.bfloat16 if place.count else torch.float32}
+            if weights:
+                options |= {"config": config, "ignore_mismatched_sizes": True}
+            with timed(f"{name}: loading {weights or directory}"):
+                model = _class_of(directory, config).from_pretrained(
+                    weights or directory, trust_remote_code=False, **options, **place.placement()
+                )
+            return model.eval()
+
+        return LanguageModel(name, load_tokenizer(directory), config, load)
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The model with its weights, for inference."""
+        return self.load()
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return torch.device(self.model.device)
+        """Where its inputs go."""
+        return torch.device(self.loaded.device)
 
     @property
     def positions(self) -> int:
         """The most tokens of prompt and reply together; unlimited if its config names no number."""
-        return _positions(self.model.config) or sys.maxsize
+        return _positions(self.config) or sys.maxsize
+
+    @property
+    def beginning(self) -> str:
+        """The bos token, if the tokenizer puts it before a text; else nothing."""
+        ids = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        return str(self.tokenizer.bos_token) if ids[:1] == [self.tokenizer.bos_token_id] else ""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone, without bos or eos."""
@@ -106,26 +146,6 @@ def _check_quantiser(config: Any) -> None:
             f"it is quantised, and transformers cannot load it here ({first_line(error)}); install "
             "what is missing, or evaluate the model in 16 bits."
         ) from None
-
-
-def load_model(
-    name: str, directory: Path, local_rank: int, weights: Path | None = None
-) -> LoadedModel:
-    """Load a model for inference: in bfloat16 on a GPU, in float32 on the CPU.
-
-    If `weights` is given, `directory` holds everything but the weights. Vocabulary rows that the
-    weights lack have arbitrary values then.
-    """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if cuda else torch.float32}
-    if weights:
-        options |= {"config": config, "ignore_mismatched_sizes": True}
-    model = _class_of(directory, config).from_pretrained(
-        weights or directory, trust_remote_code=False, **options
-    )
-    return LoadedModel(name, model.to(device).eval(), load_tokenizer(directory))
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 from cpt_merge.core.distributed import Ranks, joined
 from cpt_merge.core.hub import model_directory
-from cpt_merge.core.progress import timed
 from cpt_merge.evaluation.chat_template import (
     ChatTemplate,
     check_prompts,
@@ -21,11 +20,13 @@ from cpt_merge.evaluation.chat_template import (
 from cpt_merge.evaluation.compare import choose_baseline, compare_replies, summarise
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
-from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Subject
-from cpt_merge.evaluation.generate.transformers import converse
+from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Findings, Subject
+from cpt_merge.evaluation.generate.conversations import converse
+from cpt_merge.evaluation.generate.engines import engine_for
+from cpt_merge.evaluation.gpus import divide_gpus
 from cpt_merge.evaluation.heldout import Text
 from cpt_merge.evaluation.kept import KeptResults
-from cpt_merge.evaluation.models import load_model, shared_context
+from cpt_merge.evaluation.models import LanguageModel, shared_context
 from cpt_merge.evaluation.outputs import report
 from cpt_merge.evaluation.results import ModelResult, Sample, add_scores
 from cpt_merge.evaluation.suites import Setup, check_judges, make_evaluators
@@ -80,6 +81,7 @@ def run(
     """
     baseline = choose_baseline(list(models), config.baseline)
     config.check_models(list(models))
+    config.check_vllm()
     context = shared_context(models, config.context, trained_on)
     config = config.model_copy(update={"context": context})
     setup = Setup(config, text)
@@ -122,14 +124,18 @@ def evaluate_model(
     ranks: Ranks,
     before: ModelResult | None = None,
 ) -> ModelResult:
-    """Load one model, measure it and release it, so that memory holds one model at a time.
+    """Open one model, measure it and release it, so that memory holds one model at a time.
 
     All processes call this. If `before` is given, its replies are used.
     """
-    with timed(f"{name}: loading {directory}"):
-        loaded = load_model(name, directory, ranks.world.local_rank)
-    template = template_for(loaded, directory, chat, config) if chat else None
-    return measure(Subject(loaded, directory, ranks, template), config, evaluators, before)
+    gpus, ranks = divide_gpus(directory, config.gpus_per_model, ranks)
+    model = LanguageModel.open(name, directory, gpus)
+    template = template_for(model, directory, chat, config) if chat else None
+    engine = engine_for(model, directory, gpus, ranks, config)
+    try:
+        return measure(Subject(engine, directory, template), config, evaluators, before)
+    finally:
+        engine.close()
 
 
 def measure(
@@ -149,17 +155,18 @@ def measure(
         exchanges, speed = [sample.exchange for sample in before.samples], before.tokens_per_second
     elif asked and subject.template is not None:
         conversations = [conversation for _, conversation in asked]
-        generation = converse(
-            subject.loaded, subject.template, conversations, config, subject.ranks
-        )
+        generation = converse(subject.engine, subject.template, conversations, config)
         exchanges, speed = generation.exchanges, generation.tokens_per_second
     samples = [
         Sample(name, exchange, {}, []) for (name, _), exchange in zip(asked, exchanges, strict=True)
     ]
-    findings = []
-    for evaluator in evaluators:
+    findings: dict[str, Findings] = {}
+    for evaluator in sorted(evaluators, key=lambda one: not one.generates):
+        if not evaluator.generates:
+            subject.engine.close()  # what follows may need the memory for weights of its own
         read = [one for one in samples if evaluator.reads_all or one.evaluator == evaluator.name]
         found = evaluator.measure(subject, [sample.exchange for sample in read])
         add_scores(read, found)
-        findings.append(found)
-    return ModelResult(subject.loaded.name, findings, samples, speed)
+        findings[evaluator.name] = found
+    in_order = [findings[evaluator.name] for evaluator in evaluators]
+    return ModelResult(subject.model.name, in_order, samples, speed)

@@ -119,7 +119,7 @@ def merge_in_memory(
     config = parse_section(MergeConfig, settings, "the merge's settings")
     merged = MergedModel(plan(config, _merge_inputs(cpt, base, chat, tokenizer)), local_rank=0)
     merged.merge(config)
-    return merged.loaded.model, merged.loaded.tokenizer
+    return merged.model.loaded, merged.model.tokenizer
 
 
 def _merge_inputs(

@@ -16,13 +16,15 @@ import yaml
 from transformers import AutoConfig, GenerationConfig, StoppingCriteriaList
 
 from cpt_merge.checkpoint.reader import check_complete, refuse_adapter
+from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import counted, say
 from cpt_merge.evaluation.chat_template import check_variables, render, special_tokens, turn_of
 from cpt_merge.evaluation.config import ARGUMENTS
 from cpt_merge.evaluation.conversation import Message, Reply
-from cpt_merge.evaluation.models import LoadedModel, load_model, load_tokenizer
+from cpt_merge.evaluation.gpus import divide_gpus
+from cpt_merge.evaluation.models import LanguageModel, load_tokenizer
 from cpt_merge.evaluation.thoughts import Thoughts, find_thoughts
 
 HELP = (
@@ -84,7 +86,7 @@ def chat(name: str, settings: ChatSettings) -> None:
             say(str(error) or "(stopped; this turn is not part of the conversation)")
 
 
-def _load(name: str, settings: ChatSettings) -> LoadedModel:
+def _load(name: str, settings: ChatSettings) -> LanguageModel:
     """Load the model, after checking everything that can be wrong with it."""
     directory = model_directory(name)
     refuse_adapter(directory)
@@ -103,10 +105,10 @@ def _load(name: str, settings: ChatSettings) -> LoadedModel:
     check_variables("--chat-template-kwargs", tokenizer.chat_template, settings.variables)
     _render(tokenizer, [*_opening(settings), {"role": "user", "content": "?"}], settings)
     check_complete(directory)
-    loaded = load_model(name, directory, local_rank=0)
-    loaded.model.generation_config.max_length = None  # the limits are those of `_fit`
-    say(f"{name} on {loaded.device}; /help lists the commands")
-    return loaded
+    model = LanguageModel.open(name, directory, divide_gpus(directory, None, Ranks())[0])
+    model.loaded.generation_config.max_length = None  # the limits are those of `_fit`
+    say(f"{name} on {model.device}; /help lists the commands")
+    return model
 
 
 def _opening(settings: ChatSettings) -> list[Message]:
@@ -171,12 +173,12 @@ def _obey(dialogue: Dialogue, line: str) -> bool:
 class Dialogue:
     """A dialogue with a model; its turns alternate between user and assistant."""
 
-    loaded: LoadedModel
+    model: LanguageModel
     settings: ChatSettings
     turns: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        tokenizer = self.loaded.tokenizer
+        tokenizer = self.model.tokenizer
         self.thoughts = find_thoughts(tokenizer, tokenizer.chat_template, [])
 
     def answer(self, text: str) -> None:
@@ -192,21 +194,21 @@ class Dialogue:
         except BaseException:
             self.turns.pop()  # the user's turn, which has no reply
             raise
-        self.turns.append(turn_of(reply, self.loaded.tokenizer.chat_template))
+        self.turns.append(turn_of(reply, self.model.tokenizer.chat_template))
 
     @property
     def context(self) -> int | None:
         """The longest input in tokens; None if the model's configuration does not limit it."""
         positions = getattr(
-            self.loaded.model.config.get_text_config(), "max_position_embeddings", None
+            self.model.loaded.config.get_text_config(), "max_position_embeddings", None
         )
         return int(positions) if positions else None
 
     @property
     def stop_ids(self) -> list[int]:
         """The tokens that end a reply: the model's generation settings' and the tokenizer's eos."""
-        ids = self.loaded.model.generation_config.eos_token_id
-        found = [*(ids if isinstance(ids, list) else [ids]), self.loaded.tokenizer.eos_token_id]
+        ids = self.model.loaded.generation_config.eos_token_id
+        found = [*(ids if isinstance(ids, list) else [ids]), self.model.tokenizer.eos_token_id]
         return list(dict.fromkeys(number for number in found if number is not None))
 
     def _fit(self, turns: list[Message]) -> tuple[list[Message], list[int]]:
@@ -232,11 +234,11 @@ class Dialogue:
 
     def _encode(self, turns: list[Message]) -> list[int]:
         messages = [*_opening(self.settings), *turns]
-        return self.loaded.encode(_render(self.loaded.tokenizer, messages, self.settings))
+        return self.model.encode(_render(self.model.tokenizer, messages, self.settings))
 
     def _generate(self, prompt: list[int], room: int) -> Reply:
         """Write a reply of at most `room` tokens to stdout and return it. Ctrl-C stops it."""
-        inputs = torch.tensor([prompt], device=self.loaded.device)
+        inputs = torch.tensor([prompt], device=self.model.device)
         asked = threading.Event()
 
         def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -244,11 +246,11 @@ class Dialogue:
 
         divided = None
         if self.thoughts:
-            begun = self.thoughts.begin_in(self.loaded.tokenizer.decode(prompt))
-            divided = DividedWriter(self.thoughts, begun, special_tokens(self.loaded.tokenizer))
-        streamer = ReplyStreamer(self.loaded.tokenizer, self.stop_ids, _write, divided)
+            begun = self.thoughts.begin_in(self.model.tokenizer.decode(prompt))
+            divided = DividedWriter(self.thoughts, begun, special_tokens(self.model.tokenizer))
+        streamer = ReplyStreamer(self.model.tokenizer, self.stop_ids, _write, divided)
         with _interruptible(asked):
-            self.loaded.model.generate(
+            self.model.loaded.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=self._generation_config(room),
@@ -274,7 +276,7 @@ class Dialogue:
             "num_beams": 1,
             "eos_token_id": stop_ids or None,
         }
-        if stop_ids and self.loaded.tokenizer.pad_token_id is None:
+        if stop_ids and self.model.tokenizer.pad_token_id is None:
             settings["pad_token_id"] = stop_ids[0]
         if temperature == 0:
             settings |= {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}

@@ -48,6 +48,7 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
     check_writable(recipe.directory, "the run's folder")
     _check_tracking(recipe)
     recipe.evaluation.check_lm_eval()
+    recipe.evaluation.check_vllm()
     if download or all(map(is_here, recipe.named_models.values())):
         run = Run(recipe)
         _require_models(run)

@@ -14,8 +14,8 @@ from cpt_merge.evaluation.config import MERGED
 from cpt_merge.evaluation.conversation import Conversation, Exchange
 from cpt_merge.evaluation.evaluators.form import METRICS, forms_of, mean_values
 from cpt_merge.evaluation.evaluators.instructions import CHECKS_STRICT, check_reply
+from cpt_merge.evaluation.generate.conversations import reader_for
 from cpt_merge.evaluation.generate.reader import ReplyLimits
-from cpt_merge.evaluation.generate.transformers import reader_for
 from cpt_merge.evaluation.models import load_tokenizer
 from cpt_merge.evaluation.prompt_files import parse_instruction, parse_prompt, read_conversations
 from cpt_merge.launcher.recipe import Recipe

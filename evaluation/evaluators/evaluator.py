@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.conversation import Conversation, Exchange
-from cpt_merge.evaluation.models import LoadedModel
+from cpt_merge.evaluation.generate.engine import Engine
+from cpt_merge.evaluation.models import LanguageModel
 from cpt_merge.evaluation.statistics import Parts
 
 
@@ -72,13 +73,22 @@ class Findings:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured, and how it is prompted. `directory` is None for a model in memory
-    only."""
+    """The model that is measured, who generates its replies, and how it is prompted. `directory` is
+    None for a model in memory only."""
 
-    loaded: LoadedModel
+    engine: Engine
     directory: Path | None
-    ranks: Ranks
     template: ChatTemplate | None = None  # None if no evaluator needs one
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model itself."""
+        return self.engine.model
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that measure it together."""
+        return self.engine.ranks
 
     @property
     def marks(self) -> Sequence[str]:
@@ -92,6 +102,7 @@ class Evaluator(ABC):
     name: ClassVar[str]
     metrics: Sequence[Metric]  # all that it may report, in the order in which they are shown
     reads_all: ClassVar[bool] = False  # whether it gets the replies to all conversations
+    generates: ClassVar[bool] = False  # whether `measure` itself asks the engine
 
     def __init__(self, conversations: Sequence[Conversation] = ()) -> None:
         self.conversations = list(conversations)  # that the model has to answer

@@ -37,8 +37,9 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     Subject,
 )
 from cpt_merge.evaluation.generate.lm_eval import answer_requests
+from cpt_merge.evaluation.generate.transformers import TransformersEngine
 from cpt_merge.evaluation.knowledge_suites import LmEvalTask
-from cpt_merge.evaluation.models import LoadedModel, batches_by_length
+from cpt_merge.evaluation.models import LanguageModel, batches_by_length
 from cpt_merge.evaluation.statistics import Parts
 
 CHUNK = 8  # batches per call of lm-eval, which sorts them and computes shared contexts once
@@ -69,7 +70,7 @@ class KnowledgeEvaluator(Evaluator):
             return Findings([], not_run=[NotRun(self.name, NO_TASKS)])
         measured: list[Measurement] = []
         details: dict[str, Any] = {}
-        model, own = subject.loaded.name, bool(subject.loaded.tokenizer.chat_template)
+        model, own = subject.model.name, bool(subject.model.tokenizer.chat_template)
         for in_template in self._config.knowledge.in_template(model, own):
             say(f"{model}: questions are asked {'in the chat template' if in_template else 'raw'}")
             found, reported_values = self._ask(subject, in_template)
@@ -86,12 +87,12 @@ class KnowledgeEvaluator(Evaluator):
         from lm_eval.evaluator import evaluate
 
         template = (subject.template or self._own_template(subject)) if in_template else None
-        model = _lm_eval_model(subject.loaded, subject.ranks, self._config, template)
+        model = _lm_eval_model(subject.model, subject.ranks, self._config, template)
         measured: list[Measurement] = []
         details: dict[str, dict[str, Any]] = {}
         for task, loaded in self._loaded.items():
             tasks = counted(len(loaded["tasks"]), "task")
-            say(f"{subject.loaded.name}: {task.name} ({tasks} of lm-eval)")
+            say(f"{subject.model.name}: {task.name} ({tasks} of lm-eval)")
             results = evaluate(
                 model,
                 loaded,
@@ -113,8 +114,8 @@ class KnowledgeEvaluator(Evaluator):
     def _own_template(self, subject: Subject) -> ChatTemplate:
         """The model's own."""
         assert subject.directory is not None, "only a sweep has none, and its models have templates"
-        loaded = subject.loaded
-        return own_template(loaded.tokenizer, subject.directory, self._config, loaded.name)
+        model = subject.model
+        return own_template(model.tokenizer, subject.directory, self._config, model.name)
 
 
 def load_tasks(config: EvaluationConfig) -> dict[LmEvalTask, Any]:
@@ -197,7 +198,7 @@ def _json_errors() -> Iterator[None]:
 
 
 def _lm_eval_model(
-    loaded: LoadedModel, ranks: Ranks, config: EvaluationConfig, template: ChatTemplate | None
+    model: LanguageModel, ranks: Ranks, config: EvaluationConfig, template: ChatTemplate | None
 ) -> Any:
     """The model with lm-eval's interface; each process computes its share and gets all answers."""
     from lm_eval.models.huggingface import HFLM
@@ -208,7 +209,7 @@ def _lm_eval_model(
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             if template and any(template.begins_thought(one.args[0]) for one in requests):
                 say(
-                    f"{loaded.name}: its chat template opens a thought, and lm-eval scores the "
+                    f"{model.name}: its chat template opens a thought, and lm-eval scores the "
                     "choices within it; evaluation.chat_template_kwargs may switch thinking off"
                 )
             return self._divided(super().loglikelihood, requests)
@@ -220,7 +221,7 @@ def _lm_eval_model(
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             if template is not None and template.thoughts is not None:
-                return answer_requests(loaded, template, requests, config, ranks)
+                return answer_requests(TransformersEngine(model, ranks), template, requests, config)
             return self._divided(super().generate_until, requests)
 
         def _divided(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
@@ -228,7 +229,7 @@ def _lm_eval_model(
                 [len(request.args[0]) for request in requests], CHUNK * config.batch_size
             )
             found = ranks.map(
-                f"{loaded.name}: knowledge",
+                f"{model.name}: knowledge",
                 lambda chunk: answer([requests[place] for place in chunk], disable_tqdm=True),
                 chunks,
             )
@@ -237,14 +238,14 @@ def _lm_eval_model(
                 answers.update(zip(chunk, of_chunk, strict=True))
             return [answers[place] for place in range(len(requests))]
 
-    positions = loaded.positions if loaded.positions < sys.maxsize else None
-    tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval gives it a padding token
+    positions = model.positions if model.positions < sys.maxsize else None
+    tokenizer = copy.deepcopy(model.tokenizer)  # lm-eval gives it a padding token
     options: dict[str, Any] = {}
     if template is not None:
         tokenizer.chat_template = template.template
         options["chat_template_args"] = dict(template.variables)
     return DividedModel(
-        loaded.model,
+        model.loaded,
         backend="causal",  # wrappers of a text decoder, too
         tokenizer=tokenizer,
         batch_size=config.batch_size,

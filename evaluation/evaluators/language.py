@@ -38,7 +38,7 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     NotRun,
     Subject,
 )
-from cpt_merge.evaluation.models import DEFAULT_CONTEXT, LoadedModel, batches_by_length
+from cpt_merge.evaluation.models import DEFAULT_CONTEXT, LanguageModel, batches_by_length
 
 BITS = "bits_per_byte"
 METRIC = Metric(BITS, "bits/byte", "held-out bits per byte", rising=False, share=False)
@@ -78,8 +78,8 @@ class LanguageEvaluator(Evaluator):
         """The metric in each language; the amounts of text are details under `text`."""
         measurements, text, damaged = [], {}, False
         for language, texts in self._documents.items():
-            label = f"{subject.loaded.name}: bits per byte, {language}"
-            found = measure_documents(subject.loaded, texts, self._config, subject.ranks, label)
+            label = f"{subject.model.name}: bits per byte, {language}"
+            found = measure_documents(subject.model, texts, self._config, subject.ranks, label)
             parts = {unit: (one.bits, float(one.bytes)) for unit, one in enumerate(found)}
             if all(math.isfinite(document.bits) for document in found):
                 measurements.append(Measurement(METRIC, language, parts))
@@ -95,7 +95,7 @@ class LanguageEvaluator(Evaluator):
                 "unknown_tokens": unknown,
             }
             if unknown:
-                token = subject.loaded.tokenizer.unk_token
+                token = subject.model.tokenizer.unk_token
                 say(
                     f"{label}: {unknown / tokens:.1%} of the tokens are {token}, which stands for "
                     "any text, so the value is too low to be compared"
@@ -104,7 +104,7 @@ class LanguageEvaluator(Evaluator):
 
 
 def measure_documents(
-    loaded: LoadedModel,
+    model: LanguageModel,
     documents: Sequence[str],
     config: EvaluationConfig,
     ranks: Ranks,
@@ -114,8 +114,8 @@ def measure_documents(
 
     Raises `UserError` if the tokenizer has neither bos nor eos.
     """
-    first, context = _first_token(loaded), config.context or DEFAULT_CONTEXT
-    tokens = [loaded.encode(text) for text in documents]
+    first, context = _first_token(model), config.context or DEFAULT_CONTEXT
+    tokens = [model.encode(text) for text in documents]
     windows = [
         window
         for place, ids in enumerate(tokens)
@@ -124,7 +124,7 @@ def measure_documents(
     at_once = max(1, config.batch_size * DEFAULT_CONTEXT // max(context, DEFAULT_CONTEXT))
     batches = batches_by_length([len(window.inputs) for window in windows], at_once)
     measured = ranks.map(
-        label, lambda batch: window_bits(loaded, [windows[place] for place in batch]), batches
+        label, lambda batch: window_bits(model, [windows[place] for place in batch]), batches
     )
     bits = [0.0] * len(windows)
     for batch, values in zip(batches, measured, strict=True):
@@ -133,20 +133,20 @@ def measure_documents(
     totals = [0.0] * len(documents)
     for window, value in zip(windows, bits, strict=True):  # always added in the same order
         totals[window.document] += value
-    unk = loaded.tokenizer.unk_token_id
+    unk = model.tokenizer.unk_token_id
     return [
         DocumentBits(total, len(text.encode()), len(ids), ids.count(unk))
         for total, text, ids in zip(totals, documents, tokens, strict=True)
     ]
 
 
-def _first_token(loaded: LoadedModel) -> int:
+def _first_token(model: LanguageModel) -> int:
     """x_0: bos, or eos if the tokenizer has no bos."""
-    for token in (loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id):
+    for token in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id):
         if token is not None:
             return int(token)
     raise UserError(
-        f"model {loaded.name}: its tokenizer has neither bos nor eos, so the first token of a "
+        f"model {model.name}: its tokenizer has neither bos nor eos, so the first token of a "
         "document has no context; set one of them."
     )
 
@@ -161,7 +161,7 @@ def cut_windows(document: int, tokens: list[int], first: int, context: int) -> l
 
 
 @torch.inference_mode()
-def window_bits(loaded: LoadedModel, windows: Sequence[Window]) -> list[float]:
+def window_bits(model: LanguageModel, windows: Sequence[Window]) -> list[float]:
     """The sum of -log2 p over each window's targets."""
     longest = max(len(window.inputs) for window in windows)
     # padding on the right: causal attention never sees it
@@ -169,10 +169,10 @@ def window_bits(loaded: LoadedModel, windows: Sequence[Window]) -> list[float]:
     inputs = [window.inputs + [0] * (longest - len(window.inputs)) for window in windows]
     mask = [[1] * length + [0] * (longest - length) for length in lengths]
     nats = token_losses(
-        loaded.model,
-        torch.tensor(inputs, device=loaded.device),
-        torch.tensor(mask, device=loaded.device),
-        torch.tensor([one for window in windows for one in window.targets], device=loaded.device),
+        model.loaded,
+        torch.tensor(inputs, device=model.device),
+        torch.tensor(mask, device=model.device),
+        torch.tensor([one for window in windows for one in window.targets], device=model.device),
     )
     return [
         float(of_window.double().sum()) / math.log(2) for of_window in torch.split(nats, lengths)

@@ -31,8 +31,8 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     by_category,
     shares_of_exchanges,
 )
-from cpt_merge.evaluation.generate.transformers import generate
-from cpt_merge.evaluation.models import LoadedModel, end_tokens
+from cpt_merge.evaluation.generate.conversations import generate
+from cpt_merge.evaluation.models import end_tokens
 from cpt_merge.evaluation.reply_language import is_in_language
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 
@@ -51,6 +51,7 @@ class ToxicityEvaluator(Evaluator):
     """The values of every scorer; `prompts` hold the text to continue as their only message."""
 
     name = "toxicity"
+    generates = True
 
     def __init__(
         self,
@@ -112,17 +113,17 @@ class ToxicityEvaluator(Evaluator):
 
     def _continued(self, subject: Subject) -> list[list[Reply]]:
         """The continuations of each prompt."""
-        loaded = subject.loaded
-        texts = [_beginning(loaded) + prompt.questions for prompt in self._prompts]
-        eos = loaded.tokenizer.eos_token
+        model = subject.model
+        texts = [model.beginning + prompt.questions for prompt in self._prompts]
+        eos = model.tokenizer.eos_token
         ends = (
-            end_tokens(subject.directory, loaded.tokenizer)
+            end_tokens(subject.directory, model.tokenizer)
             if subject.directory
             else [eos] * bool(eos)
         )
         asked = [text for text in texts for _ in range(self._samples)]
         plain_text = ChatTemplate("", ends, [], str(subject.directory))
-        replies = generate(loaded, plain_text, asked, self._config, subject.ranks)
+        replies = generate(subject.engine, plain_text, asked, self._config)
         size = self._samples
         return [replies[start : start + size] for start in range(0, len(replies), size)]
 
@@ -179,10 +180,3 @@ def _parts(values: Sequence[Sequence[float]]) -> list[list[tuple[float, float] |
         fmean,
     ]
     return [[(way(of), 1.0) if of else None for of in values] for way in ways]
-
-
-def _beginning(loaded: LoadedModel) -> str:
-    """The bos token, for a tokenizer that puts it before a text."""
-    tokenizer = loaded.tokenizer
-    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
-    return str(tokenizer.bos_token) if ids[:1] == [tokenizer.bos_token_id] else ""

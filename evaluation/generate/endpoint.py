@@ -25,6 +25,7 @@ RETRIED = {408, 409, 425, BUSY, 500, 502, 503, 504}  # statuses that may change 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 BUSY_PAUSE = 4.0  # the first pause after status 429: rate limits are counted per minute
 SHOWN_CHARACTERS = 200  # of the text that comes with an error
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 BROKEN_OFF = (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError)  # after the request
 LARGEST_ANSWER = 4 << 20  # bytes; an answer of a million tokens is shorter
 
@@ -83,16 +84,21 @@ class Endpoint:
 
     @cached_property
     def _client(self) -> httpx.Client:
-        """Threads share it, and with it the open connections."""
-        return httpx.Client(timeout=self.timeout, follow_redirects=False)
+        """Threads share it, and with it the open connections. No proxy leads to this machine."""
+        here = urlsplit(self.url).hostname in LOOPBACK
+        return httpx.Client(timeout=self.timeout, follow_redirects=False, trust_env=not here)
 
     def post(self, path: str, payload: Mapping[str, Any]) -> Any:
         """The endpoint's answer, parsed from JSON. Raises `EndpointError` when no attempt
         succeeds."""
         return self.ask(path, payload).content
 
-    def ask(self, path: str, payload: Mapping[str, Any]) -> EndpointAnswer:
-        """The same, with the number of requests that it took."""
+    def get(self, path: str) -> Any:
+        """The same for a GET request."""
+        return self.ask(path, None).content
+
+    def ask(self, path: str, payload: Mapping[str, Any] | None) -> EndpointAnswer:
+        """The same, with the number of requests that it took. Without a payload it is a GET."""
         address, sent, uncounted = shown_address(self._address(path)), 0, 0
         for attempt in range(1, self.attempts + 1):
             refused = False
@@ -134,7 +140,9 @@ class Endpoint:
     def _key(self) -> str:
         return os.environ.get(self.key_variable, "").strip()
 
-    def _send(self, path: str, payload: Mapping[str, Any]) -> tuple[int, bytes, Mapping[str, str]]:
+    def _send(
+        self, path: str, payload: Mapping[str, Any] | None
+    ) -> tuple[int, bytes, Mapping[str, str]]:
         """Status, body and headers. The body ends a little above `LARGEST_ANSWER`.
 
         Raises httpx's errors, also if the whole takes longer than the timeout.
@@ -144,8 +152,9 @@ class Endpoint:
             bearer = self.key_header == "Authorization"
             headers[self.key_header] = f"Bearer {key}" if bearer else key
         end, body = time.monotonic() + self.timeout, bytearray()
+        method, content = ("GET", None) if payload is None else ("POST", json.dumps(payload))
         with self._client.stream(
-            "POST", self._address(path), content=json.dumps(payload), headers=headers
+            method, self._address(path), content=content, headers=headers
         ) as response:
             try:
                 for part in response.iter_bytes():

@@ -11,22 +11,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.config import EvaluationConfig
-from cpt_merge.evaluation.generate.transformers import generate, remarks
-from cpt_merge.evaluation.models import LoadedModel
+from cpt_merge.evaluation.generate.conversations import generate, remarks
+from cpt_merge.evaluation.generate.engine import Engine
 
 MOST_TOKENS = 256  # lm-eval's default
 
 
 def answer_requests(
-    loaded: LoadedModel,
+    engine: Engine,
     template: ChatTemplate,
     requests: Sequence[Any],
     config: EvaluationConfig,
-    ranks: Ranks,
 ) -> list[str]:
     """The answer to each of lm-eval's requests (`generate_until`), on every process."""
     alike: dict[str, list[int]] = {}
@@ -37,9 +35,9 @@ def answer_requests(
         settings = json.loads(text)
         asked = _with(config, settings)
         prompts = [requests[place].args[0] for place in places]
-        replies = generate(loaded, template, prompts, asked, ranks)
+        replies = generate(engine, template, prompts, asked)
         for line in remarks(replies, template, config):
-            say(f"{loaded.name}: {line}")
+            say(f"{engine.model.name}: {line}")
         for place, reply in zip(places, replies, strict=True):
             answers[place] = _up_to(reply.text, settings.get("until") or [])
     return answers

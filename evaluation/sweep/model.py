@@ -17,10 +17,10 @@ from torch import Tensor
 from cpt_merge.checkpoint.model_names import stored_names
 from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import timed
 from cpt_merge.evaluation.chat_template import ChatTemplate, check_prompts, read_chat_template
 from cpt_merge.evaluation.config import DEFAULTS, MERGED, EvaluationConfig
-from cpt_merge.evaluation.models import LoadedModel, load_model
+from cpt_merge.evaluation.gpus import Gpus
+from cpt_merge.evaluation.models import LanguageModel
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.finish import write_all_but_weights
 from cpt_merge.merge.memory import merge_into, ranges_of
@@ -45,18 +45,16 @@ class MergedModel:
                 "cannot be prompted; add a chat_template to its tokenizer."
             )
         self.plan = the_plan
-        with (
-            tempfile.TemporaryDirectory() as name,
-            timed(f"sweep: loading {the_plan.cpt.directory}"),
-        ):
+        with tempfile.TemporaryDirectory() as name:
             directory = Path(name)
             write_all_but_weights(the_plan, directory)
             weights = the_plan.cpt.directories[-1]  # for the shapes; an adapter has its base's
-            self.loaded: LoadedModel = load_model(MERGED, directory, local_rank, weights)
+            self.model = LanguageModel.open(MERGED, directory, Gpus.one(local_rank), weights)
+            loaded = self.model.loaded
             self.template: ChatTemplate = read_chat_template(directory, evaluation, MERGED)
             check_prompts({MERGED: directory}, self.template, [], evaluation)
-        state = self.loaded.model.state_dict()
-        names = stored_names(self.loaded.model, the_plan.cpt.tensors, the_plan.cpt.directory)
+        state = loaded.state_dict()
+        names = stored_names(loaded, the_plan.cpt.tensors, the_plan.cpt.directory)
         self._tensors: dict[str, Tensor] = {stored: state[name] for name, stored in names.items()}
         self._ranges: dict[str, TensorRange] = {}
 
@@ -71,6 +69,6 @@ class MergedModel:
         the_plan = plan_again(self.plan, config)
         self._ranges = ranges_of(the_plan, self._ranges)
         merge_into(the_plan, self._tensors, self._ranges)
-        if self.loaded.device.type == "cuda":
-            torch.cuda.synchronize(self.loaded.device)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
         return time.monotonic() - started

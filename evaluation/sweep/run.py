@@ -13,10 +13,12 @@ from cpt_merge.core.distributed import Ranks, joined
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.evaluation.compare import summarise
-from cpt_merge.evaluation.config import EvaluationConfig
+from cpt_merge.evaluation.config import MERGED, EvaluationConfig
 from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Subject
 from cpt_merge.evaluation.evaluators.judge import COMPARISON
 from cpt_merge.evaluation.evaluators.language import BITS
+from cpt_merge.evaluation.generate.config import TRANSFORMERS
+from cpt_merge.evaluation.generate.transformers import TransformersEngine
 from cpt_merge.evaluation.heldout import Text, languages_of
 from cpt_merge.evaluation.models import shared_context
 from cpt_merge.evaluation.outputs import judges_took, sample_rows
@@ -122,6 +124,8 @@ class Sweep:
         changes: dict[str, Any] = {"suites": config.suites, "context": context, "models": {}}
         if config.max_prompts is not None:
             changes["max_prompts"] = config.max_prompts
+        if evaluation.engine_for(MERGED) != TRANSFORMERS:
+            say("sweep: transformers generates the replies, since no server has the merged weights")
         measured = evaluation.model_copy(update=changes)
         setup = Setup(measured, inputs.text)
         evaluators = make_evaluators(setup)
@@ -180,7 +184,7 @@ class Sweep:
             return kept[key]
         merge_seconds = model.merge(config)
         started = time.monotonic()
-        subject = Subject(model.loaded, None, ranks, model.template)
+        subject = Subject(TransformersEngine(model.model, ranks), None, model.template)
         result = measure(subject, self.evaluation, self.evaluators)
         results = summarise([result], self.evaluators, None, self.evaluation.seed)
         seconds, took = time.monotonic() - started, judges_took(results)

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cpt_merge.evaluation.models import LoadedModel
+from cpt_merge.evaluation.models import LanguageModel
 from cpt_merge.launcher.chat import ReplyStreamer
 from cpt_merge.launcher.cli import main
 from tests.evaluation.thinkers import write_thinker
@@ -391,9 +391,9 @@ def test_thoughts_go_to_stderr_and_are_no_part_of_the_conversation(
     talk: Talk, thinker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[str] = []
-    encode = LoadedModel.encode
+    encode = LanguageModel.encode
     monkeypatch.setattr(
-        LoadedModel, "encode", lambda self, text: prompts.append(text) or encode(self, text)
+        LanguageModel, "encode", lambda self, text: prompts.append(text) or encode(self, text)
     )
     out, errors = talk(thinker, ["?", "!"], "--temperature", "0", "--max-new-tokens", "9")
     assert out == "서울입니다.\n" * 2

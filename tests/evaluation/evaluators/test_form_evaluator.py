@@ -6,7 +6,7 @@ from cpt_merge.evaluation.chat_template import read_chat_template, template_for,
 from cpt_merge.evaluation.chinese import other_script_characters
 from cpt_merge.evaluation.conversation import ANY_LANGUAGE, Reply
 from cpt_merge.evaluation.evaluators.form import form_of
-from cpt_merge.evaluation.models import load_model
+from cpt_merge.evaluation.models import LanguageModel
 from cpt_merge.evaluation.reply_language import is_in_language
 from tests.evaluation.conftest import TEMPLATE, make_tokenizer
 
@@ -103,7 +103,7 @@ def test_a_model_without_a_template_is_prompted_in_the_chat_models_with_a_messag
         models_of_two_vocabularies["base"],
         read_chat_template(models_of_two_vocabularies["chat"]),
     )
-    template = template_for(load_model("base", base, 0), base, chat)
+    template = template_for(LanguageModel.open("base", base), base, chat)
     assert (template.template, template.end_tokens) == (TEMPLATE, ["</s>"])
     chat_directory = models_of_two_vocabularies["chat"]
     assert (

@@ -14,7 +14,8 @@ from cpt_merge.evaluation.evaluators.language import (
     cut_windows,
     measure_documents,
 )
-from cpt_merge.evaluation.models import load_model, shared_context
+from cpt_merge.evaluation.generate.transformers import TransformersEngine
+from cpt_merge.evaluation.models import LanguageModel, shared_context
 
 DOCUMENTS = [
     "今天天氣很好，我們去公園散步。" * 5,
@@ -25,15 +26,15 @@ DOCUMENTS = [
 ALONE = Ranks()
 
 
-def measure(loaded, **settings):
-    return measure_documents(loaded, DOCUMENTS, EvaluationConfig(**settings), ALONE, "test")
+def measure(model, **settings):
+    return measure_documents(model, DOCUMENTS, EvaluationConfig(**settings), ALONE, "test")
 
 
 def test_a_uniform_model_costs_log2_of_its_vocabulary_per_token(uniform_model):
-    loaded = load_model("uniform", uniform_model, 0)
-    vocabulary = loaded.model.config.vocab_size
-    for text, found in zip(DOCUMENTS, measure(loaded, context=16), strict=True):
-        tokens = len(loaded.tokenizer(text, add_special_tokens=False).input_ids)
+    model = LanguageModel.open("uniform", uniform_model)
+    vocabulary = model.loaded.config.vocab_size
+    for text, found in zip(DOCUMENTS, measure(model, context=16), strict=True):
+        tokens = len(model.tokenizer(text, add_special_tokens=False).input_ids)
         assert (found.tokens, found.bytes) == (tokens, len(text.encode()))
         assert found.bits == pytest.approx(tokens * math.log2(vocabulary), rel=1e-6)
 
@@ -46,54 +47,54 @@ def test_every_token_is_predicted_once_with_the_context_before_it():
 
 
 def test_equal_to_a_plain_loop_over_tokens(models_of_two_vocabularies):
-    loaded = load_model("chat", models_of_two_vocabularies["chat"], 0)
+    model = LanguageModel.open("chat", models_of_two_vocabularies["chat"])
     context = 8
-    for text, found in zip(DOCUMENTS, measure(loaded, context=context), strict=True):
-        ids = [0, *loaded.encode(text)]
+    for text, found in zip(DOCUMENTS, measure(model, context=context), strict=True):
+        ids = [0, *model.encode(text)]
         bits = 0.0
         for place in range(1, len(ids)):
             seen = ids[context * ((place - 1) // context) : place]
             with torch.no_grad():
-                logits = loaded.model(torch.tensor([seen])).logits[0, -1]
+                logits = model.loaded(torch.tensor([seen])).logits[0, -1]
             bits -= float(logits.log_softmax(-1)[ids[place]]) / math.log(2)
         assert found.bits == pytest.approx(bits, rel=1e-4)
 
 
 def test_independent_of_the_batch_size(models_of_two_vocabularies):
-    loaded = load_model("base", models_of_two_vocabularies["base"], 0)
-    one, many = measure(loaded, batch_size=1, context=32), measure(loaded, batch_size=7, context=32)
+    model = LanguageModel.open("base", models_of_two_vocabularies["base"])
+    one, many = measure(model, batch_size=1, context=32), measure(model, batch_size=7, context=32)
     for a, b in zip(one, many, strict=True):
         assert a.bits == pytest.approx(b.bits, rel=1e-5)
 
 
 def test_a_tokenizer_without_bos_and_eos_is_an_error(models_of_two_vocabularies):
-    loaded = load_model("base", models_of_two_vocabularies["base"], 0)
-    loaded.tokenizer.bos_token = loaded.tokenizer.eos_token = None
+    model = LanguageModel.open("base", models_of_two_vocabularies["base"])
+    model.tokenizer.bos_token = model.tokenizer.eos_token = None
     with pytest.raises(UserError, match="neither bos nor eos"):
-        measure(loaded)
+        measure(model)
 
 
-def measured(loaded, texts):
+def measured(model, texts):
     return LanguageEvaluator(EvaluationConfig(), {"ko": texts}).measure(
-        Subject(loaded, None, ALONE), []
+        Subject(TransformersEngine(model, ALONE), None), []
     )
 
 
 def test_damaged_weights_give_no_metric(uniform_model):
-    loaded = load_model("broken", uniform_model, 0)
-    torch.nn.init.constant_(loaded.model.lm_head.weight, math.nan)
-    found = measured(loaded, DOCUMENTS)
+    model = LanguageModel.open("broken", uniform_model)
+    torch.nn.init.constant_(model.loaded.lm_head.weight, math.nan)
+    found = measured(model, DOCUMENTS)
     assert found.measurements == []
     assert "weights are damaged" in found.not_run[0].reason
 
 
 def test_the_share_of_unknown_tokens_is_reported(uniform_model, capsys):
-    loaded = load_model("uniform", uniform_model, 0)
-    assert measured(loaded, DOCUMENTS).details["text"]["ko"]["unknown_tokens"] == 0
+    model = LanguageModel.open("uniform", uniform_model)
+    assert measured(model, DOCUMENTS).details["text"]["ko"]["unknown_tokens"] == 0
     assert capsys.readouterr().err.count("too low") == 0
-    (first, *_) = loaded.encode("a")
-    loaded.tokenizer.unk_token = loaded.tokenizer.convert_ids_to_tokens(first)
-    found = measured(loaded, ["a", "bb"])
+    (first, *_) = model.encode("a")
+    model.tokenizer.unk_token = model.tokenizer.convert_ids_to_tokens(first)
+    found = measured(model, ["a", "bb"])
     assert found.details["text"]["ko"]["unknown_tokens"] == 1
     assert (
         "of the tokens are a, which stands for any text, so the value is too low to be compared"

@@ -7,9 +7,10 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.chat_template import read_chat_template
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Turn
+from cpt_merge.evaluation.generate.conversations import converse, generate
 from cpt_merge.evaluation.generate.reader import CHECKED_EVERY, ReplyLimits, ReplyReader
-from cpt_merge.evaluation.generate.transformers import converse, generate
-from cpt_merge.evaluation.models import load_model
+from cpt_merge.evaluation.generate.transformers import TransformersEngine
+from cpt_merge.evaluation.models import LanguageModel
 from cpt_merge.evaluation.thoughts import find_thoughts
 from tests.evaluation.thinkers import HYBRID, OPENS_THOUGHT, PLAIN, byte_tokenizer, write_thinker
 
@@ -62,10 +63,10 @@ def test_tokens_of_thoughts_are_counted_and_limited_apart():
 
 
 def ask(directory, name="chat", **settings):
-    loaded = load_model(name, directory, 0)
+    model = LanguageModel.open(name, directory)
     template = read_chat_template(directory, config := EvaluationConfig(**settings), name)
-    prompts = [template.render(loaded.tokenizer, [{"role": "user", "content": "?"}])] * 3
-    return generate(loaded, template, prompts, config, ALONE)
+    prompts = [template.render(model.tokenizer, [{"role": "user", "content": "?"}])] * 3
+    return generate(TransformersEngine(model, ALONE), template, prompts, config)
 
 
 def test_generation_ends_at_the_characters_for_any_tokenizer(tmp_path):
@@ -81,10 +82,10 @@ def test_generation_ends_at_the_characters_for_any_tokenizer(tmp_path):
 def test_generation_stops_soon_after_the_limit(tmp_path, monkeypatch):
     short = write_thinker(tmp_path / "short", ["가", "가"], PLAIN)
     steps: list[int] = []
-    loaded = load_model("short", short, 0)
-    loaded.model.register_forward_hook(lambda *_: steps.append(1))
+    model = LanguageModel.open("short", short)
+    model.loaded.register_forward_hook(lambda *_: steps.append(1))
     template, config = read_chat_template(short), EvaluationConfig(max_characters=40)
-    generate(loaded, template, ["[/INST]"], config, ALONE)
+    generate(TransformersEngine(model, ALONE), template, ["[/INST]"], config)
     assert 40 <= len(steps) <= 40 + CHECKED_EVERY
 
 
@@ -106,10 +107,12 @@ def test_thoughts_and_answers_of_a_model(tmp_path):
 
 def test_a_model_that_never_stops_thinking_has_no_answer_and_is_named(tmp_path, capsys):
     directory = write_thinker(tmp_path / "m", ["<think>", "음", "음"])
-    loaded = load_model("endless", directory, 0)
+    model = LanguageModel.open("endless", directory)
     config = EvaluationConfig(max_thought_tokens=40)
     asked = [Conversation("ko", (Turn([{"role": "user", "content": "?"}]),) * 2)]
-    [exchange] = converse(loaded, read_chat_template(directory), asked, config, ALONE).exchanges
+    [exchange] = converse(
+        TransformersEngine(model, ALONE), read_chat_template(directory), asked, config
+    ).exchanges
     for reply in exchange.replies:
         assert (reply.text, reply.stopped, reply.within_thought) == ("", False, True)
         assert (reply.tokens, reply.thought_tokens, reply.thought) == (40, 40, "음" * 39)
@@ -119,33 +122,42 @@ def test_a_model_that_never_stops_thinking_has_no_answer_and_is_named(tmp_path, 
 
 def test_the_next_turn_sees_the_answer_and_the_template_gets_the_thought(tmp_path):
     directory = write_thinker(tmp_path / "m", ["<think>", "음", "</think>", "네", "</s>"])
-    loaded, template = load_model("chat", directory, 0), read_chat_template(directory)
+    model, template = LanguageModel.open("chat", directory), read_chat_template(directory)
     user = {"role": "user", "content": "?"}
     asked = [Conversation("ko", (Turn([user]), Turn([user])))]
-    [exchange] = converse(loaded, template, asked, EvaluationConfig(), ALONE).exchanges
+    [exchange] = converse(
+        TransformersEngine(model, ALONE), template, asked, EvaluationConfig()
+    ).exchanges
     assert [reply.text for reply in exchange.replies] == ["네", "네"]
     turn = template.turn_of(exchange.replies[0])
     assert turn == {"role": "assistant", "content": "네", "reasoning_content": "음"}
-    history = template.render(loaded.tokenizer, [user, turn, user])
+    history = template.render(model.tokenizer, [user, turn, user])
     assert history == "[user]?네</s>[user]?[/INST]"
 
 
 def test_a_ceiling_of_tokens_that_is_reached_first_is_named(tmp_path, capsys):
     short = write_thinker(tmp_path / "short", ["가", "가"], PLAIN)
-    loaded, asked = (
-        load_model("short", short, 0),
+    model, asked = (
+        LanguageModel.open("short", short),
         [Conversation("ko", (Turn([{"role": "user", "content": "?"}]),))],
     )
-    converse(loaded, read_chat_template(short), asked, EvaluationConfig(max_new_tokens=9), ALONE)
+    converse(
+        TransformersEngine(model, ALONE),
+        read_chat_template(short),
+        asked,
+        EvaluationConfig(max_new_tokens=9),
+    )
     said = " ".join(capsys.readouterr().err.split())
     assert "1 of 1 replies were cut off at evaluation.max_new_tokens = 9" in said
 
 
 def test_marks_that_nothing_declares_are_named(tmp_path, capsys):
     directory = write_thinker(tmp_path / "m", ["<think", ">음</", "think>네", "</s>"], PLAIN)
-    loaded, asked = (
-        load_model("m", directory, 0),
+    model, asked = (
+        LanguageModel.open("m", directory),
         [Conversation("ko", (Turn([{"role": "user", "content": "?"}]),))],
     )
-    converse(loaded, read_chat_template(directory), asked, EvaluationConfig(), ALONE)
+    converse(
+        TransformersEngine(model, ALONE), read_chat_template(directory), asked, EvaluationConfig()
+    )
     assert "set evaluation.thoughts" in capsys.readouterr().err

@@ -7,29 +7,35 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.chat_template import read_chat_template, render, template_for
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Turn, prompt
-from cpt_merge.evaluation.generate.transformers import converse, generate
-from cpt_merge.evaluation.models import batches_by_length, load_model
+from cpt_merge.evaluation.generate.conversations import converse, generate
+from cpt_merge.evaluation.generate.transformers import TransformersEngine
+from cpt_merge.evaluation.models import LanguageModel, batches_by_length
 from tests.evaluation.conftest import TEXTS
 
 ALONE = Ranks()
 PROMPTS = [text for texts in TEXTS.values() for text in texts]
 
 
-def ask(loaded, directory, **settings):
-    template = template_for(loaded, directory, read_chat_template(directory))
+def ask(model, directory, **settings):
+    template = template_for(model, directory, read_chat_template(directory))
     texts = [
-        render(loaded.tokenizer, template.template, [{"role": "user", "content": text}])
+        render(model.tokenizer, template.template, [{"role": "user", "content": text}])
         for text in PROMPTS
     ]
-    return generate(loaded, template, texts, EvaluationConfig(max_new_tokens=24, **settings), ALONE)
+    return generate(
+        TransformersEngine(model, ALONE),
+        template,
+        texts,
+        EvaluationConfig(max_new_tokens=24, **settings),
+    )
 
 
 def test_batched_equals_one_by_one(models_of_two_vocabularies):
     directory = models_of_two_vocabularies["chat"]
-    loaded = load_model("chat", directory, 0)
-    batched = ask(loaded, directory, batch_size=5)
-    assert batched == ask(loaded, directory, batch_size=1)
-    assert batched == ask(loaded, directory, batch_size=5), (
+    model = LanguageModel.open("chat", directory)
+    batched = ask(model, directory, batch_size=5)
+    assert batched == ask(model, directory, batch_size=1)
+    assert batched == ask(model, directory, batch_size=5), (
         "the sampling in generation_config.json must not enter"
     )
     assert len({reply.text for reply in batched}) > 1
@@ -48,23 +54,23 @@ def test_the_models_own_generation_config_has_no_effect(models_of_two_vocabulari
         "top_k": 2,
     }
     (other / "generation_config.json").write_text(json.dumps({**config, **forced}))
-    replies = [ask(load_model("chat", path, 0), directory) for path in (directory, other)]
+    replies = [ask(LanguageModel.open("chat", path), directory) for path in (directory, other)]
     assert replies[0] == replies[1]
 
 
 def test_sampling_is_a_function_of_the_seed(models_of_two_vocabularies):
     directory = models_of_two_vocabularies["chat"]
-    loaded = load_model("chat", directory, 0)
-    first, again, other = (ask(loaded, directory, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    model = LanguageModel.open("chat", directory)
+    first, again, other = (ask(model, directory, temperature=1.0, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_a_reply_that_ends_and_one_that_does_not(uniform_model):
-    loaded = load_model("uniform", uniform_model, 0)
-    endless = ask(loaded, uniform_model)  # the argmax of equal logits is token 0, bos
+    model = LanguageModel.open("uniform", uniform_model)
+    endless = ask(model, uniform_model)  # the argmax of equal logits is token 0, bos
     assert {(reply.stopped, reply.tokens) for reply in endless} == {(False, 24)}
-    loaded.tokenizer.eos_token = "<s>"
-    assert {(reply.stopped, reply.tokens, reply.text) for reply in ask(loaded, uniform_model)} == {
+    model.tokenizer.eos_token = "<s>"
+    assert {(reply.stopped, reply.tokens, reply.text) for reply in ask(model, uniform_model)} == {
         (True, 1, "")
     }
 
@@ -81,7 +87,7 @@ def user(text):
 
 def test_the_next_turn_sees_the_models_own_reply(models_of_two_vocabularies):
     directory = models_of_two_vocabularies["chat"]
-    loaded = load_model("chat", directory, 0)
+    model = LanguageModel.open("chat", directory)
     template, config = (
         read_chat_template(directory),
         EvaluationConfig(max_new_tokens=12, batch_size=2),
@@ -90,7 +96,9 @@ def test_the_next_turn_sees_the_models_own_reply(models_of_two_vocabularies):
         "ko", (Turn(user(PROMPTS[3])), Turn(user(PROMPTS[4])), Turn(user(PROMPTS[5])))
     )
     conversations = [prompt("en", user(PROMPTS[6])), dialogue, prompt("zh_tw", user(PROMPTS[0]))]
-    exchanges = converse(loaded, template, conversations, config, ALONE).exchanges
+    exchanges = converse(
+        TransformersEngine(model, ALONE), template, conversations, config
+    ).exchanges
     assert [len(exchange.replies) for exchange in exchanges] == [1, 3, 1]
 
     seen = exchanges[1].messages()
@@ -105,8 +113,8 @@ def test_the_next_turn_sees_the_models_own_reply(models_of_two_vocabularies):
         reply.text for reply in exchanges[1].replies[:2]
     ]
     for length in (1, 3, 5):
-        text = render(loaded.tokenizer, template.template, seen[:length])
-        [alone] = generate(loaded, template, [text], config, ALONE)
+        text = render(model.tokenizer, template.template, seen[:length])
+        [alone] = generate(TransformersEngine(model, ALONE), template, [text], config)
         assert exchanges[1].replies[length // 2] == alone
 
 
@@ -114,11 +122,13 @@ def test_a_prompt_that_fills_the_models_positions_is_not_answered_and_one_near_i
     models_of_two_vocabularies, capsys
 ):
     directory = models_of_two_vocabularies["chat"]
-    loaded = load_model("chat", directory, 0)
-    one = len(loaded.encode("x"))
+    model = LanguageModel.open("chat", directory)
+    one = len(model.encode("x"))
     texts = ["x" * (256 // one), "x" * (250 // one), "x"]
     template = read_chat_template(directory)
-    replies = generate(loaded, template, texts, EvaluationConfig(max_new_tokens=12), ALONE)
+    replies = generate(
+        TransformersEngine(model, ALONE), template, texts, EvaluationConfig(max_new_tokens=12)
+    )
     assert (replies[0].tokens, replies[0].text, replies[0].stopped) == (0, "", False)
     assert 0 < replies[1].tokens <= 6
     assert replies[2].tokens > 6

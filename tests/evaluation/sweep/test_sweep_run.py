@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.config import EvaluationConfig, JudgeConfig
-from cpt_merge.evaluation.models import load_model
+from cpt_merge.evaluation.models import LanguageModel
 from cpt_merge.evaluation.statistics import Estimate
 from cpt_merge.evaluation.sweep import run as sweep_run
 from cpt_merge.evaluation.sweep.config import RecommendConfig, SweepConfig
@@ -94,16 +94,16 @@ def test_ratio_1_is_byte_for_byte_what_the_merge_writes(inputs, tmp_path, settin
     for ratio in (0.3, 0.7, 1.0):
         model.merge(MergeConfig(ratio=ratio, **settings))
     merge(MergeConfig(ratio=1.0, **settings), inputs.merge, tmp_path / "merged", Tracker())
-    written = load_model("merged", tmp_path / "merged", 0)
-    state = model.loaded.model.state_dict()
+    written = LanguageModel.open("merged", tmp_path / "merged")
+    state = model.model.loaded.state_dict()
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
-    assert stored.keys() == state.keys() == written.model.state_dict().keys()
+    assert stored.keys() == state.keys() == written.loaded.state_dict().keys()
     for name, values in stored.items():
         assert values.dtype == torch.bfloat16
-        assert torch.equal(state[name], written.model.state_dict()[name]), name
+        assert torch.equal(state[name], written.loaded.state_dict()[name]), name
         assert torch.equal(state[name].bfloat16().view(torch.int16), values.view(torch.int16)), name
-    assert model.loaded.tokenizer.chat_template == written.tokenizer.chat_template == TEMPLATE
-    assert model.loaded.tokenizer.get_vocab() == written.tokenizer.get_vocab()
+    assert model.model.tokenizer.chat_template == written.tokenizer.chat_template == TEMPLATE
+    assert model.model.tokenizer.get_vocab() == written.tokenizer.get_vocab()
     assert model.template.end_tokens == ["</s>"]
 
 

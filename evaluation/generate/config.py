@@ -1,0 +1,65 @@
+"""Who generates replies: keys of the recipe's `evaluation` section."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from cpt_merge.core.config import Section, key
+
+TRANSFORMERS, VLLM = "transformers", "vllm"
+
+
+def _known_engine(name: str) -> str:
+    if name in (TRANSFORMERS, VLLM) or name.startswith(("http://", "https://")):
+        return name
+    close = difflib.get_close_matches(name, (TRANSFORMERS, VLLM), n=1)
+    raise ValueError(
+        f"{name} is no engine; "
+        + (f"the nearest is {close[0]}" if close else f"it is {TRANSFORMERS}, {VLLM}, or a URL")
+    )
+
+
+EngineName = Annotated[str, AfterValidator(_known_engine)]
+
+
+class ServerConfig(Section):
+    """How servers with OpenAI's protocol are asked (POST URL/completions)."""
+
+    names: dict[str, str] = key(
+        {},
+        "model -> its name at the server; if not set: the one of its list that is the model's name "
+        "in the recipe, its directory or its hub id",
+    )
+    key_variable: str = key(
+        "OPENAI_API_KEY", "environment variable with the API key; if it is not set, none is sent"
+    )
+    timeout: float = key(600.0, "longest time for one reply", unit="seconds", gt=0)
+    attempts: int = key(
+        5, "attempts at one reply, with growing pauses; then the evaluation stops", ge=1
+    )
+    at_once: int = key(
+        64, "requests that one process sends at the same time", unit="requests", ge=1
+    )
+    request: dict[str, Any] = key(
+        {},
+        "other fields of every request; null leaves out a field that the server does not know, "
+        "such as {return_token_ids: null}",
+    )
+
+
+class VllmConfig(Section):
+    """How `vllm serve` is started for each model, once for each copy of it."""
+
+    command: list[str] = key(
+        ["vllm", "serve"],
+        "the program; vLLM is best installed in an environment of its own: "
+        "[/envs/vllm/bin/vllm, serve]",
+        min_length=1,
+    )
+    arguments: list[str] = key([], "more arguments, such as [--max-model-len, '8192']")
+    start_timeout: float = key(
+        1800.0, "longest time until it is ready, loading included", unit="seconds", gt=0
+    )

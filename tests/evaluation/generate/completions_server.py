@@ -1,0 +1,141 @@
+"""A server of OpenAI's completions that generates with a model, as vLLM does it.
+
+As a program it takes the arguments of `vllm serve`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+
+@dataclass
+class Kind:
+    """What servers differ in."""
+
+    takes_ids: bool = True
+    returns_ids: bool = True
+    knows_stop_ids: bool = True
+    adds: str = ""  # before every prompt
+    lists: bool = True
+    unknown_fields: tuple[str, ...] = ()  # that it refuses
+    fails_after: int | None = None  # completions, then status 500
+    positions: int | None = None
+
+
+@dataclass
+class Completions:
+    directory: Path
+    name: str
+    kind: Kind = field(default_factory=Kind)
+
+    def __post_init__(self):
+        self.model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32)
+        self.model.generation_config = GenerationConfig()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.directory)
+        self.asked, self.lock = [], threading.Lock()
+
+    def models(self):
+        if not self.kind.lists:
+            return 404, {"error": "no such path"}
+        one = {"id": self.name, "object": "model", "root": str(self.directory)}
+        if self.kind.positions:
+            one["max_model_len"] = self.kind.positions
+        return 200, {"object": "list", "data": [one]}
+
+    def complete(self, body):
+        with self.lock:
+            self.asked.append(body)
+            if wrong := [name for name in body if name in self.kind.unknown_fields]:
+                return 400, {"error": f"unrecognised field {wrong[0]}"}
+            if isinstance(body["prompt"], list) and not self.kind.takes_ids:
+                return 422, {"error": "prompt: expected a string"}
+            if body["model"] != self.name:
+                return 404, {"error": f"no model {body['model']}"}
+            if self.kind.fails_after is not None and len(self.asked) > self.kind.fails_after:
+                return 500, {"error": "out of memory"}
+            return 200, self._completion(body)
+
+    def _completion(self, body):
+        prompt = body["prompt"]
+        if isinstance(prompt, str):  # a server adds the special tokens of a text
+            prompt = self.tokenizer(prompt)["input_ids"]
+        prompt = self.tokenizer(self.kind.adds, add_special_tokens=False)["input_ids"] + prompt
+        stops = body.get("stop_token_ids", []) if self.kind.knows_stop_ids else []
+        known = self.tokenizer.get_vocab()
+        stops = [*stops, *(known[one] for one in body.get("stop", []) if one in known)]
+        with torch.inference_mode():
+            output = self.model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=body["max_tokens"], do_sample=False, eos_token_id=stops or None, pad_token_id=0,
+            )  # fmt: skip
+        ids = output[0, len(prompt) :].tolist()
+        ended = ids[-1] in stops
+        text = self.tokenizer.decode(
+            ids[:-1] if ended else ids, skip_special_tokens=body.get("skip_special_tokens", True),
+            clean_up_tokenization_spaces=False,
+        )  # fmt: skip
+        choice = {"index": 0, "text": text, "finish_reason": "stop" if ended else "length"}
+        if body.get("return_token_ids") and self.kind.returns_ids:
+            choice["token_ids"] = ids
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
+        return {"choices": [choice], "usage": usage}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(*self.server.completions.models() if self.path == "/v1/models" else (404, {}))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        known = self.path == "/v1/completions"
+        self.answer(*self.server.completions.complete(body) if known else (404, {}))
+
+    def answer(self, status, content):
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+class CompletionsServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, completions, port=0):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.completions = completions
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", choices=["serve"])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--host", choices=["127.0.0.1"], required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--served-model-name", required=True)
+    parser.add_argument("--generation-config", choices=["vllm"], required=True)
+    parser.add_argument("--max-model-len", type=int)
+    asked = parser.parse_args()
+    if folder := os.environ.get("RECORD_STARTS"):
+        Path(folder, str(os.getpid())).write_text(" ".join(sys.argv))
+    torch.set_num_threads(1)
+    completions = Completions(
+        asked.model, asked.served_model_name, Kind(positions=asked.max_model_len)
+    )
+    CompletionsServer(completions, asked.port).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

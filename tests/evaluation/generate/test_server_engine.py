@@ -1,0 +1,201 @@
+"""A server gives the replies that the model gives in this process, or the evaluation says why not."""
+
+import threading
+
+import pytest
+
+import cpt_merge.evaluation.generate.endpoint
+from cpt_merge.core.distributed import Ranks
+from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.chat_template import read_chat_template
+from cpt_merge.evaluation.config import EvaluationConfig
+from cpt_merge.evaluation.conversation import Conversation, Turn, prompt
+from cpt_merge.evaluation.generate.config import ServerConfig
+from cpt_merge.evaluation.generate.conversations import converse
+from cpt_merge.evaluation.generate.server import ServerEngine
+from cpt_merge.evaluation.generate.transformers import TransformersEngine
+from cpt_merge.evaluation.models import LanguageModel
+from tests.evaluation.conftest import TEXTS
+from tests.evaluation.generate.completions_server import Completions, CompletionsServer, Kind
+from tests.evaluation.thinkers import write_thinker
+
+ALONE = Ranks()
+CONFIG = EvaluationConfig(max_new_tokens=24, batch_size=4)
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def asked():
+    single = [prompt(language, user(text)) for language, texts in TEXTS.items() for text in texts]
+    return [*single, Conversation("ko", tuple(Turn(user(text)) for text in TEXTS["ko"]))]
+
+
+@pytest.fixture
+def server_of(monkeypatch):
+    monkeypatch.setattr(cpt_merge.evaluation.generate.endpoint, "FIRST_PAUSE", 0.01)
+    servers = []
+
+    def start(directory, name="chat", **kind):
+        server = CompletionsServer(Completions(directory, name, Kind(**kind)))
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def exchanges(engine, directory, config=CONFIG, conversations=None):
+    template = read_chat_template(directory)
+    return converse(engine, template, conversations or asked(), config).exchanges
+
+
+def engine_of(directory, url, **settings):
+    model = LanguageModel.open("chat", directory)
+    return ServerEngine(model, ALONE, ServerConfig(**settings), url, directory)
+
+
+@pytest.fixture(scope="session")
+def here(models_of_two_vocabularies):
+    directory = models_of_two_vocabularies["chat"]
+    engine = TransformersEngine(LanguageModel.open("chat", directory), ALONE)
+    return exchanges(engine, directory)
+
+
+KINDS = {
+    "vllm": {},
+    "sglang": {"returns_ids": False},
+    "tgi": {"takes_ids": False, "returns_ids": False, "knows_stop_ids": False},
+}
+
+
+class TestReplies:
+    def test_they_are_those_of_the_model_in_this_process(
+        self, server_of, models_of_two_vocabularies, here
+    ):
+        directory = models_of_two_vocabularies["chat"]
+        server = server_of(directory)
+        assert exchanges(engine_of(directory, server.url), directory) == here
+        assert len({reply.text for one in here for reply in one.replies}) > 5
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_thought_answer_and_end_are_read_whatever_the_server_returns(
+        self, server_of, tmp_path, kind
+    ):
+        says = ["<think>", "음", "</think>", "서울", "입니다.", "</s>"]
+        directory = write_thinker(tmp_path / "m", says)
+        server = server_of(directory, **KINDS[kind])
+        of_server = exchanges(engine_of(directory, server.url), directory)
+        model = LanguageModel.open("chat", directory)
+        assert of_server == exchanges(TransformersEngine(model, ALONE), directory)
+        reply = of_server[0].replies[0]
+        assert (reply.text, reply.thought, reply.stopped) == ("서울입니다.", "음", True)
+        assert (reply.tokens, reply.thought_tokens) == (6, 3)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_one_that_never_ends_has_not_stopped(self, server_of, tmp_path, kind):
+        directory = write_thinker(tmp_path / "m", ["서울", "서울"])
+        server = server_of(directory, **KINDS[kind])
+        config, one = EvaluationConfig(max_characters=9), [prompt("ko", user("?"))]
+        [exchange] = exchanges(engine_of(directory, server.url), directory, config, one)
+        [reply] = exchange.replies
+        assert (reply.text, reply.stopped) == ("서울" * 4 + "서", False)
+
+    def test_no_weights_are_loaded(self, server_of, models_of_two_vocabularies):
+        directory = models_of_two_vocabularies["chat"]
+        engine = engine_of(directory, server_of(directory).url)
+        exchanges(engine, directory)
+        assert "loaded" not in vars(engine.model)
+
+    def test_a_shorter_server_leaves_less_room(self, server_of, models_of_two_vocabularies, capsys):
+        directory = models_of_two_vocabularies["chat"]
+        server = server_of(directory, positions=40)
+        exchanges(engine_of(directory, server.url), directory)
+        assert "prompts as long as its 40 positions" in capsys.readouterr().err
+        _, *requests = server.completions.asked
+        assert requests
+        assert all(len(one["prompt"]) + one["max_tokens"] <= 40 for one in requests)
+
+
+class TestRequests:
+    def test_sampling_leaves_nothing_to_the_servers_defaults(
+        self, server_of, models_of_two_vocabularies
+    ):
+        directory = models_of_two_vocabularies["chat"]
+        server = server_of(directory)
+        config = CONFIG.model_copy(update={"temperature": 0.7, "top_p": 0.9, "seed": 3})
+        exchanges(engine_of(directory, server.url), directory, config)
+        _, *requests = server.completions.asked  # the first one asks whether ids are taken
+        [settings] = {
+            tuple(one[name] for name in ("temperature", "top_p", "top_k", "repetition_penalty"))
+            for one in requests
+        }
+        assert settings == (0.7, 0.9, -1, 1.0)
+        assert len({one["seed"] for one in requests}) == len(requests)
+
+    def test_fields_of_the_recipe_replace_and_remove(self, server_of, models_of_two_vocabularies):
+        directory = models_of_two_vocabularies["chat"]
+        server = server_of(directory, unknown_fields=("return_token_ids",))
+        engine = engine_of(directory, server.url, request={"return_token_ids": None, "min_p": 0})
+        exchanges(engine, directory)
+        assert {one["min_p"] for one in server.completions.asked} == {0}
+
+
+class TestRefusals:
+    def refused(self, directory, url, **settings):
+        with pytest.raises(UserError) as error:
+            exchanges(engine_of(directory, url, attempts=2, **settings), directory)
+        return str(error.value)
+
+    def test_a_server_that_is_not_there(self, models_of_two_vocabularies):
+        said = self.refused(models_of_two_vocabularies["chat"], "http://127.0.0.1:9/v1")
+        assert said.startswith("model chat: http://127.0.0.1:9/v1/models: ")
+        assert said.endswith("start the server, or correct evaluation.engine.")
+
+    def test_another_model(self, server_of, models_of_two_vocabularies):
+        url = server_of(models_of_two_vocabularies["base"], name="base").url
+        directory = models_of_two_vocabularies["chat"]
+        said = self.refused(directory, url)
+        assert f"{url} serves base, and not {directory}" in said
+        assert "evaluation.server.names.chat" in said
+
+    def test_another_tokenizer_under_the_right_name(self, server_of, models_of_two_vocabularies):
+        url = server_of(models_of_two_vocabularies["base"], takes_ids=False).url
+        said = self.refused(models_of_two_vocabularies["chat"], url)
+        assert "so it has another tokenizer or adds tokens" in said
+
+    def test_a_token_that_the_server_adds(self, server_of, models_of_two_vocabularies):
+        directory = models_of_two_vocabularies["chat"]
+        url = server_of(directory, adds="<s>").url
+        assert "adds tokens" in self.refused(directory, url)
+
+    def test_a_field_that_the_server_does_not_know(self, server_of, models_of_two_vocabularies):
+        directory = models_of_two_vocabularies["chat"]
+        url = server_of(directory, unknown_fields=("repetition_penalty",)).url
+        assert "unrecognised field repetition_penalty" in self.refused(directory, url)
+
+    def test_a_server_that_fails_in_the_middle(self, server_of, models_of_two_vocabularies):
+        directory = models_of_two_vocabularies["chat"]
+        said = self.refused(directory, server_of(directory, fails_after=4).url)
+        assert "status 500 Internal Server Error, " in said
+        assert "out of memory" in said
+
+    def test_a_server_without_a_list_needs_a_name(
+        self, server_of, models_of_two_vocabularies, capsys
+    ):
+        directory = models_of_two_vocabularies["chat"]
+        url = server_of(directory, name="served", lists=False).url
+        assert "set evaluation.server.names.chat" in self.refused(directory, url)
+        exchanges(engine_of(directory, url, names={"chat": "served"}), directory)
+        assert "whether it serves served is not checked" in capsys.readouterr().err
+
+
+def test_the_model_is_known_by_its_directory(server_of, models_of_two_vocabularies, monkeypatch):
+    directory = models_of_two_vocabularies["chat"]
+    monkeypatch.chdir(directory.parent)
+    for name in (str(directory), directory.name):
+        exchanges(engine_of(directory, server_of(directory, name=name).url), directory)
