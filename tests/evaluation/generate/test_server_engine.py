@@ -199,3 +199,30 @@ def test_the_model_is_known_by_its_directory(server_of, models_of_two_vocabulari
     monkeypatch.chdir(directory.parent)
     for name in (str(directory), directory.name):
         exchanges(engine_of(directory, server_of(directory, name=name).url), directory)
+
+
+class TestRecipe:
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("vlm", "vlm is no engine; the nearest is vllm"),
+            ("gpu3:8000", "gpu3:8000 is no engine; it is transformers, vllm, or a URL"),
+        ],
+    )
+    def test_what_is_no_engine_is_refused(self, name, said):
+        with pytest.raises(ValueError, match=said):
+            EvaluationConfig(engine=name)
+        with pytest.raises(ValueError, match=said):
+            EvaluationConfig(engine_of={"merged": name})
+
+    @pytest.mark.parametrize("key", ["engine_of", "server"])
+    def test_models_that_are_not_evaluated_are_refused(self, key):
+        given = {"mreged": "vllm"}
+        config = EvaluationConfig(**{key: given if key == "engine_of" else {"names": given}})
+        with pytest.raises(UserError, match=r"names mreged, which is none of the models; they are"):
+            config.check_models(["base", "merged"])
+
+    def test_a_model_can_have_its_own(self):
+        config = EvaluationConfig(engine_of={"merged": "http://gpu3:8000/v1"})
+        assert config.engine_for("merged") == "http://gpu3:8000/v1"
+        assert config.engine_for("base") == "transformers"
