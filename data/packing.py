@@ -28,7 +28,7 @@ class Batch:
     documents begin. `cu_seqlens` (int32) are the positions in the flattened batch at which a
     document or a sequence begins, from 0 to sequences * length; `max_length` is the largest
     distance between two of them. Attention kernels for packed sequences need both; they are
-    computed here so that no kernel waits for the device.
+    computed here so that no kernel waits for the device. `lengths` are the same distances.
     """
 
     input_ids: torch.Tensor
@@ -36,14 +36,16 @@ class Batch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     max_length: int
+    lengths: tuple[int, ...]
 
     @staticmethod
     def of(input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> Batch:
         """A batch on the CPU, with the boundaries that follow from the positions."""
         flat = position_ids.numpy().ravel()
         boundaries = np.append(np.flatnonzero(flat == 0), flat.size).astype(np.int32)
-        longest = int(np.diff(boundaries).max())
-        return Batch(input_ids, labels, position_ids, torch.from_numpy(boundaries), longest)
+        lengths = tuple(np.diff(boundaries).tolist())
+        cu_seqlens = torch.from_numpy(boundaries)
+        return Batch(input_ids, labels, position_ids, cu_seqlens, max(lengths), lengths)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies asynchronously."""
@@ -57,7 +59,7 @@ class Batch:
         ids, labels, positions, boundaries = map(
             change, (self.input_ids, self.labels, self.position_ids, self.cu_seqlens)
         )
-        return Batch(ids, labels, positions, boundaries, self.max_length)
+        return Batch(ids, labels, positions, boundaries, self.max_length, self.lengths)
 
 
 class PackedDocuments:

@@ -141,10 +141,11 @@ class TrainingConfig(Section):
         "except its attention and every second matmul",
     )
     compile: bool = key(False, "torch.compile each decoder layer")
-    attention: Literal["flash", "sdpa", "flex", "eager"] = key(
-        "flash",
-        "flash: document by document (on a GPU a variable-length kernel, bf16 only; on a CPU sdpa "
-        "per document); sdpa, flex, eager: those of transformers, with a mask",
+    attention: Literal["auto", "flash", "sdpa", "flex", "eager"] = key(
+        "auto",
+        "auto: the fastest that fits the model and keeps packed documents apart; flash: document "
+        "by document (on a GPU a variable-length kernel, bf16 only; on a CPU sdpa per document); "
+        "flex, sdpa, eager: those of transformers, with a mask",
     )
     loss_chunk: int = key(
         1024, "tokens whose logits exist at once in the head and the loss", unit="tokens", gt=0

@@ -59,16 +59,97 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# families with layers that carry a state along the sequence, or mix neighbours
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_expand": 2,
+          "mamba_d_conv": 4, "mamba_chunk_size": 8}  # fmt: skip
+_DELTA = {**SIZES, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
+          "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-next": ("Qwen3NextConfig", {**_DELTA, "num_experts": 0}),
+    "qwen3.5": ("Qwen3_5TextConfig", _DELTA),
+    "granite-4": (
+        "GraniteMoeHybridConfig",
+        {
+            **SIZES,
+            **_MAMBA,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+        },
+    ),
+    "falcon-h1": ("FalconH1Config", {**SIZES, **_MAMBA, "mamba_d_ssm": 64, "head_dim": 8}),
+    "nemotron-h": (
+        "NemotronHConfig",
+        {
+            **SIZES,
+            "head_dim": 8,
+            "layers_block_type": ["mamba", "attention", "mlp"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        {
+            **SIZES,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 4,
+            "mamba_d_state": 8,
+            "n_mamba_heads": 4,
+            "mamba_ngroups": 1,
+            "chunk_size": 8,
+            "num_mem_blocks": 1,
+            "adapter_rank": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        },
+    ),
+    "bamba": (
+        "BambaConfig",
+        {**SIZES, **_MAMBA, "attn_layer_indices": [1], "num_hidden_layers": 2},
+    ),
+    "jamba": (
+        "JambaConfig",
+        {
+            **SIZES,
+            "num_experts": 1,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        {**SIZES, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "recurrent-gemma": (
+        "RecurrentGemmaConfig",
+        {
+            **SIZES,
+            "block_types": ["recurrent", "attention"],
+            "attention_window_size": 16,
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+        },
+    ),
+}
+
 # families whose own code lets packed documents see each other
 LEAKING: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}),
+    "bloom": ("BloomConfig", {"vocab_size": 100, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "opt": ("OPTConfig", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),
 }  # fmt: skip
 
 
 def make_family(folder: Path, family: str, tied: bool, **changes: Any) -> Any:
     """A random model of the family, written to `folder` and returned."""
-    name, values = {**FAMILIES, **LEAKING}[family]
+    name, values = {**FAMILIES, **LEAKING, **HYBRIDS}[family]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**values, **changes, "tie_word_embeddings": tied})
     model = transformers.AutoModelForCausalLM.from_config(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.config import TrainingConfig, positions_of
 from cpt_merge.training.distributed.settings import BackendSettings
+from cpt_merge.training.model import small
 from cpt_merge.training.trainable import check_trainable
 from tests.training.conftest import CONFIG
 from tests.training.families import FAMILIES, GEMMA, SIZES, make_family
@@ -64,14 +65,35 @@ def test_a_family_that_trains_is_let_through(family: str, attention: str, tmp_pa
 
 
 def test_an_architecture_that_cannot_be_made_small_is_left_to_training_with_a_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path, "phi3-long")
     check(tmp_path, attention="sdpa")
-    assert "keeps packed documents apart is checked when training starts" in capsys.readouterr().err
-    make(tmp_path / "llama", "llama")
-    check(tmp_path / "llama", attention="sdpa")
     assert "checked when training starts" not in capsys.readouterr().err
+    monkeypatch.setattr(small, "_LARGEST", 0)
+    check(tmp_path, attention="sdpa")
+    assert "keeps packed documents apart is checked when training starts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "line"),
+    [
+        ("llama", ""),
+        ("gemma2", "attention: eager, since flash does not fit Gemma2ForCausalLM, which caps its"),
+        ("gpt-oss", "attention: eager, since flash does not fit this model, whose attention needs"),
+        ("stablelm", "attention: sdpa, since flash does not fit this model, whose attention does"),
+        ("falcon", "packed documents: one by one in FalconAttention"),
+        ("qwen3-next", "packed documents: one by one in Qwen3NextGatedDeltaNet"),
+    ],
+)
+def test_what_was_chosen_is_reported_unless_everybody_expects_it(
+    family: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, family)
+    capsys.readouterr()
+    check(tmp_path, attention="auto")
+    said = capsys.readouterr().err
+    assert line in " ".join(said.split()) if line else "attention" not in said
 
 
 @pytest.mark.parametrize(
@@ -81,8 +103,7 @@ def test_an_architecture_that_cannot_be_made_small_is_left_to_training_with_a_li
         ("gemma2", "sdpa", "attention: sdpa"),
         ("gpt-oss", "sdpa", "attention: sdpa"),
         ("stablelm", "flash", "does not pass on where documents begin"),
-        ("falcon", "sdpa", "lets a document see the document before it"),
-        ("opt", "eager", "lets a document see the document before it"),
+        ("bloom", "eager", "lets a document see the document before it in this model"),
         ("bert", "eager", "such models cannot be trained"),
         ("llama", "flex", "flex trains on GPUs only"),
         ("mixtral", "flash", "rearranges into"),

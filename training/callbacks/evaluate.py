@@ -147,7 +147,7 @@ def reference_line(
         say("training: no reference line, since the store holds no text in the base's own tokens")
         return {}
     with timed(f"validation bits per byte of {base}"):
-        module = build_model(base, config).requires_grad_(False)
+        module = build_model(base, config, parallel.device).requires_grad_(False)
         if parallel.size > 1 or config.precision == "bf16":
             shard(module, config, parallel)
         load_weights(module, base, parallel.device)

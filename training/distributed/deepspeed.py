@@ -68,7 +68,7 @@ class ZeroBackend:
         deepspeed = _import_deepspeed(parallel.device)
         settings = _engine_settings(setup.config, parallel)
         stage = settings["zero_optimization"]["stage"]
-        module = build_model(setup.model, setup.config)
+        module = build_model(setup.model, setup.config, parallel.device)
         select_trained(module, setup.phase, setup.base_rows)
         prepare_layers(module, setup.config, parallel.device)
         if stage == 3:

@@ -75,7 +75,7 @@ class TorchBackend:
     @staticmethod
     def build(setup: PhaseSetup, parallel: Parallel) -> TorchBackend:
         """Select, shard, load, in this order, so that no process ever holds more than its part."""
-        module = build_model(setup.model, setup.config)
+        module = build_model(setup.model, setup.config, parallel.device)
         sharded = parallel.settings.backend == "fsdp2"
         select_trained(module, setup.phase, setup.base_rows)
         copy = ComputeCopy(module) if setup.config.precision == "bf16" and not sharded else None

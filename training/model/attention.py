@@ -12,7 +12,6 @@ All but `flash` are those of transformers, which finds documents by the position
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +23,9 @@ from transformers import AttentionInterface
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.packing import IGNORED, Batch
 from cpt_merge.training.config import TrainingConfig
+
+AUTOMATIC = ("flash", "flex", "sdpa", "eager")
+"""What `attention: auto` tries, the fastest first."""
 
 IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "documents"}
 """The recipe's name -> transformers' name."""
@@ -143,43 +145,33 @@ def _band(size: int, window: int, device: torch.device) -> Tensor:
 AttentionInterface.register(IMPLEMENTATIONS["flash"], document_attention)
 
 
-def attention_arguments(batch: Batch, model_config: Any) -> dict[str, Any]:
-    """What the attention needs of a batch besides the position ids."""
-    if model_config._attn_implementation != IMPLEMENTATIONS["flash"]:
-        return {}
-    return {"cu_seq_lens_q": batch.cu_seqlens, "max_length_q": batch.max_length}
+def attention_of(model: Any) -> str:
+    """The recipe's name of the attention that a model uses."""
+    used = model.config._attn_implementation
+    return next((name for name, theirs in IMPLEMENTATIONS.items() if theirs == used), str(used))
 
 
-def describe_attention(config: TrainingConfig, device: torch.device) -> str:
+def describe_attention(name: str, config: TrainingConfig, device: torch.device) -> str:
     """The attention for the startup summary."""
-    if config.attention != "flash":
-        return config.attention
+    if name != "flash":
+        return name
     if device.type == "cuda":
         return "flash (torch's variable-length kernel)"
     compiled = " and compiled: sdpa with a mask"
     return f"flash (on a CPU{compiled if config.compile else ': sdpa per document'})"
 
 
-def check_supported(model: Any, config: TrainingConfig) -> None:
+def check_supported(model: Any, attention: str) -> None:
     """Raises `UserError` if a model does not use the implementation, or needs more than it does."""
     name = type(model).__name__
-    if model.config._attn_implementation != IMPLEMENTATIONS[config.attention]:
+    if attention_of(model) != attention:
         raise UserError(
-            f"attention: {config.attention} is not what {name} uses "
+            f"attention: {attention} is not what {name} uses "
             f"({model.config._attn_implementation}); set eager."
         )
-    text = model.config.get_text_config(decoder=True)
-    unknown = set(getattr(text, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if unknown:
-        raise UserError(
-            f"{name} has layers of kind {sorted(unknown)[0]}, in which packed documents see each "
-            "other; such models cannot be trained."
-        )
-    if config.attention != "flash":
+    if attention != "flash":
         return
+    text = model.config.get_text_config(decoder=True)
     capped = getattr(text, "attn_logit_softcapping", None)
     if capped or not getattr(model, "_supports_flash_attn", False):
         reason = "caps its attention scores" if capped else "has its own attention"
@@ -188,14 +180,14 @@ def check_supported(model: Any, config: TrainingConfig) -> None:
         )
 
 
-def check_device(config: TrainingConfig, device: torch.device) -> None:
+def check_device(attention: str, precision: str, device: torch.device) -> None:
     """Raises `UserError` if the implementation does not train on the device, whatever the model."""
-    if config.attention == "flex" and device.type != "cuda":
+    if attention == "flex" and device.type != "cuda":
         raise UserError(
             "attention: flex trains on GPUs only, since torch has no backward pass for others; "
             "set flash."
         )
-    if config.attention == "flash" and device.type == "cuda" and config.precision == "fp32":
+    if attention == "flash" and device.type == "cuda" and precision == "fp32":
         raise UserError(
             "attention: flash computes in bf16 only; "
             "set training.precision: bf16, or attention: sdpa."
@@ -203,18 +195,17 @@ def check_device(config: TrainingConfig, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def check_attention(
-    module: Callable[[Batch], Tensor], config: TrainingConfig, device: torch.device
-) -> None:
+def check_attention(module: Any, config: TrainingConfig, device: torch.device) -> None:
     """No silent fallback: the model must not let a token see another document or later tokens.
 
-    The model runs on a micro-batch of sequences of two documents, of training's shape, since layers
-    that were compiled for another shape first would be slower. Called by all processes. Raises
-    `UserError` if a document's loss depends on the document before it or on later tokens, or if the
-    implementation does not run here.
+    `module` is a `CausalLM`, or DeepSpeed's engine of one. It runs on a micro-batch of sequences of
+    two documents, of training's shape, since layers that were compiled for another shape first
+    would be slower. Called by all processes. Raises `UserError` if a document's loss depends on the
+    document before it or on later tokens, or if the implementation does not run here.
     """
-    check_device(config, device)
-    if config.attention == "flash" and device.type == "cuda":
+    attention = attention_of(module.model)
+    check_device(attention, config.precision, device)
+    if attention == "flash" and device.type == "cuda":
         _check_kernel(device)
     rows, length = config.micro_batch_size, max(config.sequence_length, 16)
     batch = _two_documents(rows, length).to(device)
@@ -223,7 +214,7 @@ def check_attention(
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"attention: {config.attention} does not run in this model here ({reason}); set sdpa."
+            f"attention: {attention} does not run in this model here ({reason}); set sdpa."
         ) from error
     for column, what in (
         (slice(0, length - 8), "the document before it"),
@@ -234,7 +225,7 @@ def check_attention(
         found = float(module(dataclasses.replace(batch, input_ids=changed)))
         if not abs(found - expected) <= TOLERANCE * abs(expected):
             raise UserError(
-                f"attention: {config.attention} lets a document see {what} in this model "
+                f"attention: {attention} lets a document see {what} in this model "
                 f"(loss {expected:.6f} becomes {found:.6f}); set another training.attention."
             )
 

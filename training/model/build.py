@@ -28,17 +28,19 @@ from cpt_merge.data.packing import IGNORED, Batch
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.model.attention import (
     IMPLEMENTATIONS,
-    attention_arguments,
-    check_supported,
+    attention_of,
     describe_attention,
 )
+from cpt_merge.training.model.choice import Choice, choose
 from cpt_merge.training.model.compile import check_compiler, compile_layers
+from cpt_merge.training.model.documents import PackedDocuments, decode, run_one_by_one
 from cpt_merge.training.model.fp8 import convert_to_fp8
 from cpt_merge.training.model.head import find_head_form
 from cpt_merge.training.model.loss import Head, cross_entropy_sum
 from cpt_merge.training.model.recompute import apply_recompute
 
 _NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining")
+_CPU = torch.device("cpu")
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -52,9 +54,17 @@ class CausalLM(nn.Module):
 
     model: Any  # a PreTrainedModel; transformers has no types
 
-    def __init__(self, model: Any, loss_chunk: int, compiled_loss: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        loss_chunk: int,
+        compiled_loss: bool = False,
+        choice: Choice | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.choice, self.documents = choice or Choice(attention_of(model)), PackedDocuments()
+        run_one_by_one(model, self.choice.separation.one_by_one, self.documents)
         self.loss_chunk, self.compiled_loss = loss_chunk, compiled_loss
         self.form = find_head_form(model)
         decoder = text_decoder(model)
@@ -83,12 +93,8 @@ class CausalLM(nn.Module):
         With `last`, instead the float32 logits [sequences, vocabulary] of one position of each
         sequence; no others are made.
         """
-        hidden = self.model.get_submodule(self.decoder_name)(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **attention_arguments(batch, self.model.config),
-        ).last_hidden_state
+        decoder, separation = self.model.get_submodule(self.decoder_name), self.choice.separation
+        hidden = decode(decoder, batch, separation, self.documents)
         if last is not None:
             return self.head.logits(
                 hidden[torch.arange(len(last), device=hidden.device), last.to(hidden.device)]
@@ -113,44 +119,55 @@ class CausalLM(nn.Module):
         return torch.where((inputs[0] < self.frozen_rows).unsqueeze(-1), output.detach(), output)
 
 
-def build_model(directory: Path, config: TrainingConfig) -> CausalLM:
+def build_model(directory: Path, config: TrainingConfig, device: torch.device = _CPU) -> CausalLM:
     """The model of a checkpoint with its parameters on the meta device, where they take no memory.
 
-    Raises `UserError` for a model that cannot be trained as the configuration says.
+    It will run on `device`. Raises `UserError` for a model that cannot be trained as the
+    configuration says.
     """
-    return build_from(read_model_config(directory), directory, config)
+    return build_from(read_model_config(directory), directory, config, device)
 
 
-def build_from(model_config: Any, directory: Path, config: TrainingConfig) -> CausalLM:
+def build_from(
+    model_config: Any, directory: Path, config: TrainingConfig, device: torch.device = _CPU
+) -> CausalLM:
     """The model of a configuration that was read; `directory` is what messages call it."""
+
+    def build(attention: str) -> Any:
+        return _build_with(attention, model_config, directory, config)
+
+    model, choice = choose(build, config, device)
+    _report_unused_settings(model_config.get_text_config(decoder=True))
+    if config.fp8:
+        convert_to_fp8(
+            decoder_layers(model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
+    module = CausalLM(model, config.loss_chunk, config.compile, choice).train()
+    if is_wrapper(model):
+        keep_text_decoder(model)
+    return module
+
+
+def _build_with(attention: str, model_config: Any, directory: Path, config: TrainingConfig) -> Any:
     dtype = torch.bfloat16 if config.precision == "pure-bf16" else torch.float32
     try:
         with init_empty_weights(include_buffers=False):
             model = auto_class(model_config).from_config(
                 model_config,
                 dtype=dtype,
-                attn_implementation=IMPLEMENTATIONS[config.attention],
+                attn_implementation=IMPLEMENTATIONS[attention],
                 trust_remote_code=False,
             )
     except (ValueError, ImportError, KeyError) as error:
         # a model that chooses among its own attention classes
-        own = isinstance(error, KeyError) and error.args == (IMPLEMENTATIONS[config.attention],)
+        own = isinstance(error, KeyError) and error.args == (IMPLEMENTATIONS[attention],)
         reason = "it has no such attention" if own else _reason(error)
         raise UserError(
-            f"the model in {directory} cannot be built with attention: {config.attention} "
+            f"the model in {directory} cannot be built with attention: {attention} "
             f"({reason}); set training.attention to eager, or use a causal language model."
         ) from None
     model.tie_weights()
-    check_supported(model, config)
-    _report_unused_settings(model_config.get_text_config(decoder=True))
-    if config.fp8:
-        convert_to_fp8(
-            decoder_layers(model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        )
-    module = CausalLM(model, config.loss_chunk, config.compile).train()
-    if is_wrapper(model):
-        keep_text_decoder(model)
-    return module
+    return model
 
 
 def read_model_config(directory: Path, named: Path | None = None) -> Any:
@@ -358,10 +375,16 @@ def describe_model(
             "fp32": "fp32",
             "pure-bf16": "bf16 throughout",
         }[config.precision] + (", fp8 matmuls in the layers" if config.fp8 else ""),
-        "attention": describe_attention(config, device),
+        "attention": _describe_choice(module.choice, config, device),
         "layers": ("compiled" if config.compile else "not compiled")
         + f", activation checkpointing {config.activation_checkpointing}",
     }  # fmt: skip
+
+
+def _describe_choice(choice: Choice, config: TrainingConfig, device: torch.device) -> str:
+    return "\n              ".join(
+        [describe_attention(choice.attention, config, device), *choice.describe()]
+    )
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
