@@ -113,7 +113,8 @@ LIGHT = {
 HEAVY = {
     "a capped model with flash": Broken(
         "caps its attention scores; set it to eager or flex",
-        change=of_family(Gemma2Config, **{**GEMMA, "max_position_embeddings": 256}),
+        ["training.attention=flash"],
+        of_family(Gemma2Config, **{**GEMMA, "max_position_embeddings": 256}),
     ),
     "no chat template": Broken("has no chat template", change=without_template),
     "an encoder": Broken(

@@ -209,6 +209,7 @@ class _Trial:
         hidden = decode(self.decoder, batch, self.separation, self.documents)
         return hidden[0, : _END - _BEGIN]
 
+    @torch.enable_grad()
     def _with_gradient(self) -> tuple[Tensor, Tensor]:
         """The hidden states of the places, and how much each place's embedding counts for them."""
         embedded: list[Tensor] = []
