@@ -54,22 +54,33 @@ def merge_model(model: torch.nn.Module, config: MergeConfig, inputs: MergeInputs
     `UserError` if the models do not fit together, or if the output would need rows that the model
     does not have.
     """
-    from cpt_merge.checkpoint.model_names import stored_names
+    from cpt_merge.checkpoint.model_names import find_stored
+    from cpt_merge.checkpoint.stored_shards import replaced_shards, stored_shards
 
     plan, state = plan_for_shards(config, inputs), model.state_dict()
     check_ties(plan)
-    names = stored_names(model, plan.by_name, inputs.cpt)
-    shards = {
-        name: LocalShard(stored, tuple(state[name].shape), 0, state[name])
-        for name, stored in names.items()
-        if plan.by_name[stored].treatment is not None
-    }
-    for shard in shards.values():
+    shapes = {name: tensor.spec.shape for name, tensor in plan.by_name.items()}
+    found = find_stored(model, shapes, inputs.cpt)
+    shards = [
+        LocalShard(name, tuple(state[name].shape), 0, state[name])
+        for name in (*found.names, *found.rearranged)
+    ]
+    merged = [
+        shard
+        for shard in stored_shards(found, shards)
+        if plan.by_name[shard.name].treatment is not None
+    ]
+    for shard in merged:
         check_shard(shard, plan.layout(), inputs.cpt)
-    ranges = find_ranges(plan, list(shards.values()), Ranks())
+    ranges = find_ranges(plan, merged, Ranks())
+
+    def change(shard: LocalShard) -> Tensor:
+        treated = plan.by_name[shard.name].treatment is not None
+        return merge_shard(plan, shard, ranges) if treated else shard.values
+
     with torch.no_grad():
-        for name, shard in shards.items():
-            state[name].copy_(merge_shard(plan, shard, ranges))
+        for shard, values in replaced_shards(found, shards, change):
+            state[shard.name].copy_(values)
     return plan
 
 

@@ -127,6 +127,9 @@ def _data() -> PanelSection:
     return PanelSection("Data", panels)
 
 
+EXPERTS = "a mixture of experts"
+
+
 def _training(languages: Sequence[str]) -> PanelSection:
     bits = [f"valid/{language}/bits_per_byte" for language in languages]
     loss = [f"valid/{language}/loss" for language in languages]
@@ -148,6 +151,17 @@ def _training(languages: Sequence[str]) -> PanelSection:
         Panel("Held-out loss", "curves", loss, "nats per token"),
         Panel("Learning rates", "curves", rates),
         Panel("Phase", "curves", ["train/phase"]),
+        Panel(
+            "Routing entropy",
+            "curves",
+            ["train/router_entropy"],
+            "of its largest value",
+            needs=EXPERTS,
+        ),
+        Panel(
+            "Busiest expert", "curves", ["train/busiest_expert"], "share of choices", needs=EXPERTS
+        ),
+        Panel("Auxiliary loss", "curves", ["train/router_loss"], needs=EXPERTS),
         Panel("Loss by tokens", "curves", ["train/loss"], "nats per token", x=TOKENS),
         Panel("Validation bits per byte by tokens", "curves", bits, "bits per byte", x=TOKENS),
         Panel("Tokens and bytes seen", "curves", [TOKENS, "train/bytes"]),

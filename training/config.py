@@ -150,6 +150,11 @@ class TrainingConfig(Section):
     loss_chunk: int = key(
         1024, "tokens whose logits exist at once in the head and the loss", unit="tokens", gt=0
     )
+    auxiliary_loss: bool = key(
+        True,
+        "add the load-balancing loss of expert routers, with the coefficient in config.json, if "
+        "the family has one in transformers",
+    )
     log_every: int = key(10, "steps between two rows of metrics", unit="steps", gt=0)
     evaluate_every: int = key(
         200,
@@ -249,6 +254,8 @@ class TrainingConfig(Section):
             "phases",
             "seed",
         }
+        if not self.auxiliary_loss:  # runs that do not set it keep the keys they had before it
+            names.add("auxiliary_loss")
         return self.model_dump(include=names)
 
     @model_validator(mode="after")

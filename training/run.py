@@ -19,6 +19,7 @@ from cpt_merge.training.callbacks.garbage import GarbageCollection
 from cpt_merge.training.callbacks.log import MetricsLog
 from cpt_merge.training.callbacks.nonfinite import NonFiniteSteps
 from cpt_merge.training.callbacks.preview import Interview, Preview
+from cpt_merge.training.callbacks.routing import RoutingLog
 from cpt_merge.training.callbacks.spikes import SpikeDetection
 from cpt_merge.training.callbacks.throughput import Throughput
 from cpt_merge.training.callbacks.watchdog import StepWatchdog
@@ -40,6 +41,7 @@ def default_callbacks(
         Throughput(),
         SpikeDetection(),
         NonFiniteSteps(),
+        RoutingLog(),
         MetricsLog(),
         GarbageCollection(),
         HeldoutEvaluation(),

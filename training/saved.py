@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from cpt_merge.checkpoint.export import LocalShard, export_shards, untrained_shards
+from cpt_merge.checkpoint.stored_shards import stored_shards
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
@@ -100,6 +101,7 @@ def export_checkpoints(
     parameters: dict[str, Tensor] = dict(module.model.named_parameters())
 
     def shards() -> Iterator[LocalShard]:
+        """Of the model's tensors; a group of rearranged ones is in memory at once."""
         with Meter("export", len(parameters), "tensors") as meter:
             for name, parameter in parameters.items():
                 values = _mean(f"model.{name}", readers)
@@ -108,11 +110,11 @@ def export_checkpoints(
                         f"{name} has the shape {tuple(values.shape)} in {checkpoints[0]} and "
                         f"{tuple(parameter.shape)} in {like}; they belong to different runs."
                     )
-                yield LocalShard(module.stored_names[name], tuple(values.shape), 0, values)
+                yield LocalShard(name, tuple(values.shape), 0, values)
                 meter.advance()
 
-    trained = {module.stored_names[name] for name in parameters}
-    everything = chain(shards(), untrained_shards(like, trained, Ranks()))
+    untrained = untrained_shards(like, module.stored_parameters(), Ranks())
+    everything = chain(stored_shards(module.stored, shards()), untrained)
     export_shards(everything, like, tokenizer, out, Ranks())
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cpt_merge.checkpoint.model_names import stored_names
+from cpt_merge.checkpoint.model_names import find_stored
+from cpt_merge.checkpoint.stored_shards import stored_views
 from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.chat_template import ChatTemplate, check_prompts, read_chat_template
@@ -53,9 +54,9 @@ class MergedModel:
             loaded = self.model.loaded
             self.template: ChatTemplate = read_chat_template(directory, evaluation, MERGED)
             check_prompts({MERGED: directory}, self.template, [], evaluation)
-        state = loaded.state_dict()
-        names = stored_names(loaded, the_plan.cpt.tensors, the_plan.cpt.directory)
-        self._tensors: dict[str, Tensor] = {stored: state[name] for name, stored in names.items()}
+        shapes = {name: info.shape for name, info in the_plan.cpt.tensors.items()}
+        found = find_stored(loaded, shapes, the_plan.cpt.directory)
+        self._tensors: dict[str, Tensor] = stored_views(found, loaded.state_dict())
         self._ranges: dict[str, TensorRange] = {}
 
     @property

@@ -24,6 +24,7 @@ GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GEMMA = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,6 +52,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", SIZES),  # its head has a bias
     "smollm3": ("SmolLM3Config", SIZES),
     "mixtral": ("MixtralConfig", {**SIZES, "num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**SIZES, "head_dim": 8, **EXPERTS, "num_experts": 4}),
+    "granite-moe": ("GraniteMoeConfig", {**SIZES, **EXPERTS, "num_local_experts": 4}),  # stored together
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        {
+            **SIZES, **EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
+            "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8,
+        },
+    ),
     "exaone4": ("Exaone4Config", {**SIZES, "head_dim": 8, "sliding_window": 6}),
     "hyperclovax": ("HyperCLOVAXConfig", {**SIZES, "logits_scaling": 0.5}),  # multiplies where granite divides
     "cohere2": ("Cohere2Config", {**SIZES, "head_dim": 8, "sliding_window": 6}),

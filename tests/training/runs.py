@@ -66,6 +66,14 @@ def train(job: Job) -> dict[int, float]:
 
 def train_steps(job: Job) -> dict[int, tuple[float, float]]:
     """Train; loss and gradient norm (before clipping) that were logged, by step."""
+    return {
+        step: (row["train/loss"], row["train/gradient_norm"])
+        for step, row in train_rows(job).items()
+    }
+
+
+def train_rows(job: Job) -> dict[int, dict[str, float]]:
+    """Train; the metrics of steps that were logged, by step."""
     ask_for(job.backend)
     recording = Recording()
     record = {"mode": "disabled", "run_id": "id", "group": "group"}
@@ -83,10 +91,7 @@ def train_steps(job: Job) -> dict[int, tuple[float, float]]:
         run(job.config, inputs, job.out, tracker, None, previewed_by(job))
     except Interrupted:
         assert job.stop_after or job.signal_in
-    return {
-        step: (row["train/loss"], row["train/gradient_norm"])
-        for step, row in recording.rows if step and "train/loss" in row
-    }  # fmt: skip
+    return {step: row for step, row in recording.rows if step and "train/loss" in row}
 
 
 PROMPTS = [[0, 40, 41], [0, 50, 51, 52, 53], [0, 60]]

@@ -56,7 +56,6 @@ def make(folder: Path, family: str) -> None:
     [
         (family, "eager" if family == "gemma2" else "sdpa" if family == "stablelm" else "flash")
         for family in [*FAMILIES, "gemma2-uncapped"]
-        if family != "mixtral"
     ],
 )
 def test_a_family_that_trains_is_let_through(family: str, attention: str, tmp_path: Path) -> None:
@@ -106,7 +105,6 @@ def test_what_was_chosen_is_reported_unless_everybody_expects_it(
         ("bloom", "eager", "lets a document see the document before it in this model"),
         ("bert", "eager", "such models cannot be trained"),
         ("llama", "flex", "flex trains on GPUs only"),
-        ("mixtral", "flash", "rearranges into"),
     ],
 )
 def test_attention_that_a_model_does_not_support(
@@ -133,17 +131,40 @@ def test_an_architecture_that_transformers_does_not_contain(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("family", "change", "sentence"),
     [
-        (lambda weights: weights.pop("model.norm.weight"), r"model\.norm\.weight not at all"),
         (
+            "llama",
+            lambda weights: weights.pop("model.norm.weight"),
+            r"model\.norm\.weight not at all",
+        ),
+        (
+            "qwen3-moe",
+            lambda weights: weights.pop("model.layers.1.mlp.gate.weight"),
+            r"model\.layers\.1\.mlp\.gate\.weight not at all",
+        ),
+        (
+            "qwen3-moe",
+            lambda weights: weights.pop("model.layers.1.mlp.experts.2.down_proj.weight"),
+            r"as 3 tensors \(model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight, \.\.\.\), together "
+            r"in shape \(3, 32, 16\), but the model needs \(4, 32, 16\)",
+        ),
+        (
+            "qwen3-moe",
+            lambda weights: [weights.pop(name) for name in [*weights] if "gate_proj" in name],
+            r"holds a part of what makes .*gate_up_proj of Qwen3MoeForCausalLM, but no .*gate_proj",
+        ),
+        (
+            "llama",
             lambda weights: weights.update({"model.norm.weight": torch.ones(31)}),
             r"in shape \(31,\), but the model needs \(32,\)",
         ),
     ],
 )
-def test_weights_that_do_not_fit_their_config(change: Any, sentence: str, tmp_path: Path) -> None:
-    make(tmp_path, "llama")
+def test_weights_that_do_not_fit_their_config(
+    family: str, change: Any, sentence: str, tmp_path: Path
+) -> None:
+    make(tmp_path, family)
     weights = load_file(tmp_path / "model.safetensors")
     change(weights)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})

@@ -9,12 +9,13 @@ list is the order in which every hook is called:
      2 Throughput          counts the step before anything else takes time
      3 SpikeDetection      reports a loss before the next one may end the run
      4 NonFiniteSteps      ends the run after too many steps without a finite gradient
-     5 MetricsLog          sends the step's metrics, those of the callbacks included
-     6 GarbageCollection   pauses all processes at the same step
-     7 HeldoutEvaluation   measures the weights that the checkpoint will hold ...
-     8 Continuations
-     9 Preview
-    10 CheckpointSaving    ... and is last, to record what the others have done at this step
+     5 RoutingLog          notes what the routers of experts did in the step
+     6 MetricsLog          sends the step's metrics, those of the callbacks included
+     7 GarbageCollection   pauses all processes at the same step
+     8 HeldoutEvaluation   measures the weights that the checkpoint will hold ...
+     9 Continuations
+    10 Preview
+    11 CheckpointSaving    ... and is last, to record what the others have done at this step
 
 All processes call all hooks in the same order, so a hook may contain collectives. Nothing in a
 callback changes what is trained.

@@ -49,6 +49,13 @@ class Backend(Protocol):
         """Add the gradient of `scale` times the summed loss of all processes' batches.
 
         `last`: no other micro-batch follows before `step`. Returns this process's part of the loss.
+        The gradient contains that of the auxiliary loss of experts' routers, the loss does not.
+        """
+
+    def take_routing(self) -> Tensor | None:
+        """Auxiliary loss, entropy and largest share of this process's routers since the last call.
+
+        Means over the micro-batches; None for a model without routers. Not a collective.
         """
 
     def step(self, factor: float) -> StepOutcome:

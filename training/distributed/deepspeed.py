@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cpt_merge.checkpoint.export import LocalShard
+from cpt_merge.checkpoint.stored_shards import check_divisible, replaced_shards, stored_shards
 from cpt_merge.core.artifact import fsync
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
@@ -39,7 +40,6 @@ from cpt_merge.training.model.build import (
     describe_model,
     full_shape,
     load_weights,
-    named_local_parameters,
     one_document_each,
     prepare_layers,
 )
@@ -61,6 +61,7 @@ class ZeroBackend:
         self.layout = f"DeepSpeed ZeRO {self.stage} on {parallel.size} processes"
         self.strategy = ZERO_STRATEGIES[self.stage]
         self.shard_count = parallel.size
+        self.micro_batches = parallel.size * setup.config.micro_batches(parallel.size)
 
     @staticmethod
     def build(setup: PhaseSetup, parallel: Parallel) -> ZeroBackend:
@@ -75,6 +76,7 @@ class ZeroBackend:
             _load_partitioned(module, setup.model, settings, parallel.device)
         else:
             load_weights(module, setup.model, parallel.device)
+        check_divisible(module.stored, setup.model)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         optimizer = build_optimizer(module, setup.config.optimizer, setup.phase)
         with _named_in_environment(parallel.world):
@@ -117,9 +119,14 @@ class ZeroBackend:
         """See `Backend`."""
         size = self.parallel.size  # DeepSpeed averages over the processes
         self.engine.set_gradient_accumulation_boundary(last)
+        self.module.weigh_auxiliary(scale, self.micro_batches)
         loss = self.engine(batch) * (scale * size)
         self.engine.backward(loss, scale_wrt_gas=False)
         return loss.detach() / size  # type: ignore[no-any-return]
+
+    def take_routing(self) -> Tensor | None:
+        """See `Backend`."""
+        return self.module.take_routing()
 
     def step(self, factor: float) -> StepOutcome:
         """See `Backend`. DeepSpeed itself skips a step whose gradient is not finite."""
@@ -179,15 +186,22 @@ class ZeroBackend:
 
     def parameter_names(self) -> set[str]:
         """See `Backend`."""
-        return {name for name, _ in named_local_parameters(self.module)}
+        return self.module.stored_parameters()
 
     def shards(self) -> list[LocalShard]:
-        """See `Backend`. Masters (fp32) are gathered tensor by tensor; a process keeps its rows."""
+        """See `Backend`."""
+        return list(stored_shards(self.module.stored, self._local_shards()))
+
+    def _local_shards(self) -> list[LocalShard]:
+        """The shards of this process, by the names of the model.
+
+        Masters (fp32) are gathered tensor by tensor; a process keeps its rows.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         rank, size = self.parallel.rank, self.parallel.size
         found = []
-        for name, parameter in named_local_parameters(self.module):
+        for name, parameter in self.module.model.named_parameters():
             whole = (
                 safe_get_full_fp32_param(parameter)
                 if parameter.requires_grad
@@ -214,17 +228,17 @@ class ZeroBackend:
         self, replace: Callable[[LocalShard], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What runs here, and its new values: whole parameters, or (ZeRO 3) parts of them."""
-        for shard, (_, parameter) in zip(
-            self.shards(), named_local_parameters(self.module), strict=True
-        ):
-            whole = self._joined(replace(shard), shard.shape)
+        parameters = dict(self.module.model.named_parameters())
+        changed = replaced_shards(self.module.stored, self._local_shards(), replace)
+        for shard, values in changed:
+            parameter, whole = parameters[shard.name], self._joined(values, shard.shape)
             part = getattr(parameter, "ds_tensor", None)
             if part is None:
                 yield parameter.data, whole
             else:
                 start = part.ds_numel * self.parallel.rank
-                values = whole.view(-1)[start : start + part.ds_numel]
-                yield part[: len(values)], values
+                mine = whole.view(-1)[start : start + part.ds_numel]
+                yield part[: len(mine)], mine
 
     def _joined(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
         """All rows of a tensor, gathered from the processes as `shards` divides them."""

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from cpt_merge.checkpoint.export import LocalShard
+from cpt_merge.checkpoint.stored_shards import check_divisible, replaced_shards, stored_shards
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
 from cpt_merge.data.packing import Batch
@@ -34,7 +35,6 @@ from cpt_merge.training.model.build import (
     describe_model,
     load_weights,
     local_rows,
-    named_local_parameters,
     one_document_each,
     prepare_layers,
 )
@@ -61,6 +61,7 @@ class TorchBackend:
         self.copy = copy
         self.running = copy.module if copy else module
         self.clip = setup.config.optimizer.clip
+        self.micro_batches = parallel.size * setup.config.micro_batches(parallel.size)
         self.shard_count = parallel.mesh.shape[1]
         pinned = parallel.device.type == "cuda"
         self._stager = DefaultStager(  # kept, so that its memory is allocated once
@@ -84,6 +85,8 @@ class TorchBackend:
         if sharded:
             shard(module, setup.config, parallel)
         load_weights(module, setup.model, parallel.device)
+        if sharded:
+            check_divisible(module.stored, setup.model)
         if copy:
             copy.materialise(parallel.device)
         check_attention(running, setup.config, parallel.device)
@@ -117,9 +120,14 @@ class TorchBackend:
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_all_reduce(last)
             size = self.parallel.size  # FSDP averages over the processes
+        self.running.weigh_auxiliary(scale, self.micro_batches)
         loss = self.running(batch) * (scale * size)
         loss.backward()
         return loss.detach() / size  # type: ignore[no-any-return]
+
+    def take_routing(self) -> Tensor | None:
+        """See `Backend`."""
+        return self.running.take_routing()
 
     def step(self, factor: float) -> StepOutcome:
         """See `Backend`. The fused AdamW reads on the device whether to step, so nobody waits."""
@@ -204,19 +212,20 @@ class TorchBackend:
 
     def parameter_names(self) -> set[str]:
         """See `Backend`."""
-        return {name for name, _ in named_local_parameters(self.module)}
+        return self.module.stored_parameters()
 
     def shards(self) -> list[LocalShard]:
         """See `Backend`. With HSDP, the first replica has them."""
         sharded = isinstance(self.module, FSDPModule)
         replica = self.parallel.mesh.get_local_rank("replicate") if sharded else self.parallel.rank
-        return self._local_shards() if replica == 0 else []
+        mine = self._local_shards() if replica == 0 else []
+        return list(stored_shards(self.module.stored, mine))
 
     def _local_shards(self) -> list[LocalShard]:
-        """The shards of this process, in the order of the parameters."""
+        """The shards of this process, by the names of the model."""
         reshard(self.module)
         found = []
-        for name, parameter in named_local_parameters(self.module):
+        for name, parameter in self.module.model.named_parameters():
             start, stop = local_rows(parameter)
             values = _local_part(parameter)[: stop - start]
             found.append(LocalShard(name, tuple(parameter.shape), start, values))
@@ -225,11 +234,11 @@ class TorchBackend:
     @contextmanager
     def replaced(self, replace: Callable[[LocalShard], Tensor]) -> Iterator[None]:
         """See `Backend`."""
-        shards = self._local_shards()
-        pairs = zip(shards, self.running.parameters(), strict=True)
+        running = dict(self.running.model.named_parameters())
+        changed = replaced_shards(self.module.stored, self._local_shards(), replace)
         with replaced(
-            (_local_part(parameter)[: len(shard.values)], replace(shard))
-            for shard, parameter in pairs
+            (_local_part(running[shard.name])[: len(shard.values)], values)
+            for shard, values in changed
         ):
             try:
                 yield

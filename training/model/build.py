@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 from cpt_merge.checkpoint.headers import TensorInfo
-from cpt_merge.checkpoint.model_names import stored_names
+from cpt_merge.checkpoint.model_names import StoredTensors, find_stored
+from cpt_merge.checkpoint.pieces import RearrangedInfo
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.text_models import (
     auto_class,
@@ -38,6 +40,15 @@ from cpt_merge.training.model.fp8 import convert_to_fp8
 from cpt_merge.training.model.head import find_head_form
 from cpt_merge.training.model.loss import Head, cross_entropy_sum
 from cpt_merge.training.model.recompute import apply_recompute
+from cpt_merge.training.model.routing import (
+    AuxiliaryLoss,
+    Routers,
+    Routing,
+    auxiliary_loss,
+    describe_experts,
+    find_auxiliary_loss,
+    statistics,
+)
 
 _NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining")
 _CPU = torch.device("cpu")
@@ -60,6 +71,7 @@ class CausalLM(nn.Module):
         loss_chunk: int,
         compiled_loss: bool = False,
         choice: Choice | None = None,
+        auxiliary: AuxiliaryLoss | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -69,10 +81,15 @@ class CausalLM(nn.Module):
         self.form = find_head_form(model)
         decoder = text_decoder(model)
         self.decoder_name = next(name for name, part in model.named_modules() if part is decoder)
+        self.routers, self.auxiliary = Routers(decoder), auxiliary
+        self.auxiliary_weight = 0.0
+        """What the auxiliary loss of the routers counts next to a target; see `weigh_auxiliary`."""
+        self.routing: list[Tensor] = []
+        """Auxiliary loss, entropy and largest share (`routing.statistics`) of each micro-batch."""
         self.frozen_rows = 0
         """Rows 0 .. frozen_rows - 1 of embedding and head get a gradient of exactly zero."""
-        self.stored_names: dict[str, str] = {}
-        """The name in the model -> the name in the checkpoint that was loaded."""
+        self.stored = StoredTensors({}, {}, {})
+        """Where the checkpoint that was loaded holds the model's tensors."""
         model.get_input_embeddings().register_forward_hook(self._freeze)
 
     @property
@@ -87,25 +104,56 @@ class CausalLM(nn.Module):
         bias = getattr(output, "bias", None)
         return Head(output.weight, bias, self.form.scale, self.form.softcap, self.frozen_rows)
 
+    def stored_parameters(self) -> set[str]:
+        """The tensors of the checkpoint that hold the parameters."""
+        return self.stored.stored_names(name for name, _ in self.model.named_parameters())
+
     def forward(self, batch: Batch, last: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropies of the batch's targets, in nats.
 
-        With `last`, instead the float32 logits [sequences, vocabulary] of one position of each
-        sequence; no others are made.
+        Its gradient is also that of the auxiliary loss, if there is one. With `last`, instead the
+        float32 logits [sequences, vocabulary] of one position of each sequence; no others are made.
         """
         decoder, separation = self.model.get_submodule(self.decoder_name), self.choice.separation
-        hidden = decode(decoder, batch, separation, self.documents)
+        with self.routers.recording() as heard:
+            hidden = decode(decoder, batch, separation, self.documents)
         if last is not None:
             return self.head.logits(
                 hidden[torch.arange(len(last), device=hidden.device), last.to(hidden.device)]
             )
-        return cross_entropy_sum(
+        loss = cross_entropy_sum(
             hidden.flatten(0, 1),
             self.head,
             batch.labels.flatten(),
             self.loss_chunk,
             self.compiled_loss,
         )
+        if not heard or not torch.is_grad_enabled():
+            return loss
+        auxiliary = self._of_routers(heard)
+        return loss + (auxiliary - auxiliary.detach()) if self.auxiliary else loss
+
+    def _of_routers(self, heard: Sequence[Routing]) -> Tensor:
+        """The weighted auxiliary loss, NaN if there is none; notes what the routers did."""
+        auxiliary = torch.full((), math.nan, device=heard[0].logits.device)
+        if self.auxiliary:
+            auxiliary = auxiliary_loss([one.logits for one in heard], self.auxiliary.taken)
+        self.routing.append(torch.cat([auxiliary.detach().view(1), statistics(heard)]))
+        return self.auxiliary_weight * auxiliary
+
+    def weigh_auxiliary(self, scale: float, micro_batches: int) -> None:
+        """Let the auxiliary loss count in a step whose loss is `scale` times the summed loss.
+
+        The step then minimises the mean loss of a target plus `coefficient` times the mean of the
+        auxiliary losses of all micro-batches, of which all processes together have so many.
+        """
+        if self.auxiliary:
+            self.auxiliary_weight = self.auxiliary.coefficient / (scale * micro_batches)
+
+    def take_routing(self) -> Tensor | None:
+        """The means of `routing` over the micro-batches since the last call; None without any."""
+        taken, self.routing = self.routing, []
+        return torch.stack(taken).mean(0) if taken else None
 
     def train(self, mode: bool = True) -> CausalLM:
         """Training mode for this module; the inner model stays in evaluation mode: no dropout."""
@@ -142,7 +190,8 @@ def build_from(
         convert_to_fp8(
             decoder_layers(model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
         )
-    module = CausalLM(model, config.loss_chunk, config.compile, choice).train()
+    auxiliary = find_auxiliary_loss(model) if config.auxiliary_loss else None
+    module = CausalLM(model, config.loss_chunk, config.compile, choice, auxiliary).train()
     if is_wrapper(model):
         keep_text_decoder(model)
     return module
@@ -167,7 +216,24 @@ def _build_with(attention: str, model_config: Any, directory: Path, config: Trai
             f"({reason}); set training.attention to eager, or use a causal language model."
         ) from None
     model.tie_weights()
+    if config.precision != "fp32":
+        _keep_wide(model)
     return model
+
+
+def _keep_wide(model: Any) -> None:
+    """What transformers keeps in fp32 next to bf16 weights: here buffers; a line names weights."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, buffer in model.named_buffers():
+        if any(part in name for part in kept) and buffer.is_floating_point():
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, buffer.float())
+    weights = [name for name, _ in model.named_parameters() if any(part in name for part in kept)]
+    if weights:
+        say(
+            f"model: {len(weights)} weights ({weights[0]}, ...) that transformers would keep in "
+            "fp32 are bf16 in the forward pass, as the others are"
+        )
 
 
 def read_model_config(directory: Path, named: Path | None = None) -> Any:
@@ -210,8 +276,6 @@ def _report_unused_settings(config: Any) -> None:
             f"model: {', '.join(dropout)} of its config.json are ignored, "
             "since training has no dropout"
         )
-    if getattr(config, "router_aux_loss_coef", None) or getattr(config, "num_local_experts", None):
-        say("model: the auxiliary loss of its expert routers is not added to the loss")
 
 
 def _is_dropout(name: str) -> bool:
@@ -255,7 +319,7 @@ def load_weights(module: CausalLM, directory: Path, device: torch.device) -> Non
             state[name] = source.load(name, buffer)
     module.model.load_state_dict(state, strict=False, assign=True)
     module.to(device)
-    unused = sorted(source.checkpoint.tensors.keys() - module.stored_names.values())
+    unused = sorted(module.stored.shapes.keys() - module.stored.used)
     if unused:
         say(
             f"model: {len(unused)} tensors of {directory} are not loaded, because training does "
@@ -265,7 +329,7 @@ def load_weights(module: CausalLM, directory: Path, device: torch.device) -> Non
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A checkpoint whose tensors are found by the model's names."""
+    """A checkpoint whose tensors are found, and rearranged, by the model's names."""
 
     checkpoint: Checkpoint
     names: dict[str, str]
@@ -279,9 +343,9 @@ class WeightSource:
     @staticmethod
     def of(module: CausalLM, checkpoint: Checkpoint, device: torch.device) -> WeightSource:
         """A checkpoint that is open."""
-        names = stored_names(module.model, checkpoint.tensors, checkpoint.directory)
-        module.stored_names = names
-        return WeightSource(checkpoint, names, device)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        module.stored = find_stored(module.model, shapes, checkpoint.directory)
+        return WeightSource(module.stored.seen_in(checkpoint), module.stored.names, device)
 
     def find(self, name: str, target: Tensor) -> TensorInfo:
         """Where the values for `target` are stored.
@@ -292,6 +356,10 @@ class WeightSource:
         info = self.checkpoint.tensors.get(stored_name)
         if info is None or tuple(info.shape) != tuple(target.shape):
             found = f"in shape {tuple(info.shape)}" if info else "not at all"
+            if isinstance(info, RearrangedInfo):
+                found = (
+                    f"as {len(info.parts)} tensors ({info.parts[0].name}, ...), together {found}"
+                )
             raise UserError(
                 f"{directory} holds {stored_name} {found}, but the model needs "
                 f"{tuple(target.shape)}; "
@@ -335,12 +403,6 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
     return (offset[0], offset[0] + shape[0]) if shape[0] else (0, 0)
 
 
-def named_local_parameters(module: CausalLM) -> Iterator[tuple[str, nn.Parameter]]:
-    """(checkpoint name, parameter) of every parameter, tied ones once."""
-    for name, parameter in module.model.named_parameters():
-        yield module.stored_names.get(name, name), parameter
-
-
 def prepare_layers(module: CausalLM, config: TrainingConfig, device: torch.device) -> None:
     """Activation checkpointing, then compilation; call it before sharding."""
     apply_recompute(module.layers, config.activation_checkpointing)
@@ -376,6 +438,7 @@ def describe_model(
             "pure-bf16": "bf16 throughout",
         }[config.precision] + (", fp8 matmuls in the layers" if config.fp8 else ""),
         "attention": _describe_choice(module.choice, config, device),
+        **describe_experts(module.model, module.routers, module.auxiliary),
         "layers": ("compiled" if config.compile else "not compiled")
         + f", activation checkpointing {config.activation_checkpointing}",
     }  # fmt: skip

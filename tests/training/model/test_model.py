@@ -26,7 +26,6 @@ from cpt_merge.training.model.build import (
     build_model,
     decoder_layers,
     load_weights,
-    named_local_parameters,
 )
 from cpt_merge.training.model.head import HeadForm
 from cpt_merge.training.trainable import check_trainable
@@ -36,9 +35,6 @@ from tests.training.conftest import CONFIG
 from tests.training.families import FAMILIES, SIZES, apart, documents, make_family
 
 CPU = torch.device("cpu")
-REARRANGED = {
-    "mixtral"
-}  # their experts are stored apart and stacked by transformers when it loads them
 
 
 def loaded(folder: Path, **changes: Any) -> CausalLM:
@@ -48,7 +44,7 @@ def loaded(folder: Path, **changes: Any) -> CausalLM:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - REARRANGED))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_loss_and_gradients_equal_those_of_transformers_full_logits(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
@@ -164,16 +160,6 @@ def test_dropout_of_the_config_is_off_and_that_is_said(
     assert module(documents(2)).item() == module(documents(2)).item()
 
 
-def test_experts_are_named_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_family(tmp_path, "mixtral", tied=False)
-    with pytest.raises(
-        UserError,
-        match=r"contains .*experts.0.w1.weight, which transformers rearranges into .*gate_up",
-    ):
-        loaded(tmp_path)
-    assert "auxiliary loss of its expert routers is not added" in capsys.readouterr().err
-
-
 # loading
 
 
@@ -182,12 +168,12 @@ def test_weights_come_from_any_float_type(dtype: torch.dtype, tmp_path: Path) ->
     make_family(tmp_path, "llama", tied=False).to(dtype).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
-    for name, parameter in named_local_parameters(loaded(tmp_path)):
+    for name, parameter in loaded(tmp_path).model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, stored[name].float()), name
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - REARRANGED))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("precision", ["fp32", "pure-bf16"])
 def test_buffers_equal_those_that_transformers_loads(
     family: str, precision: str, tmp_path: Path
@@ -218,13 +204,13 @@ def test_buffers_of_the_checkpoint_are_loaded(tmp_path: Path) -> None:
 def test_names_that_transformers_changes_on_loading(tmp_path: Path) -> None:
     """GPT-NeoX's head is `embed_out` in files; a GPT-2 saved without its head lacks the prefix."""
     make_family(tmp_path / "neox", "gpt-neox", tied=False)
-    names = [name for name, _ in named_local_parameters(loaded(tmp_path / "neox"))]
-    assert set(names) == set(load_file(tmp_path / "neox" / "model.safetensors"))
+    names = loaded(tmp_path / "neox").stored_parameters()
+    assert names == set(load_file(tmp_path / "neox" / "model.safetensors"))
     assert "embed_out.weight" in names
     reference = make_family(tmp_path / "gpt2", "gpt2", tied=True)
     save_file(reference.transformer.state_dict(), tmp_path / "gpt2" / "model.safetensors")
     module = loaded(tmp_path / "gpt2")
-    assert next(name for name, _ in named_local_parameters(module)) == "wte.weight"
+    assert "wte.weight" in module.stored_parameters()
     assert torch.equal(module.model.transformer.wte.weight, reference.transformer.wte.weight)
 
 
@@ -266,12 +252,6 @@ NOT_TRAINED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         r"\(SiglipVisionConfig\) is no causal language model",
     ),
-    "experts": (
-        lambda: transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(**SIZES, num_local_experts=2)
-        ),
-        "such models cannot be trained here",
-    ),
     "cross-attention": (mllama, "layers for images alone .*; such models cannot be trained"),
 }  # fmt: skip
 
@@ -289,7 +269,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_its_weights_are_read(
         check_trainable(tmp_path, TrainingConfig(**EAGER), BackendSettings(), CPU)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - REARRANGED))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_models_that_are_trained_pass_the_same_check(family: str, tmp_path: Path) -> None:
     make_family(tmp_path, family, tied=False)
     check_trainable(tmp_path, TrainingConfig(**EAGER), BackendSettings(), device=None)
@@ -327,7 +307,7 @@ def load_sharded(
     load_weights(module, folder, CPU)
     module.frozen_rows = 60
     module(documents(2)).backward()
-    for name, parameter in named_local_parameters(module):
+    for name, parameter in module.model.named_parameters():
         assert isinstance(parameter, DTensor)
         assert parameter.grad is not None
         found[name] = parameter.full_tensor().flatten().tolist()
@@ -356,7 +336,7 @@ def test_each_process_reads_its_rows(
     alone.frozen_rows = 60
     alone(documents(2)).backward()
     for found in run_ranks(load_sharded, 2, tmp_path, shape, names):
-        for name, parameter in named_local_parameters(alone):
+        for name, parameter in alone.model.named_parameters():
             assert found[name] == parameter.flatten().tolist(), name
             assert found["rows of " + name] == [len(parameter) // shape[-1]], name
             assert parameter.grad is not None

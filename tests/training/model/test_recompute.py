@@ -16,7 +16,6 @@ from cpt_merge.training.model.build import (
     CausalLM,
     build_model,
     load_weights,
-    named_local_parameters,
 )
 from cpt_merge.training.model.recompute import Recompute, apply_recompute
 from tests.distributed import run_ranks
@@ -85,8 +84,8 @@ def test_names_and_attributes_of_layers_stay(tmp_path: Path) -> None:
     """gemma3's decoder asks each layer for its kind of attention."""
     make_family(tmp_path, "gemma3", tied=False)
     plain, recomputed = loaded(tmp_path, "none"), loaded(tmp_path, "full")
-    names = [name for name, _ in named_local_parameters(recomputed)]
-    assert names == [name for name, _ in named_local_parameters(plain)]
+    names = [name for name, _ in recomputed.model.named_parameters()]
+    assert names == [name for name, _ in plain.model.named_parameters()]
     assert list(recomputed.state_dict()) == list(plain.state_dict())
     with torch.no_grad():
         assert recomputed(documents(2)).equal(plain(documents(2)))
