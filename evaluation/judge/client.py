@@ -17,6 +17,7 @@ from cpt_merge.core.artifact import make_writable
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
+from cpt_merge.core.redaction import without_secrets
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
 from cpt_merge.evaluation.generate.endpoint import (
     Endpoint,
@@ -190,7 +191,8 @@ def _read_cached(path: Path) -> str | None:
 def _write_cached(path: Path, payload: dict[str, Any], text: str) -> None:
     # another thread or process may write the same answer now
     temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    content = json.dumps({"request": payload, "answer": text}, ensure_ascii=False)
+    request = without_secrets(payload)  # evaluation.judge.request may hold a key
+    content = json.dumps({"request": request, "answer": text}, ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(content, encoding="utf-8")

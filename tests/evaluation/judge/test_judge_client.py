@@ -70,6 +70,18 @@ def test_answers_to_earlier_requests_are_read_from_the_cache(serve, make, tmp_pa
     assert len(server.asked) == 4
 
 
+def test_a_key_among_the_fields_of_a_request_is_sent_and_not_cached(serve, make, tmp_path):
+    server = serve(judging(lambda prompt: "fine"))
+    judge = make(server.url, request={"api_key": "quite-secret", "user": "u"})
+    for _ in "12":
+        assert texts(judge.ask(["a"], ALONE)) == ["fine"]
+    [(_, body)] = server.asked
+    assert body["api_key"] == "quite-secret"
+    [cached] = (tmp_path / "cache").iterdir()
+    assert "quite-secret" not in cached.read_text(encoding="utf-8")
+    assert '"user": "u"' in cached.read_text(encoding="utf-8")
+
+
 def test_tokens_and_cost(serve, make):
     server = serve(lambda number, body: (200, completion("x", (1000, 50))))
     answers = make(server.url).ask(["a", "b", "a"], ALONE)
