@@ -6,6 +6,7 @@ Every stage opens models here, so that all of them agree on which tensors a mode
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,14 @@ import numpy as np
 from cpt_merge.checkpoint.dtypes import FLOATS
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.tensor_kinds import embedding_of, heads_of, kind_of, layer_of
+from cpt_merge.checkpoint.tensor_kinds import (
+    OTHER_MODALITIES,
+    count_layers,
+    embedding_of,
+    heads_of,
+    kind_of,
+    layer_of,
+)
 from cpt_merge.checkpoint.text_sections import TEXT_SECTIONS
 from cpt_merge.checkpoint.tie_defaults import UNTIED
 from cpt_merge.core.errors import UserError
@@ -29,7 +37,8 @@ _OTHER_NAMES = {
     "intermediate_size": ("n_inner", "ffn_dim", "d_ff"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "n_ctx"),
 }
-_PREFIXES = re.compile(r"^((model|language_model|text_model|transformer)\.)+")
+_PREFIXES = re.compile(r"^((model|language_model|text_model|transformer|thinker|llm)\.)+")
+_AROUND_BODY = re.compile(r"^(.+\.)model\.\w+\.weight$")
 _TIE = "tie_word_embeddings"
 _BLOCK = 1 << 20  # elements compared at a time
 _MASK = re.compile(r"\.(attn|attention|self_attention|crossattention)\.(bias|masked_bias)$")
@@ -74,7 +83,20 @@ def loaded(checkpoint: Checkpoint) -> Checkpoint:
             "load them"
         )
     kept = {name: info for name, info in checkpoint.tensors.items() if name not in ignored}
+    _check_text_decoder(checkpoint)
     return _with_head_as_loaded(replace(checkpoint, tensors=kept))
+
+
+def _check_text_decoder(checkpoint: Checkpoint) -> None:
+    """Raise `UserError` for towers without a text decoder."""
+    kinds = Counter(kind_of(name) for name in checkpoint.tensors)
+    towers = {kind: kinds[kind] for kind in OTHER_MODALITIES if kinds[kind]}
+    if towers and not kinds["embed"] and not count_layers(checkpoint.tensors):
+        counts = " and ".join(f"{count} tensors of {kind}" for kind, count in towers.items())
+        raise UserError(
+            f"{checkpoint.directory} contains {counts} and no text decoder; use a complete "
+            "checkpoint of the model, or the text model that belongs to it."
+        )
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
@@ -98,13 +120,14 @@ def named_like(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
     the same names: `model.layers.`, `language_model.model.layers.`, `model.language_model.layers.`.
     """
     known = {_core_name(name): name for name in names}
+    distinct = len(known) == len(names)
+    known = {**_head_like(checkpoint, names), **known}
     renamed = {
         name: known.get(_core_name(name), name) if name not in names else name
         for name in checkpoint.tensors
     }
     changed = [name for name, new in renamed.items() if new != name]
-    distinct = len(known) == len(names) and len(set(renamed.values())) == len(renamed)
-    if not changed or not distinct:
+    if not changed or not distinct or len(set(renamed.values())) < len(renamed):
         return checkpoint
     say_once(
         f"{checkpoint.directory}: {changed[0]} is taken as {renamed[changed[0]]} of the other "
@@ -116,6 +139,22 @@ def named_like(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
 
 def _core_name(name: str) -> str:
     return _PREFIXES.sub("", name)
+
+
+def _head_like(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
+    """The core name of the checkpoint's head -> its name next to the embedding in `names`.
+
+    For a tied model, which has no head, where the two have other prefixes: a head is within what is
+    around the decoder's `model.`, as in `language_model.model.embed_tokens` and
+    `language_model.lm_head`.
+    """
+    embedding, heads = embedding_of(checkpoint), heads_of(checkpoint)
+    core = _core_name(embedding or "")
+    theirs = next((name for name in names if _core_name(name) == core), None)
+    if theirs is None or theirs == embedding or not heads:
+        return {}
+    around = _AROUND_BODY.match(theirs)
+    return {_core_name(heads[0]): f"{around[1] if around else ''}{_core_name(heads[0])}"}
 
 
 def written_config(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:

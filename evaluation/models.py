@@ -157,6 +157,11 @@ def load_tokenizer(directory: Path) -> Any:
             f"{directory} holds no tokenizer that transformers can read ({first_line(error)}); "
             "copy the model's tokenizer into it."
         ) from None
+    except ImportError as error:
+        raise UserError(
+            f"the tokenizer in {directory} needs a package that is missing or incomplete "
+            f"({first_line(error)}); install that package."
+        ) from None
 
 
 def first_line(error: Exception) -> str:

@@ -20,7 +20,7 @@ from cpt_merge.checkpoint.model_files import (
 )
 from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of
-from cpt_merge.checkpoint.text_sections import resize_config
+from cpt_merge.checkpoint.text_sections import resize_config, with_values
 from cpt_merge.checkpoint.token_ids import has_tokenizer
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES, write_templates
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
@@ -70,7 +70,8 @@ def write_all_but_weights(plan: MergePlan, directory: Path) -> None:
     config = model_config(plan.cpt, plan.layout())
     if plan.rows != plan.cpt_rows:
         config = resize_config(config, plan.rows)
-    write_json(directory / CONFIG_FILE, {**config, **plan.format.special_ids[CONFIG_FILE]})
+    config = with_values(config, plan.format.special_ids[CONFIG_FILE])
+    write_json(directory / CONFIG_FILE, config)
     write_json(directory / GENERATION_FILE, generation_config(plan))
     copy_companions(_companions_of(plan), directory)
     for sentence in write_tokenizer(plan, directory):

@@ -108,11 +108,25 @@ def fit_problems(models: Mapping[str, Checkpoint], is_needed: Callable[[str], bo
 
 
 def _architecture_problems(models: Mapping[str, Checkpoint]) -> list[str]:
-    problems = []
     types = {label: text_section(model.config).get("model_type") for label, model in models.items()}
-    if len(set(types.values())) > 1:
-        problems.append("architectures " + _listed(types))
-    return problems
+    families = {str(family).removesuffix("_text") for family in types.values()}
+    if len(families) == 1 or _is_wrapper_s(families, models):
+        return []
+    return ["architectures " + _listed(types)]
+
+
+def _is_wrapper_s(families: set[str], models: Mapping[str, Checkpoint]) -> bool:
+    """Whether families are a text model's and its wrapper's (`qwen2`, `qwen2_5_vl`); says so.
+
+    Shapes and names decide whether they fit.
+    """
+    shortest, *others = sorted(families, key=len)
+    if not all(family.startswith(shortest) for family in others) or not any(
+        kind_of(name) in OTHER_MODALITIES for model in models.values() for name in model.tensors
+    ):
+        return False
+    say(f"merge: {shortest} and {' and '.join(others)} are taken as one family of text decoders")
+    return True
 
 
 def _row_problems(models: Mapping[str, Checkpoint]) -> list[str]:

@@ -280,13 +280,8 @@ def _with_heads(cpt: Checkpoint, sources: list[Vector]) -> tuple[Checkpoint, lis
 
 
 def _with_names(cpt: Checkpoint, sources: list[Vector]) -> tuple[Checkpoint, list[Vector]]:
-    """All models with CPT's names; an extracted vector keeps those of its description."""
-    return cpt, [
-        source
-        if isinstance(source, Extracted)
-        else source.changed(lambda model: named_like(model, cpt.tensors))
-        for source in sources
-    ]
+    """All models with CPT's names."""
+    return cpt, [source.changed(lambda model: named_like(model, cpt.tensors)) for source in sources]
 
 
 def _is_lost(name: str, cpt: Checkpoint) -> bool:

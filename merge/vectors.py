@@ -205,9 +205,14 @@ class Extracted:
         raise NotImplementedError(name)
 
     def changed(self, change: Callable[[Checkpoint], Checkpoint]) -> Extracted:
-        """The same with the vector and the base changed."""
-        base = change(self.base) if self.base else None
-        return replace(self, stored=change(self.stored), base=base)
+        """The same with the vector and the base changed; the description has their names."""
+        base, stored = change(self.base) if self.base else None, change(self.stored)
+        named = {info.name: name for name, info in stored.tensors.items()}
+        of_names = {
+            field: {named.get(name, name): value for name, value in self.description[field].items()}
+            for field in ("base_types", "base_squares")
+        }
+        return replace(self, stored=stored, base=base, description=self.description | of_names)
 
     def base_type(self, name: str) -> str | None:
         """The type that the base stores a tensor in; None if the base has no such tensor."""
@@ -273,9 +278,9 @@ class Towards:
 
 def sample_digest(base: Checkpoint) -> str:
     """sha256 of the first elements of every tensor: identifies a base without reading all of it."""
-    found = hashlib.sha256()
-    for name, info in sorted(open_model(base.directory).tensors.items()):
-        found.update(name.encode() + base.read_flat(name, 0, min(info.size, 64)).tobytes())
+    found, stored = hashlib.sha256(), open_model(base.directory)  # by the names of its files
+    for name, info in sorted(stored.tensors.items()):
+        found.update(name.encode() + stored.read_flat(name, 0, min(info.size, 64)).tobytes())
     return found.hexdigest()
 
 

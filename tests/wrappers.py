@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import transformers
 
-VOCABULARY = 301
+from cpt_merge.checkpoint.text_models import text_decoder
+
+VOCABULARY = 320
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
@@ -100,11 +102,22 @@ WRAPPERS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-def make_wrapper(folder: Path, family: str, tied: bool = False, seed: int = 0) -> Any:
+def make_wrapper(
+    folder: Path,
+    family: str,
+    tied: bool = False,
+    seed: int = 0,
+    vocabulary: int = VOCABULARY,
+    image: int = 7,
+) -> Any:
     """A random wrapper of the family, written to `folder` as transformers does, and returned."""
     name, build = WRAPPERS[family]
     config = build()
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    config.text_config.vocab_size = vocabulary
+    for field in ("image_token_id", "image_token_index", "audio_token_id"):
+        if field in config.to_dict():
+            setattr(config, field, image)
     torch.manual_seed(0)
     model = getattr(transformers, name)._from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():  # far from uniform logits, so that every difference shows
@@ -116,3 +129,24 @@ def make_wrapper(folder: Path, family: str, tied: bool = False, seed: int = 0) -
     model.tie_weights()
     model.save_pretrained(folder)
     return model
+
+
+TEXT_ONLY = {"qwen2.5-vl": "Qwen2ForCausalLM", "qwen3-vl": "Qwen3ForCausalLM"}
+"""The text model with a wrapper's tensors, where transformers has no class of the decoder alone."""
+
+
+def make_text_only(folder: Path, family: str, wrapper: Any) -> Any:
+    """The text decoder of a wrapper as a model of its own, written to `folder` and returned."""
+    text = wrapper.config.text_config
+    if family in TEXT_ONLY:
+        architecture = getattr(transformers, TEXT_ONLY[family])
+        sizes = {name: getattr(text, name) for name in HEADS if hasattr(text, name)}
+        text = architecture.config_class(**sizes, tie_word_embeddings=text.tie_word_embeddings)
+        model = architecture(text)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(text)
+    model.model.load_state_dict(text_decoder(wrapper).state_dict())
+    model.get_output_embeddings().load_state_dict(wrapper.get_output_embeddings().state_dict())
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return model.eval()

@@ -58,6 +58,18 @@ def test_a_text_config_is_resized_too():
         "vocab_size": 8,
         "text_config": {"vocab_size": 8, "a": 1},
     }
+    wrapper = {"image_token_id": 3, "text_config": {"a": 1}, "vision_config": {"vocab_size": 2}}
+    assert finish.resize_config(wrapper, 8) == {**wrapper, "text_config": {"a": 1, "vocab_size": 8}}
+
+
+def test_special_ids_are_stated_wherever_the_base_states_them():
+    config = {"text_config": {"eos_token_id": 1, "a": 1}, "vision_config": {"eos_token_id": 4}}
+    assert finish.with_values(config, {"eos_token_id": [1, 5], "pad_token_id": 0}) == {
+        "text_config": {"eos_token_id": [1, 5], "a": 1},
+        "vision_config": {"eos_token_id": 4},
+        "eos_token_id": [1, 5],
+        "pad_token_id": 0,
+    }
 
 
 def test_another_vocabulary_size_in_a_nested_configuration_is_no_difference(untied):
