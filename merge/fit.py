@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from cpt_merge.checkpoint.arranged import arranged_like
 from cpt_merge.checkpoint.dtypes import FLOATS
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.loaded import named_like, open_model, text_section, with_head
@@ -23,7 +24,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 
 _SHOWN_PROBLEMS = 5
-_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+_ONE_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 class RefusedError(UserError):
@@ -55,7 +56,7 @@ def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
         for label, directory in directories.items()
     }
     *_, last = models.values()
-    models = {label: named_like(model, last.tensors) for label, model in models.items()}
+    models = {label: stored_like(model, last) for label, model in models.items()}
     head = missing_head(models)
     if head:
         models = {label: with_head(model, head) for label, model in models.items()}
@@ -63,6 +64,11 @@ def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
     if problems:
         raise RefusedError(problems)
     return models
+
+
+def stored_like(model: Checkpoint, like: Checkpoint) -> Checkpoint:
+    """A model with the names of another one, and arranged like it."""
+    return arranged_like(named_like(model, like.tensors), like)
 
 
 def missing_head(models: Mapping[str, Checkpoint]) -> str | None:
@@ -94,8 +100,15 @@ def fit_problems(models: Mapping[str, Checkpoint], is_needed: Callable[[str], bo
         label: {name: info for name, info in model.tensors.items() if is_needed(name)}
         for label, model in models.items()
     }
+    counts = _expert_problems(tensors)
+    if counts:  # every tensor of the experts would be named otherwise
+        tensors = {
+            label: {n: i for n, i in of_model.items() if kind_of(n) not in ("experts", "router")}
+            for label, of_model in tensors.items()
+        }
     problems = [
         *_architecture_problems(models),
+        *counts,
         *_row_problems(models),
         *_name_problems(tensors, {label: model.directory for label, model in models.items()}),
         *_shape_problems(tensors),
@@ -127,6 +140,25 @@ def _is_wrapper_s(families: set[str], models: Mapping[str, Checkpoint]) -> bool:
         return False
     say(f"merge: {shortest} and {' and '.join(others)} are taken as one family of text decoders")
     return True
+
+
+def _expert_problems(tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+    """One sentence if the models have different numbers of experts."""
+    counts = {label: _count_experts(of_model) for label, of_model in tensors.items()}
+    if len(set(counts.values()) - {0}) < 2:
+        return []
+    return [_listed({label: f"{count} experts a layer" for label, count in counts.items()})]
+
+
+def _count_experts(tensors: Mapping[str, TensorInfo]) -> int:
+    """The largest number of experts in a layer, in either layout; 0 for a dense model."""
+    counts = [0]
+    for name, info in tensors.items():
+        if one := _ONE_EXPERT.search(name):
+            counts.append(int(one[1]) + 1)
+        elif kind_of(name) == "experts" and len(info.shape) == 3:
+            counts.append(info.shape[0])
+    return max(counts)
 
 
 def _row_problems(models: Mapping[str, Checkpoint]) -> list[str]:

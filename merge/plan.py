@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
-from cpt_merge.checkpoint.loaded import named_like, open_model, with_head
+from cpt_merge.checkpoint.loaded import open_model, with_head
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import (
     OTHER_MODALITIES,
@@ -32,7 +32,13 @@ from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import say
 from cpt_merge.merge.chat_format import ChatFormat
 from cpt_merge.merge.config import MergeConfig
-from cpt_merge.merge.fit import RefusedError, collected, fit_problems, missing_head
+from cpt_merge.merge.fit import (
+    RefusedError,
+    collected,
+    fit_problems,
+    missing_head,
+    stored_like,
+)
 from cpt_merge.merge.rows import Role, RowAlignment, meet
 from cpt_merge.merge.rules import (
     Treatment,
@@ -280,8 +286,8 @@ def _with_heads(cpt: Checkpoint, sources: list[Vector]) -> tuple[Checkpoint, lis
 
 
 def _with_names(cpt: Checkpoint, sources: list[Vector]) -> tuple[Checkpoint, list[Vector]]:
-    """All models with CPT's names."""
-    return cpt, [source.changed(lambda model: named_like(model, cpt.tensors)) for source in sources]
+    """All models stored like CPT."""
+    return cpt, [source.changed(lambda model: stored_like(model, cpt)) for source in sources]
 
 
 def _is_lost(name: str, cpt: Checkpoint) -> bool:

@@ -13,14 +13,33 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
+from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.files import merge_directories
+from cpt_merge.merge.hook import merge_shards
+from cpt_merge.merge.plan import MergeInputs
+from cpt_merge.tracking import Tracker
 from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.parallel import Parallel
+from cpt_merge.training.inputs import TrainingInputs
 from cpt_merge.training.optimizer import rate_factor
+from cpt_merge.training.run import run
 from cpt_merge.training.saved import choose_steps, export_checkpoints
 from tests.distributed import run_ranks
+from tests.recording import Recording
+from tests.training.callbacks.test_preview import replies_of, rows_of
 from tests.training.conftest import CONFIG
-from tests.training.runs import Job, assert_same_weights, train_rows, train_steps, weights
+from tests.training.runs import (
+    Job,
+    ask_for,
+    assert_same_weights,
+    previewed_by,
+    train_rows,
+    train_steps,
+    weights,
+)
 
 COEFFICIENT = 1.0
 
@@ -190,3 +209,66 @@ def test_the_auxiliary_loss_can_be_switched_off_and_spreads_the_tokens(
     assert 2 <= last["train/router_loss"] < first["train/router_loss"]
     assert 0 < last["train/router_entropy"] <= 1
     assert "train/router_loss" not in without[12]
+
+
+@pytest.fixture(scope="module")
+def chat_together(expert_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sibling whose files hold the experts of a layer together."""
+    folder = tmp_path_factory.mktemp("chat") / "chat"
+    shutil.copytree(expert_model, folder)
+    chat = AutoModelForCausalLM.from_pretrained(expert_model, dtype=torch.float32)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in chat.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    chat.save_pretrained(folder, save_original_format=False)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in load_file(folder / "model.safetensors")
+    return folder
+
+
+def train_and_merge(job: Job, chat: Path) -> dict[int, float]:
+    """Train with previews, and merge the shards at the end."""
+    ask_for(job.backend)
+    recording = Recording()
+    models = MergeInputs(job.model, job.model, chat, job.model)
+
+    def hook(shards: list[LocalShard], parallel: Parallel) -> None:
+        merge_shards(shards, MergeConfig(), models, job.out / "merged", Tracker(), parallel)
+
+    inputs = TrainingInputs(job.model, job.model, job.store, "key")
+    tracker = Tracker([recording], {"mode": "disabled", "run_id": "id", "group": "group"})
+    run(job.config, inputs, job.out, tracker, hook, previewed_by(job))
+    return {step: row["train/loss"] for step, row in recording.rows if step and "train/loss" in row}
+
+
+@pytest.mark.parametrize(
+    ("backend", "size"),
+    [("fsdp2", 2), pytest.param("zero3", 2, marks=pytest.mark.slow), pytest.param("fsdp2", 1, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_hook_and_preview_add_the_vector_of_a_chat_model_in_the_other_layout(
+    backend: str,
+    size: int,
+    expert_model: Path,
+    chat_together: Path,
+    store: Path,
+    finished_run: Any,
+    tmp_path: Path,
+) -> None:
+    changes = {"preview": {"every": 6, "max_new_tokens": 6}}
+    job = Job(expert_model, store, tmp_path / "out", changes, backend, chat=chat_together)
+    losses = run_ranks(train_and_merge, size, job, chat_together)[0]
+    whole, steps = finished_run(backend, size)
+    assert losses == {step: loss for step, (loss, _) in steps.items()}, "previews change nothing"
+    assert_same_weights(whole, job.out)
+    cpt = job.out / "cpt"
+    merge_directories(
+        MergeConfig(),
+        MergeInputs(cpt, expert_model, chat_together, cpt),
+        tmp_path / "files",
+        Tracker(),
+    )
+    found = load_file(job.out / "merged" / "model.safetensors")
+    for name, values in load_file(tmp_path / "files" / "model.safetensors").items():
+        assert torch.equal(found[name], values), name
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "files").state_dict()
+    assert rows_of(job.out)[12] == replies_of(state, expert_model)
