@@ -145,6 +145,15 @@ class RearrangedInfo(DerivedInfo):
             rounded.pop() if len(rounded) == 1 else "F32", parts, tuple(pieces),
         )  # fmt: skip
 
+    def shares(self) -> dict[str, float]:
+        """How much of each stored tensor is in this one."""
+        found: dict[str, float] = {}
+        for piece, part in zip(self.pieces, self.parts, strict=True):
+            inner = part.shares() if isinstance(part, RearrangedInfo) else {part.name: 1.0}
+            for name, share in inner.items():
+                found[name] = found.get(name, 0.0) + share * piece.size / part.size
+        return found
+
     def compute(self, read: ReadElements, start: int, stop: int) -> Array:
         """Elements [start, stop) in row-major order, in the tensor's type."""
         values = np.empty(stop - start, STORED[self.dtype])

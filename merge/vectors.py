@@ -15,6 +15,7 @@ from cpt_merge.checkpoint.dtypes import Array, Float32, widen
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.loaded import open_model
 from cpt_merge.checkpoint.model_files import CONFIG_FILE
+from cpt_merge.checkpoint.pieces import RearrangedInfo
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
 from cpt_merge.checkpoint.tokenizer_files import tokenizer_directory
 from cpt_merge.core.errors import UserError
@@ -205,13 +206,24 @@ class Extracted:
         raise NotImplementedError(name)
 
     def changed(self, change: Callable[[Checkpoint], Checkpoint]) -> Extracted:
-        """The same with the vector and the base changed; the description has their names."""
+        """The same with the vector and the base changed; the description has their names.
+
+        The norm of a tensor that others were made of is divided over them by their sizes.
+        """
         base, stored = change(self.base) if self.base else None, change(self.stored)
         named = {info.name: name for name, info in stored.tensors.items()}
         of_names = {
             field: {named.get(name, name): value for name, value in self.description[field].items()}
             for field in ("base_types", "base_squares")
         }
+        for name, info in stored.tensors.items():
+            if isinstance(info, RearrangedInfo):
+                types, squares = of_names["base_types"], of_names["base_squares"]
+                shares = info.shares()
+                known = [types[one] for one in shares if one in types]
+                if known:
+                    types[name] = known[0]
+                squares[name] = sum(part * squares.get(one, 0.0) for one, part in shares.items())
         return replace(self, stored=stored, base=base, description=self.description | of_names)
 
     def base_type(self, name: str) -> str | None:

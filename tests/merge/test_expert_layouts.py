@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.extract import extract
 from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.fit import open_fitting
 from cpt_merge.merge.plan import MergeInputs
@@ -69,6 +70,24 @@ def test_every_combination_gives_the_bytes_of_one_layout(
         found = merged(models, (cpt, *layouts), tmp_path / f"mixed-{number}", **config)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], values) for name, values in expected.items()), layouts
+
+
+@pytest.mark.parametrize("cpt", ["one-by-one", "together"])
+def test_an_extracted_vector_may_be_of_the_other_layout(
+    cpt: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "together" if cpt == "one-by-one" else "one-by-one"
+    expected = merged(models, (cpt, cpt, cpt), tmp_path / "one", statistics="all")
+    norms = re.findall(r"\|chat - base\| is \S+ of \|base\|", capsys.readouterr().err)
+    extract(models / "base" / other, models / "chat" / other, tmp_path / "vector")
+    inputs = MergeInputs(models / "cpt" / cpt, vector=tmp_path / "vector")
+    merge_directories(MergeConfig(statistics="all"), inputs, tmp_path / "two", Tracker())
+    found = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    assert (
+        norms[-1:]
+        == re.findall(r"\|chat - base\| is \S+ of \|base\|", capsys.readouterr().err)[-1:]
+    )
 
 
 def test_the_conversion_is_said(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
