@@ -59,6 +59,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     unchanged_files: frozenset[str]  # those that contain `tensors` as they are, and nothing else
     adapted: Checkpoint | None = None  # the base model, if the directory holds an adapter
+    stated: Mapping[str, Any] | None = None  # a config.json in place of the directory's
     _files: dict[str, FileIO] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -87,6 +88,8 @@ class Checkpoint:
 
         Raises `UserError` if it is missing or damaged.
         """
+        if self.stated is not None:
+            return dict(self.stated)
         if self.adapted is None:
             return plain_config(read_json(self.directory / "config.json"))
         config = self.adapted.config

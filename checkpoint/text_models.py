@@ -6,10 +6,14 @@ for the decoder, and next to the decoder it has towers and what connects them to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -47,6 +51,34 @@ def text_decoder(model: Any) -> Any:
             return decoder
         decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
     return decoder
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A class of transformers for a text decoder and its head: config.json, and names in files."""
+
+    config: dict[str, Any]
+    body: str  # prefix of the decoder's tensors
+    head: str  # prefix of the head's
+    embedding: str  # without the prefix of the decoder
+
+
+def text_model_within(config: Mapping[str, Any]) -> TextModel | None:
+    """The text model that a wrapper's config.json contains; None if transformers has no class."""
+    wrapper = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    text = wrapper.get_text_config(decoder=True)
+    if text is wrapper or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+    names = {id(part): name for name, part in model.named_modules()}
+    body = f"{names[id(text_decoder(model))]}."
+    return TextModel(
+        {**text.to_diff_dict(), "architectures": [type(model).__name__]},
+        body,
+        f"{names[id(model.get_output_embeddings())]}.",
+        f"{names[id(model.get_input_embeddings())]}.weight".removeprefix(body),
+    )
 
 
 def keep_text_decoder(wrapper: Any) -> None:

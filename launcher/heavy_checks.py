@@ -89,7 +89,8 @@ def _check_training(run: Run, here: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
     known = here or on_cpu or device.type == "cuda"
     asked = backend_settings(variables)
-    check_trainable(run.base, run.recipe.training, asked, device if known else None)
+    alone = run.recipe.models.text_only
+    check_trainable(run.base, run.recipe.training, asked, device if known else None, alone)
 
 
 def _check_chat(run: Run) -> None:

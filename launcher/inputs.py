@@ -19,7 +19,7 @@ from cpt_merge.launcher.fetch import check_cache
 from cpt_merge.launcher.heavy_checks import heavy_checks
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
-from cpt_merge.launcher.sizes import check_disk, shape_of
+from cpt_merge.launcher.sizes import check_disk, read_shape
 from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import MERGE, TRAINING
 from cpt_merge.launcher.start import accelerate_config
@@ -109,9 +109,10 @@ def _check_models(run: Run) -> None:
         merge_report.warn(pair_warnings(run.base, run.chat))
     if not is_up_to_date(run, MERGE):
         # the base in place of the model that will be trained from it
-        plan_merge(recipe.merge, MergeInputs(run.base, run.base, run.chat))
+        stand_in = MergeInputs(run.base, run.base, run.chat, text_only=recipe.models.text_only)
+        plan_merge(recipe.merge, stand_in)
     if not is_up_to_date(run, TRAINING):
-        check_disk(run, shape_of(run.base, recipe.models.base))
+        check_disk(run, read_shape(recipe))
     if recipe.training.preview.every is not None:
         from cpt_merge.launcher.preview import check_previewed
 

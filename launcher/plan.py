@@ -53,6 +53,13 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
     _print_text(console, run)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("base", f"{base.parameters / 1e6:,.1f} M parameters, {base.vocabulary:,} rows")
+    if base.towers:
+        table.add_row(
+            "towers",
+            f"{base.towers / 1e6:,.1f} M parameters more, which training does not load",
+        )
+    if recipe.models.text_only:
+        table.add_row("text only", "the base's towers are left out of CPT and of the merged model")
     table.add_row(
         "extended", f"{shape.parameters / 1e6:,.1f} M parameters, at most {shape.vocabulary:,} rows"
     )

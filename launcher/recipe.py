@@ -32,6 +32,11 @@ class Models(Section):
     chat: str = key(
         ..., "its chat sibling, trained from the very same base: a directory or a hub id"
     )
+    text_only: bool = key(
+        False,
+        "leave out the towers of a multimodal base: CPT and the merged model are then text models "
+        "of their own, with the class that transformers has for its decoder",
+    )
 
     @model_validator(mode="before")
     @classmethod

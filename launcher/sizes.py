@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from cpt_merge.checkpoint.quantised import refuse_by_config
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of
 from cpt_merge.core.artifact import existing_parent
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import is_here, model_directory
@@ -32,7 +34,14 @@ GB = 1e9
 def shape_of(directory: Path, name: str) -> ModelShape:
     """The shape of a model on this machine; `name` is what an error message calls it."""
     checkpoint = Checkpoint.open(directory)
-    return ModelShape.from_config(checkpoint.config, checkpoint.parameters, name)
+    sizes = {name: info.size for name, info in checkpoint.tensors.items()}
+    return _shape(checkpoint.config, sizes, name)
+
+
+def _shape(config: dict[str, Any], sizes: Mapping[str, int], name: str) -> ModelShape:
+    """The shape of a model whose tensors have so many elements."""
+    towers = sum(size for tensor, size in sizes.items() if kind_of(tensor) in OTHER_MODALITIES)
+    return ModelShape.from_config(config, sum(sizes.values()) - towers, name, towers)
 
 
 def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
@@ -53,7 +62,7 @@ def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
             f"{name} has experts, but speed can be estimated for dense models only; "
             "leave out --gpu."
         )
-    return shape
+    return replace(shape, towers=0) if recipe.models.text_only else shape
 
 
 def _shape_on_the_hub(name: str) -> tuple[dict[str, Any], ModelShape]:
@@ -71,7 +80,12 @@ def _shape_on_the_hub(name: str) -> tuple[dict[str, Any], ModelShape]:
         about = get_safetensors_metadata(snapshot.repository.name, revision=snapshot.commit)
     config = json.loads(path.read_text(encoding="utf-8"))
     refuse_by_config(name, config)
-    return config, ModelShape.from_config(config, sum(about.parameter_count.values()), name)
+    sizes = {
+        tensor: info.parameter_count
+        for file in about.files_metadata.values()
+        for tensor, info in file.tensors.items()
+    }
+    return config, _shape(config, sizes, name)
 
 
 def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
@@ -151,4 +165,5 @@ def check_disk(run: Run, shape: ModelShape) -> None:
 def disk_needed(shape: ModelShape, config: TrainingConfig) -> DiskNeeded:
     """The disk space of a run of a model of this shape."""
     checkpoint = shape.parameters * (6 if config.precision == "pure-bf16" else 12)
-    return DiskNeeded(shape.parameters * 2, checkpoint, config.checkpoints.keep)
+    model = (shape.parameters + shape.towers) * 2
+    return DiskNeeded(model, checkpoint, config.checkpoints.keep)

@@ -87,13 +87,15 @@ def _initialise_rows(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     paths.resized.mkdir(parents=True)
     text = _new_text(recipe)
     return resize_embeddings(
-        recipe.embeddings, paths.base, paths.tokenizer, paths.resized, text, tracker
-    )
+        recipe.embeddings, paths.base, paths.tokenizer, paths.resized, text, tracker,
+        recipe.models.text_only,
+    )  # fmt: skip
 
 
 def _embeddings_config(recipe: Recipe) -> dict[str, Any]:
     text = {"corpus": _new_text(recipe).text()} if recipe.embeddings.needs_text else {}
-    return {"embeddings": recipe.embeddings.model_dump(), **text}
+    alone = {"text_only": True} if recipe.models.text_only else {}
+    return {"embeddings": recipe.embeddings.model_dump(), **text, **alone}
 
 
 def _embeddings_inputs(run: Run) -> dict[str, str]:

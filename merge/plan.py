@@ -23,6 +23,7 @@ from cpt_merge.checkpoint.tensor_kinds import (
     kind_of,
     vocabulary_rows,
 )
+from cpt_merge.checkpoint.text_only import text_only
 from cpt_merge.checkpoint.token_changes import TokenChanges
 from cpt_merge.checkpoint.tokenizer_files import tokenizer_directory
 from cpt_merge.checkpoint.writer import CheckpointLayout, TensorSpec, check_room, natural
@@ -63,6 +64,7 @@ class MergeInputs:
     chat: Path | None = None
     tokenizer: Path | None = None
     vector: Path | None = None
+    text_only: bool = False  # CPT is the text decoder of the wrapper in `cpt`
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -245,6 +247,8 @@ def _open(config: MergeConfig, inputs: MergeInputs) -> tuple[Checkpoint, list[Ve
     cpt, sources = None, list[Vector]()
     with collected(problems):
         cpt = open_model(inputs.cpt, inputs.base)
+        if inputs.text_only:
+            cpt = text_only(cpt)
     with collected(problems):
         sources.append(_open_first(config, inputs))
     for one in config.vectors:

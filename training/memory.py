@@ -37,9 +37,12 @@ class ModelShape:
     heads: int
     query: int  # heads * head_dim
     key_value: int  # key-value heads * head_dim
+    towers: int = 0  # parameters outside the decoder, which training does not load
 
     @staticmethod
-    def from_config(config: Mapping[str, Any], parameters: int, name: str) -> ModelShape:
+    def from_config(
+        config: Mapping[str, Any], parameters: int, name: str, towers: int = 0
+    ) -> ModelShape:
         """From the values of a config.json. Raises `UserError` with `name` if one is missing.
 
         What a family's published files leave out (Gemma 3) is the default of its class.
@@ -65,6 +68,7 @@ class ModelShape:
             heads=heads,
             query=heads * head,
             key_value=(config.get("num_key_value_heads") or heads) * head,
+            towers=towers,
         )
 
     def resized(self, vocabulary: int) -> ModelShape:
@@ -93,7 +97,9 @@ def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
     from transformers import AutoConfig
 
     try:
-        complete = AutoConfig.for_model(**config).to_dict()
+        model = AutoConfig.for_model(**config)
+        text = model.get_text_config(decoder=True) if model.sub_configs else model
+        complete = {**model.to_dict(), **text.to_dict()}
     except Exception:  # an unknown family, or values that training will name
         return config
     return {**complete, **config}

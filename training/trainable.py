@@ -13,6 +13,7 @@ import torch
 
 from cpt_merge.checkpoint.loaded import is_tied, open_model, written_config
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.text_only import text_only
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.progress import say
 from cpt_merge.training.config import TrainingConfig
@@ -33,11 +34,16 @@ _CPU, _META = torch.device("cpu"), torch.device("meta")
 
 
 def check_trainable(
-    base: Path, config: TrainingConfig, asked: BackendSettings, device: torch.device | None
+    base: Path,
+    config: TrainingConfig,
+    asked: BackendSettings,
+    device: torch.device | None,
+    without_towers: bool = False,
 ) -> None:
     """Raise `UserError` for what the start of training would refuse: backend, device, model.
 
     Without a `device` the model trains on another machine, which has to check its GPUs itself.
+    `without_towers`: it is the text decoder of the wrapper in `base`.
     """
     check_backend(asked, config)
     if config.fp8:
@@ -51,16 +57,23 @@ def check_trainable(
             check_capability(device)
         if device.type == "cuda" and not config.peak_tflops:
             peak_flops(torch.cuda.get_device_name(device))
-    for line in check_model(base, config, device or _CPU).choice.describe():
+    for line in check_model(base, config, device or _CPU, without_towers).choice.describe():
         say(line)
 
 
-def check_model(directory: Path, config: TrainingConfig, device: torch.device = _CPU) -> CausalLM:
+def check_model(
+    directory: Path,
+    config: TrainingConfig,
+    device: torch.device = _CPU,
+    without_towers: bool = False,
+) -> CausalLM:
     """A model that training can build, and whose files hold all its weights.
 
     Raises `UserError` for another one.
     """
     checkpoint = open_model(directory)
+    if without_towers:
+        checkpoint = text_only(checkpoint)
     with tempfile.TemporaryDirectory() as folder:  # config.json as the resized base has it
         settings = written_config(checkpoint.config, is_tied(checkpoint))
         write_json(Path(folder) / "config.json", settings)

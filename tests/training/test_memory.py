@@ -338,6 +338,9 @@ def test_what_a_family_leaves_out_of_its_configuration_is_its_default() -> None:
         2048,
         1024,
     )
+    del text["model_type"]  # then the wrapper's class knows it
+    config = {"model_type": "gemma3", "text_config": text}
+    assert ModelShape.from_config(config, 4 * 10**9, "it") == shape
 
 
 def write(path: Path, text: str) -> None:

@@ -23,6 +23,7 @@ from cpt_merge.checkpoint.loaded import is_tied, loaded, written_config
 from cpt_merge.checkpoint.model_files import GENERATION_FILE, copy_companions, copy_files
 from cpt_merge.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import is_by_token, kind_of, vocabulary_rows
+from cpt_merge.checkpoint.text_only import text_only
 from cpt_merge.checkpoint.text_sections import resize_config
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
@@ -54,17 +55,21 @@ def resize_embeddings(
     out: Path,
     corpus: Corpus | None = None,
     tracker: Tracker | None = None,
+    without_towers: bool = False,
 ) -> dict[str, Any]:
     """Write the model in `base` with rows for the extended `tokenizer` to `out`, which is missing
     or empty.
 
     `tokenizer` is a directory that `extend_tokenizer` wrote. `corpus` is text in the new languages;
-    only the method `focus` reads it. Returns the number of rows of each kind, and for each matrix
+    only the method `focus` reads it. `without_towers` writes the text decoder of a wrapper as a
+    model of its own. Returns the number of rows of each kind, and for each matrix
     the mean norms of old and new rows. Raises `UserError` if the vocabulary map was made for
     another base.
     """
     stored, vocabulary = Checkpoint.open(base), VocabularyMap.load(tokenizer)
     source = loaded(stored)
+    if without_towers:
+        source = text_only(source)
     resize = _Resize(config, source, stored, vocabulary, tokenizer)
     resize.check()
     layout = resize.layout()
@@ -88,7 +93,8 @@ def resize_embeddings(
         write_json(writer.directory / "config.json", resize.model_config())
         copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], writer.directory)
         copy_files([base / GENERATION_FILE], writer.directory)
-        copy_companions([base], writer.directory)
+        if not without_towers:
+            copy_companions([base], writer.directory)
     say(
         f"embeddings: {vocabulary.base_rows:,} -> {vocabulary.rows:,} rows; "
         f"{len(resize.changed_files)} files written, {linked} linked"
@@ -176,7 +182,7 @@ class _Resize:
                 grows = name in self.matrices
                 shape = (self.vocabulary.rows, *info.shape[1:]) if grows else info.shape
                 specs[_as_safetensors(info.file)].append(TensorSpec(name, info.copied_dtype, shape))
-        return CheckpointLayout.of_files(specs)
+        return CheckpointLayout.of_files({file: some for file, some in specs.items() if some})
 
     def token_space(self, corpus: Corpus | None) -> TokenSpace | None:
         """The space of the new text's tokens, where a method needs it.
