@@ -40,7 +40,7 @@ picture:  ## docs/demo-report.png, from the demo's report; needs Debian's chromi
 $(VENV)/done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable ".[demo,dev]"
-	$(INSTALL) --no-deps mistral-common dashscope  # for their tokenizer files; they are not imported
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/tokenizer-files mistral-common dashscope  # never imported
 	touch $@
 
 clean:

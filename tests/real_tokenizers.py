@@ -12,7 +12,6 @@ others).
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -31,16 +30,14 @@ WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s
 
 
 def data_file(package: str, path: str) -> Path:
-    """A file inside an installed package.
+    """A file of a package whose code cannot be imported: transformers would do that if it could.
 
-    Raises `FileNotFoundError` where the package is not installed.
+    Raises `FileNotFoundError` where the package is not there.
     """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"{package.replace('_', '-')} is not installed; run `make test`, which installs it"
-        )
-    return Path(spec.submodule_search_locations[0]) / path
+    folder = Path(sys.prefix) / "tokenizer-files" / package
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there; run `make test`, which installs it")
+    return folder / path
 
 
 def write_mistral(folder: Path) -> None:
