@@ -152,6 +152,10 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # families whose own code lets packed documents see each other
 LEAKING: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt-oss": (
+        "GptOssConfig",
+        {**SIZES, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    ),
     "falcon": ("FalconConfig", {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}),
     "bloom": ("BloomConfig", {"vocab_size": 100, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "opt": ("OPTConfig", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),

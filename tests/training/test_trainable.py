@@ -19,7 +19,6 @@ from tests.training.families import FAMILIES, GEMMA, SIZES, make_family
 
 CPU = torch.device("cpu")
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt-oss": ("GptOssConfig", {**SIZES, "head_dim": 8, "num_local_experts": 4}),
     "bert": ("BertConfig", {**SIZES, "is_decoder": False}),
     "phi3-long": (  # its factors have the length of the model's own heads
         "Phi3Config",

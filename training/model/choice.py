@@ -37,7 +37,7 @@ from cpt_merge.training.model.documents import (
 )
 from cpt_merge.training.model.small import TOKENS, small_config, small_decoder
 
-_LENGTHS = (7, 9, 8)  # documents of each of two sequences
+_LENGTHS = (7, 8, 9)  # documents of each of two sequences
 _BEGIN, _END = TOKENS + 7, TOKENS + 7 + 6  # places in the batch that nothing else may change
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest hidden state
 
@@ -150,7 +150,7 @@ class _Trial:
                 reached = gradient[places].max() > 1e-6 * gradient.max()
                 if reached or self._differs(found, self._run(self._changed(places))):
                     return f"lets a document see {what}"
-            if self._differs(found, self._alone()):
+            if self._differs(self._packed(), self._alone()):
                 return "gives a document other values than it has alone"
         except UserError:
             raise
@@ -200,14 +200,18 @@ class _Trial:
             return _places(decode(self.decoder, batch, self.separation, self.documents))
 
     @torch.no_grad()
+    def _packed(self) -> Tensor:
+        """The hidden states of the document that begins at the places."""
+        hidden = decode(self.decoder, self.batch, self.separation, self.documents)
+        return hidden.flatten(0, 1)[_BEGIN : _BEGIN + _LENGTHS[1]]
+
+    @torch.no_grad()
     def _alone(self) -> Tensor:
-        """The hidden states of the places when their document is all there is."""
-        start = self.batch.cu_seqlens.tolist().index(_BEGIN)
-        ids = self.batch.input_ids.view(1, -1)[:, _BEGIN : self.batch.cu_seqlens[start + 1]]
+        """The same when it is all there is."""
+        ids = self.batch.input_ids.view(1, -1)[:, _BEGIN : _BEGIN + _LENGTHS[1]]
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         batch = Batch.of(ids.cpu(), ids.cpu(), positions.cpu()).to(ids.device)
-        hidden = decode(self.decoder, batch, self.separation, self.documents)
-        return hidden[0, : _END - _BEGIN]
+        return decode(self.decoder, batch, self.separation, self.documents)[0]
 
     @torch.enable_grad()
     def _with_gradient(self) -> tuple[Tensor, Tensor]:

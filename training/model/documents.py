@@ -165,7 +165,8 @@ class PackedDocuments:
             mask = value.expand(rows, *value.shape[1:])[row[:, 0]]
             heads = torch.arange(mask.shape[1], device=mask.device).view(1, -1, 1, 1)
             documents = torch.arange(len(row), device=mask.device).view(-1, 1, 1, 1)
-            return mask[documents, heads, within[:, None, :, None], within[:, None, None, :]]
+            cut = mask[documents, heads, within[:, None, :, None], within[:, None, None, :]]
+            return _without_padding(cut)
         return value
 
     def _joined(self, outputs: list[Any]) -> Any:
@@ -182,6 +183,16 @@ class PackedDocuments:
         ]
         whole = torch.cat(parts)[self._order]
         return whole.view(*self._shape, *whole.shape[1:])
+
+
+def _without_padding(mask: Tensor) -> Tensor:
+    """A mask [documents, heads, queries, keys] of a causal attention, without what follows a query.
+
+    Padding repeats the last token of a document, which would see it as further copies of itself.
+    """
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    hidden = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(later, hidden)
 
 
 def _sent(values: Tensor, batch: Batch) -> Tensor:
