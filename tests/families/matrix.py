@@ -322,9 +322,7 @@ def hook(models: Models) -> None:
     out, _ = models.trained("fsdp2", 2)
     inputs = MergeInputs(out / "cpt", models.base, models.chat, models.tokenizer)
     merge_directories(MergeConfig(), inputs, models.merged)
-    found, files = (
-        load_file(one / "model.safetensors") for one in (out / "merged", models.merged)
-    )
+    found, files = (load_file(one / "model.safetensors") for one in (out / "merged", models.merged))
     same_layout(found, files)
     for name, values in files.items():
         torch.testing.assert_close(found[name], values, rtol=0, atol=2**-7, msg=name)
