@@ -17,7 +17,7 @@ from cpt_merge.checkpoint.text_only import text_only
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.progress import say
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.distributed.build import check_backend
+from cpt_merge.training.distributed.build import check_backend, check_choice
 from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.flops import peak_flops
 from cpt_merge.training.model.attention import check_device
@@ -57,7 +57,9 @@ def check_trainable(
             check_capability(device)
         if device.type == "cuda" and not config.peak_tflops:
             peak_flops(torch.cuda.get_device_name(device))
-    for line in check_model(base, config, device or _CPU, without_towers).choice.describe():
+    choice = check_model(base, config, device or _CPU, without_towers).choice
+    check_choice(asked, choice)
+    for line in choice.describe():
         say(line)
 
 

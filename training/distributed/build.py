@@ -7,6 +7,7 @@ from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.backend import Backend
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.distributed.settings import BackendSettings
+from cpt_merge.training.model.choice import Choice
 from cpt_merge.training.phases import PhaseSetup
 
 
@@ -21,6 +22,15 @@ def build_backend(setup: PhaseSetup, parallel: Parallel) -> Backend:
     from cpt_merge.training.distributed.fsdp import TorchBackend
 
     return TorchBackend.build(setup, parallel)
+
+
+def check_choice(asked: BackendSettings, choice: Choice) -> None:
+    """Raise `UserError` for a backend in which documents are not kept apart in the way chosen."""
+    if asked.backend == "deepspeed":
+        from cpt_merge.training.distributed.deepspeed import check_documents, zero_section
+
+        if zero_section(asked)["stage"] == 3:
+            check_documents(choice)
 
 
 def check_backend(asked: BackendSettings, config: TrainingConfig) -> None:

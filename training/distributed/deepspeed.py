@@ -43,6 +43,7 @@ from cpt_merge.training.model.build import (
     one_document_each,
     prepare_layers,
 )
+from cpt_merge.training.model.choice import Choice
 from cpt_merge.training.model.compile import uncompiled
 from cpt_merge.training.optimizer import build_optimizer, learning_rates, set_rate
 from cpt_merge.training.phases import PhaseSetup, select_trained
@@ -73,6 +74,7 @@ class ZeroBackend:
         select_trained(module, setup.phase, setup.base_rows)
         prepare_layers(module, setup.config, parallel.device)
         if stage == 3:
+            check_documents(module.choice)
             _load_partitioned(module, setup.model, settings, parallel.device)
         else:
             load_weights(module, setup.model, parallel.device)
@@ -282,6 +284,19 @@ def check_zero(settings: BackendSettings, config: TrainingConfig) -> None:
             "set bf16 or fp32."
         )
     zero_section(settings)
+
+
+def check_documents(choice: Choice) -> None:
+    """Raise `UserError` for a model in which ZeRO 3 would wait for ever.
+
+    It gathers a module's weights each time that it runs, and modules that take documents one by one
+    run as often as the process's documents need.
+    """
+    if choice.separation.one_by_one:
+        raise UserError(
+            f"packed documents go {choice.separation.describe()}, which ZeRO 3 does not allow, "
+            "since processes have different documents; use FSDP2 or ZeRO 2."
+        )
 
 
 def _engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, Any]:
