@@ -21,7 +21,7 @@ from cpt_merge.core.progress import console, say
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date
-from cpt_merge.launcher.stages import EVALUATION, TRAINING
+from cpt_merge.launcher.stages import DATA, EVALUATION, TRAINING
 from cpt_merge.launcher.start import backend_variables
 
 REFUSED = 2
@@ -90,7 +90,22 @@ def _check_training(run: Run, here: bool) -> None:
     known = here or on_cpu or device.type == "cuda"
     asked = backend_settings(variables)
     alone = run.recipe.models.text_only
-    check_trainable(run.base, run.recipe.training, asked, device if known else None, alone)
+    choice = check_trainable(run.base, run.recipe.training, asked, device if known else None, alone)
+    if choice.separation.one_by_one:
+        say(f"packed documents: {_cost_of_padding(run)}")
+
+
+def _cost_of_padding(run: Run) -> str:
+    """What documents one by one cost, if their lengths are known."""
+    from cpt_merge.data.packing import TrainingSequences
+    from cpt_merge.data.store import Store
+    from cpt_merge.training.summary import padding_line
+
+    if not is_up_to_date(run, DATA):
+        return "how much padding that takes is known when the text is tokenised"
+    config = run.recipe.training
+    sequences = TrainingSequences(Store.open(run.store), config.sequence_length, config.seed)
+    return padding_line(sequences, config)
 
 
 def _check_chat(run: Run) -> None:

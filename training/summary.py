@@ -10,16 +10,25 @@ import torch
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.progress import counted
 from cpt_merge.data.mixture import SourceShare, describe
+from cpt_merge.data.packing import TrainingSequences
+from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.backend import Backend
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.memory import MemorySetup, ModelShape, available_memory, estimate_memory
+from cpt_merge.training.model.choice import Choice
+from cpt_merge.training.model.documents import NOTHING_ELSE, padding_share
 from cpt_merge.training.phases import PhaseSetup
 
 GB = 1e9
+_SAMPLE = 64  # micro-batches by which padding is measured
 
 
 def startup_summary(
-    setup: PhaseSetup, backend: Backend, parallel: Parallel, shares: Sequence[SourceShare]
+    setup: PhaseSetup,
+    backend: Backend,
+    parallel: Parallel,
+    shares: Sequence[SourceShare],
+    sequences: TrainingSequences,
 ) -> str:
     """Lines of `name  what is active`."""
     config, phase, device = setup.config, setup.phase, parallel.device
@@ -30,6 +39,7 @@ def startup_summary(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     lines = {
         **backend.describe(),
+        **_documents(backend.choice, sequences, config),
         "device": f"{name}, {parallel.world.started}",
         "step": f"{config.global_batch_size} sequences of {config.sequence_length} = "
         f"{config.tokens_per_step:,} tokens; each process "
@@ -46,6 +56,29 @@ def startup_summary(
     return "\n".join(f"  {name:<11} {text}" for name, text in lines.items())
 
 
+def _documents(
+    choice: Choice, sequences: TrainingSequences, config: TrainingConfig
+) -> dict[str, str]:
+    """How packed documents are kept apart, if not by the attention alone."""
+    if choice.separation == NOTHING_ELSE:
+        return {}
+    text = choice.separation.describe()
+    if choice.separation.one_by_one:
+        text += f", {padding_line(sequences, config)}"
+    return {"documents": text}
+
+
+def padding_line(sequences: TrainingSequences, config: TrainingConfig) -> str:
+    """What documents one by one cost, by the first micro-batches of a run."""
+    size = config.micro_batch_size
+    starts = range(0, min(_SAMPLE * size, config.steps * config.global_batch_size), size)
+    share = padding_share(sequences.batch(range(start, start + size)) for start in starts)
+    return (
+        f"those of similar length together; padding is {share:.1%} of the positions computed "
+        "there, and counts in neither loss, tokens nor schedule"
+    )
+
+
 def _memory_line(setup: PhaseSetup, backend: Backend, parallel: Parallel) -> str:
     """The estimated memory of one process, and what it can have."""
     checkpoint = Checkpoint.open(setup.model)
@@ -53,6 +86,7 @@ def _memory_line(setup: PhaseSetup, backend: Backend, parallel: Parallel) -> str
     memory = replace(
         MemorySetup.of(setup.config, backend.strategy, parallel.size, backend.shard_count),
         vocabulary_only=setup.phase.train != "all",
+        attention=backend.choice.attention,
     )
     needed, there = estimate_memory(shape, memory).total, available_memory(parallel.device)
     warning = "; MORE THAN IS AVAILABLE" if needed > there else ""

@@ -27,6 +27,7 @@ from cpt_merge.training.model.build import (
     build_from,
     read_model_config,
 )
+from cpt_merge.training.model.choice import Choice
 from cpt_merge.training.model.compile import check_compiler
 from cpt_merge.training.model.fp8 import check_capability, check_torchao
 
@@ -39,8 +40,10 @@ def check_trainable(
     asked: BackendSettings,
     device: torch.device | None,
     without_towers: bool = False,
-) -> None:
-    """Raise `UserError` for what the start of training would refuse: backend, device, model.
+) -> Choice:
+    """How packed documents are kept apart in a model that can be trained.
+
+    Raises `UserError` for what the start of training would refuse: backend, device, model.
 
     Without a `device` the model trains on another machine, which has to check its GPUs itself.
     `without_towers`: it is the text decoder of the wrapper in `base`.
@@ -61,6 +64,7 @@ def check_trainable(
     check_choice(asked, choice)
     for line in choice.describe():
         say(line)
+    return choice
 
 
 def check_model(

@@ -111,7 +111,7 @@ class Trainer:
         source = self._exported(self.phases[phase.number - 1]) if fresh else self.inputs.model
         setup = PhaseSetup(self.config, phase, source, self.base_rows)
         self.backend = build_backend(setup, self.parallel)
-        say(startup_summary(setup, self.backend, self.parallel, self.shares))
+        say(startup_summary(setup, self.backend, self.parallel, self.shares, self.sequences))
         if saved:
             self.checkpoints.load(self.backend, saved)
         self.state = replace(self.state, phase=phase.number)

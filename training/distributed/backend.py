@@ -16,6 +16,7 @@ from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig
 from cpt_merge.training.memory import Strategy
+from cpt_merge.training.model.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Backend(Protocol):
 
     layout: str  # names who can load its checkpoints
     strategy: Strategy  # how memory is divided
+    choice: Choice  # how packed documents are kept apart
     shard_count: int  # processes that it is divided over
 
     def loss(self, batch: Batch) -> Tensor:

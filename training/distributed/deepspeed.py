@@ -60,6 +60,7 @@ class ZeroBackend:
         self.engine, self.optimizer, self.setup, self.parallel = engine, optimizer, setup, parallel
         self.stage: int = engine.zero_optimization_stage()
         self.layout = f"DeepSpeed ZeRO {self.stage} on {parallel.size} processes"
+        self.choice = self.module.choice
         self.strategy = ZERO_STRATEGIES[self.stage]
         self.shard_count = parallel.size
         self.micro_batches = parallel.size * setup.config.micro_batches(parallel.size)

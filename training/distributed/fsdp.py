@@ -57,6 +57,7 @@ class TorchBackend:
         parallel: Parallel,
     ) -> None:
         self.module, self.optimizer, self.setup, self.parallel = module, optimizer, setup, parallel
+        self.choice = module.choice
         self.strategy: Strategy = "fsdp2" if isinstance(module, FSDPModule) else "single"
         self.copy = copy
         self.running = copy.module if copy else module

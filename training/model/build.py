@@ -34,7 +34,7 @@ from cpt_merge.training.model.attention import (
     describe_attention,
 )
 from cpt_merge.training.model.choice import Choice, choose
-from cpt_merge.training.model.compile import check_compiler, compile_layers
+from cpt_merge.training.model.compile import check_compiler, compilable, compile_layers
 from cpt_merge.training.model.documents import PackedDocuments, decode, run_one_by_one
 from cpt_merge.training.model.fp8 import convert_to_fp8
 from cpt_merge.training.model.head import find_head_form
@@ -437,17 +437,18 @@ def describe_model(
             "fp32": "fp32",
             "pure-bf16": "bf16 throughout",
         }[config.precision] + (", fp8 matmuls in the layers" if config.fp8 else ""),
-        "attention": _describe_choice(module.choice, config, device),
+        "attention": describe_attention(module.choice.attention, config, device)
+        + "".join(f"; {reason}" for reason in module.choice.passed_over),
         **describe_experts(module.model, module.routers, module.auxiliary),
-        "layers": ("compiled" if config.compile else "not compiled")
+        "layers": _describe_compiled(module.layers, config.compile)
         + f", activation checkpointing {config.activation_checkpointing}",
     }  # fmt: skip
 
 
-def _describe_choice(choice: Choice, config: TrainingConfig, device: torch.device) -> str:
-    return "\n              ".join(
-        [describe_attention(choice.attention, config, device), *choice.describe()]
-    )
+def _describe_compiled(layers: nn.ModuleList, asked: bool) -> str:
+    done = len(compilable(layers)) if asked else 0
+    some = f"{done} of {len(layers)} compiled, those without documents one by one"
+    return some if asked and done < len(layers) else "compiled" if asked else "not compiled"
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:

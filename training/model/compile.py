@@ -11,11 +11,17 @@ from torch import Tensor, nn
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.torch_compat import compilers_missing
+from cpt_merge.training.model.documents import runs_one_by_one
+
+
+def compilable(layers: nn.ModuleList) -> list[nn.Module]:
+    """The layers in which no module takes documents one by one, whose sizes differ each time."""
+    return [layer for layer in layers if not any(map(runs_one_by_one, layer.modules()))]
 
 
 def compile_layers(layers: nn.ModuleList) -> None:
-    """Compile the layers when they first run."""
-    for layer in layers:
+    """Compile the layers that can be compiled, when they first run."""
+    for layer in compilable(layers):
         layer.compile(fullgraph=True)  # otherwise torch silently skips what it cannot compile
 
 

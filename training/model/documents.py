@@ -14,7 +14,7 @@ Either way the rest of the model, the order of the data and the count of tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -86,9 +86,14 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def padded_positions(lengths: Sequence[int]) -> int:
-    """Positions, padding included, that a module computes for documents of these lengths."""
-    return sum(len(group) * lengths[group[0]] for group in group_by_length(lengths))
+def padding_share(batches: Iterable[Batch]) -> float:
+    """The share of padding in the positions that a module computes one by one for batches."""
+    real = computed = 0
+    for batch in batches:
+        real += sum(batch.lengths)
+        groups = group_by_length(batch.lengths)
+        computed += sum(len(group) * batch.lengths[group[0]] for group in groups)
+    return 1 - real / computed
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,11 @@ def run_one_by_one(
             module.__class__ = _one_by_one(type(module))  # type: ignore[arg-type]
             module.documents = documents  # type: ignore[assignment]
             documents.used = True
+
+
+def runs_one_by_one(module: nn.Module) -> bool:
+    """Whether a module is one of those that see one document at a time."""
+    return isinstance(getattr(module, "documents", None), PackedDocuments)
 
 
 @cache

@@ -20,7 +20,7 @@ from cpt_merge.training.model.documents import (
     NOTHING_ELSE,
     boundary_arguments,
     group_by_length,
-    padded_positions,
+    padding_share,
 )
 from tests.training.conftest import CONFIG
 from tests.training.families import HYBRIDS, apart, documents, make_family
@@ -131,7 +131,11 @@ def test_padding_stays_below_a_quarter_and_groups_are_few() -> None:
         assert sizes[0] == max(sizes)
         assert min(sizes) >= min(sizes[0] * 3 / 4, sizes[0] - 32)
     assert len(groups) < 30
-    assert sum(lengths) < padded_positions(lengths) < 1.3 * sum(lengths)
+    packed = documents(1, tuple(lengths))
+    assert packed.lengths == tuple(lengths)
+    assert 0 < padding_share([packed]) < 0.25
+    assert padding_share([documents(2, (7, 7, 7))]) == 0
+    assert padding_share([documents(1, (30, 10))]) == pytest.approx(1 - 40 / 60)
     assert group_by_length([5, 5, 5]) == [[0, 1, 2]]
     assert group_by_length([]) == []
 
