@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from cpt_merge.checkpoint.reader import Checkpoint
@@ -166,3 +166,13 @@ def vocabulary_rows(checkpoint: Checkpoint) -> int:
             "tensor names."
         )
     return checkpoint.tensors[name].shape[0]
+
+
+def routed_parameters(sizes: Mapping[str, int]) -> int:
+    """Parameters of the experts that routers choose among; shared experts, which every token uses,
+    are not among them. `sizes` are those of a model's tensors."""
+    return sum(
+        size
+        for name, size in sizes.items()
+        if kind_of(name) == "experts" and "shared_expert" not in name
+    )

@@ -209,7 +209,7 @@ def layer_compute(shape: ModelShape, work: Workload, gpu: GpuSpec) -> tuple[Comp
     """
     rate = gpu.peak * gpu.matmul_share * (2 if work.fp8 else 1)
     forward = Compute(
-        work.tokens * 2 * shape.layer_parameters / rate,
+        work.tokens * 2 * shape.active_layer_parameters / rate,
         work.tokens * 2 * shape.query * work.sequence_length / (gpu.peak * gpu.attention_share),
         gpu.stream(work.tokens * _elementwise_bytes(shape, work)),
     )
@@ -403,7 +403,7 @@ class StepEstimate:
 def flops_of(shape: ModelShape, sequence_length: int) -> float:
     """FLOPs per token, forward and backward, by the formula of `training.flops.flops_per_token`."""
     lookup = shape.vocabulary * shape.width if shape.matrices == 2 else 0
-    return 6 * (shape.parameters - lookup) + 12 * shape.layers * shape.query * sequence_length
+    return 6 * (shape.active - lookup) + 12 * shape.layers * shape.query * sequence_length
 
 
 def estimate_step(

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cpt_merge.cluster.plan import ClusterOptions, show_cluster
+from cpt_merge.cluster.scaling import flops_of
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
 from cpt_merge.data.hub_datasets import HubFile, size_of
@@ -40,7 +41,7 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
     if not cluster:
         processes = check_local_batch(recipe)
         check_inputs(recipe, download=False)
-    base = read_shape(recipe, dense=cluster is not None)
+    base = read_shape(recipe)
     shape = base.resized(extended_rows(recipe, base))
     console = Console(highlight=False, emoji=False)
     names = f"{recipe.models.base} -> {run.merged}"
@@ -52,7 +53,7 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
     console.print("stages: " + ", ".join(states))
     _print_text(console, run)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("base", f"{base.parameters / 1e6:,.1f} M parameters, {base.vocabulary:,} rows")
+    table.add_row("base", f"{_parameters(base)}, {base.vocabulary:,} rows")
     if base.towers:
         table.add_row(
             "towers",
@@ -60,8 +61,13 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
         )
     if recipe.models.text_only:
         table.add_row("text only", "the base's towers are left out of CPT and of the merged model")
+    table.add_row("extended", f"{_parameters(shape)}, at most {shape.vocabulary:,} rows")
+    if shape.experts:
+        table.add_row(
+            "experts", f"{shape.experts} in a layer, of which a token uses {shape.taken:g}"
+        )
     table.add_row(
-        "extended", f"{shape.parameters / 1e6:,.1f} M parameters, at most {shape.vocabulary:,} rows"
+        "computing", f"{flops_of(shape, config.sequence_length) / 1e9:,.2f} GFLOP per token"
     )
     table.add_row(
         "training", f"{counted(config.steps, 'step')} of {config.tokens_per_step:,} tokens"
@@ -75,7 +81,19 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
             console.print(
                 "launch.accelerate_config asks for DeepSpeed; the estimate is for FSDP2 and HSDP."
             )
+        if shape.experts:
+            console.print(
+                "The model has experts: their matmuls are counted at the rate of dense ones, and "
+                "nothing was measured, so take the speed as an upper bound.",
+                soft_wrap=True,
+            )
         show_cluster(console, shape, config, cluster)
+
+
+def _parameters(shape: ModelShape) -> str:
+    """How many a model has, and how many of them a token uses."""
+    active = f" ({shape.active / 1e6:,.1f} M active)" if shape.experts else ""
+    return f"{shape.parameters / 1e6:,.1f} M parameters{active}"
 
 
 def _add_memory(table: Table, recipe: Recipe, shape: ModelShape, processes: int) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from cpt_merge.checkpoint.quantised import refuse_by_config
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of
 from cpt_merge.core.artifact import existing_parent
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import is_here, model_directory
@@ -25,7 +22,6 @@ from cpt_merge.launcher.stages import STAGES
 from cpt_merge.launcher.start import accelerate_config, backend_environment
 from cpt_merge.tokenizer_ext.learn.word_lists import count_entries
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.flops import experts
 from cpt_merge.training.memory import ZERO_STRATEGIES, MemorySetup, ModelShape
 
 GB = 1e9
@@ -33,22 +29,13 @@ GB = 1e9
 
 def shape_of(directory: Path, name: str) -> ModelShape:
     """The shape of a model on this machine; `name` is what an error message calls it."""
-    checkpoint = Checkpoint.open(directory)
-    sizes = {name: info.size for name, info in checkpoint.tensors.items()}
-    return _shape(checkpoint.config, sizes, name)
+    return ModelShape.of(Checkpoint.open(directory), name)
 
 
-def _shape(config: dict[str, Any], sizes: Mapping[str, int], name: str) -> ModelShape:
-    """The shape of a model whose tensors have so many elements."""
-    towers = sum(size for tensor, size in sizes.items() if kind_of(tensor) in OTHER_MODALITIES)
-    return ModelShape.from_config(config, sum(sizes.values()) - towers, name, towers)
-
-
-def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
+def read_shape(recipe: Recipe) -> ModelShape:
     """The base model's shape, from its configuration and the headers of its files, also on the hub.
 
-    Raises `UserError` if the recipe's sequences are longer than the model has positions, or if it
-    has experts and must be `dense`.
+    Raises `UserError` if the recipe's sequences are longer than the model has positions.
     """
     name = recipe.models.base
     if is_here(name):
@@ -57,11 +44,6 @@ def read_shape(recipe: Recipe, dense: bool = False) -> ModelShape:
     else:
         config, shape = _shape_on_the_hub(name)
     recipe.training.check_positions(config)
-    if dense and experts(SimpleNamespace(**config)) > 1:
-        raise UserError(
-            f"{name} has experts, but speed can be estimated for dense models only; "
-            "leave out --gpu."
-        )
     return replace(shape, towers=0) if recipe.models.text_only else shape
 
 
@@ -85,7 +67,7 @@ def _shape_on_the_hub(name: str) -> tuple[dict[str, Any], ModelShape]:
         for file in about.files_metadata.values()
         for tensor, info in file.tensors.items()
     }
-    return config, _shape(config, sizes, name)
+    return config, ModelShape.of_sizes(config, sizes, name)
 
 
 def extended_rows(recipe: Recipe, shape: ModelShape) -> int:

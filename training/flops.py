@@ -57,6 +57,13 @@ OTHERS = {"MIG", "LAPTOP", "MOBILE", "MAX", "TI", "SUPER", "D", "PCIE", "NVL"}
 ALIKE = {"A100", "A800", "A30", "A40", "A10"}  # sold on PCIe at the same peak
 
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TAKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "top_k_experts",
+    "moe_top_k", "moe_topk", "moe_k",
+)  # fmt: skip
+
+
 def peak_flops(device_name: str) -> float:
     """Dense bf16 FLOP/s of a GPU, by torch's name for it. Raises `UserError` for an unknown GPU."""
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
@@ -76,8 +83,9 @@ def flops_per_token(
 ) -> float | None:
     """FLOPs that training takes per token, forward and backward.
 
-    `config` is the transformers configuration, `parameters` the number of parameters with a tied
-    matrix counted once; `frozen` of them, all outside the embedding, have no gradient.
+    `config` is the transformers configuration, `parameters` the number of parameters that a token
+    uses (of experts, those that it is sent to), with a tied matrix counted once; `frozen` of them,
+    all outside the embedding, have no gradient.
 
         6 * (parameters - input embedding) - 2 * frozen + 12 * layers * heads * head_dim * length
 
@@ -89,12 +97,6 @@ def flops_per_token(
     that the formula does not describe.
     """
     config = config.get_text_config()
-    if experts(config) > 1:
-        say(
-            "MFU is not reported: the model has experts, "
-            "and the formula would count those that a token does not use."
-        )
-        return None
     if not getattr(config, "num_attention_heads", None):
         say(
             "MFU is not reported: the formula is for attention models, "
@@ -110,8 +112,17 @@ def flops_per_token(
 
 def experts(config: Any) -> int:
     """Experts of a layer, under any of the names in configurations; 0 for a dense model."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return max(int(getattr(config, name, None) or 0) for name in names)
+    return max(int(getattr(config, name, None) or 0) for name in _EXPERTS)
+
+
+def experts_taken(config: Any) -> float | None:
+    """Experts that a token is sent to in a layer, the mean over layers; None if nothing says so."""
+    found = [getattr(config, name, None) for name in _TAKEN]
+    known = [value for value in found if value]
+    if not known:
+        return None
+    of_layers = known[0] if isinstance(known[0], list) else [known[0]]
+    return sum(of_layers) / len(of_layers)
 
 
 def mfu(tokens_per_second_per_device: float, flops: float, peak: float) -> float:

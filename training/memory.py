@@ -7,11 +7,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from cpt_merge.checkpoint.loaded import text_section
+from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of, routed_parameters
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say_once
 from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.flops import experts, experts_taken
 
 if TYPE_CHECKING:
     import torch  # `cpt-merge plan` estimates without it
@@ -33,22 +38,27 @@ class ModelShape:
     width: int
     layers: int
     matrices: int  # 1 if embedding and head are tied, else 2
-    intermediate: int  # width of the gated MLP
+    intermediate: int  # width of the gated MLP; with experts, of all that a token is sent to
     heads: int
     query: int  # heads * head_dim
     key_value: int  # key-value heads * head_dim
     towers: int = 0  # parameters outside the decoder, which training does not load
+    routed: int = 0  # parameters of the experts that routers choose among
+    experts: int = 0  # in a layer, without shared ones
+    taken: float = 0  # of them by a token
 
     @staticmethod
     def from_config(
-        config: Mapping[str, Any], parameters: int, name: str, towers: int = 0
+        config: Mapping[str, Any], parameters: int, name: str, towers: int = 0, routed: int = 0
     ) -> ModelShape:
         """From the values of a config.json. Raises `UserError` with `name` if one is missing.
 
-        What a family's published files leave out (Gemma 3) is the default of its class.
+        `routed` of the parameters are those of experts. What a family's published files leave out
+        (Gemma 3) is the default of its class.
         """
         config = text_section(config)
-        if any(config.get(wanted) is None for wanted in NEEDED):
+        unsaid = routed and experts_taken(SimpleNamespace(**config)) is None
+        if unsaid or any(config.get(wanted) is None for wanted in NEEDED):
             config = _with_defaults(config)
         for wanted in NEEDED:
             if config.get(wanted) is None:
@@ -58,18 +68,37 @@ class ModelShape:
                 )
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head = config.get("head_dim") or width // heads
+        named = SimpleNamespace(**config)
+        count = experts(named) if routed else 0
+        taken = _taken(named, count, name) if count else 0
         return ModelShape(
             parameters=parameters,
             vocabulary=int(config["vocab_size"]),
             width=width,
             layers=int(config["num_hidden_layers"]),
             matrices=1 if config.get("tie_word_embeddings") else 2,
-            intermediate=int(config.get("intermediate_size") or 4 * width),
+            intermediate=_mlp_width(config, taken) or 4 * width,
             heads=heads,
             query=heads * head,
             key_value=(config.get("num_key_value_heads") or heads) * head,
             towers=towers,
+            routed=routed if count else 0,
+            experts=count,
+            taken=taken,
         )
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, name: str) -> ModelShape:
+        """Of a model on this machine; see `from_config`."""
+        sizes = {tensor: info.size for tensor, info in checkpoint.tensors.items()}
+        return ModelShape.of_sizes(checkpoint.config, sizes, name)
+
+    @staticmethod
+    def of_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> ModelShape:
+        """Of a model whose tensors have so many elements; see `from_config`."""
+        towers = sum(size for one, size in sizes.items() if kind_of(one) in OTHER_MODALITIES)
+        parameters, routed = sum(sizes.values()) - towers, routed_parameters(sizes)
+        return ModelShape.from_config(config, parameters, name, towers, routed)
 
     def resized(self, vocabulary: int) -> ModelShape:
         """The same model with another number of rows."""
@@ -87,6 +116,42 @@ class ModelShape:
     def layer_parameters(self) -> float:
         """Parameters of one decoder layer."""
         return (self.parameters - self.vocabulary_parameters) / max(self.layers, 1)
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token uses: of the experts, those that it is sent to."""
+        unused = self.routed * (1 - self.taken / self.experts) if self.experts else 0
+        return self.parameters - round(unused)
+
+    @property
+    def active_layer_parameters(self) -> float:
+        """The same of one decoder layer."""
+        return (self.active - self.vocabulary_parameters) / max(self.layers, 1)
+
+
+def _mlp_width(config: Mapping[str, Any], taken: float) -> int:
+    """Width of the gated MLP, or of all experts together that a token uses; 0 if it is not said."""
+    dense = int(config.get("intermediate_size") or 0)
+    if not taken:
+        return dense
+    one = int(config.get("moe_intermediate_size") or dense)
+    shared = (
+        config.get("shared_expert_intermediate_size")
+        or config.get("shared_intermediate_size")
+        or one * (config.get("n_shared_experts") or config.get("num_shared_experts") or 0)
+    )
+    return round(taken * one) + int(shared)
+
+
+def _taken(config: Any, count: int, name: str) -> float:
+    """Experts that a token is sent to; all of them, with a line, if nothing says how many."""
+    found = experts_taken(config)
+    if found is None:
+        say_once(
+            f"{name}: its config.json does not say how many of its {count} experts a token takes; "
+            "all are counted"
+        )
+    return min(found or count, count)
 
 
 def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -281,10 +346,13 @@ def _kept_by_layer(shape: ModelShape, setup: MemorySetup) -> float:
     the root), and the gate, its activation and up (3 c i). Trained matrices keep their input, and
     trained norms the normalised one: 4 c h + c i. Attention: see `_kept_by_attention`. A compiled
     layer computes the norms in fp32 and the gate's activation again, so it keeps 8 h + c i less.
+    Of E experts of which a token takes k: what each of them made (c h), the router's logits (12 E),
+    and if the experts are trained, their inputs (c h each).
     """
     c, h, i = setup.compute, shape.width, shape.intermediate
+    routed = shape.taken * c * h * (1 if setup.vocabulary_only else 2) + 12 * shape.experts
     norms, gated = (0, 2 * c * i) if setup.compile else (8 * h, 3 * c * i)
-    frozen = norms + 8 + gated + _kept_by_attention(shape, setup)
+    frozen = norms + 8 + gated + routed + _kept_by_attention(shape, setup)
     return frozen if setup.vocabulary_only else frozen + 4 * c * h + c * i
 
 

@@ -81,8 +81,7 @@ def padding_line(sequences: TrainingSequences, config: TrainingConfig) -> str:
 
 def _memory_line(setup: PhaseSetup, backend: Backend, parallel: Parallel) -> str:
     """The estimated memory of one process, and what it can have."""
-    checkpoint = Checkpoint.open(setup.model)
-    shape = ModelShape.from_config(checkpoint.config, checkpoint.parameters, str(setup.model))
+    shape = ModelShape.of(Checkpoint.open(setup.model), str(setup.model))
     memory = replace(
         MemorySetup.of(setup.config, backend.strategy, parallel.size, backend.shard_count),
         vocabulary_only=setup.phase.train != "all",

@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -43,16 +44,22 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_headers(folder: Path) -> None:
-    folder.mkdir()
+    """A Llama of 1.2 B parameters."""
     config = {
         "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192,
         "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
         "max_position_embeddings": 8192,
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
     shapes = {"model.embed_tokens.weight": [32_000, 2048], "lm_head.weight": [32_000, 2048]}
     for layer in range(16):
         shapes[f"model.layers.{layer}.mlp.all.weight"] = [2048, 30_000]
+    write_holes(folder, config, shapes)
+
+
+def write_holes(folder: Path, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
+    """A model whose file has headers and a hole."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 2 * math.prod(shape)
@@ -157,14 +164,48 @@ def test_contradictions_are_one_sentence_before_anything_else(
     assert capsys.readouterr().out == ""
 
 
-def test_a_model_with_experts_is_not_estimated(path: Path, tmp_path: Path) -> None:
-    config = json.loads((path.parent / "base" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 8}))
-    (tmp_path / "model.safetensors").symlink_to(path.parent / "base" / "model.safetensors")
-    with pytest.raises(
-        UserError, match="has experts, but speed can be estimated for dense models only"
-    ):
-        show_plan(load_recipe(path, [f"models.base={tmp_path}"]), ClusterOptions("h100"))
+def write_qwen3_30b_a3b(folder: Path) -> None:
+    """Its published sizes; a file with headers and a hole of 61 GB."""
+    config = {
+        "model_type": "qwen3_moe", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "tie_word_embeddings": False, "max_position_embeddings": 40_960,
+    }  # fmt: skip
+    shapes = {name: [151_936, 2048] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    shapes["model.norm.weight"] = [2048]
+    for layer in (f"model.layers.{number}." for number in range(48)):
+        shapes |= {
+            f"{layer}{name}_layernorm.weight": [2048] for name in ("input", "post_attention")
+        }
+        shapes |= {f"{layer}self_attn.{name}_norm.weight": [128] for name in "qk"}
+        shapes |= {f"{layer}self_attn.{name}_proj.weight": [512, 2048] for name in "kv"}
+        shapes |= {
+            f"{layer}self_attn.q_proj.weight": [4096, 2048],
+            f"{layer}self_attn.o_proj.weight": [2048, 4096],
+        }
+        shapes[f"{layer}mlp.gate.weight"] = [128, 2048]
+        for expert in range(128):
+            one = f"{layer}mlp.experts.{expert}."
+            shapes |= {f"{one}{name}_proj.weight": [768, 2048] for name in ("gate", "up")}
+            shapes[f"{one}down_proj.weight"] = [2048, 768]
+    write_holes(folder, config, shapes)
+
+
+def test_qwen3_30b_a3b_is_planned_with_its_active_parameters(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/families.md has these numbers: published are 30.5 B parameters, 3.3 B of them active."""
+    write_qwen3_30b_a3b(tmp_path / "qwen")
+    words = planned(
+        path, capsys, ClusterOptions("h100"), f"models.base={tmp_path / 'qwen'}",
+        "tokenizer.new_pieces={}", "training.activation_checkpointing=full", "training.micro_batch_size=1",
+    )  # fmt: skip
+    assert "30,532.1 M parameters (3,353.0 M active), 151,936 rows" in words
+    assert "128 in a layer, of which a token uses 8" in words
+    assert "27.91 GFLOP per token" in words
+    assert "take the speed as an upper bound" in words
+    print(words)
 
 
 def test_the_command_takes_the_cluster_as_options(

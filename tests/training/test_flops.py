@@ -1,10 +1,20 @@
 """FLOPs by formula, against numbers computed by hand and published ones; peaks by name."""
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MixtralConfig
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+from cpt_merge.checkpoint.tensor_kinds import routed_parameters
+from cpt_merge.cluster.scaling import flops_of
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.flops import flops_per_token, mfu, peak_flops
+from cpt_merge.training.memory import ModelShape
 
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
@@ -50,11 +60,36 @@ def test_the_head_counts_once_and_the_look_up_never(tied: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("config", [MixtralConfig(num_local_experts=8), MambaConfig()])
+def test_qwen3_30b_a3b_has_the_parameters_that_its_name_says() -> None:
+    """Published: 30.5 B, of which 3.3 B are active; 128 experts, 8 of which a token takes."""
+    config = Qwen3MoeConfig(
+        vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    routed, total = routed_parameters(sizes), sum(sizes.values())
+    assert routed == 48 * 128 * 3 * 768 * 2048
+    assert total == 30_532_122_624
+    shape = ModelShape.of_sizes(config.to_dict(), sizes, "it")
+    assert shape.active == 3_353_032_704 == total - routed * 120 // 128
+    # 6 * (3,353,032,704 - 151,936 * 2,048) = 18,251,206,656; 12 * 48 * 4,096 * 4,096 = 9,663,676,416
+    flops = flops_per_token(config, shape.active, 4096)
+    assert flops == flops_of(shape, 4096) == 27_914_883_072
+    one_by_one = {
+        f"model.layers.{layer}.mlp.experts.{n}.{part}_proj.weight": 768 * 2048
+        for layer in range(48) for n in range(128) for part in ("gate", "up", "down")
+    }  # fmt: skip
+    assert routed_parameters(one_by_one) == routed
+    assert routed_parameters({"model.layers.0.mlp.shared_expert.up_proj.weight": 16}) == 0
+
+
 def test_what_the_formula_is_not_of_has_no_mfu_and_a_line_says_so(
-    config: object, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert flops_per_token(config, 10**9, 4096) is None
+    assert flops_per_token(MambaConfig(), 10**9, 4096) is None
     assert "MFU is not reported" in capsys.readouterr().err
 
 

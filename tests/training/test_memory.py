@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.packing import TrainingSequences
@@ -185,6 +185,32 @@ def test_activations_are_what_autograd_keeps(
         setup("fsdp2", 1, precision, attention=attention, vocabulary_only=vocabulary_only),
     )
     assert estimate.activations == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("taken", [2, 4])
+@pytest.mark.parametrize("vocabulary_only", [False, True])
+def test_activations_of_experts_are_what_autograd_keeps(
+    precision: str, taken: int, vocabulary_only: bool
+) -> None:
+    sizes = {
+        **SIZES,
+        "intermediate_size": 176,
+        "num_local_experts": 8,
+        "num_experts_per_tok": taken,
+    }
+    model = MixtralForCausalLM._from_config(
+        MixtralConfig(**sizes), dtype=TYPES[precision], attn_implementation="sdpa"
+    ).train()
+    if vocabulary_only:
+        freeze_layers(model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    shape = ModelShape.of_sizes(model.config.to_dict(), sizes, "the model")
+    estimate = estimate_memory(
+        shape,
+        setup("fsdp2", 1, precision, attention="sdpa", vocabulary_only=vocabulary_only),
+    )
+    assert estimate.activations == pytest.approx(kept_bytes(model), rel=0.03)
 
 
 def test_recomputation_keeps_the_input_of_each_layer() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.training.callbacks.callback import Callback, TrainerView
 from cpt_merge.training.flops import flops_per_token, mfu, peak_flops
+from cpt_merge.training.memory import ModelShape
 
 PAUSES = ("evaluation", "continuations", "preview")  # no part of training
 
@@ -41,9 +42,9 @@ class Throughput(Callback):
             self.peak = peak_flops(torch.cuda.get_device_name(device))
         if self.peak:
             model = trainer.inputs.model
-            parameters = Checkpoint.open(model).parameters
+            active = ModelShape.of(Checkpoint.open(model), str(model)).active
             shape = AutoConfig.from_pretrained(model, trust_remote_code=False)
-            self.flops_per_token = flops_per_token(shape, parameters, config.sequence_length)
+            self.flops_per_token = flops_per_token(shape, active, config.sequence_length)
 
     @contextmanager
     def phase(self) -> Iterator[None]:

@@ -45,6 +45,7 @@ from cpt_merge.training.model.routing import (
     Routers,
     Routing,
     auxiliary_loss,
+    choose_matmuls,
     describe_experts,
     find_auxiliary_loss,
     statistics,
@@ -216,6 +217,7 @@ def _build_with(attention: str, model_config: Any, directory: Path, config: Trai
             f"({reason}); set training.attention to eager, or use a causal language model."
         ) from None
     model.tie_weights()
+    choose_matmuls(model, 4 if config.precision == "fp32" else 2)
     if config.precision != "fp32":
         _keep_wide(model)
     return model

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.output_capturing import OutputRecorder
 
+from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.checkpoint.text_models import text_decoder
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say
 from cpt_merge.training.flops import experts
 
 _TOKENS = 8  # of the probe
@@ -139,6 +141,26 @@ def statistics(heard: Sequence[Routing]) -> Tensor:
             shares.append(times.max() / times.sum())
     share = torch.stack(shares).mean() if shares else torch.tensor(math.nan, device=logs.device)
     return torch.stack([torch.stack(entropies).mean(), share])
+
+
+def choose_matmuls(model: Any, itemsize: int) -> None:
+    """Multiply experts one by one, with a line, if their sizes do not fit torch's grouped matmul.
+
+    It needs rows of whole 16 bytes, which transformers does not check. `itemsize` is that of the
+    compute type.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "_experts_implementation", None) != "grouped_mm":
+        return
+    for name, parameter in model.named_parameters():
+        odd = [length for length in parameter.shape[1:] if length * itemsize % 16]
+        if kind_of(name) == "experts" and parameter.ndim == 3 and odd:
+            model.set_experts_implementation("eager")
+            say(
+                f"model: experts are multiplied one by one, because grouped matmuls need "
+                f"multiples of {16 // itemsize} and {name} has {odd[0]}"
+            )
+            return
 
 
 def describe_experts(

@@ -344,3 +344,16 @@ def test_each_process_reads_its_rows(
             assert torch.allclose(gradient, parameter.grad, rtol=1e-4, atol=1e-5), name
             if len(parameter) == 100:
                 assert (gradient[:60] == 0).all(), name
+
+
+@pytest.mark.parametrize(("width", "precision", "used"), [
+    (20, "pure-bf16", "eager"), (24, "pure-bf16", "grouped_mm"), (20, "fp32", "grouped_mm"), (18, "fp32", "eager"),
+])  # fmt: skip
+def test_experts_whose_sizes_do_not_fit_grouped_matmuls_are_multiplied_one_by_one(
+    width: int, precision: str, used: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_family(tmp_path, "qwen3-moe", tied=False, moe_intermediate_size=width)
+    module = loaded(tmp_path, precision=precision)
+    module(documents(2)).backward()
+    assert module.model.config._experts_implementation == used
+    assert ("experts are multiplied one by one" in capsys.readouterr().err) == (used == "eager")
