@@ -7,6 +7,7 @@ for the decoder, and next to the decoder it has towers and what connects them to
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,16 @@ def auto_class(config: Any) -> Any:
 def is_wrapper(model: Any) -> bool:
     """Whether a model has more than a text decoder and its head."""
     return model.config.get_text_config(decoder=True) is not model.config
+
+
+def with_attention(config: Any, attention: str) -> Any:
+    """A copy of a configuration whose text decoder has an attention, by transformers' name.
+
+    Towers, which may not support it, keep their own.
+    """
+    copied = deepcopy(config)
+    copied.get_text_config(decoder=True)._attn_implementation = attention
+    return copied
 
 
 def text_decoder(model: Any) -> Any:

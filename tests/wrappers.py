@@ -91,6 +91,35 @@ def _voxtral() -> Any:
     return transformers.VoxtralConfig(audio_config=tower, text_config=llama, audio_token_id=7)
 
 
+def _got_ocr2() -> Any:
+    """Its tower has an attention of its own."""
+    tower = {
+        **TOWER,
+        "mlp_dim": 24,
+        "output_channels": 8,
+        "global_attn_indexes": [],
+        "window_size": 2,
+    }
+    qwen2 = {**TEXT, "model_type": "qwen2"}
+    return transformers.GotOcr2Config(vision_config=tower, text_config=qwen2, image_token_index=7)
+
+
+def _smolvlm() -> Any:
+    """Its forward pass moves embeddings to the device of the ids."""
+    llama = {**TEXT, "model_type": "llama"}
+    return transformers.SmolVLMConfig(vision_config=TOWER, text_config=llama, image_token_id=7)
+
+
+def _gemma4() -> Any:
+    """Its forward pass looks at the row of the padding, and at a second table by token."""
+    text = {
+        **SLIDING, "pad_token_id": 0, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY,
+        "num_kv_shared_layers": 0,
+    }  # fmt: skip
+    tower = {**TOWER, "num_key_value_heads": 2, "head_dim": 8}
+    return transformers.Gemma4Config(vision_config=tower, text_config=text, image_token_id=7)
+
+
 WRAPPERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "gemma3": ("Gemma3ForConditionalGeneration", _gemma3),
     "mistral3": ("Mistral3ForConditionalGeneration", _mistral3),
@@ -98,6 +127,9 @@ WRAPPERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl),
     "qwen3-vl": ("Qwen3VLForConditionalGeneration", _qwen3_vl),
     "llama4": ("Llama4ForConditionalGeneration", _llama4),
+    "got-ocr2": ("GotOcr2ForConditionalGeneration", _got_ocr2),
+    "smolvlm": ("SmolVLMForConditionalGeneration", _smolvlm),
+    "gemma4": ("Gemma4ForConditionalGeneration", _gemma4),
     "voxtral": ("VoxtralForConditionalGeneration", _voxtral),
 }
 

@@ -27,7 +27,7 @@ from tests.wrappers import WRAPPERS, make_wrapper
 CPU = torch.device("cpu")
 SHORT = {**CONFIG, "tokens": 32 * 8 * 6}
 OWN_ATTENTION = {"llama4": "sdpa"}  # families that flash does not fit
-TOWERS = ("vision", "visual", "audio", "projector")
+TOWERS = ("vision", "visual", "audio", "projector", "connector")
 
 
 def plain_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_the_loss_is_the_wrapper_s_and_no_tower_is_in_memory(
     stored = load_file(tmp_path / "model.safetensors")
     towers = {name for name in stored if is_tower(name)}
     assert towers
-    assert module.stored_parameters() == stored.keys() - towers
+    assert module.stored.used == stored.keys() - towers
     assert f"{len(towers)} tensors of {tmp_path} are not loaded" in capsys.readouterr().err
 
 

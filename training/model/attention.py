@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from cpt_merge.checkpoint.text_models import text_decoder
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.packing import IGNORED, Batch
 from cpt_merge.training.config import TrainingConfig
@@ -147,7 +148,7 @@ AttentionInterface.register(IMPLEMENTATIONS["flash"], document_attention)
 
 def attention_of(model: Any) -> str:
     """The recipe's name of the attention that a model uses."""
-    used = model.config._attn_implementation
+    used = text_decoder(model).config._attn_implementation
     return next((name for name, theirs in IMPLEMENTATIONS.items() if theirs == used), str(used))
 
 
@@ -166,14 +167,13 @@ def check_supported(model: Any, attention: str) -> None:
     name = type(model).__name__
     if attention_of(model) != attention:
         raise UserError(
-            f"attention: {attention} is not what {name} uses "
-            f"({model.config._attn_implementation}); set eager."
+            f"attention: {attention} is not what {name} uses ({attention_of(model)}); set eager."
         )
     if attention != "flash":
         return
     text = model.config.get_text_config(decoder=True)
     capped = getattr(text, "attn_logit_softcapping", None)
-    if capped or not getattr(model, "_supports_flash_attn", False):
+    if capped or not getattr(text_decoder(model), "_supports_flash_attn", False):
         reason = "caps its attention scores" if capped else "has its own attention"
         raise UserError(
             f"attention: flash does not fit {name}, which {reason}; set it to eager or flex."
@@ -211,7 +211,7 @@ def check_attention(module: Any, config: TrainingConfig, device: torch.device) -
     batch = _two_documents(rows, length).to(device)
     try:
         expected = float(module(batch))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:  # of the model's own code
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"attention: {attention} does not run in this model here ({reason}); set sdpa."

@@ -23,6 +23,7 @@ from cpt_merge.checkpoint.text_models import (
     is_wrapper,
     keep_text_decoder,
     text_decoder,
+    with_attention,
 )
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
@@ -203,12 +204,14 @@ def _build_with(attention: str, model_config: Any, directory: Path, config: Trai
     try:
         with init_empty_weights(include_buffers=False):
             model = auto_class(model_config).from_config(
-                model_config,
+                with_attention(model_config, IMPLEMENTATIONS[attention]),
                 dtype=dtype,
-                attn_implementation=IMPLEMENTATIONS[attention],
                 trust_remote_code=False,
             )
-    except (ValueError, ImportError, KeyError) as error:
+            text_decoder(model)
+            if model.get_output_embeddings() is None:
+                raise ValueError("transformers names no output head of it")
+    except (ValueError, ImportError, KeyError, NotImplementedError) as error:
         # a model that chooses among its own attention classes
         own = isinstance(error, KeyError) and error.args == (IMPLEMENTATIONS[attention],)
         reason = "it has no such attention" if own else _reason(error)

@@ -52,7 +52,7 @@ def find_head_form(model: Any) -> HeadForm:
     try:
         with (
             torch.no_grad(),
-            _replaced(model.get_input_embeddings(), torch.zeros_like(hidden)),
+            _without_embeddings(model),
             _replaced(text_decoder(model), _Hidden(last_hidden_state=hidden)),
             _multiplying(head, matrix),
         ):
@@ -92,6 +92,24 @@ def _replaced(module: nn.Module, output: Any) -> Iterator[None]:
         yield
     finally:
         del module.forward
+
+
+@contextmanager
+def _without_embeddings(model: nn.Module) -> Iterator[None]:
+    """Within the block all embeddings are zeros that take no memory.
+
+    A wrapper may look at them on its way to the decoder.
+    """
+    parts = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    weights = [part.weight for part in parts]
+    for part in parts:
+        zeros = torch.zeros((), dtype=torch.float64).expand(part.weight.shape)
+        part.weight = nn.Parameter(zeros, requires_grad=False)
+    try:
+        yield
+    finally:
+        for part, weight in zip(parts, weights, strict=True):
+            part.weight = weight
 
 
 @contextmanager
