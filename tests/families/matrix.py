@@ -2,13 +2,14 @@
 
     python -m tests.families.matrix [FAMILY ...]      compute the rows, and write them to docs/families.md
 
-A row is computed by the library's own functions on real files, with one to two processes. A cell is
-`yes`, or the sentence with which the step was refused, or what went wrong.
+A row is computed by the library's own functions on real files, with one and two processes. A cell
+is `yes`, or the sentence with which the step was refused, or what went wrong.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -397,8 +398,47 @@ def row(family: str, folder: Path) -> dict[str, str]:
     return cells
 
 
+BEGIN, END = "<!-- matrix: python -m tests.families.matrix -->\n", "<!-- end of the matrix -->\n"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """The rows of docs/families.md."""
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    lines = rest.partition(END)[0].splitlines()
+    notes = dict(re.findall(r"^(\d+)\. (.*)$", "\n".join(lines), re.MULTILINE))
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    return {
+        family: {
+            name: notes[cell.removeprefix("note ")] if cell.startswith("note ") else cell
+            for name, cell in zip(COLUMNS, cells, strict=True)
+        }
+        for family, *cells in table[2:]
+    }
+
+
+def write(rows: dict[str, dict[str, str]]) -> None:
+    """Replace the matrix in docs/families.md. What is not `yes` becomes a note below the table."""
+    notes: dict[str, int] = {}
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for family, cells in rows.items():
+        shown = [
+            cell if cell == YES else f"note {notes.setdefault(cell, len(notes) + 1)}"
+            for cell in cells.values()
+        ]
+        lines.append(f"| {family} | " + " | ".join(shown) + " |")
+    below = [f"{number}. {cell}" for cell, number in notes.items()]
+    content = "\n".join([*lines, "", *below, ""]) if below else "\n".join([*lines, ""])
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(before + BEGIN + content + END + after, encoding="utf-8")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    rows = documented()
     for name in sys.argv[1:] or FAMILY:
         with tempfile.TemporaryDirectory() as folder:
-            print(name, json.dumps(row(name, Path(folder) / "row"), indent=1), flush=True)
+            rows[name] = row(name, Path(folder) / "row")
+        print(name, json.dumps(rows[name], indent=1), flush=True)
+        write({name: rows[name] for name in FAMILY if name in rows})
