@@ -51,7 +51,7 @@ from tests.distributed import run_ranks
 from tests.evaluation.conftest import TEMPLATE, make_tokenizer
 from tests.recording import Recording
 from tests.training.conftest import CONFIG, write_text
-from tests.training.families import SIZES, apart, make_family
+from tests.training.families import apart, make_family
 from tests.training.runs import ask_for, signal_when
 from tests.training.test_ignored_tensors import MASK, in_layers
 from tests.wrappers import VOCABULARY, make_wrapper
@@ -74,16 +74,6 @@ def text(family: str, tied: bool = False, **settings: Any) -> Callable[[], Any]:
             return make_family(Path(folder), family, tied, **sizes)
 
     return make
-
-
-def gpt_oss() -> Any:
-    """gpt-oss in 16 bits: attention with sinks, experts with biases."""
-    torch.manual_seed(0)
-    config = transformers.GptOssConfig(**{
-        **SIZES, "vocab_size": ROWS, "max_position_embeddings": 128, "head_dim": 8, "num_local_experts": 4,
-        "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6,
-    })  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def wrapper(family: str) -> Callable[[], Any]:
@@ -129,7 +119,7 @@ FAMILY: dict[str, Family] = {
     "Granite": Family(text("granite", tied=True)),
     "Mixtral": Family(text("mixtral")),
     "Qwen3-MoE": Family(text("qwen3-moe")),
-    "gpt-oss": Family(gpt_oss),
+    "gpt-oss": Family(text("gpt-oss")),
     "DeepSeek-V3": Family(text("deepseek-v3")),
     "Qwen2.5-VL": Family(wrapper("qwen2.5-vl")),
     "Qwen3-VL": Family(wrapper("qwen3-vl")),
