@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -353,7 +354,7 @@ def generation(models: Models) -> None:
         config = EvaluationConfig(max_new_tokens=12, batch_size=size)
         found = converse(TransformersEngine(model, Ranks()), template, asked, config)
         replies.append([one.text for one in found.exchanges])
-    assert any(replies[0])
+    assert any(replies[0]), "all replies are empty"
     assert replies[0] == replies[1], replies
 
 
@@ -384,7 +385,8 @@ def row(family: str, folder: Path) -> dict[str, str]:
         except UserError as error:
             cells[name] = f"refused: {error}"
         except Exception as error:
-            cells[name] = f"wrong: {str(error).strip().splitlines()[-1][:200]}"
+            lines = str(error).strip().splitlines() or traceback.format_exc().splitlines()[-2:]
+            cells[name] = f"wrong: {lines[-1].strip()[:200]}"
     return cells
 
 
