@@ -231,8 +231,14 @@ def trainer(case: TrainingCase, folder: Path, turn: TimedTurn) -> None:
             if "loss" in logs:
                 turn(logs["loss"])
 
+    model = AutoModelForCausalLM.from_pretrained(
+        case.inputs.model, dtype=torch.float32, use_cache=False
+    )
+    layer = type(model.model.layers[0]).__name__
     sharding = (
-        _let_trainer_shard() if case.processes > 1 else {"use_cpu": not torch.cuda.is_available()}
+        _let_trainer_shard(layer)
+        if case.processes > 1
+        else {"use_cpu": not torch.cuda.is_available()}
     )
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -257,9 +263,6 @@ def trainer(case: TrainingCase, folder: Path, turn: TimedTurn) -> None:
         train_sampling_strategy="sequential",
         **sharding,
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        case.inputs.model, dtype=torch.float32, use_cache=False
-    )
     rows = _sequences(case)
 
     class Packed(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -280,10 +283,11 @@ def trainer(case: TrainingCase, folder: Path, turn: TimedTurn) -> None:
     runner.train()
 
 
-def _let_trainer_shard() -> dict[str, Any]:
-    """FSDP2 for Trainer. On a CPU, accelerate would silently use DDP.
+def _let_trainer_shard(layer: str) -> dict[str, Any]:
+    """FSDP2 for Trainer, whose units are the layers of this class.
 
-    So it is told that gloo processes are as good as GPUs (a private method of accelerate 1.15).
+    On a CPU, accelerate would silently use DDP. So it is told that gloo processes are as good as
+    GPUs (a private method of accelerate 1.15).
     """
     import torch
 
@@ -297,7 +301,7 @@ def _let_trainer_shard() -> dict[str, Any]:
         training_args.is_torch_bf16_gpu_available = lambda: True
     return {
         "fsdp": True,
-        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [layer]},
     }
 
 

@@ -1,4 +1,4 @@
-"""Random Llamas, their tokenizers and token stores, for the benchmarks of training."""
+"""Random models, their tokenizers and token stores, for the benchmarks of training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEDIAN_DOCUMENT = 300  # tokens
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama's shapes."""
+    """The shapes of a Llama, or with experts (of `intermediate` each) of a Qwen3-MoE."""
 
     rows: int
     hidden: int
@@ -35,10 +35,13 @@ class Size:
     heads: int
     key_value_heads: int
     positions: int = 8192
+    experts: int = 0
+    taken: int = 0  # of them by a token
 
 
 SIZES = {
     "small": Size(8_192, 256, 688, 6, 4, 2),
+    "experts": Size(8_192, 256, 176, 6, 4, 2, experts=16, taken=4),  # active: about those of small
     "135m": Size(49_152, 576, 1_536, 30, 9, 3),  # SmolLM2 135M, its matrices not tied
     "long-vocabulary": Size(128_256, 256, 688, 2, 4, 2),
     "1b": Size(128_256, 2048, 8192, 16, 32, 8),  # Llama 3.2 1B, its matrices not tied
@@ -76,7 +79,7 @@ def prepare(folder: Path, name: str, tokens: int, document: int = MEDIAN_DOCUMEN
 def make_model(directory: Path, size: Size) -> None:
     """A random Llama with a tokenizer of made-up words."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(json.dumps(word_tokenizer(size.rows)))
@@ -84,16 +87,23 @@ def make_model(directory: Path, size: Size) -> None:
     (directory / "tokenizer_config.json").write_text(
         json.dumps({**names, "tokenizer_class": "PreTrainedTokenizerFast"})
     )
-    config = LlamaConfig(
-        vocab_size=size.rows, hidden_size=size.hidden, intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        num_key_value_heads=size.key_value_heads,
-        max_position_embeddings=size.positions, bos_token_id=BOS, eos_token_id=EOS,
-    )  # fmt: skip
+    shapes = {
+        "vocab_size": size.rows, "hidden_size": size.hidden, "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
+        "num_key_value_heads": size.key_value_heads,
+        "max_position_embeddings": size.positions, "bos_token_id": BOS, "eos_token_id": EOS,
+    }  # fmt: skip
+    experts = {
+        "num_experts": size.experts, "num_experts_per_tok": size.taken,
+        "moe_intermediate_size": size.intermediate, "head_dim": size.hidden // size.heads,
+        "router_aux_loss_coef": 0.0,  # the other contenders do not add it
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = Qwen3MoeConfig(**shapes, **experts) if size.experts else LlamaConfig(**shapes)
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
     with torch.device("cuda" if cuda else "cpu"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.to(torch.bfloat16 if cuda else torch.float32).save_pretrained(directory)
 
 

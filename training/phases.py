@@ -86,7 +86,9 @@ def select_trained(module: CausalLM, phase: Phase, base_rows: int) -> None:
     """Require gradients only of what the phase trains. `base_rows` as in `PhaseSetup`."""
     vocabulary = {id(parameter) for parameter in vocabulary_matrices(module)}
     for parameter in module.parameters():
-        parameter.requires_grad_(phase.train == "all" or id(parameter) in vocabulary)
+        chosen = phase.train == "all" or id(parameter) in vocabulary
+        # some families have parameters that are not trained by gradients (ERNIE's routers)
+        parameter.requires_grad_(chosen and parameter.requires_grad)
     module.frozen_rows = base_rows if phase.train == "new_rows" else 0
 
 
