@@ -272,3 +272,33 @@ def test_hook_and_preview_add_the_vector_of_a_chat_model_in_the_other_layout(
         assert torch.equal(found[name], values), name
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "files").state_dict()
     assert rows_of(job.out)[12] == replies_of(state, expert_model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fsdp2", "zero2", "zero3"])
+def test_bf16_with_recomputation_trains_alike_on_two_processes(
+    backend: str, expert_model: Path, store: Path, tmp_path: Path
+) -> None:
+    """Recomputation does not hear the routers a second time, and bf16 experts are multiplied in groups."""
+    changes = {"precision": "bf16"}
+    plain = Job(expert_model, store, tmp_path / "plain", changes, backend)
+    again = Job(
+        expert_model, store, tmp_path / "again", {**changes, "activation_checkpointing": "full"}, backend
+    )  # fmt: skip
+    expected, found = (run_ranks(train_rows, 2, job)[0] for job in (plain, again))
+    for step, row in expected.items():
+        for name in (
+            "train/loss",
+            "train/gradient_norm",
+            "train/router_loss",
+            "train/busiest_expert",
+        ):
+            assert found[step][name] == pytest.approx(row[name], rel=2e-2), (step, name)
+    assert_same_names(tmp_path / "again" / "cpt", expert_model)
+
+
+def assert_same_names(out: Path, base: Path) -> None:
+    found, expected = (load_file(folder / "model.safetensors") for folder in (out, base))
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {
+        n: (t.shape, t.dtype) for n, t in expected.items()
+    }
