@@ -39,7 +39,7 @@ from cpt_merge.training.model.small import TOKENS, small_config, small_decoder
 
 _LENGTHS = (7, 8, 9)  # documents of each of two sequences
 _BEGIN, _END = TOKENS + 7, TOKENS + 7 + 6  # places in the batch that nothing else may change
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest hidden state
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the largest hidden state
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def choose(
     automatic = config.attention == "auto"
     names = [name for name in AUTOMATIC if name != "flex" or device.type == "cuda"]
     over: list[str] = []
+    model = None
     for name in names if automatic else [config.attention]:
         try:
             if automatic:
@@ -83,12 +84,16 @@ def choose(
             model = build(name)
             check_supported(model, name)
             separation = _try(model, name, device)
+            if name == "flex":
+                torch.compiler.reset()  # what was compiled for the small model's shapes
         except UserError as error:
             if not automatic:
                 raise
             over.append(str(error).removeprefix("attention: ").split("; set")[0])
             continue
         return model, Choice(name, separation or NOTHING_ELSE, tuple(over), separation is not None)
+    if model is None:  # it cannot be built for a reason that no attention changes
+        build(names[-1])
     raise UserError(
         "this model cannot be trained on packed documents: "
         f"{', and '.join(over)}; use another base."
