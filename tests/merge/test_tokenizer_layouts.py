@@ -38,7 +38,8 @@ def published(tmp_path_factory) -> SimpleNamespace:
     """
     root, proto = tmp_path_factory.mktemp("published"), train_sentencepiece()
     rows = pieces_of(proto)
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+                "add_bos_token": True}  # fmt: skip
     for number, (name, count) in enumerate((("base", 0), ("cpt", 1), ("chat", 2))):
         model = LlamaForCausalLM(tiny(rows))
         with torch.no_grad():
