@@ -13,6 +13,7 @@ import torch
 
 from cpt_merge.checkpoint.loaded import is_tied, open_model, written_config
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.stored_shards import check_divisible
 from cpt_merge.checkpoint.text_only import text_only
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.progress import say
@@ -60,7 +61,10 @@ def check_trainable(
             check_capability(device)
         if device.type == "cuda" and not config.peak_tflops:
             peak_flops(torch.cuda.get_device_name(device))
-    choice = check_model(base, config, device or _CPU, without_towers).choice
+    module = check_model(base, config, device or _CPU, without_towers)
+    if asked.backend != "none":
+        check_divisible(module.stored, base)
+    choice = module.choice
     check_choice(asked, choice)
     for line in choice.describe():
         say(line)

@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cpt_merge.checkpoint.model_names import Rearranged, StoredTensors
 from cpt_merge.checkpoint.pieces import Piece, RearrangedInfo, inverted
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.stored_shards import check_divisible
 from cpt_merge.checkpoint.traced import NotMovedError, TracedTensor
+from cpt_merge.core.errors import UserError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -110,3 +113,17 @@ def test_a_rearranged_tensor_is_read_from_the_files(
     assert np.array_equal(checkpoint.read_float32("both"), expected)
     assert np.array_equal(checkpoint.read_float32("both", 1, 2), expected[1:])
     assert len(checkpoint.read_flat("both", 5, 9)) == 4
+
+
+def test_a_stored_row_that_several_processes_would_share_is_refused(tmp_path: Path) -> None:
+    """A transposed matrix: every stored row has an element of each row in memory."""
+    shapes = {"a": (4, 6), "b": (4, 6)}
+    swapped = TracedTensor.stored("a", (4, 6)).transpose(0, 1)
+    joined = torch.cat([TracedTensor.stored(name, (4, 6)) for name in "ab"], dim=0)
+    assert isinstance(swapped, TracedTensor)
+    assert isinstance(joined, TracedTensor)
+    check_divisible(StoredTensors({}, {"w": Rearranged((8, 6), joined.pieces)}, shapes), tmp_path)
+    with pytest.raises(UserError, match="stores a, of which a row is in several rows of w"):
+        check_divisible(
+            StoredTensors({}, {"w": Rearranged((6, 4), swapped.pieces)}, shapes), tmp_path
+        )
