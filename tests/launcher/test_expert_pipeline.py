@@ -71,6 +71,7 @@ def test_all_stages_keep_the_names_of_the_base(expert_recipe: Path) -> None:
     assert swept.returncode == 0, swept.stderr
 
 
+@pytest.mark.slow  # tests/merge/test_expert_layouts.py has the sentence
 def test_a_chat_model_with_other_experts_is_refused_before_the_first_stage(
     expert_recipe: Path, tmp_path: Path
 ) -> None:
