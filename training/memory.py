@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of, routed_parameters
+from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say_once
 from cpt_merge.training.config import TrainingConfig
@@ -162,9 +164,12 @@ def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
     from transformers import AutoConfig
 
     try:
-        model = AutoConfig.for_model(**config)
+        with tempfile.TemporaryDirectory() as folder:  # its reader knows how infinity is written
+            write_json(Path(folder) / "config.json", dict(config))
+            model = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = model.get_text_config(decoder=True) if model.sub_configs else model
-        complete = {**model.to_dict(), **text.to_dict()}
+        computed = {name: getattr(text, name, None) for name in NEEDED}  # Nemotron-H counts a list
+        complete = {**computed, **model.to_dict(), **text.to_dict()}
     except Exception:  # an unknown family, or values that training will name
         return config
     return {**complete, **config}

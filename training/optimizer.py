@@ -45,6 +45,23 @@ def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> 
     )  # fmt: skip
 
 
+def complete_state(optimizer: torch.optim.AdamW) -> None:
+    """Give trained weights without a gradient so far the state with which AdamW begins.
+
+    AdamW makes it at the first gradient, which weights that take no part in the loss (Zamba2's
+    unused adapters) never get, and a checkpoint is read for all of them. An empty state stays
+    empty: torch fills it when it reads one.
+    """
+    for group in optimizer.param_groups if optimizer.state else ():
+        for parameter in group["params"]:
+            if not optimizer.state.get(parameter):
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The rates as they are now, by the names that they are logged under."""
     names = {"layers": "train/learning_rate", "vocabulary": "train/learning_rate_vocabulary"}

@@ -1,6 +1,7 @@
 """The estimate against a real model: parameters, gradients and optimizer exactly, activations nearly."""
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NemotronHConfig,
+)
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.packing import TrainingSequences
@@ -372,6 +379,15 @@ def test_what_a_family_leaves_out_of_its_configuration_is_its_default() -> None:
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+def test_layers_that_a_configuration_lists_are_counted(tmp_path: Path) -> None:
+    """Nemotron-H has a list of blocks, and an infinite number, which JSON has not."""
+    blocks = ["mamba", "attention", "mlp"]
+    NemotronHConfig(layers_block_type=blocks, hidden_size=32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "num_hidden_layers" not in config
+    assert ModelShape.from_config(config, 1000, "base").layers == len(blocks)
 
 
 def test_the_smallest_limit_of_the_control_groups_around_counts(tmp_path: Path) -> None:

@@ -39,7 +39,12 @@ from cpt_merge.training.model.build import (
     prepare_layers,
 )
 from cpt_merge.training.model.compile import uncompiled
-from cpt_merge.training.optimizer import build_optimizer, learning_rates, set_rate
+from cpt_merge.training.optimizer import (
+    build_optimizer,
+    complete_state,
+    learning_rates,
+    set_rate,
+)
 from cpt_merge.training.phases import PhaseSetup, select_trained
 
 
@@ -193,6 +198,7 @@ class TorchBackend:
 
     def _state(self) -> dict[str, Any]:
         reshard(self.module)
+        complete_state(self.optimizer)
         model, optimizer = get_state_dict(self.module, self.optimizer)
         return {"model": model, "optimizer": optimizer}
 
