@@ -8,10 +8,10 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -27,6 +27,18 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
+
+
+def _is_json(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(values)
+    except TypeError as error:
+        raise ValueError(f"{error}; put such a value in quotes") from None
+    return values
+
+
+JsonFields = Annotated[dict[str, Any], AfterValidator(_is_json)]
+"""Values that are sent as JSON; YAML reads 2020-01-01 as a date, which JSON has not."""
 
 
 def key(default: Any, doc: str, *, unit: str | None = None, **constraints: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import regex
 from pydantic import AfterValidator, ValidationInfo, field_validator, model_validator
 
-from cpt_merge.core.config import Section, key
+from cpt_merge.core.config import JsonFields, Section, key
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
 from cpt_merge.evaluation.generate.config import (
@@ -212,7 +212,7 @@ class JudgeEndpointConfig(Section):
     attempts: int = key(
         5, "attempts at one prompt, with growing pauses; then the endpoint is given up", ge=1
     )
-    request: dict[str, Any] = key(
+    request: JsonFields = key(
         {"temperature": 0, "max_tokens": 1024}, "other fields of every request"
     )
     price: PriceConfig | None = key(None, "price of tokens; without it no cost is reported")
@@ -404,7 +404,7 @@ class EvaluationConfig(Section):
     thoughts: list[ThoughtMarksConfig] = key(
         [], "marks of thoughts, for reasoning models whose tokenizer does not tell"
     )
-    chat_template_kwargs: dict[str, dict[str, Any]] = key(
+    chat_template_kwargs: dict[str, JsonFields] = key(
         {},
         "model, or `all` -> variables for its chat template, such as "
         "{merged: {enable_thinking: false}}",

@@ -78,6 +78,11 @@ class LanguageModel:
         ids = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         return str(self.tokenizer.bos_token) if ids[:1] == [self.tokenizer.bos_token_id] else ""
 
+    @property
+    def rows(self) -> int:
+        """Rows of its embedding, which may be more than there are tokens; 0 if unknown."""
+        return int(getattr(self.config.get_text_config(), "vocab_size", None) or 0)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone, without bos or eos."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -14,6 +14,7 @@ from cpt_merge.checkpoint.dtypes import FLOATS, widen
 from cpt_merge.checkpoint.loaded import open_model
 from cpt_merge.checkpoint.reader import Checkpoint, read_json
 from cpt_merge.checkpoint.tensor_kinds import is_by_token, kind_of
+from cpt_merge.merge.fit import stored_like
 from cpt_merge.merge.norms import Statistics, Sums, total
 from cpt_merge.merge.plan import MergePlan
 from cpt_merge.merge.vectors import Difference, Pair, Vector
@@ -103,7 +104,8 @@ def _same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
 
 def pair_warnings(base: Path, chat: Path) -> list[str]:
     """What is probably wrong with a base and its chat model, before there is a CPT model."""
-    pair = Pair(open_model(base), open_model(chat, base))
+    of_base = open_model(base)
+    pair = Pair(of_base, stored_like(open_model(chat, base), of_base))
     statistics: Statistics = {
         name: _sample(pair.base, pair, name)
         for name, info in pair.base.tensors.items()

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any
+from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
-from cpt_merge.core.config import Section, key
+from cpt_merge.core.config import JsonFields, Section, key
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
 
 
 def _known_engine(name: str) -> str:
-    if name in (TRANSFORMERS, VLLM) or name.startswith(("http://", "https://")):
+    if name in (TRANSFORMERS, VLLM):
         return name
+    if name.startswith(("http://", "https://")):
+        return _checked_url(name)
     close = difflib.get_close_matches(name, (TRANSFORMERS, VLLM), n=1)
     raise ValueError(
         f"{name} is no engine; "
         + (f"the nearest is {close[0]}" if close else f"it is {TRANSFORMERS}, {VLLM}, or a URL")
     )
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        known = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError("this is no URL; give one such as http://localhost:8000/v1")
+    return url
 
 
 EngineName = Annotated[str, AfterValidator(_known_engine)]
@@ -43,7 +57,7 @@ class ServerConfig(Section):
     at_once: int = key(
         64, "requests that one process sends at the same time", unit="requests", ge=1
     )
-    request: dict[str, Any] = key(
+    request: JsonFields = key(
         {},
         "other fields of every request; null leaves out a field that the server does not know, "
         "such as {return_token_ids: null}",

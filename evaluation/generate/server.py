@@ -18,11 +18,12 @@ import regex
 
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import say, say_once
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Reply
 from cpt_merge.evaluation.generate.config import ServerConfig
 from cpt_merge.evaluation.generate.endpoint import (
+    SHOWN_CHARACTERS,
     Endpoint,
     EndpointError,
     FirstFailure,
@@ -37,6 +38,7 @@ PROBE = "Hello"
 BATCH = 4  # prompts per parallel request: a batch waits for its slowest reply once
 MOST_STOPS = 4  # strings that the protocol takes
 ENDED = {"stop", "eos_token", "stop_sequence"}  # why a reply ended, if not by a limit
+LIMITED = {"length"}
 
 
 @dataclass(frozen=True)
@@ -181,15 +183,41 @@ class ServerEngine(Engine):
     ) -> Reply:
         assert self._served is not None, "started"
         fields = {**_sampling(config), "seed": seed, **self._ends(reader)}
-        choice = self._ask(self._served, prompt, fields)
-        ids = choice.get("token_ids")
-        if not isinstance(ids, list):
-            ids = self.model.encode(choice["text"])
+        choice, usage = self._ask(self._served, prompt, fields)
+        reason = choice.get("finish_reason")
+        if reason not in ENDED | LIMITED:
+            raise EndpointError(
+                f"{self._address} ends a reply because of {reason!r}, which is neither its end nor "
+                "a limit; look into the server's log",
+                dead=False,
+            )
+        ids = self._ids(choice)
+        generated = usage.get("completion_tokens")
+        generated = generated if isinstance(generated, int) else len(ids)
+        # servers leave the end token out; one that ignores max_tokens ends beyond the limit
+        ended = reason in ENDED and generated <= prompt.room
         ids = ids[: prompt.room]
-        ended = choice.get("finish_reason") in ENDED
-        if ended and not set(ids) & set(reader.stop_ids):  # servers leave the end token out
+        if ended and not set(ids) & set(reader.stop_ids):
             ids = [*ids, *reader.stop_ids[:1]]
         return reader.read(ids, prompt.begun)
+
+    @property
+    def _address(self) -> str:
+        return f"{shown_address(self._endpoint.url)}/{COMPLETIONS}"
+
+    def _ids(self, choice: Mapping[str, Any]) -> list[int]:
+        """The generated ids, as far as the server returns them; else those of its text."""
+        ids = choice.get("token_ids")
+        if not isinstance(ids, list):
+            return self.model.encode(choice["text"])
+        rows = max(len(self.model.tokenizer), self.model.rows)
+        if not all(isinstance(one, int) and 0 <= one < rows for one in ids):
+            raise EndpointError(
+                f"{self._address} returns token ids that are not among the model's {rows}; "
+                "leave them out by evaluation.server.request={return_token_ids: null}",
+                dead=False,
+            )
+        return ids
 
     def _ends(self, reader: ReplyReader) -> dict[str, Any]:
         texts = [self.model.tokenizer.decode([one]) for one in reader.stop_ids]
@@ -200,8 +228,10 @@ class ServerEngine(Engine):
             "return_token_ids": True,  # vLLM
         }
 
-    def _ask(self, served: Served, prompt: Prompt, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The first choice of a completion. Raises `EndpointError`, also if it is none."""
+    def _ask(
+        self, served: Served, prompt: Prompt, fields: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The first choice of a completion, and its usage. Raises `EndpointError` if it is none."""
         text = prompt.text.removeprefix(self.model.beginning)  # the server adds it itself
         payload = {
             "model": served.name,
@@ -212,22 +242,28 @@ class ServerEngine(Engine):
         }
         payload = {name: value for name, value in payload.items() if value is not None}
         content = self._endpoint.post(COMPLETIONS, payload)
-        address = f"{shown_address(self._endpoint.url)}/{COMPLETIONS}"
         try:
-            choice = dict(content["choices"][0])
-            counted = (content.get("usage") or {}).get("prompt_tokens")
+            choice, usage = dict(content["choices"][0]), dict(content.get("usage") or {})
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            choice, counted = {}, None
+            choice, usage = {}, {}
         if not isinstance(choice.get("text"), str):
-            raise EndpointError(f"{address} answers no completion", dead=False)
-        if counted is not None and counted != len(prompt.ids):
+            said = content.get("error") if isinstance(content, dict) else None
+            reason = f" ({str(said)[:SHOWN_CHARACTERS]})" if said else ""
+            raise EndpointError(f"{self._address} answers no completion{reason}", dead=False)
+        counted = usage.get("prompt_tokens")
+        if not isinstance(counted, int):
+            say_once(
+                f"{self._address} does not count the tokens of prompts, so whether it has the "
+                f"tokenizer of {self.model.name} is not checked"
+            )
+        elif counted != len(prompt.ids):
             raise EndpointError(
-                f"{address} counts {counted} tokens in a prompt of {len(prompt.ids)}, so it has "
-                "another tokenizer or adds tokens; serve this model, without additions",
+                f"{self._address} counts {counted} tokens in a prompt of {len(prompt.ids)}, so it "
+                "has another tokenizer or adds tokens; serve this model, without additions",
                 dead=False,
                 refused=served.takes_ids,
             )
-        return choice
+        return choice, usage
 
 
 def _sampling(config: EvaluationConfig) -> dict[str, Any]:

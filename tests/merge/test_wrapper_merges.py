@@ -14,6 +14,7 @@ from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.merge import MergeConfig
+from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.extract import extract
 from cpt_merge.merge.files import merge_directories
 from cpt_merge.merge.hook import merge_shards
@@ -140,3 +141,14 @@ def test_a_wrapper_without_a_text_decoder_is_one_sentence(label, made, tmp_path)
     sentence = f"{label} contains 32 tensors of vision and 2 tensors of projector and no text"
     with pytest.raises(UserError, match=sentence):
         merge_directories(MergeConfig(), inputs_of(tmp_path, ["wrapper"] * 3), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kinds", itertools.product(("wrapper", "text"), repeat=2), ids="-".join)
+def test_a_pair_of_both_kinds_is_compared_by_its_weights(kinds, made):
+    """Names with other prefixes are the same tensors: a pair that shares none seemed to be equal."""
+    root = made("gemma3")
+    base, chat = (root / kind / name for kind, name in zip(kinds, ("base", "chat"), strict=True))
+    equal = "chat equals base: there is no vector to add; check the two models."
+    assert equal not in pair_warnings(base, chat)
+    same = root / kinds[1] / "base"
+    assert equal in pair_warnings(base, same)

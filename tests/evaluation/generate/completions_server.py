@@ -28,6 +28,10 @@ class Kind:
     unknown_fields: tuple[str, ...] = ()  # that it refuses
     fails_after: int | None = None  # completions, then status 500
     positions: int | None = None
+    ends_because: str | None = None  # instead of the true reason
+    adds_to_ids: int = 0  # to every id that it returns
+    counts: bool = True  # whether it counts tokens
+    ignores_limit: bool = False
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Completions:
         with torch.inference_mode():
             output = self.model.generate(
                 torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=body["max_tokens"], do_sample=False, eos_token_id=stops or None, pad_token_id=0,
+                max_new_tokens=body["max_tokens"] * (3 if self.kind.ignores_limit else 1), do_sample=False, eos_token_id=stops or None, pad_token_id=0,
             )  # fmt: skip
         ids = output[0, len(prompt) :].tolist()
         ended = ids[-1] in stops
@@ -82,11 +86,13 @@ class Completions:
             ids[:-1] if ended else ids, skip_special_tokens=body.get("skip_special_tokens", True),
             clean_up_tokenization_spaces=False,
         )  # fmt: skip
-        choice = {"index": 0, "text": text, "finish_reason": "stop" if ended else "length"}
+        ended = ended or self.kind.ignores_limit
+        reason = self.kind.ends_because or ("stop" if ended else "length")
+        choice = {"index": 0, "text": text, "finish_reason": reason}
         if body.get("return_token_ids") and self.kind.returns_ids:
-            choice["token_ids"] = ids
+            choice["token_ids"] = [one + self.kind.adds_to_ids for one in ids]
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
-        return {"choices": [choice], "usage": usage}
+        return {"choices": [choice], **({"usage": usage} if self.kind.counts else {})}
 
 
 class Handler(BaseHTTPRequestHandler):

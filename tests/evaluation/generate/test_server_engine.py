@@ -1,5 +1,6 @@
 """A server gives the replies that the model gives in this process, or the evaluation says why not."""
 
+import datetime
 import threading
 
 import pytest
@@ -201,7 +202,49 @@ def test_the_model_is_known_by_its_directory(server_of, models_of_two_vocabulari
         exchanges(engine_of(directory, server_of(directory, name=name).url), directory)
 
 
+class TestAnswers:
+    @pytest.mark.parametrize(
+        ("kind", "said"),
+        [
+            ({"ends_because": "abort"}, "ends a reply because of 'abort', which is neither"),
+            ({"adds_to_ids": 10**6}, "returns token ids that are not among the model's"),
+        ],
+    )
+    def test_what_is_no_reply_stops_the_evaluation(
+        self, server_of, models_of_two_vocabularies, kind, said
+    ):
+        directory = models_of_two_vocabularies["chat"]
+        engine = engine_of(directory, server_of(directory, **kind).url)
+        with pytest.raises(UserError, match=said):
+            exchanges(engine, directory)
+
+    def test_a_server_that_counts_no_tokens_is_said(
+        self, server_of, models_of_two_vocabularies, here, capsys
+    ):
+        directory = models_of_two_vocabularies["chat"]
+        found = exchanges(engine_of(directory, server_of(directory, counts=False).url), directory)
+        assert found == here
+        assert "whether it has the tokenizer of chat is not checked" in capsys.readouterr().err
+
+    def test_a_reply_beyond_the_limit_has_not_stopped(self, server_of, tmp_path):
+        directory = write_thinker(tmp_path / "m", ["서울", "서울"])
+        server = server_of(directory, ignores_limit=True, returns_ids=False)
+        config, one = EvaluationConfig(max_new_tokens=4), [prompt("ko", user("?"))]
+        [exchange] = exchanges(engine_of(directory, server.url), directory, config, one)
+        [reply] = exchange.replies
+        assert (reply.text, reply.stopped) == ("서울" * 4, False)
+
+
 class TestRecipe:
+    @pytest.mark.parametrize("url", ["http://", "http://[::1/v1", "http://127.0.0.1:abc/v1"])
+    def test_what_is_no_url_is_refused(self, url):
+        with pytest.raises(ValueError, match="this is no URL"):
+            EvaluationConfig(engine=url)
+
+    def test_what_cannot_be_sent_is_refused(self):
+        with pytest.raises(ValueError, match="date is not JSON serializable; put such a value in"):
+            ServerConfig(request={"x": datetime.date(2020, 1, 1)})
+
     @pytest.mark.parametrize(
         ("name", "said"),
         [
