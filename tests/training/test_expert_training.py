@@ -137,7 +137,7 @@ def finished_run(
 
 
 BACKENDS = [
-    ("fsdp2", 1), ("fsdp2", 2), ("zero3", 2),
+    ("fsdp2", 1), ("fsdp2", 2), pytest.param("zero3", 2, marks=pytest.mark.slow),
     pytest.param("zero2", 2, marks=pytest.mark.slow), pytest.param("hsdp", 4, marks=pytest.mark.slow),
 ]  # fmt: skip
 
@@ -180,6 +180,7 @@ def test_the_export_has_the_names_shapes_and_types_of_the_base(
         assert torch.equal(tensor, found[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "size"), [("fsdp2", 2)])
 def test_resume_is_bit_for_bit_the_same(
     backend: str, size: int, expert_model: Path, store: Path, finished_run: Any, tmp_path: Path

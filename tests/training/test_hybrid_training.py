@@ -100,6 +100,7 @@ def test_losses_are_those_of_transformers_document_by_document(
             assert not torch.equal(one, other), name
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_same_bits(
     hybrid: Path, store: Path, tmp_path: Path
 ) -> None:

@@ -38,8 +38,11 @@ def starts(tmp_path, monkeypatch):
     return lambda: {int(path.name): path.read_text() for path in folder.iterdir()}
 
 
-def measured(models, config):
+def measured(models, config, folder=None):
+    """The metrics; servers record their starts in `folder`."""
     torch.set_num_threads(1)
+    if folder is not None:  # this process may have been forked from one without the variable
+        os.environ["RECORD_STARTS"] = str(folder)
     found = evaluate(models, config)
     return {name: value for name, value in found.items() if "tokens_per_second" not in name}
 
@@ -58,11 +61,12 @@ def alive(pid):
 
 
 def test_each_process_starts_one_for_the_model_and_the_metrics_are_the_same(
-    both, prompts_file, starts
+    both, prompts_file, starts, tmp_path
 ):
     one = {"one": both["one"]}
     alone = measured(one, EvaluationConfig(**PROMPTS, prompts=str(prompts_file)))
-    assert run_ranks(measured, 2, one, config(prompts_file)) == [alone, alone]
+    together = run_ranks(measured, 2, one, config(prompts_file), tmp_path / "starts")
+    assert together == [alone, alone]
     assert len(starts()) == 2
     assert not any(map(alive, starts()))
 
@@ -81,6 +85,7 @@ def test_what_it_says_when_it_fails_is_shown(both, prompts_file):
         evaluate(both, asked)
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_process_ends_all(both, prompts_file):
     asked = config(prompts_file, arguments=["--max-model-len", "many"])
     assert all(run_ranks(refusal, 2, both, asked))
