@@ -62,6 +62,7 @@ def run(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_base_identifies_an_extended_tokenizer(llama_cpp: Path, tmp_path: Path) -> None:
     base, model = (tokenizer(tmp_path / name, name == "model") for name in ("base", "model"))
     alone = run(llama_cpp / "convert_hf_to_gguf.py", model)

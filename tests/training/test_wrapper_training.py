@@ -106,7 +106,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "backend", "ranks"),
     [
-        ("mistral3", "fsdp2", 1),  # one process is not sharded
+        pytest.param("mistral3", "fsdp2", 1, marks=slow),  # one process is not sharded
         *(pytest.param(family, backend, ranks, marks=slow) for family, backend, ranks in (
             ("gemma3", "fsdp2", 2), ("gemma3", "zero3", 2), ("qwen2.5-vl", "zero3", 2), ("qwen2.5-vl", "fsdp2", 2), ("mistral3", "zero3", 2),
             ("qwen3-vl", "fsdp2", 2), ("voxtral", "fsdp2", 2), ("llava", "zero3", 2), ("llama4", "fsdp2", 2),
