@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
 from cpt_merge.core.config import JsonFields, Section, key
+from cpt_merge.core.spelling import nearest
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
 
@@ -18,11 +18,8 @@ def _known_engine(name: str) -> str:
         return name
     if name.startswith(("http://", "https://")):
         return _checked_url(name)
-    close = difflib.get_close_matches(name, (TRANSFORMERS, VLLM), n=1)
-    raise ValueError(
-        f"{name} is no engine; "
-        + (f"the nearest is {close[0]}" if close else f"it is {TRANSFORMERS}, {VLLM}, or a URL")
-    )
+    suggestion = nearest(name, (TRANSFORMERS, VLLM))
+    raise ValueError(f"{name} is no engine{suggestion}; it is {TRANSFORMERS}, {VLLM}, or a URL")
 
 
 def _checked_url(url: str) -> str:

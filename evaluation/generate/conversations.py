@@ -45,7 +45,7 @@ def converse(
 
     The model sees its own earlier replies.
     """
-    engine.start()
+    engine.start()  # its time does not count
     histories: list[list[Message]] = [[] for _ in conversations]
     replies: list[list[Reply]] = [[] for _ in conversations]
     start = time.monotonic()
@@ -106,6 +106,7 @@ def generate(
 
     A prompt that fills the model's positions gets an empty reply that did not stop.
     """
+    engine.start()  # a server may have fewer positions than the model
     model = engine.model
     reader = reader_for(model.tokenizer, template, ReplyLimits.of(config))
     prompts = []

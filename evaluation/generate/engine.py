@@ -43,7 +43,10 @@ class Engine(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Get ready, on every process. Raises `UserError` if the model cannot be reached."""
+        """Get ready, unless it is, on every process. Raises `UserError` if the model is not there.
+
+        Call it before `positions` and `reply`.
+        """
 
     @abstractmethod
     def reply(

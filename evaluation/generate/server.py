@@ -95,7 +95,6 @@ class ServerEngine(Engine):
         label: str,
     ) -> list[Reply]:
         """See `Engine.reply`. Raises `UserError` if a reply is missing in the end."""
-        self.start()
         batches = batches_by_length([len(one.ids) for one in prompts], BATCH * self._config.at_once)
         failure = FirstFailure()
 

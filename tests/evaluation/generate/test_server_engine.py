@@ -199,7 +199,9 @@ def test_the_model_is_known_by_its_directory(server_of, models_of_two_vocabulari
     directory = models_of_two_vocabularies["chat"]
     monkeypatch.chdir(directory.parent)
     for name in (str(directory), directory.name):
-        exchanges(engine_of(directory, server_of(directory, name=name).url), directory)
+        server = server_of(directory, name=name)
+        exchanges(engine_of(directory, server.url), directory)
+        assert {one["model"] for one in server.completions.asked} == {name}
 
 
 class TestAnswers:
@@ -248,7 +250,7 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("name", "said"),
         [
-            ("vlm", "vlm is no engine; the nearest is vllm"),
+            ("vlm", r'vlm is no engine \(did you mean "vllm"\?\); it is'),
             ("gpu3:8000", "gpu3:8000 is no engine; it is transformers, vllm, or a URL"),
         ],
     )
