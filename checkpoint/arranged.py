@@ -80,12 +80,11 @@ def _made_of(
 def _empty_model(config: Mapping[str, Any]) -> Any:
     """The model of a config.json without memory for weights; None if transformers has none."""
     import torch
-    from transformers import AutoConfig
 
-    from cpt_merge.checkpoint.text_models import auto_class
+    from cpt_merge.checkpoint.text_models import auto_class, config_of
 
     try:
-        known = AutoConfig.for_model(**config)
+        known = config_of(config)
         with torch.device("meta"):
             return auto_class(known).from_config(known, trust_remote_code=False)
     except Exception:  # an unknown family, or values that its class refuses

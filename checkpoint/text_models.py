@@ -6,9 +6,11 @@ for the decoder, and next to the decoder it has towers and what connects them to
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +19,22 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
 )
+
+from cpt_merge.core.artifact import write_json
+
+
+def config_of(values: Mapping[str, Any]) -> Any:
+    """The configuration of transformers with the values of a config.json; raises what it raises.
+
+    Its reader is asked, which knows how infinity is written in JSON (Nemotron-H's time steps).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", dict(values))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def auto_class(config: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of, routed_parameters
-from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say_once
 from cpt_merge.training.config import TrainingConfig
@@ -161,12 +159,10 @@ def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Importing the class takes seconds, so call it only if something is missing.
     """
-    from transformers import AutoConfig
+    from cpt_merge.checkpoint.text_models import config_of
 
     try:
-        with tempfile.TemporaryDirectory() as folder:  # its reader knows how infinity is written
-            write_json(Path(folder) / "config.json", dict(config))
-            model = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = config_of(config)
         text = model.get_text_config(decoder=True) if model.sub_configs else model
         computed = {name: getattr(text, name, None) for name in NEEDED}  # Nemotron-H counts a list
         complete = {**computed, **model.to_dict(), **text.to_dict()}
