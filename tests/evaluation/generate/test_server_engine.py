@@ -1,6 +1,8 @@
 """A server gives the replies that the model gives in this process, or the evaluation says why not."""
 
 import datetime
+import json
+import shutil
 import threading
 
 import pytest
@@ -18,7 +20,7 @@ from cpt_merge.evaluation.generate.transformers import TransformersEngine
 from cpt_merge.evaluation.models import LanguageModel
 from tests.evaluation.conftest import TEXTS
 from tests.evaluation.generate.completions_server import Completions, CompletionsServer, Kind
-from tests.evaluation.thinkers import write_thinker
+from tests.evaluation.thinkers import PLAIN, write_thinker
 
 ALONE = Ranks()
 CONFIG = EvaluationConfig(max_new_tokens=24, batch_size=4)
@@ -105,6 +107,27 @@ class TestReplies:
         [exchange] = exchanges(engine_of(directory, server.url), directory, config, one)
         [reply] = exchange.replies
         assert (reply.text, reply.stopped) == ("서울" * 4 + "서", False)
+
+    def test_the_bos_that_a_server_puts_before_a_text_is_not_sent(
+        self, server_of, models_of_two_vocabularies, tmp_path
+    ):
+        """The template writes it as well."""
+        directory = shutil.copytree(models_of_two_vocabularies["chat"], tmp_path / "m")
+        definition = json.loads((directory / "tokenizer.json").read_text())
+        definition["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+        }  # fmt: skip
+        (directory / "tokenizer.json").write_text(json.dumps(definition))
+        server, one = server_of(directory, takes_ids=False), [prompt("en", user("Where?"))]
+        engine = engine_of(directory, server.url)
+        assert engine.model.beginning == "<s>"
+        here = TransformersEngine(LanguageModel.open("chat", directory), ALONE)
+        expected = exchanges(here, directory, conversations=one)
+        assert exchanges(engine, directory, conversations=one) == expected
+        assert server.completions.asked[-1]["prompt"] == "[INST] Where? [/INST]"
 
     def test_no_weights_are_loaded(self, server_of, models_of_two_vocabularies):
         directory = models_of_two_vocabularies["chat"]
@@ -229,7 +252,7 @@ class TestAnswers:
         assert "whether it has the tokenizer of chat is not checked" in capsys.readouterr().err
 
     def test_a_reply_beyond_the_limit_has_not_stopped(self, server_of, tmp_path):
-        directory = write_thinker(tmp_path / "m", ["서울", "서울"])
+        directory = write_thinker(tmp_path / "m", ["서울", "서울"], PLAIN)
         server = server_of(directory, ignores_limit=True, returns_ids=False)
         config, one = EvaluationConfig(max_new_tokens=4), [prompt("ko", user("?"))]
         [exchange] = exchanges(engine_of(directory, server.url), directory, config, one)
