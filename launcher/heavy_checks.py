@@ -22,7 +22,7 @@ from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import DATA, EVALUATION, TRAINING
-from cpt_merge.launcher.start import backend_variables
+from cpt_merge.launcher.start import backend_variables, local_processes
 
 REFUSED = 2
 ELSEWHERE = "--elsewhere"  # without a GPU here, training may be planned for another machine
@@ -81,16 +81,20 @@ def check(run: Run, here: bool) -> None:
 def _check_training(run: Run, here: bool) -> None:
     import torch
 
-    from cpt_merge.training.distributed.settings import backend_settings
+    from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
     from cpt_merge.training.trainable import check_trainable
 
     variables = {**os.environ, **backend_variables(run.recipe)}
+    config = run.recipe.training
     on_cpu = variables.get("ACCELERATE_USE_CPU", "").lower() == "true"
     device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
     known = here or on_cpu or device.type == "cuda"
     asked = backend_settings(variables)
+    if asked.backend == "none" and config.offload:
+        several = not here or local_processes(run.recipe) > 1
+        asked = BackendSettings("fsdp2" if several else "none")
     alone = run.recipe.models.text_only
-    choice = check_trainable(run.base, run.recipe.training, asked, device if known else None, alone)
+    choice = check_trainable(run.base, config, asked, device if known else None, alone)
     if choice.separation.one_by_one:
         say(f"packed documents: {_cost_of_padding(run)}")
 

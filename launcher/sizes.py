@@ -90,16 +90,21 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
 
 def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
     """How the recipe's accelerate configuration divides memory over so many processes."""
-    from cpt_merge.training.distributed.settings import backend_settings
+    from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
 
     asked = backend_settings(backend_environment(accelerate_config(recipe)))
+    if processes == 1 and not recipe.launch.accelerate_config:
+        asked = BackendSettings()
+    asked = asked.with_offload(recipe.training.offload)
+    if asked.backend == "none":
+        return MemorySetup.of(recipe.training, "single", 1, 1)
     if asked.backend == "deepspeed":
         strategy = ZERO_STRATEGIES[asked.zero_stage]
-        return MemorySetup.of(recipe.training, strategy, processes, processes)
-    if processes == 1 and not recipe.launch.accelerate_config:
-        return MemorySetup.of(recipe.training, "single", 1, 1)
-    _, shards = asked.mesh_shape(World(size=processes))
-    return MemorySetup.of(recipe.training, "fsdp2", processes, shards)
+        setup = MemorySetup.of(recipe.training, strategy, processes, processes)
+    else:
+        _, shards = asked.mesh_shape(World(size=processes))
+        setup = MemorySetup.of(recipe.training, "fsdp2", processes, shards)
+    return replace(setup, offload=asked.offload)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ READ_BY_US = "CPT_MERGE_READ_ACCELERATE_CONFIG"  # set where we did accelerate's
 ACCELERATE_CONFIGS = PACKAGE / "recipes" / "accelerate"
 
 
-def _local_processes(recipe: Recipe) -> int:
+def local_processes(recipe: Recipe) -> int:
     """How many processes a distributed stage gets on this machine.
 
     Raises `UserError` for more than fit.
@@ -40,7 +40,7 @@ def check_local_batch(recipe: Recipe) -> int:
     Raises `UserError` if a batch or the backend's mesh does not divide over them.
     """
     world = find_world()
-    processes = _local_processes(recipe) if world.launcher == "alone" else world.size
+    processes = local_processes(recipe) if world.launcher == "alone" else world.size
     recipe.training.check_processes(processes, " of this machine (launch.processes)")
     if world.launcher == "alone" and not started_by_accelerate():
         from cpt_merge.training.distributed.settings import backend_settings
@@ -121,7 +121,7 @@ def processes_to_start(context: StageContext) -> int:
     """How many processes have to be started for a stage; 1 where it runs in this process."""
     if not context.stage.distributed or context.world.launcher != "alone":
         return 1
-    return 1 if started_by_accelerate() else _local_processes(context.run.recipe)
+    return 1 if started_by_accelerate() else local_processes(context.run.recipe)
 
 
 def start_processes(context: StageContext, processes: int) -> None:

@@ -11,6 +11,8 @@ from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 
+Offload = Literal["none", "optimizer", "all"]  # what is kept in the CPU's memory
+
 
 class ScheduleConfig(Section):
     """The learning rate over the run, as a factor of its peak."""
@@ -139,6 +141,12 @@ class TrainingConfig(Section):
         "none",
         "what the backward pass computes again to save memory: nothing; each layer; or each layer "
         "except its attention and every second matmul",
+    )
+    offload: Offload | None = key(
+        None,
+        "what is in the CPU's memory instead of the GPU's: optimizer: moments and master weights, "
+        "and the optimizer steps there (DeepSpeed); all: also weights and gradients (FSDP2, "
+        "ZeRO 3); what the accelerate configuration says if not set",
     )
     compile: bool = key(False, "torch.compile each decoder layer")
     attention: Literal["auto", "flash", "sdpa", "flex", "eager"] = key(

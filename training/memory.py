@@ -15,7 +15,7 @@ from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of, routed_parameters
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say_once
-from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.config import Offload, TrainingConfig
 from cpt_merge.training.flops import experts, experts_taken
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ class MemorySetup:
     attention: str = "sdpa"
     compile: bool = False
     vocabulary_only: bool = False  # only embedding and head are trained
+    offload: Offload = "none"  # what is in the CPU's memory
 
     @staticmethod
     def of(config: TrainingConfig, strategy: Strategy, processes: int, shards: int) -> MemorySetup:
@@ -398,7 +399,7 @@ def available_memory(device: torch.device, environment: Mapping[str, str] = os.e
     limits = [_memory_free(), *_cgroup_limits()]
     if int(environment.get("SLURM_MEM_PER_NODE", "0")):  # MB; 0: the whole node
         limits.append(int(environment["SLURM_MEM_PER_NODE"]) * 2**20)
-    return min(limits) // _processes_on_node(environment)
+    return min(limits) // processes_on_node(environment)
 
 
 def _memory_free(root: Path = Path("/")) -> int:
@@ -426,7 +427,7 @@ def _cgroup_limits(root: Path = Path("/")) -> list[int]:
     return [int(text) for text in found if text != "max"]
 
 
-def _processes_on_node(environment: Mapping[str, str]) -> int:
+def processes_on_node(environment: Mapping[str, str]) -> int:
     """Processes on this node. Slurm writes `4(x2),3` for two nodes with four and one with three."""
     if "LOCAL_WORLD_SIZE" in environment:
         return int(environment["LOCAL_WORLD_SIZE"])

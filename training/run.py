@@ -66,7 +66,7 @@ def run(
     chat model is made and asked during training, if the configuration wants that. Raises
     `Interrupted` when the run was asked to stop; everything is saved then.
     """
-    parallel = start_parallel()
+    parallel = start_parallel(offload=config.offload)
     try:
         callbacks = default_callbacks(config, previewed)
         trainer = Trainer(config, inputs, out, tracker, parallel, callbacks)

@@ -86,6 +86,7 @@ def _memory_line(setup: PhaseSetup, backend: Backend, parallel: Parallel) -> str
         MemorySetup.of(setup.config, backend.strategy, parallel.size, backend.shard_count),
         vocabulary_only=setup.phase.train != "all",
         attention=backend.choice.attention,
+        offload=parallel.settings.offload,
     )
     needed, there = estimate_memory(shape, memory).total, available_memory(parallel.device)
     warning = "; MORE THAN IS AVAILABLE" if needed > there else ""

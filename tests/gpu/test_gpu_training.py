@@ -17,6 +17,8 @@ from cpt_merge.training.distributed.parallel import start_parallel
 from cpt_merge.training.memory import MemorySetup, ModelShape, estimate_memory
 from cpt_merge.training.phases import PhaseSetup, phases_of
 from tests.distributed import run_ranks
+from tests.training.conftest import CONFIG
+from tests.training.families import documents, make_family
 from tests.training.runs import ROOT, Job, reference_steps, train_steps, weights
 
 needs_deepspeed = pytest.mark.skipif(
@@ -25,6 +27,7 @@ needs_deepspeed = pytest.mark.skipif(
 BACKENDS = [
     "alone",
     "fsdp2",
+    "fsdp2-offload",
     *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3)),
 ]
 
@@ -93,6 +96,28 @@ def test_stopped_and_resumed_it_is_bit_for_bit_the_same(
     assert {**first, **second} == whole
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(parts)[name]), name
+
+
+def placed(name: str, model: Path) -> tuple[set[str], float]:
+    """Devices of masters and moments after a step, and the GB that the GPU holds then."""
+    os.environ.update(backend_environment(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
+    config, parallel = TrainingConfig(**CONFIG | {"precision": "bf16"}), start_parallel()
+    backend: Any = build_backend(PhaseSetup(config, phases_of(config)[0], model, 0), parallel)
+    backend.backward(documents(2).to(parallel.device), 1e-2, last=True)
+    assert backend.step(1.0).finite
+    states = [value for state in backend.optimizer.state.values() for value in state.values()]
+    devices = {tensor.device.type for tensor in [*backend.module.parameters(), *states]}
+    return devices, torch.cuda.memory_allocated() / 1e9
+
+
+def test_fsdp2_keeps_weights_and_moments_in_the_cpus_memory(tmp_path: Path) -> None:
+    """10.6 M parameters and their moments are 0.127 GB."""
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+    make_family(tmp_path, "llama", tied=False, **shape)
+    here, less = run_ranks(placed, 1, "fsdp2-offload", tmp_path, timeout=200)[0]
+    there, more = run_ranks(placed, 1, "fsdp2", tmp_path, timeout=200)[0]
+    assert (here, there) == ({"cpu"}, {"cuda"})
+    assert less < more - 0.1
 
 
 def peak_and_estimate(model: Path, store: Path, changes: dict[str, Any]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import pytest
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.start import backend_environment
-from cpt_merge.training.distributed.deepspeed import zero_section
+from cpt_merge.training.config import Offload
 from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
 from tests.command_line import cpt_merge
 from tests.launcher.conftest import ROOT
@@ -23,6 +23,7 @@ ASKED = {
     "zero1": BackendSettings("deepspeed", zero_stage=1),
     "zero2": BackendSettings("deepspeed", zero_stage=2),
     "zero3": BackendSettings("deepspeed", zero_stage=3),
+    "fsdp2-offload": BackendSettings("fsdp2", offload="all"),
     "cpu": BackendSettings(),
 }
 ACTIVE = {
@@ -31,6 +32,11 @@ ACTIVE = {
     "zero1": (2, "DeepSpeed ZeRO 1: optimizer divided over 2 processes"),
     "zero2": (2, "DeepSpeed ZeRO 2: optimizer and gradients divided over 2 processes"),
     "zero3": (2, "DeepSpeed ZeRO 3: optimizer, gradients and parameters divided over 2 processes"),
+    "fsdp2-offload": (
+        2,
+        "FSDP2: 2 shards, 2 processes; weights, gradients and optimizer in the CPU's memory, "
+        "where everything is on a CPU machine",
+    ),
     "cpu": (1, "one process, not sharded"),
 }
 
@@ -77,10 +83,6 @@ def test_accelerate_says_the_same(name: str, tmp_path: Path) -> None:
             "asks for FSDP 1; set fsdp_version: 2",
         ),
         (
-            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
-            "fsdp_offload_params",
-        ),
-        (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "PARALLELISM_CONFIG_TP_SIZE": "2"},
             "tp_size > 1",
         ),
@@ -91,9 +93,10 @@ def test_accelerate_says_the_same(name: str, tmp_path: Path) -> None:
         (
             {
                 "ACCELERATE_USE_DEEPSPEED": "true",
-                "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
             },
-            "offload_optimizer_device",
+            "asks for offload_param without offload_optimizer",
         ),
     ],
 )
@@ -102,20 +105,95 @@ def test_what_is_not_there_is_refused(environment: dict[str, str], sentence: str
         backend_settings(environment)
 
 
-def test_offloading_is_refused_in_deepspeeds_own_file_too(tmp_path: Path) -> None:
+def of_json(tmp_path: Path, **section: object) -> BackendSettings:
+    """The settings of a DeepSpeed JSON."""
     settings = tmp_path / "deepspeed.json"
-    section: dict[str, object] = {
-        "stage": 2,
-        "overlap_comm": False,
-        "offload_param": {"device": "none"},
-    }
     settings.write_text(json.dumps({"zero_optimization": section}))
-    assert zero_section(BackendSettings("deepspeed", zero_config=str(settings))) == section
-    settings.write_text(
-        json.dumps({"zero_optimization": section | {"offload_optimizer": {"device": "cpu"}}})
-    )
-    with pytest.raises(UserError, match="asks for offload_optimizer, which is not supported"):
-        zero_section(BackendSettings("deepspeed", zero_config=str(settings)))
+    environment = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(settings),
+    }
+    return backend_settings(environment)
+
+
+def test_deepspeeds_own_file_counts_with_all_its_fields(tmp_path: Path) -> None:
+    optimizer = {"device": "cpu", "pin_memory": False, "buffer_count": "auto"}
+    asked = of_json(
+        tmp_path, stage=2, overlap_comm=False, reduce_bucket_size="auto",
+        offload_optimizer=optimizer, offload_param={"device": "none"},
+    )  # fmt: skip
+    assert asked.zero_section == {
+        "stage": 2, "overlap_comm": False,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+    }  # fmt: skip
+    assert (asked.zero_stage, asked.offload) == (2, "optimizer")
+    assert of_json(tmp_path, stage=3, offload_optimizer=None).offload == "none"
+    with pytest.raises(UserError, match="sets cpu_offload, a former name of DeepSpeed's"):
+        of_json(tmp_path, stage=2, cpu_offload=True)
+    with pytest.raises(UserError, match="gives no ZeRO stage of 1, 2 or 3"):
+        of_json(tmp_path, stage=0)
+
+
+ZERO_CPU = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted", "found"),
+    [
+        (BackendSettings("fsdp2"), "all", BackendSettings("fsdp2", offload="all")),
+        (BackendSettings("fsdp2", offload="all"), None, BackendSettings("fsdp2", offload="all")),
+        (BackendSettings("fsdp2"), "none", BackendSettings("fsdp2")),
+        (
+            BackendSettings("deepspeed", zero_stage=1),
+            "optimizer",
+            BackendSettings(
+                "deepspeed", zero_stage=1, offload="optimizer",
+                zero={"offload_optimizer": {"device": "cpu"}},
+            ),
+        ),
+        (
+            BackendSettings("deepspeed", zero_stage=3, zero={"overlap_comm": False}),
+            "all",
+            BackendSettings(
+                "deepspeed", zero_stage=3, offload="all", zero={"overlap_comm": False, **ZERO_CPU}
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_recipe_or_file_asks_to_offload(
+    asked: BackendSettings, wanted: Offload | None, found: BackendSettings
+) -> None:
+    assert asked.with_offload(wanted) == found
+    assert found.with_offload(wanted) == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted", "sentence"),
+    [
+        (BackendSettings(), "all", "all needs FSDP2 or DeepSpeed, on one process too; set launch"),
+        (BackendSettings("fsdp2"), "optimizer", "not possible with FSDP2, which offloads weights"),
+        (
+            BackendSettings("fsdp2", offload="all"),
+            "none",
+            "is none but the accelerate config asks to offload weights, gradients and optimizer",
+        ),
+        (
+            BackendSettings("deepspeed", zero_stage=2),
+            "all",
+            "weights cannot be offloaded with ZeRO 2",
+        ),
+        (
+            BackendSettings("deepspeed", zero_stage=2, zero=ZERO_CPU, offload="all"),
+            None,
+            "weights cannot be offloaded with ZeRO 2",
+        ),
+    ],
+)
+def test_what_cannot_be_offloaded_is_one_sentence(
+    asked: BackendSettings, wanted: Offload | None, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        asked.with_offload(wanted)
 
 
 @pytest.mark.slow

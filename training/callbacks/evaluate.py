@@ -148,9 +148,10 @@ def reference_line(
         return {}
     with timed(f"validation bits per byte of {base}"):
         module = build_model(base, config, parallel.device).requires_grad_(False)
-        if parallel.size > 1 or config.precision == "bf16":
-            shard(module, config, parallel)
-        load_weights(module, base, parallel.device)
+        on_cpu = parallel.settings.offload != "none"  # what is trained would not fit, either
+        if parallel.size > 1 or config.precision == "bf16" or on_cpu:
+            shard(module, config, parallel, on_cpu)
+        load_weights(module, base, parallel.device, on_cpu)
 
         @torch.no_grad()
         def loss_of(batch: Batch) -> Tensor:

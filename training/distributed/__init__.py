@@ -6,5 +6,6 @@ deepspeed.py    DeepSpeed ZeRO 1, 2 and 3
 build.py        which of them
 checkpoint.py   checkpoints of a run in progress
 stopping.py     all processes stop at the same micro-batch
+offload.py      what backends share that keep the optimizer or all weights in the CPU's memory
 parallel.py     process groups, device, mesh
 """

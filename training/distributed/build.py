@@ -14,7 +14,8 @@ from cpt_merge.training.phases import PhaseSetup
 def build_backend(setup: PhaseSetup, parallel: Parallel) -> Backend:
     """The backend that was asked for, with its weights loaded. Raises as `check_backend` does."""
     asked = parallel.settings
-    check_backend(asked, setup.config)
+    if check_backend(asked, setup.config) != asked:
+        raise ValueError("start_parallel was not given the recipe's training.offload")
     if asked.backend == "deepspeed":
         from cpt_merge.training.distributed.deepspeed import ZeroBackend
 
@@ -27,14 +28,18 @@ def build_backend(setup: PhaseSetup, parallel: Parallel) -> Backend:
 def check_choice(asked: BackendSettings, choice: Choice) -> None:
     """Raise `UserError` for a backend in which documents are not kept apart in the way chosen."""
     if asked.backend == "deepspeed":
-        from cpt_merge.training.distributed.deepspeed import check_documents, zero_section
+        from cpt_merge.training.distributed.deepspeed import check_documents
 
-        if zero_section(asked)["stage"] == 3:
+        if asked.zero_stage == 3:
             check_documents(choice)
 
 
-def check_backend(asked: BackendSettings, config: TrainingConfig) -> None:
-    """Raise `UserError` for a backend that is not available or contradicts the recipe."""
+def check_backend(asked: BackendSettings, config: TrainingConfig) -> BackendSettings:
+    """The backend as it will be, with what the recipe offloads.
+
+    Raises `UserError` for one that is not available or contradicts the recipe.
+    """
+    asked = asked.with_offload(config.offload)
     precision = config.precision
     wanted = {"bf16": "bf16", "pure-bf16": "bf16", "fp32": "no"}[precision]
     if asked.mixed_precision not in ("no", wanted):
@@ -47,3 +52,4 @@ def check_backend(asked: BackendSettings, config: TrainingConfig) -> None:
         from cpt_merge.training.distributed.deepspeed import check_zero
 
         check_zero(asked, config)
+    return asked

@@ -7,7 +7,6 @@ loaded only by the same ZeRO stage on the same number of processes.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -284,7 +283,6 @@ def check_zero(settings: BackendSettings, config: TrainingConfig) -> None:
             "masters; "
             "set bf16 or fp32."
         )
-    zero_section(settings)
 
 
 def check_documents(choice: Choice) -> None:
@@ -310,7 +308,7 @@ def _engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, An
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": micro,
         "gradient_clipping": config.optimizer.clip,
-        "zero_optimization": zero_section(parallel.settings),
+        "zero_optimization": parallel.settings.zero_section,
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW
         "steps_per_print": 10**9,
     }
@@ -318,32 +316,6 @@ def _engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, An
         settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         settings["communication_data_type"] = "fp32"
     return settings
-
-
-def zero_section(settings: BackendSettings) -> dict[str, Any]:
-    """DeepSpeed's `zero_optimization`.
-
-    Raises `UserError` for a file that has no stage or offloads.
-    """
-    if not settings.zero_config:
-        return {"stage": settings.zero_stage}
-    try:
-        section = json.loads(Path(settings.zero_config).read_text(encoding="utf-8"))[
-            "zero_optimization"
-        ]
-        if section["stage"] not in ZERO_STRATEGIES:
-            raise ValueError(f"stage is {section['stage']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the DeepSpeed configuration {settings.zero_config} gives no ZeRO stage of 1, 2 or 3 "
-            f"({error}); set zero_optimization.stage there."
-        ) from None
-    for name in ("offload_optimizer", "offload_param"):
-        if (section.get(name) or {}).get("device", "none") != "none":
-            raise UserError(
-                f"{settings.zero_config} asks for {name}, which is not supported; remove it."
-            )
-    return {name: value for name, value in section.items() if value != "auto"}
 
 
 def _import_deepspeed(device: torch.device) -> Any:

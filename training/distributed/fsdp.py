@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from cpt_merge.checkpoint.export import LocalShard
@@ -26,6 +33,7 @@ from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
 from cpt_merge.training.distributed.backend import StepOutcome, replaced
 from cpt_merge.training.distributed.compute_copy import ComputeCopy
+from cpt_merge.training.distributed.offload import offloaded
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.memory import Strategy
 from cpt_merge.training.model.attention import check_attention
@@ -83,20 +91,21 @@ class TorchBackend:
     def build(setup: PhaseSetup, parallel: Parallel) -> TorchBackend:
         """Select, shard, load, in this order, so that no process ever holds more than its part."""
         module = build_model(setup.model, setup.config, parallel.device)
-        sharded = parallel.settings.backend == "fsdp2"
+        sharded, on_cpu = parallel.settings.backend == "fsdp2", parallel.settings.offload == "all"
         select_trained(module, setup.phase, setup.base_rows)
         copy = ComputeCopy(module) if setup.config.precision == "bf16" and not sharded else None
         running = copy.module if copy else module
         prepare_layers(running, setup.config, parallel.device)
         if sharded:
-            shard(module, setup.config, parallel)
-        load_weights(module, setup.model, parallel.device)
+            shard(module, setup.config, parallel, on_cpu)
+        load_weights(module, setup.model, parallel.device, on_cpu)
         if sharded:
             check_divisible(module.stored, setup.model)
         if copy:
             copy.materialise(parallel.device)
         check_attention(running, setup.config, parallel.device)
         reshard(module)
+        _prove_placed(module, parallel)
         optimizer = build_optimizer(module, setup.config.optimizer, setup.phase)
         return TorchBackend(module, copy, optimizer, setup, parallel)
 
@@ -136,7 +145,10 @@ class TorchBackend:
         return self.running.take_routing()
 
     def step(self, factor: float) -> StepOutcome:
-        """See `Backend`. The fused AdamW reads on the device whether to step, so nobody waits."""
+        """See `Backend`. The fused AdamW reads on the device whether to step, so nobody waits.
+
+        Offloaded gradients, their norm and AdamW are on the CPU, which has waited for them.
+        """
         set_rate(self.optimizer, factor)
         trained = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
@@ -272,29 +284,33 @@ def reshard(module: CausalLM) -> None:
             part.reshard()
 
 
-def shard(module: CausalLM, config: TrainingConfig, parallel: Parallel) -> None:
+def shard(
+    module: CausalLM, config: TrainingConfig, parallel: Parallel, on_cpu: bool = False
+) -> None:
     """FSDP2 on a model whose parameters are still meta tensors.
 
     The units are each decoder layer, the embedding, and the rest (norm and head) with the root,
     which applies the head; a tied matrix is part of the root. Parameters are fp32 masters (bf16 for
     pure-bf16), gathered in the compute type; gradients are reduced in fp32. With one replica the
-    mesh is flat.
+    mesh is flat. Shards that are kept `on_cpu` are copied to the device each time that their unit
+    is gathered, and its gradients back after each reduction.
     """
     compute = torch.float32 if config.precision == "fp32" else torch.bfloat16
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     mesh = parallel.mesh if parallel.mesh.shape[0] > 1 else parallel.mesh["shard"]
+    offload = OffloadPolicy()
+    if on_cpu:
+        offload = CPUOffloadPolicy(pin_memory=parallel.device.type == "cuda")
+    divide = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    reshard_after_forward = parallel.settings.reshard
     embedding, head = module.model.get_input_embeddings(), module.model.get_output_embeddings()
     for layer in module.layers:
-        fully_shard(
-            layer, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.settings.reshard
-        )
+        divide(layer, reshard_after_forward=reshard_after_forward)
     if embedding.weight is not head.weight:
-        fully_shard(
-            embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.settings.reshard
-        )
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+        divide(embedding, reshard_after_forward=reshard_after_forward)
+    divide(module)
     _prove_sharded(module, parallel)
 
 
@@ -314,14 +330,31 @@ def _prove_sharded(module: CausalLM, parallel: Parallel) -> None:
             )
 
 
+def _prove_placed(module: CausalLM, parallel: Parallel) -> None:
+    """The shards are where they were asked to be: on the device, or in the CPU's memory."""
+    on_cpu = parallel.settings.offload == "all"
+    wanted = "cpu" if on_cpu else parallel.device.type
+    for name, parameter in module.named_parameters():
+        shard = _local_part(parameter)
+        pinned = not (on_cpu and parallel.device.type == "cuda") or shard.is_pinned()
+        if shard.device.type != wanted or not (pinned or shard.numel() == 0):
+            raise UserError(
+                f"{name} was to be in {'pinned CPU' if on_cpu else 'device'} memory but is on "
+                f"{shard.device}; report this with the log."
+            )
+
+
 def _describe_backend(module: CausalLM, parallel: Parallel) -> str:
     """How the module is sharded, as found on the module itself."""
     if not isinstance(module, FSDPModule):
         return "one process, not sharded"
     (replicas, shards), size = parallel.mesh.shape, parallel.size
+    where = ""
+    if parallel.settings.offload == "all":
+        where = offloaded("weights, gradients and optimizer", parallel.device)
     if replicas > 1:
-        return f"HSDP: {replicas} replicas of {shards} shards, {size} processes"
-    return f"FSDP2: {shards} shards, {counted(size, 'process')}"
+        return f"HSDP: {replicas} replicas of {shards} shards, {size} processes{where}"
+    return f"FSDP2: {shards} shards, {counted(size, 'process')}{where}"
 
 
 def _local_part(parameter: Tensor) -> Tensor:

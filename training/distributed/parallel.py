@@ -15,6 +15,8 @@ from cpt_merge.core.distributed import Ranks, start_process_group
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.torch_compat import set_timeout
 from cpt_merge.core.world import World, find_world
+from cpt_merge.training.config import Offload
+from cpt_merge.training.distributed.offload import use_cores
 from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
 
 # Of a collective: longer than the slowest checkpoint. The watchdog reports long before.
@@ -39,12 +41,17 @@ class Parallel(Ranks):
         return values
 
 
-def start_parallel(timeout: timedelta = TIMEOUT) -> Parallel:
-    """Join the other processes. One process alone is a group of one, so there is one code path."""
-    settings, world = backend_settings(), find_world()
+def start_parallel(timeout: timedelta = TIMEOUT, offload: Offload | None = None) -> Parallel:
+    """Join the other processes. One process alone is a group of one, so there is one code path.
+
+    `offload` is the recipe's `training.offload`.
+    """
+    settings, world = backend_settings().with_offload(offload), find_world()
     shape = settings.mesh_shape(world)
     device = _device(world)
-    start_process_group("nccl" if device.type == "cuda" else "gloo", timeout)
+    if device.type == "cuda" and settings.offload != "none":
+        use_cores()
+    start_process_group(_collectives(settings, device), timeout)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     for name in ("replicate", "shard"):
         set_timeout(mesh.get_group(name), timeout)
@@ -57,6 +64,15 @@ def start_parallel(timeout: timedelta = TIMEOUT) -> Parallel:
         mesh=mesh,
         checkpoint_group=checkpoints,
     )
+
+
+def _collectives(settings: BackendSettings, device: torch.device) -> str:
+    """The backend of torch's collectives."""
+    if device.type != "cuda":
+        return "gloo"
+    if settings.backend == "fsdp2" and settings.offload == "all":
+        return "cpu:gloo,cuda:nccl"  # norms are added up where the gradients are
+    return "nccl"
 
 
 def _device(world: World) -> torch.device:

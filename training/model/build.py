@@ -304,14 +304,18 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     )
 
 
-def load_weights(module: CausalLM, directory: Path, device: torch.device) -> None:
+def load_weights(
+    module: CausalLM, directory: Path, device: torch.device, on_cpu: bool = False
+) -> None:
     """Fill the (sharded) meta parameters from a checkpoint; every process reads only its rows.
+
+    With `on_cpu` the parameters stay in the CPU's memory, as FSDP2's offloading wants them.
 
     Buffers that a checkpoint holds are read whole; the others were computed when the model was
     built. Raises `UserError` for a tensor that the checkpoint lacks or holds in another shape or
     type.
     """
-    source = WeightSource.open(module, directory, device)
+    source = WeightSource.open(module, directory, _CPU if on_cpu else device)
     state: dict[str, Any] = {}
     loaded: dict[int, nn.Parameter] = {}  # a tied parameter is loaded once and stays one
     for name, parameter in module.model.named_parameters(remove_duplicate=False):
@@ -323,13 +327,22 @@ def load_weights(module: CausalLM, directory: Path, device: torch.device) -> Non
         if name in stored:
             state[name] = source.load(name, buffer)
     module.model.load_state_dict(state, strict=False, assign=True)
-    module.to(device)
+    if on_cpu:
+        _move_buffers(module, device)
+    else:
+        module.to(device)
     unused = sorted(module.stored.shapes.keys() - module.stored.used)
     if unused:
         say(
             f"model: {len(unused)} tensors of {directory} are not loaded, because training does "
             f"not use them: {unused[0]}, ..."
         )
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
 
 
 @dataclass(frozen=True)
