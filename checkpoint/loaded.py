@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from cpt_merge.checkpoint.dtypes import FLOATS
-from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import (
     OTHER_MODALITIES,
@@ -289,13 +288,14 @@ def _ignored(checkpoint: Checkpoint) -> list[str]:
     return [
         name
         for name, info in checkpoint.tensors.items()
-        if layer_of(name) in beyond or _PREDICTION.search(name) or _is_computed(name, info)
+        if layer_of(name) in beyond or _PREDICTION.search(name) or is_computed(name, info.shape)
     ]
 
 
-def _is_computed(name: str, info: TensorInfo) -> bool:
+def is_computed(name: str, shape: Sequence[int]) -> bool:
+    """Whether transformers computes this buffer, so that it does not matter what files hold."""
     if _MASK.search(name):
-        return name.endswith("masked_bias") or len(info.shape) > 2
+        return name.endswith("masked_bias") or len(shape) > 2
     return _COMPUTED.search(name) is not None
 
 

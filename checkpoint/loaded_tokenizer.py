@@ -120,8 +120,8 @@ def render(loaded: Any, template: str | None = None) -> str:
         raise UserError(f"the chat template cannot be rendered: {error}") from None
 
 
-def start_without_torch(module: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    """`python -m MODULE ARGUMENTS`, where the module keeps torch from being imported."""
+def start_module(module: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """`python -m MODULE ARGUMENTS`, a module of this package, wherever it was installed."""
     paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
@@ -142,7 +142,7 @@ class Loading:
         self._directory, self._chat = directory, chat
         self._process: subprocess.Popen[str] | None = None
         if "transformers" not in sys.modules:
-            self._process = start_without_torch(__name__, directory, *([chat] if chat else []))
+            self._process = start_module(__name__, directory, *([chat] if chat else []))
 
     def differences(self) -> list[str]:
         """Wait for the result. Raises `UserError` if transformers cannot load the tokenizer."""

@@ -6,7 +6,9 @@ Tested with transformers 5.23.0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +29,7 @@ from cpt_merge.checkpoint.traced import NotMovedError, TracedTensor
 from cpt_merge.core.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
+_NUMBERED = re.compile(r"(.*\.)(\d+)(\..*)")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,49 @@ class StoredTensors:
         whole = {self.names.get(name, name) for name in names - self.rearranged.keys()}
         return whole.union(*(self.groups[name].stored for name in names & self.rearranged.keys()))
 
+    def check_shape(self, name: str, shape: Sequence[int], directory: Path) -> None:
+        """Raise `UserError` if a tensor of the model is stored in parts of which one is missing, or
+        in another shape; what is not stored at all is not looked at.
+        """
+        made = self.rearranged.get(name)
+        sources = {piece.source for piece in made.pieces} if made else set()
+        lacking = _first_lacking(sources, shape[0] if made and made.shape[1:] == shape[1:] else 0)
+        if lacking:
+            raise UserError(
+                f"{directory} lacks {lacking}, a part of {name}; copy or download the model again, "
+                "or correct its config.json."
+            )
+        found = made.shape if made else self.shapes.get(self.names.get(name, ""), shape)
+        if tuple(found) != tuple(shape):
+            parts = f" as {len(sources)} tensors, together" if sources else ""
+            raise UserError(
+                f"{directory} holds {self.names.get(name, name)}{parts} in shape {tuple(found)}, "
+                f"but the model needs {tuple(shape)}; use a checkpoint of the architecture that "
+                "its config.json names."
+            )
+
+    def likely_name(self, model: Any, name: str) -> str:
+        """The name by which the files would hold a tensor of the model that they lack.
+
+        It is the one by which transformers saves it, or differs from the model's name in the same
+        part as the names of others.
+        """
+        state, (renamings, converters) = model.state_dict(), _mapping(model)
+        prefix = model.base_model_prefix
+        parts = name.split(".")
+        others = [(other.split("."), stored.split(".")) for other, stored in self.names.items()]
+        others.sort(key=lambda pair: -_common(parts, pair[0]))
+        candidates = [_saved_name(model, name)] if _saves(model, others[:1]) else []
+        for other, stored in others:
+            tail = _common(other[::-1], stored[::-1])
+            head = other[: len(other) - tail]
+            if parts[: len(head)] == head:
+                candidates.append(".".join(stored[: len(stored) - tail] + parts[len(head) :]))
+        for candidate in candidates:
+            if rename_source_key(candidate, renamings, converters, prefix, state)[0] == name:
+                return candidate
+        return name
+
     def seen_in(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint, in which rearranged tensors have the model's names and shapes as well."""
         added = {
@@ -105,9 +151,7 @@ def find_stored(model: Any, stored: Shapes, directory: Path) -> StoredTensors:
     transformers rearranges (the experts of most families are stored one by one) are followed
     through its own operations. Raises `UserError` if these compute new values.
     """
-    state, mapping = model.state_dict(), get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state, (renamings, converters) = model.state_dict(), _mapping(model)
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     names: dict[str, str] = {}
     conversions: dict[str, WeightConverter] = {}  # by the first tensor that each one makes
@@ -137,12 +181,66 @@ def find_stored(model: Any, stored: Shapes, directory: Path) -> StoredTensors:
     return StoredTensors(names, rearranged, stored)
 
 
+def _mapping(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """What transformers renames, and what it converts, when it loads a model."""
+    mapping = get_model_conversion_mapping(model)
+    return (
+        [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+        [entry for entry in mapping if isinstance(entry, WeightConverter)],
+    )
+
+
+def _saved_name(model: Any, name: str) -> str:
+    """The name by which transformers saves a tensor of a model."""
+    reverse = [entry.reverse_transform() for entry in get_model_conversion_mapping(model)[::-1]]
+    renamings = [entry for entry in reverse if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
+    saved: str = rename_source_key(name, renamings, converters, reverse=True)[0]
+    return saved
+
+
+def _saves(model: Any, names: Iterable[tuple[list[str], list[str]]]) -> bool:
+    """Whether transformers saves tensors by their stored names; both are given in parts."""
+    return all(_saved_name(model, ".".join(name)).split(".") == stored for name, stored in names)
+
+
+def _first_lacking(names: Iterable[str], count: int = 0) -> str | None:
+    """The first name that is missing in series of names that differ in one number.
+
+    The numbers are counted from 0, up to the largest one of all series or to `count`.
+    """
+    series: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        if found := _NUMBERED.match(name):
+            series.setdefault((found[1], found[3]), set()).add(int(found[2]))
+    numbers = set[int]().union(*series.values())
+    if len(numbers) < 2:  # of the layer
+        return None
+    wanted = range(max(*(number + 1 for number in numbers), count))
+    lacking = (
+        f"{head}{number}{tail}"
+        for (head, tail), seen in sorted(series.items())
+        for number in wanted
+        if number not in seen
+    )
+    return next(lacking, None)
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def _converted(
     first: str, converter: WeightConverter, model: Any, directory: Path
 ) -> dict[str, Rearranged]:
     """What a converter of transformers makes of the traced tensors that it has collected."""
     missing = [
         name for name in converter.source_patterns if name not in converter.collected_tensors
+    ]
+    sources = [
+        one.pieces[0].source for each in converter.collected_tensors.values() for one in each
     ]
     try:
         made = converter.convert(first, model=model, config=model.config)
@@ -154,6 +252,11 @@ def _converted(
             raise UserError(
                 f"{directory} holds a part of what makes {first} of {type(model).__name__}, but no "
                 f"{missing[0]}; copy or download it again."
+            ) from None
+        lacking = _first_lacking(sources)
+        if lacking:
+            raise UserError(
+                f"{directory} lacks {lacking}, a part of {first}; copy or download the model again."
             ) from None
         operations = ", ".join(type(entry).__name__ for entry in converter.operations)
         raise UserError(

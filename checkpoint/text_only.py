@@ -14,6 +14,11 @@ from cpt_merge.core.errors import UserError
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+def has_towers(checkpoint: Checkpoint) -> bool:
+    """Whether a model has more than a text decoder."""
+    return any(kind_of(name) in OTHER_MODALITIES for name in checkpoint.tensors)
+
+
 def text_only(wrapper: Checkpoint) -> Checkpoint:
     """The decoder and the head of a wrapper, with the names and the config.json of a text model.
 
@@ -22,7 +27,7 @@ def text_only(wrapper: Checkpoint) -> Checkpoint:
     """
     from cpt_merge.checkpoint.text_models import text_model_within  # imports transformers
 
-    if not any(kind_of(name) in OTHER_MODALITIES for name in wrapper.tensors):
+    if not has_towers(wrapper):
         raise UserError(
             f"models.text_only leaves out towers, and {wrapper.directory} has none; remove that "
             "key."

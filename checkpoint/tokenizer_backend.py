@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from cpt_merge.checkpoint.loaded_tokenizer import (
     UncheckedError,
     load_tokenizer,
-    start_without_torch,
+    start_module,
 )
 from cpt_merge.checkpoint.token_ids import (
     ADDED_FILE,
@@ -62,7 +62,7 @@ class TokenizerBackend:
             return as_it_is
         if "transformers" in sys.modules:
             return _loaded(directory)
-        process = start_without_torch(__name__, str(directory))
+        process = start_module(__name__, str(directory))
         output, errors = process.communicate()
         if process.returncode:
             raise RuntimeError(f"loading a tokenizer failed: {errors.strip()[-2000:]}")

@@ -94,10 +94,13 @@ def merge_models(
     `merge` section; `base` may be None for the methods interpolate and slerp. Returns the numbers
     of merge_report.json.
     """
+    from cpt_merge.launcher.whole_check import checking_whole
     from cpt_merge.merge.files import merge_directories
 
     config = parse_section(MergeConfig, settings, "the merge's settings")
-    return merge_directories(config, _merge_inputs(cpt, base, chat, tokenizer), Path(out))
+    inputs = _merge_inputs(cpt, base, chat, tokenizer)
+    with checking_whole(config, inputs) as check:
+        return merge_directories(config, inputs, Path(out), check=check)
 
 
 def merge_in_memory(

@@ -72,6 +72,7 @@ def _judge(code: int, answer: list[str], errors: str) -> None:
 
 def check(run: Run, here: bool) -> None:
     """Raise `UserError` for what the late stages would refuse."""
+    _check_whole(run)
     if not is_up_to_date(run, TRAINING):
         _check_training(run, here)
     _check_chat(run)
@@ -123,6 +124,21 @@ def _check_chat(run: Run) -> None:
         check_model(run.chat, run.recipe.training)
     for model in (run.base, run.chat):
         check_loads(model)
+
+
+def _check_whole(run: Run) -> None:
+    """Check that the files of all models hold what transformers would fill at random."""
+    from cpt_merge.checkpoint.loaded import open_model
+    from cpt_merge.checkpoint.text_only import has_towers, text_only
+    from cpt_merge.checkpoint.whole_models import check_whole
+    from cpt_merge.core.hub import model_directory
+
+    for name in run.recipe.named_models.values():
+        directory = model_directory(name)
+        checkpoint = open_model(directory, run.base if directory != run.base else None)
+        if run.recipe.models.text_only and has_towers(checkpoint):
+            checkpoint = text_only(checkpoint)
+        check_whole(checkpoint)
 
 
 def _check_prompts(run: Run) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from cpt_merge.core.config import apply_override, parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import counted, say
+from cpt_merge.launcher.whole_check import checking_whole
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.finish import loading_tokenizer
 from cpt_merge.merge.fit import RefusedError
@@ -72,9 +73,9 @@ def merge(config: MergeConfig, inputs: MergeInputs, out: Path) -> None:
     """Merge directories into `out`. Raises `UserError`."""
     from cpt_merge.merge.files import keep_freed_memory, merge_directories
 
-    with _file_errors(out):
+    with _file_errors(out), checking_whole(config, inputs) as check:
         keep_freed_memory()
-        merge_directories(config, inputs, out)
+        merge_directories(config, inputs, out, check=check)
     say(f"merge: done -> {out}; talk to it with `cpt-merge chat {out}`")
 
 
@@ -121,6 +122,13 @@ def show_stage_plan(run: Run) -> None:
 
 def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> None:
     """Print what would be done with every tensor, or raise `UserError` after a list of problems."""
+    with checking_whole(config, inputs) as check:
+        _show_plan(config, inputs, out, check)
+
+
+def _show_plan(
+    config: MergeConfig, inputs: MergeInputs, out: Path | None, check_whole: Callable[[], None]
+) -> None:
     console = Console(highlight=False, soft_wrap=True, emoji=False)
     try:
         the_plan = plan(config, inputs, out)
@@ -131,6 +139,7 @@ def show_plan(config: MergeConfig, inputs: MergeInputs, out: Path | None) -> Non
         for problem in refused.problems:
             console.print(f"  - {escape(problem)}")
         raise UserError("nothing would be merged; fix what is listed above.") from None
+    check_whole()
     with loading_tokenizer(the_plan) as check:
         check()
     for row in _table(the_plan):

@@ -48,12 +48,17 @@ T = TypeVar("T")
 
 
 def merge_directories(
-    config: MergeConfig, inputs: MergeInputs, out: Path, tracker: Tracker | None = None
+    config: MergeConfig,
+    inputs: MergeInputs,
+    out: Path,
+    tracker: Tracker | None = None,
+    check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Write `cpt + ratio * (chat - base)` to `out` and return the numbers that are worth a summary.
 
     Called by one process, or by all processes of a launcher, which divide the work; the results are
     returned on rank 0. `out` is missing or empty; what a killed run left next to it is continued.
+    `check` is called when the merge is planned, before anything is written; it raises `UserError`.
     Raises `RefusedError` with everything that does not fit, `Interrupted` if a signal stopped the
     merge; the same call continues it.
     """
@@ -74,6 +79,8 @@ def merge_directories(
             say(f"merge: {line}")
         merge_report.warn(ancestry.warnings(the_plan, ancestry.sample(the_plan)))
     _return_freed_memory()  # of the vocabularies
+    if check:
+        check()
     work = Work(out, the_plan.layout(), the_digest, world)
     return _merge(the_plan, work, tracker or Tracker())
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, Gemma2Config
 
 from tests.command_line import cpt_merge
 from tests.training.families import GEMMA, SIZES
+from tests.wrappers import make_wrapper
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,20 @@ def of_family(kind: type, **values: object) -> Callable[[Path], None]:
     return change
 
 
+def without_a_tower_tensor(name: str) -> Callable[[Path], None]:
+    """Make wrappers of the pair, of which one lacks a tensor that nothing here trains or merges."""
+
+    def change(pair: Path) -> None:
+        for number, each in enumerate(("base", "chat")):
+            rows = json.loads((pair / each / "config.json").read_text())["vocab_size"]
+            make_wrapper(pair / each, "gemma3", False, number, rows)
+        file = pair / name / "model.safetensors"
+        save_file({key: v for key, v in load_file(file).items() if key != TOWER_TENSOR}, file)
+
+    return change
+
+
+TOWER_TENSOR = "multi_modal_projector.mm_soft_emb_norm.weight"
 LIGHT = {
     "truncated weights of the chat model": Broken("model.safetensors", change=cut_weights),
     "no weights of the chat model": Broken(
@@ -115,6 +131,14 @@ HEAVY = {
         "caps its attention scores; set it to eager or flex",
         ["training.attention=flash"],
         of_family(Gemma2Config, **{**GEMMA, "max_position_embeddings": 256}),
+    ),
+    "a tower's tensor that the base lacks": Broken(
+        f"base lacks {TOWER_TENSOR} of Gemma3ForConditionalGeneration, which transformers would "
+        "fill with random values",
+        change=without_a_tower_tensor("base"),
+    ),
+    "a tower's tensor that the chat model lacks": Broken(
+        f"chat lacks {TOWER_TENSOR} of Gemma3For", change=without_a_tower_tensor("chat")
     ),
     "no chat template": Broken("has no chat template", change=without_template),
     "an encoder": Broken(

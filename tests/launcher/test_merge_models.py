@@ -8,6 +8,7 @@ import pytest
 
 from tests.command_line import cpt_merge
 from tests.merge.conftest import Family, make_family, write_config
+from tests.merge.test_expert_layouts import build
 from tests.processes import Processes
 
 
@@ -113,3 +114,25 @@ def test_the_command_needs_neither_torch_nor_transformers(
     arguments = ["merge-models", *pair(family, "--out", tmp_path / "out")]
     done = processes.run(sys.executable, "-c", code, *arguments)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("command", [["merge-models"], ["merge-models", "--plan"]])
+@pytest.mark.parametrize("broken", ["cpt", "base", "chat"])
+def test_a_config_with_another_number_of_experts_is_refused(
+    broken: str, command: list[str], tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("cpt", "base", "chat")):
+        build(tmp_path / name, "qwen3-moe", seed)
+        (tmp_path / name / "one-by-one").rename(tmp_path / name / "model")
+    config = json.loads((tmp_path / broken / "model" / "config.json").read_text())
+    changed = {key: 6 for key in ("num_experts", "num_local_experts") if key in config}
+    (tmp_path / broken / "model" / "config.json").write_text(json.dumps({**config, **changed}))
+    models = [
+        word
+        for name in ("cpt", "base", "chat")
+        for word in (f"--{name}", tmp_path / name / "model")
+    ]
+    done = cpt_merge(*command, *models, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert f"{broken}/model lacks model.layers.0.mlp.experts.3." in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig
 
 from cpt_merge.checkpoint.headers import TensorInfo
@@ -54,6 +55,8 @@ from cpt_merge.training.model.routing import (
 
 _NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining")
 _CPU = torch.device("cpu")
+_FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}
+_LARGE = 1 << 28  # elements
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -202,7 +205,7 @@ def build_from(
 def _build_with(attention: str, model_config: Any, directory: Path, config: TrainingConfig) -> Any:
     dtype = torch.bfloat16 if config.precision == "pure-bf16" else torch.float32
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _LargeOnMeta():
             model = auto_class(model_config).from_config(
                 with_attention(model_config, IMPLEMENTATIONS[attention]),
                 dtype=dtype,
@@ -224,6 +227,24 @@ def _build_with(attention: str, model_config: Any, directory: Path, config: Trai
     if config.precision != "fp32":
         _keep_wide(model)
     return model
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Within it, tensors that only weights are as large as are created on the meta device.
+
+    `init_empty_weights` moves weights there after they were allocated, which is 30 GB for the
+    experts of a large layer. Buffers, which the model computes, are smaller and keep their values.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = {**(kwargs or {})}
+        if func in _FACTORIES and given.get("device") is None:
+            made = func(*args, **{**given, "device": "meta"})
+            if made.numel() >= _LARGE:
+                return made
+        return func(*args, **given)
 
 
 def _keep_wide(model: Any) -> None:

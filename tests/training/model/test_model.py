@@ -189,6 +189,18 @@ def test_buffers_equal_those_that_transformers_loads(
         assert torch.equal(buffer, expected[name]), name
 
 
+def test_experts_that_no_memory_holds_are_built_without_values(tmp_path: Path) -> None:
+    """1.1 PB for the experts of the layer, which not even an untouched allocation may have."""
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=4096, moe_intermediate_size=4096, num_experts=8192, num_hidden_layers=1,
+        vocab_size=64, max_position_embeddings=128,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    model = build_model(tmp_path, TrainingConfig(**CONFIG)).model
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+
+
 def test_buffers_of_the_checkpoint_are_loaded(tmp_path: Path) -> None:
     make_family(tmp_path, "llama", tied=False)
     module = build_model(tmp_path, TrainingConfig(**CONFIG))
