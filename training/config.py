@@ -47,6 +47,16 @@ class OptimizerConfig(Section):
         0.1, "decoupled weight decay of matrices; norms and biases do not decay", ge=0
     )
     clip: float = key(1.0, "largest norm of the gradient", gt=0)
+    moments: Literal["full", "8bit"] = key(
+        "full",
+        "how both moments are stored: full, in the type of the master weights; 8bit, in blocks of "
+        "8-bit numbers with a scale, a quarter of the memory",
+    )
+    stochastic_rounding: bool = key(
+        False,
+        "pure-bf16 only: compute the update in fp32 and round the weights up or down at random, "
+        "since rounding to nearest loses updates below 1/512 of a weight",
+    )
 
 
 class PhaseConfig(Section):
@@ -262,9 +272,23 @@ class TrainingConfig(Section):
             "phases",
             "seed",
         }
-        if not self.auxiliary_loss:  # runs that do not set it keep the keys they had before it
+        # runs that do not set these keep the keys that they had before these existed
+        if not self.auxiliary_loss:
             names.add("auxiliary_loss")
-        return self.model_dump(include=names)
+        found = self.model_dump(include=names)
+        for name in ("moments", "stochastic_rounding"):
+            if found["optimizer"][name] == OptimizerConfig.model_fields[name].default:
+                del found["optimizer"][name]
+        return found
+
+    @model_validator(mode="after")
+    def _rounding_fits(self) -> TrainingConfig:
+        if self.optimizer.stochastic_rounding and self.precision != "pure-bf16":
+            raise ValueError(
+                f"optimizer.stochastic_rounding rounds bf16 weights, but precision is "
+                f"{self.precision}; set pure-bf16, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _phases_fit(self) -> TrainingConfig:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from cpt_merge.training.config import OptimizerConfig, ScheduleConfig
+from cpt_merge.training.compact_adamw import BLOCK, CompactAdamW
+from cpt_merge.training.config import ScheduleConfig, TrainingConfig
 from cpt_merge.training.model.build import CausalLM, full_shape
 from cpt_merge.training.phases import Phase, vocabulary_matrices
 
+AdamW = torch.optim.AdamW | CompactAdamW
 
-def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> torch.optim.AdamW:
+
+def build_optimizer(module: CausalLM, training: TrainingConfig, phase: Phase) -> AdamW:
     """AdamW over the weights that the phase trains.
 
     Matrices decay, norms and biases do not. Embedding and head have their own rate; they do not
@@ -20,7 +25,8 @@ def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> 
     Every group keeps its peak rate under `peak`, and under `part` what it holds: layers or
     vocabulary.
     """
-    groups: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
+    config = training.optimizer
+    members: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
     vocabulary = {id(parameter) for parameter in vocabulary_matrices(module)}
     for parameter in module.parameters():
         if not parameter.requires_grad:
@@ -31,21 +37,23 @@ def build_optimizer(module: CausalLM, config: OptimizerConfig, phase: Phase) -> 
             if len(full_shape(parameter)) > 1 and not module.frozen_rows
             else 0.0
         )
-        groups.setdefault((part, decay), []).append(parameter)
+        members.setdefault((part, decay), []).append(parameter)
     rates = {"vocabulary": phase.embedding_learning_rate, "layers": phase.learning_rate}
-    return torch.optim.AdamW(
-        [
-            {"params": members, "lr": rates[part], "peak": rates[part], "part": part,
-             "weight_decay": decay}
-            for (part, decay), members in groups.items()
-        ],
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rates[part], "peak": rates[part], "part": part,
+         "weight_decay": decay}
+        for (part, decay), parameters in members.items()
+    ]  # fmt: skip
+    betas, eight_bits = (config.beta1, config.beta2), config.moments == "8bit"
+    if not eight_bits and not config.stochastic_rounding:
+        return torch.optim.AdamW(groups, betas=betas, eps=config.epsilon, fused=True)
+    return CompactAdamW(
+        groups, betas=betas, eps=config.epsilon, eight_bits=eight_bits,
+        stochastic=config.stochastic_rounding, seed=training.seed,
     )  # fmt: skip
 
 
-def complete_state(optimizer: torch.optim.AdamW) -> None:
+def complete_state(optimizer: AdamW) -> None:
     """Give trained weights without a gradient so far the state with which AdamW begins.
 
     AdamW makes it at the first gradient, which weights that take no part in the loss (Zamba2's
@@ -55,11 +63,29 @@ def complete_state(optimizer: torch.optim.AdamW) -> None:
     for group in optimizer.param_groups if optimizer.state else ():
         for parameter in group["params"]:
             if not optimizer.state.get(parameter):
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                optimizer.state[parameter] = _fresh_state(optimizer, parameter)
+
+
+def _fresh_state(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    if isinstance(optimizer, CompactAdamW):
+        return optimizer.fresh_state(parameter)
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def bytes_of_moments(optimizer: torch.optim.Optimizer, values: int, size: int) -> int:
+    """Bytes of both moments of a weight of so many values, whose masters have `size` bytes each."""
+    if isinstance(optimizer, CompactAdamW) and optimizer.eight_bits:
+        return round(2 * values * (1 + 4 / BLOCK))
+    return 2 * values * size
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """A line of the startup summary, if weights or moments are smaller than usual."""
+    return {"optimizer": optimizer.describe()} if isinstance(optimizer, CompactAdamW) else {}
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpt_merge.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from cpt_merge.training.config import ScheduleConfig, TrainingConfig
 from cpt_merge.training.model.build import build_model, load_weights
 from cpt_merge.training.optimizer import build_optimizer, rate_factor, set_rate
 from cpt_merge.training.phases import Phase
@@ -36,9 +36,10 @@ def test_a_run_of_one_step_has_a_rate() -> None:
 
 
 def test_groups(model: Path) -> None:
-    module = build_model(model, TrainingConfig(**CONFIG))
+    config = TrainingConfig(**CONFIG)
+    module = build_model(model, config)
     load_weights(module, model, torch.device("cpu"))
-    optimizer = build_optimizer(module, OptimizerConfig(), Phase(0, "all", 0, 1, 0.1, 0.3))
+    optimizer = build_optimizer(module, config, Phase(0, "all", 0, 1, 0.1, 0.3))
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

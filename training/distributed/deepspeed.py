@@ -44,7 +44,14 @@ from cpt_merge.training.model.build import (
 )
 from cpt_merge.training.model.choice import Choice
 from cpt_merge.training.model.compile import uncompiled
-from cpt_merge.training.optimizer import build_optimizer, learning_rates, set_rate
+from cpt_merge.training.optimizer import (
+    AdamW,
+    build_optimizer,
+    bytes_of_moments,
+    describe_optimizer,
+    learning_rates,
+    set_rate,
+)
 from cpt_merge.training.phases import PhaseSetup, select_trained
 
 TAG = "deepspeed"
@@ -54,7 +61,7 @@ class ZeroBackend:
     """See `training.distributed.backend.Backend`."""
 
     def __init__(
-        self, engine: Any, optimizer: torch.optim.AdamW, setup: PhaseSetup, parallel: Parallel
+        self, engine: Any, optimizer: AdamW, setup: PhaseSetup, parallel: Parallel
     ) -> None:
         self.engine, self.optimizer, self.setup, self.parallel = engine, optimizer, setup, parallel
         self.stage: int = engine.zero_optimization_stage()
@@ -80,7 +87,7 @@ class ZeroBackend:
             load_weights(module, setup.model, parallel.device)
         check_divisible(module.stored, setup.model)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        optimizer = build_optimizer(module, setup.config.optimizer, setup.phase)
+        optimizer = build_optimizer(module, setup.config, setup.phase)
         with _named_in_environment(parallel.world):
             engine, wrapped, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, dist_init_required=False
@@ -176,7 +183,10 @@ class ZeroBackend:
             for n, parameter in zip(count, self.module.parameters(), strict=True)
             if parameter.requires_grad
         ]
-        return sum(count) * (4 if self.setup.config.precision == "fp32" else 2) + 12 * sum(trained)
+        masters = 4 * sum(trained)
+        moments = bytes_of_moments(self.engine.basic_optimizer, sum(trained), 4)
+        whole = sum(count) * (4 if self.setup.config.precision == "fp32" else 2)
+        return whole + masters + moments
 
     def weights_are_finite(self) -> bool:
         """See `Backend`."""
@@ -261,6 +271,7 @@ class ZeroBackend:
         size = self.parallel.size
         return {
             **describe_model(self.module, self.setup.config, self.parallel.device),
+            **describe_optimizer(self.engine.basic_optimizer),
             "backend": f"DeepSpeed ZeRO {self.stage}: {what} divided over "
             f"{counted(size, 'process')}",
         }

@@ -48,8 +48,11 @@ from cpt_merge.training.model.build import (
 )
 from cpt_merge.training.model.compile import uncompiled
 from cpt_merge.training.optimizer import (
+    AdamW,
     build_optimizer,
+    bytes_of_moments,
     complete_state,
+    describe_optimizer,
     learning_rates,
     set_rate,
 )
@@ -65,7 +68,7 @@ class TorchBackend:
         self,
         module: CausalLM,
         copy: ComputeCopy | None,
-        optimizer: torch.optim.AdamW,
+        optimizer: AdamW,
         setup: PhaseSetup,
         parallel: Parallel,
     ) -> None:
@@ -106,7 +109,7 @@ class TorchBackend:
         check_attention(running, setup.config, parallel.device)
         reshard(module)
         _prove_placed(module, parallel)
-        optimizer = build_optimizer(module, setup.config.optimizer, setup.phase)
+        optimizer = build_optimizer(module, setup.config, setup.phase)
         return TorchBackend(module, copy, optimizer, setup, parallel)
 
     @torch.no_grad()
@@ -157,7 +160,7 @@ class TorchBackend:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = norm.isfinite()
         # the protocol of torch.amp.GradScaler
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[union-attr]
         self.optimizer.step()
         if self.copy:
             self.copy.refresh()
@@ -216,11 +219,13 @@ class TorchBackend:
 
     def state_bytes(self) -> int:
         """See `Backend`."""
-        parameters = list(self.module.parameters())
-        sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
-        return sum(
-            size * (3 if p.requires_grad else 1) for size, p in zip(sizes, parameters, strict=True)
-        )
+        total = 0
+        for parameter in self.module.parameters():
+            values, size = parameter.numel(), parameter.element_size()
+            total += values * size
+            if parameter.requires_grad:
+                total += bytes_of_moments(self.optimizer, values, size)
+        return total
 
     def weights_are_finite(self) -> bool:
         """See `Backend`."""
@@ -267,7 +272,8 @@ class TorchBackend:
     def describe(self) -> dict[str, str]:
         """See `Backend`."""
         model = describe_model(self.module, self.setup.config, self.parallel.device)
-        return {**model, "backend": _describe_backend(self.module, self.parallel)}
+        backend = _describe_backend(self.module, self.parallel)
+        return {**model, **describe_optimizer(self.optimizer), "backend": backend}
 
     def close(self) -> None:
         """See `Backend`."""
