@@ -16,6 +16,7 @@ from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.stored_shards import check_divisible
 from cpt_merge.checkpoint.text_only import text_only
 from cpt_merge.core.artifact import write_json
+from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.build import check_backend, check_choice
@@ -26,7 +27,9 @@ from cpt_merge.training.model.build import (
     CausalLM,
     WeightSource,
     build_from,
+    decoder_layers,
     read_model_config,
+    stored_buffers,
 )
 from cpt_merge.training.model.choice import Choice
 from cpt_merge.training.model.compile import check_compiler
@@ -46,21 +49,16 @@ def check_trainable(
 
     Raises `UserError` for what the start of training would refuse: backend, device, model.
 
-    Without a `device` the model trains on another machine, which has to check its GPUs itself.
-    `without_towers`: it is the text decoder of the wrapper in `base`.
+    Without a `device` the model may train on another machine, which has to check its GPUs itself;
+    lines say so. `without_towers`: it is the text decoder of the wrapper in `base`.
     """
     check_backend(asked, config)
     if config.fp8:
         check_torchao()
-    if config.compile:
-        check_compiler(device or _CPU)
     if device:
-        if config.attention != "auto":
-            check_device(config.attention, config.precision, device)
-        if config.fp8:
-            check_capability(device)
-        if device.type == "cuda" and not config.peak_tflops:
-            peak_flops(torch.cuda.get_device_name(device))
+        _check_device(config, device)
+    else:
+        _report_unchecked(config)
     module = check_model(base, config, device or _CPU, without_towers)
     if asked.backend != "none":
         check_divisible(module.stored, base)
@@ -69,6 +67,29 @@ def check_trainable(
     for line in choice.describe():
         say(line)
     return choice
+
+
+def _check_device(config: TrainingConfig, device: torch.device) -> None:
+    """Raise `UserError` for what does not train on the device, whatever the model."""
+    if config.attention != "auto":
+        check_device(config.attention, config.precision, device)
+    if config.compile:
+        check_compiler(device)
+    if config.fp8:
+        check_capability(device)
+    if device.type == "cuda" and not config.peak_tflops:
+        peak_flops(torch.cuda.get_device_name(device))
+
+
+def _report_unchecked(config: TrainingConfig) -> None:
+    """Say what only the machine that trains can check, and what a run on this one would refuse."""
+    asked = [name for name in ("compile", "fp8") if getattr(config, name)]
+    settings = " and ".join([f"attention: {config.attention}", *asked])
+    say(f"training: no GPU is here, so whether one trains with {settings} is checked at the start")
+    try:
+        _check_device(config, _CPU)
+    except UserError as error:
+        say(f"training: a run on this machine would be refused: {error}")
 
 
 def check_model(
@@ -90,6 +111,7 @@ def check_model(
         model_config = read_model_config(Path(folder), directory)
     module = build_from(model_config, directory, config.model_copy(update={"fp8": False}), device)
     _check_weights(module, checkpoint)
+    decoder_layers(module.model)
     return module
 
 
@@ -101,3 +123,5 @@ def _check_weights(module: CausalLM, checkpoint: Checkpoint) -> None:
         if id(parameter) not in seen:
             source.find(name, parameter)
         seen.add(id(parameter))
+    for name, buffer in stored_buffers(module):
+        source.find(name, buffer)

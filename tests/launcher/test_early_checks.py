@@ -128,7 +128,7 @@ LIGHT = {
 
 HEAVY = {
     "a capped model with flash": Broken(
-        "caps its attention scores; set it to eager or flex",
+        "caps its attention scores; set auto",
         ["training.attention=flash"],
         of_family(Gemma2Config, **{**GEMMA, "max_position_embeddings": 256}),
     ),

@@ -174,6 +174,9 @@ def make_family(folder: Path, family: str, tied: bool, **changes: Any) -> Any:
         parameter
     ) in model.parameters():  # so that biases and norms count, and logits are far from uniform
         torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict():  # the bias of a router
+            torch.nn.init.normal_(buffer, std=0.3)
     model.tie_weights()
     model.save_pretrained(folder)
     return model

@@ -97,7 +97,7 @@ def test_what_was_chosen_is_reported_unless_everybody_expects_it(
 @pytest.mark.parametrize(
     ("family", "attention", "sentence"),
     [
-        ("gemma2", "flash", "caps its attention scores; set it to eager or flex"),
+        ("gemma2", "flash", "caps its attention scores; set auto"),
         ("gemma2", "sdpa", "attention: sdpa"),
         ("gpt-oss", "sdpa", "attention: sdpa"),
         ("stablelm", "flash", "does not pass on where documents begin"),
@@ -116,7 +116,7 @@ def test_attention_that_a_model_does_not_support(
 
 def test_sinks_do_not_fit_flash(tmp_path: Path) -> None:
     make(tmp_path, "gpt-oss")
-    with pytest.raises(UserError, match=r"needs s_aux; set eager|cannot be trained"):
+    with pytest.raises(UserError, match=r"needs s_aux; set auto|cannot be trained"):
         check(tmp_path, attention="flash")
 
 
@@ -158,6 +158,11 @@ def test_an_architecture_that_transformers_does_not_contain(tmp_path: Path) -> N
             lambda weights: weights.update({"model.norm.weight": torch.ones(31)}),
             r"in shape \(31,\), but the model needs \(32,\)",
         ),
+        (
+            "deepseek-v3",
+            lambda weights: weights.pop("model.layers.1.mlp.gate.e_score_correction_bias"),
+            r"model\.layers\.1\.mlp\.gate\.e_score_correction_bias not at all",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_their_config(
@@ -189,6 +194,26 @@ def test_backends_and_devices(
     make(tmp_path, "llama")
     with pytest.raises(UserError, match=sentence):
         check(tmp_path, BackendSettings(**asked), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "waiting", "refusal"),
+    [
+        ({"attention": "flex"}, "attention: flex", "attention: flex trains on GPUs only"),
+        ({"attention": "auto", "fp8": True}, "attention: auto and fp8", "training.fp8 needs a GPU"),
+        ({"attention": "sdpa"}, "attention: sdpa", ""),
+    ],
+)
+def test_what_waits_for_the_machine_that_trains_is_said(
+    changes: dict[str, Any], waiting: str, refusal: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("cpt_merge.training.model.fp8.find_spec", lambda _: object())  # torchao
+    make(tmp_path, "llama")
+    check_trainable(tmp_path, TrainingConfig(**{**CONFIG, **changes}), BackendSettings(), None)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"whether one trains with {waiting} is checked at the start" in said
+    assert (f"a run on this machine would be refused: {refusal}" in said) == bool(refusal)
 
 
 def test_training_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from cpt_merge.training.model.build import (
     load_weights,
     one_document_each,
     prepare_layers,
+    stored_buffers,
 )
 from cpt_merge.training.model.choice import Choice
 from cpt_merge.training.model.compile import uncompiled
@@ -372,6 +373,8 @@ def _load_partitioned(
             setattr(owner, name, loaded[id(parameter)])
         if next(owner.parameters(recurse=False), None) is not None:
             Init(module=_Alone(owner), config_dict_or_path=settings, dtype=dtype)
+    for name, buffer in stored_buffers(module):
+        buffer.data = source.load(name, buffer)
     module.to(device)
 
 

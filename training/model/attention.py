@@ -61,8 +61,7 @@ def document_attention(
     if wanted or cu_seq_lens_q is None or max_length_q is None:
         lacking = f"needs {wanted[0]}" if wanted else "does not pass on where documents begin"
         raise UserError(
-            f"attention: flash does not fit this model, whose attention {lacking}; "
-            "set eager or sdpa."
+            f"attention: flash does not fit this model, whose attention {lacking}; set auto."
         )
     window = (
         sliding_window if sliding_window is not None and sliding_window < max_length_q else None
@@ -167,7 +166,7 @@ def check_supported(model: Any, attention: str) -> None:
     name = type(model).__name__
     if attention_of(model) != attention:
         raise UserError(
-            f"attention: {attention} is not what {name} uses ({attention_of(model)}); set eager."
+            f"attention: {attention} is not what {name} uses ({attention_of(model)}); set auto."
         )
     if attention != "flash":
         return
@@ -175,9 +174,7 @@ def check_supported(model: Any, attention: str) -> None:
     capped = getattr(text, "attn_logit_softcapping", None)
     if capped or not getattr(text_decoder(model), "_supports_flash_attn", False):
         reason = "caps its attention scores" if capped else "has its own attention"
-        raise UserError(
-            f"attention: flash does not fit {name}, which {reason}; set it to eager or flex."
-        )
+        raise UserError(f"attention: flash does not fit {name}, which {reason}; set auto.")
 
 
 def check_device(attention: str, precision: str, device: torch.device) -> None:
@@ -185,12 +182,12 @@ def check_device(attention: str, precision: str, device: torch.device) -> None:
     if attention == "flex" and device.type != "cuda":
         raise UserError(
             "attention: flex trains on GPUs only, since torch has no backward pass for others; "
-            "set flash."
+            "set auto."
         )
     if attention == "flash" and device.type == "cuda" and precision == "fp32":
         raise UserError(
             "attention: flash computes in bf16 only; "
-            "set training.precision: bf16, or attention: sdpa."
+            "set training.precision: bf16, or attention: auto."
         )
 
 
@@ -204,6 +201,7 @@ def check_attention(module: Any, config: TrainingConfig, device: torch.device) -
     document before it or on later tokens, or if the implementation does not run here.
     """
     attention = attention_of(module.model)
+    advice = "use another base" if config.attention == "auto" else "set training.attention to auto"
     check_device(attention, config.precision, device)
     if attention == "flash" and device.type == "cuda":
         _check_kernel(device)
@@ -214,7 +212,8 @@ def check_attention(module: Any, config: TrainingConfig, device: torch.device) -
     except (RuntimeError, ValueError, TypeError) as error:  # of the model's own code
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"attention: {attention} does not run in this model here ({reason}); set sdpa."
+            f"attention: {attention} does not run in this model here ({reason}); "
+            f"{'set training.compile to false' if config.compile else advice}."
         ) from error
     for column, what in (
         (slice(0, length - 8), "the document before it"),
@@ -226,7 +225,7 @@ def check_attention(module: Any, config: TrainingConfig, device: torch.device) -
         if not abs(found - expected) <= TOLERANCE * abs(expected):
             raise UserError(
                 f"attention: {attention} lets a document see {what} in this model "
-                f"(loss {expected:.6f} becomes {found:.6f}); set another training.attention."
+                f"(loss {expected:.6f} becomes {found:.6f}); {advice}."
             )
 
 

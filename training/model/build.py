@@ -219,8 +219,9 @@ def _build_with(attention: str, model_config: Any, directory: Path, config: Trai
         own = isinstance(error, KeyError) and error.args == (IMPLEMENTATIONS[attention],)
         reason = "it has no such attention" if own else _reason(error)
         raise UserError(
-            f"the model in {directory} cannot be built with attention: {attention} "
-            f"({reason}); set training.attention to eager, or use a causal language model."
+            f"the model in {directory} cannot be built with attention: {attention} ({reason}); "
+            + ("" if config.attention == "auto" else "set training.attention to auto, or ")
+            + "use a causal language model."
         ) from None
     model.tie_weights()
     choose_matmuls(model, 4 if config.precision == "fp32" else 2)
@@ -343,10 +344,7 @@ def load_weights(
         if id(parameter) not in loaded:
             loaded[id(parameter)] = nn.Parameter(source.load(name, parameter))
         state[name] = loaded[id(parameter)]
-    stored = module.model.state_dict().keys()  # parameters and persistent buffers
-    for name, buffer in module.model.named_buffers():
-        if name in stored:
-            state[name] = source.load(name, buffer)
+    state |= {name: source.load(name, buffer) for name, buffer in stored_buffers(module)}
     module.model.load_state_dict(state, strict=False, assign=True)
     if on_cpu:
         _move_buffers(module, device)
@@ -364,6 +362,12 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.to(device))
+
+
+def stored_buffers(module: CausalLM) -> list[tuple[str, Tensor]]:
+    """The buffers that a checkpoint holds, such as the bias of a router; no others."""
+    stored = module.model.state_dict().keys()  # parameters and persistent buffers
+    return [(name, buffer) for name, buffer in module.model.named_buffers() if name in stored]
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def choose(
                 check_device(name, config.precision, device)
             model = build(name)
             check_supported(model, name)
-            separation = _try(model, name, device)
+            separation = _try(model, name, config.sequence_length, device)
             if name == "flex":
                 torch.compiler.reset()  # what was compiled for the small model's shapes
         except UserError as error:
@@ -100,14 +100,15 @@ def choose(
     )
 
 
-def _try(model: Any, attention: str, device: torch.device) -> Separation | None:
+def _try(
+    model: Any, attention: str, sequence_length: int, device: torch.device
+) -> Separation | None:
     """What else keeps documents apart with an attention; None if no small model can be tried.
 
     Raises `UserError` if nothing does.
     """
-    config = (
-        small_config(text_decoder(model)) if attention != "flex" or device.type == "cuda" else None
-    )
+    runs = attention != "flex" or device.type == "cuda"
+    config = small_config(text_decoder(model), sequence_length) if runs else None
     if config is None:
         return None
 

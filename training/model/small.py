@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ _MULTIPLE = 8  # of all widths, for grouped matmuls
 _LARGEST = 100e6  # parameters of a model that still counts as small
 _VOCABULARY = 64
 _EXPERTS = 8
+_SEEN = ("window", "attention_chunk", "index_topk", "budget")  # how many tokens a token sees
+_GROUPED = ("block_size", "pool", "topk_blocks")  # how many are chosen together, and such groups
 _SCALED = ("size", "dim", "width", "heads", "n_head", "d_model", "embd", "inner", "groups", "d_ssm")
 _COUNTS = ("heads", "n_head", "groups")
 _KEPT = (
@@ -34,24 +36,32 @@ _KEPT = (
     "state",
     "max_",
 )
+_INDEXERS = "index"  # with few heads, those of a sparse attention often give equal scores
 
 
-def small_config(decoder: Any) -> Any | None:
+def small_config(decoder: Any, sequence_length: int) -> Any | None:
     """The configuration of a small model of a decoder's architecture, or None if none is found.
 
-    It has the kinds of layers that the decoder has, as few as that takes, and is narrower. Families
-    tie their sizes together in their own ways, so several are tried, the narrowest first, until a
-    model runs. The parameters of the decoder may be on the meta device.
+    It has the kinds of layers that the decoder has, as few as that takes, and is narrower. Where a
+    token of a sequence of training sees only some of the others (windows, sparse attention), so do
+    tokens of the small one's. Families tie their sizes together in their own ways, so several are
+    tried, the narrowest first, until a model runs. The parameters of the decoder may be on the meta
+    device.
     """
     whole = decoder.config.get_text_config(decoder=True)
     settings = whole.to_dict()
     width = int(getattr(whole, "hidden_size", None) or _WIDTH)
     factors = [factor for factor in _FACTORS if factor == 1 or width // factor >= _WIDTH]
-    for factor, layers, experts in itertools.product(
-        factors, _depths(decoder, whole), (_EXPERTS, None)
+    limited = _limited(settings, sequence_length)
+    for start, factor, layers, experts, kept in itertools.product(
+        (limited, settings) if limited != settings else (settings,),
+        factors,
+        _depths(decoder, whole),
+        (_EXPERTS, None),
+        ((*_KEPT, _INDEXERS), _KEPT) if any(_INDEXERS in name for name in settings) else (_KEPT,),
     ):
         try:
-            config = type(whole).from_dict(_narrowed(settings, factor, layers, experts))
+            config = type(whole).from_dict(_narrowed(start, factor, layers, experts, kept))
             if _parameters(config) < _LARGEST and _runs(small_decoder(config, "eager")):
                 return config
         except Exception:  # of the family's own code: any kind
@@ -110,23 +120,44 @@ def _depths(decoder: Any, config: Any) -> list[int]:
     return sorted({*depths.values(), len(layers)})
 
 
+def _limited(settings: Mapping[str, Any], sequence_length: int) -> dict[str, Any]:
+    """A config.json in which a token of a small model sees as little as one of training would."""
+
+    def limit(name: str, value: Any) -> Any:
+        if type(value) is not int or not 0 < value < sequence_length:
+            return value
+        if any(part in name for part in _GROUPED):
+            return min(value, 2)
+        seen = any(part in name for part in _SEEN) and "layer" not in name
+        return min(value, 4) if seen else value
+
+    return {name: limit(name, value) for name, value in settings.items()}
+
+
 def _narrowed(
-    settings: Mapping[str, Any], factor: int, layers: int, experts: int | None
+    settings: Mapping[str, Any],
+    factor: int,
+    layers: int,
+    experts: int | None,
+    kept: Sequence[str],
 ) -> dict[str, Any]:
-    """A config.json with its widths divided by `factor`, its first layers and fewer experts."""
+    """A config.json with its widths divided by `factor`, its first layers and fewer experts.
+
+    Widths whose names contain one of `kept` stay.
+    """
     total = settings.get("num_hidden_layers")
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, list | str) and len(value) == total and total:
             value = value[:layers]
             if isinstance(value, list) and all(type(one) is int for one in value):
-                value = [_narrowed_number(name, one, factor, experts) for one in value]
+                value = [_narrowed_number(name, one, factor, experts, kept) for one in value]
         elif isinstance(value, list) and value and all(type(one) is int for one in value):
             value = (
                 [one for one in value if one < layers] if _numbers_layers(value, total) else value
             )
         elif type(value) is int:
-            value = _narrowed_number(name, value, factor, experts)
+            value = _narrowed_number(name, value, factor, experts, kept)
         found[name] = value
     counts = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     return {**found, **{name: layers for name in counts if name in found}, "pad_token_id": None}
@@ -136,14 +167,16 @@ def _numbers_layers(values: list[int], layers: Any) -> bool:
     return isinstance(layers, int) and values == sorted(set(values)) and values[-1] < layers
 
 
-def _narrowed_number(name: str, value: int, factor: int, experts: int | None) -> int:
+def _narrowed_number(
+    name: str, value: int, factor: int, experts: int | None, kept: Sequence[str]
+) -> int:
     if "vocab" in name:
         return min(value, _VOCABULARY)
     if experts and name in ("n_group", "topk_group"):  # of experts
         return 1
     if experts and "expert" in name and "size" not in name:
         return min(value, 2 if "per_tok" in name or "topk" in name else experts)
-    if not any(part in name for part in _SCALED) or any(part in name for part in _KEPT):
+    if not any(part in name for part in _SCALED) or any(part in name for part in kept):
         return value
     multiple = 1 if any(part in name for part in _COUNTS) else _MULTIPLE
     while factor > 1 and value % (factor * multiple):

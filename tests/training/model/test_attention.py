@@ -128,9 +128,9 @@ def test_the_check_looks_at_the_second_document_only() -> None:
 @pytest.mark.parametrize(
     ("family", "attention", "sentence"),
     [
-        ("gemma2", "flash", "caps its attention scores; set it to eager or flex"),
+        ("gemma2", "flash", "caps its attention scores; set auto"),
         ("gemma2", "sdpa", "attention: sdpa"),
-        ("stablelm", "flash", "does not pass on where documents begin; set eager or sdpa"),
+        ("stablelm", "flash", "does not pass on where documents begin; set auto"),
         ("llama", "flex", "trains on GPUs only"),
         ("falcon", "flash", "it has no such attention"),
         ("bloom", "eager", "lets a document see the document before it in this model"),

@@ -12,11 +12,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.model.attention import document_attention
-from cpt_merge.training.model.build import CausalLM, build_model
+from cpt_merge.training.model.attention import check_attention, document_attention
+from cpt_merge.training.model.build import CausalLM, build_from, build_model
 from cpt_merge.training.model.small import small_config, small_decoder
 from tests.training.conftest import CONFIG
-from tests.training.families import FAMILIES, HYBRIDS, LEAKING, make_family
+from tests.training.families import FAMILIES, HYBRIDS, LEAKING, SIZES, make_family
 
 
 def built(folder: Path, **changes: Any) -> CausalLM:
@@ -109,6 +109,30 @@ def test_a_model_that_nothing_helps_is_refused_with_every_reason(tmp_path: Path)
         built(tmp_path)
 
 
+SPARSE: dict[str, Any] = {
+    **SIZES, "head_dim": 16, "num_experts_per_tok": 2, "num_local_experts": 4, "rotary_dim": 8,
+    "dense_intermediate_size": 48, "shared_intermediate_size": 16, "index_n_heads": 2,
+    "index_head_dim": 16, "layer_types": ["full_attention", "minimax_m3_sparse"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "one_by_one"), [(32, True), (128, False)])
+def test_sparse_attention_that_leaks_beyond_its_budget_only(block: int, one_by_one: bool) -> None:
+    """Its blocks of keys begin where the sequence does, and not the document."""
+    model_config = transformers.MiniMaxM3VLTextConfig(
+        **{**SPARSE, "index_block_size": block, "index_topk_blocks": 2}
+    )
+    config = TrainingConfig(**{**CONFIG, "sequence_length": 128, "precision": "fp32"})
+    module = build_from(model_config, Path("minimax-m3"), config)
+    kinds = [kind.__name__ for kind in module.choice.separation.one_by_one]
+    assert kinds == (["MiniMaxM3VLAttention"] if one_by_one else [])
+    torch.manual_seed(0)
+    module.model.to_empty(device="cpu")
+    for parameter in module.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    check_attention(module, config, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     "family",
     [
@@ -121,7 +145,7 @@ def test_a_small_model_has_every_kind_of_layer(family: str) -> None:
     name = {**FAMILIES, **HYBRIDS, **LEAKING}[family][0]
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)())
-    config = small_config(model.get_decoder())
+    config = small_config(model.get_decoder(), 4096)
     assert config is not None, "no small model"
     small = small_decoder(config, "eager")
     assert sum(parameter.numel() for parameter in small.parameters()) < 30e6
