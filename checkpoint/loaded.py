@@ -98,6 +98,15 @@ def _check_text_decoder(checkpoint: Checkpoint) -> None:
         )
 
 
+def refuse_image_layers(config: Mapping[str, Any], directory: Path) -> None:
+    """Raise `UserError` for a text decoder with layers that text alone does not use (Mllama)."""
+    if text_section(config).get("cross_attention_layers"):
+        raise UserError(
+            f"the text decoder in {directory} has layers for images alone (cross_attention_layers),"
+            " through which no text passes; such models cannot be trained."
+        )
+
+
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the head of a loaded checkpoint is its embedding."""
     return not heads_of(checkpoint)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from cpt_merge.checkpoint.loaded import refuse_image_layers
 from cpt_merge.checkpoint.reader import check_complete, read_json
 from cpt_merge.checkpoint.token_ids import FAST_FILE
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
@@ -90,6 +91,8 @@ def _require_models(run: Run) -> None:
 def _check_models(run: Run) -> None:
     recipe = run.recipe
     models = open_fitting({"base": run.base, "chat": run.chat})
+    if not is_up_to_date(run, TRAINING):
+        refuse_image_layers(models["base"].config, run.base)
     recipe.training.check_positions(models["base"].config)
     base, chat = _require_tokenizer(run.base, "base"), _require_tokenizer(run.chat, "chat")
     check_budget(recipe.corpus, recipe.training.tokens, _tokenizer_of_base(run))

@@ -26,7 +26,8 @@ ZERO_STRATEGIES: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}  # b
 ZERO_BUCKET = 5e8  # elements; DeepSpeed's default reduce_bucket_size
 
 
-NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers")
+_HEADS = "num_attention_heads"  # which decoders without attention (Mamba, RWKV) do not have
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ModelShape:
     layers: int
     matrices: int  # 1 if embedding and head are tied, else 2
     intermediate: int  # width of the gated MLP; with experts, of all that a token is sent to
-    heads: int
+    heads: int  # 0 without attention
     query: int  # heads * head_dim
     key_value: int  # key-value heads * head_dim
     towers: int = 0  # parameters outside the decoder, which training does not load
@@ -58,7 +59,7 @@ class ModelShape:
         """
         config = text_section(config)
         unsaid = routed and experts_taken(SimpleNamespace(**config)) is None
-        if unsaid or any(config.get(wanted) is None for wanted in NEEDED):
+        if unsaid or any(config.get(wanted) is None for wanted in (*NEEDED, _HEADS)):
             config = _with_defaults(config)
         for wanted in NEEDED:
             if config.get(wanted) is None:
@@ -66,8 +67,8 @@ class ModelShape:
                     f"config.json of {name} has no {wanted}; "
                     "only decoder language models can be planned."
                 )
-        width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        head = config.get("head_dim") or width // heads
+        width, heads = int(config["hidden_size"]), int(config.get(_HEADS) or 0)
+        head = config.get("head_dim") or width // max(heads, 1)
         named = SimpleNamespace(**config)
         count = experts(named) if routed else 0
         taken = _taken(named, count, name) if count else 0
@@ -79,8 +80,8 @@ class ModelShape:
             matrices=1 if config.get("tie_word_embeddings") else 2,
             intermediate=_mlp_width(config, taken) or 4 * width,
             heads=heads,
-            query=heads * head,
-            key_value=(config.get("num_key_value_heads") or heads) * head,
+            query=heads * head or width,  # of a layer without attention: what it projects to
+            key_value=(config.get("num_key_value_heads") or heads) * head or width,
             towers=towers,
             routed=routed if count else 0,
             experts=count,
@@ -164,7 +165,8 @@ def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         model = config_of(config)
         text = model.get_text_config(decoder=True) if model.sub_configs else model
-        computed = {name: getattr(text, name, None) for name in NEEDED}  # Nemotron-H counts a list
+        wanted = (*NEEDED, _HEADS)
+        computed = {name: getattr(text, name, None) for name in wanted}  # Nemotron-H counts a list
         complete = {**computed, **model.to_dict(), **text.to_dict()}
     except Exception:  # an unknown family, or values that training will name
         return config

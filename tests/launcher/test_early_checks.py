@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, Gemma2Config
 
 from tests.command_line import cpt_merge
+from tests.merge.test_multimodal import mllama
 from tests.training.families import GEMMA, SIZES
 from tests.wrappers import make_wrapper
 
@@ -77,9 +78,15 @@ def without_a_tower_tensor(name: str) -> Callable[[Path], None]:
     return change
 
 
+def as_mllama(pair: Path) -> None:
+    for name in ("base", "chat"):
+        mllama().to(torch.bfloat16).save_pretrained(pair / name)
+
+
 TOWER_TENSOR = "multi_modal_projector.mm_soft_emb_norm.weight"
 LIGHT = {
     "truncated weights of the chat model": Broken("model.safetensors", change=cut_weights),
+    "layers through which no text passes": Broken("has layers for images alone", change=as_mllama),
     "no weights of the chat model": Broken(
         "contains neither model.safetensors",
         change=lambda pair: (pair / "chat" / "model.safetensors").unlink(),

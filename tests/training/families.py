@@ -75,7 +75,22 @@ _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_
           "mamba_d_conv": 4, "mamba_chunk_size": 8}  # fmt: skip
 _DELTA = {**SIZES, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
           "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
+_RECURRENT = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("MambaConfig", {**_RECURRENT, "state_size": 4}),
+    "mamba-2": (
+        "Mamba2Config",
+        {
+            **_RECURRENT,
+            "num_heads": 8,
+            "head_dim": 8,
+            "state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+    ),
+    "falcon-mamba": ("FalconMambaConfig", {**_RECURRENT, "state_size": 4}),
+    "rwkv": ("RwkvConfig", {**_RECURRENT, "context_length": 128}),
     "qwen3-next": ("Qwen3NextConfig", {**_DELTA, "num_experts": 0}),
     "qwen3.5": ("Qwen3_5TextConfig", _DELTA),
     "granite-4": (

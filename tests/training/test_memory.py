@@ -349,11 +349,16 @@ def test_the_setup_follows_from_the_configuration() -> None:
     assert found.activation_checkpointing == "none"
 
 
-def test_a_configuration_without_heads_is_named() -> None:
-    with pytest.raises(UserError, match=r"config\.json of mamba has no num_attention_heads"):
-        ModelShape.from_config(
-            {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1}, 1, "mamba"
-        )
+def test_a_configuration_without_a_width_is_named() -> None:
+    with pytest.raises(UserError, match=r"config\.json of model has no hidden_size"):
+        ModelShape.from_config({"vocab_size": 1, "num_hidden_layers": 1}, 1, "model")
+
+
+def test_a_decoder_without_attention_has_no_heads() -> None:
+    """Mamba as published."""
+    config = {"model_type": "mamba", "vocab_size": 50280, "hidden_size": 768, "n_layer": 24}
+    shape = ModelShape.from_config(config, 130 * 10**6, "mamba-130m")
+    assert (shape.layers, shape.heads, shape.query, shape.key_value) == (24, 0, 768, 768)
 
 
 def test_what_a_family_leaves_out_of_its_configuration_is_its_default() -> None:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig
 
 from cpt_merge.checkpoint.headers import TensorInfo
+from cpt_merge.checkpoint.loaded import refuse_image_layers
 from cpt_merge.checkpoint.model_names import StoredTensors, find_stored
 from cpt_merge.checkpoint.pieces import RearrangedInfo
 from cpt_merge.checkpoint.reader import Checkpoint
@@ -283,11 +284,7 @@ def read_model_config(directory: Path, named: Path | None = None) -> Any:
             f"the model in {named} ({kind or type(config).__name__}) is no causal language "
             "model, and only those can be trained; use another base."
         )
-    if getattr(config.get_text_config(decoder=True), "cross_attention_layers", None):
-        raise UserError(
-            f"the text decoder in {named} has layers for images alone (cross_attention_layers), "
-            "through which no text passes; such models cannot be trained."
-        )
+    refuse_image_layers(config.get_text_config(decoder=True).to_dict(), named)
     return config
 
 

@@ -66,7 +66,9 @@ def find_head_form(model: Any) -> HeadForm:
             float(f"{float((bare * plain).sum() / plain.square().sum()):.{digits}g}"), softcap
         )
         if not torch.allclose(bare, form.scale * plain, rtol=1e-4, atol=1e-5 * abs(form.scale)):
-            raise ValueError("its logits are not softcap * tanh(scale * (h W + b) / softcap)")
+            raise ValueError(
+                "its logits are not scale * (h W + b), or that capped by final_logit_softcapping"
+            )
     except (
         RuntimeError,
         ValueError,
@@ -103,8 +105,7 @@ def _without_embeddings(model: nn.Module) -> Iterator[None]:
     parts = [part for part in model.modules() if isinstance(part, nn.Embedding)]
     weights = [part.weight for part in parts]
     for part in parts:
-        zeros = torch.zeros((), dtype=torch.float64).expand(part.weight.shape)
-        part.weight = nn.Parameter(zeros, requires_grad=False)
+        part.weight = _zeros_like(part.weight)
     try:
         yield
     finally:
@@ -113,10 +114,18 @@ def _without_embeddings(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _multiplying(head: nn.Module, matrix: Tensor) -> Iterator[None]:
-    """Within the block a head multiplies by `matrix`."""
+def _multiplying(head: Any, matrix: Tensor) -> Iterator[None]:
+    """Within the block a head multiplies by `matrix`, whose type a model may look at first."""
+    weight, head.weight = head.weight, _zeros_like(head.weight)
     head.forward = lambda hidden: hidden @ matrix.T
     try:
         yield
     finally:
         del head.forward
+        head.weight = weight
+
+
+def _zeros_like(weight: Tensor) -> nn.Parameter:
+    """Zeros of the probe's type that take no memory."""
+    zeros = torch.zeros((), dtype=torch.float64).expand(weight.shape)
+    return nn.Parameter(zeros, requires_grad=False)
