@@ -141,10 +141,14 @@ def make_wrapper(
     seed: int = 0,
     vocabulary: int = VOCABULARY,
     image: int = 7,
+    text: dict[str, Any] | None = None,
 ) -> Any:
-    """A random wrapper of the family, written to `folder` as transformers does, and returned."""
+    """A random wrapper of the family, written to `folder` as transformers does, and returned; `text`
+    changes its decoder."""
     name, build = WRAPPERS[family]
     config = build()
+    for field, value in (text or {}).items():
+        setattr(config.text_config, field, value)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     config.text_config.vocab_size = vocabulary
     for field in ("image_token_id", "image_token_index", "audio_token_id"):

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from cpt_merge import extend_tokenizer, resize_embeddings
 from cpt_merge.checkpoint.export import LocalShard
+from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.text_models import auto_class
+from cpt_merge.core.artifact import write_json
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.data.packing import IGNORED, Batch, TrainingSequences
@@ -50,7 +52,9 @@ from cpt_merge.training.inputs import TrainingInputs
 from cpt_merge.training.run import run
 from tests.distributed import run_ranks
 from tests.evaluation.conftest import TEMPLATE, make_tokenizer
+from tests.families import llama_cpp
 from tests.recording import Recording
+from tests.tokenizer_ext.small_tokenizers import train_sentencepiece
 from tests.training.conftest import CONFIG, write_text
 from tests.training.families import apart, make_family
 from tests.training.runs import ask_for, signal_when
@@ -77,21 +81,48 @@ def text(family: str, tied: bool = False, **settings: Any) -> Callable[[], Any]:
     return make
 
 
-def wrapper(family: str) -> Callable[[], Any]:
-    """A family of tests/wrappers.py."""
+def wrapper(family: str, **text: Any) -> Callable[[], Any]:
+    """A family of tests/wrappers.py, with other settings of its decoder."""
 
     def make() -> Any:
         with tempfile.TemporaryDirectory() as folder:
-            return make_wrapper(Path(folder), family)
+            return make_wrapper(Path(folder), family, text=text)
 
     return make
 
 
 PHI4 = {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 64}
+USER = "<|user|>"  # a token that only chat models use
+LLAMA2: dict[str, Any] = {"bos_id": 0, "eos_id": 1, "unk_id": 2, "user_defined_symbols": [USER]}
+GEMMA: dict[str, Any] = {**LLAMA2, "add_dummy_prefix": False}
+GEMMA3 = {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
+GRANITE4 = {"layer_types": ["mamba", "attention"]}  # which transformers 5 writes in other words
+QWEN3_NEXT = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "norm_topk_prob": True,
+}  # fmt: skip
+INTERLEAVED = {
+    "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}  # fmt: skip
 NEOX_BUFFERS = in_layers(
     "gpt_neox.layers", attention__bias=MASK.bool(), attention__masked_bias=torch.tensor(-torch.inf),
     attention__rotary_emb__inv_freq=torch.arange(4.0),
 )  # fmt: skip
+
+WHOLE = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
+MISTRAL = llama_cpp.Difference(
+    "llama.cpp computes Mistral without its sliding window (of v0.1; later versions have none)",
+    WHOLE,
+)
+EXAONE4 = llama_cpp.Difference(
+    "llama.cpp computes EXAONE-4 with its sliding window only if it has 64 layers (32B; the 1.2B has "
+    "no window)", WHOLE,
+)  # fmt: skip
+GPT_OSS = llama_cpp.Difference(
+    "llama.cpp rounds the bounds of YaRN's ramp, although config.json says `truncate: false`",
+    {"rope_parameters": {"truncate": True}},
+)
 
 
 @dataclass(frozen=True)
@@ -100,35 +131,61 @@ class Family:
 
     make: Callable[[], Any]
     more: dict[str, torch.Tensor] = field(default_factory=dict)  # that published files hold as well
+    config: dict[str, Any] = field(default_factory=dict)  # that published config.json say
+    sentencepiece: dict[str, Any] | None = None  # its options, instead of a byte-level tokenizer
+    llama_cpp: llama_cpp.Difference | None = None
 
 
 FAMILY: dict[str, Family] = {
     "Llama": Family(text("llama")),
-    "Mistral": Family(text("mistral")),
+    "Mistral": Family(text("mistral"), sentencepiece=LLAMA2, llama_cpp=MISTRAL),
     "Qwen2, Qwen2.5": Family(text("qwen2", tied=True)),
     "Qwen3": Family(text("qwen3")),
-    "Gemma-2": Family(text("gemma2", tied=True)),
-    "Gemma-3 1B": Family(text("gemma3", tied=True)),
-    "Gemma-3 4B and larger": Family(wrapper("gemma3")),
-    "Phi-3": Family(text("phi3")),
+    "Gemma-2": Family(text("gemma2", tied=True), sentencepiece=GEMMA),
+    "Gemma-3 1B": Family(text("gemma3", tied=True), sentencepiece=GEMMA),
+    "Gemma-3 4B and larger": Family(wrapper("gemma3", **GEMMA3), sentencepiece=GEMMA),
+    "Phi-3": Family(text("phi3"), sentencepiece=LLAMA2),
     "Phi-4-mini": Family(text("phi3", tied=True, **PHI4)),
     "OLMo-2": Family(text("olmo2")),
-    "GPT-NeoX, as published": Family(text("gpt-neox"), NEOX_BUFFERS),
+    "GPT-NeoX, as published": Family(text("gpt-neox"), NEOX_BUFFERS, {"rotary_pct": 0.25}),
     "GLM-4": Family(text("glm4")),
-    "EXAONE-4": Family(text("exaone4")),
-    "Cohere2": Family(text("cohere2", tied=True)),
+    "EXAONE-4": Family(text("exaone4"), llama_cpp=EXAONE4),
+    "Cohere2": Family(text("cohere2", tied=True, rotary_pct=1.0)),
     "Granite": Family(text("granite", tied=True)),
-    "Mixtral": Family(text("mixtral")),
-    "Qwen3-MoE": Family(text("qwen3-moe")),
-    "gpt-oss": Family(text("gpt-oss")),
-    "DeepSeek-V3": Family(text("deepseek-v3")),
+    "Mixtral": Family(text("mixtral"), sentencepiece=GEMMA),
+    "Qwen3-MoE": Family(text("qwen3-moe", norm_topk_prob=True)),
+    "gpt-oss": Family(text("gpt-oss"), llama_cpp=GPT_OSS),
+    "DeepSeek-V3": Family(text("deepseek-v3", scoring_func="sigmoid")),
     "Qwen2.5-VL": Family(wrapper("qwen2.5-vl")),
     "Qwen3-VL": Family(wrapper("qwen3-vl")),
     "Mistral-Small-3": Family(wrapper("mistral3")),
-    "Qwen3-Next": Family(text("qwen3-next")),
-    "Qwen3.5": Family(text("qwen3.5")),
-    "Granite-4": Family(text("granite-4")),
+    "Qwen3-Next": Family(text("qwen3-next", **QWEN3_NEXT)),
+    "Qwen3.5": Family(text("qwen3.5", rope_parameters=INTERLEAVED)),
+    "Granite-4": Family(text("granite-4", num_experts_per_tok=0), config=GRANITE4),
 }  # fmt: skip
+
+
+def write_byte_level(folder: Path, template: str | None) -> None:
+    """A tokenizer that splits text as GPT-2 does, with tokens that Qwen and GLM look for."""
+    tokenizer = make_tokenizer(ROWS - 6, template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", USER]})
+    tokenizer.save_pretrained(folder)
+
+
+def write_sentencepiece(folder: Path, template: str | None, options: dict[str, Any]) -> None:
+    """A tokenizer like those of LLaMA 2 and Gemma."""
+    model = train_sentencepiece(vocab_size=ROWS - 4, **options)
+    settings: dict[str, Any] = {
+        "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": {
+            str(number): {"content": token, "special": True}
+            for number, token in enumerate(("<s>", "</s>", "<unk>", USER))
+        },
+    }  # fmt: skip
+    if template:
+        settings["chat_template"] = template
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 @dataclass
@@ -144,11 +201,14 @@ class Models:
         self.store, self.merged = self.folder / "store", self.folder / "merged"
         family = FAMILY[self.family]
         model = family.make().to(torch.bfloat16)
-        tokenizer = make_tokenizer(ROWS - 4, None)
         for place, shift in ((self.base, 0.0), (self.chat, 0.02)):
             model.save_pretrained(place)
-            tokenizer.chat_template = TEMPLATE if shift else None
-            tokenizer.save_pretrained(place)
+            write_json(place / "config.json", read_json(place / "config.json") | family.config)
+            template = TEMPLATE if shift else None
+            if family.sentencepiece is None:
+                write_byte_level(place, template)
+            else:
+                write_sentencepiece(place, template, family.sentencepiece)
             torch.manual_seed(1)
             stored = load_file(place / "model.safetensors")
             stored = {name: v + shift * torch.randn_like(v) for name, v in stored.items()}
@@ -253,7 +313,7 @@ def same_layout(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def tokenizer(models: Models) -> None:
     """Korean pieces are added, and old text keeps its tokens."""
     extend_tokenizer(
-        models.base, models.corpus, models.tokenizer, chat=models.chat, new_pieces={"ko": 8},
+        models.base, models.corpus, models.tokenizer, chat=models.chat, new_pieces={"ko": 40},
         min_frequency=2,
     )  # fmt: skip
 
@@ -358,6 +418,13 @@ def generation(models: Models) -> None:
     assert replies[0] == replies[1], replies
 
 
+def gguf(models: Models) -> None:
+    """llama.cpp has the merged model's tokens and logits."""
+    out = models.folder / "m.gguf"
+    llama_cpp.convert(models.base, models.merged, out)
+    llama_cpp.compare(models.merged, out, FAMILY[models.family].llama_cpp)
+
+
 COLUMNS: dict[str, Callable[[Models], None]] = {
     "tokenizer": tokenizer,
     "embeddings": embeddings,
@@ -369,21 +436,26 @@ COLUMNS: dict[str, Callable[[Models], None]] = {
     "hook": hook,
     "reload": reload,
     "generation": generation,
+    "GGUF": gguf,
 }
+MERGED = ("tokenizer", "embeddings", "one process", "hook")  # what a merged model needs
+WITHOUT_LLAMA_CPP = tuple(name for name in COLUMNS if name != "GGUF")
 
 
-def row(family: str, folder: Path) -> dict[str, str]:
-    """The cells of a family, by column."""
+def row(family: str, folder: Path, columns: Iterable[str]) -> dict[str, str]:
+    """The cells of a family in these columns, of which each needs the ones before."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     models = Models(family, folder)
     cells = {}
-    for name, column in COLUMNS.items():
+    for name in columns:
         try:
-            column(models)
+            COLUMNS[name](models)
             cells[name] = YES
         except UserError as error:
             cells[name] = f"refused: {error}"
+        except llama_cpp.OtherLogitsError as reason:
+            cells[name] = f"other logits, because {reason}"
         except Exception as error:
             lines = str(error).strip().splitlines() or traceback.format_exc().splitlines()[-2:]
             cells[name] = f"wrong: {lines[-1].strip()[:200]}"
@@ -429,8 +501,11 @@ def write(rows: dict[str, dict[str, str]]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     rows = documented()
+    if not llama_cpp.llama_cpp():
+        print(f"{llama_cpp.VARIABLE} is not set, so the column GGUF stays as it is.")
+    computed = COLUMNS if llama_cpp.llama_cpp() else WITHOUT_LLAMA_CPP
     for name in sys.argv[1:] or FAMILY:
         with tempfile.TemporaryDirectory() as folder:
-            rows[name] = row(name, Path(folder) / "row")
+            rows[name] = rows[name] | row(name, Path(folder) / "row", computed)
         print(name, json.dumps(rows[name], indent=1), flush=True)
         write({name: rows[name] for name in FAMILY if name in rows})

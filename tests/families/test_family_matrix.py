@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.families.matrix import FAMILY, documented, row
+from tests.families.llama_cpp import VARIABLE, llama_cpp
+from tests.families.matrix import FAMILY, MERGED, WITHOUT_LLAMA_CPP, documented, row
 
 
 def test_every_family_has_a_row() -> None:
@@ -16,4 +17,14 @@ def test_every_family_has_a_row() -> None:
 @pytest.mark.parametrize("family", FAMILY)
 def test_the_row_is_what_the_pipeline_does(family: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    assert row(family, tmp_path / "row") == documented()[family]
+    found = row(family, tmp_path / "row", WITHOUT_LLAMA_CPP)
+    assert found == {name: documented()[family][name] for name in found}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not llama_cpp(), reason=f"{VARIABLE} names no llama.cpp; see docs/families.md")
+@pytest.mark.parametrize("family", FAMILY)
+def test_the_column_gguf_is_what_llama_cpp_does(family: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    found = row(family, tmp_path / "row", (*MERGED, "GGUF"))
+    assert found == {name: documented()[family][name] for name in found}

@@ -88,9 +88,10 @@ def train_sentencepiece(model_type: str = "bpe", **options: object) -> bytes:
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
         "byte_fallback": True,
+        "vocab_size": 600,
     }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type=model_type, vocab_size=600,
+        sentence_iterator=iter(lines), model_writer=model, model_type=model_type,
         character_coverage=1.0, allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=2,
         hard_vocab_limit=False, **{**defaults, **options},
     )  # fmt: skip
