@@ -61,7 +61,7 @@ class LowRankInfo(DerivedInfo):
     scaling: float
 
     def rows(self, read: ReadElements, first: int, last: int) -> Float32:
-        """The sum in float32, one rank after the other."""
+        """The sum in float32, one rank after the other; bits stay where nothing is added."""
         base, left, right = self.parts
         rank = right.shape[0]
         columns = widen(read(left, first * rank, last * rank), left.dtype).reshape(-1, rank)
@@ -73,8 +73,8 @@ class LowRankInfo(DerivedInfo):
             delta += term
         delta *= np.float32(self.scaling)
         stored: Array = read(base, first * self.width, last * self.width)
-        delta += widen(stored, base.dtype).reshape(delta.shape)
-        return delta
+        weight = widen(stored, base.dtype).reshape(delta.shape)
+        return np.where(delta == 0, weight, weight + delta)
 
 
 def is_adapter(directory: Path) -> bool:

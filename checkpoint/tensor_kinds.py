@@ -168,11 +168,11 @@ def vocabulary_rows(checkpoint: Checkpoint) -> int:
     return checkpoint.tensors[name].shape[0]
 
 
+def is_routed(name: str) -> bool:
+    """Whether a tensor belongs to experts that routers choose among, not to shared ones."""
+    return kind_of(name) == "experts" and "shared_expert" not in name
+
+
 def routed_parameters(sizes: Mapping[str, int]) -> int:
-    """Parameters of the experts that routers choose among; shared experts, which every token uses,
-    are not among them. `sizes` are those of a model's tensors."""
-    return sum(
-        size
-        for name, size in sizes.items()
-        if kind_of(name) == "experts" and "shared_expert" not in name
-    )
+    """Parameters of the experts that routers choose among. `sizes` are those of all tensors."""
+    return sum(size for name, size in sizes.items() if is_routed(name))

@@ -64,7 +64,8 @@ class PhaseConfig(Section):
 
     train: Literal["new_rows", "vocabulary", "all"] = key(
         ...,
-        "new_rows: the rows of the new tokens; vocabulary: embedding and head; all: every weight",
+        "new_rows: the rows of the new tokens; vocabulary: embedding and head; all: every weight, "
+        "with lora: adapters, embedding and head",
     )
     tokens: int | None = key(
         None, "its budget; the last phase takes the rest if not set", unit="tokens", gt=0
@@ -77,6 +78,34 @@ class PhaseConfig(Section):
         "peak learning rate of embedding and head; optimizer.embedding_learning_rate if not set",
         gt=0,
     )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al., LoRA, 2021, https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = key(64, "rank of the adapters", gt=0)
+    alpha: float | None = key(
+        None, "an adapter adds alpha / rank times its product; twice the rank if not set", gt=0
+    )
+    targets: list[str] = key(
+        [],
+        "linear layers that get an adapter: names, or ends of names (`q_proj`, `mlp.down_proj`); "
+        "every linear layer of the decoder layers if not set",
+    )
+
+    @property
+    def numerator(self) -> float:
+        """alpha, or its default."""
+        return self.alpha or 2.0 * self.rank
+
+    def covers(self, module: str) -> bool:
+        """Whether a linear layer of this name, in the decoder layers, is meant to get one."""
+        return not self.targets or any(means(target, module) for target in self.targets)
+
+
+def means(target: str, module: str) -> bool:
+    """Whether a target of `LoraConfig` is the name of a module, or the end of it."""
+    return f".{module}".endswith(f".{target}")
 
 
 class CheckpointConfig(Section):
@@ -142,6 +171,12 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = key(ScheduleConfig(), "learning rate schedule of each phase")
     phases: list[PhaseConfig] = key(
         [], "what is trained one after the other; every weight all the time if not set"
+    )
+    lora: LoraConfig | None = key(
+        None,
+        "train low-rank adapters of the decoder's linear layers instead of these layers, with "
+        "embedding and head in full; the exported model has them merged; every weight is trained "
+        "if not set",
     )
     fp8: bool = key(
         False,
@@ -275,6 +310,8 @@ class TrainingConfig(Section):
         # runs that do not set these keep the keys that they had before these existed
         if not self.auxiliary_loss:
             names.add("auxiliary_loss")
+        if self.lora:
+            names.add("lora")
         found = self.model_dump(include=names)
         for name in ("moments", "stochastic_rounding"):
             if found["optimizer"][name] == OptimizerConfig.model_fields[name].default:
@@ -306,6 +343,11 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"`phases` take {planned:,} of {self.tokens:,} tokens; "
                 "leave out the last one's tokens so that it takes the rest"
+            )
+        if self.lora and any(phase.train == "all" for phase in self.phases[:-1]):
+            raise ValueError(
+                "with `lora`, only the last of `phases` may train `all`, since checkpoints hold "
+                "no weights of layers, which have to stay the base's; put that phase last"
             )
         return self
 

@@ -12,10 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.checkpoint.reader import Checkpoint
-from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of, routed_parameters
+from cpt_merge.checkpoint.tensor_kinds import (
+    OTHER_MODALITIES,
+    is_routed,
+    kind_of,
+    layer_of,
+    routed_parameters,
+)
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say_once
-from cpt_merge.training.config import Offload, TrainingConfig
+from cpt_merge.training.config import LoraConfig, Offload, TrainingConfig
 from cpt_merge.training.flops import experts, experts_taken
 
 if TYPE_CHECKING:
@@ -250,6 +256,25 @@ def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
     return MemoryEstimate(
         *divided(shape, setup), *_activations(shape, setup), _logits(shape, setup)
     )
+
+
+def adapter_parameters(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> int:
+    """Parameters of the adapters (training/model/lora.py) of a model with tensors of these shapes.
+
+    A linear layer of width h and i gets rank (h + i). Of the experts that routers choose among,
+    which files hold one by one and training as one tensor, none has an adapter.
+    """
+    matrices = [
+        sum(shape)
+        for name, shape in shapes.items()
+        if len(shape) == 2
+        and name.endswith(".weight")
+        and layer_of(name) is not None
+        and kind_of(name) not in ("router", "norm")
+        and not is_routed(name)
+        and config.covers(name.removesuffix(".weight"))
+    ]
+    return config.rank * sum(matrices)
 
 
 def _single(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.model.build import CausalLM
+from cpt_merge.training.model.build import CausalLM, WeightSource
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,30 @@ def phases_of(config: TrainingConfig) -> list[Phase]:
     return found
 
 
+def prepare_phase(module: CausalLM, setup: PhaseSetup) -> None:
+    """Adapters, if the phase trains them, and gradients of only what it trains.
+
+    With `lora`, whatever is frozen is held in the compute type. The parameters have to be on the
+    meta device.
+    """
+    config, phase = setup.config, setup.phase
+    if config.lora and phase.train == "all":
+        WeightSource.open(module, setup.model, torch.device("meta"))  # finds the names
+        module.add_adapters(config.lora, config.seed)
+    select_trained(module, phase, setup.base_rows)
+    if config.lora and config.precision != "fp32":
+        for parameter in module.parameters():
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()
+
+
 def select_trained(module: CausalLM, phase: Phase, base_rows: int) -> None:
     """Require gradients only of what the phase trains. `base_rows` as in `PhaseSetup`."""
-    vocabulary = {id(parameter) for parameter in vocabulary_matrices(module)}
+    adapters = module.adapters.factors
+    chosen_ids = {id(parameter) for parameter in vocabulary_matrices(module)}
+    chosen_ids |= {id(p) for name, p in module.model.named_parameters() if name in adapters}
     for parameter in module.parameters():
-        chosen = phase.train == "all" or id(parameter) in vocabulary
+        chosen = id(parameter) in chosen_ids or (phase.train == "all" and not adapters)
         # some families have parameters that are not trained by gradients (ERNIE's routers)
         parameter.requires_grad_(chosen and parameter.requires_grad)
     module.frozen_rows = base_rows if phase.train == "new_rows" else 0

@@ -32,9 +32,12 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.backend import TRAINED_ALONE
 from cpt_merge.training.distributed.checkpoint import STATE_FILE
 from cpt_merge.training.distributed.deepspeed import TAG
-from cpt_merge.training.model.build import WeightSource, build_model
+from cpt_merge.training.distributed.frozen import FrozenWeights
+from cpt_merge.training.model.build import CausalLM, WeightSource, build_model
+from cpt_merge.training.phases import phases_of, select_trained
 
 ReadTensor = Callable[[str], Tensor]
 
@@ -94,11 +97,16 @@ def export_checkpoints(
     Raises `UserError` for a checkpoint that is damaged or belongs to another model.
     """
     module = build_model(like, config)
-    WeightSource.open(module, like, torch.device("cpu"))  # finds the names in `like`
+    source = WeightSource.open(module, like, torch.device("cpu"))  # finds the names in `like`
     names = [path.name for path in checkpoints]
     say(f"export: {' + '.join(names)}" + (f", divided by {len(names)}" if len(names) > 1 else ""))
     readers = [open_checkpoint(path) for path in checkpoints]
-    parameters: dict[str, Tensor] = dict(module.model.named_parameters())
+    frozen = None
+    if config.lora:
+        frozen = _frozen(module, config, source, checkpoints, readers)
+    parameters: dict[str, Tensor] = {
+        name: weight for name, weight in module.weights() if frozen is None or weight.requires_grad
+    }
 
     def shards() -> Iterator[LocalShard]:
         """Of the model's tensors; a group of rearranged ones is in memory at once."""
@@ -114,8 +122,33 @@ def export_checkpoints(
                 meter.advance()
 
     untrained = untrained_shards(like, module.stored_parameters(), Ranks())
-    everything = chain(stored_shards(module.stored, shards()), untrained)
+    merged = frozen.part(0, 1) if frozen else []
+    everything = chain(stored_shards(module.stored, shards()), merged, untrained)
     export_shards(everything, like, tokenizer, out, Ranks())
+
+
+def _frozen(
+    module: CausalLM, config: TrainingConfig, source: WeightSource, checkpoints: Sequence[Path],
+    readers: Sequence[ReadTensor],
+) -> FrozenWeights:  # fmt: skip
+    """The weights that `like` holds, plus the mean of the checkpoints' products of adapters.
+
+    The mean of B A is one product, of all B side by side and all A below each other. Checkpoints of
+    phases without adapters add nothing.
+    """
+    phases = phases_of(config)
+    of_phase = [phases[int(_read_state(path)["phase"])] for path in checkpoints]
+    adapted = [read for read, phase in zip(readers, of_phase, strict=True) if phase.train == "all"]
+    if adapted and config.lora:
+        module.add_adapters(config.lora, config.seed)
+    select_trained(module, of_phase[-1], 0)
+
+    def joined(name: str) -> Tensor:
+        axis = 1 if name in module.adapters.lefts else 0
+        return torch.cat([read(f"model.{name}").float() for read in adapted], axis)
+
+    share = 1 / len(checkpoints)
+    return FrozenWeights.of(module, source.checkpoint, joined, torch.device("cpu"), share)
 
 
 def _mean(name: str, readers: Sequence[ReadTensor]) -> Tensor:
@@ -132,9 +165,11 @@ def open_checkpoint(directory: Path) -> ReadTensor:
     Raises `UserError` if the checkpoint is damaged; so does the function.
     """
     layout = _read_state(directory)["layout"]
-    open_it = _open_zero if layout.startswith("DeepSpeed") else _open_fsdp
     with _damage_named(directory):
-        read = open_it(directory)
+        if layout.startswith("DeepSpeed"):
+            read = _open_zero(directory, alone=layout.endswith(TRAINED_ALONE))
+        else:
+            read = _open_fsdp(directory)
 
     def read_named(name: str) -> Tensor:
         with _damage_named(directory):
@@ -144,10 +179,10 @@ def open_checkpoint(directory: Path) -> ReadTensor:
 
 
 def _read_state(directory: Path) -> dict[str, str]:
-    """The layout of a checkpoint, and the key of its training."""
+    """The layout of a checkpoint, its phase, and the key of its training."""
     with _damage_named(directory):
         state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-        return {name: str(state[name]) for name in ("layout", "key")}
+        return {name: str(state[name]) for name in ("layout", "phase", "key")}
 
 
 def _open_fsdp(directory: Path) -> ReadTensor:
@@ -165,11 +200,14 @@ def _open_fsdp(directory: Path) -> ReadTensor:
     return read
 
 
-def _open_zero(directory: Path) -> ReadTensor:
+def _open_zero(directory: Path, alone: bool) -> ReadTensor:
+    """`alone`: without frozen weights."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with redirect_stdout(io.StringIO()):  # it prints what it finds
-        tensors = get_fp32_state_dict_from_zero_checkpoint(str(directory), TAG, lazy_mode=True)
+        tensors = get_fp32_state_dict_from_zero_checkpoint(
+            str(directory), TAG, exclude_frozen_parameters=alone, lazy_mode=True
+        )
     return lambda name: tensors[name].contiguous().detach()
 
 

@@ -34,6 +34,7 @@ from cpt_merge.training.model.build import (
 from cpt_merge.training.model.choice import Choice
 from cpt_merge.training.model.compile import check_compiler
 from cpt_merge.training.model.fp8 import check_capability, check_torchao
+from cpt_merge.training.model.lora import check_peft, find_targets
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 
@@ -55,6 +56,8 @@ def check_trainable(
     check_backend(asked, config)
     if config.fp8:
         check_torchao()
+    if config.lora:
+        check_peft()
     if device:
         _check_device(config, device)
     else:
@@ -62,6 +65,8 @@ def check_trainable(
     module = check_model(base, config, device or _CPU, without_towers)
     if asked.backend != "none":
         check_divisible(module.stored, base)
+    if config.lora:
+        find_targets(module.model, module.layers, config.lora)
     choice = module.choice
     check_choice(asked, choice)
     for line in choice.describe():

@@ -18,6 +18,9 @@ from cpt_merge.training.config import CheckpointConfig
 from cpt_merge.training.memory import Strategy
 from cpt_merge.training.model.choice import Choice
 
+TRAINED_ALONE = ", trained weights alone"
+"""The end of the layout of checkpoints without frozen weights, which runs with adapters write."""
+
 
 @dataclass(frozen=True)
 class StepOutcome:

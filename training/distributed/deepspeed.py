@@ -8,7 +8,7 @@ loaded only by the same ZeRO stage on the same number of processes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -27,7 +27,8 @@ from cpt_merge.core.progress import counted
 from cpt_merge.core.world import World
 from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
-from cpt_merge.training.distributed.backend import StepOutcome, replaced
+from cpt_merge.training.distributed.backend import TRAINED_ALONE, StepOutcome, replaced
+from cpt_merge.training.distributed.frozen import FrozenWeights, open_frozen
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.memory import ZERO_STRATEGIES
@@ -53,7 +54,7 @@ from cpt_merge.training.optimizer import (
     learning_rates,
     set_rate,
 )
-from cpt_merge.training.phases import PhaseSetup, select_trained
+from cpt_merge.training.phases import PhaseSetup, prepare_phase
 
 TAG = "deepspeed"
 
@@ -66,7 +67,9 @@ class ZeroBackend:
     ) -> None:
         self.engine, self.optimizer, self.setup, self.parallel = engine, optimizer, setup, parallel
         self.stage: int = engine.zero_optimization_stage()
-        self.layout = f"DeepSpeed ZeRO {self.stage} on {parallel.size} processes"
+        alone = TRAINED_ALONE if setup.config.lora else ""
+        self.layout = f"DeepSpeed ZeRO {self.stage} on {parallel.size} processes{alone}"
+        self.files = open_frozen(self.module, setup)
         self.choice = self.module.choice
         self.strategy = ZERO_STRATEGIES[self.stage]
         self.shard_count = parallel.size
@@ -79,7 +82,7 @@ class ZeroBackend:
         settings = _engine_settings(setup.config, parallel)
         stage = settings["zero_optimization"]["stage"]
         module = build_model(setup.model, setup.config, parallel.device)
-        select_trained(module, setup.phase, setup.base_rows)
+        prepare_phase(module, setup)
         prepare_layers(module, setup.config, parallel.device)
         if stage == 3:
             check_documents(module.choice)
@@ -155,7 +158,8 @@ class ZeroBackend:
 
     def save(self, directory: Path, asynchronous: bool) -> Future[None]:
         """See `Backend`. Always synchronous."""
-        self.engine.save_checkpoint(str(directory), tag=TAG)
+        alone = self.setup.config.lora is not None
+        self.engine.save_checkpoint(str(directory), tag=TAG, exclude_frozen_parameters=alone)
         for path in directory.rglob("*"):
             if path.is_file() and (
                 f"rank_{self.parallel.rank}_" in path.name or self.parallel.is_main
@@ -172,30 +176,39 @@ class ZeroBackend:
 
     def load(self, directory: Path) -> None:
         """See `Backend`."""
-        found, _ = self.engine.load_checkpoint(str(directory), tag=TAG)
+        whole = self.setup.config.lora is None
+        found, _ = self.engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=whole)
         if found is None:
             raise ValueError("DeepSpeed finds no checkpoint there")
 
     def state_bytes(self) -> int:
         """See `Backend`."""
-        count = [full_shape(parameter).numel() for parameter in self.module.parameters()]
-        trained = [
-            n
-            for n, parameter in zip(count, self.module.parameters(), strict=True)
-            if parameter.requires_grad
-        ]
-        masters = 4 * sum(trained)
-        moments = bytes_of_moments(self.engine.basic_optimizer, sum(trained), 4)
-        whole = sum(count) * (4 if self.setup.config.precision == "fp32" else 2)
-        return whole + masters + moments
+        held = 4 if self.setup.config.precision == "fp32" else 2
+        frozen = 0 if self.setup.config.lora else held
+        total = 0
+        for parameter in self.module.parameters():
+            values = full_shape(parameter).numel()
+            total += values * (held + 4 if parameter.requires_grad else frozen)
+            if parameter.requires_grad:
+                total += bytes_of_moments(self.engine.basic_optimizer, values, 4)
+        return total
 
     def weights_are_finite(self) -> bool:
         """See `Backend`."""
-        parts = (
-            getattr(parameter, "ds_tensor", parameter.data)
-            for parameter in self.module.parameters()
-        )
+        parts = (self._part(parameter)[0] for parameter in self.module.parameters())
         return all(bool(part.isfinite().all()) for part in parts)
+
+    def _part(self, parameter: Tensor) -> tuple[Tensor, int]:
+        """The elements of a parameter that this process holds, flat, and the number of the first.
+
+        That is all of it, or with ZeRO 3 a part. The last part is as long as the others, with
+        anything at its end.
+        """
+        part: Tensor | None = getattr(parameter, "ds_tensor", None)
+        if part is None:
+            return parameter.data.view(-1), 0
+        first = self.parallel.rank * part.numel()
+        return part.view(-1)[: max(full_shape(parameter).numel() - first, 0)], first
 
     def parameter_names(self) -> set[str]:
         """See `Backend`."""
@@ -203,29 +216,36 @@ class ZeroBackend:
 
     def shards(self) -> list[LocalShard]:
         """See `Backend`."""
-        return list(stored_shards(self.module.stored, self._local_shards()))
+        frozen = self._frozen()
+        held = [
+            self._held_rows(name, weight)
+            for name, weight in self.module.weights()
+            if weight.requires_grad or frozen is None
+        ]
+        found = list(stored_shards(self.module.stored, held))
+        return found + (frozen.part(self.parallel.rank, self.parallel.size) if frozen else [])
 
-    def _local_shards(self) -> list[LocalShard]:
-        """The shards of this process, by the names of the model.
+    def _held_rows(self, name: str, parameter: Tensor) -> LocalShard:
+        """This process's rows of a parameter; fp32 masters, which all processes gather."""
+        whole = _gathered(parameter)
+        start, stop = self._rows(whole.shape)
+        values = whole[start:stop].to("cpu", copy=True)
+        return LocalShard(name, tuple(whole.shape), start, values)
 
-        Masters (fp32) are gathered tensor by tensor; a process keeps its rows.
-        """
-        from deepspeed.utils import safe_get_full_fp32_param
+    def _rows(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Which rows of a tensor this process exports."""
+        rows = -(-shape[0] // self.parallel.size)
+        first = self.parallel.rank * rows
+        return min(first, shape[0]), min(first + rows, shape[0])
 
-        rank, size = self.parallel.rank, self.parallel.size
-        found = []
-        for name, parameter in self.module.model.named_parameters():
-            whole = (
-                safe_get_full_fp32_param(parameter)
-                if parameter.requires_grad
-                else _gathered(parameter)
-            )
-            rows = -(-whole.shape[0] // size)
-            start, stop = min(rank * rows, whole.shape[0]), min((rank + 1) * rows, whole.shape[0])
-            found.append(
-                LocalShard(name, tuple(whole.shape), start, whole[start:stop].to("cpu", copy=True))
-            )
-        return found
+    def _frozen(self) -> FrozenWeights | None:
+        """What is not in memory in its own type; a collective."""
+        if self.files is None:
+            return None
+        parameters = dict(self.module.model.named_parameters())
+        return FrozenWeights.of(
+            self.module, self.files, lambda name: _gathered(parameters[name]), self.parallel.device
+        )
 
     @contextmanager
     def replaced(self, replace: Callable[[LocalShard], Tensor]) -> Iterator[None]:
@@ -240,18 +260,26 @@ class ZeroBackend:
     def _replacements(
         self, replace: Callable[[LocalShard], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What runs here, and its new values: whole parameters, or (ZeRO 3) parts of them."""
-        parameters = dict(self.module.model.named_parameters())
-        changed = replaced_shards(self.module.stored, self._local_shards(), replace)
+        """What runs here, and its new values: whole parameters, or (ZeRO 3) parts of them.
+
+        Products of adapters are in the new weights, so B is zero.
+        """
+        frozen, parameters = self._frozen(), dict(self.module.weights())
+        shards = (
+            frozen.rows(name, *self._rows(full_shape(weight)))
+            if frozen and not weight.requires_grad
+            else self._held_rows(name, weight)
+            for name, weight in parameters.items()
+        )
+        changed = replaced_shards(self.module.stored, shards, replace)
         for shard, values in changed:
             parameter, whole = parameters[shard.name], self._joined(values, shard.shape)
-            part = getattr(parameter, "ds_tensor", None)
-            if part is None:
-                yield parameter.data, whole
-            else:
-                start = part.ds_numel * self.parallel.rank
-                mine = whole.view(-1)[start : start + part.ds_numel]
-                yield part[: len(mine)], mine
+            part, first = self._part(parameter)
+            yield part, whole.view(-1)[first : first + len(part)]
+        for name, parameter in self.module.model.named_parameters():
+            if name in self.module.adapters.lefts:
+                part, _ = self._part(parameter)
+                yield part, torch.zeros_like(part)
 
     def _joined(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
         """All rows of a tensor, gathered from the processes as `shards` divides them."""
@@ -368,7 +396,8 @@ def _load_partitioned(
     for path, owner in module.model.named_modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if id(parameter) not in loaded:
-                values = source.load(f"{path}.{name}".lstrip("."), parameter)
+                # of the type that will run, for modules that look at the type of a part (peft's)
+                values = source.load(f"{path}.{name}".lstrip("."), parameter).to(dtype)
                 loaded[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
             setattr(owner, name, loaded[id(parameter)])
         if next(owner.parameters(recurse=False), None) is not None:
@@ -388,8 +417,12 @@ class _Alone(nn.Module):
 
 
 def _gathered(parameter: Tensor) -> Tensor:
+    """A whole parameter, of a trained one the fp32 master; a collective."""
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
+    if parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter)  # type: ignore[no-any-return]
     with GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
         return parameter.detach().float().clone()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.fsdp import (
@@ -31,8 +36,9 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
 from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
-from cpt_merge.training.distributed.backend import StepOutcome, replaced
+from cpt_merge.training.distributed.backend import TRAINED_ALONE, StepOutcome, replaced
 from cpt_merge.training.distributed.compute_copy import ComputeCopy
+from cpt_merge.training.distributed.frozen import FrozenWeights, open_frozen
 from cpt_merge.training.distributed.offload import offloaded
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.memory import Strategy
@@ -56,13 +62,11 @@ from cpt_merge.training.optimizer import (
     learning_rates,
     set_rate,
 )
-from cpt_merge.training.phases import PhaseSetup, select_trained
+from cpt_merge.training.phases import PhaseSetup, prepare_phase
 
 
 class TorchBackend:
     """See `training.distributed.backend.Backend`."""
-
-    layout = "torch"
 
     def __init__(
         self,
@@ -73,9 +77,11 @@ class TorchBackend:
         parallel: Parallel,
     ) -> None:
         self.module, self.optimizer, self.setup, self.parallel = module, optimizer, setup, parallel
+        self.layout = "torch" + (TRAINED_ALONE if setup.config.lora else "")
         self.choice = module.choice
         self.strategy: Strategy = "fsdp2" if isinstance(module, FSDPModule) else "single"
         self.copy = copy
+        self.files = open_frozen(module, setup)
         self.running = copy.module if copy else module
         self.clip = setup.config.optimizer.clip
         self.micro_batches = parallel.size * setup.config.micro_batches(parallel.size)
@@ -95,7 +101,7 @@ class TorchBackend:
         """Select, shard, load, in this order, so that no process ever holds more than its part."""
         module = build_model(setup.model, setup.config, parallel.device)
         sharded, on_cpu = parallel.settings.backend == "fsdp2", parallel.settings.offload == "all"
-        select_trained(module, setup.phase, setup.base_rows)
+        prepare_phase(module, setup)
         copy = ComputeCopy(module) if setup.config.precision == "bf16" and not sharded else None
         running = copy.module if copy else module
         prepare_layers(running, setup.config, parallel.device)
@@ -206,7 +212,7 @@ class TorchBackend:
         )
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
+            optim_state_dict=state["optimizer"], options=self._trained_alone(),
         )  # fmt: skip
         if self.copy:
             self.copy.refresh()
@@ -214,17 +220,25 @@ class TorchBackend:
     def _state(self) -> dict[str, Any]:
         reshard(self.module)
         complete_state(self.optimizer)
-        model, optimizer = get_state_dict(self.module, self.optimizer)
+        model, optimizer = get_state_dict(
+            self.module, self.optimizer, options=self._trained_alone()
+        )
         return {"model": model, "optimizer": optimizer}
+
+    def _trained_alone(self) -> StateDictOptions:
+        """With adapters, a checkpoint has no frozen weights (`training.distributed.frozen`)."""
+        alone = self.setup.config.lora is not None
+        return StateDictOptions(ignore_frozen_params=alone, strict=not alone)
 
     def state_bytes(self) -> int:
         """See `Backend`."""
         total = 0
         for parameter in self.module.parameters():
             values, size = parameter.numel(), parameter.element_size()
-            total += values * size
             if parameter.requires_grad:
-                total += bytes_of_moments(self.optimizer, values, size)
+                total += values * size + bytes_of_moments(self.optimizer, values, size)
+            elif self.setup.config.lora is None:
+                total += values * size
         return total
 
     def weights_are_finite(self) -> bool:
@@ -239,31 +253,52 @@ class TorchBackend:
         return self.module.stored_parameters()
 
     def shards(self) -> list[LocalShard]:
-        """See `Backend`. With HSDP, the first replica has them."""
+        """See `Backend`. With HSDP, the first replica has what memory holds."""
+        frozen = self._frozen()
         sharded = isinstance(self.module, FSDPModule)
         replica = self.parallel.mesh.get_local_rank("replicate") if sharded else self.parallel.rank
-        mine = self._local_shards() if replica == 0 else []
-        return list(stored_shards(self.module.stored, mine))
+        held = (
+            []
+            if replica
+            else [
+                _held_rows(name, weight)
+                for name, weight in self.module.weights()
+                if weight.requires_grad or frozen is None
+            ]
+        )
+        found = list(stored_shards(self.module.stored, held))
+        return found + (frozen.part(self.parallel.rank, self.parallel.size) if frozen else [])
 
-    def _local_shards(self) -> list[LocalShard]:
-        """The shards of this process, by the names of the model."""
+    def _frozen(self) -> FrozenWeights | None:
+        """What is not in memory in its own type; a collective."""
         reshard(self.module)
-        found = []
-        for name, parameter in self.module.model.named_parameters():
-            start, stop = local_rows(parameter)
-            values = _local_part(parameter)[: stop - start]
-            found.append(LocalShard(name, tuple(parameter.shape), start, values))
-        return found
+        if self.files is None:
+            return None
+        parameters = dict(self.module.model.named_parameters())
+
+        def whole(name: str) -> Tensor:
+            parameter = parameters[name].detach()
+            return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+        return FrozenWeights.of(self.module, self.files, whole, self.parallel.device)
 
     @contextmanager
     def replaced(self, replace: Callable[[LocalShard], Tensor]) -> Iterator[None]:
-        """See `Backend`."""
-        running = dict(self.running.model.named_parameters())
-        changed = replaced_shards(self.module.stored, self._local_shards(), replace)
-        with replaced(
+        """See `Backend`. Products of adapters are in the new weights, so B is zero meanwhile."""
+        frozen, running = self._frozen(), dict(self.running.weights())
+        shards = (
+            frozen.rows(name, *local_rows(weight))
+            if frozen and not weight.requires_grad
+            else _held_rows(name, weight)
+            for name, weight in self.module.weights()
+        )
+        changed = (
             (_local_part(running[shard.name])[: len(shard.values)], values)
-            for shard, values in changed
-        ):
+            for shard, values in replaced_shards(self.module.stored, shards, replace)
+        )
+        inside = dict(self.running.model.named_parameters())
+        lefts = [_local_part(inside[name]) for name in self.module.adapters.lefts]
+        with replaced(chain(changed, ((left, torch.zeros_like(left)) for left in lefts))):
             try:
                 yield
             finally:
@@ -361,6 +396,13 @@ def _describe_backend(module: CausalLM, parallel: Parallel) -> str:
     if replicas > 1:
         return f"HSDP: {replicas} replicas of {shards} shards, {size} processes{where}"
     return f"FSDP2: {shards} shards, {counted(size, 'process')}{where}"
+
+
+def _held_rows(name: str, parameter: Tensor) -> LocalShard:
+    """The rows of a parameter that this process holds, under the parameter's name."""
+    start, stop = local_rows(parameter)
+    values = _local_part(parameter)[: stop - start]
+    return LocalShard(name, tuple(parameter.shape), start, values)
 
 
 def _local_part(parameter: Tensor) -> Tensor:

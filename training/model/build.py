@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cpt_merge.checkpoint.loaded import refuse_image_layers
 from cpt_merge.checkpoint.model_names import StoredTensors, find_stored
 from cpt_merge.checkpoint.pieces import RearrangedInfo
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.checkpoint.text_models import (
     auto_class,
     is_wrapper,
@@ -28,9 +30,9 @@ from cpt_merge.checkpoint.text_models import (
     with_attention,
 )
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import counted, say
 from cpt_merge.data.packing import IGNORED, Batch
-from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.config import LoraConfig, TrainingConfig
 from cpt_merge.training.model.attention import (
     IMPLEMENTATIONS,
     attention_of,
@@ -41,6 +43,7 @@ from cpt_merge.training.model.compile import check_compiler, compilable, compile
 from cpt_merge.training.model.documents import PackedDocuments, decode, run_one_by_one
 from cpt_merge.training.model.fp8 import convert_to_fp8
 from cpt_merge.training.model.head import find_head_form
+from cpt_merge.training.model.lora import Adapters, add_adapters, find_targets
 from cpt_merge.training.model.loss import Head, cross_entropy_sum
 from cpt_merge.training.model.recompute import apply_recompute
 from cpt_merge.training.model.routing import (
@@ -96,6 +99,7 @@ class CausalLM(nn.Module):
         """Rows 0 .. frozen_rows - 1 of embedding and head get a gradient of exactly zero."""
         self.stored = StoredTensors({}, {}, {})
         """Where the checkpoint that was loaded holds the model's tensors."""
+        self.adapters = Adapters()
         model.get_input_embeddings().register_forward_hook(self._freeze)
 
     @property
@@ -110,9 +114,23 @@ class CausalLM(nn.Module):
         bias = getattr(output, "bias", None)
         return Head(output.weight, bias, self.form.scale, self.form.softcap, self.frozen_rows)
 
+    def add_adapters(self, config: LoraConfig, seed: int) -> None:
+        """Low-rank adapters in the decoder layers, whose parameters are on the meta device.
+
+        Where the checkpoint holds the weights has to be known before, as their names change.
+        """
+        targets = find_targets(self.model, self.layers, config)
+        self.adapters = add_adapters(self.model, self.layers, targets, config, seed)
+
+    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights by the names that transformers gives them; no matrices of adapters."""
+        for name, parameter in self.model.named_parameters():
+            if name not in self.adapters.factors:
+                yield self.adapters.plain.get(name, name), parameter
+
     def stored_parameters(self) -> set[str]:
-        """The tensors of the checkpoint that hold the parameters."""
-        return self.stored.stored_names(name for name, _ in self.model.named_parameters())
+        """The tensors of the checkpoint that hold the weights."""
+        return self.stored.stored_names(name for name, _ in self.weights())
 
     def forward(self, batch: Batch, last: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropies of the batch's targets, in nats.
@@ -374,6 +392,7 @@ class WeightSource:
     checkpoint: Checkpoint
     names: dict[str, str]
     device: torch.device
+    adapters: Adapters
 
     @staticmethod
     def open(module: CausalLM, directory: Path, device: torch.device) -> WeightSource:
@@ -383,9 +402,13 @@ class WeightSource:
     @staticmethod
     def of(module: CausalLM, checkpoint: Checkpoint, device: torch.device) -> WeightSource:
         """A checkpoint that is open."""
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        module.stored = find_stored(module.model, shapes, checkpoint.directory)
-        return WeightSource(module.stored.seen_in(checkpoint), module.stored.names, device)
+        adapters = module.adapters
+        if not adapters.of:  # they change the names that transformers knows
+            shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+            module.stored = find_stored(module.model, shapes, checkpoint.directory)
+        stored = module.stored.names
+        names = {**stored, **{now: stored.get(name, name) for now, name in adapters.plain.items()}}
+        return WeightSource(module.stored.seen_in(checkpoint), names, device, adapters)
 
     def find(self, name: str, target: Tensor) -> TensorInfo:
         """Where the values for `target` are stored.
@@ -414,10 +437,14 @@ class WeightSource:
 
     def load(self, name: str, target: Tensor) -> Tensor:
         """Values for `target`; of a sharded one, this process's rows."""
-        info, stored_name = self.find(name, target), self.names.get(name, name)
-        stored = torch.from_numpy(self.checkpoint.read(stored_name, *local_rows(target)))
-        if info.dtype in TORCH_DTYPES:
-            stored = stored.view(TORCH_DTYPES[info.dtype])
+        start, stop = local_rows(target)
+        if name in self.adapters.factors:
+            stored = self.adapters.initial(name, target.shape)[start:stop].clone()
+        else:
+            info, stored_name = self.find(name, target), self.names.get(name, name)
+            stored = torch.from_numpy(self.checkpoint.read(stored_name, start, stop))
+            if info.dtype in TORCH_DTYPES:
+                stored = stored.view(TORCH_DTYPES[info.dtype])
         local = stored.to(device=self.device, dtype=target.dtype)
         if not isinstance(target, DTensor):
             return local
@@ -461,7 +488,7 @@ def describe_model(
     module: CausalLM, config: TrainingConfig, device: torch.device
 ) -> dict[str, str]:
     """Lines of the startup summary: what is computed, and how."""
-    count = sum(full_shape(parameter).numel() for parameter in module.parameters())
+    count = sum(full_shape(parameter).numel() for _, parameter in module.weights())
     trained = sum(
         full_shape(parameter).numel()
         for parameter in module.parameters()
@@ -480,9 +507,35 @@ def describe_model(
         "attention": describe_attention(module.choice.attention, config, device)
         + "".join(f"; {reason}" for reason in module.choice.passed_over),
         **describe_experts(module.model, module.routers, module.auxiliary),
+        **_describe_adapters(module, config),
         "layers": _describe_compiled(module.layers, config.compile)
         + f", activation checkpointing {config.activation_checkpointing}",
     }  # fmt: skip
+
+
+def _describe_adapters(module: CausalLM, config: TrainingConfig) -> dict[str, str]:
+    """What has adapters, and which matrices of the layers are frozen without one."""
+    if config.lora is None:
+        return {}
+    held = "fp32" if config.precision == "fp32" else "bf16"
+    adapted = module.adapters.of
+    if not adapted:
+        return {"lora": f"no adapters in this phase; frozen weights in {held}"}
+    shapes = {name: full_shape(p) for name, p in module.model.named_parameters()}
+    count = sum(shapes[name].numel() for name in module.adapters.factors)
+    names = sorted({name.split(".")[-2] for name in adapted})
+    bare: Counter[str] = Counter()
+    for name, weight in module.weights():
+        shape = full_shape(weight)
+        if len(shape) > 1 and not weight.requires_grad and name not in adapted:
+            bare[kind_of(name)] += shape.numel()
+    without = ", ".join(f"{size / 1e6:,.1f} M of {kind}" for kind, size in bare.items())
+    return {
+        "lora": f"rank {config.lora.rank}, alpha {config.lora.numerator:g}: "
+        f"{counted(len(adapted), 'adapter')} ({', '.join(names)}) of {count / 1e6:,.1f} M "
+        f"parameters; frozen weights in {held}"
+        + (f"; frozen without an adapter: {without}" if without else "")
+    }
 
 
 def _describe_compiled(layers: nn.ModuleList, asked: bool) -> str:
