@@ -55,7 +55,8 @@ class LaunchConfig(Section):
     accelerate_config: str | None = key(
         None,
         "accelerate's configuration, which decides the backend: cpu, fsdp2, fsdp2-offload, hsdp, "
-        "zero1, zero2 or zero3 (see recipes/accelerate), or a file; fsdp2 if not set",
+        "zero1, zero2, zero2-offload, zero3 or zero3-offload (see recipes/accelerate), or a file; "
+        "fsdp2 if not set",
     )
     spare_nodes: int = key(
         0, "on Slurm: how many bad nodes the preflight may exclude from the job", unit="nodes", ge=0

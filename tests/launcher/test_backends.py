@@ -17,6 +17,7 @@ from tests.command_line import cpt_merge
 from tests.launcher.conftest import ROOT
 
 CONFIGS = ROOT / "recipes" / "accelerate"
+CPU = {"device": "cpu"}
 ASKED = {
     "fsdp2": BackendSettings("fsdp2"),
     "hsdp": BackendSettings("fsdp2", replicas=2, shards=2),
@@ -24,8 +25,15 @@ ASKED = {
     "zero2": BackendSettings("deepspeed", zero_stage=2),
     "zero3": BackendSettings("deepspeed", zero_stage=3),
     "fsdp2-offload": BackendSettings("fsdp2", offload="all"),
+    "zero2-offload": BackendSettings(
+        "deepspeed", zero_stage=2, offload="optimizer", zero={"offload_optimizer": CPU}
+    ),
+    "zero3-offload": BackendSettings(
+        "deepspeed", zero_stage=3, offload="all",
+        zero={"offload_optimizer": CPU, "offload_param": CPU},
+    ),
     "cpu": BackendSettings(),
-}
+}  # fmt: skip
 ACTIVE = {
     "fsdp2": (2, "FSDP2: 2 shards, 2 processes"),
     "hsdp": (4, "HSDP: 2 replicas of 2 shards, 4 processes"),
@@ -37,6 +45,8 @@ ACTIVE = {
         "FSDP2: 2 shards, 2 processes; weights, gradients and optimizer in the CPU's memory, "
         "where everything is on a CPU machine",
     ),
+    "zero2-offload": (2, "gradients divided over 2 processes; optimizer in the CPU's memory"),
+    "zero3-offload": (2, "divided over 2 processes; optimizer and weights in the CPU's memory"),
     "cpu": (1, "one process, not sharded"),
 }
 
@@ -134,7 +144,7 @@ def test_deepspeeds_own_file_counts_with_all_its_fields(tmp_path: Path) -> None:
         of_json(tmp_path, stage=0)
 
 
-ZERO_CPU = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+ZERO_CPU = {"offload_optimizer": CPU, "offload_param": CPU}
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,8 @@ class Checkpoints:
             raise UserError(
                 f"{newest} was written by {state.layout} and cannot be loaded by "
                 f"{backend.layout}; start as before "
-                "(same backend; with DeepSpeed also the same stage and number of processes)."
+                "(same backend; with DeepSpeed also the same stage, offloading and number of "
+                "processes)."
             )
         started = time.monotonic()
         try:

@@ -29,8 +29,9 @@ from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
 from cpt_merge.training.distributed.backend import TRAINED_ALONE, StepOutcome, replaced
 from cpt_merge.training.distributed.frozen import FrozenWeights, open_frozen
+from cpt_merge.training.distributed.offload import offloaded
 from cpt_merge.training.distributed.parallel import Parallel
-from cpt_merge.training.distributed.settings import BackendSettings
+from cpt_merge.training.distributed.settings import OFFLOAD_SECTIONS, BackendSettings
 from cpt_merge.training.memory import ZERO_STRATEGIES
 from cpt_merge.training.model.attention import check_attention
 from cpt_merge.training.model.build import (
@@ -67,8 +68,10 @@ class ZeroBackend:
     ) -> None:
         self.engine, self.optimizer, self.setup, self.parallel = engine, optimizer, setup, parallel
         self.stage: int = engine.zero_optimization_stage()
+        self.offload = parallel.settings.offload
         alone = TRAINED_ALONE if setup.config.lora else ""
-        self.layout = f"DeepSpeed ZeRO {self.stage} on {parallel.size} processes{alone}"
+        kept = "" if self.offload == "none" else f" with offload {self.offload}"
+        self.layout = f"DeepSpeed ZeRO {self.stage}{kept} on {parallel.size} processes{alone}"
         self.files = open_frozen(self.module, setup)
         self.choice = self.module.choice
         self.strategy = ZERO_STRATEGIES[self.stage]
@@ -98,7 +101,8 @@ class ZeroBackend:
             )
         for name, buffer in module.named_buffers():
             buffer.data = buffers[name]  # DeepSpeed's cast would cost rotary frequencies digits
-        _prove_zero(engine, stage, parallel)
+        _prove_zero(engine, stage, setup.config, parallel)
+        _prove_offloaded(engine, parallel)
         check_attention(engine, setup.config, parallel.device)
         return ZeroBackend(engine, wrapped, setup, parallel)
 
@@ -302,8 +306,14 @@ class ZeroBackend:
             **describe_model(self.module, self.setup.config, self.parallel.device),
             **describe_optimizer(self.engine.basic_optimizer),
             "backend": f"DeepSpeed ZeRO {self.stage}: {what} divided over "
-            f"{counted(size, 'process')}",
+            f"{counted(size, 'process')}{self._offloaded()}",
         }
+
+    def _offloaded(self) -> str:
+        if self.offload == "none":
+            return ""
+        what = "optimizer" if self.offload == "optimizer" else "optimizer and weights"
+        return offloaded(what, self.parallel.device)
 
     def close(self) -> None:
         """See `Backend`."""
@@ -323,6 +333,33 @@ def check_zero(settings: BackendSettings, config: TrainingConfig) -> None:
             "masters; "
             "set bf16 or fp32."
         )
+    _check_sections(settings)
+
+
+def _check_sections(settings: BackendSettings) -> None:
+    """Raise `UserError` for values of `zero_optimization` that DeepSpeed or its optimizer lacks."""
+    section = settings.zero_section
+    optimizer = section.get("offload_optimizer", {})
+    if optimizer.get("super_offload") or optimizer.get("ratio", 1.0) != 1.0:
+        raise UserError(
+            "offload_optimizer asks for super_offload or a ratio below 1, which only DeepSpeed's "
+            "own Adam has; remove it, since AdamW here is torch's."
+        )
+    for name in OFFLOAD_SECTIONS:
+        device = section.get(name, {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise UserError(
+                f"{name} asks for the device {device}; only the CPU's memory is supported, so set "
+                "cpu."
+            )
+    _import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValueError as error:  # pydantic's
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"DeepSpeed refuses zero_optimization ({reason}); correct it.") from None
 
 
 def check_documents(choice: Choice) -> None:
@@ -349,7 +386,9 @@ def _engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, An
         "gradient_accumulation_steps": micro,
         "gradient_clipping": config.optimizer.clip,
         "zero_optimization": parallel.settings.zero_section,
-        "zero_allow_untested_optimizer": True,  # torch's fused AdamW
+        # torch's fused AdamW, on the CPU too: as fast there as DeepSpeed's, which is compiled first
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
     if config.precision == "bf16":
@@ -427,11 +466,39 @@ def _gathered(parameter: Tensor) -> Tensor:
         return parameter.detach().float().clone()
 
 
-def _prove_zero(engine: Any, stage: int, parallel: Parallel) -> None:
+def _prove_zero(engine: Any, stage: int, config: TrainingConfig, parallel: Parallel) -> None:
     """No silent fallback: what was asked for is active, or the run stops."""
     active = engine.zero_optimization_stage(), engine.dp_world_size
     if active != (stage, parallel.size):
         raise UserError(
             f"ZeRO {stage} on {parallel.size} processes was asked for, but DeepSpeed runs "
             f"{active}; report this with the log."
+        )
+    wanted = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    for name, parameter in engine.module.named_parameters():
+        if parameter.dtype != wanted:
+            raise UserError(
+                f"precision {config.precision} was asked for, but {name} is {parameter.dtype} in "
+                "DeepSpeed's engine; report this with the log."
+            )
+
+
+def _prove_offloaded(engine: Any, parallel: Parallel) -> None:
+    """What was asked for is in the CPU's memory, and nothing else, or the run stops."""
+    offload, optimizer = parallel.settings.offload, engine.optimizer
+    names = ("cpu_offload", "offload_optimizer")  # of ZeRO 1 and 2, and of ZeRO 3
+    active = (
+        any(getattr(optimizer, name, False) for name in names),
+        bool(getattr(optimizer, "offload_param", False)),
+    )
+    places = set()
+    if active[0]:
+        masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
+        places |= {part.device.type for part in masters or optimizer.fp32_partitioned_groups_flat}
+    if active[1]:
+        places |= {parameter.ds_tensor.device.type for parameter in engine.module.parameters()}
+    if active != (offload != "none", offload == "all") or places - {"cpu"}:
+        raise UserError(
+            f"offload {offload} was asked for, but DeepSpeed offloads (optimizer, weights) "
+            f"{active}, to {sorted(places)}; report this with the log."
         )

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cpt_merge.core.distributed import stop_process_group
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.build import build_backend
+from cpt_merge.training.distributed.offload import use_cores
 from cpt_merge.training.distributed.parallel import start_parallel
 from cpt_merge.training.phases import PhaseSetup, phases_of
+from cpt_merge.training.saved import export_checkpoints
 from tests.distributed import run_ranks
 from tests.training.conftest import CONFIG, FinishedRun
-from tests.training.runs import Job, ask_for, assert_same_weights, train, train_steps
+from tests.training.runs import Job, ask_for, assert_same_weights, train, train_steps, weights
 
 THIRDS = {"global_batch_size": 6, "tokens": 32 * 6 * 12}  # rows of 32 and 301 are uneven on 3 ranks
 
@@ -115,3 +119,88 @@ def test_previews_see_the_same_model(
     ]
     assert replies[0] == replies[1]
     assert_same_weights(tmp_path / "fsdp2", tmp_path / "fsdp2-offload")
+
+
+ZERO = [
+    ("zero1", "optimizer", "fp32"), ("zero2", "optimizer", "fp32"), ("zero3", "optimizer", "fp32"),
+    ("zero3", "all", "fp32"), ("zero2", "optimizer", "bf16"), ("zero3", "all", "bf16"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "offload", "precision"), ZERO)
+def test_deepspeed_trains_the_same_and_resumes_exactly(
+    backend: str, offload: str, precision: str, model: Path, store: Path, tmp_path: Path
+) -> None:
+    """Norms are added up in another order, which bf16 makes visible."""
+    plain = Job(model, store, tmp_path / "plain", {"precision": precision}, backend)
+    expected = run_ranks(train_steps, 2, plain)[0]
+    changes = {"precision": precision, "offload": offload}
+    whole = Job(model, store, tmp_path / "whole", changes, backend)
+    steps = run_ranks(train_steps, 2, whole)[0]
+    tolerance = 1e-6 if precision == "fp32" else 5e-4
+    for step, (loss, norm) in steps.items():
+        assert loss == pytest.approx(expected[step][0], rel=tolerance), step
+        assert norm == pytest.approx(expected[step][1], rel=4 * tolerance), step
+    parts = Job(model, store, tmp_path / "parts", changes, backend, stop_after=5)
+    first = run_ranks(train_steps, 2, parts)[0]
+    parts.stop_after = 0
+    assert {**first, **run_ranks(train_steps, 2, parts)[0]} == steps
+    assert_same_weights(whole.out, parts.out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "offload"), [("zero2", "optimizer"), ("zero3", "all")])
+def test_deepspeed_skips_previews_and_exports_the_same(
+    backend: str,
+    offload: str,
+    model: Path,
+    chat_model: Path,
+    store: Path,
+    tmp_path: Path,
+) -> None:
+    """A step that is not finite, previews, and a model from the files of the last checkpoint."""
+    changes = {"preview": {"every": 6, "max_new_tokens": 8}}
+    jobs = [
+        Job(model, store, tmp_path / name, changes | {"offload": name}, backend,
+            poison=range(5, 6), chat=chat_model)
+        for name in ("none", offload)
+    ]  # fmt: skip
+    losses = [run_ranks(train, 2, job)[0] for job in jobs]
+    for step, loss in losses[0].items():
+        assert losses[1][step] == pytest.approx(loss, rel=1e-6, nan_ok=True), step
+    assert [step for step, loss in losses[1].items() if loss != loss] == [6]
+    previews = [(job.out / "preview.jsonl").read_text() for job in jobs]
+    assert previews[0] == previews[1]
+    newest = max((jobs[1].out / "checkpoints").glob("step-*"))
+    export_checkpoints(jobs[1].config, model, model, [newest], tmp_path / "exported")
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    for name, tensor in weights(jobs[1].out).items():
+        assert torch.equal(tensor, exported[name]), name
+
+
+@pytest.mark.slow
+def test_deepspeeds_checkpoints_need_the_same_offloading(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
+    run_ranks(train, 2, Job(model, store, tmp_path, backend="zero2-offload", stop_after=5))
+    with pytest.raises(
+        AssertionError,
+        match=r"was written by DeepSpeed ZeRO 2 with offload optimizer on 2 processes and cannot be "
+        r"loaded by DeepSpeed ZeRO 2 on 2 processes; start as before .*also the same stage, off",
+    ):
+        run_ranks(train, 2, Job(model, store, tmp_path, backend="zero2"))
+
+
+def cores(environment: dict[str, str]) -> int:
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    use_cores(environment)
+    return torch.get_num_threads()
+
+
+def test_the_step_uses_the_processs_share_of_the_cores() -> None:
+    mine = len(os.sched_getaffinity(0))
+    assert run_ranks(cores, 1, {})[0] == mine
+    assert run_ranks(cores, 1, {"LOCAL_WORLD_SIZE": str(2 * mine)})[0] == 1
+    assert run_ranks(cores, 1, {"SLURM_CPUS_PER_TASK": "3"})[0] == 3
+    assert run_ranks(cores, 1, {"OMP_NUM_THREADS": "2"})[0] == 2
