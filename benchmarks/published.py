@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cpt_merge.cluster.scaling import Cluster, StepEstimate, Workload, estimate_step
+from cpt_merge.training.config import LoraConfig
 from cpt_merge.training.memory import ModelShape
 
 
@@ -66,9 +67,11 @@ def llama(
     key_value = width // heads * key_value_heads
     layer = width * (2 * width + 2 * key_value + 3 * intermediate + 2)
     parameters = layers * layer + 2 * vocabulary * width + width
+    ends = 4 * width + 2 * (width + key_value) + 3 * (width + intermediate)  # of seven matrices
     return ModelShape(
-        parameters, vocabulary, width, layers, 2, intermediate, heads, width, key_value
-    )
+        parameters, vocabulary, width, layers, 2, intermediate, heads, width, key_value,
+        adapters=LoraConfig().rank * layers * ends,
+    )  # fmt: skip
 
 
 def mpt(parameters: int, width: int, layers: int) -> ModelShape:

@@ -29,7 +29,7 @@ from cpt_merge.training.memory import MemoryEstimate, ModelShape
 
 DAY = 24.0  # hours
 MOST_NODES = 256  # up to which HSDP is compared with FSDP
-PARTS = "matmul attention elementwise copies optimizer exposed contention stragglers".split()
+PARTS = "matmul attention elementwise copies optimizer host exposed contention stragglers".split()
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def show_cluster(
         f"\n[bold]estimate[/] for {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
         f"{network}: {_batch(work)} on each GPU; docs/scaling.md says how accurate such estimates "
         "are"
+        + ("" if cluster.gpu.fitted else f"; no run on {cluster.gpu.name} was compared with them")
     )
     costs = _layout_costs(shape, work, cluster)
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -116,8 +117,11 @@ Rows = Iterator[tuple[str, list[str]]]  # a label, and its value for each layout
 
 def _speed(costs: list[_LayoutCost], config: TrainingConfig) -> Rows:
     steps = [cost.step for cost in costs]
+    labels = {"exposed": "exposed communication", "host": "to and from the host"}
     for part in PARTS:
-        label = "exposed communication" if part == "exposed" else part
+        if part == "host" and not any(step.host for step in steps):
+            continue
+        label = labels.get(part, part)
         yield f"  {label}", [f"{getattr(step, part) * 1000:,.1f} ms" for step in steps]
     yield "one step", [f"{step.seconds:,.3f} s" for step in steps]
     yield "tokens per second", [f"{step.tokens_per_second:,.0f}" for step in steps]
@@ -131,6 +135,8 @@ def _speed(costs: list[_LayoutCost], config: TrainingConfig) -> Rows:
 
 def _memory(costs: list[_LayoutCost], cluster: Cluster) -> Rows:
     for part in vars(costs[0].memory):
+        if part == "on_host" and not any(cost.memory.on_host for cost in costs):
+            continue
         values = [f"{getattr(cost.memory, part) / GIGA:,.2f} GB" for cost in costs]
         yield f"  {part.replace('_', ' ')}", values
     values = []

@@ -11,9 +11,18 @@ import math
 from dataclasses import dataclass, replace
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.config import Offload, TrainingConfig
 from cpt_merge.training.flops import PEAKS, TERA, mfu
-from cpt_merge.training.memory import MemoryEstimate, MemorySetup, ModelShape, estimate_memory
+from cpt_merge.training.memory import (
+    MemoryEstimate,
+    MemorySetup,
+    ModelShape,
+    Trained,
+    checkpoint_bytes,
+    estimate_memory,
+    heaviest,
+    trained_by,
+)
 
 GIGA = 1e9
 LINK_SHARE = 0.8  # of a link's rate, for large NCCL messages (235 of 300 GB/s: ml-engineering)
@@ -24,6 +33,8 @@ LINK_HOP = 3.4e-6
 NETWORK_HOP = 14.0e-6
 STRAGGLER = 0.0253  # standard deviation of a GPU's step, as a share of it; fitted
 RESERVE = 2e9  # bytes of a GPU that allocator and libraries take (see `estimate_memory`)
+HOST_BANDWIDTH = 150e9  # bytes/s of a node's own memory, for AdamW on its CPUs; assumed
+COMPACT_BYTES = 60  # per value: what the kernels of an 8-bit AdamW read and write; counted
 GBIT_PER_GPU = 400.0  # network where none is given: one 400 Gbit/s adapter per GPU
 
 
@@ -42,6 +53,7 @@ class GpuSpec:
     interference: float  # computing lost to hidden traffic, over its time on the link; fitted
     fp8: bool  # whether it has float8 matmuls
     hop: float = LINK_HOP  # seconds
+    fitted: bool = True  # the shares, on published runs
 
     def stream(self, size: float) -> float:
         """Seconds to read or write `size` bytes of its memory."""
@@ -63,6 +75,20 @@ _HOPPER = GpuSpec(
 _GRAND_TETON = replace(
     _HOPPER, name="h100-500w", peak=PEAKS["H100 NVL"] * TERA, memory=96e9, bandwidth=2.4e12
 )
+_PCIE4, _PCIE5 = 25e9, 50e9  # bytes/s, to the host and between GPUs without NVLink
+
+
+def _assumed(
+    name: str, peak: float, gigabytes: float, bandwidth: float, link: float, host: float, fp8: bool
+) -> GpuSpec:
+    """A GPU without published runs to fit: the A100's shares. Peak in TFLOP/s, rates in bytes/s."""
+    return GpuSpec(
+        name, peak * TERA, _AMPERE.matmul_share, _AMPERE.attention_share, gigabytes * GIGA,
+        bandwidth, link, host, _AMPERE.interference, fp8, fitted=False,
+    )  # fmt: skip
+
+
+# Memory, bandwidth and links of the datasheets that training/flops.py names for the peaks
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -71,8 +97,45 @@ GPUS = {
         _HOPPER,  # SXM5, 700 W
         _GRAND_TETON,
         replace(_HOPPER, name="h200", memory=141e9, bandwidth=4.8e12),
+        _assumed("rtx3090", PEAKS["RTX 3090"], 24, 936e9, _PCIE4, _PCIE4, fp8=False),
+        _assumed("rtx4090", PEAKS["RTX 4090"], 24, 1008e9, _PCIE4, _PCIE4, fp8=True),
+        _assumed("rtx5090", PEAKS["RTX 5090"], 32, 1792e9, _PCIE5, _PCIE5, fp8=True),
+        _assumed("l4", PEAKS["L4"], 24, 300e9, _PCIE4, _PCIE4, fp8=True),
+        _assumed("l40s", PEAKS["L40S"], 48, 864e9, _PCIE4, _PCIE4, fp8=True),
+        _assumed("a6000", PEAKS["A6000"], 48, 768e9, _PCIE4, _PCIE4, fp8=False),
+        _assumed("h20", PEAKS["H20"], 96, 4.0e12, 450e9, _PCIE5, fp8=True),
+        _assumed("b200", PEAKS["B200"], 180, 7.7e12, 900e9, _PCIE5, fp8=True),
+        _assumed("mi300x", PEAKS["MI300X"], 192, 5.3e12, 448e9, _PCIE5, fp8=True),
     )
 }
+_NUMBERS = ("memory", "tflops", "bandwidth")  # of a GPU that is not in the table
+
+
+def gpu_named(text: str) -> GpuSpec:
+    """A GPU by its name, or by numbers: `memory=48,tflops=181,bandwidth=864,link=25` (GB, GB/s).
+
+    Raises `UserError` for an unknown name, and for numbers that are missing or none.
+    """
+    if text.lower() in GPUS:
+        return GPUS[text.lower()]
+    given = dict(part.partition("=")[::2] for part in text.split(","))
+    try:
+        numbers = {name: float(value) for name, value in given.items()}
+        if not numbers.keys() >= set(_NUMBERS) or not numbers.keys() <= {*_NUMBERS, "link"}:
+            raise ValueError
+        if not all(0 < number < math.inf for number in numbers.values()):
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"the GPU {text!r} is not known; use one of {', '.join(GPUS)}, or give its numbers: "
+            "--gpu memory=48,tflops=181,bandwidth=864 (GB, dense bf16, GB/s; and link=25, GB/s to "
+            "the other GPUs, PCIe 4 if not given)."
+        ) from None
+    link = numbers.get("link", _PCIE4 / GIGA) * GIGA
+    return _assumed(
+        f"{numbers['memory']:g} GB GPU", numbers["tflops"], numbers["memory"],
+        numbers["bandwidth"] * GIGA, link, _PCIE4, fp8=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,16 +149,12 @@ class Cluster:
 
     @staticmethod
     def of(gpu: str, nodes: int, gpus_per_node: int, network_gbit: float | None = None) -> Cluster:
-        """From a GPU's name and the network of a node in Gbit/s (by default 400 per GPU).
+        """From a GPU (see `gpu_named`) and the network of a node in Gbit/s (400 per GPU if None).
 
         Raises `UserError` for an unknown GPU.
         """
-        if gpu.lower() not in GPUS:
-            raise UserError(
-                f"the speed of the GPU {gpu!r} is not known; use one of {', '.join(GPUS)}."
-            )
         gbit = network_gbit or GBIT_PER_GPU * gpus_per_node
-        return Cluster(GPUS[gpu.lower()], nodes, gpus_per_node, gbit * GIGA / 8)
+        return Cluster(gpu_named(gpu), nodes, gpus_per_node, gbit * GIGA / 8)
 
     @property
     def ranks(self) -> int:
@@ -116,6 +175,9 @@ class Workload:
     fp8: bool = False
     loss_chunk: int = 1024
     attention: str = "flash"
+    trained: Trained = "all"
+    moments: str = "full"  # full | 8bit
+    offload: Offload = "none"
     reduce_bytes: int = 4  # per reduced gradient; ours are fp32, those of some published runs bf16
 
     @staticmethod
@@ -144,6 +206,9 @@ class Workload:
             fp8=config.fp8,
             loss_chunk=config.loss_chunk,
             attention=config.attention,
+            trained=trained_by(config, heaviest(config)),
+            moments=config.optimizer.moments,
+            offload=config.offload or "none",
         )
 
     @property
@@ -167,6 +232,7 @@ class Workload:
         return MemorySetup(
             "fsdp2", shards, self.precision, self.sequence_length, sequences, self.micro_batches,
             self.loss_chunk, self.activation_checkpointing, self.attention, self.compile,
+            self.trained, self.moments, self.offload,
         )  # fmt: skip
 
 
@@ -214,7 +280,8 @@ def layer_compute(shape: ModelShape, work: Workload, gpu: GpuSpec) -> tuple[Comp
         gpu.stream(work.tokens * _elementwise_bytes(shape, work)),
     )
     recomputed = forward.times(*RECOMPUTED[work.activation_checkpointing])
-    return forward, forward.times(2, 2.5, 2) + recomputed
+    products = 2 if work.trained == "all" else 1  # frozen matrices need no gradients of their own
+    return forward, forward.times(products, 2.5, 2) + recomputed
 
 
 def _elementwise_bytes(shape: ModelShape, work: Workload) -> float:
@@ -365,6 +432,7 @@ class StepEstimate:
     elementwise: float  # norms, activations, rotary embedding, loss: bound by memory
     copies: float  # of gathered parameters and of gradients, within the GPU
     optimizer: float
+    host: float  # weights from the CPU's memory and gradients to it, if they are offloaded
     exposed: float  # communication that no computing hides
     contention: float  # computing time lost to hidden communication
     stragglers: float  # waiting for the slowest GPU
@@ -372,7 +440,8 @@ class StepEstimate:
     @property
     def seconds(self) -> float:
         """The whole step."""
-        computing = self.matmul + self.attention + self.elementwise + self.copies + self.optimizer
+        computing = self.matmul + self.attention + self.elementwise + self.copies
+        computing += self.optimizer + self.host
         return computing + self.exposed + self.contention + self.stragglers
 
     @property
@@ -400,10 +469,12 @@ class StepEstimate:
         return tokens / self.tokens_per_second / 3600
 
 
-def flops_of(shape: ModelShape, sequence_length: int) -> float:
+def flops_of(shape: ModelShape, sequence_length: int, trained: Trained = "all") -> float:
     """FLOPs per token, forward and backward, by the formula of `training.flops.flops_per_token`."""
     lookup = shape.vocabulary * shape.width if shape.matrices == 2 else 0
-    return 6 * (shape.active - lookup) + 12 * shape.layers * shape.query * sequence_length
+    frozen = 0 if trained == "all" else shape.active - shape.vocabulary_parameters
+    passes = 6 * (shape.active - lookup) - 2 * frozen
+    return passes + 12 * shape.layers * shape.query * sequence_length
 
 
 def estimate_step(
@@ -433,18 +504,38 @@ def estimate_step(
     return StepEstimate(
         ranks=cluster.ranks,
         tokens=work.tokens * count * cluster.ranks,
-        flops=flops_of(shape, work.sequence_length),
+        flops=flops_of(shape, work.sequence_length, work.trained),
         peak=gpu.peak,
         matmul=count * computing.matmul,
         attention=count * computing.attention,
         elementwise=count * computing.memory,
         copies=count * copied,
-        # AdamW reads 4 numbers and writes 3, clipping reads and writes 3
-        optimizer=gpu.stream(10 * work.master * shape.parameters / sharding.shards),
+        optimizer=_optimizer_seconds(shape, work, sharding),
+        host=count * _host_seconds(shape, work, sharding),
         exposed=exposed,
         contention=contention,
         stragglers=slowest * count * computing.total,
     )
+
+
+def _optimizer_seconds(shape: ModelShape, work: Workload, sharding: Sharding) -> float:
+    """AdamW reads 4 numbers and writes 3, clipping reads and writes 3; offloaded, on the CPUs."""
+    trained, _ = work.memory_setup(sharding.shards).split(shape)
+    value = COMPACT_BYTES if work.moments == "8bit" else 10 * work.master
+    size = value * trained / sharding.shards
+    if work.offload == "none":
+        return sharding.cluster.gpu.stream(size)
+    return size * sharding.cluster.gpus_per_node / HOST_BANDWIDTH
+
+
+def _host_seconds(shape: ModelShape, work: Workload, sharding: Sharding) -> float:
+    """Shards of a micro-batch on their way: weights for both passes, and gradients, not hidden."""
+    if work.offload == "none":
+        return 0.0
+    setup = work.memory_setup(sharding.shards)
+    trained, frozen = setup.split(shape)
+    weights = 2 * (setup.master * trained + setup.frozen * frozen)
+    return (weights + setup.master * trained) / sharding.shards / sharding.cluster.gpu.host_link
 
 
 def _overlap(
@@ -458,7 +549,8 @@ def _overlap(
     """(exposed, contention) of one micro-batch, in seconds."""
     layer, vocabulary = shape.layer_parameters, shape.vocabulary * shape.width
     gathered = sharding.gather(work.compute * layer)
-    reduced = sharding.reduce(work.reduce_bytes * layer, over_replicas)
+    trained = work.memory_setup(sharding.shards).trained_of_layer(shape)
+    reduced = sharding.reduce(work.reduce_bytes * trained, over_replicas)
     exposed = sharding.gather(work.compute * vocabulary * shape.matrices).seconds
     exposed += sharding.reduce(work.reduce_bytes * vocabulary, over_replicas).seconds
     taken = 0.0
@@ -522,6 +614,6 @@ def checkpoint_cost(
     0.78 s were published for 70 B parameters on 1,856 GPUs with pinned memory and cached plans,
     where this gives 0.01 s.
     """
-    size = 3.0 * work.master * shape.parameters
     shards = Sharding(cluster, replicas).shards
+    size = checkpoint_bytes(shape, work.memory_setup(shards))
     return CheckpointCost(size, size / shards / cluster.gpu.host_link, size / storage)

@@ -354,7 +354,14 @@ def plan(
     overrides: Overrides = None,
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="estimate speed on a cluster of h100, a100, ..."),
+        typer.Option(
+            metavar="NAME",
+            help="estimate speed on a cluster of h100, rtx4090, ..., or memory=48,tflops=181,"
+            "bandwidth=864",
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="--gpu: how many in all, up to 8 in a node")
     ] = None,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="--gpu: how many nodes, 1 if not set")
@@ -372,6 +379,9 @@ def plan(
             min=0.01, metavar="GB", help="--gpu: GB/s that checkpoints are written with, or 5"
         ),
     ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="--gpu: the fewest overrides with which the run fits")
+    ] = False,
 ) -> None:
     """Show stages, sizes, memory per rank and tokens per step. No model is loaded.
 
@@ -382,14 +392,31 @@ def plan(
     from cpt_merge.launcher.plan import show_plan
     from cpt_merge.launcher.recipe import load_recipe
 
-    numbers = {"nodes": nodes, "gpus_per_node": gpus_per_node}
+    numbers = _nodes_of(gpus, nodes, gpus_per_node)
     options = {**numbers, "network": network, "storage": storage}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if given and gpu is None:
+    if (given or fit) and gpu is None:
         raise UserError(
-            "--nodes, --gpus-per-node, --network and --storage belong to --gpu NAME; add it."
+            "--gpus, --nodes, --gpus-per-node, --network, --storage and --fit belong to "
+            "--gpu NAME; add it."
         )
-    show_plan(load_recipe(recipe, overrides or []), ClusterOptions(gpu, **given) if gpu else None)
+    cluster = ClusterOptions(gpu, **given) if gpu else None
+    show_plan(load_recipe(recipe, overrides or []), cluster, fit)
+
+
+def _nodes_of(gpus: int | None, nodes: int | None, per_node: int | None) -> dict[str, int | None]:
+    """Nodes and GPUs of a node. Raises `UserError` if `gpus`, all of them, do not divide evenly."""
+    if gpus is None:
+        return {"nodes": nodes, "gpus_per_node": per_node}
+    if nodes is not None and per_node is not None and nodes * per_node != gpus:
+        raise UserError(f"--gpus {gpus} is not {nodes} x {per_node}; leave out one of the three.")
+    per_node = per_node or (gpus // nodes if nodes else min(gpus, 8))
+    if per_node == 0 or gpus % per_node:
+        raise UserError(
+            f"{gpus} GPUs do not fill nodes of {per_node or 1} evenly; set --nodes or "
+            "--gpus-per-node so that they do."
+        )
+    return {"nodes": gpus // per_node, "gpus_per_node": per_node}
 
 
 @app.command()

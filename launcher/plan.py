@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cpt_merge.cluster.fit import show_fit
 from cpt_merge.cluster.plan import ClusterOptions, show_cluster
 from cpt_merge.cluster.scaling import flops_of
 from cpt_merge.core.errors import UserError
@@ -26,13 +27,16 @@ from cpt_merge.launcher.sizes import disk_needed, extended_rows, memory_setup, r
 from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import STAGES
 from cpt_merge.launcher.start import accelerate_config, backend_environment, check_local_batch
-from cpt_merge.training.memory import ModelShape, estimate_memory
+from cpt_merge.training.memory import MemoryEstimate, ModelShape, estimate_memory
 
 GB = 1e9
 
 
-def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
-    """Print the plan for the processes of this machine, or for a cluster that is not here."""
+def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool = False) -> None:
+    """Print the plan for the processes of this machine, or for a cluster that is not here.
+
+    With `fit`, also the overrides with which the run fits its GPUs.
+    """
     run, config = Run(recipe), recipe.training
     if cluster:
         cluster.workload(config)  # raises for contradictions before anything is printed
@@ -88,6 +92,8 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None) -> None:
                 soft_wrap=True,
             )
         show_cluster(console, shape, config, cluster)
+        if fit:
+            show_fit(console, shape, config, cluster.cluster)
 
 
 def _parameters(shape: ModelShape) -> str:
@@ -98,15 +104,24 @@ def _parameters(shape: ModelShape) -> str:
 
 def _add_memory(table: Table, recipe: Recipe, shape: ModelShape, processes: int) -> None:
     """What each process of this machine does and needs."""
-    setup = memory_setup(recipe, processes)
-    memory = estimate_memory(shape, setup)
-    parts = ", ".join(
-        f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in vars(memory).items()
-    )
-    batches = counted(setup.micro_batches, "micro-batch")
+    batches = counted(recipe.training.micro_batches(processes), "micro-batch")
     sequences = counted(recipe.training.micro_batch_size, "sequence")
     table.add_row("processes", f"{processes}, each {batches} of {sequences} a step")
-    table.add_row("memory per rank", f"{memory.total / GB:,.2f} GB at once, of: {parts}")
+    kinds = dict.fromkeys(phase.train for phase in recipe.training.phases) or ("all",)
+    for train in kinds:
+        memory = estimate_memory(shape, memory_setup(recipe, processes, train))
+        phase = f", {train}" if recipe.training.phases else ""
+        table.add_row(
+            f"memory per rank{phase}",
+            f"{memory.total / GB:,.2f} GB at once, of: {_parts(memory)}",
+        )
+
+
+def _parts(memory: MemoryEstimate) -> str:
+    held = {name: value for name, value in vars(memory).items() if name != "on_host"}
+    words = [f"{name.replace('_', ' ')} {value / GB:,.2f}" for name, value in held.items()]
+    host = f"; {memory.on_host / GB:,.2f} GB of the CPU's memory" if memory.on_host else ""
+    return ", ".join(words) + host
 
 
 def _print_text(console: Console, run: Run) -> None:

@@ -21,15 +21,21 @@ from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stages import STAGES
 from cpt_merge.launcher.start import accelerate_config, backend_environment
 from cpt_merge.tokenizer_ext.learn.word_lists import count_entries
-from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.memory import ZERO_STRATEGIES, MemorySetup, ModelShape
+from cpt_merge.training.config import LoraConfig, TrainingConfig
+from cpt_merge.training.memory import (
+    ZERO_STRATEGIES,
+    MemorySetup,
+    ModelShape,
+    checkpoint_bytes,
+    heaviest,
+)
 
 GB = 1e9
 
 
-def shape_of(directory: Path, name: str) -> ModelShape:
+def shape_of(directory: Path, name: str, lora: LoraConfig | None = None) -> ModelShape:
     """The shape of a model on this machine; `name` is what an error message calls it."""
-    return ModelShape.of(Checkpoint.open(directory), name)
+    return ModelShape.of(Checkpoint.open(directory), name, lora)
 
 
 def read_shape(recipe: Recipe) -> ModelShape:
@@ -40,14 +46,15 @@ def read_shape(recipe: Recipe) -> ModelShape:
     name = recipe.models.base
     if is_here(name):
         directory = model_directory(name)
-        config, shape = Checkpoint.open(directory).config, shape_of(directory, name)
+        config = Checkpoint.open(directory).config
+        shape = shape_of(directory, name, recipe.training.lora)
     else:
-        config, shape = _shape_on_the_hub(name)
+        config, shape = _shape_on_the_hub(name, recipe.training.lora)
     recipe.training.check_positions(config)
     return replace(shape, towers=0) if recipe.models.text_only else shape
 
 
-def _shape_on_the_hub(name: str) -> tuple[dict[str, Any], ModelShape]:
+def _shape_on_the_hub(name: str, lora: LoraConfig | None) -> tuple[dict[str, Any], ModelShape]:
     """The configuration and the shape of a model whose weights are not downloaded."""
     from huggingface_hub import get_safetensors_metadata
 
@@ -62,12 +69,12 @@ def _shape_on_the_hub(name: str) -> tuple[dict[str, Any], ModelShape]:
         about = get_safetensors_metadata(snapshot.repository.name, revision=snapshot.commit)
     config = json.loads(path.read_text(encoding="utf-8"))
     refuse_by_config(name, config)
-    sizes = {
-        tensor: info.parameter_count
+    shapes = {
+        tensor: tuple(info.shape)
         for file in about.files_metadata.values()
         for tensor, info in file.tensors.items()
     }
-    return config, ModelShape.of_sizes(config, sizes, name)
+    return config, ModelShape.of_shapes(config, shapes, name, lora)
 
 
 def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
@@ -88,8 +95,11 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
     return -(-(shape.vocabulary + pieces) // multiple) * multiple
 
 
-def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
-    """How the recipe's accelerate configuration divides memory over so many processes."""
+def memory_setup(recipe: Recipe, processes: int, train: str = "all") -> MemorySetup:
+    """How the recipe's accelerate configuration divides memory over so many processes.
+
+    In a phase that trains `train`.
+    """
     from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
 
     asked = backend_settings(backend_environment(accelerate_config(recipe)))
@@ -97,13 +107,13 @@ def memory_setup(recipe: Recipe, processes: int) -> MemorySetup:
         asked = BackendSettings()
     asked = asked.with_offload(recipe.training.offload)
     if asked.backend == "none":
-        return MemorySetup.of(recipe.training, "single", 1, 1)
+        return MemorySetup.of(recipe.training, "single", 1, 1, train)
     if asked.backend == "deepspeed":
         strategy = ZERO_STRATEGIES[asked.zero_stage]
-        setup = MemorySetup.of(recipe.training, strategy, processes, processes)
+        setup = MemorySetup.of(recipe.training, strategy, processes, processes, train)
     else:
         _, shards = asked.mesh_shape(World(size=processes))
-        setup = MemorySetup.of(recipe.training, "fsdp2", processes, shards)
+        setup = MemorySetup.of(recipe.training, "fsdp2", processes, shards, train)
     return replace(setup, offload=asked.offload)
 
 
@@ -151,6 +161,7 @@ def check_disk(run: Run, shape: ModelShape) -> None:
 
 def disk_needed(shape: ModelShape, config: TrainingConfig) -> DiskNeeded:
     """The disk space of a run of a model of this shape."""
-    checkpoint = shape.parameters * (6 if config.precision == "pure-bf16" else 12)
+    largest = MemorySetup.of(config, "single", 1, 1, heaviest(config))
+    checkpoint = checkpoint_bytes(shape, largest)
     model = (shape.parameters + shape.towers) * 2
     return DiskNeeded(model, checkpoint, config.checkpoints.keep)

@@ -33,9 +33,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.optim.adamw import adamw
 
+from cpt_merge.training.config import MOMENT_BLOCK as BLOCK
 from cpt_merge.training.model.build import local_rows
 
-BLOCK = 256  # values that share a scale
 # Values that a step computes at once, some 20 bytes each: few kernels on a GPU, a CPU's cache
 AT_ONCE, AT_ONCE_ON_CPU = 2**23, 2**20
 _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name -> whether it has a sign

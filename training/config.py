@@ -11,6 +11,7 @@ from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 
+MOMENT_BLOCK = 256  # 8-bit moments that share a scale in fp32
 Offload = Literal["none", "optimizer", "all"]  # what is kept in the CPU's memory
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ from cpt_merge.checkpoint.tensor_kinds import (
 )
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say_once
-from cpt_merge.training.config import LoraConfig, Offload, TrainingConfig
+from cpt_merge.training.config import MOMENT_BLOCK, LoraConfig, Offload, TrainingConfig
 from cpt_merge.training.flops import experts, experts_taken
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ Strategy = Literal["single", "fsdp2", "zero1", "zero2", "zero3"]
 ZERO_STRATEGIES: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}  # by DeepSpeed's stage
 ZERO_BUCKET = 5e8  # elements; DeepSpeed's default reduce_bucket_size
 
+
+Trained = Literal["all", "vocabulary", "adapters"]  # adapters: also embedding and head
 
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _HEADS = "num_attention_heads"  # which decoders without attention (Mamba, RWKV) do not have
@@ -53,6 +56,7 @@ class ModelShape:
     routed: int = 0  # parameters of the experts that routers choose among
     experts: int = 0  # in a layer, without shared ones
     taken: float = 0  # of them by a token
+    adapters: int = 0  # parameters that `training.lora` adds, or would by its defaults
 
     @staticmethod
     def from_config(
@@ -95,10 +99,22 @@ class ModelShape:
         )
 
     @staticmethod
-    def of(checkpoint: Checkpoint, name: str) -> ModelShape:
-        """Of a model on this machine; see `from_config`."""
-        sizes = {tensor: info.size for tensor, info in checkpoint.tensors.items()}
-        return ModelShape.of_sizes(checkpoint.config, sizes, name)
+    def of(checkpoint: Checkpoint, name: str, lora: LoraConfig | None = None) -> ModelShape:
+        """Of a model on this machine; see `of_shapes`."""
+        shapes = {tensor: tuple(info.shape) for tensor, info in checkpoint.tensors.items()}
+        return ModelShape.of_shapes(checkpoint.config, shapes, name, lora)
+
+    @staticmethod
+    def of_shapes(
+        config: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        name: str,
+        lora: LoraConfig | None = None,
+    ) -> ModelShape:
+        """Of a model whose tensors have these shapes, with such adapters; see `from_config`."""
+        sizes = {tensor: math.prod(shape) for tensor, shape in shapes.items()}
+        adapters = adapter_parameters(shapes, lora or LoraConfig())
+        return replace(ModelShape.of_sizes(config, sizes, name), adapters=adapters)
 
     @staticmethod
     def of_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> ModelShape:
@@ -110,9 +126,7 @@ class ModelShape:
     def resized(self, vocabulary: int) -> ModelShape:
         """The same model with another number of rows."""
         more = (vocabulary - self.vocabulary) * self.width * self.matrices
-        return ModelShape(
-            **(vars(self) | {"parameters": self.parameters + more, "vocabulary": vocabulary})
-        )
+        return replace(self, parameters=self.parameters + more, vocabulary=vocabulary)
 
     @property
     def vocabulary_parameters(self) -> int:
@@ -193,16 +207,19 @@ class MemorySetup:
     activation_checkpointing: str = "none"  # none | selective | full
     attention: str = "sdpa"
     compile: bool = False
-    vocabulary_only: bool = False  # only embedding and head are trained
+    trained: Trained = "all"
+    moments: str = "full"  # full | 8bit
     offload: Offload = "none"  # what is in the CPU's memory
 
     @staticmethod
-    def of(config: TrainingConfig, strategy: Strategy, processes: int, shards: int) -> MemorySetup:
-        """The setup of a configuration on so many processes."""
+    def of(
+        config: TrainingConfig, strategy: Strategy, processes: int, shards: int, train: str = "all"
+    ) -> MemorySetup:
+        """The setup of a configuration on so many processes, in a phase that trains `train`."""
         return MemorySetup(
             strategy, shards, config.precision, config.sequence_length, config.micro_batch_size,
             config.micro_batches(processes), config.loss_chunk, config.activation_checkpointing,
-            config.attention, config.compile,
+            config.attention, config.compile, trained_by(config, train), config.optimizer.moments,
         )  # fmt: skip
 
     @property
@@ -215,9 +232,35 @@ class MemorySetup:
         """Tokens of one micro-batch."""
         return self.sequence_length * self.micro_batch_size
 
-    def trained(self, shape: ModelShape) -> int:
-        """Parameters that have gradients."""
-        return shape.vocabulary_parameters if self.vocabulary_only else shape.parameters
+    @property
+    def master(self) -> int:
+        """Bytes of a trained weight."""
+        return 2 if self.precision == "pure-bf16" else 4
+
+    @property
+    def frozen(self) -> int:
+        """Bytes of a weight that is not trained; next to adapters it has the compute type."""
+        return self.compute if self.trained == "adapters" else self.master
+
+    @property
+    def both_moments(self) -> float:
+        """Bytes of AdamW's two moments of a weight (training/compact_adamw.py)."""
+        return 2 * (1 + 4 / MOMENT_BLOCK) if self.moments == "8bit" else 2 * self.master
+
+    def split(self, shape: ModelShape) -> tuple[int, int]:
+        """(trained parameters, frozen parameters)."""
+        vocabulary = shape.vocabulary_parameters
+        trained = {
+            "all": shape.parameters,
+            "vocabulary": vocabulary,
+            "adapters": vocabulary + shape.adapters,
+        }[self.trained]
+        return trained, 0 if self.trained == "all" else shape.parameters - vocabulary
+
+    def trained_of_layer(self, shape: ModelShape) -> float:
+        """Trained parameters of one decoder layer."""
+        by_kind = {"all": shape.layer_parameters, "adapters": shape.adapters / max(shape.layers, 1)}
+        return by_kind.get(self.trained, 0.0)
 
 
 @dataclass(frozen=True)
@@ -233,6 +276,7 @@ class MemoryEstimate:
     activations: float
     recomputed: float  # activations of one layer, if the backward pass computes them again
     logits: float
+    on_host: float = 0.0  # in the CPU's memory instead, for a process
 
     @property
     def total(self) -> float:
@@ -245,6 +289,31 @@ class MemoryEstimate:
         return self.parameters + self.optimizer + max(loss, end)
 
 
+def trained_by(config: TrainingConfig, train: str) -> Trained:
+    """What a phase of the kind `train` trains."""
+    if train != "all":
+        return "vocabulary"
+    return "adapters" if config.lora else "all"
+
+
+def heaviest(config: TrainingConfig) -> str:
+    """The kind of the phase that takes the most memory."""
+    kinds = {phase.train for phase in config.phases} or {"all"}
+    return next(kind for kind in ("all", "vocabulary", "new_rows") if kind in kinds)
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """Bytes that the strategy divides: see `MemoryEstimate`."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered_forward: float
+    gathered_backward: float
+    on_host: float = 0.0
+
+
 def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
     """Memory of one process.
 
@@ -252,10 +321,12 @@ def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
     Parameters, gradients and optimizer are exact up to the padding of the last shard; `_single`,
     `_fsdp2` and `_zero` say what is divided. Only trained weights have gradients and moments.
     """
-    divided = {"single": _single, "fsdp2": _fsdp2}.get(setup.strategy, _zero)
+    divided = {"single": _single, "fsdp2": _fsdp2}.get(setup.strategy, _zero)(shape, setup)
+    activations, recomputed = _activations(shape, setup)
     return MemoryEstimate(
-        *divided(shape, setup), *_activations(shape, setup), _logits(shape, setup)
-    )
+        **vars(divided), activations=activations, recomputed=recomputed,
+        logits=_logits(shape, setup),
+    )  # fmt: skip
 
 
 def adapter_parameters(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> int:
@@ -270,88 +341,109 @@ def adapter_parameters(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig
         if len(shape) == 2
         and name.endswith(".weight")
         and layer_of(name) is not None
-        and kind_of(name) not in ("router", "norm")
+        and kind_of(name) not in {"router", "norm", *OTHER_MODALITIES}
         and not is_routed(name)
         and config.covers(name.removesuffix(".weight"))
     ]
     return config.rank * sum(matrices)
 
 
-def _single(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
-    """One process without FSDP2, letters as in `_fsdp2`: m P, m T and 2 m T.
+def checkpoint_bytes(shape: ModelShape, setup: MemorySetup) -> float:
+    """Bytes of a checkpoint: trained weights and moments, and frozen weights if no base has them.
 
-    If the compute type is not the master's: a copy of all parameters in it, c P, and in the
-    backward pass the gradient of the largest matrix, c V h. In the forward pass also the gradients
-    of earlier micro-batches, m T.
+    With adapters the frozen weights are those of the model that training started from.
     """
-    master, c = (2 if setup.precision == "pure-bf16" else 4), setup.compute
-    trained = setup.trained(shape)
-    copy, passing = (
-        (c * shape.parameters, c * shape.vocabulary * shape.width) if c != master else (0, 0)
-    )
-    held = master * trained if setup.micro_batches > 1 else 0
-    return (
-        master * shape.parameters,
-        master * trained,
-        2 * master * trained,
-        copy + held,
-        copy + passing,
+    trained, frozen = setup.split(shape)
+    kept = 0 if setup.trained == "adapters" else setup.frozen * frozen
+    return (setup.master + setup.both_moments) * trained + kept
+
+
+def _single(shape: ModelShape, setup: MemorySetup) -> _Divided:
+    """One process without FSDP2, letters as in `_fsdp2`: m T + f F, m T and b T.
+
+    If the compute type is not the master's: a copy of all parameters in it that are not in it
+    already, and in the backward pass the gradient of the largest matrix, c V h. In the forward pass
+    also the gradients of earlier micro-batches, m T.
+    """
+    m, c, (trained, frozen) = setup.master, setup.compute, setup.split(shape)
+    copied = (trained if c != m else 0) + (frozen if c != setup.frozen else 0)
+    passing = c * shape.vocabulary * shape.width if c != m else 0
+    held = m * trained if setup.micro_batches > 1 else 0
+    return _Divided(
+        parameters=m * trained + setup.frozen * frozen,
+        gradients=m * trained,
+        optimizer=setup.both_moments * trained,
+        gathered_forward=c * copied + held,
+        gathered_backward=c * copied + passing,
     )
 
 
-def _fsdp2(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
+def _fsdp2(shape: ModelShape, setup: MemorySetup) -> _Divided:
     """FSDP2, and HSDP with the shards of one replica.
 
-    With N shards, P parameters of which T are trained, m bytes of the master type (4; pure-bf16: 2)
-    and c bytes of the compute type:
+    With N shards, T trained and F frozen parameters, m bytes of the master type (4; pure-bf16: 2),
+    f bytes of a frozen weight, b bytes of both moments, and c bytes of the compute type:
 
-        parameters m P / N    gradients m T / N    optimizer (AdamW's two moments) 2 m T / N
+        parameters (m T + f F) / N    gradients m T / N    optimizer (AdamW's moments) b T / N
 
     Gathered in the forward pass, in the compute type: the root unit (embedding and head), which
     stays until the backward pass ends, and two layers, the current and the next; also the gradients
     of earlier micro-batches, m T / N. In the backward pass also the gradients of the root and of
     one layer, and one unit's in fp32 for the reduction, which follows every micro-batch.
+
+    Offloaded, the three parts are in the CPU's memory; the GPU gets a unit's shard in the master
+    type before it is cast and gathered.
     """
-    master, c = (2 if setup.precision == "pure-bf16" else 4), setup.compute
-    layer, vocabulary, trained = (
-        shape.layer_parameters,
-        shape.vocabulary_parameters,
-        setup.trained(shape),
-    )
+    m, c, (trained, frozen) = setup.master, setup.compute, setup.split(shape)
+    layer, vocabulary = shape.layer_parameters, shape.vocabulary_parameters
     forward = c * (vocabulary + 2 * layer)
-    reduced = (c + 4) * (0 if setup.vocabulary_only else layer)
+    reduced = (c + 4) * setup.trained_of_layer(shape)
     backward = c * 2 * vocabulary + max(2 * c * layer + reduced, 4 * vocabulary)
-    mine = master / setup.shards
-    forward += trained * mine if setup.micro_batches > 1 else 0
-    return shape.parameters * mine, trained * mine, 2 * trained * mine, forward, backward
+    parameters = (m * trained + setup.frozen * frozen) / setup.shards
+    gradients, optimizer = m * trained / setup.shards, setup.both_moments * trained / setup.shards
+    if setup.offload == "all":
+        sent = m * max(vocabulary, layer) / setup.shards
+        return _Divided(
+            0, 0, 0, forward + sent, backward + sent, parameters + gradients + optimizer
+        )
+    forward += gradients if setup.micro_batches > 1 else 0
+    return _Divided(parameters, gradients, optimizer, forward, backward)
 
 
-def _zero(shape: ModelShape, setup: MemorySetup) -> tuple[float, float, float, float, float]:
+def _zero(shape: ModelShape, setup: MemorySetup) -> _Divided:
     """DeepSpeed's ZeRO (Rajbhandari et al., ZeRO, 2020, section 3), letters as in `_fsdp2`:
 
         parameters c P, from stage 3 / N    gradients c T, from stage 2 / N
-        optimizer 12 T / N, from stage 1: fp32 masters and two moments, for fp32 training too
+        optimizer (4 + b) T / N, from stage 1: fp32 masters and moments, for fp32 training too
 
     Gathered in the forward pass: the gradients of earlier micro-batches; for stage 3 embedding,
     head and two layers in the compute type, and the gradients that it always holds. In the backward
     pass the optimizer's gradient in fp32, 4 T / N, and two buckets of the reduction. Counted in
     DeepSpeed 0.19 on two CPU processes, bf16: 8.3, 8.3 and 10.0 bytes per parameter after a step of
     stages 1, 2, 3; this gives 8.0, 8.0 and 10.0.
+
+    Offloaded (Ren et al., ZeRO-Offload, 2021): the optimizer and its fp32 gradient are in the CPU's
+    memory; with the weights also those of stage 3.
     """
     if setup.precision == "pure-bf16":
         raise UserError(
             "training.precision: pure-bf16 is not possible with DeepSpeed, "
             "which keeps fp32 masters; set bf16."
         )
-    stage, c, trained = int(setup.strategy[-1]), setup.compute, setup.trained(shape)
-    parameters = c * shape.parameters / (setup.shards if stage == 3 else 1)
+    stage, c, (trained, frozen) = int(setup.strategy[-1]), setup.compute, setup.split(shape)
+    parameters = c * (trained + frozen) / (setup.shards if stage == 3 else 1)
     gradients = c * trained / (setup.shards if stage >= 2 else 1)
+    optimizer = (4 + setup.both_moments) * trained / setup.shards
     whole = c * (shape.vocabulary_parameters + 2 * shape.layer_parameters) if stage == 3 else 0
     converted = 4 * trained / setup.shards
+    on_host = 0.0
+    if setup.offload != "none":
+        on_host, optimizer, converted = optimizer + converted, 0.0, 0.0
+    if setup.offload == "all":
+        on_host, parameters = on_host + parameters, 0.0
     backward = whole + converted + 2 * c * min(ZERO_BUCKET, trained)
     held = gradients + converted if stage == 3 else gradients if setup.micro_batches > 1 else 0
-    forward = whole + held
-    return parameters, gradients, 12 * trained / setup.shards, forward, backward
+    return _Divided(parameters, gradients, optimizer, whole + held, backward, on_host)
 
 
 def _activations(shape: ModelShape, setup: MemorySetup) -> tuple[float, float]:
@@ -373,16 +465,18 @@ def _kept_by_layer(shape: ModelShape, setup: MemorySetup) -> float:
 
     For width h, MLP width i and c bytes of the compute type: two norms in fp32 (4 h each, and 4 for
     the root), and the gate, its activation and up (3 c i). Trained matrices keep their input, and
-    trained norms the normalised one: 4 c h + c i. Attention: see `_kept_by_attention`. A compiled
-    layer computes the norms in fp32 and the gate's activation again, so it keeps 8 h + c i less.
-    Of E experts of which a token takes k: what each of them made (c h), the router's logits (12 E),
-    and if the experts are trained, their inputs (c h each).
+    trained norms the normalised one: 4 c h + c i; with adapters, whose ranks are small, the norms
+    are frozen: 2 c h + c i. Attention: see `_kept_by_attention`. A compiled layer computes the
+    norms in fp32 and the gate's activation again, so it keeps 8 h + c i less. Of E experts of which
+    a token takes k: what each of them made (c h), the router's logits (12 E), and if the experts
+    are trained, their inputs (c h each).
     """
     c, h, i = setup.compute, shape.width, shape.intermediate
-    routed = shape.taken * c * h * (1 if setup.vocabulary_only else 2) + 12 * shape.experts
+    routed = shape.taken * c * h * (2 if setup.trained == "all" else 1) + 12 * shape.experts
     norms, gated = (0, 2 * c * i) if setup.compile else (8 * h, 3 * c * i)
     frozen = norms + 8 + gated + routed + _kept_by_attention(shape, setup)
-    return frozen if setup.vocabulary_only else frozen + 4 * c * h + c * i
+    inputs = {"all": 4 * c * h + c * i, "adapters": 2 * c * h + c * i, "vocabulary": 0}
+    return frozen + inputs[setup.trained]
 
 
 def _kept_by_attention(shape: ModelShape, setup: MemorySetup) -> float:
@@ -395,7 +489,7 @@ def _kept_by_attention(shape: ModelShape, setup: MemorySetup) -> float:
     c, q, s = setup.compute, shape.query, setup.sequence_length
     if setup.attention == "eager":
         scores = shape.heads * s * (4 if c == 4 else 4 + c)
-        return 3 * c * q + scores + (0 if setup.vocabulary_only else c * q)
+        return 3 * c * q + scores + (0 if setup.trained == "vocabulary" else c * q)
     if setup.attention == "sdpa":
         return 4 * c * q + c * s + 4 * shape.heads
     return 2 * c * (q + shape.key_value) + 4 * shape.heads

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpt_merge.training.compact_adamw import BLOCK, CompactAdamW
-from cpt_merge.training.config import ScheduleConfig, TrainingConfig
+from cpt_merge.training.compact_adamw import CompactAdamW
+from cpt_merge.training.config import MOMENT_BLOCK, ScheduleConfig, TrainingConfig
 from cpt_merge.training.model.build import CausalLM, full_shape
 from cpt_merge.training.phases import Phase, vocabulary_matrices
 
@@ -79,7 +79,7 @@ def _fresh_state(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
 def bytes_of_moments(optimizer: torch.optim.Optimizer, values: int, size: int) -> int:
     """Bytes of both moments of a weight of so many values, whose masters have `size` bytes each."""
     if isinstance(optimizer, CompactAdamW) and optimizer.eight_bits:
-        return round(2 * values * (1 + 4 / BLOCK))
+        return round(2 * values * (1 + 4 / MOMENT_BLOCK))
     return 2 * values * size
 
 

@@ -81,13 +81,18 @@ def padding_line(sequences: TrainingSequences, config: TrainingConfig) -> str:
 
 def _memory_line(setup: PhaseSetup, backend: Backend, parallel: Parallel) -> str:
     """The estimated memory of one process, and what it can have."""
-    shape = ModelShape.of(Checkpoint.open(setup.model), str(setup.model))
+    shape = ModelShape.of(Checkpoint.open(setup.model), str(setup.model), setup.config.lora)
     memory = replace(
-        MemorySetup.of(setup.config, backend.strategy, parallel.size, backend.shard_count),
-        vocabulary_only=setup.phase.train != "all",
+        MemorySetup.of(
+            setup.config, backend.strategy, parallel.size, backend.shard_count, setup.phase.train
+        ),
         attention=backend.choice.attention,
         offload=parallel.settings.offload,
     )
-    needed, there = estimate_memory(shape, memory).total, available_memory(parallel.device)
+    estimate, there = estimate_memory(shape, memory), available_memory(parallel.device)
+    needed, elsewhere = estimate.total, estimate.on_host
+    if parallel.device.type == "cpu":
+        needed, elsewhere = needed + elsewhere, 0.0
     warning = "; MORE THAN IS AVAILABLE" if needed > there else ""
-    return f"about {needed / GB:,.2f} GB per process, {there / GB:,.2f} GB available{warning}"
+    host = f", and {elsewhere / GB:,.2f} GB of the CPU's" if elsewhere else ""
+    return f"about {needed / GB:,.2f} GB per process, {there / GB:,.2f} GB available{warning}{host}"

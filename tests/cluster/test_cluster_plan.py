@@ -139,7 +139,7 @@ def test_deepspeed_is_not_estimated(path: Path, capsys: pytest.CaptureFixture[st
         (
             "v100",
             None,
-            "the speed of the GPU 'v100' is not known; use one of a100-40gb, a100, h100",
+            "the GPU 'v100' is not known; use one of a100-40gb, a100, h100",
         ),
         ("h100", "training.global_batch_size=100", "= 100 does not divide over 8 GPUs; set 104"),
         ("h100", "training.precision=fp32", "for bf16 only; set training.precision"),
@@ -218,4 +218,41 @@ def test_the_command_takes_the_cluster_as_options(
 
 def test_options_of_a_cluster_need_its_gpu(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(path), "--nodes", "2"]) == 2
-    assert "--storage belong to --gpu NAME; add it" in capsys.readouterr().err
+    assert "--storage and --fit belong to --gpu NAME; add it" in capsys.readouterr().err
+
+
+def test_a_run_of_vocabulary_alone_takes_less_on_a_cluster(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_gpu = ClusterOptions("h100", gpus_per_node=1)
+    needed = []
+    for overrides in ([], ["training.phases=[{train: vocabulary}]"]):
+        words = planned(path, capsys, one_gpu, *overrides)
+        needed.append(float(words.split("memory at once ")[1].split(" of 80 GB")[0]))
+    assert needed[1] < 0.6 * needed[0]
+
+
+def test_fit_is_a_command(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(path), "--gpu", "rtx4090", "--gpus", "1", "--fit"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "1 x 1 rtx4090" in words
+    assert "no run on rtx4090 was compared with them" in words
+    assert "shortest training." in words
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--fit"], "belong to --gpu NAME; add it"),
+        (["--gpu", "l4", "--gpus", "12"], "12 GPUs do not fill nodes of 8 evenly"),
+        (
+            ["--gpu", "l4", "--gpus", "12", "--nodes", "2", "--gpus-per-node", "8"],
+            "--gpus 12 is not 2 x 8",
+        ),
+    ],
+)
+def test_numbers_of_gpus_that_contradict_each_other(
+    path: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert main(["plan", str(path), *options]) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -22,12 +24,14 @@ from transformers import (
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
-from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.compact_adamw import CompactAdamW
+from cpt_merge.training.config import LoraConfig, TrainingConfig
 from cpt_merge.training.distributed.compute_copy import ComputeCopy
 from cpt_merge.training.memory import (
     MemorySetup,
     ModelShape,
     Strategy,
+    Trained,
     _cgroup_limits,
     _memory_free,
     available_memory,
@@ -42,6 +46,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
 }  # fmt: skip
 ROWS, LENGTH = 2, 128
+WHICH: dict[bool, Trained] = {False: "all", True: "vocabulary"}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "pure-bf16": torch.bfloat16}
 
 
@@ -126,7 +131,7 @@ def test_what_is_divided_is_exact(
 ) -> None:
     shape = shape_of(build(torch.float32, tied))
     estimate = estimate_memory(
-        shape, setup("fsdp2", size // replicas, precision, vocabulary_only=vocabulary_only)
+        shape, setup("fsdp2", size // replicas, precision, trained=WHICH[vocabulary_only])
     )
     for found in run_ranks(shard_and_step, size, precision, tied, vocabulary_only, replicas):
         assert found == (estimate.parameters, estimate.gradients, estimate.optimizer)
@@ -160,6 +165,30 @@ def test_zero_has_fp32_masters_always() -> None:
         estimate_memory(shape, setup("zero2", 4, "pure-bf16"))
 
 
+def test_8_bit_moments_are_what_the_optimizer_stores() -> None:
+    model = build(torch.float32)
+    group = {"params": list(model.parameters()), "lr": 1.0, "weight_decay": 0.0}
+    optimizer = CompactAdamW(
+        [group], betas=(0.9, 0.95), eps=1e-8, eight_bits=True, stochastic=False, seed=0
+    )
+    states = [optimizer.fresh_state(parameter) for parameter in model.parameters()]
+    stored = sum(value.nbytes for state in states for value in state.values())
+    estimate = estimate_memory(shape_of(model), setup("fsdp2", moments="8bit"))
+    # rows of 64 have scales of their own, and norms full moments
+    assert estimate.optimizer == pytest.approx(stored, rel=0.06)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_what_is_offloaded_is_in_the_memory_of_the_cpu(strategy: Strategy) -> None:
+    shape = shape_of(build(torch.float32))
+    here, there = (
+        estimate_memory(shape, setup(strategy, 2, offload=offload)) for offload in ("none", "all")
+    )
+    assert there.parameters == there.optimizer == here.on_host == 0
+    moved = here.parameters + here.optimizer + (here.gradients if strategy == "fsdp2" else 0)
+    assert there.on_host >= moved
+
+
 def kept_bytes(model: LlamaForCausalLM) -> int:
     """Bytes that autograd keeps for the backward pass, each storage once, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -189,9 +218,25 @@ def test_activations_are_what_autograd_keeps(
     found = kept_bytes(model)
     estimate = estimate_memory(
         shape_of(model),
-        setup("fsdp2", 1, precision, attention=attention, vocabulary_only=vocabulary_only),
+        setup("fsdp2", 1, precision, attention=attention, trained=WHICH[vocabulary_only]),
     )
     assert estimate.activations == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_with_adapters_are_what_autograd_keeps(precision: str) -> None:
+    """Of a small rank: what the adapters themselves keep is not counted."""
+    model = build(TYPES[precision])
+    shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
+    config = LoraConfig(rank=1)
+    shape = ModelShape.of_shapes(model.config.to_dict(), shapes, "the model", config)
+    inject_adapter_in_model(PeftConfig(r=1, target_modules="all-linear"), model.model.layers)
+    added = {name: one for name, one in model.named_parameters() if "lora_" in name}
+    assert sum(one.numel() for one in added.values()) == shape.adapters
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in added or "embed_tokens" in name or "lm_head" in name)
+    estimate = estimate_memory(shape, setup("fsdp2", 1, precision, trained="adapters"))
+    assert estimate.activations == pytest.approx(kept_bytes(model), rel=0.03)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -215,7 +260,7 @@ def test_activations_of_experts_are_what_autograd_keeps(
     shape = ModelShape.of_sizes(model.config.to_dict(), sizes, "the model")
     estimate = estimate_memory(
         shape,
-        setup("fsdp2", 1, precision, attention="sdpa", vocabulary_only=vocabulary_only),
+        setup("fsdp2", 1, precision, attention="sdpa", trained=WHICH[vocabulary_only]),
     )
     assert estimate.activations == pytest.approx(kept_bytes(model), rel=0.03)
 
