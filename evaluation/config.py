@@ -17,6 +17,7 @@ from cpt_merge.core.languages import find_language
 from cpt_merge.evaluation.generate.config import (
     TRANSFORMERS,
     VLLM,
+    ApiKey,
     EngineName,
     ServerConfig,
     VllmConfig,
@@ -492,15 +493,40 @@ class EvaluationConfig(Section):
     def check_vllm(self) -> None:
         """Raise `UserError` if vLLM should generate replies and is not installed."""
         program = self.vllm.command[0]
-        if VLLM in (self.engine, *self.engine_of.values()) and shutil.which(program) is None:
-            raise UserError(
-                f"evaluation.engine = {VLLM}, and there is no program {program} here; install vLLM "
-                "in an environment of its own and name its program in evaluation.vllm.command."
-            )
+        for setting, engine in self._engines().items():
+            if engine == VLLM and shutil.which(program) is None:
+                raise UserError(
+                    f"{setting} = {VLLM}, and there is no program {program} here; install vLLM in "
+                    "an environment of its own and name its program in evaluation.vllm.command."
+                )
+
+    def check_keys(self) -> None:
+        """Raise `UserError` for an API key that is set and cannot be sent."""
+        judge, safety = self.judge, self.safety
+        asks_servers = set(self._engines().values()) != {TRANSFORMERS}
+        sections = {
+            "server": self.server if asks_servers else None,
+            "judge": judge,
+            "judge.second": judge.second if judge else None,
+            "safety.moderation": safety.moderation,
+            "safety.attributes": safety.attributes,
+        }
+        for name, section in sections.items():
+            if section is not None:
+                ApiKey(section.key_variable, f"evaluation.{name}.key_variable").check()
 
     def engine_for(self, model: str) -> str:
         """Who generates a model's replies: transformers, vllm, or a server's URL."""
         return self.engine_of.get(model, self.engine)
+
+    def engine_setting(self, model: str) -> str:
+        """The recipe's key that names the engine of a model."""
+        return f"evaluation.engine_of.{model}" if model in self.engine_of else "evaluation.engine"
+
+    def _engines(self) -> dict[str, str]:
+        """The engines by the recipe's keys that name them."""
+        of_models = {f"evaluation.engine_of.{name}": one for name, one in self.engine_of.items()}
+        return {"evaluation.engine": self.engine, **of_models}
 
     def check_models(self, names: Sequence[str]) -> None:
         """Raise `UserError` for settings of a model that is not evaluated."""

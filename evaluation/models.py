@@ -99,6 +99,10 @@ def shared_context(
     Raises `UserError` for a directory without a complete model, before any model is loaded.
     """
     context = wanted or trained_on or DEFAULT_CONTEXT
+    if wanted or not trained_on:
+        source = f"evaluation.context = {context}" + ("" if wanted else " by default")
+    else:
+        source = f"training.sequence_length = {context}"
     if trained_on is not None and context > trained_on:
         say(
             f"evaluation.context = {context} is longer than the sequences of continued pretraining "
@@ -116,7 +120,7 @@ def shared_context(
         positions = _positions(config)
         if positions and positions < context:
             say(
-                f"evaluation.context = {context}, but {name} has only {positions} positions; "
+                f"{source}, but {name} has only {positions} positions; "
                 f"all models use windows of {positions}"
             )
             context = positions

@@ -82,6 +82,7 @@ def run(
     baseline = choose_baseline(list(models), config.baseline)
     config.check_models(list(models))
     config.check_vllm()
+    config.check_keys()
     context = shared_context(models, config.context, trained_on)
     config = config.model_copy(update={"context": context})
     setup = Setup(config, text)

@@ -82,7 +82,7 @@ class Setup:
         if second is not None:
             same = second.model == config.model
             name = f"{second.model} at {shown_address(second.url)}" if same else second.model
-            judges.append(Judge(second, cache, config.at_once, name))
+            judges.append(Judge(second, cache, config.at_once, name, "evaluation.judge.second"))
         return judges
 
     def read(self, path: str, key: str, parse: Parse, built_in: str = "") -> list[Conversation]:
@@ -223,7 +223,7 @@ def _safety(setup: Setup) -> Evaluator | None:
     scorers += _graded_scorers(config)
     if safety.moderation is not None:
         asked = safety.moderation
-        endpoint = Endpoint(asked.url, asked.key_variable, asked.timeout, asked.attempts)
+        endpoint = Endpoint.of(asked, "evaluation.safety.moderation")
         scorers.append(ModerationScorer(endpoint, asked.model))
     if config.judge is None:
         return SafetyEvaluator(conversations, scorers, not_run=[NotRun(JUDGE_METRICS[0], NO_JUDGE)])

@@ -50,6 +50,7 @@ def check_inputs(recipe: Recipe, download: bool = True) -> None:
     _check_tracking(recipe)
     recipe.evaluation.check_lm_eval()
     recipe.evaluation.check_vllm()
+    recipe.evaluation.check_keys()
     if download or all(map(is_here, recipe.named_models.values())):
         run = Run(recipe)
         _require_models(run)

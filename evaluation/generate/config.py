@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
 from cpt_merge.core.config import JsonFields, Section, key
+from cpt_merge.core.errors import UserError
 from cpt_merge.core.spelling import nearest
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
@@ -34,6 +37,29 @@ def _checked_url(url: str) -> str:
 
 
 EngineName = Annotated[str, AfterValidator(_known_engine)]
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """The key of an endpoint, which an environment variable holds."""
+
+    variable: str
+    setting: str  # the recipe's key that names the variable
+
+    @property
+    def value(self) -> str:
+        """The key; empty if there is none."""
+        return os.environ.get(self.variable, "").strip()
+
+    def check(self) -> None:
+        """Raise `UserError` if the header of a request cannot hold the key."""
+        for place, character in enumerate(self.value, start=1):
+            if not " " <= character <= "~":
+                raise UserError(
+                    f"the environment variable {self.variable} ({self.setting}) holds a key that "
+                    f"cannot be sent, since its character {place} is not printable ASCII; copy "
+                    "the key again."
+                )
 
 
 class ServerConfig(Section):

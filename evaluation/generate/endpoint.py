@@ -1,32 +1,44 @@
-"""Requests to an HTTP endpoint that speaks OpenAI's JSON, with retries. Keys come from environment
-variables."""
+"""Requests to an HTTP endpoint that speaks OpenAI's JSON, with retries."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import httpx2 as httpx  # the successor of httpx, which huggingface_hub uses as well
+import regex
 
 from cpt_merge.core.redaction import HIDDEN, SHORTEST, without_secrets
+from cpt_merge.evaluation.config import AttributesConfig, JudgeEndpointConfig, ModerationConfig
+from cpt_merge.evaluation.generate.config import ApiKey
 
-REFUSED = {401, 403, 404, 405}  # statuses that any request would get
+KEY_REFUSED = {401, 403}
+REFUSED = {*KEY_REFUSED, 404, 405}  # statuses that any request would get
 BUSY = 429
 RETRIED = {408, 409, 425, BUSY, 500, 502, 503, 504}  # statuses that may change in a moment
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 BUSY_PAUSE = 4.0  # the first pause after status 429: rate limits are counted per minute
 SHOWN_CHARACTERS = 200  # of the text that comes with an error
+# names of errors that come with status 200, by the status that the same error has elsewhere
+NAMED_ERRORS = {
+    **{status.name.lower().replace("_", ""): int(status) for status in HTTPStatus if status >= 400},
+    **{"ratelimitexceeded": BUSY, "ratelimiterror": BUSY},
+    **{"servererror": 500, "overloaded": 503, "overloadederror": 503},
+}
+Section = AttributesConfig | JudgeEndpointConfig | ModerationConfig
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+IMPOSSIBLE = (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError)  # every time
 BROKEN_OFF = (httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError)  # after the request
+AUTHORIZATION = "Authorization"  # the header that holds `Bearer KEY`
 LARGEST_ANSWER = 4 << 20  # bytes; an answer of a million tokens is shorter
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs the address of every request
@@ -36,16 +48,33 @@ class EndpointError(Exception):
     """There is no usable answer.
 
     `dead`: the endpoint cannot be reached or refuses every request. `refused`: it answers that the
-    request is wrong, so another attempt would not help. `sent` and `uncounted` are as in
-    `EndpointAnswer`.
+    request is wrong, so another attempt would not help. `status`: of its last answer; None without
+    one. `sent` and `uncounted` are as in `EndpointAnswer`.
     """
 
     def __init__(
-        self, text: str, dead: bool, refused: bool = False, sent: int = 0, uncounted: int = 0
+        self,
+        text: str,
+        dead: bool,
+        refused: bool = False,
+        status: int | None = None,
+        sent: int = 0,
+        uncounted: int = 0,
     ) -> None:
         super().__init__(text)
-        self.dead, self.refused = dead, refused
+        self.dead, self.refused, self.status = dead, refused, status
         self.sent, self.uncounted = sent, uncounted
+
+    @property
+    def key_refused(self) -> bool:
+        """Whether the endpoint wants another key; the text says where to set it."""
+        return self.status in KEY_REFUSED
+
+    @property
+    def misconfigured(self) -> bool:
+        """Whether the key or the URL is wrong; the text says where to set it."""
+        moved = self.status is not None and httpx.codes.is_redirect(self.status)
+        return self.key_refused or moved
 
 
 @dataclass(frozen=True)
@@ -77,10 +106,17 @@ class Endpoint:
     and into no message. Redirects are not followed, because they would carry the key elsewhere."""
 
     url: str
-    key_variable: str  # environment variable with the key; if it is not set, no key is sent
+    key: ApiKey
     timeout: float  # seconds that one attempt may take
     attempts: int
-    key_header: str = "Authorization"  # of the key; this one holds `Bearer KEY`
+    setting: str  # the recipe's key of the URL
+    key_header: str = AUTHORIZATION
+
+    @classmethod
+    def of(cls, given: Section, name: str, key_header: str = AUTHORIZATION) -> Endpoint:
+        """The endpoint of a section of the recipe with this name."""
+        key = ApiKey(given.key_variable, f"{name}.key_variable")
+        return cls(given.url, key, given.timeout, given.attempts, f"{name}.url", key_header)
 
     @cached_property
     def _client(self) -> httpx.Client:
@@ -101,44 +137,40 @@ class Endpoint:
         """The same, with the number of requests that it took. Without a payload it is a GET."""
         address, sent, uncounted = shown_address(self._address(path)), 0, 0
         for attempt in range(1, self.attempts + 1):
-            refused = False
+            status: int | None = None
+            headers: Mapping[str, str] = {}
             try:
                 status, answer, headers = self._send(path, payload)
-            except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            except (httpx.HTTPError, *IMPOSSIBLE) as error:
                 reached = isinstance(error, BROKEN_OFF)
                 sent, uncounted = sent + reached, uncounted + reached
                 reason = self._reason(error)
-                retried = dead = True
-                pause = _pause(None, FIRST_PAUSE, attempt)
+                retried, refused, dead = not isinstance(error, IMPOSSIBLE), False, True
             else:
                 sent += 1
                 if httpx.codes.is_success(status):
                     content, reason = _parse(answer)
-                    if not reason:
+                    if reason:
+                        text, uncounted = f"{address} {reason}", uncounted + 1
+                        raise EndpointError(text, False, False, status, sent, uncounted)
+                    if not (found := _error_in(content)):
                         return EndpointAnswer(content, sent, uncounted)
-                    raise EndpointError(
-                        f"{address} {reason}", dead=False, sent=sent, uncounted=uncounted + 1
-                    )
+                    status, answer = _status_of(found) or status, _as_bytes(found)
                 retried, refused = status in RETRIED, status not in RETRIED
                 moved = httpx.codes.is_redirect(status)
                 reason = self._refusal(status, answer, headers.get("Location") if moved else None)
                 dead = retried or moved or status in REFUSED
-                first = BUSY_PAUSE if status == BUSY else FIRST_PAUSE
-                pause = _pause(headers.get("Retry-After"), first, attempt)
             if not retried or attempt == self.attempts:
-                text = f"{address}: {reason} (attempts: {attempt})"
-                raise EndpointError(text, dead, refused, sent, uncounted)
-            time.sleep(pause)
+                text = f"{address}: {reason}" + (f" (attempts: {attempt})" if attempt > 1 else "")
+                raise EndpointError(text, dead, refused, status, sent, uncounted)
+            first = BUSY_PAUSE if status == BUSY else FIRST_PAUSE
+            time.sleep(_pause(headers.get("Retry-After"), first, attempt))
         raise AssertionError("unreachable")
 
     def _address(self, path: str) -> str:
         """The URL of a path; the base's query stays behind it."""
         parts = urlsplit(self.url)
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{path}"))
-
-    @property
-    def _key(self) -> str:
-        return os.environ.get(self.key_variable, "").strip()
 
     def _send(
         self, path: str, payload: Mapping[str, Any] | None
@@ -148,8 +180,8 @@ class Endpoint:
         Raises httpx's errors, also if the whole takes longer than the timeout.
         """
         headers = {"Content-Type": "application/json"}
-        if key := self._key:
-            bearer = self.key_header == "Authorization"
+        if key := self.key.value:
+            bearer = self.key_header == AUTHORIZATION
             headers[self.key_header] = f"Bearer {key}" if bearer else key
         end, body = time.monotonic() + self.timeout, bytearray()
         method, content = ("GET", None) if payload is None else ("POST", json.dumps(payload))
@@ -177,24 +209,32 @@ class Endpoint:
         if location is not None:
             return (
                 f"status {status}, it redirects to {shown_address(location)}, and requests with a "
-                "key are not redirected; set the URL to the endpoint's own"
-            )
-        if status in (401, 403):
-            is_set = "is set" if self._key else "is not set"
-            return (
-                f"status {status}, the key is refused (environment variable "
-                f"{self.key_variable} {is_set})"
+                f"key are not redirected; set {self.setting} to the endpoint's own URL"
             )
         text = self._hidden(" ".join(answer[:LARGEST_ANSWER].decode(errors="replace").split()))
         shown = text[:SHOWN_CHARACTERS]  # cut last: half a secret is not recognised as one
         name = httpx.codes.get_reason_phrase(status)
-        return " ".join(filter(None, [f"status {status}", name])) + (f", {shown}" if shown else "")
+        said = " ".join(filter(None, [f"status {status}", name])) + (f", {shown}" if shown else "")
+        return said + (f"; {self._key_advice()}" if status in KEY_REFUSED else "")
+
+    def _key_advice(self) -> str:
+        parts = urlsplit(self.url)
+        if parts.username or parts.password:  # httpx sends these, and no other key
+            return f"the user or password in {self.setting} is refused; correct it"
+        variable = f"the environment variable {self.key.variable} ({self.key.setting})"
+        if self.key.value:
+            return f"the key in {variable} is refused; correct it"
+        return f"{variable} is not set; set it to a key of the endpoint"
 
     def _hidden(self, text: str) -> str:
         """A text without secrets, the key and what the URL holds among them."""
         parts = urlsplit(self.url)
         words = [parts.username or "", *(value for _, value in parse_qsl(parts.query))]
-        secrets = [self._key, parts.password or "", *(one for one in words if len(one) >= SHORTEST)]
+        secrets = [
+            self.key.value,
+            parts.password or "",
+            *(one for one in words if len(one) >= SHORTEST),
+        ]
         for secret in filter(None, (*secrets, *map(unquote, secrets))):
             text = text.replace(secret, HIDDEN)
         return str(without_secrets(text))
@@ -215,6 +255,29 @@ def _parse(answer: bytes) -> tuple[Any, str]:
         return json.loads(answer), ""
     except (ValueError, RecursionError):
         return None, "answers what is not JSON"
+
+
+def _error_in(content: Any) -> Any:
+    """What gateways send as an answer of status 200 although it is an error; else nothing."""
+    if not isinstance(content, dict):
+        return None
+    return content if content.get("object") == "error" else content.get("error")
+
+
+def _as_bytes(error: Any) -> bytes:
+    return json.dumps(error, ensure_ascii=False).encode(errors="replace")
+
+
+def _status_of(error: Any) -> int | None:
+    """The HTTP status that an error within an answer names, by number or in words."""
+    given = error if isinstance(error, dict) else {}
+    for value in (given.get(name) for name in ("status", "code", "type")):
+        text = str(value)
+        if text.isdecimal() and 400 <= int(text) < 600:
+            return int(text)
+        if status := NAMED_ERRORS.get(regex.sub(r"[\W_]+", "", text).lower()):
+            return status
+    return None
 
 
 def _pause(asked: str | None, first: float, attempt: int) -> float:

@@ -19,9 +19,9 @@ def engine_for(
     model: LanguageModel, directory: Path, gpus: Gpus, ranks: Ranks, config: EvaluationConfig
 ) -> Engine:
     """Who generates the replies of a model in `directory`; nothing is started."""
-    name = config.engine_for(model.name)
+    name, setting = config.engine_for(model.name), config.engine_setting(model.name)
     if name == TRANSFORMERS:
         return TransformersEngine(model, ranks)
     if name == VLLM:
-        return VllmEngine(model, ranks, config.server, config.vllm, directory, gpus)
-    return ServerEngine(model, ranks, config.server, name, directory)
+        return VllmEngine(model, ranks, config.server, config.vllm, directory, gpus, setting)
+    return ServerEngine(model, ranks, config.server, name, directory, setting)

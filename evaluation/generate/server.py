@@ -21,9 +21,8 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say, say_once
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Reply
-from cpt_merge.evaluation.generate.config import ServerConfig
+from cpt_merge.evaluation.generate.config import ApiKey, ServerConfig
 from cpt_merge.evaluation.generate.endpoint import (
-    SHOWN_CHARACTERS,
     Endpoint,
     EndpointError,
     FirstFailure,
@@ -39,6 +38,7 @@ BATCH = 4  # prompts per parallel request: a batch waits for its slowest reply o
 MOST_STOPS = 4  # strings that the protocol takes
 ENDED = {"stop", "eos_token", "stop_sequence"}  # why a reply ended, if not by a limit
 LIMITED = {"length"}
+UNKNOWN_FIELD = {400, 422}  # statuses of a request with one
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,22 @@ class Served:
 
 
 class ServerEngine(Engine):
-    """Asks a server for the replies of the model in `directory`."""
+    """Asks a server for the replies of the model in `directory`. `setting` is the recipe's key that
+    names the server."""
 
     def __init__(
-        self, model: LanguageModel, ranks: Ranks, config: ServerConfig, url: str, directory: Path
+        self,
+        model: LanguageModel,
+        ranks: Ranks,
+        config: ServerConfig,
+        url: str,
+        directory: Path,
+        setting: str,
     ) -> None:
         super().__init__(model, ranks)
         self._config, self._directory = config, directory
-        self._endpoint = Endpoint(url, config.key_variable, config.timeout, config.attempts)
+        key = ApiKey(config.key_variable, "evaluation.server.key_variable")
+        self._endpoint = Endpoint(url, key, config.timeout, config.attempts, setting)
         self._served: Served | None = None
 
     @property
@@ -74,7 +82,9 @@ class ServerEngine(Engine):
         served, failure = None, ""
         try:
             served = self._find() if self.ranks.works else None
-        except (UserError, EndpointError) as error:
+        except EndpointError as error:
+            failure = self._with_advice(error)
+        except UserError as error:
             failure = str(error)
         if failure := next(filter(None, self.ranks.gather(failure)), ""):
             raise UserError(f"model {self.model.name}: {failure}")
@@ -105,8 +115,8 @@ class ServerEngine(Engine):
             try:
                 return self._one(prompts[place], reader, config, seed)
             except EndpointError as error:
-                failure.record(str(error))
-                return str(error)
+                failure.record(self._with_advice(error))
+                return failure.reason
 
         with ThreadPoolExecutor(self._config.at_once) as pool:
             found = self.ranks.map(label, lambda batch: list(pool.map(answer, batch)), batches)
@@ -144,19 +154,17 @@ class ServerEngine(Engine):
             listed = [one for one in self._endpoint.get(MODELS)["data"] if one.get("id")]
         except EndpointError as error:
             if not error.refused:
-                raise UserError(
-                    f"{error}; start the server, or correct evaluation.engine."
-                ) from None
+                raise
             if wanted is None:
-                raise UserError(
-                    f"{error}; if it has no list of its models, set evaluation.server.names."
-                    f"{self.model.name}."
-                ) from None
-            say(f"{address} lists no models, so whether it serves {wanted} is not checked")
+                raise UserError(f"{error}{self._advice_without_list(error)}.") from None
+            say(
+                f"{address} shows no list of its models, so whether it serves {wanted} is not "
+                "checked"
+            )
             return Served(wanted)
         except (TypeError, KeyError, AttributeError):
             raise UserError(
-                f"{address}/{MODELS} answers no list of models; correct evaluation.engine."
+                f"{address}/{MODELS} answers no list of models; correct {self._endpoint.setting}."
             ) from None
         for one in listed:
             if one["id"] == wanted or (wanted is None and self._is_model(one)):
@@ -165,8 +173,36 @@ class ServerEngine(Engine):
         ids = ", ".join(str(one["id"]) for one in listed) or "nothing"
         raise UserError(
             f"{address} serves {ids}, and not {wanted or self._directory}; correct "
-            f"evaluation.engine, or set evaluation.server.names.{self.model.name} to one of these."
+            f"{self._endpoint.setting}, or set {self._name_setting} to one of these."
         )
+
+    @property
+    def _name_setting(self) -> str:
+        return f"evaluation.server.names.{self.model.name}"
+
+    def _advice_without_list(self, error: EndpointError) -> str:
+        """What to do about a server that refuses to list its models."""
+        if error.key_refused:
+            return f", or set {self._name_setting} if the key may only not see the list"
+        if error.misconfigured:
+            return ""
+        return f"; if it has no list of its models, set {self._name_setting}"
+
+    def _with_advice(self, error: EndpointError) -> str:
+        """What an error says, and what to do about it unless it says so itself."""
+        ours = error.status is None and not error.dead
+        if ours or error.misconfigured:
+            return f"{error}."
+        if error.status in UNKNOWN_FIELD:
+            return (
+                f"{error}; a field that it does not know is left out by "
+                "evaluation.server.request={FIELD: null}."
+            )
+        if not error.dead or error.refused:
+            return f"{error}; correct {self._endpoint.setting} or {self._name_setting}."
+        if error.sent:
+            return f"{error}; wait until the server is ready, or look into its log."
+        return f"{error}; start the server, or correct {self._endpoint.setting}."
 
     def _is_model(self, listed: Mapping[str, Any]) -> bool:
         """Whether an entry of a server's list is this model; vLLM names its directory as `root`."""
@@ -213,7 +249,7 @@ class ServerEngine(Engine):
         if not all(isinstance(one, int) and 0 <= one < rows for one in ids):
             raise EndpointError(
                 f"{self._address} returns token ids that are not among the model's {rows}; "
-                "leave them out by evaluation.server.request={return_token_ids: null}",
+                "set evaluation.server.request={return_token_ids: null}",
                 dead=False,
             )
         return ids
@@ -246,9 +282,10 @@ class ServerEngine(Engine):
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             choice, usage = {}, {}
         if not isinstance(choice.get("text"), str):
-            said = content.get("error") if isinstance(content, dict) else None
-            reason = f" ({str(said)[:SHOWN_CHARACTERS]})" if said else ""
-            raise EndpointError(f"{self._address} answers no completion{reason}", dead=False)
+            raise EndpointError(
+                f"{self._address} answers no completion; correct {self._endpoint.setting}",
+                dead=False,
+            )
         counted = usage.get("prompt_tokens")
         if not isinstance(counted, int):
             say_once(

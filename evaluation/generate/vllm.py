@@ -44,10 +44,11 @@ class VllmEngine(ServerEngine):
         config: VllmConfig,
         directory: Path,
         gpus: Gpus,
+        setting: str,
     ) -> None:
         self._port = _free_port()
         url = f"http://{LOOPBACK}:{self._port}/v1"
-        super().__init__(model, ranks, server, url, directory)
+        super().__init__(model, ranks, server, url, directory, setting)
         self._vllm, self._gpus = config, gpus
         self._process: subprocess.Popen[bytes] | None = None
         self._log = Path(tempfile.gettempdir()) / f"cpt-merge-vllm-{os.getpid()}-{model.name}.log"
@@ -83,10 +84,15 @@ class VllmEngine(ServerEngine):
             )
         return super()._find()
 
+    def _with_advice(self, error: EndpointError) -> str:
+        if error.misconfigured:
+            return super()._with_advice(error)
+        return f"{error}; vLLM's log is {self._log}."
+
     def _arguments(self) -> list[str]:
         # sampling settings in generation_config.json would apply to what a request leaves out
         settings = [
-            "--host", LOOPBACK, "--port", str(self._port), "--served-model-name", self.model.name,
+            "--host", LOOPBACK, "--port", str(self._port), "--served-model-name", self._name,
             "--generation-config", "vllm",
         ]  # fmt: skip
         if self._gpus.count > 1:
@@ -106,9 +112,15 @@ class VllmEngine(ServerEngine):
     def _is_ready(self) -> bool:
         try:
             replace(self._endpoint, attempts=1, timeout=PATIENCE).get(MODELS)
-        except EndpointError:
+        except EndpointError as error:
+            if error.misconfigured:  # it is ready, and wants another key
+                raise
             return False
         return True
+
+    @property
+    def _name(self) -> str:
+        return self._config.names.get(self.model.name, self.model.name)
 
     def _check_running(self) -> None:
         assert self._process is not None, "started"

@@ -69,13 +69,18 @@ class Judge:
     """Asks a judge. Threads can share it, and all processes of a job share the cache."""
 
     def __init__(
-        self, config: JudgeEndpointConfig, cache: Path, at_once: int, name: str = ""
+        self,
+        config: JudgeEndpointConfig,
+        cache: Path,
+        at_once: int,
+        name: str = "",
+        section: str = "evaluation.judge",
     ) -> None:
-        self.config = config
+        self.config, self._section = config, section
         self.name = name or config.model  # in metrics and tables
         self._cache, self._at_once, self._checked = cache, at_once, False
         self._gave_up = False  # during the last call of `ask`
-        self._endpoint = Endpoint(config.url, config.key_variable, config.timeout, config.attempts)
+        self._endpoint = Endpoint.of(config, section)
 
     def check(self) -> None:
         """Send a test request before hours are spent on replies.
@@ -89,7 +94,8 @@ class Judge:
         make_writable(self._cache, "evaluation.judge.cache =")
         error = self._test()
         if error is not None and error.refused:
-            raise UserError(f"the judge refuses: {error}; correct evaluation.judge.")
+            advice = "" if error.misconfigured else f"; correct {self._section}"
+            raise UserError(f"the judge refuses: {error}{advice}.")
         if error is not None:
             say(
                 f"judge {self.name} does not answer now; it is asked again when the replies are "

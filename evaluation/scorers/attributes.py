@@ -25,9 +25,7 @@ class AttributesScorer(Scorer):
 
     def __init__(self, config: AttributesConfig) -> None:
         self._config, self._failure = config, FirstFailure()
-        self._endpoint = Endpoint(
-            config.url, config.key_variable, config.timeout, config.attempts, KEY_HEADER
-        )
+        self._endpoint = Endpoint.of(config, "evaluation.safety.attributes", KEY_HEADER)
         first = config.attributes[0]
         self.metric = Metric(
             "attribute", first.lower(), f"mean {first} by the endpoint", rising=False

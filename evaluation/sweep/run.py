@@ -120,6 +120,7 @@ class Sweep:
         out: Path,
     ) -> Sweep:
         """Check what can be checked before a model is loaded."""
+        evaluation.check_keys()
         context = shared_context({"cpt": inputs.merge.cpt}, evaluation.context, inputs.trained_on)
         changes: dict[str, Any] = {"suites": config.suites, "context": context, "models": {}}
         if config.max_prompts is not None:

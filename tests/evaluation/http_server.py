@@ -3,6 +3,9 @@
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from cpt_merge.evaluation.generate.config import ApiKey
+from cpt_merge.evaluation.generate.endpoint import Endpoint
+
 
 class Server(ThreadingHTTPServer):
     """Answers as `behave` decides, (status, text) or (status, text, headers), and remembers the
@@ -41,6 +44,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def endpoint(url, variable="A_KEY", timeout=5.0, attempts=2):
+    """The endpoint that `x` in a recipe would name."""
+    return Endpoint(url, ApiKey(variable, "x.key_variable"), timeout, attempts, "x.url")
 
 
 def completion(text, usage=(100, 10)):

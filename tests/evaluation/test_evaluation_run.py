@@ -315,7 +315,14 @@ def test_a_prompt_that_a_template_refuses_is_found_before_a_model_is_loaded(
 def test_the_window_fits_the_positions_of_every_model(models_of_two_vocabularies, capsys):
     assert shared_context(models_of_two_vocabularies, 128) == 128
     assert shared_context(models_of_two_vocabularies, 512) == 256
-    assert "has only 256 positions" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "evaluation.context = 512, but base has only 256 positions" in said
+    shared_context(models_of_two_vocabularies, None, 512)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "training.sequence_length = 512, but base has only 256 positions" in said
+    shared_context(models_of_two_vocabularies, None)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "evaluation.context = 1024 by default, but base has only 256 positions" in said
 
 
 def test_a_dead_endpoint_is_reported_as_not_run_with_all_other_metrics_measured(

@@ -91,5 +91,12 @@ def test_a_base_of_another_kind_is_accepted_on_its_own_vocabulary(
     check_inputs(recipe.model_copy(update={"tokenizer": own}))
 
 
+def test_a_key_that_cannot_be_sent_is_refused(recipe: Recipe, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "abc…")
+    asked = recipe.evaluation.model_copy(update={"engine": "http://127.0.0.1:9/v1"})
+    with pytest.raises(UserError, match=r"evaluation\.server\.key_variable.* character 4 is not"):
+        check_inputs(recipe.model_copy(update={"evaluation": asked}))
+
+
 def test_the_pair_itself_is_accepted(recipe: Recipe) -> None:
     check_inputs(recipe)

@@ -32,6 +32,10 @@ class Kind:
     adds_to_ids: int = 0  # to every id that it returns
     counts: bool = True  # whether it counts tokens
     ignores_limit: bool = False
+    page: str = ""  # instead of its list
+    key: str = ""  # that requests need
+    lists_to_all: bool = False  # without the key
+    errors: tuple = ()  # with which the first completions are answered, with status 200
 
 
 @dataclass
@@ -49,6 +53,8 @@ class Completions:
     def models(self):
         if not self.kind.lists:
             return 404, {"error": "no such path"}
+        if self.kind.page:
+            return 200, self.kind.page
         one = {"id": self.name, "object": "model", "root": str(self.directory)}
         if self.kind.positions:
             one["max_model_len"] = self.kind.positions
@@ -65,6 +71,8 @@ class Completions:
                 return 404, {"error": f"no model {body['model']}"}
             if self.kind.fails_after is not None and len(self.asked) > self.kind.fails_after:
                 return 500, {"error": "out of memory"}
+            if len(self.asked) <= len(self.kind.errors):
+                return 200, {"error": self.kind.errors[len(self.asked) - 1]}
             return 200, self._completion(body)
 
     def _completion(self, body):
@@ -97,15 +105,26 @@ class Completions:
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.answer(*self.server.completions.models() if self.path == "/v1/models" else (404, {}))
+        completions = self.server.completions
+        if not (self.has_key() or completions.kind.lists_to_all):
+            self.answer(401, {"error": "who are you"})
+        else:
+            self.answer(*completions.models() if self.path == "/v1/models" else (404, {}))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         known = self.path == "/v1/completions"
-        self.answer(*self.server.completions.complete(body) if known else (404, {}))
+        if not self.has_key():
+            self.answer(401, {"error": "who are you"})
+        else:
+            self.answer(*self.server.completions.complete(body) if known else (404, {}))
+
+    def has_key(self):
+        key = self.server.completions.kind.key
+        return not key or self.headers.get("Authorization") == f"Bearer {key}"
 
     def answer(self, status, content):
-        data = json.dumps(content).encode()
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -133,12 +152,13 @@ def main():
     parser.add_argument("--served-model-name", required=True)
     parser.add_argument("--generation-config", choices=["vllm"], required=True)
     parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--api-key", default="")
     asked = parser.parse_args()
     if folder := os.environ.get("RECORD_STARTS"):
         Path(folder, str(os.getpid())).write_text(" ".join(sys.argv))
     torch.set_num_threads(1)
     completions = Completions(
-        asked.model, asked.served_model_name, Kind(positions=asked.max_model_len)
+        asked.model, asked.served_model_name, Kind(positions=asked.max_model_len, key=asked.api_key)
     )
     CompletionsServer(completions, asked.port).serve_forever()
 

@@ -59,7 +59,8 @@ def exchanges(engine, directory, config=CONFIG, conversations=None):
 
 def engine_of(directory, url, **settings):
     model = LanguageModel.open("chat", directory)
-    return ServerEngine(model, ALONE, ServerConfig(**settings), url, directory)
+    setting = "evaluation.engine_of.chat"
+    return ServerEngine(model, ALONE, ServerConfig(**settings), url, directory, setting)
 
 
 @pytest.fixture(scope="session")
@@ -178,14 +179,14 @@ class TestRefusals:
     def test_a_server_that_is_not_there(self, models_of_two_vocabularies):
         said = self.refused(models_of_two_vocabularies["chat"], "http://127.0.0.1:9/v1")
         assert said.startswith("model chat: http://127.0.0.1:9/v1/models: ")
-        assert said.endswith("start the server, or correct evaluation.engine.")
+        assert said.endswith("start the server, or correct evaluation.engine_of.chat.")
 
     def test_another_model(self, server_of, models_of_two_vocabularies):
         url = server_of(models_of_two_vocabularies["base"], name="base").url
         directory = models_of_two_vocabularies["chat"]
         said = self.refused(directory, url)
         assert f"{url} serves base, and not {directory}" in said
-        assert "evaluation.server.names.chat" in said
+        assert "correct evaluation.engine_of.chat, or set evaluation.server.names.chat" in said
 
     def test_another_tokenizer_under_the_right_name(self, server_of, models_of_two_vocabularies):
         url = server_of(models_of_two_vocabularies["base"], takes_ids=False).url
@@ -200,13 +201,55 @@ class TestRefusals:
     def test_a_field_that_the_server_does_not_know(self, server_of, models_of_two_vocabularies):
         directory = models_of_two_vocabularies["chat"]
         url = server_of(directory, unknown_fields=("repetition_penalty",)).url
-        assert "unrecognised field repetition_penalty" in self.refused(directory, url)
+        said = self.refused(directory, url)
+        assert "unrecognised field repetition_penalty" in said
+        assert said.endswith("is left out by evaluation.server.request={FIELD: null}.")
 
     def test_a_server_that_fails_in_the_middle(self, server_of, models_of_two_vocabularies):
         directory = models_of_two_vocabularies["chat"]
         said = self.refused(directory, server_of(directory, fails_after=4).url)
         assert "status 500 Internal Server Error, " in said
         assert "out of memory" in said
+        assert said.endswith("wait until the server is ready, or look into its log.")
+
+    def test_a_page_instead_of_a_list(self, server_of, models_of_two_vocabularies):
+        directory = models_of_two_vocabularies["chat"]
+        said = self.refused(directory, server_of(directory, page="<html>").url)
+        assert "answers what is not JSON; correct evaluation.engine_of.chat or" in said
+
+    @pytest.mark.parametrize(
+        ("settings", "answered"),
+        [
+            ({"key": "right"}, "models"),
+            ({"key": "right", "lists_to_all": True}, "completions"),
+        ],
+    )
+    @pytest.mark.parametrize("key", ["", "wrong"])
+    def test_a_key_that_is_missing_or_wrong(
+        self, server_of, models_of_two_vocabularies, monkeypatch, settings, answered, key
+    ):
+        monkeypatch.setenv("A_KEY", key)
+        directory = models_of_two_vocabularies["chat"]
+        server = server_of(directory, **settings)
+        said = self.refused(directory, server.url, key_variable="A_KEY")
+        assert f"{server.url}/{answered}: status 401 Unauthorized" in said
+        is_wrong = "is refused; correct it" if key else "is not set; set it to a key"
+        assert f"variable A_KEY (evaluation.server.key_variable) {is_wrong}" in said
+        assert ("or set evaluation.server.names.chat" in said) == (answered == "models")
+        assert server.completions.asked == []
+
+    def test_the_right_key(self, server_of, models_of_two_vocabularies, monkeypatch, here):
+        monkeypatch.setenv("A_KEY", "right")
+        directory = models_of_two_vocabularies["chat"]
+        url = server_of(directory, key="right").url
+        assert exchanges(engine_of(directory, url, key_variable="A_KEY"), directory) == here
+
+    def test_an_error_of_status_200_that_may_pass_is_asked_again(
+        self, server_of, models_of_two_vocabularies, here
+    ):
+        directory = models_of_two_vocabularies["chat"]
+        url = server_of(directory, errors=({"code": 503, "message": "loading"},)).url
+        assert exchanges(engine_of(directory, url, attempts=2), directory) == here
 
     def test_a_server_without_a_list_needs_a_name(
         self, server_of, models_of_two_vocabularies, capsys
@@ -282,6 +325,32 @@ class TestRecipe:
             EvaluationConfig(engine=name)
         with pytest.raises(ValueError, match=said):
             EvaluationConfig(engine_of={"merged": name})
+
+    @pytest.mark.parametrize(
+        ("section", "settings"),
+        [
+            ("server", {"engine_of": {"merged": "http://gpu3:8000/v1"}, "server": {}}),
+            ("judge", {"judge": {"url": "http://x", "model": "m"}}),
+            ("judge.second", {"judge": {"url": "http://x", "model": "m", "key_variable": "OTHER",
+                                        "second": {"url": "http://x", "model": "n"}}}),
+            ("safety.moderation", {"safety": {"moderation": {"url": "http://x", "model": "m"}}}),
+            ("safety.attributes", {"safety": {"attributes": {"url": "http://x"}}}),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("key", ["abc…d", "abc\nd"])
+    def test_a_key_that_no_header_can_hold_is_refused(self, monkeypatch, section, settings, key):
+        given = json.loads(json.dumps(settings))
+        asked = given
+        for name in section.split("."):
+            asked = asked[name]
+        asked["key_variable"] = "A_KEY"
+        config = EvaluationConfig(**given)
+        monkeypatch.setenv("A_KEY", "abcd")
+        config.check_keys()
+        monkeypatch.setenv("A_KEY", key)
+        place = f"evaluation.{section}.key_variable"
+        with pytest.raises(UserError, match=rf"A_KEY \({place}\) .* its character 4 is not"):
+            config.check_keys()
 
     @pytest.mark.parametrize("key", ["engine_of", "server"])
     def test_models_that_are_not_evaluated_are_refused(self, key):

@@ -12,8 +12,11 @@ import torch
 
 from cpt_merge.core.distributed import Ranks, wait_for
 from cpt_merge.core.errors import UserError
+from cpt_merge.evaluation.chat_template import read_chat_template
 from cpt_merge.evaluation.config import EvaluationConfig
+from cpt_merge.evaluation.conversation import prompt
 from cpt_merge.evaluation.generate.config import ServerConfig, VllmConfig
+from cpt_merge.evaluation.generate.conversations import converse
 from cpt_merge.evaluation.generate.vllm import VllmEngine
 from cpt_merge.evaluation.gpus import CPU, Gpus
 from cpt_merge.evaluation.models import LanguageModel
@@ -128,12 +131,48 @@ def test_a_program_that_is_not_there(both, prompts_file):
         evaluate(both, config(prompts_file, command=["nowhere/vllm", "serve"]))
 
 
+def test_the_setting_that_asks_for_it_is_named():
+    nowhere = {"command": ["nowhere/vllm", "serve"]}
+    asked = EvaluationConfig(engine_of={"merged": "vllm"}, vllm=nowhere)
+    with pytest.raises(UserError, match=r"^evaluation\.engine_of\.merged = vllm, and there is no"):
+        asked.check_vllm()
+
+
+@pytest.mark.slow
+def test_a_key_that_it_wants_is_named_as_soon_as_it_answers(both, prompts_file, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    asked = config(prompts_file, arguments=["--api-key", "secret"])
+    said = r"OPENAI_API_KEY \(evaluation\.server\.key_variable\) is not set"
+    with pytest.raises(UserError, match=said):
+        evaluate({"one": both["one"]}, asked)
+
+
+@pytest.mark.slow
+def test_it_has_the_name_that_the_recipe_gives_it_and_its_log_is_named_when_it_is_gone(
+    both, starts
+):
+    model = LanguageModel.open("one", both["one"])
+    server = ServerConfig(names={"one": "served"}, attempts=1)
+    vllm = VllmConfig(command=STANDS_IN)
+    engine = VllmEngine(model, Ranks(), server, vllm, both["one"], CPU, "evaluation.engine")
+    try:
+        engine.start()
+        [(process, line)] = starts().items()
+        assert "--served-model-name served" in line
+        os.kill(process, signal.SIGKILL)
+        asked = [prompt("en", [{"role": "user", "content": "Where?"}])]
+        with pytest.raises(UserError, match=r"; vLLM's log is .*one\.log"):
+            converse(engine, read_chat_template(both["one"]), asked, EvaluationConfig())
+    finally:
+        engine.close()
+
+
 class TestGpus:
     """What vLLM is told of the GPUs; there are none here."""
 
     def engine(self, directory: Path, gpus: Gpus) -> VllmEngine:
         model = LanguageModel.open("one", directory)
-        return VllmEngine(model, Ranks(), ServerConfig(), VllmConfig(), directory, gpus)
+        return VllmEngine(model, Ranks(), ServerConfig(), VllmConfig(), directory, gpus, "x")
 
     def test_a_process_gives_it_its_own(self, both, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")

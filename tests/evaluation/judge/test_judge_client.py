@@ -12,10 +12,10 @@ import pytest
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.evaluation.config import JudgeEndpointConfig, PriceConfig
-from cpt_merge.evaluation.generate.endpoint import Endpoint, EndpointError, _pause
+from cpt_merge.evaluation.generate.endpoint import EndpointError, _pause
 from cpt_merge.evaluation.judge.client import NO_COMPLETION, Judge, Usage
 from tests.distributed import free_port
-from tests.evaluation.http_server import completion, judging
+from tests.evaluation.http_server import completion, endpoint, judging
 
 ALONE = Ranks()
 PRICE = PriceConfig(prompt=2.0, completion=10.0)
@@ -126,7 +126,7 @@ def test_an_error_whose_text_breaks_off_is_treated_like_others():
 
     threading.Thread(target=refuse, daemon=True).start()
     with pytest.raises(EndpointError, match="status 503 Service Unavailable"):
-        Endpoint(
+        endpoint(
             f"http://127.0.0.1:{listener.getsockname()[1]}", "NO_KEY", timeout=2, attempts=1
         ).post("x", {})
     listener.close()
@@ -151,7 +151,7 @@ def test_a_slow_stream_is_given_up_after_the_timeout():
     threading.Thread(target=drip, daemon=True).start()
     started = time.monotonic()
     with pytest.raises(EndpointError, match="no answer in time"):
-        Endpoint(
+        endpoint(
             f"http://127.0.0.1:{listener.getsockname()[1]}", "NO_KEY", timeout=0.3, attempts=1
         ).post("x", {})
     assert time.monotonic() - started < 2
@@ -222,6 +222,69 @@ def test_the_judge_is_checked_before_hours_are_spent(serve, make, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("", r"variable A_KEY \(evaluation\.judge\.second\.key_variable\) is not set; set it to"),
+        ("old", r"the key in .* A_KEY \(evaluation\.judge\.second\.key_variable\) is refused"),
+    ],
+)
+def test_a_judge_that_wants_another_key_names_where_to_set_it(
+    serve, tmp_path, monkeypatch, key, said
+):
+    monkeypatch.setenv("A_KEY", key)
+    url = serve(lambda number, body: (401, "unknown key")).url
+    config = JudgeEndpointConfig(url=url, model="m", key_variable="A_KEY")
+    judge = Judge(config, tmp_path, at_once=2, section="evaluation.judge.second")
+    with pytest.raises(UserError, match=rf"status 401 Unauthorized, unknown key; .*{said}"):
+        judge.check()
+
+
+def test_a_password_in_the_url_that_is_refused_is_not_called_a_key(serve, make):
+    url = serve(lambda number, body: (403, "")).url.replace("://", "://someone:hunter22@")
+    (found,) = make(url).ask(["a"], ALONE)
+    assert found.reason.endswith(
+        "the user or password in evaluation.judge.url is refused; correct it"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "the provider is busy", "code": 429},
+        {"message": "the provider fails", "code": "502"},
+        {"message": "busy", "type": "server_error", "code": None},
+        {"message": "busy", "type": "ServiceUnavailable"},
+    ],
+)
+def test_an_error_of_status_200_is_what_it_would_be_with_its_own_status(serve, make, error):
+    answer = json.dumps({"error": error, "choices": None})
+    server = serve(lambda number, body: (200, completion("late") if number > 2 else answer))
+    (found,) = make(server.url).ask(["a"], ALONE)
+    assert (found.text, found.usage.sent, found.usage.uncounted) == ("late", 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ({"message": "no such model", "code": 404}, "status 404 Not Found, .*no such model"),
+        ({"message": "filtered", "code": "content_filter"}, "status 200 OK, .*filtered"),
+        ("filtered", 'status 200 OK, "filtered"'),
+    ],
+)
+def test_other_errors_of_status_200_are_refusals_and_not_repeated(serve, make, error, said):
+    server = serve(lambda number, body: (200, json.dumps({"error": error})))
+    with pytest.raises(UserError, match=f"the judge refuses: .*{said}"):
+        make(server.url).check()
+    assert len(server.asked) == 1
+
+
+def test_an_address_that_cannot_be_asked_is_asked_once():
+    with pytest.raises(EndpointError) as error:
+        endpoint("http://" + "a" * 70 + ".example", attempts=3).post("x", {})
+    assert "attempts" not in str(error.value)
+
+
 def test_a_cache_folder_that_cannot_be_written_is_an_error(serve, make, tmp_path):
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot be cached .*; correct evaluation.judge.cache"):
@@ -248,7 +311,9 @@ def test_a_redirect_never_carries_the_key(serve, make, monkeypatch, status):
     assert "hunter22" not in found[0].reason
     assert "abcdefgh" not in found[0].reason
     assert all(one.dead for one in found), "it is wrong for every request"
-    with pytest.raises(UserError, match=r"judge refuses: .* set the URL to the endpoint's own"):
+    with pytest.raises(
+        UserError, match=r"judge refuses: .* set evaluation.judge.url to the endpoint's own URL\.$"
+    ):
         make(server.url).check()
 
 
@@ -286,10 +351,10 @@ def test_an_answer_has_a_largest_size(status):
 
     thread = threading.Thread(target=flood, daemon=True)
     thread.start()
-    endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", "NO_KEY", 30, attempts=1)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     said = "more than 4 MiB" if status == 200 else "status 500 Internal Server Error, xxx"
     with pytest.raises(EndpointError, match=said) as raised:
-        endpoint.post("x", {})
+        endpoint(url, "NO_KEY", timeout=30, attempts=1).post("x", {})
     assert raised.value.uncounted == (status == 200)
     thread.join()
     listener.close()

@@ -8,9 +8,9 @@ import pytest
 from cpt_merge.core.distributed import Ranks
 from cpt_merge.evaluation.conversation import Exchange, Reply, prompt
 from cpt_merge.evaluation.evaluators.safety import SafetyEvaluator
-from cpt_merge.evaluation.generate.endpoint import Endpoint
 from cpt_merge.evaluation.scorers.moderation import ModerationScorer
 from tests.distributed import free_port
+from tests.evaluation.http_server import endpoint
 
 ALONE = Ranks()
 TEXTS = ["kind", "vile", "", "kind too"]
@@ -35,7 +35,7 @@ def exchanges(texts=TEXTS):
 
 
 def score(url, texts=TEXTS, timeout=5.0, attempts=3, key="A_KEY"):
-    return ModerationScorer(Endpoint(url, key, timeout, attempts), "guard").score(
+    return ModerationScorer(endpoint(url, key, timeout, attempts), "guard").score(
         exchanges(texts), ALONE
     )
 
@@ -75,7 +75,7 @@ def test_one_bad_answer_leaves_out_that_reply_alone(serve):
     server = serve(
         lambda number, body: (200, moderation(body) if "too" not in body["input"] else "?")
     )
-    findings = SafetyEvaluator([], [ModerationScorer(Endpoint(server.url, "A_KEY", 5, 2), "guard")])
+    findings = SafetyEvaluator([], [ModerationScorer(endpoint(server.url), "guard")])
     found = findings.measure(type("Subject", (), {"ranks": ALONE}), exchanges())
     assert found.measurements[0].parts == {0: (0, 1), 1: (1, 1)}
     assert sum(found.details["not_scored"]["flagged"].values()) == 2
@@ -101,14 +101,12 @@ def test_a_server_that_refuses_is_not_asked_again(serve, status):
     found = score(server.url, ["kind"], key="NO_SUCH_KEY")
     assert found[0].value is None
     assert f"status {status}" in found[0].reason
-    assert ("NO_SUCH_KEY is not set" in found[0].reason) == (status == 401)
+    assert ("NO_SUCH_KEY (x.key_variable) is not set" in found[0].reason) == (status == 401)
     assert len(server.asked) == 1
 
 
 def test_a_dead_endpoint_is_reported_as_not_run_and_never_as_zero(serve):
-    scorer = ModerationScorer(
-        Endpoint(f"http://127.0.0.1:{free_port()}/v1", "A_KEY", 1, 2), "guard"
-    )
+    scorer = ModerationScorer(endpoint(f"http://127.0.0.1:{free_port()}/v1", timeout=1), "guard")
     found = SafetyEvaluator([], [scorer]).measure(
         type("Subject", (), {"ranks": ALONE}), exchanges()
     )
