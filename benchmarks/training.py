@@ -3,7 +3,6 @@
     python -m benchmarks.training prepare DIR [--size 3b]    random Llamas and token stores
     python -m benchmarks.training trainer DIR                speed and memory of three contenders
     python -m benchmarks.training checkpoint DIR             how long a save holds up training
-    python -m benchmarks.training gpu DIR --size 3b          MFU on one GPU, and a profile
 
 Results are printed and written to DIR/training-*.json.
 """
@@ -28,7 +27,6 @@ import typer
 from benchmarks import training_inputs
 from benchmarks.training_checkpoints import Save, measure_saves
 from benchmarks.training_contenders import TimedInterval, TrainingCase, enter, join
-from benchmarks.training_gpu import measure_gpu
 from benchmarks.training_inputs import Inputs
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -222,46 +220,6 @@ def _saves(
 ) -> tuple[int, list[Save]]:
     join(case, rank, port)
     return measure_saves(case, out, rounds)
-
-
-@app.command()
-def gpu(
-    folder: Path,
-    size: str = "3b",
-    length: int = 4096,
-    global_batch_size: int = 8,
-    micro_batch_size: int = 2,
-    steps: int = 20,
-    compile_layers: bool = True,
-    recompute: str = "none",
-    loss_chunk: int = 4096,
-    fp8: bool = False,
-) -> None:
-    """MFU of bf16 training on one GPU, and the kernels that take most of its time."""
-    case = TrainingCase(
-        Inputs.of(folder, size), "bf16", 1, length, global_batch_size, micro_batch_size, 10**6, 1
-    )
-    changes = {
-        "compile": compile_layers,
-        "activation_checkpointing": recompute,
-        "loss_chunk": loss_chunk,
-        "fp8": fp8,
-    }
-    found = measure_gpu(case, steps, changes)
-    print(
-        f"{found.device}: {size}, sequence {length}, {global_batch_size} sequences a step in "
-        f"micro-batches of {micro_batch_size}"
-    )
-    print(
-        f"{found.seconds:.3f} s a step, {found.tokens_per_second:,.0f} tokens/s, "
-        f"MFU {found.mfu:.3f}, {found.peak_gb:.1f} GB at most; "
-        f"no kernel ran in {found.idle:.1%} of the time; of the rest:"
-    )
-    for kernel, share in found.profile:
-        print(f"{share:7.1%}  {kernel}")
-    (folder / f"training-gpu-{size}.json").write_text(
-        json.dumps({**asdict(found), "changes": changes}, indent=1)
-    )
 
 
 if __name__ == "__main__":
