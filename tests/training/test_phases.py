@@ -26,8 +26,12 @@ MATRICES = {"model.embed_tokens.weight", "lm_head.weight"}
 
 @pytest.fixture
 def tokenizer(model: Path, tmp_path: Path) -> Path:
+    return extended_tokenizer(model, tmp_path)
+
+
+def extended_tokenizer(model: Path, out: Path) -> Path:
     """The model's tokenizer, as if its pieces from OLD_ROWS on were an extension."""
-    folder = tmp_path / "tokenizer"
+    folder = out / "tokenizer"
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((model / name).read_bytes())

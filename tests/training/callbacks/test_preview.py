@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,16 +56,20 @@ def replies_of(state: dict[str, torch.Tensor], like: Path) -> list[list[int]]:
     ("precision", "backend", "size"),
     [("fp32", "fsdp2", 1), *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)],
 )
+@pytest.mark.parametrize("lora", [False, True])
 def test_training_is_the_same_with_and_without(
     precision: str,
     backend: str,
     size: int,
+    lora: bool,
     model: Path,
     chat_model: Path,
     store: Path,
     tmp_path: Path,
 ) -> None:
-    changes = {"precision": precision}
+    changes: dict[str, Any] = {"precision": precision}
+    if lora:
+        changes["lora"] = {"rank": 5}
     more = {**changes, **EVERY, "continuations": 1}
     plain = Job(model, store, tmp_path / "plain", changes, backend)
     shown = Job(model, store, tmp_path / "shown", more, backend, chat=chat_model)
