@@ -194,6 +194,11 @@ class TrainingConfig(Section):
         "and the optimizer steps there (DeepSpeed); all: also weights and gradients (FSDP2, "
         "ZeRO 3); what the accelerate configuration says if not set",
     )
+    offload_activations: bool = key(
+        False,
+        "move what the backward pass needs to the CPU's memory until then: the layers' inputs with "
+        "activation_checkpointing: full, otherwise all of it",
+    )
     compile: bool = key(False, "torch.compile each decoder layer")
     attention: Literal["auto", "flash", "sdpa", "flex", "eager"] = key(
         "auto",
@@ -325,6 +330,15 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"optimizer.stochastic_rounding rounds bf16 weights, but precision is "
                 f"{self.precision}; set pure-bf16, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _activations_can_move(self) -> TrainingConfig:
+        if self.offload_activations and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "offload_activations moves only the layers' inputs with activation_checkpointing: "
+                "selective, the smallest part of what is kept; set that to full or none"
             )
         return self
 

@@ -154,6 +154,14 @@ HEAVY = {
         of_family(BertConfig, **{**SIZES, "max_position_embeddings": 256, "is_decoder": False}),
     ),
     "fp8 without a GPU": Broken("training.fp8 needs", ["training.fp8=true"]),
+    "an optimizer that FSDP2 cannot offload alone": Broken(
+        "not possible with FSDP2",
+        ["launch.accelerate_config=fsdp2", "training.offload=optimizer"],
+    ),
+    "a process that has nothing to offload with": Broken(
+        "needs FSDP2 or DeepSpeed, on one process too",
+        ["launch.processes=1", "launch.accelerate_config=cpu", "training.offload=all"],
+    ),
     "a backend that contradicts the recipe": Broken(
         "DeepSpeed", ["launch.accelerate_config=zero2", "training.precision=pure-bf16"]
     ),

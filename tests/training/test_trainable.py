@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.config import TrainingConfig, positions_of
+from cpt_merge.training.distributed.build import check_backend
 from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.model import small
 from cpt_merge.training.trainable import check_trainable
@@ -186,6 +187,12 @@ def test_weights_that_do_not_fit_their_config(
             "DeepSpeed",  # which is not installed everywhere
         ),
         ({}, {"fp8": True}, "training.fp8 needs"),
+        ({}, {"offload": "all"}, "training.offload: all needs FSDP2 or DeepSpeed"),
+        (
+            {"backend": "fsdp2", "offload": "all"},
+            {"offload": "none"},
+            "training.offload is none but the accelerate config asks to offload weights",
+        ),
     ],
 )
 def test_backends_and_devices(
@@ -214,6 +221,26 @@ def test_what_waits_for_the_machine_that_trains_is_said(
     said = " ".join(capsys.readouterr().err.split())
     assert f"whether one trains with {waiting} is checked at the start" in said
     assert (f"a run on this machine would be refused: {refusal}" in said) == bool(refusal)
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        ({"device": "nvme", "nvme_path": "/tmp"}, "asks for the device nvme; only the CPU's"),
+        ({"device": "cpu", "ratio": 0.5}, "asks for super_offload or a ratio below 1"),
+        ({"device": "cpu", "super_offload": True}, "asks for super_offload or a ratio below 1"),
+        ({"device": "cpu", "buffer_count": -1}, "DeepSpeed refuses zero_optimization .*correct"),
+    ],
+)
+def test_offload_sections_that_cannot_be_active(
+    section: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    asked = BackendSettings(
+        "deepspeed", zero_stage=3, zero={"offload_optimizer": section}, offload="optimizer"
+    )
+    with pytest.raises(UserError, match=sentence):
+        check_backend(asked, TrainingConfig(**CONFIG))
 
 
 def test_training_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

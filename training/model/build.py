@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted, say
 from cpt_merge.data.packing import IGNORED, Batch
 from cpt_merge.training.config import LoraConfig, TrainingConfig
+from cpt_merge.training.model.activations import OffloadedActivations
 from cpt_merge.training.model.attention import (
     IMPLEMENTATIONS,
     attention_of,
@@ -95,6 +97,7 @@ class CausalLM(nn.Module):
         """What the auxiliary loss of the routers counts next to a target; see `weigh_auxiliary`."""
         self.routing: list[Tensor] = []
         """Auxiliary loss, entropy and largest share (`routing.statistics`) of each micro-batch."""
+        self.activations: OffloadedActivations | None = None
         self.frozen_rows = 0
         """Rows 0 .. frozen_rows - 1 of embedding and head get a gradient of exactly zero."""
         self.stored = StoredTensors({}, {}, {})
@@ -139,7 +142,8 @@ class CausalLM(nn.Module):
         float32 logits [sequences, vocabulary] of one position of each sequence; no others are made.
         """
         decoder, separation = self.model.get_submodule(self.decoder_name), self.choice.separation
-        with self.routers.recording() as heard:
+        moving = self.activations.moving() if self.activations else nullcontext()
+        with self.routers.recording() as heard, moving:
             hidden = decode(decoder, batch, separation, self.documents)
         if last is not None:
             return self.head.logits(
@@ -471,8 +475,10 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
 
 
 def prepare_layers(module: CausalLM, config: TrainingConfig, device: torch.device) -> None:
-    """Activation checkpointing, then compilation; call it before sharding."""
+    """Activation checkpointing and offloading, then compilation; call it before sharding."""
     apply_recompute(module.layers, config.activation_checkpointing)
+    if config.offload_activations:
+        module.activations = OffloadedActivations(len(module.layers))
     if config.compile:
         check_compiler(device)
         compile_layers(module.layers)
@@ -509,7 +515,8 @@ def describe_model(
         **describe_experts(module.model, module.routers, module.auxiliary),
         **_describe_adapters(module, config),
         "layers": _describe_compiled(module.layers, config.compile)
-        + f", activation checkpointing {config.activation_checkpointing}",
+        + f", activation checkpointing {config.activation_checkpointing}"
+        + _describe_activations(config, device),
     }  # fmt: skip
 
 
@@ -536,6 +543,14 @@ def _describe_adapters(module: CausalLM, config: TrainingConfig) -> dict[str, st
         f"parameters; frozen weights in {held}"
         + (f"; frozen without an adapter: {without}" if without else "")
     }
+
+
+def _describe_activations(config: TrainingConfig, device: torch.device) -> str:
+    """`OffloadedActivations` sees that it is so in every forward pass."""
+    if not config.offload_activations:
+        return ""
+    where = ", where everything is on a CPU machine" if device.type == "cpu" else ""
+    return f"; activations in the CPU's memory{where}"
 
 
 def _describe_compiled(layers: nn.ModuleList, asked: bool) -> str:
