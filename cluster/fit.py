@@ -79,7 +79,8 @@ def _choices(config: TrainingConfig) -> list[list[Rung]]:
     if config.micro_batch_size > 1:
         found.append([Rung((("micro_batch_size", 1),))])
     if config.activation_checkpointing != "full":
-        kinds = ("selective", "full") if config.activation_checkpointing == "none" else ("full",)
+        alone = config.activation_checkpointing == "selective" or config.offload_activations
+        kinds = ("full",) if alone else ("selective", "full")
         found.append([Rung((("activation_checkpointing", kind),)) for kind in kinds])
     if config.loss_chunk > 256:
         found.append([Rung((("loss_chunk", 256),))])

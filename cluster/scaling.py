@@ -178,6 +178,7 @@ class Workload:
     trained: Trained = "all"
     moments: str = "full"  # full | 8bit
     offload: Offload = "none"
+    offload_activations: bool = False
     reduce_bytes: int = 4  # per reduced gradient; ours are fp32, those of some published runs bf16
 
     @staticmethod
@@ -209,6 +210,7 @@ class Workload:
             trained=trained_by(config, heaviest(config)),
             moments=config.optimizer.moments,
             offload=config.offload or "none",
+            offload_activations=config.offload_activations,
         )
 
     @property
@@ -232,7 +234,7 @@ class Workload:
         return MemorySetup(
             "fsdp2", shards, self.precision, self.sequence_length, sequences, self.micro_batches,
             self.loss_chunk, self.activation_checkpointing, self.attention, self.compile,
-            self.trained, self.moments, self.offload,
+            self.trained, self.moments, self.offload, self.offload_activations,
         )  # fmt: skip
 
 

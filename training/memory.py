@@ -210,6 +210,7 @@ class MemorySetup:
     trained: Trained = "all"
     moments: str = "full"  # full | 8bit
     offload: Offload = "none"  # what is in the CPU's memory
+    offload_activations: bool = False
 
     @staticmethod
     def of(
@@ -220,6 +221,7 @@ class MemorySetup:
             strategy, shards, config.precision, config.sequence_length, config.micro_batch_size,
             config.micro_batches(processes), config.loss_chunk, config.activation_checkpointing,
             config.attention, config.compile, trained_by(config, train), config.optimizer.moments,
+            offload_activations=config.offload_activations,
         )  # fmt: skip
 
     @property
@@ -323,6 +325,9 @@ def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
     """
     divided = {"single": _single, "fsdp2": _fsdp2}.get(setup.strategy, _zero)(shape, setup)
     activations, recomputed = _activations(shape, setup)
+    if setup.offload_activations:  # those of a layer are on the device until it has computed
+        divided = replace(divided, on_host=divided.on_host + activations)
+        activations /= shape.layers
     return MemoryEstimate(
         **vars(divided), activations=activations, recomputed=recomputed,
         logits=_logits(shape, setup),

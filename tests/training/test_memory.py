@@ -457,3 +457,14 @@ def test_available_memory_is_shared_by_the_processes_of_a_node() -> None:
     assert available_memory(device, job) == 2**30
     assert available_memory(device, job | {"LOCAL_WORLD_SIZE": "4"}) == 2**28
     assert available_memory(device, job | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),2"}) == 2**28
+
+
+def test_offloaded_activations_leave_one_layers_on_the_device() -> None:
+    shape = shape_of(build(torch.float32))
+    for recompute in ("none", "full"):
+        here = estimate_memory(shape, setup(activation_checkpointing=recompute))
+        moved = estimate_memory(
+            shape, setup(activation_checkpointing=recompute, offload_activations=True)
+        )
+        assert moved.activations == here.activations / 3
+        assert moved.on_host == here.activations
