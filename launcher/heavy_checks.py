@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import console, say
+from cpt_merge.core.world import find_world
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date
@@ -82,22 +83,30 @@ def check(run: Run, here: bool) -> None:
 def _check_training(run: Run, here: bool) -> None:
     import torch
 
-    from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
+    from cpt_merge.training.distributed.settings import backend_settings
     from cpt_merge.training.trainable import check_trainable
 
-    variables = {**os.environ, **backend_variables(run.recipe)}
-    config = run.recipe.training
+    variables = {**os.environ, **backend_variables(run.recipe, _processes(run.recipe, here))}
     on_cpu = variables.get("ACCELERATE_USE_CPU", "").lower() == "true"
     device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
     known = here or on_cpu or device.type == "cuda"
-    asked = backend_settings(variables)
-    if asked.backend == "none" and config.offload:
-        several = not here or local_processes(run.recipe) > 1
-        asked = BackendSettings("fsdp2" if several else "none")
-    alone = run.recipe.models.text_only
-    choice = check_trainable(run.base, config, asked, device if known else None, alone)
+    asked, alone = backend_settings(variables), run.recipe.models.text_only
+    choice = check_trainable(run.base, run.recipe.training, asked, device if known else None, alone)
     if choice.separation.one_by_one:
         say(f"packed documents: {_cost_of_padding(run)}")
+
+
+def _processes(recipe: Recipe, here: bool) -> int:
+    """How many processes train. If nothing says it of another machine: several, if the recipe
+    offloads."""
+    world = find_world()
+    if world.launcher != "alone":
+        return world.size
+    if here:
+        return local_processes(recipe)
+    return recipe.launch.processes or max(
+        local_processes(recipe), 2 if recipe.training.offload else 1
+    )
 
 
 def _cost_of_padding(run: Run) -> str:

@@ -110,10 +110,10 @@ def use_backend(recipe: Recipe) -> None:
         os.environ.update(backend_environment(accelerate_config(recipe)) | {READ_BY_US: "true"})
 
 
-def backend_variables(recipe: Recipe) -> dict[str, str]:
-    """The variables that the processes of training on this machine will have for their backend."""
-    if started_by_accelerate() or not recipe.launch.accelerate_config:
-        return {}  # they are in the environment, or those of FSDP2 as it is packaged
+def backend_variables(recipe: Recipe, processes: int) -> dict[str, str]:
+    """The variables that so many processes of training will have for their backend."""
+    if started_by_accelerate() or (processes == 1 and not recipe.launch.accelerate_config):
+        return {}  # they are in the environment, or not needed
     return backend_environment(accelerate_config(recipe))
 
 

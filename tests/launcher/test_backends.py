@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import cpt_merge.training.trainable
 from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.heavy_checks import _check_training
+from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.start import backend_environment
 from cpt_merge.training.config import Offload
 from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
-from tests.command_line import cpt_merge
+from tests.command_line import cpt_merge as command_line
 from tests.launcher.conftest import ROOT
 
 CONFIGS = ROOT / "recipes" / "accelerate"
@@ -54,6 +57,28 @@ ACTIVE = {
 @pytest.mark.parametrize("name", ASKED)
 def test_a_file_read_by_the_processes_says_what_accelerate_says(name: str) -> None:
     assert backend_settings(backend_environment(CONFIGS / f"{name}.yaml")) == ASKED[name]
+
+
+@pytest.mark.parametrize(
+    ("processes", "config", "expected"),
+    [(1, None, "none"), (2, None, "fsdp2"), (1, "zero2", "deepspeed"), (2, "cpu", "none")],
+)
+def test_what_is_checked_early_is_the_backend_that_processes_will_have(
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, config: str, expected: str
+) -> None:
+    """Each has its own refusals: rows that cannot be divided, documents one by one."""
+    seen: list[BackendSettings] = []
+
+    def stop(base: Path, training: object, asked: BackendSettings, *rest: object) -> None:
+        seen.append(asked)
+        raise UserError("enough")
+
+    monkeypatch.setattr(cpt_merge.training.trainable, "check_trainable", stop)
+    overrides = [f"launch.accelerate_config={config}"] if config else []
+    run = Run.load(recipe_path, [f"launch.processes={processes}", *overrides])
+    with pytest.raises(UserError, match="enough"):
+        _check_training(run, here=True)
+    assert [one.backend for one in seen] == [expected]
 
 
 @pytest.mark.slow
@@ -247,7 +272,7 @@ def test_one_process_of_a_recipe_that_names_deepspeed(
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("training", "merge"))
     config = f"launch.accelerate_config={CONFIGS / 'zero2.yaml'}"
-    done = cpt_merge(
+    done = command_line(
         "train", recipe_path, f"runs={tmp_path / 'runs'}", config, "launch.processes=1"
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -512,7 +512,7 @@ def describe_model(
         }[config.precision] + (", fp8 matmuls in the layers" if config.fp8 else ""),
         "attention": describe_attention(module.choice.attention, config, device)
         + "".join(f"; {reason}" for reason in module.choice.passed_over),
-        **describe_experts(module.model, module.routers, module.auxiliary),
+        **describe_experts(module.model, module.auxiliary),
         **_describe_adapters(module, config),
         "layers": _describe_compiled(module.layers, config.compile)
         + f", activation checkpointing {config.activation_checkpointing}"

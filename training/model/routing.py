@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.output_capturing import OutputRecorder
 
-from cpt_merge.checkpoint.tensor_kinds import kind_of
+from cpt_merge.checkpoint.tensor_kinds import is_routed, kind_of, layer_of
 from cpt_merge.checkpoint.text_models import text_decoder
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.progress import say
+from cpt_merge.core.progress import counted, say
 from cpt_merge.training.flops import experts
 
 _TOKENS = 8  # of the probe
@@ -163,17 +163,17 @@ def choose_matmuls(model: Any, itemsize: int) -> None:
             return
 
 
-def describe_experts(
-    model: Any, routers: Routers, auxiliary: AuxiliaryLoss | None
-) -> dict[str, str]:
+def describe_experts(model: Any, auxiliary: AuxiliaryLoss | None) -> dict[str, str]:
     """A line of the startup summary; none for a dense model."""
     config = model.config.get_text_config(decoder=True)
-    if not experts(config):
+    # a layer may have several routers (JetMoe), or a table in place of one (DeepSeek-V4)
+    layers = {layer_of(name) for name, _ in model.named_parameters() if is_routed(name)}
+    if not layers:
         return {}
     implementation = getattr(config, "_experts_implementation", None) or "eager"
     loss = f"auxiliary loss * {auxiliary.coefficient:g}" if auxiliary else "no auxiliary loss"
     return {
-        "experts": f"{experts(config)} in {len(routers.modules)} layers, "
+        "experts": f"{experts(config)} in {counted(len(layers), 'layer')}, "
         f"multiplied by {implementation}; {loss}"
     }
 

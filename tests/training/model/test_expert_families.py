@@ -15,6 +15,7 @@ from cpt_merge.checkpoint.stored_shards import check_divisible, replaced_shards,
 from cpt_merge.data.packing import IGNORED
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.model.build import CausalLM, build_model, load_weights
+from cpt_merge.training.model.routing import describe_experts
 from cpt_merge.training.phases import phases_of, select_trained
 from tests.training.conftest import CONFIG
 from tests.training.families import EXPERTS, SIZES, documents
@@ -70,6 +71,28 @@ def made(folder: Path, family: str) -> tuple[Any, CausalLM]:
     module = build_model(folder, TrainingConfig(**{**CONFIG, "loss_chunk": 7}))
     load_weights(module, folder, torch.device("cpu"))
     return model, module
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        (
+            "JetMoeConfig",
+            {"num_local_experts": 4, "kv_channels": 8},
+            "4 in 2 layers, ",
+        ),  # 2 routers
+        ("DeepseekV3Config", OTHERS["deepseek-v3"][1], "8 in 1 layer, "),
+        ("DogeConfig", {"is_moe": False, "num_experts": 16}, None),
+    ],
+)
+def test_layers_with_experts_are_counted(
+    name: str, values: dict[str, Any], said: str | None
+) -> None:
+    config = getattr(transformers, name)(**{**SIZES, **EXPERTS, **values})
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    found = describe_experts(model, None).get("experts")
+    assert found is None if said is None else str(found).startswith(said)
 
 
 def marked(families: dict[str, Any]) -> list[object]:
