@@ -452,7 +452,7 @@ class WeightSource:
         local = stored.to(device=self.device, dtype=target.dtype)
         if not isinstance(target, DTensor):
             return local
-        return DTensor.from_local(
+        made = DTensor.from_local(
             local,
             target.device_mesh,
             target.placements,
@@ -460,6 +460,7 @@ class WeightSource:
             shape=target.shape,
             stride=target.stride(),
         )
+        return made.to(self.device)  # `from_local` moves to the mesh's
 
 
 def local_rows(parameter: Tensor) -> tuple[int, int]:
