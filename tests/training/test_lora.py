@@ -359,3 +359,20 @@ def test_layers_that_are_not_called_get_no_adapter(tmp_path: Path) -> None:
     assert {name.rpartition(".")[2] for name in found} == {"in_proj", "x_proj", "out_proj"}
     with pytest.raises(UserError, match="dt_proj can have no adapter, because the family's code"):
         find_targets(module.model, module.layers, LoraConfig(targets=["dt_proj"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "size"), [("fsdp2", 2), ("zero2", 2)])
+def test_an_average_is_the_mean_of_the_merged_models(
+    backend: str, size: int, model: Path, store: Path, tmp_path: Path
+) -> None:
+    job = Job(model, store, tmp_path, {**UNEVEN, "tokens": 32 * 12 * 8}, backend)
+    run_ranks(train_steps, size, job)
+    for name, step, average in (("4", 4, None), ("8", 8, None), ("mean", None, "4..8")):
+        checkpoints = choose_steps(job.out / "checkpoints", step, average)
+        export_checkpoints(job.config, model, model, checkpoints, tmp_path / name / "cpt")
+    four, eight, mean = (weights(tmp_path / name) for name in ("4", "8", "mean"))
+    for name, values in mean.items():
+        expected = (four[name].double() + eight[name].double()) / 2
+        torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=1e-8)
+        assert torch.equal(four[name], eight[name]) == ("norm" in name)
