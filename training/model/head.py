@@ -77,13 +77,20 @@ def find_head_form(model: Any) -> HeadForm:
         NotImplementedError,
         KeyError,
     ) as error:
+        given, needed = _hidden_size(model), head.weight.shape[1]
         reason = (
             str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         )
+        if given != needed:
+            reason = f"its decoder makes {given} numbers of a token and its head takes {needed}"
         raise UserError(
             f"{name} makes its logits in its own way ({reason}); such models cannot be trained."
         ) from None
     return form
+
+
+def _hidden_size(model: Any) -> int | None:
+    return getattr(text_decoder(model).config, "hidden_size", None)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ElectraConfig, ElectraForCausalLM
 
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
@@ -27,7 +27,7 @@ from cpt_merge.training.model.build import (
     decoder_layers,
     load_weights,
 )
-from cpt_merge.training.model.head import HeadForm
+from cpt_merge.training.model.head import HeadForm, find_head_form
 from cpt_merge.training.trainable import check_trainable
 from tests.distributed import run_ranks
 from tests.merge.test_multimodal import mllama
@@ -112,6 +112,14 @@ def test_a_head_that_is_not_of_the_formula_is_refused(
     monkeypatch.setattr(LlamaForCausalLM, "forward", squared)
     with pytest.raises(UserError, match="LlamaForCausalLM makes its logits in its own way"):
         loaded(tmp_path)
+
+
+def test_layers_between_decoder_and_head_are_named() -> None:
+    """In place of the error of a matrix product that does not fit."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = ElectraConfig(vocab_size=20, embedding_size=4, hidden_size=8, is_decoder=True, **sizes)
+    with pytest.raises(UserError, match="makes 8 numbers of a token and its head takes 4"):
+        find_head_form(ElectraForCausalLM(config))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
