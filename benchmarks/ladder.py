@@ -30,13 +30,8 @@ RUNGS: dict[str, dict[str, Any]] = {
     "8-bit moments": {"optimizer": {"moments": "8bit"}},
     "LoRA": {"lora": {}},
     "LoRA, 8-bit moments": {"lora": {}, "optimizer": {"moments": "8bit"}},
-    "pure bf16, rounded to nearest": {"precision": "pure-bf16"},
-    "pure bf16, stochastic": {
-        "precision": "pure-bf16", "optimizer": {"stochastic_rounding": True},
-    },
-    "the same, 8-bit moments": {
-        "precision": "pure-bf16", "optimizer": {"stochastic_rounding": True, "moments": "8bit"},
-    },
+    "pure bf16": {"precision": "pure-bf16"},
+    "pure bf16, 8-bit moments": {"precision": "pure-bf16", "optimizer": {"moments": "8bit"}},
 }  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def speed(scale: Scale, folder: Path, size: str, micro: int, document: int) -> R
 RUNGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "8-bit moments": {"optimizer": {"moments": "8bit"}},
-    "pure bf16": {"precision": "pure-bf16", "optimizer": {"stochastic_rounding": True}},
+    "pure bf16": {"precision": "pure-bf16"},
     "LoRA": {"lora": {}},
     "recomputed": {"activation_checkpointing": "full"},
     "offloaded": {"offload": "all"},

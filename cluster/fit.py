@@ -87,8 +87,7 @@ def _choices(config: TrainingConfig) -> list[list[Rung]]:
     if config.optimizer.moments == "full":
         found.append([Rung((("optimizer.moments", "8bit"),), same=False)])
     if config.precision == "bf16":
-        rounded = (("precision", "pure-bf16"), ("optimizer.stochastic_rounding", True))
-        found.append([Rung(rounded, same=False)])
+        found.append([Rung((("precision", "pure-bf16"),), same=False)])
     if not config.lora:
         found.append([Rung((("lora.rank", 64),), same=False)])
     if not config.offload:

@@ -15,8 +15,9 @@ fp32 moments.
 **Stochastic rounding** (Gupta et al., Deep Learning with Limited Numerical Precision, 2015): a
 weight between two bf16 numbers becomes the upper one with a probability of its distance from the
 lower one. Rounding to nearest loses every update below 1/512 of a weight, so training stands still
-where learning rates are low. The random numbers depend on the seed, the step, the parameter and the
-first row of the shard: a resumed run, and the replicas of HSDP, draw the same ones.
+where learning rates are low. bf16 moments are rounded in the same way. The random numbers depend on
+the seed, the step, the parameter and the first row of the shard: a resumed run, and the replicas of
+HSDP, draw the same ones.
 """
 
 from __future__ import annotations
@@ -56,18 +57,17 @@ class CompactAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         eight_bits: bool,
-        stochastic: bool,
         seed: int,
     ) -> None:
-        self.eight_bits, self.stochastic, self.seed = eight_bits, stochastic, seed
+        self.eight_bits, self.seed = eight_bits, seed
         # `calls` counts steps, also skipped ones; it is saved with the groups
         super().__init__(groups, {"betas": betas, "eps": eps, "calls": 0})
 
     def describe(self) -> str:
         """What is stored in place of fp32 weights and moments, for the startup summary."""
-        words = ["weights rounded stochastically"] if self.stochastic else []
+        mine = [one for group in self.param_groups for one in group["params"]]
+        words = ["rounded stochastically"] if mine[0].dtype == torch.bfloat16 else []
         if self.eight_bits:
-            mine = [one for group in self.param_groups for one in group["params"]]
             small = sum(one.numel() for one in mine if _is_quantised(one))
             share = small / max(1, sum(one.numel() for one in mine))
             words.append(f"moments of {share:.1%} of the trained weights in 8 bits")
@@ -103,9 +103,7 @@ class CompactAdamW(torch.optim.Optimizer):
         skipped = self.found_inf
         state = {name: _local(value) for name, value in self.state[parameter].items()}
         weights, gradient = _local(parameter), _local(parameter.grad)
-        draw = None
-        if self.stochastic and weights.dtype == torch.bfloat16:
-            draw = self._generator(group["calls"], number, parameter)
+        draw = self._generator(group["calls"], number, parameter)
         for part in _parts(weights):
             moments = {name: part.read(state, name) for name in _MOMENTS}
             new = part.of(weights).float()  # the weights themselves, if they are fp32
@@ -117,10 +115,9 @@ class CompactAdamW(torch.optim.Optimizer):
                 fused=True, found_inf=skipped,
             )  # fmt: skip
             for name in _MOMENTS:
-                part.write(state, name, moments[name], skipped)
-            if new.dtype != weights.dtype:
-                rounded = stochastic_bf16(new, draw) if draw else new.to(weights.dtype)
-                _replace(part.of(weights), rounded, skipped)
+                part.write(state, name, moments[name], skipped, draw)
+            if weights.dtype == torch.bfloat16:
+                _replace(part.of(weights), stochastic_bf16(new, draw), skipped)
         state["step"] += 1 if skipped is None else 1 - skipped
 
     def _generator(self, calls: int, number: int, parameter: Tensor) -> torch.Generator:
@@ -161,7 +158,12 @@ class _Part:
         return dequantised(stored, scales, _MOMENTS[name])
 
     def write(
-        self, state: dict[str, Tensor], name: str, values: Tensor, skipped: Tensor | None
+        self,
+        state: dict[str, Tensor],
+        name: str,
+        values: Tensor,
+        skipped: Tensor | None,
+        draw: torch.Generator,
     ) -> None:
         """Store a moment, if the step is not skipped."""
         stored = self.of(state[name])
@@ -169,8 +171,10 @@ class _Part:
             values, scales = quantised(values, _MOMENTS[name])
             kept = state[f"{name}_scale"][self.scales]
             _replace(kept, scales.reshape(kept.shape), skipped)
+        if stored.dtype == torch.bfloat16:
+            values = stochastic_bf16(values, draw)
         if values.data_ptr() != stored.data_ptr():  # fp32 moments were updated in place
-            _replace(stored, values.to(stored.dtype), skipped)
+            _replace(stored, values, skipped)
 
 
 def _parts(weights: Tensor) -> Iterator[_Part]:

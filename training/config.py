@@ -53,11 +53,6 @@ class OptimizerConfig(Section):
         "how both moments are stored: full, in the type of the master weights; 8bit, in blocks of "
         "8-bit numbers with a scale, a quarter of the memory",
     )
-    stochastic_rounding: bool = key(
-        False,
-        "pure-bf16 only: compute the update in fp32 and round the weights up or down at random, "
-        "since rounding to nearest loses updates below 1/512 of a weight",
-    )
 
 
 class PhaseConfig(Section):
@@ -166,7 +161,9 @@ class TrainingConfig(Section):
     )
     tokens: int = key(..., "training budget; rounded up to whole steps", unit="tokens", gt=0)
     precision: Literal["bf16", "fp32", "pure-bf16"] = key(
-        "bf16", "bf16: bf16 compute, fp32 master weights and reduction; pure-bf16: bf16 throughout"
+        "bf16",
+        "bf16: bf16 compute, fp32 master weights and reduction; pure-bf16: no masters, weights are "
+        "rounded stochastically",
     )
     optimizer: OptimizerConfig = key(OptimizerConfig(), "AdamW")
     schedule: ScheduleConfig = key(ScheduleConfig(), "learning rate schedule of each phase")
@@ -319,28 +316,11 @@ class TrainingConfig(Section):
         if self.lora:
             names.add("lora")
         found = self.model_dump(include=names)
-        for name in ("moments", "stochastic_rounding"):
-            if found["optimizer"][name] == OptimizerConfig.model_fields[name].default:
-                del found["optimizer"][name]
+        if self.optimizer.moments == "full":
+            del found["optimizer"]["moments"]
+        if self.precision == "pure-bf16":
+            found["rounding"] = "stochastic"
         return found
-
-    @model_validator(mode="after")
-    def _rounding_fits(self) -> TrainingConfig:
-        if self.optimizer.stochastic_rounding and self.precision != "pure-bf16":
-            raise ValueError(
-                f"optimizer.stochastic_rounding rounds bf16 weights, but precision is "
-                f"{self.precision}; set pure-bf16, or leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _activations_can_move(self) -> TrainingConfig:
-        if self.offload_activations and self.activation_checkpointing == "selective":
-            raise ValueError(
-                "offload_activations moves only the layers' inputs with activation_checkpointing: "
-                "selective, the smallest part of what is kept; set that to full or none"
-            )
-        return self
 
     @model_validator(mode="after")
     def _phases_fit(self) -> TrainingConfig:

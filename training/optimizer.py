@@ -45,11 +45,11 @@ def build_optimizer(module: CausalLM, training: TrainingConfig, phase: Phase) ->
         for (part, decay), parameters in members.items()
     ]  # fmt: skip
     betas, eight_bits = (config.beta1, config.beta2), config.moments == "8bit"
-    if not eight_bits and not config.stochastic_rounding:
+    if not eight_bits and training.precision != "pure-bf16":
         return torch.optim.AdamW(groups, betas=betas, eps=config.epsilon, fused=True)
     return CompactAdamW(
         groups, betas=betas, eps=config.epsilon, eight_bits=eight_bits,
-        stochastic=config.stochastic_rounding, seed=training.seed,
+        seed=training.seed,
     )  # fmt: skip
 
 

@@ -168,9 +168,7 @@ def test_zero_has_fp32_masters_always() -> None:
 def test_8_bit_moments_are_what_the_optimizer_stores() -> None:
     model = build(torch.float32)
     group = {"params": list(model.parameters()), "lr": 1.0, "weight_decay": 0.0}
-    optimizer = CompactAdamW(
-        [group], betas=(0.9, 0.95), eps=1e-8, eight_bits=True, stochastic=False, seed=0
-    )
+    optimizer = CompactAdamW([group], betas=(0.9, 0.95), eps=1e-8, eight_bits=True, seed=0)
     states = [optimizer.fresh_state(parameter) for parameter in model.parameters()]
     stored = sum(value.nbytes for state in states for value in state.values())
     estimate = estimate_memory(shape_of(model), setup("fsdp2", moments="8bit"))
