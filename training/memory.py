@@ -427,8 +427,10 @@ def _zero(shape: ModelShape, setup: MemorySetup) -> _Divided:
     DeepSpeed 0.19 on two CPU processes, bf16: 8.3, 8.3 and 10.0 bytes per parameter after a step of
     stages 1, 2, 3; this gives 8.0, 8.0 and 10.0.
 
-    Offloaded (Ren et al., ZeRO-Offload, 2021): the optimizer and its fp32 gradient are in the CPU's
-    memory; with the weights also those of stage 3.
+    Offloaded (Ren et al., ZeRO-Offload, 2021), as DeepSpeed 0.19's sources have it: the optimizer
+    and its fp32 gradient are in the CPU's memory, and a pinned copy of the new weights, c T / N;
+    stages 1 and 2 collect the gradient on the GPU in fp32, 4 T / N; stage 3 needs 4 T / N more on
+    the host and nothing on the GPU, and its weights are on the host, too, if they are offloaded.
     """
     if setup.precision == "pure-bf16":
         raise UserError(
@@ -443,7 +445,9 @@ def _zero(shape: ModelShape, setup: MemorySetup) -> _Divided:
     converted = 4 * trained / setup.shards
     on_host = 0.0
     if setup.offload != "none":
-        on_host, optimizer, converted = optimizer + converted, 0.0, 0.0
+        fp32 = 4 * trained / setup.shards
+        on_host = optimizer + fp32 + (fp32 if stage == 3 else c * trained / setup.shards)
+        gradients, optimizer, converted = 0.0 if stage == 3 else fp32, 0.0, 0.0
     if setup.offload == "all":
         on_host, parameters = on_host + parameters, 0.0
     backward = whole + converted + 2 * c * min(ZERO_BUCKET, trained)

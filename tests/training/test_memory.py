@@ -28,6 +28,7 @@ from cpt_merge.training.compact_adamw import CompactAdamW
 from cpt_merge.training.config import LoraConfig, TrainingConfig
 from cpt_merge.training.distributed.compute_copy import ComputeCopy
 from cpt_merge.training.memory import (
+    ZERO_STRATEGIES,
     MemorySetup,
     ModelShape,
     Strategy,
@@ -183,8 +184,17 @@ def test_what_is_offloaded_is_in_the_memory_of_the_cpu(strategy: Strategy) -> No
         estimate_memory(shape, setup(strategy, 2, offload=offload)) for offload in ("none", "all")
     )
     assert there.parameters == there.optimizer == here.on_host == 0
-    moved = here.parameters + here.optimizer + (here.gradients if strategy == "fsdp2" else 0)
-    assert there.on_host >= moved
+    assert there.on_host >= here.parameters + here.optimizer + here.gradients
+
+
+@pytest.mark.parametrize(("stage", "on_gpu", "on_host"), [(1, 6, 18), (2, 6, 18), (3, 2, 20)])
+def test_zeros_offloaded_optimizer(stage: int, on_gpu: int, on_host: int) -> None:
+    """Bytes a parameter on one process in bf16: 16 of the optimizer, and what travels."""
+    shape = shape_of(build(torch.float32))
+    estimate = estimate_memory(shape, setup(ZERO_STRATEGIES[stage], 1, offload="optimizer"))
+    assert estimate.optimizer == 0
+    assert estimate.parameters + estimate.gradients == on_gpu * shape.parameters
+    assert estimate.on_host == on_host * shape.parameters
 
 
 def kept_bytes(model: LlamaForCausalLM) -> int:
