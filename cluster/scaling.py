@@ -549,23 +549,67 @@ def _overlap(
     over_replicas: bool,
 ) -> tuple[float, float]:
     """(exposed, contention) of one micro-batch, in seconds."""
-    layer, vocabulary = shape.layer_parameters, shape.vocabulary * shape.width
-    gathered = sharding.gather(work.compute * layer)
-    trained = work.memory_setup(sharding.shards).trained_of_layer(shape)
-    reduced = sharding.reduce(work.reduce_bytes * trained, over_replicas)
-    exposed = sharding.gather(work.compute * vocabulary * shape.matrices).seconds
-    exposed += sharding.reduce(work.reduce_bytes * vocabulary, over_replicas).seconds
+    sizes = UnitSizes.of(shape, work)
+    gathered = sharding.gather(sizes.layer)
+    reduced = sharding.reduce(sizes.layer_gradient, over_replicas)
+    exposed = sharding.gather(sizes.matrix * shape.matrices).seconds
+    exposed += sharding.reduce(sizes.matrix_gradient, over_replicas).seconds
     taken = 0.0
     if shape.matrices == 2:
         # The backward pass gathers the embedding again, and reduces the head's gradient early
-        again = sharding.gather(work.compute * vocabulary)
-        again += sharding.reduce(work.reduce_bytes * vocabulary, over_replicas)
+        again = sharding.gather(sizes.matrix)
+        again += sharding.reduce(sizes.matrix_gradient, over_replicas)
         taken += again.moved
     for computing, traffic in ((forward, gathered), (backward, gathered + reduced)):
         remaining, hidden = traffic.hidden_by(computing.total)
         exposed += shape.layers * remaining
         taken += shape.layers * hidden * traffic.moved
     return exposed, sharding.cluster.gpu.interference * taken
+
+
+@dataclass(frozen=True)
+class UnitSizes:
+    """Bytes of what FSDP2 gathers and reduces at once: a decoder layer; embedding or head."""
+
+    layer: float  # in the compute type
+    layer_gradient: float
+    matrix: float
+    matrix_gradient: float
+
+    @staticmethod
+    def of(shape: ModelShape, work: Workload) -> UnitSizes:
+        """Frozen layers are gathered, too, with their adapters."""
+        setup, matrix = work.memory_setup(1), shape.vocabulary * shape.width
+        layer, trained = setup.layer(shape), setup.trained_of_layer(shape)
+        c, r = work.compute, work.reduce_bytes
+        return UnitSizes(c * layer, r * trained, c * matrix, r * matrix)
+
+
+@dataclass(frozen=True)
+class StepTraffic:
+    """Bytes of the whole tensors that the collectives of a step gather and reduce, for one rank."""
+
+    gathered: float
+    reduced: float
+    all_reduced: float  # over HSDP's replicas, once a step
+
+    @staticmethod
+    def of(shape: ModelShape, work: Workload, shards: int, replicas: int = 1) -> StepTraffic:
+        """Both passes gather a layer and an embedding of its own, the forward pass alone the head.
+
+        `benchmarks/dry_run.py` counts the same in a step of the product.
+        """
+        sizes = UnitSizes.of(shape, work)
+        gathered = 2 * shape.layers * sizes.layer + (2 * shape.matrices - 1) * sizes.matrix
+        reduced = shape.layers * sizes.layer_gradient + shape.matrices * sizes.matrix_gradient
+        over_replicas = reduced / shards if replicas > 1 else 0.0
+        count = work.micro_batches
+        return StepTraffic(count * gathered, count * reduced, over_replicas)
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.gathered + self.reduced + self.all_reduced
 
 
 def memory_on(

@@ -36,6 +36,11 @@ ZERO_BUCKET = 5e8  # elements; DeepSpeed's default reduce_bucket_size
 Trained = Literal["all", "vocabulary", "adapters"]  # adapters: also embedding and head
 
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers")
+# Families of transformers that compute `normalised.float() * (1 + weight.float())`
+_WIDE_NORMS = {
+    "gemma", "gemma2", "gemma3", "minimax_m3_vl", "muse_glimmer", "qwen3_5", "qwen3_5_moe",
+    "qwen3_next", "qwen4_exp", "recurrent_gemma", "step3p7", "t5gemma", "t5gemma2", "vaultgemma",
+}  # fmt: skip
 _HEADS = "num_attention_heads"  # which decoders without attention (Mamba, RWKV) do not have
 
 
@@ -57,6 +62,8 @@ class ModelShape:
     experts: int = 0  # in a layer, without shared ones
     taken: float = 0  # of them by a token
     adapters: int = 0  # parameters that `training.lora` adds, or would by its defaults
+    norms: float = 0.0  # elements of a token that the norms of a layer see; 0: two of the width
+    wide_norms: bool = False  # whether norms multiply by their weight in fp32
 
     @staticmethod
     def from_config(
@@ -96,6 +103,7 @@ class ModelShape:
             routed=routed if count else 0,
             experts=count,
             taken=taken,
+            wide_norms=config.get("model_type", "").removesuffix("_text") in _WIDE_NORMS,
         )
 
     @staticmethod
@@ -114,7 +122,9 @@ class ModelShape:
         """Of a model whose tensors have these shapes, with such adapters; see `from_config`."""
         sizes = {tensor: math.prod(shape) for tensor, shape in shapes.items()}
         adapters = adapter_parameters(shapes, lora or LoraConfig())
-        return replace(ModelShape.of_sizes(config, sizes, name), adapters=adapters)
+        found = ModelShape.of_sizes(config, sizes, name)
+        norms = _normed(shapes, found) / max(found.layers, 1)
+        return replace(found, adapters=adapters, norms=norms)
 
     @staticmethod
     def of_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> ModelShape:
@@ -148,6 +158,16 @@ class ModelShape:
     def active_layer_parameters(self) -> float:
         """The same of one decoder layer."""
         return (self.active - self.vocabulary_parameters) / max(self.layers, 1)
+
+
+def _normed(shapes: Mapping[str, tuple[int, ...]], shape: ModelShape) -> int:
+    """Elements of a token that the norms of all layers see; those of queries and keys are heads."""
+    total = 0
+    for name, size in shapes.items():
+        if kind_of(name) == "norm" and layer_of(name) is not None and name.endswith(".weight"):
+            heads = {"q": shape.query, "k": shape.key_value}
+            total += heads.get(name.split(".")[-2].partition("_norm")[0], math.prod(size))
+    return total
 
 
 def _mlp_width(config: Mapping[str, Any], taken: float) -> int:
@@ -259,6 +279,11 @@ class MemorySetup:
         }[self.trained]
         return trained, 0 if self.trained == "all" else shape.parameters - vocabulary
 
+    def layer(self, shape: ModelShape) -> float:
+        """Parameters of one decoder layer, with its adapters."""
+        added = shape.adapters / max(shape.layers, 1) if self.trained == "adapters" else 0.0
+        return shape.layer_parameters + added
+
     def trained_of_layer(self, shape: ModelShape) -> float:
         """Trained parameters of one decoder layer."""
         by_kind = {"all": shape.layer_parameters, "adapters": shape.adapters / max(shape.layers, 1)}
@@ -272,23 +297,28 @@ class MemoryEstimate:
     parameters: float
     gradients: float
     optimizer: float
-    # not divided at the end of the forward pass, with the gradients of earlier micro-batches
+    # not divided at the end of the forward pass and in the second layer of the backward pass, with
+    # the gradients of earlier micro-batches
     gathered_forward: float
-    gathered_backward: float  # not divided at the end of the backward pass
+    gathered_begin: float
+    gathered_backward: float  # not divided at the end of the backward pass, with `gradients`
+    gathered_end: float  # the same after the last layer, when nothing is recomputed
     activations: float
+    freed: float  # of them in the first layer of the backward pass
     recomputed: float  # activations of one layer, if the backward pass computes them again
     logits: float
     on_host: float = 0.0  # in the CPU's memory instead, for a process
 
     @property
     def total(self) -> float:
-        """The peak: at the loss (or the last layer recomputed), or at the end of the backward pass.
+        """The peak: at the loss, at the beginning, or at the end of the backward pass.
 
-        In between, activations are freed as gradients appear, so the peak is at one of the two.
+        In between, activations are freed as gradients appear, so the peak is at one of these.
         """
-        loss = self.gathered_forward + self.activations + max(self.logits, self.recomputed)
-        end = self.gathered_backward + self.gradients + self.recomputed
-        return self.parameters + self.optimizer + max(loss, end)
+        loss = self.gathered_forward + self.activations + self.logits
+        begin = self.gathered_begin + self.activations - self.freed + self.recomputed
+        end = max(self.gathered_backward + self.recomputed, self.gathered_end) + self.gradients
+        return self.parameters + self.optimizer + max(loss, begin, end)
 
 
 def trained_by(config: TrainingConfig, train: str) -> Trained:
@@ -312,7 +342,9 @@ class _Divided:
     gradients: float
     optimizer: float
     gathered_forward: float
+    gathered_begin: float
     gathered_backward: float
+    gathered_end: float = 0.0
     on_host: float = 0.0
 
 
@@ -328,8 +360,9 @@ def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
     if setup.offload_activations:  # those of a layer are on the device until it has computed
         divided = replace(divided, on_host=divided.on_host + activations)
         activations /= shape.layers
+    freed = activations / max(shape.layers, 1) if not setup.offload_activations else 0.0
     return MemoryEstimate(
-        **vars(divided), activations=activations, recomputed=recomputed,
+        **vars(divided), activations=activations, freed=freed, recomputed=recomputed,
         logits=_logits(shape, setup),
     )  # fmt: skip
 
@@ -379,6 +412,7 @@ def _single(shape: ModelShape, setup: MemorySetup) -> _Divided:
         gradients=m * trained,
         optimizer=setup.both_moments * trained,
         gathered_forward=c * copied + held,
+        gathered_begin=c * copied + held + passing,
         gathered_backward=c * copied + passing,
     )
 
@@ -391,28 +425,39 @@ def _fsdp2(shape: ModelShape, setup: MemorySetup) -> _Divided:
 
         parameters (m T + f F) / N    gradients m T / N    optimizer (AdamW's moments) b T / N
 
-    Gathered in the forward pass, in the compute type: the root unit (embedding and head), which
-    stays until the backward pass ends, and two layers, the current and the next; also the gradients
-    of earlier micro-batches, m T / N. In the backward pass also the gradients of the root and of
-    one layer, and one unit's in fp32 for the reduction, which follows every micro-batch.
+    Gathered in the forward pass, in the compute type, of V h a matrix of the vocabulary and P, T
+    the weights and the trained ones of a layer: the head, which stays until the backward pass ends,
+    and the buffer of the last gather, c (V h + P); also the gradients of earlier micro-batches,
+    m T / N. In the backward pass: the head and its gradient, 2 c V h; a layer, the buffer of the
+    next one, the layer's gradients, and the fp32 gradients of the layer before, whose reduction is
+    waited for: 2 c P + (c + 4) T. At the end an embedding of its own, with its gradient in both
+    types, takes the place of the layer: (2 c + 4) V h; a tied one, c V h, has the root's reduction,
+    4 V h. What torch's tracker finds (`benchmarks/dry_run.py`) is within some per cent of this.
 
     Offloaded, the three parts are in the CPU's memory; the GPU gets a unit's shard in the master
     type before it is cast and gathered.
     """
     m, c, (trained, frozen) = setup.master, setup.compute, setup.split(shape)
-    layer, vocabulary = shape.layer_parameters, shape.vocabulary_parameters
-    forward = c * (vocabulary + 2 * layer)
-    reduced = (c + 4) * setup.trained_of_layer(shape)
-    backward = c * 2 * vocabulary + max(2 * c * layer + reduced, 4 * vocabulary)
+    layer, trained_layer = setup.layer(shape), setup.trained_of_layer(shape)
+    vocabulary, matrix = shape.vocabulary_parameters, shape.vocabulary * shape.width
+    forward = c * (matrix + layer)
+    of_layer = 2 * c * matrix + 2 * c * layer + (c + 4) * trained_layer
+    of_vocabulary = 2 * c * matrix + (4 if shape.matrices == 1 else 2 * c + 4) * matrix
     parameters = (m * trained + setup.frozen * frozen) / setup.shards
     gradients, optimizer = m * trained / setup.shards, setup.both_moments * trained / setup.shards
     if setup.offload == "all":
         sent = m * max(vocabulary, layer) / setup.shards
         return _Divided(
-            0, 0, 0, forward + sent, backward + sent, parameters + gradients + optimizer
-        )
-    forward += gradients if setup.micro_batches > 1 else 0
-    return _Divided(parameters, gradients, optimizer, forward, backward)
+            0, 0, 0, forward + sent, of_layer + sent, of_layer + sent, of_vocabulary + sent,
+            parameters + gradients + optimizer,
+        )  # fmt: skip
+    begin, absent = of_layer + m * trained_layer / setup.shards, m * vocabulary / setup.shards
+    if setup.micro_batches > 1:
+        forward, begin, absent = forward + gradients, of_layer + gradients, 0.0
+    # the last layers' gradients are not there yet while one of them is computed
+    two = 2 * m * trained_layer / setup.shards if absent else 0.0
+    backward, end = of_layer - two - absent, of_vocabulary - absent
+    return _Divided(parameters, gradients, optimizer, forward, begin, backward, end)
 
 
 def _zero(shape: ModelShape, setup: MemorySetup) -> _Divided:
@@ -452,7 +497,8 @@ def _zero(shape: ModelShape, setup: MemorySetup) -> _Divided:
         on_host, parameters = on_host + parameters, 0.0
     backward = whole + converted + 2 * c * min(ZERO_BUCKET, trained)
     held = gradients + converted if stage == 3 else gradients if setup.micro_batches > 1 else 0
-    return _Divided(parameters, gradients, optimizer, whole + held, backward, on_host)
+    forward = whole + held
+    return _Divided(parameters, gradients, optimizer, forward, forward, backward, on_host=on_host)
 
 
 def _activations(shape: ModelShape, setup: MemorySetup) -> tuple[float, float]:
@@ -472,20 +518,22 @@ def _activations(shape: ModelShape, setup: MemorySetup) -> tuple[float, float]:
 def _kept_by_layer(shape: ModelShape, setup: MemorySetup) -> float:
     """Bytes that autograd keeps of one token in a layer of LLaMA, counted in transformers' graph.
 
-    For width h, MLP width i and c bytes of the compute type: two norms in fp32 (4 h each, and 4 for
-    the root), and the gate, its activation and up (3 c i). Trained matrices keep their input, and
-    trained norms the normalised one: 4 c h + c i; with adapters, whose ranks are small, the norms
-    are frozen: 2 c h + c i. Attention: see `_kept_by_attention`. A compiled layer computes the
-    norms in fp32 and the gate's activation again, so it keeps 8 h + c i less. Of E experts of which
-    a token takes k: what each of them made (c h), the router's logits (12 E), and if the experts
-    are trained, their inputs (c h each).
+    For width h, norms of n elements (2 h), MLP width i and c bytes of the compute type: the norms
+    in fp32 (4 n, and 4 for a root), and the gate, its activation and up (3 c i). Trained matrices
+    keep their input, 2 c h + c i, and trained norms the normalised one, c n (4 n if they multiply
+    in fp32). Attention: see `_kept_by_attention`. A compiled layer computes the norms in fp32 and
+    the gate's activation again, so it keeps 4 n + c i less. Of E experts of which a token takes k:
+    what each of them made (c h), the router's logits (12 E), and if the experts are trained, their
+    inputs (c h each).
     """
     c, h, i = setup.compute, shape.width, shape.intermediate
     routed = shape.taken * c * h * (2 if setup.trained == "all" else 1) + 12 * shape.experts
-    norms, gated = (0, 2 * c * i) if setup.compile else (8 * h, 3 * c * i)
+    normed = shape.norms or 2 * h
+    norms, gated = (0, 2 * c * i) if setup.compile else (4 * normed, 3 * c * i)
     frozen = norms + 8 + gated + routed + _kept_by_attention(shape, setup)
-    inputs = {"all": 4 * c * h + c * i, "adapters": 2 * c * h + c * i, "vocabulary": 0}
-    return frozen + inputs[setup.trained]
+    inputs = 0 if setup.trained == "vocabulary" else 2 * c * h + c * i
+    trained = (4 if shape.wide_norms else c) * normed if setup.trained == "all" else 0
+    return frozen + inputs + trained
 
 
 def _kept_by_attention(shape: ModelShape, setup: MemorySetup) -> float:
