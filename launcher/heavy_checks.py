@@ -97,12 +97,16 @@ def _check_training(run: Run, here: bool) -> None:
 
 
 def _processes(recipe: Recipe, here: bool) -> int:
-    """How many processes train. If nothing says it of another machine: several, if the recipe
-    offloads."""
-    world = find_world()
+    """How many processes train: on Slurm its tasks, which need not fit this machine.
+
+    If nothing says it of another machine: several, if the recipe offloads.
+    """
+    world, tasks = find_world(), os.environ.get("SLURM_NTASKS")
     if world.launcher != "alone":
         return world.size
-    if here:
+    if tasks:
+        return int(tasks)
+    if here and "SLURM_JOB_ID" not in os.environ:
         return local_processes(recipe)
     return recipe.launch.processes or max(
         local_processes(recipe), 2 if recipe.training.offload else 1
