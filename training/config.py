@@ -323,6 +323,15 @@ class TrainingConfig(Section):
         return found
 
     @model_validator(mode="after")
+    def _activations_can_move(self) -> TrainingConfig:
+        if self.offload_activations and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "offload_activations moves only the layers' inputs with activation_checkpointing: "
+                "selective, the smallest part of what is kept; set that to full or none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _phases_fit(self) -> TrainingConfig:
         budgets = [phase.tokens for phase in self.phases]
         if None in budgets[:-1]:
