@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from cpt_merge.cluster.scaling import (
     GIGA,
@@ -135,29 +134,23 @@ def show_fit(console: Console, shape: ModelShape, config: TrainingConfig, cluste
     if not best.rungs:
         console.print(f"It fits on {gpus} as it is: {best.memory / GIGA:,.1f} GB.")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-    table.title = f"overrides with which it fits on {gpus}"
-    for title in ("", "overrides", "GB", "tokens per second", "of the recipe's speed*"):
-        table.add_column(title)
     fastest = max(found, key=lambda one: one.tokens_per_second)
     same = shortest(one for one in found if one.same)
     unlimited = _unlimited(shape, config, cluster)
+    console.print(f"\n[bold]with these overrides[/] it fits on {gpus} under FSDP2:")
     rows = {"shortest": best, "fastest": fastest, "computes the same": same}
     for label, one in rows.items():
         if one is not None:
             in_node = one.on_host * cluster.gpus_per_node
-            host = f", and {in_node / GIGA:,.0f} of the node's" if in_node else ""
-            table.add_row(
-                label, "\n".join(one.overrides), f"{one.memory / GIGA:,.1f}{host}",
-                f"{one.tokens_per_second:,.0f}",
-                f"{one.tokens_per_second / unlimited:.0%}",
-            )  # fmt: skip
-    console.print(table)
-    console.print("* as it is, on GPUs with memory enough")
-    if cluster.ranks == 1:
-        console.print(
-            "One GPU needs launch.accelerate_config: recipes/accelerate/fsdp2.yaml for it."
-        )
+            host = f", and {in_node / GIGA:,.0f} GB of the node's memory" if in_node else ""
+            console.print(
+                f"{label}: {one.memory / GIGA:,.1f} GB{host}; {one.tokens_per_second:,.0f} tokens "
+                f"per second, {one.tokens_per_second / unlimited:.0%} of the recipe's on GPUs with "
+                "memory enough",
+                soft_wrap=True,
+            )
+            launched = ["launch.accelerate_config=fsdp2", *one.overrides]
+            console.print(f"    {' '.join(launched)}", soft_wrap=True, markup=False)
 
 
 def _unlimited(shape: ModelShape, config: TrainingConfig, cluster: Cluster) -> float:

@@ -111,6 +111,36 @@ GPUS = {
 _NUMBERS = ("memory", "tflops", "bandwidth")  # of a GPU that is not in the table
 
 
+_BY_NUMBERS = (
+    "--gpu memory=48,tflops=181,bandwidth=864 (GB, dense bf16, GB/s; and link=25, GB/s to the "
+    "other GPUs, PCIe 4 if not given)"
+)
+
+
+def _numbers_of(text: str) -> dict[str, float]:
+    """The numbers of `gpu_named`. Raises `UserError` for what is wrong with them."""
+    numbers: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        wrong = None
+        if name not in {*_NUMBERS, "link"}:
+            wrong = f"{name} in --gpu {text} is none of {', '.join(_NUMBERS)}, link"
+        elif name in numbers:
+            wrong = f"{name} stands twice in --gpu {text}"
+        else:
+            try:
+                numbers[name] = float(value)
+            except ValueError:
+                numbers[name] = math.nan
+            if not 0 < numbers[name] < math.inf:
+                wrong = f"{name} = {value} in --gpu {text} is no number above 0"
+        if wrong:
+            raise UserError(f"{wrong}; give {_BY_NUMBERS}.")
+    if missing := [name for name in _NUMBERS if name not in numbers]:
+        raise UserError(f"{missing[0]} is missing in --gpu {text}; give {_BY_NUMBERS}.")
+    return numbers
+
+
 def gpu_named(text: str) -> GpuSpec:
     """A GPU by its name, or by numbers: `memory=48,tflops=181,bandwidth=864,link=25` (GB, GB/s).
 
@@ -118,19 +148,12 @@ def gpu_named(text: str) -> GpuSpec:
     """
     if text.lower() in GPUS:
         return GPUS[text.lower()]
-    given = dict(part.partition("=")[::2] for part in text.split(","))
-    try:
-        numbers = {name: float(value) for name, value in given.items()}
-        if not numbers.keys() >= set(_NUMBERS) or not numbers.keys() <= {*_NUMBERS, "link"}:
-            raise ValueError
-        if not all(0 < number < math.inf for number in numbers.values()):
-            raise ValueError
-    except ValueError:
+    if "=" not in text:
         raise UserError(
             f"the GPU {text!r} is not known; use one of {', '.join(GPUS)}, or give its numbers: "
-            "--gpu memory=48,tflops=181,bandwidth=864 (GB, dense bf16, GB/s; and link=25, GB/s to "
-            "the other GPUs, PCIe 4 if not given)."
-        ) from None
+            f"{_BY_NUMBERS}."
+        )
+    numbers = _numbers_of(text)
     link = numbers.get("link", _PCIE4 / GIGA) * GIGA
     return _assumed(
         f"{numbers['memory']:g} GB GPU", numbers["tflops"], numbers["memory"],

@@ -20,6 +20,7 @@ import typer
 from cpt_merge import __version__
 from cpt_merge.core.deadline import STOP_AT, parse_stop_at
 from cpt_merge.core.errors import Interrupted, UserError
+from cpt_merge.core.parent import end_with_parent
 from cpt_merge.core.progress import console, silence_bars
 from cpt_merge.core.world import find_world
 from cpt_merge.launcher import stages
@@ -627,7 +628,12 @@ def chat(
 
 
 def stage_main(command: str) -> int:
-    """The entry point of `python -m cpt_merge.STAGE`: `cpt-merge COMMAND`."""
+    """The entry point of `python -m cpt_merge.STAGE`: `cpt-merge COMMAND`.
+
+    Processes that a launcher started save and end when it is killed: another run may begin then.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     return main([command, *sys.argv[1:]])
 
 

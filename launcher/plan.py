@@ -40,6 +40,7 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
     run, config = Run(recipe), recipe.training
     if cluster:
         cluster.workload(config)  # raises for contradictions before anything is printed
+        memory_setup(recipe, cluster.cluster.ranks)  # and for a backend that cannot offload
         check_numbers(recipe)
     processes = 0
     if not cluster:

@@ -51,6 +51,11 @@ def read_shape(recipe: Recipe) -> ModelShape:
     else:
         config, shape = _shape_on_the_hub(name, recipe.training.lora)
     recipe.training.check_positions(config)
+    if recipe.training.lora and not shape.adapters:
+        targets = ", ".join(recipe.training.lora.targets)
+        raise UserError(
+            f"training.lora.targets: {targets} names no linear layer in the decoder of {name}."
+        )
     return replace(shape, towers=0) if recipe.models.text_only else shape
 
 

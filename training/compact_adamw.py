@@ -65,12 +65,15 @@ class CompactAdamW(torch.optim.Optimizer):
 
     def describe(self) -> str:
         """What is stored in place of fp32 weights and moments, for the startup summary."""
-        mine = [one for group in self.param_groups for one in group["params"]]
-        words = ["rounded stochastically"] if mine[0].dtype == torch.bfloat16 else []
+        # ZeRO 3 lends its flat weights for a step only, and all of their moments are in 8 bits
+        mine = [one for group in self.param_groups for one in group["params"] if one.numel()]
+        total = sum(one.numel() for one in mine)
+        rounded = any(one.dtype == torch.bfloat16 for one in mine)
+        words = ["rounded stochastically"] if rounded else []
         if self.eight_bits:
             small = sum(one.numel() for one in mine if _is_quantised(one))
-            share = small / max(1, sum(one.numel() for one in mine))
-            words.append(f"moments of {share:.1%} of the trained weights in 8 bits")
+            share = f" of {small / total:.1%} of the trained weights" if total else ""
+            words.append(f"moments{share} in 8 bits")
         return "AdamW, " + ", ".join(words)
 
     def fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ without it. It is a program of an environment of its own: it pins its own torch.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from cpt_merge.core.distributed import Ranks, wait_for
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.parent import end_with_parent
 from cpt_merge.core.progress import timed
 from cpt_merge.evaluation.generate.config import ServerConfig, VllmConfig
 from cpt_merge.evaluation.generate.endpoint import EndpointError
@@ -26,7 +26,6 @@ from cpt_merge.evaluation.gpus import Gpus
 from cpt_merge.evaluation.models import LanguageModel
 
 LOOPBACK = "127.0.0.1"
-PR_SET_PDEATHSIG = 1
 OF_THIS_JOB = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # torch's
 PATIENCE = 5.0  # seconds for one look at whether it is ready
 GRACE = 30.0  # seconds to end by itself
@@ -71,7 +70,7 @@ class VllmEngine(ServerEngine):
                 self._process = subprocess.Popen(
                     [*self._vllm.command, str(self._directory), *self._arguments()],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(),
-                    start_new_session=True, preexec_fn=_end_with_parent,
+                    start_new_session=True, preexec_fn=end_with_parent,
                 )  # fmt: skip
             ready = wait_for(
                 self._is_ready, "vLLM to load the model", check=self._check_running,
@@ -136,8 +135,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
-
-
-def _end_with_parent() -> None:
-    """The kernel sends SIGTERM if the process that evaluates is killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -237,7 +237,7 @@ def test_fit_is_a_command(path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     words = " ".join(capsys.readouterr().out.split())
     assert "1 x 1 rtx4090" in words
     assert "no run on rtx4090 was compared with them" in words
-    assert "shortest training." in words
+    assert "launch.accelerate_config=fsdp2 training.activation_checkpointing=full" in words
 
 
 @pytest.mark.parametrize(
@@ -255,4 +255,19 @@ def test_numbers_of_gpus_that_contradict_each_other(
     path: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
 ) -> None:
     assert main(["plan", str(path), *options]) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.lora.targets=[nope]", "nope names no linear layer in the decoder of"),
+        ("training.offload=all", "set launch.accelerate_config to fsdp2 or zero3"),
+        ("training.offload=optimizer", "set launch.accelerate_config to zero2 or zero3"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_for_a_cluster_too(
+    path: Path, capsys: pytest.CaptureFixture[str], override: str, sentence: str
+) -> None:
+    assert main(["plan", str(path), override, "--gpu", "rtx4090", "--gpus", "1"]) == 2
     assert sentence in " ".join(capsys.readouterr().err.split())

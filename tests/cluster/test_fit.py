@@ -52,27 +52,32 @@ def test_every_list_fits_and_none_is_longer_than_needed(gpu: str, count: int) ->
 
 def test_7b_on_eight_consumer_gpus_needs_recomputation_alone() -> None:
     words = shown("rtx4090", 8)
-    assert "shortest training.activation_checkpointing=full 18.0 " in words
+    assert "shortest: 18.0 GB; 8,530 tokens per second, 91% of" in words
+    assert " launch.accelerate_config=fsdp2 training.activation_checkpointing=full " in words
     assert "training.precision=pure-bf16" in words
 
 
 def test_on_one_the_states_have_to_go_to_the_cpu() -> None:
     words = shown("rtx4090", 1)
     assert "training.offload=all" in words
-    assert "of the node's" in words
+    assert "of the node's memory" in words
 
 
 def test_the_table_of_the_documentation() -> None:
     """docs/scaling.md"""
     table = {
-        ("rtx4090", 8): "training.activation_checkpointing=full 18.0 8,530 91% ",
-        ("rtx4090", 1): "shortest training.activation_checkpointing=selective 12.5, and 108 of the",
+        ("rtx4090", 8): "shortest: 18.0 GB; 8,530 tokens per second, 91% of",
+        (
+            "rtx4090",
+            1,
+        ): "shortest: 12.5 GB, and 108 GB of the node's memory; 781 tokens per second, 32% ",
         ("a100", 8): "It fits on 8 GPUs (a100) as it is: 39.9 GB.",
         ("h200", 1): "It fits on 1 GPU (h200) as it is: 134.2 GB.",
     }
     for (gpu, count), words in table.items():
         assert words in shown(gpu, count)
-    assert "node's 781 32% " in shown("rtx4090", 1)
+    words = "fsdp2 training.activation_checkpointing=selective training.offload=all fastest"
+    assert words in shown("rtx4090", 1)
 
 
 def test_what_never_fits() -> None:
@@ -92,15 +97,32 @@ def test_settings_of_the_recipe_are_kept() -> None:
     assert not {"training.activation_checkpointing", "training.offload"} & keys
 
 
+def test_lists_are_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a narrow terminal and in a pipe."""
+    show_fit(Console(width=40), LLAMA_2_7B, CONFIG, Cluster.of("rtx4090", 1, 8))
+    assert "    launch.accelerate_config=fsdp2 training.activation_checkpointing=full\n" in (
+        capsys.readouterr().out
+    )
+
+
 def test_a_gpu_may_be_given_by_numbers() -> None:
     gpu = Cluster.of("memory=48,tflops=181,bandwidth=864,link=50", 1, 1).gpu
     assert (gpu.memory, gpu.link, gpu.bandwidth) == (48 * GIGA, 50 * GIGA, 864 * GIGA)
     assert gpu.peak == 181e12
-    for wrong in (
-        "rtx9090",
-        "memory=48",
-        "memory=x,tflops=1,bandwidth=1",
-        "memory=-1,tflops=1,bandwidth=1",
-    ):
-        with pytest.raises(UserError, match="or give its numbers: --gpu memory=48"):
-            Cluster.of(wrong, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("rtx9090", "the GPU 'rtx9090' is not known; use one of a100-40gb,"),
+        ("memory=48", "tflops is missing in --gpu memory=48"),
+        ("memory=x,tflops=1,bandwidth=1", "memory = x in --gpu .* is no number above 0"),
+        ("memory=-1,tflops=1,bandwidth=1", "memory = -1 in --gpu .* is no number above 0"),
+        ("memory=1,tflops=inf,bandwidth=1", "tflops = inf in --gpu .* is no number above 0"),
+        ("memory=1,tflops=1,bandwidth=1,size=1", "size in --gpu .* is none of memory, tflops"),
+        ("memory=1,tflops=1,bandwidth=1,memory=2", "memory stands twice in --gpu"),
+    ],
+)
+def test_a_gpu_that_is_not_known_is_one_sentence(text: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        Cluster.of(text, 1, 1)

@@ -15,6 +15,7 @@ from cpt_merge.training.config import Offload
 
 EXAMPLES = "recipes/accelerate"
 OFFLOAD_SECTIONS = ("offload_optimizer", "offload_param")  # of DeepSpeed's zero_optimization
+_CAN = {"optimizer": "zero2 or zero3", "all": "fsdp2 or zero3"}
 _OFFLOADED = {"optimizer": "the optimizer", "all": "weights, gradients and optimizer"}
 
 
@@ -75,7 +76,7 @@ def _check_offload(asked: BackendSettings) -> None:
     if asked.backend == "none":
         raise UserError(
             f"training.offload: {asked.offload} needs FSDP2 or DeepSpeed, on one process too; set "
-            "launch.accelerate_config to fsdp2-offload, zero2-offload or zero3-offload."
+            f"launch.accelerate_config to {_CAN[asked.offload]}."
         )
     if asked.backend == "fsdp2" and asked.offload != "all":
         raise UserError(

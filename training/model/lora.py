@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from cpt_merge.checkpoint.tensor_kinds import kind_of
 from cpt_merge.checkpoint.text_models import text_decoder
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say_once
 from cpt_merge.core.spelling import nearest
 from cpt_merge.training.config import LoraConfig, means
 from cpt_merge.training.model.small import TOKENS, small_config, small_decoder
@@ -112,7 +113,15 @@ def find_targets(model: Any, layers: nn.ModuleList, config: LoraConfig) -> list[
             f"{type(model).__name__}{nearest(target, [*sorted(ends), *known])}; "
             f"they have {', '.join(sorted(ends))}."
         )
-    return [name for name in linear if name not in unfit and config.covers(f"{prefix}.{name}")]
+    found = [name for name in linear if name not in unfit and config.covers(f"{prefix}.{name}")]
+    shapes = (cast(Tensor, layers.get_submodule(name).weight).shape for name in found)
+    widest = max(map(min, shapes), default=0)
+    if config.rank > widest:
+        say_once(
+            f"training.lora.rank = {config.rank} is more than any of the adapted matrices can use; "
+            f"{widest} gives all that they can learn"
+        )
+    return found
 
 
 def _is_linear(module: nn.Module) -> bool:
