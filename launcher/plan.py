@@ -37,15 +37,7 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
 
     With `fit`, also the overrides with which the run fits its GPUs.
     """
-    run, config = Run(recipe), recipe.training
-    if cluster:
-        cluster.workload(config)  # raises for contradictions before anything is printed
-        memory_setup(recipe, cluster.cluster.ranks)  # and for a backend that cannot offload
-        check_numbers(recipe)
-    processes = 0
-    if not cluster:
-        processes = check_local_batch(recipe)
-        check_inputs(recipe, download=False)
+    run, processes = Run(recipe), _checked(recipe, cluster)
     base = read_shape(recipe)
     shape = base.resized(extended_rows(recipe, base))
     console = Console(highlight=False, emoji=False)
@@ -58,43 +50,65 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
     console.print("stages: " + ", ".join(states))
     _print_text(console, run)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    _add_model(table, recipe, base, shape)
+    if processes:
+        _add_memory(table, recipe, shape, processes)
+    table.add_row("disk", str(disk_needed(shape, recipe.training)))
+    console.print(table)
+    if cluster:
+        _print_reservations(console, recipe, shape)
+        show_cluster(console, shape, recipe.training, cluster)
+        if fit:
+            show_fit(console, shape, recipe.training, cluster.cluster)
+
+
+def _checked(recipe: Recipe, cluster: ClusterOptions | None) -> int:
+    """Check what a run would, before anything is printed. The processes of this machine, or 0."""
+    if cluster:
+        cluster.workload(recipe.training)
+        memory_setup(recipe, cluster.cluster.ranks)  # raises for a backend that cannot offload
+        check_numbers(recipe)
+        return 0
+    processes = check_local_batch(recipe)
+    check_inputs(recipe, download=False)
+    return processes
+
+
+def _add_model(table: Table, recipe: Recipe, base: ModelShape, shape: ModelShape) -> None:
+    """What the base and the extended model are, and what training does with it."""
+    config = recipe.training
     table.add_row("base", f"{_parameters(base)}, {base.vocabulary:,} rows")
     if base.towers:
-        table.add_row(
-            "towers",
-            f"{base.towers / 1e6:,.1f} M parameters more, which training does not load",
-        )
+        text = f"{base.towers / 1e6:,.1f} M parameters more, which training does not load"
+        table.add_row("towers", text)
     if recipe.models.text_only:
         table.add_row("text only", "the base's towers are left out of CPT and of the merged model")
     table.add_row("extended", f"{_parameters(shape)}, at most {shape.vocabulary:,} rows")
     if shape.experts:
-        table.add_row(
-            "experts", f"{shape.experts} in a layer, of which a token uses {shape.taken:g}"
+        taken = f"{shape.experts} in a layer, of which a token uses {shape.taken:g}"
+        table.add_row("experts", taken)
+    if config.lora:
+        vocabulary = shape.vocabulary_parameters / 1e6
+        text = f"rank {config.lora.rank}, {shape.adapters / 1e6:,.1f} M parameters"
+        table.add_row("adapters", f"{text}; {vocabulary:,.1f} M of embedding and head are trained")
+    computing = flops_of(shape, config.sequence_length) / 1e9
+    table.add_row("computing", f"{computing:,.2f} GFLOP per token")
+    steps = f"{counted(config.steps, 'step')} of {config.tokens_per_step:,} tokens"
+    table.add_row("training", steps)
+
+
+def _print_reservations(console: Console, recipe: Recipe, shape: ModelShape) -> None:
+    """For what the estimate of a cluster does not hold."""
+    if "ACCELERATE_USE_DEEPSPEED" in backend_environment(accelerate_config(recipe)):
+        console.print(
+            "launch.accelerate_config asks for DeepSpeed; the estimate is for FSDP2 and HSDP."
         )
-    table.add_row(
-        "computing", f"{flops_of(shape, config.sequence_length) / 1e9:,.2f} GFLOP per token"
-    )
-    table.add_row(
-        "training", f"{counted(config.steps, 'step')} of {config.tokens_per_step:,} tokens"
-    )
-    if processes:
-        _add_memory(table, recipe, shape, processes)
-    table.add_row("disk", str(disk_needed(shape, config)))
-    console.print(table)
-    if cluster:
-        if "ACCELERATE_USE_DEEPSPEED" in backend_environment(accelerate_config(recipe)):
-            console.print(
-                "launch.accelerate_config asks for DeepSpeed; the estimate is for FSDP2 and HSDP."
-            )
-        if shape.experts:
-            console.print(
-                "The model has experts: their matmuls are counted at the rate of dense ones, and "
-                "nothing was measured, so take the speed as an upper bound.",
-                soft_wrap=True,
-            )
-        show_cluster(console, shape, config, cluster)
-        if fit:
-            show_fit(console, shape, config, cluster.cluster)
+    if shape.experts:
+        console.print(
+            "The model has experts: their matmuls are counted at the rate of dense ones, and "
+            "nothing was measured, so take the speed as an upper bound.",
+            soft_wrap=True,
+        )
 
 
 def _parameters(shape: ModelShape) -> str:

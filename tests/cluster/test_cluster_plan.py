@@ -271,3 +271,9 @@ def test_what_training_would_refuse_is_refused_for_a_cluster_too(
 ) -> None:
     assert main(["plan", str(path), override, "--gpu", "rtx4090", "--gpus", "1"]) == 2
     assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_adapters_are_counted(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of sixteen matrices of 2,048 x 30,000."""
+    words = planned(path, capsys, ClusterOptions("h100"), "training.lora.rank=8")
+    assert f"adapters rank 8, {16 * 8 * 32_048 / 1e6:,.1f} M parameters; 135.3 M of" in words
