@@ -231,6 +231,7 @@ class MemorySetup:
     moments: str = "full"  # full | 8bit
     offload: Offload = "none"  # what is in the CPU's memory
     offload_activations: bool = False
+    lora: bool = False  # whether the run has adapters, in whatever phase
 
     @staticmethod
     def of(
@@ -241,7 +242,7 @@ class MemorySetup:
             strategy, shards, config.precision, config.sequence_length, config.micro_batch_size,
             config.micro_batches(processes), config.loss_chunk, config.activation_checkpointing,
             config.attention, config.compile, trained_by(config, train), config.optimizer.moments,
-            offload_activations=config.offload_activations,
+            offload_activations=config.offload_activations, lora=config.lora is not None,
         )  # fmt: skip
 
     @property
@@ -261,8 +262,13 @@ class MemorySetup:
 
     @property
     def frozen(self) -> int:
-        """Bytes of a weight that is not trained; next to adapters it has the compute type."""
-        return self.compute if self.trained == "adapters" else self.master
+        """Bytes of a weight that is not trained; in a run with adapters it has the compute type."""
+        return self.compute if self.in_files else self.master
+
+    @property
+    def in_files(self) -> bool:
+        """Whether frozen weights are read from the base again, where their exact values count."""
+        return self.lora or self.trained == "adapters"
 
     @property
     def both_moments(self) -> float:
@@ -387,12 +393,9 @@ def adapter_parameters(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig
 
 
 def checkpoint_bytes(shape: ModelShape, setup: MemorySetup) -> float:
-    """Bytes of a checkpoint: trained weights and moments, and frozen weights if no base has them.
-
-    With adapters the frozen weights are those of the model that training started from.
-    """
+    """Bytes of a checkpoint: trained weights and moments, and frozen weights of no files."""
     trained, frozen = setup.split(shape)
-    kept = 0 if setup.trained == "adapters" else setup.frozen * frozen
+    kept = 0 if setup.in_files else setup.frozen * frozen
     return (setup.master + setup.both_moments) * trained + kept
 
 

@@ -189,6 +189,18 @@ def test_what_is_offloaded_is_in_the_memory_of_the_cpu(strategy: Strategy) -> No
     assert there.on_host >= here.parameters + here.optimizer + here.gradients
 
 
+def test_a_phase_of_a_run_with_adapters_holds_frozen_weights_in_the_compute_type() -> None:
+    shape = shape_of(build(torch.float32))
+    config = TrainingConfig(tokens=10**6)
+    lora = TrainingConfig(tokens=10**6, lora=LoraConfig())
+    plain, frozen = (
+        estimate_memory(shape, MemorySetup.of(one, "fsdp2", 1, 1, "vocabulary")).parameters
+        for one in (config, lora)
+    )
+    layers = shape.parameters - shape.vocabulary_parameters
+    assert plain - frozen == 2 * layers
+
+
 @pytest.mark.parametrize(("stage", "on_gpu", "on_host"), [(1, 6, 18), (2, 6, 18), (3, 2, 20)])
 def test_zeros_offloaded_optimizer(stage: int, on_gpu: int, on_host: int) -> None:
     """Bytes a parameter on one process in bf16: 16 of the optimizer, and what travels."""
