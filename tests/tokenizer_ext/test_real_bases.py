@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
@@ -113,10 +113,17 @@ MIXED = st.lists(
 ).map("".join)
 
 
+def names_a_special_token(real, text) -> bool:
+    """Hypothesis tries strings of our sources, too; the base puts a space behind `<s>`."""
+    added = real.before.get_added_tokens_decoder().values()
+    return any(token.content in text for token in added)
+
+
 @settings(max_examples=1_000, deadline=None)
 @given(text=MIXED)
 def test_sentencepiece_and_the_fast_tokenizer_agree(extended_real, text) -> None:
     real = extended_real("mistral")
+    assume(not names_a_special_token(real, text))
     ids = real.after.encode(text, add_special_tokens=False).ids
     assert real.processor.encode(text) == ids
 
@@ -127,6 +134,7 @@ def test_sentencepiece_and_the_fast_tokenizer_agree(extended_real, text) -> None
 def test_text_comes_back_as_with_the_base(extended_real, name, text) -> None:
     """Exactly, but for what the base itself changes: a literal `▁` there, NFC here."""
     real = extended_real(name)
+    assume(not names_a_special_token(real, text))
     expected = (
         real.before.normalizer.normalize_str(text) if name == "qwen" else text.replace("▁", " ")
     )
