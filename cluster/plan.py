@@ -13,14 +13,17 @@ from rich.table import Table
 
 from cpt_merge.cluster.scaling import (
     GIGA,
+    STORAGE,
     Cluster,
     StepEstimate,
     Workload,
     checkpoint_cost,
     estimate_step,
     fits,
+    fits_gpu,
     hsdp_ranges,
     memory_on,
+    on_node,
 )
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
@@ -40,12 +43,13 @@ class ClusterOptions:
     nodes: int = 1
     gpus_per_node: int = 8
     network: float | None = None  # Gbit/s of a node
-    storage: float = 5.0  # GB/s of all processes together
+    storage: float = STORAGE / GIGA  # GB/s of all processes together
+    node_memory: float | None = None  # GB of a node itself
 
     @property
     def cluster(self) -> Cluster:
         """Raises `UserError` for an unknown GPU."""
-        return Cluster.of(self.gpu, self.nodes, self.gpus_per_node, self.network)
+        return Cluster.of(self.gpu, self.nodes, self.gpus_per_node, self.network, self.node_memory)
 
     def workload(self, config: TrainingConfig) -> Workload:
         """The work of each GPU. Raises `UserError` for settings that contradict each other."""
@@ -78,7 +82,7 @@ def _layout_costs(shape: ModelShape, work: Workload, cluster: Cluster) -> list[_
     for replicas in sorted({1, cluster.nodes}):
         step = estimate_step(shape, work, cluster, replicas)
         memory = memory_on(shape, work, cluster, replicas)
-        found.append(_LayoutCost(replicas, step, memory, fits(memory, cluster.gpu)))
+        found.append(_LayoutCost(replicas, step, memory, fits(memory, cluster)))
     return found
 
 
@@ -139,11 +143,19 @@ def _memory(costs: list[_LayoutCost], cluster: Cluster) -> Rows:
             continue
         values = [f"{getattr(cost.memory, part) / GIGA:,.2f} GB" for cost in costs]
         yield f"  {part.replace('_', ' ')}", values
-    values = []
-    for cost in costs:
-        total = f"{cost.memory.total / GIGA:,.1f} of {cluster.gpu.memory / GIGA:,.0f} GB"
-        values.append(total if cost.fits else f"[red]{total}: does not fit[/]")
-    yield "memory at once", values
+    memories = [cost.memory for cost in costs]
+    yield (
+        "memory at once",
+        [_part_of(one.total, cluster.gpu.memory, fits_gpu(one, cluster)) for one in memories],
+    )
+    there = cluster.node_memory
+    needed = [on_node(one, cluster) for one in memories]
+    yield "memory of a node", [_part_of(size, there, size <= there) for size in needed]
+
+
+def _part_of(needed: float, there: float, fits: bool) -> str:
+    text = f"{needed / GIGA:,.1f} of {there / GIGA:,.0f} GB"
+    return text if fits else f"[red]{text}: does not fit[/]"
 
 
 def _checkpoints(

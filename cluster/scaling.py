@@ -21,6 +21,7 @@ from cpt_merge.training.memory import (
     checkpoint_bytes,
     estimate_memory,
     heaviest,
+    kept_activations,
     trained_by,
 )
 
@@ -36,6 +37,11 @@ RESERVE = 2e9  # bytes of a GPU that allocator and libraries take (see `estimate
 HOST_BANDWIDTH = 150e9  # bytes/s of a node's own memory, for AdamW on its CPUs; assumed
 COMPACT_BYTES = 60  # per value: what the kernels of an 8-bit AdamW read and write; counted
 GBIT_PER_GPU = 400.0  # network where none is given: one 400 Gbit/s adapter per GPU
+STORAGE = 5e9  # bytes/s where none is given
+# A node's own memory where none is given: a workstation's, or of servers 3 times that of the GPUs
+# (Amazon's p4d, p5, g5.48xlarge and g6e.48xlarge have 3.1 to 4 times)
+LEAST_NODE_MEMORY, NODE_MEMORY = 128e9, 3
+HOST_RESERVE = 4e9  # bytes of it that a process takes with its libraries; assumed
 
 
 @dataclass(frozen=True)
@@ -169,15 +175,25 @@ class Cluster:
     nodes: int
     gpus_per_node: int
     network: float  # of one node, bytes/s in one direction
+    node_memory: float = math.inf  # bytes of a node's own memory
 
     @staticmethod
-    def of(gpu: str, nodes: int, gpus_per_node: int, network_gbit: float | None = None) -> Cluster:
-        """From a GPU (see `gpu_named`) and the network of a node in Gbit/s (400 per GPU if None).
+    def of(
+        gpu: str,
+        nodes: int,
+        gpus_per_node: int,
+        network_gbit: float | None = None,
+        node_gigabytes: float | None = None,
+    ) -> Cluster:
+        """From a GPU (see `gpu_named`), and the network of a node in Gbit/s and its memory in GB.
 
-        Raises `UserError` for an unknown GPU.
+        Not given, these are `GBIT_PER_GPU`, and `NODE_MEMORY` times the GPUs' memory. Raises
+        `UserError` for an unknown GPU.
         """
-        gbit = network_gbit or GBIT_PER_GPU * gpus_per_node
-        return Cluster(gpu_named(gpu), nodes, gpus_per_node, gbit * GIGA / 8)
+        found, gbit = gpu_named(gpu), network_gbit or GBIT_PER_GPU * gpus_per_node
+        usual = max(LEAST_NODE_MEMORY, NODE_MEMORY * gpus_per_node * found.memory)
+        memory = node_gigabytes * GIGA if node_gigabytes else usual
+        return Cluster(found, nodes, gpus_per_node, gbit * GIGA / 8, memory)
 
     @property
     def ranks(self) -> int:
@@ -202,6 +218,7 @@ class Workload:
     moments: str = "full"  # full | 8bit
     offload: Offload = "none"
     offload_activations: bool = False
+    asynchronous: bool = False  # whether checkpoints are written from a copy in a node's memory
     reduce_bytes: int = 4  # per reduced gradient; ours are fp32, those of some published runs bf16
 
     @staticmethod
@@ -234,6 +251,7 @@ class Workload:
             moments=config.optimizer.moments,
             offload=config.offload or "none",
             offload_activations=config.offload_activations,
+            asynchronous=config.checkpoints.asynchronous,
         )
 
     @property
@@ -554,13 +572,18 @@ def _optimizer_seconds(shape: ModelShape, work: Workload, sharding: Sharding) ->
 
 
 def _host_seconds(shape: ModelShape, work: Workload, sharding: Sharding) -> float:
-    """Shards of a micro-batch on their way: weights for both passes, and gradients, not hidden."""
-    if work.offload == "none":
-        return 0.0
-    setup = work.memory_setup(sharding.shards)
-    trained, frozen = setup.split(shape)
-    weights = 2 * (setup.master * trained + setup.frozen * frozen)
-    return (weights + setup.master * trained) / sharding.shards / sharding.cluster.gpu.host_link
+    """What a micro-batch sends to the host and gets from it; computing waits for it.
+
+    The shards of the weights for both passes, and gradients; activations there and back.
+    """
+    setup, size = work.memory_setup(sharding.shards), 0.0
+    if work.offload != "none":
+        trained, frozen = setup.split(shape)
+        weights = 2 * (setup.master * trained + setup.frozen * frozen)
+        size += (weights + setup.master * trained) / sharding.shards
+    if work.offload_activations:
+        size += 2 * kept_activations(shape, setup)
+    return size / sharding.cluster.gpu.host_link
 
 
 def _overlap(
@@ -638,13 +661,30 @@ class StepTraffic:
 def memory_on(
     shape: ModelShape, work: Workload, cluster: Cluster, replicas: int = 1
 ) -> MemoryEstimate:
-    """Memory of one rank; HSDP's shards are larger than FSDP's, as fewer GPUs share a replica."""
-    return estimate_memory(shape, work.memory_setup(Sharding(cluster, replicas).shards))
+    """Memory of one rank; HSDP's shards are larger than FSDP's, as fewer GPUs share a replica.
+
+    The CPU's memory also holds the copy that a checkpoint is written from.
+    """
+    shards = Sharding(cluster, replicas).shards
+    setup = work.memory_setup(shards)
+    memory = estimate_memory(shape, setup)
+    copied = checkpoint_bytes(shape, setup) / shards if work.asynchronous else 0.0
+    return replace(memory, on_host=memory.on_host + copied)
 
 
-def fits(memory: MemoryEstimate, gpu: GpuSpec) -> bool:
+def on_node(memory: MemoryEstimate, cluster: Cluster) -> float:
+    """Bytes of a node's own memory that its processes take."""
+    return (memory.on_host + HOST_RESERVE) * cluster.gpus_per_node
+
+
+def fits_gpu(memory: MemoryEstimate, cluster: Cluster) -> bool:
     """Whether a GPU has that much memory and what allocator and libraries need."""
-    return memory.total + RESERVE <= gpu.memory
+    return memory.total + RESERVE <= cluster.gpu.memory
+
+
+def fits(memory: MemoryEstimate, cluster: Cluster) -> bool:
+    """Whether GPUs and nodes have that much memory."""
+    return fits_gpu(memory, cluster) and on_node(memory, cluster) <= cluster.node_memory
 
 
 def hsdp_ranges(

@@ -380,6 +380,15 @@ def plan(
             min=0.01, metavar="GB", help="--gpu: GB/s that checkpoints are written with, or 5"
         ),
     ] = None,
+    node_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            metavar="GB",
+            help="--gpu: memory of a node itself, for what is offloaded; 3 times that of its GPUs, "
+            "at least 128, if not set",
+        ),
+    ] = None,
     fit: Annotated[
         bool, typer.Option("--fit", help="--gpu: the fewest overrides with which the run fits")
     ] = False,
@@ -394,12 +403,12 @@ def plan(
     from cpt_merge.launcher.recipe import load_recipe
 
     numbers = _nodes_of(gpus, nodes, gpus_per_node)
-    options = {**numbers, "network": network, "storage": storage}
+    options = {**numbers, "network": network, "storage": storage, "node_memory": node_memory}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if (given or fit) and gpu is None:
         raise UserError(
-            "--gpus, --nodes, --gpus-per-node, --network, --storage and --fit belong to "
-            "--gpu NAME; add it."
+            "--gpus, --nodes, --gpus-per-node, --network, --storage, --node-memory and --fit "
+            "belong to --gpu NAME; add it."
         )
     cluster = ClusterOptions(gpu, **given) if gpu else None
     show_plan(load_recipe(recipe, overrides or []), cluster, fit)

@@ -23,10 +23,17 @@ from cpt_merge.data.sources import source_files
 from cpt_merge.launcher.inputs import check_inputs, check_numbers
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
-from cpt_merge.launcher.sizes import disk_needed, extended_rows, memory_setup, read_shape
+from cpt_merge.launcher.sizes import (
+    asked_backend,
+    disk_needed,
+    extended_rows,
+    memory_setup,
+    read_shape,
+)
 from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import STAGES
 from cpt_merge.launcher.start import accelerate_config, backend_environment, check_local_batch
+from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.memory import MemoryEstimate, ModelShape, estimate_memory
 
 GB = 1e9
@@ -57,16 +64,33 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
     console.print(table)
     if cluster:
         _print_reservations(console, recipe, shape)
-        show_cluster(console, shape, recipe.training, cluster)
+        config, launched = _on_fsdp2(recipe, cluster.cluster.ranks)
+        show_cluster(console, shape, config, cluster)
         if fit:
-            show_fit(console, shape, recipe.training, cluster.cluster)
+            show_fit(console, shape, config, cluster, launched)
+
+
+def _on_fsdp2(recipe: Recipe, processes: int) -> tuple[TrainingConfig, list[str]]:
+    """The training of a recipe under FSDP2 over all processes, and the overrides that it takes.
+
+    What the accelerate configuration keeps in the CPU's memory is there, too.
+    """
+    config, asked = recipe.training, asked_backend(recipe, processes)
+    if asked.offload != "none":
+        config = config.model_copy(update={"offload": "all"})
+    if asked.backend == "fsdp2" and asked.replicas == 1 and asked.shards in (None, processes):
+        return config, []
+    launched = ["launch.accelerate_config=fsdp2"]
+    if config.offload != recipe.training.offload:
+        launched.append(f"training.offload={config.offload}")
+    return config, launched
 
 
 def _checked(recipe: Recipe, cluster: ClusterOptions | None) -> int:
     """Check what a run would, before anything is printed. The processes of this machine, or 0."""
     if cluster:
         cluster.workload(recipe.training)
-        memory_setup(recipe, cluster.cluster.ranks)  # raises for a backend that cannot offload
+        asked_backend(recipe, cluster.cluster.ranks)  # raises for what cannot be offloaded
         check_numbers(recipe)
         return 0
     processes = check_local_batch(recipe)
@@ -101,7 +125,8 @@ def _print_reservations(console: Console, recipe: Recipe, shape: ModelShape) -> 
     """For what the estimate of a cluster does not hold."""
     if "ACCELERATE_USE_DEEPSPEED" in backend_environment(accelerate_config(recipe)):
         console.print(
-            "launch.accelerate_config asks for DeepSpeed; the estimate is for FSDP2 and HSDP."
+            "launch.accelerate_config asks for DeepSpeed; the estimate is for FSDP2 and HSDP, "
+            "which offload weights, gradients and optimizer together."
         )
     if shape.experts:
         console.print(

@@ -307,11 +307,11 @@ class MemoryEstimate:
     # the gradients of earlier micro-batches
     gathered_forward: float
     gathered_begin: float
-    gathered_backward: float  # not divided at the end of the backward pass, with `gradients`
-    gathered_end: float  # the same after the last layer, when nothing is recomputed
+    gathered_backward: float  # not divided in the last layer of the backward pass, with `gradients`
+    gathered_end: float  # the same after it
     activations: float
-    freed: float  # of them in the first layer of the backward pass
-    recomputed: float  # activations of one layer, if the backward pass computes them again
+    freed: float  # of them, those of the two layers that the backward pass reaches first
+    layer: float  # what the backward pass of one layer takes: its activations, and gradients
     logits: float
     on_host: float = 0.0  # in the CPU's memory instead, for a process
 
@@ -322,8 +322,8 @@ class MemoryEstimate:
         In between, activations are freed as gradients appear, so the peak is at one of these.
         """
         loss = self.gathered_forward + self.activations + self.logits
-        begin = self.gathered_begin + self.activations - self.freed + self.recomputed
-        end = max(self.gathered_backward + self.recomputed, self.gathered_end) + self.gradients
+        begin = self.gathered_begin + self.activations - self.freed + self.layer
+        end = max(self.gathered_backward + self.layer, self.gathered_end) + self.gradients
         return self.parameters + self.optimizer + max(loss, begin, end)
 
 
@@ -351,6 +351,7 @@ class _Divided:
     gathered_begin: float
     gathered_backward: float
     gathered_end: float = 0.0
+    of_layer: float = 0.0  # gradients of one layer, before they are divided
     on_host: float = 0.0
 
 
@@ -362,15 +363,17 @@ def estimate_memory(shape: ModelShape, setup: MemorySetup) -> MemoryEstimate:
     `_fsdp2` and `_zero` say what is divided. Only trained weights have gradients and moments.
     """
     divided = {"single": _single, "fsdp2": _fsdp2}.get(setup.strategy, _zero)(shape, setup)
-    activations, recomputed = _activations(shape, setup)
+    activations, on_host = kept_activations(shape, setup), divided.on_host
+    later = max(0, shape.layers - 2) * setup.tokens * _kept_between(shape, setup)
+    freed = activations - later
     if setup.offload_activations:  # those of a layer are on the device until it has computed
-        divided = replace(divided, on_host=divided.on_host + activations)
-        activations /= shape.layers
-    freed = activations / max(shape.layers, 1) if not setup.offload_activations else 0.0
+        on_host += activations
+        activations = freed = activations / max(shape.layers, 1)
+    parts = vars(divided) | {"on_host": on_host}
+    layer = setup.tokens * _backward_of_layer(shape, setup, parts.pop("of_layer") / setup.tokens)
     return MemoryEstimate(
-        **vars(divided), activations=activations, freed=freed, recomputed=recomputed,
-        logits=_logits(shape, setup),
-    )  # fmt: skip
+        **parts, activations=activations, freed=freed, layer=layer, logits=_logits(shape, setup)
+    )
 
 
 def adapter_parameters(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> int:
@@ -433,9 +436,10 @@ def _fsdp2(shape: ModelShape, setup: MemorySetup) -> _Divided:
     and the buffer of the last gather, c (V h + P); also the gradients of earlier micro-batches,
     m T / N. In the backward pass: the head and its gradient, 2 c V h; a layer, the buffer of the
     next one, the layer's gradients, and the fp32 gradients of the layer before, whose reduction is
-    waited for: 2 c P + (c + 4) T. At the end an embedding of its own, with its gradient in both
-    types, takes the place of the layer: (2 c + 4) V h; a tied one, c V h, has the root's reduction,
-    4 V h. What torch's tracker finds (`benchmarks/dry_run.py`) is within some per cent of this.
+    waited for: 2 c P + (c + 4) T; for the last layer an embedding of its own is the next one. After
+    it come the embedding and its gradient, 2 c V h, a tied one's also added to the head's; then the
+    reduction, 4 V h. What torch's tracker finds (`benchmarks/dry_run.py`) is within some per cent
+    of this.
 
     Offloaded, the three parts are in the CPU's memory; the GPU gets a unit's shard in the master
     type before it is cast and gathered.
@@ -444,23 +448,32 @@ def _fsdp2(shape: ModelShape, setup: MemorySetup) -> _Divided:
     layer, trained_layer = setup.layer(shape), setup.trained_of_layer(shape)
     vocabulary, matrix = shape.vocabulary_parameters, shape.vocabulary * shape.width
     forward = c * (matrix + layer)
-    of_layer = 2 * c * matrix + 2 * c * layer + (c + 4) * trained_layer
-    of_vocabulary = 2 * c * matrix + (4 if shape.matrices == 1 else 2 * c + 4) * matrix
+    head, reduced = 2 * c * matrix, 4 * trained_layer
+    begin = head + 2 * c * layer + reduced
+    backward = head + c * (layer + (shape.matrices - 1) * matrix) + reduced
+    end = head + max(2 * c * matrix + reduced, (shape.matrices - 1) * c * matrix + 4 * matrix)
     parameters = (m * trained + setup.frozen * frozen) / setup.shards
     gradients, optimizer = m * trained / setup.shards, setup.both_moments * trained / setup.shards
+    found = _Divided(
+        parameters, gradients, optimizer, forward, begin, backward, end, c * trained_layer
+    )
     if setup.offload == "all":
         sent = m * max(vocabulary, layer) / setup.shards
-        return _Divided(
-            0, 0, 0, forward + sent, of_layer + sent, of_layer + sent, of_vocabulary + sent,
-            parameters + gradients + optimizer,
+        return replace(
+            found, parameters=0, gradients=0, optimizer=0, gathered_forward=forward + sent,
+            gathered_begin=begin + sent, gathered_backward=backward + sent, gathered_end=end + sent,
+            on_host=parameters + gradients + optimizer,
         )  # fmt: skip
-    begin, absent = of_layer + m * trained_layer / setup.shards, m * vocabulary / setup.shards
     if setup.micro_batches > 1:
-        forward, begin, absent = forward + gradients, of_layer + gradients, 0.0
-    # the last layers' gradients are not there yet while one of them is computed
-    two = 2 * m * trained_layer / setup.shards if absent else 0.0
-    backward, end = of_layer - two - absent, of_vocabulary - absent
-    return _Divided(parameters, gradients, optimizer, forward, begin, backward, end)
+        return replace(
+            found, gathered_forward=forward + gradients, gathered_begin=begin + gradients
+        )
+    # of the gradients, those of the layers before are there
+    one, absent = m * trained_layer / setup.shards, m * vocabulary / setup.shards
+    return replace(
+        found, gathered_begin=begin + one, gathered_backward=backward - one - absent,
+        gathered_end=end - absent,
+    )  # fmt: skip
 
 
 def _zero(shape: ModelShape, setup: MemorySetup) -> _Divided:
@@ -504,18 +517,52 @@ def _zero(shape: ModelShape, setup: MemorySetup) -> _Divided:
     return _Divided(parameters, gradients, optimizer, forward, forward, backward, on_host=on_host)
 
 
-def _activations(shape: ModelShape, setup: MemorySetup) -> tuple[float, float]:
-    """What autograd keeps of one micro-batch with the final norm, and what one layer recomputes."""
-    whole = _kept_by_layer(shape, setup)
+def kept_activations(shape: ModelShape, setup: MemorySetup) -> float:
+    """Bytes that the layers and the final norm keep of a micro-batch for the backward pass."""
     final = (4 + 2 * setup.compute) * shape.width
+    return setup.tokens * (shape.layers * _kept_between(shape, setup) + final)
+
+
+def _kept_between(shape: ModelShape, setup: MemorySetup) -> float:
+    """Bytes of one token that a layer keeps from its forward to its backward pass."""
     if setup.activation_checkpointing == "none":
-        return setup.tokens * (shape.layers * whole + final), 0
+        return _kept_by_layer(shape, setup)
     kept = setup.compute * shape.width  # the input of the layer
     if setup.activation_checkpointing == "selective":  # attention and every second matmul
         q, v, gate, down = shape.query, shape.key_value, shape.intermediate, shape.width
         products = q + v + gate + down
         kept += setup.compute * (shape.query + products) + 4 * shape.heads
-    return setup.tokens * (shape.layers * kept + final), setup.tokens * whole
+    return kept
+
+
+def _backward_of_layer(shape: ModelShape, setup: MemorySetup, gradients: float) -> float:
+    """The most bytes that the backward pass of a layer takes, by token.
+
+    `gradients` of its weights appear while activations are freed. Letters as in `_kept_by_layer`;
+    in this order there are at once:
+
+        everything kept, the gradients of the MLP's last matrix, of the gate's product, 2 c i, and
+        of the layer's result, c h
+        of experts: what attention and norms keep, the MLP's gradients, those of the gate's product,
+        and inputs and their gradients of the k experts of a token, c (2 k + 1) h
+        what attention and norms keep, the MLP's gradients, and in fp32 a norm's, (16 + 2 c) h
+        the first norm, (4 + c) h, all gradients, and those in the norm
+
+    What is computed again needs the layer's input as well; of what `selective` keeps, the result of
+    the last matrix is not asked for.
+    """
+    c, h, i = setup.compute, shape.width, shape.intermediate
+    whole, of_mlp = _kept_by_layer(shape, setup), _kept_by_mlp(shape, setup)
+    attention = 2 * h * (shape.query + shape.key_value) / max(shape.layer_parameters, 1)
+    of_matrices = max(0.0, 1 - attention) * gradients
+    in_norm = (16 + 2 * c) * h
+    experts = 2 * c * i + c * (2 * shape.taken + 1) * h if shape.experts else 0
+    most = max(
+        whole + of_matrices / 3 + 2 * c * i + c * h,
+        whole - of_mlp + of_matrices + max(in_norm, experts),
+        gradients + (4 + c) * h + in_norm,
+    )
+    return most + {"none": 0, "full": 1, "selective": 2}[setup.activation_checkpointing] * c * h
 
 
 def _kept_by_layer(shape: ModelShape, setup: MemorySetup) -> float:
@@ -529,14 +576,20 @@ def _kept_by_layer(shape: ModelShape, setup: MemorySetup) -> float:
     what each of them made (c h), the router's logits (12 E), and if the experts are trained, their
     inputs (c h each).
     """
+    c, h, normed = setup.compute, shape.width, shape.norms or 2 * shape.width
+    norms = 0 if setup.compile else 4 * normed
+    inputs = 0 if setup.trained == "vocabulary" else c * h
+    trained = (4 if shape.wide_norms else c) * normed if setup.trained == "all" else 0
+    others = norms + 8 + inputs + trained + _kept_by_attention(shape, setup)
+    return others + _kept_by_mlp(shape, setup)
+
+
+def _kept_by_mlp(shape: ModelShape, setup: MemorySetup) -> float:
+    """The same of its MLP or its experts; see `_kept_by_layer`."""
     c, h, i = setup.compute, shape.width, shape.intermediate
     routed = shape.taken * c * h * (2 if setup.trained == "all" else 1) + 12 * shape.experts
-    normed = shape.norms or 2 * h
-    norms, gated = (0, 2 * c * i) if setup.compile else (4 * normed, 3 * c * i)
-    frozen = norms + 8 + gated + routed + _kept_by_attention(shape, setup)
-    inputs = 0 if setup.trained == "vocabulary" else 2 * c * h + c * i
-    trained = (4 if shape.wide_norms else c) * normed if setup.trained == "all" else 0
-    return frozen + inputs + trained
+    gated = (2 if setup.compile else 3) * c * i
+    return gated + routed + (0 if setup.trained == "vocabulary" else c * (h + i))
 
 
 def _kept_by_attention(shape: ModelShape, setup: MemorySetup) -> float:

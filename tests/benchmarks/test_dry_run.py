@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.dry_run import compare
+from benchmarks.dry_run import MODELS as PUBLISHED
+from benchmarks.dry_run import NODE, compare, configuration
 from benchmarks.fake_ranks import RankCase, Trace, trace_fake, trace_rank, write_shapes
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.training.config import TrainingConfig
@@ -95,3 +96,31 @@ def test_ranks_read_and_write_every_element_once(model: str, ranks: int, tmp_pat
         for pieces in ends.values():
             ordered = sorted(pieces)
             assert all(before[1] == after[0] for before, after in pairwise(ordered))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "ranks", "setting"),
+    [
+        ("LLaMA-2-7B", 64, "selective"),
+        ("LLaMA-2-7B", 64, "HSDP"),
+        ("LLaMA-2-7B", 8, "LoRA"),
+        ("LLaMA-2-70B", 512, "full"),  # gradients of a layer weigh more than its activations
+        ("Qwen3-30B-A3B", 64, "full"),
+        ("Gemma-3-4B", 2, "full"),
+    ],
+)
+def test_the_estimate_is_near_the_peak_of_torchs_tracker(
+    model: str, ranks: int, setting: str, tmp_path: Path
+) -> None:
+    """At real widths, with few layers, so that errors in what a layer takes are not hidden."""
+    config = {**PUBLISHED[model]}
+    text = config if "text_config" not in config else {**config["text_config"]}
+    text["num_hidden_layers"] = 4
+    write_shapes(config if text is config else {**config, "text_config": text}, tmp_path)
+    case = RankCase(
+        tmp_path, configuration(setting, ranks), ranks, ranks // NODE if setting == "HSDP" else 1
+    )
+    trace = trace_fake(case)
+    row = compare(model, tmp_path, case.config, ranks, case.replicas, trace)
+    assert row.peak == pytest.approx(trace.peak["Total"], rel=0.02)

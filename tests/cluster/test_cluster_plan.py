@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ def test_the_command_takes_the_cluster_as_options(
 
 def test_options_of_a_cluster_need_its_gpu(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(path), "--nodes", "2"]) == 2
-    assert "--storage and --fit belong to --gpu NAME; add it" in capsys.readouterr().err
+    assert "--node-memory and --fit belong to --gpu NAME; add it" in capsys.readouterr().err
 
 
 def test_a_run_of_vocabulary_alone_takes_less_on_a_cluster(
@@ -238,6 +239,55 @@ def test_fit_is_a_command(path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "1 x 1 rtx4090" in words
     assert "no run on rtx4090 was compared with them" in words
     assert "launch.accelerate_config=fsdp2 training.activation_checkpointing=full" in words
+
+
+@pytest.mark.parametrize(
+    ("gpus", "recipe", "first"),
+    [
+        ("1", [], "launch.accelerate_config=fsdp2 training."),
+        ("2", [], "training."),
+        ("2", ["launch.accelerate_config=fsdp2-offload"], "training."),
+        (
+            "2",
+            ["launch.accelerate_config=zero2-offload"],
+            "launch.accelerate_config=fsdp2 training.offload=all ",
+        ),
+        ("2", ["training.phases=[{train: all, tokens: 1}, {train: all}]"], "training."),
+    ],
+)
+def test_overrides_that_are_pasted_make_the_run_fit(
+    path: Path, capsys: pytest.CaptureFixture[str], gpus: str, recipe: list[str], first: str
+) -> None:
+    cluster = ["--gpu", "memory=9,tflops=100,bandwidth=900", "--gpus", gpus, "--fit"]
+    assert main(["plan", str(path), *recipe, *cluster]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    pasted = {line.strip() for line in printed if re.match("    (launch|training)[.]", line)}
+    assert pasted
+    for line in pasted:
+        assert line.startswith(first)
+        assert main(["plan", str(path), *recipe, *line.split(), *cluster]) == 0
+        again = capsys.readouterr().out
+        assert "in nodes with 128 GB (--node-memory) as it is: " in again, line
+        assert "does not fit" not in again.partition("the same batch on other numbers")[0]
+
+
+@pytest.mark.parametrize("name", ["fsdp2-offload", "zero2-offload"])
+def test_what_the_accelerate_file_offloads_is_estimated_as_such(
+    path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    asked = ["launch.accelerate_config=fsdp2", "training.offload=all"]
+    expected, found = (
+        planned(path, capsys, ClusterOptions("h100"), *overrides)
+        for overrides in (asked, [f"launch.accelerate_config={name}"])
+    )
+    assert "to and from the host" in found
+    assert found.split("docs/scaling.md says")[1] == expected.split("docs/scaling.md says")[1]
+
+
+def test_a_node_has_a_memory_of_its_own(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = planned(path, capsys, ClusterOptions("h100", node_memory=32))
+    assert "of 32 GB: does not fit" in words.split("memory of a node")[1]
+    assert "of 1,920 GB" in planned(path, capsys, ClusterOptions("h100"))
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,9 @@ def test_hsdp_never_takes_less_memory_than_fsdp() -> None:
 def test_what_does_not_fit_is_found() -> None:
     cluster = Cluster.of("a100-40gb", 2, 8)
     work = Workload(4096, 1, 1, activation_checkpointing="full")
-    assert fits(memory_on(LLAMA_8B, work, cluster), cluster.gpu)
+    assert fits(memory_on(LLAMA_8B, work, cluster), cluster)
     assert not fits(
-        memory_on(LLAMA_8B, work, cluster, 16), cluster.gpu
+        memory_on(LLAMA_8B, work, cluster, 16), cluster
     )  # every GPU a replica: 16 bytes a parameter
 
 
