@@ -15,15 +15,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import console, say
 from cpt_merge.core.world import find_world
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
-from cpt_merge.launcher.stage import is_up_to_date
+from cpt_merge.launcher.stage import is_up_to_date, prepare
 from cpt_merge.launcher.stages import DATA, EVALUATION, TRAINING
 from cpt_merge.launcher.start import backend_variables, local_processes
+
+if TYPE_CHECKING:
+    from cpt_merge.training.distributed.settings import BackendSettings
 
 REFUSED = 2
 ELSEWHERE = "--elsewhere"  # without a GPU here, training may be planned for another machine
@@ -91,9 +95,23 @@ def _check_training(run: Run, here: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
     known = here or on_cpu or device.type == "cuda"
     asked, alone = backend_settings(variables), run.recipe.models.text_only
+    _check_continues(run, asked)
     choice = check_trainable(run.base, run.recipe.training, asked, device if known else None, alone)
     if choice.separation.one_by_one:
         say(f"packed documents: {_cost_of_padding(run)}")
+
+
+def _check_continues(run: Run, asked: BackendSettings) -> None:
+    """Check that an interrupted training can continue with this backend."""
+    from cpt_merge.training.distributed.backend import layout_of
+    from cpt_merge.training.distributed.checkpoint import check_continues
+
+    try:
+        key = prepare(run, TRAINING).key
+    except UserError:
+        return  # what it builds on is not finished, so it starts again
+    layout = layout_of(asked.with_offload(run.recipe.training.offload), run.recipe.training)
+    check_continues(run.folder(TRAINING.name) / "checkpoints", key, layout)
 
 
 def _processes(recipe: Recipe, here: bool) -> int:

@@ -39,7 +39,7 @@ from cpt_merge.training.model.build import local_rows
 
 # Values that a step computes at once, some 20 bytes each: few kernels on a GPU, a CPU's cache
 AT_ONCE, AT_ONCE_ON_CPU = 2**23, 2**20
-_MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name -> whether it has a sign
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name -> whether it has a sign
 
 
 class CompactAdamW(torch.optim.Optimizer):
@@ -79,7 +79,7 @@ class CompactAdamW(torch.optim.Optimizer):
     def fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state with which a parameter begins: moments of zero."""
         state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
-        for name, signed in _MOMENTS.items():
+        for name, signed in MOMENTS.items():
             if self.eight_bits and _is_quantised(parameter):
                 codes = torch.zeros_like(parameter, dtype=torch.uint8)
                 _local(codes).fill_(_code_of_zero(signed))
@@ -108,7 +108,7 @@ class CompactAdamW(torch.optim.Optimizer):
         weights, gradient = _local(parameter), _local(parameter.grad)
         draw = self._generator(group["calls"], number, parameter)
         for part in _parts(weights):
-            moments = {name: part.read(state, name) for name in _MOMENTS}
+            moments = {name: part.read(state, name) for name in MOMENTS}
             new = part.of(weights).float()  # the weights themselves, if they are fp32
             adamw(
                 [new], [part.of(gradient).float().contiguous()],
@@ -117,7 +117,7 @@ class CompactAdamW(torch.optim.Optimizer):
                 lr=group["lr"], weight_decay=group["weight_decay"], amsgrad=False, maximize=False,
                 fused=True, found_inf=skipped,
             )  # fmt: skip
-            for name in _MOMENTS:
+            for name in MOMENTS:
                 part.write(state, name, moments[name], skipped, draw)
             if weights.dtype == torch.bfloat16:
                 _replace(part.of(weights), stochastic_bf16(new, draw), skipped)
@@ -127,6 +127,31 @@ class CompactAdamW(torch.optim.Optimizer):
         key = (self.seed, calls, number, local_rows(parameter)[0])
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.Generator(_local(parameter).device).manual_seed(seed)
+
+    @torch.no_grad()
+    def unpacked(self, flat: Tensor) -> dict[str, Tensor]:
+        """The moments of a flat parameter in fp32: its own, or CPU copies of those in 8 bits."""
+        state, found = self.state[flat], {}
+        for name in MOMENTS:
+            if f"{name}_scale" not in state:
+                found[name] = state[name]
+                continue
+            found[name] = torch.empty(len(flat))
+            for part in _parts(flat):
+                part.of(found[name]).copy_(part.read(state, name))
+        return found
+
+    @torch.no_grad()
+    def pack(self, flat: Tensor, moments: dict[str, Tensor]) -> None:
+        """Take moments as `unpacked` gives them, which give the same codes and scales again."""
+        state = self.state[flat]
+        for name, signed in MOMENTS.items():
+            if f"{name}_scale" not in state:
+                continue  # they are the state's own
+            for part in _parts(flat):
+                codes, scales = quantised(part.of(moments[name]).to(flat.device), signed)
+                part.of(state[name]).copy_(codes)
+                state[f"{name}_scale"][part.scales].copy_(scales.flatten())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a saved state as it is; torch would cast codes and scales to the weights' type."""
@@ -158,7 +183,7 @@ class _Part:
         if f"{name}_scale" not in state:
             return stored.float()
         scales = state[f"{name}_scale"][self.scales].reshape(len(stored), -1)
-        return dequantised(stored, scales, _MOMENTS[name])
+        return dequantised(stored, scales, MOMENTS[name])
 
     def write(
         self,
@@ -171,7 +196,7 @@ class _Part:
         """Store a moment, if the step is not skipped."""
         stored = self.of(state[name])
         if f"{name}_scale" in state:
-            values, scales = quantised(values, _MOMENTS[name])
+            values, scales = quantised(values, MOMENTS[name])
             kept = state[f"{name}_scale"][self.scales]
             _replace(kept, scales.reshape(kept.shape), skipped)
         if stored.dtype == torch.bfloat16:
@@ -198,11 +223,15 @@ def _replace(old: Tensor, new: Tensor, skipped: Tensor | None) -> None:
 
 
 def quantised(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes [rows, columns] (uint8) and scales [rows, blocks] (fp32) of fp32 values."""
+    """Codes [rows, columns] (uint8) and scales [rows, blocks] (fp32) of fp32 values.
+
+    A scale is the value of the largest size with its sign, so that it is stored exactly, and the
+    values of `dequantised` give the same codes and scales again.
+    """
     rows, columns = values.shape
     blocks = pad(values, (0, -columns % BLOCK)).view(rows, -(-columns // BLOCK), BLOCK)
-    scales = blocks.abs().amax(-1)
-    shares = blocks / scales.where(scales > 0, 1.0).unsqueeze(-1)
+    scales = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    shares = blocks / scales.where(scales != 0, 1.0).unsqueeze(-1)
     codes = torch.bucketize(shares, _midpoints(signed, values.device), out_int32=True)
     if not signed:
         codes = codes.where((codes > 0) | (shares == 0), 1)

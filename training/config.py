@@ -117,7 +117,7 @@ class CheckpointConfig(Section):
     )
     asynchronous: bool = key(
         True,
-        "write during training, from a copy of the shards in CPU memory (not with DeepSpeed)",
+        "write during training, from a copy of the shards in CPU memory",
     )
 
     @model_validator(mode="after")

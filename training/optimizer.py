@@ -63,10 +63,11 @@ def complete_state(optimizer: AdamW) -> None:
     for group in optimizer.param_groups if optimizer.state else ():
         for parameter in group["params"]:
             if not optimizer.state.get(parameter):
-                optimizer.state[parameter] = _fresh_state(optimizer, parameter)
+                optimizer.state[parameter] = fresh_state(optimizer, parameter)
 
 
-def _fresh_state(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
+def fresh_state(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """The state with which AdamW begins."""
     if isinstance(optimizer, CompactAdamW):
         return optimizer.fresh_state(parameter)
     return {

@@ -10,11 +10,10 @@ Large Language Models, 2025 (https://arxiv.org/abs/2505.12082).
 
 from __future__ import annotations
 
-import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from pickle import PickleError
@@ -32,9 +31,7 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.distributed.backend import TRAINED_ALONE
 from cpt_merge.training.distributed.checkpoint import STATE_FILE
-from cpt_merge.training.distributed.deepspeed import TAG
 from cpt_merge.training.distributed.frozen import FrozenWeights
 from cpt_merge.training.model.build import CausalLM, WeightSource, build_model
 from cpt_merge.training.phases import phases_of, select_trained
@@ -164,51 +161,26 @@ def open_checkpoint(directory: Path) -> ReadTensor:
 
     Raises `UserError` if the checkpoint is damaged; so does the function.
     """
-    layout = _read_state(directory)["layout"]
     with _damage_named(directory):
-        if layout.startswith("DeepSpeed"):
-            read = _open_zero(directory, alone=layout.endswith(TRAINED_ALONE))
-        else:
-            read = _open_fsdp(directory)
-
-    def read_named(name: str) -> Tensor:
-        with _damage_named(directory):
-            return read(name)
-
-    return read_named
-
-
-def _read_state(directory: Path) -> dict[str, str]:
-    """The layout of a checkpoint, its phase, and the key of its training."""
-    with _damage_named(directory):
-        state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-        return {name: str(state[name]) for name in ("layout", "phase", "key")}
-
-
-def _open_fsdp(directory: Path) -> ReadTensor:
-    tensors = FileSystemReader(directory).read_metadata().state_dict_metadata
+        tensors = FileSystemReader(directory).read_metadata().state_dict_metadata
 
     def read(name: str) -> Tensor:
-        stored = tensors[f"model.{name}"]
-        assert isinstance(stored, TensorStorageMetadata), f"{name} is no tensor"
-        values = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with warnings.catch_warnings():
+        with _damage_named(directory), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
+            stored = tensors[f"model.{name}"]
+            assert isinstance(stored, TensorStorageMetadata), f"{name} is no tensor"
+            values = torch.empty(stored.size, dtype=stored.properties.dtype)
             load({f"model.{name}": values}, storage_reader=FileSystemReader(directory))
         return values
 
     return read
 
 
-def _open_zero(directory: Path, alone: bool) -> ReadTensor:
-    """`alone`: without frozen weights."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with redirect_stdout(io.StringIO()):  # it prints what it finds
-        tensors = get_fp32_state_dict_from_zero_checkpoint(
-            str(directory), TAG, exclude_frozen_parameters=alone, lazy_mode=True
-        )
-    return lambda name: tensors[name].contiguous().detach()
+def _read_state(directory: Path) -> dict[str, str]:
+    """The phase of a checkpoint, and the key of its training."""
+    with _damage_named(directory):
+        state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+        return {name: str(state[name]) for name in ("phase", "key")}
 
 
 @contextmanager

@@ -5,16 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import cpt_merge.training.trainable
+from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.heavy_checks import _check_training
 from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stage import prepare
+from cpt_merge.launcher.stages import TRAINING
 from cpt_merge.launcher.start import backend_environment
 from cpt_merge.training.config import Offload
+from cpt_merge.training.distributed.checkpoint import TrainState
 from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
 from tests.command_line import cpt_merge as command_line
 from tests.launcher.conftest import ROOT
@@ -79,6 +84,31 @@ def test_what_is_checked_early_is_the_backend_that_processes_will_have(
     with pytest.raises(UserError, match="enough"):
         _check_training(run, here=True)
     assert [one.backend for one in seen] == [expected]
+
+
+@pytest.mark.parametrize(("key", "refused"), [(None, True), ("of other settings", False)])
+def test_a_checkpoint_that_the_backend_cannot_load_is_refused_early(
+    key: str | None, refused: bool, finished: Path, recipe_path: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A run with other settings starts again, whatever its old folder holds."""
+    shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("training", "merge"))
+    settings = [f"runs={tmp_path}", "training.optimizer.moments=8bit", "launch.processes=2"]
+    run = Run.load(recipe_path, settings)
+    state = TrainState(
+        key or prepare(run, TRAINING).key, layout="DeepSpeed, with moments in 8 bits"
+    )
+    checkpoint = run.folder("training") / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "train_state.json", asdict(state))
+    monkeypatch.setattr(cpt_merge.training.trainable, "check_trainable", enough)
+    sentence = "cannot be loaded by torch; continue with the backend" if refused else "enough"
+    with pytest.raises(UserError, match=sentence):
+        _check_training(run, here=True)
+
+
+def enough(*_: object) -> None:
+    raise UserError("enough")
 
 
 @pytest.mark.slow

@@ -13,16 +13,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.core.errors import Interrupted
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
 from cpt_merge.launcher.start import backend_environment
 from cpt_merge.merge import MergeConfig
-from cpt_merge.merge.hook import plan_for_shards
+from cpt_merge.merge.hook import merge_shards, plan_for_shards
 from cpt_merge.merge.plan import MergeInputs, MergePlan
 from cpt_merge.tracking import Cell, Tracker
 from cpt_merge.training.callbacks.preview import Interview
 from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.inputs import TrainingInputs
 from cpt_merge.training.optimizer import rate_factor
 from cpt_merge.training.run import run
@@ -53,6 +55,7 @@ class Job:
     kill_delay: float = 0.0
     chat: Path | None = None  # the chat model that is previewed, `model` being its base
     merge: dict[str, Any] = field(default_factory=dict)  # how it is merged
+    hook: MergeInputs | None = None  # what the shards are merged with in the end, into `out`/merged
 
     @property
     def config(self) -> TrainingConfig:
@@ -88,10 +91,21 @@ def train_rows(job: Job) -> dict[int, dict[str, float]]:
         poison_batches(job)
     inputs = TrainingInputs(job.model, job.tokenizer or job.model, job.store, "key")
     try:
-        run(job.config, inputs, job.out, tracker, None, previewed_by(job))
+        run(job.config, inputs, job.out, tracker, hook_of(job), previewed_by(job))
     except Interrupted:
         assert job.stop_after or job.signal_in
     return {step: row for step, row in recording.rows if step and "train/loss" in row}
+
+
+def hook_of(job: Job) -> Callable[[list[LocalShard], Parallel], None] | None:
+    """The post-training hook of a job, if it has one."""
+    models = job.hook
+    if models is None:
+        return None
+    config = MergeConfig(**job.merge)
+    return lambda shards, parallel: merge_shards(
+        shards, config, models, job.out / "merged", Tracker(), parallel
+    )
 
 
 PROMPTS = [[0, 40, 41], [0, 50, 51, 52, 53], [0, 60]]

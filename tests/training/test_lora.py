@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from cpt_merge.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_FILES
-from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.errors import UserError
@@ -23,25 +22,21 @@ from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.files import merge_directories
-from cpt_merge.merge.hook import merge_shards
 from cpt_merge.merge.plan import MergeInputs
 from cpt_merge.tracking import Tracker
 from cpt_merge.training.config import LoraConfig, TrainingConfig
 from cpt_merge.training.distributed.frozen import AdaptedInfo, FrozenWeights, Product
-from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.distributed.settings import BackendSettings
-from cpt_merge.training.inputs import TrainingInputs
 from cpt_merge.training.memory import adapter_parameters
 from cpt_merge.training.model.build import WeightSource, build_model
 from cpt_merge.training.model.lora import Adapters, find_targets
 from cpt_merge.training.optimizer import rate_factor
-from cpt_merge.training.run import run
 from cpt_merge.training.saved import choose_steps, export_checkpoints, open_checkpoint
 from cpt_merge.training.trainable import check_trainable
 from tests.distributed import run_ranks
 from tests.training.conftest import CONFIG
 from tests.training.families import make_family
-from tests.training.runs import Job, ask_for, assert_same_weights, train_steps, weights
+from tests.training.runs import Job, assert_same_weights, train_steps, weights
 from tests.training.test_phases import (
     MATRICES,
     OLD_ROWS,
@@ -133,22 +128,9 @@ def test_any_number_of_processes_trains_the_same_and_resumes_exactly(
     assert {**first, **second} == together
     assert len(second) < len(together)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
-    if (backend, precision) == ("zero1", "bf16"):
-        return  # DeepSpeed's converter knows no checkpoints of its BF16_Optimizer
     checkpoints = choose_steps(job.out / "checkpoints", None, None)
     export_checkpoints(job.config, model, model, checkpoints, tmp_path / "cpt")
     assert_same_weights(tmp_path / "whole", tmp_path)
-
-
-def train_and_merge(job: Job, inputs: MergeInputs) -> None:
-    """A run with the post-training hook."""
-    ask_for(job.backend)
-
-    def hook(shards: list[LocalShard], parallel: Parallel) -> None:
-        merge_shards(shards, MergeConfig(), inputs, job.out / "merged", Tracker(), parallel)
-
-    tracker = Tracker([], {"mode": "disabled", "run_id": "id", "group": "group"})
-    run(job.config, TrainingInputs(job.model, job.model, job.store, "key"), job.out, tracker, hook)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +142,9 @@ def test_the_hook_merges_what_the_files_would(
     backend: str, size: int, model: Path, chat_model: Path, store: Path, tmp_path: Path
 ) -> None:
     changes = {**UNEVEN, "tokens": 32 * 12 * 3}
-    job = Job(model, store, tmp_path / "run", changes, backend)
     inputs = MergeInputs(model, model, chat_model, model)
-    run_ranks(train_and_merge, size, job, inputs)
+    job = Job(model, store, tmp_path / "run", changes, backend, hook=inputs)
+    run_ranks(train_steps, size, job)
     of_files = replace(inputs, cpt=job.out / "cpt")  # float32, so nothing is rounded before
     merge_directories(MergeConfig(), of_files, tmp_path / "files", Tracker())
     found, expected = (

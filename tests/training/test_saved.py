@@ -1,10 +1,12 @@
 """Any training checkpoint becomes the model that the run itself would have exported there."""
 
+import itertools
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.training.callbacks.checkpoint import CheckpointSaving
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.saved import choose_steps, export_checkpoints, open_checkpoint
+from tests.distributed import run_ranks
 from tests.training.conftest import CONFIG, FinishedRun
+from tests.training.runs import Job, train
 
 Finished = Callable[..., FinishedRun]
 BACKENDS = [
@@ -49,6 +54,53 @@ def test_the_last_checkpoint_is_the_model_that_the_run_exported(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def train_and_export(job: Job) -> None:
+    """Train; at each checkpoint the run exports the model as it does in the end."""
+    save = CheckpointSaving._save
+
+    def save_and_export(self: CheckpointSaving) -> None:
+        trainer: Any = self.trainer
+        before = trainer.checkpoints._saved
+        save(self)
+        if trainer.checkpoints._saved != before:
+            trainer.export(trainer.shards(), job.out / f"own-{trainer.state.step}")
+
+    CheckpointSaving._save = save_and_export  # type: ignore[method-assign]
+    train(job)
+
+
+PHASES = [{"train": "vocabulary", "tokens": 2 * 32 * 12}, {"train": "all"}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [
+        ("fsdp2", "pure-bf16"),
+        *itertools.product(("fsdp2", "zero1", "zero2", "zero3"), ("fp32", "bf16")),
+    ],
+)
+@pytest.mark.parametrize("lora", [None, {"rank": 5}], ids=["full", "lora"])
+def test_each_checkpoint_of_a_stopped_run_is_the_model_that_the_run_had(
+    backend: str, precision: str, lora: Any, model: Path, store: Path, tmp_path: Path
+) -> None:
+    """In a phase with frozen weights, and in the one after it."""
+    changes = {
+        "precision": precision, "lora": lora, "phases": PHASES, "tokens": 8 * 32 * 12,
+        "global_batch_size": 12, "checkpoints": {"every": 1, "keep": 9},
+    }  # fmt: skip
+    job = Job(model, store, tmp_path, changes, backend, stop_after=3)
+    run_ranks(train_and_export, 3, job)
+    checkpoints = choose_steps(tmp_path / "checkpoints", None, "1..9")
+    assert len(checkpoints) >= 3
+    for checkpoint in checkpoints:
+        step = int(checkpoint.name[5:])
+        export_checkpoints(job.config, model, model, [checkpoint], tmp_path / f"file-{step}")
+        found, own = (weights(tmp_path / f"{kind}-{step}") for kind in ("file", "own"))
+        assert found.keys() == own.keys()
+        assert all(torch.equal(found[name], values) for name, values in own.items())
 
 
 @pytest.mark.parametrize(("backend", "size"), [("fsdp2", 2), ("zero2", 2)])

@@ -14,12 +14,21 @@ from torch import Tensor
 
 from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.data.packing import Batch
-from cpt_merge.training.config import CheckpointConfig
+from cpt_merge.training.config import CheckpointConfig, TrainingConfig
+from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.memory import Strategy
 from cpt_merge.training.model.choice import Choice
 
-TRAINED_ALONE = ", trained weights alone"
-"""The end of the layout of checkpoints without frozen weights, which runs with adapters write."""
+
+def layout_of(asked: BackendSettings, config: TrainingConfig) -> str:
+    """Who can load a checkpoint: all whose layout is the same, on any number of processes.
+
+    FSDP2 divides 8-bit moments in blocks within rows, DeepSpeed in blocks of flat tensors, so it
+    writes them in fp32. Runs with adapters write no frozen weights.
+    """
+    apart = asked.backend == "deepspeed" and config.optimizer.moments == "8bit"
+    alone = ", trained weights alone" if config.lora else ""
+    return ("DeepSpeed, with moments in 8 bits" if apart else "torch") + alone
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Backend(Protocol):
     Every method is a collective unless it says otherwise: all processes call it together.
     """
 
-    layout: str  # names who can load its checkpoints
+    layout: str  # of its checkpoints (`layout_of`)
     strategy: Strategy  # how memory is divided
     choice: Choice  # how packed documents are kept apart
     shard_count: int  # processes that it is divided over

@@ -163,11 +163,7 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(
-            path
-            for path in self.directory.glob("step-*")
-            if not path.suffix and (path / STATE_FILE).is_file()
-        )
+        return complete_checkpoints(self.directory)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -183,13 +179,7 @@ class Checkpoints:
         newest = self.parallel.broadcast(self.newest)
         if newest is None:
             return None
-        text = self.parallel.broadcast((newest / STATE_FILE).read_text)
-        try:
-            state = TrainState(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{newest / STATE_FILE} cannot be read ({error}); remove {newest}."
-            ) from None
+        state = _parse_state(newest, self.parallel.broadcast((newest / STATE_FILE).read_text))
         if state.key != key:
             raise UserError(
                 f"{newest} belongs to another configuration or model; "
@@ -204,13 +194,7 @@ class Checkpoints:
         Raises `UserError` if another backend wrote it, or if it is damaged.
         """
         newest = self.directory / f"step-{state.step:08d}"
-        if state.layout != backend.layout:
-            raise UserError(
-                f"{newest} was written by {state.layout} and cannot be loaded by "
-                f"{backend.layout}; start as before "
-                "(same backend; with DeepSpeed also the same stage, offloading and number of "
-                "processes)."
-            )
+        _check_layout(newest, state, backend.layout)
         started = time.monotonic()
         try:
             backend.load(newest)
@@ -232,6 +216,40 @@ class Checkpoints:
                 "remove it to continue from the one before."
             )
         say(f"training: continues from {newest.name}, loaded in {time.monotonic() - started:.1f} s")
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The complete ones, oldest first."""
+    return sorted(
+        path
+        for path in directory.glob("step-*")
+        if not path.suffix and (path / STATE_FILE).is_file()
+    )
+
+
+def check_continues(directory: Path, key: str, layout: str) -> None:
+    """Raise `UserError` if a run of this key cannot continue from its newest checkpoint."""
+    for newest in complete_checkpoints(directory)[-1:]:
+        state = _parse_state(newest, (newest / STATE_FILE).read_text(encoding="utf-8"))
+        if state.key == key:
+            _check_layout(newest, state, layout)
+
+
+def _parse_state(checkpoint: Path, text: str) -> TrainState:
+    try:
+        return TrainState(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{checkpoint / STATE_FILE} cannot be read ({error}); remove {checkpoint}."
+        ) from None
+
+
+def _check_layout(checkpoint: Path, state: TrainState, layout: str) -> None:
+    if state.layout != layout:
+        raise UserError(
+            f"{checkpoint} was written by {state.layout} and cannot be loaded by {layout}; "
+            "continue with the backend that wrote it."
+        )
 
 
 def _short(error: BaseException | None) -> str:

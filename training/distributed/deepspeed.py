@@ -1,13 +1,13 @@
 """DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients and parameters are divided over processes.
 
 DeepSpeed's engine owns gradients, clipping and the step; the loop gives it the scaled loss and
-reads what it did. Its checkpoints have their own format, are written synchronously, and can be
-loaded only by the same ZeRO stage on the same number of processes.
+reads what it did. Checkpoints are ours (`training.distributed.zero_state`).
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
@@ -21,17 +21,18 @@ from torch import Tensor, nn
 
 from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.checkpoint.stored_shards import check_divisible, replaced_shards, stored_shards
-from cpt_merge.core.artifact import fsync
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
 from cpt_merge.core.world import World
 from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
-from cpt_merge.training.distributed.backend import TRAINED_ALONE, StepOutcome, replaced
+from cpt_merge.training.distributed.backend import StepOutcome, layout_of, replaced
 from cpt_merge.training.distributed.frozen import FrozenWeights, open_frozen
 from cpt_merge.training.distributed.offload import offloaded
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.distributed.settings import OFFLOAD_SECTIONS, BackendSettings
+from cpt_merge.training.distributed.state_files import StateFiles
+from cpt_merge.training.distributed.zero_state import ZeroState, names_of_groups
 from cpt_merge.training.memory import ZERO_STRATEGIES
 from cpt_merge.training.model.attention import check_attention
 from cpt_merge.training.model.build import (
@@ -50,28 +51,34 @@ from cpt_merge.training.model.compile import uncompiled
 from cpt_merge.training.optimizer import (
     AdamW,
     build_optimizer,
-    bytes_of_moments,
     describe_optimizer,
     learning_rates,
     set_rate,
 )
 from cpt_merge.training.phases import PhaseSetup, prepare_phase
 
-TAG = "deepspeed"
-
 
 class ZeroBackend:
     """See `training.distributed.backend.Backend`."""
 
     def __init__(
-        self, engine: Any, optimizer: AdamW, setup: PhaseSetup, parallel: Parallel
+        self,
+        engine: Any,
+        optimizer: AdamW,
+        groups: list[list[str]],
+        setup: PhaseSetup,
+        parallel: Parallel,
     ) -> None:
+        """`groups` are the names of what `optimizer` trains (`names_of_groups`)."""
         self.engine, self.optimizer, self.setup, self.parallel = engine, optimizer, setup, parallel
         self.stage: int = engine.zero_optimization_stage()
         self.offload = parallel.settings.offload
-        alone = TRAINED_ALONE if setup.config.lora else ""
-        kept = "" if self.offload == "none" else f" with offload {self.offload}"
-        self.layout = f"DeepSpeed ZeRO {self.stage}{kept} on {parallel.size} processes{alone}"
+        alone = setup.config.lora is not None
+        self.layout = layout_of(parallel.settings, setup.config)
+        self.state_files = StateFiles(parallel)
+        self.state = ZeroState(
+            engine, self.state_files, parallel.rank, parallel.size, groups, not alone, self._part
+        )
         self.files = open_frozen(self.module, setup)
         self.choice = self.module.choice
         self.strategy = ZERO_STRATEGIES[self.stage]
@@ -82,6 +89,7 @@ class ZeroBackend:
     def build(setup: PhaseSetup, parallel: Parallel) -> ZeroBackend:
         """Load the weights (with ZeRO 3 tensor by tensor), then shard."""
         deepspeed = _import_deepspeed(parallel.device)
+        ignore_former_names()
         settings = _engine_settings(setup.config, parallel)
         stage = settings["zero_optimization"]["stage"]
         module = build_model(setup.model, setup.config, parallel.device)
@@ -95,6 +103,7 @@ class ZeroBackend:
         check_divisible(module.stored, setup.model)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         optimizer = build_optimizer(module, setup.config, setup.phase)
+        groups = names_of_groups(module, optimizer)
         with _named_in_environment(parallel.world):
             engine, wrapped, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, dist_init_required=False
@@ -104,7 +113,7 @@ class ZeroBackend:
         _prove_zero(engine, stage, setup.config, parallel)
         _prove_offloaded(engine, parallel)
         check_attention(engine, setup.config, parallel.device)
-        return ZeroBackend(engine, wrapped, setup, parallel)
+        return ZeroBackend(engine, wrapped, groups, setup, parallel)
 
     @property
     def module(self) -> CausalLM:
@@ -161,29 +170,22 @@ class ZeroBackend:
         return learning_rates(self.optimizer)
 
     def save(self, directory: Path, asynchronous: bool) -> Future[None]:
-        """See `Backend`. Always synchronous."""
-        alone = self.setup.config.lora is not None
-        self.engine.save_checkpoint(str(directory), tag=TAG, exclude_frozen_parameters=alone)
-        for path in directory.rglob("*"):
-            if path.is_file() and (
-                f"rank_{self.parallel.rank}_" in path.name or self.parallel.is_main
-            ):
-                fsync(path)
-        self.parallel.barrier()
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        """See `Backend`."""
+        return self.state.write(directory, asynchronous)
 
     def writes_asynchronously(self, config: CheckpointConfig) -> bool:
         """See `Backend`."""
-        return False
+        return config.asynchronous
 
+    @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """See `Backend`."""
-        whole = self.setup.config.lora is None
-        found, _ = self.engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=whole)
-        if found is None:
-            raise ValueError("DeepSpeed finds no checkpoint there")
+        """See `Backend`. Any stage and number of processes can load it."""
+        self.engine.empty_partition_cache()  # ZeRO 3: gathered tensors must not outlive this
+        self.state.read(directory)
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                part, first = self._part(parameter)
+                part.copy_(_gathered(parameter).view(-1)[first : first + len(part)])
 
     def state_bytes(self) -> int:
         """See `Backend`."""
@@ -192,9 +194,7 @@ class ZeroBackend:
         total = 0
         for parameter in self.module.parameters():
             values = full_shape(parameter).numel()
-            total += values * (held + 4 if parameter.requires_grad else frozen)
-            if parameter.requires_grad:
-                total += bytes_of_moments(self.engine.basic_optimizer, values, 4)
+            total += values * (12 if parameter.requires_grad else frozen)  # master and moments
         return total
 
     def weights_are_finite(self) -> bool:
@@ -317,6 +317,7 @@ class ZeroBackend:
 
     def close(self) -> None:
         """See `Backend`."""
+        self.state_files.close()
         self.engine.destroy()
 
 
@@ -395,6 +396,16 @@ def _engine_settings(config: TrainingConfig, parallel: Parallel) -> dict[str, An
         settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         settings["communication_data_type"] = "fp32"
     return settings
+
+
+def ignore_former_names() -> None:
+    """Leave out torch's warnings that its functions have new names, which DeepSpeed does not use.
+
+    Python shows such a warning once, but again after any code has changed its filters, and every
+    process shows its own.
+    """
+    text = r"`torch\.distributed\.\w+` is deprecated"
+    warnings.filterwarnings("ignore", text, FutureWarning)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

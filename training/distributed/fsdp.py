@@ -12,15 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -36,11 +32,12 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
 from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
-from cpt_merge.training.distributed.backend import TRAINED_ALONE, StepOutcome, replaced
+from cpt_merge.training.distributed.backend import StepOutcome, layout_of, replaced
 from cpt_merge.training.distributed.compute_copy import ComputeCopy
 from cpt_merge.training.distributed.frozen import FrozenWeights, open_frozen
 from cpt_merge.training.distributed.offload import offloaded
 from cpt_merge.training.distributed.parallel import Parallel
+from cpt_merge.training.distributed.state_files import StateFiles
 from cpt_merge.training.memory import Strategy
 from cpt_merge.training.model.attention import check_attention
 from cpt_merge.training.model.build import (
@@ -77,7 +74,7 @@ class TorchBackend:
         parallel: Parallel,
     ) -> None:
         self.module, self.optimizer, self.setup, self.parallel = module, optimizer, setup, parallel
-        self.layout = "torch" + (TRAINED_ALONE if setup.config.lora else "")
+        self.layout = layout_of(parallel.settings, setup.config)
         self.choice = module.choice
         self.strategy: Strategy = "fsdp2" if isinstance(module, FSDPModule) else "single"
         self.copy = copy
@@ -86,15 +83,7 @@ class TorchBackend:
         self.clip = setup.config.optimizer.clip
         self.micro_batches = parallel.size * setup.config.micro_batches(parallel.size)
         self.shard_count = parallel.mesh.shape[1]
-        pinned = parallel.device.type == "cuda"
-        self._stager = DefaultStager(  # kept, so that its memory is allocated once
-            StagingOptions(
-                use_pinned_memory=pinned,
-                use_non_blocking_copy=pinned,
-                use_shared_memory=False,
-                use_async_staging=False,
-            )
-        )
+        self.state_files = StateFiles(parallel)
 
     @staticmethod
     def build(setup: PhaseSetup, parallel: Parallel) -> TorchBackend:
@@ -183,20 +172,7 @@ class TorchBackend:
 
     def save(self, directory: Path, asynchronous: bool) -> Future[None]:
         """See `Backend`."""
-        # copying ahead would synchronise in torch's thread, whose device is GPU 0 on every rank
-        writer = FileSystemWriter(directory, sync_files=True, per_thread_copy_ahead=0)
-        state = self._state()
-        if asynchronous:
-            group = self.parallel.checkpoint_group
-            pending = async_save(
-                state, storage_writer=writer, process_group=group, async_stager=self._stager
-            )
-            assert isinstance(pending, Future)  # asynchronous staging alone gives another type
-            return pending
-        save(state, storage_writer=writer, process_group=self.parallel.checkpoint_group)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        return self.state_files.write(self._state(), directory, asynchronous)
 
     def writes_asynchronously(self, config: CheckpointConfig) -> bool:
         """See `Backend`."""
@@ -205,11 +181,7 @@ class TorchBackend:
     def load(self, directory: Path) -> None:
         """See `Backend`. Any number of processes and any mesh can load it."""
         state = self._state()
-        load(
-            state,
-            storage_reader=FileSystemReader(directory),
-            process_group=self.parallel.checkpoint_group,
-        )
+        self.state_files.read(state, directory)
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"],
             optim_state_dict=state["optimizer"], options=self._trained_alone(),
@@ -312,7 +284,7 @@ class TorchBackend:
 
     def close(self) -> None:
         """See `Backend`."""
-        self._stager.close()
+        self.state_files.close()
         for module in {self.module, self.running}:
             module.to_empty(device="meta")
         self.optimizer.state.clear()
