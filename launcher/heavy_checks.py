@@ -104,14 +104,17 @@ def _check_training(run: Run, here: bool) -> None:
 def _check_continues(run: Run, asked: BackendSettings) -> None:
     """Check that an interrupted training can continue with this backend."""
     from cpt_merge.training.distributed.backend import layout_of
-    from cpt_merge.training.distributed.checkpoint import check_continues
+    from cpt_merge.training.distributed.checkpoint import check_continues, complete_checkpoints
 
+    checkpoints = run.folder(TRAINING.name) / "checkpoints"
+    if not complete_checkpoints(checkpoints):
+        return
     try:
         key = prepare(run, TRAINING).key
     except UserError:
         return  # what it builds on is not finished, so it starts again
     layout = layout_of(asked.with_offload(run.recipe.training.offload), run.recipe.training)
-    check_continues(run.folder(TRAINING.name) / "checkpoints", key, layout)
+    check_continues(checkpoints, key, layout)
 
 
 def _processes(recipe: Recipe, here: bool) -> int:
