@@ -170,13 +170,14 @@ def traced(configurations: list[tuple[str, int, str]], folder: Path) -> Iterator
         config, replicas = configuration(setting, ranks), ranks // NODE if setting == "HSDP" else 1
         begun = time.monotonic()
         trace = trace_fake(RankCase(model, config, ranks, replicas))
-        yield compare(f"{name}, {setting}", model, config, ranks, replicas, trace)
+        row = compare(f"{name}, {setting}", model, config, ranks, replicas, trace)
         now = time.monotonic()
         print(
-            f"{place} of {len(configurations)}: {name}, {setting}, {ranks} ranks, "
+            f"{place} of {len(configurations)}: {' | '.join(row.compared)}; "
             f"{now - begun:.0f} s, {now - started:.0f} s in all",
             flush=True,
         )
+        yield row
 
 
 def configuration(setting: str, ranks: int) -> TrainingConfig:
