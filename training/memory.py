@@ -24,6 +24,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say_once
 from cpt_merge.training.config import MOMENT_BLOCK, LoraConfig, Offload, TrainingConfig
 from cpt_merge.training.flops import experts, experts_taken
+from cpt_merge.training.norms import multiply_in_fp32
 
 if TYPE_CHECKING:
     import torch  # `cpt-merge plan` estimates without it
@@ -36,11 +37,6 @@ ZERO_BUCKET = 5e8  # elements; DeepSpeed's default reduce_bucket_size
 Trained = Literal["all", "vocabulary", "adapters"]  # adapters: also embedding and head
 
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers")
-# Families of transformers that compute `normalised.float() * (1 + weight.float())`
-_WIDE_NORMS = {
-    "gemma", "gemma2", "gemma3", "minimax_m3_vl", "muse_glimmer", "qwen3_5", "qwen3_5_moe",
-    "qwen3_next", "qwen4_exp", "recurrent_gemma", "step3p7", "t5gemma", "t5gemma2", "vaultgemma",
-}  # fmt: skip
 _HEADS = "num_attention_heads"  # which decoders without attention (Mamba, RWKV) do not have
 
 
@@ -103,7 +99,7 @@ class ModelShape:
             routed=routed if count else 0,
             experts=count,
             taken=taken,
-            wide_norms=config.get("model_type", "").removesuffix("_text") in _WIDE_NORMS,
+            wide_norms=multiply_in_fp32(config.get("model_type") or ""),
         )
 
     @staticmethod
@@ -437,9 +433,9 @@ def _fsdp2(shape: ModelShape, setup: MemorySetup) -> _Divided:
     m T / N. In the backward pass: the head and its gradient, 2 c V h; a layer, the buffer of the
     next one, the layer's gradients, and the fp32 gradients of the layer before, whose reduction is
     waited for: 2 c P + (c + 4) T; for the last layer an embedding of its own is the next one. After
-    it come the embedding and its gradient, 2 c V h, a tied one's also added to the head's; then the
-    reduction, 4 V h. What torch's tracker finds (`benchmarks/dry_run.py`) is within some per cent
-    of this.
+    it come the embedding and its gradient, 2 c V h, while the last layer's reduction is waited for,
+    and for an embedding of its own 4 V h of the gradient in fp32. What torch's tracker finds
+    (`benchmarks/dry_run.py`) is within some per cent of this.
 
     Offloaded, the three parts are in the CPU's memory; the GPU gets a unit's shard in the master
     type before it is cast and gathered.
@@ -450,8 +446,9 @@ def _fsdp2(shape: ModelShape, setup: MemorySetup) -> _Divided:
     forward = c * (matrix + layer)
     head, reduced = 2 * c * matrix, 4 * trained_layer
     begin = head + 2 * c * layer + reduced
-    backward = head + c * (layer + (shape.matrices - 1) * matrix) + reduced
-    end = head + max(2 * c * matrix + reduced, (shape.matrices - 1) * c * matrix + 4 * matrix)
+    last = head + c * (layer + (shape.matrices - 1) * matrix) + reduced
+    backward = max(begin, last)
+    end = head + 2 * c * matrix + max(reduced, 4 * matrix if shape.matrices == 2 else 0)
     parameters = (m * trained + setup.frozen * frozen) / setup.shards
     gradients, optimizer = m * trained / setup.shards, setup.both_moments * trained / setup.shards
     found = _Divided(
@@ -471,8 +468,8 @@ def _fsdp2(shape: ModelShape, setup: MemorySetup) -> _Divided:
     # of the gradients, those of the layers before are there
     one, absent = m * trained_layer / setup.shards, m * vocabulary / setup.shards
     return replace(
-        found, gathered_begin=begin + one, gathered_backward=backward - one - absent,
-        gathered_end=end - absent,
+        found, gathered_begin=begin + one,
+        gathered_backward=max(begin - 2 * one, last - one) - absent, gathered_end=end - absent,
     )  # fmt: skip
 
 

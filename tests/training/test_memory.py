@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ from cpt_merge.training.compact_adamw import CompactAdamW
 from cpt_merge.training.config import LoraConfig, TrainingConfig
 from cpt_merge.training.distributed.compute_copy import ComputeCopy
 from cpt_merge.training.memory import (
-    _WIDE_NORMS,
     ZERO_STRATEGIES,
     MemorySetup,
     ModelShape,
@@ -425,16 +423,6 @@ def test_a_decoder_without_attention_has_no_heads() -> None:
     config = {"model_type": "mamba", "vocab_size": 50280, "hidden_size": 768, "n_layer": 24}
     shape = ModelShape.from_config(config, 130 * 10**6, "mamba-130m")
     assert (shape.layers, shape.heads, shape.query, shape.key_value) == (24, 0, 768, 768)
-
-
-def test_norms_that_multiply_in_fp32_are_known() -> None:
-    """The families of transformers whose norms keep their result in fp32; also those that are new."""
-    models = Path(transformers.__file__).parent / "models"
-    code = "output * (1.0 + self.weight.float())"
-    found = {
-        path.parent.name for path in models.glob("*/modeling_*.py") if code in path.read_text()
-    }
-    assert found == _WIDE_NORMS
 
 
 def test_what_a_family_leaves_out_of_its_configuration_is_its_default() -> None:
