@@ -54,7 +54,7 @@ class _Last:
 def train(source: Path, out: Path, values: dict[str, Any]) -> dict[str, float]:
     """Train as the values of the training section say; the last metrics, seconds and bytes."""
     from cpt_merge.checkpoint.reader import Checkpoint
-    from cpt_merge.launcher.start import backend_environment
+    from cpt_merge.launcher.accelerate_file import backend_environment
     from cpt_merge.training.config import TrainingConfig
     from cpt_merge.training.inputs import TrainingInputs
     from cpt_merge.training.memory import MemorySetup, ModelShape, estimate_memory

@@ -15,7 +15,7 @@ from benchmarks.training_contenders import ROOT, TrainingCase, settings
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
-from cpt_merge.launcher.start import backend_environment
+from cpt_merge.launcher.accelerate_file import backend_environment
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.backend import Backend
 from cpt_merge.training.distributed.build import build_backend

@@ -147,7 +147,7 @@ def settings(case: TrainingCase) -> dict[str, Any]:
 
 def ask_for_fsdp(case: TrainingCase) -> None:
     """Several processes shard by FSDP2."""
-    from cpt_merge.launcher.start import backend_environment
+    from cpt_merge.launcher.accelerate_file import backend_environment
 
     if case.processes > 1:
         os.environ.update(backend_environment(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from cpt_merge.core.errors import UserError
 
+READ_BY_US = "CPT_MERGE_READ_ACCELERATE_CONFIG"  # set where we did accelerate's work
+
 
 @dataclass(frozen=True)
 class World:
@@ -32,7 +34,14 @@ class World:
     @property
     def started(self) -> str:
         """How the process was started, in words."""
+        if started_by_accelerate():
+            return "started by accelerate launch"
         return "started alone" if self.launcher == "alone" else f"started by {self.launcher}"
+
+
+def started_by_accelerate(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `accelerate launch` started this process, even if it is the only one."""
+    return "ACCELERATE_MIXED_PRECISION" in environment and READ_BY_US not in environment
 
 
 def find_world(environment: Mapping[str, str] = os.environ) -> World:

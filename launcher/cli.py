@@ -6,6 +6,7 @@ Each command imports what it needs when it is called, so `--help` is fast.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ from cpt_merge.core.deadline import STOP_AT, parse_stop_at
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.parent import end_with_parent
 from cpt_merge.core.progress import console, silence_bars
-from cpt_merge.core.world import find_world
+from cpt_merge.core.world import find_world, started_by_accelerate
 from cpt_merge.launcher import stages
 
 if TYPE_CHECKING:
@@ -405,6 +406,9 @@ def plan(
     numbers = _nodes_of(gpus, nodes, gpus_per_node)
     options = {**numbers, "network": network, "storage": storage, "node_memory": node_memory}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if value == math.inf:
+            raise UserError(f"--{name} is infinite; leave it out, or give a number.")
     if (given or fit) and gpu is None:
         raise UserError(
             "--gpus, --nodes, --gpus-per-node, --network, --storage, --node-memory and --fit "
@@ -420,11 +424,17 @@ def _nodes_of(gpus: int | None, nodes: int | None, per_node: int | None) -> dict
         return {"nodes": nodes, "gpus_per_node": per_node}
     if nodes is not None and per_node is not None and nodes * per_node != gpus:
         raise UserError(f"--gpus {gpus} is not {nodes} x {per_node}; leave out one of the three.")
-    per_node = per_node or (gpus // nodes if nodes else min(gpus, 8))
-    if per_node == 0 or gpus % per_node:
+    if nodes is not None:
+        if gpus % nodes:
+            raise UserError(
+                f"--gpus {gpus} does not divide over --nodes {nodes}; set a multiple of {nodes}."
+            )
+        return {"nodes": nodes, "gpus_per_node": gpus // nodes}
+    per_node = per_node or min(gpus, 8)
+    if gpus % per_node:
         raise UserError(
-            f"{gpus} GPUs do not fill nodes of {per_node or 1} evenly; set --nodes or "
-            "--gpus-per-node so that they do."
+            f"--gpus {gpus} does not fill nodes of {per_node}; set a multiple of {per_node}, or "
+            "--gpus-per-node."
         )
     return {"nodes": gpus // per_node, "gpus_per_node": per_node}
 
@@ -702,8 +712,6 @@ def _code_of_a_stop() -> int:
     torchrun and accelerate take any code but 0 for a crash. So does `srun --kill-on-bad-exit`:
     there, only the first process ends with 75, since it has the most to do at the end.
     """
-    from cpt_merge.launcher.start import started_by_accelerate
-
     world = find_world()
     if world.launcher == "torchrun" or started_by_accelerate() or not world.is_main:
         return 0

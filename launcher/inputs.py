@@ -16,6 +16,7 @@ from cpt_merge.core.hub import is_here, model_directory
 from cpt_merge.data.check import check_budget, check_text
 from cpt_merge.data.mixture import mixture
 from cpt_merge.data.order import HORIZON
+from cpt_merge.launcher.accelerate_file import accelerate_config
 from cpt_merge.launcher.fetch import check_cache
 from cpt_merge.launcher.heavy_checks import heavy_checks
 from cpt_merge.launcher.recipe import Recipe
@@ -23,7 +24,6 @@ from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.sizes import check_disk, read_shape
 from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import MERGE, TRAINING
-from cpt_merge.launcher.start import accelerate_config
 from cpt_merge.merge import merge_report
 from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.fit import open_fitting

@@ -24,7 +24,6 @@ from cpt_merge.launcher.inputs import check_inputs, check_numbers
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.sizes import (
-    asked_backend,
     disk_needed,
     extended_rows,
     memory_setup,
@@ -32,7 +31,7 @@ from cpt_merge.launcher.sizes import (
 )
 from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import STAGES
-from cpt_merge.launcher.start import accelerate_config, backend_environment, check_local_batch
+from cpt_merge.launcher.start import backend_asked, check_local_batch
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.memory import MemoryEstimate, ModelShape, estimate_memory
 
@@ -63,7 +62,7 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
     table.add_row("disk", str(disk_needed(shape, recipe.training)))
     console.print(table)
     if cluster:
-        _print_reservations(console, recipe, shape)
+        _print_reservations(console, recipe, shape, cluster.cluster.ranks)
         config, launched = _on_fsdp2(recipe, cluster.cluster.ranks)
         show_cluster(console, shape, config, cluster)
         if fit:
@@ -75,7 +74,7 @@ def _on_fsdp2(recipe: Recipe, processes: int) -> tuple[TrainingConfig, list[str]
 
     What the accelerate configuration keeps in the CPU's memory is there, too.
     """
-    config, asked = recipe.training, asked_backend(recipe, processes)
+    config, asked = recipe.training, backend_asked(recipe, processes)
     if asked.offload != "none":
         config = config.model_copy(update={"offload": "all"})
     if asked.backend == "fsdp2" and asked.replicas == 1 and asked.shards in (None, processes):
@@ -90,7 +89,7 @@ def _checked(recipe: Recipe, cluster: ClusterOptions | None) -> int:
     """Check what a run would, before anything is printed. The processes of this machine, or 0."""
     if cluster:
         cluster.workload(recipe.training)
-        asked_backend(recipe, cluster.cluster.ranks)  # raises for what cannot be offloaded
+        backend_asked(recipe, cluster.cluster.ranks)  # raises for what cannot be offloaded
         check_numbers(recipe)
         return 0
     processes = check_local_batch(recipe)
@@ -121,9 +120,11 @@ def _add_model(table: Table, recipe: Recipe, base: ModelShape, shape: ModelShape
     table.add_row("training", steps)
 
 
-def _print_reservations(console: Console, recipe: Recipe, shape: ModelShape) -> None:
+def _print_reservations(
+    console: Console, recipe: Recipe, shape: ModelShape, processes: int
+) -> None:
     """For what the estimate of a cluster does not hold."""
-    if "ACCELERATE_USE_DEEPSPEED" in backend_environment(accelerate_config(recipe)):
+    if backend_asked(recipe, processes).backend == "deepspeed":
         console.print(
             "launch.accelerate_config asks for DeepSpeed; the estimate is for FSDP2 and HSDP, "
             "which offload weights, gradients and optimizer together."

@@ -121,8 +121,8 @@ class Recipe(Section):
         named = {
             "models.base": self.models.base,
             "models.chat": self.models.chat,
-            **{f"merge.vectors[{place}].base": one.base for place, one in enumerate(vectors)},
-            **{f"merge.vectors[{place}].chat": one.chat for place, one in enumerate(vectors)},
+            **{f"merge.vectors.{place}.base": one.base for place, one in enumerate(vectors)},
+            **{f"merge.vectors.{place}.chat": one.chat for place, one in enumerate(vectors)},
             **{f"evaluation.models.{name}": model for name, model in evaluation.models.items()},
             "evaluation.safety.classifier.model": evaluation.classifier,
         }
@@ -169,7 +169,7 @@ class _RecipeLoader(yaml.SafeLoader):
         return mapping
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: str = "recipe") -> dict[str, Any]:
     """The mapping in a YAML file. Raises `UserError` if there is none, or if a key is repeated."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
@@ -180,13 +180,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise UserError(f"{path} is a directory; give a recipe, which is a YAML file.") from None
     except PermissionError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{kind} {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path} is not UTF-8 (byte {error.start}); convert it.") from None
+        raise UserError(f"{kind} {path} is not UTF-8 (byte {error.start}); convert it.") from None
     except _RepeatedKeyError as error:
-        raise UserError(f"recipe {path}, {error}; remove one of them.") from None
+        raise UserError(f"{kind} {path}, {error}; remove one of them.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"{kind} {path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
-        raise UserError(f"recipe {path} is not a mapping of sections; see docs/recipe.md.")
+        hint = "; see docs/recipe.md" if kind == "recipe" else ""
+        raise UserError(f"{kind} {path} is not a mapping of sections{hint}.")
     return values

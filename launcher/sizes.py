@@ -19,10 +19,9 @@ from cpt_merge.core.world import World
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stages import STAGES
-from cpt_merge.launcher.start import accelerate_config, backend_environment
+from cpt_merge.launcher.start import backend_asked
 from cpt_merge.tokenizer_ext.learn.word_lists import count_entries
 from cpt_merge.training.config import LoraConfig, TrainingConfig
-from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
 from cpt_merge.training.memory import (
     ZERO_STRATEGIES,
     MemorySetup,
@@ -101,30 +100,19 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
     return -(-(shape.vocabulary + pieces) // multiple) * multiple
 
 
-def asked_backend(recipe: Recipe, processes: int) -> BackendSettings:
-    """What recipe and accelerate configuration ask of so many processes.
-
-    Raises `UserError` if the two contradict each other.
-    """
-    asked = BackendSettings()
-    if processes > 1 or recipe.launch.accelerate_config:
-        asked = backend_settings(backend_environment(accelerate_config(recipe)))
-    return asked.with_offload(recipe.training.offload)
-
-
 def memory_setup(recipe: Recipe, processes: int, train: str = "all") -> MemorySetup:
     """How the recipe's accelerate configuration divides memory over so many processes.
 
     In a phase that trains `train`.
     """
-    asked = asked_backend(recipe, processes)
+    asked = backend_asked(recipe, processes)
+    _, shards = asked.mesh_shape(World(size=processes))
     if asked.backend == "none":
         return MemorySetup.of(recipe.training, "single", 1, 1, train)
     if asked.backend == "deepspeed":
         strategy = ZERO_STRATEGIES[asked.zero_stage]
         setup = MemorySetup.of(recipe.training, strategy, processes, processes, train)
     else:
-        _, shards = asked.mesh_shape(World(size=processes))
         setup = MemorySetup.of(recipe.training, "fsdp2", processes, shards, train)
     return replace(setup, offload=asked.offload)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 from cpt_merge.core.errors import Interrupted, UserError
-from cpt_merge.core.package import PACKAGE
 from cpt_merge.core.progress import counted, say
-from cpt_merge.core.world import World, find_world
-from cpt_merge.launcher.recipe import Recipe, read_yaml
+from cpt_merge.core.world import READ_BY_US, World, find_world, started_by_accelerate
+from cpt_merge.launcher.accelerate_file import (
+    accelerate_config,
+    backend_environment,
+    check_keys,
+    check_launched_file,
+)
+from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.stage import StageContext
-
-READ_BY_US = "CPT_MERGE_READ_ACCELERATE_CONFIG"  # set where we did accelerate's work
-ACCELERATE_CONFIGS = PACKAGE / "recipes" / "accelerate"
+from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
 
 
 def local_processes(recipe: Recipe) -> int:
@@ -37,76 +39,28 @@ def local_processes(recipe: Recipe) -> int:
 def check_local_batch(recipe: Recipe) -> int:
     """The processes of this machine.
 
-    Raises `UserError` if a batch or the backend's mesh does not divide over them.
+    Raises `UserError` for a backend that cannot do what the recipe asks for, or a batch or a mesh
+    that does not divide over them.
     """
     world = find_world()
+    if recipe.launch.accelerate_config:
+        backend_asked(recipe, recipe.launch.processes or 1)  # before torch is imported for GPUs
     processes = local_processes(recipe) if world.launcher == "alone" else world.size
     recipe.training.check_processes(processes, " of this machine (launch.processes)")
-    if world.launcher == "alone" and not started_by_accelerate():
-        from cpt_merge.training.distributed.settings import backend_settings
-
-        ranks = {"RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_RANK": "0"}
-        asked = backend_settings(backend_environment(accelerate_config(recipe)) | ranks)
-        asked.mesh_shape(World(size=processes))
+    if world.launcher == "alone":
+        backend_asked(recipe, processes).mesh_shape(World(size=processes))
     return processes
-
-
-def accelerate_config(recipe: Recipe) -> Path:
-    """The accelerate configuration file. Raises `UserError` if it is missing or something else."""
-    name = recipe.launch.accelerate_config or "fsdp2"
-    packaged = {path.stem: path for path in ACCELERATE_CONFIGS.glob("*.yaml")}
-    path = packaged.get(name) or Path(name).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"launch.accelerate_config = {name} does not exist; leave it out, write one, or name "
-            f"one of {', '.join(sorted(packaged))}."
-        )
-    if "distributed_type" not in read_yaml(path):
-        raise UserError(
-            f"launch.accelerate_config = {path} has no distributed_type; see {packaged['fsdp2']}."
-        )
-    return path
-
-
-def backend_environment(path: Path) -> dict[str, str]:
-    """The variables by which `accelerate launch --config_file path` tells processes their backend.
-
-    torchrun and srun do not read the file, so there the processes read it themselves. Only the
-    variables that `training.distributed.settings.backend_settings` reads are set.
-    """
-    values = read_yaml(path)
-    kind = str(values.get("distributed_type", "NO")).upper()
-    environment = {
-        "ACCELERATE_MIXED_PRECISION": str(values.get("mixed_precision", "no")).lower(),
-        "ACCELERATE_USE_CPU": str(values.get("use_cpu", False)),
-    }
-    if kind == "FSDP":
-        environment["ACCELERATE_USE_FSDP"] = "true"
-        for name, value in values.get("fsdp_config", {}).items():
-            environment[name.upper()] = str(value).lower()
-        for name, value in values.get("parallelism_config", {}).items():
-            environment[name.upper()] = str(value)
-    elif kind == "DEEPSPEED":
-        environment["ACCELERATE_USE_DEEPSPEED"] = "true"
-        for name, value in values.get("deepspeed_config", {}).items():
-            known = {"deepspeed_config_file": "CONFIG_FILE"}.get(name, name.upper())
-            environment[f"ACCELERATE_DEEPSPEED_{known}"] = str(value)
-    elif kind != "NO":
-        raise UserError(f"{path} asks for distributed_type {kind}; set FSDP, DEEPSPEED or 'NO'.")
-    return environment
-
-
-def started_by_accelerate() -> bool:
-    """Whether `accelerate launch` started this process, even if it is the only one."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ and READ_BY_US not in os.environ
 
 
 def use_backend(recipe: Recipe) -> None:
     """Apply the recipe's accelerate configuration if `accelerate launch` has not.
 
-    A single process needs no backend, unless the recipe names a configuration.
+    A single process needs no backend, unless the recipe names a configuration. Raises `UserError`
+    for a configuration with unknown keys, whoever reads it.
     """
-    if not started_by_accelerate() and (find_world().size > 1 or recipe.launch.accelerate_config):
+    if started_by_accelerate():
+        check_launched_file()
+    elif find_world().size > 1 or recipe.launch.accelerate_config:
         os.environ.update(backend_environment(accelerate_config(recipe)) | {READ_BY_US: "true"})
 
 
@@ -115,6 +69,15 @@ def backend_variables(recipe: Recipe, processes: int) -> dict[str, str]:
     if started_by_accelerate() or (processes == 1 and not recipe.launch.accelerate_config):
         return {}  # they are in the environment, or not needed
     return backend_environment(accelerate_config(recipe))
+
+
+def backend_asked(recipe: Recipe, processes: int) -> BackendSettings:
+    """The backend that so many processes of training will have, with what the recipe adds to it.
+
+    Raises `UserError` if the recipe contradicts the accelerate configuration.
+    """
+    variables = {**os.environ, **backend_variables(recipe, processes)}
+    return backend_settings(variables).agreed(recipe.training)
 
 
 def processes_to_start(context: StageContext) -> int:
@@ -135,8 +98,10 @@ def start_processes(context: StageContext, processes: int) -> None:
 
     stage = context.stage
     assert stage.module is not None
+    config = accelerate_config(context.run.recipe)
+    check_keys(config)
     arguments = [
-        "--config_file", str(accelerate_config(context.run.recipe)),
+        "--config_file", str(config),
         "--num_processes", str(processes), "-m", stage.module, *context.run.words,
     ]  # fmt: skip
     say(f"accelerate launch {' '.join(arguments)}")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from cpt_merge.cluster.preflight.reports import NodeReport
 from cpt_merge.core.progress import counted
-from cpt_merge.launcher.recipe import Recipe, read_yaml
-from cpt_merge.launcher.start import accelerate_config
+from cpt_merge.launcher.accelerate_file import accelerate_config, uses_cpu
+from cpt_merge.launcher.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class GpuStatus:
 def check_gpus(report: NodeReport, recipe: Recipe, wait: float) -> None:
     """Check the GPUs; without torch where the job asked for none and the node has none."""
     asked = gpus_asked()
-    if read_yaml(accelerate_config(recipe)).get("use_cpu"):
+    if uses_cpu(accelerate_config(recipe)):
         report.facts.append("GPUs not used (use_cpu)")
         return
     if not asked and not shutil.which("nvidia-smi"):

@@ -5,7 +5,14 @@ import socket
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.world import Rendezvous, World, find_rendezvous, find_world, first_host
+from cpt_merge.core.world import (
+    READ_BY_US,
+    Rendezvous,
+    World,
+    find_rendezvous,
+    find_world,
+    first_host,
+)
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
@@ -18,6 +25,17 @@ def test_alone() -> None:
 def test_torchrun_and_slurm() -> None:
     assert find_world(TORCHRUN) == World(3, 8, 1, "torchrun")
     assert find_world(SLURM) == World(3, 8, 1, "slurm")
+
+
+def test_how_a_process_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = find_world(TORCHRUN)
+    for name in ("ACCELERATE_MIXED_PRECISION", READ_BY_US):
+        monkeypatch.delenv(name, raising=False)
+    assert (World().started, world.started) == ("started alone", "started by torchrun")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert world.started == "started by accelerate launch"
+    monkeypatch.setenv(READ_BY_US, "true")  # under torchrun, with the recipe's configuration
+    assert world.started == "started by torchrun"
 
 
 def test_inside_an_interactive_allocation_one_is_alone() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
-from cpt_merge.launcher.start import backend_environment
+from cpt_merge.launcher.accelerate_file import backend_environment
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.build import build_backend
 from cpt_merge.training.distributed.parallel import start_parallel

@@ -13,11 +13,12 @@ import pytest
 import cpt_merge.training.trainable
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.world import World
+from cpt_merge.launcher.accelerate_file import backend_environment
 from cpt_merge.launcher.heavy_checks import _check_training
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import prepare
 from cpt_merge.launcher.stages import TRAINING
-from cpt_merge.launcher.start import backend_environment
 from cpt_merge.training.config import Offload
 from cpt_merge.training.distributed.checkpoint import TrainState
 from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
@@ -140,10 +141,6 @@ def test_accelerate_says_the_same(name: str, tmp_path: Path) -> None:
     ("environment", "sentence"),
     [
         (
-            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
-            "several processes were started without a backend",
-        ),
-        (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
             "asks for FSDP 1; set fsdp_version: 2",
         ),
@@ -168,6 +165,11 @@ def test_accelerate_says_the_same(name: str, tmp_path: Path) -> None:
 def test_what_is_not_there_is_refused(environment: dict[str, str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         backend_settings(environment)
+
+
+def test_several_processes_need_a_backend() -> None:
+    with pytest.raises(UserError, match="2 processes need a backend"):
+        BackendSettings().mesh_shape(World(size=2))
 
 
 def of_json(tmp_path: Path, **section: object) -> BackendSettings:
@@ -235,12 +237,41 @@ def test_recipe_or_file_asks_to_offload(
 @pytest.mark.parametrize(
     ("asked", "wanted", "sentence"),
     [
-        (BackendSettings(), "all", "all needs FSDP2 or DeepSpeed, on one process too; set launch"),
+        (
+            BackendSettings(),
+            "all",
+            "all needs FSDP2 or ZeRO 3, on one process too; set launch.accelerate_config to fsdp2 "
+            "or zero3, or leave training.offload out",
+        ),
+        (
+            BackendSettings(),
+            "optimizer",
+            "optimizer needs DeepSpeed, on one process too; set launch.accelerate_config to zero1, "
+            "zero2 or zero3, or",
+        ),
         (BackendSettings("fsdp2"), "optimizer", "not possible with FSDP2, which offloads weights"),
         (
             BackendSettings("fsdp2", offload="all"),
+            "optimizer",
+            "set all, or set launch.accelerate_config to zero1, zero2 or zero3",
+        ),
+        (
+            BackendSettings("fsdp2", offload="all"),
             "none",
-            "is none but the accelerate config asks to offload weights, gradients and optimizer",
+            "none would offload nothing, but the accelerate config asks to offload weights, "
+            "gradients and optimizer; leave training.offload out, or remove",
+        ),
+        (
+            BackendSettings("deepspeed", zero_stage=2, offload="optimizer"),
+            "all",
+            "cannot be offloaded with ZeRO 2, which runs with whole ones; offload the optimizer "
+            "alone, or set launch.accelerate_config to fsdp2 or zero3",
+        ),
+        (
+            BackendSettings("deepspeed", zero_stage=3, offload="optimizer"),
+            "all",
+            "all would offload weights, gradients and optimizer, but the accelerate config asks to "
+            "offload the optimizer",
         ),
         (
             BackendSettings("deepspeed", zero_stage=2),

@@ -159,7 +159,7 @@ HEAVY = {
         ["launch.accelerate_config=fsdp2", "training.offload=optimizer"],
     ),
     "a process that has nothing to offload with": Broken(
-        "needs FSDP2 or DeepSpeed, on one process too",
+        "needs FSDP2 or ZeRO 3, on one process too",
         ["launch.processes=1", "launch.accelerate_config=cpu", "training.offload=all"],
     ),
     "a backend that contradicts the recipe": Broken(

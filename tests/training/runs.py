@@ -17,7 +17,7 @@ from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.core.errors import Interrupted
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
-from cpt_merge.launcher.start import backend_environment
+from cpt_merge.launcher.accelerate_file import backend_environment
 from cpt_merge.merge import MergeConfig
 from cpt_merge.merge.hook import merge_shards, plan_for_shards
 from cpt_merge.merge.plan import MergeInputs, MergePlan

@@ -187,11 +187,11 @@ def test_weights_that_do_not_fit_their_config(
             "DeepSpeed",  # which is not installed everywhere
         ),
         ({}, {"fp8": True}, "training.fp8 needs"),
-        ({}, {"offload": "all"}, "training.offload: all needs FSDP2 or DeepSpeed"),
+        ({}, {"offload": "all"}, "training.offload: all needs FSDP2 or ZeRO 3"),
         (
             {"backend": "fsdp2", "offload": "all"},
             {"offload": "none"},
-            "training.offload is none but the accelerate config asks to offload weights",
+            "training.offload: none would offload nothing, but the accelerate config asks",
         ),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
-from cpt_merge.launcher.start import backend_environment
+from cpt_merge.launcher.accelerate_file import backend_environment
 from tests.distributed import run_ranks
 from tests.training.conftest import FinishedRun
 from tests.training.runs import (

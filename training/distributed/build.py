@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpt_merge.core.errors import UserError
+from cpt_merge.core.progress import say_once
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.backend import Backend
 from cpt_merge.training.distributed.parallel import Parallel
@@ -35,21 +35,18 @@ def check_choice(asked: BackendSettings, choice: Choice) -> None:
 
 
 def check_backend(asked: BackendSettings, config: TrainingConfig) -> BackendSettings:
-    """The backend as it will be, with what the recipe offloads.
+    """The backend as it will be, with what the recipe offloads; a line says what has no effect.
 
     Raises `UserError` for one that is not available or contradicts the recipe.
     """
-    asked = asked.with_offload(config.offload)
-    precision = config.precision
-    wanted = {"bf16": "bf16", "pure-bf16": "bf16", "fp32": "no"}[precision]
-    if asked.mixed_precision not in ("no", wanted):
-        raise UserError(
-            f"the accelerate config asks for mixed_precision: {asked.mixed_precision} but "
-            f"training.precision is {precision}; set mixed_precision: 'no' there, "
-            "since the recipe decides."
+    asked = asked.agreed(config)
+    if asked.unused:
+        say_once(
+            "not used of the accelerate configuration, since the recipe decides: "
+            f"{', '.join(asked.unused)}"
         )
     if asked.backend == "deepspeed":
         from cpt_merge.training.distributed.deepspeed import check_zero
 
-        check_zero(asked, config)
+        check_zero(asked)
     return asked

@@ -27,6 +27,7 @@ from cpt_merge.core.world import World
 from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
 from cpt_merge.training.distributed.backend import StepOutcome, layout_of, replaced
+from cpt_merge.training.distributed.deepspeed_compat import import_deepspeed
 from cpt_merge.training.distributed.frozen import FrozenWeights, open_frozen
 from cpt_merge.training.distributed.offload import offloaded
 from cpt_merge.training.distributed.parallel import Parallel
@@ -88,7 +89,7 @@ class ZeroBackend:
     @staticmethod
     def build(setup: PhaseSetup, parallel: Parallel) -> ZeroBackend:
         """Load the weights (with ZeRO 3 tensor by tensor), then shard."""
-        deepspeed = _import_deepspeed(parallel.device)
+        deepspeed = import_deepspeed(parallel.device)
         ignore_former_names()
         settings = _engine_settings(setup.config, parallel)
         stage = settings["zero_optimization"]["stage"]
@@ -321,18 +322,12 @@ class ZeroBackend:
         self.engine.destroy()
 
 
-def check_zero(settings: BackendSettings, config: TrainingConfig) -> None:
-    """Raise `UserError` if DeepSpeed is missing, or cannot do what the two configurations say."""
+def check_zero(settings: BackendSettings) -> None:
+    """Raise `UserError` if DeepSpeed is missing, or refuses the accelerate configuration."""
     if find_spec("deepspeed") is None:
         raise UserError(
             "the accelerate config asks for DeepSpeed, which is not installed; "
             "pip install -c constraints.txt -e '.[deepspeed]'"
-        )
-    if config.precision == "pure-bf16":
-        raise UserError(
-            "training.precision: pure-bf16 is not possible with DeepSpeed, which keeps fp32 "
-            "masters; "
-            "set bf16 or fp32."
         )
     _check_sections(settings)
 
@@ -353,7 +348,7 @@ def _check_sections(settings: BackendSettings) -> None:
                 f"{name} asks for the device {device}; only the CPU's memory is supported, so set "
                 "cpu."
             )
-    _import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
@@ -406,19 +401,6 @@ def ignore_former_names() -> None:
     """
     text = r"`torch\.distributed\.\w+` is deprecated"
     warnings.filterwarnings("ignore", text, FutureWarning)
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
-    import deepspeed
-    import deepspeed.ops
-
-    if device.type == "cpu":
-        # DeepSpeed would compile collectives for one node at first use (46 s), and wait for ever
-        # for the lock of a compilation that was killed
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 @contextmanager

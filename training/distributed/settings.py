@@ -6,17 +6,29 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.world import World, find_world
-from cpt_merge.training.config import Offload
+from cpt_merge.core.spelling import nearest
+from cpt_merge.core.world import World
+from cpt_merge.training.config import Offload, TrainingConfig
 
 EXAMPLES = "recipes/accelerate"
 OFFLOAD_SECTIONS = ("offload_optimizer", "offload_param")  # of DeepSpeed's zero_optimization
-_CAN = {"optimizer": "zero2 or zero3", "all": "fsdp2 or zero3"}
-_OFFLOADED = {"optimizer": "the optimizer", "all": "weights, gradients and optimizer"}
+_OFFLOADED = {
+    "none": "nothing",
+    "optimizer": "the optimizer",
+    "all": "weights, gradients and optimizer",
+}
+_OFFLOADS = {"optimizer": "DeepSpeed", "all": "FSDP2 or ZeRO 3"}  # who can
+_FILES = {"optimizer": "zero1, zero2 or zero3", "all": "fsdp2 or zero3"}
+_OF_THE_RECIPE = {  # what the recipe decides, with its key
+    "FSDP_ACTIVATION_CHECKPOINTING": "training.activation_checkpointing",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "training.offload_activations",
+}
+_TRUE, _FALSE = ("1", "on", "t", "true", "y", "yes"), ("0", "off", "f", "false", "n", "no")
 
 
 @dataclass(frozen=True)
@@ -29,11 +41,18 @@ class BackendSettings:
     reshard: bool = True  # FSDP2: free a layer's gathered weights after its forward pass
     zero_stage: int = 0
     zero: Mapping[str, Any] = field(default_factory=dict)  # more of DeepSpeed's zero_optimization
+    unused: tuple[str, ...] = ()  # what else the files set, which the recipe decides
     offload: Offload = "none"  # what is kept in the CPU's memory
     mixed_precision: str = "no"  # accelerate's setting; must not contradict the recipe
 
     def mesh_shape(self, world: World) -> tuple[int, int]:
         """(replicas, shards) of this world. Raises `UserError` if its size does not fit."""
+        if self.backend == "none" and world.size > 1:
+            raise UserError(
+                f"{world.size} processes need a backend, and the accelerate config names none; use "
+                f"one of {EXAMPLES}/(fsdp2|hsdp|zero1|zero2|zero3).yaml, as accelerate's "
+                "--config_file or the recipe's launch.accelerate_config, or start one process."
+            )
         shards = self.shards or world.size // self.replicas
         if self.replicas * shards != world.size:
             raise UserError(
@@ -49,61 +68,88 @@ class BackendSettings:
         """DeepSpeed's `zero_optimization`."""
         return {"stage": self.zero_stage, **self.zero}
 
+    def agreed(self, config: TrainingConfig) -> BackendSettings:
+        """The settings with what the recipe adds to them.
+
+        Raises `UserError` if the two contradict each other, or if the backend cannot do it.
+        """
+        asked, precision = self.with_offload(config.offload), config.precision
+        wanted = {"bf16": "bf16", "pure-bf16": "bf16", "fp32": "no"}[precision]
+        if self.mixed_precision not in ("no", wanted):
+            raise UserError(
+                f"the accelerate config asks for mixed_precision: {self.mixed_precision} but "
+                f"training.precision is {precision}; set mixed_precision: 'no' there, since the "
+                "recipe decides."
+            )
+        if self.backend == "deepspeed" and precision == "pure-bf16":
+            raise UserError(
+                "training.precision: pure-bf16 is not possible with DeepSpeed, which keeps fp32 "
+                "masters; set bf16 or fp32."
+            )
+        return asked
+
     def with_offload(self, wanted: Offload | None) -> BackendSettings:
         """The settings with what the recipe's `training.offload` adds to them.
 
         Raises `UserError` if the two contradict each other, or if the backend cannot do it.
         """
-        asked = self
-        if wanted is not None and wanted != self.offload:
-            if self.offload != "none":
-                raise UserError(
-                    f"training.offload is {wanted} but the accelerate config asks to offload "
-                    f"{_OFFLOADED[self.offload]}; set both alike, or only one of them."
-                )
-            parts = {"none": (), "optimizer": OFFLOAD_SECTIONS[:1], "all": OFFLOAD_SECTIONS}
-            sections = {name: {"device": "cpu"} for name in parts[wanted]}
-            zero = {**self.zero, **sections} if self.backend == "deepspeed" else self.zero
-            asked = replace(self, offload=wanted, zero=zero)
-        _check_offload(asked)
-        return asked
+        if self.offload != "none":  # by the file alone
+            self._check_offload(self.offload)
+        if wanted is None or wanted == self.offload:
+            return self
+        self._check_offload(wanted)
+        if self.offload != "none":
+            raise UserError(
+                f"training.offload: {wanted} would offload {_OFFLOADED[wanted]}, but the "
+                f"accelerate config asks to offload {_OFFLOADED[self.offload]}; leave "
+                "training.offload out, or remove the offloading from the accelerate config."
+            )
+        parts = {"none": (), "optimizer": OFFLOAD_SECTIONS[:1], "all": OFFLOAD_SECTIONS}
+        sections = {name: {"device": "cpu"} for name in parts[wanted]}
+        zero = {**self.zero, **sections} if self.backend == "deepspeed" else self.zero
+        return replace(self, offload=wanted, zero=zero)
 
-
-def _check_offload(asked: BackendSettings) -> None:
-    """Raise `UserError` for what a backend cannot keep in the CPU's memory."""
-    if asked.offload == "none":
-        return
-    if asked.backend == "none":
-        raise UserError(
-            f"training.offload: {asked.offload} needs FSDP2 or DeepSpeed, on one process too; set "
-            f"launch.accelerate_config to {_CAN[asked.offload]}."
-        )
-    if asked.backend == "fsdp2" and asked.offload != "all":
-        raise UserError(
-            "training.offload: optimizer is not possible with FSDP2, which offloads weights, "
-            "gradients and optimizer together; set all, or use DeepSpeed "
-            f"({EXAMPLES}/zero2-offload.yaml)."
-        )
-    if asked.backend == "deepspeed" and asked.offload == "all" and asked.zero_stage < 3:
-        raise UserError(
-            f"the weights cannot be offloaded with ZeRO {asked.zero_stage}, which runs with whole "
-            "ones; use ZeRO 3 or FSDP2, or offload the optimizer alone."
-        )
+    def _check_offload(self, wanted: Offload) -> None:
+        """Raise `UserError` for what the backend cannot keep in the CPU's memory."""
+        if wanted == "none":
+            return
+        others = f"set launch.accelerate_config to {_FILES[wanted]}"
+        if self.backend == "none":
+            raise UserError(
+                f"training.offload: {wanted} needs {_OFFLOADS[wanted]}, on one process too; "
+                f"{others}, or leave training.offload out."
+            )
+        if self.backend == "fsdp2" and wanted == "optimizer":
+            raise UserError(
+                "training.offload: optimizer is not possible with FSDP2, which offloads weights, "
+                f"gradients and optimizer together; set all, or {others}."
+            )
+        if self.backend == "deepspeed" and wanted == "all" and self.zero_stage < 3:
+            raise UserError(
+                f"the weights cannot be offloaded with ZeRO {self.zero_stage}, which runs with "
+                f"whole ones; offload the optimizer alone, or {others}."
+            )
 
 
 def backend_settings(environment: Mapping[str, str] = os.environ) -> BackendSettings:
     """The settings in the environment. Raises `UserError` for those that are not supported."""
+    found = _settings(environment)
+    dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    return replace(found, unused=("dynamo_config", *found.unused)) if dynamo else found
+
+
+def _settings(environment: Mapping[str, str]) -> BackendSettings:
+    for kind in ("tp", "cp", "sp"):
+        if _number(environment, f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", 1) > 1:
+            raise UserError(
+                f"the accelerate config asks for parallelism_config_{kind}_size > 1, which is not "
+                "supported; set it to 1."
+            )
     mixed = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return _deepspeed(environment, mixed)
     if environment.get("ACCELERATE_USE_FSDP") == "true":
         return _fsdp(environment, mixed)
-    if find_world(environment).size > 1:
-        raise UserError(
-            "several processes were started without a backend; use one of "
-            f"{EXAMPLES}/(fsdp2|hsdp|zero1|zero2|zero3).yaml, as accelerate's --config_file or "
-            "the recipe's launch.accelerate_config, or start one process."
-        )
     return BackendSettings(mixed_precision=mixed)
 
 
@@ -113,36 +159,58 @@ def _fsdp(environment: Mapping[str, str], mixed: str) -> BackendSettings:
             "the accelerate config asks for FSDP 1; "
             f"set fsdp_version: 2 as in {EXAMPLES}/fsdp2.yaml."
         )
-    if environment.get("FSDP_ACTIVATION_CHECKPOINTING") == "true":
-        raise UserError(
-            "set the recipe's training.activation_checkpointing "
-            "instead of fsdp_activation_checkpointing."
-        )
-    for kind in ("TP", "CP", "SP"):
-        if int(environment.get(f"PARALLELISM_CONFIG_{kind}_SIZE") or 1) > 1:
-            raise UserError(
-                f"the accelerate config asks for {kind.lower()}_size > 1, "
-                "which is not supported; set it to 1."
-            )
-    shards = int(environment.get("PARALLELISM_CONFIG_DP_SHARD_SIZE") or 1)
+    for asked, ours in _OF_THE_RECIPE.items():
+        if _flag(environment, asked):
+            raise UserError(f"set the recipe's {ours} instead of {asked.lower()}.")
+    shards = _number(environment, "PARALLELISM_CONFIG_DP_SHARD_SIZE", 1)
     return BackendSettings(
         "fsdp2",
-        replicas=int(environment.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1),
+        replicas=_number(environment, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1),
         shards=shards if shards > 1 else None,
-        reshard=environment.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false",
-        offload="all" if environment.get("FSDP_OFFLOAD_PARAMS") == "true" else "none",
+        reshard=_flag(environment, "FSDP_RESHARD_AFTER_FORWARD", True),
+        offload="all" if _flag(environment, "FSDP_OFFLOAD_PARAMS") else "none",
         mixed_precision=mixed,
     )
 
 
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A whole number that is not negative. Raises `UserError` for anything else."""
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(
+            f"{_key(name)} of the accelerate config is {text}, but it must be a whole number."
+        )
+    return int(text)
+
+
+def _flag(environment: Mapping[str, str], name: str, default: bool = False) -> bool:
+    """True or false, as accelerate understands it. Raises `UserError` for anything else."""
+    text = environment.get(name, str(default)).lower()
+    if text not in _TRUE + _FALSE:
+        raise UserError(
+            f"{_key(name)} of the accelerate config is {text}, but it must be true or false."
+        )
+    return text in _TRUE
+
+
+def _key(variable: str) -> str:
+    """The key of accelerate's file from which a variable comes."""
+    return variable.removeprefix("ACCELERATE_DEEPSPEED_").lower()
+
+
 def _deepspeed(environment: Mapping[str, str], mixed: str) -> BackendSettings:
     config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None
-    stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 2)
-    zero = _zero_of(config) if config else {}
-    stage = zero.pop("stage", stage)
+    file = _read_file(config) if config else {}
+    zero = file.pop("zero_optimization", {})
+    stage = _number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", zero.get("stage", 2))
     if stage not in (1, 2, 3):
         raise UserError(
             f"the accelerate config asks for ZeRO stage {stage}; set zero_stage to 1, 2 or 3."
+        )
+    if zero.pop("stage", stage) != stage:
+        raise UserError(
+            f"the accelerate config asks for ZeRO {stage} and {config} for another stage; remove "
+            "zero_stage from the accelerate config."
         )
     for name in OFFLOAD_SECTIONS:
         section = {**_offload_keys(environment, name), **(zero.pop(name, None) or {})}
@@ -152,38 +220,57 @@ def _deepspeed(environment: Mapping[str, str], mixed: str) -> BackendSettings:
         "deepspeed",
         zero_stage=stage,
         zero=zero,
+        unused=tuple(file),
         offload=_offload_of(zero),
         mixed_precision=mixed,
     )
 
 
-def _zero_of(config: str) -> dict[str, Any]:
-    """`zero_optimization` of DeepSpeed's own JSON; accelerate's "auto" is DeepSpeed's default.
+def _read_file(config: str) -> dict[str, Any]:
+    """DeepSpeed's own JSON; accelerate's "auto" is DeepSpeed's default.
 
-    Raises `UserError` for a file without a stage.
+    Raises `UserError` for a file without a stage, or with a key that DeepSpeed does not know.
     """
     try:
-        section = json.loads(Path(config).read_text(encoding="utf-8"))["zero_optimization"]
-        if section["stage"] not in (1, 2, 3):
-            raise ValueError(f"stage is {section['stage']}")
+        text = Path(config).read_text(encoding="utf-8")
+        settings = json.loads(text, object_pairs_hook=_without_repeated)
+        if settings["zero_optimization"]["stage"] not in (1, 2, 3):
+            raise ValueError(f"stage is {settings['zero_optimization']['stage']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the DeepSpeed configuration {config} gives no ZeRO stage of 1, 2 or 3 "
             f"({error}); set zero_optimization.stage there."
         ) from None
-    former = [name for name in section if name.startswith("cpu_offload")]
+    former = [name for name in settings["zero_optimization"] if name.startswith("cpu_offload")]
     if former:
         raise UserError(
             f"{config} sets {former[0]}, a former name of DeepSpeed's; set offload_optimizer (and "
             'offload_param) to {"device": "cpu"} instead.'
         )
-    return {name: _without_auto(value) for name, value in section.items() if value != "auto"}
+    if find_spec("deepspeed"):
+        from cpt_merge.training.distributed.deepspeed_compat import unknown_keys
+
+        for name, known in unknown_keys(settings):
+            raise UserError(
+                f"{config}: DeepSpeed has no key {name}{nearest(name, known)}; correct it or "
+                "remove it."
+            )
+    return {name: _without_auto(value) for name, value in settings.items() if value != "auto"}
+
+
+def _without_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises `ValueError` for a repeated key, of which json would take the last."""
+    found = dict(pairs)
+    for name in found:
+        if sum(name == one for one, _ in pairs) > 1:
+            raise ValueError(f"the key {name} occurs twice")
+    return found
 
 
 def _without_auto(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {name: inner for name, inner in value.items() if inner != "auto"}
+    return {name: _without_auto(inner) for name, inner in value.items() if inner != "auto"}
 
 
 def _offload_keys(environment: Mapping[str, str], name: str) -> dict[str, str]:
@@ -191,6 +278,7 @@ def _offload_keys(environment: Mapping[str, str], name: str) -> dict[str, str]:
     prefix = f"ACCELERATE_DEEPSPEED_{name.upper()}"
     keys = {"device": f"{prefix}_DEVICE", "nvme_path": f"{prefix}_NVME_PATH"}
     found = {short: environment.get(variable, "") for short, variable in keys.items()}
+    found["device"] = found["device"].lower()
     return {short: value for short, value in found.items() if value.lower() not in ("", "none")}
 
 
