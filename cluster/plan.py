@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -98,7 +98,8 @@ def show_cluster(
         "are"
         + ("" if cluster.gpu.fitted else f"; no run on {cluster.gpu.name} was compared with them")
     )
-    costs = _layout_costs(shape, work, cluster)
+    found = _layout_costs(shape, work, cluster)
+    costs = [cost for cost in found if cost.replicas == 1 or cost.fits]
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column()
     for cost in costs:
@@ -112,8 +113,9 @@ def show_cluster(
         for label, values in rows:
             table.add_row(label, *values)
     console.print(table)
-    console.print(_other_nodes(shape, config, cluster))
-    console.print(_where_hsdp_wins(shape, work, cluster), markup=False)
+    _show_other_nodes(console, list(_other_nodes(shape, config, cluster)), config)
+    if len(costs) == len(found):
+        console.print(_where_hsdp_wins(shape, work, cluster), markup=False)
 
 
 Rows = Iterator[tuple[str, list[str]]]  # a label, and its value for each layout
@@ -179,50 +181,84 @@ def _checkpoints(
         yield "  one every", values
 
 
-def _other_nodes(shape: ModelShape, config: TrainingConfig, cluster: Cluster) -> Table:
-    """The recipe's batch on 1, 2, 4, ... nodes, as long as every GPU has a sequence."""
-    table = Table(
-        box=None,
-        padding=(0, 2, 0, 0),
-        title="the same batch on other numbers of nodes; micro: micro-batches of a step",
-        title_justify="left",
-    )
-    speed_and_memory = ("FSDP tok/s/GPU", "GB", "HSDP tok/s/GPU", "GB")
-    for title in ("nodes", "GPUs", "micro", *speed_and_memory, "days", "faster"):
-        table.add_column(title, justify="right")
+@dataclass(frozen=True)
+class _Row:
+    """The recipe's batch on one number of nodes."""
+
+    cluster: Cluster
+    micro_batches: int = 0
+    costs: tuple[_LayoutCost, ...] = ()  # none if the batch does not divide
+
+    def of(self, layout: str) -> _LayoutCost | None:
+        """The cost of FSDP or HSDP."""
+        return next((cost for cost in self.costs if cost.name == layout), None)
+
+
+def _other_nodes(shape: ModelShape, config: TrainingConfig, cluster: Cluster) -> Iterator[_Row]:
+    """On 1, 2, 4, ... nodes, as long as every GPU has a sequence."""
     nodes = 1
     while nodes * cluster.gpus_per_node <= config.global_batch_size:
         larger = replace(cluster, nodes=nodes)
-        cells = [str(nodes), str(larger.ranks)]
         try:
             work = Workload.of(config, larger.ranks)
         except UserError:
-            table.add_row(*cells, "-", "batch does not divide")
+            yield _Row(larger)
         else:
-            costs = _layout_costs(shape, work, larger)
-            table.add_row(*cells, str(work.micro_batches), *_cells(costs, config))
+            yield _Row(larger, work.micro_batches, tuple(_layout_costs(shape, work, larger)))
         nodes *= 2
-    return table
 
 
-def _cells(costs: list[_LayoutCost], config: TrainingConfig) -> list[str]:
-    """Speed and memory of FSDP and HSDP, days, the faster one."""
+def _show_other_nodes(console: Console, rows: list[_Row], config: TrainingConfig) -> None:
+    """Print speeds and days of what fits, and how much memory the rest lacks."""
+    costs = [cost for row in rows for cost in row.costs]
+    fitting = {cost.name for cost in costs if cost.fits}
+    shown = [name for name in ("FSDP", "HSDP") if name in fitting]
+    speeds = [title for name in shown for title in (f"{name} tok/s/GPU", "GB")]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in (
+        "nodes", "GPUs", "micro", *(speeds or ["FSDP GB"]), *["days", "faster"][: len(shown)],
+    ):  # fmt: skip
+        table.add_column(title, justify="right")
+    for row in rows:
+        cells = [str(row.cluster.nodes), str(row.cluster.ranks)]
+        if row.costs:
+            table.add_row(*cells, str(row.micro_batches), *_cells(row, shown, config))
+        else:
+            table.add_row(*cells, "-", "batch does not divide")
+    console.print("the same batch on other numbers of nodes; micro: micro-batches of a step")
+    console.print(table)
+    left_out = "FSDP" if not shown else "HSDP" if "HSDP" not in shown else ""
+    needed = [cost.memory.total for cost in costs if cost.name == left_out]
+    if needed:
+        gpu = rows[0].cluster.gpu
+        console.print(
+            f"{left_out if shown else 'The run'} fits on none of them: a GPU needs at least "
+            f"{min(needed) / GIGA:,.0f} GB, and {gpu.name} has {gpu.memory / GIGA:,.0f}"
+            + ("." if shown else "; --fit names settings that need less."),
+            soft_wrap=True,
+        )
+
+
+def _cells(row: _Row, shown: Sequence[str], config: TrainingConfig) -> list[str]:
+    """Speed and memory of the layouts shown, days, and of two layouts the faster one."""
+    if not shown:
+        return [f"[red]{row.costs[0].memory.total / GIGA:,.0f}[/]"]
     cells = []
-    for cost in costs:
-        speed = f"{cost.step.tokens_per_second_per_device:,.0f}"
-        cells.append(speed if cost.fits else f"[red]{speed}[/]")
-        cells.append(f"{cost.memory.total / GIGA:,.0f}")
-    cells += ["", ""] * (2 - len(costs))
-    usable = [cost for cost in costs if cost.fits]
-    if not usable:
-        return [*cells, "-", "[red]neither fits[/]"]
-    best = min(usable, key=lambda cost: cost.step.seconds)
-    days = best.step.hours(config.steps * config.tokens_per_step) / DAY
-    return [
-        *cells,
-        f"{days:,.2f}",
-        best.name if len(usable) == len(costs) else f"only {best.name} fits",
-    ]
+    for cost in map(row.of, shown):
+        if cost is None:  # HSDP on one node is FSDP
+            cells += ["", ""]
+        else:
+            speed = f"{cost.step.tokens_per_second_per_device:,.0f}" if cost.fits else "-"
+            memory = f"{cost.memory.total / GIGA:,.0f}"
+            cells += [speed, memory if cost.fits else f"[red]{memory}[/]"]
+    usable = [cost for cost in row.costs if cost.fits]
+    days, best = "-", "[red]neither fits[/]"
+    if usable:
+        fastest = min(usable, key=lambda cost: cost.step.seconds)
+        days = f"{fastest.step.hours(config.steps * config.tokens_per_step) / DAY:,.2f}"
+        only = len(usable) < len(row.costs)
+        best = f"only {fastest.name} fits" if only else fastest.name
+    return [*cells, *[days, best][: len(shown)]]
 
 
 def _batch(work: Workload) -> str:

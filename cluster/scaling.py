@@ -224,12 +224,7 @@ class Workload:
     @staticmethod
     def of(config: TrainingConfig, ranks: int) -> Workload:
         """A recipe's workload on so many GPUs. Raises `UserError` if its batch does not divide."""
-        if config.global_batch_size % ranks:
-            possible = -(-config.global_batch_size // ranks) * ranks
-            raise UserError(
-                f"training.global_batch_size = {config.global_batch_size} does not divide over "
-                f"{ranks} GPUs; set {possible}."
-            )
+        config.check_processes(ranks, kind="GPUs")
         if config.precision == "fp32":
             raise UserError(
                 "the speed of GPUs can be estimated for bf16 only; "

@@ -112,7 +112,22 @@ def test_one_node_needs_no_network_and_has_one_layout(
 def test_what_does_not_fit_is_marked(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = planned(path, capsys, ClusterOptions("a100-40gb"), "training.micro_batch_size=32")
     assert "of 40 GB: does not fit" in words
-    assert "neither fits" in words
+    assert "nodes GPUs micro FSDP GB 1 8 1 " in words
+    assert "The run fits on none of them: a GPU needs at least" in words
+    assert "HSDP" not in words
+    assert "tok/s" not in words
+
+
+def test_a_layout_that_fits_nowhere_has_no_column(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HSDP keeps a whole replica in a node of two GPUs."""
+    cluster = ClusterOptions("memory=24,tflops=100,bandwidth=900", nodes=8, gpus_per_node=2)
+    words = planned(path, capsys, cluster, "training.activation_checkpointing=full")
+    assert "8 replicas" not in words
+    assert "nodes GPUs micro FSDP tok/s/GPU GB days 1 2 64 - " in words
+    assert "HSDP fits on none of them: a GPU needs at least" in words
+    assert "HSDP is faster" not in words
 
 
 def test_a_checkpoint_that_begins_before_the_last_one_is_on_disk_is_marked(
@@ -294,7 +309,15 @@ def test_a_node_has_a_memory_of_its_own(path: Path, capsys: pytest.CaptureFixtur
     ("options", "sentence"),
     [
         (["--fit"], "belong to --gpu NAME; add it"),
-        (["--gpu", "l4", "--gpus", "12"], "12 GPUs do not fill nodes of 8 evenly"),
+        (["--gpu", "l4", "--gpus", "12"], "--gpus 12 does not fill nodes of 8; set a multiple of"),
+        (["--gpu", "l4", "--gpus", "12", "--nodes", "5"], "--gpus 12 does not divide over --nodes"),
+        (["--gpu", "l4", "--gpus", "4", "--nodes", "8"], "set a multiple of 8"),
+        (["--gpu", "l4", "--network", "inf"], "--network is infinite; leave it out, or give a num"),
+        (
+            ["--gpu", "l4", "--gpus", "1000000"],
+            "= 256 has fewer sequences than there are GPUs, 1,000,000; take at most 256, or set",
+        ),
+        (["--gpu", "l4", "--gpus", "48"], "does not divide over 48 GPUs; set 288, or take 32"),
         (
             ["--gpu", "l4", "--gpus", "12", "--nodes", "2", "--gpus-per-node", "8"],
             "--gpus 12 is not 2 x 8",
@@ -313,7 +336,7 @@ def test_numbers_of_gpus_that_contradict_each_other(
     [
         ("training.lora.targets=[nope]", "nope names no linear layer in the decoder of"),
         ("training.offload=all", "set launch.accelerate_config to fsdp2 or zero3"),
-        ("training.offload=optimizer", "set launch.accelerate_config to zero2 or zero3"),
+        ("training.offload=optimizer", "set launch.accelerate_config to zero1, zero2 or zero3"),
     ],
 )
 def test_what_training_would_refuse_is_refused_for_a_cluster_too(
