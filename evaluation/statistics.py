@@ -175,6 +175,15 @@ def corrected(chances: Sequence[float]) -> list[float]:
     return found
 
 
+def fewest_units(differences: int) -> int:
+    """Of how many units a difference can be beyond chance at all, if so many are compared.
+
+    The models of n units can be exchanged in 2^n ways, of which 2 are the farthest from 0, so no
+    p-value is below 2 / 2^n.
+    """
+    return math.floor(1 + math.log2(differences / (1 - COVERAGE))) + 1
+
+
 def student_t(n: int) -> float:
     """The quantile of Student's t for n units.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.panel import Panel
@@ -14,7 +14,7 @@ from cpt_merge.core.progress import console, counted, say
 from cpt_merge.evaluation.conversation import Reply
 from cpt_merge.evaluation.evaluators.evaluator import Metric, NotRun
 from cpt_merge.evaluation.results import ModelResult, Results, Sample, each, languages_with
-from cpt_merge.evaluation.statistics import Estimate, PairedDifference
+from cpt_merge.evaluation.statistics import Estimate, PairedDifference, fewest_units
 
 SHOWN_CHARACTERS = 400  # of a reply
 SHOWN_OF_THOUGHT = 160  # characters
@@ -36,20 +36,38 @@ def show(results: Results, judges: Mapping[str, Mapping[str, float]], samples: i
 
 
 def what_differs(results: Results) -> str:
-    """The sentence that a person reads first: which differences to the baseline are no chance."""
+    """The sentence that a person reads first: which differences to the baseline are no chance.
+
+    Where no difference could have been beyond chance, it says so instead of that there is none.
+    """
     compared = _count_differences(results)
-    start = f"evaluation: {counted(compared, 'difference')} to {results.baseline} compared: "
-    models = []
+    needed = fewest_units(max(compared, 1))
+    models, some_few = [], False
     for model, of_languages in results.differences.items():
-        named = [
-            f"{language} {_change(results.metrics[metric], one)}"
+        found = [
+            (f"{language} {_change(results.metrics[metric], one)}", one)
             for language, of_metrics in of_languages.items()
             for metric, one in of_metrics.items()
-            if one.beyond
         ]
+        named = [name for name, one in found if one.beyond]
+        few = [one.n for _, one in found if not one.beyond and one.n < needed]
+        some_few = some_few or bool(few)
         more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-        models.append(f"{model}: {', '.join(named[:NAMED]) or 'nothing differs'}{more}")
-    return start + "; ".join(models) + " (at 5 %, Holm's correction)"
+        parts = [", ".join(named[:NAMED]) + more] if named else []
+        if not named and len(few) < len(found):
+            parts = ["nothing differs"]
+        if few:
+            of = f" in {len(few)} of {len(found)}" if len(few) < len(found) else ""
+            parts.append(f"too few to tell{of} ({_range(few)})")
+        models.append(f"{model}: {', '.join(parts) or 'nothing to compare'}")
+    start = f"evaluation: {counted(compared, 'difference')} to {results.baseline} compared: "
+    fewest = f"; one needs at least {needed} documents or prompts" if some_few else ""
+    return start + "; ".join(models) + f" (at 5 %, Holm's correction{fewest})"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _change(metric: Metric, difference: PairedDifference) -> str:

@@ -9,8 +9,14 @@ from cpt_merge.evaluation.compare import summarise
 from cpt_merge.evaluation.evaluators.evaluator import Findings, Measurement, Metric
 from cpt_merge.evaluation.evaluators.form import FormEvaluator
 from cpt_merge.evaluation.results import ModelResult, each
-from cpt_merge.evaluation.statistics import Estimate, corrected, difference, estimate
-from cpt_merge.evaluation.tables import show
+from cpt_merge.evaluation.statistics import (
+    Estimate,
+    corrected,
+    difference,
+    estimate,
+    fewest_units,
+)
+from cpt_merge.evaluation.tables import show, what_differs
 
 
 def parts(values):
@@ -172,3 +178,42 @@ def test_the_first_sentence_names_what_differs_of_all_that_was_compared(capsys):
         "evaluation: 4 differences to base compared: chat: nothing differs; "
         "merged: ko chat +100 (at 5 %, Holm's correction)"
     )
+
+
+@pytest.mark.parametrize("compared", [1, 2, 7, 100])
+def test_fewer_units_can_never_show_a_difference(compared):
+    fewest = fewest_units(compared)
+    for n, enough in ((fewest - 1, False), (fewest, True)):
+        p = difference(parts([1.0] * n), parts([0.0] * n), 0).p
+        assert (corrected([p] + [1.0] * (compared - 1))[0] < 0.05) == enough
+
+
+def first_sentence(of_metrics):
+    """What is said first about models whose metrics have these hits, all of n units."""
+    findings = [
+        {
+            model: Findings([Measurement(Metric(name, name, name), "ko", parts(ones(hits, n)))])
+            for model, hits in hits_of_models.items()
+        }
+        for name, (n, hits_of_models) in of_metrics.items()
+    ]
+    models = [
+        ModelResult(name, [one[name] for one in findings], [], 0.0) for name in ("base", "cpt")
+    ]
+    return what_differs(summarise(models, [FormEvaluator()], None, 0))
+
+
+def ones(hits, n):
+    return [1.0] * hits + [0.0] * (n - hits)
+
+
+def test_too_few_documents_are_not_called_equal():
+    few = {"chat": (2, {"base": 0, "cpt": 2}), "stopped": (4, {"base": 0, "cpt": 4})}
+    assert first_sentence(few) == (
+        "evaluation: 2 differences to base compared: cpt: too few to tell (2 to 4) (at 5 %, Holm's "
+        "correction; one needs at least 7 documents or prompts)"
+    )
+    few["empty"] = (30, {"base": 10, "cpt": 10})
+    assert "cpt: nothing differs, too few to tell in 2 of 3 (2 to 4) (" in first_sentence(few)
+    few["empty"] = (30, {"base": 0, "cpt": 30})
+    assert "cpt: ko empty +1.000, too few to tell in 2 of 3 (2 to 4)" in first_sentence(few)
