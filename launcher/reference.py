@@ -16,8 +16,9 @@ HEADER = """# The recipe: every key
 
 Generated from the types by `make docs`; `cpt-merge keys [SECTION]` shows the same. A recipe is one
 YAML file with these sections. Any key can be overridden on the command line:
-`cpt-merge run RECIPE training.tokens=1_000_000`. Relative paths start at the directory that the
-command is called in.
+`cpt-merge run RECIPE training.tokens=1_000_000`. `N` is the place of an item in a list, counted
+from 0, here, in messages and in overrides: `corpus.sources.0.weight=2`. Relative paths start at the
+directory that the command is called in.
 
 """
 
@@ -34,7 +35,7 @@ class KeyInfo:
 
 
 def recipe_keys(section: type[Section], prefix: str = "") -> Iterator[KeyInfo]:
-    """The keys of a section and those within it, depth first; `[]` stands for a list's items."""
+    """The keys of a section and those within it, depth first; `N` is a place in a list."""
     for name, field in section.model_fields.items():
         path = prefix + name
         inner = inner_sections(field)
@@ -47,7 +48,7 @@ def recipe_keys(section: type[Section], prefix: str = "") -> Iterator[KeyInfo]:
         )
         many = typing.get_origin(field.annotation) is list
         for nested in inner:
-            yield from recipe_keys(nested, path + ("[]." if many else "."))
+            yield from recipe_keys(nested, path + (".N." if many else "."))
 
 
 def _default(field: FieldInfo, has_sections: bool) -> str:
@@ -63,7 +64,7 @@ def as_text(section: type[Section], within: str = "") -> str:
     """The keys of all or one section, for a terminal. Raises `UserError` for an unknown section."""
     lines = []
     for item in recipe_keys(section):
-        if within and not f"{item.path}.".replace("[]", "").startswith(f"{within}."):
+        if within and not f"{item.path}.".replace(".N.", ".").startswith(f"{within}."):
             continue
         given = item.default in ("", "required")
         default = item.default if given else f"default {item.default}"

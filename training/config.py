@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.core.config import Section, key
@@ -88,6 +88,16 @@ class LoraConfig(Section):
         "linear layers that get an adapter: names, or ends of names (`q_proj`, `mlp.down_proj`); "
         "every linear layer of the decoder layers if not set",
     )
+
+    @field_validator("targets")
+    @classmethod
+    def _are_names(cls, targets: list[str]) -> list[str]:
+        for target in targets:
+            if target != target.strip() or not target:
+                raise ValueError(f'"{target}" is not a name; remove it, or its spaces')
+            if targets.count(target) > 1:
+                raise ValueError(f'"{target}" occurs twice; remove one of them')
+        return targets
 
     @property
     def numerator(self) -> float:
@@ -277,12 +287,20 @@ class TrainingConfig(Section):
         """Micro-batches of each process in one step."""
         return -(-self.global_batch_size // (processes * self.micro_batch_size))
 
-    def check_processes(self, processes: int, note: str = "") -> None:
+    def check_processes(self, processes: int, note: str = "", kind: str = "processes") -> None:
         """Raises `UserError` if a batch does not divide over the processes; `note` names them."""
-        if self.global_batch_size % processes:
+        size = self.global_batch_size
+        if size < processes:
             raise UserError(
-                f"training.global_batch_size = {self.global_batch_size} does not divide over "
-                f"{processes} processes{note}; set a multiple."
+                f"training.global_batch_size = {size:,} has fewer sequences than there are "
+                f"{kind}{note}, {processes:,}; take at most {size:,}, or set a multiple of "
+                f"{processes:,}."
+            )
+        if size % processes:
+            most = next(n for n in range(processes, 0, -1) if size % n == 0)
+            raise UserError(
+                f"training.global_batch_size = {size:,} does not divide over {processes:,} "
+                f"{kind}{note}; set {-(-size // processes) * processes:,}, or take {most:,}."
             )
 
     def check_positions(self, model: Mapping[str, Any]) -> None:

@@ -235,7 +235,7 @@ def test_a_half_fetched_dataset_is_not_taken_for_a_smaller_one(
     for name in ("plan", "run"):
         done = command(name, TEXT)
         assert done.returncode == 2
-        assert "lacks corpus.sources[0] (dataset org/text); run `cpt-merge fetch" in done.stderr
+        assert "lacks corpus.sources.0 (dataset org/text); run `cpt-merge fetch" in done.stderr
     done = command("tokenizer", "tokenizer.new_pieces={zh_tw: 40}", TEXT)
     assert done.returncode == 2
     assert "and the hub cannot be reached (Connection refused)" in done.stderr

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from cpt_merge.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_FILES
 from cpt_merge.checkpoint.headers import TensorInfo
 from cpt_merge.checkpoint.reader import Checkpoint
+from cpt_merge.core.config import parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.store import Store
@@ -360,3 +361,17 @@ def test_an_average_is_the_mean_of_the_merged_models(
         expected = (four[name].double() + eight[name].double()) / 2
         torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=1e-8)
         assert torch.equal(four[name], eight[name]) == ("norm" in name)
+
+
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [
+        ([""], "`targets` = ['']: \"\" is not a name; remove it"),
+        ([" q_proj"], '" q_proj" is not a name; remove it, or its spaces'),
+        (["q_proj", "v_proj", "q_proj"], '"q_proj" occurs twice; remove one of them'),
+    ],
+)
+def test_targets_that_nobody_means(targets: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_section(LoraConfig, {"targets": targets}, "recipe")
+    assert sentence in str(refused.value)
