@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cpt_merge.cluster.scaling import (
     GIGA,
+    RESERVE,
     STORAGE,
     Cluster,
     StepEstimate,
@@ -113,8 +114,8 @@ def show_cluster(
         for label, values in rows:
             table.add_row(label, *values)
     console.print(table)
-    _show_other_nodes(console, list(_other_nodes(shape, config, cluster)), config)
-    if len(costs) == len(found):
+    fitting = _show_other_nodes(console, list(_other_nodes(shape, config, cluster)), config)
+    if "HSDP" in fitting and len(costs) == len(found):
         console.print(_where_hsdp_wins(shape, work, cluster), markup=False)
 
 
@@ -208,8 +209,11 @@ def _other_nodes(shape: ModelShape, config: TrainingConfig, cluster: Cluster) ->
         nodes *= 2
 
 
-def _show_other_nodes(console: Console, rows: list[_Row], config: TrainingConfig) -> None:
-    """Print speeds and days of what fits, and how much memory the rest lacks."""
+def _show_other_nodes(console: Console, rows: list[_Row], config: TrainingConfig) -> set[str]:
+    """Print speeds and days of what fits, and how much memory the rest lacks.
+
+    The layouts that fit on some number of nodes.
+    """
     costs = [cost for row in rows for cost in row.costs]
     fitting = {cost.name for cost in costs if cost.fits}
     shown = [name for name in ("FSDP", "HSDP") if name in fitting]
@@ -228,15 +232,17 @@ def _show_other_nodes(console: Console, rows: list[_Row], config: TrainingConfig
     console.print("the same batch on other numbers of nodes; micro: micro-batches of a step")
     console.print(table)
     left_out = "FSDP" if not shown else "HSDP" if "HSDP" not in shown else ""
-    needed = [cost.memory.total for cost in costs if cost.name == left_out]
+    needed = [cost.memory.total + RESERVE for cost in costs if cost.name == left_out]
     if needed:
         gpu = rows[0].cluster.gpu
         console.print(
             f"{left_out if shown else 'The run'} fits on none of them: a GPU needs at least "
-            f"{min(needed) / GIGA:,.0f} GB, and {gpu.name} has {gpu.memory / GIGA:,.0f}"
+            f"{min(needed) / GIGA:,.1f} GB with what libraries take, and it has "
+            f"{gpu.memory / GIGA:,.0f}"
             + ("." if shown else "; --fit names settings that need less."),
             soft_wrap=True,
         )
+    return fitting
 
 
 def _cells(row: _Row, shown: Sequence[str], config: TrainingConfig) -> list[str]:

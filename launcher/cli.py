@@ -651,7 +651,7 @@ def stage_main(command: str) -> int:
 
     Processes that a launcher started save and end when it is killed: another run may begin then.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ or started_by_accelerate():
         end_with_parent()
     return main([command, *sys.argv[1:]])
 
@@ -696,7 +696,10 @@ def _check_options(command: str, words: list[str]) -> None:
 
 
 def _stop_on_signals() -> None:
-    """Slurm's warnings raise `Interrupted`; the training loop has its own, gentler handlers."""
+    """Slurm's warnings raise `Interrupted`; the training loop has its own, gentler handlers.
+
+    SIGINT counts even where a shell script's `command &` has it ignored, as it does in training.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -704,6 +707,7 @@ def _stop_on_signals() -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _code_of_a_stop() -> int:

@@ -5,16 +5,29 @@ import signal
 import subprocess
 import sys
 
-CHILD = (
-    "from cpt_merge.core.parent import end_with_parent; import time; end_with_parent(); "
-    "print('ready', flush=True); time.sleep(600)"
+import pytest
+
+WAIT = "import time; print('ready', flush=True); time.sleep(600)"
+CHILD = f"from cpt_merge.core.parent import end_with_parent; end_with_parent(); {WAIT}"
+# a stage that `accelerate launch` starts for one process, without torchrun's agent
+STAGE = f"""
+import cpt_merge.launcher.cli as cli
+def wait(words):
+    {WAIT}
+cli.main = wait
+cli.stage_main("train")
+"""
+
+
+@pytest.mark.parametrize(
+    ("child", "variables"), [(CHILD, {}), (STAGE, {"ACCELERATE_MIXED_PRECISION": "no"})]
 )
-PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}])"
-
-
-def test_it_ends_when_the_parent_is_killed() -> None:
+def test_it_ends_when_the_parent_is_killed(child: str, variables: dict[str, str]) -> None:
     """The pipe that only the child still holds ends when the child does."""
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", command], stdout=subprocess.PIPE, env=os.environ | variables
+    ) as parent:
         assert parent.stdout
         assert parent.stdout.readline() == b"ready\n"
         os.kill(parent.pid, signal.SIGKILL)

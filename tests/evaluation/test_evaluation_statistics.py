@@ -216,4 +216,4 @@ def test_too_few_documents_are_not_called_equal():
     few["empty"] = (30, {"base": 10, "cpt": 10})
     assert "cpt: nothing differs, too few to tell in 2 of 3 (2 to 4) (" in first_sentence(few)
     few["empty"] = (30, {"base": 0, "cpt": 30})
-    assert "cpt: ko empty +1.000, too few to tell in 2 of 3 (2 to 4)" in first_sentence(few)
+    assert "cpt: ko empty +100, too few to tell in 2 of 3 (2 to 4)" in first_sentence(few)
