@@ -39,6 +39,7 @@ import typer
 from benchmarks import peers
 from benchmarks.checkpoints import LLAMA2_7B, TINYLLAMA, Shape
 from benchmarks.checkpoints import prepare as prepare_models
+from benchmarks.processor import processor
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.progress import counted
 from cpt_merge.merge.methods.ties import magnitude_threshold
@@ -158,12 +159,6 @@ def digest(directory: Path) -> str:
     return found.hexdigest()
 
 
-def processor() -> str:
-    """The model of the processor, as the kernel knows it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
-
-
 @app.command()
 def prepare(
     folder: Path,
@@ -211,7 +206,7 @@ def speed(
         print(f"round {number + 1}: read {read:.2f} s, write {write:.2f} s", flush=True)
     shutil.rmtree(out, ignore_errors=True)
     _show(results)
-    found = {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "seconds": results}
+    found = {"processor": processor(), "seconds": results}
     (folder / "merge-speed.json").write_text(json.dumps(found, indent=1))
 
 
@@ -247,7 +242,7 @@ def _peer_cost(peer: peers.Peer) -> Cost:
 
 def _show(results: dict[str, list[dict[str, float]]]) -> None:
     columns = "".join(f"{name:>10}" for name in ("wall s", "CPU s", "RSS MB", "anon MB"))
-    print(f"\n{processor()}, {len(os.sched_getaffinity(0))} cores")
+    print(f"\n{processor()}")
     print(f"{'median':40}{columns}{'wall / read+write':>20}")
     raw = results.get("read 3, write 1", [])
     for name, costs in results.items():

@@ -15,7 +15,7 @@ from statistics import median
 
 import numpy as np
 
-from benchmarks.training import Contender, free_port
+from benchmarks.training import Processes, free_port
 from benchmarks.training_contenders import TimedInterval, TrainingCase
 from benchmarks.training_inputs import Inputs
 from cpt_merge.cluster.plan import PARTS
@@ -102,8 +102,8 @@ def _steps(folder: Path, size: str, rounds: int) -> dict[str, list[float]]:
         inputs, sequences = Inputs.of(folder, size), MICRO_BATCHES * processes
         return TrainingCase(inputs, "fp32", processes, LENGTH, sequences, 1, 2, rounds)
 
-    pair, sharded = [Contender("bare", case(1)) for _ in range(2)], Contender("bare", case(2))
-    alone = Contender("bare", case(1))
+    pair, sharded = [Processes("bare", case(1)) for _ in range(2)], Processes("bare", case(2))
+    alone = Processes("bare", case(1))
     found: dict[str, list[float]] = {"alone": [], "two at a time": [], "FSDP2 on two": []}
     for _ in range(rounds):
         found["alone"].append(_seconds(alone.interval(), 2))

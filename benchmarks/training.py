@@ -1,10 +1,13 @@
 """Benchmarks of training.
 
     python -m benchmarks.training prepare DIR [--size 3b]    random Llamas and token stores
-    python -m benchmarks.training trainer DIR                speed and memory of three contenders
+    python -m benchmarks.training trainer DIR                speed and memory of training loops
     python -m benchmarks.training checkpoint DIR             how long a save holds up training
 
-Results are printed and written to DIR/training-*.json.
+Results are printed and written to DIR/training-*.json. Lightning takes part if `--lightning` names
+a folder that it was installed into:
+
+    pip install --no-deps --target FOLDER lightning==2.6.6 lightning-utilities torchmetrics
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
@@ -24,14 +27,37 @@ from typing import Any
 
 import typer
 
-from benchmarks import training_inputs
+from benchmarks import training_contenders, training_inputs, training_peers
+from benchmarks.processor import processor
 from benchmarks.training_checkpoints import Save, measure_saves
 from benchmarks.training_contenders import TimedInterval, TrainingCase, enter, join
 from benchmarks.training_inputs import Inputs
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-NAMES = ("ours", "bare", "trainer")
+CONTENDERS: dict[str, training_contenders.Contender] = {
+    "ours": training_contenders.ours,
+    "bare": training_contenders.bare,
+    "trainer": training_peers.trainer,
+    "lightning": training_peers.lightning,
+}
 LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of the table: a model and how it is trained."""
+
+    size: str  # of training_inputs.SIZES
+    interval: int  # steps
+    lora: bool = False
+
+
+ROWS = {
+    "small": Row("small", 2),
+    "long-vocabulary": Row("long-vocabulary", 1),
+    "experts": Row("experts", 2),
+    "lora": Row("small", 2, lora=True),
+}
 
 
 @app.command()
@@ -42,34 +68,40 @@ def prepare(
     document: int = training_inputs.MEDIAN_DOCUMENT,
 ) -> None:
     """Make the inputs of a size, or those that a CPU can train, unless they exist."""
-    for name in [size] if size else ["small", "long-vocabulary"]:
+    for name in [size] if size else sorted({row.size for row in ROWS.values()}):
         training_inputs.prepare(folder, name, tokens, document)
 
 
 @app.command()
 def trainer(
-    folder: Path, rounds: int = 3, intervals: int = 5, sizes: str = "small,long-vocabulary",
-    precisions: str = "fp32,bf16", processes: str = "1,2",
+    folder: Path, rounds: int = 3, intervals: int = 5, rows: str = ",".join(ROWS),
+    precisions: str = "fp32,bf16", processes: str = "1,2", lightning: Path | None = None,
 ) -> None:  # fmt: skip
-    """Three contenders train the same model in turn, in every precision and number of processes."""
+    """Contenders train the same model in turn, in every precision and number of processes."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    names = list(CONTENDERS)
+    if lightning:
+        os.environ[training_peers.LIGHTNING] = str(lightning.resolve())
+    else:
+        names.remove("lightning")
     results: dict[str, dict[str, Any]] = {}
     _show_header()
-    for size, precision, count in itertools.product(
-        sizes.split(","), precisions.split(","), processes.split(",")
+    for row, precision, count in itertools.product(
+        rows.split(","), precisions.split(","), processes.split(",")
     ):
-        steps = 2 if size == "small" else 1
         case = TrainingCase(
-            Inputs.of(folder, size), precision, int(count), LENGTH, 2, 1, steps, intervals
-        )
-        found = [interval for number in range(rounds) for interval in _round(case, number)]
-        name = f"{size}, {precision}, {count}"
-        results[name] = _summary(case, found)
+            Inputs.of(folder, ROWS[row].size), precision, int(count), LENGTH, 2, 1,
+            ROWS[row].interval, intervals, ROWS[row].lora,
+        )  # fmt: skip
+        found = [turn for number in range(rounds) for turn in _round(names, case, number)]
+        name = f"{row}, {precision}, {count}"
+        results[name] = _summary(names, case, found)
         _show(name, results[name])
-    (folder / "training-trainer.json").write_text(json.dumps(results, indent=1))
+    written = {"processor": processor(), "results": results}
+    (folder / "training-trainer.json").write_text(json.dumps(written, indent=1))
 
 
-class Contender:
+class Processes:
     """The processes of one contender, which train when they are told to."""
 
     def __init__(self, name: str, case: TrainingCase) -> None:
@@ -79,7 +111,9 @@ class Contender:
         for rank in range(case.processes):
             mine, theirs = context.Pipe()
             process = context.Process(
-                target=enter, args=(name, case, rank, port, theirs), daemon=True
+                target=enter,
+                args=(CONTENDERS[name], case, rank, port, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -115,12 +149,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _round(case: TrainingCase, number: int) -> Iterator[dict[str, list[TimedInterval]]]:
+def _round(
+    names: list[str], case: TrainingCase, number: int
+) -> Iterator[dict[str, list[TimedInterval]]]:
     """Start every contender, and let them train interval by interval in changing order."""
-    contenders = {name: Contender(name, case) for name in NAMES}
+    contenders = {name: Processes(name, case) for name in names}
     for turn in range(case.intervals):
-        shift = (number + turn) % len(NAMES)
-        found = {name: contenders[name].interval() for name in NAMES[shift:] + NAMES[:shift]}
+        shift = (number + turn) % len(names)
+        found = {name: contenders[name].interval() for name in names[shift:] + names[:shift]}
         _check_same(found)
         yield found
     for contender in contenders.values():
@@ -134,21 +170,23 @@ def _check_same(found: dict[str, list[TimedInterval]]) -> None:
         raise SystemExit(f"the contenders do not train the same: losses {losses}")
 
 
-def _summary(case: TrainingCase, found: list[dict[str, list[TimedInterval]]]) -> dict[str, Any]:
+def _summary(
+    names: list[str], case: TrainingCase, found: list[dict[str, list[TimedInterval]]]
+) -> dict[str, Any]:
     """Medians over all intervals; a ratio is taken within one turn of the contenders."""
-    walls = {name: [max(one.wall for one in turn[name]) for turn in found] for name in NAMES}
+    walls = {name: [max(one.wall for one in turn[name]) for turn in found] for name in names}
     alone = {
-        name: [max(one.wall - one.delay for one in turn[name]) for turn in found] for name in NAMES
+        name: [max(one.wall - one.delay for one in turn[name]) for turn in found] for name in names
     }
-    cpus = {name: [sum(one.cpu for one in turn[name]) for turn in found] for name in NAMES}
-    peaks = {name: max(one.peak for turn in found for one in turn[name]) for name in NAMES}
+    cpus = {name: [sum(one.cpu for one in turn[name]) for turn in found] for name in names}
+    peaks = {name: max(one.peak for turn in found for one in turn[name]) for name in names}
     return {
-        "tokens per second": {name: case.tokens / median(walls[name]) for name in NAMES},
+        "tokens per second": {name: case.tokens / median(walls[name]) for name in names},
         "peak MB": peaks,
-        "speed": {name: _ratios(walls, name) for name in NAMES[1:]},
-        "alone": {name: _ratios(alone, name) for name in NAMES[1:]},
-        "CPU": {name: _ratios(cpus, name) for name in NAMES[1:]},
-        "memory": {name: peaks["ours"] / peaks[name] for name in NAMES[1:]},
+        "speed": {name: _ratios(walls, name) for name in names[1:]},
+        "alone": {name: _ratios(alone, name) for name in names[1:]},
+        "CPU": {name: _ratios(cpus, name) for name in names[1:]},
+        "memory": {name: peaks["ours"] / peaks[name] for name in names[1:]},
         "seconds": walls,
         "seconds without waiting for a CPU": alone,
         "CPU seconds": cpus,
@@ -163,6 +201,7 @@ def _ratios(seconds: dict[str, list[float]], other: str) -> list[float]:
 
 
 def _show_header() -> None:
+    print(processor())
     print(
         "our speed over theirs: by the wall clock, without waiting for a CPU, by CPU time; memory"
     )
@@ -171,7 +210,7 @@ def _show_header() -> None:
 def _show(name: str, summary: dict[str, Any]) -> None:
     rate, peak = summary["tokens per second"]["ours"], summary["peak MB"]["ours"]
     print(f"{name}: {rate:,.0f} tokens/s, {peak:,.0f} MB")
-    for other in NAMES[1:]:
+    for other in summary["speed"]:
         shown = [f"{middle:.3f} ({low:.2f}-{high:.2f})" for middle, low, high in
                  (summary[kind][other] for kind in ("speed", "alone", "CPU"))]  # fmt: skip
         print(

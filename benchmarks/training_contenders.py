@@ -1,4 +1,4 @@
-"""Three contenders train the same model on the same packed sequences: ours, a bare loop, Trainer.
+"""Contenders train the same model on the same packed sequences: here ours, and a bare loop.
 
 Fresh processes of each warm up and then wait. `TimedTurn` lets them train one interval of steps at
 a time, so they take turns within seconds and other work on the machine affects all alike.
@@ -14,14 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.training_inputs import Inputs
 from cpt_merge.tracking import Tracker
 from cpt_merge.tracking.events import Event, Scalars
 
+if TYPE_CHECKING:
+    from cpt_merge.data.packing import TrainingSequences
+
 ROOT = Path(__file__).parents[1]
-RATE, BETAS, CLIP = 1e-4, (0.9, 0.95), 1.0
+RATE, BETAS, CLIP, LORA_RANK = 1e-4, (0.9, 0.95), 1.0, 16
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,17 @@ class TrainingCase:
     micro_batch_size: int
     interval: int  # steps between two rows of the log
     intervals: int  # how many are measured, after one that warms up
+    lora: bool = False  # adapters of rank LORA_RANK in the decoder, embedding and head in full
 
     @property
     def steps(self) -> int:
         """All steps of a contender."""
         return self.interval * (self.intervals + 1)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a process, in a step."""
+        return self.global_batch_size // (self.processes * self.micro_batch_size)
 
     @property
     def tokens(self) -> int:
@@ -90,6 +99,10 @@ class TimedTurn:
         self._start()
 
 
+Contender = Callable[[TrainingCase, Path, TimedTurn], None]
+"""Trains a case in a folder of its own, and calls the turn at the end of each interval."""
+
+
 def run_queue_delay() -> float:
     """Seconds that this thread has waited for a CPU."""
     return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
@@ -114,12 +127,14 @@ def join(case: TrainingCase, rank: int, port: int) -> None:
         )
 
 
-def enter(name: str, case: TrainingCase, rank: int, port: int, connection: Connection) -> None:
+def enter(
+    train: Contender, case: TrainingCase, rank: int, port: int, connection: Connection
+) -> None:
     """The body of a contender's process."""
     join(case, rank, port)
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     try:
-        CONTENDERS[name](case, folder, TimedTurn(connection, case))
+        train(case, folder, TimedTurn(connection, case))
     except Finished:
         pass
     finally:
@@ -142,6 +157,7 @@ def settings(case: TrainingCase) -> dict[str, Any]:
         "evaluate_sequences": 1,
         "continuations": 0,
         "checkpoints": {"every": 10**6},
+        **({"lora": {"rank": LORA_RANK}} if case.lora else {}),
     }
 
 
@@ -194,7 +210,7 @@ def bare(case: TrainingCase, folder: Path, turn: TimedTurn) -> None:
     backend = TorchBackend.build(
         PhaseSetup(config, phases_of(config)[0], case.inputs.model, 0), parallel
     )
-    rows, size = _sequences(case), case.processes
+    rows, size = sequences(case), case.processes
     steps = []
     for step in range(case.steps):
         first = step * case.global_batch_size
@@ -217,103 +233,9 @@ def bare(case: TrainingCase, folder: Path, turn: TimedTurn) -> None:
             turn(parallel.total(total) / size)
 
 
-def trainer(case: TrainingCase, folder: Path, turn: TimedTurn) -> None:
-    """transformers.Trainer as its documentation advises: sdpa, packed by position ids."""
-    import torch
-    from torch.distributed.fsdp import FSDPModule
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
-    class Log(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, *_: Any, logs: dict[str, float], model: Any, **__: Any) -> None:
-            assert isinstance(model, FSDPModule) == (case.processes > 1), (
-                "Trainer does not shard as it was asked to"
-            )
-            if "loss" in logs:
-                turn(logs["loss"])
-
-    model = AutoModelForCausalLM.from_pretrained(
-        case.inputs.model, dtype=torch.float32, use_cache=False
-    )
-    layer = type(model.model.layers[0]).__name__
-    sharding = (
-        _let_trainer_shard(layer)
-        if case.processes > 1
-        else {"use_cpu": not torch.cuda.is_available()}
-    )
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=case.steps + 1,
-        per_device_train_batch_size=case.micro_batch_size,
-        gradient_accumulation_steps=(
-            case.global_batch_size // (case.processes * case.micro_batch_size)
-        ),
-        learning_rate=RATE,
-        weight_decay=0.1,
-        adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1],
-        max_grad_norm=CLIP,
-        optim="adamw_torch_fused",
-        lr_scheduler_type="constant",
-        bf16=case.precision == "bf16",
-        logging_steps=case.interval,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        train_sampling_strategy="sequential",
-        **sharding,
-    )
-    rows = _sequences(case)
-
-    class Packed(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-        def __len__(self) -> int:
-            return case.global_batch_size * (case.steps + 1)
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            batch = rows.batch([index])
-            labels = batch.labels[0]
-            return {
-                "input_ids": batch.input_ids[0],
-                "position_ids": batch.position_ids[0],
-                "labels": labels,
-                "shift_labels": labels,
-            }
-
-    runner = Trainer(model=model, args=arguments, train_dataset=Packed(), callbacks=[Log()])
-    runner.train()
-
-
-def _let_trainer_shard(layer: str) -> dict[str, Any]:
-    """FSDP2 for Trainer, whose units are the layers of this class.
-
-    On a CPU, accelerate would silently use DDP. So it is told that gloo processes are as good as
-    GPUs (a private method of accelerate 1.15).
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        from accelerate.state import PartialState
-        from accelerate.utils import DistributedType
-        from transformers import training_args
-
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-        training_args.is_torch_bf16_gpu_available = lambda: True
-    return {
-        "fsdp": True,
-        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [layer]},
-    }
-
-
-def _sequences(case: TrainingCase) -> Any:
+def sequences(case: TrainingCase) -> TrainingSequences:
+    """The sequences of a run, in their order."""
     from cpt_merge.data.packing import TrainingSequences
     from cpt_merge.data.store import Store
 
     return TrainingSequences(Store.open(case.inputs.store), case.length, 0)
-
-
-CONTENDERS: dict[str, Callable[[TrainingCase, Path, TimedTurn], None]] = {
-    "ours": ours,
-    "bare": bare,
-    "trainer": trainer,
-}

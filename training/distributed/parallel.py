@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cpt_merge.core.distributed import Ranks, start_process_group
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.heap import keep_freed_memory
 from cpt_merge.core.torch_compat import set_timeout
 from cpt_merge.core.world import World, find_world
 from cpt_merge.training.config import Offload
@@ -49,7 +50,9 @@ def start_parallel(timeout: timedelta = TIMEOUT, offload: Offload | None = None)
     settings, world = backend_settings().with_offload(offload), find_world()
     shape = settings.mesh_shape(world)
     device = _device(world)
-    if device.type == "cuda" and settings.offload != "none":
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif settings.offload != "none":
         use_cores()
     start_process_group(_collectives(settings, device), timeout)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))

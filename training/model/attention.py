@@ -35,6 +35,10 @@ TOLERANCE = 1e-5
 """Relative change of a loss that still counts as none. Measured on random models of 7 families: no
 change in float32 and bfloat16 where documents are apart, and 1.6e-4 or more where they are not."""
 
+_BF16_PAYS = 512
+"""Tokens from which a document's attention in bfloat16 is faster than in float32 on a CPU. Measured
+on a Zen 4 with 4 to 32 heads; documents of 16 tokens take 2.6 to 3.6 times as long in bfloat16."""
+
 
 def document_attention(
     module: Any,
@@ -105,6 +109,8 @@ def _by_document(
     )
     outs = []
     for size, q, k, v in zip(sizes, *documents, strict=True):
+        if size < _BF16_PAYS and q.dtype == torch.bfloat16:
+            q, k, v = q.float(), k.float(), v.float()
         mask = None if window is None or window >= size else _band(size, window, q.device)
         outs.append(
             F.scaled_dot_product_attention(
@@ -115,7 +121,7 @@ def _by_document(
                 is_causal=mask is None,
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
-            )
+            ).to(query.dtype)
         )
     return torch.cat(outs, 2)[0].transpose(0, 1)
 
