@@ -46,6 +46,17 @@ def uses_cpu(path: Path) -> bool:
     return bool(_read(path).get("use_cpu"))
 
 
+def machines(path: Path) -> int:
+    """On how many machines `accelerate launch` would start processes.
+
+    Raises `UserError` for what is no number.
+    """
+    wanted = _read(path).get("num_machines") or 1
+    if not str(wanted).isdecimal():
+        raise UserError(f"{path}: num_machines is {wanted}, but it must be a whole number.")
+    return int(wanted)
+
+
 def backend_environment(path: Path) -> dict[str, str]:
     """The variables by which `accelerate launch --config_file path` tells processes their backend.
 
@@ -55,7 +66,7 @@ def backend_environment(path: Path) -> dict[str, str]:
     """
     check_keys(path)
     values = _read(path)
-    kind = str(values.get("distributed_type", "NO")).upper()
+    kind = _kind(path)
     environment = {
         "ACCELERATE_MIXED_PRECISION": str(values.get("mixed_precision") or "no").lower(),
         "ACCELERATE_USE_CPU": str(values.get("use_cpu", False)),
@@ -66,7 +77,7 @@ def backend_environment(path: Path) -> dict[str, str]:
         environment[f"ACCELERATE_USE_{kind}"] = "true"
         told.append(f"{kind.lower()}_config")
     elif kind != "NO":
-        raise UserError(f"{path} asks for distributed_type {kind}; set FSDP, DEEPSPEED or 'NO'.")
+        raise _unsupported(path)
     for section in told:
         for name, value in _section(path, values, section).items():
             if value is not None:
@@ -74,12 +85,22 @@ def backend_environment(path: Path) -> dict[str, str]:
     return environment
 
 
+def _kind(path: Path) -> str:
+    return str(_read(path).get("distributed_type", "NO")).upper()
+
+
+def _unsupported(path: Path) -> UserError:
+    return UserError(
+        f"{path} asks for distributed_type {_kind(path)}; set FSDP, DEEPSPEED or 'NO'."
+    )
+
+
 def _variable(section: str, key: str) -> str:
     """The variable that carries a key of a section."""
     name = _full(section, key).upper()
-    if section == "deepspeed_config":
+    if section == "deepspeed_config" and not key.startswith("gradient_"):
         return f"ACCELERATE_DEEPSPEED_{name.removeprefix('DEEPSPEED_')}"
-    return f"ACCELERATE_{name}" if section == "dynamo_config" else name
+    return name if section in ("fsdp_config", "parallelism_config") else f"ACCELERATE_{name}"
 
 
 def _full(section: str, key: str) -> str:
@@ -151,6 +172,8 @@ def check_launched_file() -> None:
     path = _launched_file(Path(f"/proc/{os.getppid()}/cmdline"))
     if path and path.is_file():
         check_keys(path)
+        if _kind(path) == "MULTI_CPU":  # accelerate starts one process, however many it asks for
+            raise _unsupported(path)
 
 
 def _launched_file(command_line: Path) -> Path | None:

@@ -20,6 +20,7 @@ from cpt_merge.core.progress import counted
 from cpt_merge.data.hub_datasets import HubFile, size_of
 from cpt_merge.data.mixture import describe, mixture
 from cpt_merge.data.sources import source_files
+from cpt_merge.launcher.accelerate_file import accelerate_config, machines
 from cpt_merge.launcher.inputs import check_inputs, check_numbers
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
@@ -147,6 +148,9 @@ def _add_memory(table: Table, recipe: Recipe, shape: ModelShape, processes: int)
     """What each process of this machine does and needs."""
     batches = counted(recipe.training.micro_batches(processes), "micro-batch")
     sequences = counted(recipe.training.micro_batch_size, "sequence")
+    if (wanted := machines(accelerate_config(recipe))) > 1:
+        text = f"launch.accelerate_config asks for {wanted}; what follows is for this one alone"
+        table.add_row("machines", text)
     table.add_row("processes", f"{processes}, each {batches} of {sequences} a step")
     kinds = dict.fromkeys(phase.train for phase in recipe.training.phases) or ("all",)
     for train in kinds:

@@ -13,6 +13,7 @@ from cpt_merge.launcher.accelerate_file import (
     backend_environment,
     check_keys,
     check_launched_file,
+    machines,
 )
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.stage import StageContext
@@ -52,6 +53,22 @@ def check_local_batch(recipe: Recipe) -> int:
     return processes
 
 
+def check_one_machine(recipe: Recipe) -> None:
+    """Raise `UserError` if a command that starts processes here is asked for other machines, too.
+
+    Its processes would wait for those of the others for ever.
+    """
+    if find_world().launcher != "alone" or started_by_accelerate():
+        return
+    config = accelerate_config(recipe)
+    if machines(config) > 1:
+        raise UserError(
+            f"{config} asks for num_machines: {machines(config)}, but this command starts "
+            f"processes on this machine alone; run `accelerate launch --config_file {config} -m "
+            "cpt_merge.training RECIPE` on each machine, or set num_machines: 1."
+        )
+
+
 def use_backend(recipe: Recipe) -> None:
     """Apply the recipe's accelerate configuration if `accelerate launch` has not.
 
@@ -84,6 +101,7 @@ def processes_to_start(context: StageContext) -> int:
     """How many processes have to be started for a stage; 1 where it runs in this process."""
     if not context.stage.distributed or context.world.launcher != "alone":
         return 1
+    check_one_machine(context.run.recipe)
     return 1 if started_by_accelerate() else local_processes(context.run.recipe)
 
 

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.config.default import write_basic_config
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.accelerate_file import (
@@ -19,6 +23,10 @@ from cpt_merge.launcher.accelerate_file import (
     backend_environment,
     check_keys,
 )
+from cpt_merge.launcher.recipe import load_recipe
+from cpt_merge.launcher.start import check_one_machine
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.agreement import not_used
 from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
 from tests.command_line import cpt_merge
 
@@ -182,12 +190,108 @@ def test_two_stages_contradict_each_other(tmp_path: Path) -> None:
         backend_settings(environment | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
 
 
-def test_what_the_recipe_decides_instead_is_named(tmp_path: Path) -> None:
-    assert asked(with_json(tmp_path, CLIPPED)).unused == ("gradient_clipping",)
+def training(**values: Any) -> TrainingConfig:
+    return TrainingConfig(tokens=1, **values)
+
+
+def unused(path: Path, **values: Any) -> list[str]:
+    return not_used(asked(path).agreed(training(**values)).others, training(**values))
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs", "ours"),
+    [
+        ({"gradient_clipping": 0.3}, "gradient_clipping to 0.3", "optimizer.clip is 1.0"),
+        ({"train_batch_size": 64}, "train_batch_size to 64", "global_batch_size is 256"),
+        (
+            {"train_micro_batch_size_per_gpu": 2},
+            "train_micro_batch_size_per_gpu to 2",
+            "micro_batch_size is 1",
+        ),
+        ({"fp16": {"enabled": True}}, "fp16.enabled to True", "precision is bf16"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled to False", "precision is bf16"),
+        ({"optimizer": {"type": "Muon"}}, "optimizer.type to Muon", "optimizer is AdamW"),
+        (
+            {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
+            "adam_w_mode to False",
+            "optimizer is AdamW",
+        ),
+        (
+            {"optimizer": {"params": {"lr": 1e-3}}},
+            "optimizer.params.lr to 0.001",
+            "learning_rate is 2e-05",
+        ),
+        (
+            {"optimizer": {"params": {"betas": [0.9, 0.999]}}},
+            "betas to [0.9, 0.999]",
+            "beta1 0.9 and beta2 0.95",
+        ),
+        (
+            {"optimizer": {"params": {"weight_decay": 0}}},
+            "optimizer.params.weight_decay to 0",
+            "weight_decay is 0.1",
+        ),
+    ],
+)
+def test_a_value_that_contradicts_the_recipe_is_refused(
+    settings: dict[str, Any], theirs: str, ours: str, tmp_path: Path
+) -> None:
+    path = with_json(tmp_path, {"zero_optimization": {"stage": 3}, **settings})
+    with pytest.raises(UserError) as refused:
+        asked(path).agreed(training())
+    assert str(tmp_path / "DeepSpeed.json") in str(refused.value)
+    assert theirs in str(refused.value)
+    assert ours in str(refused.value)
+
+
+def test_values_equal_to_the_recipes_pass_and_others_are_named(tmp_path: Path) -> None:
+    optimizer = {"lr": "2e-5", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": "auto"}
+    same = {
+        "zero_optimization": {"stage": 3}, "gradient_clipping": 1, "train_batch_size": "auto",
+        "bf16": {"enabled": "auto"}, "fp16": {"enabled": False, "loss_scale": 0},
+        "optimizer": {"type": "Adam", "params": {**optimizer, "adam_w_mode": True}},
+    }  # fmt: skip
+    assert unused(with_json(tmp_path, same)) == ["fp16"]
+    other = {
+        "zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 4,
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}, "steps_per_print": 9,
+    }  # fmt: skip
+    assert unused(with_json(tmp_path, other)) == [
+        "gradient_accumulation_steps 4 (training.global_batch_size 256)",
+        "scheduler.type WarmupLR (training.schedule.shape cosine)",
+        "scheduler.params.warmup_num_steps 5 (training.schedule.shape cosine)",
+        "steps_per_print",
+    ]
+
+
+def test_accelerates_own_keys_are_compared_too(tmp_path: Path) -> None:
+    section = {"zero_stage": 2, "gradient_clipping": 0.5, "gradient_accumulation_steps": 1}
+    path = write(tmp_path, distributed_type="DEEPSPEED", deepspeed_config=section)
+    with pytest.raises(UserError, match=r"gradient_clipping to 0.5 but training.optimizer.clip is"):
+        asked(path).agreed(training())
+    assert unused(path, optimizer={"clip": 0.5}) == [
+        "gradient_accumulation_steps 1 (training.global_batch_size 256)"
+    ]
     compiled = write(tmp_path, **FSDP, dynamo_config={"dynamo_backend": "INDUCTOR"})
-    assert asked(compiled).unused == ("dynamo_config",)
-    not_compiled = write(tmp_path, **FSDP, dynamo_config={"dynamo_backend": "NO"})
-    assert asked(not_compiled).unused == ()
+    assert unused(compiled) == ["dynamo_config.dynamo_backend inductor (training.compile false)"]
+    assert not unused(write(tmp_path, **FSDP, dynamo_config={"dynamo_backend": "NO"}))
+
+
+@pytest.mark.filterwarnings("ignore:Port")
+def test_the_variables_are_those_of_accelerate_launch(tmp_path: Path) -> None:
+    """What torchrun's processes read themselves is what `accelerate launch` tells its own."""
+    section = {
+        "zero_stage": 2, "gradient_clipping": 0.5, "gradient_accumulation_steps": 3,
+        "offload_optimizer_device": "cpu",
+    }  # fmt: skip
+    path = write(tmp_path, distributed_type="DEEPSPEED", deepspeed_config=section, num_processes=2)
+    arguments = ["--config_file", str(path), "-m", "module"]
+    settings, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    settings.deepspeed_fields_from_accelerate_config = ""
+    _, theirs = prepare_deepspeed_cmd_env(settings)
+    ours = backend_environment(path)
+    del ours["ACCELERATE_USE_CPU"]  # not passed on by accelerate
+    assert {name: theirs[name] for name in ours} == ours
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])
@@ -216,6 +320,38 @@ def test_the_file_that_accelerate_launch_was_given(tmp_path: Path) -> None:
     assert default.name == "default_config.yaml"
     assert launched("python", "-m", "cpt_merge", "run", "accelerate.yaml") is None
     assert _launched_file(tmp_path / "nowhere") is None
+
+
+def test_several_processes_on_cpus_without_a_backend_are_refused(tmp_path: Path) -> None:
+    """`accelerate launch` would start only one of them, and nothing would say so."""
+    path = write(tmp_path, distributed_type="MULTI_CPU", num_processes=2, use_cpu=True)
+    check = "import cpt_merge.launcher.accelerate_file as file; file.check_launched_file()"
+    # a parent whose command line is that of accelerate, as the stage sees it
+    parent = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {check!r}]))"
+    script = tmp_path / "accelerate"
+    script.write_text(parent)
+    words = [sys.executable, str(script), "launch", "--config_file", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "asks for distributed_type MULTI_CPU; set FSDP" in done.stderr
+
+
+def test_a_command_on_one_machine_refuses_a_file_for_two(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(machines: object) -> None:
+        path = write(tmp_path, **FSDP, num_machines=machines, num_processes=4)
+        check_one_machine(load_recipe(recipe_path, [f"launch.accelerate_config={path}"]))
+
+    check(1)
+    with pytest.raises(UserError, match=r"num_machines: 2, .* this machine alone"):
+        check(2)
+    with pytest.raises(UserError, match="num_machines is two, but it must be a whole number"):
+        check("two")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check(2)  # torchrun has started all of them
 
 
 def test_every_packaged_file_has_known_keys() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cpt_merge.core.progress import say_once
 from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.agreement import not_used
 from cpt_merge.training.distributed.backend import Backend
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.distributed.settings import BackendSettings
@@ -40,10 +41,10 @@ def check_backend(asked: BackendSettings, config: TrainingConfig) -> BackendSett
     Raises `UserError` for one that is not available or contradicts the recipe.
     """
     asked = asked.agreed(config)
-    if asked.unused:
+    if unused := not_used(asked.others, config):
         say_once(
             "not used of the accelerate configuration, since the recipe decides: "
-            f"{', '.join(asked.unused)}"
+            f"{', '.join(unused)}"
         )
     if asked.backend == "deepspeed":
         from cpt_merge.training.distributed.deepspeed import check_zero

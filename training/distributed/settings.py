@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,12 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.spelling import nearest
 from cpt_merge.core.world import World
 from cpt_merge.training.config import Offload, TrainingConfig
+from cpt_merge.training.distributed.agreement import (
+    ACCELERATE,
+    FileValue,
+    check_equal,
+    values_of,
+)
 
 EXAMPLES = "recipes/accelerate"
 OFFLOAD_SECTIONS = ("offload_optimizer", "offload_param")  # of DeepSpeed's zero_optimization
@@ -41,7 +47,7 @@ class BackendSettings:
     reshard: bool = True  # FSDP2: free a layer's gathered weights after its forward pass
     zero_stage: int = 0
     zero: Mapping[str, Any] = field(default_factory=dict)  # more of DeepSpeed's zero_optimization
-    unused: tuple[str, ...] = ()  # what else the files set, which the recipe decides
+    others: tuple[FileValue, ...] = ()  # what else the files set, which the recipe decides
     offload: Offload = "none"  # what is kept in the CPU's memory
     mixed_precision: str = "no"  # accelerate's setting; must not contradict the recipe
 
@@ -86,6 +92,7 @@ class BackendSettings:
                 "training.precision: pure-bf16 is not possible with DeepSpeed, which keeps fp32 "
                 "masters; set bf16 or fp32."
             )
+        check_equal(self.others, config)
         return asked
 
     def with_offload(self, wanted: Offload | None) -> BackendSettings:
@@ -134,8 +141,11 @@ class BackendSettings:
 def backend_settings(environment: Mapping[str, str] = os.environ) -> BackendSettings:
     """The settings in the environment. Raises `UserError` for those that are not supported."""
     found = _settings(environment)
-    dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
-    return replace(found, unused=("dynamo_config", *found.unused)) if dynamo else found
+    dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if dynamo == "no":
+        return found
+    compiled = FileValue(ACCELERATE, "dynamo_config.dynamo_backend", dynamo)
+    return replace(found, others=(compiled, *found.others))
 
 
 def _settings(environment: Mapping[str, str]) -> BackendSettings:
@@ -220,10 +230,18 @@ def _deepspeed(environment: Mapping[str, str], mixed: str) -> BackendSettings:
         "deepspeed",
         zero_stage=stage,
         zero=zero,
-        unused=tuple(file),
+        others=(*_trained(environment), *values_of(str(config), file)),
         offload=_offload_of(zero),
         mixed_precision=mixed,
     )
+
+
+def _trained(environment: Mapping[str, str]) -> Iterator[FileValue]:
+    """What accelerate's own keys for DeepSpeed say about training."""
+    for name in ("gradient_clipping", "gradient_accumulation_steps"):
+        text = environment.get(f"ACCELERATE_{name.upper()}", "auto").lower()
+        if text not in ("auto", "none"):
+            yield FileValue(ACCELERATE, name, text)
 
 
 def _read_file(config: str) -> dict[str, Any]:
