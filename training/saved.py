@@ -31,7 +31,7 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.training.config import TrainingConfig
-from cpt_merge.training.distributed.checkpoint import STATE_FILE
+from cpt_merge.training.distributed.checkpoint import STATE_FILE, check_readable
 from cpt_merge.training.distributed.frozen import FrozenWeights
 from cpt_merge.training.model.build import CausalLM, WeightSource, build_model
 from cpt_merge.training.phases import phases_of, select_trained
@@ -159,8 +159,9 @@ def _mean(name: str, readers: Sequence[ReadTensor]) -> Tensor:
 def open_checkpoint(directory: Path) -> ReadTensor:
     """What reads a tensor of a checkpoint by its name in `CausalLM`, in the type of the masters.
 
-    Raises `UserError` if the checkpoint is damaged; so does the function.
+    Raises `UserError` if the checkpoint is damaged or of an earlier version; so does the function.
     """
+    check_readable(directory, _read_state(directory)["layout"])
     with _damage_named(directory):
         tensors = FileSystemReader(directory).read_metadata().state_dict_metadata
 
@@ -177,10 +178,10 @@ def open_checkpoint(directory: Path) -> ReadTensor:
 
 
 def _read_state(directory: Path) -> dict[str, str]:
-    """The phase of a checkpoint, and the key of its training."""
+    """The layout and phase of a checkpoint, and the key of its training."""
     with _damage_named(directory):
         state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-        return {name: str(state[name]) for name in ("phase", "key")}
+        return {name: str(state[name]) for name in ("layout", "phase", "key")}
 
 
 @contextmanager

@@ -87,23 +87,27 @@ def test_what_is_checked_early_is_the_backend_that_processes_will_have(
     assert [one.backend for one in seen] == [expected]
 
 
-@pytest.mark.parametrize(("key", "refused"), [(None, True), ("of other settings", False)])
+@pytest.mark.parametrize(
+    ("key", "layout", "sentence"),
+    [
+        (None, "DeepSpeed, with moments in 8 bits", "cannot be loaded by torch; continue with the"),
+        (None, "DeepSpeed ZeRO 2 on 2 processes", "an earlier version .* or remove .*checkpoints"),
+        ("of other settings", "DeepSpeed ZeRO 2 on 2 processes", "enough"),
+    ],
+)
 def test_a_checkpoint_that_the_backend_cannot_load_is_refused_early(
-    key: str | None, refused: bool, finished: Path, recipe_path: Path, tmp_path: Path,
+    key: str | None, layout: str, sentence: str, finished: Path, recipe_path: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A run with other settings starts again, whatever its old folder holds."""
     shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("training", "merge"))
     settings = [f"runs={tmp_path}", "training.optimizer.moments=8bit", "launch.processes=2"]
     run = Run.load(recipe_path, settings)
-    state = TrainState(
-        key or prepare(run, TRAINING).key, layout="DeepSpeed, with moments in 8 bits"
-    )
+    state = TrainState(key or prepare(run, TRAINING).key, layout=layout)
     checkpoint = run.folder("training") / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)
     write_json(checkpoint / "train_state.json", asdict(state))
     monkeypatch.setattr(cpt_merge.training.trainable, "check_trainable", enough)
-    sentence = "cannot be loaded by torch; continue with the backend" if refused else "enough"
     with pytest.raises(UserError, match=sentence):
         _check_training(run, here=True)
 

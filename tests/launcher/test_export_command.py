@@ -93,6 +93,18 @@ def test_half_written_and_missing_checkpoints(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_of_an_earlier_version_is_named(
+    recipe_path: Path, run: Path, tmp_path: Path
+) -> None:
+    state = run / "training" / "checkpoints" / "step-00000006" / "train_state.json"
+    layout = "DeepSpeed ZeRO 3 with offload all on 4 processes"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "layout": layout}))
+    code, said = export(recipe_path, run, tmp_path / "out")
+    assert code == 2
+    assert f"is in the format of an earlier version of cpt-merge ({layout}), which this" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_directory_that_holds_something_is_left_alone(
     recipe_path: Path, run: Path, tmp_path: Path
 ) -> None:

@@ -115,6 +115,36 @@ def test_what_a_phase_does_not_train_does_not_move_by_one_bit(
         assert not torch.equal(second[name][:OLD_ROWS], before[:OLD_ROWS]), name
 
 
+STILL = 1e-30  # a learning rate that changes no weight
+STILL_PHASES = [
+    {"train": "vocabulary", "tokens": 2 * ROW},
+    {"train": "all", "tokens": 2 * ROW, "learning_rate": STILL},
+    {"train": "vocabulary", "learning_rate": STILL},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("backend", ["fsdp2", "zero1", "zero2", "zero3", "zero3-offload"])
+def test_bf16_loses_no_digit_of_what_it_loads(
+    backend: str, tied: bool, model: Path, tied_model: Path, store: Path, tmp_path: Path
+) -> None:
+    """Neither those of an fp32 base nor those between phases, nor in a checkpoint."""
+    chosen, out = tied_model if tied else model, tmp_path / "run"
+    changes = {"phases": STILL_PHASES, "precision": "bf16", "tokens": 8 * ROW}
+    job = Job(chosen, store, out, changes, backend, stop_after=6)
+    run_ranks(train_and_keep, 2, job)
+    job.stop_after = 0
+    run_ranks(train_and_keep, 4, job)
+    start, trained = load_file(chosen / "model.safetensors"), phase_model(out, 1)
+    for name, before in start.items():
+        assert torch.equal(trained[name], before) == (name not in MATRICES), name
+        assert not torch.equal(before, before.bfloat16().float()) or before.ndim == 1, name
+    for later in (phase_model(out, 2), weights(out)):
+        for name, values in trained.items():
+            assert torch.equal(later[name], values), name
+
+
 @pytest.mark.parametrize(
     "stop_after", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 4, 10))]
 )

@@ -19,6 +19,9 @@ from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.memory import Strategy
 from cpt_merge.training.model.choice import Choice
 
+_TORCH, _EIGHT_BITS = "torch", "DeepSpeed, with moments in 8 bits"
+_ALONE = ", trained weights alone"
+
 
 def layout_of(asked: BackendSettings, config: TrainingConfig) -> str:
     """Who can load a checkpoint: all whose layout is the same, on any number of processes.
@@ -27,8 +30,12 @@ def layout_of(asked: BackendSettings, config: TrainingConfig) -> str:
     writes them in fp32. Runs with adapters write no frozen weights.
     """
     apart = asked.backend == "deepspeed" and config.optimizer.moments == "8bit"
-    alone = ", trained weights alone" if config.lora else ""
-    return ("DeepSpeed, with moments in 8 bits" if apart else "torch") + alone
+    return (_EIGHT_BITS if apart else _TORCH) + (_ALONE if config.lora else "")
+
+
+def is_readable(layout: str) -> bool:
+    """Whether any backend can load it; DeepSpeed's own format, which was once written, none can."""
+    return layout.removesuffix(_ALONE) in (_TORCH, _EIGHT_BITS)
 
 
 @dataclass(frozen=True)

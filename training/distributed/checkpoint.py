@@ -26,7 +26,7 @@ from cpt_merge.core.artifact import Staging, write_json
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.training.config import CheckpointConfig
-from cpt_merge.training.distributed.backend import Backend
+from cpt_merge.training.distributed.backend import Backend, is_readable
 from cpt_merge.training.distributed.parallel import Parallel
 
 STATE_FILE = "train_state.json"
@@ -244,8 +244,19 @@ def _parse_state(checkpoint: Path, text: str) -> TrainState:
         ) from None
 
 
+def check_readable(checkpoint: Path, layout: str) -> None:
+    """Raise `UserError` if an earlier version wrote a checkpoint of this layout."""
+    if not is_readable(layout):
+        raise UserError(
+            f"{checkpoint} is in the format of an earlier version of cpt-merge ({layout}), which "
+            "this one cannot read; continue or export the run with that version, or remove "
+            f"{checkpoint.parent} to train from the beginning."
+        )
+
+
 def _check_layout(checkpoint: Path, state: TrainState, layout: str) -> None:
     if state.layout != layout:
+        check_readable(checkpoint, state.layout)
         raise UserError(
             f"{checkpoint} was written by {state.layout} and cannot be loaded by {layout}; "
             "continue with the backend that wrote it."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cpt_merge.checkpoint.export import LocalShard
@@ -28,6 +27,7 @@ from cpt_merge.data.packing import Batch
 from cpt_merge.training.config import CheckpointConfig, TrainingConfig
 from cpt_merge.training.distributed.backend import StepOutcome, layout_of, replaced
 from cpt_merge.training.distributed.deepspeed_compat import import_deepspeed
+from cpt_merge.training.distributed.exact_rows import ExactRows, divided_rows, joined_rows
 from cpt_merge.training.distributed.frozen import FrozenWeights, open_frozen
 from cpt_merge.training.distributed.offload import offloaded
 from cpt_merge.training.distributed.parallel import Parallel
@@ -77,8 +77,9 @@ class ZeroBackend:
         alone = setup.config.lora is not None
         self.layout = layout_of(parallel.settings, setup.config)
         self.state_files = StateFiles(parallel)
+        self.exact = ExactRows(parallel)
         self.state = ZeroState(
-            engine, self.state_files, parallel.rank, parallel.size, groups, not alone, self._part
+            engine, self.state_files, parallel, groups, not alone, self._part, self.exact
         )
         self.files = open_frozen(self.module, setup)
         self.choice = self.module.choice
@@ -96,6 +97,7 @@ class ZeroBackend:
         module = build_model(setup.model, setup.config, parallel.device)
         prepare_phase(module, setup)
         prepare_layers(module, setup.config, parallel.device)
+        source = WeightSource.open(module, setup.model, torch.device("cpu"))
         if stage == 3:
             check_documents(module.choice)
             _load_partitioned(module, setup.model, settings, parallel.device)
@@ -114,7 +116,29 @@ class ZeroBackend:
         _prove_zero(engine, stage, setup.config, parallel)
         _prove_offloaded(engine, parallel)
         check_attention(engine, setup.config, parallel.device)
-        return ZeroBackend(engine, wrapped, groups, setup, parallel)
+        backend = ZeroBackend(engine, wrapped, groups, setup, parallel)
+        if setup.config.precision == "bf16":
+            backend._load_exactly(source)
+        return backend
+
+    @torch.no_grad()
+    def _load_exactly(self, source: WeightSource) -> None:
+        """Masters, and frozen weights that are exported, as they were before DeepSpeed's cast."""
+        self.state.load_masters(source)
+        for name, parameter in self._exported_frozen():
+            whole = torch.empty(full_shape(parameter), device="meta")
+            rows = source.rows(name, whole, *divided_rows(whole.shape, self.parallel))
+            self.exact.keep(parameter, rows)
+
+    def _exported_frozen(self) -> list[tuple[str, nn.Parameter]]:
+        """Frozen weights that come from memory, not from files."""
+        if self.setup.config.lora:
+            return []
+        return [
+            (name, parameter)
+            for name, parameter in self.module.weights()
+            if not parameter.requires_grad
+        ]
 
     @property
     def module(self) -> CausalLM:
@@ -182,11 +206,20 @@ class ZeroBackend:
     def load(self, directory: Path) -> None:
         """See `Backend`. Any stage and number of processes can load it."""
         self.engine.empty_partition_cache()  # ZeRO 3: gathered tensors must not outlive this
+        if self.setup.config.precision == "bf16":
+            self.exact.make_room(parameter for _, parameter in self._exported_frozen())
         self.state.read(directory)
         for parameter in self.module.parameters():
-            if parameter.requires_grad:
-                part, first = self._part(parameter)
-                part.copy_(_gathered(parameter).view(-1)[first : first + len(part)])
+            rows = self.exact.of(parameter)
+            if rows is not None:
+                whole = joined_rows(rows, full_shape(parameter), self.parallel)
+                self.exact.keep(parameter, rows)
+            elif parameter.requires_grad:
+                whole = _gathered(parameter)
+            else:
+                continue
+            part, first = self._part(parameter)
+            part.copy_(whole.view(-1)[first : first + len(part)])
 
     def state_bytes(self) -> int:
         """See `Backend`."""
@@ -194,8 +227,9 @@ class ZeroBackend:
         frozen = 0 if self.setup.config.lora else held
         total = 0
         for parameter in self.module.parameters():
-            values = full_shape(parameter).numel()
-            total += values * (12 if parameter.requires_grad else frozen)  # master and moments
+            exact = self.exact.of(parameter) is not None
+            each = 12 if parameter.requires_grad else 4 if exact else frozen  # master and moments
+            total += full_shape(parameter).numel() * each
         return total
 
     def weights_are_finite(self) -> bool:
@@ -232,16 +266,10 @@ class ZeroBackend:
 
     def _held_rows(self, name: str, parameter: Tensor) -> LocalShard:
         """This process's rows of a parameter; fp32 masters, which all processes gather."""
-        whole = _gathered(parameter)
-        start, stop = self._rows(whole.shape)
-        values = whole[start:stop].to("cpu", copy=True)
-        return LocalShard(name, tuple(whole.shape), start, values)
-
-    def _rows(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Which rows of a tensor this process exports."""
-        rows = -(-shape[0] // self.parallel.size)
-        first = self.parallel.rank * rows
-        return min(first, shape[0]), min(first + rows, shape[0])
+        shape, exact = tuple(full_shape(parameter)), self.exact.of(parameter)
+        start, stop = divided_rows(shape, self.parallel)
+        values = _gathered(parameter)[start:stop] if exact is None else exact
+        return LocalShard(name, shape, start, values.to("cpu", copy=True))
 
     def _frozen(self) -> FrozenWeights | None:
         """What is not in memory in its own type; a collective."""
@@ -271,29 +299,20 @@ class ZeroBackend:
         """
         frozen, parameters = self._frozen(), dict(self.module.weights())
         shards = (
-            frozen.rows(name, *self._rows(full_shape(weight)))
+            frozen.rows(name, *divided_rows(full_shape(weight), self.parallel))
             if frozen and not weight.requires_grad
             else self._held_rows(name, weight)
             for name, weight in parameters.items()
         )
         changed = replaced_shards(self.module.stored, shards, replace)
         for shard, values in changed:
-            parameter, whole = parameters[shard.name], self._joined(values, shard.shape)
-            part, first = self._part(parameter)
+            whole = joined_rows(values, shard.shape, self.parallel)
+            part, first = self._part(parameters[shard.name])
             yield part, whole.view(-1)[first : first + len(part)]
         for name, parameter in self.module.model.named_parameters():
             if name in self.module.adapters.lefts:
                 part, _ = self._part(parameter)
                 yield part, torch.zeros_like(part)
-
-    def _joined(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """All rows of a tensor, gathered from the processes as `shards` divides them."""
-        size = self.parallel.size
-        padded = torch.zeros((-(-shape[0] // size), *shape[1:]), dtype=rows.dtype)
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(size)]
-        dist.all_gather(parts, padded, group=self.parallel.group)
-        return torch.cat(parts)[: shape[0]]
 
     def describe(self) -> dict[str, str]:
         """See `Backend`."""

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from cpt_merge.training.compact_adamw import MOMENTS, CompactAdamW
+from cpt_merge.training.distributed.exact_rows import ExactRows, divided_rows
+from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.distributed.state_files import FlatPart, StateFiles
-from cpt_merge.training.model.build import CausalLM, full_shape
+from cpt_merge.training.model.build import CausalLM, WeightSource, full_shape
 from cpt_merge.training.optimizer import AdamW, fresh_state
 
 
@@ -52,12 +54,27 @@ class ZeroState:
 
     engine: Any
     files: StateFiles
-    rank: int
-    size: int  # processes
+    parallel: Parallel
     groups: list[list[str]]  # of `names_of_groups`
     with_frozen: bool
     running: Callable[[Tensor], tuple[Tensor, int]]
     """The elements of a weight with which this process runs, and the number of the first."""
+    exact: ExactRows
+
+    @torch.no_grad()
+    def load_masters(self, source: WeightSource) -> None:
+        """Take the masters from files; DeepSpeed makes them of what runs, which bf16 rounded."""
+        module: CausalLM = self.engine.module
+        for name, parameter in module.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            held, whole = self._held(parameter), torch.empty(full_shape(parameter), device="meta")
+            width = math.prod(held.shape[1:])
+            start, stop = held.first // width, -(-(held.first + held.count) // width)
+            if held.count > 0:
+                rows = source.rows(name, whole, start, stop).reshape(-1)
+                first = held.first - start * width
+                held.part(held.flat).values.copy_(rows[first : first + held.count])
 
     def write(self, directory: Path, asynchronous: bool) -> Future[None]:
         """As `Backend.save`."""
@@ -108,9 +125,7 @@ class ZeroState:
                 held = self._held(tensor)
                 model[name] = held.part(held.flat)
             elif self.with_frozen:
-                values, first = self.running(tensor)
-                part = FlatPart(tuple(full_shape(tensor)), first, values.detach())
-                model[name] = part.share(self.rank, self.size) if shared else part
+                model[name] = self._frozen(tensor, shared)
         state = {}
         for name, weight in module.named_parameters():
             if weight.requires_grad:
@@ -127,6 +142,16 @@ class ZeroState:
         ]
         return {"model": model, "optimizer": {"state": state, "param_groups": groups}}
 
+    def _frozen(self, weight: Tensor, shared: bool) -> FlatPart:
+        """What this process writes or reads of a frozen weight."""
+        shape, exact = tuple(full_shape(weight)), self.exact.of(weight)
+        if exact is not None:
+            start, _ = divided_rows(shape, self.parallel)
+            return FlatPart(shape, start * math.prod(shape[1:]), exact.view(-1))
+        values, first = self.running(weight)
+        part = FlatPart(shape, first, values.detach())
+        return part.share(self.parallel.rank, self.parallel.size) if shared else part
+
     def _flats(self) -> list[Tensor]:
         """The flat tensors that AdamW steps."""
         optimizer = self.engine.optimizer
@@ -140,7 +165,7 @@ class ZeroState:
         if self.engine.zero_optimization_stage() == 3:
             optimizer = self.engine.optimizer
             group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            first = self.rank * count
+            first = self.parallel.rank * count
             rest = max(math.prod(shape) - first, 0)  # the last parts may be padded
             return _Held(shape, first, flats[group], offset, min(count, rest))
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]

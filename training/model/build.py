@@ -441,14 +441,7 @@ class WeightSource:
 
     def load(self, name: str, target: Tensor) -> Tensor:
         """Values for `target`; of a sharded one, this process's rows."""
-        start, stop = local_rows(target)
-        if name in self.adapters.factors:
-            stored = self.adapters.initial(name, target.shape)[start:stop].clone()
-        else:
-            info, stored_name = self.find(name, target), self.names.get(name, name)
-            stored = torch.from_numpy(self.checkpoint.read(stored_name, start, stop))
-            if info.dtype in TORCH_DTYPES:
-                stored = stored.view(TORCH_DTYPES[info.dtype])
+        stored = self.rows(name, target, *local_rows(target))
         local = stored.to(device=self.device, dtype=target.dtype)
         if not isinstance(target, DTensor):
             return local
@@ -461,6 +454,15 @@ class WeightSource:
             stride=target.stride(),
         )
         return made.to(self.device)  # `from_local` moves to the mesh's
+
+    def rows(self, name: str, target: Tensor, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) for `target`, as they are stored."""
+        if name in self.adapters.factors:
+            return self.adapters.initial(name, target.shape)[start:stop].clone()
+        info, stored_name = self.find(name, target), self.names.get(name, name)
+        stored = torch.from_numpy(self.checkpoint.read(stored_name, start, stop))
+        dtype = TORCH_DTYPES.get(info.dtype)
+        return stored.view(dtype) if dtype else stored
 
 
 def local_rows(parameter: Tensor) -> tuple[int, int]:

@@ -179,19 +179,6 @@ def test_deepspeed_skips_previews_and_exports_the_same(
         assert torch.equal(tensor, exported[name]), name
 
 
-@pytest.mark.slow
-def test_deepspeeds_checkpoints_need_the_same_offloading(
-    model: Path, store: Path, tmp_path: Path
-) -> None:
-    run_ranks(train, 2, Job(model, store, tmp_path, backend="zero2-offload", stop_after=5))
-    with pytest.raises(
-        AssertionError,
-        match=r"was written by DeepSpeed ZeRO 2 with offload optimizer on 2 processes and cannot be "
-        r"loaded by DeepSpeed ZeRO 2 on 2 processes; start as before .*also the same stage, off",
-    ):
-        run_ranks(train, 2, Job(model, store, tmp_path, backend="zero2"))
-
-
 def cores(environment: dict[str, str]) -> int:
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     use_cores(environment)

@@ -108,16 +108,9 @@ def alone(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) ->
 GROUPS = [(backend, size) for backend in ("fsdp2", "zero1", "zero2", "zero3") for size in (3, 5)]
 
 
-@pytest.mark.parametrize(
-    ("backend", "size", "tied"),
-    [
-        pytest.param(
-            *group, tied, marks=[] if (*group, tied) == ("fsdp2", 3, False) else pytest.mark.slow
-        )
-        for group in GROUPS
-        for tied in (False, True)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("backend", "size"), GROUPS)
 def test_uneven_shards_train_save_resume_export_and_merge(
     backend: str, size: int, tied: bool, alone: Runs, store: Path, tmp_path: Path
 ) -> None:
