@@ -163,8 +163,10 @@ def describe_attention(name: str, config: TrainingConfig, device: torch.device) 
         return name
     if device.type == "cuda":
         return "flash (torch's variable-length kernel)"
-    compiled = " and compiled: sdpa with a mask"
-    return f"flash (on a CPU{compiled if config.compile else ': sdpa per document'})"
+    if config.compile:
+        return "flash (on a CPU and compiled: sdpa with a mask)"
+    short = "" if config.precision == "fp32" else f", in fp32 below {_BF16_PAYS} tokens"
+    return f"flash (on a CPU: sdpa per document{short})"
 
 
 def check_supported(model: Any, attention: str) -> None:

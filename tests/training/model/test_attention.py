@@ -70,6 +70,14 @@ def test_by_mask_equals_by_document(window: int | None) -> None:
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_short_documents_in_bf16_attend_in_fp32_on_a_cpu() -> None:
+    batch = documents(3)
+    torch.manual_seed(0)
+    flat = [torch.randn(3 * 33, heads, 8).bfloat16() for heads in (4, 2, 2)]
+    exact = _by_document(*(one.float() for one in flat), batch.cu_seqlens, None, None)
+    assert torch.equal(_by_document(*flat, batch.cu_seqlens, None, None), exact.bfloat16())
+
+
 def test_flash_makes_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_family(tmp_path, "gemma3", tied=True)
     module, masks = loaded(tmp_path, "flash"), list[Any]()
@@ -148,12 +156,18 @@ def test_what_does_not_fit_a_model_is_one_sentence(
 
 def test_the_startup_summary_says_what_runs_on_a_cpu() -> None:
     lines = [
-        describe_attention(name, TrainingConfig(**{**CONFIG, "compile": compiled}), CPU)
-        for name, compiled in (("sdpa", False), ("flash", False), ("flash", True))
+        describe_attention(name, TrainingConfig(**{**CONFIG, **settings}), CPU)
+        for name, settings in (
+            ("sdpa", {}),
+            ("flash", {"precision": "fp32"}),
+            ("flash", {"precision": "bf16"}),
+            ("flash", {"compile": True}),
+        )
     ]
     assert lines == [
         "sdpa",
         "flash (on a CPU: sdpa per document)",
+        "flash (on a CPU: sdpa per document, in fp32 below 512 tokens)",
         "flash (on a CPU and compiled: sdpa with a mask)",
     ]
 
