@@ -298,7 +298,9 @@ def test_the_variables_are_those_of_accelerate_launch(tmp_path: Path) -> None:
 def test_a_misspelt_key_ends_the_command(command: str, recipe_path: Path, tmp_path: Path) -> None:
     section = {"fsdp_version": 2, "fsdp_offload_param": True}
     path = write(tmp_path, distributed_type="FSDP", fsdp_config=section)
-    done = cpt_merge(command, recipe_path, f"launch.accelerate_config={path}")
+    done = cpt_merge(
+        command, recipe_path, f"launch.accelerate_config={path}", f"runs={tmp_path / 'runs'}"
+    )
     assert done.returncode == 2
     assert 'mean "fsdp_offload_params"?' in done.stderr
 

@@ -86,6 +86,6 @@ def test_an_error_of_every_process_is_no_nodes_fault(
     code, out, sentence = begun.call("--judge", "--network", "--nodes", "node1,node2,node3")
     assert (code, out) == (2, "")
     assert (
-        "training.global_batch_size = 8 does not divide over 3 processes; set a multiple."
+        "training.global_batch_size = 8 does not divide over 3 processes; set 9, or take 2."
         in sentence
     )
