@@ -132,6 +132,11 @@ class SequenceOrder:
         return before, here
 
 
+def same_order(shares: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether runs with these shares of the same sources read the same sequences."""
+    return np.array_equal(_apportion(shares, HORIZON), _apportion(others, HORIZON))
+
+
 def _apportion(shares: Sequence[float], total: int) -> Integers:
     """Whole numbers with these shares and this sum, by the largest-remainder method."""
     exact = np.asarray(shares, np.float64) / sum(shares) * total

@@ -6,16 +6,18 @@ import errno
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 from cpt_merge.core.artifact import StageRecord, installed_versions, read_record, write_record
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import say
 from cpt_merge.launcher.freshness import check_current
+from cpt_merge.launcher.growth import begin_longer, find_continued
 from cpt_merge.launcher.identity import open_tracker, origin
 from cpt_merge.launcher.lineage import left, used
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import Stage, StageContext, prepare
-from cpt_merge.launcher.stage_folder import stage_folder
+from cpt_merge.launcher.stage_folder import Begun, read_begun, stage_folder
 from cpt_merge.launcher.start import processes_to_start, start_processes
 from cpt_merge.tracking import Tracker
 
@@ -48,7 +50,7 @@ def execute(context: StageContext) -> None:
     stage, main = context.stage, context.world.is_main
     say(f"── {stage.name} ──")
     started = time.time()
-    with stage_folder(context.folder, stage, context.key) if main else nullcontext():
+    with _prepared_folder(context) if main else nullcontext():
         tracker = _open_tracker(context)
         for artifact in used(context):
             tracker.artifact(artifact)
@@ -68,6 +70,18 @@ def execute(context: StageContext) -> None:
     tracker.finish()
 
 
+@contextmanager
+def _prepared_folder(context: StageContext) -> Iterator[None]:
+    """The stage's folder, which may begin with what an earlier training of another length made."""
+    continued = find_continued(context) if context.stage.precious else None
+    if continued:
+        say(f"{context.stage.name}: {continued}")
+    begun = Begun(context.key, context.config, context.inputs)
+    fill = partial(begin_longer, context, continued) if continued else None
+    with stage_folder(context.folder, context.stage, begun, fill):
+        yield
+
+
 def _open_tracker(context: StageContext) -> Tracker:
     recipe, stage = context.run.recipe, context.stage
     settings = {
@@ -75,9 +89,11 @@ def _open_tracker(context: StageContext) -> Tracker:
         "inputs": context.inputs, "key": context.key,
         "origin": origin(), "versions": installed_versions(),
     }  # fmt: skip
+    begun = read_begun(context.folder) if context.world.is_main else None
+    key = begun.tracked_key if begun else context.key
     return open_tracker(
         recipe.tracking, stage.name, recipe.name, recipe.directory, context.folder / "log",
-        context.key, settings,
+        key, settings,
     )  # fmt: skip
 
 

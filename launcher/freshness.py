@@ -71,7 +71,7 @@ def _listed(changes: list[_Change]) -> str:
 def _changes(run: Run, stage: Stage, record: StageRecord) -> Iterator[_Change]:
     """What has changed since the stage was finished, but for the results of other stages."""
     config = json.loads(json.dumps(dict(stage.config(run.recipe)), default=str))
-    for key in _different_keys(record.config, config):
+    for key in different_keys(record.config, config):
         yield _Change(f"the setting {key} has changed", key.startswith(("corpus", "mixture")))
     try:
         read = stage.reads(run)
@@ -88,14 +88,14 @@ def _changes(run: Run, stage: Stage, record: StageRecord) -> Iterator[_Change]:
             yield _Change(f"{other.name} has been run again", of_text=False)
 
 
-def _different_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def different_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """The keys, as section.key, whose values differ."""
     for name in dict.fromkeys([*now, *before]):
         old, new = before.get(name), now.get(name)
         if old == new:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from (f"{name}.{key}" for key in _different_keys(old, new))
+            yield from (f"{name}.{key}" for key in different_keys(old, new))
         else:
             yield name
 

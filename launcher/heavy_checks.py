@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import console, say
 from cpt_merge.core.world import find_world
+from cpt_merge.launcher.growth import find_continued, what_training_does
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date, prepare
@@ -102,19 +103,23 @@ def _check_training(run: Run, here: bool) -> None:
 
 
 def _check_continues(run: Run, asked: BackendSettings) -> None:
-    """Check that an interrupted training can continue with this backend."""
-    from cpt_merge.training.distributed.backend import layout_of
-    from cpt_merge.training.distributed.checkpoint import check_continues, complete_checkpoints
+    """Check that training can continue with this backend, and say what it continues or leaves.
 
-    checkpoints = run.folder(TRAINING.name) / "checkpoints"
-    if not complete_checkpoints(checkpoints):
-        return
+    What it continues is an interrupted one, or one of another length.
+    """
+    from cpt_merge.training.distributed.backend import layout_of
+    from cpt_merge.training.distributed.checkpoint import check_continues, check_layout
+
     try:
-        key = prepare(run, TRAINING).key
+        context = prepare(run, TRAINING)
     except UserError:
         return  # what it builds on is not finished, so it starts again
     layout = layout_of(asked.with_offload(run.recipe.training.offload), run.recipe.training)
-    check_continues(checkpoints, key, layout)
+    check_continues(context.folder / "checkpoints", context.key, layout)
+    if continued := find_continued(context):
+        check_layout(continued.branch.checkpoint, continued.branch.state, layout)
+    if sentence := what_training_does(context):
+        say(sentence)
 
 
 def _processes(recipe: Recipe, here: bool) -> int:

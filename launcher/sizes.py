@@ -164,4 +164,5 @@ def disk_needed(shape: ModelShape, config: TrainingConfig) -> DiskNeeded:
     largest = MemorySetup.of(config, "single", 1, 1, heaviest(config))
     checkpoint = checkpoint_bytes(shape, largest)
     model = (shape.parameters + shape.towers) * 2
-    return DiskNeeded(model, checkpoint, config.checkpoints.keep)
+    kept = config.checkpoints.keep + (config.schedule.shape == "wsd")  # where the rate falls
+    return DiskNeeded(model, checkpoint, kept)

@@ -1,15 +1,14 @@
-"""AdamW in groups, and the learning rate as a pure function of the step."""
+"""AdamW in groups."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpt_merge.training.compact_adamw import CompactAdamW
-from cpt_merge.training.config import MOMENT_BLOCK, ScheduleConfig, TrainingConfig
+from cpt_merge.training.config import MOMENT_BLOCK, TrainingConfig
 from cpt_merge.training.model.build import CausalLM, full_shape
 from cpt_merge.training.phases import Phase, vocabulary_matrices
 
@@ -93,18 +92,6 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The rates as they are now, by the names that they are logged under."""
     names = {"layers": "train/learning_rate", "vocabulary": "train/learning_rate_vocabulary"}
     return {names[group["part"]]: float(group["lr"]) for group in optimizer.param_groups}
-
-
-def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
-    """The learning rate of `step` (0 .. steps - 1) as a factor of its peak."""
-    warmup = round(schedule.warmup * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    start = steps - round(schedule.decay * steps) if schedule.shape == "wsd" else warmup
-    progress = max(0.0, (step - start) / max(1, steps - 1 - start))
-    if schedule.shape == "cosine":
-        return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2
-    return schedule.final + (1 - schedule.final) * (1 - progress)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

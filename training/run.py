@@ -78,6 +78,7 @@ def run(
             hook(shards, parallel)
         trainer.remove_phases()
         state = trainer.state
-        return {"steps": state.step, "tokens": state.tokens, "targets": state.targets}
+        done = {"steps": state.step, "tokens": state.tokens, "targets": state.targets}
+        return {**done, "grown": state.grown} if state.grown else done
     finally:
         stop_process_group()

@@ -30,10 +30,11 @@ from cpt_merge.training.distributed.build import build_backend
 from cpt_merge.training.distributed.checkpoint import Checkpoints, TrainState
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.distributed.stopping import StopRequest
+from cpt_merge.training.growth import curve_of
 from cpt_merge.training.inputs import TrainingInputs, first_new_row, open_sequences
-from cpt_merge.training.optimizer import rate_factor
 from cpt_merge.training.phases import Phase, PhaseSetup, phases_of
 from cpt_merge.training.prefetch import Prefetcher, micro_batches
+from cpt_merge.training.schedule import RateCurve
 from cpt_merge.training.summary import startup_summary
 
 
@@ -42,6 +43,7 @@ class Trainer:
 
     stop: StopRequest
     phase: Phase
+    curve: RateCurve
     backend: Backend
     batches: Prefetcher
     result: StepResult
@@ -115,6 +117,7 @@ class Trainer:
         if saved:
             self.checkpoints.load(self.backend, saved)
         self.state = replace(self.state, phase=phase.number)
+        self.curve = curve_of(self.state, phase, self.config)
 
     def _train_phase(self) -> None:
         """Steps until the end of the phase, or until all processes agree to stop."""
@@ -157,8 +160,7 @@ class Trainer:
             loss += self.backend.backward(batch, 1 / targets, last=number == len(micro) - 1)
         self.read_outcome()  # of the step before: by now the device has finished it
         dist.all_reduce(loss)
-        factor = rate_factor(state.step - self.phase.start, self.phase.steps, config.schedule)
-        outcome = self.backend.step(factor)
+        outcome = self.backend.step(self.curve.factor(state.step, config.schedule))
         self.state = replace(
             state,
             step=state.step + 1,

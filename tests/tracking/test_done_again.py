@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from cpt_merge.launcher.stage_folder import stage_folder
+from cpt_merge.launcher.stage_folder import Begun, stage_folder
 from cpt_merge.launcher.stages import MERGE, TOKENIZER
 from cpt_merge.tracking.unsent import holds_unsent
 from cpt_merge.tracking.upload import upload
@@ -21,7 +21,7 @@ def test_a_result_that_is_made_once_more_has_a_run_of_its_own(
     """Merged at ratio 1, 0.8, and 1 again: W&B would append the last rows to those of the first."""
     ids = []
     for number, ratio in enumerate(("11111111", "88888888", "11111111")):
-        with stage_folder(tmp_path / "merge", MERGE, ratio):
+        with stage_folder(tmp_path / "merge", MERGE, Begun(ratio)):
             ids.append(log(tmp_path, "merge", ratio, mode, value=10.0 * number))
             if mode == "offline":
                 wandb.teardown()  # waits until the service has closed the transaction log
@@ -39,7 +39,7 @@ def test_a_stage_that_was_killed_and_starts_over_goes_on_in_its_run(tmp_path: Pa
     ids = []
     for _ in range(2):
         try:
-            with stage_folder(tmp_path / "tokenizer", TOKENIZER, "11111111"):
+            with stage_folder(tmp_path / "tokenizer", TOKENIZER, Begun("11111111")):
                 (tmp_path / "tokenizer" / "half-written").mkdir()
                 ids.append(log(tmp_path, "tokenizer", "11111111", "online"))
                 raise SystemExit  # a kill leaves the same

@@ -26,8 +26,8 @@ from cpt_merge.training.callbacks.preview import Interview
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.inputs import TrainingInputs
-from cpt_merge.training.optimizer import rate_factor
 from cpt_merge.training.run import run
+from cpt_merge.training.schedule import RateCurve
 from tests.recording import Recording
 from tests.training.conftest import CONFIG
 
@@ -226,7 +226,9 @@ def reference_steps(model_path: Path, store: Path) -> dict[int, tuple[float, flo
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = 0.01 * rate_factor(step, config.steps, config.schedule)
+            group["lr"] = 0.01 * RateCurve.over(0, config.steps, config.schedule).factor(
+                step, config.schedule
+            )
         optimizer.step()
         optimizer.zero_grad()
         losses[step + 1] = (loss.item(), norm.item())

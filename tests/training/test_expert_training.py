@@ -24,9 +24,9 @@ from cpt_merge.tracking import Tracker
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.inputs import TrainingInputs
-from cpt_merge.training.optimizer import rate_factor
 from cpt_merge.training.run import run
 from cpt_merge.training.saved import choose_steps, export_checkpoints
+from cpt_merge.training.schedule import RateCurve
 from tests.distributed import run_ranks
 from tests.recording import Recording
 from tests.training.callbacks.test_preview import replies_of, rows_of
@@ -110,7 +110,9 @@ def plain_run(
                 (loss + coefficient * output.aux_loss / len(batches)).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             for group in optimizer.param_groups:
-                group["lr"] = 0.01 * rate_factor(step, config.steps, config.schedule)
+                group["lr"] = 0.01 * RateCurve.over(0, config.steps, config.schedule).factor(
+                    step, config.schedule
+                )
             optimizer.step()
             optimizer.zero_grad()
             steps[step + 1] = (total, norm.item())

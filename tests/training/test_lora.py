@@ -31,8 +31,8 @@ from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.memory import adapter_parameters
 from cpt_merge.training.model.build import WeightSource, build_model
 from cpt_merge.training.model.lora import Adapters, find_targets
-from cpt_merge.training.optimizer import rate_factor
 from cpt_merge.training.saved import choose_steps, export_checkpoints, open_checkpoint
+from cpt_merge.training.schedule import RateCurve
 from cpt_merge.training.trainable import check_trainable
 from tests.distributed import run_ranks
 from tests.training.conftest import CONFIG
@@ -84,7 +84,9 @@ def reference_steps(model_path: Path, store: Path, lora: dict[str, Any]) -> dict
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = 0.01 * rate_factor(step, config.steps, config.schedule)
+            group["lr"] = 0.01 * RateCurve.over(0, config.steps, config.schedule).factor(
+                step, config.schedule
+            )
         optimizer.step()
         optimizer.zero_grad()
         steps[step + 1] = (loss.item(), norm.item())

@@ -9,15 +9,16 @@ import torch
 
 from cpt_merge.training.config import ScheduleConfig, TrainingConfig
 from cpt_merge.training.model.build import build_model, load_weights
-from cpt_merge.training.optimizer import build_optimizer, rate_factor, set_rate
+from cpt_merge.training.optimizer import build_optimizer, set_rate
 from cpt_merge.training.phases import Phase
+from cpt_merge.training.schedule import RateCurve
 from tests.training.conftest import CONFIG
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd"])
 def test_it_rises_to_the_peak_and_falls_to_the_final_factor(shape: Any) -> None:
     schedule = ScheduleConfig(shape=shape, warmup=0.1, decay=0.3, final=0.2)
-    factors = [rate_factor(step, 100, schedule) for step in range(100)]
+    factors = [RateCurve.over(0, 100, schedule).factor(step, schedule) for step in range(100)]
     assert 0 < factors[0] < 0.2
     assert max(factors) == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(0.2)
@@ -27,12 +28,15 @@ def test_it_rises_to_the_peak_and_falls_to_the_final_factor(shape: Any) -> None:
 
 def test_wsd_is_flat_between_warmup_and_decay() -> None:
     schedule = ScheduleConfig(shape="wsd", warmup=0.1, decay=0.3)
-    assert {rate_factor(step, 100, schedule) for step in range(10, 70)} == {1.0}
+    assert {RateCurve.over(0, 100, schedule).factor(step, schedule) for step in range(10, 70)} == {
+        1.0
+    }
 
 
 def test_a_run_of_one_step_has_a_rate() -> None:
     for shape in ("cosine", "linear", "wsd"):
-        assert 0 < rate_factor(0, 1, ScheduleConfig(shape=shape)) <= 1
+        schedule = ScheduleConfig(shape=shape)
+        assert 0 < RateCurve.over(0, 1, schedule).factor(0, schedule) <= 1
 
 
 def test_groups(model: Path) -> None:

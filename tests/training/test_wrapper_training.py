@@ -16,7 +16,7 @@ from cpt_merge.data.store import Store
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.model.build import build_model, load_weights
-from cpt_merge.training.optimizer import rate_factor
+from cpt_merge.training.schedule import RateCurve
 from cpt_merge.training.trainable import check_trainable
 from tests.distributed import run_ranks
 from tests.training.conftest import CONFIG
@@ -93,7 +93,9 @@ def plain_losses(directory: Path, store: Path) -> dict[int, float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = 0.01 * rate_factor(step, config.steps, config.schedule)
+            group["lr"] = 0.01 * RateCurve.over(0, config.steps, config.schedule).factor(
+                step, config.schedule
+            )
         optimizer.step()
         optimizer.zero_grad()
         losses[step + 1] = loss.item()

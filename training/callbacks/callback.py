@@ -42,6 +42,7 @@ from cpt_merge.training.distributed.parallel import Parallel
 from cpt_merge.training.distributed.stopping import StopRequest
 from cpt_merge.training.inputs import TrainingInputs
 from cpt_merge.training.phases import Phase
+from cpt_merge.training.schedule import RateCurve
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class TrainerView(Protocol):
     # from the first phase on
     stop: StopRequest
     phase: Phase
+    curve: RateCurve  # of the phase's learning rate
     backend: Backend
     state: TrainState
     result: StepResult  # of the last step

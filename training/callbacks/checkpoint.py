@@ -7,16 +7,24 @@ from contextlib import contextmanager
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.callbacks.callback import Callback
+from cpt_merge.training.schedule import branch_step
 
 
 class CheckpointSaving(Callback):
-    """Saves every `checkpoints.every` steps, at the end of a phase, and when the run stops."""
+    """Saves every `checkpoints.every` steps, at the end of a phase, and when the run stops.
+
+    With `wsd` also where the last phase's learning rate begins to fall. That checkpoint is kept,
+    because a longer run has the same steps up to there (`training/growth.py`).
+    """
 
     name = "checkpoint"
 
     @contextmanager
     def phase(self) -> Iterator[None]:
         """See `Callback`."""
+        trainer = self.trainer
+        if trainer.phase.stop == trainer.config.steps:
+            trainer.checkpoints.pinned = branch_step(trainer.curve, trainer.config.schedule)
         yield
         self._save()
         self.trainer.checkpoints.finish()
@@ -24,7 +32,8 @@ class CheckpointSaving(Callback):
     def between_steps(self) -> None:
         """See `Callback`."""
         step = self.trainer.state.step
-        if step and step % self.trainer.config.checkpoints.every == 0:
+        checkpoints = self.trainer.checkpoints
+        if step and (step % checkpoints.config.every == 0 or step == checkpoints.pinned):
             self._save()
 
     def before_micro_batch(self) -> None:

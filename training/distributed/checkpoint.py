@@ -45,6 +45,8 @@ class TrainState:
     layout: str = ""  # who can load it (`Backend.layout`)
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # their states by name
     tracking: dict[str, str] = field(default_factory=dict)  # mode, W&B run id and group
+    curve: dict[str, Any] = field(default_factory=dict)  # of the rate, once a run has grown
+    grown: list[dict[str, Any]] = field(default_factory=list)  # the lengths that it had before
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Checkpoints:
     directory: Path
     config: CheckpointConfig
     parallel: Parallel
+    pinned: int | None = None  # a step whose checkpoint is never removed
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
     _saved: int = 0  # step of the newest one, complete or being written; step 0 is never saved
@@ -119,11 +122,8 @@ class Checkpoints:
 
     def _superfluous(self) -> list[Path]:
         every = self.config.keep_every
-        return [
-            path
-            for path in self.complete()[: -self.config.keep]
-            if not every or int(path.name.removeprefix("step-")) % every
-        ]
+        others = [path for path in self.complete() if step_of(path) != self.pinned]
+        return [path for path in others[: -self.config.keep] if not every or step_of(path) % every]
 
     @property
     def failed(self) -> bool:
@@ -194,7 +194,7 @@ class Checkpoints:
         Raises `UserError` if another backend wrote it, or if it is damaged.
         """
         newest = self.directory / f"step-{state.step:08d}"
-        _check_layout(newest, state, backend.layout)
+        check_layout(newest, state, backend.layout)
         started = time.monotonic()
         try:
             backend.load(newest)
@@ -227,12 +227,22 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     )
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def read_saved_state(checkpoint: Path) -> TrainState:
+    """The state in a complete checkpoint. Raises `UserError` if it is damaged."""
+    return _parse_state(checkpoint, (checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+
+
 def check_continues(directory: Path, key: str, layout: str) -> None:
     """Raise `UserError` if a run of this key cannot continue from its newest checkpoint."""
     for newest in complete_checkpoints(directory)[-1:]:
-        state = _parse_state(newest, (newest / STATE_FILE).read_text(encoding="utf-8"))
+        state = read_saved_state(newest)
         if state.key == key:
-            _check_layout(newest, state, layout)
+            check_layout(newest, state, layout)
 
 
 def _parse_state(checkpoint: Path, text: str) -> TrainState:
@@ -254,7 +264,8 @@ def check_readable(checkpoint: Path, layout: str) -> None:
         )
 
 
-def _check_layout(checkpoint: Path, state: TrainState, layout: str) -> None:
+def check_layout(checkpoint: Path, state: TrainState, layout: str) -> None:
+    """Raise `UserError` if the backend of this layout cannot load a checkpoint."""
     if state.layout != layout:
         check_readable(checkpoint, state.layout)
         raise UserError(

@@ -1,0 +1,103 @@
+"""Which checkpoint a run of another length continues from, and how its learning rate goes on.
+
+The steps of a run do not depend on its length until its learning rate does. So a longer run
+continues from the newest checkpoint up to which both have the same steps:
+
+- wsd: the last one before the rate falls, which is always kept. What follows equals, bit for bit, a
+  run that had the new length from the start. The warmup keeps the steps that it had.
+- cosine and linear, whose rate depends on the length from the end of the warmup on (and wsd without
+  such a checkpoint): the newest one. The rate rises again, from its value there to the peak, in the
+  share `warmup` of the steps that are left, and falls until the new end (Ibrahim et al., Simple and
+  Scalable Strategies to Continually Pre-train Large Language Models, 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.distributed.checkpoint import (
+    TrainState,
+    complete_checkpoints,
+    read_saved_state,
+)
+from cpt_merge.training.phases import Phase, phases_of
+from cpt_merge.training.schedule import RateCurve
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a run of another length continues from."""
+
+    checkpoint: Path
+    state: TrainState  # with which the new run continues
+    newest: int  # the step that the earlier run had reached
+    steps: int  # the earlier run's length
+    rewarmed: bool  # whether the learning rate rises again
+
+    @property
+    def repeats(self) -> bool:
+        """Whether steps that the earlier run has done are done again, at another rate."""
+        return self.state.step < self.newest
+
+
+def curve_of(state: TrainState, phase: Phase, config: TrainingConfig) -> RateCurve:
+    """The learning rate of a phase, in a run that may have had another length."""
+    if state.curve and phase.stop == config.steps:
+        return RateCurve(**state.curve)
+    return RateCurve.over(phase.start, phase.stop, config.schedule)
+
+
+def find_checkpoint(
+    directory: Path, old: TrainingConfig, new: TrainingConfig, key: str
+) -> Branch | None:
+    """What a run of `new` continues from, of the checkpoints that a run of `old` left.
+
+    The two differ in their length alone; `key` is that of the new run. None: it starts anew.
+    """
+    last, before = phases_of(new)[-1], phases_of(old)[-1]
+    if phases_of(new)[:-1] != phases_of(old)[:-1] or last != replace(before, stop=last.stop):
+        return None
+    found = [(path, read_saved_state(path)) for path in complete_checkpoints(directory)]
+    if not found:
+        return None
+    newest = found[-1][1]
+    curve = curve_of(newest, before, old)
+    longer = replace(curve, stop=last.stop)
+    flat = min(curve.flat_until(old.schedule), longer.flat_until(new.schedule))
+
+    def branch(path: Path, state: TrainState, curve: RateCurve | None, rewarmed: bool) -> Branch:
+        made = {"key": state.key, "step": state.step, "steps": old.steps, "rewarmed": rewarmed}
+        continued = replace(
+            state, key=key, curve=asdict(curve) if curve else {}, grown=[*state.grown, made]
+        )
+        return Branch(path, continued, newest.step, old.steps, rewarmed)
+
+    for path, state in reversed(found):
+        in_warmup = state.step < curve.start + curve.warmup
+        if state.step <= flat and (state.step == newest.step or not in_warmup):
+            return branch(path, state, longer if state.step > last.start else None, False)
+    if newest.step >= last.stop or new.steps <= old.steps:
+        return None
+    origin = curve.factor(newest.step - 1, old.schedule)
+    again = RateCurve.over(newest.step, last.stop, new.schedule, origin)
+    return branch(*found[-1], again, True)
+
+
+def recorded_config(recorded: Mapping[str, Any]) -> TrainingConfig:
+    """The settings of a training, as far as they decide its weights, from its stage's record."""
+    return TrainingConfig(
+        **{name: value for name, value in recorded.items() if name in TrainingConfig.model_fields}
+    )
+
+
+def but_for_length(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded settings that a run of another length shares with this one."""
+    return {
+        name: value
+        for name, value in recorded.items()
+        if name not in ("tokens", "phases", "mixture")
+    }
