@@ -18,6 +18,8 @@ from cpt_merge.core.progress import counted
 from cpt_merge.core.world import World
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stage import Stage, prepare
+from cpt_merge.launcher.stage_folder import read_begun
 from cpt_merge.launcher.stages import STAGES
 from cpt_merge.launcher.start import backend_asked
 from cpt_merge.tokenizer_ext.learn.word_lists import count_entries
@@ -147,6 +149,7 @@ def check_disk(run: Run, shape: ModelShape) -> None:
     written = sum(
         path.stat().st_size
         for stage in STAGES
+        if not _is_moved_aside(run, stage)
         for path in run.folder(stage.name).rglob("*")
         if path.is_file()
     )
@@ -157,6 +160,15 @@ def check_disk(run: Run, shape: ModelShape) -> None:
             f"{written / GB:,.2f} GB are already written; free disk space, lower "
             "training.checkpoints.keep, or move `runs`."
         )
+
+
+def _is_moved_aside(run: Run, stage: Stage) -> bool:
+    """Whether a stage keeps what its folder holds in another place when it runs."""
+    begun = read_begun(run.folder(stage.name)) if stage.precious else None
+    try:
+        return begun is not None and begun.key != prepare(run, stage).key
+    except UserError:
+        return False  # what it builds on is not finished
 
 
 def disk_needed(shape: ModelShape, config: TrainingConfig) -> DiskNeeded:

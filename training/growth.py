@@ -13,7 +13,7 @@ continues from the newest checkpoint up to which both have the same steps:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,15 @@ def find_checkpoint(
     origin = curve.factor(newest.step - 1, old.schedule)
     again = RateCurve.over(newest.step, last.stop, new.schedule, origin)
     return branch(*found[-1], again, True)
+
+
+def describe_growth(grown: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a run continued, one text for each length that it had before."""
+    return [
+        f"steps 1 to {one['step']} of the {one['steps']} of {one['key']}"
+        + (", then the learning rate rose again" if one["rewarmed"] else "")
+        for one in grown
+    ]
 
 
 def recorded_config(recorded: Mapping[str, Any]) -> TrainingConfig:

@@ -25,6 +25,7 @@ from cpt_merge.training.callbacks.throughput import Throughput
 from cpt_merge.training.callbacks.watchdog import StepWatchdog
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.parallel import Parallel, start_parallel
+from cpt_merge.training.growth import describe_growth
 from cpt_merge.training.inputs import TrainingInputs
 from cpt_merge.training.trainer import Trainer
 
@@ -79,6 +80,6 @@ def run(
         trainer.remove_phases()
         state = trainer.state
         done = {"steps": state.step, "tokens": state.tokens, "targets": state.targets}
-        return {**done, "grown": state.grown} if state.grown else done
+        return {**done, "grown": describe_growth(state.grown)} if state.grown else done
     finally:
         stop_process_group()

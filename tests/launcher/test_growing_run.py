@@ -36,7 +36,8 @@ def test_more_tokens_continue_the_training_and_its_log(
     assert before
     assert now
     assert (run / "training.old-1" / "cpt" / "model.safetensors").is_file()
-    assert now.results["grown"] == [{"key": before.key, "step": 6, "steps": 6, "rewarmed": True}]
+    grown = f"steps 1 to 6 of the 6 of {before.key}, then the learning rate rose again"
+    assert now.results["grown"] == [grown]
     steps = [step for step, _ in read_log(run / "training" / "log").series("train/loss")]
     assert steps == [2, 4, 6, 8]
     assert now.tracking["run_id"] == before.tracking["run_id"]
