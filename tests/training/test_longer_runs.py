@@ -123,6 +123,6 @@ def test_a_grown_wsd_run_equals_one_that_was_long_from_the_start(
     assert sorted(grown) == list(range(10, 21))
     for name in ("train/loss", "train/gradient_norm", "train/learning_rate"):
         assert [grown[step][name] for step in grown] == [expected[step][name] for step in grown]
-    assert_same_weights(tmp_path / "grown" / "cpt", tmp_path / "long" / "cpt")
+    assert_same_weights(tmp_path / "grown", tmp_path / "long")
     last = tmp_path / "grown" / "checkpoints" / "step-00000020" / STATE_FILE
     assert json.loads(last.read_text())["grown"] == found.state.grown
