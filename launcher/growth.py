@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpt_merge.core.artifact import read_json_lines, write_json, write_json_lines
+from cpt_merge.core.artifact import read_json_lines, read_record, write_json, write_json_lines
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
 from cpt_merge.launcher.freshness import different_keys
@@ -54,12 +54,20 @@ def find_continued(context: StageContext) -> Continued | None:
     Raises `UserError` if it could be continued with another mixture only.
     """
     folders = [folder for folder in (context.folder, *asides(context.folder)) if folder.is_dir()]
-    earlier = [(folder, begun) for folder in folders if (begun := read_begun(folder))]
+    earlier = [(folder, begun) for folder in folders if (begun := _read_begun(folder))]
     if any(begun.key == context.key for _, begun in earlier):
         return None  # that one is continued as it is
     found = [one for folder, begun in earlier if (one := _continued(context, folder, begun))]
     here = [one for one in found if one.folder == context.folder]
     return max(here or found, key=lambda one: one.branch.state.step, default=None)
+
+
+def _read_begun(folder: Path) -> Begun | None:
+    """What a training was made of, which its record tells where `begun.json` has the key alone."""
+    begun = read_begun(folder)
+    if begun and not begun.config and (record := read_record(folder)) and record.key == begun.key:
+        return replace(begun, config=record.config, inputs=record.inputs)
+    return begun
 
 
 def _continued(context: StageContext, folder: Path, begun: Begun) -> Continued | None:
@@ -126,7 +134,7 @@ def what_training_does(context: StageContext) -> str | None:
     Raises `UserError` as `find_continued` does.
     """
     folder = context.folder
-    begun = read_begun(folder)
+    begun = _read_begun(folder)
     if continued := find_continued(context):
         return f"training: {continued}"
     if begun is None or begun.key == context.key or not (folder / "checkpoints").is_dir():

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cpt_merge.core.artifact import STAGE_FILE, read_record, write_json
+from cpt_merge.core.artifact import STAGE_FILE, write_json
 from cpt_merge.core.errors import Interrupted
 from cpt_merge.core.progress import say
 from cpt_merge.launcher.stage import Stage
@@ -42,12 +42,9 @@ class Begun:
 def read_begun(folder: Path) -> Begun | None:
     """What a folder was begun for; None if that is not known."""
     try:
-        begun = Begun(**json.loads((folder / BEGUN_FILE).read_text(encoding="utf-8")))
+        return Begun(**json.loads((folder / BEGUN_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    if not begun.config and (record := read_record(folder)) and record.key == begun.key:
-        return replace(begun, config=record.config, inputs=record.inputs)
-    return begun
 
 
 @contextmanager
