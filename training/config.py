@@ -169,7 +169,12 @@ class TrainingConfig(Section):
     micro_batch_size: int = key(
         1, "sequences that one process takes through the model at once", unit="sequences", gt=0
     )
-    tokens: int = key(..., "training budget; rounded up to whole steps", unit="tokens", gt=0)
+    tokens: int = key(
+        ...,
+        "training budget; rounded up to whole steps; raise it, and a run continues",
+        unit="tokens",
+        gt=0,
+    )
     precision: Literal["bf16", "fp32", "pure-bf16"] = key(
         "bf16",
         "bf16: bf16 compute, fp32 master weights and reduction; pure-bf16: no masters, weights are "
