@@ -68,6 +68,8 @@ def find_checkpoint(
     curve = curve_of(newest, before, old)
     longer = replace(curve, stop=last.stop)
     flat = min(curve.flat_until(old.schedule), longer.flat_until(new.schedule))
+    if longer == curve:  # other tokens, but as many steps
+        flat = last.stop
 
     def branch(path: Path, state: TrainState, curve: RateCurve | None, rewarmed: bool) -> Branch:
         made = {"key": state.key, "step": state.step, "steps": old.steps, "rewarmed": rewarmed}

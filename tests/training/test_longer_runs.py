@@ -61,6 +61,12 @@ def test_a_wsd_run_can_also_be_cut_short(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, long, short, "new") is None, "its rate would have fallen"
 
 
+def test_other_tokens_in_as_many_steps_change_no_step(tmp_path: Path) -> None:
+    old, new = (config(12).model_copy(update={"tokens": 12 * STEP - less}) for less in (9, 0))
+    found = continued(with_steps(tmp_path, 8, 12), old, new)
+    assert (found.state.step, found.rewarmed, found.repeats) == (12, False, False)
+
+
 def test_wsd_without_that_checkpoint_rises_again(tmp_path: Path) -> None:
     folder = with_steps(tmp_path, 11, 12)
     found = continued(folder, config(12, schedule=WSD), config(20, schedule=WSD))
