@@ -127,9 +127,10 @@ def test_sparse_attention_that_leaks_beyond_its_budget_only(block: int, one_by_o
     kinds = [kind.__name__ for kind in module.choice.separation.one_by_one]
     assert kinds == (["MiniMaxM3VLAttention"] if one_by_one else [])
     torch.manual_seed(0)
-    module.model.to_empty(device="cpu")
-    for parameter in module.model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    for part in module.model.modules():  # buffers have their values, which `to_empty` would lose
+        for name, parameter in part.named_parameters(recurse=False):
+            values = torch.nn.init.normal_(torch.empty(parameter.shape), std=0.3)
+            setattr(part, name, torch.nn.Parameter(values))
     check_attention(module, config, torch.device("cpu"))
 
 
