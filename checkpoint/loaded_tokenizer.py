@@ -52,6 +52,19 @@ def load_tokenizer(directory: Path) -> Any:
         ) from None
 
 
+def end_tokens(directory: Path, tokenizer: Any) -> list[str]:
+    """The tokens that end a reply: the tokenizer's eos and those of `generation_config.json`."""
+    from transformers import GenerationConfig
+
+    ids: list[int | None] = [tokenizer.eos_token_id]
+    if (directory / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(directory).eos_token_id
+        ids += eos if isinstance(eos, list) else [eos]
+    return list(
+        dict.fromkeys(tokenizer.convert_ids_to_tokens(id_) for id_ in ids if id_ is not None)
+    )
+
+
 def check_loads(directory: Path) -> None:
     """Raise `UserError` if transformers cannot load a model's tokenizer or render its template.
 

@@ -11,12 +11,14 @@ from typing import Any
 import regex
 from jinja2.exceptions import TemplateError
 
+from cpt_merge.checkpoint.loaded_tokenizer import end_tokens
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
+from cpt_merge.data.conversations_thoughts import reasoning_field
 from cpt_merge.evaluation.config import DEFAULTS, EVERY_MODEL, EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Message, Reply
-from cpt_merge.evaluation.models import LanguageModel, end_tokens, load_tokenizer
-from cpt_merge.evaluation.thoughts import Thoughts, find_thoughts, reasoning_field
+from cpt_merge.evaluation.models import LanguageModel, load_tokenizer
+from cpt_merge.evaluation.thoughts import Thoughts, find_thoughts
 
 PLACEHOLDERS = ("UserPlaceholder", "AssistantPlaceholder")
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.quantizers import AutoHfQuantizer
 
 from cpt_merge.checkpoint.reader import check_complete
@@ -176,17 +176,6 @@ def load_tokenizer(directory: Path) -> Any:
 def first_line(error: Exception) -> str:
     """The first line of an error; those of libraries have several."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
-def end_tokens(directory: Path, tokenizer: Any) -> list[str]:
-    """The tokens that end a reply: the tokenizer's eos and those of `generation_config.json`."""
-    ids: list[int | None] = [tokenizer.eos_token_id]
-    if (directory / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(directory).eos_token_id
-        ids += eos if isinstance(eos, list) else [eos]
-    return list(
-        dict.fromkeys(tokenizer.convert_ids_to_tokens(id_) for id_ in ids if id_ is not None)
-    )
 
 
 def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ How a model marks its thoughts is found here, from its tokenizer and chat templa
 is divided. Everything else gets the answer; the thought is kept in the samples.
 
     marks in the tokenizer's `response_template`, where it has one (transformers' parse_response)
-    otherwise  the pairs below, where a mark is a token or is written in the chat template
+    otherwise  the known pairs, where a mark is a token or is written in the chat template
     and        `evaluation.thoughts`, for models whose tokenizer does not tell
 """
 
@@ -19,22 +19,9 @@ import regex
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.data.conversations_thoughts import PAIRS, REASONING
 from cpt_merge.evaluation.config import ThoughtMarksConfig
 
-PAIRS = (
-    ("<think>", "</think>"),  # DeepSeek, Qwen, GLM, MiniMax, Nemotron, EXAONE 4, and most others
-    ("<thought>", "</thought>"),  # EXAONE Deep
-    ("<thinking>", "</thinking>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),  # Seed-OSS
-    ("[THINK]", "[/THINK]"),  # Magistral
-    ("◁think▷", "◁/think▷"),  # Kimi
-    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker
-    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
-    ("<|channel>thought", "<channel|>"),  # Gemma 4
-    ("Here is my thought process:", "Here is my response:"),  # Granite 3.2
-)
 # what some of these models write around the answer
 FRAMES = (
     ("<response>", "</response>"),
@@ -48,7 +35,6 @@ _HEADER = (
     r"(?:<\|end\|>\s*)?(?:<\|start\|>assistant)?"
     r"<\|channel\|>%s[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
 )
-REASONING = ("reasoning_content", "thinking", "reasoning")  # fields of messages with thoughts
 # a mark between these is spoken about, not used
 QUOTES = ("`「『“‘", "`」』”’")
 # white space at either end, including characters of no width
@@ -200,14 +186,6 @@ def _of_response_template(template: Mapping[str, Any] | None) -> list[ThoughtMar
         return []
     opening = field.open_re.pattern if field.open_re is not None else None
     return [ThoughtMarks(opening, "|".join(one.pattern for one in closing))]
-
-
-def reasoning_field(template: Any) -> str | None:
-    """The field of earlier messages from which a chat template takes their thoughts, if it does."""
-    for name in REASONING:
-        if regex.search(rf"""(?:\.|\[\s*['"]|get\(\s*['"]){name}\b""", str(template)):
-            return name
-    return None
 
 
 def undeclared_mark(reply: str) -> str | None:

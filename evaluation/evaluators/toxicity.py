@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from cpt_merge.checkpoint.loaded_tokenizer import end_tokens
 from cpt_merge.evaluation.chat_template import ChatTemplate
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Conversation, Exchange, Reply
@@ -32,7 +33,6 @@ from cpt_merge.evaluation.evaluators.evaluator import (
     shares_of_exchanges,
 )
 from cpt_merge.evaluation.generate.conversations import generate
-from cpt_merge.evaluation.models import end_tokens
 from cpt_merge.evaluation.reply_language import is_in_language
 from cpt_merge.evaluation.scorers.scorer import EMPTY, Score, Scorer
 

@@ -3,8 +3,9 @@
 import pytest
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.data.conversations_thoughts import reasoning_field
 from cpt_merge.evaluation.config import ThoughtMarksConfig
-from cpt_merge.evaluation.thoughts import BLANK_ENDS, find_thoughts, reasoning_field
+from cpt_merge.evaluation.thoughts import BLANK_ENDS, find_thoughts
 from tests.evaluation.thinkers import HYBRID, OPENS_THOUGHT, PLAIN, byte_tokenizer
 
 HARMONY = (

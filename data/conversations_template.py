@@ -1,0 +1,245 @@
+"""A chat template as a model meets it: what it is asked at each turn, and what it should reply.
+
+At inference a model reads the conversation so far, rendered with `add_generation_prompt`, and
+writes a reply up to the token that ends it. Many templates render a turn otherwise once it is over:
+they remove its thoughts, or write an empty one only where it is the last. So every reply is
+rendered after the prompt to which it replies, and nothing is assumed of what follows it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import regex
+from jinja2.exceptions import TemplateError
+
+from cpt_merge.checkpoint.loaded_tokenizer import end_tokens, load_tokenizer
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.conversations_messages import UNTRAINED, Message, roles
+from cpt_merge.data.conversations_thoughts import (
+    REASONING,
+    closing_of,
+    reasoning_field,
+    split_thought,
+    thinking_switch,
+    without_last_marks,
+)
+
+Thinking = Literal["keep", "remove"]
+REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+COMMON_ROLES = ("user", "assistant", "system")  # also of templates that name no role
+DATE = "26 Jul 2024"  # of templates that write today's: a store must not depend on the day
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be trained on. Its text continues a sentence about its row."""
+
+
+@dataclass(frozen=True)
+class ReplyText:
+    """One turn of an assistant as text."""
+
+    prompt: str  # all that the model reads
+    whole: str  # the prompt and the reply, and perhaps what the template writes after it
+    marked: bool  # `whole` is what the template renders, whose `{% generation %}` marks count
+    messages: list[Message]  # that the template renders as `whole`
+    variables: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ConversationTemplate:
+    """The tokenizer of a chat model with its template, and how thoughts are treated."""
+
+    tokenizer: Any
+    end_ids: frozenset[int]  # tokens that end a reply
+    thinking: Thinking = "keep"
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, for the template
+
+    @staticmethod
+    def read(
+        directory: Path, thinking: Thinking = "keep", variables: Mapping[str, Any] | None = None
+    ) -> ConversationTemplate:
+        """Raises `UserError` for a tokenizer without a chat template or without a fast version."""
+        tokenizer = load_tokenizer(directory)
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer in {directory} has no chat template, so conversations cannot be "
+                "rendered; add a chat_template."
+            )
+        ends = tokenizer.convert_tokens_to_ids(end_tokens(directory, tokenizer))
+        return ConversationTemplate(tokenizer, frozenset(ends), thinking, variables or {})
+
+    @cached_property
+    def text(self) -> str:
+        """The template, or all of them where a tokenizer has several."""
+        template = self.tokenizer.chat_template
+        return template if isinstance(template, str) else "\n".join(template.values())
+
+    @cached_property
+    def is_marked(self) -> bool:
+        """Whether the template marks what an assistant writes."""
+        return bool(regex.search(r"\{%-?\s*generation\b", self.text))
+
+    @cached_property
+    def reasoning_field(self) -> str | None:
+        """The field from which the template takes thoughts."""
+        return reasoning_field(self.text)
+
+    @cached_property
+    def switch(self) -> str | None:
+        """The variable that asks for a reply with or without a thought."""
+        # a field of messages may have the same name as the variable
+        names = regex.findall(r"""(?<![\w.'"\]])[A-Za-z_]\w*""", self.text)
+        found = thinking_switch(frozenset(names))
+        return None if found in self.variables else found
+
+    def knows_role(self, role: str) -> bool:
+        """Whether the template names a role. One that writes any role teaches nothing new."""
+        return role in COMMON_ROLES or bool(
+            regex.search(rf"""['"]{regex.escape(role)}""", self.text)
+        )
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any],
+        variables: Mapping[str, Any],
+        *,
+        prompt: bool,
+    ) -> str:
+        """The text of messages, with the beginning of a reply to a `prompt`.
+
+        Raises `ConversationError` if the template refuses them.
+        """
+        return str(self._apply(messages, tools, variables, prompt=prompt, tokenize=False))
+
+    def render_marked(self, reply: ReplyText, tools: Sequence[Any]) -> tuple[list[int], list[int]]:
+        """(token ids, 1 for each that the template marks as an assistant's) of a reply's whole."""
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        found = self._apply(
+            reply.messages, tools, reply.variables, prompt=False, tokenize=True, **options
+        )
+        return list(found["input_ids"]), list(found["assistant_masks"])
+
+    def _apply(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any],
+        variables: Mapping[str, Any],
+        prompt: bool,
+        **options: Any,
+    ) -> Any:
+        def apply(written: Sequence[Message]) -> Any:
+            return self.tokenizer.apply_chat_template(
+                list(written),
+                tools=list(tools) or None,
+                add_generation_prompt=prompt,
+                strftime_now=_date,
+                **variables,
+                **options,
+            )
+
+        try:
+            try:
+                return apply(messages)
+            except TypeError:  # of templates that expect arguments of tools as text
+                return apply([_with_text_arguments(message) for message in messages])
+        except REFUSALS as error:
+            raise ConversationError(
+                f"is refused by the chat template ({str(error).rstrip('.')}); its roles are "
+                f"{roles(messages)}"
+            ) from None
+
+    def reply(self, messages: Sequence[Message], place: int, tools: Sequence[Any]) -> ReplyText:
+        """The reply at a place of the messages, in the form in which a model generates it.
+
+        Raises `ConversationError` for one that the template does not render after its own prompt.
+        """
+        before = [self._written(message) for message in messages[:place]]
+        thought, answer = self.thought_of(messages[place])
+        switched = {self.switch: bool(thought)} if self.switch else {}
+        variables = {**switched, **self.variables}
+        target = self._written(messages[place], is_reply=True)
+        prompt = self.render(before, tools, variables, prompt=True)
+        whole = self.render([*before, target], tools, variables, prompt=False)
+        rendered = whole.startswith(prompt)
+        if not rendered:
+            whole = _after_its_marks(prompt, whole, thought, place)
+        written = whole[len(prompt) :]
+        if answer.strip() not in written:
+            raise ConversationError(
+                f"has a message {place + 1} whose content the chat template changes"
+            )
+        if thought and thought not in written:
+            raise ConversationError(
+                f"has a message {place + 1} whose thought the chat template leaves out; set "
+                "`thinking: remove`"
+            )
+        return ReplyText(prompt, whole, rendered, [*before, target], variables)
+
+    def thought_of(self, message: Message) -> tuple[str, str]:
+        """(the thought to train on, the content without any)."""
+        inline, answer = split_thought(message["content"])
+        given = next((message[name] for name in REASONING if message.get(name)), inline)
+        return ("" if self.thinking == "remove" else given.strip()), answer
+
+    def _written(self, message: Message, is_reply: bool = False) -> Message:
+        """A message as the template expects it.
+
+        Earlier thoughts are left out, or given to a template that decides itself.
+        """
+        kept = {key: one for key, one in message.items() if key not in (UNTRAINED, *REASONING)}
+        if message["role"] != "assistant":
+            return kept
+        thought, answer = self.thought_of(message)
+        if not thought:
+            return {**kept, "content": answer}
+        if self.reasoning_field:
+            return {**kept, "content": answer, self.reasoning_field: thought}
+        if is_reply and split_thought(message["content"])[0]:
+            return kept  # its content has the thought
+        return {**kept, "content": answer}
+
+
+def _after_its_marks(prompt: str, whole: str, thought: str, place: int) -> str:
+    """The reply after a prompt that ends with marks of thoughts, which `whole` lacks.
+
+    Such templates begin every reply with a thought, or with an empty one where none is wanted.
+    """
+    start, marks = without_last_marks(prompt)
+    if not marks or not whole.startswith(start):
+        raise ConversationError(
+            f"has a message {place + 1} that the chat template does not render after its own "
+            f"prompt for a reply, which ends with {prompt[-40:]!r}"
+        )
+    closing = closing_of(marks)
+    if closing is None:
+        return prompt + whole[len(start) :]
+    if not thought:
+        raise ConversationError(
+            f"has a message {place + 1} without a thought, but the chat template begins every "
+            f"reply with {marks.strip()!r}; give it a `reasoning_content`, or use another template"
+        )
+    return f"{prompt}{thought}\n{closing}\n\n{whole[len(start) :]}"
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": text}})
+    return {**message, "tool_calls": calls}
+
+
+def _date(form: str) -> str:
+    from datetime import datetime
+
+    return datetime.strptime(DATE, "%d %b %Y").strftime(form)
