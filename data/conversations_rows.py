@@ -73,7 +73,7 @@ def _row(
     joined = whole[: len(prompt)] != prompt
     if joined:  # a model never writes such a token, since it reads the prompt's own
         rest = _encode_rest(template, reply.whole[len(reply.prompt) :])
-        if _decode(template, [*prompt, *rest]) != _decode(template, whole):
+        if decode(template, [*prompt, *rest]) != decode(template, whole):
             raise ConversationError(
                 f"has a message {place + 1} whose tokens differ from those that a model would "
                 "write after the prompt"
@@ -110,7 +110,8 @@ def _encode_rest(template: ConversationTemplate, text: str) -> list[int]:
     return both[len(line) :] if both[: len(line)] == line else encode(template, [text])[0]
 
 
-def _decode(template: ConversationTemplate, ids: Sequence[int]) -> str:
+def decode(template: ConversationTemplate, ids: Sequence[int]) -> str:
+    """The text of token ids, with its special tokens."""
     return str(
         template.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False

@@ -8,10 +8,12 @@ rendered after the prompt to which it replies, and nothing is assumed of what fo
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +35,9 @@ from cpt_merge.data.conversations_thoughts import (
 Thinking = Literal["keep", "remove"]
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 COMMON_ROLES = ("user", "assistant", "system")  # also of templates that name no role
-DATE = "26 Jul 2024"  # of templates that write today's: a store must not depend on the day
+# of templates that write today's: a store must not depend on the day
+DATE = datetime.date(2024, 7, 26)
+_TODAY = regex.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<form>[^'"]*)(?P=quote)\s*\)""")
 
 
 class ConversationError(ValueError):
@@ -118,13 +122,25 @@ class ConversationTemplate:
         """
         return str(self._apply(messages, tools, variables, prompt=prompt, tokenize=False))
 
-    def render_marked(self, reply: ReplyText, tools: Sequence[Any]) -> tuple[list[int], list[int]]:
-        """(token ids, 1 for each that the template marks as an assistant's) of a reply's whole."""
-        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    def render_marked(self, reply: ReplyText, tools: Sequence[Any]) -> tuple[list[int], list[bool]]:
+        """(token ids, whether the template marks each as an assistant's) of a reply's whole."""
         found = self._apply(
-            reply.messages, tools, reply.variables, prompt=False, tokenize=True, **options
+            reply.messages,
+            tools,
+            reply.variables,
+            prompt=False,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )
-        return list(found["input_ids"]), list(found["assistant_masks"])
+        marks = [bool(mark) for mark in found["assistant_masks"]]
+        # transformers ends a stretch with the first token of its last character, which may have
+        # several, of one byte each
+        for place, (before, (start, _)) in enumerate(pairwise(found["offset_mapping"]), start=1):
+            if marks[place - 1] and start < before[1]:
+                marks[place] = True
+        return list(found["input_ids"]), marks
 
     def _apply(
         self,
@@ -138,8 +154,8 @@ class ConversationTemplate:
             return self.tokenizer.apply_chat_template(
                 list(written),
                 tools=list(tools) or None,
+                chat_template=_dated(self.tokenizer.get_chat_template(None, list(tools) or None)),
                 add_generation_prompt=prompt,
-                strftime_now=_date,
                 **variables,
                 **options,
             )
@@ -175,6 +191,11 @@ class ConversationTemplate:
             raise ConversationError(
                 f"has a message {place + 1} whose content the chat template changes"
             )
+        for call in target.get("tool_calls", []):
+            if call["function"]["name"] not in written:
+                raise ConversationError(
+                    f"has a message {place + 1} whose calls of tools the chat template leaves out"
+                )
         if thought and thought not in written:
             raise ConversationError(
                 f"has a message {place + 1} whose thought the chat template leaves out; set "
@@ -225,7 +246,8 @@ def _after_its_marks(prompt: str, whole: str, thought: str, place: int) -> str:
             f"has a message {place + 1} without a thought, but the chat template begins every "
             f"reply with {marks.strip()!r}; give it a `reasoning_content`, or use another template"
         )
-    return f"{prompt}{thought}\n{closing}\n\n{whole[len(start) :]}"
+    answer = whole[len(start) :].lstrip("\n")
+    return f"{prompt}{thought}\n{closing}\n\n{answer}"
 
 
 def _with_text_arguments(message: Message) -> Message:
@@ -239,7 +261,6 @@ def _with_text_arguments(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def _date(form: str) -> str:
-    from datetime import datetime
-
-    return datetime.strptime(DATE, "%d %b %Y").strftime(form)
+def _dated(template: str) -> str:
+    """The template with a date in place of today's."""
+    return str(_TODAY.sub(lambda found: repr(DATE.strftime(found["form"])), template))

@@ -34,18 +34,18 @@ def read_documents(file: Path, layout: Layout, most: int | None = None) -> Itera
     With `most`, as if the file ended after so many rows. Raises `UserError` with file and row for
     what cannot be read, and for a file none of whose records has the field.
     """
-    rows, unit = _rows(file, layout)
+    rows, unit = read_rows(file, layout)
     yield from documents_of(islice(rows, most), f"{file}: {unit}", layout)
 
 
 def read_records(file: Path, layout: Layout) -> Iterator[Record]:
     """The rows that are records, as they are in the file."""
-    rows, _ = _rows(file, layout)
+    rows, _ = read_rows(file, layout)
     return (record for _, record in rows if isinstance(record, dict))
 
 
-def _rows(file: Path, layout: Layout) -> tuple[Iterator[Row], str]:
-    """The rows, and what they are called."""
+def read_rows(file: Path, layout: Layout) -> tuple[Iterator[Row], str]:
+    """The rows of a file, and what they are called in messages."""
     found = format_of(file, layout.whole_files)
     if found is None:
         endings = ".txt or .md" if layout.whole_files else ", ".join(FORMATS)

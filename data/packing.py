@@ -11,7 +11,7 @@ import torch
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.order import SequenceOrder
-from cpt_merge.data.store import MAKE_AGAIN, Documents, Store
+from cpt_merge.data.store import MAKE_AGAIN, Documents, MaskedCounts, Store
 
 IGNORED = -100  # the label of a position without target
 
@@ -70,6 +70,13 @@ class PackedDocuments:
     """
 
     def __init__(self, documents: Documents, length: int) -> None:
+        """Raises `UserError` for conversations that fill sequences of another length."""
+        counts = documents.counts
+        if isinstance(counts, MaskedCounts) and counts.length != length:
+            raise UserError(
+                f"the conversations in {documents.folder} fill sequences of {counts.length} tokens "
+                f"and not of {length}; {MAKE_AGAIN}"
+            )
         self.documents, self.length = documents, length
         # the last label of a sequence is the first token of the next one
         self.sequences = max(0, (len(documents.tokens) - 1) // length)
@@ -83,6 +90,10 @@ class PackedDocuments:
     def targets(self, numbers: int | Integers) -> int:
         """How many labels of these sequences are targets, without reading their tokens."""
         begins = np.atleast_1d(np.asarray(numbers, np.int64)) * self.length
+        trained = self.documents.trained
+        if trained is not None:  # bits: no tokens are read for them
+            windows = (trained.read(begin + 1, begin + self.length + 1) for begin in begins)
+            return sum(int(window.sum()) for window in windows)
         first, last = self._starts_within(begins)
         return int((self.length - (last - first)).sum())
 
@@ -110,6 +121,10 @@ class PackedDocuments:
                 f"the largest when it was written, so it is damaged; {MAKE_AGAIN}"
             )
         labels = np.where(is_start[:, 1:], IGNORED, tokens[:, 1:])
+        if documents.trained is not None:
+            for place, begin in enumerate(begins):
+                counted = documents.trained.read(begin + 1, begin + length + 1)
+                labels[place, ~counted] = IGNORED
         places = np.arange(length)
         positions = places - np.maximum.accumulate(np.where(is_start[:, :-1], places, 0), axis=1)
         return tokens[:, :-1], labels, positions

@@ -9,9 +9,13 @@
       00-<source>/heldout/...         the held-out documents of the same source
       00-<source>/reference/...       the held-out documents in the tokens of the original base
 
-A document is stored as `[prefix] tokens [eos]`. The prefix is the tokenizer's bos if it adds one,
-otherwise eos, so that every token of the text is predicted from something. `data/tokenise.py`
-writes stores.
+Splits of conversations (`data/conversations_store.py`) have one more file:
+
+      00-<source>/train/trained.bin   uint8, a bit for each token: whether the loss counts it
+
+A document of text is stored as `[prefix] tokens [eos]`. The prefix is the tokenizer's bos if it
+adds one, otherwise eos, so that every token of the text is predicted from something.
+`data/tokenise.py` writes stores.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from cpt_merge.core.artifact import fingerprint
 from cpt_merge.core.errors import UserError
 
 STORE_FILE = "store.json"
+TRAINED_FILE = "trained.bin"
 MAKE_AGAIN = (
     "remove the folder of the stage (runs/NAME/data) and run `cpt-merge data RECIPE` again."
 )
@@ -57,6 +62,17 @@ class SplitCounts:
     tokens: int
     bytes: int
     largest: int
+
+
+@dataclass(frozen=True)
+class MaskedCounts(SplitCounts):
+    """The same of a split of conversations, whose documents fill sequences of `length` tokens.
+
+    `trained` counts the tokens that the loss counts.
+    """
+
+    trained: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -175,11 +191,34 @@ class Documents:
             raise UserError(
                 f"the index in {folder} does not end at {counts.tokens} tokens; {MAKE_AGAIN}"
             )
-        self.folder, self.largest = folder, counts.largest
+        self.folder, self.counts, self.largest = folder, counts, counts.largest
         self.tokens: Tokens = np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+        self.trained = _trained(folder, counts) if isinstance(counts, MaskedCounts) else None
 
     def __len__(self) -> int:
         return len(self.bytes)
+
+
+class TrainedTokens:
+    """Which tokens of a split the loss counts, memory-mapped."""
+
+    def __init__(self, bits: npt.NDArray[np.uint8]) -> None:
+        self._bits = bits
+
+    def read(self, first: int, last: int) -> npt.NDArray[np.bool_]:
+        """Of the tokens from `first` to before `last`."""
+        bits = np.unpackbits(self._bits[first // 8 : -(-last // 8)], bitorder="little")
+        return bits[first % 8 :][: last - first].astype(np.bool_)
+
+
+def _trained(folder: Path, counts: MaskedCounts) -> TrainedTokens:
+    path, expected = folder / TRAINED_FILE, -(-counts.tokens // 8)
+    size = path.stat().st_size if path.is_file() else 0
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes, not {expected}; {MAKE_AGAIN}")
+    return TrainedTokens(
+        np.memmap(path, dtype=np.uint8, mode="r") if size else np.zeros(0, np.uint8)
+    )
 
 
 @dataclass(frozen=True)
@@ -241,11 +280,15 @@ def tokenizer_fingerprint(directory: Path) -> str:
     )
 
 
+def _split_counts(values: dict[str, int]) -> SplitCounts:
+    return MaskedCounts(**values) if "trained" in values else SplitCounts(**values)
+
+
 def _store_info(values: dict[str, Any]) -> StoreInfo:
     sources = []
     for source in values["sources"]:
         splits = {
-            split: SplitCounts(**source[split]) if source[split] else None for split in SPLITS
+            split: _split_counts(source[split]) if source[split] else None for split in SPLITS
         }
         sources.append(SourceInfo(**(source | splits)))
     reference = TokenizerInfo(**values["reference"]) if values["reference"] else None
