@@ -185,7 +185,14 @@ class ConversationTemplate:
         whole = self.render([*before, target], tools, variables, prompt=False)
         rendered = whole.startswith(prompt)
         if not rendered:
-            whole = _after_its_marks(prompt, whole, thought, place)
+            whole = _after_its_marks(prompt, whole, thought, place) or _after_its_question(
+                prompt, whole, messages[:place]
+            )
+        if not whole:
+            raise ConversationError(
+                f"has a message {place + 1} that the chat template does not render after its own "
+                f"prompt for a reply, which ends with {prompt[-40:]!r}"
+            )
         written = whole[len(prompt) :]
         if answer.strip() not in written:
             raise ConversationError(
@@ -228,16 +235,13 @@ class ConversationTemplate:
 
 
 def _after_its_marks(prompt: str, whole: str, thought: str, place: int) -> str:
-    """The reply after a prompt that ends with marks of thoughts, which `whole` lacks.
+    """The reply after a prompt that ends with marks of thoughts, which `whole` lacks; else "".
 
     Such templates begin every reply with a thought, or with an empty one where none is wanted.
     """
     start, marks = without_last_marks(prompt)
     if not marks or not whole.startswith(start):
-        raise ConversationError(
-            f"has a message {place + 1} that the chat template does not render after its own "
-            f"prompt for a reply, which ends with {prompt[-40:]!r}"
-        )
+        return ""
     closing = closing_of(marks)
     if closing is None:
         return prompt + whole[len(start) :]
@@ -248,6 +252,18 @@ def _after_its_marks(prompt: str, whole: str, thought: str, place: int) -> str:
         )
     answer = whole[len(start) :].lstrip("\n")
     return f"{prompt}{thought}\n{closing}\n\n{answer}"
+
+
+def _after_its_question(prompt: str, whole: str, before: Sequence[Message]) -> str:
+    """The reply after a prompt that has more in front of the last question than `whole`; else "".
+
+    Such templates write a system prompt in front of the last message only if it is the user's.
+    """
+    asked = before[-1]["content"].strip() if before else ""
+    place = prompt.rfind(asked) if asked else -1
+    if place < 0 or whole.count(prompt[place:]) != 1:
+        return ""
+    return prompt + whole.partition(prompt[place:])[2]
 
 
 def _with_text_arguments(message: Message) -> Message:

@@ -45,6 +45,12 @@ MISTRAL = (
     "{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% else %}"
     "{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
+MISTRAL_3 = (  # a system prompt in front of the last message, if it is the user's
+    "{% if messages[0]['role'] == 'system' %}{% set sys = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set sys = '' %}{% set rest = messages %}{% endif %}"
+    "<s>{% for m in rest %}{% if m['role'] == 'user' %}[INST]{{ sys if loop.last else '' }}{{ m['content'] }}[/INST]"
+    "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
 PHI_3 = (  # ends a conversation, and no turn, with the tokenizer's eos
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
@@ -88,6 +94,7 @@ STYLES: Mapping[str, Style] = {
     "llama_3": Style(LLAMA_3, "<|eot_id|>"),
     "gemma": Style(GEMMA, "<end_of_turn>", system=False),
     "mistral": Style(MISTRAL, "</s>", system=False),
+    "mistral_3": Style(MISTRAL_3, "</s>"),
     "phi_3": Style(PHI_3, "<|end|>"),
     "qwen_3": Style(QWEN_3, "<|im_end|>"),
 }

@@ -120,6 +120,17 @@ def test_a_template_that_begins_every_reply_with_a_thought() -> None:
         rows_of(template, user("Who?"), assistant("Me."))
 
 
+def test_a_system_prompt_that_moves_to_the_last_question() -> None:
+    template = of(styles.MISTRAL_3, "</s>")
+    system = {"role": "system", "content": "Hush."}
+    assert rows_of(
+        template, system, user("Who?"), assistant("Me."), user("Why?"), assistant("I")
+    ) == [
+        "<s>[INST]Hush.\n\nWho?[/INST]⟦Me.</s>⟧",
+        "<s>[INST]Who?[/INST]Me.</s>[INST]Hush.\n\nWhy?[/INST]⟦I</s>⟧",
+    ]
+
+
 def test_thoughts_that_the_template_has_no_place_for_are_an_error_unless_removed() -> None:
     thinking = [user("Who?"), assistant("Me.", reasoning_content="I see.")]
     with pytest.raises(ConversationError, match="thought the chat template leaves out; set `think"):
