@@ -12,11 +12,12 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2.meta
 import regex
 from jinja2.exceptions import TemplateError
 
@@ -37,6 +38,7 @@ REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeErr
 COMMON_ROLES = ("user", "assistant", "system")  # also of templates that name no role
 # of templates that write today's: a store must not depend on the day
 DATE = datetime.date(2024, 7, 26)
+_MARK = regex.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _TODAY = regex.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<form>[^'"]*)(?P=quote)\s*\)""")
 
 
@@ -87,7 +89,7 @@ class ConversationTemplate:
     @cached_property
     def is_marked(self) -> bool:
         """Whether the template marks what an assistant writes."""
-        return bool(regex.search(r"\{%-?\s*generation\b", self.text))
+        return bool(_MARK.search(self.text))
 
     @cached_property
     def reasoning_field(self) -> str | None:
@@ -97,9 +99,7 @@ class ConversationTemplate:
     @cached_property
     def switch(self) -> str | None:
         """The variable that asks for a reply with or without a thought."""
-        # a field of messages may have the same name as the variable
-        names = regex.findall(r"""(?<![\w.'"\]])[A-Za-z_]\w*""", self.text)
-        found = thinking_switch(frozenset(names))
+        found = thinking_switch(_variables(self.text))
         return None if found in self.variables else found
 
     def knows_role(self, role: str) -> bool:
@@ -277,6 +277,17 @@ def _with_text_arguments(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
+def _variables(template: str) -> frozenset[str]:
+    """The variables that a template gets from outside."""
+    parser = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        parsed = parser.parse(_MARK.sub("", template))
+    except TemplateError:
+        return frozenset()  # rendering says what is wrong
+    return frozenset(jinja2.meta.find_undeclared_variables(parsed))
+
+
+@cache
 def _dated(template: str) -> str:
     """The template with a date in place of today's."""
     return str(_TODAY.sub(lambda found: repr(DATE.strftime(found["form"])), template))
