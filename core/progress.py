@@ -41,9 +41,12 @@ def say_once(message: str) -> None:
 
 
 def counted(count: float, noun: str) -> str:
-    """A number with its noun: `1 prompt`, `1,200 prompts`, `2 processes`."""
-    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch", "x")) else "s"
-    return f"{count:,} {noun}{ending}"
+    """A number with its noun: `1 prompt`, `1,200 prompts`, `2 processes`, `3 replies`."""
+    if count == 1:
+        return f"{count:,} {noun}"
+    if noun.endswith("ly"):
+        return f"{count:,} {noun[:-1]}ies"
+    return f"{count:,} {noun}{'es' if noun.endswith(('s', 'ch', 'x')) else 's'}"
 
 
 def silence_bars() -> None:

@@ -209,6 +209,21 @@ def is_trained(message: Message) -> bool:
     return message["role"] == "assistant" and message.get(UNTRAINED) not in (0, 0.0, False)
 
 
+def first_prompt(messages: Sequence[Message]) -> str:
+    """What is said before the first reply, by which conversations are held out.
+
+    A greeting of the assistant in front of the first question is no reply.
+    """
+    said, asked = list[str](), False
+    for message in messages:
+        if message["role"] != "assistant":
+            said.append(message["content"])
+            asked = asked or message["role"] == "user"
+        elif asked:
+            break
+    return "\n\n".join(said)
+
+
 def roles(messages: Sequence[Message]) -> str:
     """The roles of messages, for a sentence."""
     return ", ".join(message["role"] for message in messages)

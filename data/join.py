@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from cpt_merge.data.store import (
     StoreSplit,
     TokenizerInfo,
     describe_left_out,
+    source_folder,
 )
 
 
@@ -39,7 +39,7 @@ def join(
     """
     found, of_sources = [], []
     for number, source in enumerate(corpus.sources):
-        folder = f"{number:02d}-" + re.sub(r"[^\w.-]+", "-", source.name)
+        folder = source_folder(number, source.name)
         counts: dict[StoreSplit, SplitCounts] = {}
         notes = Notes(left_out=Counter({BAD_ROWS: 0}))
         notes.add(corpus.preparation(source).no_notes())

@@ -265,8 +265,13 @@ class Corpus(Section):
 
     def is_heldout(self, text: str) -> bool:
         """Whether the hash of a document falls in the held-out share."""
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return int.from_bytes(digest, "little") % HASH_RANGE < self.heldout * HASH_RANGE
+        return is_in_share(text, self.heldout)
+
+
+def is_in_share(text: str, share: float) -> bool:
+    """Whether the hash of a text falls in a share of all texts."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % HASH_RANGE < share * HASH_RANGE
 
 
 def source_files(source: Source) -> list[TextFile]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,11 @@ class SourceInfo:
         if found is None:
             raise UserError(f"the token store has no {split} text of {self.name}; {MAKE_AGAIN}")
         return found
+
+
+def source_folder(number: int, name: str) -> str:
+    """The folder of a source in a store."""
+    return f"{number:02d}-" + re.sub(r"[^\w.-]+", "-", name)
 
 
 def readable(reason: str) -> str:

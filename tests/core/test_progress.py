@@ -17,9 +17,16 @@ for bar in (datasets.utils.tqdm, tqdm.tqdm, transformers.utils.logging.tqdm):
 
 
 def test_a_number_and_its_noun() -> None:
-    counts = [(0, "prompt"), (1, "prompt"), (1200, "prompt"), (1, "process"), (2, "process")]
+    counts = [
+        (0, "prompt"),
+        (1, "prompt"),
+        (1200, "prompt"),
+        (1, "process"),
+        (2, "process"),
+        (3, "reply"),
+    ]
     assert [counted(*one) for one in counts] == [
-        "0 prompts", "1 prompt", "1,200 prompts", "1 process", "2 processes",
+        "0 prompts", "1 prompt", "1,200 prompts", "1 process", "2 processes", "3 replies",
     ]  # fmt: skip
 
 

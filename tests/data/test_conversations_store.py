@@ -11,8 +11,8 @@ import pytest
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.conversations_messages import ChatRecord
 from cpt_merge.data.conversations_rows import ChatRow, ChatRows, chat_rows
-from cpt_merge.data.conversations_source import ChatSource, read_conversations
-from cpt_merge.data.conversations_store import ChatNotes, fitting, packed, write_rows
+from cpt_merge.data.conversations_source import ChatSource, Conversation, read_conversations
+from cpt_merge.data.conversations_store import ChatNotes, Group, fitting, packed, write_groups
 from cpt_merge.data.packing import IGNORED, PackedDocuments, TrainingSequences
 from cpt_merge.data.store import (
     STORE_FILE,
@@ -39,19 +39,22 @@ def random_rows(number: int, longest: int = LENGTH) -> list[ChatRow]:
     return rows
 
 
+def groups(rows: list[ChatRow]) -> list[Group]:
+    return [Group.of([row], np.uint16) for row in rows]
+
+
 def test_rows_stay_whole_and_sequences_are_full() -> None:
     rows = random_rows(10_000)
-    sequences = list(packed(rows, LENGTH))
-    assert sequences == list(packed(rows, LENGTH))
-    assert all(sum(len(row.ids) for row in one) <= LENGTH for one in sequences)
-    found = sorted(tuple(row.ids) for one in sequences for row in one)
+    sequences = list(packed(groups(rows), LENGTH))
+    assert all(sum(map(len, one)) <= LENGTH for one in sequences)
+    found = sorted(tuple(row.ids.tolist()) for one in sequences for row in one)
     assert found == sorted(tuple(row.ids) for row in rows)
     assert len(sequences) * LENGTH < 1.02 * sum(len(row.ids) for row in rows)
 
 
 def test_what_training_reads_are_the_rows(tmp_path: Path) -> None:
     rows = random_rows(500)
-    counts = write_rows(rows, tmp_path, "uint16", LENGTH, FILLER)
+    counts = write_groups(groups(rows), tmp_path, "uint16", LENGTH, FILLER)
     documents = PackedDocuments(Documents(tmp_path, "uint16", counts), LENGTH)
     seen = []
     for number in range(documents.sequences):
@@ -73,7 +76,7 @@ def test_what_training_reads_are_the_rows(tmp_path: Path) -> None:
 
 
 def test_another_length_and_a_damaged_mask_are_refused(tmp_path: Path) -> None:
-    counts = write_rows(random_rows(20), tmp_path, "uint16", LENGTH, FILLER)
+    counts = write_groups(groups(random_rows(20)), tmp_path, "uint16", LENGTH, FILLER)
     with pytest.raises(UserError, match="fill sequences of 16 tokens and not of 8"):
         PackedDocuments(Documents(tmp_path, "uint16", counts), 8)
     (tmp_path / "trained.bin").write_bytes(b"")
@@ -82,7 +85,9 @@ def test_another_length_and_a_damaged_mask_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_store_of_conversations_opens_like_any_other(tmp_path: Path) -> None:
-    counts = write_rows(random_rows(200), tmp_path / "00-chat" / "train", "uint16", LENGTH, FILLER)
+    counts = write_groups(
+        groups(random_rows(200)), tmp_path / "00-chat" / "train", "uint16", LENGTH, FILLER
+    )
     none = SplitCounts(0, 0, 0, -1)
     source = SourceInfo("en:chat", "en", "00-chat", {}, counts, none, None)
     info = StoreInfo("digest", TokenizerInfo("", 1000, "uint16"), None, [source])
@@ -106,7 +111,7 @@ def test_long_rows_are_cut_and_counted() -> None:
         dropped=1,
         borders=0,
     )
-    kept = list(fitting([("chat.jsonl: line 7", chat)], LENGTH, notes))
+    kept = fitting("chat.jsonl: line 7", chat, LENGTH, notes)
     assert [len(row.ids) for row in kept] == [16, 8]
     assert notes.describe() == [
         "1 row cut at the end of the sequence, the first at chat.jsonl: line 7",
@@ -130,7 +135,7 @@ def test_sources_are_read_as_those_of_text(tmp_path: Path) -> None:
     source = ChatSource(path=str(path), language="en", limit=2)
     found = list(read_conversations(source, template, ChatNotes()))
     expected = chat_rows(template, ChatRecord(ASKED))
-    assert found == [(f"{path}: line 1", expected), (f"{path}: line 2", expected)]
+    assert found == [Conversation(f"{path}: line {number}", "Who?", expected) for number in (1, 2)]
     with pytest.raises(ValueError, match="has conversations and 'field'; leave it out"):
         ChatSource(path=str(path), language="en", field="text")
 
@@ -149,9 +154,9 @@ def test_parquet_adds_nothing(tmp_path: Path) -> None:
     called = "{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}<|im_end|>"
     template = of(CHATML.replace("<|im_end|>", called, 1), "<|im_end|>")
     source = ChatSource(path=str(path), language="en")
-    (_, first), (_, second) = read_conversations(source, template, ChatNotes())
-    assert first == chat_rows(template, ChatRecord(ASKED))
-    assert second.rows[0].replies == 1
+    first, second = read_conversations(source, template, ChatNotes())
+    assert first.chat == chat_rows(template, ChatRecord(ASKED))
+    assert second.chat.rows[0].replies == 1
 
 
 @pytest.mark.parametrize(
