@@ -32,7 +32,7 @@ from cpt_merge.core.distributed import wait_for
 from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import say
 from cpt_merge.core.world import find_world
-from cpt_merge.launcher.stages import STAGES
+from cpt_merge.launcher.stages import STAGE_NAMES
 
 if TYPE_CHECKING:
     from cpt_merge.launcher.recipe import Recipe
@@ -281,10 +281,13 @@ def attempts(run: Path) -> list[Attempt]:
 def progress(recipe: Recipe) -> dict[str, Any]:
     """How far a run is: its finished stages, and what is kept of the current one."""
     run = recipe.directory
-    states = (run / "training" / "checkpoints").glob("step-*/train_state.json")
+    newest = [
+        max((path.parent.name for path in checkpoints.glob("step-*/train_state.json")), default="")
+        for checkpoints in (run / "finetune/checkpoints", run / "training/checkpoints")
+    ]
     return {
-        "stages": [stage.name for stage in STAGES if read_record(run / stage.name)],
-        "checkpoint": max((path.parent.name for path in states), default=""),
+        "stages": [name for name in STAGE_NAMES if read_record(run / name)],
+        "checkpoint": newest[0] or newest[1],
         "data parts": len(list(run.glob("data.blocks/part-*"))),
     }
 

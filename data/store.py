@@ -245,6 +245,11 @@ class Store:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}); {MAKE_AGAIN}") from None
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether it holds conversations, of which the loss counts the replies, and no text."""
+        return any(isinstance(source.train, MaskedCounts) for source in self.info.sources)
+
     def documents(self, source: SourceInfo, split: StoreSplit) -> Documents:
         """The documents of one split of a source."""
         return Documents(

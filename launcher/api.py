@@ -40,7 +40,8 @@ def run_stage(recipe: str | Path, stage: str, overrides: Sequence[str] = ()) -> 
     from cpt_merge.launcher.run import Run
     from cpt_merge.launcher.stages import find_stage
 
-    run, the_stage = Run.load(Path(recipe), overrides), find_stage(stage)
+    run = Run.load(Path(recipe), overrides)
+    the_stage = find_stage(run.recipe, stage)
     execute.run_stage(run, the_stage)
     record = read_record(run.folder(the_stage.name))
     return record.results if record else {}

@@ -96,7 +96,8 @@ def _run_stage(stage: Stage, recipe: Path, overrides: list[str] | None) -> None:
     from cpt_merge.launcher.execute import run_stage
     from cpt_merge.launcher.run import Run
 
-    run_stage(Run.load(recipe, overrides or []), stage)
+    run = Run.load(recipe, overrides or [])
+    run_stage(run, stages.find_stage(run.recipe, stage.name))
 
 
 def _add_stage(stage: Stage) -> None:
@@ -105,16 +106,18 @@ def _add_stage(stage: Stage) -> None:
         _run_stage(stage, recipe, overrides)
 
 
+def _add_training(stage: Stage) -> None:
+    @app.command(stage.command, help=stage.help)
+    def command(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None) -> None:
+        _remember_deadline(stop_at)
+        _run_stage(stage, recipe, overrides)
+
+
 _add_stage(stages.TOKENIZER)
 _add_stage(stages.EMBEDDINGS)
 _add_stage(stages.DATA)
-
-
-@app.command(stages.TRAINING.command, help=stages.TRAINING.help)
-def train(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None) -> None:
-    """The training stage."""
-    _remember_deadline(stop_at)
-    _run_stage(stages.TRAINING, recipe, overrides)
+_add_stage(stages.CONVERSATIONS)
+_add_training(stages.TRAINING)
 
 
 @app.command(stages.MERGE.command, help=stages.MERGE.help)
@@ -134,6 +137,9 @@ def merge(
     show_stage_plan(Run.load(recipe, overrides or []))
 
 
+_add_stage(stages.FORMAT)
+_add_training(stages.FINETUNE)
+_add_stage(stages.FINETUNE_MERGE)
 _add_stage(stages.EVALUATION)
 
 
@@ -548,8 +554,9 @@ def begin(recipe: RecipePath, overrides: Overrides = None) -> None:
     from cpt_merge.cluster.attempts import begin as begin_attempt
     from cpt_merge.launcher.recipe import load_recipe
 
-    print(begin_attempt(load_recipe(recipe, overrides or [])))
-    for stage in stages.STAGES:
+    loaded = load_recipe(recipe, overrides or [])
+    print(begin_attempt(loaded))
+    for stage in stages.stages_of(loaded):
         print(stage.spread, stage.command)
     print("once report")
 

@@ -73,7 +73,7 @@ def execute(context: StageContext) -> None:
 @contextmanager
 def _prepared_folder(context: StageContext) -> Iterator[None]:
     """The stage's folder, which may begin with what an earlier training of another length made."""
-    continued = find_continued(context) if context.stage.precious else None
+    continued = find_continued(context) if context.stage.grows else None
     if continued:
         say(f"{context.stage.name}: {continued}")
     begun = Begun(context.key, context.config, context.inputs)

@@ -30,9 +30,8 @@ def hub_models(recipe: Recipe) -> dict[str, Repository]:
 
 
 def hub_sources(recipe: Recipe) -> dict[str, Source]:
-    """The sources of text that are on the hub, by the recipe's key."""
-    sources = recipe.corpus.sources
-    return {f"corpus.sources.{place}": one for place, one in enumerate(sources) if is_on_hub(one)}
+    """The sources that are on the hub, by the recipe's key."""
+    return {key: source for key, source in recipe.named_sources.items() if is_on_hub(source)}
 
 
 def check_cache(recipe: Recipe) -> None:

@@ -123,7 +123,7 @@ def _changed_text(run: Run, path: str, before: list[str], now: list[str]) -> str
 
     files = {
         file: digest
-        for source in run.recipe.corpus.sources
+        for source in run.recipe.named_sources.values()
         if source.path == path
         for file, digest in zip(source_files(source), now, strict=False)
     }

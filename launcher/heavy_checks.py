@@ -24,7 +24,7 @@ from cpt_merge.launcher.growth import find_continued, what_training_does
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date, prepare
-from cpt_merge.launcher.stages import DATA, EVALUATION, TRAINING
+from cpt_merge.launcher.stages import DATA, TRAINING, stages_of
 from cpt_merge.launcher.start import backend_variables, local_processes
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def heavy_checks(run: Run, here: bool) -> Iterator[None]:
 
     Nothing is started if training and evaluation are done. `here`: they run on this machine.
     """
-    if is_up_to_date(run, TRAINING) and is_up_to_date(run, EVALUATION):
+    if all(is_up_to_date(run, stage) for stage in stages_of(run.recipe) if stage.distributed):
         yield
         return
     command = [sys.executable, "-m", __name__, *([] if here else [ELSEWHERE])]
@@ -195,7 +195,7 @@ def _check_prompts(run: Run) -> None:
     shared_context(models, recipe.evaluation.context, recipe.training.sequence_length)
     if asked or _asks_lm_eval_in_template(recipe):
         if recipe.evaluation.chat_template_kwargs:  # the models to come are prompted like these
-            models = {**models, "cpt": run.base, "merged": run.chat}
+            models |= {name: run.base if name == "cpt" else run.chat for name in run.made_models()}
         chat = read_chat_template(run.chat, recipe.evaluation)
         check_prompts(models, chat, asked, recipe.evaluation)
 

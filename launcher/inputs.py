@@ -163,7 +163,8 @@ def check_numbers(recipe: Recipe) -> None:
         from cpt_merge.training.phases import phases_of
 
         phases_of(training)
-    models = ["base", "chat", "cpt", "merged", *recipe.evaluation.models]
+    models = [*Run(recipe).made_models(), *recipe.evaluation.models]
+    models = ["base", "chat", *models]
     recipe.evaluation.check_models(models)
     if recipe.evaluation.baseline is not None:
         from cpt_merge.evaluation.compare import choose_baseline

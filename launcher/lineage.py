@@ -53,7 +53,8 @@ def used(context: StageContext) -> list[Artifact]:
         elif name.startswith("text "):
             short = _digest(digest, 16)  # the digest joins those of all files
             path_of = name.removeprefix("text ")
-            sources = [one for one in run.recipe.corpus.sources if one.path == path_of]
+            named = run.recipe.named_sources.values()
+            sources = [one for one in named if one.path == path_of]
             found += [
                 Artifact(_text_name(one), "text", _address(one.path, digest), short, True)
                 for one in sources

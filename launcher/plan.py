@@ -20,6 +20,7 @@ from cpt_merge.core.progress import counted
 from cpt_merge.data.hub_datasets import HubFile, size_of
 from cpt_merge.data.mixture import describe, mixture
 from cpt_merge.data.sources import source_files
+from cpt_merge.finetune import FinetuneConfig
 from cpt_merge.launcher.accelerate_file import accelerate_config, machines
 from cpt_merge.launcher.inputs import check_inputs, check_numbers
 from cpt_merge.launcher.recipe import Recipe
@@ -31,7 +32,7 @@ from cpt_merge.launcher.sizes import (
     read_shape,
 )
 from cpt_merge.launcher.stage import is_up_to_date
-from cpt_merge.launcher.stages import STAGES
+from cpt_merge.launcher.stages import stages_of
 from cpt_merge.launcher.start import backend_asked, check_local_batch
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.memory import MemoryEstimate, ModelShape, estimate_memory
@@ -48,11 +49,11 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
     base = read_shape(recipe)
     shape = base.resized(extended_rows(recipe, base))
     console = Console(highlight=False, emoji=False)
-    names = f"{recipe.models.base} -> {run.merged}"
+    names = f"{recipe.models.base} -> {run.result}"
     console.print(f"[bold]{escape(recipe.name)}[/]: {escape(names)}", soft_wrap=True)
     states = [
         f"{stage.name} {'[green]done[/]' if is_up_to_date(run, stage) else '[yellow]to do[/]'}"
-        for stage in STAGES
+        for stage in stages_of(recipe)
     ]
     console.print("stages: " + ", ".join(states))
     _print_text(console, run)
@@ -60,7 +61,9 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
     _add_model(table, recipe, base, shape)
     if processes:
         _add_memory(table, recipe, shape, processes)
-    table.add_row("disk", str(disk_needed(shape, recipe.training)))
+    if recipe.finetune:
+        _add_finetuning(table, recipe, recipe.finetune, processes)
+    table.add_row("disk", str(disk_needed(shape, recipe)))
     console.print(table)
     if cluster:
         _print_reservations(console, recipe, shape, cluster.cluster.ranks)
@@ -154,12 +157,29 @@ def _add_memory(table: Table, recipe: Recipe, shape: ModelShape, processes: int)
     table.add_row("processes", f"{processes}, each {batches} of {sequences} a step")
     kinds = dict.fromkeys(phase.train for phase in recipe.training.phases) or ("all",)
     for train in kinds:
-        memory = estimate_memory(shape, memory_setup(recipe, processes, train))
+        memory = estimate_memory(shape, memory_setup(recipe, recipe.training, processes, train))
         phase = f", {train}" if recipe.training.phases else ""
         table.add_row(
             f"memory per rank{phase}",
             f"{memory.total / GB:,.2f} GB at once, of: {_parts(memory)}",
         )
+
+
+def _add_finetuning(table: Table, recipe: Recipe, config: FinetuneConfig, processes: int) -> None:
+    """What the fine-tuning does; how many steps it takes is known once there is a store."""
+    what = "CPT" if config.after == "training" else "the merged model"
+    length = config.length(recipe.training)
+    text = f"{what}, {config.epochs:g} epochs in steps of {config.global_batch_size} x {length:,}"
+    if config.lora:
+        text += f", adapters of rank {config.lora.rank}"
+    table.add_row("fine-tuning", text)
+    if processes:
+        shape = read_shape(recipe, finetune=True)
+        shape = shape.resized(extended_rows(recipe, shape))
+        loop = config.training_config(recipe.training, 1)
+        memory = estimate_memory(shape, memory_setup(recipe, loop, processes))
+        text = f"{memory.total / GB:,.2f} GB at once, of: {_parts(memory)}"
+        table.add_row("memory per rank, fine-tuning", text)
 
 
 def _parts(memory: MemoryEstimate) -> str:
@@ -172,14 +192,15 @@ def _parts(memory: MemoryEstimate) -> str:
 def _print_text(console: Console, run: Run) -> None:
     """The text's files and, as far as the number of their tokens is known, the mixture."""
     corpus = run.recipe.corpus
-    for source in corpus.sources:
+    for source in run.recipe.named_sources.values():
         files = source_files(source)
         size = f"{sum(map(size_of, files)) / 1e6:,.1f} MB"
         on_hub = [file for file in files if isinstance(file, HubFile)]
         if on_hub:
             cached = sum(file.path is not None for file in on_hub)
             size += f" in {counted(len(files), 'file')} on the hub, {cached} of them in its cache"
-        line = f"text: {source.path} ({source.language}, {size})"
+        kind = "text" if source in corpus.sources else "conversations"
+        line = f"{kind}: {source.path} ({source.language}, {size})"
         console.print(line, markup=False, soft_wrap=True)
     available: list[int | None] = [None] * len(corpus.sources)
     store = run.store / "store.json"

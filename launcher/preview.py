@@ -19,7 +19,6 @@ from cpt_merge.evaluation.generate.reader import ReplyLimits
 from cpt_merge.evaluation.models import load_tokenizer
 from cpt_merge.evaluation.prompt_files import parse_instruction, parse_prompt, read_conversations
 from cpt_merge.launcher.recipe import Recipe
-from cpt_merge.launcher.run import Run
 from cpt_merge.merge.finish import write_all_but_weights
 from cpt_merge.merge.hook import plan_for_shards
 from cpt_merge.merge.memory import check_ties
@@ -31,28 +30,30 @@ SCORES = (*(metric.name for metric in METRICS), CHECKS_STRICT.name)
 COLUMNS = ("step", "language", "prompt", "reply", *SCORES)
 
 
-def preview_of(run: Run) -> tuple[MergePlan, Interview] | None:
+def preview_of(
+    recipe: Recipe, models: MergeInputs, adds_vector: bool = True
+) -> tuple[MergePlan | None, Interview] | None:
     """The plan and the interview of the recipe's preview; None if it has none.
 
+    `models` are those of the post-training hook. Without `adds_vector`, what is trained is asked.
     Raises `UserError` for a pair that cannot be merged, a chat model without a template, or
     unusable prompts.
     """
-    recipe, settings = run.recipe, run.recipe.training.preview
+    settings = recipe.training.preview
     if settings.every is None:
         return None
     conversations = read_prompts(recipe)
-    the_plan = plan_for_shards(
-        recipe.merge, MergeInputs(run.resized, run.base, run.chat, run.tokenizer)
-    )
+    the_plan = plan_for_shards(recipe.merge, models)
     check_ties(the_plan)
-    check_previewed(run.chat, the_plan.format.template)
+    check_previewed(the_plan.chat.source.chat_directory, the_plan.format.template)
     with tempfile.TemporaryDirectory() as name:  # the tokenizer as the merged model will have it
         write_all_but_weights(the_plan, Path(name))
         tokenizer = load_tokenizer(Path(name))
         template = read_chat_template(Path(name), recipe.evaluation, MERGED)
         check_prompts({MERGED: Path(name)}, template, conversations, recipe.evaluation)
     most = settings.max_new_tokens
-    return the_plan, make_interview(conversations, tokenizer, template, most)
+    interview = make_interview(conversations, tokenizer, template, most)
+    return the_plan if adds_vector else None, interview
 
 
 def check_previewed(chat: Path, template: str | None) -> None:

@@ -12,9 +12,10 @@ from cpt_merge.core.config import Section, apply_override, key, parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.package import PACKAGE
 from cpt_merge.data.config import DataConfig
-from cpt_merge.data.sources import Corpus
+from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.evaluation import EvaluationConfig
 from cpt_merge.evaluation.sweep.config import SweepConfig
+from cpt_merge.finetune import FinetuneConfig
 from cpt_merge.merge import MergeConfig
 from cpt_merge.tokenizer_ext import EmbeddingsConfig, TokenizerConfig
 from cpt_merge.tracking import TrackingConfig
@@ -76,6 +77,9 @@ class Recipe(Section):
     embeddings: EmbeddingsConfig = key(EmbeddingsConfig(), "initialisation of the new rows")
     data: DataConfig = key(DataConfig(), "token store")
     training: TrainingConfig = key(..., "continual pretraining")
+    finetune: FinetuneConfig | None = key(
+        None, "fine-tuning on conversations; none if the section is missing"
+    )
     merge: MergeConfig = key(MergeConfig(), "the chat vector")
     evaluation: EvaluationConfig = key(EvaluationConfig(), "evaluation")
     sweep: SweepConfig = key(SweepConfig(), "ratio sweep")
@@ -113,6 +117,15 @@ class Recipe(Section):
         """The languages that get pieces; without any, those of the text except English."""
         of_text = [tag for tag in self.corpus.languages() if tag != "en"]
         return self.tokenizer.languages() or of_text or self.corpus.languages()
+
+    @property
+    def named_sources(self) -> dict[str, Source]:
+        """Every source that the stages read, by its key: text and conversations."""
+        of_finetune = self.finetune.sources if self.finetune else []
+        return {
+            **{f"corpus.sources.{place}": one for place, one in enumerate(self.corpus.sources)},
+            **{f"finetune.sources.{place}": one for place, one in enumerate(of_finetune)},
+        }
 
     @property
     def named_models(self) -> dict[str, str]:

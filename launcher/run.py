@@ -14,6 +14,7 @@ from cpt_merge.core.file_digests import known_digests, recall_digests
 from cpt_merge.core.hub import model_directory, model_fingerprint
 from cpt_merge.core.lock import Lock
 from cpt_merge.core.world import find_world
+from cpt_merge.data.sources import Source
 from cpt_merge.launcher.recipe import Recipe, load_recipe
 
 DIGESTS_FILE = "digests.json"  # in a run's folder: the files that its stages read
@@ -77,6 +78,49 @@ class Run:
         """The chat model in the new language."""
         return self.folder("merge") / "chat"
 
+    @property
+    def conversations(self) -> Path:
+        """The store of conversations."""
+        return self.folder("conversations") / "store"
+
+    @property
+    def chat_tokenizer(self) -> Path:
+        """The extended tokenizer with the chat model's format: that of the merged model."""
+        return self.folder("conversations") / "tokenizer"
+
+    @property
+    def formatted(self) -> Path:
+        """The continually pretrained model with the rows of the chat format."""
+        return self.folder("format") / "model"
+
+    @property
+    def tuned(self) -> Path:
+        """The fine-tuned model."""
+        return self.folder("finetune") / "tuned"
+
+    @property
+    def tuned_merged(self) -> Path:
+        """The fine-tuned model with the chat vector."""
+        return self.folder("finetune_merge") / "chat"
+
+    def own_models(self) -> dict[str, Path]:
+        """The run's models that are evaluated, by name."""
+        return {"base": self.base, "chat": self.chat} | self.made_models()
+
+    def made_models(self) -> dict[str, Path]:
+        """The models that the run makes, by name; the last one is what the run is for."""
+        found = {"cpt": self.cpt, "merged": self.merged}
+        if self.recipe.finetune:
+            found["tuned"] = self.tuned
+            if self.recipe.finetune.after == "training":
+                found["tuned_merged"] = self.tuned_merged
+        return found
+
+    @property
+    def result(self) -> Path:
+        """The model that the run is for."""
+        return list(self.made_models().values())[-1]
+
     def further_models(self) -> dict[str, Path]:
         """The models that are evaluated in addition to the run's own, by name."""
         return {name: model_directory(path) for name, path in self.recipe.evaluation.models.items()}
@@ -93,11 +137,16 @@ class Run:
 
     def corpus_inputs(self) -> dict[str, str]:
         """The fingerprints of all text."""
+        return self.text_inputs(self.recipe.corpus.sources)
+
+    @staticmethod
+    def text_inputs(sources: Sequence[Source]) -> dict[str, str]:
+        """The fingerprints of the sources."""
         from cpt_merge.data.hub_datasets import HubFile, text_fingerprint
         from cpt_merge.data.sources import source_files
 
         inputs = {}
-        for source in self.recipe.corpus.sources:
+        for source in sources:
             files = source_files(source)
             of_commit = {file.origin for file in files if isinstance(file, HubFile)}
             inputs[f"text {source.path}"] = " ".join(of_commit or map(text_fingerprint, files))

@@ -20,7 +20,7 @@ from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import Stage, prepare
 from cpt_merge.launcher.stage_folder import read_begun
-from cpt_merge.launcher.stages import STAGES
+from cpt_merge.launcher.stages import stages_of
 from cpt_merge.launcher.start import backend_asked
 from cpt_merge.tokenizer_ext.learn.word_lists import count_entries
 from cpt_merge.training.config import LoraConfig, TrainingConfig
@@ -40,23 +40,26 @@ def shape_of(directory: Path, name: str, lora: LoraConfig | None = None) -> Mode
     return ModelShape.of(Checkpoint.open(directory), name, lora)
 
 
-def read_shape(recipe: Recipe) -> ModelShape:
+def read_shape(recipe: Recipe, finetune: bool = False) -> ModelShape:
     """The base model's shape, from its configuration and the headers of its files, also on the hub.
 
-    Raises `UserError` if the recipe's sequences are longer than the model has positions.
+    With the adapters of the training, or of the fine-tuning. Raises `UserError` if its sequences
+    are longer than the model has positions, or its adapters fit no layer.
     """
-    name = recipe.models.base
+    name, training, section = recipe.models.base, recipe.training, "training"
+    if finetune and recipe.finetune:
+        training, section = recipe.finetune.training_config(training, 1), "finetune"
     if is_here(name):
         directory = model_directory(name)
         config = Checkpoint.open(directory).config
-        shape = shape_of(directory, name, recipe.training.lora)
+        shape = shape_of(directory, name, training.lora)
     else:
-        config, shape = _shape_on_the_hub(name, recipe.training.lora)
-    recipe.training.check_positions(config)
-    if recipe.training.lora and not shape.adapters:
-        targets = ", ".join(recipe.training.lora.targets)
+        config, shape = _shape_on_the_hub(name, training.lora)
+    training.check_positions(config, section)
+    if training.lora and not shape.adapters:
+        targets = ", ".join(training.lora.targets)
         raise UserError(
-            f"training.lora.targets: {targets} names no linear layer in the decoder of {name}."
+            f"{section}.lora.targets: {targets} names no linear layer in the decoder of {name}."
         )
     return replace(shape, towers=0) if recipe.models.text_only else shape
 
@@ -102,27 +105,30 @@ def extended_rows(recipe: Recipe, shape: ModelShape) -> int:
     return -(-(shape.vocabulary + pieces) // multiple) * multiple
 
 
-def memory_setup(recipe: Recipe, processes: int, train: str = "all") -> MemorySetup:
+def memory_setup(
+    recipe: Recipe, config: TrainingConfig, processes: int, train: str = "all"
+) -> MemorySetup:
     """How the recipe's accelerate configuration divides memory over so many processes.
 
-    In a phase that trains `train`.
+    In a phase of `config` that trains `train`.
     """
     asked = backend_asked(recipe, processes)
     _, shards = asked.mesh_shape(World(size=processes))
     if asked.backend == "none":
-        return MemorySetup.of(recipe.training, "single", 1, 1, train)
+        return MemorySetup.of(config, "single", 1, 1, train)
     if asked.backend == "deepspeed":
         strategy = ZERO_STRATEGIES[asked.zero_stage]
-        setup = MemorySetup.of(recipe.training, strategy, processes, processes, train)
+        setup = MemorySetup.of(config, strategy, processes, processes, train)
     else:
-        setup = MemorySetup.of(recipe.training, "fsdp2", processes, shards, train)
+        setup = MemorySetup.of(config, "fsdp2", processes, shards, train)
     return replace(setup, offload=asked.offload)
 
 
 @dataclass(frozen=True)
 class DiskNeeded:
-    """Bytes that a run writes: models in 16 bits (resized, trained, merged) and checkpoints."""
+    """Bytes that a run writes: models in 16 bits (the resized base's among them), checkpoints."""
 
+    models: int
     model: float
     checkpoint: float
     kept: int  # checkpoints
@@ -130,12 +136,13 @@ class DiskNeeded:
     @property
     def total(self) -> float:
         """All of it."""
-        return 3 * self.model + self.kept * self.checkpoint
+        return self.models * self.model + self.kept * self.checkpoint
 
     def __str__(self) -> str:
         return (
-            f"{self.total / GB:,.2f} GB: three models of {self.model / GB:,.2f}, "
-            f"{counted(self.kept, 'checkpoint')} of {self.checkpoint / GB:,.2f}"
+            f"{self.total / GB:,.2f} GB: {counted(self.models, 'model')} of "
+            f"{self.model / GB:,.2f}, {counted(self.kept, 'checkpoint')} of "
+            f"{self.checkpoint / GB:,.2f}"
         )
 
 
@@ -145,10 +152,10 @@ def check_disk(run: Run, shape: ModelShape) -> None:
     `shape` is the base's.
     """
     recipe = run.recipe
-    needed = disk_needed(shape.resized(extended_rows(recipe, shape)), recipe.training)
+    needed = disk_needed(shape.resized(extended_rows(recipe, shape)), recipe)
     written = sum(
         path.stat().st_size
-        for stage in STAGES
+        for stage in stages_of(recipe)
         if not _is_moved_aside(run, stage)
         for path in run.folder(stage.name).rglob("*")
         if path.is_file()
@@ -171,10 +178,14 @@ def _is_moved_aside(run: Run, stage: Stage) -> bool:
         return False  # what it builds on is not finished
 
 
-def disk_needed(shape: ModelShape, config: TrainingConfig) -> DiskNeeded:
+def disk_needed(shape: ModelShape, recipe: Recipe) -> DiskNeeded:
     """The disk space of a run of a model of this shape."""
+    config, finetune = recipe.training, recipe.finetune
     largest = MemorySetup.of(config, "single", 1, 1, heaviest(config))
     checkpoint = checkpoint_bytes(shape, largest)
     model = (shape.parameters + shape.towers) * 2
+    made = sum(1 for stage in stages_of(recipe) if stage.output and stage.output.kind == "model")
     kept = config.checkpoints.keep + (config.schedule.shape == "wsd")  # where the rate falls
-    return DiskNeeded(model, checkpoint, kept)
+    if finetune:
+        kept += config.checkpoints.keep + (finetune.schedule.shape == "wsd")
+    return DiskNeeded(made, model, checkpoint, kept)

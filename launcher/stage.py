@@ -44,6 +44,7 @@ class Stage:
     module: str | None = None  # `python -m MODULE RECIPE` runs it in one process of several
     resumable: bool = False  # when it was cut short, its folder is kept and it continues there
     precious: bool = False  # when its settings change, its folder is moved aside, never removed
+    grows: bool = False  # with more tokens it continues an earlier result (`launcher/growth.py`)
     accumulates: bool = False  # it runs even if it is finished, and adds to its folder
 
     @property

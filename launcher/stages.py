@@ -7,10 +7,12 @@ functions that need it.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt_merge.core.artifact import fingerprint
+from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory, model_fingerprint
 from cpt_merge.launcher.stage import Output, Stage, StageContext
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from cpt_merge.data.sources import Corpus
     from cpt_merge.launcher.recipe import Recipe
     from cpt_merge.launcher.run import Run
+    from cpt_merge.merge.config import MergeConfig
+    from cpt_merge.merge.plan import MergeInputs
     from cpt_merge.tracking import Tracker
 
 
@@ -143,10 +147,50 @@ DATA = Stage(
 )
 
 
+def _conversations(context: StageContext, tracker: Tracker) -> dict[str, Any]:
+    from cpt_merge.data.conversations_run import run
+    from cpt_merge.merge.finish import write_all_but_weights
+    from cpt_merge.merge.plan import MergeInputs, plan
+
+    paths, recipe = context.run, context.run.recipe
+    assert recipe.finetune
+    inputs = MergeInputs(paths.resized, paths.base, paths.chat, paths.tokenizer)
+    paths.chat_tokenizer.mkdir(parents=True)
+    write_all_but_weights(plan(recipe.merge, inputs), paths.chat_tokenizer)
+    length = recipe.finetune.length(recipe.training)
+    return run(recipe.finetune, length, paths.chat_tokenizer, paths.conversations, tracker)
+
+
+def _conversations_config(recipe: Recipe) -> dict[str, Any]:
+    finetune = recipe.finetune
+    assert finetune
+    sequences = {"sequence_length": finetune.length(recipe.training)}
+    return {"conversations": finetune.identity() | sequences, "token_map": recipe.merge.token_map}
+
+
+def _conversations_inputs(run: Run) -> dict[str, str]:
+    assert run.recipe.finetune
+    return {**run.pair_inputs(), **run.text_inputs(run.recipe.finetune.sources)}
+
+
+CONVERSATIONS = Stage(
+    name="conversations",
+    command="conversations",
+    help="Render conversations in the chat model's template, and tokenise them into a store.",
+    config=_conversations_config,
+    inputs={"tokenizer": TOKENIZER, "model": EMBEDDINGS},
+    reads=_conversations_inputs,
+    run=_conversations,
+    marker="store/store.json",
+    output=Output("store", "conversations"),
+)
+
+
 def _train(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     from cpt_merge.launcher.hook import post_training_hook
     from cpt_merge.launcher.preview import preview_of
     from cpt_merge.launcher.start import use_backend
+    from cpt_merge.merge.plan import MergeInputs
     from cpt_merge.training.inputs import TrainingInputs
     from cpt_merge.training.run import run
 
@@ -155,7 +199,9 @@ def _train(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     inputs = TrainingInputs(
         paths.resized, paths.tokenizer, paths.store, context.key, paths.base, recipe.corpus
     )
-    hook, preview = post_training_hook(context, MERGE), preview_of(paths)
+    models = MergeInputs(paths.resized, paths.base, paths.chat, paths.tokenizer)
+    hook = post_training_hook(context, MERGE, models, paths.merged)
+    preview = preview_of(recipe, models)
     return run(recipe.training, inputs, context.folder, tracker, hook, preview)
 
 
@@ -173,20 +219,28 @@ TRAINING = Stage(
     module="cpt_merge.training",
     resumable=True,
     precious=True,
+    grows=True,
 )
 
 
 def _merge(context: StageContext, tracker: Tracker) -> dict[str, Any]:
-    from cpt_merge.merge.files import keep_freed_memory, merge_directories
-    from cpt_merge.merge.merge_report import made_in_memory
     from cpt_merge.merge.plan import MergeInputs
 
     paths = context.run
-    if context.world.is_main and made_in_memory(paths.merged):
-        shutil.rmtree(paths.merged)  # by a hook that ended before the stage was recorded
     inputs = MergeInputs(paths.cpt, paths.base, paths.chat, paths.tokenizer)
+    return _merge_files(context, tracker, paths.recipe.merge, inputs, paths.merged)
+
+
+def _merge_files(
+    context: StageContext, tracker: Tracker, config: MergeConfig, inputs: MergeInputs, out: Path
+) -> dict[str, Any]:
+    from cpt_merge.merge.files import keep_freed_memory, merge_directories
+    from cpt_merge.merge.merge_report import made_in_memory
+
+    if context.world.is_main and made_in_memory(out):
+        shutil.rmtree(out)  # by a hook that ended before the stage was recorded
     keep_freed_memory()
-    return merge_directories(paths.recipe.merge, inputs, paths.merged, tracker)
+    return merge_directories(config, inputs, out, tracker)
 
 
 MERGE = Stage(
@@ -204,12 +258,112 @@ MERGE = Stage(
 )
 
 
+def _format(context: StageContext, tracker: Tracker) -> dict[str, Any]:
+    from cpt_merge.merge.config import format_alone
+    from cpt_merge.merge.plan import MergeInputs
+
+    paths = context.run
+    inputs = MergeInputs(paths.cpt, paths.base, paths.chat, paths.tokenizer)
+    config = format_alone(paths.recipe.merge)
+    return _merge_files(context, tracker, config, inputs, paths.formatted)
+
+
+# With rows of the chat model, since base and CPT have not trained these tokens.
+FORMAT = Stage(
+    name="format",
+    command="format",
+    help="Give CPT the chat model's format, without its vector: tokens, their rows, template.",
+    config=lambda r: {"token_map": r.merge.token_map},
+    inputs={"cpt": TRAINING, "tokenizer": TOKENIZER},
+    reads=lambda run: run.pair_inputs(),
+    run=_format,
+    marker="model/config.json",
+    output=Output("model", "formatted"),
+    spread="nodes",
+    resumable=True,
+)
+
+
+def _finetune(context: StageContext, tracker: Tracker) -> dict[str, Any]:
+    from cpt_merge.data.store import Store
+    from cpt_merge.launcher.hook import post_training_hook
+    from cpt_merge.launcher.preview import preview_of
+    from cpt_merge.launcher.start import use_backend
+    from cpt_merge.merge.plan import MergeInputs
+    from cpt_merge.training.inputs import TrainingInputs
+    from cpt_merge.training.run import run
+
+    paths, recipe = context.run, context.run.recipe
+    finetune = recipe.finetune
+    assert finetune
+    use_backend(recipe)
+    tokens, shares = finetune.reading(Store.open(paths.conversations).info.sources)
+    config = finetune.training_config(recipe.training, tokens)
+    merges = finetune.after == "training"
+    start = paths.formatted if merges else paths.merged
+    inputs = TrainingInputs(
+        start, paths.chat_tokenizer, paths.conversations, context.key, shares=shares
+    )
+    models = MergeInputs(start, paths.base, paths.chat, paths.chat_tokenizer, has_format=True)
+    hook = None
+    if merges:
+        hook = post_training_hook(context, FINETUNE_MERGE, models, paths.tuned_merged)
+    preview = preview_of(recipe, models, adds_vector=merges)
+    return run(config, inputs, context.folder, tracker, hook, preview, paths.tuned.name)
+
+
+def _finetune_config(recipe: Recipe) -> dict[str, Any]:
+    assert recipe.finetune
+    return recipe.finetune.settings(recipe.training)
+
+
+FINETUNE = Stage(
+    name="finetune",
+    command="finetune",
+    help="Fine-tuning on conversations, with the post-training hook, if it is before the merge.",
+    config=_finetune_config,
+    inputs={"model": FORMAT, "data": CONVERSATIONS},
+    reads=lambda run: {},
+    run=_finetune,
+    marker="tuned/config.json",
+    output=Output("model", "tuned"),
+    spread="tasks",
+    module="cpt_merge.finetune",
+    resumable=True,
+    precious=True,
+)
+
+FINETUNE_AFTER_MERGE = replace(
+    FINETUNE,
+    help="Fine-tuning of the merged model on conversations.",
+    inputs={"model": MERGE, "data": CONVERSATIONS},
+)
+
+
+def _finetune_merge(context: StageContext, tracker: Tracker) -> dict[str, Any]:
+    from cpt_merge.merge.plan import MergeInputs
+
+    paths = context.run
+    inputs = MergeInputs(paths.tuned, paths.base, paths.chat, paths.chat_tokenizer, has_format=True)
+    return _merge_files(context, tracker, paths.recipe.merge, inputs, paths.tuned_merged)
+
+
+FINETUNE_MERGE = replace(
+    MERGE,
+    name="finetune_merge",
+    command="finetune-merge",
+    help="Add the chat vector to the fine-tuned model, from files.",
+    inputs={"cpt": FINETUNE, "tokenizer": CONVERSATIONS},
+    run=_finetune_merge,
+    output=Output("model", "tuned_merged"),
+)
+
+
 def _evaluate(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     from cpt_merge.evaluation.run import run
 
     paths, recipe = context.run, context.run.recipe
-    own = {"base": paths.base, "chat": paths.chat, "cpt": paths.cpt, "merged": paths.merged}
-    models = {**own, **paths.further_models()}
+    models = {**paths.own_models(), **paths.further_models()}
     return run(
         recipe.evaluation, models, recipe.corpus, paths.chat, context.folder, tracker,
         recipe.training.sequence_length,
@@ -243,7 +397,28 @@ EVALUATION = Stage(
     module="cpt_merge.evaluation",
 )
 
-STAGES = (TOKENIZER, EMBEDDINGS, DATA, TRAINING, MERGE, EVALUATION)
+# By what is fine-tuned. Conversations come before the training, which takes days.
+PIPELINES: dict[str | None, tuple[Stage, ...]] = {
+    None: (TOKENIZER, EMBEDDINGS, DATA, TRAINING, MERGE, EVALUATION),
+    "training": (
+        TOKENIZER, EMBEDDINGS, DATA, CONVERSATIONS, TRAINING, MERGE, FORMAT, FINETUNE,
+        FINETUNE_MERGE,
+        replace(
+            EVALUATION,
+            inputs={**EVALUATION.inputs, "tuned": FINETUNE, "tuned_merged": FINETUNE_MERGE},
+        ),
+    ),
+    "merge": (
+        TOKENIZER, EMBEDDINGS, DATA, CONVERSATIONS, TRAINING, MERGE, FINETUNE_AFTER_MERGE,
+        replace(EVALUATION, inputs={**EVALUATION.inputs, "tuned": FINETUNE_AFTER_MERGE}),
+    ),
+}  # fmt: skip
+STAGE_NAMES = tuple(stage.name for stage in PIPELINES["training"])  # every one that a run may have
+
+
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages of a recipe's run, in order."""
+    return PIPELINES[recipe.finetune.after if recipe.finetune else None]
 
 
 def _sweep(context: StageContext, tracker: Tracker) -> dict[str, Any]:
@@ -287,6 +462,13 @@ SWEEP = Stage(
 )
 
 
-def find_stage(name: str) -> Stage:
-    """A stage, or the sweep, by its name or its command."""
-    return next(stage for stage in (*STAGES, SWEEP) if name in (stage.name, stage.command))
+def find_stage(recipe: Recipe, name: str) -> Stage:
+    """A stage of a recipe's run, or the sweep, by its name or its command.
+
+    Raises `UserError` for a stage of fine-tuning if the recipe has none.
+    """
+    for stage in (*stages_of(recipe), SWEEP):
+        if name in (stage.name, stage.command):
+            return stage
+    sets = "after: training" if recipe.finetune else "the section `finetune`"
+    raise UserError(f"the recipe of {recipe.name} has no stage {name}, which needs {sets}.")

@@ -13,7 +13,7 @@ from cpt_merge.core.artifact import read_record
 from cpt_merge.core.config import parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.recipe import load_recipe
-from cpt_merge.launcher.stages import STAGES
+from cpt_merge.launcher.stages import STAGE_NAMES
 from cpt_merge.tracking import STEP, read_log
 from cpt_merge.training import TrainingConfig
 
@@ -46,7 +46,7 @@ def show_status(run: Path, overrides: list[str]) -> None:
 
 def _training_config(run: Path) -> TrainingConfig:
     """The training section of the newest log. Raises `UserError` if the folder has no log."""
-    logs = [run / stage.name / "log" / "run.json" for stage in STAGES]
+    logs = [run / name / "log" / "run.json" for name in STAGE_NAMES]
     logs = sorted(filter(Path.is_file, logs), key=lambda path: path.stat().st_mtime)
     if not logs:
         raise UserError(
@@ -75,8 +75,8 @@ def _job(run: Path) -> Lines:
 
 
 def _stage(run: Path) -> Lines:
-    done = [stage.name for stage in STAGES if read_record(run / stage.name)]
-    begun = [stage.name for stage in STAGES if (run / stage.name / "log" / "run.json").is_file()]
+    done = [name for name in STAGE_NAMES if read_record(run / name)]
+    begun = [name for name in STAGE_NAMES if (run / name / "log" / "run.json").is_file()]
     current = [name for name in begun if name not in done]
     return [
         ("finished", ", ".join(done) or "nothing yet"),
@@ -107,12 +107,12 @@ def _training(folder: Path, config: TrainingConfig) -> Lines:
 def _links(run: Path) -> Lines:
     """The pages of the W&B runs whose address is known."""
     lines = []
-    for stage in STAGES:
-        path = run / stage.name / "log" / "run.json"
+    for stage in STAGE_NAMES:
+        path = run / stage / "log" / "run.json"
         if path.is_file():
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if values.get("url"):
-                lines.append((f"W&B {stage.name}", str(values["url"])))
+                lines.append((f"W&B {stage}", str(values["url"])))
     return lines
 
 

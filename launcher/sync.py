@@ -9,7 +9,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.lock import Lock
 from cpt_merge.core.progress import say
 from cpt_merge.launcher.run import LOCK_FILE
-from cpt_merge.launcher.stages import STAGES
+from cpt_merge.launcher.stages import STAGE_NAMES
 from cpt_merge.tracking import read_log
 
 
@@ -61,7 +61,7 @@ def _place(log: Path) -> tuple[Path, int, bool, Path]:
     W&B takes the run that first names a version for its maker, so a result must be uploaded before
     the stages that use it.
     """
-    names, (stage, _, aside) = [stage.name for stage in STAGES], _folder_of(log).name.partition(".")
+    names, (stage, _, aside) = STAGE_NAMES, _folder_of(log).name.partition(".")
     return _run_of(log), names.index(stage) if stage in names else len(names), not aside, log
 
 

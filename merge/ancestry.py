@@ -61,9 +61,10 @@ def warnings(plan: MergePlan, statistics: list[Statistics]) -> list[str]:
     if plan.config.interpolates:
         return _distance_warnings(statistics[0])
     found = _ratio_warnings(plan)
+    gets_vector = any(tensor.gets_vector for tensor in plan.tensors)
     for vector, of_vector in zip(plan.vectors, statistics, strict=True):
         prefix = "" if vector is plan.chat else f"{vector.label}: "
-        if of_vector:
+        if of_vector and gets_vector:
             found += [prefix + warning for warning in _warnings(of_vector)]
     if _equals_base(plan, statistics[0]):
         found.append(

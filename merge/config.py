@@ -178,3 +178,12 @@ class MergeConfig(Section):
     def shard_bytes(self) -> int:
         """`shard_size` in bytes."""
         return int(self.shard_size * 1e9)
+
+
+def format_alone(config: MergeConfig) -> MergeConfig:
+    """A merge that gives CPT the chat format, in place of `config`, and nothing of the vector."""
+    nothing = [RuleConfig(pattern="", action="skip")]
+    return MergeConfig(
+        ratio=0.0, rules=nothing, token_map=config.token_map, dtype=config.dtype,
+        shard_size=config.shard_size,
+    )  # fmt: skip

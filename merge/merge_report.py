@@ -128,7 +128,10 @@ def log(results: Mapping[str, Any], out: Path, tracker: Tracker) -> None:
         if "change" in overall
         else ""
     )
-    say(f"merge: |chat - base| is {overall['vector']:.4f} of |base|{change}")
+    if overall["vector"]:
+        say(f"merge: |chat - base| is {overall['vector']:.4f} of |base|{change}")
+    else:
+        say("merge: nothing of the vector is added")
     rows = [
         [part, *(shares.get(name) for name in SHARES)] for part, shares in results["layers"].items()
     ]

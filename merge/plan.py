@@ -65,6 +65,7 @@ class MergeInputs:
     tokenizer: Path | None = None
     vector: Path | None = None
     text_only: bool = False  # CPT is the text decoder of the wrapper in `cpt`
+    has_format: bool = False  # CPT has the chat format's rows, trained further: they are kept
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -189,7 +190,7 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     problems += _lacking_problems(config, sources) + rule_problems(names, config)
     meeting = None
     with collected(problems):
-        meeting = meet(config, models, tokenizer, sources)
+        meeting = meet(config, models, tokenizer, sources, inputs.has_format)
     if meeting is not None and not problems:
         problems += [
             problem

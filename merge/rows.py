@@ -211,11 +211,11 @@ def align_rows(
     base: TokenizerFiles,
     chat: TokenizerFiles,
     map: VocabularyMap | None,
-    first: bool = True,
+    gives_format: bool = True,
 ) -> RowAlignment:
-    """Align one vector by token string. `first`: its chat model's format is the output's."""
+    """Align one vector by token string. `gives_format`: rows of the format come from its chat."""
     of_format = format_tokens(base, chat)
-    if first and map:
+    if gives_format and map:
         of_format |= {token.token for token in map.chat}
     rows = np.fromiter(output.ids.values(), np.int64, len(output.ids))
     in_base, in_chat = _rows_of(output, base), _rows_of(output, chat)
@@ -225,8 +225,8 @@ def align_rows(
     alignment = RowAlignment(padding, nowhere, nowhere.copy())
     alignment.role[rows], alignment.base[rows], alignment.chat[rows] = role, in_base, in_chat
     format_rows = sorted(output.ids[token] for token in of_format if token in output.ids)
-    alignment.role[format_rows] = Role.CHAT if first else Role.UNMATCHED
-    if first:
+    alignment.role[format_rows] = Role.CHAT if gives_format else Role.UNMATCHED
+    if gives_format:
         alignment.chat_tokens.extend(output.tokens[row] for row in format_rows)
     alignment.unmatched.extend(
         output.tokens[row] for row in np.flatnonzero(alignment.role == Role.UNMATCHED).tolist()
@@ -414,8 +414,11 @@ def meet(
     models: Mapping[str, Checkpoint],
     tokenizer: Path,
     sources: Sequence[Vector],
+    has_format: bool = False,
 ) -> Meeting:
     """Align every vector with CPT by their tokenizers. `models` are all models, `cpt` among them.
+
+    With `has_format`, CPT keeps its own rows of the chat format.
 
     Raises `RefusedError` with everything that cannot be aligned.
     """
@@ -453,7 +456,8 @@ def meet(
     if problems:
         raise RefusedError(problems)
     rows = [
-        align_rows(tokens, pair.base, pair.chat, map_of_rows, pair is pairs[0]) for pair in pairs
+        align_rows(tokens, pair.base, pair.chat, map_of_rows, pair is pairs[0] and not has_format)
+        for pair in pairs
     ]
     if config.new_rows == "constituents" and map_of_rows is not None:
         for alignment, pair in zip(rows, pairs, strict=True):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cpt_merge.core.progress import counted
-from cpt_merge.launcher.stages import STAGES
 from cpt_merge.report.view import (
     SWEEP,
     RunView,
@@ -81,19 +80,19 @@ def run_state(view: RunView, now: float) -> RunState:
         ago = duration(max(now - stage.last_sign, 0))
         last = f"its last sign came {ago} before this page was written"
         return RunState("open", f"{stage.name} is {stage.state}; {last}")
-    if len(view.stages) < len(STAGES):
+    if view.pipeline.keys() - {stage.name for stage in view.stages}:
         last = view.stages[-1].name
         return RunState("open", f"finished up to {last}; the later stages have not started")
     if view.older:
         older = ", ".join(view.older)
         return RunState("open", f"finished, but made from older inputs: {older}; run them again")
-    return RunState("finished", f"all {len(STAGES)} stages are finished")
+    return RunState("finished", f"all {len(view.pipeline)} stages are finished")
 
 
 def stage_marks(view: RunView) -> list[StageMark]:
     """Every stage, including those that have not started."""
     known = {stage.name: stage for stage in view.stages}
-    return [_mark(view, stage.name, known.get(stage.name)) for stage in STAGES]
+    return [_mark(view, name, known.get(name)) for name in view.pipeline]
 
 
 def _mark(view: RunView, name: str, stage: StageView | None) -> StageMark:

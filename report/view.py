@@ -11,7 +11,8 @@ from typing import Any
 from cpt_merge.cluster.attempts import Attempt, attempts
 from cpt_merge.core.artifact import StageRecord, read_record
 from cpt_merge.core.errors import UserError
-from cpt_merge.launcher.stages import STAGES, find_stage
+from cpt_merge.launcher.stage import Stage
+from cpt_merge.launcher.stages import PIPELINES, STAGE_NAMES
 from cpt_merge.tracking import STEP, Cell, StageLog, read_log
 
 SWEEP = "sweep"  # the folder of the ratio sweep
@@ -133,9 +134,16 @@ class RunView:
         return {}
 
     @cached_property
+    def pipeline(self) -> dict[str, Stage]:
+        """The stages of the recipe, those that have not started included, by name."""
+        finetune = self.recipe.get("finetune") or {}
+        return {stage.name: stage for stage in PIPELINES[finetune.get("after")]}
+
+    @cached_property
     def older(self) -> dict[str, list[str]]:
         """For each finished stage with outdated inputs, those inputs."""
-        finished = [(view, view.record) for view in self.stages if view.record]
+        known = [view for view in self.stages if view.name in self.pipeline]
+        finished = [(view, view.record) for view in known if view.record]
         newest: dict[str, str] = {}
         for _, record in sorted(finished, key=lambda one: one[1].finished):
             newest.update(record.inputs)
@@ -143,7 +151,7 @@ class RunView:
         for view, record in finished:
             names: list[str] = []
             for name, digest in record.inputs.items():
-                made = find_stage(view.name).inputs.get(name)
+                made = self.pipeline[view.name].inputs.get(name)
                 maker = made.name if made else None
                 if maker is None:
                     names += [name.split()[0]] * (newest[name] != digest)  # "text" for every file
@@ -186,7 +194,7 @@ class RunView:
 
 def read_run(run: Path) -> RunView:
     """Everything that a run's stages have left. Raises `UserError` if there is nothing."""
-    names = [*(stage.name for stage in STAGES), SWEEP]
+    names = [*STAGE_NAMES, SWEEP]
     *views, sweep = [
         StageView(name, read_record(run / name), read_log(run / name / "log")) for name in names
     ]

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LOWER = {"core", "checkpoint", "tracking"}
-STAGES = {"tokenizer_ext", "data", "training", "merge", "evaluation"}
+STAGES = {"tokenizer_ext", "data", "training", "finetune", "merge", "evaluation"}
 TOP = {"launcher", "report", "cluster"}
 
 ALLOWED = {  # what each package may import, besides itself
@@ -22,6 +22,7 @@ ALLOWED = {  # what each package may import, besides itself
     "tokenizer_ext": LOWER | {"data"},
     "merge": LOWER,
     "training": LOWER | {"data", "merge"},  # the preview and the post-training hook
+    "finetune": LOWER | {"data", "training"},
     "evaluation": LOWER | {"data", "merge"},  # the sweep
     "launcher": LOWER | STAGES | TOP,
     "report": LOWER | STAGES | TOP,

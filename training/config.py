@@ -308,15 +308,15 @@ class TrainingConfig(Section):
                 f"{kind}{note}; set {-(-size // processes) * processes:,}, or take {most:,}."
             )
 
-    def check_positions(self, model: Mapping[str, Any]) -> None:
+    def check_positions(self, model: Mapping[str, Any], section: str = "training") -> None:
         """Raises `UserError` if a sequence has more tokens than the model has positions.
 
-        `model` has the values of its config.json.
+        `model` has the values of its config.json; `section` of the recipe has the length.
         """
         positions = positions_of(model)
         if positions is not None and self.sequence_length > positions:
             raise UserError(
-                f"training.sequence_length = {self.sequence_length} but the model has "
+                f"{section}.sequence_length = {self.sequence_length} but the model has "
                 f"{positions} positions; lower it."
             )
 

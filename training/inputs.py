@@ -27,6 +27,7 @@ class TrainingInputs:
     key: str  # names configuration and inputs; checkpoints of another key are refused
     base: Path | None = None  # the original base, with which bits per byte are compared
     corpus: Corpus | None = None  # the weights of the sources; by their sizes if not given
+    shares: list[SourceShare] | None = None  # what is read of each source, if that is known
 
 
 def open_sequences(
@@ -40,7 +41,7 @@ def open_sequences(
     store.check_tokenizer(inputs.tokenizer)
     store.check_vocabulary(vocabulary_rows(Checkpoint.open(inputs.model)))
     available = [source.train.tokens for source in store.info.sources]
-    shares = by_size(store)
+    shares = inputs.shares or by_size(store)
     if inputs.corpus:
         shares = mixture(inputs.corpus, available, config.tokens)
         check_repeats(inputs.corpus, shares)

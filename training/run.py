@@ -33,7 +33,7 @@ Hook = Callable[[list[LocalShard], Parallel], None]
 
 
 def default_callbacks(
-    config: TrainingConfig, previewed: tuple[MergePlan, Interview] | None
+    config: TrainingConfig, previewed: tuple[MergePlan | None, Interview] | None
 ) -> list[Callback]:
     """What happens next to the steps, in the order that `callbacks.callback` explains."""
     preview = [Preview(*previewed)] if previewed and config.preview.every else []
@@ -58,14 +58,16 @@ def run(
     out: Path,
     tracker: Tracker,
     hook: Hook | None,
-    previewed: tuple[MergePlan, Interview] | None = None,
+    previewed: tuple[MergePlan | None, Interview] | None = None,
+    name: str = "cpt",
 ) -> dict[str, Any]:
     """Train the model on the store; all processes call it.
 
-    Writes `out`/checkpoints and the trained model `out`/cpt.
+    Writes `out`/checkpoints and the trained model `out`/`name`.
     `hook` is called on all processes with this process's trained shards. `previewed` says how the
-    chat model is made and asked during training, if the configuration wants that. Raises
-    `Interrupted` when the run was asked to stop; everything is saved then.
+    chat model is made and asked during training, if the configuration wants that; without a plan,
+    what is trained is the chat model. Raises `Interrupted` when the run was asked to stop;
+    everything is saved then.
     """
     parallel = start_parallel(offload=config.offload)
     try:
@@ -74,7 +76,7 @@ def run(
         trainer.train()
         shards = trainer.shards()
         with timed("export of the trained model"):
-            trainer.export(shards, out / "cpt")
+            trainer.export(shards, out / name)
         if hook:
             hook(shards, parallel)
         trainer.remove_phases()

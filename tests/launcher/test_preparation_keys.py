@@ -6,7 +6,7 @@ import pytest
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.recipe import load_recipe
-from cpt_merge.launcher.stages import STAGES
+from cpt_merge.launcher.stages import PIPELINES
 
 READING = ["tokenizer", "data", "evaluation"]  # and embeddings, if they need text
 
@@ -26,7 +26,9 @@ def test_steps_of_reading_concern_every_stage_that_reads(
     without = ["embeddings.input=mean"]
     one, other = load_recipe(recipe_path, without), load_recipe(recipe_path, [*without, change])
     changed = [
-        stage.name for stage in STAGES if dict(stage.config(one)) != dict(stage.config(other))
+        stage.name
+        for stage in PIPELINES[None]
+        if dict(stage.config(one)) != dict(stage.config(other))
     ]
     assert changed == stages
 

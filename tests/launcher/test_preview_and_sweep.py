@@ -19,6 +19,7 @@ from cpt_merge.launcher.recipe import Recipe, load_recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import prepare
 from cpt_merge.launcher.stages import SWEEP
+from cpt_merge.merge.plan import MergeInputs
 from tests.command_line import cpt_merge
 
 EVERY = "training.preview.every=2"
@@ -35,15 +36,17 @@ def resized(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 def test_a_recipe_without_a_preview_makes_none(recipe: Recipe) -> None:
-    assert preview_of(Run(recipe)) is None
+    nothing = Path("unread")
+    assert preview_of(recipe, MergeInputs(nothing)) is None
 
 
 @pytest.mark.slow
 def test_the_preview_asks_in_the_merged_models_ids(recipe_path: Path, resized: list[str]) -> None:
     run = Run(load_recipe(recipe_path, [*resized, EVERY]))
-    made = preview_of(run)
+    made = preview_of(run.recipe, MergeInputs(run.resized, run.base, run.chat, run.tokenizer))
     assert made is not None
     plan, interview = made
+    assert plan is not None
     tokenizer = load_tokenizer(run.tokenizer)
     assert tokenizer.decode(interview.prompts[0]) == "[INST] 가나 天地 go home [/INST]"
     assert len(interview.prompts) == 3  # one in each language

@@ -1,5 +1,7 @@
 """Validation: loss and bits per byte of held-out text in each language during training.
 
+Of conversations, the loss of the replies alone: which tokens count depends on the chat template.
+
 They are called validation bits per byte, since they differ from the evaluation's held-out bits per
 byte: the first packed sequences of the held-out text, in windows of `sequence_length`, with the end
 of each document predicted as in training.
@@ -57,8 +59,8 @@ def _heldout_sequences(
         count = min(packed.sequences, config.evaluate_sequences - already)
         if packed.sequences == 0 and split == "heldout":
             say(
-                f"{source.name}: the held-out text fills no sequence of {config.sequence_length}; "
-                "raise corpus.heldout"
+                f"{source.name}: what is held out fills no sequence of {config.sequence_length}; "
+                "raise `heldout`"
             )
         if count > 0:
             found.setdefault(source.language, []).append((packed, count))
@@ -80,8 +82,13 @@ def _bytes_within(packed: PackedDocuments, tokens: int) -> float:
 class LanguageLoss:
     """How well a model predicts one language's held-out text."""
 
-    loss: float  # nats per token
-    bits_per_byte: float  # sum of -log2 p(token) / UTF-8 bytes; comparable across tokenizers
+    loss: float  # nats per target
+    # sum of -log2 p(token) / UTF-8 bytes; comparable across tokenizers; None for conversations
+    bits_per_byte: float | None
+
+    def __str__(self) -> str:
+        value = self.loss if self.bits_per_byte is None else self.bits_per_byte
+        return f"{value:.3f}"
 
 
 def _validate(
@@ -103,7 +110,8 @@ def _validate(
         if nats is None:
             return None
         targets = sum(packed.targets(number) for packed, number in places)
-        found[text.language] = LanguageLoss(nats / targets, nats / math.log(2) / text.bytes)
+        bits = nats / math.log(2) / text.bytes if text.bytes else None
+        found[text.language] = LanguageLoss(nats / targets, bits)
     return found
 
 
@@ -136,6 +144,8 @@ def reference_line(
     Measured once and kept in `out`. Empty, with a message, where there is no base or the store has
     no text in its tokens.
     """
+    if store.has_conversations:
+        return {}  # a base has no chat template
     path = out / REFERENCE_FILE
     kept = parallel.broadcast(lambda: _kept(path, config.evaluate_sequences))
     if kept is not None:
@@ -160,7 +170,11 @@ def reference_line(
 
         losses = _validate(loss_of, heldout, config.micro_batch_size, parallel, lambda: False)
     assert losses is not None, "nothing stops it"
-    found = {language: loss.bits_per_byte for language, loss in losses.items()}
+    found = {
+        language: loss.bits_per_byte
+        for language, loss in losses.items()
+        if loss.bits_per_byte is not None
+    }
     if parallel.is_main:
         write_json(path, {"sequences": config.evaluate_sequences, "bits_per_byte": found})
     return found
@@ -208,13 +222,15 @@ class HeldoutEvaluation(PeriodicCallback):
         metrics = {"train/tokens": float(state.tokens)}
         for language, loss in found.items():
             metrics[f"valid/{language}/loss"] = loss.loss
-            metrics[f"valid/{language}/bits_per_byte"] = loss.bits_per_byte
+            if loss.bits_per_byte is not None:
+                metrics[f"valid/{language}/bits_per_byte"] = loss.bits_per_byte
             if language in self.reference:
                 metrics[f"valid/{language}_base/bits_per_byte"] = self.reference[language]
         trainer.tracker.log(metrics, step=state.step)
-        shown = ", ".join(
-            f"{language} {loss.bits_per_byte:.3f}" for language, loss in found.items()
+        shown = ", ".join(f"{language} {loss}" for language, loss in found.items())
+        measure = (
+            "loss of replies" if trainer.sequences.store.has_conversations else "bits per byte"
         )
         seconds = time.monotonic() - started
-        say(f"step {state.step}: validation bits per byte {shown} ({seconds:.1f} s)")
+        say(f"step {state.step}: validation {measure} {shown} ({seconds:.1f} s)")
         return True

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,8 @@ class Preview(PeriodicCallback):
 
     name = "preview"
 
-    def __init__(self, plan: MergePlan, interview: Interview) -> None:
-        """`plan` is that of the post-training hook."""
+    def __init__(self, plan: MergePlan | None, interview: Interview) -> None:
+        """`plan` is that of the post-training hook; None where the chat model itself is trained."""
         super().__init__()
         self.plan, self.interview = plan, interview
         self.shown: list[list[Cell]] = []  # rows of the table of replies
@@ -81,18 +82,21 @@ class Preview(PeriodicCallback):
 
     def _replies(self) -> list[list[int]]:
         """Merge, let the model answer, and restore its weights."""
-        backend, parallel = self.trainer.backend, self.trainer.parallel
-        gated = any(tensor.gated for tensor in self.plan.tensors)
-        shards = backend.shards() if gated else []  # ZeRO has to gather them
-        ranges = find_ranges(self.plan, shards, parallel)
-        with backend.replaced(partial(merge_shard, self.plan, ranges=ranges)):
+        with self._merged(self.plan) if self.plan else nullcontext():
             return continue_greedily(
-                backend.logits,
+                self.trainer.backend.logits,
                 self.interview.prompts,
                 self.trainer.config.preview.max_new_tokens,
                 self.interview.ends,
-                parallel.broadcast_tensor,
+                self.trainer.parallel.broadcast_tensor,
             )
+
+    def _merged(self, plan: MergePlan) -> AbstractContextManager[None]:
+        backend = self.trainer.backend
+        gated = any(tensor.gated for tensor in plan.tensors)
+        shards = backend.shards() if gated else []  # ZeRO has to gather them
+        ranges = find_ranges(plan, shards, self.trainer.parallel)
+        return backend.replaced(partial(merge_shard, plan, ranges=ranges))
 
     def _show(self, replies: list[list[int]], seconds: float) -> None:
         """Score the replies, log them, and add them to the table."""

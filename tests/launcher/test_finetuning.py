@@ -1,0 +1,166 @@
+"""Fine-tuning as part of a run: CPT + FT + vector, and CPT + vector + FT."""
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cpt_merge.core.artifact import fingerprint, read_record
+from cpt_merge.core.errors import UserError
+from cpt_merge.data.store import MaskedCounts, Store
+from cpt_merge.launcher.execute import run_stage
+from cpt_merge.launcher.inputs import check_inputs
+from cpt_merge.launcher.recipe import load_recipe
+from cpt_merge.launcher.run import Run
+from cpt_merge.launcher.stage import is_up_to_date
+from cpt_merge.launcher.stages import find_stage, stages_of
+from cpt_merge.merge.merge_report import made_in_memory
+from cpt_merge.tracking import read_log
+from tests.command_line import cpt_merge
+from tests.launcher.conftest import adopt, sentences
+
+FINETUNE: dict[str, Any] = {
+    "sequence_length": 128, "global_batch_size": 4, "learning_rate": 0.003, "epochs": 4,
+    "evaluate_every": 4, "heldout": 0.1,
+}  # fmt: skip
+
+
+def write_conversations(folder: Path) -> list[dict[str, str]]:
+    """Conversations of one or two turns in which every question has the same answer."""
+    generator, sources = random.Random(0), []
+    for language in ("ko", "zh_tw"):
+        said = iter(sentences(language, 300))
+        rows = []
+        for _ in range(100):
+            turns = [(next(said)[:12], "가나" if language == "ko" else "天地")]
+            turns += [(next(said)[:12], turns[0][1])] * generator.randint(0, 1)
+            messages = [
+                {"role": role, "content": text}
+                for turn in turns
+                for role, text in zip(("user", "assistant"), turn, strict=True)
+            ]
+            rows.append(json.dumps({"messages": messages}, ensure_ascii=False))
+        path = folder / f"chat-{language}.jsonl"
+        path.write_text("\n".join(rows), encoding="utf-8")
+        sources.append({"path": str(path), "language": language})
+    return sources
+
+
+def begin(finished: Path, recipe_path: Path, folder: Path, **keys: Any) -> Run:
+    """A run whose CPT and merge are finished, and whose recipe has fine-tuning."""
+    values = yaml.safe_load(recipe_path.read_text())
+    values["finetune"] = {"sources": write_conversations(folder), **FINETUNE, **keys}
+    values |= {"runs": str(folder / "runs"), "launch": {"processes": 1}}
+    path = folder / "tuned.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    shutil.copytree(finished, folder / "runs" / "tiny")
+    adopt(folder / "runs" / "tiny", str(finished.parent), str(folder / "runs"))
+    return Run.load(path)
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    finished: Path, recipe_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Run]:
+    run = begin(finished, recipe_path, tmp_path_factory.mktemp("tuned"))
+    for stage in stages_of(run.recipe)[:-1]:
+        run_stage(run, stage)
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_what_was_trained_before_is_not_trained_again(tuned: Run, finished: Path) -> None:
+    for stage in ("training", "merge"):
+        record = read_record(tuned.folder(stage))
+        assert record
+        assert record.key == read_record(finished / stage).key
+
+
+def test_the_replies_are_learned(tuned: Run) -> None:
+    rows = read_log(tuned.folder("finetune") / "log").rows
+    for language in ("ko", "zh_tw"):
+        losses = [row[f"valid/{language}/loss"] for row in rows if f"valid/{language}/loss" in row]
+        assert losses[-1] < losses[0] / 4, losses
+    assert not any("bits_per_byte" in name for row in rows for name in row)
+
+
+def test_conversations_are_held_out_whole(tuned: Run) -> None:
+    for source in Store.open(tuned.conversations).info.sources:
+        for counts in (source.train, source.heldout):
+            assert isinstance(counts, MaskedCounts)
+            assert 0 < counts.trained < counts.tokens
+
+
+def test_fine_tuning_starts_from_cpt_and_the_vector_is_added_to_its_result(tuned: Run) -> None:
+    """This pair's chat format has no tokens of its own, so no row comes from the chat model."""
+    cpt, formatted = weights(tuned.cpt), weights(tuned.formatted)
+    assert all(cpt[name].equal(formatted[name]) for name in cpt)
+    base, chat, result, merged = (
+        weights(path) for path in (tuned.base, tuned.chat, tuned.tuned, tuned.tuned_merged)
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not result[name].equal(cpt[name])
+    # the hook starts from the fp32 masters, which the export has rounded
+    expected = result[name].float() + (chat[name].float() - base[name].float())
+    torch.testing.assert_close(merged[name].float(), expected, atol=2e-3, rtol=0)
+
+
+def test_the_hook_leaves_the_merge_finished(tuned: Run) -> None:
+    assert is_up_to_date(tuned, find_stage(tuned.recipe, "finetune_merge"))
+    report = json.loads((tuned.tuned_merged / "merge_report.json").read_text())
+    assert made_in_memory(tuned.tuned_merged)
+    assert report["inputs"]["chat"]["fingerprint"] == fingerprint(tuned.chat)
+
+
+def test_other_epochs_repeat_the_fine_tuning_alone(tuned: Run) -> None:
+    changed = Run.load(Path(tuned.words[0]), ["finetune.epochs=1"])
+    states = {stage.name: is_up_to_date(changed, stage) for stage in stages_of(changed.recipe)}
+    assert [name for name, done in states.items() if not done] == [
+        "finetune", "finetune_merge", "evaluation",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_all_models_are_evaluated(tuned: Run) -> None:
+    run_stage(tuned, stages_of(tuned.recipe)[-1])
+    results = json.loads((tuned.folder("evaluation") / "results.json").read_text())
+    assert list(results["models"]) == ["base", "chat", "cpt", "merged", "tuned", "tuned_merged"]
+    done = cpt_merge("run", tuned.words[0])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("finished already") == 10
+    assert "all 10 stages are finished" in (tuned.recipe.directory / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_merged_model_is_fine_tuned(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+    run = begin(finished, recipe_path, tmp_path, after="merge")
+    done = cpt_merge("run", run.words[0], "launch.processes=2")
+    assert done.returncode == 0, done.stderr
+    assert not run.tuned_merged.exists()
+    assert not run.formatted.exists()
+    results = json.loads((run.folder("evaluation") / "results.json").read_text())
+    assert list(results["models"]) == ["base", "chat", "cpt", "merged", "tuned"]
+    record = read_record(run.folder("finetune"))
+    assert record
+    assert record.inputs["model"] == f"stage:{read_record(run.folder('merge')).key}"
+
+
+def test_a_bad_conversation_is_refused_before_the_first_stage(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
+    run = begin(finished, recipe_path, tmp_path)
+    path = Path(run.recipe.finetune.sources[1].path)  # type: ignore[union-attr]
+    messages = [{"role": "user", "content": "天"}]
+    path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"chat-zh_tw.jsonl: .* 1 has no message of an assistant"):
+        check_inputs(load_recipe(Path(run.words[0]), []))
