@@ -42,7 +42,9 @@ class ChatSource(Source):
     @model_validator(mode="after")
     def _has_no_text(self) -> ChatSource:
         fields = type(self).model_fields
-        given = [name for name in NOT_OF_CONVERSATIONS if getattr(self, name) != fields[name].default]
+        given = [
+            name for name in NOT_OF_CONVERSATIONS if getattr(self, name) != fields[name].default
+        ]
         if given:
             raise ValueError(f"source {self.path} has conversations and {given[0]!r}; leave it out")
         return self

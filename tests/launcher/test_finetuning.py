@@ -13,11 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from cpt_merge.core.artifact import fingerprint, read_record
-from cpt_merge.core.errors import UserError
 from cpt_merge.data.store import MaskedCounts, Store
 from cpt_merge.launcher.execute import run_stage
-from cpt_merge.launcher.inputs import check_inputs
-from cpt_merge.launcher.recipe import load_recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import find_stage, stages_of
@@ -153,14 +150,3 @@ def test_the_merged_model_is_fine_tuned(finished: Path, recipe_path: Path, tmp_p
     record = read_record(run.folder("finetune"))
     assert record
     assert record.inputs["model"] == f"stage:{read_record(run.folder('merge')).key}"
-
-
-def test_a_bad_conversation_is_refused_before_the_first_stage(
-    finished: Path, recipe_path: Path, tmp_path: Path
-) -> None:
-    run = begin(finished, recipe_path, tmp_path)
-    path = Path(run.recipe.finetune.sources[1].path)  # type: ignore[union-attr]
-    messages = [{"role": "user", "content": "天"}]
-    path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"chat-zh_tw.jsonl: .* 1 has no message of an assistant"):
-        check_inputs(load_recipe(Path(run.words[0]), []))
