@@ -137,7 +137,7 @@ def test_sources_are_read_as_those_of_text(tmp_path: Path) -> None:
     expected = chat_rows(template, ChatRecord(ASKED))
     assert found == [Conversation(f"{path}: line {number}", "Who?", expected) for number in (1, 2)]
     with pytest.raises(ValueError, match="has conversations and 'field'; leave it out"):
-        ChatSource(path=str(path), language="en", field="text")
+        ChatSource(path=str(path), language="en", field="body")
 
 
 def test_parquet_adds_nothing(tmp_path: Path) -> None:
