@@ -21,10 +21,10 @@ import sys
 from pathlib import Path
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import prepare
-from cpt_merge.launcher.stages import find_stage
+from cpt_merge.launcher.stages import TOKENIZER
 for base in sys.argv[2:]:
     run = Run.load(Path(sys.argv[1]), [f"models.base={base}", "models.chat=org/chat"])
-    print(prepare(run, find_stage("tokenizer")).key)
+    print(prepare(run, TOKENIZER).key)
 """
 
 CARD = b"""---
