@@ -509,7 +509,7 @@ def submit(
 
     loaded = load_recipe(recipe, overrides or [])
     if tasks := tasks_per_node or gpus_per_node:
-        loaded.training.check_processes(nodes * tasks, " (--nodes x tasks on each)")
+        loaded.check_processes(nodes * tasks, " (--nodes x tasks on each)")
     asked = Submission(
         recipe, overrides or [], nodes, gpus_per_node, tasks_per_node, time, chain, sbatch or []
     )

@@ -28,6 +28,8 @@ from cpt_merge.launcher.stages import DATA, TRAINING, stages_of
 from cpt_merge.launcher.start import backend_variables, local_processes
 
 if TYPE_CHECKING:
+    from cpt_merge.launcher.stage import Stage
+    from cpt_merge.training.config import TrainingConfig
     from cpt_merge.training.distributed.settings import BackendSettings
 
 REFUSED = 2
@@ -79,13 +81,18 @@ def _judge(code: int, answer: list[str], errors: str) -> None:
 def check(run: Run, here: bool) -> None:
     """Raise `UserError` for what the late stages would refuse."""
     _check_whole(run)
+    training, finetune = run.recipe.training, run.recipe.finetune
     if not is_up_to_date(run, TRAINING):
-        _check_training(run, here)
+        _check_training(run, TRAINING, training, here)
+    for stage in stages_of(run.recipe):
+        if finetune and stage.name == "finetune" and not is_up_to_date(run, stage):
+            _check_training(run, stage, finetune.training_config(training, 1), here)
     _check_chat(run)
     _check_prompts(run)
 
 
-def _check_training(run: Run, here: bool) -> None:
+def _check_training(run: Run, stage: Stage, config: TrainingConfig, here: bool) -> None:
+    """Check that a model like the base trains as `config` says."""
     import torch
 
     from cpt_merge.training.distributed.settings import backend_settings
@@ -96,13 +103,15 @@ def _check_training(run: Run, here: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
     known = here or on_cpu or device.type == "cuda"
     asked, alone = backend_settings(variables), run.recipe.models.text_only
-    _check_continues(run, asked)
-    choice = check_trainable(run.base, run.recipe.training, asked, device if known else None, alone)
+    _check_continues(run, stage, config, asked)
+    choice = check_trainable(run.base, config, asked, device if known else None, alone)
     if choice.separation.one_by_one:
         say(f"packed documents: {_cost_of_padding(run)}")
 
 
-def _check_continues(run: Run, asked: BackendSettings) -> None:
+def _check_continues(
+    run: Run, stage: Stage, config: TrainingConfig, asked: BackendSettings
+) -> None:
     """Check that training can continue with this backend, and say what it continues or leaves.
 
     What it continues is an interrupted one, or one of another length.
@@ -111,11 +120,13 @@ def _check_continues(run: Run, asked: BackendSettings) -> None:
     from cpt_merge.training.distributed.checkpoint import check_continues, check_layout
 
     try:
-        context = prepare(run, TRAINING)
+        context = prepare(run, stage)
     except UserError:
         return  # what it builds on is not finished, so it starts again
-    layout = layout_of(asked.with_offload(run.recipe.training.offload), run.recipe.training)
+    layout = layout_of(asked.with_offload(config.offload), config)
     check_continues(context.folder / "checkpoints", context.key, layout)
+    if not stage.grows:
+        return
     if continued := find_continued(context):
         check_layout(continued.branch.checkpoint, continued.branch.state, layout)
     if sentence := what_training_does(context):

@@ -141,6 +141,13 @@ class Recipe(Section):
         }
         return {key: name for key, name in named.items() if name is not None}
 
+    def check_processes(self, processes: int, note: str = "") -> None:
+        """Raises `UserError` if a batch does not divide over the processes; `note` names them."""
+        self.training.check_processes(processes, note)
+        if self.finetune:
+            tuned = self.finetune.training_config(self.training, 1)
+            tuned.check_processes(processes, note, section="finetune")
+
     @property
     def directory(self) -> Path:
         """The run's folder."""

@@ -47,7 +47,7 @@ def check_local_batch(recipe: Recipe) -> int:
     if recipe.launch.accelerate_config:
         backend_asked(recipe, recipe.launch.processes or 1)  # before torch is imported for GPUs
     processes = local_processes(recipe) if world.launcher == "alone" else world.size
-    recipe.training.check_processes(processes, " of this machine (launch.processes)")
+    recipe.check_processes(processes, " of this machine (launch.processes)")
     if world.launcher == "alone":
         backend_asked(recipe, processes).mesh_shape(World(size=processes))
     return processes

@@ -292,19 +292,24 @@ class TrainingConfig(Section):
         """Micro-batches of each process in one step."""
         return -(-self.global_batch_size // (processes * self.micro_batch_size))
 
-    def check_processes(self, processes: int, note: str = "", kind: str = "processes") -> None:
-        """Raises `UserError` if a batch does not divide over the processes; `note` names them."""
+    def check_processes(
+        self, processes: int, note: str = "", kind: str = "processes", section: str = "training"
+    ) -> None:
+        """Raises `UserError` if a batch does not divide over the processes; `note` names them.
+
+        `section` of the recipe has the size of the batch.
+        """
         size = self.global_batch_size
         if size < processes:
             raise UserError(
-                f"training.global_batch_size = {size:,} has fewer sequences than there are "
+                f"{section}.global_batch_size = {size:,} has fewer sequences than there are "
                 f"{kind}{note}, {processes:,}; take at most {size:,}, or set a multiple of "
                 f"{processes:,}."
             )
         if size % processes:
             most = next(n for n in range(processes, 0, -1) if size % n == 0)
             raise UserError(
-                f"training.global_batch_size = {size:,} does not divide over {processes:,} "
+                f"{section}.global_batch_size = {size:,} does not divide over {processes:,} "
                 f"{kind}{note}; set {-(-size // processes) * processes:,}, or take {most:,}."
             )
 

@@ -173,5 +173,5 @@ def announce(recipe: Recipe, judgement: Judgement, network: bool = False) -> Non
             f"fix that, leave them out (--exclude){without}."
         )
     if judgement.processes_left:
-        recipe.training.check_processes(judgement.processes_left, f" (without {names})")
+        recipe.check_processes(judgement.processes_left, f" (without {names})")
     say(f"preflight: continuing without {names} (launch.spare_nodes = {spare})")

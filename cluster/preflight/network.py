@@ -38,7 +38,7 @@ def check_network(recipe: Recipe, wait: float) -> None:
     # When a node is missing, torch would print a page of stack frames on each of the others
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        recipe.training.check_processes(world.size)
+        recipe.check_processes(world.size)
         use_backend(recipe)
         _reach_first(world, wait)
         report.reach("reached the first process", folder)

@@ -13,8 +13,11 @@ import yaml
 from safetensors.torch import load_file
 
 from cpt_merge.core.artifact import fingerprint, read_record
+from cpt_merge.core.errors import UserError
 from cpt_merge.data.store import MaskedCounts, Store
 from cpt_merge.launcher.execute import run_stage
+from cpt_merge.launcher.plan import show_plan
+from cpt_merge.launcher.recipe import load_recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import find_stage, stages_of
@@ -150,3 +153,24 @@ def test_the_merged_model_is_fine_tuned(finished: Path, recipe_path: Path, tmp_p
     record = read_record(run.folder("finetune"))
     assert record
     assert record.inputs["model"] == f"stage:{read_record(run.folder('merge')).key}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"sequence_length": 300}, r"finetune.sequence_length = 300 but the model has 256"),
+        ({"global_batch_size": 3}, r"finetune.global_batch_size = 3 does not divide over 2"),
+        ({"lora": {"targets": ["nowhere"]}}, r"finetune.lora.targets: nowhere names no linear"),
+    ],
+)
+def test_what_fine_tuning_would_refuse_is_refused_before_the_first_stage(
+    recipe_path: Path, tmp_path: Path, keys: dict[str, Any], sentence: str
+) -> None:
+    values = yaml.safe_load(recipe_path.read_text())
+    values["finetune"] = {"sources": write_conversations(tmp_path), **FINETUNE, **keys}
+    values["runs"] = str(tmp_path / "runs")
+    path = tmp_path / "tuned.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    with pytest.raises(UserError, match=sentence):
+        show_plan(load_recipe(path, ["launch.processes=2"]))
+    assert not (tmp_path / "runs").exists()
