@@ -30,6 +30,9 @@ from cpt_merge.data.sources import Piece, Source, source_pieces
 NOT_OF_CONVERSATIONS = ("field", "conversations", "whole_files", "convert", "weight", "tokens")
 
 
+AnyRecord = Record | BadRow | str
+
+
 class ChatSource(Source):
     """One source of conversations in one language."""
 
@@ -80,7 +83,7 @@ def read_conversations(
 
 
 def conversation_of(
-    record: Record | BadRow | str,
+    record: AnyRecord,
     where: str,
     source: ChatSource,
     template: ConversationTemplate,
@@ -100,13 +103,13 @@ def conversation_of(
     return None
 
 
-def _read(record: Record | BadRow | str, wanted: ChatFormat) -> ChatRecord | BadRow:
+def _read(record: AnyRecord, wanted: ChatFormat) -> ChatRecord | BadRow:
     if isinstance(record, BadRow):
         return record
     return read_chat(record, wanted) if isinstance(record, dict) else BadRow("is not a record")
 
 
-def read_records(piece: Piece) -> Iterator[tuple[str, Record | BadRow | str]]:
+def read_records(piece: Piece) -> Iterator[tuple[str, AnyRecord]]:
     """(file and row, what is there) of a piece of a source."""
     for where, (_, record) in islice(_rows(piece), *piece.rows):
         yield where, record

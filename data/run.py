@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import repeat
@@ -20,6 +19,7 @@ from cpt_merge.data.preparation.summary import Effect, effects_of, show_preparat
 from cpt_merge.data.sources import Corpus, source_files
 from cpt_merge.data.store import StoreInfo, describe_left_out
 from cpt_merge.data.tokenise import write_store
+from cpt_merge.data.workers import processes_for
 from cpt_merge.tracking import Cell, Tracker
 
 _BLOCK = 1 << 20  # documents whose lengths are counted at a time
@@ -95,10 +95,8 @@ def _sums(name: str, of_sources: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _processes(corpus: Corpus) -> int:
-    """One per core that this process may use, but fewer for little text."""
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
     size = sum(size_of(file) for source in corpus.sources for file in source_files(source))
-    return max(1, min(cores, size // _PROCESS_BYTES))
+    return processes_for(size, _PROCESS_BYTES)
 
 
 def _lengths(info: StoreInfo, store: Path) -> list[list[Cell]]:

@@ -240,7 +240,7 @@ def write_store(
     text.
     """
     if processes > 1:
-        start_server()
+        start_server([__name__])
     plan = Plan.make(corpus, tokenizer, base, deduplicate, near_duplicates)
     staging = Staging(out, _digest(plan), replace=True)
     blocks = blocks_of(blocks_at or out.with_name(f"{out.name}.blocks"), plan)
@@ -284,6 +284,7 @@ def _tokenise_unread(plan: Plan, parts: Path, world: World, processes: int) -> N
             partial(tokenise_share, plan, unread, parts, world, processes),
             processes,
             report,
+            "data.processes",
         )
 
 

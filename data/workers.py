@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -28,28 +28,31 @@ class Progress:
 Report = Callable[[Progress], None]
 Task = Callable[[int, Report], None]  # (which of the processes, report)
 
-# imported once by the server that forks the processes
-_PRELOADED = ["cpt_merge.data.tokenise"]
 _POLL = 0.5  # seconds
 
 
-def start_server() -> None:
-    """Begin to import what the processes need, while this one goes on."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+def processes_for(work: float, least: float) -> int:
+    """One per core that this process may use, but each with at least so much of the work."""
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
+    return max(1, min(cores, int(work // least)))
+
+
+def start_server(modules: Sequence[str]) -> None:
+    """Begin to import what the processes need, once for all of them, while this one goes on."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
     forkserver.ensure_running()
 
 
-def run_in_processes(task: Task, processes: int, report: Report) -> None:
+def run_in_processes(task: Task, processes: int, report: Report, setting: str) -> None:
     """Call `task(number, report)` for every number below `processes`, each in its own process.
 
     A single task runs in this process. Raises what the first failing task raised, after ending the
-    others. `task` must be picklable.
+    others. `task` must be picklable. `setting`: the recipe's key for the number of processes.
     """
     if processes == 1:
         with one_thread():
             task(0, report)
         return
-    start_server()
     context = multiprocessing.get_context("forkserver")
     queue: Any = context.Queue()
     workers = [
@@ -59,7 +62,7 @@ def run_in_processes(task: Task, processes: int, report: Report) -> None:
     for worker in workers:
         worker.start()
     try:
-        _listen(queue, workers, report)
+        _listen(queue, workers, report, setting)
     finally:
         for worker in workers:
             worker.terminate()
@@ -67,7 +70,7 @@ def run_in_processes(task: Task, processes: int, report: Report) -> None:
             worker.join()
 
 
-def _listen(queue: Any, workers: list[Any], report: Report) -> None:
+def _listen(queue: Any, workers: list[Any], report: Report, setting: str) -> None:
     running = len(workers)
     while running:
         try:
@@ -77,7 +80,7 @@ def _listen(queue: Any, workers: list[Any], report: Report) -> None:
                 if worker.exitcode not in (None, 0):
                     raise UserError(
                         f"a tokenising process was killed (exit code {worker.exitcode}), often "
-                        "because memory ran out; lower data.processes and run the same command "
+                        f"because memory ran out; lower {setting} and run the same command "
                         "again, which continues."
                     ) from None
             continue

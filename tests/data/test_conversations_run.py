@@ -1,6 +1,8 @@
 """The stage that makes a store of conversations."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.data import conversations_blocks, conversations_run
 from cpt_merge.data.conversations_config import ConversationsConfig
 from cpt_merge.data.conversations_run import run
 from cpt_merge.data.packing import IGNORED, PackedDocuments, TrainingSequences
@@ -121,7 +124,115 @@ def test_too_little_is_one_sentence(
     with pytest.raises(UserError) as caught:
         made([source], tokenizer, tmp_path / "store")
     assert reason in str(caught.value)
-    assert not list(tmp_path.glob("store*"))
+    assert not (tmp_path / "store").exists()
+
+
+def many(folder: Path, number: int = 1500) -> list[dict[str, Any]]:
+    """Sources of several blocks and files, with rows that are left out and rows that are cut."""
+    import pyarrow
+    import pyarrow.parquet
+
+    long = record(0)
+    long["messages"][1]["content"] = "x" * 2000
+    rows = [record(place, 1 + place % 3) for place in range(number)]
+    rows[3:90:10] = [{"text": "?"}] * 9
+    rows[7:90:20] = [long] * 5
+    (folder / "a").mkdir()
+    write(folder / "a" / "1.jsonl", rows[: number - 200])
+    write(folder / "a" / "2.jsonl", rows[number - 200 :])
+    first = {"path": str(folder / "a"), "language": "ko", "bad_rows": "skip"}
+    table = pyarrow.Table.from_pylist([record(2000 + place) for place in range(number // 2)])
+    pyarrow.parquet.write_table(table, folder / "b.parquet")
+    return [first, {"path": str(folder / "b.parquet"), "language": "zh_tw"}]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def told_about(sources: str) -> list[str]:
+    return [
+        line for line in sources.splitlines() if "conversations (" in line or ", the first" in line
+    ]
+
+
+def test_bytes_do_not_depend_on_the_division(
+    tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conversations_run, "BLOCK_RECORDS", 20)
+    sources = many(tmp_path, 300)
+    made(sources, tokenizer, tmp_path / "one", processes=1)
+    told = told_about(capsys.readouterr().err)
+    assert any("9 records left out" in line for line in told), told
+    assert any("5 rows cut" in line for line in told), told
+
+    def one_by_one(task: Any, processes: int, *more: Any) -> None:
+        for process in reversed(range(processes)):
+            task(process, more[0])
+
+    monkeypatch.setattr(conversations_run, "start_server", lambda modules: None)
+    monkeypatch.setattr(conversations_run, "run_in_processes", one_by_one)
+    made(sources, tokenizer, tmp_path / "three", processes=3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert told_about(capsys.readouterr().err) == told
+    assert not (tmp_path / "one" / "blocks").exists()
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_bytes_of_one(tokenizer: Path, tmp_path: Path) -> None:
+    sources = many(tmp_path)
+    made(sources, tokenizer, tmp_path / "one", processes=1)
+    made(sources, tokenizer, tmp_path / "three", processes=3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_left_is_used(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = many(tmp_path)
+    made(sources, tokenizer, tmp_path / "whole", processes=1)
+    script = (
+        "import os, sys, json; from pathlib import Path\n"
+        "from cpt_merge.data import conversations_blocks, conversations_run\n"
+        "from cpt_merge.data.conversations_config import ConversationsConfig\n"
+        "from cpt_merge.tracking import Tracker\n"
+        "write = conversations_blocks.Blocks.write\n"
+        "def killed(self, piece, block, content):\n"
+        "    write(self, piece, block, content)\n"
+        "    if block == 1: os.kill(os.getpid(), 9)\n"
+        "conversations_blocks.Blocks.write = killed\n"
+        "keys, tokenizer, out = sys.argv[1:]\n"
+        "config = ConversationsConfig(**json.loads(keys))\n"
+        f"conversations_run.run(config, {LENGTH}, Path(tokenizer), Path(out), Tracker())\n"
+    )
+    keys = json.dumps({"sources": sources, "heldout": 0.2, "processes": 1})
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", script, keys, str(tokenizer), str(out)]
+    assert subprocess.run(command, check=False).returncode == -9
+    left = {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed.tmp/blocks").iterdir()
+    }
+    assert sorted(left) == ["0000-000000.npz", "0000-000001.npz"]
+    again = list[str]()
+    write = conversations_blocks.Blocks.write
+    monkeypatch.setattr(
+        conversations_blocks.Blocks, "write",
+        lambda self, piece, block, content: (again.append(f"{piece}-{block}"), write(self, piece, block, content)),
+    )  # fmt: skip
+    made(sources, tokenizer, out, processes=1)
+    assert again == ["0-2", "1-0", "2-0", "2-1"]
+    assert contents(out) == contents(tmp_path / "whole")
+    again.clear()
+    made(sources, tokenizer, out, processes=1)
+    assert not again
 
 
 def test_how_much_is_read_is_not_in_the_store() -> None:
