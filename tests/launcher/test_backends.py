@@ -83,7 +83,7 @@ def test_what_is_checked_early_is_the_backend_that_processes_will_have(
     overrides = [f"launch.accelerate_config={config}"] if config else []
     run = Run.load(recipe_path, [f"launch.processes={processes}", *overrides])
     with pytest.raises(UserError, match="enough"):
-        _check_training(run, here=True)
+        _check_training(run, TRAINING, run.recipe.training, here=True)
     assert [one.backend for one in seen] == [expected]
 
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_the_backend_cannot_load_is_refused_early(
     write_json(checkpoint / "train_state.json", asdict(state))
     monkeypatch.setattr(cpt_merge.training.trainable, "check_trainable", enough)
     with pytest.raises(UserError, match=sentence):
-        _check_training(run, here=True)
+        _check_training(run, TRAINING, run.recipe.training, here=True)
 
 
 def enough(*_: object) -> None:
