@@ -13,6 +13,7 @@ from cpt_merge.evaluation.sweep.recommend import drawn_metrics
 from cpt_merge.launcher.identity import IDS_FILE, group_name
 from cpt_merge.launcher.preview import read_prompts
 from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.launcher.run import Run
 from cpt_merge.tracking.workspace import Pipeline, ReplyMetric
 
 
@@ -37,6 +38,7 @@ def pipeline_of(recipe: Recipe) -> Pipeline:
         recipe.corpus.languages(),
         metrics,
         figures_for(names),
+        ["base", "chat", *Run(recipe).made_models()],
         previewed=_previewed(recipe),
         swept=_swept(recipe),
     )

@@ -10,8 +10,8 @@ from typing import Any
 from cpt_merge.cluster.attempts import attempts
 from cpt_merge.cluster.slurm import describe_job
 from cpt_merge.core.artifact import read_record
-from cpt_merge.core.config import parse_section
 from cpt_merge.core.errors import UserError
+from cpt_merge.launcher.loops import loops_of
 from cpt_merge.launcher.recipe import load_recipe
 from cpt_merge.launcher.stages import STAGE_NAMES
 from cpt_merge.tracking import STEP, read_log
@@ -28,24 +28,27 @@ def show_status(run: Path, overrides: list[str]) -> None:
     if run.is_dir():
         if overrides:
             raise UserError(f"{run} is a run's folder; give its recipe to override keys.")
-        folder, training = run, _training_config(run)
+        folder, recipe = run, _logged_recipe(run)
     else:
-        recipe = load_recipe(run, overrides)
-        folder, training = recipe.directory, recipe.training
+        loaded = load_recipe(run, overrides)
+        folder, recipe = loaded.directory, loaded.model_dump(mode="json")
         if not folder.is_dir():
             raise UserError(
                 f"{folder} does not exist: no job of this recipe has started yet "
                 "(squeue --me lists those that wait)."
             )
-    lines = [*_job(folder), *_stage(folder), *_training(folder / "training", training)]
+    loops = loops_of(folder, recipe)
+    begun = [name for name in loops if (folder / name / "log" / "run.json").is_file()]
+    current = begun[-1] if begun else "training"
+    lines = [*_job(folder), *_stage(folder), *_training(folder / current, loops[current])]
     lines += _links(folder)
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         print(f"{label:{width}}  {text}")  # unwrapped, so that paths can be copied
 
 
-def _training_config(run: Path) -> TrainingConfig:
-    """The training section of the newest log. Raises `UserError` if the folder has no log."""
+def _logged_recipe(run: Path) -> dict[str, Any]:
+    """The recipe in the newest log. Raises `UserError` if the folder has no log."""
     logs = [run / name / "log" / "run.json" for name in STAGE_NAMES]
     logs = sorted(filter(Path.is_file, logs), key=lambda path: path.stat().st_mtime)
     if not logs:
@@ -54,7 +57,7 @@ def _training_config(run: Path) -> TrainingConfig:
             "`cpt-merge status RECIPE`."
         )
     settings = json.loads(logs[-1].read_text(encoding="utf-8"))["settings"]
-    return parse_section(TrainingConfig, settings["recipe"]["training"], str(logs[-1]))
+    return dict(settings["recipe"])
 
 
 def _job(run: Path) -> Lines:

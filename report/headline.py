@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
+from cpt_merge.launcher.loops import loops_of
 from cpt_merge.report.view import (
     SWEEP,
     RunView,
@@ -18,6 +19,9 @@ from cpt_merge.report.view import (
     scores_of,
 )
 from cpt_merge.tracking import STEP, StageLog
+from cpt_merge.training import TrainingConfig
+
+RESULTS = ("tuned_merged", "tuned", "merged")  # what a run is for: the first of these that it has
 
 
 @dataclass(frozen=True)
@@ -108,45 +112,40 @@ def _mark(view: RunView, name: str, stage: StageView | None) -> StageMark:
 
 
 def training_progress(view: RunView) -> TrainingProgress | None:
-    """The progress of a training that is not finished and has logged a step."""
-    stage = next((one for one in view.stages if one.name == "training"), None)
-    steps = _planned_steps(stage.log) if stage else None
-    if stage is None or stage.record or steps is None:
+    """The progress of a training or fine-tuning that is not finished and has logged a step."""
+    loops = _loops(view)
+    stage = next((one for one in view.stages if one.name in loops and not one.record), None)
+    if stage is None:
         return None
     rows = [row for row in stage.log.rows if "train/tokens_per_second" in row and STEP in row]
     if not rows:
         return None
-    config, step = _training(stage.log), int(rows[-1][STEP])
+    config, step = loops[stage.name], int(rows[-1][STEP])
     rate = statistics.median(row["train/tokens_per_second"] for row in rows[-10:])
-    tokens = (steps - step) * config["sequence_length"] * config["global_batch_size"]
+    tokens = (config.steps - step) * config.tokens_per_step
     runs = rate > 0 and not stage.end and not view.given_up
-    return TrainingProgress(step, steps, duration(tokens / rate) if runs else "")
+    return TrainingProgress(step, config.steps, duration(tokens / rate) if runs else "")
 
 
-def _planned_steps(log: StageLog) -> int | None:
-    """The steps of the whole training, from its recipe."""
-    config = _training(log)
+def _loops(view: RunView) -> dict[str, TrainingConfig]:
+    """See `loops_of`; empty if the logged recipe is not whole."""
     try:
-        step = int(config["sequence_length"]) * int(config["global_batch_size"])
-        return -(-int(config["tokens"]) // step)
-    except (KeyError, TypeError, ZeroDivisionError):
-        return None
-
-
-def _training(log: StageLog) -> dict[str, Any]:
-    found: dict[str, Any] = log.run.get("settings", {}).get("recipe", {}).get("training", {})
-    return found
+        return loops_of(view.directory, view.recipe)
+    except UserError:
+        return {}
 
 
 def tiles(view: RunView) -> list[Tile]:
     """The tiles for which there are numbers."""
     scores, training = scores_of(view.log("evaluation")), view.log("training")
+    loops = _loops(view)
     by_stage: dict[str, list[Tile]] = {
         "evaluation": list(_evaluated(scores)),
         "training": [
             *(() if scores else (*_previewed(training), *_validated(training))),
-            *_trained(training),
+            *_trained(training, loops.get("training")),
         ],
+        "finetune": list(_trained(view.log("finetune"), loops.get("finetune"), "Fine-tuning")),
         "tokenizer": list(_tokenized(view.log("tokenizer"))),
         "merge": list(_merged(view.log("merge"))),
         SWEEP: list(_swept(view)),
@@ -169,7 +168,7 @@ def _evaluated(scores: Mapping[tuple[str, str, str], float]) -> Iterator[Tile]:
         shown = chat or bits
         if not shown:
             continue
-        last = "merged" if "merged" in shown else list(shown)[-1]
+        last = next((name for name in RESULTS if name in shown), list(shown)[-1])
         longest = 1.0 if chat else max(bits.values()) or 1.0
         texts = [{model: _share(value) for model, value in chat.items()}] * bool(chat)
         texts += [{model: f"{value:.2f}" for model, value in bits.items()}] * bool(bits)
@@ -215,17 +214,19 @@ def _validated(log: StageLog) -> Iterator[Tile]:
         yield Tile(f"Validation bits per byte, {language}", f"{points[-1][1]:.2f}", about, notes)
 
 
-def _trained(log: StageLog) -> Iterator[Tile]:
+def _trained(
+    log: StageLog, config: TrainingConfig | None, what: str = "Training"
+) -> Iterator[Tile]:
     points = log.series("train/loss")
     if not points:
         return
     rates = [row["train/tokens_per_second"] for row in log.rows if "train/tokens_per_second" in row]
-    steps, tokens = _planned_steps(log), log.newest.get("train/tokens")
-    step = f"step {points[-1][0]:,.0f}" + (f" of {steps:,}" if steps else "")
+    tokens = log.newest.get("train/tokens")
+    step = f"step {points[-1][0]:,.0f}" + (f" of {config.steps:,}" if config else "")
     notes = [step + (f", {counted(int(tokens), 'token')}" if tokens is not None else "")]
     notes += [f"median of {statistics.median(rates):,.0f} tokens per second"] if rates else []
     about = f"nats per token, from {number(points[0][1])}"
-    yield Tile("Training loss", number(points[-1][1]), about, notes)
+    yield Tile(f"{what} loss", number(points[-1][1]), about, notes)
 
 
 def _tokenized(log: StageLog) -> Iterator[Tile]:

@@ -100,7 +100,10 @@ def render_page(view: RunView, now: float) -> str:
     """The page, as of the time `now`."""
     evaluation, training, palette = view.log("evaluation"), view.log("training"), Palette(view)
     metrics = metrics_of(evaluation)
-    draw = {"tokenizer": tokenizer_charts, "data": data_charts, "merge": merge_charts}
+    draw = {
+        "tokenizer": tokenizer_charts, "data": data_charts, "merge": merge_charts,
+        "finetune": training_charts, "finetune_merge": merge_charts,
+    }  # fmt: skip
     sections = []
     for stage in view.stages:
         charts = draw[stage.name](stage.log, palette) if stage.name in draw else []
