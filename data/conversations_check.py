@@ -28,6 +28,7 @@ class CheckedTemplate:
 
 def checked(template: ConversationTemplate, source: Path) -> CheckedTemplate:
     """Raises `UserError` for a template with which replies cannot be trained."""
+    _check_variables(template, source)
     remarks = list[str]()
     template = _with_its_end(template, source, remarks)
     thought = _needs_thought(template)
@@ -48,6 +49,17 @@ def checked(template: ConversationTemplate, source: Path) -> CheckedTemplate:
             f"replies without a thought are trained with {template.switch}: false in the template"
         )
     return CheckedTemplate(template, remarks)
+
+
+def _check_variables(template: ConversationTemplate, source: Path) -> None:
+    """Raise `UserError` for variables that the template would ignore."""
+    known = template.settable
+    for name in template.variables:
+        if name not in known:
+            raise UserError(
+                f"chat_template_kwargs has {name!r}, but the chat template in {source} reads "
+                f"{', '.join(sorted(known)) or 'no variable'}; correct or remove it."
+            )
 
 
 def _turn(question: str, answer: str, thought: str) -> list[Message]:

@@ -35,6 +35,10 @@ from cpt_merge.data.conversations_thoughts import (
 
 Thinking = Literal["keep", "remove"]
 REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+# variables and functions that every template gets
+_GIVEN = {
+    "messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now",
+}  # fmt: skip
 COMMON_ROLES = ("user", "assistant", "system")  # also of templates that name no role
 # of templates that write today's: a store must not depend on the day
 DATE = datetime.date(2024, 7, 26)
@@ -101,6 +105,11 @@ class ConversationTemplate:
         """The variable that asks for a reply with or without a thought."""
         found = thinking_switch(_variables(self.text))
         return None if found in self.variables else found
+
+    @cached_property
+    def settable(self) -> frozenset[str]:
+        """The variables that a recipe may set."""
+        return _variables(self.text) - _GIVEN - {*self.tokenizer.special_tokens_map}
 
     def knows_role(self, role: str) -> bool:
         """Whether the template names a role. One that writes any role teaches nothing new."""
@@ -196,7 +205,7 @@ class ConversationTemplate:
         written = whole[len(prompt) :]
         if answer.strip() not in written:
             raise ConversationError(
-                f"has a message {place + 1} whose content the chat template changes"
+                f"has a message {place + 1} whose content the chat template leaves out or changes"
             )
         for call in target.get("tool_calls", []):
             if call["function"]["name"] not in written:

@@ -47,7 +47,7 @@ def find_files(path: str, whole_files: bool = False, split: str = "train") -> li
     looks_local = path.startswith((".", "/", "~")) or hub_id.count("/") > 1
     in_a_folder = "/" in path and Path(hub_id).parent.is_dir()
     if looks_local or in_a_folder or format_of(local) or format_of(local, whole_files=True):
-        raise UserError(f"text source {path} does not exist; correct corpus.sources.")
+        raise UserError(f"text source {path} does not exist; correct its path in the recipe.")
     return []
 
 
@@ -65,7 +65,7 @@ def _matching(path: str, pattern: Path, whole_files: bool) -> list[Path]:
         else:
             folders.append(entry)
     if not files:
-        raise UserError(f"no file matches the source path {path!r}; correct corpus.sources.")
+        raise UserError(f"no file matches the source path {path!r}; correct it in the recipe.")
     if folders and "**" not in path:
         say_left_out(path, [folder.name for folder in folders], "folder")
     return list(dict.fromkeys(files))

@@ -24,10 +24,11 @@ from cpt_merge.launcher.growth import find_continued, what_training_does
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date, prepare
-from cpt_merge.launcher.stages import DATA, TRAINING, stages_of
+from cpt_merge.launcher.stages import CONVERSATIONS, DATA, TRAINING, stages_of
 from cpt_merge.launcher.start import backend_variables, local_processes
 
 if TYPE_CHECKING:
+    from cpt_merge.finetune import FinetuneConfig
     from cpt_merge.launcher.stage import Stage
     from cpt_merge.training.config import TrainingConfig
     from cpt_merge.training.distributed.settings import BackendSettings
@@ -89,6 +90,8 @@ def check(run: Run, here: bool) -> None:
             _check_training(run, stage, finetune.training_config(training, 1), here)
     _check_chat(run)
     _check_prompts(run)
+    if finetune:
+        _check_conversations(run, finetune, here)
 
 
 def _check_training(run: Run, stage: Stage, config: TrainingConfig, here: bool) -> None:
@@ -174,6 +177,15 @@ def _check_chat(run: Run) -> None:
         check_model(run.chat, run.recipe.training)
     for model in (run.base, run.chat):
         check_loads(model)
+
+
+def _check_conversations(run: Run, finetune: FinetuneConfig, here: bool) -> None:
+    """Check that the chat model's template renders the conversations, unless they are rendered."""
+    from cpt_merge.data.conversations_inputs import check_conversations
+
+    if not is_up_to_date(run, CONVERSATIONS):
+        length = finetune.length(run.recipe.training)
+        check_conversations(finetune, length, run.chat, download=here)
 
 
 def _check_whole(run: Run) -> None:

@@ -39,7 +39,7 @@ def test_a_template_that_writes_thoughts_always_is_checked_with_one() -> None:
         (styles.CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}"), "changes"),
         (
             "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}</s>{% endfor %}",
-            "whose content the chat template changes",
+            "whose content the chat template leaves out or changes",
         ),
     ],
 )
