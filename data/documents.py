@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,6 +62,12 @@ def count_rows(files: Iterable[Path], layout: Layout) -> int:
         else sum(1 for _ in read_documents(file, layout))
         for file in files
     )
+
+
+def known_rows(files: Sequence[Path]) -> int | None:
+    """The number of rows of files that tell it without being read; None if one does not."""
+    told = all(file.suffix == ".parquet" for file in files)
+    return sum(map(parquet_rows, files)) if told else None
 
 
 def documents_of(rows: Iterable[Row], where: str, layout: Layout) -> Iterator[str | None]:

@@ -17,7 +17,8 @@ from cpt_merge.cluster.plan import ClusterOptions, show_cluster
 from cpt_merge.cluster.scaling import flops_of
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
-from cpt_merge.data.hub_datasets import HubFile, size_of
+from cpt_merge.data.documents import known_rows
+from cpt_merge.data.hub_datasets import HubFile, at_hand, is_at_hand, size_of
 from cpt_merge.data.mixture import describe, mixture
 from cpt_merge.data.sources import source_files
 from cpt_merge.finetune import FinetuneConfig
@@ -199,6 +200,10 @@ def _print_text(console: Console, run: Run) -> None:
         if on_hub:
             cached = sum(file.path is not None for file in on_hub)
             size += f" in {counted(len(files), 'file')} on the hub, {cached} of them in its cache"
+        rows = (
+            known_rows([at_hand(file) for file in files]) if all(map(is_at_hand, files)) else None
+        )
+        size += f", {counted(rows, 'row')}" if rows is not None else ""
         kind = "text" if source in corpus.sources else "conversations"
         line = f"{kind}: {source.path} ({source.language}, {size})"
         console.print(line, markup=False, soft_wrap=True)

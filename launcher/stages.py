@@ -155,7 +155,7 @@ def _conversations(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     paths, recipe = context.run, context.run.recipe
     assert recipe.finetune
     inputs = MergeInputs(paths.resized, paths.base, paths.chat, paths.tokenizer)
-    paths.chat_tokenizer.mkdir(parents=True)
+    paths.chat_tokenizer.mkdir(parents=True, exist_ok=True)
     write_all_but_weights(plan(recipe.merge, inputs), paths.chat_tokenizer)
     length = recipe.finetune.length(recipe.training)
     return run(recipe.finetune, length, paths.chat_tokenizer, paths.conversations, tracker)
@@ -183,6 +183,7 @@ CONVERSATIONS = Stage(
     run=_conversations,
     marker="store/store.json",
     output=Output("store", "conversations"),
+    resumable=True,
 )
 
 

@@ -174,3 +174,21 @@ def test_what_fine_tuning_would_refuse_is_refused_before_the_first_stage(
     with pytest.raises(UserError, match=sentence):
         show_plan(load_recipe(path, ["launch.processes=2"]))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_bad_conversation_is_refused_before_the_first_stage(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    values = yaml.safe_load(recipe_path.read_text())
+    sources = write_conversations(tmp_path)
+    asked = {"messages": [{"role": "user", "content": "天"}]}
+    path = Path(sources[1]["path"])
+    path.write_text(json.dumps(asked) + "\n" + path.read_text())
+    values |= {"finetune": {"sources": sources, **FINETUNE}, "runs": str(tmp_path / "runs")}
+    recipe = tmp_path / "tuned.yaml"
+    recipe.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    done = cpt_merge("plan", str(recipe))
+    assert done.returncode == 2, done.stderr
+    assert f"{path}: line 1 has no message of an assistant to train on; fix it" in done.stderr
+    assert not (tmp_path / "runs").exists()
