@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from cpt_merge.merge.merge_report import made_in_memory
 from cpt_merge.tracking import read_log
 from tests.command_line import cpt_merge
 from tests.launcher.conftest import adopt, sentences
+from tests.processes import Processes
 
 FINETUNE: dict[str, Any] = {
     "sequence_length": 128, "global_batch_size": 4, "learning_rate": 0.003, "epochs": 4,
@@ -192,3 +194,62 @@ def test_a_bad_conversation_is_refused_before_the_first_stage(
     assert done.returncode == 2, done.stderr
     assert f"{path}: line 1 has no message of an assistant to train on; fix it" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def finetuned(run: Run, folder: Path, *settings: str) -> Run:
+    """The run copied to `folder` and fine-tuned there with these settings, by the command line."""
+    words = [run.words[0], f"runs={folder}", "tracking.mode=disabled", *settings]
+    shutil.copytree(
+        run.recipe.directory, folder / "tiny", ignore=shutil.ignore_patterns("finetune*")
+    )
+    adopt(folder / "tiny", str(run.recipe.directory.parent), str(folder))
+    done = cpt_merge("finetune", *words)
+    assert done.returncode == 0, done.stderr
+    return Run.load(Path(words[0]), words[1:])
+
+
+def last_losses(run: Run) -> list[float]:
+    log = read_log(run.folder("finetune") / "log")
+    return [log.series(f"valid/{language}/loss")[-1][1] for language in ("ko", "zh_tw")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], ["finetune.lora={rank: 4}"]])
+@pytest.mark.parametrize("backend", ["fsdp2", "zero2", "zero3"])
+def test_every_backend_learns_the_same(
+    tuned: Run, tmp_path: Path, backend: str, lora: list[str]
+) -> None:
+    alone = finetuned(tuned, tmp_path / "alone", *lora)
+    several = ["launch.processes=2", f"launch.accelerate_config={backend}", *lora]
+    divided = finetuned(tuned, tmp_path / "divided", *several)
+    assert last_losses(divided) == pytest.approx(last_losses(alone), abs=1e-3)
+    assert made_in_memory(divided.tuned_merged)
+
+
+@pytest.mark.slow
+def test_a_killed_fine_tuning_ends_in_the_same_bytes(
+    tuned: Run, tmp_path: Path, processes: Processes
+) -> None:
+    settings = ["launch.processes=2", "training.checkpoints.every=3"]
+    expected = finetuned(tuned, tmp_path / "whole", *settings)
+    shutil.copytree(
+        tuned.recipe.directory, tmp_path / "tiny", ignore=shutil.ignore_patterns("finetune*")
+    )
+    adopt(tmp_path / "tiny", str(tuned.recipe.directory.parent), str(tmp_path))
+    words = [tuned.words[0], f"runs={tmp_path}", "tracking.mode=disabled", *settings]
+    killed = processes.python("-m", "cpt_merge.launcher.cli", "finetune", *words)
+    folder = tmp_path / "tiny" / "finetune"
+    killed.wait_until(lambda: any(folder.glob("checkpoints/step-*6/*.json")), "a checkpoint")
+    killed.signal(signal.SIGKILL)
+    killed.finish()
+    assert not (folder / "stage.json").exists()
+    again = cpt_merge("finetune", *words)
+    assert again.returncode == 0, again.stderr
+    assert "continues from step" in again.stderr
+    found = Run.load(Path(words[0]), words[1:])
+    for made, wanted in (
+        (found.tuned, expected.tuned),
+        (found.tuned_merged, expected.tuned_merged),
+    ):
+        for path in wanted.glob("*.safetensors"):
+            assert fingerprint(made / path.name) == fingerprint(path)
