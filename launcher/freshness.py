@@ -110,9 +110,10 @@ def _changed_input(
         verb = "has changed" if Path(path).exists() else "is gone"
         yield _Change(f"{path} {verb}", of_text=False)
     else:
-        directory = {"base": run.base, "chat": run.chat}.get(name)
-        newer = _files_since(directory, finished) if directory else ""
-        yield _Change(f"the {name} model{newer} has changed", of_text=False)
+        directories = {"base": run.base, "chat": run.chat, "start": run.start}
+        newer = _files_since(directories[name], finished) if name in directories else ""
+        what = "the model to start from" if name == "start" else f"the {name} model"
+        yield _Change(f"{what}{newer} has changed", of_text=False)
 
 
 def _changed_text(run: Run, path: str, before: list[str], now: list[str]) -> str:

@@ -95,7 +95,7 @@ def check(run: Run, here: bool) -> None:
 
 
 def _check_training(run: Run, stage: Stage, config: TrainingConfig, here: bool) -> None:
-    """Check that a model like the base trains as `config` says."""
+    """Check that a model like the one to start from trains as `config` says."""
     import torch
 
     from cpt_merge.training.distributed.settings import backend_settings
@@ -107,7 +107,7 @@ def _check_training(run: Run, stage: Stage, config: TrainingConfig, here: bool) 
     known = here or on_cpu or device.type == "cuda"
     asked, alone = backend_settings(variables), run.recipe.models.text_only
     _check_continues(run, stage, config, asked)
-    choice = check_trainable(run.base, config, asked, device if known else None, alone)
+    choice = check_trainable(run.start, config, asked, device if known else None, alone)
     if choice.separation.one_by_one:
         say(f"packed documents: {_cost_of_padding(run)}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from cpt_merge.checkpoint.loaded import refuse_image_layers
-from cpt_merge.checkpoint.reader import check_complete, read_json
+from cpt_merge.checkpoint.reader import Checkpoint, check_complete, read_json
 from cpt_merge.checkpoint.token_ids import FAST_FILE
 from cpt_merge.checkpoint.tokenizer_files import TokenizerFiles
 from cpt_merge.core.artifact import check_writable
@@ -24,6 +24,7 @@ from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.sizes import check_disk, read_shape
 from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import MERGE, TRAINING
+from cpt_merge.launcher.start_model import check_start
 from cpt_merge.merge import merge_report
 from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.fit import open_fitting
@@ -93,8 +94,9 @@ def _check_models(run: Run) -> None:
     recipe = run.recipe
     models = open_fitting({"base": run.base, "chat": run.chat})
     if not is_up_to_date(run, TRAINING):
-        refuse_image_layers(models["base"].config, run.base)
-    recipe.training.check_positions(models["base"].config)
+        refuse_image_layers(Checkpoint.open(run.start).config, run.start)
+    check_start(run)
+    recipe.training.check_positions(Checkpoint.open(run.start).config)
     base, chat = _require_tokenizer(run.base, "base"), _require_tokenizer(run.chat, "chat")
     check_budget(recipe.corpus, recipe.training.tokens, _tokenizer_of_base(run))
     if recipe.tokenizer.languages():

@@ -10,8 +10,9 @@ import hashlib
 import re
 from pathlib import Path
 
-from cpt_merge.core.hub import model_directory
-from cpt_merge.core.hub_repository import identity
+from cpt_merge.core.artifact import read_record
+from cpt_merge.core.hub import model_directory, model_fingerprint
+from cpt_merge.core.hub_repository import identity, shown_name
 from cpt_merge.data.files import plain_path
 from cpt_merge.data.sources import Source
 from cpt_merge.launcher.run import Run
@@ -34,9 +35,9 @@ def used(context: StageContext) -> list[Artifact]:
         made = context.stage.inputs.get(name)
         if made and made.output and digest.startswith("stage:"):
             found.append(_of_stage(run, made.output, digest, used=True))
-        elif name in ("base", "chat"):
-            model = run.base if name == "base" else run.chat
-            label = getattr(run.recipe.models, name).rstrip("/").split("/")[-1]
+        elif name in (named := _named_models(run)):
+            label, model = named[name]
+            label = label.rstrip("/").split("/")[-1]
             if identity(model):
                 label = label.partition("@")[0]  # the digest has the commit
             uri = _model_address(model)
@@ -53,13 +54,45 @@ def used(context: StageContext) -> list[Artifact]:
         elif name.startswith("text "):
             short = _digest(digest, 16)  # the digest joins those of all files
             path_of = name.removeprefix("text ")
-            named = run.recipe.named_sources.values()
-            sources = [one for one in named if one.path == path_of]
+            sources = [one for one in run.recipe.named_sources.values() if one.path == path_of]
             found += [
                 Artifact(_text_name(one), "text", _address(one.path, digest), short, True)
                 for one in sources
             ]
     return found
+
+
+def notes_on_training(run: Run) -> tuple[str, ...]:
+    """What the card of a merged model tells of how CPT came about, one sentence each.
+
+    That is nothing if it was trained from the base in one go. Of an unfinished training, the newest
+    checkpoint tells.
+    """
+    named, folder = run.recipe.training.start, run.folder("training")
+    found = list[str]()
+    if named:
+        found.append(
+            f"CPT started from {shown_name(run.start)} ({model_fingerprint(named)}), not from the "
+            "base."
+        )
+    record = read_record(folder)
+    if record:
+        grown = record.results.get("grown", [])
+    else:
+        from cpt_merge.training.distributed.checkpoint import complete_checkpoints, read_saved_state
+        from cpt_merge.training.growth import describe_growth
+
+        newest = complete_checkpoints(folder / "checkpoints")[-1:]
+        grown = describe_growth(read_saved_state(newest[0]).grown) if newest else []
+    found += [f"CPT continued a shorter training: {text}." for text in grown]
+    return tuple(found)
+
+
+def _named_models(run: Run) -> dict[str, tuple[str, Path]]:
+    """What the recipe calls the models that stages read, and their directories."""
+    models, start = run.recipe.models, run.recipe.training.start
+    found = {"base": (models.base, run.base), "chat": (models.chat, run.chat)}
+    return found | ({"start": (start, run.start)} if start else {})
 
 
 def _of_stage(run: Run, output: Output, digest: str, used: bool) -> Artifact:

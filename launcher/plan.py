@@ -50,7 +50,7 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
     base = read_shape(recipe)
     shape = base.resized(extended_rows(recipe, base))
     console = Console(highlight=False, emoji=False)
-    names = f"{recipe.models.base} -> {run.result}"
+    names = f"{recipe.training.start or recipe.models.base} -> {run.result}"
     console.print(f"[bold]{escape(recipe.name)}[/]: {escape(names)}", soft_wrap=True)
     states = [
         f"{stage.name} {'[green]done[/]' if is_up_to_date(run, stage) else '[yellow]to do[/]'}"
@@ -106,6 +106,8 @@ def _add_model(table: Table, recipe: Recipe, base: ModelShape, shape: ModelShape
     """What the base and the extended model are, and what training does with it."""
     config = recipe.training
     table.add_row("base", f"{_parameters(base)}, {base.vocabulary:,} rows")
+    if config.start:
+        table.add_row("start", f"{config.start}, in place of the base")
     if base.towers:
         text = f"{base.towers / 1e6:,.1f} M parameters more, which training does not load"
         table.add_row("towers", text)

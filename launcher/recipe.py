@@ -134,6 +134,7 @@ class Recipe(Section):
         named = {
             "models.base": self.models.base,
             "models.chat": self.models.chat,
+            "training.start": self.training.start,
             **{f"merge.vectors.{place}.base": one.base for place, one in enumerate(vectors)},
             **{f"merge.vectors.{place}.chat": one.chat for place, one in enumerate(vectors)},
             **{f"evaluation.models.{name}": model for name, model in evaluation.models.items()},

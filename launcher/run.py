@@ -44,6 +44,12 @@ class Run:
         """The chat model's directory."""
         return model_directory(self.recipe.models.chat)
 
+    @cached_property
+    def start(self) -> Path:
+        """The directory of the model whose weights training starts from."""
+        named = self.recipe.training.start
+        return model_directory(named) if named else self.base
+
     def folder(self, stage: str) -> Path:
         """A stage's folder: its artifact, its log, and `stage.json` once it is finished."""
         return self.recipe.directory / stage
@@ -55,7 +61,7 @@ class Run:
 
     @property
     def resized(self) -> Path:
-        """The base model with rows for the new vocabulary."""
+        """The model that training starts from, with rows for the new vocabulary."""
         return self.folder("embeddings") / "model"
 
     @property

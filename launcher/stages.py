@@ -92,25 +92,28 @@ def _initialise_rows(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     text = _new_text(recipe)
     return resize_embeddings(
         recipe.embeddings, paths.base, paths.tokenizer, paths.resized, text, tracker,
-        recipe.models.text_only,
+        recipe.models.text_only, paths.start if recipe.training.start else None,
     )  # fmt: skip
 
 
 def _embeddings_config(recipe: Recipe) -> dict[str, Any]:
     text = {"corpus": _new_text(recipe).text()} if recipe.embeddings.needs_text else {}
     alone = {"text_only": True} if recipe.models.text_only else {}
-    return {"embeddings": recipe.embeddings.model_dump(), **text, **alone}
+    other = {"training.start": True} if recipe.training.start else {}  # `reads` has which one
+    return {"embeddings": recipe.embeddings.model_dump(), **text, **alone, **other}
 
 
 def _embeddings_inputs(run: Run) -> dict[str, str]:
     text = run.corpus_inputs() if run.recipe.embeddings.needs_text else {}
-    return {"base": model_fingerprint(run.recipe.models.base), **text}
+    named = run.recipe.training.start
+    start = {"start": model_fingerprint(named)} if named else {}
+    return {"base": model_fingerprint(run.recipe.models.base), **start, **text}
 
 
 EMBEDDINGS = Stage(
     name="embeddings",
     command="embeddings",
-    help="Resize the base's embedding and head, and initialise the new rows.",
+    help="Resize embedding and head of the model to start from, and initialise the new rows.",
     config=_embeddings_config,
     inputs={"tokenizer": TOKENIZER},
     reads=_embeddings_inputs,
@@ -189,6 +192,7 @@ CONVERSATIONS = Stage(
 
 def _train(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     from cpt_merge.launcher.hook import post_training_hook
+    from cpt_merge.launcher.lineage import notes_on_training
     from cpt_merge.launcher.preview import preview_of
     from cpt_merge.launcher.start import use_backend
     from cpt_merge.merge.plan import MergeInputs
@@ -200,7 +204,8 @@ def _train(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     inputs = TrainingInputs(
         paths.resized, paths.tokenizer, paths.store, context.key, paths.base, recipe.corpus
     )
-    models = MergeInputs(paths.resized, paths.base, paths.chat, paths.tokenizer)
+    notes = notes_on_training(paths)
+    models = MergeInputs(paths.resized, paths.base, paths.chat, paths.tokenizer, notes=notes)
     hook = post_training_hook(context, MERGE, models, paths.merged)
     preview = preview_of(recipe, models)
     return run(recipe.training, inputs, context.folder, tracker, hook, preview)
@@ -225,10 +230,12 @@ TRAINING = Stage(
 
 
 def _merge(context: StageContext, tracker: Tracker) -> dict[str, Any]:
+    from cpt_merge.launcher.lineage import notes_on_training
     from cpt_merge.merge.plan import MergeInputs
 
     paths = context.run
-    inputs = MergeInputs(paths.cpt, paths.base, paths.chat, paths.tokenizer)
+    notes = notes_on_training(paths)
+    inputs = MergeInputs(paths.cpt, paths.base, paths.chat, paths.tokenizer, notes=notes)
     return _merge_files(context, tracker, paths.recipe.merge, inputs, paths.merged)
 
 
@@ -288,6 +295,7 @@ FORMAT = Stage(
 def _finetune(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     from cpt_merge.data.store import Store
     from cpt_merge.launcher.hook import post_training_hook
+    from cpt_merge.launcher.lineage import notes_on_training
     from cpt_merge.launcher.preview import preview_of
     from cpt_merge.launcher.start import use_backend
     from cpt_merge.merge.plan import MergeInputs
@@ -305,7 +313,10 @@ def _finetune(context: StageContext, tracker: Tracker) -> dict[str, Any]:
     inputs = TrainingInputs(
         start, paths.chat_tokenizer, paths.conversations, context.key, shares=shares
     )
-    models = MergeInputs(start, paths.base, paths.chat, paths.chat_tokenizer, has_format=True)
+    models = MergeInputs(
+        start, paths.base, paths.chat, paths.chat_tokenizer,
+        has_format=True, notes=notes_on_training(paths),
+    )  # fmt: skip
     hook = None
     if merges:
         hook = post_training_hook(context, FINETUNE_MERGE, models, paths.tuned_merged)
@@ -342,10 +353,14 @@ FINETUNE_AFTER_MERGE = replace(
 
 
 def _finetune_merge(context: StageContext, tracker: Tracker) -> dict[str, Any]:
+    from cpt_merge.launcher.lineage import notes_on_training
     from cpt_merge.merge.plan import MergeInputs
 
     paths = context.run
-    inputs = MergeInputs(paths.tuned, paths.base, paths.chat, paths.chat_tokenizer, has_format=True)
+    inputs = MergeInputs(
+        paths.tuned, paths.base, paths.chat, paths.chat_tokenizer,
+        has_format=True, notes=notes_on_training(paths),
+    )  # fmt: skip
     return _merge_files(context, tracker, paths.recipe.merge, inputs, paths.tuned_merged)
 
 

@@ -121,6 +121,18 @@ def pair_warnings(base: Path, chat: Path) -> list[str]:
     return found
 
 
+def contained_vector(base: Path, chat: Path, model: Checkpoint) -> float:
+    """How many times a model of the same shapes contains chat - base already; 0 if it does not."""
+    of_base = stored_like(open_model(base), model)
+    pair = Pair(of_base, stored_like(open_model(chat, base), model))
+    sums = total(
+        _sample(model, pair, name)
+        for name, info in model.tensors.items()
+        if name in pair.tensors and info.dtype in FLOATS and kind_of(name) in BODY
+    )
+    return sums.contained if sums.contained > CONTAINED else 0.0
+
+
 def has_chat_template(directory: Path) -> bool:
     """Whether one of the tokenizer's files holds a chat template."""
     if any((directory / f"chat_template.{suffix}").is_file() for suffix in ("jinja", "json")):

@@ -25,6 +25,8 @@ def model_card(plan: MergePlan, origin: Mapping[str, Any], results: Mapping[str,
             or "not stated"
         )
         lines.append(f"| {label} | {entry['name']} | {entry['fingerprint']} | {licence} |")
+    for note in plan.notes:
+        lines += ["", note]
     lines += [
         "",
         "Rows of the vocabulary: "

@@ -176,7 +176,11 @@ SAID_BY_ABSENCE = {"rope_theta", "rope_scaling", "sliding_window"}
 
 def config_differences(plan: MergePlan) -> list[str]:
     """`field is a in cpt, b in chat` for every field of config.json in which the models differ."""
-    stored = {"cpt": plan.cpt.config, **plan.chat.source.configs}
+    return differing_fields({"cpt": plan.cpt.config, **plan.chat.source.configs})
+
+
+def differing_fields(stored: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The same of the configurations of any models."""
     configs = {label: _normal(config) for label, config in stored.items()}
     found = []
     for name in sorted(set().union(*configs.values()) - EXPECTED_TO_DIFFER):

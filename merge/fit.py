@@ -55,6 +55,14 @@ def open_fitting(directories: Mapping[str, Path]) -> dict[str, Checkpoint]:
         label: open_model(directory, directories.get("base") if label != "base" else None)
         for label, directory in directories.items()
     }
+    return fitting(models)
+
+
+def fitting(models: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Models that are combined tensor by tensor, with the names of the last one.
+
+    Raises as `open_fitting` does.
+    """
     *_, last = models.values()
     models = {label: stored_like(model, last) for label, model in models.items()}
     head = missing_head(models)

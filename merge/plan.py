@@ -66,6 +66,7 @@ class MergeInputs:
     vector: Path | None = None
     text_only: bool = False  # CPT is the text decoder of the wrapper in `cpt`
     has_format: bool = False  # CPT has the chat format's rows, trained further: they are kept
+    notes: tuple[str, ...] = ()  # sentences for the model card: how CPT came about
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -126,6 +127,7 @@ class MergePlan:
     changes: TokenChanges
     format: ChatFormat
     tensors: list[PlannedTensor]
+    notes: tuple[str, ...] = ()  # as in `MergeInputs`
 
     @property
     def rows(self) -> int:
@@ -208,7 +210,9 @@ def plan(config: MergeConfig, inputs: MergeInputs, out: Path | None = None) -> M
     rows, layers = meeting.rows[0].rows, count_layers(names)
     planned = [_planned(cpt, name, sources[0], rows, config, layers) for name in names]
     _say_skipped(names, config, models)
-    the_plan = MergePlan(config, cpt, vectors, tokenizer, meeting.changes, meeting.format, planned)
+    the_plan = MergePlan(
+        config, cpt, vectors, tokenizer, meeting.changes, meeting.format, planned, inputs.notes
+    )
     if out is not None:
         check_output(the_plan, out)
     return the_plan

@@ -175,6 +175,11 @@ class TrainingConfig(Section):
         unit="tokens",
         gt=0,
     )
+    start: str | None = key(
+        None,
+        "the model whose weights training starts from, a directory or a hub id: the chat model, "
+        "or a model that another run made of the same base; the base if not set",
+    )
     precision: Literal["bf16", "fp32", "pure-bf16"] = key(
         "bf16",
         "bf16: bf16 compute, fp32 master weights and reduction; pure-bf16: no masters, weights are "

@@ -1,5 +1,6 @@
-"""Give the base model rows for a longer vocabulary: only matrices with a row per token change, and
-only by new rows.
+"""Give a model rows for a longer vocabulary: only matrices with a row per token change, and only by
+new rows. The model is the base, or another one that training starts from (`start_rows.py`), of
+which every row that it has already is taken.
 
 Old rows stay equal bit for bit (invariant "old ids fixed"). Rows of new pieces are initialised by
 one of the `methods`; the chat model's special tokens, whose rows the merge later takes from the
@@ -23,7 +24,7 @@ from cpt_merge.checkpoint.loaded import is_tied, loaded, written_config
 from cpt_merge.checkpoint.model_files import GENERATION_FILE, copy_companions, copy_files
 from cpt_merge.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import is_by_token, kind_of, vocabulary_rows
-from cpt_merge.checkpoint.text_only import text_only
+from cpt_merge.checkpoint.text_only import has_towers, text_only
 from cpt_merge.checkpoint.text_sections import resize_config
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
@@ -37,6 +38,7 @@ from cpt_merge.tokenizer_ext.embeddings.methods import INITIALISERS
 from cpt_merge.tokenizer_ext.embeddings.methods.auto import letterless_tokens
 from cpt_merge.tokenizer_ext.embeddings.methods.method import NewRows, Use
 from cpt_merge.tokenizer_ext.embeddings.old_rows import OldRows
+from cpt_merge.tokenizer_ext.embeddings.start_rows import StartRows
 from cpt_merge.tokenizer_ext.embeddings.token_space import MINIMUM, TokenSpace, train_space
 from cpt_merge.tracking import Cell, Tracker
 
@@ -56,21 +58,24 @@ def resize_embeddings(
     corpus: Corpus | None = None,
     tracker: Tracker | None = None,
     without_towers: bool = False,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Write the model in `base` with rows for the extended `tokenizer` to `out`, which is missing
-    or empty.
+    or empty; or the model in `start`, whose rows are found by the names of their tokens.
 
     `tokenizer` is a directory that `extend_tokenizer` wrote. `corpus` is text in the new languages;
     only the method `focus` reads it. `without_towers` writes the text decoder of a wrapper as a
     model of its own. Returns the number of rows of each kind, and for each matrix
     the mean norms of old and new rows. Raises `UserError` if the vocabulary map was made for
-    another base.
+    another base, or `start` does not fit it.
     """
-    stored, vocabulary = Checkpoint.open(base), VocabularyMap.load(tokenizer)
+    model = start or base
+    stored, vocabulary = Checkpoint.open(model), VocabularyMap.load(tokenizer)
     source = loaded(stored)
-    if without_towers:
+    if without_towers and (start is None or has_towers(source)):
         source = text_only(source)
-    resize = _Resize(config, source, stored, vocabulary, tokenizer)
+    aligned = StartRows.align(source, tokenizer, vocabulary) if start else None
+    resize = _Resize(config, source, stored, vocabulary, tokenizer, aligned)
     resize.check()
     layout = resize.layout()
     space = resize.token_space(corpus)
@@ -78,7 +83,7 @@ def resize_embeddings(
     norms: dict[str, dict[str, float]] = {}
     with writer.alone(), Meter("embeddings", layout.nbytes / 1e6, "MB") as meter:
         for name, info in layout.tensors.items():
-            _copy(source, name, writer)
+            resize.copy(name, writer)
             if name in resize.matrices:
                 of_rows = resize.append(name, writer, space)
                 if len(info.shape) == 2:  # no bias of the head
@@ -92,14 +97,17 @@ def resize_embeddings(
             write_index(writer.directory / INDEX_FILE, files, total)
         write_json(writer.directory / "config.json", resize.model_config())
         copy_files([tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)], writer.directory)
-        copy_files([base / GENERATION_FILE], writer.directory)
+        copy_files([model / GENERATION_FILE], writer.directory)
         if not without_towers:
-            copy_companions([base], writer.directory)
+            copy_companions([model], writer.directory)
     say(
         f"embeddings: {vocabulary.base_rows:,} -> {vocabulary.rows:,} rows; "
         f"{len(resize.changed_files)} files written, {linked} linked"
     )
     results = _row_counts(vocabulary)
+    if aligned:
+        results["from_start"] = sum(map(aligned.has, range(vocabulary.rows)))
+        say(f"embeddings: {results['from_start']:,} of {vocabulary.rows:,} rows are {model}'s")
     results |= {f"{kind}_norms": norm for kind, norm in norms.items()}
     rows: list[list[Cell]] = [
         [kind, norm["old"], norm["new"], norm["new"] / norm["old"]] for kind, norm in norms.items()
@@ -112,18 +120,23 @@ def resize_embeddings(
 
 @dataclass(frozen=True)
 class _Resize:
-    """A base, the map of its longer vocabulary, and what follows from the two."""
+    """A model, the map of its longer vocabulary, and what follows from the two."""
 
     config: EmbeddingsConfig
     source: Checkpoint  # with the tensors that loaders use; the output has these
     stored: Checkpoint  # with all tensors
     vocabulary: VocabularyMap
     tokenizer: Path
+    start: StartRows | None = None  # where the rows are, if the model is not the base
 
     @cached_property
     def matrices(self) -> list[str]:
-        """The tensors with a row per token that get new rows."""
-        if self.vocabulary.rows == self.vocabulary.base_rows:
+        """The tensors with a row per token whose rows are not those of the output."""
+        if self.start:
+            unchanged = self.start.are_all(vocabulary_rows(self.source))
+        else:
+            unchanged = self.vocabulary.rows == self.vocabulary.base_rows
+        if unchanged:
             return []
         return [name for name in self.source.tensors if is_by_token(name)]
 
@@ -153,14 +166,15 @@ class _Resize:
     def check(self) -> None:
         """Raise `UserError` for a base that cannot grow, or one that the map was not made for."""
         if self.source.adapted is not None:
+            what = "a model to start from" if self.start else "a base"
             raise UserError(
-                f"{self.source.directory} is a LoRA adapter, and a base must be a whole model; "
+                f"{self.source.directory} is a LoRA adapter, and {what} must be a whole model; "
                 f"{MERGE_IT}."
             )
         rows = vocabulary_rows(self.source)
         if self.matrices:
             check_resizable(self.source)
-        if rows != self.vocabulary.base_rows:
+        if not self.start and rows != self.vocabulary.base_rows:
             raise UserError(
                 f"the embedding of {self.source.directory} has {rows} rows, but the vocabulary "
                 f"map was made for {self.vocabulary.base_rows}; make the tokenizer again with "
@@ -211,14 +225,27 @@ class _Resize:
         constituents = {id_ for piece in self.vocabulary.new for id_ in piece.constituents}
         return letterless_tokens(self.tokenizer, constituents)
 
+    def copy(self, name: str, writer: CheckpointWriter) -> None:
+        """Copy the elements of a tensor that the model has."""
+        source, info = self.source, self.source.tensors[name]
+        if self.start and name in self.matrices:
+            for row, start, stop in self.start.runs():
+                values = source.read_copied(name, start * info.row_size, stop * info.row_size)
+                writer.write(name, row, values)
+            return
+        for first in range(0, info.size, _BLOCK):  # in a matrix that grows: the first ones
+            last = min(first + _BLOCK, info.size)
+            writer.write_flat(name, first, source.read_copied(name, first, last))
+
     def append(
         self, name: str, writer: CheckpointWriter, space: TokenSpace | None
     ) -> dict[str, float]:
-        """Write the new rows of a matrix.
+        """Write the rows of a matrix that the model lacks.
 
         Returns the mean norms of the old rows and of the new pieces' rows.
         """
-        config, info, old = self.config, writer.layout.tensors[name], OldRows(self.source, name)
+        config, info = self.config, writer.layout.tensors[name]
+        old = OldRows(self.source, name, self.start.old if self.start else None)
         if not np.isfinite(old.mean).all():
             raise UserError(
                 f"{name} of {self.source.directory} contains NaN or Inf; download the model again, "
@@ -229,7 +256,7 @@ class _Resize:
         if len(info.shape) == 1:
             method = "mean"  # a bias has no directions
         task = NewRows(
-            pieces=self.vocabulary.new,
+            pieces=[piece for piece in self.vocabulary.new if self._lacks(piece.id)],
             old=old,
             random=np.random.default_rng([config.seed, use == "head"]),
             use=use,
@@ -242,8 +269,12 @@ class _Resize:
                 writer.write(name, task.pieces[number].id, narrow(row, info.dtype))
                 number, norms = number + 1, norms + float(np.linalg.norm(row))
         for id_ in [token.id for token in self.vocabulary.chat] + self.vocabulary.padding:
-            writer.write(name, id_, narrow(old.mean, info.dtype))
+            if self._lacks(id_):
+                writer.write(name, id_, narrow(old.mean, info.dtype))
         return {"old": round(old.mean_norm, 4), "new": round(norms / max(number, 1), 4)}
+
+    def _lacks(self, row: int) -> bool:
+        return not (self.start and self.start.has(row))
 
     def link_unchanged_files(self, directory: Path) -> int:
         """Hard-link the files that do not change, or copy them to another file system.
@@ -285,13 +316,6 @@ def _as_safetensors(file: str) -> str:
     if file.endswith(".safetensors"):
         return file
     return f"{Path(file).stem.replace('pytorch_model', 'model')}.safetensors"
-
-
-def _copy(source: Checkpoint, name: str, writer: CheckpointWriter) -> None:
-    """Copy a tensor's elements; in a matrix that grows these are the first ones."""
-    size = source.tensors[name].size
-    for start in range(0, size, _BLOCK):
-        writer.write_flat(name, start, source.read_copied(name, start, min(start + _BLOCK, size)))
 
 
 def _row_counts(vocabulary: VocabularyMap) -> dict[str, Any]:
