@@ -85,12 +85,16 @@ def _with_its_end(
     """The template, which may end a turn with a special token that ends no reply yet.
 
     Phi-3 writes `<|end|>` and, at the very end, the tokenizer's eos; a model that learned both
-    would go on after its reply.
+    would go on after its reply. Command R writes `<|END_RESPONSE|>` and eos after every reply.
     """
+    thought = _needs_thought(template)
+    first = _turn(_SAID[0], _SAID[1], thought)
     try:
-        reply = template.reply(_turn(_SAID[0], _SAID[1], _needs_thought(template)), 1, [])
+        reply = template.reply(first, 1, [])
     except ConversationError as error:
         raise UserError(f"the chat template in {source}: a conversation {error}.") from None
+    if template.end_ids & set(_after_a_turn(template, first)):
+        return template
     place = reply.whole.rindex(_SAID[1]) + len(_SAID[1])
     after = encode(template, [reply.whole[place:]])[0]
     special = set(template.tokenizer.all_special_ids) | {
@@ -105,6 +109,19 @@ def _with_its_end(
         "end; add its id to `eos_token_id` of generation_config.json"
     )
     return replace(template, end_ids=template.end_ids | {found})
+
+
+def _after_a_turn(template: ConversationTemplate, turn: list[Message]) -> list[int]:
+    """The tokens between a turn's reply and the next question; none if there can be no other."""
+    question: Message = {"role": "user", "content": _SAID[2]}
+    variables = {template.switch: False} if template.switch else {}
+    try:
+        text = template.render(
+            [*turn, question], [], {**variables, **template.variables}, prompt=True
+        )
+    except ConversationError:
+        return []
+    return encode(template, [text.partition(_SAID[1])[2].partition(_SAID[2])[0]])[0]
 
 
 def _prove(template: ConversationTemplate, messages: list[Message], source: Path) -> None:

@@ -13,10 +13,10 @@ from cpt_merge.data.conversations_config import ConversationsConfig
 from cpt_merge.data.conversations_source import (
     AnyRecord,
     ChatSource,
-    conversation_of,
     read_records,
+    rendered,
 )
-from cpt_merge.data.conversations_store import ChatNotes, fitting
+from cpt_merge.data.conversations_store import ChatNotes
 from cpt_merge.data.conversations_template import ConversationTemplate
 from cpt_merge.data.hub_datasets import is_at_hand
 from cpt_merge.data.sources import source_files, source_pieces
@@ -47,9 +47,7 @@ def _check_source(source: ChatSource, length: int, template: ConversationTemplat
     notes, read = ChatNotes(), 0
     for where, record in _first_records(source):
         read += 1
-        found = conversation_of(record, where, source, template, notes)
-        if found is not None:
-            fitting(found.where, found.chat, length, notes)
+        rendered(source, record, where, template, length, notes)
     looked_at = f"the first {counted(read, 'record')} of {source.path}"
     if not read:
         raise UserError(

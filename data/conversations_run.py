@@ -24,10 +24,10 @@ from cpt_merge.data.conversations_config import ConversationsConfig
 from cpt_merge.data.conversations_source import (
     AnyRecord,
     ChatSource,
-    conversation_of,
     read_records,
+    rendered,
 )
-from cpt_merge.data.conversations_store import ChatNotes, Group, fitting, write_groups
+from cpt_merge.data.conversations_store import ChatNotes, Group, write_groups
 from cpt_merge.data.conversations_template import ConversationTemplate
 from cpt_merge.data.division import Interval, Line, Reading
 from cpt_merge.data.encoding import DocumentEncoder
@@ -209,13 +209,12 @@ def _made(plan: Plan, source: ChatSource, records: list[SizedRecord]) -> ChatBlo
     """Render and tokenise the conversations of a block, and divide them into splits."""
     block = ChatBlock()
     for where, record, _ in records:
-        found = conversation_of(record, where, source, plan.template, block.notes)
+        found = rendered(source, record, where, plan.template, plan.length, block.notes)
         if found is None:
             continue
         held = plan.config.is_heldout(found.prompt)
         block.notes.heldout += held
-        rows = fitting(where, found.chat, plan.length, block.notes)
-        groups = [Group.of([row], plan.tokenizer.dtype) for row in rows]
+        groups = [Group.of(rows, plan.tokenizer.dtype) for rows in found.groups]
         block.add("heldout" if held else "train", groups)
     return block
 

@@ -17,20 +17,28 @@ from cpt_merge.data.conversations_messages import (
     first_prompt,
     read_chat,
 )
-from cpt_merge.data.conversations_rows import ChatRows, chat_rows
-from cpt_merge.data.conversations_store import ChatNotes
+from cpt_merge.data.conversations_rows import ChatRow, chat_rows
+from cpt_merge.data.conversations_store import ChatNotes, fitting
 from cpt_merge.data.conversations_template import ConversationError, ConversationTemplate
 from cpt_merge.data.documents import Layout, read_rows
 from cpt_merge.data.hub_datasets import at_hand
 from cpt_merge.data.readers.rows import BadRow, Record, Row
 from cpt_merge.data.records import ConversationText
-from cpt_merge.data.sources import Piece, Source, source_pieces
+from cpt_merge.data.sources import Piece, Source
 
 # keys of a source of text that mean nothing here
 NOT_OF_CONVERSATIONS = ("field", "conversations", "whole_files", "convert", "weight", "tokens")
 
 
 AnyRecord = Record | BadRow | str
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The rows of a conversation, by group: those of a group stay together."""
+
+    prompt: str  # see `first_prompt`
+    groups: list[list[ChatRow]]
 
 
 class ChatSource(Source):
@@ -57,46 +65,45 @@ class ChatSource(Source):
         """The fields that are read."""
         return Layout(ConversationText(FIELDS), skip_bad_rows=self.bad_rows == "skip")
 
+    def render(
+        self,
+        record: AnyRecord,
+        where: str,
+        template: ConversationTemplate,
+        length: int,
+        notes: ChatNotes,
+    ) -> Rendered | BadRow:
+        """The rows of a record, which fit sequences of a length.
 
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation that can be trained on."""
-
-    where: str  # file and row
-    prompt: str  # see `first_prompt`
-    chat: ChatRows
-
-
-def read_conversations(
-    source: ChatSource, template: ConversationTemplate, notes: ChatNotes
-) -> Iterator[Conversation]:
-    """Every conversation of a source, in order.
-
-    Raises `UserError` with file and row for a record that cannot be trained on, unless the source
-    has `bad_rows: skip`.
-    """
-    for piece in source_pieces(source):
-        for where, record in read_records(piece):
-            found = conversation_of(record, where, source, template, notes)
-            if found is not None:
-                yield found
+        Raises `ConversationError` for a conversation that cannot be trained on.
+        """
+        chat = _read(record, self.format)
+        if isinstance(chat, BadRow):
+            return chat
+        rows = fitting(where, chat_rows(template, chat), length, notes)
+        return Rendered(first_prompt(chat.messages), [[row] for row in rows])
 
 
-def conversation_of(
+def rendered(
+    source: ChatSource,
     record: AnyRecord,
     where: str,
-    source: ChatSource,
     template: ConversationTemplate,
+    length: int,
     notes: ChatNotes,
-) -> Conversation | None:
-    """The conversation of a record; None for one that is left out, as `read_conversations` does."""
-    chat = _read(record, source.format)
+) -> Rendered | None:
+    """What `source.render` makes of a record at a place; None for one that is left out.
+
+    Raises `UserError` with the place for a record that cannot be trained on, unless the source has
+    `bad_rows: skip`.
+    """
     try:
-        if not isinstance(chat, BadRow):
-            return Conversation(where, first_prompt(chat.messages), chat_rows(template, chat))
-        reason = chat.reason
+        found = source.render(record, where, template, length, notes)
+        reason = found.reason if isinstance(found, BadRow) else ""
     except ConversationError as error:
         reason = str(error)
+    if not reason and isinstance(found, Rendered):
+        return found
     if source.bad_rows == "error":
         raise UserError(f"{where} {reason}; fix it, or set the source's `bad_rows: skip`.")
     notes.note("bad_rows", 1, f"{where}, which {reason}")

@@ -6,8 +6,10 @@ import pytest
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.conversations_check import checked
+from cpt_merge.data.conversations_messages import ChatRecord
+from cpt_merge.data.conversations_rows import chat_rows
 from tests.data import chat_templates as styles
-from tests.data.chat_templates import STYLES, of
+from tests.data.chat_templates import STYLES, of, shown
 
 SOURCE = Path("models/chat")
 
@@ -25,6 +27,17 @@ def test_an_end_at_which_generation_does_not_end_is_learned_and_told() -> None:
     ends = found.template.tokenizer.convert_ids_to_tokens(sorted(found.template.end_ids))
     assert set(ends) == {"</s>", "<|end|>"}
     assert "ends a reply with <|end|>, at which generation does not end" in found.remarks[0]
+
+
+def test_two_tokens_after_every_reply_are_both_learned() -> None:
+    """Command R: the second one ends replies."""
+    template = of(styles.CHATML.replace("<|im_end|>", "<|end|><|im_end|>"), "<|im_end|>")
+    found = checked(template, SOURCE)
+    assert found.remarks == []
+    assert found.template.end_ids == template.end_ids
+    said = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    (row,) = chat_rows(found.template, ChatRecord(said)).rows
+    assert shown(found.template, row).endswith("assistant\n⟦Me.<|end|><|im_end|>⟧")
 
 
 def test_a_template_that_writes_thoughts_always_is_checked_with_one() -> None:

@@ -11,9 +11,10 @@ import pytest
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.conversations_messages import ChatRecord
 from cpt_merge.data.conversations_rows import ChatRow, ChatRows, chat_rows
-from cpt_merge.data.conversations_source import ChatSource, Conversation, read_conversations
+from cpt_merge.data.conversations_source import ChatSource, Rendered, read_records, rendered
 from cpt_merge.data.conversations_store import ChatNotes, Group, fitting, packed, write_groups
 from cpt_merge.data.packing import IGNORED, PackedDocuments, TrainingSequences
+from cpt_merge.data.sources import source_pieces
 from cpt_merge.data.store import (
     STORE_FILE,
     Documents,
@@ -120,6 +121,17 @@ def test_long_rows_are_cut_and_counted() -> None:
     ]
 
 
+def read(source: ChatSource, notes: ChatNotes | None = None, **of_template: str) -> list[Rendered]:
+    template = of(**{"text": CHATML, "end": "<|im_end|>"} | of_template)
+    pieces = [read_records(piece) for piece in source_pieces(source)]
+    found = (
+        rendered(source, record, where, template, 4096, notes or ChatNotes())
+        for piece in pieces
+        for where, record in piece
+    )
+    return [one for one in found if one]
+
+
 ASKED = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
 
 
@@ -133,9 +145,8 @@ def test_sources_are_read_as_those_of_text(tmp_path: Path) -> None:
     alpaca = {"instruction": "Who?", "output": "Me."}
     path = write(tmp_path / "chat.jsonl", {"messages": ASKED}, alpaca, {"messages": ASKED})
     source = ChatSource(path=str(path), language="en", limit=2)
-    found = list(read_conversations(source, template, ChatNotes()))
-    expected = chat_rows(template, ChatRecord(ASKED))
-    assert found == [Conversation(f"{path}: line {number}", "Who?", expected) for number in (1, 2)]
+    expected = chat_rows(template, ChatRecord(ASKED)).rows
+    assert read(source) == [Rendered("Who?", [expected])] * 2
     with pytest.raises(ValueError, match="has conversations and 'field'; leave it out"):
         ChatSource(path=str(path), language="en", field="body")
 
@@ -152,11 +163,11 @@ def test_parquet_adds_nothing(tmp_path: Path) -> None:
     path = tmp_path / "chat.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
     called = "{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}<|im_end|>"
-    template = of(CHATML.replace("<|im_end|>", called, 1), "<|im_end|>")
-    source = ChatSource(path=str(path), language="en")
-    first, second = read_conversations(source, template, ChatNotes())
-    assert first.chat == chat_rows(template, ChatRecord(ASKED))
-    assert second.chat.rows[0].replies == 1
+    text = CHATML.replace("<|im_end|>", called, 1)
+    first, second = read(ChatSource(path=str(path), language="en"), text=text)
+    template = of(text, "<|im_end|>")
+    assert first.groups == [chat_rows(template, ChatRecord(ASKED)).rows]
+    assert second.groups[0][0].replies == 1
 
 
 @pytest.mark.parametrize(
@@ -170,14 +181,12 @@ def test_parquet_adds_nothing(tmp_path: Path) -> None:
 )
 def test_bad_rows_have_a_place_or_are_counted(tmp_path: Path, record: object, reason: str) -> None:
     path = write(tmp_path / "chat.jsonl", {"messages": ASKED}, record, {"messages": ASKED})
-    template = of(CHATML, "<|im_end|>")
-    source = ChatSource(path=str(path), language="en")
     with pytest.raises(UserError) as caught:
-        list(read_conversations(source, template, ChatNotes()))
+        read(ChatSource(path=str(path), language="en"))
     assert f"{path}: line 2 {reason}" in str(caught.value)
     assert str(caught.value).endswith("fix it, or set the source's `bad_rows: skip`.")
     notes = ChatNotes()
     skipping = ChatSource(path=str(path), language="en", bad_rows="skip")
-    assert len(list(read_conversations(skipping, template, notes))) == 2
+    assert len(read(skipping, notes)) == 2
     assert notes.bad_rows == 1
     assert f"line 2, which {reason}" in notes.describe()[0]
