@@ -49,6 +49,10 @@ class Blocks:
         """Whether a block is there."""
         return self._path(piece, block).is_file()
 
+    def finished(self) -> int:
+        """How many blocks are there."""
+        return len(list(self.directory.glob("*.npz")))
+
     def count(self, piece: int) -> int | None:
         """How many blocks a piece has; None if no process has read it to its end."""
         path = self._end(piece)

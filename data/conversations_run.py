@@ -94,6 +94,7 @@ class Plan:
             "special_tokens": self.template.tokenizer.special_tokens_map,
             "end_ids": sorted(self.template.end_ids),
             "block": [BLOCK_RECORDS, BLOCK_BYTES],
+            "rendered as": type(self.config.sources[0]).__name__,
         }
         files = [file for _, piece in self.pieces for file in piece.files]
         inputs = {str(file): text_fingerprint(file) for file in files}
@@ -118,8 +119,9 @@ def run(
     staging = Staging(out, plan.digest(), scratch=[BLOCKS], replace=True)
     staging.finish_commit()
     if not _is_finished(staging):
-        staging.begin(lambda: (staging.directory / BLOCKS).mkdir())
         blocks = Blocks(staging.directory / BLOCKS)
+        if staging.begin(blocks.directory.mkdir):
+            say(f"  {counted(blocks.finished(), 'block')} of conversations were rendered before")
         _make_blocks(plan, blocks)
         with timed("  lay into sequences"):
             _join(plan, blocks, staging)
