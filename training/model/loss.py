@@ -42,24 +42,42 @@ class Head:
 
 
 def cross_entropy_sum(
-    hidden: Tensor, head: Head, labels: Tensor, chunk: int, compiled: bool = False
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    chunk: int,
+    compiled: bool = False,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Sum over the targets of -ln p(target), in nats, float32.
 
     `hidden` is [tokens, width], `labels` [tokens] with IGNORED where there is no target. `chunk`
     tokens are computed at a time. The result can be differentiated once. With `compiled`,
-    torch.compile handles what is between the matmuls of training.
+    torch.compile handles what is between the matmuls of training. `weights` [tokens], float32, are
+    constant factors of the terms.
     """
     if torch.is_grad_enabled():
         total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, head.weight, head.bias, head, labels, chunk, compiled
+            hidden, head.weight, head.bias, head, labels, chunk, compiled, weights
         )
         return total
+    if weights is not None:
+        return (cross_entropies(hidden, head, labels, chunk) * weights).sum()
     parts = zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
     losses = [
         F.cross_entropy(head.logits(h), y, ignore_index=IGNORED, reduction="sum") for h, y in parts
     ]
     return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def cross_entropies(hidden: Tensor, head: Head, labels: Tensor, chunk: int) -> Tensor:
+    """-ln p(target) of every token [tokens], in nats, float32; 0 where there is no target."""
+    parts = zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
+    losses = [
+        F.cross_entropy(head.logits(h), y, ignore_index=IGNORED, reduction="none") for h, y in parts
+    ]
+    return torch.cat(losses)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -84,6 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         chunk: int,
         compiled: bool,
+        weights: Tensor | None,
     ) -> Tensor:
         """The loss. All gradients are computed here and kept, for an upstream gradient of 1."""
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -93,9 +112,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias_gradient = None if bias is None else torch.zeros_like(bias, dtype=_accumulator(weight))
         trained = slice(head.frozen_rows, None)
         between = _compiled_loss_and_gradient if compiled else _loss_and_gradient
-        parts = (torch.split(tensor, chunk) for tensor in (hidden, labels, hidden_gradient))
-        for number, (part, target, out) in enumerate(zip(*parts, strict=True)):
-            nats, gradient = between(head.logits(part), target, head, hidden.dtype)
+        factors = (labels != IGNORED).to(_accumulator(hidden))
+        if weights is not None:
+            factors *= weights
+        parts = (
+            torch.split(tensor, chunk) for tensor in (hidden, labels, factors, hidden_gradient)
+        )
+        for number, (part, target, factor, out) in enumerate(zip(*parts, strict=True)):
+            nats, gradient = between(head.logits(part), target, factor, head, hidden.dtype)
             loss += nats
             if bias_gradient is not None:
                 bias_gradient[trained] += gradient[:, trained].sum(0)
@@ -120,15 +144,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def _loss_and_gradient(
-    logits: Tensor, target: Tensor, head: Head, dtype: torch.dtype
+    logits: Tensor, target: Tensor, factor: Tensor, head: Head, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(sum of -ln p(target), its gradient by h W^T + b in `dtype`); overwrites `logits`."""
+    """(sum of -ln p(target) times `factor`, its gradient by h W^T + b in `dtype`).
+
+    Overwrites `logits`. `factor` [tokens] is 0 where there is no target.
+    """
     slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
-    kept = (target != IGNORED).unsqueeze(1).to(logits.dtype)
+    kept = factor.unsqueeze(1)
     place = target.clamp_min(0).unsqueeze(1)
     largest = logits.amax(1, keepdim=True)
     at_target = logits.gather(1, place) - largest
@@ -141,19 +169,19 @@ def _loss_and_gradient(
 
 @torch.compile(fullgraph=True)
 def _compiled_loss_and_gradient(
-    logits: Tensor, target: Tensor, head: Head, dtype: torch.dtype
+    logits: Tensor, target: Tensor, factor: Tensor, head: Head, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The same to be compiled: it reads the logits twice and writes the gradient once.
 
     The other form reads and writes all logits in every operation; this one, if it were not
     compiled, would hold several tensors of their size.
     """
-    kept, place = target != IGNORED, target.clamp_min(0)
+    place = target.clamp_min(0)
     log_total = torch.logsumexp(logits, 1)
-    nats = ((log_total - logits.gather(1, place.unsqueeze(1)).squeeze(1)) * kept).sum()
+    nats = ((log_total - logits.gather(1, place.unsqueeze(1)).squeeze(1)) * factor).sum()
     hot = torch.arange(logits.shape[1], device=logits.device).unsqueeze(0) == place.unsqueeze(1)
     gradient = (torch.exp(logits - log_total.unsqueeze(1)) - hot.to(logits.dtype)) * (
-        kept * head.scale
+        factor * head.scale
     ).unsqueeze(1)
     if head.softcap is not None:
         gradient = gradient * (1 - (logits / head.softcap).square())
