@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import torch
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.order import SequenceOrder
+from cpt_merge.data.pairs import Pairs, Preference, Reference, replies_of
 from cpt_merge.data.store import MAKE_AGAIN, Documents, MaskedCounts, Store
 
 IGNORED = -100  # the label of a position without target
@@ -28,7 +30,8 @@ class Batch:
     documents begin. `cu_seqlens` (int32) are the positions in the flattened batch at which a
     document or a sequence begins, from 0 to sequences * length; `max_length` is the largest
     distance between two of them. Attention kernels for packed sequences need both; they are
-    computed here so that no kernel waits for the device. `lengths` are the same distances.
+    computed here so that no kernel waits for the device. `lengths` are the same distances. With
+    `pairs`, the documents are replies to compare.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +40,7 @@ class Batch:
     cu_seqlens: torch.Tensor
     max_length: int
     lengths: tuple[int, ...]
+    pairs: Pairs | None = None
 
     @staticmethod
     def of(input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> Batch:
@@ -59,7 +63,14 @@ class Batch:
         ids, labels, positions, boundaries = map(
             change, (self.input_ids, self.labels, self.position_ids, self.cu_seqlens)
         )
-        return Batch(ids, labels, positions, boundaries, self.max_length, self.lengths)
+        pairs = self.pairs and self.pairs.mapped(change)
+        return Batch(ids, labels, positions, boundaries, self.max_length, self.lengths, pairs)
+
+    def with_pairs(self, beta: float, reference: npt.NDArray[np.float32] | None) -> Batch:
+        """The same on the CPU, as pairs; `reference` [pairs, 2] is in their order."""
+        reply, count = replies_of((self.labels != IGNORED).numpy().ravel(), self.cu_seqlens.numpy())
+        values = None if reference is None else torch.from_numpy(reference)
+        return replace(self, pairs=Pairs(torch.from_numpy(reply), count, beta, values))
 
 
 class PackedDocuments:
@@ -69,15 +80,20 @@ class PackedDocuments:
     file, fewer than `length`, are not used.
     """
 
-    def __init__(self, documents: Documents, length: int) -> None:
-        """Raises `UserError` for conversations that fill sequences of another length."""
+    def __init__(
+        self, documents: Documents, length: int, preference: Preference | None = None
+    ) -> None:
+        """With `preference`, the documents are replies to compare.
+
+        Raises `UserError` for conversations that fill sequences of another length.
+        """
         counts = documents.counts
         if isinstance(counts, MaskedCounts) and counts.length != length:
             raise UserError(
                 f"the conversations in {documents.folder} fill sequences of {counts.length} tokens "
                 f"and not of {length}; {MAKE_AGAIN}"
             )
-        self.documents, self.length = documents, length
+        self.documents, self.length, self.preference = documents, length, preference
         # the last label of a sequence is the first token of the next one
         self.sequences = max(0, (len(documents.tokens) - 1) // length)
 
@@ -87,8 +103,19 @@ class PackedDocuments:
         first, last = (np.searchsorted(starts, begins + place) for place in (1, self.length + 1))
         return first, last
 
+    @cached_property
+    def reference(self) -> Reference:
+        """The log probabilities that the reference model gives to the replies."""
+        assert self.preference
+        return Reference.read(self.preference.path(self.documents.folder))
+
     def targets(self, numbers: int | Integers) -> int:
-        """How many labels of these sequences are targets, without reading their tokens."""
+        """How many labels of these sequences are targets, without reading their tokens.
+
+        Where replies are compared, how many pairs there are.
+        """
+        if self.preference:
+            return self.reference.pairs(np.atleast_1d(np.asarray(numbers, np.int64)))
         begins = np.atleast_1d(np.asarray(numbers, np.int64)) * self.length
         trained = self.documents.trained
         if trained is not None:  # bits: no tokens are read for them
@@ -134,15 +161,20 @@ class TrainingSequences:
     """The sequences of a training run, by their index in the run. Several threads may use it."""
 
     def __init__(
-        self, store: Store, length: int, seed: int, shares: Sequence[float] | None = None
+        self,
+        store: Store,
+        length: int,
+        seed: int,
+        shares: Sequence[float] | None = None,
+        preference: Preference | None = None,
     ) -> None:
         """`shares` of the sources of the store; without them, in proportion to their sizes.
 
         Raises `UserError` for a source with less text than one sequence.
         """
-        self.store, self.length = store, length
+        self.store, self.length, self.preference = store, length, preference
         self.sources = [
-            PackedDocuments(store.documents(source, "train"), length)
+            PackedDocuments(store.documents(source, "train"), length, preference)
             for source in store.info.sources
         ]
         for source, packed in zip(store.info.sources, self.sources, strict=True):
@@ -179,7 +211,16 @@ class TrainingSequences:
         return [(self.names[source], int(number)) for source, number in found]
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """These sequences of the run."""
+        """These sequences of the run, as pairs where replies are compared."""
+        batch = self.documents(indices)
+        if self.preference is None:
+            return batch
+        places = zip(*self.order.places(np.asarray(indices, np.int64)), strict=True)
+        references = [self.sources[source].reference.sequence(number) for source, number in places]
+        return batch.with_pairs(self.preference.beta, np.concatenate(references))
+
+    def documents(self, indices: Sequence[int]) -> Batch:
+        """The documents of these sequences of the run."""
         sources, numbers = self.order.places(np.asarray(indices, np.int64))
         columns = tuple(np.empty((len(numbers), self.length), np.int64) for _ in range(3))
         for source in np.unique(sources):
@@ -190,7 +231,15 @@ class TrainingSequences:
         return Batch.of(*map(torch.from_numpy, columns))
 
 
-def stack(sequences: list[Sequences]) -> Batch:
-    """A batch of sequences as `PackedDocuments.read` gives them."""
-    columns = zip(*sequences, strict=True)
-    return Batch.of(*(torch.from_numpy(np.stack(column)) for column in columns))
+def stack(places: Sequence[tuple[PackedDocuments, int]], with_reference: bool = True) -> Batch:
+    """A batch of sequences, each by its documents and its number.
+
+    Where replies are compared, `with_reference` says whether there is a reference yet.
+    """
+    columns = zip(*(packed.read(number) for packed, number in places), strict=True)
+    batch = Batch.of(*(torch.from_numpy(np.stack(column)) for column in columns))
+    preference = places[0][0].preference
+    if preference is None:
+        return batch
+    references = [packed.reference.sequence(n) for packed, n in places if with_reference]
+    return batch.with_pairs(preference.beta, np.concatenate(references) if references else None)

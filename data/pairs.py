@@ -7,8 +7,10 @@ so on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +56,41 @@ class Reference:
     values: npt.NDArray[np.float32]  # [pairs, 2]
     first: npt.NDArray[np.int64]  # [sequences + 1], the number of a sequence's first pair
 
-    def of(self, sequence: int) -> npt.NDArray[np.float32]:
-        """Those of one sequence."""
-        return self.values[self.first[sequence] : self.first[sequence + 1]]
+    @staticmethod
+    def of(by_sequence: Sequence[npt.NDArray[np.float32]]) -> Reference:
+        """From the values of each sequence."""
+        counts = [0, *map(len, by_sequence)]
+        return Reference(np.concatenate(by_sequence), np.cumsum(counts, dtype=np.int64))
+
+    @staticmethod
+    def read(path: Path) -> Reference:
+        """What `write` wrote."""
+        with np.load(path) as kept:
+            return Reference(kept["values"], kept["first"])
+
+    def write(self, path: Path) -> None:
+        """Write it, complete or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.tmp.npz")
+        np.savez(beside, values=self.values, first=self.first)
+        os.replace(beside, path)
+
+    def sequence(self, number: int) -> npt.NDArray[np.float32]:
+        """Those of one sequence [pairs, 2]."""
+        return self.values[self.first[number] : self.first[number + 1]]
+
+    def pairs(self, numbers: npt.NDArray[np.int64]) -> int:
+        """How many pairs these sequences have."""
+        return int((self.first[numbers + 1] - self.first[numbers]).sum())
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What turns conversations into pairs: the loss's beta, and where references are kept."""
+
+    beta: float
+    folder: Path
+
+    def path(self, documents: Path) -> Path:
+        """Where the reference of the split in `documents` (STORE/SOURCE/SPLIT) is."""
+        return self.folder / f"{documents.parent.name}-{documents.name}.npz"

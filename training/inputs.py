@@ -11,6 +11,7 @@ from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.mixture import SourceShare, by_size, check_repeats, mixture
 from cpt_merge.data.packing import TrainingSequences
+from cpt_merge.data.pairs import Preference
 from cpt_merge.data.sources import Corpus
 from cpt_merge.data.store import Store
 from cpt_merge.training.config import TrainingConfig
@@ -28,6 +29,7 @@ class TrainingInputs:
     base: Path | None = None  # the original base, with which bits per byte are compared
     corpus: Corpus | None = None  # the weights of the sources; by their sizes if not given
     shares: list[SourceShare] | None = None  # what is read of each source, if that is known
+    preference: Preference | None = None  # the store has pairs of replies to compare
 
 
 def open_sequences(
@@ -46,7 +48,11 @@ def open_sequences(
         shares = mixture(inputs.corpus, available, config.tokens)
         check_repeats(inputs.corpus, shares)
     sequences = TrainingSequences(
-        store, config.sequence_length, config.seed, [share.share for share in shares]
+        store,
+        config.sequence_length,
+        config.seed,
+        [share.share for share in shares],
+        inputs.preference,
     )
     sequences.check_batch(config.global_batch_size)
     return sequences, shares

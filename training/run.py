@@ -18,6 +18,7 @@ from cpt_merge.training.callbacks.evaluate import HeldoutEvaluation
 from cpt_merge.training.callbacks.garbage import GarbageCollection
 from cpt_merge.training.callbacks.log import MetricsLog
 from cpt_merge.training.callbacks.nonfinite import NonFiniteSteps
+from cpt_merge.training.callbacks.preference import PreferencePairs
 from cpt_merge.training.callbacks.preview import Interview, Preview
 from cpt_merge.training.callbacks.routing import RoutingLog
 from cpt_merge.training.callbacks.spikes import SpikeDetection
@@ -33,7 +34,9 @@ Hook = Callable[[list[LocalShard], Parallel], None]
 
 
 def default_callbacks(
-    config: TrainingConfig, previewed: tuple[MergePlan | None, Interview] | None
+    config: TrainingConfig,
+    previewed: tuple[MergePlan | None, Interview] | None,
+    compares: bool = False,
 ) -> list[Callback]:
     """What happens next to the steps, in the order that `callbacks.callback` explains."""
     preview = [Preview(*previewed)] if previewed and config.preview.every else []
@@ -43,6 +46,7 @@ def default_callbacks(
         SpikeDetection(),
         NonFiniteSteps(),
         RoutingLog(),
+        *([PreferencePairs()] if compares else []),
         MetricsLog(),
         GarbageCollection(),
         HeldoutEvaluation(),
@@ -71,7 +75,7 @@ def run(
     """
     parallel = start_parallel(offload=config.offload)
     try:
-        callbacks = default_callbacks(config, previewed)
+        callbacks = default_callbacks(config, previewed, inputs.preference is not None)
         trainer = Trainer(config, inputs, out, tracker, parallel, callbacks)
         trainer.train()
         shards = trainer.shards()

@@ -72,7 +72,7 @@ def padding_line(sequences: TrainingSequences, config: TrainingConfig) -> str:
     """What documents one by one cost, by the first micro-batches of a run."""
     size = config.micro_batch_size
     starts = range(0, min(_SAMPLE * size, config.steps * config.global_batch_size), size)
-    share = padding_share(sequences.batch(range(start, start + size)) for start in starts)
+    share = padding_share(sequences.documents(range(start, start + size)) for start in starts)
     return (
         f"those of similar length together; padding is {share:.1%} of the positions computed "
         "there, and counts in neither loss, tokens nor schedule"

@@ -50,7 +50,7 @@ def test_targets_are_counted_without_reading(tmp_path: Path, length: int) -> Non
 def test_a_batch_says_where_documents_and_rows_begin(tmp_path: Path, length: int) -> None:
     packed = PackedDocuments(make_documents(tmp_path, LENGTHS), length)
     chosen = [2, 0, 3]
-    batch = stack([packed.read(row) for row in chosen])
+    batch = stack([(packed, row) for row in chosen])
     starts = np.cumsum([0, *LENGTHS])
     expected = [
         number * length + place

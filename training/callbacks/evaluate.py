@@ -23,6 +23,7 @@ from torch import Tensor
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.progress import say, timed
 from cpt_merge.data.packing import Batch, PackedDocuments, stack
+from cpt_merge.data.pairs import Preference
 from cpt_merge.data.store import Store, StoreSplit
 from cpt_merge.training.callbacks.callback import PeriodicCallback, TrainerView
 from cpt_merge.training.config import TrainingConfig
@@ -49,12 +50,16 @@ class HeldoutText:
 
 
 def _heldout_sequences(
-    store: Store, config: TrainingConfig, split: StoreSplit = "heldout"
+    store: Store,
+    config: TrainingConfig,
+    split: StoreSplit = "heldout",
+    preference: Preference | None = None,
 ) -> list[HeldoutText]:
     """For each language up to `evaluate_sequences` sequences, from its sources in order."""
     found: dict[str, list[tuple[PackedDocuments, int]]] = {}
     for source in store.info.sources:
-        packed = PackedDocuments(store.documents(source, split), config.sequence_length)
+        documents = store.documents(source, split)
+        packed = PackedDocuments(documents, config.sequence_length, preference)
         already = sum(count for _, count in found.get(source.language, []))
         count = min(packed.sequences, config.evaluate_sequences - already)
         if packed.sequences == 0 and split == "heldout":
@@ -130,7 +135,7 @@ def _sum_of_losses(
         if stopped():
             return None
         chosen = mine[number * micro_batch : (number + 1) * micro_batch]
-        batch = stack([packed.read(place) for packed, place in chosen or places[:1]])
+        batch = stack(chosen or places[:1])
         loss = loss_of(batch.to(parallel.device))
         nats += loss.double().cpu() * bool(chosen)
     return parallel.total(float(nats))
@@ -202,7 +207,7 @@ class HeldoutEvaluation(PeriodicCallback):
         """See `Callback`. Measures the base, if that has not been done."""
         super().attach(trainer)
         config, store = trainer.config, trainer.sequences.store
-        self.heldout = _heldout_sequences(store, config)
+        self.heldout = _heldout_sequences(store, config, "heldout", trainer.sequences.preference)
         self.reference = reference_line(
             trainer.inputs.base, store, config, trainer.parallel, trainer.out
         )

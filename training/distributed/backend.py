@@ -58,7 +58,7 @@ class Backend(Protocol):
     shard_count: int  # processes that it is divided over
 
     def loss(self, batch: Batch) -> Tensor:
-        """Sum of the cross-entropies of this process's batch, in nats; no gradient."""
+        """What `CausalLM.forward` gives for this process's batch; no gradient."""
 
     def logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
         """Logits [sequences, vocabulary], float32, no gradient.
@@ -72,6 +72,9 @@ class Backend(Protocol):
         `last`: no other micro-batch follows before `step`. Returns this process's part of the loss.
         The gradient contains that of the auxiliary loss of experts' routers, the loss does not.
         """
+
+    def take_margins(self) -> Tensor | None:
+        """The margins of this process's pairs since the last call, where replies are compared."""
 
     def take_routing(self) -> Tensor | None:
         """Auxiliary loss, entropy and largest share of this process's routers since the last call.

@@ -175,6 +175,10 @@ class ZeroBackend:
         self.engine.backward(loss, scale_wrt_gas=False)
         return loss.detach() / size  # type: ignore[no-any-return]
 
+    def take_margins(self) -> Tensor | None:
+        """See `Backend`."""
+        return self.module.take_margins()
+
     def take_routing(self) -> Tensor | None:
         """See `Backend`."""
         return self.module.take_routing()

@@ -138,6 +138,10 @@ class TorchBackend:
         loss.backward()
         return loss.detach() / size  # type: ignore[no-any-return]
 
+    def take_margins(self) -> Tensor | None:
+        """See `Backend`."""
+        return self.running.take_margins()
+
     def take_routing(self) -> Tensor | None:
         """See `Backend`."""
         return self.running.take_routing()

@@ -47,6 +47,7 @@ from cpt_merge.training.model.fp8 import convert_to_fp8
 from cpt_merge.training.model.head import find_head_form
 from cpt_merge.training.model.lora import Adapters, add_adapters, find_targets
 from cpt_merge.training.model.loss import Head, cross_entropy_sum
+from cpt_merge.training.model.preference import log_probabilities, preference_loss
 from cpt_merge.training.model.recompute import apply_recompute
 from cpt_merge.training.model.routing import (
     AuxiliaryLoss,
@@ -95,6 +96,8 @@ class CausalLM(nn.Module):
         self.routers, self.auxiliary = Routers(decoder), auxiliary
         self.auxiliary_weight = 0.0
         """What the auxiliary loss of the routers counts next to a target; see `weigh_auxiliary`."""
+        self.margins: list[Tensor] = []
+        """Of the pairs since the last call of `take_margins`."""
         self.routing: list[Tensor] = []
         """Auxiliary loss, entropy and largest share (`routing.statistics`) of each micro-batch."""
         self.activations: OffloadedActivations | None = None
@@ -140,6 +143,8 @@ class CausalLM(nn.Module):
 
         Its gradient is also that of the auxiliary loss, if there is one. With `last`, instead the
         float32 logits [sequences, vocabulary] of one position of each sequence; no others are made.
+        Of pairs, the sum of the losses that compare their replies (`model/preference.py`), or
+        without a reference the log probabilities of the replies [pairs, 2].
         """
         decoder, separation = self.model.get_submodule(self.decoder_name), self.choice.separation
         moving = self.activations.moving() if self.activations else nullcontext()
@@ -149,13 +154,16 @@ class CausalLM(nn.Module):
             return self.head.logits(
                 hidden[torch.arange(len(last), device=hidden.device), last.to(hidden.device)]
             )
-        loss = cross_entropy_sum(
-            hidden.flatten(0, 1),
-            self.head,
-            batch.labels.flatten(),
-            self.loss_chunk,
-            self.compiled_loss,
-        )
+        flat, labels = hidden.flatten(0, 1), batch.labels.flatten()
+        if batch.pairs is not None and batch.pairs.reference is None:
+            return log_probabilities(flat, self.head, labels, batch.pairs, self.loss_chunk)
+        if batch.pairs is not None:
+            chunk, compiled = self.loss_chunk, self.compiled_loss
+            loss, margins = preference_loss(flat, self.head, labels, batch.pairs, chunk, compiled)
+            if torch.is_grad_enabled():
+                self.margins.append(margins)
+        else:
+            loss = cross_entropy_sum(flat, self.head, labels, self.loss_chunk, self.compiled_loss)
         if not heard or not torch.is_grad_enabled():
             return loss
         auxiliary = self._of_routers(heard)
@@ -177,6 +185,11 @@ class CausalLM(nn.Module):
         """
         if self.auxiliary:
             self.auxiliary_weight = self.auxiliary.coefficient / (scale * micro_batches)
+
+    def take_margins(self) -> Tensor | None:
+        """The margins of the pairs trained on since the last call [pairs]; None without any."""
+        found, self.margins = self.margins, []
+        return torch.cat(found) if found else None
 
     def take_routing(self) -> Tensor | None:
         """The means of `routing` over the micro-batches since the last call; None without any."""
