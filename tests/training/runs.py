@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.core.errors import Interrupted
 from cpt_merge.data.packing import TrainingSequences
+from cpt_merge.data.pairs import Preference
 from cpt_merge.data.store import Store
 from cpt_merge.launcher.accelerate_file import backend_environment
 from cpt_merge.merge import MergeConfig
@@ -55,6 +56,7 @@ class Job:
     kill_delay: float = 0.0
     chat: Path | None = None  # the chat model that is previewed, `model` being its base
     merge: dict[str, Any] = field(default_factory=dict)  # how it is merged
+    beta: float | None = None  # of the loss that compares replies, if `store` has pairs
     hook: MergeInputs | None = None  # what the shards are merged with in the end, into `out`/merged
 
     @property
@@ -89,7 +91,10 @@ def train_rows(job: Job) -> dict[int, dict[str, float]]:
         threading.Thread(target=kill_self, args=(job,), daemon=True).start()
     if job.poison:
         poison_batches(job)
-    inputs = TrainingInputs(job.model, job.tokenizer or job.model, job.store, "key")
+    preference = Preference(job.beta, job.out / "reference") if job.beta else None
+    inputs = TrainingInputs(
+        job.model, job.tokenizer or job.model, job.store, "key", preference=preference
+    )
     try:
         run(job.config, inputs, job.out, tracker, hook_of(job), previewed_by(job))
     except Interrupted:

@@ -233,9 +233,9 @@ class HeldoutEvaluation(PeriodicCallback):
                 metrics[f"valid/{language}_base/bits_per_byte"] = self.reference[language]
         trainer.tracker.log(metrics, step=state.step)
         shown = ", ".join(f"{language} {loss}" for language, loss in found.items())
-        measure = (
-            "loss of replies" if trainer.sequences.store.has_conversations else "bits per byte"
-        )
+        measure = "bits per byte"
+        if trainer.sequences.store.has_conversations:
+            measure = "loss of pairs" if trainer.sequences.preference else "loss of replies"
         seconds = time.monotonic() - started
         say(f"step {state.step}: validation {measure} {shown} ({seconds:.1f} s)")
         return True
