@@ -283,11 +283,11 @@ def progress(recipe: Recipe) -> dict[str, Any]:
     run = recipe.directory
     newest = [
         max((path.parent.name for path in checkpoints.glob("step-*/train_state.json")), default="")
-        for checkpoints in (run / "finetune/checkpoints", run / "training/checkpoints")
+        for checkpoints in (run / name / "checkpoints" for name in ("dpo", "finetune", "training"))
     ]
     return {
         "stages": [name for name in STAGE_NAMES if read_record(run / name)],
-        "checkpoint": newest[0] or newest[1],
+        "checkpoint": next(filter(None, newest), ""),
         "data parts": len(list(run.glob("data.blocks/part-*"))),
     }
 

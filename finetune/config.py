@@ -1,4 +1,4 @@
-"""The recipe's `finetune` section, and the training that it asks for."""
+"""The recipe's sections `finetune` and `dpo`, and the training that they ask for."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from typing import Any, Literal
 from cpt_merge.core.config import key
 from cpt_merge.data.conversations_config import ConversationsConfig
 from cpt_merge.data.mixture import SourceShare
+from cpt_merge.data.preferences import PreferencesConfig
 from cpt_merge.data.store import SourceInfo
 from cpt_merge.training.config import LoraConfig, ScheduleConfig, TrainingConfig
 
 
-class FinetuneConfig(ConversationsConfig):
-    """Fine-tuning on conversations. What has no key here is as in `training`."""
+class FurtherTraining(ConversationsConfig):
+    """A training on conversations. What has no key here is as in `training`."""
 
-    after: Literal["training", "merge"] = key(
-        "training",
-        "what is fine-tuned; training: CPT, with the rows of the chat format, and the vector is "
-        "added to the result as well; merge: the merged model",
-    )
     epochs: float = key(
         2.0, "how often every conversation is read; a source's own `epochs` goes before it", gt=0
     )
@@ -97,3 +93,29 @@ class FinetuneConfig(ConversationsConfig):
             for info, read, n in zip(sources, tokens, epochs, strict=True)
         ]
         return round(total), shares
+
+
+class FinetuneConfig(FurtherTraining):
+    """Fine-tuning on conversations."""
+
+    after: Literal["training", "merge"] = key(
+        "training",
+        "what is fine-tuned; training: CPT, with the rows of the chat format, and the vector is "
+        "added to the result as well; merge: the merged model",
+    )
+
+
+class PreferenceConfig(FurtherTraining, PreferencesConfig):
+    """Direct preference optimisation (Rafailov et al., 2023) of the chat model, at the end."""
+
+    beta: float = key(
+        0.1, "how much a log probability may differ from the start's: less, the larger it is", gt=0
+    )
+    epochs: float = key(
+        1.0, "how often every pair is read; a source's own `epochs` goes before it", gt=0
+    )
+    learning_rate: float = key(5e-7, "peak learning rate of every weight", gt=0)
+
+    def settings(self, training: TrainingConfig) -> dict[str, Any]:
+        """See `FurtherTraining`."""
+        return {**super().settings(training), "beta": self.beta}

@@ -117,6 +117,7 @@ _add_stage(stages.TOKENIZER)
 _add_stage(stages.EMBEDDINGS)
 _add_stage(stages.DATA)
 _add_stage(stages.CONVERSATIONS)
+_add_stage(stages.PAIRS)
 _add_training(stages.TRAINING)
 
 
@@ -140,6 +141,7 @@ def merge(
 _add_stage(stages.FORMAT)
 _add_training(stages.FINETUNE)
 _add_stage(stages.FINETUNE_MERGE)
+_add_training(stages.DPO)
 _add_stage(stages.EVALUATION)
 
 

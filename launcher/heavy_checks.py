@@ -24,11 +24,10 @@ from cpt_merge.launcher.growth import find_continued, what_training_does
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date, prepare
-from cpt_merge.launcher.stages import CONVERSATIONS, DATA, TRAINING, stages_of
+from cpt_merge.launcher.stages import DATA, TRAINING, find_stage, stages_of
 from cpt_merge.launcher.start import backend_variables, local_processes
 
 if TYPE_CHECKING:
-    from cpt_merge.finetune import FinetuneConfig
     from cpt_merge.launcher.stage import Stage
     from cpt_merge.training.config import TrainingConfig
     from cpt_merge.training.distributed.settings import BackendSettings
@@ -82,16 +81,16 @@ def _judge(code: int, answer: list[str], errors: str) -> None:
 def check(run: Run, here: bool) -> None:
     """Raise `UserError` for what the late stages would refuse."""
     _check_whole(run)
-    training, finetune = run.recipe.training, run.recipe.finetune
+    training = run.recipe.training
     if not is_up_to_date(run, TRAINING):
         _check_training(run, TRAINING, training, here)
-    for stage in stages_of(run.recipe):
-        if finetune and stage.name == "finetune" and not is_up_to_date(run, stage):
-            _check_training(run, stage, finetune.training_config(training, 1), here)
+    for name, section in run.recipe.further.items():
+        stage = find_stage(run.recipe, name)
+        if not is_up_to_date(run, stage):
+            _check_training(run, stage, section.training_config(training, 1), here)
     _check_chat(run)
     _check_prompts(run)
-    if finetune:
-        _check_conversations(run, finetune, here)
+    _check_conversations(run, here)
 
 
 def _check_training(run: Run, stage: Stage, config: TrainingConfig, here: bool) -> None:
@@ -179,13 +178,14 @@ def _check_chat(run: Run) -> None:
         check_loads(model)
 
 
-def _check_conversations(run: Run, finetune: FinetuneConfig, here: bool) -> None:
+def _check_conversations(run: Run, here: bool) -> None:
     """Check that the chat model's template renders the conversations, unless they are rendered."""
     from cpt_merge.data.conversations_inputs import check_conversations
 
-    if not is_up_to_date(run, CONVERSATIONS):
-        length = finetune.length(run.recipe.training)
-        check_conversations(finetune, length, run.chat, download=here)
+    for name, section in run.recipe.further.items():
+        if not is_up_to_date(run, find_stage(run.recipe, name).inputs["data"]):
+            length = section.length(run.recipe.training)
+            check_conversations(section, length, run.chat, download=here)
 
 
 def _check_whole(run: Run) -> None:

@@ -117,8 +117,8 @@ def _check_models(run: Run) -> None:
         # the base in place of the model that will be trained from it
         stand_in = MergeInputs(run.base, run.base, run.chat, text_only=recipe.models.text_only)
         plan_merge(recipe.merge, stand_in)
-    if recipe.finetune:
-        read_shape(recipe, finetune=True)  # raises for its length and its adapters
+    for section in recipe.further:
+        read_shape(recipe, section)  # raises for its length and its adapters
     if not is_up_to_date(run, TRAINING):
         check_disk(run, read_shape(recipe))
     if recipe.training.preview.every is not None:

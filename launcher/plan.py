@@ -62,8 +62,8 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
     _add_model(table, recipe, base, shape)
     if processes:
         _add_memory(table, recipe, shape, processes)
-    if recipe.finetune:
-        _add_finetuning(table, recipe, recipe.finetune, processes)
+    for section in recipe.further:
+        _add_further(table, recipe, section, processes)
     table.add_row("disk", str(disk_needed(shape, recipe)))
     console.print(table)
     if cluster:
@@ -168,21 +168,23 @@ def _add_memory(table: Table, recipe: Recipe, shape: ModelShape, processes: int)
         )
 
 
-def _add_finetuning(table: Table, recipe: Recipe, config: FinetuneConfig, processes: int) -> None:
-    """What the fine-tuning does; how many steps it takes is known once there is a store."""
-    what = "CPT" if config.after == "training" else "the merged model"
+def _add_further(table: Table, recipe: Recipe, section: str, processes: int) -> None:
+    """What a section trains further; how many steps it takes is known once there is a store."""
+    config = recipe.further[section]
     length = config.length(recipe.training)
-    text = f"{what}, {config.epochs:g} epochs in steps of {config.global_batch_size} x {length:,}"
+    text = f"{config.epochs:g} epochs in steps of {config.global_batch_size} x {length:,} tokens"
+    if isinstance(config, FinetuneConfig):
+        text = f"of {'CPT' if config.after == 'training' else 'the merged model'}, {text}"
     if config.lora:
         text += f", adapters of rank {config.lora.rank}"
-    table.add_row("fine-tuning", text)
+    table.add_row(section, text)
     if processes:
-        shape = read_shape(recipe, finetune=True)
+        shape = read_shape(recipe, section)
         shape = shape.resized(extended_rows(recipe, shape))
         loop = config.training_config(recipe.training, 1)
         memory = estimate_memory(shape, memory_setup(recipe, loop, processes))
         text = f"{memory.total / GB:,.2f} GB at once, of: {_parts(memory)}"
-        table.add_row("memory per rank, fine-tuning", text)
+        table.add_row(f"memory per rank, {section}", text)
 
 
 def _parts(memory: MemoryEstimate) -> str:
@@ -195,7 +197,7 @@ def _parts(memory: MemoryEstimate) -> str:
 def _print_text(console: Console, run: Run) -> None:
     """The text's files and, as far as the number of their tokens is known, the mixture."""
     corpus = run.recipe.corpus
-    for source in run.recipe.named_sources.values():
+    for key, source in run.recipe.named_sources.items():
         files = source_files(source)
         size = f"{sum(map(size_of, files)) / 1e6:,.1f} MB"
         on_hub = [file for file in files if isinstance(file, HubFile)]
@@ -206,7 +208,8 @@ def _print_text(console: Console, run: Run) -> None:
             known_rows([at_hand(file) for file in files]) if all(map(is_at_hand, files)) else None
         )
         size += f", {counted(rows, 'row')}" if rows is not None else ""
-        kind = "text" if source in corpus.sources else "conversations"
+        section = key.partition(".")[0]
+        kind = {"finetune": "conversations", "dpo": "pairs"}.get(section, "text")
         line = f"{kind}: {source.path} ({source.language}, {size})"
         console.print(line, markup=False, soft_wrap=True)
     available: list[int | None] = [None] * len(corpus.sources)

@@ -15,7 +15,7 @@ from cpt_merge.data.config import DataConfig
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.evaluation import EvaluationConfig
 from cpt_merge.evaluation.sweep.config import SweepConfig
-from cpt_merge.finetune import FinetuneConfig
+from cpt_merge.finetune import FinetuneConfig, FurtherTraining, PreferenceConfig
 from cpt_merge.merge import MergeConfig
 from cpt_merge.tokenizer_ext import EmbeddingsConfig, TokenizerConfig
 from cpt_merge.tracking import TrackingConfig
@@ -80,6 +80,9 @@ class Recipe(Section):
     finetune: FinetuneConfig | None = key(
         None, "fine-tuning on conversations; none if the section is missing"
     )
+    dpo: PreferenceConfig | None = key(
+        None, "direct preference optimisation at the end; none if the section is missing"
+    )
     merge: MergeConfig = key(MergeConfig(), "the chat vector")
     evaluation: EvaluationConfig = key(EvaluationConfig(), "evaluation")
     sweep: SweepConfig = key(SweepConfig(), "ratio sweep")
@@ -121,11 +124,18 @@ class Recipe(Section):
     @property
     def named_sources(self) -> dict[str, Source]:
         """Every source that the stages read, by its key: text and conversations."""
-        of_finetune = self.finetune.sources if self.finetune else []
+        lists = {name: config.sources for name, config in self.further.items()}
         return {
-            **{f"corpus.sources.{place}": one for place, one in enumerate(self.corpus.sources)},
-            **{f"finetune.sources.{place}": one for place, one in enumerate(of_finetune)},
+            f"{section}.sources.{place}": source
+            for section, sources in {"corpus": self.corpus.sources, **lists}.items()
+            for place, source in enumerate(sources)
         }
+
+    @property
+    def further(self) -> dict[str, FurtherTraining]:
+        """The sections that train further on conversations, by their names, which are stages'."""
+        sections = {"finetune": self.finetune, "dpo": self.dpo}
+        return {name: config for name, config in sections.items() if config}
 
     @property
     def named_models(self) -> dict[str, str]:
@@ -145,9 +155,9 @@ class Recipe(Section):
     def check_processes(self, processes: int, note: str = "") -> None:
         """Raises `UserError` if a batch does not divide over the processes; `note` names them."""
         self.training.check_processes(processes, note)
-        if self.finetune:
-            tuned = self.finetune.training_config(self.training, 1)
-            tuned.check_processes(processes, note, section="finetune")
+        for section, config in self.further.items():
+            loop = config.training_config(self.training, 1)
+            loop.check_processes(processes, note, section=section)
 
     @property
     def directory(self) -> Path:

@@ -90,9 +90,13 @@ class Run:
         return self.folder("conversations") / "store"
 
     @property
-    def chat_tokenizer(self) -> Path:
-        """The extended tokenizer with the chat model's format: that of the merged model."""
-        return self.folder("conversations") / "tokenizer"
+    def pairs(self) -> Path:
+        """The store of pairs of replies."""
+        return self.folder("pairs") / "store"
+
+    def chat_tokenizer(self, stage: str) -> Path:
+        """The tokenizer that a stage renders with: the merged model's, with its chat template."""
+        return self.folder(stage) / "tokenizer"
 
     @property
     def formatted(self) -> Path:
@@ -109,6 +113,16 @@ class Run:
         """The fine-tuned model with the chat vector."""
         return self.folder("finetune_merge") / "chat"
 
+    @property
+    def aligned(self) -> Path:
+        """The model that prefers the chosen replies."""
+        return self.folder("dpo") / "aligned"
+
+    @property
+    def before_dpo(self) -> Path:
+        """The last model before the replies are compared."""
+        return [path for name, path in self.made_models().items() if name != "aligned"][-1]
+
     def own_models(self) -> dict[str, Path]:
         """The run's models that are evaluated, by name."""
         return {"base": self.base, "chat": self.chat} | self.made_models()
@@ -120,6 +134,8 @@ class Run:
             found["tuned"] = self.tuned
             if self.recipe.finetune.after == "training":
                 found["tuned_merged"] = self.tuned_merged
+        if self.recipe.dpo:
+            found["aligned"] = self.aligned
         return found
 
     @property

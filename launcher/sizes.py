@@ -40,15 +40,15 @@ def shape_of(directory: Path, name: str, lora: LoraConfig | None = None) -> Mode
     return ModelShape.of(Checkpoint.open(directory), name, lora)
 
 
-def read_shape(recipe: Recipe, finetune: bool = False) -> ModelShape:
+def read_shape(recipe: Recipe, section: str = "training") -> ModelShape:
     """The base model's shape, from its configuration and the headers of its files, also on the hub.
 
-    With the adapters of the training, or of the fine-tuning. Raises `UserError` if its sequences
-    are longer than the model has positions, or its adapters fit no layer.
+    With the adapters of a section that trains. Raises `UserError` if its sequences are longer than
+    the model has positions, or its adapters fit no layer.
     """
-    name, training, section = recipe.models.base, recipe.training, "training"
-    if finetune and recipe.finetune:
-        training, section = recipe.finetune.training_config(training, 1), "finetune"
+    name, training = recipe.models.base, recipe.training
+    if section != "training":
+        training = recipe.further[section].training_config(training, 1)
     if is_here(name):
         directory = model_directory(name)
         config = Checkpoint.open(directory).config
@@ -180,12 +180,12 @@ def _is_moved_aside(run: Run, stage: Stage) -> bool:
 
 def disk_needed(shape: ModelShape, recipe: Recipe) -> DiskNeeded:
     """The disk space of a run of a model of this shape."""
-    config, finetune = recipe.training, recipe.finetune
+    config = recipe.training
     largest = MemorySetup.of(config, "single", 1, 1, heaviest(config))
     checkpoint = checkpoint_bytes(shape, largest)
     model = (shape.parameters + shape.towers) * 2
     made = sum(1 for stage in stages_of(recipe) if stage.output and stage.output.kind == "model")
     kept = config.checkpoints.keep + (config.schedule.shape == "wsd")  # where the rate falls
-    if finetune:
-        kept += config.checkpoints.keep + (finetune.schedule.shape == "wsd")
+    for further in recipe.further.values():
+        kept += config.checkpoints.keep + (further.schedule.shape == "wsd")
     return DiskNeeded(made, model, checkpoint, kept)

@@ -21,7 +21,7 @@ from cpt_merge.report.view import (
 from cpt_merge.tracking import STEP, StageLog
 from cpt_merge.training import TrainingConfig
 
-RESULTS = ("tuned_merged", "tuned", "merged")  # what a run is for: the first of these that it has
+RESULTS = ("aligned", "tuned_merged", "tuned", "merged")  # what a run is for: the first of these that it has
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ def tiles(view: RunView) -> list[Tile]:
             *_trained(training, loops.get("training")),
         ],
         "finetune": list(_trained(view.log("finetune"), loops.get("finetune"), "Fine-tuning")),
+        "dpo": list(_trained(view.log("dpo"), loops.get("dpo"), "Preference")),
         "tokenizer": list(_tokenized(view.log("tokenizer"))),
         "merge": list(_merged(view.log("merge"))),
         SWEEP: list(_swept(view)),

@@ -102,7 +102,7 @@ def render_page(view: RunView, now: float) -> str:
     metrics = metrics_of(evaluation)
     draw = {
         "tokenizer": tokenizer_charts, "data": data_charts, "merge": merge_charts,
-        "finetune": training_charts, "finetune_merge": merge_charts,
+        "finetune": training_charts, "finetune_merge": merge_charts, "dpo": training_charts,
     }  # fmt: skip
     sections = []
     for stage in view.stages:

@@ -12,7 +12,7 @@ from cpt_merge.cluster.attempts import Attempt, attempts
 from cpt_merge.core.artifact import StageRecord, read_record
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.stage import Stage
-from cpt_merge.launcher.stages import PIPELINES, STAGE_NAMES
+from cpt_merge.launcher.stages import STAGE_NAMES, pipeline
 from cpt_merge.tracking import STEP, Cell, StageLog, read_log
 
 SWEEP = "sweep"  # the folder of the ratio sweep
@@ -137,7 +137,8 @@ class RunView:
     def pipeline(self) -> dict[str, Stage]:
         """The stages of the recipe, those that have not started included, by name."""
         finetune = self.recipe.get("finetune") or {}
-        return {stage.name: stage for stage in PIPELINES[finetune.get("after")]}
+        stages = pipeline(finetune.get("after"), bool(self.recipe.get("dpo")))
+        return {stage.name: stage for stage in stages}
 
     @cached_property
     def older(self) -> dict[str, list[str]]:
