@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_merge.launcher.stages import PIPELINES
+from cpt_merge.launcher.stages import pipeline
 from tests.launcher.conftest import pair, recipe, recipe_path, shared, texts  # noqa: F401
 from tests.processes import ROOT, Process, Processes
 
@@ -97,7 +97,7 @@ def test_two_processes_train(
     environment: Path, here: Path, processes: Processes, recipe_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     runs = f"runs={here / 'runs'}"
-    for stage in PIPELINES[None][:4]:
+    for stage in pipeline(None, dpo=False)[:4]:
         done = run(environment, here, processes, stage.command, recipe_path, runs)
         assert done.returncode == 0, done.stderr
     assert "FSDP2: 2 shards, 2 processes" in done.stderr

@@ -15,7 +15,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.execute import _file_errors
 from cpt_merge.launcher.recipe import load_recipe
 from cpt_merge.launcher.run import Run
-from cpt_merge.launcher.stages import DATA, PIPELINES
+from cpt_merge.launcher.stages import DATA, pipeline
 from tests.command_line import cpt_merge
 from tests.data.test_tokenise import digest
 
@@ -26,7 +26,7 @@ def test_how_much_of_a_source_is_trained_on_concerns_training_alone(recipe_path:
         other = load_recipe(recipe_path, change)
         changed = [
             stage.name
-            for stage in PIPELINES[None]
+            for stage in pipeline(None, dpo=False)
             if dict(stage.config(one)) != dict(stage.config(other))
         ]
         assert changed == ["training"]
@@ -34,7 +34,7 @@ def test_how_much_of_a_source_is_trained_on_concerns_training_alone(recipe_path:
 
 def test_the_number_of_processes_does_not_make_another_store(recipe_path: Path) -> None:
     one, other = load_recipe(recipe_path, []), load_recipe(recipe_path, ["data.processes=7"])
-    assert all(dict(stage.config(one)) == dict(stage.config(other)) for stage in PIPELINES[None])
+    assert all(dict(stage.config(one)) == dict(stage.config(other)) for stage in pipeline(None, dpo=False))
 
 
 def test_a_corpus_that_has_grown_costs_only_what_is_new(

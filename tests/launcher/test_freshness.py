@@ -11,7 +11,7 @@ import yaml
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.freshness import _changed_text, check_current
 from cpt_merge.launcher.run import Run
-from cpt_merge.launcher.stages import DATA, EMBEDDINGS, EVALUATION, MERGE, PIPELINES, TRAINING
+from cpt_merge.launcher.stages import DATA, EMBEDDINGS, EVALUATION, MERGE, pipeline, TRAINING
 from tests.command_line import cpt_merge
 from tests.launcher.conftest import adopt
 
@@ -53,7 +53,7 @@ def test_nothing_is_said_of_what_has_not_changed(
 ) -> None:
     for file in (copied.parent / "ko.jsonl", *(copied.parent / "pair").rglob("*.*")):
         os.utime(file)
-    for stage in PIPELINES[None]:
+    for stage in pipeline(None, dpo=False):
         check_current(Run.load(copied), stage)
     assert capfd.readouterr().err == ""
 

@@ -6,7 +6,7 @@ import pytest
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.recipe import load_recipe
-from cpt_merge.launcher.stages import PIPELINES
+from cpt_merge.launcher.stages import pipeline
 
 READING = ["tokenizer", "data", "evaluation"]  # and embeddings, if they need text
 
@@ -27,7 +27,7 @@ def test_steps_of_reading_concern_every_stage_that_reads(
     one, other = load_recipe(recipe_path, without), load_recipe(recipe_path, [*without, change])
     changed = [
         stage.name
-        for stage in PIPELINES[None]
+        for stage in pipeline(None, dpo=False)
         if dict(stage.config(one)) != dict(stage.config(other))
     ]
     assert changed == stages

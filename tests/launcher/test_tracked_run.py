@@ -13,14 +13,14 @@ import pytest
 from cpt_merge.core.artifact import read_record
 from cpt_merge.launcher.identity import group_name
 from cpt_merge.launcher.recipe import Recipe
-from cpt_merge.launcher.stages import PIPELINES
+from cpt_merge.launcher.stages import pipeline
 from cpt_merge.tracking import read_log
 from tests.launcher.conftest import ROOT
 from tests.tracking.conftest import KEY
 from tests.tracking.server import WandbServer
 from tests.tracking.wandb_log import attempts, records
 
-NAMES = [stage.name for stage in PIPELINES[None]]
+NAMES = [stage.name for stage in pipeline(None, dpo=False)]
 
 
 def test_one_group_and_a_run_for_each_stage_whose_id_is_in_its_record(
@@ -71,7 +71,7 @@ def test_lineage_leads_from_text_and_pair_to_the_chat_model(finished: Path) -> N
         stage: [(one.name, one.digest) for one in logs[stage].artifacts if one.used]
         for stage in NAMES
     }
-    assert sorted(left.values()) == sorted(stage.name for stage in PIPELINES[None] if stage.output)
+    assert sorted(left.values()) == sorted(stage.name for stage in pipeline(None, dpo=False) if stage.output)
     before = {stage: {left[one] for one in used[stage] if one in left} for stage in NAMES}
     assert before == {
         "tokenizer": set(), "embeddings": {"tokenizer"}, "data": {"tokenizer"}, "training": {"embeddings", "data"},
