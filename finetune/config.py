@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cpt_merge.core.config import key
 from cpt_merge.data.conversations_config import ConversationsConfig
 from cpt_merge.data.mixture import SourceShare
-from cpt_merge.data.preferences import PreferencesConfig
+from cpt_merge.data.preferences import PairSource
 from cpt_merge.data.store import SourceInfo
 from cpt_merge.training.config import LoraConfig, ScheduleConfig, TrainingConfig
 
@@ -105,9 +105,12 @@ class FinetuneConfig(FurtherTraining):
     )
 
 
-class PreferenceConfig(FurtherTraining, PreferencesConfig):
+class PreferenceConfig(FurtherTraining):
     """Direct preference optimisation (Rafailov et al., 2023) of the chat model, at the end."""
 
+    sources: list[PairSource] = key(  # type: ignore[assignment]  # a list of a subclass
+        ..., "the pairs of a preferred and a rejected reply", min_length=1
+    )
     beta: float = key(
         0.1, "how much a log probability may differ from the start's: less, the larger it is", gt=0
     )

@@ -130,9 +130,7 @@ def _train_further(
         start, tokenizer, store, context.key, shares=shares, preference=preference
     )
     notes = notes_on_training(paths)
-    models = MergeInputs(
-        start, paths.base, paths.chat, tokenizer, has_format=True, notes=notes
-    )
+    models = MergeInputs(start, paths.base, paths.chat, tokenizer, has_format=True, notes=notes)
     hook = None
     if merge_into:
         hook = post_training_hook(context, FINETUNE_MERGE, models, merge_into)

@@ -7,13 +7,11 @@ functions that need it.
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt_merge.core.artifact import fingerprint
-from cpt_merge.core.errors import UserError
-from cpt_merge.core.hub import model_directory, model_fingerprint
+from cpt_merge.core.hub import model_fingerprint
 from cpt_merge.launcher.stage import Output, Stage, StageContext
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from cpt_merge.data.store import STORE_FILE, Store
 from cpt_merge.finetune import FinetuneConfig, FurtherTraining, PreferenceConfig
 from cpt_merge.training import TrainingConfig
 
-
 _FURTHER: dict[str, tuple[type[FurtherTraining], str]] = {  # stage -> section, stage of its store
     "finetune": (FinetuneConfig, "conversations"),
     "dpo": (PreferenceConfig, "pairs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,11 @@ class Recipe(Section):
     @property
     def named_sources(self) -> dict[str, Source]:
         """Every source that the stages read, by its key: text and conversations."""
-        lists = {name: config.sources for name, config in self.further.items()}
+        lists: dict[str, Sequence[Source]] = {"corpus": self.corpus.sources}
+        lists |= {section: config.sources for section, config in self.further.items()}
         return {
             f"{section}.sources.{place}": source
-            for section, sources in {"corpus": self.corpus.sources, **lists}.items()
+            for section, sources in lists.items()
             for place, source in enumerate(sources)
         }
 

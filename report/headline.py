@@ -21,7 +21,12 @@ from cpt_merge.report.view import (
 from cpt_merge.tracking import STEP, StageLog
 from cpt_merge.training import TrainingConfig
 
-RESULTS = ("aligned", "tuned_merged", "tuned", "merged")  # what a run is for: the first of these that it has
+RESULTS = (
+    "aligned",
+    "tuned_merged",
+    "tuned",
+    "merged",
+)  # what a run is for: the first of these that it has
 
 
 @dataclass(frozen=True)

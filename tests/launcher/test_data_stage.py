@@ -34,7 +34,9 @@ def test_how_much_of_a_source_is_trained_on_concerns_training_alone(recipe_path:
 
 def test_the_number_of_processes_does_not_make_another_store(recipe_path: Path) -> None:
     one, other = load_recipe(recipe_path, []), load_recipe(recipe_path, ["data.processes=7"])
-    assert all(dict(stage.config(one)) == dict(stage.config(other)) for stage in pipeline(None, dpo=False))
+    assert all(
+        dict(stage.config(one)) == dict(stage.config(other)) for stage in pipeline(None, dpo=False)
+    )
 
 
 def test_a_corpus_that_has_grown_costs_only_what_is_new(

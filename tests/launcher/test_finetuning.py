@@ -1,6 +1,7 @@
 """Fine-tuning as part of a run: CPT + FT + vector, and CPT + vector + FT."""
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -253,3 +254,43 @@ def test_a_killed_fine_tuning_ends_in_the_same_bytes(
     ):
         for path in wanted.glob("*.safetensors"):
             assert fingerprint(made / path.name) == fingerprint(path)
+
+
+def write_pairs(folder: Path) -> dict[str, str]:
+    """Pairs of two replies to each question, of which the shorter one is preferred."""
+    said = iter(sentences("ko", 200))
+    rows = [
+        {"prompt": next(said)[:12], "chosen": "가나", "rejected": next(said)[:20]}
+        for _ in range(100)
+    ]
+    path = folder / "pairs.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return {"path": str(path), "language": "ko"}
+
+
+@pytest.mark.slow
+def test_replies_are_compared_at_the_end(finished: Path, recipe_path: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(recipe_path.read_text())
+    values["dpo"] = {**FINETUNE, "sources": [write_pairs(tmp_path)], "epochs": 2}
+    values |= {"runs": str(tmp_path / "runs"), "launch": {"processes": 2}}
+    path = tmp_path / "dpo.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    shutil.copytree(finished, tmp_path / "runs" / "tiny")
+    adopt(tmp_path / "runs" / "tiny", str(finished.parent), str(tmp_path / "runs"))
+    done = cpt_merge("run", path)
+    assert done.returncode == 0, done.stderr
+    run = Run.load(path)
+    log = read_log(run.folder("dpo") / "log")
+    losses = [loss for _, loss in log.series("valid/ko/loss")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < 0.3
+    assert log.newest["train/preferred"] == 1.0
+    assert log.newest["train/margin"] > 1.0
+    results = json.loads((run.folder("evaluation") / "results.json").read_text())
+    assert list(results["models"]) == ["base", "chat", "cpt", "merged", "aligned"]
+    record = read_record(run.folder("dpo"))
+    merged = read_record(run.folder("merge"))
+    assert record
+    assert merged
+    assert record.inputs["model"] == f"stage:{merged.key}"

@@ -11,7 +11,7 @@ import yaml
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher.freshness import _changed_text, check_current
 from cpt_merge.launcher.run import Run
-from cpt_merge.launcher.stages import DATA, EMBEDDINGS, EVALUATION, MERGE, pipeline, TRAINING
+from cpt_merge.launcher.stages import DATA, EMBEDDINGS, EVALUATION, MERGE, TRAINING, pipeline
 from tests.command_line import cpt_merge
 from tests.launcher.conftest import adopt
 

@@ -71,7 +71,9 @@ def test_lineage_leads_from_text_and_pair_to_the_chat_model(finished: Path) -> N
         stage: [(one.name, one.digest) for one in logs[stage].artifacts if one.used]
         for stage in NAMES
     }
-    assert sorted(left.values()) == sorted(stage.name for stage in pipeline(None, dpo=False) if stage.output)
+    assert sorted(left.values()) == sorted(
+        stage.name for stage in pipeline(None, dpo=False) if stage.output
+    )
     before = {stage: {left[one] for one in used[stage] if one in left} for stage in NAMES}
     assert before == {
         "tokenizer": set(), "embeddings": {"tokenizer"}, "data": {"tokenizer"}, "training": {"embeddings", "data"},
