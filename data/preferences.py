@@ -6,21 +6,16 @@ processes keeps pairs together. The stage of conversations makes the store.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import numpy as np
 from pydantic import model_validator
 
-from cpt_merge.core.config import key
-from cpt_merge.data.conversations_config import ConversationsConfig
 from cpt_merge.data.conversations_messages import first_prompt
 from cpt_merge.data.conversations_rows import ChatRow, chat_rows
 from cpt_merge.data.conversations_source import AnyRecord, ChatSource, Rendered
 from cpt_merge.data.conversations_store import ChatNotes
 from cpt_merge.data.conversations_template import ConversationError, ConversationTemplate
 from cpt_merge.data.documents import Layout
-from cpt_merge.data.packing import PackedDocuments
 from cpt_merge.data.preferences_messages import PAIR_FIELDS, PairRecord, read_pair
 from cpt_merge.data.readers.rows import BadRow
 from cpt_merge.data.records import ConversationText
@@ -55,14 +50,6 @@ class PairSource(ChatSource):
         notes.note("borders", borders, where)
         fitted = fitting_pair(where, rows, length, notes)
         return Rendered(first_prompt(pair.chosen.messages), [fitted] if fitted else [])
-
-
-class PreferencesConfig(ConversationsConfig):
-    """Preference pairs, and how they become a token store."""
-
-    sources: list[PairSource] = key(  # type: ignore[assignment]  # a list of a subclass
-        ..., "the preference pairs", min_length=1
-    )
 
 
 def _rows(template: ConversationTemplate, pair: PairRecord) -> tuple[list[ChatRow], int]:
@@ -100,31 +87,3 @@ def fitting_pair(
     notes.replies += len(kept)
     notes.tokens += sum(len(row.ids) for row in kept)
     return kept
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Where a pair is in a sequence, and the numbers of its documents in the split."""
-
-    chosen: slice
-    rejected: slice
-    documents: tuple[int, int]
-
-
-def pairs_of(packed: PackedDocuments, number: int) -> Iterator[Pair]:
-    """The pairs of a sequence of a store of pairs, in order."""
-    begin, starts = number * packed.length, packed.documents.starts
-    first, last = np.searchsorted(starts, [begin, begin + packed.length])
-    trained = packed.documents.trained
-    assert trained is not None
-    rows = [
-        document
-        for document in range(first, last)
-        if trained.read(int(starts[document]), int(starts[document + 1])).any()
-    ]
-    for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
-        places = [
-            slice(int(starts[one]) - begin, int(starts[one + 1]) - begin)
-            for one in (chosen, rejected)
-        ]
-        yield Pair(places[0], places[1], (chosen, rejected))

@@ -10,11 +10,13 @@ from cpt_merge.data.conversations_inputs import check_conversations
 from cpt_merge.data.conversations_rows import ChatRow
 from cpt_merge.data.conversations_run import run
 from cpt_merge.data.conversations_store import ChatNotes
-from cpt_merge.data.packing import IGNORED, PackedDocuments
-from cpt_merge.data.preferences import PairSource, PreferencesConfig, fitting_pair, pairs_of
+from cpt_merge.data.packing import PackedDocuments, stack
+from cpt_merge.data.pairs import Preference
+from cpt_merge.data.preferences import PairSource, fitting_pair
 from cpt_merge.data.preferences_messages import PairRecord, read_pair
 from cpt_merge.data.readers.rows import BadRow
 from cpt_merge.data.store import Store
+from cpt_merge.finetune import PreferenceConfig
 from cpt_merge.tracking import Tracker
 from tests.data.chat_templates import CHATML, QWEN_3, of
 from tests.data.test_conversations_run import LENGTH, save, write
@@ -112,29 +114,24 @@ def pair(number: int) -> dict[str, Any]:
 def test_both_rows_of_a_pair_come_together(tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "tokenizer", CHATML)
     source = write(tmp_path / "a.jsonl", [*map(pair, range(200))])
-    config = PreferencesConfig(sources=[source], heldout=0.2)
+    config = PreferenceConfig(sources=[source], heldout=0.2)
     check_conversations(config, LENGTH, tokenizer)
     run(config, LENGTH, tokenizer, tmp_path / "store", Tracker())
-    store, seen = Store.open(tmp_path / "store"), []
+    store, seen = Store.open(tmp_path / "store"), list[str]()
     decode = of(CHATML, "<|im_end|>").tokenizer.decode
     for split in ("train", "heldout"):
         documents = store.documents(store.info.sources[0], split)  # type: ignore[arg-type]
-        packed = PackedDocuments(documents, LENGTH)
+        packed = PackedDocuments(documents, LENGTH, Preference(0.1, tmp_path))
         for number in range(packed.sequences):
-            ids, labels, positions = packed.read(number)
-            for found in pairs_of(packed, number):
-                texts = [decode(ids[place]) for place in (found.chosen, found.rejected)]
-                prompt = texts[0].partition("Good")[0]
-                assert texts[1].startswith(prompt + "Bad")
-                seen.append(prompt)
-                for place, document in zip(
-                    (found.chosen, found.rejected), found.documents, strict=True
-                ):
-                    assert positions[place][0] == 0
-                    assert documents.starts[document] == number * LENGTH + place.start
-                    text = decode(labels[place][labels[place] != IGNORED])
-                    assert text.startswith(("Good", "Bad"))
-                    assert text.endswith(".<|im_end|>")
+            batch = stack([(packed, number)], with_reference=False)
+            assert batch.pairs
+            reply, labels = batch.pairs.reply, batch.labels.flatten()
+            for first in range(0, 2 * batch.pairs.count, 2):
+                good, bad = (decode(labels[reply == place]) for place in (first, first + 1))
+                assert good.startswith("Good")
+                assert good.endswith(".<|im_end|>")
+                assert bad.startswith(good.partition(".")[0].replace("Good", "Bad") + ".")
+                seen.append(good)
     assert len(set(seen)) == len(seen) == 200
 
 
@@ -147,7 +144,7 @@ def test_rows_with_different_prompts_are_no_pair(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"line 1 has a 'chosen' and a 'rejected' for which the chat"
     ):
-        check_conversations(PreferencesConfig(sources=[source]), LENGTH, tokenizer)
+        check_conversations(PreferenceConfig(sources=[source]), LENGTH, tokenizer)
 
 
 def test_pairs_have_no_format_key() -> None:
