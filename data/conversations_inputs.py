@@ -26,9 +26,12 @@ OTHER_RECORDS = 2  # of each other file
 
 
 def check_conversations(
-    config: ConversationsConfig, length: int, chat: Path, download: bool = True
-) -> None:
+    config: ConversationsConfig, length: int, chat: Path, download: bool = True,
+    section: str = "finetune",
+) -> None:  # fmt: skip
     """Prove the chat model's template, and render the first conversations of every source.
+
+    `section` of the recipe is what messages name.
 
     Raises `UserError` for what cannot be trained on. Of a hub's dataset the first file is
     downloaded, or else only what is in the cache is looked at.
@@ -40,10 +43,12 @@ def check_conversations(
         say(f"conversations: {remark}")
     for source in config.sources:
         if download or all(map(is_at_hand, source_files(source))):
-            _check_source(source, length, found.template)
+            _check_source(source, length, found.template, section)
 
 
-def _check_source(source: ChatSource, length: int, template: ConversationTemplate) -> None:
+def _check_source(
+    source: ChatSource, length: int, template: ConversationTemplate, section: str
+) -> None:
     notes, read = ChatNotes(), 0
     for where, record in _first_records(source):
         read += 1
@@ -52,17 +57,17 @@ def _check_source(source: ChatSource, length: int, template: ConversationTemplat
     if not read:
         raise UserError(
             f"the source {source.path} has no conversations in its split {source.split!r}; "
-            "correct finetune.sources."
+            f"correct {section}.sources."
         )
     if not notes.conversations:
         raise UserError(
             f"none of {looked_at} can be trained on, such as {notes.examples['bad_rows']}; "
-            "correct them, or remove the source from finetune.sources."
+            f"correct them, or remove the source from {section}.sources."
         )
     if not notes.rows:
         raise UserError(
             f"no reply in {looked_at} begins within a sequence of {length:,} tokens; raise "
-            "finetune.sequence_length."
+            f"{section}.sequence_length."
         )
     for sentence in notes.describe():
         say(f"conversations: of {looked_at}, {sentence}")

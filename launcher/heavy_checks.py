@@ -185,7 +185,9 @@ def _check_conversations(run: Run, here: bool) -> None:
     for name, section in run.recipe.further.items():
         if not is_up_to_date(run, find_stage(run.recipe, name).inputs["data"]):
             length = section.length(run.recipe.training)
-            check_conversations(section, length, run.chat, download=here)
+            if run.recipe.tokenizer.languages():
+                length = sys.maxsize  # the extended tokenizer makes fewer tokens than the chat's
+            check_conversations(section, length, run.chat, download=here, section=name)
 
 
 def _check_whole(run: Run) -> None:
