@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from cpt_merge.core.config import JsonFields, Section, key
 from cpt_merge.data.conversations_source import NOT_OF_CONVERSATIONS, ChatSource
@@ -12,6 +12,8 @@ from cpt_merge.data.sources import is_in_share
 
 class ConversationsConfig(Section):
     """Conversations, and how they become a token store."""
+
+    section: ClassVar[str] = "finetune"  # of the recipe, which messages name
 
     sources: list[ChatSource] = key(..., "the conversations", min_length=1)
     heldout: float = key(

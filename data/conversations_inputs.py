@@ -26,12 +26,9 @@ OTHER_RECORDS = 2  # of each other file
 
 
 def check_conversations(
-    config: ConversationsConfig, length: int, chat: Path, download: bool = True,
-    section: str = "finetune",
-) -> None:  # fmt: skip
+    config: ConversationsConfig, length: int, chat: Path, download: bool = True
+) -> None:
     """Prove the chat model's template, and render the first conversations of every source.
-
-    `section` of the recipe is what messages name.
 
     Raises `UserError` for what cannot be trained on. Of a hub's dataset the first file is
     downloaded, or else only what is in the cache is looked at.
@@ -43,7 +40,7 @@ def check_conversations(
         say(f"conversations: {remark}")
     for source in config.sources:
         if download or all(map(is_at_hand, source_files(source))):
-            _check_source(source, length, found.template, section)
+            _check_source(source, length, found.template, config.section)
 
 
 def _check_source(

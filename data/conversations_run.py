@@ -80,7 +80,9 @@ class Plan:
             of_source.append(list(range(len(pieces), len(pieces) + len(found))))
             pieces += [(source, piece) for piece in found]
         if not pieces:
-            raise UserError("the files of finetune.sources are empty; give them conversations.")
+            raise UserError(
+                f"the files of {config.section}.sources are empty; give them conversations."
+            )
         line = Line.of([piece.size for _, piece in pieces])
         eos = encoder.tokenizer.eos
         return Plan(config, length, template, encoder.info, eos, pieces, of_source, line)
@@ -151,7 +153,7 @@ def _make_blocks(plan: Plan, blocks: Blocks) -> None:
             meter.advance(more.bytes / 1e6)
 
         task = partial(make_share, plan, blocks, processes)
-        run_in_processes(task, processes, report, "finetune.processes")
+        run_in_processes(task, processes, report, f"{plan.config.section}.processes")
 
 
 def make_share(plan: Plan, blocks: Blocks, processes: int, process: int, report: Report) -> None:
@@ -258,7 +260,7 @@ def _require_enough(config: ConversationsConfig, sources: Sequence[SourceInfo]) 
     if not any(info.heldout.documents for info in sources):
         raise UserError(
             f"no conversation is held out of {counted(len(sources), 'source')} with heldout = "
-            f"{config.heldout:g}; raise finetune.heldout, or give more conversations."
+            f"{config.heldout:g}; raise {config.section}.heldout, or give more conversations."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from cpt_merge.core.config import key
 from cpt_merge.data.conversations_config import ConversationsConfig
@@ -107,6 +107,8 @@ class FinetuneConfig(FurtherTraining):
 
 class PreferenceConfig(FurtherTraining):
     """Direct preference optimisation (Rafailov et al., 2023) of the chat model, at the end."""
+
+    section: ClassVar[str] = "dpo"
 
     sources: list[PairSource] = key(  # type: ignore[assignment]  # a list of a subclass
         ..., "the pairs of a preferred and a rejected reply", min_length=1

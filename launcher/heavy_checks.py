@@ -187,7 +187,7 @@ def _check_conversations(run: Run, here: bool) -> None:
             length = section.length(run.recipe.training)
             if run.recipe.tokenizer.languages():
                 length = sys.maxsize  # the extended tokenizer makes fewer tokens than the chat's
-            check_conversations(section, length, run.chat, download=here, section=name)
+            check_conversations(section, length, run.chat, download=here)
 
 
 def _check_whole(run: Run) -> None:
