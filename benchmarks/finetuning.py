@@ -43,7 +43,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def run(out: Path, seeds: str = "0,1,2", conversations: int = 200, epochs: float = 3.0) -> None:
+def run(
+    out: Path,
+    seeds: str = "0,1,2",
+    conversations: int = 200,
+    epochs: float = 3.0,
+    learning_rate: float = 2e-4,
+) -> None:
     """Run every seed in both orders, and keep the evaluations in OUT."""
     out.mkdir(parents=True, exist_ok=True)
     sources = [_write(out, language, conversations) for language in LANGUAGES]
@@ -55,7 +61,7 @@ def run(out: Path, seeds: str = "0,1,2", conversations: int = 200, epochs: float
             settings = [
                 f"name=seed-{seed}", f"runs={out}", f"training.seed={seed}",
                 f"finetune.sources=[{', '.join(sources)}]", f"finetune.after={after}",
-                f"finetune.epochs={epochs}", "finetune.learning_rate=0.0005",
+                f"finetune.epochs={epochs}", f"finetune.learning_rate={learning_rate}",
                 "finetune.sequence_length=256", "finetune.global_batch_size=2",
                 "finetune.heldout=0.1", "finetune.evaluate_every=10",
                 "evaluation.suites=[language,chat]", "launch.processes=1",
