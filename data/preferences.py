@@ -56,8 +56,8 @@ def _rows(template: ConversationTemplate, pair: PairRecord) -> tuple[list[ChatRo
     """The two rows, and how many replies were tokenised apart from the prompt."""
     made = [chat_rows(template, side) for side in (pair.chosen, pair.rejected)]
     (chosen,), (rejected,) = (one.rows for one in made)
-    first = min(chosen.trained.index(True), rejected.trained.index(True))
-    if chosen.ids[:first] != rejected.ids[:first]:
+    first, other = chosen.trained.index(True), rejected.trained.index(True)
+    if first != other or chosen.ids[:first] != rejected.ids[:first]:
         raise ConversationError(
             "has a 'chosen' and a 'rejected' for which the chat template writes different prompts, "
             "since one of them has a thought"
