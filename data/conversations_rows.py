@@ -90,7 +90,7 @@ def _row(
     trained = [at >= first for at in range(end + 1)]
     if template.is_marked and reply.marked and not joined:
         ids, marks = template.render_marked(reply, tools)
-        if ids[: end + 1] != whole[: end + 1] or not any(marks[first:end]):
+        if ids[:end] != whole[:end] or not any(marks[first:end]):
             raise ConversationError(
                 f"has a message {place + 1} of which the template's generation marks cover nothing"
             )

@@ -217,7 +217,32 @@ class ConversationTemplate:
                 f"has a message {place + 1} whose thought the chat template leaves out; set "
                 "`thinking: remove`"
             )
-        return ReplyText(prompt, whole, rendered, [*before, target], variables)
+        end = self._end_of_open(whole, len(prompt), [*before, target], tools, variables)
+        return ReplyText(prompt, whole + end, rendered, [*before, target], variables)
+
+    def _end_of_open(
+        self,
+        whole: str,
+        start: int,
+        messages: Sequence[Message],
+        tools: Sequence[Any],
+        variables: Mapping[str, Any],
+    ) -> str:
+        """The token that ends a reply of which the template writes no end; "" if there is none.
+
+        Apertus writes it with the next turn, and GLM ends generation with the mark of that turn.
+        """
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.end_ids))
+        if any(end in whole[start:] for end in ends):
+            return ""
+        role = "tool" if messages[-1].get("tool_calls") else "user"
+        following: Message = {"role": role, "content": "Zq7next"}
+        try:
+            text = self.render([*messages, following], tools, variables, prompt=True)
+        except ConversationError:
+            return ""
+        after = text.removeprefix(whole) if text.startswith(whole) else ""
+        return next((end for end in ends if after.startswith(end)), "")
 
     def thought_of(self, message: Message) -> tuple[str, str]:
         """(the thought to train on, the content without any)."""

@@ -69,6 +69,16 @@ R1 = (  # begins every reply with a thought, and keeps none
     "{{ m['content'].split('</think>')[-1] }}</s>{% else %}<|{{ m['role'] }}|>{{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
+APERTUS = (  # ends a reply with the next turn
+    "<s>{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{{ m['content'] }}"
+    "{% else %}{% if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' %}<|end|>{% endif %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+GLM = (  # the mark of the next turn ends a reply
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 ENDLESS = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
 
 MARKS = (
@@ -97,6 +107,8 @@ STYLES: Mapping[str, Style] = {
     "mistral_3": Style(MISTRAL_3, "</s>"),
     "phi_3": Style(PHI_3, "<|end|>"),
     "qwen_3": Style(QWEN_3, "<|im_end|>"),
+    "apertus": Style(APERTUS, "<|end|>"),
+    "glm": Style(GLM, "<|user|>"),
 }
 
 
