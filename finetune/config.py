@@ -67,6 +67,7 @@ class FurtherTraining(ConversationsConfig):
             "schedule": self.schedule,
             "phases": [],
             "lora": self.lora,
+            "shield": None,
             "log_every": self.log_every,
             "evaluate_every": self.evaluate_every,
             "continuations": 0,

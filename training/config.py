@@ -10,6 +10,7 @@ from pydantic import field_validator, model_validator
 from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
 
 MOMENT_BLOCK = 256  # 8-bit moments that share a scale in fp32
 Offload = Literal["none", "optimizer", "all"]  # what is kept in the CPU's memory
@@ -114,6 +115,26 @@ def means(target: str, module: str) -> bool:
     return f".{module}".endswith(f".{target}")
 
 
+class ShieldConfig(Section):
+    """Source-shielded updates (Yamaguchi et al., 2025, https://arxiv.org/abs/2512.04844)."""
+
+    language: str = key("en", "language of the text that decides which columns are needed")
+    share: float = key(
+        0.5, "share of the columns of each linear layer that are not trained", gt=0, lt=1
+    )
+    sequences: int = key(
+        500, "sequences of that text on which importance is measured", unit="sequences", gt=0
+    )
+
+    @field_validator("language")
+    @classmethod
+    def _known(cls, tag: str) -> str:
+        try:
+            return find_language(tag).tag
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+
 class CheckpointConfig(Section):
     """What a killed run continues from."""
 
@@ -195,6 +216,11 @@ class TrainingConfig(Section):
         "train low-rank adapters of the decoder's linear layers instead of these layers, with "
         "embedding and head in full; the exported model has them merged; every weight is trained "
         "if not set",
+    )
+    shield: ShieldConfig | None = key(
+        None,
+        "for a model that chats already: do not train the columns of its linear layers that the "
+        "source language needs most; every weight is trained if not set",
     )
     fp8: bool = key(
         False,
@@ -346,8 +372,7 @@ class TrainingConfig(Section):
         # runs that do not set these keep the keys that they had before these existed
         if not self.auxiliary_loss:
             names.add("auxiliary_loss")
-        if self.lora:
-            names.add("lora")
+        names |= {name for name in ("lora", "shield") if getattr(self, name)}
         found = self.model_dump(include=names)
         if self.optimizer.moments == "full":
             del found["optimizer"]["moments"]
@@ -361,6 +386,17 @@ class TrainingConfig(Section):
             raise ValueError(
                 "offload_activations moves only the layers' inputs with activation_checkpointing: "
                 "selective, the smallest part of what is kept; set that to full or none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shield_fits(self) -> TrainingConfig:
+        if self.shield and (
+            self.lora or self.optimizer.moments == "8bit" or self.precision == "pure-bf16"
+        ):
+            raise ValueError(
+                "`shield` trains the layers themselves, with fp32 masters and full moments; leave "
+                "out lora, optimizer.moments: 8bit and precision: pure-bf16"
             )
         return self
 

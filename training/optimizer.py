@@ -11,6 +11,7 @@ from cpt_merge.training.compact_adamw import CompactAdamW
 from cpt_merge.training.config import MOMENT_BLOCK, TrainingConfig
 from cpt_merge.training.model.build import CausalLM, full_shape
 from cpt_merge.training.phases import Phase, vocabulary_matrices
+from cpt_merge.training.shield import shielded
 
 AdamW = torch.optim.AdamW | CompactAdamW
 
@@ -19,7 +20,7 @@ def build_optimizer(module: CausalLM, training: TrainingConfig, phase: Phase) ->
     """AdamW over the weights that the phase trains.
 
     Matrices decay, norms and biases do not. Embedding and head have their own rate; they do not
-    decay while some of their rows are frozen.
+    decay while some of their rows are frozen, nor do linear layers some of whose columns are.
 
     Every group keeps its peak rate under `peak`, and under `part` what it holds: layers or
     vocabulary.
@@ -27,13 +28,17 @@ def build_optimizer(module: CausalLM, training: TrainingConfig, phase: Phase) ->
     config = training.optimizer
     members: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
     vocabulary = {id(parameter) for parameter in vocabulary_matrices(module)}
+    partly = shielded(module).values() if training.shield else ()
+    undecayed = {id(part.weight) for part in partly}
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
         part = "vocabulary" if id(parameter) in vocabulary else "layers"
         decay = (
             config.weight_decay
-            if len(full_shape(parameter)) > 1 and not module.frozen_rows
+            if len(full_shape(parameter)) > 1
+            and not module.frozen_rows
+            and id(parameter) not in undecayed
             else 0.0
         )
         members.setdefault((part, decay), []).append(parameter)

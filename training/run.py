@@ -21,6 +21,7 @@ from cpt_merge.training.callbacks.nonfinite import NonFiniteSteps
 from cpt_merge.training.callbacks.preference import PreferencePairs
 from cpt_merge.training.callbacks.preview import Interview, Preview
 from cpt_merge.training.callbacks.routing import RoutingLog
+from cpt_merge.training.callbacks.shield import SourceShield
 from cpt_merge.training.callbacks.spikes import SpikeDetection
 from cpt_merge.training.callbacks.throughput import Throughput
 from cpt_merge.training.callbacks.watchdog import StepWatchdog
@@ -47,6 +48,7 @@ def default_callbacks(
         NonFiniteSteps(),
         RoutingLog(),
         *([PreferencePairs()] if compares else []),
+        *([SourceShield(config.shield)] if config.shield else []),
         MetricsLog(),
         GarbageCollection(),
         HeldoutEvaluation(),

@@ -18,6 +18,7 @@ from cpt_merge.training.config import CheckpointConfig, TrainingConfig
 from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.memory import Strategy
 from cpt_merge.training.model.choice import Choice
+from cpt_merge.training.shield import Shield
 
 _TORCH, _EIGHT_BITS = "torch", "DeepSpeed, with moments in 8 bits"
 _ALONE = ", trained weights alone"
@@ -81,6 +82,15 @@ class Backend(Protocol):
 
         Means over the micro-batches; None for a model without routers. Not a collective.
         """
+
+    def importance(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """The importance of every column (`training/shield.py`) on all processes' batches.
+
+        Every process gives as many batches.
+        """
+
+    def shield(self, shield: Shield) -> float:
+        """Train no frozen column from now on; the share of all parameters that this is."""
 
     def step(self, factor: float) -> StepOutcome:
         """Clip, take an optimizer step at `factor` times the peak rates, and clear the gradient.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say_once
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.agreement import not_used
@@ -50,4 +51,9 @@ def check_backend(asked: BackendSettings, config: TrainingConfig) -> BackendSett
         from cpt_merge.training.distributed.deepspeed import check_zero
 
         check_zero(asked)
+        if config.shield:
+            raise UserError(
+                "training.shield freezes columns of gradients, which DeepSpeed keeps as one flat "
+                "vector; use FSDP2 (launch.accelerate_config: fsdp2)."
+            )
     return asked

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -57,6 +57,7 @@ from cpt_merge.training.optimizer import (
     set_rate,
 )
 from cpt_merge.training.phases import PhaseSetup, prepare_phase
+from cpt_merge.training.shield import Shield
 
 
 class ZeroBackend:
@@ -182,6 +183,14 @@ class ZeroBackend:
     def take_routing(self) -> Tensor | None:
         """See `Backend`."""
         return self.module.take_routing()
+
+    def importance(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """See `Backend`. `check_backend` refuses a shield with DeepSpeed."""
+        raise NotImplementedError
+
+    def shield(self, shield: Shield) -> float:
+        """See `Backend`. `check_backend` refuses a shield with DeepSpeed."""
+        raise NotImplementedError
 
     def step(self, factor: float) -> StepOutcome:
         """See `Backend`. DeepSpeed itself skips a step whose gradient is not finite."""

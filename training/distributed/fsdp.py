@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -60,6 +60,7 @@ from cpt_merge.training.optimizer import (
     set_rate,
 )
 from cpt_merge.training.phases import PhaseSetup, prepare_phase
+from cpt_merge.training.shield import Shield, frozen_share, importance, squares_of_inputs
 
 
 class TorchBackend:
@@ -84,6 +85,7 @@ class TorchBackend:
         self.micro_batches = parallel.size * setup.config.micro_batches(parallel.size)
         self.shard_count = parallel.mesh.shape[1]
         self.state_files = StateFiles(parallel)
+        self.frozen_columns: Shield | None = None
 
     @staticmethod
     def build(setup: PhaseSetup, parallel: Parallel) -> TorchBackend:
@@ -146,6 +148,21 @@ class TorchBackend:
         """See `Backend`."""
         return self.running.take_routing()
 
+    @torch.no_grad()
+    @uncompiled
+    def importance(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """See `Backend`."""
+        with squares_of_inputs(self.running) as squares:
+            for batch in batches:
+                self.running(batch)
+        reshard(self.module)
+        return importance(self.module, squares)
+
+    def shield(self, shield: Shield) -> float:
+        """See `Backend`."""
+        self.frozen_columns = shield.to(self.parallel.device)
+        return frozen_share(shield, self.module)
+
     def step(self, factor: float) -> StepOutcome:
         """See `Backend`. The fused AdamW reads on the device whether to step, so nobody waits.
 
@@ -155,6 +172,8 @@ class TorchBackend:
         trained = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
+        if self.frozen_columns:
+            self.frozen_columns.clear_gradients(self.module)
         norm = torch.nn.utils.clip_grad_norm_(trained, self.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = norm.isfinite()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.torch_compat import compilers_missing
 from cpt_merge.training.model.documents import runs_one_by_one
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def compilable(layers: nn.ModuleList) -> list[nn.Module]:
@@ -35,7 +38,7 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function with layers that are not compiled.
 
     Outside training there are many shapes, for which torch.compile would make code for any shape,
@@ -43,7 +46,7 @@ def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     @wraps(function)
-    def wrapped(*arguments: Any, **names: Any) -> Tensor:
+    def wrapped(*arguments: P.args, **names: P.kwargs) -> R:
         with torch.compiler.set_stance("force_eager"):
             return function(*arguments, **names)
 
