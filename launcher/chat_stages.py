@@ -97,6 +97,14 @@ FORMAT = Stage(
 )
 
 
+def _notes(run: Run) -> tuple[str, ...]:
+    """What the card of a merged model tells of the model that gets the vector."""
+    from cpt_merge.launcher.lineage import notes_on_training
+
+    tuned = "What is called cpt here is CPT after fine-tuning on conversations, as in `finetune`."
+    return (*notes_on_training(run), tuned)
+
+
 def _train_further(
     context: StageContext,
     tracker: Tracker,
@@ -112,8 +120,8 @@ def _train_further(
     """
     from cpt_merge.data.pairs import Preference
     from cpt_merge.data.store import Store
+    from cpt_merge.launcher.further_card import write_card
     from cpt_merge.launcher.hook import post_training_hook
-    from cpt_merge.launcher.lineage import notes_on_training
     from cpt_merge.launcher.preview import preview_of
     from cpt_merge.launcher.start import use_backend
     from cpt_merge.merge.plan import MergeInputs
@@ -129,7 +137,7 @@ def _train_further(
     inputs = TrainingInputs(
         start, tokenizer, store, context.key, shares=shares, preference=preference
     )
-    notes = notes_on_training(paths)
+    notes = _notes(paths)
     models = MergeInputs(start, paths.base, paths.chat, tokenizer, has_format=True, notes=notes)
     hook = None
     if merge_into:
@@ -137,7 +145,10 @@ def _train_further(
     preview = preview_of(recipe, models, adds_vector=merge_into is not None)
     config = section.training_config(recipe.training, tokens)
     name = Path(context.stage.marker).parent.name
-    return run(config, inputs, context.folder, tracker, hook, preview, name)
+    results = run(config, inputs, context.folder, tracker, hook, preview, name)
+    if context.world.is_main:
+        write_card(context.stage.name, start, store, results, context.folder / name)
+    return results
 
 
 def _finetune(context: StageContext, tracker: Tracker) -> dict[str, Any]:
@@ -175,10 +186,9 @@ FINETUNE_AFTER_MERGE = replace(
 
 
 def _finetune_merge(context: StageContext, tracker: Tracker) -> dict[str, Any]:
-    from cpt_merge.launcher.lineage import notes_on_training
     from cpt_merge.merge.plan import MergeInputs
 
-    paths, notes = context.run, notes_on_training(context.run)
+    paths, notes = context.run, _notes(context.run)
     tokenizer = paths.chat_tokenizer(CONVERSATIONS.name)
     inputs = MergeInputs(
         paths.tuned, paths.base, paths.chat, tokenizer, has_format=True, notes=notes

@@ -118,6 +118,15 @@ def test_fine_tuning_starts_from_cpt_and_the_vector_is_added_to_its_result(tuned
     torch.testing.assert_close(merged[name].float(), expected, atol=2e-3, rtol=0)
 
 
+def test_cards_say_what_was_trained_on_what(tuned: Run) -> None:
+    card = (tuned.tuned / "README.md").read_text()
+    assert f"steps from model ({fingerprint(tuned.formatted)})" in card
+    assert "| ko:chat-ko | ko |" in card
+    assert "### Chat model by chat vector" in card  # of the model that it started from
+    merged = (tuned.tuned_merged / "README.md").read_text()
+    assert "cpt here is CPT after fine-tuning on conversations" in merged
+
+
 def test_the_hook_leaves_the_merge_finished(tuned: Run) -> None:
     assert is_up_to_date(tuned, find_stage(tuned.recipe, "finetune_merge"))
     report = json.loads((tuned.tuned_merged / "merge_report.json").read_text())
