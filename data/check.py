@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.data.documents import SKIPPED, read_documents, read_records
 from cpt_merge.data.hub_datasets import at_hand, is_at_hand, size_of
-from cpt_merge.data.mixture import MANY_EPOCHS, check_repeats, mixture
+from cpt_merge.data.mixture import MANY_EPOCHS, SourceShare, check_repeats
 from cpt_merge.data.records import TemplateText, absent_fields
 from cpt_merge.data.sources import Corpus, Source, read_source, source_files, text_bytes_at_most
 
@@ -61,17 +61,22 @@ def _warn_of_absent_fields(source: Source, files: Iterable[Path]) -> None:
             )
 
 
-def check_budget(corpus: Corpus, tokens: int, tokenizer: Tokenizer) -> None:
+def check_budget(
+    corpus: Corpus,
+    shares_of: Callable[[Sequence[int | None]], Sequence[SourceShare]],
+    tokenizer: Tokenizer,
+) -> None:
     """Compare the tokens of a run with those that the text can have.
 
-    `tokenizer` is the base's: the extended one makes fewer tokens, so there are more epochs than
-    are estimated here. Raises `UserError` for too many epochs, unless the recipe allows them, and
-    for a source without documents.
+    `shares_of` says what the run reads of sources of these sizes. `tokenizer` is the base's: the
+    extended one makes fewer tokens, so there are more epochs than are estimated here. Raises
+    `UserError` for too many epochs, unless the recipe allows them, and for a source without
+    documents.
     """
     sizes = [tokens_at_most(source, tokenizer) for source in corpus.sources]
     if any(source.epochs is not None for source in corpus.sources):
         return  # how many tokens that is, is known when the text is tokenised
-    shares = mixture(corpus, sizes, tokens)
+    shares = shares_of(sizes)
     check_repeats(corpus, shares, "at least ")
     for share in shares:
         if share.epochs > MANY_EPOCHS:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.sources import Corpus, Source
@@ -30,8 +30,9 @@ def mixture(corpus: Corpus, available: Sequence[int | None], tokens: int) -> lis
 
     `available` are the training tokens of each source (None: unknown). Within the share of each
     language (`corpus.shares`; without it, within all tokens) sources with `tokens` or `epochs` take
-    that amount, and the others divide the rest by their weights. Raises `UserError` for amounts
-    that do not fit.
+    that amount, and the others divide the rest by their weights. Languages that `corpus.shares`
+    leaves out, and sources with weight 0, are not read. Raises `UserError` for amounts that do not
+    fit.
     """
     groups = [(f"{tokens:,}", float(tokens), corpus.sources)]
     if corpus.shares:
@@ -45,18 +46,68 @@ def mixture(corpus: Corpus, available: Sequence[int | None], tokens: int) -> lis
         taken |= _divide(label, total, [(source, sizes[id(source)]) for source in sources])
     return [
         SourceShare(
-            source.name, source.language, taken[id(source)] / tokens, taken[id(source)],
-            taken[id(source)] / size if size else 0.0,
+            source.name, source.language, taken.get(id(source), 0.0) / tokens,
+            taken.get(id(source), 0.0), taken.get(id(source), 0.0) / size if size else 0.0,
         )
         for source, size in zip(corpus.sources, available, strict=True)
     ]  # fmt: skip
+
+
+def mixed(corpus: Corpus, weights: Mapping[str, float], shares: Mapping[str, float]) -> Corpus:
+    """The corpus with other weights of some sources, and other shares of languages.
+
+    A weight is of one source, by its name, or of each source of a language. Raises `UserError` for
+    names that the corpus does not have, and for sources with `tokens` or `epochs`, which are
+    amounts of a whole run.
+    """
+    if not weights and not shares:
+        return corpus
+    names = [source.name for source in corpus.sources]
+    known = {"weights": [*names, *corpus.languages()], "shares": corpus.languages()}
+    for key, given in (("weights", weights), ("shares", shares)):
+        if strange := [name for name in given if name not in known[key]]:
+            raise UserError(
+                f"`{key}` names {', '.join(strange)}, but there are "
+                f"{', '.join(dict.fromkeys(known[key]))}"
+            )
+    budgets = [one.name for one in corpus.sources if one.tokens is not None or one.epochs]
+    if budgets:
+        raise UserError(
+            f"{', '.join(budgets)} has `tokens` or `epochs`, which are amounts of the whole run; "
+            "give it a weight, so that phases can have mixtures of their own"
+        )
+    sources = [
+        one.model_copy(
+            update={"weight": weights.get(one.name, weights.get(one.language, one.weight))}
+        )
+        for one in corpus.sources
+    ]
+    return corpus.model_copy(update={"sources": sources, "shares": shares or corpus.shares})
+
+
+def total_shares(parts: Sequence[Sequence[SourceShare]]) -> list[SourceShare]:
+    """What a run reads of each source, given that of its parts."""
+    whole = sum(share.tokens for part in parts for share in part)
+    return [
+        replace(
+            of_source[0],
+            share=sum(one.tokens for one in of_source) / whole,
+            tokens=sum(one.tokens for one in of_source),
+            epochs=sum(one.epochs for one in of_source),
+        )
+        for of_source in zip(*parts, strict=True)
+    ]
 
 
 def _divide(label: str, total: float, sources: list[tuple[Source, int | None]]) -> dict[int, float]:
     """The tokens of each source (by its id) of a group that has `total` tokens."""
     wanted = {id(source): _budget(source, size) for source, size in sources}
     budgets = {source: budget for source, budget in wanted.items() if budget is not None}
-    weights = {id(one): one.weight or 1.0 for one, _ in sources if id(one) not in budgets}
+    weights = {
+        id(one): 1.0 if one.weight is None else one.weight
+        for one, _ in sources
+        if id(one) not in budgets
+    }
     fixed = sum(budgets.values())
     names = ", ".join(source.name for source, _ in sources)
     if fixed > total * (1 + SLACK) or (weights and fixed >= total):
@@ -65,6 +116,8 @@ def _divide(label: str, total: float, sources: list[tuple[Source, int | None]]) 
             f"{label}; {'they leave nothing for the sources with weights; ' if weights else ''}"
             "lower them or raise it."
         )
+    if weights and not any(weights.values()):
+        raise UserError(f"no source of {names} has a weight above 0; give one of them a weight.")
     if not weights and fixed < total * (1 - SLACK):
         raise UserError(
             f"`tokens` and `epochs` of {names} ask for {fixed:,.0f} tokens, but training.tokens is "

@@ -67,15 +67,24 @@ class SequenceOrder:
     epoch a source goes through a new permutation of its sequences.
     """
 
-    def __init__(self, counts: Sequence[int], shares: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        counts: Sequence[int],
+        shares: Sequence[float],
+        seed: int,
+        start: int = 0,
+        read: Integers | None = None,
+    ) -> None:
         """`counts[s]`: packed sequences of source s; `shares[s]`: its share, in any unit.
 
-        Raises `UserError` for a share that is too small for any run.
+        The order holds from the sequence `start` of the run on, before which `read[s]` sequences of
+        source s were read. Raises `UserError` for a share that is too small for any run.
         """
-        self.counts, self.seed = np.asarray(counts, np.int64), seed
+        self.counts, self.seed, self.start = np.asarray(counts, np.int64), seed, start
+        self._read = np.zeros_like(self.counts) if read is None else read
         self._whole = _apportion(shares, HORIZON)
         for source, quota in enumerate(self._whole):
-            if quota == 0:
+            if quota == 0 and shares[source]:
                 raise UserError(
                     f"the share of corpus.sources.{source} is under 1/{HORIZON:,}; raise it."
                 )
@@ -83,7 +92,7 @@ class SequenceOrder:
 
     def places(self, indices: Integers) -> tuple[Integers, Integers]:
         """(sources, sequences within them) of these sequences of the run."""
-        blocks, offsets = np.divmod(indices, BLOCK)
+        blocks, offsets = np.divmod(indices - self.start, BLOCK)
         sources, nth = np.empty_like(indices), np.empty_like(indices)
         for block in np.unique(blocks):
             here = blocks == block
@@ -92,7 +101,7 @@ class SequenceOrder:
         found = np.empty_like(indices)
         for source in np.unique(sources):
             mine = sources == source
-            epoch, position = np.divmod(nth[mine], self.counts[source])
+            epoch, position = np.divmod(self._read[source] + nth[mine], self.counts[source])
             key = keys(self.seed, int(source), epoch)
             found[mine] = permuted(position, int(self.counts[source]), key)
         return sources, found
@@ -100,7 +109,8 @@ class SequenceOrder:
     def _shuffle(self, block: int) -> tuple[Integers, Integers]:
         """The sources of a block in order, and each one's number among its source's sequences."""
         before, quota = self.quotas(block)
-        order = np.argsort(keys(self.seed, -1, block, np.arange(BLOCK)), kind="stable")
+        begin = (self.start,) if self.start else ()
+        order = np.argsort(keys(self.seed, -1, *begin, block, np.arange(BLOCK)), kind="stable")
         sources = np.repeat(np.arange(len(quota)), quota)
         nth = np.concatenate(
             [first + np.arange(many) for first, many in zip(before, quota, strict=True)]
@@ -110,6 +120,13 @@ class SequenceOrder:
         counted = np.empty(BLOCK, np.int64)
         counted[by_source] = nth  # `nth` is ordered by source and increases within each
         return shuffled, counted
+
+    def read_before(self, index: int) -> Integers:
+        """How many sequences of each source are read before this sequence of the run."""
+        block, offset = divmod(index - self.start, BLOCK)
+        here, _ = self._shuffled(block)
+        before, _ = self.quotas(block)
+        return self._read + before + np.bincount(here[:offset], minlength=len(before))
 
     def quotas(self, block: int) -> tuple[Integers, Integers]:
         """(sequences of each source before the block, sequences of each source in it).
@@ -130,6 +147,33 @@ class SequenceOrder:
             else:
                 here = left
         return before, here
+
+
+class ChangingOrder:
+    """The order of a run whose shares change at some sequences.
+
+    Before a change nothing depends on it, and each source continues in its epoch where it was.
+    """
+
+    def __init__(
+        self, counts: Sequence[int], changes: Sequence[tuple[int, Sequence[float]]], seed: int
+    ) -> None:
+        """`changes`: from which sequence on, and the shares; the first one is from 0 on."""
+        self.counts = np.asarray(counts, np.int64)
+        self._orders = list[SequenceOrder]()
+        for start, shares in changes:
+            read = self._orders[-1].read_before(start) if self._orders else None
+            self._orders.append(SequenceOrder(counts, shares, seed, start, read))
+
+    def places(self, indices: Integers) -> tuple[Integers, Integers]:
+        """As `SequenceOrder.places`."""
+        starts = [order.start for order in self._orders]
+        orders = np.searchsorted(starts, indices, side="right") - 1
+        sources, found = np.empty_like(indices), np.empty_like(indices)
+        for number in np.unique(orders):
+            mine = orders == number
+            sources[mine], found[mine] = self._orders[number].places(indices[mine])
+        return sources, found
 
 
 def same_order(shares: Sequence[float], others: Sequence[float]) -> bool:

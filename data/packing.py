@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.order import SequenceOrder
+from cpt_merge.data.order import ChangingOrder
 from cpt_merge.data.pairs import Pairs, Preference, Reference, replies_of
 from cpt_merge.data.store import MAKE_AGAIN, Documents, MaskedCounts, Store
 
@@ -167,10 +167,12 @@ class TrainingSequences:
         seed: int,
         shares: Sequence[float] | None = None,
         preference: Preference | None = None,
+        changes: Sequence[tuple[int, Sequence[float]]] = (),
     ) -> None:
         """`shares` of the sources of the store; without them, in proportion to their sizes.
 
-        Raises `UserError` for a source with less text than one sequence.
+        `changes`: later sequences of the run, and the shares from there on. Raises `UserError` for
+        a source with less text than one sequence.
         """
         self.store, self.length, self.preference = store, length, preference
         self.sources = [
@@ -185,7 +187,7 @@ class TrainingSequences:
                 )
         self.names = [source.name for source in store.info.sources]
         counts = [packed.sequences for packed in self.sources]
-        self.order = SequenceOrder(counts, shares or counts, seed)
+        self.order = ChangingOrder(counts, [(0, shares or counts), *changes], seed)
 
     def check_batch(self, global_batch_size: int) -> None:
         """Raise `UserError` if all text fills fewer sequences than one batch."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -185,10 +185,10 @@ class Corpus(Section):
                 f"`corpus.shares` names {', '.join(self.shares)} but the sources are in "
                 f"{', '.join(self.languages())}; give each language a share"
             )
-        total = sum(self.shares.values())
-        if min(self.shares.values()) <= 0 or not math.isclose(total, 1, abs_tol=1e-6):
+        if not is_whole(self.shares):
             raise ValueError(
-                f"`corpus.shares` sum to {total:g}; they must be positive and sum to 1"
+                f"`corpus.shares` sum to {sum(self.shares.values()):g}; they must be positive and "
+                "sum to 1"
             )
         return self
 
@@ -266,6 +266,11 @@ class Corpus(Section):
     def is_heldout(self, text: str) -> bool:
         """Whether the hash of a document falls in the held-out share."""
         return is_in_share(text, self.heldout)
+
+
+def is_whole(shares: Mapping[str, float]) -> bool:
+    """Whether shares are positive and sum to 1."""
+    return min(shares.values()) > 0 and math.isclose(sum(shares.values()), 1, abs_tol=1e-6)
 
 
 def is_in_share(text: str, share: float) -> bool:

@@ -23,7 +23,9 @@ from cpt_merge.launcher.stage_folder import BEGUN_FILE, Begun, asides, next_asid
 
 if TYPE_CHECKING:
     from cpt_merge.data.sources import Corpus
+    from cpt_merge.training.config import TrainingConfig
     from cpt_merge.training.growth import Branch
+    from cpt_merge.training.stretches import Stretch
 
 
 @dataclass(frozen=True)
@@ -73,24 +75,26 @@ def _read_begun(folder: Path) -> Begun | None:
 def _continued(context: StageContext, folder: Path, begun: Begun) -> Continued | None:
     if not _differs_in_length(context, begun):
         return None
-    from cpt_merge.data.order import same_order
     from cpt_merge.training.growth import find_checkpoint, recorded_config
+    from cpt_merge.training.stretches import same_until
 
     old, new = recorded_config(begun.config), context.run.recipe.training
-    branch = find_checkpoint(folder / "checkpoints", old, new, context.key)
-    if branch is None:
-        return None
     corpus = context.run.recipe.corpus
     before = _with_amounts(corpus, begun.config["mixture"])
-    shares = _shares(context, before, old.tokens), _shares(context, corpus, new.tokens)
-    if same_order(*shares):
+    read = _stretches(context, before, old), _stretches(context, corpus, new)
+    until, checkpoints = same_until(*read), folder / "checkpoints"
+    if branch := find_checkpoint(checkpoints, old, new, context.key, until):
         return Continued(folder, begun, branch)
-    if before.amounts() != corpus.amounts() or folder != context.folder:
+    budgets = any(one.tokens or one.epochs for one in corpus.sources)
+    if until or not budgets or before.amounts() != corpus.amounts() or folder != context.folder:
         return None
+    if not find_checkpoint(checkpoints, old, new, context.key, old.steps):
+        return None  # also with the same shares
+    (was, *_), (now, *_) = read
     changed = [
-        f"{source.name} {was:.2%} instead of {now:.2%}"
-        for source, now, was in zip(corpus.sources, *reversed(shares), strict=True)
-        if was != now
+        f"{one.name} {one.share:.2%} instead of {other.share:.2%}"
+        for one, other in zip(was.shares, now.shares, strict=True)
+        if one.share != other.share
     ]
     raise UserError(
         f"training.tokens was {old.tokens:,} when {folder} was trained, and with {new.tokens:,} "
@@ -106,7 +110,7 @@ def _differs_in_length(context: StageContext, begun: Begun) -> bool:
     config = json.loads(json.dumps(context.config, default=str))
     return (
         begun.inputs == context.inputs
-        and begun.config.get("tokens") != config["tokens"]
+        and any(begun.config.get(name) != config[name] for name in ("tokens", "phases"))
         and but_for_length(begun.config) == but_for_length(config)
     )
 
@@ -120,12 +124,12 @@ def _with_amounts(corpus: Corpus, amounts: Mapping[str, Any]) -> Corpus:
     return corpus.model_copy(update={"sources": sources, "shares": amounts["shares"]})
 
 
-def _shares(context: StageContext, corpus: Corpus, tokens: int) -> list[float]:
-    from cpt_merge.data.mixture import mixture
+def _stretches(context: StageContext, corpus: Corpus, config: TrainingConfig) -> list[Stretch]:
     from cpt_merge.data.store import Store
+    from cpt_merge.training.stretches import stretches_of
 
     sizes = [source.train.tokens for source in Store.open(context.run.store).info.sources]
-    return [one.share for one in mixture(corpus, sizes, tokens)]
+    return stretches_of(config, corpus, sizes)
 
 
 def what_training_does(context: StageContext) -> str | None:

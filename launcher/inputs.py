@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -14,7 +16,7 @@ from cpt_merge.core.artifact import check_writable
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import is_here, model_directory
 from cpt_merge.data.check import check_budget, check_text
-from cpt_merge.data.mixture import mixture
+from cpt_merge.data.mixture import SourceShare
 from cpt_merge.data.order import HORIZON
 from cpt_merge.launcher.accelerate_file import accelerate_config
 from cpt_merge.launcher.fetch import check_cache
@@ -33,6 +35,7 @@ from cpt_merge.merge.plan import plan as plan_merge
 from cpt_merge.tokenizer_ext.base_tokenizer import check_pair, read_tokenizer
 from cpt_merge.tokenizer_ext.embeddings.resize import check_resizable
 from cpt_merge.tokenizer_ext.families.tokenizer_json import build
+from cpt_merge.training.stretches import phase_bounds, stretches_of, whole_run
 
 
 def check_inputs(recipe: Recipe, download: bool = True) -> None:
@@ -98,7 +101,7 @@ def _check_models(run: Run) -> None:
     check_start(run)
     recipe.training.check_positions(Checkpoint.open(run.start).config)
     base, chat = _require_tokenizer(run.base, "base"), _require_tokenizer(run.chat, "chat")
-    check_budget(recipe.corpus, recipe.training.tokens, _tokenizer_of_base(run))
+    check_budget(recipe.corpus, partial(_shares, recipe), _tokenizer_of_base(run))
     if recipe.tokenizer.languages():
         check_resizable(models["base"])
         check_pair(run.base, run.chat)
@@ -163,10 +166,7 @@ def check_numbers(recipe: Recipe) -> None:
             f"training.tokens = {training.tokens:,} takes {sequences:,} sequences, and a run has "
             f"at most {HORIZON:,}; lower it."
         )
-    if training.phases:
-        from cpt_merge.training.phases import phases_of
-
-        phases_of(training)
+    phase_bounds(training)  # raises for a phase without a step
     models = [*Run(recipe).made_models(), *recipe.evaluation.models]
     models = ["base", "chat", *models]
     recipe.evaluation.check_models(models)
@@ -175,4 +175,9 @@ def check_numbers(recipe: Recipe) -> None:
 
         choose_baseline(models, recipe.evaluation.baseline)
     if all(source.epochs is None for source in sources):  # else known when the text is tokenised
-        mixture(recipe.corpus, [None] * len(sources), training.tokens)
+        _shares(recipe, [None] * len(sources))
+
+
+def _shares(recipe: Recipe, sizes: Sequence[int | None]) -> list[SourceShare]:
+    """What a run reads of sources of these sizes. Raises `UserError` for impossible amounts."""
+    return whole_run(stretches_of(recipe.training, recipe.corpus, sizes))

@@ -19,7 +19,6 @@ from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
 from cpt_merge.data.documents import known_rows
 from cpt_merge.data.hub_datasets import HubFile, at_hand, is_at_hand, size_of
-from cpt_merge.data.mixture import describe, mixture
 from cpt_merge.data.sources import source_files
 from cpt_merge.finetune import FinetuneConfig
 from cpt_merge.launcher.accelerate_file import accelerate_config, machines
@@ -37,6 +36,7 @@ from cpt_merge.launcher.stages import stages_of
 from cpt_merge.launcher.start import backend_asked, check_local_batch
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.memory import MemoryEstimate, ModelShape, estimate_memory
+from cpt_merge.training.stretches import describe_stretches, stretches_of
 
 GB = 1e9
 
@@ -218,7 +218,7 @@ def _print_text(console: Console, run: Run) -> None:
         known = [source["train"]["tokens"] for source in json.loads(store.read_text())["sources"]]
         available = known if len(known) == len(available) else available
     try:
-        lines = describe(mixture(corpus, available, run.recipe.training.tokens))
+        lines = describe_stretches(stretches_of(run.recipe.training, corpus, available))
     except UserError as error:
         lines = [str(error)]
     for line in lines:

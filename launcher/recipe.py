@@ -13,6 +13,7 @@ from cpt_merge.core.config import Section, apply_override, key, parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.package import PACKAGE
 from cpt_merge.data.config import DataConfig
+from cpt_merge.data.mixture import mixed
 from cpt_merge.data.sources import Corpus, Source
 from cpt_merge.evaluation import EvaluationConfig
 from cpt_merge.evaluation.sweep.config import SweepConfig
@@ -105,6 +106,15 @@ class Recipe(Section):
                 f"`tokenizer` extends by {', '.join(sorted(missing))} but corpus.sources has no "
                 "such text"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _phases_name_sources(self) -> Recipe:
+        for place, phase in enumerate(self.training.phases):
+            try:
+                mixed(self.corpus, phase.weights, phase.shares)
+            except UserError as error:
+                raise ValueError(f"training.phases.{place}: {error}") from None
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
@@ -11,6 +13,7 @@ from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
+from cpt_merge.data.sources import is_whole
 
 MOMENT_BLOCK = 256  # 8-bit moments that share a scale in fp32
 Offload = Literal["none", "optimizer", "all"]  # what is kept in the CPU's memory
@@ -75,6 +78,31 @@ class PhaseConfig(Section):
         "peak learning rate of embedding and head; optimizer.embedding_learning_rate if not set",
         gt=0,
     )
+    weights: dict[str, float] = key(
+        {},
+        "weights of sources in this phase, by their names in `plan` (`ko:web`) or by language; 0: "
+        "not read; others keep theirs",
+    )
+    shares: dict[str, float] = key(
+        {}, "share of each language in this phase; corpus.shares if not set"
+    )
+
+    @model_validator(mode="after")
+    def _amounts_are_shares(self) -> PhaseConfig:
+        if any(not 0 <= weight < math.inf for weight in self.weights.values()):
+            raise ValueError("a weight is a number of at least 0")
+        if self.shares and not is_whole(self.shares):
+            raise ValueError(
+                f"`shares` sum to {sum(self.shares.values()):g}; they must be positive and sum to 1"
+            )
+        return self
+
+    def continues(self, before: PhaseConfig) -> bool:
+        """Whether nothing but the mixture differs from the phase before."""
+        own, mixture = {"train", "learning_rate", "embedding_learning_rate"}, {"weights", "shares"}
+        return self.model_dump(include=own) == before.model_dump(include=own) and self.model_dump(
+            include=mixture
+        ) != before.model_dump(include=mixture)
 
 
 class LoraConfig(Section):
@@ -374,6 +402,10 @@ class TrainingConfig(Section):
             names.add("auxiliary_loss")
         names |= {name for name in ("lora", "shield") if getattr(self, name)}
         found = self.model_dump(include=names)
+        for phase in found["phases"]:
+            for name in ("weights", "shares"):
+                if not phase[name]:
+                    del phase[name]
         if self.optimizer.moments == "full":
             del found["optimizer"]["moments"]
         if self.precision == "pure-bf16":
@@ -417,7 +449,8 @@ class TrainingConfig(Section):
                 f"`phases` take {planned:,} of {self.tokens:,} tokens; "
                 "leave out the last one's tokens so that it takes the rest"
             )
-        if self.lora and any(phase.train == "all" for phase in self.phases[:-1]):
+        pairs = pairwise(self.phases)
+        if self.lora and any(one.train == "all" and not two.continues(one) for one, two in pairs):
             raise ValueError(
                 "with `lora`, only the last of `phases` may train `all`, since checkpoints hold "
                 "no weights of layers, which have to stay the base's; put that phase last"

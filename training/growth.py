@@ -3,6 +3,8 @@
 The steps of a run do not depend on its length until its learning rate does. So a longer run
 continues from the newest checkpoint up to which both have the same steps:
 
+A later mixture that changed counts alike: steps before it do not depend on it.
+
 - wsd: the last one before the rate falls, which is always kept. What follows equals, bit for bit, a
   run that had the new length from the start. The warmup keeps the steps that it had.
 - cosine and linear, whose rate depends on the length from the end of the warmup on (and wsd without
@@ -52,11 +54,12 @@ def curve_of(state: TrainState, phase: Phase, config: TrainingConfig) -> RateCur
 
 
 def find_checkpoint(
-    directory: Path, old: TrainingConfig, new: TrainingConfig, key: str
+    directory: Path, old: TrainingConfig, new: TrainingConfig, key: str, same_until: int
 ) -> Branch | None:
     """What a run of `new` continues from, of the checkpoints that a run of `old` left.
 
-    The two differ in their length alone; `key` is that of the new run. None: it starts anew.
+    The two differ in their length, and in what they read after the step `same_until`; `key` is that
+    of the new run. None: it starts anew.
     """
     last, before = phases_of(new)[-1], phases_of(old)[-1]
     if phases_of(new)[:-1] != phases_of(old)[:-1] or last != replace(before, stop=last.stop):
@@ -65,6 +68,9 @@ def find_checkpoint(
     if not found:
         return None
     newest = found[-1][1]
+    found = [(path, state) for path, state in found if state.step <= same_until]
+    if not found:
+        return None
     curve = curve_of(newest, before, old)
     longer = replace(curve, stop=last.stop)
     flat = min(curve.flat_until(old.schedule), longer.flat_until(new.schedule))
@@ -80,13 +86,14 @@ def find_checkpoint(
 
     for path, state in reversed(found):
         in_warmup = state.step < curve.start + curve.warmup
-        if state.step <= flat and (state.step == newest.step or not in_warmup):
+        if state.step <= flat and (state.step == found[-1][1].step or not in_warmup):
             return branch(path, state, longer if state.step > last.start else None, False)
-    if newest.step >= last.stop or new.steps <= old.steps:
+    path, state = found[-1]
+    if state.step >= last.stop or new.steps <= old.steps:
         return None
-    origin = curve.factor(newest.step - 1, old.schedule)
-    again = RateCurve.over(newest.step, last.stop, new.schedule, origin)
-    return branch(*found[-1], again, True)
+    origin = curve.factor(state.step - 1, old.schedule)
+    again = RateCurve.over(state.step, last.stop, new.schedule, origin)
+    return branch(path, state, again, True)
 
 
 def describe_growth(grown: Sequence[Mapping[str, Any]]) -> list[str]:

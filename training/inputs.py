@@ -9,13 +9,14 @@ from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import vocabulary_rows
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE, VocabularyMap
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.mixture import SourceShare, by_size, check_repeats, mixture
+from cpt_merge.data.mixture import SourceShare, by_size, check_repeats
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.pairs import Preference
 from cpt_merge.data.sources import Corpus
 from cpt_merge.data.store import Store
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.phases import Phase
+from cpt_merge.training.stretches import Stretch, stretches_of, whole_run
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class TrainingInputs:
 
 def open_sequences(
     config: TrainingConfig, inputs: TrainingInputs
-) -> tuple[TrainingSequences, list[SourceShare]]:
-    """The sequences of a run, and the share of each source in them.
+) -> tuple[TrainingSequences, list[Stretch]]:
+    """The sequences of a run, and the share of each source in its steps.
 
     Raises `UserError` if the store does not fit the tokenizer, the model or the batch size.
     """
@@ -43,19 +44,19 @@ def open_sequences(
     store.check_tokenizer(inputs.tokenizer)
     store.check_vocabulary(vocabulary_rows(Checkpoint.open(inputs.model)))
     available = [source.train.tokens for source in store.info.sources]
-    shares = inputs.shares or by_size(store)
+    stretches = [Stretch(0, config.steps, inputs.shares or by_size(store))]
     if inputs.corpus:
-        shares = mixture(inputs.corpus, available, config.tokens)
-        check_repeats(inputs.corpus, shares)
+        stretches = stretches_of(config, inputs.corpus, available)
+        check_repeats(inputs.corpus, whole_run(stretches))
+    (_, shares), *changes = [
+        (one.start * config.global_batch_size, [share.share for share in one.shares])
+        for one in stretches
+    ]
     sequences = TrainingSequences(
-        store,
-        config.sequence_length,
-        config.seed,
-        [share.share for share in shares],
-        inputs.preference,
+        store, config.sequence_length, config.seed, shares, inputs.preference, changes
     )
     sequences.check_batch(config.global_batch_size)
-    return sequences, shares
+    return sequences, stretches
 
 
 def first_new_row(inputs: TrainingInputs, phases: list[Phase]) -> int:

@@ -3,8 +3,9 @@
 For a new vocabulary it can pay to train only its rows first, then embedding and head, and then all
 weights, so that rows which mean nothing yet do not disturb what the base knows (Kim et al.,
 Efficient and Effective Vocabulary Expansion Towards Multilingual Large Language Models, 2024). Each
-phase has a fresh optimizer and its own schedule; the stream of sequences continues. What a phase
-does not train stays equal bit for bit:
+phase has a fresh optimizer and its own schedule; the stream of sequences continues. A phase that
+changes nothing but the mixture keeps both: moments and rates are about the weights, which stay the
+same. What a phase does not train stays equal bit for bit:
 
 - a weight that is not trained needs no gradient and is not given to the optimizer;
 - an old row of a matrix whose new rows are trained gets a gradient of zero
@@ -14,16 +15,16 @@ does not train stays equal bit for bit:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from cpt_merge.core.errors import UserError
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.model.build import CausalLM, WeightSource
+from cpt_merge.training.stretches import phase_bounds
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class PhaseSetup:
 def phases_of(config: TrainingConfig) -> list[Phase]:
     """The phases of a run, which divide its steps; a single one if the recipe names none.
 
-    Budgets are rounded up to whole steps. Raises `UserError` if that leaves a phase without a step.
+    A phase that changes only the mixture belongs to the one before it. Raises `UserError` as
+    `phase_bounds` does.
     """
     optimizer = config.optimizer
     rate, embedding_rate = (
@@ -66,20 +68,14 @@ def phases_of(config: TrainingConfig) -> list[Phase]:
     if not config.phases:
         return [Phase(0, "all", 0, config.steps, rate, embedding_rate)]
     found: list[Phase] = []
-    start = 0
-    for place, phase in enumerate(config.phases):
-        steps = -(-phase.tokens // config.tokens_per_step) if phase.tokens else config.steps
-        stop = config.steps if place == len(config.phases) - 1 else min(start + steps, config.steps)
+    for place, (start, stop) in enumerate(phase_bounds(config)):
+        phase = config.phases[place]
+        if place and phase.continues(config.phases[place - 1]):
+            found[-1] = replace(found[-1], stop=stop)
+            continue
         own, own_embedding = phase.learning_rate or rate, phase.embedding_learning_rate
         own_embedding = own_embedding or phase.learning_rate or embedding_rate
-        if start == stop:
-            raise UserError(
-                f"training.phases.{place} has no step left: the ones before it, in whole steps of "
-                f"{config.tokens_per_step:,} tokens, take all of training.tokens; "
-                "raise that or lower their tokens."
-            )
-        found.append(Phase(place, phase.train, start, stop, own, own_embedding))
-        start = stop
+        found.append(Phase(len(found), phase.train, start, stop, own, own_embedding))
     return found
 
 

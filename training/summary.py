@@ -9,7 +9,6 @@ import torch
 
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.progress import counted
-from cpt_merge.data.mixture import SourceShare, describe
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.backend import Backend
@@ -18,6 +17,7 @@ from cpt_merge.training.memory import MemorySetup, ModelShape, available_memory,
 from cpt_merge.training.model.choice import Choice
 from cpt_merge.training.model.documents import NOTHING_ELSE, padding_share
 from cpt_merge.training.phases import PhaseSetup
+from cpt_merge.training.stretches import Stretch, describe_stretches
 
 GB = 1e9
 _SAMPLE = 64  # micro-batches by which padding is measured
@@ -27,7 +27,7 @@ def startup_summary(
     setup: PhaseSetup,
     backend: Backend,
     parallel: Parallel,
-    shares: Sequence[SourceShare],
+    stretches: Sequence[Stretch],
     sequences: TrainingSequences,
 ) -> str:
     """Lines of `name  what is active`."""
@@ -45,7 +45,7 @@ def startup_summary(
         f"{config.tokens_per_step:,} tokens; each process "
         f"{counted(micro_batches, 'micro-batch')} of {config.micro_batch_size} sequences",
         "run": f"{config.steps:,} steps, {config.steps * config.tokens_per_step:,} tokens",
-        "text": "\n              ".join(describe(shares)),
+        "text": "\n              ".join(describe_stretches(stretches)),
         "phase": f"{phase.number + 1}: steps {phase.start + 1:,} to {phase.stop:,} train "
         f"{phase.train}, learning rate {phase.learning_rate:g}, "
         f"embedding and head {phase.embedding_learning_rate:g}",

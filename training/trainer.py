@@ -64,7 +64,7 @@ class Trainer:
         self.tracker, self.parallel, self.callbacks = tracker, parallel, callbacks
         self.phases = phases_of(config)
         self.base_rows = first_new_row(inputs, self.phases)
-        self.sequences, self.shares = open_sequences(config, inputs)
+        self.sequences, self.stretches = open_sequences(config, inputs)
         self.checkpoints = Checkpoints(out / "checkpoints", config.checkpoints, parallel)
         self.checkpoints.start()
         self.state = TrainState(key=inputs.key)
@@ -113,7 +113,7 @@ class Trainer:
         source = self._exported(self.phases[phase.number - 1]) if fresh else self.inputs.model
         setup = PhaseSetup(self.config, phase, source, self.base_rows)
         self.backend = build_backend(setup, self.parallel)
-        say(startup_summary(setup, self.backend, self.parallel, self.shares, self.sequences))
+        say(startup_summary(setup, self.backend, self.parallel, self.stretches, self.sequences))
         if saved:
             self.checkpoints.load(self.backend, saved)
         self.state = replace(self.state, phase=phase.number)

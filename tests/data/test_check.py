@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.data.check import HEAD_ROWS, MORE_ROWS, check_budget, check_text, tokens_at_most
-from cpt_merge.data.mixture import check_repeats, mixture
+from cpt_merge.data.mixture import SourceShare, check_repeats, mixture
 from cpt_merge.data.sources import Corpus, Source
 
 DOCUMENTS = 4000
@@ -105,18 +106,23 @@ def test_the_tokens_of_little_text_are_counted(tmp_path: Path, tokenizer: Tokeni
     assert tokens_at_most(source, tokenizer) == 8
 
 
+def reading(corpus: Corpus, tokens: int) -> Callable[[Sequence[int | None]], Sequence[SourceShare]]:
+    return lambda sizes: mixture(corpus, sizes, tokens)
+
+
 def test_a_budget_that_repeats_text_often_has_to_be_allowed(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "a.jsonl", ["1 2 3", "4"])  # 8 tokens
     corpus = Corpus(sources=[source])
-    check_budget(corpus, 32, tokenizer)
+    check_budget(corpus, reading(corpus, 32), tokenizer)
     assert "warning" not in capsys.readouterr().err
-    check_budget(corpus, 64, tokenizer)
+    check_budget(corpus, reading(corpus, 64), tokenizer)
     assert "en:a will be read 8.0 times or more" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"en:a: .* at least 125,000,000 times .*allow_repeats"):
-        check_budget(corpus, 1_000_000_000, tokenizer)
-    check_budget(corpus.model_copy(update={"allow_repeats": True}), 1000, tokenizer)
+        check_budget(corpus, reading(corpus, 1_000_000_000), tokenizer)
+    allowed = corpus.model_copy(update={"allow_repeats": True})
+    check_budget(allowed, reading(allowed, 1000), tokenizer)
 
 
 def test_epochs_that_the_recipe_names_are_allowed(tmp_path: Path) -> None:
@@ -142,4 +148,4 @@ def test_a_slice_without_documents_is_refused(
     path = write(tmp_path / "text.jsonl", ["1 2"] * 40).path
     corpus = Corpus(sources=[Source(path=path, language="en", split=split, **amount)])
     with pytest.raises(UserError, match=r"has no documents in its split 'train\["):
-        check_budget(corpus, 32, tokenizer)
+        check_budget(corpus, reading(corpus, 32), tokenizer)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.data.order import BLOCK, HORIZON, SequenceOrder, keys, permuted
+from cpt_merge.data.order import BLOCK, HORIZON, ChangingOrder, SequenceOrder, keys, permuted
 
 
 def places(order: SequenceOrder, start: int, stop: int) -> list[tuple[int, int]]:
@@ -89,3 +89,25 @@ def test_a_share_too_small_to_be_seen_and_a_run_too_long_are_refused() -> None:
         SequenceOrder([10, 10], [1.0, 1e-14], seed=0)
     with pytest.raises(UserError, match="a run has at most"):
         SequenceOrder([10], [1.0], seed=0).places(np.asarray([HORIZON]))
+
+
+def test_a_change_of_shares_changes_nothing_before_it_and_continues_the_epochs() -> None:
+    counts, change = [500, 700, 90], 1500  # within a block
+    plain = SequenceOrder(counts, [0.7, 0.2, 0.1], seed=3)
+    changing = ChangingOrder(counts, [(0, [0.7, 0.2, 0.1]), (change, [0.0, 0.5, 0.5])], seed=3)
+    everything = changing.places(np.arange(4000))
+    before = plain.places(np.arange(change))
+    for found, expected in zip(everything, before, strict=True):
+        assert np.array_equal(found[:change], expected)
+    later = Counter(everything[0][change : change + BLOCK].tolist())
+    assert set(later) == {1, 2}, "a source without a share is not read"
+    assert abs(later[1] - BLOCK / 2) <= 1
+    for source, count in enumerate(counts):
+        read = everything[1][everything[0] == source]
+        for epoch in range(len(read) // count):
+            of_epoch = read[epoch * count : (epoch + 1) * count]
+            assert len(set(of_epoch.tolist())) == count, "an epoch reads each sequence once"
+    alone = [changing.places(np.asarray([i])) for i in range(change - 3, change + 3)]
+    assert [int(numbers[0]) for _, numbers in alone] == everything[1][
+        change - 3 : change + 3
+    ].tolist()

@@ -149,3 +149,10 @@ def test_every_key_has_a_meaning() -> None:
 def test_the_reference_is_up_to_date() -> None:
     """docs/recipe.md is what `make docs` writes."""
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == HEADER + as_markdown(Recipe)
+
+
+def test_a_phase_names_sources_that_exist(recipe_path: Path) -> None:
+    phases = "training.phases=[{train: all, weights: {nobody: 1}}]"
+    with pytest.raises(UserError, match="`weights` names nobody, but there are ko:ko, zh_tw:zh_tw"):
+        load_recipe(recipe_path, [phases])
+    load_recipe(recipe_path, [phases.replace("nobody", "'ko:ko'")])

@@ -17,6 +17,7 @@ from cpt_merge.checkpoint.export import LocalShard
 from cpt_merge.core.errors import Interrupted
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.data.pairs import Preference
+from cpt_merge.data.sources import Corpus
 from cpt_merge.data.store import Store
 from cpt_merge.launcher.accelerate_file import backend_environment
 from cpt_merge.merge import MergeConfig
@@ -57,6 +58,7 @@ class Job:
     chat: Path | None = None  # the chat model that is previewed, `model` being its base
     merge: dict[str, Any] = field(default_factory=dict)  # how it is merged
     beta: float | None = None  # of the loss that compares replies, if `store` has pairs
+    corpus: Corpus | None = None  # the weights of the sources; by their sizes if not given
     hook: MergeInputs | None = None  # what the shards are merged with in the end, into `out`/merged
 
     @property
@@ -93,7 +95,12 @@ def train_rows(job: Job) -> dict[int, dict[str, float]]:
         poison_batches(job)
     preference = Preference(job.beta, job.out / "reference") if job.beta else None
     inputs = TrainingInputs(
-        job.model, job.tokenizer or job.model, job.store, "key", preference=preference
+        job.model,
+        job.tokenizer or job.model,
+        job.store,
+        "key",
+        corpus=job.corpus,
+        preference=preference,
     )
     try:
         run(job.config, inputs, job.out, tracker, hook_of(job), previewed_by(job))

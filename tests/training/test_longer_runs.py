@@ -34,7 +34,7 @@ def with_steps(folder: Path, *steps: int, **state: Any) -> Path:
 
 
 def continued(folder: Path, old: TrainingConfig, new: TrainingConfig) -> Branch:
-    found = find_checkpoint(folder, old, new, "new")
+    found = find_checkpoint(folder, old, new, "new", 1000)
     assert found
     assert found.state.key == "new"
     return found
@@ -58,7 +58,7 @@ def test_a_wsd_run_can_also_be_cut_short(tmp_path: Path) -> None:
     long, short = config(20, schedule=WSD), config(12, schedule=WSD)
     assert continued(with_steps(tmp_path, 8, 10), long, short).state.step == 8
     shutil.rmtree(tmp_path / "step-00000008")
-    assert find_checkpoint(tmp_path, long, short, "new") is None, "its rate would have fallen"
+    assert find_checkpoint(tmp_path, long, short, "new", 1000) is None, "its rate would have fallen"
 
 
 def test_other_tokens_in_as_many_steps_change_no_step(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_other_shapes_rise_again_from_where_they_are(shape: str, tmp_path: Path)
     factors = [curve.factor(step, new.schedule) for step in range(12, 20)]
     assert factors[:3] == pytest.approx([0.4, 0.7, 1.0])
     assert factors[-1] == pytest.approx(0.1)
-    assert find_checkpoint(tmp_path, new, old, "new") is None, "a shorter run starts anew"
+    assert find_checkpoint(tmp_path, new, old, "new", 1000) is None, "a shorter run starts anew"
 
 
 def test_a_run_that_has_grown_grows_again(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_phases_before_the_last_one_stay_as_they_are(tmp_path: Path) -> None:
     late = continued(with_steps(tmp_path / "late", 10, 12, phase=1), old, new)
     assert (late.state.step, late.state.curve) == (10, asdict(RateCurve(4, 20, 2)))
     other = config(20, schedule=WSD, phases=[{**phases[0], "tokens": 5 * STEP}, phases[1]])
-    assert find_checkpoint(tmp_path / "late", old, other, "new") is None
+    assert find_checkpoint(tmp_path / "late", old, other, "new", 1000) is None
 
 
 @pytest.mark.slow

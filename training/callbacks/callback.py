@@ -32,7 +32,6 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from cpt_merge.data.mixture import SourceShare
 from cpt_merge.data.packing import TrainingSequences
 from cpt_merge.tracking import Tracker
 from cpt_merge.training.config import TrainingConfig
@@ -43,6 +42,7 @@ from cpt_merge.training.distributed.stopping import StopRequest
 from cpt_merge.training.inputs import TrainingInputs
 from cpt_merge.training.phases import Phase
 from cpt_merge.training.schedule import RateCurve
+from cpt_merge.training.stretches import Stretch
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TrainerView(Protocol):
     tracker: Tracker
     parallel: Parallel
     sequences: TrainingSequences
-    shares: list[SourceShare]
+    stretches: list[Stretch]  # what is read of each source, and in which steps
     checkpoints: Checkpoints
     callbacks: Sequence[Callback]
 

@@ -13,8 +13,9 @@ from cpt_merge.training.schedule import branch_step
 class CheckpointSaving(Callback):
     """Saves every `checkpoints.every` steps, at the end of a phase, and when the run stops.
 
-    With `wsd` also where the last phase's learning rate begins to fall. That checkpoint is kept,
-    because a longer run has the same steps up to there (`training/growth.py`).
+    In the last phase also where the mixture changes, and with `wsd` where the learning rate begins
+    to fall. These checkpoints are kept, because a longer run, or one with another mixture from
+    there on, has the same steps up to there (`training/growth.py`).
     """
 
     name = "checkpoint"
@@ -24,7 +25,9 @@ class CheckpointSaving(Callback):
         """See `Callback`."""
         trainer = self.trainer
         if trainer.phase.stop == trainer.config.steps:
-            trainer.checkpoints.pinned = branch_step(trainer.curve, trainer.config.schedule)
+            changes = {one.start for one in trainer.stretches if one.start > trainer.phase.start}
+            falls = branch_step(trainer.curve, trainer.config.schedule)
+            trainer.checkpoints.pinned = changes | {falls or 0}
         yield
         self._save()
         self.trainer.checkpoints.finish()
@@ -33,7 +36,7 @@ class CheckpointSaving(Callback):
         """See `Callback`."""
         step = self.trainer.state.step
         checkpoints = self.trainer.checkpoints
-        if step and (step % checkpoints.config.every == 0 or step == checkpoints.pinned):
+        if step and (step % checkpoints.config.every == 0 or step in checkpoints.pinned):
             self._save()
 
     def before_micro_batch(self) -> None:

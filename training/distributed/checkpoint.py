@@ -56,7 +56,7 @@ class Checkpoints:
     directory: Path
     config: CheckpointConfig
     parallel: Parallel
-    pinned: int | None = None  # a step whose checkpoint is never removed
+    pinned: set[int] = field(default_factory=set)  # steps whose checkpoints are never removed
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
     _saved: int = 0  # step of the newest one, complete or being written; step 0 is never saved
@@ -122,7 +122,7 @@ class Checkpoints:
 
     def _superfluous(self) -> list[Path]:
         every = self.config.keep_every
-        others = [path for path in self.complete() if step_of(path) != self.pinned]
+        others = [path for path in self.complete() if step_of(path) not in self.pinned]
         return [path for path in others[: -self.config.keep] if not every or step_of(path) % every]
 
     @property
