@@ -22,6 +22,8 @@ _SECTIONS = {
     "deepspeed_config": "zero_stage",
     "parallelism_config": "parallelism_config_dp_shard_size",
 }
+_BACKENDS = {"fsdp_config": "FSDP", "deepspeed_config": "DEEPSPEED"}  # with which a section counts
+USE_CPU = "ACCELERATE_USE_CPU"
 
 
 def accelerate_config(recipe: Recipe) -> Path:
@@ -41,11 +43,6 @@ def accelerate_config(recipe: Recipe) -> Path:
     return path
 
 
-def uses_cpu(path: Path) -> bool:
-    """Whether the processes leave the GPUs alone."""
-    return bool(_read(path).get("use_cpu"))
-
-
 def machines(path: Path) -> int:
     """On how many machines `accelerate launch` would start processes.
 
@@ -62,14 +59,13 @@ def backend_environment(path: Path) -> dict[str, str]:
 
     torchrun and srun do not read the file, so there the processes read it themselves. Only the
     variables that `training.distributed.settings.backend_settings` reads are set. Raises
-    `UserError` for a key that accelerate does not know, which it would ignore.
+    `UserError` for a key that accelerate does not know or use, which it would ignore.
     """
-    check_keys(path)
-    values = _read(path)
-    kind = _kind(path)
+    values, kind = _read(path), _kind(path)
+    check_keys(path, kind)
     environment = {
         "ACCELERATE_MIXED_PRECISION": str(values.get("mixed_precision") or "no").lower(),
-        "ACCELERATE_USE_CPU": str(values.get("use_cpu", False)),
+        USE_CPU: str(_uses_cpu(path)),
     }
 
     told = ["parallelism_config", "dynamo_config"]
@@ -83,6 +79,14 @@ def backend_environment(path: Path) -> dict[str, str]:
             if value is not None:
                 environment[_variable(section, name)] = str(value)
     return environment
+
+
+def _uses_cpu(path: Path) -> bool:
+    """Whether the processes leave the GPUs alone. Raises `UserError` for what is no such answer."""
+    found = _read(path).get("use_cpu") or False
+    if not isinstance(found, bool):
+        raise UserError(f"{path}: use_cpu is {found!r}, but it must be true or false.")
+    return found
 
 
 def _kind(path: Path) -> str:
@@ -109,10 +113,10 @@ def _full(section: str, key: str) -> str:
     return key if key.startswith(prefix) else prefix + key
 
 
-def check_keys(path: Path) -> None:
+def check_keys(path: Path, kind: str) -> None:
     """Raise `UserError` for a key that the installed accelerate does not know.
 
-    accelerate itself ignores one in a section.
+    accelerate itself ignores one in a section, and the sections of other backends than `kind`.
     """
     from accelerate.commands.config.config_args import ClusterConfig
     from accelerate.commands.launch import launch_command_parser
@@ -126,11 +130,24 @@ def check_keys(path: Path) -> None:
         section: next(names for names in groups if member in names)
         for section, member in _SECTIONS.items()
     }
+    place = values.get("compute_environment") or "LOCAL_MACHINE"
+    if place != "LOCAL_MACHINE":
+        raise UserError(
+            f"{path} asks for compute_environment {place}, which is not supported; set "
+            "LOCAL_MACHINE."
+        )
     # former names become today's
     top = ClusterConfig.process_config({"distributed_type": "NO", **values})
     _refuse_unknown(path, map(str, top), "", {field.name for field in fields(ClusterConfig)}, known)
     for section, names in known.items():
-        _refuse_unknown(path, _section(path, values, section), section, names, known)
+        found = _section(path, values, section)
+        _refuse_unknown(path, found, section, names, known)
+        of = _BACKENDS.get(section, kind)
+        if of != kind and found:
+            raise UserError(
+                f"{path} has the section {section}, which counts with distributed_type {of} only, "
+                f"but distributed_type is {kind}; remove the section, or set that type."
+            )
 
 
 def _refuse_unknown(
@@ -163,17 +180,38 @@ def _read(path: Path) -> dict[str, Any]:
     return read_yaml(path, "accelerate configuration")
 
 
-def check_launched_file() -> None:
+def check_accepted(path: Path, processes: int) -> None:
+    """Raise `UserError` if `accelerate launch` would refuse the file for so many processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    words = ["--config_file", str(path), "--num_processes", str(processes)]
+    anything = ["--main_process_port", "0", "-m", "module"]
+    try:
+        settings, _, _ = _validate_launch_command(
+            launch_command_parser().parse_args([*words, *anything])
+        )
+        settings.deepspeed_fields_from_accelerate_config = ""
+        (prepare_deepspeed_cmd_env if settings.use_deepspeed else prepare_multi_gpu_env)(settings)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"`accelerate launch` refuses {path} ({reason}); correct it.") from None
+
+
+def apply_launched_file() -> None:
     """Check the keys of the file of the `accelerate launch` that started this process.
 
+    `use_cpu`, which accelerate does not pass on to the processes of FSDP and DeepSpeed, is applied.
     The file's name is not passed on, so it is looked for on the command line in /proc. Raises
     `UserError` as `backend_environment` does.
     """
     path = _launched_file(Path(f"/proc/{os.getppid()}/cmdline"))
     if path and path.is_file():
-        check_keys(path)
+        asked = [kind for kind in _BACKENDS.values() if f"ACCELERATE_USE_{kind}" in os.environ]
+        check_keys(path, *(asked or [_kind(path)]))  # options may ask for another than the file
         if _kind(path) == "MULTI_CPU":  # accelerate starts one process, however many it asks for
             raise _unsupported(path)
+        os.environ.setdefault(USE_CPU, str(_uses_cpu(path)))
 
 
 def _launched_file(command_line: Path) -> Path | None:

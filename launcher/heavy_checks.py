@@ -25,7 +25,7 @@ from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
 from cpt_merge.launcher.stage import is_up_to_date, prepare
 from cpt_merge.launcher.stages import DATA, TRAINING, find_stage, stages_of
-from cpt_merge.launcher.start import backend_variables, local_processes
+from cpt_merge.launcher.start import backend_asked, local_processes
 
 if TYPE_CHECKING:
     from cpt_merge.launcher.stage import Stage
@@ -97,14 +97,11 @@ def _check_training(run: Run, stage: Stage, config: TrainingConfig, here: bool) 
     """Check that a model like the one to start from trains as `config` says."""
     import torch
 
-    from cpt_merge.training.distributed.settings import backend_settings
     from cpt_merge.training.trainable import check_trainable
 
-    variables = {**os.environ, **backend_variables(run.recipe, _processes(run.recipe, here))}
-    on_cpu = variables.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
-    known = here or on_cpu or device.type == "cuda"
-    asked, alone = backend_settings(variables), run.recipe.models.text_only
+    asked = backend_asked(run.recipe, _processes(run.recipe, here), config)
+    device = torch.device("cuda" if torch.cuda.is_available() and not asked.use_cpu else "cpu")
+    known, alone = here or asked.use_cpu or device.type == "cuda", run.recipe.models.text_only
     _check_continues(run, stage, config, asked)
     choice = check_trainable(run.start, config, asked, device if known else None, alone)
     if choice.separation.one_by_one:
@@ -125,7 +122,7 @@ def _check_continues(
         context = prepare(run, stage)
     except UserError:
         return  # what it builds on is not finished, so it starts again
-    layout = layout_of(asked.with_offload(config.offload), config)
+    layout = layout_of(asked, config)
     check_continues(context.folder / "checkpoints", context.key, layout)
     if not stage.grows:
         return

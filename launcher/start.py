@@ -9,14 +9,16 @@ from cpt_merge.core.errors import Interrupted, UserError
 from cpt_merge.core.progress import counted, say
 from cpt_merge.core.world import READ_BY_US, World, find_world, started_by_accelerate
 from cpt_merge.launcher.accelerate_file import (
+    USE_CPU,
     accelerate_config,
+    apply_launched_file,
     backend_environment,
-    check_keys,
-    check_launched_file,
+    check_accepted,
     machines,
 )
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.stage import StageContext
+from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.settings import BackendSettings, backend_settings
 
 
@@ -50,6 +52,8 @@ def check_local_batch(recipe: Recipe) -> int:
     recipe.check_processes(processes, " of this machine (launch.processes)")
     if world.launcher == "alone":
         backend_asked(recipe, processes).mesh_shape(World(size=processes))
+        if processes > 1:
+            check_accepted(accelerate_config(recipe), processes)
     return processes
 
 
@@ -76,7 +80,7 @@ def use_backend(recipe: Recipe) -> None:
     for a configuration with unknown keys, whoever reads it.
     """
     if started_by_accelerate():
-        check_launched_file()
+        apply_launched_file()
     elif find_world().size > 1 or recipe.launch.accelerate_config:
         os.environ.update(backend_environment(accelerate_config(recipe)) | {READ_BY_US: "true"})
 
@@ -88,13 +92,17 @@ def backend_variables(recipe: Recipe, processes: int) -> dict[str, str]:
     return backend_environment(accelerate_config(recipe))
 
 
-def backend_asked(recipe: Recipe, processes: int) -> BackendSettings:
+def backend_asked(
+    recipe: Recipe, processes: int, config: TrainingConfig | None = None
+) -> BackendSettings:
     """The backend that so many processes of training will have, with what the recipe adds to it.
+
+    `config` is that of another training than the recipe's `training`.
 
     Raises `UserError` if the recipe contradicts the accelerate configuration.
     """
     variables = {**os.environ, **backend_variables(recipe, processes)}
-    return backend_settings(variables).agreed(recipe.training)
+    return backend_settings(variables).agreed(config or recipe.training)
 
 
 def processes_to_start(context: StageContext) -> int:
@@ -117,7 +125,7 @@ def start_processes(context: StageContext, processes: int) -> None:
     stage = context.stage
     assert stage.module is not None
     config = accelerate_config(context.run.recipe)
-    check_keys(config)
+    os.environ[USE_CPU] = backend_environment(config)[USE_CPU]  # accelerate may not pass it on
     arguments = [
         "--config_file", str(config),
         "--num_processes", str(processes), "-m", stage.module, *context.run.words,

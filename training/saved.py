@@ -189,8 +189,8 @@ def _damage_named(directory: Path) -> Iterator[None]:
     try:
         yield
     except (
-        OSError, RuntimeError, ValueError, KeyError, AttributeError, EOFError, PickleError,
-        CheckpointException,
+        OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
+        PickleError, CheckpointException,
     ) as error:  # fmt: skip
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(f"{directory} cannot be read ({reason}); choose another step.") from error

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from cpt_merge.cluster.preflight.reports import NodeReport
 from cpt_merge.core.progress import counted
-from cpt_merge.launcher.accelerate_file import accelerate_config, uses_cpu
+from cpt_merge.launcher.accelerate_file import accelerate_config, backend_environment
 from cpt_merge.launcher.recipe import Recipe
+from cpt_merge.training.distributed.settings import backend_settings
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ class GpuStatus:
 def check_gpus(report: NodeReport, recipe: Recipe, wait: float) -> None:
     """Check the GPUs; without torch where the job asked for none and the node has none."""
     asked = gpus_asked()
-    if uses_cpu(accelerate_config(recipe)):
+    if backend_settings(backend_environment(accelerate_config(recipe))).use_cpu:
         report.facts.append("GPUs not used (use_cpu)")
         return
     if not asked and not shutil.which("nvidia-smi"):

@@ -21,6 +21,7 @@ from cpt_merge.launcher.accelerate_file import (
     ACCELERATE_CONFIGS,
     _launched_file,
     backend_environment,
+    check_accepted,
     check_keys,
 )
 from cpt_merge.launcher.recipe import load_recipe
@@ -100,6 +101,7 @@ def test_a_key_that_accelerate_would_ignore_is_refused(
             {"fsdp_version": 2, "fsdp_activation_checkpointing_offload": True},
             "set the recipe's training.offload_activations instead",
         ),
+        ({"fsdp_version": 2, "fsdp_sharding_strategy": "HYBRID_SHARD"}, "which FSDP 2 ignores"),
         (None, "asks for FSDP 1"),
     ],
 )
@@ -115,6 +117,54 @@ def test_numbers_and_other_backends_sizes(tmp_path: Path) -> None:
     assert "parallelism_config_sp_size > 1" in refusal(
         write(tmp_path, **zero, parallelism_config=sizes)
     )
+    sizes = {"parallelism_config_dp_replicate_size": 2}
+    assert "dp_replicate_size > 1, which is not supported without FSDP2" in refusal(
+        write(tmp_path, **zero, parallelism_config=sizes)
+    )
+    for size in ("replicate", "shard"):
+        sizes = {f"parallelism_config_dp_{size}_size": 0}
+        assert f"dp_{size}_size of the accelerate config is 0, but it must be a whole" in refusal(
+            write(tmp_path, **FSDP, parallelism_config=sizes)
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {**FSDP, "deepspeed_config": {"zero_stage": 3}},
+            "deepspeed_config, which counts with distributed_type DEEPSPEED only",
+        ),
+        (
+            {**FSDP, "distributed_type": "NO"},
+            "fsdp_config, which counts with distributed_type FSDP only",
+        ),
+        ({**FSDP, "use_cpu": "false"}, "use_cpu is 'false', but it must be true or false"),
+        (
+            {**FSDP, "compute_environment": "AMAZON_SAGEMAKER"},
+            "compute_environment AMAZON_SAGEMAKER, which is not supported",
+        ),
+    ],
+)
+def test_what_accelerate_would_leave_out_is_refused(
+    values: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, **values)
+    found = refusal(path)
+    assert str(path) in found
+    assert sentence in found
+
+
+def test_what_accelerate_launch_refuses_is_refused_before(tmp_path: Path) -> None:
+    check_accepted(write(tmp_path, **FSDP), 2)
+    section = {"fsdp_cpu_ram_efficient_loading": True, "fsdp_sync_module_states": False}
+    unsynchronised = write(tmp_path, distributed_type="FSDP", fsdp_config=section)
+    with pytest.raises(UserError, match=r"`accelerate launch` refuses .*fsdp_sync_module_states"):
+        check_accepted(unsynchronised, 2)
+    zero = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}
+    check_accepted(write(tmp_path, **zero), 2)
+    with pytest.raises(UserError, match="Unknown mixed_precision mode: half"):
+        check_accepted(write(tmp_path, **{**FSDP, "mixed_precision": "half"}), 2)
 
 
 def test_keys_without_their_prefix_count_as_in_accelerate(tmp_path: Path) -> None:
@@ -142,18 +192,19 @@ def test_what_accelerate_itself_writes_passes(tmp_path: Path) -> None:
     assert len(sections["fsdp_config"]) > 10
     assert len(sections["parallelism_config"]) > 4
     known = {name: section for name, section in sections.items() if name.endswith("_config")}
-    whole = ClusterConfig(
-        compute_environment="LOCAL_MACHINE", distributed_type="FSDP", mixed_precision="no",
-        use_cpu=False, debug=False, **known,
-    )  # fmt: skip
-    path = tmp_path / "written.yaml"
-    whole.to_yaml_file(path)
-    check_keys(path)
-    whole.to_json_file(tmp_path / "written.json")
-    check_keys(tmp_path / "written.json")
+    for kind, other in (("FSDP", "deepspeed_config"), ("DEEPSPEED", "fsdp_config")):
+        whole = ClusterConfig(
+            compute_environment="LOCAL_MACHINE", distributed_type=kind, mixed_precision="no",
+            use_cpu=False, debug=False, **{**known, other: {}},
+        )  # fmt: skip
+        path = tmp_path / f"{kind}.yaml"
+        whole.to_yaml_file(path)
+        check_keys(path, kind)
+        whole.to_json_file(path.with_suffix(".json"))
+        check_keys(path.with_suffix(".json"), kind)
     basic = tmp_path / "basic.yaml"
     assert write_basic_config(mixed_precision="no", save_location=str(basic))
-    check_keys(basic)
+    check_keys(basic, "NO")
 
 
 def test_former_keys_that_accelerate_converts_pass(tmp_path: Path) -> None:
@@ -174,6 +225,14 @@ def test_former_keys_that_accelerate_converts_pass(tmp_path: Path) -> None:
         ),
         ({**CLIPPED, "gradient_cliping": 0.3}, 'no key gradient_cliping (did you mean "gradient_c'),
         ('{"zero_optimization": {"stage": 3, "stage": 2}}', "the key stage occurs twice"),
+        ([1], "gives no ZeRO stage of 1, 2 or 3 (null); set zero_optimization.stage"),
+        ({"zero_optimization": {"stage": "2"}}, 'gives no ZeRO stage of 1, 2 or 3 ("2")'),
+        ({"zero_optimization": {"stage": True}}, "gives no ZeRO stage of 1, 2 or 3 (true)"),
+        ("{", "is not JSON (Expecting property name"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}},
+            'zero_optimization.offload_optimizer is "cpu", but it must be an object such as',
+        ),
     ],
 )
 def test_a_key_that_deepspeed_does_not_know_is_refused(
@@ -182,6 +241,25 @@ def test_a_key_that_deepspeed_does_not_know_is_refused(
     found = refusal(with_json(tmp_path, settings))
     assert str(tmp_path / "DeepSpeed.json") in found
     assert sentence in found
+
+
+def test_accelerates_answer_for_no_json(tmp_path: Path) -> None:
+    """`accelerate config` writes "none" if the question for the file is not answered."""
+    section = {"deepspeed_config_file": "none", "zero_stage": 3}
+    path = write(tmp_path, distributed_type="DEEPSPEED", deepspeed_config=section)
+    assert asked(path) == BackendSettings("deepspeed", zero_stage=3)
+    section["deepspeed_config_file"] = "nowhere.json"
+    assert "nowhere.json cannot be read (No such file or directory); correct deep" in refusal(
+        write(tmp_path, distributed_type="DEEPSPEED", deepspeed_config=section)
+    )
+
+
+def test_two_devices_contradict_each_other(tmp_path: Path) -> None:
+    settings = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}
+    environment = backend_environment(with_json(tmp_path, settings))
+    asked_too = environment | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+    with pytest.raises(UserError, match=r"offload_optimizer_device to cpu but .* to none; remove"):
+        backend_settings(asked_too)
 
 
 def test_two_stages_contradict_each_other(tmp_path: Path) -> None:
@@ -327,7 +405,7 @@ def test_the_file_that_accelerate_launch_was_given(tmp_path: Path) -> None:
 def test_several_processes_on_cpus_without_a_backend_are_refused(tmp_path: Path) -> None:
     """`accelerate launch` would start only one of them, and nothing would say so."""
     path = write(tmp_path, distributed_type="MULTI_CPU", num_processes=2, use_cpu=True)
-    check = "import cpt_merge.launcher.accelerate_file as file; file.check_launched_file()"
+    check = "import cpt_merge.launcher.accelerate_file as file; file.apply_launched_file()"
     # a parent whose command line is that of accelerate, as the stage sees it
     parent = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {check!r}]))"
     script = tmp_path / "accelerate"

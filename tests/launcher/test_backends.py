@@ -41,7 +41,7 @@ ASKED = {
         "deepspeed", zero_stage=3, offload="all",
         zero={"offload_optimizer": CPU, "offload_param": CPU},
     ),
-    "cpu": BackendSettings(),
+    "cpu": BackendSettings(use_cpu=True),
 }  # fmt: skip
 ACTIVE = {
     "fsdp2": (2, "FSDP2: 2 shards, 2 processes"),

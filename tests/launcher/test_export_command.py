@@ -76,6 +76,7 @@ def test_checkpoints_of_another_recipe_or_vocabulary_are_refused(
     [
         ("{", (), "step-00000006 cannot be read (JSONDecodeError"),
         ("{}", (), "step-00000006 cannot be read (KeyError"),
+        ("[]", (), "step-00000006 cannot be read (TypeError"),
         (None, ("--step", "6"), "has no checkpoint of step 6; there are 3."),
         (None, ("--step", "3", "--average", "1..6"), "and no --step with it"),
     ],

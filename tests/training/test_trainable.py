@@ -223,13 +223,23 @@ def test_what_waits_for_the_machine_that_trains_is_said(
     assert (f"a run on this machine would be refused: {refusal}" in said) == bool(refusal)
 
 
+def test_an_order_of_weights_that_deepspeed_does_not_know_is_refused() -> None:
+    pytest.importorskip("deepspeed")
+    asked = BackendSettings("deepspeed", zero_stage=2, zero={"round_robin_gradients": True})
+    with pytest.raises(UserError, match="asks for round_robin_gradients, with which DeepSpeed"):
+        check_backend(asked, TrainingConfig(**CONFIG))
+
+
 @pytest.mark.parametrize(
     ("section", "sentence"),
     [
         ({"device": "nvme", "nvme_path": "/tmp"}, "asks for the device nvme; only the CPU's"),
         ({"device": "cpu", "ratio": 0.5}, "asks for super_offload or a ratio below 1"),
         ({"device": "cpu", "super_offload": True}, "asks for super_offload or a ratio below 1"),
-        ({"device": "cpu", "buffer_count": -1}, "DeepSpeed refuses zero_optimization .*correct"),
+        (
+            {"device": "cpu", "buffer_count": -1},
+            r"zero_optimization.offload_optimizer.buffer_count: -1 .Input should .*correct",
+        ),
     ],
 )
 def test_offload_sections_that_cannot_be_active(

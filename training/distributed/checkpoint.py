@@ -179,7 +179,7 @@ class Checkpoints:
         newest = self.parallel.broadcast(self.newest)
         if newest is None:
             return None
-        state = _parse_state(newest, self.parallel.broadcast((newest / STATE_FILE).read_text))
+        state = _parse_state(newest, self.parallel.broadcast((newest / STATE_FILE).read_bytes))
         if state.key != key:
             raise UserError(
                 f"{newest} belongs to another configuration or model; "
@@ -234,7 +234,7 @@ def step_of(checkpoint: Path) -> int:
 
 def read_saved_state(checkpoint: Path) -> TrainState:
     """The state in a complete checkpoint. Raises `UserError` if it is damaged."""
-    return _parse_state(checkpoint, (checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    return _parse_state(checkpoint, (checkpoint / STATE_FILE).read_bytes())
 
 
 def check_continues(directory: Path, key: str, layout: str) -> None:
@@ -245,9 +245,9 @@ def check_continues(directory: Path, key: str, layout: str) -> None:
             check_layout(newest, state, layout)
 
 
-def _parse_state(checkpoint: Path, text: str) -> TrainState:
+def _parse_state(checkpoint: Path, data: bytes) -> TrainState:
     try:
-        return TrainState(**json.loads(text))
+        return TrainState(**json.loads(data))  # which must be UTF-8
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{checkpoint / STATE_FILE} cannot be read ({error}); remove {checkpoint}."

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cpt_merge.checkpoint.export import LocalShard
@@ -118,6 +119,7 @@ class ZeroBackend:
         _prove_offloaded(engine, parallel)
         check_attention(engine, setup.config, parallel.device)
         backend = ZeroBackend(engine, wrapped, groups, setup, parallel)
+        backend.state.prove_masters()
         if setup.config.precision == "bf16":
             backend._load_exactly(source)
         return backend
@@ -367,6 +369,11 @@ def check_zero(settings: BackendSettings) -> None:
 def _check_sections(settings: BackendSettings) -> None:
     """Raise `UserError` for values of `zero_optimization` that DeepSpeed or its optimizer lacks."""
     section = settings.zero_section
+    if section.get("round_robin_gradients"):
+        raise UserError(
+            "zero_optimization asks for round_robin_gradients, with which DeepSpeed 0.19 says "
+            "wrongly which process has which weights; remove it."
+        )
     optimizer = section.get("offload_optimizer", {})
     if optimizer.get("super_offload") or optimizer.get("ratio", 1.0) != 1.0:
         raise UserError(
@@ -385,9 +392,12 @@ def _check_sections(settings: BackendSettings) -> None:
 
     try:
         DeepSpeedZeroConfig(**section)
-    except ValueError as error:  # pydantic's
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"DeepSpeed refuses zero_optimization ({reason}); correct it.") from None
+    except ValidationError as refused:
+        first = refused.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(
+            f"DeepSpeed refuses {key}: {first['input']!r} ({first['msg']}); correct it."
+        ) from None
 
 
 def check_documents(choice: Choice) -> None:

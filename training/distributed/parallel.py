@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -49,7 +48,7 @@ def start_parallel(timeout: timedelta = TIMEOUT, offload: Offload | None = None)
     """
     settings, world = backend_settings().with_offload(offload), find_world()
     shape = settings.mesh_shape(world)
-    device = _device(world)
+    device = _device(world, settings)
     if device.type == "cpu":
         keep_freed_memory()
     elif settings.offload != "none":
@@ -78,9 +77,9 @@ def _collectives(settings: BackendSettings, device: torch.device) -> str:
     return "nccl"
 
 
-def _device(world: World) -> torch.device:
+def _device(world: World, settings: BackendSettings) -> torch.device:
     """The GPU of this process; the CPU if there is none or accelerate's config says `use_cpu`."""
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    if settings.use_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", gpu_of(world, torch.cuda.device_count()))
     torch.cuda.set_device(device)

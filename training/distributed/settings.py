@@ -34,6 +34,7 @@ _OF_THE_RECIPE = {  # what the recipe decides, with its key
     "FSDP_ACTIVATION_CHECKPOINTING": "training.activation_checkpointing",
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "training.offload_activations",
 }
+_WHAT_FSDP2_DOES = ("FULL_SHARD", "1")  # of FSDP 1's strategies, as accelerate passes them
 _TRUE, _FALSE = ("1", "on", "t", "true", "y", "yes"), ("0", "off", "f", "false", "n", "no")
 
 
@@ -50,6 +51,7 @@ class BackendSettings:
     others: tuple[FileValue, ...] = ()  # what else the files set, which the recipe decides
     offload: Offload = "none"  # what is kept in the CPU's memory
     mixed_precision: str = "no"  # accelerate's setting; must not contradict the recipe
+    use_cpu: bool = False  # leave the GPUs alone
 
     def mesh_shape(self, world: World) -> tuple[int, int]:
         """(replicas, shards) of this world. Raises `UserError` if its size does not fit."""
@@ -140,7 +142,7 @@ class BackendSettings:
 
 def backend_settings(environment: Mapping[str, str] = os.environ) -> BackendSettings:
     """The settings in the environment. Raises `UserError` for those that are not supported."""
-    found = _settings(environment)
+    found = replace(_settings(environment), use_cpu=_flag(environment, "ACCELERATE_USE_CPU"))
     dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if dynamo == "no":
         return found
@@ -149,16 +151,18 @@ def backend_settings(environment: Mapping[str, str] = os.environ) -> BackendSett
 
 
 def _settings(environment: Mapping[str, str]) -> BackendSettings:
-    for kind in ("tp", "cp", "sp"):
-        if _number(environment, f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", 1) > 1:
+    fsdp = environment.get("ACCELERATE_USE_FSDP") == "true"
+    for kind in ("tp", "cp", "sp", *(() if fsdp else ("dp_replicate", "dp_shard"))):
+        if _number(environment, f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", 1, least=1) > 1:
+            without = " without FSDP2" if kind.startswith("dp") else ""
             raise UserError(
                 f"the accelerate config asks for parallelism_config_{kind}_size > 1, which is not "
-                "supported; set it to 1."
+                f"supported{without}; set it to 1."
             )
     mixed = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return _deepspeed(environment, mixed)
-    if environment.get("ACCELERATE_USE_FSDP") == "true":
+    if fsdp:
         return _fsdp(environment, mixed)
     return BackendSettings(mixed_precision=mixed)
 
@@ -172,10 +176,17 @@ def _fsdp(environment: Mapping[str, str], mixed: str) -> BackendSettings:
     for asked, ours in _OF_THE_RECIPE.items():
         if _flag(environment, asked):
             raise UserError(f"set the recipe's {ours} instead of {asked.lower()}.")
-    shards = _number(environment, "PARALLELISM_CONFIG_DP_SHARD_SIZE", 1)
+    former = environment.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD")
+    if former.upper() not in _WHAT_FSDP2_DOES:
+        raise UserError(
+            f"the accelerate config sets fsdp_sharding_strategy to {former}, which FSDP 2 ignores; "
+            "remove it, and set fsdp_reshard_after_forward: false (for SHARD_GRAD_OP) or "
+            "dp_replicate_size of parallelism_config (for HYBRID_SHARD) instead."
+        )
+    shards = _number(environment, "PARALLELISM_CONFIG_DP_SHARD_SIZE", 1, least=1)
     return BackendSettings(
         "fsdp2",
-        replicas=_number(environment, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1),
+        replicas=_number(environment, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1, least=1),
         shards=shards if shards > 1 else None,
         reshard=_flag(environment, "FSDP_RESHARD_AFTER_FORWARD", True),
         offload="all" if _flag(environment, "FSDP_OFFLOAD_PARAMS") else "none",
@@ -183,12 +194,13 @@ def _fsdp(environment: Mapping[str, str], mixed: str) -> BackendSettings:
     )
 
 
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
-    """A whole number that is not negative. Raises `UserError` for anything else."""
+def _number(environment: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
+    """A whole number of at least `least`. Raises `UserError` for anything else."""
     text = environment.get(name) or str(default)
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text) < least:
         raise UserError(
-            f"{_key(name)} of the accelerate config is {text}, but it must be a whole number."
+            f"{_key(name)} of the accelerate config is {text}, but it must be a whole number of at "
+            f"least {least}."
         )
     return int(text)
 
@@ -209,8 +221,8 @@ def _key(variable: str) -> str:
 
 
 def _deepspeed(environment: Mapping[str, str], mixed: str) -> BackendSettings:
-    config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") or None
-    file = _read_file(config) if config else {}
+    config = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    file = _read_file(config) if config not in ("", "none") else {}
     zero = file.pop("zero_optimization", {})
     stage = _number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", zero.get("stage", 2))
     if stage not in (1, 2, 3):
@@ -223,7 +235,14 @@ def _deepspeed(environment: Mapping[str, str], mixed: str) -> BackendSettings:
             "zero_stage from the accelerate config."
         )
     for name in OFFLOAD_SECTIONS:
-        section = {**_offload_keys(environment, name), **(zero.pop(name, None) or {})}
+        told, section = _offload_keys(environment, name), zero.pop(name, None) or {}
+        for key in told.keys() & section.keys():
+            if told[key] != section[key]:
+                raise UserError(
+                    f"the accelerate config sets {name}_{key} to {told[key]} but {config} sets "
+                    f"{name}.{key} to {section[key]}; remove one of them."
+                )
+        section = {**told, **section}
         if section.get("device", "none") != "none":
             zero[name] = section
     return BackendSettings(
@@ -252,14 +271,29 @@ def _read_file(config: str) -> dict[str, Any]:
     try:
         text = Path(config).read_text(encoding="utf-8")
         settings = json.loads(text, object_pairs_hook=_without_repeated)
-        if settings["zero_optimization"]["stage"] not in (1, 2, 3):
-            raise ValueError(f"stage is {settings['zero_optimization']['stage']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(
+            f"the DeepSpeed configuration {config} cannot be read ({error.strerror}); correct "
+            "deepspeed_config_file in the accelerate config."
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"the DeepSpeed configuration {config} is not JSON ({error}); correct it."
+        ) from None
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if not isinstance(zero, dict) or type(stage) is not int or stage not in (1, 2, 3):
         raise UserError(
             f"the DeepSpeed configuration {config} gives no ZeRO stage of 1, 2 or 3 "
-            f"({error}); set zero_optimization.stage there."
-        ) from None
-    former = [name for name in settings["zero_optimization"] if name.startswith("cpu_offload")]
+            f"({json.dumps(stage)}); set zero_optimization.stage there."
+        )
+    for name in OFFLOAD_SECTIONS:
+        if not isinstance(zero.get(name) or {}, dict) and zero[name] != "auto":
+            raise UserError(
+                f"{config}: zero_optimization.{name} is {json.dumps(zero[name])}, but it must be "
+                'an object such as {"device": "cpu"}.'
+            )
+    former = [name for name in zero if name.startswith("cpu_offload")]
     if former:
         raise UserError(
             f"{config} sets {former[0]}, a former name of DeepSpeed's; set offload_optimizer (and "

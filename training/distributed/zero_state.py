@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpt_merge.core.errors import UserError
 from cpt_merge.training.compact_adamw import MOMENTS, CompactAdamW
 from cpt_merge.training.distributed.exact_rows import ExactRows, divided_rows
 from cpt_merge.training.distributed.parallel import Parallel
@@ -60,6 +61,25 @@ class ZeroState:
     running: Callable[[Tensor], tuple[Tensor, int]]
     """The elements of a weight with which this process runs, and the number of the first."""
     exact: ExactRows
+
+    @torch.no_grad()
+    def prove_masters(self) -> None:
+        """Raise `UserError` if masters are not where DeepSpeed says; call it before any step.
+
+        DeepSpeed has made them of what runs, and everything here trusts what it says.
+        """
+        for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            held, (values, first) = self._held(parameter), self.running(parameter)
+            start = held.first - first
+            runs = values[start : start + held.count].detach()
+            masters = held.part(held.flat).values
+            if not torch.equal(masters.to(runs.device, runs.dtype), runs):
+                raise UserError(
+                    f"DeepSpeed says wrongly where the fp32 master of {name} is, so checkpoints "
+                    "and exports would be wrong; leave out unusual keys of zero_optimization."
+                )
 
     @torch.no_grad()
     def load_masters(self, source: WeightSource) -> None:

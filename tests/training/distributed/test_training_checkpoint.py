@@ -22,7 +22,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from cpt_merge.core.distributed import stop_process_group
 from cpt_merge.core.errors import UserError
 from cpt_merge.training.config import CheckpointConfig
-from cpt_merge.training.distributed.checkpoint import STATE_FILE, Checkpoints, TrainState
+from cpt_merge.training.distributed.checkpoint import (
+    STATE_FILE,
+    Checkpoints,
+    TrainState,
+    read_saved_state,
+)
 from cpt_merge.training.distributed.parallel import start_parallel
 from tests.distributed import run_ranks
 from tests.training.conftest import FinishedRun
@@ -251,6 +256,15 @@ def test_a_checkpoint_whose_numbers_were_changed_on_disk_is_found(
     shard.write_bytes(shard.read_bytes().replace(wanted, b"\xff" * len(wanted), 1))
     with pytest.raises(AssertionError, match=f"{newest.name} is damaged .*remove it to continue"):
         run_ranks(train, 1, job)
+
+
+@pytest.mark.parametrize("data", [b"\xff\x00", b"[]", b'{"step": 1}', b""])
+def test_a_damaged_marker_is_named(data: bytes, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-00000004"
+    checkpoint.mkdir()
+    (checkpoint / STATE_FILE).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{STATE_FILE} cannot be read .*; remove .*00000004"):
+        read_saved_state(checkpoint)
 
 
 def test_a_checkpoint_without_its_marker_is_none(
