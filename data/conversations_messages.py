@@ -63,10 +63,13 @@ def _format_of(record: Record) -> ChatFormat | BadRow:
     if name is None:
         if any(record.get(one) is not None for one in ALPACA):
             return "alpaca"
-        there = ", ".join(record) or "none"
+        there = ", ".join(
+            name if value is not None else f"{name}, which is null"
+            for name, value in record.items()
+        )
         return BadRow(
             "is no conversation: it has none of the fields 'messages', 'conversations' and "
-            f"'instruction' but {there}"
+            f"'instruction' but {there or 'none'}"
         )
     entries = record[name]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

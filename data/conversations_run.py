@@ -252,6 +252,11 @@ def _join(plan: Plan, blocks: Blocks, staging: Staging) -> None:
 def _require_enough(config: ConversationsConfig, sources: Sequence[SourceInfo]) -> None:
     """Raise `UserError` for a source without rows to train on, or if nothing is held out."""
     for source, info in zip(config.sources, sources, strict=True):
+        if not info.train.documents and info.heldout.documents:
+            raise UserError(
+                f"every conversation of the source {source.path} is held out with heldout = "
+                f"{config.heldout:g}; lower {config.section}.heldout, or give more conversations."
+            )
         if not info.train.documents:
             raise UserError(
                 f"the source {source.path} yields no conversation to train on (left out: "

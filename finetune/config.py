@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from cpt_merge.core.config import key
+from cpt_merge.core.errors import UserError
 from cpt_merge.data.conversations_config import ConversationsConfig
 from cpt_merge.data.mixture import SourceShare
 from cpt_merge.data.preferences import PairSource
@@ -81,6 +82,18 @@ class FurtherTraining(ConversationsConfig):
         epochs = [source.epochs for source in self.sources]
         return {**found, "epochs": self.epochs, "epochs_of_sources": epochs}
 
+    def check_batch(self, training: TrainingConfig, sources: Sequence[SourceInfo]) -> None:
+        """Raise `UserError` if a store with these sources fills fewer sequences than one batch."""
+        length = self.length(training)
+        sequences = sum(info.train.tokens // length for info in sources)
+        if sequences < self.global_batch_size:
+            raise UserError(
+                f"what {self.section}.sources has for training fills {sequences} sequences of "
+                f"{length} tokens, fewer than {self.section}.global_batch_size = "
+                f"{self.global_batch_size}; lower global_batch_size or sequence_length, or give "
+                "more."
+            )
+
     def reading(self, sources: Sequence[SourceInfo]) -> tuple[int, list[SourceShare]]:
         """How many tokens are read of a store with these sources, and of which source.
 
@@ -93,7 +106,7 @@ class FurtherTraining(ConversationsConfig):
             SourceShare(info.name, info.language, read / total, read, n)
             for info, read, n in zip(sources, tokens, epochs, strict=True)
         ]
-        return round(total), shares
+        return max(1, round(total)), shares  # however few, one step reads them
 
 
 class FinetuneConfig(FurtherTraining):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def _render(section: str, context: StageContext, tracker: Tracker) -> dict[str, Any]:
     """Write the store of a section, next to the merged model's tokenizer, which it is made with."""
     from cpt_merge.data.conversations_run import run
+    from cpt_merge.data.store import Store
     from cpt_merge.merge.finish import write_all_but_weights
     from cpt_merge.merge.plan import MergeInputs, plan
 
@@ -32,7 +33,9 @@ def _render(section: str, context: StageContext, tracker: Tracker) -> dict[str, 
     models = MergeInputs(paths.resized, paths.base, paths.chat, paths.tokenizer)
     write_all_but_weights(plan(recipe.merge, models), tokenizer)
     store = paths.folder(context.stage.name) / "store"
-    return run(config, config.length(recipe.training), tokenizer, store, tracker)
+    results = run(config, config.length(recipe.training), tokenizer, store, tracker)
+    config.check_batch(recipe.training, Store.open(store).info.sources)  # before the training
+    return results
 
 
 def _render_config(section: str, recipe: Recipe) -> Mapping[str, Any]:

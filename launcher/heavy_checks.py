@@ -176,11 +176,19 @@ def _check_chat(run: Run) -> None:
 
 
 def _check_conversations(run: Run, here: bool) -> None:
-    """Check that the chat model's template renders the conversations, unless they are rendered."""
+    """Check that the chat model's template renders the conversations.
+
+    Of those that are rendered, check that there are enough.
+    """
     from cpt_merge.data.conversations_inputs import check_conversations
+    from cpt_merge.data.store import Store
 
     for name, section in run.recipe.further.items():
-        if not is_up_to_date(run, find_stage(run.recipe, name).inputs["data"]):
+        data = find_stage(run.recipe, name).inputs["data"]
+        if is_up_to_date(run, data):
+            sources = Store.open(run.folder(data.name) / "store").info.sources
+            section.check_batch(run.recipe.training, sources)
+        else:
             length = section.length(run.recipe.training)
             if run.recipe.tokenizer.languages():
                 length = sys.maxsize  # the extended tokenizer makes fewer tokens than the chat's

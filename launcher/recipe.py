@@ -118,6 +118,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _shielded_language_has_text(self) -> Recipe:
+        shield = self.training.shield
+        if shield and shield.language not in self.corpus.languages():
+            raise ValueError(
+                f"`training.shield.language` is {shield.language}, but corpus.sources has no text "
+                "in it; add a source of replay text, or name another language"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_a_vector(self) -> Recipe:
         if self.models.base == self.models.chat and not self.merge.interpolates:
             raise ValueError(

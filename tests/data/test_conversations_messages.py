@@ -60,6 +60,7 @@ def test_results_of_tools_have_one_role() -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
+        ({"messages": None}, "is no conversation: it has none of the fields 'messages', 'conversations' and 'instruction' but messages, which is null"),
         ({"text": "Once."}, "is no conversation: it has none of the fields 'messages', 'conversations' and 'instruction' but text"),
         ({"messages": "Who?"}, "has a field 'messages' that is not a list of messages"),
         ({"messages": []}, "has a field 'messages' without messages"),

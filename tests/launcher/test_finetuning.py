@@ -1,5 +1,6 @@
 """Fine-tuning as part of a run: CPT + FT + vector, and CPT + vector + FT."""
 
+import dataclasses
 import json
 import math
 import random
@@ -303,3 +304,22 @@ def test_replies_are_compared_at_the_end(finished: Path, recipe_path: Path, tmp_
     assert record
     assert merged
     assert record.inputs["model"] == f"stage:{merged.key}"
+
+
+def test_too_few_conversations_for_a_batch_are_refused_before_the_training(tuned: Run) -> None:
+    from cpt_merge.launcher.heavy_checks import _check_conversations
+
+    section = tuned.recipe.finetune
+    assert section
+    larger = section.model_copy(update={"global_batch_size": 10_000})
+    run = dataclasses.replace(tuned, recipe=tuned.recipe.model_copy(update={"finetune": larger}))
+    with pytest.raises(UserError, match=r"than finetune.global_batch_size = 10000; lower"):
+        _check_conversations(run, here=True)
+
+
+def test_a_small_part_of_an_epoch_is_one_step(tuned: Run) -> None:
+    section = tuned.recipe.finetune
+    assert section
+    few = section.model_copy(update={"epochs": 1e-12})
+    tokens, _ = few.reading(Store.open(tuned.conversations).info.sources)
+    assert few.training_config(tuned.recipe.training, tokens).steps == 1

@@ -95,6 +95,10 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
             "tokenizer.new_pieces.zh_tw=10",
             "`tokenizer` extends by zh_tw but corpus.sources has no such text",
         ),
+        (
+            "training.shield={language: ja}",
+            "`training.shield.language` is ja, but corpus.sources has no text in it",
+        ),
         ("name=a/b", "one folder name"),
         ("training.tokens", "not of the form section.key=value"),
         ("training.tokens=[", "is not YAML"),
