@@ -307,9 +307,7 @@ def test_phases_freeze_what_they_do_not_train_and_resume(
             assert torch.equal(second[name], before), name
             assert torch.equal(last[name], before) == ("norm" in name), name
         else:
-            assert torch.equal(first[name][:OLD_ROWS], before[:OLD_ROWS]) == (
-                precision == "fp32" or backend == "fsdp2"
-            )
+            assert torch.equal(first[name][:OLD_ROWS], before[:OLD_ROWS])
             assert not torch.equal(second[name], first[name])
             assert not torch.equal(last[name], second[name])
     for stop_after in (6, 10):
