@@ -402,6 +402,7 @@ def test_the_file_that_accelerate_launch_was_given(tmp_path: Path) -> None:
     assert _launched_file(tmp_path / "nowhere") is None
 
 
+@pytest.mark.slow
 def test_several_processes_on_cpus_without_a_backend_are_refused(tmp_path: Path) -> None:
     """`accelerate launch` would start only one of them, and nothing would say so."""
     path = write(tmp_path, distributed_type="MULTI_CPU", num_processes=2, use_cpu=True)

@@ -27,13 +27,6 @@ OF_CONVERSATIONS = {**OF_CPT, "conversations": {"tokenizer", "embeddings"}}
 OF_PAIRS = {"pairs": {"tokenizer", "embeddings"}}
 BUILDS_ON: dict[tuple[str | None, bool], dict[str, set[str]]] = {  # by what is trained further
     (None, False): OF_CPT,
-    ("training", False): {
-        **OF_CONVERSATIONS,
-        "format": {"training", "tokenizer"},
-        "finetune": {"format", "conversations"},
-        "finetune_merge": {"finetune", "conversations"},
-        "evaluation": {"training", "merge", "finetune", "finetune_merge"},
-    },
     ("merge", False): {
         **OF_CONVERSATIONS,
         "finetune": {"merge", "conversations"},

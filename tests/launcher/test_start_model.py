@@ -141,6 +141,7 @@ def test_a_start_that_does_not_fit_is_refused_before_the_first_stage(
     assert sentence in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_start_that_fits_passes_the_checks(
     finished: Path, recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
