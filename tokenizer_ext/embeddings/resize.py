@@ -109,13 +109,17 @@ def resize_embeddings(
         results["from_start"] = sum(map(aligned.has, range(vocabulary.rows)))
         say(f"embeddings: {results['from_start']:,} of {vocabulary.rows:,} rows are {model}'s")
     results |= {f"{kind}_norms": norm for kind, norm in norms.items()}
+    _log(tracker or Tracker(), results, norms)
+    return results
+
+
+def _log(tracker: Tracker, results: dict[str, Any], norms: dict[str, dict[str, float]]) -> None:
+    """Log the results, and the mean norms of old and new rows as a table."""
     rows: list[list[Cell]] = [
         [kind, norm["old"], norm["new"], norm["new"] / norm["old"]] for kind, norm in norms.items()
     ]
-    tracker = tracker or Tracker()
     tracker.summary({f"embeddings/{name}": value for name, value in results.items()})
     tracker.table("embeddings/norms", _NORM_COLUMNS, rows)
-    return results
 
 
 @dataclass(frozen=True)
