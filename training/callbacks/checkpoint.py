@@ -62,5 +62,6 @@ class CheckpointSaving(Callback):
             raise UserError(
                 f"training diverged before step {step} (the weights are not finite); the last good "
                 f"checkpoint is {trainer.checkpoints.newest() or 'none'}; "
-                "lower training.optimizer.learning_rate or look at the data."
+                "lower this stage's learning rate (training.optimizer.learning_rate, or that of "
+                "finetune or dpo) or look at the data."
             )

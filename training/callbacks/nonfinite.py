@@ -33,7 +33,8 @@ class NonFiniteSteps(Callback):
                 f"{self.in_a_row} steps in a row had a non-finite gradient "
                 "(training.max_skipped_steps); the last good "
                 f"checkpoint is {trainer.checkpoints.newest() or 'none'}; "
-                "lower training.optimizer.learning_rate or look at the data."
+                "lower this stage's learning rate (training.optimizer.learning_rate, or that of "
+                "finetune or dpo) or look at the data."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class SourceShield(Callback):
         places = [(one, number) for one in packed for number in range(one.sequences)][:size]
         if not places:
             raise UserError(
-                f"training.shield.language = {self.config.language}, but corpus.sources has no "
-                "text in it; add a source of replay text, or name another language."
+                f"training.shield.language = {self.config.language}, but its training text fills "
+                f"no sequence of {length} tokens; add text in it, or name another language."
             )
         with timed(f"importance of columns for {self.config.language}"):
             batches = (
