@@ -114,6 +114,19 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write numpy arrays by name, as `write_text` writes text; `numpy.load` reads them."""
+    import numpy as np  # takes a while, and few need it
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON; non-ASCII characters are kept."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -7,7 +7,6 @@ so on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+from cpt_merge.core.artifact import write_arrays
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Reference:
     def of(by_sequence: Sequence[npt.NDArray[np.float32]]) -> Reference:
         """From the values of each sequence."""
         counts = [0, *map(len, by_sequence)]
-        return Reference(np.concatenate(by_sequence), np.cumsum(counts, dtype=np.int64))
+        values = np.concatenate([np.zeros((0, 2), np.float32), *by_sequence])
+        return Reference(values, np.cumsum(counts, dtype=np.int64))
 
     @staticmethod
     def read(path: Path) -> Reference:
@@ -70,10 +72,7 @@ class Reference:
 
     def write(self, path: Path) -> None:
         """Write it, complete or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.tmp.npz")
-        np.savez(beside, values=self.values, first=self.first)
-        os.replace(beside, path)
+        write_arrays(path, {"values": self.values, "first": self.first})
 
     def sequence(self, number: int) -> npt.NDArray[np.float32]:
         """Those of one sequence [pairs, 2]."""

@@ -89,7 +89,7 @@ FORMAT = Stage(
     name="format",
     command="format",
     help="Give CPT the chat model's format, without its vector: tokens, their rows, template.",
-    config=lambda r: {"token_map": r.merge.token_map},
+    config=lambda r: r.merge.model_dump(include={"token_map", "dtype", "shard_size"}),
     inputs={"cpt": TRAINING, "tokenizer": TOKENIZER},
     reads=lambda run: run.pair_inputs(),
     run=_format,

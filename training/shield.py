@@ -14,13 +14,11 @@ that a family keeps in one tensor, which are no linear layers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cpt_merge.core.artifact import write_arrays
 from cpt_merge.training.model.build import CausalLM
 
 
@@ -55,10 +54,7 @@ class Shield:
 
     def write(self, path: Path) -> None:
         """Write it, complete or not at all."""
-        beside = path.with_name(f"{path.name}.tmp.npz")
-        arrays: dict[str, Any] = {name: mask.cpu().numpy() for name, mask in self.frozen.items()}
-        np.savez(beside, **arrays)
-        os.replace(beside, path)
+        write_arrays(path, {name: mask.cpu().numpy() for name, mask in self.frozen.items()})
 
     def to(self, device: torch.device) -> Shield:
         """The same on a device."""
@@ -116,7 +112,8 @@ def importance(module: CausalLM, squares: Mapping[str, Tensor]) -> dict[str, Ten
         sizes = local.detach().abs().float().sum(0)
         if isinstance(weight, DTensor):
             dist.all_reduce(sizes, group=weight.device_mesh.get_group(weight.device_mesh.ndim - 1))
-        total = squares[name].to(sizes.device)
+        # a layer that no token reached (of an expert) has none
+        total = squares.get(name, torch.zeros_like(sizes)).to(sizes.device)
         dist.all_reduce(total)
         found[name] = sizes / weight.shape[0] * total.sqrt()
     return found

@@ -17,6 +17,7 @@ from cpt_merge.data.conversations_rows import ChatRow
 from cpt_merge.data.conversations_store import Group, write_groups
 from cpt_merge.data.encoding import DocumentEncoder
 from cpt_merge.data.packing import IGNORED, TrainingSequences
+from cpt_merge.data.pairs import Reference
 from cpt_merge.data.store import STORE_FILE, SourceInfo, Store, StoreInfo
 from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.schedule import RateCurve
@@ -111,6 +112,14 @@ def test_losses_are_those_of_the_formula(model: Path, pairs: Path, tmp_path: Pat
     assert found[1]["train/preferred"] == 0.0  # the reference itself prefers nothing
     assert found[6]["train/preferred"] > 0.5
     assert found[6]["train/margin"] > 0.0
+
+
+def test_a_split_without_pairs_has_an_empty_reference(tmp_path: Path) -> None:
+    """A source may have nothing held out, if another one has."""
+    Reference.of([]).write(tmp_path / "reference.npz")
+    kept = Reference.read(tmp_path / "reference.npz")
+    assert kept.values.shape == (0, 2)
+    assert kept.pairs(np.zeros(0, np.int64)) == 0
 
 
 @pytest.mark.slow

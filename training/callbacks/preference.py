@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import timed
 from cpt_merge.data.packing import PackedDocuments, stack
 from cpt_merge.data.pairs import Reference
@@ -47,7 +48,11 @@ class PreferencePairs(Callback):
         path = preference.path(packed.documents.folder)
         if trainer.parallel.any(path.is_file()):
             return
-        assert trainer.state.step == 0, f"{path} was lost, and its model is trained"
+        if trainer.state.step:
+            raise UserError(
+                f"{path} is gone, and the model that it was computed from is trained by now; put "
+                f"it back, or remove {trainer.out} to begin again."
+            )
         with timed(f"log probabilities of the reference: {what}"):
             by_sequence = self._log_probabilities(packed)
         if trainer.parallel.is_main:
