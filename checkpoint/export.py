@@ -19,6 +19,7 @@ from cpt_merge.checkpoint.model_files import (
     copy_files,
     model_config,
 )
+from cpt_merge.checkpoint.positions import Extend, raise_limit
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.checkpoint.vocabulary_map import MAP_FILE
@@ -82,12 +83,13 @@ def export_shards(
     ranks: Ranks,
     dtype: Dtype | None = None,
     shard_size: int = SHARD_BYTES,
+    extend: Extend | None = None,
 ) -> None:
     """Write the trained model as a Hugging Face checkpoint; a collective.
 
     Names, shapes, configuration and (without `dtype`) types are those of `like`, the checkpoint
-    that training started from. Raises `UserError` if a shard does not fit it, or if a row is
-    written twice or never.
+    that training started from; `extend` makes the configuration with other positions. Raises
+    `UserError` if a shard does not fit it, or if a row is written twice or never.
     """
     source = open_model(like)
     wanted = TORCH_NAMES[dtype] if dtype else None
@@ -106,9 +108,12 @@ def export_shards(
                 narrow = rounded(values, writer.layout.tensors[shard.name].dtype, shard.name)
                 writer.write_flat(shard.name, first, narrow)
     if ranks.is_main:
-        write_json(writer.directory / CONFIG_FILE, model_config(source, writer.layout))
+        config = model_config(source, writer.layout)
+        extended = extend(config) if extend else config
+        write_json(writer.directory / CONFIG_FILE, extended)
         others = [tokenizer / name for name in (*TOKENIZER_FILES, MAP_FILE)]
         copy_files([like / GENERATION_FILE, *others], writer.directory)
+        raise_limit(writer.directory, extended, config)
         copy_companions([like], writer.directory)
         writer.publish()
     ranks.barrier()

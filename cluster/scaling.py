@@ -223,8 +223,12 @@ class Workload:
 
     @staticmethod
     def of(config: TrainingConfig, ranks: int) -> Workload:
-        """A recipe's workload on so many GPUs. Raises `UserError` if its batch does not divide."""
+        """A recipe's workload on so many GPUs, in the phase with the longest sequences.
+
+        Raises `UserError` if its batch does not divide.
+        """
         config.check_processes(ranks, kind="GPUs")
+        config = config.longest
         if config.precision == "fp32":
             raise UserError(
                 "the speed of GPUs can be estimated for bf16 only; "

@@ -58,8 +58,9 @@ class FurtherTraining(ConversationsConfig):
         length = self.length(training)
         steps = math.ceil(tokens / (self.global_batch_size * length))
         optimizer = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
-        changed = {
+        changed: dict[str, Any] = {
             "sequence_length": length,
+            "rope": None,  # what is trained has those of the training
             "global_batch_size": self.global_batch_size,
             "tokens": steps * self.global_batch_size * length,
             "optimizer": training.optimizer.model_copy(

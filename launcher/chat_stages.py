@@ -30,7 +30,8 @@ def _render(section: str, context: StageContext, tracker: Tracker) -> dict[str, 
     paths, recipe = context.run, context.run.recipe
     config, tokenizer = recipe.further[section], paths.chat_tokenizer(context.stage.name)
     tokenizer.mkdir(parents=True, exist_ok=True)
-    models = MergeInputs(paths.resized, paths.base, paths.chat, paths.tokenizer)
+    extend = recipe.training.extend
+    models = MergeInputs(paths.resized, paths.base, paths.chat, paths.tokenizer, extend=extend)
     write_all_but_weights(plan(recipe.merge, models), tokenizer)
     store = paths.folder(context.stage.name) / "store"
     results = run(config, config.length(recipe.training), tokenizer, store, tracker)
@@ -41,7 +42,10 @@ def _render(section: str, context: StageContext, tracker: Tracker) -> dict[str, 
 def _render_config(section: str, recipe: Recipe) -> Mapping[str, Any]:
     config = recipe.further[section]
     sequences = {"sequence_length": config.length(recipe.training)}
-    return {"conversations": config.identity() | sequences, "token_map": recipe.merge.token_map}
+    last = recipe.training.contexts[-1]
+    extended = {"rope": vars(last)} if last.rope else {}  # the tokenizer's longest text
+    conversations = config.identity() | sequences | extended
+    return {"conversations": conversations, "token_map": recipe.merge.token_map}
 
 
 def _render_inputs(section: str, run: Run) -> dict[str, str]:

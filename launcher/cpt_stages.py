@@ -156,7 +156,10 @@ def _train(context: StageContext, tracker: Tracker) -> dict[str, Any]:
         paths.resized, paths.tokenizer, paths.store, context.key, paths.base, recipe.corpus
     )
     notes = notes_on_training(paths)
-    models = MergeInputs(paths.resized, paths.base, paths.chat, paths.tokenizer, notes=notes)
+    models = MergeInputs(
+        paths.resized, paths.base, paths.chat, paths.tokenizer, notes=notes,
+        extend=recipe.training.extend,
+    )  # fmt: skip
     hook = post_training_hook(context, MERGE, models, paths.merged)
     preview = preview_of(recipe, models)
     return run(recipe.training, inputs, context.folder, tracker, hook, preview)

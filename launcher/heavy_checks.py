@@ -103,7 +103,8 @@ def _check_training(run: Run, stage: Stage, config: TrainingConfig, here: bool) 
     device = torch.device("cuda" if torch.cuda.is_available() and not asked.use_cpu else "cpu")
     known, alone = here or asked.use_cpu or device.type == "cuda", run.recipe.models.text_only
     _check_continues(run, stage, config, asked)
-    choice = check_trainable(run.start, config, asked, device if known else None, alone)
+    last = config.within(config.contexts[-1])
+    choice = check_trainable(run.start, last, asked, device if known else None, alone)
     if choice.separation.one_by_one:
         say(f"packed documents: {_cost_of_padding(run)}")
 

@@ -35,6 +35,7 @@ from cpt_merge.launcher.stage import is_up_to_date
 from cpt_merge.launcher.stages import stages_of
 from cpt_merge.launcher.start import backend_asked, check_local_batch
 from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.context import Context
 from cpt_merge.training.memory import MemoryEstimate, ModelShape, estimate_memory
 from cpt_merge.training.stretches import describe_stretches, stretches_of
 
@@ -125,12 +126,19 @@ def _add_model(table: Table, recipe: Recipe, base: ModelShape, shape: ModelShape
     table.add_row("computing", f"{computing:,.2f} GFLOP per token")
     steps = f"{counted(config.steps, 'step')} of {config.tokens_per_step:,} tokens"
     table.add_row("training", steps)
+    for place, context in enumerate(config.contexts):
+        if config.phases and context != Context(config.sequence_length):
+            table.add_row(f"phase {place + 1}", str(context))
 
 
 def _print_reservations(
     console: Console, recipe: Recipe, shape: ModelShape, processes: int
 ) -> None:
     """For what the estimate of a cluster does not hold."""
+    config = recipe.training
+    if config.longest.sequence_length != config.sequence_length:
+        length = config.longest.sequence_length
+        console.print(f"The estimate is for the phase with sequences of {length:,} tokens.")
     if backend_asked(recipe, processes).backend == "deepspeed":
         console.print(
             "launch.accelerate_config asks for DeepSpeed; the estimate is for FSDP2 and HSDP, "
@@ -158,10 +166,14 @@ def _add_memory(table: Table, recipe: Recipe, shape: ModelShape, processes: int)
         text = f"launch.accelerate_config asks for {wanted}; what follows is for this one alone"
         table.add_row("machines", text)
     table.add_row("processes", f"{processes}, each {batches} of {sequences} a step")
-    kinds = dict.fromkeys(phase.train for phase in recipe.training.phases) or ("all",)
-    for train in kinds:
-        memory = estimate_memory(shape, memory_setup(recipe, recipe.training, processes, train))
-        phase = f", {train}" if recipe.training.phases else ""
+    config = recipe.training
+    trained = [phase.train for phase in config.phases] or ["all"]
+    for train, context in dict.fromkeys(zip(trained, config.contexts, strict=True)):
+        within = config.within(context)
+        memory = estimate_memory(shape, memory_setup(recipe, within, processes, train))
+        phase = f", {train}" if config.phases else ""
+        if context.length != config.sequence_length:
+            phase += f", {within.micro_batch_size} x {context.length:,}"
         table.add_row(
             f"memory per rank{phase}",
             f"{memory.total / GB:,.2f} GB at once, of: {_parts(memory)}",

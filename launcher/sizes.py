@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def memory_setup(
 ) -> MemorySetup:
     """How the recipe's accelerate configuration divides memory over so many processes.
 
-    In a phase of `config` that trains `train`.
+    In a phase with the settings `config` that trains `train`.
     """
     asked = backend_asked(recipe, processes)
     _, shards = asked.mesh_shape(World(size=processes))
@@ -187,7 +186,7 @@ def disk_needed(shape: ModelShape, recipe: Recipe) -> DiskNeeded:
     model = (shape.parameters + shape.towers) * 2
     made = sum(1 for stage in stages_of(recipe) if stage.output and stage.output.kind == "model")
     kept = config.checkpoints.keep + (config.schedule.shape == "wsd")  # where the rate falls
-    kept += sum(two.continues(one) for one, two in pairwise(config.phases))  # the mixture changes
+    kept += sum(map(config.continues, range(len(config.phases))))  # the mixture changes
     for further in recipe.further.values():
         kept += config.checkpoints.keep + (further.schedule.shape == "wsd")
     return DiskNeeded(made, model, checkpoint, kept)

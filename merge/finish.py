@@ -18,6 +18,7 @@ from cpt_merge.checkpoint.model_files import (
     copy_files,
     model_config,
 )
+from cpt_merge.checkpoint.positions import raise_limit
 from cpt_merge.checkpoint.reader import read_json
 from cpt_merge.checkpoint.tensor_kinds import OTHER_MODALITIES, kind_of
 from cpt_merge.checkpoint.text_sections import resize_config, with_values
@@ -131,6 +132,8 @@ def write_tokenizer(plan: MergePlan, directory: Path) -> list[str]:
                 config.pop("chat_template", None)  # it has its own file
             write_json(directory / name, config)
     write_templates(plan.format.templates, directory)
+    before = plan.chat.source.configs
+    raise_limit(directory, plan.cpt.config, before.get("base", before["chat"]))
     return token_changes.drop_unknown(directory) if has_tokenizer(directory) else []
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cpt_merge.checkpoint.dtypes import FLOATS, TORCH_NAMES
 from cpt_merge.checkpoint.loaded import open_model, with_head
+from cpt_merge.checkpoint.positions import Extend
 from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.checkpoint.tensor_kinds import (
     OTHER_MODALITIES,
@@ -67,6 +68,7 @@ class MergeInputs:
     text_only: bool = False  # CPT is the text decoder of the wrapper in `cpt`
     has_format: bool = False  # CPT has the chat format's rows, trained further: they are kept
     notes: tuple[str, ...] = ()  # sentences for the model card: how CPT came about
+    extend: Extend | None = None  # for a CPT whose config.json has not yet the positions of the end
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -254,6 +256,8 @@ def _open(config: MergeConfig, inputs: MergeInputs) -> tuple[Checkpoint, list[Ve
         cpt = open_model(inputs.cpt, inputs.base)
         if inputs.text_only:
             cpt = text_only(cpt)
+        if inputs.extend:
+            cpt = replace(cpt, stated=inputs.extend(cpt.config))
     with collected(problems):
         sources.append(_open_first(config, inputs))
     for one in config.vectors:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from cpt_merge.checkpoint.loaded import text_section
 from cpt_merge.core.config import Section, key
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.languages import find_language
 from cpt_merge.data.sources import is_whole
+from cpt_merge.training.context import Context, RopeConfig
 
 MOMENT_BLOCK = 256  # 8-bit moments that share a scale in fp32
 Offload = Literal["none", "optimizer", "all"]  # what is kept in the CPU's memory
@@ -86,6 +85,18 @@ class PhaseConfig(Section):
     shares: dict[str, float] = key(
         {}, "share of each language in this phase; corpus.shares if not set"
     )
+    sequence_length: int | None = key(
+        None,
+        "length of a packed sequence from this phase on; a step keeps its number of tokens, so "
+        "both batch sizes change with it; that of the phase before if not set",
+        unit="tokens",
+        ge=8,
+    )
+    rope: RopeConfig | None = key(
+        None,
+        "rotary positions from this phase on, written to the trained and the merged model; those "
+        "of the phase before if not set",
+    )
 
     @model_validator(mode="after")
     def _amounts_are_shares(self) -> PhaseConfig:
@@ -97,12 +108,10 @@ class PhaseConfig(Section):
             )
         return self
 
-    def continues(self, before: PhaseConfig) -> bool:
-        """Whether nothing but the mixture differs from the phase before."""
-        own, mixture = {"train", "learning_rate", "embedding_learning_rate"}, {"weights", "shares"}
-        return self.model_dump(include=own) == before.model_dump(include=own) and self.model_dump(
-            include=mixture
-        ) != before.model_dump(include=mixture)
+    def changes_mixture(self, before: PhaseConfig) -> bool:
+        """Whether it reads the sources in other shares than the phase before."""
+        mixture = {"weights", "shares"}
+        return self.model_dump(include=mixture) != before.model_dump(include=mixture)
 
 
 class LoraConfig(Section):
@@ -212,6 +221,11 @@ class TrainingConfig(Section):
     """Continual pretraining."""
 
     sequence_length: int = key(4096, "length of a packed sequence", unit="tokens", ge=8)
+    rope: RopeConfig | None = key(
+        None,
+        "rotary positions for longer sequences, written to the trained and the merged model; the "
+        "model's own if not set",
+    )
     global_batch_size: int = key(
         256, "sequences per optimizer step, over all processes", unit="sequences", gt=0
     )
@@ -347,6 +361,55 @@ class TrainingConfig(Section):
         """Optimizer steps of the whole run."""
         return -(-self.tokens // self.tokens_per_step)
 
+    @property
+    def context(self) -> Context:
+        """Length of the sequences, and rotary positions, where no phase has others."""
+        return Context(self.sequence_length, self.rope)
+
+    @property
+    def contexts(self) -> list[Context]:
+        """Length and rotary positions in each of `phases`; of the run if it has none."""
+        found = [self.context]
+        for phase in self.phases:
+            last = found[-1]
+            found.append(Context(phase.sequence_length or last.length, phase.rope or last.rope))
+        return found[1:] or found
+
+    def within(self, context: Context) -> TrainingConfig:
+        """The settings of a phase with this context; a step has as many tokens as in any other."""
+        if context.length == self.sequence_length:
+            return self.model_copy(update={"rope": context.rope})
+        sequences = self.tokens_per_step // context.length
+        at_once = self.micro_batch_size * self.sequence_length // context.length
+        return self.model_copy(
+            update={
+                "sequence_length": context.length,
+                "rope": context.rope,
+                "global_batch_size": sequences,
+                "micro_batch_size": min(max(1, at_once), sequences),
+            }
+        )
+
+    @property
+    def longest(self) -> TrainingConfig:
+        """The settings of the phase with the longest sequences, which takes the most memory."""
+        return self.within(max(self.contexts, key=lambda context: context.length))
+
+    def continues(self, place: int) -> bool:
+        """Whether nothing but the mixture of a phase differs from the one before.
+
+        Then it belongs to that one.
+        """
+        if place == 0:
+            return False
+        before, phase = self.phases[place - 1 : place + 1]
+        own = {"train", "learning_rate", "embedding_learning_rate"}
+        return (
+            phase.model_dump(include=own) == before.model_dump(include=own)
+            and self.contexts[place] == self.contexts[place - 1]
+            and phase.changes_mixture(before)
+        )
+
     def micro_batches(self, processes: int) -> int:
         """Micro-batches of each process in one step."""
         return -(-self.global_batch_size // (processes * self.micro_batch_size))
@@ -372,17 +435,32 @@ class TrainingConfig(Section):
                 f"{kind}{note}; set {-(-size // processes) * processes:,}, or take {most:,}."
             )
 
+        for context in self.contexts:
+            size, length = self.tokens_per_step // context.length, context.length
+            if size % processes == 0:
+                continue
+            step = length * processes // math.gcd(self.sequence_length, length * processes)
+            raise UserError(
+                f"a step of the phase with sequences of {length:,} tokens has {size:,} of them, "
+                f"which does not divide over {processes:,} {kind}{note}; set "
+                f"{section}.global_batch_size = {-(-self.global_batch_size // step) * step:,}."
+            )
+
     def check_positions(self, model: Mapping[str, Any], section: str = "training") -> None:
         """Raises `UserError` if a sequence has more tokens than the model has positions.
 
         `model` has the values of its config.json; `section` of the recipe has the length.
         """
-        positions = positions_of(model)
-        if positions is not None and self.sequence_length > positions:
-            raise UserError(
-                f"{section}.sequence_length = {self.sequence_length} but the model has "
-                f"{positions} positions; lower it."
-            )
+        self.context.check(model, f"{section}.sequence_length")
+        for place, context in enumerate(self.contexts if self.phases else []):
+            context.check(model, f"{section}.phases.{place}.sequence_length")
+
+    def extend(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """The config.json of the trained model; `model` has that of the one training starts from.
+
+        Raises `UserError` as `Context.extend` does.
+        """
+        return self.contexts[-1].extend(model)
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the trained weights. Others may change when a run continues."""
@@ -400,10 +478,10 @@ class TrainingConfig(Section):
         # runs that do not set these keep the keys that they had before these existed
         if not self.auxiliary_loss:
             names.add("auxiliary_loss")
-        names |= {name for name in ("lora", "shield") if getattr(self, name)}
+        names |= {name for name in ("lora", "shield", "rope") if getattr(self, name)}
         found = self.model_dump(include=names)
         for phase in found["phases"]:
-            for name in ("weights", "shares"):
+            for name in ("weights", "shares", "sequence_length", "rope"):
                 if not phase[name]:
                     del phase[name]
         if self.optimizer.moments == "full":
@@ -433,6 +511,17 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _sequences_are_whole(self) -> TrainingConfig:
+        for context in self.contexts:
+            if self.tokens_per_step % context.length:
+                raise ValueError(
+                    f"a step has {self.tokens_per_step:,} tokens, which are no whole number of "
+                    f"sequences of {context.length:,} in `phases`; set global_batch_size * "
+                    "sequence_length to a multiple of it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _phases_fit(self) -> TrainingConfig:
         budgets = [phase.tokens for phase in self.phases]
         if None in budgets[:-1]:
@@ -449,40 +538,10 @@ class TrainingConfig(Section):
                 f"`phases` take {planned:,} of {self.tokens:,} tokens; "
                 "leave out the last one's tokens so that it takes the rest"
             )
-        pairs = pairwise(self.phases)
-        if self.lora and any(one.train == "all" and not two.continues(one) for one, two in pairs):
+        follow = [place for place in range(1, len(self.phases)) if not self.continues(place)]
+        if self.lora and any(self.phases[place - 1].train == "all" for place in follow):
             raise ValueError(
                 "with `lora`, only the last of `phases` may train `all`, since checkpoints hold "
                 "no weights of layers, which have to stay the base's; put that phase last"
             )
         return self
-
-
-_STRETCHED = ("linear", "dynamic", "yarn")  # rope types whose positions grow by their `factor`
-
-
-def positions_of(model: Mapping[str, Any]) -> int | None:
-    """The most tokens of a sequence, learned or rotated, by the values of a config.json.
-
-    None if it names no number (ALiBi, state-space models). Rotary positions that are stretched by a
-    factor reach that much further; some families name the stretched number, some the original one.
-    """
-    text = text_section(model)
-    named = text.get("max_position_embeddings")
-    if not isinstance(named, int):
-        return None
-    reach = [named]
-    for rope in _rope_settings(text):
-        kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
-        if kind in _STRETCHED and isinstance(factor, int | float):
-            original = rope.get("original_max_position_embeddings") or named
-            reach.append(int(original * factor))
-    return max(reach)
-
-
-def _rope_settings(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The settings of rotary positions: one for the model, or one for each kind of layer."""
-    found = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if not isinstance(found, Mapping):
-        return []
-    return [found, *(one for one in found.values() if isinstance(one, Mapping))]

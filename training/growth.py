@@ -3,7 +3,8 @@
 The steps of a run do not depend on its length until its learning rate does. So a longer run
 continues from the newest checkpoint up to which both have the same steps:
 
-A later mixture that changed counts alike: steps before it do not depend on it.
+A later mixture that changed counts alike: steps before it do not depend on it. Phases that are
+added after the earlier run's last one, such as longer sequences, continue its last checkpoint.
 
 - wsd: the last one before the rate falls, which is always kept. What follows equals, bit for bit, a
   run that had the new length from the start. The warmup keeps the steps that it had.
@@ -61,21 +62,12 @@ def find_checkpoint(
     The two differ in their length, and in what they read after the step `same_until`; `key` is that
     of the new run. None: it starts anew.
     """
-    last, before = phases_of(new)[-1], phases_of(old)[-1]
-    if phases_of(new)[:-1] != phases_of(old)[:-1] or last != replace(before, stop=last.stop):
-        return None
+    olds, news = phases_of(old), phases_of(new)
     found = [(path, read_saved_state(path)) for path in complete_checkpoints(directory)]
     if not found:
         return None
     newest = found[-1][1]
     found = [(path, state) for path, state in found if state.step <= same_until]
-    if not found:
-        return None
-    curve = curve_of(newest, before, old)
-    longer = replace(curve, stop=last.stop)
-    flat = min(curve.flat_until(old.schedule), longer.flat_until(new.schedule))
-    if longer == curve:  # other tokens, but as many steps
-        flat = last.stop
 
     def branch(path: Path, state: TrainState, curve: RateCurve | None, rewarmed: bool) -> Branch:
         made = {"key": state.key, "step": state.step, "steps": old.steps, "rewarmed": rewarmed}
@@ -84,6 +76,20 @@ def find_checkpoint(
         )
         return Branch(path, continued, newest.step, old.steps, rewarmed)
 
+    if not found:
+        return None
+    path, state = found[-1]
+    if len(news) > len(olds) and news[: len(olds)] == olds:
+        # with a curve of its own, the rest of the last phase would have another one
+        return None if state.curve and state.step < old.steps else branch(path, state, None, False)
+    last, before = news[-1], olds[-1]
+    if news[:-1] != olds[:-1] or last != replace(before, stop=last.stop):
+        return None
+    curve = curve_of(newest, before, old)
+    longer = replace(curve, stop=last.stop)
+    flat = min(curve.flat_until(old.schedule), longer.flat_until(new.schedule))
+    if longer == curve:  # other tokens, but as many steps
+        flat = last.stop
     for path, state in reversed(found):
         in_warmup = state.step < curve.start + curve.warmup
         if state.step <= flat and (state.step == found[-1][1].step or not in_warmup):

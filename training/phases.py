@@ -3,9 +3,10 @@
 For a new vocabulary it can pay to train only its rows first, then embedding and head, and then all
 weights, so that rows which mean nothing yet do not disturb what the base knows (Kim et al.,
 Efficient and Effective Vocabulary Expansion Towards Multilingual Large Language Models, 2024). Each
-phase has a fresh optimizer and its own schedule; the stream of sequences continues. A phase that
-changes nothing but the mixture keeps both: moments and rates are about the weights, which stay the
-same. What a phase does not train stays equal bit for bit:
+phase has a fresh optimizer and its own schedule; the stream of sequences continues, in a new order
+if their length changes (`training/context.py`). A phase that changes nothing but the mixture keeps
+both: moments and rates are about the weights, which stay the same. What a phase does not train
+stays equal bit for bit:
 
 - a weight that is not trained needs no gradient and is not given to the optimizer;
 - an old row of a matrix whose new rows are trained gets a gradient of zero
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.context import Context
 from cpt_merge.training.model.build import CausalLM, WeightSource
 from cpt_merge.training.stretches import phase_bounds
 
@@ -37,6 +39,7 @@ class Phase:
     stop: int
     learning_rate: float
     embedding_learning_rate: float
+    context: Context
 
     @property
     def steps(self) -> int:
@@ -48,7 +51,7 @@ class Phase:
 class PhaseSetup:
     """What the model and optimizer of a phase are built from."""
 
-    config: TrainingConfig
+    config: TrainingConfig  # within the phase's context
     phase: Phase
     model: Path  # the checkpoint whose weights are loaded
     base_rows: int  # rows of the vocabulary before its extension, if only new rows are trained
@@ -65,17 +68,20 @@ def phases_of(config: TrainingConfig) -> list[Phase]:
         optimizer.learning_rate,
         optimizer.embedding_learning_rate or optimizer.learning_rate,
     )
+    contexts = config.contexts
     if not config.phases:
-        return [Phase(0, "all", 0, config.steps, rate, embedding_rate)]
+        return [Phase(0, "all", 0, config.steps, rate, embedding_rate, contexts[0])]
     found: list[Phase] = []
     for place, (start, stop) in enumerate(phase_bounds(config)):
         phase = config.phases[place]
-        if place and phase.continues(config.phases[place - 1]):
+        if config.continues(place):
             found[-1] = replace(found[-1], stop=stop)
             continue
         own, own_embedding = phase.learning_rate or rate, phase.embedding_learning_rate
         own_embedding = own_embedding or phase.learning_rate or embedding_rate
-        found.append(Phase(len(found), phase.train, start, stop, own, own_embedding))
+        found.append(
+            Phase(len(found), phase.train, start, stop, own, own_embedding, contexts[place])
+        )
     return found
 
 

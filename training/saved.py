@@ -31,6 +31,7 @@ from cpt_merge.core.distributed import Ranks
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import Meter, say
 from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.context import Context
 from cpt_merge.training.distributed.checkpoint import STATE_FILE, check_readable
 from cpt_merge.training.distributed.frozen import FrozenWeights
 from cpt_merge.training.model.build import CausalLM, WeightSource, build_model
@@ -93,7 +94,8 @@ def export_checkpoints(
     Names, types and configuration are those of `like`, the model that training started from.
     Raises `UserError` for a checkpoint that is damaged or belongs to another model.
     """
-    module = build_model(like, config)
+    context = _context_of(config, checkpoints)
+    module = build_model(like, config.within(context))
     source = WeightSource.open(module, like, torch.device("cpu"))  # finds the names in `like`
     names = [path.name for path in checkpoints]
     say(f"export: {' + '.join(names)}" + (f", divided by {len(names)}" if len(names) > 1 else ""))
@@ -121,7 +123,22 @@ def export_checkpoints(
     untrained = untrained_shards(like, module.stored_parameters(), Ranks())
     merged = frozen.part(0, 1) if frozen else []
     everything = chain(stored_shards(module.stored, shards()), merged, untrained)
-    export_shards(everything, like, tokenizer, out, Ranks())
+    export_shards(everything, like, tokenizer, out, Ranks(), extend=context.extend)
+
+
+def _context_of(config: TrainingConfig, checkpoints: Sequence[Path]) -> Context:
+    """The context in which the checkpoints were written.
+
+    Raises `UserError` if they have different rotary positions, whose weights have no useful mean.
+    """
+    phases = phases_of(config)
+    found = [phases[int(_read_state(path)["phase"])].context for path in checkpoints]
+    if any(context.rope != found[-1].rope for context in found):
+        raise UserError(
+            f"{checkpoints[0]} and {checkpoints[-1]} are of phases with different rotary positions "
+            "(training.phases), so their weights have no useful mean; choose a range in one phase."
+        )
+    return found[-1]
 
 
 def _frozen(

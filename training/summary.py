@@ -45,6 +45,7 @@ def startup_summary(
         f"{config.tokens_per_step:,} tokens; each process "
         f"{counted(micro_batches, 'micro-batch')} of {config.micro_batch_size} sequences",
         "run": f"{config.steps:,} steps, {config.steps * config.tokens_per_step:,} tokens",
+        **({"positions": str(config.context)} if config.rope else {}),
         "text": "\n              ".join(describe_stretches(stretches)),
         "phase": f"{phase.number + 1}: steps {phase.start + 1:,} to {phase.stop:,} train "
         f"{phase.train}, learning rate {phase.learning_rate:g}, "

@@ -60,10 +60,14 @@ class Trainer:
         """Check that everything fits, and open it. Raises `UserError` with what does not."""
         config.check_positions(Checkpoint.open(inputs.model).config)
         config.check_processes(parallel.size)
-        self.config, self.inputs, self.out = config, inputs, out
+        self.whole = self.config = config
+        self.inputs, self.out = inputs, out
         self.tracker, self.parallel, self.callbacks = tracker, parallel, callbacks
         self.phases = phases_of(config)
         self.base_rows = first_new_row(inputs, self.phases)
+        self.in_context = {
+            context: open_sequences(config.within(context), inputs) for context in config.contexts
+        }
         self.sequences, self.stretches = open_sequences(config, inputs)
         self.checkpoints = Checkpoints(out / "checkpoints", config.checkpoints, parallel)
         self.checkpoints.start()
@@ -94,7 +98,8 @@ class Trainer:
                         self.stop.reason,
                     )
                 if phase is not self.phases[-1]:
-                    self.export(self.shards(), self._exported(phase), "float32")
+                    self.read_outcome()  # while its settings are there
+                    self.export(self.shards(), self._exported(phase), "float32", extends=False)
                     self.backend.close()
 
     def _first_phase(self, saved: TrainState | None) -> int:
@@ -109,6 +114,8 @@ class Trainer:
     def _build(self, saved: TrainState | None) -> None:
         """Model and optimizer of a phase; `saved` is the state of a checkpoint of this phase."""
         phase = self.phase
+        self.config = self.whole.within(phase.context)
+        self.sequences, self.stretches = self.in_context[phase.context]
         fresh = saved is None and phase.number > 0  # otherwise any model of these shapes will do
         source = self._exported(self.phases[phase.number - 1]) if fresh else self.inputs.model
         setup = PhaseSetup(self.config, phase, source, self.base_rows)
@@ -206,14 +213,24 @@ class Trainer:
         untrained = untrained_shards(self.inputs.model, trained, self.parallel)
         return [*self.backend.shards(), *untrained]
 
-    def export(self, shards: list[LocalShard], directory: Path, dtype: Dtype | None = None) -> None:
-        """Write a Hugging Face checkpoint; in the model's own types if no type is given."""
+    def export(
+        self,
+        shards: list[LocalShard],
+        directory: Path,
+        dtype: Dtype | None = None,
+        extends: bool = True,
+    ) -> None:
+        """Write a Hugging Face checkpoint; in the model's own types if no type is given.
+
+        Its config.json has the rotary positions of the last phase, unless `extends` is false.
+        """
         if self.parallel.is_main:  # what an attempt left that was killed after the export
             shutil.rmtree(directory, ignore_errors=True)
         self.parallel.barrier()
         export_shards(
-            shards, self.inputs.model, self.inputs.tokenizer, directory, self.parallel, dtype
-        )
+            shards, self.inputs.model, self.inputs.tokenizer, directory, self.parallel, dtype,
+            extend=self.whole.extend if extends else None,
+        )  # fmt: skip
 
     def _exported(self, phase: Phase) -> Path:
         return self.out / f"phase-{phase.number + 1}"

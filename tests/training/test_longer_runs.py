@@ -106,6 +106,27 @@ def test_phases_before_the_last_one_stay_as_they_are(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "late", old, other, "new", 1000) is None
 
 
+def test_phases_that_are_added_continue_the_last_checkpoint(tmp_path: Path) -> None:
+    """Longer sequences after a finished run; what it was is the first phase of the new one."""
+    longer = {"train": "all", "sequence_length": 64}
+    phases = [{"train": "all", "tokens": 12 * STEP}, longer]
+    old, new = config(12), config(20, phases=phases)
+    found = continued(with_steps(tmp_path / "done", 8, 12), old, new)
+    assert (found.state.step, found.state.phase, found.rewarmed, found.repeats) == (
+        12,
+        0,
+        False,
+        False,
+    )
+    found = continued(with_steps(tmp_path / "stopped", 4, 8), old, new)
+    assert found.state.step == 8, "the rest of its phase is the same"
+    curve = asdict(RateCurve(8, 12, 1, origin=0.1))
+    regrown = with_steps(tmp_path / "grown", 9, curve=curve)
+    assert find_checkpoint(regrown, old, new, "new", 1000) is None, "its rate is another one"
+    other = config(20, phases=[{**phases[0], "tokens": 11 * STEP}, longer])
+    assert find_checkpoint(tmp_path / "done", old, other, "new", 1000) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
 def test_a_grown_wsd_run_equals_one_that_was_long_from_the_start(

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.training.config import TrainingConfig, positions_of
+from cpt_merge.training.config import TrainingConfig
 from cpt_merge.training.distributed.build import check_backend
 from cpt_merge.training.distributed.settings import BackendSettings
 from cpt_merge.training.model import small
@@ -261,41 +261,3 @@ def test_training_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check(tmp_path)
     with pytest.raises(UserError, match=r"training.compile needs a C\+\+ compiler"):
         check(tmp_path, compile=True)
-
-
-@pytest.mark.parametrize(
-    ("config", "positions"),
-    [
-        ({"max_position_embeddings": 4096}, 4096),
-        ({"n_positions": 1024}, 1024),
-        ({"max_seq_len": 2048}, 2048),
-        ({}, None),
-        ({"text_config": {"max_position_embeddings": 8192}}, 8192),
-        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
-        (
-            {"max_position_embeddings": 131072, "rope_scaling": {
-                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
-            131072,
-        ),
-        (
-            {"max_position_embeddings": 32768, "rope_parameters": {
-                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
-            131072,
-        ),
-        (
-            {"max_position_embeddings": 131072, "rope_scaling": {
-                "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}},
-            131072,
-        ),
-        (
-            {"max_position_embeddings": 4096, "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0},
-                "sliding_attention": {"rope_type": "default"}}},
-            32768,
-        ),
-    ],
-)  # fmt: skip
-def test_how_far_the_positions_of_a_model_reach(
-    config: dict[str, Any], positions: int | None
-) -> None:
-    assert positions_of(config) == positions

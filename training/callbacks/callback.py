@@ -58,7 +58,7 @@ class StepResult:
 class TrainerView(Protocol):
     """What callbacks may use of the trainer."""
 
-    config: TrainingConfig
+    config: TrainingConfig  # of the phase; before the first one, of the run
     inputs: TrainingInputs
     out: Path
     tracker: Tracker

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpt_merge.checkpoint.positions import positions_of
+from cpt_merge.checkpoint.reader import Checkpoint
 from cpt_merge.core.artifact import write_json
 from cpt_merge.core.progress import say, timed
 from cpt_merge.data.packing import Batch, PackedDocuments, stack
@@ -161,6 +163,11 @@ def reference_line(
     if base is None or not heldout:
         say("training: no reference line, since the store holds no text in the base's own tokens")
         return {}
+    positions = positions_of(Checkpoint.open(base).config)
+    if positions is not None and positions < config.sequence_length:
+        say(f"training: no reference line, since {base} has only {positions:,} positions")
+        return {}
+    config = config.model_copy(update={"rope": None})
     with timed(f"validation bits per byte of {base}"):
         module = build_model(base, config, parallel.device).requires_grad_(False)
         on_cpu = parallel.settings.offload != "none"  # what is trained would not fit, either
@@ -207,6 +214,7 @@ class HeldoutEvaluation(PeriodicCallback):
         """See `Callback`. Measures the base, if that has not been done."""
         super().attach(trainer)
         config, store = trainer.config, trainer.sequences.store
+        self.micro_batch_size = config.micro_batch_size
         self.heldout = _heldout_sequences(store, config, "heldout", trainer.sequences.preference)
         self.reference = reference_line(
             trainer.inputs.base, store, config, trainer.parallel, trainer.out
@@ -218,7 +226,7 @@ class HeldoutEvaluation(PeriodicCallback):
         found = _validate(
             trainer.backend.loss,
             self.heldout,
-            trainer.config.micro_batch_size,
+            self.micro_batch_size,
             trainer.parallel,
             trainer.stop.agreed,
         )

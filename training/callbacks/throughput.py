@@ -6,7 +6,7 @@ import resource
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -29,7 +29,7 @@ class Throughput(Callback):
 
     name = "throughput"
 
-    flops_per_token: float | None = None
+    flops: Mapping[int, float | None] = {}  # by length of a sequence; per token
     peak: float | None = None  # FLOP/s of one device
 
     def attach(self, trainer: TrainerView) -> None:
@@ -44,7 +44,10 @@ class Throughput(Callback):
             model = trainer.inputs.model
             active = ModelShape.of(Checkpoint.open(model), str(model)).active
             shape = AutoConfig.from_pretrained(model, trust_remote_code=False)
-            self.flops_per_token = flops_per_token(shape, active, config.sequence_length)
+            self.flops = {
+                context.length: flops_per_token(shape, active, context.length)
+                for context in (config.context, *config.contexts)
+            }
 
     @contextmanager
     def phase(self) -> Iterator[None]:
@@ -98,8 +101,9 @@ class Throughput(Callback):
             "train/checkpoint_stall_seconds": max(stalls),
             "train/peak_memory_gb": max(peaks) / 1e9,
         }
-        if self.flops_per_token and self.peak:
-            metrics["train/mfu"] = mfu(per_device, self.flops_per_token, self.peak)
+        flops = self.flops.get(config.sequence_length)
+        if flops and self.peak:
+            metrics["train/mfu"] = mfu(per_device, flops, self.peak)
         return metrics
 
 

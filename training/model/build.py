@@ -220,7 +220,14 @@ def build_model(directory: Path, config: TrainingConfig, device: torch.device = 
 def build_from(
     model_config: Any, directory: Path, config: TrainingConfig, device: torch.device = _CPU
 ) -> CausalLM:
-    """The model of a configuration that was read; `directory` is what messages call it."""
+    """The model of a configuration that was read, with the rotary positions of `config`.
+
+    `directory` is what messages call it.
+    """
+
+    if config.rope:
+        extended = config.context.extend(model_config.to_dict())
+        model_config = type(model_config).from_dict(extended)
 
     def build(attention: str) -> Any:
         return _build_with(attention, model_config, directory, config)

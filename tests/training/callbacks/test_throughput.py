@@ -35,7 +35,7 @@ def an_interval() -> list[dict[str, float]]:
     slow = 1 + 2 * parallel.rank
     metrics = Throughput()
     metrics.trainer = SimpleNamespace(config=CONFIG, parallel=parallel)  # type: ignore[assignment]
-    metrics.flops_per_token, metrics.peak = 1e6, 1e9
+    metrics.flops, metrics.peak = {100: 1e6, 400: 4e6}, 1e9
     with metrics.phase():
         for _ in range(5):
             clock.now += 0.04 * slow
