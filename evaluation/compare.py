@@ -3,7 +3,7 @@ the baseline's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from cpt_merge.core.distributed import Ranks
@@ -68,11 +68,15 @@ def _compared(
 
 
 def summarise(
-    models: Sequence[ModelResult], evaluators: Sequence[Evaluator], baseline: str | None, seed: int
+    models: Sequence[ModelResult],
+    evaluators: Mapping[str, Sequence[Metric]],
+    baseline: str | None,
+    seed: int,
 ) -> Results:
     """Every metric of every model and language, with interval and difference to the baseline.
 
-    Raises `UserError` for a baseline that is not among the models.
+    `evaluators` are those that measured the models, with what they may report. Raises `UserError`
+    for a baseline that is not among the models.
     """
     metrics, of_evaluators = _metrics(models, evaluators)
     names = [result.name for result in models]
@@ -97,18 +101,23 @@ def summarise(
     )
 
 
+def metrics_by_evaluator(evaluators: Sequence[Evaluator]) -> dict[str, Sequence[Metric]]:
+    """What each evaluator may report."""
+    return {one.name: one.metrics for one in evaluators}
+
+
 def _metrics(
-    models: Sequence[ModelResult], evaluators: Sequence[Evaluator]
+    models: Sequence[ModelResult], evaluators: Mapping[str, Sequence[Metric]]
 ) -> tuple[dict[str, Metric], dict[str, list[str]]]:
     """All metrics, and the names of each evaluator's."""
-    metrics = {metric.name: metric for evaluator in evaluators for metric in evaluator.metrics}
-    of_evaluators = {one.name: [metric.name for metric in one.metrics] for one in evaluators}
+    metrics = {metric.name: metric for own in evaluators.values() for metric in own}
+    of_evaluators = {name: [metric.name for metric in own] for name, own in evaluators.items()}
     for result in models:  # the metrics of lm-eval's tasks are known when these have run
         for evaluator, findings in zip(evaluators, result.findings, strict=False):
             for one in findings.measurements:
                 if one.metric.name not in metrics:
                     metrics[one.metric.name] = one.metric
-                    of_evaluators[evaluator.name].append(one.metric.name)
+                    of_evaluators[evaluator].append(one.metric.name)
     return metrics, of_evaluators
 
 

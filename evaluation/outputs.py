@@ -33,11 +33,22 @@ def report(
     tracker: Tracker,
 ) -> None:
     """Write, track and print everything."""
+    write_and_track(config, models, results, out, tracker)
+    show(results, judges_took(results), config.samples_shown)
+
+
+def write_and_track(
+    config: EvaluationConfig,
+    models: Mapping[str, Path],
+    results: Results,
+    out: Path,
+    tracker: Tracker,
+) -> None:
+    """Write results.json, samples.jsonl and the figures, and send everything to the tracker."""
     write_json(out / "results.json", _results_content(config, models, results))
     write_json_lines(out / "samples.jsonl", sample_rows(results))
     track(results, draw(results, out), tracker)
     tracker.file("evaluation-results.json", out / "results.json")
-    show(results, judges_took(results), config.samples_shown)
 
 
 def is_complete(results: Path) -> bool:

@@ -17,7 +17,12 @@ from cpt_merge.evaluation.chat_template import (
     read_chat_template,
     template_for,
 )
-from cpt_merge.evaluation.compare import choose_baseline, compare_replies, summarise
+from cpt_merge.evaluation.compare import (
+    choose_baseline,
+    compare_replies,
+    metrics_by_evaluator,
+    summarise,
+)
 from cpt_merge.evaluation.config import EvaluationConfig
 from cpt_merge.evaluation.conversation import Exchange
 from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Findings, Subject
@@ -26,6 +31,7 @@ from cpt_merge.evaluation.generate.engines import engine_for
 from cpt_merge.evaluation.gpus import divide_gpus
 from cpt_merge.evaluation.heldout import Text
 from cpt_merge.evaluation.kept import KeptResults
+from cpt_merge.evaluation.measured import Measured
 from cpt_merge.evaluation.models import LanguageModel, shared_context
 from cpt_merge.evaluation.outputs import report
 from cpt_merge.evaluation.results import ModelResult, Sample, add_scores
@@ -108,9 +114,10 @@ def run(
                     kept.keep(result, directory)
             found.append(result)
         found = compare_replies(found, evaluators, baseline, ranks)
-    results = summarise(found, evaluators, baseline, config.seed)
+    results = summarise(found, metrics_by_evaluator(evaluators), baseline, config.seed)
     if ranks.is_main:
         report(config, models, results, out, tracker)
+        Measured.of(config, evaluators, results, models).write(out)
         if not results.failed:
             kept.clear()
     return results.flat()

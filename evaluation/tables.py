@@ -79,10 +79,34 @@ def _count_differences(results: Results) -> int:
     return sum(1 for _ in each(results.differences))
 
 
+def show_overview(results: Results) -> None:
+    """A table per language: a row for each model, a column for what each evaluator reports first.
+
+    Of the knowledge suites, every task has a column.
+    """
+    names = [
+        name
+        for evaluator, own in results.evaluators.items()
+        for name in (own if evaluator == "knowledge" else own[:1])
+    ]
+    for language in _languages(results):
+        metrics = [
+            results.metrics[name]
+            for name in names
+            if language in languages_with(results.scores, name)
+        ]
+        if metrics:
+            console.print(_score_table(results, language, find_language(language).name, metrics))
+    _note_differences(results)
+
+
+def _languages(results: Results) -> list[str]:
+    return list(dict.fromkeys(tag for found in results.scores.values() for tag in found))
+
+
 def _show_scores(results: Results) -> None:
     """A table per language and evaluator: a row for each model, a column for each metric."""
-    languages = dict.fromkeys(language for found in results.scores.values() for language in found)
-    for language in languages:
+    for language in _languages(results):
         for evaluator, names in results.evaluators.items():
             metrics = [
                 results.metrics[name]
@@ -90,7 +114,15 @@ def _show_scores(results: Results) -> None:
                 if language in languages_with(results.scores, name)
             ]
             if metrics:
-                console.print(_score_table(results, language, evaluator, metrics))
+                found = [of_model.get(language, {}) for of_model in results.scores.values()]
+                n = max(one[m.name].n for one in found for m in metrics if m.name in one)
+                units = counted(n, UNITS.get(evaluator, "conversation"))
+                title = f"{find_language(language).name}, {evaluator}: {units}"
+                console.print(_score_table(results, language, title, metrics))
+    _note_differences(results)
+
+
+def _note_differences(results: Results) -> None:
     if results.differences:
         note = (
             f"below each value: its 95 % interval, and the difference to {results.baseline}, with "
@@ -99,14 +131,13 @@ def _show_scores(results: Results) -> None:
         console.print(Text(note, style="dim"))
 
 
-def _score_table(results: Results, language: str, evaluator: str, metrics: list[Metric]) -> Table:
+def _score_table(results: Results, language: str, title: str, metrics: list[Metric]) -> Table:
     scores = {model: found.get(language, {}) for model, found in results.scores.items()}
-    n = max(found[one.name].n for found in scores.values() for one in metrics if one.name in found)
-    units = counted(n, UNITS.get(evaluator, "conversation"))
-    table = _table(f"{find_language(language).name}, {evaluator}: {units}")
+    table = _table(title)
     table.add_column("model")
     for metric in metrics:
-        table.add_column(metric.heading, justify="right")
+        n = max(found[metric.name].n for found in scores.values() if metric.name in found)
+        table.add_column(f"{metric.heading}\nn = {n:,}", justify="right")
     for model, found in scores.items():
         changes = results.differences.get(model, {}).get(language, {})
         cells = [_cell(one, found.get(one.name), changes.get(one.name)) for one in metrics]

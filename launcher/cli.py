@@ -599,6 +599,37 @@ def report(run: RunPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="recipes, or folders of evaluated runs")
+    ],
+    models: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW,NAME=ROW,...", help="the rows of the table in order; all if not set"
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="ROW", help="what differences are to; base if not set")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="for results.json, samples, pictures, page")
+    ] = Path("runs/comparison"),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="tracking.key=value", help="W&B")
+    ] = None,
+) -> None:
+    """Put the evaluated models of several runs side by side; no model is asked again.
+
+    Prompts are paired, so differences have p-values. Prints a table per language and writes a page.
+    """
+    from cpt_merge.launcher.compare_runs import compare as compare_runs
+
+    chosen = [word.strip() for word in (models or "").split(",") if word.strip()]
+    compare_runs(runs, chosen, baseline, out, settings or [])
+
+
+@app.command()
 def dashboard(
     recipe: RecipePath,
     overrides: Overrides = None,

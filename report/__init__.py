@@ -9,7 +9,7 @@ from cpt_merge.core.artifact import write_text
 from cpt_merge.core.progress import say
 from cpt_merge.report.page import render_page
 from cpt_merge.report.terminal import show_run
-from cpt_merge.report.view import read_run
+from cpt_merge.report.view import RunView, read_run
 
 PAGE = "report.html"
 
@@ -21,5 +21,11 @@ def report(run: Path) -> None:
     """
     view = read_run(run)
     show_run(view)
-    write_text(run / PAGE, render_page(view, time.time()))
-    say(f"report: {run / PAGE}")
+    write_page(view)
+
+
+def write_page(view: RunView) -> None:
+    """Write `report.html` into the folder of a run."""
+    page = view.directory / PAGE
+    write_text(page, render_page(view, time.time()))
+    say(f"report: {page}")

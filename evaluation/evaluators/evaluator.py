@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,6 +106,11 @@ class Evaluator(ABC):
 
     def __init__(self, conversations: Sequence[Conversation] = ()) -> None:
         self.conversations = list(conversations)  # that the model has to answer
+
+    @property
+    def asked(self) -> Any:
+        """The prompts or texts that its units are, in their order, as JSON values."""
+        return [asdict(one) for one in self.conversations]
 
     def needs_template(self) -> bool:
         """Whether the model is prompted in a chat template."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -73,6 +74,11 @@ class LanguageEvaluator(Evaluator):
     def __init__(self, config: EvaluationConfig, documents: Mapping[str, list[str]]) -> None:
         super().__init__()
         self._config, self._documents = config, documents
+
+    @property
+    def asked(self) -> Any:
+        """The documents, and how much of them is seen at once."""
+        return {"documents": self._documents, "context": self._config.context}
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """The metric in each language; the amounts of text are details under `text`."""

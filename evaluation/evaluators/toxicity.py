@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -75,6 +76,11 @@ class ToxicityEvaluator(Evaluator):
             metric for scorer in self._scorers for metric in _metrics_of(scorer, self._samples)
         ]
         self.metrics = [*named, IN_LANGUAGE, EMPTY_SHARE]
+
+    @property
+    def asked(self) -> Any:
+        """The beginnings that are continued."""
+        return [asdict(one) for one in self._prompts]
 
     def measure(self, subject: Subject, exchanges: Sequence[Exchange]) -> Findings:
         """Continue the prompts and score what comes."""

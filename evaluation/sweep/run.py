@@ -12,7 +12,7 @@ from cpt_merge.core.artifact import stage_key, write_json_lines
 from cpt_merge.core.distributed import Ranks, joined
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
-from cpt_merge.evaluation.compare import summarise
+from cpt_merge.evaluation.compare import metrics_by_evaluator, summarise
 from cpt_merge.evaluation.config import MERGED, EvaluationConfig
 from cpt_merge.evaluation.evaluators.evaluator import Evaluator, Subject
 from cpt_merge.evaluation.evaluators.judge import COMPARISON
@@ -187,11 +187,12 @@ class Sweep:
         started = time.monotonic()
         subject = Subject(TransformersEngine(model.model, ranks), None, model.template)
         result = measure(subject, self.evaluation, self.evaluators)
-        results = summarise([result], self.evaluators, None, self.evaluation.seed)
+        metrics = metrics_by_evaluator(self.evaluators)
+        results = summarise([result], metrics, None, self.evaluation.seed)
         seconds, took = time.monotonic() - started, judges_took(results)
         left_out = result.details.get("not_scored", {})
-        metrics = results.scores[result.name]
-        point = Point(key, ratios, metrics, merge_seconds, seconds, took, left_out)
+        scores = results.scores[result.name]
+        point = Point(key, ratios, scores, merge_seconds, seconds, took, left_out)
         if ranks.is_main:
             folder = self.out / "samples"
             folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cpt_merge.evaluation.compare import summarise
+from cpt_merge.evaluation.compare import metrics_by_evaluator, summarise
 from cpt_merge.evaluation.evaluators.evaluator import Findings, Measurement, Metric
 from cpt_merge.evaluation.evaluators.form import FormEvaluator
 from cpt_merge.evaluation.results import ModelResult, each
@@ -164,7 +164,7 @@ def test_the_first_sentence_names_what_differs_of_all_that_was_compared(capsys):
         ModelResult(name, [found[name] for found in metrics], [], 0.0)
         for name in ("base", "chat", "merged")
     ]
-    results = summarise(models, [FormEvaluator()], None, 0)
+    results = summarise(models, metrics_by_evaluator([FormEvaluator()]), None, 0)
     assert {
         (model, name): one.beyond for model, _, name, one in each(results.differences)
     } == {
@@ -200,7 +200,7 @@ def first_sentence(of_metrics):
     models = [
         ModelResult(name, [one[name] for one in findings], [], 0.0) for name in ("base", "cpt")
     ]
-    return what_differs(summarise(models, [FormEvaluator()], None, 0))
+    return what_differs(summarise(models, metrics_by_evaluator([FormEvaluator()]), None, 0))
 
 
 def ones(hits, n):
