@@ -8,16 +8,29 @@ import re
 import types
 import typing
 from collections.abc import Sequence
+from decimal import Decimal
+from itertools import takewhile
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
 
 S = TypeVar("S", bound="Section")
+V = TypeVar("V")
 MOST_SHOWN = 80  # characters of a wrong value
 
 
@@ -27,6 +40,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _counts_of_tokens(cls, given: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        return as_count(given) if unit_of(field) == "tokens" else given
 
 
 def _is_json(values: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +58,45 @@ def _is_json(values: dict[str, Any]) -> dict[str, Any]:
 
 JsonFields = Annotated[dict[str, Any], AfterValidator(_is_json)]
 """Values that are sent as JSON; YAML reads 2020-01-01 as a date, which JSON has not."""
+
+
+def _by_tag(given: Any) -> Any:
+    """A mapping by language, by the known tags. Raises `ValueError` for one that is there twice."""
+    if not isinstance(given, dict):
+        return given
+    found: dict[Any, Any] = {}
+    for spelt, value in given.items():
+        tag = _tag(spelt) if isinstance(spelt, str) else spelt
+        if tag in found:
+            raise ValueError(f"{spelt} is {tag}, which occurs twice; remove one of them")
+        found[tag] = value
+    return found
+
+
+def _tag(spelt: str) -> str:
+    try:
+        return find_language(spelt).tag
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+LanguageTag = Annotated[str, AfterValidator(_tag)]
+"""A language, in any spelling of its tag."""
+
+ByLanguage = Annotated[dict[str, V], BeforeValidator(_by_tag)]
+"""Values by language."""
+
+_COUNT = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[+]?[0-9]+)?) *([kmbt]?)", re.IGNORECASE)
+_TIMES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def as_count(given: Any) -> Any:
+    """A whole number from a text such as `1B`, `500M` or `1e9`; anything else as it is."""
+    found = _COUNT.fullmatch(given.strip()) if isinstance(given, str) else None
+    if found is None:
+        return given
+    number = Decimal(re.sub("[_,]", "", found[1])) * _TIMES[found[2].casefold()]
+    return int(number) if number == int(number) else given
 
 
 def key(default: Any, doc: str, *, unit: str | None = None, **constraints: Any) -> Any:
@@ -95,24 +153,36 @@ def _unknown_key(
 ) -> tuple[str, str]:
     """The sentence about an unknown key, and the known key that it resembles most.
 
-    Missing keys next to it are tried first, then all keys next to it, then keys elsewhere.
+    Missing keys next to it are tried first, then keys of this very name elsewhere, the nearest
+    one before others, then all keys next to it, and then similar ones elsewhere.
     """
     known = _known_keys(section)
     wanted = ".".join(part for part in location if isinstance(part, str))
     parent, _, last = wanted.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
     by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    same.sort(key=lambda name: (-_common_sections(name, wanted), name.count(".")))
     close = (
         difflib.get_close_matches(wanted, [name for name in siblings if name in missing], 1, 0.6)
+        or same[:1]
         or difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.5)
         or [by_last[name] for name in difflib.get_close_matches(last, list(by_last), n=1)]
     )
     text = f"unknown key `{_dotted(location)}`"
+    if len(same) > 1 and close[0] == same[0] and not _common_sections(same[0], wanted):
+        return f"{text}; keys of this name: {_listed([f'`{one}`' for one in same], 'and')}", ""
     if close:
         absent = ", which is missing" if close[0] in missing else ""
         return f"{text}; the nearest known key is `{close[0]}`{absent}", close[0]
     names = ", ".join(name.rpartition(".")[2] for name in siblings)
     return text + (f"; known keys there: {names}" if siblings else ""), ""
+
+
+def _common_sections(one: str, other: str) -> int:
+    """How many sections two dotted keys have in common, from the outermost one on."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _wrong_value(section: type[Section], error: ErrorDetails) -> str:
@@ -141,11 +211,12 @@ def _allowed(section: type[Section], location: Sequence[int | str]) -> str:
     """What the value at a location may be, such as `a whole number above 0`."""
     annotation: Any = section
     limits: list[Any] = []
+    unit = None
     for part in location:
         annotation = _without_none(annotation)
         if _is_section(annotation):
             field = annotation.model_fields[part]
-            annotation, limits = field.annotation, field.metadata
+            annotation, limits, unit = field.annotation, field.metadata, unit_of(field)
         else:
             annotation, limits = typing.get_args(annotation)[-1], []
     words = {
@@ -165,7 +236,7 @@ def _allowed(section: type[Section], location: Sequence[int | str]) -> str:
         kind = f"a mapping {kind}"
     elif kind not in ("text", "true or false"):
         kind = f"a {kind}"
-    return f"{kind} {' and '.join(found)}".rstrip()
+    return f"{kind} {' and '.join(found)}".rstrip() + ", such as 500M" * (unit == "tokens")
 
 
 def _without_none(annotation: Any) -> Any:

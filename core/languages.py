@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -49,6 +50,20 @@ _SCRIPTS_OF_CODE = {
     "Kana": ("Katakana",), "Latn": ("Latin",),
     "Laoo": ("Lao",), "Khmr": ("Khmer",), "Mymr": ("Myanmar",), "Tibt": ("Tibetan",),
 }  # fmt: skip
+_CODES = {"kor": "ko", "eng": "en", "jpn": "ja", "zho": "zh", "chi": "zh", "cmn": "zh"}  # ISO 639-3
+_CHINESE = {  # script or region -> tag
+    "hant": "zh_tw", "tw": "zh_tw", "hans": "zh_cn", "cn": "zh_cn", "sg": "zh_cn", "my": "zh_cn",
+    "hk": "zh_hk", "mo": "zh_hk",
+}  # fmt: skip
+_OWN_SCRIPTS = {
+    "ko": ("kore", "hang"), "en": ("latn",), "ja": ("jpan", "hira", "kana"),
+}  # fmt: skip
+_MEANT = {
+    "kr": "ko", "korean": "ko", "jp": "ja", "japanese": "ja", "english": "en", "us": "en",
+    "uk": "en", "cn": "zh_cn", "tw": "zh_tw", "hk": "zh_hk", "cantonese": "zh_hk",
+    "taiwanese": "zh_tw", "zh": "zh_tw or zh_cn", "chinese": "zh_tw or zh_cn",
+    "mandarin": "zh_tw or zh_cn", "zho": "zh_tw or zh_cn", "cmn": "zh_tw or zh_cn",
+}  # fmt: skip
 SCRIPTS = (  # in wide use today
     "Han Hangul Hiragana Katakana Bopomofo Arabic Armenian Bengali Cyrillic Devanagari "
     "Ethiopic Georgian Greek Gujarati Gurmukhi Hebrew Kannada Khmer Lao Latin Malayalam "
@@ -62,20 +77,55 @@ _TAG_WITH_SCRIPT = regex.compile("[a-z]{2,3}[_-]([A-Z][a-z]{3})")
 
 
 def find_language(tag: str) -> Language:
-    """The language of a tag: a known tag, or any language code with its script (`th_Thai`).
+    """The language of a tag: a known tag in any spelling (`zh-TW`, `ko_KR`, `EN`, `zh_Hant`), or
+    any language code with its script (`th_Thai`).
 
-    The script is an ISO 15924 code, as in FLORES and BCP 47. Raises `UserError` for other tags.
+    The script is an ISO 15924 code, as in FLORES and BCP 47. Raises `UserError` for other tags,
+    naming the known one that was probably meant.
     """
-    if tag in LANGUAGES:
-        return LANGUAGES[tag]
+    known = find_tag(tag)
+    if known is not None:
+        return LANGUAGES[known]
     found = _TAG_WITH_SCRIPT.fullmatch(tag)
     scripts = _SCRIPTS_OF_CODE.get(found[1], (found[1],)) if found else ()
     if not all(map(_is_script, scripts)) or not scripts:
+        meant = _MEANT.get(tag.casefold())
+        if meant is None:
+            close = difflib.get_close_matches(_normal(tag), LANGUAGES, n=1, cutoff=0.75)
+            meant = close[0] if close else None
+        if meant is not None:
+            raise UserError(f"language {tag!r} is not known; use {meant}.")
         raise UserError(
             f"language {tag!r} is not known; use one of {', '.join(LANGUAGES)}, or the code of "
             "another language with its script, such as th_Thai."
         )
     return Language(tag, tag, scripts)
+
+
+def find_tag(tag: str) -> str | None:
+    """The known tag of a tag in any spelling, by its script or its region; None if there is none.
+
+    `zh` alone leaves open which Chinese it is.
+    """
+    if tag in LANGUAGES:
+        return tag
+    code, *parts = _normal(tag).split("_")
+    code = _CODES.get(code, code)
+    if code == "yue":
+        return "zh_hk"
+    if code == "zh":
+        ways = {_CHINESE[part] for part in reversed(parts) if part in _CHINESE}
+        if "hk" in parts or "mo" in parts:  # Hant alone is Taiwan's
+            ways -= {"zh_tw"}
+        return ways.pop() if len(ways) == 1 else None
+    regions = [part for part in parts if part not in _OWN_SCRIPTS.get(code, ())]
+    if code in LANGUAGES and all(regex.fullmatch("[a-z]{2}|[0-9]{3}", part) for part in regions):
+        return code
+    return None
+
+
+def _normal(tag: str) -> str:
+    return tag.strip().casefold().replace("-", "_")
 
 
 def _is_script(name: str) -> bool:

@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
-from cpt_merge.core.config import Section, key
+from cpt_merge.core.config import ByLanguage, LanguageTag, Section, key
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub_repository import Repository
-from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import say_once
 from cpt_merge.data.documents import SKIPPED, Layout, count_rows, read_documents
 from cpt_merge.data.files import find_files, plain_path
@@ -46,7 +45,7 @@ class Source(Section):
     path: str = key(
         ..., "a file, a directory, a glob, or a dataset on the hub: org/data or org/data@revision"
     )
-    language: str = key(
+    language: LanguageTag = key(
         ...,
         "language tag: zh_tw, zh_cn, zh_hk, ko, ja, en, or a code with its script, such as th_Thai",
     )
@@ -96,14 +95,6 @@ class Source(Section):
     tokens: int | None = key(
         None, "train on this many tokens of it, instead of a weight", unit="tokens", gt=0
     )
-
-    @field_validator("language")
-    @classmethod
-    def _known(cls, tag: str) -> str:
-        try:
-            return find_language(tag).tag
-        except UserError as error:
-            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _readable(self) -> Source:
@@ -159,7 +150,7 @@ class Corpus(Section):
         0.01, "share of the documents, by hash, that training never reads", gt=0, lt=0.5
     )
     normalization: Literal["NFC", "none"] = key("NFC", "Unicode normalization of every document")
-    shares: dict[str, float] = key(
+    shares: ByLanguage[float] = key(
         {}, "each language's share of the training tokens, such as {ko: 0.85, en: 0.15}, divided "
         "among the sources of the language; if not set, all sources divide all tokens",
     )  # fmt: skip

@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 import regex
 from pydantic import AfterValidator, ValidationInfo, field_validator, model_validator
 
-from cpt_merge.core.config import JsonFields, Section, key
+from cpt_merge.core.config import ByLanguage, JsonFields, LanguageTag, Section, key
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.languages import find_language
 from cpt_merge.evaluation.generate.config import (
     TRANSFORMERS,
     VLLM,
@@ -96,7 +95,7 @@ class SafetyConfig(Section):
         'jsonl file of prompts, a line: {"language", "messages", "category", "safe"}; '
         "or xstest:LANGUAGE:PATH, or built-in",
     )
-    lists: dict[str, str] = key(
+    lists: ByLanguage[str] = key(
         {}, "language -> file with one toxic word per line; without lists no words are counted"
     )
     classifier: ClassifierConfig | None = key(None, "a classification model as another scorer")
@@ -112,7 +111,7 @@ class ToxicityConfig(Section):
     """Beginnings of texts that models continue without a chat template. The scorers are
     `evaluation.safety.classifier` and `evaluation.safety.attributes`."""
 
-    prompts: dict[str, str] = key(
+    prompts: ByLanguage[str] = key(
         {}, 'language -> jsonl file, a line: {"prompt": "..."}, or one of RealToxicityPrompts'
     )
     samples: int = key(25, "continuations of each prompt", ge=1)
@@ -125,11 +124,6 @@ class ToxicityConfig(Section):
     )
     temperature: float = key(1.0, "0: greedy, for a single continuation", ge=0)
     top_p: float = key(0.9, "probability mass that is kept (nucleus)", gt=0, le=1)
-
-    @field_validator("prompts")
-    @classmethod
-    def _known(cls, prompts: dict[str, str]) -> dict[str, str]:
-        return dict(zip(_known_languages(prompts), prompts.values(), strict=True))
 
     @model_validator(mode="after")
     def _differ(self) -> ToxicityConfig:
@@ -238,7 +232,7 @@ class JudgeConfig(JudgeEndpointConfig):
     patterns: JudgePatternsConfig = key(
         JudgePatternsConfig(), "how verdicts are found in the judge's answers"
     )
-    system_prompt: dict[str, str] = key(
+    system_prompt: ByLanguage[str] = key(
         {},
         "language -> system prompt; its questions are asked and marked with it as well, as "
         "judge_mark_system",
@@ -249,16 +243,11 @@ class JudgeConfig(JudgeEndpointConfig):
     at_once: int = key(8, "requests that one process sends at the same time", unit="requests", ge=1)
     cache: str = key("~/.cache/cpt-merge/judge", "folder with the answers to earlier requests")
 
-    @field_validator("system_prompt")
-    @classmethod
-    def _known(cls, prompts: dict[str, str]) -> dict[str, str]:
-        return dict(zip(_known_languages(prompts), prompts.values(), strict=True))
-
 
 class KnowledgeConfig(Section):
     """Tasks of lm-eval, which the extra `eval` installs: the suites `knowledge-...`, and others."""
 
-    tasks: dict[str, str] = key(
+    tasks: dict[str, LanguageTag] = key(
         {},
         "more of lm-eval's tasks or groups with their languages, for the suite `knowledge`: "
         "{kmmlu_cot_hard: ko, mmlu_pro: en}",
@@ -279,11 +268,6 @@ class KnowledgeConfig(Section):
     )
     chat_template_of: dict[str, Prompted] = key({}, "model -> the same for this model")
 
-    @field_validator("tasks")
-    @classmethod
-    def _known(cls, tasks: dict[str, str]) -> dict[str, str]:
-        return dict(zip(tasks, _known_languages(tasks.values()), strict=True))
-
     @field_validator("chat_template", mode="before")
     @classmethod
     def _yes_or_no(cls, given: Any) -> Any:
@@ -301,14 +285,6 @@ class KnowledgeConfig(Section):
         usual = by_model if self.chat_template == "by_model" else self.chat_template
         ways = {"raw": [False], "template": [True], "both": [False, True]}
         return ways[self.chat_template_of.get(model, usual)]
-
-
-def _known_languages(tags: Iterable[str]) -> list[str]:
-    """The canonical tags. Raises `ValueError` for an unknown one."""
-    try:
-        return [find_language(tag).tag for tag in tags]
-    except UserError as error:
-        raise ValueError(str(error)) from None
 
 
 class ThoughtMarksConfig(Section):
@@ -344,7 +320,7 @@ class EvaluationConfig(Section):
         "toxicity: of continuations without a chat template",
         min_length=1,
     )
-    languages: list[str] = key(
+    languages: list[LanguageTag] = key(
         [],
         "languages of the prompts; if not set: the corpus's for built-in prompts, all for a file",
     )
@@ -435,11 +411,6 @@ class EvaluationConfig(Section):
     seed: int = key(0, "seed of sampling and of the p-values of differences", ge=0)
 
     _format = field_validator("instructions", "dialogues")(check_format)
-
-    @field_validator("languages")
-    @classmethod
-    def _known(cls, tags: list[str]) -> list[str]:
-        return _known_languages(tags)
 
     @field_validator("models")
     @classmethod

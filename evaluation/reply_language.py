@@ -88,9 +88,9 @@ def is_in_language(text: str, language: str) -> bool:
         own, other = own + OWN_ASIDE * own_aside, other + OTHER_ASIDE * other_aside
     if own < OWN_SHARE * (own + other):
         return False
-    if language in SCRIPT_OF:
-        return is_chinese(main, language)
-    return language != "ja" or is_japanese(main)
+    if wanted.tag in SCRIPT_OF:
+        return is_chinese(main, wanted.tag)
+    return wanted.tag != "ja" or is_japanese(main)
 
 
 def without_code(text: str) -> str:

@@ -64,10 +64,23 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _show_keys(asked: bool) -> None:
+    if asked:
+        from cpt_merge.launcher.recipe import Recipe
+        from cpt_merge.launcher.reference import as_text
+
+        print(as_text(Recipe, ""))
+        raise typer.Exit
+
+
 @app.callback(epilog="Exit codes: 0 done; 2 an error to fix; 75 stopped, with everything saved.")
 def options(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="the version")
+    ] = False,
+    help_all: Annotated[
+        bool,
+        typer.Option("--help-all", is_eager=True, callback=_show_keys, help="every recipe key"),
     ] = False,
 ) -> None:
     """Turn a base and chat pair and text in a new language into a chat model in that language."""

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from pydantic import field_validator
 
-from cpt_merge.core.config import Section, key
-from cpt_merge.core.errors import UserError
-from cpt_merge.core.languages import find_language
+from cpt_merge.core.config import ByLanguage, Section, key
 
 
 class TokenizerConfig(Section):
     """How new pieces are learnt and added to the base's tokenizer."""
 
-    new_pieces: dict[str, int] = key(
+    new_pieces: ByLanguage[int] = key(
         {},
         "language -> number of pieces to add for it; languages are learnt in this order, and a "
         "piece is added once; without any, and without `pieces_from`, the base's own tokenizer is "
         "kept",
     )
-    pieces_from: dict[str, str] = key(
+    pieces_from: ByLanguage[str] = key(
         {},
         "language -> file: a word list (one a line) or a SentencePiece model. Its entries are "
         "added first; without `new_pieces` for the language, nothing else is learnt",
@@ -53,24 +49,9 @@ class TokenizerConfig(Section):
     @field_validator("new_pieces")
     @classmethod
     def _sizes(cls, sizes: dict[str, int]) -> dict[str, int]:
-        _check_known(sizes)
         for tag, size in sizes.items():
             if size < 1:
                 raise ValueError(
                     f"{tag} asks for {size} pieces; ask for at least 1, or leave the language out"
                 )
         return sizes
-
-    @field_validator("pieces_from")
-    @classmethod
-    def _lists(cls, lists: dict[str, str]) -> dict[str, str]:
-        _check_known(lists)
-        return lists
-
-
-def _check_known(tags: Iterable[str]) -> None:
-    for tag in tags:
-        try:
-            find_language(tag)
-        except UserError as error:
-            raise ValueError(str(error)) from None

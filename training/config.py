@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from cpt_merge.core.config import Section, key
+from cpt_merge.core.config import ByLanguage, LanguageTag, Section, key
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.languages import find_language
+from cpt_merge.core.languages import find_tag
 from cpt_merge.data.sources import is_whole
 from cpt_merge.training.context import Context, RopeConfig
 
@@ -82,7 +82,7 @@ class PhaseConfig(Section):
         "weights of sources in this phase, by their names in `plan` (`ko:web`) or by language; 0: "
         "not read; others keep theirs",
     )
-    shares: dict[str, float] = key(
+    shares: ByLanguage[float] = key(
         {}, "share of each language in this phase; corpus.shares if not set"
     )
     sequence_length: int | None = key(
@@ -97,6 +97,12 @@ class PhaseConfig(Section):
         "rotary positions from this phase on, written to the trained and the merged model; those "
         "of the phase before if not set",
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _by_tag(cls, weights: dict[str, float]) -> dict[str, float]:
+        """Languages by their known tags; names of sources stay."""
+        return {find_tag(name) or name: weight for name, weight in weights.items()}
 
     @model_validator(mode="after")
     def _amounts_are_shares(self) -> PhaseConfig:
@@ -155,21 +161,13 @@ def means(target: str, module: str) -> bool:
 class ShieldConfig(Section):
     """Source-shielded updates (Yamaguchi et al., 2025, https://arxiv.org/abs/2512.04844)."""
 
-    language: str = key("en", "language of the text that decides which columns are needed")
+    language: LanguageTag = key("en", "language of the text that decides which columns are needed")
     share: float = key(
         0.5, "share of the columns of each linear layer that are not trained", gt=0, lt=1
     )
     sequences: int = key(
         500, "sequences of that text on which importance is measured", unit="sequences", gt=0
     )
-
-    @field_validator("language")
-    @classmethod
-    def _known(cls, tag: str) -> str:
-        try:
-            return find_language(tag).tag
-        except UserError as error:
-            raise ValueError(str(error)) from None
 
 
 class CheckpointConfig(Section):

@@ -13,10 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import field_validator
-
-from cpt_merge.core.config import Section, key
-from cpt_merge.core.errors import UserError
+from cpt_merge.core.config import LanguageTag, Section, key
 from cpt_merge.core.languages import Language, find_language, script_share
 from cpt_merge.data.preparation.notes import Notes
 
@@ -43,7 +40,7 @@ _BOILERPLATE = (  # C4's phrases and their counterparts, in lower case
 class QualityFilter(Section):
     """Filters for the text of one language. What is not set has the language's default."""
 
-    language: str = key(..., "language of the sources whose documents are filtered")
+    language: LanguageTag = key(..., "language of the sources whose documents are filtered")
     min_length: int | None = key(
         None, "fewest words (Chinese, Japanese: letters); default 50 words or 80 letters (Gopher)",
         ge=0,
@@ -89,14 +86,6 @@ class QualityFilter(Section):
     boilerplate: bool = key(
         True, "remove short lines with phrases such as `privacy policy` or `版權所有` (C4)"
     )
-
-    @field_validator("language")
-    @classmethod
-    def _known(cls, tag: str) -> str:
-        try:
-            return find_language(tag).tag
-        except UserError as error:
-            raise ValueError(str(error)) from None
 
     def thresholds(self) -> Thresholds:
         """The thresholds, with the language's defaults for those that are not set."""

@@ -161,4 +161,5 @@ def language(reply: str, *, language: str) -> bool:
 @check("script", _known)
 def script(reply: str, *, language: str) -> bool:
     """As `language`, and without any character that only the other Chinese script has."""
-    return is_in_language(reply, language) and not other_script_characters(reply, language)
+    tag = find_language(language).tag
+    return is_in_language(reply, tag) and not other_script_characters(reply, tag)

@@ -14,6 +14,37 @@ def test_any_language_can_be_named_with_its_script() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tag", "spellings"),
+    [
+        ("zh_tw", "zh_TW zh-tw zh_Hant zh-Hant-TW zho_Hant cmn-Hant"),
+        ("zh_cn", "zh-CN zh_Hans zh_SG chi_Hans"),
+        ("zh_hk", "yue zh-Hant-HK zh_MO"),
+        ("ko", "KO ko-KR kor ko_Kore kor_Hang ko-Hang-KP"),
+        ("en", "EN en-US eng_Latn en_GB en-001"),
+        ("ja", "ja-JP jpn_Jpan"),
+    ],
+)
+def test_a_known_language_in_any_spelling(tag: str, spellings: str) -> None:
+    assert {find_language(spelling).tag for spelling in spellings.split()} == {tag}
+
+
+@pytest.mark.parametrize(
+    ("tag", "meant"),
+    [
+        ("zh", "zh_tw or zh_cn"), ("Chinese", "zh_tw or zh_cn"),
+        ("kr", "ko"), ("KR", "ko"), ("korean", "ko"), ("jp", "ja"), ("zh_tww", "zh_tw"),
+    ],
+)  # fmt: skip
+def test_what_was_meant(tag: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf"language '{tag}' is not known; use {meant}\."):
+        find_language(tag)
+
+
+def test_the_script_of_another_writing_stays() -> None:
+    assert find_language("zh_Latn").scripts == ("Latin",)
+
+
+@pytest.mark.parametrize(
     "tag", ["xx", "th_Xxxx", "th_thai", "xx_Zyyy", "xx_Zinh", "TH_Thai", "", "th_"]
 )
 def test_an_unknown_tag_is_refused(tag) -> None:

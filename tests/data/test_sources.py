@@ -98,8 +98,9 @@ def test_a_missing_file_and_a_missing_column_are_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_language_is_refused() -> None:
-    with pytest.raises(ValueError, match="language 'zh-TW' is not known"):
-        Source(path="x.txt", language="zh-TW")
+    assert Source(path="x.txt", language="zh-TW").language == "zh_tw"
+    with pytest.raises(ValueError, match="language 'zh' is not known; use zh_tw or zh_cn"):
+        Source(path="x.txt", language="zh")
 
 
 def test_an_empty_file_is_said_and_passed_over(

@@ -61,10 +61,16 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ("traning.tokens=5", "nearest known key is `training`"),
         (
             "training.tokens=many",
-            "`training.tokens` = 'many', but it must be a whole number above 0.",
+            "`training.tokens` = 'many', but it must be a whole number above 0, such as 500M.",
         ),
-        ("training.tokens=-1", "`training.tokens` = -1, but it must be a whole number above 0."),
-        ("training.tokens=", "`training.tokens` = null, but it must be a whole number above 0."),
+        (
+            "training.tokens=-1",
+            "`training.tokens` = -1, but it must be a whole number above 0, such as 500M.",
+        ),
+        (
+            "training.tokens=",
+            "`training.tokens` = null, but it must be a whole number above 0, such as 500M.",
+        ),
         ("corpus.heldout=.nan", "= nan, but it must be a number above 0 and below 0.5."),
         (
             "training.schedule.shape=step",
@@ -90,7 +96,21 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ),
         ("corpus.sources.7.weight=1", "'7' is not an index into a list of 2"),
         ("corpus.sources[0].path=x", "an item of a list is written corpus.sources.0.path=x."),
-        ("corpus.sources.0.language=kr", "language 'kr' is not known"),
+        ("corpus.sources.0.language=kr", "language 'kr' is not known; use ko."),
+        ("tokenizer.new_pieces={ko-KR: 3, ko: 4}", "ko is ko, which occurs twice; remove one"),
+        (
+            "training.tokens=1.5X",
+            "`training.tokens` = '1.5X', but it must be a whole number above 0, such as 500M.",
+        ),
+        (
+            "training.learning_rate=1",
+            "the nearest known key is `training.optimizer.learning_rate`.",
+        ),
+        ("ratio=1", "unknown key `ratio`; keys of this name: `merge.ratio`, `merge.rules.ratio`,"),
+        (
+            "sequence_length=1",
+            "keys of this name: `training.sequence_length`, `finetune.sequence_length`,",
+        ),
         (
             "tokenizer.new_pieces.zh_tw=10",
             "`tokenizer` extends by zh_tw but corpus.sources has no such text",
@@ -110,6 +130,30 @@ def test_a_wrong_key_or_value_is_one_sentence(tmp_path: Path, override: str, sen
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
     assert "Input should" not in str(error.value)  # pydantic's words
+
+
+@pytest.mark.parametrize(
+    ("written", "tokens"),
+    [
+        ("1B", 10**9), ("1.5B", 15 * 10**8), ("500M", 5 * 10**8), ("64k", 64_000), ("1e9", 10**9),
+        ("2.5e9", 25 * 10**8), ("1.0e+9", 10**9), ("1_000_000", 10**6), ("'10,000,000'", 10**7),
+    ],
+)  # fmt: skip
+def test_token_counts_as_people_write_them(tmp_path: Path, written: str, tokens: int) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_recipe(path, [f"training.tokens={written}"]) == load_recipe(
+        path, [f"training.tokens={tokens}"]
+    )
+    phases = f"training.phases=[{{train: all, tokens: {written}}}]"
+    found = load_recipe(path, [phases, f"training.tokens={written}"]).training
+    assert found.phases[0].tokens == tokens
+
+
+def test_languages_in_any_spelling(tmp_path: Path) -> None:
+    spelt = ["corpus.sources.0.language=KO-kr", "tokenizer.new_pieces={ko_KR: 5}"]
+    plain = ["corpus.sources.0.language=ko", "tokenizer.new_pieces={ko: 5}"]
+    path = write(tmp_path, MINIMAL)
+    assert load_recipe(path, spelt) == load_recipe(path, plain)
 
 
 def test_a_long_value_is_shortened_in_a_message(tmp_path: Path) -> None:
