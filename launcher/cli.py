@@ -87,6 +87,30 @@ def options(
 
 
 @app.command()
+def init(
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="the base: a directory or a hub id")
+    ] = None,
+    chat: Annotated[str | None, typer.Option(metavar="MODEL", help="its chat model")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[TAG=]PATH", help="text, such as ko=text/*.jsonl; several times"),
+    ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="this, cpu, 8xh100, or slurm:2x8xh100 (nodes, GPUs)"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="the recipe to write")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace that file")] = False,
+) -> None:
+    """Write a recipe for your models, text and machine, and show its plan. Asks for the rest."""
+    from cpt_merge.launcher.init import Options
+    from cpt_merge.launcher.init import init as write_recipe
+
+    write_recipe(Options(base, chat, text or [], machine, out, overwrite))
+
+
+@app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, stop_at: StopAt = None) -> None:
     """Run all stages; finished ones are skipped, an interrupted one continues."""
     _remember_deadline(stop_at)
