@@ -1,4 +1,4 @@
-"""`cpt-merge init`: asks what it was not told, looks at models, text and machine, writes a recipe."""
+"""`cpt-merge init`: asks, looks at models, text and machine, and writes a recipe."""
 
 from __future__ import annotations
 
@@ -84,12 +84,10 @@ def _init(options: Options) -> None:
     fewest = min(one.documents for one in texts if one.language != "en")
     heldout = min(MOST_HELD_OUT, max(USUAL_HELD_OUT, round(HELD_OUT / fewest, 3)))
     say("learning new pieces from the beginning of the text ...")
-    needed = {tag: coverage_of(texts, tag) for tag in new}
+    coverage = {tag: coverage_of(texts, tag) for tag in new}
     config = TokenizerConfig(
-        new_pieces={
-            tag: max(row.new_pieces, number * 3 // 2) for tag, (_, number) in needed.items()
-        },
-        character_coverage=min(coverage for coverage, _ in needed.values()),
+        new_pieces={tag: max(row.new_pieces, coverage[tag][1] * 3 // 2) for tag in new},
+        character_coverage=min(share for share, _ in coverage.values()),
         max_characters=LEARNT_FROM,
     )
     languages = measure_languages(base, chat, texts, config, heldout)
@@ -102,9 +100,7 @@ def _require(options: Options, ask: Asker) -> None:
     given = {"--base": options.base, "--chat": options.chat, "--text": options.texts}
     missing = [name for name, value in given.items() if not value]
     if missing and not ask.terminal:
-        raise UserError(
-            f"{' and '.join(missing)} missing, and there is no terminal to ask; give it."
-        )
+        raise UserError(f"{' and '.join(missing)} missing: there is no terminal to ask on.")
 
 
 def _ask_pair(options: Options, ask: Asker) -> tuple[str, str, BaseFacts]:
@@ -213,6 +209,5 @@ def _show(out: Path, machine: Machine) -> None:
     if machine.slurm:
         nodes = f"--nodes {machine.nodes} --gpus-per-node {machine.gpus}"
         start = f"cpt-merge submit {out} {nodes} --time 24:00:00"
-    console.print(
-        f"\nRead {out}, change what you like, then: {start}", markup=False, soft_wrap=True
-    )
+    console.print(f"\nRead {out} and change what you like. Then:", markup=False, soft_wrap=True)
+    console.print(f"    {start}", markup=False, soft_wrap=True)
