@@ -134,9 +134,9 @@ def choose_tokens(row: SizeDefaults, available: float, replay: bool) -> tuple[in
     most = MANY_EPOCHS * available / share
     if most < row.tokens:
         reason = f"the text {MANY_EPOCHS} times; read more often it adds little (arXiv 2305.16264)"
-        return max(1, _two_digits(most)), reason
+        return max(1, two_digits(most)), reason
     epochs = row.tokens * share / available
-    return _two_digits(row.tokens), f"the default for this size; reads the text {epochs:.2g} times"
+    return two_digits(row.tokens), f"the default for this size; reads the text {epochs:.2g} times"
 
 
 def choose_batch(row: SizeDefaults, tokens: int, length: int, ranks: int) -> int:
@@ -156,7 +156,8 @@ def choose_shares(new: Mapping[str, float], replay: bool) -> dict[str, float]:
     return shares | ({"en": REPLAY} if replay else {})
 
 
-def _two_digits(number: float) -> int:
+def two_digits(number: float) -> int:
+    """The number rounded to two digits."""
     return int(float(f"{number:.1e}"))
 
 
@@ -164,8 +165,8 @@ def as_markdown() -> str:
     """The tables of docs/choosing.md."""
     sizes = [
         [
-            f"up to {_short(row.parameters)}" if row.parameters < math.inf else "larger",
-            f"{row.learning_rate:.0e}", f"{row.embedding_learning_rate:.0e}", _short(row.tokens),
+            f"up to {short(row.parameters)}" if row.parameters < math.inf else "larger",
+            f"{row.learning_rate:.0e}", f"{row.embedding_learning_rate:.0e}", short(row.tokens),
             f"{row.batch_tokens:,}", f"{row.new_pieces:,}", f"{row.sequence_length:,}",
         ]
         for row in SIZES
@@ -179,9 +180,12 @@ def as_markdown() -> str:
     return f"{_table(head, sizes)}\n\n{_table(names, runs)}"
 
 
-def _short(number: float) -> str:
-    unit, name = next(one for one in ((1e9, "B"), (1e6, "M")) if number >= one[0])
-    return f"{number / unit:g}{name}"
+def short(number: float) -> str:
+    """Three digits of a number, as a recipe may write it: 1.5B, 500M."""
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.0f}"
 
 
 def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:

@@ -25,10 +25,13 @@ from cpt_merge.launcher.choosing import (
     choose_batch,
     choose_shares,
     choose_tokens,
+    short,
+    two_digits,
 )
 from cpt_merge.launcher.inspection import BaseFacts, Machine, TextFacts, coverage_of
 from cpt_merge.training import TrainingConfig
 
+BUILT_IN_LANGUAGES = ("zh_tw", "zh_cn", "ko")  # that evaluation/prompts has prompts in
 _LINE = 100  # columns of a comment
 
 
@@ -61,7 +64,7 @@ class Part:
 
     def lines(self, indent: str = "") -> list[str]:
         """As YAML, below its reason."""
-        found = [f"{indent}# {line}" for line in _wrapped(self.why, _LINE - len(indent) - 2)]
+        found = _comment(self.why, indent)
         text = yaml.safe_dump(self.keys, sort_keys=False, allow_unicode=True, width=1000)
         return found + [indent + line for line in text.splitlines()]
 
@@ -69,9 +72,11 @@ class Part:
 def recipe_text(chosen: Chosen) -> str:
     """The whole recipe. Raises `UserError` if nothing makes the run fit on the machine."""
     lines = [
-        f"# Written by `cpt-merge init`: {_number(chosen.facts.shape.parameters)} parameters, for",
-        f"# {chosen.machine}. Every choice can be changed; docs/choosing.md has the defaults and",
-        "# their sources, docs/recipe.md has every key.",
+        *_comment(
+            f"Written by `cpt-merge init` for a model of {short(chosen.facts.shape.parameters)} "
+            f"parameters and {chosen.machine}. docs/choosing.md has the defaults and their "
+            "sources, docs/recipe.md has every key."
+        ),
         f"name: {_quoted(chosen.name)}",
         "",
         "models:",
@@ -91,13 +96,20 @@ def recipe_text(chosen: Chosen) -> str:
     }
     for section, parts in sections.items():
         if all(not part.keys for part in parts):  # a choice against a section
-            lines += [f"# {line}" for part in parts for line in _wrapped(part.why, _LINE - 2)]
+            lines += [line for part in parts for line in _comment(part.why)]
         else:
             lines.append(f"{section}:")
             lines += [line for part in parts for line in part.lines("  ")]
         lines.append("")
     if chosen.machine.gpu and chosen.machine.ranks == 1:
         lines += ["# The memory was estimated for FSDP2.", "launch: {accelerate_config: fsdp2}", ""]
+    prompted = [tag for tag in chosen.languages if tag in BUILT_IN_LANGUAGES]
+    if prompted:
+        lines += [
+            f"# Replies to the built-in prompts in {', '.join(prompted)} and bits per byte.",
+            "evaluation: {suites: [language, chat]}",
+            "",
+        ]
     lines += [
         "# The paper's ratio. `cpt-merge sweep` measures others in memory once CPT has finished.",
         "merge: {ratio: 1.0}",
@@ -113,10 +125,10 @@ def _pieces(chosen: Chosen, tag: str) -> int:
 def _corpus(chosen: Chosen, tokens_of: Mapping[str, float]) -> list[Part]:
     shares = choose_shares(tokens_of, chosen.replay)
     sources = [{"path": one.path, "language": one.language} for one in chosen.texts]
-    amounts = "; ".join(f"{tag}: about {_number(of)} tokens" for tag, of in tokens_of.items())
+    amounts = "; ".join(f"{tag}: about {short(of)} tokens" for tag, of in tokens_of.items())
     replay = (
-        f"English, {REPLAY:.0%}, is replay, which limits forgetting (Swallow took 10 %, Sailor2 "
-        "20 %, SEA-LION 25 %)."
+        f"English, {REPLAY:.0%}, is replay, which limits forgetting (Swallow took 10%, Sailor2 20%, "
+        "SEA-LION 25%)."
     )
     if not chosen.replay:
         replay = f"WARNING: {NO_REPLAY}"
@@ -157,7 +169,7 @@ def _training(chosen: Chosen, pieces: Mapping[str, int], available: float) -> li
     steps = -(-tokens // (batch * length))
     every = max(1, min(500, steps // 10))
     parts = [
-        Part(f"Training budget: {why}.", {"tokens": tokens}),
+        Part(f"Training budget: {why}.", {"tokens": short(tokens)}),
         Part(
             f"{counted(steps, 'step')} of {batch * length:,} tokens.",
             {"sequence_length": length, "global_batch_size": batch},
@@ -185,7 +197,7 @@ def _training(chosen: Chosen, pieces: Mapping[str, int], available: float) -> li
     schedule = {"shape": "cosine", "warmup": WARMUP}
     parts.append(Part(why, {"optimizer": optimizer, "schedule": schedule}))
     if any(pieces.values()):
-        first = {"train": "new_rows", "tokens": max(1, int(tokens * NEW_ROWS))}
+        first = {"train": "new_rows", "tokens": short(two_digits(tokens * NEW_ROWS))}
         staged = "New rows alone first, so that they do not disturb the rest (EEVE does this)."
         phases = [{**first, "learning_rate": rates[1]}, {"train": "all"}]
         parts.append(Part(staged, {"phases": phases}))
@@ -222,16 +234,14 @@ def _nested(fitting: Fitting) -> dict[str, Any]:
     return found
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+def _comment(text: str, indent: str = "") -> list[str]:
+    """A comment in lines of the recipe."""
+    mark = f"{indent}# "
+    return textwrap.wrap(
+        text, _LINE, initial_indent=mark, subsequent_indent=mark, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _number(number: float) -> str:
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.0f}"

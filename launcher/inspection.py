@@ -165,11 +165,10 @@ def measure_languages(
         check_pair(*directories)
     except UserError as error:
         say(f"no new pieces: {error}")
+        unchanged = {tag: _fertility(directories[0], texts, tag) for tag in config.languages()}
         return {
-            tag: LanguageFacts(
-                _characters(texts, tag), ((0, _fertility(directories[0], texts, tag)),)
-            )
-            for tag in config.languages()
+            tag: LanguageFacts(_characters(texts, tag), ((0, fertility),))
+            for tag, fertility in unchanged.items()
         }
     sources = [Source(path=one.path, language=one.language) for one in texts]
     with tempfile.TemporaryDirectory() as folder:
