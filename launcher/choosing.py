@@ -69,25 +69,25 @@ RUNS = (
     ),
     PublishedRun(
         "Sailor2 1B, 8B, 20B", "Qwen2.5, with more layers", "500B",
-        "1e-4, then 1e-5 on the best text", "none", "100B of 500B", "summary of arXiv 2502.12982",
+        "1e-4, then 1e-5 on the best text", "", "100B of 500B", "summary of arXiv 2502.12982",
     ),
     PublishedRun(
-        "SEA-LION v3 8B", "Llama 3.1 8B Instruct", "200B", "1e-5, WSD, 10 % warm-up", "none",
-        "25 % English, 20 % code", "summary of arXiv 2504.05747",
+        "SEA-LION v3 8B", "Llama 3.1 8B Instruct", "200B", "1e-5, WSD, 10 % warm-up", "none (70B)",
+        "25 % English, 20 % code", "summary of arXiv 2504.05747, docs.sea-lion.ai",
     ),
     PublishedRun(
         "EEVE-Korean 10.8B", "SOLAR 10.7B", "2B", "", "extended; seven phases, new rows first",
         "", "abstract of arXiv 2402.14714, model card",
     ),
     PublishedRun(
-        "Chinese-LLaMA-2", "Llama 2 7B, 13B", "", "2e-4 with LoRA of rank 64, 5 % warm-up",
+        "Chinese-LLaMA-2", "Llama 2", "", "2e-4 with LoRA of rank 64, 5 % warm-up",
         "extended", "", "scripts/training/run_pt.sh of ymcui/Chinese-LLaMA-Alpaca-2",
     ),
     PublishedRun(
         "llama-2-ko 7B", "Llama 2 7B", "over 40B", "1e-5", "14,336", "", "model card",
     ),
     PublishedRun("TAIDE-LX 7B", "Llama 2 7B", "41B", "", "24,720", "", "model card"),
-    PublishedRun("Llama3-TAIDE-LX 8B", "Llama 3 8B", "43B", "", "none", "", "model card"),
+    PublishedRun("Llama3-TAIDE-LX 8B", "Llama 3 8B", "43B", "", "none", "", "model card, config.json"),
     PublishedRun("Breeze 7B", "Mistral 7B", "250 GB of text", "", "30,000", "", "model card"),
     PublishedRun(
         "Chat Vector, Traditional Chinese", "Llama 2 13B", "3.1B", "", "", "",
@@ -166,7 +166,7 @@ def as_markdown() -> str:
     sizes = [
         [
             f"up to {short(row.parameters)}" if row.parameters < math.inf else "larger",
-            f"{row.learning_rate:.0e}", f"{row.embedding_learning_rate:.0e}", short(row.tokens),
+            _rate(row.learning_rate), _rate(row.embedding_learning_rate), short(row.tokens),
             f"{row.batch_tokens:,}", f"{row.new_pieces:,}", f"{row.sequence_length:,}",
         ]
         for row in SIZES
@@ -186,6 +186,10 @@ def short(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return f"{number:.0f}"
+
+
+def _rate(number: float) -> str:
+    return f"{number:.0e}".replace("e-0", "e-")
 
 
 def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:

@@ -127,8 +127,8 @@ def _corpus(chosen: Chosen, tokens_of: Mapping[str, float]) -> list[Part]:
     sources = [{"path": one.path, "language": one.language} for one in chosen.texts]
     amounts = "; ".join(f"{tag}: about {short(of)} tokens" for tag, of in tokens_of.items())
     replay = (
-        f"English, {REPLAY:.0%}, is replay, which limits forgetting (Swallow took 10%, Sailor2 20%, "
-        "SEA-LION 25%)."
+        f"English, {REPLAY:.0%}, is replay, which limits forgetting (Swallow took 10%, Sailor2 "
+        "20%, SEA-LION 25%)."
     )
     if not chosen.replay:
         replay = f"WARNING: {NO_REPLAY}"
