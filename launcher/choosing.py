@@ -87,7 +87,7 @@ RUNS = (
         "llama-2-ko 7B", "Llama 2 7B", "over 40B", "1e-5", "14,336", "", "model card",
     ),
     PublishedRun("TAIDE-LX 7B", "Llama 2 7B", "41B", "", "24,720", "", "model card"),
-    PublishedRun("Llama3-TAIDE-LX 8B", "Llama 3 8B", "43B", "", "none", "", "model card, config.json"),
+    PublishedRun("Llama3-TAIDE-LX 8B", "Llama 3 8B", "43B", "", "none", "", "model card, config"),
     PublishedRun("Breeze 7B", "Mistral 7B", "250 GB of text", "", "30,000", "", "model card"),
     PublishedRun(
         "Chat Vector, Traditional Chinese", "Llama 2 13B", "3.1B", "", "", "",

@@ -62,6 +62,8 @@ def init(options: Options) -> None:
 def _init(options: Options) -> None:
     ask = Asker(sys.stdin.isatty())
     _require(options, ask)
+    if options.machine:
+        parse_machine(options.machine)
     if options.out:
         _check_out(options.out, options.overwrite)
     base, chat, facts = _ask_pair(options, ask)
@@ -76,7 +78,7 @@ def _init(options: Options) -> None:
     out = options.out or ask.one(
         None if ask.terminal else usual,
         "Recipe to write",
-        lambda text: _check_out(Path(text), options.overwrite),
+        lambda text: _check_out(Path(text).expanduser(), options.overwrite),
         usual=usual,
     )
     row = defaults_for(facts.shape.parameters)
@@ -100,7 +102,7 @@ def _require(options: Options, ask: Asker) -> None:
     given = {"--base": options.base, "--chat": options.chat, "--text": options.texts}
     missing = [name for name, value in given.items() if not value]
     if missing and not ask.terminal:
-        raise UserError(f"{' and '.join(missing)} missing: there is no terminal to ask on.")
+        raise UserError(f"give {', '.join(missing)}; there is no terminal to ask on.")
 
 
 def _ask_pair(options: Options, ask: Asker) -> tuple[str, str, BaseFacts]:
@@ -108,10 +110,21 @@ def _ask_pair(options: Options, ask: Asker) -> tuple[str, str, BaseFacts]:
     found = ask.one(
         options.chat,
         "Its chat model (trained from this very base)",
-        lambda chat: (_a_model(chat), inspect_pair(base, chat)),
+        lambda chat: (_a_model(chat), _a_pair(base, chat, ask)),
     )
     say(f"{base}: {found[1].shape.parameters / 1e6:,.0f} M parameters")
     return base, found[0], found[1]
+
+
+def _a_pair(base: str, chat: str, ask: Asker) -> BaseFacts:
+    facts = inspect_pair(base, chat)
+    for doubt in facts.doubts:
+        say(f"warning: {doubt}")
+    if facts.doubts and ask.terminal:
+        answer = ask.one(None, "Use this chat model all the same? y or n", str.lower, usual="n")
+        if not answer.startswith("y"):
+            raise UserError(f"{chat} is not used; name another chat model.")
+    return facts
 
 
 def _a_model(name: str) -> str:

@@ -21,7 +21,6 @@ from cpt_merge.data.sources import Corpus, Source, read_source, source_files, te
 from cpt_merge.evaluation.chinese import SCRIPT_OF, is_chinese, is_japanese, other_script_characters
 from cpt_merge.launcher.choosing import SEEN, LanguageFacts
 from cpt_merge.launcher.sizes import shape_of
-from cpt_merge.merge import merge_report
 from cpt_merge.merge.ancestry import pair_warnings
 from cpt_merge.merge.fit import open_fitting
 from cpt_merge.tokenizer_ext import TokenizerConfig
@@ -44,17 +43,18 @@ class BaseFacts:
 
     shape: ModelShape
     positions: int  # the longest sequence of the model
+    doubts: list[str]  # what is probably wrong with the pair
 
 
 def inspect_pair(base: str, chat: str) -> BaseFacts:
-    """Read a pair. Raises `UserError` for one that does not fit; says what is probably wrong."""
+    """Read a pair. Raises `UserError` for one that does not fit."""
     directories = {"base": model_directory(base), "chat": model_directory(chat)}
     open_fitting(directories)
-    merge_report.warn(pair_warnings(directories["base"], directories["chat"]))
     config = Checkpoint.open(directories["base"]).config
     text = config.get("text_config") or config
     positions = int(text.get("max_position_embeddings") or 0)
-    return BaseFacts(shape_of(directories["base"], base), positions or 1 << 20)
+    shape = shape_of(directories["base"], base)
+    return BaseFacts(shape, positions or 1 << 20, pair_warnings(*directories.values()))
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def inspect_text(text: str) -> TextFacts:
 
     Raises `UserError` for text that cannot be read, is empty, or is in another language.
     """
-    tag, _, path = text.rpartition("=")
+    tag, separator, path = text.partition("=")
+    if not separator or "/" in tag:  # a path may contain the sign
+        tag, path = "", text
     source = Source(path=path, language=find_language(tag).tag if tag else "en")
     documents, read = [], 0
     texts = read_source(source)
