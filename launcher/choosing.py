@@ -182,7 +182,7 @@ def as_markdown() -> str:
 
 def short(number: float) -> str:
     """Three digits of a number, as a recipe may write it: 1.5B, 500M."""
-    for unit, name in ((1e9, "B"), (1e6, "M")):
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return f"{number:.0f}"

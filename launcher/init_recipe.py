@@ -15,6 +15,7 @@ from cpt_merge.cluster.scaling import Cluster
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import counted
 from cpt_merge.launcher.choosing import (
+    FEWEST_STEPS,
     LORA_RATE,
     NEW_ROWS,
     NO_REPLAY,
@@ -167,11 +168,12 @@ def _training(chosen: Chosen, pieces: Mapping[str, int], available: float) -> li
     length = min(row.sequence_length, chosen.facts.positions)
     batch = choose_batch(row, tokens, length, machine.ranks)
     steps = -(-tokens // (batch * length))
-    every = max(1, min(500, steps // 10))
+    few = " WARNING: these are few; add text, or take fewer GPUs."
+    few *= steps < FEWEST_STEPS // 3
     parts = [
         Part(f"Training budget: {why}.", {"tokens": short(tokens)}),
         Part(
-            f"{counted(steps, 'step')} of {batch * length:,} tokens.",
+            f"{counted(steps, 'step')} of {batch * length:,} tokens.{few}",
             {"sequence_length": length, "global_batch_size": batch},
         ),
         Part(
@@ -179,8 +181,11 @@ def _training(chosen: Chosen, pieces: Mapping[str, int], available: float) -> li
             {"precision": "bf16" if machine.gpu else "fp32"},
         ),
         Part(
-            "About ten evaluations and checkpoints.",
-            {"evaluate_every": every, "checkpoints": {"every": every}},
+            "About ten evaluations in a short run, and a checkpoint after at most 500 steps.",
+            {
+                "evaluate_every": max(1, min(500, steps // 10)),
+                "checkpoints": {"every": max(50, min(500, steps // 10))},
+            },
         ),
     ]
     fitting = _fitting(chosen, parts, sum(pieces.values()))
