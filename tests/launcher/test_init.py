@@ -143,15 +143,6 @@ def test_ctrl_c_and_ctrl_d_write_nothing(
     assert list(here.glob("*.yaml")) == []
 
 
-def test_what_does_not_fit_on_a_gpu_gets_settings_with_which_it_does(here: Path) -> None:
-    numbers = "memory=0.02,tflops=165,bandwidth=1008"  # GB
-    done = ask("--text", "ko=ko.jsonl", "--text", ENGLISH, machine=f"1x{numbers}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    text = (here / "my.yaml").read_text(encoding="utf-8")
-    assert "# Without this it does not fit on 1 x" in text
-    assert load_recipe(here / "my.yaml", []).launch.accelerate_config == "fsdp2"
-
-
 def test_machines() -> None:
     assert parse_machine("8 x H100").ranks == 8
     cluster = parse_machine("slurm:2x8xrtx4090")
