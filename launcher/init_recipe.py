@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,11 +194,9 @@ def _training(chosen: Chosen, pieces: Mapping[str, int], available: float) -> li
         "Published runs of full training use 1e-5 to 1e-4. New rows start from a mean and have "
         "farther to go, so embedding and head get more."
     )
-    if fitting and fitting[0].keys.get("lora"):
+    if "lora" in fitting.keys:
         rates, why = (LORA_RATE, LORA_RATE), "Chinese-LLaMA-2's rate of adapters."
     optimizer = {"learning_rate": rates[0], "embedding_learning_rate": rates[1]}
-    if fitting and "optimizer" in fitting[0].keys:
-        optimizer |= fitting[0].keys.pop("optimizer")
     schedule = {"shape": "cosine", "warmup": WARMUP}
     parts.append(Part(why, {"optimizer": optimizer, "schedule": schedule}))
     if any(pieces.values()):
@@ -206,14 +204,29 @@ def _training(chosen: Chosen, pieces: Mapping[str, int], available: float) -> li
         staged = "New rows alone first, so that they do not disturb the rest (EEVE does this)."
         phases = [{**first, "learning_rate": rates[1]}, {"train": "all"}]
         parts.append(Part(staged, {"phases": phases}))
-    return parts + fitting
+    return list(_together(parts, fitting))
 
 
-def _fitting(chosen: Chosen, parts: Sequence[Part], rows: int) -> list[Part]:
+def _together(parts: Sequence[Part], more: Part) -> Iterator[Part]:
+    """The parts with the keys of another one, which go before those that are there already."""
+    left = dict(more.keys)
+    for part in parts:
+        keys, why = dict(part.keys), part.why
+        for name in part.keys.keys() & left.keys():
+            value = left.pop(name)
+            nested = isinstance(value, dict)
+            keys[name] = {**keys[name], **value} if nested else value
+            why = f"{why} {more.why}" if nested else more.why
+        yield Part(why, keys)
+    if left:
+        yield Part(more.why, left)
+
+
+def _fitting(chosen: Chosen, parts: Sequence[Part], rows: int) -> Part:
     """The fewest settings with which the run fits. Raises `UserError` if there are none."""
     machine = chosen.machine
     if machine.gpu is None:
-        return []
+        return Part("", {})
     config = TrainingConfig(**{name: of for part in parts for name, of in part.keys.items()})
     cluster = Cluster.of(machine.gpu, machine.nodes, machine.gpus)
     shape = chosen.facts.shape.resized(chosen.facts.shape.vocabulary + rows)
@@ -223,13 +236,11 @@ def _fitting(chosen: Chosen, parts: Sequence[Part], rows: int) -> list[Part]:
             f"nothing makes {chosen.base} fit on {machine}; give a machine with more memory, or a "
             "smaller model."
         )
-    if not best.rungs:
-        return []
     why = (
         f"Without this it does not fit on {machine}; with it, it takes {best.memory / 1e9:.1f} GB "
         "of a GPU under FSDP2."
     )
-    return [Part(why, _nested(best))]
+    return Part(why, _nested(best))
 
 
 def _nested(fitting: Fitting) -> dict[str, Any]:
