@@ -1,6 +1,7 @@
 """What the recipe of `cpt-merge init` contains for models and machines that are not here."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def chosen(machine: str, curve: tuple[tuple[int, float], ...] = USEFUL, size: fl
     values = {**LLAMA, "num_hidden_layers": int(32 * size)}
     parameters = int(0.26e9 + 6.48e9 * size)
     shape = ModelShape.from_config(values, parameters, "llama")
+    shape = replace(shape, adapters=160_000_000)
     texts = [
         TextFacts(f"{tag}.jsonl", tag, 2e9, Counter({"가": 100}), 1000, "가")
         for tag in ("ko", "en")
