@@ -31,7 +31,6 @@ check: $(VENV)/done  ## lint, format, types
 
 docs: $(VENV)/done  ## docs that are generated from the code
 	$(BIN)/python -m cpt_merge.launcher.reference > docs/recipe.md
-	$(BIN)/python -m cpt_merge.launcher.choosing
 
 picture:  ## docs/demo-report.png, from the demo's report; needs Debian's chromium and fonts-noto-cjk
 	$(BIN)/cpt-merge report runs/demo

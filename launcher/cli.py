@@ -17,7 +17,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from cpt_merge import __version__
 from cpt_merge.core.deadline import STOP_AT, parse_stop_at
@@ -31,24 +30,12 @@ if TYPE_CHECKING:
     from cpt_merge.launcher.stage import Stage
 
 USAGE_ERROR, INTERRUPTED = 2, 75
-FIRST = ("init", "doctor", "plan", "run", "status", "submit", "chat", "report")  # in --help
-EVERYTHING = "cpt_merge.help_all"
 WITHOUT_RECIPE = {"merge": "merge-models", "evaluate": "evaluate-models"}
 _SAID: list[socket.socket] = []  # names that this process has taken until its end
 
-
-class _Commands(TyperGroup):
-    """`--help` lists the commands of a first run, and `--help-all` every one."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The commands that the help shows, in its order."""
-        listed = super().list_commands(ctx)
-        return listed if ctx.meta.get(EVERYTHING) else [one for one in FIRST if one in listed]
-
-
 app = typer.Typer(
-    name="cpt-merge", cls=_Commands, no_args_is_help=True, add_completion=False,
-    rich_markup_mode=None, pretty_exceptions_enable=False,
+    name="cpt-merge", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )  # fmt: skip
 
 PLAN_HELP = (
@@ -77,13 +64,12 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-def _show_everything(context: typer.Context, asked: bool) -> None:
+def _show_keys(asked: bool) -> None:
     if asked:
         from cpt_merge.launcher.recipe import Recipe
         from cpt_merge.launcher.reference import as_text
 
-        context.meta[EVERYTHING] = True
-        print(f"{context.get_help()}\n\nKeys of a recipe:\n\n{as_text(Recipe)}")
+        print(as_text(Recipe, ""))
         raise typer.Exit
 
 
@@ -94,39 +80,10 @@ def options(
     ] = False,
     help_all: Annotated[
         bool,
-        typer.Option(
-            "--help-all",
-            is_eager=True,
-            callback=_show_everything,
-            help="all commands, and all keys of a recipe",
-        ),
+        typer.Option("--help-all", is_eager=True, callback=_show_keys, help="every recipe key"),
     ] = False,
 ) -> None:
     """Turn a base and chat pair and text in a new language into a chat model in that language."""
-
-
-@app.command()
-def init(
-    base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="the base: a directory or a hub id")
-    ] = None,
-    chat: Annotated[str | None, typer.Option(metavar="MODEL", help="its chat model")] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[TAG=]PATH", help="text, such as ko=text/*.jsonl; several times"),
-    ] = None,
-    machine: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="this, cpu, 8xh100, or slurm:2x8xh100 (nodes, GPUs)"),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="the recipe to write")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace that file")] = False,
-) -> None:
-    """Write a recipe for your models, text and machine, and show its plan. Asks for the rest."""
-    from cpt_merge.launcher.init import Options
-    from cpt_merge.launcher.init import init as write_recipe
-
-    write_recipe(Options(base, chat, text or [], machine, out, overwrite))
 
 
 @app.command()
@@ -372,6 +329,75 @@ def check_tokenizer(
 
     checked = checks.check_tokenizer(directory, against, chat, text or [], language or [])
     raise typer.Exit(0 if checked.whole else 1)
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(metavar="[RECIPE]", help="the file to write")] = Path(
+        "my-model.yaml"
+    ),
+    base: Annotated[
+        str | None, typer.Option(metavar="DIR", help="the base model: a directory or a hub id")
+    ] = None,
+    chat: Annotated[str | None, typer.Option(metavar="DIR", help="its chat sibling")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TAG=PATH", help="text of a language, such as ko=ko.jsonl; several"),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="h100, rtx4090, ... as in plan; or none")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="how many in all, 1 if not set")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="over how many nodes")] = 1,
+) -> None:
+    """Look at a pair and its text, and write a recipe with a reason for every choice, and its plan.
+
+    On a terminal it asks for what is not given.
+    """
+    from cpt_merge.launcher.init import Asked, next_commands, write_recipe
+    from cpt_merge.launcher.plan import show_plan
+    from cpt_merge.launcher.recipe import load_recipe
+
+    base = base or _ask("base", "Base model (a directory or a hub id)")
+    chat = chat or _ask("chat", "Its chat sibling")
+    pairs = [_language_and_path(one) for one in text or _ask_text()]
+    if gpu is None and sys.stdin.isatty():
+        gpu = typer.prompt("GPU (h100, a100, rtx4090, ...; none: this CPU)", default="none")
+    gpu = None if gpu == "none" else gpu
+    if gpu and gpus is None and sys.stdin.isatty():
+        gpus = typer.prompt("How many of them", default=1, type=int)
+    asked = Asked(base, chat, pairs, out, gpu, gpus or 1, nodes)
+    write_recipe(asked)
+    try:
+        show_plan(load_recipe(out, []), asked.cluster)
+    except UserError as error:
+        raise UserError(
+            f"{error} ({out} is written; `cpt-merge plan {out}` checks it again.)"
+        ) from None
+    print(next_commands(out))
+
+
+def _ask(option: str, question: str) -> str:
+    if not sys.stdin.isatty():
+        raise UserError(f"--{option} is missing, and there is no terminal to ask on; give it.")
+    return str(typer.prompt(question)).strip()
+
+
+def _ask_text() -> list[str]:
+    """TAG=PATH words; an empty answer ends them."""
+    found = [_ask("text", "Text in the new language, as TAG=PATH (ko=ko.jsonl)")]
+    while True:
+        more = typer.prompt("More text, such as en=en.jsonl (nothing: no more)", default="")
+        if not more.strip():
+            return found
+        found.append(more.strip())
+
+
+def _language_and_path(word: str) -> tuple[str, str]:
+    tag, separator, path = word.partition("=")
+    if not (separator and tag and path):
+        raise UserError(f"--text {word} is not of the form TAG=PATH, such as ko=ko.jsonl.")
+    return tag.strip(), path.strip()
 
 
 @app.command()

@@ -1,226 +1,458 @@
-"""`cpt-merge init`: asks, looks at models, text and machine, and writes a recipe."""
+"""`cpt-merge init`: inspect a pair and its text, write a recipe with a reason for each choice."""
 
 from __future__ import annotations
 
-import re
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import shutil
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
+import yaml
+
+from cpt_merge.checkpoint.positions import positions_of
+from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
+from cpt_merge.cluster.fit import fittings, shortest
 from cpt_merge.cluster.plan import ClusterOptions
-from cpt_merge.core.artifact import check_writable
+from cpt_merge.core.artifact import write_text
+from cpt_merge.core.config import as_count
 from cpt_merge.core.errors import UserError
-from cpt_merge.core.hub import model_directory
-from cpt_merge.core.progress import console, say
-from cpt_merge.launcher.choosing import NO_REPLAY, defaults_for
-from cpt_merge.launcher.init_recipe import Chosen, recipe_text
-from cpt_merge.launcher.inspection import (
-    LEARNT_FROM,
-    BaseFacts,
-    Machine,
-    TextFacts,
-    coverage_of,
-    inspect_pair,
-    inspect_text,
-    measure_languages,
-    parse_machine,
-)
-from cpt_merge.launcher.plan import show_plan
-from cpt_merge.launcher.recipe import load_recipe
-from cpt_merge.tokenizer_ext import TokenizerConfig
+from cpt_merge.core.hub import is_here, model_directory
+from cpt_merge.core.hub_repository import Repository
+from cpt_merge.core.languages import find_language, script_share
+from cpt_merge.core.progress import counted, say
+from cpt_merge.data.sources import Corpus, Source, read_source, source_files, text_bytes_at_most
+from cpt_merge.launcher import choosing
+from cpt_merge.launcher.sizes import shape_of, shape_on_the_hub
+from cpt_merge.tokenizer_ext.base_tokenizer import Base, read_base
+from cpt_merge.tokenizer_ext.config import TokenizerConfig
+from cpt_merge.tokenizer_ext.families.tokenizer_json import Content, build
+from cpt_merge.tokenizer_ext.fertility import Fertility, gain_curve
+from cpt_merge.tokenizer_ext.learn.grow import learn_languages, with_pieces
+from cpt_merge.training.config import TrainingConfig
+from cpt_merge.training.memory import ModelShape
 
-T = TypeVar("T")
-ABORTED = 130
-USUAL_HELD_OUT, MOST_HELD_OUT = 0.01, 0.1  # shares of the documents
-HELD_OUT = 50  # documents of the shortest text to measure on
+SAMPLE = 2_000_000  # characters of a language that are read
+FERTILITY_SAMPLE = 200_000  # of them, characters on which tokens are counted
+OWN_SCRIPT = 0.3  # share of the letters that a text in the language has at least
+HELDOUT = 300_000  # characters of a language that are kept back
+ENGLISH = "en"
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line gave; the rest is asked for."""
+class Asked:
+    """What the user says."""
 
-    base: str | None
-    chat: str | None
-    texts: Sequence[str]
-    machine: str | None
-    out: Path | None
-    overwrite: bool
+    base: str
+    chat: str
+    text: list[tuple[str, str]]  # (language, path)
+    out: Path
+    gpu: str | None = None
+    gpus: int = 1
+    nodes: int = 1
 
-
-def init(options: Options) -> None:
-    """Write a recipe and show its plan. Raises `UserError`; then nothing is written."""
-    try:
-        _init(options)
-    except (KeyboardInterrupt, EOFError):
-        console.print("\ncpt-merge: stopped; no recipe is written.")
-        raise SystemExit(ABORTED) from None
-
-
-def _init(options: Options) -> None:
-    ask = Asker(sys.stdin.isatty())
-    _require(options, ask)
-    if options.machine:
-        parse_machine(options.machine)
-    if options.out:
-        _check_out(options.out, options.overwrite)
-    base, chat, facts = _ask_pair(options, ask)
-    texts = _ask_texts(options, ask)
-    machine = ask.one(
-        options.machine or (None if ask.terminal else "this"),
-        "Machine: this, cpu, 8xh100, or slurm:2x8xh100 (nodes, GPUs of a node)",
-        parse_machine,
-        usual="this",
-    )
-    usual = _usual_name(base, texts)
-    out = options.out or ask.one(
-        None if ask.terminal else usual,
-        "Recipe to write",
-        lambda text: _check_out(Path(text).expanduser(), options.overwrite),
-        usual=usual,
-    )
-    row = defaults_for(facts.shape.parameters)
-    new = list(dict.fromkeys(one.language for one in texts if one.language != "en"))
-    fewest = min(one.documents for one in texts if one.language != "en")
-    heldout = min(MOST_HELD_OUT, max(USUAL_HELD_OUT, round(HELD_OUT / fewest, 3)))
-    say("learning new pieces from the beginning of the text ...")
-    coverage = {tag: coverage_of(texts, tag) for tag in new}
-    config = TokenizerConfig(
-        new_pieces={tag: max(row.new_pieces, coverage[tag][1] * 3 // 2) for tag in new},
-        character_coverage=min(share for share, _ in coverage.values()),
-        max_characters=LEARNT_FROM,
-    )
-    languages = measure_languages(base, chat, texts, config, heldout)
-    chosen = Chosen(out.stem, base, chat, machine, facts, row, texts, languages, heldout)
-    _write(out, recipe_text(chosen))
-    _show(out, machine)
+    @property
+    def cluster(self) -> ClusterOptions | None:
+        """The GPUs, if they are named."""
+        if self.gpu is None:
+            return None
+        return ClusterOptions(self.gpu, self.nodes, max(1, self.gpus // self.nodes))
 
 
-def _require(options: Options, ask: Asker) -> None:
-    given = {"--base": options.base, "--chat": options.chat, "--text": options.texts}
-    missing = [name for name, value in given.items() if not value]
-    if missing and not ask.terminal:
-        raise UserError(f"give {', '.join(missing)}; there is no terminal to ask on.")
+@dataclass(frozen=True)
+class TextFacts:
+    """What the text of one language is like."""
+
+    language: str
+    sources: list[str]
+    characters: float  # all of it; estimated if it is long
+    before: float  # tokens per character with the base's tokenizer
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (new pieces, the same with them)
+
+    @property
+    def pieces(self) -> int:
+        """New pieces: as many as save tokens."""
+        if not self.curve:
+            return 0
+        least = self.curve[-1][1] * (1 + choosing.GAIN_LEFT)
+        size = next(size for size, tokens in self.curve if tokens <= least)
+        return -(-size // 100) * 100
+
+    @property
+    def after(self) -> float:
+        """Tokens per character with the new pieces."""
+        return self.curve[-1][1] if self.curve else self.before
+
+    @property
+    def tokens(self) -> float:
+        """Of all of it."""
+        return self.characters * self.after
 
 
-def _ask_pair(options: Options, ask: Asker) -> tuple[str, str, BaseFacts]:
-    base = ask.one(options.base, "Base model (a directory or a hub id)", _a_model)
-    found = ask.one(
-        options.chat,
-        "Its chat model (trained from this very base)",
-        lambda chat: (_a_model(chat), _a_pair(base, chat, ask)),
-    )
-    say(f"{base}: {found[1].shape.parameters / 1e6:,.0f} M parameters")
-    return base, found[0], found[1]
+@dataclass(frozen=True)
+class BaseFacts:
+    """The base model."""
+
+    tokenizer: Base
+    shape: ModelShape
+    positions: int | None
 
 
-def _a_pair(base: str, chat: str, ask: Asker) -> BaseFacts:
-    facts = inspect_pair(base, chat)
-    for doubt in facts.doubts:
-        say(f"warning: {doubt}")
-    if facts.doubts and ask.terminal:
-        answer = ask.one(None, "Use this chat model all the same? y or n", str.lower, usual="n")
-        if not answer.startswith("y"):
-            raise UserError(f"{chat} is not used; name another chat model.")
-    return facts
+def inspect_base(name: str) -> BaseFacts:
+    """Read configuration, headers and tokenizer; of a model on the hub, without its weights."""
+    if is_here(name):
+        directory = model_directory(name)
+        shape = shape_of(directory, name)
+    else:
+        _, shape = shape_on_the_hub(name, None)
+        snapshot = Repository.parse("model", name).find()
+        wanted = [one for one in ("config.json", *TOKENIZER_FILES) if one in snapshot.files]
+        snapshot.download(wanted)
+        path = snapshot.path("config.json")
+        assert path is not None, "shape_on_the_hub has read it"
+        directory = path.parent
+    config = yaml.safe_load((directory / "config.json").read_text(encoding="utf-8"))
+    return BaseFacts(read_base(directory), shape, positions_of(config))
 
 
-def _a_model(name: str) -> str:
-    model_directory(name)
-    return name
+def inspect_text(language: str, paths: Sequence[str], base: Base) -> TextFacts:
+    """Read a sample of one language's text, and learn pieces from it if they would save much.
 
-
-def _ask_texts(options: Options, ask: Asker) -> list[TextFacts]:
-    """At least one text in a new language, and what English text there is."""
-    texts = [ask.told(inspect_text(text)) for text in options.texts]
-    while not options.texts:
-        new = any(one.language != "en" for one in texts)
-        question = "Text (a file, directory, glob or hub dataset; ko=PATH names its language)"
-        if new:
-            question = "More text, such as English against forgetting (nothing: no more)"
-        text = ask.one(
-            None,
-            question,
-            lambda given: inspect_text(given) if given else None,
-            usual="" if new else None,
+    Raises `UserError` for text that is hardly in the language.
+    """
+    sources = [Source(path=path, language=language) for path in paths]
+    sample, whole = _sample(sources)
+    text = "".join(sample)
+    share = script_share(text[:FERTILITY_SAMPLE], find_language(language).scripts)
+    if share < OWN_SCRIPT:
+        raise UserError(
+            f"--text {language}={paths[0]}: only {share:.0%} of the letters are in the script of "
+            f"{find_language(language).name}; correct the language or the file."
         )
-        if text is None:
-            break
-        texts.append(ask.told(text))
-    if all(one.language == "en" for one in texts):
-        raise UserError("there is only English text; add --text with text in the new language.")
-    if all(one.language != "en" for one in texts):
-        say(f"warning: {NO_REPLAY}")
-    return texts
-
-
-class Asker:
-    """Asks on a terminal until an answer is good; without one, takes only what was given."""
-
-    def __init__(self, terminal: bool) -> None:
-        self.terminal = terminal
-
-    def one(
-        self, given: str | None, question: str, read: Callable[[str], T], usual: str | None = None
-    ) -> T:
-        """What `read` makes of an answer. Raises its `UserError` for what the command line gave."""
-        if given is not None:
-            return read(given)
-        while True:
-            shown = f"{question} [{usual}]: " if usual else f"{question}: "
-            answer = input(shown).strip() or usual
-            try:
-                if answer is not None:
-                    return read(answer)
-            except UserError as error:
-                console.print(f"  {error}", markup=False)
-
-    def told(self, facts: TextFacts) -> TextFacts:
-        """The facts, which are printed."""
-        say(str(facts))
+    characters = float(len(text))
+    if not whole:
+        sizes = sum(text_bytes_at_most(file, one) for one in sources for file in source_files(one))
+        characters = sizes / (len(text.encode()) / len(text))
+    counted_text = list(_until(sample, FERTILITY_SAMPLE))
+    before = count_tokens(base.content, counted_text)
+    size = sum(map(len, counted_text))
+    facts = TextFacts(language, list(paths), characters, before.total() / size)
+    if language == ENGLISH or facts.before <= choosing.EXTEND_ABOVE:
         return facts
+    corpus = Corpus(sources=sources, heldout=0.001)
+    wanted = TokenizerConfig(
+        new_pieces={language: choosing.pieces_for(language)}, max_characters=SAMPLE
+    )
+    (learned,) = learn_languages(base, corpus, wanted)
+    tokens = count_tokens(with_pieces(base, list(learned.pieces)), counted_text)
+    measured = Fertility(language, len(sample), size, (0, 0), (0, 0), 0, tokens)
+    curve = gain_curve(learned.pieces, {}, measured, learned.characters)
+    return TextFacts(language, list(paths), characters, facts.before, curve)
 
 
-def _usual_name(base: str, texts: Sequence[TextFacts]) -> str:
-    tags = dict.fromkeys(one.language for one in texts if one.language != "en")
-    stem = re.sub(r"[^\w.-]+", "-", Path(base.partition("@")[0]).name.lower()).strip("-.")
-    return "-".join([stem or "model", *tags]) + ".yaml"
+def count_tokens(content: Content, texts: Sequence[str]) -> Counter[str]:
+    """How often a tokenizer uses each token."""
+    encoded = build(content).encode_batch_fast(list(texts), add_special_tokens=False)
+    names = {id_: token for token, id_ in content["model"]["vocab"].items()}
+    return Counter(names.get(id_, "") for one in encoded for id_ in one.ids)
 
 
-def _check_out(out: Path, overwrite: bool) -> Path:
-    if out.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{out} is no name of a recipe; give one that ends in .yaml.")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; give another name by --out, or --overwrite.")
-    check_writable(out.parent, "the recipe's folder")
-    return out
+def _sample(sources: Sequence[Source]) -> tuple[list[str], bool]:
+    """Documents from the start of the text, and whether they are all of it."""
+    found, left, documents = list[str](), SAMPLE, _documents(sources)
+    for document in documents:
+        found.append(document)
+        left -= len(document)
+        if left <= 0:
+            return found, next(documents, None) is None
+    if not any(found):
+        raise UserError(f"{sources[0].path} holds no text; give another file.")
+    return found, True
 
 
-def _write(out: Path, text: str) -> None:
-    """Write a recipe that loads, as a whole."""
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / out.name
-        draft.write_text(text, encoding="utf-8")
-        load_recipe(draft, [])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
-    say(f"{out} is written")
+def _documents(sources: Sequence[Source]) -> Iterator[str]:
+    for source in sources:
+        yield from (document for document in read_source(source) if document.strip())
 
 
-def _show(out: Path, machine: Machine) -> None:
-    """The plan of a recipe, and what to do next."""
-    options = None
-    if machine.gpu and not machine.here:
-        options = ClusterOptions(machine.gpu, machine.nodes, machine.gpus)
-    try:
-        show_plan(load_recipe(out, []), options)
-    except UserError as error:
-        raise UserError(f"{out} is written, but its plan does not pass: {error}") from None
-    start = f"cpt-merge run {out}"
-    if machine.slurm:
-        nodes = f"--nodes {machine.nodes} --gpus-per-node {machine.gpus}"
-        start = f"cpt-merge submit {out} {nodes} --time 24:00:00"
-    console.print(f"\nRead {out} and change what you like. Then:", markup=False, soft_wrap=True)
-    console.print(f"    {start}", markup=False, soft_wrap=True)
+def _until(texts: Sequence[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        if characters <= 0:
+            return
+        yield text[:characters]
+        characters -= len(text)
+
+
+@dataclass
+class Recipe:
+    """Lines of YAML, each with its reason."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str, reason: str = "") -> None:
+        """A line and, before it, its reason as a comment."""
+        indent = " " * (len(line) - len(line.lstrip()))
+        if reason:
+            self.lines += [f"{indent}# {part}" for part in _wrapped(reason, 90 - len(indent))]
+        self.lines.append(line)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width)
+
+
+def write_recipe(asked: Asked) -> None:
+    """Inspect, choose, and write the recipe. Raises `UserError` for what cannot be used."""
+    if asked.out.exists():
+        raise UserError(f"{asked.out} exists; give another name, or remove it.")
+    if asked.out.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{asked.out} is no name of a recipe; end it in .yaml.")
+    base = inspect_base(asked.base)
+    paths: dict[str, list[str]] = {}
+    for language, path in asked.text:
+        paths.setdefault(find_language(language).tag, []).append(path)
+    new = [inspect_text(tag, found, base.tokenizer) for tag, found in paths.items()]
+    if all(one.language == ENGLISH for one in new):
+        raise UserError("all text is English; give text in the new language: --text ko=FILE.")
+    for one in new:
+        say(_summary(one))
+    text = compose(asked, base, new)
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(asked.out, text)
+    say(f"init: wrote {asked.out}")
+
+
+def _summary(text: TextFacts) -> str:
+    said = (
+        f"{text.language}: about {text.characters / 1e6:,.1f} M characters, "
+        f"{text.before:.2f} tokens per character"
+    )
+    if not text.curve:
+        return said
+    shown = islice(text.curve, 0, None, 4)
+    points = ", ".join(f"{tokens:.2f} with {size:,}" for size, tokens in shown)
+    return f"{said}; new pieces: {points}"
+
+
+def compose(asked: Asked, base: BaseFacts, text: Sequence[TextFacts]) -> str:
+    """The recipe."""
+    new = [one for one in text if one.language != ENGLISH]
+    replay = len(new) < len(text)
+    pieces = {one.language: one.pieces for one in new if one.pieces}
+    recipe = Recipe([
+        "# Written by `cpt-merge init`, with a reason for each choice. docs/choosing.md has the",
+        "# published runs, docs/recipe.md every key.",
+        f"name: {asked.out.stem}", "", "models:", f"  base: {_quoted(asked.base)}",
+        f"  chat: {_quoted(asked.chat)}", "",
+    ])  # fmt: skip
+    _add_corpus(recipe, text, replay)
+    _add_tokenizer(recipe, base, new, pieces)
+    training = _training(asked, base, new, replay, bool(pieces))
+    _add_training(recipe, asked, base, training, pieces, new)
+    recipe.add("merge:")
+    recipe.add(
+        "  ratio: 1.0",
+        "Plain addition, as in the paper; `cpt-merge sweep` measures other ratios afterwards.",
+    )
+    recipe.add("")
+    recipe.add("evaluation:")
+    recipe.add(
+        "  suites: [language, chat]",
+        "Bits per byte, and the built-in prompts of the text's languages. Others: safety, "
+        "toxicity, knowledge-ko, ... (docs/evaluation.md).",
+    )
+    return "\n".join(recipe.lines) + "\n"
+
+
+def _quoted(value: str) -> str:
+    return yaml.safe_dump(value, allow_unicode=True, width=10**6).removesuffix("\n...\n").strip()
+
+
+def _add_corpus(recipe: Recipe, text: Sequence[TextFacts], replay: bool) -> None:
+    recipe.add("corpus:")
+    share = HELDOUT / min(one.characters for one in text)
+    recipe.add(
+        f"  heldout: {min(0.02, max(0.0005, share)):.2g}",
+        "Share of the documents that is kept back, for bits per byte.",
+    )
+    recipe.add("  sources:")
+    others = sum(one.language != ENGLISH for one in text)
+    for one in text:
+        share = choosing.REPLAY if one.language == ENGLISH else 1.0
+        if one.language != ENGLISH and replay:
+            share = (1 - choosing.REPLAY) / others
+        elif one.language != ENGLISH:
+            share = 1 / others
+        weight = share / len(one.sources)
+        reason = ""
+        if one.language == ENGLISH:
+            reason = (
+                "Replay of English against forgetting: published runs take 10 % (Swallow) to 25 % "
+                "(SEA-LION v3)."
+            )
+        for number, path in enumerate(one.sources):
+            recipe.add(
+                f"    - {{path: {_quoted(path)}, language: {one.language}, weight: {weight:.4g}}}",
+                "" if number else reason,
+            )
+    if not replay:
+        recipe.lines += [
+            "    # WARNING: there is no English text. Without replay the model forgets some of",
+            "    # what it knows; add a source with `language: en` and about 15 % of the weight.",
+        ]
+        say("init: no English text is given, so the model will forget some of what it knows; "
+            "add --text en=FILE")  # fmt: skip
+    recipe.add("")
+
+
+def _add_tokenizer(
+    recipe: Recipe, base: BaseFacts, new: Sequence[TextFacts], pieces: dict[str, int]
+) -> None:
+    fertility = ", ".join(f"{one.before:.2f} ({one.language})" for one in new)
+    if not pieces:
+        recipe.add(
+            f"# The base's own tokenizer is kept: it needs {fertility} tokens per character, and"
+        )
+        recipe.add(f"# an extension pays above {choosing.EXTEND_ABOVE:g}.")
+        recipe.add("")
+        return
+    gains = "; ".join(
+        f"{one.language}: {one.before:.2f} -> {one.after:.2f} tokens per character"
+        for one in new
+        if one.pieces
+    )
+    most = ", ".join(f"{choosing.pieces_for(tag):,} ({tag})" for tag in pieces)
+    recipe.add("tokenizer:")
+    recipe.add(
+        f"  new_pieces: {{{', '.join(f'{tag}: {size}' for tag, size in pieces.items())}}}",
+        f"{gains}. At most {most}; what saves less than {choosing.GAIN_LEFT:.0%} is left out.",
+    )
+    recipe.add("")
+
+
+def _training(
+    asked: Asked, base: BaseFacts, new: Sequence[TextFacts], replay: bool, extends: bool
+) -> dict[str, Any]:
+    """The values of the section `training`, apart from the phases."""
+    own = sum(one.tokens for one in new)
+    tokens = _rounded(choosing.budget(own) / (1 - choosing.REPLAY * replay))
+    length = min(choosing.SEQUENCE_LENGTH, base.positions or choosing.SEQUENCE_LENGTH)
+    ranks = asked.gpus if asked.gpu else 1
+    sequences = max(1, choosing.step_tokens(tokens) // length)
+    sequences = -(-sequences // ranks) * ranks
+    rates = choosing.of_size(base.shape.parameters)
+    return {
+        "tokens": tokens,
+        "sequence_length": length,
+        "global_batch_size": sequences,
+        "precision": "bf16" if asked.gpu else "fp32",
+        "optimizer": {
+            "learning_rate": rates.learning_rate,
+            **({"embedding_learning_rate": rates.vocabulary_learning_rate} if extends else {}),
+        },
+        "schedule": {"shape": "wsd", "warmup": 0.02, "decay": 0.2},
+    }
+
+
+def _rounded(tokens: float) -> int:
+    """To two digits."""
+    digits = max(len(str(int(tokens))) - 2, 0)
+    unit: int = 10**digits
+    return int(tokens) // unit * unit
+
+
+def _add_training(
+    recipe: Recipe,
+    asked: Asked,
+    base: BaseFacts,
+    values: dict[str, Any],
+    pieces: dict[str, int],
+    new: Sequence[TextFacts],
+) -> None:
+    tokens = int(values["tokens"])
+    size, rates = base.shape.parameters, choosing.of_size(base.shape.parameters)
+    own = sum(one.tokens for one in new)
+    recipe.add("training:")
+    recipe.add(
+        f"  tokens: {_short(tokens)}",
+        f"The text has about {_short(_rounded(own))} tokens. EEVE needed 2B, and Swallow became "
+        "better up to 100B; text may be read up to four times. Raise it, and the run continues.",
+    )
+    recipe.add(f"  sequence_length: {values['sequence_length']}")
+    step = values["global_batch_size"] * values["sequence_length"]
+    recipe.add(
+        f"  global_batch_size: {values['global_batch_size']}",
+        f"{step:,} tokens a step, {-(-tokens // step):,} steps.",
+    )
+    recipe.add(
+        f"  precision: {values['precision']}",
+        "" if asked.gpu else "No GPU was named; on one, write bf16.",
+    )
+    fit = _fitting(asked, base, values, sum(pieces.values()))
+    fits = f"So that it fits the memory of {asked.gpu}."
+    for name, value in fit.items():
+        section, dot, inner = name.partition(".")
+        if section != "optimizer":
+            recipe.add(f"  {section}: {{{inner}: {value}}}" if dot else f"  {name}: {value}", fits)
+    rate = (
+        f"For {size / 1e6:,.0f} M parameters; published runs of 7B take 1e-6 (Breeze) to 1e-5 "
+        "(llama-2-ko), others more: try half and twice."
+    )
+    recipe.add("  optimizer:")
+    recipe.add(f"    learning_rate: {rates.learning_rate:g}", rate)
+    if pieces:
+        recipe.add(
+            f"    embedding_learning_rate: {rates.vocabulary_learning_rate:g}",
+            "New rows start from means of others and have more to learn.",
+        )
+    if "optimizer.moments" in fit:
+        recipe.add(f"    moments: {fit['optimizer.moments']}", fits)
+    recipe.add(
+        "  schedule: {shape: wsd, warmup: 0.02, decay: 0.2}",
+        "A rate that is flat until the decay, so that a longer run continues without loss.",
+    )
+    if pieces and tokens >= 50 * step:
+        recipe.add("  phases:", "New rows first, so that they disturb nothing (EEVE).")
+        for train, share in (
+            ("new_rows", choosing.NEW_ROWS_SHARE), ("vocabulary", choosing.VOCABULARY_SHARE),
+        ):  # fmt: skip
+            part = max(step, int(tokens * share) // step * step)
+            recipe.add(f"    - {{train: {train}, tokens: {_short(part)}}}")
+        recipe.add("    - {train: all}")
+    recipe.add("")
+
+
+def _fitting(asked: Asked, base: BaseFacts, values: dict[str, Any], pieces: int) -> dict[str, str]:
+    """The settings with which training fits the named GPUs. Raises `UserError` if none does."""
+    options = asked.cluster
+    if options is None:
+        return {}
+    shape = base.shape.resized(base.shape.vocabulary + pieces)
+    best = shortest(fittings(shape, TrainingConfig(**values), options.cluster))
+    if best is None:
+        raise UserError(
+            f"nothing makes this model fit on {counted(options.cluster.ranks, 'GPU')} "
+            f"({asked.gpu}); give more of them with --gpus, or a smaller model."
+        )
+    pairs = (one.removeprefix("training.").partition("=") for one in best.overrides)
+    return {name: value for name, _, value in pairs}
+
+
+def _short(tokens: int) -> str:
+    """A number of tokens as a recipe writes it."""
+    for letter, times in (("B", 10**9), ("M", 10**6)):
+        text = f"{tokens / times:g}{letter}"
+        if tokens >= times and as_count(text) == tokens:
+            return text
+    return f"{tokens:_}"
+
+
+def next_commands(out: Path) -> str:
+    """What to type next."""
+    run = f"cpt-merge run {out}"
+    if shutil.which("sbatch"):
+        run = f"sbatch slurm/cpt_merge.sh {out}"
+    return f"next: {run}    (cpt-merge plan {out} shows the plan again)"

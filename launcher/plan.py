@@ -22,7 +22,6 @@ from cpt_merge.data.hub_datasets import HubFile, at_hand, is_at_hand, size_of
 from cpt_merge.data.sources import source_files
 from cpt_merge.finetune import FinetuneConfig
 from cpt_merge.launcher.accelerate_file import accelerate_config, machines
-from cpt_merge.launcher.choosing import NO_REPLAY
 from cpt_merge.launcher.inputs import check_inputs, check_numbers
 from cpt_merge.launcher.recipe import Recipe
 from cpt_merge.launcher.run import Run
@@ -60,8 +59,6 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
     ]
     console.print("stages: " + ", ".join(states))
     _print_text(console, run)
-    if "en" not in recipe.corpus.languages():
-        console.print(f"[yellow]warning[/]: {NO_REPLAY}", soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     _add_model(table, recipe, base, shape)
     if processes:

@@ -211,14 +211,13 @@ class _RecipeLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping. Raises `_RepeatedKeyError`."""
-        seen: dict[str, int] = {}
+        seen: set[str] = set()
         for name, _ in node.value:
             if isinstance(name, yaml.ScalarNode):
-                line = name.start_mark.line + 1
                 if name.value in seen:
-                    lines = f"lines {seen[name.value]} and {line}"
-                    raise _RepeatedKeyError(f"{lines}: the key `{name.value}` occurs twice")
-                seen[name.value] = line
+                    line = name.start_mark.line + 1
+                    raise _RepeatedKeyError(f"line {line}: the key `{name.value}` occurs twice")
+                seen.add(name.value)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -229,7 +228,7 @@ def read_yaml(path: Path, kind: str = "recipe") -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist; `cpt-merge init` writes a recipe for your models and text."
+            f"{path} does not exist; `cpt-merge example` prints a recipe to start from."
         ) from None
     except IsADirectoryError:
         raise UserError(f"{path} is a directory; give a recipe, which is a YAML file.") from None

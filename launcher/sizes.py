@@ -54,7 +54,7 @@ def read_shape(recipe: Recipe, section: str = "training") -> ModelShape:
         config = Checkpoint.open(directory).config
         shape = shape_of(directory, name, training.lora)
     else:
-        config, shape = _shape_on_the_hub(name, training.lora)
+        config, shape = shape_on_the_hub(name, training.lora)
     training.check_positions(config, section)
     if training.lora and not shape.adapters:
         targets = ", ".join(training.lora.targets)
@@ -64,7 +64,7 @@ def read_shape(recipe: Recipe, section: str = "training") -> ModelShape:
     return replace(shape, towers=0) if recipe.models.text_only else shape
 
 
-def _shape_on_the_hub(name: str, lora: LoraConfig | None) -> tuple[dict[str, Any], ModelShape]:
+def shape_on_the_hub(name: str, lora: LoraConfig | None) -> tuple[dict[str, Any], ModelShape]:
     """The configuration and the shape of a model whose weights are not downloaded."""
     from huggingface_hub import get_safetensors_metadata
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,16 @@ from cpt_merge.core.artifact import Staging
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.progress import say
 from cpt_merge.data.sources import Corpus
-from cpt_merge.tokenizer_ext.base_tokenizer import Base, read_base, read_chat_tokens
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base, read_chat_tokens
 from cpt_merge.tokenizer_ext.config import TokenizerConfig
 from cpt_merge.tokenizer_ext.embeddings.resize import check_resizable
 from cpt_merge.tokenizer_ext.extension_report import Report, make_report, publish
 from cpt_merge.tokenizer_ext.families.tokenizer_json import AddedToken
-from cpt_merge.tokenizer_ext.learn.grow import Learned, learn_languages
+from cpt_merge.tokenizer_ext.learn.grow import learn_languages
 from cpt_merge.tokenizer_ext.pipelines import say_differences
 from cpt_merge.tokenizer_ext.unextended import keep_tokenizer
 from cpt_merge.tokenizer_ext.verify.invariants import prove, read_case, require
-from cpt_merge.tokenizer_ext.verify.samples import Samples, heldout_texts, scripts_of, take_samples
+from cpt_merge.tokenizer_ext.verify.samples import heldout_texts, scripts_of, take_samples
 from cpt_merge.tokenizer_ext.writing import RowLayout, lay_out, write_tokenizer
 from cpt_merge.tracking import Tracker
 
@@ -52,17 +51,21 @@ def extend_tokenizer(
     if not config.languages():
         return _keep(config, base, out, chat, tracker)
     start = read_base(base)
+    chat_tokens = read_chat_tokens(chat, start) if chat else []
     say_differences(start, chat)
     say(f"tokenizer of {base}: {start.family.name}, {len(start.ids):,} tokens, {start.rows:,} rows")
-    extension = _learn(config, start, corpus, chat)
-    learned, layout, samples = extension.learned, extension.layout, extension.samples
+    learned = learn_languages(start, corpus, config)
+    pieces = [piece for language in learned for piece in language.pieces]
+    layout = lay_out(start, chat_tokens, pieces, config.pad_to_multiple)
     say(
         f"{layout.rows:,} rows: {start.rows:,} of the base, {len(layout.pieces):,} new pieces, "
         f"{len(layout.chat):,} tokens of the chat model alone, {len(layout.padding):,} reserved"
     )
-    _say_moved(extension.chat_tokens, layout)
+    _say_moved(chat_tokens, layout)
     for token, id_ in start.rowless.items():
         say(f"{token!r} of the base has the id {id_}, beyond its rows; it gets the mean row")
+    readable = [start.family.readable(piece) for piece in pieces]
+    samples = take_samples(heldout_texts(corpus), scripts_of(config.languages()), readable)
     with Staging(out).filling() as folder:
         write_tokenizer(start, layout, folder)
         proofs = prove(read_case(start, folder, chat, samples))
@@ -73,37 +76,6 @@ def extend_tokenizer(
     results = summarize(start.rows, layout, report)
     tracker.summary({f"tokenizer/{name}": value for name, value in results.items()})
     return results
-
-
-@dataclass(frozen=True)
-class _Extension:
-    """Learnt pieces, the rows that they get, and texts on which they are measured."""
-
-    learned: list[Learned]
-    chat_tokens: list[AddedToken]
-    layout: RowLayout
-    samples: Samples
-
-
-def _learn(config: TokenizerConfig, start: Base, corpus: Corpus, chat: Path | None) -> _Extension:
-    chat_tokens = read_chat_tokens(chat, start) if chat else []
-    learned = learn_languages(start, corpus, config)
-    pieces = [piece for language in learned for piece in language.pieces]
-    layout = lay_out(start, chat_tokens, pieces, config.pad_to_multiple)
-    readable = [start.family.readable(piece) for piece in pieces]
-    samples = take_samples(heldout_texts(corpus), scripts_of(config.languages()), readable)
-    return _Extension(learned, chat_tokens, layout, samples)
-
-
-def try_extension(
-    config: TokenizerConfig, base: Path, corpus: Corpus, folder: Path, chat: Path | None
-) -> Report:
-    """What an extension achieves, without its proofs; its files are written into `folder`."""
-    start = read_base(base)
-    extension = _learn(config, start, corpus, chat)
-    write_tokenizer(start, extension.layout, folder)
-    case = read_case(start, folder, chat, extension.samples)
-    return make_report(case, extension.learned, config.new_pieces, [])
 
 
 def _keep(

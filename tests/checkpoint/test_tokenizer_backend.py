@@ -55,7 +55,7 @@ def require_same(found: TokenizerBackend, directory: Path) -> None:
             assert found.tokenizer.decode(ids) == theirs.decode(ids)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen"])
+@pytest.mark.parametrize("name", ["mistral", pytest.param("qwen", marks=pytest.mark.slow)])
 def test_a_real_tokenizer_is_read_as_transformers_reads_it(name: str, tmp_path: Path) -> None:
     BASES[name](tmp_path)
     require_same(TokenizerBackend.read(tmp_path), tmp_path)

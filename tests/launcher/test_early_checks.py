@@ -257,6 +257,7 @@ def test_a_run_that_is_finished_is_not_checked_again(finished: Path, recipe_path
     assert AutoConfig.from_pretrained(finished / "merge" / "chat").model_type == "llama"
 
 
+@pytest.mark.slow
 def test_the_plan_shows_paths_as_they_are(recipe_path: Path, texts: Path) -> None:
     """Brackets are no markup, and a long path is on one line."""
     pattern = f"{texts}/[k]o.jsonl"

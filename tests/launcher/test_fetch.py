@@ -155,7 +155,12 @@ def test_a_fetch_that_is_stopped_says_so(server: HubServer, command: Command) ->
     assert "stopped by SIGTERM; the same command continues" in stopped.stderr
 
 
-@pytest.mark.parametrize("name", ["plan", "run", "preflight"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["plan", *(pytest.param(name, marks=SLOW) for name in ("run", "preflight"))]
+)
 def test_what_the_cache_lacks_is_reported_before_the_first_stage(
     server: HubServer, command: Command, name: str, tmp_path: Path
 ) -> None:
@@ -198,6 +203,7 @@ def test_two_commits_of_a_model_are_two_keys(
     assert newer == again != older
 
 
+@pytest.mark.slow
 def test_text_of_the_hub_is_fetched_and_tokenised_without_a_network(
     server: HubServer, command: Command, text: dict[str, list[str]], tmp_path: Path
 ) -> None:
@@ -241,6 +247,7 @@ def test_a_half_fetched_dataset_is_not_taken_for_a_smaller_one(
     assert "and the hub cannot be reached (Connection refused)" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_text_of_the_hub_is_checked_before_the_first_stage(
     server: HubServer, command: Command, text: dict[str, list[str]]
 ) -> None:

@@ -1,189 +1,169 @@
-"""`cpt-merge init` writes a recipe that loads, says why, and passes its plan."""
+"""`cpt-merge init`: what it finds, what it chooses, what it writes, and what it refuses."""
 
-import shutil
+import os
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from cpt_merge.core.errors import UserError
-from cpt_merge.launcher.init import Options, init
-from cpt_merge.launcher.inspection import guess_language, inspect_text, parse_machine
+from cpt_merge.launcher import choosing
+from cpt_merge.launcher.cli import main
+from cpt_merge.launcher.init import Asked, TextFacts, inspect_text, write_recipe
 from cpt_merge.launcher.recipe import load_recipe
-from tests.command_line import Done, cpt_merge
+from cpt_merge.tokenizer_ext.base_tokenizer import read_base
+from tests.command_line import cpt_merge
 
-ENGLISH = "en=en.jsonl"
-GPU = "1xrtx4090"  # the plan for a machine that is not here takes no time
-
-
-@pytest.fixture
-def here(tmp_path: Path, pair: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a pair and text, which is the current one."""
-    for name in ("base", "chat"):
-        (tmp_path / name).symlink_to(pair / name)
-    for name in ("ko", "zh_tw", "en"):
-        (tmp_path / f"{name}.jsonl").symlink_to(texts / f"{name}.jsonl")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+ROOT = Path(__file__).parents[2]
 
 
-def ask(*more: str, machine: str = GPU) -> Done:
-    pair = ("--base", "base", "--chat", "chat")
-    return cpt_merge("init", *pair, "--machine", machine, *more, "--out", "my.yaml")
+def asked(pair: Path, texts: Path, out: Path, *languages: str, **more: object) -> Asked:
+    text = [(tag, str(texts / f"{tag}.jsonl")) for tag in languages]
+    return Asked(str(pair / "base"), str(pair / "chat"), text, out, **more)  # type: ignore[arg-type]
 
 
-def test_a_recipe_loads_and_passes_its_plan_and_every_choice_has_a_reason(here: Path) -> None:
-    done = ask("--text", "ko=ko.jsonl", "--text", "zh_tw.jsonl", "--text", ENGLISH)
-    assert done.returncode == 0, done.stderr
-    assert "cpt-merge run my.yaml" in done.stdout + done.stderr
-    recipe = load_recipe(here / "my.yaml", [])
-    assert recipe.corpus.languages() == ["ko", "zh_tw", "en"]
-    assert recipe.corpus.shares["en"] == 0.15
-    assert set(recipe.tokenizer.new_pieces) == {"ko", "zh_tw"}
-    assert [phase.train for phase in recipe.training.phases] == ["new_rows", "all"]
-    assert recipe.training.sequence_length == 256, "the model has no more positions"
-    optimizer = recipe.training.optimizer
-    assert optimizer.embedding_learning_rate == 3 * optimizer.learning_rate
-    lines = (here / "my.yaml").read_text(encoding="utf-8").splitlines()
-    assert any("ko: the base takes" in line and line.startswith("  #") for line in lines)
-    assert "warning" not in done.stdout + done.stderr
+def test_a_recipe_with_a_reason_for_each_choice(
+    pair: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine.yaml"
+    write_recipe(asked(pair, texts, out, "ko", "en"))
+    written, recipe = out.read_text(encoding="utf-8"), load_recipe(out, [])
+    assert recipe.name == "mine"
+    assert 0 < recipe.tokenizer.new_pieces["ko"] <= choosing.NEW_PIECES["ko"]
+    assert [(one.language, one.weight) for one in recipe.corpus.sources] == [
+        ("ko", 0.85), ("en", 0.15)
+    ]  # fmt: skip
+    rates = choosing.of_size(0)
+    assert recipe.training.optimizer.learning_rate == rates.learning_rate
+    assert recipe.training.optimizer.embedding_learning_rate == rates.vocabulary_learning_rate
+    assert recipe.training.sequence_length == 256, "the base has no more positions"
+    assert (recipe.training.precision, recipe.training.schedule.shape) == ("fp32", "wsd")
+    for reason in ("Replay of English", "tokens per character", "No GPU was named", "Breeze"):
+        assert reason in written
+    assert "WARNING" not in written
+    assert "tokens per character; new pieces: " in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.slow  # a whole run
-def test_a_run_of_the_written_recipe_finishes(here: Path) -> None:
-    assert ask("--text", "ko=ko.jsonl", "--text", ENGLISH, machine="cpu").returncode == 0
-    small = ("training.tokens=4k", "evaluation.max_prompts=1", "evaluation.max_new_tokens=8")
-    done = cpt_merge(
-        "run", "my.yaml", *small, "training.phases.0.tokens=2k", "training.global_batch_size=2"
+def test_without_english_it_warns(
+    pair: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine.yaml"
+    write_recipe(asked(pair, texts, out, "ko"))
+    assert "# WARNING: there is no English text." in out.read_text()
+    assert "no English text is given, so the model will forget" in capsys.readouterr().err
+
+
+def test_for_named_gpus_it_writes_what_makes_the_run_fit(
+    pair: Path, texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine.yaml"
+    small = {"gpu": "memory=2.0013,tflops=100,bandwidth=900", "gpus": 2}
+    write_recipe(asked(pair, texts, out, "ko", "en", **small))
+    training = load_recipe(out, []).training
+    assert training.precision in ("bf16", "pure-bf16")
+    assert training.global_batch_size % 2 == 0
+    assert "So that it fits the memory of" in out.read_text()
+
+
+def test_pieces_that_save_little_are_left_out() -> None:
+    curve = [(0, 2.0), (1000, 0.6), (2000, 0.502), (3000, 0.5)]
+    found = TextFacts("ko", ["x"], 1e6, 2.0, curve)
+    assert (found.pieces, found.after) == (2000, 0.5)
+    assert TextFacts("ko", ["x"], 1e6, 0.7).pieces == 0, "the base's tokenizer is good enough"
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [(1e8, 4e8), (1e9, 2e9), (3e9, 3e9), (1e12, choosing.MOST)]
+)
+def test_little_text_is_read_again_and_much_is_capped(text: float, tokens: float) -> None:
+    assert choosing.budget(text) == tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "step"), [(10**6, 2**13), (10**9, 2**19), (10**10, 2**22), (10**12, 2**22)]
+)
+def test_a_step_leaves_a_thousand_of_them(tokens: int, step: int) -> None:
+    assert choosing.step_tokens(tokens) == pytest.approx(step, rel=1.01)
+
+
+def test_the_document_has_the_tables_of_the_code() -> None:
+    assert choosing.tables() in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+
+
+def test_what_is_refused_before_anything_is_written(
+    pair: Path, texts: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there.yaml"
+    there.touch()
+    new = tmp_path / "new.yaml"
+    wrong = Asked(str(pair / "base"), str(pair / "chat"), [("ko", str(texts / "en.jsonl"))], new)
+    absent = Asked(str(pair / "base"), str(pair / "chat"), [("ko", str(texts / "no.jsonl"))], new)
+    for one, sentence in (
+        (asked(pair, texts, there, "ko"), "exists; give another name"),
+        (asked(pair, texts, tmp_path / "new.txt", "ko"), "end it in .yaml"),
+        (asked(pair, texts, new, "en"), "all text is English"),
+        (asked(pair / "no", texts, new, "ko"), "does not exist"),
+        (wrong, "only 0% of the letters are in the script of Korean"),
+        (absent, "does not exist"),
+        (asked(pair, texts, new, "ko", gpu="h1000"), "the GPU 'h1000' is not known"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            write_recipe(one)
+    assert not new.exists()
+
+
+def test_on_no_terminal_it_asks_nothing(tmp_path: Path) -> None:
+    done = cpt_merge("init", tmp_path / "a.yaml")
+    assert done.returncode == 2
+    assert "--base is missing, and there is no terminal to ask on" in done.stderr
+
+
+def test_words_of_text(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["init", str(tmp_path / "a.yaml"), "--base", str(pair / "base"), "--chat", "x"]
+    assert main([*arguments, "--text", "ko.jsonl"]) == 2
+    assert "--text ko.jsonl is not of the form TAG=PATH" in " ".join(
+        capsys.readouterr().err.split()
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (here / "runs" / "my" / "merge" / "chat" / "config.json").is_file()
 
 
-def test_without_english_text_init_plan_and_recipe_warn(here: Path) -> None:
-    done = ask("--text", "ko=ko.jsonl")
-    assert done.returncode == 0
-    assert (done.stdout + done.stderr).count("there is no English text") == 2
-    assert "# WARNING: there is no English text" in (here / "my.yaml").read_text(encoding="utf-8")
+@pytest.mark.slow
+def test_a_terminal_is_asked_for_what_is_missing(pair: Path, texts: Path, tmp_path: Path) -> None:
+    """A real terminal, on which a person types."""
+    import pty
+    import subprocess
+    import sys
+
+    out, (ours, theirs) = tmp_path / "asked.yaml", pty.openpty()
+    words = [sys.executable, "-m", "cpt_merge", "init", str(out), "--base", str(pair / "base")]
+    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT)
+    os.close(theirs)
+    answers = [pair / "chat", f"ko={texts / 'ko.jsonl'}", f"en={texts / 'en.jsonl'}", "", "none"]
+    os.write(ours, "".join(f"{answer}\n" for answer in answers).encode())
+    said = b""
+    while process.poll() is None or said.count(b"next: ") == 0:
+        try:
+            said += os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert process.wait() == 0, said.decode(errors="replace")
+    assert load_recipe(out, []).corpus.languages() == ["ko", "en"]
 
 
-def test_a_file_is_only_replaced_when_asked(here: Path) -> None:
-    (here / "my.yaml").write_text("mine", encoding="utf-8")
-    done = ask("--text", "ko=ko.jsonl")
-    assert done.returncode == 2
-    assert "my.yaml exists" in done.stderr
-    assert (here / "my.yaml").read_text(encoding="utf-8") == "mine"
-    assert ask("--text", "ko=ko.jsonl", "--overwrite").returncode == 0
-    assert load_recipe(here / "my.yaml", []).name == "my"
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (("--text", "none.jsonl"), "text source none.jsonl does not exist"),
-        (
-            ("--text", "ko=zh_tw.jsonl"),
-            "0% of the letters are Hangul, so it is not in ko; it looks",
-        ),
-        (("--text", "kr=ko.jsonl"), "language 'kr' is not known; use ko."),
-        (("--text", ENGLISH), "there is only English text"),
-        (("--text", "ko=ko.jsonl", "--machine", "1xfoo"), "the GPU 'foo' is not known"),
-        (("--text", "ko=ko.jsonl", "--machine", "one"), "machine 'one' is none of this, cpu"),
-        ((), "give --text; there is no terminal"),
-    ],
-)
-def test_a_wrong_answer_is_one_sentence_and_writes_nothing(
-    here: Path, options: tuple[str, ...], sentence: str
+def test_a_long_text_is_estimated_from_its_start(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = ask(*options)
-    assert done.returncode == 2
-    assert sentence in " ".join(done.stderr.split())
-    assert not (here / "my.yaml").exists()
+    path = tmp_path / "ko.txt"
+    path.write_text("가나다라 마바사아\n" * 4000, encoding="utf-8")
+    monkeypatch.setattr("cpt_merge.launcher.init.SAMPLE", 9000)
+    found = inspect_text("ko", [str(path)], read_base(pair / "base"))
+    assert found.characters == pytest.approx(4000 * 9, rel=0.15)
 
 
-def test_a_chat_model_of_another_base_is_doubted(here: Path) -> None:
-    shutil.copytree(here / "chat", here / "stranger")
-    weights = load_file(here / "stranger" / "model.safetensors")
-    torch.manual_seed(1)
-    random = {name: torch.randn_like(one) for name, one in weights.items()}
-    save_file(random, here / "stranger" / "model.safetensors", metadata={"format": "pt"})
-    done = cpt_merge(
-        "init", "--base", "base", "--chat", "stranger", "--text", "ko=ko.jsonl", "--text", ENGLISH,
-        "--machine", GPU,
-    )  # fmt: skip
-    assert "warning: " in done.stdout + done.stderr
-
-
-def test_on_a_terminal_it_asks_until_an_answer_is_good(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers = iter(["nowhere", "base", "chat", "ko=zh_tw.jsonl", "ko=ko.jsonl", ENGLISH, "",
-                    "banana", GPU, "taken.yaml", ""])  # fmt: skip
-    (here / "taken.yaml").touch()
-    monkeypatch.setattr("builtins.input", lambda question: next(answers))
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    init(Options(None, None, [], None, None, overwrite=False))
-    assert list(answers) == []
-    assert load_recipe(here / "base-ko.yaml", []).corpus.languages() == ["ko", "en"]
-
-
-@pytest.mark.parametrize("ending", [KeyboardInterrupt, EOFError])
-def test_ctrl_c_and_ctrl_d_write_nothing(
-    here: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
-) -> None:
-    def stop(question: str) -> str:
-        raise ending
-
-    monkeypatch.setattr("builtins.input", stop)
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    with pytest.raises(SystemExit) as end:
-        init(Options("base", None, [], None, None, overwrite=False))
-    assert end.value.code == 130
-    assert list(here.glob("*.yaml")) == []
-
-
-def test_machines() -> None:
-    assert parse_machine("8 x H100").ranks == 8
-    cluster = parse_machine("slurm:2x8xrtx4090")
-    assert (cluster.gpu, cluster.nodes, cluster.gpus, cluster.slurm) == ("rtx4090", 2, 8, True)
-    assert parse_machine("cpu").ranks == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
-def test_a_login_node_without_gpus_asks_for_those_of_its_nodes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
-    (tmp_path / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="has Slurm and no GPU; name those of its nodes, such as"):
-        parse_machine("this")
-
-
-@pytest.mark.parametrize(
-    ("text", "language"),
-    [
-        ("오늘은 날씨가 좋습니다.", "ko"),
-        ("這個問題很簡單,我們來說說看吧。", "zh_tw"),
-        ("这个问题很简单,我们来说说看吧。", "zh_cn"),
-        ("今日はとても良い天気ですね。", "ja"),
-        ("The weather is nice.", "en"),
-        ("Сегодня хорошая погода.", None),
-    ],
-)
-def test_the_language_of_text_is_recognised(text: str, language: str | None) -> None:
-    assert guess_language(text) == language
-
-
-def test_the_size_of_a_source_that_is_not_read_whole_is_estimated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cpt_merge.launcher.inspection.SAMPLE", 1000)
-    path = tmp_path / "lang=x" / "ko.txt"
-    path.parent.mkdir()
-    path.write_text("가나다라마바사아자차\n" * 5000, encoding="utf-8")
-    facts = inspect_text(str(path))
-    assert facts.language == "ko"
-    assert facts.documents == 100
-    assert facts.characters == pytest.approx(50_000, rel=0.05)
+@pytest.mark.slow
+def test_the_written_recipe_makes_a_chat_model(pair: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.yaml"
+    write_recipe(asked(pair, texts, out, "ko", "en"))
+    short = ["training.tokens=32768", "training.phases=[]", f"runs={tmp_path}"]
+    done = cpt_merge("run", out, *short, "evaluation.max_new_tokens=4", "evaluation.max_prompts=2")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "small" / "merge" / "chat" / "config.json").is_file()

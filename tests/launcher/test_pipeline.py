@@ -52,6 +52,7 @@ def test_a_second_run_does_nothing(finished: Path, recipe_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == stamps
 
 
+@pytest.mark.slow
 def test_a_changed_setting_runs_again_what_depends_on_it(
     finished: Path, recipe_path: Path, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_the_preview_asks_in_the_merged_models_ids(recipe_path: Path, resized: l
     assert interview.ends == set(plan.format.stop_ids)
 
 
+@pytest.mark.slow
 def test_a_chat_model_without_a_template_is_refused_before_the_first_stage(
     recipe_path: Path, pair: Path, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def wrapper_recipe(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Pat
     return path
 
 
+@pytest.mark.slow
 def test_the_plan_tells_towers_from_what_is_trained(wrapper_recipe: Path) -> None:
     base = load_file(wrapper_recipe.parent / "base" / "model.safetensors")
     text = sum(v.numel() for n, v in base.items() if n.startswith("language_model"))

@@ -74,6 +74,7 @@ def blocks_written(out):
     "settings",
     [pytest.param(ADD, id="add"), pytest.param(TIES, id="ties", marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_in_the_same_bytes(
     untied, tmp_path, tracker, command, settings
 ):
@@ -94,6 +95,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(
     assert not out.with_name("out.tmp").exists()
 
 
+@pytest.mark.slow
 def test_what_was_written_is_not_written_again(untied, tmp_path, command):
     out = tmp_path / "out"
     process = command(untied, out, hold=40)

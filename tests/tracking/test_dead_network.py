@@ -18,8 +18,18 @@ def start(directory: Path):
     return start_tracker(TrackingConfig(), "training", "demo", "g", directory, {}, "cut")
 
 
-@pytest.mark.parametrize("way", ["stopped", "hangs"])
-@pytest.mark.parametrize("media", [False, True], ids=["rows", "tables"])
+@pytest.mark.parametrize(
+    ("way", "media"),
+    [
+        pytest.param("hangs", True, id="tables-hangs"),
+        *(
+            pytest.param(way, media, id=f"{kind}-{way}", marks=pytest.mark.slow)
+            for way, media, kind in (
+                ("stopped", True, "tables"), ("stopped", False, "rows"), ("hangs", False, "rows")
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_a_server_that_goes_away_slows_nothing_and_sync_uploads_the_rest(
     way: str, media: bool, tmp_path: Path, server, capfd, monkeypatch
 ) -> None:

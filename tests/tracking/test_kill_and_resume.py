@@ -103,6 +103,7 @@ def test_offline_and_synced_rows_equal_what_was_logged(
 
 
 @pytest.mark.parametrize("after", CASES)
+@pytest.mark.slow
 def test_online_rows_equal_what_was_logged(
     after: list[float], tmp_path: Path, server, processes
 ) -> None:
@@ -188,7 +189,7 @@ tracker.finish()
 """
 
 
-@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("mode", ["offline", pytest.param("online", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "moments", ["1.5", pytest.param("1,1.5", marks=pytest.mark.slow)], ids=["once", "twice"]
 )

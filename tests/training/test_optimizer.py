@@ -43,7 +43,7 @@ def test_groups(model: Path) -> None:
     config = TrainingConfig(**CONFIG)
     module = build_model(model, config)
     load_weights(module, model, torch.device("cpu"))
-    optimizer = build_optimizer(module, config, Phase(0, "all", 0, 1, 0.1, 0.3))
+    optimizer = build_optimizer(module, config, Phase(0, "all", 0, 1, 0.1, 0.3, config.context))
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

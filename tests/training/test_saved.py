@@ -25,7 +25,7 @@ Finished = Callable[..., FinishedRun]
 BACKENDS = [
     ("fsdp2", 1),
     ("fsdp2", 2),
-    ("zero2", 2),
+    pytest.param("zero2", 2, marks=pytest.mark.slow),
     pytest.param("hsdp", 4, marks=pytest.mark.slow),
     pytest.param("zero1", 2, marks=pytest.mark.slow),
     pytest.param("zero3", 2, marks=pytest.mark.slow),

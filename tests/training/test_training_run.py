@@ -86,7 +86,7 @@ def test_stopped_by_a_signal_to_one_rank_and_resumed_it_is_bit_for_bit_the_same(
         pytest.param(("fsdp2", 2), ("fsdp2", 4), marks=pytest.mark.slow),
         pytest.param(("fsdp2", 2), ("hsdp", 4), marks=pytest.mark.slow),
         pytest.param(("hsdp", 4), ("fsdp2", 2), marks=pytest.mark.slow),
-        (("zero2", 2), ("zero2", 1)),
+        pytest.param(("zero2", 2), ("zero2", 1), marks=pytest.mark.slow),
         pytest.param(("zero1", 2), ("zero3", 4), marks=pytest.mark.slow),
         pytest.param(("zero3", 2), ("zero1", 4), marks=pytest.mark.slow),
         pytest.param(("zero3", 2), ("zero2-offload", 4), marks=pytest.mark.slow),

@@ -58,6 +58,7 @@ def test_real_nodes_are_compared_and_bad_ones_named(
     assert list(judgement["bad"]) == ["node3", "node4", "node5"]
 
 
+@pytest.mark.slow
 def test_what_would_stop_any_node_is_found_before_the_others_are_asked(
     job: Callable[..., PreflightJob],
 ) -> None:

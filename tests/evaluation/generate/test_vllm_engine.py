@@ -63,6 +63,7 @@ def alive(pid):
     return False
 
 
+@pytest.mark.slow
 def test_each_process_starts_one_for_the_model_and_the_metrics_are_the_same(
     both, prompts_file, starts, tmp_path
 ):

@@ -138,6 +138,7 @@ def peak_of_a_step(tokens: int) -> int:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_vocabulary_times_tokens() -> None:
     """8 times the tokens have 143 MB more of logits; the peak grows by less than a tenth of that."""
     few, many = (run_ranks(peak_of_a_step, 1, tokens)[0] for tokens in (512, 4096))
