@@ -16,6 +16,7 @@ EPOCHS = 4.0  # of the text, if there is little
 LEAST_STEPS = 1000  # fewer only if there is too little text
 STEP_TOKENS = (2**13, 2**22)  # fewest and most of a step
 SEQUENCE_LENGTH = 4096
+LORA_RATE = 2e-4  # of adapters, embedding and head
 GAIN_LEFT = 0.02  # pieces that save fewer tokens than this share are not added
 NEW_ROWS_SHARE, VOCABULARY_SHARE = 0.02, 0.03  # of the tokens, before every weight is trained
 
@@ -58,7 +59,7 @@ PUBLISHED = (
     ),
     PublishedRun(
         "Chinese-LLaMA-2", "LLaMA-2 7B, 13B", "23,296 (zh_cn)", "120 GB",
-        "LoRA, embedding and head in full", "[repository](https://github.com/ymcui/Chinese-LLaMA-Alpaca-2)",
+        "LoRA of rank 64 at 2e-4, embedding and head in full", "[repository](https://github.com/ymcui/Chinese-LLaMA-Alpaca-2)",
     ),
     PublishedRun(
         "TAIDE-LX-7B", "LLaMA-2 7B", "24,720 (zh_tw)", "41.4B tokens", "",

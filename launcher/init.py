@@ -6,7 +6,7 @@ import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,12 @@ from cpt_merge.core.hub_repository import Repository
 from cpt_merge.core.languages import find_language, script_share
 from cpt_merge.core.progress import counted, say
 from cpt_merge.data.sources import Corpus, Source, read_source, source_files, text_bytes_at_most
+from cpt_merge.evaluation.chinese import SCRIPT_OF, other_script_characters
 from cpt_merge.launcher import choosing
 from cpt_merge.launcher.sizes import shape_of, shape_on_the_hub
+from cpt_merge.merge import merge_report
+from cpt_merge.merge.ancestry import pair_warnings
+from cpt_merge.merge.fit import open_fitting
 from cpt_merge.tokenizer_ext.base_tokenizer import Base, read_base
 from cpt_merge.tokenizer_ext.config import TokenizerConfig
 from cpt_merge.tokenizer_ext.families.tokenizer_json import Content, build
@@ -132,6 +136,7 @@ def inspect_text(language: str, paths: Sequence[str], base: Base) -> TextFacts:
             f"--text {language}={paths[0]}: only {share:.0%} of the letters are in the script of "
             f"{find_language(language).name}; correct the language or the file."
         )
+    _check_chinese_script(f"--text {language}={paths[0]}", language, text[:FERTILITY_SAMPLE])
     characters = float(len(text))
     if not whole:
         sizes = sum(text_bytes_at_most(file, one) for one in sources for file in source_files(one))
@@ -151,6 +156,33 @@ def inspect_text(language: str, paths: Sequence[str], base: Base) -> TextFacts:
     measured = Fertility(language, len(sample), size, (0, 0), (0, 0), 0, tokens)
     curve = gain_curve(learned.pieces, {}, measured, learned.characters)
     return TextFacts(language, list(paths), characters, facts.before, curve)
+
+
+def _check_chinese_script(where: str, language: str, text: str) -> None:
+    """Raise `UserError` for Chinese text that is rather in the other Chinese script."""
+    if language not in SCRIPT_OF:
+        return
+    opposite = "zh_tw" if language == "zh_cn" else "zh_cn"
+    other = other_script_characters(text, language)
+    own = other_script_characters(text, opposite)
+    if other > own:
+        raise UserError(
+            f"{where}: {other:,} characters are only in the other Chinese script and {own:,} only "
+            f"in that of {language}; correct the language (probably {opposite}), or convert the "
+            "text (`convert`, docs/data.md)."
+        )
+
+
+def check_pair(base: str, chat: str) -> None:
+    """Raise `UserError` for models that do not fit; say what is probably wrong with a pair.
+
+    Models of the hub that are not downloaded are checked by `run`.
+    """
+    if not (is_here(base) and is_here(chat)):
+        return
+    directories = {"base": model_directory(base), "chat": model_directory(chat)}
+    open_fitting(directories)
+    merge_report.warn(pair_warnings(directories["base"], directories["chat"]))
 
 
 def count_tokens(content: Content, texts: Sequence[str]) -> Counter[str]:
@@ -211,6 +243,7 @@ def write_recipe(asked: Asked) -> None:
     if asked.out.suffix not in (".yaml", ".yml"):
         raise UserError(f"{asked.out} is no name of a recipe; end it in .yaml.")
     base = inspect_base(asked.base)
+    check_pair(asked.base, asked.chat)
     paths: dict[str, list[str]] = {}
     for language, path in asked.text:
         paths.setdefault(find_language(language).tag, []).append(path)
@@ -387,20 +420,28 @@ def _add_training(
         f"  global_batch_size: {values['global_batch_size']}",
         f"{step:,} tokens a step, {-(-tokens // step):,} steps.",
     )
-    recipe.add(
-        f"  precision: {values['precision']}",
-        "" if asked.gpu else "No GPU was named; on one, write bf16.",
-    )
     fit = _fitting(asked, base, values, sum(pieces.values()))
     fits = f"So that it fits the memory of {asked.gpu}."
+    precise = "" if asked.gpu else "No GPU was named; on one, write bf16."
+    recipe.add(
+        f"  precision: {fit.get('precision', values['precision'])}",
+        fits if "precision" in fit else precise,
+    )
     for name, value in fit.items():
         section, dot, inner = name.partition(".")
-        if section != "optimizer":
+        if section not in ("optimizer", "precision"):
             recipe.add(f"  {section}: {{{inner}: {value}}}" if dot else f"  {name}: {value}", fits)
     rate = (
         f"For {size / 1e6:,.0f} M parameters; published runs of 7B take 1e-6 (Breeze) to 1e-5 "
         "(llama-2-ko), others more: try half and twice."
     )
+    if "lora.rank" in fit:
+        rates = replace(
+            rates,
+            learning_rate=choosing.LORA_RATE,
+            vocabulary_learning_rate=choosing.LORA_RATE,
+        )
+        rate = "Adapters take a higher rate: this is Chinese-LLaMA-2's."
     recipe.add("  optimizer:")
     recipe.add(f"    learning_rate: {rates.learning_rate:g}", rate)
     if pieces:
@@ -423,6 +464,10 @@ def _add_training(
             recipe.add(f"    - {{train: {train}, tokens: {_short(part)}}}")
         recipe.add("    - {train: all}")
     recipe.add("")
+    if fit and asked.cluster and asked.cluster.cluster.ranks == 1:
+        fsdp = "The memory is estimated for FSDP2, which a single process has to be asked for."
+        recipe.add("launch: {accelerate_config: fsdp2}", fsdp)
+        recipe.add("")
 
 
 def _fitting(asked: Asked, base: BaseFacts, values: dict[str, Any], pieces: int) -> dict[str, str]:

@@ -59,6 +59,12 @@ def show_plan(recipe: Recipe, cluster: ClusterOptions | None = None, fit: bool =
     ]
     console.print("stages: " + ", ".join(states))
     _print_text(console, run)
+    if "en" not in recipe.corpus.languages():
+        console.print(
+            "[yellow]warning[/]: there is no English text, so the model will forget some of what "
+            "it knows; add a source with `language: en`.",
+            soft_wrap=True,
+        )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     _add_model(table, recipe, base, shape)
     if processes:

@@ -1,14 +1,17 @@
 """`cpt-merge init`: what it finds, what it chooses, what it writes, and what it refuses."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher import choosing
 from cpt_merge.launcher.cli import main
-from cpt_merge.launcher.init import Asked, TextFacts, inspect_text, write_recipe
+from cpt_merge.launcher.init import Asked, TextFacts, check_pair, inspect_text, write_recipe
 from cpt_merge.launcher.recipe import load_recipe
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base
 from tests.command_line import cpt_merge
@@ -62,6 +65,54 @@ def test_for_named_gpus_it_writes_what_makes_the_run_fit(
     assert training.precision in ("bf16", "pure-bf16")
     assert training.global_batch_size % 2 == 0
     assert "So that it fits the memory of" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "precision", "rate"),
+    [
+        ({"precision": "pure-bf16", "lora.rank": "64"}, "pure-bf16", choosing.LORA_RATE),
+        ({"offload": "all"}, "bf16", choosing.of_size(0).learning_rate),
+    ],
+)
+def test_what_makes_the_run_fit_replaces_what_was_chosen(
+    pair: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    overrides: dict[str, str], precision: str, rate: float,
+) -> None:  # fmt: skip
+    """A key that occurs twice, or offloading without FSDP2, would not pass the plan."""
+    out = tmp_path / "mine.yaml"
+    monkeypatch.setattr("cpt_merge.launcher.init._fitting", lambda *_: overrides)
+    write_recipe(asked(pair, texts, out, "ko", "en", gpu="rtx4090"))
+    recipe = load_recipe(out, [])
+    assert recipe.training.precision == precision
+    assert recipe.training.optimizer.learning_rate == rate
+    assert recipe.launch.accelerate_config == "fsdp2"
+
+
+def test_text_in_the_other_chinese_script_is_refused(pair: Path, tmp_path: Path) -> None:
+    path = tmp_path / "zh.txt"
+    path.write_text("這個問題很簡單，我們來說說看吧。\n" * 50, encoding="utf-8")
+    base = read_base(pair / "base")
+    with pytest.raises(UserError, match=r"other Chinese script .* \(probably zh_tw\)"):
+        inspect_text("zh_cn", [str(path)], base)
+
+
+def test_a_chat_model_that_does_not_belong_to_the_base_is_found_before_anything_is_written(
+    pair: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, stranger = tmp_path / "new.yaml", tmp_path / "stranger"
+    shutil.copytree(pair / "chat", stranger)
+    weights = load_file(stranger / "model.safetensors")
+    torch.manual_seed(1)
+    noise = {name: torch.randn_like(one) for name, one in weights.items()}
+    save_file(noise, stranger / "model.safetensors", metadata={"format": "pt"})
+    check_pair(str(pair / "base"), str(stranger))
+    assert "probably not chat's ancestor" in " ".join(capsys.readouterr().err.split())
+    noise.popitem()
+    save_file(noise, stranger / "model.safetensors", metadata={"format": "pt"})
+    text = [("ko", str(texts / "ko.jsonl"))]
+    with pytest.raises(UserError, match="do not fit together"):
+        write_recipe(Asked(str(pair / "base"), str(stranger), text, out))
+    assert not out.exists()
 
 
 def test_pieces_that_save_little_are_left_out() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cpt_merge.cluster.plan import ClusterOptions
 from cpt_merge.launcher.plan import show_plan
 from cpt_merge.launcher.recipe import load_recipe
 
@@ -18,3 +19,14 @@ def test_each_kind_of_phase_has_its_own_memory(
         assert words.count(f"memory per rank, {kind} ") == 1
     show_plan(load_recipe(recipe_path, []))
     assert "memory per rank 0." in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_recipe_without_english_text_is_warned_about(
+    recipe_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = ClusterOptions("h100", gpus_per_node=2)
+    show_plan(load_recipe(recipe_path, []), elsewhere)
+    assert "no English text" not in " ".join(capsys.readouterr().out.split())
+    without = ["corpus.sources.2.language=ja", "evaluation.languages=[ko]"]
+    show_plan(load_recipe(recipe_path, without), elsewhere)
+    assert "warning: there is no English text" in " ".join(capsys.readouterr().out.split())
