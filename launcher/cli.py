@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cpt_merge import __version__
 from cpt_merge.core.deadline import STOP_AT, parse_stop_at
@@ -30,12 +31,24 @@ if TYPE_CHECKING:
     from cpt_merge.launcher.stage import Stage
 
 USAGE_ERROR, INTERRUPTED = 2, 75
+FIRST = ("init", "doctor", "plan", "run", "status", "submit", "chat", "report")  # in --help
+EVERYTHING = "cpt_merge.help_all"
 WITHOUT_RECIPE = {"merge": "merge-models", "evaluate": "evaluate-models"}
 _SAID: list[socket.socket] = []  # names that this process has taken until its end
 
+
+class _Commands(TyperGroup):
+    """`--help` lists the commands of a first run, and `--help-all` every one."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The commands that the help shows, in its order."""
+        listed = super().list_commands(ctx)
+        return listed if ctx.meta.get(EVERYTHING) else [one for one in FIRST if one in listed]
+
+
 app = typer.Typer(
-    name="cpt-merge", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+    name="cpt-merge", cls=_Commands, no_args_is_help=True, add_completion=False,
+    rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
 
 PLAN_HELP = (
@@ -64,12 +77,13 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-def _show_keys(asked: bool) -> None:
+def _show_everything(context: typer.Context, asked: bool) -> None:
     if asked:
         from cpt_merge.launcher.recipe import Recipe
         from cpt_merge.launcher.reference import as_text
 
-        print(as_text(Recipe, ""))
+        context.meta[EVERYTHING] = True
+        print(f"{context.get_help()}\n\nKeys of a recipe:\n\n{as_text(Recipe)}")
         raise typer.Exit
 
 
@@ -80,7 +94,12 @@ def options(
     ] = False,
     help_all: Annotated[
         bool,
-        typer.Option("--help-all", is_eager=True, callback=_show_keys, help="every recipe key"),
+        typer.Option(
+            "--help-all",
+            is_eager=True,
+            callback=_show_everything,
+            help="all commands, and all keys of a recipe",
+        ),
     ] = False,
 ) -> None:
     """Turn a base and chat pair and text in a new language into a chat model in that language."""

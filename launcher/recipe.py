@@ -211,13 +211,14 @@ class _RecipeLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping. Raises `_RepeatedKeyError`."""
-        seen: set[str] = set()
+        seen: dict[str, int] = {}
         for name, _ in node.value:
             if isinstance(name, yaml.ScalarNode):
+                line = name.start_mark.line + 1
                 if name.value in seen:
-                    line = name.start_mark.line + 1
-                    raise _RepeatedKeyError(f"line {line}: the key `{name.value}` occurs twice")
-                seen.add(name.value)
+                    lines = f"lines {seen[name.value]} and {line}"
+                    raise _RepeatedKeyError(f"{lines}: the key `{name.value}` occurs twice")
+                seen[name.value] = line
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 

@@ -18,7 +18,8 @@ Generated from the types by `make docs`; `cpt-merge keys [SECTION]` shows the sa
 YAML file with these sections. Any key can be overridden on the command line:
 `cpt-merge run RECIPE training.tokens=1_000_000`. `N` is the place of an item in a list, counted
 from 0, here, in messages and in overrides: `corpus.sources.0.weight=2`. Relative paths start at the
-directory that the command is called in.
+directory that the command is called in. Numbers of tokens may be written as `1B`, `500M` or `1e9`,
+and languages as `zh-TW`, `zh_Hant`, `ko-KR` or `EN`.
 
 """
 

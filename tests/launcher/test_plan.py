@@ -25,8 +25,9 @@ def test_a_recipe_without_english_text_is_warned_about(
     recipe_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     elsewhere = ClusterOptions("h100", gpus_per_node=2)
-    show_plan(load_recipe(recipe_path, []), elsewhere)
+    bf16 = "training.precision=bf16"
+    show_plan(load_recipe(recipe_path, [bf16]), elsewhere)
     assert "no English text" not in " ".join(capsys.readouterr().out.split())
-    without = ["corpus.sources.2.language=ja", "evaluation.languages=[ko]"]
+    without = [bf16, "corpus.sources.2.language=ja"]
     show_plan(load_recipe(recipe_path, without), elsewhere)
     assert "warning: there is no English text" in " ".join(capsys.readouterr().out.split())

@@ -169,8 +169,8 @@ def test_a_long_value_is_shortened_in_a_message(tmp_path: Path) -> None:
         ("a: [", "is not YAML"),
         ("- a", "not a mapping of sections"),
         ("name: x", "`models`, `corpus` and `training` are missing; set them."),
-        ("training:\n  tokens: 1\n  tokens: 2", "line 3: the key `tokens` occurs twice"),
-        ("name: x\nmodels: {}\nname: y", "line 3: the key `name` occurs twice"),
+        ("training:\n  tokens: 1\n  tokens: 2", "lines 2 and 3: the key `tokens` occurs twice"),
+        ("name: x\nmodels: {}\nname: y", "lines 1 and 3: the key `name` occurs twice"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_sentence(
