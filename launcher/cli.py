@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -373,19 +374,27 @@ def init(
 
     On a terminal it asks for what is not given.
     """
+    from cpt_merge.launcher import init as about
     from cpt_merge.launcher.init import Asked, next_commands, write_recipe
     from cpt_merge.launcher.plan import show_plan
     from cpt_merge.launcher.recipe import load_recipe
 
-    base = base or _ask("base", "Base model (a directory or a hub id)")
-    chat = chat or _ask("chat", "Its chat sibling")
+    about.check_out(out)  # before anything is asked
+    pair = base or _ask("base", "Base model (a directory or a hub id)", about.inspect_base)
+    chat = chat or _ask("chat", "Its chat sibling", lambda given: about.check_pair(pair, given))
     pairs = [_language_and_path(one) for one in text or _ask_text()]
-    if gpu is None and sys.stdin.isatty():
-        gpu = typer.prompt("GPU (h100, a100, rtx4090, ...; none: this CPU)", default="none")
+    here = about.gpus_here() if gpu is None else None
+    if gpu is None:
+        gpu = here[0] if here else "none"
+        if sys.stdin.isatty():
+            question = "GPU (h100, a100, rtx4090, ...; none: this CPU)"
+            gpu = str(typer.prompt(question, default=gpu, value_proc=_good(_check_gpu)))
+    if gpu != "none" and gpus is None:
+        gpus = here[1] if here and here[0] == gpu else 1
+        if sys.stdin.isatty():
+            gpus = typer.prompt("How many of them", default=gpus, type=int)
     gpu = None if gpu == "none" else gpu
-    if gpu and gpus is None and sys.stdin.isatty():
-        gpus = typer.prompt("How many of them", default=1, type=int)
-    asked = Asked(base, chat, pairs, out, gpu, gpus or 1, nodes)
+    asked = Asked(pair, chat, pairs, out, gpu, gpus or 1, nodes)
     write_recipe(asked)
     try:
         show_plan(load_recipe(out, []), asked.cluster)
@@ -396,20 +405,54 @@ def init(
     print(next_commands(out))
 
 
-def _ask(option: str, question: str) -> str:
+def _ask(option: str, question: str, check: Callable[[str], object]) -> str:
     if not sys.stdin.isatty():
         raise UserError(f"--{option} is missing, and there is no terminal to ask on; give it.")
-    return str(typer.prompt(question)).strip()
+    return str(typer.prompt(question, value_proc=_good(check)))
+
+
+def _good(check: Callable[[str], object]) -> Callable[[str], str]:
+    """Makes a prompt ask again for an answer of which `check` raises `UserError`."""
+
+    def checked(answer: str) -> str:
+        answer = answer.strip()
+        try:
+            check(answer)
+        except UserError as error:
+            raise typer.BadParameter(str(error)) from None
+        return answer
+
+    return checked
+
+
+def _check_gpu(name: str) -> None:
+    from cpt_merge.cluster.scaling import gpu_named
+
+    if name != "none":
+        gpu_named(name)
+
+
+def _check_text(word: str) -> None:
+    from cpt_merge.core.languages import find_language
+    from cpt_merge.launcher.init import read_sample
+
+    tag, path = _language_and_path(word)
+    read_sample(find_language(tag).tag, [path])
+
+
+def _check_more(word: str) -> None:
+    if word:
+        _check_text(word)
 
 
 def _ask_text() -> list[str]:
     """TAG=PATH words; an empty answer ends them."""
-    found = [_ask("text", "Text in the new language, as TAG=PATH (ko=ko.jsonl)")]
-    while True:
-        more = typer.prompt("More text, such as en=en.jsonl (nothing: no more)", default="")
-        if not more.strip():
-            return found
-        found.append(more.strip())
+    found = [_ask("text", "Text in the new language, as TAG=PATH (ko=ko.jsonl)", _check_text)]
+    more = "More text, such as en=en.jsonl (nothing: no more)"
+    check = _good(_check_more)
+    while word := str(typer.prompt(more, default="", show_default=False, value_proc=check)):
+        found.append(word)
+    return found
 
 
 def _language_and_path(word: str) -> tuple[str, str]:

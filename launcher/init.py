@@ -17,6 +17,7 @@ from cpt_merge.checkpoint.positions import positions_of
 from cpt_merge.checkpoint.tokenizer_files import TOKENIZER_FILES
 from cpt_merge.cluster.fit import fittings, shortest
 from cpt_merge.cluster.plan import ClusterOptions
+from cpt_merge.cluster.scaling import GPUS
 from cpt_merge.core.artifact import write_text
 from cpt_merge.core.config import as_count
 from cpt_merge.core.errors import UserError
@@ -127,16 +128,8 @@ def inspect_text(language: str, paths: Sequence[str], base: Base) -> TextFacts:
 
     Raises `UserError` for text that is hardly in the language.
     """
-    sources = [Source(path=path, language=language) for path in paths]
-    sample, whole = _sample(sources)
+    sources, sample, whole = read_sample(language, paths)
     text = "".join(sample)
-    share = script_share(text[:FERTILITY_SAMPLE], find_language(language).scripts)
-    if share < OWN_SCRIPT:
-        raise UserError(
-            f"--text {language}={paths[0]}: only {share:.0%} of the letters are in the script of "
-            f"{find_language(language).name}; correct the language or the file."
-        )
-    _check_chinese_script(f"--text {language}={paths[0]}", language, text[:FERTILITY_SAMPLE])
     characters = float(len(text))
     if not whole:
         sizes = sum(text_bytes_at_most(file, one) for one in sources for file in source_files(one))
@@ -156,6 +149,24 @@ def inspect_text(language: str, paths: Sequence[str], base: Base) -> TextFacts:
     measured = Fertility(language, len(sample), size, (0, 0), (0, 0), 0, tokens)
     curve = gain_curve(learned.pieces, {}, measured, learned.characters)
     return TextFacts(language, list(paths), characters, facts.before, curve)
+
+
+def read_sample(language: str, paths: Sequence[str]) -> tuple[list[Source], list[str], bool]:
+    """The sources of a language, documents from their start, and whether these are all.
+
+    Raises `UserError` for text that cannot be read or is hardly in the language.
+    """
+    sources = [Source(path=path, language=language) for path in paths]
+    sample, whole = _sample(sources)
+    start, where = "".join(sample)[:FERTILITY_SAMPLE], f"--text {language}={paths[0]}"
+    share = script_share(start, find_language(language).scripts)
+    if share < OWN_SCRIPT:
+        raise UserError(
+            f"{where}: only {share:.0%} of the letters are in the script of "
+            f"{find_language(language).name}; correct the language or the file."
+        )
+    _check_chinese_script(where, language, start)
+    return sources, sample, whole
 
 
 def _check_chinese_script(where: str, language: str, text: str) -> None:
@@ -238,10 +249,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 def write_recipe(asked: Asked) -> None:
     """Inspect, choose, and write the recipe. Raises `UserError` for what cannot be used."""
-    if asked.out.exists():
-        raise UserError(f"{asked.out} exists; give another name, or remove it.")
-    if asked.out.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{asked.out} is no name of a recipe; end it in .yaml.")
+    check_out(asked.out)
     base = inspect_base(asked.base)
     check_pair(asked.base, asked.chat)
     paths: dict[str, list[str]] = {}
@@ -256,6 +264,14 @@ def write_recipe(asked: Asked) -> None:
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(asked.out, text)
     say(f"init: wrote {asked.out}")
+
+
+def check_out(out: Path) -> None:
+    """Raise `UserError` for a file that is no recipe or exists."""
+    if out.exists():
+        raise UserError(f"{out} exists; give another name, or remove it.")
+    if out.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{out} is no name of a recipe; end it in .yaml.")
 
 
 def _summary(text: TextFacts) -> str:
@@ -493,6 +509,29 @@ def _short(tokens: int) -> str:
         if tokens >= times and as_count(text) == tokens:
             return text
     return f"{tokens:_}"
+
+
+def gpus_here() -> tuple[str, int] | None:
+    """This machine's GPUs, as `plan --gpu` names them, and how many there are.
+
+    None, with a message, if `--gpu` has to name them.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        if shutil.which("sbatch"):
+            say("init: no GPU is here, but Slurm is; name its GPUs by --gpu, --gpus and --nodes")
+        return None
+    about = torch.cuda.get_device_properties(0)
+    words = about.name.lower().replace(" ", "")
+    kinds = {gpu.name.partition("-")[0] for gpu in GPUS.values()}
+    kind = max((kind for kind in kinds if kind in words), key=len, default="")
+    same = [gpu for gpu in GPUS.values() if gpu.name.partition("-")[0] == kind]
+    if not same:
+        say(f"init: the speed of {about.name} is not known; give its numbers by --gpu")
+        return None
+    return min(same, key=lambda gpu: abs(gpu.memory - about.total_memory)).name, count
 
 
 def next_commands(out: Path) -> str:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from cpt_merge.core.errors import UserError
 from cpt_merge.launcher import choosing
 from cpt_merge.launcher.cli import main
-from cpt_merge.launcher.init import Asked, TextFacts, check_pair, inspect_text, write_recipe
+from cpt_merge.launcher.init import (
+    Asked,
+    TextFacts,
+    check_pair,
+    gpus_here,
+    inspect_text,
+    write_recipe,
+)
 from cpt_merge.launcher.recipe import load_recipe
 from cpt_merge.tokenizer_ext.base_tokenizer import read_base
 from tests.command_line import cpt_merge
@@ -168,6 +176,14 @@ def test_on_no_terminal_it_asks_nothing(tmp_path: Path) -> None:
     assert "--base is missing, and there is no terminal to ask on" in done.stderr
 
 
+def test_a_file_that_exists_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("mine", encoding="utf-8")
+    done = cpt_merge("init", tmp_path / "a.yaml")
+    assert done.returncode == 2
+    assert "exists; give another name" in " ".join(done.stderr.split())
+    assert (tmp_path / "a.yaml").read_text(encoding="utf-8") == "mine"
+
+
 def test_words_of_text(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["init", str(tmp_path / "a.yaml"), "--base", str(pair / "base"), "--chat", "x"]
     assert main([*arguments, "--text", "ko.jsonl"]) == 2
@@ -187,7 +203,9 @@ def test_a_terminal_is_asked_for_what_is_missing(pair: Path, texts: Path, tmp_pa
     words = [sys.executable, "-m", "cpt_merge", "init", str(out), "--base", str(pair / "base")]
     process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT)
     os.close(theirs)
-    answers = [pair / "chat", f"ko={texts / 'ko.jsonl'}", f"en={texts / 'en.jsonl'}", "", "none"]
+    wrong = [texts, f"ko={texts / 'en.jsonl'}", f"kr={texts / 'ko.jsonl'}", "h1000"]
+    answers = [wrong[0], pair / "chat", *wrong[1:3], f"ko={texts / 'ko.jsonl'}"]
+    answers += [f"en={texts / 'en.jsonl'}", "", wrong[3], "none"]
     os.write(ours, "".join(f"{answer}\n" for answer in answers).encode())
     said = b""
     while process.poll() is None or said.count(b"next: ") == 0:
@@ -197,7 +215,36 @@ def test_a_terminal_is_asked_for_what_is_missing(pair: Path, texts: Path, tmp_pa
             break
     os.close(ours)
     assert process.wait() == 0, said.decode(errors="replace")
+    assert said.count(b"Error: ") == len(wrong)
     assert load_recipe(out, []).corpus.languages() == ["ko", "en"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_a_login_node_without_gpus_is_told_to_name_those_of_its_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus_here() is None
+    assert "name its GPUs by --gpu" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("device", "gigabytes", "name"),
+    [
+        ("NVIDIA GeForce RTX 4090", 25.3, "rtx4090"), ("NVIDIA A100-SXM4-40GB", 42.3, "a100-40gb"),
+        ("NVIDIA H100 80GB HBM3", 85, "h100"), ("NVIDIA L40S", 48, "l40s"), ("NVIDIA L4", 24, "l4"),
+        ("NVIDIA Unheard", 24, None),
+    ],
+)  # fmt: skip
+def test_gpus_of_this_machine_are_named_as_in_plan(
+    monkeypatch: pytest.MonkeyPatch, device: str, gigabytes: float, name: str | None
+) -> None:
+    about = SimpleNamespace(name=device, total_memory=gigabytes * 1e9)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: about)
+    assert gpus_here() == (name and (name, 2))
 
 
 def test_a_long_text_is_estimated_from_its_start(
