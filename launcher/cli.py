@@ -774,6 +774,32 @@ def compare(
 
 
 @app.command()
+def push(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="a model: runs/NAME/merge/chat, ...")
+    ],
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="the repository on the hub")],
+    public: Annotated[
+        bool, typer.Option("--public", help="visible to everybody; private if not set")
+    ] = False,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", metavar="TAG", help="for a card that states none: llama2, ..."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="in place of a model that is there already")
+    ] = False,
+) -> None:
+    """Upload a model with its card to the Hugging Face hub, in one commit.
+
+    The same command continues an interrupted upload.
+    """
+    from cpt_merge.launcher.push import push as push_model
+
+    push_model(directory, name, public, licence, replace)
+
+
+@app.command()
 def dashboard(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -7,6 +7,7 @@ with hub() as server:
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -57,6 +58,8 @@ class HubServer(ThreadingHTTPServer):
         self.cuts: dict[str, list[int]] = {}
         self.holds: dict[str, int] = {}  # file -> after how many bytes it waits for `release`
         self.held, self.release = threading.Event(), threading.Event()
+        self.blobs: dict[str, bytes] = {}  # uploaded large files by their sha256
+        self.private: dict[str, bool] = {}  # of repositories that an upload made
         self.asked = 0  # requests of any kind
         self.requests: list[Request] = []
 
@@ -103,8 +106,86 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_POST(self) -> None:
-        """`/api/KINDs/NAME/paths-info/REVISION`."""
-        self.do_GET()
+        """`/api/KINDs/NAME/paths-info/REVISION`, and what an upload asks for."""
+        uploads = {
+            "/api/repos/create": self._create,
+            "/preupload/main": self._preupload,
+            ".git/info/lfs/objects/batch": self._batch,
+            "/commit/main": self._commit,
+            "/api/validate-yaml": lambda _: self._send_json({"errors": [], "warnings": []}),
+        }
+        path = self.path.partition("?")[0]
+        answer = next((one for end, one in uploads.items() if path.endswith(end)), None)
+        if answer is None:
+            self.do_GET()
+        elif not self.headers.get("Authorization"):
+            self._fail(401, "")
+        else:
+            answer(self.rfile.read(int(self.headers["Content-Length"])).decode())
+
+    def do_PUT(self) -> None:
+        """The content of a large file; the server cuts the connection as `cuts` of `PUT` says."""
+        size = int(self.headers["Content-Length"])
+        cuts = self.server.cuts.get("PUT")
+        if cuts:
+            self.rfile.read(min(size, cuts.pop(0)))
+            self.close_connection = True
+            self.connection.close()
+            return
+        content = self.rfile.read(size)
+        self.server.blobs[hashlib.sha256(content).hexdigest()] = content
+        self._send_json({})
+
+    def _create(self, body: str) -> None:
+        asked = json.loads(body)
+        name = (
+            f"{asked['organization']}/{asked['name']}"
+            if asked.get("organization")
+            else asked["name"]
+        )
+        if ("model", name) in self.server.repositories:
+            self._send_json({"error": "it exists", "url": f"{self.server.address}/{name}"}, 409)
+            return
+        self.server.push("model", name, {".gitattributes": b""})
+        self.server.private[name] = (
+            asked.get("visibility") == "private" or asked.get("private") is True
+        )
+        self._send_json({"url": f"{self.server.address}/{name}", "name": name, "id": name})
+
+    def _preupload(self, body: str) -> None:
+        files = [
+            {
+                "path": one["path"],
+                "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for one in json.loads(body)["files"]
+        ]
+        self._send_json({"files": files})
+
+    def _batch(self, body: str) -> None:
+        objects = []
+        for one in json.loads(body)["objects"]:
+            upload = {"href": f"{self.server.address}/blob/{one['oid']}"}
+            known = one["oid"] in self.server.blobs
+            objects.append({**one, **({} if known else {"actions": {"upload": upload}})})
+        self._send_json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, body: str) -> None:
+        name = "/".join(self.path.split("/")[3:5])
+        repository = self.server.repositories["model", name]
+        files = dict(repository.commits[repository.refs["main"]])
+        for line in filter(None, body.splitlines()):
+            value, kind = json.loads(line)["value"], json.loads(line)["key"]
+            if kind == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                files[value["path"]] = self.server.blobs[value["oid"]]
+            elif kind == "deletedFile":
+                del files[value["path"]]
+        commit = self.server.push("model", name, files)
+        url = f"{self.server.address}/{name}/commit/{commit}"
+        self._send_json({"commitOid": commit, "commitUrl": url, "success": True})
 
     def do_GET(self) -> None:
         """`/api/KINDs/NAME[/revision/REVISION]`, `/api/KINDs/NAME/tree/REVISION` and
@@ -155,7 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(name, commit, files, file)
         else:
             siblings = [{"rfilename": name} for name in files]
-            self._send_json({"id": name, "sha": commit, "private": False, "siblings": siblings})
+            private = self.server.private.get(name, False)
+            self._send_json({"id": name, "sha": commit, "private": private, "siblings": siblings})
 
     def _tree(
         self, name: str, files: dict[str, bytes], folder: str, recursive: bool
@@ -212,9 +294,9 @@ class _Handler(BaseHTTPRequestHandler):
             part = part[hold:]
         self.wfile.write(part)
 
-    def _send_json(self, value: object) -> None:
+    def _send_json(self, value: object, status: int = 200) -> None:
         body = json.dumps(value).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
