@@ -261,18 +261,21 @@ def merge_models(
     ratio: Annotated[
         str | None, typer.Option(help="how much of the vector, 1.0 if not set")
     ] = None,
+    settings_file: Annotated[
+        Path | None, typer.Option("--settings", metavar="FILE", help="YAML with settings")
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help=PLAN_HELP)] = False,
 ) -> None:
     """Add the chat vector to any trained checkpoint, from files; needs no recipe.
 
     Give --base and --chat, or --vector; --chat alone for method=interpolate and method=slerp.
     Settings are the keys of a recipe's `merge` section
-    (`cpt-merge keys merge`), as key=value.
+    (`cpt-merge keys merge`), as key=value or in a file: recipes/merge/ has published cases.
     """
     _one_thread_for_numpy()
     from cpt_merge.launcher import merge_models as command
 
-    config = command.config_of(settings or [], ratio)
+    config = command.config_of(settings or [], ratio, settings_file)
     asked = command.inputs_of(config, cpt, base, chat, vector, tokenizer)
     command.show_plan(config, asked, out) if plan else command.merge(config, asked, out)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +16,7 @@ from cpt_merge.core.config import apply_override, parse_section
 from cpt_merge.core.errors import UserError
 from cpt_merge.core.hub import model_directory
 from cpt_merge.core.progress import counted, say
+from cpt_merge.launcher.recipe import read_yaml
 from cpt_merge.launcher.whole_check import checking_whole
 from cpt_merge.merge.config import MergeConfig
 from cpt_merge.merge.finish import loading_tokenizer
@@ -27,9 +28,16 @@ if TYPE_CHECKING:
     from cpt_merge.launcher.run import Run
 
 
-def config_of(settings: Sequence[str], ratio: str | None = None) -> MergeConfig:
-    """The merge's configuration from `key=value` words. Raises `UserError`."""
-    values: dict[str, Any] = {} if ratio is None else {"ratio": ratio}
+def config_of(
+    settings: Sequence[str], ratio: str | None = None, file: Path | None = None
+) -> MergeConfig:
+    """The merge's configuration from a file of its keys and `key=value` words.
+
+    Raises `UserError`.
+    """
+    values = read_yaml(file, "the file of settings") if file else {}
+    if ratio is not None:
+        values["ratio"] = ratio
     for setting in settings:
         if ratio is not None and setting.removeprefix("merge.").startswith("ratio="):
             raise UserError(f"--ratio {ratio} and {setting} both set the ratio; leave out one.")

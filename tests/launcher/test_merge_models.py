@@ -42,6 +42,36 @@ def test_merge_and_extract_and_merge_again(family: Family, tmp_path: Path) -> No
     assert weights[0] == weights[1]
 
 
+SETTINGS = sorted((Path(__file__).parents[2] / "recipes" / "merge").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
+def test_the_published_cases_merge(path: Path, family: Family, tmp_path: Path) -> None:
+    of = ["--cpt", family.cpt, "--chat", family.chat, "--out", tmp_path / "out", "dtype=float32"]
+    if "method: interpolate" not in path.read_text():
+        of += ["--base", family.base]
+    if path.stem == "two-vectors":
+        of.append(f"vectors=[{{base: {family.base}, chat: {family.chat}, ratio: 0.4}}]")
+    done = cpt_merge("merge-models", "--settings", path, *of)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["ratio"] == {"two-vectors": 0.8, "reasoning-on-top": 1.0}.get(path.stem, 0.5)
+
+
+def test_settings_of_a_file_give_way_to_the_command_line(family: Family, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("ratio: 0.5\nrules: [{kinds: [norm], action: skip}]\n")
+    out = "--out", tmp_path / "out"
+    done = cpt_merge("merge-models", *pair(family, "--settings", file, "--ratio", "0.25", *out))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert float(report["ratio"]) == 0.25
+    file.write_text("ration: 1\n")
+    done = cpt_merge("merge-models", *pair(family, "--settings", file, "--out", tmp_path / "no"))
+    assert done.returncode == 2
+    assert "unknown key `ration`; the nearest known key is `ratio`" in done.stderr
+
+
 def test_the_plan_lists_every_tensor(family: Family, tmp_path: Path) -> None:
     settings = "rules=[{kinds: [norm], action: skip}]", "ratio=0.5"
     out = "--out", tmp_path / "out"
