@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from cpt_merge.core.curves import BOTTOM, LEFT, RIGHT, TOP, Axis, grid, percent, short
 from cpt_merge.tracking import Cell
 
 NARROW, WIDE = (380, 210), (520, 240)  # user units: in a grid of three columns, and of two
+HEADROOM = 1.1  # of the axis, over the highest bar
 LABELLED = 16  # with more bars than these, the values are displayed only under the pointer
 
 
@@ -42,17 +44,18 @@ def draw_bars(
     series: Sequence[BarSeries],
     share: bool = False,
     size: tuple[int, int] = NARROW,
+    clip: float = math.inf,
 ) -> str:
     """An SVG element. With `share`, values are parts of one.
 
-    Values have to be finite and not negative.
+    Values have to be finite and not negative. Bars above `clip` are cut off there, with a gap.
     """
     total_width, height = size
     known = [bar for one in series for bar in one.bars if bar]
     if not known:
         return ""
-    highest = 1.0 if share else max(bar.high for bar in known) or 1.0
-    y_axis = Axis(0.0, highest * 1.1, height - BOTTOM + 12, TOP)
+    highest = 1.0 if share else min(max(bar.high for bar in known), clip) or 1.0
+    y_axis = Axis(0.0, highest * HEADROOM, height - BOTTOM + 12, TOP)
     room = (total_width - RIGHT - LEFT) / len(groups)
     width = room * 0.84 / len(series)
     labelled = len(groups) * len(series) <= LABELLED
@@ -82,6 +85,15 @@ def _text(bar: Bar, share: bool) -> str:
 
 
 def _draw(bar: Bar, left: float, width: float, y_axis: Axis, colour: str, title: str) -> str:
+    highest = y_axis.high / HEADROOM
+    if bar.value > highest:
+        top, size = y_axis.place(highest), y_axis.start - y_axis.place(highest)
+        return (
+            f'<rect class="{colour}" x="{left:.1f}" y="{top:.1f}" width="{width * 0.92:.1f}" '
+            f'height="{size:.1f}"><title>{title}</title></rect><rect class="gap" x="{left:.1f}" '
+            f'y="{top + 8:.1f}" width="{width * 0.92:.1f}" height="3"/>'
+        )
+    bar = replace(bar, low=max(bar.low, 0.0), high=min(bar.high, highest))
     top, middle = y_axis.place(bar.value), f"{left + width / 2:.1f}"
     drawn = (
         f'<rect class="{colour}" x="{left:.1f}" y="{top:.1f}" width="{width * 0.92:.1f}" '
@@ -98,5 +110,6 @@ def _draw(bar: Bar, left: float, width: float, y_axis: Axis, colour: str, title:
 def _label(bar: Bar, x: float, y_axis: Axis, share: bool) -> str:
     digits = 2 if bar.value < 10 else 1
     text = f"{100 * bar.value:.0f}" if share else f"{bar.value:.{digits}f}"
-    y = min(y_axis.place(bar.value), y_axis.place(bar.high)) - 3
+    highest = y_axis.high / HEADROOM
+    y = y_axis.place(min(max(bar.value, bar.high), highest)) - 3
     return f'<text class="value" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'

@@ -163,9 +163,17 @@ def score_charts(log: StageLog, palette: Palette) -> list[Chart]:
             for name in models_of(log)
         ]
         size = WIDE if len(languages) * len(series) > NARROW_BARS else NARROW
-        drawing = Markup(draw_bars(text.title, languages, series, text.is_share, size))
-        charts.append(Chart(text.title, text.meaning, [], {"bars": drawing}))
+        clip = math.inf if text.is_share else _clip([bar.value for bar in found.values()])
+        drawing = Markup(draw_bars(text.title, languages, series, text.is_share, size, clip))
+        notes = ["bars with a gap are higher"] if clip < math.inf else []
+        charts.append(Chart(text.title, text.meaning, [], {"bars": drawing}, notes=notes))
     return charts
+
+
+def _clip(values: Sequence[float]) -> float:
+    """Where bars are cut off so that the small ones can be told apart; inf if all are of a size."""
+    least = min(value for value in values if value >= 0)
+    return 3 * least if max(values) > 6 * least > 0 else math.inf
 
 
 def training_charts(log: StageLog, palette: Palette) -> list[Chart]:

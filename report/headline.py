@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from cpt_merge.core.errors import UserError
+from cpt_merge.core.languages import find_language
 from cpt_merge.core.progress import counted
 from cpt_merge.launcher.loops import loops_of
 from cpt_merge.report.view import (
@@ -96,6 +97,50 @@ def run_state(view: RunView, now: float) -> RunState:
         older = ", ".join(view.older)
         return RunState("open", f"finished, but made from older inputs: {older}; run them again")
     return RunState("finished", f"all {len(view.pipeline)} stages are finished")
+
+
+def verdict(view: RunView) -> list[str]:
+    """What came of the run: a sentence for each language; none before it is evaluated."""
+    log = view.log("evaluation")
+    scores = scores_of(log)
+    result = next((name for name in RESULTS if any(m == name for _, m, _ in scores)), None)
+    if result is None:
+        return []
+    beyond = {
+        (row["language"], row["metric"])
+        for row in log.records("eval/differences")
+        if row["model"] == result and row["beyond"]
+    }
+    languages = [one for metric, model, one in scores if metric == "chat" and model == result]
+    return [_of_language(scores, result, one, (one, "chat") in beyond) for one in languages]
+
+
+def _of_language(
+    scores: Mapping[tuple[str, str, str], float], result: str, language: str, beyond: bool
+) -> str:
+    """How good replies in a language are, next to what they were, and what that cost."""
+    good = scores["chat", result, language]
+    others = [
+        f"{scores['chat', model, language]:.0%} {words}"
+        for model, words in (("cpt", "before the vector"), ("chat", "for the chat model"))
+        if ("chat", model, language) in scores
+    ]
+    text = f"{language_name(language)}: {good:.0%} of the replies are good"
+    text += f" ({', '.join(others)})" if others else ""
+    text += "" if beyond else ", which may be chance"
+    bits = [scores.get(("bits_per_byte", model, language)) for model in (result, "cpt")]
+    if bits[0] is not None and bits[1]:
+        how = "worse" if bits[0] > bits[1] else "better"
+        text += f"; text is predicted {abs(bits[0] / bits[1] - 1):.0%} {how} than before the vector"
+    return f"{text}."
+
+
+def language_name(tag: str) -> str:
+    """The name of a language, or its tag."""
+    try:
+        return find_language(tag).name
+    except UserError:
+        return tag
 
 
 def stage_marks(view: RunView) -> list[StageMark]:

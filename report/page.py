@@ -28,16 +28,26 @@ from cpt_merge.report.charts import (
     tokenizer_charts,
     training_charts,
 )
-from cpt_merge.report.headline import run_state, stage_marks, tiles, training_progress
+from cpt_merge.report.headline import (
+    language_name,
+    run_state,
+    stage_marks,
+    tiles,
+    training_progress,
+    verdict,
+)
 from cpt_merge.report.preparation import effect_table
 from cpt_merge.report.view import (
     RunView,
     StageView,
+    baseline_of,
+    changes_of,
     duration,
     metrics_of,
     number,
     scores_of,
     sweep_table,
+    title_of,
 )
 from cpt_merge.tracking import Cell, StageLog, Table
 
@@ -124,6 +134,9 @@ def render_page(view: RunView, now: float) -> str:
         ],
         models=[(name, palette.model(name)) for name in models_of(evaluation)],
         palette=palette,
+        verdict=verdict(view),
+        baseline=baseline_of(evaluation),
+        changes=changes_of(evaluation),
         bars=score_charts(evaluation, palette),
         wide_bars=has_wide_bars(evaluation),
         charts=training_charts(training, palette),
@@ -268,7 +281,8 @@ def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "number": number, "duration": duration, "badges": _badges, "numeric": _numeric,
-        "clock": _clock, "measured": _measured, "counted": counted,
+        "clock": _clock, "measured": _measured, "counted": counted, "titled": title_of,
+        "language": language_name,
     }  # fmt: skip
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 

@@ -252,6 +252,69 @@ def metrics_of(log: StageLog) -> dict[str, MetricText]:
     return {**METRICS, **{name: text for name, text in others.items() if name not in METRICS}}
 
 
+TITLES = {  # of logged tables
+    "eval/scores": "All scores, with their intervals",
+    "eval/breakdowns": "Scores by turn, kind of check and category",
+    "eval/differences": "All differences, with intervals and p-values",
+    "eval/metrics": "What each metric means",
+    "eval/not_run": "What was not measured, and why",
+    "merge/norms": "Norms by layer",
+    "tokenizer/fertility": "Tokens per character before and after",
+    "tokenizer/examples": "Texts split by both tokenizers",
+    "tokenizer/gain curve": "What each further piece brings",
+    "tokenizer/usefulness": "How the new pieces are used",
+    "data/document lengths": "Document lengths",
+}
+
+
+def title_of(table: str) -> str:
+    """What a logged table is called on the page."""
+    return TITLES.get(table) or table.rpartition("/")[2].replace("_", " ").capitalize()
+
+
+@dataclass(frozen=True)
+class Change:
+    """A difference to the baseline that is no chance, in words."""
+
+    model: str
+    language: str
+    what: str
+    change: str
+    interval: str
+
+
+def changes_of(log: StageLog) -> list[Change]:
+    """The differences of an evaluation that remain after the correction for their number."""
+    texts, found = metrics_of(log), []
+    for row in log.records("eval/differences"):
+        value = next((row[name] for name in row if name.startswith("minus ")), None)
+        if not row["beyond"] or not isinstance(value, int | float):
+            continue
+        text = metric_text(texts, str(row["metric"]))
+        low, high = (_signed(float(row[end] or 0), text.is_share) for end in ("low", "high"))
+        found.append(
+            Change(
+                str(row["model"]),
+                str(row["language"]),
+                text.title,
+                _signed(value, text.is_share),
+                f"{low} to {high}",
+            )
+        )
+    return found
+
+
+def baseline_of(log: StageLog) -> str:
+    """The model that the others are compared with; empty if none is."""
+    rows = log.records("eval/differences")
+    names = (name for name in (rows[0] if rows else {}) if name.startswith("minus "))
+    return next(names, "").removeprefix("minus ")
+
+
+def _signed(value: float, is_share: bool) -> str:
+    return f"{100 * value:+.0f} points" if is_share else f"{value:+.3f}"
+
+
 def metric_text(metrics: dict[str, MetricText], name: str, is_share: bool = False) -> MetricText:
     """The text of a metric; of an unknown one, its name."""
     return metrics.get(name) or MetricText(name.replace("_", " ").capitalize(), "", is_share)
