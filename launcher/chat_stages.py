@@ -43,7 +43,9 @@ def _render_config(section: str, recipe: Recipe) -> Mapping[str, Any]:
     config = recipe.further[section]
     sequences = {"sequence_length": config.length(recipe.training)}
     last = recipe.training.contexts[-1]
-    extended = {"rope": vars(last)} if last.rope else {}  # the tokenizer's longest text
+    extended: dict[str, Any] = {}
+    if last.rope:  # the tokenizer's longest text
+        extended = {"rope": last.rope.model_dump(), "reach": last.length}
     conversations = config.identity() | sequences | extended
     return {"conversations": conversations, "token_map": recipe.merge.token_map}
 

@@ -55,6 +55,8 @@ def read_shape(recipe: Recipe, section: str = "training") -> ModelShape:
         shape = shape_of(directory, name, training.lora)
     else:
         config, shape = shape_on_the_hub(name, training.lora)
+    if section != "training":
+        config = recipe.training.extend(config)  # what is trained further has its positions
     training.check_positions(config, section)
     if training.lora and not shape.adapters:
         targets = ", ".join(training.lora.targets)

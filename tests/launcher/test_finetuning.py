@@ -190,6 +190,27 @@ def test_what_fine_tuning_would_refuse_is_refused_before_the_first_stage(
 
 
 @pytest.mark.slow
+def test_after_context_extension_conversations_may_be_longer(
+    finished: Path, recipe_path: Path, tmp_path: Path
+) -> None:
+    """The tokenizer of what is fine-tuned knows it, too."""
+    run = begin(finished, recipe_path, tmp_path, sequence_length=512, global_batch_size=1)
+    tokens = run.recipe.training.tokens
+    step = run.recipe.training.tokens_per_step
+    long = f"{{train: all, sequence_length: {step // 2}, rope: {{type: yarn, factor: 4}}}}"
+    words = [
+        f"training.phases=[{{train: all, tokens: {tokens}}}, {long}]",
+        f"training.tokens={tokens + 2 * step}", "evaluation.max_prompts=1", "finetune.epochs=1",
+    ]  # fmt: skip
+    done = cpt_merge("run", run.words[0], *words)
+    assert done.returncode == 0, done.stderr
+    for folder in (run.cpt, run.merged, run.tuned, run.tuned_merged):
+        assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 1024
+        limit = json.loads((folder / "tokenizer_config.json").read_text()).get("model_max_length")
+        assert limit is None or limit >= 1024
+
+
+@pytest.mark.slow
 def test_a_bad_conversation_is_refused_before_the_first_stage(
     recipe_path: Path, tmp_path: Path
 ) -> None:
