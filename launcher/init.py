@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -422,7 +422,6 @@ def _add_training(
     new: Sequence[TextFacts],
 ) -> None:
     tokens = int(values["tokens"])
-    size, rates = base.shape.parameters, choosing.of_size(base.shape.parameters)
     own = sum(one.tokens for one in new)
     recipe.add("training:")
     recipe.add(
@@ -447,9 +446,28 @@ def _add_training(
         section, dot, inner = name.partition(".")
         if section not in ("optimizer", "precision"):
             recipe.add(f"  {section}: {{{inner}: {value}}}" if dot else f"  {name}: {value}", fits)
+    _add_optimizer(recipe, base.shape.parameters, fit, fits, extends=bool(pieces))
+    recipe.add(
+        "  schedule: {shape: wsd, warmup: 0.02, decay: 0.2}",
+        "A rate that is flat until the decay, so that a longer run continues without loss.",
+    )
+    if pieces and tokens >= 50 * step:
+        _add_phases(recipe, tokens, step)
+    recipe.add("")
+    if fit and asked.cluster and asked.cluster.cluster.ranks == 1:
+        fsdp = "The memory is estimated for FSDP2, which a single process has to be asked for."
+        recipe.add("launch: {accelerate_config: fsdp2}", fsdp)
+        recipe.add("")
+
+
+def _add_optimizer(
+    recipe: Recipe, parameters: int, fit: Mapping[str, str], fits: str, extends: bool
+) -> None:
+    """Learning rates by the model's size, and by whether adapters are trained."""
+    rates = choosing.of_size(parameters)
     rate = (
-        f"For {size / 1e6:,.0f} M parameters; published runs of 7B take 1e-6 (Breeze) to 1e-5 "
-        "(llama-2-ko), others more: try half and twice."
+        f"For {parameters / 1e6:,.0f} M parameters; published runs of 7B take 1e-6 (Breeze) to "
+        "1e-5 (llama-2-ko), others more: try half and twice."
     )
     if "lora.rank" in fit:
         rates = replace(
@@ -460,30 +478,24 @@ def _add_training(
         rate = "Adapters take a higher rate: this is Chinese-LLaMA-2's."
     recipe.add("  optimizer:")
     recipe.add(f"    learning_rate: {rates.learning_rate:g}", rate)
-    if pieces:
+    if extends:
         recipe.add(
             f"    embedding_learning_rate: {rates.vocabulary_learning_rate:g}",
             "New rows start from means of others and have more to learn.",
         )
     if "optimizer.moments" in fit:
         recipe.add(f"    moments: {fit['optimizer.moments']}", fits)
-    recipe.add(
-        "  schedule: {shape: wsd, warmup: 0.02, decay: 0.2}",
-        "A rate that is flat until the decay, so that a longer run continues without loss.",
-    )
-    if pieces and tokens >= 50 * step:
-        recipe.add("  phases:", "New rows first, so that they disturb nothing (EEVE).")
-        for train, share in (
-            ("new_rows", choosing.NEW_ROWS_SHARE), ("vocabulary", choosing.VOCABULARY_SHARE),
-        ):  # fmt: skip
-            part = max(step, int(tokens * share) // step * step)
-            recipe.add(f"    - {{train: {train}, tokens: {_short(part)}}}")
-        recipe.add("    - {train: all}")
-    recipe.add("")
-    if fit and asked.cluster and asked.cluster.cluster.ranks == 1:
-        fsdp = "The memory is estimated for FSDP2, which a single process has to be asked for."
-        recipe.add("launch: {accelerate_config: fsdp2}", fsdp)
-        recipe.add("")
+
+
+def _add_phases(recipe: Recipe, tokens: int, step: int) -> None:
+    """What is trained one after the other, in whole steps."""
+    recipe.add("  phases:", "New rows first, so that they disturb nothing (EEVE).")
+    for train, share in (
+        ("new_rows", choosing.NEW_ROWS_SHARE), ("vocabulary", choosing.VOCABULARY_SHARE),
+    ):  # fmt: skip
+        part = max(step, int(tokens * share) // step * step)
+        recipe.add(f"    - {{train: {train}, tokens: {_short(part)}}}")
+    recipe.add("    - {train: all}")
 
 
 def _fitting(asked: Asked, base: BaseFacts, values: dict[str, Any], pieces: int) -> dict[str, str]:
